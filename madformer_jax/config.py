@@ -1,0 +1,371 @@
+"""The configuration schema: defaults, validation with one-line errors, and the sizes derived from it.
+
+A config is read once, at the edge: modules below take plain values. `base()` holds every field that exists, with the
+default for new training; `release()` gives the PyTorch release's choices for the same model.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A wrong setting or wrong input, told in one line: what is wrong, what was given, what to do."""
+
+
+def base() -> ConfigDict:
+    """Every field of a config with its default: the sound choice for new training where the release is odd."""
+    c = ConfigDict()
+    c.seed = 0
+    c.platform = ""  # "cpu", "gpu", "tpu": refuse to start on anything else; "" takes what JAX finds
+
+    c.model = ConfigDict()
+    c.model.width = 1152  # d
+    c.model.heads = 18  # head size is width / heads
+    c.model.depth = 28  # N, decoder layers
+    c.model.diffusion_depth = 14  # D, of them run at every denoising step (paper Table 1)
+    c.model.mlp_width = 4096  # SwiGLU hidden
+    c.model.blocks = 16  # L, AR length; a square number (paper Table 2)
+    c.model.unet_channels = (512, 1024)
+    c.model.unet_layers = 2  # ResNet blocks a stage going down; one more going up
+    c.model.unet_attention = (False, True)  # self-attention after each ResNet block of the stage
+    c.model.unet_groups = 8
+    c.model.unet_heads = 8
+    c.model.unet_time_width = 128
+    c.model.unet_stride = 2  # of the convolution between two stages; 1 keeps a token for every latent position
+    c.model.rope = "axial"  # "axial": each axis turns its own half of a head; "release": the release's mixing
+    c.model.time_embedding = "sinusoidal"  # or "raw" (release): the timestep itself as one number 0..999
+    c.model.clean_timestep = "zero"  # timestep given to clean blocks; "noisy" (release): that of the noisy block
+    c.model.clean_stream = True  # paper Table 3; False is the release's clear_clean
+    c.model.ar_condition = True  # paper Table 3; False is the release's clear_cond
+    c.model.param_sets = "separate"  # towers of the clean and the noisy stream; or "shared" (paper Table 4)
+    c.model.diffusion_attention = "sequence"  # or "block" (release: denoising_mlp; paper Table 5)
+    c.model.classes = 0  # 0: unconditional; else one label token per image, and one more label for "none"
+    c.model.attention = "auto"  # implementation of skip-causal attention: auto, reference, blocks, splash
+    c.model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
+    c.model.remat = "none"  # what the backward pass recomputes: none, dots, full (docs/performance.md)
+    c.model.scan_unroll = 1  # layers per iteration of the scan over layers
+
+    c.loss = ConfigDict()  # weights lambda of the four terms (paper Table 6)
+    c.loss.image = 1.0
+    c.loss.hidden = 0.1
+    c.loss.clean = 0.0
+    c.loss.text = 0.0
+
+    c.codec = ConfigDict()
+    c.codec.name = "vae"  # image <-> latent: "vae" (AutoencoderKL) or "pixel" (space-to-depth, no learned part)
+    c.codec.patch = 2  # pixel: side of the square of pixels that becomes one latent position
+    c.codec.path = ""  # vae: a diffusers folder, a hub id or an Orbax folder made by --mode=convert
+    c.codec.dtype = "float32"  # of the VAE's computation
+
+    c.data = ConfigDict()
+    c.data.source = "digits"  # digits | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
+    c.data.path = ""  # folder, shards or tfds data_dir
+    c.data.split = "train"
+    c.data.image_size = 256
+    c.data.channels = 3
+    c.data.crop = True  # centre crop to a square after the resize of the shorter side; False squeezes
+    c.data.flip = False  # random horizontal flip
+    c.data.workers = 0  # worker processes that read and decode; 0: in the training process
+
+    c.train = ConfigDict()
+    c.train.batch = 64  # images a step, over all devices
+    c.train.steps = 1000
+    c.train.accumulate = 1  # microbatches whose gradients are averaged into one step
+    c.train.ema_decay = 0.9999
+    c.train.ema_warmup = True  # decay min(target, (1 + step) / (10 + step)); False (release): constant
+    c.train.label_dropout = 0.1  # share of labels replaced by "none", for guidance
+    c.train.log_every = 50
+    c.train.sample_every = 0  # steps between sample grids; 0: only at the end
+    c.train.checkpoint_every = 1000
+    c.train.keep = 3  # newest checkpoints kept
+    c.train.keep_every = 0  # and for ever those at multiples of this step; 0: none
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.clip = 1.0  # global gradient norm; 0: off
+    c.optimizer.schedule = "wsd"  # wsd | cosine | constant
+    c.optimizer.warmup = 0.01  # share of the steps, linear
+    c.optimizer.decay = 0.15  # wsd: share of the steps at the end in which the rate falls to 2^-6
+
+    c.sample = ConfigDict()
+    c.sample.n = 64
+    c.sample.batch = 64
+    c.sample.solver = "dpmpp_2m"  # ddim | dpmpp_2m
+    c.sample.spacing = "trailing"  # trailing | leading | linspace
+    c.sample.steps = 50
+    c.sample.guidance = 1.0  # classifier-free guidance scale; 1: off
+    c.sample.labels = ""  # "" runs through all classes in turn; or "3", "0,1,2"
+    c.sample.weights = "ema"  # ema | raw
+    c.sample.clip = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
+
+    c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c
+
+
+def release(meta: dict[str, Any]) -> ConfigDict:
+    """The release's model and training choices for the sizes in `meta`, the release's argument names.
+
+    `meta` is the JSON beside the reference arrays or the `args` namespace of a release checkpoint as a dict: hidden_size,
+    num_heads, depth, diff_depth, intermediate_size, unet_block_out_channels, unet_num_layers_per_block,
+    unet_transformer_layers_per_block, unet_resnet_groups, unet_num_heads, unet_time_emb_dim, block_size,
+    pre_downsample_block_size, ar_len, latent_channels, lambda_hidden, and the variant, either as
+    `variant` = baseline | clear_clean | clear_cond | denoising_mlp or as boolean fields of those names.
+
+    The latents are fed through a `pixel` codec with patch 1, so `data.image_size` is the side of the latent; set
+    `codec` and `data` for images.
+
+    Raises:
+      ConfigError: a size is missing or the variant is unknown.
+    """
+
+    def variant(name: str) -> bool:
+        return meta.get("variant") == name or bool(meta.get(name, False))
+
+    known = ("baseline", "clear_clean", "clear_cond", "denoising_mlp")
+    if meta.get("variant", "baseline") not in known:
+        raise ConfigError(f"release variant {meta['variant']!r} is unknown: one of {', '.join(known)}.")
+    c = base()
+    try:
+        positions, tokens = int(meta["pre_downsample_block_size"]), int(meta["block_size"])
+        layers = tuple(meta["unet_num_layers_per_block"])
+        c.model.width = meta["hidden_size"]
+        c.model.heads = meta["num_heads"]
+        c.model.depth = meta["depth"]
+        c.model.diffusion_depth = meta["diff_depth"]
+        c.model.mlp_width = meta["intermediate_size"]
+        c.model.blocks = meta["ar_len"]
+        c.model.unet_channels = tuple(meta["unet_block_out_channels"])
+        c.model.unet_attention = tuple(bool(n) for n in meta["unet_transformer_layers_per_block"])
+        c.model.unet_groups = meta["unet_resnet_groups"]
+        c.model.unet_heads = meta["unet_num_heads"]
+        c.model.unet_time_width = meta["unet_time_emb_dim"]
+        c.data.channels = meta.get("latent_channels", 4)
+    except KeyError as error:
+        raise ConfigError(f"the release's arguments lack {error.args[0]!r}.") from None
+    if len(set(layers)) != 1:
+        raise ConfigError(f"unet_num_layers_per_block={list(layers)}: stages of unequal length are not supported.")
+    c.model.unet_layers = layers[0]
+    stages = len(c.model.unet_channels)
+    c.model.unet_stride = 1 if positions == tokens or stages == 1 else 2
+    c.model.rope = "release"
+    c.model.time_embedding = "raw"
+    c.model.clean_timestep = "noisy"
+    c.model.clean_stream = not variant("clear_clean")
+    c.model.ar_condition = not variant("clear_cond")
+    c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
+    c.loss.hidden = float(meta.get("lambda_hidden", 0.1))
+    c.codec.name, c.codec.patch = "pixel", 1
+    c.data.image_size = math.isqrt(positions * c.model.blocks)
+    c.train.ema_warmup = False
+    c.sample.weights = "raw"
+    c.sample.spacing = "leading"
+    c.sample.steps = 250
+    return c
+
+
+class Sizes(NamedTuple):
+    """Sizes that follow from a config; the only place where they are computed."""
+
+    latent: int  # side of the latent, in positions
+    channels: int  # of the latent
+    blocks: int  # L
+    grid: int  # blocks along a side, sqrt(L)
+    block_side: int  # latent positions along a block's side
+    positions: int  # latent positions in a block
+    token_side: int  # tokens along a block's side
+    tokens: int  # s, tokens in a block
+
+    @property
+    def block_shape(self) -> tuple[int, int, int]:
+        """(L, positions, C) of one image as latent blocks."""
+        return self.blocks, self.positions, self.channels
+
+
+VAE_DOWNSAMPLING, VAE_CHANNELS = 8, 4  # of the Stable Diffusion VAE
+
+
+def sizes(c: ConfigDict) -> Sizes:
+    """Derives `Sizes`.
+
+    Raises:
+      ConfigError: image, latent, blocks and U-Net stride do not divide one another.
+    """
+    m, side = c.model, c.data.image_size
+    if c.codec.name == "vae":
+        reduction, channels = VAE_DOWNSAMPLING, VAE_CHANNELS
+    else:
+        reduction, channels = c.codec.patch, c.data.channels * c.codec.patch**2
+    if side < 1 or reduction < 1 or side % reduction:
+        raise ConfigError(
+            f"config.data.image_size={side} is not a multiple of {reduction}, the {c.codec.name} codec's reduction."
+        )
+    latent = side // reduction
+    grid = math.isqrt(max(m.blocks, 0))
+    if grid < 1 or grid**2 != m.blocks or latent % grid:
+        squares = ", ".join(str(n * n) for n in range(1, latent + 1) if latent % n == 0)
+        raise ConfigError(
+            f"config.model.blocks={m.blocks} does not tile a {latent} x {latent} latent: "
+            f"blocks must be a square number whose root divides {latent} ({squares})."
+        )
+    block_side = latent // grid
+    reduction = m.unet_stride ** (len(m.unet_channels) - 1)
+    if block_side % reduction:
+        raise ConfigError(
+            f"a block of {block_side} x {block_side} latent positions is not divisible by the block U-Net's reduction of "
+            f"{reduction}: use fewer config.model.blocks or config.model.unet_stride=1."
+        )
+    token_side = block_side // reduction
+    return Sizes(latent, channels, m.blocks, grid, block_side, block_side**2, token_side, token_side**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    field: str
+    values: tuple[str, ...]
+
+
+_CHOICES = (
+    _Choice("platform", ("", "cpu", "gpu", "tpu")),
+    _Choice("model.rope", ("axial", "release")),
+    _Choice("model.time_embedding", ("sinusoidal", "raw")),
+    _Choice("model.clean_timestep", ("zero", "noisy")),
+    _Choice("model.param_sets", ("separate", "shared")),
+    _Choice("model.diffusion_attention", ("sequence", "block")),
+    _Choice("model.attention", ("auto", "reference", "blocks", "splash")),
+    _Choice("model.dtype", ("float32", "bfloat16")),
+    _Choice("model.remat", ("none", "dots", "full")),
+    _Choice("codec.name", ("pixel", "vae")),
+    _Choice("codec.dtype", ("float32", "bfloat16")),
+    _Choice("optimizer.schedule", ("wsd", "cosine", "constant")),
+    _Choice("sample.solver", ("ddim", "dpmpp_2m")),
+    _Choice("sample.spacing", ("trailing", "leading", "linspace")),
+    _Choice("sample.weights", ("ema", "raw")),
+)
+
+# field -> smallest and largest value
+_RANGES: dict[str, tuple[float, float]] = {
+    "model.width": (1, math.inf),
+    "model.heads": (1, math.inf),
+    "model.depth": (1, math.inf),
+    "model.mlp_width": (1, math.inf),
+    "model.unet_layers": (1, math.inf),
+    "model.unet_groups": (1, math.inf),
+    "model.unet_heads": (1, math.inf),
+    "model.unet_time_width": (2, math.inf),
+    "model.unet_stride": (1, 2),
+    "model.classes": (0, math.inf),
+    "model.scan_unroll": (1, math.inf),
+    "loss.image": (0, math.inf),
+    "loss.hidden": (0, math.inf),
+    "loss.clean": (0, math.inf),
+    "loss.text": (0, math.inf),
+    "data.channels": (1, math.inf),
+    "data.workers": (0, math.inf),
+    "train.batch": (1, math.inf),
+    "train.steps": (1, math.inf),
+    "train.accumulate": (1, math.inf),
+    "train.ema_decay": (0, 1),
+    "train.label_dropout": (0, 1),
+    "train.log_every": (1, math.inf),
+    "train.sample_every": (0, math.inf),
+    "train.checkpoint_every": (1, math.inf),
+    "train.keep": (1, math.inf),
+    "train.keep_every": (0, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.clip": (0, math.inf),
+    "optimizer.warmup": (0, 1),
+    "optimizer.decay": (0, 1),
+    "sample.n": (1, math.inf),
+    "sample.batch": (1, math.inf),
+    "sample.steps": (1, 999),
+    "sample.clip": (0, math.inf),
+}
+
+
+def validate(c: ConfigDict) -> Sizes:
+    """Checks a whole config and returns its sizes.
+
+    Raises:
+      ConfigError: one line on the first setting that is wrong.
+    """
+
+    def get(field: str) -> Any:
+        value: Any = c
+        for name in field.split("."):
+            value = value[name]
+        return value
+
+    for choice in _CHOICES:
+        if get(choice.field) not in choice.values:
+            allowed = ", ".join(repr(v) for v in choice.values)
+            raise ConfigError(f"config.{choice.field}={get(choice.field)!r} is unknown: one of {allowed}.")
+    for field, (low, high) in _RANGES.items():
+        if not low <= get(field) <= high:
+            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"config.{field}={get(field)} is out of range: it must be {bound}.")
+    m = c.model
+    if not 1 <= m.diffusion_depth <= m.depth:
+        raise ConfigError(
+            f"config.model.diffusion_depth={m.diffusion_depth} (D) must be from 1 to config.model.depth={m.depth} (N)."
+        )
+    if m.width % m.heads or (m.width // m.heads) % 4:
+        raise ConfigError(
+            f"config.model.width={m.width} over config.model.heads={m.heads} must give a head size that is a multiple of 4."
+        )
+    if len(m.unet_channels) != len(m.unet_attention) or not m.unet_channels:
+        raise ConfigError("config.model.unet_channels and config.model.unet_attention need one entry for each stage.")
+    for channels in m.unet_channels:
+        if channels % m.unet_groups or channels % m.unet_heads:
+            raise ConfigError(
+                f"config.model.unet_channels={tuple(m.unet_channels)} must be multiples of "
+                f"unet_groups={m.unet_groups} and unet_heads={m.unet_heads}."
+            )
+    if m.time_embedding == "sinusoidal" and m.unet_time_width % 2:
+        raise ConfigError(f"config.model.unet_time_width={m.unet_time_width} must be even for a sinusoidal embedding.")
+    if c.loss.clean and not m.clean_stream:
+        raise ConfigError("config.loss.clean needs config.model.clean_stream=True: there is no clean output without it.")
+    if c.loss.text and not m.classes:
+        raise ConfigError("config.loss.text needs conditioning: set config.model.classes.")
+    if not any(c.loss.values()):
+        raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
+    if c.train.batch % c.train.accumulate:
+        raise ConfigError(
+            f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
+        )
+    if c.sample.guidance != 1.0 and not m.classes:
+        raise ConfigError(f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes).")
+    labels(c)
+    return sizes(c)
+
+
+def labels(c: ConfigDict) -> list[int]:
+    """The class of each of the `sample.n` images: `sample.labels` repeated in turn; empty without classes.
+
+    Raises:
+      ConfigError: a label is no class of the model.
+    """
+    if not c.model.classes:
+        if c.sample.labels:
+            raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
+        return []
+    text = c.sample.labels or ",".join(str(k) for k in range(c.model.classes))
+    try:
+        chosen = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"config.sample.labels={text!r} must be class numbers separated by commas.") from None
+    wrong = [k for k in chosen if not 0 <= k < c.model.classes]
+    if wrong:
+        raise ConfigError(f"config.sample.labels: {wrong[0]} is no class; they run from 0 to {c.model.classes - 1}.")
+    return [chosen[i % len(chosen)] for i in range(c.sample.n)]
