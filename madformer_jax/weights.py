@@ -1,13 +1,45 @@
-"""Checkpoint files of other frameworks as plain numpy: safe reading, atomic writing, and the check that all tensors fit."""
+"""Checkpoint files of other frameworks as plain numpy: safe reading, atomic writing, and the check that all tensors fit.
 
-from collections.abc import Mapping
+Formats by suffix: .pt, .pth and .bin (PyTorch, an optional extra), .safetensors, .npz. A file holds one state_dict (name ->
+tensor) or, as the release writes it, several under the keys "model" and "ema" beside the training arguments "args".
+"""
 
+import argparse
+import importlib
+import json
+import os
+import pathlib
+import re
+import sys
+import uuid
+import zipfile
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from madformer_jax.config import ConfigError
 
+TORCH_SUFFIXES = (".pt", ".pth", ".bin")
+SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npz")
+_ARGS = "args"  # where .safetensors (metadata) and .npz (an entry) keep the arguments, as JSON
 
-def check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray], what: str) -> None:
+
+class StateDict(NamedTuple):
+    """What a checkpoint file holds for one model."""
+
+    tensors: dict[str, np.ndarray]
+    args: dict[str, Any] | None  # the release's training arguments
+    weights: str  # which set of weights was taken: "ema", "model", or "" where the file holds just one
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray], what: str
+) -> None:
     """Checks that `given` holds exactly the tensors of `expected`; `what` names the file or the model in the error.
 
     Raises:
@@ -22,8 +54,216 @@ def check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, n
     ]
     faults = [
         f"{len(names)} {kind} ({', '.join(names)})"
-        for kind, names in (("missing", missing), ("extra", extra), ("mis-shaped", misshaped))
+        for kind, names in (
+            ("missing", missing),
+            ("extra", extra),
+            ("mis-shaped", misshaped),
+        )
         if names
     ]
     if faults:
-        raise ConfigError(f"{what}: the tensors do not fit the model: {'; '.join(faults)}.")
+        raise ConfigError(
+            f"{what}: the tensors do not fit the model: {'; '.join(faults)}."
+        )
+
+
+def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDict:
+    """Reads one state_dict; no code in the file is ever run, and large .pt files are mapped rather than loaded.
+
+    Args:
+      path: a file with one of `SUFFIXES`.
+      weights: "ema" or "model" where the file holds both; "" takes the EMA where there is one.
+
+    Raises:
+      ConfigError: no such file, truncated or of another kind, more than tensors and plain values in it, or no such weights.
+    """
+    path = pathlib.Path(path)
+    readers: dict[str, Callable[[pathlib.Path], dict[str, Any]]] = {
+        ".safetensors": _read_safetensors,
+        ".npz": _read_npz,
+    }
+    readers |= dict.fromkeys(TORCH_SUFFIXES, _read_torch)
+    _check_suffix(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file.")
+    content = readers[path.suffix](path)
+    args = content.pop(_ARGS, None)
+    sets = {
+        name: content[name]
+        for name in ("ema", "model")
+        if isinstance(content.get(name), dict)
+    }
+    if not sets:
+        return StateDict(_plain_arrays(content, path), args, "")
+    chosen = weights or next(iter(sets))
+    if chosen not in sets:
+        raise ConfigError(
+            f"{path} holds no {chosen!r} weights, only {', '.join(map(repr, sets))}."
+        )
+    return StateDict(_plain_arrays(sets[chosen], path), args, chosen)
+
+
+def write_state_dict(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    args: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a state_dict in the format of the suffix; with `args`, a .pt file has the release's layout {"model": ..., "args": ...}.
+
+    The file appears whole or not at all.
+
+    Raises:
+      ConfigError: unknown suffix, or PyTorch is missing for a PyTorch file.
+    """
+    path = pathlib.Path(path)
+    _check_suffix(path)
+    # safetensors writes the memory behind a strided array as if it were contiguous
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        if path.suffix == ".npz":
+            entries = {} if args is None else {_ARGS: np.array(json.dumps(dict(args)))}
+            everything: dict[str, Any] = arrays | entries
+            with temporary.open("wb") as file:
+                np.savez(file, **everything)
+        elif path.suffix == ".safetensors":
+            metadata = {"format": "pt"} | (
+                {} if args is None else {_ARGS: json.dumps(dict(args))}
+            )
+            safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+        else:
+            _write_torch(temporary, path, arrays, args)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_suffix(path: pathlib.Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"{path}: unknown kind of checkpoint, the name must end in one of {', '.join(SUFFIXES)}."
+        )
+
+
+def _plain_arrays(
+    content: Mapping[str, Any], path: pathlib.Path
+) -> dict[str, np.ndarray]:
+    arrays = {str(name): _numpy(value) for name, value in content.items()}
+    wrong = [name for name, array in arrays.items() if array is None]
+    if wrong or not arrays:
+        raise ConfigError(
+            f"{path} holds no state_dict: {', '.join(wrong[:8]) or 'nothing at all'} is no tensor."
+        )
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _numpy(value: Any) -> np.ndarray | None:
+    """A numpy array or a torch tensor as numpy array, sharing memory; None for anything else."""
+    if isinstance(value, np.ndarray):
+        return value
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.Tensor):
+        return None
+    if value.dtype == torch.bfloat16:
+        return value.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return value.detach().numpy()
+
+
+def _unreadable(path: pathlib.Path, kind: str, error: Exception) -> ConfigError:
+    reason = (
+        str(error).strip().splitlines()[0][:200]
+        if str(error).strip()
+        else type(error).__name__
+    )
+    return ConfigError(
+        f"{path} cannot be read as {kind}; it is truncated or another kind of file ({reason})."
+    )
+
+
+def _read_npz(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            content: dict[str, Any] = {
+                name: _bfloat16_of_void(file[name]) for name in file.files
+            }
+        return (
+            content | {_ARGS: json.loads(str(content[_ARGS]))}
+            if _ARGS in content
+            else content
+        )
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, "a .npz archive", error) from None
+
+
+def _bfloat16_of_void(array: np.ndarray) -> np.ndarray:
+    """numpy stores a bfloat16 array as two-byte voids."""
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            names, metadata = file.keys(), file.metadata() or {}
+            content: dict[str, Any] = {name: file.get_tensor(name) for name in names}
+        return (
+            content | {_ARGS: json.loads(metadata[_ARGS])}
+            if _ARGS in metadata
+            else content
+        )
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise _unreadable(path, "a .safetensors file", error) from None
+
+
+def _torch(path: pathlib.Path) -> ModuleType:
+    try:
+        return importlib.import_module("torch")  # an optional extra
+    except ImportError:
+        raise ConfigError(
+            f"{path}: this format needs PyTorch: pip install torch, or store the tensors as .safetensors."
+        ) from None
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, Any]:
+    torch = _torch(path)
+    try:
+        # Namespace is the one class beyond tensors and plain values: the release keeps its arguments in one
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(
+                path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(path) or None,
+            )
+    except Exception as error:  # noqa: BLE001  # a broken pickle raises almost any kind
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise ConfigError(
+                f"{path} was not loaded: it holds {refused[1]}, and only tensors and plain values are accepted."
+            ) from None
+        raise _unreadable(path, "a PyTorch checkpoint", error) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, no state_dict.")
+    if isinstance(content.get(_ARGS), argparse.Namespace):
+        content[_ARGS] = vars(content[_ARGS])
+    return content
+
+
+def _write_torch(
+    temporary: pathlib.Path,
+    path: pathlib.Path,
+    arrays: dict[str, np.ndarray],
+    args: Mapping[str, Any] | None,
+) -> None:
+    torch = _torch(path)
+
+    def tensor_of(array: np.ndarray) -> Any:
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_dlpack(array)
+
+    model = {name: tensor_of(array) for name, array in arrays.items()}
+    torch.save(
+        model if args is None else {"model": model, _ARGS: argparse.Namespace(**args)},
+        temporary,
+    )
