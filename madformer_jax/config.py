@@ -38,12 +38,13 @@ def base() -> ConfigDict:
     c.model.rope = "axial"  # "axial": each axis turns its own half of a head; "release": the release's mixing
     c.model.time_embedding = "sinusoidal"  # or "raw" (release): the timestep itself as one number 0..999
     c.model.clean_timestep = "zero"  # timestep given to clean blocks; "noisy" (release): that of the noisy block
+    c.model.hidden_from = "condition"  # what the hidden term reads; "noisy" (release): condition + embedded noisy block
     c.model.clean_stream = True  # paper Table 3; False is the release's clear_clean
     c.model.ar_condition = True  # paper Table 3; False is the release's clear_cond
     c.model.param_sets = "separate"  # towers of the clean and the noisy stream; or "shared" (paper Table 4)
     c.model.diffusion_attention = "sequence"  # or "block" (release: denoising_mlp; paper Table 5)
     c.model.classes = 0  # 0: unconditional; else one label token per image, and one more label for "none"
-    c.model.attention = "auto"  # implementation of skip-causal attention: auto, reference, blocks, splash
+    c.model.attention = "auto"  # implementation of skip-causal attention: auto, reference, blocks, cudnn, splash
     c.model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
     c.model.remat = "none"  # what the backward pass recomputes: none, dots, full (docs/performance.md)
     c.model.scan_unroll = 1  # layers per iteration of the scan over layers
@@ -159,6 +160,7 @@ def release(meta: dict[str, Any]) -> ConfigDict:
     c.model.rope = "release"
     c.model.time_embedding = "raw"
     c.model.clean_timestep = "noisy"
+    c.model.hidden_from = "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
     c.model.clean_stream = not variant("clear_clean")
     c.model.ar_condition = not variant("clear_cond")
     c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
@@ -238,9 +240,10 @@ _CHOICES = (
     _Choice("model.rope", ("axial", "release")),
     _Choice("model.time_embedding", ("sinusoidal", "raw")),
     _Choice("model.clean_timestep", ("zero", "noisy")),
+    _Choice("model.hidden_from", ("condition", "noisy")),
     _Choice("model.param_sets", ("separate", "shared")),
     _Choice("model.diffusion_attention", ("sequence", "block")),
-    _Choice("model.attention", ("auto", "reference", "blocks", "splash")),
+    _Choice("model.attention", ("auto", "reference", "blocks", "cudnn", "splash")),
     _Choice("model.dtype", ("float32", "bfloat16")),
     _Choice("model.remat", ("none", "dots", "full")),
     _Choice("codec.name", ("pixel", "vae")),

@@ -1,0 +1,354 @@
+"""MADFormer: AR layers once per block, diffusion layers at every denoising step (arXiv 2506.07999, sections 1 and 3).
+
+One set of layers, two schedules. `__call__` runs all blocks at once, for training. `read_text`, `condition`, `denoise` and
+`extend` run block by block against an explicit cache, for sampling; they compute the same numbers.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+from ml_collections import ConfigDict
+
+from madformer_jax import config as config_lib
+from madformer_jax.models import attention, rope
+from madformer_jax.models.attention import KV
+from madformer_jax.models.rope import Rotary
+from madformer_jax.models.transformer import Cache, Stage, StageCache, Streams
+from madformer_jax.models.unet import Downsampler, Upsampler
+
+TERMS = ("image", "hidden", "clean", "text")  # of the loss; each needs one output
+
+
+class Outputs(NamedTuple):
+    """What the terms of the loss compare; None where the term was not asked for."""
+
+    eps: Array | None  # (B, L, positions, C) predicted noise
+    hidden: Array | None  # (B, L, positions, C) the AR condition, upsampled
+    clean: Array | None  # (B, L, positions, C) the clean stream, upsampled
+    text: Array | None  # (B, T, vocabulary) logits of the next token
+
+
+class ModelCache(NamedTuple):
+    """Keys and values of what has been read or generated, of the two stages."""
+
+    ar: StageCache
+    diffusion: StageCache
+
+
+class MADFormer(nn.Module):
+    """The model. Fields are plain values; names as in the config (`config.base`), sizes as in `config.Sizes`."""
+
+    width: int
+    heads: int
+    depth: int
+    diffusion_depth: int
+    mlp_width: int
+    grid: int
+    block_side: int
+    token_side: int
+    channels: int
+    unet: Any  # fields shared by Downsampler and Upsampler, but the type of the computation
+    rope: str
+    clean_timestep: str
+    hidden_from: str
+    clean_stream: bool
+    ar_condition: bool
+    shared: bool
+    block_only: bool
+    classes: int
+    text_length: int
+    attention: str
+    dtype: Any
+    remat: str
+    unroll: int
+
+    @property
+    def blocks(self) -> int:
+        return self.grid**2
+
+    def setup(self) -> None:
+        self.downsampler = Downsampler(self.width, **self.unet, dtype=self.dtype)
+        self.upsampler = Upsampler(self.channels, **self.unet, dtype=self.dtype)
+        self.boi = self.param(
+            "boi",
+            nn.with_logical_partitioning(nn.initializers.normal(1.0), ("tokens", "embed")),
+            (self.token_side**2, self.width),
+        )
+        towers = {name: "image" if self.shared else name for name in ("clean", "pred") if self.clean_stream or name == "pred"}
+        if self.classes:
+            towers["text"] = "text"
+            self.embedding = nn.Embed(
+                self.classes + 1,  # the last one means "none"
+                self.width,
+                dtype=self.dtype,
+                embedding_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
+            )
+            self.text_head = nn.Dense(
+                self.classes + 1,
+                use_bias=False,
+                dtype=jnp.float32,
+                kernel_init=nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("embed", "vocab")),
+            )
+        layer = {
+            "width": self.width,
+            "heads": self.heads,
+            "mlp_width": self.mlp_width,
+            "dtype": self.dtype,
+            "towers": towers,
+            "attention": self.attention,
+        }
+        ar, diffusion = self.depth - self.diffusion_depth, self.diffusion_depth
+        self.ar_layers = Stage(ar, {**layer, "block_only": False}, self.remat, self.unroll)
+        self.diffusion_layers = Stage(diffusion, {**layer, "block_only": self.block_only}, self.remat, self.unroll)
+
+    def _image_positions(self) -> Rotary:
+        rows, cols = rope.image_positions(self.grid, self.token_side)
+        side = self.grid * self.token_side
+        return rope.rotary(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
+
+    def _text_positions(self) -> Rotary:
+        rows, cols = rope.text_positions(self.text_length)
+        side = self.grid * self.token_side
+        return rope.rotary(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
+
+    def _down(self, z: Array, t: Array) -> tuple[Array, list[Array]]:
+        """Blocks (B, n, positions, C) and timesteps (B, n) -> tokens (B, n, s, d) and skips (B * n, ...)."""
+        tokens, skips = self.downsampler(z.reshape(-1, self.block_side, self.block_side, self.channels), t.reshape(-1))
+        return self._constrain(tokens.reshape(*t.shape, -1, self.width)), skips
+
+    def _up(self, h: Array, t: Array, skips: list[Array]) -> Array:
+        """Tokens (B, n, s, d), timesteps (B, n) and skips -> blocks (B, n, positions, C)."""
+        x = self.upsampler(h.reshape(-1, self.token_side, self.token_side, self.width), t.reshape(-1), skips)
+        return x.reshape(*t.shape, -1, self.channels)
+
+    def _constrain(self, h: Array) -> Array:
+        return nn.with_logical_constraint(h, ("batch", "blocks", "tokens", "embed"))
+
+    def _boi(self, batch: int) -> Array:
+        return jnp.broadcast_to(self.boi.astype(self.dtype), (batch, 1, *self.boi.shape))
+
+    def __call__(
+        self,
+        z: Array,
+        noisy: Array,
+        t: Array,
+        tokens: Array | None = None,
+        *,
+        clean_t: Array | None = None,
+        terms: tuple[str, ...] = TERMS,
+    ) -> Outputs:
+        """The forward pass of training, all blocks at once (section 3.4). What no term in `terms` needs is not computed.
+
+        Args:
+          z, noisy: clean and noisy latent blocks, (B, L, positions, C) float32.
+          t: timestep of each noisy block, (B, L) integers 0..999.
+          tokens: text tokens (B, T) integers, where the model is conditional; a class, or `classes` for none.
+          clean_t: timestep given to the clean blocks (B, L); by default what `clean_timestep` says: t or zero.
+          terms: terms of the loss that are wanted, of `TERMS`.
+        """
+        image, hidden, clean_out, text_out = (term in terms for term in TERMS)
+        clean_out = clean_out and self.clean_stream
+        text_out = text_out and bool(self.classes)
+        if clean_t is None:
+            clean_t = t if self.clean_timestep == "noisy" else jnp.zeros_like(t)
+        c, c_skips = self._down(z, clean_t)
+        pred = jnp.concatenate([self._boi(z.shape[0]), c[:, :-1]], axis=1)  # p_i = c_(i-1), (B, L, s, d)
+
+        # The last clean block is seen by nobody but itself: without an output of its own it need not exist.
+        used = c if clean_out else c[:, :-1]
+        if not self.clean_stream or not used.shape[1]:
+            used = None
+        embedded = None if tokens is None else self.embedding(tokens)
+        positions = self._image_positions()
+        clean_positions = None if used is None else Rotary(*(x[: used.shape[1]] for x in positions))
+        rotary = Streams(None if tokens is None else self._text_positions(), clean_positions, positions)
+
+        # Which streams go on: into the diffusion layers, and out of them.
+        conditioned = self.ar_condition or (hidden and self.hidden_from == "condition") or self.is_initializing()
+        noised = image or (hidden and self.hidden_from == "noisy")
+        into = Streams(
+            text=text_out or image or clean_out,
+            clean=clean_out or (image and not self.block_only),
+            pred=conditioned,
+        )
+        out = Streams(text=text_out, clean=clean_out, pred=image)
+        streams = Streams(embedded, used, pred if conditioned or not self.clean_stream else None)
+        streams = self.ar_layers(streams, rotary, keys_only=_ending(streams, into))
+        streams = _keep(streams, into)
+        condition = streams.pred
+        if noised:
+            x, x_skips = self._down(noisy, t)
+            streams = streams._replace(pred=condition + x if self.ar_condition else x)
+        if self.hidden_from == "noisy":
+            condition = streams.pred
+        if any(out):
+            streams = streams if image else streams._replace(pred=None)
+            streams = self.diffusion_layers(streams, rotary, keys_only=_ending(streams, out))
+        return Outputs(
+            eps=self._up(streams.pred, t, x_skips) if image else None,
+            hidden=self._up(condition, clean_t, c_skips) if hidden else None,
+            clean=self._up(streams.clean, clean_t, c_skips) if clean_out else None,
+            text=self.text_head(streams.text) if text_out else None,
+        )
+
+    # Sampling: one block at a time. Where the cache's batch is a multiple of the block's (guidance), the block is repeated.
+
+    def empty_cache(self, batch: int) -> ModelCache:
+        """A cache with no block in it, for `batch` images (twice as many with guidance)."""
+        head_size = self.width // self.heads
+        slots = self.blocks - 1
+
+        def zeros(layers: tuple[int, ...], *sizes: int) -> KV:
+            x = jnp.zeros((*layers, batch, *sizes, self.heads, head_size), self.dtype)
+            return KV(x, x)
+
+        def cache(layers: tuple[int, ...], context: bool) -> Cache:
+            return Cache(
+                zeros(layers, slots, self.token_side**2) if context and slots else None,
+                zeros(layers, self.text_length) if self.classes else None,
+            )
+
+        def stage(layers: int, context: bool) -> StageCache:
+            return StageCache(
+                cache((layers - 1,), context) if layers > 1 else None, cache((), context) if layers else None
+            )
+
+        ar = self.depth - self.diffusion_depth
+        return ModelCache(stage(ar, True), stage(self.diffusion_depth, not self.block_only))
+
+    def read_text(self, cache: ModelCache, tokens: Array) -> ModelCache:
+        """Runs the text tower on tokens (B, T) and puts its keys and values into the cache."""
+        streams, position = Streams(text=self.embedding(tokens)), self._text_positions()
+        streams, ar = self.ar_layers.step(streams, cache.ar, position, 0)
+        streams, diffusion = self.diffusion_layers.step(streams, cache.diffusion, position, 0)
+
+        def fill(cache: Cache | None, own: KV | None) -> Cache | None:
+            return None if cache is None else cache._replace(text=own)
+
+        return ModelCache(
+            StageCache(*map(fill, cache.ar, ar)), StageCache(*map(fill, cache.diffusion, diffusion))
+        )
+
+    def begin(self, batch: int) -> Array:
+        """The first block's prediction stream, BOI: (B, 1, s, d)."""
+        return self._boi(batch)
+
+    def embed_clean(self, z: Array, t: Array) -> Array:
+        """A generated block (B, 1, positions, C), embedded with timestep t (a scalar): (B, 1, s, d)."""
+        return self._down(z, jnp.full(z.shape[:2], t))[0]
+
+    def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
+        """The AR layers' condition for block `block` from the embedding of the block before, both (B, 1, s, d).
+
+        Zero without the AR condition. Without the clean stream the cache takes this pass's keys and values.
+        """
+        if not self.ar_condition and self.clean_stream:
+            return jnp.zeros_like(pred), cache
+        streams, own = self.ar_layers.step(Streams(pred=pred), cache.ar, self._position(block), block)
+        if not self.clean_stream:
+            cache = cache._replace(ar=_write(cache.ar, own, block))
+        return streams.pred if self.ar_condition else jnp.zeros_like(pred), cache
+
+    def denoise(
+        self, cache: ModelCache, condition: Array, noisy: Array, t: Array, block: int | Array
+    ) -> tuple[Array, tuple[KV | None, KV | None]]:
+        """Predicted noise of a noisy block (B, 1, positions, C) at timestep t (a scalar); the diffusion layers only.
+
+        Returns it, (cache batch, 1, positions, C), with the layers' own keys and values, which `remember` takes.
+        """
+        x, skips = self._down(noisy, jnp.full(noisy.shape[:2], t))
+        repeats = condition.shape[0] // noisy.shape[0]
+        x, *skips = (jnp.tile(y, (repeats,) + (1,) * (y.ndim - 1)) for y in (x, *skips))
+        streams = Streams(pred=condition + x)
+        streams, own = self.diffusion_layers.step(streams, cache.diffusion, self._position(block), block)
+        return self._up(streams.pred, jnp.full(x.shape[:2], t), skips), own
+
+    def remember(self, cache: ModelCache, own: tuple[KV | None, KV | None], block: int | Array) -> ModelCache:
+        """Without the clean stream: caches the diffusion layers' keys and values of the last solver step."""
+        return cache._replace(diffusion=_write(cache.diffusion, own, block))
+
+    def extend(self, cache: ModelCache, clean: Array, block: int | Array) -> ModelCache:
+        """Runs the clean tower on a generated block, embedded (B, 1, s, d), and caches its keys and values."""
+        position = self._position(block)
+        streams, own = self.ar_layers.step(Streams(clean=clean), cache.ar, position, block)
+        cache = cache._replace(ar=_write(cache.ar, own, block))
+        if self.block_only:
+            return cache
+        _, own = self.diffusion_layers.step(streams, cache.diffusion, position, block)
+        return cache._replace(diffusion=_write(cache.diffusion, own, block))
+
+    def _position(self, block: int | Array) -> Rotary:
+        return Rotary(*(x[block][None] for x in self._image_positions()))
+
+
+def _ending(streams: Streams, kept: Streams) -> tuple[str, ...]:
+    """Names of the streams that are there but go no further."""
+    return tuple(n for n in Streams._fields if getattr(streams, n) is not None and not getattr(kept, n))
+
+
+def _keep(streams: Streams, kept: Streams) -> Streams:
+    return Streams(*(x if keep else None for x, keep in zip(streams, kept, strict=True)))
+
+
+def _write(cache: StageCache, own: tuple[KV | None, KV | None], block: int | Array) -> StageCache:
+    """Puts the keys and values of one block (..., B, 1, s, H, h) into its slot of the context (..., B, slots, s, H, h)."""
+
+    def fill(cache: Cache | None, own: KV | None) -> Cache | None:
+        if cache is None or own is None or cache.context is None:
+            return cache
+        axis = own.k.ndim - 4
+        kv = (jax.lax.dynamic_update_slice_in_dim(x, y, block, axis) for x, y in zip(cache.context, own, strict=True))
+        return cache._replace(context=KV(*kv))
+
+    return StageCache(*map(fill, cache, own))
+
+
+def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
+    """The model of a validated config; `platform` (cpu, gpu, tpu) is where it will run, by default JAX's backend."""
+    m, sizes = c.model, config_lib.sizes(c)
+    unet = {
+        "channels": tuple(m.unet_channels),
+        "layers": m.unet_layers,
+        "attention": tuple(m.unet_attention),
+        "groups": m.unet_groups,
+        "heads": m.unet_heads,
+        "time_width": m.unet_time_width,
+        "time_embedding": m.time_embedding,
+        "stride": m.unet_stride,
+    }
+    return MADFormer(
+        width=m.width,
+        heads=m.heads,
+        depth=m.depth,
+        diffusion_depth=m.diffusion_depth,
+        mlp_width=m.mlp_width,
+        grid=sizes.grid,
+        block_side=sizes.block_side,
+        token_side=sizes.token_side,
+        channels=sizes.channels,
+        unet=unet,
+        rope=m.rope,
+        clean_timestep=m.clean_timestep,
+        hidden_from=m.hidden_from,
+        clean_stream=m.clean_stream,
+        ar_condition=m.ar_condition,
+        shared=m.param_sets == "shared",
+        block_only=m.diffusion_attention == "block",
+        classes=m.classes,
+        text_length=1,
+        attention=attention.choose(m.attention, platform or jax.default_backend(), m.dtype),
+        dtype=jnp.dtype(m.dtype),
+        remat=m.remat,
+        unroll=m.scan_unroll,
+    )
+
+
+def init(model: MADFormer, key: Array) -> Any:
+    """Fresh float32 parameters, boxed with their logical axes (`flax.linen.meta.unbox` strips them)."""
+    z = jnp.zeros((1, model.blocks, model.block_side**2, model.channels))
+    t = jnp.zeros((1, model.blocks), jnp.int32)
+    tokens = jnp.zeros((1, model.text_length), jnp.int32) if model.classes else None
+    return model.init(key, z, z, t, tokens)["params"]

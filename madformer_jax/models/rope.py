@@ -1,0 +1,51 @@
+"""2-D rotary position embedding: the release's variant and the axial one (MADFormer, section 3.3)."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine for a set of positions, each (..., head size)."""
+
+    cos: Array
+    sin: Array
+
+
+def image_positions(grid: int, token_side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of all tokens on the image's token grid, each (L, s): blocks in raster order, tokens likewise."""
+    row, col = np.divmod(np.arange(token_side**2), token_side)
+    block_row, block_col = np.divmod(np.arange(grid**2), grid)
+    return block_row[:, None] * token_side + row, block_col[:, None] * token_side + col
+
+
+def text_positions(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of text tokens, each (T,): on the diagonal before the image's first corner."""
+    return np.arange(-length, 0), np.arange(-length, 0)
+
+
+def rotary(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, variant: str) -> Rotary:
+    """Cosines and sines of the angles of positions (rows, cols) on a token grid of `side` x `side`.
+
+    `release`: base b = (floor(8 side / pi) // 100 + 1) * 100, head_size / 4 frequencies b ** -(linspace(0, h, h/4) / h);
+    angles are [rows twice, columns twice]. `axial` orders the same angles so that a dimension and its partner
+    h/2 further turn by the same angle, which makes each pair a true rotation.
+    """
+    base = (math.floor(8 * side / math.pi) // 100 + 1) * 100
+    frequencies = float(base) ** -(np.linspace(0, head_size, head_size // 4) / head_size)
+    row, col = rows[..., None] * frequencies, cols[..., None] * frequencies
+    order = (row, row, col, col) if variant == "release" else (row, col, row, col)
+    angles = np.concatenate(order, axis=-1)
+    return Rotary(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32))
+
+
+def rotate(x: Array, position: Rotary) -> Array:
+    """x * cos + rotate_half(x) * sin, for x (..., s, H, h) and positions (..., s, h); computed in float32."""
+    half = x.shape[-1] // 2
+    y = x.astype(jnp.float32)
+    rotated = jnp.concatenate([-y[..., half:], y[..., :half]], axis=-1)
+    cos, sin = position.cos[..., None, :], position.sin[..., None, :]
+    return (y * cos + rotated * sin).astype(x.dtype)

@@ -1,0 +1,229 @@
+"""Decoder layer and stage: towers, RMSNorm, QK-norm, SwiGLU (MADFormer, section 3.3)."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from madformer_jax.models import attention
+from madformer_jax.models.attention import KV, QKV
+from madformer_jax.models.rope import Rotary, rotate
+
+ATTENTION_NORM_EPS = 1e-5
+QK_NORM_EPS = 1e-6
+
+
+class Streams(NamedTuple):
+    """What the decoder layers carry; a stream that is absent, or no longer needed, is None.
+
+    text (B, T, d); clean (B, blocks, s, d); pred (B, blocks, s, d), the prediction (later noisy) stream.
+    """
+
+    text: Any = None
+    clean: Any = None
+    pred: Any = None
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, or stacked over layers: of the image context (B, slots, s, H, h), of the text (B, T, H, h)."""
+
+    context: KV | None
+    text: KV | None
+
+
+def dense(features: int, axes: tuple[str, str], *, bias: bool, scale: float, dtype: Any, name: str | None = None) -> nn.Dense:
+    """A linear layer with uniform weights of variance scale / fan_in and zero bias; `axes` are its logical axes."""
+    return nn.Dense(
+        features,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.variance_scaling(scale, "fan_in", "uniform"), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )
+
+
+def xavier(fan_in: int, fan_out: int) -> float:
+    """Scale over fan_in of Xavier's variance 2 / (fan_in + fan_out)."""
+    return 2 * fan_in / (fan_in + fan_out)
+
+
+def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
+    scale = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=scale)
+
+
+class Tower(nn.Module):
+    """One stream's parameters in a decoder layer; the attention between `qkv` and `finish` is joint."""
+
+    width: int
+    heads: int
+    mlp_width: int
+    dtype: Any
+
+    def setup(self) -> None:
+        d, dtype = self.width, self.dtype
+        self.attention_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
+        # the release initialises q, k, v as one matrix d -> 3 d
+        self.query = dense(d, ("embed", "heads"), bias=True, scale=xavier(d, 3 * d), dtype=dtype)
+        self.key = dense(d, ("embed", "heads"), bias=True, scale=xavier(d, 3 * d), dtype=dtype)
+        self.value = dense(d, ("embed", "heads"), bias=True, scale=xavier(d, 3 * d), dtype=dtype)
+        self.query_norm = rms_norm(QK_NORM_EPS, dtype)
+        self.key_norm = rms_norm(QK_NORM_EPS, dtype)
+        self.out = dense(d, ("heads", "embed"), bias=True, scale=1.0, dtype=dtype)
+        self.mlp_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
+        scale = xavier(d, self.mlp_width)
+        self.gate = dense(self.mlp_width, ("embed", "mlp"), bias=False, scale=scale, dtype=dtype)
+        self.up = dense(self.mlp_width, ("embed", "mlp"), bias=False, scale=scale, dtype=dtype)
+        self.down = dense(d, ("mlp", "embed"), bias=False, scale=xavier(self.mlp_width, d), dtype=dtype)
+
+    def qkv(self, x: Array, position: Rotary, queries: bool = True) -> QKV:
+        """x (..., s, d) -> queries (unless only keys and values are wanted), keys, values, each (..., s, H, h)."""
+        y = self.attention_norm(x)
+
+        def heads(projection: Array) -> Array:
+            return projection.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+
+        q = rotate(self.query_norm(heads(self.query(y))), position) if queries else None
+        return QKV(q, rotate(self.key_norm(heads(self.key(y))), position), heads(self.value(y)))
+
+    def finish(self, x: Array, attended: Array) -> Array:
+        """Output projection and SwiGLU, each with its residual: x (..., s, d), attended (..., s, H, h)."""
+        x = x + self.out(attended.reshape(x.shape))
+        y = self.mlp_norm(x)
+        return x + self.down(nn.silu(self.gate(y)) * self.up(y))
+
+
+class DecoderLayer(nn.Module):
+    """Joint attention of all streams between their towers.
+
+    `towers` maps a stream's name to the name of the tower that serves it; `block_only` restricts image blocks to
+    themselves and the text (paper Table 5).
+    """
+
+    width: int
+    heads: int
+    mlp_width: int
+    dtype: Any
+    towers: Mapping[str, str]
+    block_only: bool
+    attention: str
+
+    def setup(self) -> None:
+        self.tower = {
+            name: Tower(self.width, self.heads, self.mlp_width, self.dtype) for name in sorted(set(self.towers.values()))
+        }
+
+    def _qkv(self, name: str, x: Array, position: Rotary, queries: bool = True) -> QKV:
+        return self.tower[self.towers[name]].qkv(x, position, queries)
+
+    def _finish(self, name: str, x: Array, attended: Array) -> Array:
+        x = self.tower[self.towers[name]].finish(x, attended)
+        axes = ("batch", "tokens", "embed") if name == "text" else ("batch", "blocks", "tokens", "embed")
+        return nn.with_logical_constraint(x, axes)
+
+    def __call__(self, streams: Streams, positions: Streams, keys_only: tuple[str, ...] = ()) -> tuple[Streams, None]:
+        """All blocks at once. Streams named in `keys_only` give keys and values to the others and end here.
+
+        Args:
+          streams: see `Streams`.
+          positions: the `Rotary` of each stream.
+        """
+        given = {name: x for name, x in streams._asdict().items() if x is not None}
+        qkv = {name: self._qkv(name, x, getattr(positions, name), name not in keys_only) for name, x in given.items()}
+        image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
+        text = qkv.get("text")
+        source = qkv.get("clean", None if "clean" in self.towers else qkv.get("pred"))
+        context = None if source is None or self.block_only else source.kv
+        attended = {}
+        if image:
+            outputs = attention.block_attention(
+                [qkv[name] for name in image], context, None if text is None else text.kv, implementation=self.attention
+            )
+            attended = dict(zip(image, outputs, strict=True))
+        if text is not None and text.q is not None:
+            attended["text"] = attention.attend(text.q, text.k, text.v, causal=True)
+        return Streams(**{name: self._finish(name, given[name], attended[name]) for name in attended}), None
+
+    def step(self, streams: Streams, cache: Cache, position: Rotary, block: int | Array) -> tuple[Streams, KV]:
+        """One stream alone, in sampling: a block (B, 1, s, d) against the cache, or the text against itself.
+
+        Returns the stream and its own keys and values, for the cache.
+        """
+        ((name, x),) = ((n, x) for n, x in streams._asdict().items() if x is not None)
+        own = self._qkv(name, x, position)
+        if name == "text":
+            attended = attention.attend(own.q, own.k, own.v, causal=True)
+        else:
+            context = None if self.block_only else cache.context
+            attended = attention.cached_attention(own, context, cache.text, block, implementation=self.attention)
+        return Streams(**{name: self._finish(name, x, attended)}), own.kv
+
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Stage(nn.Module):
+    """A run of decoder layers: a scan over all but the last, which stands alone so that streams can end in it."""
+
+    layers: int
+    layer: Mapping[str, Any]  # fields of DecoderLayer
+    remat: str
+    unroll: int
+
+    def setup(self) -> None:
+        layer: Any = DecoderLayer
+        if self.remat != "none":
+            layer = nn.remat(
+                DecoderLayer, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(3,), methods=["__call__"]
+            )
+        if self.layers > 1:
+            common = {
+                "variable_axes": {"params": 0},
+                "split_rngs": {"params": True},
+                "length": self.layers - 1,
+                "unroll": self.unroll,
+                "metadata_params": {nn.PARTITION_NAME: "layers"},
+            }
+            scanned = nn.scan(
+                layer,
+                methods={
+                    "__call__": {**common, "in_axes": nn.broadcast},
+                    "step": {**common, "in_axes": (0, nn.broadcast, nn.broadcast)},
+                },
+            )
+            self.body = scanned(**self.layer)
+        if self.layers:
+            self.last = layer(**self.layer)
+
+    def __call__(self, streams: Streams, positions: Streams, keys_only: tuple[str, ...] = ()) -> Streams:
+        """All blocks at once; streams named in `keys_only` end in the last layer."""
+        if self.layers > 1:
+            streams, _ = self.body(streams, positions)
+        if self.layers:
+            streams, _ = self.last(streams, positions, keys_only)
+        return streams
+
+    def step(
+        self, streams: Streams, cache: "StageCache", position: Rotary, block: int | Array
+    ) -> tuple[Streams, tuple[KV | None, KV | None]]:
+        """One stream against the cache; returns it with its keys and values of (body, last)."""
+        body = last = None
+        if self.layers > 1:
+            streams, body = self.body.step(streams, cache.body, position, block)
+        if self.layers:
+            streams, last = self.last.step(streams, cache.last, position, block)
+        return streams, (body, last)
+
+
+class StageCache(NamedTuple):
+    """Caches of a stage: of the scanned layers (stacked on a leading axis) and of the last one."""
+
+    body: Cache | None
+    last: Cache | None
