@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# What happens on one host of a pod. tpu.sh and gke_xpk.sh call it on all hosts; it runs by hand as well.
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+usage: launch/host.sh VERB [-- main.py arguments]
+
+  install              virtual environment .venv with requirements.txt and JAX for TPU
+  start -- ARGUMENTS   main.py in the background, output to ~/.madformer/log; refuses while one runs
+  status               idle | running | done | failed N | interrupted
+  stop                 SIGTERM, so that the run saves; SIGKILL after 90 s
+  run -- ARGUMENTS     main.py in the foreground
+  container -- ARGUMENTS   as run, after installing requirements.txt with pip (GKE)
+
+A run that was told to stop (SIGTERM) exits with status 143, whatever main.py returns, so that
+nobody takes a saved but unfinished training for a finished one.
+
+environment: MADFORMER_STATE (default ~/.madformer), MADFORMER_COMMAND (default: python -m madformer_jax.main)
+USAGE
+}
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/common.sh
+source "$HERE/common.sh"
+cd "$ROOT"
+STATE=${MADFORMER_STATE:-$HOME/.madformer}
+GRACE=${MADFORMER_GRACE:-90} # the run promises to save and exit within 30 s
+
+main_command() {
+  local python=python3
+  [[ -x .venv/bin/python ]] && python=.venv/bin/python
+  # A command of several words, hence the unquoted expansion.
+  # shellcheck disable=SC2206
+  COMMAND=(${MADFORMER_COMMAND:-$python -u -m madformer_jax.main})
+}
+
+# Runs main.py, passes SIGTERM and SIGINT on, returns its exit status, or 143 when it was told to stop.
+supervise() {
+  local child='' stopped=0 code=0
+  trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
+  main_command
+  "${COMMAND[@]}" "$@" &
+  child=$!
+  ((!stopped)) || kill -TERM "$child"
+  while true; do
+    code=0
+    wait "$child" || code=$?
+    kill -0 "$child" 2>/dev/null || break # wait also returns when a signal arrives
+  done
+  if ((stopped)); then code=143; fi
+  return "$code"
+}
+
+# The whole life of a background run. It holds the lock, as do its children: a process that is left over and holds
+# the TPU counts as running.
+background() {
+  local code=0
+  supervise "$@" || code=$?
+  case $code in
+    0) echo 'done' ;;
+    130 | 143) echo 'interrupted' ;;
+    *) echo "failed $code" ;;
+  esac >"$STATE/status.new"
+  mv "$STATE/status.new" "$STATE/status"
+}
+
+is_running() {
+  [[ -e $STATE/lock ]] && ! flock --nonblock "$STATE/lock" true
+}
+
+status() {
+  local word=idle
+  [[ -e $STATE/status ]] && word=$(<"$STATE/status")
+  if is_running; then
+    word=running
+  elif [[ $word == running ]]; then
+    word=interrupted # no process and no last word: the host was restarted or the run was killed
+  fi
+  echo "madformer $(hostname) $word"
+}
+
+start() {
+  mkdir -p "$STATE"
+  exec 9>"$STATE/lock"
+  if ! flock --nonblock 9; then
+    echo "host.sh: a run is already going on $(hostname); stop it first (launch/tpu.sh stop)." >&2
+    exit 1
+  fi
+  echo running >"$STATE/status"
+  # A session of its own, so that it outlives ssh; the lock passes on through descriptor 9.
+  setsid nohup bash "$HERE/host.sh" background -- "$@" >>"$STATE/log" 2>&1 </dev/null &
+  echo "$!" >"$STATE/pid"
+  status
+}
+
+stop() {
+  local pid deadline=$((SECONDS + GRACE))
+  is_running || { status; return; }
+  pid=$(<"$STATE/pid")
+  kill -TERM "$pid" 2>/dev/null || true
+  while is_running && ((SECONDS < deadline)); do sleep 0.5; done
+  if is_running; then
+    kill -KILL -- "-$pid" 2>/dev/null || true # the whole session, data workers included
+    sleep 1
+  fi
+  status
+}
+
+install() {
+  # TPU images bring Python 3.10, JAX wants 3.11 or newer: uv fetches one.
+  PATH=$HOME/.local/bin:$PATH
+  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  uv venv --quiet --allow-existing --python 3.11 .venv
+  uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]'
+  .venv/bin/python -c 'import jax, madformer_jax; print("installed: jax", jax.__version__)'
+}
+
+verb=${1:-}
+(($#)) && shift
+[[ ${1:-} == -- ]] && shift
+case $verb in
+  install | status | stop) "$verb" ;;
+  start | background) "$verb" "$@" ;;
+  run) supervise "$@" ;;
+  container)
+    python3 -m pip install --quiet -r requirements.txt 'jax[tpu]'
+    supervise "$@"
+    ;;
+  -h | --help) usage ;;
+  *) die "unknown verb '$verb': install, start, status, stop, run or container." ;;
+esac

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Several processes on this machine that train together over loopback: the multi-host code without a pod.
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+usage: launch/local.sh N [--port=PORT] [--grace=SECONDS] [--dry-run] -- main.py arguments
+
+Starts N processes of main.py that know each other through --coordinator, --num_processes and --process_id.
+Every line of output carries the number of its process. SIGTERM and ctrl-C go to all of them as SIGTERM. When one
+fails the others are stopped, after --grace (default 60) seconds by SIGKILL, and its exit status is ours.
+
+They run on the CPU unless JAX_PLATFORMS says otherwise. XLA_FLAGS=--xla_force_host_platform_device_count=4 gives
+each process four devices. MADFORMER_COMMAND replaces "python -m madformer_jax.main".
+USAGE
+}
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/common.sh
+source "$HERE/common.sh"
+
+N='' PORT=$((20000 + $$ % 20000)) GRACE=60
+while (($#)); do
+  case $1 in
+    --port=*) PORT=${1#*=} ;;
+    --grace=*) GRACE=${1#*=} ;;
+    --dry-run) DRY_RUN=1 ;;
+    --)
+      shift
+      break
+      ;;
+    -h | --help)
+      usage
+      exit
+      ;;
+    [1-9]*) N=$1 ;;
+    *) die "unknown setting '$1' (--help lists all; main.py's arguments come after --)." ;;
+  esac
+  shift
+done
+[[ $N =~ ^[1-9][0-9]*$ ]] || die "no number of processes: launch/local.sh 2 -- --config=..."
+(($#)) || die "no arguments for main.py: give them after --, such as -- --config=configs/digits.py --workdir=runs/digits"
+
+# A command of several words, hence the unquoted expansion.
+# shellcheck disable=SC2206
+COMMAND=(${MADFORMER_COMMAND:-python -u -m madformer_jax.main})
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+
+PIDS=() RESULT=0 DEADLINE=
+# stop STATUS: the first reason to stop is the one that counts.
+stop() {
+  ((RESULT)) || RESULT=$1
+  [[ -n $DEADLINE ]] || DEADLINE=$((SECONDS + GRACE))
+  ((${#PIDS[@]} == 0)) || kill -TERM "${PIDS[@]}" 2>/dev/null || true
+}
+trap 'stop 143' TERM
+trap 'stop 130' INT
+
+for ((i = 0; i < N; i++)); do
+  process=("${COMMAND[@]}" "$@" "--coordinator=127.0.0.1:$PORT" "--num_processes=$N" "--process_id=$i")
+  if ((DRY_RUN)); then
+    quote "${process[@]}"
+  else
+    "${process[@]}" > >(trap '' TERM INT; exec sed -u "s/^/[$i] /") 2>&1 &
+    PIDS[i]=$!
+  fi
+done
+((!RESULT)) || stop "$RESULT" # a signal that came while they were being started
+
+while ((${#PIDS[@]})); do
+  for i in "${!PIDS[@]}"; do
+    kill -0 "${PIDS[i]}" 2>/dev/null && continue
+    code=0
+    wait "${PIDS[i]}" || code=$?
+    unset 'PIDS[i]'
+    if ((code && !RESULT)); then
+      say "process $i failed with exit status $code: stopping the others"
+      stop "$code"
+    fi
+  done
+  if [[ -n $DEADLINE ]] && ((SECONDS >= DEADLINE && ${#PIDS[@]})); then
+    kill -KILL "${PIDS[@]}" 2>/dev/null || true # one that waits for a dead peer does not hear SIGTERM
+  fi
+  sleep 0.1
+done
+exit "$RESULT"

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Submits launch/slurm.sbatch: training on GPUs of one or more Slurm nodes.
+set -euo pipefail
+
+usage() {
+  cat <<'USAGE'
+usage: launch/slurm.sh --nodes=N --gpus=GPUS_PER_NODE [--per-node] [--name=NAME] [--dry-run] -- main.py arguments
+
+One process per GPU, or with --per-node one per node that drives all its GPUs. Run it with the virtual environment
+active that the job shall use. Partition, account and time limit come from sbatch's own variables: SBATCH_PARTITION,
+SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_CPUS_PER_GPU, SBATCH_MEM_PER_GPU. Output goes to NAME-JOBID.log (NAME is madformer by default).
+
+Two minutes before the time limit the run saves and the job queues again; it goes on from its workdir until
+main.py is done. --workdir must be on a file system that all nodes share.
+USAGE
+}
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=launch/common.sh
+source "$HERE/common.sh"
+
+NODES='' GPUS='' PER_NODE=0 NAME=madformer
+while (($#)); do
+  case $1 in
+    --nodes=*) NODES=${1#*=} ;;
+    --gpus=*) GPUS=${1#*=} ;;
+    --per-node) PER_NODE=1 ;;
+    --name=*) NAME=${1#*=} ;;
+    --dry-run) DRY_RUN=1 ;;
+    --)
+      shift
+      break
+      ;;
+    -h | --help)
+      usage
+      exit
+      ;;
+    *) die "unknown setting '$1' (--help lists all; main.py's arguments come after --)." ;;
+  esac
+  shift
+done
+[[ $NODES =~ ^[1-9][0-9]*$ ]] || die "no --nodes: give --nodes=N, the number of nodes."
+[[ $GPUS =~ ^[1-9][0-9]*$ ]] || die "no --gpus: give --gpus=N, the GPUs of each node."
+(($#)) || die "no arguments for main.py: give them after --, such as -- --config=configs/imagenet256.py --workdir=..."
+
+export MADFORMER_DEVICES=
+TASKS=$GPUS
+if ((PER_NODE)); then
+  TASKS=1
+  # JAX's Slurm support takes one GPU per process unless told which ones.
+  MADFORMER_DEVICES=$(seq -s, 0 $((GPUS - 1)))
+fi
+run sbatch --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$TASKS" --gpus-per-node="$GPUS" --chdir="$ROOT" \
+  --output="%x-%j.log" "$HERE/slurm.sbatch" "$@"
