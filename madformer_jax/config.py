@@ -44,6 +44,7 @@ def base() -> ConfigDict:
     c.model.param_sets = "separate"  # towers of the clean and the noisy stream; or "shared" (paper Table 4)
     c.model.diffusion_attention = "sequence"  # or "block" (release: denoising_mlp; paper Table 5)
     c.model.classes = 0  # 0: unconditional; else one label token per image, and one more label for "none"
+    c.model.text_length = 1  # T, tokens of the text stream; a data source's "label" holds as many
     c.model.attention = "auto"  # implementation of skip-causal attention: auto, reference, blocks, cudnn, splash
     c.model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
     c.model.remat = "none"  # what the backward pass recomputes: none, dots, full (docs/performance.md)
@@ -160,7 +161,9 @@ def release(meta: dict[str, Any]) -> ConfigDict:
     c.model.rope = "release"
     c.model.time_embedding = "raw"
     c.model.clean_timestep = "noisy"
-    c.model.hidden_from = "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
+    c.model.hidden_from = (
+        "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
+    )
     c.model.clean_stream = not variant("clear_clean")
     c.model.ar_condition = not variant("clear_cond")
     c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
@@ -266,6 +269,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.unet_time_width": (2, math.inf),
     "model.unet_stride": (1, 2),
     "model.classes": (0, math.inf),
+    "model.text_length": (1, math.inf),
     "model.scan_unroll": (1, math.inf),
     "loss.image": (0, math.inf),
     "loss.hidden": (0, math.inf),
@@ -338,9 +342,13 @@ def validate(c: ConfigDict) -> Sizes:
     if m.time_embedding == "sinusoidal" and m.unet_time_width % 2:
         raise ConfigError(f"config.model.unet_time_width={m.unet_time_width} must be even for a sinusoidal embedding.")
     if c.loss.clean and not m.clean_stream:
-        raise ConfigError("config.loss.clean needs config.model.clean_stream=True: there is no clean output without it.")
-    if c.loss.text and not m.classes:
-        raise ConfigError("config.loss.text needs conditioning: set config.model.classes.")
+        raise ConfigError(
+            "config.loss.clean needs config.model.clean_stream=True: there is no clean output without it."
+        )
+    if c.loss.text and not (m.classes and m.text_length > 1):
+        raise ConfigError(
+            "config.loss.text needs text to predict: config.model.classes > 0 and config.model.text_length of 2 or more."
+        )
     if not any(c.loss.values()):
         raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
     if c.train.batch % c.train.accumulate:
@@ -348,7 +356,9 @@ def validate(c: ConfigDict) -> Sizes:
             f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
         )
     if c.sample.guidance != 1.0 and not m.classes:
-        raise ConfigError(f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes).")
+        raise ConfigError(
+            f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes)."
+        )
     labels(c)
     return sizes(c)
 

@@ -59,7 +59,9 @@ def _source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, diffusion
         return _Source(("boi_block",), None, False)
     leaf = _LEAF[path[-1]]
     if path[0] in ("ar_layers", "diffusion_layers"):
-        first, count = (0, depth - diffusion_depth) if path[0] == "ar_layers" else (depth - diffusion_depth, diffusion_depth)
+        first, count = (
+            (0, depth - diffusion_depth) if path[0] == "ar_layers" else (depth - diffusion_depth, diffusion_depth)
+        )
         layers = range(first, first + count - 1) if path[1] == "body" else [first + count - 1]
         name = _TOWER[path[3]].format(t=_TOWERS[path[2]])
         part = _QKV.index(path[3]) if path[3] in _QKV else None
@@ -99,8 +101,10 @@ def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _Sour
       ConfigError: the release has no such model.
     """
     if c.model.classes or c.model.param_sets != "separate":
-        raise ConfigError("the release's weights have no text tower and no shared towers: model.classes must be 0 and "
-                          "model.param_sets 'separate'.")
+        raise ConfigError(
+            "the release's weights have no text tower and no shared towers: model.classes must be 0 and "
+            "model.param_sets 'separate'."
+        )
     model = madformer.build(c)
     params = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))
     depths = c.model.depth, c.model.diffusion_depth

@@ -41,9 +41,7 @@ def attend(q: Array, k: Array, v: Array, *, implementation: str = "blocks", caus
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
 
 
-def block_attention(
-    streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str
-) -> list[Array]:
+def block_attention(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
     """Attention of the image streams in training, all blocks at once.
 
     Args:
@@ -62,9 +60,7 @@ def block_attention(
     return function(streams, context, text)
 
 
-def _blocks(
-    streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str
-) -> list[Array]:
+def _blocks(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
     outputs: list[list[Array]] = [[] for _ in streams]
     for i in range(max(stream.k.shape[1] for stream in streams)):
         present = [n for n, stream in enumerate(streams) if i < stream.k.shape[1]]
@@ -124,9 +120,11 @@ def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None) -> l
         q, k, v = _with_query(stream)
         batch, blocks, tokens = q.shape[:3]
         i = jnp.repeat(jnp.arange(blocks), tokens)
-        keys, values, masks = [k.reshape(batch, -1, *k.shape[3:])], [v.reshape(batch, -1, *v.shape[3:])], [
-            i[:, None] == i[None, :]
-        ]
+        keys, values, masks = (
+            [k.reshape(batch, -1, *k.shape[3:])],
+            [v.reshape(batch, -1, *v.shape[3:])],
+            [i[:, None] == i[None, :]],
+        )
         if context is not None:
             j = jnp.repeat(jnp.arange(context.k.shape[1]), tokens)
             keys.append(context.k.reshape(batch, -1, *k.shape[3:]))

@@ -77,7 +77,9 @@ class MADFormer(nn.Module):
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("tokens", "embed")),
             (self.token_side**2, self.width),
         )
-        towers = {name: "image" if self.shared else name for name in ("clean", "pred") if self.clean_stream or name == "pred"}
+        towers = {
+            name: "image" if self.shared else name for name in ("clean", "pred") if self.clean_stream or name == "pred"
+        }
         if self.classes:
             towers["text"] = "text"
             self.embedding = nn.Embed(
@@ -228,9 +230,7 @@ class MADFormer(nn.Module):
         def fill(cache: Cache | None, own: KV | None) -> Cache | None:
             return None if cache is None else cache._replace(text=own)
 
-        return ModelCache(
-            StageCache(*map(fill, cache.ar, ar)), StageCache(*map(fill, cache.diffusion, diffusion))
-        )
+        return ModelCache(StageCache(*map(fill, cache.ar, ar)), StageCache(*map(fill, cache.diffusion, diffusion)))
 
     def begin(self, batch: int) -> Array:
         """The first block's prediction stream, BOI: (B, 1, s, d)."""
@@ -338,7 +338,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         shared=m.param_sets == "shared",
         block_only=m.diffusion_attention == "block",
         classes=m.classes,
-        text_length=1,
+        text_length=m.text_length,
         attention=attention.choose(m.attention, platform or jax.default_backend(), m.dtype),
         dtype=jnp.dtype(m.dtype),
         remat=m.remat,

@@ -34,7 +34,9 @@ class Cache(NamedTuple):
     text: KV | None
 
 
-def dense(features: int, axes: tuple[str, str], *, bias: bool, scale: float, dtype: Any, name: str | None = None) -> nn.Dense:
+def dense(
+    features: int, axes: tuple[str, str], *, bias: bool, scale: float, dtype: Any, name: str | None = None
+) -> nn.Dense:
     """A linear layer with uniform weights of variance scale / fan_in and zero bias; `axes` are its logical axes."""
     return nn.Dense(
         features,
@@ -114,7 +116,8 @@ class DecoderLayer(nn.Module):
 
     def setup(self) -> None:
         self.tower = {
-            name: Tower(self.width, self.heads, self.mlp_width, self.dtype) for name in sorted(set(self.towers.values()))
+            name: Tower(self.width, self.heads, self.mlp_width, self.dtype)
+            for name in sorted(set(self.towers.values()))
         }
 
     def _qkv(self, name: str, x: Array, position: Rotary, queries: bool = True) -> QKV:
@@ -181,7 +184,11 @@ class Stage(nn.Module):
         layer: Any = DecoderLayer
         if self.remat != "none":
             layer = nn.remat(
-                DecoderLayer, policy=REMAT_POLICIES[self.remat], prevent_cse=False, static_argnums=(3,), methods=["__call__"]
+                DecoderLayer,
+                policy=REMAT_POLICIES[self.remat],
+                prevent_cse=False,
+                static_argnums=(3,),
+                methods=["__call__"],
             )
         if self.layers > 1:
             common = {

@@ -1,0 +1,51 @@
+"""The noise schedule: DDPM linear betas, q(x_t | x_0) and the timesteps of a solver (MADFormer, sections 3.4 and 4)."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+TIMESTEPS = 1000
+BETA_FIRST, BETA_LAST = 1e-4, 2e-2
+
+
+def alphas_cumprod() -> np.ndarray:
+    """alpha_bar_t for t = 0 .. 999, float64 from betas rounded to float32, as PyTorch computes them."""
+    betas = np.linspace(BETA_FIRST, BETA_LAST, TIMESTEPS, dtype=np.float32)
+    return np.cumprod(1.0 - betas.astype(np.float64))
+
+
+def add_noise(z: Array, noise: Array, t: Array) -> Array:
+    """q(z_t | z): sqrt(alpha_bar) z + sqrt(1 - alpha_bar) noise, for z (B, L, positions, C) and t (B, L)."""
+    alpha_bar = jnp.asarray(alphas_cumprod(), jnp.float32)[t][..., None, None]
+    return jnp.sqrt(alpha_bar) * z + jnp.sqrt(1 - alpha_bar) * noise
+
+
+class Timesteps(NamedTuple):
+    """What a solver visits, in order: step k goes from t[k] to previous[k]; -1 is the clean end."""
+
+    t: np.ndarray
+    previous: np.ndarray
+
+
+def timesteps(solver: str, spacing: str, steps: int) -> Timesteps:
+    """The `steps` timesteps of a solver; every step is done, and it ends where the next one starts.
+
+    `leading` and `linspace` follow diffusers, where DPM-Solver++ lays one more point than DDIM and leaves out t = 0;
+    `trailing` starts at t = 999 for both.
+
+    Raises:
+      ValueError: the spacing is unknown.
+    """
+    extra = 1 if solver == "dpmpp_2m" else 0
+    if spacing == "trailing":
+        t = np.round(np.arange(TIMESTEPS, 0, -TIMESTEPS / steps))[:steps] - 1
+    elif spacing == "leading":
+        t = (np.arange(steps + extra) * (TIMESTEPS // (steps + extra)))[::-1][:steps]
+    elif spacing == "linspace":
+        t = np.round(np.linspace(0, TIMESTEPS - 1, steps + extra))[::-1][:steps]
+    else:
+        raise ValueError(f"spacing {spacing!r} is unknown: trailing, leading or linspace")
+    t = t.astype(np.int32)
+    return Timesteps(t, np.append(t[1:], -1).astype(np.int32))

@@ -1,0 +1,69 @@
+"""DDIM and DPM-Solver++ (2M), both as one table of coefficients (MADFormer, section 4).
+
+With the clean estimate x0 = (x - sigma eps) / alpha, every step of either solver is linear:
+x' = on_x x + on_x0 x0 + on_previous (x0 of the step before). The table is computed once in float64.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from madformer_jax.diffusion import schedule
+
+
+class Solver(NamedTuple):
+    """One row a step, each (steps,)."""
+
+    t: np.ndarray  # timestep at which the network is evaluated
+    alpha: np.ndarray
+    sigma: np.ndarray
+    on_x: np.ndarray
+    on_x0: np.ndarray
+    on_previous: np.ndarray
+
+
+class State(NamedTuple):
+    """The sample and the clean estimate of the step before, same shape."""
+
+    x: Array
+    x0: Array
+
+
+def table(solver: str, spacing: str, steps: int) -> Solver:
+    """Coefficients of `steps` steps: `ddim` (eta 0) or `dpmpp_2m` (midpoint, first order at the first and the last step).
+
+    Raises:
+      ValueError: the solver or the spacing is unknown.
+    """
+    t, previous = schedule.timesteps(solver, spacing, steps)
+    alpha_bar = np.append(schedule.alphas_cumprod(), 1.0)  # index -1: no noise left
+    alpha, sigma = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
+    next_alpha, next_sigma = np.sqrt(alpha_bar[previous]), np.sqrt(1 - alpha_bar[previous])
+    on_x = next_sigma / sigma
+    on_x0 = next_alpha - alpha * on_x
+    on_previous = np.zeros(steps)
+    if solver == "dpmpp_2m":
+        log_snr = np.log(alpha / sigma)
+        width = np.diff(log_snr)  # h of steps 0 .. steps - 2; the last one ends at infinity and is first order
+        for k in range(1, steps - 1):
+            second = on_x0[k] * width[k] / (2 * width[k - 1])
+            on_x0[k] += second
+            on_previous[k] = -second
+    elif solver != "ddim":
+        raise ValueError(f"solver {solver!r} is unknown: ddim or dpmpp_2m")
+    rows = (np.asarray(x, np.float32) for x in (alpha, sigma, on_x, on_x0, on_previous))
+    return Solver(t, *rows)
+
+
+def start(noise: Array) -> State:
+    return State(noise, jnp.zeros_like(noise))
+
+
+def step(state: State, eps: Array, row: Solver, clip: float = 0.0) -> State:
+    """One solver step with the network's eps and one row of the table; `clip` > 0 bounds the clean estimate to [-clip, clip]."""
+    x0 = (state.x - row.sigma * eps) / row.alpha
+    if clip:
+        x0 = jnp.clip(x0, -clip, clip)
+    return State(row.on_x * state.x + row.on_x0 * x0 + row.on_previous * state.x0, x0)
