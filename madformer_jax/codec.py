@@ -1,9 +1,8 @@
 """Image to latent to blocks and back: the only place where each happens."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 from ml_collections import ConfigDict
@@ -23,26 +22,36 @@ def from_blocks(blocks: Array, sizes: Sizes) -> Array:
 
 
 class Codec(NamedTuple):
-    """encode: a batch of the input pipeline and a key -> z (B, h, w, C); decode: z -> images (B, H, W, c) in [-1, 1]."""
+    """Image <-> latent.
 
-    encode: Callable[[Mapping[str, Array], Array], Array]
-    decode: Callable[[Array], Array]
+    params: weights, passed to the two functions so that a jitted program takes them as an argument.
+    encode: (params, batch of the input pipeline, key) -> z (B, h, w, C).
+    decode: (params, z) -> images (B, H, W, c) in [-1, 1].
+    """
+
+    params: Any
+    encode: Callable[[Any, Mapping[str, Array], Array], Array]
+    decode: Callable[[Any, Array], Array]
 
 
 def pixel(patch: int) -> Codec:
     """Space-to-depth: a square of `patch` x `patch` pixels becomes the channels of one latent position."""
 
-    def encode(batch: Mapping[str, Array], key: Array) -> Array:
+    def encode(params: Any, batch: Mapping[str, Array], key: Array) -> Array:
         return rearrange(batch["image"], "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
 
-    def decode(z: Array) -> Array:
+    def decode(params: Any, z: Array) -> Array:
         return rearrange(z, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)
 
-    return Codec(encode, decode)
+    return Codec({}, encode, decode)
 
 
 def build(c: ConfigDict) -> Codec:
-    """The codec of a validated config."""
+    """The codec of a validated config.
+
+    Raises:
+      ConfigError: the VAE's weights are missing or do not fit.
+    """
     if c.codec.name == "vae":
         from madformer_jax.models import vae  # its weights are read here, and only where they are used
 

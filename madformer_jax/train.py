@@ -1,0 +1,343 @@
+"""Training: state, step, loop."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from clu import metric_writers
+from jax import Array
+from ml_collections import ConfigDict
+
+from madformer_jax import checkpoint, codec, generate, partitioning
+from madformer_jax import config as config_lib
+from madformer_jax.config import ConfigError, Sizes
+from madformer_jax.data import pipeline
+from madformer_jax.diffusion import losses
+from madformer_jax.models import madformer
+from madformer_jax.models.madformer import MADFormer
+
+# ---- state
+
+
+class State(NamedTuple):
+    """All that training carries from step to step; arrays are sharded as `partitioning.RULES` says."""
+
+    step: Array  # () int32, steps done
+    params: Any  # float32
+    ema: Any  # float32, exponential moving average of params
+    optimizer: Any
+
+
+def learning_rate(c: ConfigDict) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up over `warmup` of the steps, then constant, cosine, or WSD, which stays constant
+    until the last `decay` of the steps and there falls as 0.5 ** (6 r), r from 0 to 1 (the release's)."""
+    o, steps = c.optimizer, c.train.steps
+    warmup = max(1, round(o.warmup * steps))
+    last = max(1.0, o.decay * steps)
+
+    def schedule(step: Array) -> Array:
+        rise = jnp.minimum(1.0, (step + 1) / warmup)
+        if o.schedule == "wsd":
+            fall = 0.5 ** (6 * jnp.clip((step - (steps - last)) / last, 0.0, 1.0))
+        elif o.schedule == "cosine":
+            fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)))
+        else:
+            fall = 1.0
+        return o.learning_rate * rise * fall
+
+    return schedule
+
+
+def optimizer(c: ConfigDict) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm."""
+    o = c.optimizer
+    adamw = optax.adamw(learning_rate(c), b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(o.clip), adamw) if o.clip else adamw
+
+
+def create_state(
+    model: MADFormer, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
+) -> tuple[Callable[[], State], State]:
+    """A function that creates the state of step 0, already sharded, and the abstract state with its shardings.
+
+    No device holds more than its shards, and the host holds nothing.
+    """
+
+    def boxed(key: Array) -> State:
+        params = madformer.init(model, key)
+        return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
+
+    key = jax.random.key(seed)
+    with partitioning.scope(mesh):
+        abstract = jax.eval_shape(boxed, key)
+        shardings = partitioning.shardings(abstract, mesh)
+
+    def create() -> State:
+        with partitioning.scope(mesh):
+            return jax.jit(lambda k: nn.meta.unbox(boxed(k)), out_shardings=shardings)(key)
+
+    return create, partitioning.abstract(nn.meta.unbox(abstract), shardings)
+
+
+# ---- step
+
+
+class Setup(NamedTuple):
+    """What a training step is made of."""
+
+    model: MADFormer
+    codec: codec.Codec
+    sizes: Sizes
+    tx: optax.GradientTransformation
+
+
+def setup(c: ConfigDict) -> Setup:
+    return Setup(madformer.build(c), codec.build(c), config_lib.sizes(c), optimizer(c))
+
+
+def make_step(s: Setup, c: ConfigDict) -> Callable[[State, dict[str, Array], Any], tuple[State, dict[str, Array]]]:
+    """The training step (state, batch, codec params) -> (state, metrics); pure, to be jitted with the state donated.
+
+    The randomness of step n is a function of (seed, n) alone.
+    """
+    weights = losses.Weights(**c.loss)
+    seed, parts, dropout = c.seed, c.train.accumulate, c.train.label_dropout
+    target, warm = c.train.ema_decay, c.train.ema_warmup
+    schedule = learning_rate(c)
+
+    def loss(params: Any, batch: dict[str, Array], codec_params: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        encode_key, drop_key, loss_key = jax.random.split(key, 3)
+        z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
+        tokens = None
+        if s.model.classes:
+            tokens = batch["label"].reshape(len(z), -1)
+            drop = jax.random.bernoulli(drop_key, dropout, (len(z), 1))
+            tokens = jnp.where(drop, s.model.classes, tokens)
+        return losses.training_loss(s.model, params, z, tokens, loss_key, weights)
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def step(state: State, batch: dict[str, Array], codec_params: Any) -> tuple[State, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        if parts == 1:
+            grads, metrics = gradient(state.params, batch, codec_params, key)
+        else:
+            # rows are dealt out in turn, so that every microbatch stays spread over the devices
+            micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+            def add(total: Any, part: tuple[Any, Array]) -> tuple[Any, dict[str, Array]]:
+                grads, metrics = gradient(state.params, part[0], codec_params, part[1])
+                return jax.tree.map(jnp.add, total, grads), metrics
+
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, metrics = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)))
+            grads = jax.tree.map(lambda g: g / parts, grads)
+            metrics = jax.tree.map(jnp.nanmean, {n: m for n, m in metrics.items()})
+        updates, opt_state = s.tx.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(target, (1 + state.step) / (10 + state.step)) if warm else target
+        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        return State(state.step + 1, params, ema, opt_state), metrics
+
+    return step
+
+
+# ---- loop
+
+
+class _Stop:
+    """SIGTERM asks for a save and a clean end; several processes agree on the step through JAX's preemption service."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        if jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def __call__(self, step: int) -> bool:
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def close(self) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def _mean(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over steps; a quarter of the timesteps that no block fell into counts for nothing."""
+    fetched = jax.device_get(metrics)
+    values = {name: np.array([m[name] for m in fetched], np.float64) for name in fetched[0]}
+    quarters = [name for name in values if name.startswith("loss_q")]
+    for name in quarters:
+        values[name] = values[name][~np.isnan(values[name])]
+    return {name: float(v.mean()) for name, v in values.items() if len(v)}
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def run(c: ConfigDict, workdir: str) -> None:
+    """Trains to `train.steps`, going on from the newest checkpoint in `workdir`, and draws a last grid of samples.
+
+    Raises:
+      ConfigError: a setting, the data, the workdir or a checkpoint is wrong; or the loss is no longer finite.
+    """
+    config_lib.validate(c)
+    info = pipeline.describe(c)
+    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    if (c.train.batch // c.train.accumulate) % partitioning.batch_devices(mesh):
+        raise ConfigError(
+            f"a microbatch of {c.train.batch // c.train.accumulate} images (train.batch / train.accumulate) is not a "
+            f"multiple of the {partitioning.batch_devices(mesh)} devices along data and fsdp."
+        )
+    share, shares = partitioning.batch_share(mesh, c.train.batch)
+    s = setup(c)
+    checkpoint.claim(workdir, c, write=jax.process_index() == 0)
+    create, abstract = create_state(s.model, s.tx, c.seed, mesh)
+    data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=c.train.keep, keep_every=c.train.keep_every)
+    logging.info(
+        "%d images, %d per step = %.1f epochs in %d steps; latent %d x %d x %d in %d blocks of %d tokens; attention %s",
+        info.count, c.train.batch, c.train.batch * c.train.steps / info.count, c.train.steps,
+        s.sizes.latent, s.sizes.latent, s.sizes.channels, s.sizes.blocks, s.sizes.tokens, s.model.attention,
+    )  # fmt: skip
+
+    restored = checkpoints.restore_latest(
+        params=abstract.params, ema=abstract.ema, optimizer=abstract.optimizer, data=None
+    )
+    if restored is None:
+        state = create()
+        partitioning.log_overview(state.params, state)
+    else:
+        first, items = restored
+        step_array = jax.device_put(np.int32(first), abstract.step.sharding)
+        state = State(step_array, items["params"], items["ema"], items["optimizer"])
+        data.set_state(items["data"])
+        logging.info("going on from step %d of %s", first, workdir)
+
+    step_fn = jax.jit(make_step(s, c), donate_argnums=0)
+    codec_params = jax.device_put(s.codec.params, partitioning.replicated(mesh))
+    writer = metric_writers.create_default_writer(
+        workdir, just_logging=jax.process_index() > 0, asynchronous=False
+    )
+    writer = metric_writers.MultiWriter([w for w in getattr(writer, "_writers", [writer]) if not _is_log(w)])
+    steps, step, stop = c.train.steps, int(state.step), _Stop()
+    trace = _trace(c.profile)
+
+    def save() -> None:
+        began = time.time()
+        checkpoints.save(
+            step, data=data.get_state(), params=state.params, ema=state.ema, optimizer=state.optimizer
+        )
+        logging.info("saving step %d to %s (%.1f s, the rest in the background)", step, workdir, time.time() - began)
+
+    pending: list[dict[str, Any]] = []
+    since, since_step, warm = time.time(), step, False
+
+    def report() -> None:
+        nonlocal pending, since, since_step
+        if not pending:
+            return
+        mean = _mean(pending)
+        seconds = (time.time() - since) / (step - since_step)
+        if not math.isfinite(mean["loss"] + mean["grad_norm"]):
+            checkpoints.wait()
+            raise ConfigError(
+                f"the loss is no longer finite between steps {since_step} and {step}: lower optimizer.learning_rate or set "
+                f"optimizer.clip; the last good checkpoint is step {checkpoints.latest} of {workdir}."
+            )
+        rates = {"steps_per_second": 1 / seconds, "images_per_second": c.train.batch / seconds}
+        writer.write_scalars(step, mean | rates)
+        logging.info(
+            "step %d/%d (%d %%)  loss %.4f%s  |g| %.2f  lr %.1e  %.2f steps/s  %.0f img/s  ETA %s",
+            step, steps, 100 * step // steps, mean["loss"],
+            "".join(f"  {n[5:]} {v:.4f}" for n, v in mean.items() if n.startswith("loss_")),
+            mean["grad_norm"], mean["learning_rate"], 1 / seconds, c.train.batch / seconds,
+            _duration((steps - step) * seconds),
+        )  # fmt: skip
+        pending, since, since_step = [], time.time(), step
+
+    def draw() -> None:
+        nonlocal since
+        began = time.time()
+        weights = state.ema if c.sample.weights == "ema" else state.params
+        images = generate.grid(c, s.model, s.codec, weights, mesh, workdir, step)
+        writer.write_images(step, {f"samples_{c.sample.weights}": images})
+        since += time.time() - began
+
+    with partitioning.scope(mesh):
+        while step < steps:
+            trace(step, workdir)
+            batch = partitioning.global_batch(next(data), mesh)
+            state, metrics = step_fn(state, batch, codec_params)
+            pending.append(metrics)
+            step += 1
+            if not warm:  # the first step compiled; it is left out of the rates
+                jax.block_until_ready(metrics)
+                logging.info("compiled the training step and ran it in %.1f s", time.time() - since)
+                since, since_step, warm, pending = time.time(), step, True, pending if step == steps else []
+            if step % c.train.log_every == 0 or step == steps:
+                report()
+            if c.train.sample_every and step % c.train.sample_every == 0 and step < steps:
+                draw()
+            stopping = stop(step)
+            if step % c.train.checkpoint_every == 0 or step == steps or stopping:
+                report()
+                save()
+            if stopping and step < steps:
+                checkpoints.wait()
+                logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
+                break
+        trace(-1, workdir)
+        checkpoints.wait()
+        if step == steps:
+            draw()
+    writer.close()
+    data.close()
+    checkpoints.close()
+    stop.close()
+
+
+def _is_log(writer: Any) -> bool:
+    """clu's own logging writer: our log line says the same in one line."""
+    inner = getattr(writer, "_writer", writer)
+    return isinstance(inner, metric_writers.LoggingWriter)
+
+
+def _trace(profile: str) -> Callable[[int, str], None]:
+    """A function that starts and stops the profiler at the steps of "first:last"."""
+    if not profile:
+        return lambda step, workdir: None
+    try:
+        first, last = (int(part) for part in profile.split(":"))
+    except ValueError:
+        raise ConfigError(f"config.profile={profile!r} must be two steps, as in '100:103'.") from None
+    running = False
+
+    def trace(step: int, workdir: str) -> None:
+        nonlocal running
+        if step == first and not running:
+            jax.profiler.start_trace(f"{workdir}/profile")
+            running = True
+        elif running and (step > last or step < 0):
+            jax.profiler.stop_trace()
+            running = False
+            logging.info("wrote a profiler trace of steps %d to %d to %s/profile", first, last, workdir)
+
+    return trace
