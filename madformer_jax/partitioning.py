@@ -1,0 +1,225 @@
+"""Where arrays live: the device mesh, one table from logical axes to mesh axes, and several processes.
+
+Every parameter and the main activations name their axes (`nn.with_logical_partitioning`, `nn.with_logical_constraint`).
+`RULES` says which mesh axis a logical axis is split over; changing the strategy is changing that table. Training,
+sampling and evaluation share it.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax import linen as nn
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from madformer_jax.config import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axis; the first rule whose mesh axis is still free in an array wins. "batch" comes first: an
+# activation spends "fsdp" on its batch, so that only parameters are split along "embed".
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("conv_out", "tensor"),
+    ("embed", "fsdp"),
+    ("conv_in", "fsdp"),
+    ("layers", None),
+    ("blocks", None),
+    ("tokens", None),
+    ("time", None),
+    ("norm", None),
+)
+
+
+def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
+    """The device mesh; one of the three sizes may be -1 and takes the devices that are left.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    given = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ConfigError(f"config.mesh: {given}: sizes must be positive, and at most one may be -1.")
+    known = math.prod(size for size in sizes if size != -1)
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise ConfigError(f"config.mesh: {given} does not fit {len(devices)} devices: the product must be that number.")
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def scope(mesh: Mesh) -> Iterator[None]:
+    """Makes the mesh and `RULES` known to the logical constraints inside a model while it is traced."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Number of parts into which a batch is split; batches must be a multiple of it."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def shardings(boxed: Any, mesh: Mesh) -> Any:
+    """NamedShardings of a tree by `RULES`.
+
+    Args:
+      boxed: abstract arrays (from `jax.eval_shape`) in flax's boxes of logical axis names; without a box: replicated.
+      mesh: from `make_mesh`.
+
+    Returns:
+      The unboxed tree with a NamedSharding for each array. A dimension that its mesh axes do not divide is replicated,
+      which is logged.
+    """
+    logical = nn.get_partition_spec(boxed)
+    specs = nn.logical_to_mesh(logical, RULES)
+
+    def fit(path: Any, array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
+        axes = list(spec)
+        for i, axis in enumerate(axes):
+            names = (axis,) if isinstance(axis, str) else axis or ()
+            parts = math.prod(mesh.shape[name] for name in names)
+            if array.shape[i] % parts:
+                logging.warning(
+                    "%s: dimension %d of %s is not divisible by %s=%d: replicated",
+                    jax.tree_util.keystr(path, simple=True, separator="/"), i, array.shape, "x".join(names), parts,
+                )  # fmt: skip
+                axes[i] = None
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(fit, nn.meta.unbox(boxed), specs)
+
+
+def abstract(tree: Any, sharding: Any) -> Any:
+    """The target of a restore: shapes and types of `tree` with today's shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of a tree of arrays, or abstract arrays, that carry shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def log_overview(params: Any, state: Any) -> None:
+    """Logs each parameter with its sharding, and what a device holds of the parameters and of the whole state."""
+    from clu import parameter_overview
+
+    parameter_overview.log_parameter_overview(params, include_stats="sharding", msg="Parameters and their sharding:")
+    mib = 2**20
+    logging.info(
+        "on each device: parameters %.1f MiB, parameters, averages and optimizer %.1f MiB",
+        device_bytes(params) / mib, device_bytes(state) / mib,
+    )  # fmt: skip
+
+
+def batch_share(mesh: Mesh, batch: int) -> tuple[int, int]:
+    """(index, count): which of `count` equal shares of each global batch this process reads.
+
+    Processes that differ only along "tensor" need the same images and share an index.
+
+    Raises:
+      ConfigError: the batch is not a multiple of the devices it is split over, or the mesh cuts a process in two.
+    """
+    parts = batch_devices(mesh)
+    if batch % parts:
+        raise ConfigError(f"a batch of {batch} images is not a multiple of the {parts} devices along data and fsdp.")
+    rows: dict[int, set[int]] = {}
+    device: Any
+    for device, (index,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        rows.setdefault(device.process_index, set()).add(index.start or 0)
+    shares = sorted({tuple(sorted(r)) for r in rows.values()})
+    if sum(map(len, shares)) != parts:
+        raise ConfigError(f"config.mesh: {dict(mesh.shape)} splits the batch across {len(rows)} processes unevenly.")
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
+
+
+def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """One global array, split over the mesh, from each process's own rows."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def to_host(tree: Any, mesh: Mesh) -> Any:
+    """Numpy copies of global arrays, whole on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
+
+
+def sync(name: str) -> None:
+    """Waits until every process has come here."""
+    multihost_utils.sync_global_devices(name)
+
+
+def distributed_init(coordinator: str, num_processes: int, process_id: int, timeout: int = 300) -> None:
+    """Joins the other processes; call it before anything else touches JAX.
+
+    Args:
+      coordinator: host:port of process 0; "" finds it, and the two numbers, in the cluster's own environment (TPU pod,
+        Slurm, Open MPI).
+      num_processes: of the whole job; -1 with an empty coordinator.
+      process_id: of this process, 0 to num_processes - 1; -1 with an empty coordinator.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      ConfigError: flags are missing or no cluster was found. Processes that do not come end this one with status 2.
+    """
+    if coordinator and not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--coordinator={coordinator} needs --num_processes and --process_id from 0 to num_processes - 1; "
+            f"given {num_processes} and {process_id}."
+        )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    where = f"at {coordinator}" if coordinator else "as the cluster's environment says"
+    count = str(num_processes) if coordinator else "all"
+    logging.info("waiting for %s processes %s (at most %d s)", count, where, timeout)
+    settings: dict[str, Any] = {}
+    if coordinator:
+        settings = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+
+    def give_up() -> None:  # JAX itself ends a late process with a C++ stack trace; this comes before it
+        print(
+            f"error: not all of {count} processes came within {timeout} s {where}: check that the same command runs on "
+            "every host, that --process_id differs on each, and that the coordinator's port is reachable.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(2)
+
+    watchdog = threading.Timer(timeout, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        jax.distributed.initialize(**settings, initialization_timeout=timeout + 60)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"could not join the other processes ({first_line(error)}): give --coordinator=host:port, --num_processes "
+            "and --process_id where the environment names no cluster."
+        ) from error
+    finally:
+        watchdog.cancel()
+    logging.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
