@@ -45,11 +45,11 @@ pack() {
 # Without main.py's arguments, or with a workdir that dies with the machine, there is nothing to start or to resume.
 check_main_arguments() {
   local argument workdir=
-  (($#)) || die "no arguments for main.py: give them after --, such as -- --config=configs/ffhq1024.py --workdir=gs://..."
+  (($#)) || die "no arguments for main.py: give them after --, as in -- --config=configs/ffhq1024.py --workdir=gs://..."
   for argument in "$@"; do
     [[ $argument == --workdir=* ]] && workdir=${argument#--workdir=}
   done
-  [[ $workdir == gs://* ]] || die "--workdir=$workdir must be on gs://: every host writes to it and it outlives the machines."
+  [[ $workdir == gs://* ]] || die "--workdir=$workdir must be on gs://: all hosts write to it, and it outlives them."
 }
 
 if ((BASH_VERSINFO[0] < 5)); then die "bash $BASH_VERSION is too old: 5.0 or newer is needed."; fi

@@ -39,7 +39,7 @@ while (($#)); do
   shift
 done
 [[ $N =~ ^[1-9][0-9]*$ ]] || die "no number of processes: launch/local.sh 2 -- --config=..."
-(($#)) || die "no arguments for main.py: give them after --, such as -- --config=configs/digits.py --workdir=runs/digits"
+(($#)) || die "no arguments for main.py: give them after --, as in -- --config=configs/digits.py --workdir=runs/a"
 
 # A command of several words, hence the unquoted expansion.
 # shellcheck disable=SC2206

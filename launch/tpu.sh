@@ -39,6 +39,7 @@ source "$HERE/common.sh"
 NAME=${TPU_NAME:-} PROJECT=${TPU_PROJECT:-} ZONE=${TPU_ZONE:-} TYPE=${TPU_TYPE:-} RUNTIME=${TPU_RUNTIME:-}
 SPOT=${TPU_SPOT:-0} SETUP=${TPU_SETUP:-} WORKER=0 POLL=60
 ARGUMENTS=()
+HOST='bash madformer_jax/launch/host.sh' # as the hosts see it, from the home folder
 SCRATCH=
 # What --dry-run pretends: it asks nobody.
 REQUESTED=0 STARTED=0
@@ -153,25 +154,22 @@ install() {
   # Packed once: after a preemption the run goes on with the code that it began with.
   [[ -e $archive ]] || pack "$archive" || return
   tpu tpu-vm scp "$archive" "$NAME:madformer_jax.tar.gz" --worker=all || return
-  on_all_hosts 'mkdir -p madformer_jax && tar -xzf madformer_jax.tar.gz -C madformer_jax && bash madformer_jax/launch/host.sh install' || return
+  on_all_hosts "mkdir -p madformer_jax && tar -xzf madformer_jax.tar.gz -C madformer_jax && $HOST install" || return
   [[ -z $SETUP ]] || on_all_hosts "$SETUP"
 }
 
 start() {
-  on_all_hosts "bash madformer_jax/launch/host.sh start -- $(quote "${ARGUMENTS[@]}" --distributed)" || return
+  on_all_hosts "$HOST start -- $(quote "${ARGUMENTS[@]}" --distributed)" || return
   STARTED=1
 }
 
 stop() {
-  on_all_hosts '! [ -d madformer_jax ] || bash madformer_jax/launch/host.sh stop'
+  on_all_hosts "! [ -d madformer_jax ] || $HOST stop"
 }
 
-# On a fresh machine there is no host.sh yet. The host expands this, not we.
-# shellcheck disable=SC2016
-STATUS_COMMAND='if [ -d madformer_jax ]; then bash madformer_jax/launch/host.sh status; else echo "madformer $(hostname) idle"; fi'
-
 status() {
-  on_all_hosts "$STATUS_COMMAND"
+  # On a fresh machine there is no host.sh yet.
+  on_all_hosts "if [ -d madformer_jax ]; then $HOST status; else echo madformer \"\$(hostname)\" idle; fi"
 }
 
 # Sets HOSTS, what the hosts are doing together: unreachable, failed, interrupted, idle, running or done.
@@ -222,7 +220,7 @@ resume() {
           done) return ;;
           failed)
             printf '%s\n' "$REPORT" >&2
-            say "main.py failed: launch/tpu.sh logs shows why. The TPU is still yours, and paid for, until you delete it."
+            say "main.py failed: launch/tpu.sh logs shows why. The TPU is yours, and paid for, until you delete it."
             exit 1
             ;;
           idle | interrupted)

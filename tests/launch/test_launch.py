@@ -436,7 +436,8 @@ def test_gke_create(cloud: Cloud, setting: tuple[str, ...], capacity: str) -> No
     cloud.run("gke_xpk.sh", "create", *GKE, "--type=v5litepod-16", *setting)
     (call,) = cloud.calls
     assert call[:3] == ["xpk", "cluster", "create"]
-    assert {"--tpu-type=v5litepod-16", "--num-slices=1", capacity, *GKE} == set(call[3:])
+    assert {"--tpu-type=v5litepod-16", "--num-slices=1", capacity, *GKE} <= set(call)
+    assert len({"--on-demand", "--spot", "--reservation=r"} & set(call)) == 1
 
 
 def test_gke_run_gives_time_to_save_and_restarts(cloud: Cloud) -> None:
