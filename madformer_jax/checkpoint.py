@@ -1,226 +1,306 @@
-"""Checkpoints: the training state and the data iterator's in one atomic, asynchronous Orbax checkpoint.
+"""Checkpoints of a run: parameters, EMA, optimizer and data iterator in one atomic Orbax step.
 
-A workdir holds config.json and checkpoints/<step>/ with the items params, ema, optimizer (arrays) and data (JSON). An
-export or a converted model is a workdir whose one checkpoint has params or ema alone.
+A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data` and `meta`. Sampling
+reads one item of it; `--mode=export` writes a workdir that holds `ema` and `meta` alone. Arrays are restored into
+abstract targets that carry today's shardings, never those of the file: any mesh and any number of processes will do.
 """
 
+import contextlib
 import json
-import pathlib
-from collections.abc import Mapping
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers as policies
 
 from madformer_jax.config import ConfigError
+from madformer_jax.partitioning import first_line, sync
 
-ARRAYS = ("params", "ema", "optimizer")
+ARRAYS = ("params", "ema", "opt")
 
-# What may change between two runs on one workdir; everything else decides what is learnt.
-_FREE = (
-    "platform",
-    "compilation_cache",
-    "profile",
-    "model.attention",
-    "model.remat",
-    "model.scan_unroll",
-    "data.path",
-    "data.workers",
-    "codec.path",
-    "train.log_every",
-    "train.sample_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "train.keep_every",
-    "sample",
-    "mesh",
-    "prepare",
-    "convert",
-    "benchmark",
-    "compile",
-)
-_MODEL = ("model", "codec", "data.image_size", "data.channels")  # what weights depend on
+# What may differ when a run goes on; every other field of these sections must stay as it was.
+_FIXED_SECTIONS = ("model", "loss", "codec", "data", "train", "optimizer")
+_FREE = {
+    "model.attention", "model.remat", "model.scan_unroll",  # how, not what, is computed
+    "codec.path", "data.path", "data.workers",  # where the same weights and images lie today
+    "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "train.keep_every",
+}  # fmt: skip
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+def folder(workdir: str) -> epath.Path:
+    return epath.Path(workdir).absolute() / "checkpoints"
+
+
+def _flat(c: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in c.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
     return flat
 
 
-def _within(field: str, parts: tuple[str, ...]) -> bool:
-    return any(field == part or field.startswith(part + ".") for part in parts)
-
-
-def saved_config(workdir: str) -> dict[str, Any] | None:
-    """The config stored in a workdir, as a dict, or None.
-
-    Raises:
-      ConfigError: the file is damaged.
-    """
+def stored_config(workdir: str) -> dict[str, Any] | None:
+    """The config that the workdir was made with, as nested plain values; None for a fresh one."""
     path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        return None
     try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise ConfigError(f"{path} is damaged: restore it, or start with a new --workdir.") from None
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({first_line(error)}).") from None
 
 
-def claim(workdir: str, config: ConfigDict, *, write: bool) -> None:
-    """Checks that a workdir belongs to this config and, for training, stores the config there.
+def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ("seed", *_FIXED_SECTIONS)) -> None:
+    """Compares a config with that of the workdir, where there is one. Fields that only one of them has are passed over.
 
     Raises:
-      ConfigError: the workdir was made by an incompatible config (the fields are named), or cannot be written.
+      ConfigError: names the fields of `sections` that differ, with both values.
     """
-    old, new = saved_config(workdir), json.loads(config.to_json_best_effort())
-    if old is not None:
-        was, now = _flat(old), _flat(new)
-        matters = [f for f in now if f in was and (not _within(f, _FREE) if write else _within(f, _MODEL))]
-        differing = [
-            f"{f}={was[f]!r} (now {now[f]!r})" for f in matters if was[f] != now[f] and not _within(f, _FREE)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{workdir} was made by another config: {', '.join(differing)}. Set these back or use a new --workdir."
-            )
-    if write:
-        try:
-            folder = epath.Path(workdir)
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / ".config.json.part"
-            part.write_text(json.dumps(new, indent=2) + "\n")
-            part.replace(folder / "config.json")
-        except OSError as error:
-            raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror or error}.") from None
+    stored = stored_config(workdir)
+    if stored is None:
+        return
+    before, now = _flat(stored), _flat(json.loads(config.to_json()))
+    different = [
+        f"config.{name} was {before[name]!r} and is {now[name]!r}"
+        for name in sorted(before.keys() & now.keys())
+        if name.split(".")[0] in sections and name not in _FREE and before[name] != now[name]
+    ]
+    if different:
+        raise ConfigError(f"{workdir} was made by another config: {'; '.join(different)}. Use another --workdir.")
+
+
+def write_config(config: ConfigDict, workdir: str) -> None:
+    """Makes the workdir and writes `config.json` into it, once for all processes.
+
+    Raises:
+      ConfigError: the workdir cannot be written.
+    """
+    try:
+        path = epath.Path(workdir)
+        path.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            part = path / "config.json.part"
+            part.write_text(config.to_json(indent=2) + "\n")
+            part.replace(path / "config.json")  # never half a file, whenever the process dies
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror or first_line(error)}.") from None
 
 
 class Checkpoints:
-    """The checkpoints of a workdir."""
+    """The checkpoints of one workdir, saved in the background; a context manager that waits for the last one."""
 
-    def __init__(self, workdir: str, *, keep: int = 1, keep_every: int = 0):
-        self.folder = epath.Path(workdir).absolute() if "://" not in workdir else epath.Path(workdir)
-        self.folder = self.folder / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, create=False, enable_async_checkpointing=True
-        )
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
-        handlers["data"] = ocp.JsonCheckpointHandler()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+        self.path = folder(workdir)
+        rules: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
+        if keep_every:
+            rules.append(policies.EveryNSteps(keep_every))
+        self._started = 0.0
+        self._step = -1
+        with self._errors("opened"):
+            self._manager = ocp.CheckpointManager(
+                self.path,
+                options=ocp.CheckpointManagerOptions(
+                    create=not read_only,
+                    read_only=read_only,
+                    cleanup_tmp_directories=not read_only,
+                    preservation_policy=policies.AnyPreservationPolicy(rules),
+                    async_options=ocp.AsyncOptions(post_finalization_callback=self._saved),
+                    enable_async_checkpointing=not read_only,
+                ),
+                item_handlers={
+                    **{name: ocp.StandardCheckpointHandler() for name in ARRAYS},
+                    "data": ocp.JsonCheckpointHandler(),
+                    "meta": ocp.JsonCheckpointHandler(),
+                },
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self._errors("written"):
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _errors(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            last = self._manager.latest_step() if hasattr(self, "_manager") else None
+            kept = f"step {last} is the last good one" if last is not None else "there is none yet"
+            raise ConfigError(f"checkpoints in {self.path} cannot be {verb}; {kept}: {_cause(error)}") from error
+
+    def _saved(self) -> None:
+        if jax.process_index() == 0:
+            seconds = time.monotonic() - self._started
+            logging.info("saved step %d to %s (%.1f s, in the background)", self._step, self.path, seconds)
 
     @property
-    def latest(self) -> int | None:
+    def last(self) -> int | None:
         """The newest complete step."""
         return self._manager.latest_step()
 
-    def items(self, step: int) -> set[str]:
-        """Names of the items that checkpoint `step` has."""
-        return {path.name for path in (self.folder / str(step)).iterdir() if path.is_dir()}
+    def save(self, step: int, arrays: dict[str, Any], data: dict[str, Any] | None, meta: dict[str, Any]) -> None:
+        """Starts to save; returns as soon as the arrays may be overwritten. A step that is there is left alone.
 
-    def save(self, step: int, data: Mapping[str, Any] | None = None, **arrays: Any) -> None:
-        """Starts to save; a step that is saved already is left as it is.
+        Args:
+          step: steps done.
+          arrays: trees by item name, of `ARRAYS`.
+          data: the data iterator's state, the same in every process.
+          meta: what a reader should know: plain values.
 
         Raises:
-          ConfigError: the disk is full or not writable; earlier checkpoints are untouched.
+          ConfigError: this checkpoint or the one before could not be written (a full disk, say).
         """
-        if step in self._manager.all_steps():
-            return
-        args: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-        if data is not None:
-            args["data"] = ocp.args.JsonSave(dict(data))
-        try:
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+        with self._errors("written"):
+            self._manager.wait_until_finished()  # also raises what went wrong in the background
+            if step in self._manager.all_steps():
+                return
+            self._started, self._step = time.monotonic(), step
+            items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+            if data is not None:
+                items["data"] = ocp.args.JsonSave(data)
+            items["meta"] = ocp.args.JsonSave(meta)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Returns when everything is on disk.
-
-        Raises:
-          ConfigError: as `save`, for what went wrong in the background.
-        """
-        try:
+        """Until the last save is on disk."""
+        with self._errors("written"):
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
 
-    def _failed(self, error: Exception) -> ConfigError:
-        reason = str(error).strip().split("\n")[0]
-        return ConfigError(
-            f"saving to {self.folder} failed ({reason}): free space or mend the folder and run the same command again; "
-            f"the newest complete checkpoint is step {self.latest}."
-        )
+    def check(self) -> None:
+        """Raises ConfigError where a save in the background has failed."""
+        with self._errors("written"):
+            self._manager.check_for_errors()
 
-    def restore(self, step: int, **targets: Any) -> dict[str, Any]:
-        """Items of checkpoint `step`: arrays into abstract targets, which carry today's shardings; `data=None` as JSON.
+    def restore(
+        self, targets: dict[str, Any], data: bool = False, step: int | None = None
+    ) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
+        """Restores items of the newest checkpoint that is complete, or of `step`.
 
-        Raises:
-          ConfigError: the checkpoint lacks an item, is damaged or does not fit the targets.
-        """
-        lacking = [name for name in targets if name not in self.items(step)]
-        if lacking:
-            raise ConfigError(f"{self.folder / str(step)} holds no {', '.join(lacking)}, only what is needed to sample.")
-        args = {
-            name: ocp.args.JsonRestore() if name == "data" else ocp.args.StandardRestore(target)
-            for name, target in targets.items()
-        }
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-        except Exception as error:  # Orbax raises many kinds for a file that is cut off or does not fit
-            reason = str(error).strip().split("\n")[0][:300]
-            raise ConfigError(f"checkpoint {self.folder / str(step)} cannot be read ({reason}).") from error
-        return {name: restored[name] for name in targets}
+        Args:
+          targets: abstract trees with shardings, by item name.
+          data: whether to read the data iterator's state too.
 
-    def restore_latest(self, **targets: Any) -> tuple[int, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, with its step; older ones stand in for damaged ones. None: there is none.
+        Returns:
+          (step, trees by item name, data state or None).
 
         Raises:
-          ConfigError: there are checkpoints, but none can be read.
+          ConfigError: there is no checkpoint, none is complete, or none has the item.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        if not steps:
+            raise ConfigError(f"there is no checkpoint in {self.path}: train first, or give another --workdir.")
+        problem: Exception | None = None
+        for candidate in steps:
+            items: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
+            if data:
+                items["data"] = ocp.args.JsonRestore()
+            restored = None
             try:
-                return step, self.restore(step, **targets)
-            except ConfigError as error:
-                if step == steps[-1]:
-                    raise
-                logging.error("%s Going back to the checkpoint before it.", error)
-                self._manager.delete(step)
-        return None
+                self._require(candidate, items)
+                restored = self._manager.restore(candidate, args=ocp.args.Composite(**items))
+            except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+                problem = error
+            if _everywhere(restored is not None):
+                assert restored is not None
+                trees = {name: restored[name] for name in targets}
+                return candidate, trees, restored["data"] if data else None
+            logging.error("the checkpoint of step %d in %s is not complete: %s", candidate, self.path, _cause(problem))
+        raise ConfigError(f"no checkpoint in {self.path} can be restored: {_cause(problem)}") from problem
 
-    def close(self) -> None:
-        self._manager.close()
+    def _require(self, step: int, items: dict[str, Any]) -> None:
+        there = {path.name for path in (self.path / str(step)).iterdir()}
+        missing = [name for name in items if name not in there]
+        if missing:
+            raise ConfigError(f"step {step} holds no {', '.join(missing)}, only {', '.join(sorted(there))}.")
+
+    def drop_after(self, step: int) -> None:
+        """Moves checkpoints newer than `step`, those that did not restore, out of the way."""
+        for newer in [s for s in self._manager.all_steps() if s > step]:
+            if jax.process_index() == 0:
+                aside = self.path / f"broken_{newer}"
+                if aside.exists():
+                    aside.rmtree()
+                (self.path / str(newer)).rename(aside)
+                logging.warning("moved the incomplete checkpoint of step %d to %s", newer, aside)
+        sync("drop_after")
+        self._manager.reload()
 
 
-def existing(workdir: str) -> Checkpoints:
-    """The checkpoints of a workdir that must have some.
+def _cause(error: Exception | None) -> str:
+    """The line of an error that tells most: that of the system, where there is one."""
+    text = str(error)
+    for words in ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system"):
+        if words in text:
+            return f"{words}."
+    return first_line(error)[:300] if error else "unknown"
 
-    Raises:
-      ConfigError: there is no checkpoint.
+
+def _everywhere(ok: bool) -> bool:
+    """Whether `ok` holds in every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
+
+
+def exists(workdir: str) -> bool:
+    """Whether the workdir has a checkpoint, without touching JAX's devices."""
+    path = folder(workdir)
+    return path.exists() and any(child.name.isdigit() for child in path.iterdir())
+
+
+def require(workdir: str) -> None:
+    """Raises ConfigError where a workdir has no checkpoint."""
+    if not epath.Path(workdir).exists():
+        raise ConfigError(f"--workdir={workdir} does not exist: train first, or give another one.")
+    if not exists(workdir):
+        raise ConfigError(f"there is no checkpoint in {folder(workdir)}: train first, or give another --workdir.")
+
+
+def finite(tree: Any) -> bool:
+    """Whether all values of a tree of arrays are finite; waits for them."""
+    return bool(_finite(tree))
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack(leaves))
+
+
+class Preemption:
+    """Notice that the machine is about to be taken away: SIGTERM, or the cluster's through JAX's sync point.
+
+    A context manager; `reached(step)` says, in all processes at the same step, that it is time to save and leave.
     """
-    if not (epath.Path(workdir) / "checkpoints").exists():
-        raise ConfigError(f"no checkpoint in --workdir={workdir}: train there first (--mode=train) or name another.")
-    checkpoints = Checkpoints(workdir)
-    if checkpoints.latest is None:
-        checkpoints.close()
-        raise ConfigError(f"no checkpoint in --workdir={workdir}: train there first (--mode=train) or name another.")
-    return checkpoints
 
+    def __init__(self) -> None:
+        self._noticed = threading.Event()
+        # With several processes, JAX's own notifier takes the signal and tells the others.
+        self._alone = jax.process_count() == 1
+        self._before: Any = None
 
-def write_model(workdir: str, config: ConfigDict, step: int, **arrays: Any) -> None:
-    """Makes a workdir that holds a model to sample from: `params` or `ema`, and its config.
+    def __enter__(self) -> "Preemption":
+        if self._alone:
+            self._before = signal.signal(signal.SIGTERM, self._notice)
+        return self
 
-    Raises:
-      ConfigError: the workdir holds a model already, or cannot be written.
-    """
-    if pathlib.Path(workdir, "checkpoints").exists():
-        raise ConfigError(f"--workdir={workdir} holds checkpoints already: name a new folder.")
-    claim(workdir, config, write=True)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(step, **arrays)
-    checkpoints.wait()
-    checkpoints.close()
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._noticed.set()
+
+    def __exit__(self, *_: Any) -> None:
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def reached(self, step: int) -> bool:
+        return self._noticed.is_set() if self._alone else multihost_utils.reached_preemption_sync_point(step)

@@ -1,7 +1,6 @@
 """Training: state, step, loop."""
 
 import math
-import signal
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ class State(NamedTuple):
     step: Array  # () int32, steps done
     params: Any  # float32
     ema: Any  # float32, exponential moving average of params
-    optimizer: Any
+    opt: Any  # the optimizer's
 
 
 def learning_rate(c: ConfigDict) -> optax.Schedule:
@@ -140,8 +139,8 @@ def make_step(s: Setup, c: ConfigDict) -> Callable[[State, dict[str, Array], Any
             zeros = jax.tree.map(jnp.zeros_like, state.params)
             grads, metrics = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)))
             grads = jax.tree.map(lambda g: g / parts, grads)
-            metrics = jax.tree.map(jnp.nanmean, {n: m for n, m in metrics.items()})
-        updates, opt_state = s.tx.update(grads, state.optimizer, state.params)
+            metrics = {name: jnp.nanmean(values) for name, values in metrics.items()}
+        updates, opt_state = s.tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(target, (1 + state.step) / (10 + state.step)) if warm else target
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
@@ -152,29 +151,6 @@ def make_step(s: Setup, c: ConfigDict) -> Callable[[State, dict[str, Array], Any
 
 
 # ---- loop
-
-
-class _Stop:
-    """SIGTERM asks for a save and a clean end; several processes agree on the step through JAX's preemption service."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        if jax.process_count() == 1:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-
-    def __call__(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
-
-    def close(self) -> None:
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._before)
 
 
 def _mean(metrics: list[dict[str, Any]]) -> dict[str, float]:
@@ -208,7 +184,8 @@ def run(c: ConfigDict, workdir: str) -> None:
         )
     share, shares = partitioning.batch_share(mesh, c.train.batch)
     s = setup(c)
-    checkpoint.claim(workdir, c, write=jax.process_index() == 0)
+    checkpoint.check_config(c, workdir)
+    checkpoint.write_config(c, workdir)
     create, abstract = create_state(s.model, s.tx, c.seed, mesh)
     data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
     checkpoints = checkpoint.Checkpoints(workdir, keep=c.train.keep, keep_every=c.train.keep_every)
@@ -218,34 +195,28 @@ def run(c: ConfigDict, workdir: str) -> None:
         s.sizes.latent, s.sizes.latent, s.sizes.channels, s.sizes.blocks, s.sizes.tokens, s.model.attention,
     )  # fmt: skip
 
-    restored = checkpoints.restore_latest(
-        params=abstract.params, ema=abstract.ema, optimizer=abstract.optimizer, data=None
-    )
-    if restored is None:
+    if checkpoint.exists(workdir):
+        targets = {name: getattr(abstract, name) for name in checkpoint.ARRAYS}
+        first, trees, at = checkpoints.restore(targets, data=True)
+        checkpoints.drop_after(first)
+        state = State(step=jax.device_put(np.int32(first), abstract.step.sharding), **trees)
+        data.set_state(at)
+        logging.info("going on from step %d of %s", first, workdir)
+    else:
         state = create()
         partitioning.log_overview(state.params, state)
-    else:
-        first, items = restored
-        step_array = jax.device_put(np.int32(first), abstract.step.sharding)
-        state = State(step_array, items["params"], items["ema"], items["optimizer"])
-        data.set_state(items["data"])
-        logging.info("going on from step %d of %s", first, workdir)
 
     step_fn = jax.jit(make_step(s, c), donate_argnums=0)
     codec_params = jax.device_put(s.codec.params, partitioning.replicated(mesh))
-    writer = metric_writers.create_default_writer(
-        workdir, just_logging=jax.process_index() > 0, asynchronous=False
-    )
-    writer = metric_writers.MultiWriter([w for w in getattr(writer, "_writers", [writer]) if not _is_log(w)])
-    steps, step, stop = c.train.steps, int(state.step), _Stop()
+    drawer = generate.make_draw(c, s.model, s.codec.decode)
+    # clu's logging writer is left out: the log line below says the same
+    writer = metric_writers.MultiWriter([metric_writers.SummaryWriter(workdir)] if jax.process_index() == 0 else [])
+    steps, step = c.train.steps, int(state.step)
     trace = _trace(c.profile)
 
     def save() -> None:
-        began = time.time()
-        checkpoints.save(
-            step, data=data.get_state(), params=state.params, ema=state.ema, optimizer=state.optimizer
-        )
-        logging.info("saving step %d to %s (%.1f s, the rest in the background)", step, workdir, time.time() - began)
+        arrays = {name: getattr(state, name) for name in checkpoint.ARRAYS}
+        checkpoints.save(step, arrays, data.get_state(), {"step": step})
 
     pending: list[dict[str, Any]] = []
     since, since_step, warm = time.time(), step, False
@@ -259,8 +230,8 @@ def run(c: ConfigDict, workdir: str) -> None:
         if not math.isfinite(mean["loss"] + mean["grad_norm"]):
             checkpoints.wait()
             raise ConfigError(
-                f"the loss is no longer finite between steps {since_step} and {step}: lower optimizer.learning_rate or set "
-                f"optimizer.clip; the last good checkpoint is step {checkpoints.latest} of {workdir}."
+                f"the loss is no longer finite between steps {since_step} and {step}: lower optimizer.learning_rate or "
+                f"set optimizer.clip; the last good checkpoint is step {checkpoints.last} of {workdir}."
             )
         rates = {"steps_per_second": 1 / seconds, "images_per_second": c.train.batch / seconds}
         writer.write_scalars(step, mean | rates)
@@ -277,11 +248,11 @@ def run(c: ConfigDict, workdir: str) -> None:
         nonlocal since
         began = time.time()
         weights = state.ema if c.sample.weights == "ema" else state.params
-        images = generate.grid(c, s.model, s.codec, weights, mesh, workdir, step)
+        images = generate.grid(c, drawer, weights, codec_params, mesh, workdir, step)
         writer.write_images(step, {f"samples_{c.sample.weights}": images})
         since += time.time() - began
 
-    with partitioning.scope(mesh):
+    with partitioning.scope(mesh), checkpoints, checkpoint.Preemption() as preemption:
         while step < steps:
             trace(step, workdir)
             batch = partitioning.global_batch(next(data), mesh)
@@ -296,7 +267,7 @@ def run(c: ConfigDict, workdir: str) -> None:
                 report()
             if c.train.sample_every and step % c.train.sample_every == 0 and step < steps:
                 draw()
-            stopping = stop(step)
+            stopping = preemption.reached(step)
             if step % c.train.checkpoint_every == 0 or step == steps or stopping:
                 report()
                 save()
@@ -310,14 +281,6 @@ def run(c: ConfigDict, workdir: str) -> None:
             draw()
     writer.close()
     data.close()
-    checkpoints.close()
-    stop.close()
-
-
-def _is_log(writer: Any) -> bool:
-    """clu's own logging writer: our log line says the same in one line."""
-    inner = getattr(writer, "_writer", writer)
-    return isinstance(inner, metric_writers.LoggingWriter)
 
 
 def _trace(profile: str) -> Callable[[int, str], None]:

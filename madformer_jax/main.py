@@ -1,0 +1,131 @@
+"""The one entry point: flags, mode dispatch, one-line errors.
+
+python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train] [--config.field=value]
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # clu imports TensorFlow to write TensorBoard files
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from madformer_jax.config import ConfigError
+
+_MODES = {  # mode -> module whose run(config, workdir) does it
+    "train": "train",
+    "sample": "generate",
+    "export": "checkpoint_export",
+    "convert": "convert",
+    "prepare": "data.prepare",
+    "benchmark": "benchmark",
+    "compile": "aot",
+}
+
+
+def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
+    """The config, with its overrides, and the flags of a command line (argv[0] is the program).
+
+    Without --config the workdir's own config.json is taken.
+
+    Raises:
+      ConfigError: a flag, a field or a value is wrong, in one line.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(_MODES), "What to do.", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster.", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
+    flags.DEFINE_string("topology", "", "TPU topology for --mode=compile, such as v5e:4x4.", flag_values=values)
+    given = any(arg.startswith(("--config=", "-config=")) or arg in ("--config", "-config") for arg in argv)
+    try:
+        if given:
+            config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)
+        else:
+            config_flags.DEFINE_config_dict("config", _of_workdir(argv), "Config of the workdir.", flag_values=values)
+        rest = values(list(argv))
+    except ConfigError:
+        raise
+    except Exception as error:  # a config file is code: it, or its overrides, may raise anything
+        raise ConfigError(_one_line(error)) from error
+    if len(rest) > 1:
+        raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
+    if not values.workdir:
+        raise ConfigError("--workdir is missing: name the folder of the run, for example --workdir=runs/digits.")
+    return values.config, values
+
+
+def _of_workdir(argv: Sequence[str]) -> ConfigDict:
+    from madformer_jax import config as config_lib
+
+    workdir = next((arg.split("=", 1)[1] for arg in argv if arg.lstrip("-").startswith("workdir=")), "")
+    path = os.path.join(workdir, "config.json")
+    if not workdir or not os.path.exists(path):
+        raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
+    with open(path) as file:
+        saved = json.load(file)
+    config = config_lib.base()
+    config.update(ConfigDict(saved))
+    return config
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, flags.Error) else f"--config: {text}"
+
+
+def _use_cache(setting: str) -> None:
+    import jax
+
+    if setting == "off":
+        return
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(cache, "madformer_jax", "xla") if setting == "auto" else setting
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _check_platform(expected: str) -> None:
+    import jax
+
+    if expected and jax.default_backend() != expected:
+        raise ConfigError(
+            f"config.platform={expected!r}, but JAX runs on {jax.default_backend()!r}: check that the accelerator is free "
+            "(a dead process may hold it; on TPU see /tmp/libtpu_lockfile) and that jax is installed for it."
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit status: 0, or 2 after a one-line error."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.set_stderrthreshold("info")
+    try:
+        config, values = parse(sys.argv if argv is None else argv)
+        from madformer_jax import config as config_lib
+
+        config_lib.validate(config)
+        if values.distributed or values.coordinator:
+            from madformer_jax import partitioning
+
+            partitioning.distributed_init(values.coordinator, values.num_processes, values.process_id)
+        _use_cache(config.compilation_cache)
+        if values.mode != "compile":
+            _check_platform(config.platform)
+        module = importlib.import_module(f"madformer_jax.{_MODES[values.mode]}")
+        extra = {"topology": values.topology} if values.mode == "compile" else {}
+        module.run(config, values.workdir, **extra)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
