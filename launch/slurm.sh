@@ -7,9 +7,9 @@ usage() {
 usage: launch/slurm.sh --nodes=N --gpus=GPUS_PER_NODE [--per-node] [--name=NAME] [--dry-run] -- main.py arguments
 
 One process per GPU, or with --per-node one per node that drives all its GPUs. Run it with the virtual environment
-active that the job shall use. Partition, account, time limit, CPUs and memory come from sbatch's own variables: SBATCH_PARTITION,
-SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_CPUS_PER_GPU, SBATCH_MEM_PER_GPU. Output goes to NAME-JOBID.log; NAME is
-madformer by default.
+active that the job shall use. Partition, account, time limit, CPUs and memory come from sbatch's own variables:
+SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_CPUS_PER_GPU, SBATCH_MEM_PER_GPU. Output goes to
+NAME-JOBID.log; NAME is madformer by default.
 
 Two minutes before the time limit the run saves and the job queues again; it goes on from its workdir until
 main.py is done. --workdir must be on a file system that all nodes share.
