@@ -242,7 +242,8 @@ def run(c: ConfigDict, workdir: str) -> None:
     model, images_codec = madformer.build(c), codec.build(c)
     with partitioning.scope(mesh):
         boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
-        target = partitioning.abstract(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))
+    target = partitioning.abstract(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))
+    with partitioning.scope(mesh):
         item = "ema" if c.sample.weights == "ema" else "params"
         with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
             step, restored, _ = checkpoints.restore({item: target})

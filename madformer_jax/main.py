@@ -5,6 +5,7 @@ python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits [-
 
 import importlib
 import json
+import logging as python_logging
 import os
 import sys
 from collections.abc import Sequence
@@ -101,11 +102,26 @@ def _check_platform(expected: str) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit status: 0, or 2 after a one-line error."""
+def _log_to_stderr() -> None:
+    """Our own log lines and everybody's warnings, on standard error."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = (os.path.dirname(os.path.abspath(__file__)), "parameter_overview.py")
+    handler.addFilter(
+        lambda record: (
+            record.levelno >= python_logging.WARNING
+            or record.pathname.startswith(ours[0])
+            or record.pathname.endswith(ours[1])
+        )
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; returns the exit status: 0, or 2 after a one-line error."""
+    _log_to_stderr()
     try:
         config, values = parse(sys.argv if argv is None else argv)
         from madformer_jax import config as config_lib

@@ -77,7 +77,7 @@ def create_state(
     key = jax.random.key(seed)
     with partitioning.scope(mesh):
         abstract = jax.eval_shape(boxed, key)
-        shardings = partitioning.shardings(abstract, mesh)
+    shardings = partitioning.shardings(abstract, mesh)
 
     def create() -> State:
         with partitioning.scope(mesh):
