@@ -122,6 +122,15 @@ def _expected(layout: Mapping[tuple[str, ...], tuple[tuple[int, ...], _Source]])
     return shapes
 
 
+def release_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the release's state_dict for a config.
+
+    Raises:
+      ConfigError: the release has no such model.
+    """
+    return _expected(_layout(config))
+
+
 def from_release(state_dict: Mapping[str, np.ndarray], config: ConfigDict) -> dict[str, Any]:
     """Parameters for `config` (see `config.release`) from a state_dict of the PyTorch release, name -> array.
 

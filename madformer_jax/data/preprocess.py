@@ -1,0 +1,81 @@
+"""The preprocessing table: what happens to an image between its file and the model.
+
+| step | what | why |
+|---|---|---|
+| decode | Pillow, whole image, EXIF orientation applied, converted to RGB or grey | no JPEG draft mode: same pixels for any size |
+| crop | the largest centred square, or none (`crop=False`: the image is squeezed) | |
+| resize | to size x size, bicubic, antialiased | what FID protocols use; LANCZOS costs 1.5 times as much and rings |
+| flip | left-right with probability 1/2, if asked for | drawn by the pipeline from (seed, position) |
+| range | uint8 -> float32, x / 127.5 - 1 | [-1, 1] |
+
+Training, reference statistics and `--mode=prepare` all go through this module.
+"""
+
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+class CorruptImageError(ValueError):
+    """An image that cannot be decoded; the message says why."""
+
+
+class Table(NamedTuple):
+    """The table's settings."""
+
+    size: int
+    channels: int  # 1: grey, 3: RGB
+    crop: bool
+
+    def pixels(self, image: bytes | np.ndarray) -> np.ndarray:
+        """Decodes, crops and resizes one image.
+
+        Args:
+          image: an encoded file, or uint8 (H, W, 1 or 3).
+
+        Returns:
+          uint8 (size, size, channels).
+
+        Raises:
+          CorruptImageError: the file cannot be decoded.
+        """
+        if isinstance(image, np.ndarray) and image.shape == (self.size, self.size, self.channels):
+            return image
+        try:
+            decoded = self._resize(_open(image))
+        except Exception as error:  # corrupt files raise about every type there is, from SyntaxError to struct.error
+            raise CorruptImageError(f"{type(error).__name__}: {error}") from error
+        return np.asarray(decoded).reshape(self.size, self.size, self.channels)
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        image = image.convert(_MODES[self.channels])
+        if image.size == (self.size, self.size):
+            return image
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        # resize and crop in one pass: only what the square needs is computed
+        box = (left, top, left + side, top + side) if self.crop else None
+        return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+
+    def describe(self) -> dict[str, Any]:
+        """The table as JSON, for manifests and for the protocol of a score."""
+        return {**self._asdict(), "resize": "pillow-bicubic"}
+
+
+def _open(image: bytes | np.ndarray) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+
+
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1], any shape."""
+    out = pixels.astype(np.float32)
+    out /= 127.5
+    out -= 1
+    return out

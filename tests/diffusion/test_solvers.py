@@ -1,0 +1,66 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from madformer_jax.diffusion import schedule, solvers
+
+
+def _eps(x, t):
+    return 0.3 * x * jnp.cos(t / 1000) + 0.1 * jnp.sin(3 * x)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_solvers_end_where_diffusers_ends(reference, solver, spacing):
+    file = reference("samplers.npz")
+    counts = sorted({int(name.split("/")[2]) for name in file.files if name.startswith(f"{solver}/{spacing}/")})
+    assert len(counts) > 4
+    for n in counts:
+        table = solvers.table(solver, spacing, n)
+        np.testing.assert_array_equal(table.t, file[f"{solver}/{spacing}/{n}/timesteps"])
+
+        def step(state, row):
+            return solvers.step(state, _eps(state.x, row.t), row), None
+
+        start = solvers.start(jnp.asarray(file["x_T"]))
+        state, _ = jax.lax.scan(step, start, jax.tree.map(jnp.asarray, table))
+        expected = file[f"{solver}/{spacing}/{n}/x_0"]
+        assert np.linalg.norm(state.x - expected) < 1e-5 * np.linalg.norm(expected), n
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_as_many_evaluations_as_asked_for_and_each_step_ends_where_the_next_begins(solver, spacing):
+    for n in [*range(1, 60), 95, 100, 250, 333, 499, 500]:
+        t, previous = schedule.timesteps(solver, spacing, n)
+        assert len(t) == n
+        assert (np.diff(t) < 0).all()
+        assert t[0] <= 999
+        assert t[-1] >= 0
+        np.testing.assert_array_equal(previous, [*t[1:], -1])
+
+
+def test_trailing_starts_at_pure_noise():
+    for solver in ("ddim", "dpmpp_2m"):
+        for n in (1, 7, 20):
+            assert schedule.timesteps(solver, "trailing", n).t[0] == 999
+
+
+def test_alphas_cumprod_equal_the_references(reference):
+    np.testing.assert_allclose(schedule.alphas_cumprod(), reference("samplers.npz")["alphas_cumprod"], rtol=1e-5)
+
+
+def test_clip_bounds_the_clean_estimate():
+    table = solvers.table("ddim", "trailing", 2)
+    row = jax.tree.map(lambda r: r[-1], table)
+    x, eps = jnp.full((3,), 5.0), jnp.full((3,), -2.0)
+    assert float(solvers.step(solvers.start(x), eps, row).x.max()) > 1
+    np.testing.assert_allclose(solvers.step(solvers.start(x), eps, row, clip=1.0).x, 1.0, rtol=1e-6)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="euler"):
+        solvers.table("euler", "trailing", 4)
+    with pytest.raises(ValueError, match="karras"):
+        solvers.table("ddim", "karras", 4)

@@ -1,0 +1,115 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from madformer_jax import config, convert
+from madformer_jax.config import ConfigError
+from madformer_jax.diffusion import losses, schedule
+from madformer_jax.models import madformer
+
+VARIANTS = ("baseline", "clear_cond", "clear_clean", "denoising_mlp")
+
+
+def relative(found, expected) -> float:
+    return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request, reference):
+    file = reference(f"madformer_{request.param}.npz")
+    c = config.release(json.loads(str(file["meta"])))
+    config.validate(c)
+    state_dict = {name.removeprefix("param/"): file[name] for name in file.files if name.startswith("param/")}
+    return file, c, state_dict, convert.from_release(state_dict, c)
+
+
+def test_release_outputs_losses_and_gradients(variant):
+    file, c, _, params = variant
+    model, z, noise = madformer.build(c), jnp.asarray(file["clean"]), jnp.asarray(file["noise"])
+
+    def loss(params):
+        outputs = model.apply({"params": params}, z, file["noised"], file["t"])
+        terms = losses.terms(outputs, z, noise, None)
+        return terms["image"] + 0.1 * terms["hidden"], (outputs, terms)
+
+    (total, (outputs, terms)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert relative(outputs.eps, file["noise_pred"]) < 1e-4
+    assert relative(outputs.hidden, file["condition"]) < 1e-4
+    assert relative(total, file["loss_total"]) < 1e-4
+    assert relative(terms["image"], file["loss_image"]) < 1e-4
+    assert relative(terms["hidden"], file["loss_hidden"]) < 1e-4
+    if c.model.clean_stream:
+        assert relative(outputs.clean, file["clean_tower"]) < 1e-4
+        assert relative(terms["clean"], file["loss_clean_tower"]) < 1e-4
+
+    norms = {name: float(file[f"gradnorm/{name}"]) for name in convert.to_release(params, c)}
+    largest = max(norms.values())
+    found = {name: float(np.linalg.norm(g)) for name, g in convert.to_release(grads, c).items()}
+    for name, expected in norms.items():
+        if "_list.0." in name and not c.model.clean_stream:
+            continue  # copies of the noisy tower, for a tower that this variant never runs
+        # A bias of the keys shifts all scores alike: its gradient is rounding noise around zero.
+        assert found[name] == pytest.approx(expected, rel=1e-3, abs=1e-8 * largest), name
+
+
+def test_noised_blocks_of_the_reference_are_ours(variant):
+    file = variant[0]
+    noisy = schedule.add_noise(jnp.asarray(file["clean"]), jnp.asarray(file["noise"]), jnp.asarray(file["t"]))
+    assert relative(noisy, file["noised"]) < 1e-5
+
+
+def test_there_and_back_is_exact(variant):
+    _, c, state_dict, params = variant
+    back = convert.to_release(params, c)
+    assert back.keys() == state_dict.keys()
+    for name, tensor in state_dict.items():
+        if c.model.clean_stream or "_list.0." not in name:
+            np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+def test_full_size_names_and_shapes(reference):
+    shapes = {name: tuple(shape) for name, shape in reference("madformer_ffhq1024_state_dict.json").items()}
+    c = config.release(
+        {
+            "hidden_size": 1152,
+            "num_heads": 18,
+            "depth": 28,
+            "diff_depth": 14,
+            "intermediate_size": 4096,
+            "unet_block_out_channels": [512, 1024],
+            "unet_num_layers_per_block": [2, 2],
+            "unet_transformer_layers_per_block": [0, 1],
+            "unet_resnet_groups": 8,
+            "unet_num_heads": 8,
+            "unet_time_emb_dim": 128,
+            "block_size": 256,
+            "pre_downsample_block_size": 1024,
+            "ar_len": 16,
+        }  # fmt: skip
+    )
+    assert convert.release_shapes(c) == shapes
+
+
+def test_tensors_that_do_not_fit_are_named(variant):
+    _, c, state_dict, _ = variant
+    name = "blocks.1.self_attn.proj_list.1.weight"
+    for change, word in (
+        ({name: None}, "missing"),
+        ({"blocks.1.gate": np.zeros(3)}, "blocks.1.gate"),
+        ({name: np.zeros((2, 3))}, "mis-shaped"),
+    ):
+        given = {k: v for k, v in (state_dict | change).items() if v is not None}
+        with pytest.raises(ConfigError, match=word) as error:
+            convert.from_release(given, c)
+        assert "\n" not in str(error.value)
+        assert next(iter(change)) in str(error.value)
+
+
+def test_models_that_the_release_lacks_are_refused(variant):
+    c = variant[1].copy_and_resolve_references()
+    c.model.classes = 3
+    with pytest.raises(ConfigError, match="classes"):
+        convert.from_release({}, c)
