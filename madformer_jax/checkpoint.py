@@ -1,8 +1,8 @@
 """Checkpoints of a run: parameters, EMA, optimizer and data iterator in one atomic Orbax step.
 
-A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data` and `meta`. Sampling
-reads one item of it; `--mode=export` writes a workdir that holds `ema` and `meta` alone. Arrays are restored into
-abstract targets that carry today's shardings, never those of the file: any mesh and any number of processes will do.
+A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data` and `meta`.
+Sampling reads one item of it; `--mode=export` writes a workdir that holds `ema` and `meta` alone. Arrays are restored
+into abstract targets that carry today's shardings, never those of the file: any mesh and any number of processes do.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -192,6 +191,7 @@ class Checkpoints:
         Args:
           targets: abstract trees with shardings, by item name.
           data: whether to read the data iterator's state too.
+          step: the only checkpoint to try; by default all, from the newest on.
 
         Returns:
           (step, trees by item name, data state or None).
@@ -265,17 +265,6 @@ def require(workdir: str) -> None:
         raise ConfigError(f"--workdir={workdir} does not exist: train first, or give another one.")
     if not exists(workdir):
         raise ConfigError(f"there is no checkpoint in {folder(workdir)}: train first, or give another --workdir.")
-
-
-def finite(tree: Any) -> bool:
-    """Whether all values of a tree of arrays are finite; waits for them."""
-    return bool(_finite(tree))
-
-
-@jax.jit
-def _finite(tree: Any) -> jax.Array:
-    leaves = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack(leaves))
 
 
 class Preemption:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import Sizes
 
 
-def to_blocks(z: Array, sizes: Sizes) -> Array:
+def to_blocks(z: Any, sizes: Sizes) -> Array:
     """Latent (B, h, w, C) -> blocks (B, L, positions, C): blocks in raster order, a block's positions likewise."""
     p = sizes.block_side
     return rearrange(z, "b (i p) (j q) c -> b (i j) (p q) c", p=p, q=p)

@@ -67,7 +67,7 @@ def sample(
     def repeat(x: Array) -> Array:
         return jnp.concatenate([x] * branches)
 
-    def eps_of(cache: ModelCache, condition: Array, x: Array, t: Array, block: int | Array) -> tuple[Array, Any]:
+    def eps_of(cache: ModelCache, condition: Array, x: Array, t: Any, block: int | Array) -> tuple[Array, Any]:
         eps, own = call("denoise", cache, condition, x, t, block)
         if guided:
             with_tokens, without = jnp.split(eps, 2)
@@ -150,19 +150,18 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
 
 
 def draw_all(
-    c: ConfigDict, draw: Draw, params: Any, codec_params: Any, mesh: jax.sharding.Mesh, *, progress: bool
+    c: ConfigDict, n: int, draw: Draw, params: Any, codec_params: Any, mesh: jax.sharding.Mesh, *, progress: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All `sample.n` images in batches of one shape, as uint8 (n, H, W, c), latents (n, h, w, C) and labels (n,).
+    """The first n of the config's samples in batches of one shape, as uint8 (n, H, W, c), latents (n, h, w, C) and labels (n,).
 
     Every process takes part in every batch and gets all images.
 
     Raises:
       ConfigError: a latent or a pixel is not finite; the images and the block are named.
     """
-    n = c.sample.n
     parts = partitioning.batch_devices(mesh)
     batch = math.ceil(min(c.sample.batch, n) / parts) * parts
-    labels = np.array(config_lib.labels(c) or [0] * n, np.int32)
+    labels = np.array(config_lib.labels(c)[:n] or [0] * n, np.int32)
     sharding = partitioning.batch_sharding(mesh)
     images, latents = [], []
     for first in tqdm(range(0, n, batch), desc="sampling", unit="batch", disable=not progress):
@@ -214,12 +213,12 @@ def write_png(path: epath.Path, image: np.ndarray) -> None:
 def grid(
     c: ConfigDict, draw: Draw, params: Any, codec_params: Any, mesh: jax.sharding.Mesh, workdir: str, step: int
 ) -> np.ndarray:
-    """Draws the config's samples with `params`, writes workdir/samples/step_..._{ema,raw}.png, and returns them.
+    """Draws one batch of the config's samples with `params`, writes workdir/samples/step_..._{ema,raw}.png, and returns them.
 
     Returns:
       The grid, uint8 (1, H, W, c).
     """
-    images, _, _ = draw_all(c, draw, params, codec_params, mesh, progress=False)
+    images, _, _ = draw_all(c, min(c.sample.n, c.sample.batch), draw, params, codec_params, mesh, progress=False)
     canvas = as_grid(images)
     path = epath.Path(workdir) / "samples" / f"step_{step:06d}_{c.sample.weights}.png"
     if jax.process_index() == 0:
@@ -251,7 +250,7 @@ def run(c: ConfigDict, workdir: str) -> None:
         draw = make_draw(c, model, images_codec.decode)
         codec_params = jax.device_put(images_codec.params, partitioning.replicated(mesh))
         progress = jax.process_index() == 0
-        images, latents, labels = draw_all(c, draw, restored[item], codec_params, mesh, progress=progress)
+        images, latents, labels = draw_all(c, c.sample.n, draw, restored[item], codec_params, mesh, progress=progress)
     if jax.process_index():
         return
     s = c.sample

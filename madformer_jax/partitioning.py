@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from flax import linen as nn
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.config import ConfigError
 
@@ -76,7 +76,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def batch_devices(mesh: Mesh) -> int:
+def batch_devices(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts into which a batch is split; batches must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

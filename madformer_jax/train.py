@@ -37,7 +37,8 @@ class State(NamedTuple):
 
 def learning_rate(c: ConfigDict) -> optax.Schedule:
     """Step -> learning rate: linear warm-up over `warmup` of the steps, then constant, cosine, or WSD, which stays constant
-    until the last `decay` of the steps and there falls as 0.5 ** (6 r), r from 0 to 1 (the release's)."""
+    until the last `decay` of the steps and there falls as 0.5 ** (6 r), r from 0 to 1 (the release's).
+    """
     o, steps = c.optimizer, c.train.steps
     warmup = max(1, round(o.warmup * steps))
     last = max(1.0, o.decay * steps)
@@ -49,7 +50,7 @@ def learning_rate(c: ConfigDict) -> optax.Schedule:
         elif o.schedule == "cosine":
             fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)))
         else:
-            fall = 1.0
+            fall = jnp.ones(())
         return o.learning_rate * rise * fall
 
     return schedule
@@ -153,9 +154,8 @@ def make_step(s: Setup, c: ConfigDict) -> Callable[[State, dict[str, Array], Any
 # ---- loop
 
 
-def _mean(metrics: list[dict[str, Any]]) -> dict[str, float]:
+def _mean(fetched: list[dict[str, Any]]) -> dict[str, float]:
     """Means over steps; a quarter of the timesteps that no block fell into counts for nothing."""
-    fetched = jax.device_get(metrics)
     values = {name: np.array([m[name] for m in fetched], np.float64) for name in fetched[0]}
     quarters = [name for name in values if name.startswith("loss_q")]
     for name in quarters:
@@ -191,7 +191,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     checkpoints = checkpoint.Checkpoints(workdir, keep=c.train.keep, keep_every=c.train.keep_every)
     logging.info(
         "%d images, %d per step = %.1f epochs in %d steps; latent %d x %d x %d in %d blocks of %d tokens; attention %s",
-        info.count, c.train.batch, c.train.batch * c.train.steps / info.count, c.train.steps,
+        info.records, c.train.batch, c.train.batch * c.train.steps / info.records, c.train.steps,
         s.sizes.latent, s.sizes.latent, s.sizes.channels, s.sizes.blocks, s.sizes.tokens, s.model.attention,
     )  # fmt: skip
 
@@ -206,7 +206,8 @@ def run(c: ConfigDict, workdir: str) -> None:
         state = create()
         partitioning.log_overview(state.params, state)
 
-    step_fn = jax.jit(make_step(s, c), donate_argnums=0)
+    out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
+    step_fn = jax.jit(make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
     codec_params = jax.device_put(s.codec.params, partitioning.replicated(mesh))
     drawer = generate.make_draw(c, s.model, s.codec.decode)
     # clu's logging writer is left out: the log line below says the same
@@ -225,22 +226,26 @@ def run(c: ConfigDict, workdir: str) -> None:
         nonlocal pending, since, since_step
         if not pending:
             return
-        mean = _mean(pending)
-        seconds = (time.time() - since) / (step - since_step)
-        if not math.isfinite(mean["loss"] + mean["grad_norm"]):
-            checkpoints.wait()
-            raise ConfigError(
-                f"the loss is no longer finite between steps {since_step} and {step}: lower optimizer.learning_rate or "
-                f"set optimizer.clip; the last good checkpoint is step {checkpoints.last} of {workdir}."
-            )
-        rates = {"steps_per_second": 1 / seconds, "images_per_second": c.train.batch / seconds}
-        writer.write_scalars(step, mean | rates)
+        fetched = jax.device_get(pending)
+        for number, metrics in enumerate(fetched, step - len(fetched) + 1):
+            # Every step up to a checkpoint is looked at: finite gradients keep a finite state finite.
+            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                checkpoints.wait()
+                good = f"step {checkpoints.last} of {workdir}" if checkpoints.last is not None else "none yet"
+                raise ConfigError(
+                    f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {number}: training has diverged. "
+                    f"Lower optimizer.learning_rate or set optimizer.clip; the last good checkpoint: {good}."
+                )
+        mean = _mean(fetched)
+        rate = (step - since_step) / (time.time() - since)  # 0 where only the step that compiled was run
+        writer.write_scalars(step, mean | {"steps_per_second": rate, "images_per_second": c.train.batch * rate})
+        writer.flush()
         logging.info(
             "step %d/%d (%d %%)  loss %.4f%s  |g| %.2f  lr %.1e  %.2f steps/s  %.0f img/s  ETA %s",
             step, steps, 100 * step // steps, mean["loss"],
             "".join(f"  {n[5:]} {v:.4f}" for n, v in mean.items() if n.startswith("loss_")),
-            mean["grad_norm"], mean["learning_rate"], 1 / seconds, c.train.batch / seconds,
-            _duration((steps - step) * seconds),
+            mean["grad_norm"], mean["learning_rate"], rate, c.train.batch * rate,
+            _duration((steps - step) / rate) if rate else "unknown",
         )  # fmt: skip
         pending, since, since_step = [], time.time(), step
 
@@ -259,10 +264,12 @@ def run(c: ConfigDict, workdir: str) -> None:
             state, metrics = step_fn(state, batch, codec_params)
             pending.append(metrics)
             step += 1
+            if len(pending) > 1:  # at most two steps in flight: a notice to stop is heard, and no queue grows
+                jax.block_until_ready(pending[-2])
             if not warm:  # the first step compiled; it is left out of the rates
                 jax.block_until_ready(metrics)
                 logging.info("compiled the training step and ran it in %.1f s", time.time() - since)
-                since, since_step, warm, pending = time.time(), step, True, pending if step == steps else []
+                since, since_step, warm = time.time(), step, True
             if step % c.train.log_every == 0 or step == steps:
                 report()
             if c.train.sample_every and step % c.train.sample_every == 0 and step < steps:

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from etils import epath
 
 from madformer_jax.config import ConfigError
 
@@ -37,9 +38,7 @@ class StateDict(NamedTuple):
     weights: str  # which set of weights was taken: "ema", "model", or "" where the file holds just one
 
 
-def check_tensors(
-    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray], what: str
-) -> None:
+def check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray], what: str) -> None:
     """Checks that `given` holds exactly the tensors of `expected`; `what` names the file or the model in the error.
 
     Raises:
@@ -62,9 +61,7 @@ def check_tensors(
         if names
     ]
     if faults:
-        raise ConfigError(
-            f"{what}: the tensors do not fit the model: {'; '.join(faults)}."
-        )
+        raise ConfigError(f"{what}: the tensors do not fit the model: {'; '.join(faults)}.")
 
 
 def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDict:
@@ -88,18 +85,12 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
         raise ConfigError(f"{path}: no such file.")
     content = readers[path.suffix](path)
     args = content.pop(_ARGS, None)
-    sets = {
-        name: content[name]
-        for name in ("ema", "model")
-        if isinstance(content.get(name), dict)
-    }
+    sets = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)}
     if not sets:
         return StateDict(_plain_arrays(content, path), args, "")
     chosen = weights or next(iter(sets))
     if chosen not in sets:
-        raise ConfigError(
-            f"{path} holds no {chosen!r} weights, only {', '.join(map(repr, sets))}."
-        )
+        raise ConfigError(f"{path} holds no {chosen!r} weights, only {', '.join(map(repr, sets))}.")
     return StateDict(_plain_arrays(sets[chosen], path), args, chosen)
 
 
@@ -128,9 +119,7 @@ def write_state_dict(
             with temporary.open("wb") as file:
                 np.savez(file, **everything)
         elif path.suffix == ".safetensors":
-            metadata = {"format": "pt"} | (
-                {} if args is None else {_ARGS: json.dumps(dict(args))}
-            )
+            metadata = {"format": "pt"} | ({} if args is None else {_ARGS: json.dumps(dict(args))})
             safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
         else:
             _write_torch(temporary, path, arrays, args)
@@ -139,22 +128,50 @@ def write_state_dict(
         temporary.unlink(missing_ok=True)
 
 
+def save_params(folder: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
+    """Writes a tree of arrays as an Orbax checkpoint in `folder`/params; an older one is replaced."""
+    import orbax.checkpoint as ocp  # slow to import, and only networks that are not trained are kept this way
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(_params_of(folder), dict(params), force=True)
+
+
+def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tree of numpy arrays written by `save_params`.
+
+    Raises:
+      ConfigError: there is none, or it is damaged.
+    """
+    import orbax.checkpoint as ocp
+
+    if not has_params(folder):
+        raise ConfigError(f"{folder}: no params folder in it; --mode=convert writes one.")
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(_params_of(folder))
+    except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+        raise _unreadable(pathlib.Path(folder), "an Orbax checkpoint", error) from None
+
+
+def has_params(folder: str | os.PathLike[str]) -> bool:
+    """Whether `save_params` has written to `folder`."""
+    return _params_of(folder).exists()
+
+
+def _params_of(folder: str | os.PathLike[str]) -> epath.Path:
+    return epath.Path(folder).absolute() / "params"
+
+
 def _check_suffix(path: pathlib.Path) -> None:
     if path.suffix not in SUFFIXES:
-        raise ConfigError(
-            f"{path}: unknown kind of checkpoint, the name must end in one of {', '.join(SUFFIXES)}."
-        )
+        raise ConfigError(f"{path}: unknown kind of checkpoint, the name must end in one of {', '.join(SUFFIXES)}.")
 
 
-def _plain_arrays(
-    content: Mapping[str, Any], path: pathlib.Path
-) -> dict[str, np.ndarray]:
+def _plain_arrays(content: Mapping[str, Any], path: pathlib.Path) -> dict[str, np.ndarray]:
     arrays = {str(name): _numpy(value) for name, value in content.items()}
     wrong = [name for name, array in arrays.items() if array is None]
     if wrong or not arrays:
-        raise ConfigError(
-            f"{path} holds no state_dict: {', '.join(wrong[:8]) or 'nothing at all'} is no tensor."
-        )
+        raise ConfigError(f"{path} holds no state_dict: {', '.join(wrong[:8]) or 'nothing at all'} is no tensor.")
     return {name: array for name, array in arrays.items() if array is not None}
 
 
@@ -171,33 +188,21 @@ def _numpy(value: Any) -> np.ndarray | None:
 
 
 def _unreadable(path: pathlib.Path, kind: str, error: Exception) -> ConfigError:
-    reason = (
-        str(error).strip().splitlines()[0][:200]
-        if str(error).strip()
-        else type(error).__name__
-    )
-    return ConfigError(
-        f"{path} cannot be read as {kind}; it is truncated or another kind of file ({reason})."
-    )
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return ConfigError(f"{path} cannot be read as {kind}; it is truncated or another kind of file ({reason}).")
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            content: dict[str, Any] = {
-                name: _bfloat16_of_void(file[name]) for name in file.files
-            }
-        return (
-            content | {_ARGS: json.loads(str(content[_ARGS]))}
-            if _ARGS in content
-            else content
-        )
+            content: dict[str, Any] = {name: _bfloat16_of_void(file[name]) for name in file.files}
+        return content | {_ARGS: json.loads(str(content[_ARGS]))} if _ARGS in content else content
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise _unreadable(path, "a .npz archive", error) from None
 
 
 def _bfloat16_of_void(array: np.ndarray) -> np.ndarray:
-    """numpy stores a bfloat16 array as two-byte voids."""
+    """Numpy stores a bfloat16 array as two-byte voids."""
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
@@ -206,11 +211,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
         with safetensors.safe_open(path, "np") as file:
             names, metadata = file.keys(), file.metadata() or {}
             content: dict[str, Any] = {name: file.get_tensor(name) for name in names}
-        return (
-            content | {_ARGS: json.loads(metadata[_ARGS])}
-            if _ARGS in metadata
-            else content
-        )
+        return content | {_ARGS: json.loads(metadata[_ARGS])} if _ARGS in metadata else content
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise _unreadable(path, "a .safetensors file", error) from None
 
@@ -235,7 +236,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, Any]:
                 weights_only=True,
                 mmap=zipfile.is_zipfile(path) or None,
             )
-    except Exception as error:  # noqa: BLE001  # a broken pickle raises almost any kind
+    except Exception as error:  # a broken pickle raises almost any kind
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise ConfigError(

@@ -88,7 +88,7 @@ def test_full_size_names_and_shapes(reference):
             "block_size": 256,
             "pre_downsample_block_size": 1024,
             "ar_len": 16,
-        }  # fmt: skip
+        }
     )
     assert convert.release_shapes(c) == shapes
 

@@ -43,9 +43,7 @@ def assert_one_line(error, *words):
 @pytest.mark.parametrize("name", FORMATS)
 def test_writing_and_reading_keeps_every_bit(tmp_path, tensors, name):
     path = path_of(tmp_path, name)
-    weights.write_state_dict(
-        path, tensors, {"depth": 4, "clear_cond": False, "sizes": [1, 2]}
-    )
+    weights.write_state_dict(path, tensors, {"depth": 4, "clear_cond": False, "sizes": [1, 2]})
     content = weights.read_state_dict(path)
     assert content.args == {"depth": 4, "clear_cond": False, "sizes": [1, 2]}
     assert content.tensors.keys() == tensors.keys()
@@ -133,11 +131,7 @@ class Evil:
 def test_malicious_pickle_does_not_run(tmp_path, legacy, inside):
     torch = pytest.importorskip("torch")
     path, marker = tmp_path / "m.pt", tmp_path / "owned"
-    content = (
-        Evil(marker)
-        if inside == "alone"
-        else {"model": {"a": torch.zeros(2)}, "args": Evil(marker)}
-    )
+    content = Evil(marker) if inside == "alone" else {"model": {"a": torch.zeros(2)}, "args": Evil(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ConfigError) as error:
         weights.read_state_dict(path)

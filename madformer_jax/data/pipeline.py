@@ -26,7 +26,7 @@ Batch = dict[str, np.ndarray]
 class DatasetInfo(NamedTuple):
     """What start-up needs to know of the data."""
 
-    count: int
+    records: int
     classes: int  # 0: unlabelled
     image_shape: tuple[int, int, int]  # of one record as the model gets it
 
@@ -127,7 +127,7 @@ def train_iterator(
     """
     source = sources.open_source(config)
     info = _describe(config, source)
-    order = grain.MapDataset.range(info.count).seed(config.seed).shuffle().repeat()
+    order = grain.MapDataset.range(info.records).seed(config.seed).shuffle().repeat()
     draws = order.random_map(_draw) if config.data.flip else order.map(_keep)
     batches = draws[process_index::process_count].batch(batch, batch_fn=_stack)
     return _Batches(batches.map(_Load(source, table(config))), config.data.workers)
@@ -142,7 +142,7 @@ def ordered_batches(
     """
     source = sources.open_source(config)
     info = _describe(config, source)
-    draws = grain.MapDataset.range(info.count).map(_keep)[process_index::process_count]
+    draws = grain.MapDataset.range(info.records).map(_keep)[process_index::process_count]
     iterator = _iterate(draws.batch(batch, batch_fn=_stack).map(_Load(source, table(config))), config.data.workers)
     try:
         yield from iterator
@@ -182,6 +182,7 @@ class _Batches(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         self.start_prefetch()
+        assert self._running is not None
         batch = next(self._running)
         self._next += 1
         return batch

@@ -67,7 +67,7 @@ def start(index: int, count: int) -> None:
 
 
 if __name__ == "__mp_main__":
-    sys.meta_path.insert(0, _NoJax())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _NoJax())
     from absl import logging
 
     verbosity = logging.get_verbosity()

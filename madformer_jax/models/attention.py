@@ -7,7 +7,7 @@ prediction query, all visible, so the whole is one unmasked attention per block 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class QKV(NamedTuple):
 
 def attend(q: Array, k: Array, v: Array, *, implementation: str = "blocks", causal: bool = False) -> Array:
     """softmax(q k^T / sqrt(h)) v for q (B, S, H, h), k and v (B, K, H, h)."""
-    kernel = "cudnn" if implementation == "cudnn" else "xla"
+    kernel: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
 
 

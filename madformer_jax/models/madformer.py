@@ -160,9 +160,8 @@ class MADFormer(nn.Module):
         pred = jnp.concatenate([self._boi(z.shape[0]), c[:, :-1]], axis=1)  # p_i = c_(i-1), (B, L, s, d)
 
         # The last clean block is seen by nobody but itself: without an output of its own it need not exist.
-        used = c if clean_out else c[:, :-1]
-        if not self.clean_stream or not used.shape[1]:
-            used = None
+        count = self.blocks if clean_out else self.blocks - 1
+        used = c[:, :count] if self.clean_stream and count else None
         embedded = None if tokens is None else self.embedding(tokens)
         positions = self._image_positions()
         clean_positions = None if used is None else Rotary(*(x[: used.shape[1]] for x in positions))

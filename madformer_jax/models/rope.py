@@ -43,7 +43,7 @@ def rotary(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, var
 
 
 def rotate(x: Array, position: Rotary) -> Array:
-    """x * cos + rotate_half(x) * sin, for x (..., s, H, h) and positions (..., s, h); computed in float32."""
+    """X * cos + rotate_half(x) * sin, for x (..., s, H, h) and positions (..., s, h); computed in float32."""
     half = x.shape[-1] // 2
     y = x.astype(jnp.float32)
     rotated = jnp.concatenate([-y[..., half:], y[..., :half]], axis=-1)

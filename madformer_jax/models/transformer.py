@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.models import attention
@@ -83,7 +82,7 @@ class Tower(nn.Module):
         self.down = dense(d, ("mlp", "embed"), bias=False, scale=xavier(self.mlp_width, d), dtype=dtype)
 
     def qkv(self, x: Array, position: Rotary, queries: bool = True) -> QKV:
-        """x (..., s, d) -> queries (unless only keys and values are wanted), keys, values, each (..., s, H, h)."""
+        """X (..., s, d) -> queries (unless only keys and values are wanted), keys, values, each (..., s, H, h)."""
         y = self.attention_norm(x)
 
         def heads(projection: Array) -> Array:
@@ -141,12 +140,12 @@ class DecoderLayer(nn.Module):
         text = qkv.get("text")
         source = qkv.get("clean", None if "clean" in self.towers else qkv.get("pred"))
         context = None if source is None or self.block_only else source.kv
-        attended = {}
+        attended: dict[str, Array] = {}
         if image:
             outputs = attention.block_attention(
                 [qkv[name] for name in image], context, None if text is None else text.kv, implementation=self.attention
             )
-            attended = dict(zip(image, outputs, strict=True))
+            attended.update(zip(image, outputs, strict=True))
         if text is not None and text.q is not None:
             attended["text"] = attention.attend(text.q, text.k, text.v, causal=True)
         return Streams(**{name: self._finish(name, given[name], attended[name]) for name in attended}), None
@@ -158,6 +157,7 @@ class DecoderLayer(nn.Module):
         """
         ((name, x),) = ((n, x) for n, x in streams._asdict().items() if x is not None)
         own = self._qkv(name, x, position)
+        assert own.q is not None
         if name == "text":
             attended = attention.attend(own.q, own.k, own.v, causal=True)
         else:

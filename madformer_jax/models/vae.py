@@ -5,8 +5,7 @@ the network itself: whoever feeds them to the model multiplies by `scaling_facto
 """
 
 import json
-import os
-import pathlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
+from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from madformer_jax import weights
-from madformer_jax.config import ConfigError
+from madformer_jax import partitioning, weights
+from madformer_jax.codec import Codec
+from madformer_jax.config import VAE_CHANNELS, VAE_DOWNSAMPLING, ConfigError
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -226,30 +228,135 @@ def _conv(channels: int, dtype: jnp.dtype, name: str, size: int = 3) -> nn.Conv:
 
 
 def encode(model: AutoencoderKL, params: Params, images: Array, at_once: int | None = None) -> tuple[Array, Array]:
-    """`AutoencoderKL.encode`, `at_once` images at a time: by default as many as `MAX_PIXELS` holds. Pure and jittable."""
+    """`AutoencoderKL.encode` of any batch, on each device at most `at_once` images at a time; pure and jittable.
+
+    By default as many as `MAX_PIXELS` holds.
+    """
     at_once = at_once or max(1, MAX_PIXELS // (images.shape[1] * images.shape[2]))
     return _in_passes(lambda x: model.apply({"params": params}, x, method="encode"), images, at_once)
 
 
 def decode(model: AutoencoderKL, params: Params, z: Array, at_once: int | None = None) -> Array:
-    """`AutoencoderKL.decode`, `at_once` images at a time: by default as many as `MAX_PIXELS` holds. Pure and jittable.
+    """`AutoencoderKL.decode` of any batch, on each device at most `at_once` images at a time; pure and jittable.
 
-    The loop is over the batch, so a batch sharded over devices wants `at_once` = its size.
+    By default as many as `MAX_PIXELS` holds: one 1024 x 1024 image takes 4.6 GiB in float32.
     """
     at_once = at_once or max(1, MAX_PIXELS // (z.shape[1] * z.shape[2] * model.reduction**2))
     return _in_passes(lambda x: model.apply({"params": params}, x, method="decode"), z, at_once)
 
 
 def _in_passes(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:
-    if at_once >= x.shape[0]:
+    """f(x) by a loop over equal parts of the batch, each of which takes as many rows from every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.gcd(len(x), 1 if mesh.empty else partitioning.batch_devices(mesh))
+    rows = len(x) // devices
+    share = max(n for n in range(1, min(at_once, rows) + 1) if rows % n == 0)
+    if share == rows:
         return f(x)
-    return jax.lax.map(lambda one: jax.tree.map(lambda y: y[0], f(one[None])), x, batch_size=at_once)
+    passes = rearrange(x, "(d p s) ... -> p (d s) ...", d=devices, s=share)
+    return jax.tree.map(lambda y: rearrange(y, "p (d s) ... -> (d p s) ...", d=devices), jax.lax.map(f, passes))
 
 
 def sample(mean: Array, logvar: Array, key: Array) -> Array:
     """Draws latents from the posterior, unscaled; mean and logvar of any one shape and float type, the result float32."""
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+
+
+def codec(path: str, dtype: str) -> Codec:
+    """Image <-> latent of the model, scaled, with weights from wherever `load` finds them.
+
+    Raises:
+      ConfigError: no weights there, they do not fit, or the network is of another kind than Stable Diffusion's.
+    """
+    model, params = load(path, dtype)
+    if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
+        raise ConfigError(
+            f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the side; "
+            f"a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
+        )
+
+    def encode_batch(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+        cached = "mean" in batch
+        mean, logvar = (batch["mean"], batch["logvar"]) if cached else encode(model, params, batch["image"])
+        return model.scaling_factor * sample(mean, logvar, key)
+
+    def decode_batch(params: Params, z: Array) -> Array:
+        return decode(model, params, z / model.scaling_factor)
+
+    return Codec(params, encode_batch, decode_batch)
+
+
+# Files --------------------------------------------------------------------------------------------------------------------
+
+_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+def load(path: str, dtype: str | jnp.dtype = jnp.float32) -> tuple[AutoencoderKL, Params]:
+    """Model and parameters from a diffusers folder, a folder written by `save`, or a Hugging Face hub id.
+
+    Raises:
+      ConfigError: there is nothing of the kind at `path`, the hub cannot be reached, or the tensors do not fit.
+    """
+    model, params, _ = _load(path, dtype)
+    return model, params
+
+
+def save(path: str, source: str) -> None:
+    """Writes the VAE at `source` (as for `load`) as an Orbax folder, config.json last.
+
+    Raises:
+      ConfigError: as for `load`; nothing is written then.
+    """
+    _, params, config = _load(source, jnp.float32)
+    weights.save_params(path, params)
+    (epath.Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dict[str, Any]]:
+    if not path:
+        raise ConfigError(
+            "config.codec.path is empty: give the VAE's folder or hub id (such as stabilityai/sd-vae-ft-mse)."
+        )
+    folder = epath.Path(path)
+    if folder.is_dir():
+        files = [folder / name for name in _FILES if (folder / name).exists()]
+        config_file = folder / "config.json"
+        if not config_file.exists() or not (files or weights.has_params(path)):
+            raise ConfigError(f"{path} is no VAE folder: it needs config.json and one of {', '.join(_FILES)}.")
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        config_file, *files = _download(path)
+    else:
+        raise ConfigError(f"{path}: no such folder, and no hub id either (owner/name).")
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{config_file} is no JSON ({error}).") from None
+    model = from_config(config, dtype)
+    if files:
+        state_dict = weights.read_state_dict(files[0]).tensors
+        return model, from_diffusers_vae(state_dict, model, str(files[0])), config
+    params = weights.load_params(path)
+    weights.check_tensors(shapes(model), to_diffusers_vae(params), path)
+    return model, params, config
+
+
+def _download(hub_id: str) -> list[epath.Path]:
+    """config.json and the weights of a hub repository, in the hub's own cache."""
+    what = f"config.codec.path={hub_id!r} is no folder, and as a hub id it cannot be downloaded"
+    instead = "download the folder by other means and give its path"
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ConfigError(f"{what}: pip install huggingface_hub, or {instead}.") from None
+    problem: Exception | None = None
+    for name in _FILES:
+        try:
+            return [epath.Path(huggingface_hub.hf_hub_download(hub_id, file)) for file in ("config.json", name)]
+        except Exception as error:  # of the hub, the HTTP library below it or the system
+            problem = problem or error
+    reason = str(problem).strip().split("\n")[0] or type(problem).__name__
+    raise ConfigError(f"{what} ({reason}): {instead}.")
 
 
 # Conversion ---------------------------------------------------------------------------------------------------------------
@@ -275,7 +382,11 @@ def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32)
     for name, value in known.items():
         if name in config and config[name] != value:
             raise ConfigError(f"VAE config {name}={config[name]!r} is not supported: only {value!r}.")
-    fields = [name for name in AutoencoderKL.__dataclass_fields__ if name in config and name not in ("dtype", "name", "parent")]
+    fields = [
+        name
+        for name in AutoencoderKL.__dataclass_fields__
+        if name in config and name not in ("dtype", "name", "parent")
+    ]
     values = {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in fields}
     return AutoencoderKL(**values, dtype=jnp.dtype(dtype))
 
