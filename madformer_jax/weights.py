@@ -1,7 +1,7 @@
-"""Checkpoint files of other frameworks as plain numpy: safe reading, atomic writing, and the check that all tensors fit.
+"""Checkpoint files of other frameworks as plain numpy: safe reading, atomic writing, the check that all tensors fit.
 
-Formats by suffix: .pt, .pth and .bin (PyTorch, an optional extra), .safetensors, .npz. A file holds one state_dict (name ->
-tensor) or, as the release writes it, several under the keys "model" and "ema" beside the training arguments "args".
+Formats by suffix: .pt, .pth and .bin (PyTorch, an optional extra), .safetensors, .npz. A file holds one state_dict
+(name -> tensor) or, as the release writes it, two under "model" and "ema" beside the training arguments "args".
 """
 
 import argparse
@@ -72,7 +72,7 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
       weights: "ema" or "model" where the file holds both; "" takes the EMA where there is one.
 
     Raises:
-      ConfigError: no such file, truncated or of another kind, more than tensors and plain values in it, or no such weights.
+      ConfigError: no such file, truncated or of another kind, not only tensors and plain values in it, no such weights.
     """
     path = pathlib.Path(path)
     readers: dict[str, Callable[[pathlib.Path], dict[str, Any]]] = {
@@ -99,9 +99,9 @@ def write_state_dict(
     tensors: Mapping[str, np.ndarray],
     args: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a state_dict in the format of the suffix; with `args`, a .pt file has the release's layout {"model": ..., "args": ...}.
+    """Writes a state_dict in the format of the suffix; the file appears whole or not at all.
 
-    The file appears whole or not at all.
+    With `args`, a .pt file has the release's layout {"model": ..., "args": ...}.
 
     Raises:
       ConfigError: unknown suffix, or PyTorch is missing for a PyTorch file.

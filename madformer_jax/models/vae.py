@@ -1,7 +1,7 @@
 """AutoencoderKL, the image <-> latent network of Stable Diffusion, in channels-last layout.
 
-Module names follow diffusers', so that a parameter's path is its name in a diffusers checkpoint. Latents here are those of
-the network itself: whoever feeds them to the model multiplies by `scaling_factor`.
+Module names follow diffusers', so that a parameter's path is its name in a diffusers checkpoint. Latents here are those
+of the network itself; `codec` multiplies them by `scaling_factor`.
 """
 
 import json
@@ -28,7 +28,7 @@ Params = Mapping[str, Any]
 SCALING_FACTOR = 0.18215  # of Stable Diffusion: makes the latents' variance about 1
 EPS = 1e-6  # of every GroupNorm
 
-# float32 scores of attention held at once: 64 MiB. A 512 x 512 image is done in one go, 1024 x 1024 in 16 chunks of queries.
+# attention scores held at once, 64 MiB: a 512 x 512 image is done in one go, 1024 x 1024 in 16 chunks of queries
 MAX_SCORES = 2**24
 # pixels a pass of `encode` and `decode`: the activations of one 1024 x 1024 image fit 8 GiB in float32
 MAX_PIXELS = 1024 * 1024
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The Stable Diffusion VAE (83.65 M parameters with the defaults); field names and defaults as in diffusers' config.json.
+    """The Stable Diffusion VAE, 83.65 M parameters by default; fields are named as in diffusers' config.json.
 
     Attributes:
       dtype: of the computation; parameters, GroupNorm's statistics, attention scores and results are float32.
@@ -224,7 +224,7 @@ def _conv(channels: int, dtype: jnp.dtype, name: str, size: int = 3) -> nn.Conv:
     return nn.Conv(channels, (size, size), padding=size // 2, dtype=dtype, name=name)
 
 
-# Whole batches ------------------------------------------------------------------------------------------------------------
+# ---- whole batches
 
 
 def encode(model: AutoencoderKL, params: Params, images: Array, at_once: int | None = None) -> tuple[Array, Array]:
@@ -258,7 +258,7 @@ def _in_passes(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:
 
 
 def sample(mean: Array, logvar: Array, key: Array) -> Array:
-    """Draws latents from the posterior, unscaled; mean and logvar of any one shape and float type, the result float32."""
+    """Draws latents from the posterior, unscaled, float32; mean and logvar are of one shape and any float type."""
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
 
@@ -272,8 +272,8 @@ def codec(path: str, dtype: str) -> Codec:
     model, params = load(path, dtype)
     if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
         raise ConfigError(
-            f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the side; "
-            f"a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
+            f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the "
+            f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
         )
 
     def encode_batch(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
@@ -287,7 +287,7 @@ def codec(path: str, dtype: str) -> Codec:
     return Codec(params, encode_batch, decode_batch)
 
 
-# Files --------------------------------------------------------------------------------------------------------------------
+# ---- files
 
 _FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -359,7 +359,7 @@ def _download(hub_id: str) -> list[epath.Path]:
     raise ConfigError(f"{what} ({reason}): {instead}.")
 
 
-# Conversion ---------------------------------------------------------------------------------------------------------------
+# ---- conversion
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.15
 

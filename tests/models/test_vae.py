@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import sys
+import types
 import zlib
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import config
+from madformer_jax import config, partitioning, weights
 from madformer_jax.config import ConfigError
 from madformer_jax.models import vae
 
@@ -63,18 +65,17 @@ def test_encoding_and_decoding_equal_diffusers(arrays, small):
 def test_chunked_attention_and_passes_equal_the_whole(arrays, small, monkeypatch):
     model, _, params = small
     z = nhwc(arrays["mean"])
-    whole = vae.decode(model, params, z)
-    monkeypatch.setattr(vae, "MAX_SCORES", 2 * 96 * 25)  # 25 of 96 queries: a remainder
-    np.testing.assert_allclose(vae.decode(model, params, z), whole, atol=1e-5)
-    np.testing.assert_allclose(vae.decode(model, params, z, at_once=1), whole, atol=1e-5)
-    mean, _ = vae.encode(model, params, nhwc(arrays["image"]), at_once=1)
+    monkeypatch.setattr(vae, "MAX_SCORES", 96 * 25)  # 25 of 96 queries: a remainder
+    decoded = jax.jit(lambda z: vae.decode(model, params, z, at_once=1))(z)
+    assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
+    mean, _ = jax.jit(lambda x: vae.encode(model, params, x, at_once=1))(nhwc(arrays["image"]))
     assert distance(mean, z) < 1e-4
 
 
 def test_bfloat16_is_close_and_returns_float32(arrays, small):
     model, _, params = small
     half = model.clone(dtype=jnp.bfloat16)
-    decoded = vae.decode(half, params, nhwc(arrays["mean"]))
+    decoded = jax.jit(lambda z: vae.decode(half, params, z))(nhwc(arrays["mean"]))
     assert decoded.dtype == jnp.float32
     assert 1e-4 < distance(decoded, nhwc(arrays["decoded"])) < 0.05
 
@@ -144,3 +145,122 @@ def test_decoding_1024_pixels_at_full_size_fits_8_gib():
     memory = jax.jit(lambda p, z: vae.decode(model, p, z)).lower(params, z).compile().memory_analysis()
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     assert needed < 8 * 2**30
+
+
+def test_a_sharded_batch_is_decoded_in_passes_without_moving_images(small):
+    model, _, params = small
+    mesh = partitioning.make_mesh(4, 1, -1)
+    sharding = partitioning.batch_sharding(mesh)
+    z = jax.device_put(np.random.default_rng(0).standard_normal((24, 2, 3, 4)).astype(np.float32), sharding)
+    with partitioning.scope(mesh):
+        program = jax.jit(lambda z: vae.decode(model, params, z, at_once=4)).lower(z).compile()
+    text = program.as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert "f32[3," in text  # 6 images on each of 4 devices, at most 4 at once: two passes of 3
+    decoded = program(z)
+    assert decoded.sharding.is_equivalent_to(sharding, 4)
+    np.testing.assert_allclose(decoded, jax.jit(lambda z: vae.decode(model, params, z, 24))(np.asarray(z)), atol=2e-5)
+
+
+# ---- files
+
+
+def write_folder(folder, model, state, config_json, name="diffusion_pytorch_model.safetensors"):
+    folder.mkdir()
+    (folder / "config.json").write_text(config_json)
+    weights.write_state_dict(folder / name, state)
+    return str(folder)
+
+
+def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small):
+    model, state, params = small
+    folder = write_folder(tmp_path / "diffusers", model, state, str(arrays["config"]))
+    vae.save(str(tmp_path / "orbax"), folder)
+    for path in (folder, str(tmp_path / "orbax")):
+        loaded, loaded_params = vae.load(path)
+        assert loaded == model
+        assert jax.tree.all(jax.tree.map(np.array_equal, loaded_params, params))
+    codec, key = vae.codec(path, "float32"), jax.random.key(1)
+    mean, logvar = nhwc(arrays["mean"]), nhwc(arrays["logvar"])
+    z = 0.18215 * vae.sample(mean, logvar, key)
+    image = {"image": nhwc(arrays["image"])}
+    np.testing.assert_allclose(jax.jit(codec.encode)(codec.params, image, key), z, atol=1e-5)
+    np.testing.assert_allclose(codec.encode(codec.params, {"mean": mean, "logvar": logvar}, key), z, atol=1e-6)
+    decoded = jax.jit(codec.decode)(codec.params, 0.18215 * mean)
+    assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
+
+
+def test_the_config_s_own_scaling_factor_is_used(tmp_path, arrays, small):
+    model, state, _ = small
+    text = json.dumps(json.loads(str(arrays["config"])) | {"scaling_factor": 0.13025})
+    codec = vae.codec(write_folder(tmp_path / "vae", model, state, text), "float32")
+    z = codec.encode(
+        codec.params, {"mean": jnp.ones((1, 8, 8, 4)), "logvar": jnp.full((1, 8, 8, 4), -30.0)}, jax.random.key(0)
+    )
+    np.testing.assert_allclose(z, 0.13025, rtol=1e-4)
+
+
+def test_torch_weights_in_a_folder(tmp_path, arrays, small):
+    pytest.importorskip("torch")
+    model, state, params = small
+    folder = write_folder(tmp_path / "vae", model, state, str(arrays["config"]), "diffusion_pytorch_model.bin")
+    assert jax.tree.all(jax.tree.map(np.array_equal, vae.load(folder)[1], params))
+
+
+def test_faults_of_a_folder_are_one_line_that_names_them(tmp_path, arrays, small):
+    model, state, _ = small
+
+    def error(path):
+        with pytest.raises(ConfigError) as caught:
+            vae.load(path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "config.codec.path is empty" in error("")
+    assert "no such folder" in error(str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in error(str(tmp_path / "empty"))
+
+    folder = write_folder(tmp_path / "short", model, state, str(arrays["config"]))
+    file = tmp_path / "short" / "diffusion_pytorch_model.safetensors"
+    with file.open("r+b") as f:
+        f.truncate(file.stat().st_size // 2)
+    assert str(file) in error(folder)
+    with pytest.raises(ConfigError):
+        vae.save(str(tmp_path / "out"), folder)
+    assert not (tmp_path / "out").exists()
+
+    (tmp_path / "short" / "config.json").write_text("{")
+    assert "config.json" in error(folder)
+
+    shallow = json.dumps({"block_out_channels": [32, 64], "norm_num_groups": 32})
+    other = vae.from_config(json.loads(shallow))
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in vae.shapes(other).items()}
+    folder = write_folder(tmp_path / "other", other, zeros, shallow)
+    with pytest.raises(ConfigError, match="1/2 of the side"):
+        vae.codec(folder, "float32")
+
+
+def test_hub_id_where_the_hub_can_and_cannot_be_reached(tmp_path, arrays, small, monkeypatch):
+    model, state, params = small
+    folder = write_folder(tmp_path / "vae", model, state, str(arrays["config"]))
+    hub = types.ModuleType("huggingface_hub")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+
+    hub.hf_hub_download = lambda hub_id, file: f"{folder}/{file}"
+    assert jax.tree.all(jax.tree.map(np.array_equal, vae.load("someone/a-vae")[1], params))
+
+    def unreachable(hub_id, file):
+        raise OSError("no route to host\nand much more")
+
+    hub.hf_hub_download = unreachable
+    with pytest.raises(ConfigError) as error:
+        vae.load("someone/a-vae")
+    assert "\n" not in str(error.value)
+    assert "'someone/a-vae'" in str(error.value)
+    assert "no route to host" in str(error.value)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ConfigError, match="pip install huggingface_hub"):
+        vae.load("someone/a-vae")
