@@ -254,6 +254,7 @@ def _in_passes(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:
     if share == rows:
         return f(x)
     passes = rearrange(x, "(d p s) ... -> p (d s) ...", d=devices, s=share)
+    passes = nn.with_logical_constraint(passes, (None, "batch") + (None,) * (x.ndim - 1))
     return jax.tree.map(lambda y: rearrange(y, "p (d s) ... -> (d p s) ...", d=devices), jax.lax.map(f, passes))
 
 
