@@ -1,0 +1,285 @@
+"""Inception-v3 for the Frechet distance: the network of the TensorFlow original, as in pytorch-fid and torch-fidelity.
+
+It differs from torchvision's: average pools leave the padding out of the mean, Mixed_7c pools by maximum, and there are
+1008 classes. A parameter's path is its name in their checkpoints.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from madformer_jax import weights
+
+Array = jax.Array
+Params = Mapping[str, Any]
+
+SIDE = 299  # images are resized to it
+EPS = 1e-3  # of every batch normalization
+
+
+class Features(NamedTuple):
+    """Spatial means at five depths and the class scores, each (B, channels), float32."""
+
+    f64: Array
+    f192: Array
+    f768: Array
+    f2048: Array  # what FID means by default
+    logits_unbiased: Array  # of which the inception score takes the softmax
+    logits: Array
+
+
+class Conv(nn.Module):
+    """Convolution without bias, batch normalization by stored statistics, ReLU."""
+
+    channels: int
+    size: tuple[int, int]
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        padding = [(p, p) for p in self.padding]
+        x = nn.Conv(self.channels, self.size, strides=self.stride, padding=padding, use_bias=False, name="conv")(x)
+        return nn.relu(BatchNorm(name="bn")(x))
+
+
+class BatchNorm(nn.Module):
+    """Normalization by the stored mean and variance, names as in PyTorch."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def param(name: str, init: nn.initializers.Initializer) -> Array:
+            return self.param(name, init, x.shape[-1:])
+
+        scale = param("weight", nn.initializers.ones) / jnp.sqrt(param("running_var", nn.initializers.ones) + EPS)
+        mean = param("running_mean", nn.initializers.zeros)
+        return (x - mean) * scale + param("bias", nn.initializers.zeros)
+
+
+def _average_pool(x: Array) -> Array:
+    return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
+
+
+def _max_pool(x: Array) -> Array:
+    return nn.max_pool(x, (3, 3), strides=(2, 2))
+
+
+def _square(channels: int, name: str, size: int = 1, padding: int = 0, stride: int = 1) -> Conv:
+    return Conv(channels, (size, size), stride, (padding, padding), name=name)
+
+
+class MixedA(nn.Module):
+    """Mixed_5b to 5d, at 35 x 35."""
+
+    pool_channels: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        five = _square(64, "branch5x5_2", 5, 2)(_square(48, "branch5x5_1")(x))
+        three = _square(96, "branch3x3dbl_2", 3, 1)(_square(64, "branch3x3dbl_1")(x))
+        three = _square(96, "branch3x3dbl_3", 3, 1)(three)
+        pool = _square(self.pool_channels, "branch_pool")(_average_pool(x))
+        return jnp.concatenate([_square(64, "branch1x1")(x), five, three, pool], axis=-1)
+
+
+class MixedB(nn.Module):
+    """Mixed_6a, 35 x 35 to 17 x 17."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        three = _square(384, "branch3x3", 3, stride=2)(x)
+        double = _square(96, "branch3x3dbl_2", 3, 1)(_square(64, "branch3x3dbl_1")(x))
+        double = _square(96, "branch3x3dbl_3", 3, stride=2)(double)
+        return jnp.concatenate([three, double, _max_pool(x)], axis=-1)
+
+
+class MixedC(nn.Module):
+    """Mixed_6b to 6e, at 17 x 17, with 7 x 7 convolutions as pairs of 1 x 7 and 7 x 1."""
+
+    channels: int  # between the convolutions
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def row(channels: int, name: str) -> Conv:
+            return Conv(channels, (1, 7), padding=(0, 3), name=name)
+
+        def column(channels: int, name: str) -> Conv:
+            return Conv(channels, (7, 1), padding=(3, 0), name=name)
+
+        c = self.channels
+        seven = row(c, "branch7x7_2")(_square(c, "branch7x7_1")(x))
+        seven = column(192, "branch7x7_3")(seven)
+        double = column(c, "branch7x7dbl_2")(_square(c, "branch7x7dbl_1")(x))
+        double = column(c, "branch7x7dbl_4")(row(c, "branch7x7dbl_3")(double))
+        double = row(192, "branch7x7dbl_5")(double)
+        pool = _square(192, "branch_pool")(_average_pool(x))
+        return jnp.concatenate([_square(192, "branch1x1")(x), seven, double, pool], axis=-1)
+
+
+class MixedD(nn.Module):
+    """Mixed_7a, 17 x 17 to 8 x 8."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        three = _square(320, "branch3x3_2", 3, stride=2)(_square(192, "branch3x3_1")(x))
+        seven = Conv(192, (1, 7), padding=(0, 3), name="branch7x7x3_2")(_square(192, "branch7x7x3_1")(x))
+        seven = Conv(192, (7, 1), padding=(3, 0), name="branch7x7x3_3")(seven)
+        seven = _square(192, "branch7x7x3_4", 3, stride=2)(seven)
+        return jnp.concatenate([three, seven, _max_pool(x)], axis=-1)
+
+
+class MixedE(nn.Module):
+    """Mixed_7b and 7c, at 8 x 8."""
+
+    max_pool: bool  # Mixed_7c, as the original had it; average otherwise
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def split(x: Array, name: str) -> list[Array]:
+            row = Conv(384, (1, 3), padding=(0, 1), name=f"{name}a")
+            column = Conv(384, (3, 1), padding=(1, 0), name=f"{name}b")
+            return [row(x), column(x)]
+
+        three = split(_square(384, "branch3x3_1")(x), "branch3x3_2")
+        double = _square(384, "branch3x3dbl_2", 3, 1)(_square(448, "branch3x3dbl_1")(x))
+        double = split(double, "branch3x3dbl_3")
+        pooled = nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1))) if self.max_pool else _average_pool(x)
+        pool = _square(192, "branch_pool")(pooled)
+        return jnp.concatenate([_square(320, "branch1x1")(x), *three, *double, pool], axis=-1)
+
+
+class InceptionV3(nn.Module):
+    """Images (B, H, W, 3) with values 0..255, uint8 or float, to `Features`."""
+
+    @nn.compact
+    def __call__(self, images: Array) -> Features:
+        def mean(x: Array) -> Array:
+            return x.mean(axis=(1, 2))
+
+        x = (resize(images.astype(jnp.float32), SIDE) - 128) / 128
+        x = _square(32, "Conv2d_1a_3x3", 3, stride=2)(x)
+        x = _square(64, "Conv2d_2b_3x3", 3, 1)(_square(32, "Conv2d_2a_3x3", 3)(x))
+        x = _max_pool(x)
+        f64 = mean(x)
+        x = _max_pool(_square(192, "Conv2d_4a_3x3", 3)(_square(80, "Conv2d_3b_1x1")(x)))
+        f192 = mean(x)
+        for name, pool_channels in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+            x = MixedA(pool_channels, name=name)(x)
+        x = MixedB(name="Mixed_6a")(x)
+        for name, channels in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+            x = MixedC(channels, name=name)(x)
+        f768 = mean(x)
+        x = MixedD(name="Mixed_7a")(x)
+        x = MixedE(max_pool=False, name="Mixed_7b")(x)
+        f2048 = mean(MixedE(max_pool=True, name="Mixed_7c")(x))
+        unbiased, logits = Classifier(name="fc")(f2048)
+        return Features(f64, f192, f768, f2048, unbiased, logits)
+
+
+class Classifier(nn.Module):
+    """Scores of the 1008 classes without and with the bias."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        classes = 1008
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], classes))
+        unbiased = x @ kernel
+        return unbiased, unbiased + self.param("bias", nn.initializers.zeros, (classes,))
+
+
+def resize(images: Array, side: int) -> Array:
+    """Bilinear resize of (B, H, W, c) as TensorFlow 1 did it, without half-pixel centres and without antialiasing.
+
+    Scores depend on it: this is torch-fidelity's resize; pytorch-fid's has half-pixel centres.
+    """
+    for axis in (1, 2):
+        length = images.shape[axis]
+        position = np.arange(side, dtype=np.float32) * np.float32(length / side)
+        low = np.minimum(position.astype(np.int32), length - 1)
+        high = np.minimum(low + 1, length - 1)
+        share = (position - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        below = images.take(low, axis)
+        images = below + (images.take(high, axis) - below) * share
+    return images
+
+
+def features(params: Params, images: Array) -> Features:
+    """`Features` of images (B, H, W, 3) with values 0..255; pure and jittable."""
+    return InceptionV3().apply({"params": params}, images)
+
+
+# ---- files and conversion
+
+
+def load(path: str) -> dict[str, Any]:
+    """Parameters from the original's checkpoint file (see `weights.SUFFIXES`) or a folder written by `save`.
+
+    Raises:
+      ConfigError: there is none at `path`, or its tensors do not fit.
+    """
+    if epath.Path(path).is_dir():
+        params = weights.load_params(path)
+        weights.check_tensors(shapes(), to_torch(params), path)
+        return params
+    return from_torch(weights.read_state_dict(path).tensors, path)
+
+
+def save(folder: str, source: str) -> None:
+    """Writes the parameters of `source` (as for `load`) as an Orbax folder.
+
+    Raises:
+      ConfigError: as for `load`; nothing is written then.
+    """
+    weights.save_params(folder, load(source))
+
+
+_COUNT = "num_batches_tracked"  # of training; says nothing about the network, and the published file lacks it
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the PyTorch checkpoints."""
+    abstract = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in _abstract().items()}
+    return {name: tensor.shape for name, tensor in to_torch(unflatten_dict(abstract)).items()}
+
+
+def from_torch(state_dict: Mapping[str, np.ndarray], what: str = "Inception") -> dict[str, Any]:
+    """Parameters (float32 numpy) from a PyTorch state_dict.
+
+    Raises:
+      ConfigError: names every tensor that is missing, left over or mis-shaped; `what` names the file there.
+    """
+    expected = shapes()
+    counts = {name: np.zeros(()) for name in expected if name.endswith(_COUNT)}
+    weights.check_tensors(expected, counts | dict(state_dict), what)
+    flat = {path: _turn(np.asarray(state_dict[_name(path)], np.float32), (2, 3, 1, 0)) for path in _abstract()}
+    return unflatten_dict(flat)
+
+
+def to_torch(params: Params) -> dict[str, np.ndarray]:
+    """The PyTorch state_dict of parameters; the inverse of `from_torch`."""
+    state_dict = {}
+    for path, leaf in flatten_dict(params).items():
+        state_dict[_name(path)] = _turn(np.asarray(leaf), (3, 2, 0, 1))
+        if path[-1] == "running_var":
+            state_dict[".".join((*path[:-1], _COUNT))] = np.zeros((), np.int64)
+    return state_dict
+
+
+def _abstract() -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    return flatten_dict(jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"])
+
+
+def _name(path: tuple[str, ...]) -> str:
+    return ".".join((*path[:-1], "weight" if path[-1] == "kernel" else path[-1]))
+
+
+def _turn(tensor: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Convolutions by `axes`, matrices transposed."""
+    return tensor.transpose(axes) if tensor.ndim == 4 else tensor.T
