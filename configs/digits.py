@@ -25,16 +25,17 @@ def get_config() -> ConfigDict:
     c.model.mlp_width = 256
     c.model.blocks = 4  # L: 8 x 8 latent positions a block, 16 tokens each
     c.model.unet_channels = (16, 32)
+    c.model.unet_layers = 1
     c.model.unet_heads = 4
     c.model.unet_time_width = 64
     c.model.classes = 10
 
     c.train.batch = 32
-    c.train.steps = 1500
+    c.train.steps = 1200
     c.train.ema_decay = 0.999
     c.train.log_every = 50
-    c.train.sample_every = 500
-    c.train.checkpoint_every = 500
+    c.train.sample_every = 400
+    c.train.checkpoint_every = 400
     c.optimizer.learning_rate = 2e-3
 
     c.sample.n = 100

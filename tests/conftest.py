@@ -26,7 +26,8 @@ def tiny_config() -> ConfigDict:
     c.model.width, c.model.heads, c.model.mlp_width = 16, 2, 24
     c.model.depth, c.model.diffusion_depth = 3, 1
     c.model.blocks = 4
-    c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (8, 16), 1, 8
+    c.model.unet_channels, c.model.unet_attention = (8,), (True,)
+    c.model.unet_layers, c.model.unet_time_width = 1, 8
     c.model.unet_groups = c.model.unet_heads = 4
     c.model.classes = 10
     c.train.batch, c.train.steps = 8, 6

@@ -1,0 +1,38 @@
+"""The model that speed is compared on: the PyTorch release's architecture at a size that two CPU cores can train.
+
+    python -m madformer_jax.main --mode=benchmark --config=configs/bench_mid.py --workdir=runs/bench_mid
+
+20.5 M parameters, float32. Random latents; no data set belongs to it.
+"""
+
+from ml_collections import ConfigDict
+
+from madformer_jax import config
+
+
+def get_config() -> ConfigDict:
+    c = config.release(
+        {
+            "hidden_size": 256,
+            "num_heads": 4,
+            "depth": 8,
+            "diff_depth": 4,
+            "intermediate_size": 1024,
+            "unet_block_out_channels": (64, 128),
+            "unet_num_layers_per_block": (2, 2),
+            "unet_transformer_layers_per_block": (0, 1),
+            "unet_resnet_groups": 8,
+            "unet_num_heads": 8,
+            "unet_time_emb_dim": 128,
+            "block_size": 64,  # tokens, after the stride-2 step
+            "pre_downsample_block_size": 256,  # 16 x 16 latent positions
+            "ar_len": 16,
+            "latent_channels": 4,
+            "lambda_hidden": 0.1,
+        }
+    )
+    c.train.batch = 4
+    c.sample.n = c.sample.batch = 4
+    c.sample.solver = "dpmpp_2m"
+    c.sample.steps = 20
+    return c

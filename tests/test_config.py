@@ -1,0 +1,47 @@
+import pytest
+
+from madformer_jax import config
+from madformer_jax.config import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("model.blocks", 6, "does not tile a 8 x 8 latent"),
+        ("model.blocks", 64, "not divisible by the block U-Net's reduction of 2"),
+        ("model.diffusion_depth", 4, "from 1 to config.model.depth=3"),
+        ("model.diffusion_depth", 0, "from 1 to config.model.depth=3"),
+        ("model.rope", "spiral", "'spiral' is unknown"),
+        ("model.heads", 3, "head size"),
+        ("model.unet_groups", 3, "multiples of"),
+        ("codec.patch", 5, "not a multiple of 5"),
+        ("sample.labels", "3,10", "10 is no class"),
+        ("sample.labels", "three", "class numbers"),
+        ("sample.steps", 0, "out of range"),
+        ("train.accumulate", 3, "not a multiple"),
+        ("loss.text", 1.0, "text_length"),
+        ("model.clean_stream", False, "config.loss.clean"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, words):
+    *path, name = field.split(".")
+    section = tiny_config
+    for part in path:
+        section = section[part]
+    section[name] = value
+    if field == "model.clean_stream":
+        tiny_config.loss.clean = 0.1
+    with pytest.raises(ConfigError, match=words) as error:
+        config.validate(tiny_config)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):
+    tiny_config.sample.labels = "7,2"
+    assert config.labels(tiny_config) == [7, 2, 7, 2, 7]
+
+
+def test_sizes_of_the_release(tiny_config):
+    c = config.base()
+    c.data.image_size = 1024
+    assert config.validate(c) == (128, 4, 16, 4, 32, 1024, 16, 256)

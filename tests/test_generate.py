@@ -1,0 +1,152 @@
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from madformer_jax import config, convert, generate
+from madformer_jax.diffusion import solvers
+from madformer_jax.models import madformer
+
+SOLVERS = {"ddim8": ("ddim", "leading"), "dpm8": ("dpmpp_2m", "linspace")}  # of the reference
+
+
+@pytest.mark.parametrize("variant", ["baseline", "clear_cond", "clear_clean", "denoising_mlp"])
+def test_release_samples(reference, variant):
+    file = reference(f"madformer_{variant}.npz")
+    c = config.release(json.loads(str(file["meta"])))
+    params = convert.from_release({n.removeprefix("param/"): file[n] for n in file.files if n.startswith("param/")}, c)
+    model = madformer.build(c)
+    for name, (solver, spacing) in SOLVERS.items():
+        np.testing.assert_array_equal(solvers.table(solver, spacing, 8).t, file[f"sample/{name}_timesteps"])
+        draw = jax.jit(functools.partial(generate.sample, model, solver=solver, spacing=spacing, steps=8))
+        found, expected = draw(params, file["sample/init_noise"]), file[f"sample/{name}"]
+        assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected), name
+
+
+def small(**changes):
+    """A model in which no two sizes are equal, with parameters whose every path matters."""
+    c = config.base()
+    c.codec.name, c.codec.patch = "pixel", 1
+    c.data.image_size, c.data.channels = 8, 3
+    c.model.width, c.model.heads, c.model.mlp_width = 16, 2, 20
+    c.model.depth, c.model.diffusion_depth, c.model.blocks = 4, 2, 4
+    c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (4, 8), 1, 6
+    c.model.unet_groups = c.model.unet_heads = 2
+    c.model.update(changes)
+    config.validate(c)
+    model = madformer.build(c)
+    params = nn.meta.unbox(madformer.init(model, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(tree, moved)
+
+
+def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance):
+    """Block-autoregressive sampling in which every step recomputes everything, with the forward pass of training."""
+    table = solvers.table(solver, spacing, steps)
+    clean_t = int(table.t[-1]) if model.clean_timestep == "noisy" else 0
+    batch, blocks = noise.shape[:2]
+    t_of = functools.partial(jnp.full, (batch, blocks))
+
+    @jax.jit
+    def eps_of(z, noisy, t, tokens):
+        forward = functools.partial(
+            model.apply, {"params": params}, z, noisy, t, clean_t=t_of(clean_t), terms=("image",)
+        )
+        return forward(tokens).eps
+
+    z, last_seen = jnp.zeros_like(noise), jnp.zeros_like(noise)
+    for i in range(blocks):
+        state = solvers.start(noise[:, i])
+        for k in range(steps):
+            row = jax.tree.map(lambda r, k=k: r[k], table)
+            # without the clean stream, blocks before are those of their last solver step
+            noisy = last_seen.at[:, i].set(state.x)
+            t = t_of(int(table.t[-1])).at[:, i].set(int(row.t))
+            eps = eps_of(z, noisy, t, tokens)[:, i]
+            if tokens is not None and guidance != 1.0:
+                none = eps_of(z, noisy, t, jnp.full_like(tokens, model.classes))[:, i]
+                eps = none + guidance * (eps - none)
+            if k == steps - 1:
+                last_seen = last_seen.at[:, i].set(state.x)
+            state = solvers.step(state, eps, row)
+        z = z.at[:, i].set(state.x)
+    return z
+
+
+SWITCHES = {
+    "all streams": {},
+    "release options": {"rope": "release", "time_embedding": "raw", "clean_timestep": "noisy"},
+    "no clean stream": {"clean_stream": False},
+    "no condition": {"ar_condition": False},
+    "block only": {"diffusion_attention": "block"},
+    "shared": {"param_sets": "shared"},
+    "guided": {"classes": 3},
+    "guided without clean stream": {"classes": 3, "clean_stream": False},
+    "D = N": {"diffusion_depth": 4},
+    "D = 1": {"diffusion_depth": 1},
+    "one block": {"blocks": 1, "diffusion_depth": 4},
+    "sixteen blocks": {"blocks": 16, "unet_stride": 1},
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_cached_sampling_equals_full_recomputation(name):
+    model, params = small(**SWITCHES[name])
+    noise = jax.random.normal(jax.random.key(2), (2, model.blocks, model.block_side**2, model.channels))
+    tokens = jnp.array([[2], [0]]) if model.classes else None
+    settings = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 2, "guidance": 2.0 if model.classes else 1.0}
+    cached = jax.jit(functools.partial(generate.sample, model, **settings))(params, noise, tokens)
+    expected = without_cache(model, params, noise, tokens, **settings)
+    assert float(jnp.linalg.norm(expected)) > 1
+    np.testing.assert_allclose(cached, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_one_program_for_each_block_draws_the_same():
+    model, params = small(classes=3)
+    noise = jax.random.normal(jax.random.key(2), (2, 4, 16, 3))
+    settings = {"solver": "ddim", "spacing": "trailing", "steps": 2, "guidance": 1.5}
+    loop, unrolled = (
+        jax.jit(functools.partial(generate.sample, model, unroll=unroll, **settings))(
+            params, noise, jnp.array([[1], [2]])
+        )
+        for unroll in (False, True)
+    )
+    np.testing.assert_allclose(loop, unrolled, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_of_one_runs_no_second_branch():
+    model, params = small(classes=3)
+    noise, tokens = jnp.ones((2, 4, 16, 3)), jnp.array([[1], [2]])
+
+    def flops(guidance):
+        draw = functools.partial(
+            generate.sample, model, solver="ddim", spacing="trailing", steps=1, guidance=guidance, unroll=True
+        )
+        return jax.jit(draw).lower(params, noise, tokens).cost_analysis()["flops"]
+
+    assert flops(2.0) > 1.5 * flops(1.0)
+
+
+def test_noise_of_an_image_does_not_depend_on_the_batch(tiny_config):
+    from madformer_jax import codec, partitioning
+
+    c = tiny_config
+    c.model.classes, c.sample.n = 0, 5
+    c.sample.guidance = 1.0
+    model = madformer.build(c)
+    params = nn.meta.unbox(madformer.init(model, jax.random.key(0)))
+    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
+    drawn = []
+    for batch in (2, 5):
+        c.sample.batch = batch
+        draw = generate.make_draw(c, model, codec.build(c).decode)
+        drawn.append(generate.draw_all(c, 5, draw, params, {}, mesh, progress=False))
+    for few, many in zip(*drawn, strict=True):
+        np.testing.assert_allclose(few, many, atol=1e-5)
+    assert len(drawn[0][0]) == 5
