@@ -94,6 +94,7 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
 
     class Shades(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path  # where tfds looks for metadata files
 
         def _info(self):
             features = {
