@@ -1,0 +1,322 @@
+"""What a config costs: FLOPs of the matrix products and convolutions, by part, and the peak rates to hold them against.
+
+A multiply-add counts as 2. Element-wise work, and products with a convolution's zero padding, count as nothing; nor does
+what `model.remat` computes again. Everything else is counted as `models.madformer` and `generate` compute it: streams end
+where nobody needs them any more, terms of the loss with weight 0 do not exist, a block attends to what it sees.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from madformer_jax import config as config_lib
+from madformer_jax.models.vae import AutoencoderKL
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs by part."""
+
+    ar_layers: float = 0.0  # projections and SwiGLU of the image streams
+    diffusion_layers: float = 0.0
+    attention: float = 0.0  # scores and weighted values of the image streams, in both kinds of layers
+    unet: float = 0.0  # down- and upsampler, with their own attention
+    vae: float = 0.0
+    text: float = 0.0  # all of the text stream
+
+    @property
+    def total(self) -> float:
+        return math.fsum(dataclasses.astuple(self))
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(*(times * a for a in dataclasses.astuple(self)))
+
+
+# ---- convolutional networks, one block or image at a time
+
+
+def _conv(side: int, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
+    """A size x size convolution of a square, padded by size // 2 on each side."""
+    pad = size // 2
+    outputs = (side + 2 * pad - size) // stride + 1
+    taps = sum(0 <= o * stride + k - pad < side for o in range(outputs) for k in range(size))
+    return 2.0 * taps**2 * channels * features
+
+
+def _resnet(side: int, channels: int, features: int, time_width: int = 0) -> float:
+    shortcut = _conv(side, channels, features, 1) if channels != features else 0.0
+    return _conv(side, channels, features) + _conv(side, features, features) + shortcut + 2.0 * time_width * features
+
+
+def _self_attention(positions: int, channels: int) -> float:
+    return 8.0 * positions * channels**2 + 4.0 * positions**2 * channels
+
+
+def _time_embedding(c: ConfigDict) -> tuple[float, float]:
+    """Of one timestep: the first and the second linear layer."""
+    width = c.model.unet_time_width
+    return 2.0 * (1 if c.model.time_embedding == "raw" else width) * width, 2.0 * width**2
+
+
+def _downsampler(c: ConfigDict) -> tuple[float, float]:
+    """Of one block: everything, and the part of it that reads data, in which the backward pass needs no input gradient."""
+    m, sizes = c.model, config_lib.sizes(c)
+    side = sizes.block_side
+    first = _conv(side, sizes.channels, m.unet_channels[0]) + _time_embedding(c)[0]
+    total, before = first + _time_embedding(c)[1], m.unet_channels[0]
+    for stage, channels in enumerate(m.unet_channels):
+        for _ in range(m.unet_layers):
+            total += _resnet(side, before, channels, m.unet_time_width)
+            total += _self_attention(side**2, channels) if m.unet_attention[stage] else 0.0
+            before = channels
+        if stage + 1 < len(m.unet_channels):
+            total += _conv(side, channels, channels, stride=m.unet_stride)
+            side //= m.unet_stride
+    return total + _conv(side, before, m.width), first
+
+
+def _upsampler(c: ConfigDict) -> tuple[float, float]:
+    """As `_downsampler`."""
+    m, sizes = c.model, config_lib.sizes(c)
+    skips = [m.unet_channels[0]]
+    for stage, channels in enumerate(m.unet_channels):
+        skips += [channels] * (m.unet_layers + (stage + 1 < len(m.unet_channels)))
+    side, before = sizes.token_side, m.unet_channels[-1]
+    total = _conv(side, m.width, before) + sum(_time_embedding(c))
+    for stage, channels in reversed(list(enumerate(m.unet_channels))):
+        for _ in range(m.unet_layers + 1):
+            total += _resnet(side, before + skips.pop(), channels, m.unet_time_width)
+            total += _self_attention(side**2, channels) if m.unet_attention[stage] else 0.0
+            before = channels
+        if stage:
+            side *= m.unet_stride
+            total += _conv(side, channels, channels)
+    return total + _conv(side, before, sizes.channels), _time_embedding(c)[0]
+
+
+def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
+    """Of one image of side x side pixels."""
+    v = model or AutoencoderKL()
+    total, before = _conv(side, v.in_channels, v.block_out_channels[0]), v.block_out_channels[0]
+    for stage, channels in enumerate(v.block_out_channels):
+        for _ in range(v.layers_per_block):
+            total += _resnet(side, before, channels)
+            before = channels
+        if stage + 1 < len(v.block_out_channels):
+            # padded on one side: each of the side / 2 outputs has three taps, the last one two
+            total += 2.0 * (3 * (side // 2) - 1) ** 2 * channels**2
+            side //= 2
+    moments = 2 * v.latent_channels
+    return total + _vae_middle(side, before) + _conv(side, before, moments) + _conv(side, moments, moments, 1)
+
+
+def vae_decode(side: int, model: AutoencoderKL | None = None) -> float:
+    """Of one image of side x side pixels."""
+    v = model or AutoencoderKL()
+    side //= v.reduction
+    before = v.block_out_channels[-1]
+    total = _conv(side, v.latent_channels, v.latent_channels, 1) + _conv(side, v.latent_channels, before)
+    total += _vae_middle(side, before)
+    for stage, channels in enumerate(reversed(v.block_out_channels)):
+        for _ in range(v.layers_per_block + 1):
+            total += _resnet(side, before, channels)
+            before = channels
+        if stage + 1 < len(v.block_out_channels):
+            side *= 2
+            total += _conv(side, channels, channels)
+    return total + _conv(side, before, v.out_channels)
+
+
+def _vae_middle(side: int, channels: int) -> float:
+    return 2 * _resnet(side, channels, channels) + _self_attention(side**2, channels)
+
+
+# ---- decoder layers
+
+
+def _tower(c: ConfigDict, tokens: float, keys_only: bool = False) -> float:
+    """Projections and SwiGLU of one layer; or only its keys and values."""
+    d = c.model.width
+    return tokens * (4.0 * d**2 if keys_only else 8.0 * d**2 + 6.0 * d * c.model.mlp_width)
+
+
+def _text_layer(c: ConfigDict, keys_only: bool) -> float:
+    length = c.model.text_length
+    return _tower(c, length, keys_only) + (0.0 if keys_only else 4.0 * length**2 * c.model.width)
+
+
+def _scores(c: ConfigDict, block: int, block_only: bool) -> float:
+    """Attention of one image block in one layer: the text, the blocks before it (unless `block_only`) and itself."""
+    s = config_lib.sizes(c).tokens
+    keys = s * (1 if block_only else block + 1) + (c.model.text_length if c.model.classes else 0)
+    return 4.0 * s * keys * c.model.width
+
+
+def _stage(c: ConfigDict, name: str, blocks: dict[str, int], ending: set[str]) -> Cost:
+    """All blocks of the streams (name -> blocks) through a stage; those in `ending` give only keys in the last layer."""
+    diffusion = name == "diffusion_layers"
+    layers = c.model.diffusion_depth if diffusion else c.model.depth - c.model.diffusion_depth
+    block_only = diffusion and c.model.diffusion_attention == "block"
+    cost = Cost()
+    if layers and c.model.classes:
+        cost += Cost(text=(layers - 1) * _text_layer(c, False) + _text_layer(c, "text" in ending))
+    for stream, count in blocks.items() if layers else ():
+        tokens, ends = count * config_lib.sizes(c).tokens, stream in ending
+        needed = not ends or not block_only  # keys that nobody but the block itself would see are not computed
+        towers = (layers - 1) * _tower(c, tokens) + (_tower(c, tokens, ends) if needed else 0.0)
+        scores = sum(_scores(c, i, block_only) for i in range(count))
+        cost += Cost(**{name: towers}, attention=(layers - ends) * scores)
+    return cost
+
+
+# ---- programs
+
+
+def forward(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
+    """Of one image: the forward pass of training, without the codec; by default for the loss terms that have a weight."""
+    return _forward(c, terms)[0]
+
+
+def _forward(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]:
+    """The cost, and the part of it whose input is data; the conditions are those of `MADFormer.__call__`."""
+    m, count = c.model, c.model.blocks
+    terms = tuple(name for name, weight in c.loss.items() if weight) if terms is None else terms
+    image, hidden = "image" in terms, "hidden" in terms
+    clean_out, text_out = "clean" in terms and m.clean_stream, "text" in terms and bool(m.classes)
+    noised = image or (hidden and m.hidden_from == "noisy")
+    block_only = m.diffusion_attention == "block"
+
+    clean = {"clean": count if clean_out else count - 1} if m.clean_stream else {}
+    on = {
+        "text": text_out or image or clean_out,
+        "clean": bool(clean) and (clean_out or (image and not block_only)),
+        "pred": m.ar_condition or (hidden and m.hidden_from == "condition"),
+    }
+    ar = clean | ({"pred": count} if on["pred"] else {})
+    ar_used = any(on[name] for name in ar)
+    cost = _stage(c, "ar_layers", ar if ar_used else {}, {name for name, goes in on.items() if not goes})
+    if image or clean_out or text_out:
+        streams = (clean if on["clean"] else {}) | ({"pred": count} if image else {})
+        out = {"text": text_out, "clean": clean_out, "pred": image}
+        cost += _stage(c, "diffusion_layers", streams, {name for name, goes in out.items() if not goes})
+    if text_out:
+        cost += Cost(text=2.0 * m.text_length * m.width * (m.classes + 1))
+
+    (down, down_first), (up, up_first) = _downsampler(c), _upsampler(c)
+    downs = count * ((ar_used or hidden or clean_out) + noised)
+    ups = count * (image + hidden + clean_out)
+    return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first
+
+
+def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
+    """Of one optimizer step of `train.batch` images: forward, backward at twice its cost less the gradients of the data.
+
+    encode: the VAE encodes images in the step; False for cached latents.
+    """
+    cost, first = _forward(c, None)
+    cost = cost * 3 + Cost(unet=-first)
+    if encode and c.codec.name == "vae":
+        cost += Cost(vae=vae_encode(c.data.image_size))
+    return cost * c.train.batch
+
+
+def sampling(c: ConfigDict, n: int = 1) -> Cost:
+    """Of n images with the config's solver steps and guidance: the AR layers and the clean tower once per block, the
+    diffusion layers at every step, the codec's decoder.
+    """
+    m, steps = c.model, c.sample.steps
+    s, last = config_lib.sizes(c).tokens, c.model.blocks - 1
+    ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
+    cost, unguided = Cost(), Cost()
+    if m.classes:
+        cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
+    for block in range(m.blocks):
+        clean = m.clean_stream and block < last
+        # the AR layers: the condition, then the finished block's keys and values
+        passes = m.ar_condition + clean
+        towers, scores = passes * ar * _tower(c, s), passes * ar * _scores(c, block, False)
+        if clean and ar and block_only:  # the last AR layer's keys are the last that anybody needs
+            towers += _tower(c, s, True) - _tower(c, s)
+            scores -= _scores(c, block, False)
+        cost += Cost(ar_layers=towers, attention=scores)
+        # the diffusion layers: every step, then the finished block, in the last layer only to its keys and values
+        towers = steps * m.diffusion_depth * _tower(c, s)
+        scores = steps * m.diffusion_depth * _scores(c, block, block_only)
+        if clean and not block_only:
+            towers += (m.diffusion_depth - 1) * _tower(c, s) + _tower(c, s, True)
+            scores += (m.diffusion_depth - 1) * _scores(c, block, False)
+        cost += Cost(diffusion_layers=towers, attention=scores, unet=steps * _upsampler(c)[0])
+        unguided += Cost(unet=(steps + (block < last)) * _downsampler(c)[0])
+    if c.codec.name == "vae":
+        unguided += Cost(vae=vae_decode(c.data.image_size))
+    branches = 2 if m.classes and c.sample.guidance != 1.0 else 1
+    return (cost * branches + unguided) * n
+
+
+def nfe(c: ConfigDict) -> float:
+    """Full-model passes over an image in sampling (section 1): (N - D) / N + steps D / N; guidance does every one twice."""
+    m = c.model
+    return (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth
+
+
+# ---- rates
+
+# Dense FLOP/s of one JAX device from the makers' data sheets: part of `device_kind` -> (bfloat16, float32 as JAX computes
+# it by default: TF32 on GPUs, bfloat16 products on TPUs). The first entry that fits counts.
+_PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("TPU v4", 275e12, 275e12),
+    ("TPU v5 lite", 197e12, 197e12),
+    ("TPU v5e", 197e12, 197e12),
+    ("TPU v5", 459e12, 459e12),  # v5p
+    ("TPU v6", 918e12, 918e12),
+    ("TPU7x", 1153e12, 1153e12),  # half a chip is a device
+    ("GB200", 2500e12, 1250e12),
+    ("B200", 2250e12, 1125e12),
+    ("H100 PCIe", 756e12, 378e12),
+    ("H100", 989e12, 494e12),
+    ("H200", 989e12, 494e12),
+    ("GH200", 989e12, 494e12),
+    ("A100", 312e12, 156e12),
+    ("A10G", 70e12, 35e12),
+    ("L40S", 362e12, 183e12),
+    ("L4", 121e12, 60e12),
+    ("RTX 5090", 209e12, 105e12),
+    ("RTX 4090", 165e12, 83e12),
+    ("RTX 3090", 71e12, 36e12),
+)
+
+
+def peak(dtype: str = "float32", device: jax.Device | None = None) -> float:
+    """FLOP/s that one device can reach: of the data sheet, or where there is none (a CPU) of a measured matrix product."""
+    device = device or jax.local_devices()[0]
+    for kind, bfloat16, float32 in _PEAKS:
+        if kind in device.device_kind:
+            return bfloat16 if dtype == "bfloat16" else float32
+    return matmul_rate(dtype)
+
+
+@functools.cache
+def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a size x size matrix product on this machine, the best of `repeats`; half a second on a laptop."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+def mfu(cost: Cost, seconds: float, devices: int = 1, dtype: str = "float32") -> float:
+    """Share of the peak rate of `devices` devices that was reached by doing `cost` in `seconds`."""
+    return cost.total / (seconds * devices * peak(dtype))
