@@ -106,7 +106,15 @@ def base() -> ConfigDict:
     c.sample.guidance = 1.0  # classifier-free guidance scale; 1: off
     c.sample.labels = ""  # "" runs through all classes in turn; or "3", "0,1,2"
     c.sample.weights = "ema"  # ema | raw
+    c.sample.noise = ""  # .npy file of the initial noise (n, L, positions, C) in place of the seed's
     c.sample.clip = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
+
+    c.convert = ConfigDict()  # --mode=convert: one of the first four
+    c.convert.release = ""  # the release's checkpoint, to a workdir
+    c.convert.vae = ""  # a diffusers folder or hub id, to workdir/vae
+    c.convert.inception = ""  # FID's Inception checkpoint, to workdir/inception
+    c.convert.to_release = ""  # file to write from the workdir's newest checkpoint
+    c.convert.weights = ""  # "ema" or "model", where there are both; "" reads the EMA, writes what sample.weights says
 
     c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
     c.mesh.data = -1
@@ -257,6 +265,7 @@ _CHOICES = (
     _Choice("sample.solver", ("ddim", "dpmpp_2m")),
     _Choice("sample.spacing", ("trailing", "leading", "linspace")),
     _Choice("sample.weights", ("ema", "raw")),
+    _Choice("convert.weights", ("", "ema", "model")),
 )
 
 # field -> smallest and largest value

@@ -127,11 +127,15 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
     The noise of an image depends on the seed and its number alone: not on the batch or the process that draws it.
     """
     sizes, settings = config_lib.sizes(c), c.sample
+    given = _given_noise(c)
 
     @jax.jit
     def draw(params: Any, codec_params: Any, numbers: Array, labels: Array) -> tuple[Array, Array]:
         key = jax.random.key(c.seed)
-        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), sizes.block_shape))(numbers)
+        if given is None:
+            noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), sizes.block_shape))(numbers)
+        else:
+            noise = jnp.asarray(given)[numbers]
         blocks = sample(
             model,
             params,
@@ -147,6 +151,21 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
         return decode(codec_params, z), z
 
     return draw
+
+
+def _given_noise(c: ConfigDict) -> np.ndarray | None:
+    path, shape = c.sample.noise, (c.sample.n, *config_lib.sizes(c).block_shape)
+    if not path:
+        return None
+    try:
+        noise = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"config.sample.noise={path} cannot be read: {partitioning.first_line(error)}.") from None
+    if noise.shape != shape:
+        raise ConfigError(
+            f"config.sample.noise={path} is of shape {noise.shape}: it must be {shape} (n, L, positions, C)."
+        )
+    return noise.astype(np.float32)
 
 
 def draw_all(
@@ -254,10 +273,11 @@ def run(c: ConfigDict, workdir: str) -> None:
     if jax.process_index():
         return
     s = c.sample
-    protocol = {"step": step, "seed": c.seed} | {
+    origin = f"noise-{epath.Path(s.noise).stem}" if s.noise else f"seed{c.seed}"
+    protocol = {"step": step, "seed": c.seed, "noise": s.noise} | {
         name: s[name] for name in ("weights", "solver", "spacing", "steps", "guidance", "clip", "n")
     }
-    name = f"step_{step:06d}_{s.weights}_{s.solver}_{s.spacing}{s.steps}_w{s.guidance:g}_seed{c.seed}_n{s.n}"
+    name = f"step_{step:06d}_{s.weights}_{s.solver}_{s.spacing}{s.steps}_w{s.guidance:g}_{origin}_n{s.n}"
     folder = epath.Path(workdir) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{name}.npz.part"

@@ -31,7 +31,7 @@ _MODES = {  # mode -> module whose run(config, workdir) does it
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     """The config, with its overrides, and the flags of a command line (argv[0] is the program).
 
-    Without --config the workdir's own config.json is taken.
+    Without --config the workdir's own config.json is taken; a conversion needs neither.
 
     Raises:
       ConfigError: a flag, a field or a value is wrong, in one line.
@@ -67,6 +67,8 @@ def _of_workdir(argv: Sequence[str]) -> ConfigDict:
 
     workdir = next((arg.split("=", 1)[1] for arg in argv if arg.lstrip("-").startswith("workdir=")), "")
     path = os.path.join(workdir, "config.json")
+    if "--mode=convert" in argv and not os.path.exists(path):
+        return config_lib.base()
     if not workdir or not os.path.exists(path):
         raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
     with open(path) as file:

@@ -80,9 +80,12 @@ def create_state(
         abstract = jax.eval_shape(boxed, key)
     shardings = partitioning.shardings(abstract, mesh)
 
+    # It runs once: on a CPU, compiling it well takes four times as long as compiling it at all (48.7 s against 12.8 s, digits).
+    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
+
     def create() -> State:
         with partitioning.scope(mesh):
-            return jax.jit(lambda k: nn.meta.unbox(boxed(k)), out_shardings=shardings)(key)
+            return jax.jit(lambda k: nn.meta.unbox(boxed(k)), out_shardings=shardings, compiler_options=quick)(key)
 
     return create, partitioning.abstract(nn.meta.unbox(abstract), shardings)
 

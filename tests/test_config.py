@@ -24,6 +24,7 @@ from madformer_jax.config import ConfigError
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, words):
+    tiny_config.model.unet_channels, tiny_config.model.unet_attention = (8, 16), (False, True)
     *path, name = field.split(".")
     section = tiny_config
     for part in path:

@@ -344,7 +344,7 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
 
 def _download(hub_id: str) -> list[epath.Path]:
     """config.json and the weights of a hub repository, in the hub's own cache."""
-    what = f"config.codec.path={hub_id!r} is no folder, and as a hub id it cannot be downloaded"
+    what = f"VAE {hub_id!r} is no folder, and as a hub id it cannot be downloaded"
     instead = "download the folder by other means and give its path"
     try:
         import huggingface_hub

@@ -1,0 +1,261 @@
+"""--mode=convert from file to workdir and back, as a user runs it."""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from madformer_jax import config, convert, weights
+from madformer_jax.main import main
+from madformer_jax.models import inception, vae
+
+VARIANTS = ("baseline", "clear_cond", "clear_clean", "denoising_mlp")
+SUFFIXES = ("pt", "safetensors", "npz")
+
+
+def run(*arguments):
+    return main(["madformer_jax", "--config.compilation_cache=off", *map(str, arguments)])
+
+
+@pytest.fixture
+def error(capsys):
+    """Runs a command line that must fail and returns its one line."""
+
+    def failing(*arguments):
+        capsys.readouterr()
+        assert run(*arguments) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return failing
+
+
+def released(reference, variant="baseline"):
+    """State_dict and arguments of a reference checkpoint."""
+    file = reference(f"madformer_{variant}.npz")
+    tensors = {name.removeprefix("param/"): file[name] for name in file.files if name.startswith("param/")}
+    return tensors, json.loads(str(file["meta"]))
+
+
+def write(path, tensors, args):
+    if path.suffix == ".pt":
+        pytest.importorskip("torch")
+    weights.write_state_dict(path, tensors, args)
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_converted_checkpoint_draws_the_release_s_samples(tmp_path, reference, variant, suffix):
+    if suffix != "pt" and variant != "baseline":
+        pytest.skip("the format is independent of the variant")
+    file = reference(f"madformer_{variant}.npz")
+    release = write(tmp_path / f"release.{suffix}", *released(reference, variant))
+    workdir = tmp_path / "run"
+    assert run("--mode=convert", f"--config.convert.release={release}", f"--workdir={workdir}") == 0
+
+    np.save(tmp_path / "noise.npy", file["sample/init_noise"])
+    settings = [f"--config.sample.noise={tmp_path / 'noise.npy'}", "--config.sample.n=2", "--config.sample.steps=8"]
+    settings += ["--config.sample.solver=ddim", "--config.mesh.data=1", "--config.mesh.tensor=-1"]
+    assert run("--mode=sample", f"--workdir={workdir}", *settings) == 0
+    (drawn,) = (workdir / "samples").glob("*_noise-noise_n2.npz")
+    found = np.load(drawn)["latents"]  # (2, h, w, C)
+    side = found.shape[1] // 2
+    blocks = found.reshape(2, 2, side, 2, side, -1).transpose(0, 1, 3, 2, 4, 5).reshape(file["sample/ddim8"].shape)
+    assert np.linalg.norm(blocks - file["sample/ddim8"]) < 1e-3 * np.linalg.norm(file["sample/ddim8"])
+
+    back = tmp_path / f"back.{suffix}"
+    assert run("--mode=convert", f"--config.convert.to_release={back}", f"--workdir={workdir}") == 0
+    tensors, args = released(reference, variant)
+    content = weights.read_state_dict(back)
+    assert content.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        if variant != "clear_clean" or "_list.0." not in name:  # its clean towers are never run
+            np.testing.assert_array_equal(content.tensors[name], tensor)
+    assert config.release(content.args).model == config.release(args).model
+
+
+def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
+    """Its arguments hold no width, depth or channels; EMA beside the raw weights; behind the VAE."""
+    torch = pytest.importorskip("torch")
+    tensors, meta = released(reference)
+    names = ("diff_depth", "ar_len", "block_size", "pre_downsample_block_size", "spatial_len")
+    args = {name: meta[name] for name in names} | {
+        "image_size": 128, "vae_latent_size": 4, "patch_size": 1, "square_block": True, "lambda_hidden_loss": 0.2,
+        "model_config_path": "src/configs/model/madformer.json", "clear_clean": False, "clear_cond": False,
+        "denoising_mlp": False, "lr": 3e-4, "dataset": "ffhq",
+    }  # fmt: skip
+    model = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    ema = {name: torch.from_numpy(tensor) + 1 for name, tensor in tensors.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+    content = {
+        "model": model,
+        "ema": ema,
+        "opt": optimizer,
+        "lrs": {"last_epoch": 3},
+        "args": argparse.Namespace(**args),
+    }
+    torch.save(content, tmp_path / "0001000.pt")
+    found = convert.release_config(tensors, weights.read_state_dict(tmp_path / "0001000.pt").args)
+    expected = config.release(meta)
+    expected.model.unet_heads = 8  # the shapes do not say, so as released
+    assert found.model == expected.model
+    assert (found.codec.name, found.codec.path, found.data.image_size) == ("vae", convert.RELEASE_VAE, 128)
+    assert found.loss.hidden == 0.2
+
+    for chosen, item, value in (("", "ema", 1), ("model", "params", 0)):
+        workdir, back = tmp_path / f"run_{item}", tmp_path / f"back_{item}.npz"
+        release = f"--config.convert.release={tmp_path / '0001000.pt'}"
+        assert run("--mode=convert", release, f"--workdir={workdir}", f"--config.convert.weights={chosen}") == 0
+        assert os.listdir(workdir / "checkpoints") == ["0"]
+        assert (workdir / "checkpoints" / "0" / item).is_dir()
+        assert run("--mode=convert", f"--config.convert.to_release={back}", f"--workdir={workdir}") == 0
+        np.testing.assert_array_equal(
+            weights.read_state_dict(back).tensors["boi_block"], tensors["boi_block"] + np.float32(value)
+        )
+
+
+def test_without_arguments_the_given_config_s_model_is_taken(tmp_path, reference):
+    tensors, meta = released(reference)
+    release = write(tmp_path / "release.npz", tensors, None)
+    (tmp_path / "c.py").write_text(
+        "import json\nfrom madformer_jax import config\n\n"
+        f"def get_config():\n    return config.release(json.loads({json.dumps(json.dumps(meta))}))\n"
+    )
+    flags = [f"--config={tmp_path / 'c.py'}", f"--config.convert.release={release}", f"--workdir={tmp_path / 'run'}"]
+    assert main(["madformer_jax", flags[0], "--mode=convert", *flags[1:]]) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["model"]["rope"] == "release"
+    assert saved["sample"]["weights"] == "raw"
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_does_not_fit_is_named_in_one_line_and_nothing_is_written(tmp_path, reference, suffix, error):
+    tensors, meta = released(reference)
+    workdir = tmp_path / "run"
+    release = tmp_path / f"release.{suffix}"
+    command = "--mode=convert", f"--config.convert.release={release}", f"--workdir={workdir}"
+    assert str(release) in error(*command)  # not there
+
+    wrong = dict(tensors)
+    del wrong["blocks.3.self_attn.q_norm_list.1.weight"]
+    wrong["blocks.2.mlp_list.0.up_proj.weight"] = wrong["blocks.2.mlp_list.0.up_proj.weight"][:7]
+    wrong["vocabulary.weight"] = np.zeros(3, np.float32)
+    write(release, wrong, meta)
+    line = error(*command)
+    for word in (
+        str(release), "1 missing (blocks.3.self_attn.q_norm_list.1.weight)", "1 extra (vocabulary.weight)",
+        "1 mis-shaped (blocks.2.mlp_list.0.up_proj.weight (7, 64) instead of (128, 64))",
+    ):  # fmt: skip
+        assert word in line
+
+    write(release, tensors, meta | {"depth": 5})  # another architecture than the arguments say
+    assert "blocks.4." in error(*command)
+    write(release, tensors, {name: value for name, value in meta.items() if name != "diff_depth"})
+    assert "'diff_depth'" in error(*command)
+    write(release, {"encoder.conv_in.weight": np.zeros(3, np.float32)}, meta)
+    assert "boi_block" in error(*command)
+    write(release, tensors, meta)
+    with release.open("r+b") as file:
+        file.truncate(release.stat().st_size // 2)
+    assert str(release) in error(*command)
+    assert not workdir.exists()
+
+
+def test_wrong_use_is_told_in_one_line(tmp_path, reference, error):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert "given: none" in error("--mode=convert", workdir)
+    assert "given: release, vae" in error(
+        "--mode=convert", workdir, "--config.convert.release=a", "--config.convert.vae=b"
+    )
+    assert "does not exist" in error("--mode=convert", workdir, f"--config.convert.to_release={tmp_path / 'a.npz'}")
+    release = write(tmp_path / "release.npz", *released(reference))
+    assert run("--mode=convert", workdir, f"--config.convert.release={release}") == 0
+    assert "already holds a checkpoint" in error("--mode=convert", workdir, f"--config.convert.release={release}")
+    assert "must end in one of" in error(
+        "--mode=convert", workdir, f"--config.convert.to_release={tmp_path / 'a.ckpt'}"
+    )
+    np.save(tmp_path / "noise.npy", np.zeros((3, 4, 64, 4)))
+    noise = f"--config.sample.noise={tmp_path / 'noise.npy'}"
+    assert "must be (2, 4, 64, 4)" in error("--mode=sample", workdir, noise, "--config.sample.n=2")
+
+
+def test_a_model_that_the_release_cannot_run_is_not_written(tmp_path):
+    c = config.base()
+    with pytest.raises(config.ConfigError, match=r"model.rope='axial' \(release: 'release'\)"):
+        convert.release_args(c)
+
+
+def test_full_size_names_and_shapes(reference):
+    """The release's own model: sizes found from the shapes alone, every tensor expected."""
+    shapes = {name: tuple(shape) for name, shape in reference("madformer_ffhq1024_state_dict.json").items()}
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # no memory behind them
+    args = {"diff_depth": 14, "ar_len": 16, "block_size": 256, "pre_downsample_block_size": 1024, "image_size": 1024}
+    c = convert.release_config(tensors, args)
+    sizes = config.validate(c)
+    assert (c.model.width, c.model.heads, c.model.depth, c.model.mlp_width) == (1152, 18, 28, 4096)
+    assert (sizes.latent, sizes.tokens, c.data.image_size) == (128, 256, 1024)
+    assert convert.release_shapes(c) == shapes
+
+
+def test_vae_and_inception_become_folders(tmp_path, reference, error):
+    shapes = reference("sd_vae_small_state_dict.json")
+    rng = np.random.default_rng(0)
+    state = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    folder = tmp_path / "diffusers"
+    folder.mkdir()
+    (folder / "config.json").write_text(str(reference("sd_vae_small.npz")["config"]))
+    weights.write_state_dict(folder / "diffusion_pytorch_model.safetensors", state)
+    command = "--mode=convert", f"--workdir={tmp_path / 'weights'}"
+    assert run(*command, f"--config.convert.vae={folder}") == 0
+    back = vae.to_diffusers_vae(vae.load(str(tmp_path / "weights" / "vae"))[1])
+    assert all(np.array_equal(back[name], tensor) for name, tensor in state.items())
+
+    shapes = reference("inception_fid_state_dict.json")
+    state = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    weights.write_state_dict(tmp_path / "inception.npz", state)
+    assert run(*command, f"--config.convert.inception={tmp_path / 'inception.npz'}") == 0
+    back = inception.to_torch(inception.load(str(tmp_path / "weights" / "inception")))
+    assert all(np.array_equal(back[name], x) for name, x in state.items() if "num_batches" not in name)
+
+    assert "inception.npz" in error(*command, f"--config.convert.release={tmp_path / 'inception.npz'}")
+
+
+def test_malicious_checkpoint_does_not_run(tmp_path, error):
+    torch = pytest.importorskip("torch")
+    torch.save({"model": {"boi_block": torch.zeros(1)}, "args": Evil(tmp_path / "owned")}, tmp_path / "evil.pt")
+    command = f"--config.convert.release={tmp_path / 'evil.pt'}", f"--workdir={tmp_path / 'run'}"
+    line = error("--mode=convert", *command)
+    assert "evil.pt" in line
+    assert "mkdir" in line
+    assert not (tmp_path / "owned").exists()
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def test_without_pytorch_only_its_own_formats_need_it(tmp_path, reference):
+    """A fresh process in which torch cannot be imported converts .npz and says what .pt needs."""
+    weights.write_state_dict(tmp_path / "release.npz", *released(reference))
+    (tmp_path / "release.pt").write_bytes(b"PK")
+    script = "import sys; sys.modules['torch'] = None; from madformer_jax.main import main; sys.exit(main(sys.argv))"
+    results = [
+        subprocess.run(
+            [sys.executable, "-c", script, "--mode=convert", f"--config.convert.release={tmp_path / name}",
+             f"--workdir={tmp_path / 'run'}", "--config.compilation_cache=off"],
+            capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parent.parent,
+        ) for name in ("release.pt", "release.npz")
+    ]  # fmt: skip
+    assert [result.returncode for result in results] == [2, 0]
+    assert "pip install torch" in results[0].stderr.splitlines()[-1]
