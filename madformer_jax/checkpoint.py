@@ -114,7 +114,7 @@ class Checkpoints:
                     read_only=read_only,
                     cleanup_tmp_directories=not read_only,
                     preservation_policy=policies.AnyPreservationPolicy(rules),
-                    async_options=ocp.AsyncOptions(post_finalization_callback=self._saved),
+                    async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._saved),
                     enable_async_checkpointing=not read_only,
                 ),
                 item_handlers={

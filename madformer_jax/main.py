@@ -47,9 +47,11 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     given = any(arg.startswith(("--config=", "-config=")) or arg in ("--config", "-config") for arg in argv)
     try:
         if given:
-            config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)
+            config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values, sys_argv=list(argv))
         else:
-            config_flags.DEFINE_config_dict("config", _of_workdir(argv), "Config of the workdir.", flag_values=values)
+            config_flags.DEFINE_config_dict(
+                "config", _of_workdir(argv), "Config of the workdir.", flag_values=values, sys_argv=list(argv)
+            )
         rest = values(list(argv))
     except ConfigError:
         raise

@@ -139,7 +139,7 @@ class Tfds:
                 f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it once "
                 f"with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()."
             ) from None
-        label = features["label"] if "label" in features else None
+        label = features.get("label", None)
         self.classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
         self._image, self._name, self._split = image, name, split
 
