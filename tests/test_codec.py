@@ -22,3 +22,12 @@ def test_pixels_come_back_exactly(tiny_config):
     z = made.encode(made.params, {"image": images}, jax.random.key(0))
     assert z.shape == (3, 8, 8, 16)
     np.testing.assert_array_equal(made.decode(made.params, z), images)
+
+
+def test_a_square_of_pixels_becomes_the_channels_of_its_position():
+    made, images = codec.pixel(2), np.random.default_rng(0).normal(size=(2, 4, 6, 3))
+    z = np.asarray(made.encode({}, {"image": images}, jax.random.key(0)))
+    assert z.shape == (2, 2, 3, 12)
+    for p in range(2):
+        for q in range(2):
+            np.testing.assert_array_equal(z[..., 6 * p + 3 * q : 6 * p + 3 * q + 3], images[:, p::2, q::2])

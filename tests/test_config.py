@@ -37,6 +37,37 @@ def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, wo
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("field", [*(choice.field for choice in config._CHOICES), *config._RANGES])
+def test_every_choice_and_range_is_checked(tiny_config, field):
+    *path, name = field.split(".")
+    section = tiny_config
+    for part in path:
+        section = section[part]
+    section[name] = "nonsense" if isinstance(section[name], str) else type(section[name])(-2)
+    with pytest.raises(ConfigError, match=f"config.{field}=.*(unknown: one of|out of range: it must be)") as error:
+        config.validate(tiny_config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.classes": 0}, "config.sample.guidance=1.5 needs a class-conditional model"),
+        ({"model.classes": 0, "sample.guidance": 1.0, "sample.labels": "3"}, "config.sample.labels needs a class"),
+        ({"loss.image": 0.0, "loss.hidden": 0.0}, "all weights in config.loss are 0"),
+        ({"model.unet_attention": (True, False)}, "one entry for each stage"),
+        ({"model.unet_time_width": 7}, "config.model.unet_time_width=7 must be even"),
+        ({"model.blocks": 0}, "config.model.blocks=0 does not tile"),
+        ({"data.image_size": 30}, "config.data.image_size=30 is not a multiple of 4"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(tiny_config, changes, words):
+    tiny_config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=words) as error:
+        config.validate(tiny_config)
+    assert "\n" not in str(error.value)
+
+
 def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):
     tiny_config.sample.labels = "7,2"
     assert config.labels(tiny_config) == [7, 2, 7, 2, 7]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.diffusion import schedule, solvers
+from madformer_jax.diffusion import solvers
 
 
 def _eps(x, t):
@@ -27,28 +27,6 @@ def test_solvers_end_where_diffusers_ends(reference, solver, spacing):
         state, _ = jax.lax.scan(step, start, jax.tree.map(jnp.asarray, table))
         expected = file[f"{solver}/{spacing}/{n}/x_0"]
         assert np.linalg.norm(state.x - expected) < 1e-5 * np.linalg.norm(expected), n
-
-
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
-def test_as_many_evaluations_as_asked_for_and_each_step_ends_where_the_next_begins(solver, spacing):
-    for n in [*range(1, 60), 95, 100, 250, 333, 499, 500]:
-        t, previous = schedule.timesteps(solver, spacing, n)
-        assert len(t) == n
-        assert (np.diff(t) < 0).all()
-        assert t[0] <= 999
-        assert t[-1] >= 0
-        np.testing.assert_array_equal(previous, [*t[1:], -1])
-
-
-def test_trailing_starts_at_pure_noise():
-    for solver in ("ddim", "dpmpp_2m"):
-        for n in (1, 7, 20):
-            assert schedule.timesteps(solver, "trailing", n).t[0] == 999
-
-
-def test_alphas_cumprod_equal_the_references(reference):
-    np.testing.assert_allclose(schedule.alphas_cumprod(), reference("samplers.npz")["alphas_cumprod"], rtol=1e-5)
 
 
 def test_clip_bounds_the_clean_estimate():
