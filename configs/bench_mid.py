@@ -35,4 +35,5 @@ def get_config() -> ConfigDict:
     c.sample.n = c.sample.batch = 4
     c.sample.solver = "dpmpp_2m"
     c.sample.steps = 20
+    c.benchmark.parts = "train,sample"
     return c

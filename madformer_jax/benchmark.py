@@ -1,5 +1,6 @@
 """--mode=benchmark: what training, sampling and the input pipeline of a config cost here, measured."""
 
+import dataclasses
 import functools
 import json
 import resource
@@ -16,38 +17,36 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from madformer_jax import codec, flops, generate, partitioning, train
 from madformer_jax import config as config_lib
-from madformer_jax import flops, generate, partitioning, train
 from madformer_jax.config import ConfigError
 from madformer_jax.data import pipeline
 from madformer_jax.models import madformer
 
-PARTS = ("train", "sample", "data")
 Figures = dict[str, float]
 
 
 def run(c: ConfigDict, workdir: str) -> None:
     """Measures the parts in `benchmark.parts`, prints a table, and writes workdir/benchmark.json.
 
-    Latents and labels are random: neither data nor a VAE are needed, and the VAE is no part of what is measured.
+    Training and sampling use random latents: they need neither data nor a VAE, and their figures leave the VAE out.
 
     Raises:
-      ConfigError: a setting is wrong, or a part is unknown.
+      ConfigError: a setting is wrong, a part is unknown, or the data do not open.
     """
-    sizes = config_lib.validate(c)
-    parts = [name.strip() for name in c.benchmark.parts.split(",") if name.strip()]
-    unknown = [name for name in parts if name not in PARTS]
-    if unknown or not parts:
-        raise ConfigError(f"config.benchmark.parts={c.benchmark.parts!r}: name some of {', '.join(PARTS)}.")
-    device = jax.local_devices()[0]
+    config_lib.validate(c)
+    measure = {"train": training, "sample": sampling, "data": input_pipeline}
+    parts = [name.strip() for name in c.benchmark.parts.split(",")]
+    for name in parts:
+        if name not in measure:
+            raise ConfigError(f"config.benchmark.parts: {name!r} is no part: some of {', '.join(measure)}.")
     report: dict[str, Any] = {
-        "device": device.device_kind,
+        "device": jax.local_devices()[0].device_kind,
         "devices": jax.device_count(),
         "attention": madformer.build(c).attention,
+        "dtype": c.model.dtype,
         "peak_tflops": flops.peak(c.model.dtype) / 1e12,
-        "latent": [sizes.latent, sizes.latent, sizes.channels],
     }
-    measure = {"train": training, "sample": sampling, "data": input_pipeline}
     for name in parts:
         logging.info("measuring %s", name)
         report[name] = measure[name](c)
@@ -61,57 +60,133 @@ def run(c: ConfigDict, workdir: str) -> None:
 
 
 def training(c: ConfigDict) -> Figures:
-    """Figures of the training step on random latents: all of `train.make_step` but the codec."""
+    """Of the training step, optimizer and averages included."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    sizes, batch = config_lib.sizes(c), c.train.batch
-    identity = train.codec.pixel(1)
+    sizes, identity, batch = config_lib.sizes(c), codec.pixel(1), c.train.batch
     s = train.Setup(madformer.build(c), identity, sizes, train.optimizer(c))
     create, abstract = train.create_state(s.model, s.tx, c.seed, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
     step = jax.jit(train.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
     rng = np.random.default_rng(c.seed)
-    rows = batch // jax.process_count()
+    _, shares = partitioning.batch_share(mesh, batch)
+    rows = batch // shares
     local = {
         "image": rng.standard_normal((rows, sizes.latent, sizes.latent, sizes.channels), np.float32),
         "label": rng.integers(0, max(1, c.model.classes), (rows, c.model.text_length), np.int32),
     }
     with partitioning.scope(mesh):
         data = partitioning.global_batch(local, mesh)
-        compiled, seconds = _compile(step, abstract, data, identity.params)
+        program, compiling = _compile(step, abstract, data, identity.params)
         state = create()
 
         def once() -> None:
             nonlocal state
-            state, metrics = compiled(state, data, identity.params)
+            state, metrics = program(state, data, identity.params)
             jax.block_until_ready((state, metrics))
 
-        times = _time(once, c.benchmark.warmup, c.benchmark.steps)
-    return _figures(c, flops.training_step(c, encode=False), times, batch, seconds, compiled)
+        seconds = _time(once, c)
+    return _figures(c, flops.training_step(c, encode=False), batch, seconds, compiling, program)
 
 
 def sampling(c: ConfigDict) -> Figures:
-    """Figures of drawing one batch of `sample.batch` latents with the config's solver."""
+    """Of drawing one batch of `sample.batch` latents."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, batch = madformer.build(c), c.sample.batch
+    init = functools.partial(madformer.init, model)
+    sharding = partitioning.batch_sharding(mesh)
     with partitioning.scope(mesh):
-        boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
-        shardings = partitioning.shardings(boxed, mesh)
-        params = jax.jit(lambda key: nn.meta.unbox(madformer.init(model, key)), out_shardings=shardings)(
-            jax.random.key(c.seed)
-        )
-        draw = generate.make_draw(c, model, lambda _, z: z)
-        replicated = partitioning.batch_sharding(mesh)
+        shardings = partitioning.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+        params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(c.seed))
         numbers, labels = (
-            jax.make_array_from_callback(x.shape, replicated, x.__getitem__)
+            jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for x in (np.arange(batch), np.zeros(batch, np.int32))
         )
-        compiled, seconds = _compile(draw, params, {}, numbers, labels)
-        times = _time(
-            lambda: jax.block_until_ready(compiled(params, {}, numbers, labels)),
-            min(1, c.benchmark.warmup),
-            c.benchmark.steps,
+        program, compiling = _compile(generate.make_draw(c, model, lambda _, z: z), params, {}, numbers, labels)
+        seconds = _time(lambda: jax.block_until_ready(program(params, {}, numbers, labels)), c)
+    cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)
+    figures = _figures(c, cost, batch, seconds, compiling, program)
+    return figures | {"nfe": flops.nfe(c), "seconds_per_image": seconds / batch}
+
+
+def input_pipeline(c: ConfigDict) -> Figures:
+    """Of this process's share of the batches, read and preprocessed as fast as they come."""
+    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    share, shares = partitioning.batch_share(mesh, c.train.batch)
+    batch = c.train.batch // shares
+    data = pipeline.train_iterator(c, batch=batch, process_index=share, process_count=shares)
+    for _ in range(_BATCHES_READ_AHEAD):  # so that what was read ahead is not taken for speed
+        next(data)
+    began = time.perf_counter()
+    for _ in range(_BATCHES_TIMED):
+        next(data)
+    seconds = (time.perf_counter() - began) / _BATCHES_TIMED
+    data.close()
+    return {"seconds": seconds, "images_per_second": batch / seconds}
+
+
+_BATCHES_READ_AHEAD, _BATCHES_TIMED = 10, 50
+
+
+def _compile(function: Any, *args: Any) -> tuple[Any, float]:
+    """The compiled program and the seconds that took; next to none when it comes from the cache of compiled programs."""
+    began = time.perf_counter()
+    program = function.lower(*args).compile()
+    return program, time.perf_counter() - began
+
+
+def _time(once: Callable[[], Any], c: ConfigDict) -> float:
+    """Median seconds of `benchmark.steps` calls after `benchmark.warmup`."""
+    times = []
+    for _ in range(c.benchmark.warmup + c.benchmark.steps):
+        began = time.perf_counter()
+        once()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[c.benchmark.warmup :])
+
+
+def _figures(c: ConfigDict, cost: flops.Cost, batch: int, seconds: float, compiling: float, program: Any) -> Figures:
+    memory = program.memory_analysis()
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "compile_seconds": compiling,
+        "seconds": seconds,
+        "images_per_second": batch / seconds,
+        "tflop": cost.total / 1e12,
+        "tflops": cost.total / seconds / 1e12,
+        "mfu": flops.mfu(cost, seconds, jax.device_count(), c.model.dtype),
+        # of one device: what goes in and is not donated, what comes out, and what is needed in between
+        "program_gib": (
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes
         )
-    cost = flops.sampling(c, batch)
-    cost = flops.dataclasses.replace(cost, vae=0.0)
-    figures = _figures(c, cost, times, batch, seconds, compiled)
-    return figures | {"nfe": flops.nfe(c), "seconds_per_image": figures["step_seconds"] / batch}
+        / 2**30,
+        "process_gib": resident / 2**30,  # the most that this process has held so far
+    }
+
+
+_ROWS = {  # figure -> (how it is called, format)
+    "compile_seconds": ("compile time", "{:.1f} s"),
+    "seconds": ("step", "{:.4g} s"),
+    "seconds_per_image": ("an image", "{:.4g} s"),
+    "images_per_second": ("images/s", "{:.4g}"),
+    "nfe": ("NFE an image", "{:.4g}"),
+    "tflop": ("TFLOP a step", "{:.4g}"),
+    "tflops": ("TFLOP/s", "{:.4g}"),
+    "mfu": ("MFU", "{:.1%}"),
+    "program_gib": ("memory of the program", "{:.2f} GiB"),
+    "process_gib": ("most memory of the process", "{:.2f} GiB"),
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report of `run` as text."""
+    head = "{devices} x {device}, {dtype}, attention {attention}, peak {peak_tflops:.4g} TFLOP/s a device"
+    parts = [name for name, figures in report.items() if isinstance(figures, dict)]
+    lines = [head.format(**report), " " * 28 + "".join(f"{name:>14}" for name in parts)]
+    for figure, (name, form) in _ROWS.items():
+        cells = [form.format(report[part][figure]) if figure in report[part] else "" for part in parts]
+        if any(cells):
+            lines.append(f"{name:<28}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)

@@ -116,6 +116,11 @@ def base() -> ConfigDict:
     c.convert.to_release = ""  # file to write from the workdir's newest checkpoint
     c.convert.weights = ""  # "ema" or "model", where there are both; "" reads the EMA, writes what sample.weights says
 
+    c.benchmark = ConfigDict()  # --mode=benchmark
+    c.benchmark.parts = "train,sample,data"  # what to measure, some of these
+    c.benchmark.warmup = 1  # runs before those that count
+    c.benchmark.steps = 5  # runs whose median counts
+
     c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
     c.mesh.data = -1
     c.mesh.fsdp = 1
@@ -309,6 +314,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "sample.batch": (1, math.inf),
     "sample.steps": (1, 999),
     "sample.clip": (0, math.inf),
+    "benchmark.warmup": (0, math.inf),
+    "benchmark.steps": (1, math.inf),
 }
 
 
