@@ -93,6 +93,50 @@ def test_full_size_names_and_shapes(reference):
     assert convert.release_shapes(c) == shapes
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"diff_depth": 4},
+        {"diff_depth": 1},
+        {"diff_depth": 3},
+        {"ar_len": 9, "variant": "clear_cond"},
+        {"ar_len": 1, "denoising_mlp": True},
+        {"pre_downsample_block_size": 16},
+        {"unet_block_out_channels": [16], "unet_num_layers_per_block": [1], "unet_transformer_layers_per_block": [1]},
+        {"unet_block_out_channels": [8, 16, 24], "unet_num_layers_per_block": [1, 1, 1]}
+        | {"unet_transformer_layers_per_block": [0, 1, 1], "block_size": 4},
+    ],
+)
+def test_other_sizes_have_the_releases_names_and_come_back(reference, change):
+    meta = json.loads(str(reference("madformer_baseline.npz")["meta"])) | change
+    c = config.release(meta)
+    config.validate(c)
+    shapes = convert.release_shapes(c)
+    assert {name.split(".")[1] for name in shapes if name.startswith("blocks.")} == {"0", "1", "2", "3"}
+    assert shapes["boi_block"] == (1, meta["block_size"], 64)
+    rng = np.random.default_rng(0)
+    state_dict = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    back = convert.to_release(convert.from_release(state_dict, c), c)
+    assert back.keys() == state_dict.keys()
+    for name, tensor in state_dict.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"variant": "fast"}, "'fast'"),
+        ({"unet_num_layers_per_block": [2, 1]}, "unequal"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_release_arguments_that_do_not_fit_are_named(reference, change, word):
+    meta = json.loads(str(reference("madformer_baseline.npz")["meta"])) | change
+    with pytest.raises(ConfigError, match=word) as error:
+        config.release({name: value for name, value in meta.items() if value is not None})
+    assert "\n" not in str(error.value)
+
+
 def test_tensors_that_do_not_fit_are_named(variant):
     _, c, state_dict, _ = variant
     name = "blocks.1.self_attn.proj_list.1.weight"

@@ -1,3 +1,4 @@
+import collections
 import functools
 import json
 
@@ -91,6 +92,9 @@ SWITCHES = {
     "D = N": {"diffusion_depth": 4},
     "D = 1": {"diffusion_depth": 1},
     "one block": {"blocks": 1, "diffusion_depth": 4},
+    "one block, guided, no clean stream": {"blocks": 1, "classes": 3, "clean_stream": False},
+    "guided, block only, no condition": {"classes": 3, "diffusion_attention": "block", "ar_condition": False},
+    "no clean stream, no condition": {"clean_stream": False, "ar_condition": False, "rope": "release"},
     "sixteen blocks": {"blocks": 16, "unet_stride": 1},
 }
 
@@ -118,6 +122,28 @@ def test_one_program_for_each_block_draws_the_same():
         for unroll in (False, True)
     )
     np.testing.assert_allclose(loop, unrolled, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clean_stream", [True, False])
+def test_layers_run_as_often_as_the_paper_counts(clean_stream):
+    """AR layers L times, diffusion layers L * steps times, the clean tower once for each block but the last."""
+    model, params = small(clean_stream=clean_stream)
+    noise, steps, calls = jnp.ones((2, model.blocks, 16, 3)), 3, collections.Counter()
+
+    def count(run, args, kwargs, context):
+        if isinstance(context.module, madformer.MADFormer):
+            jax.debug.callback(functools.partial(calls.update, [context.method_name]))
+        return run(*args, **kwargs)
+
+    with nn.intercept_methods(count):
+        draw = functools.partial(generate.sample, model, solver="dpmpp_2m", spacing="trailing", steps=steps)
+        jax.block_until_ready(jax.jit(draw)(params, noise))
+    jax.effects_barrier()
+    blocks = model.blocks
+    assert calls["condition"] == blocks
+    assert calls["denoise"] == blocks * steps
+    assert calls["extend" if clean_stream else "remember"] == blocks - 1
+    assert calls["__call__"] == 0
 
 
 def test_guidance_of_one_runs_no_second_branch():

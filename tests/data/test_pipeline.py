@@ -136,7 +136,7 @@ def test_a_corrupt_image_stops_training_with_its_name(numbered):
         file.truncate(45)
     for workers in (0, 1):
         numbered.data.workers = workers
-        with pytest.raises(ConfigError, match=f"{path} cannot be decoded.*--mode=prepare") as caught:
+        with pytest.raises(ConfigError, match=f"{path} cannot be read.*--mode=prepare") as caught:
             take(numbered, 6)
         assert "\n" not in str(caught.value)
 
