@@ -66,13 +66,21 @@ def base() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "digits"  # digits | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
-    c.data.path = ""  # folder, shards or tfds data_dir
+    c.data.path = ""  # folder of images, tars or records; tfds: its data_dir
     c.data.split = "train"
     c.data.image_size = 256
     c.data.channels = 3
     c.data.crop = True  # centre crop to a square after the resize of the shorter side; False squeezes
     c.data.flip = False  # random horizontal flip
     c.data.workers = 0  # worker processes that read and decode; 0: in the training process
+
+    c.prepare = ConfigDict()  # --mode=prepare (docs/data.md)
+    c.prepare.output = ""  # folder of the shards; "": the workdir
+    c.prepare.kind = "images"  # or "latents": the VAE's mean and log-variance
+    c.prepare.shard = 1024  # source images a shard: what is done again after a kill, at most
+    c.prepare.batch = 16  # images encoded at once
+    c.prepare.max_corrupt = 0.05  # share of undecodable images that is still skipped; more is an error
+    c.prepare.flip = False  # a flipped copy of each image as well
 
     c.train = ConfigDict()
     c.train.batch = 64  # images a step, over all devices
@@ -266,6 +274,7 @@ _CHOICES = (
     _Choice("model.remat", ("none", "dots", "full")),
     _Choice("codec.name", ("pixel", "vae")),
     _Choice("codec.dtype", ("float32", "bfloat16")),
+    _Choice("prepare.kind", ("images", "latents")),
     _Choice("optimizer.schedule", ("wsd", "cosine", "constant")),
     _Choice("sample.solver", ("ddim", "dpmpp_2m")),
     _Choice("sample.spacing", ("trailing", "leading", "linspace")),
@@ -293,6 +302,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "loss.text": (0, math.inf),
     "data.channels": (1, math.inf),
     "data.workers": (0, math.inf),
+    "prepare.shard": (1, math.inf),
+    "prepare.batch": (1, math.inf),
+    "prepare.max_corrupt": (0, 1),
     "train.batch": (1, math.inf),
     "train.steps": (1, math.inf),
     "train.accumulate": (1, math.inf),

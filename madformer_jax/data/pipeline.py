@@ -6,6 +6,7 @@ training, over all processes. Records are shuffled anew each epoch; global batch
 any number of processes or workers, and the iterator's whole state is k.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from madformer_jax.config import ConfigError
-from madformer_jax.data import preprocess, sources, worker
+from madformer_jax.data import preprocess, records, sources, worker
 
 _BATCHES_AHEAD = 2  # decoded batches waiting in each process that reads
 _THREADS = 2  # batches in the making there
@@ -28,7 +29,7 @@ class DatasetInfo(NamedTuple):
 
     records: int
     classes: int  # 0: unlabelled
-    image_shape: tuple[int, int, int]  # of one record as the model gets it
+    image_shape: tuple[int, ...]  # (H, W, c) of one record as the model gets it; of cached latents (h, w, C)
 
 
 class Draw(NamedTuple):
@@ -45,28 +46,43 @@ class _Load:
         self._source, self._table = source, table
 
     def __call__(self, draw: Draw) -> Batch:
-        pixels = np.empty((len(draw.record), self._table.size, self._table.size, self._table.channels), np.uint8)
-        labels = np.empty(len(draw.record), np.int32)
-        for i, record in enumerate(draw.record.tolist()):
-            example = self._source[record]
-            try:
-                image = self._table.pixels(example.image)
-            except preprocess.CorruptImageError as error:
-                raise ConfigError(
-                    f"{self._source.name(record)} cannot be decoded ({error}): remove the file, or run --mode=prepare, "
-                    "which skips and lists such files."
-                ) from None
-            pixels[i] = image[:, ::-1] if draw.flip[i] else image
-            labels[i] = example.label
+        if isinstance(self._source, records.Records):
+            batch = self._source.read(draw.record)
+            if "image" not in batch:
+                return batch
+            pixels, labels = batch["image"], batch["label"]
+        else:
+            pixels, labels = self._decode(draw.record)
+        pixels[draw.flip] = pixels[draw.flip, :, ::-1]
         return {"image": preprocess.to_float(pixels), "label": labels}
 
+    def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.empty((len(indices), self._table.size, self._table.size, self._table.channels), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        for i, index in enumerate(indices.tolist()):
+            try:
+                example = self._source[index]
+                pixels[i] = self._table.pixels(example.image)
+            except (preprocess.CorruptImageError, OSError) as error:
+                raise ConfigError(
+                    f"{self._source.name(index)} cannot be read ({error}): remove the file, or run --mode=prepare, "
+                    "which skips and lists such files."
+                ) from None
+            labels[i] = example.label
+        return pixels, labels
 
-def _draw(record: int, rng: np.random.Generator) -> Draw:
+
+def _flip(record: int, rng: np.random.Generator) -> Draw:
     return Draw(record, bool(rng.random() < 0.5))
 
 
-def _keep(record: int) -> Draw:
-    return Draw(record, False)
+def _stack(draws: list[Draw]) -> Draw:
+    chosen, flips = zip(*draws)
+    return Draw(np.array(chosen), np.array(flips))
+
+
+def _unflipped(chosen: list[int]) -> Draw:
+    return Draw(np.array(chosen), np.zeros(len(chosen), bool))
 
 
 def table(config: ConfigDict) -> preprocess.Table:
@@ -76,7 +92,7 @@ def table(config: ConfigDict) -> preprocess.Table:
       ConfigError: images have 1 or 3 channels.
     """
     data = config.data
-    if data.channels not in (1, 3):
+    if data.channels not in preprocess.CHANNELS:
         raise ConfigError(f"config.data.channels={data.channels}: images have 1 (grey) or 3 (RGB).")
     return preprocess.Table(data.image_size, data.channels, data.crop)
 
@@ -104,6 +120,9 @@ def _describe(config: ConfigDict, source: sources.Source) -> DatasetInfo:
         raise ConfigError(
             f"config.model.classes={classes} is too few for config.data.source={name}, which has {source.classes} classes."
         )
+    if isinstance(source, records.Records):
+        source.check(config, t)
+        return DatasetInfo(len(source), source.classes, source.shape)
     return DatasetInfo(len(source), source.classes, (t.size, t.size, t.channels))
 
 
@@ -118,7 +137,8 @@ def train_iterator(
       process_index, process_count: which of how many processes this is.
 
     Returns:
-      A grain iterator over {"image": float32 (batch, H, W, c) in [-1, 1], "label": int32 (batch,)}. Its state,
+      A grain iterator over {"image": float32 (batch, H, W, c) in [-1, 1], "label": int32 (batch,)}, or of cached
+      latents {"mean", "logvar": float16 (batch, h, w, C), "label"}. Its state,
       {"next_batch": k}, is the same in every process and restores onto any number of processes and workers. Call
       `close()` when done: it stops the workers.
 
@@ -128,8 +148,10 @@ def train_iterator(
     source = sources.open_source(config)
     info = _describe(config, source)
     order = grain.MapDataset.range(info.records).seed(config.seed).shuffle().repeat()
-    draws = order.random_map(_draw) if config.data.flip else order.map(_keep)
-    batches = draws[process_index::process_count].batch(batch, batch_fn=_stack)
+    if config.data.flip:
+        batches = order.random_map(_flip)[process_index::process_count].batch(batch, batch_fn=_stack)
+    else:
+        batches = order[process_index::process_count].batch(batch, batch_fn=_unflipped)
     return _Batches(batches.map(_Load(source, table(config))), config.data.workers)
 
 
@@ -142,17 +164,14 @@ def ordered_batches(
     """
     source = sources.open_source(config)
     info = _describe(config, source)
-    draws = grain.MapDataset.range(info.records).map(_keep)[process_index::process_count]
-    iterator = _iterate(draws.batch(batch, batch_fn=_stack).map(_Load(source, table(config))), config.data.workers)
+    order = grain.MapDataset.range(info.records)[process_index::process_count]
+    batches = order.batch(batch, batch_fn=_unflipped)
+    # Endless, and cut here: at the end of a finite dataset grain's workers leave shared memory behind.
+    iterator = _Batches(batches.repeat().map(_Load(source, table(config))), config.data.workers)
     try:
-        yield from iterator
+        yield from itertools.islice(iterator, len(batches))
     finally:
         iterator.close()
-
-
-def _stack(draws: list[Draw]) -> Draw:
-    records, flips = zip(*draws, strict=True)
-    return Draw(np.array(records), np.array(flips))
 
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
@@ -185,7 +204,8 @@ class _Batches(grain.DatasetIterator):
         assert self._running is not None
         batch = next(self._running)
         self._next += 1
-        return batch
+        # out of the workers' shared memory, which grain frees when its own array goes, views or not
+        return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
 
     def start_prefetch(self) -> None:
         if self._running is None:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _MODES = {1: "L", 3: "RGB"}
+CHANNELS = tuple(_MODES)  # that images can have
 
 
 class CorruptImageError(ValueError):

@@ -22,6 +22,7 @@ class Example(NamedTuple):
 
     image: bytes | np.ndarray  # encoded file, or uint8 (H, W, 1 or 3)
     label: int
+    caption: str = ""
 
 
 class Source(Protocol):
@@ -126,7 +127,7 @@ class Tfds:
         where = data_dir or "the default data_dir"
         try:
             builder = tfds.builder(name, data_dir=data_dir or None)
-            features = builder.info.features
+            features = dict(builder.info.features.items())  # FeaturesDict is no dict: it has no get
             image = next((key for key, value in features.items() if isinstance(value, tfds.features.Image)), None)
             if image is None:
                 raise ConfigError(f"config.data.source=tfds:{name} has no image feature; it has {', '.join(features)}.")
@@ -139,7 +140,7 @@ class Tfds:
                 f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it once "
                 f"with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()."
             ) from None
-        label = features.get("label", None)
+        label = features.get("label")
         self.classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
         self._image, self._name, self._split = image, name, split
 
@@ -160,11 +161,18 @@ def open_source(config: ConfigDict) -> Source:
     Raises:
       ConfigError: the source is unknown, or what it needs is not there.
     """
+    from madformer_jax.data import records, tars  # here, since they import this module
+
     data = config.data
     kind, _, name = data.source.partition(":")
     if kind == "tfds" and name:
         return Tfds(name, data.split, data.path)
-    builders: dict[str, Callable[[], Source]] = {"digits": Digits, "folder": lambda: Folder(data.path)}
+    builders: dict[str, Callable[[], Source]] = {
+        "digits": Digits,
+        "folder": lambda: Folder(data.path),
+        "webdataset": lambda: tars.Tars(data.path),
+        "arrayrecord": lambda: records.Records(data.path),
+    }
     if data.source not in builders:
         raise ConfigError(
             f"config.data.source={data.source!r} is unknown: one of {', '.join(builders)}, tfds:<name> (docs/data.md)."

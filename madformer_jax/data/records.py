@@ -1,0 +1,234 @@
+"""Prepared data: ArrayRecord shards of images or VAE latents, and the manifest that vouches for them.
+
+A record is its arrays' raw bytes, one after the other in the layout of `dtype`, then the caption as UTF-8: reading one
+is `np.frombuffer`. Shards hold one record a chunk (group_size:1), uncompressed: noise-like float16 does not compress,
+and reading at random would pay for it (figures in docs/data.md). `--mode=prepare` writes them (`prepare.py`).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from ml_collections import ConfigDict
+
+from madformer_jax.config import ConfigError
+from madformer_jax.data import preprocess, sources
+
+FORMAT = 1  # of the manifest and the records
+KINDS = ("images", "latents")
+MANIFEST = "manifest.json"
+
+
+class Shard(NamedTuple):
+    """One finished shard, as its own JSON file and the manifest tell of it."""
+
+    file: str  # "" if every image of it was skipped
+    records: int
+    size: int  # bytes
+    sha256: str
+    shape: list[int]  # of a record's arrays
+    skipped: Any  # name and reason of each; in the manifest, their number
+
+
+def dtype(kind: str, shape: tuple[int, ...]) -> np.dtype:
+    """Layout of a record: label, then "image" uint8 or "mean" and "logvar" float16, each of `shape`."""
+    if kind == "images":
+        return np.dtype([("label", "<i4"), ("image", "u1", shape)])
+    return np.dtype([("label", "<i4"), ("mean", "<f2", shape), ("logvar", "<f2", shape)])
+
+
+def writer(path: str) -> ArrayRecordWriter:
+    """A writer of shards; `write` takes the bytes of a record, `close` ends the file."""
+    return ArrayRecordWriter(path, "group_size:1,uncompressed")
+
+
+def sha256(path: str) -> str:
+    """Checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: str, content: Any, process: int = 0) -> None:
+    """Writes a whole file or none, even if the machine stops or other processes write the same."""
+    part = f"{path}.{process}.part"
+    with open(part, "w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path: str) -> None:
+    """Makes the names in a folder durable."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def manifest(folder: str) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+      ConfigError: there is none (not prepared, or not finished), or it is not ours.
+    """
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path) as file:
+            content = json.load(file)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder!r} holds no {MANIFEST}: make the records with --mode=prepare, or run it again if it was stopped."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if content.get("format") != FORMAT:
+        raise ConfigError(f"{path} is of format {content.get('format')}, not {FORMAT}: prepare the data again.")
+    return content
+
+
+def verify(folder: str) -> int:
+    """Reads every shard of a prepared folder and compares its checksum; returns the number of records.
+
+    Raises:
+      ConfigError: names the first shard that is missing or has changed.
+    """
+    content = manifest(folder)
+    for shard in _shards(content):
+        path = os.path.join(folder, shard.file)
+        if not os.path.exists(path) or sha256(path) != shard.sha256:
+            raise ConfigError(
+                f"{path} is missing or damaged: delete its .json and {MANIFEST}, and run --mode=prepare again."
+            )
+        reader = ArrayRecordReader(path)
+        records = reader.num_records()
+        reader.close()
+        if records != shard.records:
+            raise ConfigError(f"{path} holds {records} records, its manifest says {shard.records}.")
+    return content["records"]
+
+
+def _shards(content: dict[str, Any]) -> list[Shard]:
+    return [shard for shard in (Shard(**entry) for entry in content["shards"]) if shard.records]
+
+
+class Records:
+    """Random access to a prepared folder (source `arrayrecord`), a batch at a time."""
+
+    def __init__(self, folder: str):
+        """Reads the manifest and checks that the shards are there with their sizes.
+
+        Raises:
+          ConfigError: no manifest, or a shard is missing or of another size.
+        """
+        self.manifest = manifest(folder)
+        self.kind: str = self.manifest["kind"]
+        self.shape: tuple[int, ...] = tuple(self.manifest["shape"])
+        self.classes: int = self.manifest["classes"]
+        shards = _shards(self.manifest)
+        self._paths = [os.path.join(folder, shard.file) for shard in shards]
+        for path, shard in zip(self._paths, shards):
+            if not os.path.exists(path) or os.path.getsize(path) != shard.size:
+                raise ConfigError(
+                    f"{path} is missing or not {shard.size} bytes long: copy it again, or run --mode=prepare again."
+                )
+        self._ends = np.cumsum([shard.records for shard in shards])
+        self._dtype = dtype(self.kind, self.shape)
+        self._readers: dict[int, ArrayRecordReader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}  # each process opens its own
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> sources.Example:
+        """One image record.
+
+        Raises:
+          ConfigError: the records are latents, not images.
+        """
+        if self.kind != "images":
+            raise ConfigError("these records are latents: images are needed here.")
+        record = self._bytes(np.array([index]))[0]
+        row = np.frombuffer(record, self._dtype, count=1)[0]
+        return sources.Example(row["image"], int(row["label"]), record[self._dtype.itemsize :].decode())
+
+    def name(self, index: int) -> str:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return f"{self._paths[shard]} record {index - (self._ends[shard - 1] if shard else 0)}"
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads a batch: "label" int32 (b,) and either "image" uint8 or "mean" and "logvar" float16, (b, *shape)."""
+        out = {name: np.empty((len(indices), *self._dtype[name].shape), self._dtype[name].base) for name in self._names}
+        for i, record in enumerate(self._bytes(indices)):
+            row = np.frombuffer(record, self._dtype, count=1)
+            for name, array in out.items():
+                array[i] = row[name][0]
+        return out
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self._dtype.names or ()
+
+    def _bytes(self, indices: np.ndarray) -> list[bytes]:
+        """The records, one call to the reader for each shard: half the time of a call for each record."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        starts = np.concatenate([[0], self._ends[:-1]])
+        found: list[bytes] = [b""] * len(indices)
+        for shard in np.unique(shards).tolist():
+            where = np.flatnonzero(shards == shard)
+            positions = (indices[where] - starts[shard]).tolist()
+            for i, record in zip(where.tolist(), self._reader(shard).read(positions)):
+                found[i] = record
+        return found
+
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        if shard not in self._readers:  # two threads may both open one; that is harmless
+            self._readers[shard] = ArrayRecordReader(
+                self._paths[shard], options="readahead_buffer_size:0", file_reader_buffer_size=32768
+            )
+        return self._readers[shard]
+
+    def captions(self) -> Iterator[str]:
+        """The captions of all records, in order; empty ones where the source had none."""
+        for i in range(len(self)):
+            yield self._bytes(np.array([i]))[0][self._dtype.itemsize :].decode()
+
+    def check(self, config: ConfigDict, table: preprocess.Table) -> None:
+        """Compares the manifest with the config that is about to train on it.
+
+        Raises:
+          ConfigError: the records were prepared in another way than `config` wants them.
+        """
+        wanted, was = table.describe(), self.manifest["image"]
+        for field in wanted.keys() | was.keys():
+            if wanted.get(field) != was.get(field):
+                name = {"size": "image_size"}.get(field, field)
+                raise ConfigError(
+                    f"config.data.{name}={wanted.get(field)!r}, but the records of config.data.path={config.data.path!r} "
+                    f"were prepared with {was.get(field)!r}: set the same, or prepare again."
+                )
+        if self.kind == "images":
+            return
+        if config.codec.name != "vae":
+            raise ConfigError(
+                f"config.codec.name={config.codec.name!r}: the records of {config.data.path!r} are VAE latents."
+            )
+        if config.data.flip:
+            raise ConfigError(
+                "config.data.flip=True: latents cannot be flipped; use --mode=prepare --config.prepare.flip=True."
+            )
+        encoder = self.manifest["codec"]
+        if encoder["path"] != config.codec.path:
+            logging.warning(
+                "the latents were made with codec.path=%r and the config has %r: they must be the same VAE.",
+                encoder["path"], config.codec.path,
+            )  # fmt: skip

@@ -1,0 +1,114 @@
+"""Source webdataset: tars read at random."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from madformer_jax import config as config_lib
+from madformer_jax.config import ConfigError
+from madformer_jax.data import pipeline, preprocess, sources, tars
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def image(value: int, kind="WEBP") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), (value, value, value)).save(file, kind, lossless=True)
+    return file.getvalue()
+
+
+def write_tar(path, members: dict[str, bytes]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def shade(example: sources.Example) -> int:
+    return int(preprocess.Table(4, 3, crop=True).pixels(example.image).mean())
+
+
+def test_images_alone_as_ffhq_is_published(tmp_path):
+    write_tar(tmp_path / "ffhq" / "001.tar", {"00002.webp": image(20), "00003.webp": image(30)})
+    write_tar(tmp_path / "ffhq" / "000.tar", {"00000.webp": image(0), "00001.webp": image(10)})
+    ffhq = tars.Tars(str(tmp_path / "ffhq"))
+    assert [shade(ffhq[i]) for i in (3, 0, 2, 1)] == [30, 0, 20, 10]
+    assert ffhq.classes == 0 and ffhq[2].label == 0
+    assert ffhq.name(2).endswith("001.tar:00002.webp")
+    assert shade(pickle.loads(pickle.dumps(ffhq))[1]) == 10
+
+
+def test_sidecars_give_labels_and_captions(tmp_path):
+    members = {
+        "a/0.cls": b"4\n", "a/0.webp": image(40), "b/0.jpg": image(50, "JPEG"), "b/0.txt": " grün ".encode(),
+        "b/0.json": json.dumps({"label": 2, "width": 6}).encode(), "notes.md": b"?", "._c.webp": b"mac",
+    }  # fmt: skip
+    found = tars.Tars(write_tar(tmp_path / "x.tar", members))
+    assert [(shade(found[i]), found[i].label, found[i].caption) for i in range(2)] == [(40, 4, ""), (50, 2, "grün")]
+    assert len(found) == 2 and found.classes == 5
+
+
+def test_the_index_is_made_once_and_again_when_a_tar_changes(tmp_path, cache, monkeypatch):
+    path = write_tar(tmp_path / "x.tar", {"0.webp": image(10)})
+    tars.Tars(path)
+    walk = tars._index
+    monkeypatch.setattr(tars, "_index", None)
+    assert shade(tars.Tars(path)[0]) == 10
+    monkeypatch.setattr(tars, "_index", walk)
+    write_tar(tmp_path / "x.tar", {"0.webp": image(30), "1.webp": image(10)})
+    assert [shade(e) for e in (tars.Tars(path)[0], tars.Tars(path)[1])] == [30, 10]
+    for file in (cache / "madformer_jax" / "tars").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    assert len(tars.Tars(path)) == 2  # half an index is no index
+
+
+def test_it_feeds_the_pipeline(tmp_path):
+    c = config_lib.base()
+    for t in range(2):
+        write_tar(tmp_path / f"{t}.tar", {f"{i}.webp": image(10 * i + 100 * t) for i in range(5)})
+    c.data.source, c.data.path, c.data.image_size, c.data.workers = "webdataset", str(tmp_path), 4, 1
+    iterator = pipeline.train_iterator(c, batch=10)
+    shades = np.rint((next(iterator)["image"][:, 0, 0, 0] + 1) * 127.5)
+    iterator.close()
+    assert sorted(shades) == [0, 10, 20, 30, 40, 100, 110, 120, 130, 140]
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ({}, "holds no image"),
+        ({"0.txt": b"hello"}, "holds no image"),
+        ({"0.webp": b"", "0.cls": b"cat"}, "x.tar:0.cls holds no class number"),
+        ({"0.webp": b"", "0.cls": b"-1"}, "class -1 is negative"),
+        ({"0.webp": b"", "0.cls": b"1", "1.webp": b""}, "x.tar:1.webp has no label.*1 of 2 lack one"),
+    ],
+)
+def test_wrong_content_is_refused(tmp_path, members, message):
+    path = write_tar(tmp_path / "x.tar", members)
+    with pytest.raises(ConfigError, match=message):
+        tars.Tars(path)
+
+
+def test_what_is_no_tar_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no \.tar file"):
+        tars.Tars(str(tmp_path))
+    path = write_tar(tmp_path / "x.tar", {"0.webp": bytes(5000)})
+    os.truncate(path, 3000)
+    with pytest.raises(ConfigError, match="x.tar is (cut off|no plain tar file or is damaged)"):
+        tars.Tars(path)
+    (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
+    with pytest.raises(ConfigError, match="no plain tar file"):
+        tars.Tars(path)
