@@ -133,7 +133,7 @@ def base() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
-    return c
+    return c.lock()  # a misspelt field is an error, in a config file too
 
 
 def release(meta: dict[str, Any]) -> ConfigDict:

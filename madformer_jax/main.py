@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
     flags.DEFINE_string("topology", "", "TPU topology for --mode=compile, such as v5e:4x4.", flag_values=values)
-    given = any(arg.startswith(("--config=", "-config=")) or arg in ("--config", "-config") for arg in argv)
+    given = next((a for a in argv if a.startswith(("--config=", "-config=")) or a in ("--config", "-config")), "")
     try:
         if given:
             config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values, sys_argv=list(argv))
@@ -53,10 +53,11 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
                 "config", _of_workdir(argv), "Config of the workdir.", flag_values=values, sys_argv=list(argv)
             )
         rest = values(list(argv))
+        _ = values.config.seed  # a file that did not load says so only when it is touched
     except ConfigError:
         raise
     except Exception as error:  # a config file is code: it, or its overrides, may raise anything
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_one_line(error.__cause__ or error, given or "--config")) from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
     if not values.workdir:
@@ -80,9 +81,9 @@ def _of_workdir(argv: Sequence[str]) -> ConfigDict:
     return config
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, flag: str) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, flags.Error) else f"--config: {text}"
+    return text if isinstance(error, flags.Error) else f"{flag}: {text}"
 
 
 def _use_cache(setting: str) -> None:

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, so that meshes can be tested on one machine."""
+"""Eight virtual CPU devices for every test, so that meshes can be tested on one machine; programs compiled quickly, not well."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np

@@ -11,6 +11,7 @@ from flax import linen as nn
 from madformer_jax import config, convert, generate
 from madformer_jax.diffusion import solvers
 from madformer_jax.models import madformer
+from tests.small import random_params, small
 
 SOLVERS = {"ddim8": ("ddim", "leading"), "dpm8": ("dpmpp_2m", "linspace")}  # of the reference
 
@@ -26,25 +27,6 @@ def test_release_samples(reference, variant):
         draw = jax.jit(functools.partial(generate.sample, model, solver=solver, spacing=spacing, steps=8))
         found, expected = draw(params, file["sample/init_noise"]), file[f"sample/{name}"]
         assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected), name
-
-
-def small(**changes):
-    """A model in which no two sizes are equal, with parameters whose every path matters."""
-    c = config.base()
-    c.codec.name, c.codec.patch = "pixel", 1
-    c.data.image_size, c.data.channels = 8, 3
-    c.model.width, c.model.heads, c.model.mlp_width = 16, 2, 20
-    c.model.depth, c.model.diffusion_depth, c.model.blocks = 4, 2, 4
-    c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (4, 8), 1, 6
-    c.model.unet_groups = c.model.unet_heads = 2
-    c.model.update(changes)
-    config.validate(c)
-    model = madformer.build(c)
-    params = nn.meta.unbox(madformer.init(model, jax.random.key(0)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(tree, moved)
 
 
 def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance):
@@ -166,7 +148,7 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(tiny_config):
     c.model.classes, c.sample.n = 0, 5
     c.sample.guidance = 1.0
     model = madformer.build(c)
-    params = nn.meta.unbox(madformer.init(model, jax.random.key(0)))
+    params = random_params(model)
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     drawn = []
     for batch in (2, 5):

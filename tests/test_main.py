@@ -9,8 +9,9 @@ DIGITS = "--config=configs/digits.py"
 
 
 @pytest.fixture(autouse=True)
-def in_the_root(monkeypatch, request):
+def as_in_a_process_of_its_own(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
+    sys.modules.pop("config_config", None)  # ml_collections loads every config file into this one module
 
 
 def error_of(capsys, *args):

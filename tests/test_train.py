@@ -154,10 +154,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tiny_config,
 @pytest.mark.parametrize(
     ("field", "value"), [("model.width", 8), ("train.batch", 4), ("seed", 1), ("loss.hidden", 0.5), ("data.flip", True)]
 )
-def test_a_workdir_of_another_config_is_refused_by_field(tiny_config, tmp_path, field, value):
+def test_a_workdir_of_another_config_is_refused_by_field(tiny_config, tmp_path, one_device, field, value):
     checkpoint.write_config(tiny_config, str(tmp_path))
-    with tiny_config.unlocked():
-        tiny_config.update_from_flattened_dict({field: value})
+    tiny_config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=rf"config\.{field} was .* and is {value}") as error:
         train.run(tiny_config, str(tmp_path))
     assert "\n" not in str(error.value)
