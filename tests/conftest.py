@@ -1,14 +1,21 @@
 """Eight virtual CPU devices for every test, so that meshes can be tested on one machine; programs compiled quickly, not well."""
 
+import atexit
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs that several tests, or processes of one, run are compiled once.
+_CACHE = tempfile.mkdtemp(prefix="madformer-tests-")
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": _CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 import numpy as np
 import pytest
