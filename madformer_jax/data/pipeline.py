@@ -176,6 +176,7 @@ def ordered_batches(
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     """Reads `batches` ahead, in threads of this process or in worker processes."""
+    worker.keep_memory()
     ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
     dataset = batches.to_iter_dataset(ahead)
     if workers:
@@ -202,7 +203,10 @@ class _Batches(grain.DatasetIterator):
     def __next__(self) -> Batch:
         self.start_prefetch()
         assert self._running is not None
-        batch = next(self._running)
+        try:
+            batch = next(self._running)
+        except ConfigError as error:  # grain appends a paragraph on its tracebacks
+            raise ConfigError(str(error).partition("\n")[0]) from None
         self._next += 1
         # out of the workers' shared memory, which grain frees when its own array goes, views or not
         return {name: np.array(array) for name, array in batch.items()} if self._workers else batch

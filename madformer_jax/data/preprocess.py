@@ -53,7 +53,8 @@ class Table(NamedTuple):
         return np.asarray(decoded).reshape(self.size, self.size, self.channels)
 
     def _resize(self, image: Image.Image) -> Image.Image:
-        image = image.convert(_MODES[self.channels])
+        mode = _MODES[self.channels]
+        image = image if image.mode == mode else image.convert(mode)  # Pillow copies even where nothing changes
         if image.size == (self.size, self.size):
             return image
         width, height = image.size
@@ -71,7 +72,9 @@ class Table(NamedTuple):
 def _open(image: bytes | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+    decoded: Image.Image = Image.open(io.BytesIO(image))
+    ImageOps.exif_transpose(decoded, in_place=True)
+    return decoded
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
