@@ -12,6 +12,7 @@ Training, reference statistics and `--mode=prepare` all go through this module.
 """
 
 import io
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +50,8 @@ class Table(NamedTuple):
         try:
             decoded = self._resize(_open(image))
         except Exception as error:  # corrupt files raise about every type there is, from SyntaxError to struct.error
-            raise CorruptImageError(f"{type(error).__name__}: {error}") from error
+            reason = re.sub(r" <_io\.BytesIO .*>", "", f"{type(error).__name__}: {error}")  # our file has no name
+            raise CorruptImageError(reason) from error
         return np.asarray(decoded).reshape(self.size, self.size, self.channels)
 
     def _resize(self, image: Image.Image) -> Image.Image:
