@@ -23,7 +23,7 @@ from madformer_jax import config as config_lib
 from madformer_jax.data import records
 
 IMAGES, CORRUPT, KILLS = 1000, 20, 3
-_CONFIG = """import json
+CONFIG = """import json
 from ml_collections import ConfigDict
 
 from madformer_jax import config
@@ -55,7 +55,7 @@ def run(config: ConfigDict, out: str, kills: int, seed: int) -> int:
     Each time it has to come as far as another finished shard first, or no number of kills would be a test.
     """
     file = pathlib.Path(f"{out}.py")
-    file.write_text(_CONFIG.format(json=config.to_json()))
+    file.write_text(CONFIG.format(json=config.to_json()))
     command = [sys.executable, "-m", "madformer_jax.main", f"--config={file}", "--mode=prepare", f"--workdir={out}"]
     root = os.path.dirname(os.path.dirname(config_lib.__file__))
     chance = random.Random(seed)

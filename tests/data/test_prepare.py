@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from madformer_jax import config as config_lib
+from madformer_jax import main, weights
 from madformer_jax.config import ConfigError
-from madformer_jax.data import pipeline, prepare, records
+from madformer_jax.data import pipeline, prepare, preprocess, records
+from madformer_jax.models import vae
 from tests.data import kill_prepare
 
 
@@ -286,3 +288,52 @@ def test_an_unfinished_or_foreign_folder_is_refused(config, out, tmp_path):
     (tmp_path / "manifest.json").write_text('{"format"')
     with pytest.raises(ConfigError, match="manifest.json cannot be read"):
         pipeline.describe(c)
+
+
+# ---- the whole way
+
+
+def test_from_a_folder_of_images_to_a_model_trained_on_their_latents(tiny_config, tmp_path):
+    """As a user runs it: --mode=prepare, then --mode=train on what it wrote, with the VAE's files in a folder."""
+    vae_config = {"block_out_channels": [4, 4, 4, 8], "layers_per_block": 1, "norm_num_groups": 2}
+    rng = np.random.default_rng(0)
+    shapes = vae.shapes(vae.from_config(vae_config))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(vae_config))
+    weights.write_state_dict(
+        tmp_path / "vae" / "diffusion_pytorch_model.safetensors",
+        {name: 0.1 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()},
+    )
+    kill_prepare.make_images(tmp_path / "images", 20, (3,))
+
+    c = tiny_config
+    c.codec.name, c.codec.path = "vae", str(tmp_path / "vae")
+    c.data.image_size, c.data.channels = 64, 3
+    c.model.blocks, c.model.classes, c.mesh.data = 4, 2, -1
+    c.train.steps, c.train.checkpoint_every = 2, 2
+    c.prepare.kind, c.prepare.shard, c.prepare.batch = "latents", 8, 4
+    (tmp_path / "config.py").write_text(kill_prepare.CONFIG.format(json=c.to_json()))
+
+    def run(mode, workdir, source, path):
+        data = f"--config.data.source={source}", f"--config.data.path={tmp_path / path}"
+        return main.main(
+            ["main", f"--config={tmp_path / 'config.py'}", f"--mode={mode}", f"--workdir={tmp_path / workdir}", *data]
+        )
+
+    assert run("train", "run", "arrayrecord", "latents") == 2  # not prepared yet
+    assert run("prepare", "latents", "folder", "images") == 0
+    assert run("train", "run", "arrayrecord", "latents") == 0
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    assert (tmp_path / "run" / "samples" / "step_000002_ema.png").exists()
+
+    # what training read is what the VAE says of the images
+    found = records.Records(str(tmp_path / "latents"))
+    source = pipeline.sources.Folder(str(tmp_path / "images"))
+    numbers = [i for i in range(20) if not source.name(i).endswith("0003.png")]
+    images = np.stack([pipeline.table(c).pixels(source[i].image) for i in numbers])
+    model, params = vae.load(c.codec.path)
+    mean, logvar = model.apply({"params": params}, preprocess.to_float(images), method="encode")
+    batch = found.read(np.arange(19))
+    np.testing.assert_allclose(batch["mean"], mean, rtol=2e-3, atol=1e-3)
+    np.testing.assert_allclose(batch["logvar"], logvar, rtol=2e-3, atol=1e-3)
+    assert batch["label"].tolist() == [source[i].label for i in numbers]
