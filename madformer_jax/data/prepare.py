@@ -252,18 +252,20 @@ def _write(
     chunks = iter(lambda: list(itertools.islice(decoded, batch)), [])
     encoded = ((chunk, _fields(chunk, plan, encode, batch)) for chunk in chunks)
     # in pairs, so that devices encode the next batch while this one is written
-    for (images, fields), _ in itertools.pairwise(itertools.chain(encoded, [None])):
+    for (images, fields), _ in itertools.pairwise(itertools.chain(encoded, [([], [])])):
         skipped += [[image.name, image.reason] for image in images if image.pixels is None]
         good = [image for image in images if image.pixels is not None]
         if good:
             rows = _rows(good, fields, plan["kind"])
             shape = list(rows.dtype[1].shape)
-            for image, copies in zip(good, rows):
-                for row in copies:
-                    writer.write(row.tobytes() + image.caption.encode())
+            with records.write_errors():
+                for image, copies in zip(good, rows):
+                    for row in copies:
+                        writer.write(row.tobytes() + image.caption.encode())
             count += rows.size
         bar.update(len(images))
-    writer.close()
+    with records.write_errors():
+        writer.close()
     if not count:
         os.remove(part)
         return records.Shard("", 0, 0, "", shape, skipped)

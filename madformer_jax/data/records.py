@@ -6,6 +6,7 @@ and reading at random would pay for it (figures in docs/data.md). `--mode=prepar
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -48,6 +49,15 @@ def dtype(kind: str, shape: tuple[int, ...]) -> np.dtype:
 def writer(path: str) -> ArrayRecordWriter:
     """A writer of shards; `write` takes the bytes of a record, `close` ends the file."""
     return ArrayRecordWriter(path, "group_size:1,uncompressed")
+
+
+@contextlib.contextmanager
+def write_errors() -> Iterator[None]:
+    """What a writer raises, as the OSError that it is: a full disk shows at any `write`, or not before `close`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error).partition("\n")[0]) from None
 
 
 def sha256(path: str) -> str:

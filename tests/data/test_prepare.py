@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import ml_collections
 import numpy as np
@@ -271,6 +273,29 @@ def test_more_shards_than_may_be_open_are_read(config, out, monkeypatch):
     assert (batch["label"] == np.array(GOOD)[order] % 2).all()
 
 
+def test_a_full_disk_is_one_line_and_leaves_what_was_finished(config, out):
+    """In a process of its own, whose files may not grow beyond the first shards' size."""
+    config.data.image_size, config.prepare.shard = 64, 10
+    limit = 100_000  # bytes; a shard takes 130 000
+    script = (
+        "import json, resource, signal, sys\n"
+        "from ml_collections import ConfigDict\n"
+        "from madformer_jax.config import ConfigError\n"
+        "from madformer_jax.data import prepare\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "try:\n"
+        "    prepare.run(ConfigDict(json.loads(sys.argv[1])), sys.argv[2], process_index=0, process_count=1)\n"
+        "except ConfigError as error:\n"
+        "    sys.exit(str(error))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, config.to_json(), out], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"--workdir={out} cannot be written: write() failed: File too large" in done.stderr.splitlines()[-1]
+    prepare.run(config, out)
+    assert len(ids(config, out)) == 21
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(config, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--workdir=.*/file/out cannot be written: Not a directory"):
@@ -309,8 +334,9 @@ def test_from_a_folder_of_images_to_a_model_trained_on_their_latents(tiny_config
     c = tiny_config
     c.codec.name, c.codec.path = "vae", str(tmp_path / "vae")
     c.data.image_size, c.data.channels = 64, 3
-    c.model.blocks, c.model.classes, c.mesh.data = 4, 2, -1
+    c.model.blocks, c.model.classes, c.mesh.data = 1, 2, -1
     c.train.steps, c.train.checkpoint_every = 2, 2
+    c.sample.steps, c.sample.guidance = 1, 1.0
     c.prepare.kind, c.prepare.shard, c.prepare.batch = "latents", 8, 4
     (tmp_path / "config.py").write_text(kill_prepare.CONFIG.format(json=c.to_json()))
 
