@@ -81,7 +81,6 @@ def _open(image: bytes | np.ndarray) -> Image.Image:
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
     """uint8 -> float32 in [-1, 1], any shape."""
-    out = pixels.astype(np.float32)
-    out /= 127.5
+    out = np.divide(pixels, np.float32(127.5), dtype=np.float32)
     out -= 1
     return out

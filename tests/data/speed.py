@@ -15,11 +15,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from madformer_jax import config as config_lib
-from madformer_jax.data import pipeline, prepare
+from madformer_jax.data import pipeline, prepare, preprocess
 
 WARM_UP = 10  # batches: what was read ahead is not taken for speed
-SECONDS = 1  # of each measurement
+SECONDS = 5  # of each measurement
 THREADS = 2  # of a worker, as of the pipeline
+BATCH = 16  # images
 
 
 def rate(config: ConfigDict, batch: int) -> float:
@@ -50,8 +51,7 @@ def latents(folder: str, side: int, batch: int) -> None:
     c.data.source, c.data.path = "arrayrecord", folder
     for workers in (0, 1):
         c.data.workers = workers
-        where = "one worker process" if workers else "in the training process"
-        print(f"latents {side} x {side} x 4, batch {batch}, {where}: {rate(c, batch):.0f} records/s", flush=True)
+        print(f"latents {side} x {side} x 4, batch {batch}, {_where(c)}: {rate(c, batch):.0f} records/s", flush=True)
 
 
 def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, count: int) -> None:
@@ -64,6 +64,7 @@ def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, c
     files = sorted(folder.iterdir())
     side = min(shape)
     left, top = (shape[0] - side) / 2, (shape[1] - side) / 2
+    table = preprocess.Table(size, 3, crop=True)
 
     def pillow(file: pathlib.Path) -> np.ndarray:
         image = Image.open(io.BytesIO(file.read_bytes()))
@@ -71,26 +72,34 @@ def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, c
             image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
         return np.asarray(image)
 
+    def path(batch: list[pathlib.Path]) -> np.ndarray:
+        return preprocess.to_float(np.stack([table.pixels(file.read_bytes()) for file in batch]))
+
     def timed(run: Callable[[list[pathlib.Path]], object]) -> float:
         done, began = 0, time.perf_counter()
         while time.perf_counter() < began + SECONDS:
-            run(files)
-            done += len(files)
+            run(files[:BATCH])
+            done += BATCH
         return done / (time.perf_counter() - began)
 
+    what = f"{kind} {shape[0]} x {shape[1]} to {size} x {size}"
+    alone, ours = timed(lambda batch: [pillow(file) for file in batch]), timed(path)
+    print(f"{what}, one thread: {ours:.0f} images/s, Pillow alone {alone:.0f}: {ours / alone:.0%}", flush=True)
+    with ThreadPoolExecutor(THREADS) as threads:
+        alone = timed(lambda batch: list(threads.map(pillow, batch)))
     c = config_lib.base()
     c.data.source, c.data.path, c.data.image_size = "folder", str(folder), size
-    with ThreadPoolExecutor(THREADS) as threads:
-        alone = timed(lambda files: list(threads.map(pillow, files)))
     for workers in (0, 1):
         c.data.workers = workers
-        ours = rate(c, 16)
-        where = "one worker process" if workers else "in the training process"
+        ours = rate(c, BATCH)
         print(
-            f"{kind} {shape[0]} x {shape[1]} to {size} x {size}, {where}: {ours:.0f} images/s; Pillow alone with "
-            f"{THREADS} threads {alone:.0f}: {ours / alone:.0%}",
+            f"{what}, {_where(c)}: {ours:.0f} images/s, Pillow alone in {THREADS} threads {alone:.0f}: {ours / alone:.0%}",
             flush=True,
         )
+
+
+def _where(config: ConfigDict) -> str:
+    return "one worker process" if config.data.workers else "in the training process"
 
 
 def main() -> None:
@@ -98,7 +107,7 @@ def main() -> None:
         latents(f"{folder}/32", 32, 256)
         latents(f"{folder}/128", 128, 64)
         images(pathlib.Path(folder) / "jpg", "jpg", (500, 375), 256, 200)
-        images(pathlib.Path(folder) / "webp", "webp", (1024, 1024), 1024, 40)
+        images(pathlib.Path(folder) / "webp", "webp", (1024, 1024), 1024, BATCH)
 
 
 if __name__ == "__main__":
