@@ -190,7 +190,6 @@ def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     """Reads `batches` ahead, in threads of this process or in worker processes."""
     worker.keep_memory()
     ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
-    dataset = batches.to_iter_dataset(ahead)
     if not workers:
         return iter(batches.map(_to_float).to_iter_dataset(ahead))
     worker.keep_jax_out()

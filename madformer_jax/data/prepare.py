@@ -103,7 +103,13 @@ def _plan(config: ConfigDict, source: sources.Source, table: preprocess.Table) -
     p = config.prepare
     if p.kind == "latents" and config.codec.name != "vae":
         raise ConfigError(f"config.prepare.kind=latents needs config.codec.name=vae; it is {config.codec.name!r}.")
-    pipeline.describe(config)
+    if not len(source):
+        raise ConfigError(f"config.data.source={config.data.source} is empty.")
+    if config.model.classes and not source.classes:
+        logging.warning(
+            "config.model.classes=%d, but config.data.source=%s has no labels: training needs them, or model.classes=0",
+            config.model.classes, config.data.source,
+        )  # fmt: skip
     names = hashlib.sha256()
     for i in range(len(source)):
         names.update(f"{source.name(i).removeprefix(config.data.path)}\n".encode())

@@ -23,7 +23,6 @@ from madformer_jax.config import ConfigError
 from madformer_jax.data import preprocess, sources
 
 FORMAT = 1  # of the manifest and the records
-KINDS = ("images", "latents")
 MANIFEST = "manifest.json"
 MAX_OPEN = 400  # shards that a process holds open: many systems allow it 1024 files. Reading goes on with more, slower
 
