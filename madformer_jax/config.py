@@ -74,8 +74,7 @@ def base() -> ConfigDict:
     c.data.flip = False  # random horizontal flip
     c.data.workers = 0  # worker processes that read and decode; 0: in the training process
 
-    c.prepare = ConfigDict()  # --mode=prepare (docs/data.md)
-    c.prepare.output = ""  # folder of the shards; "": the workdir
+    c.prepare = ConfigDict()  # --mode=prepare, which writes to the workdir (docs/data.md)
     c.prepare.kind = "images"  # or "latents": the VAE's mean and log-variance
     c.prepare.shard = 1024  # source images a shard: what is done again after a kill, at most
     c.prepare.batch = 16  # images encoded at once

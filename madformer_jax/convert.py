@@ -3,6 +3,8 @@
 python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
 """
 
+import functools
+import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -112,9 +114,14 @@ def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _Sour
             "the release's weights have no text tower and no shared towers: model.classes must be 0 and "
             "model.param_sets 'separate'."
         )
-    model = madformer.build(c)
+    return _layout_of(c.to_json())
+
+
+@functools.lru_cache(maxsize=1)  # tracing the model takes a second or two
+def _layout_of(config: str) -> dict[tuple[str, ...], tuple[tuple[int, ...], _Source]]:
+    model = madformer.build(ConfigDict(json.loads(config)))
     params = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))
-    depths = c.model.depth, c.model.diffusion_depth
+    depths = model.depth, model.diffusion_depth
     return {path: (leaf.shape, _source(path, leaf.shape, *depths)) for path, leaf in flatten_dict(params).items()}
 
 

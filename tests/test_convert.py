@@ -102,7 +102,8 @@ def test_full_size_names_and_shapes(reference):
         {"ar_len": 9, "variant": "clear_cond"},
         {"ar_len": 1, "denoising_mlp": True},
         {"pre_downsample_block_size": 16},
-        {"unet_block_out_channels": [16], "unet_num_layers_per_block": [1], "unet_transformer_layers_per_block": [1]},
+        {"unet_block_out_channels": [16], "unet_num_layers_per_block": [1], "unet_transformer_layers_per_block": [1]}
+        | {"block_size": 64},
         {"unet_block_out_channels": [8, 16, 24], "unet_num_layers_per_block": [1, 1, 1]}
         | {"unet_transformer_layers_per_block": [0, 1, 1], "block_size": 4},
     ],

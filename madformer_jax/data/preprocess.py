@@ -12,6 +12,7 @@ Training, reference statistics and `--mode=prepare` all go through this module.
 """
 
 import io
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,11 +50,13 @@ class Table(NamedTuple):
         try:
             decoded = self._resize(_open(image))
         except Exception as error:  # corrupt files raise about every type there is, from SyntaxError to struct.error
-            raise CorruptImageError(f"{type(error).__name__}: {error}") from error
+            reason = re.sub(r" <_io\.BytesIO .*>", "", f"{type(error).__name__}: {error}")  # our file has no name
+            raise CorruptImageError(reason) from error
         return np.asarray(decoded).reshape(self.size, self.size, self.channels)
 
     def _resize(self, image: Image.Image) -> Image.Image:
-        image = image.convert(_MODES[self.channels])
+        mode = _MODES[self.channels]
+        image = image if image.mode == mode else image.convert(mode)  # Pillow copies even where nothing changes
         if image.size == (self.size, self.size):
             return image
         width, height = image.size
@@ -71,12 +74,13 @@ class Table(NamedTuple):
 def _open(image: bytes | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(image)))
+    decoded: Image.Image = Image.open(io.BytesIO(image))
+    ImageOps.exif_transpose(decoded, in_place=True)
+    return decoded
 
 
 def to_float(pixels: np.ndarray) -> np.ndarray:
     """uint8 -> float32 in [-1, 1], any shape."""
-    out = pixels.astype(np.float32)
-    out /= 127.5
+    out = np.divide(pixels, np.float32(127.5), dtype=np.float32)
     out -= 1
     return out

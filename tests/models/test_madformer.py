@@ -115,7 +115,8 @@ def test_bfloat16_computes_what_float32_computes():
     half, _ = small(dtype="bfloat16")
     z, noisy, t, _ = inputs(model)
     full, short = (
-        jax.jit(functools.partial(m.apply, terms=("image",)))({"params": params}, z, noisy, t).eps for m in (model, half)
+        jax.jit(functools.partial(m.apply, terms=("image",)))({"params": params}, z, noisy, t).eps
+        for m in (model, half)
     )
     assert short.dtype == jnp.float32
     fresh = jax.eval_shape(functools.partial(madformer.init, half), jax.random.key(0))

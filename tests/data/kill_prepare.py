@@ -1,0 +1,112 @@
+"""Kills --mode=prepare at random moments and counts what it ends with; the tests run it small, this at full size:
+
+python -m tests.data.kill_prepare
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Collection
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from madformer_jax import config as config_lib
+from madformer_jax.data import records
+
+IMAGES, CORRUPT, KILLS = 1000, 20, 3
+CONFIG = """import json
+from ml_collections import ConfigDict
+
+from madformer_jax import config
+
+
+def get_config():
+    c = config.base()
+    c.update(ConfigDict(json.loads({json!r})))
+    return c
+"""
+
+
+def make_images(folder: pathlib.Path, count: int, corrupt: Collection[int] = ()) -> None:
+    """Image i of class i % 2 has the red value i % 256 and the green value i // 256; corrupt ones are cut off."""
+    for i in range(count):
+        path = folder / str(i % 2) / f"{i:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((8, 10, 3), np.uint8)
+        pixels[...] = i % 256, i // 256, 0
+        pixels[:, 5:, 2] = 200
+        Image.fromarray(pixels).save(path)
+        if i in corrupt:
+            os.truncate(path, 45)
+
+
+def run(config: ConfigDict, out: str, kills: int, seed: int) -> int:
+    """Runs the command until it is through, after killing it `kills` times; returns how often it was alive to be killed.
+
+    Each time it has to come as far as another finished shard first, or no number of kills would be a test.
+    """
+    file = pathlib.Path(f"{out}.py")
+    file.write_text(CONFIG.format(json=config.to_json()))
+    command = [sys.executable, "-m", "madformer_jax.main", f"--config={file}", "--mode=prepare", f"--workdir={out}"]
+    root = os.path.dirname(os.path.dirname(config_lib.__file__))
+    chance = random.Random(seed)
+    killed = 0
+    for kill in [True] * kills + [False]:
+        finished = _finished(out)
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE, text=True)
+        if kill:
+            while process.poll() is None and _finished(out) == finished:
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, 0.05))
+            killed += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+        _, log = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    return killed
+
+
+def _finished(out: str) -> int:
+    if not os.path.isdir(out):
+        return 0
+    return sum(file.endswith(".arrayrecord.json") for file in os.listdir(out))
+
+
+def check(out: str) -> list[int]:
+    """The numbers of the images in the finished folder, sorted, after comparing every checksum and label."""
+    manifest = json.loads((pathlib.Path(out) / records.MANIFEST).read_text())
+    for shard in manifest["shards"]:
+        content = (pathlib.Path(out) / shard["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == shard["sha256"], shard["file"]
+    prepared = records.Records(out)
+    batch = prepared.read(np.arange(len(prepared)))
+    numbers = batch["image"][:, 0, 0, 0] + 256 * batch["image"][:, 0, 0, 1].astype(int)
+    assert (batch["label"] == numbers % 2).all()
+    assert len(numbers) == manifest["records"]
+    return sorted(numbers.tolist())
+
+
+def main() -> None:
+    corrupt = random.Random(0).sample(range(IMAGES), CORRUPT)
+    with tempfile.TemporaryDirectory() as folder:
+        make_images(pathlib.Path(folder) / "images", IMAGES, corrupt)
+        c = config_lib.base()
+        c.data.source, c.data.path, c.data.image_size = "folder", f"{folder}/images", 8
+        c.model.blocks = c.model.unet_stride = 1  # which the command checks too
+        c.prepare.shard = 20
+        killed = run(c, f"{folder}/out", KILLS, seed=int(time.time()))
+        found = check(f"{folder}/out")
+    assert found == [i for i in range(IMAGES) if i not in corrupt]
+    print(f"killed {killed} times: {len(found)} records of {IMAGES} images, {CORRUPT} of them corrupt; checksums valid")
+
+
+if __name__ == "__main__":
+    main()

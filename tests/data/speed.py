@@ -1,0 +1,114 @@
+"""How fast the input pipeline reads here: cached latents, and images against Pillow alone. Run it on a quiet machine:
+
+python -m tests.data.speed
+"""
+
+import io
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from madformer_jax import config as config_lib
+from madformer_jax.data import pipeline, prepare, preprocess
+
+WARM_UP = 10  # batches: what was read ahead is not taken for speed
+SECONDS = 5  # of each measurement
+THREADS = 2  # of a worker, as of the pipeline
+BATCH = 16  # images
+
+
+def rate(config: ConfigDict, batch: int) -> float:
+    """Records a second that training would get."""
+    batches = pipeline.train_iterator(config, batch=batch)
+    for _ in range(WARM_UP):
+        next(batches)
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() < began + SECONDS:
+        next(batches)
+        count += batch
+    seconds = time.perf_counter() - began
+    batches.close()
+    return count / seconds
+
+
+def latents(folder: str, side: int, batch: int) -> None:
+    """5 000 records of random latents."""
+
+    def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        shape = (len(images), side, side, 4)
+        return tuple(np.random.default_rng(0).standard_normal(shape, np.float32) for _ in range(2))
+
+    c = config_lib.base()
+    c.data.source, c.data.image_size = "digits", 32
+    c.prepare.kind = "latents"
+    prepare.run(c, folder, encode=encode, process_index=0, process_count=1)
+    c.data.source, c.data.path = "arrayrecord", folder
+    for workers in (0, 1):
+        c.data.workers = workers
+        print(f"latents {side} x {side} x 4, batch {batch}, {_where(c)}: {rate(c, batch):.0f} records/s", flush=True)
+
+
+def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, count: int) -> None:
+    """The pipeline against Pillow's own decoding, cropping and resizing of the same files, with as many threads."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
+        coarse.resize(shape, Image.Resampling.BICUBIC).save(folder / f"{i}.{kind}", quality=90)
+    files = sorted(folder.iterdir())
+    side = min(shape)
+    left, top = (shape[0] - side) / 2, (shape[1] - side) / 2
+    table = preprocess.Table(size, 3, crop=True)
+
+    def pillow(file: pathlib.Path) -> np.ndarray:
+        image = Image.open(io.BytesIO(file.read_bytes()))
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        return np.asarray(image)
+
+    def path(batch: list[pathlib.Path]) -> np.ndarray:
+        return preprocess.to_float(np.stack([table.pixels(file.read_bytes()) for file in batch]))
+
+    def timed(run: Callable[[list[pathlib.Path]], object]) -> float:
+        done, began = 0, time.perf_counter()
+        while time.perf_counter() < began + SECONDS:
+            run(files[:BATCH])
+            done += BATCH
+        return done / (time.perf_counter() - began)
+
+    what = f"{kind} {shape[0]} x {shape[1]} to {size} x {size}"
+    alone, ours = timed(lambda batch: [pillow(file) for file in batch]), timed(path)
+    print(f"{what}, one thread: {ours:.0f} images/s, Pillow alone {alone:.0f}: {ours / alone:.0%}", flush=True)
+    with ThreadPoolExecutor(THREADS) as threads:
+        alone = timed(lambda batch: list(threads.map(pillow, batch)))
+    c = config_lib.base()
+    c.data.source, c.data.path, c.data.image_size = "folder", str(folder), size
+    for workers in (0, 1):
+        c.data.workers = workers
+        ours = rate(c, BATCH)
+        print(
+            f"{what}, {_where(c)}: {ours:.0f} images/s, Pillow alone in {THREADS} threads {alone:.0f}: {ours / alone:.0%}",
+            flush=True,
+        )
+
+
+def _where(config: ConfigDict) -> str:
+    return "one worker process" if config.data.workers else "in the training process"
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        latents(f"{folder}/32", 32, 256)
+        latents(f"{folder}/128", 128, 64)
+        images(pathlib.Path(folder) / "jpg", "jpg", (500, 375), 256, 200)
+        images(pathlib.Path(folder) / "webp", "webp", (1024, 1024), 1024, BATCH)
+
+
+if __name__ == "__main__":
+    main()
