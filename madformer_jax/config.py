@@ -181,23 +181,68 @@ def release(meta: dict[str, Any]) -> ConfigDict:
     c.model.unet_layers = layers[0]
     stages = len(c.model.unet_channels)
     c.model.unet_stride = 1 if positions == tokens or stages == 1 else 2
-    c.model.rope = "release"
-    c.model.time_embedding = "raw"
-    c.model.clean_timestep = "noisy"
-    c.model.hidden_from = (
-        "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
-    )
+    as_release(c)
     c.model.clean_stream = not variant("clear_clean")
     c.model.ar_condition = not variant("clear_cond")
     c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
     c.loss.hidden = float(meta.get("lambda_hidden", 0.1))
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size = math.isqrt(positions * c.model.blocks)
+    return c
+
+
+def as_release(c: ConfigDict) -> None:
+    """Sets the release's choices where new training defaults to something sounder."""
+    c.model.rope = "release"
+    c.model.time_embedding = "raw"
+    c.model.clean_timestep = "noisy"
+    c.model.hidden_from = "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
     c.train.ema_warmup = False
     c.sample.weights = "raw"
     c.sample.spacing = "leading"
     c.sample.steps = 250
-    return c
+
+
+def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> dict[str, int]:
+    """Reads a config file's argument, as in `ffhq1024.py:D=7,tiny`.
+
+    Args:
+      text: what stands behind the colon; "" for none.
+      numbers: the names that take a number, with their defaults.
+      words: the names that stand alone.
+
+    Returns:
+      The value of each name; of `words`, 1 for those that are there and 0 for the others.
+
+    Raises:
+      ConfigError: a name is unknown or its value no number.
+    """
+    chosen = numbers | dict.fromkeys(words, 0)
+    for part in text.split(",") if text else ():
+        name, given, value = part.partition("=")
+        if name in numbers and value.isdecimal():
+            chosen[name] = int(value)
+        elif name in words and not given:
+            chosen[name] = 1
+        else:
+            known = ", ".join([*(f"{name}=<number>" for name in numbers), *words])
+            raise ConfigError(f"--config: variant {part!r} is unknown: it is made of {known}, separated by commas.")
+    return chosen
+
+
+def as_tiny(c: ConfigDict) -> None:
+    """Shrinks a large config to a few steps of a small model on the embedded digits, D and L in proportion."""
+    share = c.model.diffusion_depth / c.model.depth
+    c.model.depth = 4
+    c.model.diffusion_depth = max(1, round(share * c.model.depth))
+    c.model.width, c.model.heads, c.model.mlp_width = 64, 4, 128
+    c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (16, 32), 1, 32
+    c.model.classes = min(c.model.classes, 10)
+    c.codec.name, c.codec.patch = "pixel", 2  # no VAE is needed
+    c.data.source, c.data.image_size, c.data.channels = "digits", 32, 1
+    c.train.steps, c.train.log_every, c.train.sample_every = 20, 5, 0
+    c.train.batch = c.sample.n = c.sample.batch = 16
+    c.sample.steps = 4
 
 
 class Sizes(NamedTuple):
