@@ -310,9 +310,13 @@ def table(name: str, p: Program, limit: int, devices: int) -> str:
     share = f"{p.needed / GIB:9.3f} GiB of {limit / GIB:.2f}"
     verdict = "fits" if p.fits else f"does not fit: {(p.needed - limit) / GIB:.2f} GiB too much"
     lines.append(f"  {'in all':<24}{share}: {verdict}")
-    lines.append(f"  {'FLOPs, analytic':<24}{p.cost.total / 1e12:9.2f} TFLOP, {p.cost.total / devices / 1e12:.2f} a device")
+    lines.append(
+        f"  {'FLOPs, analytic':<24}{p.cost.total / 1e12:9.2f} TFLOP, {p.cost.total / devices / 1e12:.2f} a device"
+    )
     if p.fits:
-        lines.append(f"  {'FLOPs, XLA':<24}{p.xla_flops / 1e12:9.2f} TFLOP a device, the body of each loop counted once")
+        lines.append(
+            f"  {'FLOPs, XLA':<24}{p.xla_flops / 1e12:9.2f} TFLOP a device, the body of each loop counted once"
+        )
         for kind in _KINDS:
             of_kind = [x for x in p.collectives if x.kind == kind]
             if of_kind:

@@ -242,7 +242,14 @@ class Checkpoints:
 def _cause(error: Exception | None) -> str:
     """The line of an error that tells most: that of the system, where there is one."""
     text = str(error)
-    for words in ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system"):
+    system = (
+        "No space left on device",
+        "Disk quota exceeded",
+        "File too large",
+        "Permission denied",
+        "Read-only file system",
+    )
+    for words in system:
         if words in text:
             return f"{words}."
     return first_line(error)[:300] if error else "unknown"

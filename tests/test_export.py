@@ -14,7 +14,7 @@ def save_untrained(config, workdir):
     s = train.setup(config)
     create, _ = train.create_state(s.model, s.tx, config.seed, mesh)
     state = create()
-    arrays = {"params": state.params, "ema": jax.tree.map(lambda x: x + 1, state.params), "opt": state.opt}
+    arrays = {"params": state.params, "ema": jax.tree.map(lambda x: 1.5 * x, state.params), "opt": state.opt}
     checkpoint.write_config(config, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(3, arrays, {"next_batch": 3}, {"step": 3})
