@@ -176,7 +176,7 @@ def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], 
     sizes, side = config_lib.sizes(c), c.data.image_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.float32)}
     if latents:
-        shapes = {name: ((sizes.latent, sizes.latent, sizes.channels), jnp.float16) for name in ("mean", "logvar")}
+        shapes = dict.fromkeys(("mean", "logvar"), ((sizes.latent, sizes.latent, sizes.channels), jnp.float16))
     shapes["label"] = (() if c.model.text_length == 1 else (c.model.text_length,), jnp.int32)
     sharding = partitioning.batch_sharding(mesh)
     batch = {

@@ -50,5 +50,7 @@ def test_steps_follow_from_epochs():
 
 @pytest.mark.parametrize("variant", ["D=x", "depth=7", "tiny=1", "huge"])
 def test_a_variant_that_is_none_is_told(variant):
-    with pytest.raises(ConfigError, match=f"variant '{variant}' is unknown: it is made of D=<number>, L=<number>, tiny"):
+    with pytest.raises(
+        ConfigError, match=f"variant '{variant}' is unknown: it is made of D=<number>, L=<number>, tiny"
+    ):
         config.variant(variant, {"D": 14, "L": 4}, ("tiny",))

@@ -35,7 +35,7 @@ def start(processes, workdir, cache, **environment):
         "workdir": workdir,
     }
     done = subprocess.run(
-        ["launch/local.sh", str(processes), "--grace=1", "--", "--config=tests/tiny.py"]
+        ["launch/local.sh", str(processes), "--grace=1", "--", "--config=tests/tiny.py:plain"]
         + [f"--{name}={value}" for name, value in settings.items()],
         env={
             **os.environ,
@@ -63,7 +63,7 @@ def losses(workdir):
 def final(workdir):
     """Step, parameters and data state of the newest checkpoint."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = generate.abstract_params(train.setup(tiny.get_config()).model, mesh)
+    target = generate.abstract_params(train.setup(tiny.get_config("plain")).model, mesh)
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
         step, trees, data = checkpoints.restore({"params": target}, data=True)
     return step, jax.device_get(trees["params"]), data
@@ -80,8 +80,8 @@ def alone(tmp_path_factory):
     workdir, devices = tmp_path_factory.mktemp("alone"), jax.devices()[:4]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(partitioning.jax, "devices", lambda *a: devices)
-        train.run(configure(tiny.get_config()), str(workdir))
-        generate.run(configure(tiny.get_config()), str(workdir))
+        train.run(configure(tiny.get_config("plain")), str(workdir))
+        generate.run(configure(tiny.get_config("plain")), str(workdir))
     return workdir
 
 

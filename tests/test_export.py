@@ -6,6 +6,12 @@ import pytest
 
 from madformer_jax import checkpoint, export, generate, main, partitioning, train
 from madformer_jax.config import ConfigError
+from tests import tiny
+
+
+@pytest.fixture
+def plain():
+    return tiny.get_config("plain")
 
 
 def save_untrained(config, workdir):
@@ -21,8 +27,8 @@ def save_untrained(config, workdir):
     return jax.device_get(arrays["ema"])
 
 
-def test_an_export_holds_the_averages_alone_and_is_sampled_from(tiny_config, tmp_path):
-    config, whole, exported = tiny_config, str(tmp_path / "run"), str(tmp_path / "run" / "export")
+def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, tmp_path):
+    config, whole, exported = plain, str(tmp_path / "run"), str(tmp_path / "run" / "export")
     config.sample.weights = "raw"
     ema = save_untrained(config, whole)
     config.mesh.data, config.mesh.fsdp = 2, 4  # another mesh than that of the save
@@ -42,20 +48,20 @@ def test_an_export_holds_the_averages_alone_and_is_sampled_from(tiny_config, tmp
     assert len(np.load(file)["images"]) == 3
 
 
-def test_training_does_not_go_on_from_an_export(tiny_config, tmp_path):
-    save_untrained(tiny_config, str(tmp_path))
-    export.run(tiny_config, str(tmp_path))
-    tiny_config.mesh.data = 8
+def test_training_does_not_go_on_from_an_export(plain, tmp_path):
+    save_untrained(plain, str(tmp_path))
+    export.run(plain, str(tmp_path))
+    plain.mesh.data = 8
     with pytest.raises(ConfigError, match="step 3 holds no params, opt, data, only ema"):
-        train.run(tiny_config, str(tmp_path / "export"))
+        train.run(plain, str(tmp_path / "export"))
 
 
-def test_a_second_export_takes_the_place_of_the_first(tiny_config, tmp_path):
-    save_untrained(tiny_config, str(tmp_path))
-    export.run(tiny_config, str(tmp_path))
-    export.run(tiny_config, str(tmp_path))
+def test_a_second_export_takes_the_place_of_the_first(plain, tmp_path):
+    save_untrained(plain, str(tmp_path))
+    export.run(plain, str(tmp_path))
+    export.run(plain, str(tmp_path))
     newer, older = checkpoint.folder(str(tmp_path)), checkpoint.folder(str(tmp_path / "export"))
     (newer / "3").rename(newer / "4")
-    export.run(tiny_config, str(tmp_path))
+    export.run(plain, str(tmp_path))
     assert [p.name for p in older.iterdir() if p.name.isdigit()] == ["4"]
     assert json.loads((tmp_path / "export" / "config.json").read_text())["sample"]["weights"] == "ema"

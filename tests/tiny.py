@@ -1,11 +1,14 @@
-"""The smallest class-conditional model on the embedded digits in which things can go wrong; seconds to compile."""
+"""The smallest class-conditional model on the embedded digits in which things can go wrong.
+
+With the variant `plain` a single layer on a single block, which compiles in a few seconds: for what is not about the model.
+"""
 
 from ml_collections import ConfigDict
 
 from madformer_jax import config
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     c = config.base()
     c.compilation_cache = "off"
     c.data.image_size, c.data.channels = 32, 1
@@ -22,4 +25,8 @@ def get_config() -> ConfigDict:
     c.optimizer.learning_rate = 1e-3
     c.mesh.data = 1
     c.sample.n, c.sample.batch, c.sample.steps, c.sample.guidance = 5, 4, 2, 1.5
+    if variant == "plain":
+        c.model.depth = c.model.diffusion_depth = c.model.blocks = 1
+        c.model.unet_attention = (False,)
+        c.model.classes, c.sample.guidance = 0, 1.0
     return c
