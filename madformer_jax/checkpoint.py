@@ -224,7 +224,8 @@ class Checkpoints:
         there = {path.name for path in (self.path / str(step)).iterdir()}
         missing = [name for name in items if name not in there]
         if missing:
-            raise ConfigError(f"step {step} holds no {', '.join(missing)}, only {', '.join(sorted(there))}.")
+            found = [name for name in (*ARRAYS, "data", "meta") if name in there]
+            raise ConfigError(f"step {step} holds no {', '.join(missing)}, only {', '.join(found)}.")
 
     def drop_after(self, step: int) -> None:
         """Moves checkpoints newer than `step`, those that did not restore, out of the way."""
