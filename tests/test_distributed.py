@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
 
 from madformer_jax import checkpoint, generate, partitioning, train
 from tests import tiny
@@ -54,9 +55,9 @@ def losses(workdir):
     """Step -> all losses that were written for it."""
     found = {}
     for file in workdir.glob("events.out.*"):
-        events = EventAccumulator(str(file)).Reload()
+        events = EventAccumulator(str(file), {"tensors": 0}).Reload()  # 0: all of them
         for event in events.Tensors("loss"):
-            found.setdefault(event.step, []).append(float(event.tensor_proto.float_val[0]))
+            found.setdefault(event.step, []).append(float(tensor_util.make_ndarray(event.tensor_proto)))
     return found
 
 
