@@ -99,7 +99,8 @@ def write_config(config: ConfigDict, workdir: str) -> None:
 class Checkpoints:
     """The checkpoints of one workdir, saved in the background; a context manager that waits for the last one."""
 
-    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False, state: Any = None):
+        """State: the arrays that will be saved, or their shapes; what is being written of them is then held to a few per cent."""
         self.path = folder(workdir)
         rules: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_every:
@@ -118,7 +119,7 @@ class Checkpoints:
                     enable_async_checkpointing=not read_only,
                 ),
                 item_handlers={
-                    **{name: ocp.StandardCheckpointHandler() for name in ARRAYS},
+                    **{name: ocp.StandardCheckpointHandler(**_in_flight(state)) for name in ARRAYS},
                     "data": ocp.JsonCheckpointHandler(),
                     "meta": ocp.JsonCheckpointHandler(),
                 },
@@ -238,6 +239,12 @@ class Checkpoints:
                 logging.warning("moved the incomplete checkpoint of step %d to %s", newer, aside)
         sync("drop_after")
         self._manager.reload()
+
+
+def _in_flight(state: Any) -> dict[str, Any]:
+    """Orbax's limit on what one item copies at a time while it is written: 1/32 of the state, but any array as a whole."""
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    return {"save_concurrent_gb": max(sum(sizes) / 32, 1.5 * max(sizes)) / 1e9} if sizes else {}
 
 
 def _cause(error: Exception | None) -> str:

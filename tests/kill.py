@@ -24,6 +24,7 @@ from absl import logging
 
 from madformer_jax import checkpoint, main, partitioning, train
 
+STEPS = 20
 GRACE = 30  # seconds that a run has to exit after SIGTERM
 
 
@@ -33,7 +34,7 @@ def settings(workdir: pathlib.Path, cache: pathlib.Path) -> list[str]:
         f"--config={pathlib.Path(__file__).with_name('tiny.py')}:plain",
         f"--workdir={workdir}",
         f"--config.compilation_cache={cache}",
-        "--config.train.steps=20",
+        f"--config.train.steps={STEPS}",
         "--config.train.log_every=1",
         "--config.train.checkpoint_every=4",
     ]
@@ -66,14 +67,20 @@ def finish(workdir: pathlib.Path, cache: pathlib.Path) -> float:
     return time.monotonic() - began
 
 
-def interrupt(workdir: pathlib.Path, cache: pathlib.Path, number: int, after: float, saving: bool) -> dict[str, object]:
-    """Sends a signal `after` seconds from the start, or in the first save behind that; tells what it met."""
-    process, began = fork(workdir, cache), time.monotonic()
+def interrupt(
+    workdir: pathlib.Path, cache: pathlib.Path, number: int, step: int, delay: float, saving: bool
+) -> dict[str, object]:
+    """Sends a signal `delay` seconds behind a step (0: behind the start), or in the first save behind that; tells what it met."""
+    process = fork(workdir, cache)
+    log, due = pathlib.Path(f"{workdir}.log"), time.monotonic() + delay
+    while step and f" step {step}/" not in (log.read_text() if log.exists() else ""):
+        time.sleep(0.001)
+        due = time.monotonic() + delay
 
     def unfinished() -> list[pathlib.Path]:
         return list((workdir / "checkpoints").glob("*tmp*"))
 
-    while time.monotonic() - began < after or (saving and not unfinished()):
+    while time.monotonic() < due or (saving and not unfinished()):
         if os.waitpid(process, os.WNOHANG)[0]:
             return {"ended": "before the signal"}
         time.sleep(0.0005)
@@ -82,7 +89,7 @@ def interrupt(workdir: pathlib.Path, cache: pathlib.Path, number: int, after: fl
     _, status = os.waitpid(process, 0)
     steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
     return {
-        "after": round(sent - began, 2),
+        "behind_step": step,
         "while_saving": met,
         "exit_seconds": round(time.monotonic() - sent, 2),
         "status": os.waitstatus_to_exitcode(status),
@@ -117,8 +124,9 @@ def run(folder: pathlib.Path, runs: int, terms: int, seed: int) -> list[dict[str
     for i in range(runs + terms):
         name = signal.SIGKILL if i < runs else signal.SIGTERM
         workdir, saving = folder / f"run_{i}", i < runs and i % 2 == 1
-        after = chance.uniform(0, seconds * (0.8 if saving else 1))
-        report = {"run": i, "signal": name.name, **interrupt(workdir, cache, name, after, saving)}
+        step, delay = chance.randrange(STEPS - 4), chance.uniform(0, 0.5)
+        delay = delay if step else delay * seconds  # while it starts
+        report = {"run": i, "signal": name.name, **interrupt(workdir, cache, name, step, delay, saving)}
         finish(workdir, cache)
         reports.append(report)
         print(json.dumps(report), flush=True)

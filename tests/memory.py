@@ -46,7 +46,7 @@ def run(folder: str) -> float:
     print(
         f"created: peak {created:.2f} GB, {(created - before) / size:.2f} x the state and {before:.2f} GB", flush=True
     )
-    with checkpoint.Checkpoints(folder) as checkpoints:
+    with checkpoint.Checkpoints(folder, state=abstract) as checkpoints:
         arrays = {name: getattr(state, name) for name in checkpoint.ARRAYS}
         checkpoints.save(1, arrays, {"next_batch": 1}, {"step": 1})
         checkpoints.wait()
