@@ -99,7 +99,8 @@ def write_config(config: ConfigDict, workdir: str) -> None:
 class Checkpoints:
     """The checkpoints of one workdir, saved in the background; a context manager that waits for the last one."""
 
-    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False):
+    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False, state: Any = None):
+        """State: the arrays that will be saved, or their shapes; what is being written of them is then held to a few per cent."""
         self.path = folder(workdir)
         rules: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_every:
@@ -118,7 +119,7 @@ class Checkpoints:
                     enable_async_checkpointing=not read_only,
                 ),
                 item_handlers={
-                    **{name: ocp.StandardCheckpointHandler() for name in ARRAYS},
+                    **{name: ocp.StandardCheckpointHandler(**_in_flight(state)) for name in ARRAYS},
                     "data": ocp.JsonCheckpointHandler(),
                     "meta": ocp.JsonCheckpointHandler(),
                 },
@@ -224,7 +225,8 @@ class Checkpoints:
         there = {path.name for path in (self.path / str(step)).iterdir()}
         missing = [name for name in items if name not in there]
         if missing:
-            raise ConfigError(f"step {step} holds no {', '.join(missing)}, only {', '.join(sorted(there))}.")
+            found = [name for name in (*ARRAYS, "data", "meta") if name in there]
+            raise ConfigError(f"step {step} holds no {', '.join(missing)}, only {', '.join(found)}.")
 
     def drop_after(self, step: int) -> None:
         """Moves checkpoints newer than `step`, those that did not restore, out of the way."""
@@ -239,10 +241,23 @@ class Checkpoints:
         self._manager.reload()
 
 
+def _in_flight(state: Any) -> dict[str, Any]:
+    """Orbax's limit on what one item copies at a time while it is written: 1/32 of the state, but any array as a whole."""
+    sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
+    return {"save_concurrent_gb": max(sum(sizes) / 32, 1.5 * max(sizes)) / 1e9} if sizes else {}
+
+
 def _cause(error: Exception | None) -> str:
     """The line of an error that tells most: that of the system, where there is one."""
     text = str(error)
-    for words in ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system"):
+    system = (
+        "No space left on device",
+        "Disk quota exceeded",
+        "File too large",
+        "Permission denied",
+        "Read-only file system",
+    )
+    for words in system:
         if words in text:
             return f"{words}."
     return first_line(error)[:300] if error else "unknown"

@@ -12,8 +12,8 @@ from madformer_jax.config import Sizes
 
 def to_blocks(z: Any, sizes: Sizes) -> Array:
     """Latent (B, h, w, C) -> blocks (B, L, positions, C): blocks in raster order, a block's positions likewise."""
-    p = sizes.block_side
-    return rearrange(z, "b (i p) (j q) c -> b (i j) (p q) c", p=p, q=p)
+    p, q = sizes.block_side, sizes.block_width
+    return rearrange(z, "b (i p) (j q) c -> b (i j) (p q) c", p=p, q=q)
 
 
 def from_blocks(blocks: Array, sizes: Sizes) -> Array:

@@ -29,7 +29,7 @@ def base() -> ConfigDict:
     c.model.depth = 28  # N, decoder layers
     c.model.diffusion_depth = 14  # D, of them run at every denoising step (paper Table 1)
     c.model.mlp_width = 4096  # SwiGLU hidden
-    c.model.blocks = 16  # L, AR length; a square number (paper Table 2)
+    c.model.blocks = 16  # L, AR length; a square number, or twice one (paper Table 2)
     c.model.unet_channels = (512, 1024)
     c.model.unet_layers = 2  # ResNet blocks a stage going down; one more going up
     c.model.unet_attention = (False, True)  # self-attention after each ResNet block of the stage
@@ -180,23 +180,70 @@ def release(meta: dict[str, Any]) -> ConfigDict:
     c.model.unet_layers = layers[0]
     stages = len(c.model.unet_channels)
     c.model.unet_stride = 1 if positions == tokens or stages == 1 else 2
-    c.model.rope = "release"
-    c.model.time_embedding = "raw"
-    c.model.clean_timestep = "noisy"
-    c.model.hidden_from = (
-        "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
-    )
+    as_release(c)
     c.model.clean_stream = not variant("clear_clean")
     c.model.ar_condition = not variant("clear_cond")
     c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
     c.loss.hidden = float(meta.get("lambda_hidden", 0.1))
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size = math.isqrt(positions * c.model.blocks)
+    return c
+
+
+def as_release(c: ConfigDict) -> None:
+    """Sets the release's choices where new training defaults to something sounder."""
+    c.model.rope = "release"
+    c.model.time_embedding = "raw"
+    c.model.clean_timestep = "noisy"
+    c.model.hidden_from = (
+        "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
+    )
     c.train.ema_warmup = False
     c.sample.weights = "raw"
     c.sample.spacing = "leading"
     c.sample.steps = 250
-    return c
+
+
+def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> dict[str, int]:
+    """Reads a config file's argument, as in `ffhq1024.py:D=7,tiny`.
+
+    Args:
+      text: what stands behind the colon; "" for none.
+      numbers: the names that take a number, with their defaults.
+      words: the names that stand alone.
+
+    Returns:
+      The value of each name; of `words`, 1 for those that are there and 0 for the others.
+
+    Raises:
+      ConfigError: a name is unknown or its value no number.
+    """
+    chosen = numbers | dict.fromkeys(words, 0)
+    for part in text.split(",") if text else ():
+        name, given, value = part.partition("=")
+        if name in numbers and value.isdecimal():
+            chosen[name] = int(value)
+        elif name in words and not given:
+            chosen[name] = 1
+        else:
+            known = ", ".join([*(f"{name}=<number>" for name in numbers), *words])
+            raise ConfigError(f"--config: variant {part!r} is unknown: it is made of {known}, separated by commas.")
+    return chosen
+
+
+def as_tiny(c: ConfigDict) -> None:
+    """Shrinks a large config to a few steps of a small model on the embedded digits, D and L in proportion."""
+    share = c.model.diffusion_depth / c.model.depth
+    c.model.depth = 4
+    c.model.diffusion_depth = max(1, round(share * c.model.depth))
+    c.model.width, c.model.heads, c.model.mlp_width = 64, 4, 128
+    c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (16, 32), 1, 32
+    c.model.classes = min(c.model.classes, 10)
+    c.codec.name, c.codec.patch = "pixel", 2  # no VAE is needed
+    c.data.source, c.data.image_size, c.data.channels = "digits", 32, 1
+    c.train.steps, c.train.log_every, c.train.sample_every = 20, 5, 0
+    c.train.batch = c.sample.n = c.sample.batch = 16
+    c.sample.steps = 4
 
 
 class Sizes(NamedTuple):
@@ -205,11 +252,26 @@ class Sizes(NamedTuple):
     latent: int  # side of the latent, in positions
     channels: int  # of the latent
     blocks: int  # L
-    grid: int  # blocks along a side, sqrt(L)
-    block_side: int  # latent positions along a block's side
+    grid: int  # rows of blocks: sqrt(L), or sqrt(L / 2) where L is twice a square and blocks are higher than wide
+    block_side: int  # latent positions along a block's height
     positions: int  # latent positions in a block
-    token_side: int  # tokens along a block's side
+    token_side: int  # tokens along a block's height
     tokens: int  # s, tokens in a block
+
+    @property
+    def columns(self) -> int:
+        """Blocks along the image's width."""
+        return self.blocks // self.grid
+
+    @property
+    def block_width(self) -> int:
+        """Latent positions along a block's width."""
+        return self.positions // self.block_side
+
+    @property
+    def token_width(self) -> int:
+        """Tokens along a block's width."""
+        return self.tokens // self.token_side
 
     @property
     def block_shape(self) -> tuple[int, int, int]:
@@ -236,22 +298,25 @@ def sizes(c: ConfigDict) -> Sizes:
             f"config.data.image_size={side} is not a multiple of {reduction}, the {c.codec.name} codec's reduction."
         )
     latent = side // reduction
+    # rows x columns of blocks: n x n, or n x 2 n, which is how the paper's L = 8 can tile a square
     grid = math.isqrt(max(m.blocks, 0))
-    if grid < 1 or grid**2 != m.blocks or latent % grid:
-        squares = ", ".join(str(n * n) for n in range(1, latent + 1) if latent % n == 0)
+    grid = grid if grid**2 == m.blocks else math.isqrt(max(m.blocks, 0) // 2)
+    columns = m.blocks // grid if grid else 0
+    if grid < 1 or columns not in (grid, 2 * grid) or grid * columns != m.blocks or latent % columns:
+        tilings = sorted(n * k for n in range(1, latent + 1) for k in (n, 2 * n) if latent % k == 0)
         raise ConfigError(
-            f"config.model.blocks={m.blocks} does not tile a {latent} x {latent} latent: "
-            f"blocks must be a square number whose root divides {latent} ({squares})."
+            f"config.model.blocks={m.blocks} does not tile a {latent} x {latent} latent: blocks must be a square number, or "
+            f"twice one, with a number of columns that divides {latent} ({', '.join(map(str, tilings))})."
         )
-    block_side = latent // grid
+    block_side, block_width = latent // grid, latent // columns
     reduction = m.unet_stride ** (len(m.unet_channels) - 1)
-    if block_side % reduction:
+    if block_width % reduction:
         raise ConfigError(
-            f"a block of {block_side} x {block_side} latent positions is not divisible by the block U-Net's reduction of "
+            f"a block of {block_side} x {block_width} latent positions is not divisible by the block U-Net's reduction of "
             f"{reduction}: use fewer config.model.blocks or config.model.unet_stride=1."
         )
-    token_side = block_side // reduction
-    return Sizes(latent, channels, m.blocks, grid, block_side, block_side**2, token_side, token_side**2)
+    positions, token_side = block_side * block_width, block_side // reduction
+    return Sizes(latent, channels, m.blocks, grid, block_side, positions, token_side, positions // reduction**2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,15 +43,22 @@ class Cost:
 # ---- convolutional networks, one block or image at a time
 
 
-def _conv(side: int, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
-    """A size x size convolution of a square, padded by size // 2 on each side."""
+Side = int | tuple[int, int]  # of a square, or height and width
+
+
+def _conv(side: Side, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
+    """A size x size convolution, padded by size // 2 on each side."""
     pad = size // 2
-    outputs = (side + 2 * pad - size) // stride + 1
-    taps = sum(0 <= o * stride + k - pad < side for o in range(outputs) for k in range(size))
-    return 2.0 * taps**2 * channels * features
+
+    def taps(length: int) -> int:
+        outputs = (length + 2 * pad - size) // stride + 1
+        return sum(0 <= o * stride + k - pad < length for o in range(outputs) for k in range(size))
+
+    height, width = side if isinstance(side, tuple) else (side, side)
+    return 2.0 * taps(height) * taps(width) * channels * features
 
 
-def _resnet(side: int, channels: int, features: int, time_width: int = 0) -> float:
+def _resnet(side: Side, channels: int, features: int, time_width: int = 0) -> float:
     shortcut = _conv(side, channels, features, 1) if channels != features else 0.0
     return _conv(side, channels, features) + _conv(side, features, features) + shortcut + 2.0 * time_width * features
 
@@ -69,18 +76,18 @@ def _time_embedding(c: ConfigDict) -> tuple[float, float]:
 def _downsampler(c: ConfigDict) -> tuple[float, float]:
     """Of one block: everything, and the part of it that reads data, in which the backward pass needs no input gradient."""
     m, sizes = c.model, config_lib.sizes(c)
-    side = sizes.block_side
-    first = _conv(side, sizes.channels, m.unet_channels[0]) + _time_embedding(c)[0]
+    height, width = sizes.block_side, sizes.block_width
+    first = _conv((height, width), sizes.channels, m.unet_channels[0]) + _time_embedding(c)[0]
     total, before = first + _time_embedding(c)[1], m.unet_channels[0]
     for stage, channels in enumerate(m.unet_channels):
         for _ in range(m.unet_layers):
-            total += _resnet(side, before, channels, m.unet_time_width)
-            total += _self_attention(side**2, channels) if m.unet_attention[stage] else 0.0
+            total += _resnet((height, width), before, channels, m.unet_time_width)
+            total += _self_attention(height * width, channels) if m.unet_attention[stage] else 0.0
             before = channels
         if stage + 1 < len(m.unet_channels):
-            total += _conv(side, channels, channels, stride=m.unet_stride)
-            side //= m.unet_stride
-    return total + _conv(side, before, m.width), first
+            total += _conv((height, width), channels, channels, stride=m.unet_stride)
+            height, width = height // m.unet_stride, width // m.unet_stride
+    return total + _conv((height, width), before, m.width), first
 
 
 def _upsampler(c: ConfigDict) -> tuple[float, float]:
@@ -89,17 +96,17 @@ def _upsampler(c: ConfigDict) -> tuple[float, float]:
     skips = [m.unet_channels[0]]
     for stage, channels in enumerate(m.unet_channels):
         skips += [channels] * (m.unet_layers + (stage + 1 < len(m.unet_channels)))
-    side, before = sizes.token_side, m.unet_channels[-1]
-    total = _conv(side, m.width, before) + sum(_time_embedding(c))
+    height, width, before = sizes.token_side, sizes.token_width, m.unet_channels[-1]
+    total = _conv((height, width), m.width, before) + sum(_time_embedding(c))
     for stage, channels in reversed(list(enumerate(m.unet_channels))):
         for _ in range(m.unet_layers + 1):
-            total += _resnet(side, before + skips.pop(), channels, m.unet_time_width)
-            total += _self_attention(side**2, channels) if m.unet_attention[stage] else 0.0
+            total += _resnet((height, width), before + skips.pop(), channels, m.unet_time_width)
+            total += _self_attention(height * width, channels) if m.unet_attention[stage] else 0.0
             before = channels
         if stage:
-            side *= m.unet_stride
-            total += _conv(side, channels, channels)
-    return total + _conv(side, before, sizes.channels), _time_embedding(c)[0]
+            height, width = height * m.unet_stride, width * m.unet_stride
+            total += _conv((height, width), channels, channels)
+    return total + _conv((height, width), before, sizes.channels), _time_embedding(c)[0]
 
 
 def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:

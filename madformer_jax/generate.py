@@ -247,6 +247,13 @@ def grid(
     return canvas[None]
 
 
+def abstract_params(model: MADFormer, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes and shardings of the model's parameters: the target of a restore."""
+    with partitioning.scope(mesh):
+        boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
+    return partitioning.abstract(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))
+
+
 def run(c: ConfigDict, workdir: str) -> None:
     """--mode=sample: writes workdir/samples/<protocol>.png and .npz with `sample.n` images from the newest checkpoint.
 
@@ -258,9 +265,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     checkpoint.check_config(c, workdir, sections=("model", "codec"))
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
-    with partitioning.scope(mesh):
-        boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
-    target = partitioning.abstract(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))
+    target = abstract_params(model, mesh)
     with partitioning.scope(mesh):
         item = "ema" if c.sample.weights == "ema" else "params"
         with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:

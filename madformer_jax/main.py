@@ -20,7 +20,7 @@ from madformer_jax.config import ConfigError
 _MODES = {  # mode -> module whose run(config, workdir) does it
     "train": "train",
     "sample": "generate",
-    "export": "checkpoint_export",
+    "export": "export",
     "convert": "convert",
     "prepare": "data.prepare",
     "benchmark": "benchmark",
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(_one_line(error.__cause__ or error, given or "--config")) from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
-    if not values.workdir:
+    if not values.workdir and values.mode != "compile":
         raise ConfigError("--workdir is missing: name the folder of the run, for example --workdir=runs/digits.")
     return values.config, values
 
@@ -141,11 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_platform(config.platform)
         module = importlib.import_module(f"madformer_jax.{_MODES[values.mode]}")
         extra = {"topology": values.topology} if values.mode == "compile" else {}
-        module.run(config, values.workdir, **extra)
+        return module.run(config, values.workdir, **extra) or 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

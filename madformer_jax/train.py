@@ -191,7 +191,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     checkpoint.write_config(c, workdir)
     create, abstract = create_state(s.model, s.tx, c.seed, mesh)
     data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=c.train.keep, keep_every=c.train.keep_every)
+    checkpoints = checkpoint.Checkpoints(workdir, c.train.keep, c.train.keep_every, state=abstract)
     logging.info(
         "%d images, %d per step = %.1f epochs in %d steps; latent %d x %d x %d in %d blocks of %d tokens; attention %s",
         info.records, c.train.batch, c.train.batch * c.train.steps / info.records, c.train.steps,

@@ -2,10 +2,11 @@
 
 Everything is a function of (config.seed, position), where position counts the records drawn since the start of
 training, over all processes. Records are shuffled anew each epoch; global batch k holds the positions
-[k * G, (k + 1) * G), of which process p of n takes each n-th. So the set of records in global batch k is the same for
-any number of processes or workers, and the iterator's whole state is k.
+[k * G, (k + 1) * G), of which process p of n takes the p-th of n equal runs. So global batch k is the same, row by row,
+for any number of processes or workers, and the iterator's whole state is k.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -97,6 +98,11 @@ def _unflipped(chosen: list[int]) -> Draw:
     return Draw(np.array(chosen), np.zeros(len(chosen), bool))
 
 
+def _share(draw: Draw, first: int, count: int) -> Draw:
+    """One process's rows of a global batch."""
+    return Draw(*(x[first : first + count] for x in draw))
+
+
 def table(config: ConfigDict) -> preprocess.Table:
     """The preprocessing table that `config.data` sets.
 
@@ -160,10 +166,12 @@ def train_iterator(
     source = sources.open_source(config)
     info = _describe(config, source)
     order = grain.MapDataset.range(info.records).seed(config.seed).shuffle().repeat()
+    everywhere = batch * process_count
     if config.data.flip:
-        batches = order.random_map(_flip)[process_index::process_count].batch(batch, batch_fn=_stack)
+        batches = order.random_map(_flip).batch(everywhere, batch_fn=_stack)
     else:
-        batches = order[process_index::process_count].batch(batch, batch_fn=_unflipped)
+        batches = order.batch(everywhere, batch_fn=_unflipped)
+    batches = batches.map(functools.partial(_share, first=process_index * batch, count=batch))
     return _Batches(batches.map(_Load(source, table(config))), config.data.workers)
 
 

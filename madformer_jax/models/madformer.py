@@ -4,6 +4,7 @@ One set of layers, two schedules. `__call__` runs all blocks at once, for traini
 `extend` run block by block against an explicit cache, for sampling; they compute the same numbers.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -47,6 +48,7 @@ class MADFormer(nn.Module):
     diffusion_depth: int
     mlp_width: int
     grid: int
+    columns: int
     block_side: int
     token_side: int
     channels: int
@@ -67,7 +69,21 @@ class MADFormer(nn.Module):
 
     @property
     def blocks(self) -> int:
-        return self.grid**2
+        return self.grid * self.columns
+
+    @property
+    def block_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of a latent block."""
+        return self.block_side, self.block_side * self.grid // self.columns, self.channels
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """Height and width of a block in tokens."""
+        return self.token_side, self.token_side * self.grid // self.columns
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.token_shape)
 
     def setup(self) -> None:
         self.downsampler = Downsampler(self.width, **self.unet, dtype=self.dtype)
@@ -75,7 +91,7 @@ class MADFormer(nn.Module):
         self.boi = self.param(
             "boi",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("tokens", "embed")),
-            (self.token_side**2, self.width),
+            (self.tokens, self.width),
         )
         towers = {
             name: "image" if self.shared else name for name in ("clean", "pred") if self.clean_stream or name == "pred"
@@ -107,7 +123,7 @@ class MADFormer(nn.Module):
         self.diffusion_layers = Stage(diffusion, {**layer, "block_only": self.block_only}, self.remat, self.unroll)
 
     def _image_positions(self) -> Rotary:
-        rows, cols = rope.image_positions(self.grid, self.token_side)
+        rows, cols = rope.image_positions(self.grid, self.token_side, self.columns)
         side = self.grid * self.token_side
         return rope.rotary(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
 
@@ -118,12 +134,12 @@ class MADFormer(nn.Module):
 
     def _down(self, z: Array, t: Array) -> tuple[Array, list[Array]]:
         """Blocks (B, n, positions, C) and timesteps (B, n) -> tokens (B, n, s, d) and skips (B * n, ...)."""
-        tokens, skips = self.downsampler(z.reshape(-1, self.block_side, self.block_side, self.channels), t.reshape(-1))
+        tokens, skips = self.downsampler(z.reshape(-1, *self.block_shape), t.reshape(-1))
         return self._constrain(tokens.reshape(*t.shape, -1, self.width)), skips
 
     def _up(self, h: Array, t: Array, skips: list[Array]) -> Array:
         """Tokens (B, n, s, d), timesteps (B, n) and skips -> blocks (B, n, positions, C)."""
-        x = self.upsampler(h.reshape(-1, self.token_side, self.token_side, self.width), t.reshape(-1), skips)
+        x = self.upsampler(h.reshape(-1, *self.token_shape, self.width), t.reshape(-1), skips)
         return x.reshape(*t.shape, -1, self.channels)
 
     def _constrain(self, h: Array) -> Array:
@@ -156,7 +172,24 @@ class MADFormer(nn.Module):
         text_out = text_out and bool(self.classes)
         if clean_t is None:
             clean_t = t if self.clean_timestep == "noisy" else jnp.zeros_like(t)
-        c, c_skips = self._down(z, clean_t)
+
+        # Which streams go on into the diffusion layers, which out of them, and what of the U-Net's passes that needs.
+        conditioned = self.ar_condition or (hidden and self.hidden_from == "condition") or self.is_initializing()
+        into = Streams(
+            text=text_out or image or clean_out,
+            clean=clean_out or (image and not self.block_only),
+            pred=conditioned,
+        )
+        out = Streams(text=text_out, clean=clean_out, pred=image)
+        read = self.blocks > 1 and (conditioned or (self.clean_stream and into.clean))
+        noised = image or (hidden and self.hidden_from == "noisy")
+
+        # All blocks, clean and noisy, in one pass: half the convolutions to compile.
+        embed = {"clean": (z, clean_t)} if read or hidden or clean_out or not noised else {}
+        embed |= {"noisy": (noisy, t)} if noised else {}
+        embedded_blocks, skips = self._down(*(jnp.concatenate(x, axis=1) for x in zip(*embed.values(), strict=True)))
+        parts = dict(zip(embed, jnp.split(embedded_blocks, len(embed), axis=1), strict=True))
+        c = parts.get("clean", jnp.zeros_like(embedded_blocks[:, : self.blocks]))
         pred = jnp.concatenate([self._boi(z.shape[0]), c[:, :-1]], axis=1)  # p_i = c_(i-1), (B, L, s, d)
 
         # The last clean block is seen by nobody but itself: without an output of its own it need not exist.
@@ -167,33 +200,42 @@ class MADFormer(nn.Module):
         clean_positions = None if used is None else Rotary(*(x[: used.shape[1]] for x in positions))
         rotary = Streams(None if tokens is None else self._text_positions(), clean_positions, positions)
 
-        # Which streams go on: into the diffusion layers, and out of them.
-        conditioned = self.ar_condition or (hidden and self.hidden_from == "condition") or self.is_initializing()
-        noised = image or (hidden and self.hidden_from == "noisy")
-        into = Streams(
-            text=text_out or image or clean_out,
-            clean=clean_out or (image and not self.block_only),
-            pred=conditioned,
-        )
-        out = Streams(text=text_out, clean=clean_out, pred=image)
         streams = Streams(embedded, used, pred if conditioned or not self.clean_stream else None)
         streams = self.ar_layers(streams, rotary, keys_only=_ending(streams, into))
         streams = _keep(streams, into)
         condition = streams.pred
         if noised:
-            x, x_skips = self._down(noisy, t)
+            x = parts["noisy"]
             streams = streams._replace(pred=condition + x if self.ar_condition else x)
         if self.hidden_from == "noisy":
             condition = streams.pred
         if any(out):
             streams = streams if image else streams._replace(pred=None)
             streams = self.diffusion_layers(streams, rotary, keys_only=_ending(streams, out))
+
+        # And all blocks back in one pass, each with the skip states of the blocks that it is to look like.
+        back = {"hidden": (condition, clean_t, "clean")} if hidden else {}
+        back |= {"eps": (streams.pred, t, "noisy")} if image else {}
+        back |= {"clean": (streams.clean, clean_t, "clean")} if clean_out else {}
+        outputs = {}
+        if back:
+            tokens_back, t_back, names = zip(*back.values(), strict=True)
+            if names != tuple(embed):
+                which = [list(embed).index(name) for name in names]
+                skips = [self._choose(x, len(z), len(embed), which) for x in skips]
+            blocks = self._up(jnp.concatenate(tokens_back, axis=1), jnp.concatenate(t_back, axis=1), skips)
+            outputs = dict(zip(back, jnp.split(blocks, len(back), axis=1), strict=True))
         return Outputs(
-            eps=self._up(streams.pred, t, x_skips) if image else None,
-            hidden=self._up(condition, clean_t, c_skips) if hidden else None,
-            clean=self._up(streams.clean, clean_t, c_skips) if clean_out else None,
+            eps=outputs.get("eps"),
+            hidden=outputs.get("hidden"),
+            clean=outputs.get("clean"),
             text=self.text_head(streams.text) if text_out else None,
         )
+
+    def _choose(self, x: Array, batch: int, parts: int, which: list[int]) -> Array:
+        """Of skip states (B * parts * L, ...) the parts `which`, in that order: (B * len(which) * L, ...)."""
+        split = x.reshape(batch, parts, self.blocks, *x.shape[1:])
+        return jnp.concatenate([split[:, i] for i in which], axis=1).reshape(-1, *x.shape[1:])
 
     # Sampling: one block at a time. Where the cache's batch is a multiple of the block's (guidance), the block is repeated.
 
@@ -208,7 +250,7 @@ class MADFormer(nn.Module):
 
         def cache(layers: tuple[int, ...], context: bool) -> Cache:
             return Cache(
-                zeros(layers, slots, self.token_side**2) if context and slots else None,
+                zeros(layers, slots, self.tokens) if context and slots else None,
                 zeros(layers, self.text_length) if self.classes else None,
             )
 
@@ -325,6 +367,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         diffusion_depth=m.diffusion_depth,
         mlp_width=m.mlp_width,
         grid=sizes.grid,
+        columns=sizes.columns,
         block_side=sizes.block_side,
         token_side=sizes.token_side,
         channels=sizes.channels,
@@ -347,7 +390,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
 
 def init(model: MADFormer, key: Array) -> Any:
     """Fresh float32 parameters, boxed with their logical axes (`flax.linen.meta.unbox` strips them)."""
-    z = jnp.zeros((1, model.blocks, model.block_side**2, model.channels))
+    z = jnp.zeros((1, model.blocks, math.prod(model.block_shape[:2]), model.channels))
     t = jnp.zeros((1, model.blocks), jnp.int32)
     tokens = jnp.zeros((1, model.text_length), jnp.int32) if model.classes else None
     return model.init(key, z, z, t, tokens)["params"]

@@ -15,11 +15,16 @@ class Rotary(NamedTuple):
     sin: Array
 
 
-def image_positions(grid: int, token_side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of all tokens on the image's token grid, each (L, s): blocks in raster order, tokens likewise."""
-    row, col = np.divmod(np.arange(token_side**2), token_side)
-    block_row, block_col = np.divmod(np.arange(grid**2), grid)
-    return block_row[:, None] * token_side + row, block_col[:, None] * token_side + col
+def image_positions(grid: int, token_side: int, columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of all tokens on the image's token grid, each (L, s): blocks in raster order, tokens likewise.
+
+    The grid has `grid` rows and `columns` (by default as many) columns of blocks, which together are square.
+    """
+    columns = columns or grid
+    token_width = token_side * grid // columns
+    row, col = np.divmod(np.arange(token_side * token_width), token_width)
+    block_row, block_col = np.divmod(np.arange(grid * columns), columns)
+    return block_row[:, None] * token_side + row, block_col[:, None] * token_width + col
 
 
 def text_positions(length: int) -> tuple[np.ndarray, np.ndarray]:

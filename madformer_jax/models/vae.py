@@ -277,6 +277,12 @@ def codec(path: str, dtype: str) -> Codec:
             f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
         )
 
+    return as_codec(model, params)
+
+
+def as_codec(model: AutoencoderKL, params: Params) -> Codec:
+    """The codec of a network and its weights, or their abstract shapes."""
+
     def encode_batch(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
         cached = "mean" in batch
         mean, logvar = (batch["mean"], batch["logvar"]) if cached else encode(model, params, batch["image"])

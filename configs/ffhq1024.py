@@ -1,0 +1,45 @@
+"""FFHQ at 1024 x 1024, unconditional: the release's recipe (arXiv 2506.07999, section 4.1), 1.30 B parameters.
+
+    python -m madformer_jax.main --config=configs/ffhq1024.py:D=7,L=16 --workdir=gs://bucket/ffhq_d7
+
+What stands behind the colon, any of it: D=7, 14, 21 or 28 diffusion layers of 28 (14 by default); L=1, 4, 8 (2 x 4) or 16 blocks
+(16); `release` for the release's odd choices as well (config.as_release); `tiny` for a few small layers on the embedded
+digits, which runs anywhere in a minute. It trains on VAE latents that --mode=prepare has cached (docs/data.md).
+"""
+
+from ml_collections import ConfigDict
+
+from madformer_jax import config
+
+IMAGES, EPOCHS = 70_000, 200
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    chosen = config.variant(variant, {"D": 14, "L": 16}, ("release", "tiny"))
+    c = config.base()  # whose width, heads, depth, U-Net, loss weights and AdamW are the release's
+    c.model.diffusion_depth = chosen["D"]
+    c.model.blocks = chosen["L"]
+    c.model.dtype = "bfloat16"
+    if chosen["release"]:
+        config.as_release(c)
+
+    c.data.source = "arrayrecord"
+    c.data.image_size = 1024
+    c.data.crop = False  # release: resized, neither cropped nor flipped
+    c.codec.path = "stabilityai/sd-vae-ft-mse"  # release
+
+    c.train.batch = 64
+    c.train.steps = EPOCHS * IMAGES // c.train.batch
+    c.train.log_every = 100
+    c.train.sample_every = 10_000
+    c.train.checkpoint_every = 2_000
+    c.train.keep_every = 10_000  # the paper's FID is a mean over checkpoints that are 10 000 steps apart
+    c.sample.n = c.sample.batch = 64
+    c.sample.steps = 250  # paper
+
+    c.mesh.data, c.mesh.fsdp = 1, -1  # docs/scaling.md
+    c.train.accumulate = 4
+    c.model.remat = "full"
+    if chosen["tiny"]:
+        config.as_tiny(c)
+    return c

@@ -1,0 +1,45 @@
+"""ImageNet at 256 x 256, class-conditional (arXiv 2506.07999, section 4.1), 1.9 B parameters.
+
+    python -m madformer_jax.main --config=configs/imagenet256.py:D=14,L=4 --workdir=gs://bucket/imagenet_d14
+
+What stands behind the colon, any of it: D=7, 14, 21 or 28 diffusion layers of 28 (14 by default); L=1, 4, 8 (2 x 4) or 16 blocks (4);
+`tiny` for a few small layers on the embedded digits, which runs anywhere in a minute. It trains on VAE latents that
+--mode=prepare has cached (docs/data.md).
+"""
+
+from ml_collections import ConfigDict
+
+from madformer_jax import config
+
+IMAGES, EPOCHS = 1_281_167, 50  # paper: 250 k steps
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    chosen = config.variant(variant, {"D": 14, "L": 4}, ("tiny",))
+    c = config.base()  # whose width, heads, depth, U-Net and AdamW are the release's for FFHQ
+    c.model.diffusion_depth = chosen["D"]
+    c.model.blocks = chosen["L"]
+    c.model.unet_stride = 1  # a token for every latent position: 256 in a block at L = 4, as the release's defaults
+    c.model.classes = 1000
+    c.model.dtype = "bfloat16"
+    c.loss.image, c.loss.hidden, c.loss.clean = 5.0, 0.1, 0.1  # paper
+
+    c.data.source = "arrayrecord"
+    c.data.image_size = 256
+    c.codec.path = "stabilityai/sd-vae-ft-mse"
+
+    c.train.batch = 256
+    c.train.steps = EPOCHS * IMAGES // c.train.batch
+    c.train.log_every = 100
+    c.train.sample_every = 10_000
+    c.train.checkpoint_every = 2_000
+    c.train.keep_every = 10_000
+    c.sample.n = c.sample.batch = 256
+    c.sample.steps = 250  # paper, which samples without guidance
+
+    c.mesh.data, c.mesh.fsdp = 1, -1  # docs/scaling.md
+    c.train.accumulate = 4
+    c.model.remat = "full"
+    if chosen["tiny"]:
+        config.as_tiny(c)
+    return c

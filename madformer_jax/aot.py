@@ -1,0 +1,336 @@
+"""--mode=compile: what a config needs on a TPU topology, found out by compiling for it on a machine without one.
+
+    python -m madformer_jax.main --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
+
+libtpu (the extra `aot`) compiles for any topology that it knows; nothing is run and no array is made. Sizes are those of
+the compiled programs, the limit is the compiler's own: exit status 1 tells that a program does not fit.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from madformer_jax import codec, flops, generate, partitioning, train
+from madformer_jax import config as config_lib
+from madformer_jax.config import ConfigError
+from madformer_jax.models import madformer, vae
+
+GIB = 2**30
+
+
+class Collective(NamedTuple):
+    """One instruction of a compiled program that moves data between devices."""
+
+    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute
+    shape: tuple[int, ...]  # of its largest operand or result, on one device
+    bytes: int  # of that array
+    times: int  # that it runs in one call of the program
+    loop: bool  # inside a loop
+
+    @property
+    def moved(self) -> int:
+        return self.bytes * self.times
+
+
+class Program(NamedTuple):
+    """What is known of a program for one device; without `memory` it did not fit."""
+
+    seconds: float  # to compile
+    inputs: dict[str, int]  # bytes by kind, as the shardings say
+    memory: dict[str, int]  # bytes of the compiled program by kind
+    needed: int  # bytes in all
+    cost: flops.Cost  # analytic, of all devices
+    xla_flops: float  # XLA's count for one device, in which the body of a loop counts once
+    collectives: list[Collective]
+
+    @property
+    def fits(self) -> bool:
+        return bool(self.memory)
+
+
+def run(c: ConfigDict, workdir: str | None, topology: str) -> int:
+    """Compiles the training step and the sampler for `topology`, prints what they need; 1 if one does not fit, else 0.
+
+    Raises:
+      ConfigError: a setting is wrong, libtpu is missing, or it does not know the topology.
+    """
+    config_lib.validate(c)
+    devices = describe(topology)
+    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
+    limit = hbm(devices[0])
+    model = madformer.build(c, "tpu")
+    print(
+        f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_sizes(dict(mesh.shape))}; "
+        f"attention {model.attention}, remat {c.model.remat}, {c.train.accumulate} microbatches a step"
+    )
+    fits = True
+    for name, build in {"training step": training, "sampler": sampling}.items():
+        logging.info("compiling the %s", name)
+        program = build(c, model, mesh)
+        print(table(name, program, limit, len(devices)), flush=True)
+        fits &= program.fits
+    return 0 if fits else 1
+
+
+def describe(topology: str) -> list[jax.Device]:
+    """The devices of a topology such as v5e:4x4 or v5p:2x2x1, to compile for.
+
+    Raises:
+      ConfigError: libtpu is missing, or it does not know the topology.
+    """
+    if not topology:
+        raise ConfigError("--mode=compile needs --topology, for example --topology=v5e:4x4.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("--mode=compile needs libtpu, TPU or not: pip install 'madformer-jax[aot]' (Linux only).")
+    # libtpu is not to look for chips of this machine, and JAX not to take them
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at a time: there are no chips to fight over
+    }.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # of XLA, of libtpu or of the loader
+        raise ConfigError(
+            f"libtpu cannot compile for --topology={topology} ({partitioning.first_line(error)}): topologies look like "
+            "v5e:4x4, v6e:2x2 or v5p:2x2x1."
+        ) from None
+
+
+def hbm(device: jax.Device) -> int:
+    """Bytes of a device that a program may use, which the compiler tells when asked for too much."""
+    sharding = partitioning.replicated(Mesh(np.array([device]), ("x",)))
+    double = jax.jit(lambda x: 2 * x, in_shardings=sharding, out_shardings=sharding)
+    _, refused = _compile(double, jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32))
+    if refused is None or refused[1] is None:
+        raise RuntimeError(f"the compiler does not tell how much memory a {device.device_kind} has")
+    return refused[1]
+
+
+# ---- the two programs
+
+
+def training(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh) -> Program:
+    """The training step; its batch is cached latents for `data.source=arrayrecord` with a VAE, else images."""
+    if (c.train.batch // c.train.accumulate) % partitioning.batch_devices(mesh):
+        raise ConfigError(
+            f"a microbatch of {c.train.batch // c.train.accumulate} images (train.batch / train.accumulate) is not a "
+            f"multiple of the {partitioning.batch_devices(mesh)} devices along data and fsdp."
+        )
+    images = _codec(c, mesh)
+    s = train.Setup(model, images, config_lib.sizes(c), train.optimizer(c))
+    _, state = train.create_state(s.model, s.tx, c.seed, mesh)
+    batch, latents = _batch(c, mesh)
+    out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
+    step = jax.jit(train.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+    inputs = {"parameters": state.params, "averages (EMA)": state.ema, "optimizer": state.opt, "batch": batch}
+    codec_params = {} if latents else images.params
+    inputs |= {"VAE": codec_params} if codec_params else {}
+    with partitioning.scope(mesh):
+        return _program(step, (state, batch, codec_params), inputs, flops.training_step(c, encode=not latents))
+
+
+def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh) -> Program:
+    """Drawing one batch of `sample.batch` images, the codec's decoder included."""
+    images = _codec(c, mesh)
+    params = generate.abstract_params(model, mesh)
+    parts = partitioning.batch_devices(mesh)
+    batch = math.ceil(min(c.sample.batch, c.sample.n) / parts) * parts  # as generate.draw_all does it
+    numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
+    inputs = {"parameters": params} | ({"VAE": images.params} if images.params else {})
+    with partitioning.scope(mesh):
+        draw = generate.make_draw(c, model, images.decode)
+        return _program(draw, (params, images.params, numbers, numbers), inputs, flops.sampling(c, batch))
+
+
+def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
+    """The config's codec with abstract weights: those of Stable Diffusion's VAE, whatever `codec.path` says."""
+    if c.codec.name != "vae":
+        return codec.build(c)
+    network = vae.AutoencoderKL(dtype=jnp.dtype(c.codec.dtype))
+    image = jax.ShapeDtypeStruct((1, network.reduction, network.reduction, 3), jnp.float32)
+    params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+    everywhere = jax.tree.map(lambda _: partitioning.replicated(mesh), params)
+    return vae.as_codec(network, partitioning.abstract(params, everywhere))
+
+
+def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], bool]:
+    """A batch as the input pipeline makes it, and whether it is cached latents."""
+    latents = c.codec.name == "vae" and c.data.source == "arrayrecord"
+    sizes, side = config_lib.sizes(c), c.data.image_size
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.float32)}
+    if latents:
+        shapes = dict.fromkeys(("mean", "logvar"), ((sizes.latent, sizes.latent, sizes.channels), jnp.float16))
+    shapes["label"] = (() if c.model.text_length == 1 else (c.model.text_length,), jnp.int32)
+    sharding = partitioning.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((c.train.batch, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in shapes.items()
+    }
+    return batch, latents
+
+
+def _program(function: Any, args: tuple[Any, ...], inputs: dict[str, Any], cost: flops.Cost) -> Program:
+    began = time.perf_counter()
+    compiled, refused = _compile(function, *args)
+    seconds = time.perf_counter() - began
+    given = {name: partitioning.device_bytes(tree) for name, tree in inputs.items()}
+    if refused is not None:
+        return Program(seconds, given, {}, refused[0], cost, 0.0, [])
+    m = compiled.memory_analysis()
+    memory = {
+        "inputs": m.argument_size_in_bytes,
+        "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,  # but what takes the place of a donated input
+        "temporaries": m.temp_size_in_bytes,
+        "program": m.generated_code_size_in_bytes,
+    }
+    xla = compiled.cost_analysis() or {}
+    xla = xla[0] if isinstance(xla, list) else xla
+    found = collectives(compiled.as_text())
+    return Program(seconds, given, memory, sum(memory.values()), cost, xla.get("flops", 0.0), found)
+
+
+def _compile(function: Any, *args: Any) -> tuple[Any, tuple[int, int | None] | None]:
+    """The compiled program, or None and the bytes (needed, available) with which the compiler refused it."""
+    try:
+        with _no_cache():
+            return function.lower(*args).compile(compiler_options=_QUICKER), None
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+        needed, available = (re.search(pattern, text) for pattern in _REFUSALS)
+        if needed is None:
+            raise
+        return None, (_of(needed), None if available is None else _of(available))
+
+
+# What precedes a convolution is left out of its kernel: half the time to compile the U-Net. Its results then exist in
+# memory, so that what is reported is at least what the real program needs.
+_QUICKER = {"xla_jf_conv_input_fusion": "false"}
+
+_REFUSALS = (r"(?:Used |temporaries \()([\d.]+)([KMGT])", r"(?:available HBM \(| of )([\d.]+)([KMGT])")
+
+
+def _of(match: re.Match[str]) -> int:
+    return round(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]])
+
+
+@contextlib.contextmanager
+def _no_cache() -> Iterator[None]:
+    """What is asked for is the time to compile."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+# ---- the collectives in a compiled program's text
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_MOVE = re.compile(rf" ({'|'.join(_KINDS)})(-start)?\(")
+_CALL = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_ARRAY = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64)\[([\d,]*)\]")
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of an HLO text, each with how often it runs; where a loop's trip count is unknown, once.
+
+    A reduce-scatter that a backend has as a fused all-reduce with a slice counts as an all-reduce.
+    """
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", ""
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = header[2]
+            bodies[current] = []
+            entry = current if header[1] else entry
+        elif current:
+            bodies[current].append(line)
+    found: list[Collective] = []
+
+    def visit(name: str, times: int, loop: bool) -> None:
+        for line in bodies.get(name, ()):
+            line = line.split(", metadata=", 1)[0] if " while(" not in line else line
+            move = _MOVE.search(line)
+            if move:
+                arrays = [(_nbytes(*a), _shape(a[1])) for a in _ARRAY.findall(line.split(", channel_id", 1)[0])]
+                size, shape = max(arrays)
+                found.append(Collective(move[1], shape, size, times, loop))
+            elif " while(" in line:
+                trips = _TRIPS.search(line)
+                for called in _CALL.findall(line):
+                    visit(called, times * (int(trips[1]) if trips else 1), True)
+            else:
+                branches = _BRANCHES.search(line)
+                names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
+                for called in [*_CALL.findall(line), *names]:
+                    visit(called, times, loop)
+
+    visit(entry, 1, False)
+    return found
+
+
+def _shape(dims: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in dims.split(",") if n)
+
+
+def _nbytes(kind: str, dims: str) -> int:
+    bits = 8 if kind == "pred" else int("".join(re.findall(r"\d+", kind)[:1]))
+    return math.prod(_shape(dims)) * bits // 8
+
+
+# ---- the report
+
+
+def table(name: str, p: Program, limit: int, devices: int) -> str:
+    """The report on one program, as text."""
+    rows = [(kind, size) for kind, size in p.inputs.items()]
+    rows += [(kind, size) for kind, size in p.memory.items() if kind != "inputs"]
+    lines = [f"\n{name}, compiled in {p.seconds:.0f} s" if p.fits else f"\n{name}, refused after {p.seconds:.0f} s"]
+    lines += [f"  {kind:<24}{size / GIB:9.3f} GiB a device" for kind, size in rows]
+    share = f"{p.needed / GIB:9.3f} GiB of {limit / GIB:.2f}"
+    verdict = "fits" if p.fits else f"does not fit: {(p.needed - limit) / GIB:.2f} GiB too much"
+    lines.append(f"  {'in all':<24}{share}: {verdict}")
+    lines.append(
+        f"  {'FLOPs, analytic':<24}{p.cost.total / 1e12:9.2f} TFLOP, {p.cost.total / devices / 1e12:.2f} a device"
+    )
+    if p.fits:
+        lines.append(
+            f"  {'FLOPs, XLA':<24}{p.xla_flops / 1e12:9.2f} TFLOP a device, the body of each loop counted once"
+        )
+        for kind in _KINDS:
+            of_kind = [x for x in p.collectives if x.kind == kind]
+            if of_kind:
+                loops = sum(x.loop for x in of_kind)
+                lines.append(
+                    f"  {kind:<24}{sum(x.moved for x in of_kind) / GIB:9.3f} GiB a device; {sum(x.times for x in of_kind)} "
+                    f"calls of {len(of_kind)} instructions, {loops} of them in loops"
+                )
+    return "\n".join(lines)
+
+
+def _sizes(shape: dict[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in shape.items())

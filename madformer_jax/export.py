@@ -1,0 +1,34 @@
+"""--mode=export: the averaged weights alone, as a workdir of their own to sample from and to publish."""
+
+import json
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from madformer_jax import checkpoint, generate, partitioning
+from madformer_jax import config as config_lib
+from madformer_jax.models import madformer
+
+
+def run(c: ConfigDict, workdir: str) -> None:
+    """Writes workdir/export with config.json and the EMA weights of the newest checkpoint: a quarter of its size.
+
+    Any mesh and any number of processes do. The folder may be moved; `--mode=sample --workdir=.../export` reads it.
+
+    Raises:
+      ConfigError: there is no checkpoint, it does not fit the config or has no averages, or the disk is full.
+    """
+    config_lib.validate(c)
+    checkpoint.require(workdir)
+    checkpoint.check_config(c, workdir, sections=("model", "codec"))
+    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    target = generate.abstract_params(madformer.build(c), mesh)
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        step, restored, _ = checkpoints.restore({"ema": target})
+    exported = f"{workdir.rstrip('/')}/export"
+    published = ConfigDict(json.loads(c.to_json()))
+    published.sample.weights = "ema"
+    checkpoint.write_config(published, exported)
+    with checkpoint.Checkpoints(exported) as checkpoints:
+        checkpoints.save(step, restored, None, {"step": step})
+    logging.info("exported the ema weights of step %d to %s", step, exported)

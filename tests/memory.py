@@ -1,0 +1,62 @@
+"""Peak host memory of creating and saving a sharded state: `python -m tests.memory --folder=/tmp/memory`.
+
+A model of 200 M parameters on 8 virtual devices, which are host memory here: parameters, averages and optimizer, 3.2 GB.
+"""
+
+import argparse
+import os
+import resource
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from madformer_jax import checkpoint, codec, config, partitioning, train
+from madformer_jax.models import madformer
+
+
+def peak() -> float:
+    """GB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def run(folder: str) -> float:
+    """Prints the peak after each stage; returns the last over the state's size, without what Python and JAX take."""
+    c = config.base()
+    c.codec.name, c.codec.patch = "pixel", 1
+    c.data.image_size, c.data.channels = 32, 4
+    c.model.width, c.model.heads, c.model.mlp_width = 768, 12, 2048
+    c.model.depth, c.model.diffusion_depth, c.model.blocks = 12, 6, 4
+    c.model.unet_channels = (128, 256)
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, 4, 2
+    config.validate(c)
+    mesh = partitioning.make_mesh(1, 4, 2)
+    jax.block_until_ready(jnp.zeros(()))
+    before = peak()
+    s = train.Setup(madformer.build(c), codec.build(c), config.sizes(c), train.optimizer(c))
+    create, abstract = train.create_state(s.model, s.tx, c.seed, mesh)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / 1e9
+    count = sum(x.size for x in jax.tree.leaves(abstract.params))
+    print(f"{count / 1e6:.0f} M parameters, state {size:.2f} GB; Python and JAX {before:.2f} GB", flush=True)
+    state = jax.block_until_ready(create())
+    created = peak()
+    print(
+        f"created: peak {created:.2f} GB, {(created - before) / size:.2f} x the state and {before:.2f} GB", flush=True
+    )
+    with checkpoint.Checkpoints(folder, state=abstract) as checkpoints:
+        arrays = {name: getattr(state, name) for name in checkpoint.ARRAYS}
+        checkpoints.save(1, arrays, {"next_batch": 1}, {"step": 1})
+        checkpoints.wait()
+    saved = peak()
+    print(f"saved:   peak {saved:.2f} GB, {(saved - before) / size:.2f} x the state and {before:.2f} GB", flush=True)
+    return (saved - before) / size
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", required=True)
+    logging.set_verbosity(logging.ERROR)
+    run(parser.parse_args().folder)

@@ -1,0 +1,53 @@
+"""L = 8 (paper Table 2) is no square number: its blocks are twice as high as wide, in 2 rows of 4."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from madformer_jax import codec, config, flops, generate
+from madformer_jax.diffusion import losses
+from madformer_jax.models import madformer, rope
+from tests import test_generate, tiny
+
+
+def test_eight_blocks_tile_a_square_in_raster_order():
+    c = tiny.get_config()
+    c.model.blocks = 8
+    sizes = config.validate(c)
+    assert (sizes.grid, sizes.columns, sizes.block_side, sizes.block_width, sizes.tokens) == (2, 4, 4, 2, 8)
+    z = np.arange(2 * 8 * 8).reshape(2, 8, 8, 1)
+    blocks = codec.to_blocks(z, sizes)
+    np.testing.assert_array_equal(blocks[1, 5, :, 0], z[1, 4:8, 2:4, 0].ravel())  # second row, second column
+    np.testing.assert_array_equal(codec.from_blocks(blocks, sizes), z)
+    rows, cols = rope.image_positions(2, 4, 4)
+    np.testing.assert_array_equal(codec.to_blocks(np.indices((8, 8)).transpose(1, 2, 0)[None], sizes)[0, ..., 0], rows)
+    np.testing.assert_array_equal(codec.to_blocks(np.indices((8, 8)).transpose(1, 2, 0)[None], sizes)[0, ..., 1], cols)
+
+
+def test_cached_sampling_of_rectangular_blocks_equals_full_recomputation():
+    model, params = test_generate.small(blocks=8, unet_stride=1)
+    noise = jax.random.normal(jax.random.key(2), (2, 8, 8, model.channels))
+    settings = {"solver": "ddim", "spacing": "trailing", "steps": 2, "guidance": 1.0}
+    cached = jax.jit(functools.partial(generate.sample, model, **settings))(params, noise, None)
+    expected = test_generate.without_cache(model, params, noise, None, **settings)
+    np.testing.assert_allclose(cached, expected, rtol=2e-3, atol=2e-4)
+
+
+def test_their_cost_is_counted_as_xla_counts_it():
+    c = tiny.get_config()
+    c.model.blocks, c.model.classes, c.sample.guidance, c.codec.patch = 8, 0, 1.0, 1
+    c.model.unet_channels, c.model.unet_attention = (8, 16), (False, True)
+    c.model.depth, c.model.diffusion_depth = 2, 1  # no scan, whose body XLA would count once
+    model, sizes = madformer.build(c), config.sizes(c)
+    params = nn.meta.unbox(jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0)))
+    z = jax.ShapeDtypeStruct((2, *sizes.block_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    forward = jax.jit(lambda p, z, t: model.apply({"params": p}, z, z, t, terms=losses.Weights(**c.loss).terms))
+    counted = forward.lower(params, z, t).cost_analysis()["flops"]
+    assert abs(counted / (2 * flops.forward(c).total) - 1) < 0.2, json.dumps(
+        counted
+    )  # element-wise work is counted too

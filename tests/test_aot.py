@@ -1,0 +1,131 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from madformer_jax import aot, config, main, partitioning, train
+from madformer_jax.config import ConfigError
+from madformer_jax.models import madformer
+from tests import tiny
+
+HLO = """HloModule step
+
+%region_0.1 (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body.2 (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %all-gather-start.1 = (bf16[2,16]{1,0}, bf16[8,16]{1,0:T(8,128)(2,1)}) all-gather-start(%x), channel_id=1, dimensions={0}
+  %all-gather-done.1 = bf16[8,16]{1,0} all-gather-done(%all-gather-start.1)
+}
+
+%condition.3 (p: (s32[], bf16[8,16])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main.4 (x: bf16[8,16]) -> f32[] {
+  %while.1 = (s32[], bf16[8,16]) while(%t), condition=%condition.3, body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %all-reduce.1 = f32[100]{0} all-reduce(%y), channel_id=2, to_apply=%region_0.1
+}
+"""
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+    gather, reduce = aot.collectives(HLO)
+    assert gather == aot.Collective("all-gather", (8, 16), 256, 5, True)
+    assert gather.moved == 1280
+    assert reduce == aot.Collective("all-reduce", (100,), 400, 1, False)
+
+
+def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
+    """The stacked parameters of the scanned layers are never whole: what is gathered of them is one layer, in a loop.
+
+    A stage's last layer and the U-Net stand outside the scan, and their parameters are gathered there, once each.
+    """
+    c = tiny.get_config()
+    c.model.depth, c.model.diffusion_depth = 8, 3  # 4 and 2 layers are scanned
+    c.model.width, c.model.mlp_width = 32, 48
+    c.mesh.fsdp = 8
+    mesh = partitioning.make_mesh(1, 8, 1)
+    s = train.setup(c)
+    _, state = train.create_state(s.model, s.tx, c.seed, mesh)
+    sharding = partitioning.batch_sharding(mesh)
+    batch = {
+        "image": jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32, sharding=sharding),
+        "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding),
+    }
+    out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
+    with partitioning.scope(mesh):
+        step = jax.jit(train.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+        text = step.lower(state, batch, {}).compile().as_text()
+    gathers = [x for x in aot.collectives(text) if x.kind == "all-gather"]
+    bodies = [state.params[stage]["body"] for stage in ("ar_layers", "diffusion_layers")]
+    stacked = {
+        leaf.size for leaf in jax.tree.leaves(bodies) if leaf.size > 8 * leaf.sharding.shard_shape(leaf.shape)[0]
+    }
+    layer = {leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(bodies) if leaf.ndim == 3}
+    assert not [x for x in gathers if not x.loop and x.shape and math.prod(x.shape) in stacked - layer]
+    assert not [x for x in gathers if x.loop and math.prod(x.shape) not in layer]
+    inside = [x for x in gathers if x.loop]
+    assert {math.prod(x.shape) for x in inside} == layer
+    assert {x.times for x in inside} == {4, 2}
+
+
+def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, monkeypatch):
+    pytest.importorskip("libtpu")
+    args = ["main", "--mode=compile", "--topology=v5e:2x2", "--config=tests/tiny.py", "--config.mesh.data=4"]
+    args += ["--config.model.attention=blocks", "--config.model.depth=2", "--config.model.classes=0"]
+    args += ["--config.sample.guidance=1.0"]
+    assert main.main(args) == 0
+    report = capsys.readouterr().out
+    assert "4 x TPU v5 lite, mesh data=4 fsdp=1 tensor=1" in report
+    assert report.count("GiB of 15.75: fits") == 2
+    assert "all-reduce" in report
+    monkeypatch.setattr(aot, "sampling", lambda c, model, mesh: too_much())
+    monkeypatch.setattr(aot, "training", lambda c, model, mesh: too_much())
+    assert main.main(args) == 1
+    assert "does not fit: 4.25 GiB too much" in capsys.readouterr().out
+
+
+def too_much():
+    return aot.Program(1.0, {"parameters": 2**30}, {}, 20 * 2**30, aot.flops.Cost(), 0.0, [])
+
+
+def test_what_the_compiler_refuses_is_told_in_bytes():
+    pytest.importorskip("libtpu")
+    device = aot.describe("v5e:2x2")[0]
+    assert aot.hbm(device) == round(15.75 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [("", "needs --topology"), ("v5e:3x3", "v5e:3x3"), ("h100", "libtpu cannot compile for --topology=h100")],
+)
+def test_a_topology_that_is_none_is_one_line(topology, words):
+    if topology:
+        pytest.importorskip("libtpu")
+    with pytest.raises(ConfigError, match=words) as error:
+        aot.run(tiny.get_config(), None, topology)
+    assert "\n" not in str(error.value)
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'madformer-jax\[aot\]'"):
+        aot.run(tiny.get_config(), None, "v5e:2x2")
+
+
+def test_cached_latents_are_fed_without_the_vae():
+    c = tiny.get_config()
+    c.codec.name, c.data.source, c.data.image_size, c.data.channels = "vae", "arrayrecord", 64, 3
+    config.validate(c)
+    mesh = partitioning.make_mesh(8, 1, 1)
+    batch, latents = aot._batch(c, mesh)
+    assert latents
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        "mean": ((8, 8, 8, 4), jnp.float16),
+        "logvar": ((8, 8, 8, 4), jnp.float16),
+        "label": ((8,), jnp.int32),
+    }
+    assert madformer.build(c, "cpu").attention == "blocks"

@@ -1,0 +1,56 @@
+"""The shipped configs: their variants are valid, and of the size that the paper says."""
+
+import functools
+import math
+
+import jax
+import pytest
+
+from madformer_jax import config, main
+from madformer_jax.config import ConfigError
+from madformer_jax.models import madformer
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def read(name, *overrides):
+    c, _ = main.parse(["main", f"--config=configs/{name}", "--workdir=unused", *overrides])
+    config.validate(c)
+    return c
+
+
+def parameters(c):
+    tree = jax.eval_shape(functools.partial(madformer.init, madformer.build(c, "cpu")), jax.random.key(0))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", ["ffhq1024.py", "imagenet256.py"])
+@pytest.mark.parametrize("depth", [7, 14, 21, 28])
+@pytest.mark.parametrize("blocks", [1, 4, 8, 16])
+def test_variants_of_depth_and_length(name, depth, blocks):
+    for tiny in ("", ",tiny"):
+        c = read(f"{name}:D={depth},L={blocks}{tiny}")
+        assert c.model.diffusion_depth / c.model.depth == depth / 28
+        assert c.model.blocks == blocks
+
+
+def test_ffhq_in_the_release_variant_has_the_release_s_parameters(reference):
+    shapes = reference("madformer_ffhq1024_state_dict.json")
+    shapes = shapes.get("shapes", shapes)
+    assert parameters(read("ffhq1024.py:release")) == sum(math.prod(shape) for shape in shapes.values())
+
+
+def test_steps_follow_from_epochs():
+    assert read("ffhq1024.py").train.steps == 218_750
+    assert read("imagenet256.py").train.steps == 250_227
+
+
+@pytest.mark.parametrize("variant", ["D=x", "depth=7", "tiny=1", "huge"])
+def test_a_variant_that_is_none_is_told(variant):
+    with pytest.raises(
+        ConfigError, match=f"variant '{variant}' is unknown: it is made of D=<number>, L=<number>, tiny"
+    ):
+        config.variant(variant, {"D": 14, "L": 4}, ("tiny",))

@@ -1,0 +1,75 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from madformer_jax import checkpoint, export, generate, main, partitioning, train
+from madformer_jax.config import ConfigError
+from tests import tiny
+
+
+@pytest.fixture
+def plain():
+    c = tiny.get_config("plain")
+    c.mesh.data = 8
+    return c
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A workdir with one checkpoint, step 3, whose averages differ from its parameters; and the averages."""
+    c, workdir = tiny.get_config("plain"), str(tmp_path_factory.mktemp("untrained"))
+    c.mesh.fsdp, c.mesh.tensor = 4, 2
+    mesh = partitioning.make_mesh(1, 4, 2)
+    s = train.setup(c)
+    create, _ = train.create_state(s.model, s.tx, c.seed, mesh)
+    state = create()
+    arrays = {"params": state.params, "ema": jax.tree.map(lambda x: 1.5 * x, state.params), "opt": state.opt}
+    checkpoint.write_config(c, workdir)
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(3, arrays, {"next_batch": 3}, {"step": 3})
+    return workdir, jax.device_get(arrays["ema"])
+
+
+@pytest.fixture
+def run(untrained, tmp_path):
+    """A copy of it, and the averages."""
+    return shutil.copytree(untrained[0], tmp_path / "run"), untrained[1]
+
+
+def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
+    (workdir, ema), exported = run, str(run[0] / "export")
+    plain.sample.weights = "raw"
+    plain.mesh.data, plain.mesh.fsdp = 2, 4  # another mesh than that of the save
+    export.run(plain, str(workdir))
+    assert {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} >= {"ema", "meta"}
+    assert not {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} & {"params", "opt", "data"}
+    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
+    target = generate.abstract_params(train.setup(plain).model, mesh)
+    with checkpoint.Checkpoints(exported, read_only=True) as checkpoints:
+        step, trees, _ = checkpoints.restore({"ema": target})
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, trees["ema"], ema)
+
+    args = ["main", "--mode=sample", f"--workdir={exported}", "--config.sample.n=3"]  # its own config.json will do
+    assert main.main(args) == 0
+    (file,) = (workdir / "export" / "samples").glob("step_000003_ema_*_n3.npz")
+    assert len(np.load(file)["images"]) == 3
+
+
+def test_training_does_not_go_on_from_an_export(plain, run):
+    export.run(plain, str(run[0]))
+    with pytest.raises(ConfigError, match="step 3 holds no params, opt, data, only ema"):
+        train.run(plain, str(run[0] / "export"))
+
+
+def test_a_second_export_takes_the_place_of_the_first(plain, run):
+    export.run(plain, str(run[0]))
+    export.run(plain, str(run[0]))
+    newer, older = checkpoint.folder(str(run[0])), checkpoint.folder(str(run[0] / "export"))
+    (newer / "3").rename(newer / "4")
+    export.run(plain, str(run[0]))
+    assert [p.name for p in older.iterdir() if p.name.isdigit()] == ["4"]
+    assert json.loads((run[0] / "export" / "config.json").read_text())["sample"]["weights"] == "ema"

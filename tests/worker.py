@@ -1,0 +1,36 @@
+"""main.py for a process that is to die, or to be told to stop, at a certain step: `python -m tests.worker ...`.
+
+MADFORMER_SIGNAL="1:7:KILL" sends SIGKILL to process 1 when it has done step 7. With MADFORMER_SAMPLE the process samples as
+well once it has trained, which spares another start.
+"""
+
+import os
+import signal
+import sys
+
+import jax
+
+from madformer_jax import checkpoint, config, generate, main
+
+
+def run(argv: list[str]) -> int:
+    """Trains as `main.main` does; returns its status."""
+    process, at, name = os.environ.get("MADFORMER_SIGNAL", "-1:-1:TERM").split(":")
+    reached = checkpoint.Preemption.reached
+
+    def signalled(self: checkpoint.Preemption, step: int) -> bool:
+        if (jax.process_index(), step) == (int(process), int(at)):
+            os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
+        return reached(self, step)
+
+    checkpoint.Preemption.reached = signalled
+    status = main.main(argv)
+    if status == 0 and "MADFORMER_SAMPLE" in os.environ:
+        c, values = main.parse(argv)
+        config.validate(c)
+        generate.run(c, values.workdir)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv))
