@@ -166,7 +166,8 @@ def from_release(
         if source.part is not None:
             tensors = [np.split(x, 3)[source.part] for x in tensors]
         parts = [_from_torch(x, name) for x, name in zip(tensors, source.names, strict=True)]
-        return np.stack(parts) if source.stacked else np.ascontiguousarray(parts[0])
+        # always a copy: one view would keep the whole mapped file in memory
+        return np.stack(parts) if source.stacked else np.array(parts[0], order="C")
 
     return unflatten_dict({path: leaf(source) for path, (_, source) in layout.items()})
 
