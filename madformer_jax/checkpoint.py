@@ -242,9 +242,9 @@ class Checkpoints:
 
 
 def _in_flight(state: Any) -> dict[str, Any]:
-    """Orbax's limit on what one item copies at a time while it is written: 1/64 of the state, but any array as a whole."""
+    """Orbax's limit on what one item copies at a time while it is written: 1/32 of the state, but any array as a whole."""
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
-    return {"save_concurrent_gb": max(sum(sizes) / 64, 1.1 * max(sizes)) / 1e9} if sizes else {}
+    return {"save_concurrent_gb": max(sum(sizes) / 32, 1.5 * max(sizes)) / 1e9} if sizes else {}
 
 
 def _cause(error: Exception | None) -> str:
