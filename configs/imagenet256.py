@@ -1,4 +1,4 @@
-"""ImageNet at 256 x 256, class-conditional (arXiv 2506.07999, section 4.1), 1.9 B parameters.
+"""ImageNet at 256 x 256, class-conditional (arXiv 2506.07999, section 4.1), 1.85 B parameters.
 
     python -m madformer_jax.main --config=configs/imagenet256.py:D=14,L=4 --workdir=gs://bucket/imagenet_d14
 

@@ -235,7 +235,8 @@ def _of(match: re.Match[str]) -> int:
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
     """What is asked for is the time to compile."""
-    before = jax.config.jax_enable_compilation_cache
+    settings: Any = jax.config  # whose type does not know its fields
+    before = settings.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

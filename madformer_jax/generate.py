@@ -249,8 +249,9 @@ def grid(
 
 def abstract_params(model: MADFormer, mesh: jax.sharding.Mesh) -> Any:
     """Shapes and shardings of the model's parameters: the target of a restore."""
+    key = jax.random.key(0)  # out here: the mesh may be one to compile for, on which nothing runs
     with partitioning.scope(mesh):
-        boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
+        boxed = jax.eval_shape(functools.partial(madformer.init, model), key)
     return partitioning.abstract(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))
 
 

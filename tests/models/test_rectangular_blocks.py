@@ -29,7 +29,7 @@ def test_eight_blocks_tile_a_square_in_raster_order():
 
 
 def test_cached_sampling_of_rectangular_blocks_equals_full_recomputation():
-    model, params = test_generate.small(blocks=8, unet_stride=1)
+    model, params = test_generate.small(blocks=8, unet_stride=1, depth=2, diffusion_depth=1)
     noise = jax.random.normal(jax.random.key(2), (2, 8, 8, model.channels))
     settings = {"solver": "ddim", "spacing": "trailing", "steps": 2, "guidance": 1.0}
     cached = jax.jit(functools.partial(generate.sample, model, **settings))(params, noise, None)
