@@ -212,7 +212,7 @@ class Stage(nn.Module):
     def __call__(self, streams: Streams, positions: Streams, keys_only: tuple[str, ...] = ()) -> Streams:
         """All blocks at once; streams named in `keys_only` end in the last layer."""
         if self.layers > 1:
-            streams, _ = self.body(streams, positions)
+            streams, _ = self.body(streams, positions, ())
         if self.layers:
             streams, _ = self.last(streams, positions, keys_only)
         return streams
