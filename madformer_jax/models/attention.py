@@ -106,7 +106,7 @@ def cached_attention(
       (B, 1, s, H, h).
     """
     q, k, v = (x[:, 0] for x in _with_query(own))
-    inner = implementation if implementation == "cudnn" else "blocks"
+    inner = in_sampling(implementation)
 
     def at(i: int, q: Array, own: KV, context: KV | None, text: KV | None) -> Array:
         return attend(q, *_visible(own, context, text, i), implementation=inner)[:, None]
@@ -257,3 +257,8 @@ def choose(name: str, platform: str, dtype: str, tokens: int) -> str:
     if platform == "gpu" and dtype == "bfloat16":
         return "cudnn"
     return "splash" if platform == "tpu" and _tile(tokens) else "blocks"
+
+
+def in_sampling(implementation: str) -> str:
+    """What `cached_attention` runs: one block's queries against keys that it sees all of need no masked kernel."""
+    return "cudnn" if implementation == "cudnn" else "blocks"
