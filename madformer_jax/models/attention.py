@@ -65,16 +65,37 @@ def block_attention(streams: Sequence[QKV], context: KV | None, text: KV | None,
 
 
 def _blocks(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
+    # cuDNN takes (B, s, H, h); XLA multiplies (B, H, s, h), and would copy all keys into that order for every block.
+    axis = 1 if implementation == "cudnn" else 2
+
+    def ordered(x: Array) -> Array:
+        return x if axis == 1 else x.swapaxes(1, 2)
+
+    def split(x: Array) -> list[Array]:
+        """(B, blocks, s, H, h) -> blocks; unlike that of x[:, i], the gradient is one concatenation, no sum of padded arrays."""
+        return [ordered(part.squeeze(1)) for part in jax.lax.split(x, (1,) * x.shape[1], axis=1)]
+
+    seen = ([], []) if context is None else (split(context.k), split(context.v))
+    words = ([], []) if text is None else ([ordered(text.k)], [ordered(text.v)])
+    own = [[split(x) for x in _with_query(stream)] for stream in streams]
     outputs: list[list[Array]] = [[] for _ in streams]
+
+    def side_by_side(parts: list[Array]) -> Array:
+        """Streams into one batch, image by image: a batch that is split over devices stays where it is."""
+        return ordered(jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
+
     for i in range(max(stream.k.shape[1] for stream in streams)):
         present = [n for n, stream in enumerate(streams) if i < stream.k.shape[1]]
-        own = [QKV(*(x[:, i] for x in _with_query(streams[n]))) for n in present]
-        keys, values = zip(*(_visible(x.kv, context, text, i) for x in own), strict=True)
-        q = jnp.concatenate([x.q for x in own if x.q is not None])  # (streams * B, s, H, h)
-        out = attend(q, jnp.concatenate(keys), jnp.concatenate(values), implementation=implementation)
-        for n, part in zip(present, jnp.split(out, len(present)), strict=True):
+        q = side_by_side([own[n][0][i] for n in present])
+        k, v = (
+            side_by_side([jnp.concatenate([*words[x], *seen[x][:i], own[n][1 + x][i]], axis=axis) for n in present])
+            for x in range(2)
+        )
+        out = attend(q, k, v, implementation=implementation)  # (B * streams, s, H, h)
+        out = out.reshape(-1, len(present), *out.shape[1:])
+        for n, part in zip(present, jax.lax.split(out, (1,) * len(present), axis=1), strict=True):
             outputs[n].append(part)
-    return [jnp.stack(blocks, axis=1) for blocks in outputs]
+    return [jnp.concatenate(blocks, axis=1) for blocks in outputs]
 
 
 def _with_query(stream: QKV) -> tuple[Array, Array, Array]:
