@@ -17,7 +17,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(partitioning.jax, "devices", lambda *a: devices)
 
 
-def test_every_part_is_measured_and_written_as_json(tiny_config, tmp_path, capsys):
+def test_every_part_is_measured_and_written_as_json(tiny_config, tmp_path, one_device, capsys):
     c = tiny_config
     c.benchmark.steps = 1
     benchmark.run(c, str(tmp_path))
