@@ -95,7 +95,9 @@ def sampling(c: ConfigDict) -> Figures:
     init = functools.partial(madformer.init, model)
     sharding = partitioning.batch_sharding(mesh)
     with partitioning.scope(mesh):
-        shardings = partitioning.shardings(jax.eval_shape(init, jax.random.key(0)), mesh)
+        boxed = jax.eval_shape(init, jax.random.key(0))
+    shardings = partitioning.shardings(boxed, mesh)
+    with partitioning.scope(mesh):
         params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(c.seed))
         numbers, labels = (
             jax.make_array_from_callback(x.shape, sharding, x.__getitem__)

@@ -25,7 +25,7 @@ from madformer_jax import checkpoint, codec, partitioning
 from madformer_jax import config as config_lib
 from madformer_jax.config import ConfigError
 from madformer_jax.diffusion import solvers
-from madformer_jax.models import madformer
+from madformer_jax.models import attention, madformer
 from madformer_jax.models.madformer import MADFormer, ModelCache
 
 
@@ -271,7 +271,10 @@ def run(c: ConfigDict, workdir: str) -> None:
         item = "ema" if c.sample.weights == "ema" else "params"
         with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
             step, restored, _ = checkpoints.restore({item: target})
-        logging.info("sampling %d images with the %s weights of step %d", c.sample.n, c.sample.weights, step)
+        logging.info(
+            "sampling %d images with the %s weights of step %d; attention %s",
+            c.sample.n, c.sample.weights, step, attention.in_sampling(model.attention),
+        )  # fmt: skip
         draw = make_draw(c, model, images_codec.decode)
         codec_params = jax.device_put(images_codec.params, partitioning.replicated(mesh))
         progress = jax.process_index() == 0

@@ -15,7 +15,7 @@ from clu import metric_writers
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax import checkpoint, codec, generate, partitioning
+from madformer_jax import checkpoint, codec, flops, generate, partitioning
 from madformer_jax import config as config_lib
 from madformer_jax.config import ConfigError, Sizes
 from madformer_jax.data import pipeline
@@ -216,6 +216,9 @@ def run(c: ConfigDict, workdir: str) -> None:
     # clu's logging writer is left out: the log line below says the same
     writer = metric_writers.MultiWriter([metric_writers.SummaryWriter(workdir)] if jax.process_index() == 0 else [])
     steps, step = c.train.steps, int(state.step)
+    cost = flops.training_step(c, encode=info.image_shape[0] == c.data.image_size)  # cached latents are smaller
+    peak = mesh.size * flops.peak(c.model.dtype)
+    logging.info("a step costs %.3g TFLOP; %d devices reach %.3g TFLOP/s", cost.total / 1e12, mesh.size, peak / 1e12)
     trace = _trace(c.profile)
 
     def save() -> None:
@@ -241,13 +244,17 @@ def run(c: ConfigDict, workdir: str) -> None:
                 )
         mean = _mean(fetched)
         rate = (step - since_step) / (time.time() - since)  # 0 where only the step that compiled was run
-        writer.write_scalars(step, mean | {"steps_per_second": rate, "images_per_second": c.train.batch * rate})
+        speed = {"steps_per_second": rate, "images_per_second": c.train.batch * rate}
+        speed |= {"tflops": cost.total * rate / 1e12, "mfu": cost.total * rate / peak}
+        writer.write_scalars(step, mean | speed)
         writer.flush()
         logging.info(
-            "step %d/%d (%d %%)  loss %.4f%s  |g| %.2f  lr %.1e  %.2f steps/s  %.0f img/s  ETA %s",
+            "step %d/%d (%d %%)  loss %.4f%s  |g| %.2f  lr %.1e  %.2f steps/s  %.0f img/s  "
+            "%.3g TFLOP/s  MFU %.0f %%  ETA %s",
             step, steps, 100 * step // steps, mean["loss"],
             "".join(f"  {n[5:]} {v:.4f}" for n, v in mean.items() if n.startswith("loss_")),
             mean["grad_norm"], mean["learning_rate"], rate, c.train.batch * rate,
+            speed["tflops"], 100 * speed["mfu"],
             _duration((steps - step) / rate) if rate else "unknown",
         )  # fmt: skip
         pending, since, since_step = [], time.time(), step

@@ -5,15 +5,18 @@ stream, or the prediction stream when there is no clean one. That is the same nu
 prediction query, all visible, so the whole is one unmasked attention per block with the streams side by side in the batch.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
 from jax import Array
-
-from madformer_jax.config import ConfigError
+from jax.sharding import PartitionSpec
 
 
 class KV(NamedTuple):
@@ -49,28 +52,50 @@ def block_attention(streams: Sequence[QKV], context: KV | None, text: KV | None,
       context: keys and values whose blocks j < i query block i sees; None lets each block see only itself
         (`diffusion_attention = block`).
       text: (B, T, H, h) keys and values that every query sees, or None.
-      implementation: reference, blocks, cudnn or splash.
+      implementation: what `choose` gives: reference, blocks, cudnn, splash, or splash_interpret (the TPU's kernel anywhere).
 
     Returns:
       One output (B, blocks, s, H, h) for each stream.
     """
-    function = {"reference": _reference, "splash": _splash}.get(implementation)
-    if function is None:
-        function = partial(_blocks, implementation=implementation)
-    return function(streams, context, text)
+    if implementation == "reference":
+        return _reference(streams, context, text)
+    if implementation in ("splash", "splash_interpret"):
+        return _splash(streams, context, text, interpret=implementation == "splash_interpret")
+    return _blocks(streams, context, text, implementation=implementation)
 
 
 def _blocks(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
+    # cuDNN takes (B, s, H, h); XLA multiplies (B, H, s, h), and would copy all keys into that order for every block.
+    axis = 1 if implementation == "cudnn" else 2
+
+    def ordered(x: Array) -> Array:
+        return x if axis == 1 else x.swapaxes(1, 2)
+
+    def split(x: Array) -> list[Array]:
+        """(B, blocks, s, H, h) -> blocks; unlike that of x[:, i], the gradient is one concatenation, no sum of padded arrays."""
+        return [ordered(part.squeeze(1)) for part in jax.lax.split(x, (1,) * x.shape[1], axis=1)]
+
+    seen = ([], []) if context is None else (split(context.k), split(context.v))
+    words = ([], []) if text is None else ([ordered(text.k)], [ordered(text.v)])
+    own = [[split(x) for x in _with_query(stream)] for stream in streams]
     outputs: list[list[Array]] = [[] for _ in streams]
+
+    def side_by_side(parts: list[Array]) -> Array:
+        """Streams into one batch, image by image: a batch that is split over devices stays where it is."""
+        return ordered(jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
+
     for i in range(max(stream.k.shape[1] for stream in streams)):
         present = [n for n, stream in enumerate(streams) if i < stream.k.shape[1]]
-        own = [QKV(*(x[:, i] for x in _with_query(streams[n]))) for n in present]
-        keys, values = zip(*(_visible(x.kv, context, text, i) for x in own), strict=True)
-        q = jnp.concatenate([x.q for x in own if x.q is not None])  # (streams * B, s, H, h)
-        out = attend(q, jnp.concatenate(keys), jnp.concatenate(values), implementation=implementation)
-        for n, part in zip(present, jnp.split(out, len(present)), strict=True):
+        q = side_by_side([own[n][0][i] for n in present])
+        k, v = (
+            side_by_side([jnp.concatenate([*words[x], *seen[x][:i], own[n][1 + x][i]], axis=axis) for n in present])
+            for x in range(2)
+        )
+        out = attend(q, k, v, implementation=implementation)  # (B * streams, s, H, h)
+        out = out.reshape(-1, len(present), *out.shape[1:])
+        for n, part in zip(present, jax.lax.split(out, (1,) * len(present), axis=1), strict=True):
             outputs[n].append(part)
-    return [jnp.stack(blocks, axis=1) for blocks in outputs]
+    return [jnp.concatenate(blocks, axis=1) for blocks in outputs]
 
 
 def _with_query(stream: QKV) -> tuple[Array, Array, Array]:
@@ -102,7 +127,7 @@ def cached_attention(
       (B, 1, s, H, h).
     """
     q, k, v = (x[:, 0] for x in _with_query(own))
-    inner = implementation if implementation == "cudnn" else "blocks"
+    inner = in_sampling(implementation)
 
     def at(i: int, q: Array, own: KV, context: KV | None, text: KV | None) -> Array:
         return attend(q, *_visible(own, context, text, i), implementation=inner)[:, None]
@@ -144,14 +169,117 @@ def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None) -> l
     return outputs
 
 
-def _splash(streams: Sequence[QKV], context: KV | None, text: KV | None) -> list[Array]:
-    raise ConfigError("config.model.attention='splash' is not available.")
+# ---- TPU: Pallas splash attention, all blocks of all streams in one call
 
 
-def choose(name: str, platform: str, dtype: str) -> str:
-    """The implementation that `config.model.attention` means on a platform (cpu, gpu, tpu)."""
+def _splash(streams: Sequence[QKV], context: KV | None, text: KV | None, *, interpret: bool) -> list[Array]:
+    """Queries of all streams in a row against the context, the streams' own keys and the text in a row."""
+    queries = [_with_query(stream)[0] for stream in streams]
+    (batch, _, tokens, heads, size), dtype = queries[0].shape, queries[0].dtype
+    inside = tuple(context is not None and stream.k is context.k for stream in streams)  # own keys are in the context
+    kernel, rows, columns = _splash_kernel(
+        tuple(q.shape[1] for q in queries),
+        inside,
+        0 if context is None else context.k.shape[1],
+        tokens,
+        0 if text is None else text.k.shape[1],
+        interpret,
+    )
+
+    def in_a_row(parts: Sequence[Array], length: int) -> Array:
+        """Blocks (B, blocks, s, H, h) and text (B, T, H, h), one after the other and padded: (B, H, length, h)."""
+        x = jnp.concatenate([part.reshape(batch, -1, heads, size) for part in parts], axis=1)
+        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    keys = [] if context is None else [context]
+    keys += [stream.kv for stream, is_inside in zip(streams, inside, strict=True) if not is_inside]
+    keys += [] if text is None else [text]
+    q = in_a_row(queries, rows) * jnp.asarray(size**-0.5, dtype)
+    k, v = (in_a_row(parts, columns) for parts in zip(*keys, strict=True))
+    out = _on_each_device(jax.vmap(kernel), q, k, v).swapaxes(1, 2)  # (B, rows, H, h)
+    ends = np.cumsum([q.shape[1] * tokens for q in queries])
+    return [x.reshape(q.shape) for x, q in zip(jnp.split(out[:, : ends[-1]], ends[:-1], axis=1), queries, strict=True)]
+
+
+def _on_each_device(function: Callable[..., Array], *args: Array) -> Array:
+    """Runs a function of arrays (B, H, ...) on each device's own images and heads: the compiler cannot split a kernel.
+
+    Images or heads that their mesh axes do not divide are not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*args)
+    spec = nn.logical_to_mesh_axes(("batch", "heads"))
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec or ((), ())]
+    sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
+    spec = PartitionSpec(*(names if size % n == 0 else None for names, size, n in zip(axes, args[0].shape, sizes)))
+    return jax.shard_map(function, in_specs=(spec,) * len(args), out_specs=spec, check_vma=False)(*args)
+
+
+def _tile(tokens: int) -> int | None:
+    """Side of the kernel's square tiles of which a block of `tokens` tokens consists; None where no size fits."""
+    return next((side for side in (512, 256, 128) if tokens % side == 0), None)
+
+
+@functools.lru_cache
+def _splash_kernel(
+    blocks: tuple[int, ...], inside: tuple[bool, ...], context: int, tokens: int, text: int, interpret: bool
+) -> tuple[Any, int, int]:
+    """The kernel for q, k, v (H, rows or columns, h), and its numbers of rows and columns; see `_splash` for the order.
+
+    The tiles that the mask leaves empty are not computed; where blocks consist of whole tiles, only the text's need a mask.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+
+    visible = []  # of blocks: a row of parts for each stream
+    for n, count in enumerate(blocks):
+        i, j = np.arange(count)[:, None], np.arange(context)
+        own = [np.eye(count, m, dtype=bool) & (n == k) for k, m in enumerate(blocks) if not inside[k]]
+        visible.append(np.concatenate([i >= j if inside[n] else i > j, *own], axis=1))
+    mask = np.concatenate(visible).repeat(tokens, axis=0).repeat(tokens, axis=1)
+    side = _tile(tokens) or 128
+    rows, columns = (side * math.ceil(n / side) for n in (mask.shape[0], mask.shape[1] + text))
+    mask = np.pad(mask, ((0, 0), (0, text)), constant_values=True)
+    mask = np.pad(mask, ((0, 0), (0, columns - mask.shape[1])))
+    mask = np.pad(mask, ((0, rows - mask.shape[0]), (0, 0)), mode="edge")  # a row with nothing to see would be NaN
+    # what make_splash_mha does, but in NumPy: its arrays would belong to one trace, and the mask takes a second to read
+    whole = masks.MultiHeadMask([masks.NumpyMask(mask)])  # for all heads
+    forward, backward = (
+        process(whole, (side, side), head_shards=1, q_seq_shards=1)[0]
+        for process in (mask_info.process_mask, mask_info.process_mask_dkv)
+    )
+    sizes = splash.BlockSizes(
+        block_q=side, block_kv=side, block_q_dkv=side, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side
+    )
+    kernel = splash.SplashAttentionKernel(
+        forward,
+        forward,
+        backward,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=None,
+        interpret=interpret,
+    )
+    return kernel, rows, columns
+
+
+def choose(name: str, platform: str, dtype: str, tokens: int) -> str:
+    """The implementation that `config.model.attention` means on a platform (cpu, gpu, tpu) for blocks of `tokens` tokens."""
+    if name == "splash" and platform != "tpu":
+        return "splash_interpret"  # slow: the kernel's steps one by one
     if name != "auto":
         return name
     if platform == "gpu" and dtype == "bfloat16":
         return "cudnn"
-    return "splash" if platform == "tpu" else "blocks"
+    return "splash" if platform == "tpu" and _tile(tokens) else "blocks"
+
+
+def in_sampling(implementation: str) -> str:
+    """What `cached_attention` runs: one block's queries against keys that it sees all of need no masked kernel."""
+    return "cudnn" if implementation == "cudnn" else "blocks"

@@ -381,7 +381,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         block_only=m.diffusion_attention == "block",
         classes=m.classes,
         text_length=m.text_length,
-        attention=attention.choose(m.attention, platform or jax.default_backend(), m.dtype),
+        attention=attention.choose(m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens),
         dtype=jnp.dtype(m.dtype),
         remat=m.remat,
         unroll=m.scan_unroll,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.models.attention import attend
+from madformer_jax.models.transformer import rows_dot
 
 NORM_EPS = 1e-6
 
@@ -44,6 +45,7 @@ def linear(
         dtype=dtype,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        dot_general=rows_dot,
         name=name,
     )
 

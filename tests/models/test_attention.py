@@ -1,17 +1,21 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
+from madformer_jax import partitioning
 from madformer_jax.models import attention
 from madformer_jax.models.attention import KV, QKV
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
 
 
-def stream(seed, blocks):
+def stream(seed, blocks, tokens=S):
     keys = jax.random.split(jax.random.key(seed), 3)
-    return QKV(*(jax.random.normal(k, (B, blocks, S, H, SIZE)) for k in keys))
+    return QKV(*(jax.random.normal(k, (B, blocks, tokens, H, SIZE)) for k in keys))
 
 
 def text(seed=9):
@@ -28,23 +32,101 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_block_form_equals_the_dense_mask(name):
-    streams, source, words = CASES[name]
+def value_and_gradient(implementation, streams, source, words):
+    """Outputs and gradients; the weights of the sum make every output count differently."""
 
-    def total(implementation, streams, words):
+    def total(streams, words):
         context = streams[0].kv if source else None
         outputs = attention.block_attention(streams, context, words, implementation=implementation)
         weights = [jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in outputs]
         return sum(jnp.sum(x * w) for x, w in zip(outputs, weights, strict=True)), outputs
 
-    found, expected = (
-        jax.jit(jax.value_and_grad(lambda s, w, i=i: total(i, s, w), argnums=(0, 1) if words else 0, has_aux=True))(
-            streams, words
-        )
-        for i in ("blocks", "reference")
-    )
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1) if words else 0, has_aux=True))(streams, words)
+
+
+def assert_equal_trees(found, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_block_form_equals_the_dense_mask(name):
+    assert_equal_trees(*(value_and_gradient(i, *CASES[name]) for i in ("blocks", "reference")))
+
+
+WHOLE = 128  # tokens of a block that is one tile of the TPU's kernel
+SPLASH = {
+    "whole tiles, clean one block short, text": ([stream(0, L - 1, WHOLE), stream(1, L, WHOLE)], "clean", text()),
+    "blocks share tiles, text": CASES["with text"],
+    "one stream on itself": CASES["one stream on itself"],
+    "block only": CASES["block only"],
+}
+
+
+@pytest.mark.parametrize("name", SPLASH)
+def test_splash_kernel_equals_the_dense_mask(name):
+    assert_equal_trees(*(value_and_gradient(i, *SPLASH[name]) for i in ("splash_interpret", "reference")))
+
+
+def test_splash_kernel_on_a_mesh_equals_the_dense_mask():
+    mesh = partitioning.make_mesh(2, 1, 2, jax.devices()[:4])
+    with partitioning.scope(mesh):
+        found = value_and_gradient("splash_interpret", *CASES["with text"])
+    assert_equal_trees(found, value_and_gradient("reference", *CASES["with text"]))
+
+
+def test_splash_kernel_computes_no_empty_tile():
+    tiles, side = 2, 512  # a block is 2 x 2 tiles of the kernel
+    kernel, rows, columns = attention._splash_kernel((L - 1, L), (True, False), L - 1, tiles * side, 0, True)
+    assert (rows, columns) == ((2 * L - 1) * tiles * side,) * 2
+    pairs = L * (L - 1) // 2 + L * (L + 1) // 2
+    for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
+        assert np.count_nonzero(info.block_mask) == pairs * tiles**2
+        assert info.partial_mask_blocks is None
+    with_text, _, columns = attention._splash_kernel((L,), (True,), L, side, T, True)
+    assert columns == (L + 1) * side
+    assert np.count_nonzero(with_text.fwd_mask_info.block_mask) == L * (L + 1) // 2 + L
+
+
+@pytest.mark.parametrize("topology, accelerator", [("v5e:4x4", "v5litepod-16"), ("v5p:2x2x1", "v5p-8")])
+def test_splash_kernel_compiles_for_a_tpu(topology, accelerator, monkeypatch):
+    """Forward and gradient at a quarter of FFHQ-1024's blocks, images and heads split over the chips."""
+    pytest.importorskip("libtpu")
+    # what libtpu asks a TPU machine for
+    for name, value in {
+        "ACCELERATOR_TYPE": accelerator,
+        "WORKER_HOSTNAMES": "localhost",
+        "SKIP_MDS_QUERY": "1",
+    }.items():
+        monkeypatch.setenv(f"TPU_{name}", value)
+    devices = list(topologies.get_topology_desc(topology, "tpu").devices)
+    mesh = partitioning.make_mesh(1, -1, 2, devices)
+
+    def abstract(*shape):
+        return jax.ShapeDtypeStruct((2 * len(devices), *shape, 18, 64), jnp.bfloat16)
+
+    clean, pred, words = abstract(3, 256), abstract(4, 256), abstract(1)
+    streams = [QKV(clean, clean, clean), QKV(pred, pred, pred)]
+
+    def total(streams, words):
+        outputs = attention.block_attention(streams, streams[0].kv, words, implementation="splash")
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in outputs)
+
+    with partitioning.scope(mesh):
+        program = jax.jit(jax.grad(total, argnums=(0, 1)), in_shardings=partitioning.batch_sharding(mesh)).lower(
+            streams, KV(words, words)
+        )
+        text = program.compile().as_text()
+    assert all(f"splash_mha_{kernel}" in text for kernel in ("fwd_residuals", "dq_no_residuals", "dkv_no_residuals"))
+
+
+def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
+    auto = functools.partial(attention.choose, "auto")
+    assert auto("cpu", "bfloat16", 256) == auto("gpu", "float32", 256) == "blocks"
+    assert auto("gpu", "bfloat16", 256) == "cudnn"
+    assert auto("tpu", "bfloat16", 256) == auto("tpu", "float32", 128) == "splash"
+    assert auto("tpu", "bfloat16", 64) == "blocks"
+    assert attention.choose("blocks", "tpu", "bfloat16", 256) == "blocks"
+    assert attention.choose("splash", "cpu", "float32", 64) == "splash_interpret"
 
 
 def test_a_query_sees_earlier_context_blocks_and_itself_only():

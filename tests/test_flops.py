@@ -1,0 +1,126 @@
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from madformer_jax import config, flops, generate
+from madformer_jax.models import madformer, vae
+
+SWITCHES = {
+    "default": {},
+    "release options, shared": {
+        "rope": "release", "time_embedding": "raw", "clean_timestep": "noisy", "hidden_from": "noisy", "param_sets": "shared",
+    },
+    "no clean stream, class, guided": {"clean_stream": False, "classes": 10},
+    "no condition": {"ar_condition": False, "hidden_from": "noisy"},
+    "block only, text, guided": {"diffusion_attention": "block", "classes": 10, "text_length": 5, "loss.text": 1.0},
+    "clean term, D = 1": {"diffusion_depth": 1, "loss.clean": 0.1},
+    "D = N, image term alone": {"diffusion_depth": 4, "loss.hidden": 0.0},
+    "hidden term alone": {"loss.image": 0.0},
+    "one block": {"blocks": 1},
+}  # fmt: skip
+
+
+def wide(**changes):
+    """A model so wide that element-wise work is below a percent, with attention a tenth; it is only traced, never run."""
+    c = config.base()
+    c.codec.name, c.codec.patch = "pixel", 1
+    c.data.image_size, c.data.channels = 64, 4
+    c.model.width, c.model.heads, c.model.mlp_width = 256, 4, 704
+    c.model.depth, c.model.diffusion_depth, c.model.blocks = 4, 2, 4
+    c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (64, 128), 1, 32
+    c.model.unet_groups = c.model.unet_heads = 4
+    c.model.scan_unroll = 4  # XLA counts the body of a loop once
+    c.train.batch, c.sample.steps = 2, 2
+    for name, value in changes.items():
+        section, field = name.split(".") if "." in name else ("model", name)
+        c[section][field] = value
+    c.sample.guidance = 2.0 if c.model.classes else 1.0
+    config.validate(c)
+    return c
+
+
+def counted(function, *args):
+    """XLA's count for the program of a function of abstract arrays."""
+    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+
+
+def abstract(c):
+    """The model, its parameters, latent blocks, timesteps and tokens of a batch."""
+    model = madformer.build(c)
+    params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
+    z = jax.ShapeDtypeStruct((c.train.batch, *config.sizes(c).block_shape), jnp.float32)
+    t = jax.ShapeDtypeStruct(z.shape[:2], jnp.int32)
+    tokens = jax.ShapeDtypeStruct((c.train.batch, c.model.text_length), jnp.int32) if model.classes else None
+    return model, params, z, t, tokens
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_training_costs_what_xla_counts(name):
+    c = wide(**SWITCHES[name])
+    model, params, z, t, tokens = abstract(c)
+    terms = tuple(term for term, weight in c.loss.items() if weight)
+
+    def forward(params, z, noisy, t, tokens):
+        return model.apply({"params": params}, z, noisy, t, tokens, terms=terms)
+
+    def total(*args):
+        return sum(jnp.sum(x**2) for x in forward(*args) if x is not None)
+
+    assert counted(forward, params, z, z, t, tokens) == pytest.approx(c.train.batch * flops.forward(c).total, rel=0.02)
+    assert counted(jax.grad(total), params, z, z, t, tokens) == pytest.approx(flops.training_step(c).total, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [n for n in SWITCHES if "term" not in n])
+def test_sampling_costs_what_xla_counts(name):
+    c = wide(**SWITCHES[name])
+    model, params, z, _, tokens = abstract(c)
+    draw = functools.partial(
+        generate.sample, model, solver="dpmpp_2m", spacing="trailing", steps=c.sample.steps, guidance=c.sample.guidance,
+        unroll=True,
+    )  # fmt: skip
+    assert counted(draw, params, z, tokens) == pytest.approx(flops.sampling(c, c.train.batch).total, rel=0.02)
+
+
+def test_the_vae_costs_what_xla_counts():
+    model = vae.AutoencoderKL()
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    latent = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+    encode, decode = (functools.partial(f, model) for f in (vae.encode, vae.decode))
+    assert counted(encode, params, image) == pytest.approx(flops.vae_encode(64), rel=0.02)
+    assert counted(decode, params, latent) == pytest.approx(flops.vae_decode(64), rel=0.02)
+
+
+def test_sampling_passes_are_those_of_the_formula():
+    """N - D layers once and D layers at every step, in passes of the whole model (section 1)."""
+    c = wide(diffusion_depth=1)
+    c.sample.steps = 50
+    assert flops.nfe(c) == pytest.approx(3 / 4 + 50 / 4)
+    once, twice = (flops.sampling(c, 1).diffusion_layers, flops.sampling(c, 2).diffusion_layers)
+    assert twice == 2 * once
+    c.sample.steps = 100
+    assert flops.sampling(c, 1).ar_layers == flops.sampling(wide(diffusion_depth=1), 1).ar_layers
+
+
+def test_peak_of_a_device_is_its_data_sheets():
+    def of(kind, dtype):
+        return flops.peak(dtype, types.SimpleNamespace(device_kind=kind))
+
+    assert of("TPU v5 lite", "bfloat16") == 197e12
+    assert of("TPU v5", "bfloat16") == 459e12
+    assert of("TPU v4", "float32") == 275e12
+    assert of("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert of("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert of("NVIDIA A100-SXM4-80GB", "float32") == 156e12
+    assert of("NVIDIA GB200", "bfloat16") > of("NVIDIA B200", "bfloat16")
+
+
+def test_peak_of_a_cpu_is_a_measured_product():
+    measured = flops.peak("float32")
+    assert measured == flops.matmul_rate("float32") > 1e8  # measured once
+    cost = flops.Cost(unet=measured)
+    assert flops.mfu(cost, 2.0, devices=2) == pytest.approx(0.25)
