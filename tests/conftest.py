@@ -13,15 +13,16 @@ _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_le
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs that several tests, or processes of one, run are compiled once.
-_CACHE = tempfile.mkdtemp(prefix="madformer-tests-")
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": _CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="madformer-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from tests import tiny
+
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture
