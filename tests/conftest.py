@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit the rest, the cache among it
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    # Programs that several tests, or processes of one, run are compiled once.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="madformer-tests-")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs that several tests, or processes of one, run are compiled once.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="madformer-tests-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import numpy as np
@@ -22,7 +23,8 @@ from ml_collections import ConfigDict
 
 from tests import tiny
 
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture
