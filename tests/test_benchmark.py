@@ -3,6 +3,7 @@ import json
 import jax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
 
 from madformer_jax import benchmark, flops, partitioning, train
 from madformer_jax.config import ConfigError
@@ -52,7 +53,10 @@ def test_training_logs_its_speed_and_traces_the_steps_asked_for(tiny_config, tmp
     (line,) = (record.getMessage() for record in caplog.records if record.getMessage().startswith("step 4/4"))
     assert "TFLOP/s  MFU " in line
     events = EventAccumulator(str(tmp_path)).Reload()
-    speed = {name: events.Tensors(name)[-1].tensor_proto.float_val[0] for name in ("steps_per_second", "tflops", "mfu")}
+    speed = {
+        name: float(tensor_util.make_ndarray(events.Tensors(name)[-1].tensor_proto))
+        for name in ("steps_per_second", "tflops", "mfu")
+    }
     cost = flops.training_step(c).total
     assert speed["tflops"] == pytest.approx(cost * speed["steps_per_second"] / 1e12, rel=1e-3)
     assert speed["mfu"] == pytest.approx(1e12 * speed["tflops"] / flops.peak(), rel=1e-3)

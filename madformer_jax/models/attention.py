@@ -75,8 +75,8 @@ def _blocks(streams: Sequence[QKV], context: KV | None, text: KV | None, *, impl
         """(B, blocks, s, H, h) -> blocks; unlike that of x[:, i], the gradient is one concatenation, no sum of padded arrays."""
         return [ordered(part.squeeze(1)) for part in jax.lax.split(x, (1,) * x.shape[1], axis=1)]
 
-    seen = ([], []) if context is None else (split(context.k), split(context.v))
-    words = ([], []) if text is None else ([ordered(text.k)], [ordered(text.v)])
+    seen: tuple[list[Array], list[Array]] = ([], []) if context is None else (split(context.k), split(context.v))
+    words: tuple[list[Array], list[Array]] = ([], []) if text is None else ([ordered(text.k)], [ordered(text.v)])
     own = [[split(x) for x in _with_query(stream)] for stream in streams]
     outputs: list[list[Array]] = [[] for _ in streams]
 
