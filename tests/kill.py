@@ -117,8 +117,7 @@ def run(folder: pathlib.Path, runs: int, terms: int, seed: int) -> list[dict[str
     logging.set_verbosity(logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
     cache, chance = folder / "cache", random.Random(seed)
-    finish(folder / "first", cache)  # fills the cache of compiled programs
-    seconds = finish(folder / "whole", cache)
+    seconds = finish(folder / "whole", cache)  # and fills the cache of compiled programs
     print(f"undisturbed: {seconds:.1f} s", flush=True)
     reports = []
     for i in range(runs + terms):
