@@ -151,6 +151,6 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(tiny_config):
         c.sample.batch = batch
         draw = generate.make_draw(c, model, codec.build(c).decode)
         drawn.append(generate.draw_all(c, 5, draw, params, {}, mesh, progress=False))
-    for few, many in zip(*drawn, strict=True):
-        np.testing.assert_allclose(few, many, atol=1e-5)
-    assert len(drawn[0][0]) == 5
+    (_, few, _), (images, many, _) = drawn
+    assert np.linalg.norm(few - many) < 1e-2 * np.linalg.norm(many)  # other noise would be 1.4 away
+    assert len(images) == 5
