@@ -11,6 +11,7 @@ from tensorboard.util import tensor_util
 
 from madformer_jax import benchmark, flops, main, partitioning
 from madformer_jax.config import ConfigError
+from tests import tiny
 
 TIMED = {"compile_seconds", "seconds", "images_per_second", "tflop", "tflops", "mfu", "program_gib", "process_gib"}
 
@@ -22,8 +23,8 @@ def one_device(monkeypatch):
     monkeypatch.setattr(partitioning.jax, "devices", lambda *a: devices)
 
 
-def test_every_part_is_measured_and_written_as_json(tiny_config, tmp_path, one_device, capsys):
-    c = tiny_config
+def test_every_part_is_measured_and_written_as_json(tmp_path, one_device, capsys):
+    c = tiny.get_config("plain")
     c.benchmark.steps = 1
     benchmark.run(c, str(tmp_path))
     report = json.loads((tmp_path / "benchmark.json").read_text())
