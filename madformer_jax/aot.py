@@ -222,7 +222,7 @@ def _compile(function: Any, *args: Any) -> tuple[Any, tuple[int, int | None] | N
 
 
 # What precedes a convolution is left out of its kernel: half the time to compile the U-Net. Its results then exist in
-# memory, so that what is reported is at least what the real program needs.
+# memory, so that what is reported should be no less than what the real program needs.
 _QUICKER = {"xla_jf_conv_input_fusion": "false"}
 
 _REFUSALS = (r"(?:Used |temporaries \()([\d.]+)([KMGT])", r"(?:available HBM \(| of )([\d.]+)([KMGT])")

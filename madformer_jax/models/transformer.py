@@ -50,7 +50,7 @@ def dense(
 
 def rows_dot(x: Array, kernel: Array, dimension_numbers: Any, **settings: Any) -> Array:
     """X (..., d) times a matrix, as one product of matrices: with more axes to sum over, XLA on CPU copies the operands of the
-    kernel's gradient into another order first, a third of a layer's time.
+    kernel's gradient into another order first.
     """
     rows = x.reshape(-1, x.shape[-1])
     return jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings).reshape(*x.shape[:-1], -1)
