@@ -11,6 +11,7 @@ import pytest
 from madformer_jax import checkpoint, partitioning, train
 from madformer_jax.config import ConfigError
 from madformer_jax.data import pipeline
+from tests import tiny
 
 
 def final_state(config, workdir):
@@ -25,6 +26,12 @@ def final_state(config, workdir):
 
 def assert_identical(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def plain_config():
+    """The tiny model without its depth, for what is not about the model."""
+    return tiny.get_config("plain")
 
 
 @pytest.fixture
@@ -60,6 +67,7 @@ def single_device_run():
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_a_mesh_trains_as_a_single_device_does(tiny_config, mesh, single_device_run):
     tiny_config.model.unet_channels, tiny_config.model.unet_attention = (8, 16), (False, True)
+    tiny_config.model.blocks = 2  # half the attention to compile
     if not single_device_run:
         single_device_run["result"] = steps(tiny_config, (1, 1, 1))
     losses, state = single_device_run["result"]
@@ -80,8 +88,8 @@ def test_state_is_split_over_fsdp_and_tensor(tiny_config):
         assert jax.tree.map(lambda x: x.sharding.spec, tree) == jax.tree.map(lambda x: x.sharding.spec, state.params)
 
 
-def test_interrupted_and_resumed_training_equals_uninterrupted_bit_for_bit(tiny_config, tmp_path, one_device):
-    train.run(tiny_config, str(tmp_path / "whole"))
+def test_interrupted_and_resumed_training_equals_uninterrupted_bit_for_bit(plain_config, tmp_path, one_device):
+    train.run(plain_config, str(tmp_path / "whole"))
     asked = []
 
     def stop_once(self, step):
@@ -90,19 +98,19 @@ def test_interrupted_and_resumed_training_equals_uninterrupted_bit_for_bit(tiny_
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Preemption, "reached", stop_once)
-        train.run(tiny_config, str(tmp_path / "parts"))
+        train.run(plain_config, str(tmp_path / "parts"))
     assert asked == [1, 2, 3]
-    assert final_state(tiny_config, tmp_path / "parts")[0] == 3
-    train.run(tiny_config, str(tmp_path / "parts"))
-    step, trees, data = final_state(tiny_config, tmp_path / "parts")
-    other_step, other_trees, other_data = final_state(tiny_config, tmp_path / "whole")
-    assert step == other_step == tiny_config.train.steps
+    assert final_state(plain_config, tmp_path / "parts")[0] == 3
+    train.run(plain_config, str(tmp_path / "parts"))
+    step, trees, data = final_state(plain_config, tmp_path / "parts")
+    other_step, other_trees, other_data = final_state(plain_config, tmp_path / "whole")
+    assert step == other_step == plain_config.train.steps
     assert data == other_data
     assert_identical(trees, other_trees)
     assert sorted(p.name for p in (tmp_path / "whole" / "samples").iterdir()) == ["step_000006_ema.png"]
 
 
-def test_sigterm_saves_and_ends_the_run(tiny_config, tmp_path, one_device, monkeypatch):
+def test_sigterm_saves_and_ends_the_run(plain_config, tmp_path, one_device, monkeypatch):
     class Interrupting:
         """The data iterator; the third batch comes with a SIGTERM."""
 
@@ -120,12 +128,12 @@ def test_sigterm_saves_and_ends_the_run(tiny_config, tmp_path, one_device, monke
     real = pipeline.train_iterator
     monkeypatch.setattr(pipeline, "train_iterator", lambda *a, **k: Interrupting(real(*a, **k)))
     before = signal.getsignal(signal.SIGTERM)
-    train.run(tiny_config, str(tmp_path))
-    assert final_state(tiny_config, tmp_path)[0] == 3
+    train.run(plain_config, str(tmp_path))
+    assert final_state(plain_config, tmp_path)[0] == 3
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tiny_config, tmp_path, one_device, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(plain_config, tmp_path, one_device, monkeypatch):
     real = train.losses.training_loss
 
     def diverging(model, params, z, tokens, key, weights):
@@ -133,8 +141,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tiny_config,
         bad = jnp.where(jnp.mean(z) < diverging.below, jnp.nan, 1.0)
         return loss * bad, metrics | {"loss": loss * bad}
 
-    data = pipeline.train_iterator(tiny_config, batch=8, process_index=0, process_count=1)
-    means = [float(next(data)["image"].mean()) for _ in range(tiny_config.train.steps)]
+    data = pipeline.train_iterator(plain_config, batch=8, process_index=0, process_count=1)
+    means = [float(next(data)["image"].mean()) for _ in range(plain_config.train.steps)]
     data.close()
     worst = int(np.argmin(means[2:])) + 3  # the darkest batch behind the first checkpoint
     diverging.below = np.sort(means[2:])[0] + 1e-6
@@ -143,10 +151,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tiny_config,
     monkeypatch.setattr(train.losses, "training_loss", diverging)
     good = (worst - 1) // 2 * 2
     with pytest.raises(ConfigError, match=f"at step {worst}: .* last good checkpoint: step {good} of"):
-        train.run(tiny_config, str(tmp_path))
+        train.run(plain_config, str(tmp_path))
     monkeypatch.undo()
     monkeypatch.setattr(partitioning.jax, "devices", lambda *a: jax.local_devices()[:1])
-    step, trees, _ = final_state(tiny_config, tmp_path)
+    step, trees, _ = final_state(plain_config, tmp_path)
     assert step == good
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(trees))
 
@@ -175,7 +183,7 @@ def test_a_microbatch_that_the_devices_do_not_divide_is_refused(tiny_config, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_config, monkeypatch):
+def test_accumulated_gradients_are_those_of_the_whole_batch(plain_config, monkeypatch):
     """With a loss that draws nothing: with the real one, other microbatches mean other noise."""
 
     def plain(model, params, z, tokens, key, weights):
@@ -183,21 +191,21 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tiny_config, monkeyp
         return loss, {"loss": loss}
 
     monkeypatch.setattr(train.losses, "training_loss", plain)
-    losses, state = steps(tiny_config, (1, 1, 1), n=2)
-    tiny_config.train.accumulate = 4
-    parts_losses, parts = steps(tiny_config, (1, 1, 1), n=2)
+    losses, state = steps(plain_config, (1, 1, 1), n=2)
+    plain_config.train.accumulate = 4
+    parts_losses, parts = steps(plain_config, (1, 1, 1), n=2)
     np.testing.assert_allclose(parts_losses, losses, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_ema_warms_up_towards_its_target(tiny_config):
-    tiny_config.train.ema_decay = 0.15
+def test_ema_warms_up_towards_its_target(plain_config):
+    plain_config.train.ema_decay = 0.15
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    s = train.setup(tiny_config)
+    s = train.setup(plain_config)
     create, _ = train.create_state(s.model, s.tx, 0, mesh)
-    data = pipeline.train_iterator(tiny_config, batch=8, process_index=0, process_count=1)
-    step, state = jax.jit(train.make_step(s, tiny_config)), create()
+    data = pipeline.train_iterator(plain_config, batch=8, process_index=0, process_count=1)
+    step, state = jax.jit(train.make_step(s, plain_config)), create()
     ema = state.ema
     for decay in (1 / 10, 0.15, 0.15):  # (1 + step) / (10 + step), until it meets the target
         state, _ = step(state, next(data), s.codec.params)
