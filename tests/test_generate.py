@@ -62,7 +62,7 @@ def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance
     return z
 
 
-SWITCHES = {  # each alone is also in test_release_samples
+SWITCHES = {  # the four variants of the release, each alone, are in test_release_samples
     "all streams": {},
     "release options, shared": {
         "rope": "release", "time_embedding": "raw", "clean_timestep": "noisy", "param_sets": "shared",
@@ -142,15 +142,15 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(tiny_config):
 
     c = tiny_config
     c.model.classes, c.sample.n = 0, 5
-    c.sample.guidance = 1.0
+    c.sample.guidance, c.sample.clip = 1.0, 1.0
     model = madformer.build(c)
-    params = random_params(model)
+    params = jax.tree.map(lambda x: 0.1 * x, random_params(model))  # tame: nothing magnifies rounding
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     drawn = []
     for batch in (2, 5):
         c.sample.batch = batch
         draw = generate.make_draw(c, model, codec.build(c).decode)
         drawn.append(generate.draw_all(c, 5, draw, params, {}, mesh, progress=False))
-    (_, few, _), (images, many, _) = drawn
-    assert np.linalg.norm(few - many) < 1e-2 * np.linalg.norm(many)  # other noise would be 1.4 away
-    assert len(images) == 5
+    for few, many in zip(*drawn, strict=True):
+        np.testing.assert_allclose(few, many, atol=1e-5)
+    assert len(drawn[0][0]) == 5
