@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit the rest, the
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -31,6 +32,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 def tiny_config() -> ConfigDict:
     """See `tests.tiny`."""
     return tiny.get_config()
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mesh of the first device only, as on a plain CPU."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *a: devices)
 
 
 @pytest.fixture(scope="session")

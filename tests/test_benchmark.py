@@ -4,23 +4,15 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from madformer_jax import benchmark, flops, main, partitioning
+from madformer_jax import benchmark, flops, main
 from madformer_jax.config import ConfigError
 from tests import tiny
 
 TIMED = {"compile_seconds", "seconds", "images_per_second", "tflop", "tflops", "mfu", "program_gib", "process_gib"}
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """A mesh of the first device only, as on a plain CPU."""
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(partitioning.jax, "devices", lambda *a: devices)
 
 
 def test_every_part_is_measured_and_written_as_json(tmp_path, one_device, capsys):

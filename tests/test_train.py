@@ -34,13 +34,6 @@ def plain_config():
     return tiny.get_config("plain")
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    """A mesh of the first device only, as on a plain CPU."""
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(partitioning.jax, "devices", lambda *a: devices)
-
-
 def steps(config, mesh_sizes, n=5):
     """Losses and the state, on the host, after n steps on a mesh of the first devices."""
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh_sizes
