@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # clu imports TensorFlow to write TensorBoard files
+# XLA's YNNPACK kernels for CPU are slower than what they replace, gradients of convolutions six times: docs/performance.md
+os.environ["XLA_FLAGS"] = "--xla_cpu_experimental_ynn_fusion_type= " + os.environ.get("XLA_FLAGS", "")
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags

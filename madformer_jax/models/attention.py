@@ -1,8 +1,8 @@
 """Skip-causal attention (MADFormer, section 3.2) in block form: what is masked is never computed.
 
 Every query block i, of either stream, sees the text, the context blocks before i, and itself; the context is the clean
-stream, or the prediction stream when there is no clean one. That is the same number of keys for the clean and the
-prediction query, all visible, so the whole is one unmasked attention per block with the streams side by side in the batch.
+stream, or the prediction stream when there is no clean one. All visible pairs of blocks are a diagonal and, below it, a
+triangle that falls apart into squares: unmasked attentions, whose results are merged (`blocks`) or one call a block (`cudnn`).
 """
 
 import functools
@@ -38,10 +38,42 @@ class QKV(NamedTuple):
         return KV(self.k, self.v)
 
 
+class Part(NamedTuple):
+    """Attention to some of the keys, which `_merge` joins with that to others; in float32.
+
+    out (..., s, h): the values weighted with exp(score - top); top (..., s): the largest score; total (..., s): the sum of the
+    weights.
+    """
+
+    out: Array
+    top: Array
+    total: Array
+
+
+def _attend_to(q: Array, k: Array, v: Array) -> Part:
+    """Scaled queries (..., s, h) on keys and values (..., K, h)."""
+    scores = jnp.einsum("...sh,...kh->...sk", q, k, preferred_element_type=jnp.float32)
+    top = jax.lax.stop_gradient(scores.max(axis=-1))
+    weights = jnp.exp(scores - top[..., None])
+    out = jnp.einsum("...sk,...kh->...sh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return Part(out, top, weights.sum(axis=-1))
+
+
+def _merge(a: Part, b: Part) -> Part:
+    """The attention to both parts' keys."""
+    top = jnp.maximum(a.top, b.top)
+    x, y = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    return Part(a.out * x[..., None] + b.out * y[..., None], top, a.total * x + b.total * y)
+
+
 def attend(q: Array, k: Array, v: Array, *, implementation: str = "blocks", causal: bool = False) -> Array:
     """softmax(q k^T / sqrt(h)) v for q (B, S, H, h), k and v (B, K, H, h)."""
-    kernel: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
+    if causal or implementation == "cudnn":
+        kernel: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
+    # normalised after the product with v: on a CPU half the time of jax.nn's, which passes over the weights more often
+    part = _attend_to(*(x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)))
+    return (part.out / part.total[..., None]).astype(v.dtype).swapaxes(1, 2)
 
 
 def block_attention(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
@@ -61,41 +93,96 @@ def block_attention(streams: Sequence[QKV], context: KV | None, text: KV | None,
         return _reference(streams, context, text)
     if implementation in ("splash", "splash_interpret"):
         return _splash(streams, context, text, interpret=implementation == "splash_interpret")
-    return _blocks(streams, context, text, implementation=implementation)
+    if implementation == "cudnn":
+        return _block_by_block(streams, context, text, implementation="cudnn")
+    return [_blocks(stream, context, text) for stream in streams]
 
 
-def _blocks(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
-    # cuDNN takes (B, s, H, h); XLA multiplies (B, H, s, h), and would copy all keys into that order for every block.
-    axis = 1 if implementation == "cudnn" else 2
+def _blocks(stream: QKV, context: KV | None, text: KV | None) -> Array:
+    """The diagonal as one attention of every block to itself and the text, the triangle below it as squares of 1, 2, 4, ...
+    blocks: `_see_before`.
+    """
+    q, k, v = _with_query(stream)
+    batch, blocks, tokens, heads, size = q.shape
 
     def ordered(x: Array) -> Array:
-        return x if axis == 1 else x.swapaxes(1, 2)
+        """(B, blocks, s, H, h) -> (B, H, blocks, s, h)."""
+        return x.transpose(0, 3, 1, 2, 4)
 
-    def split(x: Array) -> list[Array]:
-        """(B, blocks, s, H, h) -> blocks; unlike that of x[:, i], the gradient is one concatenation, no sum of padded arrays."""
-        return [ordered(part.squeeze(1)) for part in jax.lax.split(x, (1,) * x.shape[1], axis=1)]
+    q, k, v = ordered(q * size**-0.5), ordered(k), ordered(v)
+    own = KV(k, v)
+    if text is not None:
+        shape = (batch, heads, blocks, text.k.shape[1], size)
+        words = (jnp.broadcast_to(x.swapaxes(1, 2)[:, :, None], shape) for x in text)
+        own = KV(*(jnp.concatenate(x, axis=3) for x in zip(words, own, strict=True)))
+    part = _attend_to(q, *own)
+    if context is not None and blocks > 1:
+        missing = (1 << (blocks - 1).bit_length()) - context.k.shape[1]  # whole pairs to take keys from
+        padding = ((0, 0), (0, 0), (0, max(0, missing)), (0, 0), (0, 0))
+        part = _see_before(part, q, KV(*(jnp.pad(ordered(x), padding) for x in context)))
+    return (
+        (part.out / part.total[..., None])
+        .astype(v.dtype)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(batch, blocks, tokens, heads, size)
+    )
 
-    seen: tuple[list[Array], list[Array]] = ([], []) if context is None else (split(context.k), split(context.v))
-    words: tuple[list[Array], list[Array]] = ([], []) if text is None else ([ordered(text.k)], [ordered(text.v)])
-    own = [[split(x) for x in _with_query(stream)] for stream in streams]
+
+def _see_before(part: Part, q: Array, context: KV) -> Part:
+    """Adds what each block sees of the context blocks before it; q and context (B, H, blocks, s, h), part likewise.
+
+    In pairs of m blocks, m = 1, 2, 4, ..., the second m blocks see all of the first m. The last pair may be cut off.
+    """
+    heads, blocks, m = q.shape[:2], q.shape[2], 1
+    while m < blocks:
+        pairs, rest = divmod(blocks, 2 * m)
+        groups = [(pairs, m)] if pairs else []  # (pairs, blocks in their second half)
+        groups += [(1, rest - m)] if rest > m else []
+        sizes = [count * (m + rows) for count, rows in groups]
+        sizes += [blocks - sum(sizes)] if sum(sizes) < blocks else []
+        # lax.split, because the gradient of x[a:b] is an array of zeros with a part filled
+        parts = [Part(*x) for x in zip(*(jax.lax.split(x, sizes, axis=2) for x in part), strict=True)]
+        for n, (queries, (count, rows)) in enumerate(zip(jax.lax.split(q, sizes, axis=2), groups, strict=False)):
+            start = sum(sizes[:n])
+            first, second = (Part(*x) for x in zip(*(_halves(x, count, (m, rows)) for x in parts[n]), strict=True))
+            queries = _halves(queries, count, (m, rows))[1].reshape(*heads, count, -1, q.shape[-1])
+            keys, values = (
+                _halves(x[:, :, start : start + 2 * m * count], count, (m, m))[0].reshape(
+                    *queries.shape[:3], -1, x.shape[-1]
+                )
+                for x in context
+            )
+            seen = _attend_to(queries, keys, values)
+            second = _merge(second, Part(*(x.reshape(y.shape) for x, y in zip(seen, second, strict=True))))
+            both = (jnp.concatenate(x, axis=3) for x in zip(first, second, strict=True))
+            parts[n] = Part(*(x.reshape(y.shape) for x, y in zip(both, parts[n], strict=True)))
+        part = Part(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
+        m *= 2
+    return part
+
+
+def _halves(x: Array, count: int, sizes: tuple[int, int]) -> Sequence[Array]:
+    """(B, H, blocks, ...) in `count` runs of blocks, each split in two: (B, H, count, size, ...)."""
+    return jax.lax.split(x.reshape(*x.shape[:2], count, sum(sizes), *x.shape[3:]), sizes, axis=3)
+
+
+def _block_by_block(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
+    """One call of `attend` for each block, the streams side by side in the batch: they see the same number of keys."""
     outputs: list[list[Array]] = [[] for _ in streams]
-
-    def side_by_side(parts: list[Array]) -> Array:
-        """Streams into one batch, image by image: a batch that is split over devices stays where it is."""
-        return ordered(jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:]))
-
     for i in range(max(stream.k.shape[1] for stream in streams)):
         present = [n for n, stream in enumerate(streams) if i < stream.k.shape[1]]
-        q = side_by_side([own[n][0][i] for n in present])
-        k, v = (
-            side_by_side([jnp.concatenate([*words[x], *seen[x][:i], own[n][1 + x][i]], axis=axis) for n in present])
-            for x in range(2)
+        own = [[x[:, i] for x in _with_query(streams[n])] for n in present]
+        keys = [_visible(KV(k, v), context, text, i) for _, k, v in own]
+        # image by image: a batch that is split over devices stays where it is
+        q, k, v = (
+            jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
+            for x in ([q for q, _, _ in own], [kv.k for kv in keys], [kv.v for kv in keys])
         )
         out = attend(q, k, v, implementation=implementation)  # (B * streams, s, H, h)
         out = out.reshape(-1, len(present), *out.shape[1:])
-        for n, part in zip(present, jax.lax.split(out, (1,) * len(present), axis=1), strict=True):
-            outputs[n].append(part)
-    return [jnp.concatenate(blocks, axis=1) for blocks in outputs]
+        for column, n in enumerate(present):
+            outputs[n].append(out[:, column])
+    return [jnp.stack(blocks, axis=1) for blocks in outputs]
 
 
 def _with_query(stream: QKV) -> tuple[Array, Array, Array]:

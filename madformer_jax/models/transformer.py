@@ -56,6 +56,12 @@ def rows_dot(x: Array, kernel: Array, dimension_numbers: Any, **settings: Any) -
     return jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings).reshape(*x.shape[:-1], -1)
 
 
+@jax.checkpoint
+def silu(x: Array) -> Array:
+    """SiLU, x sigmoid(x); its gradient takes the sigmoid again, which costs less than to keep it."""
+    return nn.silu(x)
+
+
 def xavier(fan_in: int, fan_out: int) -> float:
     """Scale over fan_in of Xavier's variance 2 / (fan_in + fan_out)."""
     return 2 * fan_in / (fan_in + fan_out)
@@ -104,7 +110,7 @@ class Tower(nn.Module):
         """Output projection and SwiGLU, each with its residual: x (..., s, d), attended (..., s, H, h)."""
         x = x + self.out(attended.reshape(x.shape))
         y = self.mlp_norm(x)
-        return x + self.down(nn.silu(self.gate(y)) * self.up(y))
+        return x + self.down(silu(self.gate(y)) * self.up(y))
 
 
 class DecoderLayer(nn.Module):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.models.attention import attend
-from madformer_jax.models.transformer import rows_dot
+from madformer_jax.models.transformer import rows_dot, silu
 
 NORM_EPS = 1e-6
 
@@ -92,9 +92,9 @@ class ResNetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, time: Array) -> Array:
-        h = conv("conv1", self.channels, 3, self.dtype)(nn.silu(group_norm("norm1", self.groups, self.dtype)(x)))
+        h = conv("conv1", self.channels, 3, self.dtype)(silu(group_norm("norm1", self.groups, self.dtype)(x)))
         h = h + linear("time", self.channels, ("time", "conv_out"), self.dtype)(nn.silu(time))[:, None, None]
-        h = conv("conv2", self.channels, 3, self.dtype)(nn.silu(group_norm("norm2", self.groups, self.dtype)(h)))
+        h = conv("conv2", self.channels, 3, self.dtype)(silu(group_norm("norm2", self.groups, self.dtype)(h)))
         if x.shape[-1] != self.channels:
             x = conv("shortcut", self.channels, 1, self.dtype)(x)
         return x + h

@@ -27,6 +27,7 @@ CASES = {
     "clean one block short": ([stream(0, L - 1), stream(1, L)], "clean", None),
     "with text": ([stream(0, L - 1), stream(1, L)], "clean", text()),
     "one stream on itself": ([stream(1, L)], "clean", None),
+    "a cut-off pair at every size": ([stream(0, 10), stream(1, 11)], "clean", None),
     "block only": ([stream(0, L), stream(1, L)], None, None),
     "block only with text": ([stream(1, L)], None, text()),
 }
@@ -51,6 +52,13 @@ def assert_equal_trees(found, expected):
 @pytest.mark.parametrize("name", CASES)
 def test_block_form_equals_the_dense_mask(name):
     assert_equal_trees(*(value_and_gradient(i, *CASES[name]) for i in ("blocks", "reference")))
+
+
+@pytest.mark.parametrize("name", ["clean one block short", "block only with text"])
+def test_one_call_a_block_equals_the_dense_mask(name, monkeypatch):
+    """What `cudnn` runs, with XLA's attention in the place of cuDNN's."""
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, implementation: jax.nn.dot_product_attention(q, k, v))
+    assert_equal_trees(*(value_and_gradient(i, *CASES[name]) for i in ("cudnn", "reference")))
 
 
 WHOLE = 128  # tokens of a block that is one tile of the TPU's kernel
