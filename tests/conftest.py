@@ -9,11 +9,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from tests import QUICK
+
 if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit the rest, the cache among it
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    os.environ["XLA_FLAGS"] += (
-        " --xla_backend_optimization_level=0 --xla_cpu_experimental_ynn_fusion_type="  # as in main.py
-    )
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
     # Programs that several tests, or processes of one, run are compiled once.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="madformer-tests-")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -10,7 +10,7 @@ from tensorboard.util import tensor_util
 
 from madformer_jax import benchmark, flops, main
 from madformer_jax.config import ConfigError
-from tests import tiny
+from tests import QUICK, tiny
 
 TIMED = {"compile_seconds", "seconds", "images_per_second", "tflop", "tflops", "mfu", "program_gib", "process_gib"}
 
@@ -48,7 +48,7 @@ def test_training_logs_its_speed_and_traces_the_steps_asked_for(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "madformer_jax.main", "--config=tests/tiny.py:plain", f"--workdir={tmp_path}"]
         + [f"--config.{name}={value}" for name, value in settings.items()],
-        env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "XLA_FLAGS": QUICK}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"step 4/4 .* TFLOP/s  MFU \d+ %", done.stderr)

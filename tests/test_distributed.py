@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from madformer_jax import checkpoint, generate, partitioning, train
-from tests import tiny
+from tests import QUICK, tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
@@ -35,8 +35,7 @@ def start(processes, workdir, cache, **environment):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            # compiled badly, that is in a quarter of the time
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} {QUICK}",
             "MADFORMER_COMMAND": f"{sys.executable} -u -m tests.worker",
             "PYTHONPATH": str(ROOT),
             **environment,

@@ -180,7 +180,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(plain_config, monkey
     """With a loss that draws nothing: with the real one, other microbatches mean other noise."""
 
     def plain(model, params, z, tokens, key, weights):
-        loss = sum(jnp.mean(jnp.square(p)) for p in jax.tree.leaves(params)) * jnp.mean(jnp.square(z))
+        middle = z[:, :, z.shape[2] // 2]  # few enough values that the order of their sum is below the tolerance
+        loss = sum(jnp.mean(jnp.square(p)) for p in jax.tree.leaves(params)) * jnp.mean(jnp.square(middle))
         return loss, {"loss": loss}
 
     monkeypatch.setattr(train.losses, "training_loss", plain)

@@ -55,6 +55,7 @@ def group_norm(name: str, groups: int, dtype: Any) -> nn.GroupNorm:
         groups,
         epsilon=NORM_EPS,
         dtype=dtype,
+        use_fast_variance=False,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         name=name,

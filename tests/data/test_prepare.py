@@ -14,6 +14,7 @@ from madformer_jax import weights
 from madformer_jax.config import ConfigError
 from madformer_jax.data import pipeline, prepare, preprocess, records
 from madformer_jax.models import vae
+from tests import QUICK
 from tests.data import kill_prepare
 
 
@@ -344,7 +345,7 @@ def test_from_a_folder_of_images_to_a_model_trained_on_their_latents(tiny_config
         """In a process of its own, with one device: the step compiles in a fraction of the time that it takes for eight."""
         data = f"--config.data.source={source}", f"--config.data.path={tmp_path / path}"
         command = f"--config={tmp_path / 'config.py'}", f"--mode={mode}", f"--workdir={tmp_path / workdir}", *data
-        env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        env = os.environ | {"XLA_FLAGS": QUICK}
         return subprocess.run([sys.executable, "-m", "madformer_jax.main", *command], env=env).returncode
 
     assert run("prepare", "latents", "folder", "images") == 0
