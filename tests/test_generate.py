@@ -86,7 +86,9 @@ def test_cached_sampling_equals_full_recomputation(name):
     cached = jax.jit(functools.partial(generate.sample, model, **settings))(params, noise, tokens)
     expected = without_cache(model, params, noise, tokens, **settings)
     assert float(jnp.linalg.norm(expected)) > 1
-    np.testing.assert_allclose(cached, expected, rtol=2e-3, atol=2e-4)
+    # block by block, against the block's own size: single values may be near zero where others are near 300
+    error, size = (jnp.linalg.norm(x, axis=(2, 3)) for x in (cached - expected, expected))
+    assert (error < 2e-5 * size).all()
 
 
 def test_one_program_for_each_block_draws_the_same():
