@@ -66,6 +66,10 @@ def _merge(a: Part, b: Part) -> Part:
     return Part(a.out * x[..., None] + b.out * y[..., None], top, a.total * x + b.total * y)
 
 
+def _normalised(part: Part, dtype: Any) -> Array:
+    return (part.out / part.total[..., None]).astype(dtype)
+
+
 def attend(q: Array, k: Array, v: Array, *, implementation: str = "blocks", causal: bool = False) -> Array:
     """softmax(q k^T / sqrt(h)) v for q (B, S, H, h), k and v (B, K, H, h)."""
     if causal or implementation == "cudnn":
@@ -73,7 +77,7 @@ def attend(q: Array, k: Array, v: Array, *, implementation: str = "blocks", caus
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
     # normalised after the product with v: on a CPU half the time of jax.nn's, which passes over the weights more often
     part = _attend_to(*(x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v)))
-    return (part.out / part.total[..., None]).astype(v.dtype).swapaxes(1, 2)
+    return _normalised(part, v.dtype).swapaxes(1, 2)
 
 
 def block_attention(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
@@ -94,7 +98,7 @@ def block_attention(streams: Sequence[QKV], context: KV | None, text: KV | None,
     if implementation in ("splash", "splash_interpret"):
         return _splash(streams, context, text, interpret=implementation == "splash_interpret")
     if implementation == "cudnn":
-        return _block_by_block(streams, context, text, implementation="cudnn")
+        return _block_by_block(streams, context, text)
     return [_blocks(stream, context, text) for stream in streams]
 
 
@@ -103,7 +107,7 @@ def _blocks(stream: QKV, context: KV | None, text: KV | None) -> Array:
     blocks: `_see_before`.
     """
     q, k, v = _with_query(stream)
-    batch, blocks, tokens, heads, size = q.shape
+    batch, blocks, _, heads, size = q.shape
 
     def ordered(x: Array) -> Array:
         """(B, blocks, s, H, h) -> (B, H, blocks, s, h)."""
@@ -120,12 +124,7 @@ def _blocks(stream: QKV, context: KV | None, text: KV | None) -> Array:
         missing = (1 << (blocks - 1).bit_length()) - context.k.shape[1]  # whole pairs to take keys from
         padding = ((0, 0), (0, 0), (0, max(0, missing)), (0, 0), (0, 0))
         part = _see_before(part, q, KV(*(jnp.pad(ordered(x), padding) for x in context)))
-    return (
-        (part.out / part.total[..., None])
-        .astype(v.dtype)
-        .transpose(0, 2, 3, 1, 4)
-        .reshape(batch, blocks, tokens, heads, size)
-    )
+    return _normalised(part, v.dtype).transpose(0, 2, 3, 1, 4)
 
 
 def _see_before(part: Part, q: Array, context: KV) -> Part:
@@ -166,8 +165,8 @@ def _halves(x: Array, count: int, sizes: tuple[int, int]) -> Sequence[Array]:
     return jax.lax.split(x.reshape(*x.shape[:2], count, sum(sizes), *x.shape[3:]), sizes, axis=3)
 
 
-def _block_by_block(streams: Sequence[QKV], context: KV | None, text: KV | None, *, implementation: str) -> list[Array]:
-    """One call of `attend` for each block, the streams side by side in the batch: they see the same number of keys."""
+def _block_by_block(streams: Sequence[QKV], context: KV | None, text: KV | None) -> list[Array]:
+    """One call of cuDNN's `attend` for each block, the streams side by side in the batch: they see the same number of keys."""
     outputs: list[list[Array]] = [[] for _ in streams]
     for i in range(max(stream.k.shape[1] for stream in streams)):
         present = [n for n, stream in enumerate(streams) if i < stream.k.shape[1]]
@@ -178,7 +177,7 @@ def _block_by_block(streams: Sequence[QKV], context: KV | None, text: KV | None,
             jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
             for x in ([q for q, _, _ in own], [kv.k for kv in keys], [kv.v for kv in keys])
         )
-        out = attend(q, k, v, implementation=implementation)  # (B * streams, s, H, h)
+        out = attend(q, k, v, implementation="cudnn")  # (B * streams, s, H, h)
         out = out.reshape(-1, len(present), *out.shape[1:])
         for column, n in enumerate(present):
             outputs[n].append(out[:, column])
