@@ -10,6 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+from madformer_jax import malloc
+
+if __name__ == "__main__":
+    malloc.tune()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # clu imports TensorFlow to write TensorBoard files
 # XLA's YNNPACK kernels for CPU are slower than what they replace, gradients of convolutions six times: docs/performance.md
 os.environ["XLA_FLAGS"] = "--xla_cpu_experimental_ynn_fusion_type= " + os.environ.get("XLA_FLAGS", "")

@@ -106,10 +106,13 @@ def setup(c: ConfigDict) -> Setup:
     return Setup(madformer.build(c), codec.build(c), config_lib.sizes(c), optimizer(c))
 
 
-def make_step(s: Setup, c: ConfigDict) -> Callable[[State, dict[str, Array], Any], tuple[State, dict[str, Array]]]:
+def make_step(
+    s: Setup, c: ConfigDict, platform: str | None = None
+) -> Callable[[State, dict[str, Array], Any], tuple[State, dict[str, Array]]]:
     """The training step (state, batch, codec params) -> (state, metrics); pure, to be jitted with the state donated.
 
-    The randomness of step n is a function of (seed, n) alone.
+    The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default
+    JAX's backend.
     """
     weights = losses.Weights(**c.loss)
     seed, parts, dropout = c.seed, c.train.accumulate, c.train.label_dropout
@@ -141,7 +144,9 @@ def make_step(s: Setup, c: ConfigDict) -> Callable[[State, dict[str, Array], Any
                 return jax.tree.map(jnp.add, total, grads), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            grads, metrics = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)))
+            # XLA for CPU makes gradients of convolutions fast outside of loops only
+            unroll = parts if (platform or jax.default_backend()) == "cpu" else 1
+            grads, metrics = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)), unroll=unroll)
             grads = jax.tree.map(lambda g: g / parts, grads)
             metrics = {name: jnp.nanmean(values) for name, values in metrics.items()}
         updates, opt_state = s.tx.update(grads, state.opt, state.params)

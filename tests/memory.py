@@ -7,6 +7,10 @@ import argparse
 import os
 import resource
 
+from madformer_jax import malloc
+
+if __name__ == "__main__":
+    malloc.tune()  # as main does
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 

@@ -22,17 +22,28 @@ HLO = """HloModule step
   ROOT %lt = pred[] compare(%i, %n), direction=LT
 }
 
+%body.3 (p: (u32[], f32[4])) -> (u32[], f32[4]) {
+  %collective-permute.1 = f32[4]{0} collective-permute(%y), channel_id=3, source_target_pairs={{0,1},{1,0}}
+}
+
+%condition.4 (p: (u32[], f32[4])) -> pred[] {
+  %constant.3 = u32[]{:T(128)} constant(7)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
+}
+
 ENTRY %main.4 (x: bf16[8,16]) -> f32[] {
   %while.1 = (s32[], bf16[8,16]) while(%t), condition=%condition.3, body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
+  %while.2 = (u32[]{:T(128)}, f32[4]{0}) while(%u), condition=%condition.4, body=%body.3
   ROOT %all-reduce.1 = f32[100]{0} all-reduce(%y), channel_id=2, to_apply=%region_0.1
 }
 """
 
 
 def test_collectives_in_loops_count_as_often_as_they_run():
-    gather, reduce = aot.collectives(HLO)
+    gather, permute, reduce = aot.collectives(HLO)
     assert gather == aot.Collective("all-gather", (8, 16), 256, 5, True)
     assert gather.moved == 1280
+    assert permute == aot.Collective("collective-permute", (4,), 16, 7, True)  # a TPU's loop
     assert reduce == aot.Collective("all-reduce", (100,), 400, 1, False)
 
 
@@ -81,14 +92,24 @@ def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, m
     assert "4 x TPU v5 lite, mesh data=4 fsdp=1 tensor=1" in report
     assert report.count("GiB of 15.75: fits") == 2
     assert "all-reduce" in report
-    monkeypatch.setattr(aot, "sampling", lambda c, model, mesh: too_much())
-    monkeypatch.setattr(aot, "training", lambda c, model, mesh: too_much())
+    monkeypatch.setattr(aot, "sampling", lambda c, model, mesh, limit: too_much())
+    monkeypatch.setattr(aot, "training", lambda c, model, mesh, limit: too_much())
     assert main.main(args) == 1
     assert "does not fit: 4.25 GiB too much" in capsys.readouterr().out
 
 
 def too_much():
-    return aot.Program(1.0, {"parameters": 2**30}, {}, 20 * 2**30, aot.flops.Cost(), 0.0, [])
+    return aot.Program(1.0, False, {"parameters": 2**30}, {}, 20 * 2**30, aot.flops.Cost(), 0.0, [])
+
+
+@pytest.mark.parametrize(("limit", "quick"), [(2**24, True), (2**21, False)])
+def test_close_to_the_limit_the_program_is_compiled_as_a_run_compiles_it(limit, quick):
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = jax.ShapeDtypeStruct((2**18,), jnp.float32, sharding=one)
+    program = aot._program(jax.jit(lambda x: 2 * x), (x,), {"x": x}, aot.flops.Cost(), limit)
+    assert program.quick == quick
+    assert program.memory["inputs"] == program.memory["outputs"] == program.inputs["x"] == 2**20
+    assert (" at level O1" in aot.table("step", program, limit, 1)) == quick
 
 
 def test_what_the_compiler_refuses_is_told_in_bytes():

@@ -34,8 +34,8 @@ def plain_config():
     return tiny.get_config("plain")
 
 
-def steps(config, mesh_sizes, n=5):
-    """Losses and the state, on the host, after n steps on a mesh of the first devices."""
+def steps(config, mesh_sizes, n=5, platform="cpu"):
+    """Losses and the state, on the host, after n steps on a mesh of the first devices, made for `platform`."""
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh_sizes
     mesh = partitioning.make_mesh(*mesh_sizes, jax.devices()[: int(np.prod(mesh_sizes))])
     s = train.setup(config)
@@ -44,7 +44,8 @@ def steps(config, mesh_sizes, n=5):
     losses = []
     with partitioning.scope(mesh):
         state = create()
-        step = jax.jit(train.make_step(s, config), out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), None))
+        out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), None)
+        step = jax.jit(train.make_step(s, config, platform), out_shardings=out_shardings)
         for _ in range(n):
             state, metrics = step(state, partitioning.global_batch(next(data), mesh), s.codec.params)
             losses.append(float(metrics["loss"]))
@@ -176,7 +177,8 @@ def test_a_microbatch_that_the_devices_do_not_divide_is_refused(tiny_config, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(plain_config, monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # unrolled, in a loop
+def test_accumulated_gradients_are_those_of_the_whole_batch(plain_config, platform, monkeypatch):
     """With a loss that draws nothing: with the real one, other microbatches mean other noise."""
 
     def plain(model, params, z, tokens, key, weights):
@@ -187,7 +189,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(plain_config, monkey
     monkeypatch.setattr(train.losses, "training_loss", plain)
     losses, state = steps(plain_config, (1, 1, 1), n=2)
     plain_config.train.accumulate = 4
-    parts_losses, parts = steps(plain_config, (1, 1, 1), n=2)
+    parts_losses, parts = steps(plain_config, (1, 1, 1), n=2, platform=platform)
     np.testing.assert_allclose(parts_losses, losses, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
