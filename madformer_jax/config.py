@@ -6,6 +6,7 @@ default for new training; `release()` gives the PyTorch release's choices for th
 
 import dataclasses
 import math
+import os
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -13,6 +14,12 @@ from ml_collections import ConfigDict
 
 class ConfigError(ValueError):
     """A wrong setting or wrong input, told in one line: what is wrong, what was given, what to do."""
+
+
+def user_cache(kind: str) -> str:
+    """Folder in the user's cache for one kind of our files."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "madformer_jax", kind)
 
 
 def base() -> ConfigDict:

@@ -21,7 +21,7 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_experimental_ynn_fusion_type= " + os.enviro
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from madformer_jax.config import ConfigError
+from madformer_jax.config import ConfigError, user_cache
 
 _MODES = {  # mode -> module whose run(config, workdir) does it
     "train": "train",
@@ -97,8 +97,7 @@ def _use_cache(setting: str) -> None:
 
     if setting == "off":
         return
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = os.path.join(cache, "madformer_jax", "xla") if setting == "auto" else setting
+    folder = user_cache("xla") if setting == "auto" else setting
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -2,8 +2,8 @@
 
     python -m tests.kill --runs=20 --terms=5 --folder=/tmp/kill
 
-Each of `runs` training runs gets SIGKILL at a random moment, every second of them while a checkpoint is being written, and
-each of `terms` gets SIGTERM; each is then started again, and must end with the state, bit for bit, of a run that nobody
+Each of `runs` training runs gets SIGKILL at a random moment, by turns between two saves and while a checkpoint is being written,
+and each of `terms` gets SIGTERM; each is then started again, and must end with the state, bit for bit, of a run that nobody
 disturbed. Runs are forked from this process, which has imported everything and not yet touched JAX's devices.
 """
 
@@ -15,12 +15,14 @@ import random
 import signal
 import sys
 import time
+import traceback
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from madformer_jax import checkpoint, main, partitioning, train
 
@@ -52,6 +54,8 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path) -> int:
     try:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         status = main.main(settings(workdir, cache))
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -68,9 +72,11 @@ def finish(workdir: pathlib.Path, cache: pathlib.Path) -> float:
 
 
 def interrupt(
-    workdir: pathlib.Path, cache: pathlib.Path, number: int, step: int, delay: float, saving: bool
+    workdir: pathlib.Path, cache: pathlib.Path, number: int, step: int, delay: float, saving: bool | None
 ) -> dict[str, object]:
-    """Sends a signal `delay` seconds behind a step (0: behind the start), or in the first save behind that; tells what it met."""
+    """Sends a signal `delay` seconds behind a step (0: behind the start), then or, where `saving` says so, at the first moment in
+    or outside of a save; tells what it met.
+    """
     process = fork(workdir, cache)
     log, due = pathlib.Path(f"{workdir}.log"), time.monotonic() + delay
     while step and f" step {step}/" not in (log.read_text() if log.exists() else ""):
@@ -80,7 +86,7 @@ def interrupt(
     def unfinished() -> list[pathlib.Path]:
         return list((workdir / "checkpoints").glob("*tmp*"))
 
-    while time.monotonic() < due or (saving and not unfinished()):
+    while time.monotonic() < due or (saving is not None and saving != bool(unfinished())):
         if os.waitpid(process, os.WNOHANG)[0]:
             return {"ended": "before the signal"}
         time.sleep(0.0005)
@@ -97,9 +103,8 @@ def interrupt(
     }
 
 
-def final(workdir: pathlib.Path) -> tuple[int, dict[str, object], object]:
-    """Step, arrays and data state of the newest checkpoint."""
-    c, _ = main.parse(settings(workdir, workdir))
+def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, object], object]:
+    """Step, arrays and data state of the newest checkpoint of a run with config `c`."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     s = train.setup(c)
     _, abstract = train.create_state(s.model, s.tx, c.seed, mesh)
@@ -122,17 +127,18 @@ def run(folder: pathlib.Path, runs: int, terms: int, seed: int) -> list[dict[str
     reports = []
     for i in range(runs + terms):
         name = signal.SIGKILL if i < runs else signal.SIGTERM
-        workdir, saving = folder / f"run_{i}", i < runs and i % 2 == 1
+        workdir, saving = folder / f"run_{i}", i % 2 == 1 if i < runs else None
         step, delay = chance.randrange(STEPS - 4), chance.uniform(0, 0.5)
         delay = delay if step else delay * seconds  # while it starts
         report = {"run": i, "signal": name.name, **interrupt(workdir, cache, name, step, delay, saving)}
         finish(workdir, cache)
         reports.append(report)
         print(json.dumps(report), flush=True)
-    expected = final(folder / "whole")
+    c, _ = main.parse(settings(folder, cache))
+    expected = final(c, folder / "whole")
     for i, report in enumerate(reports):
         assert report["signal"] == "SIGKILL" or report.get("exit_seconds", 0) <= GRACE, report
-        found = final(folder / f"run_{i}")
+        found = final(c, folder / f"run_{i}")
         assert (found[0], found[2]) == (expected[0], expected[2]), report
         jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
     return reports

@@ -12,16 +12,7 @@ from madformer_jax import checkpoint, partitioning, train
 from madformer_jax.config import ConfigError
 from madformer_jax.data import pipeline
 from tests import tiny
-
-
-def final_state(config, workdir):
-    """Arrays of the newest checkpoint, with numpy leaves, and its step."""
-    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    s = train.setup(config)
-    _, abstract = train.create_state(s.model, s.tx, config.seed, mesh)
-    with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
-        step, trees, data = checkpoints.restore({n: getattr(abstract, n) for n in checkpoint.ARRAYS}, data=True)
-    return step, jax.device_get(trees), data
+from tests.kill import final
 
 
 def assert_identical(a, b):
@@ -94,10 +85,10 @@ def test_interrupted_and_resumed_training_equals_uninterrupted_bit_for_bit(plain
         patch.setattr(checkpoint.Preemption, "reached", stop_once)
         train.run(plain_config, str(tmp_path / "parts"))
     assert asked == [1, 2, 3]
-    assert final_state(plain_config, tmp_path / "parts")[0] == 3
+    assert final(plain_config, tmp_path / "parts")[0] == 3
     train.run(plain_config, str(tmp_path / "parts"))
-    step, trees, data = final_state(plain_config, tmp_path / "parts")
-    other_step, other_trees, other_data = final_state(plain_config, tmp_path / "whole")
+    step, trees, data = final(plain_config, tmp_path / "parts")
+    other_step, other_trees, other_data = final(plain_config, tmp_path / "whole")
     assert step == other_step == plain_config.train.steps
     assert data == other_data
     assert_identical(trees, other_trees)
@@ -123,7 +114,7 @@ def test_sigterm_saves_and_ends_the_run(plain_config, tmp_path, one_device, monk
     monkeypatch.setattr(pipeline, "train_iterator", lambda *a, **k: Interrupting(real(*a, **k)))
     before = signal.getsignal(signal.SIGTERM)
     train.run(plain_config, str(tmp_path))
-    assert final_state(plain_config, tmp_path)[0] == 3
+    assert final(plain_config, tmp_path)[0] == 3
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -148,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(plain_config
         train.run(plain_config, str(tmp_path))
     monkeypatch.undo()
     monkeypatch.setattr(partitioning.jax, "devices", lambda *a: jax.local_devices()[:1])
-    step, trees, _ = final_state(plain_config, tmp_path)
+    step, trees, _ = final(plain_config, tmp_path)
     assert step == good
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(trees))
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from madformer_jax.config import ConfigError
+from madformer_jax.config import ConfigError, user_cache
 from madformer_jax.data import sources
 
 _INDEX = 1  # format of the cached index
@@ -80,8 +80,7 @@ def _cache_file(tars: list[str]) -> str:
     for tar in tars:
         stat = os.stat(tar)
         key.update(f"{os.path.abspath(tar)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(cache, "madformer_jax", "tars", f"{key.hexdigest()}.npz")
+    return os.path.join(user_cache("tars"), f"{key.hexdigest()}.npz")
 
 
 def _save(cache: str, fields: dict[str, np.ndarray]) -> None:
