@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from madformer_jax import malloc
 from madformer_jax.config import ConfigError
 from madformer_jax.partitioning import first_line, sync
 
@@ -172,7 +173,9 @@ class Checkpoints:
             if data is not None:
                 items["data"] = ocp.args.JsonSave(data)
             items["meta"] = ocp.args.JsonSave(meta)
+            malloc.trim()  # what compiling has left
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            malloc.trim()
 
     def wait(self) -> None:
         """Until the last save is on disk."""
