@@ -72,6 +72,8 @@ def _normalised(part: Part, dtype: Any) -> Array:
 
 def attend(q: Array, k: Array, v: Array, *, implementation: str = "blocks", causal: bool = False) -> Array:
     """softmax(q k^T / sqrt(h)) v for q (B, S, H, h), k and v (B, K, H, h)."""
+    if k.shape[1] == 1:  # it gets all the weight; XLA on CPU cannot take a product over one key in bfloat16
+        return jnp.broadcast_to(v, q.shape)
     if causal or implementation == "cudnn":
         kernel: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)

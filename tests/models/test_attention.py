@@ -137,6 +137,19 @@ def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
     assert attention.choose("splash", "cpu", "float32", 64) == "splash_interpret"
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_single_key_gets_all_the_weight_in_bfloat16_too(causal):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 1, 4, 8), jnp.bfloat16) for i in range(3))
+
+    def attend(*args):
+        return attention.attend(*args, causal=causal)
+
+    out, pull = jax.jit(functools.partial(jax.vjp, attend))(q, k, v)
+    np.testing.assert_array_equal(out, v)
+    for gradient, expected in zip(pull(out), (jnp.zeros_like(q), jnp.zeros_like(k), v), strict=True):
+        np.testing.assert_array_equal(gradient, expected)
+
+
 def test_a_query_sees_earlier_context_blocks_and_itself_only():
     streams = [stream(0, L), stream(1, L)]
     context = streams[0].kv
