@@ -4,7 +4,7 @@
 
 What stands behind the colon, any of it: D=7, 14, 21 or 28 diffusion layers of 28 (14 by default); L=1, 4, 8 (2 x 4) or 16 blocks
 (16); `release` for the release's odd choices as well (config.as_release); `tiny` for a few small layers on the embedded
-digits, which runs anywhere in a minute. It trains on VAE latents that --mode=prepare has cached (docs/data.md).
+digits, which runs anywhere in minutes. It trains on VAE latents that --mode=prepare has cached (docs/data.md).
 
 It fits a TPU v5e:4x4 or v5p:2x2x1, and what is larger (docs/scaling.md).
 """
