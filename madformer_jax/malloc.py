@@ -19,5 +19,26 @@ def tune() -> None:
 
 def trim() -> None:
     """Gives back to the system what threads have freed, of which they keep a share each."""
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)(0)
+    _call("malloc_trim", 0)
+
+
+def keep() -> None:
+    """Lets the memory of past batches be kept for the next ones, where data is read.
+
+    By default it goes back to the system at once, and fresh pages then cost more than the reading itself: a worker that
+    reads 256 KiB records is twice as fast with this (docs/data.md).
+    """
+    _call("mallopt", _M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+    _call("mallopt", _M_TRIM_THRESHOLD, 256 * 2**20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def _call(name: str, *args: int) -> None:
+    """Calls a function of glibc, where that is the C library."""
+    try:
+        function = getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):  # another one; Windows has none
+        return
+    function(*args)

@@ -16,6 +16,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from madformer_jax import malloc
 from madformer_jax.config import ConfigError
 from madformer_jax.data import preprocess, records, sources, worker
 
@@ -196,7 +197,7 @@ def ordered_batches(
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
     """Reads `batches` ahead, in threads of this process or in worker processes."""
-    worker.keep_memory()
+    malloc.keep()
     ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
     if not workers:
         return iter(batches.map(_to_float).to_iter_dataset(ahead))

@@ -6,7 +6,6 @@ imports it again. So a grain worker gets this module as its main module instead:
 are made for.
 """
 
-import ctypes
 import importlib.machinery
 import multiprocessing
 import multiprocessing.connection
@@ -18,6 +17,8 @@ import threading
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
+from madformer_jax import malloc
 
 
 class _NoJax:
@@ -61,27 +62,10 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def keep_memory() -> None:
-    """Lets glibc keep the memory of past batches for the next ones.
-
-    By default it goes back to the system at once, and fresh pages then cost more than the reading itself: a worker that
-    reads 256 KiB records is twice as fast with this (docs/data.md).
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # not glibc
-        return
-    mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
-    mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
-
 def start(index: int, count: int) -> None:
     """Grain's `worker_init_fn`: Ctrl-C is the parent's to handle, and a killed parent leaves no orphans."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    keep_memory()
+    malloc.keep()
     threading.Thread(target=_exit_with_parent, daemon=True, name="exit-with-parent").start()
 
 
