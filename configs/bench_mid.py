@@ -7,11 +7,11 @@
 
 from ml_collections import ConfigDict
 
-from madformer_jax import config
+from madformer_jax.weights.release_config import preset
 
 
 def get_config() -> ConfigDict:
-    c = config.release(
+    c = preset(
         {
             "hidden_size": 256,
             "num_heads": 4,

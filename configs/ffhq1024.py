@@ -12,6 +12,7 @@ It fits a TPU v5e:4x4 or v5p:2x2x1, and what is larger (docs/scaling.md).
 from ml_collections import ConfigDict
 
 from madformer_jax import config
+from madformer_jax.weights import release_config
 
 IMAGES, EPOCHS = 70_000, 200
 
@@ -23,7 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.blocks = chosen["L"]
     c.model.dtype = "bfloat16"
     if chosen["release"]:
-        config.as_release(c)
+        release_config.as_release(c)
 
     c.data.source = "arrayrecord"
     c.data.image_size = 1024

@@ -7,7 +7,11 @@ from einops import rearrange
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.config import Sizes
+from madformer_jax.errors import ConfigError
+from madformer_jax.models import vae as vae_model
+from madformer_jax.models.vae import AutoencoderKL, Params
+from madformer_jax.sizes import VAE_CHANNELS, VAE_DOWNSAMPLING, Sizes
+from madformer_jax.weights import vae as vae_weights
 
 
 def to_blocks(z: Any, sizes: Sizes) -> Array:
@@ -52,8 +56,34 @@ def build(c: ConfigDict) -> Codec:
     Raises:
       ConfigError: the VAE's weights are missing or do not fit.
     """
-    if c.codec.name == "vae":
-        from madformer_jax.models import vae  # its weights are read here, and only where they are used
+    return vae(c.codec.path, c.codec.dtype) if c.codec.name == "vae" else pixel(c.codec.patch)
 
-        return vae.codec(c.codec.path, c.codec.dtype)
-    return pixel(c.codec.patch)
+
+def vae(path: str, dtype: str) -> Codec:
+    """Image <-> latent of the VAE, scaled, with weights from wherever `weights.vae.load` finds them.
+
+    Raises:
+      ConfigError: no weights there, they do not fit, or the network is of another kind than Stable Diffusion's.
+    """
+    model, params = vae_weights.load(path, dtype)
+    if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
+        raise ConfigError(
+            f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the "
+            f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
+        )
+
+    return of_vae(model, params)
+
+
+def of_vae(model: AutoencoderKL, params: Params) -> Codec:
+    """The codec of a network and its weights, or their abstract shapes."""
+
+    def encode_batch(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+        cached = "mean" in batch
+        mean, logvar = (batch["mean"], batch["logvar"]) if cached else vae_model.encode(model, params, batch["image"])
+        return model.scaling_factor * vae_model.sample(mean, logvar, key)
+
+    def decode_batch(params: Params, z: Array) -> Array:
+        return vae_model.decode(model, params, z / model.scaling_factor)
+
+    return Codec(params, encode_batch, decode_batch)

@@ -1,25 +1,17 @@
-"""The configuration schema: defaults, validation with one-line errors, and the sizes derived from it.
+"""The configuration schema: defaults, and validation with one-line errors.
 
 A config is read once, at the edge: modules below take plain values. `base()` holds every field that exists, with the
-default for new training; `release()` gives the PyTorch release's choices for the same model.
+default for new training; `weights.release_config` has the PyTorch release's choices for the same model.
 """
 
 import dataclasses
 import math
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
-
-class ConfigError(ValueError):
-    """A wrong setting or wrong input, told in one line: what is wrong, what was given, what to do."""
-
-
-def user_cache(kind: str) -> str:
-    """Folder in the user's cache for one kind of our files."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(cache, "madformer_jax", kind)
+from madformer_jax.errors import ConfigError
+from madformer_jax.sizes import Sizes, sizes_of
 
 
 def base() -> ConfigDict:
@@ -142,75 +134,6 @@ def base() -> ConfigDict:
     return c.lock()  # a misspelt field is an error, in a config file too
 
 
-def release(meta: dict[str, Any]) -> ConfigDict:
-    """The release's model and training choices for the sizes in `meta`, the release's argument names.
-
-    `meta` is the JSON beside the reference arrays or the `args` namespace of a release checkpoint as a dict: hidden_size,
-    num_heads, depth, diff_depth, intermediate_size, unet_block_out_channels, unet_num_layers_per_block,
-    unet_transformer_layers_per_block, unet_resnet_groups, unet_num_heads, unet_time_emb_dim, block_size,
-    pre_downsample_block_size, ar_len, latent_channels, lambda_hidden, and the variant, either as
-    `variant` = baseline | clear_clean | clear_cond | denoising_mlp or as boolean fields of those names.
-
-    The latents are fed through a `pixel` codec with patch 1, so `data.image_size` is the side of the latent; set
-    `codec` and `data` for images.
-
-    Raises:
-      ConfigError: a size is missing or the variant is unknown.
-    """
-
-    def variant(name: str) -> bool:
-        return meta.get("variant") == name or bool(meta.get(name, False))
-
-    known = ("baseline", "clear_clean", "clear_cond", "denoising_mlp")
-    if meta.get("variant", "baseline") not in known:
-        raise ConfigError(f"release variant {meta['variant']!r} is unknown: one of {', '.join(known)}.")
-    c = base()
-    try:
-        positions, tokens = int(meta["pre_downsample_block_size"]), int(meta["block_size"])
-        layers = tuple(meta["unet_num_layers_per_block"])
-        c.model.width = meta["hidden_size"]
-        c.model.heads = meta["num_heads"]
-        c.model.depth = meta["depth"]
-        c.model.diffusion_depth = meta["diff_depth"]
-        c.model.mlp_width = meta["intermediate_size"]
-        c.model.blocks = meta["ar_len"]
-        c.model.unet_channels = tuple(meta["unet_block_out_channels"])
-        c.model.unet_attention = tuple(bool(n) for n in meta["unet_transformer_layers_per_block"])
-        c.model.unet_groups = meta["unet_resnet_groups"]
-        c.model.unet_heads = meta["unet_num_heads"]
-        c.model.unet_time_width = meta["unet_time_emb_dim"]
-        c.data.channels = meta.get("latent_channels", 4)
-    except KeyError as error:
-        raise ConfigError(f"the release's arguments lack {error.args[0]!r}.") from None
-    if len(set(layers)) != 1:
-        raise ConfigError(f"unet_num_layers_per_block={list(layers)}: stages of unequal length are not supported.")
-    c.model.unet_layers = layers[0]
-    stages = len(c.model.unet_channels)
-    c.model.unet_stride = 1 if positions == tokens or stages == 1 else 2
-    as_release(c)
-    c.model.clean_stream = not variant("clear_clean")
-    c.model.ar_condition = not variant("clear_cond")
-    c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
-    c.loss.hidden = float(meta.get("lambda_hidden", 0.1))
-    c.codec.name, c.codec.patch = "pixel", 1
-    c.data.image_size = math.isqrt(positions * c.model.blocks)
-    return c
-
-
-def as_release(c: ConfigDict) -> None:
-    """Sets the release's choices where new training defaults to something sounder."""
-    c.model.rope = "release"
-    c.model.time_embedding = "raw"
-    c.model.clean_timestep = "noisy"
-    c.model.hidden_from = (
-        "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
-    )
-    c.train.ema_warmup = False
-    c.sample.weights = "raw"
-    c.sample.spacing = "leading"
-    c.sample.steps = 250
-
-
 def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> dict[str, int]:
     """Reads a config file's argument, as in `ffhq1024.py:D=7,tiny`.
 
@@ -251,79 +174,6 @@ def as_tiny(c: ConfigDict) -> None:
     c.train.steps, c.train.log_every, c.train.sample_every = 20, 5, 0
     c.train.batch = c.sample.n = c.sample.batch = 16
     c.sample.steps = 4
-
-
-class Sizes(NamedTuple):
-    """Sizes that follow from a config; the only place where they are computed."""
-
-    latent: int  # side of the latent, in positions
-    channels: int  # of the latent
-    blocks: int  # L
-    grid: int  # rows of blocks: sqrt(L), or sqrt(L / 2) where L is twice a square and blocks are higher than wide
-    block_side: int  # latent positions along a block's height
-    positions: int  # latent positions in a block
-    token_side: int  # tokens along a block's height
-    tokens: int  # s, tokens in a block
-
-    @property
-    def columns(self) -> int:
-        """Blocks along the image's width."""
-        return self.blocks // self.grid
-
-    @property
-    def block_width(self) -> int:
-        """Latent positions along a block's width."""
-        return self.positions // self.block_side
-
-    @property
-    def token_width(self) -> int:
-        """Tokens along a block's width."""
-        return self.tokens // self.token_side
-
-    @property
-    def block_shape(self) -> tuple[int, int, int]:
-        """(L, positions, C) of one image as latent blocks."""
-        return self.blocks, self.positions, self.channels
-
-
-VAE_DOWNSAMPLING, VAE_CHANNELS = 8, 4  # of the Stable Diffusion VAE
-
-
-def sizes(c: ConfigDict) -> Sizes:
-    """Derives `Sizes`.
-
-    Raises:
-      ConfigError: image, latent, blocks and U-Net stride do not divide one another.
-    """
-    m, side = c.model, c.data.image_size
-    if c.codec.name == "vae":
-        reduction, channels = VAE_DOWNSAMPLING, VAE_CHANNELS
-    else:
-        reduction, channels = c.codec.patch, c.data.channels * c.codec.patch**2
-    if side < 1 or reduction < 1 or side % reduction:
-        raise ConfigError(
-            f"config.data.image_size={side} is not a multiple of {reduction}, the {c.codec.name} codec's reduction."
-        )
-    latent = side // reduction
-    # rows x columns of blocks: n x n, or n x 2 n, which is how the paper's L = 8 can tile a square
-    grid = math.isqrt(max(m.blocks, 0))
-    grid = grid if grid**2 == m.blocks else math.isqrt(max(m.blocks, 0) // 2)
-    columns = m.blocks // grid if grid else 0
-    if grid < 1 or columns not in (grid, 2 * grid) or grid * columns != m.blocks or latent % columns:
-        tilings = sorted(n * k for n in range(1, latent + 1) for k in (n, 2 * n) if latent % k == 0)
-        raise ConfigError(
-            f"config.model.blocks={m.blocks} does not tile a {latent} x {latent} latent: blocks must be a square number, or "
-            f"twice one, with a number of columns that divides {latent} ({', '.join(map(str, tilings))})."
-        )
-    block_side, block_width = latent // grid, latent // columns
-    reduction = m.unet_stride ** (len(m.unet_channels) - 1)
-    if block_width % reduction:
-        raise ConfigError(
-            f"a block of {block_side} x {block_width} latent positions is not divisible by the block U-Net's reduction of "
-            f"{reduction}: use fewer config.model.blocks or config.model.unet_stride=1."
-        )
-    positions, token_side = block_side * block_width, block_side // reduction
-    return Sizes(latent, channels, m.blocks, grid, block_side, positions, token_side, positions // reduction**2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -461,7 +311,7 @@ def validate(c: ConfigDict) -> Sizes:
             f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes)."
         )
     labels(c)
-    return sizes(c)
+    return sizes_of(c)
 
 
 def labels(c: ConfigDict) -> list[int]:

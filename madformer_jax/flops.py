@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from madformer_jax import config as config_lib
 from madformer_jax.models.vae import AutoencoderKL
+from madformer_jax.sizes import sizes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _time_embedding(c: ConfigDict) -> tuple[float, float]:
 
 def _downsampler(c: ConfigDict) -> tuple[float, float]:
     """Of one block: everything, and the part of it that reads data, in which the backward pass needs no input gradient."""
-    m, sizes = c.model, config_lib.sizes(c)
+    m, sizes = c.model, sizes_of(c)
     height, width = sizes.block_side, sizes.block_width
     first = _conv((height, width), sizes.channels, m.unet_channels[0]) + _time_embedding(c)[0]
     total, before = first + _time_embedding(c)[1], m.unet_channels[0]
@@ -92,7 +92,7 @@ def _downsampler(c: ConfigDict) -> tuple[float, float]:
 
 def _upsampler(c: ConfigDict) -> tuple[float, float]:
     """As `_downsampler`."""
-    m, sizes = c.model, config_lib.sizes(c)
+    m, sizes = c.model, sizes_of(c)
     skips = [m.unet_channels[0]]
     for stage, channels in enumerate(m.unet_channels):
         skips += [channels] * (m.unet_layers + (stage + 1 < len(m.unet_channels)))
@@ -162,7 +162,7 @@ def _text_layer(c: ConfigDict, keys_only: bool) -> float:
 
 def _scores(c: ConfigDict, block: int, block_only: bool) -> float:
     """Attention of one image block in one layer: the text, the blocks before it (unless `block_only`) and itself."""
-    s = config_lib.sizes(c).tokens
+    s = sizes_of(c).tokens
     keys = s * (1 if block_only else block + 1) + (c.model.text_length if c.model.classes else 0)
     return 4.0 * s * keys * c.model.width
 
@@ -176,7 +176,7 @@ def _stage(c: ConfigDict, name: str, blocks: dict[str, int], ending: set[str]) -
     if layers and c.model.classes:
         cost += Cost(text=(layers - 1) * _text_layer(c, False) + _text_layer(c, "text" in ending))
     for stream, count in blocks.items() if layers else ():
-        tokens, ends = count * config_lib.sizes(c).tokens, stream in ending
+        tokens, ends = count * sizes_of(c).tokens, stream in ending
         needed = not ends or not block_only  # keys that nobody but the block itself would see are not computed
         towers = (layers - 1) * _tower(c, tokens) + (_tower(c, tokens, ends) if needed else 0.0)
         scores = sum(_scores(c, i, block_only) for i in range(count))
@@ -240,7 +240,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     diffusion layers at every step, the codec's decoder.
     """
     m, steps = c.model, c.sample.steps
-    s, last = config_lib.sizes(c).tokens, c.model.blocks - 1
+    s, last = sizes_of(c).tokens, c.model.blocks - 1
     ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
     if m.classes:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from madformer_jax import malloc
+from madformer_jax.runtime import malloc
 
 if __name__ == "__main__":
     malloc.tune()
@@ -21,17 +21,10 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_experimental_ynn_fusion_type= " + os.enviro
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from madformer_jax.config import ConfigError, user_cache
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime.storage import user_cache
 
-_MODES = {  # mode -> module whose run(config, workdir) does it
-    "train": "train",
-    "sample": "generate",
-    "export": "export",
-    "convert": "convert",
-    "prepare": "data.prepare",
-    "benchmark": "benchmark",
-    "compile": "aot",
-}
+_MODES = ("train", "sample", "export", "convert", "prepare", "benchmark", "compile")  # each a module of `modes`
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
@@ -44,7 +37,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
-    flags.DEFINE_enum("mode", "train", list(_MODES), "What to do.", flag_values=values)
+    flags.DEFINE_enum("mode", "train", _MODES, "What to do.", flag_values=values)
     flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster.", flag_values=values)
     flags.DEFINE_string("coordinator", "", "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
@@ -138,13 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         config_lib.validate(config)
         if values.distributed or values.coordinator:
-            from madformer_jax import partitioning
+            from madformer_jax.runtime import partitioning
 
             partitioning.distributed_init(values.coordinator, values.num_processes, values.process_id)
         _use_cache(config.compilation_cache)
         if values.mode != "compile":
             _check_platform(config.platform)
-        module = importlib.import_module(f"madformer_jax.{_MODES[values.mode]}")
+        module = importlib.import_module(f"madformer_jax.modes.{values.mode}")
         extra = {"topology": values.topology} if values.mode == "compile" else {}
         return module.run(config, values.workdir, **extra) or 0
     except ConfigError as error:

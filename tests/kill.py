@@ -24,7 +24,8 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import checkpoint, main, partitioning, train
+from madformer_jax import main, training
+from madformer_jax.runtime import checkpoint, partitioning
 
 STEPS = 20
 GRACE = 30  # seconds that a run has to exit after SIGTERM
@@ -106,8 +107,8 @@ def interrupt(
 def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, object], object]:
     """Step, arrays and data state of the newest checkpoint of a run with config `c`."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    s = train.setup(c)
-    _, abstract = train.create_state(s.model, s.tx, c.seed, mesh)
+    s = training.setup(c)
+    _, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
         step, trees, data = checkpoints.restore({n: getattr(abstract, n) for n in checkpoint.ARRAYS}, data=True)
     return step, jax.device_get(trees), data

@@ -7,7 +7,7 @@ import argparse
 import os
 import resource
 
-from madformer_jax import malloc
+from madformer_jax.runtime import malloc
 
 if __name__ == "__main__":
     malloc.tune()  # as main does
@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from madformer_jax import checkpoint, codec, config, partitioning, train
+from madformer_jax import codec, config, training
 from madformer_jax.models import madformer
+from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.sizes import sizes_of
 
 
 def peak() -> float:
@@ -40,8 +42,8 @@ def run(folder: str) -> float:
     mesh = partitioning.make_mesh(1, 4, 2)
     jax.block_until_ready(jnp.zeros(()))
     before = peak()
-    s = train.Setup(madformer.build(c), codec.build(c), config.sizes(c), train.optimizer(c))
-    create, abstract = train.create_state(s.model, s.tx, c.seed, mesh)
+    s = training.Setup(madformer.build(c), codec.build(c), sizes_of(c), training.optimizer(c))
+    create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / 1e9
     count = sum(x.size for x in jax.tree.leaves(abstract.params))
     print(f"{count / 1e6:.0f} M parameters, state {size:.2f} GB; Python and JAX {before:.2f} GB", flush=True)

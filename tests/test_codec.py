@@ -1,11 +1,12 @@
 import jax
 import numpy as np
 
-from madformer_jax import codec, config
+from madformer_jax import codec
+from madformer_jax.sizes import sizes_of
 
 
 def test_blocks_and_positions_stand_in_raster_order(tiny_config):
-    sizes = config.sizes(tiny_config)  # 8 x 8 latent in 2 x 2 blocks
+    sizes = sizes_of(tiny_config)  # 8 x 8 latent in 2 x 2 blocks
     z = np.arange(2 * 8 * 8 * 16).reshape(2, 8, 8, 16)
     blocks = np.asarray(codec.to_blocks(z, sizes))
     for i in range(2):

@@ -1,7 +1,7 @@
 import pytest
 
 from madformer_jax import config
-from madformer_jax.config import ConfigError
+from madformer_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize(

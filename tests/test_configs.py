@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from madformer_jax import config, main
-from madformer_jax.config import ConfigError
+from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 
 

@@ -11,7 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from madformer_jax import checkpoint, generate, partitioning, train
+from madformer_jax import drawing, training
+from madformer_jax.runtime import checkpoint, partitioning
 from tests import QUICK, tiny
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -58,7 +59,7 @@ def losses(workdir):
 def final(workdir):
     """Step, parameters and data state of the newest checkpoint."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = generate.abstract_params(train.setup(tiny.get_config("plain")).model, mesh)
+    target = drawing.abstract_params(training.setup(tiny.get_config("plain")).model, mesh)
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
         step, trees, data = checkpoints.restore({"params": target}, data=True)
     return step, jax.device_get(trees["params"]), data

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from madformer_jax import config, flops, generate
+from madformer_jax import config, flops
+from madformer_jax.diffusion import sampler
 from madformer_jax.models import madformer, vae
+from madformer_jax.sizes import sizes_of
 
 SWITCHES = {
     "default": {},
@@ -52,7 +54,7 @@ def abstract(c):
     """The model, its parameters, latent blocks, timesteps and tokens of a batch."""
     model = madformer.build(c)
     params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
-    z = jax.ShapeDtypeStruct((c.train.batch, *config.sizes(c).block_shape), jnp.float32)
+    z = jax.ShapeDtypeStruct((c.train.batch, *sizes_of(c).block_shape), jnp.float32)
     t = jax.ShapeDtypeStruct(z.shape[:2], jnp.int32)
     tokens = jax.ShapeDtypeStruct((c.train.batch, c.model.text_length), jnp.int32) if model.classes else None
     return model, params, z, t, tokens
@@ -79,7 +81,7 @@ def test_sampling_costs_what_xla_counts(name):
     c = wide(**SWITCHES[name])
     model, params, z, _, tokens = abstract(c)
     draw = functools.partial(
-        generate.sample, model, solver="dpmpp_2m", spacing="trailing", steps=c.sample.steps, guidance=c.sample.guidance,
+        sampler.sample, model, solver="dpmpp_2m", spacing="trailing", steps=c.sample.steps, guidance=c.sample.guidance,
         unroll=True,
     )  # fmt: skip
     assert counted(draw, params, z, tokens) == pytest.approx(flops.sampling(c, c.train.batch).total, rel=0.02)

@@ -110,9 +110,11 @@ def test_wrong_settings_are_told_before_jax_is_imported(tmp_path):
 
 def test_modes_dispatch_with_the_overrides(monkeypatch, tmp_path):
     seen = {}
-    import madformer_jax.train
+    import madformer_jax.modes.train
 
-    monkeypatch.setattr(madformer_jax.train, "run", lambda config, workdir: seen.update(c=config, workdir=workdir))
+    monkeypatch.setattr(
+        madformer_jax.modes.train, "run", lambda config, workdir: seen.update(c=config, workdir=workdir)
+    )
     args = [DIGITS, f"--workdir={tmp_path}", "--config.model.unet_channels=8,16", "--config.compilation_cache=off"]
     assert main.main(["main", *args, "--config.optimizer.learning_rate=1"]) == 0
     assert seen["workdir"] == str(tmp_path)

@@ -10,7 +10,9 @@ import sys
 
 import jax
 
-from madformer_jax import checkpoint, config, generate, main
+from madformer_jax import config, main
+from madformer_jax.modes import sample
+from madformer_jax.runtime import checkpoint
 
 
 def run(argv: list[str]) -> int:
@@ -28,7 +30,7 @@ def run(argv: list[str]) -> int:
     if status == 0 and "MADFORMER_SAMPLE" in os.environ:
         c, values = main.parse(argv)
         config.validate(c)
-        generate.run(c, values.workdir)
+        sample.run(c, values.workdir)
     return status
 
 

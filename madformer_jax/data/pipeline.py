@@ -16,9 +16,10 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from madformer_jax import malloc
-from madformer_jax.config import ConfigError
 from madformer_jax.data import preprocess, records, sources, worker
+from madformer_jax.data.source import Source
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import malloc
 
 _BATCHES_AHEAD = 2  # decoded batches waiting in each process that reads
 _THREADS = 2  # batches in the making there
@@ -44,7 +45,7 @@ class Draw(NamedTuple):
 class _Load:
     """Reads and preprocesses a batch; images stay uint8."""
 
-    def __init__(self, source: sources.Source, table: preprocess.Table):
+    def __init__(self, source: Source, table: preprocess.Table):
         self._source, self._table = source, table
 
     def __call__(self, draw: Draw) -> Batch:
@@ -125,7 +126,7 @@ def describe(config: ConfigDict) -> DatasetInfo:
     return _describe(config, sources.open_source(config))
 
 
-def _describe(config: ConfigDict, source: sources.Source) -> DatasetInfo:
+def _describe(config: ConfigDict, source: Source) -> DatasetInfo:
     t = table(config)
     name, classes = config.data.source, config.model.classes
     if not len(source):

@@ -19,8 +19,9 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from ml_collections import ConfigDict
 
-from madformer_jax.config import ConfigError
-from madformer_jax.data import preprocess, sources
+from madformer_jax.data import preprocess
+from madformer_jax.data.source import Example
+from madformer_jax.errors import ConfigError
 
 FORMAT = 1  # of the manifest and the records
 MANIFEST = "manifest.json"
@@ -185,7 +186,7 @@ class Records:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> sources.Example:
+    def __getitem__(self, index: int) -> Example:
         """One image record.
 
         Raises:
@@ -195,7 +196,7 @@ class Records:
             raise ConfigError("these records are latents: images are needed here.")
         record = self._bytes(np.array([index]))[0]
         row = np.frombuffer(record, self._dtype, count=1)[0]
-        return sources.Example(row["image"], int(row["label"]), record[self._dtype.itemsize :].decode())
+        return Example(row["image"], int(row["label"]), record[self._dtype.itemsize :].decode())
 
     def name(self, index: int) -> str:
         shard = int(np.searchsorted(self._ends, index, side="right"))

@@ -1,41 +1,19 @@
-"""Data sources: random access to images and labels, the same interface whatever holds them.
+"""The embedded, folder and tfds sources, and `open_source`, which finds the one that `config.data.source` names.
 
-`open_source` finds the one that `config.data.source` names. A source reads; decoding and resizing is `preprocess`'s.
+A source reads; decoding and resizing is `preprocess`'s.
 """
 
 import functools
 import importlib.resources
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.config import ConfigError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-
-
-class Example(NamedTuple):
-    """One record of a source."""
-
-    image: bytes | np.ndarray  # encoded file, or uint8 (H, W, 1 or 3)
-    label: int
-    caption: str = ""
-
-
-class Source(Protocol):
-    """Random access to examples. Picklable (each worker process gets a copy) and safe to read from several threads."""
-
-    classes: int  # labels run from 0 to classes - 1; 0: unlabelled, every label is 0
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example: ...
-
-    def name(self, index: int) -> str:
-        """What a person calls this record: its file."""
+from madformer_jax.data.source import EXTENSIONS, Example, Source
+from madformer_jax.errors import ConfigError
 
 
 class Digits:

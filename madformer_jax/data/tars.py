@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from madformer_jax.config import ConfigError, user_cache
-from madformer_jax.data import sources
+from madformer_jax.data.source import EXTENSIONS, Example
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime.storage import user_cache
 
 _INDEX = 1  # format of the cached index
 
@@ -54,11 +55,11 @@ class Tars:
     def __len__(self) -> int:
         return len(self._tar)
 
-    def __getitem__(self, index: int) -> sources.Example:
+    def __getitem__(self, index: int) -> Example:
         with open(self._tars[self._tar[index]], "rb", buffering=0) as file:
             image = os.pread(file.fileno(), int(self._size[index]), int(self._offset[index]))
         label = int(self._labels[index]) if self.classes else 0
-        return sources.Example(image, label, self._captions[index].decode())
+        return Example(image, label, self._captions[index].decode())
 
     def name(self, index: int) -> str:
         return f"{self._tars[self._tar[index]]}:{self._names[index].decode()}"
@@ -120,7 +121,7 @@ def _samples(path: str) -> Iterator[tuple[bytes, int, int, int, bytes]]:
                     continue
                 stem, _, extension = name.partition(".")
                 key, extension = f"{folder}/{stem}", f".{extension.lower()}"
-                if extension in sources.EXTENSIONS:
+                if extension in EXTENSIONS:
                     images[key] = member
                 elif extension in (".cls", ".json", ".txt"):
                     file = tar.extractfile(member)

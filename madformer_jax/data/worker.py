@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from madformer_jax import malloc
+from madformer_jax.runtime import malloc
 
 
 class _NoJax:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax import config as config_lib
 from madformer_jax.models import attention, rope
 from madformer_jax.models.attention import KV
 from madformer_jax.models.rope import Rotary
 from madformer_jax.models.transformer import Cache, Stage, StageCache, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
+from madformer_jax.sizes import sizes_of
 
 TERMS = ("image", "hidden", "clean", "text")  # of the loss; each needs one output
 
@@ -349,7 +349,7 @@ def _write(cache: StageCache, own: tuple[KV | None, KV | None], block: int | Arr
 
 def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
     """The model of a validated config; `platform` (cpu, gpu, tpu) is where it will run, by default JAX's backend."""
-    m, sizes = c.model, config_lib.sizes(c)
+    m, sizes = c.model, sizes_of(c)
     unet = {
         "channels": tuple(m.unet_channels),
         "layers": m.unet_layers,

@@ -4,23 +4,16 @@ Module names follow diffusers', so that a parameter's path is its name in a diff
 of the network itself; `codec` multiplies them by `scaling_factor`.
 """
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
-from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
 
-from madformer_jax import partitioning, weights
-from madformer_jax.codec import Codec
-from madformer_jax.config import VAE_CHANNELS, VAE_DOWNSAMPLING, ConfigError
+from madformer_jax.runtime import partitioning
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -264,190 +257,7 @@ def sample(mean: Array, logvar: Array, key: Array) -> Array:
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
 
 
-def codec(path: str, dtype: str) -> Codec:
-    """Image <-> latent of the model, scaled, with weights from wherever `load` finds them.
-
-    Raises:
-      ConfigError: no weights there, they do not fit, or the network is of another kind than Stable Diffusion's.
-    """
-    model, params = load(path, dtype)
-    if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
-        raise ConfigError(
-            f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the "
-            f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
-        )
-
-    return as_codec(model, params)
-
-
-def as_codec(model: AutoencoderKL, params: Params) -> Codec:
-    """The codec of a network and its weights, or their abstract shapes."""
-
-    def encode_batch(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
-        cached = "mean" in batch
-        mean, logvar = (batch["mean"], batch["logvar"]) if cached else encode(model, params, batch["image"])
-        return model.scaling_factor * sample(mean, logvar, key)
-
-    def decode_batch(params: Params, z: Array) -> Array:
-        return decode(model, params, z / model.scaling_factor)
-
-    return Codec(params, encode_batch, decode_batch)
-
-
 # ---- files
-
-_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-
-
-def load(path: str, dtype: str | jnp.dtype = jnp.float32) -> tuple[AutoencoderKL, Params]:
-    """Model and parameters from a diffusers folder, a folder written by `save`, or a Hugging Face hub id.
-
-    Raises:
-      ConfigError: there is nothing of the kind at `path`, the hub cannot be reached, or the tensors do not fit.
-    """
-    model, params, _ = _load(path, dtype)
-    return model, params
-
-
-def save(path: str, source: str) -> None:
-    """Writes the VAE at `source` (as for `load`) as an Orbax folder, config.json last.
-
-    Raises:
-      ConfigError: as for `load`; nothing is written then.
-    """
-    _, params, config = _load(source, jnp.float32)
-    weights.save_params(path, params)
-    (epath.Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dict[str, Any]]:
-    if not path:
-        raise ConfigError(
-            "config.codec.path is empty: give the VAE's folder or hub id (such as stabilityai/sd-vae-ft-mse)."
-        )
-    folder = epath.Path(path)
-    if folder.is_dir():
-        files = [folder / name for name in _FILES if (folder / name).exists()]
-        config_file = folder / "config.json"
-        if not config_file.exists() or not (files or weights.has_params(path)):
-            raise ConfigError(f"{path} is no VAE folder: it needs config.json and one of {', '.join(_FILES)}.")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        config_file, *files = _download(path)
-    else:
-        raise ConfigError(f"{path}: no such folder, and no hub id either (owner/name).")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{config_file} is no JSON ({error}).") from None
-    model = from_config(config, dtype)
-    if files:
-        state_dict = weights.read_state_dict(files[0]).tensors
-        return model, from_diffusers_vae(state_dict, model, str(files[0])), config
-    params = weights.load_params(path)
-    weights.check_tensors(shapes(model), to_diffusers_vae(params), path)
-    return model, params, config
-
-
-def _download(hub_id: str) -> list[epath.Path]:
-    """config.json and the weights of a hub repository, in the hub's own cache."""
-    what = f"VAE {hub_id!r} is no folder, and as a hub id it cannot be downloaded"
-    instead = "download the folder by other means and give its path"
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ConfigError(f"{what}: pip install huggingface_hub, or {instead}.") from None
-    problem: Exception | None = None
-    for name in _FILES:
-        try:
-            return [epath.Path(huggingface_hub.hf_hub_download(hub_id, file)) for file in ("config.json", name)]
-        except Exception as error:  # of the hub, the HTTP library below it or the system
-            problem = problem or error
-    reason = str(problem).strip().split("\n")[0] or type(problem).__name__
-    raise ConfigError(f"{what} ({reason}): {instead}.")
 
 
 # ---- conversion
-
-_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.15
-
-
-def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32) -> AutoencoderKL:
-    """The model of a diffusers config.json.
-
-    Raises:
-      ConfigError: it asks for something that the Stable Diffusion VAE does not have.
-    """
-    known = {
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * len(config.get("block_out_channels", (0,) * 4)),
-        "up_block_types": ["UpDecoderBlock2D"] * len(config.get("block_out_channels", (0,) * 4)),
-        "mid_block_add_attention": True,
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "shift_factor": None,
-    }
-    for name, value in known.items():
-        if name in config and config[name] != value:
-            raise ConfigError(f"VAE config {name}={config[name]!r} is not supported: only {value!r}.")
-    fields = [
-        name
-        for name in AutoencoderKL.__dataclass_fields__
-        if name in config and name not in ("dtype", "name", "parent")
-    ]
-    values = {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in fields}
-    return AutoencoderKL(**values, dtype=jnp.dtype(dtype))
-
-
-def shapes(model: AutoencoderKL) -> dict[str, tuple[int, ...]]:
-    """The diffusers state_dict of `model`: name -> shape in PyTorch's layout."""
-    tree = jax.eval_shape(model.init, jax.random.key(0), _smallest_image(model))["params"]
-    return {_name(path): _torch_shape(leaf.shape) for path, leaf in flatten_dict(tree).items()}
-
-
-def from_diffusers_vae(state_dict: Mapping[str, np.ndarray], model: AutoencoderKL, what: str = "VAE") -> dict[str, Any]:
-    """Parameters (float32 numpy) of `model` from a diffusers state_dict, with the attention's old or new names.
-
-    Raises:
-      ConfigError: names every tensor that is missing, left over or mis-shaped; `what` names the file there.
-    """
-    given = {}
-    for name, tensor in state_dict.items():
-        head, _, kind = name.rpartition(".")
-        parent, _, layer = head.rpartition(".")
-        if parent.endswith("attentions.0"):
-            name = f"{parent}.{_OLD_NAMES.get(layer, layer)}.{kind}"
-            if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):  # older still: 1x1 convolutions
-                tensor = tensor[:, :, 0, 0]
-        given[name] = tensor
-    weights.check_tensors(shapes(model), given, what)
-    tree = jax.eval_shape(model.init, jax.random.key(0), _smallest_image(model))["params"]
-    flat = {path: _from_torch(np.asarray(given[_name(path)], np.float32)) for path in flatten_dict(tree)}
-    return unflatten_dict(flat)
-
-
-def to_diffusers_vae(params: Params) -> dict[str, np.ndarray]:
-    """The diffusers state_dict (new attention names) of parameters: the inverse of `from_diffusers_vae`."""
-    return {_name(path): _to_torch(np.asarray(leaf)) for path, leaf in flatten_dict(params).items()}
-
-
-def _smallest_image(model: AutoencoderKL) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, model.reduction, model.reduction, model.in_channels), jnp.float32)
-
-
-def _name(path: tuple[str, ...]) -> str:
-    """encoder/down_blocks_0/resnets_1/conv1/kernel -> encoder.down_blocks.0.resnets.1.conv1.weight"""
-    kind = {"kernel": "weight", "scale": "weight", "bias": "bias"}[path[-1]]
-    return ".".join([re.sub(r"_(\d+)$", r".\1", part) for part in path[:-1]] + [kind])
-
-
-def _from_torch(tensor: np.ndarray) -> np.ndarray:
-    """Convolution (out, in, h, w) -> (h, w, in, out), linear (out, in) -> (in, out)."""
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-
-
-def _to_torch(tensor: np.ndarray) -> np.ndarray:
-    return tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return _to_torch(np.broadcast_to(np.float32(0), shape)).shape

@@ -26,7 +26,6 @@ IMAGES, CORRUPT, KILLS = 1000, 20, 3
 CONFIG = """import json
 from ml_collections import ConfigDict
 
-from madformer_jax import config
 
 
 def get_config():

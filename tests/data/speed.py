@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from madformer_jax import config as config_lib
-from madformer_jax.data import pipeline, prepare, preprocess
+from madformer_jax.data import pipeline, preprocess
+from madformer_jax.modes import prepare
 
 WARM_UP = 10  # batches: what was read ahead is not taken for speed
 SECONDS = 5  # of each measurement

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from madformer_jax import config as config_lib
-from madformer_jax.config import ConfigError
 from madformer_jax.data import pipeline, sources
+from madformer_jax.data.source import Example
+from madformer_jax.errors import ConfigError
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ class Modules:
 
     def __getitem__(self, index):
         loaded = ("jax", "jaxlib", "tensorflow", "grain")[index] in sys.modules
-        return sources.Example(np.full((6, 6, 1), index, np.uint8), int(loaded))
+        return Example(np.full((6, 6, 1), index, np.uint8), int(loaded))
 
     def name(self, index):
         return str(index)

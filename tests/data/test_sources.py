@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from madformer_jax import config as config_lib
-from madformer_jax.config import ConfigError
-from madformer_jax.data import sources
+from madformer_jax.data import source, sources
+from madformer_jax.errors import ConfigError
 
 
 def save(path, value: int, size=(5, 4)) -> None:
@@ -16,7 +16,7 @@ def save(path, value: int, size=(5, 4)) -> None:
     Image.new("RGB", size, (value, value, value)).save(path)
 
 
-def open_(source: str, path="", split="train") -> sources.Source:
+def open_(source: str, path="", split="train") -> source.Source:
     c = config_lib.base()
     c.data.source, c.data.path, c.data.split = source, str(path), split
     return sources.open_source(c)

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from madformer_jax import config as config_lib
-from madformer_jax.config import ConfigError
-from madformer_jax.data import pipeline, preprocess, sources, tars
+from madformer_jax.data import pipeline, preprocess, source, tars
+from madformer_jax.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def write_tar(path, members: dict[str, bytes]) -> str:
     return str(path)
 
 
-def shade(example: sources.Example) -> int:
+def shade(example: source.Example) -> int:
     return int(preprocess.Table(4, 3, crop=True).pixels(example.image).mean())
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from madformer_jax import partitioning
 from madformer_jax.models import attention
 from madformer_jax.models.attention import KV, QKV
+from madformer_jax.runtime import partitioning
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
 

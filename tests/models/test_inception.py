@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax import weights
-from madformer_jax.config import ConfigError
+from madformer_jax.errors import ConfigError
 from madformer_jax.models import inception
+from madformer_jax.weights import files
+from madformer_jax.weights import inception as inception_weights
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def state(reference):
 
 @pytest.fixture(scope="module")
 def params(state):
-    return inception.from_torch(state)
+    return inception_weights.from_torch(state)
 
 
 def test_every_feature_equals_torch_fidelity(reference, params):
@@ -52,8 +53,8 @@ def test_resize_has_no_half_pixel_centres():
 
 def test_names_and_shapes_and_conversion_there_and_back(reference, state, params):
     expected = {name: tuple(shape) for name, shape in reference("inception_fid_state_dict.json").items()}
-    assert inception.shapes() == expected
-    back = inception.to_torch(params)
+    assert inception_weights.shapes() == expected
+    back = inception_weights.to_torch(params)
     assert back.keys() == state.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(back[name], tensor)
@@ -61,23 +62,23 @@ def test_names_and_shapes_and_conversion_there_and_back(reference, state, params
 
 def test_published_file_without_batch_counts_is_taken(tmp_path, state, params):
     published = {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
-    weights.write_state_dict(tmp_path / "inception.safetensors", published)
-    loaded = inception.load(str(tmp_path / "inception.safetensors"))
+    files.write_state_dict(tmp_path / "inception.safetensors", published)
+    loaded = inception_weights.load(str(tmp_path / "inception.safetensors"))
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
-    inception.save(str(tmp_path / "orbax"), str(tmp_path / "inception.safetensors"))
-    assert jax.tree.all(jax.tree.map(np.array_equal, inception.load(str(tmp_path / "orbax")), params))
+    inception_weights.save(str(tmp_path / "orbax"), str(tmp_path / "inception.safetensors"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, inception_weights.load(str(tmp_path / "orbax")), params))
 
 
 def test_wrong_tensors_are_all_named(tmp_path, state):
     wrong = {name: x for name, x in state.items() if name != "Mixed_5c.branch1x1.bn.running_mean"}
     wrong["fc.weight"] = wrong["fc.weight"][:1000]
     wrong["AuxLogits.fc.bias"] = np.zeros(3, np.float32)
-    weights.write_state_dict(tmp_path / "torchvision.npz", wrong)
+    files.write_state_dict(tmp_path / "torchvision.npz", wrong)
     with pytest.raises(ConfigError) as error:
-        inception.save(str(tmp_path / "orbax"), str(tmp_path / "torchvision.npz"))
+        inception_weights.save(str(tmp_path / "orbax"), str(tmp_path / "torchvision.npz"))
     for word in ("torchvision.npz", "Mixed_5c.branch1x1.bn.running_mean", "fc.weight", "AuxLogits.fc.bias"):
         assert word in str(error.value)
     assert not (tmp_path / "orbax").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="empty"):
-        inception.load(str(tmp_path / "empty"))
+        inception_weights.load(str(tmp_path / "empty"))

@@ -8,8 +8,8 @@ from flax import linen as nn
 
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer, rope
+from tests.diffusion.test_sampler import SWITCHES
 from tests.small import small
-from tests.test_generate import SWITCHES
 
 
 def inputs(model):

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from madformer_jax import codec, config, flops, generate
-from madformer_jax.diffusion import losses
+from madformer_jax import codec, config, flops
+from madformer_jax.diffusion import losses, sampler
 from madformer_jax.models import madformer, rope
-from tests import test_generate, tiny
+from madformer_jax.sizes import sizes_of
+from tests import tiny
+from tests.diffusion import test_sampler
 
 
 def test_eight_blocks_tile_a_square_in_raster_order():
@@ -29,11 +31,11 @@ def test_eight_blocks_tile_a_square_in_raster_order():
 
 
 def test_cached_sampling_of_rectangular_blocks_equals_full_recomputation():
-    model, params = test_generate.small(blocks=8, unet_stride=1, depth=2, diffusion_depth=1)
+    model, params = test_sampler.small(blocks=8, unet_stride=1, depth=2, diffusion_depth=1)
     noise = jax.random.normal(jax.random.key(2), (2, 8, 8, model.channels))
     settings = {"solver": "ddim", "spacing": "trailing", "steps": 2, "guidance": 1.0}
-    cached = jax.jit(functools.partial(generate.sample, model, **settings))(params, noise, None)
-    expected = test_generate.without_cache(model, params, noise, None, **settings)
+    cached = jax.jit(functools.partial(sampler.sample, model, **settings))(params, noise, None)
+    expected = test_sampler.without_cache(model, params, noise, None, **settings)
     np.testing.assert_allclose(cached, expected, rtol=2e-3, atol=2e-4)
 
 
@@ -42,7 +44,7 @@ def test_their_cost_is_counted_as_xla_counts_it():
     c.model.blocks, c.model.classes, c.sample.guidance, c.codec.patch = 8, 0, 1.0, 1
     c.model.unet_channels, c.model.unet_attention = (8, 16), (False, True)
     c.model.depth, c.model.diffusion_depth = 2, 1  # no scan, whose body XLA would count once
-    model, sizes = madformer.build(c), config.sizes(c)
+    model, sizes = madformer.build(c), sizes_of(c)
     params = nn.meta.unbox(jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0)))
     z = jax.ShapeDtypeStruct((2, *sizes.block_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((2, 8), jnp.int32)

@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import config, partitioning, weights
-from madformer_jax.config import ConfigError
+from madformer_jax import codec as codecs
+from madformer_jax import config
+from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae
+from madformer_jax.runtime import partitioning
+from madformer_jax.weights import files
+from madformer_jax.weights import vae as vae_weights
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
 
@@ -48,9 +52,9 @@ def arrays():
 
 @pytest.fixture(scope="module")
 def small(arrays):
-    model = vae.from_config(json.loads(str(arrays["config"])))
+    model = vae_weights.from_config(json.loads(str(arrays["config"])))
     state = seeded(json.loads((REFERENCE / "sd_vae_small_state_dict.json").read_text()), 1.0)
-    return model, state, vae.from_diffusers_vae(state, model)
+    return model, state, vae_weights.from_diffusers_vae(state, model)
 
 
 def test_encoding_and_decoding_equal_diffusers(arrays, small):
@@ -90,8 +94,8 @@ def test_sampling_follows_the_posterior():
 
 def test_full_model_takes_exactly_the_published_names_and_shapes():
     reference = json.loads((REFERENCE / "sd_vae_state_dict.json").read_text())
-    model = vae.from_config(reference["config"])
-    assert vae.shapes(model) == {name: tuple(shape) for name, shape in reference["shapes"].items()}
+    model = vae_weights.from_config(reference["config"])
+    assert vae_weights.shapes(model) == {name: tuple(shape) for name, shape in reference["shapes"].items()}
     assert model == vae.AutoencoderKL()
     assert model.scaling_factor == reference["scaling_factor"] == vae.SCALING_FACTOR
     assert (model.reduction, model.latent_channels) == (config.VAE_DOWNSAMPLING, config.VAE_CHANNELS)
@@ -99,8 +103,8 @@ def test_full_model_takes_exactly_the_published_names_and_shapes():
 
 def test_conversion_there_and_back_keeps_every_bit(small):
     model, state, params = small
-    back = vae.to_diffusers_vae(params)
-    assert back.keys() == state.keys() == vae.shapes(model).keys()
+    back = vae_weights.to_diffusers_vae(params)
+    assert back.keys() == state.keys() == vae_weights.shapes(model).keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(back[name], tensor)
 
@@ -117,7 +121,7 @@ def test_old_names_of_the_attention_are_understood(small, as_convolution):
                 tensor = tensor[..., None, None] if as_convolution and tensor.ndim == 2 else tensor
         old[name] = tensor
     assert old.keys() != state.keys()
-    converted = vae.from_diffusers_vae(old, model)
+    converted = vae_weights.from_diffusers_vae(old, model)
     assert jax.tree.all(jax.tree.map(np.array_equal, converted, params))
 
 
@@ -128,14 +132,14 @@ def test_wrong_tensors_are_all_named(small):
     wrong["decoder.conv_in.weight"] = wrong["decoder.conv_in.weight"][:, :3]
     wrong["loss.logvar"] = np.zeros(1)
     with pytest.raises(ConfigError) as error:
-        vae.from_diffusers_vae(wrong, model, "some.bin")
+        vae_weights.from_diffusers_vae(wrong, model, "some.bin")
     for word in ("some.bin", "quant_conv.bias", "decoder.conv_in.weight", "(64, 3, 3, 3)", "loss.logvar"):
         assert word in str(error.value)
 
 
 def test_unsupported_config_is_refused():
     with pytest.raises(ConfigError, match="down_block_types"):
-        vae.from_config({"block_out_channels": [8], "down_block_types": ["AttnDownEncoderBlock2D"]})
+        vae_weights.from_config({"block_out_channels": [8], "down_block_types": ["AttnDownEncoderBlock2D"]})
 
 
 def test_decoding_1024_pixels_at_full_size_fits_8_gib():
@@ -169,19 +173,19 @@ def test_a_sharded_batch_is_decoded_in_passes_without_moving_images(small):
 def write_folder(folder, model, state, config_json, name="diffusion_pytorch_model.safetensors"):
     folder.mkdir()
     (folder / "config.json").write_text(config_json)
-    weights.write_state_dict(folder / name, state)
+    files.write_state_dict(folder / name, state)
     return str(folder)
 
 
 def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small):
     model, state, params = small
     folder = write_folder(tmp_path / "diffusers", model, state, str(arrays["config"]))
-    vae.save(str(tmp_path / "orbax"), folder)
+    vae_weights.save(str(tmp_path / "orbax"), folder)
     for path in (folder, str(tmp_path / "orbax")):
-        loaded, loaded_params = vae.load(path)
+        loaded, loaded_params = vae_weights.load(path)
         assert loaded == model
         assert jax.tree.all(jax.tree.map(np.array_equal, loaded_params, params))
-    codec, key = vae.codec(path, "float32"), jax.random.key(1)
+    codec, key = codecs.vae(path, "float32"), jax.random.key(1)
     mean, logvar = nhwc(arrays["mean"]), nhwc(arrays["logvar"])
     z = 0.18215 * vae.sample(mean, logvar, key)
     image = {"image": nhwc(arrays["image"])}
@@ -194,7 +198,7 @@ def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small):
 def test_the_config_s_own_scaling_factor_is_used(tmp_path, arrays, small):
     model, state, _ = small
     text = json.dumps(json.loads(str(arrays["config"])) | {"scaling_factor": 0.13025})
-    codec = vae.codec(write_folder(tmp_path / "vae", model, state, text), "float32")
+    codec = codecs.vae(write_folder(tmp_path / "vae", model, state, text), "float32")
     z = codec.encode(
         codec.params, {"mean": jnp.ones((1, 8, 8, 4)), "logvar": jnp.full((1, 8, 8, 4), -30.0)}, jax.random.key(0)
     )
@@ -205,7 +209,7 @@ def test_torch_weights_in_a_folder(tmp_path, arrays, small):
     pytest.importorskip("torch")
     model, state, params = small
     folder = write_folder(tmp_path / "vae", model, state, str(arrays["config"]), "diffusion_pytorch_model.bin")
-    assert jax.tree.all(jax.tree.map(np.array_equal, vae.load(folder)[1], params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, vae_weights.load(folder)[1], params))
 
 
 def test_faults_of_a_folder_are_one_line_that_names_them(tmp_path, arrays, small):
@@ -213,7 +217,7 @@ def test_faults_of_a_folder_are_one_line_that_names_them(tmp_path, arrays, small
 
     def error(path):
         with pytest.raises(ConfigError) as caught:
-            vae.load(path)
+            vae_weights.load(path)
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
@@ -228,18 +232,18 @@ def test_faults_of_a_folder_are_one_line_that_names_them(tmp_path, arrays, small
         f.truncate(file.stat().st_size // 2)
     assert str(file) in error(folder)
     with pytest.raises(ConfigError):
-        vae.save(str(tmp_path / "out"), folder)
+        vae_weights.save(str(tmp_path / "out"), folder)
     assert not (tmp_path / "out").exists()
 
     (tmp_path / "short" / "config.json").write_text("{")
     assert "config.json" in error(folder)
 
     shallow = json.dumps({"block_out_channels": [32, 64], "norm_num_groups": 32})
-    other = vae.from_config(json.loads(shallow))
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in vae.shapes(other).items()}
+    other = vae_weights.from_config(json.loads(shallow))
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in vae_weights.shapes(other).items()}
     folder = write_folder(tmp_path / "other", other, zeros, shallow)
     with pytest.raises(ConfigError, match="1/2 of the side"):
-        vae.codec(folder, "float32")
+        codecs.vae(folder, "float32")
 
 
 def test_hub_id_where_the_hub_can_and_cannot_be_reached(tmp_path, arrays, small, monkeypatch):
@@ -249,18 +253,18 @@ def test_hub_id_where_the_hub_can_and_cannot_be_reached(tmp_path, arrays, small,
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
     hub.hf_hub_download = lambda hub_id, file: f"{folder}/{file}"
-    assert jax.tree.all(jax.tree.map(np.array_equal, vae.load("someone/a-vae")[1], params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, vae_weights.load("someone/a-vae")[1], params))
 
     def unreachable(hub_id, file):
         raise OSError("no route to host\nand much more")
 
     hub.hf_hub_download = unreachable
     with pytest.raises(ConfigError) as error:
-        vae.load("someone/a-vae")
+        vae_weights.load("someone/a-vae")
     assert "\n" not in str(error.value)
     assert "'someone/a-vae'" in str(error.value)
     assert "no route to host" in str(error.value)
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match="pip install huggingface_hub"):
-        vae.load("someone/a-vae")
+        vae_weights.load("someone/a-vae")

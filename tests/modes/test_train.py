@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from madformer_jax import checkpoint, partitioning, train
-from madformer_jax.config import ConfigError
+from madformer_jax import training
 from madformer_jax.data import pipeline
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import train
+from madformer_jax.runtime import checkpoint, partitioning
 from tests import tiny
 from tests.kill import final
 
@@ -29,14 +31,14 @@ def steps(config, mesh_sizes, n=5, platform="cpu"):
     """Losses and the state, on the host, after n steps on a mesh of the first devices, made for `platform`."""
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh_sizes
     mesh = partitioning.make_mesh(*mesh_sizes, jax.devices()[: int(np.prod(mesh_sizes))])
-    s = train.setup(config)
-    create, abstract = train.create_state(s.model, s.tx, config.seed, mesh)
+    s = training.setup(config)
+    create, abstract = training.create_state(s.model, s.tx, config.seed, mesh)
     data = pipeline.train_iterator(config, batch=config.train.batch, process_index=0, process_count=1)
     losses = []
     with partitioning.scope(mesh):
         state = create()
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), None)
-        step = jax.jit(train.make_step(s, config, platform), out_shardings=out_shardings)
+        step = jax.jit(training.make_step(s, config, platform), out_shardings=out_shardings)
         for _ in range(n):
             state, metrics = step(state, partitioning.global_batch(next(data), mesh), s.codec.params)
             losses.append(float(metrics["loss"]))
@@ -64,8 +66,8 @@ def test_a_mesh_trains_as_a_single_device_does(tiny_config, mesh, single_device_
 
 def test_state_is_split_over_fsdp_and_tensor(tiny_config):
     mesh = partitioning.make_mesh(1, 4, 2)
-    s = train.setup(tiny_config)
-    create, _abstract = train.create_state(s.model, s.tx, 0, mesh)
+    s = training.setup(tiny_config)
+    create, _abstract = training.create_state(s.model, s.tx, 0, mesh)
     state = create()
     whole = sum(x.nbytes for x in jax.tree.leaves(state.params))
     assert partitioning.device_bytes(state.params) < 0.5 * whole
@@ -119,7 +121,7 @@ def test_sigterm_saves_and_ends_the_run(plain_config, tmp_path, one_device, monk
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(plain_config, tmp_path, one_device, monkeypatch):
-    real = train.losses.training_loss
+    real = training.losses.training_loss
 
     def diverging(model, params, z, tokens, key, weights):
         loss, metrics = real(model, params, z, tokens, key, weights)
@@ -133,7 +135,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(plain_config
     diverging.below = np.sort(means[2:])[0] + 1e-6
     if min(means[:2]) < diverging.below:
         pytest.fail("choose another seed: the batches before the first checkpoint must train")
-    monkeypatch.setattr(train.losses, "training_loss", diverging)
+    monkeypatch.setattr(training.losses, "training_loss", diverging)
     good = (worst - 1) // 2 * 2
     with pytest.raises(ConfigError, match=f"at step {worst}: .* last good checkpoint: step {good} of"):
         train.run(plain_config, str(tmp_path))
@@ -177,7 +179,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(plain_config, platfo
         loss = sum(jnp.mean(jnp.square(p)) for p in jax.tree.leaves(params)) * jnp.mean(jnp.square(middle))
         return loss, {"loss": loss}
 
-    monkeypatch.setattr(train.losses, "training_loss", plain)
+    monkeypatch.setattr(training.losses, "training_loss", plain)
     losses, state = steps(plain_config, (1, 1, 1), n=2)
     plain_config.train.accumulate = 4
     parts_losses, parts = steps(plain_config, (1, 1, 1), n=2, platform=platform)
@@ -189,10 +191,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(plain_config, platfo
 def test_ema_warms_up_towards_its_target(plain_config):
     plain_config.train.ema_decay = 0.15
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    s = train.setup(plain_config)
-    create, _ = train.create_state(s.model, s.tx, 0, mesh)
+    s = training.setup(plain_config)
+    create, _ = training.create_state(s.model, s.tx, 0, mesh)
     data = pipeline.train_iterator(plain_config, batch=8, process_index=0, process_count=1)
-    step, state = jax.jit(train.make_step(s, plain_config)), create()
+    step, state = jax.jit(training.make_step(s, plain_config)), create()
     ema = state.ema
     for decay in (1 / 10, 0.15, 0.15):  # (1 + step) / (10 + step), until it meets the target
         state, _ = step(state, next(data), s.codec.params)
@@ -204,19 +206,19 @@ def test_ema_warms_up_towards_its_target(plain_config):
 def test_learning_rate_schedules(tiny_config):
     c = tiny_config
     c.train.steps, c.optimizer.learning_rate, c.optimizer.warmup, c.optimizer.decay = 1000, 2.0, 0.01, 0.15
-    wsd = train.learning_rate(c)
+    wsd = training.learning_rate(c)
     np.testing.assert_allclose([wsd(0), wsd(4), wsd(9), wsd(500), wsd(850)], [0.2, 1.0, 2.0, 2.0, 2.0], rtol=1e-6)
     np.testing.assert_allclose([wsd(925), wsd(1000)], [2 * 0.5**3, 2 * 0.5**6], rtol=1e-5)
     c.optimizer.schedule = "cosine"
-    cosine = train.learning_rate(c)
+    cosine = training.learning_rate(c)
     np.testing.assert_allclose([cosine(0), cosine(10), cosine(505), cosine(1000)], [0.2, 2.0, 1.0, 0.0], atol=1e-6)
     c.optimizer.schedule = "constant"
-    np.testing.assert_allclose(train.learning_rate(c)(999), 2.0)
+    np.testing.assert_allclose(training.learning_rate(c)(999), 2.0)
 
 
 def test_gradients_are_clipped_by_their_global_norm(tiny_config):
     tiny_config.optimizer.clip = 0.5
-    tx = train.optimizer(tiny_config)
+    tx = training.optimizer(tiny_config)
     big = {"a": jnp.full((3,), 100.0), "b": jnp.full((5,), -100.0)}
     scaled = jax.tree.map(lambda g: g * 0.5 / optax.global_norm(big), big)
     params = jax.tree.map(jnp.zeros_like, big)

@@ -17,11 +17,13 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, flops, generate, partitioning, train
+from madformer_jax import codec, drawing, flops, training
 from madformer_jax import config as config_lib
-from madformer_jax.config import ConfigError
 from madformer_jax.data import pipeline
+from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
+from madformer_jax.runtime import partitioning
+from madformer_jax.sizes import sizes_of
 
 Figures = dict[str, float]
 
@@ -35,7 +37,7 @@ def run(c: ConfigDict, workdir: str) -> None:
       ConfigError: a setting is wrong, a part is unknown, or the data do not open.
     """
     config_lib.validate(c)
-    measure = {"train": training, "sample": sampling, "data": input_pipeline}
+    measure = {"train": training_step, "sample": sampling, "data": input_pipeline}
     parts = [name.strip() for name in c.benchmark.parts.split(",")]
     for name in parts:
         if name not in measure:
@@ -59,14 +61,14 @@ def run(c: ConfigDict, workdir: str) -> None:
     logging.info("wrote %s", path)
 
 
-def training(c: ConfigDict) -> Figures:
+def training_step(c: ConfigDict) -> Figures:
     """Of the training step, optimizer and averages included."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    sizes, identity, batch = config_lib.sizes(c), codec.pixel(1), c.train.batch
-    s = train.Setup(madformer.build(c), identity, sizes, train.optimizer(c))
-    create, abstract = train.create_state(s.model, s.tx, c.seed, mesh)
+    sizes, identity, batch = sizes_of(c), codec.pixel(1), c.train.batch
+    s = training.Setup(madformer.build(c), identity, sizes, training.optimizer(c))
+    create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
-    step = jax.jit(train.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+    step = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
     rng = np.random.default_rng(c.seed)
     _, shares = partitioning.batch_share(mesh, batch)
     rows = batch // shares
@@ -103,7 +105,7 @@ def sampling(c: ConfigDict) -> Figures:
             jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for x in (np.arange(batch), np.zeros(batch, np.int32))
         )
-        program, compiling = _compile(generate.make_draw(c, model, lambda _, z: z), params, {}, numbers, labels)
+        program, compiling = _compile(drawing.make_draw(c, model, lambda _, z: z), params, {}, numbers, labels)
         seconds = _time(lambda: jax.block_until_ready(program(params, {}, numbers, labels)), c)
     cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)
     figures = _figures(c, cost, batch, seconds, compiling, program)

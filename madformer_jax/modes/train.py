@@ -1,165 +1,21 @@
-"""Training: state, step, loop."""
+"""--mode=train: the loop."""
 
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 from clu import metric_writers
-from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax import checkpoint, codec, flops, generate, partitioning
 from madformer_jax import config as config_lib
-from madformer_jax.config import ConfigError, Sizes
+from madformer_jax import drawing, flops, training
 from madformer_jax.data import pipeline
-from madformer_jax.diffusion import losses
-from madformer_jax.models import madformer
-from madformer_jax.models.madformer import MADFormer
-
-# ---- state
-
-
-class State(NamedTuple):
-    """All that training carries from step to step; arrays are sharded as `partitioning.RULES` says."""
-
-    step: Array  # () int32, steps done
-    params: Any  # float32
-    ema: Any  # float32, exponential moving average of params
-    opt: Any  # the optimizer's
-
-
-def learning_rate(c: ConfigDict) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up over `warmup` of the steps, then constant, cosine, or WSD, which stays constant
-    until the last `decay` of the steps and there falls as 0.5 ** (6 r), r from 0 to 1 (the release's).
-    """
-    o, steps = c.optimizer, c.train.steps
-    warmup = max(1, round(o.warmup * steps))
-    last = max(1.0, o.decay * steps)
-
-    def schedule(step: Array) -> Array:
-        rise = jnp.minimum(1.0, (step + 1) / warmup)
-        if o.schedule == "wsd":
-            fall = 0.5 ** (6 * jnp.clip((step - (steps - last)) / last, 0.0, 1.0))
-        elif o.schedule == "cosine":
-            fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)))
-        else:
-            fall = jnp.ones(())
-        return o.learning_rate * rise * fall
-
-    return schedule
-
-
-def optimizer(c: ConfigDict) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm."""
-    o = c.optimizer
-    adamw = optax.adamw(learning_rate(c), b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(o.clip), adamw) if o.clip else adamw
-
-
-def create_state(
-    model: MADFormer, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
-) -> tuple[Callable[[], State], State]:
-    """A function that creates the state of step 0, already sharded, and the abstract state with its shardings.
-
-    No device holds more than its shards, and the host holds nothing.
-    """
-
-    def boxed(key: Array) -> State:
-        params = madformer.init(model, key)
-        return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
-
-    key = jax.random.key(seed)
-    with partitioning.scope(mesh):
-        abstract = jax.eval_shape(boxed, key)
-    shardings = partitioning.shardings(abstract, mesh)
-
-    # It runs once: on a CPU, compiling it well takes four times as long as compiling it at all (48.7 s against 12.8 s, digits).
-    quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
-
-    def create() -> State:
-        with partitioning.scope(mesh):
-            return jax.jit(lambda k: nn.meta.unbox(boxed(k)), out_shardings=shardings, compiler_options=quick)(key)
-
-    return create, partitioning.abstract(nn.meta.unbox(abstract), shardings)
-
-
-# ---- step
-
-
-class Setup(NamedTuple):
-    """What a training step is made of."""
-
-    model: MADFormer
-    codec: codec.Codec
-    sizes: Sizes
-    tx: optax.GradientTransformation
-
-
-def setup(c: ConfigDict) -> Setup:
-    return Setup(madformer.build(c), codec.build(c), config_lib.sizes(c), optimizer(c))
-
-
-def make_step(
-    s: Setup, c: ConfigDict, platform: str | None = None
-) -> Callable[[State, dict[str, Array], Any], tuple[State, dict[str, Array]]]:
-    """The training step (state, batch, codec params) -> (state, metrics); pure, to be jitted with the state donated.
-
-    The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default
-    JAX's backend.
-    """
-    weights = losses.Weights(**c.loss)
-    seed, parts, dropout = c.seed, c.train.accumulate, c.train.label_dropout
-    target, warm = c.train.ema_decay, c.train.ema_warmup
-    schedule = learning_rate(c)
-
-    def loss(params: Any, batch: dict[str, Array], codec_params: Any, key: Array) -> tuple[Array, dict[str, Array]]:
-        encode_key, drop_key, loss_key = jax.random.split(key, 3)
-        z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
-        tokens = None
-        if s.model.classes:
-            tokens = batch["label"].reshape(len(z), -1)
-            drop = jax.random.bernoulli(drop_key, dropout, (len(z), 1))
-            tokens = jnp.where(drop, s.model.classes, tokens)
-        return losses.training_loss(s.model, params, z, tokens, loss_key, weights)
-
-    gradient = jax.grad(loss, has_aux=True)
-
-    def step(state: State, batch: dict[str, Array], codec_params: Any) -> tuple[State, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if parts == 1:
-            grads, metrics = gradient(state.params, batch, codec_params, key)
-        else:
-            # rows are dealt out in turn, so that every microbatch stays spread over the devices
-            micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-            def add(total: Any, part: tuple[Any, Array]) -> tuple[Any, dict[str, Array]]:
-                grads, metrics = gradient(state.params, part[0], codec_params, part[1])
-                return jax.tree.map(jnp.add, total, grads), metrics
-
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            # XLA for CPU makes gradients of convolutions fast outside of loops only
-            unroll = parts if (platform or jax.default_backend()) == "cpu" else 1
-            grads, metrics = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)), unroll=unroll)
-            grads = jax.tree.map(lambda g: g / parts, grads)
-            metrics = {name: jnp.nanmean(values) for name, values in metrics.items()}
-        updates, opt_state = s.tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(target, (1 + state.step) / (10 + state.step)) if warm else target
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
-        return State(state.step + 1, params, ema, opt_state), metrics
-
-    return step
-
-
-# ---- loop
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import checkpoint, partitioning
 
 
 def _mean(fetched: list[dict[str, Any]]) -> dict[str, float]:
@@ -191,10 +47,10 @@ def run(c: ConfigDict, workdir: str) -> None:
             f"multiple of the {partitioning.batch_devices(mesh)} devices along data and fsdp."
         )
     share, shares = partitioning.batch_share(mesh, c.train.batch)
-    s = setup(c)
+    s = training.setup(c)
     checkpoint.check_config(c, workdir)
     checkpoint.write_config(c, workdir)
-    create, abstract = create_state(s.model, s.tx, c.seed, mesh)
+    create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
     data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
     checkpoints = checkpoint.Checkpoints(workdir, c.train.keep, c.train.keep_every, state=abstract)
     logging.info(
@@ -207,7 +63,7 @@ def run(c: ConfigDict, workdir: str) -> None:
         targets = {name: getattr(abstract, name) for name in checkpoint.ARRAYS}
         first, trees, at = checkpoints.restore(targets, data=True)
         checkpoints.drop_after(first)
-        state = State(step=jax.device_put(np.int32(first), abstract.step.sharding), **trees)
+        state = training.State(step=jax.device_put(np.int32(first), abstract.step.sharding), **trees)
         data.set_state(at)
         logging.info("going on from step %d of %s", first, workdir)
     else:
@@ -215,9 +71,9 @@ def run(c: ConfigDict, workdir: str) -> None:
         partitioning.log_overview(state.params, state)
 
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
-    step_fn = jax.jit(make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+    step_fn = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
     codec_params = jax.device_put(s.codec.params, partitioning.replicated(mesh))
-    drawer = generate.make_draw(c, s.model, s.codec.decode)
+    drawer = drawing.make_draw(c, s.model, s.codec.decode)
     # clu's logging writer is left out: the log line below says the same
     writer = metric_writers.MultiWriter([metric_writers.SummaryWriter(workdir)] if jax.process_index() == 0 else [])
     steps, step = c.train.steps, int(state.step)
@@ -268,7 +124,7 @@ def run(c: ConfigDict, workdir: str) -> None:
         nonlocal since
         began = time.time()
         weights = state.ema if c.sample.weights == "ema" else state.params
-        images = generate.grid(c, drawer, weights, codec_params, mesh, workdir, step)
+        images = drawing.grid(c, drawer, weights, codec_params, mesh, workdir, step)
         writer.write_images(step, {f"samples_{c.sample.weights}": images})
         since += time.time() - began
 

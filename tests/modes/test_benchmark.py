@@ -8,8 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from madformer_jax import benchmark, flops, main
-from madformer_jax.config import ConfigError
+from madformer_jax import flops, main
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import benchmark
 from tests import QUICK, tiny
 
 TIMED = {"compile_seconds", "seconds", "images_per_second", "tflop", "tflops", "mfu", "program_gib", "process_gib"}

@@ -25,8 +25,10 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.config import ConfigError
 from madformer_jax.data import pipeline, preprocess, records, sources
+from madformer_jax.data.source import Source
+from madformer_jax.errors import ConfigError
+from madformer_jax.weights import vae as vae_weights
 
 PLAN = "plan.json"
 
@@ -90,7 +92,7 @@ def run(
                 decode = functools.partial(_decode, source, table)
                 _make(config, workdir, plan, todo, decode, encode, [s for s in finished.values() if s.skipped], bar)
         if together and process_count > 1:
-            from madformer_jax import partitioning
+            from madformer_jax.runtime import partitioning
 
             partitioning.sync("prepare")  # a process that leaves early would be taken for a dead one
         _finish(config, workdir, plan, process_index)
@@ -98,7 +100,7 @@ def run(
         raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror or error}.") from None
 
 
-def _plan(config: ConfigDict, source: sources.Source, table: preprocess.Table) -> dict[str, Any]:
+def _plan(config: ConfigDict, source: Source, table: preprocess.Table) -> dict[str, Any]:
     """Everything that decides the content of the shards."""
     p = config.prepare
     if p.kind == "latents" and config.codec.name != "vae":
@@ -193,10 +195,10 @@ def _encoder(config: ConfigDict) -> tuple[Encode, int]:
     """The VAE's encoder over all devices of this process, and the images it takes at once."""
     import jax
 
-    from madformer_jax import partitioning
     from madformer_jax.models import vae
+    from madformer_jax.runtime import partitioning
 
-    model, params = vae.load(config.codec.path, config.codec.dtype)
+    model, params = vae_weights.load(config.codec.path, config.codec.dtype)
     mesh = partitioning.make_mesh(-1, 1, 1, jax.local_devices())
     rows = partitioning.batch_sharding(mesh)
     params = jax.device_put(params, partitioning.replicated(mesh))
@@ -223,7 +225,7 @@ def _done(folder: str, plan: dict[str, Any], k: int) -> str:
 
 
 def _decode(
-    source: sources.Source, table: preprocess.Table, indices: Sequence[int], threads: ThreadPoolExecutor, batch: int
+    source: Source, table: preprocess.Table, indices: Sequence[int], threads: ThreadPoolExecutor, batch: int
 ) -> Iterator[Decoded]:
     """The images of `indices`, in order, decoded ahead by the threads."""
 

@@ -23,9 +23,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from madformer_jax import malloc
-from madformer_jax.config import ConfigError
-from madformer_jax.partitioning import first_line, sync
+from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.runtime import malloc
+from madformer_jax.runtime.partitioning import sync
 
 ARRAYS = ("params", "ema", "opt")
 

@@ -23,10 +23,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, flops, generate, partitioning, train
+from madformer_jax import codec, drawing, flops, training
 from madformer_jax import config as config_lib
-from madformer_jax.config import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer, vae
+from madformer_jax.runtime import partitioning
+from madformer_jax.sizes import sizes_of
 
 GIB = 2**30
 
@@ -78,7 +80,7 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> int:
         f"attention {model.attention}, remat {c.model.remat}, {c.train.accumulate} microbatches a step"
     )
     fits = True
-    for name, build in {"training step": training, "sampler": sampling}.items():
+    for name, build in {"training step": training_step, "sampler": sampling}.items():
         logging.info("compiling the %s", name)
         program = build(c, model, mesh, limit)
         print(table(name, program, limit, len(devices)), flush=True)
@@ -109,7 +111,7 @@ def describe(topology: str) -> list[jax.Device]:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # of XLA, of libtpu or of the loader
         raise ConfigError(
-            f"libtpu cannot compile for --topology={topology} ({partitioning.first_line(error)}): topologies look like "
+            f"libtpu cannot compile for --topology={topology} ({first_line(error)}): topologies look like "
             "v5e:4x4, v6e:2x2 or v5p:2x2x1."
         ) from None
 
@@ -127,7 +129,7 @@ def hbm(device: jax.Device) -> int:
 # ---- the two programs
 
 
-def training(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) -> Program:
+def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) -> Program:
     """The training step; its batch is cached latents for `data.source=arrayrecord` with a VAE, else images."""
     if (c.train.batch // c.train.accumulate) % partitioning.batch_devices(mesh):
         raise ConfigError(
@@ -135,11 +137,11 @@ def training(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) 
             f"multiple of the {partitioning.batch_devices(mesh)} devices along data and fsdp."
         )
     images = _codec(c, mesh)
-    s = train.Setup(model, images, config_lib.sizes(c), train.optimizer(c))
-    _, state = train.create_state(s.model, s.tx, c.seed, mesh)
+    s = training.Setup(model, images, sizes_of(c), training.optimizer(c))
+    _, state = training.create_state(s.model, s.tx, c.seed, mesh)
     batch, latents = _batch(c, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
-    step = jax.jit(train.make_step(s, c, "tpu"), donate_argnums=0, out_shardings=out_shardings)
+    step = jax.jit(training.make_step(s, c, "tpu"), donate_argnums=0, out_shardings=out_shardings)
     inputs = {"parameters": state.params, "averages (EMA)": state.ema, "optimizer": state.opt, "batch": batch}
     codec_params = {} if latents else images.params
     inputs |= {"VAE": codec_params} if codec_params else {}
@@ -150,13 +152,13 @@ def training(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) 
 def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) -> Program:
     """Drawing one batch of `sample.batch` images, the codec's decoder included."""
     images = _codec(c, mesh)
-    params = generate.abstract_params(model, mesh)
+    params = drawing.abstract_params(model, mesh)
     parts = partitioning.batch_devices(mesh)
-    batch = math.ceil(min(c.sample.batch, c.sample.n) / parts) * parts  # as generate.draw_all does it
+    batch = math.ceil(min(c.sample.batch, c.sample.n) / parts) * parts  # as drawing.draw_all does it
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
     inputs = {"parameters": params} | ({"VAE": images.params} if images.params else {})
     with partitioning.scope(mesh):
-        draw = generate.make_draw(c, model, images.decode)
+        draw = drawing.make_draw(c, model, images.decode)
         return _program(draw, (params, images.params, numbers, numbers), inputs, flops.sampling(c, batch), limit)
 
 
@@ -168,13 +170,13 @@ def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
     image = jax.ShapeDtypeStruct((1, network.reduction, network.reduction, 3), jnp.float32)
     params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
     everywhere = jax.tree.map(lambda _: partitioning.replicated(mesh), params)
-    return vae.as_codec(network, partitioning.abstract(params, everywhere))
+    return codec.of_vae(network, partitioning.abstract(params, everywhere))
 
 
 def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], bool]:
     """A batch as the input pipeline makes it, and whether it is cached latents."""
     latents = c.codec.name == "vae" and c.data.source == "arrayrecord"
-    sizes, side = config_lib.sizes(c), c.data.image_size
+    sizes, side = sizes_of(c), c.data.image_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.float32)}
     if latents:
         shapes = dict.fromkeys(("mean", "logvar"), ((sizes.latent, sizes.latent, sizes.channels), jnp.float16))

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from madformer_jax import config as config_lib
-from madformer_jax import weights
-from madformer_jax.config import ConfigError
-from madformer_jax.data import pipeline, prepare, preprocess, records
-from madformer_jax.models import vae
+from madformer_jax.data import pipeline, preprocess, records
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import prepare
+from madformer_jax.weights import files
+from madformer_jax.weights import vae as vae_weights
 from tests import QUICK
 from tests.data import kill_prepare
 
@@ -323,10 +324,10 @@ def test_from_a_folder_of_images_to_a_model_trained_on_their_latents(tiny_config
     """As a user runs it: --mode=prepare, then --mode=train on what it wrote, with the VAE's files in a folder."""
     vae_config = {"block_out_channels": [4, 4, 4, 8], "layers_per_block": 1, "norm_num_groups": 2}
     rng = np.random.default_rng(0)
-    shapes = vae.shapes(vae.from_config(vae_config))
+    shapes = vae_weights.shapes(vae_weights.from_config(vae_config))
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps(vae_config))
-    weights.write_state_dict(
+    files.write_state_dict(
         tmp_path / "vae" / "diffusion_pytorch_model.safetensors",
         {name: 0.1 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()},
     )
@@ -358,7 +359,7 @@ def test_from_a_folder_of_images_to_a_model_trained_on_their_latents(tiny_config
     source = pipeline.sources.Folder(str(tmp_path / "images"))
     numbers = [i for i in range(20) if not source.name(i).endswith("0003.png")]
     images = np.stack([pipeline.table(c).pixels(source[i].image) for i in numbers])
-    model, params = vae.load(c.codec.path)
+    model, params = vae_weights.load(c.codec.path)
     mean, logvar = model.apply({"params": params}, preprocess.to_float(images), method="encode")
     batch = found.read(np.arange(19))
     np.testing.assert_allclose(batch["mean"], mean, rtol=2e-3, atol=1e-3)

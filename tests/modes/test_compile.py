@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from madformer_jax import aot, config, main, partitioning, train
-from madformer_jax.config import ConfigError
+from madformer_jax import config, main, training
+from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
+from madformer_jax.modes import compile as aot
+from madformer_jax.runtime import partitioning
 from tests import tiny
 
 HLO = """HloModule step
@@ -57,8 +59,8 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     c.model.width, c.model.mlp_width = 32, 48
     c.mesh.fsdp = 8
     mesh = partitioning.make_mesh(1, 8, 1)
-    s = train.setup(c)
-    _, state = train.create_state(s.model, s.tx, c.seed, mesh)
+    s = training.setup(c)
+    _, state = training.create_state(s.model, s.tx, c.seed, mesh)
     sharding = partitioning.batch_sharding(mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32, sharding=sharding),
@@ -66,7 +68,7 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     }
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
     with partitioning.scope(mesh):
-        step = jax.jit(train.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+        step = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         quick = {"xla_backend_optimization_level": 0}  # of no matter to what is gathered where
         text = step.lower(state, batch, {}).compile(compiler_options=quick).as_text()
     gathers = [x for x in aot.collectives(text) if x.kind == "all-gather"]
@@ -93,7 +95,7 @@ def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, m
     assert report.count("GiB of 15.75: fits") == 2
     assert "all-reduce" in report
     monkeypatch.setattr(aot, "sampling", lambda c, model, mesh, limit: too_much())
-    monkeypatch.setattr(aot, "training", lambda c, model, mesh, limit: too_much())
+    monkeypatch.setattr(aot, "training_step", lambda c, model, mesh, limit: too_much())
     assert main.main(args) == 1
     assert "does not fit: 4.25 GiB too much" in capsys.readouterr().out
 

@@ -11,9 +11,12 @@ import sys
 import numpy as np
 import pytest
 
-from madformer_jax import config, convert, weights
-from madformer_jax.main import main
-from madformer_jax.models import inception, vae
+from madformer_jax import config, main
+from madformer_jax.errors import ConfigError
+from madformer_jax.weights import files, release, release_config
+from madformer_jax.weights import inception as inception_weights
+from madformer_jax.weights import vae as vae_weights
+from madformer_jax.weights.release_config import preset
 
 VARIANTS = ("baseline", "clear_cond", "clear_clean", "denoising_mlp")
 SUFFIXES = ("pt", "safetensors", "npz")
@@ -47,7 +50,7 @@ def released(reference, variant="baseline"):
 def write(path, tensors, args):
     if path.suffix == ".pt":
         pytest.importorskip("torch")
-    weights.write_state_dict(path, tensors, args)
+    files.write_state_dict(path, tensors, args)
     return path
 
 
@@ -78,12 +81,12 @@ def test_there_and_back_keeps_every_bit(tmp_path, reference, variant, suffix):
     workdir = f"--workdir={tmp_path / 'run'}"
     assert run("--mode=convert", f"--config.convert.release={release}", workdir) == 0
     assert run("--mode=convert", f"--config.convert.to_release={back}", workdir) == 0
-    content = weights.read_state_dict(back)
+    content = files.read_state_dict(back)
     assert content.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         if variant != "clear_clean" or "_list.0." not in name:  # its clean towers are never run
             np.testing.assert_array_equal(content.tensors[name], tensor)
-    assert config.release(content.args).model == config.release(args).model
+    assert preset(content.args).model == preset(args).model
 
 
 def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
@@ -107,11 +110,11 @@ def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
         "args": argparse.Namespace(**args),
     }
     torch.save(content, tmp_path / "0001000.pt")
-    found = convert.release_config(tensors, weights.read_state_dict(tmp_path / "0001000.pt").args)
-    expected = config.release(meta)
+    found = release_config.of_checkpoint(tensors, files.read_state_dict(tmp_path / "0001000.pt").args)
+    expected = preset(meta)
     expected.model.unet_heads = 8  # the shapes do not say, so as released
     assert found.model == expected.model
-    assert (found.codec.name, found.codec.path, found.data.image_size) == ("vae", convert.RELEASE_VAE, 128)
+    assert (found.codec.name, found.codec.path, found.data.image_size) == ("vae", release_config.RELEASE_VAE, 128)
     assert found.loss.hidden == 0.2
 
     for chosen, item, value in (("", "ema", 1), ("model", "params", 0)):
@@ -122,7 +125,7 @@ def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
         assert (workdir / "checkpoints" / "0" / item).is_dir()
         assert run("--mode=convert", f"--config.convert.to_release={back}", f"--workdir={workdir}") == 0
         np.testing.assert_array_equal(
-            weights.read_state_dict(back).tensors["boi_block"], tensors["boi_block"] + np.float32(value)
+            files.read_state_dict(back).tensors["boi_block"], tensors["boi_block"] + np.float32(value)
         )
 
 
@@ -131,7 +134,7 @@ def test_without_arguments_the_given_config_s_model_is_taken(tmp_path, reference
     release = write(tmp_path / "release.npz", tensors, None)
     (tmp_path / "c.py").write_text(
         "import json\nfrom madformer_jax import config\n\n"
-        f"def get_config():\n    return config.release(json.loads({json.dumps(json.dumps(meta))}))\n"
+        f"def get_config():\n    return preset(json.loads({json.dumps(json.dumps(meta))}))\n"
     )
     flags = [f"--config={tmp_path / 'c.py'}", f"--config.convert.release={release}", f"--workdir={tmp_path / 'run'}"]
     assert main(["madformer_jax", flags[0], "--mode=convert", *flags[1:]]) == 0
@@ -193,8 +196,8 @@ def test_wrong_use_is_told_in_one_line(tmp_path, reference, error):
 
 def test_a_model_that_the_release_cannot_run_is_not_written(tmp_path):
     c = config.base()
-    with pytest.raises(config.ConfigError, match=r"model.rope='axial' \(release: 'release'\)"):
-        convert.release_args(c)
+    with pytest.raises(ConfigError, match=r"model.rope='axial' \(release: 'release'\)"):
+        release_config.release_args(c)
 
 
 def test_full_size_names_and_shapes(reference):
@@ -202,11 +205,11 @@ def test_full_size_names_and_shapes(reference):
     shapes = {name: tuple(shape) for name, shape in reference("madformer_ffhq1024_state_dict.json").items()}
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # no memory behind them
     args = {"diff_depth": 14, "ar_len": 16, "block_size": 256, "pre_downsample_block_size": 1024, "image_size": 1024}
-    c = convert.release_config(tensors, args)
+    c = release_config.of_checkpoint(tensors, args)
     sizes = config.validate(c)
     assert (c.model.width, c.model.heads, c.model.depth, c.model.mlp_width) == (1152, 18, 28, 4096)
     assert (sizes.latent, sizes.tokens, c.data.image_size) == (128, 256, 1024)
-    assert convert.release_shapes(c) == shapes
+    assert release.release_shapes(c) == shapes
 
 
 def test_vae_and_inception_become_folders(tmp_path, reference, error):
@@ -216,17 +219,17 @@ def test_vae_and_inception_become_folders(tmp_path, reference, error):
     folder = tmp_path / "diffusers"
     folder.mkdir()
     (folder / "config.json").write_text(str(reference("sd_vae_small.npz")["config"]))
-    weights.write_state_dict(folder / "diffusion_pytorch_model.safetensors", state)
+    files.write_state_dict(folder / "diffusion_pytorch_model.safetensors", state)
     command = "--mode=convert", f"--workdir={tmp_path / 'weights'}"
     assert run(*command, f"--config.convert.vae={folder}") == 0
-    back = vae.to_diffusers_vae(vae.load(str(tmp_path / "weights" / "vae"))[1])
+    back = vae_weights.to_diffusers_vae(vae_weights.load(str(tmp_path / "weights" / "vae"))[1])
     assert all(np.array_equal(back[name], tensor) for name, tensor in state.items())
 
     shapes = reference("inception_fid_state_dict.json")
     state = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    weights.write_state_dict(tmp_path / "inception.npz", state)
+    files.write_state_dict(tmp_path / "inception.npz", state)
     assert run(*command, f"--config.convert.inception={tmp_path / 'inception.npz'}") == 0
-    back = inception.to_torch(inception.load(str(tmp_path / "weights" / "inception")))
+    back = inception_weights.to_torch(inception_weights.load(str(tmp_path / "weights" / "inception")))
     assert all(np.array_equal(back[name], x) for name, x in state.items() if "num_batches" not in name)
 
     assert "inception.npz" in error(*command, f"--config.convert.release={tmp_path / 'inception.npz'}")
@@ -252,14 +255,14 @@ class Evil:
 
 def test_without_pytorch_only_its_own_formats_need_it(tmp_path, reference):
     """A fresh process in which torch cannot be imported converts .npz and says what .pt needs."""
-    weights.write_state_dict(tmp_path / "release.npz", *released(reference))
+    files.write_state_dict(tmp_path / "release.npz", *released(reference))
     (tmp_path / "release.pt").write_bytes(b"PK")
     script = "import sys; sys.modules['torch'] = None; from madformer_jax.main import main; sys.exit(main(sys.argv))"
     results = [
         subprocess.run(
             [sys.executable, "-c", script, "--mode=convert", f"--config.convert.release={tmp_path / name}",
              f"--workdir={tmp_path / 'run'}", "--config.compilation_cache=off"],
-            capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parent.parent,
+            capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parent.parent.parent,
         ) for name in ("release.pt", "release.npz")
     ]  # fmt: skip
     assert [result.returncode for result in results] == [2, 0]

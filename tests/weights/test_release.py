@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import config, convert
-from madformer_jax.config import ConfigError
+from madformer_jax import config
 from madformer_jax.diffusion import losses, schedule
+from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
+from madformer_jax.weights import release
+from madformer_jax.weights.release_config import preset
 
 VARIANTS = ("baseline", "clear_cond", "clear_clean", "denoising_mlp")
 
@@ -20,10 +22,10 @@ def relative(found, expected) -> float:
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, reference):
     file = reference(f"madformer_{request.param}.npz")
-    c = config.release(json.loads(str(file["meta"])))
+    c = preset(json.loads(str(file["meta"])))
     config.validate(c)
     state_dict = {name.removeprefix("param/"): file[name] for name in file.files if name.startswith("param/")}
-    return file, c, state_dict, convert.from_release(state_dict, c)
+    return file, c, state_dict, release.from_release(state_dict, c)
 
 
 def test_release_outputs_losses_and_gradients(variant):
@@ -45,9 +47,9 @@ def test_release_outputs_losses_and_gradients(variant):
         assert relative(outputs.clean, file["clean_tower"]) < 1e-4
         assert relative(terms["clean"], file["loss_clean_tower"]) < 1e-4
 
-    norms = {name: float(file[f"gradnorm/{name}"]) for name in convert.to_release(params, c)}
+    norms = {name: float(file[f"gradnorm/{name}"]) for name in release.to_release(params, c)}
     largest = max(norms.values())
-    found = {name: float(np.linalg.norm(g)) for name, g in convert.to_release(grads, c).items()}
+    found = {name: float(np.linalg.norm(g)) for name, g in release.to_release(grads, c).items()}
     for name, expected in norms.items():
         if "_list.0." in name and not c.model.clean_stream:
             continue  # copies of the noisy tower, for a tower that this variant never runs
@@ -63,7 +65,7 @@ def test_noised_blocks_of_the_reference_are_ours(variant):
 
 def test_there_and_back_is_exact(variant):
     _, c, state_dict, params = variant
-    back = convert.to_release(params, c)
+    back = release.to_release(params, c)
     assert back.keys() == state_dict.keys()
     for name, tensor in state_dict.items():
         if c.model.clean_stream or "_list.0." not in name:
@@ -72,7 +74,7 @@ def test_there_and_back_is_exact(variant):
 
 def test_full_size_names_and_shapes(reference):
     shapes = {name: tuple(shape) for name, shape in reference("madformer_ffhq1024_state_dict.json").items()}
-    c = config.release(
+    c = preset(
         {
             "hidden_size": 1152,
             "num_heads": 18,
@@ -90,7 +92,7 @@ def test_full_size_names_and_shapes(reference):
             "ar_len": 16,
         }
     )
-    assert convert.release_shapes(c) == shapes
+    assert release.release_shapes(c) == shapes
 
 
 @pytest.mark.parametrize(
@@ -110,14 +112,14 @@ def test_full_size_names_and_shapes(reference):
 )
 def test_other_sizes_have_the_releases_names_and_come_back(reference, change):
     meta = json.loads(str(reference("madformer_baseline.npz")["meta"])) | change
-    c = config.release(meta)
+    c = preset(meta)
     config.validate(c)
-    shapes = convert.release_shapes(c)
+    shapes = release.release_shapes(c)
     assert {name.split(".")[1] for name in shapes if name.startswith("blocks.")} == {"0", "1", "2", "3"}
     assert shapes["boi_block"] == (1, meta["block_size"], 64)
     rng = np.random.default_rng(0)
     state_dict = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    back = convert.to_release(convert.from_release(state_dict, c), c)
+    back = release.to_release(release.from_release(state_dict, c), c)
     assert back.keys() == state_dict.keys()
     for name, tensor in state_dict.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
@@ -134,7 +136,7 @@ def test_other_sizes_have_the_releases_names_and_come_back(reference, change):
 def test_release_arguments_that_do_not_fit_are_named(reference, change, word):
     meta = json.loads(str(reference("madformer_baseline.npz")["meta"])) | change
     with pytest.raises(ConfigError, match=word) as error:
-        config.release({name: value for name, value in meta.items() if value is not None})
+        preset({name: value for name, value in meta.items() if value is not None})
     assert "\n" not in str(error.value)
 
 
@@ -148,7 +150,7 @@ def test_tensors_that_do_not_fit_are_named(variant):
     ):
         given = {k: v for k, v in (state_dict | change).items() if v is not None}
         with pytest.raises(ConfigError, match=word) as error:
-            convert.from_release(given, c)
+            release.from_release(given, c)
         assert "\n" not in str(error.value)
         assert next(iter(change)) in str(error.value)
 
@@ -157,4 +159,4 @@ def test_models_that_the_release_lacks_are_refused(variant):
     c = variant[1].copy_and_resolve_references()
     c.model.classes = 3
     with pytest.raises(ConfigError, match="classes"):
-        convert.from_release({}, c)
+        release.from_release({}, c)

@@ -6,18 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import checkpoint, partitioning, train
-from madformer_jax.config import ConfigError
+from madformer_jax import training
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import checkpoint, partitioning
 from tests import tiny
 
 
 def test_a_state_survives_other_numbers_of_devices(tmp_path):
     """8 -> 2 -> 1 -> 8 devices, over three kinds of mesh; bit for bit, and on today's mesh each time."""
-    s = train.setup(tiny.get_config("plain"))
+    s = training.setup(tiny.get_config("plain"))
 
     def on(*sizes):
         mesh = partitioning.make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))])
-        return train.create_state(s.model, s.tx, 0, mesh)
+        return training.create_state(s.model, s.tx, 0, mesh)
 
     create, _ = on(2, 2, 2)
     state = create()

@@ -5,9 +5,10 @@ import json
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import checkpoint, generate, partitioning
 from madformer_jax import config as config_lib
+from madformer_jax import drawing
 from madformer_jax.models import madformer
+from madformer_jax.runtime import checkpoint, partitioning
 
 
 def run(c: ConfigDict, workdir: str) -> None:
@@ -22,7 +23,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=("model", "codec"))
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    target = generate.abstract_params(madformer.build(c), mesh)
+    target = drawing.abstract_params(madformer.build(c), mesh)
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         step, restored, _ = checkpoints.restore({"ema": target})
     exported = f"{workdir.rstrip('/')}/export"

@@ -5,8 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax import checkpoint, export, generate, main, partitioning, train
-from madformer_jax.config import ConfigError
+from madformer_jax import drawing, main, training
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import export, train
+from madformer_jax.runtime import checkpoint, partitioning
 from tests import tiny
 
 
@@ -23,8 +25,8 @@ def untrained(tmp_path_factory):
     c, workdir = tiny.get_config("plain"), str(tmp_path_factory.mktemp("untrained"))
     c.mesh.fsdp, c.mesh.tensor = 4, 2
     mesh = partitioning.make_mesh(1, 4, 2)
-    s = train.setup(c)
-    create, _ = train.create_state(s.model, s.tx, c.seed, mesh)
+    s = training.setup(c)
+    create, _ = training.create_state(s.model, s.tx, c.seed, mesh)
     state = create()
     arrays = {"params": state.params, "ema": jax.tree.map(lambda x: 1.5 * x, state.params), "opt": state.opt}
     checkpoint.write_config(c, workdir)
@@ -47,7 +49,7 @@ def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
     assert {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} >= {"ema", "meta"}
     assert not {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} & {"params", "opt", "data"}
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = generate.abstract_params(train.setup(plain).model, mesh)
+    target = drawing.abstract_params(training.setup(plain).model, mesh)
     with checkpoint.Checkpoints(exported, read_only=True) as checkpoints:
         step, trees, _ = checkpoints.restore({"ema": target})
     assert step == 3

@@ -20,14 +20,14 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from madformer_jax.config import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 
 AXES = ("data", "fsdp", "tensor")
 
 # Logical axis -> mesh axis; the first rule whose mesh axis is still free in an array wins. "batch" comes first: an
 # activation spends "fsdp" on its batch, so that only parameters are split along "embed".
 # Kernels of convolutions are split along one dimension only: with both channel dimensions split, over fsdp and tensor, and
-# the batch over data as well, XLA (jax 0.10.2, CPU) computes wrong input gradients; tests/test_train.py would see it.
+# the batch over data as well, XLA (jax 0.10.2, CPU) computes wrong input gradients; tests/modes/test_train.py would see it.
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("heads", "tensor"),
@@ -221,7 +221,3 @@ def distributed_init(coordinator: str, num_processes: int, process_id: int, time
     finally:
         watchdog.cancel()
     logging.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from madformer_jax import partitioning
-from madformer_jax.config import ConfigError
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import partitioning
 
 
 @pytest.mark.parametrize(

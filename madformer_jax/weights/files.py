@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-from madformer_jax.config import ConfigError
+from madformer_jax.errors import ConfigError
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npz")

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from madformer_jax import config, convert, generate
-from madformer_jax.diffusion import solvers
+from madformer_jax import drawing
+from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.models import madformer
+from madformer_jax.weights import release
+from madformer_jax.weights.release_config import preset
 from tests.small import random_params, small
 
 SOLVERS = {"ddim8": ("ddim", "leading"), "dpm8": ("dpmpp_2m", "linspace")}  # of the reference
@@ -19,12 +21,12 @@ SOLVERS = {"ddim8": ("ddim", "leading"), "dpm8": ("dpmpp_2m", "linspace")}  # of
 @pytest.mark.parametrize("variant", ["baseline", "clear_cond", "clear_clean", "denoising_mlp"])
 def test_release_samples(reference, variant):
     file = reference(f"madformer_{variant}.npz")
-    c = config.release(json.loads(str(file["meta"])))
-    params = convert.from_release({n.removeprefix("param/"): file[n] for n in file.files if n.startswith("param/")}, c)
+    c = preset(json.loads(str(file["meta"])))
+    params = release.from_release({n.removeprefix("param/"): file[n] for n in file.files if n.startswith("param/")}, c)
     model = madformer.build(c)
     for name, (solver, spacing) in SOLVERS.items():
         np.testing.assert_array_equal(solvers.table(solver, spacing, 8).t, file[f"sample/{name}_timesteps"])
-        draw = jax.jit(functools.partial(generate.sample, model, solver=solver, spacing=spacing, steps=8))
+        draw = jax.jit(functools.partial(sampler.sample, model, solver=solver, spacing=spacing, steps=8))
         found, expected = draw(params, file["sample/init_noise"]), file[f"sample/{name}"]
         assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected), name
 
@@ -83,7 +85,7 @@ def test_cached_sampling_equals_full_recomputation(name):
     noise = jax.random.normal(jax.random.key(2), (2, model.blocks, model.block_side**2, model.channels))
     tokens = jnp.array([[2], [0]]) if model.classes else None
     settings = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 2, "guidance": 2.0 if model.classes else 1.0}
-    cached = jax.jit(functools.partial(generate.sample, model, **settings))(params, noise, tokens)
+    cached = jax.jit(functools.partial(sampler.sample, model, **settings))(params, noise, tokens)
     expected = without_cache(model, params, noise, tokens, **settings)
     assert float(jnp.linalg.norm(expected)) > 1
     # block by block, against the block's own size: single values may be near zero where others are near 300
@@ -96,7 +98,7 @@ def test_one_program_for_each_block_draws_the_same():
     noise = jax.random.normal(jax.random.key(2), (2, 4, 16, 3))
     settings = {"solver": "ddim", "spacing": "trailing", "steps": 2, "guidance": 1.5}
     loop, unrolled = (
-        jax.jit(functools.partial(generate.sample, model, unroll=unroll, **settings))(
+        jax.jit(functools.partial(sampler.sample, model, unroll=unroll, **settings))(
             params, noise, jnp.array([[1], [2]])
         )
         for unroll in (False, True)
@@ -116,7 +118,7 @@ def test_layers_run_as_often_as_the_paper_counts(clean_stream):
         return run(*args, **kwargs)
 
     with nn.intercept_methods(count):
-        draw = functools.partial(generate.sample, model, solver="dpmpp_2m", spacing="trailing", steps=steps)
+        draw = functools.partial(sampler.sample, model, solver="dpmpp_2m", spacing="trailing", steps=steps)
         jax.block_until_ready(jax.jit(draw)(params, noise))
     jax.effects_barrier()
     blocks = model.blocks
@@ -132,7 +134,7 @@ def test_guidance_of_one_runs_no_second_branch():
 
     def flops(guidance):
         draw = functools.partial(
-            generate.sample, model, solver="ddim", spacing="trailing", steps=1, guidance=guidance, unroll=True
+            sampler.sample, model, solver="ddim", spacing="trailing", steps=1, guidance=guidance, unroll=True
         )
         return jax.jit(draw).lower(params, noise, tokens).cost_analysis()["flops"]
 
@@ -151,8 +153,8 @@ def test_noise_of_an_image_does_not_depend_on_the_batch(tiny_config):
     drawn = []
     for batch in (2, 5):
         c.sample.batch = batch
-        draw = generate.make_draw(c, model, codec.build(c).decode)
-        drawn.append(generate.draw_all(c, 5, draw, params, {}, mesh, progress=False))
+        draw = drawing.make_draw(c, model, codec.build(c).decode)
+        drawn.append(drawing.draw_all(c, 5, draw, params, {}, mesh, progress=False))
     for few, many in zip(*drawn, strict=True):
         np.testing.assert_allclose(few, many, atol=1e-5)
     assert len(drawn[0][0]) == 5

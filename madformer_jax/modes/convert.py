@@ -1,0 +1,92 @@
+"""--mode=convert: files of other frameworks to ours and back.
+
+python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
+"""
+
+import pathlib
+
+import flax.linen as nn
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from madformer_jax import config as config_lib
+from madformer_jax.errors import ConfigError
+from madformer_jax.models import madformer
+from madformer_jax.runtime import checkpoint
+from madformer_jax.weights import files, release_config
+from madformer_jax.weights import inception as inception_weights
+from madformer_jax.weights import vae as vae_weights
+from madformer_jax.weights.release import from_release, to_release
+from madformer_jax.weights.release_config import release_args
+
+
+def run(c: ConfigDict, workdir: str) -> None:
+    """--mode=convert: one of the files that `config.convert` names.
+
+    release: the release's checkpoint to a workdir that --mode=sample takes; its model is that of the file's arguments, and
+      of the given config where the file has none.
+    vae, inception: to the Orbax folders workdir/vae (for `config.codec.path`) and workdir/inception.
+    to_release: the workdir's newest checkpoint to a file that the release's code loads.
+
+    Raises:
+      ConfigError: a file cannot be read or a tensor does not fit; nothing is written then.
+    """
+    jobs = {"release": _release, "vae": _vae, "inception": _inception, "to_release": _to_release_file}
+    chosen = [name for name in jobs if c.convert[name]]
+    if len(chosen) != 1:
+        given = ", ".join(chosen) or "none"
+        raise ConfigError(f"--mode=convert needs one of config.convert.{{{','.join(jobs)}}}, given: {given}.")
+    jobs[chosen[0]](c, workdir)
+
+
+def _release(c: ConfigDict, workdir: str) -> None:
+    path = c.convert.release
+    if checkpoint.exists(workdir):
+        raise ConfigError(f"--workdir={workdir} already holds a checkpoint: give another one.")
+    content = files.read_state_dict(path, c.convert.weights)
+    if content.args is not None:
+        try:
+            c = release_config.of_checkpoint(content.tensors, content.args, c.codec.path)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    config_lib.validate(c)
+    item = "ema" if content.weights == "ema" else "params"
+    c.sample.weights = "ema" if item == "ema" else "raw"
+    params = from_release(content.tensors, c, path)
+    taken, count = content.weights or "only", len(content.tensors)
+    del content  # the file's pages, before the checkpoint's own buffers come
+    with checkpoint.Checkpoints(workdir) as checkpoints:
+        checkpoints.save(0, {item: params}, None, {"converted_from": pathlib.Path(path).name, "weights": taken})
+    checkpoint.write_config(c, workdir)
+    logging.info("converted the %s weights of %s, %d tensors, to %s", taken, path, count, workdir)
+
+
+def _to_release_file(c: ConfigDict, workdir: str) -> None:
+    checkpoint.require(workdir)
+    checkpoint.check_config(c, workdir, sections=("model", "codec"))
+    args = release_args(c)
+    model = madformer.build(c)
+    abstract = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), abstract)
+    item = {"model": "params", "ema": "ema", "": "ema" if c.sample.weights == "ema" else "params"}[c.convert.weights]
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        step, restored, _ = checkpoints.restore({item: target})
+    state_dict = to_release(restored.pop(item), c)
+    files.write_state_dict(c.convert.to_release, state_dict, args)
+    logging.info(
+        "wrote the %s weights of step %d, %d tensors, to %s", item, step, len(state_dict), c.convert.to_release
+    )
+
+
+def _vae(c: ConfigDict, workdir: str) -> None:
+    folder = f"{workdir}/vae"
+    vae_weights.save(folder, c.convert.vae)
+    logging.info("converted %s; use it with --config.codec.path=%s", c.convert.vae, folder)
+
+
+def _inception(c: ConfigDict, workdir: str) -> None:
+    folder = f"{workdir}/inception"
+    inception_weights.save(folder, c.convert.inception)
+    logging.info("converted %s to %s", c.convert.inception, folder)

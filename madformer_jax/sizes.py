@@ -1,0 +1,81 @@
+"""Sizes that follow from a config: latent, blocks, tokens (MADFormer, section 2)."""
+
+import math
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from madformer_jax.errors import ConfigError
+
+
+class Sizes(NamedTuple):
+    """Sizes that follow from a config; the only place where they are computed."""
+
+    latent: int  # side of the latent, in positions
+    channels: int  # of the latent
+    blocks: int  # L
+    grid: int  # rows of blocks: sqrt(L), or sqrt(L / 2) where L is twice a square and blocks are higher than wide
+    block_side: int  # latent positions along a block's height
+    positions: int  # latent positions in a block
+    token_side: int  # tokens along a block's height
+    tokens: int  # s, tokens in a block
+
+    @property
+    def columns(self) -> int:
+        """Blocks along the image's width."""
+        return self.blocks // self.grid
+
+    @property
+    def block_width(self) -> int:
+        """Latent positions along a block's width."""
+        return self.positions // self.block_side
+
+    @property
+    def token_width(self) -> int:
+        """Tokens along a block's width."""
+        return self.tokens // self.token_side
+
+    @property
+    def block_shape(self) -> tuple[int, int, int]:
+        """(L, positions, C) of one image as latent blocks."""
+        return self.blocks, self.positions, self.channels
+
+
+VAE_DOWNSAMPLING, VAE_CHANNELS = 8, 4  # of the Stable Diffusion VAE
+
+
+def sizes_of(c: ConfigDict) -> Sizes:
+    """Derives `Sizes`.
+
+    Raises:
+      ConfigError: image, latent, blocks and U-Net stride do not divide one another.
+    """
+    m, side = c.model, c.data.image_size
+    if c.codec.name == "vae":
+        reduction, channels = VAE_DOWNSAMPLING, VAE_CHANNELS
+    else:
+        reduction, channels = c.codec.patch, c.data.channels * c.codec.patch**2
+    if side < 1 or reduction < 1 or side % reduction:
+        raise ConfigError(
+            f"config.data.image_size={side} is not a multiple of {reduction}, the {c.codec.name} codec's reduction."
+        )
+    latent = side // reduction
+    # rows x columns of blocks: n x n, or n x 2 n, which is how the paper's L = 8 can tile a square
+    grid = math.isqrt(max(m.blocks, 0))
+    grid = grid if grid**2 == m.blocks else math.isqrt(max(m.blocks, 0) // 2)
+    columns = m.blocks // grid if grid else 0
+    if grid < 1 or columns not in (grid, 2 * grid) or grid * columns != m.blocks or latent % columns:
+        tilings = sorted(n * k for n in range(1, latent + 1) for k in (n, 2 * n) if latent % k == 0)
+        raise ConfigError(
+            f"config.model.blocks={m.blocks} does not tile a {latent} x {latent} latent: blocks must be a square number, or "
+            f"twice one, with a number of columns that divides {latent} ({', '.join(map(str, tilings))})."
+        )
+    block_side, block_width = latent // grid, latent // columns
+    reduction = m.unet_stride ** (len(m.unet_channels) - 1)
+    if block_width % reduction:
+        raise ConfigError(
+            f"a block of {block_side} x {block_width} latent positions is not divisible by the block U-Net's reduction of "
+            f"{reduction}: use fewer config.model.blocks or config.model.unet_stride=1."
+        )
+    positions, token_side = block_side * block_width, block_side // reduction
+    return Sizes(latent, channels, m.blocks, grid, block_side, positions, token_side, positions // reduction**2)

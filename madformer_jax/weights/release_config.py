@@ -1,0 +1,183 @@
+"""The PyTorch release's choices as a config, from its arguments or a checkpoint of it, and a config as its arguments."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from madformer_jax.config import base
+from madformer_jax.errors import ConfigError
+from madformer_jax.sizes import VAE_DOWNSAMPLING, sizes_of
+
+
+def preset(meta: dict[str, Any]) -> ConfigDict:
+    """The release's model and training choices for the sizes in `meta`, the release's argument names.
+
+    `meta` is the JSON beside the reference arrays or the `args` namespace of a release checkpoint as a dict: hidden_size,
+    num_heads, depth, diff_depth, intermediate_size, unet_block_out_channels, unet_num_layers_per_block,
+    unet_transformer_layers_per_block, unet_resnet_groups, unet_num_heads, unet_time_emb_dim, block_size,
+    pre_downsample_block_size, ar_len, latent_channels, lambda_hidden, and the variant, either as
+    `variant` = baseline | clear_clean | clear_cond | denoising_mlp or as boolean fields of those names.
+
+    The latents are fed through a `pixel` codec with patch 1, so `data.image_size` is the side of the latent; set
+    `codec` and `data` for images.
+
+    Raises:
+      ConfigError: a size is missing or the variant is unknown.
+    """
+
+    def variant(name: str) -> bool:
+        return meta.get("variant") == name or bool(meta.get(name, False))
+
+    known = ("baseline", "clear_clean", "clear_cond", "denoising_mlp")
+    if meta.get("variant", "baseline") not in known:
+        raise ConfigError(f"release variant {meta['variant']!r} is unknown: one of {', '.join(known)}.")
+    c = base()
+    try:
+        positions, tokens = int(meta["pre_downsample_block_size"]), int(meta["block_size"])
+        layers = tuple(meta["unet_num_layers_per_block"])
+        c.model.width = meta["hidden_size"]
+        c.model.heads = meta["num_heads"]
+        c.model.depth = meta["depth"]
+        c.model.diffusion_depth = meta["diff_depth"]
+        c.model.mlp_width = meta["intermediate_size"]
+        c.model.blocks = meta["ar_len"]
+        c.model.unet_channels = tuple(meta["unet_block_out_channels"])
+        c.model.unet_attention = tuple(bool(n) for n in meta["unet_transformer_layers_per_block"])
+        c.model.unet_groups = meta["unet_resnet_groups"]
+        c.model.unet_heads = meta["unet_num_heads"]
+        c.model.unet_time_width = meta["unet_time_emb_dim"]
+        c.data.channels = meta.get("latent_channels", 4)
+    except KeyError as error:
+        raise ConfigError(f"the release's arguments lack {error.args[0]!r}.") from None
+    if len(set(layers)) != 1:
+        raise ConfigError(f"unet_num_layers_per_block={list(layers)}: stages of unequal length are not supported.")
+    c.model.unet_layers = layers[0]
+    stages = len(c.model.unet_channels)
+    c.model.unet_stride = 1 if positions == tokens or stages == 1 else 2
+    as_release(c)
+    c.model.clean_stream = not variant("clear_clean")
+    c.model.ar_condition = not variant("clear_cond")
+    c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
+    c.loss.hidden = float(meta.get("lambda_hidden", 0.1))
+    c.codec.name, c.codec.patch = "pixel", 1
+    c.data.image_size = math.isqrt(positions * c.model.blocks)
+    return c
+
+
+def as_release(c: ConfigDict) -> None:
+    """Sets the release's choices where new training defaults to something sounder."""
+    c.model.rope = "release"
+    c.model.time_embedding = "raw"
+    c.model.clean_timestep = "noisy"
+    c.model.hidden_from = (
+        "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
+    )
+    c.train.ema_warmup = False
+    c.sample.weights = "raw"
+    c.sample.spacing = "leading"
+    c.sample.steps = 250
+
+
+RELEASE_VAE = "stabilityai/sd-vae-ft-mse"
+
+
+def of_checkpoint(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], codec_path: str = "") -> ConfigDict:
+    """The config of a release checkpoint.
+
+    Args:
+      tensors: its state_dict. The sizes that the release reads from a JSON file of its own follow from the shapes.
+      args: its training arguments. With an `image_size` in them, the model is for images behind the release's VAE.
+      codec_path: the VAE to use in place of the one on the hub; with it, the model is for images as well.
+
+    Raises:
+      ConfigError: a tensor or an argument is missing, or the model is one that we do not have.
+    """
+    if args.get("patch_size", 1) != 1 or not args.get("square_block", True):
+        raise ConfigError("the release's arguments have patch_size other than 1 or square_block=False: not supported.")
+    renamed = {"lambda_hidden_loss": "lambda_hidden", "vae_latent_size": "latent_channels"}
+    try:
+        sizes = _sizes(tensors)
+    except KeyError as error:
+        raise ConfigError(f"no checkpoint of the release: {error.args[0]} is missing.") from None
+    c = preset(sizes | {renamed.get(name, name): value for name, value in args.items()})
+    if codec_path or "image_size" in args:
+        c.codec.name, c.codec.path = "vae", codec_path or RELEASE_VAE
+        c.data.image_size, c.data.channels = c.data.image_size * VAE_DOWNSAMPLING, 3
+    return c
+
+
+def _sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What the shapes say of the release's sizes; group and head counts of the U-Net, which they do not, as released."""
+
+    def count(pattern: str) -> int:
+        return len({match[0] for name in tensors if (match := re.match(pattern, name))})
+
+    stages = range(count(r"downsampler\.down_blocks\.\d+\."))
+    stage = "downsampler.down_blocks"
+    width = tensors["boi_block"].shape[-1]
+    return {
+        "hidden_size": width,
+        "num_heads": width // tensors["blocks.0.self_attn.q_norm_list.1.weight"].shape[0],
+        "depth": count(r"blocks\.\d+\."),
+        "intermediate_size": tensors["blocks.0.mlp_list.1.gate_proj.weight"].shape[0],
+        "unet_block_out_channels": [tensors[f"{stage}.{i}.resnets.0.conv1.weight"].shape[0] for i in stages],
+        "unet_num_layers_per_block": [count(rf"downsampler\.down_blocks\.{i}\.resnets\.\d+\.") for i in stages],
+        "unet_transformer_layers_per_block": [
+            min(1, count(rf"downsampler\.down_blocks\.{i}\.attentions\.\d+\.")) for i in stages
+        ],
+        "unet_time_emb_dim": tensors["downsampler.time_embedding.linear_1.weight"].shape[0],
+        "unet_resnet_groups": 8,
+        "unet_num_heads": 8,
+        "latent_channels": tensors["downsampler.conv_in.weight"].shape[1],
+    }
+
+
+def release_args(c: ConfigDict) -> dict[str, Any]:
+    """The release's arguments for a config: the inverse of `config.release`, with what the release's scripts read besides.
+
+    Raises:
+      ConfigError: the release has no such model; the settings in which it differs are named.
+    """
+    m, sizes = c.model, sizes_of(c)
+    stages = len(m.unet_channels)
+    args = {
+        "hidden_size": m.width,
+        "num_heads": m.heads,
+        "depth": m.depth,
+        "diff_depth": m.diffusion_depth,
+        "intermediate_size": m.mlp_width,
+        "unet_block_out_channels": list(m.unet_channels),
+        "unet_num_layers_per_block": [m.unet_layers] * stages,
+        "unet_transformer_layers_per_block": [int(attention) for attention in m.unet_attention],
+        "unet_resnet_groups": m.unet_groups,
+        "unet_num_heads": m.unet_heads,
+        "unet_time_emb_dim": m.unet_time_width,
+        "block_size": sizes.tokens,
+        "pre_downsample_block_size": sizes.positions,
+        "ar_len": sizes.blocks,
+        "spatial_len": sizes.blocks * sizes.tokens,
+        "latent_channels": sizes.channels,
+        "vae_latent_size": sizes.channels,
+        "patch_size": 1,
+        "square_block": True,
+        "clear_clean": not m.clean_stream,
+        "clear_cond": not m.ar_condition,
+        "denoising_mlp": m.diffusion_attention == "block",
+        "lambda_hidden": c.loss.hidden,
+        "lambda_hidden_loss": c.loss.hidden,
+        "model_config_path": None,
+    } | ({"image_size": c.data.image_size} if c.codec.name == "vae" else {})
+    free = {"attention", "dtype", "remat", "scan_unroll", "hidden_from"}  # how it is computed or trained
+    theirs = preset(args).model
+    different = [
+        f"model.{name}={m[name]!r} (release: {theirs[name]!r})"
+        for name in sorted(m)
+        if name not in free and m[name] != theirs[name]
+    ]
+    if different:
+        raise ConfigError(f"the release's code cannot run this model: {', '.join(different)}.")
+    return args
