@@ -35,7 +35,7 @@ class DatasetInfo(NamedTuple):
     image_shape: tuple[int, ...]  # (H, W, c) of one record as the model gets it; of cached latents (h, w, C)
 
 
-class Draw(NamedTuple):
+class Pick(NamedTuple):
     """One record of the order, before it is read; batched, each field is an array (b,)."""
 
     record: Any  # int
@@ -48,15 +48,15 @@ class _Load:
     def __init__(self, source: Source, table: preprocess.Table):
         self._source, self._table = source, table
 
-    def __call__(self, draw: Draw) -> Batch:
+    def __call__(self, pick: Pick) -> Batch:
         if isinstance(self._source, records.Records):
-            batch = self._source.read(draw.record)
+            batch = self._source.read(pick.record)
             if "image" not in batch:
                 return batch
             pixels, labels = batch["image"], batch["label"]
         else:
-            pixels, labels = self._decode(draw.record)
-        pixels[draw.flip] = pixels[draw.flip, :, ::-1]
+            pixels, labels = self._decode(pick.record)
+        pixels[pick.flip] = pixels[pick.flip, :, ::-1]
         return {"image": pixels, "label": labels}
 
     def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,22 +87,22 @@ def _out_of_worker(batch: Batch) -> Batch:
     return _to_float({name: x if name == "image" else np.array(x) for name, x in batch.items()})
 
 
-def _flip(record: int, rng: np.random.Generator) -> Draw:
-    return Draw(record, bool(rng.random() < 0.5))
+def _flip(record: int, rng: np.random.Generator) -> Pick:
+    return Pick(record, bool(rng.random() < 0.5))
 
 
-def _stack(draws: list[Draw]) -> Draw:
-    chosen, flips = zip(*draws)
-    return Draw(np.array(chosen), np.array(flips))
+def _stack(picks: list[Pick]) -> Pick:
+    chosen, flips = zip(*picks)
+    return Pick(np.array(chosen), np.array(flips))
 
 
-def _unflipped(chosen: list[int]) -> Draw:
-    return Draw(np.array(chosen), np.zeros(len(chosen), bool))
+def _unflipped(chosen: list[int]) -> Pick:
+    return Pick(np.array(chosen), np.zeros(len(chosen), bool))
 
 
-def _share(draw: Draw, first: int, count: int) -> Draw:
+def _share(pick: Pick, first: int, count: int) -> Pick:
     """One process's rows of a global batch."""
-    return Draw(*(x[first : first + count] for x in draw))
+    return Pick(*(x[first : first + count] for x in pick))
 
 
 def table(config: ConfigDict) -> preprocess.Table:

@@ -32,7 +32,7 @@ def sample(
     Args:
       noise: (B, L, positions, C), standard normal.
       tokens: text tokens (B, T) of a conditional model; `model.classes` means none.
-      solver, spacing, steps: see `solvers.table`.
+      solver, spacing, steps: see `solvers.coefficients`.
       guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_tokens - eps_none); 1 runs no second branch.
       clip: bound of the predicted clean latent; 0 for none.
       unroll: one copy of the program for each block instead of a loop (for counting its cost).
@@ -40,8 +40,8 @@ def sample(
     Returns:
       Latent blocks (B, L, positions, C).
     """
-    table = solvers.table(solver, spacing, steps)
-    clean_t = int(table.t[-1]) if model.clean_timestep == "noisy" else 0
+    coefficients = solvers.coefficients(solver, spacing, steps)
+    clean_t = int(coefficients.t[-1]) if model.clean_timestep == "noisy" else 0
     batch, blocks = noise.shape[:2]
     guided = tokens is not None and guidance != 1.0
     branches = 2 if guided else 1
@@ -64,11 +64,11 @@ def sample(
         condition, cache = call("condition", cache, pred, block)
         x = jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1)
 
-        def solver_step(state: solvers.State, row: solvers.Solver) -> tuple[solvers.State, None]:
+        def solver_step(state: solvers.Iterate, row: solvers.Coefficients) -> tuple[solvers.Iterate, None]:
             eps, _ = eps_of(cache, condition, state.x, row.t, block)
             return solvers.step(state, eps, row, clip), None
 
-        rows = jax.tree.map(jnp.asarray, table)
+        rows = jax.tree.map(jnp.asarray, coefficients)
         state = solvers.start(x)
         # The last step stands alone: its keys and values go to the cache when there is no clean stream.
         state, _ = jax.lax.scan(solver_step, state, jax.tree.map(lambda r: r[:-1], rows), unroll=steps if unroll else 1)

@@ -1,7 +1,7 @@
-"""DDIM and DPM-Solver++ (2M), both as one table of coefficients (MADFormer, section 4).
+"""DDIM and DPM-Solver++ (2M), both as one set of coefficients (MADFormer, section 4).
 
 With the clean estimate x0 = (x - sigma eps) / alpha, every step of either solver is linear:
-x' = on_x x + on_x0 x0 + on_previous (x0 of the step before). The table is computed once in float64.
+x' = on_x x + on_x0 x0 + on_previous (x0 of the step before). They are computed once in float64.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from jax import Array
 from madformer_jax.diffusion import schedule
 
 
-class Solver(NamedTuple):
+class Coefficients(NamedTuple):
     """One row a step, each (steps,)."""
 
     t: np.ndarray  # timestep at which the network is evaluated
@@ -24,14 +24,14 @@ class Solver(NamedTuple):
     on_previous: np.ndarray
 
 
-class State(NamedTuple):
+class Iterate(NamedTuple):
     """The sample and the clean estimate of the step before, same shape."""
 
     x: Array
     x0: Array
 
 
-def table(solver: str, spacing: str, steps: int) -> Solver:
+def coefficients(solver: str, spacing: str, steps: int) -> Coefficients:
     """Coefficients of `steps` steps: `ddim` (eta 0) or `dpmpp_2m` (midpoint, first order at the first and the last step).
 
     Raises:
@@ -54,16 +54,16 @@ def table(solver: str, spacing: str, steps: int) -> Solver:
     elif solver != "ddim":
         raise ValueError(f"solver {solver!r} is unknown: ddim or dpmpp_2m")
     rows = (np.asarray(x, np.float32) for x in (alpha, sigma, on_x, on_x0, on_previous))
-    return Solver(t, *rows)
+    return Coefficients(t, *rows)
 
 
-def start(noise: Array) -> State:
-    return State(noise, jnp.zeros_like(noise))
+def start(noise: Array) -> Iterate:
+    return Iterate(noise, jnp.zeros_like(noise))
 
 
-def step(state: State, eps: Array, row: Solver, clip: float = 0.0) -> State:
-    """One solver step with the network's eps and one row of the table; `clip` > 0 bounds the clean estimate to [-clip, clip]."""
+def step(state: Iterate, eps: Array, row: Coefficients, clip: float = 0.0) -> Iterate:
+    """One solver step with the network's eps and one row of coefficients; `clip` > 0 bounds the clean estimate to [-clip, clip]."""
     x0 = (state.x - row.sigma * eps) / row.alpha
     if clip:
         x0 = jnp.clip(x0, -clip, clip)
-    return State(row.on_x * state.x + row.on_x0 * x0 + row.on_previous * state.x0, x0)
+    return Iterate(row.on_x * state.x + row.on_x0 * x0 + row.on_previous * state.x0, x0)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from madformer_jax.models import attention, rope
 from madformer_jax.models.attention import KV
 from madformer_jax.models.rope import Rotary
-from madformer_jax.models.transformer import Cache, Stage, StageCache, Streams
+from madformer_jax.models.transformer import Cache, LayerStack, StackCache, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
 from madformer_jax.sizes import sizes_of
 
@@ -35,8 +35,8 @@ class Outputs(NamedTuple):
 class ModelCache(NamedTuple):
     """Keys and values of what has been read or generated, of the two stages."""
 
-    ar: StageCache
-    diffusion: StageCache
+    ar: StackCache
+    diffusion: StackCache
 
 
 class MADFormer(nn.Module):
@@ -119,8 +119,8 @@ class MADFormer(nn.Module):
             "attention": self.attention,
         }
         ar, diffusion = self.depth - self.diffusion_depth, self.diffusion_depth
-        self.ar_layers = Stage(ar, {**layer, "block_only": False}, self.remat, self.unroll)
-        self.diffusion_layers = Stage(diffusion, {**layer, "block_only": self.block_only}, self.remat, self.unroll)
+        self.ar_layers = LayerStack(ar, {**layer, "block_only": False}, self.remat, self.unroll)
+        self.diffusion_layers = LayerStack(diffusion, {**layer, "block_only": self.block_only}, self.remat, self.unroll)
 
     def _image_positions(self) -> Rotary:
         rows, cols = rope.image_positions(self.grid, self.token_side, self.columns)
@@ -254,8 +254,8 @@ class MADFormer(nn.Module):
                 zeros(layers, self.text_length) if self.classes else None,
             )
 
-        def stage(layers: int, context: bool) -> StageCache:
-            return StageCache(
+        def stage(layers: int, context: bool) -> StackCache:
+            return StackCache(
                 cache((layers - 1,), context) if layers > 1 else None, cache((), context) if layers else None
             )
 
@@ -271,7 +271,7 @@ class MADFormer(nn.Module):
         def fill(cache: Cache | None, own: KV | None) -> Cache | None:
             return None if cache is None else cache._replace(text=own)
 
-        return ModelCache(StageCache(*map(fill, cache.ar, ar)), StageCache(*map(fill, cache.diffusion, diffusion)))
+        return ModelCache(StackCache(*map(fill, cache.ar, ar)), StackCache(*map(fill, cache.diffusion, diffusion)))
 
     def begin(self, batch: int) -> Array:
         """The first block's prediction stream, BOI: (B, 1, s, d)."""
@@ -334,7 +334,7 @@ def _keep(streams: Streams, kept: Streams) -> Streams:
     return Streams(*(x if keep else None for x, keep in zip(streams, kept, strict=True)))
 
 
-def _write(cache: StageCache, own: tuple[KV | None, KV | None], block: int | Array) -> StageCache:
+def _write(cache: StackCache, own: tuple[KV | None, KV | None], block: int | Array) -> StackCache:
     """Puts the keys and values of one block (..., B, 1, s, H, h) into its slot of the context (..., B, slots, s, H, h)."""
 
     def fill(cache: Cache | None, own: KV | None) -> Cache | None:
@@ -344,7 +344,7 @@ def _write(cache: StageCache, own: tuple[KV | None, KV | None], block: int | Arr
         kv = (jax.lax.dynamic_update_slice_in_dim(x, y, block, axis) for x, y in zip(cache.context, own, strict=True))
         return cache._replace(context=KV(*kv))
 
-    return StageCache(*map(fill, cache, own))
+    return StackCache(*map(fill, cache, own))
 
 
 def build(c: ConfigDict, platform: str | None = None) -> MADFormer:

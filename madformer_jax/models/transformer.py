@@ -187,7 +187,7 @@ REMAT_POLICIES = {
 }
 
 
-class Stage(nn.Module):
+class LayerStack(nn.Module):
     """A run of decoder layers: a scan over all but the last, which stands alone so that streams can end in it."""
 
     layers: int
@@ -233,7 +233,7 @@ class Stage(nn.Module):
         return streams
 
     def step(
-        self, streams: Streams, cache: "StageCache", position: Rotary, block: int | Array
+        self, streams: Streams, cache: "StackCache", position: Rotary, block: int | Array
     ) -> tuple[Streams, tuple[KV | None, KV | None]]:
         """One stream against the cache; returns it with its keys and values of (body, last)."""
         body = last = None
@@ -244,7 +244,7 @@ class Stage(nn.Module):
         return streams, (body, last)
 
 
-class StageCache(NamedTuple):
+class StackCache(NamedTuple):
     """Caches of a stage: of the scanned layers (stacked on a leading axis) and of the last one."""
 
     body: Cache | None

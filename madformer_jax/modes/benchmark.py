@@ -57,7 +57,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     path = epath.Path(workdir) / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
+    print(text(report))
     logging.info("wrote %s", path)
 
 
@@ -184,7 +184,7 @@ _ROWS = {  # figure -> (how it is called, format)
 }
 
 
-def table(report: dict[str, Any]) -> str:
+def text(report: dict[str, Any]) -> str:
     """The report of `run` as text."""
     head = "{devices} x {device}, {dtype}, attention {attention}, peak {peak_tflops:.4g} TFLOP/s a device"
     parts = [name for name, figures in report.items() if isinstance(figures, dict)]

@@ -83,7 +83,7 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> int:
     for name, build in {"training step": training_step, "sampler": sampling}.items():
         logging.info("compiling the %s", name)
         program = build(c, model, mesh, limit)
-        print(table(name, program, limit, len(devices)), flush=True)
+        print(text(name, program, limit, len(devices)), flush=True)
         fits &= program.fits
     return 0 if fits else 1
 
@@ -331,7 +331,7 @@ def _nbytes(kind: str, dims: str) -> int:
 # ---- the report
 
 
-def table(name: str, p: Program, limit: int, devices: int) -> str:
+def text(name: str, p: Program, limit: int, devices: int) -> str:
     """The report on one program, as text."""
     rows = [(kind, size) for kind, size in p.inputs.items()]
     rows += [(kind, size) for kind, size in p.memory.items() if kind != "inputs"]

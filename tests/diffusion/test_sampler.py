@@ -25,7 +25,7 @@ def test_release_samples(reference, variant):
     params = release.from_release({n.removeprefix("param/"): file[n] for n in file.files if n.startswith("param/")}, c)
     model = madformer.build(c)
     for name, (solver, spacing) in SOLVERS.items():
-        np.testing.assert_array_equal(solvers.table(solver, spacing, 8).t, file[f"sample/{name}_timesteps"])
+        np.testing.assert_array_equal(solvers.coefficients(solver, spacing, 8).t, file[f"sample/{name}_timesteps"])
         draw = jax.jit(functools.partial(sampler.sample, model, solver=solver, spacing=spacing, steps=8))
         found, expected = draw(params, file["sample/init_noise"]), file[f"sample/{name}"]
         assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected), name
@@ -33,7 +33,7 @@ def test_release_samples(reference, variant):
 
 def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance):
     """Block-autoregressive sampling in which every step recomputes everything, with the forward pass of training."""
-    table = solvers.table(solver, spacing, steps)
+    table = solvers.coefficients(solver, spacing, steps)
     clean_t = int(table.t[-1]) if model.clean_timestep == "noisy" else 0
     batch, blocks = noise.shape[:2]
     t_of = functools.partial(jnp.full, (batch, blocks))

@@ -17,7 +17,7 @@ def test_solvers_end_where_diffusers_ends(reference, solver, spacing):
     counts = sorted({int(name.split("/")[2]) for name in file.files if name.startswith(f"{solver}/{spacing}/")})
     assert len(counts) > 4
     for n in counts:
-        table = solvers.table(solver, spacing, n)
+        table = solvers.coefficients(solver, spacing, n)
         np.testing.assert_array_equal(table.t, file[f"{solver}/{spacing}/{n}/timesteps"])
 
         def step(state, row):
@@ -30,7 +30,7 @@ def test_solvers_end_where_diffusers_ends(reference, solver, spacing):
 
 
 def test_clip_bounds_the_clean_estimate():
-    table = solvers.table("ddim", "trailing", 2)
+    table = solvers.coefficients("ddim", "trailing", 2)
     row = jax.tree.map(lambda r: r[-1], table)
     x, eps = jnp.full((3,), 5.0), jnp.full((3,), -2.0)
     assert float(solvers.step(solvers.start(x), eps, row).x.max()) > 1
@@ -39,6 +39,6 @@ def test_clip_bounds_the_clean_estimate():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="euler"):
-        solvers.table("euler", "trailing", 4)
+        solvers.coefficients("euler", "trailing", 4)
     with pytest.raises(ValueError, match="karras"):
-        solvers.table("ddim", "karras", 4)
+        solvers.coefficients("ddim", "karras", 4)

@@ -1,4 +1,7 @@
-"""The launch scripts against stand-ins for gcloud, xpk, kubectl, sbatch, srun and scancel that record their calls."""
+"""The launch scripts against stand-ins for gcloud, xpk, kubectl, sbatch, srun and scancel that record their calls.
+
+Over 400 lines: the four launchers share the stand-ins and are held against the same promises.
+"""
 
 import json
 import os

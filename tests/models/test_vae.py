@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from madformer_jax import codec as codecs
-from madformer_jax import config
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae
 from madformer_jax.runtime import partitioning
+from madformer_jax.sizes import VAE_CHANNELS, VAE_DOWNSAMPLING
 from madformer_jax.weights import files
 from madformer_jax.weights import vae as vae_weights
 
@@ -98,7 +98,7 @@ def test_full_model_takes_exactly_the_published_names_and_shapes():
     assert vae_weights.shapes(model) == {name: tuple(shape) for name, shape in reference["shapes"].items()}
     assert model == vae.AutoencoderKL()
     assert model.scaling_factor == reference["scaling_factor"] == vae.SCALING_FACTOR
-    assert (model.reduction, model.latent_channels) == (config.VAE_DOWNSAMPLING, config.VAE_CHANNELS)
+    assert (model.reduction, model.latent_channels) == (VAE_DOWNSAMPLING, VAE_CHANNELS)
 
 
 def test_conversion_there_and_back_keeps_every_bit(small):

@@ -111,7 +111,7 @@ def test_close_to_the_limit_the_program_is_compiled_as_a_run_compiles_it(limit, 
     program = aot._program(jax.jit(lambda x: 2 * x), (x,), {"x": x}, aot.flops.Cost(), limit)
     assert program.quick == quick
     assert program.memory["inputs"] == program.memory["outputs"] == program.inputs["x"] == 2**20
-    assert (" at level O1" in aot.table("step", program, limit, 1)) == quick
+    assert (" at level O1" in aot.text("step", program, limit, 1)) == quick
 
 
 def test_what_the_compiler_refuses_is_told_in_bytes():
