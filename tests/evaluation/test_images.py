@@ -1,0 +1,34 @@
+"""Seams and memorisation on images with a known answer."""
+
+import numpy as np
+import pytest
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import scores, seams
+from madformer_jax.evaluation.memorisation import memorisation, nearest_distances
+
+
+def test_seam_score_counts_steps_at_borders():
+    ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None], (2, 8, 12, 3)).copy()
+    ramp[1, :, 6:] += 4  # a step of 5 instead of 1 between the two columns of blocks
+    steps = seams.steps_at_borders(ramp, rows=1, columns=2)
+    inside = (8 * 10) / (8 * 10 + 7 * 12)  # rows do not differ
+    np.testing.assert_allclose(steps, [[1, inside], [5, inside]])
+    assert seams.seam_score(steps) == pytest.approx(3 / inside)
+    across_rows = seams.steps_at_borders(ramp, rows=2, columns=1)
+    np.testing.assert_allclose(across_rows[:, 0], 0)
+    assert seams.seam_score(seams.steps_at_borders(ramp[:, :, :1].repeat(4, 2), 2, 2)) == 1
+
+
+def test_copies_of_training_images_are_found(monkeypatch):
+    random = np.random.default_rng(0)
+    training, fresh = random.standard_normal((40, 5)) + 1e4, random.standard_normal((20, 5)) + 1e4
+    held_out = nearest_distances(random.standard_normal((30, 5)) + 1e4, training)
+    expected = np.linalg.norm(fresh[:, None] - training, axis=2).min(axis=1)
+    np.testing.assert_allclose(nearest_distances(fresh, training), expected)
+    monkeypatch.setattr(scores, "BLOCK", 7)
+    np.testing.assert_allclose(nearest_distances(fresh, training), expected)
+    assert 0.7 < memorisation(expected, held_out) < 1.4
+    assert memorisation(nearest_distances(training[5:9], training), held_out) == 0
+    with pytest.raises(ConfigError, match="hold other images out"):
+        memorisation(expected, np.zeros(3))
