@@ -40,7 +40,7 @@ class ModelCache(NamedTuple):
 
 
 class MADFormer(nn.Module):
-    """The model. Fields are plain values; names as in the config (`config.base`), sizes as in `config.Sizes`."""
+    """The model. Fields are plain values; names as in the config (`config.base`), sizes as in `sizes.Sizes`."""
 
     width: int
     heads: int

@@ -141,7 +141,7 @@ def release_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
 def from_release(
     state_dict: Mapping[str, np.ndarray], config: ConfigDict, what: str = "the release's weights"
 ) -> dict[str, Any]:
-    """Parameters for `config` (see `config.release`) from a state_dict of the PyTorch release, name -> array.
+    """Parameters for `config` (see `release_config.preset`) from a state_dict of the PyTorch release, name -> array.
 
     Without the clean stream the clean towers (`*_list.0.*`), which that variant of the release carries but never runs,
     are left out.

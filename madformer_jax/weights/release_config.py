@@ -137,7 +137,7 @@ def _sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def release_args(c: ConfigDict) -> dict[str, Any]:
-    """The release's arguments for a config: the inverse of `config.release`, with what the release's scripts read besides.
+    """The release's arguments for a config: the inverse of `preset`, with what the release's scripts read besides.
 
     Raises:
       ConfigError: the release has no such model; the settings in which it differs are named.
