@@ -6,6 +6,7 @@ default for new training; `weights.release_config` has the PyTorch release's cho
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -132,6 +133,23 @@ def base() -> ConfigDict:
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
     return c.lock()  # a misspelt field is an error, in a config file too
+
+
+def flat(c: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Field -> value, as in {"model.width": 96}; sequences are tuples."""
+    fields: dict[str, Any] = {}
+    for name, value in c.items():
+        if isinstance(value, Mapping | ConfigDict):
+            fields |= flat(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = tuple(value) if isinstance(value, list) else value
+    return fields
+
+
+def differences(c: ConfigDict) -> dict[str, Any]:
+    """The fields in which a config differs from the defaults, with its values."""
+    defaults = flat(base())
+    return {name: value for name, value in flat(c).items() if name not in defaults or value != defaults[name]}
 
 
 def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> dict[str, int]:

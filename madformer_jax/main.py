@@ -3,12 +3,13 @@
 python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train] [--config.field=value]
 """
 
+import contextlib
 import importlib
 import json
 import logging as python_logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from madformer_jax.runtime import malloc
 
@@ -122,6 +123,23 @@ def _log_to_stderr() -> None:
     )
 
 
+@contextlib.contextmanager
+def _above_the_log(line: str) -> Iterator[None]:
+    """Logs `line` above the first one that comes within: a command that is refused prints its error alone."""
+    handler = logging.get_absl_handler()
+
+    def above(record: python_logging.LogRecord) -> bool:
+        handler.removeFilter(above)  # the last of the filters: it sees only what will be printed
+        logging.info(line)
+        return True
+
+    handler.addFilter(above)
+    try:
+        yield
+    finally:
+        handler.removeFilter(above)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit status: 0, or 2 after a one-line error."""
     _log_to_stderr()
@@ -137,9 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _use_cache(config.compilation_cache)
         if values.mode != "compile":
             _check_platform(config.platform)
+        differences = (f"{name}={value!r}" for name, value in config_lib.differences(config).items())
         module = importlib.import_module(f"madformer_jax.modes.{values.mode}")
         extra = {"topology": values.topology} if values.mode == "compile" else {}
-        return module.run(config, values.workdir, **extra) or 0
+        with _above_the_log("settings other than the defaults: " + (", ".join(differences) or "none")):
+            result = module.run(config, values.workdir, **extra)
+        return result if isinstance(result, int) else 0  # --mode=compile has a status, the others figures
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -73,6 +73,15 @@ def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):
     assert config.labels(tiny_config) == [7, 2, 7, 2, 7]
 
 
+def test_what_differs_from_the_defaults():
+    c = config.base()
+    assert config.differences(c) == {}
+    c.model.width, c.model.unet_channels, c.seed = 96, [16, 32], 3
+    assert config.differences(c) == {"model.width": 96, "model.unet_channels": (16, 32), "seed": 3}
+    c.model.unet_channels = list(config.base().model.unet_channels)  # as JSON has it
+    assert "model.unet_channels" not in config.differences(c)
+
+
 def test_sizes_of_the_release(tiny_config):
     c = config.base()
     c.data.image_size = 1024

@@ -2,7 +2,9 @@ import subprocess
 import sys
 
 import pytest
+from absl import logging
 
+import madformer_jax.modes.train
 from madformer_jax import main
 
 DIGITS = "--config=configs/digits.py"
@@ -108,15 +110,24 @@ def test_wrong_settings_are_told_before_jax_is_imported(tmp_path):
     assert "does not tile" in done.stderr
 
 
-def test_modes_dispatch_with_the_overrides(monkeypatch, tmp_path):
+def test_modes_dispatch_with_the_overrides_and_tell_them_above_their_log(monkeypatch, tmp_path, capsys):
     seen = {}
-    import madformer_jax.modes.train
 
-    monkeypatch.setattr(
-        madformer_jax.modes.train, "run", lambda config, workdir: seen.update(c=config, workdir=workdir)
-    )
+    def run(config, workdir):
+        seen.update(c=config, workdir=workdir)
+        logging.warning("one")
+        logging.warning("two")
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(madformer_jax.modes.train, "run", run)
     args = [DIGITS, f"--workdir={tmp_path}", "--config.model.unet_channels=8,16", "--config.compilation_cache=off"]
     assert main.main(["main", *args, "--config.optimizer.learning_rate=1"]) == 0
+    told, one, two = capsys.readouterr().err.strip().split("\n")
+    assert (one[9:], two[9:]) == ("one", "two")
+    for setting in ("model.unet_channels=(8, 16)", "optimizer.learning_rate=1.0", "data.image_size=32"):
+        assert setting in told
+    assert "model.mlp_width=256" in told
+    assert "optimizer.clip" not in told
     assert seen["workdir"] == str(tmp_path)
     assert seen["c"].model.unet_channels == (8, 16)
     assert seen["c"].optimizer.learning_rate == 1.0
