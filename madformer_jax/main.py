@@ -108,6 +108,7 @@ def _check_platform(expected: str) -> None:
 
 def _log_to_stderr() -> None:
     """Our own log lines and everybody's warnings, on standard error."""
+    flags.FLAGS.mark_as_parsed()  # absl's own, which keep their defaults; else it warns that it logs so early
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
