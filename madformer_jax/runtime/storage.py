@@ -1,9 +1,205 @@
-"""Files of ours: where they lie."""
+"""Files of ours on any file system: written whole or not at all, and what a file system raises as one line.
 
+A path is a name or an `epath.Path`: a local one, or one in a bucket (gs://, s3://), which can neither seek nor append while
+it is written. Whoever writes a file, in whatever room, writes it here.
+"""
+
+import contextlib
+import errno
+import json
 import os
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
+
+from absl import logging
+from etils import epath
+
+from madformer_jax.errors import ConfigError, first_line
+
+Path = str | os.PathLike[str]
+T = TypeVar("T")
 
 
 def user_cache(kind: str) -> str:
     """Folder in the user's cache for one kind of our files."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(cache, "madformer_jax", kind)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a path lies in a bucket."""
+    return "://" in os.fspath(path)
+
+
+# ---- writing and reading
+
+
+def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
+    """Writes a file so that it appears whole or not at all; its folder is made.
+
+    Args:
+      path: where; what is there is replaced.
+      put: is called with a local binary file, which can seek, and writes the content.
+
+    Raises:
+      whatever the file system or `put` raises (`errors` makes a line of it).
+    """
+    if not is_remote(path):
+        local = os.path.abspath(os.fspath(path))
+        folder, name = os.path.split(local)
+        os.makedirs(folder, exist_ok=True)
+        part = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.part")  # others may write the same
+        try:
+            with open(part, "wb") as file:
+                put(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, local)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
+        _sync_folder(folder)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        put(file)
+        file.flush()
+        size = os.path.getsize(file.name)
+        file.seek(0)
+        with epath.Path(path).open("wb") as target:  # an object appears when it is closed
+            shutil.copyfileobj(file, target, 1 << 22)
+    if (there := epath.Path(path).stat().length) != size:
+        raise OSError(errno.EIO, f"{there} of {size} bytes arrived", os.fspath(path))
+
+
+def write_text(path: Path, text: str) -> None:
+    """See `write`."""
+
+    def put(file: IO[bytes]) -> None:
+        file.write(text.encode())
+
+    write(path, put)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """See `write`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def append_line(path: Path, text: str) -> None:
+    """Adds a line to a text file, which it makes where there is none. In a bucket the whole object is written anew."""
+    if is_remote(path):
+        there = epath.Path(path)
+        write_text(path, (there.read_text() if there.exists() else "") + text + "\n")
+        return
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        torn = b""
+        if end:  # a process that died may have left half a line
+            file.seek(end - 1)
+            torn = b"" if file.read(1) == b"\n" else b"\n"
+        file.write(torn + text.encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None where there is none.
+
+    Raises:
+      ConfigError: it cannot be read, or holds no JSON.
+    """
+    with errors(f"{path} cannot be read"):
+        try:
+            text = retry(epath.Path(path).read_text)
+        except FileNotFoundError:
+            return None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is damaged: it holds no text ({first_line(error)}).") from None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: it holds no JSON ({first_line(error)}).") from None
+
+
+def _sync_folder(path: str) -> None:
+    """Makes the names in a folder durable."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# ---- what goes wrong
+
+# Modules whose exceptions are a file system's, beside OSError: those behind gs:// are none.
+_MODULES = ("tensorflow.python.framework.errors", "gcsfs", "google", "aiohttp", "botocore", "fsspec")
+_PASSING = {
+    errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED,
+    errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH,
+}  # fmt: skip
+# TensorStore names a status in its text, TensorFlow in its type, HTTP by number.
+_PASSING_WORDS = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED"
+    r"|UnavailableError|DeadlineExceededError|AbortedError|ResourceExhaustedError|EIO|ESTALE|EAGAIN|ETIMEDOUT)\b"
+)
+_PASSING_CODES = {408, 429, 500, 502, 503, 504}
+_SYSTEM = (
+    "No space left on device", "Disk quota exceeded", "File too large", "Permission denied", "Read-only file system",
+    "Input/output error", "Stale file handle",
+)  # fmt: skip
+
+
+def is_error(error: BaseException) -> bool:
+    """Whether an exception comes from a file system."""
+    return isinstance(error, OSError) or any(k.__module__.startswith(_MODULES) for k in type(error).__mro__)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether trying again may help."""
+    if isinstance(error, OSError) and (error.errno in _PASSING or isinstance(error, (ConnectionError, TimeoutError))):
+        return True
+    if getattr(error, "code", getattr(error, "status", None)) in _PASSING_CODES:
+        return True
+    return bool(_PASSING_WORDS.search(f"{type(error).__name__} {error}"))
+
+
+def cause(error: BaseException | None) -> str:
+    """The line of an exception that tells most: that of the system, where there is one."""
+    if error is None:
+        return "unknown"
+    text = str(error)
+    for words in _SYSTEM:
+        if words in text:
+            return words
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)[:300].rstrip(".")
+
+
+@contextlib.contextmanager
+def errors(what: str) -> Iterator[None]:
+    """Turns what a file system raises, of whatever kind, into a ConfigError of one line: `what`, then the cause."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ConfigError) or not is_error(error):
+            raise
+        raise ConfigError(f"{what}: {cause(error)}.") from error
+
+
+def retry(call: Callable[[], T], waits: tuple[float, ...] = (0.2, 1.0, 5.0)) -> T:
+    """What `call` returns; it is called again after each of `waits` seconds where storage fails in a way that may pass."""
+    for wait in waits:
+        try:
+            return call()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            logging.warning("storage: %s; trying again", cause(error))
+            time.sleep(wait)
+    return call()

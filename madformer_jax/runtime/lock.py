@@ -1,0 +1,176 @@
+"""One writer a workdir: a file `lock.json` in it that tells who writes, and that it still lives.
+
+On the machine that wrote it a lock is stale when its process is gone. From elsewhere (another machine, a container, a bucket)
+it is stale when it does not change while we watch: clocks are not compared.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
+
+NAME = "lock.json"
+BEAT = 15.0  # seconds between two signs of life
+STALE = 90.0  # seconds without one after which a process elsewhere is taken for dead
+
+
+@contextlib.contextmanager
+def hold(workdir: str) -> Iterator[Callable[[], None]]:
+    """Holds the workdir for this job, by its process 0; the others wait for its answer.
+
+    Yields:
+      A function that raises ConfigError where somebody else has taken the lock meanwhile (this process was stopped for
+      minutes, say): to be called before anything is written.
+
+    Raises:
+      ConfigError: another process writes there: its host, pid and since when; or the workdir cannot be written.
+    """
+    if jax.process_count() == 1:
+        with _hold(epath.Path(workdir) / NAME) as check:
+            yield check
+        return
+    with contextlib.ExitStack() as stack:
+        check, problem = _nothing, None
+        if jax.process_index() == 0:
+            try:
+                check = stack.enter_context(_hold(epath.Path(workdir) / NAME))
+            except ConfigError as error:
+                problem = error
+        free = bool(multihost_utils.broadcast_one_to_all(np.array(problem is None)))
+        if not free:
+            raise problem or ConfigError(f"--workdir={workdir} is not to be had: process 0 says why.")
+        yield check
+
+
+def _nothing() -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
+    mine: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    mine |= {"machine": _machine(), "started": _started(os.getpid()), "token": uuid.uuid4().hex, "beat": 0}
+    with storage.errors(f"--workdir={path.parent} cannot be written"):
+        _take(path, mine)
+    left = threading.Event()
+
+    def taken() -> dict[str, Any] | None:
+        there = storage.read_json(path)
+        return there if there is not None and there.get("token") != mine["token"] else None
+
+    def beat() -> None:
+        while not left.wait(BEAT):
+            mine["beat"] += 1
+            try:
+                if taken():
+                    return
+                storage.write_json(path, mine)
+            except Exception as error:  # a full disk, a bucket away for a moment: the next one may do
+                logging.warning("the lock %s cannot be renewed: %s", path, storage.cause(error))
+
+    def check() -> None:
+        if other := taken():
+            raise ConfigError(f"{path.parent} was taken over by {_who(other)} while this process stood still.")
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield check
+    finally:
+        left.set()
+        thread.join()
+        with contextlib.suppress(Exception):  # what is left is recognised as stale
+            if not taken():
+                path.unlink(missing_ok=True)
+
+
+def _take(path: epath.Path, mine: dict[str, Any]) -> None:
+    """Writes the lock, or raises ConfigError where another one lives."""
+    there = _read(path)
+    if there is not None:
+        if _alive(path, there):
+            raise ConfigError(
+                f"--workdir={path.parent} is written by {_who(there)}: stop that one or give another --workdir "
+                f"(nobody does? remove {path})."
+            )
+        logging.warning("took the workdir over from %s, which is gone", _who(there))
+    storage.write_json(path, mine)
+    now = _read(path)
+    if now is None or now.get("token") != mine["token"]:  # two came at once: the last one has it
+        raise ConfigError(f"--workdir={path.parent} was taken at this moment by {_who(now or {})}.")
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+    try:
+        content = storage.read_json(path)
+    except ConfigError as error:
+        if error.__cause__ is not None:  # storage itself; else the file is damaged
+            raise
+        content = {}
+    return content if content is None or isinstance(content, dict) else {}
+
+
+def _alive(path: epath.Path, there: dict[str, Any]) -> bool:
+    if "token" not in there:  # damaged: who lives renews it
+        return False
+    if there.get("machine") == _machine():
+        return there.get("started", "") == _started(there.get("pid", 0)) != ""
+    logging.info("%s may be written by %s: looking for a sign of life, %.0f s at most", path.parent, _who(there), STALE)
+    until = time.monotonic() + STALE
+    while time.monotonic() < until:
+        time.sleep(min(1.0, STALE / 10))
+        now = _read(path)
+        if now is None:  # it has finished
+            return False
+        if now != there:
+            return True
+    return False
+
+
+def _who(there: dict[str, Any]) -> str:
+    return f"process {there.get('pid', '?')} on {there.get('host', '?')} since {there.get('since', '?')}"
+
+
+def _machine() -> str:
+    """Where process numbers mean the same: this boot of this machine, in this container."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """When a process began, in ticks since the boot: numbers are used again. "" where there is none such."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    except FileNotFoundError:
+        pass
+    if os.path.exists("/proc/self/stat"):
+        return ""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return ""
+    except PermissionError:
+        pass
+    return "alive"
