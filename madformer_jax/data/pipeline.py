@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from madformer_jax.data import preprocess, records, sources, worker
-from madformer_jax.data.source import Source
+from madformer_jax.data.source import Examples, Kind, Source
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import malloc
 
@@ -33,6 +33,9 @@ class DatasetInfo(NamedTuple):
     records: int
     classes: int  # 0: unlabelled
     image_shape: tuple[int, ...]  # (H, W, c) of one record as the model gets it; of cached latents (h, w, C)
+    kind: Kind  # what the records are
+    names: tuple[str, ...]  # of the classes; () if unlabelled
+    fingerprint: str  # of which records these are, in which order; the same wherever they lie
 
 
 class Pick(NamedTuple):
@@ -49,30 +52,27 @@ class _Load:
         self._source, self._table = source, table
 
     def __call__(self, pick: Pick) -> Batch:
-        if isinstance(self._source, records.Records):
-            batch = self._source.read(pick.record)
-            if "image" not in batch:
-                return batch
-            pixels, labels = batch["image"], batch["label"]
-        else:
-            pixels, labels = self._decode(pick.record)
-        pixels[pick.flip] = pixels[pick.flip, :, ::-1]
-        return {"image": pixels, "label": labels}
+        arrays, labels, _ = self._read(pick.record)
+        if "image" in arrays:
+            pixels = arrays["image"]
+            pixels[pick.flip] = pixels[pick.flip, :, ::-1]
+        return {**arrays, "label": labels}
 
-    def _decode(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels = np.empty((len(indices), self._table.size, self._table.size, self._table.channels), np.uint8)
-        labels = np.empty(len(indices), np.int32)
-        for i, index in enumerate(indices.tolist()):
-            try:
-                example = self._source[index]
-                pixels[i] = self._table.pixels(example.image)
-            except (preprocess.CorruptImageError, OSError) as error:
-                raise ConfigError(
-                    f"{self._source.name(index)} cannot be read ({error}): remove the file, or run --mode=prepare, "
-                    "which skips and lists such files."
-                ) from None
-            labels[i] = example.label
-        return pixels, labels
+    def _read(self, numbers: np.ndarray) -> Examples:
+        """The records with their images decoded, as one array (b, H, W, c)."""
+        try:
+            found = self._source.read(numbers)
+            if "image" in found.arrays:
+                found.arrays["image"] = self._table.batch(found.arrays["image"])
+            return found
+        except (preprocess.CorruptImageError, OSError) as error:
+            if len(numbers) > 1:  # find out which
+                for number in numbers:
+                    self._read(np.array([number]))
+            raise ConfigError(
+                f"{self._source.name(int(numbers[0]))} cannot be read ({error}): remove the file, or run --mode=prepare, "
+                "which skips and lists such files."
+            ) from None
 
 
 def _to_float(batch: Batch) -> Batch:
@@ -140,10 +140,12 @@ def _describe(config: ConfigDict, source: Source) -> DatasetInfo:
         raise ConfigError(
             f"config.model.classes={classes} is too few for config.data.source={name}, which has {source.classes} classes."
         )
-    if isinstance(source, records.Records):
-        source.check(config, t)
-        return DatasetInfo(len(source), source.classes, source.shape)
-    return DatasetInfo(len(source), source.classes, (t.size, t.size, t.channels))
+    if source.manifest is not None:
+        records.check(source.manifest, config, t)
+        shape = tuple(source.manifest["shape"])
+    else:
+        shape = t.size, t.size, t.channels
+    return DatasetInfo(len(source), source.classes, shape, source.kind, source.names, source.fingerprint)
 
 
 def train_iterator(

@@ -13,6 +13,7 @@ Training, reference statistics and `--mode=prepare` all go through this module.
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +54,16 @@ class Table(NamedTuple):
             reason = re.sub(r" <_io\.BytesIO .*>", "", f"{type(error).__name__}: {error}")  # our file has no name
             raise CorruptImageError(reason) from error
         return np.asarray(decoded).reshape(self.size, self.size, self.channels)
+
+    def batch(self, images: Sequence[bytes | np.ndarray] | np.ndarray) -> np.ndarray:
+        """`pixels` of each, uint8 (b, size, size, channels); an array that is so already is returned itself."""
+        shape = (self.size, self.size, self.channels)
+        if isinstance(images, np.ndarray) and images.shape[1:] == shape:
+            return images
+        out = np.empty((len(images), *shape), np.uint8)
+        for i, image in enumerate(images):
+            out[i] = self.pixels(image)
+        return out
 
     def _resize(self, image: Image.Image) -> Image.Image:
         mode = _MODES[self.channels]

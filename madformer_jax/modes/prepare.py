@@ -105,6 +105,8 @@ def _plan(config: ConfigDict, source: Source, table: preprocess.Table) -> dict[s
     p = config.prepare
     if p.kind == "latents" and config.codec.name != "vae":
         raise ConfigError(f"config.prepare.kind=latents needs config.codec.name=vae; it is {config.codec.name!r}.")
+    if source.kind != "images":
+        raise ConfigError(f"config.data.path={config.data.path!r} holds latents: --mode=prepare needs images.")
     if not len(source):
         raise ConfigError(f"config.data.source={config.data.source} is empty.")
     if config.model.classes and not source.classes:
@@ -232,11 +234,11 @@ def _decode(
     def decode(index: int) -> Decoded:
         name = source.name(index)
         try:
-            example = source[index]
+            found = source.read(np.array([index]))
         except OSError as error:  # the disk's fault, not the image's: nothing to skip
             raise ConfigError(f"{name} cannot be read: {error}") from error
         try:
-            return Decoded(name, table.pixels(example.image), example.label, example.caption)
+            return Decoded(name, table.batch(found.arrays["image"])[0], int(found.labels[0]), found.captions[0])
         except preprocess.CorruptImageError as error:
             return Decoded(name, None, reason=str(error))
 

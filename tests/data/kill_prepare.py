@@ -25,7 +25,7 @@ from madformer_jax.data import records
 IMAGES, CORRUPT, KILLS = 1000, 20, 3
 CONFIG = """import json
 from ml_collections import ConfigDict
-
+from madformer_jax import config
 
 
 def get_config():
@@ -87,8 +87,9 @@ def check(out: str) -> list[int]:
         assert hashlib.sha256(content).hexdigest() == shard["sha256"], shard["file"]
     prepared = records.Records(out)
     batch = prepared.read(np.arange(len(prepared)))
-    numbers = batch["image"][:, 0, 0, 0] + 256 * batch["image"][:, 0, 0, 1].astype(int)
-    assert (batch["label"] == numbers % 2).all()
+    images = batch.arrays["image"]
+    numbers = images[:, 0, 0, 0] + 256 * images[:, 0, 0, 1].astype(int)
+    assert (batch.labels == numbers % 2).all()
     assert len(numbers) == manifest["records"]
     return sorted(numbers.tolist())
 

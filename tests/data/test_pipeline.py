@@ -9,7 +9,7 @@ from PIL import Image
 
 from madformer_jax import config as config_lib
 from madformer_jax.data import pipeline, sources
-from madformer_jax.data.source import Example
+from madformer_jax.data.source import Examples, Source
 from madformer_jax.errors import ConfigError
 
 
@@ -142,17 +142,18 @@ def test_a_corrupt_image_stops_training_with_its_name(numbered):
         assert "\n" not in str(caught.value)
 
 
-class Modules:
+class Modules(Source):
     """A source that reports what its process has imported, as labels."""
 
-    classes = 4
+    classes, names, fingerprint = 4, tuple("abcd"), ""
 
     def __len__(self):
         return 4
 
-    def __getitem__(self, index):
-        loaded = ("jax", "jaxlib", "tensorflow", "grain")[index] in sys.modules
-        return Example(np.full((6, 6, 1), index, np.uint8), int(loaded))
+    def read(self, indices):
+        loaded = [name in sys.modules for name in ("jax", "jaxlib", "tensorflow", "grain")]
+        images = np.broadcast_to(indices[:, None, None, None], (len(indices), 6, 6, 1)).astype(np.uint8)
+        return Examples({"image": images}, np.array(loaded, np.int32)[indices], [""] * len(indices))
 
     def name(self, index):
         return str(index)
@@ -212,7 +213,21 @@ def alive(pid: int) -> bool:
 
 
 def test_describe_tells_what_the_model_gets(numbered):
-    assert pipeline.describe(numbered) == pipeline.DatasetInfo(23, 3, (6, 6, 1))
+    info = pipeline.describe(numbered)
+    assert info[:5] == (23, 3, (6, 6, 1), "images", ("0", "1", "2"))
+    assert len(info.fingerprint) == 64
+
+
+def test_the_fingerprint_tells_other_records_from_moved_ones(numbered, tmp_path):
+    before = pipeline.describe(numbered).fingerprint
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in "012":
+        (tmp_path / name).rename(moved / name)
+    numbered.data.path = f"{moved}/"
+    assert pipeline.describe(numbered).fingerprint == before
+    (moved / "0" / "000.png").rename(moved / "0" / "999.png")
+    assert pipeline.describe(numbered).fingerprint != before
 
 
 def test_data_that_do_not_fit_the_model_are_refused(numbered, tmp_path):

