@@ -157,7 +157,12 @@ def grid(
 
 
 def abstract_params(model: MADFormer, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes and shardings of the model's parameters: the target of a restore."""
+    """Shapes and shardings of the model's parameters: the target of a restore.
+
+    Raises:
+      ConfigError: the mesh does not split the layers evenly.
+    """
+    partitioning.check_tensor(mesh, model.heads, model.mlp_width)
     key = jax.random.key(0)  # out here: the mesh may be one to compile for, on which nothing runs
     with partitioning.scope(mesh):
         boxed = jax.eval_shape(functools.partial(madformer.init, model), key)

@@ -63,7 +63,11 @@ def create_state(
     """A function that creates the state of step 0, already sharded, and the abstract state with its shardings.
 
     No device holds more than its shards, and the host holds nothing.
+
+    Raises:
+      ConfigError: the mesh does not split the layers evenly.
     """
+    partitioning.check_tensor(mesh, model.heads, model.mlp_width)
 
     def boxed(key: Array) -> State:
         params = madformer.init(model, key)

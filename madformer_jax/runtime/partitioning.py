@@ -6,6 +6,7 @@ sampling and evaluation share it.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -60,6 +61,21 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | Non
         raise ConfigError(f"config.mesh: {given} does not fit {len(devices)} devices: the product must be that number.")
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_tensor(mesh: Mesh | AbstractMesh, heads: int, mlp_width: int) -> None:
+    """Refuses to split layers unevenly: a part of them would silently be computed on every device.
+
+    Raises:
+      ConfigError: the devices along "tensor" do not divide the heads or the MLP's hidden width.
+    """
+    tensor = mesh.shape["tensor"]
+    for name, size in {"heads": heads, "mlp_width": mlp_width}.items():
+        if size % tensor:
+            raise ConfigError(
+                f"config.model.{name}={size} is not a multiple of the {tensor} devices along config.mesh.tensor: use "
+                "a number that divides it, and config.mesh.fsdp for the rest."
+            )
 
 
 @contextlib.contextmanager
@@ -164,9 +180,13 @@ def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 def to_host(tree: Any, mesh: Mesh) -> Any:
     """Numpy copies of global arrays, whole on every process."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
+    return jax.device_get(tree if jax.process_count() == 1 else _gather(mesh)(tree))
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Any:
+    """Compiled once for a tree's shapes, however often it is called."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def sync(name: str) -> None:

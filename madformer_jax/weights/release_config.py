@@ -62,7 +62,8 @@ def preset(meta: dict[str, Any]) -> ConfigDict:
     c.model.clean_stream = not variant("clear_clean")
     c.model.ar_condition = not variant("clear_cond")
     c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
-    c.loss.hidden = float(meta.get("lambda_hidden", 0.1))
+    # without the AR condition the release's hidden loss is 0, whatever its weight
+    c.loss.hidden = float(meta.get("lambda_hidden", 0.1)) if c.model.ar_condition else 0.0
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size = math.isqrt(positions * c.model.blocks)
     return c

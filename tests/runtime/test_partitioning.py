@@ -1,12 +1,15 @@
 import logging
+import types
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from madformer_jax import drawing, training
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import partitioning
 
@@ -65,6 +68,30 @@ def test_a_global_batch_comes_back_in_order():
     assert batch["x"].sharding.shard_shape(batch["x"].shape) == (2, 3)
     np.testing.assert_array_equal(partitioning.to_host(batch, mesh)["x"], rows)
     assert partitioning.batch_share(mesh, 8) == (0, 1)
+
+
+def test_gathering_for_the_host_is_compiled_once(monkeypatch):
+    mesh = partitioning.make_mesh(2, 2, 2)
+    x = partitioning.global_batch({"x": np.arange(8.0)}, mesh)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gather = partitioning._gather(mesh)
+    compiled = gather._cache_size()
+    for _ in range(2):
+        np.testing.assert_array_equal(partitioning.to_host(x, mesh)["x"], np.arange(8.0))
+    assert gather._cache_size() == compiled + 1
+
+
+@pytest.mark.parametrize(("heads", "mlp_width", "named"), [(3, 8, "heads=3"), (4, 7, "mlp_width=7")])
+def test_a_tensor_axis_that_does_not_divide_the_layers_is_refused(heads, mlp_width, named):
+    mesh = partitioning.make_mesh(2, 2, 2)
+    partitioning.check_tensor(mesh, heads=4, mlp_width=8)
+    with pytest.raises(ConfigError, match=f"config.model.{named} is not a multiple of the 2 devices"):
+        partitioning.check_tensor(mesh, heads=heads, mlp_width=mlp_width)
+    model = types.SimpleNamespace(heads=heads, mlp_width=mlp_width)
+    with pytest.raises(ConfigError, match=named):
+        drawing.abstract_params(model, mesh)
+    with pytest.raises(ConfigError, match=named):
+        training.create_state(model, optax.sgd(0.1), 0, mesh)
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():

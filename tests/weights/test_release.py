@@ -125,6 +125,14 @@ def test_other_sizes_have_the_releases_names_and_come_back(reference, change):
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
+@pytest.mark.parametrize("change", [{"variant": "clear_cond"}, {"clear_cond": True}])
+def test_without_the_condition_the_release_has_no_hidden_loss(reference, change):
+    """Its code sets that loss to 0, whatever `lambda_hidden` is."""
+    meta = json.loads(str(reference("madformer_baseline.npz")["meta"]))
+    assert preset(meta).loss.hidden == 0.1
+    assert preset(meta | change).loss.hidden == 0.0
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
