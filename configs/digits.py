@@ -39,8 +39,7 @@ def get_config() -> ConfigDict:
     c.optimizer.learning_rate = 1.5e-3
     c.optimizer.decay = 0.4  # a short run gains more from a long fall of the rate than from a high one
 
-    c.sample.n = 100
-    c.sample.batch = 100
+    c.sample.n = c.sample.batch = c.sample.grid = 100
     c.sample.steps = 20
     c.sample.guidance = 2.0
     c.sample.clip = 1.0

@@ -106,7 +106,8 @@ def base() -> ConfigDict:
 
     c.sample = ConfigDict()
     c.sample.n = 64
-    c.sample.batch = 64
+    c.sample.batch = 64  # images drawn at once, over all devices
+    c.sample.grid = 64  # the first images, shown in the PNG of a sampling and of a training's step
     c.sample.solver = "dpmpp_2m"  # ddim | dpmpp_2m
     c.sample.spacing = "trailing"  # trailing | leading | linspace
     c.sample.steps = 50
@@ -263,7 +264,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.decay": (0, 1),
     "sample.n": (1, math.inf),
     "sample.batch": (1, math.inf),
+    "sample.grid": (1, math.inf),
     "sample.steps": (1, 999),
+    "sample.guidance": (0, 1000),
     "sample.clip": (0, math.inf),
     "benchmark.warmup": (0, math.inf),
     "benchmark.steps": (1, math.inf),

@@ -2,19 +2,19 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from einops import rearrange
 from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 from PIL import Image
-from tqdm import tqdm
 
 from madformer_jax import codec
 from madformer_jax import config as config_lib
@@ -25,109 +25,162 @@ from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
 from madformer_jax.sizes import sizes_of
 
-# ---- images for a config: in training's grids and in --mode=sample
+# ---- images for a config: in training's grids, in --mode=sample and in evaluation
 
-Draw = Callable[[Any, Any, Array, Array], tuple[Array, Array]]
+# What the seed's key is folded with for images, before their number. Training folds the key with its step, below 2^31.
+SAMPLE = 1 << 31
+
+
+class Inputs(NamedTuple):
+    """What one batch is drawn from: arguments of the program, so that none of their values compiles it anew."""
+
+    numbers: Array  # (b,) int32, of the images
+    labels: Array  # (b,) int32; 0 for a model without classes
+    noise: Array | None  # (b, L, positions, C), or None for the seed's
+    seed: Any  # () uint32
+    guidance: Any  # () float32; not read where the config says 1, which runs no second branch
+
+
+class Drawn(NamedTuple):
+    """Finished images, on the host."""
+
+    numbers: np.ndarray  # (b,) int64
+    labels: np.ndarray  # (b,) int32; 0 for a model without classes
+    images: np.ndarray  # (b, H, W, c) uint8
+    latents: np.ndarray  # (b, h, w, C) float32
+
+
+# (params, codec params, inputs) -> images uint8 (b, H, W, c), latents (b, h, w, C), whether all values are finite (b,)
+Draw = Callable[[Any, Any, Inputs], tuple[Array, Array, Array]]
 
 
 def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Array]) -> Draw:
-    """A jitted function (params, codec params, image numbers (b,), labels (b,)) -> (images (b, H, W, c), latents (b, h, w, C)).
+    """The jitted program that draws a batch.
 
     The noise of an image depends on the seed and its number alone: not on the batch or the process that draws it.
     """
     sizes, settings = sizes_of(c), c.sample
-    given = _given_noise(c)
 
     @jax.jit
-    def draw(params: Any, codec_params: Any, numbers: Array, labels: Array) -> tuple[Array, Array]:
-        key = jax.random.key(c.seed)
-        if given is None:
-            noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), sizes.block_shape))(numbers)
-        else:
-            noise = jnp.asarray(given)[numbers]
+    def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:
+        noise = inputs.noise
+        if noise is None:
+            key = jax.random.fold_in(jax.random.key(inputs.seed), SAMPLE)
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(inputs.numbers)
+            noise = jax.vmap(lambda k: jax.random.normal(k, sizes.block_shape))(keys)
         blocks = sampler.sample(
             model,
             params,
             noise,
-            labels[:, None] if model.classes else None,
+            inputs.labels[:, None] if model.classes else None,
             solver=settings.solver,
             spacing=settings.spacing,
             steps=settings.steps,
-            guidance=settings.guidance,
+            guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
             clip=settings.clip,
         )
         z = codec.from_blocks(blocks, sizes)
-        return decode(codec_params, z), z
+        pixels = decode(codec_params, z)
+        finite = jnp.isfinite(pixels).all((1, 2, 3)) & jnp.isfinite(z).all((1, 2, 3))
+        return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), z, finite
 
     return draw
 
 
-def _given_noise(c: ConfigDict) -> np.ndarray | None:
-    path, shape = c.sample.noise, (c.sample.n, *sizes_of(c).block_shape)
-    if not path:
-        return None
-    try:
-        noise = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"config.sample.noise={path} cannot be read: {first_line(error)}.") from None
-    if noise.shape != shape:
-        raise ConfigError(
-            f"config.sample.noise={path} is of shape {noise.shape}: it must be {shape} (n, L, positions, C)."
-        )
-    return noise.astype(np.float32)
+def inputs_of(c: ConfigDict, numbers: Any, labels: Any, noise: Any = None) -> Inputs:
+    """`Inputs` with the config's seed and guidance; the arrays may be abstract."""
+    return Inputs(numbers, labels, noise, np.int64(c.seed).astype(np.uint32), np.float32(c.sample.guidance))
 
 
-def draw_all(
-    c: ConfigDict, n: int, draw: Draw, params: Any, codec_params: Any, mesh: jax.sharding.Mesh, *, progress: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first n of the config's samples in batches of one shape, as uint8 (n, H, W, c), latents (n, h, w, C) and labels (n,).
+def batch_size(c: ConfigDict, mesh: jax.sharding.Mesh, most: int | None = None) -> int:
+    """Images that one run of the program draws: `most`, by default the config's batch, as a multiple of the mesh's parts."""
+    parts = partitioning.batch_devices(mesh)
+    return math.ceil(min(c.sample.batch, most or c.sample.n) / parts) * parts
 
-    Every process takes part in every batch and gets all images.
+
+def batches(
+    c: ConfigDict,
+    draw: Draw,
+    params: Any,
+    codec_params: Any,
+    mesh: jax.sharding.Mesh,
+    numbers: Sequence[int],
+    most: int | None = None,
+) -> Iterator[Drawn]:
+    """Draws the images with these numbers, below `sample.n`, in batches of one compiled shape; nothing is kept.
+
+    Every process gives the same numbers, takes part in every batch and gets all of it. A batch holds `most` images where that is
+    given and less than the config's `sample.batch`.
 
     Raises:
-      ConfigError: a latent or a pixel is not finite; the images and the block are named.
+      ConfigError: a latent or a pixel is not finite; the image and the block are named. Or the given noise does not fit.
     """
-    parts = partitioning.batch_devices(mesh)
-    batch = math.ceil(min(c.sample.batch, n) / parts) * parts
-    labels = np.array(config_lib.labels(c)[:n] or [0] * n, np.int32)
-    sharding = partitioning.batch_sharding(mesh)
-    images, latents = [], []
-    for first in tqdm(range(0, n, batch), desc="sampling", unit="batch", disable=not progress):
-        numbers = np.minimum(np.arange(first, first + batch), n - 1)  # the last batch is filled up and cut
-        given = (jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for x in (numbers, labels[numbers]))
-        pixels, z = partitioning.to_host(draw(params, codec_params, *given), mesh)
-        kept = min(batch, n - first)
-        pixels, z = pixels[:kept], z[:kept]
-        _check_finite(c, pixels, z, first)
-        images.append(np.round(np.clip(pixels * 127.5 + 127.5, 0, 255)).astype(np.uint8))
-        latents.append(z)
-    return np.concatenate(images), np.concatenate(latents), labels
+    size, sharding = batch_size(c, mesh, most), partitioning.batch_sharding(mesh)
+    labels = np.array(config_lib.labels(c) or [0] * c.sample.n, np.int32)
+    noise = _given_noise(c)
+
+    def spread(x: np.ndarray) -> Array:
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    for first in range(0, len(numbers), size):
+        chosen = np.asarray(numbers[first : first + size], np.int64)
+        filled = np.pad(chosen, (0, size - len(chosen)), mode="edge")  # one shape; what fills it up is cut off again
+        rows = None if noise is None else spread(np.asarray(noise[filled], np.float32))
+        inputs = inputs_of(c, spread(filled.astype(np.int32)), spread(labels[filled]), rows)
+        images, z, finite = (x[: len(chosen)] for x in partitioning.to_host(draw(params, codec_params, inputs), mesh))
+        if not finite.all():
+            raise ConfigError(_not_finite(c, chosen, z, finite))
+        yield Drawn(chosen, labels[chosen], images, z)
 
 
-def _check_finite(c: ConfigDict, pixels: np.ndarray, z: np.ndarray, first: int) -> None:
-    if np.isfinite(pixels).all() and np.isfinite(z).all():
-        return
+def _not_finite(c: ConfigDict, numbers: np.ndarray, z: np.ndarray, finite: np.ndarray) -> str:
     blocks = np.asarray(codec.to_blocks(z, sizes_of(c)))
     bad = np.argwhere(~np.isfinite(blocks).all(axis=(2, 3)))
-    where = f"image {first + bad[0][0]} from block {bad[0][1] + 1} on" if len(bad) else "the decoder's pixels"
-    raise ConfigError(
+    if len(bad):
+        where = f"image {numbers[bad[0][0]]} from block {bad[0][1] + 1} on"
+    else:
+        where = f"the decoder's pixels of image {numbers[np.argmin(finite)]}"
+    return (
         f"sampling gave values that are not finite: {where}. The weights may have diverged (try an earlier checkpoint), or "
         f"sample.guidance={c.sample.guidance} with sample.clip={c.sample.clip} is too strong."
     )
 
 
+def _given_noise(c: ConfigDict) -> np.ndarray | None:
+    """The file `sample.noise`, left on disk; None where the seed gives the noise.
+
+    Raises:
+      ConfigError: it is no .npy file of finite floats (n, L, positions, C).
+    """
+    path, shape = c.sample.noise, (c.sample.n, *sizes_of(c).block_shape)
+    if not path:
+        return None
+    try:
+        noise = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"config.sample.noise={path} cannot be read: {first_line(error)}.") from None
+    if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f":
+        kind = noise.dtype if isinstance(noise, np.ndarray) else "several arrays"
+        raise ConfigError(f"config.sample.noise={path} holds {kind}: it must be a .npy file of floats.")
+    if noise.shape != shape:
+        raise ConfigError(
+            f"config.sample.noise={path} is of shape {noise.shape}: it must be {shape} (n, L, positions, C)."
+        )
+    for number, rows in enumerate(noise):
+        if not np.isfinite(rows).all():
+            raise ConfigError(f"config.sample.noise={path} is not finite at image {number}.")
+    return noise
+
+
+# ---- grids
+
+
 def as_grid(images: np.ndarray) -> np.ndarray:
     """uint8 images (n, H, W, c) side by side, as many in a row as make it about square: (rows H, columns W, c)."""
-    n, height, width, channels = images.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    canvas = np.full((rows * columns, height, width, channels), 255, np.uint8)
-    canvas[:n] = images
-    return (
-        canvas.reshape(rows, columns, height, width, channels)
-        .transpose(0, 2, 1, 3, 4)
-        .reshape(rows * height, columns * width, channels)
-    )
+    columns = math.ceil(math.sqrt(len(images)))
+    empty = -len(images) % columns
+    filled = np.pad(images, ((0, empty), (0, 0), (0, 0), (0, 0)), constant_values=255)
+    return rearrange(filled, "(row column) h w c -> (row h) (column w) c", column=columns)
 
 
 def write_png(path: epath.Path, image: np.ndarray) -> None:
@@ -141,18 +194,19 @@ def write_png(path: epath.Path, image: np.ndarray) -> None:
 def grid(
     c: ConfigDict, draw: Draw, params: Any, codec_params: Any, mesh: jax.sharding.Mesh, workdir: str, step: int
 ) -> np.ndarray:
-    """Draws one batch of the config's samples with `params`, writes workdir/samples/step_..._{ema,raw}.png, and returns them.
+    """Draws the config's first `sample.grid` images with `params`, writes workdir/samples/step_..._{ema,raw}.png, and returns them.
 
     Returns:
       The grid, uint8 (1, H, W, c).
     """
-    images, _, _ = draw_all(c, min(c.sample.n, c.sample.batch), draw, params, codec_params, mesh, progress=False)
-    canvas = as_grid(images)
+    n = min(c.sample.n, c.sample.grid)
+    drawn = batches(c, draw, params, codec_params, mesh, range(n), most=n)
+    canvas = as_grid(np.concatenate([batch.images for batch in drawn]))
     path = epath.Path(workdir) / "samples" / f"step_{step:06d}_{c.sample.weights}.png"
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(path, canvas)
-        logging.info("drew %d samples with the %s weights: %s", len(images), c.sample.weights, path)
+        logging.info("drew %d samples with the %s weights: %s", n, c.sample.weights, path)
     return canvas[None]
 
 

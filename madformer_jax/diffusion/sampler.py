@@ -23,17 +23,18 @@ def sample(
     solver: str,
     spacing: str,
     steps: int,
-    guidance: float = 1.0,
+    guidance: float | Array = 1.0,
     clip: float = 0.0,
     unroll: bool = False,
 ) -> Array:
-    """Latent blocks from noise, one block after the other. Pure; everything behind the star is static under jit.
+    """Latent blocks from noise, one block after the other. Pure; everything behind the star but the guidance is static under jit.
 
     Args:
       noise: (B, L, positions, C), standard normal.
       tokens: text tokens (B, T) of a conditional model; `model.classes` means none.
       solver, spacing, steps: see `solvers.coefficients`.
-      guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_tokens - eps_none); 1 runs no second branch.
+      guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_tokens - eps_none). The number 1
+        runs no second branch; an array, whose value the program does not know, always does.
       clip: bound of the predicted clean latent; 0 for none.
       unroll: one copy of the program for each block instead of a loop (for counting its cost).
 
@@ -43,7 +44,7 @@ def sample(
     coefficients = solvers.coefficients(solver, spacing, steps)
     clean_t = int(coefficients.t[-1]) if model.clean_timestep == "noisy" else 0
     batch, blocks = noise.shape[:2]
-    guided = tokens is not None and guidance != 1.0
+    guided = tokens is not None and (isinstance(guidance, Array) or guidance != 1.0)
     branches = 2 if guided else 1
 
     def call(method: str, *args: Any) -> Any:

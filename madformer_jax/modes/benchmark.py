@@ -105,8 +105,9 @@ def sampling(c: ConfigDict) -> Figures:
             jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for x in (np.arange(batch), np.zeros(batch, np.int32))
         )
-        program, compiling = _compile(drawing.make_draw(c, model, lambda _, z: z), params, {}, numbers, labels)
-        seconds = _time(lambda: jax.block_until_ready(program(params, {}, numbers, labels)), c)
+        inputs = drawing.inputs_of(c, numbers, labels)
+        program, compiling = _compile(drawing.make_draw(c, model, lambda _, z: z), params, {}, inputs)
+        seconds = _time(lambda: jax.block_until_ready(program(params, {}, inputs)), c)
     cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)
     figures = _figures(c, cost, batch, seconds, compiling, program)
     return figures | {"nfe": flops.nfe(c), "seconds_per_image": seconds / batch}

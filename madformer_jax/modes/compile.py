@@ -153,13 +153,13 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) 
     """Drawing one batch of `sample.batch` images, the codec's decoder included."""
     images = _codec(c, mesh)
     params = drawing.abstract_params(model, mesh)
-    parts = partitioning.batch_devices(mesh)
-    batch = math.ceil(min(c.sample.batch, c.sample.n) / parts) * parts  # as drawing.draw_all does it
+    batch = drawing.batch_size(c, mesh)
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
     inputs = {"parameters": params} | ({"VAE": images.params} if images.params else {})
     with partitioning.scope(mesh):
         draw = drawing.make_draw(c, model, images.decode)
-        return _program(draw, (params, images.params, numbers, numbers), inputs, flops.sampling(c, batch), limit)
+        args = (params, images.params, drawing.inputs_of(c, numbers, numbers))
+        return _program(draw, args, inputs, flops.sampling(c, batch), limit)
 
 
 def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:

@@ -36,10 +36,8 @@ def run(c: ConfigDict, workdir: str) -> None:
         )  # fmt: skip
         draw = drawing.make_draw(c, model, images_codec.decode)
         codec_params = jax.device_put(images_codec.params, partitioning.replicated(mesh))
-        progress = jax.process_index() == 0
-        images, latents, labels = drawing.draw_all(
-            c, c.sample.n, draw, restored[item], codec_params, mesh, progress=progress
-        )
+        drawn = drawing.batches(c, draw, restored[item], codec_params, mesh, range(c.sample.n))
+        _, labels, images, latents = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     if jax.process_index():
         return
     s = c.sample

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from madformer_jax import drawing
 from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.models import madformer
 from madformer_jax.weights import release
 from madformer_jax.weights.release_config import preset
-from tests.small import random_params, small
+from tests.small import small
 
 SOLVERS = {"ddim8": ("ddim", "leading"), "dpm8": ("dpmpp_2m", "linspace")}  # of the reference
 
@@ -139,22 +138,3 @@ def test_guidance_of_one_runs_no_second_branch():
         return jax.jit(draw).lower(params, noise, tokens).cost_analysis()["flops"]
 
     assert flops(2.0) > 1.5 * flops(1.0)
-
-
-def test_noise_of_an_image_does_not_depend_on_the_batch(tiny_config):
-    from madformer_jax import codec, partitioning
-
-    c = tiny_config
-    c.model.classes, c.sample.n = 0, 5
-    c.sample.guidance, c.sample.clip = 1.0, 1.0
-    model = madformer.build(c)
-    params = jax.tree.map(lambda x: 0.1 * x, random_params(model))  # tame: nothing magnifies rounding
-    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    drawn = []
-    for batch in (2, 5):
-        c.sample.batch = batch
-        draw = drawing.make_draw(c, model, codec.build(c).decode)
-        drawn.append(drawing.draw_all(c, 5, draw, params, {}, mesh, progress=False))
-    for few, many in zip(*drawn, strict=True):
-        np.testing.assert_allclose(few, many, atol=1e-5)
-    assert len(drawn[0][0]) == 5

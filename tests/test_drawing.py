@@ -1,0 +1,131 @@
+import jax
+import numpy as np
+import pytest
+
+from madformer_jax import codec, drawing
+from madformer_jax.errors import ConfigError
+from madformer_jax.models import madformer
+from madformer_jax.runtime import partitioning
+from tests import tiny
+from tests.small import random_params
+
+
+@pytest.fixture
+def plain():
+    c = tiny.get_config("plain")
+    c.sample.n, c.sample.batch = 5, 2
+    return c
+
+
+@pytest.fixture
+def noise_only(monkeypatch):
+    """A sampler that returns its noise: for what is not about the model, and compiles at once."""
+    monkeypatch.setattr(drawing.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
+
+
+def draw(c, numbers, params=None, decode=None, devices=1, most=None):
+    """The images of a config with these numbers, on a mesh of so many devices."""
+    program = drawing.make_draw(c, madformer.build(c), decode or codec.build(c).decode)
+    mesh = partitioning.make_mesh(-1, 1, 1, jax.devices()[:devices])
+    drawn = list(drawing.batches(c, program, params or {}, {}, mesh, numbers, most))
+    assert program._cache_size() == 1
+    return drawn
+
+
+def test_images_do_not_depend_on_the_batch(plain):
+    params = jax.tree.map(lambda x: 0.1 * x, random_params(madformer.build(plain)))  # tame: nothing magnifies rounding
+    few = draw(plain, range(5), params)
+    assert [batch.numbers.tolist() for batch in few] == [[0, 1], [2, 3], [4]]
+    plain.sample.batch = 5
+    (many,) = draw(plain, [4, 1, 3], params)
+    assert (many.images.dtype, many.images.shape, many.latents.shape) == (np.uint8, (3, 32, 32, 1), (3, 8, 8, 16))
+    latents = np.concatenate([batch.latents for batch in few])
+    np.testing.assert_allclose(many.latents, latents[[4, 1, 3]], atol=1e-5)
+    assert np.abs(latents[0] - latents[1]).max() > 0.1
+
+
+def test_the_noise_of_an_image_is_that_of_no_training_step(plain, noise_only):
+    (first, *_) = draw(plain, range(5))
+    key = jax.random.key(plain.seed)
+    expected, of_step = (
+        jax.random.normal(jax.random.fold_in(k, 1), (1, 64, 16)) for k in (jax.random.fold_in(key, 2**31), key)
+    )
+    np.testing.assert_array_equal(codec.to_blocks(first.latents, drawing.sizes_of(plain))[1], expected)
+    assert np.abs(expected - of_step).max() > 1
+
+
+def test_a_batch_is_a_multiple_of_the_devices_and_of_one_shape(plain, noise_only):
+    plain.model.classes, plain.sample.labels = 10, "7,2,4"
+    drawn = draw(plain, range(5), devices=4)
+    assert [batch.numbers.tolist() for batch in drawn] == [[0, 1, 2, 3], [4]]
+    assert [batch.labels.tolist() for batch in drawn] == [[7, 2, 4, 7], [2]]
+    assert [len(batch.images) for batch in draw(plain, range(3), most=1)] == [1, 1, 1]
+
+
+def test_a_seed_and_a_scale_are_arguments_of_the_program(plain, noise_only):
+    plain.model.classes, plain.sample.guidance = 10, 2.0
+    program = drawing.make_draw(plain, madformer.build(plain), codec.build(plain).decode)
+    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
+    latents = []
+    for plain.seed, plain.sample.guidance in ((0, 2.0), (3, 2.0), (3, 1.5)):
+        latents += [batch.latents for batch in drawing.batches(plain, program, {}, {}, mesh, range(2))]
+    assert program._cache_size() == 1
+    assert np.abs(latents[0] - latents[1]).max() > 1
+
+
+def test_values_that_are_not_finite_are_told_by_image_and_block(plain, monkeypatch):
+    plain.model.blocks = 4
+
+    def spoilt(model, params, noise, tokens, **settings):
+        return noise.at[1, 2, 0, 3].set(np.inf)
+
+    monkeypatch.setattr(drawing.sampler, "sample", spoilt)
+    with pytest.raises(ConfigError, match=r"not finite: image 4 from block 3 on\. .*sample\.guidance=1\.0"):
+        draw(plain, [0, 4])
+    assert [len(batch.numbers) for batch in draw(plain, [0])] == [1]  # only what fills up the batch is spoilt
+
+
+def test_pixels_that_are_not_finite_are_told_by_image(plain, noise_only):
+    pixel = codec.build(plain)
+    with pytest.raises(ConfigError, match=r"not finite: the decoder's pixels of image 3\."):
+        draw(plain, [2, 3], decode=lambda params, z: pixel.decode(params, z).at[1, 5].set(np.nan))
+
+
+def test_given_noise_is_read_by_number_and_not_compiled_in(plain, noise_only, tmp_path):
+    noise = np.random.default_rng(0).normal(size=(5, 1, 64, 16))
+    plain.sample.noise = str(tmp_path / "noise.npy")
+    np.save(plain.sample.noise, noise)
+    drawn = np.concatenate([batch.latents for batch in draw(plain, [3, 0, 4])])
+    np.testing.assert_array_equal(codec.to_blocks(drawn, drawing.sizes_of(plain)), noise[[3, 0, 4]].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (np.ones((4, 1, 64, 16)), r"shape \(4, 1, 64, 16\): it must be \(5, 1, 64, 16\)"),
+        (np.full((5, 1, 64, 16), [np.nan] + [0] * 15), "not finite at image 0"),
+        (np.ones((5, 1, 64, 16), complex), "holds complex128"),
+        (np.full((5, 1, 64, 16), "a"), "holds <U1"),
+        ({"a": np.ones(3)}, "holds several arrays"),
+        (b"no array", "cannot be read"),
+    ],
+)
+def test_noise_that_does_not_fit_is_refused(plain, noise_only, tmp_path, content, complaint):
+    path = tmp_path / "noise.npy"
+    plain.sample.noise = str(path)
+    with path.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            np.savez(file, **content) if isinstance(content, dict) else np.save(file, content)
+    with pytest.raises(ConfigError, match=complaint) as error:
+        draw(plain, range(5))
+    assert "\n" not in str(error.value)
+
+
+def test_a_grid_is_about_square_and_white_where_it_is_empty():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 2, 3, 1), np.uint8)
+    grid = drawing.as_grid(images)
+    assert grid.shape == (4, 9, 1)
+    np.testing.assert_array_equal(grid[::2, ::3, 0], [[0, 1, 2], [3, 4, 255]])
+    np.testing.assert_array_equal(drawing.as_grid(images[:1])[..., 0], images[0, ..., 0])
