@@ -22,7 +22,7 @@ from madformer_jax.diffusion import sampler
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.madformer import MADFormer
-from madformer_jax.runtime import partitioning
+from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sizes import sizes_of
 
 # ---- images for a config: in training's grids, in --mode=sample and in evaluation
@@ -183,12 +183,10 @@ def as_grid(images: np.ndarray) -> np.ndarray:
     return rearrange(filled, "(row column) h w c -> (row h) (column w) c", column=columns)
 
 
-def write_png(path: epath.Path, image: np.ndarray) -> None:
+def write_png(path: storage.Path, image: np.ndarray) -> None:
     """Writes uint8 (H, W, 1 or 3) so that the file is whole or not there."""
-    part = path.parent / f".{path.name}.part"
-    with part.open("wb") as file:
-        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, format="png")
-    part.replace(path)
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    storage.write(path, lambda file: picture.save(file, format="png"))
 
 
 def grid(
@@ -204,7 +202,6 @@ def grid(
     canvas = as_grid(np.concatenate([batch.images for batch in drawn]))
     path = epath.Path(workdir) / "samples" / f"step_{step:06d}_{c.sample.weights}.png"
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_png(path, canvas)
         logging.info("drew %d samples with the %s weights: %s", n, c.sample.weights, path)
     return canvas[None]
