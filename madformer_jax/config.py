@@ -67,7 +67,8 @@ def base() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "digits"  # digits | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
     c.data.path = ""  # folder of images, tars or records; tfds: its data_dir
-    c.data.split = "train"
+    c.data.split = "train"  # train | test, which training never sees | all; tfds has its own, prepared records theirs
+    c.data.test_share = 0.05  # of folder and webdataset, by a hash of each name; digits hold out a fifth
     c.data.image_size = 256
     c.data.channels = 3
     c.data.crop = True  # centre crop to a square after the resize of the shorter side; False squeezes
@@ -241,6 +242,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "loss.clean": (0, math.inf),
     "loss.text": (0, math.inf),
     "data.channels": (1, math.inf),
+    "data.test_share": (0, 1),
     "data.workers": (0, math.inf),
     "prepare.shard": (1, math.inf),
     "prepare.batch": (1, math.inf),

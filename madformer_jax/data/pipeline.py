@@ -165,8 +165,10 @@ def train_iterator(
       `close()` when done: it stops the workers.
 
     Raises:
-      ConfigError: as `describe`; and, from `next`, an image that cannot be decoded, by name.
+      ConfigError: as `describe`; the split is "test"; and, from `next`, an image that cannot be decoded, by name.
     """
+    if config.data.split == "test":
+        raise ConfigError("config.data.split='test' is held out: training must not see it.")
     source = sources.open_source(config)
     info = _describe(config, source)
     order = grain.MapDataset.range(info.records).seed(config.seed).shuffle().repeat()

@@ -155,6 +155,8 @@ class _Readers:
 class Records(Source):
     """Random access to a prepared folder (source `arrayrecord`), a batch at a time."""
 
+    manifest: Mapping[str, Any]
+
     def __init__(self, folder: str):
         """Reads the manifest and checks that the shards are there with their sizes.
 

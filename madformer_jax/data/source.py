@@ -1,7 +1,7 @@
 """What a data source is: random access to images or latents and their labels, the same interface whatever holds them."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -40,6 +40,30 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What a person calls this record: its file."""
+
+
+def held_out(names: Sequence[str], share: float) -> np.ndarray:
+    """Which records the split "test" gets, bool (n,): each as the hash of its own name says, whatever else there is."""
+    heads = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in names)
+    return np.fromiter((int.from_bytes(head) < share * 2**64 for head in heads), bool, len(names))
+
+
+class Part(Source):
+    """Some of the records of a source, under new numbers."""
+
+    def __init__(self, source: Source, numbers: np.ndarray):
+        self.kind, self.classes, self.names, self.manifest = source.kind, source.classes, source.names, source.manifest
+        self._source, self._numbers = source, numbers
+        self.fingerprint = fingerprint([source.fingerprint, *map(str, numbers.tolist())])
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def read(self, indices: np.ndarray) -> Examples:
+        return self._source.read(self._numbers[indices])
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._numbers[index]))
 
 
 def fingerprint(names: Iterable[str]) -> str:

@@ -13,8 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from madformer_jax.data import records, tars
-from madformer_jax.data.source import EXTENSIONS, Examples, Source, fingerprint
+from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, fingerprint, held_out
 from madformer_jax.errors import ConfigError
+
+SPLITS = ("train", "test", "all")  # of the sources that have none of their own
 
 
 class Digits(Source):
@@ -35,6 +37,10 @@ class Digits(Source):
 
     def name(self, index: int) -> str:
         return f"mnist_5k row {index}"
+
+    def held_out(self, share: float) -> np.ndarray:
+        """Every fifth row, whatever the share: a fifth of each digit, as the rows are sorted by digit, 500 of each."""
+        return np.arange(len(self)) % 5 == 4
 
 
 @functools.cache
@@ -76,7 +82,10 @@ class Folder(Source):
         self._labels = np.zeros(len(self._files), np.int32)
         if inside:
             self._labels[:] = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()])
-        self.fingerprint = fingerprint(file.removeprefix(path).lstrip(os.sep) for file in self._files)
+        self._keys = [
+            file.removeprefix(path).lstrip(os.sep) for file in self._files
+        ]  # the same wherever the folder lies
+        self.fingerprint = fingerprint(self._keys)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -90,6 +99,9 @@ class Folder(Source):
 
     def name(self, index: int) -> str:
         return self._files[index]
+
+    def held_out(self, share: float) -> np.ndarray:
+        return held_out(self._keys, share)
 
 
 def _is_image(name: str) -> bool:
@@ -158,16 +170,30 @@ def open_source(config: ConfigDict) -> Source:
     kind, _, name = data.source.partition(":")
     if kind == "tfds" and name:
         return Tfds(name, data.split, data.path)
-    builders: dict[str, Callable[[], Source]] = {
+    if data.source == "arrayrecord":
+        found = records.Records(data.path)
+        if found.manifest["split"] != data.split:
+            raise ConfigError(
+                f"config.data.split={data.split!r}, but {data.path} was prepared from split {found.manifest['split']!r}."
+            )
+        return found
+    builders: dict[str, Callable[[], Digits | Folder | tars.Tars]] = {
         "digits": Digits,
         "folder": lambda: Folder(data.path),
         "webdataset": lambda: tars.Tars(data.path),
-        "arrayrecord": lambda: records.Records(data.path),
     }
     if data.source not in builders:
+        known = ", ".join([*builders, "arrayrecord", "tfds:<name>"])
+        raise ConfigError(f"config.data.source={data.source!r} is unknown: one of {known} (docs/data.md).")
+    if data.split not in SPLITS:
+        raise ConfigError(f"config.data.split={data.split!r} is unknown: one of {', '.join(SPLITS)}.")
+    whole = builders[data.source]()
+    test = whole.held_out(data.test_share)
+    if data.split == "all" or (data.split == "train" and not test.any()):
+        return whole
+    numbers = np.flatnonzero(test == (data.split == "test"))
+    if not len(numbers):
         raise ConfigError(
-            f"config.data.source={data.source!r} is unknown: one of {', '.join(builders)}, tfds:<name> (docs/data.md)."
+            f"config.data.split={data.split!r} is empty: config.data.test_share={data.test_share} of {len(whole)} images."
         )
-    if data.split != "train":
-        raise ConfigError(f"config.data.split={data.split!r}: source {data.source} has only 'train'.")
-    return builders[data.source]()
+    return Part(whole, numbers)

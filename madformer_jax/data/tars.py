@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from madformer_jax.data.source import EXTENSIONS, Examples, Source, fingerprint
+from madformer_jax.data.source import EXTENSIONS, Examples, Source, fingerprint, held_out
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime.storage import user_cache
 
@@ -53,10 +53,8 @@ class Tars(Source):
         self.classes = int(self._labels.max()) + 1
         self.names = tuple(str(label) for label in range(self.classes))
         self._labels = np.maximum(self._labels, 0)
-        root = path if os.path.isdir(path) else os.path.dirname(path)
-        self.fingerprint = fingerprint(
-            f"{self.name(i).removeprefix(root).lstrip(os.sep)} {self._labels[i]}" for i in range(len(self))
-        )
+        self._root = path if os.path.isdir(path) else os.path.dirname(path)
+        self.fingerprint = fingerprint([*self._keys(), *map(str, self._labels.tolist())])
 
     def __len__(self) -> int:
         return len(self._tar)
@@ -70,6 +68,13 @@ class Tars(Source):
     def _member(self, index: int) -> bytes:
         with open(self._tars[self._tar[index]], "rb", buffering=0) as file:
             return os.pread(file.fileno(), int(self._size[index]), int(self._offset[index]))
+
+    def _keys(self) -> list[str]:
+        """The names of the records, the same wherever the tars lie."""
+        return [self.name(i).removeprefix(self._root).lstrip(os.sep) for i in range(len(self))]
+
+    def held_out(self, share: float) -> np.ndarray:
+        return held_out(self._keys(), share)
 
     def name(self, index: int) -> str:
         return f"{self._tars[self._tar[index]]}:{self._names[index].decode()}"

@@ -99,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_images(pathlib.Path(folder) / "images", IMAGES, corrupt)
         c = config_lib.base()
-        c.data.source, c.data.path, c.data.image_size = "folder", f"{folder}/images", 8
+        c.data.source, c.data.path, c.data.image_size, c.data.split = "folder", f"{folder}/images", 8, "all"
         c.model.blocks = c.model.unet_stride = 1  # which the command checks too
         c.prepare.shard = 20
         killed = run(c, f"{folder}/out", KILLS, seed=int(time.time()))

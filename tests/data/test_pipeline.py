@@ -23,6 +23,7 @@ def numbered(tmp_path):
         Image.fromarray(pixels).save(tmp_path / str(i // 10) / f"{i:03}.png")
     c = config_lib.base()
     c.data.source, c.data.path, c.data.image_size, c.data.channels = "folder", str(tmp_path), 6, 1
+    c.data.split = "all"
     c.seed = 3
     return c
 
@@ -228,6 +229,17 @@ def test_the_fingerprint_tells_other_records_from_moved_ones(numbered, tmp_path)
     assert pipeline.describe(numbered).fingerprint == before
     (moved / "0" / "000.png").rename(moved / "0" / "999.png")
     assert pipeline.describe(numbered).fingerprint != before
+
+
+def test_training_never_sees_what_is_held_out(numbered):
+    numbered.data.test_share = 0.3
+    numbered.data.split = "train"
+    seen = {i for batch in take(numbered, 20) for i in ids(batch)}
+    numbered.data.split = "test"
+    held_out = {i for batch in pipeline.ordered_batches(numbered, batch=4) for i in ids(batch)}
+    assert 0 < len(held_out) < 12 and seen == set(range(23)) - held_out
+    with pytest.raises(ConfigError, match="split='test' is held out"):
+        pipeline.train_iterator(numbered, batch=4)
 
 
 def test_data_that_do_not_fit_the_model_are_refused(numbered, tmp_path):

