@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.test_share = 0.0  # trained on all images, and compared with them, as the paper does
     c.data.image_size = 1024
     c.data.crop = False  # release: resized, neither cropped nor flipped
-    c.codec.path = "stabilityai/sd-vae-ft-mse"  # release
+    c.codec.path = release_config.RELEASE_VAE  # release
 
     c.train.batch = 64
     c.train.steps = EPOCHS * IMAGES // c.train.batch

@@ -12,6 +12,7 @@ It fits a TPU v5e:4x4 or v5p:2x2x1, and what is larger (docs/scaling.md).
 from ml_collections import ConfigDict
 
 from madformer_jax import config
+from madformer_jax.weights import release_config
 
 IMAGES, EPOCHS = 1_281_167, 50  # paper: 250 k steps
 
@@ -29,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.source = "arrayrecord"
     c.data.test_share = 0.0  # trained on all images, and compared with them, as the paper does
     c.data.image_size = 256
-    c.codec.path = "stabilityai/sd-vae-ft-mse"
+    c.codec.path = release_config.RELEASE_VAE
 
     c.train.batch = 256
     c.train.steps = EPOCHS * IMAGES // c.train.batch

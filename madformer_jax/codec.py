@@ -1,5 +1,7 @@
 """Image to latent to blocks and back: the only place where each happens."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,12 +30,14 @@ def from_blocks(blocks: Array, sizes: Sizes) -> Array:
 class Codec(NamedTuple):
     """Image <-> latent.
 
-    params: weights, passed to the two functions so that a jitted program takes them as an argument.
-    encode: (params, batch of the input pipeline, key) -> z (B, h, w, C).
+    load: () -> params, the weights, which are read when this is first called: not all who have a codec need them.
+    encode: (params, batch of the input pipeline, key) -> z (B, h, w, C). Cached latents need no params: {} will do.
     decode: (params, z) -> images (B, H, W, c) in [-1, 1].
+
+    Params are an argument of both, so that a jitted program takes them as one.
     """
 
-    params: Any
+    load: Callable[[], Any]
     encode: Callable[[Any, Mapping[str, Array], Array], Array]
     decode: Callable[[Any, Array], Array]
 
@@ -47,43 +51,50 @@ def pixel(patch: int) -> Codec:
     def decode(params: Any, z: Array) -> Array:
         return rearrange(z, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)
 
-    return Codec({}, encode, decode)
+    return Codec(dict, encode, decode)
 
 
 def build(c: ConfigDict) -> Codec:
-    """The codec of a validated config.
-
-    Raises:
-      ConfigError: the VAE's weights are missing or do not fit.
-    """
-    return vae(c.codec.path, c.codec.dtype) if c.codec.name == "vae" else pixel(c.codec.patch)
+    """The codec of a validated config."""
+    return vae(c.codec.path, c.codec.dtype, c.codec.scaling_factor) if c.codec.name == "vae" else pixel(c.codec.patch)
 
 
-def vae(path: str, dtype: str) -> Codec:
+def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
     """Image <-> latent of the VAE, scaled, with weights from wherever `weights.vae.load` finds them.
 
-    Raises:
-      ConfigError: no weights there, they do not fit, or the network is of another kind than Stable Diffusion's.
+    Its functions raise ConfigError, and so does tracing them, if there are no weights, or if they do not fit, are of another
+    kind than Stable Diffusion's or have another scaling factor.
     """
-    model, params = vae_weights.load(path, dtype)
-    if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
-        raise ConfigError(
-            f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the "
-            f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
-        )
 
-    return of_vae(model, params)
+    def load() -> tuple[AutoencoderKL, Params]:
+        model, params = vae_weights.load(path, dtype)
+        if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
+            raise ConfigError(
+                f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the "
+                f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
+            )
+        if not math.isclose(model.scaling_factor, scaling_factor):
+            raise ConfigError(
+                f"config.codec.scaling_factor={scaling_factor}, but the VAE at config.codec.path={path!r} says "
+                f"{model.scaling_factor}: set that, or choose the VAE that the model was trained with."
+            )
+        return model, params
+
+    return of_vae(load, scaling_factor)
 
 
-def of_vae(model: AutoencoderKL, params: Params) -> Codec:
+def of_vae(load: Callable[[], tuple[AutoencoderKL, Params]], scaling_factor: float) -> Codec:
     """The codec of a network and its weights, or their abstract shapes."""
+    loaded = functools.cache(load)
 
-    def encode_batch(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
-        cached = "mean" in batch
-        mean, logvar = (batch["mean"], batch["logvar"]) if cached else vae_model.encode(model, params, batch["image"])
-        return model.scaling_factor * vae_model.sample(mean, logvar, key)
+    def encode(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+        if "mean" in batch:  # cached latents
+            mean, logvar = batch["mean"], batch["logvar"]
+        else:
+            mean, logvar = vae_model.encode(loaded()[0], params, batch["image"])
+        return scaling_factor * vae_model.sample(mean, logvar, key)
 
-    def decode_batch(params: Params, z: Array) -> Array:
-        return vae_model.decode(model, params, z / model.scaling_factor)
+    def decode(params: Params, z: Array) -> Array:
+        return vae_model.decode(loaded()[0], params, z / scaling_factor)
 
-    return Codec(params, encode_batch, decode_batch)
+    return Codec(lambda: loaded()[1], encode, decode)

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.sizes import Sizes, sizes_of
+from madformer_jax.sizes import SCALING_FACTOR, Sizes, sizes_of
 
 
 def base() -> ConfigDict:
@@ -62,6 +62,9 @@ def base() -> ConfigDict:
     c.codec.name = "vae"  # image <-> latent: "vae" (AutoencoderKL) or "pixel" (space-to-depth, no learned part)
     c.codec.patch = 2  # pixel: side of the square of pixels that becomes one latent position
     c.codec.path = ""  # vae: a diffusers folder, a hub id or an Orbax folder made by --mode=convert
+    c.codec.scaling_factor = (
+        SCALING_FACTOR  # vae: what its latents are multiplied by; a VAE that says another is refused
+    )
     c.codec.dtype = "float32"  # of the VAE's computation
 
     c.data = ConfigDict()
@@ -241,6 +244,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "loss.hidden": (0, math.inf),
     "loss.clean": (0, math.inf),
     "loss.text": (0, math.inf),
+    "codec.scaling_factor": (1e-6, math.inf),
     "data.channels": (1, math.inf),
     "data.test_share": (0, 1),
     "data.workers": (0, math.inf),

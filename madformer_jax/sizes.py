@@ -41,7 +41,9 @@ class Sizes(NamedTuple):
         return self.blocks, self.positions, self.channels
 
 
-VAE_DOWNSAMPLING, VAE_CHANNELS = 8, 4  # of the Stable Diffusion VAE
+# Of the Stable Diffusion VAE
+VAE_DOWNSAMPLING, VAE_CHANNELS = 8, 4
+SCALING_FACTOR = 0.18215  # makes the latents' variance about 1
 
 
 def sizes_of(c: ConfigDict) -> Sizes:

@@ -20,9 +20,9 @@ def test_blocks_and_positions_stand_in_raster_order(tiny_config):
 def test_pixels_come_back_exactly(tiny_config):
     images = np.random.default_rng(0).normal(size=(3, 32, 32, 1)).astype(np.float32)
     made = codec.build(tiny_config)
-    z = made.encode(made.params, {"image": images}, jax.random.key(0))
+    z = made.encode(made.load(), {"image": images}, jax.random.key(0))
     assert z.shape == (3, 8, 8, 16)
-    np.testing.assert_array_equal(made.decode(made.params, z), images)
+    np.testing.assert_array_equal(made.decode(made.load(), z), images)
 
 
 def test_a_square_of_pixels_becomes_the_channels_of_its_position():

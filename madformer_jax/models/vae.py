@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from madformer_jax.runtime import partitioning
+from madformer_jax.sizes import SCALING_FACTOR
 
 Array = jax.Array
 Params = Mapping[str, Any]
 
-SCALING_FACTOR = 0.18215  # of Stable Diffusion: makes the latents' variance about 1
 EPS = 1e-6  # of every GroupNorm
 
 # attention scores held at once, 64 MiB: a 512 x 512 image is done in one go, 1024 x 1024 in 16 chunks of queries

@@ -78,12 +78,12 @@ def training_step(c: ConfigDict) -> Figures:
     }
     with partitioning.scope(mesh):
         data = partitioning.global_batch(local, mesh)
-        program, compiling = _compile(step, abstract, data, identity.params)
+        program, compiling = _compile(step, abstract, data, {})
         state = create()
 
         def once() -> None:
             nonlocal state
-            state, metrics = program(state, data, identity.params)
+            state, metrics = program(state, data, {})
             jax.block_until_ready((state, metrics))
 
         seconds = _time(once, c)

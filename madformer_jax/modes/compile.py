@@ -143,7 +143,7 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
     step = jax.jit(training.make_step(s, c, "tpu"), donate_argnums=0, out_shardings=out_shardings)
     inputs = {"parameters": state.params, "averages (EMA)": state.ema, "optimizer": state.opt, "batch": batch}
-    codec_params = {} if latents else images.params
+    codec_params = {} if latents else images.load()
     inputs |= {"VAE": codec_params} if codec_params else {}
     with partitioning.scope(mesh):
         return _program(step, (state, batch, codec_params), inputs, flops.training_step(c, encode=not latents), limit)
@@ -152,13 +152,14 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
 def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) -> Program:
     """Drawing one batch of `sample.batch` images, the codec's decoder included."""
     images = _codec(c, mesh)
+    codec_params = images.load()
     params = drawing.abstract_params(model, mesh)
     batch = drawing.batch_size(c, mesh)
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
-    inputs = {"parameters": params} | ({"VAE": images.params} if images.params else {})
+    inputs = {"parameters": params} | ({"VAE": codec_params} if codec_params else {})
     with partitioning.scope(mesh):
         draw = drawing.make_draw(c, model, images.decode)
-        args = (params, images.params, drawing.inputs_of(c, numbers, numbers))
+        args = (params, codec_params, drawing.inputs_of(c, numbers, numbers))
         return _program(draw, args, inputs, flops.sampling(c, batch), limit)
 
 
@@ -170,7 +171,7 @@ def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
     image = jax.ShapeDtypeStruct((1, network.reduction, network.reduction, 3), jnp.float32)
     params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
     everywhere = jax.tree.map(lambda _: partitioning.replicated(mesh), params)
-    return codec.of_vae(network, partitioning.abstract(params, everywhere))
+    return codec.of_vae(lambda: (network, partitioning.abstract(params, everywhere)), c.codec.scaling_factor)
 
 
 def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], bool]:

@@ -35,7 +35,7 @@ def run(c: ConfigDict, workdir: str) -> None:
             c.sample.n, c.sample.weights, step, attention.in_sampling(model.attention),
         )  # fmt: skip
         draw = drawing.make_draw(c, model, images_codec.decode)
-        codec_params = jax.device_put(images_codec.params, partitioning.replicated(mesh))
+        codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
         drawn = drawing.batches(c, draw, restored[item], codec_params, mesh, range(c.sample.n))
         _, labels, images, latents = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     if jax.process_index():

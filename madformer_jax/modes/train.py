@@ -72,7 +72,7 @@ def run(c: ConfigDict, workdir: str) -> None:
 
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
     step_fn = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
-    codec_params = jax.device_put(s.codec.params, partitioning.replicated(mesh))
+    codec_params = jax.device_put(s.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
     drawer = drawing.make_draw(c, s.model, s.codec.decode)
     # clu's logging writer is left out: the log line below says the same
     writer = metric_writers.MultiWriter([metric_writers.SummaryWriter(workdir)] if jax.process_index() == 0 else [])
@@ -124,7 +124,8 @@ def run(c: ConfigDict, workdir: str) -> None:
         nonlocal since
         began = time.time()
         weights = state.ema if c.sample.weights == "ema" else state.params
-        images = drawing.grid(c, drawer, weights, codec_params, mesh, workdir, step)
+        decoder = jax.device_put(s.codec.load(), partitioning.replicated(mesh))
+        images = drawing.grid(c, drawer, weights, decoder, mesh, workdir, step)
         writer.write_images(step, {f"samples_{c.sample.weights}": images})
         since += time.time() - began
 

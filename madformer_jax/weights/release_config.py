@@ -83,7 +83,7 @@ def as_release(c: ConfigDict) -> None:
     c.sample.steps = 250
 
 
-RELEASE_VAE = "stabilityai/sd-vae-ft-mse"
+RELEASE_VAE = "stabilityai/sd-vae-ft-mse@31f26fdeee1355a5c34592e401dd41e45d25a493"  # pinned: the same weights tomorrow
 
 
 def of_checkpoint(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], codec_path: str = "") -> ConfigDict:

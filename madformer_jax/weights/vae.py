@@ -19,7 +19,7 @@ _FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def load(path: str, dtype: str | jnp.dtype = jnp.float32) -> tuple[AutoencoderKL, Params]:
-    """Model and parameters from a diffusers folder, a folder written by `save`, or a Hugging Face hub id.
+    """Model and parameters from a diffusers folder, a folder written by `save`, or a Hugging Face hub id (owner/name@revision).
 
     Raises:
       ConfigError: there is nothing of the kind at `path`, the hub cannot be reached, or the tensors do not fit.
@@ -42,7 +42,7 @@ def save(path: str, source: str) -> None:
 def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dict[str, Any]]:
     if not path:
         raise ConfigError(
-            "config.codec.path is empty: give the VAE's folder or hub id (such as stabilityai/sd-vae-ft-mse)."
+            "config.codec.path is empty: give the VAE's folder or hub id (such as stabilityai/sd-vae-ft-mse, or with @revision)."
         )
     folder = epath.Path(path)
     if folder.is_dir():
@@ -50,10 +50,10 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
         config_file = folder / "config.json"
         if not config_file.exists() or not (found or files.has_params(path)):
             raise ConfigError(f"{path} is no VAE folder: it needs config.json and one of {', '.join(_FILES)}.")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        config_file, *found = _download(path)
+    elif on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", path):
+        config_file, *found = _download(*on_hub.groups())
     else:
-        raise ConfigError(f"{path}: no such folder, and no hub id either (owner/name).")
+        raise ConfigError(f"{path}: no such folder, and no hub id either (owner/name or owner/name@revision).")
     try:
         config = json.loads(config_file.read_text())
     except ValueError as error:
@@ -67,9 +67,11 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
     return model, params, config
 
 
-def _download(hub_id: str) -> list[epath.Path]:
-    """config.json and the weights of a hub repository, in the hub's own cache."""
-    what = f"VAE {hub_id!r} is no folder, and as a hub id it cannot be downloaded"
+def _download(hub_id: str, revision: str | None) -> list[epath.Path]:
+    """config.json and the weights of a hub repository, in the hub's own cache; the newest where no revision is given."""
+    what = (
+        f"VAE {hub_id!r}{f' at {revision}' if revision else ''} is no folder, and as a hub id it cannot be downloaded"
+    )
     instead = "download the folder by other means and give its path"
     try:
         import huggingface_hub
@@ -78,7 +80,8 @@ def _download(hub_id: str) -> list[epath.Path]:
     problem: Exception | None = None
     for name in _FILES:
         try:
-            return [epath.Path(huggingface_hub.hf_hub_download(hub_id, file)) for file in ("config.json", name)]
+            paths = [huggingface_hub.hf_hub_download(hub_id, file, revision=revision) for file in ("config.json", name)]
+            return [epath.Path(path) for path in paths]
         except Exception as error:  # of the hub, the HTTP library below it or the system
             problem = problem or error
     reason = str(problem).strip().split("\n")[0] or type(problem).__name__

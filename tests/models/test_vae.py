@@ -185,24 +185,32 @@ def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small):
         loaded, loaded_params = vae_weights.load(path)
         assert loaded == model
         assert jax.tree.all(jax.tree.map(np.array_equal, loaded_params, params))
-    codec, key = codecs.vae(path, "float32"), jax.random.key(1)
+    codec, key = codecs.vae(path, "float32", vae.SCALING_FACTOR), jax.random.key(1)
     mean, logvar = nhwc(arrays["mean"]), nhwc(arrays["logvar"])
     z = 0.18215 * vae.sample(mean, logvar, key)
     image = {"image": nhwc(arrays["image"])}
-    np.testing.assert_allclose(jax.jit(codec.encode)(codec.params, image, key), z, atol=1e-5)
-    np.testing.assert_allclose(codec.encode(codec.params, {"mean": mean, "logvar": logvar}, key), z, atol=1e-6)
-    decoded = jax.jit(codec.decode)(codec.params, 0.18215 * mean)
+    np.testing.assert_allclose(jax.jit(codec.encode)(codec.load(), image, key), z, atol=1e-5)
+    np.testing.assert_allclose(codec.encode({}, {"mean": mean, "logvar": logvar}, key), z, atol=1e-6)
+    decoded = jax.jit(codec.decode)(codec.load(), 0.18215 * mean)
     assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
 
 
-def test_the_config_s_own_scaling_factor_is_used(tmp_path, arrays, small):
+def test_cached_latents_need_no_vae_and_are_scaled_as_the_config_says():
+    codec = codecs.vae("/nowhere", "float32", 0.13025)
+    cached = {"mean": jnp.ones((1, 8, 8, 4)), "logvar": jnp.full((1, 8, 8, 4), -30.0)}
+    np.testing.assert_allclose(codec.encode({}, cached, jax.random.key(0)), 0.13025, rtol=1e-4)
+    for use in (codec.load, lambda: codec.encode({}, {"image": jnp.ones((1, 8, 8, 3))}, jax.random.key(0))):
+        with pytest.raises(ConfigError, match="/nowhere: no such folder"):
+            use()
+
+
+def test_a_vae_of_another_scaling_factor_is_refused(tmp_path, arrays, small):
     model, state, _ = small
     text = json.dumps(json.loads(str(arrays["config"])) | {"scaling_factor": 0.13025})
-    codec = codecs.vae(write_folder(tmp_path / "vae", model, state, text), "float32")
-    z = codec.encode(
-        codec.params, {"mean": jnp.ones((1, 8, 8, 4)), "logvar": jnp.full((1, 8, 8, 4), -30.0)}, jax.random.key(0)
-    )
-    np.testing.assert_allclose(z, 0.13025, rtol=1e-4)
+    folder = write_folder(tmp_path / "vae", model, state, text)
+    codecs.vae(folder, "float32", 0.13025).load()
+    with pytest.raises(ConfigError, match=r"scaling_factor=0\.18215, but the VAE .* says 0\.13025"):
+        codecs.vae(folder, "float32", 0.18215).load()
 
 
 def test_torch_weights_in_a_folder(tmp_path, arrays, small):
@@ -243,7 +251,7 @@ def test_faults_of_a_folder_are_one_line_that_names_them(tmp_path, arrays, small
     zeros = {name: np.zeros(shape, np.float32) for name, shape in vae_weights.shapes(other).items()}
     folder = write_folder(tmp_path / "other", other, zeros, shallow)
     with pytest.raises(ConfigError, match="1/2 of the side"):
-        codecs.vae(folder, "float32")
+        codecs.vae(folder, "float32", vae.SCALING_FACTOR).load()
 
 
 def test_hub_id_where_the_hub_can_and_cannot_be_reached(tmp_path, arrays, small, monkeypatch):
@@ -252,10 +260,18 @@ def test_hub_id_where_the_hub_can_and_cannot_be_reached(tmp_path, arrays, small,
     hub = types.ModuleType("huggingface_hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
-    hub.hf_hub_download = lambda hub_id, file: f"{folder}/{file}"
-    assert jax.tree.all(jax.tree.map(np.array_equal, vae_weights.load("someone/a-vae")[1], params))
+    asked = []
 
-    def unreachable(hub_id, file):
+    def download(hub_id, file, revision):
+        asked.append((hub_id, revision))
+        return f"{folder}/{file}"
+
+    hub.hf_hub_download = download
+    assert jax.tree.all(jax.tree.map(np.array_equal, vae_weights.load("someone/a-vae")[1], params))
+    vae_weights.load("someone/a-vae@31f26fd")
+    assert dict.fromkeys(asked) == {("someone/a-vae", None): None, ("someone/a-vae", "31f26fd"): None}
+
+    def unreachable(hub_id, file, revision):
         raise OSError("no route to host\nand much more")
 
     hub.hf_hub_download = unreachable

@@ -40,7 +40,7 @@ def steps(config, mesh_sizes, n=5, platform="cpu"):
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), None)
         step = jax.jit(training.make_step(s, config, platform), out_shardings=out_shardings)
         for _ in range(n):
-            state, metrics = step(state, partitioning.global_batch(next(data), mesh), s.codec.params)
+            state, metrics = step(state, partitioning.global_batch(next(data), mesh), {})
             losses.append(float(metrics["loss"]))
     data.close()
     return losses, jax.device_get(state)
@@ -197,7 +197,7 @@ def test_ema_warms_up_towards_its_target(plain_config):
     step, state = jax.jit(training.make_step(s, plain_config)), create()
     ema = state.ema
     for decay in (1 / 10, 0.15, 0.15):  # (1 + step) / (10 + step), until it meets the target
-        state, _ = step(state, next(data), s.codec.params)
+        state, _ = step(state, next(data), {})
         ema = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, ema, state.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
     data.close()
