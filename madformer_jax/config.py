@@ -75,6 +75,10 @@ def base() -> ConfigDict:
     c.data.image_size = 256
     c.data.channels = 3
     c.data.crop = True  # centre crop to a square after the resize of the shorter side; False squeezes
+    c.data.background = "white"  # what shows behind transparent pixels: a name, or "#rrggbb"
+    c.data.max_corrupt = (
+        0.05  # share of records that training passes over because they cannot be read; more is an error
+    )
     c.data.flip = False  # random horizontal flip
     c.data.workers = 0  # worker processes that read and decode; 0: in the training process
 
@@ -247,6 +251,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "codec.scaling_factor": (1e-6, math.inf),
     "data.channels": (1, math.inf),
     "data.test_share": (0, 1),
+    "data.max_corrupt": (0, 1),
     "data.workers": (0, math.inf),
     "prepare.shard": (1, math.inf),
     "prepare.batch": (1, math.inf),

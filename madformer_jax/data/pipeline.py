@@ -8,12 +8,13 @@ for any number of processes or workers, and the iterator's whole state is k.
 
 import functools
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from madformer_jax.data import preprocess, records, sources, worker
@@ -24,7 +25,7 @@ from madformer_jax.runtime import malloc
 _BATCHES_AHEAD = 2  # decoded batches waiting in each process that reads
 _THREADS = 2  # batches in the making there
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # name -> array (b, ...)
 
 
 class DatasetInfo(NamedTuple):
@@ -45,34 +46,76 @@ class Pick(NamedTuple):
     flip: Any  # bool
 
 
-class _Load:
-    """Reads and preprocesses a batch; images stay uint8."""
+Skipped = dict[str, list[str]]  # number of a record that cannot be read -> its name and the reason
 
-    def __init__(self, source: Source, table: preprocess.Table):
-        self._source, self._table = source, table
+
+def read_one(source: Source, table: preprocess.Table, number: int) -> Examples:
+    """A record by itself; its image is decoded: uint8 (1, size, size, c).
+
+    Raises:
+      preprocess.CorruptImageError, OSError: it cannot be read.
+      ConfigError: the memory does not suffice.
+    """
+    try:
+        return _decoded(source.read(np.array([number])), table)
+    except MemoryError:
+        raise ConfigError(f"{source.name(number)}: the memory does not suffice to read it.") from None
+
+
+def _decoded(found: Examples, table: preprocess.Table) -> Examples:
+    if "image" in found.arrays:
+        found.arrays["image"] = table.batch(found.arrays["image"])
+    return found
+
+
+def _check_skipped(config: ConfigDict, skipped: Skipped, count: int) -> None:
+    if len(skipped) > config.data.max_corrupt * count:
+        name, reason = list(skipped.values())[-1]
+        raise ConfigError(
+            f"{name} cannot be read ({reason}): {len(skipped)} of {count} records, more than config.data.max_corrupt="
+            f"{config.data.max_corrupt}. Mend or remove the files, or allow more."
+        )
+
+
+class _Load:
+    """Reads and preprocesses a batch; images stay uint8.
+
+    Records that cannot be read are named in "skipped" (`Skipped` as JSON). With `replace` the next one that can be read
+    stands in for each, which is the same one whenever the batch is read again; without, the batch is smaller.
+    """
+
+    def __init__(self, source: Source, config: ConfigDict, *, replace: bool):
+        self._source, self._config, self._table, self._replace = source, config, table(config), replace
 
     def __call__(self, pick: Pick) -> Batch:
-        arrays, labels, _ = self._read(pick.record)
-        if "image" in arrays:
-            pixels = arrays["image"]
-            pixels[pick.flip] = pixels[pick.flip, :, ::-1]
-        return {**arrays, "label": labels}
-
-    def _read(self, numbers: np.ndarray) -> Examples:
-        """The records with their images decoded, as one array (b, H, W, c)."""
+        flip = pick.flip
+        skipped: Skipped = {}
         try:
-            found = self._source.read(numbers)
-            if "image" in found.arrays:
-                found.arrays["image"] = self._table.batch(found.arrays["image"])
-            return found
-        except (preprocess.CorruptImageError, OSError) as error:
-            if len(numbers) > 1:  # find out which
-                for number in numbers:
-                    self._read(np.array([number]))
-            raise ConfigError(
-                f"{self._source.name(int(numbers[0]))} cannot be read ({error}): remove the file, or run --mode=prepare, "
-                "which skips and lists such files."
-            ) from None
+            arrays, labels, _ = _decoded(self._source.read(pick.record), self._table)
+        except (preprocess.CorruptImageError, OSError, MemoryError):
+            rows = [self._readable(number, skipped) for number in pick.record.tolist()]
+            found = [row for row in rows if row]
+            if not found:
+                return {"skipped": json.dumps(skipped)}
+            arrays = {name: np.concatenate([row.arrays[name] for row in found]) for name in found[0].arrays}
+            labels = np.concatenate([row.labels for row in found])
+            flip = flip[[row is not None for row in rows]]
+        if "image" in arrays:
+            arrays["image"][flip] = arrays["image"][flip, :, ::-1]
+        batch = {**arrays, "label": labels}
+        return {**batch, "skipped": json.dumps(skipped)} if skipped else batch
+
+    def _readable(self, number: int, skipped: Skipped) -> Examples | None:
+        """The record, or the next one that can be read; those before it go into `skipped`."""
+        while True:
+            try:
+                return read_one(self._source, self._table, number)
+            except (preprocess.CorruptImageError, OSError) as error:
+                skipped[str(number)] = [self._source.name(number), str(error)]
+            _check_skipped(self._config, skipped, len(self._source))
+            if not self._replace:
+                return None
+            number = (number + 1) % len(self._source)
 
 
 def _to_float(batch: Batch) -> Batch:
@@ -84,7 +127,8 @@ def _out_of_worker(batch: Batch) -> Batch:
 
     Images travel as uint8, a quarter of the bytes.
     """
-    return _to_float({name: x if name == "image" else np.array(x) for name, x in batch.items()})
+    copied = {name: np.array(x) for name, x in batch.items() if name not in ("image", "skipped")}
+    return _to_float({**batch, **copied})
 
 
 def _flip(record: int, rng: np.random.Generator) -> Pick:
@@ -109,12 +153,12 @@ def table(config: ConfigDict) -> preprocess.Table:
     """The preprocessing table that `config.data` sets.
 
     Raises:
-      ConfigError: images have 1 or 3 channels.
+      ConfigError: images have 1 or 3 channels; the background is no colour.
     """
     data = config.data
     if data.channels not in preprocess.CHANNELS:
         raise ConfigError(f"config.data.channels={data.channels}: images have 1 (grey) or 3 (RGB).")
-    return preprocess.Table(data.image_size, data.channels, data.crop)
+    return preprocess.Table(data.image_size, data.channels, data.crop, preprocess.colour(data.background))
 
 
 def describe(config: ConfigDict) -> DatasetInfo:
@@ -165,7 +209,8 @@ def train_iterator(
       `close()` when done: it stops the workers.
 
     Raises:
-      ConfigError: as `describe`; the split is "test"; and, from `next`, an image that cannot be decoded, by name.
+      ConfigError: as `describe`; the split is "test"; and, from `next`, when more than a share `data.max_corrupt` of the
+        records cannot be read. Up to then they are logged by name, and the next record stands in for each.
     """
     if config.data.split == "test":
         raise ConfigError("config.data.split='test' is held out: training must not see it.")
@@ -178,7 +223,7 @@ def train_iterator(
     else:
         batches = order.batch(everywhere, batch_fn=_unflipped)
     batches = batches.map(functools.partial(_share, first=process_index * batch, count=batch))
-    return _Batches(batches.map(_Load(source, table(config))), config.data.workers)
+    return _Batches(batches.map(_Load(source, config, replace=True)), config, info.records)
 
 
 def ordered_batches(
@@ -186,16 +231,17 @@ def ordered_batches(
 ) -> Iterator[Batch]:
     """Every record once, in order and unflipped, for statistics; the last batch may be smaller.
 
-    Process p of n takes each n-th record. Arguments, batches and errors as in `train_iterator`.
+    Process p of n takes each n-th record. Arguments, batches and errors as in `train_iterator`, but a record that cannot
+    be read is left out: its batch is smaller.
     """
     source = sources.open_source(config)
     info = _describe(config, source)
     order = grain.MapDataset.range(info.records)[process_index::process_count]
     batches = order.batch(batch, batch_fn=_unflipped)
     # Endless, and cut here: at the end of a finite dataset grain's workers leave shared memory behind.
-    iterator = _Batches(batches.repeat().map(_Load(source, table(config))), config.data.workers)
+    iterator = _Batches(batches.repeat().map(_Load(source, config, replace=False)), config, info.records)
     try:
-        yield from itertools.islice(iterator, len(batches))
+        yield from (found for found in itertools.islice(iterator, len(batches)) if found)
     finally:
         iterator.close()
 
@@ -219,10 +265,12 @@ class _Batches(grain.DatasetIterator):
     As grain's experimental ElasticIterator, but for batches that are read as a whole.
     """
 
-    def __init__(self, batches: grain.MapDataset, workers: int):
+    def __init__(self, batches: grain.MapDataset, config: ConfigDict, count: int):
+        """Of batches that `_Load` reads from `count` records."""
         super().__init__()
-        self._batches, self._workers = batches, workers
+        self._batches, self._config, self._count = batches, config, count
         self._next = 0
+        self._skipped: Skipped = {}
         self._running: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
@@ -233,11 +281,24 @@ class _Batches(grain.DatasetIterator):
         except ConfigError as error:  # grain appends a paragraph on its tracebacks
             raise ConfigError(str(error).partition("\n")[0]) from None
         self._next += 1
-        return _out_of_worker(batch) if self._workers else batch
+        if self._config.data.workers:
+            batch = _out_of_worker(batch)
+        self._note(json.loads(batch.pop("skipped", "{}")))
+        return batch
+
+    def _note(self, skipped: Skipped) -> None:
+        """Logs the records that could not be read, once each, and stops where they are too many."""
+        for number in skipped.keys() - self._skipped.keys():
+            self._skipped[number] = skipped[number]
+            name, reason = skipped[number]
+            logging.warning(
+                "passed over %s: %s (%d of %d records so far)", name, reason, len(self._skipped), self._count
+            )
+        _check_skipped(self._config, self._skipped, self._count)
 
     def start_prefetch(self) -> None:
         if self._running is None:
-            self._running = _iterate(self._batches[self._next :], self._workers)
+            self._running = _iterate(self._batches[self._next :], self._config.data.workers)
         self._running.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:

@@ -225,12 +225,12 @@ def check(made: Mapping[str, Any], config: ConfigDict, table: preprocess.Table) 
       ConfigError: they were prepared in another way than `config` wants them.
     """
     wanted, was = table.describe(), made["image"]
-    for field in wanted.keys() | was.keys():
-        if wanted.get(field) != was.get(field):
+    for field, value in was.items():  # an older manifest has fewer
+        if wanted.get(field) != value:
             name = {"size": "image_size"}.get(field, field)
             raise ConfigError(
                 f"config.data.{name}={wanted.get(field)!r}, but the records of config.data.path={config.data.path!r} "
-                f"were prepared with {was.get(field)!r}: set the same, or prepare again."
+                f"were prepared with {value!r}: set the same, or prepare again."
             )
     if made["kind"] == "images":
         return

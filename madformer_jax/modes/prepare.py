@@ -234,11 +234,10 @@ def _decode(
     def decode(index: int) -> Decoded:
         name = source.name(index)
         try:
-            found = source.read(np.array([index]))
+            found = pipeline.read_one(source, table, index)
+            return Decoded(name, found.arrays["image"][0], int(found.labels[0]), found.captions[0])
         except OSError as error:  # the disk's fault, not the image's: nothing to skip
             raise ConfigError(f"{name} cannot be read: {error}") from error
-        try:
-            return Decoded(name, table.batch(found.arrays["image"])[0], int(found.labels[0]), found.captions[0])
         except preprocess.CorruptImageError as error:
             return Decoded(name, None, reason=str(error))
 

@@ -1,6 +1,7 @@
 """The input pipeline: order, sharding, checkpoints, workers."""
 
 import itertools
+import os
 import sys
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from madformer_jax import config as config_lib
-from madformer_jax.data import pipeline, sources
+from madformer_jax.data import pipeline, preprocess, sources
 from madformer_jax.data.source import Examples, Source
 from madformer_jax.errors import ConfigError
 
@@ -132,15 +133,56 @@ def test_ordered_batches_hold_every_record_once(numbered):
     assert shares == [list(range(0, 23, 2)), list(range(1, 23, 2))]
 
 
-def test_a_corrupt_image_stops_training_with_its_name(numbered):
-    path = sources.open_source(numbered).name(11)
-    with open(path, "r+b") as file:
-        file.truncate(45)
-    for workers in (0, 1):
-        numbered.data.workers = workers
-        with pytest.raises(ConfigError, match=f"{path} cannot be read.*--mode=prepare") as caught:
-            take(numbered, 6)
-        assert "\n" not in str(caught.value)
+def damage(config, *numbers: int) -> list[str]:
+    names = [sources.open_source(config).name(number) for number in numbers]
+    for name in names:
+        os.truncate(name, 45)
+    return names
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_record_stands_in_for_a_corrupt_one(numbered, workers, caplog):
+    numbered.data.flip, numbered.data.max_corrupt = True, 0.1
+    whole = take(numbered, 12)
+    names = damage(numbered, 11, 12)
+    numbered.data.workers = workers
+    with caplog.at_level("WARNING", logger="absl"):
+        found = take(numbered, 12)
+    seen = [i for batch in whole for i in ids(batch)]
+    assert [i for batch in found for i in ids(batch)] == [13 if i in (11, 12) else i for i in seen]
+    told = [line for line in caplog.messages if "passed over" in line]
+    assert len(told) == 2 and all(any(name in line for line in told) for name in names)
+    resumed = pipeline.train_iterator(numbered, batch=4)
+    resumed.set_state({"next_batch": 7})
+    assert_same(itertools.islice(resumed, 5), found[7:])
+    resumed.close()
+
+
+def test_too_many_corrupt_records_stop_training_by_name(numbered):
+    numbered.data.max_corrupt, numbered.data.workers = 0.05, 1  # 1 of 23
+    damage(numbered, 3, 20)
+    with pytest.raises(ConfigError, match=r"/0(03|20).png cannot be read.*2 of 23 records.*max_corrupt=0.05") as caught:
+        take(numbered, 6)
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_leave_corrupt_records_out(numbered, monkeypatch):
+    source = sources.open_source(numbered)
+    damage(numbered, 8)
+    os.unlink(source.name(22))  # after the folder was listed
+    monkeypatch.setattr(sources, "open_source", lambda config: source)
+    numbered.data.max_corrupt = 0.1
+    batches = pipeline.ordered_batches(numbered, batch=2)
+    assert [i for batch in batches for i in ids(batch)] == [i for i in range(22) if i != 8]
+
+
+def test_memory_that_runs_out_is_said_of_the_image(numbered, monkeypatch):
+    def full(table, images):
+        raise MemoryError
+
+    monkeypatch.setattr(preprocess.Table, "batch", full)
+    with pytest.raises(ConfigError, match=r"\.png: the memory does not suffice"):
+        take(numbered, 1)
 
 
 class Modules(Source):

@@ -1,12 +1,15 @@
 """The preprocessing table."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from madformer_jax.data import preprocess
+from madformer_jax.errors import ConfigError
 
 
 def encode(pixels: np.ndarray, kind: str = "PNG", **options) -> bytes:
@@ -45,6 +48,89 @@ def test_every_mode_becomes_the_asked_channels(photo, mode, channels):
     file = io.BytesIO()
     Image.fromarray(photo).convert(mode).save(file, "TIFF")
     assert preprocess.Table(16, channels, crop=True).pixels(file.getvalue()).shape == (16, 16, channels)
+
+
+def png(depth: int, kind: int, rows: np.ndarray, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of raw samples; rows (H, W, values) of `depth` bits, `kind` 0: grey, 2: RGB, 3: palette, 4: LA, 6: RGBA."""
+    head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, kind, 0, 0, 0)
+    data = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in rows)
+    chunks = [(b"IHDR", head), *extra, (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_scaled_not_cut_off(channels):
+    values = np.array([[0, 128, 129, 257 * 100, 65535 - 128, 65535]])[..., None]
+    table = preprocess.Table(1, channels, crop=False)
+    grey = [table.pixels(png(16, 0, values[:, i : i + 1]))[0, 0].tolist() for i in range(6)]
+    assert grey == [[k] * channels for k in (0, 0, 1, 100, 255, 255)]
+    for kind, values in (2, [[[0, 257 * 100, 65535]]]), (6, [[[0, 257 * 100, 65535, 65535]]]):
+        assert preprocess.Table(1, 3, crop=False).pixels(png(16, kind, np.array(values))).tolist() == [[[0, 100, 255]]]
+
+
+PALETTE = (b"PLTE", bytes([200, 0, 0, 0, 200, 0])), (b"tRNS", bytes([0, 255]))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        png(8, 6, np.array([[[200, 0, 0, 0], [0, 200, 0, 255]]])),
+        png(16, 6, np.array([[[51400, 0, 0, 0], [0, 51400, 0, 65535]]])),
+        png(8, 3, np.array([[[0], [1]]]), *PALETTE),
+        png(8, 2, np.array([[[200, 0, 0], [0, 200, 0]]]), (b"tRNS", struct.pack(">HHH", 200, 0, 0))),
+    ],
+    ids=["RGBA", "RGBA of 16 bits", "palette", "one colour"],
+)
+def test_what_is_transparent_shows_the_background(file):
+    for background in ("#ffffff", "#102030"):
+        got = preprocess.Table(2, 3, crop=False, background=background).pixels(file)  # 2 x 1 squeezed to 2 x 2
+        assert got[0].tolist() == [list(bytes.fromhex(background[1:])), [0, 200, 0]]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        png(8, 4, np.array([[[200, 0], [100, 255]]])),
+        png(8, 0, np.array([[[200], [100]]]), (b"tRNS", struct.pack(">H", 200))),
+        png(16, 0, np.array([[[51400], [25700]]]), (b"tRNS", struct.pack(">H", 51400))),
+    ],
+    ids=["LA", "one grey", "one grey of 16 bits"],
+)
+def test_so_it_is_with_grey(file):
+    got = preprocess.Table(2, 1, crop=False, background="#303030").pixels(file)
+    assert got[0, :, 0].tolist() == [0x30, 100]
+
+
+def test_half_transparent_is_a_mixture():
+    file = png(8, 6, np.array([[[0, 0, 0, 127]]]))
+    assert abs(int(preprocess.Table(1, 3, crop=False).pixels(file)[0, 0, 0]) - 128) <= 1
+
+
+def test_colours_have_one_form():
+    assert (
+        preprocess.colour("white") == preprocess.colour("#fff") == "#ffffff" == preprocess.Table(1, 1, True).background
+    )
+    for wrong in ("whight", "", "#12345", "#ffffff80"):
+        with pytest.raises(ConfigError, match="config.data.background='.*' is no colour"):
+            preprocess.colour(wrong)
+
+
+def test_pixels_without_a_known_range_are_corrupt(photo):
+    file = io.BytesIO()
+    Image.fromarray(photo[..., 0].astype(np.float32)).save(file, "TIFF")
+    with pytest.raises(preprocess.CorruptImageError, match="mode F have no known range"):
+        preprocess.Table(4, 1, crop=True).pixels(file.getvalue())
+
+
+def test_memory_that_runs_out_is_no_corrupt_image(photo, monkeypatch):
+    def full(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(preprocess, "_open", full)
+    with pytest.raises(MemoryError):
+        preprocess.Table(4, 3, crop=True).pixels(encode(photo))
 
 
 def test_exif_orientation_is_applied(photo):

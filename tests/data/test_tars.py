@@ -81,7 +81,7 @@ def test_it_feeds_the_pipeline(tmp_path):
     c = config_lib.base()
     for t in range(2):
         write_tar(tmp_path / f"{t}.tar", {f"{i}.webp": image(10 * i + 100 * t) for i in range(5)})
-    c.data.source, c.data.path, c.data.image_size, c.data.workers = "webdataset", str(tmp_path), 4, 1
+    c.data.source, c.data.path, c.data.image_size = "webdataset", str(tmp_path), 4
     c.data.split = "all"
     iterator = pipeline.train_iterator(c, batch=10)
     found = np.rint((next(iterator)["image"][:, 0, 0, 0] + 1) * 127.5)

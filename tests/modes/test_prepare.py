@@ -205,7 +205,7 @@ def test_killed_at_random_it_still_ends_with_every_good_image_once(config, out, 
 def test_records_are_shuffled_flipped_and_resumed_like_any_source(config, out):
     prepare.run(config, out)
     c = prepared(config, out)
-    c.data.flip, c.data.workers = True, 2
+    c.data.flip = True
     iterator = pipeline.train_iterator(c, batch=7)
     first = [next(iterator) for _ in range(3)]
     state = iterator.get_state()
