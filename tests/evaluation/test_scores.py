@@ -59,7 +59,8 @@ def test_identical_sets(random):
     shuffled = random.permutation(x)
     assert scores.precision_recall(x, shuffled) == (1, 1)
     wide = random.standard_normal((30, 300))
-    assert scores.precision_recall(wide, np.tile(wide, (5, 1))) == (1, 1)  # balls of radius 0
+    one = np.repeat(wide[:1], 7, axis=0)
+    assert scores.precision_recall(one, np.tile(wide, (5, 1))) == (1, 1 / 30)  # balls of radius 0
     assert scores.kernel_distance(x, shuffled, subsets=3)[0] < 0  # unbiased: below 0 for copies
 
 
