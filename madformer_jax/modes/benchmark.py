@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import resource
 import statistics
 import sys
@@ -22,7 +21,7 @@ from madformer_jax import config as config_lib
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
-from madformer_jax.runtime import partitioning
+from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sizes import sizes_of
 
 Figures = dict[str, float]
@@ -55,8 +54,8 @@ def run(c: ConfigDict, workdir: str) -> None:
     if jax.process_index():
         return
     path = epath.Path(workdir) / "benchmark.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    with storage.errors(f"{path} cannot be written"):
+        storage.write_json(path, report)
     print(text(report))
     logging.info("wrote %s", path)
 

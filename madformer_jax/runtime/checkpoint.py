@@ -3,16 +3,19 @@
 A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data` and `meta`.
 Sampling reads one item of it; `--mode=export` writes a workdir that holds `ema` and `meta` alone. Arrays are restored
 into abstract targets that carry today's shardings, never those of the file: any mesh and any number of processes do.
+Every item has the checksums of its files, which are compared before any of it is used.
 """
 
 import contextlib
+import functools
 import json
+import logging as python_logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,11 +26,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.runtime import malloc
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import checksums, malloc, storage
 from madformer_jax.runtime.partitioning import sync
 
 ARRAYS = ("params", "ema", "opt")
+T = TypeVar("T")
 
 # What may differ when a run goes on; every other field of these sections must stay as it was.
 _FIXED_SECTIONS = ("model", "loss", "codec", "data", "train", "optimizer")
@@ -39,7 +43,7 @@ _FREE = {
 
 
 def folder(workdir: str) -> epath.Path:
-    return epath.Path(workdir).absolute() / "checkpoints"
+    return storage.absolute(workdir) / "checkpoints"
 
 
 def _flat(c: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -54,20 +58,21 @@ def _flat(c: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def stored_config(workdir: str) -> dict[str, Any] | None:
     """The config that the workdir was made with, as nested plain values; None for a fresh one."""
-    path = epath.Path(workdir) / "config.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({first_line(error)}).") from None
+    content = storage.read_json(path := epath.Path(workdir) / "config.json")
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged: it holds no config.")
+    return content
 
 
 def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ("seed", *_FIXED_SECTIONS)) -> None:
-    """Compares a config with that of the workdir, where there is one. Fields that only one of them has are passed over.
+    """Compares a config with that of the workdir's checkpoints. Fields that only one of them has are passed over.
+
+    Without a checkpoint there is nothing that the config must fit: a start that failed binds nobody.
 
     Raises:
       ConfigError: names the fields of `sections` that differ, with both values.
     """
-    stored = stored_config(workdir)
+    stored = stored_config(workdir) if exists(workdir) else None
     if stored is None:
         return
     before, now = _flat(stored), _flat(json.loads(config.to_json()))
@@ -86,15 +91,9 @@ def write_config(config: ConfigDict, workdir: str) -> None:
     Raises:
       ConfigError: the workdir cannot be written.
     """
-    try:
-        path = epath.Path(workdir)
-        path.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            part = path / "config.json.part"
-            part.write_text(config.to_json(indent=2) + "\n")
-            part.replace(path / "config.json")  # never half a file, whenever the process dies
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror or first_line(error)}.") from None
+    if jax.process_index() == 0:
+        with storage.errors(f"--workdir={workdir} cannot be written"):
+            storage.write_text(epath.Path(workdir) / "config.json", config.to_json(indent=2) + "\n")
 
 
 class Checkpoints:
@@ -108,8 +107,13 @@ class Checkpoints:
             rules.append(policies.EveryNSteps(keep_every))
         self._started = 0.0
         self._step = -1
-        with self._errors("opened"):
-            self._manager = ocp.CheckpointManager(
+        self._unusable: set[int] = set()
+        _quiet()
+
+        def opened() -> ocp.CheckpointManager:
+            arrays = {name: ocp.StandardCheckpointHandler(**_in_flight(state)) for name in ARRAYS}
+            plain = {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
+            return ocp.CheckpointManager(
                 self.path,
                 options=ocp.CheckpointManagerOptions(
                     create=not read_only,
@@ -119,12 +123,11 @@ class Checkpoints:
                     async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._saved),
                     enable_async_checkpointing=not read_only,
                 ),
-                item_handlers={
-                    **{name: ocp.StandardCheckpointHandler(**_in_flight(state)) for name in ARRAYS},
-                    "data": ocp.JsonCheckpointHandler(),
-                    "meta": ocp.JsonCheckpointHandler(),
-                },
+                item_handlers={name: checksums.written_by(handler) for name, handler in (arrays | plain).items()},
             )
+
+        with self._errors("opened"):
+            self._manager = storage.retry(opened)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -137,10 +140,14 @@ class Checkpoints:
     def _errors(self, verb: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
+            if not (isinstance(error, (ValueError, RuntimeError)) or storage.is_error(error)):
+                raise
             last = self._manager.latest_step() if hasattr(self, "_manager") else None
             kept = f"step {last} is the last good one" if last is not None else "there is none yet"
-            raise ConfigError(f"checkpoints in {self.path} cannot be {verb}; {kept}: {_cause(error)}") from error
+            raise ConfigError(
+                f"checkpoints in {self.path} cannot be {verb}; {kept}: {storage.cause(error)}."
+            ) from error
 
     def _saved(self) -> None:
         if jax.process_index() == 0:
@@ -190,7 +197,10 @@ class Checkpoints:
     def restore(
         self, targets: dict[str, Any], data: bool = False, step: int | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
-        """Restores items of the newest checkpoint that is complete, or of `step`.
+        """Restores items of the newest checkpoint that is whole, or of `step`.
+
+        An older one is taken only where data is missing or not what was written, with a line in the log: compare the step
+        with `last` to say so. What may pass is tried again; any other error ends it.
 
         Args:
           targets: abstract trees with shardings, by item name.
@@ -201,47 +211,125 @@ class Checkpoints:
           (step, trees by item name, data state or None).
 
         Raises:
-          ConfigError: there is no checkpoint, none is complete, or none has the item.
+          ConfigError: there is no checkpoint, none is whole, none has the item, or storage does not answer.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+        steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             raise ConfigError(f"there is no checkpoint in {self.path}: train first, or give another --workdir.")
-        problem: Exception | None = None
-        for candidate in steps:
-            items: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-            if data:
-                items["data"] = ocp.args.JsonRestore()
-            restored = None
+        if step is not None and step not in steps:
+            there = ", ".join(str(s) for s in reversed(steps))
+            raise ConfigError(f"there is no checkpoint of step {step} in {self.path}, only of {there}.")
+        items: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
+        if data:
+            items["data"] = ocp.args.JsonRestore()
+        problem = ""
+        for candidate in steps if step is None else [step]:
             try:
-                self._require(candidate, items)
-                restored = self._manager.restore(candidate, args=ocp.args.Composite(**items))
-            except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-                problem = error
-            if _everywhere(restored is not None):
-                assert restored is not None
-                trees = {name: restored[name] for name in targets}
-                return candidate, trees, restored["data"] if data else None
-            logging.error("the checkpoint of step %d in %s is not complete: %s", candidate, self.path, _cause(problem))
-        raise ConfigError(f"no checkpoint in {self.path} can be restored: {_cause(problem)}") from problem
+                summed = self._together(candidate, functools.partial(self._check, candidate, items))
+                restored = self._together(candidate, functools.partial(self._read, candidate, items, summed))
+            except checksums.DamagedError as error:
+                problem = str(error)
+                logging.error("the checkpoint of step %d in %s cannot be used: %s", candidate, self.path, error)
+                self._unusable.add(candidate)
+                continue
+            trees = {name: restored[name] for name in targets}
+            return candidate, trees, restored["data"] if data else None
+        raise ConfigError(f"no checkpoint in {self.path} can be restored: {problem}.")
 
-    def _require(self, step: int, items: dict[str, Any]) -> None:
-        there = {path.name for path in (self.path / str(step)).iterdir()}
-        missing = [name for name in items if name not in there]
-        if missing:
+    def meta(self, step: int) -> dict[str, Any]:
+        """What `save` was told that a reader should know.
+
+        Raises:
+          ConfigError: it is missing or damaged.
+        """
+        folder = self.path / str(step) / "meta"
+        with storage.errors(f"{folder} cannot be read"):
+            try:
+                checksums.check(folder)
+            except checksums.DamagedError as error:
+                raise ConfigError(f"{folder} is damaged: {error}.") from None
+            content = storage.read_json(folder / "metadata")
+        if not isinstance(content, dict):
+            raise ConfigError(f"{folder} is damaged: it tells nothing.")
+        return content
+
+    def _together(self, step: int, act: Callable[[], T]) -> T:
+        """What `act` returns; where it fails in any process, it fails in all.
+
+        Raises:
+          DamagedError: in none worse.
+          ConfigError: any other error, in one line.
+        """
+        result: list[T] = []
+        problem: Exception | None = None
+        try:
+            result = [act()]
+        except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+            problem = error
+        grade = 0 if problem is None else 1 if isinstance(problem, checksums.DamagedError) else 2
+        worst = int(np.max(multihost_utils.process_allgather(np.array(grade))))
+        if worst == 0:
+            return result[0]
+        if worst == 1:
+            raise problem or checksums.DamagedError("another process says why")
+        cause = storage.cause(problem) if grade == 2 else "another process says why"
+        wrong = "be read" if problem is None or storage.is_error(problem) else "be restored into this config's arrays"
+        raise ConfigError(f"the checkpoint of step {step} in {self.path} cannot {wrong}: {cause}.") from problem
+
+    def _check(self, step: int, items: dict[str, Any]) -> bool:
+        """Compares the checksums of `items`, each process its share; returns whether there are any.
+
+        Raises:
+          DamagedError: an item or a file is missing, or is not what was written.
+        """
+        folder = self.path / str(step)
+        there = {path.name for path in storage.retry(lambda: list(folder.iterdir()))}
+        if missing := [name for name in items if name not in there]:
             found = [name for name in (*ARRAYS, "data", "meta") if name in there]
-            raise ConfigError(f"step {step} holds no {', '.join(missing)}, only {', '.join(found)}.")
+            raise checksums.DamagedError(f"step {step} holds no {', '.join(missing)}, only {', '.join(found)}")
+        share = jax.process_index(), jax.process_count()
+        summed = [checksums.check(folder / name, *share) for name in {*items, "meta"} & there]
+        if not all(summed):
+            logging.info("step %d in %s was written before there were checksums: it is taken as it is", step, self.path)
+        return all(summed)
+
+    def _read(self, step: int, items: dict[str, Any], summed: bool) -> Any:
+        """Restores; where no checksums vouch for the files, what cannot be decoded counts as damaged."""
+        try:
+            return storage.retry(lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
+        except Exception as error:
+            missing = isinstance(error, FileNotFoundError)
+            if (
+                summed
+                or storage.may_pass(error)
+                or (storage.is_error(error) and not missing)
+                or isinstance(error, MemoryError)
+            ):
+                raise
+            raise checksums.DamagedError(f"step {step}: {storage.cause(error)}") from error
 
     def drop_after(self, step: int) -> None:
-        """Moves checkpoints newer than `step`, those that did not restore, out of the way."""
-        for newer in [s for s in self._manager.all_steps() if s > step]:
+        """Moves the checkpoints newer than `step` that `restore` could not use out of the way."""
+        for newer in sorted(s for s in self._unusable if s > step):
             if jax.process_index() == 0:
                 aside = self.path / f"broken_{newer}"
-                if aside.exists():
-                    aside.rmtree()
-                (self.path / str(newer)).rename(aside)
-                logging.warning("moved the incomplete checkpoint of step %d to %s", newer, aside)
+                with storage.errors(f"{self.path} cannot be written"):
+                    aside.rmtree(missing_ok=True)
+                    (self.path / str(newer)).rename(aside)
+                logging.warning("moved the checkpoint of step %d to %s", newer, aside)
         sync("drop_after")
         self._manager.reload()
+
+
+def _quiet() -> None:
+    """Keeps what Orbax and its event loop log out of the log: each of their errors comes to us as an exception as well."""
+    for logger in (logging.get_absl_logger(), python_logging.getLogger("asyncio")):
+        if _ours not in logger.filters:
+            logger.addFilter(_ours)
+
+
+def _ours(record: python_logging.LogRecord) -> bool:
+    return record.name != "asyncio" and "/orbax/checkpoint/" not in record.pathname.replace("\\", "/")
 
 
 def _in_flight(state: Any) -> dict[str, Any]:
@@ -250,37 +338,18 @@ def _in_flight(state: Any) -> dict[str, Any]:
     return {"save_concurrent_gb": max(sum(sizes) / 32, 1.5 * max(sizes)) / 1e9} if sizes else {}
 
 
-def _cause(error: Exception | None) -> str:
-    """The line of an error that tells most: that of the system, where there is one."""
-    text = str(error)
-    system = (
-        "No space left on device",
-        "Disk quota exceeded",
-        "File too large",
-        "Permission denied",
-        "Read-only file system",
-    )
-    for words in system:
-        if words in text:
-            return f"{words}."
-    return first_line(error)[:300] if error else "unknown"
-
-
-def _everywhere(ok: bool) -> bool:
-    """Whether `ok` holds in every process."""
-    return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
-
-
 def exists(workdir: str) -> bool:
-    """Whether the workdir has a checkpoint, without touching JAX's devices."""
-    path = folder(workdir)
-    return path.exists() and any(child.name.isdigit() for child in path.iterdir())
+    """Whether the workdir has a finished checkpoint, without touching JAX's devices."""
+    with storage.errors(f"--workdir={workdir} cannot be read"):
+        path = folder(workdir)
+        return path.exists() and bool(ocp.utils.checkpoint_steps(path))
 
 
 def require(workdir: str) -> None:
     """Raises ConfigError where a workdir has no checkpoint."""
-    if not epath.Path(workdir).exists():
-        raise ConfigError(f"--workdir={workdir} does not exist: train first, or give another one.")
+    with storage.errors(f"--workdir={workdir} cannot be read"):
+        if not epath.Path(workdir).exists():
+            raise ConfigError(f"--workdir={workdir} does not exist: train first, or give another one.")
     if not exists(workdir):
         raise ConfigError(f"there is no checkpoint in {folder(workdir)}: train first, or give another --workdir.")
 

@@ -36,6 +36,11 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute(path: Path) -> epath.Path:
+    """A path as it is called from any folder. (`epath.Path.absolute` makes a local one of gs://.)"""
+    return epath.Path(path if is_remote(path) else os.path.abspath(os.fspath(path)))
+
+
 # ---- writing and reading
 
 
@@ -44,7 +49,7 @@ def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
 
     Args:
       path: where; what is there is replaced.
-      put: is called with a local binary file, which can seek, and writes the content.
+      put: is called with a local binary file, which can seek and has a `name`, and writes the content.
 
     Raises:
       whatever the file system or `put` raises (`errors` makes a line of it).
@@ -69,9 +74,8 @@ def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
         put(file)
         file.flush()
         size = os.path.getsize(file.name)
-        file.seek(0)
-        with epath.Path(path).open("wb") as target:  # an object appears when it is closed
-            shutil.copyfileobj(file, target, 1 << 22)
+        with open(file.name, "rb") as content, epath.Path(path).open("wb") as target:  # appears when it is closed
+            shutil.copyfileobj(content, target, 1 << 22)
     if (there := epath.Path(path).stat().length) != size:
         raise OSError(errno.EIO, f"{there} of {size} bytes arrived", os.fspath(path))
 

@@ -11,19 +11,20 @@ import os
 import pathlib
 import re
 import sys
-import uuid
 import zipfile
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 from etils import epath
 
 from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npz")
@@ -74,6 +75,10 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
     Raises:
       ConfigError: no such file, truncated or of another kind, not only tensors and plain values in it, no such weights.
     """
+    if storage.is_remote(path):
+        raise ConfigError(
+            f"{path}: checkpoints of other frameworks are read from this machine only: copy it here first."
+        )
     path = pathlib.Path(path)
     readers: dict[str, Callable[[pathlib.Path], dict[str, Any]]] = {
         ".safetensors": _read_safetensors,
@@ -106,49 +111,59 @@ def write_state_dict(
     Raises:
       ConfigError: unknown suffix, or PyTorch is missing for a PyTorch file.
     """
-    path = pathlib.Path(path)
-    _check_suffix(path)
+    suffix = epath.Path(path).suffix
+    _check_suffix(epath.Path(path))
     # safetensors writes the memory behind a strided array as if it were contiguous
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        if path.suffix == ".npz":
+
+    def put(file: IO[bytes]) -> None:
+        if suffix == ".npz":
             entries = {} if args is None else {_ARGS: np.array(json.dumps(dict(args)))}
             everything: dict[str, Any] = arrays | entries
-            with temporary.open("wb") as file:
-                np.savez(file, **everything)
-        elif path.suffix == ".safetensors":
+            np.savez(file, **everything)
+        elif suffix == ".safetensors":
             metadata = {"format": "pt"} | ({} if args is None else {_ARGS: json.dumps(dict(args))})
-            safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+            safetensors.numpy.save_file(arrays, file.name, metadata=metadata)
         else:
-            _write_torch(temporary, path, arrays, args)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            _write_torch(file, path, arrays, args)
+
+    with storage.errors(f"{path} cannot be written"):
+        storage.write(path, put)
 
 
 def save_params(folder: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
-    """Writes a tree of arrays as an Orbax checkpoint in `folder`/params; an older one is replaced."""
+    """Writes a tree of arrays as an Orbax checkpoint with checksums in `folder`/params; an older one is replaced."""
     import orbax.checkpoint as ocp  # slow to import, and only networks that are not trained are kept this way
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(_params_of(folder), dict(params), force=True)
+    from madformer_jax.runtime import checksums
+
+    handler = checksums.written_by(ocp.StandardCheckpointHandler())
+    with storage.errors(f"{folder} cannot be written"), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(_params_of(folder), args=ocp.args.StandardSave(dict(params)), force=True)
 
 
 def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tree of numpy arrays written by `save_params`.
+    """The tree of numpy arrays written by `save_params`, its checksums compared first.
 
     Raises:
       ConfigError: there is none, or it is damaged.
     """
     import orbax.checkpoint as ocp
 
+    from madformer_jax.runtime import checksums
+
     if not has_params(folder):
         raise ConfigError(f"{folder}: no params folder in it; --mode=convert writes one.")
+    path = _params_of(folder)
+    with storage.errors(f"{folder} cannot be read"):
+        try:
+            if not checksums.check(path):
+                logging.info("%s was written before there were checksums: it is taken as it is", path)
+        except checksums.DamagedError as error:
+            raise ConfigError(f"{folder} is damaged: {error}; make it again with --mode=convert.") from None
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(_params_of(folder))
+            return checkpointer.restore(path)
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
         raise _unreadable(pathlib.Path(folder), "an Orbax checkpoint", error) from None
 
@@ -159,10 +174,10 @@ def has_params(folder: str | os.PathLike[str]) -> bool:
 
 
 def _params_of(folder: str | os.PathLike[str]) -> epath.Path:
-    return epath.Path(folder).absolute() / "params"
+    return storage.absolute(folder) / "params"
 
 
-def _check_suffix(path: pathlib.Path) -> None:
+def _check_suffix(path: pathlib.PurePath) -> None:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: unknown kind of checkpoint, the name must end in one of {', '.join(SUFFIXES)}.")
 
@@ -216,7 +231,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
         raise _unreadable(path, "a .safetensors file", error) from None
 
 
-def _torch(path: pathlib.Path) -> ModuleType:
+def _torch(path: str | os.PathLike[str]) -> ModuleType:
     try:
         return importlib.import_module("torch")  # an optional extra
     except ImportError:
@@ -251,8 +266,8 @@ def _read_torch(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_torch(
-    temporary: pathlib.Path,
-    path: pathlib.Path,
+    file: IO[bytes],
+    path: str | os.PathLike[str],
     arrays: dict[str, np.ndarray],
     args: Mapping[str, Any] | None,
 ) -> None:
@@ -266,5 +281,5 @@ def _write_torch(
     model = {name: tensor_of(array) for name, array in arrays.items()}
     torch.save(
         model if args is None else {"model": model, _ARGS: argparse.Namespace(**args)},
-        temporary,
+        file,
     )

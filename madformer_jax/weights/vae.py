@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.models.vae import AutoencoderKL, Params
+from madformer_jax.runtime import storage
 from madformer_jax.weights import files
 
 _FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -36,7 +37,7 @@ def save(path: str, source: str) -> None:
     """
     _, params, config = _load(source, jnp.float32)
     files.save_params(path, params)
-    (epath.Path(path) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    storage.write_json(epath.Path(path) / "config.json", config)
 
 
 def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dict[str, Any]]:

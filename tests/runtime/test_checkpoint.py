@@ -1,3 +1,4 @@
+import errno
 import logging
 import resource
 
@@ -8,7 +9,7 @@ import pytest
 
 from madformer_jax import training
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.runtime import checkpoint, checksums, partitioning, storage
 from tests import tiny
 
 
@@ -47,6 +48,10 @@ def targets():
     return {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)}
 
 
+def all_targets():
+    return dict.fromkeys(checkpoint.ARRAYS, targets()["params"])
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """With the checkpoints of steps 1 and 2."""
@@ -78,6 +83,116 @@ def test_a_checkpoint_cut_off_is_told_and_the_one_before_is_used(workdir, caplog
         assert_goes_on_from(workdir, 1)
     assert "the checkpoint of step 2 in" in caplog.text
     assert (workdir / "checkpoints" / "broken_2").exists()
+
+
+def test_one_flipped_byte_in_any_file_is_noticed_before_it_is_used(workdir, caplog):
+    """And its file is named, in one line. What Orbax notes beside the items is not used."""
+    step = workdir / "checkpoints" / "2"
+    files = sorted(p for p in step.rglob("*") if p.is_file())
+    assert len(files) > 30
+    with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
+        for path in files:
+            content = path.read_bytes()
+            middle = len(content) // 2
+            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+            caplog.clear()
+            found, trees, data = checkpoints.restore(all_targets(), data=True)
+            path.write_bytes(content)
+            assert {float(trees[name]["b"][0]) for name in checkpoint.ARRAYS} == {found} == {data["next_batch"]}, path
+            if path.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
+                assert found == 2 and not caplog.text, path
+            else:
+                assert found == 1, path
+                assert f"the checkpoint of step 2 in {step.parent} cannot be used: " in caplog.text, path
+                name = str(path.relative_to(step))
+                assert name in caplog.text or (path.name == "checksums.json" and name.partition("/")[0] in caplog.text)
+                assert len(caplog.records) == 1, caplog.text
+
+
+def test_a_step_without_its_checksums_is_not_finished(workdir, monkeypatch):
+    """They are written before it counts: a process that dies in between leaves an unfinished step."""
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "write_json", fail)
+    save = checkpoint.Checkpoints(str(workdir), keep=5)
+    save.save(3, arrays(3.0), {"next_batch": 3}, {"step": 3})
+    with pytest.raises(ConfigError, match="step 2 is the last good one: No space left on device.$"):
+        save.wait()
+    monkeypatch.undo()
+    assert_goes_on_from(workdir, 2)
+
+
+def test_a_checkpoint_from_before_there_were_checksums_loads(workdir, caplog):
+    for path in (workdir / "checkpoints" / "2").rglob("checksums.json"):
+        path.unlink()
+    caplog.set_level(logging.INFO)
+    with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
+        assert checkpoints.restore(all_targets())[0] == 2
+    assert [r.message for r in caplog.records if "before there were checksums" in r.message]
+
+
+def test_what_passes_is_tried_again_and_what_stays_ends_it(workdir, monkeypatch, caplog):
+    """And no good checkpoint is taken for a broken one."""
+    failures: list[OSError] = []
+
+    def sometimes(path, read=checksums._sha256):
+        if failures and path.match("2/params/_METADATA"):
+            raise failures.pop()
+        return read(path)
+
+    monkeypatch.setattr(checksums, "_sha256", sometimes)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    with checkpoint.Checkpoints(str(workdir), keep=5) as checkpoints:
+        failures[:] = [OSError(errno.EIO, "Input/output error"), TimeoutError("timed out")]
+        assert checkpoints.restore(all_targets())[0] == 2
+        for error, count in (
+            (OSError(errno.EIO, "Input/output error"), 9),
+            (PermissionError(13, "Permission denied"), 1),
+        ):
+            failures[:] = [error] * count
+            with pytest.raises(ConfigError, match=f"step 2 in .* cannot be read: {error.strerror}.$"):
+                checkpoints.restore(all_targets())
+        checkpoints.drop_after(1)
+    assert not list((workdir / "checkpoints").glob("broken*"))
+
+
+def test_one_step_can_be_chosen(workdir):
+    with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
+        assert checkpoints.restore(targets(), step=1)[0] == 1
+        assert checkpoints.meta(1) == {"step": 1}
+        with pytest.raises(ConfigError, match="no checkpoint of step 7 in .*, only of 1, 2.$"):
+            checkpoints.restore(targets(), step=7)
+        (workdir / "checkpoints" / "2" / "meta" / "metadata").write_text('{"step": 3}')
+        with pytest.raises(ConfigError, match="meta is damaged"):
+            checkpoints.meta(2)
+        with pytest.raises(ConfigError, match="restored: 2/meta/metadata is not what was written"):
+            checkpoints.restore(targets(), step=2)
+
+
+def test_a_target_of_another_shape_is_no_damage(workdir, caplog):
+    wrong = targets()
+    wrong["params"]["b"] = jax.ShapeDtypeStruct((6,), jnp.float32, sharding=wrong["params"]["b"].sharding)
+    with (
+        checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints,
+        pytest.raises(ConfigError, match="cannot be restored into this config's arrays") as error,
+    ):
+        checkpoints.restore(wrong)
+    assert "\n" not in str(error.value) and not caplog.text
+
+
+def test_a_config_binds_from_the_first_checkpoint_on(tmp_path, workdir):
+    c = tiny.get_config("plain")
+    for folder in (tmp_path / "new", workdir):
+        checkpoint.write_config(c, str(folder))
+    c.model.width += 8
+    checkpoint.check_config(c, str(tmp_path / "new"))
+    with pytest.raises(ConfigError, match="config.model.width was 16 and is 24"):
+        checkpoint.check_config(c, str(workdir))
+    (workdir / "config.json").write_text('{"model": ')
+    with pytest.raises(ConfigError, match="config.json is damaged"):
+        checkpoint.check_config(c, str(workdir))
 
 
 def test_a_checkpoint_without_an_item_is_no_checkpoint(workdir):

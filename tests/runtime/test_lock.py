@@ -10,11 +10,11 @@ from madformer_jax.runtime import lock
 
 
 def test_one_writer_a_workdir(tmp_path):
+    taken = pytest.raises(ConfigError, match=f"is written by process {os.getpid()} on .* since 20")
     with lock.hold(str(tmp_path)) as check:
         check()
-        with pytest.raises(ConfigError, match=f"is written by process {os.getpid()} on .* since 20") as error:
-            with lock.hold(str(tmp_path)):
-                pass
+        with taken as error, lock.hold(str(tmp_path)):
+            pass
         assert "\n" not in str(error.value)
     with lock.hold(str(tmp_path)):
         pass
@@ -73,7 +73,8 @@ def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
 
 
 def test_a_holder_notices_a_take_over(tmp_path, left):
-    with pytest.raises(ConfigError, match="was taken over by process"), lock.hold(str(tmp_path)) as check:
+    with lock.hold(str(tmp_path)) as check:
         left()
-        check()
+        with pytest.raises(ConfigError, match="was taken over by process"):
+            check()
     assert json.loads((tmp_path / lock.NAME).read_text())["token"] == "other"  # not ours to remove

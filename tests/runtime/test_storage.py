@@ -1,5 +1,6 @@
 import errno
 import json
+import unittest.mock
 
 import pytest
 
@@ -55,29 +56,17 @@ def test_a_broken_json_file_is_named(tmp_path):
 
 
 def test_what_may_pass_is_tried_again():
-    calls = []
-
-    def call():
-        calls.append(1)
-        if len(calls) < 3:
-            raise OSError(errno.EIO, "Input/output error")
-        return "content"
-
-    assert storage.retry(call, waits=(0, 0, 0)) == "content"
+    failing = unittest.mock.Mock(side_effect=[OSError(errno.EIO, "Input/output error"), TimeoutError(), "content"])
+    assert storage.retry(failing, waits=(0, 0, 0)) == "content"
     for error in (
         PermissionError(errno.EACCES, "Permission denied"),
         FileNotFoundError("/runs/503"),
         ValueError("500"),
     ):
-        calls = []
-
-        def fail(error=error):
-            calls.append(1)
-            raise error
-
+        fail = unittest.mock.Mock(side_effect=error)
         with pytest.raises(type(error)):
             storage.retry(fail, waits=(0, 0))
-        assert len(calls) == 1
+        fail.assert_called_once()
 
 
 def test_only_storage_errors_become_a_line():

@@ -1,0 +1,94 @@
+"""Checksums of the files of a checkpoint's item, written into its folder before Orbax makes the step count as finished.
+
+A step thus has them or is unfinished, whenever the process dies. Items written before there were any have none and pass.
+"""
+
+import hashlib
+import json
+import os
+from concurrent import futures
+from typing import TypeVar
+
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+
+from madformer_jax.runtime import storage
+
+NAME = "checksums.json"
+_CHUNK = 1 << 22  # bytes read at a time
+_THREADS = 4  # hashing does not hold the interpreter's lock
+Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
+
+
+class DamagedError(Exception):
+    """A file is missing or not what was written."""
+
+
+def written_by(handler: Handler) -> Handler:
+    """The handler, which now adds checksums to what it has written: in its last act, in the background, in process 0 alone.
+
+    Orbax looks arguments up by the handler's exact type: a subclass would have to repeat its registrations.
+    """
+    finalize = handler.finalize
+
+    def finalize_and_sum(directory: epath.Path) -> None:
+        finalize(directory)
+        names = _files(directory)
+        with futures.ThreadPoolExecutor(_THREADS) as pool:
+            sums = dict(zip(names, pool.map(lambda name: _sha256(directory / name), names)))
+        storage.write_json(directory / NAME, {"sha256": sums})
+
+    handler.finalize = finalize_and_sum
+    return handler
+
+
+def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
+    """Compares the files of an item with their checksums; of `parts` processes, each takes its own.
+
+    Returns:
+      Whether it has checksums.
+
+    Raises:
+      DamagedError: names the file.
+      whatever the file system raises, after some trials.
+    """
+    called = f"{folder.parent.name}/{folder.name}"
+    try:
+        text = storage.retry((folder / NAME).read_bytes)
+    except FileNotFoundError:
+        return False
+    try:
+        expected: dict[str, str] = json.loads(text)["sha256"]
+        names = sorted(expected)[part::parts]
+    except (ValueError, KeyError, TypeError):
+        raise DamagedError(f"{called}/{NAME} is damaged") from None
+
+    def compare(name: str) -> None:
+        try:
+            found = storage.retry(lambda: _sha256(folder / name))
+        except FileNotFoundError:
+            raise DamagedError(f"{called}/{name} is missing") from None
+        if found != expected[name]:
+            raise DamagedError(f"{called}/{name} is not what was written (its checksum differs)")
+
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(compare, names):
+            pass
+    return True
+
+
+def _files(folder: epath.Path) -> list[str]:
+    """Names of all files below a folder. TensorStore lists a bucket in one request; a walk takes two for each file."""
+    path = os.fspath(folder)
+    url = f"{path}/" if storage.is_remote(path) else f"file://{os.path.abspath(path)}/"
+    names = [key.decode() for key in tensorstore.KvStore.open(url).result().list().result()]
+    return sorted(name for name in names if not name.endswith("/"))  # in a bucket, a folder is such an object
+
+
+def _sha256(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
