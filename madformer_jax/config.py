@@ -1,16 +1,14 @@
-"""The configuration schema: defaults, and validation with one-line errors.
+"""The configuration schema: every field with its default. What a field may hold is in limits.py.
 
 A config is read once, at the edge: modules below take plain values. `base()` holds every field that exists, with the
 default for new training; `weights.release_config` has the PyTorch release's choices for the same model.
 """
 
-import dataclasses
-import math
-from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from madformer_jax import fields, limits
 from madformer_jax.errors import ConfigError
 from madformer_jax.sizes import SCALING_FACTOR, Sizes, sizes_of
 
@@ -144,21 +142,28 @@ def base() -> ConfigDict:
     return c.lock()  # a misspelt field is an error, in a config file too
 
 
-def flat(c: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Field -> value, as in {"model.width": 96}; sequences are tuples."""
-    fields: dict[str, Any] = {}
-    for name, value in c.items():
-        if isinstance(value, Mapping | ConfigDict):
-            fields |= flat(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = tuple(value) if isinstance(value, list) else value
-    return fields
-
-
 def differences(c: ConfigDict) -> dict[str, Any]:
-    """The fields in which a config differs from the defaults, with its values."""
-    defaults = flat(base())
-    return {name: value for name, value in flat(c).items() if name not in defaults or value != defaults[name]}
+    """The fields in which a config differs from the defaults, with its values: {"model.width": 96}."""
+    defaults = fields.flat(base())
+    return {name: value for name, value in fields.flat(c).items() if name not in defaults or value != defaults[name]}
+
+
+def restored(saved: Any, path: str) -> ConfigDict:
+    """The config of a workdir from the content of its config.json. Fields that came later have their defaults.
+
+    Raises:
+      ConfigError: the content is no config of ours.
+    """
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path} is damaged: it holds no config.")
+    c, known = fields.flat(saved), fields.flat(base())
+    try:
+        fields.check(known | c, known)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    config = base()
+    config.update_from_flattened_dict(c)
+    return config
 
 
 def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> dict[str, int]:
@@ -189,7 +194,12 @@ def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> 
 
 
 def as_tiny(c: ConfigDict) -> None:
-    """Shrinks a large config to a few steps of a small model on the embedded digits, D and L in proportion."""
+    """Shrinks a large config to a few steps of a small model on the embedded digits, D and L in proportion.
+
+    Raises:
+      ConfigError: there is no such D.
+    """
+    limits.check_depth(c)
     share = c.model.diffusion_depth / c.model.depth
     c.model.depth = 4
     c.model.diffusion_depth = max(1, round(share * c.model.depth))
@@ -203,146 +213,14 @@ def as_tiny(c: ConfigDict) -> None:
     c.sample.steps = 4
 
 
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    field: str
-    values: tuple[str, ...]
-
-
-_CHOICES = (
-    _Choice("platform", ("", "cpu", "gpu", "tpu")),
-    _Choice("model.rope", ("axial", "release")),
-    _Choice("model.time_embedding", ("sinusoidal", "raw")),
-    _Choice("model.clean_timestep", ("zero", "noisy")),
-    _Choice("model.hidden_from", ("condition", "noisy")),
-    _Choice("model.param_sets", ("separate", "shared")),
-    _Choice("model.diffusion_attention", ("sequence", "block")),
-    _Choice("model.attention", ("auto", "reference", "blocks", "cudnn", "splash")),
-    _Choice("model.dtype", ("float32", "bfloat16")),
-    _Choice("model.remat", ("none", "dots", "full")),
-    _Choice("codec.name", ("pixel", "vae")),
-    _Choice("codec.dtype", ("float32", "bfloat16")),
-    _Choice("prepare.kind", ("images", "latents")),
-    _Choice("optimizer.schedule", ("wsd", "cosine", "constant")),
-    _Choice("sample.solver", ("ddim", "dpmpp_2m")),
-    _Choice("sample.spacing", ("trailing", "leading", "linspace")),
-    _Choice("sample.weights", ("ema", "raw")),
-    _Choice("convert.weights", ("", "ema", "model")),
-)
-
-# field -> smallest and largest value
-_RANGES: dict[str, tuple[float, float]] = {
-    "model.width": (1, math.inf),
-    "model.heads": (1, math.inf),
-    "model.depth": (1, math.inf),
-    "model.mlp_width": (1, math.inf),
-    "model.unet_layers": (1, math.inf),
-    "model.unet_groups": (1, math.inf),
-    "model.unet_heads": (1, math.inf),
-    "model.unet_time_width": (2, math.inf),
-    "model.unet_stride": (1, 2),
-    "model.classes": (0, math.inf),
-    "model.text_length": (1, math.inf),
-    "model.scan_unroll": (1, math.inf),
-    "loss.image": (0, math.inf),
-    "loss.hidden": (0, math.inf),
-    "loss.clean": (0, math.inf),
-    "loss.text": (0, math.inf),
-    "codec.scaling_factor": (1e-6, math.inf),
-    "data.channels": (1, math.inf),
-    "data.test_share": (0, 1),
-    "data.max_corrupt": (0, 1),
-    "data.workers": (0, math.inf),
-    "prepare.shard": (1, math.inf),
-    "prepare.batch": (1, math.inf),
-    "prepare.max_corrupt": (0, 1),
-    "train.batch": (1, math.inf),
-    "train.steps": (1, math.inf),
-    "train.accumulate": (1, math.inf),
-    "train.ema_decay": (0, 1),
-    "train.label_dropout": (0, 1),
-    "train.log_every": (1, math.inf),
-    "train.sample_every": (0, math.inf),
-    "train.checkpoint_every": (1, math.inf),
-    "train.keep": (1, math.inf),
-    "train.keep_every": (0, math.inf),
-    "optimizer.learning_rate": (0, math.inf),
-    "optimizer.b1": (0, 1),
-    "optimizer.b2": (0, 1),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.clip": (0, math.inf),
-    "optimizer.warmup": (0, 1),
-    "optimizer.decay": (0, 1),
-    "sample.n": (1, math.inf),
-    "sample.batch": (1, math.inf),
-    "sample.grid": (1, math.inf),
-    "sample.steps": (1, 999),
-    "sample.guidance": (0, 1000),
-    "sample.clip": (0, math.inf),
-    "benchmark.warmup": (0, math.inf),
-    "benchmark.steps": (1, math.inf),
-}
-
-
 def validate(c: ConfigDict) -> Sizes:
     """Checks a whole config and returns its sizes.
 
     Raises:
       ConfigError: one line on the first setting that is wrong.
     """
-
-    def get(field: str) -> Any:
-        value: Any = c
-        for name in field.split("."):
-            value = value[name]
-        return value
-
-    for choice in _CHOICES:
-        if get(choice.field) not in choice.values:
-            allowed = ", ".join(repr(v) for v in choice.values)
-            raise ConfigError(f"config.{choice.field}={get(choice.field)!r} is unknown: one of {allowed}.")
-    for field, (low, high) in _RANGES.items():
-        if not low <= get(field) <= high:
-            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ConfigError(f"config.{field}={get(field)} is out of range: it must be {bound}.")
-    m = c.model
-    if not 1 <= m.diffusion_depth <= m.depth:
-        raise ConfigError(
-            f"config.model.diffusion_depth={m.diffusion_depth} (D) must be from 1 to config.model.depth={m.depth} (N)."
-        )
-    if m.width % m.heads or (m.width // m.heads) % 4:
-        raise ConfigError(
-            f"config.model.width={m.width} over config.model.heads={m.heads} must give a head size that is a multiple of 4."
-        )
-    if len(m.unet_channels) != len(m.unet_attention) or not m.unet_channels:
-        raise ConfigError("config.model.unet_channels and config.model.unet_attention need one entry for each stage.")
-    for channels in m.unet_channels:
-        if channels % m.unet_groups or channels % m.unet_heads:
-            raise ConfigError(
-                f"config.model.unet_channels={tuple(m.unet_channels)} must be multiples of "
-                f"unet_groups={m.unet_groups} and unet_heads={m.unet_heads}."
-            )
-    if m.time_embedding == "sinusoidal" and m.unet_time_width % 2:
-        raise ConfigError(f"config.model.unet_time_width={m.unet_time_width} must be even for a sinusoidal embedding.")
-    if c.loss.clean and not m.clean_stream:
-        raise ConfigError(
-            "config.loss.clean needs config.model.clean_stream=True: there is no clean output without it."
-        )
-    if c.loss.text and not (m.classes and m.text_length > 1):
-        raise ConfigError(
-            "config.loss.text needs text to predict: config.model.classes > 0 and config.model.text_length of 2 or more."
-        )
-    if not any(c.loss.values()):
-        raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
-    if c.train.batch % c.train.accumulate:
-        raise ConfigError(
-            f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
-        )
-    if c.sample.guidance != 1.0 and not m.classes:
-        raise ConfigError(
-            f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes)."
-        )
-    labels(c)
+    fields.check(c, base())
+    limits.check(c)
     return sizes_of(c)
 
 
@@ -352,16 +230,5 @@ def labels(c: ConfigDict) -> list[int]:
     Raises:
       ConfigError: a label is no class of the model.
     """
-    if not c.model.classes:
-        if c.sample.labels:
-            raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
-        return []
-    text = c.sample.labels or ",".join(str(k) for k in range(c.model.classes))
-    try:
-        chosen = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"config.sample.labels={text!r} must be class numbers separated by commas.") from None
-    wrong = [k for k in chosen if not 0 <= k < c.model.classes]
-    if wrong:
-        raise ConfigError(f"config.sample.labels: {wrong[0]} is no class; they run from 0 to {c.model.classes - 1}.")
-    return [chosen[i % len(chosen)] for i in range(c.sample.n)]
+    chosen = limits.classes(c)
+    return [chosen[i % len(chosen)] for i in range(c.sample.n)] if chosen else []

@@ -1,31 +1,47 @@
-"""The one entry point: flags, mode dispatch, one-line errors.
+"""The one entry point: flags, mode dispatch, and the one place that turns an error into a line and a status.
 
 python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train] [--config.field=value]
+
+Status 0, or 2 after one line on standard error, or 130 after an interrupt; --mode=compile has 1 for what does not fit.
+What is no user's or system's fault is a traceback.
 """
 
-import contextlib
-import importlib
-import json
-import logging as python_logging
 import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
 
+from madformer_jax.errors import ConfigError, first_line, leave
 from madformer_jax.runtime import malloc
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, leave)  # while modules load, an exception would be lost or end in a traceback
     malloc.tune()
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # clu imports TensorFlow to write TensorBoard files
-# XLA's YNNPACK kernels for CPU are slower than what they replace, gradients of convolutions six times: docs/performance.md
-os.environ["XLA_FLAGS"] = "--xla_cpu_experimental_ynn_fusion_type= " + os.environ.get("XLA_FLAGS", "")
+# clu imports TensorFlow to write TensorBoard files; errors, jaxlib's among them, are shown
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # which is announced
+
+import contextlib
+import glob
+import importlib.util
+import inspect
+import logging as python_logging
+import mmap
+import pkgutil
+import re
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from madformer_jax.errors import ConfigError
-from madformer_jax.runtime.storage import user_cache
+from madformer_jax import config as config_lib
+from madformer_jax import fields, limits, modes
+from madformer_jax.runtime import storage
 
-_MODES = ("train", "sample", "export", "convert", "prepare", "benchmark", "compile")  # each a module of `modes`
+_MODES = [module.name for module in pkgutil.iter_modules(modes.__path__)]
+
+# ---- the command line
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
@@ -37,6 +53,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
       ConfigError: a flag, a field or a value is wrong, in one line.
     """
     values = flags.FlagValues()
+    flags.DEFINE_string("config", None, "Config file, FILE or FILE:variant.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
     flags.DEFINE_enum("mode", "train", _MODES, "What to do.", flag_values=values)
     flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster.", flag_values=values)
@@ -44,46 +61,111 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
     flags.DEFINE_string("topology", "", "TPU topology for --mode=compile, such as v5e:4x4.", flag_values=values)
-    given = next((a for a in argv if a.startswith(("--config=", "-config=")) or a in ("--config", "-config")), "")
+    values.set_gnu_getopt(True)
     try:
-        if given:
-            config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values, sys_argv=list(argv))
-        else:
-            config_flags.DEFINE_config_dict(
-                "config", _of_workdir(argv), "Config of the workdir.", flag_values=values, sys_argv=list(argv)
-            )
-        rest = values(list(argv))
-        _ = values.config.seed  # a file that did not load says so only when it is touched
-    except ConfigError:
-        raise
-    except Exception as error:  # a config file is code: it, or its overrides, may raise anything
-        raise ConfigError(_one_line(error.__cause__ or error, given or "--config")) from error
+        rest = values(list(argv), known_only=True)  # all but --config.field=value
+        _check_flags(values)
+        config = _of_workdir(values) if values.config is None else _of_file(values.config)
+        _check_fields(rest)
+        values.remove_flag_values({"config": None})
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
+        rest = values(rest)
+    except (flags.Error, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
-    if not values.workdir and values.mode != "compile":
-        raise ConfigError("--workdir is missing: name the folder of the run, for example --workdir=runs/digits.")
     return values.config, values
 
 
-def _of_workdir(argv: Sequence[str]) -> ConfigDict:
-    from madformer_jax import config as config_lib
+def _check_flags(values: flags.FlagValues) -> None:
+    if not values.workdir and values.mode != "compile":
+        raise ConfigError("--workdir is missing: name the folder of the run, for example --workdir=runs/digits.")
+    if values.workdir:
+        limits.check_path("--workdir", values.workdir)
+    if not values.coordinator and max(values.num_processes, values.process_id) >= 0:
+        raise ConfigError("--num_processes and --process_id need --coordinator=host:port.")
+    if values.topology and values.mode != "compile":
+        raise ConfigError(f"--topology={values.topology} is for --mode=compile; the mode is {values.mode}.")
 
-    workdir = next((arg.split("=", 1)[1] for arg in argv if arg.lstrip("-").startswith("workdir=")), "")
-    path = os.path.join(workdir, "config.json")
-    if "--mode=convert" in argv and not os.path.exists(path):
+
+def _check_fields(argv: Sequence[str]) -> None:
+    """Every --config.field must exist: ml_collections' own words are several lines."""
+    known = fields.flat(config_lib.base())
+    for arg in argv[1:]:
+        field = re.match(r"--?(?:no)?config\.([^=]*)", arg)
+        if field and field[1] not in known:
+            inside = any(name.startswith(f"{field[1]}.") for name in known)
+            hint = "name one of its fields." if inside else fields.nearest(field[1], known)
+            raise ConfigError(f"--config.{field[1]}: there is no such field: {hint}")
+
+
+def _of_workdir(values: flags.FlagValues) -> ConfigDict:
+    path = os.path.join(values.workdir or "", "config.json")
+    saved = storage.read_json(path) if values.workdir else None
+    if saved is not None:
+        return config_lib.restored(saved, path)
+    if values.mode == "convert":
         return config_lib.base()
-    if not workdir or not os.path.exists(path):
-        raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
-    with open(path) as file:
-        saved = json.load(file)
-    config = config_lib.base()
-    config.update(ConfigDict(saved))
-    return config
+    raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
 
 
-def _one_line(error: BaseException, flag: str) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, flags.Error) else f"{flag}: {text}"
+def _of_file(given: str) -> ConfigDict:
+    """Runs get_config of FILE or FILE:variant."""
+    path, colon, variant = given.partition(":")
+    if not os.path.isfile(path):
+        raise ConfigError(f"--config={given}: there is no file {path!r}.")
+    module = sys.modules["config_file"] = types.ModuleType("config_file")
+    module.__file__ = path
+    try:
+        with open(path, "rb") as file:
+            exec(compile(file.read(), path, "exec"), module.__dict__)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise ConfigError(f"--config={given}: {path} has no function get_config().")
+        args = (variant,) if colon else ()
+        try:
+            inspect.signature(get_config).bind(*args)
+        except TypeError:
+            takes = f"takes no variant: --config={path}" if colon else f"needs a variant: --config={path}:VARIANT"
+            raise ConfigError(f"--config={given}: it {takes}.") from None
+        config = get_config(*args)
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # a config file is code, which may raise anything, and end the process
+        raise ConfigError(f"--config={given}: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={given}: get_config() returned a {type(config).__name__}, not a ConfigDict.")
+    try:
+        fields.check(config, config_lib.base())
+    except ConfigError as error:
+        raise ConfigError(f"--config={given}: {error}") from None
+    return config.lock()
+
+
+# ---- the process
+
+
+def _start_jax(platform: str) -> None:
+    """Starts JAX's backend.
+
+    Raises:
+      ConfigError: it does not start, or is none of `platform`, where that is not "".
+    """
+    import jax
+
+    held = (
+        "check that the accelerator is free (a dead process may hold it; on TPU see /tmp/libtpu_lockfile) and that jax is "
+        "installed for it"
+    )
+    try:
+        found = jax.default_backend()
+    except Exception as error:  # of JAX, its assertions among them, and of any plugin
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise ConfigError(f"JAX_PLATFORMS={asked!r} does not start ({first_line(error)}): {held}.") from error
+    if platform and found != platform:
+        raise ConfigError(f"config.platform={platform!r}, but JAX runs on {found!r}: {held}.")
 
 
 def _use_cache(setting: str) -> None:
@@ -91,19 +173,43 @@ def _use_cache(setting: str) -> None:
 
     if setting == "off":
         return
-    folder = user_cache("xla") if setting == "auto" else setting
+    folder = storage.user_cache("xla") if setting == "auto" else setting
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def _check_platform(expected: str) -> None:
-    import jax
+_YNN = "xla_cpu_experimental_ynn_fusion_type"
+_ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
-    if expected and jax.default_backend() != expected:
-        raise ConfigError(
-            f"config.platform={expected!r}, but JAX runs on {jax.default_backend()!r}: check that the accelerator is free "
-            "(a dead process may hold it; on TPU see /tmp/libtpu_lockfile) and that jax is installed for it."
-        )
+
+def _without_ynn(platform: str) -> None:
+    """XLA's YNNPACK kernels for CPU are slower than what they replace, gradients of convolutions six times (docs/performance.md).
+
+    Not with an accelerator, where the flag is of no use; and XLA ends a process that gives it a flag it does not know.
+    """
+    asked = platform or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    on_cpu = asked == "cpu" if asked else not any(map(glob.glob, _ACCELERATORS))
+    given = os.environ.get("XLA_FLAGS", "")
+    if on_cpu and _YNN not in given and _known(_YNN):
+        os.environ["XLA_FLAGS"] = f"--{_YNN}= {given}"
+
+
+def _known(flag: str) -> bool:
+    """Whether each library that is here and reads XLA_FLAGS knows a flag."""
+    paths = []
+    for package, library in (("jaxlib", "*jax_common*"), ("libtpu", "libtpu.so")):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            paths += glob.glob(os.path.join(folder, library))
+    return bool(paths) and all(_holds(path, flag.encode()) for path in paths)
+
+
+def _holds(path: str, text: bytes) -> bool:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(text) >= 0
+
+
+# ---- the log
 
 
 def _log_to_stderr() -> None:
@@ -125,13 +231,16 @@ def _log_to_stderr() -> None:
 
 
 @contextlib.contextmanager
-def _above_the_log(line: str) -> Iterator[None]:
-    """Logs `line` above the first one that comes within: a command that is refused prints its error alone."""
+def _above_the_log(config: ConfigDict) -> Iterator[None]:
+    """Logs what a config is above the first line that comes within: a command that is refused prints its error alone."""
     handler = logging.get_absl_handler()
+    settings = ", ".join(f"{name}={value!r}" for name, value in config_lib.differences(config).items())
 
     def above(record: python_logging.LogRecord) -> bool:
         handler.removeFilter(above)  # the last of the filters: it sees only what will be printed
-        logging.info(line)
+        logging.info("settings other than the defaults: %s", settings or "none")
+        for line in limits.doubts(config):
+            logging.warning("%s", line)
         return True
 
     handler.addFilter(above)
@@ -141,30 +250,65 @@ def _above_the_log(line: str) -> Iterator[None]:
         handler.removeFilter(above)
 
 
+# ---- all of it
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs one command line.
+
+    Returns:
+      The exit status.
+
+    Raises:
+      ConfigError: what is wrong with it.
+    """
+    config, values = parse(argv)
+    config_lib.validate(config)
+    _without_ynn(config.platform)
+    if values.distributed or values.coordinator:
+        from madformer_jax.runtime import partitioning
+
+        partitioning.distributed_init(values.coordinator, values.num_processes, values.process_id)
+    _use_cache(config.compilation_cache)
+    if values.mode != "compile":  # which needs no device
+        _start_jax(config.platform)
+    module = importlib.import_module(f"madformer_jax.modes.{values.mode}")
+    extra: dict[str, Any] = {"topology": values.topology} if values.mode == "compile" else {}
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are things to put away
+    with _above_the_log(config):
+        result = module.run(config, values.workdir, **extra)
+    return result if isinstance(result, int) else 0  # --mode=compile has a status, the others figures
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit status: 0, or 2 after a one-line error."""
+    """Runs one command line; returns the exit status, after one line where it is not 0."""
     _log_to_stderr()
     try:
-        config, values = parse(sys.argv if argv is None else argv)
-        from madformer_jax import config as config_lib
-
-        config_lib.validate(config)
-        if values.distributed or values.coordinator:
-            from madformer_jax.runtime import partitioning
-
-            partitioning.distributed_init(values.coordinator, values.num_processes, values.process_id)
-        _use_cache(config.compilation_cache)
-        if values.mode != "compile":
-            _check_platform(config.platform)
-        differences = (f"{name}={value!r}" for name, value in config_lib.differences(config).items())
-        module = importlib.import_module(f"madformer_jax.modes.{values.mode}")
-        extra = {"topology": values.topology} if values.mode == "compile" else {}
-        with _above_the_log("settings other than the defaults: " + (", ".join(differences) or "none")):
-            result = module.run(config, values.workdir, **extra)
-        return result if isinstance(result, int) else 0  # --mode=compile has a status, the others figures
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return run(sys.argv if argv is None else argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = _line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         return 2
+
+
+def _line(error: Exception) -> str | None:
+    """What a user can do something about, in one line; None where it is a fault of ours."""
+    if isinstance(error, ConfigError):
+        return " ".join(str(error).split())
+    if storage.is_error(error):
+        return f"a file cannot be read or written: {first_line(error)}"
+    if "RESOURCE_EXHAUSTED" in str(error):  # of XLA, under several names
+        return (
+            f"the device's memory is full ({first_line(error)}): try a smaller train.batch, sample.batch or model, "
+            "train.accumulate, model.remat=full, or more devices along config.mesh.fsdp."
+        )
+    return None
 
 
 if __name__ == "__main__":

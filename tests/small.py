@@ -22,8 +22,10 @@ def small(**changes: Any) -> tuple[MADFormer, Any]:
     c.model.depth, c.model.diffusion_depth, c.model.blocks = 4, 2, 4
     c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (4, 8), 1, 6
     c.model.unet_groups = c.model.unet_heads = 2
+    length = changes.pop("text_length", 1)
     c.model.update(changes)
     config.validate(c)
+    c.model.text_length = length  # a model has it, a command line does not yet
     model = madformer.build(c)
     return model, random_params(model)
 

@@ -1,6 +1,9 @@
-import pytest
+import json
 
-from madformer_jax import config
+import pytest
+from ml_collections import ConfigDict
+
+from madformer_jax import config, limits
 from madformer_jax.errors import ConfigError
 
 
@@ -19,7 +22,18 @@ from madformer_jax.errors import ConfigError
         ("sample.labels", "three", "class numbers"),
         ("sample.steps", 0, "out of range"),
         ("train.accumulate", 3, "not a multiple"),
-        ("loss.text", 1.0, "text_length"),
+        ("loss.text", 1.0, "no data source has text yet"),
+        ("model.text_length", 2, "no data source has text yet"),
+        ("model.unet_channels", (8, 0), "multiples of"),
+        ("seed", 2**32, "from 0 to 4294967295"),
+        ("train.steps", 2**31, "at most 2147483647"),
+        ("sample.n", 2**31, "at most 2147483647"),
+        ("mesh.data", -(2**31), "at most 2147483647"),
+        ("sample.guidance", float("nan"), "out of range"),
+        ("sample.guidance", float("inf"), "from 0 to 1000"),
+        ("optimizer.learning_rate", float("inf"), "a finite number"),
+        ("data.path", "None", "config.data.path='None' is no path"),
+        ("codec.path", "a\nb", "is no path"),
         ("model.clean_stream", False, "config.loss.clean"),
     ],
 )
@@ -37,7 +51,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, wo
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("field", [*(choice.field for choice in config._CHOICES), *config._RANGES])
+@pytest.mark.parametrize("field", [*limits._CHOICES, *limits._RANGES])
 def test_every_choice_and_range_is_checked(tiny_config, field):
     *path, name = field.split(".")
     section = tiny_config
@@ -66,6 +80,57 @@ def test_settings_that_contradict_each_other_are_named(tiny_config, changes, wor
     with pytest.raises(ConfigError, match=words) as error:
         config.validate(tiny_config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.width": "96"}, "config.model.width='96' must be of type int"),
+        ({"model.width": 96.0}, "must be of type int"),
+        ({"model.width": True}, "must be of type int"),
+        ({"model.clean_stream": 1}, "must be of type bool"),
+        ({"loss.image": None}, "must be of type float"),
+        ({"model.unet_channels": (8, "16")}, r"config.model.unet_channels=\(8, '16'\) must be of type tuple of int"),
+        ({"model.unet_channels": 8}, "must be of type tuple of int"),
+        ({"train.stps": 3}, "config.train.stps is no field: did you mean config.train.steps"),
+        ({"model": 3}, "config.model=3 must be a section"),
+    ],
+)
+def test_fields_of_a_wrong_kind_are_named(tiny_config, changes, words):
+    """As a config file or an old config.json may have them."""
+    content = json.loads(tiny_config.to_json())
+    for name, value in changes.items():
+        section, _, field = name.rpartition(".")
+        (content[section] if section else content)[field] = value
+    with pytest.raises(ConfigError, match=words) as error:
+        config.validate(ConfigDict(content, type_safe=False))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=f"run/config.json: .*{words}"):
+        config.restored(content, "run/config.json")
+
+
+def test_a_field_that_is_missing_is_named_in_a_config_and_has_its_default_in_an_old_workdir(tiny_config):
+    content = json.loads(tiny_config.to_json())
+    del content["model"]["rope"]
+    with pytest.raises(ConfigError, match="config.model.rope is missing"):
+        config.validate(ConfigDict(content))
+    assert config.restored(content, "config.json").to_dict() == tiny_config.to_dict()
+    with pytest.raises(ConfigError, match="holds no config"):
+        config.restored([1], "config.json")
+
+
+def test_channels_that_cannot_hold_the_noise_are_told(tiny_config):
+    assert "unet_channels[0]=8 is less than the 16 values" in limits.doubts(tiny_config)[0]
+    assert "stays above 0.50" in limits.doubts(tiny_config)[0]
+    tiny_config.model.unet_channels = (16,)
+    assert limits.doubts(tiny_config) == []
+
+
+def test_a_tiny_config_of_a_depth_that_there_is_not_speaks_of_the_depth_that_was_asked_for():
+    c = config.base()
+    c.model.diffusion_depth = 99
+    with pytest.raises(ConfigError, match=r"diffusion_depth=99 \(D\) must be from 1 to config.model.depth=28"):
+        config.as_tiny(c)
 
 
 def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):

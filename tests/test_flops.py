@@ -41,7 +41,6 @@ def wide(**changes):
         section, field = name.split(".") if "." in name else ("model", name)
         c[section][field] = value
     c.sample.guidance = 2.0 if c.model.classes else 1.0
-    config.validate(c)
     return c
 
 

@@ -1,3 +1,5 @@
+import os
+import signal
 import subprocess
 import sys
 
@@ -6,6 +8,7 @@ from absl import logging
 
 import madformer_jax.modes.train
 from madformer_jax import main
+from madformer_jax.runtime import storage
 
 DIGITS = "--config=configs/digits.py"
 
@@ -13,7 +16,6 @@ DIGITS = "--config=configs/digits.py"
 @pytest.fixture(autouse=True)
 def as_in_a_process_of_its_own(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
-    sys.modules.pop("config_config", None)  # ml_collections loads every config file into this one module
 
 
 def error_of(capsys, *args):
@@ -95,6 +97,153 @@ def test_another_platform_than_the_config_expects_is_an_error(capsys, tmp_path):
     assert status == 2
     assert "config.platform='tpu', but JAX runs on 'cpu'" in line
     assert "libtpu_lockfile" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("import sys\nsys.exit('done')", "SystemExit: done"),
+        ("raise SystemExit", "SystemExit"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def get_config(:", "SyntaxError"),
+        ("import nowhere", "No module named 'nowhere'"),
+        ("c = 3", "has no function get_config()"),
+        ("def get_config(): return 3", "returned a int, not a ConfigDict"),
+        ("def get_config(variant): return base()", "needs a variant"),
+        ("def get_config():\n c = base()\n c.train.steps = 'many'\n return c", "steps"),
+        ("def get_config():\n c = base().unlock()\n del c.train.steps\n return c", "config.train.steps is missing"),
+        ("def get_config():\n c = base().unlock()\n c.train.more = 1\n return c", "config.train.more is no field"),
+        ("def get_config():\n c = base()\n c.seed = None\n return c", "seed"),
+        (
+            "from ml_collections import ConfigDict\nget_config = ConfigDict",
+            "is missing: a config file starts from config.base()",
+        ),
+    ],
+)
+def test_whatever_a_config_file_does_is_one_line_that_names_the_file(capsys, tmp_path, text, told):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from madformer_jax.config import base\n{text}\n")
+    status, line = error_of(capsys, f"--config={file}", f"--workdir={tmp_path}/run")
+    assert status == 2
+    assert f"--config={file}" in line
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("digits.py:D=3", "takes no variant"),
+        ("ffhq1024.py:D=99,tiny", "diffusion_depth=99 (D) must be from 1 to config.model.depth=28"),
+        ("ffhq1024.py:D=many", "variant 'D=many' is unknown"),
+    ],
+)
+def test_a_wrong_variant_is_told(capsys, tmp_path, config, told):
+    status, line = error_of(capsys, f"--config=configs/{config}", f"--workdir={tmp_path}/run")
+    assert status == 2
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "holds no JSON"),
+        ("[1, 2]", "holds no config"),
+        ('{"model": {"width": "wide"}}', "config.model.width='wide' must be of type int"),
+        ('{"model": {"widht": 3}}', "config.model.widht is no field: did you mean config.model.width?"),
+    ],
+)
+def test_a_broken_config_of_a_workdir_is_named(capsys, tmp_path, content, told):
+    (tmp_path / "config.json").write_text(content)
+    for workdir in ([f"--workdir={tmp_path}"], ["--workdir", str(tmp_path)]):
+        status, line = error_of(capsys, "--mode=sample", *workdir)
+        assert status == 2
+        assert f"{tmp_path}/config.json" in line
+        assert told in line
+
+
+def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys):
+    saved = {"gs://bucket/run/config.json": {"train": {"steps": 7}}}
+    monkeypatch.setattr(storage, "read_json", saved.get)
+    for workdir in (["--workdir=gs://bucket/run"], ["--workdir", "gs://bucket/run"]):
+        config, values = main.parse(["main", *workdir, "--config.train.batch=3"])
+        assert values.workdir == "gs://bucket/run"
+        assert (config.train.steps, config.train.batch) == (7, 3)
+    assert "--config is missing" in error_of(capsys, "--workdir=gs://bucket/other")[1]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--process_id=1"], "need --coordinator"),
+        (["--topology=v5e:4x4"], "is for --mode=compile"),
+        (["--workdir=None"], "--workdir='None' is no path"),
+        (["--config.data.path=none"], "config.data.path='none' is no path"),
+    ],
+)
+def test_what_would_be_ignored_or_misunderstood_is_refused(capsys, tmp_path, args, told):
+    status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/run", *args)
+    assert status == 2
+    assert told in line
+
+
+def test_errors_of_the_system_are_one_line_and_ours_are_not(monkeypatch, capsys, tmp_path):
+    def fail(error):
+        def run(config, workdir):
+            raise error
+
+        monkeypatch.setattr(madformer_jax.modes.train, "run", run)
+        return error_of(capsys, DIGITS, f"--workdir={tmp_path}")
+
+    status, line = fail(PermissionError(13, "Permission denied", "/some/file"))
+    assert (status, line) == (2, "error: a file cannot be read or written: [Errno 13] Permission denied: '/some/file'")
+    status, line = fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.\nMore"))
+    assert status == 2
+    assert "the device's memory is full" in line
+    assert fail(KeyboardInterrupt()) == (130, "interrupted")
+    with pytest.raises(AttributeError, match="no such thing"):  # a traceback, which a report of a fault needs
+        fail(AttributeError("no such thing"))
+
+
+def test_an_interrupt_at_the_start_is_one_line_and_status_130(tmp_path):
+    fifo, config = tmp_path / "fifo", tmp_path / "config.py"
+    os.mkfifo(fifo)
+    config.write_text(f"open({str(fifo)!r}).read()")  # waits for its end: the process is at its start
+    command = [sys.executable, "-m", "madformer_jax.main", f"--config={config}", f"--workdir={tmp_path}/run"]
+    environment = os.environ | {"GLIBC_TUNABLES": ""}  # else it starts itself anew
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    with open(fifo, "w"), process:
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "interrupted before anything was begun\n"
+    assert process.returncode == 130
+
+
+def test_a_backend_that_does_not_start_is_one_line(monkeypatch, capsys, tmp_path):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'tpu': no TPU\nmore")
+
+    monkeypatch.setattr("jax.default_backend", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}")
+    assert status == 2
+    assert "JAX_PLATFORMS='tpu' does not start (Unable to initialize backend 'tpu': no TPU): check" in line
+
+
+def test_xla_is_given_its_flag_on_a_cpu_that_knows_it_only(monkeypatch):
+    flag = f"--{main._YNN}="
+
+    def given(platform, flags="", platforms="", accelerator=False):
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        monkeypatch.setattr(main, "_ACCELERATORS", ("/",) if accelerator else ("/nowhere*",))
+        main._without_ynn(platform)
+        return os.environ["XLA_FLAGS"].split()
+
+    assert given("cpu", "--mine") == [flag, "--mine"]
+    assert given("") == given("", platforms="cpu", accelerator=True) == [flag]
+    assert given("tpu") == given("", platforms="cuda,cpu") == given("", accelerator=True) == []
+    assert given("cpu", f"{flag}gemm") == [f"{flag}gemm"]
+    monkeypatch.setattr(main, "_YNN", "xla_cpu_flag_of_another_year")  # with which XLA would end this process
+    assert given("cpu", "--mine") == ["--mine"]
 
 
 def test_wrong_settings_are_told_before_jax_is_imported(tmp_path):

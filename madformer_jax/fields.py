@@ -1,0 +1,61 @@
+"""A config's fields under flat names, as in {"model.width": 96}, and whether they are those of another config."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from ml_collections import ConfigDict
+
+from madformer_jax.errors import ConfigError
+
+Section: TypeAlias = Mapping[str, Any] | ConfigDict
+
+
+def flat(c: Section, prefix: str = "") -> dict[str, Any]:
+    """Field -> value; sequences are tuples."""
+    fields: dict[str, Any] = {}
+    for name, value in c.items():
+        if isinstance(value, Mapping | ConfigDict):
+            fields |= flat(value, f"{prefix}{name}.")
+        else:
+            fields[f"{prefix}{name}"] = tuple(value) if isinstance(value, list) else value
+    return fields
+
+
+def nearest(name: str, known: Mapping[str, Any]) -> str:
+    """A hint at the field that may be meant, to end a sentence."""
+    near = difflib.get_close_matches(name, known, 1)
+    sections = ", ".join(sorted({field.partition(".")[0] for field in known if "." in field}))
+    return f"did you mean config.{near[0]}?" if near else f"the sections are {sections}."
+
+
+def check(c: Section, like: Section) -> None:
+    """Whether a config has the fields of another, each of its type, and no more.
+
+    Raises:
+      ConfigError: names the first field that is wrong.
+    """
+    given, known = flat(c), flat(like)
+    for name, value in given.items():
+        if any(field.startswith(f"{name}.") for field in known):
+            raise ConfigError(f"config.{name}={value!r} must be a section with fields of its own.")
+        if name not in known:
+            raise ConfigError(f"config.{name} is no field: {nearest(name, known)}")
+        if not _fits(value, known[name]):
+            kind = type(known[name]).__name__
+            kind += f" of {type(known[name][0]).__name__}" if kind == "tuple" else ""
+            raise ConfigError(f"config.{name}={value!r} must be of type {kind}.")
+    missing = [name for name in known if name not in given]
+    if missing:
+        raise ConfigError(
+            f"config.{missing[0]} is missing: a config file starts from config.base(), which has every field."
+        )
+
+
+def _fits(value: Any, like: Any) -> bool:
+    """Whether a value is of the type of another; a float may be given as an integer."""
+    if isinstance(value, bool) or isinstance(like, bool):
+        return isinstance(value, bool) and isinstance(like, bool)
+    if isinstance(like, tuple):
+        return isinstance(value, tuple) and all(_fits(part, like[0]) for part in value)
+    return isinstance(value, int | float if isinstance(like, float) else type(like))

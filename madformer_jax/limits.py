@@ -1,0 +1,201 @@
+"""What the fields of a config may hold: choices, ranges, and what must fit together. The fields themselves: config.py."""
+
+import math
+
+from ml_collections import ConfigDict
+
+from madformer_jax import fields
+from madformer_jax.errors import ConfigError
+from madformer_jax.sizes import sizes_of
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "platform": ("", "cpu", "gpu", "tpu"),
+    "model.rope": ("axial", "release"),
+    "model.time_embedding": ("sinusoidal", "raw"),
+    "model.clean_timestep": ("zero", "noisy"),
+    "model.hidden_from": ("condition", "noisy"),
+    "model.param_sets": ("separate", "shared"),
+    "model.diffusion_attention": ("sequence", "block"),
+    "model.attention": ("auto", "reference", "blocks", "cudnn", "splash"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "codec.name": ("pixel", "vae"),
+    "codec.dtype": ("float32", "bfloat16"),
+    "prepare.kind": ("images", "latents"),
+    "optimizer.schedule": ("wsd", "cosine", "constant"),
+    "sample.solver": ("ddim", "dpmpp_2m"),
+    "sample.spacing": ("trailing", "leading", "linspace"),
+    "sample.weights": ("ema", "raw"),
+    "convert.weights": ("", "ema", "model"),
+}
+
+# field -> smallest and largest value
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "model.width": (1, math.inf),
+    "model.heads": (1, math.inf),
+    "model.depth": (1, math.inf),
+    "model.mlp_width": (1, math.inf),
+    "model.unet_layers": (1, math.inf),
+    "model.unet_groups": (1, math.inf),
+    "model.unet_heads": (1, math.inf),
+    "model.unet_time_width": (2, math.inf),
+    "model.unet_stride": (1, 2),
+    "model.classes": (0, math.inf),
+    "model.text_length": (1, math.inf),
+    "model.scan_unroll": (1, math.inf),
+    "loss.image": (0, math.inf),
+    "loss.hidden": (0, math.inf),
+    "loss.clean": (0, math.inf),
+    "loss.text": (0, math.inf),
+    "codec.scaling_factor": (1e-6, math.inf),
+    "data.channels": (1, math.inf),
+    "data.test_share": (0, 1),
+    "data.max_corrupt": (0, 1),
+    "data.workers": (0, math.inf),
+    "prepare.shard": (1, math.inf),
+    "prepare.batch": (1, math.inf),
+    "prepare.max_corrupt": (0, 1),
+    "train.batch": (1, math.inf),
+    "train.steps": (1, math.inf),
+    "train.accumulate": (1, math.inf),
+    "train.ema_decay": (0, 1),
+    "train.label_dropout": (0, 1),
+    "train.log_every": (1, math.inf),
+    "train.sample_every": (0, math.inf),
+    "train.checkpoint_every": (1, math.inf),
+    "train.keep": (1, math.inf),
+    "train.keep_every": (0, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.clip": (0, math.inf),
+    "optimizer.warmup": (0, 1),
+    "optimizer.decay": (0, 1),
+    "sample.n": (1, math.inf),
+    "sample.batch": (1, math.inf),
+    "sample.grid": (1, math.inf),
+    "sample.steps": (1, 999),
+    "sample.guidance": (0, 1000),
+    "sample.clip": (0, math.inf),
+    "benchmark.warmup": (0, math.inf),
+    "benchmark.steps": (1, math.inf),
+}
+
+_PATHS = (
+    "compilation_cache", "codec.path", "data.path", "sample.noise", "convert.release", "convert.vae", "convert.inception",
+    "convert.to_release",
+)  # fmt: skip
+_LARGEST = 2**31 - 1  # of an integer; JAX's are of 32 bits
+
+
+def check_path(name: str, path: str) -> None:
+    """Refuses what cannot be meant as a path.
+
+    Raises:
+      ConfigError: names the flag or field.
+    """
+    if path.lower() in ("none", "null", "true", "false") or not path.isprintable():
+        raise ConfigError(f"{name}={path!r} is no path: leave it empty ({name}=) where none is meant.")
+
+
+def check(c: ConfigDict) -> None:
+    """Checks the values of a config that has all fields.
+
+    Raises:
+      ConfigError: one line on the first setting that is wrong.
+    """
+    given = fields.flat(c)
+    for field, choices in _CHOICES.items():
+        if given[field] not in choices:
+            raise ConfigError(f"config.{field}={given[field]!r} is unknown: one of {', '.join(map(repr, choices))}.")
+    for field, (low, high) in _RANGES.items():
+        if not low <= given[field] <= high:
+            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"config.{field}={given[field]} is out of range: it must be {bound}.")
+    for field, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{field}={value} must be a finite number.")
+        if isinstance(value, int) and field != "seed" and abs(value) > _LARGEST:
+            raise ConfigError(f"config.{field}={value} is out of range: it must be at most {_LARGEST}.")
+    for field in _PATHS:
+        check_path(f"config.{field}", given[field])
+    check_depth(c)
+    m = c.model
+    if m.width % m.heads or (m.width // m.heads) % 4:
+        raise ConfigError(
+            f"config.model.width={m.width} over config.model.heads={m.heads} must give a head size that is a multiple of 4."
+        )
+    if len(m.unet_channels) != len(m.unet_attention) or not m.unet_channels:
+        raise ConfigError("config.model.unet_channels and config.model.unet_attention need one entry for each stage.")
+    for channels in m.unet_channels:
+        if channels < 1 or channels % m.unet_groups or channels % m.unet_heads:
+            raise ConfigError(
+                f"config.model.unet_channels={tuple(m.unet_channels)} must be multiples of "
+                f"unet_groups={m.unet_groups} and unet_heads={m.unet_heads}."
+            )
+    if m.time_embedding == "sinusoidal" and m.unet_time_width % 2:
+        raise ConfigError(f"config.model.unet_time_width={m.unet_time_width} must be even for a sinusoidal embedding.")
+    if c.loss.clean and not m.clean_stream:
+        raise ConfigError(
+            "config.loss.clean needs config.model.clean_stream=True: there is no clean output without it."
+        )
+    if m.text_length > 1 or c.loss.text:
+        raise ConfigError(
+            f"config.model.text_length={m.text_length}, config.loss.text={c.loss.text}: no data source has text yet, only one "
+            "label an image; they must be 1 and 0."
+        )
+    if not any(c.loss.values()):
+        raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
+    if c.train.batch % c.train.accumulate:
+        raise ConfigError(
+            f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
+        )
+    if c.sample.guidance != 1.0 and not m.classes:
+        raise ConfigError(
+            f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes)."
+        )
+    classes(c)
+
+
+def check_depth(c: ConfigDict) -> None:
+    """Refuses a number of diffusion layers that the model cannot have."""
+    m = c.model
+    if not 1 <= m.diffusion_depth <= m.depth:
+        raise ConfigError(
+            f"config.model.diffusion_depth={m.diffusion_depth} (D) must be from 1 to config.model.depth={m.depth} (N)."
+        )
+
+
+def doubts(c: ConfigDict) -> list[str]:
+    """What is allowed and can hardly be meant, in a line each."""
+    values, channels = sizes_of(c).channels, c.model.unet_channels[0]
+    if channels >= values:
+        return []
+    return [
+        f"config.model.unet_channels[0]={channels} is less than the {values} values of a latent position: the noise predicted "
+        f"from {channels} channels cannot fill them all, and its loss stays above {1 - channels / values:.2f}; use {values} or "
+        "more."
+    ]
+
+
+def classes(c: ConfigDict) -> list[int]:
+    """The classes that `sample.labels` names, by default all; empty without classes.
+
+    Raises:
+      ConfigError: a label is no class of the model.
+    """
+    if not c.model.classes:
+        if c.sample.labels:
+            raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
+        return []
+    text = c.sample.labels or ",".join(str(k) for k in range(c.model.classes))
+    try:
+        chosen = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"config.sample.labels={text!r} must be class numbers separated by commas.") from None
+    wrong = [k for k in chosen if not 0 <= k < c.model.classes]
+    if wrong:
+        raise ConfigError(f"config.sample.labels: {wrong[0]} is no class; they run from 0 to {c.model.classes - 1}.")
+    return chosen
