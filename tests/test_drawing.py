@@ -129,3 +129,25 @@ def test_a_grid_is_about_square_and_white_where_it_is_empty():
     assert grid.shape == (4, 9, 1)
     np.testing.assert_array_equal(grid[::2, ::3, 0], [[0, 1, 2], [3, 4, 255]])
     np.testing.assert_array_equal(drawing.as_grid(images[:1])[..., 0], images[0, ..., 0])
+
+
+def test_a_flipped_byte_of_a_shard_is_noticed(tmp_path):
+    path = tmp_path / "shard.npz"
+    rng = np.random.default_rng(0)
+    shard = drawing.Drawn(
+        np.arange(2),
+        np.zeros(2, np.int32),
+        rng.integers(0, 256, (2, 4, 4, 1), np.uint8),
+        np.ones((2, 2, 2, 4), np.float32),
+    )
+    drawing.write_shard(path, shard)
+    content, noticed = path.read_bytes(), 0
+    jax.tree.map(np.testing.assert_array_equal, drawing.read_shard(path), shard)
+    for at in range(0, len(content), 5):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+        try:
+            jax.tree.map(np.testing.assert_array_equal, drawing.read_shard(path), shard)  # dates of the archive, say
+        except drawing.DamagedError:
+            noticed += 1
+    assert noticed > 100
+    assert drawing.read_shard(tmp_path / "none.npz") is None

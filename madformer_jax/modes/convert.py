@@ -64,7 +64,7 @@ def _release(c: ConfigDict, workdir: str) -> None:
 
 def _to_release_file(c: ConfigDict, workdir: str) -> None:
     checkpoint.require(workdir)
-    checkpoint.check_config(c, workdir, sections=("model", "codec"))
+    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     args = release_args(c)
     model = madformer.build(c)
     abstract = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))

@@ -21,7 +21,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     """
     config_lib.validate(c)
     checkpoint.require(workdir)
-    checkpoint.check_config(c, workdir, sections=("model", "codec"))
+    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     target = drawing.abstract_params(madformer.build(c), mesh)
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:

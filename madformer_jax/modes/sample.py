@@ -1,56 +1,183 @@
-"""--mode=sample: images from a workdir's newest checkpoint."""
+"""--mode=sample: images from a checkpoint of a workdir. A run that was interrupted goes on where it was.
 
+workdir/samples/NAME/ holds
+
+  protocol.json              all that decides the images; NAME ends in its hash
+  shard-00000-of-00004.npz   the first `sample.shard` images with their numbers, labels and latents, and so on
+  grid.png                   the first `sample.grid` images
+"""
+
+import hashlib
+import itertools
 import json
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from madformer_jax import codec, drawing
 from madformer_jax import config as config_lib
+from madformer_jax.drawing import Drawn
 from madformer_jax.models import attention, madformer
-from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.runtime import checkpoint, memory, partitioning, storage
+from madformer_jax.weights.fingerprint import fingerprint
 
 
-def run(c: ConfigDict, workdir: str) -> None:
-    """--mode=sample: writes workdir/samples/<protocol>.png and .npz with `sample.n` images from the newest checkpoint.
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Writes the `sample.n` images of the config that are not there yet, from the newest checkpoint or from `sample.step`.
+
+    Shards that are there are checked. Every process takes part in drawing each batch; they write the shards by turns.
+
+    Returns:
+      The folder, the step, how many images there are and were drawn, and the seconds that took.
 
     Raises:
-      ConfigError: a setting is wrong, there is no checkpoint, or it does not fit; nothing is written then.
+      ConfigError: a setting is wrong, there is no checkpoint, or it does not fit; nothing is written then. Or a value is not
+        finite, or the folder cannot be written; finished shards stay.
     """
+    began, s = time.monotonic(), c.sample
     config_lib.validate(c)
     checkpoint.require(workdir)
-    checkpoint.check_config(c, workdir, sections=("model", "codec"))
+    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
     target = drawing.abstract_params(model, mesh)
+    memory.require("sampling", mesh, parameters=target)
     with partitioning.scope(mesh):
-        item = "ema" if c.sample.weights == "ema" else "params"
-        with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-            step, restored, _ = checkpoints.restore({item: target})
+        step, newest, params = _restore(c, workdir, target)
+        codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
+        protocol = _protocol(c, step, fingerprint(params, mesh), fingerprint(codec_params, mesh))
+        folder = epath.Path(workdir) / "samples" / _name(c, protocol)
+        missing = _missing(c, folder)
+        numbers = np.concatenate([_numbers(c, k) for k in missing] or [np.arange(0)])
         logging.info(
-            "sampling %d images with the %s weights of step %d; attention %s",
-            c.sample.n, c.sample.weights, step, attention.in_sampling(model.attention),
+            "sampling %d images with the %s weights of step %d, %d of them drawn before; attention %s",
+            s.n, s.weights, step, s.n - len(numbers), attention.in_sampling(model.attention),
         )  # fmt: skip
         draw = drawing.make_draw(c, model, images_codec.decode)
-        codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
-        drawn = drawing.batches(c, draw, restored[item], codec_params, mesh, range(c.sample.n))
-        _, labels, images, latents = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    if jax.process_index():
-        return
+        batches = drawing.batches(c, draw, params, codec_params, mesh, numbers)
+        with storage.errors(f"{folder} cannot be written"):
+            if jax.process_index() == 0:
+                storage.write_json(folder / "protocol.json", protocol)
+        for k, shard in _whole_shards(c, _shown(batches, len(numbers))):
+            if k % jax.process_count() == jax.process_index():
+                with storage.errors(f"{folder} cannot be written"):
+                    drawing.write_shard(folder / _file(c, k), shard)
+    partitioning.sync("samples")  # all shards are there
+    if jax.process_index() == 0:
+        with storage.errors(f"{folder} cannot be written"):
+            drawing.write_png(folder / "grid.png", drawing.as_grid(_first_images(c, folder)))
+        logging.info("wrote %d images in %d shards and grid.png to %s", s.n, _shards(c), folder)
+        if newest != step and s.step < 0:
+            logging.warning("these images are of step %d: the newest checkpoint, of step %s, is damaged.", step, newest)
+    seconds = time.monotonic() - began
+    return {"folder": str(folder), "step": step, "n": s.n, "drawn": len(numbers), "seconds": seconds}
+
+
+def _restore(c: ConfigDict, workdir: str, target: Any) -> tuple[int, int | None, Any]:
+    """The step that is sampled from, the newest one, and the parameters; class names in `sample.labels` become numbers."""
+    item, step = "ema" if c.sample.weights == "ema" else "params", c.sample.step
+    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        newest = checkpoints.last
+        step, restored, _ = checkpoints.restore({item: target}, step=None if step < 0 else step)
+        config_lib.number_labels(c, checkpoints.meta(step).get("data", {}).get("names", ()))
+    return step, newest, restored[item]
+
+
+# ---- what is drawn
+
+
+def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dict[str, Any]:
+    """All that decides the images and the files they lie in."""
+    s, noise = c.sample, drawing.given_noise(c)
+    digest = hashlib.sha256()
+    for rows in () if noise is None else noise:
+        digest.update(rows.astype(np.float32).tobytes())
+    kept = ("weights", "solver", "spacing", "steps", "guidance", "clip", "labels", "n", "shard")
+    return {
+        "step": step,
+        "seed": c.seed if noise is None else None,
+        "noise": None if noise is None else digest.hexdigest(),
+        **{name: s[name] for name in kept},
+        "fingerprint": weights,
+        "model": json.loads(c.model.to_json()),
+        "image": [c.data.image_size, c.data.image_size, c.data.channels],
+        "codec": json.loads(c.codec.to_json()) | {"path": codec_weights},
+    }
+
+
+def _name(c: ConfigDict, protocol: dict[str, Any]) -> str:
     s = c.sample
     origin = f"noise-{epath.Path(s.noise).stem}" if s.noise else f"seed{c.seed}"
-    protocol = {"step": step, "seed": c.seed, "noise": s.noise} | {
-        name: s[name] for name in ("weights", "solver", "spacing", "steps", "guidance", "clip", "n")
-    }
-    name = f"step_{step:06d}_{s.weights}_{s.solver}_{s.spacing}{s.steps}_w{s.guidance:g}_{origin}_n{s.n}"
-    folder = epath.Path(workdir) / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{name}.npz.part"
-    with part.open("wb") as file:
-        np.savez(file, images=images, latents=latents, labels=labels, protocol=json.dumps(protocol))
-    part.replace(folder / f"{name}.npz")
-    drawing.write_png(folder / f"{name}.png", drawing.as_grid(images))
-    logging.info("wrote %s.png and .npz to %s", name, folder)
+    digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
+    kind = f"{s.weights}_{s.solver}_{s.spacing}{s.steps}_w{s.guidance:g}"
+    return f"step_{protocol['step']:06d}_{kind}_{origin}_n{s.n}_{digest}"
+
+
+# ---- shards
+
+
+def _shards(c: ConfigDict) -> int:
+    return -(-c.sample.n // c.sample.shard)
+
+
+def _file(c: ConfigDict, k: int) -> str:
+    return f"shard-{k:05d}-of-{_shards(c):05d}.npz"
+
+
+def _numbers(c: ConfigDict, k: int) -> np.ndarray:
+    """The images of shard k."""
+    return np.arange(k * c.sample.shard, min((k + 1) * c.sample.shard, c.sample.n))
+
+
+def _missing(c: ConfigDict, folder: epath.Path) -> list[int]:
+    """The shards that are not there or not as they should be; each process looks at its share, and all learn of all."""
+    share = range(jax.process_index(), _shards(c), jax.process_count())
+    found = np.zeros(_shards(c), bool)
+    for k in share:
+        found[k] = _is_whole(c, folder, k)
+    return np.flatnonzero(~multihost_utils.process_allgather(found).reshape(-1, len(found)).any(0)).tolist()
+
+
+def _is_whole(c: ConfigDict, folder: epath.Path, k: int) -> bool:
+    try:
+        with storage.errors(f"{folder} cannot be read"):
+            shard = drawing.read_shard(folder / _file(c, k))
+    except drawing.DamagedError as error:
+        logging.warning("%s: drawing it again", error)
+        return False
+    return shard is not None and np.array_equal(shard.numbers, _numbers(c, k))
+
+
+def _whole_shards(c: ConfigDict, batches: Iterable[Drawn]) -> Iterator[tuple[int, Drawn]]:
+    """Batches, in order of their numbers, cut and joined to shards."""
+    parts: list[Drawn] = []
+    for batch in batches:
+        of = batch.numbers // c.sample.shard
+        for k in np.unique(of).tolist():
+            parts.append(Drawn(*(x[of == k] for x in batch)))
+            if parts[-1].numbers[-1] == _numbers(c, k)[-1]:
+                yield k, Drawn(*map(np.concatenate, zip(*parts, strict=True)))
+                parts = []
+
+
+def _shown(batches: Iterable[Drawn], n: int) -> Iterator[Drawn]:
+    """The batches, with a bar of progress."""
+    with tqdm(total=n, desc="sampling", unit="image", disable=not n or jax.process_index() != 0) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.numbers))
+
+
+def _first_images(c: ConfigDict, folder: epath.Path) -> np.ndarray:
+    """The images of the grid, from as many shards as they lie in."""
+    n = min(c.sample.grid, c.sample.n)
+    shards = itertools.islice(drawing.read_shards(folder), -(-n // c.sample.shard))
+    return np.concatenate([shard.images for shard in shards])[:n]

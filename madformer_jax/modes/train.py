@@ -40,6 +40,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     """
     config_lib.validate(c)
     info = pipeline.describe(c)
+    config_lib.number_labels(c, info.names)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     if (c.train.batch // c.train.accumulate) % partitioning.batch_devices(mesh):
         raise ConfigError(

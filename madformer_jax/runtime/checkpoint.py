@@ -40,6 +40,12 @@ _FREE = {
     "codec.path", "data.path", "data.workers",  # where the same weights and images lie today
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "train.keep_every",
 }  # fmt: skip
+OF_THE_MODEL = (
+    "model",
+    "codec",
+    "data.image_size",
+    "data.channels",
+)  # what decides the shapes of its weights and images
 
 
 def folder(workdir: str) -> epath.Path:
@@ -70,7 +76,7 @@ def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = (
     Without a checkpoint there is nothing that the config must fit: a start that failed binds nobody.
 
     Raises:
-      ConfigError: names the fields of `sections` that differ, with both values.
+      ConfigError: names the fields that differ, of `sections` or named there, with both values.
     """
     stored = stored_config(workdir) if exists(workdir) else None
     if stored is None:
@@ -79,7 +85,7 @@ def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = (
     different = [
         f"config.{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(before.keys() & now.keys())
-        if name.split(".")[0] in sections and name not in _FREE and before[name] != now[name]
+        if {name, name.split(".")[0]} & set(sections) and name not in _FREE and before[name] != now[name]
     ]
     if different:
         raise ConfigError(f"{workdir} was made by another config: {'; '.join(different)}. Use another --workdir.")

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from madformer_jax import config, main
+from madformer_jax import config, drawing, main
 from madformer_jax.errors import ConfigError
 from madformer_jax.weights import files, release, release_config
 from madformer_jax.weights import inception as inception_weights
@@ -23,7 +23,7 @@ SUFFIXES = ("pt", "safetensors", "npz")
 
 
 def run(*arguments):
-    return main(["madformer_jax", "--config.compilation_cache=off", *map(str, arguments)])
+    return main.main(["madformer_jax", "--config.compilation_cache=off", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def test_converted_checkpoint_draws_the_release_s_samples(tmp_path, reference, v
     np.save(tmp_path / "noise.npy", file["sample/init_noise"])
     settings = [f"--config.sample.noise={tmp_path / 'noise.npy'}", "--config.sample.n=2", "--config.sample.steps=8"]
     assert run("--mode=sample", f"--workdir={workdir}", "--config.sample.solver=ddim", *settings) == 0
-    (drawn,) = (workdir / "samples").glob("*_noise-noise_n2.npz")
-    found = np.load(drawn)["latents"]  # (2, h, w, C)
+    (drawn,) = (workdir / "samples").glob("*_noise-noise_n2_*")
+    found = next(drawing.read_shards(drawn)).latents  # (2, h, w, C)
     side = found.shape[1] // 2
     blocks = found.reshape(2, 2, side, 2, side, -1).transpose(0, 1, 3, 2, 4, 5).reshape(file["sample/ddim8"].shape)
     assert np.linalg.norm(blocks - file["sample/ddim8"]) < 1e-3 * np.linalg.norm(file["sample/ddim8"])
@@ -133,11 +133,11 @@ def test_without_arguments_the_given_config_s_model_is_taken(tmp_path, reference
     tensors, meta = released(reference)
     release = write(tmp_path / "release.npz", tensors, None)
     (tmp_path / "c.py").write_text(
-        "import json\nfrom madformer_jax import config\n\n"
+        "import json\nfrom madformer_jax.weights.release_config import preset\n\n"
         f"def get_config():\n    return preset(json.loads({json.dumps(json.dumps(meta))}))\n"
     )
     flags = [f"--config={tmp_path / 'c.py'}", f"--config.convert.release={release}", f"--workdir={tmp_path / 'run'}"]
-    assert main(["madformer_jax", flags[0], "--mode=convert", *flags[1:]]) == 0
+    assert main.main(["madformer_jax", flags[0], "--mode=convert", *flags[1:]]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["model"]["rope"] == "release"
     assert saved["sample"]["weights"] == "raw"
