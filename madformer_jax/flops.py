@@ -1,8 +1,8 @@
 """What a config costs: FLOPs of the matrix products and convolutions, by part, and the peak rates to hold them against.
 
 A multiply-add counts as 2. Element-wise work, and products with a convolution's zero padding, count as nothing; nor does
-what `model.remat` computes again. Everything else is counted as `models.madformer` and `generate` compute it: streams end
-where nobody needs them any more, terms of the loss with weight 0 do not exist, a block attends to what it sees.
+what `model.remat` computes again. Everything else is counted as `models.madformer` and `diffusion.sampler` compute it: the
+streams and passes that `models.plan` says, and a block attends to what it sees.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from madformer_jax.models.plan import plan, switches_of
 from madformer_jax.models.vae import AutoencoderKL
 from madformer_jax.sizes import sizes_of
 
@@ -167,19 +168,20 @@ def _scores(c: ConfigDict, block: int, block_only: bool) -> float:
     return 4.0 * s * keys * c.model.width
 
 
-def _stage(c: ConfigDict, name: str, blocks: dict[str, int], ending: set[str]) -> Cost:
-    """All blocks of the streams (name -> blocks) through a stage; those in `ending` give only keys in the last layer."""
+def _stage(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[str, ...], clean_blocks: int) -> Cost:
+    """All blocks of `streams` through a stage; those that are not in `out` give only keys in the last layer."""
     diffusion = name == "diffusion_layers"
     layers = c.model.diffusion_depth if diffusion else c.model.depth - c.model.diffusion_depth
-    block_only = diffusion and c.model.diffusion_attention == "block"
     cost = Cost()
-    if layers and c.model.classes:
-        cost += Cost(text=(layers - 1) * _text_layer(c, False) + _text_layer(c, "text" in ending))
-    for stream, count in blocks.items() if layers else ():
-        tokens, ends = count * sizes_of(c).tokens, stream in ending
-        needed = not ends or not block_only  # keys that nobody but the block itself would see are not computed
-        towers = (layers - 1) * _tower(c, tokens) + (_tower(c, tokens, ends) if needed else 0.0)
-        scores = sum(_scores(c, i, block_only) for i in range(count))
+    for stream in streams if layers else ():
+        ends = stream not in out
+        if stream == "text":
+            cost += Cost(text=(layers - 1) * _text_layer(c, False) + _text_layer(c, ends))
+            continue
+        blocks = clean_blocks if stream == "clean" else c.model.blocks
+        tokens = blocks * sizes_of(c).tokens
+        towers = (layers - 1) * _tower(c, tokens) + _tower(c, tokens, ends)
+        scores = sum(_scores(c, i, diffusion and c.model.diffusion_attention == "block") for i in range(blocks))
         cost += Cost(**{name: towers}, attention=(layers - ends) * scores)
     return cost
 
@@ -193,33 +195,16 @@ def forward(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
 
 
 def _forward(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]:
-    """The cost, and the part of it whose input is data; the conditions are those of `MADFormer.__call__`."""
-    m, count = c.model, c.model.blocks
+    """The cost, and the part of it whose input is data."""
+    m = c.model
     terms = tuple(name for name, weight in c.loss.items() if weight) if terms is None else terms
-    image, hidden = "image" in terms, "hidden" in terms
-    clean_out, text_out = "clean" in terms and m.clean_stream, "text" in terms and bool(m.classes)
-    noised = image or (hidden and m.hidden_from == "noisy")
-    block_only = m.diffusion_attention == "block"
-
-    clean = {"clean": count if clean_out else count - 1} if m.clean_stream else {}
-    on = {
-        "text": text_out or image or clean_out,
-        "clean": bool(clean) and (clean_out or (image and not block_only)),
-        "pred": m.ar_condition or (hidden and m.hidden_from == "condition"),
-    }
-    ar = clean | ({"pred": count} if on["pred"] else {})
-    ar_used = any(on[name] for name in ar)
-    cost = _stage(c, "ar_layers", ar if ar_used else {}, {name for name, goes in on.items() if not goes})
-    if image or clean_out or text_out:
-        streams = (clean if on["clean"] else {}) | ({"pred": count} if image else {})
-        out = {"text": text_out, "clean": clean_out, "pred": image}
-        cost += _stage(c, "diffusion_layers", streams, {name for name, goes in out.items() if not goes})
-    if text_out:
+    p = plan(terms, switches_of(c))
+    cost = _stage(c, "ar_layers", p.ar, p.between, p.clean_blocks)
+    cost += _stage(c, "diffusion_layers", p.diffusion, p.out, p.clean_blocks)
+    if "text" in p.out:
         cost += Cost(text=2.0 * m.text_length * m.width * (m.classes + 1))
-
     (down, down_first), (up, up_first) = _downsampler(c), _upsampler(c)
-    downs = count * ((ar_used or hidden or clean_out) + noised)
-    ups = count * (image + hidden + clean_out)
+    downs, ups = m.blocks * len(p.down), m.blocks * len(p.up)
     return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first
 
 

@@ -14,13 +14,12 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from madformer_jax.models import attention, rope
-from madformer_jax.models.attention import KV
+from madformer_jax.models.cache import ModelCache, StackKV, empty_stage, write_block, write_text
+from madformer_jax.models.plan import TERMS, Switches, plan
 from madformer_jax.models.rope import Rotary
-from madformer_jax.models.transformer import Cache, LayerStack, StackCache, Streams
+from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
 from madformer_jax.sizes import sizes_of
-
-TERMS = ("image", "hidden", "clean", "text")  # of the loss; each needs one output
 
 
 class Outputs(NamedTuple):
@@ -30,13 +29,6 @@ class Outputs(NamedTuple):
     hidden: Array | None  # (B, L, positions, C) the AR condition, upsampled
     clean: Array | None  # (B, L, positions, C) the clean stream, upsampled
     text: Array | None  # (B, T, vocabulary) logits of the next token
-
-
-class ModelCache(NamedTuple):
-    """Keys and values of what has been read or generated, of the two stages."""
-
-    ar: StackCache
-    diffusion: StackCache
 
 
 class MADFormer(nn.Module):
@@ -70,6 +62,17 @@ class MADFormer(nn.Module):
     @property
     def blocks(self) -> int:
         return self.grid * self.columns
+
+    @property
+    def switches(self) -> Switches:
+        return Switches(
+            blocks=self.blocks,
+            text=bool(self.classes),
+            clean_stream=self.clean_stream,
+            ar_condition=self.ar_condition,
+            hidden_from=self.hidden_from,
+            block_only=self.block_only,
+        )
 
     @property
     def block_shape(self) -> tuple[int, int, int]:
@@ -167,111 +170,84 @@ class MADFormer(nn.Module):
           clean_t: timestep given to the clean blocks (B, L); by default what `clean_timestep` says: t or zero.
           terms: terms of the loss that are wanted, of `TERMS`.
         """
-        image, hidden, clean_out, text_out = (term in terms for term in TERMS)
-        clean_out = clean_out and self.clean_stream
-        text_out = text_out and bool(self.classes)
         if clean_t is None:
             clean_t = t if self.clean_timestep == "noisy" else jnp.zeros_like(t)
-
-        # Which streams go on into the diffusion layers, which out of them, and what of the U-Net's passes that needs.
-        conditioned = self.ar_condition or (hidden and self.hidden_from == "condition") or self.is_initializing()
-        into = Streams(
-            text=text_out or image or clean_out,
-            clean=clean_out or (image and not self.block_only),
-            pred=conditioned,
-        )
-        out = Streams(text=text_out, clean=clean_out, pred=image)
-        read = self.blocks > 1 and (conditioned or (self.clean_stream and into.clean))
-        noised = image or (hidden and self.hidden_from == "noisy")
+        # whatever the switches, all parameters are made
+        p = plan(terms, self.switches._replace(ar_condition=True) if self.is_initializing() else self.switches)
 
         # All blocks, clean and noisy, in one pass: half the convolutions to compile.
-        embed = {"clean": (z, clean_t)} if read or hidden or clean_out or not noised else {}
-        embed |= {"noisy": (noisy, t)} if noised else {}
-        embedded_blocks, skips = self._down(*(jnp.concatenate(x, axis=1) for x in zip(*embed.values(), strict=True)))
-        parts = dict(zip(embed, jnp.split(embedded_blocks, len(embed), axis=1), strict=True))
-        c = parts.get("clean", jnp.zeros_like(embedded_blocks[:, : self.blocks]))
-        pred = jnp.concatenate([self._boi(z.shape[0]), c[:, :-1]], axis=1)  # p_i = c_(i-1), (B, L, s, d)
+        given = {"clean": (z, clean_t), "noisy": (noisy, t)}
+        embedded: dict[str, Array] = {}
+        skips: list[Array] = []
+        if p.down:
+            together = (jnp.concatenate(x, axis=1) for x in zip(*(given[name] for name in p.down), strict=True))
+            h, skips = self._down(*together)
+            embedded = dict(zip(p.down, jnp.split(h, len(p.down), axis=1), strict=True))
 
-        # The last clean block is seen by nobody but itself: without an output of its own it need not exist.
-        count = self.blocks if clean_out else self.blocks - 1
-        used = c[:, :count] if self.clean_stream and count else None
-        embedded = None if tokens is None else self.embedding(tokens)
-        positions = self._image_positions()
-        clean_positions = None if used is None else Rotary(*(x[: used.shape[1]] for x in positions))
-        rotary = Streams(None if tokens is None else self._text_positions(), clean_positions, positions)
-
-        streams = Streams(embedded, used, pred if conditioned or not self.clean_stream else None)
-        streams = self.ar_layers(streams, rotary, keys_only=_ending(streams, into))
-        streams = _keep(streams, into)
-        condition = streams.pred
-        if noised:
-            x = parts["noisy"]
-            streams = streams._replace(pred=condition + x if self.ar_condition else x)
+        image = self._image_positions()
+        positions = {"clean": Rotary(*(x[: p.clean_blocks] for x in image)), "pred": image}
+        if self.classes:
+            positions["text"] = self._text_positions()
+        before = [embedded["clean"][:, :-1]] if "clean" in p.down else []
+        streams = Streams(
+            text=self.embedding(tokens) if "text" in p.ar else None,
+            clean=embedded["clean"][:, : p.clean_blocks] if "clean" in p.ar else None,
+            pred=jnp.concatenate([self._boi(len(z)), *before], axis=1) if "pred" in p.ar else None,  # p_i = c_(i-1)
+        )
+        if p.ar:
+            streams = self.ar_layers(streams, positions, p.between)
+        condition = pred = streams.pred
+        if "noisy" in p.down:
+            x = embedded["noisy"]
+            pred = x if condition is None or not self.ar_condition else condition + x
         if self.hidden_from == "noisy":
-            condition = streams.pred
-        if any(out):
-            streams = streams if image else streams._replace(pred=None)
-            streams = self.diffusion_layers(streams, rotary, keys_only=_ending(streams, out))
+            condition = pred
+        if p.diffusion:
+            streams = self.diffusion_layers(streams._replace(pred=pred).only(p.diffusion), positions, p.out)
 
         # And all blocks back in one pass, each with the skip states of the blocks that it is to look like.
-        back = {"hidden": (condition, clean_t, "clean")} if hidden else {}
-        back |= {"eps": (streams.pred, t, "noisy")} if image else {}
-        back |= {"clean": (streams.clean, clean_t, "clean")} if clean_out else {}
-        outputs = {}
-        if back:
-            tokens_back, t_back, names = zip(*back.values(), strict=True)
-            if names != tuple(embed):
-                which = [list(embed).index(name) for name in names]
-                skips = [self._choose(x, len(z), len(embed), which) for x in skips]
+        back: dict[str, tuple[Any, Array, str]] = {
+            "hidden": (condition, clean_t, "clean"),
+            "eps": (streams.pred, t, "noisy"),
+            "clean": (streams.clean, clean_t, "clean"),
+        }
+        outputs: dict[str, Array] = {}
+        if p.up:
+            tokens_back, t_back, like = zip(*(back[name] for name in p.up), strict=True)
+            if like != p.down:
+                skips = [self._choose(x, len(z), p.down, like) for x in skips]
             blocks = self._up(jnp.concatenate(tokens_back, axis=1), jnp.concatenate(t_back, axis=1), skips)
-            outputs = dict(zip(back, jnp.split(blocks, len(back), axis=1), strict=True))
+            outputs = dict(zip(p.up, jnp.split(blocks, len(p.up), axis=1), strict=True))
         return Outputs(
             eps=outputs.get("eps"),
             hidden=outputs.get("hidden"),
             clean=outputs.get("clean"),
-            text=self.text_head(streams.text) if text_out else None,
+            text=self.text_head(streams.text) if "text" in p.out else None,
         )
 
-    def _choose(self, x: Array, batch: int, parts: int, which: list[int]) -> Array:
-        """Of skip states (B * parts * L, ...) the parts `which`, in that order: (B * len(which) * L, ...)."""
-        split = x.reshape(batch, parts, self.blocks, *x.shape[1:])
-        return jnp.concatenate([split[:, i] for i in which], axis=1).reshape(-1, *x.shape[1:])
+    def _choose(self, x: Array, batch: int, parts: tuple[str, ...], wanted: tuple[str, ...]) -> Array:
+        """Of skip states (B * parts * L, ...) those of the parts `wanted`, in that order: (B * wanted * L, ...)."""
+        split = x.reshape(batch, len(parts), self.blocks, *x.shape[1:])
+        return jnp.concatenate([split[:, parts.index(name)] for name in wanted], axis=1).reshape(-1, *x.shape[1:])
 
     # Sampling: one block at a time. Where the cache's batch is a multiple of the block's (guidance), the block is repeated.
 
     def empty_cache(self, batch: int) -> ModelCache:
         """A cache with no block in it, for `batch` images (twice as many with guidance)."""
-        head_size = self.width // self.heads
-        slots = self.blocks - 1
-
-        def zeros(layers: tuple[int, ...], *sizes: int) -> KV:
-            x = jnp.zeros((*layers, batch, *sizes, self.heads, head_size), self.dtype)
-            return KV(x, x)
-
-        def cache(layers: tuple[int, ...], context: bool) -> Cache:
-            return Cache(
-                zeros(layers, slots, self.tokens) if context and slots else None,
-                zeros(layers, self.text_length) if self.classes else None,
-            )
-
-        def stage(layers: int, context: bool) -> StackCache:
-            return StackCache(
-                cache((layers - 1,), context) if layers > 1 else None, cache((), context) if layers else None
-            )
-
-        ar = self.depth - self.diffusion_depth
-        return ModelCache(stage(ar, True), stage(self.diffusion_depth, not self.block_only))
+        head = self.heads, self.width // self.heads
+        context = (batch, self.blocks - 1, self.tokens, *head) if self.blocks > 1 else None
+        text = (batch, self.text_length, *head) if self.classes else None
+        return ModelCache(
+            empty_stage(self.depth - self.diffusion_depth, context, text, self.dtype),
+            empty_stage(self.diffusion_depth, None if self.block_only else context, text, self.dtype),
+        )
 
     def read_text(self, cache: ModelCache, tokens: Array) -> ModelCache:
         """Runs the text tower on tokens (B, T) and puts its keys and values into the cache."""
-        streams, position = Streams(text=self.embedding(tokens)), self._text_positions()
-        streams, ar = self.ar_layers.step(streams, cache.ar, position, 0)
-        streams, diffusion = self.diffusion_layers.step(streams, cache.diffusion, position, 0)
-
-        def fill(cache: Cache | None, own: KV | None) -> Cache | None:
-            return None if cache is None else cache._replace(text=own)
-
-        return ModelCache(StackCache(*map(fill, cache.ar, ar)), StackCache(*map(fill, cache.diffusion, diffusion)))
+        position = self._text_positions()
+        text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, position, 0)
+        _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, position, 0)
+        return ModelCache(write_text(cache.ar, ar), write_text(cache.diffusion, diffusion))
 
     def begin(self, batch: int) -> Array:
         """The first block's prediction stream, BOI: (B, 1, s, d)."""
@@ -288,14 +264,14 @@ class MADFormer(nn.Module):
         """
         if not self.ar_condition and self.clean_stream:
             return jnp.zeros_like(pred), cache
-        streams, own = self.ar_layers.step(Streams(pred=pred), cache.ar, self._position(block), block)
+        pred, own = self.ar_layers.step("pred", pred, cache.ar, self._position(block), block)
         if not self.clean_stream:
-            cache = cache._replace(ar=_write(cache.ar, own, block))
-        return streams.pred if self.ar_condition else jnp.zeros_like(pred), cache
+            cache = cache._replace(ar=write_block(cache.ar, own, block))
+        return pred if self.ar_condition else jnp.zeros_like(pred), cache
 
     def denoise(
         self, cache: ModelCache, condition: Array, noisy: Array, t: Array, block: int | Array
-    ) -> tuple[Array, tuple[KV | None, KV | None]]:
+    ) -> tuple[Array, StackKV]:
         """Predicted noise of a noisy block (B, 1, positions, C) at timestep t (a scalar); the diffusion layers only.
 
         Returns it, (cache batch, 1, positions, C), with the layers' own keys and values, which `remember` takes.
@@ -303,48 +279,25 @@ class MADFormer(nn.Module):
         x, skips = self._down(noisy, jnp.full(noisy.shape[:2], t))
         repeats = condition.shape[0] // noisy.shape[0]
         x, *skips = (jnp.tile(y, (repeats,) + (1,) * (y.ndim - 1)) for y in (x, *skips))
-        streams = Streams(pred=condition + x)
-        streams, own = self.diffusion_layers.step(streams, cache.diffusion, self._position(block), block)
-        return self._up(streams.pred, jnp.full(x.shape[:2], t), skips), own
+        pred, own = self.diffusion_layers.step("pred", condition + x, cache.diffusion, self._position(block), block)
+        return self._up(pred, jnp.full(x.shape[:2], t), skips), own
 
-    def remember(self, cache: ModelCache, own: tuple[KV | None, KV | None], block: int | Array) -> ModelCache:
+    def remember(self, cache: ModelCache, own: StackKV, block: int | Array) -> ModelCache:
         """Without the clean stream: caches the diffusion layers' keys and values of the last solver step."""
-        return cache._replace(diffusion=_write(cache.diffusion, own, block))
+        return cache._replace(diffusion=write_block(cache.diffusion, own, block))
 
     def extend(self, cache: ModelCache, clean: Array, block: int | Array) -> ModelCache:
         """Runs the clean tower on a generated block, embedded (B, 1, s, d), and caches its keys and values."""
         position = self._position(block)
-        streams, own = self.ar_layers.step(Streams(clean=clean), cache.ar, position, block)
-        cache = cache._replace(ar=_write(cache.ar, own, block))
+        clean, own = self.ar_layers.step("clean", clean, cache.ar, position, block)
+        cache = cache._replace(ar=write_block(cache.ar, own, block))
         if self.block_only:
             return cache
-        _, own = self.diffusion_layers.step(streams, cache.diffusion, position, block)
-        return cache._replace(diffusion=_write(cache.diffusion, own, block))
+        _, own = self.diffusion_layers.step("clean", clean, cache.diffusion, position, block)
+        return cache._replace(diffusion=write_block(cache.diffusion, own, block))
 
     def _position(self, block: int | Array) -> Rotary:
         return Rotary(*(x[block][None] for x in self._image_positions()))
-
-
-def _ending(streams: Streams, kept: Streams) -> tuple[str, ...]:
-    """Names of the streams that are there but go no further."""
-    return tuple(n for n in Streams._fields if getattr(streams, n) is not None and not getattr(kept, n))
-
-
-def _keep(streams: Streams, kept: Streams) -> Streams:
-    return Streams(*(x if keep else None for x, keep in zip(streams, kept, strict=True)))
-
-
-def _write(cache: StackCache, own: tuple[KV | None, KV | None], block: int | Array) -> StackCache:
-    """Puts the keys and values of one block (..., B, 1, s, H, h) into its slot of the context (..., B, slots, s, H, h)."""
-
-    def fill(cache: Cache | None, own: KV | None) -> Cache | None:
-        if cache is None or own is None or cache.context is None:
-            return cache
-        axis = own.k.ndim - 4
-        kv = (jax.lax.dynamic_update_slice_in_dim(x, y, block, axis) for x, y in zip(cache.context, own, strict=True))
-        return cache._replace(context=KV(*kv))
-
-    return StackCache(*map(fill, cache, own))
 
 
 def build(c: ConfigDict, platform: str | None = None) -> MADFormer:

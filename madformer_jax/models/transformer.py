@@ -9,6 +9,7 @@ from jax import Array
 
 from madformer_jax.models import attention
 from madformer_jax.models.attention import KV, QKV
+from madformer_jax.models.cache import Cache, StackCache, StackKV
 from madformer_jax.models.rope import Rotary, rotate
 
 ATTENTION_NORM_EPS = 1e-5
@@ -16,21 +17,18 @@ QK_NORM_EPS = 1e-6
 
 
 class Streams(NamedTuple):
-    """What the decoder layers carry; a stream that is absent, or no longer needed, is None.
+    """What the decoder layers carry; a stream that is absent, or no longer needed, is None."""
 
-    text (B, T, d); clean (B, blocks, s, d); pred (B, blocks, s, d), the prediction (later noisy) stream.
-    """
+    text: Array | None = None  # (B, T, d)
+    clean: Array | None = None  # (B, blocks, s, d)
+    pred: Array | None = None  # (B, blocks, s, d), the prediction (later noisy) stream
 
-    text: Any = None
-    clean: Any = None
-    pred: Any = None
+    @property
+    def present(self) -> dict[str, Array]:
+        return {name: x for name, x in self._asdict().items() if x is not None}
 
-
-class Cache(NamedTuple):
-    """Keys and values of one layer, or stacked over layers: of the image context (B, slots, s, H, h), of the text (B, T, H, h)."""
-
-    context: KV | None
-    text: KV | None
+    def only(self, names: tuple[str, ...]) -> "Streams":
+        return Streams(**{name: x for name, x in self.present.items() if name in names})
 
 
 def dense(
@@ -142,15 +140,12 @@ class DecoderLayer(nn.Module):
         axes = ("batch", "tokens", "embed") if name == "text" else ("batch", "blocks", "tokens", "embed")
         return nn.with_logical_constraint(x, axes)
 
-    def __call__(self, streams: Streams, positions: Streams, keys_only: tuple[str, ...] = ()) -> tuple[Streams, None]:
-        """All blocks at once. Streams named in `keys_only` give keys and values to the others and end here.
-
-        Args:
-          streams: see `Streams`.
-          positions: the `Rotary` of each stream.
-        """
-        given = {name: x for name, x in streams._asdict().items() if x is not None}
-        qkv = {name: self._qkv(name, x, getattr(positions, name), name not in keys_only) for name, x in given.items()}
+    def __call__(
+        self, streams: Streams, positions: Mapping[str, Rotary], keys_only: tuple[str, ...] = ()
+    ) -> tuple[Streams, None]:
+        """All blocks at once. Streams named in `keys_only` give keys and values to the others and end here."""
+        given = streams.present
+        qkv = {name: self._qkv(name, x, positions[name], name not in keys_only) for name, x in given.items()}
         image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
         text = qkv.get("text")
         source = qkv.get("clean", None if "clean" in self.towers else qkv.get("pred"))
@@ -170,7 +165,7 @@ class DecoderLayer(nn.Module):
 
         Returns the stream and its own keys and values, for the cache.
         """
-        ((name, x),) = ((n, x) for n, x in streams._asdict().items() if x is not None)
+        ((name, x),) = streams.present.items()
         own = self._qkv(name, x, position)
         assert own.q is not None
         if name == "text":
@@ -224,28 +219,21 @@ class LayerStack(nn.Module):
         if self.layers:
             self.last = layer(**self.layer)
 
-    def __call__(self, streams: Streams, positions: Streams, keys_only: tuple[str, ...] = ()) -> Streams:
-        """All blocks at once; streams named in `keys_only` end in the last layer."""
+    def __call__(self, streams: Streams, positions: Mapping[str, Rotary], out: tuple[str, ...]) -> Streams:
+        """All blocks at once; streams that are not named in `out` end in the last layer."""
         if self.layers > 1:
             streams, _ = self.body(streams, positions, ())
         if self.layers:
-            streams, _ = self.last(streams, positions, keys_only)
-        return streams
+            streams, _ = self.last(streams, positions, tuple(name for name in streams.present if name not in out))
+        return streams.only(out)
 
     def step(
-        self, streams: Streams, cache: "StackCache", position: Rotary, block: int | Array
-    ) -> tuple[Streams, tuple[KV | None, KV | None]]:
-        """One stream against the cache; returns it with its keys and values of (body, last)."""
-        body = last = None
+        self, name: str, x: Array, cache: StackCache, position: Rotary, block: int | Array
+    ) -> tuple[Array, StackKV]:
+        """The stream `name` alone, x (B, 1, s, d), against the cache; returns it with its own keys and values."""
+        streams, body, last = Streams(**{name: x}), None, None
         if self.layers > 1:
             streams, body = self.body.step(streams, cache.body, position, block)
         if self.layers:
             streams, last = self.last.step(streams, cache.last, position, block)
-        return streams, (body, last)
-
-
-class StackCache(NamedTuple):
-    """Caches of a stage: of the scanned layers (stacked on a leading axis) and of the last one."""
-
-    body: Cache | None
-    last: Cache | None
+        return streams.present[name], (body, last)
