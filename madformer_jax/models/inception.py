@@ -209,6 +209,3 @@ def resize(images: Array, side: int) -> Array:
 def features(params: Params, images: Array) -> Features:
     """`Features` of images (B, H, W, 3) with values 0..255; pure and jittable."""
     return InceptionV3().apply({"params": params}, images)
-
-
-# ---- files and conversion

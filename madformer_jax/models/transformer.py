@@ -10,6 +10,7 @@ from jax import Array
 from madformer_jax.models import attention
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.models.cache import Cache, StackCache, StackKV
+from madformer_jax.models.layers import dense, rms_norm, silu
 from madformer_jax.models.rope import Rotary, rotate
 
 ATTENTION_NORM_EPS = 1e-5
@@ -31,43 +32,9 @@ class Streams(NamedTuple):
         return Streams(**{name: x for name, x in self.present.items() if name in names})
 
 
-def dense(
-    features: int, axes: tuple[str, str], *, bias: bool, scale: float, dtype: Any, name: str | None = None
-) -> nn.Dense:
-    """A linear layer with uniform weights of variance scale / fan_in and zero bias; `axes` are its logical axes."""
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.variance_scaling(scale, "fan_in", "uniform"), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        dot_general=rows_dot,
-        name=name,
-    )
-
-
-def rows_dot(x: Array, kernel: Array, dimension_numbers: Any, **settings: Any) -> Array:
-    """X (..., d) times a matrix, as one product of matrices: with more axes to sum over, XLA on CPU copies the operands of the
-    kernel's gradient into another order first.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    return jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings).reshape(*x.shape[:-1], -1)
-
-
-@jax.checkpoint
-def silu(x: Array) -> Array:
-    """SiLU, x sigmoid(x); its gradient takes the sigmoid again, which costs less than to keep it."""
-    return nn.silu(x)
-
-
-def xavier(fan_in: int, fan_out: int) -> float:
-    """Scale over fan_in of Xavier's variance 2 / (fan_in + fan_out)."""
-    return 2 * fan_in / (fan_in + fan_out)
-
-
-def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
-    scale = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=scale)
+def xavier(fan_in: int, fan_out: int) -> nn.initializers.Initializer:
+    """Xavier's for a part of a matrix fan_in x fan_out."""
+    return nn.initializers.variance_scaling(2 * fan_in / (fan_in + fan_out), "fan_in", "uniform")
 
 
 class Tower(nn.Module):
@@ -80,19 +47,18 @@ class Tower(nn.Module):
 
     def setup(self) -> None:
         d, dtype = self.width, self.dtype
+        joint = xavier(d, 3 * d)  # the release initialises q, k, v as one matrix d -> 3 d
         self.attention_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
-        # the release initialises q, k, v as one matrix d -> 3 d
-        self.query = dense(d, ("embed", "heads"), bias=True, scale=xavier(d, 3 * d), dtype=dtype)
-        self.key = dense(d, ("embed", "heads"), bias=True, scale=xavier(d, 3 * d), dtype=dtype)
-        self.value = dense(d, ("embed", "heads"), bias=True, scale=xavier(d, 3 * d), dtype=dtype)
+        self.query = dense(d, ("embed", "heads"), dtype, init=joint)
+        self.key = dense(d, ("embed", "heads"), dtype, init=joint)
+        self.value = dense(d, ("embed", "heads"), dtype, init=joint)
         self.query_norm = rms_norm(QK_NORM_EPS, dtype)
         self.key_norm = rms_norm(QK_NORM_EPS, dtype)
-        self.out = dense(d, ("heads", "embed"), bias=True, scale=1.0, dtype=dtype)
+        self.out = dense(d, ("heads", "embed"), dtype)
         self.mlp_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
-        scale = xavier(d, self.mlp_width)
-        self.gate = dense(self.mlp_width, ("embed", "mlp"), bias=False, scale=scale, dtype=dtype)
-        self.up = dense(self.mlp_width, ("embed", "mlp"), bias=False, scale=scale, dtype=dtype)
-        self.down = dense(d, ("mlp", "embed"), bias=False, scale=xavier(self.mlp_width, d), dtype=dtype)
+        self.gate = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
+        self.up = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
+        self.down = dense(d, ("mlp", "embed"), dtype, bias=False)
 
     def qkv(self, x: Array, position: Rotary, queries: bool = True) -> QKV:
         """X (..., s, d) -> queries (unless only keys and values are wanted), keys, values, each (..., s, H, h)."""

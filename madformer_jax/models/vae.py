@@ -4,6 +4,7 @@ Module names follow diffusers', so that a parameter's path is its name in a diff
 of the network itself; `codec` multiplies them by `scaling_factor`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from madformer_jax.models.layers import ResNetBlock, conv, dense, group_norm
 from madformer_jax.runtime import partitioning
 from madformer_jax.sizes import SCALING_FACTOR
 
 Array = jax.Array
 Params = Mapping[str, Any]
-
-EPS = 1e-6  # of every GroupNorm
 
 # attention scores held at once, 64 MiB: a 512 x 512 image is done in one go, 1024 x 1024 in 16 chunks of queries
 MAX_SCORES = 2**24
@@ -27,22 +27,8 @@ MAX_SCORES = 2**24
 MAX_PIXELS = 1024 * 1024
 
 
-class ResnetBlock(nn.Module):
-    """GroupNorm, SiLU, conv3x3, twice, beside a shortcut that is a 1x1 convolution where the channels differ."""
-
-    channels: int
-    groups: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        h = _norm(self.groups, self.dtype, "norm1")(x)
-        h = _conv(self.channels, self.dtype, "conv1")(nn.silu(h))
-        h = _norm(self.groups, self.dtype, "norm2")(h)
-        h = _conv(self.channels, self.dtype, "conv2")(nn.silu(h))
-        if x.shape[-1] != self.channels:
-            x = _conv(self.channels, self.dtype, "conv_shortcut", size=1)(x)
-        return x + h
+def _resnet(channels: int, groups: int, dtype: jnp.dtype, name: str) -> ResNetBlock:
+    return ResNetBlock(channels, groups, dtype, shortcut="conv_shortcut", name=name)
 
 
 class Attention(nn.Module):
@@ -55,11 +41,11 @@ class Attention(nn.Module):
     def __call__(self, x: Array) -> Array:
         batch, height, width, channels = x.shape
 
-        def dense(name: str) -> nn.Dense:
-            return nn.Dense(channels, dtype=self.dtype, name=name)
+        def linear(name: str) -> nn.Dense:
+            return dense(channels, ("conv_in", "conv_out"), self.dtype, name=name)
 
-        h = _norm(self.groups, self.dtype, "group_norm")(x).reshape(batch, height * width, channels)
-        q, k, v = dense("to_q")(h), dense("to_k")(h), dense("to_v")(h)  # (B, S, C)
+        h = group_norm(self.groups, self.dtype, "group_norm")(x).reshape(batch, height * width, channels)
+        q, k, v = linear("to_q")(h), linear("to_k")(h), linear("to_v")(h)  # (B, S, C)
 
         def attend(query: Array) -> Array:  # (B, C): one position of every image
             scores = jnp.einsum("bc,bkc->bk", query, k, preferred_element_type=jnp.float32)
@@ -67,7 +53,7 @@ class Attention(nn.Module):
 
         queries = max(1, MAX_SCORES // (batch * height * width))
         h = jax.lax.map(attend, q.swapaxes(0, 1), batch_size=queries).swapaxes(0, 1)
-        return x + dense("to_out_0")(h).reshape(x.shape)
+        return x + linear("to_out_0")(h).reshape(x.shape)
 
 
 class Stage(nn.Module):
@@ -82,7 +68,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for i in range(self.layers):
-            x = ResnetBlock(self.channels, self.groups, self.dtype, name=f"resnets_{i}")(x)
+            x = _resnet(self.channels, self.groups, self.dtype, f"resnets_{i}")(x)
         if self.resample == "down":
             x = Downsample(self.channels, self.dtype, name="downsamplers_0")(x)
         if self.resample == "up":
@@ -99,7 +85,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         padding = ((0, 1), (0, 1))
-        return nn.Conv(self.channels, (3, 3), strides=2, padding=padding, dtype=self.dtype, name="conv")(x)
+        return conv(self.channels, 3, self.dtype, stride=2, padding=padding, name="conv")(x)
 
 
 class Upsample(nn.Module):
@@ -110,7 +96,7 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        return _conv(self.channels, self.dtype, "conv")(x.repeat(2, axis=1).repeat(2, axis=2))
+        return conv(self.channels, 3, self.dtype, name="conv")(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
 class MidBlock(nn.Module):
@@ -122,9 +108,9 @@ class MidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = ResnetBlock(self.channels, self.groups, self.dtype, name="resnets_0")(x)
+        x = _resnet(self.channels, self.groups, self.dtype, "resnets_0")(x)
         x = Attention(self.groups, self.dtype, name="attentions_0")(x)
-        return ResnetBlock(self.channels, self.groups, self.dtype, name="resnets_1")(x)
+        return _resnet(self.channels, self.groups, self.dtype, "resnets_1")(x)
 
 
 class Encoder(nn.Module):
@@ -138,13 +124,13 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _conv(self.channels[0], self.dtype, "conv_in")(x)
+        x = conv(self.channels[0], 3, self.dtype, name="conv_in")(x)
         for i, channels in enumerate(self.channels):
             resample = "down" if i < len(self.channels) - 1 else ""
             x = Stage(channels, self.layers, self.groups, resample, self.dtype, name=f"down_blocks_{i}")(x)
         x = MidBlock(self.channels[-1], self.groups, self.dtype, name="mid_block")(x)
-        x = nn.silu(_norm(self.groups, self.dtype, "conv_norm_out")(x))
-        return _conv(self.out_channels, self.dtype, "conv_out")(x)
+        x = nn.silu(group_norm(self.groups, self.dtype, "conv_norm_out")(x))
+        return conv(self.out_channels, 3, self.dtype, name="conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -158,13 +144,13 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, z: Array) -> Array:
-        x = _conv(self.channels[-1], self.dtype, "conv_in")(z)
+        x = conv(self.channels[-1], 3, self.dtype, name="conv_in")(z)
         x = MidBlock(self.channels[-1], self.groups, self.dtype, name="mid_block")(x)
         for i, channels in enumerate(reversed(self.channels)):
             resample = "up" if i < len(self.channels) - 1 else ""
             x = Stage(channels, self.layers, self.groups, resample, self.dtype, name=f"up_blocks_{i}")(x)
-        x = nn.silu(_norm(self.groups, self.dtype, "conv_norm_out")(x))
-        return _conv(self.out_channels, self.dtype, "conv_out")(x)
+        x = nn.silu(group_norm(self.groups, self.dtype, "conv_norm_out")(x))
+        return conv(self.out_channels, 3, self.dtype, name="conv_out")(x)
 
 
 class AutoencoderKL(nn.Module):
@@ -187,8 +173,8 @@ class AutoencoderKL(nn.Module):
         channels, layers, groups = tuple(self.block_out_channels), self.layers_per_block, self.norm_num_groups
         self.encoder = Encoder(channels, 2 * self.latent_channels, layers, groups, self.dtype)
         self.decoder = Decoder(channels, self.out_channels, layers + 1, groups, self.dtype)
-        self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
-        self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
+        self.quant_conv = conv(2 * self.latent_channels, 1, self.dtype)
+        self.post_quant_conv = conv(self.latent_channels, 1, self.dtype)
 
     @property
     def reduction(self) -> int:
@@ -209,12 +195,11 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(images)[0])
 
 
-def _norm(groups: int, dtype: jnp.dtype, name: str) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, epsilon=EPS, dtype=dtype, name=name)
-
-
-def _conv(channels: int, dtype: jnp.dtype, name: str, size: int = 3) -> nn.Conv:
-    return nn.Conv(channels, (size, size), padding=size // 2, dtype=dtype, name=name)
+@functools.lru_cache(maxsize=2)  # tracing the model takes a second or two
+def abstract_params(model: AutoencoderKL) -> Any:
+    """Shapes of the parameters."""
+    image = jax.ShapeDtypeStruct((1, model.reduction, model.reduction, model.in_channels), jnp.float32)
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
 
 
 # ---- whole batches
@@ -255,9 +240,3 @@ def sample(mean: Array, logvar: Array, key: Array) -> Array:
     """Draws latents from the posterior, unscaled, float32; mean and logvar are of one shape and any float type."""
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-
-
-# ---- files
-
-
-# ---- conversion

@@ -168,8 +168,7 @@ def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
     if c.codec.name != "vae":
         return codec.build(c)
     network = vae.AutoencoderKL(dtype=jnp.dtype(c.codec.dtype))
-    image = jax.ShapeDtypeStruct((1, network.reduction, network.reduction, 3), jnp.float32)
-    params = jax.eval_shape(network.init, jax.random.key(0), image)["params"]
+    params = vae.abstract_params(network)
     everywhere = jax.tree.map(lambda _: partitioning.replicated(mesh), params)
     return codec.of_vae(lambda: (network, partitioning.abstract(params, everywhere)), c.codec.scaling_factor)
 

@@ -1,5 +1,6 @@
 """Inception's weights: the checkpoints of the original's PyTorch ports and Orbax folders of ours."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from madformer_jax.models.inception import SIDE, InceptionV3, Params
-from madformer_jax.weights import files
+from madformer_jax.weights import files, layout
 
 
 def load(path: str) -> dict[str, Any]:
@@ -40,8 +41,8 @@ _COUNT = "num_batches_tracked"  # of training; says nothing about the network, a
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the PyTorch checkpoints."""
-    abstract = {path: np.broadcast_to(np.float32(0), leaf.shape) for path, leaf in _abstract().items()}
-    return {name: tensor.shape for name, tensor in to_torch(unflatten_dict(abstract)).items()}
+    found = {_name(path): layout.torch_shape(leaf.shape) for path, leaf in _abstract().items()}
+    return found | {_count(path): () for path in _abstract() if path[-1] == "running_var"}
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], what: str = "Inception") -> dict[str, Any]:
@@ -53,7 +54,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], what: str = "Inception") ->
     expected = shapes()
     counts = {name: np.zeros(()) for name in expected if name.endswith(_COUNT)}
     files.check_tensors(expected, counts | dict(state_dict), what)
-    flat = {path: _turn(np.asarray(state_dict[_name(path)], np.float32), (2, 3, 1, 0)) for path in _abstract()}
+    flat = {path: layout.from_torch(np.asarray(state_dict[_name(path)], np.float32)) for path in _abstract()}
     return unflatten_dict(flat)
 
 
@@ -61,21 +62,21 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
     """The PyTorch state_dict of parameters; the inverse of `from_torch`."""
     state_dict = {}
     for path, leaf in flatten_dict(params).items():
-        state_dict[_name(path)] = _turn(np.asarray(leaf), (3, 2, 0, 1))
+        state_dict[_name(path)] = layout.to_torch(np.asarray(leaf))
         if path[-1] == "running_var":
-            state_dict[".".join((*path[:-1], _COUNT))] = np.zeros((), np.int64)
+            state_dict[_count(path)] = np.zeros((), np.int64)
     return state_dict
 
 
+@functools.lru_cache(maxsize=1)  # tracing the network takes seconds
 def _abstract() -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     image = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
     return flatten_dict(jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"])
 
 
+def _count(path: tuple[str, ...]) -> str:
+    return ".".join((*path[:-1], _COUNT))
+
+
 def _name(path: tuple[str, ...]) -> str:
     return ".".join((*path[:-1], "weight" if path[-1] == "kernel" else path[-1]))
-
-
-def _turn(tensor: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Convolutions by `axes`, matrices transposed."""
-    return tensor.transpose(axes) if tensor.ndim == 4 else tensor.T

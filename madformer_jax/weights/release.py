@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.weights import files
+from madformer_jax.weights.layout import from_torch, to_torch
 
 _TOWERS = {"tower_clean": 0, "tower_pred": 1}
 _TOWER = {  # ours -> the release's, in a decoder layer; {t} is the number of the tower
@@ -84,16 +85,11 @@ def _source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, diffusion
 
 
 def _to_torch(leaf: np.ndarray, name: str) -> np.ndarray:
-    """Our layout of one tensor to PyTorch's: HWIO to OIHW, (in, out) to (out, in), BOI with a batch axis."""
-    if name == "boi_block":
-        return leaf[None]
-    return leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
+    return leaf[None] if name == "boi_block" else to_torch(leaf)
 
 
 def _from_torch(tensor: np.ndarray, name: str) -> np.ndarray:
-    if name == "boi_block":
-        return tensor[0]
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+    return tensor[0] if name == "boi_block" else from_torch(tensor)
 
 
 def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _Source]]:
@@ -192,6 +188,3 @@ def to_release(params: Mapping[str, Any], config: ConfigDict) -> dict[str, np.nd
     if not config.model.clean_stream:
         state_dict |= {name.replace("_list.1.", "_list.0."): x for name, x in state_dict.items() if "_list.1." in name}
     return state_dict
-
-
-# ---- --mode=convert

@@ -5,16 +5,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.models.vae import AutoencoderKL, Params
+from madformer_jax.models.vae import AutoencoderKL, Params, abstract_params
 from madformer_jax.runtime import storage
 from madformer_jax.weights import files
+from madformer_jax.weights.layout import from_torch, to_torch, torch_shape
 
 _FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -121,8 +121,7 @@ def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32)
 
 def shapes(model: AutoencoderKL) -> dict[str, tuple[int, ...]]:
     """The diffusers state_dict of `model`: name -> shape in PyTorch's layout."""
-    tree = jax.eval_shape(model.init, jax.random.key(0), _smallest_image(model))["params"]
-    return {_name(path): _torch_shape(leaf.shape) for path, leaf in flatten_dict(tree).items()}
+    return {_name(path): torch_shape(leaf.shape) for path, leaf in flatten_dict(abstract_params(model)).items()}
 
 
 def from_diffusers_vae(state_dict: Mapping[str, np.ndarray], model: AutoencoderKL, what: str = "VAE") -> dict[str, Any]:
@@ -141,34 +140,16 @@ def from_diffusers_vae(state_dict: Mapping[str, np.ndarray], model: AutoencoderK
                 tensor = tensor[:, :, 0, 0]
         given[name] = tensor
     files.check_tensors(shapes(model), given, what)
-    tree = jax.eval_shape(model.init, jax.random.key(0), _smallest_image(model))["params"]
-    flat = {path: _from_torch(np.asarray(given[_name(path)], np.float32)) for path in flatten_dict(tree)}
-    return unflatten_dict(flat)
+    paths = flatten_dict(abstract_params(model))
+    return unflatten_dict({path: from_torch(np.asarray(given[_name(path)], np.float32)) for path in paths})
 
 
 def to_diffusers_vae(params: Params) -> dict[str, np.ndarray]:
     """The diffusers state_dict (new attention names) of parameters: the inverse of `from_diffusers_vae`."""
-    return {_name(path): _to_torch(np.asarray(leaf)) for path, leaf in flatten_dict(params).items()}
-
-
-def _smallest_image(model: AutoencoderKL) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, model.reduction, model.reduction, model.in_channels), jnp.float32)
+    return {_name(path): to_torch(np.asarray(leaf)) for path, leaf in flatten_dict(params).items()}
 
 
 def _name(path: tuple[str, ...]) -> str:
     """encoder/down_blocks_0/resnets_1/conv1/kernel -> encoder.down_blocks.0.resnets.1.conv1.weight"""
     kind = {"kernel": "weight", "scale": "weight", "bias": "bias"}[path[-1]]
     return ".".join([re.sub(r"_(\d+)$", r".\1", part) for part in path[:-1]] + [kind])
-
-
-def _from_torch(tensor: np.ndarray) -> np.ndarray:
-    """Convolution (out, in, h, w) -> (h, w, in, out), linear (out, in) -> (in, out)."""
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-
-
-def _to_torch(tensor: np.ndarray) -> np.ndarray:
-    return tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return _to_torch(np.broadcast_to(np.float32(0), shape)).shape

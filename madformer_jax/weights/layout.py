@@ -1,0 +1,16 @@
+"""Tensors between PyTorch's layout and ours: convolutions OIHW and HWIO, matrices (out, in) and (in, out)."""
+
+import numpy as np
+
+
+def from_torch(tensor: np.ndarray) -> np.ndarray:
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
+
+
+def to_torch(tensor: np.ndarray) -> np.ndarray:
+    return tensor.transpose(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
+
+
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that `to_torch` gives, with no memory behind it."""
+    return to_torch(np.broadcast_to(np.float32(0), shape)).shape

@@ -1,0 +1,53 @@
+"""What must not be rounded to bfloat16: by a TPU, which does so to float32 products by default, or by a bfloat16 model."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from madformer_jax.models import inception, unet
+
+
+def products(jaxpr: Any) -> Iterator[Any]:
+    """Matrix products and convolutions of a program, those of inner programs too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield eqn
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            yield from products(inner)
+
+
+def is_exact(eqn: Any) -> bool:
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    return eqn.params["precision"] == highest and {x.aval.dtype for x in eqn.invars} == {jnp.dtype("float32")}
+
+
+def products_of(module: Any, *args: Any) -> list[Any]:
+    program = jax.make_jaxpr(lambda *args: module.init_with_output(jax.random.key(0), *args)[0])(*args)
+    return list(products(program.jaxpr))
+
+
+@pytest.mark.parametrize("kind", ["raw", "sinusoidal"])
+def test_time_embedding_is_exact(kind):
+    found = products_of(unet.TimeEmbedding(6, kind, jnp.bfloat16), jnp.arange(3))
+    assert len(found) == 2 and all(map(is_exact, found))
+
+
+def test_last_convolution_of_a_bfloat16_upsampler_is_exact():
+    x, skips = jnp.ones((2, 4, 4, 5), jnp.bfloat16), [jnp.ones((2, 4, 4, 8), jnp.bfloat16)] * 2
+    upsampler = unet.Upsampler(
+        3, (8,), layers=1, attention=(False,), groups=2, heads=2, time_width=6, time_embedding="raw", stride=2,
+        dtype=jnp.bfloat16,
+    )  # fmt: skip
+    *_, before, last = products_of(upsampler, x, jnp.arange(2), skips)
+    assert last.outvars[0].aval.shape[-1] == 3 and is_exact(last)
+    assert before.invars[0].aval.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("module", [inception.Conv(4, (1, 7)), inception.Classifier()])
+def test_inception_is_exact(module):
+    shape = (2, 8, 8, 3) if isinstance(module, inception.Conv) else (2, 3)
+    (found,) = products_of(module, jnp.ones(shape))
+    assert is_exact(found)
