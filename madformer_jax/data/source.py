@@ -1,7 +1,7 @@
 """What a data source is: random access to images or latents and their labels, the same interface whatever holds them."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -42,10 +42,14 @@ class Source(Protocol):
         """What a person calls this record: its file."""
 
 
-def held_out(names: Sequence[str], share: float) -> np.ndarray:
-    """Which records the split "test" gets, bool (n,): each as the hash of its own name says, whatever else there is."""
-    heads = (hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8] for name in names)
-    return np.fromiter((int.from_bytes(head) < share * 2**64 for head in heads), bool, len(names))
+def place(name: str) -> int:
+    """A number below 2^64 that a record's name decides, evenly spread."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8])
+
+
+def held_out(places: np.ndarray, share: float) -> np.ndarray:
+    """Which records the split "test" gets, bool (n,): each by its own `place` (uint64), whatever else there is."""
+    return places < share * 2.0**64
 
 
 class Part(Source):

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from madformer_jax.data import records, tars
-from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, fingerprint, held_out
+from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 
 SPLITS = ("train", "test", "all")  # of the sources that have none of their own
@@ -101,7 +101,7 @@ class Folder(Source):
         return self._files[index]
 
     def held_out(self, share: float) -> np.ndarray:
-        return held_out(self._keys, share)
+        return held_out(np.fromiter(map(place, self._keys), np.uint64, len(self)), share)
 
 
 def _is_image(name: str) -> bool:

@@ -66,15 +66,54 @@ def test_sidecars_give_labels_and_captions(tmp_path):
 def test_the_index_is_made_once_and_again_when_a_tar_changes(tmp_path, cache, monkeypatch):
     path = write_tar(tmp_path / "x.tar", {"0.webp": image(10)})
     tars.Tars(path)
-    walk = tars._index
-    monkeypatch.setattr(tars, "_index", None)
+    walk = tars._make
+    monkeypatch.setattr(tars, "_make", None)
     assert shades(tars.Tars(path), 0) == [10]
-    monkeypatch.setattr(tars, "_index", walk)
+    monkeypatch.setattr(tars, "_make", walk)
     write_tar(tmp_path / "x.tar", {"0.webp": image(30), "1.webp": image(10)})
     assert shades(tars.Tars(path), 0, 1) == [30, 10]
-    for file in (cache / "madformer_jax" / "tars").iterdir():
-        file.write_bytes(file.read_bytes()[:100])
-    assert len(tars.Tars(path)) == 2  # half an index is no index
+
+
+def test_a_damaged_index_is_made_again(tmp_path, cache):
+    members = {"0.webp": image(10), "0.txt": b"a cat", "0.cls": b"1", "1.webp": image(20), "1.cls": b"0"}
+    path = write_tar(tmp_path / "x.tar", members)
+    wanted = tars.Tars(path).fingerprint
+    (file,) = (cache / "madformer_jax" / "tars").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:5], whole[:-1], *(_flipped(whole, i) for i in range(0, len(whole), 7))):
+        file.write_bytes(damaged)
+        found = tars.Tars(path)
+        assert file.read_bytes() == whole and found.fingerprint == wanted and shades(found, 1, 0) == [20, 10]
+
+
+def _flipped(content: bytes, i: int) -> bytes:
+    return content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]
+
+
+def test_a_worker_gets_the_index_by_name(tmp_path, cache):
+    """One long caption costs its own length, and nothing of the index is sent."""
+    members = {f"{i}.webp": image(i) for i in range(200)} | {"7.txt": b"long " * 2000}
+    found = tars.Tars(write_tar(tmp_path / "x.tar", members))
+    assert len(pickle.dumps(found)) < 2000
+    (file,) = (cache / "madformer_jax" / "tars").iterdir()
+    assert file.stat().st_size < 30_000
+    copy = pickle.loads(pickle.dumps(found))
+    assert copy.read(np.array([6, 7])).captions == ["", "long " * 1999 + "long"]
+    assert shades(copy, 9) == [9] and copy.name(8) == f"{tmp_path}/x.tar:8.webp"
+
+
+def test_without_a_cache_it_reads_all_the_same(tmp_path, cache):
+    cache.write_text("a file where the folder should be")
+    found = tars.Tars(write_tar(tmp_path / "x.tar", {"0.webp": image(10), "0.txt": b"a cat"}))
+    assert pickle.loads(pickle.dumps(found)).read(np.array([0])).captions == ["a cat"]
+
+
+def test_held_out_tars_stay_held_out_elsewhere(tmp_path):
+    write_tar(tmp_path / "a" / "x" / "0.tar", {f"{i}.webp": b"" for i in range(100)})
+    before = tars.Tars(str(tmp_path / "a")).held_out(0.3)
+    assert 15 < before.sum() < 45
+    (tmp_path / "a").rename(tmp_path / "b")
+    np.testing.assert_array_equal(tars.Tars(str(tmp_path / "b")).held_out(0.3), before)
 
 
 def test_it_feeds_the_pipeline(tmp_path):
@@ -95,7 +134,11 @@ def test_it_feeds_the_pipeline(tmp_path):
         ({}, "holds no image"),
         ({"0.txt": b"hello"}, "holds no image"),
         ({"0.webp": b"", "0.cls": b"cat"}, "x.tar:0.cls holds no class number"),
-        ({"0.webp": b"", "0.cls": b"-1"}, "class -1 is negative"),
+        ({"0.webp": b"", "0.cls": b"-1"}, "class -1 is out of range"),
+        ({"0.webp": b"", "0.json": b'{"label": 9999999999}'}, "class 9999999999 is out of range"),
+        ({"0.webp": b"", "0.json": b'{"label": 1.5}'}, "x.tar:0.json holds no class number"),
+        ({"0.webp": b"", "0.txt": b"\xff"}, "x.tar:0.txt is no UTF-8 text"),
+        ({"0.webp": b"", "0.png": b""}, "x.tar:0.png: the tar has another image of this sample"),
         ({"0.webp": b"", "0.cls": b"1", "1.webp": b""}, "x.tar:1.webp has no label.*1 of 2 lack one"),
     ],
 )
@@ -103,6 +146,27 @@ def test_wrong_content_is_refused(tmp_path, members, message):
     path = write_tar(tmp_path / "x.tar", members)
     with pytest.raises(ConfigError, match=message):
         tars.Tars(path)
+
+
+def add(path: str, name: str, **fields) -> None:
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo(name)
+        for field, value in fields.items():
+            setattr(info, field, value)
+        tar.addfile(info)
+
+
+def test_repeated_members_and_links_are_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a/0.webp": image(1), "b/0.webp": image(2)})
+    assert len(tars.Tars(path)) == 2  # other folders: other samples
+    add(path, "a/0.webp")
+    with pytest.raises(ConfigError, match="x.tar:a/0.webp: the tar has another image of this sample"):
+        tars.Tars(path)
+    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+        path = write_tar(tmp_path / "y.tar", {"0.webp": image(1)})
+        add(path, "1.webp", type=kind, linkname="0.webp")
+        with pytest.raises(ConfigError, match="y.tar:1.webp is a link or no plain file"):
+            tars.Tars(path)
 
 
 def test_what_is_no_tar_is_refused(tmp_path):
