@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax.data import records, tars
 from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
 
 SPLITS = ("train", "test", "all")  # of the sources that have none of their own
 
@@ -56,7 +58,10 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 class Folder(Source):
-    """Image files of a folder; with subfolders, their sorted names are the classes."""
+    """Image files of a folder; with subfolders, their sorted names are the classes, also of those without an image.
+
+    So a class keeps its number when its images are moved away for a while. Hidden subfolders do not count.
+    """
 
     def __init__(self, path: str):
         """Lists the folder.
@@ -66,25 +71,26 @@ class Folder(Source):
         """
         if not os.path.isdir(path):
             raise ConfigError(f"config.data.path={path!r} is no folder: give the folder that holds the images.")
-        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
         beside = [entry.path for entry in os.scandir(path) if entry.is_file() and _is_image(entry.name)]
-        inside = {name: files for name in folders if (files := _images_below(os.path.join(path, name)))}
-        if beside and inside:
+        inside = {name: _images_below(os.path.join(path, name)) for name in folders}
+        empty = [name for name in folders if not inside[name]]
+        if beside and len(empty) < len(folders):
             raise ConfigError(
                 f"config.data.path={path!r} holds images both beside and in subfolders: "
                 "move them all into subfolders (one a class), or all out of them."
             )
-        if not beside and not inside:
+        if not beside and len(empty) == len(folders):
             raise ConfigError(f"config.data.path={path!r} holds no image: looked for {', '.join(EXTENSIONS)}.")
-        self.names = tuple(inside)
-        self.classes = len(inside)
+        self.names = () if beside else tuple(folders)
+        self.classes = len(self.names)
         self._files = sorted(beside) or [file for files in inside.values() for file in files]
         self._labels = np.zeros(len(self._files), np.int32)
-        if inside:
+        if self.names:
+            if empty:
+                logging.warning("%s: classes without an image: %s", path, ", ".join(empty))
             self._labels[:] = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()])
-        self._keys = [
-            file.removeprefix(path).lstrip(os.sep) for file in self._files
-        ]  # the same wherever the folder lies
+        self._keys = [file.removeprefix(path).lstrip(os.sep) for file in self._files]  # wherever the folder lies
         self.fingerprint = fingerprint(self._keys)
 
     def __len__(self) -> int:
@@ -168,6 +174,11 @@ def open_source(config: ConfigDict) -> Source:
     """
     data = config.data
     kind, _, name = data.source.partition(":")
+    if storage.is_remote(data.path) and data.source != "arrayrecord":
+        raise ConfigError(
+            f"config.data.path={data.path!r} lies in a bucket, and source {data.source} reads local files: copy it, mount it, "
+            "or make records of it with --mode=prepare."
+        )
     if kind == "tfds" and name:
         return Tfds(name, data.split, data.path)
     if data.source == "arrayrecord":

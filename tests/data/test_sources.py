@@ -93,7 +93,20 @@ def test_sorted_subfolders_are_the_classes(tmp_path):
     folder = open_("folder", tmp_path)
     assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["3.webp", "1.JPG", "2.png"]
     assert folder.read(np.arange(3)).labels.tolist() == [0, 1, 1]
-    assert folder.classes == 2 and folder.names == ("a", "b")
+    assert folder.classes == 3 and folder.names == ("a", "b", "c")
+
+
+def test_a_class_keeps_its_number_when_another_is_empty(tmp_path, caplog):
+    for name in "abc":
+        save(tmp_path / name / "1.png", 1)
+    save(tmp_path / ".git" / "1.png", 1)
+    assert open_("folder", tmp_path).read(np.arange(3)).labels.tolist() == [0, 1, 2]
+    (tmp_path / "b" / "1.png").unlink()
+    now = open_("folder", tmp_path)
+    assert now.read(np.arange(2)).labels.tolist() == [0, 2] and now.names == ("a", "b", "c")
+    assert "classes without an image: b" in caplog.text
+    (tmp_path / "b").rmdir()
+    assert open_("folder", tmp_path).names == ("a", "c")  # what a run compares
 
 
 def test_a_flat_folder_is_unlabelled_and_sorted(tmp_path):
@@ -117,6 +130,7 @@ def test_images_beside_and_in_subfolders_are_refused(tmp_path):
     "source, path, split, message",
     [
         ("foldr", "", "train", "'foldr' is unknown: one of digits, folder"),
+        ("folder", "gs://bucket/images", "train", "lies in a bucket, and source folder reads local files"),
         ("folder", "/nowhere", "train", "'/nowhere' is no folder"),
         ("digits", "", "tset", "split='tset' is unknown: one of train, test, all"),
         ("tfds:", "", "train", "unknown"),
