@@ -37,6 +37,9 @@ class DatasetInfo(NamedTuple):
     kind: Kind  # what the records are
     names: tuple[str, ...]  # of the classes; () if unlabelled
     fingerprint: str  # of which records these are, in which order; the same wherever they lie
+    codec: str = (
+        ""  # weights.vae.fingerprint of the VAE that made cached latents; "" where it is not known, or for images
+    )
 
 
 class Pick(NamedTuple):
@@ -184,12 +187,11 @@ def _describe(config: ConfigDict, source: Source) -> DatasetInfo:
         raise ConfigError(
             f"config.model.classes={classes} is too few for config.data.source={name}, which has {source.classes} classes."
         )
+    shape, codec = (t.size, t.size, t.channels), ""
     if source.manifest is not None:
         records.check(source.manifest, config, t)
-        shape = tuple(source.manifest["shape"])
-    else:
-        shape = t.size, t.size, t.channels
-    return DatasetInfo(len(source), source.classes, shape, source.kind, source.names, source.fingerprint)
+        shape, codec = tuple(source.manifest["shape"]), (source.manifest["codec"] or {}).get("weights", "")
+    return DatasetInfo(len(source), source.classes, shape, source.kind, source.names, source.fingerprint, codec)
 
 
 def train_iterator(

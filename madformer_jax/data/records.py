@@ -2,40 +2,50 @@
 
 A record is its arrays' raw bytes, one after the other in the layout of `dtype`, then the caption as UTF-8: reading one
 is `np.frombuffer`. Shards hold one record a chunk (group_size:1), uncompressed: noise-like float16 does not compress,
-and reading at random would pay for it (figures in docs/data.md). `--mode=prepare` writes them (`prepare.py`).
+and reading at random would pay for it (figures in docs/data.md). `--mode=prepare` writes them (`modes/prepare.py`).
+
+ArrayRecord keeps a hash of every chunk and compares it at reading, so that a changed byte of a record or of the index at
+the shard's end is an error, never another image. The JSON files hold a hash of themselves.
 """
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 from ml_collections import ConfigDict
 
 from madformer_jax.data import preprocess
 from madformer_jax.data.source import Examples, Source, fingerprint
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.runtime import storage
 
-FORMAT = 1  # of the manifest and the records
+FORMAT = 2  # of the manifest; 1 had no seals, no names of classes, and the VAE's path for its weights
 MANIFEST = "manifest.json"
 MAX_OPEN = 400  # shards that a process holds open: many systems allow it 1024 files. Reading goes on with more, slower
+_SUMMED = 1 << 28  # bytes: smaller sets are compared with their SHA-256 sums at every start, in well under a second
+_COPIES = 8  # shards copied from a bucket at once
 
 
 class Shard(NamedTuple):
     """One finished shard, as its own JSON file and the manifest tell of it."""
 
-    file: str  # "" if every image of it was skipped
-    records: int
+    file: str
+    records: int  # 0 if every image of it was skipped
     size: int  # bytes
     sha256: str
-    shape: list[int]  # of a record's arrays
+    shape: list[int]  # of a record's arrays; [] without a record
     skipped: Any  # name and reason of each; in the manifest, their number
 
 
@@ -44,6 +54,9 @@ def dtype(kind: str, shape: tuple[int, ...]) -> np.dtype:
     if kind == "images":
         return np.dtype([("label", "<i4"), ("image", "u1", shape)])
     return np.dtype([("label", "<i4"), ("mean", "<f2", shape), ("logvar", "<f2", shape)])
+
+
+# ---- writing
 
 
 def writer(path: str) -> ArrayRecordWriter:
@@ -57,65 +70,108 @@ def write_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OSError(str(error).partition("\n")[0]) from None
+        raise OSError(first_line(error)) from None
 
 
-def sha256(path: str) -> str:
+def sha256(path: storage.Path) -> str:
     """Checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
 
 
-def write_json(path: str, content: Any, process: int = 0) -> None:
-    """Writes a whole file or none, even if the machine stops or other processes write the same."""
-    part = f"{path}.{process}.part"
-    with open(part, "w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    sync_folder(os.path.dirname(path))
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def sync_folder(path: str) -> None:
-    """Makes the names in a folder durable."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def write_sealed(path: storage.Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file with a hash of its content in it."""
+    storage.write_json(path, {**content, "seal": _seal(content)})
+
+
+def read_sealed(path: storage.Path) -> dict[str, Any] | None:
+    """The content of a JSON file of ours; None where there is none.
+
+    Raises:
+      ConfigError: it cannot be read, or is not as it was written.
+    """
+    content = storage.read_json(path)
+    if content is None:
+        return None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged: it holds no JSON object.")
+    seal = content.pop("seal", None)
+    if seal != _seal(content) and (seal is not None or content.get("format") != 1):
+        raise ConfigError(f"{path} is damaged: it is not as it was written. Prepare the data again.")
+    return content
+
+
+def is_whole(path: storage.Path, shard: Shard, checksum: bool = False) -> bool:
+    """Whether the file of a shard is there with its size and, if asked for, its checksum."""
+    there = epath.Path(path)
+    if not there.exists() or there.stat().length != shard.size:
+        return False
+    return not checksum or sha256(path) == shard.sha256
+
+
+# ---- reading
 
 
 def manifest(folder: str) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-      ConfigError: there is none (not prepared, or not finished), or it is not ours.
+      ConfigError: there is none (not prepared, or not finished), or it is damaged or not ours.
     """
-    path = os.path.join(folder, MANIFEST)
-    try:
-        with open(path) as file:
-            content = json.load(file)
-    except FileNotFoundError:
+    path = epath.Path(folder) / MANIFEST
+    content = read_sealed(path)
+    if content is None:
         raise ConfigError(
             f"{folder!r} holds no {MANIFEST}: make the records with --mode=prepare, or run it again if it was stopped."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if content.get("format") != FORMAT:
+        )
+    if content.get("format") not in (1, FORMAT):
         raise ConfigError(f"{path} is of format {content.get('format')}, not {FORMAT}: prepare the data again.")
+    if content["format"] == 1:
+        content["names"] = [str(label) for label in range(content["classes"])]
     return content
-
-
-def is_whole(path: str, shard: Shard, checksum: bool = False) -> bool:
-    """Whether the file of a shard is there with its size and, if asked for, its checksum."""
-    if not os.path.exists(path) or os.path.getsize(path) != shard.size:
-        return False
-    return not checksum or sha256(path) == shard.sha256
 
 
 def _shards(content: Mapping[str, Any]) -> list[Shard]:
     return [shard for shard in (Shard(**entry) for entry in content["shards"]) if shard.records]
+
+
+def _fetch(folder: str, content: Mapping[str, Any]) -> str:
+    """Copies the shards of a bucket that are not there yet to the user's cache, and returns their local folder."""
+    local = os.path.join(storage.user_cache("records"), _seal(content)[:32])
+    with storage.errors(f"{folder} cannot be copied to {local}"):
+        os.makedirs(local, exist_ok=True)
+        with open(os.path.join(local, "lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this machine may be copying
+            missing = [s for s in _shards(content) if not is_whole(os.path.join(local, s.file), s)]
+            size, free = sum(shard.size for shard in missing), shutil.disk_usage(local).free
+            if size > free:
+                raise ConfigError(
+                    f"{folder}: its shards need {size / 1e9:.1f} GB in {local}, where {free / 1e9:.1f} GB are free: "
+                    "let XDG_CACHE_HOME name a folder of a larger disk, or mount the bucket."
+                )
+            if missing:
+                logging.info("copying %d shards, %.1f GB, of %s to %s", len(missing), size / 1e9, folder, local)
+            with ThreadPoolExecutor(_COPIES) as threads:
+                list(threads.map(lambda shard: storage.retry(lambda: _copy(folder, local, shard)), missing))
+    return local
+
+
+def _copy(folder: str, local: str, shard: Shard) -> None:
+    def put(file: IO[bytes]) -> None:
+        with (epath.Path(folder) / shard.file).open("rb") as there:
+            shutil.copyfileobj(there, file, 1 << 22)
+        file.flush()
+        if not is_whole(file.name, shard, checksum=True):
+            raise ConfigError(f"{folder}/{shard.file} is damaged: run --mode=prepare on its folder again.")
+
+    storage.write(os.path.join(local, shard.file), put)
 
 
 class _Readers:
@@ -125,8 +181,8 @@ class _Readers:
     to threads of its own.
     """
 
-    def __init__(self, paths: list[str]):
-        self._paths, self._lock = paths, threading.Lock()
+    def __init__(self, paths: list[str], mend: str):
+        self._paths, self._mend, self._lock = paths, mend, threading.Lock()
         self._open: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
 
     def read(self, shards: list[int], positions: list[int]) -> list[bytes]:
@@ -145,7 +201,7 @@ class _Readers:
             record = reader.read()
         except Exception as error:  # ArrayRecord raises its status as whatever Python type fits
             raise ConfigError(
-                f"{self._paths[shard]} is damaged at record {position} ({error}): --mode=prepare on its folder mends it."
+                f"{self._paths[shard]} is damaged at record {position} ({first_line(error)}): {self._mend}."
             ) from None
         if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)[1].close()
@@ -158,33 +214,40 @@ class Records(Source):
     manifest: Mapping[str, Any]
 
     def __init__(self, folder: str):
-        """Reads the manifest and checks that the shards are there with their sizes.
+        """Reads the manifest and checks that the shards are there with their sizes; those of a bucket are copied first.
 
         Raises:
-          ConfigError: no manifest, or a shard is missing or of another size.
+          ConfigError: no manifest, or a shard is missing, of another size or, as far as it is read here, damaged.
         """
         self.manifest = content = manifest(folder)
-        self.kind = content["kind"]
-        self.classes = content["classes"]
-        self.names = tuple(str(label) for label in range(self.classes))
-        self.fingerprint = _fingerprint(content)
-        shards = _shards(content)
+        try:
+            self.kind, self.classes, self.names = content["kind"], content["classes"], tuple(content["names"])
+            shards, shape = _shards(content), tuple(content["shape"])
+            self.fingerprint = _fingerprint(content)
+        except (KeyError, TypeError) as error:  # of format 1, which is not sealed
+            raise ConfigError(f"{folder}/{MANIFEST} is damaged ({error!r}): prepare the data again.") from None
+        self._mend = (
+            "run --mode=prepare on its folder again" if content["format"] == FORMAT else "prepare the data again"
+        )
+        if storage.is_remote(folder):
+            folder, self._mend = _fetch(folder, content), "remove the file, and it is copied again"
         self._paths = [os.path.join(folder, shard.file) for shard in shards]
+        summed = sum(shard.size for shard in shards) <= _SUMMED
         for path, shard in zip(self._paths, shards):
             if not is_whole(path, shard):
-                raise ConfigError(
-                    f"{path} is missing or not {shard.size} bytes long: copy it again, or run --mode=prepare again."
-                )
+                raise ConfigError(f"{path} is missing or not {shard.size} bytes long: {self._mend}.")
+            if summed and not is_whole(path, shard, checksum=True):
+                raise ConfigError(f"{path} is damaged: {self._mend}.")
         self._ends = np.cumsum([shard.records for shard in shards])
-        self._dtype = dtype(self.kind, tuple(content["shape"]))
-        self._readers = _Readers(self._paths)
+        self._dtype = dtype(self.kind, shape)
+        self._readers = _Readers(self._paths, self._mend)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._readers = _Readers(self._paths)  # each process opens its own
+        self._readers = _Readers(self._paths, self._mend)  # each process opens its own
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -242,9 +305,9 @@ def check(made: Mapping[str, Any], config: ConfigDict, table: preprocess.Table) 
         raise ConfigError(
             "config.data.flip=True: latents cannot be flipped; use --mode=prepare --config.prepare.flip=True."
         )
-    encoder = made["codec"]
-    if encoder["path"] != config.codec.path:
+    path = made["codec"].get("path", config.codec.path)  # of format 1
+    if path != config.codec.path:
         logging.warning(
             "the latents were made with codec.path=%r and the config has %r: they must be the same VAE.",
-            encoder["path"], config.codec.path,
+            path, config.codec.path,
         )  # fmt: skip

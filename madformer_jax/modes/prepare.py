@@ -3,36 +3,46 @@
     python -m madformer_jax.main --config=... --mode=prepare --workdir=DIR --config.prepare.kind=latents
 
 Shard k holds the images [k * n, (k + 1) * n) of the source, in its order, minus those that do not decode. A shard is
-written under another name, made durable and renamed; then a JSON file beside it says that it is finished. So whatever
-is killed at whatever moment, running the same command again makes the unfinished shards and no other. Process p of n
-makes each n-th shard; the last one to finish writes manifest.json, without which no training starts. Run again on a
-folder that is complete, it compares all checksums and makes damaged shards anew.
+written beside its place, or locally where that is in a bucket, and appears whole; then a JSON file beside it says that it
+is finished. So whatever is killed at whatever moment, running the same command again makes the unfinished shards and no
+other. Process p of n makes each n-th shard; the last one to finish writes manifest.json, without which no training starts.
+Run again on a folder that is complete, it compares all checksums and makes damaged shards anew.
 """
 
 import collections
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from madformer_jax.data import pipeline, preprocess, records, sources
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError
+from madformer_jax.models import vae
+from madformer_jax.runtime import lock, partitioning, storage
 from madformer_jax.weights import vae as vae_weights
 
 PLAN = "plan.json"
 
-Encode = Callable[[np.ndarray], tuple[Any, Any]]  # images (b, H, W, c) in [-1, 1] -> mean, logvar (b, h, w, C)
+
+class Encoder(NamedTuple):
+    """A VAE that encodes."""
+
+    encode: Callable[
+        [np.ndarray], tuple[Any, Any]
+    ]  # images (batch, H, W, c) in [-1, 1] -> mean, logvar (batch, h, w, C)
+    batch: int  # images that it takes at once
+    weights: str  # fingerprint of them
 
 
 class Decoded(NamedTuple):
@@ -49,61 +59,65 @@ def run(
     config: ConfigDict,
     workdir: str,
     *,
-    encode: Encode | None = None,
+    encoder: Encoder | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Prepares the data of `config.data` as `config.prepare` says; goes on where an earlier run was stopped.
 
     Args:
       config: the whole config; `data`, `prepare` and, for latents, `codec` matter.
       workdir: where the shards go.
-      encode: for latents, the VAE's encoder of `prepare.batch` images; by default that of `config.codec`.
+      encoder: for latents; by default the VAE of `config.codec` on all devices.
       process_index, process_count: which of how many processes this is; by default JAX's.
 
-    Raises:
-      ConfigError: the source does not open, the folder holds shards made in another way or cannot be written, or too
-        many images are corrupt.
-    """
-    together = process_index is None or process_count is None
-    if process_index is None or process_count is None:
-        import jax
+    Returns:
+      Figures of this process: shards, made (those that were not there yet), records, skipped, bytes.
 
-        process_index, process_count = jax.process_index(), jax.process_count()
+    Raises:
+      ConfigError: the source does not open; the folder is a run's, holds shards made in another way or cannot be written; or
+        too many images are corrupt.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    folder = epath.Path(workdir)
     source = sources.open_source(config)
     table = pipeline.table(config)
-    plan = _plan(config, source, table)
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        _check_plan(workdir, plan, process_index)
-        mine = range(process_index, plan["shards"], process_count)
-        with tqdm(
-            total=sum(len(_indices(plan, k)) for k in mine),
-            desc=f"preparing {plan['kind']}",
-            unit="image",
-            disable=process_index != 0,
-        ) as bar:
-            finished = _finished(workdir, plan, mine, bar)
-            todo = [k for k in mine if k not in finished]
-            logging.info(
-                "%s: %d of %d shards to make, of up to %d images", workdir, len(todo), len(mine), plan["shard"]
-            )
-            if todo:
+    _check_source(config, source)
+    with storage.errors(f"--workdir={workdir} cannot be written"):
+        for name in ("config.json", "checkpoints"):
+            if (folder / name).exists():
+                raise ConfigError(f"--workdir={workdir} holds a run ({name}): give --mode=prepare a folder of its own.")
+        with lock.hold(workdir):
+            encoder = (encoder or _encoder(config)) if config.prepare.kind == "latents" else None
+            plan = _plan(config, source, table, encoder)
+            _check_plan(folder, plan)
+            mine = range(process_index, plan["shards"], process_count)
+            with tqdm(
+                total=sum(len(_indices(plan, k)) for k in mine),
+                desc=f"preparing {plan['kind']}",
+                unit="image",
+                disable=process_index != 0,
+            ) as bar:
+                shards = _finished(folder, plan, mine, bar)
+                todo = [k for k in mine if k not in shards]
+                logging.info(
+                    "%s: %d of %d shards to make, of up to %d images", workdir, len(todo), len(mine), plan["shard"]
+                )
                 decode = functools.partial(_decode, source, table)
-                _make(config, workdir, plan, todo, decode, encode, [s for s in finished.values() if s.skipped], bar)
-        if together and process_count > 1:
-            from madformer_jax.runtime import partitioning
+                shards |= _make(config, folder, plan, todo, decode, encoder, [*shards.values()], bar)
+            if jax.process_count() > 1:
+                partitioning.sync("prepare")  # a process that leaves early would be taken for a dead one
+            _finish(config, folder, plan)
+    return {
+        "shards": len(shards), "made": len(todo), "records": sum(shard.records for shard in shards.values()),
+        "skipped": sum(len(shard.skipped) for shard in shards.values()),
+        "bytes": sum(shard.size for shard in shards.values()),
+    }  # fmt: skip
 
-            partitioning.sync("prepare")  # a process that leaves early would be taken for a dead one
-        _finish(config, workdir, plan, process_index)
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror or error}.") from None
 
-
-def _plan(config: ConfigDict, source: Source, table: preprocess.Table) -> dict[str, Any]:
-    """Everything that decides the content of the shards."""
-    p = config.prepare
-    if p.kind == "latents" and config.codec.name != "vae":
+def _check_source(config: ConfigDict, source: Source) -> None:
+    if config.prepare.kind == "latents" and config.codec.name != "vae":
         raise ConfigError(f"config.prepare.kind=latents needs config.codec.name=vae; it is {config.codec.name!r}.")
     if source.kind != "images":
         raise ConfigError(f"config.data.path={config.data.path!r} holds latents: --mode=prepare needs images.")
@@ -114,32 +128,33 @@ def _plan(config: ConfigDict, source: Source, table: preprocess.Table) -> dict[s
             "config.model.classes=%d, but config.data.source=%s has no labels: training needs them, or model.classes=0",
             config.model.classes, config.data.source,
         )  # fmt: skip
-    names = hashlib.sha256()
-    for i in range(len(source)):
-        names.update(f"{source.name(i).removeprefix(config.data.path)}\n".encode())
+
+
+def _plan(config: ConfigDict, source: Source, table: preprocess.Table, encoder: Encoder | None) -> dict[str, Any]:
+    """Everything that decides the content of the shards."""
+    p = config.prepare
     return {
         "format": records.FORMAT,
         "kind": p.kind,
         "image": table.describe(),
         "flip": p.flip,
-        "codec": {"path": config.codec.path, "dtype": config.codec.dtype} if p.kind == "latents" else None,
+        "codec": {"weights": encoder.weights, "dtype": config.codec.dtype} if encoder else None,
         "source": config.data.source,
         "split": config.data.split,
         "images": len(source),
         "classes": source.classes,
-        "names": names.hexdigest(),  # of the files, in order
+        "names": list(source.names),  # of the classes
+        "files": source.fingerprint,
         "shard": p.shard,
         "shards": -(-len(source) // p.shard),
     }
 
 
-def _check_plan(folder: str, plan: dict[str, Any], process: int) -> None:
-    path = os.path.join(folder, PLAN)
-    if not os.path.exists(path):
-        records.write_json(path, plan, process)
+def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
+    before = records.read_sealed(folder / PLAN)
+    if before is None:
+        records.write_sealed(folder / PLAN, plan)
         return
-    with open(path) as file:
-        before = json.load(file)
     different = [f"{key} was {before.get(key)!r} and is {plan[key]!r}" for key in plan if before.get(key) != plan[key]]
     if different:
         raise ConfigError(
@@ -148,19 +163,23 @@ def _check_plan(folder: str, plan: dict[str, Any], process: int) -> None:
         )
 
 
-def _finished(folder: str, plan: dict[str, Any], mine: Sequence[int], bar: Any) -> dict[int, records.Shard]:
+def _finished(folder: epath.Path, plan: dict[str, Any], mine: Sequence[int], bar: Any) -> dict[int, records.Shard]:
     """Those of the shards `mine` that are made and whole; where the folder was complete, as their checksums tell."""
-    complete, made = os.path.exists(os.path.join(folder, records.MANIFEST)), {}
+    there = {path.name for path in folder.iterdir()}
+    complete, made = records.MANIFEST in there, {}
     if complete:
         logging.info("%s is complete: comparing checksums", folder)
     for k in mine:
-        path = os.path.join(folder, _file(plan, k))
-        if not os.path.exists(_done(folder, plan, k)):
+        if f"{_file(plan, k)}.json" not in there:
             continue
-        with open(_done(folder, plan, k)) as file:
-            shard = records.Shard(**json.load(file))
-        if shard.records and not records.is_whole(path, shard, checksum=complete):
-            logging.warning("%s is missing or damaged, and is made again", path)
+        try:
+            shard = _read_done(folder, plan, k)
+            whole = records.is_whole(folder / shard.file, shard, checksum=complete)
+        except ConfigError as error:
+            logging.warning("%s", error)
+            whole = False
+        if not whole:
+            logging.warning("%s is missing or damaged, and is made again", folder / _file(plan, k))
             continue
         made[k] = shard
         bar.update(len(_indices(plan, k)))
@@ -169,38 +188,31 @@ def _finished(folder: str, plan: dict[str, Any], mine: Sequence[int], bar: Any) 
 
 def _make(
     config: ConfigDict,
-    folder: str,
+    folder: epath.Path,
     plan: dict[str, Any],
     todo: list[int],
     decode: Callable[[Sequence[int], ThreadPoolExecutor, int], Iterator[Decoded]],
-    encode: Encode | None,
-    corrupt: list[records.Shard],
+    encoder: Encoder | None,
+    before: list[records.Shard],
     bar: Any,
-) -> None:
-    """Makes the shards `todo`; `corrupt` are those made before in which images were skipped."""
-    batch = config.prepare.batch
-    if plan["kind"] == "images":
-        encode = None
-    elif encode is None:
-        encode, batch = _encoder(config)
+) -> dict[int, records.Shard]:
+    """Makes the shards `todo`; `before` are those that were there."""
+    batch = encoder.batch if encoder else config.prepare.batch
+    made: dict[int, records.Shard] = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without the interpreter's lock
         decoded = decode([i for k in todo for i in _indices(plan, k)], threads, batch)
         for k in todo:
             images = itertools.islice(decoded, len(_indices(plan, k)))
-            shard = _write(folder, plan, k, images, encode, batch, bar)
-            records.write_json(_done(folder, plan, k), shard._asdict())
-            corrupt = [*corrupt, shard] if shard.skipped else corrupt
-            _check_corrupt(config, plan, corrupt)
+            made[k] = _write(folder, plan, k, images, encoder, batch, bar)
+            records.write_sealed(_done(folder, plan, k), made[k]._asdict())
+            _check_corrupt(config, plan, [*before, *made.values()])
+    return made
 
 
-def _encoder(config: ConfigDict) -> tuple[Encode, int]:
-    """The VAE's encoder over all devices of this process, and the images it takes at once."""
-    import jax
-
-    from madformer_jax.models import vae
-    from madformer_jax.runtime import partitioning
-
+def _encoder(config: ConfigDict) -> Encoder:
+    """The VAE's encoder over all devices of this process."""
     model, params = vae_weights.load(config.codec.path, config.codec.dtype)
+    weights = vae_weights.fingerprint(params)
     mesh = partitioning.make_mesh(-1, 1, 1, jax.local_devices())
     rows = partitioning.batch_sharding(mesh)
     params = jax.device_put(params, partitioning.replicated(mesh))
@@ -211,7 +223,7 @@ def _encoder(config: ConfigDict) -> tuple[Encode, int]:
             return program(params, jax.device_put(images, rows))
 
     devices = len(jax.local_devices())
-    return encode, math.ceil(config.prepare.batch / devices) * devices
+    return Encoder(encode, math.ceil(config.prepare.batch / devices) * devices, weights)
 
 
 def _indices(plan: dict[str, Any], k: int) -> range:
@@ -222,8 +234,15 @@ def _file(plan: dict[str, Any], k: int) -> str:
     return f"shard-{k:05}-of-{plan['shards']:05}.arrayrecord"
 
 
-def _done(folder: str, plan: dict[str, Any], k: int) -> str:
-    return os.path.join(folder, f"{_file(plan, k)}.json")
+def _done(folder: epath.Path, plan: dict[str, Any], k: int) -> epath.Path:
+    return folder / f"{_file(plan, k)}.json"
+
+
+def _read_done(folder: epath.Path, plan: dict[str, Any], k: int) -> records.Shard:
+    content = records.read_sealed(_done(folder, plan, k))
+    if content is None:
+        raise ConfigError(f"{_done(folder, plan, k)} is gone: run --mode=prepare again.")
+    return records.Shard(**content)
 
 
 def _decode(
@@ -251,42 +270,55 @@ def _decode(
 
 
 def _write(
-    folder: str, plan: dict[str, Any], k: int, decoded: Iterator[Decoded], encode: Encode | None, batch: int, bar: Any
+    folder: epath.Path,
+    plan: dict[str, Any],
+    k: int,
+    decoded: Iterator[Decoded],
+    encoder: Encoder | None,
+    batch: int,
+    bar: Any,
 ) -> records.Shard:
     """Makes one shard, durably, and describes it."""
-    path = os.path.join(folder, _file(plan, k))
-    part = f"{path}.part"
-    writer = records.writer(part)
-    count, shape, skipped = 0, [], []
-    chunks = iter(lambda: list(itertools.islice(decoded, batch)), [])
-    encoded = ((chunk, _fields(chunk, plan, encode, batch)) for chunk in chunks)
-    # in pairs, so that devices encode the next batch while this one is written
-    for (images, fields), _ in itertools.pairwise(itertools.chain(encoded, [([], [])])):
-        skipped += [[image.name, image.reason] for image in images if image.pixels is None]
-        good = [image for image in images if image.pixels is not None]
-        if good:
-            rows = _rows(good, fields, plan["kind"])
-            shape = list(rows.dtype[1].shape)
-            with records.write_errors():
-                for image, copies in zip(good, rows):
-                    for row in copies:
-                        writer.write(row.tobytes() + image.caption.encode())
-            count += rows.size
-        bar.update(len(images))
-    with records.write_errors():
-        writer.close()
-    if not count:
-        os.remove(part)
-        return records.Shard("", 0, 0, "", shape, skipped)
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    shard = records.Shard(_file(plan, k), count, os.path.getsize(part), records.sha256(part), shape, skipped)
-    os.replace(part, path)
-    records.sync_folder(folder)
+    name = _file(plan, k)
+    if not storage.is_remote(folder):
+        for part in folder.glob(f".{name}.*.part"):  # of a process that was killed
+            part.unlink()
+    shard = records.Shard(name, 0, 0, "", [], [])
+
+    def put(file: IO[bytes]) -> None:
+        nonlocal shard
+        writer = records.writer(file.name)
+        count, shape, skipped = 0, [], []
+        chunks = iter(lambda: list(itertools.islice(decoded, batch)), [])
+        encoded = ((chunk, _fields(chunk, plan, encoder)) for chunk in chunks)
+        # in pairs, so that devices encode the next batch while this one is written
+        for (images, fields), _ in itertools.pairwise(itertools.chain(encoded, [([], [])])):
+            skipped += [[image.name, image.reason] for image in images if image.pixels is None]
+            good = [image for image in images if image.pixels is not None]
+            if good:
+                rows = _rows(good, fields, plan["kind"])
+                shape = list(rows.dtype[1].shape)
+                with records.write_errors():
+                    for image, copies in zip(good, rows):
+                        for row in copies:
+                            writer.write(row.tobytes() + image.caption.encode())
+                count += rows.size
+            bar.update(len(images))
+        with records.write_errors():
+            writer.close()
+        shard = shard._replace(
+            records=count,
+            size=os.path.getsize(file.name),
+            sha256=records.sha256(file.name),
+            shape=shape,
+            skipped=skipped,
+        )
+
+    storage.write(folder / name, put)
     return shard
 
 
-def _fields(images: list[Decoded], plan: dict[str, Any], encode: Encode | None, batch: int) -> list[dict[str, Any]]:
+def _fields(images: list[Decoded], plan: dict[str, Any], encoder: Encoder | None) -> list[dict[str, Any]]:
     """The arrays of the images that decoded, and of their flipped copies; latents are still being computed.
 
     Every call encodes a full batch, so that the encoder is compiled once.
@@ -294,11 +326,11 @@ def _fields(images: list[Decoded], plan: dict[str, Any], encode: Encode | None, 
     good = [image.pixels for image in images if image.pixels is not None]
     if not good:
         return []
-    if encode is None:
+    if encoder is None:
         pixels = np.stack(good)
         return [{"image": copy} for copy in _copies(pixels, plan)]
-    pixels = preprocess.to_float(np.stack(good + good[-1:] * (batch - len(good))))
-    return [dict(zip(("mean", "logvar"), encode(copy))) for copy in _copies(pixels, plan)]
+    pixels = preprocess.to_float(np.stack(good + good[-1:] * (encoder.batch - len(good))))
+    return [dict(zip(("mean", "logvar"), encoder.encode(copy))) for copy in _copies(pixels, plan)]
 
 
 def _copies(pixels: np.ndarray, plan: dict[str, Any]) -> list[np.ndarray]:
@@ -328,27 +360,25 @@ def _rows(images: list[Decoded], fields: list[dict[str, Any]], kind: str) -> np.
     return rows
 
 
-def _check_corrupt(config: ConfigDict, plan: dict[str, Any], corrupt: list[records.Shard]) -> None:
-    skipped = sum(len(shard.skipped) for shard in corrupt)
-    if skipped > config.prepare.max_corrupt * plan["images"]:
-        name, reason = corrupt[-1].skipped[-1]
+def _check_corrupt(config: ConfigDict, plan: dict[str, Any], shards: list[records.Shard]) -> None:
+    skipped = [image for shard in shards for image in shard.skipped]
+    if len(skipped) > config.prepare.max_corrupt * plan["images"]:
+        name, reason = skipped[-1]
         raise ConfigError(
-            f"{skipped} of {plan['images']} images are corrupt, more than config.prepare.max_corrupt="
+            f"{len(skipped)} of {plan['images']} images are corrupt, more than config.prepare.max_corrupt="
             f"{config.prepare.max_corrupt}; the last is {name} ({reason}). Mend the source, or allow more and run again."
         )
 
 
-def _finish(config: ConfigDict, folder: str, plan: dict[str, Any], process: int) -> None:
+def _finish(config: ConfigDict, folder: epath.Path, plan: dict[str, Any]) -> None:
     """Writes the manifest if every shard is there."""
-    shards = []
-    for k in range(plan["shards"]):
-        if not os.path.exists(_done(folder, plan, k)):
-            logging.info("%s: other processes still make shards; the last one writes the manifest.", folder)
-            return
-        with open(_done(folder, plan, k)) as file:
-            shards.append(records.Shard(**json.load(file)))
+    there = {path.name for path in folder.iterdir()}
+    if not all(f"{_file(plan, k)}.json" in there for k in range(plan["shards"])):
+        logging.info("%s: other processes still make shards; the last one writes the manifest.", folder)
+        return
+    shards = [_read_done(folder, plan, k) for k in range(plan["shards"])]
     skipped = [image for shard in shards for image in shard.skipped]
-    _check_corrupt(config, plan, [shard for shard in shards if shard.skipped])
+    _check_corrupt(config, plan, shards)
     for name, reason in skipped:
         logging.warning("skipped %s: %s", name, reason)
     manifest = {
@@ -358,5 +388,5 @@ def _finish(config: ConfigDict, folder: str, plan: dict[str, Any], process: int)
         "skipped": skipped,
         "shards": [{**shard._asdict(), "skipped": len(shard.skipped)} for shard in shards],
     }
-    records.write_json(os.path.join(folder, records.MANIFEST), manifest, process)
+    records.write_sealed(folder / records.MANIFEST, manifest)
     logging.info("%s: %d records of %d images, %d skipped", folder, manifest["records"], plan["images"], len(skipped))

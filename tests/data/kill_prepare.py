@@ -21,17 +21,14 @@ from PIL import Image
 
 from madformer_jax import config as config_lib
 from madformer_jax.data import records
+from madformer_jax.modes import prepare
 
 IMAGES, CORRUPT, KILLS = 1000, 20, 3
-CONFIG = """import json
+SCRIPT = """import json, sys
 from ml_collections import ConfigDict
-from madformer_jax import config
+from madformer_jax.modes import prepare
 
-
-def get_config():
-    c = config.base()
-    c.update(ConfigDict(json.loads({json!r})))
-    return c
+prepare.run(ConfigDict(json.loads(sys.argv[1])), sys.argv[2], process_index=0, process_count=1)
 """
 
 
@@ -49,27 +46,24 @@ def make_images(folder: pathlib.Path, count: int, corrupt: Collection[int] = ())
 
 
 def run(config: ConfigDict, out: str, kills: int, seed: int) -> int:
-    """Runs the command until it is through, after killing it `kills` times; returns how often it was alive to be killed.
+    """Prepares in a process that is killed, `kills` times, then here; returns how often it was alive to be killed.
 
     Each time it has to come as far as another finished shard first, or no number of kills would be a test.
     """
-    file = pathlib.Path(f"{out}.py")
-    file.write_text(CONFIG.format(json=config.to_json()))
-    command = [sys.executable, "-m", "madformer_jax.main", f"--config={file}", "--mode=prepare", f"--workdir={out}"]
-    root = os.path.dirname(os.path.dirname(config_lib.__file__))
     chance = random.Random(seed)
     killed = 0
-    for kill in [True] * kills + [False]:
+    for _ in range(kills):
         finished = _finished(out)
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.PIPE, text=True)
-        if kill:
-            while process.poll() is None and _finished(out) == finished:
-                time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.05))
-            killed += process.poll() is None
-            process.send_signal(signal.SIGKILL)
-        _, log = process.communicate(timeout=300)
-    assert process.returncode == 0, log
+        command = [sys.executable, "-c", SCRIPT, config.to_json(), out]
+        root = os.path.dirname(os.path.dirname(config_lib.__file__))
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.DEVNULL)
+        while process.poll() is None and _finished(out) == finished:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    prepare.run(config, out, process_index=0, process_count=1)
     return killed
 
 

@@ -1,66 +1,34 @@
-"""--mode=prepare and source arrayrecord: every good image once, whatever is killed, and nothing trains on less."""
+"""--mode=prepare: every good image once, whatever is killed."""
 
 import json
 import os
-import subprocess
-import sys
+import resource
+import signal
 
-import ml_collections
+import jax
 import numpy as np
 import pytest
 
-from madformer_jax import config as config_lib
+from madformer_jax import training
 from madformer_jax.data import pipeline, preprocess, records
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
+from madformer_jax.runtime import partitioning
 from madformer_jax.weights import files
 from madformer_jax.weights import vae as vae_weights
-from tests import QUICK
+from tests import tiny
 from tests.data import kill_prepare
+from tests.data.prepared import ENCODER, GOOD, ids, make_config, prepared, vae
 
 
 @pytest.fixture
 def config(tmp_path):
-    kill_prepare.make_images(tmp_path / "images", 23, corrupt=(4, 9))
-    c = config_lib.base()
-    c.data.source, c.data.path, c.data.image_size = "folder", str(tmp_path / "images"), 8
-    c.data.split = "all"
-    c.model.blocks = c.model.unet_stride = 1
-    c.prepare.shard, c.prepare.batch, c.prepare.max_corrupt = 5, 3, 0.1
-    return c
+    return make_config(tmp_path)
 
 
 @pytest.fixture
 def out(tmp_path):
     return str(tmp_path / "out")
-
-
-def encode(images):
-    """A stand-in for the VAE: 8 x 8 pixels become 2 x 2 positions, each (red mean, 1, 2, 3)."""
-    mean = np.ones((len(images), 2, 2, 4), np.float32) * [0, 1, 2, 3]
-    mean[..., 0] = images[..., 0].reshape(-1, 2, 4, 2, 4).mean((2, 4))
-    mean[..., 1] = images[..., 2].reshape(-1, 2, 4, 2, 4).mean((2, 4))
-    return mean, -mean
-
-
-def prepared(config, out):
-    c = ml_collections.ConfigDict(config.to_dict())
-    c.data.source, c.data.path = "arrayrecord", out
-    return c
-
-
-def ids(config, out) -> list[int]:
-    """Numbers of the images that a prepared folder holds, in order."""
-    found = []
-    for batch in pipeline.ordered_batches(prepared(config, out), batch=7):
-        pixels = np.rint((batch["image"] + 1) * 127.5).astype(int)
-        numbers = pixels[:, 0, 0, 0] + 256 * pixels[:, 0, 0, 1]
-        assert (batch["label"] == numbers % 2).all()
-        found += numbers.tolist()
-    return found
-
-
-GOOD = [i for i in [*range(0, 23, 2), *range(1, 23, 2)] if i not in (4, 9)]  # the folder's order
 
 
 def test_images_come_back_as_they_were_read(config, out):
@@ -107,7 +75,7 @@ def test_a_shard_of_corrupt_images_only_is_empty(config, out, tmp_path):
 
 def test_latents_hold_mean_and_logvar_of_every_image(config, out):
     config.prepare.kind = "latents"
-    prepare.run(config, out, encode=encode)
+    prepare.run(config, out, encoder=ENCODER)
     c = prepared(config, out)
     assert pipeline.describe(c)[:4] == (21, 2, (2, 2, 4), "latents")
     batches = list(pipeline.ordered_batches(c, batch=4))
@@ -124,16 +92,16 @@ def test_every_batch_to_the_encoder_has_one_size(config, out):
 
     def counting(images):
         sizes.add(images.shape)
-        return encode(images)
+        return vae(images)
 
     config.prepare.kind = "latents"
-    prepare.run(config, out, encode=counting)
+    prepare.run(config, out, encoder=ENCODER._replace(encode=counting))
     assert sizes == {(3, 8, 8, 3)}
 
 
 def test_flipped_copies_stand_beside_their_originals(config, out):
     config.prepare.kind, config.prepare.flip = "latents", True
-    prepare.run(config, out, encode=encode)
+    prepare.run(config, out, encoder=ENCODER)
     (batch,) = pipeline.ordered_batches(prepared(config, out), batch=42)
     original, flipped = batch["mean"][::2], batch["mean"][1::2]
     np.testing.assert_array_equal(flipped, original[:, :, ::-1])
@@ -145,7 +113,9 @@ def test_latents_that_are_not_finite_stop_it(config, out):
     config.prepare.kind = "latents"
     with pytest.raises(ConfigError, match=r"0006.png: its latents are not finite"):
         prepare.run(
-            config, out, encode=lambda images: (np.where(images[:, :1, :1] > -0.96, np.nan, 0), images[:, :1, :1])
+            config,
+            out,
+            encoder=ENCODER._replace(encode=lambda x: (np.where(x[:, :1, :1] > -0.96, np.nan, 0), x[:, :1, :1])),
         )
 
 
@@ -193,142 +163,58 @@ def test_another_preparation_into_the_same_folder_is_refused(config, out, tmp_pa
 def test_killed_at_random_it_still_ends_with_every_good_image_once(config, out, tmp_path):
     corrupt = (3, 77, 150)
     kill_prepare.make_images(tmp_path / "many", 200, corrupt)
-    config.data.path, config.prepare.shard = str(tmp_path / "many"), 10
-    assert kill_prepare.run(config, out, kills=2, seed=0) == 2
+    config.data.path, config.prepare.shard = str(tmp_path / "many"), 4
+    assert kill_prepare.run(config, out, kills=1, seed=0) == 1
     assert kill_prepare.check(out) == [i for i in range(200) if i not in corrupt]
     assert not [file for file in os.listdir(out) if file.endswith(".part")]
 
 
-# ---- source arrayrecord
-
-
-def test_records_are_shuffled_flipped_and_resumed_like_any_source(config, out):
-    prepare.run(config, out)
-    c = prepared(config, out)
-    c.data.flip = True
-    iterator = pipeline.train_iterator(c, batch=7)
-    first = [next(iterator) for _ in range(3)]
-    state = iterator.get_state()
-    wanted = next(iterator)
-    iterator.set_state(state)
-    np.testing.assert_array_equal(next(iterator)["image"], wanted["image"])
-    iterator.close()
-    images = np.concatenate([batch["image"] for batch in first])
-    assert sorted(np.rint((images[:, 0, 0, 0] + 1) * 127.5).astype(int)) == sorted(GOOD)
-    flipped = images[:, 0, 0, 2] > images[:, 0, -1, 2]
-    assert 3 < flipped.sum() < 18
-
-
-def test_records_keep_their_split(config, out):
-    config.data.split, config.data.test_share = "train", 0.3
-    prepare.run(config, out)
-    kept = set(ids(config, out))
-    assert 5 < len(kept) < 21
-    c = prepared(config, out)
-    c.data.split = "test"
-    with pytest.raises(ConfigError, match="split='test', but .* was prepared from split 'train'"):
-        pipeline.describe(c)
-
-
-def test_training_refuses_records_that_do_not_fit_its_config(config, out, tmp_path):
-    prepare.run(config, out)
-    c = prepared(config, out)
-    c.data.image_size = 16
-    with pytest.raises(ConfigError, match="data.image_size=16, but .* were prepared with 8"):
-        pipeline.describe(c)
-    config.prepare.kind, out = "latents", str(tmp_path / "latents")
-    prepare.run(config, out, encode=encode)
-    c = prepared(config, out)
-    c.data.flip = True
-    with pytest.raises(ConfigError, match="latents cannot be flipped"):
-        pipeline.describe(c)
-    c.data.flip, c.codec.name = False, "pixel"
-    with pytest.raises(ConfigError, match="codec.name='pixel'.* are VAE latents"):
-        pipeline.describe(c)
-
-
-def test_damaged_shards_are_found_and_made_again(config, out):
-    prepare.run(config, out)
-    shard = os.path.join(out, "shard-00001-of-00005.arrayrecord")
-    flip_a_bit(shard)
-    with pytest.raises(ConfigError, match="00001-of-00005.arrayrecord is damaged at record"):
-        ids(config, out)
-    os.truncate(os.path.join(out, "shard-00003-of-00005.arrayrecord"), 100)
-    with pytest.raises(ConfigError, match="00003-of-00005.arrayrecord is missing or not .* bytes long"):
-        pipeline.describe(prepared(config, out))
-    before = {file: os.stat(os.path.join(out, file)).st_ino for file in os.listdir(out)}
-    prepare.run(config, out)
-    assert ids(config, out) == GOOD
-    made = [file for file, inode in before.items() if os.stat(os.path.join(out, file)).st_ino != inode]
-    assert sorted(file for file in made if file.endswith("record")) == [
-        f"shard-0000{k}-of-00005.arrayrecord" for k in (1, 3)
-    ]
-
-
-def flip_a_bit(path: str) -> None:
-    with open(path, "r+b") as file:
-        file.seek(os.path.getsize(path) // 2)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
-
-
-def test_more_shards_than_may_be_open_are_read(config, out, monkeypatch):
-    prepare.run(config, out)
-    monkeypatch.setattr(records, "MAX_OPEN", 2)
-    order = np.random.default_rng(0).permutation(21)
-    batch = records.Records(out).read(order)
-    assert (batch.arrays["image"][:, 0, 0, 0] == np.array(GOOD)[order]).all()
-    assert (batch.labels == np.array(GOOD)[order] % 2).all()
-
-
 def test_a_full_disk_is_one_line_and_leaves_what_was_finished(config, out):
-    """In a process of its own, whose files may not grow beyond the first shards' size."""
-    config.data.image_size, config.prepare.shard = 64, 10
-    limit = 100_000  # bytes; a shard takes 130 000
-    script = (
-        "import json, resource, signal, sys\n"
-        "from ml_collections import ConfigDict\n"
-        "from madformer_jax.errors import ConfigError\n"
-        "from madformer_jax.modes import prepare\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        "try:\n"
-        "    prepare.run(ConfigDict(json.loads(sys.argv[1])), sys.argv[2], process_index=0, process_count=1)\n"
-        "except ConfigError as error:\n"
-        "    sys.exit(str(error))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, config.to_json(), out], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"--workdir={out} cannot be written: write() failed: File too large" in done.stderr.splitlines()[-1]
+    config.data.image_size, config.prepare.shard = 64, 12
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, kept[1]))  # bytes; a shard takes 130 000
+    try:
+        with pytest.raises(ConfigError, match=f"--workdir={out} cannot be written: File too large"):
+            prepare.run(config, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(os.listdir(out)) == ["plan.json"]
     prepare.run(config, out)
     assert len(ids(config, out)) == 21
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--workdir=.*/file/out cannot be written: Not a directory"):
+    with pytest.raises(ConfigError, match="file/out.* cannot be (read|written): Not a directory"):
         prepare.run(config, str(tmp_path / "file" / "out"))
 
 
-def test_an_unfinished_or_foreign_folder_is_refused(config, out, tmp_path):
-    c = prepared(config, out)
-    c.data.path = str(tmp_path)
-    with pytest.raises(ConfigError, match="holds no manifest.json: make the records with --mode=prepare"):
-        pipeline.describe(c)
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ConfigError, match="is of format 99, not 1"):
-        pipeline.describe(c)
-    (tmp_path / "manifest.json").write_text('{"format"')
-    with pytest.raises(ConfigError, match="manifest.json cannot be read"):
-        pipeline.describe(c)
+def test_another_vae_is_another_preparation(config, out):
+    config.prepare.kind = "latents"
+    prepare.run(config, out, encoder=ENCODER)
+    assert pipeline.describe(prepared(config, out)).codec == "abc"
+    config.codec.path = "elsewhere/the-same"
+    assert prepare.run(config, out, encoder=ENCODER)["made"] == 0
+    with pytest.raises(ConfigError, match="made in another way: codec was .*abc.* and is .*def"):
+        prepare.run(config, out, encoder=ENCODER._replace(weights="def"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "checkpoints/1"])
+def test_a_runs_folder_is_refused(config, out, name):
+    os.makedirs(os.path.join(out, name))
+    with pytest.raises(
+        ConfigError, match=f"holds a run .{name.split('/')[0]}.: give --mode=prepare a folder of its own"
+    ):
+        prepare.run(config, out)
 
 
 # ---- the whole way
 
 
-def test_from_a_folder_of_images_to_a_model_trained_on_their_latents(tiny_config, tmp_path):
-    """As a user runs it: --mode=prepare, then --mode=train on what it wrote, with the VAE's files in a folder."""
+def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, one_device):
+    """--mode=prepare with the VAE's files in a folder; what it wrote fits the step, and is what the VAE says."""
     vae_config = {"block_out_channels": [4, 4, 4, 8], "layers_per_block": 1, "norm_num_groups": 2}
     rng = np.random.default_rng(0)
     shapes = vae_weights.shapes(vae_weights.from_config(vae_config))
@@ -340,34 +226,32 @@ def test_from_a_folder_of_images_to_a_model_trained_on_their_latents(tiny_config
     )
     kill_prepare.make_images(tmp_path / "images", 20, (3,))
 
-    c = tiny_config
+    c = tiny.get_config("plain")
     c.codec.name, c.codec.path = "vae", str(tmp_path / "vae")
     c.data.image_size, c.data.channels, c.data.split = 64, 3, "all"
-    c.model.blocks, c.model.classes, c.model.depth, c.mesh.data = 1, 2, 2, -1
-    c.train.steps, c.train.checkpoint_every = 2, 2
-    c.sample.steps, c.sample.guidance = 1, 1.0
-    c.prepare.kind, c.prepare.shard, c.prepare.batch = "latents", 8, 4
-    (tmp_path / "config.py").write_text(kill_prepare.CONFIG.format(json=c.to_json()))
+    c.data.source, c.data.path = "folder", str(tmp_path / "images")
+    c.train.batch = 2
+    c.prepare.kind, c.prepare.shard, c.prepare.batch = "latents", 8, 24
+    figures = prepare.run(c, str(tmp_path / "latents"))
+    assert (figures["made"], figures["records"], figures["skipped"]) == (3, 19, 1)
+    c = prepared(c, str(tmp_path / "latents"))
+    s = training.setup(c)
+    mesh = partitioning.make_mesh(1, 1, 1)
+    _, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+    batch = pipeline.train_iterator(c, batch=2)
+    with partitioning.scope(mesh):
+        _, metrics = jax.eval_shape(training.make_step(s, c), abstract, next(batch), {})
+    batch.close()
+    assert metrics["loss"].shape == ()
 
-    def run(mode, workdir, source, path):
-        """In a process of its own, with one device: the step compiles in a fraction of the time that it takes for eight."""
-        data = f"--config.data.source={source}", f"--config.data.path={tmp_path / path}"
-        command = f"--config={tmp_path / 'config.py'}", f"--mode={mode}", f"--workdir={tmp_path / workdir}", *data
-        env = os.environ | {"XLA_FLAGS": QUICK}
-        return subprocess.run([sys.executable, "-m", "madformer_jax.main", *command], env=env).returncode
-
-    assert run("prepare", "latents", "folder", "images") == 0
-    assert run("train", "run", "arrayrecord", "latents") == 0
-    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
-    assert (tmp_path / "run" / "samples" / "step_000002_ema.png").exists()
-
-    # what training read is what the VAE says of the images
     found = records.Records(str(tmp_path / "latents"))
     source = pipeline.sources.Folder(str(tmp_path / "images"))
     numbers = [i for i in range(20) if not source.name(i).endswith("0003.png")]
     images = pipeline.table(c).batch(source.read(np.array(numbers)).arrays["image"])
-    model, params = vae_weights.load(c.codec.path)
-    mean, logvar = model.apply({"params": params}, preprocess.to_float(images), method="encode")
+    assert pipeline.describe(c).codec == vae_weights.fingerprint(vae_weights.load(c.codec.path)[1])
+    encoder = prepare._encoder(c)
+    blank = np.zeros((encoder.batch - 19, 64, 64, 3), np.uint8)
+    mean, logvar = (x[:19] for x in encoder.encode(preprocess.to_float(np.concatenate([images, blank]))))
     batch = found.read(np.arange(19))
     np.testing.assert_allclose(batch.arrays["mean"], mean, rtol=2e-3, atol=1e-3)
     np.testing.assert_allclose(batch.arrays["logvar"], logvar, rtol=2e-3, atol=1e-3)

@@ -1,0 +1,225 @@
+"""Source arrayrecord: what --mode=prepare wrote, read as it is or not at all."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from madformer_jax.data import pipeline, records
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import prepare
+from madformer_jax.runtime import storage
+from tests.data.prepared import ENCODER, GOOD, flip, ids, make_config, prepared, vae
+
+
+@pytest.fixture
+def config(tmp_path):
+    return make_config(tmp_path)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return str(tmp_path / "out")
+
+
+def test_records_are_shuffled_flipped_and_resumed_like_any_source(config, out):
+    prepare.run(config, out)
+    c = prepared(config, out)
+    c.data.flip = True
+    iterator = pipeline.train_iterator(c, batch=7)
+    first = [next(iterator) for _ in range(3)]
+    state = iterator.get_state()
+    wanted = next(iterator)
+    iterator.set_state(state)
+    np.testing.assert_array_equal(next(iterator)["image"], wanted["image"])
+    iterator.close()
+    images = np.concatenate([batch["image"] for batch in first])
+    assert sorted(np.rint((images[:, 0, 0, 0] + 1) * 127.5).astype(int)) == sorted(GOOD)
+    flipped = images[:, 0, 0, 2] > images[:, 0, -1, 2]
+    assert 3 < flipped.sum() < 18
+
+
+def test_records_keep_their_split(config, out):
+    config.data.split, config.data.test_share = "train", 0.3
+    prepare.run(config, out)
+    kept = set(ids(config, out))
+    assert 5 < len(kept) < 21
+    c = prepared(config, out)
+    c.data.split = "test"
+    with pytest.raises(ConfigError, match="split='test', but .* was prepared from split 'train'"):
+        pipeline.describe(c)
+
+
+def test_training_refuses_records_that_do_not_fit_its_config(config, out, tmp_path):
+    prepare.run(config, out)
+    c = prepared(config, out)
+    c.data.image_size = 16
+    with pytest.raises(ConfigError, match="data.image_size=16, but .* were prepared with 8"):
+        pipeline.describe(c)
+    config.prepare.kind, out = "latents", str(tmp_path / "latents")
+    prepare.run(config, out, encoder=ENCODER)
+    c = prepared(config, out)
+    c.data.flip = True
+    with pytest.raises(ConfigError, match="latents cannot be flipped"):
+        pipeline.describe(c)
+    c.data.flip, c.codec.name = False, "pixel"
+    with pytest.raises(ConfigError, match="codec.name='pixel'.* are VAE latents"):
+        pipeline.describe(c)
+
+
+@pytest.mark.parametrize("summed", [True, False], ids=["small", "large"])
+def test_damaged_shards_are_found_and_made_again(config, out, monkeypatch, summed):
+    """Small sets are compared with their checksums at the start; of others each record when it is read."""
+    monkeypatch.setattr(records, "_SUMMED", 1 << 28 if summed else 0)
+    prepare.run(config, out)
+    first, third = (os.path.join(out, f"shard-0000{k}-of-00005.arrayrecord") for k in (1, 3))
+    flip(first, 30_000 if summed else 300)  # padding, or a record
+    with pytest.raises(ConfigError, match="00001-of-00005.arrayrecord is damaged" + ("" if summed else " at record")):
+        ids(config, out)
+    os.truncate(third, 100)
+    os.remove(first)
+    with pytest.raises(ConfigError, match="00001-of-00005.arrayrecord is missing or not .* bytes long"):
+        pipeline.describe(prepared(config, out))
+    before = {file: os.stat(os.path.join(out, file)).st_ino for file in os.listdir(out)}
+    assert prepare.run(config, out)["made"] == 2
+    assert ids(config, out) == GOOD
+    made = [file for file in before if os.stat(os.path.join(out, file)).st_ino != before[file]]
+    assert [file for file in made if file.endswith("record")] == [os.path.basename(third)]
+
+
+def test_a_flipped_byte_of_a_shard_is_never_another_record(config, out, monkeypatch):
+    """Without the checksum of the whole: what is read is as it was, or nothing is."""
+    monkeypatch.setattr(records, "_SUMMED", 0)
+    config.prepare.shard = 23
+    prepare.run(config, out)
+    shard = os.path.join(out, "shard-00000-of-00001.arrayrecord")
+    wanted = records.Records(out).read(np.arange(21)).arrays["image"]
+    ends = [*range(0, 5000, 61), *range(65530, 66000, 13)]  # the records; the index, which stands at the end
+    found = 0
+    for position in ends:
+        flip(shard, position)
+        try:
+            np.testing.assert_array_equal(records.Records(out).read(np.arange(21)).arrays["image"], wanted)
+        except ConfigError:
+            found += 1
+        flip(shard, position)
+    assert found > 0.7 * len(ends)  # the others are padding
+
+
+def test_a_flipped_byte_of_any_json_file_is_noticed(config, out):
+    config.prepare.shard = 23
+    prepare.run(config, out)
+    refused = {
+        "manifest.json": lambda: pipeline.describe(prepared(config, out)),
+        "plan.json": lambda: prepare.run(config, out),
+        "shard-00000-of-00001.arrayrecord.json": lambda: records.read_sealed(path),
+    }
+    for name, use in refused.items():
+        path = os.path.join(out, name)
+        with open(path, "rb") as file:
+            content = file.read()
+        for position in range(0, len(content), 37):
+            flip(path, position)
+            if not content[position : position + 1].isspace():  # one blank is as good as another
+                with pytest.raises(ConfigError):
+                    use()
+            flip(path, position)
+    flip(path, content.index(b'"records": 21') + 11)
+    figures = prepare.run(config, out)
+    assert figures["made"] == 1 and len(ids(config, out)) == 21
+
+
+def test_more_shards_than_may_be_open_are_read(config, out, monkeypatch):
+    prepare.run(config, out)
+    monkeypatch.setattr(records, "MAX_OPEN", 2)
+    order = np.random.default_rng(0).permutation(21)
+    batch = records.Records(out).read(order)
+    assert (batch.arrays["image"][:, 0, 0, 0] == np.array(GOOD)[order]).all()
+    assert (batch.labels == np.array(GOOD)[order] % 2).all()
+
+
+def test_an_unfinished_or_foreign_folder_is_refused(config, out, tmp_path):
+    c = prepared(config, out)
+    c.data.path = str(tmp_path)
+    with pytest.raises(ConfigError, match="holds no manifest.json: make the records with --mode=prepare"):
+        pipeline.describe(c)
+    records.write_sealed(tmp_path / "manifest.json", {"format": 99})
+    with pytest.raises(ConfigError, match="is of format 99, not 2"):
+        pipeline.describe(c)
+    for content in ('{"format"', "[1]", '{"format": 2}'):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ConfigError, match="manifest.json is damaged"):
+            pipeline.describe(c)
+
+
+def test_records_of_the_first_format_are_read(config, out, caplog):
+    """No seal, no names of classes, no background; the VAE by its path; an empty shard has no file."""
+    prepare.run(config, out, encoder=ENCODER)
+    path = os.path.join(out, "manifest.json")
+    manifest = records.read_sealed(path) | {"format": 1, "names": "hash of the files", "codec": None}
+    del manifest["image"]["background"], manifest["files"]
+    manifest["shards"].append({"file": "", "records": 0, "size": 0, "sha256": "", "shape": [], "skipped": 3})
+    with open(path, "w") as file:
+        json.dump(manifest, file)
+    assert ids(config, out) == GOOD
+    info = pipeline.describe(prepared(config, out))
+    assert info.names == ("0", "1") and info.codec == "" and len(info.fingerprint) == 64
+    del manifest["shape"]
+    with open(path, "w") as file:
+        json.dump(manifest, file)
+    with pytest.raises(ConfigError, match="manifest.json is damaged"):
+        pipeline.describe(prepared(config, out))
+
+
+def test_the_fingerprint_outlives_a_shard_made_again_but_not_other_data(config, out, tmp_path):
+    config.prepare.kind = "latents"
+    prepare.run(config, out, encoder=ENCODER)
+    before = pipeline.describe(prepared(config, out))
+    os.remove(os.path.join(out, "shard-00001-of-00005.arrayrecord"))
+    prepare.run(
+        config, out, encoder=ENCODER._replace(encode=lambda x: vae(1.01 * x))
+    )  # another machine rounds otherwise
+    assert pipeline.describe(prepared(config, out)) == before and before.names == ("0", "1")
+    config.data.crop = False
+    prepare.run(config, str(tmp_path / "other"), encoder=ENCODER)
+    assert pipeline.describe(prepared(config, str(tmp_path / "other"))).fingerprint != before.fingerprint
+
+
+# ---- a bucket, played by a folder: tests.cloud has a real one
+
+
+@pytest.fixture
+def bucket(config, out, tmp_path, monkeypatch):
+    prepare.run(config, out)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "is_remote", lambda path: str(path).startswith(out))
+    return out
+
+
+def test_shards_of_a_bucket_are_copied_once(config, bucket, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="absl"):
+        assert ids(config, bucket) == GOOD == ids(config, bucket)
+    assert len([line for line in caplog.messages if line.startswith("copying 5 shards")]) == 1
+    (local,) = (tmp_path / "cache" / "madformer_jax" / "records").iterdir()
+    os.truncate(local / "shard-00002-of-00005.arrayrecord", 10)  # as a full disk would leave it
+    assert ids(config, bucket) == GOOD
+    flip(str(local / "shard-00002-of-00005.arrayrecord"), 300)
+    with pytest.raises(
+        ConfigError, match="records/.*00002-of-00005.arrayrecord is damaged: remove the file, and it is copied"
+    ):
+        ids(config, bucket)
+
+
+def test_what_a_bucket_holds_damaged_is_not_used(config, bucket):
+    flip(os.path.join(bucket, "shard-00003-of-00005.arrayrecord"), 300)
+    with pytest.raises(ConfigError, match=f"{bucket}/shard-00003-of-00005.arrayrecord is damaged: run --mode=prepare"):
+        ids(config, bucket)
+
+
+def test_a_small_disk_is_said_before_anything_is_copied(config, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(ConfigError, match="its shards need 0.0 GB in .*, where 0.0 GB are free: let XDG_CACHE_HOME"):
+        ids(config, bucket)
+    assert not list((tmp_path / "cache").rglob("*.arrayrecord"))
