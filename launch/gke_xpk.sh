@@ -21,7 +21,7 @@ settings (flag, or environment variable)
   --name=NAME        XPK_WORKLOAD  run, logs, stop: of the workload
   --spot             XPK_SPOT=1    create: preemptible capacity
   --reservation=NAME XPK_RESERVATION  create: reserved capacity; neither of the two: on demand
-  --image=IMAGE      XPK_IMAGE     run: base image, default python:3.11-slim; with the requirements it starts faster
+  --image=IMAGE      XPK_IMAGE     run: base image, default python:3.11-slim; with what the project needs it starts faster
   --dry-run                        print the commands instead of running them
 
 main.py gets --distributed besides the arguments given. --workdir must be on gs://.

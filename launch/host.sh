@@ -6,12 +6,12 @@ usage() {
   cat <<'USAGE'
 usage: launch/host.sh VERB [-- main.py arguments]
 
-  install              virtual environment .venv with requirements.txt and JAX for TPU
+  install              virtual environment .venv with the project, JAX for TPU and the hub
   start -- ARGUMENTS   main.py in the background, output to ~/.madformer/log; refuses while one runs
   status               idle | running | done | failed N | interrupted
   stop                 SIGTERM, so that the run saves; SIGKILL after 90 s
   run -- ARGUMENTS     main.py in the foreground
-  container -- ARGUMENTS   as run, after installing requirements.txt with pip (GKE)
+  container -- ARGUMENTS   as run, after installing the same with pip (GKE)
 
 A run that was told to stop (SIGTERM) exits with status 143, whatever main.py returns, so that
 nobody takes a saved but unfinished training for a finished one.
@@ -25,6 +25,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/common.sh"
 cd "$ROOT"
 STATE=${MADFORMER_STATE:-$HOME/.madformer}
+PROJECT='.[tpu,hub]' # the hub for the VAE that the paper's configs name
 GRACE=${MADFORMER_GRACE:-90} # the run promises to save and exit within 30 s
 
 main_command() {
@@ -110,9 +111,9 @@ stop() {
 install() {
   # TPU images bring Python 3.10, JAX wants 3.11 or newer: uv fetches one.
   PATH=$HOME/.local/bin:$PATH
-  command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+  command -v uv >/dev/null || python3 -m pip install --quiet --user 'uv>=0.5,<1'
   uv venv --quiet --allow-existing --python 3.11 .venv
-  uv pip install --quiet --python .venv/bin/python -r requirements.txt 'jax[tpu]'
+  uv pip install --quiet --python .venv/bin/python --editable "$PROJECT"
   .venv/bin/python -c 'import jax, madformer_jax; print("installed: jax", jax.__version__)'
 }
 
@@ -124,7 +125,7 @@ case $verb in
   start | background) "$verb" "$@" ;;
   run) supervise "$@" ;;
   container)
-    python3 -m pip install --quiet -r requirements.txt 'jax[tpu]'
+    python3 -m pip install --quiet --editable "$PROJECT"
     supervise "$@"
     ;;
   -h | --help) usage ;;

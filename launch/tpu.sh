@@ -7,7 +7,7 @@ usage() {
 usage: launch/tpu.sh VERB [settings] [-- main.py arguments]
 
   create    ask for the TPU and wait until it is ACTIVE
-  install   copy the committed tree to all hosts and install the requirements there
+  install   copy the committed tree to all hosts and install the project there
   run       start main.py on all hosts, in the background; refuses while one of them still runs
   status    one line per host: idle, running, done, failed N, interrupted
   logs      follow the log of host 0, or of --worker=N|all
