@@ -4,6 +4,7 @@ python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt 
 """
 
 import pathlib
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,13 +22,16 @@ from madformer_jax.weights.release import from_release, to_release
 from madformer_jax.weights.release_config import release_args
 
 
-def run(c: ConfigDict, workdir: str) -> None:
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """--mode=convert: one of the files that `config.convert` names.
 
     release: the release's checkpoint to a workdir that --mode=sample takes; its model is that of the file's arguments, and
       of the given config where the file has none.
     vae, inception: to the Orbax folders workdir/vae (for `config.codec.path`) and workdir/inception.
     to_release: the workdir's newest checkpoint to a file that the release's code loads.
+
+    Returns:
+      Where the result lies, and for a model which weights and how many tensors there are.
 
     Raises:
       ConfigError: a file cannot be read or a tensor does not fit; nothing is written then.
@@ -37,10 +41,10 @@ def run(c: ConfigDict, workdir: str) -> None:
     if len(chosen) != 1:
         given = ", ".join(chosen) or "none"
         raise ConfigError(f"--mode=convert needs one of config.convert.{{{','.join(jobs)}}}, given: {given}.")
-    jobs[chosen[0]](c, workdir)
+    return jobs[chosen[0]](c, workdir)
 
 
-def _release(c: ConfigDict, workdir: str) -> None:
+def _release(c: ConfigDict, workdir: str) -> dict[str, Any]:
     path = c.convert.release
     if checkpoint.exists(workdir):
         raise ConfigError(f"--workdir={workdir} already holds a checkpoint: give another one.")
@@ -56,13 +60,14 @@ def _release(c: ConfigDict, workdir: str) -> None:
     params = from_release(content.tensors, c, path)
     taken, count = content.weights or "only", len(content.tensors)
     del content  # the file's pages, before the checkpoint's own buffers come
+    checkpoint.write_config(c, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(0, {item: params}, None, {"converted_from": pathlib.Path(path).name, "weights": taken})
-    checkpoint.write_config(c, workdir)
     logging.info("converted the %s weights of %s, %d tensors, to %s", taken, path, count, workdir)
+    return {"path": workdir, "weights": taken, "tensors": count}
 
 
-def _to_release_file(c: ConfigDict, workdir: str) -> None:
+def _to_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     args = release_args(c)
@@ -78,15 +83,18 @@ def _to_release_file(c: ConfigDict, workdir: str) -> None:
     logging.info(
         "wrote the %s weights of step %d, %d tensors, to %s", item, step, len(state_dict), c.convert.to_release
     )
+    return {"path": c.convert.to_release, "step": step, "weights": item, "tensors": len(state_dict)}
 
 
-def _vae(c: ConfigDict, workdir: str) -> None:
+def _vae(c: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = f"{workdir}/vae"
     vae_weights.save(folder, c.convert.vae)
     logging.info("converted %s; use it with --config.codec.path=%s", c.convert.vae, folder)
+    return {"path": folder}
 
 
-def _inception(c: ConfigDict, workdir: str) -> None:
+def _inception(c: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = f"{workdir}/inception"
     inception_weights.save(folder, c.convert.inception)
     logging.info("converted %s to %s", c.convert.inception, folder)
+    return {"path": folder}

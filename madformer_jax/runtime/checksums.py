@@ -16,6 +16,7 @@ from etils import epath
 from madformer_jax.runtime import storage
 
 NAME = "checksums.json"
+_WRITTEN_LATER = "_CHECKPOINT_METADATA"  # Orbax notes the time of its commit there, and reads none of it back
 _CHUNK = 1 << 22  # bytes read at a time
 _THREADS = 4  # hashing does not hold the interpreter's lock
 Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
@@ -83,6 +84,7 @@ def _files(folder: epath.Path) -> list[str]:
     path = os.fspath(folder)
     url = f"{path}/" if storage.is_remote(path) else f"file://{os.path.abspath(path)}/"
     names = [key.decode() for key in tensorstore.KvStore.open(url).result().list().result()]
+    names = [name for name in names if name != _WRITTEN_LATER]
     return sorted(name for name in names if not name.endswith("/"))  # in a bucket, a folder is such an object
 
 

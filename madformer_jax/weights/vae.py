@@ -56,20 +56,12 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
         raise ConfigError(
             "config.codec.path is empty: give the VAE's folder or hub id (such as stabilityai/sd-vae-ft-mse, or with @revision)."
         )
-    folder = epath.Path(path)
-    if folder.is_dir():
-        found = [folder / name for name in _FILES if (folder / name).exists()]
-        config_file = folder / "config.json"
-        if not config_file.exists() or not (found or files.has_params(path)):
-            raise ConfigError(f"{path} is no VAE folder: it needs config.json and one of {', '.join(_FILES)}.")
-    elif on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", path):
-        config_file, *found = _download(*on_hub.groups())
-    else:
-        raise ConfigError(f"{path}: no such folder, and no hub id either (owner/name or owner/name@revision).")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{config_file} is no JSON ({error}).") from None
+    with storage.errors(f"config.codec.path={path} cannot be read"):
+        config_file, *found = _find(path)
+        try:
+            config = json.loads(config_file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{config_file} is no JSON ({error}).") from None
     model = from_config(config, dtype)
     if found:
         state_dict = files.read_state_dict(found[0]).tensors
@@ -77,6 +69,19 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
     params = files.load_params(path)
     files.check_tensors(shapes(model), to_diffusers_vae(params), path)
     return model, params, config
+
+
+def _find(path: str) -> list[epath.Path]:
+    """config.json and, but for an Orbax folder, the file of the weights."""
+    folder = epath.Path(path)
+    if folder.is_dir():
+        found = [folder / name for name in _FILES if (folder / name).exists()]
+        if not (folder / "config.json").exists() or not (found or files.has_params(path)):
+            raise ConfigError(f"{path} is no VAE folder: it needs config.json and one of {', '.join(_FILES)}.")
+        return [folder / "config.json", *found]
+    if on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", path):
+        return _download(*on_hub.groups())
+    raise ConfigError(f"{path}: no such folder, and no hub id either (owner/name or owner/name@revision).")
 
 
 def _download(hub_id: str, revision: str | None) -> list[epath.Path]:

@@ -13,6 +13,7 @@ import pytest
 
 from madformer_jax import config, drawing, main
 from madformer_jax.errors import ConfigError
+from madformer_jax.modes import convert
 from madformer_jax.weights import files, release, release_config
 from madformer_jax.weights import inception as inception_weights
 from madformer_jax.weights import vae as vae_weights
@@ -141,6 +142,10 @@ def test_without_arguments_the_given_config_s_model_is_taken(tmp_path, reference
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["model"]["rope"] == "release"
     assert saved["sample"]["weights"] == "raw"
+    c, _ = main.parse(["main", "--mode=convert", f"--workdir={tmp_path / 'run'}"])
+    c.convert.to_release = str(tmp_path / "back.npz")
+    figures = convert.run(c, str(tmp_path / "run"))
+    assert figures == {"path": c.convert.to_release, "step": 0, "weights": "params", "tensors": len(tensors)}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
