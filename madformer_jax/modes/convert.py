@@ -57,6 +57,7 @@ def _release(c: ConfigDict, workdir: str) -> dict[str, Any]:
     config_lib.validate(c)
     item = "ema" if content.weights == "ema" else "params"
     c.sample.weights = "ema" if item == "ema" else "raw"
+    c.convert.release = ""  # done: the workdir's config is for what comes next
     params = from_release(content.tensors, c, path)
     taken, count = content.weights or "only", len(content.tensors)
     del content  # the file's pages, before the checkpoint's own buffers come
