@@ -127,6 +127,18 @@ def base() -> ConfigDict:
     c.sample.noise = ""  # .npy file of the initial noise (n, L, positions, C) in place of the seed's
     c.sample.clip = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
 
+    c.evaluate = ConfigDict()  # --mode=reference and --mode=evaluate (docs/evaluation.md)
+    c.evaluate.network = "classifier"  # whose features are compared: classifier | inception
+    c.evaluate.network_path = ""  # its weights; "": classifier.npz or inception in the workdir
+    c.evaluate.reference = ""  # statistics to compare with; "": reference.npz in the workdir
+    c.evaluate.split = "test"  # of which --mode=reference makes them
+    c.evaluate.n = 1000  # images that are judged
+    c.evaluate.checkpoints = "newest"  # or "last:5", or steps: "1000,2000"
+    c.evaluate.grid = ""  # settings of `sample`, every combination: "steps=5,20;guidance=1,2"
+    c.evaluate.images = ""  # judge these instead: "data:<split>", a .npz, a folder of .npz files or of images
+    c.evaluate.degrade = ""  # and spoil them first, to see what a score sees: "noise:16", "blur:1.5"
+    c.evaluate.training = ""  # reference of the training images: whether a sample is a copy of one
+
     c.convert = ConfigDict()  # --mode=convert: one of the first four
     c.convert.release = ""  # the release's checkpoint, to a workdir
     c.convert.vae = ""  # a diffusers folder or hub id, to workdir/vae

@@ -82,13 +82,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "sample.steps": (1, 999),
     "sample.guidance": (0, 1000),
     "sample.clip": (0, math.inf),
+    "evaluate.n": (1, math.inf),
     "benchmark.warmup": (0, math.inf),
     "benchmark.steps": (1, math.inf),
 }
 
 _PATHS = (
     "compilation_cache", "codec.path", "data.path", "sample.noise", "convert.release", "convert.vae", "convert.inception",
-    "convert.to_release",
+    "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
 )  # fmt: skip
 _LARGEST = 2**31 - 1  # of an integer; JAX's are of 32 bits
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import classifier, inception
@@ -43,7 +43,7 @@ def extractor(network: Network) -> Callable[[np.ndarray], Outputs]:
     not take images of c channels.
     """
     devices = jax.local_devices()
-    mesh = Mesh(np.array(devices), "images")
+    mesh = Mesh(np.array(devices), "images", axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("images"))
     params = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
     apply = jax.jit(network.apply)
@@ -59,7 +59,8 @@ def extractor(network: Network) -> Callable[[np.ndarray], Outputs]:
         for first in range(0, len(images), size):
             part = images[first : first + size]
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            outputs = jax.device_get(apply(params, jax.device_put(filled, split)))
+            with jax.set_mesh(mesh):  # its own, whatever mesh the images were drawn on
+                outputs = jax.device_get(apply(params, jax.device_put(filled, split)))
             found.append(outputs[0][: len(part)])
             if outputs[1] is not None:
                 logits.append(outputs[1][: len(part)])

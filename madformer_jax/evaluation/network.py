@@ -1,12 +1,11 @@
 """What a feature network is to the scores, whichever it is."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from flax.traverse_util import flatten_dict
+
+from madformer_jax.weights.fingerprint import fingerprint
 
 Array = jax.Array
 
@@ -24,14 +23,4 @@ class Network(NamedTuple):
 
     def describe(self) -> dict[str, Any]:
         """The network as JSON, for the protocol of a score: scores of two of them are not comparable."""
-        return {"name": self.name, "weights": digest(self.params), "dims": self.dims, **self.about}
-
-
-def digest(params: Mapping[str, Any]) -> str:
-    """Hash of a tree of weights: of the names, shapes, types and values of its arrays."""
-    sha = hashlib.sha256()
-    for path, leaf in sorted(flatten_dict(params).items()):
-        array = np.ascontiguousarray(leaf)
-        sha.update(f"{'/'.join(path)} {array.dtype} {array.shape}\n".encode())
-        sha.update(array.tobytes())
-    return sha.hexdigest()[:16]
+        return {"name": self.name, "weights": fingerprint(self.params), "dims": self.dims, **self.about}

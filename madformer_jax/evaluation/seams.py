@@ -3,26 +3,35 @@
 import numpy as np
 
 
-def steps_at_borders(images: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """How much neighbouring pixels differ across the borders of blocks, and inside blocks.
+def profile(images: np.ndarray) -> np.ndarray:
+    """How much neighbouring pixels differ on the two sides of each line through the image.
 
     Args:
       images: (n, H, W, c), any type of number.
-      rows, columns: of blocks in an image; together at least two.
+
+    Returns:
+      (n, H - 1 + W - 1) float32: mean absolute difference across each horizontal line, then across each vertical one.
+    """
+    x = images.astype(np.float32)
+    down, right = np.abs(np.diff(x, axis=1)).mean(axis=(2, 3)), np.abs(np.diff(x, axis=2)).mean(axis=(1, 3))
+    return np.concatenate([down, right], axis=1)
+
+
+def steps_at_borders(profiles: np.ndarray, shape: tuple[int, int], rows: int, columns: int) -> np.ndarray:
+    """The steps across borders of blocks and inside blocks.
+
+    Args:
+      profiles: (n, H - 1 + W - 1), of `profile`.
+      shape: (H, W).
+      rows, columns: of blocks in an image; together at least three.
 
     Returns:
       (n, 2) float64: mean absolute difference of neighbours on two sides of a border, and in one block, of each image.
     """
-    across, inside = [], []
-    for axis, parts in ((1, rows), (2, columns)):
-        side = images.shape[axis]
-        first = np.arange(side - 1)
-        border = (first + 1) % (side // parts) == 0
-        x = np.moveaxis(images, axis, 1).reshape(len(images), side, -1).astype(np.float32)
-        steps = np.abs(x[:, 1:] - x[:, :-1])
-        across.append(steps[:, border].reshape(len(images), -1))
-        inside.append(steps[:, ~border].reshape(len(images), -1))
-    return np.stack([np.concatenate(x, axis=1).mean(axis=1, dtype=np.float64) for x in (across, inside)], axis=1)
+    lines = [np.arange(1, side) for side in shape]
+    border = np.concatenate([line % (side // parts) == 0 for line, side, parts in zip(lines, shape, (rows, columns))])
+    pairs = np.repeat([shape[1], shape[0]], [len(line) for line in lines])  # of pixels on a line
+    return np.stack([np.average(profiles[:, x], axis=1, weights=pairs[x]) for x in (border, ~border)], axis=1)
 
 
 def seam_score(steps: np.ndarray) -> float:

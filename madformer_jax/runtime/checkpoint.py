@@ -165,6 +165,11 @@ class Checkpoints:
         """The newest complete step."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """All complete steps."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, arrays: dict[str, Any], data: dict[str, Any] | None, meta: dict[str, Any]) -> None:
         """Starts to save; returns as soon as the arrays may be overwritten. A step that is there is left alone.
 

@@ -7,10 +7,11 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features
-from madformer_jax.evaluation.network import Network, digest
+from madformer_jax.evaluation.network import Network
 from madformer_jax.models import classifier
 from madformer_jax.models import inception as model
 from madformer_jax.weights import inception as weights
+from madformer_jax.weights.fingerprint import fingerprint
 
 
 def _sums(params, images):
@@ -44,9 +45,9 @@ def test_batches_are_filled_up_and_cut(monkeypatch):
 
 
 def test_networks_have_a_table_and_a_hash():
-    assert TOY.describe() == {"name": "toy", "weights": digest(TOY.params), "dims": 3, "made": "here"}
+    assert TOY.describe() == {"name": "toy", "weights": fingerprint(TOY.params), "dims": 3, "made": "here"}
     other = {"w": np.float32([1, 2, 3.0001])}
-    assert len({digest(x) for x in (TOY.params, other, {"v": other["w"]}, {"w": other["w"][None]})}) == 4
+    assert len({fingerprint(x) for x in (TOY.params, other, {"v": other["w"]}, {"w": other["w"][None]})}) == 4
     with pytest.raises(ConfigError, match="'inception', 'classifier'"):
         features.open_network("dino", "")
     for wrong in (np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8)):
@@ -60,7 +61,7 @@ def test_the_classifier_is_in_the_table(tmp_path):
     classifier.save(tmp_path / "classifier.npz", classifier.Classifier(params, 2, 1, accuracy=0.75, held_out=8))
     network = features.open_network("classifier", str(tmp_path / "classifier.npz"))
     assert network.describe() == {
-        "name": "classifier", "weights": digest(params), "dims": 64, "classes": 2, "accuracy": 0.75, "held_out": 8,
+        "name": "classifier", "weights": fingerprint(params), "dims": 64, "classes": 2, "accuracy": 0.75, "held_out": 8,
     }  # fmt: skip
     outputs, expected = network.apply(network.params, images), classifier.apply(params, images, classes=2)
     assert all(np.array_equal(a, b) for a, b in zip(outputs, expected))

@@ -11,13 +11,15 @@ from madformer_jax.evaluation.memorisation import memorisation, nearest_distance
 def test_seam_score_counts_steps_at_borders():
     ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None], (2, 8, 12, 3)).copy()
     ramp[1, :, 6:] += 4  # a step of 5 instead of 1 between the two columns of blocks
-    steps = seams.steps_at_borders(ramp, rows=1, columns=2)
+    profiles = seams.profile(ramp)
+    steps = seams.steps_at_borders(profiles, (8, 12), rows=1, columns=2)
     inside = (8 * 10) / (8 * 10 + 7 * 12)  # rows do not differ
-    np.testing.assert_allclose(steps, [[1, inside], [5, inside]])
+    np.testing.assert_allclose(steps, [[1, inside], [5, inside]], rtol=1e-6)
     assert seams.seam_score(steps) == pytest.approx(3 / inside)
-    across_rows = seams.steps_at_borders(ramp, rows=2, columns=1)
+    across_rows = seams.steps_at_borders(profiles, (8, 12), rows=2, columns=1)
     np.testing.assert_allclose(across_rows[:, 0], 0)
-    assert seams.seam_score(seams.steps_at_borders(ramp[:, :, :1].repeat(4, 2), 2, 2)) == 1
+    flat = seams.profile(ramp[:, :, :1].repeat(4, 2))
+    assert seams.seam_score(seams.steps_at_borders(flat, (8, 4), 2, 2)) == 1
 
 
 def test_copies_of_training_images_are_found(monkeypatch):

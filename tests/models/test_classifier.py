@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import network
 from madformer_jax.models import classifier
+from madformer_jax.weights.fingerprint import fingerprint
 
 
 def _stripes(n, seed):
@@ -32,10 +32,10 @@ def test_classes_are_learned_and_the_same_every_time(trained, tmp_path):
     assert features.shape == (90, classifier.DIMS)
     assert np.mean(logits.argmax(axis=1) == labels) == trained.accuracy
     again = classifier.train(*_stripes(128, 0), *_stripes(90, 1), steps=20)
-    assert network.digest(again.params) == network.digest(trained.params)
+    assert fingerprint(again.params) == fingerprint(trained.params)
     classifier.save(tmp_path / "classifier.npz", trained)
     loaded = classifier.load(tmp_path / "classifier.npz")
-    assert network.digest(loaded.params) == network.digest(trained.params)
+    assert fingerprint(loaded.params) == fingerprint(trained.params)
     assert loaded._replace(params=None) == trained._replace(params=None)
 
 

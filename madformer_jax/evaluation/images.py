@@ -1,0 +1,173 @@
+"""Images that exist, to be judged: a data source's, a folder's, those of .npz files; read by number, never all at once."""
+
+import os
+import zipfile
+from collections.abc import Callable
+from typing import IO, NamedTuple
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from PIL import Image, ImageFilter
+
+from madformer_jax.data import pipeline, preprocess, sources
+from madformer_jax.data.source import Source
+from madformer_jax.errors import ConfigError
+
+Rows = tuple[np.ndarray, np.ndarray]  # images uint8 (b, H, W, c), labels int32 (b,)
+
+
+class Images(NamedTuple):
+    """A set of images."""
+
+    about: dict[str, str]  # which ones, for the protocol
+    n: int
+    labelled: bool
+    read: Callable[[np.ndarray], Rows]  # of numbers (b,), ascending; images that cannot be read are left out
+
+
+def of_source(c: ConfigDict, split: str, shuffled: bool) -> Images:
+    """The images of `config.data`'s source, through the preprocessing table.
+
+    Args:
+      c: the config.
+      split: takes the place of `data.split`.
+      shuffled: numbered in an order drawn once and for all, so that the first n are a fair choice.
+
+    Raises:
+      ConfigError: the source does not open or holds latents.
+    """
+    c = c.copy_and_resolve_references()
+    c.data.split = split
+    source = sources.open_source(c)
+    if source.kind != "images":
+        raise ConfigError(f"config.data.path={c.data.path!r} holds latents: statistics need the images themselves.")
+    if not len(source):
+        raise ConfigError(f"config.data.source={c.data.source}, split {split!r}, is empty.")
+    order = np.random.RandomState(2020).permutation(len(source)) if shuffled else np.arange(len(source))
+    about = {"source": c.data.source, "split": split, "fingerprint": source.fingerprint}
+    table = pipeline.table(c)
+    return Images(about, len(source), source.classes > 0, lambda numbers: _read(source, table, order[numbers]))
+
+
+def _read(source: Source, table: preprocess.Table, numbers: np.ndarray) -> Rows:
+    try:
+        found = source.read(numbers)
+        return table.batch(found.arrays["image"]), found.labels
+    except (preprocess.CorruptImageError, OSError) as error:
+        if len(numbers) > 1:
+            each = [_read(source, table, number[None]) for number in numbers]
+            return np.concatenate([x for x, _ in each]), np.concatenate([y for _, y in each])
+        logging.warning("passed over %s: %s", source.name(int(numbers[0])), error)
+        return np.zeros((0, table.size, table.size, table.channels), np.uint8), np.zeros(0, np.int32)
+
+
+def open_images(c: ConfigDict) -> Images:
+    """The images that `config.evaluate.images` names: "data:SPLIT", a .npz file, or a folder of .npz files or images.
+
+    Raises:
+      ConfigError: there are none, or they are not uint8 (n, H, W, c) of the config's size.
+    """
+    name = c.evaluate.images
+    if name.startswith("data:"):
+        found = of_source(c, name.removeprefix("data:"), shuffled=True)
+    else:
+        shards = [os.path.join(name, file) for file in sorted(os.listdir(name))] if os.path.isdir(name) else [name]
+        shards = [file for file in shards if file.endswith(".npz")]
+        found = _of_shards(c, name, shards) if shards else _of_folder(c, name)
+    return _degraded(found, c.evaluate.degrade)
+
+
+def _of_folder(c: ConfigDict, path: str) -> Images:
+    source, table = sources.Folder(path), pipeline.table(c)
+    about = {"folder": os.path.basename(os.path.abspath(path)), "fingerprint": source.fingerprint}
+    return Images(about, len(source), False, lambda numbers: _read(source, table, numbers))
+
+
+class _Shard:
+    """The rows of `images` (or `arr_0`) in a .npz file, read in order without the rest of the file in memory."""
+
+    def __init__(self, path: str):
+        self._path = path
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+                self._name = next(name for name in ("images.npy", "arr_0.npy") if name in names)
+                with archive.open(self._name) as file:
+                    shape, fortran, dtype = _header(file)
+                    self._start = file.tell()
+            with np.load(path, allow_pickle=False) as file:
+                self.labels = file["labels"].astype(np.int32) if "labels.npy" in names else None
+        except StopIteration:
+            raise ConfigError(f"{path} holds neither 'images' nor 'arr_0'.") from None
+        except Exception as error:  # a broken archive raises almost any kind
+            raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}: {error}).") from None
+        if fortran or dtype != np.uint8 or len(shape) != 4:
+            raise ConfigError(f"{path}: images are {dtype} {shape}: they must be uint8 (n, H, W, c).")
+        self.shape = shape
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        size = int(np.prod(self.shape[1:]))
+        out = np.empty((len(numbers), size), np.uint8)
+        with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
+            for row, number in zip(out, numbers.tolist()):
+                file.seek(self._start + number * size)
+                row[:] = np.frombuffer(file.read(size), np.uint8)
+        return out.reshape(-1, *self.shape[1:])
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
+
+
+def _of_shards(c: ConfigDict, name: str, paths: list[str]) -> Images:
+    shards = [_Shard(path) for path in paths]
+    shape = (c.data.image_size, c.data.image_size, c.data.channels)
+    for shard, path in zip(shards, paths):
+        if shard.shape[1:] != shape:
+            raise ConfigError(f"{path}: images are {shard.shape[1:]}, and the config's are {shape}.")
+    ends = np.cumsum([shard.shape[0] for shard in shards])
+    labelled = all(shard.labels is not None for shard in shards)
+
+    def read(numbers: np.ndarray) -> Rows:
+        images, labels = [], []
+        which = np.searchsorted(ends, numbers, side="right")
+        for k in np.unique(which):
+            rows = numbers[which == k] - (ends[k] - shards[k].shape[0])
+            images.append(shards[k].rows(rows))
+            known = shards[k].labels
+            labels.append(known[rows] if labelled and known is not None else np.zeros(len(rows), np.int32))
+        return np.concatenate(images), np.concatenate(labels)
+
+    about = {"files": os.path.basename(os.path.abspath(name))}
+    return Images(about, int(ends[-1]), labelled, read)
+
+
+def _degraded(images: Images, how: str) -> Images:
+    """The images with noise ("noise:16": deviation of 16 of 255) or blur ("blur:1.5": radius in pixels); "": as they are."""
+    if not how:
+        return images
+    kind, _, text = how.partition(":")
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = -1
+    if kind not in ("noise", "blur") or strength <= 0:
+        raise ConfigError(
+            f"config.evaluate.degrade={how!r}: it must be noise:DEVIATION or blur:RADIUS, as in noise:16."
+        )
+
+    def read(numbers: np.ndarray) -> Rows:
+        pixels, labels = images.read(numbers)
+        if not len(pixels):
+            return pixels, labels
+        if kind == "blur":
+            blur = ImageFilter.GaussianBlur(strength)
+            each = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).filter(blur) for x in pixels]
+            return np.stack([np.asarray(x) for x in each]).reshape(pixels.shape), labels
+        noise = [np.random.default_rng(int(n)).normal(0, strength, pixels.shape[1:]) for n in numbers[: len(pixels)]]
+        return np.clip(np.round(pixels + np.stack(noise)), 0, 255).astype(np.uint8), labels
+
+    return Images({**images.about, "degrade": how}, images.n, images.labelled, read)

@@ -1,0 +1,114 @@
+"""What is found out of many images, in parts on disk: a killed run goes on, and memory holds one batch of images.
+
+Every process takes its share of each part; the first one writes it. Only what is small per image is kept.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import seams
+from madformer_jax.evaluation.features import Outputs
+from madformer_jax.runtime import storage
+
+Arrays = dict[str, np.ndarray]
+T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """Images [first, stop) of a set."""
+
+    first: int
+    stop: int
+
+
+class Parts:
+    """The parts of n images in a folder of files; the same in every process."""
+
+    def __init__(self, folder: epath.Path, n: int, size: int):
+        self._folder = folder
+        self._parts = [Part(first, min(first + size, n)) for first in range(0, n, size)]
+
+    def missing(self) -> list[Part]:
+        """The parts that are not there yet, as the first process sees them."""
+        there = np.array([self._path(part).exists() for part in self._parts])
+        there = multihost_utils.broadcast_one_to_all(there) if jax.process_count() > 1 else there
+        return [part for part, found in zip(self._parts, there) if not found]
+
+    def write(self, part: Part, arrays: Arrays) -> None:
+        """Writes what was found in a part."""
+        if jax.process_index() == 0:
+            storage.write(self._path(part), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+    def read(self) -> Arrays:
+        """All parts, each array with their rows in order.
+
+        Raises:
+          ConfigError: a part is damaged.
+        """
+        found: dict[str, list[np.ndarray]] = {}
+        for part in self._parts:
+            path = self._path(part)
+            try:
+                with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+                    for name in file.files:
+                        found.setdefault(name, []).append(file[name])
+            except Exception as error:  # a broken archive raises almost any kind
+                raise ConfigError(f"{path} is damaged: remove it and run again ({type(error).__name__}).") from None
+        return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+    def remove(self) -> None:
+        """Removes the parts, once what they were for is written."""
+        if jax.process_index() == 0 and self._folder.exists():
+            self._folder.rmtree()
+
+    def _path(self, part: Part) -> epath.Path:
+        return self._folder / f"part_{part.first:07d}_{part.stop:07d}.npz"
+
+
+def share(n: int) -> slice:
+    """The run of n rows that falls to this process."""
+    index, count = jax.process_index(), jax.process_count()
+    return slice(n * index // count, n * (index + 1) // count)
+
+
+def gather(arrays: Arrays) -> Arrays:
+    """All processes' rows of each array, in the order of the processes; their numbers of rows may differ."""
+    if jax.process_count() == 1:
+        return arrays
+    rows = len(next(iter(arrays.values())))
+    counts = multihost_utils.process_allgather(np.array(rows))
+    most = int(counts.max())
+    out = {}
+    for name, array in arrays.items():
+        padded = np.pad(array, [(0, most - rows)] + [(0, 0)] * (array.ndim - 1))
+        # as bytes: JAX would make float32 of float64
+        every = multihost_utils.process_allgather(np.frombuffer(padded.tobytes(), np.uint8))
+        every = every.reshape(-1).tobytes()
+        whole = np.frombuffer(every, array.dtype).reshape(len(counts), most, *array.shape[1:])
+        out[name] = np.concatenate([x[:count] for x, count in zip(whole, counts)])
+    return out
+
+
+def look(extract: Callable[[np.ndarray], Outputs], images: np.ndarray, labels: np.ndarray) -> Arrays:
+    """What is kept of images uint8 (n, H, W, c) and their labels (n,)."""
+    outputs = extract(images)
+    found = {"features": outputs.features, "profile": seams.profile(images), "labels": labels.astype(np.int32)}
+    return found if outputs.logits is None else {**found, "logits": outputs.logits}
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; the next one is made in a thread while the last is used."""
+    end: Any = object()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = pool.submit(next, items, end)
+            yield item

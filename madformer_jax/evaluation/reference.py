@@ -1,0 +1,116 @@
+"""The file of --mode=reference: what scores compare with, and the protocol by which it was made.
+
+A .npz with `mu` (d,), `sigma` (d, d) over n - 1, up to `FEATURES` vectors `features` (m, d) with their `labels`, `counts` of
+each class, the mean `profile` of `seams.profile`, and `protocol` as JSON. ADM's files have `mu` and `sigma` alone.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import scores
+from madformer_jax.evaluation.scores import Gaussian
+from madformer_jax.runtime import storage
+
+FEATURES = 50_000  # vectors that are kept
+
+
+class Reference(NamedTuple):
+    """Statistics of a set of images."""
+
+    protocol: Mapping[str, Any]  # source, image, network, n; of other people's files only what they say
+    digest: str  # of all of it
+    gaussian: Gaussian
+    features: np.ndarray | None  # (m, d) float32; None where only the statistics are known
+    profile: np.ndarray | None  # (H - 1 + W - 1,)
+
+    @property
+    def of(self) -> np.ndarray | Gaussian:
+        """What the Frechet distance takes: of few images their features, which are smaller and exact."""
+        whole = self.features is not None and self.protocol.get("n") == len(self.features)
+        return self.features if self.features is not None and whole else self.gaussian
+
+
+def save(path: str, protocol: Mapping[str, Any], found: Mapping[str, np.ndarray], classes: int) -> str:
+    """Writes the statistics of images that `parts.look` saw; returns the digest.
+
+    Args:
+      path: the file.
+      protocol: how they were made, JSON.
+      found: features (n, d), labels (n,), profile (p, .) and its rows' numbers of images `weight` (p,).
+      classes: of the source; 0: unlabelled.
+
+    Raises:
+      ConfigError: the features are not finite, or of less than two images.
+    """
+    x = scores.checked(found["features"], "reference", at_least=2, needed_for="a covariance")
+    mean = x.mean(axis=0, dtype=np.float64)
+    centred = (x[block] - mean for block in scores.blocks(len(x)))
+    covariance = sum((z.T @ z for z in centred), np.zeros((x.shape[1],) * 2)) / (len(x) - 1)
+    kept = np.sort(np.random.RandomState(2020).permutation(len(x))[:FEATURES])
+    arrays = {
+        "mu": mean,
+        "sigma": covariance,
+        "features": x[kept].astype(np.float32),
+        "labels": found["labels"][kept],
+        "counts": np.bincount(found["labels"], minlength=classes) if classes else np.zeros(0, np.int64),
+        "profile": np.average(found["profile"], axis=0, weights=found["weight"]),
+        "protocol": np.array(json.dumps(dict(protocol) | {"n": len(x)}, sort_keys=True)),
+    }
+    storage.write(path, lambda file: np.savez(file, **arrays))
+    return _digest(arrays)
+
+
+def load(path: str) -> Reference:
+    """The reference in a file, ours or one with `mu` and `sigma`.
+
+    Raises:
+      ConfigError: there is none, it is damaged, or holds no statistics.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise ConfigError(f"there is no reference at {path}: make it with --mode=reference, or set evaluate.reference.")
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}).") from None
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise ConfigError(f"{path} is no reference: it holds no mu and sigma, only {', '.join(arrays) or 'nothing'}.")
+    if "protocol" in arrays:
+        protocol = json.loads(str(arrays["protocol"]))
+    else:
+        protocol = {"file": file.name, "network": {"dims": len(arrays["mu"])}}
+    gaussian = Gaussian.from_covariance(arrays["mu"], arrays["sigma"], path)
+    return Reference(protocol, _digest(arrays), gaussian, arrays.get("features"), arrays.get("profile"))
+
+
+def check(reference: Reference, path: str, network: Mapping[str, Any], image: Mapping[str, Any]) -> None:
+    """Refuses a reference that was made with another network or from images of another preprocessing.
+
+    Raises:
+      ConfigError: names what differs.
+    """
+    for name, wanted in (("network", network), ("image", image)):
+        given = reference.protocol.get(name, {})
+        for field in wanted:
+            if field in given and given[field] != wanted[field]:
+                raise ConfigError(
+                    f"the reference {path} was made with {name} {field} {given[field]!r}, and here it is "
+                    f"{wanted[field]!r}: make one with --mode=reference and this config."
+                )
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        sha.update(f"{name} {arrays[name].shape}\n".encode())
+        sha.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,206 @@
+"""--mode=evaluate: scores of a workdir's checkpoints, or of images that exist, against a reference.
+
+    python -m madformer_jax.main --workdir=runs/digits --mode=evaluate --config.evaluate.n=1000
+
+Each setting's result is a file workdir/evaluations/<hash of its protocol>.json; what is there is not computed again, and a
+killed run goes on where it was.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from madformer_jax import codec, drawing, flops
+from madformer_jax import config as config_lib
+from madformer_jax.data import pipeline
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import features, images, judge, parts, places, reference, settings
+from madformer_jax.evaluation.network import Network
+from madformer_jax.evaluation.reference import Reference
+from madformer_jax.models import madformer
+from madformer_jax.runtime import checkpoint, memory, partitioning, storage
+from madformer_jax.sizes import sizes_of
+from madformer_jax.weights.fingerprint import fingerprint
+
+PART = 256  # images that a kill loses, about
+DRAWN = (
+    "weights",
+    "solver",
+    "spacing",
+    "steps",
+    "guidance",
+    "clip",
+    "labels",
+    "noise",
+)  # of `sample`: what decides images
+
+Look = Callable[[parts.Part], parts.Arrays]
+
+
+class Judge(NamedTuple):
+    """What judges: the same for every set of images of a run."""
+
+    network: Network
+    extract: Any
+    reference: Reference
+    training: np.ndarray | None  # features of the training images
+    protocol: dict[str, Any]  # all of it but the images
+
+
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Scores what the config names, writes a file for each result, prints the table, and returns the results.
+
+    Raises:
+      ConfigError: a setting, the reference, the images or a checkpoint is wrong or missing; nothing is drawn then.
+    """
+    config_lib.validate(c)
+    if c.evaluate.images:
+        results = [_judge_images(c, workdir, _open_judge(c, workdir))]
+    else:
+        results = _judge_checkpoints(c, workdir)
+    if jax.process_index() == 0:
+        print(judge.table([*results, *judge.means(results)]))
+    return {"results": results}
+
+
+def _open_judge(c: ConfigDict, workdir: str) -> Judge:
+    where = places.reference_path(c, workdir)
+    found = reference.load(where)
+    judge.check_size(c.evaluate.n, found)
+    network = features.open_network(c.evaluate.network, places.network_path(c, workdir))
+    image = pipeline.table(c).describe()
+    reference.check(found, where, network.describe(), image)
+    training = None
+    if c.evaluate.training:
+        other = reference.load(c.evaluate.training)
+        reference.check(other, c.evaluate.training, network.describe(), image)
+        training = other.features
+    protocol = {
+        "n": c.evaluate.n, "reference": found.digest, "network": network.describe(), "image": image, "scores": judge.CONVENTION,
+    }  # fmt: skip
+    return Judge(network, features.extractor(network), found, training, protocol)
+
+
+def _judge_images(c: ConfigDict, workdir: str, by: Judge) -> dict[str, Any]:
+    data = images.open_images(c)
+    if data.n < c.evaluate.n:
+        raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
+
+    def look(part: parts.Part) -> parts.Arrays:
+        mine = np.arange(part.first, part.stop)[parts.share(part.stop - part.first)]
+        return parts.gather(parts.look(by.extract, *data.read(mine)))
+
+    return _result(c, workdir, by, data.about, PART, look, labelled=data.labelled)
+
+
+def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
+    """A result for each checkpoint and setting, in this order."""
+    grid = settings.grid(c)
+    for setting in grid:
+        config_lib.validate(setting)
+    checkpoint.require(workdir)
+    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
+    by = _open_judge(c, workdir)
+    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    model, images_codec = madformer.build(c), codec.build(c)
+    target = drawing.abstract_params(model, mesh)
+    memory.require("evaluation", mesh, parameters=target)
+    programs: dict[Any, drawing.Draw] = {}
+    results: dict[tuple[int, int], dict[str, Any]] = {}
+    with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
+        steps = settings.steps(c.evaluate.checkpoints, checkpoints.steps)
+        codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
+        for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
+            item = "ema" if weights == "ema" else "params"
+            params = checkpoints.restore({item: target}, step=step)[1][item]
+            about = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed}
+            for i, setting in enumerate(grid):
+                if setting.sample.weights != weights:
+                    continue
+                config_lib.number_labels(setting, checkpoints.meta(step).get("data", {}).get("names", ()))
+                s = setting.sample
+                program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
+                if program not in programs:
+                    programs[program] = drawing.make_draw(setting, model, images_codec.decode)
+                draw = functools.partial(
+                    drawing.batches, setting, programs[program], params, codec_params, mesh, most=s.n
+                )
+                size = drawing.batch_size(setting, mesh)
+                results[step, i] = _result(
+                    setting, workdir, by, about | {name: s[name] for name in DRAWN}, size * -(-PART // size),
+                    functools.partial(_draw_and_look, draw, by.extract), labelled=bool(model.classes),
+                )  # fmt: skip
+    return [results[step, i] for step in steps for i in range(len(grid))]
+
+
+def _draw_and_look(draw: Callable[[range], Iterator[drawing.Drawn]], extract: Any, part: parts.Part) -> parts.Arrays:
+    """Draws a part's images and looks at them, batch by batch; with the seconds and the images of each batch."""
+    found: list[parts.Arrays] = []
+    seconds = []
+    began = time.monotonic()
+    for batch in draw(range(part.first, part.stop)):
+        seconds.append((time.monotonic() - began, len(batch.images)))
+        mine = parts.share(len(batch.images))
+        found.append(parts.gather(parts.look(extract, batch.images[mine], batch.labels[mine])))
+        began = time.monotonic()
+    out = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
+    return {**out, "seconds": np.array(seconds)}
+
+
+def _result(
+    c: ConfigDict, workdir: str, by: Judge, about: Mapping[str, Any], size: int, look: Look, *, labelled: bool
+) -> dict[str, Any]:
+    """The result of one set of images, which `about` tells of: read from its file, or made part by part."""
+    protocol = {**by.protocol, "images": dict(about)}
+    if by.training is not None:
+        protocol["training"] = reference.load(c.evaluate.training).digest
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    path = os.path.join(workdir, "evaluations", f"{key}.json")
+    there = storage.read_json(path)
+    if there is not None:
+        logging.info("%s is there already", path)
+        return there
+    collected = parts.Parts(epath.Path(workdir) / "evaluations" / key, c.evaluate.n, size)
+    missing = collected.missing()
+    for part in tqdm(missing, desc="evaluating", unit="part", disable=jax.process_index() != 0):
+        collected.write(part, look(part))
+    partitioning.sync(key)
+    found = collected.read()
+    s = sizes_of(c)
+    classes = by.network.about.get("classes", 0)
+    scores = judge.judge(
+        by.network.name, found, by.reference,
+        recognise=labelled and bool(classes) and found["labels"].max() < classes,
+        grid=(s.grid, s.columns), shape=(c.data.image_size,) * 2, training=by.training,
+    )  # fmt: skip
+    result = {"protocol": protocol, "scores": scores}
+    if "seconds" in found:
+        result["cost"] = _cost(c, found["seconds"])
+    if jax.process_index() == 0:
+        storage.write_json(path, result)
+        collected.remove()
+        logging.info("wrote %s", path)
+    return result
+
+
+def _cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
+    """What an image costs; the median over batches leaves out those that compiled."""
+    guided = 2 if c.model.classes and c.sample.guidance != 1.0 else 1
+    return {
+        "solver_steps": c.sample.steps,
+        "passes": flops.nfe(c) * guided,
+        "flops": flops.sampling(c).total,
+        "seconds": float(np.median(seconds[:, 0] / seconds[:, 1])),
+    }

@@ -1,0 +1,114 @@
+"""--mode=reference: statistics of a data set, for scores to compare with.
+
+    python -m madformer_jax.main --config=... --mode=reference --workdir=DIR [--config.evaluate.split=test]
+
+Writes `evaluate.reference` (DIR/reference.npz). With `evaluate.network=classifier` the classifier itself is trained first,
+unless it is there. Killed, it goes on; over several processes each image is looked at once.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from madformer_jax import config as config_lib
+from madformer_jax.data import pipeline
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import features, images, parts, places, reference
+from madformer_jax.models import classifier
+from madformer_jax.runtime import partitioning
+
+PART = 256  # images that a kill loses at most
+TRAINING = 50_000  # images that the classifier learns from, at most
+HELD_OUT = 10  # every tenth image, where the source holds none out itself
+
+
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Writes the reference of the images of split `evaluate.split`; returns its protocol.
+
+    Raises:
+      ConfigError: a setting is wrong, the source does not open, has no labels for the classifier, or holds too few images.
+    """
+    config_lib.validate(c)
+    data = images.of_source(c, c.evaluate.split, shuffled=False)
+    if data.n < 2:
+        raise ConfigError(f"a reference of {data.n} images: a covariance needs two at least.")
+    where = places.network_path(c, workdir)
+    if c.evaluate.network == "classifier" and not epath.Path(where).exists():
+        _train(c, where)
+    partitioning.sync("classifier")
+    network = features.open_network(c.evaluate.network, where)
+    protocol = {**data.about, "image": pipeline.table(c).describe(), "network": network.describe()}
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    collected = parts.Parts(epath.Path(workdir) / "references" / key, data.n, PART)
+    extract = features.extractor(network)
+    missing = collected.missing()
+    with tqdm(total=sum(p.stop - p.first for p in missing), desc="reference", unit="image", disable=_silent()) as bar:
+
+        def read() -> Any:
+            for part in missing:
+                mine = np.arange(part.first, part.stop)[parts.share(part.stop - part.first)]
+                yield part, data.read(mine)
+
+        for part, (pixels, labels) in parts.ahead(read()):
+            found = parts.gather(parts.look(extract, pixels, labels))
+            found["weight"] = np.array([len(found["labels"])])
+            found["profile"] = found["profile"].mean(axis=0, keepdims=True)
+            found.pop("logits", None)
+            collected.write(part, found)
+            bar.update(part.stop - part.first)
+    path = places.reference_path(c, workdir)
+    if jax.process_index() == 0:
+        classes = network.about.get("classes", 0) if data.labelled else 0
+        digest = reference.save(path, protocol, collected.read(), classes)
+        collected.remove()
+        logging.info("wrote the reference %s of %d images, split %s: %s", digest, data.n, c.evaluate.split, path)
+    partitioning.sync("reference")
+    return {"reference": path, **protocol}
+
+
+def _silent() -> bool:
+    return jax.process_index() != 0
+
+
+def _train(c: ConfigDict, path: str) -> None:
+    """Trains the classifier on the split "train", tests it on "test", and writes it; the first process does so alone.
+
+    A source without a test split of ours has every tenth image held out.
+    """
+    if jax.process_index():
+        return
+    if c.data.source.startswith("tfds:") or c.data.source == "arrayrecord" or not c.data.test_share:
+        whole = images.of_source(c, c.data.split, shuffled=True)
+        last = np.arange(whole.n) % HELD_OUT == HELD_OUT - 1
+        train, test = (whole, np.flatnonzero(~last)), (whole, np.flatnonzero(last))
+    else:
+        train, test = (
+            (data := images.of_source(c, split, shuffled=True), np.arange(data.n)) for split in ("train", "test")
+        )
+    if not train[0].labelled:
+        raise ConfigError(
+            f"config.evaluate.network=classifier needs labelled images, and config.data.source={c.data.source} has none: "
+            "use evaluate.network=inception."
+        )
+    (seen, labels), (held, held_labels) = (_rows(data, numbers[:TRAINING]) for data, numbers in (train, test))
+    trained = classifier.train(seen, labels, held, held_labels)
+    classifier.save(path, trained)
+    logging.info(
+        "the classifier is right on %.2f %% of %d held-out images: %s", 100 * trained.accuracy, trained.held_out, path
+    )
+
+
+def _rows(data: images.Images, numbers: np.ndarray) -> images.Rows:
+    """Images, as small as the classifier takes them, and labels."""
+    batches = (numbers[i : i + PART] for i in range(0, len(numbers), PART))
+    found = [
+        (classifier.shrunk(pixels), labels) for pixels, labels in parts.ahead(data.read(batch) for batch in batches)
+    ]
+    return np.concatenate([x for x, _ in found]), np.concatenate([y for _, y in found])

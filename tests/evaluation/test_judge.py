@@ -1,0 +1,81 @@
+"""The judge's scores beside those of the library, and the table that refuses."""
+
+import numpy as np
+import pytest
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import judge, scores, seams
+from madformer_jax.evaluation.reference import Reference
+
+
+@pytest.fixture(scope="module")
+def found():
+    random = np.random.default_rng(0)
+    return {
+        "features": random.standard_normal((40, 5)),
+        "logits": random.standard_normal((40, 3)),
+        "labels": random.integers(0, 3, 40),
+        "profile": random.random((40, 7 + 11)),
+    }
+
+
+def _judge(found, network, **settings):
+    random = np.random.default_rng(1)
+    real = random.standard_normal((30, 5)) + 0.3
+    known = Reference({"n": 30}, "", scores.Gaussian.of(real), real, random.random(18))
+    given = {"recognise": True, "grid": (2, 2), "shape": (8, 12)} | settings
+    return judge.judge(network, found, known, **given), known
+
+
+def test_all_scores_have_their_name_their_value_and_an_interval(found):
+    out, known = _judge(found, "inception", training=known_training())
+    x, y = found["features"], known.features
+    steps = seams.steps_at_borders(found["profile"], (8, 12), 2, 2)
+    expected = {
+        "FID": scores.frechet(x, y),
+        "KID": scores.kernel_distance(x, y)[0],
+        "IS": scores.inception_score(found["logits"])[0],
+        "precision": scores.precision_recall(x, y)[0],
+        "recall": scores.precision_recall(x, y)[1],
+        "recognised": np.mean(found["logits"].argmax(1) == found["labels"]),
+        "seam": seams.seam_score(steps),
+    }
+    assert {name: score["value"] for name, score in out.items() if name in expected} == pytest.approx(expected)
+    assert out.keys() - expected.keys() == {"memorisation"}
+    assert out["KID"]["deviation"] == scores.kernel_distance(x, y)[1]
+    assert out["seam"]["real"] == seams.seam_score(seams.steps_at_borders(known.profile[None], (8, 12), 2, 2))
+    for score in out.values():
+        assert score["low"] < score["value"] < score["high"]
+
+
+def known_training():
+    return np.random.default_rng(2).standard_normal((20, 5))
+
+
+def test_scores_of_other_features_carry_their_name(found):
+    out, _ = _judge(found, "classifier", recognise=False, grid=(1, 1))
+    assert list(out) == [f"{name}-classifier" for name in ("FD", "KID", "IS", "precision", "recall")]
+
+
+def _result(value, **images):
+    protocol = {"n": 10, "reference": "a", "network": {"weights": "w"}, "image": {}, "scores": {}, "images": images}
+    return {"protocol": protocol, "scores": {"FID": {"value": value, "low": value - 1, "high": value + 1}}}
+
+
+def test_table_shows_what_differs_and_the_mean_over_checkpoints():
+    results = [_result(4.0, step=s, fingerprint=f"of {s}", steps=n, solver="ddim") for s in (1, 2) for n in (5, 10)]
+    results[2]["scores"]["FID"]["value"] = 6.0
+    lines = judge.table(results + judge.means(results)).splitlines()
+    assert lines[0] == "| step | steps | FID |"
+    assert lines[4] == "| 2 | 5 | 6 [3, 5] |"
+    assert lines[6:] == ["| mean of 2 | 5 | 5 [4, 6] |", "| mean of 2 | 10 | 4 [4, 4] |"]
+
+
+@pytest.mark.parametrize(
+    "part, other", [("n", 20), ("reference", "b"), ("network", {"weights": "v"}), ("scores", {"k": 5})]
+)
+def test_table_refuses_scores_of_different_protocols(part, other):
+    results = [_result(4.0, step=1), _result(4.0, step=2)]
+    results[1]["protocol"][part] = other
+    with pytest.raises(ConfigError, match=f"do not share a table: {part} "):
+        judge.table(results)

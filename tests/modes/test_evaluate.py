@@ -1,0 +1,277 @@
+"""--mode=reference and --mode=evaluate, with an untrained model and classifier: what is compared here are the numbers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from madformer_jax import drawing
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import reference, scores
+from madformer_jax.models import classifier, madformer
+from madformer_jax.modes import evaluate
+from madformer_jax.modes import reference as reference_mode
+from madformer_jax.runtime import checkpoint, partitioning
+from tests import tiny
+
+N = 20
+
+
+def _config(data):
+    c = tiny.get_config("plain")
+    c.data.source, c.data.path, c.data.test_share = "folder", str(data), 0.5
+    c.evaluate.n = N
+    c.sample.steps = 1
+    return c
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty pictures of two classes."""
+    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for i in range(40):
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 128 + 127 * (i % 2), (32, 32), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, data):
+    """A workdir with two checkpoints of an untrained model, a classifier and a reference."""
+    folder = tmp_path_factory.mktemp("run")
+    c = _config(data)
+    params = classifier.init(jax.random.key(0), classes=2, channels=1)
+    classifier.save(folder / "classifier.npz", classifier.Classifier(params, 2, 1, accuracy=0.5, held_out=8))
+    reference_mode.run(c, str(folder))
+    checkpoint.write_config(c, str(folder))
+    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
+    target = drawing.abstract_params(madformer.build(c), mesh)
+    with checkpoint.Checkpoints(str(folder), keep=2) as checkpoints:
+        for step in (1, 2):
+            tree = jax.tree.map(
+                lambda x, s=step: jax.device_put(np.full(x.shape, 0.01 * s, x.dtype), x.sharding), target
+            )
+            checkpoints.save(step, {"ema": tree, "params": tree}, None, {"step": step})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_device(one_device):
+    pass
+
+
+@pytest.fixture
+def fresh(workdir, tmp_path, data, monkeypatch):
+    """The config, and an own folder for evaluations."""
+    monkeypatch.setattr(evaluate, "PART", 8)
+    (workdir / "evaluations").mkdir(exist_ok=True)
+    (workdir / "evaluations").rename(tmp_path / "old")
+    return _config(data)
+
+
+def _file(workdir):
+    (path,) = (workdir / "evaluations").glob("*.json")
+    return json.loads(path.read_text())
+
+
+def test_reference_holds_the_test_split_and_how_it_was_made(workdir, data):
+    found = reference.load(str(workdir / "reference.npz"))
+    with np.load(workdir / "reference.npz") as file:
+        n, counts = len(file["features"]), file["counts"]
+        np.testing.assert_allclose(file["mu"], file["features"].mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(file["sigma"], np.cov(file["features"], rowvar=False), rtol=1e-4, atol=1e-8)
+    assert 8 < n < 32 and counts.sum() == n and len(counts) == 2
+    assert found.protocol["n"] == n and found.protocol["split"] == "test"
+    assert found.protocol["network"]["name"] == "classifier" and found.protocol["image"]["size"] == 32
+    assert not list((workdir / "references").glob("*"))
+    images = data_images(data, "test")
+    features = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[0]
+    np.testing.assert_allclose(np.sort(features, axis=0), np.sort(found.features, axis=0), rtol=1e-4, atol=1e-5)
+
+
+def data_images(data, split):
+    from madformer_jax.evaluation import images
+
+    found = images.of_source(_config(data), split, shuffled=False)
+    return found.read(np.arange(found.n))[0]
+
+
+def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir, monkeypatch, capsys):
+    whole = evaluate.run(fresh, str(workdir))["results"][0]
+    assert "| FD-classifier | KID-classifier | IS-classifier | precision-classifier |" in capsys.readouterr().out
+    assert whole["scores"].keys() >= {"FD-classifier", "KID-classifier", "IS-classifier", "recall-classifier"}
+    for score in whole["scores"].values():
+        assert score["low"] <= score["value"] <= score["high"]
+    undisturbed = _file(workdir)
+    (path,) = (workdir / "evaluations").glob("*.json")
+    path.unlink()
+    drawn, batches = [], drawing.batches
+
+    def dies(c, draw, params, codec_params, mesh, numbers, most=None):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(numbers)
+        return batches(c, draw, params, codec_params, mesh, numbers, most)
+
+    monkeypatch.setattr(drawing, "batches", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(fresh, str(workdir))
+    monkeypatch.setattr(drawing, "batches", lambda *a, **k: drawn.append(a[5]) or batches(*a, **k))
+    evaluate.run(fresh, str(workdir))
+    assert [list(part) for part in drawn] == [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
+    again = _file(workdir)
+    assert again["cost"].pop("seconds") > 0 and undisturbed["cost"].pop("seconds") > 0
+    assert again == undisturbed
+    assert [x.name for x in (workdir / "evaluations").iterdir()] == [path.name]
+
+
+def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, workdir, monkeypatch, capsys):
+    made, make_draw = [], drawing.make_draw
+    monkeypatch.setattr(drawing, "make_draw", lambda c, *a: made.append(c.sample.steps) or make_draw(c, *a))
+    fresh.evaluate.grid = "steps=2,1; weights=raw,ema"
+    fresh.evaluate.checkpoints = "last:2"
+    results = evaluate.run(fresh, str(workdir))["results"]
+    assert [tuple(r["protocol"]["images"][k] for k in ("step", "steps", "weights")) for r in results] == [
+        (step, steps, weights) for step in (1, 2) for steps in (2, 1) for weights in ("raw", "ema")
+    ]
+    assert made == [2, 1]
+    assert results[0]["scores"] == results[1]["scores"] != results[2]["scores"]
+    out = capsys.readouterr().out.splitlines()
+    assert "| step | weights | steps |" in out[0] and len(out) == 2 + 8 + 4 and "mean of 2" in out[-1]
+    monkeypatch.setattr(evaluate, "_draw_and_look", lambda *a: pytest.fail("drawn again"))
+    assert evaluate.run(fresh, str(workdir))["results"] == results
+
+
+@pytest.mark.parametrize("kind", ["npz", "shards", "folder", "data"])
+def test_images_that_exist(fresh, workdir, data, tmp_path, kind):
+    images = np.concatenate([data_images(data, "train"), data_images(data, "test")])[:N]
+    if kind == "npz":
+        np.savez_compressed(tmp_path / "x.npz", arr_0=images)
+        name = str(tmp_path / "x.npz")
+    elif kind == "shards":
+        (tmp_path / "x").mkdir()
+        np.savez(tmp_path / "x" / "0.npz", images=images[:7], labels=np.zeros(7))
+        np.savez(tmp_path / "x" / "1.npz", images=images[7:], labels=np.ones(N - 7))
+        name = str(tmp_path / "x")
+    elif kind == "folder":
+        (tmp_path / "x").mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image[..., 0]).save(tmp_path / "x" / f"{i:03d}.png")
+        name = str(tmp_path / "x")
+    else:
+        name = "data:all"
+    fresh.evaluate.images = name
+    result = evaluate.run(fresh, str(workdir))["results"][0]
+    assert "cost" not in result
+    assert ("recognised" in result["scores"]) == (kind in ("shards", "data"))
+    if kind != "data":
+        features = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[0]
+        real = reference.load(str(workdir / "reference.npz")).features
+        assert result["scores"]["FD-classifier"]["value"] == pytest.approx(scores.frechet(features, real), rel=1e-4)
+    before = result["scores"]["FD-classifier"]["value"]
+    values = []
+    for how in ("blur:1", "blur:4"):
+        fresh.evaluate.degrade = how
+        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["FD-classifier"]["value"])
+    assert before != values[0] < values[1]
+
+
+def _adm(workdir, path):
+    with np.load(workdir / "reference.npz") as file:
+        np.savez(path, mu=file["mu"], sigma=file["sigma"])
+
+
+def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
+    _adm(workdir, tmp_path / "adm.npz")
+    fresh.evaluate.images = "data:all"
+    expected = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
+    fresh.evaluate.reference = str(tmp_path / "adm.npz")
+    found = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
+    assert found["FD-classifier"]["value"] == pytest.approx(expected["FD-classifier"]["value"], rel=1e-3)
+    assert set(expected) - set(found) == {"KID-classifier", "precision-classifier", "recall-classifier"}
+
+
+def test_copies_of_training_images_are_seen(fresh, workdir, tmp_path):
+    training = fresh.copy_and_resolve_references()
+    training.evaluate.split, training.evaluate.reference = "train", str(tmp_path / "train.npz")
+    reference_mode.run(training, str(workdir))
+    fresh.evaluate.training = str(tmp_path / "train.npz")
+    fresh.evaluate.n = 10
+    values = []
+    for split in ("train", "test"):
+        fresh.evaluate.images = f"data:{split}"
+        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["memorisation"]["value"])
+    assert values[0] < 1e-4 and 0.5 < values[1] < 2
+
+
+def _set(name, value):
+    def change(c, workdir, tmp_path):
+        c.evaluate[name] = value.format(tmp=tmp_path) if isinstance(value, str) else value
+
+    return change
+
+
+def _other_network(c, workdir, tmp_path):
+    params = classifier.init(jax.random.key(1), classes=2, channels=1)
+    classifier.save(tmp_path / "other.npz", classifier.Classifier(params, 2, 1, 0.5, 8))
+    c.evaluate.network_path = str(tmp_path / "other.npz")
+
+
+def _other_images(c, workdir, tmp_path):
+    c.data.crop = False
+
+
+def _other_dims(c, workdir, tmp_path):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
+    c.evaluate.reference = str(tmp_path / "adm.npz")
+
+
+def _no_statistics(c, workdir, tmp_path):
+    np.savez(tmp_path / "adm.npz", x=np.zeros(3))
+    c.evaluate.reference = str(tmp_path / "adm.npz")
+
+
+def _broken(c, workdir, tmp_path):
+    (tmp_path / "adm.npz").write_bytes(b"PK nothing")
+    c.evaluate.reference = str(tmp_path / "adm.npz")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_set("reference", "{tmp}/none.npz"), "no reference at .*none.npz: make it with --mode=reference"),
+        (_set("network", "dino"), "'dino' is unknown: one of 'inception', 'classifier'"),
+        (_set("network_path", "{tmp}/none.npz"), "no such file"),
+        (_set("n", 9), "n=9 images are too few"),
+        (_set("checkpoints", "7"), "no step 7, only"),
+        (_set("checkpoints", "best"), "must be 'newest'"),
+        (_set("checkpoints", "last:3"), "there are 2"),
+        (_set("grid", "step=1"), "is no setting"),
+        (_set("grid", "steps=few"), "steps takes int"),
+        (_set("grid", "solver=euler"), "sample.solver='euler' is unknown"),
+        (_set("images", "data:some"), "'some' is unknown"),
+        (_set("images", "{tmp}"), "no image"),
+        (_set("images", "{tmp}/none.npz"), "none.npz"),
+        (_other_network, "network weights"),
+        (_other_images, "image crop True, and here it is False"),
+        (_other_dims, "network dims 3"),
+        (_no_statistics, "no mu and sigma, only x"),
+        (_broken, "cannot be read"),
+    ],
+)
+def test_bad_input_is_told_in_one_line_before_anything_is_drawn(fresh, workdir, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(drawing, "batches", None)
+    change(fresh, workdir, tmp_path)
+    with pytest.raises(ConfigError, match=message) as error:
+        evaluate.run(fresh, str(workdir))
+    assert "\n" not in str(error.value)
+    assert not (workdir / "evaluations").exists()
+
+
+def test_images_without_labels_are_nothing_for_the_classifier(fresh, data, tmp_path):
+    fresh.data.path = str(data / "class0")
+    with pytest.raises(ConfigError, match="needs labelled images"):
+        reference_mode.run(fresh, str(tmp_path))
