@@ -83,6 +83,24 @@ def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
     return of_vae(load, scaling_factor)
 
 
+def expecting(codec: Codec, weights: str) -> Codec:
+    """The codec, whose `load` raises ConfigError unless its weights are those (`weights.vae.fingerprint`) that made cached latents.
+
+    With weights "", of images or of latents whose VAE is not known, it is the same codec.
+    """
+
+    def load() -> Any:
+        params = codec.load()
+        if (found := vae_weights.fingerprint(params)) != weights:
+            raise ConfigError(
+                f"config.codec.path: its weights ({found[:12]}) are not those that made the latents of config.data.path "
+                f"({weights[:12]}): give the VAE that prepared them."
+            )
+        return params
+
+    return codec._replace(load=functools.cache(load)) if weights else codec
+
+
 def of_vae(load: Callable[[], tuple[AutoencoderKL, Params]], scaling_factor: float) -> Codec:
     """The codec of a network and its weights, or their abstract shapes."""
     loaded = functools.cache(load)

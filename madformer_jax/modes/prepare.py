@@ -155,6 +155,11 @@ def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
     if before is None:
         records.write_sealed(folder / PLAN, plan)
         return
+    if before.get("format") != records.FORMAT:
+        raise ConfigError(
+            f"{folder} was prepared by another version (format {before.get('format')}): it may be read, but not gone on with. "
+            "Name another folder."
+        )
     different = [f"{key} was {before.get(key)!r} and is {plan[key]!r}" for key in plan if before.get(key) != plan[key]]
     if different:
         raise ConfigError(

@@ -206,7 +206,7 @@ def test_workers_never_import_jax(numbered, monkeypatch):
     import jax  # noqa: F401  the parent has it
 
     monkeypatch.setattr(sources, "open_source", lambda config: Modules())
-    numbered.data.workers = 2
+    numbered.data.workers = 1
     for batch in take(numbered, 4):
         loaded = dict(
             zip(np.rint((batch["image"][:, 0, 0, 0] + 1) * 127.5).astype(int).tolist(), batch["label"].tolist())
@@ -221,7 +221,7 @@ def test_killed_training_leaves_no_workers(numbered, tmp_path):
     import subprocess
     import time
 
-    numbered.data.workers = 2
+    numbered.data.workers = 1
     script = tmp_path / "train.py"
     script.write_text(
         "import json, multiprocessing, sys, time\n"

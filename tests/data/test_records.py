@@ -166,6 +166,9 @@ def test_records_of_the_first_format_are_read(config, out, caplog):
     assert ids(config, out) == GOOD
     info = pipeline.describe(prepared(config, out))
     assert info.names == ("0", "1") and info.codec == "" and len(info.fingerprint) == 64
+    records.write_sealed(os.path.join(out, "plan.json"), {"format": 1})
+    with pytest.raises(ConfigError, match=r"was prepared by another version \(format 1\): it may be read"):
+        prepare.run(config, out)
     del manifest["shape"]
     with open(path, "w") as file:
         json.dump(manifest, file)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax import training
+from madformer_jax import codec, training
 from madformer_jax.data import pipeline, preprocess, records
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
@@ -248,7 +248,15 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     source = pipeline.sources.Folder(str(tmp_path / "images"))
     numbers = [i for i in range(20) if not source.name(i).endswith("0003.png")]
     images = pipeline.table(c).batch(source.read(np.array(numbers)).arrays["image"])
-    assert pipeline.describe(c).codec == vae_weights.fingerprint(vae_weights.load(c.codec.path)[1])
+    weights = pipeline.describe(c).codec
+    assert codec.expecting(codec.build(c), weights).load().keys() == {
+        "decoder",
+        "encoder",
+        "post_quant_conv",
+        "quant_conv",
+    }
+    with pytest.raises(ConfigError, match="are not those that made the latents"):
+        codec.expecting(codec.build(c), weights[::-1]).load()
     encoder = prepare._encoder(c)
     blank = np.zeros((encoder.batch - 19, 64, 64, 3), np.uint8)
     mean, logvar = (x[:19] for x in encoder.encode(preprocess.to_float(np.concatenate([images, blank]))))
