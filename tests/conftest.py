@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from tests import QUICK
+from tests import QUICK, UNKNOWN
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit the rest, the cache among it
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
+if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit it
     # Programs that several tests, or processes of one, run are compiled once.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="madformer-tests-")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +24,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import tiny
+
+jax.devices()  # JAX reads the flags here, libtpu when a test loads it
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(UNKNOWN, "")
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
