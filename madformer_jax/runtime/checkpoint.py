@@ -10,7 +10,9 @@ import contextlib
 import functools
 import json
 import logging as python_logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ from madformer_jax.runtime.partitioning import sync
 
 ARRAYS = ("params", "ema", "opt")
 T = TypeVar("T")
+_ORBAX = os.path.join("orbax", "checkpoint")
 
 # What may differ when a run goes on; every other field of these sections must stay as it was.
 _FIXED_SECTIONS = ("model", "loss", "codec", "data", "train", "optimizer")
@@ -338,10 +341,20 @@ def _quiet() -> None:
     for logger in (logging.get_absl_logger(), python_logging.getLogger("asyncio")):
         if _ours not in logger.filters:
             logger.addFilter(_ours)
+    if getattr(sys.unraisablehook, "func", None) is not _unless_late:
+        sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)
+
+
+def _unless_late(show: Callable[[Any], Any], unraisable: Any) -> None:
+    """Shows what nobody could catch, but not the other reads and writes of Orbax that end after a first one has failed."""
+    code = getattr(unraisable.object, "cr_code", None)
+    late = str(unraisable.exc_value) == "Event loop is closed" or (code is not None and _ORBAX in code.co_filename)
+    if not late:
+        show(unraisable)
 
 
 def _ours(record: python_logging.LogRecord) -> bool:
-    return record.name != "asyncio" and "/orbax/checkpoint/" not in record.pathname.replace("\\", "/")
+    return record.name != "asyncio" and _ORBAX not in record.pathname
 
 
 def _in_flight(state: Any) -> dict[str, Any]:

@@ -84,8 +84,8 @@ def _files(folder: epath.Path) -> list[str]:
     path = os.fspath(folder)
     url = f"{path}/" if storage.is_remote(path) else f"file://{os.path.abspath(path)}/"
     names = [key.decode() for key in tensorstore.KvStore.open(url).result().list().result()]
-    names = [name for name in names if name != _WRITTEN_LATER]
-    return sorted(name for name in names if not name.endswith("/"))  # in a bucket, a folder is such an object
+    # In a bucket, folders may be objects: "" is this one.
+    return sorted(name for name in names if name not in ("", _WRITTEN_LATER) and not name.endswith("/"))
 
 
 def _sha256(path: epath.Path) -> str:

@@ -176,13 +176,13 @@ def cause(error: BaseException | None) -> str:
     """The line of an exception that tells most: that of the system, where there is one."""
     if error is None:
         return "unknown"
-    text = str(error)
+    text = str(error).partition(" See full TensorStore details")[0]
     for words in _SYSTEM:
         if words in text:
             return words
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return first_line(error)[:300].rstrip(".")
+    return (text.strip().split("\n")[0] or type(error).__name__)[:300].rstrip(".")
 
 
 @contextlib.contextmanager

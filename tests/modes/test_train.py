@@ -151,6 +151,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(plain_config
 )
 def test_a_workdir_of_another_config_is_refused_by_field(tiny_config, tmp_path, one_device, field, value):
     checkpoint.write_config(tiny_config, str(tmp_path))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)  # without one, a config binds nobody
     tiny_config.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=rf"config\.{field} was .* and is {value}") as error:
         train.run(tiny_config, str(tmp_path))
@@ -159,6 +160,7 @@ def test_a_workdir_of_another_config_is_refused_by_field(tiny_config, tmp_path, 
 
 def test_cadence_sampling_and_mesh_may_change_between_runs(tiny_config, tmp_path):
     checkpoint.write_config(tiny_config, str(tmp_path))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     tiny_config.train.log_every, tiny_config.sample.n, tiny_config.mesh.fsdp, tiny_config.data.workers = 1, 3, 2, 1
     checkpoint.check_config(tiny_config, str(tmp_path))
 

@@ -200,14 +200,16 @@ def test_a_checkpoint_without_an_item_is_no_checkpoint(workdir):
     assert_goes_on_from(workdir, 1)
 
 
-def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(workdir):
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(workdir, caplog):
     """A limit on the size of files stands in for it: writing fails half-way, as on a full disk."""
+    many = {str(i): jax.random.normal(jax.random.key(0), (128, 128)) for i in range(30)}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def save():
         with checkpoint.Checkpoints(str(workdir), keep=5) as checkpoints:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-            checkpoints.save(3, arrays(3.0), {"next_batch": 3}, {"step": 3})
+            checkpoints.save(3, dict.fromkeys(checkpoint.ARRAYS, many), {"next_batch": 3}, {"step": 3})
             checkpoints.wait()
 
     try:
@@ -218,4 +220,5 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(workdir):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(error.value)
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
     assert_goes_on_from(workdir, 2)
