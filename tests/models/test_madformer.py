@@ -8,8 +8,12 @@ from flax import linen as nn
 
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer, rope
-from tests.diffusion.test_sampler import SWITCHES
+from madformer_jax.models.plan import TERMS
+from madformer_jax.models.transformer import Streams
 from tests.small import small
+
+FLAT = {"depth": 2, "diffusion_depth": 1}  # one layer in each stage: no scan to compile
+PLAIN = FLAT | {"unet_channels": (4,), "unet_attention": (False,)}  # and the plainest block U-Net
 
 
 def inputs(model):
@@ -20,13 +24,30 @@ def inputs(model):
     return z, noisy, jax.random.randint(keys[2], shape[:2], 0, 1000), tokens
 
 
-@pytest.mark.parametrize("name", [name for name in SWITCHES if not name.startswith("one block")])
+def eps_of(model):
+    """(params, z, noisy, t, tokens) -> predicted noise, compiled."""
+    return jax.jit(lambda params, *args: model.apply({"params": params}, *args, terms=("image",)).eps)
+
+
+CAUSAL = {
+    "all streams, layers in a scan": {"depth": 4, "diffusion_depth": 2},
+    "release options, shared": {
+        "rope": "release", "time_embedding": "raw", "clean_timestep": "noisy", "param_sets": "shared",
+    },
+    "no clean stream": {"classes": 3, "clean_stream": False},
+    "block only, no condition": {"classes": 3, "diffusion_attention": "block", "ar_condition": False},
+    "no clean stream, no condition": {"clean_stream": False, "ar_condition": False},
+    "D = N": {"diffusion_depth": 2},
+    "sixteen blocks": {"blocks": 16, "unet_stride": 1, "classes": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CAUSAL)
 def test_changing_a_block_leaves_earlier_outputs_alone(name):
-    model, params = small(**SWITCHES[name])
-    z, noisy, t, tokens = inputs(model)
-    forward = jax.jit(lambda z: model.apply({"params": params}, z, noisy, t, tokens, terms=("image",)).eps)
-    j = 1
-    before, after = forward(z), forward(z.at[:, j].add(1.0))
+    model, params = small(**(FLAT | CAUSAL[name]))
+    z, *others = inputs(model)
+    forward, j = eps_of(model), 1
+    before, after = forward(params, z, *others), forward(params, z.at[:, j].add(1.0), *others)
     np.testing.assert_array_equal(before[:, : j + 1], after[:, : j + 1])
     if model.ar_condition or (model.clean_stream and not model.block_only):  # else no clean block is read
         assert all(float(jnp.abs(before[:, i] - after[:, i]).max()) > 1e-6 for i in range(j + 1, model.blocks))
@@ -34,18 +55,18 @@ def test_changing_a_block_leaves_earlier_outputs_alone(name):
 
 def test_one_block_and_all_layers_is_plain_diffusion():
     """L = 1, D = N: no clean block is read, so the noise alone decides."""
-    model, params = small(**SWITCHES["one block"])
-    z, noisy, t, _ = inputs(model)
-    forward = jax.jit(lambda z: model.apply({"params": params}, z, noisy, t, terms=("image",)).eps)
-    np.testing.assert_array_equal(forward(z), forward(z + 1))
+    model, params = small(blocks=1, depth=2, diffusion_depth=2)
+    z, *others = inputs(model)
+    forward = eps_of(model)
+    np.testing.assert_array_equal(forward(params, z, *others), forward(params, z + 1, *others))
 
 
 def test_a_term_of_weight_0_adds_no_computation():
-    model, params = small(scan_unroll=4)
+    model, params = small(**PLAIN)
     z, noisy, t, _ = inputs(model)
 
     def lowered_flops(loss):
-        return jax.jit(jax.grad(loss)).lower(params).cost_analysis()["flops"]
+        return jax.jit(loss).lower(params).cost_analysis()["flops"]
 
     def trained(**weights):
         step = functools.partial(losses.training_loss, model, weights=losses.Weights(**weights))
@@ -64,70 +85,70 @@ def test_a_term_of_weight_0_adds_no_computation():
 
 SUBSETS = {
     "text": {"classes": 3, "text_length": 3},
-    "no condition": {"ar_condition": False, "hidden_from": "noisy", "depth": 3},
-    "block only, D = N": {"diffusion_attention": "block", "diffusion_depth": 3, "depth": 3},
+    "no condition": {"ar_condition": False, "hidden_from": "noisy"},
+    "block only, D = N": {"diffusion_attention": "block", "diffusion_depth": 2},
 }
 
 
 @pytest.mark.parametrize("name", SUBSETS)
 def test_an_output_does_not_depend_on_which_others_are_asked_for(name):
-    model, params = small(**SUBSETS[name])
+    model, params = small(**(PLAIN | SUBSETS[name]))
     z, noisy, t, _ = inputs(model)
     tokens = jnp.array([[1, 0, 2], [2, 3, 1]]) if model.classes else None
+    fields = dict(zip(TERMS, madformer.Outputs._fields, strict=True))
+    given = [term for term in TERMS if term != "text" or model.classes]
 
     @jax.jit
     def forward(params):
         def outputs(*terms):
             return model.apply({"params": params}, z, noisy, t, tokens, terms=terms)._asdict()
 
-        return outputs(*madformer.TERMS), {term: outputs(term) for term in madformer.TERMS}
+        return outputs(*TERMS), {term: outputs(term) for term in given}
 
     everything, alone = forward(params)
-    fields = madformer.Outputs._fields  # in the order of TERMS
-    given = {term for term, field in zip(madformer.TERMS, fields, strict=True) if everything[field] is not None}
-    assert given == {"image", "hidden"} | ({"clean"} if model.clean_stream else set()) | (
-        {"text"} if model.classes else set()
-    )
-    for term, field in zip(madformer.TERMS, fields, strict=True):
-        if term in given:
-            np.testing.assert_allclose(alone[term][field], everything[field], rtol=1e-4, atol=1e-5)
-        assert {f for f, x in alone[term].items() if x is not None} == ({field} if term in given else set())
+    assert {field for field, x in everything.items() if x is not None} == {fields[term] for term in given}
+    for term in given:
+        field = fields[term]
+        np.testing.assert_allclose(alone[term][field], everything[field], rtol=1e-4, atol=1e-5)
+        assert {f for f, x in alone[term].items() if x is not None} == {field}
 
 
 def test_how_layers_are_run_changes_no_gradient():
+    """Of a stage: a scan over two layers, and one alone."""
     results = []
     for changes in ({}, {"scan_unroll": 2, "remat": "dots"}, {"remat": "full"}):
-        model, params = small(depth=3, diffusion_depth=3, **changes)  # a scan over two layers, and one alone
-        z, noisy, t, _ = inputs(model)
+        model, params = small(depth=3, diffusion_depth=3, blocks=1, **changes)
+        shape = (2, model.blocks, model.tokens, model.width)
+        x, y = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
 
-        def total(params, model=model, z=z, noisy=noisy, t=t):
-            return jnp.sum(model.apply({"params": params}, z, noisy, t, terms=("image",)).eps ** 2)
+        def stage(model, x, y):
+            image = model._image_positions()
+            return model.diffusion_layers(Streams(clean=x, pred=y), {"clean": image, "pred": image}, ("pred",)).pred
 
-        results.append(jax.jit(jax.grad(total))(params))
+        def total(params, model=model, stage=stage, x=x, y=y):
+            return jnp.sum(model.apply({"params": params}, x, y, method=stage) ** 2)
+
+        results.append(jax.jit(jax.grad(total))(params)["diffusion_layers"])
+    assert float(jnp.linalg.norm(results[0]["body"]["tower_pred"]["query"]["kernel"])) > 1e-3
     for other in results[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), results[0], other)
 
 
 def test_bfloat16_computes_what_float32_computes():
-    model, params = small()
-    half, _ = small(dtype="bfloat16")
-    z, noisy, t, _ = inputs(model)
-    full, short = (
-        jax.jit(functools.partial(m.apply, terms=("image",)))({"params": params}, z, noisy, t).eps
-        for m in (model, half)
-    )
+    model, params = small(**FLAT)
+    half, _ = small(**FLAT, dtype="bfloat16")
+    full, short = (eps_of(m)(params, *inputs(model)) for m in (model, half))
     assert short.dtype == jnp.float32
-    fresh = jax.eval_shape(functools.partial(madformer.init, half), jax.random.key(0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
     assert 0 < float(jnp.linalg.norm(full - short) / jnp.linalg.norm(full)) < 0.1
 
 
-def test_parameters_are_boxed_with_their_logical_axes():
-    model, _ = small(classes=3)
-    params = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
+def test_parameters_are_float32_and_boxed_with_their_logical_axes():
+    half, _ = small(classes=3, dtype="bfloat16")
+    params = jax.eval_shape(functools.partial(madformer.init, half), jax.random.key(0))
     for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)):
         assert isinstance(leaf, nn.LogicallyPartitioned)
         assert len(leaf.names) == leaf.value.ndim
+        assert leaf.value.dtype == jnp.float32
 
 
 def test_axial_rope_turns_pairs_and_the_release_mixes_axes():
