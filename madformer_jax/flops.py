@@ -202,7 +202,8 @@ def _forward(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]
     cost = _stage(c, "ar_layers", p.ar, p.between, p.clean_blocks)
     cost += _stage(c, "diffusion_layers", p.diffusion, p.out, p.clean_blocks)
     if "text" in p.out:
-        cost += Cost(text=2.0 * m.text_length * m.width * (m.classes + 1))
+        vocabulary = m.classes + 1  # and "none"
+        cost += Cost(text=2.0 * m.text_length * m.width * vocabulary)
     (down, down_first), (up, up_first) = _downsampler(c), _upsampler(c)
     downs, ups = m.blocks * len(p.down), m.blocks * len(p.up)
     return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first

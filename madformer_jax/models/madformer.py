@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.models import attention, rope
 from madformer_jax.models.cache import ModelCache, StackKV, empty_stage, write_block, write_text
+from madformer_jax.models.layers import dense
 from madformer_jax.models.plan import TERMS, Switches, plan
 from madformer_jax.models.rope import Rotary
 from madformer_jax.models.transformer import LayerStack, Streams
@@ -64,6 +65,11 @@ class MADFormer(nn.Module):
         return self.grid * self.columns
 
     @property
+    def vocabulary(self) -> int:
+        """Number of text tokens: the classes, and a last one that means "none"."""
+        return self.classes + 1
+
+    @property
     def switches(self) -> Switches:
         return Switches(
             blocks=self.blocks,
@@ -102,17 +108,12 @@ class MADFormer(nn.Module):
         if self.classes:
             towers["text"] = "text"
             self.embedding = nn.Embed(
-                self.classes + 1,  # the last one means "none"
+                self.vocabulary,
                 self.width,
                 dtype=self.dtype,
                 embedding_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
             )
-            self.text_head = nn.Dense(
-                self.classes + 1,
-                use_bias=False,
-                dtype=jnp.float32,
-                kernel_init=nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("embed", "vocab")),
-            )
+            self.text_head = dense(self.vocabulary, ("embed", "vocab"), jnp.float32, bias=False)
         layer = {
             "width": self.width,
             "heads": self.heads,
