@@ -101,6 +101,7 @@ def base() -> ConfigDict:
     c.train.checkpoint_every = 1000
     c.train.keep = 3  # newest checkpoints kept
     c.train.keep_every = 0  # and for ever those at multiples of this step; 0: none
+    c.train.init_from = ""  # workdir or export whose weights a new run starts from
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 3e-4

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from einops import rearrange
 from etils import epath
 from jax import Array
@@ -236,24 +235,6 @@ def write_png(path: storage.Path, image: np.ndarray) -> None:
     """Writes uint8 (H, W, 1 or 3) so that the file is whole or not there."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     storage.write(path, lambda file: picture.save(file, format="png"))
-
-
-def grid(
-    c: ConfigDict, draw: Draw, params: Any, codec_params: Any, mesh: jax.sharding.Mesh, workdir: str, step: int
-) -> np.ndarray:
-    """Draws the config's first `sample.grid` images with `params`, writes workdir/samples/step_..._{ema,raw}.png, and returns them.
-
-    Returns:
-      The grid, uint8 (1, H, W, c).
-    """
-    n = min(c.sample.n, c.sample.grid)
-    drawn = batches(c, draw, params, codec_params, mesh, range(n), most=n)
-    canvas = as_grid(np.concatenate([batch.images for batch in drawn]))
-    path = epath.Path(workdir) / "samples" / f"step_{step:06d}_{c.sample.weights}.png"
-    if jax.process_index() == 0:
-        write_png(path, canvas)
-        logging.info("drew %d samples with the %s weights: %s", n, c.sample.weights, path)
-    return canvas[None]
 
 
 def abstract_params(model: MADFormer, mesh: jax.sharding.Mesh) -> Any:

@@ -90,6 +90,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _PATHS = (
     "compilation_cache", "codec.path", "data.path", "sample.noise", "convert.release", "convert.vae", "convert.inception",
     "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
+    "train.init_from",
 )  # fmt: skip
 _LARGEST = 2**31 - 1  # of an integer; JAX's are of 32 bits
 
@@ -160,6 +161,12 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes)."
         )
+    if c.train.keep_every % c.train.checkpoint_every:
+        raise ConfigError(
+            f"config.train.keep_every={c.train.keep_every} is not a multiple of config.train.checkpoint_every="
+            f"{c.train.checkpoint_every}: only steps that are saved can be kept."
+        )
+    profiled_steps(c)
     if not m.classes or not any(map(is_name, c.sample.labels.split(","))):  # names are known with the data
         classes(c)
 
@@ -171,6 +178,24 @@ def check_depth(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.model.diffusion_depth={m.diffusion_depth} (D) must be from 1 to config.model.depth={m.depth} (N)."
         )
+
+
+def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
+    """The first and last step of `profile`; None where nothing is profiled.
+
+    Raises:
+      ConfigError: it is no range of steps, or training never comes there.
+    """
+    if not c.profile:
+        return None
+    first, _, last = c.profile.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise ConfigError(f"config.profile={c.profile!r} must be a first and a last step, as in '100:103'.")
+    if int(last) >= c.train.steps:
+        raise ConfigError(
+            f"config.profile={c.profile!r}: training ends behind step {c.train.steps - 1} (config.train.steps={c.train.steps})."
+        )
+    return int(first), int(last)
 
 
 def doubts(c: ConfigDict) -> list[str]:

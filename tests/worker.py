@@ -7,25 +7,25 @@ well once it has trained, which spares another start.
 import os
 import signal
 import sys
+from typing import Any
 
 import jax
 
 from madformer_jax import config, main
-from madformer_jax.modes import sample
-from madformer_jax.runtime import checkpoint
+from madformer_jax.modes import sample, train
 
 
 def run(argv: list[str]) -> int:
     """Trains as `main.main` does; returns its status."""
     process, at, name = os.environ.get("MADFORMER_SIGNAL", "-1:-1:TERM").split(":")
-    reached = checkpoint.Preemption.reached
+    add = train.Report.add
 
-    def signalled(self: checkpoint.Preemption, step: int) -> bool:
+    def signalled(self: train.Report, step: int, metrics: Any) -> None:
         if (jax.process_index(), step) == (int(process), int(at)):
             os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
-        return reached(self, step)
+        add(self, step, metrics)
 
-    checkpoint.Preemption.reached = signalled
+    train.Report.add = signalled
     status = main.main(argv)
     if status == 0 and "MADFORMER_SAMPLE" in os.environ:
         c, values = main.parse(argv)

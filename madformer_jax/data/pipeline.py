@@ -38,7 +38,7 @@ class DatasetInfo(NamedTuple):
     names: tuple[str, ...]  # of the classes; () if unlabelled
     fingerprint: str  # of which records these are, in which order; the same wherever they lie
     codec: str = (
-        ""  # weights.fingerprint of the VAE that made cached latents; "" where it is not known, or for images
+        ""  # weights.vae.fingerprint of the VAE that made cached latents; "" where it is not known, or for images
     )
 
 

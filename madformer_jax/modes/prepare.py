@@ -31,7 +31,6 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae
 from madformer_jax.runtime import lock, partitioning, storage
 from madformer_jax.weights import vae as vae_weights
-from madformer_jax.weights.fingerprint import fingerprint
 
 PLAN = "plan.json"
 
@@ -218,7 +217,7 @@ def _make(
 def _encoder(config: ConfigDict) -> Encoder:
     """The VAE's encoder over all devices of this process."""
     model, params = vae_weights.load(config.codec.path, config.codec.dtype)
-    weights = fingerprint(params)
+    weights = vae_weights.fingerprint(params)
     mesh = partitioning.make_mesh(-1, 1, 1, jax.local_devices())
     rows = partitioning.batch_sharding(mesh)
     params = jax.device_put(params, partitioning.replicated(mesh))

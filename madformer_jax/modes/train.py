@@ -1,186 +1,335 @@
-"""--mode=train: the loop."""
+"""--mode=train: the loop, and below it what goes with the loop: going on or starting anew, reporting, drawing, saving."""
 
-import math
-import time
-from collections.abc import Callable
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from clu import metric_writers
+from clu import periodic_actions
+from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from madformer_jax import config as config_lib
-from madformer_jax import drawing, flops, training
+from madformer_jax import drawing, fields, flops, limits, training
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.report import DivergedError, Report
+from madformer_jax.runtime import checkpoint, lock, memory, partitioning, storage
+from madformer_jax.runtime.preemption import Preemption
 
 
-def _mean(fetched: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over steps; a quarter of the timesteps that no block fell into counts for nothing."""
-    values = {name: np.array([m[name] for m in fetched], np.float64) for name in fetched[0]}
-    quarters = [name for name in values if name.startswith("loss_q")]
-    for name in quarters:
-        values[name] = values[name][~np.isnan(values[name])]
-    return {name: float(v.mean()) for name, v in values.items() if len(v)}
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-
-
-def run(c: ConfigDict, workdir: str) -> None:
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains to `train.steps`, going on from the newest checkpoint in `workdir`, and draws a last grid of samples.
 
+    Returns:
+      The last report: the step, and the means since the report before.
+
     Raises:
-      ConfigError: a setting, the data, the workdir or a checkpoint is wrong; or the loss is no longer finite.
+      ConfigError: a setting, the data, the workdir or a checkpoint is wrong, somebody else trains there, or the loss is no
+        longer finite.
     """
     config_lib.validate(c)
-    info = pipeline.describe(c)
-    config_lib.number_labels(c, info.names)
-    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    if (c.train.batch // c.train.accumulate) % partitioning.batch_devices(mesh):
-        raise ConfigError(
-            f"a microbatch of {c.train.batch // c.train.accumulate} images (train.batch / train.accumulate) is not a "
-            f"multiple of the {partitioning.batch_devices(mesh)} devices along data and fsdp."
+    with contextlib.ExitStack() as stack:
+        # data, devices, model
+        info = pipeline.describe(c)
+        config_lib.number_labels(c, info.names)
+        mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+        share, shares = _batch_share(c, mesh)
+        s = training.setup(c)
+        create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+        cost = flops.training_step(c, encode=info.kind == "images").total
+        _log_sizes(c, info, s, cost, mesh.size)
+
+        # state: that of the newest checkpoint, or a new one
+        memory.require("training", mesh, parameters=abstract.params, averages=abstract.ema, optimizer=abstract.opt)
+        check_lock = stack.enter_context(lock.hold(workdir))
+        checkpoint.check_config(c, workdir)
+        data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
+        stack.callback(data.close)
+        checkpoints = stack.enter_context(
+            checkpoint.Checkpoints(workdir, c.train.keep, c.train.keep_every, state=abstract)
         )
-    share, shares = partitioning.batch_share(mesh, c.train.batch)
-    s = training.setup(c)
-    checkpoint.check_config(c, workdir)
-    checkpoint.write_config(c, workdir)
-    create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
-    data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
-    checkpoints = checkpoint.Checkpoints(workdir, c.train.keep, c.train.keep_every, state=abstract)
+        if checkpoint.exists(workdir):
+            state = _resume(c, workdir, checkpoints, abstract, data, info)
+        else:
+            state = _given_weights(c, create()) if c.train.init_from else create()
+            partitioning.log_overview(state.params, state)
+        step, steps = int(state.step), c.train.steps
+
+        # the step, and what goes with it
+        out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
+        step_fn = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+        codec_params = jax.device_put(s.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
+        report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
+        grid = Grid(c, s, codec_params, mesh, workdir, report)
+        profile = stack.enter_context(_profiling(c, workdir, step))
+        stopping = stack.enter_context(Preemption())
+        save = stack.enter_context(Saving(c, workdir, checkpoints, report, info, check_lock))
+        stack.enter_context(partitioning.scope(mesh))
+
+        # loop
+        while step < steps:
+            profile(step)
+            batch = partitioning.global_batch(next(data), mesh)
+            state, metrics = step_fn(state, batch, codec_params)
+            step += 1
+            save.finished = (step, state, data.get_state())
+            report.add(step, metrics)
+            if step % c.train.log_every == 0:
+                report.write()
+            if step % c.train.checkpoint_every == 0 or step == steps:
+                save()
+            if c.train.sample_every and step % c.train.sample_every == 0 and step < steps:
+                save.wait()  # should drawing end the process, then not for good
+                grid.draw(step, state, stopping.reached)
+            if stopping.reached():
+                save()
+                break
+        save.wait()
+        if step == steps:
+            grid.draw(step, state, stopping.reached)
+        if stopping.reached():
+            logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
+        return report.figures
+
+
+# ---- start
+
+
+def _batch_share(c: ConfigDict, mesh: Mesh) -> tuple[int, int]:
+    """See `partitioning.batch_share`."""
+    micro, devices = c.train.batch // c.train.accumulate, partitioning.batch_devices(mesh)
+    if micro % devices:
+        raise ConfigError(
+            f"a microbatch of {micro} images (train.batch / train.accumulate) is not a multiple of the {devices} devices "
+            "along data and fsdp."
+        )
+    return partitioning.batch_share(mesh, c.train.batch)
+
+
+def _log_sizes(c: ConfigDict, info: pipeline.DatasetInfo, s: training.Setup, cost: float, devices: int) -> None:
     logging.info(
         "%d images, %d per step = %.1f epochs in %d steps; latent %d x %d x %d in %d blocks of %d tokens; attention %s",
         info.records, c.train.batch, c.train.batch * c.train.steps / info.records, c.train.steps,
         s.sizes.latent, s.sizes.latent, s.sizes.channels, s.sizes.blocks, s.sizes.tokens, s.model.attention,
     )  # fmt: skip
+    peak = devices * flops.peak(c.model.dtype)
+    logging.info("a step costs %.3g TFLOP; %d devices reach %.3g TFLOP/s", cost / 1e12, devices, peak / 1e12)
 
-    if checkpoint.exists(workdir):
-        targets = {name: getattr(abstract, name) for name in checkpoint.ARRAYS}
-        first, trees, at = checkpoints.restore(targets, data=True)
-        checkpoints.drop_after(first)
-        state = training.State(step=jax.device_put(np.int32(first), abstract.step.sharding), **trees)
-        data.set_state(at)
-        logging.info("going on from step %d of %s", first, workdir)
+
+def _resume(
+    c: ConfigDict,
+    workdir: str,
+    checkpoints: checkpoint.Checkpoints,
+    abstract: training.State,
+    data: Any,
+    info: pipeline.DatasetInfo,
+) -> training.State:
+    """The state of the newest checkpoint, with `data` set to go on behind it.
+
+    Raises:
+      ConfigError: nothing can be restored, the data set has changed, or the run is further than `train.steps`.
+    """
+    targets = {name: getattr(abstract, name) for name in checkpoint.ARRAYS}
+    step, trees, position = checkpoints.restore(targets, data=True)
+    _check_data(workdir, step, checkpoints.meta(step).get("data"), _seen(info))
+    if step > c.train.steps:
+        raise ConfigError(f"config.train.steps={c.train.steps}, but {workdir} has been trained for {step} steps.")
+    checkpoints.drop_after(step)
+    before, now = fields.flat(checkpoint.stored_config(workdir) or {}), fields.flat(c)
+    for name in ("train.steps", "train.accumulate"):
+        if before.get(name, now[name]) != now[name]:
+            logging.info("config.%s was %s and is %s from here on", name, before[name], now[name])
+    data.set_state(position)
+    logging.info("going on from step %d of %s", step, workdir)
+    return training.State(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
+
+
+def _seen(info: pipeline.DatasetInfo) -> dict[str, Any]:
+    """What a checkpoint says of the data."""
+    return {"records": info.records, "fingerprint": info.fingerprint, "names": list(info.names)}
+
+
+def _check_data(workdir: str, step: int, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Raises ConfigError where the data set is not the one that the run has seen so far: every index would mean another image."""
+    if before is None:
+        logging.warning(
+            "step %d of %s does not say which data it has seen: the data set is not compared", step, workdir
+        )
+        return
+    if before == now:
+        return
+    if before["names"] != now["names"]:
+        gone, new = (sorted(set(a["names"]) - set(b["names"])) for a, b in ((before, now), (now, before)))
+        changes = [f"no longer {', '.join(gone)}"] * bool(gone) + [f"now {', '.join(new)}"] * bool(new)
+        what = f"its classes ({'; '.join(changes) or 'in another order'})"
+    elif before["records"] != now["records"]:
+        what = f"its records ({before['records']} then, {now['records']} now)"
     else:
-        state = create()
-        partitioning.log_overview(state.params, state)
-
-    out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
-    step_fn = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
-    codec_params = jax.device_put(s.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
-    drawer = drawing.make_draw(c, s.model, s.codec.decode)
-    # clu's logging writer is left out: the log line below says the same
-    writer = metric_writers.MultiWriter([metric_writers.SummaryWriter(workdir)] if jax.process_index() == 0 else [])
-    steps, step = c.train.steps, int(state.step)
-    cost = flops.training_step(c, encode=info.image_shape[0] == c.data.image_size)  # cached latents are smaller
-    peak = mesh.size * flops.peak(c.model.dtype)
-    logging.info("a step costs %.3g TFLOP; %d devices reach %.3g TFLOP/s", cost.total / 1e12, mesh.size, peak / 1e12)
-    trace = _trace(c.profile)
-
-    def save() -> None:
-        arrays = {name: getattr(state, name) for name in checkpoint.ARRAYS}
-        checkpoints.save(step, arrays, data.get_state(), {"step": step})
-
-    pending: list[dict[str, Any]] = []
-    since, since_step, warm = time.time(), step, False
-
-    def report() -> None:
-        nonlocal pending, since, since_step
-        if not pending:
-            return
-        fetched = jax.device_get(pending)
-        for number, metrics in enumerate(fetched, step - len(fetched) + 1):
-            # Every step up to a checkpoint is looked at: finite gradients keep a finite state finite.
-            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                checkpoints.wait()
-                good = f"step {checkpoints.last} of {workdir}" if checkpoints.last is not None else "none yet"
-                raise ConfigError(
-                    f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {number}: training has diverged. "
-                    f"Lower optimizer.learning_rate or set optimizer.clip; the last good checkpoint: {good}."
-                )
-        mean = _mean(fetched)
-        rate = (step - since_step) / (time.time() - since)  # 0 where only the step that compiled was run
-        speed = {"steps_per_second": rate, "images_per_second": c.train.batch * rate}
-        speed |= {"tflops": cost.total * rate / 1e12, "mfu": cost.total * rate / peak}
-        writer.write_scalars(step, mean | speed)
-        writer.flush()
-        logging.info(
-            "step %d/%d (%d %%)  loss %.4f%s  |g| %.2f  lr %.1e  %.2f steps/s  %.0f img/s  "
-            "%.3g TFLOP/s  MFU %.0f %%  ETA %s",
-            step, steps, 100 * step // steps, mean["loss"],
-            "".join(f"  {n[5:]} {v:.4f}" for n, v in mean.items() if n.startswith("loss_")),
-            mean["grad_norm"], mean["learning_rate"], rate, c.train.batch * rate,
-            speed["tflops"], 100 * speed["mfu"],
-            _duration((steps - step) / rate) if rate else "unknown",
-        )  # fmt: skip
-        pending, since, since_step = [], time.time(), step
-
-    def draw() -> None:
-        nonlocal since
-        began = time.time()
-        weights = state.ema if c.sample.weights == "ema" else state.params
-        decoder = jax.device_put(s.codec.load(), partitioning.replicated(mesh))
-        images = drawing.grid(c, drawer, weights, decoder, mesh, workdir, step)
-        writer.write_images(step, {f"samples_{c.sample.weights}": images})
-        since += time.time() - began
-
-    with partitioning.scope(mesh), checkpoints, checkpoint.Preemption() as preemption:
-        while step < steps:
-            trace(step, workdir)
-            batch = partitioning.global_batch(next(data), mesh)
-            state, metrics = step_fn(state, batch, codec_params)
-            pending.append(metrics)
-            step += 1
-            if len(pending) > 1:  # at most two steps in flight: a notice to stop is heard, and no queue grows
-                jax.block_until_ready(pending[-2])
-            if not warm:  # the first step compiled; it is left out of the rates
-                jax.block_until_ready(metrics)
-                logging.info("compiled the training step and ran it in %.1f s", time.time() - since)
-                since, since_step, warm = time.time(), step, True
-            if step % c.train.log_every == 0 or step == steps:
-                report()
-            if c.train.sample_every and step % c.train.sample_every == 0 and step < steps:
-                draw()
-            stopping = preemption.reached(step)
-            if step % c.train.checkpoint_every == 0 or step == steps or stopping:
-                report()
-                save()
-            if stopping and step < steps:
-                checkpoints.wait()
-                logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
-                break
-        trace(-1, workdir)
-        checkpoints.wait()
-        if step == steps:
-            draw()
-    writer.close()
-    data.close()
+        what = f"which records these {now['records']} are, or what they hold"
+    raise ConfigError(
+        f"the data set has changed since step {step} of {workdir}: {what}. Bring the old one back, or use another --workdir."
+    )
 
 
-def _trace(profile: str) -> Callable[[int, str], None]:
-    """A function that starts and stops the profiler at the steps of "first:last"."""
-    if not profile:
-        return lambda step, workdir: None
+def _given_weights(c: ConfigDict, state: training.State) -> training.State:
+    """The new state with the weights of `train.init_from`, the averages where it has them, as parameters and as averages.
+
+    Raises:
+      ConfigError: there are none, or the model is another one.
+    """
+    source = c.train.init_from
+    target = partitioning.abstract(state.params, jax.tree.map(lambda x: x.sharding, state.params))
     try:
-        first, last = (int(part) for part in profile.split(":"))
-    except ValueError:
-        raise ConfigError(f"config.profile={profile!r} must be two steps, as in '100:103'.") from None
-    running = False
+        checkpoint.require(source)
+        if different := checkpoint.differences(c, source, ("model",)):
+            raise ConfigError(f"{source} holds another model: {'; '.join(different)}.")
+        with checkpoint.Checkpoints(source, read_only=True) as given:
+            found = {item: shapes for item in ("ema", "params") if (shapes := given.shapes(item))}
+            item = next(iter(found), "params")
+            _check_shapes(found.get(item, {}), target)
+            step, trees, _ = given.restore({item: target})
+    except ConfigError as error:
+        raise ConfigError(f"config.train.init_from: {error}") from error
+    logging.info("starting from the %s of step %d of %s", item, step, source)
+    return state._replace(params=trees[item], ema=jax.tree.map(jnp.copy, trees[item]))
 
-    def trace(step: int, workdir: str) -> None:
-        nonlocal running
-        if step == first and not running:
-            jax.profiler.start_trace(f"{workdir}/profile")
-            running = True
-        elif running and (step > last or step < 0):
-            jax.profiler.stop_trace()
-            running = False
-            logging.info("wrote a profiler trace of steps %d to %d to %s/profile", first, last, workdir)
 
-    return trace
+def _check_shapes(found: dict[str, tuple[int, ...]], target: Any) -> None:
+    """Raises ConfigError where arrays are not those of the target."""
+    leaves, _ = jax.tree.flatten_with_path(target)
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise ConfigError(
+                f"{name} has the shape {found.get(name, 'of nothing')} there and {wanted.get(name, 'of nothing')} here: "
+                "config.model, config.codec and config.data.channels must fit the given weights."
+            )
+
+
+@contextlib.contextmanager
+def _profiling(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int], Any]]:
+    """A function of the step that is about to run, which writes the trace that `profile` asks for."""
+    steps = limits.profiled_steps(c)
+    if steps is None:
+        yield lambda step: None
+        return
+    first, last = steps
+    if first < step:
+        logging.warning("profile: step %d is behind; no trace is written", first)
+    profile = periodic_actions.Profile(
+        logdir=f"{workdir}/profile",
+        first_profile=first,
+        num_profile_steps=last - first + 1,
+        profile_duration_ms=None,
+        every_secs=None,
+    )
+    try:
+        yield profile
+    finally:
+        profile(sys.maxsize)  # ends a trace that runs
+
+
+# ---- samples
+
+
+class Grid:
+    """Draws the config's first images while it trains, to workdir/samples/step_..._{ema,raw}.png and TensorBoard."""
+
+    def __init__(self, c: ConfigDict, s: training.Setup, codec_params: Any, mesh: Mesh, workdir: str, report: Report):
+        self._c, self._codec, self._mesh, self._report = c, s.codec, mesh, report
+        self._codec_params = codec_params  # empty where cached latents need none
+        drawing.given_noise(c)  # while an error in it costs nothing
+        self._draw = drawing.make_draw(c, s.model, s.codec.decode)
+        self._folder = epath.Path(workdir) / "samples"
+
+    def draw(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
+        """Draws in batches and looks between them whether to `stop`. Whatever goes wrong is told in one line: training goes on."""
+        with self._report.paused():
+            try:
+                self._try(step, state.ema if self._c.sample.weights == "ema" else state.params, stop)
+            except Exception as error:
+                logging.error("the samples of step %d are left out: %s", step, storage.cause(error))
+
+    def _try(self, step: int, weights: Any, stop: Callable[[], bool]) -> None:
+        c, n = self._c, min(self._c.sample.n, self._c.sample.grid)
+        codec_params = self._codec_params or jax.device_put(self._codec.load(), partitioning.replicated(self._mesh))
+        images: list[np.ndarray] = []
+        for batch in drawing.batches(c, self._draw, weights, codec_params, self._mesh, range(n), most=n):
+            images.append(batch.images)
+            if sum(map(len, images)) < n and stop():
+                logging.info("asked to stop: the samples of step %d are left out", step)
+                return
+        canvas = drawing.as_grid(np.concatenate(images))
+        path = self._folder / f"step_{step:06d}_{c.sample.weights}.png"
+        if jax.process_index() == 0:
+            drawing.write_png(path, canvas)
+        logging.info("drew %d samples with the %s weights: %s", n, c.sample.weights, path)
+        self._report.show(step, f"samples_{c.sample.weights}", canvas)
+
+
+# ---- checkpoints
+
+
+class Saving:
+    """Saves the state of the last finished step: when called, and where an error ends the loop before it was saved.
+
+    A context manager around the loop, which sets `finished` = (step, state, position of the data) behind each step.
+    """
+
+    def __init__(
+        self,
+        c: ConfigDict,
+        workdir: str,
+        checkpoints: checkpoint.Checkpoints,
+        report: Report,
+        info: pipeline.DatasetInfo,
+        check_lock: Callable[[], None],
+    ):
+        self.finished: tuple[int, training.State, dict[str, Any]] | None = None
+        self._c, self._workdir, self._checkpoints, self._report = c, workdir, checkpoints, report
+        self._check_lock, self._data = check_lock, _seen(info)
+
+    def __call__(self) -> None:
+        """Reports, and starts to save; nothing is saved that is not finite."""
+        self._report.write()
+        self._save()
+
+    def _save(self) -> None:
+        assert self.finished is not None  # the loop has run a step
+        step, state, position = self.finished
+        self._check_lock()
+        checkpoint.write_config(self._c, self._workdir)  # now that it has shown that it works
+        arrays = {name: getattr(state, name) for name in checkpoint.ARRAYS}
+        self._checkpoints.save(step, arrays, position, {"step": step, "data": self._data})
+
+    def wait(self) -> None:
+        """Until the last save is on disk."""
+        self._checkpoints.wait()
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, DivergedError):
+            self.wait()
+            last = self._checkpoints.last
+            good = f"step {last} of {self._workdir}" if last is not None else "none yet"
+            raise ConfigError(f"{error}; the last good checkpoint: {good}.") from None
+        # Several processes save together, and the others do not know of this one's error.
+        if not isinstance(error, Exception) or self.finished is None or jax.process_count() > 1:
+            return
+        step = self.finished[0]
+        try:
+            self._report.check()
+            self._save()
+            self.wait()
+        except Exception as problem:
+            logging.error("step %d could not be saved: %s", step, storage.cause(problem))
+        else:
+            logging.info("step %d, the last before an error, is saved", step)

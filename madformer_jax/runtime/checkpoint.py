@@ -11,12 +11,9 @@ import functools
 import json
 import logging as python_logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, TypeVar
 
 import jax
@@ -28,6 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from madformer_jax import fields
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checksums, malloc, storage
 from madformer_jax.runtime.partitioning import sync
@@ -43,6 +41,8 @@ _FREE = {
     "codec.path", "data.path", "data.workers",  # where the same weights and images lie today
     "data.max_corrupt",  # which the error asks to raise
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "train.keep_every",
+    "train.steps", "train.accumulate",  # the run is told so
+    "train.init_from",  # read at the start only
 }  # fmt: skip
 OF_THE_MODEL = (
     "model",
@@ -54,16 +54,6 @@ OF_THE_MODEL = (
 
 def folder(workdir: str) -> epath.Path:
     return storage.absolute(workdir) / "checkpoints"
-
-
-def _flat(c: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in c.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def stored_config(workdir: str) -> dict[str, Any] | None:
@@ -82,17 +72,23 @@ def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = (
     Raises:
       ConfigError: names the fields that differ, of `sections` or named there, with both values.
     """
+    if different := differences(config, workdir, sections):
+        raise ConfigError(
+            f"{workdir} was made by another config: {'; '.join(different)}. Set it back, or use another --workdir."
+        )
+
+
+def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...]) -> list[str]:
+    """The fields of `sections` in which a config may not differ from that of the workdir's checkpoints, and does."""
     stored = stored_config(workdir) if exists(workdir) else None
-    if stored is None:
-        return
-    before, now = _flat(stored), _flat(json.loads(config.to_json()))
-    different = [
+    before, now = fields.flat(stored or {}), fields.flat(json.loads(config.to_json()))
+    if "data.test_share" not in before and before.get("data.source") in ("digits", "folder", "webdataset"):
+        before["data.split"] = "all"  # nothing was held out then, whatever it was called
+    return [
         f"config.{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(before.keys() & now.keys())
         if {name, name.split(".")[0]} & set(sections) and name not in _FREE and before[name] != now[name]
     ]
-    if different:
-        raise ConfigError(f"{workdir} was made by another config: {'; '.join(different)}. Use another --workdir.")
 
 
 def write_config(config: ConfigDict, workdir: str) -> None:
@@ -268,6 +264,15 @@ class Checkpoints:
             raise ConfigError(f"{folder} is damaged: it tells nothing.")
         return content
 
+    def shapes(self, item: str) -> dict[str, tuple[int, ...]] | None:
+        """Name -> shape of the arrays of an item of the newest step; None where it has no such item."""
+        with self._errors("read"):
+            tree = self._manager.item_metadata(self._manager.latest_step()).get(item)
+        if tree is None:
+            return None
+        leaves, _ = jax.tree.flatten_with_path(tree.tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+
     def _together(self, step: int, act: Callable[[], T]) -> T:
         """What `act` returns; where it fails in any process, it fails in all.
 
@@ -377,31 +382,3 @@ def require(workdir: str) -> None:
             raise ConfigError(f"--workdir={workdir} does not exist: train first, or give another one.")
     if not exists(workdir):
         raise ConfigError(f"there is no checkpoint in {folder(workdir)}: train first, or give another --workdir.")
-
-
-class Preemption:
-    """Notice that the machine is about to be taken away: SIGTERM, or the cluster's through JAX's sync point.
-
-    A context manager; `reached(step)` says, in all processes at the same step, that it is time to save and leave.
-    """
-
-    def __init__(self) -> None:
-        self._noticed = threading.Event()
-        # With several processes, JAX's own notifier takes the signal and tells the others.
-        self._alone = jax.process_count() == 1
-        self._before: Any = None
-
-    def __enter__(self) -> "Preemption":
-        if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._notice)
-        return self
-
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._noticed.set()
-
-    def __exit__(self, *_: Any) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def reached(self, step: int) -> bool:
-        return self._noticed.is_set() if self._alone else multihost_utils.reached_preemption_sync_point(step)

@@ -1,235 +1,399 @@
+"""The loop. Most tests put a step that only counts in the place of the real one, which is tested in tests/test_training.py."""
+
 import json
+import logging
 import os
+import shutil
 import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from madformer_jax import training
+from madformer_jax import drawing, report, training
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
-from madformer_jax.modes import train
-from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.modes import export, train
+from madformer_jax.runtime import checkpoint, lock, storage
 from tests import tiny
 from tests.kill import final
 
-
-def assert_identical(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+pytestmark = pytest.mark.usefixtures("one_device", "created_once")
+BROKEN, real_batches = "it broke", drawing.batches
 
 
 @pytest.fixture
-def plain_config():
-    """The tiny model without its depth, for what is not about the model."""
-    return tiny.get_config("plain")
-
-
-def steps(config, mesh_sizes, n=5, platform="cpu"):
-    """Losses and the state, on the host, after n steps on a mesh of the first devices, made for `platform`."""
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = mesh_sizes
-    mesh = partitioning.make_mesh(*mesh_sizes, jax.devices()[: int(np.prod(mesh_sizes))])
-    s = training.setup(config)
-    create, abstract = training.create_state(s.model, s.tx, config.seed, mesh)
-    data = pipeline.train_iterator(config, batch=config.train.batch, process_index=0, process_count=1)
-    losses = []
-    with partitioning.scope(mesh):
-        state = create()
-        out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), None)
-        step = jax.jit(training.make_step(s, config, platform), out_shardings=out_shardings)
-        for _ in range(n):
-            state, metrics = step(state, partitioning.global_batch(next(data), mesh), {})
-            losses.append(float(metrics["loss"]))
-    data.close()
-    return losses, jax.device_get(state)
+def plain():
+    c = tiny.get_config("plain")  # no test here is about the model
+    c.sample.n = c.sample.batch = 2
+    return c
 
 
 @pytest.fixture(scope="module")
-def single_device_run():
-    return {}
+def created_once():
+    """The state of step 0 is created by one program for the whole module."""
+    real, made = training.create_state, {}
 
-
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
-def test_a_mesh_trains_as_a_single_device_does(tiny_config, mesh, single_device_run):
-    tiny_config.model.unet_channels, tiny_config.model.unet_attention = (8, 16), (False, True)
-    tiny_config.model.blocks = 2  # half the attention to compile
-    if not single_device_run:
-        single_device_run["result"] = steps(tiny_config, (1, 1, 1))
-    losses, state = single_device_run["result"]
-    sharded_losses, sharded = steps(tiny_config, mesh)
-    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
-    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.params)]) for s in (sharded, state))
-    assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
-
-
-def test_state_is_split_over_fsdp_and_tensor(tiny_config):
-    mesh = partitioning.make_mesh(1, 4, 2)
-    s = training.setup(tiny_config)
-    create, _abstract = training.create_state(s.model, s.tx, 0, mesh)
-    state = create()
-    whole = sum(x.nbytes for x in jax.tree.leaves(state.params))
-    assert partitioning.device_bytes(state.params) < 0.5 * whole
-    for tree in (state.ema, state.opt[1][0].mu, state.opt[1][0].nu):
-        assert jax.tree.map(lambda x: x.sharding.spec, tree) == jax.tree.map(lambda x: x.sharding.spec, state.params)
-
-
-def test_interrupted_and_resumed_training_equals_uninterrupted_bit_for_bit(plain_config, tmp_path, one_device):
-    train.run(plain_config, str(tmp_path / "whole"))
-    asked = []
-
-    def stop_once(self, step):
-        asked.append(step)
-        return step == 3
+    def create_state(model, tx, seed, mesh):
+        if not made:
+            create, abstract = real(model, tx, seed, mesh)
+            made["state"], made["abstract"] = jax.device_get(create()), abstract
+        return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), *made.values()), made["abstract"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.Preemption, "reached", stop_once)
-        train.run(plain_config, str(tmp_path / "parts"))
-    assert asked == [1, 2, 3]
-    assert final(plain_config, tmp_path / "parts")[0] == 3
-    train.run(plain_config, str(tmp_path / "parts"))
-    step, trees, data = final(plain_config, tmp_path / "parts")
-    other_step, other_trees, other_data = final(plain_config, tmp_path / "whole")
-    assert step == other_step == plain_config.train.steps
-    assert data == other_data
-    assert_identical(trees, other_trees)
-    assert sorted(p.name for p in (tmp_path / "whole" / "samples").iterdir()) == ["step_000006_ema.png"]
+        patch.setattr(training, "create_state", create_state)
+        yield
 
 
-def test_sigterm_saves_and_ends_the_run(plain_config, tmp_path, one_device, monkeypatch):
-    class Interrupting:
-        """The data iterator; the third batch comes with a SIGTERM."""
+def count(patch):
+    """Puts in a step that adds 1 to every parameter, and samples that cost nothing."""
 
-        def __init__(self, real):
-            self._real = real
-            self.get_state, self.set_state, self.close = real.get_state, real.set_state, real.close
-            self._count = 0
+    def make_step(s, c, platform=None):
+        def step(state, batch, codec_params):
+            rate = training.learning_rate(c)(state.step)
+            metrics = {"loss": jnp.mean(batch["image"]), "grad_norm": jnp.ones(()), "learning_rate": rate}
+            params = jax.tree.map(lambda x: x + 1, state.params)
+            return training.State(state.step + 1, params, params, state.opt), metrics
 
-        def __next__(self):
-            self._count += 1
-            if self._count == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return next(self._real)
+        return step
 
+    def batches(c, draw, params, codec_params, mesh, numbers, most=None):
+        for number in numbers:
+            yield drawing.Drawn(
+                np.array([number]), np.zeros(1, np.int32), np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1)
+            )
+
+    patch.setattr(training, "make_step", make_step)
+    patch.setattr(drawing, "batches", batches)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    count(monkeypatch)
+
+
+class Data:
+    """The data iterator, with something that happens before a batch."""
+
+    def __init__(self, real, at, act):
+        self.set_state, self.get_state, self.close = real.set_state, real.get_state, real.close
+        self._real, self._at, self._act = real, at, act
+
+    def __next__(self):
+        if self.get_state()["next_batch"] + 1 == self._at:
+            self._act()
+        return next(self._real)
+
+
+@pytest.fixture(scope="module")
+def runs(created_once, tmp_path_factory):
+    """One that came to its end, "whole", and one that was told to stop at step 3 of 6, "half"; steps only count."""
+    folder, devices = tmp_path_factory.mktemp("runs"), jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a: devices)
+        count(patch)
+        train.run(tiny.get_config("plain"), str(folder / "whole"))
+        before_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        train.run(tiny.get_config("plain"), str(folder / "half"))
+    return folder
+
+
+@pytest.fixture
+def half(counting, runs, tmp_path):
+    return shutil.copytree(runs / "half", tmp_path / "half")
+
+
+def before_batch(patch, at, act):
     real = pipeline.train_iterator
-    monkeypatch.setattr(pipeline, "train_iterator", lambda *a, **k: Interrupting(real(*a, **k)))
+    patch.setattr(pipeline, "train_iterator", lambda *args, **given: Data(real(*args, **given), at, act))
+
+
+def fail(*args, **given):
+    raise OSError(28, BROKEN)
+
+
+def reports(workdir):
+    return list(map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()))
+
+
+def saved(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def assert_same_end(c, a, b):
+    jax.tree.map(np.testing.assert_array_equal, final(c, a), final(c, b))
+
+
+# ---- ends, and goes on
+
+
+def test_a_run_told_to_stop_goes_on_bit_for_bit(plain, tmp_path, monkeypatch):
+    """With the real step and real samples; SIGTERM comes while batch 3 is fetched."""
+    made = []
+    real = training.make_step
+    monkeypatch.setattr(training, "make_step", lambda s, c: made.append(real(s, c)) or made[0])  # compiled once
+    figures = train.run(plain, str(tmp_path / "whole"))
     before = signal.getsignal(signal.SIGTERM)
-    train.run(plain_config, str(tmp_path))
-    assert final(plain_config, tmp_path)[0] == 3
+    with pytest.MonkeyPatch.context() as patch:
+        before_batch(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train.run(plain, str(tmp_path / "parts"))["step"] == 3
     assert signal.getsignal(signal.SIGTERM) == before
+    assert final(plain, tmp_path / "parts")[0] == 3
+    assert train.run(plain, str(tmp_path / "parts")).keys() == figures.keys()
+    assert_same_end(plain, tmp_path / "parts", tmp_path / "whole")
+    assert sorted(p.name for p in (tmp_path / "whole" / "samples").iterdir()) == ["step_000006_ema.png"]
+    told = reports(tmp_path / "whole")
+    assert [line["step"] for line in told] == [2, 4, 6]
+    assert told[-1] == figures
+    assert figures["loss"] > 0 and figures["images_per_second"] > 0
+    assert [line["step"] for line in reports(tmp_path / "parts")] == [2, 3, 4, 6]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(plain_config, tmp_path, one_device, monkeypatch):
-    real = training.losses.training_loss
+def test_ctrl_c_is_a_notice_to_stop_and_the_second_one_the_end(counting, plain, tmp_path, monkeypatch, capfd):
+    handlers = []
 
-    def diverging(model, params, z, tokens, key, weights):
-        loss, metrics = real(model, params, z, tokens, key, weights)
-        bad = jnp.where(jnp.mean(z) < diverging.below, jnp.nan, 1.0)
-        return loss * bad, metrics | {"loss": loss * bad}
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        handlers.append(signal.getsignal(signal.SIGINT))
 
-    data = pipeline.train_iterator(plain_config, batch=8, process_index=0, process_count=1)
-    means = [float(next(data)["image"].mean()) for _ in range(plain_config.train.steps)]
-    data.close()
-    worst = int(np.argmin(means[2:])) + 3  # the darkest batch behind the first checkpoint
-    diverging.below = np.sort(means[2:])[0] + 1e-6
-    if min(means[:2]) < diverging.below:
-        pytest.fail("choose another seed: the batches before the first checkpoint must train")
-    monkeypatch.setattr(training.losses, "training_loss", diverging)
-    good = (worst - 1) // 2 * 2
-    with pytest.raises(ConfigError, match=f"at step {worst}: .* last good checkpoint: step {good} of"):
-        train.run(plain_config, str(tmp_path))
-    monkeypatch.undo()
-    monkeypatch.setattr(partitioning.jax, "devices", lambda *a: jax.local_devices()[:1])
-    step, trees, _ = final(plain_config, tmp_path)
-    assert step == good
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(trees))
+    before = signal.getsignal(signal.SIGINT)
+    before_batch(monkeypatch, 3, interrupt)
+    assert train.run(plain, str(tmp_path))["step"] == 3
+    assert saved(tmp_path) == [2, 3]
+    assert handlers == [signal.SIG_DFL]
+    assert signal.getsignal(signal.SIGINT) == before
+    assert "Ctrl-C again leaves at once" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["data", "metrics"])
+def test_an_error_leaves_the_last_finished_step_behind(counting, plain, tmp_path, runs, broken):
+    plain.train.log_every, plain.train.checkpoint_every = 1, 4
+    with pytest.MonkeyPatch.context() as patch:
+        if broken == "data":
+            before_batch(patch, 4, fail)
+        else:
+            written = storage.append_line
+            patch.setattr(
+                storage, "append_line", lambda path, text: fail() if '"step": 3' in text else written(path, text)
+            )
+        with pytest.raises((OSError, ConfigError), match=BROKEN) as error:
+            train.run(plain, str(tmp_path / "parts"))
+    assert isinstance(error.value, ConfigError) == (broken == "metrics")
+    assert saved(tmp_path / "parts") == [3]
+    train.run(plain, str(tmp_path / "parts"))
+    assert_same_end(plain, tmp_path / "parts", runs / "whole")
+
+
+def test_a_start_that_fails_binds_nobody(counting, plain, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        before_batch(patch, 1, fail)
+        with pytest.raises(OSError, match=BROKEN):
+            train.run(plain, str(tmp_path))
+    assert not (tmp_path / "config.json").exists()
+    plain.train.batch = 4
+    train.run(plain, str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["batch"] == 4
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(counting, plain, tmp_path, monkeypatch):
+    finite = training.make_step
+
+    def make_step(s, c):
+        def step(state, batch, codec_params):
+            state, metrics = finite(s, c)(state, batch, codec_params)
+            return state, metrics | {"loss": jnp.where(state.step == 5, jnp.nan, 1.0)}
+
+        return step
+
+    monkeypatch.setattr(training, "make_step", make_step)
+    with pytest.raises(ConfigError, match=r"at step 5: .* last good checkpoint: step 4 of .*\.$"):
+        train.run(plain, str(tmp_path))
+    assert saved(tmp_path) == [2, 4]
+    assert [line["step"] for line in reports(tmp_path)] == [2, 4]
+
+
+def test_kept_checkpoints(counting, plain, tmp_path):
+    plain.train.checkpoint_every, plain.train.keep, plain.train.keep_every = 1, 1, 2
+    plain.train.steps = 5
+    train.run(plain, str(tmp_path))
+    assert saved(tmp_path) == [2, 4, 5]
+
+
+def test_one_training_a_workdir(plain, tmp_path):
+    with lock.hold(str(tmp_path)), pytest.raises(ConfigError, match=f"is written by process {os.getpid()}"):
+        train.run(plain, str(tmp_path))
+
+
+# ---- what may and may not change
+
+
+def test_steps_and_accumulation_may_change_and_the_schedule_follows(half, plain, caplog):
+    caplog.set_level(logging.INFO, "absl")
+    plain.train.steps, plain.train.accumulate = 5, 2
+    assert train.run(plain, str(half))["step"] == 5
+    assert "config.train.steps was 6 and is 5" in caplog.text
+    assert "config.train.accumulate was 1 and is 2" in caplog.text
+    assert reports(half)[-1]["learning_rate"] == float(training.learning_rate(plain)(4))
+    assert json.loads((half / "config.json").read_text())["train"]["steps"] == 5
+    plain.train.steps = 4
+    with pytest.raises(ConfigError, match=r"config\.train\.steps=4, but .* has been trained for 5 steps"):
+        train.run(plain, str(half))
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("model.width", 8), ("train.batch", 4), ("seed", 1), ("loss.hidden", 0.5), ("data.flip", True)]
+    ("field", "value"),
+    [
+        ("model.width", 8),
+        ("train.batch", 4),
+        ("seed", 1),
+        ("loss.hidden", 0.5),
+        ("data.flip", True),
+        ("data.split", "all"),
+    ],
 )
-def test_a_workdir_of_another_config_is_refused_by_field(tiny_config, tmp_path, one_device, field, value):
-    checkpoint.write_config(tiny_config, str(tmp_path))
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)  # without one, a config binds nobody
-    tiny_config.update_from_flattened_dict({field: value})
-    with pytest.raises(ConfigError, match=rf"config\.{field} was .* and is {value}") as error:
-        train.run(tiny_config, str(tmp_path))
+def test_a_workdir_of_another_config_is_refused_by_field(half, plain, field, value):
+    plain.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=rf"config\.{field} was .* and is {value!r}") as error:
+        checkpoint.check_config(plain, str(half))
+    assert "\n" not in str(error.value)
+    plain = tiny.get_config("plain")
+    plain.train.log_every, plain.sample.n, plain.mesh.fsdp, plain.data.workers = 1, 3, 2, 1
+    checkpoint.check_config(plain, str(half))  # cadence, sampling and mesh are free
+
+
+def test_a_run_from_before_anything_was_held_out_saw_all_of_it(half, plain):
+    old = json.loads((half / "config.json").read_text())
+    del old["data"]["test_share"]
+    (half / "config.json").write_text(json.dumps(old))
+    with pytest.raises(ConfigError, match=r"config\.data\.split was 'all' and is 'train'"):
+        train.run(plain, str(half))
+    plain.data.split = "all"
+    checkpoint.check_config(plain, str(half))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"names": ("7", "8")}, r"its classes \(no longer 0, 1, 2, 3, 4, 5, 6, 9\)"),
+        ({"names": tuple("1023456789")}, r"its classes \(in another order\)"),
+        ({"records": 3}, r"its records \(4000 then, 3 now\)"),
+        ({"fingerprint": "other"}, "which records these 4000 are"),
+    ],
+)
+def test_a_changed_data_set_is_refused_and_nothing_is_touched(half, plain, monkeypatch, caplog, change, told):
+    real = pipeline.describe
+    monkeypatch.setattr(pipeline, "describe", lambda c: real(c)._replace(**change))
+    with pytest.raises(ConfigError, match=f"has changed since step 3 of .*{told}") as error:
+        train.run(plain, str(half))
+    assert "\n" not in str(error.value)
+    assert saved(half) == [2, 3]
+    train._check_data("runs/old", 3, None, change)
+    assert "step 3 of runs/old does not say which data it has seen" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["run", "export"])
+def test_training_starts_from_given_weights(half, plain, tmp_path, source):
+    given = final(plain, half)[1]["ema"]
+    if source == "export":
+        export.run(plain, str(half))
+        shutil.rmtree(half / "checkpoints")
+        half = half / "export"
+    plain.train.init_from, plain.train.batch, plain.train.steps = str(half), 4, 1
+    assert train.run(plain, str(tmp_path / "new"))["step"] == 1
+    _, trees, data = final(plain, tmp_path / "new")
+    assert data == {"next_batch": 1}
+    for tree in (trees["params"], trees["ema"]):
+        jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, old + 1), tree, given)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("model.rope", "release", r"holds another model: config\.model\.rope was 'axial' and is 'release'"),
+        ("codec.patch", 8, r"boi has the shape \(64, 16\) there and \(16, 16\) here"),
+        ("train.init_from", "nowhere", "nowhere does not exist"),
+    ],
+)
+def test_weights_of_another_model_are_refused(half, plain, field, value, told, monkeypatch):
+    plain.train.init_from = str(half)
+    plain.update_from_flattened_dict({field: value})
+    s = training.setup(plain)
+    abstract = drawing.abstract_params(s.model, train.partitioning.make_mesh(1, 1, 1))
+    state = training.State(jnp.zeros(()), abstract, abstract, None)
+    with pytest.raises(ConfigError, match=rf"config\.train\.init_from: .*{told}") as error:
+        train._given_weights(plain, state)
     assert "\n" not in str(error.value)
 
 
-def test_cadence_sampling_and_mesh_may_change_between_runs(tiny_config, tmp_path):
-    checkpoint.write_config(tiny_config, str(tmp_path))
-    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
-    tiny_config.train.log_every, tiny_config.sample.n, tiny_config.mesh.fsdp, tiny_config.data.workers = 1, 3, 2, 1
-    checkpoint.check_config(tiny_config, str(tmp_path))
+# ---- samples
 
 
-def test_a_microbatch_that_the_devices_do_not_divide_is_refused(tiny_config, tmp_path):
-    tiny_config.mesh.data, tiny_config.train.accumulate = 8, 2
+def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_path, monkeypatch, caplog):
+    """At step 1 a picture is not finite, at step 2 the disk is full, at step 3 TensorBoard fails."""
+    plain.train.sample_every, plain.train.steps = 1, 4
+    real, png = drawing.batches, drawing.write_png
+    monkeypatch.setattr(
+        drawing, "make_draw", lambda *given: lambda *given: (np.zeros((2, 32, 32, 1)), nan, np.array([True, False]))
+    )
+    nan = np.full((2, 8, 8, 16), np.nan)
+    seen = []
+
+    def batches(c, draw, params, *given, **more):
+        seen.append(saved(tmp_path) if (tmp_path / "checkpoints").exists() else [])
+        return (
+            real_batches(c, draw, params, *given, **more) if len(seen) == 1 else real(c, draw, params, *given, **more)
+        )
+
+    monkeypatch.setattr(drawing, "batches", batches)
+    monkeypatch.setattr(drawing, "write_png", lambda path, image: fail() if len(seen) == 2 else png(path, image))
+    monkeypatch.setattr(report.Report, "show", lambda self, *given: self._show(fail) if len(seen) == 3 else None)
+    assert train.run(plain, str(tmp_path))["step"] == 4
+    assert (
+        "the samples of step 1 are left out: sampling gave values that are not finite: image 0 from block 1 on"
+        in caplog.text
+    )
+    assert f"the samples of step 2 are left out: {BROKEN}" in caplog.text
+    assert f"TensorBoard gets nothing more from here on: {BROKEN}" in caplog.text
+    assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == ["step_000003_ema.png", "step_000004_ema.png"]
+    assert seen == [[], [2], [2], [2, 4]]  # saved first
+    assert [line["step"] for line in reports(tmp_path)] == [2, 4]
+
+
+def test_a_notice_to_stop_is_heard_within_a_grid(counting, plain, tmp_path, monkeypatch):
+    plain.train.sample_every, plain.sample.n, plain.sample.batch = 1, 9, 1
+    real, drawn = drawing.batches, []
+
+    def batches(*given, **more):
+        for batch in real(*given, **more):
+            drawn.append(int(batch.numbers[0]))
+            if len(drawn) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(drawing, "batches", batches)
+    assert train.run(plain, str(tmp_path))["step"] == 1
+    assert drawn == [0, 1, 2, 3]
+    assert saved(tmp_path) == [1]
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize("steps", ["2:3", "5:5"])
+def test_a_profile_is_taken_of_the_steps_that_are_named(plain, tmp_path, monkeypatch, steps):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    plain.profile = steps
+    with train._profiling(plain, str(tmp_path), 0) as profile:
+        for step in range(6):
+            profile(step)
+            calls.append(step)
+    assert calls == {"2:3": [0, 1, "start", 2, 3, "stop", 4, 5], "5:5": [0, 1, 2, 3, 4, "start", 5, "stop"]}[steps]
+
+
+def test_a_microbatch_that_the_devices_do_not_divide_is_refused(plain, tmp_path, monkeypatch):
+    monkeypatch.undo()  # all eight devices
+    plain.mesh.data, plain.train.accumulate = 8, 2
     with pytest.raises(ConfigError, match="a microbatch of 4 images"):
-        train.run(tiny_config, str(tmp_path))
+        train.run(plain, str(tmp_path))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # unrolled, in a loop
-def test_accumulated_gradients_are_those_of_the_whole_batch(plain_config, platform, monkeypatch):
-    """With a loss that draws nothing: with the real one, other microbatches mean other noise."""
-
-    def plain(model, params, z, tokens, key, weights):
-        middle = z[:, :, z.shape[2] // 2]  # few enough values that the order of their sum is below the tolerance
-        loss = sum(jnp.mean(jnp.square(p)) for p in jax.tree.leaves(params)) * jnp.mean(jnp.square(middle))
-        return loss, {"loss": loss}
-
-    monkeypatch.setattr(training.losses, "training_loss", plain)
-    losses, state = steps(plain_config, (1, 1, 1), n=2)
-    plain_config.train.accumulate = 4
-    parts_losses, parts = steps(plain_config, (1, 1, 1), n=2, platform=platform)
-    np.testing.assert_allclose(parts_losses, losses, rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(parts.params), jax.tree.leaves(state.params), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_ema_warms_up_towards_its_target(plain_config):
-    plain_config.train.ema_decay = 0.15
-    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    s = training.setup(plain_config)
-    create, _ = training.create_state(s.model, s.tx, 0, mesh)
-    data = pipeline.train_iterator(plain_config, batch=8, process_index=0, process_count=1)
-    step, state = jax.jit(training.make_step(s, plain_config)), create()
-    ema = state.ema
-    for decay in (1 / 10, 0.15, 0.15):  # (1 + step) / (10 + step), until it meets the target
-        state, _ = step(state, next(data), {})
-        ema = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, ema, state.params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
-    data.close()
-
-
-def test_learning_rate_schedules(tiny_config):
-    c = tiny_config
-    c.train.steps, c.optimizer.learning_rate, c.optimizer.warmup, c.optimizer.decay = 1000, 2.0, 0.01, 0.15
-    wsd = training.learning_rate(c)
-    np.testing.assert_allclose([wsd(0), wsd(4), wsd(9), wsd(500), wsd(850)], [0.2, 1.0, 2.0, 2.0, 2.0], rtol=1e-6)
-    np.testing.assert_allclose([wsd(925), wsd(1000)], [2 * 0.5**3, 2 * 0.5**6], rtol=1e-5)
-    c.optimizer.schedule = "cosine"
-    cosine = training.learning_rate(c)
-    np.testing.assert_allclose([cosine(0), cosine(10), cosine(505), cosine(1000)], [0.2, 2.0, 1.0, 0.0], atol=1e-6)
-    c.optimizer.schedule = "constant"
-    np.testing.assert_allclose(training.learning_rate(c)(999), 2.0)
-
-
-def test_gradients_are_clipped_by_their_global_norm(tiny_config):
-    tiny_config.optimizer.clip = 0.5
-    tx = training.optimizer(tiny_config)
-    big = {"a": jnp.full((3,), 100.0), "b": jnp.full((5,), -100.0)}
-    scaled = jax.tree.map(lambda g: g * 0.5 / optax.global_norm(big), big)
-    params = jax.tree.map(jnp.zeros_like, big)
-    got, _ = tx.update(big, tx.init(params), params)
-    want, _ = tx.update(scaled, tx.init(params), params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
-
-
-def test_the_stored_config_is_json_with_all_fields(tiny_config, tmp_path):
-    checkpoint.write_config(tiny_config, str(tmp_path / "new"))
-    stored = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert stored["model"]["unet_channels"] == [8]

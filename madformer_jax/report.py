@@ -1,0 +1,161 @@
+"""What a training run tells of its steps."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from clu import metric_writers
+from etils import epath
+from ml_collections import ConfigDict
+
+from madformer_jax import flops
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
+
+
+class DivergedError(ConfigError):
+    """The loss or a gradient is no longer finite: the state is not worth saving."""
+
+
+class Report:
+    """What a run tells of its steps: lines in the log and in workdir/metrics.jsonl, and TensorBoard's files.
+
+    metrics.jsonl tells each step once: what it says of steps that are done again is taken out at the start.
+    """
+
+    def __init__(self, c: ConfigDict, workdir: str, step: int, cost: float, devices: int):
+        """cost: floating-point operations of a step."""
+        self.figures: dict[str, Any] = {"step": step}
+        self._steps, self._batch = c.train.steps, c.train.batch
+        self._cost, self._peak = cost, devices * flops.peak(c.model.dtype)
+        self._workdir, self._path = workdir, epath.Path(workdir) / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            with storage.errors(f"{self._path} cannot be written"):
+                self.figures |= _cut(self._path, step)
+        self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device
+        self._checked: list[tuple[int, dict[str, Any]]] = []
+        self._warm, self._since, self._since_step = False, time.monotonic(), step
+        self._board: Any = None
+        self._shows = True
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Takes in the metrics of one more step, as they come from the device."""
+        self._pending.append((step, metrics))
+        if len(self._pending) > 1:  # at most two steps in flight: a notice to stop is heard, and no queue grows
+            jax.block_until_ready(self._pending[-2])
+        if not self._warm:  # the first step compiled; it is left out of the rates
+            jax.block_until_ready(metrics)
+            logging.info("compiled the training step and ran it in %.1f s", time.monotonic() - self._since)
+            self._warm, self._since, self._since_step = True, time.monotonic(), step
+
+    def check(self) -> None:
+        """Raises DivergedError where a step since the last check was not finite; finite gradients keep a finite state finite."""
+        pending, self._pending = self._pending, []
+        for (step, _), metrics in zip(pending, jax.device_get([metrics for _, metrics in pending])):
+            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                raise DivergedError(
+                    f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}: training has diverged. "
+                    "Lower optimizer.learning_rate or set optimizer.clip"
+                )
+            self._checked.append((step, metrics))
+
+    def write(self) -> None:
+        """Reports the means since the last report; checks them first.
+
+        Raises:
+          ConfigError: metrics.jsonl cannot be written, or as `check`.
+        """
+        self.check()
+        if not self._checked:
+            return
+        step, mean = self._checked[-1][0], _mean([metrics for _, metrics in self._checked])
+        rate = (step - self._since_step) / (
+            time.monotonic() - self._since
+        )  # 0 where only the step that compiled was run
+        speed = {"steps_per_second": rate, "images_per_second": self._batch * rate}
+        speed |= {"tflops": self._cost * rate / 1e12, "mfu": self._cost * rate / self._peak}
+        self.figures = {"step": step} | mean | speed
+        self._checked, self._since, self._since_step = [], time.monotonic(), step
+        logging.info(
+            "step %d/%d (%d %%)  loss %.4f%s  |g| %.2f  lr %.1e  %.2f steps/s  %.0f img/s  "
+            "%.3g TFLOP/s  MFU %.0f %%  ETA %s",
+            step, self._steps, 100 * step // self._steps, mean["loss"],
+            "".join(f"  {n[5:]} {v:.4f}" for n, v in mean.items() if n.startswith("loss_")),
+            mean["grad_norm"], mean["learning_rate"], rate, speed["images_per_second"],
+            speed["tflops"], 100 * speed["mfu"],
+            _duration((self._steps - step) / rate) if rate else "unknown",
+        )  # fmt: skip
+        if self._writes:
+            with storage.errors(f"{self._path} cannot be written"):
+                storage.append_line(self._path, json.dumps(self.figures))
+        self._show(lambda board: board.write_scalars(step, mean | speed))
+
+    def show(self, step: int, name: str, image: np.ndarray) -> None:
+        """Puts a picture, uint8 (H, W, c), into TensorBoard."""
+        self._show(lambda board: board.write_images(step, {name: image[None]}))
+
+    def _show(self, write: Callable[[metric_writers.MetricWriter], None]) -> None:
+        """TensorBoard is not worth a run: what goes wrong there is told once, and metrics.jsonl has the figures."""
+        if not self._shows:
+            return
+        try:
+            if self._board is None:
+                self._board = metric_writers.create_default_writer(self._workdir, just_logging=not self._writes)
+            write(self._board)
+            self._board.flush()  # a process that is killed leaves its last report too
+        except Exception as error:  # TensorFlow's file systems each raise their own
+            logging.error("TensorBoard gets nothing more from here on: %s", storage.cause(error))
+            self._shows = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time within is not the training's."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since += time.monotonic() - began
+
+    def close(self) -> None:
+        if self._shows and self._board is not None:
+            self._board.close()
+
+
+def _cut(path: epath.Path, step: int) -> dict[str, Any]:
+    """Takes out the lines of metrics.jsonl behind `step`, and half a line that a killed process left.
+
+    Returns:
+      The report of `step`, where there is one.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept, last = [], {}
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            figures = json.loads(line)
+            if figures["step"] <= step:
+                kept.append(line)
+                last = figures
+    if kept != lines:
+        storage.write_text(path, "".join(f"{line}\n" for line in kept))
+    return last if last.get("step") == step else {}
+
+
+def _mean(fetched: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over steps; a quarter of the timesteps that no block fell into counts for nothing."""
+    values = {name: np.array([m[name] for m in fetched], np.float64) for name in fetched[0]}
+    quarters = [name for name in values if name.startswith("loss_q")]
+    for name in quarters:
+        values[name] = values[name][~np.isnan(values[name])]
+    return {name: float(v.mean()) for name, v in values.items() if len(v)}
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

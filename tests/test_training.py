@@ -1,0 +1,221 @@
+"""The training step: on meshes, in microbatches, its optimizer and its averages."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from madformer_jax import codec, training
+from madformer_jax.data import pipeline
+from madformer_jax.diffusion import losses
+from madformer_jax.runtime import partitioning
+from tests import small, tiny
+
+
+@pytest.fixture
+def plain():
+    return tiny.get_config("plain")
+
+
+def batches(c, n):
+    data = pipeline.train_iterator(c, batch=c.train.batch)
+    found = [next(data) for _ in range(n)]
+    data.close()
+    return found
+
+
+# ---- of the whole model
+
+
+def on_mesh(c, sizes, n=4):
+    """Losses and parameters, on the host, after n steps on a mesh of the first devices."""
+    mesh = partitioning.make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))])
+    s = training.setup(c)
+    _, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+    params = small.random_params(s.model)
+    state = training.State(
+        np.int32(0), params, params, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.opt)
+    )
+    state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract)
+    found = []
+    with partitioning.scope(mesh):
+        out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), None)
+        step = jax.jit(training.make_step(s, c), out_shardings=out_shardings)
+        for batch in batches(c, n):
+            state, metrics = step(state, partitioning.global_batch(batch, mesh), {})
+            found.append(float(metrics["loss"]))
+    return found, np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
+
+
+@pytest.mark.parametrize("meshes", [[(2, 2, 2)], [(8, 1, 1), (1, 8, 1)]], ids=["all axes", "one axis"])
+def test_a_mesh_trains_as_a_single_device_does(meshes):
+    """The model with everything in it over all axes at once; its plainest over one alone."""
+    c = tiny.get_config("" if meshes == [(2, 2, 2)] else "plain")
+    if c.model.depth > 1:
+        c.model.unet_channels, c.model.unet_attention = (8, 16), (False, True)
+        c.model.blocks = 2  # half the attention to compile
+    losses, params = on_mesh(c, (1, 1, 1))
+    for mesh in meshes:
+        sharded_losses, sharded = on_mesh(c, mesh)
+        np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
+        assert np.linalg.norm(sharded - params) <= 1e-5 * np.linalg.norm(params)
+
+
+def test_state_is_split_over_fsdp_and_tensor():
+    s, mesh = training.setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
+    _, state = training.create_state(s.model, s.tx, 0, mesh)
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
+    assert partitioning.device_bytes(state.params) < 0.5 * whole
+    for tree in (state.ema, state.opt[1][0].mu, state.opt[1][0].nu):
+        assert jax.tree.map(lambda x: x.sharding.spec, tree) == jax.tree.map(lambda x: x.sharding.spec, state.params)
+
+
+def test_the_optimizers_state_has_the_names_of_older_checkpoints():
+    """Another structure would keep old runs from going on."""
+    state = training.optimizer(tiny.get_config()).init({"w": jnp.zeros(3)})
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+    assert names == ["[1][0].count", "[1][0].mu['w']", "[1][0].nu['w']", "[1][2].count"]
+
+
+def test_each_microbatch_draws_its_own_noise(plain):
+    """The step in two microbatches is the mean over every other row, each with its own key, of the real loss."""
+    plain.train.accumulate = 2
+    s = training.setup(plain)
+    params, (batch,) = small.random_params(s.model), batches(plain, 1)
+    z = codec.to_blocks(s.codec.encode({}, batch, None), s.sizes)
+
+    @jax.jit
+    def gradient(z, key):
+        loss_key = jax.random.split(key, 3)[2]
+        of = lambda p: losses.training_loss(s.model, p, z, None, loss_key, losses.Weights(**plain.loss))  # noqa: E731
+        grads, metrics = jax.grad(of, has_aux=True)(params)
+        return grads, metrics["loss"]
+
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(plain.seed), 0), 2)
+    parts = [gradient(z[i::2], keys[i]) for i in range(2)]
+    grads = jax.tree.map(lambda a, b: (a + b) / 2, parts[0][0], parts[1][0])
+    state = training.State(jnp.int32(0), params, params, s.tx.init(params))
+    _, metrics = jax.jit(training.make_step(s, plain, "tpu"))(state, batch, {})  # in a loop: half of it to compile
+    np.testing.assert_allclose(metrics["loss"], (parts[0][1] + parts[1][1]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
+
+
+# ---- of two parameters
+
+
+def of_two_parameters(c, loss, monkeypatch):
+    """Setup and state of a model of two parameters with this loss of (params, z, tokens), which also gives metrics."""
+
+    def training_loss(model, params, z, tokens, key, weights):
+        value, metrics = loss(params, z, tokens)
+        return value, {"loss": value} | metrics
+
+    monkeypatch.setattr(training.losses, "training_loss", training_loss)
+    s = training.setup(c)
+    params = {"a": jnp.array([0.5, -2.0, 3.0]), "b": jnp.array([[1.0, -1.5]])}
+    return s, training.State(jnp.int32(0), params, params, s.tx.init(params))
+
+
+def squares(params, z, tokens):
+    middle = z[:, :, z.shape[2] // 2]  # few enough values that the order of their sum is below the tolerance
+    return sum(jnp.mean(jnp.square(p)) for p in jax.tree.leaves(params)) * jnp.mean(jnp.square(middle)), {}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # unrolled, in a loop
+def test_accumulated_gradients_are_those_of_the_whole_batch(plain, platform, monkeypatch):
+    s, state = of_two_parameters(plain, squares, monkeypatch)
+    (batch,) = batches(plain, 1)
+    whole, metrics = jax.jit(training.make_step(s, plain))(state, batch, {})
+    plain.train.accumulate = 4
+    parts, parts_metrics = jax.jit(training.make_step(s, plain, platform))(state, batch, {})
+    np.testing.assert_allclose(parts_metrics["loss"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(parts_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), parts.params, whole.params)
+
+
+def test_ema_warms_up_towards_its_target(plain, monkeypatch):
+    plain.train.ema_decay = 0.15
+    s, state = of_two_parameters(plain, squares, monkeypatch)
+    step, ema = jax.jit(training.make_step(s, plain)), state.ema
+    for decay, batch in zip(
+        (1 / 10, 0.15, 0.15), batches(plain, 3)
+    ):  # (1 + step) / (10 + step), until it meets the target
+        state, _ = step(state, batch, {})
+        ema = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, ema, state.params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_labels_are_dropped_in_their_share_and_become_none(share, monkeypatch):
+    c = tiny.get_config()
+    c.train.label_dropout = share
+
+    def seen(params, z, tokens):
+        return params["a"].sum(), {"tokens": tokens}
+
+    s, state = of_two_parameters(c, seen, monkeypatch)
+    labels = np.arange(2000, dtype=np.int32) % 10
+    batch = {"image": np.zeros((2000, 32, 32, 1), np.float32), "label": labels}
+    step, found = jax.jit(training.make_step(s, c)), []
+    for _ in range(2):
+        state, metrics = step(state, batch, {})
+        found.append(np.asarray(metrics["tokens"])[:, 0])
+    dropped = np.array(found) == 10  # the label behind the ten classes
+    np.testing.assert_array_equal(np.where(dropped, labels, found), [labels, labels])
+    assert abs(dropped.mean() - share) <= 4 * np.sqrt(share * (1 - share) / 4000)
+    assert (dropped[0] == dropped[1]).all() == (share in (0, 1))  # others in each step
+
+
+# ---- optimizer
+
+
+def test_learning_rate_schedules(plain):
+    c = plain
+    c.train.steps, c.optimizer.learning_rate, c.optimizer.warmup, c.optimizer.decay = 1000, 2.0, 0.01, 0.15
+    wsd = training.learning_rate(c)
+    np.testing.assert_allclose([wsd(0), wsd(4), wsd(9), wsd(500), wsd(850)], [0.2, 1.0, 2.0, 2.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose([wsd(925), wsd(1000)], [2 * 0.5**3, 2 * 0.5**6], rtol=1e-5)
+    c.optimizer.schedule = "cosine"
+    cosine = training.learning_rate(c)
+    np.testing.assert_allclose([cosine(0), cosine(10), cosine(505), cosine(1000)], [0.2, 2.0, 1.0, 0.0], atol=1e-6)
+    c.optimizer.schedule = "constant"
+    np.testing.assert_allclose(training.learning_rate(c)(999), 2.0)
+
+
+def test_optax_has_no_warm_up_to_the_last_bit(plain):
+    """Why `learning_rate` has its own: with Optax's, runs would not go on as they began."""
+    plain.train.steps, plain.optimizer.warmup, plain.optimizer.schedule = 1000, 0.01, "constant"
+    steps = jnp.arange(10)
+    ours = jax.vmap(training.learning_rate(plain))(steps)
+    rate = plain.optimizer.learning_rate
+    theirs = jax.vmap(optax.linear_schedule(rate / 10, rate, 9))(steps)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert (ours != theirs).any()
+
+
+def test_gradients_are_clipped_by_their_global_norm(plain):
+    plain.optimizer.clip = 0.5
+    tx = training.optimizer(plain)
+    big = {"a": jnp.full((3,), 100.0), "b": jnp.full((5,), -100.0)}
+    scaled = jax.tree.map(lambda g: g * 0.5 / optax.global_norm(big), big)
+    params = jax.tree.map(jnp.zeros_like, big)
+    got, _ = tx.update(big, tx.init(params), params)
+    want, _ = tx.update(scaled, tx.init(params), params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+
+
+def test_weight_decay_is_adamws(plain):
+    """Decoupled, scaled by the rate, on every parameter: p - rate * (m / (sqrt(v) + 1e-8) + decay * p)."""
+    o = plain.optimizer
+    o.clip, o.weight_decay, o.schedule, o.warmup, o.learning_rate = 0.0, 0.3, "constant", 0.0, 0.01
+    tx, p = training.optimizer(plain), np.array([1.0, -2.0, 0.5])
+    params = {"bias": jnp.asarray(p, jnp.float32)}
+    state, m, v = tx.init(params), 0.0, 0.0
+    for n, g in enumerate(np.array([[0.1, 0.2, 0.0], [-0.3, 0.1, 0.0]]), 1):
+        updates, state = tx.update({"bias": jnp.asarray(g, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = o.b1 * m + (1 - o.b1) * g, o.b2 * v + (1 - o.b2) * g**2
+        step = (m / (1 - o.b1**n)) / (np.sqrt(v / (1 - o.b2**n)) + 1e-8)
+        p = p - 0.01 * (step + 0.3 * p)
+        np.testing.assert_allclose(params["bias"], p, rtol=1e-6)
