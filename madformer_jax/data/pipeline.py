@@ -7,9 +7,7 @@ for any number of processes or workers, and the iterator's whole state is k.
 """
 
 import functools
-import itertools
 import json
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import grain
@@ -37,9 +35,7 @@ class DatasetInfo(NamedTuple):
     kind: Kind  # what the records are
     names: tuple[str, ...]  # of the classes; () if unlabelled
     fingerprint: str  # of which records these are, in which order; the same wherever they lie
-    codec: str = (
-        ""  # weights.vae.fingerprint of the VAE that made cached latents; "" where it is not known, or for images
-    )
+    codec: str = ""  # weights.fingerprint of the VAE that made cached latents; "" where it is not known, or for images
 
 
 class Pick(NamedTuple):
@@ -83,32 +79,27 @@ def _check_skipped(config: ConfigDict, skipped: Skipped, count: int) -> None:
 class _Load:
     """Reads and preprocesses a batch; images stay uint8.
 
-    Records that cannot be read are named in "skipped" (`Skipped` as JSON). With `replace` the next one that can be read
-    stands in for each, which is the same one whenever the batch is read again; without, the batch is smaller.
+    For each record that cannot be read the next one that can be stands in, which is the same one whenever the batch is read
+    again; they are named in "skipped" (`Skipped` as JSON).
     """
 
-    def __init__(self, source: Source, config: ConfigDict, *, replace: bool):
-        self._source, self._config, self._table, self._replace = source, config, table(config), replace
+    def __init__(self, source: Source, config: ConfigDict):
+        self._source, self._config, self._table = source, config, table(config)
 
     def __call__(self, pick: Pick) -> Batch:
-        flip = pick.flip
         skipped: Skipped = {}
         try:
             arrays, labels, _ = _decoded(self._source.read(pick.record), self._table)
         except (preprocess.CorruptImageError, OSError, MemoryError):
-            rows = [self._readable(number, skipped) for number in pick.record.tolist()]
-            found = [row for row in rows if row]
-            if not found:
-                return {"skipped": json.dumps(skipped)}
-            arrays = {name: np.concatenate([row.arrays[name] for row in found]) for name in found[0].arrays}
-            labels = np.concatenate([row.labels for row in found])
-            flip = flip[[row is not None for row in rows]]
+            found = [self._readable(number, skipped) for number in pick.record.tolist()]
+            arrays = {name: np.concatenate([one.arrays[name] for one in found]) for name in found[0].arrays}
+            labels = np.concatenate([one.labels for one in found])
         if "image" in arrays:
-            arrays["image"][flip] = arrays["image"][flip, :, ::-1]
+            arrays["image"][pick.flip] = arrays["image"][pick.flip, :, ::-1]
         batch = {**arrays, "label": labels}
         return {**batch, "skipped": json.dumps(skipped)} if skipped else batch
 
-    def _readable(self, number: int, skipped: Skipped) -> Examples | None:
+    def _readable(self, number: int, skipped: Skipped) -> Examples:
         """The record, or the next one that can be read; those before it go into `skipped`."""
         while True:
             try:
@@ -116,8 +107,6 @@ class _Load:
             except (preprocess.CorruptImageError, OSError) as error:
                 skipped[str(number)] = [self._source.name(number), str(error)]
             _check_skipped(self._config, skipped, len(self._source))
-            if not self._replace:
-                return None
             number = (number + 1) % len(self._source)
 
 
@@ -225,27 +214,7 @@ def train_iterator(
     else:
         batches = order.batch(everywhere, batch_fn=_unflipped)
     batches = batches.map(functools.partial(_share, first=process_index * batch, count=batch))
-    return _Batches(batches.map(_Load(source, config, replace=True)), config, info.records)
-
-
-def ordered_batches(
-    config: ConfigDict, *, batch: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
-    """Every record once, in order and unflipped, for statistics; the last batch may be smaller.
-
-    Process p of n takes each n-th record. Arguments, batches and errors as in `train_iterator`, but a record that cannot
-    be read is left out: its batch is smaller.
-    """
-    source = sources.open_source(config)
-    info = _describe(config, source)
-    order = grain.MapDataset.range(info.records)[process_index::process_count]
-    batches = order.batch(batch, batch_fn=_unflipped)
-    # Endless, and cut here: at the end of a finite dataset grain's workers leave shared memory behind.
-    iterator = _Batches(batches.repeat().map(_Load(source, config, replace=False)), config, info.records)
-    try:
-        yield from (found for found in itertools.islice(iterator, len(batches)) if found)
-    finally:
-        iterator.close()
+    return _Batches(batches.map(_Load(source, config)), config, info.records)
 
 
 def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:

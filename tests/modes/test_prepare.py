@@ -78,13 +78,12 @@ def test_latents_hold_mean_and_logvar_of_every_image(config, out):
     prepare.run(config, out, encoder=ENCODER)
     c = prepared(config, out)
     assert pipeline.describe(c)[:4] == (21, 2, (2, 2, 4), "latents")
-    batches = list(pipeline.ordered_batches(c, batch=4))
-    assert batches[0].keys() == {"mean", "logvar", "label"}
-    mean = np.concatenate([batch["mean"] for batch in batches])
-    assert mean.dtype == np.float16 and mean.shape == (21, 2, 2, 4)
-    np.testing.assert_array_equal(np.rint((mean[:, 0, 0, 0] + 1) * 127.5), GOOD)
-    np.testing.assert_array_equal(mean, -np.concatenate([batch["logvar"] for batch in batches]))
-    assert np.concatenate([batch["label"] for batch in batches]).tolist() == [i % 2 for i in GOOD]
+    arrays, labels, _ = records.Records(out).read(np.arange(21))
+    assert arrays.keys() == {"mean", "logvar"}
+    assert arrays["mean"].dtype == np.float16 and arrays["mean"].shape == (21, 2, 2, 4)
+    np.testing.assert_array_equal(np.rint((arrays["mean"][:, 0, 0, 0] + 1) * 127.5), GOOD)
+    np.testing.assert_array_equal(arrays["mean"], -arrays["logvar"])
+    assert labels.tolist() == [i % 2 for i in GOOD]
 
 
 def test_every_batch_to_the_encoder_has_one_size(config, out):
@@ -102,11 +101,11 @@ def test_every_batch_to_the_encoder_has_one_size(config, out):
 def test_flipped_copies_stand_beside_their_originals(config, out):
     config.prepare.kind, config.prepare.flip = "latents", True
     prepare.run(config, out, encoder=ENCODER)
-    (batch,) = pipeline.ordered_batches(prepared(config, out), batch=42)
-    original, flipped = batch["mean"][::2], batch["mean"][1::2]
+    arrays, labels, _ = records.Records(out).read(np.arange(42))
+    original, flipped = arrays["mean"][::2], arrays["mean"][1::2]
     np.testing.assert_array_equal(flipped, original[:, :, ::-1])
     assert (original[:, :, 0, 1] < original[:, :, 1, 1]).all()
-    np.testing.assert_array_equal(batch["label"][::2], batch["label"][1::2])
+    np.testing.assert_array_equal(labels[::2], labels[1::2])
 
 
 def test_latents_that_are_not_finite_stop_it(config, out):
