@@ -14,6 +14,7 @@ from madformer_jax.models import vae as vae_model
 from madformer_jax.models.vae import AutoencoderKL, Params
 from madformer_jax.sizes import VAE_CHANNELS, VAE_DOWNSAMPLING, Sizes
 from madformer_jax.weights import vae as vae_weights
+from madformer_jax.weights.fingerprint import fingerprint
 
 
 def to_blocks(z: Any, sizes: Sizes) -> Array:
@@ -84,17 +85,17 @@ def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
 
 
 def expecting(codec: Codec, weights: str) -> Codec:
-    """The codec, whose `load` raises ConfigError unless its weights are those (`weights.vae.fingerprint`) that made cached latents.
+    """The codec, whose `load` raises ConfigError unless its weights are those (`weights.fingerprint`) that made cached latents.
 
     With weights "", of images or of latents whose VAE is not known, it is the same codec.
     """
 
     def load() -> Any:
         params = codec.load()
-        if (found := vae_weights.fingerprint(params)) != weights:
+        if (found := fingerprint(params)) != weights:
             raise ConfigError(
-                f"config.codec.path: its weights ({found[:12]}) are not those that made the latents of config.data.path "
-                f"({weights[:12]}): give the VAE that prepared them."
+                f"config.codec.path: its weights ({found}) are not those that made the latents of config.data.path "
+                f"({weights}): give the VAE that prepared them."
             )
         return params
 

@@ -31,6 +31,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae
 from madformer_jax.runtime import lock, partitioning, storage
 from madformer_jax.weights import vae as vae_weights
+from madformer_jax.weights.fingerprint import fingerprint
 
 PLAN = "plan.json"
 
@@ -42,7 +43,7 @@ class Encoder(NamedTuple):
         [np.ndarray], tuple[Any, Any]
     ]  # images (batch, H, W, c) in [-1, 1] -> mean, logvar (batch, h, w, C)
     batch: int  # images that it takes at once
-    weights: str  # fingerprint of them
+    weights: str  # their fingerprint
 
 
 class Decoded(NamedTuple):
@@ -217,7 +218,7 @@ def _make(
 def _encoder(config: ConfigDict) -> Encoder:
     """The VAE's encoder over all devices of this process."""
     model, params = vae_weights.load(config.codec.path, config.codec.dtype)
-    weights = vae_weights.fingerprint(params)
+    weights = fingerprint(params)
     mesh = partitioning.make_mesh(-1, 1, 1, jax.local_devices())
     rows = partitioning.batch_sharding(mesh)
     params = jax.device_put(params, partitioning.replicated(mesh))

@@ -14,8 +14,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from madformer_jax import codec, drawing, fields, flops, limits, training
 from madformer_jax import config as config_lib
-from madformer_jax import drawing, fields, flops, limits, training
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
 from madformer_jax.report import DivergedError, Report
@@ -41,6 +41,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         share, shares = _batch_share(c, mesh)
         s = training.setup(c)
+        s = s._replace(codec=codec.expecting(s.codec, info.codec))
         create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
         cost = flops.training_step(c, encode=info.kind == "images").total
         _log_sizes(c, info, s, cost, mesh.size)

@@ -1,6 +1,5 @@
 """The VAE's weights: diffusers folders, hub repositories and Orbax folders of ours."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -28,16 +27,6 @@ def load(path: str, dtype: str | jnp.dtype = jnp.float32) -> tuple[AutoencoderKL
     """
     model, params, _ = _load(path, dtype)
     return model, params
-
-
-def fingerprint(params: Params) -> str:
-    """SHA-256 of the weights as float32, whatever file they came in."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(flatten_dict(params).items()):
-        array = np.asarray(leaf, np.float32, order="C")
-        digest.update(f"{'/'.join(path)} {array.shape}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
 
 
 def save(path: str, source: str) -> None:
