@@ -1,4 +1,4 @@
-"""Two and four real processes on loopback do what one process does."""
+"""Several real processes on loopback do what one process does, though one of them dies and one is told to stop."""
 
 import os
 import pathlib
@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from madformer_jax import drawing, training
+from madformer_jax.modes import sample, train
 from madformer_jax.runtime import checkpoint, partitioning
 from tests import QUICK, tiny
 
@@ -19,20 +20,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
 
 
-def start(processes, workdir, cache, **environment):
+def settings():
+    c = tiny.get_config("plain")
+    c.mesh.data = c.mesh.fsdp = 2
+    c.train.steps, c.train.log_every, c.train.checkpoint_every = STEPS, 1, 2
+    return c
+
+
+def start(processes, workdir, **environment):
     """Runs launch/local.sh to its end; four devices in all. Returns its exit status and what it printed."""
-    settings = {
-        "config.mesh.data": 2,
-        "config.mesh.fsdp": 2,
-        "config.train.steps": STEPS,
-        "config.train.log_every": 1,
-        "config.train.checkpoint_every": 4,
-        "config.compilation_cache": cache,
-        "workdir": workdir,
-    }
+    c = settings()
+    names = ("mesh.data", "mesh.fsdp", "train.steps", "train.log_every", "train.checkpoint_every")
     done = subprocess.run(
-        ["launch/local.sh", str(processes), "--grace=1", "--", "--config=tests/tiny.py:plain"]
-        + [f"--{name}={value}" for name, value in settings.items()],
+        ["launch/local.sh", str(processes), "--grace=1", "--", "--config=tests/tiny.py:plain", f"--workdir={workdir}"]
+        + [f"--config.{name}={c[name.split('.')[0]][name.split('.')[1]]}" for name in names],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -46,10 +47,10 @@ def start(processes, workdir, cache, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def losses(workdir):
-    """Step -> all losses that were written for it."""
+def losses(files):
+    """Step -> all losses that were written for it in these files of events."""
     found = {}
-    for file in workdir.glob("events.out.*"):
+    for file in files:
         events = EventAccumulator(str(file), {"tensors": 0}).Reload()  # 0: all of them
         for event in events.Tensors("loss"):
             found.setdefault(event.step, []).append(float(tensor_util.make_ndarray(event.tensor_proto)))
@@ -70,52 +71,50 @@ def samples(workdir):
     return drawing.Drawn(*map(np.concatenate, zip(*drawing.read_shards(folder), strict=True)))
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The same run in one process with all four devices."""
-    folder = tmp_path_factory.mktemp("alone")
-    status, output = start(1, folder / "run", folder / "cache", MADFORMER_SAMPLE="1")
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """The same run in this process, with all four devices."""
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda *a: devices)
+    train.run(settings(), str(tmp_path / "alone"))
+    sample.run(settings(), str(tmp_path / "alone"))
+    return tmp_path / "alone"
+
+
+def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_once(tmp_path, alone):
+    """Of two processes one is killed at step 5, of the next two one alone hears SIGTERM; four end the run and sample."""
+    workdir = tmp_path / "run"
+    status, output = start(2, workdir, MADFORMER_SIGNAL="1:5:KILL")
+    assert status == 128 + 9, output
+    saved = final(workdir)[0]
+    assert saved in (2, 4)  # that of step 4 may still have been under way
+    status, output = start(2, workdir, MADFORMER_SIGNAL="1:6:TERM")
     assert status == 0, output
-    return folder / "run"
+    assert f"going on from step {saved}" in output
+    stopped = final(workdir)[0]
+    assert 6 <= stopped < STEPS, output
+    before = set(workdir.glob("events.out.*"))
+    status, output = start(4, workdir, MADFORMER_SAMPLE="1")
+    assert status == 0, output
+    assert f"going on from step {stopped}" in output
 
-
-def assert_same_run(workdir, alone):
-    written, expected = losses(workdir), losses(alone)
+    last = losses(set(workdir.glob("events.out.*")) - before)
+    assert {step: len(values) for step, values in last.items()} == dict.fromkeys(range(stopped + 1, STEPS + 1), 1)
+    written, expected = (losses(folder.glob("events.out.*")) for folder in (workdir, alone))
     assert sorted(written) == sorted(expected) == list(range(1, STEPS + 1))
     for step, values in written.items():
         np.testing.assert_allclose(values, expected[step][0], rtol=1e-5)
+
     (step, params, data), (_, expected_params, expected_data) = final(workdir), final(alone)
     assert (step, data) == (STEPS, expected_data)
     a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (params, expected_params))
     assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
     drawn, expected_drawn = samples(workdir), samples(alone)
     assert drawn.numbers.tolist() == list(range(5))
     np.testing.assert_array_equal(drawn.labels, expected_drawn.labels)
     np.testing.assert_allclose(drawn.latents, expected_drawn.latents, rtol=1e-3, atol=1e-3)
-
-
-def test_four_processes_train_and_sample_as_one_and_write_once(tmp_path, alone):
-    status, output = start(4, tmp_path / "run", tmp_path / "cache", MADFORMER_SAMPLE="1")
-    assert status == 0, output
-    assert_same_run(tmp_path / "run", alone)
-    assert all(len(values) == 1 for values in losses(tmp_path / "run").values())
-    found, expected = (
-        sorted(p.name.split("_n5_")[0] for p in (workdir / "samples").rglob("*"))
-        for workdir in (tmp_path / "run", alone)
+    names, expected_names = (
+        sorted(p.name.split("_n5_")[0] for p in (folder / "samples").rglob("*")) for folder in (workdir, alone)
     )
-    assert found == expected
-
-
-def test_two_processes_survive_the_death_of_one_and_a_notice_to_stop(tmp_path, alone):
-    """Process 1 is killed at step 6; all start again; process 1 alone hears SIGTERM at step 8; all start again."""
-    workdir, cache = tmp_path / "run", tmp_path / "cache"
-    status, output = start(2, workdir, cache, MADFORMER_SIGNAL="1:6:KILL")
-    assert status == 128 + 9, output
-    assert final(workdir)[0] == 4
-    status, output = start(2, workdir, cache, MADFORMER_SIGNAL="1:6:TERM")
-    assert status == 0, output
-    assert "going on from step 4" in output
-    assert 6 < final(workdir)[0] < STEPS, output
-    status, output = start(2, workdir, cache, MADFORMER_SAMPLE="1")
-    assert status == 0, output
-    assert_same_run(workdir, alone)
+    assert names == expected_names
