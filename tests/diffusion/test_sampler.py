@@ -14,12 +14,12 @@ from madformer_jax.weights import release
 from madformer_jax.weights.release_config import preset
 from tests.small import small
 
-# Solver and spacing under which the reference drew with each variant; baseline's DDIM samples are in tests/modes/test_convert.py.
+# What the reference drew with each variant; denoising_mlp's DDIM samples are in tests/modes/test_convert.py.
 RELEASE = {
-    "baseline": ("dpm8", "dpmpp_2m", "linspace"),
-    "clear_cond": ("ddim8", "ddim", "leading"),
-    "clear_clean": ("dpm8", "dpmpp_2m", "linspace"),
-    "denoising_mlp": ("ddim8", "ddim", "leading"),
+    "baseline": ("ddim8", "ddim", "leading"),
+    "clear_cond": ("dpm8", "dpmpp_2m", "linspace"),
+    "clear_clean": ("ddim8", "ddim", "leading"),
+    "denoising_mlp": ("dpm8", "dpmpp_2m", "linspace"),
 }
 
 

@@ -1,4 +1,5 @@
 import logging
+import threading
 import types
 
 import flax.linen as nn
@@ -102,3 +103,20 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
 def test_a_coordinator_needs_its_numbers():
     with pytest.raises(ConfigError, match="--num_processes and --process_id"):
         partitioning.distributed_init("localhost:1", -1, -1)
+
+
+def test_processes_that_do_not_come_end_the_wait_with_one_line(monkeypatch, capsys):
+    ended = threading.Event()
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        ended.set()
+
+    monkeypatch.setattr(partitioning.os, "_exit", end)
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: ended.wait(20))
+    partitioning.distributed_init("localhost:1", 3, 1, timeout=0)
+    assert statuses == [2]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: not all of 3 processes came within 0 s at localhost:1: check")
