@@ -32,6 +32,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+_FIRST = ("test_distributed.py", "test_kill.py", "test_train.py")  # minutes each: no worker is to be left with one at the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _FIRST.index(item.path.name) if item.path.name in _FIRST else len(_FIRST))
+
+
 @pytest.fixture
 def tiny_config() -> ConfigDict:
     """See `tests.tiny`."""
