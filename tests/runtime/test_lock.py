@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import lock
+from madformer_jax.runtime import lock, storage
 
 
 def test_one_writer_a_workdir(tmp_path):
@@ -67,9 +67,16 @@ def test_from_elsewhere_a_lock_that_changes_is_held(tmp_path, left, monkeypatch)
 
 def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
+    alive = threading.Event()
+
+    def write(path, content, real=storage.write_json):
+        real(path, content)
+        if json.loads((tmp_path / lock.NAME).read_text())["beat"] >= 2:
+            alive.set()
+
+    monkeypatch.setattr(storage, "write_json", write)
     with lock.hold(str(tmp_path)):
-        while json.loads((tmp_path / lock.NAME).read_text())["beat"] < 2:
-            pass
+        assert alive.wait(20)
 
 
 def test_a_holder_notices_a_take_over(tmp_path, left):
