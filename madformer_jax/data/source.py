@@ -1,6 +1,7 @@
 """What a data source is: random access to images or latents and their labels, the same interface whatever holds them."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -58,7 +59,9 @@ class Part(Source):
     def __init__(self, source: Source, numbers: np.ndarray):
         self.kind, self.classes, self.names, self.manifest = source.kind, source.classes, source.names, source.manifest
         self._source, self._numbers = source, numbers
-        self.fingerprint = fingerprint([source.fingerprint, *map(str, numbers.tolist())])
+        self.fingerprint = fingerprint(
+            [source.fingerprint, hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()]
+        )
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -68,6 +71,19 @@ class Part(Source):
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._numbers[index]))
+
+
+def files_below(path: str) -> list[str]:
+    """All files below a folder, sorted.
+
+    Raises:
+      OSError: a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would pass it over
+
+    return sorted(os.path.join(top, name) for top, _, names in os.walk(path, onerror=fail) for name in names)
 
 
 def fingerprint(names: Iterable[str]) -> str:

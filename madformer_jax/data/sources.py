@@ -14,7 +14,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax.data import records, tars
-from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, fingerprint, held_out, place
+from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, files_below, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -71,9 +71,11 @@ class Folder(Source):
         """
         if not os.path.isdir(path):
             raise ConfigError(f"config.data.path={path!r} is no folder: give the folder that holds the images.")
-        folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-        beside = [entry.path for entry in os.scandir(path) if entry.is_file() and _is_image(entry.name)]
-        inside = {name: _images_below(os.path.join(path, name)) for name in folders}
+        with storage.errors(f"config.data.path={path!r} cannot be listed"):
+            entries = list(os.scandir(path))
+            folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            beside = [entry.path for entry in entries if entry.is_file() and _is_image(entry.name)]
+            inside = {name: _images_below(os.path.join(path, name)) for name in folders}
         empty = [name for name in folders if not inside[name]]
         if beside and len(empty) < len(folders):
             raise ConfigError(
@@ -115,7 +117,7 @@ def _is_image(name: str) -> bool:
 
 
 def _images_below(path: str) -> list[str]:
-    return sorted(os.path.join(top, name) for top, _, names in os.walk(path) for name in names if _is_image(name))
+    return [file for file in files_below(path) if _is_image(os.path.basename(file))]
 
 
 class Tfds(Source):

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from madformer_jax.data.source import EXTENSIONS, Examples, Source, fingerprint, held_out, place
+from madformer_jax.data.source import EXTENSIONS, Examples, Source, files_below, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -48,11 +48,12 @@ class Tars(Source):
         Raises:
           ConfigError: no tar or no image there, a tar is damaged or repeats a sample, or only some of the images have labels.
         """
-        self._tars = _tars(path)
-        self._cache = _cache_file(self._tars)
-        root = path if os.path.isdir(path) else os.path.dirname(path)
-        short = [tar.removeprefix(root).lstrip(os.sep) for tar in self._tars]  # the same wherever the tars lie
-        self._index, digest = _cached(path, self._tars, short, self._cache)
+        with storage.errors(f"config.data.path={path!r} cannot be read"):
+            self._tars = _tars(path)
+            self._cache = _cache_file(self._tars)
+            root = path if os.path.isdir(path) else os.path.dirname(path)
+            short = [tar.removeprefix(root).lstrip(os.sep) for tar in self._tars]  # the same wherever the tars lie
+            self._index, digest = _cached(path, self._tars, short, self._cache)
         if not len(self):
             raise ConfigError(f"config.data.path={path!r} holds no image in its {len(self._tars)} tar files.")
         labels = self._index.rows["label"][:-1]
@@ -100,9 +101,7 @@ class Tars(Source):
 def _tars(path: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
-    found = sorted(
-        os.path.join(top, name) for top, _, names in os.walk(path) for name in names if name.endswith(".tar")
-    )
+    found = [file for file in files_below(path) if file.endswith(".tar")] if os.path.isdir(path) else []
     if not found:
         raise ConfigError(f"config.data.path={path!r} holds no .tar file (compressed tars cannot be read at random).")
     return found

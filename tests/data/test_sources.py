@@ -1,7 +1,9 @@
 """Sources: what they hold and what they refuse."""
 
+import errno
 import gzip
 import importlib.resources
+import os
 import pickle
 
 import numpy as np
@@ -140,6 +142,22 @@ def test_errors_are_one_line(source, path, split, message):
     with pytest.raises(ConfigError, match=message) as caught:
         open_(source, path, split)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["folder", "webdataset"])
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch, source):
+    for name in "ab":
+        save(tmp_path / name / "1.png", 1)
+    real = os.scandir
+
+    def scandir(path):  # root may list everything
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match="cannot be (listed|read): Permission denied"):
+        open_(source, tmp_path)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
