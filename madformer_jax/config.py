@@ -76,9 +76,7 @@ def base() -> ConfigDict:
     c.data.channels = 3
     c.data.crop = True  # centre crop to a square after the resize of the shorter side; False squeezes
     c.data.background = "white"  # what shows behind transparent pixels: a name, or "#rrggbb"
-    c.data.max_corrupt = (
-        0.05  # share of records that training passes over because they cannot be read; more is an error
-    )
+    c.data.max_corrupt = 0.05  # share of records that training passes over as unreadable; more is an error
     c.data.flip = False  # random horizontal flip
     c.data.workers = 0  # worker processes that read and decode; 0: in the training process
 

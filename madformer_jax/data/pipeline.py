@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.data import preprocess, records, sources, worker
 from madformer_jax.data.source import Examples, Kind, Source
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import malloc
 
 _BATCHES_AHEAD = 2  # decoded batches waiting in each process that reads
@@ -105,7 +105,7 @@ class _Load:
             try:
                 return read_one(self._source, self._table, number)
             except (preprocess.CorruptImageError, OSError) as error:
-                skipped[str(number)] = [self._source.name(number), str(error)]
+                skipped[str(number)] = [self._source.name(number), first_line(error)]
             _check_skipped(self._config, skipped, len(self._source))
             number = (number + 1) % len(self._source)
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from madformer_jax.data import pipeline, preprocess, records, sources
 from madformer_jax.data.source import Source
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import vae
 from madformer_jax.runtime import lock, partitioning, storage
 from madformer_jax.weights import vae as vae_weights
@@ -264,7 +264,7 @@ def _decode(
         except OSError as error:  # the disk's fault, not the image's: nothing to skip
             raise ConfigError(f"{name} cannot be read: {error}") from error
         except preprocess.CorruptImageError as error:
-            return Decoded(name, None, reason=str(error))
+            return Decoded(name, None, reason=first_line(error))
 
     ahead: collections.deque[Future[Decoded]] = collections.deque()
     for index in indices:
