@@ -17,7 +17,7 @@ from madformer_jax.runtime import storage
 
 NAME = "checksums.json"
 _WRITTEN_LATER = "_CHECKPOINT_METADATA"  # Orbax notes the time of its commit there, and reads none of it back
-_CHUNK = 1 << 22  # bytes read at a time
+_CHUNK = 1 << 20  # bytes read at a time
 _THREADS = 4  # hashing does not hold the interpreter's lock
 Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
 
