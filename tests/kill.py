@@ -1,10 +1,12 @@
-"""Kills training runs at random moments and shows that nothing is lost.
+"""Kills training and sampling at random moments and shows that nothing is lost.
 
-    python -m tests.kill --runs=20 --terms=5 --folder=/tmp/kill
+    python -m tests.kill --runs=20 --terms=5 --samples=5 --folder=/tmp/kill
 
-Each of `runs` training runs gets SIGKILL at a random moment, by turns between two saves and while a checkpoint is being written,
-and each of `terms` gets SIGTERM; each is then started again, and must end with the state, bit for bit, of a run that nobody
-disturbed. Runs are forked from this process, which has imported everything and not yet touched JAX's devices.
+Each of `runs` trainings gets SIGKILL at a random moment, by turns in a save, in a sample grid and between; the first `terms` of them
+go on and get SIGTERM or SIGINT, by turns, at another. Each is then started again, and must end with the state, bit for bit, of a run
+that nobody disturbed, and with each step once in metrics.jsonl. Each of `samples` runs of --mode=sample gets SIGKILL too, and must
+end with the images, each once, of an undisturbed one. Runs are forked from this process, which has imported everything and not yet
+touched JAX's devices.
 """
 
 import argparse
@@ -12,10 +14,14 @@ import json
 import os
 import pathlib
 import random
+import re
+import shutil
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -24,27 +30,50 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import main, training
+from madformer_jax import drawing, main, training
+from madformer_jax.modes import sample, train  # noqa: F401
 from madformer_jax.runtime import checkpoint, partitioning
 
 STEPS = 20
-GRACE = 30  # seconds that a run has to exit after SIGTERM
+SHARDS = 8
+GRACE = 30  # seconds that a run has to exit after SIGTERM or SIGINT
+TURNS = ("in a save", "in a grid", "between")
 
 
-def settings(workdir: pathlib.Path, cache: pathlib.Path) -> list[str]:
+def settings(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> list[str]:
     return [
         "main",
         f"--config={pathlib.Path(__file__).with_name('tiny.py')}:plain",
         f"--workdir={workdir}",
+        f"--mode={mode}",
         f"--config.compilation_cache={cache}",
         f"--config.train.steps={STEPS}",
         "--config.train.log_every=1",
         "--config.train.checkpoint_every=4",
+        "--config.train.sample_every=6",
+        "--config.sample.steps=100",  # long enough to be met
+        "--config.sample.batch=2",
+        "--config.sample.grid=6",
+        "--config.sample.shard=2",
+        f"--config.sample.n={2 * SHARDS}",
     ]
 
 
-def fork(workdir: pathlib.Path, cache: pathlib.Path) -> int:
+def marked(workdir: pathlib.Path) -> Callable[..., None]:
+    """`train.Grid.draw`, which leaves a file while it draws."""
+    mark, draw = pathlib.Path(f"{workdir}.drawing"), train.Grid.draw
+
+    def marking(self: train.Grid, *given: Any) -> None:
+        mark.touch()
+        draw(self, *given)
+        mark.unlink()
+
+    return marking
+
+
+def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int:
     """Starts a run in a process of its own, its output in workdir.log."""
+    pathlib.Path(f"{workdir}.drawing").unlink(missing_ok=True)
     process = os.fork()
     if process:
         return process
@@ -53,9 +82,10 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path) -> int:
     os.dup2(log, 2)
     status = 1
     try:
+        train.Grid.draw = marked(workdir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        status = main.main(settings(workdir, cache))
-    except Exception:
+        status = main.main(settings(workdir, cache, mode))
+    except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -63,48 +93,58 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path) -> int:
         os._exit(status)
 
 
-def finish(workdir: pathlib.Path, cache: pathlib.Path) -> float:
+def finish(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> float:
     """Runs to the end; returns the seconds that took."""
     began = time.monotonic()
-    _, status = os.waitpid(fork(workdir, cache), 0)
+    _, status = os.waitpid(fork(workdir, cache, mode), 0)
     if status:
         raise SystemExit(f"{workdir} ended with {os.waitstatus_to_exitcode(status)}: see {workdir}.log")
     return time.monotonic() - began
 
 
 def interrupt(
-    workdir: pathlib.Path, cache: pathlib.Path, number: int, step: int, delay: float, saving: bool | None
-) -> dict[str, object]:
-    """Sends a signal `delay` seconds behind a step (0: behind the start), then or, where `saving` says so, at the first moment in
-    or outside of a save; tells what it met.
-    """
-    process = fork(workdir, cache)
-    log, due = pathlib.Path(f"{workdir}.log"), time.monotonic() + delay
-    while step and f" step {step}/" not in (log.read_text() if log.exists() else ""):
-        time.sleep(0.001)
-        due = time.monotonic() + delay
-
-    def unfinished() -> list[pathlib.Path]:
-        return list((workdir / "checkpoints").glob("*tmp*"))
-
-    while time.monotonic() < due or (saving is not None and saving != bool(unfinished())):
+    process: int, number: int, due: Callable[[], bool], delay: float, moment: Callable[[], bool]
+) -> dict[str, Any]:
+    """Sends a signal `delay` seconds after `due` holds, then at the first `moment`; tells what it met."""
+    since = None
+    while since is None or time.monotonic() < since + delay or not moment():
+        since = time.monotonic() if since is None and due() else since
         if os.waitpid(process, os.WNOHANG)[0]:
             return {"ended": "before the signal"}
         time.sleep(0.0005)
-    met, sent = bool(unfinished()), time.monotonic()
+    sent = time.monotonic()
     os.kill(process, number)
     _, status = os.waitpid(process, 0)
+    return {"exit_seconds": round(time.monotonic() - sent, 2), "status": os.waitstatus_to_exitcode(status)}
+
+
+def disturb(
+    workdir: pathlib.Path, cache: pathlib.Path, name: signal.Signals, turn: str, first: int, chance: random.Random
+) -> dict[str, Any]:
+    """Trains from step `first` at most until a signal comes at this turn, at a random moment behind a random step."""
+    log = pathlib.Path(f"{workdir}.log")
+    told = log.stat().st_size if log.exists() else 0
+    step, delay = chance.randrange(first, STEPS - 4), chance.uniform(0, 0.3)
+
+    def behind() -> bool:
+        done = re.findall(rb" step (\d+)/", log.read_bytes()[told:]) if log.exists() else []
+        return not step or any(int(n) >= step for n in done)
+
+    def met() -> str:
+        if list((workdir / "checkpoints").glob("*tmp*")):
+            return "in a save"
+        return "in a grid" if pathlib.Path(f"{workdir}.drawing").exists() else "between"
+
+    process = fork(workdir, cache)
+    report = {"run": workdir.name, "signal": name.name, "turn": turn, "behind_step": step}
+    report |= interrupt(process, name, behind, delay, lambda: met() == turn)
     steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-    return {
-        "behind_step": step,
-        "while_saving": met,
-        "exit_seconds": round(time.monotonic() - sent, 2),
-        "status": os.waitstatus_to_exitcode(status),
-        "newest_step": max(steps, default=None),
-    }
+    report["newest_step"] = max(steps, default=0)
+    print(json.dumps(report), flush=True)
+    return report
 
 
-def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, object], object]:
+def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, Any], Any]:
     """Step, arrays and data state of the newest checkpoint of a run with config `c`."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     s = training.setup(c)
@@ -114,8 +154,15 @@ def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, object],
     return step, jax.device_get(trees), data
 
 
-def run(folder: pathlib.Path, runs: int, terms: int, seed: int) -> list[dict[str, object]]:
-    """All of it; one report a run.
+def drawn(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and images of the only finished --mode=sample."""
+    (folder,) = (path.parent for path in (workdir / "samples").glob("*/grid.png"))
+    shards = list(drawing.read_shards(folder))
+    return np.concatenate([s.numbers for s in shards]), np.concatenate([s.images for s in shards])
+
+
+def run(folder: pathlib.Path, runs: int, terms: int, samples: int, seed: int) -> list[dict[str, Any]]:
+    """All of it; one report a signal.
 
     Raises:
       AssertionError: a run did not come to the same end, or took longer than `GRACE` to exit.
@@ -126,33 +173,65 @@ def run(folder: pathlib.Path, runs: int, terms: int, seed: int) -> list[dict[str
     seconds = finish(folder / "whole", cache)  # and fills the cache of compiled programs
     print(f"undisturbed: {seconds:.1f} s", flush=True)
     reports = []
-    for i in range(runs + terms):
-        name = signal.SIGKILL if i < runs else signal.SIGTERM
-        workdir, saving = folder / f"run_{i}", i % 2 == 1 if i < runs else None
-        step, delay = chance.randrange(STEPS - 4), chance.uniform(0, 0.5)
-        delay = delay if step else delay * seconds  # while it starts
-        report = {"run": i, "signal": name.name, **interrupt(workdir, cache, name, step, delay, saving)}
-        finish(workdir, cache)
+    for i in range(runs):
+        workdir = folder / f"run_{i}"
+        report = disturb(workdir, cache, signal.SIGKILL, TURNS[i % 3], 0, chance)
         reports.append(report)
-        print(json.dumps(report), flush=True)
+        if i < terms:
+            name = (signal.SIGTERM, signal.SIGINT)[i % 2]
+            first = report["newest_step"] + 1
+            reports.append(disturb(workdir, cache, name, TURNS[(i + 1) % 3], min(first, STEPS - 5), chance))
+        finish(workdir, cache)
+    reports += [disturb_sampling(folder, i, cache, chance) for i in range(samples)]
     c, _ = main.parse(settings(folder, cache))
     expected = final(c, folder / "whole")
-    for i, report in enumerate(reports):
+    for i in range(runs):
+        workdir = folder / f"run_{i}"
+        jax.tree.map(np.testing.assert_array_equal, final(c, workdir), expected)
+        told = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert told == list(range(1, STEPS + 1)), (workdir, told)
+    for report in reports:
         assert report["signal"] == "SIGKILL" or report.get("exit_seconds", 0) <= GRACE, report
-        found = final(c, folder / f"run_{i}")
-        assert (found[0], found[2]) == (expected[0], expected[2]), report
-        jax.tree.map(np.testing.assert_array_equal, found[1], expected[1])
     return reports
+
+
+def disturb_sampling(folder: pathlib.Path, i: int, cache: pathlib.Path, chance: random.Random) -> dict[str, Any]:
+    """Kills --mode=sample behind a random shard and starts it again.
+
+    Raises:
+      AssertionError: images are missing, come twice or are others than those of an undisturbed run.
+    """
+    if not i:
+        finish(folder / "whole", cache, "sample")
+    workdir = folder / f"sample_{i}"
+    shutil.copytree(folder / "whole", workdir, ignore=shutil.ignore_patterns("samples"))
+    count, delay = chance.randrange(1, SHARDS - 1), chance.uniform(0, 0.1)
+
+    def shards() -> int:
+        return len(list((workdir / "samples").glob("*/shard-*.npz")))
+
+    process = fork(workdir, cache, "sample")
+    report = {"run": workdir.name, "signal": "SIGKILL", "turn": "sampling"}
+    report |= interrupt(process, signal.SIGKILL, lambda: shards() >= count, delay, lambda: True) | {"shards": shards()}
+    finish(workdir, cache, "sample")
+    (numbers, images), (_, expected) = drawn(workdir), drawn(folder / "whole")
+    np.testing.assert_array_equal(numbers, np.arange(2 * SHARDS))
+    np.testing.assert_array_equal(images, expected)
+    print(json.dumps(report), flush=True)
+    return report
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--terms", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     given = parser.parse_args()
-    done = run(given.folder, given.runs, given.terms, given.seed)
-    saves = sum(bool(r.get("while_saving")) for r in done)
-    slowest = max((r.get("exit_seconds", 0) for r in done if r["signal"] == "SIGTERM"), default=0)
-    print(f"{len(done)} runs, {saves} met while saving, all bit-identical; SIGTERM to exit: {slowest} s at most")
+    done = run(given.folder, given.runs, given.terms, given.samples, given.seed)
+    met = {turn: sum(r["turn"] == turn and "ended" not in r for r in done) for turn in (*TURNS, "sampling")}
+    slowest = max((r.get("exit_seconds", 0) for r in done if r["signal"] != "SIGKILL"), default=0)
+    print(
+        f"{len(done)} signals ({', '.join(f'{n} {turn}' for turn, n in met.items())}), all bit-identical; to exit: {slowest} s"
+    )

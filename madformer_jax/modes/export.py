@@ -30,11 +30,12 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     target = drawing.abstract_params(madformer.build(c), mesh)
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         step, restored, _ = checkpoints.restore({"ema": target})
+        meta = checkpoints.meta(step)  # class names, among others
     exported = f"{workdir.rstrip('/')}/export"
     published = ConfigDict(json.loads(c.to_json()))
     published.sample.weights = "ema"
     with lock.hold(exported), checkpoint.Checkpoints(exported) as checkpoints:
         checkpoint.write_config(published, exported)
-        checkpoints.save(step, restored, None, {"step": step})
+        checkpoints.save(step, restored, None, meta)
     logging.info("exported the ema weights of step %d to %s", step, exported)
     return {"step": step, "export": exported}

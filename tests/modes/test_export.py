@@ -31,7 +31,7 @@ def untrained(tmp_path_factory):
     arrays = {"params": state.params, "ema": jax.tree.map(lambda x: 1.5 * x, state.params), "opt": state.opt}
     checkpoint.write_config(c, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(3, arrays, {"next_batch": 3}, {"step": 3})
+        checkpoints.save(3, arrays, {"next_batch": 3}, {"step": 3, "data": {"names": ["cat"]}})
     return workdir, jax.device_get(arrays["ema"])
 
 
@@ -52,6 +52,7 @@ def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
     target = drawing.abstract_params(training.setup(plain).model, mesh)
     with checkpoint.Checkpoints(exported, read_only=True) as checkpoints:
         step, trees, _ = checkpoints.restore({"ema": target})
+        assert checkpoints.meta(step) == {"step": 3, "data": {"names": ["cat"]}}
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, trees["ema"], ema)
 
