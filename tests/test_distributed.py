@@ -1,5 +1,6 @@
 """Several real processes on loopback do what one process does, though one of them dies and one is told to stop."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -12,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util import tensor_util
 
 from madformer_jax import drawing, training
-from madformer_jax.modes import sample, train
+from madformer_jax.models import classifier
+from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import checkpoint, partitioning
 from tests import QUICK, tiny
 
@@ -24,13 +26,14 @@ def settings():
     c = tiny.get_config("plain")
     c.mesh.data = c.mesh.fsdp = 2
     c.train.steps, c.train.log_every, c.train.checkpoint_every = STEPS, 1, 2
+    c.evaluate.n = 13
     return c
 
 
 def start(processes, workdir, **environment):
     """Runs launch/local.sh to its end; four devices in all. Returns its exit status and what it printed."""
     c = settings()
-    names = ("mesh.data", "mesh.fsdp", "train.steps", "train.log_every", "train.checkpoint_every")
+    names = ("mesh.data", "mesh.fsdp", "train.steps", "train.log_every", "train.checkpoint_every", "evaluate.n")
     done = subprocess.run(
         ["launch/local.sh", str(processes), "--grace=1", "--", "--config=tests/tiny.py:plain", f"--workdir={workdir}"]
         + [f"--config.{name}={c[name.split('.')[0]][name.split('.')[1]]}" for name in names],
@@ -71,13 +74,29 @@ def samples(workdir):
     return drawing.Drawn(*map(np.concatenate, zip(*drawing.read_shards(folder), strict=True)))
 
 
+def put_classifier(workdir):
+    """One that has learned nothing: what is compared are the scores of one process and of several."""
+    params = classifier.init(jax.random.key(0), classes=10, channels=1)
+    classifier.save(workdir / "classifier.npz", classifier.Classifier(params, 10, 1, accuracy=0.1, held_out=1))
+
+
+def judged(workdir):
+    """Every score, and the features of the reference."""
+    (path,) = (workdir / "evaluations").glob("*.json")
+    scores = json.loads(path.read_text())["scores"]
+    with np.load(workdir / "reference.npz") as file:
+        return {name: score["value"] for name, score in scores.items()}, file["features"]
+
+
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
     """The same run in this process, with all four devices."""
     devices = jax.devices()[:4]
     monkeypatch.setattr(jax, "devices", lambda *a: devices)
     train.run(settings(), str(tmp_path / "alone"))
-    sample.run(settings(), str(tmp_path / "alone"))
+    put_classifier(tmp_path / "alone")
+    for mode in (sample, reference, evaluate):
+        mode.run(settings(), str(tmp_path / "alone"))
     return tmp_path / "alone"
 
 
@@ -93,6 +112,7 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
     assert f"going on from step {saved}" in output
     stopped = final(workdir)[0]
     assert 6 <= stopped < STEPS, output
+    put_classifier(workdir)
     before = set(workdir.glob("events.out.*"))
     status, output = start(4, workdir, MADFORMER_SAMPLE="1")
     assert status == 0, output
@@ -118,3 +138,6 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
         sorted(p.name.split("_n5_")[0] for p in (folder / "samples").rglob("*")) for folder in (workdir, alone)
     )
     assert names == expected_names
+    (scores, features), (expected_scores, expected_features) = judged(workdir), judged(alone)
+    assert scores == pytest.approx(expected_scores, rel=2e-3)
+    np.testing.assert_allclose(features, expected_features, rtol=1e-3, atol=1e-4)

@@ -1,7 +1,7 @@
 """main.py for a process that is to die, or to be told to stop, at a certain step: `python -m tests.worker ...`.
 
-MADFORMER_SIGNAL="1:7:KILL" sends SIGKILL to process 1 when it has done step 7. With MADFORMER_SAMPLE the process samples as
-well once it has trained, which spares another start.
+MADFORMER_SIGNAL="1:7:KILL" sends SIGKILL to process 1 when it has done step 7. With MADFORMER_SAMPLE the process samples and
+is judged as well once it has trained, which spares another start.
 """
 
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from madformer_jax import config, main
-from madformer_jax.modes import sample, train
+from madformer_jax.modes import evaluate, reference, sample, train
 
 
 def run(argv: list[str]) -> int:
@@ -30,7 +30,8 @@ def run(argv: list[str]) -> int:
     if status == 0 and "MADFORMER_SAMPLE" in os.environ:
         c, values = main.parse(argv)
         config.validate(c)
-        sample.run(c, values.workdir)
+        for mode in (sample, reference, evaluate):
+            mode.run(c, values.workdir)
     return status
 
 

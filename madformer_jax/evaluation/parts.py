@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import seams
@@ -20,6 +21,8 @@ from madformer_jax.runtime import storage
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
+
+AT_ONCE = 256  # small images of a part: what a kill loses at most
 
 
 class Part(NamedTuple):
@@ -73,6 +76,11 @@ class Parts:
         return self._folder / f"part_{part.first:07d}_{part.stop:07d}.npz"
 
 
+def images_at_once(c: ConfigDict) -> int:
+    """Images of a part that are read together: 64 MiB of pixels, and no more than `AT_ONCE`."""
+    return max(1, min(AT_ONCE, 2**26 // (c.data.image_size**2 * c.data.channels)))
+
+
 def share(n: int) -> slice:
     """The run of n rows that falls to this process."""
     index, count = jax.process_index(), jax.process_count()
@@ -99,6 +107,9 @@ def gather(arrays: Arrays) -> Arrays:
 
 def look(extract: Callable[[np.ndarray], Outputs], images: np.ndarray, labels: np.ndarray) -> Arrays:
     """What is kept of images uint8 (n, H, W, c) and their labels (n,)."""
+    if not len(images):  # of a process without a share, or of files that cannot be read
+        one = look(extract, np.zeros((1, *images.shape[1:]), images.dtype), np.zeros(1, np.int32))
+        return {name: array[:0] for name, array in one.items()}
     outputs = extract(images)
     found = {"features": outputs.features, "profile": seams.profile(images), "labels": labels.astype(np.int32)}
     return found if outputs.logits is None else {**found, "logits": outputs.logits}

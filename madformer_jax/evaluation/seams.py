@@ -12,9 +12,12 @@ def profile(images: np.ndarray) -> np.ndarray:
     Returns:
       (n, H - 1 + W - 1) float32: mean absolute difference across each horizontal line, then across each vertical one.
     """
-    x = images.astype(np.float32)
-    down, right = np.abs(np.diff(x, axis=1)).mean(axis=(2, 3)), np.abs(np.diff(x, axis=2)).mean(axis=(1, 3))
-    return np.concatenate([down, right], axis=1)
+    return np.stack([_profile(image.astype(np.float32)) for image in images])  # floats of one large image at a time
+
+
+def _profile(image: np.ndarray) -> np.ndarray:
+    down, right = np.abs(np.diff(image, axis=0)).mean(axis=(1, 2)), np.abs(np.diff(image, axis=1)).mean(axis=(0, 2))
+    return np.concatenate([down, right])
 
 
 def steps_at_borders(profiles: np.ndarray, shape: tuple[int, int], rows: int, columns: int) -> np.ndarray:

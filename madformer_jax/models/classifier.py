@@ -52,7 +52,9 @@ class Network(nn.Module):
             x = nn.Conv(width, (3, 3), stride, precision="highest", name=f"conv{i}")(x)
             x = nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(x))
         x = x.reshape(len(x), -1)
-        features = nn.Dense(DIMS, precision="highest", name="features")(x)
+        x = nn.Dense(DIMS, precision="highest", name="features")(x)
+        # of one length: otherwise a few images that the network is sure of decide a distance
+        features = nn.LayerNorm(use_bias=False, use_scale=False, name="norm")(x)
         return features, nn.Dense(self.classes, precision="highest", name="classes")(nn.gelu(features))
 
 

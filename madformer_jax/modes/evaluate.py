@@ -34,7 +34,6 @@ from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.sizes import sizes_of
 from madformer_jax.weights.fingerprint import fingerprint
 
-PART = 256  # images that a kill loses, about
 DRAWN = (
     "weights",
     "solver",
@@ -102,7 +101,7 @@ def _judge_images(c: ConfigDict, workdir: str, by: Judge) -> dict[str, Any]:
         mine = np.arange(part.first, part.stop)[parts.share(part.stop - part.first)]
         return parts.gather(parts.look(by.extract, *data.read(mine)))
 
-    return _result(c, workdir, by, data.about, PART, look, labelled=data.labelled)
+    return _result(c, workdir, by, data.about, parts.images_at_once(c), look, labelled=data.labelled)
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
@@ -139,7 +138,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 )
                 size = drawing.batch_size(setting, mesh)
                 results[step, i] = _result(
-                    setting, workdir, by, about | {name: s[name] for name in DRAWN}, size * -(-PART // size),
+                    setting, workdir, by, about | {name: s[name] for name in DRAWN}, size * -(-parts.AT_ONCE // size),
                     functools.partial(_draw_and_look, draw, by.extract), labelled=bool(model.classes),
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
@@ -178,6 +177,8 @@ def _result(
         collected.write(part, look(part))
     partitioning.sync(key)
     found = collected.read()
+    if len(found["labels"]) < c.evaluate.n:
+        raise ConfigError(f"only {len(found['labels'])} of {c.evaluate.n} images can be read: remove the others.")
     s = sizes_of(c)
     classes = by.network.about.get("classes", 0)
     scores = judge.judge(

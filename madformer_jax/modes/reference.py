@@ -24,7 +24,6 @@ from madformer_jax.evaluation import features, images, parts, places, reference
 from madformer_jax.models import classifier
 from madformer_jax.runtime import partitioning
 
-PART = 256  # images that a kill loses at most
 TRAINING = 50_000  # images that the classifier learns from, at most
 HELD_OUT = 10  # every tenth image, where the source holds none out itself
 
@@ -46,7 +45,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     network = features.open_network(c.evaluate.network, where)
     protocol = {**data.about, "image": pipeline.table(c).describe(), "network": network.describe()}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-    collected = parts.Parts(epath.Path(workdir) / "references" / key, data.n, PART)
+    collected = parts.Parts(epath.Path(workdir) / "references" / key, data.n, parts.images_at_once(c))
     extract = features.extractor(network)
     missing = collected.missing()
     with tqdm(total=sum(p.stop - p.first for p in missing), desc="reference", unit="image", disable=_silent()) as bar:
@@ -59,7 +58,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         for part, (pixels, labels) in parts.ahead(read()):
             found = parts.gather(parts.look(extract, pixels, labels))
             found["weight"] = np.array([len(found["labels"])])
-            found["profile"] = found["profile"].mean(axis=0, keepdims=True)
+            found["profile"] = found["profile"].sum(axis=0, keepdims=True) / max(1, len(found["labels"]))
             found.pop("logits", None)
             collected.write(part, found)
             bar.update(part.stop - part.first)
@@ -107,7 +106,7 @@ def _train(c: ConfigDict, path: str) -> None:
 
 def _rows(data: images.Images, numbers: np.ndarray) -> images.Rows:
     """Images, as small as the classifier takes them, and labels."""
-    batches = (numbers[i : i + PART] for i in range(0, len(numbers), PART))
+    batches = (numbers[i : i + parts.AT_ONCE] for i in range(0, len(numbers), parts.AT_ONCE))
     found = [
         (classifier.shrunk(pixels), labels) for pixels, labels in parts.ahead(data.read(batch) for batch in batches)
     ]

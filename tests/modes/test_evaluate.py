@@ -9,7 +9,7 @@ from PIL import Image
 
 from madformer_jax import drawing
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import reference, scores
+from madformer_jax.evaluation import parts, reference, scores
 from madformer_jax.models import classifier, madformer
 from madformer_jax.modes import evaluate
 from madformer_jax.modes import reference as reference_mode
@@ -66,7 +66,7 @@ def _one_device(one_device):
 @pytest.fixture
 def fresh(workdir, tmp_path, data, monkeypatch):
     """The config, and an own folder for evaluations."""
-    monkeypatch.setattr(evaluate, "PART", 8)
+    monkeypatch.setattr(parts, "AT_ONCE", 8)
     (workdir / "evaluations").mkdir(exist_ok=True)
     (workdir / "evaluations").rename(tmp_path / "old")
     return _config(data)

@@ -1,0 +1,65 @@
+"""Parts on disk, and the processes' shares of them."""
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from madformer_jax import config
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import parts
+from madformer_jax.evaluation.features import Outputs
+
+
+def test_parts_that_are_there_are_not_missing_and_come_in_order(tmp_path):
+    collected = parts.Parts(epath.Path(tmp_path / "x"), n=7, size=3)
+    assert collected.missing() == [(0, 3), (3, 6), (6, 7)]
+    for part in reversed(collected.missing()):
+        collected.write(part, {"number": np.arange(*part)})
+    assert collected.missing() == []
+    np.testing.assert_array_equal(collected.read()["number"], np.arange(7))
+    (broken,) = (tmp_path / "x").glob("part_0000003*")
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(ConfigError, match="part_0000003_0000006.npz is damaged"):
+        collected.read()
+    collected.remove()
+    assert not (tmp_path / "x").exists()
+
+
+def test_shares_cover_all_images_once(monkeypatch):
+    for n in (1, 3, 8):
+        rows = []
+        for index in range(4):
+            monkeypatch.setattr(jax, "process_index", lambda i=index: i)
+            monkeypatch.setattr(jax, "process_count", lambda: 4)
+            rows += list(range(n))[parts.share(n)]
+        assert rows == list(range(n))
+
+
+def test_no_image_gives_arrays_of_the_shape_of_the_others():
+    def extract(images):
+        return Outputs(np.zeros((len(images), 5), np.float32), np.zeros((len(images), 3), np.float32))
+
+    found = parts.look(extract, np.zeros((0, 4, 6, 1), np.uint8), np.zeros(0, np.int32))
+    assert {name: x.shape for name, x in found.items()} == {
+        "features": (0, 5), "logits": (0, 3), "labels": (0,), "profile": (0, 3 + 5),
+    }  # fmt: skip
+
+
+def test_large_images_are_read_a_few_at_a_time():
+    c = config.base()
+    c.data.image_size = 1024
+    assert parts.images_at_once(c) == 21
+    c.data.image_size = 32
+    assert parts.images_at_once(c) == 256
+
+
+def test_items_are_made_ahead_and_in_order():
+    assert list(parts.ahead(iter(range(5)))) == list(range(5))
+
+    def broken():
+        yield 1
+        raise ConfigError("unreadable")
+
+    with pytest.raises(ConfigError, match="unreadable"):
+        list(parts.ahead(broken()))
