@@ -44,7 +44,7 @@ def test_an_unknown_part_is_one_line(tiny_config, tmp_path):
 
 
 def test_training_logs_its_speed_and_traces_the_steps_asked_for(tmp_path):
-    """In a process of its own: the profiler does not bear what other tests have loaded."""
+    """In a process of its own: the profiler does not bear what other tests have loaded. Which steps: test_train.py."""
     settings = {"train.steps": 4, "train.checkpoint_every": 4, "profile": "2:3", "sample.n": 1}
     done = subprocess.run(
         [sys.executable, "-m", "madformer_jax.main", "--config=tests/tiny.py:plain", f"--workdir={tmp_path}"]
@@ -53,7 +53,6 @@ def test_training_logs_its_speed_and_traces_the_steps_asked_for(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"step 4/4 .* TFLOP/s  MFU \d+ %", done.stderr)
-    assert "profiler trace of steps 2 to 3" in done.stderr
     assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert list((tmp_path / "profile").glob("plugins/profile/*/*.trace.json.gz"))
     events = EventAccumulator(str(tmp_path)).Reload()
