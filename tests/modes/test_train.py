@@ -47,14 +47,14 @@ def created_once():
 
 
 def count(patch):
-    """Puts in a step that adds 1 to every parameter, and samples that cost nothing."""
+    """Puts in a step that adds 1 to every parameter and average, and samples that cost nothing."""
 
     def make_step(s, c, platform=None):
         def step(state, batch, codec_params):
             rate = training.learning_rate(c)(state.step)
             metrics = {"loss": jnp.mean(batch["image"]), "grad_norm": jnp.ones(()), "learning_rate": rate}
-            params = jax.tree.map(lambda x: x + 1, state.params)
-            return training.State(state.step + 1, params, params, state.opt), metrics
+            params, ema = jax.tree.map(lambda x: x + 1, (state.params, state.ema))
+            return training.State(state.step + 1, params, ema, state.opt), metrics
 
         return step
 
