@@ -92,6 +92,7 @@ _PATHS = (
     "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
     "train.init_from",
 )  # fmt: skip
+_SCHEMES = ("gs", "s3", "az", "hf")  # of epath
 _LARGEST = 2**31 - 1  # of an integer; JAX's are of 32 bits
 
 
@@ -101,6 +102,9 @@ def check_path(name: str, path: str) -> None:
     Raises:
       ConfigError: names the flag or field.
     """
+    scheme, remote, _ = path.partition("://")
+    if remote and scheme not in _SCHEMES:
+        raise ConfigError(f"{name}={path!r} is on no file system that is known: {', '.join(_SCHEMES)} are.")
     if path.lower() in ("none", "null", "true", "false") or not path.isprintable():
         raise ConfigError(f"{name}={path!r} is no path: leave it empty ({name}=) where none is meant.")
 

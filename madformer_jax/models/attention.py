@@ -18,6 +18,8 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from madformer_jax.errors import ConfigError
+
 
 class KV(NamedTuple):
     """Keys and values, (B, blocks, s, H, h) of an image stream or (B, T, H, h) of the text."""
@@ -358,7 +360,13 @@ def _splash_kernel(
 
 
 def choose(name: str, platform: str, dtype: str, tokens: int) -> str:
-    """The implementation that `config.model.attention` means on a platform (cpu, gpu, tpu) for blocks of `tokens` tokens."""
+    """The implementation that `config.model.attention` means on a platform (cpu, gpu, tpu) for blocks of `tokens` tokens.
+
+    Raises:
+      ConfigError: it needs another platform.
+    """
+    if name == "cudnn" and platform != "gpu":
+        raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU; this is a {platform}: 'auto' fits it.")
     if name == "splash" and platform != "tpu":
         return "splash_interpret"  # slow: the kernel's steps one by one
     if name != "auto":

@@ -48,6 +48,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
         # state: that of the newest checkpoint, or a new one
         memory.require("training", mesh, parameters=abstract.params, averages=abstract.ema, optimizer=abstract.opt)
+        codec_params = jax.device_put(s.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
         check_lock = stack.enter_context(lock.hold(workdir))
         checkpoint.check_config(c, workdir)
         data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
@@ -65,7 +66,6 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         # the step, and what goes with it
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
         step_fn = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
-        codec_params = jax.device_put(s.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
         report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
         grid = Grid(c, s, codec_params, mesh, workdir, report)
         profile = stack.enter_context(_profiling(c, workdir, step))
