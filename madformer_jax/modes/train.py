@@ -44,13 +44,13 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         s = s._replace(codec=codec.expecting(s.codec, info.codec))
         create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
         cost = flops.training_step(c, encode=info.kind == "images").total
-        _log_sizes(c, info, s, cost, mesh.size)
 
         # state: that of the newest checkpoint, or a new one
         memory.require("training", mesh, parameters=abstract.params, averages=abstract.ema, optimizer=abstract.opt)
         codec_params = jax.device_put(s.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
         check_lock = stack.enter_context(lock.hold(workdir))
         checkpoint.check_config(c, workdir)
+        _log_sizes(c, info, s, cost, mesh.size)
         data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
         stack.callback(data.close)
         checkpoints = stack.enter_context(
