@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from clu import metric_writers
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -43,7 +42,7 @@ class Report:
         self._checked: list[tuple[int, dict[str, Any]]] = []
         self._warm, self._since, self._since_step = False, time.monotonic(), step
         self._board: Any = None
-        self._shows = True
+        self._shows = self._writes
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes in the metrics of one more step, as they come from the device."""
@@ -101,13 +100,15 @@ class Report:
         """Puts a picture, uint8 (H, W, c), into TensorBoard."""
         self._show(lambda board: board.write_images(step, {name: image[None]}))
 
-    def _show(self, write: Callable[[metric_writers.MetricWriter], None]) -> None:
+    def _show(self, write: Callable[[Any], None]) -> None:
         """TensorBoard is not worth a run: what goes wrong there is told once, and metrics.jsonl has the figures."""
         if not self._shows:
             return
         try:
             if self._board is None:
-                self._board = metric_writers.create_default_writer(self._workdir, just_logging=not self._writes)
+                from clu import metric_writers  # which loads TensorFlow: four seconds, in the one process that writes
+
+                self._board = metric_writers.create_default_writer(self._workdir)
             write(self._board)
             self._board.flush()  # a process that is killed leaves its last report too
         except Exception as error:  # TensorFlow's file systems each raise their own

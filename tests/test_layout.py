@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -46,3 +48,11 @@ def test_a_long_file_says_why():
     for path in [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         lines = path.read_text().splitlines()
         assert len(lines) <= 400 or "lines" in "".join(lines[:8]), f"{path}: {len(lines)} lines"
+
+
+def test_tensorflow_loads_where_it_is_used():
+    """Four seconds of every start, and of every process: only TensorBoard's writer, the profiler and tfds need it."""
+    code = "import sys; from madformer_jax.modes import {}; assert 'tensorflow' not in sys.modules"
+    names = ", ".join(sorted(path.stem for path in (ROOT / PACKAGE / "modes").glob("[!_]*.py")))
+    done = subprocess.run([sys.executable, "-c", code.format(names)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

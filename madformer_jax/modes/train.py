@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from clu import periodic_actions
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -223,6 +222,8 @@ def _profiling(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int
     first, last = steps
     if first < step:
         logging.warning("profile: step %d is behind; no trace is written", first)
+    from clu import periodic_actions  # which loads TensorFlow
+
     profile = periodic_actions.Profile(
         logdir=f"{workdir}/profile",
         first_profile=first,
