@@ -97,6 +97,8 @@ def base() -> ConfigDict:
     c.train.log_every = 50
     c.train.sample_every = 0  # steps between sample grids; 0: only at the end
     c.train.checkpoint_every = 1000
+    c.train.evaluate_every = 0  # steps between scores of samples (docs/evaluation.md), and at the end; 0: never
+    c.train.evaluate_n = 256  # images that are scored then
     c.train.keep = 3  # newest checkpoints kept
     c.train.keep_every = 0  # and for ever those at multiples of this step; 0: none
     c.train.init_from = ""  # workdir or export whose weights a new run starts from
@@ -226,6 +228,7 @@ def as_tiny(c: ConfigDict) -> None:
     c.train.steps, c.train.log_every, c.train.sample_every = 20, 5, 0
     c.train.batch = c.sample.n = c.sample.batch = 16
     c.sample.steps = 4
+    c.evaluate.network, c.evaluate.n = "classifier", 16
 
 
 def validate(c: ConfigDict) -> Sizes:

@@ -65,6 +65,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.log_every": (1, math.inf),
     "train.sample_every": (0, math.inf),
     "train.checkpoint_every": (1, math.inf),
+    "train.evaluate_every": (0, math.inf),
+    "train.evaluate_n": (10, math.inf),
     "train.keep": (1, math.inf),
     "train.keep_every": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),
@@ -165,11 +167,12 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes)."
         )
-    if c.train.keep_every % c.train.checkpoint_every:
-        raise ConfigError(
-            f"config.train.keep_every={c.train.keep_every} is not a multiple of config.train.checkpoint_every="
-            f"{c.train.checkpoint_every}: only steps that are saved can be kept."
-        )
+    for field, what in (("keep_every", "kept"), ("evaluate_every", "scored")):
+        if c.train[field] % c.train.checkpoint_every:
+            raise ConfigError(
+                f"config.train.{field}={c.train[field]} is not a multiple of config.train.checkpoint_every="
+                f"{c.train.checkpoint_every}: only steps that are saved can be {what}."
+            )
     profiled_steps(c)
     if not m.classes or not any(map(is_name, c.sample.labels.split(","))):  # names are known with the data
         classes(c)

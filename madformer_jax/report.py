@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ class DivergedError(ConfigError):
 class Report:
     """What a run tells of its steps: lines in the log and in workdir/metrics.jsonl, and TensorBoard's files.
 
-    metrics.jsonl tells each step once: what it says of steps that are done again is taken out at the start.
+    metrics.jsonl tells each step once, and its scores once, in a line of their own: what it says of steps that are done
+    again is taken out at the start.
     """
 
     def __init__(self, c: ConfigDict, workdir: str, step: int, cost: float, devices: int):
@@ -91,10 +92,26 @@ class Report:
             speed["tflops"], 100 * speed["mfu"],
             _duration((self._steps - step) / rate) if rate else "unknown",
         )  # fmt: skip
+        self._append(self.figures)
+        self._show(lambda board: board.write_scalars(step, mean | speed))
+
+    def score(self, step: int, n: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Reports the scores of n samples of a step that `write` has told of: value, low, high by name.
+
+        Raises:
+          ConfigError: metrics.jsonl cannot be written.
+        """
+        values = {name: score["value"] for name, score in scores.items()}
+        told = [f"{name} {s['value']:.4g} [{s['low']:.4g}, {s['high']:.4g}]" for name, s in scores.items()]
+        logging.info("step %d, %d samples: %s", step, n, "  ".join(told))
+        self.figures = self.figures | {"scored": n} | values
+        self._append({"step": step, "scored": n} | values)
+        self._show(lambda board: board.write_scalars(step, values))
+
+    def _append(self, figures: dict[str, Any]) -> None:
         if self._writes:
             with storage.errors(f"{self._path} cannot be written"):
-                storage.append_line(self._path, json.dumps(self.figures))
-        self._show(lambda board: board.write_scalars(step, mean | speed))
+                storage.append_line(self._path, json.dumps(figures))
 
     def show(self, step: int, name: str, image: np.ndarray) -> None:
         """Puts a picture, uint8 (H, W, c), into TensorBoard."""
@@ -133,19 +150,20 @@ def _cut(path: epath.Path, step: int) -> dict[str, Any]:
     """Takes out the lines of metrics.jsonl behind `step`, and half a line that a killed process left.
 
     Returns:
-      The report of `step`, where there is one.
+      The report of `step`, where there is one, with its scores.
     """
     lines = path.read_text().splitlines() if path.exists() else []
-    kept, last = [], {}
+    kept: list[str] = []
+    told: dict[str, Any] = {}
     for line in lines:
         with contextlib.suppress(ValueError):
             figures = json.loads(line)
             if figures["step"] <= step:
                 kept.append(line)
-                last = figures
+                told |= figures if figures["step"] == step else {}
     if kept != lines:
         storage.write_text(path, "".join(f"{line}\n" for line in kept))
-    return last if last.get("step") == step else {}
+    return told
 
 
 def _mean(fetched: list[dict[str, Any]]) -> dict[str, float]:

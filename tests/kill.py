@@ -30,7 +30,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import drawing, main, training
+from madformer_jax import aside, drawing, main, training
 from madformer_jax.modes import sample, train  # noqa: F401
 from madformer_jax.runtime import checkpoint, partitioning
 
@@ -60,10 +60,10 @@ def settings(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") ->
 
 
 def marked(workdir: pathlib.Path) -> Callable[..., None]:
-    """`train.Grid.draw`, which leaves a file while it draws."""
-    mark, draw = pathlib.Path(f"{workdir}.drawing"), train.Grid.draw
+    """`aside.Grid.draw`, which leaves a file while it draws."""
+    mark, draw = pathlib.Path(f"{workdir}.drawing"), aside.Grid.draw
 
-    def marking(self: train.Grid, *given: Any) -> None:
+    def marking(self: aside.Grid, *given: Any) -> None:
         mark.touch()
         draw(self, *given)
         mark.unlink()
@@ -82,7 +82,7 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int
     os.dup2(log, 2)
     status = 1
     try:
-        train.Grid.draw = marked(workdir)
+        aside.Grid.draw = marked(workdir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         status = main.main(settings(workdir, cache, mode))
     except BaseException:

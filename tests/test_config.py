@@ -23,6 +23,8 @@ from madformer_jax.errors import ConfigError
         ("sample.steps", 0, "out of range"),
         ("train.accumulate", 3, "not a multiple"),
         ("train.keep_every", 3, "only steps that are saved can be kept"),
+        ("train.evaluate_every", 3, "only steps that are saved can be scored"),
+        ("train.evaluate_n", 9, "at least 10"),
         ("profile", "3", "a first and a last step"),
         ("profile", "4:3", "a first and a last step"),
         ("profile", "5:6", "training ends behind step 5"),

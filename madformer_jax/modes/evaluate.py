@@ -11,9 +11,8 @@ import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,14 +23,10 @@ from tqdm import tqdm
 
 from madformer_jax import codec, drawing, flops
 from madformer_jax import config as config_lib
-from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import features, images, judge, parts, places, reference, settings
-from madformer_jax.evaluation.network import Network
-from madformer_jax.evaluation.reference import Reference
+from madformer_jax.evaluation import images, judge, parts, reference, samples, settings
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
-from madformer_jax.sizes import sizes_of
 from madformer_jax.weights.fingerprint import fingerprint
 
 DRAWN = (
@@ -48,16 +43,6 @@ DRAWN = (
 Look = Callable[[parts.Part], parts.Arrays]
 
 
-class Judge(NamedTuple):
-    """What judges: the same for every set of images of a run."""
-
-    network: Network
-    extract: Any
-    reference: Reference
-    training: np.ndarray | None  # features of the training images
-    protocol: dict[str, Any]  # all of it but the images
-
-
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Scores what the config names, writes a file for each result, prints the table, and returns the results.
 
@@ -66,7 +51,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     config_lib.validate(c)
     if c.evaluate.images:
-        results = [_judge_images(c, workdir, _open_judge(c, workdir))]
+        results = [_judge_images(c, workdir, samples.open_judge(c, workdir, c.evaluate.n))]
     else:
         results = _judge_checkpoints(c, workdir)
     if jax.process_index() == 0:
@@ -74,25 +59,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"results": results}
 
 
-def _open_judge(c: ConfigDict, workdir: str) -> Judge:
-    where = places.reference_path(c, workdir)
-    found = reference.load(where)
-    judge.check_size(c.evaluate.n, found)
-    network = features.open_network(c.evaluate.network, places.network_path(c, workdir))
-    image = pipeline.table(c).describe()
-    reference.check(found, where, network.describe(), image)
-    training = None
-    if c.evaluate.training:
-        other = reference.load(c.evaluate.training)
-        reference.check(other, c.evaluate.training, network.describe(), image)
-        training = other.features
-    protocol = {
-        "n": c.evaluate.n, "reference": found.digest, "network": network.describe(), "image": image, "scores": judge.CONVENTION,
-    }  # fmt: skip
-    return Judge(network, features.extractor(network), found, training, protocol)
-
-
-def _judge_images(c: ConfigDict, workdir: str, by: Judge) -> dict[str, Any]:
+def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, Any]:
     data = images.open_images(c)
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
@@ -111,7 +78,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
         config_lib.validate(setting)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
-    by = _open_judge(c, workdir)
+    by = samples.open_judge(c, workdir, c.evaluate.n)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
     target = drawing.abstract_params(model, mesh)
@@ -145,21 +112,11 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
 
 
 def _draw_and_look(draw: Callable[[range], Iterator[drawing.Drawn]], extract: Any, part: parts.Part) -> parts.Arrays:
-    """Draws a part's images and looks at them, batch by batch; with the seconds and the images of each batch."""
-    found: list[parts.Arrays] = []
-    seconds = []
-    began = time.monotonic()
-    for batch in draw(range(part.first, part.stop)):
-        seconds.append((time.monotonic() - began, len(batch.images)))
-        mine = parts.share(len(batch.images))
-        found.append(parts.gather(parts.look(extract, batch.images[mine], batch.labels[mine])))
-        began = time.monotonic()
-    out = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
-    return {**out, "seconds": np.array(seconds)}
+    return samples.look(draw(range(part.first, part.stop)), extract)
 
 
 def _result(
-    c: ConfigDict, workdir: str, by: Judge, about: Mapping[str, Any], size: int, look: Look, *, labelled: bool
+    c: ConfigDict, workdir: str, by: samples.Judge, about: Mapping[str, Any], size: int, look: Look, *, labelled: bool
 ) -> dict[str, Any]:
     """The result of one set of images, which `about` tells of: read from its file, or made part by part."""
     protocol = {**by.protocol, "images": dict(about)}
@@ -179,14 +136,7 @@ def _result(
     found = collected.read()
     if len(found["labels"]) < c.evaluate.n:
         raise ConfigError(f"only {len(found['labels'])} of {c.evaluate.n} images can be read: remove the others.")
-    s = sizes_of(c)
-    classes = by.network.about.get("classes", 0)
-    scores = judge.judge(
-        by.network.name, found, by.reference,
-        recognise=labelled and bool(classes) and found["labels"].max() < classes,
-        grid=(s.grid, s.columns), shape=(c.data.image_size,) * 2, training=by.training,
-    )  # fmt: skip
-    result = {"protocol": protocol, "scores": scores}
+    result = {"protocol": protocol, "scores": samples.scores(c, by, found, labelled=labelled)}
     if "seconds" in found:
         result["cost"] = _cost(c, found["seconds"])
     if jax.process_index() == 0:

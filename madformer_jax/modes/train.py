@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing, fields, flops, limits, training
+from madformer_jax import aside, codec, drawing, fields, flops, limits, training
 from madformer_jax import config as config_lib
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import samples
 from madformer_jax.report import DivergedError, Report
 from madformer_jax.runtime import checkpoint, lock, memory, partitioning, storage
 from madformer_jax.runtime.preemption import Preemption
@@ -33,6 +33,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         longer finite.
     """
     config_lib.validate(c)
+    judge = samples.open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
     with contextlib.ExitStack() as stack:
         # data, devices, model
         info = pipeline.describe(c)
@@ -66,7 +67,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
         step_fn = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
-        grid = Grid(c, s, codec_params, mesh, workdir, report)
+        means = aside.Means(s, drawing.make_draw(c, s.model, s.codec.decode), codec_params, mesh, report)
+        asides: list[tuple[aside.Aside, int]] = [(aside.Grid(c, means, workdir), c.train.sample_every)]
+        if judge:
+            asides.append((aside.Scores(c, means, judge), c.train.evaluate_every))
         profile = stack.enter_context(_profiling(c, workdir, step))
         stopping = stack.enter_context(Preemption())
         save = stack.enter_context(Saving(c, workdir, checkpoints, report, info, check_lock))
@@ -84,15 +88,16 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
                 report.write()
             if step % c.train.checkpoint_every == 0 or step == steps:
                 save()
-            if c.train.sample_every and step % c.train.sample_every == 0 and step < steps:
-                save.wait()  # should drawing end the process, then not for good
-                grid.draw(step, state, stopping.reached)
+            for one, every in asides:
+                if every and step % every == 0 and step < steps:
+                    save.wait()  # should drawing end the process, then not for good
+                    one.draw(step, state, stopping.reached)
             if stopping.reached():
                 save()
                 break
         save.wait()
-        if step == steps:
-            grid.draw(step, state, stopping.reached)
+        for one, _ in asides if step == steps else ():
+            one.draw(step, state, stopping.reached)
         if stopping.reached():
             logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
         return report.figures
@@ -235,44 +240,6 @@ def _profiling(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int
         yield profile
     finally:
         profile(sys.maxsize)  # ends a trace that runs
-
-
-# ---- samples
-
-
-class Grid:
-    """Draws the config's first images while it trains, to workdir/samples/step_..._{ema,raw}.png and TensorBoard."""
-
-    def __init__(self, c: ConfigDict, s: training.Setup, codec_params: Any, mesh: Mesh, workdir: str, report: Report):
-        self._c, self._codec, self._mesh, self._report = c, s.codec, mesh, report
-        self._codec_params = codec_params  # empty where cached latents need none
-        drawing.given_noise(c)  # while an error in it costs nothing
-        self._draw = drawing.make_draw(c, s.model, s.codec.decode)
-        self._folder = epath.Path(workdir) / "samples"
-
-    def draw(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
-        """Draws in batches and looks between them whether to `stop`. Whatever goes wrong is told in one line: training goes on."""
-        with self._report.paused():
-            try:
-                self._try(step, state.ema if self._c.sample.weights == "ema" else state.params, stop)
-            except Exception as error:
-                logging.error("the samples of step %d are left out: %s", step, storage.cause(error))
-
-    def _try(self, step: int, weights: Any, stop: Callable[[], bool]) -> None:
-        c, n = self._c, min(self._c.sample.n, self._c.sample.grid)
-        codec_params = self._codec_params or jax.device_put(self._codec.load(), partitioning.replicated(self._mesh))
-        images: list[np.ndarray] = []
-        for batch in drawing.batches(c, self._draw, weights, codec_params, self._mesh, range(n), most=n):
-            images.append(batch.images)
-            if sum(map(len, images)) < n and stop():
-                logging.info("asked to stop: the samples of step %d are left out", step)
-                return
-        canvas = drawing.as_grid(np.concatenate(images))
-        path = self._folder / f"step_{step:06d}_{c.sample.weights}.png"
-        if jax.process_index() == 0:
-            drawing.write_png(path, canvas)
-        logging.info("drew %d samples with the %s weights: %s", n, c.sample.weights, path)
-        self._report.show(step, f"samples_{c.sample.weights}", canvas)
 
 
 # ---- checkpoints

@@ -1,0 +1,73 @@
+"""A model's samples before a judge: what --mode=evaluate and the scores of a training share."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from madformer_jax.data import pipeline
+from madformer_jax.drawing import Drawn
+from madformer_jax.evaluation import features, judge, parts, places, reference
+from madformer_jax.evaluation.network import Network
+from madformer_jax.evaluation.reference import Reference
+from madformer_jax.sizes import sizes_of
+
+
+class Judge(NamedTuple):
+    """What judges: the same for every set of images of a run."""
+
+    network: Network
+    extract: Any
+    reference: Reference
+    training: np.ndarray | None  # features of the training images
+    protocol: dict[str, Any]  # all of it but the images
+
+
+def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
+    """What `config.evaluate` names to judge n images.
+
+    Raises:
+      ConfigError: the reference or the network's weights are missing or do not fit, or n is too small.
+    """
+    where = places.reference_path(c, workdir)
+    found = reference.load(where)
+    judge.check_size(n, found)
+    network = features.open_network(c.evaluate.network, places.network_path(c, workdir))
+    image = pipeline.table(c).describe()
+    reference.check(found, where, network.describe(), image)
+    training = None
+    if c.evaluate.training:
+        other = reference.load(c.evaluate.training)
+        reference.check(other, c.evaluate.training, network.describe(), image)
+        training = other.features
+    protocol = {
+        "n": n, "reference": found.digest, "network": network.describe(), "image": image, "scores": judge.CONVENTION,
+    }  # fmt: skip
+    return Judge(network, features.extractor(network), found, training, protocol)
+
+
+def look(batches: Iterable[Drawn], extract: Any) -> parts.Arrays:
+    """What `parts.look` keeps of images as they are drawn, and for each batch its seconds of drawing and its images."""
+    found: list[parts.Arrays] = []
+    seconds = []
+    began = time.monotonic()
+    for batch in batches:
+        seconds.append((time.monotonic() - began, len(batch.images)))
+        mine = parts.share(len(batch.images))
+        found.append(parts.gather(parts.look(extract, batch.images[mine], batch.labels[mine])))
+        began = time.monotonic()
+    out = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
+    return {**out, "seconds": np.array(seconds)}
+
+
+def scores(c: ConfigDict, by: Judge, found: Mapping[str, np.ndarray], *, labelled: bool) -> dict[str, judge.Score]:
+    """`judge.judge` of what was found in a model's images or others; `labelled`: they have the classes of the data."""
+    s = sizes_of(c)
+    classes = by.network.about.get("classes", 0)
+    return judge.judge(
+        by.network.name, found, by.reference,
+        recognise=labelled and bool(classes) and found["labels"].max() < classes,
+        grid=(s.grid, s.columns), shape=(c.data.image_size,) * 2, training=by.training,
+    )  # fmt: skip

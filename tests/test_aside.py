@@ -1,0 +1,122 @@
+"""Scores in training. The step only counts, the judge's features are pixels: nothing is compiled but the counting."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from madformer_jax import drawing, training
+from madformer_jax.data import pipeline
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import features, reference, scores
+from madformer_jax.evaluation.network import Network
+from madformer_jax.modes import train
+from madformer_jax.runtime import checkpoint
+from tests import tiny
+
+N = 12
+STUB = Network("stub", {}, 4, (1,), {"w": np.zeros(1)}, lambda params, images: (images, None))
+
+
+def pixels(images):
+    """Features (n, 4)."""
+    return images.reshape(len(images), -1)[:, :4].astype(np.float32)
+
+
+def image(number, weight):
+    return np.random.default_rng([number, int(weight)]).integers(0, 256, (32, 32, 1), dtype=np.uint8)
+
+
+@pytest.fixture
+def c(tmp_path, one_device, monkeypatch):
+    """A run of 4 steps, saved and scored at 2 and 4; averages grow by 2 a step, parameters by 1."""
+    c = tiny.get_config("plain")
+    c.train.steps, c.train.evaluate_every, c.train.evaluate_n = 4, 2, N
+    c.sample.n = c.sample.batch = 5  # less than are scored
+    c.evaluate.network = "stub"
+    monkeypatch.setitem(features.NETWORKS, "stub", lambda path: STUB)
+    monkeypatch.setattr(features, "extractor", lambda network: lambda images: features.Outputs(pixels(images), None))
+    real = np.random.default_rng(0).normal(100, 50, (20, 4)).astype(np.float32)
+    found = {"features": real, "labels": np.zeros(20, np.int32), "profile": np.zeros((1, 62)), "weight": np.ones(1)}
+    protocol = {"network": STUB.describe(), "image": pipeline.table(c).describe()}
+    reference.save(str(tmp_path / "reference.npz"), protocol, found, 0)
+    real_state = training.create_state
+
+    def create_state(*given):
+        abstract = real_state(*given)[1]
+        zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
+        return lambda: zeros, abstract
+
+    def step(state, batch, codec_params):
+        metrics = {"loss": jnp.mean(batch["image"]), "grad_norm": jnp.ones(()), "learning_rate": jnp.ones(())}
+        params, ema = (jax.tree.map(lambda x, k=k: x + k, tree) for k, tree in ((1, state.params), (2, state.ema)))
+        return training.State(state.step + 1, params, ema, state.opt), metrics
+
+    def batches(c, draw, params, codec_params, mesh, numbers, most=None):
+        weight = jax.tree.leaves(params)[0].ravel()[0]
+        assert drawing.batch_size(c, mesh, most) == 5 and len(numbers) <= c.sample.n
+        for number in numbers:
+            yield drawing.Drawn(np.array([number]), np.zeros(1, np.int32), image(number, weight)[None], np.zeros(1))
+
+    monkeypatch.setattr(training, "create_state", create_state)
+    monkeypatch.setattr(training, "make_step", lambda s, c: step)
+    monkeypatch.setattr(drawing, "batches", batches)
+    return c
+
+
+def told(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_averages_are_scored_behind_their_checkpoint_and_at_the_end(c, tmp_path):
+    figures = train.run(c, str(tmp_path))
+    real = reference.load(str(tmp_path / "reference.npz")).features
+    lines = told(tmp_path)
+    assert [(line["step"], "loss" in line, line.get("scored")) for line in lines] == [
+        (2, True, None), (2, False, N), (4, True, None), (4, False, N),
+    ]  # fmt: skip
+    for line in lines[1::2]:
+        drawn = np.stack([image(number, 2 * line["step"]) for number in range(N)])
+        assert line["FD-stub"] == pytest.approx(scores.frechet(pixels(drawn), real))
+        assert {"KID-stub", "precision-stub", "recall-stub"} <= line.keys()
+    assert figures == lines[2] | lines[3]
+    assert train.run(c, str(tmp_path)).items() >= {"FD-stub": lines[3]["FD-stub"], "loss": figures["loss"]}.items()
+
+
+def test_a_judge_that_breaks_does_not_end_training(c, tmp_path, monkeypatch, caplog):
+    def extract(images):
+        with checkpoint.Checkpoints(str(tmp_path), read_only=True) as there:
+            seen.append(there.steps[-1])
+        raise RuntimeError("no features\nof this")
+
+    seen = []
+    monkeypatch.setattr(features, "extractor", lambda network: extract)
+    assert train.run(c, str(tmp_path))["step"] == 4
+    assert seen == [2, 4]  # saved first
+    assert "the scores of step 2 are left out: no features" in caplog.text
+    assert ["scored" in line for line in told(tmp_path)] == [False, False]
+
+
+def test_a_notice_to_stop_is_heard_within_the_scores(c, tmp_path, monkeypatch):
+    def extract(images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(len(images))
+        return features.Outputs(pixels(images), None)
+
+    seen = []
+    monkeypatch.setattr(features, "extractor", lambda network: extract)
+    assert train.run(c, str(tmp_path))["step"] == 2
+    assert seen == [1] and "scored" not in told(tmp_path)[-1]
+
+
+def test_a_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
+    (tmp_path / "reference.npz").unlink()
+    monkeypatch.setattr(pipeline, "describe", lambda c: pytest.fail("begun"))
+    with pytest.raises(ConfigError, match="no reference at .*reference.npz: make it") as error:
+        train.run(c, str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
