@@ -278,7 +278,7 @@ def run(argv: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are things to put away
     with _above_the_log(config):
         result = module.run(config, values.workdir, **extra)
-    return result if isinstance(result, int) else 0  # --mode=compile has a status, the others figures
+    return 0 if result.get("fits", True) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -89,7 +89,7 @@ def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/file/run", "--config.mesh.data=8")
     assert status == 2
-    assert f"{tmp_path}/file/run/lock.json cannot be read: Not a directory." in line
+    assert f"--workdir={tmp_path}/file/run cannot be written: Not a directory." in line
 
 
 def test_another_platform_than_the_config_expects_is_an_error(capsys, tmp_path):

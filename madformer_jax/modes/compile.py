@@ -64,8 +64,11 @@ class Program(NamedTuple):
         return bool(self.memory)
 
 
-def run(c: ConfigDict, workdir: str | None, topology: str) -> int:
-    """Compiles the training step and the sampler for `topology`, prints what they need; 1 if one does not fit, else 0.
+def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
+    """Compiles the training step and the sampler for `topology`, and prints what they need.
+
+    Returns:
+      The bytes and the seconds of each, and whether all of it fits.
 
     Raises:
       ConfigError: a setting is wrong, libtpu is missing, or it does not know the topology.
@@ -79,13 +82,14 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> int:
         f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_sizes(dict(mesh.shape))}; "
         f"attention {model.attention}, remat {c.model.remat}, {c.train.accumulate} microbatches a step"
     )
-    fits = True
+    figures: dict[str, Any] = {"fits": True}
     for name, build in {"training step": training_step, "sampler": sampling}.items():
         logging.info("compiling the %s", name)
         program = build(c, model, mesh, limit)
         print(text(name, program, limit, len(devices)), flush=True)
-        fits &= program.fits
-    return 0 if fits else 1
+        figures[name] = {"bytes": program.needed, "seconds": program.seconds, "fits": program.fits}
+        figures["fits"] &= program.fits
+    return figures
 
 
 def describe(topology: str) -> list[jax.Device]:

@@ -68,6 +68,8 @@ def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
     }
     mine |= {"machine": _machine(), "started": _started(os.getpid()), "token": uuid.uuid4().hex, "beat": 0}
     with storage.errors(f"--workdir={path.parent} cannot be written"):
+        if not storage.is_remote(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         _take(path, mine)
     left = threading.Event()
 
