@@ -56,13 +56,10 @@ def test_from_elsewhere_a_lock_that_does_not_change_is_stale(tmp_path, left, mon
 
 
 def test_from_elsewhere_a_lock_that_changes_is_held(tmp_path, left, monkeypatch):
-    monkeypatch.setattr(lock, "STALE", 2.0)
     left(machine="another")
-    timer = threading.Timer(0.01, left, kwargs={"machine": "another", "beat": 1})
-    timer.start()
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: left(machine="another", beat=1))  # while we watch
     with pytest.raises(ConfigError, match="is written by process"), lock.hold(str(tmp_path)):
         pass
-    timer.join()
 
 
 def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
