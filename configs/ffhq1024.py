@@ -39,7 +39,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.checkpoint_every = 2_000
     c.train.keep_every = 10_000  # the paper's FID is a mean over checkpoints that are 10 000 steps apart
     c.sample.n = c.sample.batch = 64
+    c.sample.solver = "dpmpp_2m" if chosen["release"] else "ddim"  # release's script; paper
     c.sample.steps = 250  # paper
+    c.evaluate.network = "inception"  # paper, whose reference set is not named
+    c.evaluate.split, c.evaluate.n = "train", 8_000
 
     c.mesh.data, c.mesh.fsdp = 1, -1  # docs/scaling.md
     c.train.accumulate = 4

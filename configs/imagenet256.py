@@ -39,7 +39,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.checkpoint_every = 2_000
     c.train.keep_every = 10_000
     c.sample.n = c.sample.batch = 256
-    c.sample.steps = 250  # paper, which samples without guidance
+    c.sample.solver, c.sample.steps, c.sample.guidance = "ddim", 100, 1.0  # paper: without guidance
+    c.evaluate.network, c.evaluate.split, c.evaluate.n = "inception", "train", 50_000
 
     c.mesh.data, c.mesh.fsdp = 1, -1  # docs/scaling.md
     c.train.accumulate = 4

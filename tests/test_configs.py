@@ -48,6 +48,24 @@ def test_steps_follow_from_epochs():
     assert read("imagenet256.py").train.steps == 250_227
 
 
+@pytest.mark.parametrize(
+    "name, n, solver, steps",
+    [
+        ("ffhq1024.py", 8_000, "ddim", 250),
+        ("ffhq1024.py:release", 8_000, "dpmpp_2m", 250),
+        ("imagenet256.py", 50_000, "ddim", 100),
+    ],
+)
+def test_scores_are_taken_as_in_the_paper(name, n, solver, steps):
+    c = read(name)
+    assert (c.evaluate.n, c.evaluate.network, c.evaluate.split) == (n, "inception", "train")
+    assert (c.sample.solver, c.sample.steps, c.sample.guidance) == (solver, steps, 1.0)
+
+
+def test_a_tiny_variant_can_be_judged_where_there_is_no_inception():
+    assert read("ffhq1024.py:tiny").evaluate.network == "classifier"
+
+
 @pytest.mark.parametrize("variant", ["D=x", "depth=7", "tiny=1", "huge"])
 def test_a_variant_that_is_none_is_told(variant):
     with pytest.raises(
