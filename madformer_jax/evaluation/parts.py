@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -40,8 +41,8 @@ class Parts:
         self._parts = [Part(first, min(first + size, n)) for first in range(0, n, size)]
 
     def missing(self) -> list[Part]:
-        """The parts that are not there yet, as the first process sees them."""
-        there = np.array([self._path(part).exists() for part in self._parts])
+        """The parts that are not there yet or damaged, as the first process sees them."""
+        there = np.array([jax.process_index() == 0 and self._whole(part) for part in self._parts])
         there = multihost_utils.broadcast_one_to_all(there) if jax.process_count() > 1 else there
         return [part for part, found in zip(self._parts, there) if not found]
 
@@ -60,11 +61,11 @@ class Parts:
         for part in self._parts:
             path = self._path(part)
             try:
-                with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-                    for name in file.files:
-                        found.setdefault(name, []).append(file[name])
+                arrays = _load(path.read_bytes())
             except Exception as error:  # a broken archive raises almost any kind
-                raise ConfigError(f"{path} is damaged: remove it and run again ({type(error).__name__}).") from None
+                raise ConfigError(f"{path} is damaged: run again ({type(error).__name__}).") from None
+            for name, array in arrays.items():
+                found.setdefault(name, []).append(array)
         return {name: np.concatenate(arrays) for name, arrays in found.items()}
 
     def remove(self) -> None:
@@ -72,8 +73,25 @@ class Parts:
         if jax.process_index() == 0 and self._folder.exists():
             self._folder.rmtree()
 
+    def _whole(self, part: Part) -> bool:
+        path = self._path(part)
+        if not path.exists():
+            return False
+        content = path.read_bytes()
+        try:
+            _load(content)
+        except Exception as error:  # a broken archive raises almost any kind
+            logging.warning("%s is damaged (%s): done again", path, type(error).__name__)
+            return False
+        return True
+
     def _path(self, part: Part) -> epath.Path:
         return self._folder / f"part_{part.first:07d}_{part.stop:07d}.npz"
+
+
+def _load(content: bytes) -> Arrays:
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
 
 
 def images_at_once(c: ConfigDict) -> int:

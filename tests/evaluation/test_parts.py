@@ -22,6 +22,7 @@ def test_parts_that_are_there_are_not_missing_and_come_in_order(tmp_path):
     broken.write_bytes(broken.read_bytes()[:40])
     with pytest.raises(ConfigError, match="part_0000003_0000006.npz is damaged"):
         collected.read()
+    assert collected.missing() == [(3, 6)]
     collected.remove()
     assert not (tmp_path / "x").exists()
 

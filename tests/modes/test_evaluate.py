@@ -108,20 +108,26 @@ def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir
     undisturbed = _file(workdir)
     (path,) = (workdir / "evaluations").glob("*.json")
     path.unlink()
-    drawn, batches = [], drawing.batches
+    drawn, batches, savez = [], drawing.batches, np.savez
+    monkeypatch.setattr(drawing, "batches", lambda *a, **k: drawn.append([*a[5]]) or batches(*a, **k))
 
-    def dies(c, draw, params, codec_params, mesh, numbers, most=None):
-        if len(drawn) == 2:
+    def dies(file, **arrays):
+        """Half way through the third part."""
+        if len(drawn) == 3:
+            file.write(b"PK")
             raise KeyboardInterrupt
-        drawn.append(numbers)
-        return batches(c, draw, params, codec_params, mesh, numbers, most)
+        savez(file, **arrays)
 
-    monkeypatch.setattr(drawing, "batches", dies)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.run(fresh, str(workdir))
-    monkeypatch.setattr(drawing, "batches", lambda *a, **k: drawn.append(a[5]) or batches(*a, **k))
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", dies)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(fresh, str(workdir))
+    (half,) = (workdir / "evaluations").glob("*/part_0000008_*.npz")
+    half.write_bytes(half.read_bytes()[:1000])  # as a machine without power leaves it
+    (half.parent / ".part_0000016_0000020.npz.0123abcd.part").write_bytes(b"PK")  # as a kill leaves it
     evaluate.run(fresh, str(workdir))
-    assert [list(part) for part in drawn] == [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
+    first, *rest = [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
+    assert drawn == [first, *rest, *rest]
     again = _file(workdir)
     assert again["cost"].pop("seconds") > 0 and undisturbed["cost"].pop("seconds") > 0
     assert again == undisturbed
