@@ -1,5 +1,6 @@
 """What a training does aside: grids of samples, and their scores. Whatever goes wrong with them, training goes on."""
 
+import abc
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from madformer_jax.report import Report
 from madformer_jax.runtime import partitioning, storage
 
 
-class Means(NamedTuple):
+class Studio(NamedTuple):
     """What a training draws with, and tells it to."""
 
     setup: training.Setup
@@ -26,18 +27,18 @@ class Means(NamedTuple):
     report: Report
 
 
-class Aside:
+class Aside(abc.ABC):
     """Something with the first `sample.n` images of a config, which must have room for them in `sample.noise`."""
 
     what: str
 
-    def __init__(self, c: ConfigDict, means: Means, n: int):
-        self._c, self._means, self._n = c, means, n
+    def __init__(self, c: ConfigDict, studio: Studio, n: int):
+        self._c, self._studio, self._n = c, studio, n
         drawing.given_noise(c)  # while an error in it costs nothing
 
     def draw(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
         """Draws in batches and looks between them whether to `stop`. Whatever goes wrong is told in one line: training goes on."""
-        with self._means.report.paused():
+        with self._studio.report.paused():
             try:
                 self._use(step, self._batches(state, stop))
             except _StopError:
@@ -46,19 +47,20 @@ class Aside:
                 logging.error("the %s of step %d are left out: %s", self.what, step, storage.cause(error))
 
     def _batches(self, state: training.State, stop: Callable[[], bool]) -> Iterator[drawing.Drawn]:
-        c, mesh, n, drawn = self._c, self._means.mesh, self._n, 0
+        c, mesh, n, drawn = self._c, self._studio.mesh, self._n, 0
         weights = state.ema if c.sample.weights == "ema" else state.params
-        codec_params = self._means.codec_params or jax.device_put(
-            self._means.setup.codec.load(), partitioning.replicated(mesh)
+        codec_params = self._studio.codec_params or jax.device_put(
+            self._studio.setup.codec.load(), partitioning.replicated(mesh)
         )
-        for batch in drawing.batches(c, self._means.draw, weights, codec_params, mesh, range(n), most=n):
+        for batch in drawing.batches(c, self._studio.draw, weights, codec_params, mesh, range(n), most=n):
             yield batch
             drawn += len(batch.images)
             if drawn < n and stop():
                 raise _StopError
 
+    @abc.abstractmethod
     def _use(self, step: int, batches: Iterator[drawing.Drawn]) -> None:
-        raise NotImplementedError
+        """Takes the images in as they are drawn."""
 
 
 class _StopError(Exception):
@@ -70,8 +72,8 @@ class Grid(Aside):
 
     what = "samples"
 
-    def __init__(self, c: ConfigDict, means: Means, workdir: str):
-        super().__init__(c, means, min(c.sample.n, c.sample.grid))
+    def __init__(self, c: ConfigDict, studio: Studio, workdir: str):
+        super().__init__(c, studio, min(c.sample.n, c.sample.grid))
         self._folder = epath.Path(workdir) / "samples"
 
     def _use(self, step: int, batches: Iterator[drawing.Drawn]) -> None:
@@ -81,7 +83,7 @@ class Grid(Aside):
         if jax.process_index() == 0:
             drawing.write_png(path, canvas)
         logging.info("drew %d samples with the %s weights: %s", self._n, weights, path)
-        self._means.report.show(step, f"samples_{weights}", canvas)
+        self._studio.report.show(step, f"samples_{weights}", canvas)
 
 
 class Scores(Aside):
@@ -89,13 +91,13 @@ class Scores(Aside):
 
     what = "scores"
 
-    def __init__(self, c: ConfigDict, means: Means, judge: samples.Judge):
+    def __init__(self, c: ConfigDict, studio: Studio, judge: samples.Judge):
         c = c.copy_and_resolve_references()
         c.sample.n = c.train.evaluate_n
-        super().__init__(c, means, c.sample.n)
+        super().__init__(c, studio, c.sample.n)
         self._judge = judge
 
     def _use(self, step: int, batches: Iterator[drawing.Drawn]) -> None:
         found = samples.look(batches, self._judge.extract)
-        labelled = bool(self._means.setup.model.classes)
-        self._means.report.score(step, self._n, samples.scores(self._c, self._judge, found, labelled=labelled))
+        labelled = bool(self._studio.setup.model.classes)
+        self._studio.report.score(step, self._n, samples.scores(self._c, self._judge, found, labelled=labelled))

@@ -67,10 +67,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
         step_fn = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
-        means = aside.Means(s, drawing.make_draw(c, s.model, s.codec.decode), codec_params, mesh, report)
-        asides: list[tuple[aside.Aside, int]] = [(aside.Grid(c, means, workdir), c.train.sample_every)]
+        studio = aside.Studio(s, drawing.make_draw(c, s.model, s.codec.decode), codec_params, mesh, report)
+        asides: list[tuple[aside.Aside, int]] = [(aside.Grid(c, studio, workdir), c.train.sample_every)]
         if judge:
-            asides.append((aside.Scores(c, means, judge), c.train.evaluate_every))
+            asides.append((aside.Scores(c, studio, judge), c.train.evaluate_every))
         profile = stack.enter_context(_profiling(c, workdir, step))
         stopping = stack.enter_context(Preemption())
         save = stack.enter_context(Saving(c, workdir, checkpoints, report, info, check_lock))
