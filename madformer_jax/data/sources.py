@@ -141,6 +141,9 @@ class Tfds(Source):
             image = next((key for key, value in features.items() if isinstance(value, tfds.features.Image)), None)
             if image is None:
                 raise ConfigError(f"config.data.source=tfds:{name} has no image feature; it has {', '.join(features)}.")
+            there = [*builder.info.splits, "all"]
+            if split.isidentifier() and split not in there and there != ["all"]:  # or an expression, as train[:10%]
+                raise ConfigError(f"config.data.source=tfds:{name} has no split {split!r}, only {', '.join(there)}.")
             self._rows: Sequence[Any] = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
         except ConfigError:
             raise
@@ -187,7 +190,8 @@ def open_source(config: ConfigDict) -> Source:
         found = records.Records(data.path)
         if found.manifest["split"] != data.split:
             raise ConfigError(
-                f"config.data.split={data.split!r}, but {data.path} was prepared from split {found.manifest['split']!r}."
+                f"{data.path} was prepared from split {found.manifest['split']!r}, not {data.split!r}: ask for that one, or "
+                "prepare the other and give its folder as config.data.path."
             )
         return found
     builders: dict[str, Callable[[], Digits | Folder | tars.Tars]] = {

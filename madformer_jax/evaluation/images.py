@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -12,9 +12,18 @@ from PIL import Image, ImageFilter
 
 from madformer_jax.data import pipeline, preprocess, sources
 from madformer_jax.data.source import Source
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.evaluation import parts
+from madformer_jax.evaluation.features import Outputs
 
-Rows = tuple[np.ndarray, np.ndarray]  # images uint8 (b, H, W, c), labels int32 (b,)
+
+class Rows(NamedTuple):
+    """Some images of a set, without those that cannot be read."""
+
+    images: np.ndarray  # uint8 (b, H, W, c)
+    labels: np.ndarray  # int32 (b,)
+    numbers: np.ndarray  # (b,)
+    unread: tuple[str, ...] = ()  # name and reason of each that is left out
 
 
 class Images(NamedTuple):
@@ -23,43 +32,86 @@ class Images(NamedTuple):
     about: dict[str, str]  # which ones, for the protocol
     n: int
     labelled: bool
-    read: Callable[[np.ndarray], Rows]  # of numbers (b,), ascending; images that cannot be read are left out
+    read: Callable[[np.ndarray], Rows]  # of numbers (b,), ascending
 
 
-def of_source(c: ConfigDict, split: str, shuffled: bool) -> Images:
+class Unread:
+    """The images of a set of n that cannot be read: of all processes the same, for each to stop where they are too many."""
+
+    def __init__(self, n: int, most: float):
+        """most: share of the n that may be left out, `data.max_corrupt`."""
+        self.told: list[str] = []
+        self._n, self._most = n, most
+
+    def add(self, told: Sequence[str]) -> None:
+        """Takes in more of them, name and reason.
+
+        Raises:
+          ConfigError: they are too many; names one.
+        """
+        self.told += told
+        if len(self.told) > self._most * self._n:
+            raise ConfigError(
+                f"{self.told[-1]} cannot be read: {len(self.told)} of {self._n} images, more than config.data.max_corrupt="
+                f"{self._most}. Mend or remove the files, or allow more."
+            )
+
+
+def look(extract: Callable[[np.ndarray], Outputs], rows: Rows, unread: Unread) -> parts.Arrays:
+    """What is kept of a part of a set, of all processes' `rows`; the images that cannot be read are added to `unread`."""
+    found = parts.gather(parts.look(extract, rows.images, rows.labels))
+    text = "".join(f"{one}\n" for one in rows.unread).encode("utf-8", "surrogateescape")
+    told = parts.gather({parts.UNREAD: np.frombuffer(text, np.uint8)})
+    unread.add(told[parts.UNREAD].tobytes().decode("utf-8", "surrogateescape").splitlines())
+    return found | told
+
+
+def of_source(c: ConfigDict, split: str, shuffled: bool, asked: str = "evaluate.images") -> Images:
     """The images of `config.data`'s source, through the preprocessing table.
 
     Args:
       c: the config.
       split: takes the place of `data.split`.
       shuffled: numbered in an order drawn once and for all, so that the first n are a fair choice.
+      asked: the field that asks for the split.
 
     Raises:
       ConfigError: the source does not open or holds latents.
     """
     c = c.copy_and_resolve_references()
     c.data.split = split
-    source = sources.open_source(c)
+    try:
+        source = sources.open_source(c)
+    except ConfigError as error:
+        raise ConfigError(f"config.{asked} asks for split {split!r}: {error}") from None
     if source.kind != "images":
-        raise ConfigError(f"config.data.path={c.data.path!r} holds latents: statistics need the images themselves.")
+        raise ConfigError(
+            f"config.data.path={c.data.path!r} holds latents: statistics need the images themselves; give those as "
+            "config.data.source and config.data.path."
+        )
     if not len(source):
         raise ConfigError(f"config.data.source={c.data.source}, split {split!r}, is empty.")
     order = np.random.RandomState(2020).permutation(len(source)) if shuffled else np.arange(len(source))
     about = {"source": c.data.source, "split": split, "fingerprint": source.fingerprint}
     table = pipeline.table(c)
-    return Images(about, len(source), source.classes > 0, lambda numbers: _read(source, table, order[numbers]))
+    return Images(about, len(source), source.classes > 0, lambda numbers: _read(source, table, numbers, order[numbers]))
 
 
-def _read(source: Source, table: preprocess.Table, numbers: np.ndarray) -> Rows:
+def _read(source: Source, table: preprocess.Table, numbers: np.ndarray, records: np.ndarray) -> Rows:
+    """The images with these numbers, which are those records of the source."""
     try:
-        found = source.read(numbers)
-        return table.batch(found.arrays["image"]), found.labels
+        found = source.read(records)
+        return Rows(table.batch(found.arrays["image"]), found.labels, numbers)
     except (preprocess.CorruptImageError, OSError) as error:
         if len(numbers) > 1:
-            each = [_read(source, table, number[None]) for number in numbers]
-            return np.concatenate([x for x, _ in each]), np.concatenate([y for _, y in each])
-        logging.warning("passed over %s: %s", source.name(int(numbers[0])), error)
-        return np.zeros((0, table.size, table.size, table.channels), np.uint8), np.zeros(0, np.int32)
+            images, labels, read, unread = zip(
+                *(_read(source, table, *one) for one in zip(numbers[:, None], records[:, None]))
+            )
+            return Rows(np.concatenate(images), np.concatenate(labels), np.concatenate(read), sum(unread, ()))
+        reason = " ".join(f"{source.name(int(records[0]))} ({first_line(error)})".split())
+        logging.warning("passed over %s", reason)
+        empty = np.zeros((0, table.size, table.size, table.channels), np.uint8)
+        return Rows(empty, np.zeros(0, np.int32), numbers[:0], (reason,))
 
 
 def open_images(c: ConfigDict) -> Images:
@@ -81,7 +133,7 @@ def open_images(c: ConfigDict) -> Images:
 def _of_folder(c: ConfigDict, path: str) -> Images:
     source, table = sources.Folder(path), pipeline.table(c)
     about = {"folder": os.path.basename(os.path.abspath(path)), "fingerprint": source.fingerprint}
-    return Images(about, len(source), False, lambda numbers: _read(source, table, numbers))
+    return Images(about, len(source), False, lambda numbers: _read(source, table, numbers, numbers))
 
 
 class _Shard:
@@ -139,7 +191,7 @@ def _of_shards(c: ConfigDict, name: str, paths: list[str]) -> Images:
             images.append(shards[k].rows(rows))
             known = shards[k].labels
             labels.append(known[rows] if labelled and known is not None else np.zeros(len(rows), np.int32))
-        return np.concatenate(images), np.concatenate(labels)
+        return Rows(np.concatenate(images), np.concatenate(labels), numbers)
 
     about = {"files": os.path.basename(os.path.abspath(name))}
     return Images(about, int(ends[-1]), labelled, read)
@@ -160,14 +212,15 @@ def _degraded(images: Images, how: str) -> Images:
         )
 
     def read(numbers: np.ndarray) -> Rows:
-        pixels, labels = images.read(numbers)
+        found = images.read(numbers)
+        pixels = found.images
         if not len(pixels):
-            return pixels, labels
+            return found
         if kind == "blur":
             blur = ImageFilter.GaussianBlur(strength)
             each = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).filter(blur) for x in pixels]
-            return np.stack([np.asarray(x) for x in each]).reshape(pixels.shape), labels
-        noise = [np.random.default_rng(int(n)).normal(0, strength, pixels.shape[1:]) for n in numbers[: len(pixels)]]
-        return np.clip(np.round(pixels + np.stack(noise)), 0, 255).astype(np.uint8), labels
+            return found._replace(images=np.stack([np.asarray(x) for x in each]).reshape(pixels.shape))
+        noise = [np.random.default_rng(int(n)).normal(0, strength, pixels.shape[1:]) for n in found.numbers]
+        return found._replace(images=np.clip(np.round(pixels + np.stack(noise)), 0, 255).astype(np.uint8))
 
     return Images({**images.about, "degrade": how}, images.n, images.labelled, read)

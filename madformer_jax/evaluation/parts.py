@@ -24,6 +24,7 @@ Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
 AT_ONCE = 256  # small images of a part: what a kill loses at most
+UNREAD = "unread"  # the array that tells, as text, of images that cannot be read
 
 
 class Part(NamedTuple):
@@ -41,7 +42,7 @@ class Parts:
         self._parts = [Part(first, min(first + size, n)) for first in range(0, n, size)]
 
     def missing(self) -> list[Part]:
-        """The parts that are not there yet or damaged, as the first process sees them."""
+        """The parts that are not there yet, damaged, or lack images, which may be mended now; as the first process sees them."""
         there = np.array([jax.process_index() == 0 and self._whole(part) for part in self._parts])
         there = multihost_utils.broadcast_one_to_all(there) if jax.process_count() > 1 else there
         return [part for part, found in zip(self._parts, there) if not found]
@@ -51,19 +52,23 @@ class Parts:
         if jax.process_index() == 0:
             storage.write(self._path(part), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
-    def read(self) -> Arrays:
-        """All parts, each array with their rows in order.
+    def each(self) -> Iterator[Arrays]:
+        """All parts in order, one in memory at a time.
 
         Raises:
           ConfigError: a part is damaged.
         """
-        found: dict[str, list[np.ndarray]] = {}
         for part in self._parts:
             path = self._path(part)
             try:
-                arrays = _load(path.read_bytes())
+                yield _load(path.read_bytes())
             except Exception as error:  # a broken archive raises almost any kind
                 raise ConfigError(f"{path} is damaged: run again ({type(error).__name__}).") from None
+
+    def read(self) -> Arrays:
+        """All parts, each array with their rows in order. Errors as in `each`."""
+        found: dict[str, list[np.ndarray]] = {}
+        for arrays in self.each():
             for name, array in arrays.items():
                 found.setdefault(name, []).append(array)
         return {name: np.concatenate(arrays) for name, arrays in found.items()}
@@ -79,11 +84,10 @@ class Parts:
             return False
         content = path.read_bytes()
         try:
-            _load(content)
+            return not _load(content).get(UNREAD, np.zeros(0)).size
         except Exception as error:  # a broken archive raises almost any kind
             logging.warning("%s is damaged (%s): done again", path, type(error).__name__)
             return False
-        return True
 
     def _path(self, part: Part) -> epath.Path:
         return self._folder / f"part_{part.first:07d}_{part.stop:07d}.npz"

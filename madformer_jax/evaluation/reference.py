@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from etils import epath
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import scores
+from madformer_jax.evaluation.parts import Arrays
 from madformer_jax.evaluation.scores import Gaussian
 from madformer_jax.runtime import storage
 
@@ -38,31 +39,48 @@ class Reference(NamedTuple):
         return self.features if self.features is not None and whole else self.gaussian
 
 
-def save(path: str, protocol: Mapping[str, Any], found: Mapping[str, np.ndarray], classes: int) -> str:
-    """Writes the statistics of images that `parts.look` saw; returns the digest.
+def save(path: str, protocol: Mapping[str, Any], each: Callable[[], Iterator[Arrays]], classes: int) -> str:
+    """Writes the statistics of images that `parts.look` saw; returns the digest. Memory holds a part and what is kept.
 
     Args:
       path: the file.
       protocol: how they were made, JSON.
-      found: features (n, d), labels (n,), profile (p, .) and its rows' numbers of images `weight` (p,).
+      each: a new pass over the parts: features (m, d), labels (m,), profile (1, .) and, for its mean, `weight` (1,).
       classes: of the source; 0: unlabelled.
 
     Raises:
       ConfigError: the features are not finite, or of less than two images.
     """
-    x = scores.checked(found["features"], "reference", at_least=2, needed_for="a covariance")
-    mean = x.mean(axis=0, dtype=np.float64)
-    centred = (x[block] - mean for block in scores.blocks(len(x)))
-    covariance = sum((z.T @ z for z in centred), np.zeros((x.shape[1],) * 2)) / (len(x) - 1)
-    kept = np.sort(np.random.RandomState(2020).permutation(len(x))[:FEATURES])
+    total: Any = 0.0
+    labels, profiles, weights = [], [], []
+    for part in each():
+        x = scores.checked(part["features"], "reference", at_least=0, needed_for="")
+        total += x.sum(axis=0, dtype=np.float64)
+        labels.append(part["labels"])
+        profiles.append(part["profile"])
+        weights.append(part["weight"])
+    classes_of = np.concatenate(labels)
+    n = len(classes_of)
+    if n < 2:
+        raise ConfigError(f"a reference of {n} images: a covariance needs two at least.")
+    mean = total / n
+    chosen = np.zeros(n, bool)
+    chosen[np.random.RandomState(2020).permutation(n)[:FEATURES]] = True
+    scatter, kept, first = np.zeros(mean.shape * 2), [], 0
+    for part in each():
+        x = part["features"]
+        centred = x - mean
+        scatter += centred.T @ centred
+        kept.append(x[chosen[first : first + len(x)]])
+        first += len(x)
     arrays = {
         "mu": mean,
-        "sigma": covariance,
-        "features": x[kept].astype(np.float32),
-        "labels": found["labels"][kept],
-        "counts": np.bincount(found["labels"], minlength=classes) if classes else np.zeros(0, np.int64),
-        "profile": np.average(found["profile"], axis=0, weights=found["weight"]),
-        "protocol": np.array(json.dumps(dict(protocol) | {"n": len(x)}, sort_keys=True)),
+        "sigma": scatter / (n - 1),
+        "features": np.concatenate(kept).astype(np.float32),
+        "labels": classes_of[chosen],
+        "counts": np.bincount(classes_of, minlength=classes) if classes else np.zeros(0, np.int64),
+        "profile": np.average(np.concatenate(profiles), axis=0, weights=np.concatenate(weights)),
+        "protocol": np.array(json.dumps(dict(protocol) | {"n": n}, sort_keys=True)),
     }
     storage.write(path, lambda file: np.savez(file, **arrays))
     return _digest(arrays)

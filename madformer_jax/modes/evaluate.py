@@ -64,9 +64,11 @@ def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, A
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
 
+    unread = images.Unread(c.evaluate.n, c.data.max_corrupt)
+
     def look(part: parts.Part) -> parts.Arrays:
         mine = np.arange(part.first, part.stop)[parts.share(part.stop - part.first)]
-        return parts.gather(parts.look(by.extract, *data.read(mine)))
+        return images.look(by.extract, data.read(mine), unread)
 
     return _result(c, workdir, by, data.about, parts.images_at_once(c), look, labelled=data.labelled)
 
@@ -134,8 +136,7 @@ def _result(
         collected.write(part, look(part))
     partitioning.sync(key)
     found = collected.read()
-    if len(found["labels"]) < c.evaluate.n:
-        raise ConfigError(f"only {len(found['labels'])} of {c.evaluate.n} images can be read: remove the others.")
+    protocol["n"] = len(found["labels"])  # less than evaluate.n where images cannot be read
     result = {"protocol": protocol, "scores": samples.scores(c, by, found, labelled=labelled)}
     if "seconds" in found:
         result["cost"] = _cost(c, found["seconds"])

@@ -35,7 +35,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       ConfigError: a setting is wrong, the source does not open, has no labels for the classifier, or holds too few images.
     """
     config_lib.validate(c)
-    data = images.of_source(c, c.evaluate.split, shuffled=False)
+    data = images.of_source(c, c.evaluate.split, shuffled=False, asked="evaluate.split")
     if data.n < 2:
         raise ConfigError(f"a reference of {data.n} images: a covariance needs two at least.")
     where = places.network_path(c, workdir)
@@ -47,7 +47,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     collected = parts.Parts(epath.Path(workdir) / "references" / key, data.n, parts.images_at_once(c))
     extract = features.extractor(network)
-    missing = collected.missing()
+    missing, unread = collected.missing(), images.Unread(data.n, c.data.max_corrupt)
     with tqdm(total=sum(p.stop - p.first for p in missing), desc="reference", unit="image", disable=_silent()) as bar:
 
         def read() -> Any:
@@ -55,8 +55,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
                 mine = np.arange(part.first, part.stop)[parts.share(part.stop - part.first)]
                 yield part, data.read(mine)
 
-        for part, (pixels, labels) in parts.ahead(read()):
-            found = parts.gather(parts.look(extract, pixels, labels))
+        for part, rows in parts.ahead(read()):
+            found = images.look(extract, rows, unread)
             found["weight"] = np.array([len(found["labels"])])
             found["profile"] = found["profile"].sum(axis=0, keepdims=True) / max(1, len(found["labels"]))
             found.pop("logits", None)
@@ -65,9 +65,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     path = places.reference_path(c, workdir)
     if jax.process_index() == 0:
         classes = network.about.get("classes", 0) if data.labelled else 0
-        digest = reference.save(path, protocol, collected.read(), classes)
+        digest = reference.save(path, protocol, collected.each, classes)
         collected.remove()
-        logging.info("wrote the reference %s of %d images, split %s: %s", digest, data.n, c.evaluate.split, path)
+        n = data.n - len(unread.told)
+        logging.info("wrote the reference %s of %d images, split %s: %s", digest, n, c.evaluate.split, path)
     partitioning.sync("reference")
     return {"reference": path, **protocol}
 
@@ -96,7 +97,9 @@ def _train(c: ConfigDict, path: str) -> None:
             f"config.evaluate.network=classifier needs labelled images, and config.data.source={c.data.source} has none: "
             "use evaluate.network=inception."
         )
-    (seen, labels), (held, held_labels) = (_rows(data, numbers[:TRAINING]) for data, numbers in (train, test))
+    (seen, labels), (held, held_labels) = (
+        _rows(data, numbers[:TRAINING], c.data.max_corrupt) for data, numbers in (train, test)
+    )
     trained = classifier.train(seen, labels, held, held_labels)
     classifier.save(path, trained)
     logging.info(
@@ -104,10 +107,12 @@ def _train(c: ConfigDict, path: str) -> None:
     )
 
 
-def _rows(data: images.Images, numbers: np.ndarray) -> images.Rows:
-    """Images, as small as the classifier takes them, and labels."""
+def _rows(data: images.Images, numbers: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Images, as small as the classifier takes them, and labels; `most` of them may be unreadable."""
     batches = (numbers[i : i + parts.AT_ONCE] for i in range(0, len(numbers), parts.AT_ONCE))
-    found = [
-        (classifier.shrunk(pixels), labels) for pixels, labels in parts.ahead(data.read(batch) for batch in batches)
-    ]
-    return np.concatenate([x for x, _ in found]), np.concatenate([y for _, y in found])
+    pixels, labels, unread = [], [], images.Unread(len(numbers), most)
+    for rows in parts.ahead(data.read(batch) for batch in batches):
+        unread.add(rows.unread)
+        pixels.append(classifier.shrunk(rows.images))
+        labels.append(rows.labels)
+    return np.concatenate(pixels), np.concatenate(labels)

@@ -23,6 +23,9 @@ def test_parts_that_are_there_are_not_missing_and_come_in_order(tmp_path):
     with pytest.raises(ConfigError, match="part_0000003_0000006.npz is damaged"):
         collected.read()
     assert collected.missing() == [(3, 6)]
+    lacking = {"number": np.arange(2), parts.UNREAD: np.frombuffer(b"4.png (broken)\n", np.uint8)}
+    collected.write(collected.missing()[0], lacking)
+    assert collected.missing() == [(3, 6)]  # the image may be mended by now
     collected.remove()
     assert not (tmp_path / "x").exists()
 

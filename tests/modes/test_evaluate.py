@@ -1,6 +1,7 @@
 """--mode=reference and --mode=evaluate, with an untrained model and classifier: what is compared here are the numbers."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -183,6 +184,27 @@ def test_images_that_exist(fresh, workdir, data, tmp_path, kind):
         fresh.evaluate.degrade = how
         values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["FD-classifier"]["value"])
     assert before != values[0] < values[1]
+
+
+def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_many(fresh, workdir, data, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(data / "class1", folder)
+    (folder / "17.png").write_bytes(b"nothing")
+    fresh.evaluate.images, fresh.evaluate.split = str(folder), "all"
+    fresh.evaluate.reference, fresh.data.max_corrupt = str(tmp_path / "other.npz"), 0.04
+    fresh.data.path = str(folder)
+    for mode in (reference_mode, evaluate):
+        with pytest.raises(
+            ConfigError, match="17.png .* cannot be read: 1 of 20 images, more than .*max_corrupt"
+        ) as error:
+            mode.run(fresh, str(workdir))
+        assert "\n" not in str(error.value)
+        fresh.evaluate.reference = ""
+    fresh.data.max_corrupt = 0.05
+    assert evaluate.run(fresh, str(workdir))["results"][0]["protocol"]["n"] == N - 1
+    fresh.evaluate.reference = str(tmp_path / "other.npz")
+    reference_mode.run(fresh, str(workdir))
+    assert reference.load(fresh.evaluate.reference).protocol["n"] == N - 1
 
 
 def _adm(workdir, path):

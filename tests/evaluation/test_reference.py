@@ -1,0 +1,47 @@
+"""The statistics of a reference, taken part by part."""
+
+import numpy as np
+import pytest
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import reference
+
+
+def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_features_is_kept(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    x, labels = 100 + random.standard_normal((40, 5), np.float32), random.integers(0, 3, 40, np.int32)
+    profile = random.random((40, 7))
+
+    def save(ends):
+        def each():
+            for first, end in zip([0, *ends], [*ends, 40]):
+                mean = profile[first:end].sum(axis=0, keepdims=True) / max(1, end - first)
+                rows = {"features": x[first:end], "labels": labels[first:end]}
+                yield rows | {"profile": mean, "weight": np.array([end - first])}
+
+        reference.save(str(tmp_path / "r.npz"), {"split": "test"}, each, classes=4)
+        with np.load(tmp_path / "r.npz") as file:
+            return dict(file)
+
+    found = save([16, 16, 32])
+    np.testing.assert_allclose(found["mu"], x.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(found["sigma"], np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
+    np.testing.assert_array_equal(found["features"], x)
+    np.testing.assert_allclose(found["profile"], profile.mean(axis=0))
+    assert found["counts"].tolist() == [*np.bincount(labels), 0]
+    monkeypatch.setattr(reference, "FEATURES", 12)
+    few, same = save([16, 32]), save([3])
+    kept = np.flatnonzero((x[:, None] == few["features"]).all(axis=2).any(axis=1))
+    assert len(kept) == 12 and kept[-1] > 16
+    np.testing.assert_array_equal(few["features"], x[kept])
+    np.testing.assert_array_equal(few["labels"], labels[kept])
+    np.testing.assert_array_equal(few["features"], same["features"])
+    np.testing.assert_allclose(few["sigma"], found["sigma"], rtol=1e-12)
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path):
+    part = {"features": np.float32([[1, 2], [np.nan, 3]]), "labels": np.zeros(2, np.int32)}
+    part |= {"profile": np.zeros((1, 3)), "weight": np.array([2])}
+    with pytest.raises(ConfigError, match="1 of 2 images are not finite"):
+        reference.save(str(tmp_path / "r.npz"), {}, lambda: iter([part]), classes=0)
+    assert not (tmp_path / "r.npz").exists()
