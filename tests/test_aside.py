@@ -43,7 +43,7 @@ def c(tmp_path, one_device, monkeypatch):
     real = np.random.default_rng(0).normal(100, 50, (20, 4)).astype(np.float32)
     found = {"features": real, "labels": np.zeros(20, np.int32), "profile": np.zeros((1, 62)), "weight": np.ones(1)}
     protocol = {"network": STUB.describe(), "image": pipeline.table(c).describe()}
-    reference.save(str(tmp_path / "reference.npz"), protocol, found, 0)
+    reference.save(str(tmp_path / "reference.npz"), protocol, lambda: iter([found]), 0)
     real_state = training.create_state
 
     def create_state(*given):
