@@ -5,6 +5,7 @@ default for new training; `weights.release_config` has the PyTorch release's cho
 """
 
 import difflib
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,10 @@ def base() -> ConfigDict:
     c.sample.spacing = "trailing"  # trailing | leading | linspace
     c.sample.steps = 50
     c.sample.guidance = 1.0  # classifier-free guidance scale; 1: off
-    c.sample.labels = ""  # "" runs through all classes in turn; or "3", "0,1,2", or names of classes
+    c.sample.guidance_schedule = "constant"  # or "linear": from 1 at the first solver step to the scale at the last
+    c.sample.guidance_interval = (0, 999)  # lowest and highest timestep with guidance
+    c.sample.labels = ""  # "": all classes; or "3", "0,1,2", or names of classes
+    c.sample.label_sampling = "balanced"  # these in turn; or "random": each image's drawn from the seed
     c.sample.weights = "ema"  # ema | raw
     c.sample.noise = ""  # .npy file of the initial noise (n, L, positions, C) in place of the seed's
     c.sample.clip = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
@@ -243,12 +247,16 @@ def validate(c: ConfigDict) -> Sizes:
 
 
 def labels(c: ConfigDict) -> list[int]:
-    """The class of each of the `sample.n` images: `sample.labels` repeated in turn; empty without classes.
+    """The class of each of the `sample.n` images, whatever n is; empty without classes.
+
+    `sample.labels` in turn, or as `sample.label_sampling` says each drawn from them, all equally likely.
 
     Raises:
       ConfigError: a label is no class of the model.
     """
     chosen = limits.classes(c)
+    if chosen and c.sample.label_sampling == "random":
+        return random.Random(c.seed).choices(chosen, k=c.sample.n)
     return [chosen[i % len(chosen)] for i in range(c.sample.n)] if chosen else []
 
 

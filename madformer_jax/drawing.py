@@ -18,7 +18,7 @@ from PIL import Image
 
 from madformer_jax import codec
 from madformer_jax import config as config_lib
-from madformer_jax.diffusion import sampler
+from madformer_jax.diffusion import guidance, sampler, schedule
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.madformer import MADFormer
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     labels: Array  # (b,) int32; 0 for a model without classes
     noise: Array | None  # (b, L, positions, C), or None for the seed's
     seed: Any  # () uint32
-    guidance: Any  # () float32; not read where the config says 1, which runs no second branch
+    guidance: Any  # (steps,) float32; not read where the config says 1, which runs no second branch
 
 
 class Drawn(NamedTuple):
@@ -89,7 +89,14 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
 
 def inputs_of(c: ConfigDict, numbers: Any, labels: Any, noise: Any = None) -> Inputs:
     """`Inputs` with the config's seed and guidance; the arrays may be abstract."""
-    return Inputs(numbers, labels, noise, np.int64(c.seed).astype(np.uint32), np.float32(c.sample.guidance))
+    return Inputs(numbers, labels, noise, np.int64(c.seed).astype(np.uint32), scales(c))
+
+
+def scales(c: ConfigDict) -> np.ndarray:
+    """See `guidance.scales`."""
+    s = c.sample
+    t = schedule.timesteps(s.solver, s.spacing, s.steps).t
+    return guidance.scales(s.guidance, s.guidance_schedule, s.guidance_interval, t)
 
 
 def batch_size(c: ConfigDict, mesh: jax.sharding.Mesh, most: int | None = None) -> int:

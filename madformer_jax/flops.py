@@ -223,7 +223,7 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
 
 def sampling(c: ConfigDict, n: int = 1) -> Cost:
     """Of n images with the config's solver steps and guidance: the AR layers and the clean tower once per block, the
-    diffusion layers at every step, the codec's decoder.
+    diffusion layers at every step, the codec's decoder. Both branches run at every step, inside `guidance_interval` or not.
     """
     m, steps = c.model, c.sample.steps
     s, last = sizes_of(c).tokens, c.model.blocks - 1

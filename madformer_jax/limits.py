@@ -26,6 +26,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.schedule": ("wsd", "cosine", "constant"),
     "sample.solver": ("ddim", "dpmpp_2m"),
     "sample.spacing": ("trailing", "leading", "linspace"),
+    "sample.guidance_schedule": ("constant", "linear"),
+    "sample.label_sampling": ("balanced", "random"),
     "sample.weights": ("ema", "raw"),
     "convert.weights": ("", "ema", "model"),
 }
@@ -87,6 +89,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     "evaluate.n": (1, math.inf),
     "benchmark.warmup": (0, math.inf),
     "benchmark.steps": (1, math.inf),
+}
+
+_WITHOUT_CLASSES = {
+    "sample.guidance": 1.0,
+    "sample.guidance_schedule": "constant",
+    "sample.guidance_interval": (0, 999),
+    "sample.label_sampling": "balanced",
 }
 
 _PATHS = (
@@ -163,9 +172,14 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
         )
-    if c.sample.guidance != 1.0 and not m.classes:
+    for field, neutral in _WITHOUT_CLASSES.items():
+        if given[field] != neutral and not m.classes:
+            raise ConfigError(f"config.{field}={given[field]} needs a class-conditional model (model.classes).")
+    interval = given["sample.guidance_interval"]
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 999:
         raise ConfigError(
-            f"config.sample.guidance={c.sample.guidance} needs a class-conditional model (model.classes)."
+            f"config.sample.guidance_interval={interval} must be the lowest and the highest timestep with guidance, from 0 to "
+            "999, as in (200, 600)."
         )
     for field, what in (("keep_every", "kept"), ("evaluate_every", "scored")):
         if c.train[field] % c.train.checkpoint_every:

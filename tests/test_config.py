@@ -38,6 +38,10 @@ from madformer_jax.errors import ConfigError
         ("mesh.data", -(2**31), "at most 2147483647"),
         ("sample.guidance", float("nan"), "out of range"),
         ("sample.guidance", float("inf"), "from 0 to 1000"),
+        ("sample.guidance_interval", (600, 200), r"interval=\(600, 200\) must be the lowest and the highest timestep"),
+        ("sample.guidance_interval", (0, 1000), "from 0 to 999"),
+        ("sample.guidance_interval", (-1, 5), "from 0 to 999"),
+        ("sample.guidance_interval", (5,), "the lowest and the highest"),
         ("optimizer.learning_rate", float("inf"), "a finite number"),
         ("data.path", "None", "config.data.path='None' is no path"),
         ("codec.path", "a\nb", "is no path"),
@@ -74,6 +78,10 @@ def test_every_choice_and_range_is_checked(tiny_config, field):
     ("changes", "words"),
     [
         ({"model.classes": 0}, "config.sample.guidance=1.5 needs a class-conditional model"),
+        (
+            {"model.classes": 0, "sample.guidance": 1.0, "sample.guidance_interval": (1, 999)},
+            r"config.sample.guidance_interval=\(1, 999\) needs a class-conditional model",
+        ),
         ({"model.classes": 0, "sample.guidance": 1.0, "sample.labels": "3"}, "config.sample.labels needs a class"),
         ({"loss.image": 0.0, "loss.hidden": 0.0}, "all weights in config.loss are 0"),
         ({"model.unet_attention": (True, False)}, "one entry for each stage"),
@@ -143,6 +151,18 @@ def test_a_tiny_config_of_a_depth_that_there_is_not_speaks_of_the_depth_that_was
 def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):
     tiny_config.sample.labels = "7,2"
     assert config.labels(tiny_config) == [7, 2, 7, 2, 7]
+
+
+def test_random_labels_are_a_function_of_the_seed_and_the_number(tiny_config):
+    tiny_config.sample.label_sampling, tiny_config.sample.n = "random", 3000
+    tiny_config.sample.labels = "7,2,4"
+    many = config.labels(tiny_config)
+    assert many[:12] == [4, 4, 2, 7, 2, 2, 4, 7, 2, 2, 4, 2]  # on every machine
+    assert all(900 < many.count(k) < 1100 for k in (2, 4, 7))
+    tiny_config.sample.n = 5
+    assert config.labels(tiny_config) == many[:5]
+    tiny_config.sample.n, tiny_config.seed = 3000, 1
+    assert 800 < sum(a == b for a, b in zip(config.labels(tiny_config), many, strict=True)) < 1200
 
 
 def test_what_differs_from_the_defaults():

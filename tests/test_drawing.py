@@ -62,15 +62,26 @@ def test_a_batch_is_a_multiple_of_the_devices_and_of_one_shape(plain, noise_only
     assert [len(batch.images) for batch in draw(plain, range(3), most=1)] == [1, 1, 1]
 
 
-def test_a_seed_and_a_scale_are_arguments_of_the_program(plain, noise_only):
+def test_random_labels_do_not_depend_on_the_batch(plain, noise_only):
+    plain.model.classes, plain.sample.label_sampling = 10, "random"
+    few = np.concatenate([batch.labels for batch in draw(plain, range(5))])
+    (many,) = draw(plain, [4, 1, 3], devices=4, most=4)
+    np.testing.assert_array_equal(many.labels, few[[4, 1, 3]])
+    assert few.tolist() != [0, 1, 2, 3, 4]
+
+
+def test_a_seed_and_guidance_are_arguments_of_the_program(plain, noise_only):
     plain.model.classes, plain.sample.guidance = 10, 2.0
     program = drawing.make_draw(plain, madformer.build(plain), codec.build(plain).decode)
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    latents = []
-    for plain.seed, plain.sample.guidance in ((0, 2.0), (3, 2.0), (3, 1.5)):
+    s, latents, scales = plain.sample, [], []
+    values = ((0, 2.0, (0, 999), "constant"), (3, 2.0, (0, 500), "constant"), (3, 1.5, (0, 999), "linear"))
+    for plain.seed, s.guidance, s.guidance_interval, s.guidance_schedule in values:
+        scales.append(drawing.inputs_of(plain, None, None).guidance.tolist())
         latents += [batch.latents for batch in drawing.batches(plain, program, {}, {}, mesh, range(2))]
     assert program._cache_size() == 1
     assert np.abs(latents[0] - latents[1]).max() > 1
+    assert scales == [[2, 2], [1, 2], [1, 1.5]]  # at t = 999, 499
 
 
 def test_values_that_are_not_finite_are_told_by_image_and_block(plain, monkeypatch):

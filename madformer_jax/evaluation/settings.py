@@ -1,13 +1,30 @@
 """What `evaluate.checkpoints` and `evaluate.grid` ask for: the checkpoints, and the settings at which each is drawn."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from madformer_jax.errors import ConfigError
 
-FIELDS = {"solver": str, "spacing": str, "steps": int, "guidance": float, "weights": str}  # of `sample`
+
+def _interval(text: str) -> tuple[int, ...]:
+    low, high = text.split(":")
+    return int(low), int(high)
+
+
+# of `sample`: how a value is read, and what it looks like
+FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "solver": (str, "str"),
+    "spacing": (str, "str"),
+    "steps": (int, "int"),
+    "guidance": (float, "float"),
+    "guidance_schedule": (str, "str"),
+    "guidance_interval": (_interval, "low:high"),
+    "label_sampling": (str, "str"),
+    "weights": (str, "str"),
+}
 
 
 def grid(c: ConfigDict) -> list[ConfigDict]:
@@ -18,7 +35,7 @@ def grid(c: ConfigDict) -> list[ConfigDict]:
     Raises:
       ConfigError: a field is none of a sampling's, or a value is not of its type.
     """
-    axes: list[list[tuple[str, str | int | float]]] = []
+    axes: list[list[tuple[str, Any]]] = []
     for part in filter(None, c.evaluate.grid.split(";")):
         name, _, values = part.partition("=")
         name = name.strip()
@@ -27,10 +44,11 @@ def grid(c: ConfigDict) -> list[ConfigDict]:
                 f"config.evaluate.grid: {part!r} is no setting: it is made of {', '.join(FIELDS)} with their values, "
                 "as in steps=5,20;guidance=1,2."
             )
+        read, kind = FIELDS[name]
         try:
-            axes.append([(name, FIELDS[name](value.strip())) for value in values.split(",")])
+            axes.append([(name, read(value.strip())) for value in values.split(",")])
         except ValueError:
-            raise ConfigError(f"config.evaluate.grid: {part!r}: {name} takes {FIELDS[name].__name__} values.") from None
+            raise ConfigError(f"config.evaluate.grid: {part!r}: {name} takes {kind} values.") from None
     settings = []
     for combination in itertools.product(*axes):
         one = c.copy_and_resolve_references()

@@ -35,8 +35,11 @@ DRAWN = (
     "spacing",
     "steps",
     "guidance",
+    "guidance_schedule",
+    "guidance_interval",
     "clip",
     "labels",
+    "label_sampling",
     "noise",
 )  # of `sample`: what decides images
 
@@ -99,6 +102,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                     continue
                 config_lib.number_labels(setting, checkpoints.meta(step).get("data", {}).get("names", ()))
                 s = setting.sample
+                drawn = json.loads(s.to_json())  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
                     programs[program] = drawing.make_draw(setting, model, images_codec.decode)
@@ -107,7 +111,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 )
                 size = drawing.batch_size(setting, mesh)
                 results[step, i] = _result(
-                    setting, workdir, by, about | {name: s[name] for name in DRAWN}, size * -(-parts.AT_ONCE // size),
+                    setting, workdir, by, about | {name: drawn[name] for name in DRAWN}, size * -(-parts.AT_ONCE // size),
                     functools.partial(_draw_and_look, draw, by.extract), labelled=bool(model.classes),
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]

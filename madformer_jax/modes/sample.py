@@ -58,8 +58,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         missing = _missing(c, folder)
         numbers = np.concatenate([_numbers(c, k) for k in missing] or [np.arange(0)])
         logging.info(
-            "sampling %d images with the %s weights of step %d, %d of them drawn before; attention %s",
-            s.n, s.weights, step, s.n - len(numbers), attention.in_sampling(model.attention),
+            "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d steps guided; attention %s",
+            s.n, s.weights, step, s.n - len(numbers), np.sum(drawing.scales(c) != 1), s.steps,
+            attention.in_sampling(model.attention),
         )  # fmt: skip
         draw = drawing.make_draw(c, model, images_codec.decode)
         batches = drawing.batches(c, draw, params, codec_params, mesh, numbers)
@@ -100,10 +101,13 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
     digest = hashlib.sha256()
     for rows in () if noise is None else noise:
         digest.update(rows.astype(np.float32).tobytes())
-    kept = ("weights", "solver", "spacing", "steps", "guidance", "clip", "labels", "n", "shard")
+    kept = (
+        "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "clip", "labels",
+        "label_sampling", "n", "shard",
+    )  # fmt: skip
     return {
         "step": step,
-        "seed": c.seed if noise is None else None,
+        "seed": c.seed if noise is None or s.label_sampling == "random" else None,
         "noise": None if noise is None else digest.hexdigest(),
         **{name: s[name] for name in kept},
         "fingerprint": weights,
@@ -117,7 +121,10 @@ def _name(c: ConfigDict, protocol: dict[str, Any]) -> str:
     s = c.sample
     origin = f"noise-{epath.Path(s.noise).stem}" if s.noise else f"seed{c.seed}"
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
-    kind = f"{s.weights}_{s.solver}_{s.spacing}{s.steps}_w{s.guidance:g}"
+    low, high = s.guidance_interval
+    guidance = f"w{s.guidance:g}" + "linear" * (s.guidance_schedule == "linear")
+    guidance += f"_t{low}-{high}" * ((low, high) != (0, 999))
+    kind = f"{s.weights}_{s.solver}_{s.spacing}{s.steps}_{guidance}"
     return f"step_{protocol['step']:06d}_{kind}_{origin}_n{s.n}_{digest}"
 
 

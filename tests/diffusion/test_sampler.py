@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from madformer_jax.diffusion import sampler, solvers
+from madformer_jax.diffusion import guidance, sampler, schedule, solvers
 from madformer_jax.models import madformer
 from madformer_jax.weights import release
 from madformer_jax.weights.release_config import preset
@@ -36,7 +36,11 @@ def test_release_samples(reference, variant):
 
 
 def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance=1.0):
-    """Block-autoregressive sampling in which every step recomputes everything, with the forward pass of training."""
+    """Block-autoregressive sampling in which every step recomputes everything, with the forward pass of training.
+
+    A step whose scale is 1 knows the conditional branch alone.
+    """
+    scales = np.broadcast_to(guidance, steps)
     table = solvers.coefficients(solver, spacing, steps)
     clean_t = int(table.t[-1]) if model.clean_timestep == "noisy" else 0
     batch, blocks = noise.shape[:2]
@@ -55,9 +59,9 @@ def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance
             noisy, t = last_seen.copy(), np.full((batch, blocks), table.t[-1])
             noisy[:, i], t[:, i] = state.x, row.t
             eps = np.asarray(eps_of(z, noisy, t, tokens))[:, i]
-            if tokens is not None and guidance != 1.0:
+            if tokens is not None and scales[k] != 1.0:
                 none = np.asarray(eps_of(z, noisy, t, np.full_like(tokens, model.classes)))[:, i]
-                eps = none + guidance * (eps - none)
+                eps = none + scales[k] * (eps - none)
             if k == steps - 1:
                 last_seen[:, i] = state.x
             state = solvers.step(state, eps, row)
@@ -83,6 +87,11 @@ SWITCHES = {  # the four variants of the release, each alone, are in test_releas
     },
     "one program for each block": {"blocks": 2, "classes": 3, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
 }  # fmt: skip
+T = schedule.timesteps("dpmpp_2m", "trailing", 3).t  # 999, 666, 332
+GUIDED = {  # the others with classes have a constant scale
+    "no clean stream": guidance.scales(2.0, "linear", (0, 999), T),
+    "eight blocks, twice as high as wide, D = 1": guidance.scales(3.0, "constant", (400, 700), T),
+}
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -95,7 +104,7 @@ def test_cached_sampling_equals_full_recomputation(name):
     noise = np.random.default_rng(2).standard_normal((2, blocks, 64 // blocks, model.channels), np.float32)
     tokens = np.array([[2], [0]]) if model.classes else None
     settings = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": steps}
-    scale = {"guidance": 2.0} if model.classes else {}  # an argument of the program, as in `drawing`
+    scale = {"guidance": GUIDED.get(name, 2.0)} if model.classes else {}  # an argument of the program, as in `drawing`
     draw = functools.partial(sampler.sample, model, unroll=name == "one program for each block", **settings)
 
     def count(run, args, kwargs, context):

@@ -280,6 +280,8 @@ def _broken(c, workdir, tmp_path):
         (_set("grid", "step=1"), "is no setting"),
         (_set("grid", "steps=few"), "steps takes int"),
         (_set("grid", "solver=euler"), "sample.solver='euler' is unknown"),
+        (_set("grid", "guidance_interval=200"), "guidance_interval takes low:high"),
+        (_set("grid", "guidance_interval=0:600"), r"guidance_interval=\(0, 600\) needs a class-conditional model"),
         (_set("images", "data:some"), "'some' is unknown"),
         (_set("images", "{tmp}"), "no image"),
         (_set("images", "{tmp}/none.npz"), "none.npz"),

@@ -111,7 +111,8 @@ def test_whatever_decides_the_images_is_in_the_name(c, tmp_path):
     names = {name(), name(step=4), name(weights="b"), name(vae="c")}
     changes = {
         "seed": 1, "sample.labels": "1", "sample.clip": 2.0, "sample.solver": "ddim", "sample.spacing": "leading",
-        "sample.steps": 3, "sample.guidance": 2.0, "sample.weights": "raw", "sample.n": 8, "sample.shard": 4,
+        "sample.steps": 3, "sample.guidance": 2.0, "sample.guidance_schedule": "linear", "sample.guidance_interval": (5, 600),
+        "sample.label_sampling": "random", "sample.weights": "raw", "sample.n": 8, "sample.shard": 4,
         "model.clean_timestep": "noisy", "codec.dtype": "bfloat16", "data.channels": 3,
     }  # fmt: skip
     for i, (field, value) in enumerate(changes.items(), 5):
@@ -125,6 +126,8 @@ def test_whatever_decides_the_images_is_in_the_name(c, tmp_path):
         np.save(c.sample.noise, np.full((8, 1, 64, 16), value))
         names.add(name())
     assert len(names) == 4 + len(changes) + 2
+    c.seed += 1  # of which the labels are drawn, where the noise is given
+    assert name() not in names and "_leading3_w2linear_t5-600_noise-noise_n8_" in name()
 
 
 def test_a_run_that_was_trained_anew_is_sampled_elsewhere(c, workdir):
