@@ -38,6 +38,7 @@ def base() -> ConfigDict:
     c.model.unet_heads = 8
     c.model.unet_time_width = 128
     c.model.unet_stride = 2  # of the convolution between two stages; 1 keeps a token for every latent position
+    c.model.predicts = "eps"  # the output for a noisy block: its noise, v or x0 (docs/training.md)
     c.model.rope = "axial"  # "axial": each axis turns its own half of a head; "release": the release's mixing
     c.model.time_embedding = "sinusoidal"  # or "raw" (release): the timestep itself as one number 0..999
     c.model.clean_timestep = "zero"  # timestep given to clean blocks; "noisy" (release): that of the noisy block
@@ -58,6 +59,7 @@ def base() -> ConfigDict:
     c.loss.hidden = 0.1
     c.loss.clean = 0.0
     c.loss.text = 0.0
+    c.loss.weighting = "output"  # how an error of the image counts: as it is, or "v": as one of v
 
     c.codec = ConfigDict()
     c.codec.name = "vae"  # image <-> latent: "vae" (AutoencoderKL) or "pixel" (space-to-depth, no learned part)
@@ -94,6 +96,7 @@ def base() -> ConfigDict:
     c.train.accumulate = 1  # microbatches whose gradients are averaged into one step
     c.train.ema_decay = 0.9999
     c.train.ema_warmup = True  # decay min(target, (1 + step) / (10 + step)); False (release): constant
+    c.train.context_noise = 0  # noise on the clean blocks, at timesteps up to this one; 0: none
     c.train.label_dropout = 0.1  # share of labels replaced by "none", for guidance
     c.train.log_every = 50
     c.train.sample_every = 0  # steps between sample grids; 0: only at the end

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from madformer_jax.models.plan import plan, switches_of
+from madformer_jax.models.plan import TERMS, plan, switches_of
 from madformer_jax.models.vae import AutoencoderKL
 from madformer_jax.sizes import sizes_of
 
@@ -197,7 +197,7 @@ def forward(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
 def _forward(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]:
     """The cost, and the part of it whose input is data."""
     m = c.model
-    terms = tuple(name for name, weight in c.loss.items() if weight) if terms is None else terms
+    terms = tuple(name for name in TERMS if c.loss[name]) if terms is None else terms
     p = plan(terms, switches_of(c))
     cost = _stage(c, "ar_layers", p.ar, p.between, p.clean_blocks)
     cost += _stage(c, "diffusion_layers", p.diffusion, p.out, p.clean_blocks)

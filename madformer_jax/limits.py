@@ -6,11 +6,14 @@ import re
 from ml_collections import ConfigDict
 
 from madformer_jax import fields
+from madformer_jax.diffusion.predicts import PREDICTS, WEIGHTINGS
 from madformer_jax.errors import ConfigError
+from madformer_jax.models.plan import TERMS
 from madformer_jax.sizes import sizes_of
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "platform": ("", "cpu", "gpu", "tpu"),
+    "model.predicts": PREDICTS,
     "model.rope": ("axial", "release"),
     "model.time_embedding": ("sinusoidal", "raw"),
     "model.clean_timestep": ("zero", "noisy"),
@@ -20,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "reference", "blocks", "cudnn", "splash"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "loss.weighting": WEIGHTINGS,
     "codec.name": ("pixel", "vae"),
     "codec.dtype": ("float32", "bfloat16"),
     "prepare.kind": ("images", "latents"),
@@ -63,6 +67,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.steps": (1, math.inf),
     "train.accumulate": (1, math.inf),
     "train.ema_decay": (0, 1),
+    "train.context_noise": (0, 999),
     "train.label_dropout": (0, 1),
     "train.log_every": (1, math.inf),
     "train.sample_every": (0, math.inf),
@@ -166,7 +171,12 @@ def check(c: ConfigDict) -> None:
             f"config.model.text_length={m.text_length}, config.loss.text={c.loss.text}: no data source has text yet, only one "
             "label an image; they must be 1 and 0."
         )
-    if not any(c.loss.values()):
+    if c.train.context_noise and m.clean_timestep == "noisy":
+        raise ConfigError(
+            f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model must be "
+            "told the timestep of its context."
+        )
+    if not any(c.loss[term] for term in TERMS):
         raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
     if c.train.batch % c.train.accumulate:
         raise ConfigError(
@@ -222,12 +232,12 @@ def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
 def doubts(c: ConfigDict) -> list[str]:
     """What is allowed and can hardly be meant, in a line each."""
     values, channels = sizes_of(c).channels, c.model.unet_channels[0]
-    if channels >= values:
+    if channels >= values or c.model.predicts == "x0":
         return []
     return [
         f"config.model.unet_channels[0]={channels} is less than the {values} values of a latent position: the noise predicted "
         f"from {channels} channels cannot fill them all, and its loss stays above {1 - channels / values:.2f}; use {values} or "
-        "more."
+        "more, or config.model.predicts=x0."
     ]
 
 

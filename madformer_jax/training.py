@@ -112,7 +112,7 @@ def make_step(
     The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default
     JAX's backend.
     """
-    weights = losses.Weights(**c.loss)
+    weights, context_noise = losses.Weights(**c.loss), c.train.context_noise
     seed, parts, dropout = c.seed, c.train.accumulate, c.train.label_dropout
     target, warm = c.train.ema_decay, c.train.ema_warmup
     schedule = learning_rate(c)
@@ -125,7 +125,7 @@ def make_step(
             tokens = batch["label"].reshape(len(z), -1)
             drop = jax.random.bernoulli(drop_key, dropout, (len(z), 1))
             tokens = jnp.where(drop, s.model.classes, tokens)
-        return losses.training_loss(s.model, params, z, tokens, loss_key, weights)
+        return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise)
 
     gradient = jax.grad(loss, has_aux=True)
 

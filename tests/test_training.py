@@ -107,7 +107,7 @@ def test_each_microbatch_draws_its_own_noise(plain):
 def of_two_parameters(c, loss, monkeypatch):
     """Setup and state of a model of two parameters with this loss of (params, z, tokens), which also gives metrics."""
 
-    def training_loss(model, params, z, tokens, key, weights):
+    def training_loss(model, params, z, tokens, key, weights, context_noise):
         value, metrics = loss(params, z, tokens)
         return value, {"loss": value} | metrics
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from madformer_jax.diffusion.schedule import TIMESTEPS, add_noise
+from madformer_jax.diffusion import predicts
+from madformer_jax.diffusion.schedule import TIMESTEPS, add_noise, alpha_sigma
 from madformer_jax.models.madformer import MADFormer, Outputs
+from madformer_jax.models.plan import TERMS
 
 
 class Weights(NamedTuple):
@@ -18,23 +20,25 @@ class Weights(NamedTuple):
     hidden: float = 0.1
     clean: float = 0.0
     text: float = 0.0
+    weighting: str = "output"  # how an error of the image counts: as it is, or as one of v (`predicts.weight`)
 
     @property
     def terms(self) -> tuple[str, ...]:
-        return tuple(name for name, weight in self._asdict().items() if weight)
+        return tuple(name for name in TERMS if getattr(self, name))
 
 
-def terms(outputs: Outputs, z: Array, noise: Array, tokens: Array | None) -> dict[str, Array]:
+def terms(outputs: Outputs, z: Array, target: Array, tokens: Array | None) -> dict[str, Array]:
     """The unweighted terms that the outputs allow: mean squared errors, and the negative log-likelihood of the text.
 
     Args:
       outputs: of the model.
-      z, noise: clean latent blocks and the noise put on them, (B, L, positions, C).
+      z: clean latent blocks (B, L, positions, C).
+      target: what the image output is compared with (`predicts.target`), of the same shape; of eps the noise.
       tokens: (B, T); the text term predicts each token from those before it.
     """
     losses = {}
-    if outputs.eps is not None:
-        losses["image"] = jnp.mean((outputs.eps - noise) ** 2)
+    if outputs.image is not None:
+        losses["image"] = jnp.mean((outputs.image - target) ** 2)
     if outputs.hidden is not None:
         losses["hidden"] = jnp.mean((outputs.hidden - z) ** 2)
     if outputs.clean is not None:
@@ -47,7 +51,13 @@ def terms(outputs: Outputs, z: Array, noise: Array, tokens: Array | None) -> dic
 
 
 def training_loss(
-    model: MADFormer, params: Any, z: Array, tokens: Array | None, key: Array, weights: Weights
+    model: MADFormer,
+    params: Any,
+    z: Array,
+    tokens: Array | None,
+    key: Array,
+    weights: Weights,
+    context_noise: int = 0,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted loss of one batch, with a timestep of its own for each block.
 
@@ -55,6 +65,8 @@ def training_loss(
       z: clean latent blocks (B, L, positions, C).
       tokens: text tokens (B, T), or None for an unconditional model.
       key: draws the timesteps and the noise.
+      context_noise: the clean blocks, which are the context of those behind them, are noised each at a timestep of its own
+        from 0 to this one, which the model is told; 0 leaves them clean.
 
     Returns:
       The loss, and metrics: every term (`loss_image`, ...) and the image term by quarter of the timesteps (`loss_q1` ..
@@ -63,12 +75,26 @@ def training_loss(
     t_key, noise_key = jax.random.split(key)
     t = jax.random.randint(t_key, z.shape[:2], 0, TIMESTEPS)
     noise = jax.random.normal(noise_key, z.shape)
-    outputs = model.apply({"params": params}, z, add_noise(z, noise, t), t, tokens, terms=weights.terms)
-    losses = terms(outputs, z, noise, tokens)
+    context, told = _noisy_context(z, jax.random.fold_in(key, 2), context_noise) if context_noise else (z, {})
+    outputs = model.apply({"params": params}, context, add_noise(z, noise, t), t, tokens, terms=weights.terms, **told)
+    alpha, sigma = alpha_sigma(t)
+    target = predicts.target(model.predicts, z, noise, alpha, sigma)
+    losses = terms(outputs, z, target, tokens)
+    scale = predicts.weight(model.predicts, weights.weighting, alpha, sigma)
+    if outputs.image is not None and scale is not None:
+        losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)
     loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros(()))
     metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
-    if outputs.eps is not None:
-        errors, quarter = jnp.mean((outputs.eps - noise) ** 2, axis=(2, 3)), t // (TIMESTEPS // 4)
+    if outputs.image is not None:
+        errors, quarter = jnp.mean((outputs.image - target) ** 2, axis=(2, 3)), t // (TIMESTEPS // 4)
+        errors = errors if scale is None else errors * scale[..., 0, 0]
         for q in range(4):
             metrics[f"loss_q{q + 1}"] = jnp.mean(errors, where=quarter == q)
     return loss, metrics
+
+
+def _noisy_context(z: Array, key: Array, most: int) -> tuple[Array, dict[str, Array]]:
+    """Clean blocks with noise at timesteps from 0 to `most`, and the model's argument that tells them."""
+    t_key, noise_key = jax.random.split(key)
+    t = jax.random.randint(t_key, z.shape[:2], 0, most + 1)
+    return add_noise(z, jax.random.normal(noise_key, z.shape), t), {"clean_t": t}

@@ -33,8 +33,8 @@ def sample(
       noise: (B, L, positions, C), standard normal.
       tokens: text tokens (B, T) of a conditional model; `model.classes` means none.
       solver, spacing, steps: see `solvers.coefficients`.
-      guidance: scale w of classifier-free guidance, eps = eps_none + w (eps_tokens - eps_none), or one for each step
-        (steps,), see `guidance.scales`. The number 1 runs no second branch; an array, whose values the program does
+      guidance: scale w of classifier-free guidance, out = out_none + w (out_tokens - out_none), the same in eps, v and x0;
+        or one for each step (steps,), see `guidance.scales`. The number 1 runs no second branch; an array, whose values the program does
         not know, always does.
       clip: bound of the predicted clean latent; 0 for none.
       unroll: one copy of the program for each block instead of a loop (for counting its cost).
@@ -54,14 +54,14 @@ def sample(
     def repeat(x: Array) -> Array:
         return jnp.concatenate([x] * branches)
 
-    def eps_of(
+    def output_of(
         cache: ModelCache, condition: Array, x: Array, t: Any, w: Array, block: int | Array
     ) -> tuple[Array, Any]:
-        eps, own = call("denoise", cache, condition, x, t, block)
+        output, own = call("denoise", cache, condition, x, t, block)
         if guided:
-            with_tokens, without = jnp.split(eps, 2)
-            eps = without + w * (with_tokens - without)
-        return eps, None if model.clean_stream else own
+            with_tokens, without = jnp.split(output, 2)
+            output = without + w * (with_tokens - without)
+        return output, None if model.clean_stream else own
 
     def one_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:
         cache, pred = carry
@@ -70,8 +70,8 @@ def sample(
 
         def solver_step(state: solvers.Iterate, at: tuple[solvers.Coefficients, Array]) -> tuple[solvers.Iterate, None]:
             row, w = at
-            eps, _ = eps_of(cache, condition, state.x, row.t, w, block)
-            return solvers.step(state, eps, row, clip), None
+            output, _ = output_of(cache, condition, state.x, row.t, w, block)
+            return solvers.step(state, output, row, clip, model.predicts), None
 
         scales = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (steps,))
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
@@ -79,8 +79,8 @@ def sample(
         # The last step stands alone: its keys and values go to the cache when there is no clean stream.
         state, _ = jax.lax.scan(solver_step, state, jax.tree.map(lambda r: r[:-1], rows), unroll=steps if unroll else 1)
         last, w = jax.tree.map(lambda r: r[-1], rows)
-        eps, own = eps_of(cache, condition, state.x, last.t, w, block)
-        z = solvers.step(state, eps, last, clip).x
+        output, own = output_of(cache, condition, state.x, last.t, w, block)
+        z = solvers.step(state, output, last, clip, model.predicts).x
 
         def extend(cache: ModelCache, pred: Array) -> tuple[ModelCache, Array]:
             c = repeat(call("embed_clean", z, clean_t))

@@ -16,10 +16,16 @@ def alphas_cumprod() -> np.ndarray:
     return np.cumprod(1.0 - betas.astype(np.float64))
 
 
-def add_noise(z: Array, noise: Array, t: Array) -> Array:
-    """q(z_t | z): sqrt(alpha_bar) z + sqrt(1 - alpha_bar) noise, for z (B, L, positions, C) and t (B, L)."""
+def alpha_sigma(t: Array) -> tuple[Array, Array]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps (B, L), each (B, L, 1, 1)."""
     alpha_bar = jnp.asarray(alphas_cumprod(), jnp.float32)[t][..., None, None]
-    return jnp.sqrt(alpha_bar) * z + jnp.sqrt(1 - alpha_bar) * noise
+    return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+
+
+def add_noise(z: Array, noise: Array, t: Array) -> Array:
+    """q(z_t | z): alpha z + sigma noise, for z (B, L, positions, C) and t (B, L)."""
+    alpha, sigma = alpha_sigma(t)
+    return alpha * z + sigma * noise
 
 
 class Timesteps(NamedTuple):

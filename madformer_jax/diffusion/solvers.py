@@ -1,6 +1,6 @@
 """DDIM and DPM-Solver++ (2M), both as one set of coefficients (MADFormer, section 4).
 
-With the clean estimate x0 = (x - sigma eps) / alpha, every step of either solver is linear:
+With the clean estimate x0 that the network's output means (`predicts.clean_estimate`), every step of either solver is linear:
 x' = on_x x + on_x0 x0 + on_previous (x0 of the step before). They are computed once in float64.
 """
 
@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from madformer_jax.diffusion import schedule
+from madformer_jax.diffusion.predicts import clean_estimate
 
 
 class Coefficients(NamedTuple):
@@ -61,9 +62,14 @@ def start(noise: Array) -> Iterate:
     return Iterate(noise, jnp.zeros_like(noise))
 
 
-def step(state: Iterate, eps: Array, row: Coefficients, clip: float = 0.0) -> Iterate:
-    """One solver step with the network's eps and one row of coefficients; `clip` > 0 bounds the clean estimate to [-clip, clip]."""
-    x0 = (state.x - row.sigma * eps) / row.alpha
+def step(state: Iterate, output: Array, row: Coefficients, clip: float = 0.0, predicts: str = "eps") -> Iterate:
+    """One solver step with the network's output and one row of coefficients.
+
+    Args:
+      clip: > 0 bounds the clean estimate to [-clip, clip].
+      predicts: what the output stands for: eps, v or x0.
+    """
+    x0 = clean_estimate(predicts, output, state.x, row.alpha, row.sigma)
     if clip:
         x0 = jnp.clip(x0, -clip, clip)
     return Iterate(row.on_x * state.x + row.on_x0 * x0 + row.on_previous * state.x0, x0)

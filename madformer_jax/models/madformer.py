@@ -26,7 +26,7 @@ from madformer_jax.sizes import sizes_of
 class Outputs(NamedTuple):
     """What the terms of the loss compare; None where the term was not asked for."""
 
-    eps: Array | None  # (B, L, positions, C) predicted noise
+    image: Array | None  # (B, L, positions, C) what `predicts` says of the noisy blocks: eps, v or x0
     hidden: Array | None  # (B, L, positions, C) the AR condition, upsampled
     clean: Array | None  # (B, L, positions, C) the clean stream, upsampled
     text: Array | None  # (B, T, vocabulary) logits of the next token
@@ -46,6 +46,7 @@ class MADFormer(nn.Module):
     token_side: int
     channels: int
     unet: Any  # fields shared by Downsampler and Upsampler, but the type of the computation
+    predicts: str
     rope: str
     clean_timestep: str
     hidden_from: str
@@ -209,7 +210,7 @@ class MADFormer(nn.Module):
         # And all blocks back in one pass, each with the skip states of the blocks that it is to look like.
         back: dict[str, tuple[Any, Array, str]] = {
             "hidden": (condition, clean_t, "clean"),
-            "eps": (streams.pred, t, "noisy"),
+            "image": (streams.pred, t, "noisy"),
             "clean": (streams.clean, clean_t, "clean"),
         }
         outputs: dict[str, Array] = {}
@@ -220,7 +221,7 @@ class MADFormer(nn.Module):
             blocks = self._up(jnp.concatenate(tokens_back, axis=1), jnp.concatenate(t_back, axis=1), skips)
             outputs = dict(zip(p.up, jnp.split(blocks, len(p.up), axis=1), strict=True))
         return Outputs(
-            eps=outputs.get("eps"),
+            image=outputs.get("image"),
             hidden=outputs.get("hidden"),
             clean=outputs.get("clean"),
             text=self.text_head(streams.text) if "text" in p.out else None,
@@ -273,7 +274,7 @@ class MADFormer(nn.Module):
     def denoise(
         self, cache: ModelCache, condition: Array, noisy: Array, t: Array, block: int | Array
     ) -> tuple[Array, StackKV]:
-        """Predicted noise of a noisy block (B, 1, positions, C) at timestep t (a scalar); the diffusion layers only.
+        """What the model predicts of a noisy block (B, 1, positions, C) at timestep t (a scalar); the diffusion layers only.
 
         Returns it, (cache batch, 1, positions, C), with the layers' own keys and values, which `remember` takes.
         """
@@ -326,6 +327,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         token_side=sizes.token_side,
         channels=sizes.channels,
         unet=unet,
+        predicts=m.predicts,
         rope=m.rope,
         clean_timestep=m.clean_timestep,
         hidden_from=m.hidden_from,

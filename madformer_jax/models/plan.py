@@ -33,7 +33,7 @@ class Plan(NamedTuple):
     out: tuple[str, ...]  # out of them
     clean_blocks: int  # blocks of the clean stream
     down: tuple[str, ...]  # blocks that the U-Net embeds, of "clean", "noisy"
-    up: tuple[str, ...]  # what it gives back, of "hidden", "eps", "clean"
+    up: tuple[str, ...]  # what it gives back, of "hidden", "image", "clean"
 
 
 def plan(terms: tuple[str, ...], switches: Switches) -> Plan:
@@ -64,7 +64,7 @@ def plan(terms: tuple[str, ...], switches: Switches) -> Plan:
         out=out,
         clean_blocks=clean_blocks,
         down=("clean",) * (read or hidden or clean) + ("noisy",) * noisy,
-        up=("hidden",) * hidden + ("eps",) * image + ("clean",) * clean,
+        up=("hidden",) * hidden + ("image",) * image + ("clean",) * clean,
     )
 
 

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madformer_jax.diffusion import losses
+from madformer_jax.diffusion import losses, schedule
 from madformer_jax.models.madformer import Outputs
 
 
@@ -27,8 +27,10 @@ def test_terms_are_mean_squared_errors_and_the_likelihood_of_the_next_token():
 class _Constant:
     """Stands in for the model: predicts no noise at all."""
 
-    def apply(self, variables, z, noisy, t, tokens, terms):
-        self.terms = terms
+    predicts = "eps"
+
+    def apply(self, variables, z, noisy, t, tokens, terms, clean_t=None):
+        self.terms, self.context, self.clean_t = terms, z, clean_t
         return Outputs(jnp.zeros_like(z), None, None, None)
 
 
@@ -46,3 +48,18 @@ def test_quartiles_hold_the_blocks_of_their_timesteps():
         np.testing.assert_allclose(
             metrics[f"loss_q{q + 1}"], errors[inside].mean() if inside.any() else np.nan, rtol=1e-5
         )
+
+
+def test_the_context_is_noised_at_timesteps_that_the_model_is_told():
+    """The same noisy blocks and errors as without; what differs is what the blocks behind look back at."""
+    z, key, model = jnp.full((50, 4, 30, 2), 0.5), jax.random.key(4), _Constant()
+    weights = losses.Weights(hidden=0.0)
+    loss, _ = losses.training_loss(model, {}, z, None, key, weights)
+    assert model.context is z and model.clean_t is None
+    noised, _ = losses.training_loss(model, {}, z, None, key, weights, context_noise=300)
+    assert loss == noised
+    assert 0 <= model.clean_t.min() < 20 and 280 < model.clean_t.max() <= 300
+    alpha, sigma = schedule.alpha_sigma(model.clean_t)
+    noise = np.asarray((model.context - alpha * z) / sigma)
+    np.testing.assert_allclose(noise.std(), 1, atol=0.03)
+    assert abs(np.corrcoef(noise[0, 0].ravel(), noise[0, 1].ravel())[0, 1]) < 0.5

@@ -46,9 +46,9 @@ def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance
     batch, blocks = noise.shape[:2]
 
     @jax.jit
-    def eps_of(z, noisy, t, tokens):
+    def output_of(z, noisy, t, tokens):
         clean = jnp.full((batch, blocks), clean_t)
-        return model.apply({"params": params}, z, noisy, t, tokens, clean_t=clean, terms=("image",)).eps
+        return model.apply({"params": params}, z, noisy, t, tokens, clean_t=clean, terms=("image",)).image
 
     z, last_seen = np.zeros_like(noise), np.zeros_like(noise)
     for i in range(blocks):
@@ -58,13 +58,13 @@ def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance
             # without the clean stream, blocks before are those of their last solver step
             noisy, t = last_seen.copy(), np.full((batch, blocks), table.t[-1])
             noisy[:, i], t[:, i] = state.x, row.t
-            eps = np.asarray(eps_of(z, noisy, t, tokens))[:, i]
+            out = np.asarray(output_of(z, noisy, t, tokens))[:, i]
             if tokens is not None and scales[k] != 1.0:
-                none = np.asarray(eps_of(z, noisy, t, np.full_like(tokens, model.classes)))[:, i]
-                eps = none + scales[k] * (eps - none)
+                none = np.asarray(output_of(z, noisy, t, np.full_like(tokens, model.classes)))[:, i]
+                out = none + scales[k] * (out - none)
             if k == steps - 1:
                 last_seen[:, i] = state.x
-            state = solvers.step(state, eps, row)
+            state = solvers.step(state, out, row, predicts=model.predicts)
         z[:, i] = state.x
     return z
 
@@ -80,10 +80,10 @@ SWITCHES = {  # the four variants of the release, each alone, are in test_releas
     "no clean stream, no condition": {
         "clean_stream": False, "ar_condition": False, "depth": 2, "diffusion_depth": 1, **ONE_STAGE,
     },
-    "D = N": {"depth": 3, "diffusion_depth": 3, **ONE_STAGE},
-    "one block": {"blocks": 1, "depth": 2, "diffusion_depth": 2, **ONE_STAGE},
-    "eight blocks, twice as high as wide, D = 1": {
-        "blocks": 8, "unet_stride": 1, "classes": 3, "depth": 3, "diffusion_depth": 1,
+    "D = N, v": {"predicts": "v", "depth": 3, "diffusion_depth": 3, **ONE_STAGE},
+    "one block, x0": {"predicts": "x0", "blocks": 1, "depth": 2, "diffusion_depth": 2, **ONE_STAGE},
+    "eight blocks, twice as high as wide, D = 1, x0": {
+        "blocks": 8, "unet_stride": 1, "classes": 3, "depth": 3, "diffusion_depth": 1, "predicts": "x0",
     },
     "one program for each block": {"blocks": 2, "classes": 3, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
 }  # fmt: skip

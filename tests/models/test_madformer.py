@@ -26,7 +26,7 @@ def inputs(model):
 
 def eps_of(model):
     """(params, z, noisy, t, tokens) -> predicted noise, compiled."""
-    return jax.jit(lambda params, *args: model.apply({"params": params}, *args, terms=("image",)).eps)
+    return jax.jit(lambda params, *args: model.apply({"params": params}, *args, terms=("image",)).image)
 
 
 CAUSAL = {
@@ -75,7 +75,7 @@ def test_a_term_of_weight_0_adds_no_computation():
         return lowered_flops(lambda p: step(p, z, None, jax.random.key(0))[0])
 
     def eps_alone(p):
-        return jnp.mean((model.apply({"params": p}, z, noisy, t, terms=("image",)).eps - noisy) ** 2)
+        return jnp.mean((model.apply({"params": p}, z, noisy, t, terms=("image",)).image - noisy) ** 2)
 
     image, hidden, clean = trained(hidden=0.0), trained(hidden=0.1), trained(hidden=0.0, clean=0.1)
     assert image < 1.01 * lowered_flops(eps_alone)  # 1 %: drawing the noise and the metrics

@@ -16,7 +16,7 @@ CASES = [(terms, s, plan(terms, s)) for s in SWITCHES for n in range(5) for term
 
 def test_the_terms_that_a_model_can_give_come_out_and_no_others():
     for terms, s, p in CASES:
-        given = {"eps": "image"} | ({"clean": "clean"} if s.clean_stream else {})
+        given = {"image": "image"} | ({"clean": "clean"} if s.clean_stream else {})
         assert {given[name] for name in p.up if name != "hidden"} | {"hidden"} & set(p.up) == {
             term for term in terms if term in (*given.values(), "hidden")
         }
@@ -50,10 +50,10 @@ def _names(p: Plan) -> list[tuple[str, ...]]:
 
 def test_without_the_hidden_term_the_upsampler_runs_for_the_noise_alone():
     p = plan(("image",), EVERYTHING)
-    assert p.up == ("eps",) and p.down == ("clean", "noisy")
+    assert p.up == ("image",) and p.down == ("clean", "noisy")
     assert p.diffusion == ("text", "clean", "pred") and p.out == ("pred",)
     assert p.clean_blocks == 3  # the last one is nobody's context
-    assert plan(("image", "hidden"), EVERYTHING) == p._replace(up=("hidden", "eps"))
+    assert plan(("image", "hidden"), EVERYTHING) == p._replace(up=("hidden", "image"))
     assert plan(("image", "clean"), EVERYTHING).clean_blocks == 4
 
 
