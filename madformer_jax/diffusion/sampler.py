@@ -34,8 +34,8 @@ def sample(
       tokens: text tokens (B, T) of a conditional model; `model.classes` means none.
       solver, spacing, steps: see `solvers.coefficients`.
       guidance: scale w of classifier-free guidance, out = out_none + w (out_tokens - out_none), the same in eps, v and x0;
-        or one for each step (steps,), see `guidance.scales`. The number 1 runs no second branch; an array, whose values the program does
-        not know, always does.
+        or one for each step (steps,), see `guidance.scales`. The number 1 runs no second branch; an array, whose values the
+        program does not know, always does.
       clip: bound of the predicted clean latent; 0 for none.
       unroll: one copy of the program for each block instead of a loop (for counting its cost).
 
