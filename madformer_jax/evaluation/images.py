@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -57,13 +57,21 @@ class Unread:
             )
 
 
-def look(extract: Callable[[np.ndarray], Outputs], rows: Rows, unread: Unread) -> parts.Arrays:
-    """What is kept of a part of a set, of all processes' `rows`; the images that cannot be read are added to `unread`."""
-    found = parts.gather(parts.look(extract, rows.images, rows.labels))
-    text = "".join(f"{one}\n" for one in rows.unread).encode("utf-8", "surrogateescape")
-    told = parts.gather({parts.UNREAD: np.frombuffer(text, np.uint8)})
-    unread.add(told[parts.UNREAD].tobytes().decode("utf-8", "surrogateescape").splitlines())
-    return found | told
+def look(
+    data: Images, extract: Callable[[np.ndarray], Outputs], unread: Unread, missing: Sequence[parts.Part]
+) -> Iterator[parts.Arrays]:
+    """What is kept of each missing part of a set, of all processes, which read a share of it each and the next part ahead.
+
+    Raises:
+      ConfigError: as `Unread.add`.
+    """
+    shares = (np.arange(*part)[parts.share(part.n)] for part in missing)
+    for rows in parts.ahead(data.read(numbers) for numbers in shares):
+        found = parts.gather(parts.look(extract, rows.images, rows.labels))
+        text = "".join(f"{one}\n" for one in rows.unread).encode("utf-8", "surrogateescape")
+        told = parts.gather({parts.UNREAD: np.frombuffer(text, np.uint8)})
+        unread.add(told[parts.UNREAD].tobytes().decode("utf-8", "surrogateescape").splitlines())
+        yield found | told
 
 
 def of_source(c: ConfigDict, split: str, shuffled: bool, asked: str = "evaluate.images") -> Images:

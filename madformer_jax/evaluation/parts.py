@@ -33,6 +33,10 @@ class Part(NamedTuple):
     first: int
     stop: int
 
+    @property
+    def n(self) -> int:
+        return self.stop - self.first
+
 
 class Parts:
     """The parts of n images in a folder of files; the same in every process."""

@@ -67,8 +67,7 @@ def save(path: str, protocol: Mapping[str, Any], each: Callable[[], Iterator[Arr
     chosen = np.zeros(n, bool)
     chosen[np.random.RandomState(2020).permutation(n)[:FEATURES]] = True
     scatter, kept, first = np.zeros(mean.shape * 2), [], 0
-    for part in each():
-        x = part["features"]
+    for x in _blocks(each()):
         centred = x - mean
         scatter += centred.T @ centred
         kept.append(x[chosen[first : first + len(x)]])
@@ -84,6 +83,18 @@ def save(path: str, protocol: Mapping[str, Any], each: Callable[[], Iterator[Arr
     }
     storage.write(path, lambda file: np.savez(file, **arrays))
     return _digest(arrays)
+
+
+def _blocks(each: Iterator[Arrays]) -> Iterator[np.ndarray]:
+    """Features of parts, some thousand images at once: adding up a matrix for each few would take long."""
+    waiting: list[np.ndarray] = []
+    for part in each:
+        waiting.append(part["features"])
+        if sum(map(len, waiting)) >= scores.BLOCK:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def load(path: str) -> Reference:

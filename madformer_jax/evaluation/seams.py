@@ -7,17 +7,27 @@ def profile(images: np.ndarray) -> np.ndarray:
     """How much neighbouring pixels differ on the two sides of each line through the image.
 
     Args:
-      images: (n, H, W, c), any type of number.
+      images: uint8 (n, H, W, c).
 
     Returns:
       (n, H - 1 + W - 1) float32: mean absolute difference across each horizontal line, then across each vertical one.
     """
-    return np.stack([_profile(image.astype(np.float32)) for image in images])  # floats of one large image at a time
+    return np.stack([_profile(image) for image in images])
 
 
 def _profile(image: np.ndarray) -> np.ndarray:
-    down, right = np.abs(np.diff(image, axis=0)).mean(axis=(1, 2)), np.abs(np.diff(image, axis=1)).mean(axis=(0, 2))
-    return np.concatenate([down, right])
+    """In integers, which takes a ninth of the time of floats and is exact."""
+    height, width, channels = image.shape
+    down = _steps(image[1:], image[:-1]).reshape(height - 1, -1).sum(axis=1, dtype=np.uint32)
+    right = _steps(image[:, 1:], image[:, :-1]).reshape(height, -1).sum(axis=0, dtype=np.uint32)
+    right = right.reshape(width - 1, channels).sum(axis=1)
+    return np.concatenate([down / (width * channels), right / (height * channels)]).astype(np.float32)
+
+
+def _steps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    steps = np.maximum(a, b)
+    steps -= np.minimum(a, b)
+    return steps
 
 
 def steps_at_borders(profiles: np.ndarray, shape: tuple[int, int], rows: int, columns: int) -> np.ndarray:

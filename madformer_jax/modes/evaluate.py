@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ DRAWN = (
     "noise",
 )  # of `sample`: what decides images
 
-Look = Callable[[parts.Part], parts.Arrays]
+Look = Callable[[Sequence[parts.Part]], Iterator[parts.Arrays]]
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -67,12 +67,7 @@ def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, A
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
 
-    unread = images.Unread(c.evaluate.n, c.data.max_corrupt)
-
-    def look(part: parts.Part) -> parts.Arrays:
-        mine = np.arange(part.first, part.stop)[parts.share(part.stop - part.first)]
-        return images.look(by.extract, data.read(mine), unread)
-
+    look = functools.partial(images.look, data, by.extract, images.Unread(c.evaluate.n, c.data.max_corrupt))
     return _result(c, workdir, by, data.about, parts.images_at_once(c), look, labelled=data.labelled)
 
 
@@ -112,7 +107,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 size = drawing.batch_size(setting, mesh)
                 results[step, i] = _result(
                     setting, workdir, by, about | {name: drawn[name] for name in DRAWN}, size * -(-parts.AT_ONCE // size),
-                    functools.partial(_draw_and_look, draw, by.extract), labelled=bool(model.classes),
+                    functools.partial(map, functools.partial(_draw_and_look, draw, by.extract)), labelled=bool(model.classes),
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
 
@@ -136,8 +131,12 @@ def _result(
         return there
     collected = parts.Parts(epath.Path(workdir) / "evaluations" / key, c.evaluate.n, size)
     missing = collected.missing()
-    for part in tqdm(missing, desc="evaluating", unit="part", disable=jax.process_index() != 0):
-        collected.write(part, look(part))
+    with tqdm(
+        total=sum(p.n for p in missing), desc="evaluating", unit="image", disable=jax.process_index() != 0
+    ) as bar:
+        for part, arrays in zip(missing, look(missing)):
+            collected.write(part, arrays)
+            bar.update(part.n)
     partitioning.sync(key)
     found = collected.read()
     protocol["n"] = len(found["labels"])  # less than evaluate.n where images cannot be read

@@ -48,20 +48,14 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     collected = parts.Parts(epath.Path(workdir) / "references" / key, data.n, parts.images_at_once(c))
     extract = features.extractor(network)
     missing, unread = collected.missing(), images.Unread(data.n, c.data.max_corrupt)
-    with tqdm(total=sum(p.stop - p.first for p in missing), desc="reference", unit="image", disable=_silent()) as bar:
-
-        def read() -> Any:
-            for part in missing:
-                mine = np.arange(part.first, part.stop)[parts.share(part.stop - part.first)]
-                yield part, data.read(mine)
-
-        for part, rows in parts.ahead(read()):
-            found = images.look(extract, rows, unread)
+    looked = images.look(data, extract, unread, missing)
+    with tqdm(total=sum(p.n for p in missing), desc="reference", unit="image", disable=jax.process_index() != 0) as bar:
+        for part, found in zip(missing, looked):
             found["weight"] = np.array([len(found["labels"])])
             found["profile"] = found["profile"].sum(axis=0, keepdims=True) / max(1, len(found["labels"]))
             found.pop("logits", None)
             collected.write(part, found)
-            bar.update(part.stop - part.first)
+            bar.update(part.n)
     path = places.reference_path(c, workdir)
     if jax.process_index() == 0:
         classes = network.about.get("classes", 0) if data.labelled else 0
@@ -71,10 +65,6 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         logging.info("wrote the reference %s of %d images, split %s: %s", digest, n, c.evaluate.split, path)
     partitioning.sync("reference")
     return {"reference": path, **protocol}
-
-
-def _silent() -> bool:
-    return jax.process_index() != 0
 
 
 def _train(c: ConfigDict, path: str) -> None:

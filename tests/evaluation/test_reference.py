@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import reference
+from madformer_jax.evaluation import reference, scores
 
 
 def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_features_is_kept(tmp_path, monkeypatch):
@@ -30,6 +30,7 @@ def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_featur
     np.testing.assert_allclose(found["profile"], profile.mean(axis=0))
     assert found["counts"].tolist() == [*np.bincount(labels), 0]
     monkeypatch.setattr(reference, "FEATURES", 12)
+    monkeypatch.setattr(scores, "BLOCK", 10)
     few, same = save([16, 32]), save([3])
     kept = np.flatnonzero((x[:, None] == few["features"]).all(axis=2).any(axis=1))
     assert len(kept) == 12 and kept[-1] > 16

@@ -1,0 +1,94 @@
+"""Peak memory of a reference and an evaluation of large images: `python -m tests.evaluation.memory --folder=/tmp/large`.
+
+8 000 files of 1024 x 1024, sixteen pictures under many names, before a stand-in for Inception: a cheap network with as many
+features and classes, so that what is measured is all the rest.
+"""
+
+import argparse
+import os
+import pathlib
+import resource
+
+from madformer_jax.runtime import malloc
+
+if __name__ == "__main__":
+    malloc.tune()  # as main does
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax import Array
+from ml_collections import ConfigDict
+from PIL import Image
+
+from madformer_jax import config
+from madformer_jax.evaluation import features
+from madformer_jax.evaluation.network import Network
+from madformer_jax.modes import evaluate, reference
+
+SIDE, PICTURES, DIMS, CLASSES = 1024, 16, 2048, 1008
+
+
+def stand_in(path: str) -> Network:
+    """Every 64th pixel, turned at random."""
+    random = np.random.default_rng(0)
+    params = {"features": random.standard_normal((768, DIMS), np.float32) / 28}
+    params["logits"] = random.standard_normal((DIMS, CLASSES), np.float32) / 45
+
+    def apply(params: dict[str, Array], images: Array) -> tuple[Array, Array]:
+        pixels = images[:, ::64, ::64].reshape(len(images), -1).astype(jnp.float32)
+        found = jnp.tanh((pixels / 128 - 1) @ params["features"])
+        return found, found @ params["logits"]
+
+    return Network("inception", {}, DIMS, (3,), params, apply)
+
+
+def pictures(folder: pathlib.Path, n: int) -> None:
+    """Fills the folder with n files."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for i in range(n):
+        path = folder / f"{i:05d}.jpg"
+        if i < PICTURES:
+            small = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(small).resize((SIDE, SIDE)).save(path)
+        else:
+            os.link(folder / f"{i % PICTURES:05d}.jpg", path)
+
+
+def settings(folder: pathlib.Path, n: int) -> ConfigDict:
+    c = config.base()
+    c.codec.name, c.codec.patch = "pixel", 8
+    c.data.source, c.data.path, c.data.image_size = "folder", str(folder / "pictures"), SIDE
+    c.evaluate.network, c.evaluate.split, c.evaluate.images, c.evaluate.n = "inception", "all", "data:all", n
+    return c
+
+
+def peak() -> float:
+    """GiB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def run(folder: pathlib.Path, n: int) -> None:
+    """Prints the peaks, without what is held once the network is there."""
+    if not (folder / "pictures").exists():
+        pictures(folder / "pictures", n)
+    features.NETWORKS["inception"] = stand_in
+    features.extractor(stand_in(""))(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+    before = peak()
+    print(f"with the network: {before:.2f} GiB", flush=True)
+    c = settings(folder, n)
+    reference.run(c, str(folder))
+    print(f"reference of {n} images: {peak() - before:.2f} GiB more at most", flush=True)
+    evaluate.run(c, str(folder))
+    print(f"evaluation of {n} images: {peak() - before:.2f} GiB more at most", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=pathlib.Path, required=True)
+    parser.add_argument("--n", type=int, default=8000)
+    logging.set_verbosity(logging.ERROR)
+    given = parser.parse_args()
+    run(given.folder, given.n)
