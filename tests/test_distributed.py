@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -26,17 +27,20 @@ def settings():
     c = tiny.get_config("plain")
     c.mesh.data = c.mesh.fsdp = 2
     c.train.steps, c.train.log_every, c.train.checkpoint_every = STEPS, 1, 2
-    c.evaluate.n = 13
+    c.evaluate.n = c.train.evaluate_n = 13
+    c.train.evaluate_every = STEPS
     return c
 
 
-def start(processes, workdir, **environment):
+def start(processes, workdir, *flags, **environment):
     """Runs launch/local.sh to its end; four devices in all. Returns its exit status and what it printed."""
     c = settings()
-    names = ("mesh.data", "mesh.fsdp", "train.steps", "train.log_every", "train.checkpoint_every", "evaluate.n")
+    names = ("mesh.data", "mesh.fsdp", "train.steps", "train.log_every", "train.checkpoint_every")
+    names += ("evaluate.n", "train.evaluate_n")
     done = subprocess.run(
         ["launch/local.sh", str(processes), "--grace=1", "--", "--config=tests/tiny.py:plain", f"--workdir={workdir}"]
-        + [f"--config.{name}={c[name.split('.')[0]][name.split('.')[1]]}" for name in names],
+        + [f"--config.{name}={c[name.split('.')[0]][name.split('.')[1]]}" for name in names]
+        + [*flags],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
@@ -81,11 +85,12 @@ def put_classifier(workdir):
 
 
 def judged(workdir):
-    """Every score, and the features of the reference."""
+    """Every score of --mode=evaluate, those of the training's end, and the features of the reference."""
     (path,) = (workdir / "evaluations").glob("*.json")
-    scores = json.loads(path.read_text())["scores"]
+    scores = {name: score["value"] for name, score in json.loads(path.read_text())["scores"].items()}
+    (aside,) = (line for line in map(json.loads, (workdir / "metrics.jsonl").open()) if "scored" in line)
     with np.load(workdir / "reference.npz") as file:
-        return {name: score["value"] for name, score in scores.items()}, file["features"]
+        return scores, aside, file["features"]
 
 
 @pytest.fixture
@@ -93,9 +98,8 @@ def alone(tmp_path, monkeypatch):
     """The same run in this process, with all four devices."""
     devices = jax.devices()[:4]
     monkeypatch.setattr(jax, "devices", lambda *a: devices)
-    train.run(settings(), str(tmp_path / "alone"))
     put_classifier(tmp_path / "alone")
-    for mode in (sample, reference, evaluate):
+    for mode in (reference, train, sample, evaluate):
         mode.run(settings(), str(tmp_path / "alone"))
     return tmp_path / "alone"
 
@@ -113,8 +117,9 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
     stopped = final(workdir)[0]
     assert 6 <= stopped < STEPS, output
     put_classifier(workdir)
+    shutil.copy(alone / "reference.npz", workdir)  # which the processes make anew at their end
     before = set(workdir.glob("events.out.*"))
-    status, output = start(4, workdir, MADFORMER_SAMPLE="1")
+    status, output = start(4, workdir, f"--config.train.evaluate_every={STEPS}", MADFORMER_SAMPLE="1")
     assert status == 0, output
     assert f"going on from step {stopped}" in output
 
@@ -138,6 +143,7 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
         sorted(p.name.split("_n5_")[0] for p in (folder / "samples").rglob("*")) for folder in (workdir, alone)
     )
     assert names == expected_names
-    (scores, features), (expected_scores, expected_features) = judged(workdir), judged(alone)
+    (scores, aside, features), (expected_scores, expected_aside, expected_features) = judged(workdir), judged(alone)
     assert scores == pytest.approx(expected_scores, rel=2e-3)
+    assert aside == pytest.approx(expected_aside, rel=2e-3) and aside.items() >= {"step": STEPS, "scored": 13}.items()
     np.testing.assert_allclose(features, expected_features, rtol=1e-3, atol=1e-4)
