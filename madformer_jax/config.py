@@ -71,10 +71,11 @@ def base() -> ConfigDict:
     c.codec.dtype = "float32"  # of the VAE's computation
 
     c.data = ConfigDict()
-    c.data.source = "digits"  # digits | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
+    c.data.source = "digits"  # digits | drawings | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
     c.data.path = ""  # folder of images, tars or records; tfds: its data_dir
+    c.data.drawings = 20_000  # how many there are, over all splits
     c.data.split = "train"  # train | test, which training never sees | all; tfds has its own, prepared records theirs
-    c.data.test_share = 0.05  # of folder and webdataset, by a hash of each name; digits hold out a fifth
+    c.data.test_share = 0.05  # of folder, webdataset and drawings, by a hash of each name; digits hold out a fifth
     c.data.image_size = 256
     c.data.channels = 3
     c.data.crop = True  # centre crop to a square after the resize of the shorter side; False squeezes

@@ -56,6 +56,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "loss.clean": (0, math.inf),
     "loss.text": (0, math.inf),
     "codec.scaling_factor": (1e-6, math.inf),
+    "data.drawings": (1, math.inf),
     "data.channels": (1, math.inf),
     "data.test_share": (0, 1),
     "data.max_corrupt": (0, 1),

@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from madformer_jax import config, main
+from madformer_jax import config, limits, main
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 
@@ -35,6 +35,13 @@ def test_variants_of_depth_and_length(name, depth, blocks):
         c = read(f"{name}:D={depth},L={blocks}{tiny}")
         assert c.model.diffusion_depth / c.model.depth == depth / 28
         assert c.model.blocks == blocks
+
+
+@pytest.mark.parametrize("side", [32, 64, 128, 256])
+def test_drawings_have_as_many_tokens_a_block_at_every_size(side):
+    c = read(f"drawings.py:side={side}")
+    assert c.data.image_size == side and config.validate(c).tokens == 16
+    assert not limits.doubts(c)
 
 
 def test_ffhq_in_the_release_variant_has_the_release_s_parameters(reference):

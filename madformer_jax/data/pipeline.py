@@ -89,7 +89,7 @@ class _Load:
     def __call__(self, pick: Pick) -> Batch:
         skipped: Skipped = {}
         try:
-            arrays, labels, _ = _decoded(self._source.read(pick.record), self._table)
+            arrays, labels, *_ = _decoded(self._source.read(pick.record), self._table)
         except (preprocess.CorruptImageError, OSError, MemoryError):
             found = [self._readable(number, skipped) for number in pick.record.tolist()]
             arrays = {name: np.concatenate([one.arrays[name] for one in found]) for name in found[0].arrays}
@@ -200,11 +200,11 @@ def train_iterator(
       `close()` when done: it stops the workers.
 
     Raises:
-      ConfigError: as `describe`; the split is "test"; and, from `next`, when more than a share `data.max_corrupt` of the
+      ConfigError: as `describe`; the split is held out; and, from `next`, when more than a share `data.max_corrupt` of the
         records cannot be read. Up to then they are logged by name, and the next record stands in for each.
     """
-    if config.data.split == "test":
-        raise ConfigError("config.data.split='test' is held out: training must not see it.")
+    if config.data.split in ("test", "composition"):
+        raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
     source = sources.open_source(config)
     info = _describe(config, source)
     order = grain.MapDataset.range(info.records).seed(config.seed).shuffle().repeat()

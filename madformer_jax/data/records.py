@@ -1,8 +1,9 @@
 """Prepared data: ArrayRecord shards of images or VAE latents, and the manifest that vouches for them.
 
-A record is its arrays' raw bytes, one after the other in the layout of `dtype`, then the caption as UTF-8: reading one
-is `np.frombuffer`. Shards hold one record a chunk (group_size:1), uncompressed: noise-like float16 does not compress,
-and reading at random would pay for it (figures in docs/data.md). `--mode=prepare` writes them (`modes/prepare.py`).
+A record is its label, the attributes where the source has some, and its arrays, as raw bytes in the layout of `dtype`, then
+the caption as UTF-8: reading one is `np.frombuffer`. Shards hold one record a chunk (group_size:1), uncompressed: noise-like
+float16 does not compress, and reading at random would pay for it (figures in docs/data.md). `--mode=prepare` writes them
+(`modes/prepare.py`).
 
 ArrayRecord keeps a hash of every chunk and compares it at reading, so that a changed byte of a record or of the index at
 the shard's end is an error, never another image. The JSON files hold a hash of themselves.
@@ -49,11 +50,11 @@ class Shard(NamedTuple):
     skipped: Any  # name and reason of each; in the manifest, their number
 
 
-def dtype(kind: str, shape: tuple[int, ...]) -> np.dtype:
-    """Layout of a record: label, then "image" uint8 or "mean" and "logvar" float16, each of `shape`."""
-    if kind == "images":
-        return np.dtype([("label", "<i4"), ("image", "u1", shape)])
-    return np.dtype([("label", "<i4"), ("mean", "<f2", shape), ("logvar", "<f2", shape)])
+def dtype(kind: str, shape: tuple[int, ...], attributes: int = 0) -> np.dtype:
+    """Layout of a record: label, attributes, then "image" uint8 or "mean" and "logvar" float16, each of `shape`."""
+    about = [("label", "<i4"), *([("attributes", "<i4", (attributes,))] if attributes else [])]
+    arrays = [("image", "u1")] if kind == "images" else [("mean", "<f2"), ("logvar", "<f2")]
+    return np.dtype([*about, *((name, of, shape) for name, of in arrays)])
 
 
 # ---- writing
@@ -222,6 +223,7 @@ class Records(Source):
         self.manifest = content = manifest(folder)
         try:
             self.kind, self.classes, self.names = content["kind"], content["classes"], tuple(content["names"])
+            self.attributes = tuple((name, tuple(values)) for name, values in content.get("attributes", []))
             shards, shape = _shards(content), tuple(content["shape"])
             self.fingerprint = _fingerprint(content)
         except (KeyError, TypeError) as error:  # of format 1, which is not sealed
@@ -239,7 +241,7 @@ class Records(Source):
             if summed and not is_whole(path, shard, checksum=True):
                 raise ConfigError(f"{path} is damaged: {self._mend}.")
         self._ends = np.cumsum([shard.records for shard in shards])
-        self._dtype = dtype(self.kind, shape)
+        self._dtype = dtype(self.kind, shape, len(self.attributes))
         self._readers = _Readers(self._paths, self._mend)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -267,7 +269,8 @@ class Records(Source):
         rows = np.frombuffer(bytearray().join([record[:size] for record in found]), self._dtype)
         # Views of one buffer: an array for each field would double the time, nearly all of it in page faults.
         arrays = {name: rows[name] for name in self._dtype.names or ()}
-        return Examples(arrays, arrays.pop("label"), [record[size:].decode() for record in found])
+        label, attributes = arrays.pop("label"), arrays.pop("attributes", None)
+        return Examples(arrays, label, [record[size:].decode() for record in found], attributes)
 
     def _bytes(self, indices: np.ndarray) -> list[bytes]:
         shards = np.searchsorted(self._ends, indices, side="right")

@@ -18,6 +18,7 @@ class Examples(NamedTuple):
     arrays: dict[str, Any]  # "image": b encoded files, or uint8 (b, H, W, c); or "mean", "logvar": float16 (b, h, w, C)
     labels: np.ndarray  # int32 (b,)
     captions: list[str]  # "" where there is none
+    attributes: np.ndarray | None = None  # int32 (b, A), of a source that has some
 
 
 class Source(Protocol):
@@ -27,6 +28,7 @@ class Source(Protocol):
     classes: int  # labels run from 0 to classes - 1; 0: unlabelled, every label is 0
     names: tuple[str, ...]  # of the classes; () if unlabelled
     fingerprint: str  # says which records these are, wherever they lie
+    attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()  # name of each, and what its values 0, 1, ... are called
     manifest: Mapping[str, Any] | None = None  # of prepared records; see `records`
 
     def __len__(self) -> int: ...
@@ -58,6 +60,7 @@ class Part(Source):
 
     def __init__(self, source: Source, numbers: np.ndarray):
         self.kind, self.classes, self.names, self.manifest = source.kind, source.classes, source.names, source.manifest
+        self.attributes = source.attributes
         self._source, self._numbers = source, numbers
         self.fingerprint = fingerprint(
             [source.fingerprint, hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()]

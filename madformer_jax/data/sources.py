@@ -1,4 +1,4 @@
-"""The embedded, folder and tfds sources, and `open_source`, which finds the one that `config.data.source` names.
+"""The sources of digits, folders and tfds, and `open_source`, which finds the one that `config.data.source` names.
 
 A source reads; decoding and resizing is `preprocess`'s.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.data import records, tars
+from madformer_jax.data import drawings, records, tars
 from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, files_below, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
@@ -194,13 +194,15 @@ def open_source(config: ConfigDict) -> Source:
                 "prepare the other and give its folder as config.data.path."
             )
         return found
+    if data.source == "drawings":
+        return drawings.open_split(data.split, data.drawings, data.image_size, data.test_share)
     builders: dict[str, Callable[[], Digits | Folder | tars.Tars]] = {
         "digits": Digits,
         "folder": lambda: Folder(data.path),
         "webdataset": lambda: tars.Tars(data.path),
     }
     if data.source not in builders:
-        known = ", ".join([*builders, "arrayrecord", "tfds:<name>"])
+        known = ", ".join([*builders, "drawings", "arrayrecord", "tfds:<name>"])
         raise ConfigError(f"config.data.source={data.source!r} is unknown: one of {known} (docs/data.md).")
     if data.split not in SPLITS:
         raise ConfigError(f"config.data.split={data.split!r} is unknown: one of {', '.join(SPLITS)}.")

@@ -39,9 +39,8 @@ PLAN = "plan.json"
 class Encoder(NamedTuple):
     """A VAE that encodes."""
 
-    encode: Callable[
-        [np.ndarray], tuple[Any, Any]
-    ]  # images (batch, H, W, c) in [-1, 1] -> mean, logvar (batch, h, w, C)
+    # images (batch, H, W, c) in [-1, 1] -> mean, logvar (batch, h, w, C)
+    encode: Callable[[np.ndarray], tuple[Any, Any]]
     batch: int  # images that it takes at once
     weights: str  # their fingerprint
 
@@ -53,6 +52,7 @@ class Decoded(NamedTuple):
     pixels: np.ndarray | None
     label: int = 0
     caption: str = ""
+    attributes: Any = ()
     reason: str = ""
 
 
@@ -94,12 +94,8 @@ def run(
             plan = _plan(config, source, table, encoder)
             _check_plan(folder, plan)
             mine = range(process_index, plan["shards"], process_count)
-            with tqdm(
-                total=sum(len(_indices(plan, k)) for k in mine),
-                desc=f"preparing {plan['kind']}",
-                unit="image",
-                disable=process_index != 0,
-            ) as bar:
+            total, silent = sum(len(_indices(plan, k)) for k in mine), process_index != 0
+            with tqdm(total=total, desc=f"preparing {plan['kind']}", unit="image", disable=silent) as bar:
                 shards = _finished(folder, plan, mine, bar)
                 todo = [k for k in mine if k not in shards]
                 logging.info(
@@ -148,6 +144,7 @@ def _plan(config: ConfigDict, source: Source, table: preprocess.Table, encoder: 
         "files": source.fingerprint,
         "shard": p.shard,
         "shards": -(-len(source) // p.shard),
+        **({"attributes": [[name, [*values]] for name, values in source.attributes]} if source.attributes else {}),
     }
 
 
@@ -260,7 +257,8 @@ def _decode(
         name = source.name(index)
         try:
             found = pipeline.read_one(source, table, index)
-            return Decoded(name, found.arrays["image"][0], int(found.labels[0]), found.captions[0])
+            attributes = () if found.attributes is None else found.attributes[0]
+            return Decoded(name, found.arrays["image"][0], int(found.labels[0]), found.captions[0], attributes)
         except OSError as error:  # the disk's fault, not the image's: nothing to skip
             raise ConfigError(f"{name} cannot be read: {error}") from error
         except preprocess.CorruptImageError as error:
@@ -302,8 +300,8 @@ def _write(
             skipped += [[image.name, image.reason] for image in images if image.pixels is None]
             good = [image for image in images if image.pixels is not None]
             if good:
-                rows = _rows(good, fields, plan["kind"])
-                shape = list(rows.dtype[1].shape)
+                rows = _rows(good, fields, plan)
+                shape = list(rows.dtype[-1].shape)
                 with records.write_errors():
                     for image, copies in zip(good, rows):
                         for row in copies:
@@ -343,7 +341,7 @@ def _copies(pixels: np.ndarray, plan: dict[str, Any]) -> list[np.ndarray]:
     return [pixels, pixels[:, :, ::-1]] if plan["flip"] else [pixels]
 
 
-def _rows(images: list[Decoded], fields: list[dict[str, Any]], kind: str) -> np.ndarray:
+def _rows(images: list[Decoded], fields: list[dict[str, Any]], plan: dict[str, Any]) -> np.ndarray:
     """Records (images, 1, or 2 with flipped copies) in the layout of `records.dtype`.
 
     Raises:
@@ -351,12 +349,13 @@ def _rows(images: list[Decoded], fields: list[dict[str, Any]], kind: str) -> np.
     """
     arrays = [{name: np.asarray(x)[: len(images)] for name, x in copy.items()} for copy in fields]
     shape = next(iter(arrays[0].values())).shape[1:]
-    rows = np.zeros((len(images), len(arrays)), records.dtype(kind, shape))
-    rows["label"] = np.array([image.label for image in images])[:, None]
+    rows = np.zeros((len(images), len(arrays)), records.dtype(plan["kind"], shape, len(plan.get("attributes", []))))
+    for name in set(rows.dtype.names or ()) & {"label", "attributes"}:
+        rows[name] = np.array([getattr(image, name) for image in images])[:, None]
     for i, copy in enumerate(arrays):
         for name, values in copy.items():
             rows[name][:, i] = values
-    if kind == "latents":
+    if plan["kind"] == "latents":
         bad = ~(np.isfinite(rows["mean"]) & np.isfinite(rows["logvar"])).all((1, 2, 3, 4))
         if bad.any():
             name = images[int(np.argmax(bad))].name

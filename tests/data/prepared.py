@@ -44,7 +44,7 @@ def prepared(config, out):
 def ids(config, out) -> list[int]:
     """Numbers of the images that a prepared folder holds, in order."""
     found = sources.open_source(prepared(config, out))
-    images, labels, _ = found.read(np.arange(len(found)))
+    images, labels, *_ = found.read(np.arange(len(found)))
     numbers = images["image"][:, 0, 0, 0] + 256 * images["image"][:, 0, 0, 1].astype(int)
     assert (labels == numbers % 2).all()
     return numbers.tolist()

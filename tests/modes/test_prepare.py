@@ -78,7 +78,7 @@ def test_latents_hold_mean_and_logvar_of_every_image(config, out):
     prepare.run(config, out, encoder=ENCODER)
     c = prepared(config, out)
     assert pipeline.describe(c)[:4] == (21, 2, (2, 2, 4), "latents")
-    arrays, labels, _ = records.Records(out).read(np.arange(21))
+    arrays, labels, *_ = records.Records(out).read(np.arange(21))
     assert arrays.keys() == {"mean", "logvar"}
     assert arrays["mean"].dtype == np.float16 and arrays["mean"].shape == (21, 2, 2, 4)
     np.testing.assert_array_equal(np.rint((arrays["mean"][:, 0, 0, 0] + 1) * 127.5), GOOD)
@@ -101,7 +101,7 @@ def test_every_batch_to_the_encoder_has_one_size(config, out):
 def test_flipped_copies_stand_beside_their_originals(config, out):
     config.prepare.kind, config.prepare.flip = "latents", True
     prepare.run(config, out, encoder=ENCODER)
-    arrays, labels, _ = records.Records(out).read(np.arange(42))
+    arrays, labels, *_ = records.Records(out).read(np.arange(42))
     original, flipped = arrays["mean"][::2], arrays["mean"][1::2]
     np.testing.assert_array_equal(flipped, original[:, :, ::-1])
     assert (original[:, :, 0, 1] < original[:, :, 1, 1]).all()

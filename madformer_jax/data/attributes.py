@@ -1,0 +1,234 @@
+"""What can be seen on a drawing, as numbers with English names: one table for all styles of the source `drawings`.
+
+dicebear says of every picture which options were drawn ("topVariant": "hornsIn", "bodyColor": "#7dd3fc"). An attribute takes
+one of them, or the colour that this variant is painted in, and gives it a plain name; two variants that look alike share one.
+Value 0 is "none": the picture has no such thing. Left out is what can hardly be seen at 64 x 64 (nose, brows, shoes,
+trousers, stars, shapes of hills) and what is no thing (shifts and turns).
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Attribute = tuple[str, tuple[str, ...]]  # its name, and what its values are called
+
+# ---- colours
+
+# Samples of what English calls by these names, tuned on the styles' palettes; a colour is called as the nearest of them.
+_COLOURS = {
+    "white": "ffffff e6ebf2", "light grey": "d4d4d4", "grey": "8c8c8c", "dark grey": "4a4a4a", "black": "1c1d24",
+    "pale pink": "ffdbe0", "pink": "ec8ab5 fda4af f0abfc e64980", "red": "d43a45", "salmon": "e8836a d99277", "rust": "b8583c",
+    "pale orange": "ffe2c6", "light orange": "ffb878", "orange": "f28c38 fd9565", "dark orange": "b5561c",
+    "pale yellow": "faf0cc", "yellow": "f2c22e", "gold": "c79a34 e0bd6a",
+    "lime": "bef264", "pale green": "dcefd0", "light green": "b0d69a", "green": "62b560 508659", "olive": "8f8a3c",
+    "dark green": "2f5d38 0b3533",
+    "pale turquoise": "d4f4f0", "turquoise": "3cc0b0 72b0a4", "dark turquoise": "0f5f60 032c34",
+    "pale blue": "d6ebfa", "light blue": "8cc8ee a5ccd8", "blue": "3b82d8 1d4ed8 4c6ef5 4a6fa5", "dark blue": "23406e 12263a",
+    "pale purple": "e6ddf8", "light purple": "bba8f0", "purple": "8a5fd0", "dark purple": "4a2468 361b34",
+    "magenta": "c22a90", "beige": "e6d6b8", "light brown": "c4956a", "brown": "8a5a34", "dark brown": "5a3a26",
+}  # fmt: skip
+_SKINS = {"light": "f5d0b0", "tan": "dda878", "brown": "a5683f", "dark": "6f4220"}
+_NAMES = {"colours": _COLOURS, "skins": _SKINS}
+
+
+def _lab(colour: str) -> np.ndarray:
+    """CIELAB coordinates (3,) of an sRGB colour "rrggbb" under D65, where distance is near to difference for the eye."""
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    xyz = np.array(to_xyz) @ linear / [0.95047, 1, 1.08883]
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@functools.cache
+def nearest(colour: str, names: str = "colours") -> str:
+    """What a colour "#rrggbb" is called."""
+    here = _lab(colour.removeprefix("#"))
+    return min(_NAMES[names], key=lambda name: min(np.linalg.norm(_lab(x) - here) for x in _NAMES[names][name].split()))
+
+
+# ---- attributes
+
+
+class Words(NamedTuple):
+    """An attribute that is a variant of an option, by what it is called."""
+
+    option: str
+    words: dict[str, str]
+
+
+class Colour(NamedTuple):
+    """An attribute that is the colour of a part: `colour`, or the one that `others` has for the part's variant."""
+
+    colour: str | None  # its option; None: only some variants have a colour of their own
+    part: str = ""  # the option of the part, without which there is no colour
+    others: Mapping[str, str] = {}
+    names: str = "colours"
+
+
+def _words(option: str, same: str = "", **others: str) -> Words:
+    """Variants that are called as dicebear calls them, and the others."""
+    return Words(option, dict(zip(same.split(), same.split())) | others)
+
+
+_HATS = dict.fromkeys(("cap", "beanie", "animalEars", "bunnyEars"), "hatColor")
+_ACCENTED = dict.fromkeys(("curl", "antenna", "loop", "crest", "pellet", "tuft"), "accentColor")
+_OWN = dict.fromkeys(("jacket", "coat", "dress", "suit"), "jacketColor") | {"overalls": "pantsColor"}
+
+# style, in the order of the classes -> attribute -> where it comes from
+STYLES: dict[str, dict[str, Words | Colour]] = {
+    "clay": {
+        "colour": Colour("bodyColor"),
+        "background": Colour("backgroundColor"),
+        "body": _words(
+            "bodyVariant", "pear boulder loaf column gumdrop dollop slug egg blob bell cube",
+            stack="snowman", squat="mound", lean="leaning egg",
+        ),
+        "top": _words(
+            "topVariant", "horns nub curl spikes loop peak swirl tuft",
+            antenna="antennae", ears="round ears", crest="row of beads", pellet="bead", hornsSmall="small horns",
+        ),
+        "top colour": Colour(None, "topVariant", _ACCENTED),
+        "pattern": _words(
+            "patternVariant", "spiral buttons stitches patch coil freckles",
+            prints="dents", pellets="pellets", checker="squares", zig="zigzag",
+        ),
+        "eyes": _words(
+            "eyesVariant", googly="googly eyes", even="round eyes", big="big eyes", tiny="tiny eyes", mono="one eye",
+            trio="three eyes", side="sidelong eyes", outward="wandering eyes", inward="crossed eyes", dots="dot eyes",
+            happy="happy eyes", wink="winking eye", down="lowered eyes", up="raised eyes", pinprick="pinprick pupils",
+        ),
+        "mouth": _words(
+            "mouthVariant", "smile frown pout smirk laugh",
+            teeth="sharp teeth", o="round mouth", line="straight mouth", wavy="wavy mouth", open="open mouth",
+            toothy="toothy smile", tongue="tongue", grin="buck teeth", zigzag="zigzag mouth", dot="tiny mouth",
+            cat="cat mouth", smileBig="wide smile", uu="curly mouth", openSmall="small open mouth",
+            smileTongue="cheeky smile",
+        ),
+    },
+    "critters": {
+        "colour": Colour("bodyColor"),
+        "background": Colour("backgroundColor"),
+        "body": _words(
+            "bodyVariant", "dome block tower chimney blob peak bell wedge",
+            squat="mound", round="ball", tilt="tilted dome", lean="leaning dome", wedgeInv="bucket", steps="staircase",
+        ),
+        "top": _words(
+            "topVariant", "horns spike antenna antennae spikes fin crown sprout nub bobble",
+            hornsIn="curved horns", hornsSmall="small horns", earsRound="round ears", earsPointy="pointed ears",
+            earsDroop="long ears",
+        ),
+        "top colour": Colour("accentColor", "topVariant"),
+        "pattern": _words(
+            "patternVariant", "dots speckles bar bars spot stripes chevron",
+            belly="pale belly", dotRow="row of dots", ring="circle",
+        ),
+        "eyes": _words(
+            "eyesVariant", round="round eyes", dots="dot eyes", bigPupils="wide pupils", sideeye="sidelong eyes",
+            inward="crossed eyes", mono="one eye", uneven="uneven eyes", trio="three eyes", threeRow="three eyes in a row",
+            four="four eyes", happy="happy eyes", closedLine="closed eyes", wink="winking eye", squint="squinting eyes",
+            wide="wide eyes", sleepy="sleepy eyes", angry="angry eyes", monoSleepy="one sleepy eye", close="close-set eyes",
+        ),
+        "mouth": _words(
+            "mouthVariant", "smile laugh smirk frown",
+            tinySmile="small smile", grin="open mouth", teeth="buck teeth", ooh="round mouth", line="straight mouth",
+            wavy="wavy mouth", catMouth="cat mouth", zigzag="zigzag mouth", sad="pout", slant="slanted mouth",
+            dot="tiny mouth", open="gaping mouth", tooth="single tooth", tongue="cheeky smile", blep="tongue",
+        ),
+        "cheeks": _words("cheeksVariant", "freckles", blush="blush", blushBig="deep blush"),
+    },
+    "planets": {
+        "colour": Colour("planetColor"),
+        "background": Colour("backgroundColor"),
+        "pattern": _words(
+            "surfaceVariant", banded="bands", belted="belts", cratered="craters", swirl="swirls", cap="polar caps",
+            spotted="storm", marbled="clouds", cracked="cracks", terra="continents", speckled="speckles",
+        ),
+        "ring": _words("ringVariant", thin="thin ring", double="double ring", bold="broad ring"),
+        "moons": _words("moonsVariant", one="moon", two="two moons", tiny="tiny moon"),
+    },
+    "landscape": {
+        "background": Colour("backgroundColor"),
+        "sun": _words("orbVariant", sun="sun", ring="hollow sun", glow="sun with a halo"),
+        "sun colour": Colour("orbColor", "orbVariant"),
+        "far hills": Colour("hill1Color"),
+        "middle hills": Colour("hill2Color"),
+        "near hills": Colour("hill3Color"),
+        "ground": Colour("hill4Color"),
+    },
+    "voxel-art": {
+        "colour": Colour("shirtColor", "outfitVariant", _OWN),
+        "background": Colour("backgroundColor"),
+        "outfit": _words(
+            "outfitVariant", "jacket overalls hoodie coat dress suit",
+            plain="shirt", stripes="striped shirt", checker="shirt under a checkered jacket", tie="shirt with a tie",
+        ),
+        "skin": Colour("skinColor", names="skins"),
+        "top": _words(
+            "topVariant", "mohawk buns ponytail bob braids cap beanie afro",
+            short="short hair", spiky="spiky hair", bowl="bowl cut", sideSwept="swept hair", curly="curly hair",
+            shoulderLength="shoulder-length hair", longStraight="long hair", longWavy="wavy hair", partedLong="parted hair",
+            twinTails="twin tails", animalEars="animal ears", bunnyEars="bunny ears", halfShaved="half-shaved hair",
+        ),
+        "top colour": Colour("hairColor", "topVariant", _HATS),
+        "eyes": _words(
+            "eyesVariant", open="round eyes", soft="soft eyes", happy="happy eyes", sleepy="sleepy eyes",
+            side="sidelong eyes", closed="closed eyes", wide="wide eyes", star="starry eyes",
+        ),
+        "mouth": _words(
+            "mouthVariant", "smile tongue smirk laugh frown grin",
+            bigSmile="toothy smile", flat="straight mouth", ooh="round mouth", wideSmile="wide smile",
+        ),
+        "glasses": _words(
+            "glassesVariant", round="round glasses", square="square glasses", shades="sunglasses", cat="cat-eye glasses",
+            visor="visor",
+        ),
+        "beard": _words("beardVariant", "goatee stubble", full="full beard", mustache="moustache"),
+        "cheeks": _words("cheeksVariant", "blush freckles", pixel="blush"),
+    },
+}  # fmt: skip
+
+
+def _table() -> tuple[Attribute, ...]:
+    values: dict[str, list[str]] = {}
+    for style in STYLES.values():
+        for name, origin in style.items():
+            values.setdefault(name, ["none"]).extend(
+                _NAMES[origin.names] if isinstance(origin, Colour) else origin.words.values()
+            )
+    return tuple((name, tuple(dict.fromkeys(found))) for name, found in values.items())
+
+
+ATTRIBUTES = _table()
+
+
+def read(style: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """The attributes of a drawing, without those that are "none", by the options that dicebear says were drawn.
+
+    Raises:
+      KeyError: a variant is none of ours: another version of the styles.
+    """
+    found = {}
+    for name, origin in STYLES[style].items():
+        if isinstance(origin, Words):
+            if (variant := options.get(origin.option)) is not None:
+                found[name] = origin.words[variant]
+            continue
+        variant = options.get(origin.part)
+        option = origin.colour if variant is None else origin.others.get(variant, origin.colour)
+        if option and (variant is not None or not origin.part):
+            found[name] = nearest(options[option][0], origin.names)
+    return found
+
+
+def numbers(found: Mapping[str, str]) -> np.ndarray:
+    """Attributes as numbers, int32 (A,), in the order of `ATTRIBUTES`."""
+    return np.array([values.index(found.get(name, "none")) for name, values in ATTRIBUTES], np.int32)
+
+
+def words(row: np.ndarray) -> dict[str, str]:
+    """The attributes that a row of numbers (A,) says, without those that are "none"."""
+    return {name: values[k] for (name, values), k in zip(ATTRIBUTES, row.tolist()) if k}

@@ -1,0 +1,71 @@
+"""A plain English sentence for a drawing, made of its attributes and nothing else."""
+
+from collections.abc import Mapping
+
+PHRASINGS = 3
+
+_PARTS = (
+    "top", "pattern", "ring", "moons", "sun", "glasses", "beard", "cheeks", "eyes", "mouth",
+)  # in the order in which they are named  # fmt: skip
+_UNCOUNTED = ("hair", "stubble", "blush", "antennae")
+
+
+def caption(style: str, words: Mapping[str, str], phrasing: int) -> str:
+    """The sentence.
+
+    Args:
+      style: the drawing's class.
+      words: its attributes without those that are "none".
+      phrasing: which of `PHRASINGS` ways to say it.
+    """
+    seen = [name for name in _PARTS if name in words and not (name == "eyes" and words.get("glasses") == "sunglasses")]
+    parts = [_part(name, words) for name in seen]
+    listed = ", ".join(parts[:-2] + [" and ".join(parts[-2:])])
+    have = f" with {listed}" if listed else ""
+    what, where = _subject(style, words), _place(style, words)
+    match phrasing % PHRASINGS:
+        case 0:
+            return f"{what}{have}, {where}"
+        case 1:
+            return f"{where}, {what}{have}"
+        case _:
+            return f"{what} {where}{',' if have else ''}{have}"
+
+
+def _subject(style: str, words: Mapping[str, str]) -> str:
+    if style == "landscape":
+        hills = f"{words['far hills']}, {words['middle hills']} and {words['near hills']} hills"
+        return f"{hills} behind {words['ground']} ground"
+    if style == "voxel-art":
+        return f"a blocky person with {words['skin']} skin in {_a(words['colour'] + ' ' + words['outfit'])}"
+    if style == "planets":
+        return _a(words["colour"] + " planet")
+    kind = {"clay": "clay monster", "critters": "critter"}[style]
+    return f"{_a(words['colour'] + ' ' + kind)} shaped like {_a(words['body'])}"
+
+
+def _place(style: str, words: Mapping[str, str]) -> str:
+    colour = words["background"]
+    if style == "planets":
+        return f"in {_a(colour + ' sky')}"
+    return f"under {_a(colour + ' sky')}" if style == "landscape" else f"on {colour}"
+
+
+def _part(name: str, words: Mapping[str, str]) -> str:
+    colour = words.get(f"{name} colour")
+    if colour is None:
+        return _a(words[name])
+    noun = words[name]
+    if noun.endswith(" hair"):  # "short brown hair", but "brown bunny ears"
+        return f"{noun.removesuffix('hair')}{colour} hair"
+    return _a(f"{colour} {noun}")
+
+
+def _a(noun: str) -> str:
+    """A noun with its article, where it takes one."""
+    head = noun.split(" with ")[0].split(" under ")[0].split(" in ")[0].split(" of ")[0]
+    if (head.endswith("s") and not head.endswith("ss")) or head.endswith(_UNCOUNTED) or head.endswith("teeth"):
+        return noun
+    if head.startswith("one "):
+        return noun
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

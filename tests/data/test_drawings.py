@@ -1,0 +1,237 @@
+"""The source `drawings`: the same pictures at every size and on every machine, and what is said of them is true."""
+
+import hashlib
+import importlib.metadata
+import itertools
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from madformer_jax import config as config_lib
+from madformer_jax.data import attributes, captions, drawings, pipeline, preprocess, sources
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import prepare
+from tests.data.prepared import prepared
+
+# of dicebear-core 10.7.0, dicebear-styles 10.6.0 and resvg-py 0.5.0
+FIRST_HUNDRED = "e445ff91f09f1d8bbdae6413dbb6cf6f150e2aba65ebc8a194b667f00279e2b8"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache, of 5 pictures a file, which this process draws."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(drawings, "_FILE", 5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    drawings._open.cache_clear()
+    yield tmp_path / "cache" / "madformer_jax" / "drawings"
+    drawings._open.cache_clear()
+
+
+def make_config(split="train", count=5, size=32):
+    c = config_lib.base()
+    c.data.source, c.data.split, c.data.drawings, c.data.image_size = "drawings", split, count, size
+    return c
+
+
+def pixels(number: int, size: int) -> np.ndarray:
+    return preprocess.Table(size, 3, crop=True).pixels(drawings.draw(0, number, size).png)
+
+
+def test_the_first_hundred_are_the_same_on_every_machine():
+    digest = hashlib.sha256(b"".join(pixels(number, 64).tobytes() for number in range(100)))
+    assert digest.hexdigest() == FIRST_HUNDRED
+
+
+def test_every_size_shows_the_same_pictures():
+    """Mean absolute difference after averaging the larger one, in 255ths."""
+    for number in range(10):
+        at = {size: pixels(number, size).astype(np.float32) for size in (32, 64, 128, 256)}
+        for small, large in itertools.combinations(at, 2):
+            k = large // small
+            averaged = at[large].reshape(small, k, small, k, 3).mean((1, 3))
+            assert np.abs(averaged - at[small]).mean() < 1.5, (number, small, large)
+        assert at[64].std() > 10
+
+
+def test_pictures_of_other_seeds_and_numbers_differ():
+    assert len({drawings.draw(*at, 16).png for at in [(0, 0), (1, 0), (0, 5), (0, 50)]}) == 4
+
+
+def test_all_styles_are_dedicated_to_the_public_domain():
+    assert {drawings._style(name).meta().license().name() for name in drawings.STYLES} == {"CC0 1.0"}
+
+
+# ---- what is said of them
+
+
+def test_attributes_are_what_dicebear_drew():
+    """Every option whose variants or colours have names is among them, and says what the picture's does."""
+    from dicebear import Avatar
+
+    for number in range(60):
+        style = drawings.STYLES[number % 5]
+        options = Avatar(drawings._style(style), {"seed": f"0/{number}"}).to_json()["options"]
+        words = drawings.draw(0, number, 16).words
+        assert attributes.words(attributes.numbers(words)) == words
+        for name, origin in attributes.STYLES[style].items():
+            if isinstance(origin, attributes.Words):
+                assert words.get(name) == origin.words.get(options.get(origin.option))
+        assert words["background"] == attributes.nearest(options["backgroundColor"][0])
+    assert words.keys() <= {name for name, _ in attributes.ATTRIBUTES}
+
+
+def test_every_variant_and_colour_of_the_styles_has_a_name():
+    for style, named in attributes.STYLES.items():
+        components, colours = drawings._style(style).components(), drawings._style(style).colors()
+        for origin in named.values():
+            if isinstance(origin, attributes.Words):
+                variants = components[origin.option.removesuffix("Variant")].variants()
+                assert origin.words.keys() == variants.keys()
+            else:
+                options = {origin.colour, *origin.others.values()} - {None}
+                assert {option.removesuffix("Color") for option in options} <= colours.keys()
+    for colour, name in {"#ff0000": "red", "#1d4ed8": "blue", "#ffffff": "white", "#3cc0b0": "turquoise"}.items():
+        assert attributes.nearest(colour) == name
+
+
+def test_captions_say_all_attributes_and_no_others():
+    """Each value that is not "none" stands in the sentence, and the sentence of other values differs."""
+    for number in range(100):
+        words = drawings.draw(0, number, 16).words
+        found = [captions.caption(drawings.STYLES[number % 5], words, k) for k in range(captions.PHRASINGS)]
+        assert len(set(found)) == captions.PHRASINGS
+        for text, (name, value) in itertools.product(found, words.items()):
+            hidden = name == "eyes" and words.get("glasses") == "sunglasses"
+            assert hidden != all(part in text for part in value.split()), (text, name, value)
+        assert "none" not in found[0]
+
+
+def test_a_caption_in_each_phrasing():
+    words = {"colour": "purple", "body": "slug", "top": "horns", "eyes": "googly eyes", "mouth": "open mouth"}
+    words["background"] = "pale yellow"
+    monster = "a purple clay monster shaped like a slug"
+    have = "with horns, googly eyes and an open mouth"
+    assert [captions.caption("clay", words, k) for k in range(3)] == [
+        f"{monster} {have}, on pale yellow",
+        f"on pale yellow, {monster} {have}",
+        f"{monster} on pale yellow, {have}",
+    ]
+    words = {"colour": "orange", "background": "dark blue"}
+    assert captions.caption("planets", words, 2) == "an orange planet in a dark blue sky"
+
+
+# ---- splits
+
+
+def test_splits_are_disjoint_and_combinations_held_out():
+    c = make_config("all", count=60, size=16)
+    c.data.test_share = 0.2
+    whole = sources.open_source(c)
+    numbers, pairs = {}, {}
+    for c.data.split in ("train", "test", "composition"):
+        part = sources.open_source(c)
+        numbers[c.data.split] = {int(part.name(i).split("/")[-1]) for i in range(len(part))}
+        found = part.read(np.arange(len(part)))
+        words = [attributes.words(row) for row in found.attributes]
+        names = [part.names[label] for label in found.labels]
+        pairs[c.data.split] = {(k, *(w.get(name) for name in drawings.PAIRS[k])) for k, w in zip(names, words)}
+        assert part.attributes == whole.attributes == attributes.ATTRIBUTES
+    assert sorted(itertools.chain(*numbers.values())) == list(range(60)) and all(numbers.values())
+    assert not pairs["composition"] & (pairs["train"] | pairs["test"])
+    assert len(numbers["test"]) < 25 and len(numbers["composition"]) < 15
+    for c.data.split in ("test", "composition"):
+        with pytest.raises(ConfigError, match=f"split='{c.data.split}' is held out"):
+            pipeline.train_iterator(c, batch=2)
+
+
+def test_more_pictures_leave_the_others_in_their_split():
+    few, many = (drawings.Drawings(n, 16).parts(0.2) for n in (10, 20))
+    np.testing.assert_array_equal(few, many[:10])
+
+
+# ---- the cache
+
+
+def test_pictures_are_read_as_they_are_drawn():
+    source = sources.open_source(make_config("all", count=8))
+    found = pickle.loads(pickle.dumps(source)).read(np.array([7, 2, 5]))
+    table = preprocess.Table(32, 3, crop=True)
+    np.testing.assert_array_equal(table.batch(found.arrays["image"]), [pixels(number, 32) for number in (7, 2, 5)])
+    assert found.labels.tolist() == [2, 2, 0] and len(source) == 8 and source.names == drawings.STYLES
+    words = [drawings.draw(0, number, 16).words for number in (7, 2, 5)]
+    assert [attributes.words(row) for row in found.attributes] == words
+    assert found.captions == [captions.caption(drawings.STYLES[k % 5], w, k // 5) for k, w in zip((7, 2, 5), words)]
+
+
+def test_several_processes_draw_what_is_missing_and_damaged(cache, caplog, monkeypatch):
+    wanted = drawings.Drawings(20, 16).read(np.arange(20))
+    files = sorted(cache.glob("*/*.npz"))
+    kept = [files[k].stat().st_ino for k in (0, 3)]
+    with open(files[1], "r+b") as file:
+        file.seek(500)
+        file.write(b"damage")
+    os.truncate(files[2], 100)
+    drawings._open.cache_clear()
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    found = drawings.Drawings(20, 16).read(np.arange(20))
+    assert found.arrays == wanted.arrays and found.captions == wanted.captions
+    assert caplog.text.count("is damaged") == 2
+    assert sorted(cache.glob("*/*")) == sorted([*files, files[0].with_name("lock")])  # no half file
+    assert [files[k].stat().st_ino for k in (0, 3)] == kept
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cache_that_cannot_be_written_is_told_in_a_line(cache, processes, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: processes)
+    folder = cache / f"{drawings.key(0)[:16]}-16"
+    (folder / "00000000.npz" / "in its way").mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match="cannot keep its pictures in .*: (Is a directory|Directory not empty)"
+    ) as caught:
+        drawings.Drawings(10, 16)
+    assert "\n" not in str(caught.value)
+
+
+# ---- prepared
+
+
+def test_prepared_drawings_keep_attributes_and_captions(tmp_path):
+    c = make_config("all", count=5, size=16)
+    c.model.blocks = c.model.unet_stride = 1
+    c.prepare.shard, c.prepare.flip = 3, True
+    prepare.run(c, str(tmp_path / "out"))
+    found, drawn = sources.open_source(prepared(c, str(tmp_path / "out"))), sources.open_source(c)
+    assert found.attributes == drawn.attributes and found.names == drawn.names
+    numbers = np.arange(5).repeat(2)
+    records, wanted = found.read(np.arange(10)), drawn.read(numbers)
+    np.testing.assert_array_equal(records.attributes, wanted.attributes)
+    assert records.captions == wanted.captions and records.labels.tolist() == numbers.tolist()
+    np.testing.assert_array_equal(records.arrays["image"][4], pixels(2, 16))
+
+
+# ---- errors
+
+
+def test_wrong_use_is_told_in_a_line(monkeypatch):
+    with pytest.raises(ConfigError, match="split='tset' is unknown: drawings have train, test, composition, all"):
+        sources.open_source(make_config("tset"))
+    with pytest.raises(ConfigError, match="image_size=8 is too small for drawings: at least 16"):
+        sources.open_source(make_config(size=8))
+    with pytest.raises(ConfigError, match="split='composition' is empty"):
+        sources.open_source(make_config("composition", count=1))
+    monkeypatch.setitem(attributes.STYLES["clay"], "body", attributes.Words("bodyVariant", {}))
+    with pytest.raises(ConfigError, match="draw 'squat' in clay, which has no name here: install"):
+        drawings.draw(0, 0, 16)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    drawings._versions.cache_clear()
+    with pytest.raises(ConfigError, match="needs a package: pip install dicebear-core"):
+        sources.open_source(make_config())
