@@ -7,6 +7,7 @@ trousers, stars, shapes of hills) and what is no thing (shifts and turns).
 """
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,16 +19,20 @@ Attribute = tuple[str, tuple[str, ...]]  # its name, and what its values are cal
 
 # Samples of what English calls by these names, tuned on the styles' palettes; a colour is called as the nearest of them.
 _COLOURS = {
-    "white": "ffffff e6ebf2", "light grey": "d4d4d4", "grey": "8c8c8c", "dark grey": "4a4a4a", "black": "1c1d24",
-    "pale pink": "ffdbe0", "pink": "ec8ab5 fda4af f0abfc e64980", "red": "d43a45", "salmon": "e8836a d99277", "rust": "b8583c",
-    "pale orange": "ffe2c6", "light orange": "ffb878", "orange": "f28c38 fd9565", "dark orange": "b5561c",
-    "pale yellow": "faf0cc", "yellow": "f2c22e", "gold": "c79a34 e0bd6a",
-    "lime": "bef264", "pale green": "dcefd0", "light green": "b0d69a", "green": "62b560 508659", "olive": "8f8a3c",
+    "white": "ffffff e2e8f0 f8f1e5 e8edf0", "light grey": "d4d4d4 ece8e2", "grey": "8c8c8c", "dark grey": "4a4a4a",
+    "black": "1c1d24 2c222b 3b2f2f",
+    "pale pink": "ffdbe0 f4e4ef f7e3d9", "pink": "ec8ab5 fda4af f0abfc e64980", "magenta": "c22a90 be185d",
+    "red": "d43a45", "salmon": "e8836a d99277", "rust": "b8583c c4795c",
+    "pale orange": "ffe2c6 f4e8d4", "light orange": "ffb878", "orange": "f28c38 fd9565", "dark orange": "b5561c",
+    "pale yellow": "faf0cc", "yellow": "f2c22e", "gold": "c79a34 e0bd6a", "lime": "bef264", "olive": "8f8a3c",
+    "pale green": "dcefd0 e3efe9 eff0da", "light green": "b0d69a 84ae85", "green": "62b560 508659",
     "dark green": "2f5d38 0b3533",
-    "pale turquoise": "d4f4f0", "turquoise": "3cc0b0 72b0a4", "dark turquoise": "0f5f60 032c34",
-    "pale blue": "d6ebfa", "light blue": "8cc8ee a5ccd8", "blue": "3b82d8 1d4ed8 4c6ef5 4a6fa5", "dark blue": "23406e 12263a",
-    "pale purple": "e6ddf8", "light purple": "bba8f0", "purple": "8a5fd0", "dark purple": "4a2468 361b34",
-    "magenta": "c22a90", "beige": "e6d6b8", "light brown": "c4956a", "brown": "8a5a34", "dark brown": "5a3a26",
+    "pale turquoise": "d4f4f0 a3d2ce", "turquoise": "3cc0b0 72b0a4", "dark turquoise": "0f5f60 032c34",
+    "pale blue": "d6ebfa e2ecf4", "light blue": "8cc8ee a5ccd8", "blue": "3b82d8 1d4ed8 4c6ef5 4a6fa5",
+    "dark blue": "23406e 12263a",
+    "pale purple": "e6ddf8 e9e7f4", "light purple": "bba8f0 c083d2", "purple": "8a5fd0 6d28d9 7950f2",
+    "dark purple": "4a2468 361b34",
+    "beige": "e6d6b8", "light brown": "c4956a", "brown": "8a5a34", "dark brown": "5a3a26",
 }  # fmt: skip
 _SKINS = {"light": "f5d0b0", "tan": "dda878", "brown": "a5683f", "dark": "6f4220"}
 _NAMES = {"colours": _COLOURS, "skins": _SKINS}
@@ -203,6 +208,7 @@ def _table() -> tuple[Attribute, ...]:
 
 
 ATTRIBUTES = _table()
+TABLE = hashlib.sha256(repr((STYLES, _NAMES)).encode()).hexdigest()  # says which words these are
 
 
 def read(style: str, options: Mapping[str, Any]) -> dict[str, str]:

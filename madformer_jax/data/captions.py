@@ -7,6 +7,10 @@ PHRASINGS = 3
 _PARTS = (
     "top", "pattern", "ring", "moons", "sun", "glasses", "beard", "cheeks", "eyes", "mouth",
 )  # in the order in which they are named  # fmt: skip
+_ADJECTIVES = {
+    "small", "curved", "round", "pointed", "long", "short", "spiky", "swept", "curly", "wavy", "parted", "shoulder-length",
+    "half-shaved", "hollow",
+}  # fmt: skip
 _UNCOUNTED = ("hair", "stubble", "blush", "antennae")
 
 
@@ -52,13 +56,11 @@ def _place(style: str, words: Mapping[str, str]) -> str:
 
 
 def _part(name: str, words: Mapping[str, str]) -> str:
-    colour = words.get(f"{name} colour")
-    if colour is None:
-        return _a(words[name])
-    noun = words[name]
-    if noun.endswith(" hair"):  # "short brown hair", but "brown bunny ears"
-        return f"{noun.removesuffix('hair')}{colour} hair"
-    return _a(f"{colour} {noun}")
+    """An attribute in its colour, which stands behind an adjective: "short brown hair", but "brown bunny ears"."""
+    first, _, rest = words[name].partition(" ")
+    colour = words.get(f"{name} colour", "")
+    order = [first, colour, rest] if first in _ADJECTIVES else [colour, first, rest]
+    return _a(" ".join(filter(None, order)))
 
 
 def _a(noun: str) -> str:

@@ -135,7 +135,7 @@ def _versions() -> dict[str, str]:
 
 def key(seed: int) -> str:
     """Hash of all that decides the pictures and their attributes, but for their size."""
-    content = [seed, STYLES, attributes.ATTRIBUTES, _SHARP, _versions()]
+    content = [seed, attributes.TABLE, _SHARP, _versions()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
