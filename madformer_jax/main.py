@@ -47,7 +47,7 @@ _MODES = [module.name for module in pkgutil.iter_modules(modes.__path__)]
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     """The config, with its overrides, and the flags of a command line (argv[0] is the program).
 
-    Without --config the workdir's own config.json is taken; a conversion needs neither.
+    Without --config the workdir's own config.json is taken; a conversion and a report need neither.
 
     Raises:
       ConfigError: a flag, a field or a value is wrong, in one line.
@@ -106,7 +106,7 @@ def _of_workdir(values: flags.FlagValues) -> ConfigDict:
     saved = storage.read_json(path) if values.workdir else None
     if saved is not None:
         return config_lib.restored(saved, path)
-    if values.mode == "convert":
+    if values.mode in ("convert", "report"):
         return config_lib.base()
     raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
 
@@ -270,7 +270,7 @@ def run(argv: Sequence[str]) -> int:
 
         partitioning.distributed_init(values.coordinator, values.num_processes, values.process_id)
     _use_cache(config.compilation_cache)
-    if values.mode != "compile":  # which needs no device
+    if values.mode not in ("compile", "report"):  # which need no device
         _start_jax(config.platform)
     module = importlib.import_module(f"madformer_jax.modes.{values.mode}")
     extra: dict[str, Any] = {"topology": values.topology} if values.mode == "compile" else {}

@@ -1,0 +1,47 @@
+"""--mode=report: the tables, figures and page of a sweep, from the results that --mode=sweep has written so far.
+
+    python -m madformer_jax.main --mode=report --workdir=runs/depth
+
+Writes to workdir/report: index.html, which holds everything, tables.md, results.csv, and figures/, each as SVG and PNG. The
+same results give the same bytes.
+"""
+
+import functools
+import os
+from typing import IO, Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from madformer_jax.runtime import storage
+from madformer_jax.testbed import contents, page, results, tables
+from madformer_jax.testbed.contents import Figures
+
+
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Writes the report; returns its path, and how many runs it has and lacks. The config is that of no run and not read.
+
+    Raises:
+      ConfigError: there are no results, or they do not compare; nothing is written then.
+    """
+    found = results.read(workdir)
+    sections = contents.sections(found)
+    files: dict[str, bytes] = {
+        "index.html": page.html_of(found, sections).encode(),
+        "tables.md": contents.as_markdown(found, sections).encode(),
+        "results.csv": tables.as_csv(found).encode(),
+    }
+    for panel in (
+        p for section in sections for item in section.items if isinstance(item, Figures) for p in item.panels
+    ):
+        files[f"figures/{panel.name}.svg"], files[f"figures/{panel.name}.png"] = panel.svg, panel.png
+    folder = os.path.join(workdir, "report")
+    for name, content in files.items():
+        storage.write(os.path.join(folder, name), functools.partial(_put, content))
+    path = os.path.join(folder, "index.html")
+    logging.info("wrote %s: %s", path, contents.status(found))
+    return {"report": path, "runs": len(found.runs), "missing": len(found.missing)}
+
+
+def _put(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)

@@ -1,0 +1,85 @@
+import pytest
+
+from madformer_jax.testbed import crossings, results, tables
+from madformer_jax.testbed.results import Axis, Budget, Part, Point, Score
+
+
+def part_of(curves, cost="solver_steps"):
+    """A part of D = 1, 2, ... from {D: {seed: {steps: score}}}, whose passes are D times the steps."""
+    points = [
+        Point(
+            (d,), seed, Budget("steps", steps), f"{d}-{seed}", 0,
+            {"solver_steps": steps, "passes": d * steps, "flops": 1e9 * d * steps}, {"KID": Score(value)},
+        )
+        for d, seeds in curves.items() for seed, values in seeds.items() for steps, value in values.items()
+    ]  # fmt: skip
+    return Part("", (Axis("model.diffusion_depth", tuple(curves)),), tuple(points), {})
+
+
+SMALL = {seed: {2: 5 + 0.1 * seed, 8: 4 + 0.1 * seed, 32: 3 + 0.1 * seed} for seed in range(3)}
+
+
+def large(*by):
+    """SMALL, less what it is better by at each number of steps, and seed by seed a little more or less."""
+    return {
+        seed: {steps: value - b + 0.01 * (seed - 1) for (steps, value), b in zip(values.items(), by)}
+        for seed, values in SMALL.items()
+    }
+
+
+def test_a_crossing_beyond_the_intervals_is_shown():
+    (found,) = crossings.crossings(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
+    assert (found.verdict, found.clear) == ("shown", (3, 3))
+    assert (found.before.cost, found.after.cost) == (8, 32)
+    assert found.at == pytest.approx(16)  # where the logarithm is half way
+    assert found.before.by.mean == pytest.approx(0.5)  # by which the first is better
+    assert found.before.by.high - found.before.by.mean == pytest.approx(4.302653 * 0.01 / 3**0.5)
+
+
+def test_pairing_by_seed_makes_the_interval_that_of_the_differences():
+    """Each seed shifts both curves by ten times the difference: unpaired, nothing would be clear."""
+    shifted = {s: {n: v + s for n, v in values.items()} for s, values in SMALL.items()}
+    other = {s: {n: v + s for n, v in values.items()} for s, values in large(-0.1, 0.05, 0.1).items()}
+    (found,) = crossings.crossings(part_of({1: shifted, 2: other}), "KID", "solver_steps")
+    assert found.verdict == "shown"
+
+
+def test_means_that_cross_within_their_intervals_show_nothing():
+    (found,) = crossings.crossings(part_of({1: SMALL, 2: large(-1, 0.005, 0.002)}), "KID", "solver_steps")
+    assert found.verdict == "means only"
+    assert (found.before.cost, found.after.cost) == (2, 8)
+
+
+def test_one_seed_is_never_clear():
+    (found,) = crossings.crossings(part_of({1: {0: SMALL[0]}, 2: {0: large(-1, 0, 1)[0]}}), "KID", "solver_steps")
+    assert (found.verdict, found.clear) == ("means only", (0, 3))
+
+
+def test_curves_that_keep_their_order():
+    (found,) = crossings.crossings(part_of({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", "solver_steps")
+    assert (found.verdict, found.at) == ("none", None)
+
+
+def test_costs_that_differ_are_compared_where_both_curves_have_a_value():
+    """A crossing at equal steps is none at equal passes: the second setting's steps cost twice as many."""
+    part = part_of({1: SMALL, 2: large(-1, -0.5, 0.5)})
+    one, two = (crossings.curve(part, (d,), "KID", "passes") for d in (1, 2))
+    assert [d.cost for d in crossings.differences(one, two, -1)] == [4, 8, 16, 32]
+    (found,) = crossings.crossings(part, "KID", "passes")
+    assert (found.verdict, found.after.cost) == ("none", 32)
+    assert found.after.by.mean == pytest.approx(0.5)  # 3.5, half way between the second's points, against 3
+
+
+def test_more_is_better_for_shares():
+    assert results.sign_of("recognised") == 1
+    assert results.sign_of("precision-classifier") == 1
+    assert results.sign_of("KID-classifier") == -1
+
+
+def test_a_table_tells_who_is_better_where():
+    table = tables.of_crossings(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
+    assert table is not None
+    ((pair, order, at, less, more),) = table.rows
+    assert (pair, order, at) == ("D = 1 and D = 2", "changes\nclear on both sides", "16")
+    assert less == "D = 1 by 0.5000\n[0.4752, 0.5248] at 8"
+    assert more == "D = 2 by 0.5000\n[0.4752, 0.5248] at 32"

@@ -1,0 +1,89 @@
+import json
+import re
+import shutil
+
+import pytest
+
+from madformer_jax import config, main
+from madformer_jax.modes import report
+from tests.testbed import made_up
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two settings, two budgets, two seeds, a report."""
+    folder = tmp_path_factory.mktemp("sweep")
+    made_up.write(folder, depths=(1, 8), seeds=(0, 1), steps=(2, 64), scores=("KID-classifier",))
+    report.run(config.base(), str(folder))
+    return folder
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "report").rglob("*.*")) if path.is_file()}
+
+
+def test_equal_results_give_equal_bytes(folder, tmp_path):
+    """Copied in another order, other names of folders, keys in another order, by another process' dictionary."""
+    for i, path in enumerate(sorted((folder / "runs").iterdir(), reverse=True)):
+        shutil.copytree(path, tmp_path / "runs" / f"copy{i}")
+        result = tmp_path / "runs" / f"copy{i}" / "result.json"
+        result.write_text(json.dumps(dict(reversed(json.loads(result.read_text()).items()))))
+    shutil.copy(folder / "sweep.json", tmp_path)
+    assert main.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 0
+    ours, others = content(folder), content(tmp_path)
+    assert ours.keys() == others.keys()
+    assert [name for name in ours if ours[name] != others[name]] == []
+
+
+def test_the_page_holds_everything_and_fetches_nothing(folder):
+    page = (folder / "report" / "index.html").read_text()
+    assert "<script" not in page
+    assert not re.findall(r"https?:|url\((?!#)|@import|<link|src=\"(?!data:)|href=\"(?!#)", page)
+    assert page.count("<svg") == len(list((folder / "report" / "figures").glob("*.svg")))
+    for run in (folder / "runs").iterdir():
+        assert run.name in page
+    for text in (
+        "solver steps an image",
+        "full-model passes an image",
+        "GFLOPs an image",
+        "seconds an image",
+        "reference",
+    ):
+        assert text in page, text
+    assert "data:image/png;base64," in page
+    assert "width=device-width" in page
+
+
+def test_names_in_a_page_are_its_own_or_mean_the_same(folder):
+    """An id that several inlined figures have must be of the same thing in all of them."""
+    page = (folder / "report" / "index.html").read_text()
+    found = {}
+    for name, what in re.findall(r'<(?:path|clipPath|g) id="([^"]+)"([^>]*>(?:\s*<rect[^>]*>)?)', page):
+        assert found.setdefault(name, what) == what
+
+
+def test_tables_in_the_papers_form_with_a_command_under_each(folder):
+    text = (folder / "report" / "tables.md").read_text()
+    table = text[text.index("### D, at 64 steps") :]
+    assert table.split("\n")[2] == "| D | KID-classifier ↓ | solver steps | passes |"
+    assert f"KID-classifier {made_up.score(1, 64, 0):.5f}: D = 1 at 64 steps, seed 0:" in table
+    assert table[table.index("```bash\n") :].split("\n")[1:4] == [
+        "python -m madformer_jax.main --workdir=runs/cell --config=configs/sweeps/depth.py:cpu --config.seed=0 "
+        "--config.train.steps=600 --config.model.diffusion_depth=1",
+        "python -m madformer_jax.main --workdir=runs/cell --mode=reference",
+        "python -m madformer_jax.main --workdir=runs/cell --mode=evaluate --config.sample.steps=64",
+    ]
+
+
+def test_the_csv_has_every_score_unrounded(folder):
+    lines = (folder / "report" / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + 2 * 2 * 2
+    assert lines[-1].startswith("d8l4s1,,8,1,steps,64,64.0,")
+    assert repr(made_up.score(8, 64, 1)) in lines[-1]
+
+
+def test_an_error_writes_nothing(tmp_path):
+    made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,))
+    (tmp_path / "runs" / "d1l4s0" / "grid.png").write_bytes(b"no picture")
+    assert main.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 2
+    assert not (tmp_path / "report").exists()

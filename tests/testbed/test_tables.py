@@ -1,0 +1,56 @@
+import pytest
+
+from madformer_jax.testbed import cells, results, tables
+from madformer_jax.testbed.results import Estimate
+from tests.testbed import made_up
+
+
+def of(folder, **settings):
+    made_up.write(folder, seeds=(0, 1), scores=("KID-classifier",), **settings)
+    found = results.read(str(folder))
+    return found, found.parts[0]
+
+
+def test_a_grid_is_a_table_for_each_axis_and_compares_within_the_others(tmp_path):
+    found, part = of(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(2, 64))
+    by_depth, by_blocks = tables.by_axis(found, part)
+    assert by_depth.head[:2] == ("L", "D")
+    assert [row[:2] for row in by_depth.rows] == [("1", "1"), ("1", "8"), ("4", "1"), ("4", "8")]
+    assert by_depth.best == {(1, 2), (3, 2)}  # the larger D, at the larger budget, for each L
+    assert [row[:2] for row in by_blocks.rows] == [("1", "1"), ("1", "4"), ("8", "1"), ("8", "4")]
+
+
+def test_ablations_of_a_base_are_one_table(tmp_path):
+    off = {
+        f"d{d}l4s{s}": {"model.diffusion_depth": 4, f"model.{field}": False}
+        for d, field in ((1, "clean_stream"), (2, "ar_condition"))
+        for s in (0, 1)
+    }
+    found, part = of(tmp_path, depths=(1, 2, 4), steps=(2,), extra=off)
+    (table,) = tables.by_axis(found, part)
+    assert table.head[:2] == ("clean stream", "AR condition")
+    assert [row[:2] for row in table.rows] == [("False", "True"), ("True", "False"), ("True", "True")]
+    assert [part.label(setting) for setting in part.settings] == ["no clean stream", "no AR condition", "base"]
+
+
+def test_the_best_at_each_budget_and_by_how_much(tmp_path):
+    _, part = of(tmp_path, depths=(1, 8), steps=(2, 64))
+    table = tables.of_best(part, "KID-classifier")
+    assert table is not None
+    assert [row[:2] for row in table.rows] == [("2 steps", "D = 1"), ("64 steps", "D = 8")]
+    by = table.rows[0][4]
+    assert isinstance(by, Estimate)
+    assert by.values == pytest.approx([made_up.score(8, 2, seed) - made_up.score(1, 2, seed) for seed in (0, 1)])
+
+
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [(0.0, "0"), (20.0, "20"), (20.236, "20.24"), (0.012345, "0.01235"), (-0.000123, "-0.000123"), (3e-6, "3.000e-06")],
+)
+def test_numbers_have_four_digits(x, told):
+    assert cells.number(x) == told
+
+
+def test_a_cell_tells_the_mean_its_interval_and_every_value():
+    assert cells.line(Estimate((1.0, 2.0), 1.5, 0.5, 2.5)) == "1.500 [0.5000, 2.500] (1, 2)"
+    assert cells.line(Estimate((1.25,), 1.25, None, None)) == "1.250"
