@@ -11,10 +11,11 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageFilter
 
 from madformer_jax.data import pipeline, preprocess, sources
-from madformer_jax.data.source import Source
+from madformer_jax.data.source import Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.evaluation import parts
 from madformer_jax.evaluation.features import Outputs
+from madformer_jax.runtime import storage
 
 
 class Rows(NamedTuple):
@@ -140,7 +141,12 @@ def open_images(c: ConfigDict) -> Images:
 
 def _of_folder(c: ConfigDict, path: str) -> Images:
     source, table = sources.Folder(path), pipeline.table(c)
-    about = {"folder": os.path.basename(os.path.abspath(path)), "fingerprint": source.fingerprint}
+    with storage.errors(f"config.evaluate.images={path!r} cannot be read"):
+        sizes = [
+            str(os.path.getsize(source.name(i))) for i in range(len(source))
+        ]  # images drawn anew have the old names
+    found = fingerprint([source.fingerprint, *sizes])
+    about = {"folder": os.path.basename(os.path.abspath(path)), "fingerprint": found}
     return Images(about, len(source), False, lambda numbers: _read(source, table, numbers, numbers))
 
 
@@ -153,6 +159,7 @@ class _Shard:
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
                 self._name = next(name for name in ("images.npy", "arr_0.npy") if name in names)
+                self.checksum = archive.getinfo(self._name).CRC
                 with archive.open(self._name) as file:
                     shape, fortran, dtype = _header(file)
                     self._start = file.tell()
@@ -164,15 +171,20 @@ class _Shard:
             raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}: {error}).") from None
         if fortran or dtype != np.uint8 or len(shape) != 4:
             raise ConfigError(f"{path}: images are {dtype} {shape}: they must be uint8 (n, H, W, c).")
+        if self.labels is not None and self.labels.shape != shape[:1]:
+            raise ConfigError(f"{path}: labels are {self.labels.shape} for {shape[0]} images: they must be one each.")
         self.shape = shape
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         size = int(np.prod(self.shape[1:]))
         out = np.empty((len(numbers), size), np.uint8)
-        with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
-            for row, number in zip(out, numbers.tolist()):
-                file.seek(self._start + number * size)
-                row[:] = np.frombuffer(file.read(size), np.uint8)
+        try:
+            with zipfile.ZipFile(self._path) as archive, archive.open(self._name) as file:
+                for row, number in zip(out, numbers.tolist()):
+                    file.seek(self._start + number * size)
+                    row[:] = np.frombuffer(file.read(size), np.uint8)
+        except Exception as error:  # a broken archive raises almost any kind
+            raise ConfigError(f"{self._path} is damaged ({type(error).__name__}: {first_line(error)}).") from None
         return out.reshape(-1, *self.shape[1:])
 
 
@@ -201,7 +213,8 @@ def _of_shards(c: ConfigDict, name: str, paths: list[str]) -> Images:
             labels.append(known[rows] if labelled and known is not None else np.zeros(len(rows), np.int32))
         return Rows(np.concatenate(images), np.concatenate(labels), numbers)
 
-    about = {"files": os.path.basename(os.path.abspath(name))}
+    found = fingerprint(f"{shard.shape[0]} {shard.checksum:08x}" for shard in shards)
+    about = {"files": os.path.basename(os.path.abspath(name)), "fingerprint": found}
     return Images(about, int(ends[-1]), labelled, read)
 
 

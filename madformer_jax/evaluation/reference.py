@@ -7,7 +7,6 @@ each class, the mean `profile` of `seams.profile`, and `protocol` as JSON. ADM's
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -109,16 +108,18 @@ def load(path: str) -> Reference:
     try:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {"file": file.name}
+    except Exception as error:  # a broken archive raises almost any kind
         raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}).") from None
     if not {"mu", "sigma"} <= arrays.keys():
         raise ConfigError(f"{path} is no reference: it holds no mu and sigma, only {', '.join(arrays) or 'nothing'}.")
-    if "protocol" in arrays:
-        protocol = json.loads(str(arrays["protocol"]))
-    else:
-        protocol = {"file": file.name, "network": {"dims": len(arrays["mu"])}}
     gaussian = Gaussian.from_covariance(arrays["mu"], arrays["sigma"], path)
-    return Reference(protocol, _digest(arrays), gaussian, arrays.get("features"), arrays.get("profile"))
+    features = arrays.get("features")
+    if features is not None:
+        features = scores.checked(features, path, at_least=1, needed_for="a reference")
+        scores.check_same_features(features, gaussian.root)
+    protocol.setdefault("network", {"dims": len(gaussian.mean)})
+    return Reference(protocol, _digest(arrays), gaussian, features, arrays.get("profile"))
 
 
 def check(reference: Reference, path: str, network: Mapping[str, Any], image: Mapping[str, Any]) -> None:

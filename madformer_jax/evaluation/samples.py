@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.data import pipeline
 from madformer_jax.drawing import Drawn
+from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, judge, parts, places, reference
 from madformer_jax.evaluation.network import Network
 from madformer_jax.evaluation.reference import Reference
@@ -40,6 +41,12 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
     training = None
     if c.evaluate.training:
         other = reference.load(c.evaluate.training)
+        if other.features is None or other.digest == found.digest:
+            what = "has no features" if other.features is None else "is the reference itself"
+            raise ConfigError(
+                f"config.evaluate.training={c.evaluate.training!r} {what}: make one of the training images, "
+                "--mode=reference with evaluate.split=train and another evaluate.reference."
+            )
         reference.check(other, c.evaluate.training, network.describe(), image)
         training = other.features
     protocol = {

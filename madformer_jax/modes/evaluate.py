@@ -53,6 +53,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       ConfigError: a setting, the reference, the images or a checkpoint is wrong or missing; nothing is drawn then.
     """
     config_lib.validate(c)
+    _check_what_is_judged(c)
     if c.evaluate.images:
         results = [_judge_images(c, workdir, samples.open_judge(c, workdir, c.evaluate.n))]
     else:
@@ -60,6 +61,16 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     if jax.process_index() == 0:
         print(judge.table([*results, *judge.means(results)]))
     return {"results": results}
+
+
+def _check_what_is_judged(c: ConfigDict) -> None:
+    """Raises ConfigError for settings of the other kind of images, which would be passed over."""
+    if c.evaluate.degrade and not c.evaluate.images:
+        raise ConfigError("config.evaluate.degrade spoils images that exist: name them in evaluate.images.")
+    if c.evaluate.grid and c.evaluate.images:
+        raise ConfigError(
+            "config.evaluate.grid draws from checkpoints, and evaluate.images are there already: set one."
+        )
 
 
 def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, Any]:

@@ -186,6 +186,21 @@ def test_images_that_exist(fresh, workdir, data, tmp_path, kind):
     assert before != values[0] < values[1]
 
 
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_other_images_under_the_old_names_are_judged_anew(fresh, workdir, data, tmp_path, kind):
+    fresh.evaluate.images = str(tmp_path / ("x.npz" if kind == "npz" else "x"))
+    values = []
+    for images in (data_images(data, "train")[:10], data_images(data, "train")[:10] // 2):
+        if kind == "npz":
+            np.savez(tmp_path / "x.npz", images=images)
+        for i, image in enumerate(images):
+            (tmp_path / "x").mkdir(exist_ok=True)
+            Image.fromarray(image[..., 0]).save(tmp_path / "x" / f"{i}.png")
+        fresh.evaluate.n = 10
+        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["FD-classifier"]["value"])
+    assert values[0] != values[1]
+
+
 def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_many(fresh, workdir, data, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(data / "class1", folder)
@@ -262,6 +277,36 @@ def _no_statistics(c, workdir, tmp_path):
     c.evaluate.reference = str(tmp_path / "adm.npz")
 
 
+def _changed_reference(**arrays):
+    def change(c, workdir, tmp_path):
+        with np.load(workdir / "reference.npz") as file:
+            np.savez(tmp_path / "adm.npz", **(dict(file) | arrays))
+        c.evaluate.reference = str(tmp_path / "adm.npz")
+
+    return change
+
+
+def _training_is_reference(c, workdir, tmp_path):
+    c.evaluate.training = str(workdir / "reference.npz")
+
+
+def _training_without_features(c, workdir, tmp_path):
+    _adm(workdir, tmp_path / "adm.npz")
+    c.evaluate.training = str(tmp_path / "adm.npz")
+
+
+def _images(**arrays):
+    def change(c, workdir, tmp_path):
+        np.savez(tmp_path / "x.npz", **arrays)
+        c.evaluate.images = str(tmp_path / "x.npz")
+
+    return change
+
+
+def _grid_of_images(c, workdir, tmp_path):
+    c.evaluate.images, c.evaluate.grid = "data:all", "steps=1"
+
+
 def _broken(c, workdir, tmp_path):
     (tmp_path / "adm.npz").write_bytes(b"PK nothing")
     c.evaluate.reference = str(tmp_path / "adm.npz")
@@ -290,6 +335,18 @@ def _broken(c, workdir, tmp_path):
         (_other_dims, "network dims 3"),
         (_no_statistics, "no mu and sigma, only x"),
         (_broken, "cannot be read"),
+        (_changed_reference(features=np.full((9, 64), np.nan, np.float32)), "features of 9 of 9 images are not finite"),
+        (_changed_reference(features=np.zeros((9, 3), np.float32)), "3 features"),
+        (_changed_reference(mu=np.full(64, np.inf)), "not finite"),
+        (_changed_reference(protocol=np.array("{")), "cannot be read"),
+        (_training_is_reference, "is the reference itself"),
+        (_training_without_features, "has no features"),
+        (_set("degrade", "noise:16"), "name them in evaluate.images"),
+        (_grid_of_images, "set one"),
+        (_images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.zeros(3)), r"labels are \(3,\) for 20 images"),
+        (_images(images=np.zeros((N, 32, 32, 1), np.float32)), "must be uint8"),
+        (_images(images=np.zeros((N, 16, 16, 1), np.uint8)), "the config's are"),
+        (_images(images=np.zeros((5, 32, 32, 1), np.uint8)), "there are only 5 images"),
     ],
 )
 def test_bad_input_is_told_in_one_line_before_anything_is_drawn(fresh, workdir, tmp_path, monkeypatch, change, message):
