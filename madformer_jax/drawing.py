@@ -238,6 +238,11 @@ def as_grid(images: np.ndarray) -> np.ndarray:
     return rearrange(filled, "(row column) h w c -> (row h) (column w) c", column=columns)
 
 
+def as_rows(images: np.ndarray) -> np.ndarray:
+    """uint8 images (rows, columns, H, W, c) side by side: (rows H, columns W, c)."""
+    return rearrange(images, "row column h w c -> (row h) (column w) c")
+
+
 def write_png(path: storage.Path, image: np.ndarray) -> None:
     """Writes uint8 (H, W, 1 or 3) so that the file is whole or not there."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)

@@ -30,7 +30,7 @@ import pkgutil
 import re
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -52,6 +52,18 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     Raises:
       ConfigError: a flag, a field or a value is wrong, in one line.
     """
+    return _parse(argv)[:2]
+
+
+class _File(NamedTuple):
+    """A config file that has been run."""
+
+    module: types.ModuleType
+    args: tuple[str, ...]  # of its functions: the variant, if one was given
+
+
+def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _File | None]:
+    """As `parse`, and the config file, where there is one."""
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "Config file, FILE or FILE:variant.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
@@ -60,12 +72,16 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     flags.DEFINE_string("coordinator", "", "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "--mode=sweep: only list the runs, with what they cost.", flag_values=values)
+    flags.DEFINE_bool(
+        "measure", False, "--mode=sweep: only measure the seconds of drawing an image.", flag_values=values
+    )
     flags.DEFINE_string("topology", "", "TPU topology for --mode=compile, such as v5e:4x4.", flag_values=values)
     values.set_gnu_getopt(True)
     try:
         rest = values(list(argv), known_only=True)  # all but --config.field=value
         _check_flags(values)
-        config = _of_workdir(values) if values.config is None else _of_file(values.config)
+        config, file = (_of_workdir(values), None) if values.config is None else _of_file(values.config)
         _check_fields(rest)
         values.remove_flag_values({"config": None})
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
@@ -76,7 +92,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
         raise ConfigError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
-    return values.config, values
+    return values.config, values, file
 
 
 def _check_flags(values: flags.FlagValues) -> None:
@@ -88,6 +104,13 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise ConfigError("--num_processes and --process_id need --coordinator=host:port.")
     if values.topology and values.mode != "compile":
         raise ConfigError(f"--topology={values.topology} is for --mode=compile; the mode is {values.mode}.")
+    if values.mode == "sweep":
+        if values.config is None:
+            raise ConfigError(
+                "--config is missing: name the sweep's file, as in --config=configs/sweeps/depth.py:digits."
+            )
+    elif values.dry_run or values.measure:
+        raise ConfigError(f"--dry_run and --measure are for --mode=sweep; the mode is {values.mode}.")
 
 
 def _check_fields(argv: Sequence[str]) -> None:
@@ -111,7 +134,7 @@ def _of_workdir(values: flags.FlagValues) -> ConfigDict:
     raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
 
 
-def _of_file(given: str) -> ConfigDict:
+def _of_file(given: str) -> tuple[ConfigDict, _File]:
     """Runs get_config of FILE or FILE:variant."""
     path, colon, variant = given.partition(":")
     if not os.path.isfile(path):
@@ -141,7 +164,7 @@ def _of_file(given: str) -> ConfigDict:
         fields.check(config, config_lib.base())
     except ConfigError as error:
         raise ConfigError(f"--config={given}: {error}") from None
-    return config.lock()
+    return config.lock(), _File(module, args)
 
 
 # ---- the process
@@ -262,7 +285,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       ConfigError: what is wrong with it.
     """
-    config, values = parse(argv)
+    config, values, file = _parse(argv)
     config_lib.validate(config)
     _without_ynn(config.platform)
     if values.distributed or values.coordinator:
@@ -273,7 +296,11 @@ def run(argv: Sequence[str]) -> int:
     if values.mode not in ("compile", "report"):  # which need no device
         _start_jax(config.platform)
     module = importlib.import_module(f"madformer_jax.modes.{values.mode}")
-    extra: dict[str, Any] = {"topology": values.topology} if values.mode == "compile" else {}
+    extra: dict[str, Any] = {}
+    if values.mode == "compile":
+        extra = {"topology": values.topology}
+    elif values.mode == "sweep":
+        extra = {"file": file, "dry_run": values.dry_run, "measure": values.measure}
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are things to put away
     with _above_the_log(config):

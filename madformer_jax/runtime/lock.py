@@ -27,32 +27,48 @@ BEAT = 15.0  # seconds between two signs of life
 STALE = 90.0  # seconds without one after which a process elsewhere is taken for dead
 
 
+class HeldError(ConfigError):
+    """Somebody else has the workdir."""
+
+
 @contextlib.contextmanager
-def hold(workdir: str) -> Iterator[Callable[[], None]]:
+def hold(workdir: str, settle: float = 0.0) -> Iterator[Callable[[], None]]:
     """Holds the workdir for this job, by its process 0; the others wait for its answer.
+
+    Where many come at once, each waits `settle` seconds to see whether another one has taken the lock at the same moment.
 
     Yields:
       A function that raises ConfigError where somebody else has taken the lock meanwhile (this process was stopped for
       minutes, say): to be called before anything is written.
 
     Raises:
-      ConfigError: another process writes there: its host, pid and since when; or the workdir cannot be written.
+      HeldError: another process writes there: its host, pid and since when.
+      ConfigError: the workdir cannot be written.
     """
     if jax.process_count() == 1:
-        with _hold(epath.Path(workdir) / NAME) as check:
+        with _hold(epath.Path(workdir) / NAME, settle) as check:
             yield check
         return
     with contextlib.ExitStack() as stack:
         check, problem = _nothing, None
         if jax.process_index() == 0:
             try:
-                check = stack.enter_context(_hold(epath.Path(workdir) / NAME))
+                check = stack.enter_context(_hold(epath.Path(workdir) / NAME, settle))
             except ConfigError as error:
                 problem = error
-        free = bool(multihost_utils.broadcast_one_to_all(np.array(problem is None)))
-        if not free:
-            raise problem or ConfigError(f"--workdir={workdir} is not to be had: process 0 says why.")
+        grade = 0 if problem is None else 1 if isinstance(problem, HeldError) else 2
+        grade = int(multihost_utils.broadcast_one_to_all(np.array(grade)))
+        if grade:
+            kind = HeldError if grade == 1 else ConfigError
+            raise problem or kind(f"--workdir={workdir} is not to be had: process 0 says why.")
         yield check
+
+
+def holder(workdir: str) -> str | None:
+    """Who holds the workdir, as far as can be told at once; None where nobody does, or a process of this machine that is gone."""
+    there = _read(epath.Path(workdir) / NAME)
+    here = there is not None and there.get("machine") == _machine()
+    return None if there is None or (here and not _lives(there)) else _who(there)
 
 
 def _nothing() -> None:
@@ -60,7 +76,7 @@ def _nothing() -> None:
 
 
 @contextlib.contextmanager
-def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
+def _hold(path: epath.Path, settle: float) -> Iterator[Callable[[], None]]:
     mine: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -70,7 +86,7 @@ def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
     with storage.errors(f"--workdir={path.parent} cannot be written"):
         if not storage.is_remote(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        _take(path, mine)
+        _take(path, mine, settle)
     left = threading.Event()
 
     def taken() -> dict[str, Any] | None:
@@ -89,7 +105,7 @@ def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if other := taken():
-            raise ConfigError(f"{path.parent} was taken over by {_who(other)} while this process stood still.")
+            raise HeldError(f"{path.parent} was taken over by {_who(other)} while this process stood still.")
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)
     thread.start()
@@ -103,20 +119,21 @@ def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
                 path.unlink(missing_ok=True)
 
 
-def _take(path: epath.Path, mine: dict[str, Any]) -> None:
-    """Writes the lock, or raises ConfigError where another one lives."""
+def _take(path: epath.Path, mine: dict[str, Any], settle: float) -> None:
+    """Writes the lock, or raises HeldError where another one lives."""
     there = _read(path)
     if there is not None:
         if _alive(path, there):
-            raise ConfigError(
+            raise HeldError(
                 f"--workdir={path.parent} is written by {_who(there)}: stop that one or give another --workdir "
                 f"(nobody does? remove {path})."
             )
         logging.warning("took the workdir over from %s, which is gone", _who(there))
     storage.write_json(path, mine)
+    time.sleep(settle)
     now = _read(path)
     if now is None or now.get("token") != mine["token"]:  # two came at once: the last one has it
-        raise ConfigError(f"--workdir={path.parent} was taken at this moment by {_who(now or {})}.")
+        raise HeldError(f"--workdir={path.parent} was taken at this moment by {_who(now or {})}.")
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
@@ -133,7 +150,7 @@ def _alive(path: epath.Path, there: dict[str, Any]) -> bool:
     if "token" not in there:  # damaged: who lives renews it
         return False
     if there.get("machine") == _machine():
-        return there.get("started", "") == _started(there.get("pid", 0)) != ""
+        return _lives(there)
     logging.info("%s may be written by %s: looking for a sign of life, %.0f s at most", path.parent, _who(there), STALE)
     until = time.monotonic() + STALE
     while time.monotonic() < until:
@@ -144,6 +161,11 @@ def _alive(path: epath.Path, there: dict[str, Any]) -> bool:
         if now != there:
             return True
     return False
+
+
+def _lives(there: dict[str, Any]) -> bool:
+    """Whether the process of a lock of this machine is there."""
+    return there.get("started", "") == _started(there.get("pid", 0)) != ""
 
 
 def _who(there: dict[str, Any]) -> str:

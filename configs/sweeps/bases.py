@@ -1,0 +1,24 @@
+"""What the sweeps of this folder start from; no sweep itself.
+
+digits, drawings        the `cpu` variants: minutes a run on two cores, with fewer steps and images than configs/NAME.py
+ffhq1024, imagenet256   the `paper` variants, with the steps and images of configs/NAME.py (docs/testbed.md)
+"""
+
+from ml_collections import ConfigDict
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.testbed.sweep import config_beside
+
+_STEPS = {"digits": 800, "drawings": 800}
+
+
+def get_config(variant: str) -> ConfigDict:
+    if variant not in ("digits", "drawings", "ffhq1024", "imagenet256"):
+        raise ConfigError(f"--config: variant {variant!r} is unknown: digits, drawings, ffhq1024 or imagenet256.")
+    c = config_beside(__file__, f"../{variant}.py")
+    if variant in _STEPS:
+        c.train.steps = _STEPS[variant]
+        c.train.log_every, c.train.checkpoint_every, c.train.sample_every = 50, 200, 0
+        c.sample.batch = 100
+        c.evaluate.n = 500
+    return c

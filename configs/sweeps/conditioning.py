@@ -1,0 +1,33 @@
+"""What the diffusion layers are told of the blocks before: the paper's Table 3.
+
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/conditioning.py:digits --workdir=runs/conditioning_digits
+
+Variants: digits, drawings, ffhq1024, imagenet256. What a switch takes away takes its loss term with it, as in the release.
+"""
+
+from ml_collections import ConfigDict
+
+from madformer_jax.testbed.sweep import Sweep, config_beside
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+    return config_beside(__file__, "bases.py", variant)
+
+
+def sweep(variant: str = "digits") -> Sweep:
+    c = get_config(variant)
+    points = [
+        {
+            "model.ar_condition": True,
+            "model.clean_stream": True,
+            "loss.hidden": c.loss.hidden,
+            "loss.clean": c.loss.clean,
+        },
+        {"model.ar_condition": False, "model.clean_stream": True, "loss.hidden": 0.0, "loss.clean": c.loss.clean},
+        {"model.ar_condition": True, "model.clean_stream": False, "loss.hidden": c.loss.hidden, "loss.clean": 0.0},
+    ]
+    return Sweep(
+        question="What do the clean blocks and the AR condition bring?",
+        runs=[{**point, "seed": seed} for seed in range(3) for point in points],
+        sample_budgets={"steps": (4, c.sample.steps)},
+    )

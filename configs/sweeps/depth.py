@@ -1,0 +1,28 @@
+"""D, the layers of N that run at every solver step: the paper's Table 1 and Figure 4, with intervals.
+
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=runs/depth_digits
+
+Variants: digits, drawings, ffhq1024, imagenet256. All runs train for equal steps. Equal solver steps are cheaper for a small
+D; at equal passes it takes more steps. Both are drawn.
+"""
+
+from ml_collections import ConfigDict
+
+from madformer_jax.testbed.sweep import Sweep, config_beside, grid
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+    return config_beside(__file__, "bases.py", variant)
+
+
+def sweep(variant: str = "digits") -> Sweep:
+    layers = get_config(variant).model.depth
+    paper = variant in ("ffhq1024", "imagenet256")
+    return Sweep(
+        question="Is a small D better under a small sampling budget, and a large D under a large one?",
+        runs=grid({"model.diffusion_depth": [layers * k // 4 for k in (1, 2, 3, 4)]}, seeds=3),
+        sample_budgets={
+            "steps": (5, 10, 25, 50, 100, 250) if paper else (1, 2, 4, 8, 16, 32),
+            "passes": (5, 10, 25, 50, 100, 250) if paper else (2, 4, 8, 16, 32, 64),
+        },
+    )

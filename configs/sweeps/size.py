@@ -1,0 +1,39 @@
+"""D against the width of the model, at equal training steps: does the best D move with size?
+
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/size.py:digits --workdir=runs/size_digits
+
+Variants: digits, drawings, ffhq1024, imagenet256. Heads keep their size, SwiGLU its ratio; the U-Net stays.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from madformer_jax.testbed.sweep import Sweep, config_beside
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+    return config_beside(__file__, "bases.py", variant)
+
+
+def points(c: ConfigDict) -> list[dict[str, Any]]:
+    """Two thirds, all and five thirds of the heads, each with D = N / 4, N / 2 and N."""
+    m = c.model
+    return [
+        {
+            "model.width": m.width * heads // m.heads,
+            "model.heads": heads,
+            "model.mlp_width": m.mlp_width * heads // m.heads,
+            "model.diffusion_depth": m.depth * k // 4,
+        }
+        for heads in (round(m.heads * 2 / 3), m.heads, round(m.heads * 5 / 3))
+        for k in (1, 2, 4)
+    ]
+
+
+def sweep(variant: str = "digits") -> Sweep:
+    return Sweep(
+        question="Does the best D depend on the size of the model?",
+        runs=[{**point, "seed": seed} for seed in range(3) for point in points(get_config(variant))],
+        sample_budgets={"passes": (4, 16)},
+    )

@@ -1,0 +1,337 @@
+"""--mode=sweep: trains and judges every run of a sweep, each once.
+
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=DIR [--dry_run | --measure]
+
+Any number of processes share DIR (`testbed.layout`): each takes the next run that nobody works on. Killed, the same command
+goes on: training from its checkpoint, an evaluation from its parts.
+"""
+
+import gc
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from madformer_jax import codec, drawing
+from madformer_jax import config as config_lib
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import judge, places, settings
+from madformer_jax.models import madformer
+from madformer_jax.modes import benchmark, evaluate, reference, train
+from madformer_jax.runtime import checkpoint, lock, malloc, partitioning, storage
+from madformer_jax.testbed import budget, layout, listing, sweep
+from madformer_jax.testbed.budget import Timing
+from madformer_jax.testbed.layout import Job
+from madformer_jax.testbed.sweep import Evaluation, Run
+
+SETTLE = 1.0  # seconds after which a claim counts
+POLL = 10.0  # seconds between two looks at what others work on
+COLUMNS = 8  # images in a row of a run's grid
+TIMED = (4, 16)  # solver steps whose seconds give those of any other number
+
+
+def run(
+    c: ConfigDict,
+    workdir: str,
+    *,
+    file: sweep.File,
+    dry_run: bool = False,
+    measure: bool = False,
+) -> dict[str, Any]:
+    """Does all runs that are not done, or waits for those that others do.
+
+    Args:
+      c: the base, which get_config of the file returned, with the command line's changes.
+      workdir: the sweep's folder.
+      file: the config file, which has been run.
+      dry_run: only print a table of the runs.
+      measure: only measure the seconds of drawing an image, for every point: on a quiet machine.
+
+    Raises:
+      ConfigError: the sweep is wrong; then nothing is done. Or some runs failed; then all others are done.
+    """
+    definition = sweep.read(file)
+    name = os.path.splitext(os.path.basename(str(file.module.__file__)))[0]
+    runs, evaluations = sweep.expand(definition, c), sweep.evaluations(definition)
+    job = Job(name, "".join(file.args), definition, runs, evaluations, workdir)
+    for run, evaluation in itertools.product(job.runs, job.evaluations):
+        if evaluation.kind != "seconds":  # which are not known yet
+            budget.solver_steps(sweep.overridden(run.config, evaluation.overrides), evaluation.kind, evaluation.asked)
+    if dry_run:
+        print(listing.table(job))
+        return {}
+    if jax.process_index() == 0:
+        with storage.errors(f"--workdir={workdir} cannot be written"):
+            storage.write_json(os.path.join(workdir, "sweep.json"), layout.plan(job))
+    if measure:
+        for run in job.runs:
+            _timing(job, run, anew=run is job.first(run))
+        return {}
+    return _work(job)
+
+
+def _work(job: Job) -> dict[str, Any]:
+    """Every run once, by whichever process comes first."""
+    failed: dict[str, str] = {}
+    while waiting := [run for run in _from_here(job.runs) if run.name not in failed and not _is_done(job, run)]:
+        worked = False
+        for run in waiting:
+            try:
+                with lock.hold(layout.claim(job.workdir, run.name), SETTLE):
+                    if _is_done(job, run):  # meanwhile
+                        continue
+                    worked = True
+                    logging.info(
+                        "run %s, %d of %d: %s", run.name, job.runs.index(run) + 1, len(job.runs), run.overrides
+                    )
+                    if not _do(job, run):
+                        return {"stopped": run.name}
+            except lock.HeldError:
+                continue
+            except ConfigError as error:
+                logging.error("run %s failed: %s", run.name, error)
+                failed[run.name] = str(error)
+            finally:
+                _free()
+        if not worked:
+            logging.info("waiting for %d runs that others work on", len(waiting))
+            time.sleep(POLL)
+    if failed:
+        name, why = next(iter(failed.items()))
+        raise ConfigError(f"{len(failed)} of {len(job.runs)} runs failed, {name} among them: {why}")
+    logging.info("all %d runs are done: %s", len(job.runs), job.workdir)
+    return {"runs": [run.name for run in job.runs]}
+
+
+def _from_here(runs: list[Run]) -> list[Run]:
+    """The runs from the one of this process's number on, if it has one of an array: fewer meet at the start."""
+    first = int(os.environ.get("MADFORMER_INDEX") or 0) % len(runs)
+    return runs[first:] + runs[:first]
+
+
+def _is_done(job: Job, run: Run) -> bool:
+    """As the first process of this job sees it."""
+    found = jax.process_index() == 0 and layout.is_done(job.workdir, run, job.evaluations)
+    return bool(multihost_utils.broadcast_one_to_all(np.array(found))) if jax.process_count() > 1 else found
+
+
+def _free() -> None:
+    """Memory of the run before."""
+    jax.clear_caches()
+    gc.collect()
+    malloc.trim()
+
+
+# ---- one run
+
+
+def _do(job: Job, run: Run) -> bool:
+    """Trains and judges, and writes the result; False where the training was asked to stop."""
+    folder = layout.folder(job.workdir, run)
+    base = _with_judge(run.config, job.workdir)  # whose errors come before hours of training
+    if not _is_trained(run.config, folder):
+        c = run.config.copy_and_resolve_references()
+        c.sample.n = c.sample.grid = 1  # the samples at the end of a training, which nobody will look at
+        if train.run(c, folder)["step"] < run.config.train.steps:
+            return False
+        _free()
+    found = _evaluate(job, run, base)
+    rows = _rows(job, found) if run is job.first(run) else []
+    if rows:
+        _draw_grid(job, run, [found[i]["cost"]["solver_steps"] for i in rows])
+    if jax.process_index():
+        return True
+    lines = [json.loads(line) for line in (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    storage.write_json(os.path.join(folder, "seconds.json"), _seconds(run, lines, found))
+    storage.write_json(os.path.join(folder, "result.json"), _result(job, run, lines, found, rows))
+    _remove_checkpoints(run.config, folder)
+    return True
+
+
+def _is_trained(c: ConfigDict, folder: str) -> bool:
+    if not checkpoint.exists(folder):
+        return False
+    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.last == c.train.steps
+
+
+def _solver_steps(job: Job, run: Run, evaluation: Evaluation) -> int:
+    c = sweep.overridden(run.config, evaluation.overrides)
+    timing = (
+        _timing(job, run)[job.definition.evaluations.index(evaluation.overrides)]
+        if evaluation.kind == "seconds"
+        else None
+    )
+    return budget.solver_steps(c, evaluation.kind, evaluation.asked, timing)
+
+
+def _evaluate(job: Job, run: Run, base: ConfigDict) -> list[dict[str, Any]]:
+    """A result of --mode=evaluate for each evaluation; several checkpoints are averaged."""
+    found: dict[Any, dict[str, Any]] = {}
+    keys = [(job.definition.evaluations.index(e.overrides), _solver_steps(job, run, e)) for e in job.evaluations]
+    for i, overrides in enumerate(job.definition.evaluations):
+        c = sweep.overridden(base, overrides)
+        steps = sorted({steps for j, steps in keys if j == i})
+        c.evaluate.grid = f"steps={','.join(map(str, steps))}"
+        results = evaluate.run(c, layout.folder(job.workdir, run))["results"]
+        found |= zip(((i, n) for n in steps), judge.means(results) or results, strict=True)
+    return [found[key] for key in keys]
+
+
+def _result(
+    job: Job, run: Run, lines: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], rows: list[int]
+) -> Any:
+    c = run.config
+    curve = layout.curve(lines, c.train.log_every)
+    evaluations = []
+    for evaluation, result in zip(job.evaluations, found, strict=True):
+        cost = {name: value for name, value in result["cost"].items() if name != "seconds"}
+        evaluations.append(
+            evaluation.describe() | {"cost": cost, "scores": result["scores"], "protocol": result["protocol"]}
+        )
+    return {
+        "name": run.name,
+        "sweep": job.name,
+        "variant": job.variant,
+        "seed": c.seed,
+        "overrides": run.overrides,
+        "config": sweep.settings(c),
+        "training": {
+            "steps": c.train.steps,
+            "images": c.train.steps * c.train.batch,
+            "flops": budget.training_flops(c),
+            "final_loss": curve[-1]["loss"],
+            "curve": curve,
+        },
+        "evaluations": evaluations,
+        "grid": "grid.png" if rows else None,
+        "grid_rows": rows,
+        "versions": layout.versions(),
+    }
+
+
+def _seconds(run: Run, lines: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "training": layout.training_seconds(lines),
+        "evaluations": [result["cost"]["seconds"] for result in found],  # of an image
+    }
+
+
+def _remove_checkpoints(c: ConfigDict, folder: str) -> None:
+    """All but those that are judged: more budgets may be asked for later."""
+    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+        there = checkpoints.steps
+    for step in set(there) - set(settings.steps(c.evaluate.checkpoints, there)):
+        (checkpoint.folder(folder) / str(step)).rmtree()
+
+
+# ---- what runs share
+
+
+def _make_once(workdir: str, name: str, path: str, make: Callable[[], Any]) -> None:
+    """Calls `make`, which writes the file, in one process; the others wait for it."""
+    while not _exists(path):
+        try:
+            with lock.hold(layout.claim(workdir, name), SETTLE):
+                if not _exists(path):
+                    make()
+        except lock.HeldError:
+            logging.info("waiting for %s, which another process makes", path)
+            time.sleep(POLL)
+
+
+def _exists(path: str) -> bool:
+    found = jax.process_index() == 0 and epath.Path(path).exists()
+    return bool(multihost_utils.broadcast_one_to_all(np.array(found))) if jax.process_count() > 1 else found
+
+
+def _with_judge(c: ConfigDict, workdir: str) -> ConfigDict:
+    """The config with the paths of the classifier and the reference, which are made here unless it names a reference."""
+    c = c.copy_and_resolve_references()
+    if not c.evaluate.reference:
+        name = sweep.judge_of(c)
+        folder = os.path.join(workdir, "judges", name)
+        path = places.reference_path(c, folder)
+        _make_once(workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), folder))
+        c.evaluate.reference, c.evaluate.network_path = path, places.network_path(c, folder)
+    return c
+
+
+def _timing(job: Job, run: Run, anew: bool = False) -> list[Timing]:
+    """Of each of the sweep's evaluations at the run's point: measured, unless it was before and not `anew`."""
+    name = sweep.name_of(run.config, without=("seed",))
+    path = os.path.join(job.workdir, "timings", f"{name}.json")
+    if anew and jax.process_index() == 0:
+        epath.Path(path).unlink(missing_ok=True)
+    _make_once(
+        job.workdir,
+        name,
+        path,
+        lambda: storage.write_json(path, [_measured(job, run, o) for o in job.definition.evaluations]),
+    )
+    found = storage.read_json(path)
+    if jax.process_index() == 0:  # the first one again where a reader looks who knows of no other
+        storage.write_json(
+            os.path.join(layout.folder(job.workdir, run), "timing.json"), {**found[0], "evaluations": found}
+        )
+    return [Timing(one["fixed"], one["per_step"]) for one in found]
+
+
+def _measured(job: Job, run: Run, overrides: sweep.Overrides) -> dict[str, Any]:
+    c = sweep.overridden(run.config, overrides)
+    few, many = TIMED
+    seconds = []
+    for c.sample.steps in TIMED:
+        seconds.append(benchmark.sampling(c)["seconds_per_image"])
+    per_step = (seconds[1] - seconds[0]) / (many - few)
+    logging.info(
+        "%s %s: %.3g s an image and %.3g s a step", run.point, dict(overrides), seconds[0] - few * per_step, per_step
+    )
+    return {
+        "overrides": dict(overrides),
+        "fixed": seconds[0] - few * per_step,
+        "per_step": per_step,
+        "batch": c.sample.batch,
+    }
+
+
+# ---- samples side by side
+
+
+def _rows(job: Job, found: Sequence[dict[str, Any]]) -> list[int]:
+    """The evaluations of the first setting, cheapest first, each number of steps once."""
+    cost: dict[int, int] = {}
+    for i, (evaluation, result) in enumerate(zip(job.evaluations, found, strict=True)):
+        if evaluation.overrides == job.definition.evaluations[0]:
+            cost.setdefault(result["cost"]["solver_steps"], i)
+    return [cost[steps] for steps in sorted(cost)]
+
+
+def _draw_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
+    """Writes the first images, a row for each number of solver steps: by the programs of the evaluation, which are compiled."""
+    c = sweep.overridden(run.config, job.definition.evaluations[0])
+    c.sample.n = c.evaluate.n
+    folder = layout.folder(job.workdir, run)
+    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    model, images_codec = madformer.build(c), codec.build(c)
+    item, target = "ema" if c.sample.weights == "ema" else "params", drawing.abstract_params(model, mesh)
+    with partitioning.scope(mesh), checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
+        step, trees, _ = checkpoints.restore({item: target})
+        config_lib.number_labels(c, checkpoints.meta(step).get("data", {}).get("names", ()))
+        codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
+        rows = []
+        for c.sample.steps in steps:
+            draw = drawing.make_draw(c, model, images_codec.decode)
+            batches = drawing.batches(c, draw, trees[item], codec_params, mesh, range(COLUMNS), most=c.sample.n)
+            rows.append(np.concatenate([batch.images for batch in batches])[:COLUMNS])
+    if jax.process_index() == 0:
+        drawing.write_png(os.path.join(folder, "grid.png"), drawing.as_rows(np.stack(rows)))
