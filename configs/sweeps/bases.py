@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from madformer_jax.errors import ConfigError
 from madformer_jax.testbed.sweep import config_beside
 
-_STEPS = {"digits": 800, "drawings": 800}
+_STEPS = {"digits": 800, "drawings": 600}
 
 
 def get_config(variant: str) -> ConfigDict:

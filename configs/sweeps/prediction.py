@@ -1,0 +1,27 @@
+"""What the network predicts: the noise, v, or the clean latent, all with errors counted as of v; and the release's plain eps.
+
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/prediction.py:digits --workdir=runs/prediction_digits
+
+Variants: digits, drawings, ffhq1024, imagenet256.
+"""
+
+from ml_collections import ConfigDict
+
+from madformer_jax.testbed.sweep import Sweep, config_beside
+
+
+def get_config(variant: str = "digits") -> ConfigDict:
+    return config_beside(__file__, "bases.py", variant)
+
+
+def sweep(variant: str = "digits") -> Sweep:
+    points = [("eps", "output"), ("eps", "v"), ("v", "v"), ("x0", "v")]
+    return Sweep(
+        question="Which output is easiest to learn: the noise, v or the clean latent?",
+        runs=[
+            {"model.predicts": predicts, "loss.weighting": weighting, "seed": seed}
+            for seed in range(3)
+            for predicts, weighting in points
+        ],
+        sample_budgets={"steps": (4, get_config(variant).sample.steps)},
+    )

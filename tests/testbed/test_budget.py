@@ -1,0 +1,69 @@
+"""Steps that follow from budgets, against counting by hand."""
+
+import pytest
+
+from madformer_jax import flops
+from madformer_jax.errors import ConfigError
+from madformer_jax.testbed import budget
+from madformer_jax.testbed.budget import Timing
+from tests import tiny
+
+
+@pytest.fixture
+def c():
+    c = tiny.get_config()  # N = 3, D = 1, batch 8
+    c.sample.guidance = 1.0
+    return c
+
+
+def test_training_steps(c):
+    assert budget.train_steps(c, "steps", 70) == 70
+    assert budget.train_steps(c, "images", 60) == 8  # 7.5 batches of 8
+    step = flops.training_step(c).total
+    assert budget.train_steps(c, "flops", 5.4 * step) == 5
+    c.train.steps = 5
+    assert budget.training_flops(c) == 5 * step
+
+
+@pytest.mark.parametrize(
+    ("depth", "guidance", "passes", "steps"),
+    [
+        (1, 1.0, 4, 10),  # (2 + 1 * 10) / 3
+        (2, 1.0, 4, 6),  # (1 + 2 * 5.5) / 3: 3.67 and 4.33 are as near; the cheaper one, 5, or 6
+        (3, 1.0, 4, 4),
+        (3, 2.0, 4, 2),  # each step twice
+        (1, 2.0, 4, 4),  # 2 (2 + 4) / 3
+    ],
+)
+def test_solver_steps_of_full_model_passes(c, depth, guidance, passes, steps):
+    c.model.diffusion_depth, c.sample.guidance = depth, guidance
+    got = budget.solver_steps(c, "passes", passes)
+    assert got == steps or (depth == 2 and got == 5)
+
+
+def test_solver_steps_of_other_budgets(c):
+    assert budget.solver_steps(c, "steps", 7) == 7
+    c.sample.steps = 9
+    assert budget.solver_steps(c, "flops", 1.01 * flops.sampling(c).total) == 9
+    assert budget.solver_steps(c, "seconds", 0.52, Timing(fixed=0.1, per_step=0.1)) == 4
+
+
+def test_a_codec_is_no_part_of_a_training_s_flops(c):
+    before = budget.training_flops(c)
+    c.codec.name = "vae"
+    assert budget.training_flops(c) < flops.training_step(c).total * c.train.steps
+    assert before != budget.training_flops(c)  # other latents, all the same
+
+
+@pytest.mark.parametrize(
+    ("kind", "amount", "message"),
+    [
+        ("passes", 0.2, "0.2 passes are out of reach: the nearest is 1, with 1 steps"),
+        ("hours", 1, "'hours' is no kind"),
+    ],
+)
+def test_a_budget_out_of_reach_is_told(c, kind, amount, message):
+    with pytest.raises(ConfigError, match=message):
+        budget.solver_steps(c, kind, amount)
+    with pytest.raises(ConfigError, match="is no kind: one of steps, images, flops"):
+        budget.train_steps(c, "passes", 1)

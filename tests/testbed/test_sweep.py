@@ -1,0 +1,251 @@
+"""What a sweep's file says, and who does its runs: trainings and evaluations are stand-ins that cost nothing."""
+
+import json
+import os
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import sweep as mode
+from madformer_jax.runtime import lock, storage
+from madformer_jax.testbed import layout, sweep
+from madformer_jax.testbed.sweep import Sweep, grid
+from tests import tiny
+
+TWO = Sweep("Which width?", grid({"model.width": (16, 24)}), {"steps": (1, 4)}, train_budget=("images", 16))
+
+
+class File:
+    """A config file in memory."""
+
+    def __init__(self, definition):
+        self.module, self.args = types.ModuleType("widths"), ()
+        self.module.__file__ = "configs/sweeps/widths.py"
+        self.module.sweep = lambda: definition
+
+
+class Stage:
+    """The modes that a sweep calls, as stand-ins that do what they are told on the way."""
+
+    def __init__(self, monkeypatch):
+        self.trained, self.evaluated, self.on_the_way = [], [], lambda what: None
+        self.last = 2
+        monkeypatch.setattr(mode.train, "run", self.train)
+        monkeypatch.setattr(mode.evaluate, "run", self.evaluate)
+        monkeypatch.setattr(mode.reference, "run", self.reference)
+        monkeypatch.setattr(mode, "_is_trained", lambda c, folder: os.path.exists(f"{folder}/trained"))
+        monkeypatch.setattr(mode, "_draw_grid", lambda job, run, steps: None)
+        monkeypatch.setattr(mode, "_remove_checkpoints", lambda c, folder: None)
+        monkeypatch.setattr(mode, "_free", lambda: None)
+        monkeypatch.setattr(mode, "SETTLE", 0.0)
+        monkeypatch.setattr(mode.time, "sleep", lambda seconds: seconds and pytest.fail("waits for nobody"))
+
+    def train(self, c, folder):
+        self.on_the_way("training")
+        self.trained.append(c.model.width)
+        for step in range(1, c.train.steps + 1):
+            storage.append_line(
+                f"{folder}/metrics.jsonl", json.dumps({"step": step, "loss": 0.1, "steps_per_second": 2.0})
+            )
+        storage.write_text(f"{folder}/trained", "")
+        return {"step": min(self.last, c.train.steps)}
+
+    def evaluate(self, c, folder):
+        self.on_the_way("evaluation")
+        self.evaluated.append((c.model.width, c.evaluate.grid))
+        assert pathlib.Path(c.evaluate.reference).exists()
+        steps = [int(n) for n in c.evaluate.grid.removeprefix("steps=").split(",")]
+        cost = {"passes": 1.0, "flops": 1e6, "seconds": np.random.default_rng().random()}
+        scores = {"KID": {"value": c.model.width / 3}}
+        return {
+            "results": [
+                {"scores": scores, "cost": {"solver_steps": n} | cost, "protocol": {"images": {"steps": n}}}
+                for n in steps
+            ]
+        }
+
+    def reference(self, c, folder):
+        self.on_the_way("reference")
+        storage.write_text(f"{folder}/reference.npz", "")
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    return Stage(monkeypatch)
+
+
+@pytest.fixture
+def c():
+    return tiny.get_config("plain")
+
+
+def results(folder):
+    return {path.parent.name: path.read_bytes() for path in pathlib.Path(folder).glob("runs/*/result.json")}
+
+
+def test_each_run_is_trained_and_judged_once(c, stage, tmp_path):
+    done = mode.run(c, str(tmp_path), file=File(TWO))
+    assert stage.trained == [16, 24]
+    assert stage.evaluated == [(16, "steps=1,4"), (24, "steps=1,4")]
+    assert list(results(tmp_path)) == sorted(done["runs"])
+    first = json.loads((tmp_path / "runs" / done["runs"][0] / "result.json").read_text())
+    assert (first["sweep"], first["seed"], first["overrides"]) == ("widths", 0, {"model.width": 16, "seed": 0})
+    assert first["training"] | {"curve": [], "flops": 0} == {
+        "steps": 2, "images": 16, "flops": 0, "final_loss": 0.1, "curve": []
+    }  # fmt: skip
+    assert [e["budget"] for e in first["evaluations"]] == [{"kind": "steps", "asked": 1}, {"kind": "steps", "asked": 4}]
+    assert first["evaluations"][1]["cost"] == {"solver_steps": 4, "passes": 1.0, "flops": 1e6}
+    assert len(json.loads((tmp_path / "runs" / first["name"] / "seconds.json").read_text())["evaluations"]) == 2
+    assert not list(tmp_path.glob("claims/*/lock.json"))
+    mode.run(c, str(tmp_path), file=File(TWO))
+    assert len(stage.trained) == 2
+
+
+def test_a_sweep_that_is_killed_goes_on_to_the_same_results(c, stage, tmp_path):
+    mode.run(c, str(tmp_path / "whole"), file=File(TWO))
+    stage.trained.clear()
+    for at in ("reference", "training", "evaluation", "evaluation"):
+
+        def killed(what, at=at):
+            if what == at:
+                raise KeyboardInterrupt
+
+        stage.on_the_way = killed
+        with pytest.raises(KeyboardInterrupt):
+            mode.run(c, str(tmp_path / "killed"), file=File(TWO))
+    stage.on_the_way = lambda what: None
+    mode.run(c, str(tmp_path / "killed"), file=File(TWO))
+    assert stage.trained == [16, 24]
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+def test_two_processes_share_a_folder(c, stage, tmp_path, monkeypatch):
+    """While one trains the first run, the other does the second and then waits for the first."""
+
+    class WaitError(Exception):
+        pass
+
+    def wait(seconds):
+        if seconds:
+            raise WaitError
+
+    def other(what):
+        if what == "training":
+            stage.on_the_way = lambda what: None
+            with monkeypatch.context() as patch:
+                patch.setattr(mode.time, "sleep", wait)
+                with pytest.raises(WaitError):
+                    mode.run(c, str(tmp_path), file=File(TWO))
+            assert stage.trained == [24]
+
+    stage.on_the_way = other
+    mode.run(c, str(tmp_path), file=File(TWO))
+    assert stage.trained == [24, 16]
+    assert len(results(tmp_path)) == 2
+
+
+def test_a_training_that_is_asked_to_stop_ends_the_sweep(c, stage, tmp_path):
+    stage.last = 1
+    assert "stopped" in mode.run(c, str(tmp_path), file=File(TWO))
+    assert stage.trained == [16]
+    assert not stage.evaluated
+
+
+def test_a_run_that_fails_leaves_the_others_to_be_done(c, stage, tmp_path):
+    def diverges(what):
+        if what == "training" and not stage.trained:
+            stage.trained.append("failed")
+            raise ConfigError("the loss is not finite")
+
+    stage.on_the_way = diverges
+    with pytest.raises(ConfigError, match="1 of 2 runs failed, .* among them: the loss is not finite"):
+        mode.run(c, str(tmp_path), file=File(TWO))
+    assert len(results(tmp_path)) == 1
+
+
+def test_more_budgets_are_judged_without_training_again(c, stage, tmp_path):
+    mode.run(c, str(tmp_path), file=File(TWO))
+    more = TWO._replace(sample_budgets={"steps": (1, 4), "passes": (8,)})
+    mode.run(c, str(tmp_path), file=File(more))
+    assert len(stage.trained) == 2
+    assert stage.evaluated[2:] == [(16, "steps=1,4,8"), (24, "steps=1,4,8")]
+
+
+def test_an_array_s_process_starts_at_its_own_run(c, stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("MADFORMER_INDEX", "3")
+    mode.run(c, str(tmp_path), file=File(TWO))
+    assert stage.trained == [24, 16]
+
+
+def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mode.listing.flops, "peak", lambda dtype: 1e9)
+    mode.run(c, str(tmp_path / "none"), file=File(TWO), dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[1:3]] == ["open", "open"]
+    assert "2 runs" in lines[-1]
+    assert not (tmp_path / "none").exists()
+    mode.run(c, str(tmp_path), file=File(TWO))
+    capsys.readouterr()
+    (name, *_) = sorted(results(tmp_path))
+    (tmp_path / "runs" / name / "result.json").unlink()
+    with lock.hold(layout.claim(str(tmp_path), name)):
+        mode.run(c, str(tmp_path), file=File(TWO), dry_run=True)
+    states = {line.split()[0]: line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[1:3]}
+    assert states.pop(name).startswith("claimed by process")
+    assert list(states.values()) == ["done"]
+
+
+# ---- the definition
+
+
+@pytest.mark.parametrize(
+    ("definition", "message"),
+    [
+        (TWO._replace(runs=[]), "no runs"),
+        (TWO._replace(runs=[{"model.widht": 3}]), "config.model.widht is no field: did you mean config.model.width"),
+        (TWO._replace(runs=[{"model.width": "x"}]), "must be of type int"),
+        (TWO._replace(runs=[{"model.width": 16}, {"seed": 0}]), "the same run twice"),
+        (TWO._replace(runs=[{"model.width": 15}]), "config.model.width=15"),
+        (TWO._replace(train_budget=("hours", 1)), "'hours' is no kind"),
+        (TWO._replace(sample_budgets={}), "no evaluations"),
+        (TWO._replace(sample_budgets={"steps": (4000,)}), "out of reach"),
+        (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is none of a sampling's settings"),
+        (None, "returned a NoneType, not a Sweep"),
+    ],
+)
+def test_a_wrong_sweep_is_told_in_one_line_before_anything_is_done(c, stage, tmp_path, definition, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        mode.run(c, str(tmp_path / "none"), file=File(definition))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_name_is_what_a_run_is_and_not_where(c):
+    one = sweep.name_of(c)
+    c.data.path, c.platform, c.compilation_cache = "elsewhere", "cpu", "auto"
+    assert sweep.name_of(c) == one
+    c.seed = 1
+    assert sweep.name_of(c) != one
+    assert sweep.name_of(c, without=("seed",)) == sweep.name_of(tiny.get_config("plain"), without=("seed",))
+
+
+def test_seeds_come_one_after_the_other():
+    assert grid({"a": (1, 2)}, seeds=2) == [
+        {"a": 1, "seed": 0},
+        {"a": 2, "seed": 0},
+        {"a": 1, "seed": 1},
+        {"a": 2, "seed": 1},
+    ]
+
+
+def test_a_curve_is_the_same_wherever_its_lines_were_cut():
+    def lines(*ends):
+        starts = (0, *ends)
+        return [{"step": b, "loss": sum(range(a, b)) / (b - a), "mfu": 1} for a, b in zip(starts, ends)]
+
+    whole = layout.curve(lines(4, 8, 10), every=4)
+    assert [point["step"] for point in whole] == [4, 8, 10]
+    assert layout.curve([*lines(3, 4, 8, 9, 10), {"step": 10, "scored": 3}], every=4) == whole
