@@ -279,10 +279,8 @@ def _timing(job: Job, run: Run, anew: bool = False) -> list[Timing]:
         lambda: storage.write_json(path, [_measured(job, run, o) for o in job.definition.evaluations]),
     )
     found = storage.read_json(path)
-    if jax.process_index() == 0:  # the first one again where a reader looks who knows of no other
-        storage.write_json(
-            os.path.join(layout.folder(job.workdir, run), "timing.json"), {**found[0], "evaluations": found}
-        )
+    if jax.process_index() == 0:  # where a reader looks who knows of this run alone
+        storage.write_json(os.path.join(layout.folder(job.workdir, run), "timing.json"), {"evaluations": found})
     return [Timing(one["fixed"], one["per_step"]) for one in found]
 
 

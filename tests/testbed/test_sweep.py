@@ -193,7 +193,7 @@ def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatc
     (tmp_path / "runs" / name / "result.json").unlink()
     with lock.hold(layout.claim(str(tmp_path), name)):
         mode.run(c, str(tmp_path), file=File(TWO), dry_run=True)
-    states = {line.split()[0]: line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[1:3]}
+    states = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[1:3]}
     assert states.pop(name).startswith("claimed by process")
     assert list(states.values()) == ["done"]
 
