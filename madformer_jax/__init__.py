@@ -1,1 +1,3 @@
 """MADFormer in JAX: a testbed for splitting a transformer between autoregression and diffusion."""
+
+__version__ = "0.1.0"

@@ -1,9 +1,9 @@
 """The one entry point: flags, mode dispatch, and the one place that turns an error into a line and a status.
 
-python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits [--mode=train] [--config.field=value]
+python -m madformer_jax --config=configs/digits.py --workdir=runs/digits [--mode=train] [--config.field=value]
 
-Status 0, or 2 after one line on standard error, or 130 after an interrupt; --mode=compile has 1 for what does not fit.
-What is no user's or system's fault is a traceback.
+--help tells of the modes, --mode=NAME --help of the fields that matter to one. Status 0, or 2 after one line on standard
+error, or 130 after an interrupt; --mode=compile has 1 for what does not fit. What is no user's or system's fault is a traceback.
 """
 
 import os
@@ -26,7 +26,6 @@ import importlib.util
 import inspect
 import logging as python_logging
 import mmap
-import pkgutil
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -36,10 +35,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from madformer_jax import config as config_lib
-from madformer_jax import fields, limits, modes
+from madformer_jax import fields, limits, usage
 from madformer_jax.runtime import storage
-
-_MODES = [module.name for module in pkgutil.iter_modules(modes.__path__)]
 
 # ---- the command line
 
@@ -64,20 +61,7 @@ class _File(NamedTuple):
 
 def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _File | None]:
     """As `parse`, and the config file, where there is one."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("config", None, "Config file, FILE or FILE:variant.", flag_values=values)
-    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
-    flags.DEFINE_enum("mode", "train", _MODES, "What to do.", flag_values=values)
-    flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster.", flag_values=values)
-    flags.DEFINE_string("coordinator", "", "host:port of process 0.", flag_values=values)
-    flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
-    flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "--mode=sweep: only list the runs, with what they cost.", flag_values=values)
-    flags.DEFINE_bool(
-        "measure", False, "--mode=sweep: only measure the seconds of drawing an image.", flag_values=values
-    )
-    flags.DEFINE_string("topology", "", "TPU topology for --mode=compile, such as v5e:4x4.", flag_values=values)
-    values.set_gnu_getopt(True)
+    values = _flags()
     try:
         rest = values(list(argv), known_only=True)  # all but --config.field=value
         _check_flags(values)
@@ -95,9 +79,44 @@ def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _File | N
     return values.config, values, file
 
 
+def _flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Tell of the modes, or of one.", short_name="h", flag_values=values)
+    flags.DEFINE_string("config", None, "Config file, FILE or FILE:variant.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(usage.summaries()), "What to do.", flag_values=values)
+    flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster.", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "--mode=sweep: only list the runs, with what they cost.", flag_values=values)
+    flags.DEFINE_bool(
+        "measure", False, "--mode=sweep: only measure the seconds of drawing an image.", flag_values=values
+    )
+    flags.DEFINE_string("topology", "", "TPU topology for --mode=compile, such as v5e:4x4.", flag_values=values)
+    values.set_gnu_getopt(True)
+    return values
+
+
+def _help(argv: Sequence[str]) -> str | None:
+    """The page that --help asks for; None without it.
+
+    Raises:
+      ConfigError: there is no such mode.
+    """
+    values = _flags()
+    try:
+        values(list(argv), known_only=True)
+    except flags.Error as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    return usage.page(values.mode if values["mode"].present else None) if values.help else None
+
+
 def _check_flags(values: flags.FlagValues) -> None:
     if not values.workdir and values.mode != "compile":
-        raise ConfigError("--workdir is missing: name the folder of the run, for example --workdir=runs/digits.")
+        raise ConfigError(
+            "--workdir is missing: name the folder of the run, for example --workdir=runs/digits (--help tells more)."
+        )
     if values.workdir:
         limits.check_path("--workdir", values.workdir)
     if not values.coordinator and max(values.num_processes, values.process_id) >= 0:
@@ -285,6 +304,10 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       ConfigError: what is wrong with it.
     """
+    page = _help(argv)
+    if page:
+        print(page)
+        return 0
     config, values, file = _parse(argv)
     config_lib.validate(config)
     _without_ynn(config.platform)

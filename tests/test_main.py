@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import pytest
 from absl import logging
 
 import madformer_jax.modes.train
-from madformer_jax import main
+from madformer_jax import config, fields, main, usage
 from madformer_jax.runtime import storage
 
 DIGITS = "--config=configs/digits.py"
@@ -35,7 +36,7 @@ def error_of(capsys, *args):
         (["--config.train.steps=3.5"], "config.train.steps"),
         (["--config.train.ema_warmup=perhaps"], "config.train.ema_warmup"),
         (["--config.train=3"], "config.train"),
-        (["--config.model.blocks=6"], "config.model.blocks=6 does not tile a 16 x 16 latent"),
+        (["--config.model.blocks=6"], "config.model.blocks=6 does not tile a 8 x 8 latent"),
         (["--config.model.diffusion_depth=9"], "config.model.diffusion_depth=9"),
         (["--config.sample.labels=12"], "12 is no class"),
         (["--config.sample.solver=euler"], "config.sample.solver='euler' is unknown"),
@@ -72,6 +73,34 @@ def test_a_config_file_with_a_misspelt_field_is_one_line(capsys, tmp_path):
     status, line = error_of(capsys, f"--config={file}", f"--workdir={tmp_path}/run")
     assert status == 2
     assert "stps" in line
+
+
+def test_help_names_every_mode_and_the_fields_of_one(capsys):
+    for flag in ("--help", "-h"):
+        assert main.main(["main", flag]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        told = {line.split()[0]: line for line in lines if line.startswith("  ")}
+        assert told.keys() >= {"train", "sample", "evaluate", "prepare"}
+        assert told["export"].endswith(
+            "the averaged weights alone, as a workdir of their own to sample from and to publish"
+        )
+    assert main.main(["main", "--mode=sample", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"--config.sample.steps=50\n", text) and "--config.optimizer" not in text
+    assert re.search(r"--config.sample.grid=64 +the first images, shown in the PNG", text)
+    assert "--mode=trian" in error_of(capsys, "--mode=trian", "--help")[1]
+
+
+def test_help_leaves_out_no_mode_and_no_field():
+    for mode, what in usage.summaries().items():
+        assert what and not what.startswith("--mode"), (
+            f"the first line of modes/{mode}.py must be --mode={mode}: what it does."
+        )
+        assert f"--mode={mode}: " in usage.page(mode)
+    values = fields.flat(config.base())
+    assert {name for name in usage.comments() if name in values} == set(values)
+    sections = {name.partition(".")[0] for name in values if "." in name}
+    assert {section for named in usage._SECTIONS.values() for section in named} <= sections
 
 
 def test_missing_workdir_config_and_checkpoint(capsys, tmp_path):
@@ -208,7 +237,7 @@ def test_an_interrupt_at_the_start_is_one_line_and_status_130(tmp_path):
     fifo, config = tmp_path / "fifo", tmp_path / "config.py"
     os.mkfifo(fifo)
     config.write_text(f"open({str(fifo)!r}).read()")  # waits for its end: the process is at its start
-    command = [sys.executable, "-m", "madformer_jax.main", f"--config={config}", f"--workdir={tmp_path}/run"]
+    command = [sys.executable, "-m", "madformer_jax", f"--config={config}", f"--workdir={tmp_path}/run"]
     environment = os.environ | {"GLIBC_TUNABLES": ""}  # else it starts itself anew
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     with open(fifo, "w"), process:

@@ -1,4 +1,7 @@
-"""--mode=train: the loop, and below it what goes with the loop: going on or starting anew, reporting, drawing, saving."""
+"""--mode=train: trains a model, going on from its newest checkpoint, and draws samples.
+
+The loop, and below it what goes with the loop: going on or starting anew, reporting, drawing, saving.
+"""
 
 import contextlib
 import sys

@@ -1,0 +1,100 @@
+"""What --help prints: the modes, and the fields that matter to one, read from the modes' and config.py's own lines."""
+
+import ast
+import importlib.resources
+import inspect
+import pkgutil
+import textwrap
+
+from madformer_jax import config, fields, modes
+
+_COMMAND = "python -m madformer_jax"
+_WIDTH = 118
+
+# Beside the section of its own name. What decides the shapes of a model comes from its workdir, behind the training.
+_SECTIONS = {
+    "train": ("model", "loss", "codec", "data", "optimizer", "sample", "mesh"),
+    "sample": ("mesh",),
+    "evaluate": ("sample", "data", "mesh"),
+    "reference": ("evaluate", "data"),
+    "prepare": ("data", "codec"),
+    "benchmark": ("model", "train", "sample", "data", "mesh"),
+    "compile": ("model", "train", "sample", "mesh"),
+    "export": ("sample",),
+    "sweep": ("model", "train", "evaluate", "sample"),
+}
+
+_EXAMPLES = f"""\
+Train on the embedded digits and draw samples, then draw more of some of them, and judge the run:
+
+  {_COMMAND} --config=configs/digits.py --workdir=runs/digits
+  {_COMMAND} --workdir=runs/digits --mode=sample --config.sample.labels=3,7 --config.sample.guidance=2
+  {_COMMAND} --workdir=runs/digits --mode=reference
+  {_COMMAND} --workdir=runs/digits --mode=evaluate"""
+
+
+def summaries() -> dict[str, str]:
+    """Mode -> what it does, the first sentence of its file."""
+    names = [module.name for module in pkgutil.iter_modules(modes.__path__)]
+    found = {}
+    for mode in sorted(names, key=lambda name: (name != "train", name)):
+        source = (importlib.resources.files(modes) / f"{mode}.py").read_text()
+        first = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
+        found[mode] = " ".join(first.removeprefix(f"--mode={mode}: ").split()).partition(". ")[0].rstrip(".")
+    return found
+
+
+def comments() -> dict[str, str]:
+    """Field or section -> the comment behind it in `config.base`, in its order; "" where there is none."""
+    source = inspect.getsource(config.base)
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("c."):
+            behind = "\n".join(lines[node.lineno - 1 : node.end_lineno]).partition("  # ")[2]
+            found[ast.unparse(node.targets[0]).removeprefix("c.")] = behind.partition("\n")[0]
+    return found
+
+
+def page(mode: str | None) -> str:
+    """The help on all modes, or on one and its fields."""
+    return _of_all() if mode is None else _of_mode(mode)
+
+
+def _of_all() -> str:
+    found = summaries()
+    wide = max(map(len, found))
+    lines = [f"  {mode:{wide}}  {what}" for mode, what in found.items()]
+    return "\n".join(
+        [
+            f"usage: {_COMMAND} --mode=MODE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]", "",
+            "MADFormer in JAX. The modes, of which train is the default:", "", *lines, "",
+            f"{_COMMAND} --mode=MODE --help lists the fields that matter to a mode. --config is needed in a new workdir only.", "",
+            _EXAMPLES,
+        ]
+    )  # fmt: skip
+
+
+def _of_mode(mode: str) -> str:
+    told, values = comments(), fields.flat(config.base())
+    sections = [s for s in (mode, *_SECTIONS.get(mode, ())) if any(name.startswith(f"{s}.") for name in values)]
+    lines = [
+        f"--mode={mode}: {summaries()[mode]}.",
+        "",
+        "Fields and their defaults, which a config file or the workdir may change:",
+    ]
+    for section in ("", *sections):
+        own = [name for name in told if name in values and name.rpartition(".")[0] == section]
+        heads = [f"--config.{name}={_text(values[name])}" for name in own]
+        wide = min(44, max(map(len, heads)))
+        lines += ["", f"{section or 'all modes'}{':' if told.get(section) else ''} {told.get(section, '')}".rstrip()]
+        for name, head in zip(own, heads):
+            wrapped = textwrap.wrap(told.get(name, ""), _WIDTH - wide - 4) or [""]
+            first = (
+                f"  {head:{wide}}  {wrapped[0]}" if len(head) <= wide or not wrapped[0] else f"  {head}  {wrapped[0]}"
+            )
+            lines += [first.rstrip(), *(" " * (wide + 4) + rest for rest in wrapped[1:])]
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
