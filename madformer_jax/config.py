@@ -74,7 +74,8 @@ def base() -> ConfigDict:
     c.data.source = "digits"  # digits | drawings | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
     c.data.path = ""  # folder of images, tars or records; tfds: its data_dir
     c.data.drawings = 20_000  # how many there are, over all splits
-    c.data.split = "train"  # train | test, which training never sees | all; tfds has its own, prepared records theirs
+    # train | test, which training never sees | all; drawings have "composition" too, tfds its own, prepared records theirs
+    c.data.split = "train"
     c.data.test_share = 0.05  # of folder, webdataset and drawings, by a hash of each name; digits hold out a fifth
     c.data.image_size = 256
     c.data.channels = 3

@@ -40,6 +40,7 @@ SPLITS = ("train", "test", "composition", "all")
 SMALLEST = 16  # pixels: below, nobody sees what is drawn
 _SHARP = 64  # pixels: smaller pictures are drawn at a multiple of their size
 _FILE = 500  # pictures a file: what is drawn again after a kill, at most, by each process
+_FAILED = "config.data.source=drawings cannot keep its pictures in {}"
 _PACKAGES = ("dicebear-core", "dicebear-styles", "resvg-py")
 
 # Of these two attributes of a style, training sees nine in ten of the combinations.
@@ -77,8 +78,8 @@ def draw(seed: int, number: int, size: int) -> Drawing:
         words = attributes.read(name, avatar["options"])
     except KeyError as error:
         raise ConfigError(
-            f"config.data.source=drawings: {_versions()} draw {error} in {name}, which has no name here: install the "
-            "versions of requirements.txt."
+            f"config.data.source=drawings: {', '.join(map(' '.join, _versions().items()))} draw {error} in {name}, which has "
+            "no name here: install the versions of requirements.txt."
         ) from None
     return Drawing(_png(avatar["svg"], size), words)
 
@@ -176,16 +177,15 @@ def _open(seed: int, size: int, count: int) -> list[_File]:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be drawing them
             found = {first: _read(folder, first) for first in range(0, count, _FILE)}
             missing = [first for first, file in found.items() if file is None]
-            with tqdm(
-                total=_FILE * len(missing), desc=f"drawing {size} x {size}", unit="picture", disable=not missing
-            ) as bar:
+            about: dict[str, Any] = {"desc": f"drawing {size} x {size}", "unit": "picture", "disable": not missing}
+            with tqdm(total=_FILE * len(missing), **about) as bar:
                 for first in _drawn(folder, missing, seed, size):
                     found[first] = _read(folder, first)
                     bar.update(_FILE)
-    return [file for file in found.values() if file is not None]
-
-
-_FAILED = "config.data.source=drawings cannot keep its pictures in {}"
+    whole = [file for file in found.values() if file is not None]
+    if len(whole) < len(found):
+        raise ConfigError(f"{_FAILED.format(folder)}: what was written is not what is read. Is the disk sound?")
+    return whole
 
 
 def _drawn(folder: str, missing: list[int], seed: int, size: int) -> Iterator[int]:

@@ -121,6 +121,10 @@ def test_a_caption_in_each_phrasing():
     ]
     words = {"colour": "orange", "background": "dark blue"}
     assert captions.caption("planets", words, 2) == "an orange planet in a dark blue sky"
+    words |= {"skin": "tan", "outfit": "hoodie", "top": "short hair", "top colour": "brown", "eyes": "soft eyes"}
+    words["glasses"] = "sunglasses"
+    seen = "a blocky person with tan skin in an orange hoodie with short brown hair and sunglasses, on dark blue"
+    assert captions.caption("voxel-art", words, 0) == seen
 
 
 # ---- splits
@@ -138,6 +142,9 @@ def test_splits_are_disjoint_and_combinations_held_out():
         words = [attributes.words(row) for row in found.attributes]
         names = [part.names[label] for label in found.labels]
         pairs[c.data.split] = {(k, *(w.get(name) for name in drawings.PAIRS[k])) for k, w in zip(names, words)}
+        for k, w in zip(names, words):  # by nothing but the pair
+            alone = {name: w[name] for name in drawings.PAIRS[k] if name in w}
+            assert drawings.is_composition(k, alone) == (c.data.split == "composition")
         assert part.attributes == whole.attributes == attributes.ATTRIBUTES
     assert sorted(itertools.chain(*numbers.values())) == list(range(60)) and all(numbers.values())
     assert not pairs["composition"] & (pairs["train"] | pairs["test"])
