@@ -99,5 +99,5 @@ class Scores(Aside):
 
     def _use(self, step: int, batches: Iterator[drawing.Drawn]) -> None:
         found = samples.look(batches, self._judge.extract)
-        labelled = bool(self._studio.setup.model.classes)
+        labelled = bool(self._c.model.classes)
         self._studio.report.score(step, self._n, samples.scores(self._c, self._judge, found, labelled=labelled))

@@ -72,7 +72,7 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
             model,
             params,
             noise,
-            inputs.labels[:, None] if model.classes else None,
+            inputs.labels[:, None] if model.vocabulary else None,
             solver=settings.solver,
             spacing=settings.spacing,
             steps=settings.steps,

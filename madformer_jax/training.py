@@ -120,12 +120,13 @@ def make_step(
     def loss(params: Any, batch: dict[str, Array], codec_params: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         encode_key, drop_key, loss_key = jax.random.split(key, 3)
         z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
-        tokens = None
-        if s.model.classes:
-            tokens = batch["label"].reshape(len(z), -1)
+        tokens = lengths = None
+        if s.model.vocabulary:
+            tokens, lengths = batch.get("tokens", batch["label"].reshape(len(z), -1)), batch.get("lengths")
             drop = jax.random.bernoulli(drop_key, dropout, (len(z), 1))
-            tokens = jnp.where(drop, s.model.classes, tokens)
-        return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise)
+            tokens = jnp.where(drop, s.model.none, tokens)
+            lengths = None if lengths is None else jnp.where(drop[:, 0], 1, lengths)  # the whole caption is one "none"
+        return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise, lengths)
 
     gradient = jax.grad(loss, has_aux=True)
 

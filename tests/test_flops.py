@@ -54,7 +54,7 @@ def abstract(c):
     params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
     z = jax.ShapeDtypeStruct((c.train.batch, *sizes_of(c).block_shape), jnp.float32)
     t = jax.ShapeDtypeStruct(z.shape[:2], jnp.int32)
-    tokens = jax.ShapeDtypeStruct((c.train.batch, c.model.text_length), jnp.int32) if model.classes else None
+    tokens = jax.ShapeDtypeStruct((c.train.batch, c.model.text_length), jnp.int32) if model.vocabulary else None
     return model, params, z, t, tokens
 
 

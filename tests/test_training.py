@@ -107,9 +107,9 @@ def test_each_microbatch_draws_its_own_noise(plain):
 def of_two_parameters(c, loss, monkeypatch):
     """Setup and state of a model of two parameters with this loss of (params, z, tokens), which also gives metrics."""
 
-    def training_loss(model, params, z, tokens, key, weights, context_noise):
+    def training_loss(model, params, z, tokens, key, weights, context_noise, lengths):
         value, metrics = loss(params, z, tokens)
-        return value, {"loss": value} | metrics
+        return value, {"loss": value} | metrics | ({} if lengths is None else {"lengths": lengths})
 
     monkeypatch.setattr(training.losses, "training_loss", training_loss)
     s = training.setup(c)

@@ -27,7 +27,9 @@ class Weights(NamedTuple):
         return tuple(name for name in TERMS if getattr(self, name))
 
 
-def terms(outputs: Outputs, z: Array, target: Array, tokens: Array | None) -> dict[str, Array]:
+def terms(
+    outputs: Outputs, z: Array, target: Array, tokens: Array | None, lengths: Array | None = None
+) -> dict[str, Array]:
     """The unweighted terms that the outputs allow: mean squared errors, and the negative log-likelihood of the text.
 
     Args:
@@ -35,6 +37,7 @@ def terms(outputs: Outputs, z: Array, target: Array, tokens: Array | None) -> di
       z: clean latent blocks (B, L, positions, C).
       target: what the image output is compared with (`predicts.target`), of the same shape; of eps the noise.
       tokens: (B, T); the text term predicts each token from those before it.
+      lengths: (B,) tokens of each text; the padding behind them is not predicted. By default all T are text.
     """
     losses = {}
     if outputs.image is not None:
@@ -46,7 +49,11 @@ def terms(outputs: Outputs, z: Array, target: Array, tokens: Array | None) -> di
         losses["clean"] = jnp.mean((outputs.clean[:, context] - z[:, context]) ** 2)
     if outputs.text is not None and tokens is not None:
         nll = optax.softmax_cross_entropy_with_integer_labels(outputs.text[:, :-1], tokens[:, 1:])
-        losses["text"] = jnp.mean(nll)
+        if lengths is None:
+            losses["text"] = jnp.mean(nll)
+        else:
+            predicted = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
+            losses["text"] = jnp.sum(nll, where=predicted) / jnp.maximum(1, jnp.sum(predicted))
     return losses
 
 
@@ -58,6 +65,7 @@ def training_loss(
     key: Array,
     weights: Weights,
     context_noise: int = 0,
+    lengths: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted loss of one batch, with a timestep of its own for each block.
 
@@ -67,6 +75,7 @@ def training_loss(
       key: draws the timesteps and the noise.
       context_noise: the clean blocks, which are the context of those behind them, are noised each at a timestep of its own
         from 0 to this one, which the model is told; 0 leaves them clean.
+      lengths: (B,) tokens of each text, the padding behind them left out; None: all T are text.
 
     Returns:
       The loss, and metrics: every term (`loss_image`, ...) and the image term by quarter of the timesteps (`loss_q1` ..
@@ -76,10 +85,12 @@ def training_loss(
     t = jax.random.randint(t_key, z.shape[:2], 0, TIMESTEPS)
     noise = jax.random.normal(noise_key, z.shape)
     context, told = _noisy_context(z, jax.random.fold_in(key, 2), context_noise) if context_noise else (z, {})
-    outputs = model.apply({"params": params}, context, add_noise(z, noise, t), t, tokens, terms=weights.terms, **told)
+    outputs = model.apply(
+        {"params": params}, context, add_noise(z, noise, t), t, tokens, lengths, terms=weights.terms, **told
+    )
     alpha, sigma = alpha_sigma(t)
     target = predicts.target(model.predicts, z, noise, alpha, sigma)
-    losses = terms(outputs, z, target, tokens)
+    losses = terms(outputs, z, target, tokens, lengths)
     scale = predicts.weight(model.predicts, weights.weighting, alpha, sigma)
     if outputs.image is not None and scale is not None:
         losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)

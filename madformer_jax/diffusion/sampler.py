@@ -19,6 +19,7 @@ def sample(
     params: Any,
     noise: Array,
     tokens: Array | None = None,
+    lengths: Array | None = None,
     *,
     solver: str,
     spacing: str,
@@ -31,7 +32,8 @@ def sample(
 
     Args:
       noise: (B, L, positions, C), standard normal.
-      tokens: text tokens (B, T) of a conditional model; `model.classes` means none.
+      tokens: text tokens (B, T) of a conditional model; `model.none` means none.
+      lengths: tokens of each text, (B,); what stands behind them is padding. By default all T are text.
       solver, spacing, steps: see `solvers.coefficients`.
       guidance: scale w of classifier-free guidance, out = out_none + w (out_tokens - out_none), the same in eps, v and x0;
         or one for each step (steps,), see `guidance.scales`. The number 1 runs no second branch; an array, whose values the
@@ -94,8 +96,10 @@ def sample(
 
     cache = call("empty_cache", branches * batch)
     if tokens is not None:
-        none = [jnp.full_like(tokens, model.classes)] if guided else []
-        cache = call("read_text", cache, jnp.concatenate([tokens, *none]))
+        none = [jnp.full_like(tokens, model.none)] if guided else []
+        if lengths is not None:  # "none" is one token
+            lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)] if guided else [lengths])
+        cache = call("read_text", cache, jnp.concatenate([tokens, *none]), lengths)
     carry = (cache, call("begin", branches * batch))
     if blocks == 1 or unroll:
         parts = []

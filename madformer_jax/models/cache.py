@@ -28,6 +28,7 @@ class ModelCache(NamedTuple):
 
     ar: StackCache
     diffusion: StackCache
+    lengths: Array | None = None  # (B,) tokens of the text, where it is padded
 
 
 StackKV = tuple[KV | None, KV | None]  # what one pass through a stage gives, of (body, last)

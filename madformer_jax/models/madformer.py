@@ -20,7 +20,7 @@ from madformer_jax.models.plan import TERMS, Switches, plan
 from madformer_jax.models.rope import Rotary
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
-from madformer_jax.sizes import sizes_of
+from madformer_jax.sizes import sizes_of, vocabulary_of
 
 
 class Outputs(NamedTuple):
@@ -29,7 +29,7 @@ class Outputs(NamedTuple):
     image: Array | None  # (B, L, positions, C) what `predicts` says of the noisy blocks: eps, v or x0
     hidden: Array | None  # (B, L, positions, C) the AR condition, upsampled
     clean: Array | None  # (B, L, positions, C) the clean stream, upsampled
-    text: Array | None  # (B, T, vocabulary) logits of the next token
+    text: Array | None  # (B, T, vocabulary) logits of the next token; of no meaning behind the text's last one
 
 
 class MADFormer(nn.Module):
@@ -54,7 +54,7 @@ class MADFormer(nn.Module):
     ar_condition: bool
     shared: bool
     block_only: bool
-    classes: int
+    vocabulary: int
     text_length: int
     attention: str
     dtype: Any
@@ -66,15 +66,15 @@ class MADFormer(nn.Module):
         return self.grid * self.columns
 
     @property
-    def vocabulary(self) -> int:
-        """Number of text tokens: the classes, and a last one that means "none"."""
-        return self.classes + 1
+    def none(self) -> int:
+        """The token of a conditional model that stands for no class and no caption, the vocabulary's last."""
+        return self.vocabulary - 1
 
     @property
     def switches(self) -> Switches:
         return Switches(
             blocks=self.blocks,
-            text=bool(self.classes),
+            text=bool(self.vocabulary),
             clean_stream=self.clean_stream,
             ar_condition=self.ar_condition,
             hidden_from=self.hidden_from,
@@ -106,7 +106,7 @@ class MADFormer(nn.Module):
         towers = {
             name: "image" if self.shared else name for name in ("clean", "pred") if self.clean_stream or name == "pred"
         }
-        if self.classes:
+        if self.vocabulary:
             towers["text"] = "text"
             self.embedding = nn.Embed(
                 self.vocabulary,
@@ -159,6 +159,7 @@ class MADFormer(nn.Module):
         noisy: Array,
         t: Array,
         tokens: Array | None = None,
+        lengths: Array | None = None,
         *,
         clean_t: Array | None = None,
         terms: tuple[str, ...] = TERMS,
@@ -168,7 +169,9 @@ class MADFormer(nn.Module):
         Args:
           z, noisy: clean and noisy latent blocks, (B, L, positions, C) float32.
           t: timestep of each noisy block, (B, L) integers 0..999.
-          tokens: text tokens (B, T) integers, where the model is conditional; a class, or `classes` for none.
+          tokens: text tokens (B, T) integers, where the model is conditional; a class, or `none`.
+          lengths: tokens of each text, (B,) integers from 1 to T; what stands behind them is padding, which changes nothing.
+            By default all T are text.
           clean_t: timestep given to the clean blocks (B, L); by default what `clean_timestep` says: t or zero.
           terms: terms of the loss that are wanted, of `TERMS`.
         """
@@ -188,7 +191,7 @@ class MADFormer(nn.Module):
 
         image = self._image_positions()
         positions = {"clean": Rotary(*(x[: p.clean_blocks] for x in image)), "pred": image}
-        if self.classes:
+        if self.vocabulary:
             positions["text"] = self._text_positions()
         before = [embedded["clean"][:, :-1]] if "clean" in p.down else []
         streams = Streams(
@@ -197,7 +200,7 @@ class MADFormer(nn.Module):
             pred=jnp.concatenate([self._boi(len(z)), *before], axis=1) if "pred" in p.ar else None,  # p_i = c_(i-1)
         )
         if p.ar:
-            streams = self.ar_layers(streams, positions, p.between)
+            streams = self.ar_layers(streams, positions, p.between, lengths)
         condition = pred = streams.pred
         if "noisy" in p.down:
             x = embedded["noisy"]
@@ -205,7 +208,7 @@ class MADFormer(nn.Module):
         if self.hidden_from == "noisy":
             condition = pred
         if p.diffusion:
-            streams = self.diffusion_layers(streams._replace(pred=pred).only(p.diffusion), positions, p.out)
+            streams = self.diffusion_layers(streams._replace(pred=pred).only(p.diffusion), positions, p.out, lengths)
 
         # And all blocks back in one pass, each with the skip states of the blocks that it is to look like.
         back: dict[str, tuple[Any, Array, str]] = {
@@ -238,18 +241,18 @@ class MADFormer(nn.Module):
         """A cache with no block in it, for `batch` images (twice as many with guidance)."""
         head = self.heads, self.width // self.heads
         context = (batch, self.blocks - 1, self.tokens, *head) if self.blocks > 1 else None
-        text = (batch, self.text_length, *head) if self.classes else None
+        text = (batch, self.text_length, *head) if self.vocabulary else None
         return ModelCache(
             empty_stage(self.depth - self.diffusion_depth, context, text, self.dtype),
             empty_stage(self.diffusion_depth, None if self.block_only else context, text, self.dtype),
         )
 
-    def read_text(self, cache: ModelCache, tokens: Array) -> ModelCache:
-        """Runs the text tower on tokens (B, T) and puts its keys and values into the cache."""
+    def read_text(self, cache: ModelCache, tokens: Array, lengths: Array | None = None) -> ModelCache:
+        """Runs the text tower on tokens (B, T), of which `lengths` (B,) are text, and puts its keys and values into the cache."""
         position = self._text_positions()
         text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, position, 0)
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, position, 0)
-        return ModelCache(write_text(cache.ar, ar), write_text(cache.diffusion, diffusion))
+        return ModelCache(write_text(cache.ar, ar), write_text(cache.diffusion, diffusion), lengths)
 
     def begin(self, batch: int) -> Array:
         """The first block's prediction stream, BOI: (B, 1, s, d)."""
@@ -266,7 +269,7 @@ class MADFormer(nn.Module):
         """
         if not self.ar_condition and self.clean_stream:
             return jnp.zeros_like(pred), cache
-        pred, own = self.ar_layers.step("pred", pred, cache.ar, self._position(block), block)
+        pred, own = self.ar_layers.step("pred", pred, cache.ar, self._position(block), block, cache.lengths)
         if not self.clean_stream:
             cache = cache._replace(ar=write_block(cache.ar, own, block))
         return pred if self.ar_condition else jnp.zeros_like(pred), cache
@@ -281,7 +284,9 @@ class MADFormer(nn.Module):
         x, skips = self._down(noisy, jnp.full(noisy.shape[:2], t))
         repeats = condition.shape[0] // noisy.shape[0]
         x, *skips = (jnp.tile(y, (repeats,) + (1,) * (y.ndim - 1)) for y in (x, *skips))
-        pred, own = self.diffusion_layers.step("pred", condition + x, cache.diffusion, self._position(block), block)
+        pred, own = self.diffusion_layers.step(
+            "pred", condition + x, cache.diffusion, self._position(block), block, cache.lengths
+        )
         return self._up(pred, jnp.full(x.shape[:2], t), skips), own
 
     def remember(self, cache: ModelCache, own: StackKV, block: int | Array) -> ModelCache:
@@ -291,11 +296,11 @@ class MADFormer(nn.Module):
     def extend(self, cache: ModelCache, clean: Array, block: int | Array) -> ModelCache:
         """Runs the clean tower on a generated block, embedded (B, 1, s, d), and caches its keys and values."""
         position = self._position(block)
-        clean, own = self.ar_layers.step("clean", clean, cache.ar, position, block)
+        clean, own = self.ar_layers.step("clean", clean, cache.ar, position, block, cache.lengths)
         cache = cache._replace(ar=write_block(cache.ar, own, block))
         if self.block_only:
             return cache
-        _, own = self.diffusion_layers.step("clean", clean, cache.diffusion, position, block)
+        _, own = self.diffusion_layers.step("clean", clean, cache.diffusion, position, block, cache.lengths)
         return cache._replace(diffusion=write_block(cache.diffusion, own, block))
 
     def _position(self, block: int | Array) -> Rotary:
@@ -335,7 +340,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         ar_condition=m.ar_condition,
         shared=m.param_sets == "shared",
         block_only=m.diffusion_attention == "block",
-        classes=m.classes,
+        vocabulary=vocabulary_of(c),
         text_length=m.text_length,
         attention=attention.choose(m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens),
         dtype=jnp.dtype(m.dtype),
@@ -348,5 +353,5 @@ def init(model: MADFormer, key: Array) -> Any:
     """Fresh float32 parameters, boxed with their logical axes (`flax.linen.meta.unbox` strips them)."""
     z = jnp.zeros((1, model.blocks, math.prod(model.block_shape[:2]), model.channels))
     t = jnp.zeros((1, model.blocks), jnp.int32)
-    tokens = jnp.zeros((1, model.text_length), jnp.int32) if model.classes else None
+    tokens = jnp.zeros((1, model.text_length), jnp.int32) if model.vocabulary else None
     return model.init(key, z, z, t, tokens)["params"]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from madformer_jax.sizes import vocabulary_of
+
 TERMS = ("image", "hidden", "clean", "text")  # of the loss; each needs one output
 
 
@@ -72,7 +74,7 @@ def switches_of(c: ConfigDict) -> Switches:
     m = c.model
     return Switches(
         blocks=m.blocks,
-        text=bool(m.classes),
+        text=bool(vocabulary_of(c)),
         clean_stream=m.clean_stream,
         ar_condition=m.ar_condition,
         hidden_from=m.hidden_from,

@@ -107,9 +107,12 @@ class DecoderLayer(nn.Module):
         return nn.with_logical_constraint(x, axes)
 
     def __call__(
-        self, streams: Streams, positions: Mapping[str, Rotary], keys_only: tuple[str, ...] = ()
+        self, streams: Streams, positions: Mapping[str, Rotary], lengths: Array | None, keys_only: tuple[str, ...]
     ) -> tuple[Streams, None]:
-        """All blocks at once. Streams named in `keys_only` give keys and values to the others and end here."""
+        """All blocks at once. Streams named in `keys_only` give keys and values to the others and end here.
+
+        Text ends after `lengths` (B,) tokens, by default after all; the padding behind it is computed, and seen by nobody.
+        """
         given = streams.present
         qkv = {name: self._qkv(name, x, positions[name], name not in keys_only) for name, x in given.items()}
         image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
@@ -119,15 +122,21 @@ class DecoderLayer(nn.Module):
         attended: dict[str, Array] = {}
         if image:
             outputs = attention.block_attention(
-                [qkv[name] for name in image], context, None if text is None else text.kv, implementation=self.attention
+                [qkv[name] for name in image],
+                context,
+                None if text is None else text.kv,
+                lengths,
+                implementation=self.attention,
             )
             attended.update(zip(image, outputs, strict=True))
         if text is not None and text.q is not None:
             attended["text"] = attention.attend(text.q, text.k, text.v, causal=True)
         return Streams(**{name: self._finish(name, given[name], attended[name]) for name in attended}), None
 
-    def step(self, streams: Streams, cache: Cache, position: Rotary, block: int | Array) -> tuple[Streams, KV]:
-        """One stream alone, in sampling: a block (B, 1, s, d) against the cache, or the text against itself.
+    def step(
+        self, streams: Streams, cache: Cache, position: Rotary, block: int | Array, lengths: Array | None
+    ) -> tuple[Streams, KV]:
+        """One stream alone, in sampling: a block (B, 1, s, d) against the cache, or the text (B, T, d) against itself.
 
         Returns the stream and its own keys and values, for the cache.
         """
@@ -138,7 +147,9 @@ class DecoderLayer(nn.Module):
             attended = attention.attend(own.q, own.k, own.v, causal=True)
         else:
             context = None if self.block_only else cache.context
-            attended = attention.cached_attention(own, context, cache.text, block, implementation=self.attention)
+            attended = attention.cached_attention(
+                own, context, cache.text, block, lengths, implementation=self.attention
+            )
         return Streams(**{name: self._finish(name, x, attended)}), own.kv
 
 
@@ -163,7 +174,7 @@ class LayerStack(nn.Module):
                 DecoderLayer,
                 policy=REMAT_POLICIES[self.remat],
                 prevent_cse=False,
-                static_argnums=(3,),
+                static_argnums=(4,),
                 methods=["__call__"],
             )
         if self.layers > 1:
@@ -178,28 +189,41 @@ class LayerStack(nn.Module):
                 layer,
                 methods={
                     "__call__": {**common, "in_axes": nn.broadcast},
-                    "step": {**common, "in_axes": (0, nn.broadcast, nn.broadcast)},
+                    "step": {**common, "in_axes": (0, nn.broadcast, nn.broadcast, nn.broadcast)},
                 },
             )
             self.body = scanned(**self.layer)
         if self.layers:
             self.last = layer(**self.layer)
 
-    def __call__(self, streams: Streams, positions: Mapping[str, Rotary], out: tuple[str, ...]) -> Streams:
+    def __call__(
+        self,
+        streams: Streams,
+        positions: Mapping[str, Rotary],
+        out: tuple[str, ...],
+        lengths: Array | None = None,
+    ) -> Streams:
         """All blocks at once; streams that are not named in `out` end in the last layer."""
         if self.layers > 1:
-            streams, _ = self.body(streams, positions, ())
+            streams, _ = self.body(streams, positions, lengths, ())
         if self.layers:
-            streams, _ = self.last(streams, positions, tuple(name for name in streams.present if name not in out))
+            ends = tuple(name for name in streams.present if name not in out)
+            streams, _ = self.last(streams, positions, lengths, ends)
         return streams.only(out)
 
     def step(
-        self, name: str, x: Array, cache: StackCache, position: Rotary, block: int | Array
+        self,
+        name: str,
+        x: Array,
+        cache: StackCache,
+        position: Rotary,
+        block: int | Array,
+        lengths: Array | None = None,
     ) -> tuple[Array, StackKV]:
         """The stream `name` alone, x (B, 1, s, d), against the cache; returns it with its own keys and values."""
         streams, body, last = Streams(**{name: x}), None, None
         if self.layers > 1:
-            streams, body = self.body.step(streams, cache.body, position, block)
+            streams, body = self.body.step(streams, cache.body, position, block, lengths)
         if self.layers:
-            streams, last = self.last.step(streams, cache.last, position, block)
+            streams, last = self.last.step(streams, cache.last, position, block, lengths)
         return streams.present[name], (body, last)

@@ -118,7 +118,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 size = drawing.batch_size(setting, mesh)
                 results[step, i] = _result(
                     setting, workdir, by, about | {name: drawn[name] for name in DRAWN}, size * -(-parts.AT_ONCE // size),
-                    functools.partial(map, functools.partial(_draw_and_look, draw, by.extract)), labelled=bool(model.classes),
+                    functools.partial(map, functools.partial(_draw_and_look, draw, by.extract)), labelled=bool(c.model.classes),
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
 

@@ -22,6 +22,8 @@ def test_terms_are_mean_squared_errors_and_the_likelihood_of_the_next_token():
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    padded = losses.terms(Outputs(None, None, None, jnp.asarray(logits)), z, noise, tokens, np.array([1, 2]))
+    np.testing.assert_allclose(padded["text"], nll[2], rtol=1e-5)  # one token of all is predicted
 
 
 class _Constant:
@@ -29,7 +31,7 @@ class _Constant:
 
     predicts = "eps"
 
-    def apply(self, variables, z, noisy, t, tokens, terms, clean_t=None):
+    def apply(self, variables, z, noisy, t, tokens, lengths, *, terms, clean_t=None):
         self.terms, self.context, self.clean_t = terms, z, clean_t
         return Outputs(jnp.zeros_like(z), None, None, None)
 

@@ -35,7 +35,7 @@ def test_release_samples(reference, variant):
     assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
 
 
-def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance=1.0):
+def without_cache(model, params, noise, tokens, lengths, solver, spacing, steps, guidance=1.0):
     """Block-autoregressive sampling in which every step recomputes everything, with the forward pass of training.
 
     A step whose scale is 1 knows the conditional branch alone.
@@ -46,9 +46,9 @@ def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance
     batch, blocks = noise.shape[:2]
 
     @jax.jit
-    def output_of(z, noisy, t, tokens):
+    def output_of(z, noisy, t, tokens, lengths):
         clean = jnp.full((batch, blocks), clean_t)
-        return model.apply({"params": params}, z, noisy, t, tokens, clean_t=clean, terms=("image",)).image
+        return model.apply({"params": params}, z, noisy, t, tokens, lengths, clean_t=clean, terms=("image",)).image
 
     z, last_seen = np.zeros_like(noise), np.zeros_like(noise)
     for i in range(blocks):
@@ -58,9 +58,10 @@ def without_cache(model, params, noise, tokens, solver, spacing, steps, guidance
             # without the clean stream, blocks before are those of their last solver step
             noisy, t = last_seen.copy(), np.full((batch, blocks), table.t[-1])
             noisy[:, i], t[:, i] = state.x, row.t
-            out = np.asarray(output_of(z, noisy, t, tokens))[:, i]
+            out = np.asarray(output_of(z, noisy, t, tokens, lengths))[:, i]
             if tokens is not None and scales[k] != 1.0:
-                none = np.asarray(output_of(z, noisy, t, np.full_like(tokens, model.classes)))[:, i]
+                one = None if lengths is None else np.ones_like(lengths)
+                none = np.asarray(output_of(z, noisy, t, np.full_like(tokens, model.none), one))[:, i]
                 out = none + scales[k] * (out - none)
             if k == steps - 1:
                 last_seen[:, i] = state.x
@@ -85,6 +86,7 @@ SWITCHES = {  # the four variants of the release, each alone, are in test_releas
     "eight blocks, twice as high as wide, D = 1, x0": {
         "blocks": 8, "unet_stride": 1, "classes": 3, "depth": 3, "diffusion_depth": 1, "predicts": "x0",
     },
+    "captions with padding": {"classes": 6, "text_length": 4, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
     "one program for each block": {"blocks": 2, "classes": 3, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
 }  # fmt: skip
 T = schedule.timesteps("dpmpp_2m", "trailing", 3).t  # 999, 666, 332
@@ -102,9 +104,12 @@ def test_cached_sampling_equals_full_recomputation(name):
     model, params = small(**SWITCHES[name])
     blocks, steps, calls = model.blocks, 3, collections.Counter()
     noise = np.random.default_rng(2).standard_normal((2, blocks, 64 // blocks, model.channels), np.float32)
-    tokens = np.array([[2], [0]]) if model.classes else None
+    tokens = np.array([[2, 4, 1, 0], [0, 3, 5, 2]])[:, : model.text_length] if model.vocabulary else None
     settings = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": steps}
-    scale = {"guidance": GUIDED.get(name, 2.0)} if model.classes else {}  # an argument of the program, as in `drawing`
+    lengths = np.array([3, 2]) if model.text_length > 1 else None
+    scale = (
+        {"guidance": GUIDED.get(name, 2.0)} if tokens is not None else {}
+    )  # an argument of the program, as in `drawing`
     draw = functools.partial(sampler.sample, model, unroll=name == "one program for each block", **settings)
 
     def count(run, args, kwargs, context):
@@ -113,9 +118,9 @@ def test_cached_sampling_equals_full_recomputation(name):
         return run(*args, **kwargs)
 
     with nn.intercept_methods(count):
-        cached = np.asarray(jax.jit(draw)(params, noise, tokens, **scale))
+        cached = np.asarray(jax.jit(draw)(params, noise, tokens, lengths, **scale))
     jax.effects_barrier()
-    expected = without_cache(model, params, noise, tokens, **settings, **scale)
+    expected = without_cache(model, params, noise, tokens, lengths, **settings, **scale)
     assert np.linalg.norm(expected) > 1
     # block by block, against the block's own size: single values may be near zero where others are near 300
     error, size = (np.linalg.norm(x, axis=(2, 3)) for x in (cached - expected, expected))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from madformer_jax.models import attention
+from madformer_jax.models import attention, splash
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.runtime import partitioning
 
@@ -22,6 +22,7 @@ def text(seed=9):
     return KV(*(jax.random.normal(k, (B, T, H, SIZE)) for k in jax.random.split(jax.random.key(seed))))
 
 
+LENGTHS = np.array([2, 4])  # of the text; the rest of its T tokens is padding
 CASES = {
     "both streams": ([stream(0, L), stream(1, L)], "clean", None),
     "clean one block short": ([stream(0, L - 1), stream(1, L)], "clean", None),
@@ -30,19 +31,24 @@ CASES = {
     "a cut-off pair at every size": ([stream(0, 10), stream(1, 11)], "clean", None),
     "block only": ([stream(0, L), stream(1, L)], None, None),
     "block only with text": ([stream(1, L)], None, text()),
+    "padded text": ([stream(0, L - 1), stream(1, L)], "clean", text(), LENGTHS),
 }
 
 
-def value_and_gradient(implementation, streams, source, words):
+def value_and_gradient(implementation, streams, source, words, lengths=None):
     """Outputs and gradients; the weights of the sum make every output count differently."""
 
     def total(streams, words):
         context = streams[0].kv if source else None
-        outputs = attention.block_attention(streams, context, words, implementation=implementation)
+        outputs = attention.block_attention(streams, context, words, lengths, implementation=implementation)
         weights = [jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in outputs]
         return sum(jnp.sum(x * w) for x, w in zip(outputs, weights, strict=True)), outputs
 
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1) if words else 0, has_aux=True))(streams, words)
+
+
+def _xla(q, k, v, implementation, lengths):
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
 
 
 def assert_equal_trees(found, expected):
@@ -54,17 +60,38 @@ def test_block_form_equals_the_dense_mask(name):
     assert_equal_trees(*(value_and_gradient(i, *CASES[name]) for i in ("blocks", "reference")))
 
 
-@pytest.mark.parametrize("name", ["clean one block short", "block only with text"])
+@pytest.mark.parametrize("name", ["clean one block short", "block only with text", "padded text"])
 def test_one_call_a_block_equals_the_dense_mask(name, monkeypatch):
     """What `cudnn` runs, with XLA's attention in the place of cuDNN's."""
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, implementation: jax.nn.dot_product_attention(q, k, v))
+    monkeypatch.setattr(attention, "attend", _xla)
     assert_equal_trees(*(value_and_gradient(i, *CASES[name]) for i in ("cudnn", "reference")))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "splash_interpret"])
+def test_padding_moves_nothing_at_all(implementation, monkeypatch):
+    """Neither outputs nor gradients, and it gets no gradient; in the cache as in training."""
+    if implementation == "cudnn":
+        monkeypatch.setattr(attention, "attend", _xla)
+    streams, source, words, lengths = CASES["padded text"]
+    padding = (np.arange(T) >= lengths[:, None])[..., None, None]
+    others = KV(*(jnp.where(padding, x + 3, x) for x in words))
+    found, other = (value_and_gradient(implementation, streams, source, x, lengths) for x in (words, others))
+    jax.tree.map(np.testing.assert_array_equal, found, other)
+    for gradient in found[1][1]:
+        assert not np.where(padding, gradient, 0).any() and (gradient[:, 0] != 0).all()
+    if implementation in ("blocks", "cudnn"):
+        own = QKV(*(x[:, 2:3] for x in streams[1]))
+        read = functools.partial(attention.cached_attention, own, streams[0].kv, implementation=implementation)
+        cached = read(words, 2, lengths)
+        np.testing.assert_array_equal(cached, read(others, 2, lengths))
+        np.testing.assert_allclose(cached[:, 0], found[0][1][1][:, 2], rtol=1e-4, atol=1e-5)
 
 
 WHOLE = 128  # tokens of a block that is one tile of the TPU's kernel
 SPLASH = {
     "whole tiles, clean one block short, text": ([stream(0, L - 1, WHOLE), stream(1, L, WHOLE)], "clean", text()),
     "blocks share tiles, text": CASES["with text"],
+    "padded text": CASES["padded text"],
     "one stream on itself": CASES["one stream on itself"],
     "block only": CASES["block only"],
 }
@@ -78,25 +105,25 @@ def test_splash_kernel_equals_the_dense_mask(name):
 def test_splash_kernel_on_a_mesh_equals_the_dense_mask():
     mesh = partitioning.make_mesh(2, 1, 2, jax.devices()[:4])
     with partitioning.scope(mesh):
-        found = value_and_gradient("splash_interpret", *CASES["with text"])
-    assert_equal_trees(found, value_and_gradient("reference", *CASES["with text"]))
+        found = value_and_gradient("splash_interpret", *CASES["padded text"])
+    assert_equal_trees(found, value_and_gradient("reference", *CASES["padded text"]))
 
 
 def test_splash_kernel_computes_no_empty_tile():
     tiles, side = 2, 512  # a block is 2 x 2 tiles of the kernel
-    kernel, rows, columns = attention._splash_kernel((L - 1, L), (True, False), L - 1, tiles * side, 0, True)
+    kernel, rows, columns = splash.kernel((L - 1, L), (True, False), L - 1, tiles * side, 0, True)
     assert (rows, columns) == ((2 * L - 1) * tiles * side,) * 2
     pairs = L * (L - 1) // 2 + L * (L + 1) // 2
     for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
         assert np.count_nonzero(info.block_mask) == pairs * tiles**2
         assert info.partial_mask_blocks is None
-    with_text, _, columns = attention._splash_kernel((L,), (True,), L, side, T, True)
+    with_text, _, columns = splash.kernel((L,), (True,), L, side, T, True)
     assert columns == (L + 1) * side
     assert np.count_nonzero(with_text.fwd_mask_info.block_mask) == L * (L + 1) // 2 + L
 
 
-@pytest.mark.parametrize("topology, accelerator", [("v5e:4x4", "v5litepod-16"), ("v5p:2x2x1", "v5p-8")])
-def test_splash_kernel_compiles_for_a_tpu(topology, accelerator, monkeypatch):
+@pytest.mark.parametrize("topology, accelerator, tokens", [("v5e:4x4", "v5litepod-16", 1), ("v5p:2x2x1", "v5p-8", 40)])
+def test_splash_kernel_compiles_for_a_tpu(topology, accelerator, tokens, monkeypatch):
     """Forward and gradient at a quarter of FFHQ-1024's blocks, images and heads split over the chips."""
     pytest.importorskip("libtpu")
     # what libtpu asks a TPU machine for
@@ -112,19 +139,22 @@ def test_splash_kernel_compiles_for_a_tpu(topology, accelerator, monkeypatch):
     def abstract(*shape):
         return jax.ShapeDtypeStruct((2 * len(devices), *shape, 18, 64), jnp.bfloat16)
 
-    clean, pred, words = abstract(3, 256), abstract(4, 256), abstract(1)
+    clean, pred, words = abstract(3, 256), abstract(4, 256), abstract(tokens)
+    lengths = jax.ShapeDtypeStruct(words.shape[:1], jnp.int32) if tokens > 1 else None
     streams = [QKV(clean, clean, clean), QKV(pred, pred, pred)]
 
-    def total(streams, words):
-        outputs = attention.block_attention(streams, streams[0].kv, words, implementation="splash")
+    def total(streams, words, lengths):
+        outputs = attention.block_attention(streams, streams[0].kv, words, lengths, implementation="splash")
         return sum(jnp.sum(x.astype(jnp.float32)) for x in outputs)
 
     with partitioning.scope(mesh):
         program = jax.jit(jax.grad(total, argnums=(0, 1)), in_shardings=partitioning.batch_sharding(mesh)).lower(
-            streams, KV(words, words)
+            streams, KV(words, words), lengths
         )
         text = program.compile().as_text()
-    assert all(f"splash_mha_{kernel}" in text for kernel in ("fwd_residuals", "dq_no_residuals", "dkv_no_residuals"))
+    padded = "_segmented" if tokens > 1 else ""
+    kernels = (f"splash_mha_{kernel}{padded}" for kernel in ("fwd", "dq", "dkv"))
+    assert all(f"{kernel}_{kind}residuals" in text for kernel, kind in zip(kernels, ("", "no_", "no_")))
 
 
 def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():

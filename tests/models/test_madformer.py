@@ -20,7 +20,7 @@ def inputs(model):
     shape = (2, model.blocks, model.block_side**2, model.channels)
     keys = jax.random.split(jax.random.key(5), 3)
     z, noisy = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], shape)
-    tokens = jnp.array([[1], [2]]) if model.classes else None
+    tokens = jnp.array([[1], [2]]) if model.vocabulary else None
     return z, noisy, jax.random.randint(keys[2], shape[:2], 0, 1000), tokens
 
 
@@ -94,9 +94,9 @@ SUBSETS = {
 def test_an_output_does_not_depend_on_which_others_are_asked_for(name):
     model, params = small(**(PLAIN | SUBSETS[name]))
     z, noisy, t, _ = inputs(model)
-    tokens = jnp.array([[1, 0, 2], [2, 3, 1]]) if model.classes else None
+    tokens = jnp.array([[1, 0, 2], [2, 3, 1]]) if model.vocabulary else None
     fields = dict(zip(TERMS, madformer.Outputs._fields, strict=True))
-    given = [term for term in TERMS if term != "text" or model.classes]
+    given = [term for term in TERMS if term != "text" or model.vocabulary]
 
     @jax.jit
     def forward(params):
@@ -111,6 +111,43 @@ def test_an_output_does_not_depend_on_which_others_are_asked_for(name):
         field = fields[term]
         np.testing.assert_allclose(alone[term][field], everything[field], rtol=1e-4, atol=1e-5)
         assert {f for f, x in alone[term].items() if x is not None} == {field}
+
+
+def test_text_is_causal_and_padding_moves_nothing_at_all():
+    """A token moves no logits before it; what stands behind a caption moves neither loss nor gradient."""
+    model, params = small(**PLAIN, classes=5, text_length=4)
+    z, noisy, t, _ = inputs(model)
+    tokens, lengths = jnp.array([[1, 0, 2, 4], [2, 3, 1, 0]]), jnp.array([2, 4])
+
+    @jax.jit
+    def forward(params, tokens):
+        def loss(params):
+            outputs = model.apply({"params": params}, z, noisy, t, tokens, lengths, terms=("image", "text"))
+            return sum(losses.terms(outputs, z, noisy, tokens, lengths).values()), outputs
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    ((loss, outputs), gradient), ((_, other), _) = forward(params, tokens), forward(params, tokens.at[1, 2].set(0))
+    np.testing.assert_array_equal(outputs.text[1, :2], other.text[1, :2])
+    assert (np.abs(outputs.text[1, 2:] - other.text[1, 2:]).max(axis=-1) > 1e-3).all()
+    assert (jnp.abs(outputs.image[1] - other.image[1]).max(axis=(1, 2)) > 1e-6).all()
+    (same, padded), same_gradient = forward(params, tokens.at[0, 2:].set(jnp.array([0, 3])))
+    np.testing.assert_array_equal(outputs.image, padded.image)
+    np.testing.assert_array_equal(outputs.text[0, :2], padded.text[0, :2])
+    assert loss == same
+    jax.tree.map(np.testing.assert_array_equal, gradient, same_gradient)
+
+
+def test_one_token_without_padding_is_a_class():
+    model, params = small(**PLAIN, classes=3)
+    given = inputs(model)
+
+    @jax.jit
+    def both(params):
+        apply = functools.partial(model.apply, {"params": params}, *given, terms=("image",))
+        return apply().image, apply(jnp.ones(2, jnp.int32)).image
+
+    np.testing.assert_allclose(*both(params), rtol=1e-5, atol=1e-6)
 
 
 def test_how_layers_are_run_changes_no_gradient():

@@ -1,0 +1,89 @@
+"""Pallas splash attention on TPU: the kernel of a skip-causal mask, and what runs it on each device's own share."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.sharding import PartitionSpec
+
+
+def without_padding(kernel: Any, q: Array, k: Array, v: Array, ids: Array) -> Array:
+    """The kernel where `ids` (columns,) are 1 at keys that are seen, and 0 at padding."""
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    return kernel(q, k, v, segment_ids=SegmentIds(jnp.ones(q.shape[1], ids.dtype), ids))
+
+
+def on_each_device(function: Callable[..., Array], *args: Array) -> Array:
+    """Runs a function of arrays (B, H, ...) on each device's own images and heads: the compiler cannot split a kernel.
+
+    Arrays of fewer dimensions than the first have no heads. Images or heads that their mesh axes do not divide are not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*args)
+    spec = nn.logical_to_mesh_axes(("batch", "heads"))
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec or ((), ())]
+    sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
+    spec = PartitionSpec(*(names if size % n == 0 else None for names, size, n in zip(axes, args[0].shape, sizes)))
+    specs = tuple(spec if x.ndim == args[0].ndim else PartitionSpec(spec[0]) for x in args)
+    return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*args)
+
+
+def tile(tokens: int) -> int | None:
+    """Side of the kernel's square tiles of which a block of `tokens` tokens consists; None where no size fits."""
+    return next((side for side in (512, 256, 128) if tokens % side == 0), None)
+
+
+@functools.lru_cache
+def kernel(
+    blocks: tuple[int, ...], inside: tuple[bool, ...], context: int, tokens: int, text: int, interpret: bool
+) -> tuple[Any, int, int]:
+    """The kernel for q, k, v (H, rows or columns, h), and its numbers of rows and columns; see `attention._splash` for the order.
+
+    The tiles that the mask leaves empty are not computed; where blocks consist of whole tiles, only the text's need a mask.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as pallas
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+
+    visible = []  # of blocks: a row of parts for each stream
+    for n, count in enumerate(blocks):
+        i, j = np.arange(count)[:, None], np.arange(context)
+        own = [np.eye(count, m, dtype=bool) & (n == k) for k, m in enumerate(blocks) if not inside[k]]
+        visible.append(np.concatenate([i >= j if inside[n] else i > j, *own], axis=1))
+    mask = np.concatenate(visible).repeat(tokens, axis=0).repeat(tokens, axis=1)
+    side = tile(tokens) or 128
+    rows, columns = (side * math.ceil(n / side) for n in (mask.shape[0], mask.shape[1] + text))
+    mask = np.pad(mask, ((0, 0), (0, text)), constant_values=True)
+    mask = np.pad(mask, ((0, 0), (0, columns - mask.shape[1])))
+    mask = np.pad(mask, ((0, rows - mask.shape[0]), (0, 0)), mode="edge")  # a row with nothing to see would be NaN
+    # what make_splash_mha does, but in NumPy: its arrays would belong to one trace, and the mask takes a second to read
+    whole = masks.MultiHeadMask([masks.NumpyMask(mask)])  # for all heads
+    forward, backward = (
+        process(whole, (side, side), head_shards=1, q_seq_shards=1)[0]
+        for process in (mask_info.process_mask, mask_info.process_mask_dkv)
+    )
+    sizes = pallas.BlockSizes(
+        block_q=side, block_kv=side, block_q_dkv=side, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side
+    )
+    found = pallas.SplashAttentionKernel(
+        forward,
+        forward,
+        backward,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=pallas.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=None,
+        interpret=interpret,
+    )
+    return found, rows, columns
