@@ -3,7 +3,7 @@
 Picture i is a function of (seed, i) alone, and the same at every size: of style i mod 5 (the class), with what dicebear draws
 for the seed "seed/i". Below 64 x 64 it is drawn larger and averaged, which keeps thin lines where they are.
 
-A picture costs 3 ms at 64 x 64 and seven times that at 256 x 256, so they are drawn once, by as many processes as there are
+A picture costs 4 ms at 64 x 64 and 22 ms at 256 x 256, so they are drawn once, by as many processes as there are
 cores, into the user's cache. A file there holds a hundred of each style as PNG, and their attributes; it appears whole or not
 at all, so that what a killed drawing made is kept, and several runs may share it. Drawing processes run this file and import
 no JAX.
