@@ -11,11 +11,8 @@ from madformer_jax.testbed.figures import Panel
 from madformer_jax.testbed.results import COSTS, Budget, Part, Results, digest
 from madformer_jax.testbed.samples import Strip
 
-_ORDER = (
-    "By how much the better one is better: the mean over the seeds that both have of the difference at a cost, with its t-interval. "
-    "Between its points a curve's score is linear in the logarithm of the cost. Clear: the interval does not hold 0."
-)
 _OPEN = 2  # scores that are read without unfolding them
+_FOUND = ("solver_steps", "passes")  # costs against which the first score's pairs are
 
 
 class Figures(NamedTuple):
@@ -43,7 +40,6 @@ class Folded(NamedTuple):
     """What is shown when it is asked for."""
 
     title: str
-    note: str
     tables: tuple[Table, ...]
 
 
@@ -75,7 +71,8 @@ def _title(part: Part, title: str) -> str:
 
 def _first(results: Results, part: Part) -> Iterable[Section]:
     if orders := tables.of_orders(part, part.scores[:_OPEN]):
-        yield Section(_title(part, "Findings"), (orders,))
+        pairs = (tables.of_crossings(part, part.scores[0], cost) for cost in _FOUND)
+        yield Section(_title(part, "Findings"), (orders, *(table for table in pairs if table)))
     yield Section(_title(part, "Tables"), tuple(tables.by_axis(results, part)))
 
 
@@ -112,8 +109,9 @@ def _of_score(results: Results, part: Part, score: str, costs: Sequence[str]) ->
     items += tables.by_budget(results, part, score)
     if best := tables.of_best(part, score):
         items.append(best)
-    if orders := tuple(table for cost in costs if (table := tables.of_crossings(part, score, cost))):
-        items.append(Folded(f"Order of each pair by {score}", _ORDER, orders))
+    rest = [cost for cost in costs if score != part.scores[0] or cost not in _FOUND]
+    if orders := tuple(table for cost in rest if (table := tables.of_crossings(part, score, cost))):
+        items.append(Folded(f"Order of each pair by {score}", orders))
     return items
 
 
@@ -139,7 +137,7 @@ def _as_markdown(item: Item) -> str:
     if isinstance(item, Table):
         return markdown(item)
     if isinstance(item, Folded):
-        return "\n".join([f"{item.note}\n", *map(markdown, item.tables)])
+        return "\n".join([markdown(table) for table in item.tables])
     if isinstance(item, Facts):
         return "\n".join([f"### {item.title}", "", *(f"- {name}: {value}" for name, value in item.rows), ""])
     return ""

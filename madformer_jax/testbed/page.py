@@ -91,8 +91,7 @@ def _item(item: Item) -> str:
         return _samples(item)
     if isinstance(item, Folded):
         inside = "\n".join(map(_table, item.tables))
-        summary = f'<summary>{_text(item.title)}</summary>\n<p class="note">{_text(item.note)}</p>'
-        return f'<details class="inner">{summary}{inside}</details>'
+        return f'<details class="inner"><summary>{_text(item.title)}</summary>\n{inside}</details>'
     return _facts(item)
 
 
@@ -147,7 +146,6 @@ def _inline(panel: Panel) -> str:
     """A panel's SVG as part of a page: without its head, its size and names that no other panel could have again."""
     svg = panel.svg.decode()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|QuadMesh)_?\d+"', "", svg)
     size = re.search(r'viewBox="[^"]*"', svg)
     opening = f'<svg {size[0] if size else ""} role="img" aria-label="{_text(panel.alt)}">'

@@ -4,9 +4,9 @@ import io
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from etils import epath
 from PIL import Image
 
-from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
 from madformer_jax.testbed.results import Budget, Part, Results, key_of
 
@@ -41,15 +41,10 @@ def _drawn(run: Mapping[str, Any], place: int) -> tuple[Any, ...]:
     return key_of(evaluation["overrides"]), evaluation["cost"]["solver_steps"]
 
 
-def _row(path: Any, row: int, rows: int) -> bytes:
-    try:
-        with storage.errors(f"{path} cannot be read"), Image.open(io.BytesIO(path.read_bytes())) as grid:
-            height = grid.height // rows
-            strip = grid.crop((0, row * height, grid.width, (row + 1) * height))
-    except (SyntaxError, ValueError) as error:  # of Pillow
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} is damaged: {first_line(error)}.") from None
+def _row(path: epath.Path, row: int, rows: int) -> bytes:
+    with storage.errors(f"{path} cannot be read"), Image.open(io.BytesIO(path.read_bytes())) as grid:
+        height = grid.height // rows
+        strip = grid.crop((0, row * height, grid.width, (row + 1) * height))
     file = io.BytesIO()
     strip.save(file, format="png")
     return file.getvalue()

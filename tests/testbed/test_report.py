@@ -82,8 +82,9 @@ def test_the_csv_has_every_score_unrounded(folder):
     assert repr(made_up.score(8, 64, 1)) in lines[-1]
 
 
-def test_an_error_writes_nothing(tmp_path):
+def test_an_error_is_a_line_and_writes_nothing(tmp_path, capsys):
     made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,))
     (tmp_path / "runs" / "d1l4s0" / "grid.png").write_bytes(b"no picture")
     assert main.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 2
+    assert "d1l4s0/grid.png cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()

@@ -20,23 +20,22 @@ def test_a_single_seed_has_no_interval():
 
 
 def test_axes_are_what_varies_and_what_changes_with_it_follows(tmp_path):
-    wider = {f"d{d}l4s{s}": {"train.steps": 600 // d} for d in (1, 2) for s in (0, 1)}
-    made_up.write(tmp_path, depths=(1, 2), seeds=(0, 1), steps=(2, 4), extra=wider)
+    """A width that D decides, steps that D and L decide together."""
+    extra = {
+        f"d{d}l{b}s{s}": {"model.width": 8 * d, "train.steps": 600 * d + b}
+        for d in (1, 2) for b in (1, 4) for s in (0, 1)
+    }  # fmt: skip
+    made_up.write(tmp_path, depths=(1, 2), blocks=(1, 4), seeds=(0, 1), steps=(2, 4), extra=extra)
     (part,) = results.read(str(tmp_path)).parts
-    (axis,) = part.axes
-    assert (axis.field, axis.label, axis.values, axis.follows) == (
+    depth, blocks = part.axes
+    assert (depth.field, depth.label, depth.values, depth.follows) == (
         "model.diffusion_depth",
         "D",
         (1, 2),
-        ("train.steps",),
+        ("model.width",),
     )
-    assert [point.seed for point in part.at((2,), part.budgets[0])] == [0, 1]
-
-
-def test_a_field_that_a_run_does_not_override_has_its_configs_value(tmp_path):
-    made_up.write(tmp_path, depths=(1,), seeds=(0, 1), steps=(2,), extra={"d1l4s1": {"model.clean_stream": False}})
-    (part,) = results.read(str(tmp_path)).parts
-    assert part.settings == [(False,), (True,)]
+    assert (blocks.label, blocks.follows) == ("L", ("train.steps",))
+    assert [point.seed for point in part.at((2, 4), part.budgets[0])] == [0, 1]
 
 
 def test_a_setting_of_sampling_is_an_axis_too(tmp_path):
