@@ -89,7 +89,7 @@ def _then(results: Results, part: Part) -> Iterable[Section]:
 
 
 def _of_score(results: Results, part: Part, score: str, costs: Sequence[str]) -> list[Item]:
-    varied = [axis for axis in part.axes if len(axis.values) > 1]
+    varied = part.varied
     grid, many = part.is_grid, len(part.budgets) > 1
     against = [p for cost in costs for p in figures.curves(part, score, cost, varied[0] if varied and grid else None)]
     by: list[Panel] = []

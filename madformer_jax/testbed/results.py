@@ -28,7 +28,13 @@ COSTS = {
     "seconds": "seconds",
 }  # an image
 HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation")
-_SYMBOLS = {"diffusion_depth": "D", "blocks": "L", "depth": "N", "ar_condition": "AR condition"}  # the paper's
+_SYMBOLS = {
+    "diffusion_depth": "D",
+    "blocks": "L",
+    "depth": "N",
+    "ar_condition": "AR condition",
+    "hidden": "λ hidden",
+}  # the paper's
 _COMPARABLE = ("n", "reference", "network", "image", "scores")  # of a protocol
 _OF_THE_RUN = ("step", "fingerprint", "seed", "steps")  # of a protocol's images: what is another one in every run
 _APART = ("data.", "codec.", "evaluate.")  # sections whose fields change what is compared: never in one table
@@ -87,6 +93,12 @@ class Part(NamedTuple):
     axes: tuple[Axis, ...]
     points: tuple[Point, ...]  # by setting, seed, budget
     protocol: Mapping[str, Any]
+
+    @property
+    def varied(self) -> list[Axis]:
+        """The axes that have several values here, D first: Figure 4 has a curve for each."""
+        there = [axis for axis in self.axes if len(axis.values) > 1]
+        return sorted(there, key=lambda axis: axis.field != "model.diffusion_depth")
 
     @property
     def settings(self) -> list[tuple[Any, ...]]:

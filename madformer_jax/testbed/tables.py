@@ -158,10 +158,7 @@ def _ahead(part: Part, best: Setting, second: Setting, budget: Budget, score: st
 def _made(results: Results, part: Part, point: Point, score: str) -> tuple[str, str]:
     """The command that makes the first seed's value in a cell, and what it makes."""
     run = next(run for run in results.runs if run["name"] == point.run)
-    drawn = dict(zip((axis.field for axis in part.axes), point.setting))
-    sampled = {name: x for name, x in drawn.items() if name.startswith("sample.")} | {
-        "sample.steps": int(point.cost["solver_steps"])
-    }
+    sampled = run["evaluations"][point.place]["overrides"] | {"sample.steps": int(point.cost["solver_steps"])}
     config = f"configs/sweeps/{results.name}.py" + (f":{results.variant}" if results.variant else "")
     trained = {"seed": point.seed, "train.steps": run["config"]["train.steps"]} | run["overrides"]
     base = "python -m madformer_jax.main --workdir=runs/cell"
