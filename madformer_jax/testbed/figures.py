@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from madformer_jax.testbed.axes import Axis
 from madformer_jax.testbed.cells import arrow, number
-from madformer_jax.testbed.results import COSTS, Axis, Budget, Estimate, Part, estimate
+from madformer_jax.testbed.results import COSTS, Budget, Estimate, Part, estimate
 
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "madformer", "svg.fonttype": "none", "font.size": 9.5, "font.family": ["DejaVu Sans"],

@@ -19,8 +19,9 @@ from madformer_jax import config as config_lib
 from madformer_jax import fields
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
+from madformer_jax.testbed import axes as axes_lib
+from madformer_jax.testbed.axes import Axis, order, value_of
 
-SEED, STEPS = "seed", "sample.steps"  # what varies without being an axis: the repetition, and what the budget decides
 COSTS = {
     "solver_steps": "solver steps",
     "passes": "full-model passes",
@@ -28,29 +29,9 @@ COSTS = {
     "seconds": "seconds",
 }  # an image
 HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation")
-_SYMBOLS = {
-    "diffusion_depth": "D",
-    "blocks": "L",
-    "depth": "N",
-    "ar_condition": "AR condition",
-    "hidden": "λ hidden",
-}  # the paper's
 _COMPARABLE = ("n", "reference", "network", "image", "scores")  # of a protocol
 _OF_THE_RUN = ("step", "fingerprint", "seed", "steps")  # of a protocol's images: what is another one in every run
 _APART = ("data.", "codec.", "evaluate.")  # sections whose fields change what is compared: never in one table
-
-
-class Axis(NamedTuple):
-    """A field that a sweep varies."""
-
-    field: str
-    values: tuple[Any, ...]  # in order
-    follows: tuple[str, ...] = ()  # fields that change with it: "train.steps"
-
-    @property
-    def label(self) -> str:
-        name = self.field.rpartition(".")[2]
-        return _SYMBOLS.get(name, name.replace("_", " "))
 
 
 class Budget(NamedTuple):
@@ -206,11 +187,15 @@ def read(workdir: str) -> Results:
         raise ConfigError(
             f"{workdir} holds results of several sweeps, {sweeps[0]} and {sweeps[1]}: give each its folder."
         )
-    trained, sampled = _training_axes(runs, plan.get("runs", ())), _sampling_axes(runs)
+    trained, sampled = axes_lib.of_trainings(runs, plan.get("runs", ())), axes_lib.of_samplings(runs)
     _check_fixed(runs, trained)
     axes = trained + sampled
     runs.sort(
-        key=lambda run: ([rank(_value(run, {}, axis.field), axis.values) for axis in trained], run["seed"], run["name"])
+        key=lambda run: (
+            [rank(value_of(run, {}, axis.field), axis.values) for axis in trained],
+            run["seed"],
+            run["name"],
+        )
     )
     apart = [axis for axis in axes if axis.field.startswith(_APART)]
     parts = _parts(runs, axes, apart)
@@ -245,55 +230,7 @@ def rank(value: Any, values: Sequence[Any]) -> int:
     return values.index(value) if value in values else len(values)
 
 
-def _value(run: Mapping[str, Any], evaluation: Mapping[str, Any], field: str) -> Any:
-    for given in (evaluation.get("overrides", {}), run["overrides"]):
-        if field in given:
-            return given[field]
-    return run["config"].get(field)
-
-
-# ---- what was varied
-
-
-def _training_axes(runs: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[str, Any]]) -> list[Axis]:
-    """Of the runs that are there and those still to come."""
-    overrides = [*(fields.flat(run["overrides"]) for run in planned), *(run["overrides"] for run in runs)]
-    names = list(dict.fromkeys(name for given in overrides for name in given if name != SEED))
-    default = {name: run["config"].get(name) for name in names for run in runs if name not in run["overrides"]}
-    return _axes([{name: given.get(name, default.get(name)) for name in names} for given in overrides])
-
-
-def _sampling_axes(runs: Sequence[Mapping[str, Any]]) -> list[Axis]:
-    pairs = [(run, evaluation) for run in runs for evaluation in run["evaluations"]]
-    names = dict.fromkeys(name for _, evaluation in pairs for name in evaluation["overrides"] if name != STEPS)
-    return _axes([{name: _value(run, evaluation, name) for name in names} for run, evaluation in pairs])
-
-
-def _axes(rows: Sequence[Mapping[str, Any]]) -> list[Axis]:
-    """The fields that differ between rows; one that others decide follows them."""
-    axes: list[Axis] = []
-    for name in rows[0] if rows else ():
-        values = tuple(sorted({row[name] for row in rows}, key=_order))
-        if len(values) == 1:
-            continue
-        i = next((i for i in range(len(axes)) if _decides(rows, axes[i : i + 1], name)), None)
-        if i is None and _decides(rows, axes, name):
-            i = len(axes) - 1
-        if i is None:
-            axes.append(Axis(name, values))
-        else:
-            axes[i] = axes[i]._replace(follows=(*axes[i].follows, name))
-    return axes
-
-
-def _decides(rows: Sequence[Mapping[str, Any]], axes: Sequence[Axis], name: str) -> bool:
-    keys = [tuple(row[axis.field] for axis in axes) for row in rows]
-    return bool(axes) and len({(*key, row[name]) for key, row in zip(keys, rows)}) == len(set(keys))
-
-
-def _order(value: Any) -> tuple[bool, float, str]:
-    number = isinstance(value, int | float)
-    return not number, float(value) if number else 0.0, str(value)
+# ---- points, by protocol
 
 
 def _check_fixed(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> None:
@@ -301,7 +238,7 @@ def _check_fixed(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> Non
     swept = {name for run in runs for name in run["overrides"]}
     first: dict[Any, Mapping[str, Any]] = {}
     for run in runs:
-        setting = tuple(_value(run, {}, axis.field) for axis in axes)
+        setting = tuple(value_of(run, {}, axis.field) for axis in axes)
         for other, sections in (
             (runs[0], ("model.", "loss.", "optimizer.")),
             (first.setdefault(setting, run), ("train.",)),
@@ -314,12 +251,9 @@ def _check_fixed(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> Non
                     )
 
 
-# ---- points, by protocol
-
-
 def _parts(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], apart: Sequence[Axis]) -> list[Part]:
     def trained(run: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(_value(run, {}, axis.field) for axis in axes)
+        return tuple(value_of(run, {}, axis.field) for axis in axes)
 
     timings = {  # of one seed, good for all
         (trained(run), key_of(one["overrides"])): one for run in runs for one in run["timing"].get("evaluations", ())
@@ -330,7 +264,7 @@ def _parts(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], apart: Seque
     protocols: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
         for place, evaluation in enumerate(run["evaluations"]):
-            key = tuple(_value(run, evaluation, axis.field) for axis in apart)
+            key = tuple(value_of(run, evaluation, axis.field) for axis in apart)
             protocol = _comparable(evaluation["protocol"], swept)
             _check_same(protocols.setdefault(key, protocol), protocol, run["name"])
             cost = {name: float(evaluation["cost"][name]) for name in COSTS if name != "seconds"}
@@ -338,13 +272,13 @@ def _parts(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], apart: Seque
                 cost["seconds"] = timing["fixed"] + timing["per_step"] * cost["solver_steps"]
             points.setdefault(key, []).append(
                 Point(
-                    tuple(_value(run, evaluation, axis.field) for axis in inside), run["seed"],
+                    tuple(value_of(run, evaluation, axis.field) for axis in inside), run["seed"],
                     Budget(evaluation["budget"]["kind"], evaluation["budget"]["asked"]), run["name"], place, cost,
                     {name: _score(x) for name, x in evaluation["scores"].items()},
                 )
             )  # fmt: skip
     parts = []
-    for key in sorted(points, key=lambda key: [_order(x) for x in key]):
+    for key in sorted(points, key=lambda key: [order(x) for x in key]):
         name = ", ".join(f"{axis.label} = {value}" for axis, value in zip(apart, key))
         found = _sorted(points[key], inside)
         _check_once(found)

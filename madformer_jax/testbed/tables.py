@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from madformer_jax.testbed.axes import Axis
 from madformer_jax.testbed.cells import Cell, Table, arrow, interval, number
 from madformer_jax.testbed.crossings import Crossing, Difference, crossings
 from madformer_jax.testbed.results import (
     COSTS,
-    Axis,
     Budget,
     Estimate,
     Part,

@@ -1,7 +1,8 @@
 import pytest
 
 from madformer_jax.testbed import crossings, results, tables
-from madformer_jax.testbed.results import Axis, Budget, Part, Point, Score
+from madformer_jax.testbed.axes import Axis
+from madformer_jax.testbed.results import Budget, Part, Point, Score
 
 
 def part_of(curves, cost="solver_steps"):
