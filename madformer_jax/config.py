@@ -156,6 +156,9 @@ def base() -> ConfigDict:
     c.convert.to_release = ""  # file to write from the workdir's newest checkpoint
     c.convert.weights = ""  # "ema" or "model", where there are both; "" reads the EMA, writes what sample.weights says
 
+    c.compile = ConfigDict()  # --mode=compile (docs/scaling.md)
+    c.compile.time = True  # estimate it as well; memory alone takes a third of the time
+
     c.benchmark = ConfigDict()  # --mode=benchmark
     c.benchmark.parts = "train,sample,data"  # what to measure, some of these
     c.benchmark.warmup = 1  # runs before those that count

@@ -80,7 +80,8 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
             clip=settings.clip,
         )
         z = codec.from_blocks(blocks, sizes)
-        pixels = decode(codec_params, z)
+        with jax.named_scope("codec"):
+            pixels = decode(codec_params, z)
         finite = jnp.isfinite(pixels).all((1, 2, 3)) & jnp.isfinite(z).all((1, 2, 3))
         return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), z, finite
 

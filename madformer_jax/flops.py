@@ -254,6 +254,14 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     return (cost * branches + unguided) * n
 
 
+def visible(c: ConfigDict) -> float:
+    """Share of the pairs of image tokens, all streams in a row, that training's attention computes: the mean over layers."""
+    blocks, n = c.model.blocks, 2 * c.model.blocks - 1 if c.model.clean_stream else c.model.blocks
+    seen = blocks**2 if c.model.clean_stream else blocks * (blocks + 1) // 2
+    own = c.model.diffusion_depth if c.model.diffusion_attention == "block" else 0  # layers: a block sees itself only
+    return ((c.model.depth - own) * seen + own * n) / (c.model.depth * n**2)
+
+
 def nfe(c: ConfigDict) -> float:
     """Full-model passes over an image in sampling (section 1): (N - D) / N + steps D / N; guidance does every one twice."""
     m = c.model

@@ -119,7 +119,8 @@ def make_step(
 
     def loss(params: Any, batch: dict[str, Array], codec_params: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         encode_key, drop_key, loss_key = jax.random.split(key, 3)
-        z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
+        with jax.named_scope("codec"):
+            z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
         tokens = lengths = None
         if s.model.vocabulary:
             tokens, lengths = batch.get("tokens", batch["label"].reshape(len(z), -1)), batch.get("lengths")
@@ -148,6 +149,10 @@ def make_step(
             grads, metrics = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)), unroll=unroll)
             grads = jax.tree.map(lambda g: g / parts, grads)
             metrics = {name: jnp.nanmean(values) for name, values in metrics.items()}
+        with jax.named_scope("optimizer"):
+            return update(state, grads, metrics)
+
+    def update(state: State, grads: Any, metrics: dict[str, Array]) -> tuple[State, dict[str, Array]]:
         updates, opt_state = s.tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(target, (1 + state.step) / (10 + state.step)) if warm else target

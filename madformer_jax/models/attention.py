@@ -101,6 +101,7 @@ def attend(
     return _normalised(part, v.dtype).swapaxes(1, 2)
 
 
+@jax.named_scope("attention")
 def block_attention(
     streams: Sequence[QKV],
     context: KV | None,
@@ -238,6 +239,7 @@ def _visible_lengths(k: Array, text: KV | None, lengths: Array | None) -> Array 
     return None if text is None or lengths is None else lengths + (k.shape[1] - text.k.shape[1])
 
 
+@jax.named_scope("attention")
 def cached_attention(
     own: QKV,
     context: KV | None,

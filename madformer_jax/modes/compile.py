@@ -3,16 +3,16 @@
     python -m madformer_jax.main --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
 
 libtpu (the extra `aot`) compiles for any topology that it knows; nothing is run and no array is made. Sizes are those of
-the compiled programs, the limit is the compiler's own: exit status 1 tells that a program does not fit.
+the compiled programs, the limit is the compiler's own: exit status 1 tells that a program does not fit. Time is an estimate from
+the same programs, compiled as a run compiles them; all figures go to compile.json of the workdir as well, where there is one.
 """
 
 import contextlib
 import importlib.util
-import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,28 +23,17 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing, flops, training
+from madformer_jax import codec, drawing, estimate, fields, flops, hlo, training
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer, vae
-from madformer_jax.runtime import partitioning
+from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sizes import sizes_of
 
 GIB = 2**30
 
 
-class Collective(NamedTuple):
-    """One instruction of a compiled program that moves data between devices."""
-
-    kind: str  # all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute
-    shape: tuple[int, ...]  # of its largest operand or result, on one device
-    bytes: int  # of that array
-    times: int  # that it runs in one call of the program
-    loop: bool  # inside a loop
-
-    @property
-    def moved(self) -> int:
-        return self.bytes * self.times
+Estimator = Callable[[str], estimate.Estimate]  # of a compiled program's text
 
 
 class Program(NamedTuple):
@@ -57,7 +46,8 @@ class Program(NamedTuple):
     needed: int  # bytes in all
     cost: flops.Cost  # analytic, of all devices
     xla_flops: float  # XLA's count for one device, in which the body of a loop counts once
-    collectives: list[Collective]
+    collectives: list[hlo.Collective]
+    time: estimate.Estimate | None = None  # where it was asked for
 
     @property
     def fits(self) -> bool:
@@ -68,7 +58,8 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
     """Compiles the training step and the sampler for `topology`, and prints what they need.
 
     Returns:
-      The bytes and the seconds of each, and whether all of it fits.
+      The bytes, the seconds to compile and the estimated time of each (None where it is not asked for), and whether all of it
+      fits.
 
     Raises:
       ConfigError: a setting is wrong, libtpu is missing, or it does not know the topology.
@@ -82,13 +73,16 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
         f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_sizes(dict(mesh.shape))}; "
         f"attention {model.attention}, remat {c.model.remat}, {c.train.accumulate} microbatches a step"
     )
-    figures: dict[str, Any] = {"fits": True}
+    figures: dict[str, Any] = {"fits": True, "topology": topology, "config": fields.flat(c)}
     for name, build in {"training step": training_step, "sampler": sampling}.items():
         logging.info("compiling the %s", name)
         program = build(c, model, mesh, limit)
         print(text(name, program, limit, len(devices)), flush=True)
-        figures[name] = {"bytes": program.needed, "seconds": program.seconds, "fits": program.fits}
+        time = program.time and program.time.figures()
+        figures[name] = {"bytes": program.needed, "seconds": program.seconds, "fits": program.fits, "time": time}
         figures["fits"] &= program.fits
+    if workdir:
+        storage.write_json(f"{workdir}/compile.json", figures)
     return figures
 
 
@@ -149,8 +143,9 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     inputs = {"parameters": state.params, "averages (EMA)": state.ema, "optimizer": state.opt, "batch": batch}
     codec_params = {} if latents else images.load()
     inputs |= {"VAE": codec_params} if codec_params else {}
+    cost = flops.training_step(c, encode=not latents)
     with partitioning.scope(mesh):
-        return _program(step, (state, batch, codec_params), inputs, flops.training_step(c, encode=not latents), limit)
+        return _program(step, (state, batch, codec_params), inputs, cost, limit, _estimator(c, mesh, cost))
 
 
 def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) -> Program:
@@ -164,7 +159,20 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) 
     with partitioning.scope(mesh):
         draw = drawing.make_draw(c, model, images.decode)
         args = (params, codec_params, drawing.inputs_of(c, numbers, numbers))
-        return _program(draw, args, inputs, flops.sampling(c, batch), limit)
+        cost = flops.sampling(c, batch)
+        return _program(draw, args, inputs, cost, limit, _estimator(c, mesh, cost))
+
+
+def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
+    """What estimates the time of a program's text; None where none is asked for, or none can be."""
+    device = mesh.devices.flat[0]
+    if not c.compile.time:
+        return None
+    if not estimate.chip(device.device_kind):
+        logging.warning("time is not estimated: there is no clock for %s (estimate.CHIPS)", device.device_kind)
+        return None
+    peak = flops.peak(c.model.dtype, device)
+    return lambda text: estimate.estimate(text, device.device_kind, peak, cost.total / mesh.size, flops.visible(c))
 
 
 def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
@@ -193,14 +201,24 @@ def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], 
     return batch, latents
 
 
-def _program(function: Any, args: tuple[Any, ...], inputs: dict[str, Any], cost: flops.Cost, limit: int) -> Program:
+def _program(
+    function: Any,
+    args: tuple[Any, ...],
+    inputs: dict[str, Any],
+    cost: flops.Cost,
+    limit: int,
+    estimator: Estimator | None = None,
+) -> Program:
     began = time.perf_counter()
     lowered = function.lower(*args)
-    compiled, refused = _compile(lowered, _QUICK)
-    memory = _memory(compiled)
-    quick = refused is None and sum(memory.values()) < _CLOSE * limit
+    quick = estimator is None
+    if quick:
+        compiled, refused = _compile(lowered, _QUICK)
+        memory = _memory(compiled)
+        quick = refused is None and sum(memory.values()) < _CLOSE * limit
+        if not quick:
+            logging.info("it is close to the limit or above it: compiling once more, as a run does")
     if not quick:
-        logging.info("it is close to the limit or above it: compiling once more, as a run does")
         compiled, refused = _compile(lowered, {})
         memory = _memory(compiled)
     seconds = time.perf_counter() - began
@@ -209,12 +227,14 @@ def _program(function: Any, args: tuple[Any, ...], inputs: dict[str, Any], cost:
         return Program(seconds, quick, given, {}, refused[0], cost, 0.0, [])
     xla = compiled.cost_analysis() or {}
     xla = xla[0] if isinstance(xla, list) else xla
-    found = collectives(compiled.as_text())
-    return Program(seconds, quick, given, memory, sum(memory.values()), cost, xla.get("flops", 0.0), found)
+    text = compiled.as_text()
+    needed, estimated = sum(memory.values()), estimator(text) if estimator else None
+    return Program(seconds, quick, given, memory, needed, cost, xla.get("flops", 0.0), hlo.collectives(text), estimated)
 
 
-# XLA's level O1 compiles in a third of the time. What a run compiles, at O2, keeps more layers' gathered parameters at hand
-# (FFHQ-1024 on v5e:4x4: 8.1 GiB for 6.5), hence the distance from the limit within which O1 has no say.
+# XLA's level O1 compiles in a third of the time, and is for memory only: it gives the same products up to four times the cycles.
+# What a run compiles, at O2, keeps more layers' gathered parameters at hand (FFHQ-1024 on v5e:4x4: 8.1 GiB for 6.5), hence the
+# distance from the limit within which O1 has no say.
 _QUICK = {"optimization_level": 19}
 _CLOSE = 0.7
 
@@ -266,72 +286,6 @@ def _no_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-# ---- the collectives in a compiled program's text
-
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_MOVE = re.compile(rf" ({'|'.join(_KINDS)})(-start)?\(")
-_CALL = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_LIMIT = re.compile(r" = [su]32\[\]\S* constant\((\d+)\)")
-_ARRAY = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64)\[([\d,]*)\]")
-
-
-def collectives(text: str) -> list[Collective]:
-    """The collectives of an HLO text, each with how often it runs; where a loop's trip count is unknown, once.
-
-    A reduce-scatter that a backend has as a fused all-reduce with a slice counts as an all-reduce.
-    """
-    bodies: dict[str, list[str]] = {}
-    entry, current = "", ""
-    for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
-            current = header[2]
-            bodies[current] = []
-            entry = current if header[1] else entry
-        elif current:
-            bodies[current].append(line)
-    found: list[Collective] = []
-
-    def trips(line: str) -> int:
-        known = _TRIPS.findall(line)
-        if not known:  # TPU: only the condition tells, which holds the counter against the one constant in it
-            condition = re.search(r"condition=%?([\w.\-]+)", line)
-            known = _LIMIT.findall("\n".join(bodies.get(condition[1], ()))) if condition else []
-        return int(known[0]) if len(known) == 1 else 1
-
-    def visit(name: str, times: int, loop: bool) -> None:
-        for line in bodies.get(name, ()):
-            line = line.split(", metadata=", 1)[0] if " while(" not in line else line
-            move = _MOVE.search(line)
-            if move:
-                arrays = [(_nbytes(*a), _shape(a[1])) for a in _ARRAY.findall(line.split(", channel_id", 1)[0])]
-                size, shape = max(arrays)
-                found.append(Collective(move[1], shape, size, times, loop))
-            elif " while(" in line:
-                for called in _CALL.findall(line):
-                    visit(called, times * trips(line), True)
-            else:
-                branches = _BRANCHES.search(line)
-                names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
-                for called in [*_CALL.findall(line), *names]:
-                    visit(called, times, loop)
-
-    visit(entry, 1, False)
-    return found
-
-
-def _shape(dims: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in dims.split(",") if n)
-
-
-def _nbytes(kind: str, dims: str) -> int:
-    bits = 8 if kind == "pred" else int("".join(re.findall(r"\d+", kind)[:1]))
-    return math.prod(_shape(dims)) * bits // 8
-
-
 # ---- the report
 
 
@@ -353,15 +307,15 @@ def text(name: str, p: Program, limit: int, devices: int) -> str:
         lines.append(
             f"  {'FLOPs, XLA':<24}{p.xla_flops / 1e12:9.2f} TFLOP a device, the body of each loop counted once"
         )
-        for kind in _KINDS:
+        for kind in hlo.COLLECTIVES:
             of_kind = [x for x in p.collectives if x.kind == kind]
             if of_kind:
                 loops = sum(x.loop for x in of_kind)
                 lines.append(
-                    f"  {kind:<24}{sum(x.moved for x in of_kind) / GIB:9.3f} GiB a device; {sum(x.times for x in of_kind)} "
+                    f"  {kind:<24}{sum(x.moved for x in of_kind) / GIB:9.3f} GiB a device; {sum(x.times for x in of_kind):.0f} "
                     f"calls of {len(of_kind)} instructions, {loops} of them in loops"
                 )
-    return "\n".join(lines)
+    return "\n".join([*lines, *([estimate.text(p.time)] if p.time else [])])
 
 
 def _sizes(shape: dict[str, int]) -> str:

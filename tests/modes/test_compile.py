@@ -2,51 +2,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from madformer_jax import config, main, training
+from madformer_jax import config, hlo, main, training
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import compile as aot
 from madformer_jax.runtime import partitioning
 from tests import tiny
-
-HLO = """HloModule step
-
-%region_0.1 (a: f32[], b: f32[]) -> f32[] {
-  ROOT %add = f32[] add(%a, %b)
-}
-
-%body.2 (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
-  %all-gather-start.1 = (bf16[2,16]{1,0}, bf16[8,16]{1,0:T(8,128)(2,1)}) all-gather-start(%x), channel_id=1, dimensions={0}
-  %all-gather-done.1 = bf16[8,16]{1,0} all-gather-done(%all-gather-start.1)
-}
-
-%condition.3 (p: (s32[], bf16[8,16])) -> pred[] {
-  ROOT %lt = pred[] compare(%i, %n), direction=LT
-}
-
-%body.3 (p: (u32[], f32[4])) -> (u32[], f32[4]) {
-  %collective-permute.1 = f32[4]{0} collective-permute(%y), channel_id=3, source_target_pairs={{0,1},{1,0}}
-}
-
-%condition.4 (p: (u32[], f32[4])) -> pred[] {
-  %constant.3 = u32[]{:T(128)} constant(7)
-  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
-}
-
-ENTRY %main.4 (x: bf16[8,16]) -> f32[] {
-  %while.1 = (s32[], bf16[8,16]) while(%t), condition=%condition.3, body=%body.2, backend_config={"known_trip_count":{"n":"5"}}
-  %while.2 = (u32[]{:T(128)}, f32[4]{0}) while(%u), condition=%condition.4, body=%body.3
-  ROOT %all-reduce.1 = f32[100]{0} all-reduce(%y), channel_id=2, to_apply=%region_0.1
-}
-"""
-
-
-def test_collectives_in_loops_count_as_often_as_they_run():
-    gather, permute, reduce = aot.collectives(HLO)
-    assert gather == aot.Collective("all-gather", (8, 16), 256, 5, True)
-    assert gather.moved == 1280
-    assert permute == aot.Collective("collective-permute", (4,), 16, 7, True)  # a TPU's loop
-    assert reduce == aot.Collective("all-reduce", (100,), 400, 1, False)
 
 
 def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
@@ -71,7 +32,7 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
         step = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         quick = {"xla_backend_optimization_level": 0}  # of no matter to what is gathered where
         text = step.lower(state, batch, {}).compile(compiler_options=quick).as_text()
-    gathers = [x for x in aot.collectives(text) if x.kind == "all-gather"]
+    gathers = [x for x in hlo.collectives(text) if x.kind == "all-gather"]
     bodies = [state.params[stage]["body"] for stage in ("ar_layers", "diffusion_layers")]
     kernels = [x.shape for x in jax.tree.leaves(bodies) if x.ndim == 3]
 
@@ -94,6 +55,7 @@ def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, m
     assert "4 x TPU v5 lite, mesh data=4 fsdp=1 tensor=1" in report
     assert report.count("GiB of 15.75: fits") == 2
     assert "all-reduce" in report
+    assert report.count("time, estimated") == report.count(" of the peak") == 2
     monkeypatch.setattr(aot, "sampling", lambda c, model, mesh, limit: too_much())
     monkeypatch.setattr(aot, "training_step", lambda c, model, mesh, limit: too_much())
     assert main.main(args) == 1

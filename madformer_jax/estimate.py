@@ -1,0 +1,263 @@
+"""How long a TPU takes for a compiled program, by the compiler's own cost model, and where the time goes.
+
+    python -m madformer_jax.estimate BEFORE.json AFTER.json
+
+compares two files that --mode=compile wrote. It is an estimate (docs/performance.md): each instruction's cycles times its loops'
+trip counts over the clock; kernels of attention, which have none, by their FLOPs; data moved between chips by its bytes.
+"""
+
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from madformer_jax import hlo
+from madformer_jax.errors import ConfigError, first_line
+
+KINDS = ("products", "element-wise", "copies", "collectives")
+PHASES = ("forward", "recomputed", "backward", "update")
+COSTLIEST = 10
+
+
+class Chip(NamedTuple):
+    """What cycles and bytes of a generation take."""
+
+    clock: float  # Hz, at which its multipliers reach the peak of the data sheet
+    link: float  # bytes/s out of a chip over all its links
+
+
+# Part of `device_kind` -> chip; the first that fits counts. The clock is the peak of the data sheet over what the units that the
+# cost model counts multiply in a cycle (on v4 one core's for a chip of two); a product of 4096 or 8192 is then given 87 to 96 %
+# of the peak (`python -m tests.calibration`). The links are the data sheets' (1600 Gbit/s on v5e), one way.
+CHIPS: tuple[tuple[str, Chip], ...] = (
+    ("TPU v4", Chip(2.1e9, 300e9)),
+    ("TPU v5 lite", Chip(1.5e9, 200e9)),
+    ("TPU v5", Chip(1.75e9, 600e9)),  # v5p
+    ("TPU v6", Chip(1.75e9, 400e9)),
+)
+
+
+class Row(NamedTuple):
+    """One instruction, over all the times that it runs."""
+
+    name: str
+    part: str
+    kind: str
+    phase: str
+    seconds: float
+    times: float
+    place: str  # file:line of our source, and JAX's name of the operation
+
+
+class Estimate(NamedTuple):
+    """Of one call of a program, on one device."""
+
+    rows: list[Row]
+    waiting: float  # seconds of collectives during which nothing else can run
+    overlapping: float  # seconds of those that other instructions can hide
+    useful: float  # seconds that its analytic FLOPs take at the peak
+    unknown: list[str]  # kernels of which nothing is known, left out
+
+    @property
+    def busy(self) -> float:
+        """Seconds of computing."""
+        return math.fsum(row.seconds for row in self.rows if row.kind != "collectives")
+
+    @property
+    def low(self) -> float:
+        """Seconds if all that can overlap does."""
+        return self.waiting + max(self.busy, self.overlapping)
+
+    @property
+    def high(self) -> float:
+        """Seconds if nothing overlaps."""
+        return self.waiting + self.busy + self.overlapping
+
+    def table(self, column: str) -> dict[str, dict[str, float]]:
+        """Seconds by part and by `column`, kind or phase."""
+        cells: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for row in self.rows:
+            cells[row.part][getattr(row, column)] += row.seconds
+        return {part: dict(found) for part, found in sorted(cells.items(), key=lambda x: -sum(x[1].values()))}
+
+    def figures(self) -> dict[str, Any]:
+        """All of it, for a JSON file."""
+        costliest = sorted(self.rows, key=lambda row: -row.seconds)[:COSTLIEST]
+        return {
+            "busy": self.busy, "low": self.low, "high": self.high, "waiting": self.waiting,
+            "overlapping": self.overlapping, "share_of_peak": self.useful / self.busy if self.busy else 0.0,
+            "kinds": self.table("kind"), "phases": self.table("phase"),
+            "costliest": [row._asdict() for row in costliest], "unknown": self.unknown,
+        }  # fmt: skip
+
+
+def chip(device_kind: str) -> Chip | None:
+    """Figures of a kind of device; None where there are none."""
+    return next((found for kind, found in CHIPS if kind in device_kind), None)
+
+
+def estimate(text: str, device_kind: str, peak: float, flops: float, visible: float = 1.0) -> Estimate:
+    """Of a program's text, compiled at the level of a run.
+
+    Args:
+      device_kind, peak: of the device, FLOP/s.
+      flops: analytic, of one device.
+      visible: share of the keys that a query of an attention kernel sees, over all queries.
+
+    Raises:
+      ValueError: `chip` knows none of this kind.
+    """
+    of = chip(device_kind)
+    if of is None:
+        raise ValueError(f"no clock is known for {device_kind}")
+    program = hlo.parse(text)
+    shapes = {x.name: x.shape for lines in program.computations.values() for x in lines}
+    rows, unknown = [], []
+    moving = {True: 0.0, False: 0.0}  # by whether it can overlap
+    for run in hlo.runs(program):
+        one, cycles = run.instruction, run.instruction.cycles
+        names = part(one.op_name), phase(one.op_name)
+        place = f"{program.places.get(one.frame, '?')} {'/'.join(one.op_name.split('/')[-2:])}".strip()
+        if move := hlo.collective(program, run):
+            seconds = move.moved * (2 if one.opcode.startswith("all-reduce") else 1) / of.link
+            moving[move.overlaps or cycles is not None] += seconds
+            rows.append(Row(one.name, names[0], "collectives", names[1], seconds, run.times, place))
+        if cycles is not None:
+            rows.append(
+                Row(one.name, names[0], kind(program, one), names[1], run.times * cycles / of.clock, run.times, place)
+            )
+        elif one.opcode == "custom-call" and "tpu_custom_call" in one.rest:
+            work = kernel_flops([shapes.get(name.strip(" %"), "") for name in one.operands.split(",")], one)
+            if work is None:
+                unknown.append(one.name)
+            else:
+                seconds = run.times * work * visible / peak
+                rows.append(Row(one.name, "attention", "products", names[1], seconds, run.times, place))
+    return Estimate(rows, moving[False], moving[True], flops / peak, unknown)
+
+
+def part(op_name: str) -> str:
+    """The part of the model or of the step that an operation belongs to."""
+    if "downsampler" in op_name or "upsampler" in op_name:
+        return "U-Net"
+    if re.search(r"\battention\b|splash", op_name):
+        return "attention"
+    known = ("ar_layers", "diffusion_layers", "optimizer", "codec", "text_head", "embedding")
+    named = {"ar_layers": "AR layers", "diffusion_layers": "diffusion layers", "codec": "VAE"}
+    found = next((name for name in known if name in op_name), "")
+    return named.get(found, found) or ("loss" if "jvp" in op_name else "rest")
+
+
+def phase(op_name: str) -> str:
+    """Forward, backward, forward again for the backward pass, or what is no part of a gradient."""
+    if "rematted_computation" in op_name:
+        return "recomputed"
+    if "transpose(" in op_name:
+        return "backward"
+    return "update" if "optimizer" in op_name else "forward"
+
+
+_MOVES = {
+    "bitcast", "broadcast", "concatenate", "constant", "copy", "copy-start", "copy-done", "dynamic-slice",
+    "dynamic-update-slice", "fusion", "gather", "get-tuple-element", "iota", "pad", "parameter", "reshape", "reverse", "slice",
+    "transpose", "tuple",
+}  # fmt: skip
+
+
+def kind(program: hlo.Program, instruction: hlo.Instruction) -> str:
+    """Of KINDS, but not collectives; a product fused with element-wise work is a product, a conversion is element-wise."""
+    opcodes = {x.opcode for x in (instruction, *program.inner(instruction))}
+    if opcodes & {"convolution", "dot"}:
+        return "products"
+    return "copies" if opcodes <= _MOVES else "element-wise"
+
+
+def kernel_flops(operands: Sequence[str], kernel: hlo.Instruction) -> float | None:
+    """FLOPs of splash attention's kernel on all pairs of queries and keys, heads padded to 128 lanes; None for another kernel.
+
+    operands: shapes of what it is given: queries (..., rows, h), then keys (..., columns, h) come first among the floats.
+    """
+    given = f"{kernel.op_name} {kernel.rest}"
+    products = next((n for name, n in {"_fwd": 2, "_dkv": 4, "_dq": 3}.items() if f"splash_mha{name}" in given), None)
+    arrays = [
+        dims for shape in operands if shape.startswith(("bf16", "f32")) for dims in hlo.arrays(shape) if len(dims) > 2
+    ]
+    if products is None or len(arrays) < 2:
+        return None
+    (*heads, rows, size), keys = arrays[0], arrays[1]
+    return products * 2.0 * math.prod(heads) * rows * keys[-2] * max(size, 128)
+
+
+# ---- reports
+
+
+def text(e: Estimate) -> str:
+    """The estimate, as the lines of a report."""
+    f = e.figures()
+    lines = [
+        f"  {'time, estimated':<24}{e.busy:9.3f} s a device computes, {f['share_of_peak']:.0%} of the peak",
+        f"  {'with collectives':<24}{e.low:9.3f} to {e.high:.3f} s: {e.waiting:.3f} s of them wait, "
+        f"{e.overlapping:.3f} s may overlap",
+        f"  {'ms':<24}" + "".join(f"{name:>14}" for name in (*KINDS, *PHASES)),
+    ]
+    for name, cells in f["kinds"].items():
+        columns = [cells.get(x, 0.0) for x in KINDS] + [f["phases"][name].get(x, 0.0) for x in PHASES]
+        lines.append(f"  {name:<24}" + "".join(f"{1e3 * x:14.2f}" for x in columns))
+    lines.append("  costliest, ms, times")
+    lines += [
+        f"  {1e3 * row['seconds']:9.2f} {row['times']:6.0f}  {row['part']}, {row['phase']}, {row['kind']}: {row['place']}"
+        for row in f["costliest"]
+    ]
+    if e.unknown:
+        lines.append(f"  left out, as nothing is known of them: {', '.join(e.unknown)}")
+    return "\n".join(lines)
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """What changed between two files of --mode=compile: seconds of each program, then of each part by kind, largest first."""
+    lines = []
+    for name in before.keys() & after.keys():
+        old, new = (f[name].get("time") if isinstance(f[name], dict) else None for f in (before, after))
+        if not old or not new:
+            continue
+        lines.append(f"{name:<36}{'before':>10}{'after':>10}  s")
+        for total in ("busy", "low", "high"):
+            lines.append(f"  {total:<34}{old[total]:10.3f}{new[total]:10.3f}")
+        cells = {
+            (part, kind): (old["kinds"].get(part, {}).get(kind, 0.0), new["kinds"].get(part, {}).get(kind, 0.0))
+            for part in old["kinds"].keys() | new["kinds"].keys()
+            for kind in KINDS
+        }
+        for (part, kind), (x, y) in sorted(cells.items(), key=lambda cell: -abs(cell[1][1] - cell[1][0])):
+            if x != y:
+                lines.append(f"  {f'{part}, {kind}':<34}{x:10.3f}{y:10.3f}")
+    return "\n".join(lines) or "no program has its time in both files."
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path) as file:
+            found = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({first_line(error)}): name two files of --mode=compile.") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is no file of --mode=compile.")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        if len(argv) != 2:
+            raise ConfigError("two files are compared: python -m madformer_jax.estimate BEFORE.json AFTER.json")
+        print(compare(*map(_read, argv)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

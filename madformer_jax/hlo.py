@@ -1,0 +1,203 @@
+"""The text of a compiled program (HLO) as instructions, each with how often it runs and where in our source it comes from."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Instruction(NamedTuple):
+    """One line of a program."""
+
+    name: str
+    opcode: str
+    shape: str  # of the result, as the text has it
+    operands: str
+    rest: str  # attributes behind the operands
+    op_name: str  # JAX's path to it, "" where the compiler made it
+    frame: int  # of the stack that traced it, 0 for none
+
+    @property
+    def cycles(self) -> int | None:
+        """The compiler's estimate for one run; None where it has none."""
+        found = _CYCLES.search(self.rest)
+        return int(found[1]) if found else None
+
+
+class Run(NamedTuple):
+    """An instruction that runs by itself: no part of a fusion, but perhaps of a loop's body."""
+
+    instruction: Instruction
+    times: float  # in one call of the program
+    loop: bool  # inside a loop
+
+
+class Program(NamedTuple):
+    """A parsed text."""
+
+    entry: str
+    computations: dict[str, list[Instruction]]
+    places: dict[int, str]  # frame -> file:line of the innermost frame in our own source
+
+    def inner(self, instruction: Instruction) -> Iterator[Instruction]:
+        """What a fusion, an asynchronous start or a call consists of, fusions within it as well."""
+        for name in _CALL.findall(instruction.rest):
+            for inside in self.computations.get(name, ()):
+                yield inside
+                yield from self.inner(inside)
+
+
+class Collective(NamedTuple):
+    """One instruction of a compiled program that moves data between devices."""
+
+    kind: str  # of COLLECTIVES
+    shape: tuple[int, ...]  # of its largest operand or result, on one device
+    bytes: int  # of that array
+    times: float  # that it runs in one call of the program
+    loop: bool  # inside a loop
+    overlaps: bool = False  # begun and ended by two instructions, between which others run
+
+    @property
+    def moved(self) -> float:
+        return self.bytes * self.times
+
+
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_FRAME = re.compile(r"stack_frame_id=(\d+)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_LIMIT = re.compile(r"^[su]32\[\]")
+_ARRAY = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64)\[([\d,]*)\]")
+_TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)$")
+
+
+def parse(text: str, ours: str = "madformer_jax/") -> Program:
+    """Reads a program's text; `ours` is what the path of a file of our own contains."""
+    computations: dict[str, list[Instruction]] = {}
+    tables: dict[str, dict[int, str]] = {}
+    entry, current, table = "", "", ""
+    for line in text.splitlines():
+        if title := _TABLE.match(line):
+            table = title[1]
+            tables[table] = {}
+        elif header := _HEADER.match(line):
+            current, table = header[2], ""
+            computations[current] = []
+            entry = current if header[1] else entry
+        elif table and (row := re.match(r"(\d+) (.*)", line)):
+            tables[table][int(row[1])] = row[2]
+        elif current and (found := _LINE.match(line)):
+            name, shape, opcode, behind = found.groups()
+            operands, _, rest = behind.partition(")")
+            op_name, frame = _OP_NAME.search(rest), _FRAME.search(rest)
+            computations[current].append(
+                Instruction(
+                    name=name,
+                    opcode=opcode,
+                    shape=shape,
+                    operands=operands,
+                    rest=rest,
+                    op_name=op_name[1] if op_name else "",
+                    frame=int(frame[1]) if frame else 0,
+                )
+            )
+    return Program(entry, computations, _places(tables, ours))
+
+
+def _places(tables: dict[str, dict[int, str]], ours: str) -> dict[int, str]:
+    """See `Program.places`."""
+    files, locations, frames = (tables.get(name, {}) for name in ("FileNames", "FileLocations", "StackFrames"))
+
+    def number(row: str, field: str) -> int:
+        found = re.search(rf"{field}=(\d+)", row)
+        return int(found[1]) if found else 0
+
+    places: dict[int, str] = {}
+    for frame in frames:
+        at, seen = frame, set[int]()
+        while at in frames and at not in seen:
+            seen.add(at)
+            location = locations.get(number(frames[at], "file_location_id"), "")
+            file = files.get(number(location, "file_name_id"), "").strip('"')
+            if ours in file:
+                places[frame] = f"{file.rpartition(ours)[2]}:{number(location, 'line')}"
+                break
+            at = number(frames[at], "parent_frame_id")
+    return places
+
+
+def runs(program: Program) -> Iterator[Run]:
+    """Every instruction that runs by itself, with how often it does.
+
+    A loop whose trip count is unknown counts once. Of a choice between two branches both count, one of which is mostly empty;
+    of a choice between more, each counts as its share.
+    """
+
+    def trips(line: Instruction) -> int:
+        known = _TRIPS.findall(line.rest)
+        if not known:  # TPU: only the condition tells, which holds the counter against the one constant in it
+            condition = re.search(r"condition=%?([\w.\-]+)", line.rest)
+            inside = program.computations.get(condition[1], []) if condition else []
+            known = [x.operands for x in inside if x.opcode == "constant" and _LIMIT.match(x.shape)]
+        return int(known[0]) if len(known) == 1 else 1
+
+    def visit(name: str, times: float, loop: bool) -> Iterator[Run]:
+        for line in program.computations.get(name, ()):
+            if line.opcode == "while":
+                for called in _LOOP.findall(line.rest):
+                    yield from visit(called, times * trips(line), True)
+            elif line.opcode in ("call", "conditional"):
+                branches = _BRANCHES.search(line.rest)
+                names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALL.findall(line.rest)
+                for called in names:
+                    yield from visit(called, times / (len(names) if len(names) > 2 else 1), loop)
+            else:
+                yield Run(line, times, loop)
+
+    yield from visit(program.entry, 1, False)
+
+
+def collective(program: Program, run: Run) -> Collective | None:
+    """The data that an instruction moves between devices; None for one that moves none, and for the end of one begun before.
+
+    A reduce-scatter that a backend has as a fused all-reduce with a slice counts as an all-reduce.
+    """
+    moves = [x for x in (run.instruction, *program.inner(run.instruction)) if _kind(x.opcode)]
+    if not moves:
+        return None
+    move = moves[0]
+    arrays = [(nbytes(*a), dimensions(a[1])) for a in _ARRAY.findall(f"{move.shape} {move.operands}")]
+    size, shape = max(arrays)
+    overlaps = any(x.opcode.endswith("-start") for x in (run.instruction, move))
+    return Collective(_kind(move.opcode), shape, size, run.times, run.loop, overlaps)
+
+
+def collectives(text: str) -> list[Collective]:
+    """The collectives of a text, each with how often it runs."""
+    program = parse(text)
+    return [x for run in runs(program) if (x := collective(program, run))]
+
+
+def _kind(opcode: str) -> str:
+    return next((kind for kind in COLLECTIVES if opcode in (kind, f"{kind}-start")), "")
+
+
+def arrays(text: str) -> list[tuple[int, ...]]:
+    """The dimensions of each array in a shape."""
+    return [dimensions(dims) for _, dims in _ARRAY.findall(text)]
+
+
+def dimensions(dims: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in dims.split(",") if n)
+
+
+def nbytes(kind: str, dims: str) -> int:
+    bits = 8 if kind == "pred" else int("".join(re.findall(r"\d+", kind)[:1]))
+    return math.prod(dimensions(dims)) * bits // 8

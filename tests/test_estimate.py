@@ -1,0 +1,72 @@
+"""Time from a program's text: step.hlo, in the form that libtpu writes, whose every second is known."""
+
+import json
+import pathlib
+
+import pytest
+
+from madformer_jax import estimate
+
+HLO = (pathlib.Path(__file__).parent / "step.hlo").read_text()
+PEAK = 197e12
+
+
+def estimated(**changes):
+    return estimate.estimate(HLO, **{"device_kind": "TPU v5 lite", "peak": PEAK, "flops": 0.004 * PEAK, **changes})
+
+
+def test_cycles_count_as_often_as_their_loop_runs():
+    e = estimated(visible=0.5)
+    attention = 3 * 2 * 2 * 4 * 512 * 1024 * 128 / PEAK / 2  # three products, heads padded to 128, half of the tiles
+    assert e.busy == pytest.approx(4 * 1e-3 + 4 * 0.5e-3 + 2e-3 + attention)
+    assert e.figures()["share_of_peak"] == pytest.approx(0.004 / e.busy)
+    assert e.unknown == ["other"]
+
+
+def test_collectives_wait_or_overlap():
+    e = estimated()
+    assert e.waiting == pytest.approx(2 * 1e9 / 200e9)  # an all-reduce moves its bytes twice
+    assert e.overlapping == pytest.approx(4 * 4e8 / 200e9)
+    assert e.low == pytest.approx(e.waiting + max(e.busy, e.overlapping))
+    assert e.high == pytest.approx(e.waiting + e.overlapping + e.busy)
+
+
+def test_the_tables_say_where_the_time_goes():
+    e = estimated()
+    kinds, phases = e.table("kind"), e.table("phase")
+    assert kinds["AR layers"] == pytest.approx({"products": 4e-3, "collectives": 8e-3})
+    assert kinds["diffusion layers"] == pytest.approx({"copies": 2e-3})
+    assert kinds["optimizer"] == pytest.approx({"element-wise": 2e-3})  # a conversion is work
+    assert kinds["U-Net"].keys() == {"collectives"}
+    assert kinds["attention"].keys() == {"products"}
+    assert phases["diffusion layers"].keys() == {"recomputed"}
+    assert phases["attention"].keys() == phases["U-Net"].keys() == {"backward"}
+    assert phases["AR layers"].keys() == {"forward"}
+    assert phases["optimizer"].keys() == {"update"}
+    places = {row.name: row.place for row in e.rows}
+    assert places["fusion.1"] == "models/layers.py:30 query/dot_general"  # the caller of ours, not flax
+    report = estimate.text(e)
+    assert "AR layers, forward, products: models/layers.py:30 query/dot_general" in report
+    assert "nothing is known of them: other" in report
+
+
+def test_two_files_are_compared(tmp_path, capsys):
+    before = {"training step": {"time": estimated().figures()}, "sampler": {"time": None}, "fits": True}
+    after = json.loads(json.dumps(before))
+    after["training step"]["time"]["kinds"]["AR layers"]["products"] = 1e-3
+    paths = [tmp_path / name for name in ("before.json", "after.json")]
+    for path, figures in zip(paths, (before, after), strict=True):
+        path.write_text(json.dumps(figures))
+    assert estimate.main([*map(str, paths)]) == 0
+    out = capsys.readouterr().out
+    assert "training step" in out
+    assert out.splitlines()[-1].split() == ["AR", "layers,", "products", "0.004", "0.001"]
+    assert estimate.main([str(paths[0])]) == 2
+    assert estimate.main([str(paths[0]), str(tmp_path / "none.json")]) == 2
+    assert "none.json cannot be read" in capsys.readouterr().err
+
+
+def test_an_unknown_chip_is_no_estimate():
+    assert estimate.chip("TPU v1") is None
+    with pytest.raises(ValueError, match="TPU v1"):
+        estimated(device_kind="TPU v1")
