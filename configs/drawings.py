@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from madformer_jax import config
 from madformer_jax.errors import ConfigError
 
-# side -> pixels of a latent position's side, stages of the U-Net. Each halves a block's side, to 4 x 4 tokens.
-_SIDES = {32: (2, 2), 64: (4, 2), 128: (4, 3), 256: (8, 3)}
+# side -> pixels of a latent position's side, stages of the U-Net; each stage but the first halves a block's side, to 4 x 4 tokens
+_SIDES = {32: (4, 1), 64: (8, 1), 128: (8, 2), 256: (16, 2)}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -28,21 +28,22 @@ def get_config(variant: str = "") -> ConfigDict:
     c.codec.name = "pixel"
     c.codec.patch = patch
 
-    c.model.width = 128
-    c.model.heads = 4
+    c.model.predicts = "x0"  # a position holds more values than the U-Net has channels (docs/training.md)
+    c.model.width = 192
+    c.model.heads = 6
     c.model.depth = 4  # N
     c.model.diffusion_depth = 2  # D
-    c.model.mlp_width = 256
+    c.model.mlp_width = 512
     c.model.blocks = 4  # L: 16 tokens a block
-    c.model.unet_channels = (max(64, 3 * patch**2),) + (64,) * (stages - 1)  # the first: a position's values at least
-    c.model.unet_attention = (False,) + (True,) * (stages - 1)
+    c.model.unet_channels = (96,) * stages
+    c.model.unet_attention = (False,) * stages
     c.model.unet_layers = 1
     c.model.unet_heads = 4
     c.model.unet_time_width = 64
     c.model.classes = 5
 
     c.train.batch = 16
-    c.train.steps = 4000
+    c.train.steps = 3300
     c.train.ema_decay = 0.999
     c.train.sample_every = c.train.checkpoint_every = 1000
     c.optimizer.learning_rate = 1e-3
