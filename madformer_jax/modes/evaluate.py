@@ -27,6 +27,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, judge, parts, reference, samples, settings
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
+from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.weights.fingerprint import fingerprint
 
 DRAWN = (
@@ -124,7 +125,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
 
 
 def _draw_and_look(draw: Callable[[range], Iterator[drawing.Drawn]], extract: Any, part: parts.Part) -> parts.Arrays:
-    return samples.look(draw(range(part.first, part.stop)), extract)
+    return samples.look(interruptible(draw(range(part.first, part.stop))), extract)
 
 
 def _result(
@@ -145,7 +146,7 @@ def _result(
     with tqdm(
         total=sum(p.n for p in missing), desc="evaluating", unit="image", disable=jax.process_index() != 0
     ) as bar:
-        for part, arrays in zip(missing, look(missing)):
+        for part, arrays in interruptible(zip(missing, look(missing))):
             collected.write(part, arrays)
             bar.update(part.n)
     partitioning.sync(key)

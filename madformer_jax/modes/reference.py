@@ -23,6 +23,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, images, parts, places, reference
 from madformer_jax.models import classifier
 from madformer_jax.runtime import partitioning
+from madformer_jax.runtime.preemption import interruptible
 
 TRAINING = 50_000  # images that the classifier learns from, at most
 HELD_OUT = 10  # every tenth image, where the source holds none out itself
@@ -50,7 +51,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     missing, unread = collected.missing(), images.Unread(data.n, c.data.max_corrupt)
     looked = images.look(data, extract, unread, missing)
     with tqdm(total=sum(p.n for p in missing), desc="reference", unit="image", disable=jax.process_index() != 0) as bar:
-        for part, found in zip(missing, looked):
+        for part, found in interruptible(zip(missing, looked)):
             found["weight"] = np.array([len(found["labels"])])
             found["profile"] = found["profile"].sum(axis=0, keepdims=True) / max(1, len(found["labels"]))
             found.pop("logits", None)

@@ -27,6 +27,7 @@ from madformer_jax import config as config_lib
 from madformer_jax.drawing import Drawn
 from madformer_jax.models import attention, madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
+from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.weights.fingerprint import fingerprint
 
 
@@ -63,7 +64,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             attention.in_sampling(model.attention),
         )  # fmt: skip
         draw = drawing.make_draw(c, model, images_codec.decode)
-        batches = drawing.batches(c, draw, params, codec_params, mesh, numbers)
+        batches = interruptible(drawing.batches(c, draw, params, codec_params, mesh, numbers))
         with storage.errors(f"{folder} cannot be written"):
             if jax.process_index() == 0:
                 storage.write_json(folder / "protocol.json", protocol)

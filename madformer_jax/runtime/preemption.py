@@ -1,13 +1,20 @@
 """Notice that a run is to stop: from the machine that is about to be taken away, or from a person."""
 
+import itertools
 import os
 import signal
 import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+# JAX's sync point names the number of the call at which all processes stop: none may come twice.
+_calls = itertools.count(1)
 
 
 class Preemption:
@@ -20,7 +27,6 @@ class Preemption:
         # With several processes, JAX's own notifier takes SIGTERM and tells the others.
         self._alone = jax.process_count() == 1
         self._noticed = threading.Event()
-        self._calls = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -45,11 +51,30 @@ class Preemption:
 
     def reached(self) -> bool:
         """Whether to save and leave; once true, it stays so. Every process calls it equally often."""
-        self._calls += 1
         if (
             not self._alone
             and not self._noticed.is_set()
-            and multihost_utils.reached_preemption_sync_point(self._calls)
+            and multihost_utils.reached_preemption_sync_point(next(_calls))
         ):
             self._noticed.set()
         return self._noticed.is_set()
+
+
+def interruptible(items: Iterable[T]) -> Iterator[T]:
+    """The items, for work that the same command goes on with; every process takes equally many.
+
+    A signal ends a single process there and then. Several do not hear SIGTERM, which JAX's notifier takes, and one that
+    ended alone would leave the others waiting: they end together, between two items.
+
+    Raises:
+      KeyboardInterrupt: they are to stop.
+    """
+    if jax.process_count() == 1:
+        yield from items
+        return
+    with Preemption() as stopping:
+        for item in items:
+            yield item
+            if stopping.reached():
+                logging.info("asked to stop: the same command goes on from what is finished")
+                raise KeyboardInterrupt

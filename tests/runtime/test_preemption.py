@@ -1,0 +1,55 @@
+"""What several processes do together is also in tests/test_distributed.py, with real ones and real signals."""
+
+import itertools
+import os
+import signal
+
+import jax
+import pytest
+
+from madformer_jax.runtime import preemption
+from madformer_jax.runtime.preemption import Preemption, interruptible
+
+
+@pytest.fixture
+def told_at(monkeypatch):
+    """Two processes, which JAX tells to stop at calls of its sync point: a list of those, and one of the numbers they had."""
+    at, numbers = [], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        preemption.multihost_utils,
+        "reached_preemption_sync_point",
+        lambda number: numbers.append(number) or len(numbers) in at,
+    )
+    return at, numbers
+
+
+def test_processes_end_between_two_items_and_give_no_number_twice(told_at):
+    at, numbers = told_at
+    at.append(8)
+    with Preemption() as stopping:  # of a training before
+        assert not stopping.reached()
+    assert list(interruptible("abc")) == ["a", "b", "c"]  # a part of an evaluation
+    taken = []
+    with pytest.raises(KeyboardInterrupt):
+        taken.extend(interruptible(itertools.count()))
+    assert taken == [0, 1, 2, 3]
+    assert len(numbers) == 8 and all(a < b for a, b in itertools.pairwise(numbers))
+
+
+def test_ctrl_c_in_one_of_several_processes_is_a_notice_to_all(told_at, monkeypatch):
+    """As SIGTERM, which JAX's notifier hears; the handler that stood before is back afterwards."""
+    heard, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(os, "kill", lambda process, number: heard.append(number))
+    for i in interruptible(range(3)):
+        if i == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # not for the rest of the tests
+    assert heard == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_single_process_keeps_its_signals():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for _ in interruptible(range(2)):
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
