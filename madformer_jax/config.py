@@ -84,6 +84,8 @@ def base() -> ConfigDict:
     c.data.max_corrupt = 0.05  # share of records that training passes over as unreadable; more is an error
     c.data.flip = False  # random horizontal flip
     c.data.workers = 0  # worker processes that read and decode; 0: in the training process
+    c.data.threads = 2  # batches in the making at once, in each process that reads; more for a bucket that answers late
+    c.data.batches_ahead = 2  # finished batches waiting there
 
     c.prepare = ConfigDict()  # --mode=prepare, which writes to the workdir (docs/data.md)
     c.prepare.kind = "images"  # or "latents": the VAE's mean and log-variance

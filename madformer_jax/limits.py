@@ -61,6 +61,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "data.test_share": (0, 1),
     "data.max_corrupt": (0, 1),
     "data.workers": (0, math.inf),
+    "data.threads": (1, math.inf),
+    "data.batches_ahead": (1, math.inf),
     "prepare.shard": (1, math.inf),
     "prepare.batch": (1, math.inf),
     "prepare.max_corrupt": (0, 1),

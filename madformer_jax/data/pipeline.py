@@ -20,9 +20,6 @@ from madformer_jax.data.source import Examples, Kind, Source
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import malloc
 
-_BATCHES_AHEAD = 2  # decoded batches waiting in each process that reads
-_THREADS = 2  # batches in the making there
-
 Batch = dict[str, Any]  # name -> array (b, ...)
 
 
@@ -217,16 +214,16 @@ def train_iterator(
     return _Batches(batches.map(_Load(source, config)), config, info.records)
 
 
-def _iterate(batches: grain.MapDataset, workers: int) -> grain.DatasetIterator:
-    """Reads `batches` ahead, in threads of this process or in worker processes."""
+def _iterate(batches: grain.MapDataset, workers: int, threads: int, waiting: int) -> grain.DatasetIterator:
+    """Reads `batches` ahead, in threads of this process or in worker processes, up to `waiting` of them in each."""
     malloc.keep()
-    ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=waiting)
     if not workers:
         return iter(batches.map(_to_float).to_iter_dataset(ahead))
     worker.keep_jax_out()
     if not flags.FLAGS.is_parsed():  # grain reads flags of its own; only absl.app parses them
         flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=waiting)
     return iter(batches.to_iter_dataset(ahead).mp_prefetch(options, worker_init_fn=worker.start))
 
 
@@ -269,7 +266,8 @@ class _Batches(grain.DatasetIterator):
 
     def start_prefetch(self) -> None:
         if self._running is None:
-            self._running = _iterate(self._batches[self._next :], self._config.data.workers)
+            d = self._config.data
+            self._running = _iterate(self._batches[self._next :], d.workers, d.threads, d.batches_ahead)
         self._running.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ _ORBAX = os.path.join("orbax", "checkpoint")
 _FIXED_SECTIONS = ("model", "loss", "codec", "data", "train", "optimizer")
 _FREE = {
     "model.attention", "model.remat", "model.scan_unroll",  # how, not what, is computed
+    "data.threads", "data.batches_ahead",
     "codec.path", "data.path", "data.workers",  # where the same weights and images lie today
     "data.max_corrupt",  # which the error asks to raise
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "train.keep_every",

@@ -124,6 +124,14 @@ def test_workers_change_nothing_and_states_move_between_them(numbered):
     assert_same(itertools.islice(resumed, 5), whole[3:])
 
 
+def test_threads_and_batches_ahead_are_those_of_the_config(numbered, monkeypatch):
+    whole, given, options = take(numbered, 3), [], pipeline.grain.ReadOptions
+    monkeypatch.setattr(pipeline.grain, "ReadOptions", lambda **kwargs: given.append(kwargs) or options(**kwargs))
+    numbered.data.threads, numbered.data.batches_ahead = 3, 4
+    assert_same(take(numbered, 3), whole)
+    assert given == [{"num_threads": 3, "prefetch_buffer_size": 4}]
+
+
 def damage(config, *numbers: int) -> list[str]:
     names = [sources.open_source(config).name(number) for number in numbers]
     for name in names:
