@@ -52,4 +52,13 @@ check_main_arguments() {
   [[ $workdir == gs://* ]] || die "--workdir=$workdir must be on gs://: all hosts write to it, and it outlives them."
 }
 
+# Jobs that share a workdir do so in a sweep alone.
+check_sweep() {
+  local argument
+  for argument in "$@"; do
+    [[ $argument == --mode=sweep ]] && return
+  done
+  die "--array needs --mode=sweep among the arguments for main.py: only the runs of a sweep are shared."
+}
+
 if ((BASH_VERSINFO[0] < 5)); then die "bash $BASH_VERSION is too old: 5.0 or newer is needed."; fi

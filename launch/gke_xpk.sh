@@ -21,6 +21,7 @@ settings (flag, or environment variable)
   --name=NAME        XPK_WORKLOAD  run, logs, stop: of the workload
   --spot             XPK_SPOT=1    create: preemptible capacity
   --reservation=NAME XPK_RESERVATION  create: reserved capacity; neither of the two: on demand
+  --array=N                        run: N workloads NAME-0, NAME-1, ..., each on a slice, that share the runs of --mode=sweep
   --image=IMAGE      XPK_IMAGE     run: base image, default python:3.11-slim; with what the project needs it starts faster
   --dry-run                        print the commands instead of running them
 
@@ -33,7 +34,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/common.sh"
 
 CLUSTER=${XPK_CLUSTER:-} PROJECT=${XPK_PROJECT:-} ZONE=${XPK_ZONE:-} TYPE=${XPK_TYPE:-} NAME=${XPK_WORKLOAD:-}
-SPOT=${XPK_SPOT:-0} RESERVATION=${XPK_RESERVATION:-} IMAGE=${XPK_IMAGE:-python:3.11-slim}
+SPOT=${XPK_SPOT:-0} RESERVATION=${XPK_RESERVATION:-} IMAGE=${XPK_IMAGE:-python:3.11-slim} ARRAY=''
 # More often than any run is preempted. A run that fails at once uses them up and then counts as failed.
 RESTARTS=50
 
@@ -58,12 +59,24 @@ start() {
   pack "$TREE/tree.tar.gz"
   run tar -xzf "$TREE/tree.tar.gz" -C "$TREE"
   run rm "$TREE/tree.tar.gz"
+  if [[ -z $ARRAY ]]; then
+    workload "$NAME" '' "$@"
+    return
+  fi
+  local i
+  for ((i = 0; i < ARRAY; i++)); do workload "$NAME-$i" "MADFORMER_INDEX=$i" "$@"; done
+}
+
+# workload NAME VARIABLE=VALUE arguments
+workload() {
+  local name=$1 variable=$2
+  shift 2
   # XPK runs this in a shell and reports success whatever it returns, unless --restart-on-user-code-failure; exec makes
   # SIGTERM reach host.sh, which returns 143 then: a run that was saved and stopped is started again.
-  xpk_on_cluster workload create --workload="$NAME" --tpu-type="$TYPE" --num-slices=1 \
+  xpk_on_cluster workload create --workload="$name" --tpu-type="$TYPE" --num-slices=1 \
     --base-docker-image="$IMAGE" --script-dir="$TREE" \
     --max-restarts="$RESTARTS" --restart-on-user-code-failure --termination-grace-period-seconds=120 \
-    --command="exec bash launch/host.sh container -- $(quote "$@" --distributed)"
+    --command="${variable:+export $variable; }exec bash launch/host.sh container -- $(quote "$@" --distributed)"
 }
 
 logs() {
@@ -93,6 +106,7 @@ while (($#)); do
     --spot) SPOT=1 ;;
     --reservation=*) RESERVATION=${1#*=} ;;
     --image=*) IMAGE=${1#*=} ;;
+    --array=*) ARRAY=${1#*=} ;;
     --dry-run) DRY_RUN=1 ;;
     --)
       shift
@@ -116,6 +130,10 @@ case $VERB in
   create) create ;;
   run)
     check_main_arguments "$@"
+    if [[ -n $ARRAY ]]; then
+      [[ $ARRAY =~ ^[1-9][0-9]*$ ]] || die "--array=$ARRAY is no number of workloads."
+      check_sweep "$@"
+    fi
     start "$@"
     ;;
   status) xpk_on_cluster workload list ;;

@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<'USAGE'
-usage: launch/slurm.sh --nodes=N --gpus=GPUS_PER_NODE [--per-node] [--name=NAME] [--dry-run] -- main.py arguments
+usage: launch/slurm.sh --nodes=N --gpus=GPUS_PER_NODE [--per-node] [--array=N] [--name=NAME] [--dry-run] -- main.py arguments
 
 One process per GPU, or with --per-node one per node that drives all its GPUs. Run it with the virtual environment
 active that the job shall use. Partition, account, time limit, CPUs and memory come from sbatch's own variables:
@@ -13,6 +13,9 @@ NAME-JOBID.log; NAME is madformer by default.
 
 Two minutes before the time limit the run saves and the job queues again; it goes on from its workdir until
 main.py is done. --workdir must be on a file system that all nodes share.
+
+--array=N submits N such jobs with the same arguments, for --mode=sweep: they share its runs between them. Output goes to
+NAME-JOBID_INDEX.log.
 USAGE
 }
 
@@ -20,13 +23,14 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/common.sh
 source "$HERE/common.sh"
 
-NODES='' GPUS='' PER_NODE=0 NAME=madformer
+NODES='' GPUS='' PER_NODE=0 NAME=madformer ARRAY=''
 while (($#)); do
   case $1 in
     --nodes=*) NODES=${1#*=} ;;
     --gpus=*) GPUS=${1#*=} ;;
     --per-node) PER_NODE=1 ;;
     --name=*) NAME=${1#*=} ;;
+    --array=*) ARRAY=${1#*=} ;;
     --dry-run) DRY_RUN=1 ;;
     --)
       shift
@@ -51,5 +55,11 @@ if ((PER_NODE)); then
   # JAX's Slurm support takes one GPU per process unless told which ones.
   MADFORMER_DEVICES=$(seq -s, 0 $((GPUS - 1)))
 fi
+JOBS=(--output=%x-%j.log)
+if [[ -n $ARRAY ]]; then
+  [[ $ARRAY =~ ^[1-9][0-9]*$ ]] || die "--array=$ARRAY is no number of jobs."
+  check_sweep "$@"
+  JOBS=(--array=0-$((ARRAY - 1)) --output=%x-%A_%a.log)
+fi
 run sbatch --job-name="$NAME" --nodes="$NODES" --ntasks-per-node="$TASKS" --gpus-per-node="$GPUS" --chdir="$ROOT" \
-  --output="%x-%j.log" "$HERE/slurm.sbatch" "$@"
+  "${JOBS[@]}" "$HERE/slurm.sbatch" "$@"

@@ -32,6 +32,15 @@ def test_gke_run_gives_time_to_save_and_restarts(cloud: Cloud) -> None:
     assert words == ["exec", "bash", "launch/host.sh", "container", "--", *MAIN, "--distributed"]
 
 
+def test_gke_array_is_a_workload_a_slice(cloud: Cloud) -> None:
+    setting = (*GKE, "--type=v5p-8", "--name=w", "--array=2")
+    run = cloud.run("gke_xpk.sh", "run", *setting, "--", *MAIN, "--mode=sweep")
+    assert run.returncode == 0, run.stderr
+    assert [option(call, "--workload") for call in cloud.calls] == ["w-0", "w-1"]
+    words = shlex.split(option(cloud.calls[1], "--command"))
+    assert words[:6] == ["export", "MADFORMER_INDEX=1;", "exec", "bash", "launch/host.sh", "container"]
+
+
 def test_gke_logs_stop_and_delete(cloud: Cloud) -> None:
     for verb in ("logs", "stop", "delete"):
         assert cloud.run("gke_xpk.sh", verb, *GKE, "--name=w1").returncode == 0

@@ -22,6 +22,20 @@ def test_slurm_submits_a_task_per_gpu_or_per_node(
     assert tuple(arguments[at + 1 :]) == MAIN
 
 
+def test_slurm_array_shares_a_sweep(cloud: Cloud) -> None:
+    run = cloud.run("slurm.sh", "--nodes=1", "--gpus=1", "--array=8", "--", *MAIN, "--mode=sweep")
+    assert run.returncode == 0, run.stderr
+    (call,) = cloud.calls
+    assert {"--array=0-7", "--output=%x-%A_%a.log"} <= set(call)
+    assert not any("%j" in argument for argument in call)
+
+
+def test_slurm_job_of_an_array_knows_its_number(cloud: Cloud, tmp_path: Path) -> None:
+    cloud.command("srun", f'#!/bin/sh\necho "$MADFORMER_INDEX" >{tmp_path}/index\n')
+    assert cloud.run("slurm.sbatch", *MAIN, SLURM_JOB_ID="7", SLURM_ARRAY_TASK_ID="3").returncode == 0
+    assert (tmp_path / "index").read_text() == "3\n"
+
+
 def test_slurm_directives_ask_for_a_warning_and_a_requeue() -> None:
     text = (LAUNCH / "slurm.sbatch").read_text()
     assert "#SBATCH --requeue" in text
