@@ -1,4 +1,4 @@
-"""What the network predicts: the noise, v, or the clean latent, all with errors counted as of v; and the release's plain eps.
+"""What the network predicts: the noise, v, or the clean latent, with errors counted as they are or all as of v.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/prediction.py:digits --workdir=runs/prediction_digits
 
@@ -15,7 +15,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 
 def sweep(variant: str = "digits") -> Sweep:
-    points = [("eps", "output"), ("eps", "v"), ("v", "v"), ("x0", "v")]
+    points = [("eps", "output"), ("eps", "v"), ("v", "v"), ("x0", "output"), ("x0", "v")]
     return Sweep(
         question="Which output is easiest to learn: the noise, v or the clean latent?",
         runs=[
