@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import report
 from madformer_jax.evaluation import parts
 from madformer_jax.models import classifier
 from madformer_jax.modes import sweep as mode
@@ -36,7 +35,7 @@ def c(tmp_path):
 
 @pytest.fixture
 def file():
-    definition = Sweep("Does it run?", [{"seed": 3}], {"steps": (1, 2), "passes": (2,)})
+    definition = Sweep("Does it run?", [{"seed": 3}], {"steps": (2,), "passes": (2,)})
     module = types.ModuleType("one")
     module.__file__, module.sweep = "one.py", lambda: definition
     return types.SimpleNamespace(module=module, args=())
@@ -52,42 +51,38 @@ def sweep_of(c, file, folder):
     return mode.run(c, str(folder), file=file)
 
 
-def interrupted(act, monkeypatch, owner, name, at):
-    """Runs `act` until the method has been called `at` times."""
-    real, calls = getattr(owner, name), []
-
-    def method(self, *args, **options):
-        calls.append(None)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return real(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, method)
-        with pytest.raises(KeyboardInterrupt):
-            act()
-
-
-def test_an_interrupted_sweep_ends_in_the_same_bytes(c, file, tmp_path, monkeypatch):
+def test_judged_again_after_an_interruption_the_result_is_the_same_bytes(c, file, tmp_path, monkeypatch):
     monkeypatch.setattr(mode, "SETTLE", 0.0)
-    (name,) = sweep_of(c, file, tmp_path / "whole")["runs"]
-    whole = tmp_path / "whole" / "runs" / name
-    result = json.loads((whole / "result.json").read_text())
+    (name,) = sweep_of(c, file, tmp_path)["runs"]
+    run = tmp_path / "runs" / name
+    result = json.loads((run / "result.json").read_text())
     assert [point["step"] for point in result["training"]["curve"]] == [3, 6]
-    assert [e["cost"]["solver_steps"] for e in result["evaluations"]] == [1, 2, 2]
-    assert result["evaluations"][1]["scores"] == result["evaluations"][2]["scores"]
+    assert [e["cost"]["solver_steps"] for e in result["evaluations"]] == [2, 2]
+    assert result["evaluations"][0]["scores"] == result["evaluations"][1]["scores"]
     assert result["evaluations"][0]["scores"]["KID-classifier"]["low"] is not None
-    assert len(json.loads((whole / "seconds.json").read_text())["evaluations"]) == 3
-    with Image.open(whole / "grid.png") as grid:
-        assert grid.size == (mode.COLUMNS * 32, 2 * 32)
-    assert [path.name for path in (whole / "checkpoints").iterdir()] == ["6"]
+    assert len(json.loads((run / "seconds.json").read_text())["evaluations"]) == 2
+    with Image.open(run / "grid.png") as grid:
+        assert grid.size == (mode.COLUMNS * 32, 32)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["6"]
 
-    def again():
-        sweep_of(c, file, tmp_path / "killed")
+    files = [run / "result.json", run / "grid.png"]
+    before = [path.read_bytes() for path in files]
+    for path in (*files, *(run / "evaluations").iterdir()):
+        path.unlink()
+    monkeypatch.setattr(mode.train, "run", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.Parts, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep_of(c, file, tmp_path)
+    patched = mode.evaluate.drawing.batches
+    monkeypatch.setattr(
+        mode.evaluate.drawing, "batches", lambda *args, **options: calls.append(args) or patched(*args, **options)
+    )
+    calls = []
+    sweep_of(c, file, tmp_path)
+    assert len(calls) == 1  # of the grid: the images that were judged are not drawn again
+    assert [path.read_bytes() for path in files] == before
 
-    interrupted(again, monkeypatch, report.Report, "add", at=5)
-    interrupted(again, monkeypatch, parts.Parts, "read", at=2)
-    again()
-    killed = tmp_path / "killed" / "runs" / name
-    for file_name in ("result.json", "grid.png"):
-        assert (killed / file_name).read_bytes() == (whole / file_name).read_bytes()
+
+def interrupted(self):
+    raise KeyboardInterrupt
