@@ -10,6 +10,7 @@ runs/NAME/               workdir of a training and of its evaluations, and
           timing.json    seconds of drawing an image on a quiet machine, where they were measured
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -53,7 +54,9 @@ def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
     if result is None:
         return False
     there = [{name: found[name] for name in ("overrides", "budget")} for found in result["evaluations"]]
-    return there == [evaluation.describe() for evaluation in evaluations]
+    return there == json.loads(
+        json.dumps([evaluation.describe() for evaluation in evaluations])
+    )  # tuples are lists there
 
 
 def state(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str:

@@ -15,7 +15,8 @@ from madformer_jax.testbed import layout, sweep
 from madformer_jax.testbed.sweep import Sweep, grid
 from tests import tiny
 
-TWO = Sweep("Which width?", grid({"model.width": (16, 24)}), {"steps": (1, 4)}, train_budget=("images", 16))
+SETTING = {"sample.guidance_interval": (0, 900)}
+TWO = Sweep("Which width?", grid({"model.width": (16, 24)}), {"steps": (1, 4)}, [SETTING], train_budget=("images", 16))
 
 
 class File:
