@@ -1,9 +1,10 @@
-"""Colour drawings, conditional on their style, in pixel space: 64 x 64, trains on a CPU.
+"""Colour drawings, conditional on their style or on a caption, in pixel space: 64 x 64, trains on a CPU.
 
     python -m madformer_jax.main --config=configs/drawings.py --workdir=runs/drawings
 
 The pictures are drawn by the PyPI package dicebear-core, once, into the user's cache; nothing is downloaded. The variants
-side=32, 64, 128 and 256 show the same pictures at other sizes, with as many tokens a block.
+side=32, 64, 128 and 256 show the same pictures at other sizes, with as many tokens a block; `text` draws what a sentence says
+(docs/text.md).
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,8 @@ _SIDES = {32: (4, 1), 64: (8, 1), 128: (8, 2), 256: (16, 2)}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    side = config.variant(variant, {"side": 64})["side"]
+    chosen = config.variant(variant, {"side": 64}, ("text",))
+    side = chosen["side"]
     if side not in _SIDES:
         raise ConfigError(f"--config: variant side={side} is unknown: one of {', '.join(map(str, _SIDES))}.")
     patch, stages = _SIDES[side]
@@ -53,4 +55,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sample.steps = 20
     c.sample.guidance = 1.5
     c.sample.clip = 1.0
+    if chosen["text"]:
+        c.model.classes = 0
+        c.text.tokenizer, c.text.vocabulary = "drawings", 835
+        c.text.length = 44  # the longest caption has 42
+        c.loss.text = 0.2  # beside 1 of the image, as the paper's 1 beside 5
+        c.sample.prompts = "data:test"
     return c

@@ -1,10 +1,11 @@
-"""FFHQ at 1024 x 1024, unconditional: the release's recipe (arXiv 2506.07999, section 4.1), 1.30 B parameters.
+"""FFHQ at 1024 x 1024, unconditional or from captions: the release's recipe (arXiv 2506.07999, section 4.1), 1.30 B parameters.
 
     python -m madformer_jax.main --config=configs/ffhq1024.py:D=7,L=16 --workdir=gs://bucket/ffhq_d7
 
 What stands behind the colon, any of it: D=7, 14, 21 or 28 diffusion layers of 28 (14 by default); L=1, 4, 8 (2 x 4) or 16 blocks
-(16); `release` for the release's odd choices as well (config.as_release); `tiny` for a few small layers on the embedded
-digits, which runs anywhere in minutes. It trains on VAE latents that --mode=prepare has cached (docs/data.md).
+(16); `release` for the release's odd choices as well (config.as_release); `text` for a model that reads captions (docs/text.md), of
+2.14 B parameters with the 128 256 tokens of Llama 3's tokenizer, whose file is --config.text.tokenizer=FILE; `tiny` for a few small
+layers on the embedded digits, which runs anywhere in minutes. It trains on VAE latents that --mode=prepare has cached (docs/data.md).
 
 It fits a TPU v5e:4x4 or v5p:2x2x1, and what is larger (docs/scaling.md).
 """
@@ -18,13 +19,18 @@ IMAGES, EPOCHS = 70_000, 200
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    chosen = config.variant(variant, {"D": 14, "L": 16}, ("release", "tiny"))
+    chosen = config.variant(variant, {"D": 14, "L": 16}, ("release", "text", "tiny"))
     c = config.base()  # whose width, heads, depth, U-Net, loss weights and AdamW are the release's
     c.model.diffusion_depth = chosen["D"]
     c.model.blocks = chosen["L"]
     c.model.dtype = "bfloat16"
     if chosen["release"]:
         release_config.as_release(c)
+    if chosen["text"]:
+        c.text.vocabulary = 128_256  # paper
+        c.text.length = 64  # ours: the paper says nothing of it
+        c.loss.image, c.loss.text = 5.0, 1.0  # paper
+        c.sample.prompts = "data:train"
 
     c.data.source = "arrayrecord"
     c.data.test_share = 0.0  # trained on all images, and compared with them, as the paper does

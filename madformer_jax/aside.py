@@ -11,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax import drawing, training
+from madformer_jax import drawing, prompts, training
 from madformer_jax.evaluation import samples
 from madformer_jax.report import Report
 from madformer_jax.runtime import partitioning, storage
@@ -34,7 +34,7 @@ class Aside(abc.ABC):
 
     def __init__(self, c: ConfigDict, studio: Studio, n: int):
         self._c, self._studio, self._n = c, studio, n
-        drawing.given_noise(c)  # while an error in it costs nothing
+        drawing.given_noise(c), prompts.texts(c)  # while an error in them costs nothing
 
     def draw(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
         """Draws in batches and looks between them whether to `stop`. Whatever goes wrong is told in one line: training goes on."""
@@ -78,7 +78,8 @@ class Grid(Aside):
 
     def _use(self, step: int, batches: Iterator[drawing.Drawn]) -> None:
         weights = self._c.sample.weights
-        canvas = drawing.as_grid(np.concatenate([batch.images for batch in batches]))
+        images = np.concatenate([batch.images for batch in batches])
+        canvas = drawing.as_grid(prompts.below(images, prompts.of(self._c)[: len(images)]))
         path = self._folder / f"step_{step:06d}_{weights}.png"
         if jax.process_index() == 0:
             drawing.write_png(path, canvas)

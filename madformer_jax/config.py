@@ -48,11 +48,17 @@ def base() -> ConfigDict:
     c.model.param_sets = "separate"  # towers of the clean and the noisy stream; or "shared" (paper Table 4)
     c.model.diffusion_attention = "sequence"  # or "block" (release: denoising_mlp; paper Table 5)
     c.model.classes = 0  # 0: unconditional; else one label token per image, and one more label for "none"
-    c.model.text_length = 1  # T, tokens of the text stream; a data source's "label" holds as many
     c.model.attention = "auto"  # implementation of skip-causal attention: auto, reference, blocks, cudnn, splash
     c.model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
     c.model.remat = "none"  # what the backward pass recomputes: none, dots, full (docs/performance.md)
     c.model.scan_unroll = 1  # layers per iteration of the scan over layers
+
+    c.text = ConfigDict()  # captions in place of classes (docs/text.md)
+    c.text.vocabulary = 0  # tokens of the tokenizer; 0: no captions
+    c.text.tokenizer = ""  # a tokenizer.json, a file of tiktoken's, or "drawings": that of the embedded drawings
+    c.text.length = 1  # T, tokens of a caption, begin and end counted; 1 without captions
+    c.text.caption = "caption"  # the source's; or "class": the name of the image's class
+    c.text.truncate = False  # cut captions and prompts that are longer; else they are an error
 
     c.loss = ConfigDict()  # weights lambda of the four terms (paper Table 6)
     c.loss.image = 1.0
@@ -101,7 +107,7 @@ def base() -> ConfigDict:
     c.train.ema_decay = 0.9999
     c.train.ema_warmup = True  # decay min(target, (1 + step) / (10 + step)); False (release): constant
     c.train.context_noise = 0  # noise on the clean blocks, at timesteps up to this one; 0: none
-    c.train.label_dropout = 0.1  # share of labels replaced by "none", for guidance
+    c.train.label_dropout = 0.1  # share of labels or captions replaced by "none", for guidance
     c.train.log_every = 50
     c.train.sample_every = 0  # steps between sample grids; 0: only at the end
     c.train.checkpoint_every = 1000
@@ -133,6 +139,7 @@ def base() -> ConfigDict:
     c.sample.guidance = 1.0  # classifier-free guidance scale; 1: off
     c.sample.guidance_schedule = "constant"  # or "linear": from 1 at the first solver step to the scale at the last
     c.sample.guidance_interval = (0, 999)  # lowest and highest timestep with guidance
+    c.sample.prompts = ""  # with captions: "a red planet; a blue one", a .txt file, or those of a split: "data:test"
     c.sample.labels = ""  # "": all classes; or "3", "0,1,2", or names of classes
     c.sample.label_sampling = "balanced"  # these in turn; or "random": each image's drawn from the seed
     c.sample.weights = "ema"  # ema | raw
@@ -188,6 +195,7 @@ def restored(saved: Any, path: str) -> ConfigDict:
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is damaged: it holds no config.")
     c, known = fields.flat(saved), fields.flat(base())
+    c.pop("model.text_length", None)  # of older configs, in which it could only be 1
     try:
         fields.check(known | c, known)
     except ConfigError as error:
@@ -237,6 +245,9 @@ def as_tiny(c: ConfigDict) -> None:
     c.model.width, c.model.heads, c.model.mlp_width = 64, 4, 128
     c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (16, 32), 1, 32
     c.model.classes = min(c.model.classes, 10)
+    if c.text.vocabulary:  # the digits' names
+        c.text.tokenizer, c.text.vocabulary, c.text.length, c.text.caption = "drawings", 835, 4, "class"
+        c.sample.prompts = "0;1;2;3;4;5;6;7;8;9"
     c.codec.name, c.codec.patch = "pixel", 2  # no VAE is needed
     c.data.source, c.data.image_size, c.data.channels = "digits", 32, 1
     c.train.steps, c.train.log_every, c.train.sample_every = 20, 5, 0

@@ -16,8 +16,9 @@ from jax import Array
 from ml_collections import ConfigDict
 from PIL import Image
 
-from madformer_jax import codec
+from madformer_jax import codec, prompts
 from madformer_jax import config as config_lib
+from madformer_jax.data.text import Texts
 from madformer_jax.diffusion import guidance, sampler, schedule
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
@@ -35,10 +36,11 @@ class Inputs(NamedTuple):
     """What one batch is drawn from: arguments of the program, so that none of their values compiles it anew."""
 
     numbers: Array  # (b,) int32, of the images
-    labels: Array  # (b,) int32; 0 for a model without classes
+    labels: Any  # (b,) int32; 0 for a model without classes
     noise: Array | None  # (b, L, positions, C), or None for the seed's
     seed: Any  # () uint32
     guidance: Any  # (steps,) float32; not read where the config says 1, which runs no second branch
+    text: Texts | None = None  # (b, T) and (b,), the prompts of a model that reads captions
 
 
 class Drawn(NamedTuple):
@@ -68,11 +70,14 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
             key = jax.random.fold_in(jax.random.key(inputs.seed), SAMPLE)
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(inputs.numbers)
             noise = jax.vmap(lambda k: jax.random.normal(k, sizes.block_shape))(keys)
+        classes = inputs.labels[:, None] if model.vocabulary else None
+        tokens, lengths = inputs.text or (classes, None)
         blocks = sampler.sample(
             model,
             params,
             noise,
-            inputs.labels[:, None] if model.vocabulary else None,
+            tokens,
+            lengths=lengths,
             solver=settings.solver,
             spacing=settings.spacing,
             steps=settings.steps,
@@ -88,9 +93,9 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
     return draw
 
 
-def inputs_of(c: ConfigDict, numbers: Any, labels: Any, noise: Any = None) -> Inputs:
+def inputs_of(c: ConfigDict, numbers: Any, labels: Any, noise: Any = None, text: Texts | None = None) -> Inputs:
     """`Inputs` with the config's seed and guidance; the arrays may be abstract."""
-    return Inputs(numbers, labels, noise, np.int64(c.seed).astype(np.uint32), scales(c))
+    return Inputs(numbers, labels, noise, np.int64(c.seed).astype(np.uint32), scales(c), text)
 
 
 def scales(c: ConfigDict) -> np.ndarray:
@@ -121,11 +126,12 @@ def batches(
     given and less than the config's `sample.batch`.
 
     Raises:
-      ConfigError: at once, if the given noise does not fit; and where a latent or a pixel is not finite, with image and block.
+      ConfigError: at once, if the given noise or a prompt does not fit; and where a latent or a pixel is not finite, with image
+        and block.
     """
     size, sharding = batch_size(c, mesh, most), partitioning.batch_sharding(mesh)
     labels = np.array(config_lib.labels(c) or [0] * c.sample.n, np.int32)
-    noise = given_noise(c)
+    noise, texts = given_noise(c), prompts.texts(c)
 
     def spread(x: np.ndarray) -> Array:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
@@ -133,7 +139,8 @@ def batches(
     def run(chosen: np.ndarray) -> Drawn:
         filled = np.pad(chosen, (0, size - len(chosen)), mode="edge")  # one shape; what fills it up is cut off again
         rows = None if noise is None else spread(np.asarray(noise[filled], np.float32))
-        inputs = inputs_of(c, spread(filled.astype(np.int32)), spread(labels[filled]), rows)
+        words = None if texts is None else Texts(*(spread(x[filled]) for x in texts))
+        inputs = inputs_of(c, spread(filled.astype(np.int32)), spread(labels[filled]), rows, words)
         images, z, finite = (x[: len(chosen)] for x in partitioning.to_host(draw(params, codec_params, inputs), mesh))
         if not finite.all():
             raise ConfigError(_not_finite(c, chosen, z, finite))

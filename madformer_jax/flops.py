@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.models.plan import TERMS, plan, switches_of
 from madformer_jax.models.vae import AutoencoderKL
-from madformer_jax.sizes import sizes_of
+from madformer_jax.sizes import sizes_of, vocabulary_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +157,14 @@ def _tower(c: ConfigDict, tokens: float, keys_only: bool = False) -> float:
 
 
 def _text_layer(c: ConfigDict, keys_only: bool) -> float:
-    length = c.model.text_length
+    length = c.text.length
     return _tower(c, length, keys_only) + (0.0 if keys_only else 4.0 * length**2 * c.model.width)
 
 
 def _scores(c: ConfigDict, block: int, block_only: bool) -> float:
     """Attention of one image block in one layer: the text, the blocks before it (unless `block_only`) and itself."""
     s = sizes_of(c).tokens
-    keys = s * (1 if block_only else block + 1) + (c.model.text_length if c.model.classes else 0)
+    keys = s * (1 if block_only else block + 1) + (c.text.length if vocabulary_of(c) else 0)
     return 4.0 * s * keys * c.model.width
 
 
@@ -202,8 +202,7 @@ def _forward(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]
     cost = _stage(c, "ar_layers", p.ar, p.between, p.clean_blocks)
     cost += _stage(c, "diffusion_layers", p.diffusion, p.out, p.clean_blocks)
     if "text" in p.out:
-        vocabulary = m.classes + 1  # and "none"
-        cost += Cost(text=2.0 * m.text_length * m.width * vocabulary)
+        cost += Cost(text=2.0 * c.text.length * m.width * vocabulary_of(c))
     (down, down_first), (up, up_first) = _downsampler(c), _upsampler(c)
     downs, ups = m.blocks * len(p.down), m.blocks * len(p.up)
     return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first
@@ -229,7 +228,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     s, last = sizes_of(c).tokens, c.model.blocks - 1
     ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
-    if m.classes:
+    if vocabulary_of(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block in range(m.blocks):
         clean = m.clean_stream and block < last
@@ -250,7 +249,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         unguided += Cost(unet=(steps + (block < last)) * _downsampler(c)[0])
     if c.codec.name == "vae":
         unguided += Cost(vae=vae_decode(c.data.image_size))
-    branches = 2 if m.classes and c.sample.guidance != 1.0 else 1
+    branches = 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
     return (cost * branches + unguided) * n
 
 

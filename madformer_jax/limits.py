@@ -9,7 +9,7 @@ from madformer_jax import fields
 from madformer_jax.diffusion.predicts import PREDICTS, WEIGHTINGS
 from madformer_jax.errors import ConfigError
 from madformer_jax.models.plan import TERMS
-from madformer_jax.sizes import sizes_of
+from madformer_jax.sizes import sizes_of, vocabulary_of
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "platform": ("", "cpu", "gpu", "tpu"),
@@ -23,6 +23,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.attention": ("auto", "reference", "blocks", "cudnn", "splash"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "full"),
+    "text.caption": ("caption", "class"),
     "loss.weighting": WEIGHTINGS,
     "codec.name": ("pixel", "vae"),
     "codec.dtype": ("float32", "bfloat16"),
@@ -49,7 +50,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.unet_time_width": (2, math.inf),
     "model.unet_stride": (1, 2),
     "model.classes": (0, math.inf),
-    "model.text_length": (1, math.inf),
+    "text.vocabulary": (0, math.inf),
+    "text.length": (1, math.inf),
     "model.scan_unroll": (1, math.inf),
     "loss.image": (0, math.inf),
     "loss.hidden": (0, math.inf),
@@ -99,7 +101,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "benchmark.steps": (1, math.inf),
 }
 
-_WITHOUT_CLASSES = {
+_UNCONDITIONAL = {
     "sample.guidance": 1.0,
     "sample.guidance_schedule": "constant",
     "sample.guidance_interval": (0, 999),
@@ -107,7 +109,8 @@ _WITHOUT_CLASSES = {
 }
 
 _PATHS = (
-    "compilation_cache", "codec.path", "data.path", "sample.noise", "convert.release", "convert.vae", "convert.inception",
+    "compilation_cache", "codec.path", "data.path", "text.tokenizer", "sample.noise", "convert.release", "convert.vae",
+    "convert.inception",
     "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
     "train.init_from",
 )  # fmt: skip
@@ -169,11 +172,7 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             "config.loss.clean needs config.model.clean_stream=True: there is no clean output without it."
         )
-    if m.text_length > 1 or c.loss.text:
-        raise ConfigError(
-            f"config.model.text_length={m.text_length}, config.loss.text={c.loss.text}: no data source has text yet, only one "
-            "label an image; they must be 1 and 0."
-        )
+    _check_text(c)
     if c.train.context_noise and m.clean_timestep == "noisy":
         raise ConfigError(
             f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model must be "
@@ -185,9 +184,13 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
         )
-    for field, neutral in _WITHOUT_CLASSES.items():
-        if given[field] != neutral and not m.classes:
-            raise ConfigError(f"config.{field}={given[field]} needs a class-conditional model (model.classes).")
+    for field, neutral in _UNCONDITIONAL.items():
+        known = m.classes if field == "sample.label_sampling" else vocabulary_of(c)
+        if given[field] != neutral and not known:
+            raise ConfigError(
+                f"config.{field}={given[field]} needs a class-conditional model (model.classes), or one that reads captions "
+                "(text.vocabulary)."
+            )
     interval = given["sample.guidance_interval"]
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 999:
         raise ConfigError(
@@ -203,6 +206,30 @@ def check(c: ConfigDict) -> None:
     profiled_steps(c)
     if not m.classes or not any(map(is_name, c.sample.labels.split(","))):  # names are known with the data
         classes(c)
+
+
+def _check_text(c: ConfigDict) -> None:
+    """Refuses captions without a vocabulary, and half of what they need."""
+    vocabulary, length = c.text.vocabulary, c.text.length
+    if vocabulary and c.model.classes:
+        raise ConfigError(
+            f"config.text.vocabulary={vocabulary} and config.model.classes={c.model.classes}: a model reads captions or "
+            "classes; set one of them to 0."
+        )
+    if vocabulary and length < 3:
+        raise ConfigError(f"config.text.length={length}: a caption has a begin, a token and an end, so 3 at least.")
+    for field, neutral in (("length", 1), ("tokenizer", ""), ("caption", "caption"), ("truncate", False)):
+        if not vocabulary and c.text[field] != neutral:
+            raise ConfigError(
+                f"config.text.{field}={c.text[field]!r} needs captions: set config.text.vocabulary, the tokenizer's number of "
+                "tokens."
+            )
+    if c.sample.prompts and not vocabulary:
+        raise ConfigError("config.sample.prompts needs a model that reads captions (text.vocabulary).")
+    if c.loss.text and not vocabulary:
+        raise ConfigError(
+            f"config.loss.text={c.loss.text} needs captions (text.vocabulary): of a class there is nothing to predict."
+        )
 
 
 def check_depth(c: ConfigDict) -> None:

@@ -47,8 +47,9 @@ SCALING_FACTOR = 0.18215  # makes the latents' variance about 1
 
 
 def vocabulary_of(c: ConfigDict) -> int:
-    """Tokens that the model knows: the classes, and a last one for "none"; 0 for an unconditional model."""
-    return c.model.classes + 1 if c.model.classes else 0
+    """Tokens that the model knows: the classes or the tokenizer's, and a last one for "none"; 0 for an unconditional model."""
+    known: int = c.text.vocabulary or c.model.classes
+    return known + 1 if known else 0
 
 
 def sizes_of(c: ConfigDict) -> Sizes:

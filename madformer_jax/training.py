@@ -123,7 +123,7 @@ def make_step(
             z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
         tokens = lengths = None
         if s.model.vocabulary:
-            tokens, lengths = batch.get("tokens", batch["label"].reshape(len(z), -1)), batch.get("lengths")
+            tokens, lengths = batch.get("tokens", batch["label"][:, None]), batch.get("lengths")
             drop = jax.random.bernoulli(drop_key, dropout, (len(z), 1))
             tokens = jnp.where(drop, s.model.none, tokens)
             lengths = None if lengths is None else jnp.where(drop[:, 0], 1, lengths)  # the whole caption is one "none"

@@ -13,11 +13,12 @@ _WIDTH = 118
 
 # Beside the section of its own name. What decides the shapes of a model comes from its workdir, behind the training.
 _SECTIONS = {
-    "train": ("model", "loss", "codec", "data", "optimizer", "sample", "mesh"),
+    "train": ("model", "text", "loss", "codec", "data", "optimizer", "sample", "mesh"),
     "sample": ("mesh",),
     "evaluate": ("sample", "data", "mesh"),
     "reference": ("evaluate", "data"),
     "prepare": ("data", "codec"),
+    "tokenizer": ("text", "data"),
     "benchmark": ("model", "train", "sample", "data", "mesh"),
     "compile": ("model", "train", "sample", "mesh"),
     "export": ("sample",),

@@ -25,7 +25,7 @@ def small(**changes: Any) -> tuple[MADFormer, Any]:
     length = changes.pop("text_length", 1)
     c.model.update(changes)
     config.validate(c)
-    c.model.text_length = length  # a model has it, a command line does not yet
+    c.text.length = length  # a model may read several classes, no command line says so
     model = madformer.build(c)
     return model, random_params(model)
 

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from madformer_jax import config, limits, main
+from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 
@@ -44,10 +45,22 @@ def test_drawings_have_as_many_tokens_a_block_at_every_size(side):
     assert not limits.doubts(c)
 
 
+def test_drawings_from_captions_have_the_tokenizer_of_the_package():
+    c = read("drawings.py:side=32,text")
+    assert text.of(c).vocabulary == c.text.vocabulary and not c.model.classes
+
+
 def test_ffhq_in_the_release_variant_has_the_release_s_parameters(reference):
     shapes = reference("madformer_ffhq1024_state_dict.json")
     shapes = shapes.get("shapes", shapes)
     assert parameters(read("ffhq1024.py:release")) == sum(math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.parametrize("name", ["ffhq1024.py:text", "imagenet256.py:text"])
+def test_a_model_that_reads_llama_3_s_tokens_has_the_paper_s_2_1_billion_parameters(name):
+    assert round(parameters(read(name)) / 1e9, 2) == 2.14
+    small = read(f"{name},tiny")
+    assert text.of(small).vocabulary == small.text.vocabulary
 
 
 def test_steps_follow_from_epochs():

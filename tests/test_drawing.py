@@ -1,8 +1,10 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import codec, drawing
+from madformer_jax import codec, drawing, prompts
+from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import partitioning
@@ -60,6 +62,46 @@ def test_a_batch_is_a_multiple_of_the_devices_and_of_one_shape(plain, noise_only
     assert [batch.numbers.tolist() for batch in drawn] == [[0, 1, 2, 3], [4]]
     assert [batch.labels.tolist() for batch in drawn] == [[7, 2, 4, 7], [2]]
     assert [len(batch.images) for batch in draw(plain, range(3), most=1)] == [1, 1, 1]
+
+
+def test_each_image_has_its_prompt_in_whichever_batch(plain, monkeypatch):
+    """In turn; given to the sampler as tokens and lengths."""
+
+    def lengths_in_the_noise(model, params, noise, tokens, *, lengths, **settings):
+        return jnp.zeros_like(noise) + (100 * lengths + tokens[:, 1])[:, None, None, None]
+
+    monkeypatch.setattr(drawing.sampler, "sample", lengths_in_the_noise)
+    plain.text.tokenizer, plain.text.length = "drawings", 6
+    plain.text.vocabulary = text.open_tokenizer("drawings").vocabulary
+    plain.sample.prompts = "a red planet; on pale blue sky ;red"
+    drawn = np.concatenate([batch.latents[:, 0, 0, 0] for batch in draw(plain, range(5), devices=2)])
+    texts = prompts.texts(plain)
+    np.testing.assert_array_equal(texts.lengths, [5, 6, 3, 5, 6])
+    np.testing.assert_array_equal(drawn, 100 * texts.lengths + texts.tokens[:, 1])
+
+
+def test_prompts_come_from_a_file_and_errors_are_told(plain, tmp_path):
+    plain.text.tokenizer, plain.text.length = "drawings", 4
+    plain.text.vocabulary = text.open_tokenizer("drawings").vocabulary
+    plain.sample.prompts = str(tmp_path / "prompts.txt")
+    with pytest.raises(ConfigError, match="prompts.txt' cannot be read"):
+        prompts.of(plain)
+    (tmp_path / "prompts.txt").write_text("a red planet; and more\n\nblue\n")
+    assert prompts.of(plain) == ["a red planet; and more", "blue"] * 2 + ["a red planet; and more"]
+    with pytest.raises(ConfigError, match="config.sample.prompts: 'a red planet; and more' is .* tokens long"):
+        prompts.texts(plain)
+    plain.sample.prompts = " ;"
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        prompts.of(plain)
+
+
+def test_prompts_stand_below_their_pictures():
+    images = np.full((3, 32, 32, 1), 90, np.uint8)
+    shown = prompts.below(images, ["a red planet", "", "a blue planet with two moons in a black sky, and a star"])
+    assert shown.dtype == np.uint8 and shown.shape[:3] == (3, shown.shape[1], 128)
+    assert (shown[:, :128] == 90).all()
+    dark = [int((row[128:] < 100).sum()) for row in shown]
+    assert dark[1] == 0 < dark[0] < dark[2]
 
 
 def test_random_labels_do_not_depend_on_the_batch(plain, noise_only):

@@ -9,7 +9,7 @@ from flax import linen as nn
 from madformer_jax import config, flops
 from madformer_jax.diffusion import sampler
 from madformer_jax.models import madformer, vae
-from madformer_jax.sizes import sizes_of
+from madformer_jax.sizes import sizes_of, vocabulary_of
 
 SWITCHES = {
     "default": {},
@@ -18,7 +18,7 @@ SWITCHES = {
     },
     "no clean stream, class, guided": {"clean_stream": False, "classes": 10},
     "no condition": {"ar_condition": False, "hidden_from": "noisy"},
-    "block only, text, guided": {"diffusion_attention": "block", "classes": 10, "text_length": 5, "loss.text": 1.0},
+    "block only, text, guided": {"diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5, "loss.text": 1.0},
     "clean term, D = 1": {"depth": 3, "diffusion_depth": 1, "loss.clean": 0.1},
     "D = N, image term alone": {"depth": 2, "diffusion_depth": 2, "loss.hidden": 0.0},
     "hidden term alone": {"loss.image": 0.0},
@@ -39,7 +39,7 @@ def wide(**changes):
     for name, value in changes.items():
         section, field = name.split(".") if "." in name else ("model", name)
         c[section][field] = value
-    c.sample.guidance = 2.0 if c.model.classes else 1.0
+    c.sample.guidance = 2.0 if vocabulary_of(c) else 1.0
     return c
 
 
@@ -54,7 +54,7 @@ def abstract(c):
     params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
     z = jax.ShapeDtypeStruct((c.train.batch, *sizes_of(c).block_shape), jnp.float32)
     t = jax.ShapeDtypeStruct(z.shape[:2], jnp.int32)
-    tokens = jax.ShapeDtypeStruct((c.train.batch, c.model.text_length), jnp.int32) if model.vocabulary else None
+    tokens = jax.ShapeDtypeStruct((c.train.batch, c.text.length), jnp.int32) if model.vocabulary else None
     return model, params, z, t, tokens
 
 
@@ -78,7 +78,7 @@ SAMPLING = {
     "default, four blocks": {},
     "no clean stream, class, guided": {"blocks": 2, "clean_stream": False, "classes": 10},
     "no condition": {"blocks": 2, "ar_condition": False},
-    "block only, text, guided": {"blocks": 2, "diffusion_attention": "block", "classes": 10, "text_length": 5},
+    "block only, text, guided": {"blocks": 2, "diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5},
     "one block": {"blocks": 1},
 }
 

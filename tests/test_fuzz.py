@@ -148,9 +148,10 @@ FIELDS = """
     --config.model.scan_unroll=0
     --config.model.classes=-1
     --config.model.classes=3 --config.sample.labels=3
-    --config.model.text_length=0
-    --config.model.text_length=2
-    --config.model.classes=10 --config.model.text_length=77
+    --config.text.length=0
+    --config.text.length=77
+    --config.text.vocabulary=-1
+    --config.model.classes=0 --config.text.vocabulary=300 --config.text.length=77 --config.text.tokenizer=nowhere
     --config.loss.text=1
     --config.loss.image=-1
     --config.loss.image=nan

@@ -146,6 +146,21 @@ def test_ema_warms_up_towards_its_target(plain, monkeypatch):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
 
 
+def test_a_dropped_caption_is_one_token_none(monkeypatch):
+    c = tiny.get_config()
+    c.model.classes, c.text.vocabulary, c.text.length, c.train.label_dropout = 0, 300, 4, 0.5
+    s, state = of_two_parameters(c, lambda params, z, tokens: (params["a"].sum(), {"tokens": tokens}), monkeypatch)
+    batch = {
+        "image": np.zeros((200, 32, 32, 1), np.float32), "label": np.zeros(200, np.int32),
+        "tokens": np.tile(np.arange(4, dtype=np.int32), (200, 1)), "lengths": np.full(200, 3, np.int32),
+    }  # fmt: skip
+    _, metrics = jax.jit(training.make_step(s, c))(state, batch, {})
+    dropped = np.asarray(metrics["lengths"]) == 1
+    assert 60 < dropped.sum() < 140
+    np.testing.assert_array_equal(metrics["tokens"], np.where(dropped[:, None], 300, batch["tokens"]))
+    np.testing.assert_array_equal(metrics["lengths"], np.where(dropped, 1, 3))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_labels_are_dropped_in_their_share_and_become_none(share, monkeypatch):
     c = tiny.get_config()

@@ -271,6 +271,10 @@ class Drawings(Source):
         labels = (indices % len(STYLES)).astype(np.int32)
         return Examples({"image": images}, labels, list(map(_caption, indices.tolist(), rows)), np.stack(rows))
 
+    def captions(self, indices: np.ndarray) -> list[str]:
+        files = self._files()
+        return [_caption(number, files[number // _FILE].attributes[number % _FILE]) for number in indices.tolist()]
+
     def name(self, index: int) -> str:
         return f"drawing {self._seed}/{index}"
 

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from madformer_jax.data import preprocess, records, sources, worker
+from madformer_jax.data import preprocess, records, sources, text, worker
 from madformer_jax.data.source import Examples, Kind, Source
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import malloc
@@ -86,14 +86,18 @@ class _Load:
     def __call__(self, pick: Pick) -> Batch:
         skipped: Skipped = {}
         try:
-            arrays, labels, *_ = _decoded(self._source.read(pick.record), self._table)
+            arrays, labels, captions, _ = _decoded(self._source.read(pick.record), self._table)
         except (preprocess.CorruptImageError, OSError, MemoryError):
             found = [self._readable(number, skipped) for number in pick.record.tolist()]
             arrays = {name: np.concatenate([one.arrays[name] for one in found]) for name in found[0].arrays}
             labels = np.concatenate([one.labels for one in found])
+            captions = [one.captions[0] for one in found]
         if "image" in arrays:
             arrays["image"][pick.flip] = arrays["image"][pick.flip, :, ::-1]
         batch = {**arrays, "label": labels}
+        if self._config.text.vocabulary:
+            texts = text.captions(self._config, captions, labels, self._source.names)
+            batch |= text.encode(self._config, texts, lambda i: self._source.name(int(pick.record[i])))._asdict()
         return {**batch, "skipped": json.dumps(skipped)} if skipped else batch
 
     def _readable(self, number: int, skipped: Skipped) -> Examples:
@@ -173,6 +177,13 @@ def _describe(config: ConfigDict, source: Source) -> DatasetInfo:
         raise ConfigError(
             f"config.model.classes={classes} is too few for config.data.source={name}, which has {source.classes} classes."
         )
+    if config.text.vocabulary:
+        text.of(config)
+        if not text.of_records(config, source, np.array([0]))[0]:
+            raise ConfigError(
+                f"config.text.vocabulary={config.text.vocabulary} needs captions, and {source.name(0)} has none: see "
+                "docs/text.md on where they lie, or take the names of classes with config.text.caption=class."
+            )
     shape, codec = (t.size, t.size, t.channels), ""
     if source.manifest is not None:
         records.check(source.manifest, config, t)
@@ -192,7 +203,8 @@ def train_iterator(
 
     Returns:
       A grain iterator over {"image": float32 (batch, H, W, c) in [-1, 1], "label": int32 (batch,)}, or of cached
-      latents {"mean", "logvar": float16 (batch, h, w, C), "label"}. Its state,
+      latents {"mean", "logvar": float16 (batch, h, w, C), "label"}; with captions also "tokens": int32 (batch, T) and
+      "lengths": int32 (batch,). Its state,
       {"next_batch": k}, is the same in every process and restores onto any number of processes and workers. Call
       `close()` when done: it stops the workers.
 

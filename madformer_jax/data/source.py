@@ -41,6 +41,10 @@ class Source(Protocol):
           ConfigError: prepared records are damaged.
         """
 
+    def captions(self, indices: np.ndarray) -> list[str]:
+        """Those of the records with these numbers; a source that need not read the images for them has its own way."""
+        return self.read(indices).captions
+
     def name(self, index: int) -> str:
         """What a person calls this record: its file."""
 
@@ -71,6 +75,9 @@ class Part(Source):
 
     def read(self, indices: np.ndarray) -> Examples:
         return self._source.read(self._numbers[indices])
+
+    def captions(self, indices: np.ndarray) -> list[str]:
+        return self._source.captions(self._numbers[indices])
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._numbers[index]))

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.data import drawings, records, tars
+from madformer_jax.data import drawings, records, sidecars, tars
 from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, files_below, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
@@ -93,6 +93,8 @@ class Folder(Source):
                 logging.warning("%s: classes without an image: %s", path, ", ".join(empty))
             self._labels[:] = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()])
         self._keys = [file.removeprefix(path).lstrip(os.sep) for file in self._files]  # wherever the folder lies
+        with storage.errors(f"the captions of config.data.path={path!r} cannot be read"):
+            self._captions = sidecars.captions(path, self._keys)
         self.fingerprint = fingerprint(self._keys)
 
     def __len__(self) -> int:
@@ -103,7 +105,10 @@ class Folder(Source):
         for index in indices.tolist():
             with open(self._files[index], "rb") as file:
                 images.append(file.read())
-        return Examples({"image": images}, self._labels[indices], [""] * len(indices))
+        return Examples({"image": images}, self._labels[indices], self.captions(indices))
+
+    def captions(self, indices: np.ndarray) -> list[str]:
+        return [self._captions[index] for index in indices.tolist()]
 
     def name(self, index: int) -> str:
         return self._files[index]
@@ -118,6 +123,9 @@ def _is_image(name: str) -> bool:
 
 def _images_below(path: str) -> list[str]:
     return [file for file in files_below(path) if _is_image(os.path.basename(file))]
+
+
+_CAPTIONS = ("caption", "text", "title")  # names of a text feature that is taken for the caption
 
 
 class Tfds(Source):
@@ -153,6 +161,7 @@ class Tfds(Source):
                 f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it once "
                 f"with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()."
             ) from None
+        self._caption = next((key for key in _CAPTIONS if isinstance(features.get(key), tfds.features.Text)), None)
         label = features.get("label")
         self.names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
         self.classes = len(self.names)
@@ -165,7 +174,8 @@ class Tfds(Source):
     def read(self, indices: np.ndarray) -> Examples:
         rows = [self._rows[index] for index in indices.tolist()]
         labels = np.array([row["label"] if self.classes else 0 for row in rows], np.int32)
-        return Examples({"image": [row[self._image] for row in rows]}, labels, [""] * len(rows))
+        captions = [row[self._caption].decode() if self._caption else "" for row in rows]
+        return Examples({"image": [row[self._image] for row in rows]}, labels, captions)
 
     def name(self, index: int) -> str:
         return f"tfds:{self._name} {self._split}[{index}]"

@@ -80,8 +80,12 @@ class Tars(Source):
 
     def read(self, indices: np.ndarray) -> Examples:
         rows = self._index.rows[indices]
-        captions = [self._text(row["caption"], end) for row, end in zip(rows, self._index.rows["name"][indices + 1])]
-        return Examples({"image": [self._image(row) for row in rows]}, np.maximum(rows["label"], 0), captions)
+        images = [self._image(row) for row in rows]
+        return Examples({"image": images}, np.maximum(rows["label"], 0), self.captions(indices))
+
+    def captions(self, indices: np.ndarray) -> list[str]:
+        rows = self._index.rows[indices]
+        return [self._text(row["caption"], end) for row, end in zip(rows, self._index.rows["name"][indices + 1])]
 
     def _image(self, row: np.void) -> bytes:
         with open(self._tars[row["tar"]], "rb", buffering=0) as file:

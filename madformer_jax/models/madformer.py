@@ -341,7 +341,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         shared=m.param_sets == "shared",
         block_only=m.diffusion_attention == "block",
         vocabulary=vocabulary_of(c),
-        text_length=m.text_length,
+        text_length=c.text.length,
         attention=attention.choose(m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens),
         dtype=jnp.dtype(m.dtype),
         remat=m.remat,

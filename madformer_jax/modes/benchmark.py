@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from madformer_jax import codec, drawing, flops, training
 from madformer_jax import config as config_lib
 from madformer_jax.data import pipeline
+from madformer_jax.data.text import Texts
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import partitioning, storage
@@ -73,8 +74,11 @@ def training_step(c: ConfigDict) -> Figures:
     rows = batch // shares
     local = {
         "image": rng.standard_normal((rows, sizes.latent, sizes.latent, sizes.channels), np.float32),
-        "label": rng.integers(0, max(1, c.model.classes), (rows, c.model.text_length), np.int32),
+        "label": rng.integers(0, max(1, c.model.classes), rows, np.int32),
     }
+    if c.text.vocabulary:
+        local["tokens"] = rng.integers(0, c.text.vocabulary, (rows, c.text.length), np.int32)
+        local["lengths"] = np.full(rows, c.text.length, np.int32)
     with partitioning.scope(mesh):
         data = partitioning.global_batch(local, mesh)
         program, compiling = _compile(step, abstract, data, {})
@@ -100,11 +104,12 @@ def sampling(c: ConfigDict) -> Figures:
     shardings = partitioning.shardings(boxed, mesh)
     with partitioning.scope(mesh):
         params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(c.seed))
-        numbers, labels = (
-            jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-            for x in (np.arange(batch), np.zeros(batch, np.int32))
+        labels, length = np.zeros(batch, np.int32), c.text.length
+        texts = Texts(np.zeros((batch, length), np.int32), labels + length) if c.text.vocabulary else None
+        numbers, labels, texts = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), (np.arange(batch), labels, texts)
         )
-        inputs = drawing.inputs_of(c, numbers, labels)
+        inputs = drawing.inputs_of(c, numbers, labels, text=texts)
         program, compiling = _compile(drawing.make_draw(c, model, lambda _, z: z), params, {}, inputs)
         seconds = _time(lambda: jax.block_until_ready(program(params, {}, inputs)), c)
     cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)

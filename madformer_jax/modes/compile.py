@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax import codec, drawing, estimate, fields, flops, hlo, training
 from madformer_jax import config as config_lib
+from madformer_jax.data.text import Texts
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer, vae
 from madformer_jax.runtime import partitioning, storage
@@ -158,7 +159,10 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) 
     inputs = {"parameters": params} | ({"VAE": codec_params} if codec_params else {})
     with partitioning.scope(mesh):
         draw = drawing.make_draw(c, model, images.decode)
-        args = (params, codec_params, drawing.inputs_of(c, numbers, numbers))
+        words = None
+        if c.text.vocabulary:
+            words = Texts(jax.ShapeDtypeStruct((batch, c.text.length), jnp.int32, sharding=numbers.sharding), numbers)
+        args = (params, codec_params, drawing.inputs_of(c, numbers, numbers, text=words))
         cost = flops.sampling(c, batch)
         return _program(draw, args, inputs, cost, limit, _estimator(c, mesh, cost))
 
@@ -192,7 +196,9 @@ def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], 
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.float32)}
     if latents:
         shapes = dict.fromkeys(("mean", "logvar"), ((sizes.latent, sizes.latent, sizes.channels), jnp.float16))
-    shapes["label"] = (() if c.model.text_length == 1 else (c.model.text_length,), jnp.int32)
+    shapes["label"] = ((), jnp.int32)
+    if c.text.vocabulary:
+        shapes |= {"tokens": ((c.text.length,), jnp.int32), "lengths": ((), jnp.int32)}
     sharding = partitioning.batch_sharding(mesh)
     batch = {
         name: jax.ShapeDtypeStruct((c.train.batch, *shape), dtype, sharding=sharding)

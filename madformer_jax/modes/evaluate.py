@@ -21,13 +21,14 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import codec, drawing, flops
+from madformer_jax import codec, drawing, flops, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, judge, parts, reference, samples, settings
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.runtime.preemption import interruptible
+from madformer_jax.sizes import vocabulary_of
 from madformer_jax.weights.fingerprint import fingerprint
 
 DRAWN = (
@@ -118,7 +119,8 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 )
                 size = drawing.batch_size(setting, mesh)
                 results[step, i] = _result(
-                    setting, workdir, by, about | {name: drawn[name] for name in DRAWN}, size * -(-parts.AT_ONCE // size),
+                    setting, workdir, by, about | {name: drawn[name] for name in DRAWN} | prompts.describe(setting),
+                    size * -(-parts.AT_ONCE // size),
                     functools.partial(map, functools.partial(_draw_and_look, draw, by.extract)), labelled=bool(c.model.classes),
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
@@ -164,7 +166,7 @@ def _result(
 
 def _cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
     """What an image costs; the median over batches leaves out those that compiled."""
-    guided = 2 if c.model.classes and c.sample.guidance != 1.0 else 1
+    guided = 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
     return {
         "solver_steps": c.sample.steps,
         "passes": flops.nfe(c) * guided,

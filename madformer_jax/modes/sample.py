@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import codec, drawing
+from madformer_jax import codec, drawing, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.drawing import Drawn
 from madformer_jax.models import attention, madformer
@@ -75,7 +75,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     partitioning.sync("samples")  # all shards are there
     if jax.process_index() == 0:
         with storage.errors(f"{folder} cannot be written"):
-            drawing.write_png(folder / "grid.png", drawing.as_grid(_first_images(c, folder)))
+            images = _first_images(c, folder)
+            grid = drawing.as_grid(prompts.below(images, prompts.of(c)[: len(images)]))
+            drawing.write_png(folder / "grid.png", grid)
         logging.info("wrote %d images in %d shards and grid.png to %s", s.n, _shards(c), folder)
         if newest != step and s.step < 0:
             logging.warning("these images are of step %d: the newest checkpoint, of step %s, is damaged.", step, newest)
@@ -111,6 +113,7 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
         "seed": c.seed if noise is None or s.label_sampling == "random" else None,
         "noise": None if noise is None else digest.hexdigest(),
         **{name: s[name] for name in kept},
+        **prompts.describe(c),
         "fingerprint": weights,
         "model": json.loads(c.model.to_json()),
         "image": [c.data.image_size, c.data.image_size, c.data.channels],

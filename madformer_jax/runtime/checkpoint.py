@@ -49,6 +49,8 @@ _FREE = {
 OF_THE_MODEL = (
     "model",
     "codec",
+    "text.vocabulary",
+    "text.length",
     "data.image_size",
     "data.channels",
 )  # what decides the shapes of its weights and images

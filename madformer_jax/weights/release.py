@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
+from madformer_jax.sizes import vocabulary_of
 from madformer_jax.weights import files
 from madformer_jax.weights.layout import from_torch, to_torch
 
@@ -98,9 +99,9 @@ def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _Sour
     Raises:
       ConfigError: the release has no such model.
     """
-    if c.model.classes or c.model.param_sets != "separate":
+    if vocabulary_of(c) or c.model.param_sets != "separate":
         raise ConfigError(
-            "the release's weights have no text tower and no shared towers: model.classes must be 0 and "
+            "the release's weights have no text tower and no shared towers: model.classes and text.vocabulary must be 0 and "
             "model.param_sets 'separate'."
         )
     return _layout_of(c.to_json())

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import importlib.resources
+import json
 import os
 import pickle
 
@@ -120,6 +121,46 @@ def test_a_flat_folder_is_unlabelled_and_sorted(tmp_path):
     assert found.labels.tolist() == [0] and pickle.loads(pickle.dumps(folder)).read(np.array([1])) == found
 
 
+@pytest.mark.parametrize("kind", ["captions.jsonl", "captions.txt", "beside"])
+def test_a_folder_has_its_captions_in_a_list_or_beside_its_images(tmp_path, kind):
+    said = {"a/1.png": "a grün slug, on white", "b/1.png": "a planet"}
+    for name in (*said, "b/2.png"):
+        save(tmp_path / name, 1)
+    lines = {
+        "captions.jsonl": [json.dumps({"file_name": name, "text": text}) for name, text in said.items()],
+        "captions.txt": [f"{name}\t{text}" for name, text in said.items()],
+    }
+    if kind == "beside":
+        for name, text in said.items():
+            (tmp_path / name).with_suffix(".txt").write_text(f"{text}\n", "utf-8")
+    else:
+        (tmp_path / kind).write_text("\n".join(lines[kind]), "utf-8")
+    folder = pickle.loads(pickle.dumps(open_("folder", tmp_path)))
+    assert folder.read(np.array([2, 0, 1])).captions == ["", said["a/1.png"], said["b/1.png"]]
+    assert folder.captions(np.array([1])) == ["a planet"]
+    if kind != "beside":
+        (tmp_path / "a" / "1.txt").write_text("another")
+        with pytest.raises(ConfigError, match=f"captions in {kind} and in a .txt file beside an image: keep one"):
+            open_("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("captions.txt", "1.png a planet", "line 1 has no tab"),
+        ("captions.txt", "1.png\ta\n1.png\tb", "line 2 names '1.png', twice"),
+        ("captions.jsonl", '{"file_name": "2.png", "text": "a"}', "line 1 names '2.png', and no such image"),
+        ("captions.jsonl", '\n{"file_name": "1.png"}', "line 2 is not of the form"),
+        ("captions.txt", b"1.png\t\xff", "is no UTF-8 text"),
+    ],
+)
+def test_a_list_of_captions_that_is_wrong_is_told(tmp_path, name, content, words):
+    save(tmp_path / "1.png", 1)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=words):
+        open_("folder", tmp_path)
+
+
 def test_images_beside_and_in_subfolders_are_refused(tmp_path):
     save(tmp_path / "x.png", 1)
     save(tmp_path / "a" / "y.png", 1)
@@ -176,6 +217,7 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
             features = {
                 "image": tfds.features.Image(shape=(None, None, 3)),
                 "label": tfds.features.ClassLabel(num_classes=7),
+                "caption": tfds.features.Text(),
             }
             return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
@@ -184,7 +226,7 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
 
         def _generate_examples(self):
             for i in range(5):
-                yield i, {"image": np.full((4, 6, 3), 40 * i, np.uint8), "label": i}
+                yield i, {"image": np.full((4, 6, 3), 40 * i, np.uint8), "label": i, "caption": f"shade {i}"}
 
     builder = Shades(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare()
@@ -195,6 +237,7 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
     table = preprocess.Table(4, 3, crop=True)
     found = shades.read(np.array([4, 0, 2, 1, 3]))
     assert table.batch(found.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * found.labels).tolist()
+    assert found.captions == [f"shade {label}" for label in found.labels]
     assert sorted(found.labels) == list(range(5)) and shades.names == tuple("0123456")
     with pytest.raises(ConfigError, match="has no split 'test', only train, all"):
         open_("tfds:shades", tmp_path, "test")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from madformer_jax import config as config_lib
-from madformer_jax.data import pipeline, preprocess, source, tars
+from madformer_jax.data import pipeline, preprocess, source, tars, text
 from madformer_jax.errors import ConfigError
 
 
@@ -40,6 +40,26 @@ def write_tar(path, members: dict[str, bytes]) -> str:
 def shades(found: source.Source, *numbers: int) -> list[int]:
     images = found.read(np.array(numbers)).arrays["image"]
     return preprocess.Table(4, 3, crop=True).batch(images).mean((1, 2, 3)).tolist()
+
+
+def test_captions_come_as_tokens_with_what_is_said_in_their_place(tmp_path):
+    """Those of the .txt files; without one, the token "none"."""
+    members = {f"{i}.webp": image(10 * i) for i in range(3)} | {"0.txt": b"a red planet", "2.txt": b"on pale blue"}
+    c = config_lib.base()
+    c.data.source, c.data.path, c.data.split = "webdataset", write_tar(tmp_path / "x.tar", members), "all"
+    c.data.image_size, c.seed = 4, 1
+    found = text.open_tokenizer("drawings")
+    c.text.tokenizer, c.text.vocabulary, c.text.length = "drawings", found.vocabulary, 6
+    iterator = pipeline.train_iterator(c, batch=3)
+    batch = next(iterator)
+    iterator.close()
+    said = []
+    for tokens, length, shade in zip(batch["tokens"], batch["lengths"], batch["image"].mean((1, 2, 3))):
+        assert tokens.dtype == np.int32 and tokens.shape == (6,)
+        is_none = tokens[0] == found.vocabulary
+        assert length == 1 if is_none else (tokens[0], tokens[length - 1]) == (found.begin, found.end)
+        said.append((round((shade + 1) * 12.75), "" if is_none else found.decode(tokens[1 : length - 1]).strip()))
+    assert sorted(said) == [(0, "a red planet"), (1, ""), (2, "on pale blue")]
 
 
 def test_images_alone_as_ffhq_is_published(tmp_path):

@@ -1,0 +1,105 @@
+"""What a model that reads captions is told to draw, and pictures with their prompts below them."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw, ImageFont
+
+from madformer_jax.data import sources, text
+from madformer_jax.errors import ConfigError, first_line
+
+_SMALLEST = 128  # pixels: smaller pictures are shown larger, so that there is room for words
+_FONT, _LINE = 11, 13  # pixels
+
+
+def of(c: ConfigDict) -> list[str]:
+    """The prompt of each of the `sample.n` images: those of `sample.prompts` in turn. Empty for a model without captions.
+
+    Raises:
+      ConfigError: there is none, or the file or the split that holds them cannot be read.
+    """
+    if not c.text.vocabulary:
+        return []
+    given, n = c.sample.prompts, c.sample.n
+    kind, colon, split = given.partition(":")
+    if kind == "data" and colon:
+        found = _of_data(c, split)
+    elif given.endswith(".txt"):
+        try:
+            with open(given, encoding="utf-8") as file:
+                found = file.read().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config.sample.prompts={given!r} cannot be read: {first_line(error)}.") from None
+    else:
+        found = given.split(";")
+    found = [prompt.strip() for prompt in found if prompt.strip()]
+    if not found:
+        raise ConfigError(
+            f"config.sample.prompts={given!r} holds no prompt: say what to draw, as in 'a red planet; a blue planet', or name a "
+            ".txt file with one a line, or the captions of a split as 'data:test'."
+        )
+    return [found[i % len(found)] for i in range(n)]
+
+
+def _of_data(c: ConfigDict, split: str) -> list[str]:
+    c = c.copy_and_resolve_references()
+    c.data.split = split
+    source = sources.open_source(c)
+    return text.of_records(c, source, np.arange(min(c.sample.n, len(source))))
+
+
+def texts(c: ConfigDict) -> text.Texts | None:
+    """The prompts of all images as tokens; None for a model without captions.
+
+    Raises:
+      ConfigError: as `of` and `text.encode`.
+    """
+    prompts = of(c)
+    return text.encode(c, prompts, lambda i: "config.sample.prompts") if prompts else None
+
+
+def describe(c: ConfigDict) -> dict[str, Any]:
+    """What of the text decides images, for a protocol; nothing without captions."""
+    return {"prompts": of(c), "text": json.loads(c.text.to_json())} if c.text.vocabulary else {}
+
+
+def below(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """Images uint8 (n, H, W, c), each with its prompt in a strip of white below it: (n, H', W', 3).
+
+    Small ones are shown larger. As they are where there are no prompts.
+    """
+    if not prompts:
+        return images
+    times = math.ceil(_SMALLEST / images.shape[2])
+    height, width = (times * side for side in images.shape[1:3])
+    font = ImageFont.load_default(_FONT)
+    wrapped = [_wrapped(prompt, width, font) for prompt in prompts]
+    strip = _LINE * max(map(len, wrapped)) + 4
+    cells = []
+    for image, lines in zip(images, wrapped, strict=True):
+        cell = Image.new("RGB", (width, height + strip), "white")
+        cell.paste(
+            Image.fromarray(image.repeat(3 // image.shape[-1], axis=-1)).resize(
+                (width, height), Image.Resampling.NEAREST
+            )
+        )
+        for k, line in enumerate(lines):
+            ImageDraw.Draw(cell).text((2, height + 2 + _LINE * k), line, "black", font)
+        cells.append(np.asarray(cell))
+    return np.stack(cells)
+
+
+def _wrapped(prompt: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+    """The prompt in lines of at most `width` pixels, as far as its words allow."""
+    lines = [""]
+    for word in prompt.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width - 4:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -1,0 +1,39 @@
+import pytest
+from PIL import Image
+
+from madformer_jax import config as config_lib
+from madformer_jax.data import text
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import tokenizer
+
+
+@pytest.fixture
+def c(tmp_path):
+    """A config of three images, two of them with captions."""
+    for i in range(3):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+    (tmp_path / "captions.txt").write_text("0.png\ta red planet\n2.png\ta red planet with two moons\n")
+    c = config_lib.base()
+    c.data.source, c.data.path, c.data.split, c.data.image_size = "folder", str(tmp_path), "all", 256
+    c.text.vocabulary = 270
+    return c
+
+
+def test_a_tokenizer_of_the_data_is_written_and_tells_the_longest_caption(c, tmp_path):
+    found = tokenizer.run(c, str(tmp_path / "words"))
+    assert found["path"] == str(tmp_path / "words" / "tokenizer.json")
+    c.text.tokenizer, c.text.vocabulary, c.text.length = found["path"], found["vocabulary"], found["longest"]
+    texts = text.encode(c, ["a red planet with two moons"], str)
+    assert texts.lengths == found["longest"]
+    assert tokenizer.run(c, str(tmp_path / "again"))["longest"] == found["longest"]
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "words" / "tokenizer.json").read_bytes()
+
+
+def test_data_without_captions_and_too_few_tokens_are_told(c, tmp_path):
+    c.text.vocabulary = 100
+    with pytest.raises(ConfigError, match="vocabulary=100: --mode=tokenizer makes one of 258 tokens at least"):
+        tokenizer.run(c, str(tmp_path / "words"))
+    c.text.vocabulary = 300
+    (tmp_path / "captions.txt").unlink()
+    with pytest.raises(ConfigError, match="source=folder has no captions"):
+        tokenizer.run(c, str(tmp_path / "words"))
