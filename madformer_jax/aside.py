@@ -99,6 +99,6 @@ class Scores(Aside):
         self._judge = judge
 
     def _use(self, step: int, batches: Iterator[drawing.Drawn]) -> None:
-        found = samples.look(batches, self._judge.extract)
+        found = samples.look(batches, self._judge.extract, self._judge.reader)
         labelled = bool(self._c.model.classes)
         self._studio.report.score(step, self._n, samples.scores(self._c, self._judge, found, labelled=labelled))

@@ -1,6 +1,6 @@
 """What a model that reads captions is told to draw, and pictures with their prompts below them."""
 
-import json
+import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from madformer_jax.data import sources, text
+from madformer_jax.data import drawings, sources, text
+from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
 
+_DATA = "data:"  # and a split: its captions
 _SMALLEST = 128  # pixels: smaller pictures are shown larger, so that there is room for words
 _FONT, _LINE = 11, 13  # pixels
 
@@ -25,9 +27,9 @@ def of(c: ConfigDict) -> list[str]:
     if not c.text.vocabulary:
         return []
     given, n = c.sample.prompts, c.sample.n
-    kind, colon, split = given.partition(":")
-    if kind == "data" and colon:
-        found = _of_data(c, split)
+    if given.startswith(_DATA):
+        source, numbers = _of_data(c)
+        found = text.of_records(c, source, numbers)
     elif given.endswith(".txt"):
         try:
             with open(given, encoding="utf-8") as file:
@@ -45,11 +47,21 @@ def of(c: ConfigDict) -> list[str]:
     return [found[i % len(found)] for i in range(n)]
 
 
-def _of_data(c: ConfigDict, split: str) -> list[str]:
+def _of_data(c: ConfigDict) -> tuple[Source, np.ndarray]:
+    """The source of the split that `sample.prompts` names, and which of its records."""
     c = c.copy_and_resolve_references()
-    c.data.split = split
+    c.data.split = c.sample.prompts.removeprefix(_DATA)
     source = sources.open_source(c)
-    return text.of_records(c, source, np.arange(min(c.sample.n, len(source))))
+    return source, np.arange(min(c.sample.n, len(source)))
+
+
+def asked(c: ConfigDict) -> np.ndarray | None:
+    """The attributes that the prompts ask for, int32 (n, A), 0 for none; None where they are no captions of drawings."""
+    if not c.text.vocabulary or c.data.source != "drawings" or not c.sample.prompts.startswith(_DATA):
+        return None
+    source, numbers = _of_data(c)
+    rows = source.read(numbers).attributes
+    return None if rows is None else drawings.asked(rows)[np.arange(c.sample.n) % len(numbers)]
 
 
 def texts(c: ConfigDict) -> text.Texts | None:
@@ -64,7 +76,10 @@ def texts(c: ConfigDict) -> text.Texts | None:
 
 def describe(c: ConfigDict) -> dict[str, Any]:
     """What of the text decides images, for a protocol; nothing without captions."""
-    return {"prompts": of(c), "text": json.loads(c.text.to_json())} if c.text.vocabulary else {}
+    tokens = texts(c)
+    if tokens is None:
+        return {}
+    return {"prompts": of(c), "tokens": hashlib.sha256(b"".join(x.tobytes() for x in tokens)).hexdigest()}
 
 
 def below(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:

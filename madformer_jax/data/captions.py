@@ -22,7 +22,7 @@ def caption(style: str, words: Mapping[str, str], phrasing: int) -> str:
       words: its attributes without those that are "none".
       phrasing: which of `PHRASINGS` ways to say it.
     """
-    seen = [name for name in _PARTS if name in words and not (name == "eyes" and words.get("glasses") == "sunglasses")]
+    seen = [name for name in _PARTS if name in words and name not in unsaid(words)]
     parts = [_part(name, words) for name in seen]
     listed = ", ".join(parts[:-2] + [" and ".join(parts[-2:])])
     have = f" with {listed}" if listed else ""
@@ -34,6 +34,11 @@ def caption(style: str, words: Mapping[str, str], phrasing: int) -> str:
             return f"{where}, {what}{have}"
         case _:
             return f"{what} {where}{',' if have else ''}{have}"
+
+
+def unsaid(words: Mapping[str, str]) -> set[str]:
+    """The attributes that the sentence does not name: eyes that nobody sees."""
+    return {"eyes"} & words.keys() if words.get("glasses") == "sunglasses" else set()
 
 
 def _subject(style: str, words: Mapping[str, str]) -> str:

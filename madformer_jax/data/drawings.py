@@ -297,6 +297,15 @@ def _caption(number: int, row: np.ndarray) -> str:
     return captions.caption(STYLES[style], attributes.words(row), phrasing)
 
 
+def asked(rows: np.ndarray) -> np.ndarray:
+    """Of attributes (n, A) those that the captions name; the others are 0."""
+    found = rows.copy()
+    names = [name for name, _ in attributes.ATTRIBUTES]
+    for row in found:
+        row[[names.index(name) for name in captions.unsaid(attributes.words(row))]] = 0
+    return found
+
+
 def is_composition(style: str, words: dict[str, str]) -> bool:
     """Whether a drawing shows a combination that training never sees. A thing that is not there combines with nothing."""
     pair = [words.get(name) for name in PAIRS[style]]

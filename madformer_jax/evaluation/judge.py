@@ -92,6 +92,12 @@ def _score(value: float, replicates: np.ndarray, deviation: float | None = None)
     return score if deviation is None else {**score, "deviation": deviation}
 
 
+def ratio(above: np.ndarray, below: np.ndarray) -> Score:
+    """The sum of one value an image (n,) over that of another."""
+    value = float(above.sum() / below.sum())
+    return _score(value, bootstrap.ratio_replicates(above, below, bootstrap.counts(len(above))))
+
+
 def _share(values: np.ndarray) -> Score:
     score = _score(float(np.mean(values)), bootstrap.mean_replicates(values, bootstrap.counts(len(values))))
     return {name: min(max(x, 0.0), 1.0) for name, x in score.items()}

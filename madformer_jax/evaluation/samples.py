@@ -5,14 +5,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
+from madformer_jax import prompts
 from madformer_jax.data import pipeline
 from madformer_jax.drawing import Drawn
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, judge, parts, places, reference
 from madformer_jax.evaluation.network import Network
 from madformer_jax.evaluation.reference import Reference
+from madformer_jax.models import reader
+from madformer_jax.models.reader import Reader
 from madformer_jax.sizes import sizes_of
 
 
@@ -24,6 +29,7 @@ class Judge(NamedTuple):
     reference: Reference
     training: np.ndarray | None  # features of the training images
     protocol: dict[str, Any]  # all of it but the images
+    reader: Reader | None = None  # of attributes, where the prompts ask for some
 
 
 def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
@@ -52,18 +58,36 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
     protocol = {
         "n": n, "reference": found.digest, "network": network.describe(), "image": image, "scores": judge.CONVENTION,
     }  # fmt: skip
-    return Judge(network, features.extractor(network), found, training, protocol)
+    reads = _open_reader(c, workdir)
+    if reads is not None:
+        protocol["attributes"] = {"accuracy": reads.accuracy, "held_out": reads.held_out}
+    return Judge(network, features.extractor(network), found, training, protocol, reads)
 
 
-def look(batches: Iterable[Drawn], extract: Any) -> parts.Arrays:
-    """What `parts.look` keeps of images as they are drawn, and for each batch its seconds of drawing and its images."""
+def _open_reader(c: ConfigDict, workdir: str) -> Reader | None:
+    path = places.reader_path(c, workdir)
+    if prompts.asked(c) is None:
+        return None
+    if not epath.Path(path).exists():
+        logging.warning("there is no %s: --mode=reference writes it; attributes are not judged without", path)
+        return None
+    return reader.load(path)
+
+
+def look(batches: Iterable[Drawn], extract: Any, reads: Reader | None = None) -> parts.Arrays:
+    """What `parts.look` keeps of images as they are drawn, and the attributes that `reads` reads; for each batch its seconds of
+    drawing and its images.
+    """
     found: list[parts.Arrays] = []
     seconds = []
     began = time.monotonic()
     for batch in batches:
         seconds.append((time.monotonic() - began, len(batch.images)))
         mine = parts.share(len(batch.images))
-        found.append(parts.gather(parts.look(extract, batch.images[mine], batch.labels[mine])))
+        kept = parts.look(extract, batch.images[mine], batch.labels[mine])
+        if reads is not None:
+            kept["attributes"] = reader.read(reads, batch.images[mine])
+        found.append(parts.gather(kept))
         began = time.monotonic()
     out = {name: np.concatenate([x[name] for x in found]) for name in found[0]}
     return {**out, "seconds": np.array(seconds)}
@@ -73,8 +97,12 @@ def scores(c: ConfigDict, by: Judge, found: Mapping[str, np.ndarray], *, labelle
     """`judge.judge` of what was found in a model's images or others; `labelled`: they have the classes of the data."""
     s = sizes_of(c)
     classes = by.network.about.get("classes", 0)
-    return judge.judge(
+    out = judge.judge(
         by.network.name, found, by.reference,
         recognise=labelled and bool(classes) and found["labels"].max() < classes,
         grid=(s.grid, s.columns), shape=(c.data.image_size,) * 2, training=by.training,
     )  # fmt: skip
+    asked = prompts.asked(c)
+    if "attributes" in found and asked is not None:
+        out["attributes"] = judge.ratio(*reader.right(asked, found["attributes"]))
+    return out

@@ -24,6 +24,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "guidance_interval": (_interval, "low:high"),
     "label_sampling": (str, "str"),
     "weights": (str, "str"),
+    "prompts": (str, "str"),
 }
 
 

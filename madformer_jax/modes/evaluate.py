@@ -24,7 +24,7 @@ from tqdm import tqdm
 from madformer_jax import codec, drawing, flops, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import images, judge, parts, reference, samples, settings
+from madformer_jax.evaluation import images, judge, likelihood, parts, reference, samples, settings
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.runtime.preemption import interruptible
@@ -108,6 +108,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
             for i, setting in enumerate(grid):
                 if setting.sample.weights != weights:
                     continue
+                likely = functools.partial(likelihood.scores, setting, model, params, mesh)
                 config_lib.number_labels(setting, checkpoints.meta(step).get("data", {}).get("names", ()))
                 s = setting.sample
                 drawn = json.loads(s.to_json())  # as a file has it
@@ -121,19 +122,30 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 results[step, i] = _result(
                     setting, workdir, by, about | {name: drawn[name] for name in DRAWN} | prompts.describe(setting),
                     size * -(-parts.AT_ONCE // size),
-                    functools.partial(map, functools.partial(_draw_and_look, draw, by.extract)), labelled=bool(c.model.classes),
+                    functools.partial(map, functools.partial(_draw_and_look, draw, by)), labelled=bool(c.model.classes),
+                    more=likely,
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
 
 
-def _draw_and_look(draw: Callable[[range], Iterator[drawing.Drawn]], extract: Any, part: parts.Part) -> parts.Arrays:
-    return samples.look(interruptible(draw(range(part.first, part.stop))), extract)
+def _draw_and_look(
+    draw: Callable[[range], Iterator[drawing.Drawn]], by: samples.Judge, part: parts.Part
+) -> parts.Arrays:
+    return samples.look(interruptible(draw(range(part.first, part.stop))), by.extract, by.reader)
 
 
 def _result(
-    c: ConfigDict, workdir: str, by: samples.Judge, about: Mapping[str, Any], size: int, look: Look, *, labelled: bool
+    c: ConfigDict,
+    workdir: str,
+    by: samples.Judge,
+    about: Mapping[str, Any],
+    size: int,
+    look: Look,
+    *,
+    labelled: bool,
+    more: Callable[[], dict[str, judge.Score]] = dict,
 ) -> dict[str, Any]:
-    """The result of one set of images, which `about` tells of: read from its file, or made part by part."""
+    """The result of one set of images, which `about` tells of: read from its file, or made part by part, with `more` scores."""
     protocol = {**by.protocol, "images": dict(about)}
     if by.training is not None:
         protocol["training"] = reference.load(c.evaluate.training).digest
@@ -154,7 +166,7 @@ def _result(
     partitioning.sync(key)
     found = collected.read()
     protocol["n"] = len(found["labels"])  # less than evaluate.n where images cannot be read
-    result = {"protocol": protocol, "scores": samples.scores(c, by, found, labelled=labelled)}
+    result = {"protocol": protocol, "scores": samples.scores(c, by, found, labelled=labelled) | more()}
     if "seconds" in found:
         result["cost"] = _cost(c, found["seconds"])
     if jax.process_index() == 0:

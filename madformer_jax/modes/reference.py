@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from madformer_jax import config as config_lib
-from madformer_jax.data import pipeline
+from madformer_jax.data import drawings, pipeline, sources
+from madformer_jax.data.attributes import ATTRIBUTES
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, images, parts, places, reference
-from madformer_jax.models import classifier
+from madformer_jax.models import classifier, reader
 from madformer_jax.runtime import partitioning
 from madformer_jax.runtime.preemption import interruptible
 
@@ -42,6 +43,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     where = places.network_path(c, workdir)
     if c.evaluate.network == "classifier" and not epath.Path(where).exists():
         _train(c, where)
+    if c.text.vocabulary and c.data.source == "drawings":
+        _train_reader(c, places.reader_path(c, workdir))
     partitioning.sync("classifier")
     network = features.open_network(c.evaluate.network, where)
     protocol = {**data.about, "image": pipeline.table(c).describe(), "network": network.describe()}
@@ -96,6 +99,33 @@ def _train(c: ConfigDict, path: str) -> None:
     logging.info(
         "the classifier is right on %.2f %% of %d held-out images: %s", 100 * trained.accuracy, trained.held_out, path
     )
+
+
+def _train_reader(c: ConfigDict, path: str) -> None:
+    """Trains the reader of attributes, which judges what a model makes of captions, unless it is there."""
+    if jax.process_index() or epath.Path(path).exists():
+        return
+    train, test = (_pictures(c, split) for split in ("train", "test"))
+    values = [len(names) for _, names in ATTRIBUTES]
+    trained = reader.train(*train, *test, values)
+    reader.save(path, trained)
+    logging.info(
+        "the reader is right on %.2f %% of the attributes that the captions of %d held-out drawings name: %s",
+        100 * trained.accuracy, trained.held_out, path,
+    )  # fmt: skip
+
+
+def _pictures(c: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Drawings of a split and the attributes that their captions name, in the order of their numbers."""
+    c = c.copy_and_resolve_references()
+    c.data.split = split
+    source, table = sources.open_source(c), pipeline.table(c)
+    pixels, rows = [], []
+    for first in range(0, min(len(source), TRAINING), parts.AT_ONCE):
+        found = source.read(np.arange(first, min(len(source), TRAINING, first + parts.AT_ONCE)))
+        pixels.append(reader.shrunk(table.batch(found.arrays["image"])))
+        rows.append(drawings.asked(np.asarray(found.attributes)))
+    return np.concatenate(pixels), np.concatenate(rows)
 
 
 def _rows(data: images.Images, numbers: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax import flops
 from madformer_jax.errors import ConfigError
+from madformer_jax.sizes import vocabulary_of
 
 TRAINING = ("steps", "images", "flops")
 SAMPLING = ("steps", "passes", "flops", "seconds")
@@ -76,7 +77,7 @@ def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = 
         return timing.seconds(steps)
     c = c.copy_and_resolve_references()
     c.sample.steps = steps
-    guided = 2 if c.model.classes and c.sample.guidance != 1.0 else 1
+    guided = 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
     return flops.sampling(c).total if kind == "flops" else flops.nfe(c) * guided
 
 

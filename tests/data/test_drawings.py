@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from madformer_jax import config as config_lib
+from madformer_jax import prompts
 from madformer_jax.data import attributes, captions, drawings, pipeline, preprocess, sources
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
@@ -242,3 +243,23 @@ def test_a_missing_package_is_named(monkeypatch):
     drawings._versions.cache_clear()
     with pytest.raises(ConfigError, match="needs a package: pip install dicebear-core"):
         sources.open_source(make_config())
+
+
+def test_prompts_from_the_data_ask_for_the_attributes_that_their_captions_name():
+    c = make_config("all", count=10)
+    c.text.tokenizer, c.text.vocabulary, c.text.length = "drawings", 835, 44
+    c.sample.prompts, c.sample.n = "data:all", 13
+    source = sources.open_source(c)
+    found = source.read(np.arange(10))
+    again = np.arange(13) % 10
+    assert prompts.of(c) == [found.captions[i] for i in again]
+    np.testing.assert_array_equal(prompts.asked(c), drawings.asked(found.attributes)[again])
+    c.sample.prompts = "a red planet"
+    assert prompts.asked(c) is None
+
+
+def test_nobody_asks_for_eyes_behind_sunglasses():
+    given = {"eyes": "round eyes", "glasses": "sunglasses", "colour": "red"}
+    rows = np.stack([attributes.numbers(given), attributes.numbers(given | {"glasses": "visor"})])
+    hidden, seen = (attributes.words(row) for row in drawings.asked(rows))
+    assert hidden == {"glasses": "sunglasses", "colour": "red"} and seen == given | {"glasses": "visor"}

@@ -1,0 +1,104 @@
+"""How well a model predicts captions that training never saw: bits a token, beside n-gram models of the same tokens.
+
+An n-gram model is fitted on the captions of training, smoothed as Witten and Bell did (1991): p(w | h) mixes the share of w among
+what followed the n - 1 tokens h with the prediction from one token less, by how many different tokens followed h; the last is
+1 / vocabulary.
+"""
+
+import collections
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax import Array
+from ml_collections import ConfigDict
+
+from madformer_jax.data import sources, text
+from madformer_jax.data.text import Texts
+from madformer_jax.evaluation import judge
+from madformer_jax.models.madformer import MADFormer
+from madformer_jax.runtime import partitioning
+
+ORDERS = {1: "unigram", 3: "trigram"}
+HELD_OUT, TRAINING = 5_000, 100_000  # captions, at most
+_BATCH = 100
+
+
+def scores(c: ConfigDict, model: MADFormer, params: Any, mesh: jax.sharding.Mesh) -> dict[str, judge.Score]:
+    """Bits a token of the captions of split `evaluate.split`, of the model and of n-grams; nothing where training reads them.
+
+    The begin token is given and the end is predicted. With the text's loss the model has learnt them; an image counts once,
+    whatever it looks like.
+    """
+    if not c.loss.text or c.evaluate.split == c.data.split:
+        return {}
+    held, seen = _texts(c, c.evaluate.split, HELD_OUT), _texts(c, c.data.split, TRAINING)
+    found = {"bits": of_model(model, params, held, mesh)}
+    for order, name in ORDERS.items():
+        found[f"bits-{name}"] = of_ngrams(seen, held, c.text.vocabulary, order)
+    out = {name: judge.ratio(bits, held.lengths - 1) for name, bits in found.items()}
+    logging.info("captions: %s", ", ".join(f"{name} {score['value']:.3f}" for name, score in out.items()))
+    return out
+
+
+def _texts(c: ConfigDict, split: str, most: int) -> Texts:
+    """The captions of a split, evenly over it; those that are empty are left out."""
+    c = c.copy_and_resolve_references()
+    c.data.split = split
+    source = sources.open_source(c)
+    count = min(len(source), most)
+    captions = text.of_records(c, source, np.arange(count) * len(source) // max(1, count))
+    found = text.encode(c, captions, lambda i: f"a caption of split {split!r}")
+    kept = found.lengths > 1
+    return Texts(found.tokens[kept], found.lengths[kept])
+
+
+def of_model(model: MADFormer, params: Any, texts: Texts, mesh: jax.sharding.Mesh) -> np.ndarray:
+    """Bits of each caption (n,), in batches of one compiled shape."""
+    side, columns, channels = model.block_shape
+
+    @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
+    def bits(params: Any, tokens: Array, lengths: Array) -> Array:
+        z = jnp.zeros((len(tokens), model.blocks, side * columns, channels))  # of which the text sees nothing
+        t = jnp.zeros(z.shape[:2], jnp.int32)
+        logits = model.apply({"params": params}, z, z, t, tokens, lengths, terms=("text",)).text
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+        return jnp.sum(nll, axis=1, where=jnp.arange(1, tokens.shape[1]) < lengths[:, None]) / np.log(2)
+
+    found = []
+    for at in range(0, len(texts.tokens), _BATCH):
+        rows = np.arange(at, at + _BATCH).clip(max=len(texts.tokens) - 1)
+        found.append(np.asarray(bits(params, texts.tokens[rows], texts.lengths[rows])))
+    return np.concatenate(found)[: len(texts.tokens)].astype(np.float64)
+
+
+def of_ngrams(seen: Texts, held: Texts, vocabulary: int, order: int) -> np.ndarray:
+    """Bits of each held-out caption (n,) under the n-gram model of the captions seen; n is `order`."""
+    follows: dict[tuple[int, ...], collections.Counter[int]] = collections.defaultdict(collections.Counter)
+    for caption in _rows(seen):
+        for i in range(1, len(caption)):
+            for n in range(min(order, i + 1)):
+                follows[caption[i - n : i]][caption[i]] += 1
+    totals = {history: sum(counts.values()) for history, counts in follows.items()}
+
+    def probability(history: tuple[int, ...], token: int) -> float:
+        lower = probability(history[1:], token) if history else 1 / vocabulary
+        if history not in totals:
+            return lower
+        counts = follows[history]
+        return (counts[token] + len(counts) * lower) / (totals[history] + len(counts))
+
+    found = []
+    for caption in _rows(held):
+        found.append(
+            -sum(np.log2(probability(caption[max(0, i - order + 1) : i], caption[i])) for i in range(1, len(caption)))
+        )
+    return np.array(found, np.float64)
+
+
+def _rows(texts: Texts) -> list[tuple[int, ...]]:
+    return [tuple(row[:length].tolist()) for row, length in zip(texts.tokens, texts.lengths)]

@@ -1,0 +1,165 @@
+"""A convolutional network that reads attributes from pictures: for each of them its value, or "none".
+
+`train` makes one from pictures whose attributes are known, always the same one from the same pictures. What it is worth is its
+accuracy on pictures that it has not seen, kept with it.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.weights import files
+
+Params = Mapping[str, Any]
+
+SIDE = 64  # of the pictures that it sees
+WIDTHS = (32, 64, 128, 128)  # channels at 32 x 32, 16 x 16, 8 x 8, 4 x 4
+DIMS = 256
+STEPS, BATCH, LEARNING_RATE = 4000, 64, 2e-3
+SHIFT = 3  # pixels, at most, of training pictures
+
+
+class Reader(NamedTuple):
+    """A trained reader with what it knows of itself."""
+
+    params: Params
+    values: list[int]  # how many each attribute has
+    accuracy: float  # share of the attributes of held-out pictures that it reads right; "none" counts for nothing
+    held_out: int  # number of pictures
+
+
+class Network(nn.Module):
+    """Pictures (B, SIDE, SIDE, 3), uint8, to the logits of all attributes' values in a row, (B, sum of values)."""
+
+    total: int
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        x = images.astype(jnp.float32) / 127.5 - 1
+        for i, width in enumerate(WIDTHS):
+            x = nn.Conv(width, (3, 3), 2, precision="highest", name=f"conv{i}")(x)
+            x = nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(x))
+        x = nn.Dense(DIMS, precision="highest", name="features")(x.reshape(len(x), -1))
+        return nn.Dense(self.total, precision="highest", name="values")(nn.gelu(x))
+
+
+def _logits(params: Params, images: Array, values: Sequence[int]) -> list[Array]:
+    """Of each attribute, (B, its values)."""
+    together = Network(sum(values)).apply({"params": params}, images)
+    return jnp.split(together, np.cumsum(values)[:-1], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="values")
+def _read(params: Params, images: Array, values: tuple[int, ...]) -> Array:
+    return jnp.stack([logits.argmax(axis=1) for logits in _logits(params, _resize(images), values)], axis=1)
+
+
+def _resize(images: Array) -> Array:
+    if images.shape[1:3] == (SIDE, SIDE):
+        return images
+    shape = (images.shape[0], SIDE, SIDE, images.shape[3])
+    resized = jax.image.resize(images.astype(jnp.float32), shape, "linear", precision="highest")
+    return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
+
+
+def shrunk(images: np.ndarray) -> np.ndarray:
+    """Pictures uint8 (n, H, W, 3) at the size that the network sees, to be collected for `train` batch by batch."""
+    return np.asarray(_resize(jnp.asarray(images)))
+
+
+def read(reader: Reader, images: np.ndarray) -> np.ndarray:
+    """The attributes (n, A) int32 of pictures uint8 (n, H, W, 3) of any size."""
+    found = []
+    for at in range(0, len(images), BATCH):
+        rows = np.arange(at, at + BATCH).clip(max=len(images) - 1)  # one compiled shape
+        found.append(np.asarray(_read(reader.params, images[rows], tuple(reader.values)))[: len(images) - at])
+    return np.concatenate(found) if found else np.zeros((0, len(reader.values)), np.int32)
+
+
+def right(asked: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each picture, how many of the attributes (n, A) that are asked for it shows, and how many are; 0 asks for nothing."""
+    return ((asked == read) & (asked > 0)).sum(axis=1), (asked > 0).sum(axis=1)
+
+
+def train(
+    images: np.ndarray,
+    attributes: np.ndarray,
+    held_images: np.ndarray,
+    held_attributes: np.ndarray,
+    values: Sequence[int],
+    steps: int = STEPS,
+    seed: int = 0,
+) -> Reader:
+    """Trains a reader.
+
+    Args:
+      images, attributes: uint8 (n, SIDE, SIDE, 3), as `shrunk` gives them, and int32 (n, A).
+      held_images, held_attributes: others, to measure the accuracy.
+      values: how many values each attribute has.
+
+    Raises:
+      ConfigError: there are no pictures on one of the two sides.
+    """
+    if not len(images) or not len(held_images):
+        raise ConfigError("a reader of attributes needs pictures to learn from, and others to measure its accuracy.")
+    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, steps // 10, steps), weight_decay=0.05)
+    key = jax.random.key(seed)
+    params = jax.jit(Network(sum(values)).init)(key, jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8))["params"]
+    state = jax.jit(optimizer.init)(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, state: Any, batch: Array, rows: Array) -> tuple[Params, Any, Array]:
+        def loss(params: Params) -> Array:
+            logits = _logits(params, batch, values)
+            errors = [optax.softmax_cross_entropy_with_integer_labels(x, rows[:, i]) for i, x in enumerate(logits)]
+            return sum(map(jnp.mean, errors), jnp.zeros(()))
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    random = np.random.default_rng(seed)
+    for i in range(steps):
+        if i % max(1, len(images) // BATCH) == 0:
+            order = random.permutation(len(images))
+        rows = order[np.arange(i * BATCH, (i + 1) * BATCH) % len(images)]
+        shift = random.integers(-SHIFT, SHIFT + 1, 2)
+        params, state, value = step(params, state, np.roll(images[rows], shift, axis=(1, 2)), attributes[rows])
+        if (i + 1) % 500 == 0:
+            logging.info("reader of attributes: step %d/%d  loss %.4f", i + 1, steps, value)
+    reader = Reader(params, list(values), 0.0, len(held_images))
+    shown, asked = right(held_attributes, read(reader, held_images))
+    return reader._replace(accuracy=float(shown.sum() / max(1, asked.sum())))
+
+
+def save(path: str, reader: Reader) -> None:
+    """Writes a reader to a file (`files.SUFFIXES`)."""
+    tensors = {".".join(name): np.asarray(x) for name, x in flatten_dict(reader.params).items()}
+    files.write_state_dict(path, tensors, {name: x for name, x in reader._asdict().items() if name != "params"})
+
+
+def load(path: str) -> Reader:
+    """The reader that `save` wrote.
+
+    Raises:
+      ConfigError: there is none at `path`, or it is damaged.
+    """
+    tensors, args, _ = files.read_state_dict(path)
+    try:
+        about = {name: (args or {})[name] for name in Reader._fields if name != "params"}
+    except KeyError:
+        raise ConfigError(f"{path} is no reader of --mode=reference: it does not say its attributes.") from None
+    init = Network(sum(about["values"])).init
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8))["params"]
+    files.check_tensors({".".join(name): x.shape for name, x in flatten_dict(shapes).items()}, tensors, path)
+    return Reader(params=unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()}), **about)
