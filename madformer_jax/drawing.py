@@ -23,6 +23,7 @@ from madformer_jax.diffusion import guidance, sampler, schedule
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.madformer import MADFormer
+from madformer_jax.models.resident import resident
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sizes import sizes_of
 
@@ -56,12 +57,17 @@ class Drawn(NamedTuple):
 Draw = Callable[[Any, Any, Inputs], tuple[Array, Array, Array]]
 
 
-def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Array]) -> Draw:
+def make_draw(
+    c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Array], memory: int | None = None
+) -> Draw:
     """The jitted program that draws a batch.
 
-    The noise of an image depends on the seed and its number alone: not on the batch or the process that draws it.
+    The noise of an image depends on the seed and its number alone: not on the batch or the process that draws it. `memory` is what
+    a device has, in bytes, which decides how the parameters are held (`resident`); by default what JAX says of this process's.
     """
     sizes, settings = sizes_of(c), c.sample
+    if memory is None:
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU's devices share one: 0
 
     @jax.jit
     def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:
@@ -74,7 +80,7 @@ def make_draw(c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Ar
         tokens, lengths = inputs.text or (classes, None)
         blocks = sampler.sample(
             model,
-            params,
+            resident(model, params, memory),
             noise,
             tokens,
             lengths=lengths,

@@ -40,6 +40,7 @@ class Program(NamedTuple):
     entry: str
     computations: dict[str, list[Instruction]]
     places: dict[int, str]  # frame -> file:line of the innermost frame in our own source
+    begun: frozenset[str]  # channels of collectives that a fusion begins and others go on with and end
 
     def inner(self, instruction: Instruction) -> Iterator[Instruction]:
         """What a fusion, an asynchronous start or a call consists of, fusions within it as well."""
@@ -54,7 +55,7 @@ class Collective(NamedTuple):
 
     kind: str  # of COLLECTIVES
     shape: tuple[int, ...]  # of its largest operand or result, on one device
-    bytes: int  # of that array
+    bytes: int  # of that array, or of all that it moves together
     times: float  # that it runs in one call of the program
     loop: bool  # inside a loop
     overlaps: bool = False  # begun and ended by two instructions, between which others run
@@ -75,6 +76,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LIMIT = re.compile(r"^[su]32\[\]")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64)\[([\d,]*)\]")
+_START = 'custom_call_target="AsyncCollectiveStart"'
 _TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)$")
 
 
@@ -108,7 +110,19 @@ def parse(text: str, ours: str = "madformer_jax/") -> Program:
                     frame=int(frame[1]) if frame else 0,
                 )
             )
-    return Program(entry, computations, _places(tables, ours))
+    begun = {
+        _channel(x)
+        for lines in computations.values()
+        if any(_START in line.rest for line in lines)
+        for x in lines
+        if _kind(x.opcode)
+    }
+    return Program(entry, computations, _places(tables, ours), frozenset(begun))
+
+
+def _channel(instruction: Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", instruction.rest)
+    return found[1] if found else ""
 
 
 def _places(tables: dict[str, dict[int, str]], ours: str) -> dict[int, str]:
@@ -169,13 +183,18 @@ def collective(program: Program, run: Run) -> Collective | None:
 
     A reduce-scatter that a backend has as a fused all-reduce with a slice counts as an all-reduce.
     """
-    moves = [x for x in (run.instruction, *program.inner(run.instruction)) if _kind(x.opcode)]
-    if not moves:
+    inside = [run.instruction, *program.inner(run.instruction)]
+    move = next((x for x in inside if _kind(x.opcode)), None)
+    if move is None:
         return None
-    move = moves[0]
-    arrays = [(nbytes(*a), dimensions(a[1])) for a in _ARRAY.findall(f"{move.shape} {move.operands}")]
-    size, shape = max(arrays)
-    overlaps = any(x.opcode.endswith("-start") for x in (run.instruction, move))
+    begins = any(_START in x.rest for x in inside)
+    if _channel(move) in program.begun and not begins:
+        return None
+    found = [[(nbytes(*a), dimensions(a[1])) for a in _ARRAY.findall(text)] for text in (move.shape, move.operands)]
+    size, shape = max(found[0] + found[1])
+    if not move.opcode.endswith("-start"):  # whose result lists operands as well; here several arrays may move together
+        size = max(sum(size for size, _ in arrays) for arrays in found)
+    overlaps = begins or any(x.opcode.endswith("-start") for x in (run.instruction, move))
     return Collective(_kind(move.opcode), shape, size, run.times, run.loop, overlaps)
 
 

@@ -40,3 +40,28 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     assert gather.moved == 1280
     assert permute == hlo.Collective("collective-permute", (4,), 16, 7, True)  # a TPU's loop
     assert reduce == hlo.Collective("all-reduce", (100,), 400, 1, False)
+
+
+def test_a_collective_in_the_background_of_others_counts_once():
+    """On a TPU one fusion begins it, others compute while it goes on, and one ends it; arrays may move together."""
+    gather = "  %x{0} = bf16[8,16]{{1,0}} all-gather(%a), channel_id={1}, dimensions={{0}}"
+    text = "\n".join(
+        [
+            "%begin (a: bf16[2,16]) -> bf16[8,16] {",
+            gather.format(1, 5),
+            '  ROOT %c = bf16[8,16]{1,0} custom-call(%x1), custom_call_target="AsyncCollectiveStart"',
+            "}",
+            "%end (a: bf16[2,16]) -> bf16[8,16] {",
+            gather.format(2, 5),
+            "}",
+            "ENTRY %main (a: bf16[2,16]) -> bf16[8,16] {",
+            "  %f1 = bf16[8,16]{1,0} fusion(%a), kind=kCustom, calls=%begin",
+            "  %f2 = bf16[8,16]{1,0} fusion(%f1), kind=kCustom, calls=%end",
+            "  ROOT %r = (f32[4]{0}, f32[6]{0}) all-reduce(%p, %q), channel_id=6, to_apply=%add",
+            "}",
+        ]
+    )
+    assert hlo.collectives(text) == [
+        hlo.Collective("all-gather", (8, 16), 256, 1, False, overlaps=True),
+        hlo.Collective("all-reduce", (6,), 40, 1, False),
+    ]

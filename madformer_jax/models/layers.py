@@ -1,5 +1,6 @@
 """What the networks are made of: linear layers, convolutions, norms, SiLU, the ResNet block, with their logical axes."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,21 @@ GROUP_NORM_EPS = 1e-6  # of the block U-Net (MADFormer, section 3.1) and the VAE
 XAVIER = nn.initializers.xavier_uniform()
 
 
-def rows_dot(x: Array, kernel: Array, dimension_numbers: Any, **settings: Any) -> Array:
+def gathered(kernel: Array, axes: Sequence[str | None]) -> Array:
+    """A kernel, already of the type it is multiplied in, as a product takes it: whole but for what is split over "tensor".
+
+    Left alone, the partitioner of a TPU does not gather a kernel that is split along the axis that is summed over: it makes a
+    loop of thin products of each, four times as slow (docs/performance.md). Its gradient is summed and split again.
+    """
+    used = {"embed": None, "conv_out": "conv_used"}
+    return nn.with_logical_constraint(kernel, tuple(used.get(axis or "", axis) for axis in axes))
+
+
+def rows_dot(x: Array, kernel: Array, dimension_numbers: Any, *, axes: tuple[str, str], **settings: Any) -> Array:
     """X (..., d) times a matrix, as one product of matrices: with more axes to sum over, XLA on CPU copies the operands of the
     kernel's gradient into another order first.
     """
+    kernel = gathered(kernel, axes)
     rows = x.reshape(-1, x.shape[-1])
     return jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings).reshape(*x.shape[:-1], -1)
 
@@ -43,7 +55,7 @@ def dense(
         precision=precision,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        dot_general=rows_dot,
+        dot_general=functools.partial(rows_dot, axes=axes),
         name=name,
     )
 
@@ -59,6 +71,11 @@ def conv(
     name: str | None = None,
 ) -> nn.Conv:
     """A size x size convolution, by default padded by (size - 1) / 2 on both sides (PyTorch's, also when strided)."""
+    axes = (None, None, "conv_in", "conv_out")
+
+    def convolve(x: Array, kernel: Array, *args: Any, **settings: Any) -> Array:
+        return jax.lax.conv_general_dilated(x, gathered(kernel, axes), *args, **settings)
+
     return nn.Conv(
         features,
         (size, size),
@@ -66,10 +83,9 @@ def conv(
         padding=(size - 1) // 2 if padding is None else padding,
         dtype=dtype,
         precision=precision,
-        kernel_init=nn.with_logical_partitioning(
-            nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), (None, None, "conv_in", "conv_out")
-        ),
+        kernel_init=nn.with_logical_partitioning(nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
+        conv_general_dilated=convolve,
         name=name,
     )
 

@@ -158,7 +158,7 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) 
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
     inputs = {"parameters": params} | ({"VAE": codec_params} if codec_params else {})
     with partitioning.scope(mesh):
-        draw = drawing.make_draw(c, model, images.decode)
+        draw = drawing.make_draw(c, model, images.decode, limit)
         words = None
         if c.text.vocabulary:
             words = Texts(jax.ShapeDtypeStruct((batch, c.text.length), jnp.int32, sharding=numbers.sharding), numbers)

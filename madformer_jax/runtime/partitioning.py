@@ -35,6 +35,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("conv_out", ("tensor", "fsdp")),
+    ("conv_used", "tensor"),  # conv_out of a kernel that is gathered for its product
     ("embed", "fsdp"),
     ("conv_in", None),
     ("layers", None),

@@ -1,0 +1,47 @@
+"""Parameters held for sampling: cast once, whole where they fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from madformer_jax import drawing, hlo
+from madformer_jax.models import resident
+from madformer_jax.runtime import partitioning
+from tests.small import small
+
+
+def test_casting_once_changes_no_bit():
+    one = {"blocks": 1, "depth": 1, "diffusion_depth": 1, "unet_channels": (4,), "unet_attention": (True,)}
+    model, params = small(dtype="bfloat16", classes=3, **one)
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 64, 3)), jnp.float32)
+    t = jnp.full((2, 1), 500)
+
+    @jax.jit
+    def outputs(params):
+        held = resident.resident(model, params, 0)
+        return [model.apply({"params": p}, z, z, t, jnp.array([[1], [2]])) for p in (params, held)]
+
+    ours, held = outputs(params)
+    jax.tree.map(np.testing.assert_array_equal, ours, held)
+
+
+def test_parameters_that_fit_are_gathered_once():
+    """Before the loop over layers; where they do not fit, in it."""
+    model, _ = small(depth=3, diffusion_depth=3, unet_channels=(4,), unet_attention=(False,))
+    mesh = partitioning.make_mesh(1, 8, 1)
+    split = drawing.abstract_params(model, mesh)
+    noisy = jax.ShapeDtypeStruct((8, 1, 16, 3), jnp.float32, sharding=partitioning.batch_sharding(mesh))
+
+    def gathers(memory):
+        def denoise(params, noisy):
+            held = {"params": resident.resident(model, params, memory)}
+            cache = model.apply(held, 8, method="empty_cache")
+            condition = jnp.zeros((8, 1, model.tokens, model.width))
+            return model.apply(held, cache, condition, noisy, 5, 0, method="denoise")[0]
+
+        with partitioning.scope(mesh):
+            text = jax.jit(denoise).lower(split, noisy).compile().as_text()
+        return {x.loop for x in hlo.collectives(text) if x.kind == "all-gather"}
+
+    assert gathers(2**30) == {False}
+    assert True in gathers(2**10)
