@@ -210,6 +210,12 @@ def _start_jax(platform: str) -> None:
         raise ConfigError(f"config.platform={platform!r}, but JAX runs on {found!r}: {held}.")
 
 
+def _first_process() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
 def _use_cache(setting: str) -> None:
     import jax
 
@@ -262,14 +268,8 @@ def _log_to_stderr() -> None:
     logging.set_stderrthreshold("info")
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = (os.path.dirname(os.path.abspath(__file__)), "parameter_overview.py")
-    handler.addFilter(
-        lambda record: (
-            record.levelno >= python_logging.WARNING
-            or record.pathname.startswith(ours[0])
-            or record.pathname.endswith(ours[1])
-        )
-    )
+    ours = os.path.dirname(os.path.abspath(__file__))
+    handler.addFilter(lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours))
 
 
 @contextlib.contextmanager
@@ -328,6 +328,8 @@ def run(argv: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are things to put away
     with _above_the_log(config):
         result = module.run(config, values.workdir, **extra)
+    if values.mode == "train" and result.get("step") == config.train.steps and _first_process():
+        print(usage.after_training(config, values.workdir))
     return 0 if result.get("fits", True) else 1
 
 

@@ -13,9 +13,11 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax import flops
+from madformer_jax import drawing, flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
+
+SHOWN = 64  # training images in TensorBoard
 
 
 class DivergedError(ConfigError):
@@ -45,6 +47,18 @@ class Report:
         self._board: Any = None
         self._shows = self._writes
 
+    def begin(self, step: int, c: ConfigDict, parameters: int, images: np.ndarray | None) -> None:
+        """Tells TensorBoard what trains: the config, the number of parameters, and images float32 (n, H, W, c) in [-1, 1]."""
+
+        def write(board: Any) -> None:
+            board.write_texts(step, {"config": f"```json\n{c.to_json(indent=2)}\n```"})
+            board.write_scalars(step, {"parameters": parameters})
+            if images is not None:
+                pixels = np.round((images[:SHOWN] + 1) * 127.5).astype(np.uint8)
+                board.write_images(step, {"training_images": drawing.as_grid(pixels)[None]})
+
+        self._show(write)
+
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Takes in the metrics of one more step, as they come from the device."""
         self._pending.append((step, metrics))
@@ -52,7 +66,6 @@ class Report:
             jax.block_until_ready(self._pending[-2])
         if not self._warm:  # the first step compiled; it is left out of the rates
             jax.block_until_ready(metrics)
-            logging.info("compiled the training step and ran it in %.1f s", time.monotonic() - self._since)
             self._warm, self._since, self._since_step = True, time.monotonic(), step
 
     def check(self) -> None:

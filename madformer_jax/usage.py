@@ -6,6 +6,8 @@ import inspect
 import pkgutil
 import textwrap
 
+from ml_collections import ConfigDict
+
 from madformer_jax import config, fields, modes
 
 _COMMAND = "python -m madformer_jax"
@@ -59,6 +61,22 @@ def comments() -> dict[str, str]:
 def page(mode: str | None) -> str:
     """The help on all modes, or on one and its fields."""
     return _of_all() if mode is None else _of_mode(mode)
+
+
+def after_training(c: ConfigDict, workdir: str) -> str:
+    """What a training has made, and what to try next."""
+    chosen = " --config.sample.labels=0,1 --config.sample.guidance=2" if c.model.classes else ""
+    command = f"  {_COMMAND} --workdir={workdir} --mode="
+    return "\n".join(
+        [
+            f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard"
+            f" --logdir {workdir}).",
+            "What to try next: draw more, make statistics of held-out images, and judge the model by them:",
+            f"{command}sample --config.sample.n=100{chosen}",
+            f"{command}reference",
+            f"{command}evaluate",
+        ]
+    )  # fmt: skip
 
 
 def _of_all() -> str:

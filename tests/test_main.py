@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -101,6 +102,19 @@ def test_help_leaves_out_no_mode_and_no_field():
     assert {name for name in usage.comments() if name in values} == set(values)
     sections = {name.partition(".")[0] for name in values if "." in name}
     assert {section for named in usage._SECTIONS.values() for section in named} <= sections
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_what_a_training_says_to_try_next_can_be_tried(monkeypatch, classes):
+    c = config.base()
+    c.model.classes = classes
+    monkeypatch.setattr(storage, "read_json", {"runs/x/config.json": json.loads(c.to_json())}.get)
+    commands = [
+        line.split()[3:] for line in usage.after_training(c, "runs/x").splitlines() if line.startswith("  python")
+    ]
+    assert len(commands) == 3
+    for command in commands:
+        config.validate(main.parse(["main", *command])[0])
 
 
 def test_missing_workdir_config_and_checkpoint(capsys, tmp_path):
@@ -298,14 +312,14 @@ def test_modes_dispatch_with_the_overrides_and_tell_them_above_their_log(monkeyp
         return {"loss": 1.0}
 
     monkeypatch.setattr(madformer_jax.modes.train, "run", run)
-    args = [DIGITS, f"--workdir={tmp_path}", "--config.model.unet_channels=8,16", "--config.compilation_cache=off"]
+    args = [DIGITS, f"--workdir={tmp_path}", "--config.model.unet_channels=(16,)", "--config.compilation_cache=off"]
     assert main.main(["main", *args, "--config.optimizer.learning_rate=1"]) == 0
     told, one, two = capsys.readouterr().err.strip().split("\n")
     assert (one[9:], two[9:]) == ("one", "two")
-    for setting in ("model.unet_channels=(8, 16)", "optimizer.learning_rate=1.0", "data.image_size=32"):
+    for setting in ("model.unet_channels=(16,)", "optimizer.learning_rate=1.0", "data.image_size=32"):
         assert setting in told
     assert "model.mlp_width=256" in told
     assert "optimizer.clip" not in told
     assert seen["workdir"] == str(tmp_path)
-    assert seen["c"].model.unet_channels == (8, 16)
+    assert seen["c"].model.unet_channels == (16,)
     assert seen["c"].optimizer.learning_rate == 1.0

@@ -4,9 +4,12 @@ With the noisy latent x = alpha z + sigma noise (alpha^2 + sigma^2 = 1) all thre
 (Salimans & Ho, arXiv 2202.00512). They differ in what a network of limited size can represent, and in how an error of it counts.
 """
 
-from typing import Any
+from __future__ import annotations
 
-from jax import Array
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # limits.py, which reads the names below, is there before JAX
+    from jax import Array
 
 PREDICTS = ("eps", "v", "x0")
 WEIGHTINGS = ("output", "v")

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import codec, drawing, flops, prompts
+from madformer_jax import codec, drawing, flops, progress, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, judge, likelihood, parts, reference, samples, settings
@@ -114,7 +114,8 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 drawn = json.loads(s.to_json())  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
-                    programs[program] = drawing.make_draw(setting, model, images_codec.decode)
+                    drawn_by = drawing.make_draw(setting, model, images_codec.decode)
+                    programs[program] = progress.compiling(drawn_by, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
                     drawing.batches, setting, programs[program], params, codec_params, mesh, most=s.n
                 )

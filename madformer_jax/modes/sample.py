@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import codec, drawing, prompts
+from madformer_jax import codec, drawing, progress, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.drawing import Drawn
 from madformer_jax.models import attention, madformer
@@ -63,7 +63,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             s.n, s.weights, step, s.n - len(numbers), np.sum(drawing.scales(c) != 1), s.steps,
             attention.in_sampling(model.attention),
         )  # fmt: skip
-        draw = drawing.make_draw(c, model, images_codec.decode)
+        draw = progress.compiling(drawing.make_draw(c, model, images_codec.decode), "the sampling program")
         batches = interruptible(drawing.batches(c, draw, params, codec_params, mesh, numbers))
         with storage.errors(f"{folder} cannot be written"):
             if jax.process_index() == 0:

@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax import aside, codec, drawing, fields, flops, limits, training
+from madformer_jax import aside, codec, drawing, fields, flops, limits, progress, training
 from madformer_jax import config as config_lib
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
@@ -39,7 +40,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     judge = samples.open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
     with contextlib.ExitStack() as stack:
         # data, devices, model
-        info = pipeline.describe(c)
+        with progress.told("opening the data"):
+            info = pipeline.describe(c)
         config_lib.number_labels(c, info.names)
         mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         share, shares = _batch_share(c, mesh)
@@ -63,14 +65,16 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             state = _resume(c, workdir, checkpoints, abstract, data, info)
         else:
             state = _given_weights(c, create()) if c.train.init_from else create()
-            partitioning.log_overview(state.params, state)
+            partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
         step, steps = int(state.step), c.train.steps
 
         # the step, and what goes with it
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
-        step_fn = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+        program = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+        step_fn = progress.compiling(program, "the training step")
         report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
-        studio = aside.Studio(s, drawing.make_draw(c, s.model, s.codec.decode), codec_params, mesh, report)
+        draw = progress.compiling(drawing.make_draw(c, s.model, s.codec.decode), "the sampling program")
+        studio = aside.Studio(s, draw, codec_params, mesh, report)
         asides: list[tuple[aside.Aside, int]] = [(aside.Grid(c, studio, workdir), c.train.sample_every)]
         if judge:
             asides.append((aside.Scores(c, studio, judge), c.train.evaluate_every))
@@ -82,7 +86,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         # loop
         while step < steps:
             profile(step)
-            batch = partitioning.global_batch(next(data), mesh)
+            read = next(data)
+            if save.finished is None:
+                report.begin(step, c, sum(x.size for x in jax.tree.leaves(state.params)), read.get("image"))
+            batch = partitioning.global_batch(read, mesh)
             state, metrics = step_fn(state, batch, codec_params)
             step += 1
             save.finished = (step, state, data.get_state())
@@ -127,7 +134,7 @@ def _log_sizes(c: ConfigDict, info: pipeline.DatasetInfo, s: training.Setup, cos
         s.sizes.latent, s.sizes.latent, s.sizes.channels, s.sizes.blocks, s.sizes.tokens, s.model.attention,
     )  # fmt: skip
     peak = devices * flops.peak(c.model.dtype)
-    logging.info("a step costs %.3g TFLOP; %d devices reach %.3g TFLOP/s", cost / 1e12, devices, peak / 1e12)
+    logging.info("a step costs %.3g TFLOP; peak %.3g TFLOP/s (devices: %d)", cost / 1e12, peak / 1e12, devices)
 
 
 def _resume(

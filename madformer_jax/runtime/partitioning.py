@@ -5,6 +5,7 @@ Every parameter and the main activations name their axes (`nn.with_logical_parti
 sampling and evaluation share it.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.runtime import storage
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -140,11 +142,23 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def log_overview(params: Any, state: Any) -> None:
-    """Logs each parameter with its sharding, and what a device holds of the parameters and of the whole state."""
-    from clu import parameter_overview
+def log_overview(params: Any, state: Any, path: storage.Path) -> None:
+    """Logs the number of parameters of each part and what a device holds; each parameter has a line in the file `path`.
 
-    parameter_overview.log_parameter_overview(params, include_stats="sharding", msg="Parameters and their sharding:")
+    Raises:
+      ConfigError: the file cannot be written.
+    """
+    parts: collections.Counter[str] = collections.Counter()
+    lines = []
+    for keys, x in jax.tree.leaves_with_path(params):
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        parts[name.partition("/")[0]] += x.size
+        lines.append(f"{name}  {x.shape}  {x.dtype}  {x.size}  {getattr(x.sharding, 'spec', x.sharding)}")
+    if jax.process_index() == 0:
+        with storage.errors(f"{path} cannot be written"):
+            storage.write_text(path, "".join(f"{line}\n" for line in lines))
+    told = ", ".join(f"{name} {size:,}" for name, size in parts.items())
+    logging.info("%s parameters: %s; each one: %s", f"{parts.total():,}", told, path)
     mib = 2**20
     logging.info(
         "on each device: parameters %.1f MiB, parameters, averages and optimizer %.1f MiB",

@@ -56,11 +56,14 @@ def test_training_logs_its_speed_and_traces_the_steps_asked_for(tmp_path):
     assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert list((tmp_path / "profile").glob("plugins/profile/*/*.trace.json.gz"))
     events = EventAccumulator(str(tmp_path)).Reload()
+    text = tensor_util.make_ndarray(events.Tensors("config")[0].tensor_proto).item().decode()
+    assert '"steps": 4' in text and "--mode=evaluate" in done.stdout
+    assert events.Tensors("training_images") and events.Tensors("parameters")
     speed = {
         name: float(tensor_util.make_ndarray(events.Tensors(name)[-1].tensor_proto))
         for name in ("steps_per_second", "tflops", "mfu")
     }
     cost = flops.training_step(main.parse(["", "--config=tests/tiny.py:plain", "--workdir=-"])[0]).total
     assert speed["tflops"] == pytest.approx(cost * speed["steps_per_second"] / 1e12, rel=1e-3)
-    peak = float(re.search(r"devices reach (\S+) TFLOP/s", done.stderr)[1])
+    peak = float(re.search(r"peak (\S+) TFLOP/s", done.stderr)[1])
     assert speed["mfu"] == pytest.approx(speed["tflops"] / peak, rel=1e-2)  # the log gives three digits

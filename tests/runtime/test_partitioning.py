@@ -120,3 +120,14 @@ def test_processes_that_do_not_come_end_the_wait_with_one_line(monkeypatch, caps
     assert statuses == [2]
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert line.startswith("error: not all of 3 processes came within 0 s at localhost:1: check")
+
+
+def test_parameters_are_counted_by_part_and_listed_in_a_file(tmp_path, caplog):
+    params = {"boi": jnp.zeros((3, 5)), "unet": {"conv": {"kernel": jnp.zeros(7), "bias": jnp.zeros(2)}}}
+    with caplog.at_level("INFO"):
+        partitioning.log_overview(params, params, tmp_path / "parameters.txt")
+    assert "24 parameters: boi 15, unet 9" in caplog.text
+    lines = (tmp_path / "parameters.txt").read_text().splitlines()
+    assert [line.split("  ")[:4] for line in lines] == [
+        ["boi", "(3, 5)", "float32", "15"], ["unet/conv/bias", "(2,)", "float32", "2"], ["unet/conv/kernel", "(7,)", "float32", "7"],
+    ]  # fmt: skip

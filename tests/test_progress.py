@@ -1,0 +1,53 @@
+"""What takes long is told while it lasts."""
+
+import threading
+
+import pytest
+from absl import logging
+
+from madformer_jax import progress
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What is logged, and an event once something was told twice."""
+    said, twice = [], threading.Event()
+
+    def info(text, *args):
+        said.append(text % args)
+        if sum("so far" in line for line in said) >= 2:
+            twice.set()
+
+    monkeypatch.setattr(logging, "info", info)
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+    return said, twice
+
+
+def test_the_first_call_is_told_while_it_lasts_and_the_others_are_not(lines):
+    said, twice = lines
+
+    def program(x):
+        assert twice.wait(20)
+        return x + 1
+
+    call = progress.compiling(program, "the step")
+    assert call(1) == 2
+    assert said[0] == "compiling the step"
+    assert said[1].startswith("compiling the step: ") and said[1].endswith(" s so far")
+    assert said[-1].startswith("compiled the step and ran it in ")
+    count = len(said)
+    assert call(2) == 3 and len(said) == count
+
+
+def test_nothing_is_told_behind_an_error(lines):
+    said, twice = lines
+
+    def read():
+        with progress.told("reading"):
+            assert twice.wait(20)
+            raise OSError
+
+    with pytest.raises(OSError):
+        read()
+    count = len(said)
+    assert not threading.Event().wait(0.03) and len(said) == count
