@@ -211,7 +211,7 @@ def encode(model: AutoencoderKL, params: Params, images: Array, at_once: int | N
     By default as many as `MAX_PIXELS` holds.
     """
     at_once = at_once or max(1, MAX_PIXELS // (images.shape[1] * images.shape[2]))
-    return _in_passes(lambda x: model.apply({"params": params}, x, method="encode"), images, at_once)
+    return _in_passes(functools.partial(_apply, model, params, "encode"), images, at_once)
 
 
 def decode(model: AutoencoderKL, params: Params, z: Array, at_once: int | None = None) -> Array:
@@ -220,7 +220,13 @@ def decode(model: AutoencoderKL, params: Params, z: Array, at_once: int | None =
     By default as many as `MAX_PIXELS` holds: one 1024 x 1024 image takes 4.6 GiB in float32.
     """
     at_once = at_once or max(1, MAX_PIXELS // (z.shape[1] * z.shape[2] * model.reduction**2))
-    return _in_passes(lambda x: model.apply({"params": params}, x, method="decode"), z, at_once)
+    return _in_passes(functools.partial(_apply, model, params, "decode"), z, at_once)
+
+
+def _apply(model: AutoencoderKL, params: Params, method: str, x: Array) -> Any:
+    """The VAE is whole on every device: a mesh splits images, never its kernels."""
+    with nn.logical_axis_rules(()):
+        return model.apply({"params": params}, x, method=method)
 
 
 def _in_passes(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:

@@ -65,7 +65,6 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             state = _resume(c, workdir, checkpoints, abstract, data, info)
         else:
             state = _given_weights(c, create()) if c.train.init_from else create()
-            partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
         step, steps = int(state.step), c.train.steps
 
         # the step, and what goes with it
@@ -87,7 +86,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         while step < steps:
             profile(step)
             read = next(data)
-            if save.finished is None:
+            if save.finished is None:  # all that is read at the start is in order: from here on files are written
+                partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
                 report.begin(step, c, sum(x.size for x in jax.tree.leaves(state.params)), read.get("image"))
             batch = partitioning.global_batch(read, mesh)
             state, metrics = step_fn(state, batch, codec_params)

@@ -11,7 +11,7 @@ from madformer_jax.diffusion import predicts, sampler, schedule
 class Fake:
     """Stands in for a model of one eps, which it gives in the words of eps, v or x0; tokens and the block before shape it."""
 
-    clean_stream, clean_timestep, classes = True, "zero", 3
+    clean_stream, clean_timestep, none = True, "zero", 3
 
     def __init__(self, predicts):
         self.predicts = predicts
@@ -22,7 +22,7 @@ class Fake:
     def empty_cache(self, batch):
         return jnp.zeros((batch, 1, 1, 1))
 
-    def read_text(self, cache, tokens):
+    def read_text(self, cache, tokens, lengths):
         return cache + 0.3 * tokens[:, :, None, None]
 
     def begin(self, batch):
