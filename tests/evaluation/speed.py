@@ -1,0 +1,90 @@
+"""Inception features a second, ours against torch-fidelity's network with the same weights and images.
+
+    pip install torch torch-fidelity
+    python -m tests.evaluation.speed theirs 64 192      # side of the images, and how many
+    python -m tests.evaluation.speed ours 64 192
+
+The weights are drawn at random in the shapes of the checkpoint; the mean of the features, printed beside, is to be the same.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+import types
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+SHAPES = Path(__file__).parent.parent / "reference" / "inception_fid_state_dict.json"
+BATCH = 32  # of theirs
+
+
+def weights() -> dict[str, np.ndarray]:
+    def draw(name: str, shape: list[int]) -> np.ndarray:
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        if name.endswith("num_batches_tracked"):
+            return np.zeros((), np.int64)
+        x = rng.standard_normal(shape)
+        if name.endswith("running_var"):
+            x = 0.5 + rng.random(shape)
+        elif len(shape) > 1:
+            x *= np.sqrt(2.0 / np.prod(shape[1:]))
+        else:
+            x = 0.1 * x + name.endswith("weight")
+        return x.astype(np.float32)
+
+    return {name: draw(name, shape) for name, shape in json.loads(SHAPES.read_text()).items()}
+
+
+def theirs(images: np.ndarray) -> Callable[[], np.ndarray]:
+    import torch
+
+    package = types.ModuleType("torch_fidelity")  # its own __init__ asks for torchvision
+    package.__path__ = list(importlib.util.find_spec("torch_fidelity").submodule_search_locations)
+    sys.modules["torch_fidelity"] = package
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "weights.pth")
+        torch.save({name: torch.from_numpy(x) for name, x in weights().items()}, path)
+        net = FeatureExtractorInceptionV3(
+            "net", ["2048", "logits_unbiased"], feature_extractor_weights_path=path
+        ).eval()
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+
+    def run() -> np.ndarray:
+        with torch.no_grad():
+            return np.concatenate([net(x[i : i + BATCH])[0].numpy() for i in range(0, len(x), BATCH)])
+
+    return run
+
+
+def ours(images: np.ndarray) -> Callable[[], np.ndarray]:
+    from madformer_jax import main
+
+    main._without_ynn("cpu")
+    from madformer_jax.evaluation import features, inception
+    from madformer_jax.evaluation.network import Network
+    from madformer_jax.weights import inception as inception_weights
+
+    net = Network("inception", {}, 2048, (1, 3), inception_weights.from_torch(weights()), inception._apply)
+    extract = features.extractor(net)
+    return lambda: extract(images).features
+
+
+if __name__ == "__main__":
+    side, n = int(sys.argv[2]), int(sys.argv[3])
+    images = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+    run = {"theirs": theirs, "ours": ours}[sys.argv[1]](images)
+    run()
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        found = run()
+        times.append(time.perf_counter() - began)
+    print(f"{sys.argv[1]}: {n / min(times):.1f} images/s, mean feature {np.abs(found).mean():.6f}")
