@@ -28,8 +28,8 @@ from madformer_jax.sizes import sizes_of
 Figures = dict[str, float]
 
 
-def run(c: ConfigDict, workdir: str) -> None:
-    """Measures the parts in `benchmark.parts`, prints a table, and writes workdir/benchmark.json.
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Measures the parts in `benchmark.parts`, prints a table, writes workdir/benchmark.json, and returns what that holds.
 
     Training and sampling use random latents: they need neither data nor a VAE, and their figures leave the VAE out.
 
@@ -52,13 +52,13 @@ def run(c: ConfigDict, workdir: str) -> None:
     for name in parts:
         logging.info("measuring %s", name)
         report[name] = measure[name](c)
-    if jax.process_index():
-        return
-    path = epath.Path(workdir) / "benchmark.json"
-    with storage.errors(f"{path} cannot be written"):
-        storage.write_json(path, report)
-    print(text(report))
-    logging.info("wrote %s", path)
+    if jax.process_index() == 0:
+        path = epath.Path(workdir) / "benchmark.json"
+        with storage.errors(f"{path} cannot be written"):
+            storage.write_json(path, report)
+        print(text(report))
+        logging.info("wrote %s", path)
+    return report
 
 
 def training_step(c: ConfigDict) -> Figures:
