@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.weights import files
+from madformer_jax.models import trained
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -74,11 +73,7 @@ def apply(params: Params, images: Array, classes: int) -> tuple[Array, Array]:
 def _resize(images: Array) -> Array:
     """Images (B, H, W, c) at one of `SIDES`: bilinear, antialiased, rounded to uint8."""
     side = SIDES[0] if max(images.shape[1:3]) <= SIDES[0] else SIDES[1]
-    if images.shape[1:3] == (side, side):
-        return images
-    shape = (images.shape[0], side, side, images.shape[3])
-    resized = jax.image.resize(images.astype(jnp.float32), shape, "linear", precision="highest")
-    return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
+    return trained.resized(images, side)
 
 
 def shrunk(images: np.ndarray) -> np.ndarray:
@@ -162,8 +157,7 @@ def _moved(images: Array, key: Array) -> Array:
 
 def save(path: str, classifier: Classifier) -> None:
     """Writes a classifier to a file (`files.SUFFIXES`)."""
-    tensors = {".".join(name): np.asarray(x) for name, x in flatten_dict(classifier.params).items()}
-    files.write_state_dict(path, tensors, {name: x for name, x in classifier._asdict().items() if name != "params"})
+    trained.save(path, classifier)
 
 
 def load(path: str) -> Classifier:
@@ -172,11 +166,7 @@ def load(path: str) -> Classifier:
     Raises:
       ConfigError: there is none at `path`, or it is damaged.
     """
-    tensors, args, _ = files.read_state_dict(path)
-    try:
-        about = {name: (args or {})[name] for name in Classifier._fields if name != "params"}
-    except KeyError:
-        raise ConfigError(f"{path} is no classifier of --mode=reference: it does not say its classes.") from None
-    shapes = jax.eval_shape(lambda key: init(key, about["classes"], about["channels"]), jax.random.key(0))
-    files.check_tensors({".".join(name): x.shape for name, x in flatten_dict(shapes).items()}, tensors, path)
-    return Classifier(params=unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()}), **about)
+    what = "classifier of --mode=reference: it does not say its classes"
+    return trained.load(
+        path, Classifier, what, lambda about: init(jax.random.key(0), about["classes"], about["channels"])
+    )

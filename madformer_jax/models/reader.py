@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.weights import files
+from madformer_jax.models import trained
 
 Params = Mapping[str, Any]
 
@@ -53,6 +52,10 @@ class Network(nn.Module):
         return nn.Dense(self.total, precision="highest", name="values")(nn.gelu(x))
 
 
+def _init(values: Sequence[int], key: Array) -> Params:
+    return Network(sum(values)).init(key, jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8))["params"]
+
+
 def _logits(params: Params, images: Array, values: Sequence[int]) -> list[Array]:
     """Of each attribute, (B, its values)."""
     together = Network(sum(values)).apply({"params": params}, images)
@@ -61,20 +64,14 @@ def _logits(params: Params, images: Array, values: Sequence[int]) -> list[Array]
 
 @functools.partial(jax.jit, static_argnames="values")
 def _read(params: Params, images: Array, values: tuple[int, ...]) -> Array:
-    return jnp.stack([logits.argmax(axis=1) for logits in _logits(params, _resize(images), values)], axis=1)
-
-
-def _resize(images: Array) -> Array:
-    if images.shape[1:3] == (SIDE, SIDE):
-        return images
-    shape = (images.shape[0], SIDE, SIDE, images.shape[3])
-    resized = jax.image.resize(images.astype(jnp.float32), shape, "linear", precision="highest")
-    return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
+    return jnp.stack(
+        [logits.argmax(axis=1) for logits in _logits(params, trained.resized(images, SIDE), values)], axis=1
+    )
 
 
 def shrunk(images: np.ndarray) -> np.ndarray:
     """Pictures uint8 (n, H, W, 3) at the size that the network sees, to be collected for `train` batch by batch."""
-    return np.asarray(_resize(jnp.asarray(images)))
+    return np.asarray(trained.resized(jnp.asarray(images), SIDE))
 
 
 def read(reader: Reader, images: np.ndarray) -> np.ndarray:
@@ -114,7 +111,7 @@ def train(
         raise ConfigError("a reader of attributes needs pictures to learn from, and others to measure its accuracy.")
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, steps // 10, steps), weight_decay=0.05)
     key = jax.random.key(seed)
-    params = jax.jit(Network(sum(values)).init)(key, jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8))["params"]
+    params = jax.jit(functools.partial(_init, values))(key)
     state = jax.jit(optimizer.init)(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -144,8 +141,7 @@ def train(
 
 def save(path: str, reader: Reader) -> None:
     """Writes a reader to a file (`files.SUFFIXES`)."""
-    tensors = {".".join(name): np.asarray(x) for name, x in flatten_dict(reader.params).items()}
-    files.write_state_dict(path, tensors, {name: x for name, x in reader._asdict().items() if name != "params"})
+    trained.save(path, reader)
 
 
 def load(path: str) -> Reader:
@@ -154,12 +150,5 @@ def load(path: str) -> Reader:
     Raises:
       ConfigError: there is none at `path`, or it is damaged.
     """
-    tensors, args, _ = files.read_state_dict(path)
-    try:
-        about = {name: (args or {})[name] for name in Reader._fields if name != "params"}
-    except KeyError:
-        raise ConfigError(f"{path} is no reader of --mode=reference: it does not say its attributes.") from None
-    init = Network(sum(about["values"])).init
-    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8))["params"]
-    files.check_tensors({".".join(name): x.shape for name, x in flatten_dict(shapes).items()}, tensors, path)
-    return Reader(params=unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()}), **about)
+    what = "reader of --mode=reference: it does not say its attributes"
+    return trained.load(path, Reader, what, lambda about: _init(about["values"], jax.random.key(0)))
