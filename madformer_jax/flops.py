@@ -249,7 +249,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         unguided += Cost(unet=(steps + (block < last)) * _downsampler(c)[0])
     if c.codec.name == "vae":
         unguided += Cost(vae=vae_decode(c.data.image_size))
-    branches = 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
+    branches = guidance_branches(c)
     return (cost * branches + unguided) * n
 
 
@@ -265,6 +265,11 @@ def nfe(c: ConfigDict) -> float:
     """Full-model passes over an image in sampling (section 1): (N - D) / N + steps D / N; guidance does every one twice."""
     m = c.model
     return (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth
+
+
+def guidance_branches(c: ConfigDict) -> int:
+    """How often a step of sampling runs the model: a second time, on "none", with guidance."""
+    return 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
 
 
 # ---- rates

@@ -28,7 +28,6 @@ from madformer_jax.evaluation import images, judge, likelihood, parts, reference
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.runtime.preemption import interruptible
-from madformer_jax.sizes import vocabulary_of
 from madformer_jax.weights.fingerprint import fingerprint
 
 DRAWN = (
@@ -179,10 +178,9 @@ def _result(
 
 def _cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
     """What an image costs; the median over batches leaves out those that compiled."""
-    guided = 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
     return {
         "solver_steps": c.sample.steps,
-        "passes": flops.nfe(c) * guided,
+        "passes": flops.nfe(c) * flops.guidance_branches(c),
         "flops": flops.sampling(c).total,
         "seconds": float(np.median(seconds[:, 0] / seconds[:, 1])),
     }

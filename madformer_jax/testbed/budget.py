@@ -7,7 +7,6 @@ from ml_collections import ConfigDict
 
 from madformer_jax import flops
 from madformer_jax.errors import ConfigError
-from madformer_jax.sizes import vocabulary_of
 
 TRAINING = ("steps", "images", "flops")
 SAMPLING = ("steps", "passes", "flops", "seconds")
@@ -77,8 +76,7 @@ def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = 
         return timing.seconds(steps)
     c = c.copy_and_resolve_references()
     c.sample.steps = steps
-    guided = 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
-    return flops.sampling(c).total if kind == "flops" else flops.nfe(c) * guided
+    return flops.sampling(c).total if kind == "flops" else flops.nfe(c) * flops.guidance_branches(c)
 
 
 def _checked(what: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:
