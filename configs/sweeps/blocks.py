@@ -26,7 +26,8 @@ def sweep(variant: str = "drawings") -> Sweep:
         others = [fields.flat(config_beside(__file__, "../drawings.py", f"side={side}")) for side in STEPS]
         swept = sorted({name for other in others for name in other if other[name] != others[0][name]})
         sides = [
-            {name: other[name] for name in swept} | {"train.steps": steps}
+            {name: other[name] for name in swept}
+            | {"model.unet_channels": c.model.unet_channels * len(other["model.unet_channels"]), "train.steps": steps}
             for other, steps in zip(others, STEPS.values())
         ]
     points = grid({"model.blocks": (1, 4, 16)}, seeds=3)

@@ -16,13 +16,14 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 
 def sweep(variant: str = "digits") -> Sweep:
-    layers = get_config(variant).model.depth
+    c = get_config(variant)
+    layers, guided = c.model.depth, 1 + (c.sample.guidance != 1)  # times that a step runs the model
     paper = variant in ("ffhq1024", "imagenet256")
     return Sweep(
         question="Is a small D better under a small sampling budget, and a large D under a large one?",
         runs=grid({"model.diffusion_depth": [layers * k // 4 for k in (1, 2, 3, 4)]}, seeds=3),
         sample_budgets={
             "steps": (5, 10, 25, 50, 100, 250) if paper else (1, 2, 4, 8, 16, 32),
-            "passes": (5, 10, 25, 50, 100) if paper else (4, 8, 16, 32),
+            "passes": (5, 10, 25, 50, 100) if paper else [passes * guided for passes in (2, 4, 8, 16)],
         },
     )
