@@ -147,8 +147,8 @@ def base() -> ConfigDict:
     c.sample.clip = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
 
     c.evaluate = ConfigDict()  # --mode=reference and --mode=evaluate (docs/evaluation.md)
-    c.evaluate.network = "classifier"  # whose features are compared: classifier | inception
-    c.evaluate.network_path = ""  # its weights; "": classifier.npz or inception in the workdir
+    c.evaluate.network = "classifier"  # whose features are compared: classifier | attributes | inception
+    c.evaluate.network_path = ""  # its weights; "": classifier.npz, attributes.npz or inception in the workdir
     c.evaluate.reference = ""  # statistics to compare with; "": reference.npz in the workdir
     c.evaluate.split = "test"  # of which --mode=reference makes them
     c.evaluate.n = 1000  # images that are judged

@@ -337,6 +337,7 @@ OTHERS = """
     --mode=benchmark --config.benchmark.parts=data --config.data.source=folder --config.data.path={nowhere}
     --mode=reference --config.data.source=folder --config.data.path={nowhere}
     --mode=reference --config.evaluate.split=nothing
+    --mode=reference --config.evaluate.network=attributes
     --mode=evaluate --workdir={empty}
     --mode=evaluate --workdir={run} --config.evaluate.network=vgg
     --mode=evaluate --workdir={run} --config.evaluate.n=0

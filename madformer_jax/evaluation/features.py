@@ -8,11 +8,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import classifier, inception
+from madformer_jax.evaluation import attributes, classifier, inception
 from madformer_jax.evaluation.network import Network
 
 NETWORKS: dict[str, Callable[[str], Network]] = {
     "inception": inception.open_network,  # FID, KID, IS
+    "attributes": attributes.open_network,  # FD-attributes, KID-attributes
     "classifier": classifier.open_network,  # FD-classifier, KID-classifier, and what class an image shows
 }
 BATCH = 16  # images a device at a time

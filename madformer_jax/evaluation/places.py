@@ -4,17 +4,21 @@ import os
 
 from ml_collections import ConfigDict
 
+_FILES = {"classifier": "classifier.npz", "attributes": "attributes.npz"}
+
 
 def reference_path(c: ConfigDict, workdir: str) -> str:
     return c.evaluate.reference or os.path.join(workdir, "reference.npz")
 
 
 def reader_path(c: ConfigDict, workdir: str) -> str:
-    """The reader of attributes, where the data have some and the model reads captions: what --mode=reference writes."""
-    return os.path.join(workdir, "attributes.npz")
+    """The reader of attributes, which judges what a model makes of captions."""
+    return (
+        network_path(c, workdir) if c.evaluate.network == "attributes" else os.path.join(workdir, _FILES["attributes"])
+    )
 
 
 def network_path(c: ConfigDict, workdir: str) -> str:
     """The network's weights: what --mode=reference or --mode=convert writes."""
-    name = {"classifier": "classifier.npz"}.get(c.evaluate.network, c.evaluate.network)
-    return c.evaluate.network_path or os.path.join(workdir, name)
+    name = c.evaluate.network
+    return c.evaluate.network_path or os.path.join(workdir, _FILES.get(name, name))

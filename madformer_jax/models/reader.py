@@ -38,18 +38,20 @@ class Reader(NamedTuple):
 
 
 class Network(nn.Module):
-    """Pictures (B, SIDE, SIDE, 3), uint8, to the logits of all attributes' values in a row, (B, sum of values)."""
+    """Pictures (B, SIDE, SIDE, 3), uint8, to features (B, DIMS) and the logits of all attributes' values in a row, (B, sum of
+    values).
+    """
 
     total: int
 
     @nn.compact
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Array) -> tuple[Array, Array]:
         x = images.astype(jnp.float32) / 127.5 - 1
         for i, width in enumerate(WIDTHS):
             x = nn.Conv(width, (3, 3), 2, precision="highest", name=f"conv{i}")(x)
             x = nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(x))
         x = nn.Dense(DIMS, precision="highest", name="features")(x.reshape(len(x), -1))
-        return nn.Dense(self.total, precision="highest", name="values")(nn.gelu(x))
+        return x, nn.Dense(self.total, precision="highest", name="values")(nn.gelu(x))
 
 
 def _init(values: Sequence[int], key: Array) -> Params:
@@ -58,7 +60,7 @@ def _init(values: Sequence[int], key: Array) -> Params:
 
 def _logits(params: Params, images: Array, values: Sequence[int]) -> list[Array]:
     """Of each attribute, (B, its values)."""
-    together = Network(sum(values)).apply({"params": params}, images)
+    together = Network(sum(values)).apply({"params": params}, images)[1]
     return jnp.split(together, np.cumsum(values)[:-1], axis=1)
 
 
@@ -67,6 +69,13 @@ def _read(params: Params, images: Array, values: tuple[int, ...]) -> Array:
     return jnp.stack(
         [logits.argmax(axis=1) for logits in _logits(params, trained.resized(images, SIDE), values)], axis=1
     )
+
+
+def features(params: Params, images: Array, values: Sequence[int]) -> Array:
+    """What it goes by, (B, DIMS), of pictures uint8 (B, H, W, 3) of any size: each centred and of one length."""
+    found, _ = Network(sum(values)).apply({"params": params}, trained.resized(images, SIDE))
+    found -= found.mean(axis=1, keepdims=True)
+    return found / jnp.sqrt(jnp.mean(found**2, axis=1, keepdims=True) + 1e-6)
 
 
 def shrunk(images: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
     python -m madformer_jax.main --config=... --mode=reference --workdir=DIR [--config.evaluate.split=test]
 
-Writes `evaluate.reference` (DIR/reference.npz). With `evaluate.network=classifier` the classifier itself is trained first,
-unless it is there. Killed, it goes on; over several processes each image is looked at once.
+Writes `evaluate.reference` (DIR/reference.npz). With `evaluate.network=classifier` or `attributes` the network itself is trained
+first, unless it is there. Killed, it goes on; over several processes each image is looked at once.
 """
 
 import hashlib
@@ -43,7 +43,12 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     where = places.network_path(c, workdir)
     if c.evaluate.network == "classifier" and not epath.Path(where).exists():
         _train(c, where)
-    if c.text.vocabulary and c.data.source == "drawings":
+    if c.evaluate.network == "attributes" and c.data.source != "drawings":
+        raise ConfigError(
+            "config.evaluate.network=attributes needs pictures whose attributes are known, config.data.source=drawings, and it "
+            f"is {c.data.source}: use classifier or inception."
+        )
+    if c.evaluate.network == "attributes" or (c.text.vocabulary and c.data.source == "drawings"):
         _train_reader(c, places.reader_path(c, workdir))
     partitioning.sync("classifier")
     network = features.open_network(c.evaluate.network, where)
@@ -102,7 +107,7 @@ def _train(c: ConfigDict, path: str) -> None:
 
 
 def _train_reader(c: ConfigDict, path: str) -> None:
-    """Trains the reader of attributes, which judges what a model makes of captions, unless it is there."""
+    """Trains the reader of attributes, unless it is there."""
     if jax.process_index() or epath.Path(path).exists():
         return
     train, test = (_pictures(c, split) for split in ("train", "test"))

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import features
 from madformer_jax.models import reader
 
 VALUES = (3, 2)
@@ -30,6 +31,16 @@ def test_a_reader_learns_the_attributes_of_pictures_and_comes_back_from_its_file
     again = reader.load(str(tmp_path / "attributes.npz"))
     np.testing.assert_array_equal(reader.read(again, held), found)
     assert again[1:] == trained[1:]
+    network = features.open_network(
+        "attributes", str(tmp_path / "attributes.npz")
+    )  # the same file as a network of features
+    x = features.extractor(network)(held).features
+    apart = np.square(x[:, None] - x[None]).mean(axis=-1)
+    alike = (rows[:, None] == rows[None]).all(axis=-1) & ~np.eye(len(rows), dtype=bool)
+    assert (
+        x.shape == (20, reader.DIMS)
+        and apart[alike].mean() < 0.3 * apart[(rows[:, None] != rows[None]).any(axis=-1)].mean()
+    )
 
 
 def test_none_is_not_asked_for():
