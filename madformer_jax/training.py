@@ -90,6 +90,9 @@ def create_state(
 
 # ---- step
 
+# (state, batch, codec params, seed) -> (state, metrics). The seed, () uint32, is an argument so that one program serves every seed.
+Step = Callable[[State, dict[str, Array], Any, Any], tuple[State, dict[str, Array]]]
+
 
 class Setup(NamedTuple):
     """What a training step is made of."""
@@ -104,16 +107,14 @@ def setup(c: ConfigDict) -> Setup:
     return Setup(madformer.build(c), codec.build(c), sizes_of(c), optimizer(c))
 
 
-def make_step(
-    s: Setup, c: ConfigDict, platform: str | None = None
-) -> Callable[[State, dict[str, Array], Any], tuple[State, dict[str, Array]]]:
-    """The training step (state, batch, codec params) -> (state, metrics); pure, to be jitted with the state donated.
+def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
+    """The training step; pure, to be jitted with the state donated.
 
     The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default
     JAX's backend.
     """
     weights, context_noise = losses.Weights(**c.loss), c.train.context_noise
-    seed, parts, dropout = c.seed, c.train.accumulate, c.train.label_dropout
+    parts, dropout = c.train.accumulate, c.train.label_dropout
     target, warm = c.train.ema_decay, c.train.ema_warmup
     schedule = learning_rate(c)
 
@@ -131,7 +132,7 @@ def make_step(
 
     gradient = jax.grad(loss, has_aux=True)
 
-    def step(state: State, batch: dict[str, Array], codec_params: Any) -> tuple[State, dict[str, Array]]:
+    def step(state: State, batch: dict[str, Array], codec_params: Any, seed: Any) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if parts == 1:
             grads, metrics = gradient(state.params, batch, codec_params, key)

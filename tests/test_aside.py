@@ -51,7 +51,7 @@ def c(tmp_path, one_device, monkeypatch):
         zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
         return lambda: zeros, abstract
 
-    def step(state, batch, codec_params):
+    def step(state, batch, codec_params, seed):
         metrics = {"loss": jnp.mean(batch["image"]), "grad_norm": jnp.ones(()), "learning_rate": jnp.ones(())}
         params, ema = (jax.tree.map(lambda x, k=k: x + k, tree) for k, tree in ((1, state.params), (2, state.ema)))
         return training.State(state.step + 1, params, ema, state.opt), metrics

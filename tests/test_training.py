@@ -43,7 +43,7 @@ def on_mesh(c, sizes, n=4):
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), None)
         step = jax.jit(training.make_step(s, c), out_shardings=out_shardings)
         for batch in batches(c, n):
-            state, metrics = step(state, partitioning.global_batch(batch, mesh), {})
+            state, metrics = step(state, partitioning.global_batch(batch, mesh), {}, np.uint32(c.seed))
             found.append(float(metrics["loss"]))
     return found, np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
 
@@ -80,7 +80,7 @@ def test_the_optimizers_state_has_the_names_of_older_checkpoints():
 
 def test_each_microbatch_draws_its_own_noise(plain):
     """The step in two microbatches is the mean over every other row, each with its own key, of the real loss."""
-    plain.train.accumulate = 2
+    plain.train.accumulate, seed = 2, 7
     s = training.setup(plain)
     params, (batch,) = small.random_params(s.model), batches(plain, 1)
     z = codec.to_blocks(s.codec.encode({}, batch, None), s.sizes)
@@ -92,11 +92,12 @@ def test_each_microbatch_draws_its_own_noise(plain):
         grads, metrics = jax.grad(of, has_aux=True)(params)
         return grads, metrics["loss"]
 
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(plain.seed), 0), 2)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 2)
     parts = [gradient(z[i::2], keys[i]) for i in range(2)]
     grads = jax.tree.map(lambda a, b: (a + b) / 2, parts[0][0], parts[1][0])
     state = training.State(jnp.int32(0), params, params, s.tx.init(params))
-    _, metrics = jax.jit(training.make_step(s, plain, "tpu"))(state, batch, {})  # in a loop: half of it to compile
+    step = jax.jit(training.make_step(s, plain, "tpu"))  # in a loop: half of it to compile
+    _, metrics = step(state, batch, {}, np.uint32(seed))
     np.testing.assert_allclose(metrics["loss"], (parts[0][1] + parts[1][1]) / 2, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
 
@@ -126,9 +127,9 @@ def squares(params, z, tokens):
 def test_accumulated_gradients_are_those_of_the_whole_batch(plain, platform, monkeypatch):
     s, state = of_two_parameters(plain, squares, monkeypatch)
     (batch,) = batches(plain, 1)
-    whole, metrics = jax.jit(training.make_step(s, plain))(state, batch, {})
+    whole, metrics = jax.jit(training.make_step(s, plain))(state, batch, {}, np.uint32(0))
     plain.train.accumulate = 4
-    parts, parts_metrics = jax.jit(training.make_step(s, plain, platform))(state, batch, {})
+    parts, parts_metrics = jax.jit(training.make_step(s, plain, platform))(state, batch, {}, np.uint32(0))
     np.testing.assert_allclose(parts_metrics["loss"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(parts_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), parts.params, whole.params)
@@ -141,7 +142,7 @@ def test_ema_warms_up_towards_its_target(plain, monkeypatch):
     for decay, batch in zip(
         (1 / 10, 0.15, 0.15), batches(plain, 3)
     ):  # (1 + step) / (10 + step), until it meets the target
-        state, _ = step(state, batch, {})
+        state, _ = step(state, batch, {}, np.uint32(0))
         ema = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, ema, state.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
 
@@ -154,11 +155,25 @@ def test_a_dropped_caption_is_one_token_none(monkeypatch):
         "image": np.zeros((200, 32, 32, 1), np.float32), "label": np.zeros(200, np.int32),
         "tokens": np.tile(np.arange(4, dtype=np.int32), (200, 1)), "lengths": np.full(200, 3, np.int32),
     }  # fmt: skip
-    _, metrics = jax.jit(training.make_step(s, c))(state, batch, {})
+    _, metrics = jax.jit(training.make_step(s, c))(state, batch, {}, np.uint32(0))
     dropped = np.asarray(metrics["lengths"]) == 1
     assert 60 < dropped.sum() < 140
     np.testing.assert_array_equal(metrics["tokens"], np.where(dropped[:, None], 300, batch["tokens"]))
     np.testing.assert_array_equal(metrics["lengths"], np.where(dropped, 1, 3))
+
+
+def test_one_program_serves_every_seed(monkeypatch):
+    c = tiny.get_config()
+    s, state = of_two_parameters(c, lambda params, z, tokens: (params["a"].sum(), {"tokens": tokens}), monkeypatch)
+    batch, programs = {"image": np.zeros((200, 32, 32, 1), np.float32), "label": np.zeros(200, np.int32)}, []
+    for c.seed in (0, 1):
+        lowered = jax.jit(training.make_step(s, c)).lower(state, batch, {}, np.uint32(c.seed))
+        programs.append(lowered.as_text())
+    step = lowered.compile()
+    zero, one, again = (step(state, batch, {}, np.uint32(seed))[1]["tokens"] for seed in (0, 1, 1))
+    assert programs[0] == programs[1]
+    np.testing.assert_array_equal(one, again)
+    assert (zero != one).any()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -174,7 +189,7 @@ def test_labels_are_dropped_in_their_share_and_become_none(share, monkeypatch):
     batch = {"image": np.zeros((2000, 32, 32, 1), np.float32), "label": labels}
     step, found = jax.jit(training.make_step(s, c)), []
     for _ in range(2):
-        state, metrics = step(state, batch, {})
+        state, metrics = step(state, batch, {}, np.uint32(0))
         found.append(np.asarray(metrics["tokens"])[:, 0])
     dropped = np.array(found) == 10  # the label behind the ten classes
     np.testing.assert_array_equal(np.where(dropped, labels, found), [labels, labels])

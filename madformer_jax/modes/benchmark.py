@@ -69,7 +69,7 @@ def training_step(c: ConfigDict) -> Figures:
     create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
     step = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
-    rng = np.random.default_rng(c.seed)
+    rng, seed = np.random.default_rng(c.seed), np.uint32(c.seed)
     _, shares = partitioning.batch_share(mesh, batch)
     rows = batch // shares
     local = {
@@ -81,12 +81,12 @@ def training_step(c: ConfigDict) -> Figures:
         local["lengths"] = np.full(rows, c.text.length, np.int32)
     with partitioning.scope(mesh):
         data = partitioning.global_batch(local, mesh)
-        program, compiling = _compile(step, abstract, data, {})
+        program, compiling = _compile(step, abstract, data, {}, seed)
         state = create()
 
         def once() -> None:
             nonlocal state
-            state, metrics = program(state, data, {})
+            state, metrics = program(state, data, {}, seed)
             jax.block_until_ready((state, metrics))
 
         seconds = _time(once, c)

@@ -146,7 +146,9 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     inputs |= {"VAE": codec_params} if codec_params else {}
     cost = flops.training_step(c, encode=not latents)
     with partitioning.scope(mesh):
-        return _program(step, (state, batch, codec_params), inputs, cost, limit, _estimator(c, mesh, cost))
+        return _program(
+            step, (state, batch, codec_params, np.uint32(c.seed)), inputs, cost, limit, _estimator(c, mesh, cost)
+        )
 
 
 def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) -> Program:

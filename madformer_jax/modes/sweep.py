@@ -139,9 +139,7 @@ def _do(job: Job, run: Run) -> bool:
     folder = layout.folder(job.workdir, run)
     base = _with_judge(run.config, job.workdir)  # whose errors come before hours of training
     if not _is_trained(run.config, folder):
-        c = run.config.copy_and_resolve_references()
-        c.sample.n = c.sample.grid = 1  # the samples at the end of a training, which nobody will look at
-        if train.run(c, folder)["step"] < run.config.train.steps:
+        if "stopped" in train.run(run.config.copy_and_resolve_references(), folder, grids=False):
             return False
         _free()
     found = _evaluate(job, run, base)

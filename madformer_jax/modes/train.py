@@ -26,11 +26,17 @@ from madformer_jax.runtime import checkpoint, lock, memory, partitioning, storag
 from madformer_jax.runtime.preemption import Preemption
 
 
-def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains to `train.steps`, going on from the newest checkpoint in `workdir`, and draws a last grid of samples.
+def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
+    """Trains to `train.steps`, going on from the newest checkpoint in `workdir`.
+
+    Args:
+      c: the config.
+      workdir: where everything is written.
+      grids: whether to draw samples, at the end and every `train.sample_every` steps.
 
     Returns:
-      The last report: the step, and the means since the report before.
+      The last report: the step, and the means since the report before. With "stopped" where it was asked to stop, be it in
+      the last step.
 
     Raises:
       ConfigError: a setting, the data, the workdir or a checkpoint is wrong, somebody else trains there, or the loss is no
@@ -65,7 +71,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             state = _resume(c, workdir, checkpoints, abstract, data, info)
         else:
             state = _given_weights(c, create()) if c.train.init_from else create()
-        step, steps = int(state.step), c.train.steps
+        step, steps, seed = int(state.step), c.train.steps, np.uint32(c.seed)
 
         # the step, and what goes with it
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
@@ -74,7 +80,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
         draw = progress.compiling(drawing.make_draw(c, s.model, s.codec.decode), "the sampling program")
         studio = aside.Studio(s, draw, codec_params, mesh, report)
-        asides: list[tuple[aside.Aside, int]] = [(aside.Grid(c, studio, workdir), c.train.sample_every)]
+        asides: list[tuple[aside.Aside, int]] = []
+        if grids:
+            asides.append((aside.Grid(c, studio, workdir), c.train.sample_every))
         if judge:
             asides.append((aside.Scores(c, studio, judge), c.train.evaluate_every))
         profile = stack.enter_context(_profiling(c, workdir, step))
@@ -90,7 +98,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
                 partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
                 report.begin(step, c, sum(x.size for x in jax.tree.leaves(state.params)), read.get("image"))
             batch = partitioning.global_batch(read, mesh)
-            state, metrics = step_fn(state, batch, codec_params)
+            state, metrics = step_fn(state, batch, codec_params, seed)
             step += 1
             save.finished = (step, state, data.get_state())
             report.add(step, metrics)
@@ -110,7 +118,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             one.draw(step, state, stopping.reached)
         if stopping.reached():
             logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
-        return report.figures
+    return report.figures | ({"stopped": True} if stopping.reached() else {})
 
 
 # ---- start

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from madformer_jax import config, hlo, main, training
@@ -31,7 +32,7 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     with partitioning.scope(mesh):
         step = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         quick = {"xla_backend_optimization_level": 0}  # of no matter to what is gathered where
-        text = step.lower(state, batch, {}).compile(compiler_options=quick).as_text()
+        text = step.lower(state, batch, {}, np.uint32(0)).compile(compiler_options=quick).as_text()
     gathers = [x for x in hlo.collectives(text) if x.kind == "all-gather"]
     bodies = [state.params[stage]["body"] for stage in ("ar_layers", "diffusion_layers")]
     kernels = [x.shape for x in jax.tree.leaves(bodies) if x.ndim == 3]

@@ -239,7 +239,7 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     _, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
     batch = pipeline.train_iterator(c, batch=2)
     with partitioning.scope(mesh):
-        _, metrics = jax.eval_shape(training.make_step(s, c), abstract, next(batch), {})
+        _, metrics = jax.eval_shape(training.make_step(s, c), abstract, next(batch), {}, np.uint32(0))
     batch.close()
     assert metrics["loss"].shape == ()
 

@@ -50,9 +50,9 @@ def count(patch):
     """Puts in a step that adds 1 to every parameter and average, and samples that cost nothing."""
 
     def make_step(s, c, platform=None):
-        def step(state, batch, codec_params):
+        def step(state, batch, codec_params, seed):
             rate = training.learning_rate(c)(state.step)
-            metrics = {"loss": jnp.mean(batch["image"]), "grad_norm": jnp.ones(()), "learning_rate": rate}
+            metrics = {"loss": jnp.mean(batch["image"]), "grad_norm": jnp.ones(()), "learning_rate": rate, "seed": seed}
             params, ema = jax.tree.map(lambda x: x + 1, (state.params, state.ema))
             return training.State(state.step + 1, params, ema, state.opt), metrics
 
@@ -150,19 +150,20 @@ def test_a_run_told_to_stop_goes_on_bit_for_bit(plain, tmp_path, monkeypatch):
     assert [line["step"] for line in reports(tmp_path / "parts")] == [2, 3, 4, 6]
 
 
-def test_ctrl_c_is_a_notice_to_stop_and_the_second_one_the_end(counting, plain, tmp_path, monkeypatch, capfd):
-    handlers = []
+@pytest.mark.parametrize("step", [3, 6])  # of 6
+def test_ctrl_c_is_a_notice_to_stop_and_the_second_one_the_end(counting, plain, tmp_path, monkeypatch, capfd, step):
+    plain.seed, handlers = 7, []
 
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
         handlers.append(signal.getsignal(signal.SIGINT))
 
     before = signal.getsignal(signal.SIGINT)
-    before_batch(monkeypatch, 3, interrupt)
-    assert train.run(plain, str(tmp_path))["step"] == 3
-    assert saved(tmp_path) == [2, 3]
-    assert handlers == [signal.SIG_DFL]
-    assert signal.getsignal(signal.SIGINT) == before
+    before_batch(monkeypatch, step, interrupt)
+    found = train.run(plain, str(tmp_path), grids=False)
+    assert (found["step"], found["stopped"], found["seed"]) == (step, True, 7)
+    assert saved(tmp_path)[-1] == step and not (tmp_path / "samples").exists()
+    assert (handlers, signal.getsignal(signal.SIGINT)) == ([signal.SIG_DFL], before)
     assert "Ctrl-C again leaves at once" in capfd.readouterr().err
 
 
@@ -200,8 +201,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(counting, pl
     finite = training.make_step
 
     def make_step(s, c):
-        def step(state, batch, codec_params):
-            state, metrics = finite(s, c)(state, batch, codec_params)
+        def step(state, batch, codec_params, seed):
+            state, metrics = finite(s, c)(state, batch, codec_params, seed)
             return state, metrics | {"loss": jnp.where(state.step == 5, jnp.nan, 1.0)}
 
         return step

@@ -33,7 +33,7 @@ class Stage:
 
     def __init__(self, monkeypatch):
         self.trained, self.evaluated, self.on_the_way = [], [], lambda what: None
-        self.last = 2
+        self.end = {}
         monkeypatch.setattr(mode.train, "run", self.train)
         monkeypatch.setattr(mode.evaluate, "run", self.evaluate)
         monkeypatch.setattr(mode.reference, "run", self.reference)
@@ -44,7 +44,8 @@ class Stage:
         monkeypatch.setattr(mode, "SETTLE", 0.0)
         monkeypatch.setattr(mode.time, "sleep", lambda seconds: seconds and pytest.fail("waits for nobody"))
 
-    def train(self, c, folder):
+    def train(self, c, folder, grids):
+        assert not grids
         self.on_the_way("training")
         self.trained.append(c.model.width)
         for step in range(1, c.train.steps + 1):
@@ -52,7 +53,7 @@ class Stage:
                 f"{folder}/metrics.jsonl", json.dumps({"step": step, "loss": 0.1, "steps_per_second": 2.0})
             )
         storage.write_text(f"{folder}/trained", "")
-        return {"step": min(self.last, c.train.steps)}
+        return {"step": c.train.steps} | self.end
 
     def evaluate(self, c, folder):
         self.on_the_way("evaluation")
@@ -149,7 +150,8 @@ def test_two_processes_share_a_folder(c, stage, tmp_path, monkeypatch):
 
 
 def test_a_training_that_is_asked_to_stop_ends_the_sweep(c, stage, tmp_path):
-    stage.last = 1
+    """In its last step too."""
+    stage.end = {"stopped": True}
     assert "stopped" in mode.run(c, str(tmp_path), file=File(TWO))
     assert stage.trained == [16]
     assert not stage.evaluated
