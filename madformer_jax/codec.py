@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
 from ml_collections import ConfigDict
@@ -28,11 +29,23 @@ def from_blocks(blocks: Array, sizes: Sizes) -> Array:
     return rearrange(blocks, "b (i j) (p q) c -> b (i p) (j q) c", i=sizes.grid, p=sizes.block_side)
 
 
+def to_float(image: Any) -> Array:
+    """uint8 -> float32 in [-1, 1], any shape: x / 127.5 - 1, both steps rounded as IEEE says.
+
+    XLA makes a product with the inverse of a division by a constant, and four of five results would differ in their last bit
+    from a division's. In base 256, x / 255 is the digit x for ever: the first two are exact, and a product gives enough of
+    the others, whichever way it is reassociated or fused.
+    """
+    digits = jnp.asarray(image).astype(jnp.float32) * (257 / 2**15)  # of 2 x / 255
+    return digits + digits * (2**-16 + 2**-32) - 1
+
+
 class Codec(NamedTuple):
     """Image <-> latent.
 
     load: () -> params, the weights, which are read when this is first called: not all who have a codec need them.
-    encode: (params, batch of the input pipeline, key) -> z (B, h, w, C). Cached latents need no params: {} will do.
+    encode: (params, batch of the input pipeline, key) -> z (B, h, w, C).
+      Images are uint8 and become floats here. Cached latents need no params: {} will do.
     decode: (params, z) -> images (B, H, W, c) in [-1, 1].
 
     Params are an argument of both, so that a jitted program takes them as one.
@@ -47,7 +60,7 @@ def pixel(patch: int) -> Codec:
     """Space-to-depth: a square of `patch` x `patch` pixels becomes the channels of one latent position."""
 
     def encode(params: Any, batch: Mapping[str, Array], key: Array) -> Array:
-        return rearrange(batch["image"], "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
+        return rearrange(to_float(batch["image"]), "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
 
     def decode(params: Any, z: Array) -> Array:
         return rearrange(z, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)
@@ -110,7 +123,7 @@ def of_vae(load: Callable[[], tuple[AutoencoderKL, Params]], scaling_factor: flo
         if "mean" in batch:  # cached latents
             mean, logvar = batch["mean"], batch["logvar"]
         else:
-            mean, logvar = vae_model.encode(loaded()[0], params, batch["image"])
+            mean, logvar = vae_model.encode(loaded()[0], params, to_float(batch["image"]))
         return scaling_factor * vae_model.sample(mean, logvar, key)
 
     def decode(params: Params, z: Array) -> Array:

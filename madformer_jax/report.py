@@ -48,14 +48,13 @@ class Report:
         self._shows = self._writes
 
     def begin(self, step: int, c: ConfigDict, parameters: int, images: np.ndarray | None) -> None:
-        """Tells TensorBoard what trains: the config, the number of parameters, and images float32 (n, H, W, c) in [-1, 1]."""
+        """Tells TensorBoard what trains: the config, the number of parameters, and images uint8 (n, H, W, c)."""
 
         def write(board: Any) -> None:
             board.write_texts(step, {"config": f"```json\n{c.to_json(indent=2)}\n```"})
             board.write_scalars(step, {"parameters": parameters})
             if images is not None:
-                pixels = np.round((images[:SHOWN] + 1) * 127.5).astype(np.uint8)
-                board.write_images(step, {"training_images": drawing.as_grid(pixels)[None]})
+                board.write_images(step, {"training_images": drawing.as_grid(images[:SHOWN])[None]})
 
         self._show(write)
 

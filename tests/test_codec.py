@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 
 from madformer_jax import codec
 from madformer_jax.sizes import sizes_of
@@ -17,18 +18,29 @@ def test_blocks_and_positions_stand_in_raster_order(tiny_config):
     np.testing.assert_array_equal(codec.from_blocks(blocks, sizes), z)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["alone", "in a program"])
+def test_pixels_become_the_floats_of_a_division(wrap):
+    """Every bit of them, whatever XLA makes of the expression: old runs go on as they began."""
+    pixels = np.arange(256, dtype=np.uint8)
+    got = np.asarray(wrap(codec.to_float)(pixels))
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, pixels / np.float32(127.5) - np.float32(1))
+
+
 def test_pixels_come_back_exactly(tiny_config):
-    images = np.random.default_rng(0).normal(size=(3, 32, 32, 1)).astype(np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), np.uint8)
     made = codec.build(tiny_config)
     z = made.encode(made.load(), {"image": images}, jax.random.key(0))
     assert z.shape == (3, 8, 8, 16)
-    np.testing.assert_array_equal(made.decode(made.load(), z), images)
+    np.testing.assert_array_equal(made.decode(made.load(), z), codec.to_float(images))
 
 
 def test_a_square_of_pixels_becomes_the_channels_of_its_position():
-    made, images = codec.pixel(2), np.random.default_rng(0).normal(size=(2, 4, 6, 3))
+    made, images = codec.pixel(2), np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
     z = np.asarray(made.encode({}, {"image": images}, jax.random.key(0)))
     assert z.shape == (2, 2, 3, 12)
     for p in range(2):
         for q in range(2):
-            np.testing.assert_array_equal(z[..., 6 * p + 3 * q : 6 * p + 3 * q + 3], images[:, p::2, q::2])
+            np.testing.assert_array_equal(
+                z[..., 6 * p + 3 * q : 6 * p + 3 * q + 3], codec.to_float(images)[:, p::2, q::2]
+            )

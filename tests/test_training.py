@@ -152,7 +152,7 @@ def test_a_dropped_caption_is_one_token_none(monkeypatch):
     c.model.classes, c.text.vocabulary, c.text.length, c.train.label_dropout = 0, 300, 4, 0.5
     s, state = of_two_parameters(c, lambda params, z, tokens: (params["a"].sum(), {"tokens": tokens}), monkeypatch)
     batch = {
-        "image": np.zeros((200, 32, 32, 1), np.float32), "label": np.zeros(200, np.int32),
+        "image": np.zeros((200, 32, 32, 1), np.uint8), "label": np.zeros(200, np.int32),
         "tokens": np.tile(np.arange(4, dtype=np.int32), (200, 1)), "lengths": np.full(200, 3, np.int32),
     }  # fmt: skip
     _, metrics = jax.jit(training.make_step(s, c))(state, batch, {}, np.uint32(0))
@@ -186,7 +186,7 @@ def test_labels_are_dropped_in_their_share_and_become_none(share, monkeypatch):
 
     s, state = of_two_parameters(c, seen, monkeypatch)
     labels = np.arange(2000, dtype=np.int32) % 10
-    batch = {"image": np.zeros((2000, 32, 32, 1), np.float32), "label": labels}
+    batch = {"image": np.zeros((2000, 32, 32, 1), np.uint8), "label": labels}
     step, found = jax.jit(training.make_step(s, c)), []
     for _ in range(2):
         state, metrics = step(state, batch, {}, np.uint32(0))

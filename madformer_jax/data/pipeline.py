@@ -74,7 +74,7 @@ def _check_skipped(config: ConfigDict, skipped: Skipped, count: int) -> None:
 
 
 class _Load:
-    """Reads and preprocesses a batch; images stay uint8.
+    """Reads and preprocesses a batch.
 
     For each record that cannot be read the next one that can be stands in, which is the same one whenever the batch is read
     again; they are named in "skipped" (`Skipped` as JSON).
@@ -111,17 +111,9 @@ class _Load:
             number = (number + 1) % len(self._source)
 
 
-def _to_float(batch: Batch) -> Batch:
-    return {**batch, "image": preprocess.to_float(batch["image"])} if "image" in batch else batch
-
-
 def _out_of_worker(batch: Batch) -> Batch:
-    """The batch in memory of this process: grain frees what it shared as soon as its own array goes, views or not.
-
-    Images travel as uint8, a quarter of the bytes.
-    """
-    copied = {name: np.array(x) for name, x in batch.items() if name not in ("image", "skipped")}
-    return _to_float({**batch, **copied})
+    """The batch in memory of this process: grain frees what it shared as soon as its own array goes, views or not."""
+    return {name: x if name == "skipped" else np.array(x) for name, x in batch.items()}
 
 
 def _flip(record: int, rng: np.random.Generator) -> Pick:
@@ -202,7 +194,7 @@ def train_iterator(
       process_index, process_count: which of how many processes this is.
 
     Returns:
-      A grain iterator over {"image": float32 (batch, H, W, c) in [-1, 1], "label": int32 (batch,)}, or of cached
+      A grain iterator over {"image": uint8 (batch, H, W, c), "label": int32 (batch,)}, or of cached
       latents {"mean", "logvar": float16 (batch, h, w, C), "label"}; with captions also "tokens": int32 (batch, T) and
       "lengths": int32 (batch,). Its state,
       {"next_batch": k}, is the same in every process and restores onto any number of processes and workers. Call
@@ -231,7 +223,7 @@ def _iterate(batches: grain.MapDataset, workers: int, threads: int, waiting: int
     malloc.keep()
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=waiting)
     if not workers:
-        return iter(batches.map(_to_float).to_iter_dataset(ahead))
+        return iter(batches.to_iter_dataset(ahead))
     worker.keep_jax_out()
     if not flags.FLAGS.is_parsed():  # grain reads flags of its own; only absl.app parses them
         flags.FLAGS.mark_as_parsed()

@@ -8,7 +8,7 @@
 | crop | the largest centred square, or none (`crop=False`: the image is squeezed) | |
 | resize | to size x size, bicubic, antialiased | what FID protocols use; LANCZOS costs 1.5 times as much and rings |
 | flip | left-right with probability 1/2, if asked for | drawn by the pipeline from (seed, position) |
-| range | uint8 -> float32, x / 127.5 - 1 | [-1, 1] |
+| range | uint8 -> float32, x / 127.5 - 1: [-1, 1] | on the device (`codec.to_float`): a quarter of the bytes go there |
 
 Training, reference statistics and `--mode=prepare` all go through this module.
 """
@@ -131,10 +131,3 @@ def colour(text: str) -> str:
     if len(rgb) != 3:
         raise ConfigError(f'config.data.background={text!r} is no colour: give "#rrggbb", or a name like "white".')
     return "#{:02x}{:02x}{:02x}".format(*rgb)
-
-
-def to_float(pixels: np.ndarray) -> np.ndarray:
-    """uint8 -> float32 in [-1, 1], any shape."""
-    out = np.divide(pixels, np.float32(127.5), dtype=np.float32)
-    out -= 1
-    return out

@@ -64,7 +64,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 def training_step(c: ConfigDict) -> Figures:
     """Of the training step, optimizer and averages included."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    sizes, identity, batch = sizes_of(c), codec.pixel(1), c.train.batch
+    sizes, batch = sizes_of(c), c.train.batch
+    identity = codec.Codec(dict, lambda params, batch, key: batch["latent"], lambda params, z: z)
     s = training.Setup(madformer.build(c), identity, sizes, training.optimizer(c))
     create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
@@ -73,7 +74,7 @@ def training_step(c: ConfigDict) -> Figures:
     _, shares = partitioning.batch_share(mesh, batch)
     rows = batch // shares
     local = {
-        "image": rng.standard_normal((rows, sizes.latent, sizes.latent, sizes.channels), np.float32),
+        "latent": rng.standard_normal((rows, sizes.latent, sizes.latent, sizes.channels), np.float32),
         "label": rng.integers(0, max(1, c.model.classes), rows, np.int32),
     }
     if c.text.vocabulary:

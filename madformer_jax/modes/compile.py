@@ -195,7 +195,7 @@ def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], 
     """A batch as the input pipeline makes it, and whether it is cached latents."""
     latents = c.codec.name == "vae" and c.data.source == "arrayrecord"
     sizes, side = sizes_of(c), c.data.image_size
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.float32)}
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.uint8)}
     if latents:
         shapes = dict.fromkeys(("mean", "logvar"), ((sizes.latent, sizes.latent, sizes.channels), jnp.float16))
     shapes["label"] = ((), jnp.int32)

@@ -25,6 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from madformer_jax.codec import to_float
 from madformer_jax.data import pipeline, preprocess, records, sources
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
@@ -39,7 +40,7 @@ PLAN = "plan.json"
 class Encoder(NamedTuple):
     """A VAE that encodes."""
 
-    # images (batch, H, W, c) in [-1, 1] -> mean, logvar (batch, h, w, C)
+    # images uint8 (batch, H, W, c) -> mean, logvar (batch, h, w, C)
     encode: Callable[[np.ndarray], tuple[Any, Any]]
     batch: int  # images that it takes at once
     weights: str  # their fingerprint
@@ -219,7 +220,7 @@ def _encoder(config: ConfigDict) -> Encoder:
     mesh = partitioning.make_mesh(-1, 1, 1, jax.local_devices())
     rows = partitioning.batch_sharding(mesh)
     params = jax.device_put(params, partitioning.replicated(mesh))
-    program = jax.jit(lambda params, images: vae.encode(model, params, images), out_shardings=rows)
+    program = jax.jit(lambda params, images: vae.encode(model, params, to_float(images)), out_shardings=rows)
 
     def encode(images: np.ndarray) -> tuple[Any, Any]:
         with partitioning.scope(mesh):
@@ -333,7 +334,7 @@ def _fields(images: list[Decoded], plan: dict[str, Any], encoder: Encoder | None
     if encoder is None:
         pixels = np.stack(good)
         return [{"image": copy} for copy in _copies(pixels, plan)]
-    pixels = preprocess.to_float(np.stack(good + good[-1:] * (encoder.batch - len(good))))
+    pixels = np.stack(good + good[-1:] * (encoder.batch - len(good)))
     return [dict(zip(("mean", "logvar"), encoder.encode(copy))) for copy in _copies(pixels, plan)]
 
 

@@ -71,10 +71,10 @@ def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, c
         image = Image.open(io.BytesIO(file.read_bytes()))
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        return preprocess.to_float(np.asarray(image))
+        return np.asarray(image)
 
     def path(batch: list[pathlib.Path]) -> np.ndarray:
-        return preprocess.to_float(np.stack([table.pixels(file.read_bytes()) for file in batch]))
+        return np.stack([table.pixels(file.read_bytes()) for file in batch])
 
     def timed(run: Callable[[list[pathlib.Path]], object]) -> float:
         done, began = 0, time.perf_counter()

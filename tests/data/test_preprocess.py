@@ -152,9 +152,3 @@ def test_a_file_that_is_no_image_is_corrupt(file):
     with pytest.raises(preprocess.CorruptImageError) as error:
         preprocess.Table(20, 3, crop=True).pixels(file)
     assert " object at " not in str(error.value)
-
-
-def test_range_is_minus_one_to_one():
-    got = preprocess.to_float(np.array([[0, 255, 51]], np.uint8))
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, [[-1, 1, -0.6]], atol=1e-7)

@@ -25,7 +25,7 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     _, state = training.create_state(s.model, s.tx, c.seed, mesh)
     sharding = partitioning.batch_sharding(mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.float32, sharding=sharding),
+        "image": jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.uint8, sharding=sharding),
         "label": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=sharding),
     }
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
