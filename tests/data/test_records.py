@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -213,6 +214,17 @@ def test_shards_of_a_bucket_are_copied_once(config, bucket, tmp_path, caplog):
         ConfigError, match="records/.*00002-of-00005.arrayrecord is damaged: remove the file, and it is copied"
     ):
         ids(config, bucket)
+
+
+def test_shards_of_a_bucket_are_copied_at_once(config, bucket, monkeypatch):
+    real, all_five = records._copy, threading.Barrier(5)
+
+    def copy(*given):
+        all_five.wait(10)  # comes back only if the others have begun too
+        real(*given)
+
+    monkeypatch.setattr(records, "_copy", copy)
+    assert ids(config, bucket) == GOOD
 
 
 def test_what_a_bucket_holds_damaged_is_not_used(config, bucket):
