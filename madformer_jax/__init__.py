@@ -1,3 +1,15 @@
 """MADFormer in JAX: a testbed for splitting a transformer between autoregression and diffusion."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from madformer_jax.api import Model
+
 __version__ = "0.1.0"
+
+
+def load(path: str) -> "Model":
+    """A trained model, to sample from: of a workdir, an export, a converted release or a repository of the hub (`api.load`)."""
+    from madformer_jax import api  # JAX with it, which --help does without
+
+    return api.load(path)

@@ -71,11 +71,7 @@ def make_draw(
 
     @jax.jit
     def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:
-        noise = inputs.noise
-        if noise is None:
-            key = jax.random.fold_in(jax.random.key(inputs.seed), SAMPLE)
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(inputs.numbers)
-            noise = jax.vmap(lambda k: jax.random.normal(k, sizes.block_shape))(keys)
+        noise = noise_of(inputs.seed, inputs.numbers, sizes.block_shape) if inputs.noise is None else inputs.noise
         classes = inputs.labels[:, None] if model.vocabulary else None
         tokens, lengths = inputs.text or (classes, None)
         blocks = sampler.sample(
@@ -94,9 +90,21 @@ def make_draw(
         with jax.named_scope("codec"):
             pixels = decode(codec_params, z)
         finite = jnp.isfinite(pixels).all((1, 2, 3)) & jnp.isfinite(z).all((1, 2, 3))
-        return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8), z, finite
+        return to_uint8(pixels), z, finite
 
     return draw
+
+
+def noise_of(seed: Any, numbers: Array, shape: tuple[int, ...]) -> Array:
+    """The noise (n, *shape) of the images with these numbers."""
+    key = jax.random.fold_in(jax.random.key(seed), SAMPLE)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
+    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+
+
+def to_uint8(pixels: Array) -> Array:
+    """Pixels in [-1, 1], any shape, as uint8."""
+    return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def inputs_of(c: ConfigDict, numbers: Any, labels: Any, noise: Any = None, text: Texts | None = None) -> Inputs:

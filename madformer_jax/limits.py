@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "codec.dtype": ("float32", "bfloat16"),
     "prepare.kind": ("images", "latents"),
     "optimizer.schedule": ("wsd", "cosine", "constant"),
+    "sample.film": ("", "webp"),
     "sample.solver": ("ddim", "dpmpp_2m"),
     "sample.spacing": ("trailing", "leading", "linspace"),
     "sample.guidance_schedule": ("constant", "linear"),

@@ -1,10 +1,11 @@
 """Block-autoregressive sampling with the KV cache (MADFormer, section 4).
 
 For block i: the AR layers once, then the diffusion layers at every solver step, then the clean tower once on the finished
-block. All blocks run in one loop of one program.
+block (`Parts`). In `sample` all blocks run in one loop of one program.
 """
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,63 @@ from jax import Array
 
 from madformer_jax.diffusion import solvers
 from madformer_jax.models.madformer import MADFormer, ModelCache
+
+
+class Parts(NamedTuple):
+    """What a block goes through, each a pure function. `guided` runs every one twice: with the text, and behind it with "none"."""
+
+    model: MADFormer
+    params: Any
+    guided: bool
+    clip: float  # bound of the clean estimate; 0: none
+    clean_t: int  # the timestep that finished blocks are given
+
+    def begin(self, noise: Array, tokens: Array | None, lengths: Array | None) -> tuple[ModelCache, Array]:
+        """An empty cache with the text in it, and what the first block is predicted from."""
+        rows = (1 + self.guided) * len(noise)
+        cache = self._call("empty_cache", rows)
+        if tokens is not None:
+            none = [jnp.full_like(tokens, self.model.none)] if self.guided else []
+            if lengths is not None:  # "none" is one token
+                lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)] if self.guided else [lengths])
+            cache = self._call("read_text", cache, jnp.concatenate([tokens, *none]), lengths)
+        return cache, self._call("begin", rows)
+
+    def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
+        """The AR layers: c of the block."""
+        return self._call("condition", cache, pred, block)
+
+    def step(
+        self,
+        cache: ModelCache,
+        condition: Array,
+        state: solvers.Iterate,
+        row: solvers.Coefficients,
+        w: Any,
+        block: int | Array,
+    ) -> tuple[solvers.Iterate, Any]:
+        """One solver step, and the noisy block's own keys and values where there is no clean stream."""
+        output, own = self._call("denoise", cache, condition, state.x, row.t, block)
+        if self.guided:
+            with_tokens, without = jnp.split(output, 2)
+            output = without + w * (with_tokens - without)
+        moved = solvers.step(state, output, row, self.clip, self.model.predicts)
+        return moved, None if self.model.clean_stream else own
+
+    def extend(self, cache: ModelCache, z: Array, own: Any, block: int | Array) -> tuple[ModelCache, Array]:
+        """The cache with the finished block in it, and what the next one is predicted from."""
+        c = self._call("embed_clean", z, self.clean_t)
+        c = jnp.concatenate([c] * (1 + self.guided))
+        if not self.model.clean_stream:
+            return self._call("remember", cache, own, block), c
+        return self._call("extend", cache, c, block), c
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self.model.apply({"params": self.params}, *args, method=method)
+
+
+def parts_of(model: MADFormer, params: Any, coefficients: solvers.Coefficients, *, guided: bool, clip: float) -> Parts:
+    return Parts(model, params, guided, clip, int(coefficients.t[-1]) if model.clean_timestep == "noisy" else 0)
 
 
 def sample(
@@ -45,67 +103,37 @@ def sample(
       Latent blocks (B, L, positions, C).
     """
     coefficients = solvers.coefficients(solver, spacing, steps)
-    clean_t = int(coefficients.t[-1]) if model.clean_timestep == "noisy" else 0
-    batch, blocks = noise.shape[:2]
+    blocks = noise.shape[1]
     guided = tokens is not None and (isinstance(guidance, Array) or guidance != 1.0)
-    branches = 2 if guided else 1
-
-    def call(method: str, *args: Any) -> Any:
-        return model.apply({"params": params}, *args, method=method)
-
-    def repeat(x: Array) -> Array:
-        return jnp.concatenate([x] * branches)
-
-    def output_of(
-        cache: ModelCache, condition: Array, x: Array, t: Any, w: Array, block: int | Array
-    ) -> tuple[Array, Any]:
-        output, own = call("denoise", cache, condition, x, t, block)
-        if guided:
-            with_tokens, without = jnp.split(output, 2)
-            output = without + w * (with_tokens - without)
-        return output, None if model.clean_stream else own
+    parts = parts_of(model, params, coefficients, guided=guided, clip=clip)
 
     def one_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:
         cache, pred = carry
-        condition, cache = call("condition", cache, pred, block)
-        x = jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1)
+        condition, cache = parts.condition(cache, pred, block)
 
         def solver_step(state: solvers.Iterate, at: tuple[solvers.Coefficients, Array]) -> tuple[solvers.Iterate, None]:
             row, w = at
-            output, _ = output_of(cache, condition, state.x, row.t, w, block)
-            return solvers.step(state, output, row, clip, model.predicts), None
+            return parts.step(cache, condition, state, row, w, block)[0], None
 
         scales = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (steps,))
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
-        state = solvers.start(x)
+        state = solvers.start(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
         # The last step stands alone: its keys and values go to the cache when there is no clean stream.
         state, _ = jax.lax.scan(solver_step, state, jax.tree.map(lambda r: r[:-1], rows), unroll=steps if unroll else 1)
         last, w = jax.tree.map(lambda r: r[-1], rows)
-        output, own = output_of(cache, condition, state.x, last.t, w, block)
-        z = solvers.step(state, output, last, clip, model.predicts).x
-
-        def extend(cache: ModelCache, pred: Array) -> tuple[ModelCache, Array]:
-            c = repeat(call("embed_clean", z, clean_t))
-            if not model.clean_stream:
-                return call("remember", cache, own, block), c
-            return call("extend", cache, c, block), c
-
+        state, own = parts.step(cache, condition, state, last, w, block)
+        z = state.x
         if isinstance(block, int):
-            return (extend(cache, pred) if block + 1 < blocks else carry), z
-        return jax.lax.cond(block + 1 < blocks, extend, lambda *same: same, cache, pred), z
+            return (parts.extend(cache, z, own, block) if block + 1 < blocks else carry), z
+        extend = functools.partial(parts.extend, z=z, own=own, block=block)
+        return jax.lax.cond(block + 1 < blocks, lambda cache, pred: extend(cache), lambda *same: same, cache, pred), z
 
-    cache = call("empty_cache", branches * batch)
-    if tokens is not None:
-        none = [jnp.full_like(tokens, model.none)] if guided else []
-        if lengths is not None:  # "none" is one token
-            lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)] if guided else [lengths])
-        cache = call("read_text", cache, jnp.concatenate([tokens, *none]), lengths)
-    carry = (cache, call("begin", branches * batch))
+    carry = parts.begin(noise, tokens, lengths)
     if blocks == 1 or unroll:
-        parts = []
+        drawn = []
         for block in range(blocks):
             carry, z = one_block(carry, block)
-            parts.append(z)
-        return jnp.concatenate(parts, axis=1)
+            drawn.append(z)
+        return jnp.concatenate(drawn, axis=1)
     _, z = jax.lax.scan(one_block, carry, jnp.arange(blocks))
     return jnp.swapaxes(z[:, :, 0], 0, 1)

@@ -58,6 +58,11 @@ def coefficients(solver: str, spacing: str, steps: int) -> Coefficients:
     return Coefficients(t, *rows)
 
 
+def rows(coefficients: Coefficients) -> list[Coefficients]:
+    """One for each step, of numbers."""
+    return [Coefficients(*row) for row in zip(*coefficients)]
+
+
 def start(noise: Array) -> Iterate:
     return Iterate(noise, jnp.zeros_like(noise))
 

@@ -5,6 +5,7 @@ workdir/samples/NAME/ holds
   protocol.json              all that decides the images; NAME ends in its hash
   shard-00000-of-00004.npz   the first `sample.shard` images with their numbers, labels and latents, and so on
   grid.png                   the first `sample.grid` images
+  film.webp                  how they come into being, if `sample.film` asks for it
 """
 
 import hashlib
@@ -20,15 +21,19 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from PIL import Image
 from tqdm import tqdm
 
-from madformer_jax import codec, drawing, progress, prompts
+from madformer_jax import api, codec, drawing, progress, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.drawing import Drawn
+from madformer_jax.errors import ConfigError
 from madformer_jax.models import attention, madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.weights.fingerprint import fingerprint
+
+FRAMES, FRAME_MS, LAST_MS = 60, 80, 2500  # of a film
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -45,6 +50,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     began, s = time.monotonic(), c.sample
     config_lib.validate(c)
+    if s.film and jax.process_count() > 1:
+        raise ConfigError(f"config.sample.film={s.film} is made by one process alone: start another sampling for it.")
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
@@ -79,6 +86,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             grid = drawing.as_grid(prompts.below(images, prompts.of(c)[: len(images)]))
             drawing.write_png(folder / "grid.png", grid)
         logging.info("wrote %d images in %d shards and grid.png to %s", s.n, _shards(c), folder)
+    if s.film:
+        with storage.errors(f"{folder} cannot be written"):
+            _write_film(c, folder / "film.webp", api.Model(c, params))
         if newest != step and s.step < 0:
             logging.warning("these images are of step %d: the newest checkpoint, of step %s, is damaged.", step, newest)
     seconds = time.monotonic() - began
@@ -93,6 +103,27 @@ def _restore(c: ConfigDict, workdir: str, target: Any) -> tuple[int, int | None,
         step, restored, _ = checkpoints.restore({item: target}, step=None if step < 0 else step)
         config_lib.number_labels(c, checkpoints.meta(step).get("data", {}).get("names", ()))
     return step, newest, restored[item]
+
+
+def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:
+    """The images of the grid as they come into being, at most FRAMES pictures of them, the last one for longer."""
+    c = c.copy_and_resolve_references()
+    c.sample.n = min(c.sample.grid, c.sample.n)
+    every = -(-c.model.blocks * c.sample.steps // FRAMES)
+    words, shown = prompts.of(c), []
+    for i, frame in enumerate(model.frames(c, "step")):
+        if not i % every or frame.step == c.sample.steps:
+            grid = drawing.as_grid(prompts.below(frame.images, words))
+            shown.append(Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid))
+    lasting = [FRAME_MS] * (len(shown) - 1) + [LAST_MS]
+    first, *others = shown
+    storage.write(
+        path,
+        lambda file: first.save(
+            file, "webp", save_all=True, append_images=others, duration=lasting, loop=0, quality=80
+        ),
+    )
+    logging.info("wrote a film of %d pictures: %s", len(shown), path)
 
 
 # ---- what is drawn

@@ -1,0 +1,226 @@
+"""A trained model as a Python object: `madformer_jax.load`."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from madformer_jax import codec, drawing, flops, prompts
+from madformer_jax import config as config_lib
+from madformer_jax.diffusion import sampler, solvers
+from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.models import madformer
+from madformer_jax.runtime import checkpoint, partitioning, storage
+from madformer_jax.sizes import sizes_of
+
+
+class Frame(NamedTuple):
+    """Pictures as they come into being."""
+
+    images: np.ndarray  # uint8 (n, H, W, c): finished blocks, the clean estimate of the one that is drawn, grey
+    block: int  # that is drawn, from 0
+    step: int  # solver steps that it has had
+    passes: float  # full-model passes so far, of an image
+    seconds: float  # since the first was asked for
+
+
+class Price(NamedTuple):
+    """What an image costs."""
+
+    passes: float  # of the full model; both of a guided step
+    flops: float
+
+
+class Model:
+    """A trained model; `load` makes one. Programs are compiled once for each shape and each setting that is no number of theirs."""
+
+    def __init__(self, config: ConfigDict, params: Any, labels: Sequence[str] = ()):
+        self.config = config  # as it was trained, with what `sample` and `stream` take by default
+        self.params = params
+        self.labels = tuple(labels)  # names of the classes, where the data have some
+        self._mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        self._model, self._codec = madformer.build(config), codec.build(config)
+        self._codec_params = jax.device_put(self._codec.load(), partitioning.replicated(self._mesh))
+        self._programs: dict[Any, Any] = {}
+
+    def sample(self, n: int | None = None, **settings: Any) -> np.ndarray:
+        """Draws images: those of --mode=sample with the same settings, number for number.
+
+        Args:
+          n: how many; by default as many as there are labels or prompts, or one.
+          settings: labels, numbers or names of classes, and prompts, each in turn; guidance, steps, solver, spacing, clip and
+            whatever else `config.sample` holds, and seed.
+
+        Returns:
+          uint8 (n, H, W, c).
+
+        Raises:
+          ConfigError: a setting is wrong, or a value is not finite.
+        """
+        c = self._settings(n, settings)
+        s = c.sample
+        draw = self._program(
+            ("draw", s.solver, s.spacing, s.steps, s.clip, s.guidance == 1.0),
+            lambda: drawing.make_draw(c, self._model, self._codec.decode),
+        )
+        with partitioning.scope(self._mesh):
+            batches = drawing.batches(c, draw, self.params, self._codec_params, self._mesh, range(s.n), most=s.n)
+            return np.concatenate([batch.images for batch in batches])
+
+    def stream(self, n: int | None = None, every: str = "block", **settings: Any) -> Iterator[Frame]:
+        """Draws images and shows them on the way; the last frame has those of `sample`.
+
+        Args:
+          n, settings: as `sample` takes them.
+          every: a frame after each finished "block", or after each solver "step".
+
+        Raises:
+          ConfigError: a setting is wrong, or a value is not finite.
+        """
+        if every not in ("block", "step"):
+            raise ConfigError(f"every={every!r} must be 'block' or 'step'.")
+        return self.frames(self._settings(n, settings), every)
+
+    def cost(self, steps: int | None = None, guidance: float | None = None) -> Price:
+        """What an image costs in so many solver steps; by default those of the config."""
+        given = {"steps": steps, "guidance": guidance}
+        c = self._settings(1, {name: value for name, value in given.items() if value is not None})
+        return Price(flops.nfe(c) * flops.guidance_branches(c), flops.sampling(c).total)
+
+    def _settings(self, n: int | None, given: Mapping[str, Any]) -> ConfigDict:
+        """The config with the settings of a call.
+
+        Raises:
+          ConfigError: one is unknown or wrong.
+        """
+        c, given = self.config.copy_and_resolve_references(), dict(given)
+        c.seed = given.pop("seed", c.seed)
+        for name, joint in (("labels", ","), ("prompts", ";")):
+            if isinstance(given.get(name), list | tuple | range | np.ndarray):
+                values = [str(value) for value in given[name]]
+                if mixed := [value for value in values if joint in value]:
+                    raise ConfigError(f"{name}: {mixed[0]!r} holds a {joint!r}, which stands between two of them.")
+                n, given[name] = len(values) if n is None else n, joint.join(values)
+        c.sample.n = 1 if n is None else n
+        for name, value in given.items():
+            if name not in c.sample:
+                raise ConfigError(f"{name}={value!r}: there is no such setting of sampling: {', '.join(c.sample)}.")
+            try:
+                c.sample[name] = float(value) if isinstance(c.sample[name], float) else value
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{name}={value!r}: {error}") from None
+        config_lib.validate(c)
+        config_lib.number_labels(c, self.labels)
+        return c
+
+    def _program(self, key: Any, make: Any) -> Any:
+        if key not in self._programs:
+            self._programs[key] = make()
+        return self._programs[key]
+
+    def frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
+        """As `stream`, of a whole validated config."""
+        s, m, sizes, began = c.sample, c.model, sizes_of(c), time.monotonic()
+        branches = flops.guidance_branches(c)
+        coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
+        clean_t = int(coefficients.t[-1]) if m.clean_timestep == "noisy" else 0
+        begin, condition, step, extend, show = self._program(
+            ("parts", branches, s.clip, clean_t), lambda: self._parts(c)
+        )
+        rows = list(zip(solvers.rows(coefficients), drawing.scales(c)))
+        noise = drawing.noise_of(np.uint32(c.seed), jnp.arange(s.n), sizes.block_shape)
+        classes = np.array(config_lib.labels(c), np.int32)[:, None] if m.classes else None
+        z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.texts(c) or (classes, None)))
+        for block in range(sizes.blocks):
+            c_i, cache = condition(cache, pred, block)
+            state = solvers.start(noise[:, block : block + 1])
+            for k, row in enumerate(rows, 1):
+                state, own = step(cache, c_i, state, *row, block)
+                if k == s.steps or every == "step":
+                    shown = state.x if k == s.steps else state.x0
+                    images, finite = jax.device_get(show(z.at[:, block].set(shown[:, 0])))
+                    if not finite:
+                        raise ConfigError(
+                            f"sampling gave values that are not finite in block {block + 1}: the weights may have diverged, or "
+                            f"guidance={s.guidance} with clip={s.clip} is too strong."
+                        )
+                    layers = (block + 1) * (m.depth - m.diffusion_depth) + (block * s.steps + k) * m.diffusion_depth
+                    passes = branches * layers / (m.depth * m.blocks)
+                    yield Frame(images, block, k, passes, time.monotonic() - began)
+            z = z.at[:, block].set(state.x[:, 0])
+            if block + 1 < sizes.blocks:
+                cache, pred = extend(cache, state.x, own, block)
+
+    def _parts(self, c: ConfigDict) -> tuple[Any, ...]:
+        """What a block goes through (`sampler.Parts`), each compiled once for all blocks and steps, and what shows latent blocks."""
+        s, sizes = c.sample, sizes_of(c)
+        coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
+
+        def part(name: str) -> Any:
+            def run(params: Any, *args: Any) -> Any:
+                guided = flops.guidance_branches(c) == 2
+                parts = sampler.parts_of(self._model, params, coefficients, guided=guided, clip=s.clip)
+                return getattr(parts, name)(*args)
+
+            return self._jitted(run, self.params)
+
+        def show(codec_params: Any, z: Any) -> Any:
+            pixels = self._codec.decode(codec_params, codec.from_blocks(z, sizes))
+            return drawing.to_uint8(pixels), jnp.isfinite(pixels).all()
+
+        return (*map(part, ("begin", "condition", "step", "extend")), self._jitted(show, self._codec_params))
+
+    def _jitted(self, function: Any, params: Any) -> Any:
+        program = jax.jit(function)
+
+        def run(*args: Any) -> Any:
+            with partitioning.scope(self._mesh):
+                return program(params, *args)
+
+        return run
+
+
+def load(path: str) -> Model:
+    """The model of a workdir of --mode=train or --mode=convert, or of its export; or of a repository of the Hugging Face hub.
+
+    Args:
+      path: the folder, gs:// ones among them; or "owner/name", which needs huggingface_hub and a network.
+
+    Raises:
+      ConfigError: there is none, or it is damaged.
+    """
+    if not os.path.exists(path) and "://" not in path and path.count("/") == 1:
+        path = _from_hub(path)
+    file = f"{path.rstrip('/')}/config.json"
+    saved = storage.read_json(file)
+    if saved is None:
+        raise ConfigError(f"there is no {file}: give the workdir of a training, an export or a converted release.")
+    c = config_lib.restored(saved, file)
+    config_lib.validate(c)
+    checkpoint.require(path)
+    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    item = "ema" if c.sample.weights == "ema" else "params"
+    target = drawing.abstract_params(madformer.build(c), mesh)
+    with partitioning.scope(mesh), checkpoint.Checkpoints(path, read_only=True) as checkpoints:
+        step, restored, _ = checkpoints.restore({item: target})
+        names = checkpoints.meta(step).get("data", {}).get("names", ())
+    return Model(c, restored[item], names)
+
+
+def _from_hub(name: str) -> str:
+    """The folder that a repository of the hub is downloaded to."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ConfigError(
+            f"there is no folder {name}; to take it from the Hugging Face hub: pip install huggingface_hub."
+        ) from None
+    try:
+        return str(huggingface_hub.snapshot_download(name))
+    except Exception as error:  # of the network, of the hub, of the disk
+        raise ConfigError(f"there is no folder {name}, and the Hugging Face hub says: {first_line(error)}.") from None
