@@ -33,7 +33,7 @@ from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.weights.fingerprint import fingerprint
 
-FRAMES, FRAME_MS, LAST_MS = 60, 80, 2500  # of a film
+FRAMES, FRAME_MS, LAST_MS, SIDE = 60, 80, 2500, 128  # of a film, in which smaller images are enlarged
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -110,10 +110,11 @@ def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:
     c = c.copy_and_resolve_references()
     c.sample.n = min(c.sample.grid, c.sample.n)
     every = -(-c.model.blocks * c.sample.steps // FRAMES)
-    words, shown = prompts.of(c), []
+    words, shown, times = prompts.of(c), [], max(1, SIDE // c.data.image_size)
     for i, frame in enumerate(model.frames(c, "step")):
         if not i % every or frame.step == c.sample.steps:
-            grid = drawing.as_grid(prompts.below(frame.images, words))
+            large = frame.images if words else frame.images.repeat(times, axis=1).repeat(times, axis=2)
+            grid = drawing.as_grid(prompts.below(large, words))
             shown.append(Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid))
     lasting = [FRAME_MS] * (len(shown) - 1) + [LAST_MS]
     first, *others = shown
