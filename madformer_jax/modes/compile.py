@@ -96,7 +96,7 @@ def describe(topology: str) -> list[jax.Device]:
     if not topology:
         raise ConfigError("--mode=compile needs --topology, for example --topology=v5e:4x4.")
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("--mode=compile needs libtpu, TPU or not: pip install 'madformer-jax[aot]' (Linux only).")
+        raise ConfigError("--mode=compile needs libtpu, TPU or not: pip install 'libtpu>=0.0.42,<0.1' (Linux only).")
     # libtpu is not to look for chips of this machine, and JAX not to take them
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",

@@ -1,0 +1,55 @@
+"""README.md and docs/: every command of ours in them parses, with settings that hold, and what it names exists."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from madformer_jax import config as config_lib
+from madformer_jax import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(page):
+    """The words of each command in a page's bash blocks, lines that go on joined."""
+    for block in re.findall(r"^ *```bash\n(.*?)```", page.read_text(), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield words[:end]
+                words = words[end + 1 :]
+
+
+def of_ours(words):
+    """What follows the program's name, where a command runs it; None for others."""
+    for i, word in enumerate(words):
+        if word in ("madformer_jax.main", "madformer_jax") and words[i - 1] == "-m":
+            return words[i + 1 :]
+    if words[0] in ("...", "madformer"):
+        return words[1:]
+    return words[words.index("--") + 1 :] if words[0].startswith("launch/") and "--" in words else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_parses(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words in commands(page):
+        args = of_ours(words)
+        if args is None:
+            first = words[words.index("-m") + 1] if "-m" in words else words[0]
+            if first.startswith(("tests.", "madformer_jax.", "launch/")):
+                path = first if "/" in first else f"{first.replace('.', '/')}.py"
+                assert (ROOT / path).exists(), words
+            continue
+        if any("NAME" in arg for arg in args):
+            continue
+        args = [arg for arg in args if not arg.startswith(("--workdir=", "--distributed", "--num_", "--process_"))]
+        if not any(arg.startswith("--config=") for arg in args):  # the workdir's
+            says = any("prompts" in arg or "captions" in arg for arg in args)
+            args.insert(0, "--config=configs/drawings.py:text" if says else "--config=configs/digits.py")
+        config = main.parse(["main", f"--workdir={tmp_path}", *args])[0]
+        config_lib.validate(config)
