@@ -86,11 +86,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             grid = drawing.as_grid(prompts.below(images, prompts.of(c)[: len(images)]))
             drawing.write_png(folder / "grid.png", grid)
         logging.info("wrote %d images in %d shards and grid.png to %s", s.n, _shards(c), folder)
+        if newest != step and s.step < 0:
+            logging.warning("these images are of step %d: the newest checkpoint, of step %s, is damaged.", step, newest)
     if s.film:
         with storage.errors(f"{folder} cannot be written"):
             _write_film(c, folder / "film.webp", api.Model(c, params))
-        if newest != step and s.step < 0:
-            logging.warning("these images are of step %d: the newest checkpoint, of step %s, is damaged.", step, newest)
     seconds = time.monotonic() - began
     return {"folder": str(folder), "step": step, "n": s.n, "drawn": len(numbers), "seconds": seconds}
 
