@@ -11,7 +11,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.models.plan import TERMS
 from madformer_jax.sizes import sizes_of, vocabulary_of
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "platform": ("", "cpu", "gpu", "tpu"),
     "model.predicts": PREDICTS,
     "model.rope": ("axial", "release"),
@@ -39,7 +39,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 # field -> smallest and largest value
-_RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "model.width": (1, math.inf),
     "model.heads": (1, math.inf),
@@ -139,10 +139,10 @@ def check(c: ConfigDict) -> None:
       ConfigError: one line on the first setting that is wrong.
     """
     given = fields.flat(c)
-    for field, choices in _CHOICES.items():
+    for field, choices in CHOICES.items():
         if given[field] not in choices:
             raise ConfigError(f"config.{field}={given[field]!r} is unknown: one of {', '.join(map(repr, choices))}.")
-    for field, (low, high) in _RANGES.items():
+    for field, (low, high) in RANGES.items():
         if not low <= given[field] <= high:
             bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise ConfigError(f"config.{field}={given[field]} is out of range: it must be {bound}.")

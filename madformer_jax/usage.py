@@ -8,7 +8,7 @@ import textwrap
 
 from ml_collections import ConfigDict
 
-from madformer_jax import config, fields, modes
+from madformer_jax import config, fields, limits, modes
 
 _COMMAND = "python -m madformer_jax"
 _WIDTH = 118
@@ -61,6 +61,30 @@ def comments() -> dict[str, str]:
 def page(mode: str | None) -> str:
     """The help on all modes, or on one and its fields."""
     return _of_all() if mode is None else _of_mode(mode)
+
+
+def reference() -> str:
+    """docs/reference.md: every field with its default, its comment and what it may hold."""
+    defaults, told = fields.flat(config.base()), comments()
+    lines = [
+        "# Every field", "",
+        "Set as `--config.field=value`. Made by `python -m madformer_jax.usage` from `config.py` and `limits.py`.",
+    ]  # fmt: skip
+    section = None
+    for name in (name for name in told if name in defaults):
+        if (head := name.rpartition(".")[0]) != section:
+            section = head
+            about = f": {told[head]}" if told.get(head) else ""
+            lines += ["", f"## {head or 'The run'}{about}", "", "| field | default | |", "|---|---|---|"]
+        what = [told.get(name, "")]
+        if name in limits.CHOICES:
+            what.append("one of " + ", ".join(f"`{choice}`" if choice else '""' for choice in limits.CHOICES[name]))
+        elif name in limits.RANGES:
+            low, high = limits.RANGES[name]
+            what.append(f"from {low:g}" + (f" to {high:g}" if high < float("inf") else ""))
+        text = "; ".join(filter(None, what)).replace("|", ",").replace("<", "&lt;")
+        lines.append(f"| `{name}` | `{defaults[name]!r}` | {text} |")
+    return "\n".join(lines) + "\n"
 
 
 def after_training(c: ConfigDict, workdir: str) -> str:
@@ -117,3 +141,7 @@ def _of_mode(mode: str) -> str:
 
 def _text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

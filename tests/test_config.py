@@ -65,7 +65,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, wo
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("field", [*limits._CHOICES, *limits._RANGES])
+@pytest.mark.parametrize("field", [*limits.CHOICES, *limits.RANGES])
 def test_every_choice_and_range_is_checked(tiny_config, field):
     *path, name = field.split(".")
     section = tiny_config

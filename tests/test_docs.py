@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from madformer_jax import config as config_lib
-from madformer_jax import main
+from madformer_jax import fields, main, usage
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +53,10 @@ def test_every_command_of_a_page_parses(page, tmp_path, monkeypatch):
             args.insert(0, "--config=configs/drawings.py:text" if says else "--config=configs/digits.py")
         config = main.parse(["main", f"--workdir={tmp_path}", *args])[0]
         config_lib.validate(config)
+
+
+def test_the_reference_is_that_of_the_fields():
+    """It is made by `python -m madformer_jax.usage > docs/reference.md`."""
+    text = usage.reference()
+    assert (ROOT / "docs" / "reference.md").read_text() == text
+    assert all(f"| `{name}` |" in text for name in fields.flat(config_lib.base()))
