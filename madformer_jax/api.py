@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from madformer_jax import codec, drawing, flops, prompts
@@ -17,6 +18,7 @@ from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, partitioning, storage
 from madformer_jax.sizes import sizes_of
+from madformer_jax.weights import files
 
 
 class Frame(NamedTuple):
@@ -202,14 +204,25 @@ def load(path: str) -> Model:
         raise ConfigError(f"there is no {file}: give the workdir of a training, an export or a converted release.")
     c = config_lib.restored(saved, file)
     config_lib.validate(c)
-    checkpoint.require(path)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     item = "ema" if c.sample.weights == "ema" else "params"
     target = drawing.abstract_params(madformer.build(c), mesh)
+    if not checkpoint.exists(path) and os.path.exists(tensors := os.path.join(path, "model.safetensors")):
+        return _of_tensors(c, tensors, target)
+    checkpoint.require(path)
     with partitioning.scope(mesh), checkpoint.Checkpoints(path, read_only=True) as checkpoints:
         step, restored, _ = checkpoints.restore({item: target})
         names = checkpoints.meta(step).get("data", {}).get("names", ())
     return Model(c, restored[item], names)
+
+
+def _of_tensors(c: ConfigDict, path: str, target: Any) -> Model:
+    """The model of an export's model.safetensors."""
+    tensors, about, _ = files.read_state_dict(path)
+    shapes = {".".join(name): x for name, x in flatten_dict(target).items()}
+    files.check_tensors({name: x.shape for name, x in shapes.items()}, tensors, path)
+    params = {tuple(name.split(".")): jax.device_put(tensors[name], x.sharding) for name, x in shapes.items()}
+    return Model(c, unflatten_dict(params), (about or {}).get("names", ()))
 
 
 def _from_hub(name: str) -> str:

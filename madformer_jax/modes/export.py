@@ -1,15 +1,25 @@
-"""--mode=export: the averaged weights alone, as a workdir of their own to sample from and to publish."""
+"""--mode=export: the averaged weights alone, as a workdir of their own to sample from and to publish.
 
+workdir/export/ is what the Hugging Face hub takes: config.json, model.safetensors, README.md (the model card, with the scores that
+--mode=evaluate found), grid.png; and checkpoints/, from which every mode reads.
+"""
+
+import functools
 import json
-from typing import Any
+import math
+from typing import IO, Any
 
+import jax
 from absl import logging
+from etils import epath
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from madformer_jax import card, drawing
 from madformer_jax import config as config_lib
-from madformer_jax import drawing
 from madformer_jax.models import madformer
-from madformer_jax.runtime import checkpoint, lock, partitioning
+from madformer_jax.runtime import checkpoint, lock, partitioning, storage
+from madformer_jax.weights import files
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -37,5 +47,37 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     with lock.hold(exported), checkpoint.Checkpoints(exported) as checkpoints:
         checkpoint.write_config(published, exported)
         checkpoints.save(step, restored, None, meta)
+        checkpoints.wait()
+        whole = partitioning.to_host(restored["ema"], mesh)
+        if jax.process_index() == 0:
+            with storage.errors(f"{exported} cannot be written"):
+                _publish(published, workdir, exported, step, whole, meta)
     logging.info("exported the ema weights of step %d to %s", step, exported)
     return {"step": step, "export": exported}
+
+
+def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any]) -> None:
+    """What the hub shows and other programs read."""
+    tensors = {".".join(name): x for name, x in flatten_dict(params).items()}
+    if not storage.is_remote(exported):  # safetensors writes local files
+        names = meta.get("data", {}).get("names", [])
+        files.write_state_dict(f"{exported}/model.safetensors", tensors, {"step": step, "names": names})
+    grid = _grid(workdir, step)
+    if grid is not None:
+        content = grid.read_bytes()
+        storage.write(epath.Path(exported) / "grid.png", functools.partial(_put, content))
+    found = [storage.read_json(path) for path in sorted((epath.Path(workdir) / "evaluations").glob("*.json"))]
+    results = [x for x in found if x["protocol"]["images"].get("step") == step]
+    parameters = sum(math.prod(x.shape) for x in tensors.values())
+    storage.write_text(f"{exported}/README.md", card.text(c, step, parameters, results, grid is not None))
+
+
+def _put(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
+
+
+def _grid(workdir: str, step: int) -> epath.Path | None:
+    """A picture of samples of the step: of --mode=sample if there is one, else of the training."""
+    samples = epath.Path(workdir) / "samples"
+    found = [*sorted(samples.glob(f"step_{step:06d}_ema_*/grid.png")), *samples.glob(f"step_{step:06d}_ema.png")]
+    return found[0] if found else None

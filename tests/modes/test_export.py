@@ -4,11 +4,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
+import madformer_jax
 from madformer_jax import drawing, main, training
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import export, train
 from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.weights import files
 from tests import tiny
 
 
@@ -56,10 +59,21 @@ def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, trees["ema"], ema)
 
+    tensors, about, _ = files.read_state_dict(f"{exported}/model.safetensors")
+    assert about == {"step": 3, "names": ["cat"]}
+    assert {name: x.tolist() for name, x in tensors.items()} == {
+        ".".join(name): x.tolist() for name, x in flatten_dict(ema).items()
+    }
+
     args = ["main", "--mode=sample", f"--workdir={exported}", "--config.sample.n=3"]  # its own config.json will do
     assert main.main(args) == 0
     (folder,) = (workdir / "export" / "samples").glob("step_000003_ema_*_n3_*")
-    assert len(next(drawing.read_shards(folder)).images) == 3
+    images = next(drawing.read_shards(folder)).images
+    assert len(images) == 3
+    shutil.rmtree(run[0] / "export" / "checkpoints")  # as a hub may have it
+    model = madformer_jax.load(exported)
+    assert model.labels == ("cat",)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), ema)
 
 
 def test_training_does_not_go_on_from_an_export(plain, run):
@@ -70,7 +84,21 @@ def test_training_does_not_go_on_from_an_export(plain, run):
 
 def test_a_second_export_takes_the_place_of_the_first(plain, run):
     export.run(plain, str(run[0]))
+    assert "## Scores" not in (run[0] / "export" / "README.md").read_text()
+    (run[0] / "samples").mkdir()
+    (run[0] / "samples" / "step_000003_ema.png").write_bytes(b"picture")
+    (run[0] / "evaluations").mkdir()
+    for step in (2, 3):
+        images = {"step": step, "solver": "ddim", "spacing": "leading", "steps": 4, "guidance": 1.0}
+        result = {
+            "protocol": {"n": 50, "reference": "abc", "images": images},
+            "scores": {"FD-classifier": {"value": step / 2, "low": 1, "high": 2}},
+        }
+        (run[0] / "evaluations" / f"{step}.json").write_text(json.dumps(result))
     export.run(plain, str(run[0]))
+    card = (run[0] / "export" / "README.md").read_text()
+    assert "| ddim | leading | 4 | 1.0 | 50 | 1.5 [1, 2] | abc |" in card and card.count("| ddim |") == 1
+    assert "![samples](grid.png)" in card and (run[0] / "export" / "grid.png").read_bytes() == b"picture"
     newer, older = checkpoint.folder(str(run[0])), checkpoint.folder(str(run[0] / "export"))
     (newer / "3").rename(newer / "4")
     export.run(plain, str(run[0]))

@@ -1,0 +1,66 @@
+"""The model card of an export: README.md as the Hugging Face hub shows it, from what a workdir knows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+_OF_IMAGES = ("solver", "spacing", "steps", "guidance", "n")
+
+
+def text(c: ConfigDict, step: int, parameters: int, evaluations: Sequence[Mapping[str, Any]], grid: bool) -> str:
+    """The card in Markdown.
+
+    Args:
+      c: the run's config.
+      step: the one that is published.
+      parameters: how many the model has.
+      evaluations: results of --mode=evaluate on images of this step.
+      grid: whether there is a picture `grid.png` beside it.
+    """
+    m, s = c.model, c.sample
+    kind = "captions" if c.text.vocabulary else f"{m.classes} classes" if m.classes else "nothing"
+    lines = [
+        "---", "library_name: madformer_jax", "pipeline_tag: unconditional-image-generation",
+        "tags: [madformer, jax, image-generation]", "---", "",
+        "# A MADFormer", "",
+        f"Draws images of {c.data.image_size} x {c.data.image_size} pixels, conditional on {kind}, by mixed autoregression and "
+        "diffusion ([arXiv 2506.07999](https://arxiv.org/abs/2506.07999)).", "",
+        *(["![samples](grid.png)", ""] if grid else []),
+        "| | |", "|---|---|",
+        f"| parameters | {parameters:,} |",
+        f"| layers N, of them diffusion layers D | {m.depth}, {m.diffusion_depth} |",
+        f"| blocks L | {m.blocks} |",
+        f"| width, heads | {m.width}, {m.heads} |",
+        f"| predicts | {m.predicts} |",
+        f"| codec | {c.codec.name}" + (f", patches of {c.codec.patch}" if c.codec.name == "pixel" else "") + " |",
+        f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps of {c.train.batch} |",
+        f"| sampled by default | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",
+        "```python", "import madformer_jax", "", 'model = madformer_jax.load("PATH or owner/name")',
+        f"images = model.sample({_example(c)})", "```", "",
+    ]  # fmt: skip
+    if evaluations:
+        lines += ["## Scores", "", *_table(evaluations), ""]
+    return "\n".join(lines)
+
+
+def _example(c: ConfigDict) -> str:
+    if c.text.vocabulary:
+        return 'prompts=["..."]'
+    return "labels=[0, 1]" if c.model.classes else "4"
+
+
+def _table(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A row for each setting; the protocol in full is in the JSON of --mode=evaluate."""
+    scores = list(dict.fromkeys(name for result in evaluations for name in result["scores"]))
+    rows = []
+    for result in evaluations:
+        about = result["protocol"]["images"] | {"n": result["protocol"]["n"]}
+        cells = [str(about.get(name, "")) for name in _OF_IMAGES]
+        for name in scores:
+            score = result["scores"].get(name)
+            cells.append(f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]" if score else "")
+        cells.append(str(result["protocol"]["reference"]))
+        rows.append("| " + " | ".join(cells) + " |")
+    head = [*_OF_IMAGES, *scores, "reference"]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *sorted(rows)]
