@@ -161,6 +161,10 @@ def base() -> ConfigDict:
     c.evaluate.degrade = ""  # and spoil them first, to see what a score sees: "noise:16", "blur:1.5"
     c.evaluate.training = ""  # reference of the training images: whether a sample is a copy of one
 
+    c.gallery = ConfigDict()  # --mode=gallery
+    c.gallery.n = 8  # images
+    c.gallery.grid = ""  # settings to set side by side, as in evaluate.grid; "": a fifth of the solver steps, and all
+
     c.convert = ConfigDict()  # --mode=convert: one of the first four
     c.convert.release = ""  # the release's checkpoint, to a workdir
     c.convert.vae = ""  # a diffusers folder or hub id, to workdir/vae

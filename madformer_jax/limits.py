@@ -58,6 +58,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.hidden": (0, math.inf),
     "loss.clean": (0, math.inf),
     "loss.text": (0, math.inf),
+    "gallery.n": (1, 64),
     "codec.scaling_factor": (1e-6, math.inf),
     "data.drawings": (1, math.inf),
     "data.channels": (1, math.inf),

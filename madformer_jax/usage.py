@@ -24,6 +24,7 @@ _SECTIONS = {
     "benchmark": ("model", "train", "sample", "data", "mesh"),
     "compile": ("model", "train", "sample", "mesh"),
     "export": ("sample",),
+    "gallery": ("sample",),
     "sweep": ("model", "train", "evaluate", "sample"),
 }
 

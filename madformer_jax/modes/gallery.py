@@ -1,0 +1,80 @@
+"""--mode=gallery: a page of images coming into being, two settings side by side, which needs no server and no Python.
+
+    python -m madformer_jax.main --mode=gallery --workdir=runs/digits --config.gallery.grid="steps=4,20"
+
+Writes workdir/gallery/index.html from the newest checkpoint.
+"""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from madformer_jax import api, gallery, prompts
+from madformer_jax import config as config_lib
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import settings
+from madformer_jax.gallery import Recording
+from madformer_jax.runtime import checkpoint, storage
+
+
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Records `gallery.n` images at every setting of `gallery.grid` and writes the page; returns its path.
+
+    Raises:
+      ConfigError: a setting is wrong, there is no checkpoint or it does not fit, or the page would be too large.
+    """
+    config_lib.validate(c)
+    if jax.process_count() > 1:
+        raise ConfigError("--mode=gallery is for one process: start it without --distributed and --coordinator.")
+    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
+    grid = _settings(c)
+    for setting in grid:
+        config_lib.validate(setting)
+    model = api.load(workdir)
+    for setting in grid:
+        config_lib.number_labels(setting, model.labels)
+    recordings = [_record(model, setting, name) for setting, name in zip(grid, _names(grid))]
+    m = c.model
+    about = (
+        f"MADFormer draws an image block after block: N = {m.depth} layers, of which D = {m.diffusion_depth} run at every solver "
+        f"step, L = {m.blocks} blocks. Both sides show the same noise; at each place of the slider both have cost the same."
+    )
+    path = os.path.join(workdir, "gallery", "index.html")
+    page = gallery.page("How the images come into being", about, _captions(grid[0], model.labels), recordings)
+    storage.write_text(path, page)
+    logging.info("wrote %d images at %d settings: %s", c.gallery.n, len(grid), path)
+    return {"page": path}
+
+
+def _settings(c: ConfigDict) -> list[ConfigDict]:
+    c = c.copy_and_resolve_references()
+    c.evaluate.n = c.gallery.n
+    c.evaluate.grid = c.gallery.grid or f"steps={max(1, c.sample.steps // 5)},{c.sample.steps}"
+    return settings.grid(c)
+
+
+def _names(grid: list[ConfigDict]) -> list[str]:
+    """What tells the settings apart."""
+    told = ("solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "weights")
+    differ = [name for name in told if len({str(c.sample[name]) for c in grid}) > 1] or ["steps"]
+    return [", ".join(f"{name} {c.sample[name]}" for name in differ) for c in grid]
+
+
+def _captions(c: ConfigDict, names: tuple[str, ...]) -> list[str]:
+    if c.text.vocabulary:
+        return prompts.of(c)
+    labels = config_lib.labels(c)
+    return [names[k] if names else f"class {k}" for k in labels] or [f"image {k}" for k in range(c.sample.n)]
+
+
+def _record(model: api.Model, c: ConfigDict, name: str) -> Recording:
+    """Every solver step of the images, timed once all is compiled."""
+    for _ in model.frames(c, "step"):
+        pass
+    found = list(model.frames(c, "step"))
+    frames = [gallery.Frame(f.block + 1, f.step, f.passes, f.seconds / c.sample.n) for f in found]
+    return Recording(name, frames, np.stack([gallery.shrunk(f.images) for f in found]))

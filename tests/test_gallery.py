@@ -1,0 +1,82 @@
+"""The page of images coming into being: what its script lays over each other is what was recorded."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import madformer_jax
+from madformer_jax import gallery
+from madformer_jax.errors import ConfigError
+from madformer_jax.gallery import Frame, Recording
+from madformer_jax.models import madformer
+from madformer_jax.modes import gallery as mode
+from madformer_jax.runtime import checkpoint
+from tests import tiny
+from tests.small import random_params
+
+
+def recording(name="4 steps", n=2, side=16, steps=3):
+    """Four blocks, each of which changes at every step."""
+    rng = np.random.default_rng(0)
+    images, frames = np.full((4 * steps, n, side, side, 3), 128, np.uint8), []
+    for i in range(4 * steps):
+        block, half = i // steps, side // 2
+        top, left = block // 2 * half, block % 2 * half
+        images[i:, :, top : top + half, left : left + half] = rng.integers(0, 256, (n, half, half, 3))
+        frames.append(Frame(block + 1, i % steps + 1, (i + 1) / 4, i / 10))
+    return Recording(name, frames, images)
+
+
+def shown(page, which, number):
+    """The frames of an image as the page's script draws them."""
+    content = json.loads(re.search(r'id="content">(.*?)</script>', page, re.DOTALL)[1])
+    told = content["recordings"][which]
+    sheet = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(told["sheets"][number].partition(",")[2]))).convert("RGB")
+    )
+    canvas = np.zeros((*told["size"], 3), np.uint8)
+    for top, left, height, width, y, x in told["boxes"]:
+        canvas[top : top + height, left : left + width] = sheet[y : y + height, x : x + width]
+        yield canvas.copy()
+
+
+def test_the_page_shows_every_frame_as_it_was():
+    recordings = [recording(), recording("9 steps", steps=9)]
+    page = gallery.page("Title", "<about>", ["a", "</script>b"], recordings)
+    assert page.count("</script>") == 2 and "&lt;about&gt;" in page  # a caption closes nothing
+    for which, one in enumerate(recordings):
+        for number in range(2):
+            np.testing.assert_array_equal(list(shown(page, which, number)), one.images[:, number])
+
+
+def test_a_page_stays_small_and_says_where_it_cannot():
+    many = [recording(n=3, side=64, steps=20)]
+    whole = gallery.page("", "", ["a"] * 3, many)
+    small = gallery.page("", "", ["a"] * 3, many, largest=len(whole) // 3)
+    assert len(small) <= len(whole) // 3
+    *_, last = shown(small, 0, 0)
+    assert np.abs(last.astype(int) - many[0].images[-1, 0]).mean() < 60  # random pixels, compressed hard
+    with pytest.raises(ConfigError, match="do not fit a page of 0.01 MB"):
+        gallery.page("", "", ["a"] * 3, many, largest=10_000)
+
+
+def test_the_mode_records_a_model(tmp_path, one_device):
+    c = tiny.get_config("plain")
+    c.model.classes, c.gallery.n, c.gallery.grid = 3, 2, "steps=1,3"
+    with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(
+            6, {"ema": random_params(madformer.build(c))}, None, {"step": 6, "data": {"names": ["cat", "dog", "cow"]}}
+        )
+    checkpoint.write_config(c, str(tmp_path))
+    page = (tmp_path / "gallery" / "index.html") if mode.run(c, str(tmp_path)) else None
+    content = page.read_text()
+    assert '"captions": ["cat", "dog"]' in content and "steps 1" in content and "steps 3" in content
+    images = madformer_jax.load(str(tmp_path)).sample(labels=["cat", "dog"], steps=3)
+    for number in range(2):
+        *_, last = shown(content, 1, number)
+        np.testing.assert_array_equal(last, np.repeat(images[number], 3, axis=-1))
