@@ -135,7 +135,11 @@ class Model:
             ("parts", branches, s.clip, clean_t), lambda: self._parts(c)
         )
         rows = list(zip(solvers.rows(coefficients), drawing.scales(c)))
-        noise = drawing.noise_of(np.uint32(c.seed), jnp.arange(s.n), sizes.block_shape)
+        given = drawing.given_noise(c)
+        if given is None:
+            noise = drawing.noise_of(np.uint32(c.seed), jnp.arange(s.n), sizes.block_shape)
+        else:
+            noise = jnp.asarray(given, jnp.float32)
         classes = np.array(config_lib.labels(c), np.int32)[:, None] if m.classes else None
         z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.texts(c) or (classes, None)))
         for block in range(sizes.blocks):

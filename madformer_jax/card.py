@@ -20,8 +20,9 @@ def text(c: ConfigDict, step: int, parameters: int, evaluations: Sequence[Mappin
     """
     m, s = c.model, c.sample
     kind = "captions" if c.text.vocabulary else f"{m.classes} classes" if m.classes else "nothing"
+    task = "text-to-image" if c.text.vocabulary else "unconditional-image-generation"
     lines = [
-        "---", "library_name: madformer_jax", "pipeline_tag: unconditional-image-generation",
+        "---", "library_name: madformer_jax", f"pipeline_tag: {task}",
         "tags: [madformer, jax, image-generation]", "---", "",
         "# A MADFormer", "",
         f"Draws images of {c.data.image_size} x {c.data.image_size} pixels, conditional on {kind}, by mixed autoregression and "

@@ -10,6 +10,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import sample
 from madformer_jax.runtime import checkpoint
+from madformer_jax.sizes import sizes_of
 from tests import tiny
 from tests.small import random_params
 
@@ -50,7 +51,7 @@ def model(tmp_path, one_device):
     return madformer_jax.load(saved(c, tmp_path))
 
 
-def test_a_stream_ends_with_the_images_of_a_sample(model):
+def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
     settings = {"labels": [2, 0], "guidance": 1.7, "steps": 3, "seed": 1}
     images = model.sample(**settings)
     frames = list(model.stream(every="step", **settings))
@@ -64,6 +65,10 @@ def test_a_stream_ends_with_the_images_of_a_sample(model):
         np.testing.assert_array_equal(frame.images[:, *at], frames[2].images[:, *at])
     assert (frames[0].images[:, *at] != frames[2].images[:, *at]).any()
     assert (frames[2].images[:, 16:] == 128).all()  # nothing yet
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).standard_normal((2, *sizes_of(model.config).block_shape)))
+    *_, last = model.stream(**settings, noise=str(tmp_path / "noise.npy"))
+    assert np.abs(last.images.astype(int) - model.sample(**settings, noise=str(tmp_path / "noise.npy"))).max() <= 1
+    assert (last.images != images).any()
     whole = list(model.stream(**settings))
     assert [frame.block for frame in whole] == [0, 1, 2, 3]
     np.testing.assert_array_equal(whole[-1].images, frames[-1].images)

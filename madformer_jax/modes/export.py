@@ -67,7 +67,8 @@ def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any,
         content = grid.read_bytes()
         storage.write(epath.Path(exported) / "grid.png", functools.partial(_put, content))
     found = [storage.read_json(path) for path in sorted((epath.Path(workdir) / "evaluations").glob("*.json"))]
-    results = [x for x in found if x["protocol"]["images"].get("step") == step]
+    of_these = {"step": step, "weights": "ema"}
+    results = [x for x in found if of_these.items() <= x["protocol"]["images"].items()]
     parameters = sum(math.prod(x.shape) for x in tensors.values())
     storage.write_text(f"{exported}/README.md", card.text(c, step, parameters, results, grid is not None))
 

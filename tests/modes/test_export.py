@@ -88,8 +88,11 @@ def test_a_second_export_takes_the_place_of_the_first(plain, run):
     (run[0] / "samples").mkdir()
     (run[0] / "samples" / "step_000003_ema.png").write_bytes(b"picture")
     (run[0] / "evaluations").mkdir()
+    (run[0] / "evaluations" / "raw.json").write_text(
+        json.dumps({"protocol": {"images": {"step": 3, "weights": "raw"}}, "scores": {}})
+    )
     for step in (2, 3):
-        images = {"step": step, "solver": "ddim", "spacing": "leading", "steps": 4, "guidance": 1.0}
+        images = {"step": step, "weights": "ema", "solver": "ddim", "spacing": "leading", "steps": 4, "guidance": 1.0}
         result = {
             "protocol": {"n": 50, "reference": "abc", "images": images},
             "scores": {"FD-classifier": {"value": step / 2, "low": 1, "high": 2}},
