@@ -97,7 +97,7 @@ def test_a_topology_that_is_none_is_one_line(topology, words):
 
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'madformer-jax\[aot\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'libtpu>="):
         aot.run(tiny.get_config(), None, "v5e:2x2")
 
 
