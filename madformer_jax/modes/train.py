@@ -165,7 +165,7 @@ def _resume(
         raise ConfigError(f"config.train.steps={c.train.steps}, but {workdir} has been trained for {step} steps.")
     checkpoints.drop_after(step)
     before, now = fields.flat(checkpoint.stored_config(workdir) or {}), fields.flat(c)
-    for name in ("train.steps", "train.accumulate"):
+    for name in ("train.steps", "train.accumulate", *checkpoint.RATES):
         if before.get(name, now[name]) != now[name]:
             logging.info("config.%s was %s and is %s from here on", name, before[name], now[name])
     data.set_state(position)

@@ -35,7 +35,8 @@ T = TypeVar("T")
 _ORBAX = os.path.join("orbax", "checkpoint")
 
 # What may differ when a run goes on; every other field of these sections must stay as it was.
-_FIXED_SECTIONS = ("model", "loss", "codec", "data", "train", "optimizer")
+_FIXED_SECTIONS = ("model", "text", "loss", "codec", "data", "train", "optimizer")
+RATES = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup", "optimizer.decay")
 _FREE = {
     "model.attention", "model.remat", "model.scan_unroll",  # how, not what, is computed
     "data.threads", "data.batches_ahead",
@@ -43,7 +44,8 @@ _FREE = {
     "data.max_corrupt",  # which the error asks to raise
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "train.keep_every",
     "train.evaluate_every", "train.evaluate_n",
-    "train.steps", "train.accumulate",  # the run is told so
+    "text.truncate",
+    "train.steps", "train.accumulate", *RATES,  # the run is told so
     "train.init_from",  # read at the start only
 }  # fmt: skip
 OF_THE_MODEL = (

@@ -229,12 +229,13 @@ def test_one_training_a_workdir(plain, tmp_path):
 # ---- what may and may not change
 
 
-def test_steps_and_accumulation_may_change_and_the_schedule_follows(half, plain, caplog):
+def test_steps_accumulation_and_rate_may_change_and_the_schedule_follows(half, plain, caplog):
     caplog.set_level(logging.INFO, "absl")
-    plain.train.steps, plain.train.accumulate = 5, 2
+    plain.train.steps, plain.train.accumulate, plain.optimizer.learning_rate = 5, 2, 5e-4
     assert train.run(plain, str(half))["step"] == 5
     assert "config.train.steps was 6 and is 5" in caplog.text
     assert "config.train.accumulate was 1 and is 2" in caplog.text
+    assert "config.optimizer.learning_rate was 0.001 and is 0.0005" in caplog.text
     assert reports(half)[-1]["learning_rate"] == float(training.learning_rate(plain)(4))
     assert json.loads((half / "config.json").read_text())["train"]["steps"] == 5
     plain.train.steps = 4
@@ -249,6 +250,8 @@ def test_steps_and_accumulation_may_change_and_the_schedule_follows(half, plain,
         ("train.batch", 4),
         ("seed", 1),
         ("loss.hidden", 0.5),
+        ("text.tokenizer", "other.json"),
+        ("optimizer.clip", 2.0),
         ("data.flip", True),
         ("data.split", "all"),
     ],
