@@ -246,16 +246,10 @@ def test_steps_accumulation_and_rate_may_change_and_the_schedule_follows(half, p
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model.width", 8),
-        ("train.batch", 4),
-        ("seed", 1),
-        ("loss.hidden", 0.5),
-        ("text.tokenizer", "other.json"),
-        ("optimizer.clip", 2.0),
-        ("data.flip", True),
-        ("data.split", "all"),
+        ("model.width", 8), ("train.batch", 4), ("seed", 1), ("loss.hidden", 0.5), ("optimizer.clip", 2.0),
+        ("text.tokenizer", "other.json"), ("data.flip", True), ("data.split", "all"),
     ],
-)
+)  # fmt: skip
 def test_a_workdir_of_another_config_is_refused_by_field(half, plain, field, value):
     plain.update_from_flattened_dict({field: value})
     with pytest.raises(ConfigError, match=rf"config\.{field} was .* and is {value!r}") as error:
