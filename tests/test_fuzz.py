@@ -356,7 +356,7 @@ OTHERS = """
     --workdir={run} --config.model.width=32
     --workdir={run} --config.model.rope=release
     --workdir={run} --config.seed=1
-    --workdir={run} --config.optimizer.learning_rate=1
+    --workdir={run} --config.optimizer.b2=0.5
     --workdir={run} --config.data.source=folder --config.data.path={images}
     --workdir={run} --config.train.batch=16
     --workdir={hollow}

@@ -48,7 +48,7 @@ def test_networks_have_a_table_and_a_hash():
     assert TOY.describe() == {"name": "toy", "weights": fingerprint(TOY.params), "dims": 3, "made": "here"}
     other = {"w": np.float32([1, 2, 3.0001])}
     assert len({fingerprint(x) for x in (TOY.params, other, {"v": other["w"]}, {"w": other["w"][None]})}) == 4
-    with pytest.raises(ConfigError, match="'inception', 'classifier'"):
+    with pytest.raises(ConfigError, match="'inception', 'attributes', 'classifier'"):
         features.open_network("dino", "")
     for wrong in (np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8)):
         with pytest.raises(ConfigError, match="toy"):
