@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from madformer_jax import codec, drawing, flops, prompts
@@ -41,13 +40,15 @@ class Price(NamedTuple):
 class Model:
     """A trained model; `load` makes one. Programs are compiled once for each shape and each setting that is no number of theirs."""
 
-    def __init__(self, config: ConfigDict, params: Any, labels: Sequence[str] = ()):
+    def __init__(self, config: ConfigDict, params: Any, labels: Sequence[str] = (), codec_params: Any = None):
         self.config = config  # as it was trained, with what `sample` and `stream` take by default
         self.params = params
         self.labels = tuple(labels)  # names of the classes, where the data have some
         self._mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         self._model, self._codec = madformer.build(config), codec.build(config)
-        self._codec_params = jax.device_put(self._codec.load(), partitioning.replicated(self._mesh))
+        if codec_params is None:
+            codec_params = jax.device_put(self._codec.load(), partitioning.replicated(self._mesh))
+        self._codec_params = codec_params
         self._programs: dict[Any, Any] = {}
 
     def sample(self, n: int | None = None, **settings: Any) -> np.ndarray:
@@ -92,7 +93,7 @@ class Model:
         """What an image costs in so many solver steps; by default those of the config."""
         given = {"steps": steps, "guidance": guidance}
         c = self._settings(1, {name: value for name, value in given.items() if value is not None})
-        return Price(flops.nfe(c) * flops.guidance_branches(c), flops.sampling(c).total)
+        return Price(flops.passes(c), flops.sampling(c).total)
 
     def _settings(self, n: int | None, given: Mapping[str, Any]) -> ConfigDict:
         """The config with the settings of a call.
@@ -130,10 +131,8 @@ class Model:
         s, m, sizes, began = c.sample, c.model, sizes_of(c), time.monotonic()
         branches = flops.guidance_branches(c)
         coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
-        clean_t = int(coefficients.t[-1]) if m.clean_timestep == "noisy" else 0
-        begin, condition, step, extend, show = self._program(
-            ("parts", branches, s.clip, clean_t), lambda: self._parts(c)
-        )
+        what = branches == 2, s.clip, sampler.clean_timestep(self._model, coefficients)
+        begin, condition, step, extend, show = self._program(("parts", *what), lambda: self._parts(*what))
         rows = list(zip(solvers.rows(coefficients), drawing.scales(c)))
         given = drawing.given_noise(c)
         if given is None:
@@ -162,16 +161,17 @@ class Model:
             if block + 1 < sizes.blocks:
                 cache, pred = extend(cache, state.x, own, block)
 
-    def _parts(self, c: ConfigDict) -> tuple[Any, ...]:
-        """What a block goes through (`sampler.Parts`), each compiled once for all blocks and steps, and what shows latent blocks."""
-        s, sizes = c.sample, sizes_of(c)
-        coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
+    def _parts(self, *what: Any) -> tuple[Any, ...]:
+        """What a block goes through, each compiled once for all blocks and steps, and what shows latent blocks.
+
+        Args:
+          what: the fields of `sampler.Parts` behind model and parameters.
+        """
+        sizes = sizes_of(self.config)
 
         def part(name: str) -> Any:
             def run(params: Any, *args: Any) -> Any:
-                guided = flops.guidance_branches(c) == 2
-                parts = sampler.parts_of(self._model, params, coefficients, guided=guided, clip=s.clip)
-                return getattr(parts, name)(*args)
+                return getattr(sampler.Parts(self._model, params, *what), name)(*args)
 
             return self._jitted(run, self.params)
 
@@ -208,6 +208,15 @@ def load(path: str) -> Model:
         raise ConfigError(f"there is no {file}: give the workdir of a training, an export or a converted release.")
     c = config_lib.restored(saved, file)
     config_lib.validate(c)
+    return of_workdir(c, path)
+
+
+def of_workdir(c: ConfigDict, path: str) -> Model:
+    """The model in a folder, by a validated config, which may name another mesh or codec than the folder's own.
+
+    Raises:
+      ConfigError: there is none, or it is damaged.
+    """
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     item = "ema" if c.sample.weights == "ema" else "params"
     target = drawing.abstract_params(madformer.build(c), mesh)
@@ -216,17 +225,16 @@ def load(path: str) -> Model:
     checkpoint.require(path)
     with partitioning.scope(mesh), checkpoint.Checkpoints(path, read_only=True) as checkpoints:
         step, restored, _ = checkpoints.restore({item: target})
-        names = checkpoints.meta(step).get("data", {}).get("names", ())
+        names = checkpoints.class_names(step)
     return Model(c, restored[item], names)
 
 
 def _of_tensors(c: ConfigDict, path: str, target: Any) -> Model:
     """The model of an export's model.safetensors."""
     tensors, about, _ = files.read_state_dict(path)
-    shapes = {".".join(name): x for name, x in flatten_dict(target).items()}
-    files.check_tensors({name: x.shape for name, x in shapes.items()}, tensors, path)
-    params = {tuple(name.split(".")): jax.device_put(tensors[name], x.sharding) for name, x in shapes.items()}
-    return Model(c, unflatten_dict(params), (about or {}).get("names", ()))
+    tree = files.as_tree(tensors, target, path)
+    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tree, target)
+    return Model(c, params, (about or {}).get("names", ()))
 
 
 def _from_hub(name: str) -> str:

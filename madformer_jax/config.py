@@ -133,9 +133,7 @@ def base() -> ConfigDict:
     c.sample.batch = 64  # images drawn at once, over all devices
     c.sample.shard = 256  # images in a file: what is drawn again after a kill, at most
     c.sample.grid = 64  # the first images, shown in the PNG of a sampling and of a training's step
-    c.sample.film = (
-        ""  # "webp": how the images of the grid come into being, block by block, as an animation (--mode=sample)
-    )
+    c.sample.film = ""  # "webp": an animation of how the images of the grid come into being (--mode=sample)
     c.sample.solver = "dpmpp_2m"  # ddim | dpmpp_2m
     c.sample.spacing = "trailing"  # trailing | leading | linspace
     c.sample.steps = 50

@@ -14,10 +14,10 @@ from einops import rearrange
 from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
-from PIL import Image
 
 from madformer_jax import codec, prompts
 from madformer_jax import config as config_lib
+from madformer_jax.data import preprocess
 from madformer_jax.data.text import Texts
 from madformer_jax.diffusion import guidance, sampler, schedule
 from madformer_jax.errors import ConfigError, first_line
@@ -267,8 +267,7 @@ def as_rows(images: np.ndarray) -> np.ndarray:
 
 def write_png(path: storage.Path, image: np.ndarray) -> None:
     """Writes uint8 (H, W, 1 or 3) so that the file is whole or not there."""
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    storage.write(path, lambda file: picture.save(file, format="png"))
+    storage.write(path, lambda file: preprocess.picture(image).save(file, format="png"))
 
 
 def abstract_params(model: MADFormer, mesh: jax.sharding.Mesh) -> Any:

@@ -272,6 +272,11 @@ def guidance_branches(c: ConfigDict) -> int:
     return 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
 
 
+def passes(c: ConfigDict) -> float:
+    """Full-model passes over an image in sampling, both of a guided step."""
+    return nfe(c) * guidance_branches(c)
+
+
 # ---- rates
 
 # Dense FLOP/s of one JAX device from the makers' data sheets: part of `device_kind` -> (bfloat16, float32 as JAX computes

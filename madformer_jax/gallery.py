@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 
 LARGEST = 3_000_000  # bytes of a page, above which it is too slow to open from afar
@@ -87,7 +87,7 @@ def shrunk(images: np.ndarray) -> np.ndarray:
     factor = math.ceil(max(images.shape[1:3]) / SIDE)
     if factor == 1:
         return images
-    pictures = [np.asarray(_picture(image).reduce(factor)) for image in images]
+    pictures = [np.asarray(preprocess.picture(image).reduce(factor)) for image in images]
     return np.stack(pictures).reshape(len(images), *pictures[0].shape[:2], images.shape[-1])
 
 
@@ -120,15 +120,10 @@ def _told(recording: Recording, quality: int | None, room: int) -> dict[str, Any
 
 def _thinned(recording: Recording, stride: int) -> Recording:
     """Of the frames within a block, each `stride`-th; the last one of a block always."""
-    blocks = [frame.block for frame in recording.frames]
-    kept = [
-        i
-        for i, (frame, (block, following)) in enumerate(
-            zip(recording.frames, itertools.pairwise([*blocks, None]), strict=True)
-        )
-        if block != following or frame.step % stride == 0
-    ]
-    return recording._replace(frames=[recording.frames[i] for i in kept], images=recording.images[kept])
+    frames = recording.frames
+    last = {frame.block: i for i, frame in enumerate(frames)}  # of each block
+    kept = [i for i, frame in enumerate(frames) if frame.step % stride == 0 or i == last[frame.block]]
+    return recording._replace(frames=[frames[i] for i in kept], images=recording.images[kept])
 
 
 def _changes(images: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
@@ -168,12 +163,8 @@ def _sheet(images: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
     return sheet
 
 
-def _picture(image: np.ndarray) -> Image.Image:
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
 def _webp(image: np.ndarray, quality: int | None) -> bytes:
     file = io.BytesIO()
     how = {"lossless": True} if quality is None else {"quality": quality}
-    _picture(image).convert("RGB").save(file, "webp", method=4, **how)
+    preprocess.picture(image).convert("RGB").save(file, "webp", method=4, **how)
     return file.getvalue()

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -73,8 +74,7 @@ def test_the_mode_records_a_model(tmp_path, one_device):
             6, {"ema": random_params(madformer.build(c))}, None, {"step": 6, "data": {"names": ["cat", "dog", "cow"]}}
         )
     checkpoint.write_config(c, str(tmp_path))
-    page = (tmp_path / "gallery" / "index.html") if mode.run(c, str(tmp_path)) else None
-    content = page.read_text()
+    content = pathlib.Path(mode.run(c, str(tmp_path))["page"]).read_text()
     assert '"captions": ["cat", "dog"]' in content and "steps 1" in content and "steps 3" in content
     images = madformer_jax.load(str(tmp_path)).sample(labels=["cat", "dog"], steps=3)
     for number in range(2):

@@ -8,6 +8,7 @@ D; at equal passes it takes more steps. Both are drawn.
 
 from ml_collections import ConfigDict
 
+from madformer_jax import flops
 from madformer_jax.testbed.sweep import Sweep, config_beside, grid
 
 
@@ -17,13 +18,13 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 def sweep(variant: str = "digits") -> Sweep:
     c = get_config(variant)
-    layers, guided = c.model.depth, 1 + (c.sample.guidance != 1)  # times that a step runs the model
+    layers, branches = c.model.depth, flops.guidance_branches(c)
     paper = variant in ("ffhq1024", "imagenet256")
     return Sweep(
         question="Is a small D better under a small sampling budget, and a large D under a large one?",
         runs=grid({"model.diffusion_depth": [layers * k // 4 for k in (1, 2, 3, 4)]}, seeds=3),
         sample_budgets={
             "steps": (5, 10, 25, 50, 100, 250) if paper else (1, 2, 4, 8, 16, 32),
-            "passes": (5, 10, 25, 50, 100) if paper else [passes * guided for passes in (2, 4, 8, 16)],
+            "passes": (5, 10, 25, 50, 100) if paper else [passes * branches for passes in (2, 4, 8, 16)],
         },
     )

@@ -89,9 +89,14 @@ class Table(NamedTuple):
         return {**self._asdict(), "resize": "pillow-bicubic"}
 
 
+def picture(image: np.ndarray) -> Image.Image:
+    """Of uint8 (H, W, 1 or 3)."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def _open(image: bytes | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
-        return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        return picture(image)
     decoded: Image.Image = Image.open(io.BytesIO(image))
     ImageOps.exif_transpose(decoded, in_place=True)
     return decoded

@@ -4,7 +4,6 @@ For block i: the AR layers once, then the diffusion layers at every solver step,
 block (`Parts`). In `sample` all blocks run in one loop of one program.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -68,8 +67,9 @@ class Parts(NamedTuple):
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
-def parts_of(model: MADFormer, params: Any, coefficients: solvers.Coefficients, *, guided: bool, clip: float) -> Parts:
-    return Parts(model, params, guided, clip, int(coefficients.t[-1]) if model.clean_timestep == "noisy" else 0)
+def clean_timestep(model: MADFormer, coefficients: solvers.Coefficients) -> int:
+    """The timestep that finished blocks are given: 0, or that of the last solver step."""
+    return int(coefficients.t[-1]) if model.clean_timestep == "noisy" else 0
 
 
 def sample(
@@ -105,7 +105,7 @@ def sample(
     coefficients = solvers.coefficients(solver, spacing, steps)
     blocks = noise.shape[1]
     guided = tokens is not None and (isinstance(guidance, Array) or guidance != 1.0)
-    parts = parts_of(model, params, coefficients, guided=guided, clip=clip)
+    parts = Parts(model, params, guided, clip, clean_timestep(model, coefficients))
 
     def one_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:
         cache, pred = carry
@@ -123,10 +123,13 @@ def sample(
         last, w = jax.tree.map(lambda r: r[-1], rows)
         state, own = parts.step(cache, condition, state, last, w, block)
         z = state.x
+
+        def extend(cache: ModelCache, pred: Array) -> tuple[ModelCache, Array]:
+            return parts.extend(cache, z, own, block)
+
         if isinstance(block, int):
-            return (parts.extend(cache, z, own, block) if block + 1 < blocks else carry), z
-        extend = functools.partial(parts.extend, z=z, own=own, block=block)
-        return jax.lax.cond(block + 1 < blocks, lambda cache, pred: extend(cache), lambda *same: same, cache, pred), z
+            return (extend(cache, pred) if block + 1 < blocks else carry), z
+        return jax.lax.cond(block + 1 < blocks, extend, lambda *same: same, cache, pred), z
 
     carry = parts.begin(noise, tokens, lengths)
     if blocks == 1 or unroll:

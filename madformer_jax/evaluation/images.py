@@ -8,7 +8,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image, ImageFilter
+from PIL import ImageFilter
 
 from madformer_jax.data import pipeline, preprocess, sources
 from madformer_jax.data.source import Source, fingerprint
@@ -239,7 +239,7 @@ def _degraded(images: Images, how: str) -> Images:
             return found
         if kind == "blur":
             blur = ImageFilter.GaussianBlur(strength)
-            each = [Image.fromarray(x[..., 0] if x.shape[-1] == 1 else x).filter(blur) for x in pixels]
+            each = [preprocess.picture(x).filter(blur) for x in pixels]
             return found._replace(images=np.stack([np.asarray(x) for x in each]).reshape(pixels.shape))
         noise = [np.random.default_rng(int(n)).normal(0, strength, pixels.shape[1:]) for n in found.numbers]
         return found._replace(images=np.clip(np.round(pixels + np.stack(noise)), 0, 255).astype(np.uint8))

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from madformer_jax.errors import ConfigError
@@ -24,7 +23,7 @@ def resized(images: Array, side: int) -> Array:
 
 def save(path: str, network: Any) -> None:
     """Writes a NamedTuple of `params` and what the network knows of itself to a file (`files.SUFFIXES`)."""
-    tensors = {".".join(name): np.asarray(x) for name, x in flatten_dict(network.params).items()}
+    tensors = {name: np.asarray(x) for name, x in files.by_name(network.params).items()}
     files.write_state_dict(path, tensors, {name: x for name, x in network._asdict().items() if name != "params"})
 
 
@@ -45,5 +44,4 @@ def load(path: str, kind: Any, what: str, init: Callable[[Mapping[str, Any]], An
     except KeyError:
         raise ConfigError(f"{path} is no {what}.") from None
     shapes = jax.eval_shape(lambda: init(about))
-    files.check_tensors({".".join(name): x.shape for name, x in flatten_dict(shapes).items()}, tensors, path)
-    return kind(params=unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()}), **about)
+    return kind(params=files.as_tree(tensors, shapes, path), **about)

@@ -108,7 +108,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 if setting.sample.weights != weights:
                     continue
                 likely = functools.partial(likelihood.scores, setting, model, params, mesh)
-                config_lib.number_labels(setting, checkpoints.meta(step).get("data", {}).get("names", ()))
+                config_lib.number_labels(setting, checkpoints.class_names(step))
                 s = setting.sample
                 drawn = json.loads(s.to_json())  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
@@ -180,7 +180,7 @@ def _cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
     """What an image costs; the median over batches leaves out those that compiled."""
     return {
         "solver_steps": c.sample.steps,
-        "passes": flops.nfe(c) * flops.guidance_branches(c),
+        "passes": flops.passes(c),
         "flops": flops.sampling(c).total,
         "seconds": float(np.median(seconds[:, 0] / seconds[:, 1])),
     }

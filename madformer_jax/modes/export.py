@@ -4,15 +4,13 @@ workdir/export/ is what the Hugging Face hub takes: config.json, model.safetenso
 --mode=evaluate found), grid.png; and checkpoints/, from which every mode reads.
 """
 
-import functools
 import json
 import math
-from typing import IO, Any
+from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from madformer_jax import card, drawing
@@ -58,23 +56,18 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any]) -> None:
     """What the hub shows and other programs read."""
-    tensors = {".".join(name): x for name, x in flatten_dict(params).items()}
+    tensors = files.by_name(params)
     if not storage.is_remote(exported):  # safetensors writes local files
         names = meta.get("data", {}).get("names", [])
         files.write_state_dict(f"{exported}/model.safetensors", tensors, {"step": step, "names": names})
     grid = _grid(workdir, step)
     if grid is not None:
-        content = grid.read_bytes()
-        storage.write(epath.Path(exported) / "grid.png", functools.partial(_put, content))
+        storage.write_bytes(f"{exported}/grid.png", grid.read_bytes())
     found = [storage.read_json(path) for path in sorted((epath.Path(workdir) / "evaluations").glob("*.json"))]
     of_these = {"step": step, "weights": "ema"}
     results = [x for x in found if of_these.items() <= x["protocol"]["images"].items()]
     parameters = sum(math.prod(x.shape) for x in tensors.values())
     storage.write_text(f"{exported}/README.md", card.text(c, step, parameters, results, grid is not None))
-
-
-def _put(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
 
 
 def _grid(workdir: str, step: int) -> epath.Path | None:

@@ -34,7 +34,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     grid = _settings(c)
     for setting in grid:
         config_lib.validate(setting)
-    model = api.load(workdir)
+    model = api.of_workdir(c, workdir)
     for setting in grid:
         config_lib.number_labels(setting, model.labels)
     recordings = [_record(model, setting, name) for setting, name in zip(grid, _names(grid))]

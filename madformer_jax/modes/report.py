@@ -6,9 +6,8 @@ Writes to workdir/report: index.html, which holds everything, tables.md, results
 same results give the same bytes.
 """
 
-import functools
 import os
-from typing import IO, Any
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -37,11 +36,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         files[f"figures/{panel.name}.svg"], files[f"figures/{panel.name}.png"] = panel.svg, panel.png
     folder = os.path.join(workdir, "report")
     for name, content in files.items():
-        storage.write(os.path.join(folder, name), functools.partial(_put, content))
+        storage.write_bytes(os.path.join(folder, name), content)
     path = os.path.join(folder, "index.html")
     logging.info("wrote %s: %s", path, contents.status(found))
     return {"report": path, "runs": len(found.runs), "missing": len(found.missing)}
-
-
-def _put(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)

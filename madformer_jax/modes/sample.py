@@ -21,11 +21,11 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from PIL import Image
 from tqdm import tqdm
 
 from madformer_jax import api, codec, drawing, progress, prompts
 from madformer_jax import config as config_lib
+from madformer_jax.data import preprocess
 from madformer_jax.drawing import Drawn
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import attention, madformer
@@ -90,7 +90,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             logging.warning("these images are of step %d: the newest checkpoint, of step %s, is damaged.", step, newest)
     if s.film:
         with storage.errors(f"{folder} cannot be written"):
-            _write_film(c, folder / "film.webp", api.Model(c, params))
+            _write_film(c, folder / "film.webp", api.Model(c, params, codec_params=codec_params))
     seconds = time.monotonic() - began
     return {"folder": str(folder), "step": step, "n": s.n, "drawn": len(numbers), "seconds": seconds}
 
@@ -101,7 +101,7 @@ def _restore(c: ConfigDict, workdir: str, target: Any) -> tuple[int, int | None,
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         newest = checkpoints.last
         step, restored, _ = checkpoints.restore({item: target}, step=None if step < 0 else step)
-        config_lib.number_labels(c, checkpoints.meta(step).get("data", {}).get("names", ()))
+        config_lib.number_labels(c, checkpoints.class_names(step))
     return step, newest, restored[item]
 
 
@@ -115,7 +115,7 @@ def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:
         if not i % every or frame.step == c.sample.steps:
             large = frame.images if words else frame.images.repeat(times, axis=1).repeat(times, axis=2)
             grid = drawing.as_grid(prompts.below(large, words))
-            shown.append(Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid))
+            shown.append(preprocess.picture(grid))
     lasting = [FRAME_MS] * (len(shown) - 1) + [LAST_MS]
     first, *others = shown
     storage.write(

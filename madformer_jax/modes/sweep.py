@@ -322,7 +322,7 @@ def _draw_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
     item, target = "ema" if c.sample.weights == "ema" else "params", drawing.abstract_params(model, mesh)
     with partitioning.scope(mesh), checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         step, trees, _ = checkpoints.restore({item: target})
-        config_lib.number_labels(c, checkpoints.meta(step).get("data", {}).get("names", ()))
+        config_lib.number_labels(c, checkpoints.class_names(step))
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
         rows = []
         for c.sample.steps in steps:

@@ -253,6 +253,10 @@ class Checkpoints:
             return candidate, trees, restored["data"] if data else None
         raise ConfigError(f"no checkpoint in {self.path} can be restored: {problem}.")
 
+    def class_names(self, step: int) -> list[str]:
+        """Of the data that the step's model was trained on; empty where they name none. Raises as `meta`."""
+        return list(self.meta(step).get("data", {}).get("names", ()))
+
     def meta(self, step: int) -> dict[str, Any]:
         """What `save` was told that a reader should know.
 

@@ -80,13 +80,18 @@ def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
         raise OSError(errno.EIO, f"{there} of {size} bytes arrived", os.fspath(path))
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """See `write`."""
 
     def put(file: IO[bytes]) -> None:
-        file.write(text.encode())
+        file.write(content)
 
     write(path, put)
+
+
+def write_text(path: Path, text: str) -> None:
+    """See `write`."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:

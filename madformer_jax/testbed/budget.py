@@ -76,7 +76,7 @@ def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = 
         return timing.seconds(steps)
     c = c.copy_and_resolve_references()
     c.sample.steps = steps
-    return flops.sampling(c).total if kind == "flops" else flops.nfe(c) * flops.guidance_branches(c)
+    return flops.sampling(c).total if kind == "flops" else flops.passes(c)
 
 
 def _checked(what: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:

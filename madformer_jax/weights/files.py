@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 from absl import logging
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
@@ -37,6 +38,17 @@ class StateDict(NamedTuple):
     tensors: dict[str, np.ndarray]
     args: dict[str, Any] | None  # the release's training arguments
     weights: str  # which set of weights was taken: "ema", "model", or "" where the file holds just one
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of nested dicts, by their names from the top, joined by dots."""
+    return {".".join(path): x for path, x in flatten_dict(tree).items()}
+
+
+def as_tree(tensors: Mapping[str, np.ndarray], shapes: Any, what: str) -> Any:
+    """What `by_name` made flat, compared with a tree of `shapes` first; see `check_tensors` for `what` and the errors."""
+    check_tensors({name: x.shape for name, x in by_name(shapes).items()}, tensors, what)
+    return unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()})
 
 
 def check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray], what: str) -> None:
