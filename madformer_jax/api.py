@@ -111,6 +111,8 @@ class Model:
                 n, given[name] = len(values) if n is None else n, joint.join(values)
         c.sample.n = 1 if n is None else n
         for name, value in given.items():
+            if name in ("weights", "step"):
+                raise ConfigError(f"{name}={value!r}: the weights of a model were chosen when it was loaded.")
             if name not in c.sample:
                 raise ConfigError(f"{name}={value!r}: there is no such setting of sampling: {', '.join(c.sample)}.")
             try:
@@ -212,7 +214,7 @@ def load(path: str) -> Model:
 
 
 def of_workdir(c: ConfigDict, path: str) -> Model:
-    """The model in a folder, by a validated config, which may name another mesh or codec than the folder's own.
+    """The model in a folder, by a validated config, which may name another step, mesh or codec than the folder's own.
 
     Raises:
       ConfigError: there is none, or it is damaged.
@@ -224,7 +226,7 @@ def of_workdir(c: ConfigDict, path: str) -> Model:
         return _of_tensors(c, tensors, target)
     checkpoint.require(path)
     with partitioning.scope(mesh), checkpoint.Checkpoints(path, read_only=True) as checkpoints:
-        step, restored, _ = checkpoints.restore({item: target})
+        step, restored, _ = checkpoints.restore({item: target}, step=None if c.sample.step < 0 else c.sample.step)
         names = checkpoints.class_names(step)
     return Model(c, restored[item], names)
 

@@ -83,6 +83,7 @@ def test_a_wrong_setting_is_one_line_before_anything_is_drawn(model):
         ({"stepz": 3}, "no such setting"),
         ({"steps": 0}, "steps"),
         ({"guidance": "much"}, "guidance='much'"),
+        ({"weights": "raw"}, "chosen when it was loaded"),
         ({"every": "pixel"}, "'block' or 'step'"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -68,6 +68,9 @@ def test_a_page_stays_small_and_says_where_it_cannot():
 
 def test_the_mode_records_a_model(tmp_path, one_device):
     c = tiny.get_config("plain")
+    c.gallery.grid = "weights=ema,raw"
+    with pytest.raises(ConfigError, match="one page shows one set of weights"):
+        mode.run(c, str(tmp_path))
     c.model.classes, c.gallery.n, c.gallery.grid = 3, 2, "steps=1,3"
     with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
         checkpoints.save(

@@ -2,7 +2,7 @@
 
     python -m madformer_jax.main --mode=gallery --workdir=runs/digits --config.gallery.grid="steps=4,20"
 
-Writes workdir/gallery/index.html from the newest checkpoint.
+Writes workdir/gallery/index.html from the newest checkpoint, or from `sample.step`.
 """
 
 import os
@@ -34,6 +34,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     grid = _settings(c)
     for setting in grid:
         config_lib.validate(setting)
+        if setting.sample.weights != c.sample.weights:
+            raise ConfigError(
+                "config.gallery.grid: one page shows one set of weights: choose it by config.sample.weights."
+            )
     model = api.of_workdir(c, workdir)
     for setting in grid:
         config_lib.number_labels(setting, model.labels)
