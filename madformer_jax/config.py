@@ -163,6 +163,12 @@ def base() -> ConfigDict:
     c.gallery.n = 8  # images
     c.gallery.grid = ""  # settings to set side by side, as in evaluate.grid; "": a fifth of the solver steps, and all
 
+    c.demo = ConfigDict()  # --mode=demo
+    c.demo.n = 4  # images a side
+    c.demo.other = ""  # workdir or export of a second model to set beside the workdir's
+    c.demo.host = "127.0.0.1"  # address to serve at; "0.0.0.0": all of this machine's
+    c.demo.port = 7860  # 0: any that is free
+
     c.convert = ConfigDict()  # --mode=convert: one of the first four
     c.convert.release = ""  # the release's checkpoint, to a workdir
     c.convert.vae = ""  # a diffusers folder or hub id, to workdir/vae

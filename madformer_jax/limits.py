@@ -59,6 +59,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.clean": (0, math.inf),
     "loss.text": (0, math.inf),
     "gallery.n": (1, 64),
+    "demo.n": (1, 64),
+    "demo.port": (0, 65535),
     "codec.scaling_factor": (1e-6, math.inf),
     "data.drawings": (1, math.inf),
     "data.channels": (1, math.inf),

@@ -25,6 +25,7 @@ _SECTIONS = {
     "compile": ("model", "train", "sample", "mesh"),
     "export": ("sample",),
     "gallery": ("sample",),
+    "demo": ("sample",),
     "sweep": ("model", "train", "evaluate", "sample"),
 }
 

@@ -1,0 +1,234 @@
+"""--mode=demo: a page to draw with, two settings or two models side by side at equal cost (needs gradio).
+
+    python -m madformer_jax.main --mode=demo --workdir=runs/digits [--config.demo.other=runs/other] [--config.demo.port=7860]
+
+Serves the newest checkpoint, or `sample.step`, until it is interrupted.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from madformer_jax import api, drawing, limits
+from madformer_jax import config as config_lib
+from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.runtime import checkpoint
+
+_SIDE = 384  # pixels of the picture of a side, at least: smaller ones are enlarged
+_CSS = ".drawn img {image-rendering: pixelated}"
+
+
+class Shown(NamedTuple):
+    """A side of the page."""
+
+    frame: api.Frame | None  # None: nothing is drawn yet
+    seconds: float  # of drawing, without the other side's
+
+    @property
+    def passes(self) -> float:
+        """Of the full model, for an image."""
+        return self.frame.passes if self.frame else 0.0
+
+
+def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Serves the page until an interrupt.
+
+    Raises:
+      ConfigError: gradio is missing, a setting is wrong, there is no checkpoint, or the port is taken.
+    """
+    config_lib.validate(c)
+    _gradio()
+    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
+    models = {_name(workdir): api.of_workdir(c, workdir)}
+    if c.demo.other:
+        other = api.load(c.demo.other)
+        _check_alike(models[_name(workdir)], other)
+        models[_name(c.demo.other) + " (other)" * (_name(c.demo.other) in models)] = other
+    served = serve(page(models, c.demo.n), c.demo.host, c.demo.port)
+    logging.info("the page is at %s; Ctrl-C ends it", served.local_url)
+    try:
+        threading.Event().wait()
+    finally:
+        served.close(verbose=False)
+    return {}
+
+
+def race(models: Sequence[api.Model], settings: Sequence[Mapping[str, Any]], every: str) -> Iterator[list[Shown]]:
+    """Draws on each side at its settings, the side that has cost fewer passes first, and shows all sides after each frame.
+
+    The first showing is of nothing: what follows it may take a while to compile, and is timed once it has been compiled.
+
+    Args:
+      settings: of each side, as `api.Model.stream` takes them.
+      every: "block" or "step".
+
+    Raises:
+      ConfigError: a setting is wrong, or a value is not finite.
+    """
+    streams = [model.stream(every=every, **given) for model, given in zip(models, settings)]
+    shown = [Shown(None, 0.0) for _ in models]
+    yield list(shown)
+    for model, given in zip(models, settings):
+        for _ in model.stream(**{**given, "steps": 2}):
+            pass
+    running = set(range(len(models)))
+    while running:
+        side = min(running, key=lambda i: shown[i].passes)
+        began = time.monotonic()
+        frame = next(streams[side], None)
+        if frame is None:
+            running.remove(side)
+            continue
+        shown[side] = Shown(frame, shown[side].seconds + time.monotonic() - began)
+        yield list(shown)
+
+
+def page(models: Mapping[str, api.Model], n: int) -> Any:
+    """The page, a `gradio.Blocks`: n images a side, of any of the models."""
+    gr, first = _gradio(), next(iter(models.values()))
+    names, sample = list(models), first.config.sample
+    about = "  \n".join(
+        f"**{name}**: N = {m.depth} layers, of which D = {m.diffusion_depth} run at every solver step, L = {m.blocks} blocks"
+        for name, m in ((name, model.config.model) for name, model in models.items())
+    )
+    with gr.Blocks(title="MADFormer", analytics_enabled=False) as blocks:
+        gr.Markdown(
+            "# One transformer, part autoregressive, part diffusion\nAn image comes into being block after block. The side that "
+            f"has cost fewer passes goes on first, so that both have always cost about the same.\n\n{about}"
+        )
+        with gr.Row():
+            what = _what(gr, first)
+            seed = gr.Number(first.config.seed, label="seed", precision=0, minimum=0)
+            every = gr.Radio(["block", "step"], value="block", label="show every")
+        with gr.Row():
+            draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
+        controls, pictures, figures = [], [], []
+        with gr.Row():
+            for side in range(2):
+                with gr.Column(min_width=280):
+                    fewer = sample.steps if side else max(1, sample.steps // 5)
+                    controls += [
+                        gr.Dropdown(names, value=names[-1 if side else 0], label="model", visible=len(names) > 1),
+                        gr.Dropdown(list(limits.CHOICES["sample.solver"]), value=sample.solver, label="solver"),
+                        gr.Slider(1, 100, value=fewer, step=1, label="solver steps"),
+                        gr.Slider(0, 8, value=sample.guidance, step=0.1, label="guidance"),
+                    ]
+                    pictures.append(
+                        gr.Image(
+                            label="left" if side == 0 else "right",
+                            format="png",
+                            interactive=False,
+                            elem_classes="drawn",
+                        )
+                    )
+                    figures.append(gr.Markdown("nothing drawn yet"))
+
+        def drawn(chosen: Any, seed: float, every: str, *given: Any) -> Iterator[list[Any]]:
+            sides = [given[i : i + 4] for i in (0, 4)]
+            shared = {"n": n, "seed": int(seed)} | _chosen(first, chosen, n)
+            settings = [
+                shared | {"solver": solver, "steps": int(steps), "guidance": float(scale)}
+                for _, solver, steps, scale in sides
+            ]
+            chosen_models = [models[name] for name, *_ in sides]
+            try:
+                for shown in race(chosen_models, settings, every):
+                    yield [_picture(one) for one in shown] + [_told(*pair) for pair in zip(chosen_models, shown)]
+            except ConfigError as error:
+                raise gr.Error(str(error), duration=None, print_exception=False) from None
+
+        drawing_event = draw.click(
+            drawn, [what, seed, every, *controls], [*pictures, *figures], concurrency_limit=1, api_name="draw"
+        )
+        stop.click(None, cancels=[drawing_event])
+    return blocks
+
+
+def serve(blocks: Any, host: str, port: int) -> Any:
+    """Starts to serve a page, and returns it.
+
+    Raises:
+      ConfigError: the port is taken.
+    """
+    gr = _gradio()
+    plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fetched from nowhere
+    try:
+        blocks.launch(
+            server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
+            theme=plain, css=_CSS, footer_links=[],
+        )  # fmt: skip
+    except OSError as error:
+        raise ConfigError(
+            f"config.demo.port={port}: {first_line(error)}: choose another one, or 0 for any that is free."
+        ) from None
+    return blocks
+
+
+def _gradio() -> Any:
+    """The package.
+
+    Raises:
+      ConfigError: it is missing.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError:
+        raise ConfigError("--mode=demo needs a package: pip install 'gradio>=6,<7'.") from None
+    return gradio
+
+
+def _check_alike(one: api.Model, other: api.Model) -> None:
+    """Raises ConfigError where two models cannot be told to draw the same."""
+    a, b = one.config, other.config
+    if (a.model.classes, one.labels, a.text.vocabulary) != (b.model.classes, other.labels, b.text.vocabulary):
+        raise ConfigError(
+            "config.demo.other: it draws other classes, or reads other captions, than the workdir's model."
+        )
+
+
+def _name(path: str) -> str:
+    return os.path.basename(path.rstrip("/")) or path
+
+
+def _what(gr: Any, model: api.Model) -> Any:
+    """The field that says what to draw: a prompt, a class, or nothing."""
+    c = model.config
+    if c.text.vocabulary:
+        asked = c.sample.prompts if ":" not in c.sample.prompts else ""
+        return gr.Textbox(asked, label="prompts, with ; between two of them", lines=2, scale=3)
+    names = list(model.labels) or [str(k) for k in range(c.model.classes)]
+    return gr.Dropdown(["all", *names], value="all", label="class", visible=bool(names))
+
+
+def _chosen(model: api.Model, chosen: Any, n: int) -> dict[str, Any]:
+    if model.config.text.vocabulary:
+        return {"prompts": chosen}
+    return {"labels": "" if chosen in ("all", None) else chosen} if model.config.model.classes else {}
+
+
+def _picture(shown: Shown) -> np.ndarray | None:
+    if shown.frame is None:
+        return None
+    grid = drawing.as_grid(shown.frame.images)
+    times = max(1, _SIDE // len(grid))
+    grid = grid.repeat(times, axis=0).repeat(times, axis=1)
+    return grid[..., 0] if grid.shape[-1] == 1 else grid
+
+
+def _told(model: api.Model, shown: Shown) -> str:
+    """What a side has cost so far."""
+    frame = shown.frame
+    if frame is None:
+        return "compiling ..."
+    n, blocks = len(frame.images), model.config.model.blocks
+    return (
+        f"block **{frame.block + 1}** of {blocks}, step {frame.step}; an image so far: **{frame.passes:.2f}** full-model passes, "
+        f"**{shown.seconds / n:.3f}** seconds"
+    )
