@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     c.train.log_every = 50
     c.train.sample_every = 1000
     c.train.checkpoint_every = 1000
+    c.train.judge = True
     c.optimizer.learning_rate = 1.5e-3
     c.optimizer.decay = 0.4  # a short run gains more from a long fall of the rate than from a high one
 

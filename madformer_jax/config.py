@@ -113,6 +113,7 @@ def base() -> ConfigDict:
     c.train.checkpoint_every = 1000
     c.train.evaluate_every = 0  # steps between scores of samples (docs/evaluation.md), and at the end; 0: never
     c.train.evaluate_n = 256  # images that are scored then
+    c.train.judge = False  # at the end, do what --mode=reference and --mode=evaluate do, and judge real images beside
     c.train.keep = 3  # newest checkpoints kept
     c.train.keep_every = 0  # and for ever those at multiples of this step; 0: none
     c.train.init_from = ""  # workdir or export whose weights a new run starts from

@@ -257,6 +257,26 @@ def _holds(path: str, text: bytes) -> bool:
         return content.find(text) >= 0
 
 
+def _judged(config: ConfigDict, workdir: str) -> str:
+    """How good a trained model is, in a sentence, with what real images of the training set score beside it."""
+    from etils import epath
+
+    from madformer_jax.evaluation import places
+    from madformer_jax.modes import evaluate, reference
+
+    c = config.copy_and_resolve_references()
+    if not epath.Path(places.reference_path(c, workdir)).exists():
+        reference.run(c, workdir)
+    found = [evaluate.run(c, workdir)["results"][0]["scores"]]
+    c.evaluate.images = "data:train"
+    found.append(evaluate.run(c, workdir)["results"][0]["scores"])
+    name = next(iter(found[0]))
+    drawn, real = (f"{one[name]['value']:.2f} [{one[name]['low']:.2f}, {one[name]['high']:.2f}]" for one in found)
+    return (
+        f"{name} of {c.evaluate.n} samples: {drawn}; of as many real training images: {real} (0: as the held-out ones)."
+    )
+
+
 # ---- the log
 
 
@@ -328,8 +348,10 @@ def run(argv: Sequence[str]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are things to put away
     with _above_the_log(config):
         result = module.run(config, values.workdir, **extra)
-    if values.mode == "train" and result.get("step") == config.train.steps and _first_process():
-        print(usage.after_training(config, values.workdir))
+    if values.mode == "train" and result.get("step") == config.train.steps:
+        scores = _judged(config, values.workdir) if config.train.judge else ""
+        if _first_process():
+            print(usage.after_training(config, values.workdir, scores))
     return 0 if result.get("fits", True) else 1
 
 

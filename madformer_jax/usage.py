@@ -89,20 +89,23 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def after_training(c: ConfigDict, workdir: str) -> str:
-    """What a training has made, and what to try next."""
+def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
+    """What a training has made, how good it is, and what to try next."""
     chosen = " --config.sample.labels=0,1 --config.sample.guidance=2" if c.model.classes else ""
     command = f"  {_COMMAND} --workdir={workdir} --mode="
-    return "\n".join(
-        [
-            f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard"
-            f" --logdir {workdir}).",
-            "What to try next: draw more, make statistics of held-out images, and judge the model by them:",
-            f"{command}sample --config.sample.n=100{chosen}",
-            f"{command}reference",
-            f"{command}evaluate",
-        ]
-    )  # fmt: skip
+    made = (
+        f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard "
+        f"--logdir {workdir})."
+    )
+    draw = f"{command}sample --config.sample.n=100{chosen}"
+    if scores:
+        steps = f"{max(1, c.sample.steps // 5)},{c.sample.steps}"
+        why = "What to try next: draw more, see what fewer solver steps cost in quality, and watch pictures come into being:"
+        return "\n".join(
+            [made, scores, why, draw, f'{command}evaluate --config.evaluate.grid="steps={steps}"', f"{command}gallery"]
+        )
+    why = "What to try next: draw more, make statistics of held-out images, and judge the model by them:"
+    return "\n".join([made, why, draw, f"{command}reference", f"{command}evaluate"])
 
 
 def _of_all() -> str:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from absl import logging
 
 import madformer_jax.modes.train
 from madformer_jax import config, fields, main, usage
+from madformer_jax.modes import evaluate, reference
 from madformer_jax.runtime import storage
 
 DIGITS = "--config=configs/digits.py"
@@ -104,17 +106,42 @@ def test_help_leaves_out_no_mode_and_no_field():
     assert {section for named in usage._SECTIONS.values() for section in named} <= sections
 
 
+@pytest.mark.parametrize("scores", ["", "FD-classifier of 9 samples: 1"])
 @pytest.mark.parametrize("classes", [0, 10])
-def test_what_a_training_says_to_try_next_can_be_tried(monkeypatch, classes):
+def test_what_a_training_says_to_try_next_can_be_tried(monkeypatch, classes, scores):
     c = config.base()
     c.model.classes = classes
     monkeypatch.setattr(storage, "read_json", {"runs/x/config.json": json.loads(c.to_json())}.get)
     commands = [
-        line.split()[3:] for line in usage.after_training(c, "runs/x").splitlines() if line.startswith("  python")
+        shlex.split(line)[3:]
+        for line in usage.after_training(c, "runs/x", scores).splitlines()
+        if line.startswith("  python")
     ]
     assert len(commands) == 3
     for command in commands:
         config.validate(main.parse(["main", *command])[0])
+
+
+def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path):
+    c = config.base()
+    seen = []
+
+    def judged(c, workdir):
+        seen.append((c.evaluate.images, workdir))
+        value = 0.25 if c.evaluate.images else 1.5
+        return {"results": [{"scores": {"FD-x": {"value": value, "low": 0.0, "high": 2.0}}}]}
+
+    monkeypatch.setattr(reference, "run", lambda c, workdir: seen.append(("reference", workdir)))
+    monkeypatch.setattr(evaluate, "run", judged)
+    told = main._judged(c, str(tmp_path))
+    assert told.startswith(
+        "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of as many real training images: 0.25 [0.00, 2.00]"
+    )
+    (tmp_path / "reference.npz").write_bytes(b"")
+    main._judged(c, str(tmp_path))
+    steps = ["reference", "", "data:train", "", "data:train"]  # what is there is not made anew
+    assert [what for what, _ in seen] == steps and {where for _, where in seen} == {str(tmp_path)}
+    assert c.evaluate.images == ""
 
 
 def test_missing_workdir_config_and_checkpoint(capsys, tmp_path):

@@ -16,6 +16,7 @@ def get_config(variant: str) -> ConfigDict:
     if variant not in ("digits", "drawings", "ffhq1024", "imagenet256"):
         raise ConfigError(f"--config: variant {variant!r} is unknown: digits, drawings, ffhq1024 or imagenet256.")
     c = config_beside(__file__, f"../{variant}.py")
+    c.train.judge = False  # a sweep judges by itself
     if variant in _STEPS:
         c.train.steps = _STEPS[variant]
         c.train.log_every, c.train.checkpoint_every, c.train.sample_every = 50, 200, 0
