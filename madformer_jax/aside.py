@@ -1,6 +1,8 @@
-"""What a training does aside: grids of samples, and their scores. Whatever goes wrong with them, training goes on."""
+"""What a training does aside: sample grids, scores, losses on held-out images. Whatever goes wrong with them, training goes on."""
 
 import abc
+import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,9 +14,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from madformer_jax import drawing, prompts, training
+from madformer_jax.data import pipeline
 from madformer_jax.evaluation import samples
 from madformer_jax.report import Report
 from madformer_jax.runtime import partitioning, storage
+
+# What the seed's key is folded with to validate; training folds it with its step, images with 2^31 (`drawing.SAMPLE`).
+VALIDATE = (1 << 31) + 1
 
 
 class Studio(NamedTuple):
@@ -28,30 +34,89 @@ class Studio(NamedTuple):
 
 
 class Aside(abc.ABC):
-    """Something with the first `sample.n` images of a config, which must have room for them in `sample.noise`."""
+    """Something that is done with the weights of a step."""
 
     what: str
 
-    def __init__(self, c: ConfigDict, studio: Studio, n: int):
-        self._c, self._studio, self._n = c, studio, n
-        drawing.given_noise(c), prompts.texts(c)  # while an error in them costs nothing
+    def __init__(self, c: ConfigDict, studio: Studio):
+        self._c, self._studio = c, studio
 
-    def draw(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
-        """Draws in batches and looks between them whether to `stop`. Whatever goes wrong is told in one line: training goes on."""
+    def do(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
+        """Does it, and looks between its batches whether to `stop`. Whatever goes wrong is told in one line: training goes on."""
         with self._studio.report.paused():
             try:
-                self._use(step, self._batches(state, stop))
+                self._do(step, state, stop)
             except _StopError:
                 logging.info("asked to stop: the %s of step %d are left out", self.what, step)
             except Exception as error:
                 logging.error("the %s of step %d are left out: %s", self.what, step, storage.cause(error))
 
-    def _batches(self, state: training.State, stop: Callable[[], bool]) -> Iterator[drawing.Drawn]:
-        c, mesh, n, drawn = self._c, self._studio.mesh, self._n, 0
-        weights = state.ema if c.sample.weights == "ema" else state.params
-        codec_params = self._studio.codec_params or jax.device_put(
+    @abc.abstractmethod
+    def _do(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
+        """What it is."""
+
+    def _weights(self, state: training.State) -> Any:
+        return state.ema if self._c.sample.weights == "ema" else state.params
+
+    def _codec_params(self) -> Any:
+        mesh = self._studio.mesh
+        return self._studio.codec_params or jax.device_put(
             self._studio.setup.codec.load(), partitioning.replicated(mesh)
         )
+
+
+class _StopError(Exception):
+    """The run is to save and leave."""
+
+
+class Validation(Aside):
+    """The losses on `train.validate_n` images of `evaluate.split`, always the same ones with the same noise."""
+
+    what = "losses of validation"
+
+    def __init__(self, c: ConfigDict, studio: Studio, share: int, shares: int):
+        """share, shares: which part of a batch this process reads, of how many.
+
+        Raises:
+          ConfigError: the split does not open.
+        """
+        c = c.copy_and_resolve_references()
+        c.data.split, c.data.flip, c.data.workers = c.evaluate.split, False, 0
+        super().__init__(c, studio)
+        self._share = {"batch": c.train.batch // shares, "process_index": share, "process_count": shares}
+        pipeline.train_iterator(c, **self._share, validation=True)  # while an error costs nothing
+        loss = training.make_loss(studio.setup, c, dropout=0.0)
+        self._program = jax.jit(
+            lambda *given: loss(*given)[1], out_shardings=partitioning.replicated(studio.mesh)
+        )  # (params, batch, codec params, key) -> metrics
+
+    def _do(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
+        c, mesh, weights, codec_params = self._c, self._studio.mesh, self._weights(state), self._codec_params()
+        key, found = jax.random.fold_in(jax.random.key(c.seed), VALIDATE), []
+        data = pipeline.train_iterator(c, **self._share, validation=True)
+        with contextlib.closing(data):
+            for i in range(math.ceil(c.train.validate_n / c.train.batch)):
+                if stop():
+                    raise _StopError
+                batch = partitioning.global_batch(next(data), mesh)
+                found.append(jax.device_get(self._program(weights, batch, codec_params, jax.random.fold_in(key, i))))
+        self._studio.report.validate(step, len(found) * c.train.batch, found)
+
+
+class Drawing(Aside):
+    """Something with the first `sample.n` images of a config, which must have room for them in `sample.noise`."""
+
+    def __init__(self, c: ConfigDict, studio: Studio, n: int):
+        super().__init__(c, studio)
+        self._n = n
+        drawing.given_noise(c), prompts.texts(c)  # while an error in them costs nothing
+
+    def _do(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
+        self._use(step, self._batches(state, stop))
+
+    def _batches(self, state: training.State, stop: Callable[[], bool]) -> Iterator[drawing.Drawn]:
+        c, mesh, n, drawn = self._c, self._studio.mesh, self._n, 0
+        weights, codec_params = self._weights(state), self._codec_params()
         for batch in drawing.batches(c, self._studio.draw, weights, codec_params, mesh, range(n), most=n):
             yield batch
             drawn += len(batch.images)
@@ -63,11 +128,7 @@ class Aside(abc.ABC):
         """Takes the images in as they are drawn."""
 
 
-class _StopError(Exception):
-    """The run is to save and leave."""
-
-
-class Grid(Aside):
+class Grid(Drawing):
     """Side by side, to workdir/samples/step_..._{ema,raw}.png and TensorBoard."""
 
     what = "samples"
@@ -87,7 +148,7 @@ class Grid(Aside):
         self._studio.report.show(step, f"samples_{weights}", canvas)
 
 
-class Scores(Aside):
+class Scores(Drawing):
     """The scores of `train.evaluate_n` images, to the log, workdir/metrics.jsonl and TensorBoard."""
 
     what = "scores"

@@ -113,6 +113,8 @@ def base() -> ConfigDict:
     c.train.checkpoint_every = 1000
     c.train.evaluate_every = 0  # steps between scores of samples (docs/evaluation.md), and at the end; 0: never
     c.train.evaluate_n = 256  # images that are scored then
+    c.train.validate_every = 0  # steps between losses on `evaluate.split`, and at the end; 0: never
+    c.train.validate_n = 256  # images that they are the mean over, rounded up to whole batches
     c.train.judge = False  # at the end, do what --mode=reference and --mode=evaluate do, and judge real images beside
     c.train.keep = 3  # newest checkpoints kept
     c.train.keep_every = 0  # and for ever those at multiples of this step; 0: none

@@ -83,6 +83,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.checkpoint_every": (1, math.inf),
     "train.evaluate_every": (0, math.inf),
     "train.evaluate_n": (10, math.inf),
+    "train.validate_every": (0, math.inf),
+    "train.validate_n": (1, math.inf),
     "train.keep": (1, math.inf),
     "train.keep_every": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),

@@ -120,6 +120,21 @@ class Report:
         self._append({"step": step, "scored": n} | values)
         self._show(lambda board: board.write_scalars(step, values))
 
+    def validate(self, step: int, n: int, metrics: list[dict[str, Any]]) -> None:
+        """Reports the mean losses on n held-out images, by the names of the training's behind "validation_".
+
+        Raises:
+          ConfigError: metrics.jsonl cannot be written.
+        """
+        mean = {f"validation_{name}": value for name, value in _mean(metrics).items()}
+        logging.info(
+            "step %d, %d held-out images: %s",
+            step, n, "  ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in mean.items()),
+        )  # fmt: skip
+        self.figures = self.figures | mean
+        self._append({"step": step, "validated": n} | mean)
+        self._show(lambda board: board.write_scalars(step, mean))
+
     def _append(self, figures: dict[str, Any]) -> None:
         if self._writes:
             with storage.errors(f"{self._path} cannot be written"):

@@ -94,6 +94,10 @@ def create_state(
 Step = Callable[[State, dict[str, Array], Any, Any], tuple[State, dict[str, Array]]]
 
 
+# (params, batch, codec params, key) -> (loss, metrics), see `losses.training_loss`
+Loss = Callable[[Any, dict[str, Array], Any, Array], tuple[Array, dict[str, Array]]]
+
+
 class Setup(NamedTuple):
     """What a training step is made of."""
 
@@ -107,16 +111,9 @@ def setup(c: ConfigDict) -> Setup:
     return Setup(madformer.build(c), codec.build(c), sizes_of(c), optimizer(c))
 
 
-def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
-    """The training step; pure, to be jitted with the state donated.
-
-    The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default
-    JAX's backend.
-    """
+def make_loss(s: Setup, c: ConfigDict, dropout: float) -> Loss:
+    """The loss of a batch, of which a share `dropout` of labels or captions is replaced by "none"; pure."""
     weights, context_noise = losses.Weights(**c.loss), c.train.context_noise
-    parts, dropout = c.train.accumulate, c.train.label_dropout
-    target, warm = c.train.ema_decay, c.train.ema_warmup
-    schedule = learning_rate(c)
 
     def loss(params: Any, batch: dict[str, Array], codec_params: Any, key: Array) -> tuple[Array, dict[str, Array]]:
         encode_key, drop_key, loss_key = jax.random.split(key, 3)
@@ -130,7 +127,18 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
             lengths = None if lengths is None else jnp.where(drop[:, 0], 1, lengths)  # the whole caption is one "none"
         return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise, lengths)
 
-    gradient = jax.grad(loss, has_aux=True)
+    return loss
+
+
+def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
+    """The training step; pure, to be jitted with the state donated.
+
+    The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default
+    JAX's backend.
+    """
+    parts, target, warm = c.train.accumulate, c.train.ema_decay, c.train.ema_warmup
+    schedule = learning_rate(c)
+    gradient = jax.grad(make_loss(s, c, c.train.label_dropout), has_aux=True)
 
     def step(state: State, batch: dict[str, Array], codec_params: Any, seed: Any) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import drawing, training
+from madformer_jax import aside, drawing, training
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import features, reference, scores
+from madformer_jax.evaluation import features, images, reference, scores
 from madformer_jax.evaluation.network import Network
 from madformer_jax.modes import train
 from madformer_jax.runtime import checkpoint
@@ -120,3 +120,38 @@ def test_a_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
         train.run(c, str(tmp_path))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_losses_on_held_out_images(c, tmp_path, monkeypatch):
+    """Of the averages, on the same images with the same noise each time, none of which training sees."""
+    c.train.evaluate_every, c.train.validate_every, c.train.validate_n = 0, 2, 12  # two batches of 8
+    seen = []
+
+    def make_loss(s, c, dropout):
+        assert dropout == 0.0
+
+        def loss(params, batch, codec_params, key):
+            jax.debug.callback(lambda x: seen.append(np.asarray(x)), batch["image"], ordered=True)
+            value = jnp.mean(batch["image"] / 255) + jax.tree.leaves(params)[0].ravel()[0] + jax.random.uniform(key)
+            return value, {"loss": value, "loss_q1": jnp.nan}
+
+        return loss
+
+    monkeypatch.setattr(training, "make_loss", make_loss)
+    figures = train.run(c, str(tmp_path), grids=False)
+    lines = [line for line in told(tmp_path) if "validated" in line]
+    assert [(line["step"], line["validated"]) for line in lines] == [
+        (2, 16),
+        (4, 16),
+    ] and "validation_loss_q1" not in figures
+    assert lines[1]["validation_loss"] - lines[0]["validation_loss"] == pytest.approx(4)  # averages grow by 2 a step
+    assert figures["validation_loss"] == lines[1]["validation_loss"] and "loss" in figures
+    np.testing.assert_array_equal(seen[:2], seen[2:])
+    key = jax.random.fold_in(jax.random.key(c.seed), aside.VALIDATE)
+    noise = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(2)]
+    assert lines[0]["validation_loss"] == pytest.approx(np.mean(seen[:2]) / 255 + 4 + np.mean(noise), rel=1e-5)
+    trained = {x.tobytes() for x in images.of_source(c, "train", shuffled=False).read(np.arange(4000)).images}
+    assert not {x.tobytes() for batch in seen for x in batch} & trained
+    c.evaluate.split = "none"
+    with pytest.raises(ConfigError, match="none"):
+        train.run(c, str(tmp_path / "other"))

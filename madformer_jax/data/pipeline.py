@@ -184,7 +184,7 @@ def _describe(config: ConfigDict, source: Source) -> DatasetInfo:
 
 
 def train_iterator(
-    config: ConfigDict, *, batch: int, process_index: int = 0, process_count: int = 1
+    config: ConfigDict, *, batch: int, process_index: int = 0, process_count: int = 1, validation: bool = False
 ) -> grain.DatasetIterator:
     """Endless batches for training, shuffled anew each epoch; see the module's text for what is deterministic.
 
@@ -192,6 +192,7 @@ def train_iterator(
       config: the whole config; `data` and `seed` matter.
       batch: records of this process in each step; the same for every process.
       process_index, process_count: which of how many processes this is.
+      validation: not to train on: any split will do.
 
     Returns:
       A grain iterator over {"image": uint8 (batch, H, W, c), "label": int32 (batch,)}, or of cached
@@ -204,7 +205,7 @@ def train_iterator(
       ConfigError: as `describe`; the split is held out; and, from `next`, when more than a share `data.max_corrupt` of the
         records cannot be read. Up to then they are logged by name, and the next record stands in for each.
     """
-    if config.data.split in ("test", "composition"):
+    if config.data.split in ("test", "composition") and not validation:
         raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
     source = sources.open_source(config)
     info = _describe(config, source)

@@ -85,6 +85,8 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
             asides.append((aside.Grid(c, studio, workdir), c.train.sample_every))
         if judge:
             asides.append((aside.Scores(c, studio, judge), c.train.evaluate_every))
+        if c.train.validate_every:
+            asides.append((aside.Validation(c, studio, share, shares), c.train.validate_every))
         profile = stack.enter_context(_profiling(c, workdir, step))
         stopping = stack.enter_context(Preemption())
         save = stack.enter_context(Saving(c, workdir, checkpoints, report, info, check_lock))
@@ -109,13 +111,13 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
             for one, every in asides:
                 if every and step % every == 0 and step < steps:
                     save.wait()  # should drawing end the process, then not for good
-                    one.draw(step, state, stopping.reached)
+                    one.do(step, state, stopping.reached)
             if stopping.reached():
                 save()
                 break
         save.wait()
         for one, _ in asides if step == steps else ():
-            one.draw(step, state, stopping.reached)
+            one.do(step, state, stopping.reached)
         if stopping.reached():
             logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
     return report.figures | ({"stopped": True} if stopping.reached() else {})

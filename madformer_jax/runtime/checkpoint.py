@@ -43,7 +43,7 @@ _FREE = {
     "codec.path", "data.path", "data.workers",  # where the same weights and images lie today
     "data.max_corrupt",  # which the error asks to raise
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "train.keep_every",
-    "train.evaluate_every", "train.evaluate_n",
+    "train.evaluate_every", "train.evaluate_n", "train.validate_every", "train.validate_n", "train.judge",
     "text.truncate",
     "train.steps", "train.accumulate", *RATES,  # the run is told so
     "train.init_from",  # read at the start only
