@@ -126,6 +126,9 @@ def base() -> ConfigDict:
     c.optimizer.b2 = 0.95
     c.optimizer.weight_decay = 0.05
     c.optimizer.clip = 1.0  # global gradient norm; 0: off
+    c.optimizer.skip = (
+        0  # steps in a row without effect because a gradient is not finite; one more ends the run; 0: none
+    )
     c.optimizer.schedule = "wsd"  # wsd | cosine | constant
     c.optimizer.warmup = 0.01  # share of the steps, linear
     c.optimizer.decay = 0.15  # wsd: share of the steps at the end in which the rate falls to 2^-6

@@ -72,6 +72,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "prepare.shard": (1, math.inf),
     "prepare.batch": (1, math.inf),
     "prepare.max_corrupt": (0, 1),
+    "optimizer.skip": (0, math.inf),
     "train.batch": (1, math.inf),
     "train.steps": (1, math.inf),
     "train.accumulate": (1, math.inf),

@@ -35,6 +35,7 @@ class Report:
         """cost: floating-point operations of a step."""
         self.figures: dict[str, Any] = {"step": step}
         self._steps, self._batch = c.train.steps, c.train.batch
+        self._skip = c.optimizer.skip
         self._cost, self._peak = cost, devices * flops.peak(c.model.dtype)
         self._workdir, self._path = workdir, epath.Path(workdir) / "metrics.jsonl"
         self._writes = jax.process_index() == 0
@@ -68,9 +69,16 @@ class Report:
             self._warm, self._since, self._since_step = True, time.monotonic(), step
 
     def check(self) -> None:
-        """Raises DivergedError where a step since the last check was not finite; finite gradients keep a finite state finite."""
+        """Tells of skipped steps; finite gradients keep a finite state finite.
+
+        Raises:
+          DivergedError: a step since the last check was not finite, and not skipped.
+        """
         pending, self._pending = self._pending, []
         for (step, _), metrics in zip(pending, jax.device_get([metrics for _, metrics in pending])):
+            if 0 < (skipped := metrics.pop("skipped", 0)) <= self._skip:
+                logging.warning("step %d: a gradient is not finite; skipped (%d in a row)", step, skipped)
+                continue
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise DivergedError(
                     f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}: training has diverged. "

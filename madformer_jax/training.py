@@ -51,10 +51,11 @@ def learning_rate(c: ConfigDict) -> optax.Schedule:
 
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm."""
+    """AdamW after clipping by the global norm; steps whose gradients are not finite are skipped, up to `skip` in a row."""
     o = c.optimizer
     adamw = optax.adamw(learning_rate(c), b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(o.clip), adamw) if o.clip else adamw
+    tx = optax.chain(optax.clip_by_global_norm(o.clip), adamw) if o.clip else adamw
+    return optax.apply_if_finite(tx, o.skip) if o.skip else tx
 
 
 def create_state(
@@ -136,7 +137,7 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
     The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default
     JAX's backend.
     """
-    parts, target, warm = c.train.accumulate, c.train.ema_decay, c.train.ema_warmup
+    parts, target, warm, skip = c.train.accumulate, c.train.ema_decay, c.train.ema_warmup, c.optimizer.skip
     schedule = learning_rate(c)
     gradient = jax.grad(make_loss(s, c, c.train.label_dropout), has_aux=True)
 
@@ -168,6 +169,8 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
         # optax.incremental_update adds in the other order: a quarter of its last bits differ from those of old runs
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        if skip:
+            metrics["skipped"] = opt_state.notfinite_count
         return State(state.step + 1, params, ema, opt_state), metrics
 
     return step

@@ -1,5 +1,7 @@
 """The training step: on meshes, in microbatches, its optimizer and its averages."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ import pytest
 from madformer_jax import codec, training
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
-from madformer_jax.runtime import partitioning
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import train
+from madformer_jax.runtime import checkpoint, partitioning
 from tests import small, tiny
 
 
@@ -249,3 +253,38 @@ def test_weight_decay_is_adamws(plain):
         step = (m / (1 - o.b1**n)) / (np.sqrt(v / (1 - o.b2**n)) + 1e-8)
         p = p - 0.01 * (step + 0.3 * p)
         np.testing.assert_allclose(params["bias"], p, rtol=1e-6)
+
+
+@pytest.mark.parametrize("skip", [0, 2, 6])
+def test_steps_that_are_not_finite_are_skipped_and_told(plain, skip, tmp_path, one_device, monkeypatch, caplog):
+    """The three steps behind the first two are spoilt: two in a row are borne with skip = 2, the third ends the run."""
+    plain.optimizer.skip, plain.train.log_every = skip, 1
+    seen = []
+
+    def loss(model, params, z, tokens, key, *_):
+        spoilt = jnp.isin(jax.random.key_data(key)[-1], jnp.array(bad, jnp.uint32))
+        value = sum(jnp.sum(x**2) for x in jax.tree.leaves(params)) * jnp.where(spoilt, jnp.nan, 1.0)
+        return value, {"loss": value}
+
+    def key_of(step):
+        key = jax.random.fold_in(jax.random.key(plain.seed), step)
+        return int(jax.random.key_data(jax.random.split(key, 3)[2])[-1])
+
+    bad = [key_of(step) for step in (2, 3, 4)]
+    monkeypatch.setattr(losses, "training_loss", loss)
+    real = checkpoint.Checkpoints.save
+    monkeypatch.setattr(
+        checkpoint.Checkpoints, "save", lambda self, step, *given: seen.append(step) or real(self, step, *given)
+    )
+    if skip < 3:
+        with pytest.raises(ConfigError, match=f"step {3 if skip == 0 else 5}: training has diverged"):
+            train.run(plain, str(tmp_path), grids=False)
+    else:
+        figures = train.run(plain, str(tmp_path), grids=False)
+        assert figures["step"] == 6 and np.isfinite(figures["loss"]) and "skipped" not in figures
+        lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 6]
+        assert lines[2]["loss"] == pytest.approx(lines[1]["loss"], rel=0.1)
+    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert [line[-12:] for line in told] == [f"({k} in a row)" for k in range(1, min(skip, 3) + 1)]
+    assert all(step <= (4 if skip == 2 else 2) for step in seen) or skip == 6
