@@ -21,7 +21,9 @@ def base() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.platform = ""  # "cpu", "gpu", "tpu": refuse to start on anything else; "" takes what JAX finds
-    c.compilation_cache = "auto"  # compiled programs are kept in the user's cache folder; "off", or a folder
+    c.compilation_cache = (
+        "auto"  # compiled programs are kept in the user's cache; or in "workdir", or a folder; or "off"
+    )
     c.profile = ""  # "100:103": write a profiler trace of these training steps to workdir/profile
 
     c.model = ConfigDict()

@@ -216,12 +216,13 @@ def _first_process() -> bool:
     return jax.process_index() == 0
 
 
-def _use_cache(setting: str) -> None:
+def _use_cache(setting: str, workdir: str | None) -> None:
     import jax
 
     if setting == "off":
         return
-    folder = storage.user_cache("xla") if setting == "auto" else setting
+    folders = {"auto": storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
+    folder = folders.get(setting, setting)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
@@ -335,7 +336,7 @@ def run(argv: Sequence[str]) -> int:
         from madformer_jax.runtime import partitioning
 
         partitioning.distributed_init(values.coordinator, values.num_processes, values.process_id)
-    _use_cache(config.compilation_cache)
+    _use_cache(config.compilation_cache, values.workdir)
     if values.mode not in ("compile", "report"):  # which need no device
         _start_jax(config.platform)
     module = importlib.import_module(f"madformer_jax.modes.{values.mode}")

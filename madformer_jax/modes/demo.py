@@ -5,6 +5,7 @@
 Serves the newest checkpoint, or `sample.step`, until it is interrupted.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import api, drawing, limits
+from madformer_jax import api, drawing, limits, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import checkpoint
@@ -103,7 +104,7 @@ def page(models: Mapping[str, api.Model], n: int) -> Any:
             f"has cost fewer passes goes on first, so that both have always cost about the same.\n\n{about}"
         )
         with gr.Row():
-            what = _what(gr, first)
+            what = _what(gr, first, n)
             seed = gr.Number(first.config.seed, label="seed", precision=0, minimum=0)
             every = gr.Radio(["block", "step"], value="block", label="show every")
         with gr.Row():
@@ -197,12 +198,14 @@ def _name(path: str) -> str:
     return os.path.basename(path.rstrip("/")) or path
 
 
-def _what(gr: Any, model: api.Model) -> Any:
-    """The field that says what to draw: a prompt, a class, or nothing."""
-    c = model.config
+def _what(gr: Any, model: api.Model, n: int) -> Any:
+    """The field that says what to draw: prompts, of which the config's stand there already, a class, or nothing."""
+    c = model.config.copy_and_resolve_references()
     if c.text.vocabulary:
-        asked = c.sample.prompts if ":" not in c.sample.prompts else ""
-        return gr.Textbox(asked, label="prompts, with ; between two of them", lines=2, scale=3)
+        c.sample.n, asked = n, []
+        with contextlib.suppress(ConfigError):  # they may be of data that are not here
+            asked = prompts.of(c)
+        return gr.Textbox("; ".join(asked), label="prompts, with ; between two of them", lines=2, scale=3)
     names = list(model.labels) or [str(k) for k in range(c.model.classes)]
     return gr.Dropdown(["all", *names], value="all", label="class", visible=bool(names))
 
