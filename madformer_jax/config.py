@@ -5,6 +5,7 @@ default for new training; `weights.release_config` has the PyTorch release's cho
 """
 
 import difflib
+import os
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from ml_collections import ConfigDict
 from madformer_jax import fields, limits
 from madformer_jax.errors import ConfigError
 from madformer_jax.sizes import SCALING_FACTOR, Sizes, sizes_of
+
+BESIDE = "tokenizer.json"  # as text.tokenizer of an export's config.json: the file that lies beside it
 
 
 def base() -> ConfigDict:
@@ -221,6 +224,8 @@ def restored(saved: Any, path: str) -> ConfigDict:
         raise ConfigError(f"{path}: {error}") from None
     config = base()
     config.update_from_flattened_dict(c)
+    if config.text.tokenizer == BESIDE and not os.path.exists(BESIDE):
+        config.text.tokenizer = os.path.join(os.path.dirname(path), BESIDE)
     return config
 
 

@@ -37,6 +37,7 @@ class Tokenizer(NamedTuple):
     begin: int
     end: int
     unknown: int | None  # what stands for all that the tokenizer does not know; None where it knows every byte
+    ranks: bool = False  # of tiktoken
 
 
 class Texts(NamedTuple):
@@ -65,6 +66,19 @@ def open_tokenizer(name: str) -> Tokenizer:
     except OSError as error:
         raise ConfigError(f"config.text.tokenizer={name!r} cannot be read: {first_line(error)}.") from None
     return _of_json(name, content) if content.lstrip()[:1] == b"{" else _of_ranks(name, content)
+
+
+def own_file(name: str) -> str | None:
+    """The content of a user's tokenizer.json, to be kept with a model; None for this package's, and for tiktoken's ranks, which
+    may not be given away freely.
+
+    Raises:
+      ConfigError: as `open_tokenizer`.
+    """
+    if not name or name in _EMBEDDED or open_tokenizer(name).ranks:
+        return None
+    with open(name, encoding="utf-8") as file:
+        return file.read()
 
 
 def _of_json(name: str, content: bytes) -> Tokenizer:
@@ -112,6 +126,7 @@ def _of_ranks(name: str, content: bytes) -> Tokenizer:
         count,
         count + 1,
         None,
+        ranks=True,
     )
 
 

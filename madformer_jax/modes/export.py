@@ -1,7 +1,8 @@
 """--mode=export: the averaged weights alone, as a workdir of their own to sample from and to publish.
 
 workdir/export/ is what the Hugging Face hub takes: config.json, model.safetensors, README.md (the model card, with the scores that
---mode=evaluate found), grid.png; and checkpoints/, from which every mode reads.
+--mode=evaluate found), grid.png, the tokenizer.json of captions, if it is none of this package's; and checkpoints/, from which every
+mode reads.
 """
 
 import json
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax import card, drawing
 from madformer_jax import config as config_lib
+from madformer_jax.data import text
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, lock, partitioning, storage
 from madformer_jax.weights import files
@@ -42,6 +44,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     exported = f"{workdir.rstrip('/')}/export"
     published = ConfigDict(json.loads(c.to_json()))
     published.sample.weights = "ema"
+    words = text.own_file(c.text.tokenizer)
+    if words is not None:
+        published.text.tokenizer = config_lib.BESIDE
     with lock.hold(exported), checkpoint.Checkpoints(exported) as checkpoints:
         checkpoint.write_config(published, exported)
         checkpoints.save(step, restored, None, meta)
@@ -50,6 +55,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         if jax.process_index() == 0:
             with storage.errors(f"{exported} cannot be written"):
                 _publish(published, workdir, exported, step, whole, meta)
+                if words is not None:
+                    storage.write_text(f"{exported}/{config_lib.BESIDE}", words)
     logging.info("exported the ema weights of step %d to %s", step, exported)
     return {"step": step, "export": exported}
 

@@ -1,3 +1,4 @@
+import base64
 import json
 import shutil
 
@@ -8,11 +9,13 @@ from flax.traverse_util import flatten_dict
 
 import madformer_jax
 from madformer_jax import drawing, main, training
+from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
+from madformer_jax.models import madformer
 from madformer_jax.modes import export, train
 from madformer_jax.runtime import checkpoint, partitioning
 from madformer_jax.weights import files
-from tests import tiny
+from tests import small, tiny
 
 
 @pytest.fixture
@@ -107,3 +110,31 @@ def test_a_second_export_takes_the_place_of_the_first(plain, run):
     export.run(plain, str(run[0]))
     assert [p.name for p in older.iterdir() if p.name.isdigit()] == ["4"]
     assert json.loads((run[0] / "export" / "config.json").read_text())["sample"]["weights"] == "ema"
+
+
+def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device):
+    """Moved to a machine that knows neither the workdir nor the tokenizer's old place, it draws the same."""
+    c = tiny.get_config("plain")
+    words = tmp_path / "words.json"
+    words.write_text(text.train(["a cat", "a dog"] * 9, 300))
+    c.text.tokenizer, c.text.length = str(words), 6
+    c.text.vocabulary = text.open_tokenizer(str(words)).vocabulary
+    c.sample.prompts = "a cat; a dog"
+    with checkpoint.Checkpoints(str(tmp_path / "run")) as checkpoints:
+        checkpoints.save(3, {"ema": small.random_params(madformer.build(c))}, None, {"step": 3})
+    checkpoint.write_config(c, str(tmp_path / "run"))
+    images = madformer_jax.load(str(tmp_path / "run")).sample(2)
+    export.run(c, str(tmp_path / "run"))
+    moved = (tmp_path / "run" / "export").rename(tmp_path / "moved")
+    words.unlink()
+    text.open_tokenizer.cache_clear()
+    model = madformer_jax.load(str(moved))
+    assert model.config.text.tokenizer == str(moved / "tokenizer.json")
+    np.testing.assert_array_equal(model.sample(2), images)
+    assert (images[0] != images[1]).any()
+
+
+def test_ranks_of_tiktoken_stay_with_their_owner(tmp_path):
+    ranks = tmp_path / "tokenizer.model"
+    ranks.write_bytes(b"\n".join(base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)))
+    assert text.own_file(str(ranks)) is None and text.own_file("drawings") is None and text.own_file("") is None
