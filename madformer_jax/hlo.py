@@ -1,5 +1,6 @@
 """The text of a compiled program (HLO) as instructions, each with how often it runs and where in our source it comes from."""
 
+import collections
 import math
 import re
 from collections.abc import Iterator
@@ -196,6 +197,12 @@ def collective(program: Program, run: Run) -> Collective | None:
         size = max(sum(size for size, _ in arrays) for arrays in found)
     overlaps = begins or any(x.opcode.endswith("-start") for x in (run.instruction, move))
     return Collective(_kind(move.opcode), shape, size, run.times, run.loop, overlaps)
+
+
+def kernels(text: str) -> dict[str, int]:
+    """How many instructions of a GPU's program call each library, or are Triton's; by the targets' own names."""
+    found = re.findall(r'custom_call_target="(__[^"]+)"', text) + re.findall(r'"kind":"(__triton[^"]*)"', text)
+    return dict(sorted(collections.Counter(found).items()))
 
 
 def collectives(text: str) -> list[Collective]:

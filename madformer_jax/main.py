@@ -93,7 +93,9 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_bool(
         "measure", False, "--mode=sweep: only measure the seconds of drawing an image.", flag_values=values
     )
-    flags.DEFINE_string("topology", "", "TPU topology for --mode=compile, such as v5e:4x4.", flag_values=values)
+    flags.DEFINE_string(
+        "topology", "", "What --mode=compile compiles for, such as v5e:4x4 or h100.", flag_values=values
+    )
     values.set_gnu_getopt(True)
     return values
 

@@ -11,9 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from madformer_jax import estimate, flops, hlo
+from madformer_jax import aot, estimate, flops, hlo
 from madformer_jax.models import layers, transformer
-from madformer_jax.modes import compile as aot
 from madformer_jax.runtime import partitioning
 
 WIDTH, MLP, TOKENS, LAYERS = 1152, 4096, 4096, 8

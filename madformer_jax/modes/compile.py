@@ -1,15 +1,14 @@
-"""--mode=compile: what a config needs on a TPU topology, found out by compiling for it on a machine without one.
+"""--mode=compile: what a config needs on a TPU topology or on H100s, found out by compiling for it on a machine without one.
 
     python -m madformer_jax.main --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
 
-libtpu (the extra `aot`) compiles for any topology that it knows; nothing is run and no array is made. Sizes are those of
+libtpu (the extra `aot`) compiles for any topology that it knows, JAX's plugin for CUDA for h100 or h100:8, without its
+autotuning, which needs the device, and without a time; nothing is run and no array is made. Sizes are those of
 the compiled programs, the limit is the compiler's own: exit status 1 tells that a program does not fit. Time is an estimate from
 the same programs, compiled as a run compiles them; all figures go to compile.json of the workdir as well, where there is one.
 """
 
 import contextlib
-import importlib.util
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing, estimate, fields, flops, hlo, training
+from madformer_jax import aot, codec, drawing, estimate, fields, flops, hlo, training
 from madformer_jax import config as config_lib
 from madformer_jax.data.text import Texts
-from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer, vae
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sizes import sizes_of
@@ -49,6 +47,7 @@ class Program(NamedTuple):
     xla_flops: float  # XLA's count for one device, in which the body of a loop counts once
     collectives: list[hlo.Collective]
     time: estimate.Estimate | None = None  # where it was asked for
+    kernels: dict[str, int] | None = None  # calls into libraries and of hand-written kernels, by name
 
     @property
     def fits(self) -> bool:
@@ -63,13 +62,13 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
       fits.
 
     Raises:
-      ConfigError: a setting is wrong, libtpu is missing, or it does not know the topology.
+      ConfigError: a setting is wrong, or what compiles for the topology is missing or does not know it.
     """
     config_lib.validate(c)
-    devices = describe(topology)
+    devices, platform = aot.describe(topology), aot.platform(topology)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-    limit = hbm(devices[0])
-    model = madformer.build(c, "tpu")
+    limit = hbm(devices[0]) if platform == "tpu" else aot.gpu_memory()
+    model = madformer.build(c, platform)
     print(
         f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_sizes(dict(mesh.shape))}; "
         f"attention {model.attention}, remat {c.model.remat}, {c.train.accumulate} microbatches a step"
@@ -77,42 +76,15 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
     figures: dict[str, Any] = {"fits": True, "topology": topology, "config": fields.flat(c)}
     for name, build in {"training step": training_step, "sampler": sampling}.items():
         logging.info("compiling the %s", name)
-        program = build(c, model, mesh, limit)
+        program = build(c, model, mesh, limit, platform)
         print(text(name, program, limit, len(devices)), flush=True)
         time = program.time and program.time.figures()
         figures[name] = {"bytes": program.needed, "seconds": program.seconds, "fits": program.fits, "time": time}
+        figures[name]["kernels"] = program.kernels
         figures["fits"] &= program.fits
     if workdir:
         storage.write_json(f"{workdir}/compile.json", figures)
     return figures
-
-
-def describe(topology: str) -> list[jax.Device]:
-    """The devices of a topology such as v5e:4x4 or v5p:2x2x1, to compile for.
-
-    Raises:
-      ConfigError: libtpu is missing, or it does not know the topology.
-    """
-    if not topology:
-        raise ConfigError("--mode=compile needs --topology, for example --topology=v5e:4x4.")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("--mode=compile needs libtpu, TPU or not: pip install 'libtpu>=0.0.42,<0.1' (Linux only).")
-    # libtpu is not to look for chips of this machine, and JAX not to take them
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at a time: there are no chips to fight over
-    }.items():
-        os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # of XLA, of libtpu or of the loader
-        raise ConfigError(
-            f"libtpu cannot compile for --topology={topology} ({first_line(error)}): topologies look like "
-            "v5e:4x4, v6e:2x2 or v5p:2x2x1."
-        ) from None
 
 
 def hbm(device: jax.Device) -> int:
@@ -128,7 +100,7 @@ def hbm(device: jax.Device) -> int:
 # ---- the two programs
 
 
-def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) -> Program:
+def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> Program:
     """The training step; its batch is cached latents for `data.source=arrayrecord` with a VAE, else images."""
     if (c.train.batch // c.train.accumulate) % partitioning.batch_devices(mesh):
         raise ConfigError(
@@ -140,18 +112,24 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     _, state = training.create_state(s.model, s.tx, c.seed, mesh)
     batch, latents = _batch(c, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
-    step = jax.jit(training.make_step(s, c, "tpu"), donate_argnums=0, out_shardings=out_shardings)
+    step = jax.jit(training.make_step(s, c, platform), donate_argnums=0, out_shardings=out_shardings)
     inputs = {"parameters": state.params, "averages (EMA)": state.ema, "optimizer": state.opt, "batch": batch}
     codec_params = {} if latents else images.load()
     inputs |= {"VAE": codec_params} if codec_params else {}
     cost = flops.training_step(c, encode=not latents)
     with partitioning.scope(mesh):
         return _program(
-            step, (state, batch, codec_params, np.uint32(c.seed)), inputs, cost, limit, _estimator(c, mesh, cost)
+            step,
+            (state, batch, codec_params, np.uint32(c.seed)),
+            inputs,
+            cost,
+            limit,
+            _estimator(c, mesh, cost),
+            platform,
         )
 
 
-def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) -> Program:
+def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> Program:
     """Drawing one batch of `sample.batch` images, the codec's decoder included."""
     images = _codec(c, mesh)
     codec_params = images.load()
@@ -166,7 +144,7 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int) 
             words = Texts(jax.ShapeDtypeStruct((batch, c.text.length), jnp.int32, sharding=numbers.sharding), numbers)
         args = (params, codec_params, drawing.inputs_of(c, numbers, numbers, text=words))
         cost = flops.sampling(c, batch)
-        return _program(draw, args, inputs, cost, limit, _estimator(c, mesh, cost))
+        return _program(draw, args, inputs, cost, limit, _estimator(c, mesh, cost), platform)
 
 
 def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
@@ -216,10 +194,11 @@ def _program(
     cost: flops.Cost,
     limit: int,
     estimator: Estimator | None = None,
+    platform: str = "tpu",
 ) -> Program:
     began = time.perf_counter()
     lowered = function.lower(*args)
-    quick = estimator is None
+    quick = estimator is None and platform == "tpu"
     if quick:
         compiled, refused = _compile(lowered, _QUICK)
         memory = _memory(compiled)
@@ -227,7 +206,7 @@ def _program(
         if not quick:
             logging.info("it is close to the limit or above it: compiling once more, as a run does")
     if not quick:
-        compiled, refused = _compile(lowered, {})
+        compiled, refused = _compile(lowered, _UNTUNED if platform == "gpu" else {})
         memory = _memory(compiled)
     seconds = time.perf_counter() - began
     given = {name: partitioning.device_bytes(tree) for name, tree in inputs.items()}
@@ -237,7 +216,18 @@ def _program(
     xla = xla[0] if isinstance(xla, list) else xla
     text = compiled.as_text()
     needed, estimated = sum(memory.values()), estimator(text) if estimator else None
-    return Program(seconds, quick, given, memory, needed, cost, xla.get("flops", 0.0), hlo.collectives(text), estimated)
+    return Program(
+        seconds,
+        quick,
+        given,
+        memory,
+        needed,
+        cost,
+        xla.get("flops", 0.0),
+        hlo.collectives(text),
+        estimated,
+        hlo.kernels(text),
+    )
 
 
 # XLA's level O1 compiles in a third of the time, and is for memory only: it gives the same products up to four times the cycles.
@@ -245,6 +235,7 @@ def _program(
 # distance from the limit within which O1 has no say.
 _QUICK = {"optimization_level": 19}
 _CLOSE = 0.7
+_UNTUNED = {"xla_gpu_autotune_level": 0}
 
 
 def _memory(compiled: Any) -> dict[str, int]:
@@ -315,6 +306,8 @@ def text(name: str, p: Program, limit: int, devices: int) -> str:
         lines.append(
             f"  {'FLOPs, XLA':<24}{p.xla_flops / 1e12:9.2f} TFLOP a device, the body of each loop counted once"
         )
+        for kernel, calls in (p.kernels or {}).items():
+            lines.append(f"  {kernel:<24}{calls:9} instructions")
         for kind in hlo.COLLECTIVES:
             of_kind = [x for x in p.collectives if x.kind == kind]
             if of_kind:

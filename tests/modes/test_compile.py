@@ -57,8 +57,8 @@ def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, m
     assert report.count("GiB of 15.75: fits") == 2
     assert "all-reduce" in report
     assert report.count("time, estimated") == report.count(" of the peak") == 2
-    monkeypatch.setattr(aot, "sampling", lambda c, model, mesh, limit: too_much())
-    monkeypatch.setattr(aot, "training_step", lambda c, model, mesh, limit: too_much())
+    monkeypatch.setattr(aot, "sampling", lambda *_: too_much())
+    monkeypatch.setattr(aot, "training_step", lambda *_: too_much())
     assert main.main(args) == 1
     assert "does not fit: 4.25 GiB too much" in capsys.readouterr().out
 
@@ -79,7 +79,7 @@ def test_close_to_the_limit_the_program_is_compiled_as_a_run_compiles_it(limit, 
 
 def test_what_the_compiler_refuses_is_told_in_bytes():
     pytest.importorskip("libtpu")
-    device = aot.describe("v5e:2x2")[0]
+    device = aot.aot.describe("v5e:2x2")[0]
     assert aot.hbm(device) == round(15.75 * 2**30)
 
 
@@ -96,7 +96,7 @@ def test_a_topology_that_is_none_is_one_line(topology, words):
 
 
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(aot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(aot.aot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'libtpu>="):
         aot.run(tiny.get_config(), None, "v5e:2x2")
 
@@ -114,3 +114,26 @@ def test_cached_latents_are_fed_without_the_vae():
         "label": ((8,), jnp.int32),
     }
     assert madformer.build(c, "cpu").attention == "blocks"
+
+
+def test_gpus_to_compile_for(monkeypatch):
+    assert [aot.aot.platform(name) for name in ("h100", "h100:8", "v5e:4x4")] == ["gpu", "gpu", "tpu"]
+    for name in ("h100:0", "h100:9", "h100:x"):
+        with pytest.raises(ConfigError, match="h100:2 to h100:8"):
+            aot.aot.describe(name)
+    monkeypatch.setattr(aot.aot.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'jax\[cuda13\]'"):
+        aot.run(tiny.get_config(), None, "h100")
+    assert aot.aot.gpu_memory() == 0.75 * 84_929_347_584
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert aot.aot.gpu_memory() == 0.5 * 84_929_347_584
+
+
+def test_kernels_of_a_gpus_program():
+    text = """
+  %a = (f32[2]{0}, u8[0]{0}) custom-call(%x, %k), custom_call_target="__cudnn$convForward"
+  %b = (f32[2]{0}, u8[0]{0}) custom-call(%x, %k), custom_call_target="__cublas$gemm"
+  %c = f32[2]{0} fusion(%b), kind=kCustom, backend_config={"fusion_backend_config":{"kind":"__triton"}}
+  %d = (f32[2]{0}, u8[0]{0}) custom-call(%x, %k), custom_call_target="__cublas$gemm"
+"""
+    assert hlo.kernels(text) == {"__cublas$gemm": 2, "__cudnn$convForward": 1, "__triton": 1}
