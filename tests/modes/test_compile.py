@@ -85,7 +85,7 @@ def test_what_the_compiler_refuses_is_told_in_bytes():
 
 @pytest.mark.parametrize(
     ("topology", "words"),
-    [("", "needs --topology"), ("v5e:3x3", "v5e:3x3"), ("h100", "libtpu cannot compile for --topology=h100")],
+    [("", "needs --topology"), ("v5e:3x3", "v5e:3x3"), ("h200", "libtpu cannot compile for --topology=h200")],
 )
 def test_a_topology_that_is_none_is_one_line(topology, words):
     if topology:
