@@ -79,7 +79,11 @@ def describe(c: ConfigDict) -> dict[str, Any]:
     tokens = texts(c)
     if tokens is None:
         return {}
-    return {"prompts": of(c), "tokens": hashlib.sha256(b"".join(x.tobytes() for x in tokens)).hexdigest()}
+    return {
+        "asked": c.sample.prompts,
+        "prompts": of(c),
+        "tokens": hashlib.sha256(b"".join(x.tobytes() for x in tokens)).hexdigest(),
+    }
 
 
 def below(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:

@@ -105,6 +105,8 @@ def _share(values: np.ndarray) -> Score:
 
 # ---- tables
 
+_WIDEST = 40  # characters of a cell; a list of prompts would be pages
+
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Several results of --mode=evaluate side by side, in Markdown, with what their images differ in.
@@ -162,11 +164,12 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differ(settings: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return "fingerprint" not in name and len({repr(s.get(name)) for s in settings}) > 1
+    return "fingerprint" not in name and name != "prompts" and len({repr(s.get(name)) for s in settings}) > 1
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
 
 
 def _cell(score: Score | None) -> str:
