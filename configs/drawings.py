@@ -61,4 +61,5 @@ def get_config(variant: str = "") -> ConfigDict:
         c.text.length = 44  # the longest caption has 42
         c.loss.text = 0.2  # beside 1 of the image, as the paper's 1 beside 5
         c.sample.prompts = "data:test"
+        c.train.steps = 3800
     return c

@@ -25,11 +25,11 @@ def resident(model: MADFormer, params: Any, memory: int) -> Any:
       memory: bytes of a device. Where the parameters take less than SHARE of it, each device gets all but what is split over
         "tensor", so that nothing is gathered inside the loops over layers, steps and blocks; 0: they stay split.
     """
-    boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
-    axes = nn.get_partition_spec(boxed)
     cast = jax.tree_util.tree_map_with_path(functools.partial(_cast, model.dtype), params)
     if sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cast)) >= SHARE * memory:
         return cast
+    boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))  # a second of a start on a CPU
+    axes = nn.get_partition_spec(boxed)
     return jax.tree.map(gathered, cast, axes)
 
 
