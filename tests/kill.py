@@ -60,8 +60,8 @@ def settings(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") ->
 
 
 def marked(workdir: pathlib.Path) -> Callable[..., None]:
-    """`aside.Grid.draw`, which leaves a file while it draws."""
-    mark, draw = pathlib.Path(f"{workdir}.drawing"), aside.Grid.draw
+    """`aside.Grid.do`, which leaves a file while it draws."""
+    mark, draw = pathlib.Path(f"{workdir}.drawing"), aside.Grid.do
 
     def marking(self: aside.Grid, *given: Any) -> None:
         mark.touch()
@@ -82,7 +82,7 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int
     os.dup2(log, 2)
     status = 1
     try:
-        aside.Grid.draw = marked(workdir)
+        aside.Grid.do = marked(workdir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         status = main.main(settings(workdir, cache, mode))
     except BaseException:
