@@ -41,7 +41,7 @@ _FRACTION = 0.75  # of it that JAX takes
 
 
 def platform(topology: str) -> str:
-    """Gpu or tpu."""
+    """What kind of device a topology is of: "gpu" or "tpu"."""
     return "gpu" if topology.partition(":")[0] == H100 else "tpu"
 
 
