@@ -13,9 +13,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def commands(page):
-    """The words of each command in a page's bash blocks, lines that go on joined."""
-    for block in re.findall(r"^ *```bash\n(.*?)```", page.read_text(), re.DOTALL | re.MULTILINE):
+def commands(page, marked=True):
+    """The words of each command in a page's bash blocks, lines that go on joined; `marked`: also behind `<!-- needs: ... -->`."""
+    blocks = r"^( *<!-- needs: [^\n]* -->\n)? *```bash\n(.*?)```"
+    for needs, block in re.findall(blocks, page.read_text(), re.DOTALL | re.MULTILINE):
+        if needs and not marked:
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             while words:

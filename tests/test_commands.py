@@ -1,0 +1,108 @@
+"""Every command of README.md and docs/ runs, in the order of the pages and in one folder, with models and counts made small.
+
+Left out are blocks behind a line `<!-- needs: ... -->` (a cloud, files to download), and what is not ours: `.ci/run` installs.
+A sweep's trainings are stand-ins, as in tests/testbed/test_sweep.py.
+"""
+
+import functools
+import shutil
+import types
+
+import pytest
+
+from madformer_jax import main
+from madformer_jax.models import classifier, reader
+from madformer_jax.modes import demo, sweep
+from tests.test_docs import PAGES, ROOT, commands, of_ours
+from tests.testbed.test_sweep import Stage
+
+_MODEL = {
+    "model.width": 16,
+    "model.heads": 2,
+    "model.mlp_width": 24,
+    "model.depth": 1,
+    "model.diffusion_depth": 1,
+    "model.blocks": 1,
+    "model.unet_channels": (8,),
+    "model.unet_attention": (False,),
+    "model.unet_groups": 4,
+    "model.unet_time_width": 8,
+    "data.drawings": 400,
+}
+_COUNTS = {
+    "compilation_cache": "off",
+    "train.steps": 5,
+    "train.checkpoint_every": 1,
+    "train.keep": 5,
+    "train.evaluate_n": 10,
+    "sample.n": 10,
+    "sample.batch": 10,
+    "evaluate.n": 10,
+    "gallery.n": 1,
+    "benchmark.steps": 1,
+    "benchmark.warmup": 1,
+}
+_FIRST = ("README.md", "index.md")  # which make what the others go on from
+
+
+def _small(args):
+    """Our arguments with small counts, and with a small model where they make one."""
+    given = {arg.partition("=")[0].removeprefix("--config.") for arg in args}
+    makes = any(arg.startswith("--config=") for arg in args) and "--mode=sweep" not in args
+    extra = {name: value for name, value in _MODEL.items() if name not in given} if makes else {}
+    return [*args, *(f"--config.{name}={value}" for name, value in (_COUNTS | extra).items())]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, one_device):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    for network in (classifier, reader):
+        monkeypatch.setattr(network, "train", functools.partial(network.train, steps=10))
+    return tmp_path
+
+
+def test_every_command_runs(folder, monkeypatch):
+    done = []
+    for page in sorted(PAGES, key=lambda page: (page.name not in _FIRST, PAGES.index(page))):
+        for words in commands(page, marked=False):
+            args = of_ours(words)
+            if args is None:
+                assert words[0] in ("git", "cd", "python3", ".", "pip", "export") or "pytest" in words, (
+                    page.name,
+                    words,
+                )
+                continue
+            if not any(arg.startswith("--workdir=") for arg in args):  # "...": of the command above it
+                args = ["--workdir=runs/digits", *args]
+                if not any(arg.startswith("--mode=") for arg in args):
+                    args.append("--mode=sample")
+            args = [arg.replace("profile=100:103", "profile=2:3") for arg in args]
+            args = [arg.replace("=DIR", f"={_shards(folder)}") if arg.endswith("images=DIR") else arg for arg in args]
+            if args in done:
+                continue
+            with monkeypatch.context() as patch:
+                if "--mode=sweep" in args:
+                    Stage(patch)
+                    patch.setattr(sweep.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps})
+                if "--mode=demo" in args:
+                    _without_a_server(patch)
+                    if "--config.demo.other=runs/other" in args:
+                        shutil.copytree("runs/digits", "runs/other")
+                print(page.name, args)
+                assert main.run(["main", *_small(args)]) == 0, (page.name, args)
+            done.append(args)
+    assert len(done) > 20
+
+
+def _shards(folder):
+    return next((folder / "runs" / "digits" / "samples").glob("*/*.npz")).parent
+
+
+def _without_a_server(patch):
+    patch.setattr(demo, "_gradio", lambda: None)
+    patch.setattr(demo, "page", lambda models, n: models)
+    patch.setattr(
+        demo, "serve", lambda page, host, port: types.SimpleNamespace(local_url="", close=lambda verbose: None)
+    )
+    patch.setattr(demo, "threading", types.SimpleNamespace(Event=lambda: types.SimpleNamespace(wait=lambda: None)))
