@@ -31,6 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.codec.patch = patch
 
     c.model.predicts = "x0"  # a position holds more values than the U-Net has channels (docs/training.md)
+    c.model.neighbours = True  # borders between blocks show half as much (docs/training.md)
     c.model.width = 192
     c.model.heads = 6
     c.model.depth = 4  # N

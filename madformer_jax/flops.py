@@ -78,7 +78,8 @@ def _downsampler(c: ConfigDict) -> tuple[float, float]:
     """Of one block: everything, and the part of it that reads data, in which the backward pass needs no input gradient."""
     m, sizes = c.model, sizes_of(c)
     height, width = sizes.block_side, sizes.block_width
-    first = _conv((height, width), sizes.channels, m.unet_channels[0]) + _time_embedding(c)[0]
+    seen = 3 * sizes.channels if m.neighbours else sizes.channels
+    first = _conv((height, width), seen, m.unet_channels[0]) + _time_embedding(c)[0]
     total, before = first + _time_embedding(c)[1], m.unet_channels[0]
     for stage, channels in enumerate(m.unet_channels):
         for _ in range(m.unet_layers):

@@ -23,6 +23,7 @@ SWITCHES = {
     "D = N, image term alone": {"depth": 2, "diffusion_depth": 2, "loss.hidden": 0.0},
     "hidden term alone": {"loss.image": 0.0},
     "one block": {"blocks": 1},
+    "neighbours": {"neighbours": True},
 }  # fmt: skip
 
 
@@ -80,6 +81,7 @@ SAMPLING = {
     "no condition": {"blocks": 2, "ar_condition": False},
     "block only, text, guided": {"blocks": 2, "diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5},
     "one block": {"blocks": 1},
+    "neighbours": {"neighbours": True},
 }
 
 

@@ -32,6 +32,8 @@ class Parts(NamedTuple):
             if lengths is not None:  # "none" is one token
                 lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)] if self.guided else [lengths])
             cache = self._call("read_text", cache, jnp.concatenate([tokens, *none]), lengths)
+        if self.model.neighbours:
+            cache = cache._replace(finished=jnp.zeros_like(noise))
         return cache, self._call("begin", rows)
 
     def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
@@ -57,7 +59,9 @@ class Parts(NamedTuple):
 
     def extend(self, cache: ModelCache, z: Array, own: Any, block: int | Array) -> tuple[ModelCache, Array]:
         """The cache with the finished block in it, and what the next one is predicted from."""
-        c = self._call("embed_clean", z, self.clean_t)
+        c = self._call("embed_clean", cache, z, self.clean_t, block)
+        if self.model.neighbours:
+            cache = cache._replace(finished=jax.lax.dynamic_update_slice_in_dim(cache.finished, z, block, axis=1))
         c = jnp.concatenate([c] * (1 + self.guided))
         if not self.model.clean_stream:
             return self._call("remember", cache, own, block), c

@@ -46,6 +46,7 @@ class MADFormer(nn.Module):
     token_side: int
     channels: int
     unet: Any  # fields shared by Downsampler and Upsampler, but the type of the computation
+    neighbours: bool
     predicts: str
     rope: str
     clean_timestep: str
@@ -137,10 +138,24 @@ class MADFormer(nn.Module):
         side = self.grid * self.token_side
         return rope.rotary(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
 
-    def _down(self, z: Array, t: Array) -> tuple[Array, list[Array]]:
-        """Blocks (B, n, positions, C) and timesteps (B, n) -> tokens (B, n, s, d) and skips (B * n, ...)."""
-        tokens, skips = self.downsampler(z.reshape(-1, *self.block_shape), t.reshape(-1))
+    def _down(self, z: Array, t: Array, beside: Array | None) -> tuple[Array, list[Array]]:
+        """Blocks (B, n, positions, C) with timesteps (B, n) and what is `_beside` them -> tokens (B, n, s, d), skips (B * n, ...)."""
+        if beside is not None:
+            z = jnp.concatenate([z, beside], axis=-1)
+        tokens, skips = self.downsampler(z.reshape(-1, *self.block_shape[:2], z.shape[-1]), t.reshape(-1))
         return self._constrain(tokens.reshape(*t.shape, -1, self.width)), skips
+
+    def _beside(self, z: Array) -> Array | None:
+        """Of all blocks (B, L, positions, C) what stands left of each position and above it, (B, L, positions, 2 C); zero but
+        where that is in another block, which is finished before. None where the U-Net sees its block alone, as the paper's does.
+        """
+        if not self.neighbours:
+            return None
+        height, width, channels = self.block_shape
+        blocks = z.reshape(len(z), -1, self.columns, height, width, channels)
+        left = jnp.zeros_like(blocks).at[:, :, 1:, :, 0].set(blocks[:, :, :-1, :, -1])
+        above = jnp.zeros_like(blocks).at[:, 1:, :, 0].set(blocks[:, :-1, :, -1])
+        return jnp.concatenate([left, above], axis=-1).reshape(*z.shape[:3], -1)
 
     def _up(self, h: Array, t: Array, skips: list[Array]) -> Array:
         """Tokens (B, n, s, d), timesteps (B, n) and skips -> blocks (B, n, positions, C)."""
@@ -185,8 +200,9 @@ class MADFormer(nn.Module):
         embedded: dict[str, Array] = {}
         skips: list[Array] = []
         if p.down:
-            together = (jnp.concatenate(x, axis=1) for x in zip(*(given[name] for name in p.down), strict=True))
-            h, skips = self._down(*together)
+            both, times = (jnp.concatenate(x, axis=1) for x in zip(*(given[name] for name in p.down), strict=True))
+            beside = self._beside(z)
+            h, skips = self._down(both, times, None if beside is None else jnp.tile(beside, (1, len(p.down), 1, 1)))
             embedded = dict(zip(p.down, jnp.split(h, len(p.down), axis=1), strict=True))
 
         image = self._image_positions()
@@ -258,9 +274,13 @@ class MADFormer(nn.Module):
         """The first block's prediction stream, BOI: (B, 1, s, d)."""
         return self._boi(batch)
 
-    def embed_clean(self, z: Array, t: Array) -> Array:
+    def embed_clean(self, cache: ModelCache, z: Array, t: Array, block: int | Array) -> Array:
         """A generated block (B, 1, positions, C), embedded with timestep t (a scalar): (B, 1, s, d)."""
-        return self._down(z, jnp.full(z.shape[:2], t))[0]
+        return self._down(z, jnp.full(z.shape[:2], t), self._finished_beside(cache, block))[0]
+
+    def _finished_beside(self, cache: ModelCache, block: int | Array) -> Array | None:
+        beside = self._beside(cache.finished) if self.neighbours else None
+        return None if beside is None else jax.lax.dynamic_slice_in_dim(beside, block, 1, axis=1)
 
     def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
         """The AR layers' condition for block `block` from the embedding of the block before, both (B, 1, s, d).
@@ -281,7 +301,7 @@ class MADFormer(nn.Module):
 
         Returns it, (cache batch, 1, positions, C), with the layers' own keys and values, which `remember` takes.
         """
-        x, skips = self._down(noisy, jnp.full(noisy.shape[:2], t))
+        x, skips = self._down(noisy, jnp.full(noisy.shape[:2], t), self._finished_beside(cache, block))
         repeats = condition.shape[0] // noisy.shape[0]
         x, *skips = (jnp.tile(y, (repeats,) + (1,) * (y.ndim - 1)) for y in (x, *skips))
         pred, own = self.diffusion_layers.step(
@@ -332,6 +352,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         token_side=sizes.token_side,
         channels=sizes.channels,
         unet=unet,
+        neighbours=m.neighbours,
         predicts=m.predicts,
         rope=m.rope,
         clean_timestep=m.clean_timestep,

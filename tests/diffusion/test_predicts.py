@@ -13,6 +13,8 @@ class Fake:
 
     clean_stream, clean_timestep, none = True, "zero", 3
 
+    neighbours = False
+
     def __init__(self, predicts):
         self.predicts = predicts
 
@@ -31,7 +33,7 @@ class Fake:
     def condition(self, cache, pred, block):
         return jnp.tanh(pred) + cache, cache
 
-    def embed_clean(self, z, t):
+    def embed_clean(self, cache, z, t, block):
         return z
 
     def extend(self, cache, clean, block):

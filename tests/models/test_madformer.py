@@ -38,7 +38,7 @@ CAUSAL = {
     "block only, no condition": {"classes": 3, "diffusion_attention": "block", "ar_condition": False},
     "no clean stream, no condition": {"clean_stream": False, "ar_condition": False},
     "D = N": {"diffusion_depth": 2},
-    "sixteen blocks": {"blocks": 16, "unet_stride": 1, "classes": 3},
+    "sixteen blocks, neighbours": {"blocks": 16, "unet_stride": 1, "classes": 3, "neighbours": True},
 }  # fmt: skip
 
 
