@@ -8,11 +8,13 @@ import functools
 import shutil
 import types
 
+import numpy as np
 import pytest
 
-from madformer_jax import main
+from madformer_jax import drawing, main
 from madformer_jax.models import classifier, reader
 from madformer_jax.modes import demo, sweep
+from madformer_jax.testbed import layout
 from tests.test_docs import PAGES, ROOT, commands, of_ours
 from tests.testbed.test_sweep import Stage
 
@@ -84,15 +86,23 @@ def test_every_command_runs(folder, monkeypatch):
             with monkeypatch.context() as patch:
                 if "--mode=sweep" in args:
                     Stage(patch)
+                    patch.setattr(sweep, "_draw_grid", _draw_grid)
                     patch.setattr(sweep.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps})
                 if "--mode=demo" in args:
                     _without_a_server(patch)
                     if "--config.demo.other=runs/other" in args:
                         shutil.copytree("runs/digits", "runs/other")
+                if "--config.train.init_from=runs/drawings" in args:
+                    main.run(["main", *_small(["--config=configs/drawings.py", "--workdir=runs/drawings"])])
                 print(page.name, args)
                 assert main.run(["main", *_small(args)]) == 0, (page.name, args)
             done.append(args)
     assert len(done) > 20
+
+
+def _draw_grid(job, run, steps):
+    images = np.zeros((len(steps), sweep.COLUMNS, 32, 32, 1), np.uint8)
+    drawing.write_png(f"{layout.folder(job.workdir, run)}/grid.png", drawing.as_rows(images))
 
 
 def _shards(folder):
