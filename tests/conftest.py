@@ -32,12 +32,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
-_FIRST = (
-    "test_commands.py",
-    "test_distributed.py",
-    "test_kill.py",
-    "test_train.py",
-)  # the longest: none is to be left for the end
+# the longest: none is to be left for the end
+_FIRST = ("test_commands.py", "test_distributed.py", "test_kill.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -145,12 +145,10 @@ class MADFormer(nn.Module):
         tokens, skips = self.downsampler(z.reshape(-1, *self.block_shape[:2], z.shape[-1]), t.reshape(-1))
         return self._constrain(tokens.reshape(*t.shape, -1, self.width)), skips
 
-    def _beside(self, z: Array) -> Array | None:
+    def _beside(self, z: Array) -> Array:
         """Of all blocks (B, L, positions, C) what stands left of each position and above it, (B, L, positions, 2 C); zero but
-        where that is in another block, which is finished before. None where the U-Net sees its block alone, as the paper's does.
+        where that is in another block, which is finished before.
         """
-        if not self.neighbours:
-            return None
         height, width, channels = self.block_shape
         blocks = z.reshape(len(z), -1, self.columns, height, width, channels)
         left = jnp.zeros_like(blocks).at[:, :, 1:, :, 0].set(blocks[:, :, :-1, :, -1])
@@ -201,8 +199,8 @@ class MADFormer(nn.Module):
         skips: list[Array] = []
         if p.down:
             both, times = (jnp.concatenate(x, axis=1) for x in zip(*(given[name] for name in p.down), strict=True))
-            beside = self._beside(z)
-            h, skips = self._down(both, times, None if beside is None else jnp.tile(beside, (1, len(p.down), 1, 1)))
+            beside = jnp.tile(self._beside(z), (1, len(p.down), 1, 1)) if self.neighbours else None
+            h, skips = self._down(both, times, beside)
             embedded = dict(zip(p.down, jnp.split(h, len(p.down), axis=1), strict=True))
 
         image = self._image_positions()
@@ -279,8 +277,9 @@ class MADFormer(nn.Module):
         return self._down(z, jnp.full(z.shape[:2], t), self._finished_beside(cache, block))[0]
 
     def _finished_beside(self, cache: ModelCache, block: int | Array) -> Array | None:
-        beside = self._beside(cache.finished) if self.neighbours else None
-        return None if beside is None else jax.lax.dynamic_slice_in_dim(beside, block, 1, axis=1)
+        if cache.finished is None:
+            return None
+        return jax.lax.dynamic_slice_in_dim(self._beside(cache.finished), block, 1, axis=1)
 
     def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
         """The AR layers' condition for block `block` from the embedding of the block before, both (B, 1, s, d).

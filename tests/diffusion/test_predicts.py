@@ -11,9 +11,7 @@ from madformer_jax.diffusion import predicts, sampler, schedule
 class Fake:
     """Stands in for a model of one eps, which it gives in the words of eps, v or x0; tokens and the block before shape it."""
 
-    clean_stream, clean_timestep, none = True, "zero", 3
-
-    neighbours = False
+    clean_stream, clean_timestep, none, neighbours = True, "zero", 3, False
 
     def __init__(self, predicts):
         self.predicts = predicts
