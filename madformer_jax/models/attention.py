@@ -2,7 +2,7 @@
 
 Every query block i, of either stream, sees the text, the context blocks before i, and itself; the context is the clean
 stream, or the prediction stream when there is no clean one. All visible pairs of blocks are a diagonal and, below it, a
-triangle that falls apart into squares: unmasked attentions, whose results are merged (`blocks`) or one call a block (`cudnn`).
+triangle that falls apart into squares: unmasked attentions, whose results are merged.
 """
 
 import math
@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import splash
+from madformer_jax.models import cudnn, splash
 
 
 class KV(NamedTuple):
@@ -128,7 +128,7 @@ def block_attention(
     if implementation in ("splash", "splash_interpret"):
         return _splash(streams, context, text, lengths, interpret=implementation == "splash_interpret")
     if implementation == "cudnn":
-        return _block_by_block(streams, context, text, lengths)
+        return _cudnn(streams, context, text, lengths)
     return [_blocks(stream, context, text, lengths) for stream in streams]
 
 
@@ -198,24 +198,17 @@ def _halves(x: Array, count: int, sizes: tuple[int, int]) -> Sequence[Array]:
     return jax.lax.split(x.reshape(*x.shape[:2], count, sum(sizes), *x.shape[3:]), sizes, axis=3)
 
 
-def _block_by_block(streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Array | None) -> list[Array]:
-    """One call of cuDNN's `attend` for each block, the streams side by side in the batch: they see the same number of keys."""
-    outputs: list[list[Array]] = [[] for _ in streams]
-    for i in range(max(stream.k.shape[1] for stream in streams)):
-        present = [n for n, stream in enumerate(streams) if i < stream.k.shape[1]]
-        own = [[x[:, i] for x in _with_query(streams[n])] for n in present]
-        keys = [_visible(KV(k, v), context, text, i, padded=lengths is not None) for _, k, v in own]
-        # image by image: a batch that is split over devices stays where it is
-        q, k, v = (
-            jnp.stack(x, axis=1).reshape(-1, *x[0].shape[1:])
-            for x in ([q for q, _, _ in own], [kv.k for kv in keys], [kv.v for kv in keys])
-        )
-        seen = _visible_lengths(k, text, None if lengths is None else jnp.repeat(lengths, len(present)))
-        out = attend(q, k, v, implementation="cudnn", lengths=seen)  # (B * streams, s, H, h)
-        out = out.reshape(-1, len(present), *out.shape[1:])
-        for column, n in enumerate(present):
-            outputs[n].append(out[:, column])
-    return [jnp.stack(blocks, axis=1) for blocks in outputs]
+def _cudnn(streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Array | None) -> list[Array]:
+    """The streams side by side in each block, so that one call serves both; a stream that is shorter ends in zeros."""
+    blocks = max(stream.k.shape[1] for stream in streams)
+
+    def filled(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, blocks - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+    q, k, v = (jnp.stack([filled(x) for x in parts], axis=2) for parts in zip(*map(_with_query, streams), strict=True))
+    source = None if context is None else tuple(map(filled, context))
+    out = cudnn.attend(q, (k, v), source, None if text is None else tuple(text), lengths)
+    return [out[:, : stream.k.shape[1], n] for n, stream in enumerate(streams)]
 
 
 def _with_query(stream: QKV) -> tuple[Array, Array, Array]:
@@ -255,18 +248,20 @@ def cached_attention(
       own: queries, keys and values of the block, each (B, 1, s, H, h).
       context: cached keys and values (B, slots, s, H, h), of which slots j < block are filled; None: see only itself.
       text: (B, T, H, h) or None.
-      block: index i of the block. Traced, it selects among one program for each i, so that unfilled slots cost nothing.
+      block: index i of the block. Traced, it selects among one program for each i, so that unfilled slots cost nothing;
+        cuDNN is told how many are filled.
       lengths: see `block_attention`.
 
     Returns:
       (B, 1, s, H, h).
     """
     q, k, v = (x[:, 0] for x in _with_query(own))
-    inner = in_sampling(implementation)
+    if implementation == "cudnn":
+        return cudnn.cached(q, (k, v), context, text, block, lengths)[:, None]
 
     def at(i: int, q: Array, own: KV, context: KV | None, text: KV | None, lengths: Array | None) -> Array:
         keys = _visible(own, context, text, i, padded=lengths is not None)
-        return attend(q, *keys, implementation=inner, lengths=_visible_lengths(keys.k, text, lengths))[:, None]
+        return attend(q, *keys, lengths=_visible_lengths(keys.k, text, lengths))[:, None]
 
     args = q, KV(k, v), context, text, lengths
     if context is None or isinstance(block, int):
@@ -344,19 +339,24 @@ def _splash(
     return [x.reshape(q.shape) for x, q in zip(jnp.split(out[:, : ends[-1]], ends[:-1], axis=1), queries, strict=True)]
 
 
-def choose(name: str, platform: str, dtype: str, tokens: int) -> str:
+def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:
     """The implementation that `config.model.attention` means on a platform (cpu, gpu, tpu) for blocks of `tokens` tokens.
 
     Raises:
-      ConfigError: it needs another platform.
+      ConfigError: it needs another platform, or heads of another size.
     """
     if name == "cudnn" and platform != "gpu":
         raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU; this is a {platform}: 'auto' fits it.")
+    if name == "cudnn" and not (cudnn.takes(head) and dtype == "bfloat16"):
+        raise ConfigError(
+            f"config.model.attention='cudnn' needs heads of a multiple of 8 values, at most {cudnn.LARGEST}, in bfloat16; "
+            f"these have {head} in {dtype}: 'auto' fits them."
+        )
     if name == "splash" and platform != "tpu":
         return "splash_interpret"  # slow: the kernel's steps one by one
     if name != "auto":
         return name
-    if platform == "gpu" and dtype == "bfloat16":
+    if platform == "gpu" and dtype == "bfloat16" and cudnn.takes(head):
         return "cudnn"
     return "splash" if platform == "tpu" and splash.tile(tokens) else "blocks"
 
@@ -364,3 +364,8 @@ def choose(name: str, platform: str, dtype: str, tokens: int) -> str:
 def in_sampling(implementation: str) -> str:
     """What `cached_attention` runs: one block's queries against keys that it sees all of need no masked kernel."""
     return "cudnn" if implementation == "cudnn" else "blocks"
+
+
+def in_unet(implementation: str, heads: Sequence[int]) -> str:
+    """What the U-Net's attention runs, given the sizes of its heads in all stages."""
+    return "cudnn" if implementation == "cudnn" and all(map(cudnn.takes, heads)) else "blocks"

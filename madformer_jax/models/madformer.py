@@ -329,6 +329,9 @@ class MADFormer(nn.Module):
 def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
     """The model of a validated config; `platform` (cpu, gpu, tpu) is where it will run, by default JAX's backend."""
     m, sizes = c.model, sizes_of(c)
+    implementation = attention.choose(
+        m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens, m.width // m.heads
+    )
     unet = {
         "channels": tuple(m.unet_channels),
         "layers": m.unet_layers,
@@ -338,6 +341,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "time_width": m.unet_time_width,
         "time_embedding": m.time_embedding,
         "stride": m.unet_stride,
+        "attend": attention.in_unet(implementation, [x // m.unet_heads for x in m.unet_channels]),
     }
     return MADFormer(
         width=m.width,
@@ -362,7 +366,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         block_only=m.diffusion_attention == "block",
         vocabulary=vocabulary_of(c),
         text_length=c.text.length,
-        attention=attention.choose(m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens),
+        attention=implementation,
         dtype=jnp.dtype(m.dtype),
         remat=m.remat,
         unroll=m.scan_unroll,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.models.attention import attend
+from madformer_jax.models import attention
 from madformer_jax.models.layers import XAVIER, ResNetBlock, conv, dense, group_norm
 
 
@@ -47,6 +47,7 @@ class AttentionBlock(nn.Module):
     groups: int
     heads: int
     dtype: Any
+    attend: str = "blocks"  # implementation of `attention.attend`
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -58,7 +59,8 @@ class AttentionBlock(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        return x + dense(channels, ("conv_in", "conv_out"), self.dtype, name="out")(attend(q, k, v).reshape(x.shape))
+        attended = attention.attend(q, k, v, implementation=self.attend).reshape(x.shape)
+        return x + dense(channels, ("conv_in", "conv_out"), self.dtype, name="out")(attended)
 
 
 class Downsampler(nn.Module):
@@ -74,6 +76,7 @@ class Downsampler(nn.Module):
     time_embedding: str
     stride: int
     dtype: Any
+    attend: str = "blocks"  # implementation of `attention.attend`
 
     @nn.compact
     def __call__(self, z: Array, t: Array) -> tuple[Array, list[Array]]:
@@ -84,7 +87,9 @@ class Downsampler(nn.Module):
             for i in range(self.layers):
                 x = ResNetBlock(channels, self.groups, self.dtype, name=f"resnet_{stage}_{i}")(x, time)
                 if self.attention[stage]:
-                    x = AttentionBlock(self.groups, self.heads, self.dtype, name=f"attention_{stage}_{i}")(x)
+                    x = AttentionBlock(self.groups, self.heads, self.dtype, self.attend, name=f"attention_{stage}_{i}")(
+                        x
+                    )
                 skips.append(x)
             if stage + 1 < len(self.channels):
                 x = conv(channels, 3, self.dtype, stride=self.stride, name=f"down_{stage}")(x)
@@ -105,6 +110,7 @@ class Upsampler(nn.Module):
     time_embedding: str
     stride: int
     dtype: Any
+    attend: str = "blocks"  # implementation of `attention.attend`
 
     @nn.compact
     def __call__(self, h: Array, t: Array, skips: Sequence[Array]) -> Array:
@@ -113,12 +119,14 @@ class Upsampler(nn.Module):
         x = conv(self.channels[-1], 3, self.dtype, name="conv_in")(h)
         stages = len(self.channels)
         for stage in range(stages):
-            channels, attention = self.channels[stages - 1 - stage], self.attention[stages - 1 - stage]
+            channels, attends = self.channels[stages - 1 - stage], self.attention[stages - 1 - stage]
             for i in range(self.layers + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = ResNetBlock(channels, self.groups, self.dtype, name=f"resnet_{stage}_{i}")(x, time)
-                if attention:
-                    x = AttentionBlock(self.groups, self.heads, self.dtype, name=f"attention_{stage}_{i}")(x)
+                if attends:
+                    x = AttentionBlock(self.groups, self.heads, self.dtype, self.attend, name=f"attention_{stage}_{i}")(
+                        x
+                    )
             if stage + 1 < stages:
                 n, height, width, _ = x.shape
                 x = jax.image.resize(x, (n, self.stride * height, self.stride * width, channels), "nearest")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from madformer_jax.models import attention, splash
+from madformer_jax.models import attention, cudnn, splash
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.runtime import partitioning
 
@@ -47,8 +47,37 @@ def value_and_gradient(implementation, streams, source, words, lengths=None):
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1) if words else 0, has_aux=True))(streams, words)
 
 
-def _xla(q, k, v, implementation, lengths):
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths)
+def _weights(q, k, lengths, logs=None):
+    """exp(scores - log-sums) in (B, S, K, H), and the log-sums."""
+    scores = jnp.einsum("bshd,bkhd->bskh", q, k) * q.shape[-1] ** -0.5
+    if lengths is not None:
+        scores = jnp.where(jnp.arange(k.shape[1])[:, None] < lengths[:, None, None, None], scores, -jnp.inf)
+    logs = jax.nn.logsumexp(scores, axis=2) if logs is None else logs
+    return jnp.exp(scores - logs[:, :, None]), logs
+
+
+def _flash(q, k, v, lengths=None):
+    weights, logs = _weights(q, k, lengths)
+    return jnp.einsum("bskh,bkhd->bshd", weights, v), logs
+
+
+def _flash_gradient(q, k, v, lengths, out, logs, gradient):
+    """As FlashAttention's backward pass, of which `out` and `logs` may know more keys than these."""
+    weights, _ = _weights(q, k, lengths, logs)
+    before = jnp.einsum("bshd,bkhd->bskh", gradient, v) - (gradient * out).sum(axis=-1)[:, :, None]
+    d_scores = weights * before * q.shape[-1] ** -0.5
+    return (
+        jnp.einsum("bskh,bkhd->bshd", d_scores, k),
+        jnp.einsum("bskh,bshd->bkhd", d_scores, q),
+        jnp.einsum("bskh,bshd->bkhd", weights, gradient),
+    )
+
+
+@pytest.fixture
+def no_cudnn(monkeypatch):
+    """What `cudnn` runs, with products of XLA's in the place of cuDNN's calls."""
+    monkeypatch.setattr(cudnn, "flash", _flash)
+    monkeypatch.setattr(cudnn, "flash_gradient", _flash_gradient)
 
 
 def assert_equal_trees(found, expected):
@@ -60,18 +89,24 @@ def test_block_form_equals_the_dense_mask(name):
     assert_equal_trees(*(value_and_gradient(i, *CASES[name]) for i in ("blocks", "reference")))
 
 
-@pytest.mark.parametrize("name", ["clean one block short", "block only with text", "padded text"])
-def test_one_call_a_block_equals_the_dense_mask(name, monkeypatch):
-    """What `cudnn` runs, with XLA's attention in the place of cuDNN's."""
-    monkeypatch.setattr(attention, "attend", _xla)
+@pytest.mark.parametrize("name", CASES)
+def test_squares_of_cudnn_equal_the_dense_mask(name, no_cudnn):
     assert_equal_trees(*(value_and_gradient(i, *CASES[name]) for i in ("cudnn", "reference")))
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 11, 16])
+def test_squares_hold_every_pair_of_blocks_once(blocks):
+    seen = np.zeros((blocks, blocks), int)
+    number = np.arange(blocks)[None, :, None]
+    for square in cudnn.squares(blocks):
+        for rows, keys in zip(square.queries(number), square.keys(number), strict=True):
+            seen[np.ix_(rows, keys)] += 1
+    np.testing.assert_array_equal(seen, np.tri(blocks, k=-1))
+
+
 @pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "splash_interpret"])
-def test_padding_moves_nothing_at_all(implementation, monkeypatch):
+def test_padding_moves_nothing_at_all(implementation, no_cudnn):
     """Neither outputs nor gradients, and it gets no gradient; in the cache as in training."""
-    if implementation == "cudnn":
-        monkeypatch.setattr(attention, "attend", _xla)
     streams, source, words, lengths = CASES["padded text"]
     padding = (np.arange(T) >= lengths[:, None])[..., None, None]
     others = KV(*(jnp.where(padding, x + 3, x) for x in words))
@@ -158,13 +193,14 @@ def test_splash_kernel_compiles_for_a_tpu(topology, accelerator, tokens, monkeyp
 
 
 def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
-    auto = functools.partial(attention.choose, "auto")
+    auto = functools.partial(attention.choose, "auto", head=64)
     assert auto("cpu", "bfloat16", 256) == auto("gpu", "float32", 256) == "blocks"
     assert auto("gpu", "bfloat16", 256) == "cudnn"
     assert auto("tpu", "bfloat16", 256) == auto("tpu", "float32", 128) == "splash"
     assert auto("tpu", "bfloat16", 64) == "blocks"
-    assert attention.choose("blocks", "tpu", "bfloat16", 256) == "blocks"
-    assert attention.choose("splash", "cpu", "float32", 64) == "splash_interpret"
+    assert attention.choose("auto", "gpu", "bfloat16", 256, 12) == "blocks"
+    assert attention.choose("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
+    assert attention.choose("splash", "cpu", "float32", 64, 64) == "splash_interpret"
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -191,18 +227,21 @@ def test_a_query_sees_earlier_context_blocks_and_itself_only():
         assert float(jnp.abs(x[:, 3] - y[:, 3]).max()) > 1e-3
 
 
-def test_the_cache_gives_what_training_gives():
+@pytest.mark.parametrize("implementation, unfilled", [("blocks", jnp.nan), ("cudnn", 100.0)])
+def test_the_cache_gives_what_training_gives(implementation, unfilled, no_cudnn):
     streams, words = [stream(0, L), stream(1, L)], text()
     context = streams[0].kv
     whole = attention.block_attention(streams, context, words, implementation="blocks")
-    slots = KV(*(x[:, : L - 1].at[:, 2:].set(jnp.nan) for x in context))  # slots that are not filled yet
+    slots = KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in context))
 
     @jax.jit
     def traced(own, block):
-        return attention.cached_attention(own, slots, words, block, implementation="blocks")
+        return attention.cached_attention(own, slots, words, block, implementation=implementation)
 
     for n, own in enumerate(streams):
         one = QKV(*(x[:, 2:3] for x in own))
-        static = attention.cached_attention(one, slots, words, 2, implementation="blocks")
+        static = attention.cached_attention(one, slots, words, 2, implementation=implementation)
         np.testing.assert_allclose(static[:, 0], whole[n][:, 2], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(traced(one, 2), static, rtol=1e-5, atol=1e-6)
+        first = QKV(*(x[:, :1] for x in own))
+        np.testing.assert_allclose(traced(first, 0)[:, 0], whole[n][:, 0], rtol=1e-4, atol=1e-5)
