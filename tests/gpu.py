@@ -1,0 +1,182 @@
+"""What of ours has a form of its own on an NVIDIA GPU, compared there with float32 and timed: python -m tests.gpu
+
+Relative errors |x - y| / |y| over all outputs and all gradients; milliseconds of a layer's attention of FFHQ-1024 (16 blocks of 256
+tokens, 18 heads of 64), the median of 20 calls, on random numbers. docs/performance.md has the figures.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from madformer_jax import config
+from madformer_jax.diffusion import losses
+from madformer_jax.models import attention, madformer
+from madformer_jax.models.attention import KV, QKV
+from tests import tiny
+
+IMPLEMENTATIONS = ("cudnn", "blocks")
+
+
+def random(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def stream(seed: int, batch: int, blocks: int, tokens: int, heads: int, size: int) -> QKV:
+    return QKV(*(random(3 * seed + i, batch, blocks, tokens, heads, size) for i in range(3)))
+
+
+def error(found: Any, expected: Any) -> float:
+    squares = [
+        (np.sum((np.asarray(x, np.float64) - y) ** 2), np.sum(np.asarray(y, np.float64) ** 2))
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    ]
+    over, under = map(sum, zip(*squares, strict=True))
+    return float(np.sqrt(over / under))
+
+
+def total(streams: list[QKV], words: KV | None, lengths: Any, weights: Any, implementation: str, context: bool) -> Any:
+    outputs = attention.block_attention(
+        streams, streams[0].kv if context else None, words, lengths, implementation=implementation
+    )
+    return sum(jnp.sum(x.astype(jnp.float32) * w) for x, w in zip(outputs, weights, strict=True)), outputs
+
+
+def value_and_gradient(
+    streams: Any, text: Any, lengths: Any, weights: Any, context: bool, implementation: str, dtype: Any
+) -> Any:
+    streams, text = jax.tree.map(lambda x: x.astype(dtype), (streams, text))
+    gradient = jax.value_and_grad(total, argnums=0 if text is None else (0, 1), has_aux=True)
+    (_, outputs), found = jax.jit(gradient, static_argnums=(4, 5))(
+        streams, text, lengths, weights, implementation, context
+    )
+    return outputs, found
+
+
+def attentions() -> None:
+    """Of training, of every implementation, against the dense mask in float32."""
+    print("attention, error of outputs and gradients in bfloat16" + "".join(f"{x:>12}" for x in IMPLEMENTATIONS))
+    for name, blocks, words, lengths, context in (
+        ("one block", (1, 1), 0, None, True),
+        ("4 blocks", (3, 4), 0, None, True),
+        ("16 blocks, a class", (15, 16), 1, None, True),
+        ("11 blocks, padded text", (10, 11), 40, np.array([7, 40], np.int32), True),
+        ("a block sees itself alone", (4, 4), 0, None, False),
+        ("one stream", (8,), 3, None, True),
+    ):
+        streams = [stream(n, 2, count, 64, 4, 64) for n, count in enumerate(blocks)]
+        text = KV(*(random(90 + i, 2, words, 4, 64) for i in range(2))) if words else None
+        weights = [random(50 + n, *x.k.shape) for n, x in enumerate(streams)]
+        streams, text = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams, text))
+
+        run = functools.partial(value_and_gradient, streams, text, lengths, weights, context)
+        with jax.default_matmul_precision("highest"):
+            exact = run("reference", jnp.float32)
+        found = [run(x, jnp.bfloat16) for x in IMPLEMENTATIONS]
+        print(f"  {name:<51}" + "".join(f"  {error(x[0], exact[0]):.4f} {error(x[1], exact[1]):.4f}" for x in found))
+
+
+def cached() -> None:
+    """Of sampling: what the cache gives is what training gives."""
+    streams, words = [stream(n, 2, 8, 64, 4, 64) for n in range(2)], KV(random(7, 2, 5, 4, 64), random(8, 2, 5, 4, 64))
+    with jax.default_matmul_precision("highest"):
+        exact = attention.block_attention(streams, streams[0].kv, words, implementation="reference")[1]
+    own, context, words = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, words))
+    for implementation in IMPLEMENTATIONS:
+        read = jax.jit(
+            lambda own, block, implementation=implementation: attention.cached_attention(
+                own, context, words, block, implementation=implementation
+            )
+        )
+        blocks = [read(QKV(*(x[:, i : i + 1] for x in own)), i)[:, 0] for i in range(8)]
+        print(f"cache, {implementation}: {error(jnp.stack(blocks, axis=1), exact):.4f}")
+
+
+def model() -> None:
+    """A small model's loss and gradient: in float32 against the CPU's, and in bfloat16."""
+
+    def run(dtype: str, implementation: str, device: str) -> Any:
+        c = tiny.get_config()
+        c.model.width, c.model.heads, c.model.unet_channels, c.model.unet_groups = 128, 2, (64,), 8
+        c.model.dtype, c.model.attention = dtype, implementation
+        config.validate(c)
+        built = madformer.build(c, device)
+        with jax.default_device(jax.devices(device)[0]):
+            z = random(1, 4, built.blocks, built.block_shape[0] * built.block_shape[1], built.channels)
+            noise, t = random(2, *z.shape), jnp.arange(16).reshape(4, 4) * 60
+            params = jax.jit(lambda: nn.meta.unbox(madformer.init(built, jax.random.key(0))))()
+
+            def loss(params: Any) -> Any:
+                outputs = built.apply({"params": params}, z, 0.7 * z + 0.7 * noise, t, jnp.zeros((4, 1), jnp.int32))
+                terms = losses.terms(outputs, z, noise, None)
+                return terms["image"] + 0.1 * terms["hidden"]
+
+            return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
+
+    exact = run("float32", "blocks", "cpu")
+    for dtype, implementation, precision in (
+        ("float32", "blocks", "highest"),
+        ("float32", "blocks", None),
+        ("bfloat16", "blocks", None),
+        ("bfloat16", "cudnn", None),
+    ):
+        with jax.default_matmul_precision(precision):
+            found = run(dtype, implementation, "gpu")
+        print(
+            f"model, {dtype}, {implementation}, precision {precision or 'of the platform'}: loss {error(found[0], exact[0]):.2e}, "
+            f"gradient {error(found[1], exact[1]):.2e}"
+        )
+
+
+def median(function: Callable[..., Any], *args: Any) -> float:
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times)
+
+
+def times(batch: int = 8) -> None:
+    """Of one layer at the size of FFHQ-1024."""
+    streams = [stream(n, batch, 15 + n, 256, 18, 64) for n in range(2)]
+    weights = [x.q for x in streams]
+    streams = jax.tree.map(lambda x: x.astype(jnp.bfloat16), streams)
+    pairs = 256**2 * sum(sum(range(1, x.k.shape[1] + 1)) for x in streams)
+    flop = 4.0 * batch * 18 * 64 * pairs
+    for implementation in IMPLEMENTATIONS:
+        forward = jax.jit(
+            lambda streams, x=implementation: attention.block_attention(streams, streams[0].kv, None, implementation=x)
+        )
+        gradient = jax.jit(jax.grad(lambda s, x=implementation: total(s, None, None, weights, x, True)[0]))
+        ahead, both = median(forward, streams), median(gradient, streams)
+        print(
+            f"layer, batch {batch}, {implementation}: forward {ahead:.2f} ms ({flop / ahead / 1e9:.0f} TFLOP/s), "
+            f"with gradient {both:.2f} ms ({3.5 * flop / both / 1e9:.0f} TFLOP/s)"
+        )
+    own = QKV(*(x[:, :1] for x in streams[1]))
+    for implementation in IMPLEMENTATIONS:
+        read = jax.jit(
+            lambda own, context, block, x=implementation: attention.cached_attention(
+                own, context, None, block, implementation=x
+            )
+        )
+        each = [median(read, own, streams[0].kv, i) for i in (0, 7, 15)]
+        print(
+            f"cache, batch {batch}, {implementation}, blocks 0, 7, 15: " + ", ".join(f"{x:.3f}" for x in each) + " ms"
+        )
+
+
+if __name__ == "__main__":
+    print(jax.__version__, jax.devices()[0].device_kind)
+    attentions()
+    cached()
+    model()
+    times()
