@@ -123,7 +123,7 @@ def base() -> ConfigDict:
     c.train.validate_n = 256  # images that they are the mean over, rounded up to whole batches
     c.train.judge = False  # at the end, do what --mode=reference and --mode=evaluate do, and judge real images beside
     c.train.keep = 3  # newest checkpoints kept
-    c.train.keep_every = 0  # and for ever those at multiples of this step; 0: none
+    c.train.keep_every = 0  # and for ever the averages of those at multiples of this step; 0: none
     c.train.init_from = ""  # workdir or export whose weights a new run starts from
 
     c.optimizer = ConfigDict()

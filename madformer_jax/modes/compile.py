@@ -36,13 +36,14 @@ Estimator = Callable[[str], estimate.Estimate]  # of a compiled program's text
 
 
 class Program(NamedTuple):
-    """What is known of a program for one device; without `memory` it did not fit."""
+    """What is known of a program for one device; without `memory` the compiler refused it."""
 
     seconds: float  # to compile
     quick: bool  # at XLA's level O1, not as a run compiles it
     inputs: dict[str, int]  # bytes by kind, as the shardings say
     memory: dict[str, int]  # bytes of the compiled program by kind
     needed: int  # bytes in all
+    limit: int  # bytes that there are
     cost: flops.Cost  # analytic, of all devices
     xla_flops: float  # XLA's count for one device, in which the body of a loop counts once
     collectives: list[hlo.Collective]
@@ -50,8 +51,14 @@ class Program(NamedTuple):
     kernels: dict[str, int] | None = None  # calls into libraries and of hand-written kernels, by name
 
     @property
-    def fits(self) -> bool:
+    def compiled(self) -> bool:
         return bool(self.memory)
+
+    @property
+    def fits(self) -> bool:
+        return (
+            self.compiled and self.needed <= self.limit
+        )  # a TPU's compiler refuses what is too large, a GPU's does not
 
 
 def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
@@ -77,7 +84,7 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
     for name, build in {"training step": training_step, "sampler": sampling}.items():
         logging.info("compiling the %s", name)
         program = build(c, model, mesh, limit, platform)
-        print(text(name, program, limit, len(devices)), flush=True)
+        print(text(name, program, len(devices)), flush=True)
         time = program.time and program.time.figures()
         figures[name] = {"bytes": program.needed, "seconds": program.seconds, "fits": program.fits, "time": time}
         figures[name]["kernels"] = program.kernels
@@ -211,7 +218,7 @@ def _program(
     seconds = time.perf_counter() - began
     given = {name: partitioning.device_bytes(tree) for name, tree in inputs.items()}
     if refused is not None:
-        return Program(seconds, quick, given, {}, refused[0], cost, 0.0, [])
+        return Program(seconds, quick, given, {}, refused[0], limit, cost, 0.0, [])
     xla = compiled.cost_analysis() or {}
     xla = xla[0] if isinstance(xla, list) else xla
     text = compiled.as_text()
@@ -222,6 +229,7 @@ def _program(
         given,
         memory,
         needed,
+        limit,
         cost,
         xla.get("flops", 0.0),
         hlo.collectives(text),
@@ -288,21 +296,21 @@ def _no_cache() -> Iterator[None]:
 # ---- the report
 
 
-def text(name: str, p: Program, limit: int, devices: int) -> str:
+def text(name: str, p: Program, devices: int) -> str:
     """The report on one program, as text."""
     rows = [(kind, size) for kind, size in p.inputs.items()]
     rows += [(kind, size) for kind, size in p.memory.items() if kind != "inputs"]
     lines = [
-        f"\n{name}, {'compiled in' if p.fits else 'refused after'} {p.seconds:.0f} s{' at level O1' if p.quick else ''}"
+        f"\n{name}, {'compiled in' if p.compiled else 'refused after'} {p.seconds:.0f} s{' at level O1' if p.quick else ''}"
     ]
     lines += [f"  {kind:<24}{size / GIB:9.3f} GiB a device" for kind, size in rows]
-    share = f"{p.needed / GIB:9.3f} GiB of {limit / GIB:.2f}"
-    verdict = "fits" if p.fits else f"does not fit: {(p.needed - limit) / GIB:.2f} GiB too much"
+    share = f"{p.needed / GIB:9.3f} GiB of {p.limit / GIB:.2f}"
+    verdict = "fits" if p.fits else f"does not fit: {(p.needed - p.limit) / GIB:.2f} GiB too much"
     lines.append(f"  {'in all':<24}{share}: {verdict}")
     lines.append(
         f"  {'FLOPs, analytic':<24}{p.cost.total / 1e12:9.2f} TFLOP, {p.cost.total / devices / 1e12:.2f} a device"
     )
-    if p.fits:
+    if p.compiled:
         lines.append(
             f"  {'FLOPs, XLA':<24}{p.xla_flops / 1e12:9.2f} TFLOP a device, the body of each loop counted once"
         )

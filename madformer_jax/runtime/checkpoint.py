@@ -8,6 +8,7 @@ Every item has the checksums of its files, which are compared before any of it i
 
 import contextlib
 import functools
+import itertools
 import json
 import logging as python_logging
 import os
@@ -117,6 +118,9 @@ class Checkpoints:
         rules: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_every:
             rules.append(policies.EveryNSteps(keep_every))
+        self._whole = (
+            keep if keep_every and not read_only else None
+        )  # so many of the newest; of the others the averages
         self._started = 0.0
         self._step = -1
         self._unusable: set[int] = set()
@@ -147,6 +151,7 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         with self._errors("written"):
             self._manager.close()
+            self._thin()
 
     @contextlib.contextmanager
     def _errors(self, verb: str) -> Iterator[None]:
@@ -190,6 +195,7 @@ class Checkpoints:
         """
         with self._errors("written"):
             self._manager.wait_until_finished()  # also raises what went wrong in the background
+            self._thin()
             if step in self._manager.all_steps():
                 return
             self._started, self._step = time.monotonic(), step
@@ -205,6 +211,19 @@ class Checkpoints:
         """Until the last save is on disk."""
         with self._errors("written"):
             self._manager.wait_until_finished()
+
+    def _thin(self) -> None:
+        """Of complete checkpoints that are kept for ever, leaves what is evaluated; what cannot be removed now is the next time."""
+        if self._whole is None or jax.process_index() != 0:
+            return
+        old = sorted(ocp.utils.checkpoint_steps(self.path))[: -self._whole]
+        for step, item in itertools.product(old, ("opt", "params", "data")):
+            try:
+                (self.path / str(step) / item).rmtree(missing_ok=True)
+            except Exception as error:
+                if not storage.is_error(error):
+                    raise
+                logging.error("%s of step %d could not be removed: %s", item, step, storage.cause(error))
 
     def check(self) -> None:
         """Raises ConfigError where a save in the background has failed."""

@@ -219,6 +219,15 @@ def test_kept_checkpoints(counting, plain, tmp_path):
     plain.train.steps = 5
     train.run(plain, str(tmp_path))
     assert saved(tmp_path) == [2, 4, 5]
+    items = {step: {path.name for path in (tmp_path / "checkpoints" / str(step)).iterdir()} for step in (2, 4, 5)}
+    assert items[5] > {*checkpoint.ARRAYS, "data", "meta"}
+    assert items[2] == items[4] == items[5] - {"params", "opt", "data"}
+    with checkpoint.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+        assert checkpoints.meta(2)["step"] == 2
+        with pytest.raises(ConfigError, match="step 2 holds no params, only ema, meta"):
+            checkpoints.restore({"params": {}}, step=2)
+    plain.train.steps = 6
+    assert train.run(plain, str(tmp_path))["step"] == 6
 
 
 def test_one_training_a_workdir(plain, tmp_path):
