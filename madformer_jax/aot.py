@@ -51,7 +51,7 @@ def gpu_memory() -> int:
 
 
 def describe(topology: str) -> list[jax.Device]:
-    """The devices of a topology such as v5e:4x4, v5p:2x2x1 or h100:8, to compile for.
+    """The devices of a topology such as v5e:4x4, v5e:4x4@2 (two slices of it), v5p:2x2x1 or h100:8, to compile for.
 
     Raises:
       ConfigError: what compiles for it is missing, or does not know it.
@@ -73,12 +73,14 @@ def _tpus(topology: str) -> list[jax.Device]:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at a time: there are no chips to fight over
     }.items():
         os.environ.setdefault(name, value)
+    name, _, slices = topology.partition("@")
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=int(slices or 1))
+        return list(found.devices)
     except Exception as error:  # of XLA, of libtpu or of the loader
         raise ConfigError(
             f"libtpu cannot compile for --topology={topology} ({first_line(error)}): topologies look like "
-            "v5e:4x4, v6e:2x2 or v5p:2x2x1, or h100:8 for GPUs."
+            "v5e:4x4, v6e:2x2 or v5p:2x2x1, with @2 for two slices of it, or h100:8 for GPUs."
         ) from None
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
 SHOWN = 64  # training images in TensorBoard
+BEHIND = 20  # writings that may wait for a slow bucket; then the training does
 
 
 class DivergedError(ConfigError):
@@ -27,8 +29,9 @@ class DivergedError(ConfigError):
 class Report:
     """What a run tells of its steps: lines in the log and in workdir/metrics.jsonl, and TensorBoard's files.
 
-    metrics.jsonl tells each step once, and its scores once, in a line of their own: what it says of steps that are done
-    again is taken out at the start.
+    Files are written by a thread, one after the other: what cannot be written is raised by a later call. metrics.jsonl tells
+    each step once, and its scores once, in a line of their own: what it says of steps that are done again is taken out at the
+    start.
     """
 
     def __init__(self, c: ConfigDict, workdir: str, step: int, cost: float, devices: int):
@@ -47,6 +50,8 @@ class Report:
         self._warm, self._since, self._since_step = False, time.monotonic(), step
         self._board: Any = None
         self._shows = self._writes
+        self._thread = ThreadPoolExecutor(1, "report")
+        self._queue: list[Future[None]] = []
 
     def begin(self, step: int, c: ConfigDict, parameters: int, images: np.ndarray | None) -> None:
         """Tells TensorBoard what trains: the config, the number of parameters, and images uint8 (n, H, W, c)."""
@@ -144,15 +149,36 @@ class Report:
         self._show(lambda board: board.write_scalars(step, mean))
 
     def _append(self, figures: dict[str, Any]) -> None:
-        if self._writes:
+        def append() -> None:
             with storage.errors(f"{self._path} cannot be written"):
                 storage.append_line(self._path, json.dumps(figures))
+
+        if self._writes:
+            self._later(append)
+
+    def _later(self, act: Callable[[], None]) -> None:
+        self._queue.append(self._thread.submit(act))
+        while self._queue and (self._queue[0].done() or len(self._queue) > BEHIND):
+            self._queue.pop(0).result()
+
+    def settle(self) -> None:
+        """Until all is written.
+
+        Raises:
+          ConfigError: metrics.jsonl cannot be.
+        """
+        while self._queue:
+            self._queue.pop(0).result()
 
     def show(self, step: int, name: str, image: np.ndarray) -> None:
         """Puts a picture, uint8 (H, W, c), into TensorBoard."""
         self._show(lambda board: board.write_images(step, {name: image[None]}))
 
     def _show(self, write: Callable[[Any], None]) -> None:
+        if self._shows:
+            self._later(lambda: self._to_board(write))
+
+    def _to_board(self, write: Callable[[Any], None]) -> None:
         """TensorBoard is not worth a run: what goes wrong there is told once, and metrics.jsonl has the figures."""
         if not self._shows:
             return
@@ -177,8 +203,13 @@ class Report:
             self._since += time.monotonic() - began
 
     def close(self) -> None:
-        if self._shows and self._board is not None:
-            self._board.close()
+        """Raises as `settle`."""
+        try:
+            self.settle()
+        finally:
+            self._thread.shutdown()
+            if self._shows and self._board is not None:
+                self._board.close()
 
 
 def _cut(path: epath.Path, step: int) -> dict[str, Any]:

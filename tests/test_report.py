@@ -1,10 +1,14 @@
 """What a run tells of its steps."""
 
+import errno
 import json
+import threading
 
 import numpy as np
+import pytest
 
 from madformer_jax import report
+from madformer_jax.errors import ConfigError
 from tests import tiny
 
 
@@ -26,3 +30,26 @@ def test_metrics_tell_each_step_once(tmp_path):
     told.close()
     line = reports()[-1]
     assert (line["step"], line["loss"], line["loss_q1"]) == (5, 1.5, 3.0)
+
+
+def test_a_slow_disk_stalls_nothing_and_a_full_one_is_told(tmp_path, monkeypatch):
+    metrics = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
+    free, written = threading.Event(), []
+
+    def append(path, line):
+        free.wait(30)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(json.loads(line)["step"])
+
+    monkeypatch.setattr(report.storage, "append_line", append)
+    told = report.Report(tiny.get_config("plain"), str(tmp_path), 0, 1.0, 1)
+    told._shows = False
+    for step in (1, 2, 3):
+        told.add(step, metrics)
+        told.write()
+    assert not written
+    free.set()
+    with pytest.raises(ConfigError, match="metrics.jsonl cannot be written: .*No space left"):
+        told.close()
+    assert written == [1, 2]

@@ -29,7 +29,7 @@ class ModelCache(NamedTuple):
     ar: StackCache
     diffusion: StackCache
     lengths: Array | None = None  # (B,) tokens of the text, where it is padded
-    finished: Any = None  # (B, L, positions, C) the generated blocks, where the U-Net sees its neighbours
+    finished: Array | None = None  # (B, L, positions, C) the generated blocks, where the U-Net sees its neighbours
 
 
 StackKV = tuple[KV | None, KV | None]  # what one pass through a stage gives, of (body, last)

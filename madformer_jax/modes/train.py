@@ -287,6 +287,7 @@ class Saving:
     def __call__(self) -> None:
         """Reports, and starts to save; nothing is saved that is not finite."""
         self._report.write()
+        self._report.settle()  # no checkpoint is without what led to it
         self._save()
 
     def _save(self) -> None:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 from flax import linen as nn
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError, first_line
@@ -51,8 +51,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
     """The device mesh; one of the three sizes may be -1 and takes the devices that are left.
 
+    Slices of TPUs, which a data centre's network joins, lie along `data`: what is gathered stays within a slice.
+
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -63,7 +65,17 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | Non
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ConfigError(f"config.mesh: {given} does not fit {len(devices)} devices: the product must be that number.")
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    if sizes[0] % slices:
+        raise ConfigError(
+            f"config.mesh.data={sizes[0]} is not a multiple of the {slices} slices: set it so; "
+            "the other axes exchange too much for the network between slices."
+        )
+    grid = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def check_tensor(mesh: Mesh | AbstractMesh, heads: int, mlp_width: int) -> None:

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from madformer_jax import drawing, training
+from madformer_jax import aot, drawing, training
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import partitioning
 
@@ -28,6 +28,17 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_in_one_line(sizes):
     with pytest.raises(ConfigError, match=r"config\.mesh: data=") as error:
         partitioning.make_mesh(*sizes)
     assert "\n" not in str(error.value)
+
+
+def test_slices_of_tpus_lie_along_data():
+    pytest.importorskip("libtpu")
+    devices = aot.describe("v5e:2x2@2")
+    mesh = partitioning.make_mesh(-1, 4, 1, devices)
+    assert [{x.slice_index for x in row.ravel()} for row in mesh.devices] == [{0}, {1}]
+    mesh = partitioning.make_mesh(4, 1, 2, devices)
+    assert [{x.slice_index for x in row.ravel()} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ConfigError, match="data=1 is not a multiple of the 2 slices"):
+        partitioning.make_mesh(1, -1, 1, devices)
 
 
 def boxed(shape, *names):
