@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.diffusion import solvers
-from madformer_jax.models.madformer import MADFormer, ModelCache
+from madformer_jax.models.cache import ModelCache, write_finished
+from madformer_jax.models.madformer import MADFormer
 
 
 class Parts(NamedTuple):
@@ -60,8 +61,7 @@ class Parts(NamedTuple):
     def extend(self, cache: ModelCache, z: Array, own: Any, block: int | Array) -> tuple[ModelCache, Array]:
         """The cache with the finished block in it, and what the next one is predicted from."""
         c = self._call("embed_clean", cache, z, self.clean_t, block)
-        if self.model.neighbours:
-            cache = cache._replace(finished=jax.lax.dynamic_update_slice_in_dim(cache.finished, z, block, axis=1))
+        cache = write_finished(cache, z, block)
         c = jnp.concatenate([c] * (1 + self.guided))
         if not self.model.clean_stream:
             return self._call("remember", cache, own, block), c
