@@ -181,7 +181,8 @@ def test_an_error_leaves_the_last_finished_step_behind(counting, plain, tmp_path
         with pytest.raises((OSError, ConfigError), match=BROKEN) as error:
             train.run(plain, str(tmp_path / "parts"))
     assert isinstance(error.value, ConfigError) == (broken == "metrics")
-    assert saved(tmp_path / "parts") == [3]
+    # a thread writes the metrics: what it says may be heard a step later
+    assert saved(tmp_path / "parts") in ([[3]] if broken == "data" else [[3], [4]])
     train.run(plain, str(tmp_path / "parts"))
     assert_same_end(plain, tmp_path / "parts", runs / "whole")
 
