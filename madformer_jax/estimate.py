@@ -178,7 +178,8 @@ def kind(program: hlo.Program, instruction: hlo.Instruction) -> str:
 def kernel_flops(operands: Sequence[str], kernel: hlo.Instruction) -> float | None:
     """FLOPs of splash attention's kernel on all pairs of queries and keys, heads padded to 128 lanes; None for another kernel.
 
-    operands: shapes of what it is given: queries (..., rows, h), then keys (..., columns, h) come first among the floats.
+    operands: shapes of what it is given: queries (..., rows, h), then keys (..., columns, h) come first among the floats, or
+    both as (..., h, rows), which its metadata tells.
     """
     given = f"{kernel.op_name} {kernel.rest}"
     products = next((n for name, n in {"_fwd": 2, "_dkv": 4, "_dq": 3}.items() if f"splash_mha{name}" in given), None)
@@ -187,8 +188,9 @@ def kernel_flops(operands: Sequence[str], kernel: hlo.Instruction) -> float | No
     ]
     if products is None or len(arrays) < 2:
         return None
-    (*heads, rows, size), keys = arrays[0], arrays[1]
-    return products * 2.0 * math.prod(heads) * rows * keys[-2] * max(size, 128)
+    tokens_last = re.search(r'q_layout\\?": 2', kernel.rest)
+    (*heads, rows, size), (*_, columns, _) = ((*x[:-2], x[-1], x[-2]) if tokens_last else x for x in arrays[:2])
+    return products * 2.0 * math.prod(heads) * rows * columns * max(size, 128)
 
 
 # ---- reports

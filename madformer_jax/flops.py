@@ -255,11 +255,14 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
 
 
 def visible(c: ConfigDict) -> float:
-    """Share of the pairs of image tokens, all streams in a row, that training's attention computes: the mean over layers."""
-    blocks, n = c.model.blocks, 2 * c.model.blocks - 1 if c.model.clean_stream else c.model.blocks
-    seen = blocks**2 if c.model.clean_stream else blocks * (blocks + 1) // 2
-    own = c.model.diffusion_depth if c.model.diffusion_attention == "block" else 0  # layers: a block sees itself only
-    return ((c.model.depth - own) * seen + own * n) / (c.model.depth * n**2)
+    """Share of the tiles of training's attention kernels, one for each image stream, that are computed: the mean over layers."""
+    m, blocks = c.model, c.model.blocks
+    context, clean = (blocks - 1, blocks - 1) if m.clean_stream else (0, 0)  # blocks of the context, clean queries
+    pairs = clean * context + blocks * (context + blocks)
+    seen = blocks**2 if m.clean_stream else blocks * (blocks + 1) // 2
+    own = m.diffusion_depth if m.diffusion_attention == "block" else 0  # layers: a block sees itself only
+    alone = clean + blocks, clean**2 + blocks**2  # of those: seen, pairs
+    return ((m.depth - own) * seen + own * alone[0]) / ((m.depth - own) * pairs + own * alone[1])
 
 
 def nfe(c: ConfigDict) -> float:

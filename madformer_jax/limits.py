@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.diffusion_attention": ("sequence", "block"),
     "model.attention": ("auto", "reference", "blocks", "cudnn", "splash"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "attention", "full"),
     "text.caption": ("caption", "class"),
     "loss.weighting": WEIGHTINGS,
     "codec.name": ("pixel", "vae"),

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from madformer_jax.errors import ConfigError
@@ -66,6 +65,15 @@ def _merge(a: Part, b: Part) -> Part:
     top = jnp.maximum(a.top, b.top)
     x, y = jnp.exp(a.top - top), jnp.exp(b.top - top)
     return Part(a.out * x[..., None] + b.out * y[..., None], top, a.total * x + b.total * y)
+
+
+def tokens_last(x: Array, implementation: str) -> Array:
+    """X (B, S, H, h), and its gradient, in memory as (B, H, h, S) where that is what the kernel reads: a TPU's registers are
+    128 wide, and half empty with heads of 64 along them.
+    """
+    if implementation != "splash":
+        return x
+    return splash.laid_out(x.transpose(0, 2, 3, 1), False).transpose(0, 3, 1, 2)
 
 
 def _normalised(part: Part, dtype: Any) -> Array:
@@ -126,7 +134,8 @@ def block_attention(
     if implementation == "reference":
         return _reference(streams, context, text, lengths)
     if implementation in ("splash", "splash_interpret"):
-        return _splash(streams, context, text, lengths, interpret=implementation == "splash_interpret")
+        interpret = implementation == "splash_interpret"
+        return [_splash(stream, context, text, lengths, interpret=interpret) for stream in streams]
     if implementation == "cudnn":
         return _cudnn(streams, context, text, lengths)
     return [_blocks(stream, context, text, lengths) for stream in streams]
@@ -302,15 +311,13 @@ def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None, leng
 # ---- TPU: Pallas splash attention, all blocks of all streams in one call
 
 
-def _splash(
-    streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Array | None, *, interpret: bool
-) -> list[Array]:
-    """Queries of all streams in a row against the context, the streams' own keys and the text in a row."""
-    queries = [_with_query(stream)[0] for stream in streams]
-    (batch, _, tokens, heads, size), dtype = queries[0].shape, queries[0].dtype
-    inside = tuple(context is not None and stream.k is context.k for stream in streams)  # own keys are in the context
+def _splash(stream: QKV, context: KV | None, text: KV | None, lengths: Array | None, *, interpret: bool) -> Array:
+    """Queries in a row against the context, the stream's own keys and the text in a row."""
+    q, k, _ = _with_query(stream)
+    batch, blocks, tokens, heads, size = q.shape
+    inside = context is not None and k is context.k  # own keys are in the context
     kernel, rows, columns = splash.kernel(
-        tuple(q.shape[1] for q in queries),
+        blocks,
         inside,
         0 if context is None else context.k.shape[1],
         tokens,
@@ -320,23 +327,24 @@ def _splash(
 
     def in_a_row(parts: Sequence[Array], length: int) -> Array:
         """Blocks (B, blocks, s, H, h) and text (B, T, H, h), one after the other and padded: (B, H, length, h)."""
-        x = jnp.concatenate([part.reshape(batch, -1, heads, size) for part in parts], axis=1)
-        return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+        rows_last = [part.reshape(batch, -1, heads, size).transpose(0, 2, 3, 1) for part in parts]
+        x = jnp.concatenate(rows_last, axis=3)
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, length - x.shape[3])))
+        return splash.laid_out(x, interpret).swapaxes(2, 3)
 
     keys = [] if context is None else [context]
-    keys += [stream.kv for stream, is_inside in zip(streams, inside, strict=True) if not is_inside]
+    keys += [] if inside else [stream.kv]
     keys += [] if text is None else [text]
-    q = in_a_row(queries, rows) * jnp.asarray(size**-0.5, dtype)
-    k, v = (in_a_row(parts, columns) for parts in zip(*keys, strict=True))
+    args = [in_a_row([q * jnp.asarray(size**-0.5, q.dtype)], rows)]
+    args += [in_a_row(parts, columns) for parts in zip(*keys, strict=True)]
     if text is not None and lengths is not None:
         before = sum(math.prod(part.k.shape[1:3]) for part in keys[:-1])
         ids = _first(before + lengths, columns).astype(jnp.int32)
-        out = splash.on_each_device(jax.vmap(partial(splash.without_padding, kernel)), q, k, v, ids)
+        out = splash.on_each_device(jax.vmap(partial(splash.without_padding, kernel)), *args, ids)
     else:
-        out = splash.on_each_device(jax.vmap(kernel), q, k, v)
-    out = out.swapaxes(1, 2)  # (B, rows, H, h)
-    ends = np.cumsum([q.shape[1] * tokens for q in queries])
-    return [x.reshape(q.shape) for x, q in zip(jnp.split(out[:, : ends[-1]], ends[:-1], axis=1), queries, strict=True)]
+        out = splash.on_each_device(jax.vmap(kernel), *args)
+    out = splash.laid_out(out.swapaxes(2, 3), interpret)  # (B, H, h, rows)
+    return out[..., : blocks * tokens].transpose(0, 3, 1, 2).reshape(q.shape)
 
 
 def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:

@@ -1,8 +1,10 @@
 """2-D rotary position embedding: the release's variant and the axial one (MADFormer, section 3.3)."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -49,8 +51,10 @@ def rotary(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, var
 
 def rotate(x: Array, position: Rotary) -> Array:
     """X * cos + rotate_half(x) * sin, for x (..., s, H, h) and positions (..., s, h); computed in float32."""
-    half = x.shape[-1] // 2
-    y = x.astype(jnp.float32)
-    rotated = jnp.concatenate([-y[..., half:], y[..., :half]], axis=-1)
-    cos, sin = position.cos[..., None, :], position.sin[..., None, :]
-    return (y * cos + rotated * sin).astype(x.dtype)
+
+    def halves(y: Array) -> Sequence[Array]:
+        return jax.lax.split(y.astype(jnp.float32), [x.shape[-1] // 2] * 2, axis=y.ndim - 1)
+
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = map(halves, (x, position.cos[..., None, :], position.sin[..., None, :]))
+    # each half rounded by itself: joined in float32, they are twice what a TPU writes and reads again
+    return jnp.concatenate([(a * cos_a - b * sin_a).astype(x.dtype), (b * cos_b + a * sin_b).astype(x.dtype)], axis=-1)

@@ -12,6 +12,8 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import PartitionSpec
 
+KEPT = "attention"  # name of the kernel's output and sums in a policy of jax.checkpoint
+
 
 def without_padding(kernel: Any, q: Array, k: Array, v: Array, ids: Array) -> Array:
     """The kernel where `ids` (columns,) are 1 at keys that are seen, and 0 at padding."""
@@ -36,15 +38,22 @@ def on_each_device(function: Callable[..., Array], *args: Array) -> Array:
     return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*args)
 
 
+def laid_out(x: Array, interpret: bool) -> Array:
+    """X, and its gradient, in memory in the order of its axes; on a TPU, where the compiler's own choice costs copies."""
+    if interpret:
+        return x
+    from jax.experimental.layout import Layout, with_layout_constraint
+
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 def tile(tokens: int) -> int | None:
     """Side of the kernel's square tiles of which a block of `tokens` tokens consists; None where no size fits."""
     return next((side for side in (512, 256, 128) if tokens % side == 0), None)
 
 
 @functools.lru_cache
-def kernel(
-    blocks: tuple[int, ...], inside: tuple[bool, ...], context: int, tokens: int, text: int, interpret: bool
-) -> tuple[Any, int, int]:
+def kernel(blocks: int, inside: bool, context: int, tokens: int, text: int, interpret: bool) -> tuple[Any, int, int]:
     """The kernel for q, k, v (H, rows or columns, h), and its numbers of rows and columns; see `attention._splash` for the order.
 
     The tiles that the mask leaves empty are not computed; where blocks consist of whole tiles, only the text's need a mask.
@@ -53,12 +62,9 @@ def kernel(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-    visible = []  # of blocks: a row of parts for each stream
-    for n, count in enumerate(blocks):
-        i, j = np.arange(count)[:, None], np.arange(context)
-        own = [np.eye(count, m, dtype=bool) & (n == k) for k, m in enumerate(blocks) if not inside[k]]
-        visible.append(np.concatenate([i >= j if inside[n] else i > j, *own], axis=1))
-    mask = np.concatenate(visible).repeat(tokens, axis=0).repeat(tokens, axis=1)
+    i, j = np.arange(blocks)[:, None], np.arange(context)
+    visible = i >= j if inside else np.concatenate([i > j, np.eye(blocks, dtype=bool)], axis=1)
+    mask = visible.repeat(tokens, axis=0).repeat(tokens, axis=1)
     side = tile(tokens) or 128
     rows, columns = (side * math.ceil(n / side) for n in (mask.shape[0], mask.shape[1] + text))
     mask = np.pad(mask, ((0, 0), (0, text)), constant_values=True)
@@ -70,8 +76,17 @@ def kernel(
         process(whole, (side, side), head_shards=1, q_seq_shards=1)[0]
         for process in (mask_info.process_mask, mask_info.process_mask_dkv)
     )
+    tokens_last = pallas.QKVLayout.SEQ_MINOR
     sizes = pallas.BlockSizes(
-        block_q=side, block_kv=side, block_q_dkv=side, block_kv_dkv=side, block_q_dq=side, block_kv_dq=side
+        block_q=side,
+        block_kv=side,
+        block_q_dkv=side,
+        block_kv_dkv=side,
+        block_q_dq=side,
+        block_kv_dq=side,
+        q_layout=tokens_last,
+        k_layout=tokens_last,
+        v_layout=tokens_last,
     )
     found = pallas.SplashAttentionKernel(
         forward,
@@ -82,7 +97,7 @@ def kernel(
         save_residuals=False,
         mask_value=pallas.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=KEPT,
         mask_function=None,
         interpret=interpret,
     )

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 from jax import Array
 
-from madformer_jax.models import attention
+from madformer_jax.models import attention, splash
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.models.cache import Cache, StackCache, StackKV
 from madformer_jax.models.layers import dense, rms_norm, silu
@@ -60,18 +60,26 @@ class Tower(nn.Module):
         self.up = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
         self.down = dense(d, ("mlp", "embed"), dtype, bias=False)
 
-    def qkv(self, x: Array, position: Rotary, queries: bool = True) -> QKV:
-        """X (..., s, d) -> queries (unless only keys and values are wanted), keys, values, each (..., s, H, h)."""
+    def qkv(self, x: Array, position: Rotary, implementation: str = "", queries: bool = True) -> QKV:
+        """X (B, S, d) at positions (..., h), S in all -> queries (unless only keys and values are wanted), keys, values, each
+        (B, ..., H, h), in memory as `implementation` of attention reads them.
+        """
         y = self.attention_norm(x)
+        size = self.width // self.heads
+        at = Rotary(*(angles.reshape(-1, size) for angles in position))
 
         def heads(projection: Array) -> Array:
-            return projection.reshape(*x.shape[:-1], self.heads, self.width // self.heads)
+            return attention.tokens_last(projection.reshape(*x.shape[:2], self.heads, size), implementation)
 
-        q = rotate(self.query_norm(heads(self.query(y))), position) if queries else None
-        return QKV(q, rotate(self.key_norm(heads(self.key(y))), position), heads(self.value(y)))
+        def shaped(z: Array) -> Array:
+            return z.reshape(len(x), *position.cos.shape[:-1], self.heads, size)
+
+        q = shaped(rotate(self.query_norm(heads(self.query(y))), at)) if queries else None
+        k = rotate(self.key_norm(heads(self.key(y))), at)
+        return QKV(q, shaped(k), shaped(heads(self.value(y))))
 
     def finish(self, x: Array, attended: Array) -> Array:
-        """Output projection and SwiGLU, each with its residual: x (..., s, d), attended (..., s, H, h)."""
+        """Output projection and SwiGLU, each with its residual: x (B, S, d), attended (B, ..., H, h)."""
         x = x + self.out(attended.reshape(x.shape))
         y = self.mlp_norm(x)
         return x + self.down(silu(self.gate(y)) * self.up(y))
@@ -98,13 +106,12 @@ class DecoderLayer(nn.Module):
             for name in sorted(set(self.towers.values()))
         }
 
-    def _qkv(self, name: str, x: Array, position: Rotary, queries: bool = True) -> QKV:
-        return self.tower[self.towers[name]].qkv(x, position, queries)
+    def _qkv(self, name: str, *args: Any) -> QKV:
+        return self.tower[self.towers[name]].qkv(*args)
 
     def _finish(self, name: str, x: Array, attended: Array) -> Array:
         x = self.tower[self.towers[name]].finish(x, attended)
-        axes = ("batch", "tokens", "embed") if name == "text" else ("batch", "blocks", "tokens", "embed")
-        return nn.with_logical_constraint(x, axes)
+        return nn.with_logical_constraint(x, ("batch", "tokens", "embed"))
 
     def __call__(
         self, streams: Streams, positions: Mapping[str, Rotary], lengths: Array | None, keys_only: tuple[str, ...]
@@ -114,7 +121,10 @@ class DecoderLayer(nn.Module):
         Text ends after `lengths` (B,) tokens, by default after all; the padding behind it is computed, and seen by nobody.
         """
         given = streams.present
-        qkv = {name: self._qkv(name, x, positions[name], name not in keys_only) for name, x in given.items()}
+        qkv = {
+            name: self._qkv(name, x, positions[name], "" if name == "text" else self.attention, name not in keys_only)
+            for name, x in given.items()
+        }
         image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
         text = qkv.get("text")
         source = qkv.get("clean", None if "clean" in self.towers else qkv.get("pred"))
@@ -136,7 +146,7 @@ class DecoderLayer(nn.Module):
     def step(
         self, streams: Streams, cache: Cache, position: Rotary, block: int | Array, lengths: Array | None
     ) -> tuple[Streams, KV]:
-        """One stream alone, in sampling: a block (B, 1, s, d) against the cache, or the text (B, T, d) against itself.
+        """One stream alone, in sampling: a block (B, s, d) against the cache, or the text (B, T, d) against itself.
 
         Returns the stream and its own keys and values, for the cache.
         """
@@ -153,8 +163,14 @@ class DecoderLayer(nn.Module):
         return Streams(**{name: self._finish(name, x, attended)}), own.kv
 
 
+def _in_a_row(streams: Streams) -> Streams:
+    """The tokens of all blocks in a row, (B, S, d), as the layers take them: on a TPU each axis more is a copy."""
+    return Streams(**{name: x.reshape(len(x), -1, x.shape[-1]) for name, x in streams.present.items()})
+
+
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(splash.KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -204,12 +220,13 @@ class LayerStack(nn.Module):
         lengths: Array | None = None,
     ) -> Streams:
         """All blocks at once; streams that are not named in `out` end in the last layer."""
+        given, streams = streams, _in_a_row(streams)
         if self.layers > 1:
             streams, _ = self.body(streams, positions, lengths, ())
         if self.layers:
             ends = tuple(name for name in streams.present if name not in out)
             streams, _ = self.last(streams, positions, lengths, ends)
-        return streams.only(out)
+        return Streams(**{name: x.reshape(given.present[name].shape) for name, x in streams.only(out).present.items()})
 
     def step(
         self,
@@ -221,9 +238,9 @@ class LayerStack(nn.Module):
         lengths: Array | None = None,
     ) -> tuple[Array, StackKV]:
         """The stream `name` alone, x (B, 1, s, d), against the cache; returns it with its own keys and values."""
-        streams, body, last = Streams(**{name: x}), None, None
+        streams, body, last = _in_a_row(Streams(**{name: x})), None, None
         if self.layers > 1:
             streams, body = self.body.step(streams, cache.body, position, block, lengths)
         if self.layers:
             streams, last = self.last.step(streams, cache.last, position, block, lengths)
-        return streams.present[name], (body, last)
+        return streams.present[name].reshape(x.shape), (body, last)

@@ -146,13 +146,15 @@ def test_splash_kernel_on_a_mesh_equals_the_dense_mask():
 
 def test_splash_kernel_computes_no_empty_tile():
     tiles, side = 2, 512  # a block is 2 x 2 tiles of the kernel
-    kernel, rows, columns = splash.kernel((L - 1, L), (True, False), L - 1, tiles * side, 0, True)
-    assert (rows, columns) == ((2 * L - 1) * tiles * side,) * 2
-    pairs = L * (L - 1) // 2 + L * (L + 1) // 2
-    for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
-        assert np.count_nonzero(info.block_mask) == pairs * tiles**2
-        assert info.partial_mask_blocks is None
-    with_text, _, columns = splash.kernel((L,), (True,), L, side, T, True)
+    clean = splash.kernel(L - 1, True, L - 1, tiles * side, 0, True)
+    pred = splash.kernel(L, False, L - 1, tiles * side, 0, True)
+    assert clean[1:] == ((L - 1) * tiles * side,) * 2
+    assert pred[1:] == (L * tiles * side, (2 * L - 1) * tiles * side)
+    for (kernel, *_), pairs in ((clean, L * (L - 1) // 2), (pred, L * (L + 1) // 2)):
+        for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
+            assert np.count_nonzero(info.block_mask) == pairs * tiles**2
+            assert info.partial_mask_blocks is None
+    with_text, _, columns = splash.kernel(L, True, L, side, T, True)
     assert columns == (L + 1) * side
     assert np.count_nonzero(with_text.fwd_mask_info.block_mask) == L * (L + 1) // 2 + L
 

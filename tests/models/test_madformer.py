@@ -153,7 +153,7 @@ def test_one_token_without_padding_is_a_class():
 def test_how_layers_are_run_changes_no_gradient():
     """Of a stage: a scan over two layers, and one alone."""
     results = []
-    for changes in ({}, {"scan_unroll": 2, "remat": "dots"}, {"remat": "full"}):
+    for changes in ({}, {"scan_unroll": 2, "remat": "dots"}, {"remat": "attention"}, {"remat": "full"}):
         model, params = small(depth=3, diffusion_depth=3, blocks=1, **changes)
         shape = (2, model.blocks, model.tokens, model.width)
         x, y = (jax.random.normal(jax.random.key(i), shape) for i in range(2))

@@ -1,0 +1,57 @@
+"""What a decoder layer of FFHQ-1024 takes on a TPU: the gradient of one, of an image, on one chip, estimated.
+
+    python -m tests.decoder v5e:2x2
+
+Nothing is computed again and nothing moves between chips: what is left is the layer's own. It needs libtpu, and no TPU.
+"""
+
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from configs import ffhq1024
+from madformer_jax import aot, estimate, flops
+from madformer_jax.models import rope, transformer
+from madformer_jax.models.transformer import Streams
+from madformer_jax.runtime import partitioning
+
+
+def main(topology: str) -> None:
+    c = ffhq1024.get_config()
+    m, device = c.model, aot.describe(topology)[0]
+    towers = {"clean": "clean", "pred": "pred"}
+    layer = transformer.DecoderLayer(m.width, m.heads, m.mlp_width, jnp.bfloat16, towers, False, "splash")
+    angles = rope.rotary(*rope.image_positions(4, 16), head_size=64, side=64, variant=m.rope)
+    positions = {"clean": rope.Rotary(*(x[:15] for x in angles)), "pred": angles}
+    mesh = partitioning.make_mesh(1, 1, 1, [device])
+    everywhere, key = partitioning.replicated(mesh), jax.random.key(0)
+
+    def total(params: Any, streams: Streams) -> jax.Array:
+        out, _ = layer.apply(params, streams, positions, None, ())
+        return sum((jnp.square(x.astype(jnp.float32)).mean() for x in out.present.values()), jnp.zeros(()))
+
+    shapes = Streams(*(jax.ShapeDtypeStruct((1, n * 256, m.width), jnp.bfloat16) for n in (0, 15, 16)))._replace(
+        text=None
+    )
+    with partitioning.scope(mesh):
+        boxed = jax.eval_shape(lambda x: layer.init(key, x, positions, None, ()), shapes)
+    given = partitioning.abstract(
+        (nn.meta.unbox(boxed), shapes), jax.tree.map(lambda _: everywhere, (nn.meta.unbox(boxed), shapes))
+    )
+    with partitioning.scope(mesh):
+        text = jax.jit(jax.grad(total, (0, 1)), out_shardings=everywhere).lower(*given).compile().as_text()
+    c.model.depth, c.model.diffusion_depth = 1, 0
+    rows, d = 31 * 256, m.width
+    work = 3 * (2.0 * rows * d * (4 * d + 3 * m.mlp_width) + 2 * 2.0 * 256 * 256**2 * d)  # L^2 pairs of blocks are seen
+    print(
+        estimate.text(
+            estimate.estimate(text, device.device_kind, flops.peak("bfloat16", device), work, flops.visible(c))
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
