@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.mesh.data, c.mesh.fsdp = 1, -1  # docs/scaling.md
     c.train.accumulate = 4
-    c.model.remat = "full"
+    c.model.remat = "attention"
     if chosen["tiny"]:
         config.as_tiny(c)
     return c
