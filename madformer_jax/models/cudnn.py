@@ -28,9 +28,7 @@ def flash(q: Array, k: Array, v: Array, lengths: Array | None = None) -> tuple[A
     Returns:
       (B, S, H, h) and float32 (B, S, H).
     """
-    rows, masked = None, cudnn.MaskType.NO_MASK
-    if lengths is not None:
-        rows, masked = jnp.full(q.shape[0], q.shape[1], jnp.int32), cudnn.MaskType.PADDING
+    rows, masked = _masking(q, lengths)
     out, logs = cudnn.dot_product_attention(
         q, k, v, q_seqlen=rows, kv_seqlen=lengths, scale=_scale(q), mask_type=masked, return_residual=True
     )
@@ -42,16 +40,22 @@ def flash_gradient(
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k and v, which may be a part of the keys that `out` and `logs`, like those of `flash`, belong to."""
     unused = jnp.zeros(0, q.dtype)
-    rows, masked = unused, cudnn.MaskType.NO_MASK
-    if lengths is not None:
-        rows, masked = jnp.full(q.shape[0], q.shape[1], jnp.int32), cudnn.MaskType.PADDING
+    rows, masked = _masking(q, lengths)
+    ends = (unused, unused) if lengths is None else (rows, lengths)
     found: Any = cudnn._dot_product_attention_bwd_p_wrapper.bind(
-        q, k, v, unused, rows, unused if lengths is None else lengths, unused, unused, unused, unused,
+        q, k, v, unused, *ends, unused, unused, unused, unused,
         logs.swapaxes(1, 2), out, gradient,
         scale=_scale(q), seed=42, dropout_rate=0.0, variadic_args=(False, False), mask_type=masked,
         layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None,
     )  # fmt: skip
     return found[0], found[1], found[2]
+
+
+def _masking(q: Array, lengths: Array | None) -> tuple[Array | None, cudnn.MaskType]:
+    """How many queries there are, (B,), where the keys end somewhere, and what cuDNN calls that."""
+    if lengths is None:
+        return None, cudnn.MaskType.NO_MASK
+    return jnp.full(q.shape[0], q.shape[1], jnp.int32), cudnn.MaskType.PADDING
 
 
 def _scale(q: Array) -> float:
