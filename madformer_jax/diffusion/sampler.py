@@ -61,7 +61,8 @@ class Parts(NamedTuple):
     def extend(self, cache: ModelCache, z: Array, own: Any, block: int | Array) -> tuple[ModelCache, Array]:
         """The cache with the finished block in it, and what the next one is predicted from."""
         c = self._call("embed_clean", cache, z, self.clean_t, block)
-        cache = write_finished(cache, z, block)
+        if self.model.neighbours:
+            cache = write_finished(cache, z, block)
         c = jnp.concatenate([c] * (1 + self.guided))
         if not self.model.clean_stream:
             return self._call("remember", cache, own, block), c

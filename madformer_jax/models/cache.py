@@ -74,6 +74,5 @@ def write_text(cache: StackCache, own: StackKV) -> StackCache:
 
 def write_finished(cache: ModelCache, z: Array, block: int | Array) -> ModelCache:
     """Keeps a generated block (B, 1, positions, C), where the U-Net sees its neighbours."""
-    if cache.finished is None:
-        return cache
+    assert cache.finished is not None
     return cache._replace(finished=jax.lax.dynamic_update_slice_in_dim(cache.finished, z, block, axis=1))

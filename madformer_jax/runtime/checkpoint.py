@@ -10,9 +10,6 @@ import contextlib
 import functools
 import itertools
 import json
-import logging as python_logging
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -28,12 +25,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from madformer_jax import fields
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import checksums, malloc, storage
+from madformer_jax.runtime import checksums, malloc, quiet, storage
 from madformer_jax.runtime.partitioning import sync
 
 ARRAYS = ("params", "ema", "opt")
 T = TypeVar("T")
-_ORBAX = os.path.join("orbax", "checkpoint")
 
 # What may differ when a run goes on; every other field of these sections must stay as it was.
 _FIXED_SECTIONS = ("model", "text", "loss", "codec", "data", "train", "optimizer")
@@ -124,7 +120,7 @@ class Checkpoints:
         self._started = 0.0
         self._step = -1
         self._unusable: set[int] = set()
-        _quiet()
+        quiet.quiet()
 
         def opened() -> ocp.CheckpointManager:
             arrays = {name: ocp.StandardCheckpointHandler(**_in_flight(state)) for name in ARRAYS}
@@ -368,27 +364,6 @@ class Checkpoints:
                 logging.warning("moved the checkpoint of step %d to %s", newer, aside)
         sync("drop_after")
         self._manager.reload()
-
-
-def _quiet() -> None:
-    """Keeps what Orbax and its event loop log out of the log: each of their errors comes to us as an exception as well."""
-    for logger in (logging.get_absl_logger(), python_logging.getLogger("asyncio")):
-        if _ours not in logger.filters:
-            logger.addFilter(_ours)
-    if getattr(sys.unraisablehook, "func", None) is not _unless_late:
-        sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)
-
-
-def _unless_late(show: Callable[[Any], Any], unraisable: Any) -> None:
-    """Shows what nobody could catch, but not the other reads and writes of Orbax that end after a first one has failed."""
-    code = getattr(unraisable.object, "cr_code", None)
-    late = str(unraisable.exc_value) == "Event loop is closed" or (code is not None and _ORBAX in code.co_filename)
-    if not late:
-        show(unraisable)
-
-
-def _ours(record: python_logging.LogRecord) -> bool:
-    return record.name != "asyncio" and _ORBAX not in record.pathname
 
 
 def _in_flight(state: Any) -> dict[str, Any]:
