@@ -1,4 +1,7 @@
-"""The loop. Most tests put a step that only counts in the place of the real one, which is tested in tests/test_training.py. Over 400 lines: its tests share runs that take seconds to make."""
+"""The loop. Most tests put a step that only counts in the place of the real one, which is tested in tests/test_training.py.
+
+Over 400 lines: its tests share runs that take seconds to make.
+"""
 
 import json
 import logging
