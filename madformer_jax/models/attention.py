@@ -5,6 +5,7 @@ stream, or the prediction stream when there is no clean one. All visible pairs o
 triangle that falls apart into squares: unmasked attentions, whose results are merged.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -16,6 +17,7 @@ from jax import Array
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import cudnn, splash
+from madformer_jax.models.squares import squares
 
 
 class KV(NamedTuple):
@@ -174,11 +176,9 @@ def _see_before(part: Part, q: Array, context: KV) -> Part:
 
     In pairs of m blocks, m = 1, 2, 4, ..., the second m blocks see all of the first m. The last pair may be cut off.
     """
-    heads, blocks, m = q.shape[:2], q.shape[2], 1
-    while m < blocks:
-        pairs, rest = divmod(blocks, 2 * m)
-        groups = [(pairs, m)] if pairs else []  # (pairs, blocks in their second half)
-        groups += [(1, rest - m)] if rest > m else []
+    heads, blocks = q.shape[:2], q.shape[2]
+    for m, found in itertools.groupby(squares(blocks), key=lambda square: square.size):
+        groups = [(square.pairs, square.rows) for square in found]
         sizes = [count * (m + rows) for count, rows in groups]
         sizes += [blocks - sum(sizes)] if sum(sizes) < blocks else []
         # lax.split, because the gradient of x[a:b] is an array of zeros with a part filled
@@ -198,7 +198,6 @@ def _see_before(part: Part, q: Array, context: KV) -> Part:
             both = (jnp.concatenate(x, axis=3) for x in zip(first, second, strict=True))
             parts[n] = Part(*(x.reshape(y.shape) for x, y in zip(both, parts[n], strict=True)))
         part = Part(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
-        m *= 2
     return part
 
 

@@ -8,7 +8,6 @@ Every item has the checksums of its files, which are compared before any of it i
 
 import contextlib
 import functools
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -114,9 +113,8 @@ class Checkpoints:
         rules: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_every:
             rules.append(policies.EveryNSteps(keep_every))
-        self._whole = (
-            keep if keep_every and not read_only else None
-        )  # so many of the newest; of the others the averages
+        self._keep, self._thins = keep, bool(keep_every) and not read_only
+        self._thinned: set[int] = set()
         self._started = 0.0
         self._step = -1
         self._unusable: set[int] = set()
@@ -210,16 +208,18 @@ class Checkpoints:
 
     def _thin(self) -> None:
         """Of complete checkpoints that are kept for ever, leaves what is evaluated; what cannot be removed now is the next time."""
-        if self._whole is None or jax.process_index() != 0:
+        if not self._thins or jax.process_index() != 0:
             return
-        old = sorted(ocp.utils.checkpoint_steps(self.path))[: -self._whole]
-        for step, item in itertools.product(old, ("opt", "params", "data")):
+        for step in sorted({*self.steps[: -self._keep]} - self._thinned):
             try:
-                (self.path / str(step) / item).rmtree(missing_ok=True)
+                for item in ("opt", "params", "data"):
+                    (self.path / str(step) / item).rmtree(missing_ok=True)
             except Exception as error:
                 if not storage.is_error(error):
                     raise
-                logging.error("%s of step %d could not be removed: %s", item, step, storage.cause(error))
+                logging.error("step %d could not be thinned to its averages: %s", step, storage.cause(error))
+            else:
+                self._thinned.add(step)  # a bucket is not asked about it again
 
     def check(self) -> None:
         """Raises ConfigError where a save in the background has failed."""

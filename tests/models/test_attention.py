@@ -8,6 +8,7 @@ from jax.experimental import topologies
 
 from madformer_jax.models import attention, cudnn, splash
 from madformer_jax.models.attention import KV, QKV
+from madformer_jax.models.squares import squares
 from madformer_jax.runtime import partitioning
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
@@ -98,7 +99,7 @@ def test_squares_of_cudnn_equal_the_dense_mask(name, no_cudnn):
 def test_squares_hold_every_pair_of_blocks_once(blocks):
     seen = np.zeros((blocks, blocks), int)
     number = np.arange(blocks)[None, :, None]
-    for square in cudnn.squares(blocks):
+    for square in squares(blocks):
         for rows, keys in zip(square.queries(number), square.keys(number), strict=True):
             seen[np.ix_(rows, keys)] += 1
     np.testing.assert_array_equal(seen, np.tri(blocks, k=-1))

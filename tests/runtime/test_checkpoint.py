@@ -230,3 +230,19 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(workdir, caplog
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
     until_nothing_writes(workdir / "checkpoints")  # TensorStore's threads, which end with the process
     assert_goes_on_from(workdir, 2)
+
+
+def test_of_checkpoints_kept_for_ever_the_averages_stay(tmp_path):
+    with checkpoint.Checkpoints(str(tmp_path), keep=1, keep_every=2) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, arrays(float(step)), {"next_batch": step}, {"step": step})
+    items = {int(path.name): {item.name for item in path.iterdir()} for path in (tmp_path / "checkpoints").iterdir()}
+    assert sorted(items) == [2, 4, 5]
+    assert items[5] > {*checkpoint.ARRAYS, "data", "meta"}
+    assert items[2] == items[4] == items[5] - {"params", "opt", "data"}
+    with checkpoint.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+        assert checkpoints.meta(2)["step"] == 2
+        assert float(checkpoints.restore({"ema": targets()["params"]}, step=2)[1]["ema"]["b"][0]) == 2
+        with pytest.raises(ConfigError, match="step 2 holds no params, only ema, meta"):
+            checkpoints.restore({"params": {}}, step=2)
+        assert checkpoints.restore(targets(), data=True)[::2] == (5, {"next_batch": 5})
