@@ -4,14 +4,12 @@ from collections.abc import Mapping
 
 PHRASINGS = 3
 
-_PARTS = (
-    "top", "pattern", "ring", "moons", "sun", "glasses", "beard", "cheeks", "eyes", "mouth",
-)  # in the order in which they are named  # fmt: skip
+_PARTS = ("top", "pattern", "ring", "moons", "sun", "glasses", "cheeks", "eyes", "mouth")  # in the order they are named
 _ADJECTIVES = {
     "small", "curved", "round", "pointed", "long", "short", "spiky", "swept", "curly", "wavy", "parted", "shoulder-length",
     "half-shaved", "hollow",
 }  # fmt: skip
-_UNCOUNTED = ("hair", "stubble", "blush", "antennae")
+_UNCOUNTED = ("hair", "blush", "antennae")
 
 
 def caption(style: str, words: Mapping[str, str], phrasing: int) -> str:
@@ -37,8 +35,11 @@ def caption(style: str, words: Mapping[str, str], phrasing: int) -> str:
 
 
 def unsaid(words: Mapping[str, str]) -> set[str]:
-    """The attributes that the sentence does not name: eyes that nobody sees."""
-    return {"eyes"} & words.keys() if words.get("glasses") == "sunglasses" else set()
+    """The attributes that the sentence does not name, since nobody sees them at 64 x 64: eyes behind sunglasses, and beards and
+    blush on the small face of a blocky person.
+    """
+    unseen = {"beard", "cheeks"} if "outfit" in words else set()
+    return (unseen | ({"eyes"} if words.get("glasses") == "sunglasses" else set())) & words.keys()
 
 
 def _subject(style: str, words: Mapping[str, str]) -> str:

@@ -226,7 +226,7 @@ def _draw_in_process(folder: str, seed: int, size: int, count: int, *first: int)
         for number in first:
             with storage.errors(_FAILED.format(folder)):
                 _write(folder, range(number, number + count), seed, size)
-            print(number, flush=True)
+            print(f"{number}\n", end="", flush=True)  # in one write: others have the same pipe, which may be unbuffered
     except ConfigError as error:
         print(error, flush=True)
     except BrokenPipeError:

@@ -22,7 +22,8 @@ from madformer_jax.models import trained
 Params = Mapping[str, Any]
 
 SIDE = 64  # of the pictures that it sees
-WIDTHS = (32, 64, 128, 128)  # channels at 32 x 32, 16 x 16, 8 x 8, 4 x 4
+# channels and stride of each convolution; the first sees all pixels, since a mouth or a pattern is made of a few
+LAYERS = ((24, 1), (48, 2), (48, 1), (96, 2), (96, 1), (128, 2), (128, 1), (128, 2))
 DIMS = 256
 STEPS, BATCH, LEARNING_RATE = 4000, 64, 2e-3
 SHIFT = 3  # pixels, at most, of training pictures
@@ -47,8 +48,8 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, Array]:
         x = images.astype(jnp.float32) / 127.5 - 1
-        for i, width in enumerate(WIDTHS):
-            x = nn.Conv(width, (3, 3), 2, precision="highest", name=f"conv{i}")(x)
+        for i, (width, stride) in enumerate(LAYERS):
+            x = nn.Conv(width, (3, 3), stride, precision="highest", name=f"conv{i}")(x)
             x = nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(x))
         x = nn.Dense(DIMS, precision="highest", name="features")(x.reshape(len(x), -1))
         return x, nn.Dense(self.total, precision="highest", name="values")(nn.gelu(x))
@@ -139,8 +140,9 @@ def train(
         if i % max(1, len(images) // BATCH) == 0:
             order = random.permutation(len(images))
         rows = order[np.arange(i * BATCH, (i + 1) * BATCH) % len(images)]
-        shift = random.integers(-SHIFT, SHIFT + 1, 2)
-        params, state, value = step(params, state, np.roll(images[rows], shift, axis=(1, 2)), attributes[rows])
+        shifts = random.integers(-SHIFT, SHIFT + 1, (BATCH, 2))
+        shifted = np.stack([np.roll(image, shift, axis=(0, 1)) for image, shift in zip(images[rows], shifts)])
+        params, state, value = step(params, state, shifted, attributes[rows])
         if (i + 1) % 500 == 0:
             logging.info("reader of attributes: step %d/%d  loss %.4f", i + 1, steps, value)
     reader = Reader(params, list(values), 0.0, len(held_images))

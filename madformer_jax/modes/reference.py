@@ -27,6 +27,7 @@ from madformer_jax.runtime import partitioning
 from madformer_jax.runtime.preemption import interruptible
 
 TRAINING = 50_000  # images that the classifier learns from, at most
+MORE = 3  # times the config's drawings are there for the reader to learn from: of fewer it knows by heart what it does not see
 HELD_OUT = 10  # every tenth image, where the source holds none out itself
 
 
@@ -110,7 +111,7 @@ def _train_reader(c: ConfigDict, path: str) -> None:
     """Trains the reader of attributes, unless it is there."""
     if jax.process_index() or epath.Path(path).exists():
         return
-    train, test = (_pictures(c, split) for split in ("train", "test"))
+    train, test = _pictures(c, "train", MORE * c.data.drawings), _pictures(c, "test", c.data.drawings)
     values = [len(names) for _, names in ATTRIBUTES]
     trained = reader.train(*train, *test, values)
     reader.save(path, trained)
@@ -120,10 +121,10 @@ def _train_reader(c: ConfigDict, path: str) -> None:
     )  # fmt: skip
 
 
-def _pictures(c: ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Drawings of a split and the attributes that their captions name, in the order of their numbers."""
+def _pictures(c: ConfigDict, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the first `count` drawings that are of a split, and the attributes that their captions name."""
     c = c.copy_and_resolve_references()
-    c.data.split = split
+    c.data.split, c.data.drawings = split, count
     source, table = sources.open_source(c), pipeline.table(c)
     pixels, rows = [], []
     for first in range(0, min(len(source), TRAINING), parts.AT_ONCE):

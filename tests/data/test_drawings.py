@@ -5,6 +5,8 @@ import importlib.metadata
 import itertools
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -99,13 +101,16 @@ def test_every_variant_and_colour_of_the_styles_has_a_name():
 
 
 def test_captions_say_all_attributes_and_no_others():
-    """Each value that is not "none" stands in the sentence, and the sentence of other values differs."""
+    """Each value that is not "none" stands in the sentence, but those that nobody sees."""
     for number in range(100):
         words = drawings.draw(0, number, 16).words
         found = [captions.caption(drawings.STYLES[number % 5], words, k) for k in range(captions.PHRASINGS)]
         assert len(set(found)) == captions.PHRASINGS
+        unseen = {"beard", "cheeks"} if number % 5 == 4 else set()
+        unseen |= {"eyes"} if words.get("glasses") == "sunglasses" else set()
+        assert captions.unsaid(words) == unseen & words.keys()
         for text, (name, value) in itertools.product(found, words.items()):
-            hidden = name == "eyes" and words.get("glasses") == "sunglasses"
+            hidden = name in unseen
             assert hidden != all(part in text for part in value.split()), (text, name, value)
         assert "none" not in found[0]
 
@@ -123,7 +128,7 @@ def test_a_caption_in_each_phrasing():
     words = {"colour": "orange", "background": "dark blue"}
     assert captions.caption("planets", words, 2) == "an orange planet in a dark blue sky"
     words |= {"skin": "tan", "outfit": "hoodie", "top": "short hair", "top colour": "brown", "eyes": "soft eyes"}
-    words["glasses"] = "sunglasses"
+    words |= {"glasses": "sunglasses", "beard": "goatee", "cheeks": "freckles"}
     seen = "a blocky person with tan skin in an orange hoodie with short brown hair and sunglasses, on dark blue"
     assert captions.caption("voxel-art", words, 0) == seen
 
@@ -161,6 +166,17 @@ def test_more_pictures_leave_the_others_in_their_split():
 
 
 # ---- the cache
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="pipes that keep writes apart are Linux's")
+def test_processes_that_share_a_pipe_write_whole_lines(tmp_path):
+    """One write a line even where Python does not buffer: two processes once mixed theirs."""
+    output, theirs = os.pipe2(os.O_DIRECT)  # what one read gives is one write
+    command = [sys.executable, "-m", drawings.__name__, str(tmp_path), "0", "16", "1", "0"]
+    subprocess.run(command, stdout=theirs, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=True)
+    assert os.read(output, 100) == b"0\n"
+    os.close(output)
+    os.close(theirs)
 
 
 def test_pictures_are_read_as_they_are_drawn():
