@@ -44,4 +44,9 @@ def load(path: str, kind: Any, what: str, init: Callable[[Mapping[str, Any]], An
     except KeyError:
         raise ConfigError(f"{path} is no {what}.") from None
     shapes = jax.eval_shape(lambda: init(about))
-    return kind(params=files.as_tree(tensors, shapes, path), **about)
+    try:
+        return kind(params=files.as_tree(tensors, shapes, path), **about)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error} If an earlier version wrote it, remove it: --mode=reference makes it anew."
+        ) from None
