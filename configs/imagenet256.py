@@ -49,8 +49,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.evaluate.network, c.evaluate.split, c.evaluate.n = "inception", "train", 50_000
 
     c.mesh.data, c.mesh.fsdp = 1, -1  # docs/scaling.md
-    c.train.accumulate = 4
-    c.model.remat = "full"
+    c.train.accumulate = 2
+    c.model.remat = "attention"
     if chosen["tiny"]:
         config.as_tiny(c)
     return c
