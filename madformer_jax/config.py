@@ -43,6 +43,7 @@ def base() -> ConfigDict:
     c.model.unet_heads = 8
     c.model.unet_time_width = 128
     c.model.unet_stride = 2  # of the convolution between two stages; 1 keeps a token for every latent position
+    c.model.unet_kernel = 3  # or 1 (not the paper's): positions meet in the transformer alone (docs/text.md)
     c.model.neighbours = False  # True (not the paper's): a block's U-Net sees what stands left of it and above it
     c.model.predicts = "eps"  # the output for a noisy block: its noise, v or x0 (docs/training.md)
     c.model.rope = "axial"  # "axial": each axis turns its own half of a head; "release": the release's mixing

@@ -59,9 +59,10 @@ def _conv(side: Side, channels: int, features: int, size: int = 3, stride: int =
     return 2.0 * taps(height) * taps(width) * channels * features
 
 
-def _resnet(side: Side, channels: int, features: int, time_width: int = 0) -> float:
+def _resnet(side: Side, channels: int, features: int, time_width: int = 0, kernel: int = 3) -> float:
     shortcut = _conv(side, channels, features, 1) if channels != features else 0.0
-    return _conv(side, channels, features) + _conv(side, features, features) + shortcut + 2.0 * time_width * features
+    convolutions = _conv(side, channels, features, kernel) + _conv(side, features, features, kernel)
+    return convolutions + shortcut + 2.0 * time_width * features
 
 
 def _self_attention(positions: int, channels: int) -> float:
@@ -79,17 +80,17 @@ def _downsampler(c: ConfigDict) -> tuple[float, float]:
     m, sizes = c.model, sizes_of(c)
     height, width = sizes.block_side, sizes.block_width
     seen = 3 * sizes.channels if m.neighbours else sizes.channels
-    first = _conv((height, width), seen, m.unet_channels[0]) + _time_embedding(c)[0]
+    first = _conv((height, width), seen, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
     total, before = first + _time_embedding(c)[1], m.unet_channels[0]
     for stage, channels in enumerate(m.unet_channels):
         for _ in range(m.unet_layers):
-            total += _resnet((height, width), before, channels, m.unet_time_width)
+            total += _resnet((height, width), before, channels, m.unet_time_width, m.unet_kernel)
             total += _self_attention(height * width, channels) if m.unet_attention[stage] else 0.0
             before = channels
         if stage + 1 < len(m.unet_channels):
             total += _conv((height, width), channels, channels, stride=m.unet_stride)
             height, width = height // m.unet_stride, width // m.unet_stride
-    return total + _conv((height, width), before, m.width), first
+    return total + _conv((height, width), before, m.width, m.unet_kernel), first
 
 
 def _upsampler(c: ConfigDict) -> tuple[float, float]:
@@ -99,16 +100,16 @@ def _upsampler(c: ConfigDict) -> tuple[float, float]:
     for stage, channels in enumerate(m.unet_channels):
         skips += [channels] * (m.unet_layers + (stage + 1 < len(m.unet_channels)))
     height, width, before = sizes.token_side, sizes.token_width, m.unet_channels[-1]
-    total = _conv((height, width), m.width, before) + sum(_time_embedding(c))
+    total = _conv((height, width), m.width, before, m.unet_kernel) + sum(_time_embedding(c))
     for stage, channels in reversed(list(enumerate(m.unet_channels))):
         for _ in range(m.unet_layers + 1):
-            total += _resnet((height, width), before + skips.pop(), channels, m.unet_time_width)
+            total += _resnet((height, width), before + skips.pop(), channels, m.unet_time_width, m.unet_kernel)
             total += _self_attention(height * width, channels) if m.unet_attention[stage] else 0.0
             before = channels
         if stage:
             height, width = height * m.unet_stride, width * m.unet_stride
             total += _conv((height, width), channels, channels)
-    return total + _conv((height, width), before, sizes.channels), _time_embedding(c)[0]
+    return total + _conv((height, width), before, sizes.channels, m.unet_kernel), _time_embedding(c)[0]
 
 
 def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:

@@ -11,8 +11,9 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.models.plan import TERMS
 from madformer_jax.sizes import sizes_of, vocabulary_of
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str | int, ...]] = {
     "platform": ("", "cpu", "gpu", "tpu"),
+    "model.unet_kernel": (1, 3),
     "model.predicts": PREDICTS,
     "model.rope": ("axial", "release"),
     "model.time_embedding": ("sinusoidal", "raw"),

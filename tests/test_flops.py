@@ -24,6 +24,7 @@ SWITCHES = {
     "hidden term alone": {"loss.image": 0.0},
     "one block": {"blocks": 1},
     "neighbours": {"neighbours": True},
+    "1 x 1 convolutions": {"unet_kernel": 1},
 }  # fmt: skip
 
 
@@ -82,6 +83,7 @@ SAMPLING = {
     "block only, text, guided": {"blocks": 2, "diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5},
     "one block": {"blocks": 1},
     "neighbours": {"neighbours": True},
+    "1 x 1 convolutions": {"unet_kernel": 1},
 }
 
 

@@ -133,6 +133,7 @@ FIELDS = """
     --config.model.unet_time_width=7
     --config.model.unet_stride=0
     --config.model.unet_stride=3
+    --config.model.unet_kernel=2
     --config.model.rope=spiral
     --config.model.rope=
     --config.model.time_embedding=none

@@ -130,14 +130,16 @@ class ResNetBlock(nn.Module):
     channels: int
     groups: int
     dtype: Any
+    kernel: int = 3
     shortcut: str = "shortcut"  # name of its 1 x 1 convolution, where the channels differ
 
     @nn.compact
     def __call__(self, x: Array, time: Array | None = None) -> Array:
-        h = conv(self.channels, 3, self.dtype, name="conv1")(silu(group_norm(self.groups, self.dtype, "norm1")(x)))
+        convolution = functools.partial(conv, self.channels, self.kernel, self.dtype)
+        h = convolution(name="conv1")(silu(group_norm(self.groups, self.dtype, "norm1")(x)))
         if time is not None:
             h = h + dense(self.channels, ("time", "conv_out"), self.dtype, name="time")(nn.silu(time))[:, None, None]
-        h = conv(self.channels, 3, self.dtype, name="conv2")(silu(group_norm(self.groups, self.dtype, "norm2")(h)))
+        h = convolution(name="conv2")(silu(group_norm(self.groups, self.dtype, "norm2")(h)))
         if x.shape[-1] != self.channels:
             x = conv(self.channels, 1, self.dtype, name=self.shortcut)(x)
         return x + h

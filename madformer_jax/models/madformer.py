@@ -341,6 +341,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "time_width": m.unet_time_width,
         "time_embedding": m.time_embedding,
         "stride": m.unet_stride,
+        "kernel": m.unet_kernel,
         "attend": attention.in_unet(implementation, [x // m.unet_heads for x in m.unet_channels]),
     }
     return MADFormer(

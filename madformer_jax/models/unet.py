@@ -75,17 +75,18 @@ class Downsampler(nn.Module):
     time_width: int
     time_embedding: str
     stride: int
+    kernel: int  # of all convolutions but those between two stages
     dtype: Any
     attend: str = "blocks"  # implementation of `attention.attend`
 
     @nn.compact
     def __call__(self, z: Array, t: Array) -> tuple[Array, list[Array]]:
         time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
-        x = conv(self.channels[0], 3, self.dtype, name="conv_in")(z.astype(self.dtype))
+        x = conv(self.channels[0], self.kernel, self.dtype, name="conv_in")(z.astype(self.dtype))
         skips = [x]
         for stage, channels in enumerate(self.channels):
             for i in range(self.layers):
-                x = ResNetBlock(channels, self.groups, self.dtype, name=f"resnet_{stage}_{i}")(x, time)
+                x = ResNetBlock(channels, self.groups, self.dtype, self.kernel, name=f"resnet_{stage}_{i}")(x, time)
                 if self.attention[stage]:
                     x = AttentionBlock(self.groups, self.heads, self.dtype, self.attend, name=f"attention_{stage}_{i}")(
                         x
@@ -94,7 +95,7 @@ class Downsampler(nn.Module):
             if stage + 1 < len(self.channels):
                 x = conv(channels, 3, self.dtype, stride=self.stride, name=f"down_{stage}")(x)
                 skips.append(x)
-        return conv(self.width, 3, self.dtype, name="conv_out")(x), skips
+        return conv(self.width, self.kernel, self.dtype, name="conv_out")(x), skips
 
 
 class Upsampler(nn.Module):
@@ -109,6 +110,7 @@ class Upsampler(nn.Module):
     time_width: int
     time_embedding: str
     stride: int
+    kernel: int  # of all convolutions but those between two stages
     dtype: Any
     attend: str = "blocks"  # implementation of `attention.attend`
 
@@ -116,13 +118,13 @@ class Upsampler(nn.Module):
     def __call__(self, h: Array, t: Array, skips: Sequence[Array]) -> Array:
         time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
         skips = list(skips)
-        x = conv(self.channels[-1], 3, self.dtype, name="conv_in")(h)
+        x = conv(self.channels[-1], self.kernel, self.dtype, name="conv_in")(h)
         stages = len(self.channels)
         for stage in range(stages):
             channels, attends = self.channels[stages - 1 - stage], self.attention[stages - 1 - stage]
             for i in range(self.layers + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = ResNetBlock(channels, self.groups, self.dtype, name=f"resnet_{stage}_{i}")(x, time)
+                x = ResNetBlock(channels, self.groups, self.dtype, self.kernel, name=f"resnet_{stage}_{i}")(x, time)
                 if attends:
                     x = AttentionBlock(self.groups, self.heads, self.dtype, self.attend, name=f"attention_{stage}_{i}")(
                         x
@@ -132,4 +134,4 @@ class Upsampler(nn.Module):
                 x = jax.image.resize(x, (n, self.stride * height, self.stride * width, channels), "nearest")
                 x = conv(channels, 3, self.dtype, name=f"up_{stage}")(x)
         # float32 whatever the dtype: a solver divides the error of eps by sqrt(alpha_bar), 0.006 at t = 999
-        return conv(self.out_channels, 3, jnp.float32, precision="highest", name="conv_out")(x)
+        return conv(self.out_channels, self.kernel, jnp.float32, precision="highest", name="conv_out")(x)

@@ -39,6 +39,7 @@ CAUSAL = {
     "no clean stream, no condition": {"clean_stream": False, "ar_condition": False},
     "D = N": {"diffusion_depth": 2},
     "sixteen blocks, neighbours": {"blocks": 16, "unet_stride": 1, "classes": 3, "neighbours": True},
+    "1 x 1 convolutions": {"unet_kernel": 1},
 }  # fmt: skip
 
 
