@@ -62,6 +62,6 @@ def get_config(variant: str = "") -> ConfigDict:
         c.text.length = 40  # the longest caption has 38
         c.loss.text = 0.002  # more makes its tower predict words, and pictures miss what they ask for (docs/text.md)
         c.sample.prompts = "data:test"
-        c.model.unet_kernel = 1  # 1.4 times as many steps in the same time (docs/text.md)
+        c.model.unet_kernel = 1  # a third more steps in the same time (docs/text.md)
         c.train.steps = 5000
     return c

@@ -12,8 +12,10 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
+from madformer_jax.models import splash
 from madformer_jax.models.plan import TERMS, plan, switches_of
 from madformer_jax.models.vae import AutoencoderKL
 from madformer_jax.sizes import sizes_of, vocabulary_of
@@ -255,15 +257,25 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     return (cost * branches + unguided) * n
 
 
-def visible(c: ConfigDict) -> float:
-    """Share of the tiles of training's attention kernels, one for each image stream, that are computed: the mean over layers."""
-    m, blocks = c.model, c.model.blocks
-    context, clean = (blocks - 1, blocks - 1) if m.clean_stream else (0, 0)  # blocks of the context, clean queries
-    pairs = clean * context + blocks * (context + blocks)
-    seen = blocks**2 if m.clean_stream else blocks * (blocks + 1) // 2
+def visible(c: ConfigDict, images: int = 1) -> float:
+    """Share of the tiles of training's splash kernels, one for each image stream and of so many images, that are computed."""
+    m, sizes = c.model, sizes_of(c)
+    clean = plan(tuple(name for name, weight in c.loss.items() if weight), switches_of(c)).clean_blocks
+    text, side = c.text.length if vocabulary_of(c) else 0, splash.tile(sizes.tokens) or 128
+
+    def tiles(blocks: int, inside: bool, context: int) -> np.ndarray:
+        """Computed, and all."""
+        kernel, rows, columns = splash.kernel(images, blocks, inside, context, sizes.tokens, text, True)
+        return np.array([np.count_nonzero(kernel.fwd_mask_info.block_mask), rows * columns / side**2])
+
+    if m.clean_stream:
+        seen = tiles(m.blocks, False, clean) + (tiles(clean, True, clean) if clean else 0)
+        alone = tiles(m.blocks, False, 0) + (tiles(clean, False, 0) if clean else 0)
+    else:
+        seen, alone = tiles(m.blocks, True, m.blocks), tiles(m.blocks, False, 0)
     own = m.diffusion_depth if m.diffusion_attention == "block" else 0  # layers: a block sees itself only
-    alone = clean + blocks, clean**2 + blocks**2  # of those: seen, pairs
-    return ((m.depth - own) * seen + own * alone[0]) / ((m.depth - own) * pairs + own * alone[1])
+    computed, every = (m.depth - own) * seen + own * alone
+    return float(computed / every)
 
 
 def nfe(c: ConfigDict) -> float:

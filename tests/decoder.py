@@ -1,6 +1,6 @@
-"""What a decoder layer of FFHQ-1024 takes on a TPU: the gradient of one, of an image, on one chip, estimated.
+"""What a decoder layer of FFHQ-1024 takes on a TPU: the gradient of one, of some images, on one chip, estimated.
 
-    python -m tests.decoder v5e:2x2
+    python -m tests.decoder v5e:2x2 1
 
 Nothing is computed again and nothing moves between chips: what is left is the layer's own. It needs libtpu, and no TPU.
 """
@@ -19,8 +19,8 @@ from madformer_jax.models.transformer import Streams
 from madformer_jax.runtime import partitioning
 
 
-def main(topology: str) -> None:
-    c = ffhq1024.get_config()
+def main(topology: str, count: str) -> None:
+    c, images = ffhq1024.get_config(), int(count)
     m, device = c.model, aot.describe(topology)[0]
     towers = {"clean": "clean", "pred": "pred"}
     layer = transformer.DecoderLayer(m.width, m.heads, m.mlp_width, jnp.bfloat16, towers, False, "splash")
@@ -33,7 +33,7 @@ def main(topology: str) -> None:
         out, _ = layer.apply(params, streams, positions, None, ())
         return sum((jnp.square(x.astype(jnp.float32)).mean() for x in out.present.values()), jnp.zeros(()))
 
-    shapes = Streams(*(jax.ShapeDtypeStruct((1, n * 256, m.width), jnp.bfloat16) for n in (0, 15, 16)))._replace(
+    shapes = Streams(*(jax.ShapeDtypeStruct((images, n * 256, m.width), jnp.bfloat16) for n in (0, 15, 16)))._replace(
         text=None
     )
     with partitioning.scope(mesh):
@@ -45,10 +45,12 @@ def main(topology: str) -> None:
         text = jax.jit(jax.grad(total, (0, 1)), out_shardings=everywhere).lower(*given).compile().as_text()
     c.model.depth, c.model.diffusion_depth = 1, 0
     rows, d = 31 * 256, m.width
-    work = 3 * (2.0 * rows * d * (4 * d + 3 * m.mlp_width) + 2 * 2.0 * 256 * 256**2 * d)  # L^2 pairs of blocks are seen
+    work = (
+        images * 3 * (2.0 * rows * d * (4 * d + 3 * m.mlp_width) + 2 * 2.0 * 256 * 256**2 * d)
+    )  # L^2 pairs of blocks are seen
     print(
         estimate.text(
-            estimate.estimate(text, device.device_kind, flops.peak("bfloat16", device), work, flops.visible(c))
+            estimate.estimate(text, device.device_kind, flops.peak("bfloat16", device), work, flops.visible(c, images))
         )
     )
 

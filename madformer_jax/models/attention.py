@@ -119,6 +119,7 @@ def block_attention(
     lengths: Array | None = None,
     *,
     implementation: str,
+    images: int = 1,
 ) -> list[Array]:
     """Attention of the image streams in training, all blocks at once.
 
@@ -129,15 +130,16 @@ def block_attention(
       text: (B, T, H, h) keys and values that every query sees, or None.
       lengths: (B,) tokens of the text; what stands behind them is padding, which nobody sees. None: all T are text.
       implementation: what `choose` gives: reference, blocks, cudnn, splash, or splash_interpret (the TPU's kernel anywhere).
+      images: with splash, so many images stand one after the other: (B / images, images * blocks, s, H, h), and text likewise.
 
     Returns:
-      One output (B, blocks, s, H, h) for each stream.
+      One output (B, blocks, s, H, h) for each stream, or as `images` has them.
     """
     if implementation == "reference":
         return _reference(streams, context, text, lengths)
     if implementation in ("splash", "splash_interpret"):
         interpret = implementation == "splash_interpret"
-        return [_splash(stream, context, text, lengths, interpret=interpret) for stream in streams]
+        return [_splash(stream, context, text, lengths, images, interpret=interpret) for stream in streams]
     if implementation == "cudnn":
         return _cudnn(streams, context, text, lengths)
     return [_blocks(stream, context, text, lengths) for stream in streams]
@@ -310,17 +312,25 @@ def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None, leng
 # ---- TPU: Pallas splash attention, all blocks of all streams in one call
 
 
-def _splash(stream: QKV, context: KV | None, text: KV | None, lengths: Array | None, *, interpret: bool) -> Array:
-    """Queries in a row against the context, the stream's own keys and the text in a row."""
+def images_in_a_row(implementation: str, batch: int) -> int:
+    """How many images `block_attention` takes one after the other."""
+    return splash.images_in_a_row(batch) if implementation in ("splash", "splash_interpret") else 1
+
+
+def _splash(
+    stream: QKV, context: KV | None, text: KV | None, lengths: Array | None, images: int, *, interpret: bool
+) -> Array:
+    """Queries in a row against the context, the stream's own keys and the text in a row, each of all images."""
     q, k, _ = _with_query(stream)
     batch, blocks, tokens, heads, size = q.shape
     inside = context is not None and k is context.k  # own keys are in the context
     kernel, rows, columns = splash.kernel(
-        blocks,
+        images,
+        blocks // images,
         inside,
-        0 if context is None else context.k.shape[1],
+        0 if context is None else context.k.shape[1] // images,
         tokens,
-        0 if text is None else text.k.shape[1],
+        0 if text is None else text.k.shape[1] // images,
         interpret,
     )
 
@@ -338,7 +348,8 @@ def _splash(stream: QKV, context: KV | None, text: KV | None, lengths: Array | N
     args += [in_a_row(parts, columns) for parts in zip(*keys, strict=True)]
     if text is not None and lengths is not None:
         before = sum(math.prod(part.k.shape[1:3]) for part in keys[:-1])
-        ids = _first(before + lengths, columns).astype(jnp.int32)
+        ids = _first(lengths, text.k.shape[1] // images).reshape(batch, -1).astype(jnp.int32)
+        ids = jnp.pad(ids, ((0, 0), (before, columns - before - ids.shape[1])), constant_values=1)
         out = splash.on_each_device(jax.vmap(partial(splash.without_padding, kernel)), *args, ids)
     else:
         out = splash.on_each_device(jax.vmap(kernel), *args)

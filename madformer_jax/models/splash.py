@@ -30,12 +30,27 @@ def on_each_device(function: Callable[..., Array], *args: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*args)
-    spec = nn.logical_to_mesh_axes(("batch", "heads"))
-    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec or ((), ())]
-    sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
+    axes, sizes = _split(mesh)
     spec = PartitionSpec(*(names if size % n == 0 else None for names, size, n in zip(axes, args[0].shape, sizes)))
     specs = tuple(spec if x.ndim == args[0].ndim else PartitionSpec(spec[0]) for x in args)
     return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*args)
+
+
+def _split(mesh: Any) -> tuple[list[tuple[str, ...]], list[int]]:
+    """The mesh axes along which images and heads are split, and into how many parts."""
+    spec = nn.logical_to_mesh_axes(("batch", "heads"))
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec or ((), ())]
+    return axes, [math.prod(mesh.shape[name] for name in names) for names in axes]
+
+
+def images_in_a_row(batch: int) -> int:
+    """How many images of a batch stand one after the other in one row of tokens: all of a device's.
+
+    A kernel's gradient sums over the tokens of all images, and a TPU copies them into a row where they are not in one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else _split(mesh)[1][0]
+    return batch // parts if batch % parts == 0 else batch
 
 
 def laid_out(x: Array, interpret: bool) -> Array:
@@ -53,25 +68,41 @@ def tile(tokens: int) -> int | None:
 
 
 @functools.lru_cache
-def kernel(blocks: int, inside: bool, context: int, tokens: int, text: int, interpret: bool) -> tuple[Any, int, int]:
+def kernel(
+    images: int, blocks: int, inside: bool, context: int, tokens: int, text: int, interpret: bool
+) -> tuple[Any, int, int]:
     """The kernel for q, k, v (H, rows or columns, h), and its numbers of rows and columns; see `attention._splash` for the order.
 
-    The tiles that the mask leaves empty are not computed; where blocks consist of whole tiles, only the text's need a mask.
+    blocks, context, text: of each of the `images`, which do not see each other. The tiles that the mask leaves empty are not
+    computed; where blocks consist of whole tiles, only the text's need a mask.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as pallas
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
     i, j = np.arange(blocks)[:, None], np.arange(context)
-    visible = i >= j if inside else np.concatenate([i > j, np.eye(blocks, dtype=bool)], axis=1)
-    mask = visible.repeat(tokens, axis=0).repeat(tokens, axis=1)
+    own = np.zeros((blocks, 0), bool) if inside else np.eye(blocks, dtype=bool)
+    parts = [
+        np.kron(np.eye(images, dtype=bool), part) for part in (i >= j if inside else i > j, own, np.ones_like(i, bool))
+    ]
+    visible = np.pad(np.concatenate(parts, axis=1), ((0, 0), (0, 1)))  # of blocks, of each image's text, of padding
+    row_of = np.arange(images * blocks).repeat(tokens)
+    column_of = np.arange(visible.shape[1]).repeat([tokens] * (visible.shape[1] - images - 1) + [text] * images + [0])
     side = tile(tokens) or 128
-    rows, columns = (side * math.ceil(n / side) for n in (mask.shape[0], mask.shape[1] + text))
-    mask = np.pad(mask, ((0, 0), (0, text)), constant_values=True)
-    mask = np.pad(mask, ((0, 0), (0, columns - mask.shape[1])))
-    mask = np.pad(mask, ((0, rows - mask.shape[0]), (0, 0)), mode="edge")  # a row with nothing to see would be NaN
+    rows, columns = (side * math.ceil(len(of) / side) for of in (row_of, column_of))
+    row_of = np.pad(row_of, (0, rows - len(row_of)), mode="edge")  # a row with nothing to see would be NaN
+    column_of = np.pad(column_of, (0, columns - len(column_of)), constant_values=visible.shape[1] - 1)
+
+    class Mask(masks.Mask):
+        """Of tokens, made tile by tile: whole, it would be the square of the images in memory."""
+
+        shape = rows, columns
+
+        def __getitem__(self, at: tuple[slice, slice]) -> np.ndarray:
+            return visible[np.ix_(row_of[at[0]], column_of[at[1]])]
+
     # what make_splash_mha does, but in NumPy: its arrays would belong to one trace, and the mask takes a second to read
-    whole = masks.MultiHeadMask([masks.NumpyMask(mask)])  # for all heads
+    whole = masks.MultiHeadMask([Mask()])  # for all heads
     forward, backward = (
         process(whole, (side, side), head_shards=1, q_seq_shards=1)[0]
         for process in (mask_info.process_mask, mask_info.process_mask_dkv)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.models import attention, splash
@@ -121,10 +122,15 @@ class DecoderLayer(nn.Module):
         Text ends after `lengths` (B,) tokens, by default after all; the padding behind it is computed, and seen by nobody.
         """
         given = streams.present
-        qkv = {
-            name: self._qkv(name, x, positions[name], "" if name == "text" else self.attention, name not in keys_only)
-            for name, x in given.items()
-        }
+        batch = len(next(iter(given.values())))
+        images = attention.images_in_a_row(self.attention, batch)
+
+        def qkv_of(name: str, x: Array) -> QKV:
+            row = x.reshape(batch // images, -1, x.shape[-1])
+            at = Rotary(*(jnp.tile(angles, (images, *[1] * (angles.ndim - 1))) for angles in positions[name]))
+            return self._qkv(name, row, at, "" if name == "text" else self.attention, name not in keys_only)
+
+        qkv = {name: qkv_of(name, x) for name, x in given.items()}
         image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
         text = qkv.get("text")
         source = qkv.get("clean", None if "clean" in self.towers else qkv.get("pred"))
@@ -137,10 +143,12 @@ class DecoderLayer(nn.Module):
                 None if text is None else text.kv,
                 lengths,
                 implementation=self.attention,
+                images=images,
             )
             attended.update(zip(image, outputs, strict=True))
         if text is not None and text.q is not None:
-            attended["text"] = attention.attend(text.q, text.k, text.v, causal=True)
+            q, k, v = (x.reshape(batch, -1, *x.shape[2:]) for x in (text.q, *text.kv))
+            attended["text"] = attention.attend(q, k, v, causal=True)
         return Streams(**{name: self._finish(name, given[name], attended[name]) for name in attended}), None
 
     def step(

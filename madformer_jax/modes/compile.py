@@ -163,7 +163,9 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
         logging.warning("time is not estimated: there is no clock for %s (estimate.CHIPS)", device.device_kind)
         return None
     peak = flops.peak(c.model.dtype, device)
-    return lambda text: estimate.estimate(text, device.device_kind, peak, cost.total / mesh.size, flops.visible(c))
+    images = max(1, c.train.batch // c.train.accumulate // partitioning.batch_devices(mesh))
+    visible = flops.visible(c, images)
+    return lambda text: estimate.estimate(text, device.device_kind, peak, cost.total / mesh.size, visible)
 
 
 def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:

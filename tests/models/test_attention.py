@@ -36,12 +36,17 @@ CASES = {
 }
 
 
-def value_and_gradient(implementation, streams, source, words, lengths=None):
+def value_and_gradient(implementation, streams, source, words, lengths=None, *, images=1):
     """Outputs and gradients; the weights of the sum make every output count differently."""
 
     def total(streams, words):
+        given = [stream.k.shape for stream in streams]
+        streams, words = jax.tree.map(lambda x: x.reshape(B // images, -1, *x.shape[2:]), (streams, words))
         context = streams[0].kv if source else None
-        outputs = attention.block_attention(streams, context, words, lengths, implementation=implementation)
+        outputs = attention.block_attention(
+            streams, context, words, lengths, implementation=implementation, images=images
+        )
+        outputs = [x.reshape(shape) for x, shape in zip(outputs, given, strict=True)]
         weights = [jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in outputs]
         return sum(jnp.sum(x * w) for x, w in zip(outputs, weights, strict=True)), outputs
 
@@ -133,9 +138,11 @@ SPLASH = {
 }
 
 
+@pytest.mark.parametrize("images", [1, B])
 @pytest.mark.parametrize("name", SPLASH)
-def test_splash_kernel_equals_the_dense_mask(name):
-    assert_equal_trees(*(value_and_gradient(i, *SPLASH[name]) for i in ("splash_interpret", "reference")))
+def test_splash_kernel_equals_the_dense_mask(name, images):
+    found = value_and_gradient("splash_interpret", *SPLASH[name], images=images)
+    assert_equal_trees(found, value_and_gradient("reference", *SPLASH[name]))
 
 
 def test_splash_kernel_on_a_mesh_equals_the_dense_mask():
@@ -147,15 +154,15 @@ def test_splash_kernel_on_a_mesh_equals_the_dense_mask():
 
 def test_splash_kernel_computes_no_empty_tile():
     tiles, side = 2, 512  # a block is 2 x 2 tiles of the kernel
-    clean = splash.kernel(L - 1, True, L - 1, tiles * side, 0, True)
-    pred = splash.kernel(L, False, L - 1, tiles * side, 0, True)
+    clean = splash.kernel(1, L - 1, True, L - 1, tiles * side, 0, True)
+    pred = splash.kernel(1, L, False, L - 1, tiles * side, 0, True)
     assert clean[1:] == ((L - 1) * tiles * side,) * 2
     assert pred[1:] == (L * tiles * side, (2 * L - 1) * tiles * side)
     for (kernel, *_), pairs in ((clean, L * (L - 1) // 2), (pred, L * (L + 1) // 2)):
         for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
             assert np.count_nonzero(info.block_mask) == pairs * tiles**2
             assert info.partial_mask_blocks is None
-    with_text, _, columns = splash.kernel(L, True, L, side, T, True)
+    with_text, _, columns = splash.kernel(1, L, True, L, side, T, True)
     assert columns == (L + 1) * side
     assert np.count_nonzero(with_text.fwd_mask_info.block_mask) == L * (L + 1) // 2 + L
 

@@ -10,6 +10,7 @@ from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer, rope
 from madformer_jax.models.plan import TERMS
 from madformer_jax.models.transformer import Streams
+from madformer_jax.runtime import partitioning
 from tests.small import small
 
 FLAT = {"depth": 2, "diffusion_depth": 1}  # one layer in each stage: no scan to compile
@@ -170,6 +171,20 @@ def test_how_layers_are_run_changes_no_gradient():
     assert float(jnp.linalg.norm(results[0]["body"]["tower_pred"]["query"]["kernel"])) > 1e-3
     for other in results[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), results[0], other)
+
+
+def test_images_that_stand_in_a_row_for_the_tpu_s_kernel_do_not_meet():
+    """Four, on two devices two in a row each, with texts of different lengths."""
+    other = dict(PLAIN, classes=3, text_length=3)
+    (model, params), (in_a_row, _) = small(**other), small(**other, attention="splash")
+    shape = (4, model.blocks, model.block_side**2, model.channels)
+    z, noisy = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
+    t, tokens = jnp.arange(16).reshape(4, 4) * 60, jnp.arange(12).reshape(4, 3) % 4
+    args, lengths = (z, noisy, t, tokens), jnp.array([1, 3, 2, 3])
+    expected = jax.jit(functools.partial(model.apply, terms=("image",)))({"params": params}, *args, lengths).image
+    with partitioning.scope(partitioning.make_mesh(2, 1, 1, jax.devices()[:2])):
+        found = jax.jit(functools.partial(in_a_row.apply, terms=("image",)))({"params": params}, *args, lengths).image
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_computes_what_float32_computes():
