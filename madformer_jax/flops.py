@@ -268,13 +268,13 @@ def visible(c: ConfigDict, images: int = 1) -> float:
         kernel, rows, columns = splash.kernel(images, blocks, inside, context, sizes.tokens, text, True)
         return np.array([np.count_nonzero(kernel.fwd_mask_info.block_mask), rows * columns / side**2])
 
-    if m.clean_stream:
-        seen = tiles(m.blocks, False, clean) + (tiles(clean, True, clean) if clean else 0)
-        alone = tiles(m.blocks, False, 0) + (tiles(clean, False, 0) if clean else 0)
-    else:
-        seen, alone = tiles(m.blocks, True, m.blocks), tiles(m.blocks, False, 0)
+    # blocks, and whether their own keys are in the context
+    streams = [(clean, True), (m.blocks, False)] if clean else [(m.blocks, not m.clean_stream)]
+    context = clean if m.clean_stream else m.blocks
     own = m.diffusion_depth if m.diffusion_attention == "block" else 0  # layers: a block sees itself only
-    computed, every = (m.depth - own) * seen + own * alone
+    computed, every = sum(
+        (m.depth - own) * tiles(blocks, inside, context) + own * tiles(blocks, False, 0) for blocks, inside in streams
+    )
     return float(computed / every)
 
 

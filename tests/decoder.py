@@ -45,9 +45,8 @@ def main(topology: str, count: str) -> None:
         text = jax.jit(jax.grad(total, (0, 1)), out_shardings=everywhere).lower(*given).compile().as_text()
     c.model.depth, c.model.diffusion_depth = 1, 0
     rows, d = 31 * 256, m.width
-    work = (
-        images * 3 * (2.0 * rows * d * (4 * d + 3 * m.mlp_width) + 2 * 2.0 * 256 * 256**2 * d)
-    )  # L^2 pairs of blocks are seen
+    # L^2 pairs of blocks are seen
+    work = images * 3 * (2.0 * rows * d * (4 * d + 3 * m.mlp_width) + 2 * 2.0 * 256 * 256**2 * d)
     print(
         estimate.text(
             estimate.estimate(text, device.device_kind, flops.peak("bfloat16", device), work, flops.visible(c, images))

@@ -12,6 +12,8 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from madformer_jax.runtime import partitioning
+
 KEPT = "attention"  # name of the kernel's output and sums in a policy of jax.checkpoint
 
 
@@ -30,17 +32,12 @@ def on_each_device(function: Callable[..., Array], *args: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*args)
-    axes, sizes = _split(mesh)
+    spec = nn.logical_to_mesh_axes(("batch", "heads"))
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec or ((), ())]
+    sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
     spec = PartitionSpec(*(names if size % n == 0 else None for names, size, n in zip(axes, args[0].shape, sizes)))
     specs = tuple(spec if x.ndim == args[0].ndim else PartitionSpec(spec[0]) for x in args)
     return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(*args)
-
-
-def _split(mesh: Any) -> tuple[list[tuple[str, ...]], list[int]]:
-    """The mesh axes along which images and heads are split, and into how many parts."""
-    spec = nn.logical_to_mesh_axes(("batch", "heads"))
-    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec or ((), ())]
-    return axes, [math.prod(mesh.shape[name] for name in names) for names in axes]
 
 
 def images_in_a_row(batch: int) -> int:
@@ -49,7 +46,7 @@ def images_in_a_row(batch: int) -> int:
     A kernel's gradient sums over the tokens of all images, and a TPU copies them into a row where they are not in one.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else _split(mesh)[1][0]
+    parts = 1 if mesh.empty else partitioning.batch_devices(mesh)
     return batch // parts if batch % parts == 0 else batch
 
 

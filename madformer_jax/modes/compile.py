@@ -25,7 +25,7 @@ from madformer_jax import aot, codec, drawing, estimate, fields, flops, hlo, tra
 from madformer_jax import config as config_lib
 from madformer_jax.data.text import Texts
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import madformer, vae
+from madformer_jax.models import madformer, splash, vae
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sizes import sizes_of
 
@@ -163,8 +163,8 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
         logging.warning("time is not estimated: there is no clock for %s (estimate.CHIPS)", device.device_kind)
         return None
     peak = flops.peak(c.model.dtype, device)
-    images = max(1, c.train.batch // c.train.accumulate // partitioning.batch_devices(mesh))
-    visible = flops.visible(c, images)
+    with partitioning.scope(mesh):
+        visible = flops.visible(c, splash.images_in_a_row(c.train.batch // c.train.accumulate))
     return lambda text: estimate.estimate(text, device.device_kind, peak, cost.total / mesh.size, visible)
 
 
