@@ -55,7 +55,7 @@ def base() -> ConfigDict:
     c.model.param_sets = "separate"  # towers of the clean and the noisy stream; or "shared" (paper Table 4)
     c.model.diffusion_attention = "sequence"  # or "block" (release: denoising_mlp; paper Table 5)
     c.model.classes = 0  # 0: unconditional; else one label token per image, and one more label for "none"
-    c.model.attention = "auto"  # implementation of skip-causal attention: auto, reference, blocks, cudnn, splash
+    c.model.attention = "auto"  # implementation of skip-causal attention: auto, reference, blocks, cudnn, pallas
     c.model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
     c.model.remat = "none"  # what the backward pass recomputes: none, dots, attention, full (docs/performance.md)
     c.model.scan_unroll = 1  # layers per iteration of the scan over layers

@@ -12,10 +12,8 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.models import splash
 from madformer_jax.models.plan import TERMS, plan, switches_of
 from madformer_jax.models.vae import AutoencoderKL
 from madformer_jax.sizes import sizes_of, vocabulary_of
@@ -255,27 +253,6 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         unguided += Cost(vae=vae_decode(c.data.image_size))
     branches = guidance_branches(c)
     return (cost * branches + unguided) * n
-
-
-def visible(c: ConfigDict, images: int = 1) -> float:
-    """Share of the tiles of training's splash kernels, one for each image stream and of so many images, that are computed."""
-    m, sizes = c.model, sizes_of(c)
-    clean = plan(tuple(name for name, weight in c.loss.items() if weight), switches_of(c)).clean_blocks
-    text, side = c.text.length if vocabulary_of(c) else 0, splash.tile(sizes.tokens) or 128
-
-    def tiles(blocks: int, inside: bool, context: int) -> np.ndarray:
-        """Computed, and all."""
-        kernel, rows, columns = splash.kernel(images, blocks, inside, context, sizes.tokens, text, True)
-        return np.array([np.count_nonzero(kernel.fwd_mask_info.block_mask), rows * columns / side**2])
-
-    # blocks, and whether their own keys are in the context
-    streams = [(clean, True), (m.blocks, False)] if clean else [(m.blocks, not m.clean_stream)]
-    context = clean if m.clean_stream else m.blocks
-    own = m.diffusion_depth if m.diffusion_attention == "block" else 0  # layers: a block sees itself only
-    computed, every = sum(
-        (m.depth - own) * tiles(blocks, inside, context) + own * tiles(blocks, False, 0) for blocks, inside in streams
-    )
-    return float(computed / every)
 
 
 def nfe(c: ConfigDict) -> float:

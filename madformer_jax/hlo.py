@@ -77,7 +77,6 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LIMIT = re.compile(r"^[su]32\[\]")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64)\[([\d,]*)\]")
-_CONTINUED = re.compile(r'\n(?="|\}\})')  # libtpu breaks the line of a Pallas kernel's metadata in three
 _START = 'custom_call_target="AsyncCollectiveStart"'
 _TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)$")
 
@@ -87,7 +86,7 @@ def parse(text: str, ours: str = "madformer_jax/") -> Program:
     computations: dict[str, list[Instruction]] = {}
     tables: dict[str, dict[int, str]] = {}
     entry, current, table = "", "", ""
-    for line in _CONTINUED.sub("", text).splitlines():
+    for line in text.splitlines():
         if title := _TABLE.match(line):
             table = title[1]
             tables[table] = {}

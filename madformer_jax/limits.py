@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "model.hidden_from": ("condition", "noisy"),
     "model.param_sets": ("separate", "shared"),
     "model.diffusion_attention": ("sequence", "block"),
-    "model.attention": ("auto", "reference", "blocks", "cudnn", "splash"),
+    "model.attention": ("auto", "reference", "blocks", "cudnn", "pallas"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "attention", "full"),
     "text.caption": ("caption", "class"),

@@ -137,14 +137,3 @@ def test_peak_of_a_cpu_is_a_measured_product():
     assert measured == flops.matmul_rate("float32") > 1e8  # measured once
     cost = flops.Cost(unet=measured)
     assert flops.mfu(cost, 2.0, devices=2) == pytest.approx(0.25)
-
-
-def test_tiles_of_attention_s_kernels_are_counted():
-    """Four blocks, each a tile, of which the clean stream has three; the text of all images fills one more."""
-    c = wide()
-    assert flops.visible(c) == pytest.approx((6 + 10) / (3 * 3 + 4 * 7))
-    assert flops.visible(c, images=2) == pytest.approx(2 * (6 + 10) / (6 * 6 + 8 * 14))
-    c.model.classes = 10
-    assert flops.visible(c, images=2) == pytest.approx(2 * (6 + 10 + 7) / (6 * 7 + 8 * 15))
-    c.model.diffusion_attention = "block"  # in half of the layers
-    assert flops.visible(c) == pytest.approx((6 + 10 + 7 + 3 + 4 + 7) / (3 * 4 + 4 * 8 + 3 * 4 + 4 * 5))

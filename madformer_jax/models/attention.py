@@ -6,7 +6,6 @@ triangle that falls apart into squares: unmasked attentions, whose results are m
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import cudnn, splash
+from madformer_jax.models import cudnn, pallas
 from madformer_jax.models.squares import squares
 
 
@@ -73,9 +72,9 @@ def tokens_last(x: Array, implementation: str) -> Array:
     """X (B, S, H, h), and its gradient, in memory as (B, H, h, S) where that is what the kernel reads: a TPU's registers are
     128 wide, and half empty with heads of 64 along them.
     """
-    if implementation != "splash":
+    if implementation != "pallas":
         return x
-    return splash.laid_out(x.transpose(0, 2, 3, 1), False).transpose(0, 3, 1, 2)
+    return pallas.laid_out(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
 
 
 def _normalised(part: Part, dtype: Any) -> Array:
@@ -129,17 +128,16 @@ def block_attention(
         (`diffusion_attention = block`).
       text: (B, T, H, h) keys and values that every query sees, or None.
       lengths: (B,) tokens of the text; what stands behind them is padding, which nobody sees. None: all T are text.
-      implementation: what `choose` gives: reference, blocks, cudnn, splash, or splash_interpret (the TPU's kernel anywhere).
-      images: with splash, so many images stand one after the other: (B / images, images * blocks, s, H, h), and text likewise.
+      implementation: what `choose` gives: reference, blocks, cudnn, pallas, or pallas_interpret (the TPU's kernel anywhere).
+      images: with pallas, so many images stand one after the other: (B / images, images * blocks, s, H, h), and text likewise.
 
     Returns:
       One output (B, blocks, s, H, h) for each stream, or as `images` has them.
     """
     if implementation == "reference":
         return _reference(streams, context, text, lengths)
-    if implementation in ("splash", "splash_interpret"):
-        interpret = implementation == "splash_interpret"
-        return [_splash(stream, context, text, lengths, images, interpret=interpret) for stream in streams]
+    if implementation in _PALLAS:
+        return [_pallas(stream, context, text, lengths, images, implementation) for stream in streams]
     if implementation == "cudnn":
         return _cudnn(streams, context, text, lengths)
     return [_blocks(stream, context, text, lengths) for stream in streams]
@@ -242,11 +240,32 @@ def _visible_lengths(k: Array, text: KV | None, lengths: Array | None) -> Array 
     return None if text is None or lengths is None else lengths + (k.shape[1] - text.k.shape[1])
 
 
+def kept(kv: KV, implementation: str) -> KV:
+    """Keys and values of all layers, (layers, B, n, s, H, h) or the text's (layers, B, T, H, h), as `cached_attention` reads them."""
+    if implementation not in _PALLAS:
+        return kv
+    last = (_rows_last(x, "", 2) for x in kv)
+    return KV(*(last if kv.k.ndim == 6 else (_filled(x, 1) for x in last)))
+
+
+def lengths_kept(lengths: Array | None, text: Array, implementation: str) -> Array | None:
+    """The lengths of texts (B, T), which the TPU's kernel has to be told of all: `kept` fills them up."""
+    return jnp.full(len(text), text.shape[1]) if lengths is None and implementation in _PALLAS else lengths
+
+
+def write(context: KV, own: KV, block: int | Array) -> KV:
+    """Puts the keys and values of one block into its slot of the context, both as `kept` gives them."""
+    axis = 2 if own.k.ndim == 6 else 4
+    at = block * own.k.shape[axis]
+    return KV(*(jax.lax.dynamic_update_slice_in_dim(x, y, at, axis) for x, y in zip(context, own, strict=True)))
+
+
 @jax.named_scope("attention")
 def cached_attention(
     own: QKV,
     context: KV | None,
     text: KV | None,
+    layer: int | Array,
     block: int | Array,
     lengths: Array | None = None,
     *,
@@ -256,16 +275,26 @@ def cached_attention(
 
     Args:
       own: queries, keys and values of the block, each (B, 1, s, H, h).
-      context: cached keys and values (B, slots, s, H, h), of which slots j < block are filled; None: see only itself.
-      text: (B, T, H, h) or None.
+      context: cached keys and values as `kept` gives them, of which slots j < block are filled; None: see only itself.
+      text: likewise, or None.
+      layer: index of the layer whose keys are read.
       block: index i of the block. Traced, it selects among one program for each i, so that unfilled slots cost nothing;
-        cuDNN is told how many are filled.
+        the kernels of a GPU and a TPU are told how many are filled.
       lengths: see `block_attention`.
 
     Returns:
       (B, 1, s, H, h).
     """
     q, k, v = (x[:, 0] for x in _with_query(own))
+    if implementation in _PALLAS:
+        q, k, v = (_rows_last(x, implementation) for x in (q, k, v))
+        numbers = (jnp.asarray(x, jnp.int32) for x in (layer, block))
+        cached = partial(pallas.cached, interpret=implementation != "pallas")
+        return pallas.on_each_device(cached, q, (k, v), context, text, lengths, *numbers).transpose(0, 3, 1, 2)[:, None]
+
+    context, text = (
+        kv and KV(*(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv)) for kv in (context, text)
+    )
     if implementation == "cudnn":
         return cudnn.cached(q, (k, v), context, text, block, lengths)[:, None]
 
@@ -309,52 +338,45 @@ def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None, leng
     return outputs
 
 
-# ---- TPU: Pallas splash attention, all blocks of all streams in one call
+# ---- TPU: Pallas kernels, all blocks of a stream in one call
+
+_PALLAS = ("pallas", "pallas_interpret")
 
 
 def images_in_a_row(implementation: str, batch: int) -> int:
     """How many images `block_attention` takes one after the other."""
-    return splash.images_in_a_row(batch) if implementation in ("splash", "splash_interpret") else 1
+    return pallas.images_in_a_row(batch) if implementation in _PALLAS else 1
 
 
-def _splash(
-    stream: QKV, context: KV | None, text: KV | None, lengths: Array | None, images: int, *, interpret: bool
+def _rows_last(x: Array, implementation: str, batch_axes: int = 1) -> Array:
+    """X (B, blocks, s, H, h) or (B, T, H, h), as the kernels take it: (B, H, h, tokens)."""
+    rows = jnp.moveaxis(x.reshape(*x.shape[:batch_axes], -1, *x.shape[-2:]), -3, -1)
+    return pallas.laid_out(rows) if implementation == "pallas" else rows
+
+
+def _filled(text: Array, images: int) -> Array:
+    """The text's keys (..., images * T), each image's filled up to whole registers."""
+    x = text.reshape(*text.shape[:-1], images, -1)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % pallas.LANES)]).reshape(*text.shape[:-1], -1)
+
+
+def _pallas(
+    stream: QKV, context: KV | None, text: KV | None, lengths: Array | None, images: int, implementation: str
 ) -> Array:
-    """Queries in a row against the context, the stream's own keys and the text in a row, each of all images."""
     q, k, _ = _with_query(stream)
-    batch, blocks, tokens, heads, size = q.shape
     inside = context is not None and k is context.k  # own keys are in the context
-    kernel, rows, columns = splash.kernel(
-        images,
-        blocks // images,
-        inside,
-        0 if context is None else context.k.shape[1] // images,
-        tokens,
-        0 if text is None else text.k.shape[1] // images,
-        interpret,
-    )
 
-    def in_a_row(parts: Sequence[Array], length: int) -> Array:
-        """Blocks (B, blocks, s, H, h) and text (B, T, H, h), one after the other and padded: (B, H, length, h)."""
-        rows_last = [part.reshape(batch, -1, heads, size).transpose(0, 2, 3, 1) for part in parts]
-        x = jnp.concatenate(rows_last, axis=3)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, length - x.shape[3])))
-        return splash.laid_out(x, interpret).swapaxes(2, 3)
+    def last(kv: KV | None) -> tuple[Array, ...] | None:
+        return None if kv is None else tuple(_rows_last(x, implementation) for x in kv)
 
-    keys = [] if context is None else [context]
-    keys += [] if inside else [stream.kv]
-    keys += [] if text is None else [text]
-    args = [in_a_row([q * jnp.asarray(size**-0.5, q.dtype)], rows)]
-    args += [in_a_row(parts, columns) for parts in zip(*keys, strict=True)]
-    if text is not None and lengths is not None:
-        before = sum(math.prod(part.k.shape[1:3]) for part in keys[:-1])
-        ids = _first(lengths, text.k.shape[1] // images).reshape(batch, -1).astype(jnp.int32)
-        ids = jnp.pad(ids, ((0, 0), (before, columns - before - ids.shape[1])), constant_values=1)
-        out = splash.on_each_device(jax.vmap(partial(splash.without_padding, kernel)), *args, ids)
-    else:
-        out = splash.on_each_device(jax.vmap(kernel), *args)
-    out = splash.laid_out(out.swapaxes(2, 3), interpret)  # (B, H, h, rows)
-    return out[..., : blocks * tokens].transpose(0, 3, 1, 2).reshape(q.shape)
+    words = None if text is None else tuple(_filled(_rows_last(x, implementation), images) for x in text)
+    if text is not None and lengths is None:
+        lengths = jnp.full(len(q) * images, text.k.shape[1] // images)
+    static = (images, q.shape[2], implementation != "pallas")
+    args = (None if inside else last(stream.kv), last(context), words, lengths)
+    out = pallas.on_each_device(lambda *args: pallas.attend(*args, *static), _rows_last(q, implementation), *args)
+    out = pallas.laid_out(out) if implementation == "pallas" else out
+    return out.transpose(0, 3, 1, 2).reshape(q.shape)
 
 
 def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:
@@ -370,18 +392,18 @@ def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:
             f"config.model.attention='cudnn' needs heads of a multiple of 8 values, at most {cudnn.LARGEST}, in bfloat16; "
             f"these have {head} in {dtype}: 'auto' fits them."
         )
-    if name == "splash" and platform != "tpu":
-        return "splash_interpret"  # slow: the kernel's steps one by one
+    if name == "pallas" and platform == "tpu" and not pallas.tile(tokens):
+        raise ConfigError(
+            f"config.model.attention='pallas' needs blocks of a multiple of {pallas.LANES} tokens; these have {tokens}: 'auto' "
+            "fits them."
+        )
+    if name == "pallas" and platform != "tpu":
+        return "pallas_interpret"  # slow: the kernel's steps one by one
     if name != "auto":
         return name
     if platform == "gpu" and dtype == "bfloat16" and cudnn.takes(head):
         return "cudnn"
-    return "splash" if platform == "tpu" and splash.tile(tokens) else "blocks"
-
-
-def in_sampling(implementation: str) -> str:
-    """What `cached_attention` runs: one block's queries against keys that it sees all of need no masked kernel."""
-    return "cudnn" if implementation == "cudnn" else "blocks"
+    return "pallas" if platform == "tpu" and pallas.tile(tokens) else "blocks"
 
 
 def in_unet(implementation: str, heads: Sequence[int]) -> str:

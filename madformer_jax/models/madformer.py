@@ -14,7 +14,8 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from madformer_jax.models import attention, rope
-from madformer_jax.models.cache import ModelCache, StackKV, empty_stage, write_block, write_text
+from madformer_jax.models.attention import KV
+from madformer_jax.models.cache import Cache, ModelCache, write_block
 from madformer_jax.models.layers import dense
 from madformer_jax.models.plan import TERMS, Switches, plan
 from madformer_jax.models.rope import Rotary
@@ -253,12 +254,16 @@ class MADFormer(nn.Module):
 
     def empty_cache(self, batch: int) -> ModelCache:
         """A cache with no block in it, for `batch` images (twice as many with guidance)."""
-        head = self.heads, self.width // self.heads
-        context = (batch, self.blocks - 1, self.tokens, *head) if self.blocks > 1 else None
-        text = (batch, self.text_length, *head) if self.vocabulary else None
+        shape = (batch, self.blocks - 1, self.tokens, self.heads, self.width // self.heads)
+
+        def empty(layers: int, slots: bool) -> Cache:
+            if not layers or self.blocks == 1 or not slots:
+                return Cache(None, None)
+            x = jnp.zeros((layers, *shape), self.dtype)
+            return Cache(attention.kept(KV(x, x), self.attention), None)
+
         return ModelCache(
-            empty_stage(self.depth - self.diffusion_depth, context, text, self.dtype),
-            empty_stage(self.diffusion_depth, None if self.block_only else context, text, self.dtype),
+            empty(self.depth - self.diffusion_depth, True), empty(self.diffusion_depth, not self.block_only)
         )
 
     def read_text(self, cache: ModelCache, tokens: Array, lengths: Array | None = None) -> ModelCache:
@@ -266,7 +271,9 @@ class MADFormer(nn.Module):
         position = self._text_positions()
         text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, position, 0)
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, position, 0)
-        return ModelCache(write_text(cache.ar, ar), write_text(cache.diffusion, diffusion), lengths)
+        ar, diffusion = (own and attention.kept(own, self.attention) for own in (ar, diffusion))
+        lengths = attention.lengths_kept(lengths, tokens, self.attention)
+        return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
 
     def begin(self, batch: int) -> Array:
         """The first block's prediction stream, BOI: (B, 1, s, d)."""
@@ -290,12 +297,12 @@ class MADFormer(nn.Module):
             return jnp.zeros_like(pred), cache
         pred, own = self.ar_layers.step("pred", pred, cache.ar, self._position(block), block, cache.lengths)
         if not self.clean_stream:
-            cache = cache._replace(ar=write_block(cache.ar, own, block))
+            cache = cache._replace(ar=write_block(cache.ar, own, block, self.attention))
         return pred if self.ar_condition else jnp.zeros_like(pred), cache
 
     def denoise(
         self, cache: ModelCache, condition: Array, noisy: Array, t: Array, block: int | Array
-    ) -> tuple[Array, StackKV]:
+    ) -> tuple[Array, KV | None]:
         """What the model predicts of a noisy block (B, 1, positions, C) at timestep t (a scalar); the diffusion layers only.
 
         Returns it, (cache batch, 1, positions, C), with the layers' own keys and values, which `remember` takes.
@@ -308,19 +315,19 @@ class MADFormer(nn.Module):
         )
         return self._up(pred, jnp.full(x.shape[:2], t), skips), own
 
-    def remember(self, cache: ModelCache, own: StackKV, block: int | Array) -> ModelCache:
+    def remember(self, cache: ModelCache, own: KV | None, block: int | Array) -> ModelCache:
         """Without the clean stream: caches the diffusion layers' keys and values of the last solver step."""
-        return cache._replace(diffusion=write_block(cache.diffusion, own, block))
+        return cache._replace(diffusion=write_block(cache.diffusion, own, block, self.attention))
 
     def extend(self, cache: ModelCache, clean: Array, block: int | Array) -> ModelCache:
         """Runs the clean tower on a generated block, embedded (B, 1, s, d), and caches its keys and values."""
         position = self._position(block)
         clean, own = self.ar_layers.step("clean", clean, cache.ar, position, block, cache.lengths)
-        cache = cache._replace(ar=write_block(cache.ar, own, block))
+        cache = cache._replace(ar=write_block(cache.ar, own, block, self.attention))
         if self.block_only:
             return cache
         _, own = self.diffusion_layers.step("clean", clean, cache.diffusion, position, block, cache.lengths)
-        return cache._replace(diffusion=write_block(cache.diffusion, own, block))
+        return cache._replace(diffusion=write_block(cache.diffusion, own, block, self.attention))
 
     def _position(self, block: int | Array) -> Rotary:
         return Rotary(*(x[block][None] for x in self._image_positions()))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.models import attention, splash
+from madformer_jax.models import attention, pallas
 from madformer_jax.models.attention import KV, QKV
-from madformer_jax.models.cache import Cache, StackCache, StackKV
+from madformer_jax.models.cache import Cache
 from madformer_jax.models.layers import dense, rms_norm, silu
 from madformer_jax.models.rope import Rotary, rotate
 
@@ -152,21 +152,28 @@ class DecoderLayer(nn.Module):
         return Streams(**{name: self._finish(name, given[name], attended[name]) for name in attended}), None
 
     def step(
-        self, streams: Streams, cache: Cache, position: Rotary, block: int | Array, lengths: Array | None
+        self,
+        streams: Streams,
+        layer: int | Array,
+        cache: Cache,
+        position: Rotary,
+        block: int | Array,
+        lengths: Array | None,
     ) -> tuple[Streams, KV]:
-        """One stream alone, in sampling: a block (B, s, d) against the cache, or the text (B, T, d) against itself.
+        """One stream alone, in sampling: a block (B, s, d) against layer `layer` of the stage's cache, or the text (B, T, d)
+        against itself.
 
         Returns the stream and its own keys and values, for the cache.
         """
         ((name, x),) = streams.present.items()
-        own = self._qkv(name, x, position)
+        own = self._qkv(name, x, position, "" if name == "text" else self.attention)
         assert own.q is not None
         if name == "text":
             attended = attention.attend(own.q, own.k, own.v, causal=True)
         else:
             context = None if self.block_only else cache.context
             attended = attention.cached_attention(
-                own, context, cache.text, block, lengths, implementation=self.attention
+                own, context, cache.text, layer, block, lengths, implementation=self.attention
             )
         return Streams(**{name: self._finish(name, x, attended)}), own.kv
 
@@ -178,7 +185,7 @@ def _in_a_row(streams: Streams) -> Streams:
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(splash.KEPT),
+    "attention": jax.checkpoint_policies.save_only_these_names(pallas.KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -213,7 +220,7 @@ class LayerStack(nn.Module):
                 layer,
                 methods={
                     "__call__": {**common, "in_axes": nn.broadcast},
-                    "step": {**common, "in_axes": (0, nn.broadcast, nn.broadcast, nn.broadcast)},
+                    "step": {**common, "in_axes": (0, *[nn.broadcast] * 4)},
                 },
             )
             self.body = scanned(**self.layer)
@@ -240,15 +247,21 @@ class LayerStack(nn.Module):
         self,
         name: str,
         x: Array,
-        cache: StackCache,
+        cache: Cache,
         position: Rotary,
         block: int | Array,
         lengths: Array | None = None,
-    ) -> tuple[Array, StackKV]:
-        """The stream `name` alone, x (B, 1, s, d), against the cache; returns it with its own keys and values."""
-        streams, body, last = _in_a_row(Streams(**{name: x})), None, None
+    ) -> tuple[Array, KV | None]:
+        """The stream `name` alone, x (B, 1, s, d), against the cache; returns it with the layers' own keys and values
+        (layers, B, ..., H, h), None where there are no layers.
+        """
+        streams, own = _in_a_row(Streams(**{name: x})), []
+        common = cache, position, block, lengths
         if self.layers > 1:
-            streams, body = self.body.step(streams, cache.body, position, block, lengths)
+            streams, body = self.body.step(streams, jnp.arange(self.layers - 1), *common)
+            own.append(body)
         if self.layers:
-            streams, last = self.last.step(streams, cache.last, position, block, lengths)
-        return streams.present[name].reshape(x.shape), (body, last)
+            streams, last = self.last.step(streams, self.layers - 1, *common)
+            own.append(jax.tree.map(lambda x: x[None], last))
+        kv = KV(*map(jnp.concatenate, zip(*own, strict=True))) if own else None
+        return streams.present[name].reshape(x.shape), kv

@@ -25,7 +25,7 @@ from madformer_jax import aot, codec, drawing, estimate, fields, flops, hlo, tra
 from madformer_jax import config as config_lib
 from madformer_jax.data.text import Texts
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import madformer, splash, vae
+from madformer_jax.models import madformer, vae
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sizes import sizes_of
 
@@ -141,7 +141,7 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, 
     images = _codec(c, mesh)
     codec_params = images.load()
     params = drawing.abstract_params(model, mesh)
-    batch = drawing.batch_size(c, mesh)
+    batch = drawing.batch_size(c, mesh, c.sample.batch)
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
     inputs = {"parameters": params} | ({"VAE": codec_params} if codec_params else {})
     with partitioning.scope(mesh):
@@ -163,9 +163,7 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
         logging.warning("time is not estimated: there is no clock for %s (estimate.CHIPS)", device.device_kind)
         return None
     peak = flops.peak(c.model.dtype, device)
-    with partitioning.scope(mesh):
-        visible = flops.visible(c, splash.images_in_a_row(c.train.batch // c.train.accumulate))
-    return lambda text: estimate.estimate(text, device.device_kind, peak, cost.total / mesh.size, visible)
+    return lambda text: estimate.estimate(text, device.device_kind, peak, cost.total / mesh.size)
 
 
 def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:

@@ -28,7 +28,7 @@ from madformer_jax import config as config_lib
 from madformer_jax.data import preprocess
 from madformer_jax.drawing import Drawn
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import attention, madformer
+from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.weights.fingerprint import fingerprint
@@ -68,7 +68,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         logging.info(
             "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d steps guided; attention %s",
             s.n, s.weights, step, s.n - len(numbers), np.sum(drawing.scales(c) != 1), s.steps,
-            attention.in_sampling(model.attention),
+            model.attention,
         )  # fmt: skip
         draw = progress.compiling(drawing.make_draw(c, model, images_codec.decode), "the sampling program")
         batches = interruptible(drawing.batches(c, draw, params, codec_params, mesh, numbers))

@@ -87,6 +87,7 @@ SWITCHES = {  # the four variants of the release, each alone, are in test_releas
         "blocks": 8, "unet_stride": 1, "classes": 3, "depth": 3, "diffusion_depth": 1, "predicts": "x0", "neighbours": True,
     },
     "captions with padding": {"classes": 6, "text_length": 4, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
+    "a TPU's kernels": {"classes": 3, "attention": "pallas", "depth": 3, "diffusion_depth": 2, **ONE_STAGE},
     "one program for each block": {"blocks": 2, "classes": 3, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
 }  # fmt: skip
 T = schedule.timesteps("dpmpp_2m", "trailing", 3).t  # 999, 666, 332

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from madformer_jax.models import attention, cudnn, splash
+from madformer_jax.errors import ConfigError
+from madformer_jax.models import attention, cudnn, pallas
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.models.squares import squares
 from madformer_jax.runtime import partitioning
@@ -110,7 +111,12 @@ def test_squares_hold_every_pair_of_blocks_once(blocks):
     np.testing.assert_array_equal(seen, np.tri(blocks, k=-1))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "splash_interpret"])
+def kept(kv, implementation):
+    """As the second of two layers."""
+    return attention.kept(KV(*(jnp.stack([x + 1, x]) for x in kv)), implementation)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "pallas_interpret"])
 def test_padding_moves_nothing_at_all(implementation, no_cudnn):
     """Neither outputs nor gradients, and it gets no gradient; in the cache as in training."""
     streams, source, words, lengths = CASES["padded text"]
@@ -120,55 +126,49 @@ def test_padding_moves_nothing_at_all(implementation, no_cudnn):
     jax.tree.map(np.testing.assert_array_equal, found, other)
     for gradient in found[1][1]:
         assert not np.where(padding, gradient, 0).any() and (gradient[:, 0] != 0).all()
-    if implementation in ("blocks", "cudnn"):
+    if implementation != "reference":
         own = QKV(*(x[:, 2:3] for x in streams[1]))
-        read = functools.partial(attention.cached_attention, own, streams[0].kv, implementation=implementation)
-        cached = read(words, 2, lengths)
-        np.testing.assert_array_equal(cached, read(others, 2, lengths))
+
+        def read(words):
+            context, words = (kept(kv, implementation) for kv in (streams[0].kv, words))
+            return attention.cached_attention(own, context, words, 1, 2, lengths, implementation=implementation)
+
+        cached = read(words)
+        np.testing.assert_array_equal(cached, read(others))
         np.testing.assert_allclose(cached[:, 0], found[0][1][1][:, 2], rtol=1e-4, atol=1e-5)
 
 
-WHOLE = 128  # tokens of a block that is one tile of the TPU's kernel
-SPLASH = {
-    "whole tiles, clean one block short, text": ([stream(0, L - 1, WHOLE), stream(1, L, WHOLE)], "clean", text()),
-    "blocks share tiles, text": CASES["with text"],
-    "padded text": CASES["padded text"],
-    "one stream on itself": CASES["one stream on itself"],
-    "block only": CASES["block only"],
+WHOLE = 256  # tokens of a block that is two tiles of the TPU's kernel, where a tile has 128
+
+
+def padded(kv):
+    """Keys of the text in two tiles of the kernel."""
+    return KV(*(jnp.pad(x, ((0, 0), (0, 130), (0, 0), (0, 0)), constant_values=0.5) for x in kv))
+
+
+PALLAS = CASES | {
+    "two tiles a block, text": ([stream(0, L - 1, WHOLE), stream(1, L, WHOLE)], "clean", padded(text()), LENGTHS + 127),
+    "two tiles a block, no context": ([stream(0, L, WHOLE)], None, None),
 }
 
 
 @pytest.mark.parametrize("images", [1, B])
-@pytest.mark.parametrize("name", SPLASH)
-def test_splash_kernel_equals_the_dense_mask(name, images):
-    found = value_and_gradient("splash_interpret", *SPLASH[name], images=images)
-    assert_equal_trees(found, value_and_gradient("reference", *SPLASH[name]))
+@pytest.mark.parametrize("name", PALLAS)
+def test_the_tpu_s_kernels_equal_the_dense_mask(name, images, monkeypatch):
+    monkeypatch.setattr(pallas, "tile", lambda tokens: 128 if tokens % 128 == 0 else None)
+    found = value_and_gradient("pallas_interpret", *PALLAS[name], images=images)
+    assert_equal_trees(found, value_and_gradient("reference", *PALLAS[name]))
 
 
-def test_splash_kernel_on_a_mesh_equals_the_dense_mask():
+def test_the_tpu_s_kernels_on_a_mesh_equal_the_dense_mask():
     mesh = partitioning.make_mesh(2, 1, 2, jax.devices()[:4])
     with partitioning.scope(mesh):
-        found = value_and_gradient("splash_interpret", *CASES["padded text"])
+        found = value_and_gradient("pallas_interpret", *CASES["padded text"])
     assert_equal_trees(found, value_and_gradient("reference", *CASES["padded text"]))
 
 
-def test_splash_kernel_computes_no_empty_tile():
-    tiles, side = 2, 512  # a block is 2 x 2 tiles of the kernel
-    clean = splash.kernel(1, L - 1, True, L - 1, tiles * side, 0, True)
-    pred = splash.kernel(1, L, False, L - 1, tiles * side, 0, True)
-    assert clean[1:] == ((L - 1) * tiles * side,) * 2
-    assert pred[1:] == (L * tiles * side, (2 * L - 1) * tiles * side)
-    for (kernel, *_), pairs in ((clean, L * (L - 1) // 2), (pred, L * (L + 1) // 2)):
-        for info in (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info):
-            assert np.count_nonzero(info.block_mask) == pairs * tiles**2
-            assert info.partial_mask_blocks is None
-    with_text, _, columns = splash.kernel(1, L, True, L, side, T, True)
-    assert columns == (L + 1) * side
-    assert np.count_nonzero(with_text.fwd_mask_info.block_mask) == L * (L + 1) // 2 + L
-
-
 @pytest.mark.parametrize("topology, accelerator, tokens", [("v5e:4x4", "v5litepod-16", 1), ("v5p:2x2x1", "v5p-8", 40)])
-def test_splash_kernel_compiles_for_a_tpu(topology, accelerator, tokens, monkeypatch):
+def test_the_tpu_s_kernels_compiles_for_a_tpu(topology, accelerator, tokens, monkeypatch):
     """Forward and gradient at a quarter of FFHQ-1024's blocks, images and heads split over the chips."""
     pytest.importorskip("libtpu")
     # what libtpu asks a TPU machine for
@@ -189,7 +189,7 @@ def test_splash_kernel_compiles_for_a_tpu(topology, accelerator, tokens, monkeyp
     streams = [QKV(clean, clean, clean), QKV(pred, pred, pred)]
 
     def total(streams, words, lengths):
-        outputs = attention.block_attention(streams, streams[0].kv, words, lengths, implementation="splash")
+        outputs = attention.block_attention(streams, streams[0].kv, words, lengths, implementation="pallas")
         return sum(jnp.sum(x.astype(jnp.float32)) for x in outputs)
 
     with partitioning.scope(mesh):
@@ -197,20 +197,20 @@ def test_splash_kernel_compiles_for_a_tpu(topology, accelerator, tokens, monkeyp
             streams, KV(words, words), lengths
         )
         text = program.compile().as_text()
-    padded = "_segmented" if tokens > 1 else ""
-    kernels = (f"splash_mha_{kernel}{padded}" for kernel in ("fwd", "dq", "dkv"))
-    assert all(f"{kernel}_{kind}residuals" in text for kernel, kind in zip(kernels, ("", "no_", "no_")))
+    assert "block_attention_forward" in text and "block_attention_backward" in text
 
 
 def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
     auto = functools.partial(attention.choose, "auto", head=64)
     assert auto("cpu", "bfloat16", 256) == auto("gpu", "float32", 256) == "blocks"
     assert auto("gpu", "bfloat16", 256) == "cudnn"
-    assert auto("tpu", "bfloat16", 256) == auto("tpu", "float32", 128) == "splash"
+    assert auto("tpu", "bfloat16", 256) == auto("tpu", "float32", 128) == "pallas"
     assert auto("tpu", "bfloat16", 64) == "blocks"
     assert attention.choose("auto", "gpu", "bfloat16", 256, 12) == "blocks"
     assert attention.choose("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
-    assert attention.choose("splash", "cpu", "float32", 64, 64) == "splash_interpret"
+    assert attention.choose("pallas", "cpu", "float32", 64, 64) == "pallas_interpret"
+    with pytest.raises(ConfigError, match="a multiple of 128 tokens; these have 64"):
+        attention.choose("pallas", "tpu", "bfloat16", 64, 64)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -237,21 +237,26 @@ def test_a_query_sees_earlier_context_blocks_and_itself_only():
         assert float(jnp.abs(x[:, 3] - y[:, 3]).max()) > 1e-3
 
 
-@pytest.mark.parametrize("implementation, unfilled", [("blocks", jnp.nan), ("cudnn", 100.0)])
+@pytest.mark.parametrize(
+    "implementation, unfilled", [("blocks", jnp.nan), ("cudnn", 100.0), ("pallas_interpret", jnp.nan)]
+)
 def test_the_cache_gives_what_training_gives(implementation, unfilled, no_cudnn):
     streams, words = [stream(0, L), stream(1, L)], text()
     context = streams[0].kv
     whole = attention.block_attention(streams, context, words, implementation="blocks")
-    slots = KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in context))
+    lengths = attention.lengths_kept(None, words.k[..., 0, 0], implementation)
+    words = kept(words, implementation)
+    slots = kept(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in context)), implementation)
+    one_block = functools.partial(attention.cached_attention, implementation=implementation)
 
     @jax.jit
-    def traced(own, block):
-        return attention.cached_attention(own, slots, words, block, implementation=implementation)
+    def traced(own, layer, block):
+        return one_block(own, slots, words, layer, block, lengths)
 
     for n, own in enumerate(streams):
         one = QKV(*(x[:, 2:3] for x in own))
-        static = attention.cached_attention(one, slots, words, 2, implementation=implementation)
+        static = one_block(one, slots, words, 1, 2, lengths)
         np.testing.assert_allclose(static[:, 0], whole[n][:, 2], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(traced(one, 2), static, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(traced(one, 1, 2), static, rtol=1e-5, atol=1e-6)
         first = QKV(*(x[:, :1] for x in own))
-        np.testing.assert_allclose(traced(first, 0)[:, 0], whole[n][:, 0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(traced(first, 1, 0)[:, 0], whole[n][:, 0], rtol=1e-4, atol=1e-5)

@@ -176,7 +176,7 @@ def test_how_layers_are_run_changes_no_gradient():
 def test_images_that_stand_in_a_row_for_the_tpu_s_kernel_do_not_meet():
     """Four, on two devices two in a row each, with texts of different lengths."""
     other = dict(PLAIN, classes=3, text_length=3)
-    (model, params), (in_a_row, _) = small(**other), small(**other, attention="splash")
+    (model, params), (in_a_row, _) = small(**other), small(**other, attention="pallas")
     shape = (4, model.blocks, model.block_side**2, model.channels)
     z, noisy = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
     t, tokens = jnp.arange(16).reshape(4, 4) * 60, jnp.arange(12).reshape(4, 3) % 4
