@@ -87,11 +87,12 @@ def cached() -> None:
     streams, words = [stream(n, 2, 8, 64, 4, 64) for n in range(2)], KV(random(7, 2, 5, 4, 64), random(8, 2, 5, 4, 64))
     with jax.default_matmul_precision("highest"):
         exact = attention.block_attention(streams, streams[0].kv, words, implementation="reference")[1]
-    own, context, words = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, words))
+    own, *kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, words))
+    context, words = jax.tree.map(lambda x: x[None], kept)  # of one layer
     for implementation in IMPLEMENTATIONS:
         read = jax.jit(
             lambda own, block, implementation=implementation: attention.cached_attention(
-                own, context, words, block, implementation=implementation
+                own, context, words, 0, block, implementation=implementation
             )
         )
         blocks = [read(QKV(*(x[:, i : i + 1] for x in own)), i)[:, 0] for i in range(8)]
@@ -161,14 +162,14 @@ def times(batch: int = 8) -> None:
             f"layer, batch {batch}, {implementation}: forward {ahead:.2f} ms ({flop / ahead / 1e9:.0f} TFLOP/s), "
             f"with gradient {both:.2f} ms ({3.5 * flop / both / 1e9:.0f} TFLOP/s)"
         )
-    own = QKV(*(x[:, :1] for x in streams[1]))
+    own, slots = QKV(*(x[:, :1] for x in streams[1])), KV(*(x[None] for x in streams[0].kv))
     for implementation in IMPLEMENTATIONS:
         read = jax.jit(
             lambda own, context, block, x=implementation: attention.cached_attention(
-                own, context, None, block, implementation=x
+                own, context, None, 0, block, implementation=x
             )
         )
-        each = [median(read, own, streams[0].kv, i) for i in (0, 7, 15)]
+        each = [median(read, own, slots, i) for i in (0, 7, 15)]
         print(
             f"cache, batch {batch}, {implementation}, blocks 0, 7, 15: " + ", ".join(f"{x:.3f}" for x in each) + " ms"
         )
