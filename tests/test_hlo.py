@@ -65,20 +65,3 @@ def test_a_collective_in_the_background_of_others_counts_once():
         hlo.Collective("all-gather", (8, 16), 256, 1, False, overlaps=True),
         hlo.Collective("all-reduce", (6,), 40, 1, False),
     ]
-
-
-def test_an_instruction_may_go_on_in_the_next_lines():
-    """The metadata of a Pallas kernel does."""
-    text = "\n".join(
-        [
-            "ENTRY %main (q: f32[8]) -> f32[8] {",
-            '  %k = f32[8]{0} custom-call(%q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={',
-            r'"xprof_metadata":"{\"block_q\": 256}"',
-            '}}, metadata={op_name="jit(f)/attention/kernel" stack_frame_id=3}',
-            "  ROOT %r = f32[8]{0} copy(%k)",
-            "}",
-        ]
-    )
-    kernel, copy = hlo.parse(text).computations["main"]
-    assert (kernel.op_name, kernel.frame) == ("jit(f)/attention/kernel", 3)
-    assert copy.opcode == "copy"

@@ -245,19 +245,12 @@ def kept(kv: KV, implementation: str) -> KV:
     if implementation not in _PALLAS:
         return kv
     last = (_rows_last(x, "", 2) for x in kv)
-    return KV(*(last if kv.k.ndim == 6 else (_filled(x, 1) for x in last)))
+    return KV(*(last if kv.k.ndim == 6 else (pallas.filled(x, 1) for x in last)))
 
 
 def lengths_kept(lengths: Array | None, text: Array, implementation: str) -> Array | None:
     """The lengths of texts (B, T), which the TPU's kernel has to be told of all: `kept` fills them up."""
     return jnp.full(len(text), text.shape[1]) if lengths is None and implementation in _PALLAS else lengths
-
-
-def write(context: KV, own: KV, block: int | Array) -> KV:
-    """Puts the keys and values of one block into its slot of the context, both as `kept` gives them."""
-    axis = 2 if own.k.ndim == 6 else 4
-    at = block * own.k.shape[axis]
-    return KV(*(jax.lax.dynamic_update_slice_in_dim(x, y, at, axis) for x, y in zip(context, own, strict=True)))
 
 
 @jax.named_scope("attention")
@@ -354,12 +347,6 @@ def _rows_last(x: Array, implementation: str, batch_axes: int = 1) -> Array:
     return pallas.laid_out(rows) if implementation == "pallas" else rows
 
 
-def _filled(text: Array, images: int) -> Array:
-    """The text's keys (..., images * T), each image's filled up to whole registers."""
-    x = text.reshape(*text.shape[:-1], images, -1)
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % pallas.LANES)]).reshape(*text.shape[:-1], -1)
-
-
 def _pallas(
     stream: QKV, context: KV | None, text: KV | None, lengths: Array | None, images: int, implementation: str
 ) -> Array:
@@ -369,12 +356,12 @@ def _pallas(
     def last(kv: KV | None) -> tuple[Array, ...] | None:
         return None if kv is None else tuple(_rows_last(x, implementation) for x in kv)
 
-    words = None if text is None else tuple(_filled(_rows_last(x, implementation), images) for x in text)
+    words = None if text is None else tuple(pallas.filled(_rows_last(x, implementation), images) for x in text)
     if text is not None and lengths is None:
         lengths = jnp.full(len(q) * images, text.k.shape[1] // images)
-    static = (images, q.shape[2], implementation != "pallas")
-    args = (None if inside else last(stream.kv), last(context), words, lengths)
-    out = pallas.on_each_device(lambda *args: pallas.attend(*args, *static), _rows_last(q, implementation), *args)
+    keys = None if inside else last(stream.kv), last(context), words
+    run = partial(pallas.attend, images=images, tokens=q.shape[2], interpret=implementation != "pallas")
+    out = pallas.on_each_device(run, _rows_last(q, implementation), *keys, lengths)
     out = pallas.laid_out(out) if implementation == "pallas" else out
     return out.transpose(0, 3, 1, 2).reshape(q.shape)
 

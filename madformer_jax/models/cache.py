@@ -29,7 +29,11 @@ def write_block(cache: Cache, own: KV | None, block: int | Array, implementation
     """Puts the keys and values of one block (layers, B, 1, s, H, h) into its slot of the context."""
     if cache.context is None or own is None:
         return cache
-    return cache._replace(context=attention.write(cache.context, attention.kept(own, implementation), block))
+    own = attention.kept(own, implementation)
+    axis = 2 if own.k.ndim == 6 else 4  # of the slots, or of the tokens of all slots
+    at = block * own.k.shape[axis]
+    written = (jax.lax.dynamic_update_slice_in_dim(x, y, at, axis) for x, y in zip(cache.context, own, strict=True))
+    return cache._replace(context=KV(*written))
 
 
 def write_finished(cache: ModelCache, z: Array, block: int | Array) -> ModelCache:

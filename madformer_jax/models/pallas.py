@@ -51,6 +51,12 @@ def laid_out(x: Array) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def filled(text: Array, images: int) -> Array:
+    """The text's keys (..., images * T), each image's filled up to whole registers."""
+    x = text.reshape(*text.shape[:-1], images, -1)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)]).reshape(*text.shape[:-1], -1)
+
+
 def on_each_device(function: Callable[..., Array], q: Array, *args: Any) -> Array:
     """Runs a function of arrays (B, H, ...) on each device's own images and heads: the compiler cannot split a kernel.
 
