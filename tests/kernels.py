@@ -13,8 +13,10 @@ import sys
 import tempfile
 from typing import Any
 
-FOLDER = tempfile.mkdtemp()
-os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={FOLDER} --xla_jf_dump_llo_text=true"  # read as libtpu is loaded
+FOLDER = tempfile.TemporaryDirectory()
+os.environ["LIBTPU_INIT_ARGS"] = (
+    f"--xla_jf_dump_to={FOLDER.name} --xla_jf_dump_llo_text=true"  # read as libtpu is loaded
+)
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -49,7 +51,7 @@ def main(topology: str) -> None:
     shapes = rows(BLOCKS), (rows(BLOCKS),) * 2, (rows(BLOCKS - 1),) * 2
     jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
     for name, products in KERNELS.items():
-        (path,) = pathlib.Path(FOLDER).glob(f"*block_attention_{name}*[0-9]-final_bundles.txt")
+        (path,) = pathlib.Path(FOLDER.name).glob(f"*block_attention_{name}*[0-9]-final_bundles.txt")
         step, tile = cycles(path.read_text())
         whole = BLOCKS * step + BLOCKS * (BLOCKS - 1) // 2 * tile  # the first tile, a block's own, is in the step
         work = 2 * products * SIZE * TOKENS**2 * BLOCKS * (BLOCKS + 1) / 2

@@ -72,9 +72,7 @@ def tokens_last(x: Array, implementation: str) -> Array:
     """X (B, S, H, h), and its gradient, in memory as (B, H, h, S) where that is what the kernel reads: a TPU's registers are
     128 wide, and half empty with heads of 64 along them.
     """
-    if implementation != "pallas":
-        return x
-    return pallas.laid_out(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    return jnp.moveaxis(_rows_last(x, implementation), -1, 1) if implementation == "pallas" else x
 
 
 def _normalised(part: Part, dtype: Any) -> Array:

@@ -271,11 +271,14 @@ def _forward(
 def _saved(*args: Any) -> tuple[Array, Any]:
     q, own, context, text, lengths, images, tokens, interpret = args
     context, text = (None if x is None else tuple(part[None] for part in x) for x in (context, text))
-    blocks = q.shape[3] // images // tokens
-    seen = (blocks - 1) / 2 + (own is None)
-    out, sums = _forward(q, own, context, text, lengths, 0, 0, seen, images, tokens, interpret)
+    out, sums = _forward(q, own, context, text, lengths, 0, 0, _seen(q, own, images, tokens), images, tokens, interpret)
     out, sums = _kept(out), _kept(sums)
     return out, (q, own, context, text, lengths, out, sums)
+
+
+def _seen(q: Array, own: Pair | None, images: int, tokens: int) -> float:
+    """Context blocks that a block sees in training, on average."""
+    return (q.shape[3] // images // tokens - 1) / 2 + (own is None)
 
 
 def _kept(x: Array) -> Array:
@@ -289,8 +292,7 @@ def _backward(images: int, tokens: int, interpret: bool, saved: Any, d_out: Arra
     kinds, keys = _present(own, context, text)
     given = [("query", x) for x in (q, out, d_out, sums)] + keys
     results = [(kind, jax.ShapeDtypeStruct(x.shape, x.dtype)) for kind, x in [("query", q), *keys]]
-    seen = (q.shape[3] // images // tokens - 1) / 2 + (own is None)
-    numbers = _numbers(0, 0, lengths, len(q) * images)
+    seen, numbers = _seen(q, own, images, tokens), _numbers(0, 0, lengths, len(q) * images)
     dq, *d_keys = _run(_backward_kernel, kinds, numbers, given, results, 5, seen, images, tokens, interpret)
     by_kind = {kind: tuple(d_keys[2 * n : 2 * n + 2]) for n, kind in enumerate(kinds)}
     d_stacked = (by_kind.get(kind) and tuple(x[0] for x in by_kind[kind]) for kind in ("context", "text"))

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -167,8 +168,26 @@ def test_the_tpu_s_kernels_on_a_mesh_equal_the_dense_mask():
     assert_equal_trees(found, value_and_gradient("reference", *CASES["padded text"]))
 
 
+def test_the_tpu_s_kernels_compute_and_count_no_tile_that_is_not_seen():
+    streams = [stream(0, L - 1, 128), stream(1, L, 128)]
+    unseen = KV(*(x.at[:, 2].set(jnp.nan) for x in streams[0].kv))  # by all but the last block
+    attend = functools.partial(attention.block_attention, implementation="pallas_interpret")
+    out = attend(streams[1:], unseen, None)[0]
+    assert jnp.isfinite(out[:, :3]).all() and jnp.isnan(out[:, 3]).all()
+
+    def counted(streams, context, words):
+        program = str(jax.make_jaxpr(lambda: attend(streams, context, words))())
+        return int(re.search(r"CostEstimate\(flops=(\d+)", program)[1])
+
+    tile = B * H * 2 * 2 * SIZE * 128**2
+    assert counted(streams[1:], streams[0].kv, None) == tile * L * (L + 1) // 2
+    assert counted(streams[1:], streams[0].kv, text()) == tile * (L * (L + 1) // 2 + L)
+    assert counted(streams[:1], streams[0].kv, None) == tile * L * (L - 1) // 2
+    assert counted(streams[1:], None, None) == tile * L
+
+
 @pytest.mark.parametrize("topology, accelerator, tokens", [("v5e:4x4", "v5litepod-16", 1), ("v5p:2x2x1", "v5p-8", 40)])
-def test_the_tpu_s_kernels_compiles_for_a_tpu(topology, accelerator, tokens, monkeypatch):
+def test_the_tpu_s_kernels_compile_for_a_tpu(topology, accelerator, tokens, monkeypatch):
     """Forward and gradient at a quarter of FFHQ-1024's blocks, images and heads split over the chips."""
     pytest.importorskip("libtpu")
     # what libtpu asks a TPU machine for
