@@ -3,7 +3,7 @@
     python -m madformer_jax.estimate BEFORE.json AFTER.json
 
 compares two files that --mode=compile wrote. It is an estimate (docs/performance.md): each instruction's cycles times its loops'
-trip counts over the clock; kernels of attention, which have none, by their FLOPs and the rate that their schedule has; data moved
+trip counts over the clock; kernels of attention, which have none, by their FLOPs and queries, as their schedule has it; data moved
 between chips by its bytes.
 """
 
@@ -41,9 +41,16 @@ CHIPS: tuple[tuple[str, Chip], ...] = (
 )
 
 
-# Name of a kernel -> share of the peak that its FLOPs run at, by the compiler's schedule of it (`python -m tests.kernels`): at
-# FFHQ-1024's heads of 64, which leave half of a multiplier empty in the products over them.
-KERNELS = {"block_attention_forward": 0.35, "block_attention_backward": 0.49}
+class Kernel(NamedTuple):
+    """What a kernel of attention takes on a TPU, by the compiler's schedule of it."""
+
+    rate: float  # share of the peak that its FLOPs run at
+    query: float  # cycles that a query of a head takes besides
+
+
+# By name, for heads of 64, which leave half of a multiplier empty in the products over them, and tiles of 256: from what
+# `python -m tests.kernels` prints for 16 and for 4 blocks.
+KERNELS = {"block_attention_forward": Kernel(0.52, 2.2), "block_attention_backward": Kernel(0.75, 4.5)}
 
 
 class Row(NamedTuple):
@@ -134,12 +141,14 @@ def estimate(text: str, device_kind: str, peak: float, flops: float) -> Estimate
                 Row(one.name, names[0], kind(program, one), names[1], run.times * cycles / of.clock, run.times, place)
             )
         elif one.opcode == "custom-call" and "tpu_custom_call" in one.rest:
-            rate = next((rate for name, rate in KERNELS.items() if name in one.op_name), None)
+            kernel = next((kernel for name, kernel in KERNELS.items() if name in one.op_name), None)
             work = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.rest)
-            if rate is None or work is None:
+            if kernel is None or work is None:
                 unknown.append(one.name)
             else:
-                seconds = run.times * int(work[1]) / (rate * peak)
+                *heads, _, queries = hlo.arrays(one.shape)[0]
+                besides = math.prod(heads) * queries * kernel.query / of.clock
+                seconds = run.times * (int(work[1]) / (kernel.rate * peak) + besides)
                 rows.append(Row(one.name, "attention", "products", names[1], seconds, run.times, place))
     return Estimate(rows, moving[False], moving[True], flops / peak, unknown)
 

@@ -22,18 +22,30 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from madformer_jax import aot, estimate, flops  # noqa: E402
-from madformer_jax.models import pallas  # noqa: E402
+from madformer_jax.models import kernels, pallas  # noqa: E402
+from madformer_jax.models.projected import Projected  # noqa: E402
+from madformer_jax.models.rope import Rotary  # noqa: E402
 
 BLOCKS, TOKENS, HEADS, SIZE = 16, 256, 18, 64
 KERNELS = {"forward": 2, "backward": 5}  # and the products that it takes of each query and key
+JUMPS = 4  # lines of a loop that stand without its marks, at most
 
 
-def cycles(schedule: str) -> tuple[int, int]:
-    """Lines of a schedule in the loop over the grid, and in the loop over tiles within it; the marks > tell the depth."""
+def cycles(schedule: str) -> tuple[int, list[int]]:
+    """Lines of a schedule in the loop over the grid, and in each loop within it; the marks > tell the depth."""
     depths = [
         len(found) for found in re.findall(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)", schedule, re.MULTILINE)
     ]
-    return depths.count(1), depths.count(2)
+    loops, gap = [0], 0
+    for depth in depths:
+        if depth != 2:
+            gap += 1
+            continue
+        if gap > JUMPS and loops[-1]:
+            loops.append(0)
+        loops[-1] += 1
+        gap = 0
+    return depths.count(1), loops
 
 
 def main(topology: str) -> None:
@@ -42,21 +54,37 @@ def main(topology: str) -> None:
     chip, peak = estimate.chip(device.device_kind), flops.peak("bfloat16", device)
     assert chip is not None
 
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
     def rows(blocks: int) -> Any:
-        return jax.ShapeDtypeStruct((1, HEADS, SIZE, blocks * TOKENS), jnp.bfloat16, sharding=sharding)
+        return array(1, HEADS, SIZE, blocks * TOKENS, dtype=jnp.bfloat16)
+
+    def projected(blocks: int) -> Projected:
+        return Projected(rows(blocks), array(SIZE, 1), Rotary(*[array(SIZE, blocks * TOKENS)] * 2))
 
     def total(q: Any, own: Any, context: Any) -> Any:
         return jnp.sum(pallas.attend(q, own, context, None, None, 1, TOKENS, False).astype(jnp.float32))
 
-    shapes = rows(BLOCKS), (rows(BLOCKS),) * 2, (rows(BLOCKS - 1),) * 2
+    shapes = projected(BLOCKS), *((projected(n), rows(n)) for n in (BLOCKS, BLOCKS - 1))
     jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
     for name, products in KERNELS.items():
         (path,) = pathlib.Path(FOLDER.name).glob(f"*block_attention_{name}*[0-9]-final_bundles.txt")
-        step, tile = cycles(path.read_text())
-        whole = BLOCKS * step + BLOCKS * (BLOCKS - 1) // 2 * tile  # the first tile, a block's own, is in the step
+        step, loops = cycles(path.read_text())
+        place = loops.index(
+            max(loops)
+        )  # a loop over groups of tiles for each size of them; all others go once over the keys
+        groups = dict(zip(kernels.AT_ONCE, loops[place:]))
+        others = sum(loops) - sum(groups.values())
+        whole = BLOCKS * step + (BLOCKS - 1) * others
+        for seen in range(BLOCKS):  # tiles that a block sees, but its own, which is in the step
+            for size, lines in groups.items():
+                whole += seen // size * lines
+                seen %= size
         work = 2 * products * SIZE * TOKENS**2 * BLOCKS * (BLOCKS + 1) / 2
         print(
-            f"{name:<10}{step:6} cycles a step of the grid, {tile} a tile; {HEADS * whole / chip.clock * 1e3:.2f} ms for "
+            f"{name:<10}{step:6} cycles a step of the grid, {groups} for so many tiles at once, {others} a tile of keys once; "
+            f"{HEADS * whole / chip.clock * 1e3:.2f} ms for "
             f"{HEADS} heads of {SIZE}, {work / peak / (whole / chip.clock):.1%} of the peak"
         )
 

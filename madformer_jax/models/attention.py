@@ -16,21 +16,23 @@ from jax import Array
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import cudnn, pallas
+from madformer_jax.models.projected import Projected, is_projected, turned
+from madformer_jax.models.rope import Rotary
 from madformer_jax.models.squares import squares
 
 
 class KV(NamedTuple):
     """Keys and values, (B, blocks, s, H, h) of an image stream or (B, T, H, h) of the text."""
 
-    k: Array
+    k: Any  # or what gives them, `Projected`
     v: Array
 
 
 class QKV(NamedTuple):
     """Queries, keys and values of one stream; q is None where only its keys and values are wanted."""
 
-    q: Array | None
-    k: Array
+    q: Any
+    k: Any
     v: Array
 
     @property
@@ -121,8 +123,8 @@ def block_attention(
     """Attention of the image streams in training, all blocks at once.
 
     Args:
-      streams: queries with their own keys and values, each (B, blocks, s, H, h); streams may have fewer blocks than others.
-      context: keys and values whose blocks j < i query block i sees; None lets each block see only itself
+      streams: what gives queries and their own keys, `Projected`, and values, (B, blocks, s, H, h); some may have fewer blocks.
+      context: keys and values, likewise, whose blocks j < i query block i sees; None lets each block see only itself
         (`diffusion_attention = block`).
       text: (B, T, H, h) keys and values that every query sees, or None.
       lengths: (B,) tokens of the text; what stands behind them is padding, which nobody sees. None: all T are text.
@@ -132,12 +134,12 @@ def block_attention(
     Returns:
       One output (B, blocks, s, H, h) for each stream, or as `images` has them.
     """
-    if implementation == "reference":
-        return _reference(streams, context, text, lengths)
     if implementation in _PALLAS:
         return [_pallas(stream, context, text, lengths, images, implementation) for stream in streams]
-    if implementation == "cudnn":
-        return _cudnn(streams, context, text, lengths)
+    streams, context = turned((streams, context))
+    at_once = {"reference": _reference, "cudnn": _cudnn}
+    if implementation in at_once:
+        return at_once[implementation](streams, context, text, lengths)
     return [_blocks(stream, context, text, lengths) for stream in streams]
 
 
@@ -217,7 +219,7 @@ def _cudnn(streams: Sequence[QKV], context: KV | None, text: KV | None, lengths:
     return [out[:, : stream.k.shape[1], n] for n, stream in enumerate(streams)]
 
 
-def _with_query(stream: QKV) -> tuple[Array, Array, Array]:
+def _with_query(stream: QKV) -> tuple[Any, Any, Array]:
     if stream.q is None:
         raise ValueError("a stream without queries can only be context")
     return stream.q, stream.k, stream.v
@@ -348,20 +350,22 @@ def _rows_last(x: Array, implementation: str, batch_axes: int = 1) -> Array:
 def _pallas(
     stream: QKV, context: KV | None, text: KV | None, lengths: Array | None, images: int, implementation: str
 ) -> Array:
-    q, k, _ = _with_query(stream)
-    inside = context is not None and k is context.k  # own keys are in the context
+    q, k, v = _with_query(stream)
+    inside = context is not None and v is context.v  # own keys are in the context
 
-    def last(kv: KV | None) -> tuple[Array, ...] | None:
-        return None if kv is None else tuple(_rows_last(x, implementation) for x in kv)
+    def last(x: Any) -> Any:
+        if not is_projected(x):
+            return _rows_last(x, implementation)
+        return Projected(last(x.x), x.scale[:, None], Rotary(*(y.reshape(-1, y.shape[-1]).T for y in x.position)))
 
-    words = None if text is None else tuple(pallas.filled(_rows_last(x, implementation), images) for x in text)
+    given = jax.tree.map(last, (q, None if inside else (k, v), context and tuple(context)), is_leaf=is_projected)
+    words = None if text is None else tuple(pallas.filled(last(x), images) for x in text)
     if text is not None and lengths is None:
-        lengths = jnp.full(len(q) * images, text.k.shape[1] // images)
-    keys = None if inside else last(stream.kv), last(context), words
-    run = partial(pallas.attend, images=images, tokens=q.shape[2], interpret=implementation != "pallas")
-    out = pallas.on_each_device(run, _rows_last(q, implementation), *keys, lengths)
+        lengths = jnp.full(len(v) * images, text.k.shape[1] // images)
+    run = partial(pallas.attend, images=images, tokens=v.shape[2], interpret=implementation != "pallas")
+    out = pallas.on_each_device(run, *given, words, lengths)
     out = pallas.laid_out(out) if implementation == "pallas" else out
-    return out.transpose(0, 3, 1, 2).reshape(q.shape)
+    return out.transpose(0, 3, 1, 2).reshape(v.shape)
 
 
 def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:

@@ -1,8 +1,7 @@
 """2-D rotary position embedding: the release's variant and the axial one (MADFormer, section 3.3)."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +48,11 @@ def rotary(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, var
     return Rotary(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32))
 
 
-def rotate(x: Array, position: Rotary) -> Array:
-    """X * cos + rotate_half(x) * sin, for x (..., s, H, h) and positions (..., s, h); computed in float32."""
-
-    def halves(y: Array) -> Sequence[Array]:
-        return jax.lax.split(y.astype(jnp.float32), [x.shape[-1] // 2] * 2, axis=y.ndim - 1)
-
-    (a, b), (cos_a, cos_b), (sin_a, sin_b) = map(halves, (x, position.cos[..., None, :], position.sin[..., None, :]))
+def rotate(x: Array, position: Rotary, axis: int = -1, dtype: Any = None) -> Array:
+    """X * cos + rotate_half(x) * sin over `axis`, for angles that broadcast against x; computed in float32, by default given as x."""
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (
+        jax.lax.split(y.astype(jnp.float32), [y.shape[axis] // 2] * 2, axis=axis % y.ndim) for y in (x, *position)
+    )
     # each half rounded by itself: joined in float32, they are twice what a TPU writes and reads again
-    return jnp.concatenate([(a * cos_a - b * sin_a).astype(x.dtype), (b * cos_b + a * sin_b).astype(x.dtype)], axis=-1)
+    halves = (y.astype(dtype or x.dtype) for y in (a * cos_a - b * sin_a, b * cos_b + a * sin_b))
+    return jnp.concatenate(tuple(halves), axis=axis)

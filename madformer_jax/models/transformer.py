@@ -11,11 +11,11 @@ from jax import Array
 from madformer_jax.models import attention, pallas
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.models.cache import Cache
-from madformer_jax.models.layers import dense, rms_norm, silu
-from madformer_jax.models.rope import Rotary, rotate
+from madformer_jax.models.layers import dense, gated, rms_norm
+from madformer_jax.models.projected import Projected, turned
+from madformer_jax.models.rope import Rotary
 
 ATTENTION_NORM_EPS = 1e-5
-QK_NORM_EPS = 1e-6
 
 
 class Streams(NamedTuple):
@@ -38,6 +38,16 @@ def xavier(fan_in: int, fan_out: int) -> nn.initializers.Initializer:
     return nn.initializers.variance_scaling(2 * fan_in / (fan_in + fan_out), "fan_in", "uniform")
 
 
+class Scale(nn.Module):
+    """The scale of a norm that is computed elsewhere, (size,)."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (self.size,))
+
+
 class Tower(nn.Module):
     """One stream's parameters in a decoder layer; the attention between `qkv` and `finish` is joint."""
 
@@ -53,8 +63,8 @@ class Tower(nn.Module):
         self.query = dense(d, ("embed", "heads"), dtype, init=joint)
         self.key = dense(d, ("embed", "heads"), dtype, init=joint)
         self.value = dense(d, ("embed", "heads"), dtype, init=joint)
-        self.query_norm = rms_norm(QK_NORM_EPS, dtype)
-        self.key_norm = rms_norm(QK_NORM_EPS, dtype)
+        self.query_norm = Scale(d // self.heads)
+        self.key_norm = Scale(d // self.heads)
         self.out = dense(d, ("heads", "embed"), dtype)
         self.mlp_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
         self.gate = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
@@ -62,28 +72,24 @@ class Tower(nn.Module):
         self.down = dense(d, ("mlp", "embed"), dtype, bias=False)
 
     def qkv(self, x: Array, position: Rotary, implementation: str = "", queries: bool = True) -> QKV:
-        """X (B, S, d) at positions (..., h), S in all -> queries (unless only keys and values are wanted), keys, values, each
-        (B, ..., H, h), in memory as `implementation` of attention reads them.
+        """X (B, S, d) of images in a row, each at positions (..., h) -> what gives queries (unless only keys and values are wanted)
+        and keys, and values, each (B, ..., H, h), in memory as `implementation` of attention reads them.
         """
         y = self.attention_norm(x)
         size = self.width // self.heads
-        at = Rotary(*(angles.reshape(-1, size) for angles in position))
 
         def heads(projection: Array) -> Array:
-            return attention.tokens_last(projection.reshape(*x.shape[:2], self.heads, size), implementation)
+            rows = attention.tokens_last(projection.reshape(*x.shape[:2], self.heads, size), implementation)
+            return rows.reshape(len(x), -1, *position.cos.shape[1:-1], self.heads, size)
 
-        def shaped(z: Array) -> Array:
-            return z.reshape(len(x), *position.cos.shape[:-1], self.heads, size)
-
-        q = shaped(rotate(self.query_norm(heads(self.query(y))), at)) if queries else None
-        k = rotate(self.key_norm(heads(self.key(y))), at)
-        return QKV(q, shaped(k), shaped(heads(self.value(y))))
+        q = Projected(heads(self.query(y)), self.query_norm(), position) if queries else None
+        return QKV(q, Projected(heads(self.key(y)), self.key_norm(), position), heads(self.value(y)))
 
     def finish(self, x: Array, attended: Array) -> Array:
         """Output projection and SwiGLU, each with its residual: x (B, S, d), attended (B, ..., H, h)."""
         x = x + self.out(attended.reshape(x.shape))
         y = self.mlp_norm(x)
-        return x + self.down(silu(self.gate(y)) * self.up(y))
+        return x + self.down(gated(self.gate(y), self.up(y)))
 
 
 class DecoderLayer(nn.Module):
@@ -127,8 +133,10 @@ class DecoderLayer(nn.Module):
 
         def qkv_of(name: str, x: Array) -> QKV:
             row = x.reshape(batch // images, -1, x.shape[-1])
-            at = Rotary(*(jnp.tile(angles, (images, *[1] * (angles.ndim - 1))) for angles in positions[name]))
-            return self._qkv(name, row, at, "" if name == "text" else self.attention, name not in keys_only)
+            found = self._qkv(
+                name, row, positions[name], "" if name == "text" else self.attention, name not in keys_only
+            )
+            return turned(found) if name == "text" else found
 
         qkv = {name: qkv_of(name, x) for name, x in given.items()}
         image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
@@ -166,7 +174,7 @@ class DecoderLayer(nn.Module):
         Returns the stream and its own keys and values, for the cache.
         """
         ((name, x),) = streams.present.items()
-        own = self._qkv(name, x, position, "" if name == "text" else self.attention)
+        own = turned(self._qkv(name, x, position, "" if name == "text" else self.attention))
         assert own.q is not None
         if name == "text":
             attended = attention.attend(own.q, own.k, own.v, causal=True)

@@ -10,6 +10,8 @@ from jax.experimental import topologies
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import attention, cudnn, pallas
 from madformer_jax.models.attention import KV, QKV
+from madformer_jax.models.projected import Projected, turned
+from madformer_jax.models.rope import Rotary
 from madformer_jax.models.squares import squares
 from madformer_jax.runtime import partitioning
 
@@ -17,8 +19,13 @@ B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
 
 
 def stream(seed, blocks, tokens=S):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return QKV(*(jax.random.normal(k, (B, blocks, tokens, H, SIZE)) for k in keys))
+    keys = jax.random.split(jax.random.key(seed), 7)
+    q, k, v = (jax.random.normal(k, (B, blocks, tokens, H, SIZE)) for k in keys[:3])
+    scales = (1 + 0.3 * jax.random.normal(k, (SIZE,)) for k in keys[3:5])
+    position = Rotary(*(jax.random.normal(k, (blocks, tokens, SIZE)) for k in keys[5:]))
+    # away from zero, where QK-norm makes much of each rounding
+    q, k = (Projected(x + jnp.sign(x), scale, position) for x, scale in zip((q, k), scales, strict=True))
+    return QKV(q, k, v)
 
 
 def text(seed=9):
@@ -41,9 +48,15 @@ CASES = {
 def value_and_gradient(implementation, streams, source, words, lengths=None, *, images=1):
     """Outputs and gradients; the weights of the sum make every output count differently."""
 
+    def in_a_row(x):
+        if isinstance(x, Projected):
+            return Projected(in_a_row(x.x), x.scale, jax.lax.stop_gradient(x.position))
+        return x.reshape(B // images, -1, *x.shape[2:])
+
     def total(streams, words):
-        given = [stream.k.shape for stream in streams]
-        streams, words = jax.tree.map(lambda x: x.reshape(B // images, -1, *x.shape[2:]), (streams, words))
+        given = [stream.v.shape for stream in streams]
+        streams = [QKV(*map(in_a_row, stream)) for stream in streams]
+        words = words and KV(*map(in_a_row, words))
         context = streams[0].kv if source else None
         outputs = attention.block_attention(
             streams, context, words, lengths, implementation=implementation, images=images
@@ -128,10 +141,10 @@ def test_padding_moves_nothing_at_all(implementation, no_cudnn):
     for gradient in found[1][1]:
         assert not np.where(padding, gradient, 0).any() and (gradient[:, 0] != 0).all()
     if implementation != "reference":
-        own = QKV(*(x[:, 2:3] for x in streams[1]))
+        own = QKV(*(x[:, 2:3] for x in turned(streams[1])))
 
         def read(words):
-            context, words = (kept(kv, implementation) for kv in (streams[0].kv, words))
+            context, words = (kept(kv, implementation) for kv in (turned(streams[0].kv), words))
             return attention.cached_attention(own, context, words, 1, 2, lengths, implementation=implementation)
 
         cached = read(words)
@@ -170,7 +183,10 @@ def test_the_tpu_s_kernels_on_a_mesh_equal_the_dense_mask():
 
 def test_the_tpu_s_kernels_compute_and_count_no_tile_that_is_not_seen():
     streams = [stream(0, L - 1, 128), stream(1, L, 128)]
-    unseen = KV(*(x.at[:, 2].set(jnp.nan) for x in streams[0].kv))  # by all but the last block
+    clean = streams[0]
+    unseen = KV(
+        clean.k._replace(x=clean.k.x.at[:, 2].set(jnp.nan)), clean.v.at[:, 2].set(jnp.nan)
+    )  # by all but the last
     attend = functools.partial(attention.block_attention, implementation="pallas_interpret")
     out = attend(streams[1:], unseen, None)[0]
     assert jnp.isfinite(out[:, :3]).all() and jnp.isnan(out[:, 3]).all()
@@ -203,19 +219,26 @@ def test_the_tpu_s_kernels_compile_for_a_tpu(topology, accelerator, tokens, monk
     def abstract(*shape):
         return jax.ShapeDtypeStruct((2 * len(devices), *shape, 18, 64), jnp.bfloat16)
 
-    clean, pred, words = abstract(3, 256), abstract(4, 256), abstract(tokens)
+    def projected(blocks):
+        scale, angles = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64,), (blocks, 256, 64)))
+        return Projected(abstract(blocks, 256), scale, Rotary(angles, angles))
+
+    streams, words = [QKV(projected(n), projected(n), abstract(n, 256)) for n in (3, 4)], abstract(tokens)
     lengths = jax.ShapeDtypeStruct(words.shape[:1], jnp.int32) if tokens > 1 else None
-    streams = [QKV(clean, clean, clean), QKV(pred, pred, pred)]
 
     def total(streams, words, lengths):
         outputs = attention.block_attention(streams, streams[0].kv, words, lengths, implementation="pallas")
         return sum(jnp.sum(x.astype(jnp.float32)) for x in outputs)
 
     with partitioning.scope(mesh):
-        program = jax.jit(jax.grad(total, argnums=(0, 1)), in_shardings=partitioning.batch_sharding(mesh)).lower(
-            streams, KV(words, words), lengths
+        shardings = jax.tree.map(
+            lambda x: (
+                partitioning.batch_sharding(mesh) if x.shape[0] == words.shape[0] else partitioning.replicated(mesh)
+            ),
+            (streams, KV(words, words), lengths),
         )
-        text = program.compile().as_text()
+        program = jax.jit(jax.grad(total, argnums=(0, 1)), in_shardings=shardings)
+        text = program.lower(streams, KV(words, words), lengths).compile().as_text()
     assert "block_attention_forward" in text and "block_attention_backward" in text
 
 
@@ -249,7 +272,7 @@ def test_a_query_sees_earlier_context_blocks_and_itself_only():
     streams = [stream(0, L), stream(1, L)]
     context = streams[0].kv
     before = attention.block_attention(streams, context, None, implementation="blocks")
-    changed = KV(*(x.at[:, 2].add(1.0) for x in context))
+    changed = KV(context.k._replace(x=context.k.x.at[:, 2].add(1.0)), context.v.at[:, 2].add(1.0))
     after = attention.block_attention(streams, changed, None, implementation="blocks")
     for x, y in zip(before, after, strict=True):
         np.testing.assert_array_equal(x[:, :3], y[:, :3])
@@ -265,14 +288,14 @@ def test_the_cache_gives_what_training_gives(implementation, unfilled, no_cudnn)
     whole = attention.block_attention(streams, context, words, implementation="blocks")
     lengths = attention.lengths_kept(None, words.k[..., 0, 0], implementation)
     words = kept(words, implementation)
-    slots = kept(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in context)), implementation)
+    slots = kept(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in turned(context))), implementation)
     one_block = functools.partial(attention.cached_attention, implementation=implementation)
 
     @jax.jit
     def traced(own, layer, block):
         return one_block(own, slots, words, layer, block, lengths)
 
-    for n, own in enumerate(streams):
+    for n, own in enumerate(turned(streams)):
         one = QKV(*(x[:, 2:3] for x in own))
         static = one_block(one, slots, words, 1, 2, lengths)
         np.testing.assert_allclose(static[:, 0], whole[n][:, 2], rtol=1e-4, atol=1e-5)
