@@ -71,9 +71,8 @@ def main(topology: str) -> None:
     for name, products in KERNELS.items():
         (path,) = pathlib.Path(FOLDER.name).glob(f"*block_attention_{name}*[0-9]-final_bundles.txt")
         step, loops = cycles(path.read_text())
-        place = loops.index(
-            max(loops)
-        )  # a loop over groups of tiles for each size of them; all others go once over the keys
+        # a loop over groups of tiles for each size of them, the longest first; all others go once over the keys
+        place = loops.index(max(loops))
         groups = dict(zip(kernels.AT_ONCE, loops[place:]))
         others = sum(loops) - sum(groups.values())
         whole = BLOCKS * step + (BLOCKS - 1) * others

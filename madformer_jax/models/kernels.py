@@ -70,14 +70,11 @@ def _sources(keys: dict[str, Pair], numbers: Any, tokens: int, side: int) -> dic
     return {kind: _Source(*pair, *seen[kind]) for kind, pair in keys.items()}
 
 
-def _first(kind: str, tiles: int) -> Any:
-    """Whether a step is the first to see these keys; a block's own are seen by the tiles of it alone."""
-    return jax.lax.rem(pl.program_id(3), tiles if kind == "own" else pl.num_programs(3)) == 0
-
-
-def _last(kind: str, tiles: int) -> Any:
+def _ends(kind: str, tiles: int) -> tuple[Any, Any]:
+    """Whether a step is the first, and the last, to see these keys; a block's own are seen by the tiles of it alone."""
     count = tiles if kind == "own" else pl.num_programs(3)
-    return jax.lax.rem(pl.program_id(3), count) == count - 1
+    step = jax.lax.rem(pl.program_id(3), count)
+    return step == 0, step == count - 1
 
 
 def _turn(x: Array, scale: Array, given: Projected, at: Any, factor: float = 1.0) -> Array:
@@ -88,8 +85,9 @@ def _turn(x: Array, scale: Array, given: Projected, at: Any, factor: float = 1.0
 def _turned_keys(keys: dict[str, Pair], room: dict[str, Any], tiles: int, side: int) -> dict[str, Pair]:
     """Keys and values; those that are `Projected` are turned into keys in fast memory, at the first step that sees them."""
     for kind, place in room.items():
+        first, _ = _ends(kind, tiles)
 
-        @pl.when(_first(kind, tiles))
+        @pl.when(first)
         def _(given: Projected = keys[kind][0], place: Any = place) -> None:
             def one(at: Any) -> None:
                 place[:, at] = _turn(given.x[:, at], given.scale[...], given, at)
@@ -184,7 +182,7 @@ def backward(
     tiles, gradient, logs = tokens // side, d_out[...], sums[...]
     mean = (out[...].astype(jnp.float32) * gradient.astype(jnp.float32)).sum(axis=0, keepdims=True)
 
-    @pl.when(_first("query", tiles))
+    @pl.when(pl.program_id(3) == 0)
     def _() -> None:
         d_scales[...] = jnp.zeros_like(d_scales)
 
@@ -203,8 +201,9 @@ def backward(
     d_queries = jnp.zeros((size, side), jnp.float32)
     for kind, source in _sources(_turned_keys(keys, room, tiles, side), numbers, tokens, side).items():
         dk, dv = totals[kind]
+        first, last = _ends(kind, tiles)
 
-        @pl.when(_first(kind, tiles))
+        @pl.when(first)
         def _(both: Pair = (dk, dv)) -> None:
             def clear(at: Any) -> None:
                 for total in both:
@@ -213,11 +212,11 @@ def backward(
             _each_tile(both[0], side, clear)
 
         def see(j: Sequence[Any], d_queries: Array, source: _Source = source, dk: Any = dk, dv: Any = dv) -> Array:
-            every = [source.at(n) for n in j]
+            columns = [source.at(n) for n in j]
             weights = [jnp.exp2(source.scores(n, queries) - logs) for n in j]
-            before = [_dot(source.v[:, at], gradient, (0, 0)) - mean for at in every]
+            before = [_dot(source.v[:, at], gradient, (0, 0)) - mean for at in columns]
             d_scores = [(x * y).astype(queries.dtype) for x, y in zip(weights, before, strict=True)]
-            for at, of_tile, d_tile in zip(every, weights, d_scores, strict=True):
+            for at, of_tile, d_tile in zip(columns, weights, d_scores, strict=True):
                 dk[:, at] += _dot(queries, d_tile, (1, 1))
                 dv[:, at] += _dot(gradient, of_tile.astype(queries.dtype), (1, 1))
                 d_queries += _dot(source.k[:, at], d_tile, (1, 0))
@@ -225,7 +224,7 @@ def backward(
 
         d_queries = _over_tiles(source.count, see, d_queries)
 
-        @pl.when(_last(kind, tiles))
+        @pl.when(last)
         def _(kind: str = kind, dk: Any = dk, dv: Any = dv) -> None:
             dk_out, dv_out = d_keys[kind]
 

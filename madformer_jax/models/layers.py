@@ -11,6 +11,7 @@ from jax import Array
 
 GROUP_NORM_EPS = 1e-6  # of the block U-Net (MADFormer, section 3.1) and the VAE
 XAVIER = nn.initializers.xavier_uniform()
+NORM_SCALE = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
 
 
 def gathered(kernel: Array, axes: Sequence[str | None]) -> Array:
@@ -123,8 +124,7 @@ def _convolve_2x2(x: Array, kernel: Array, precision: Any) -> Array:
 
 
 def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
-    scale = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=scale)
+    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=NORM_SCALE)
 
 
 def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
@@ -134,7 +134,7 @@ def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
         epsilon=GROUP_NORM_EPS,
         dtype=dtype,
         use_fast_variance=False,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        scale_init=NORM_SCALE,
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         name=name,
     )

@@ -11,7 +11,7 @@ from jax import Array
 from madformer_jax.models import attention, pallas
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.models.cache import Cache
-from madformer_jax.models.layers import dense, gated, rms_norm
+from madformer_jax.models.layers import NORM_SCALE, dense, gated, rms_norm
 from madformer_jax.models.projected import Projected, turned
 from madformer_jax.models.rope import Rotary
 
@@ -45,7 +45,7 @@ class Scale(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (self.size,))
+        return self.param("scale", NORM_SCALE, (self.size,))
 
 
 class Tower(nn.Module):
