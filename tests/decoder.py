@@ -33,9 +33,9 @@ def main(topology: str, count: str) -> None:
         out, _ = layer.apply(params, streams, positions, None, ())
         return sum((jnp.square(x.astype(jnp.float32)).mean() for x in out.present.values()), jnp.zeros(()))
 
-    shapes = Streams(*(jax.ShapeDtypeStruct((images, n * 256, m.width), jnp.bfloat16) for n in (0, 15, 16)))._replace(
-        text=None
-    )
+    shapes = Streams(
+        *(jax.ShapeDtypeStruct((1, images * n * 256, m.width), jnp.bfloat16) for n in (0, 15, 16))
+    )._replace(text=None)
     with partitioning.scope(mesh):
         boxed = jax.eval_shape(lambda x: layer.init(key, x, positions, None, ()), shapes)
     given = partitioning.abstract(

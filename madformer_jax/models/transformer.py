@@ -1,5 +1,6 @@
 """Decoder layer and stage: towers, RMSNorm, QK-norm, SwiGLU (MADFormer, section 3.3)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.models import attention, pallas
+from madformer_jax.models import attention, layer_loop, pallas
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.models.cache import Cache
 from madformer_jax.models.layers import NORM_SCALE, dense, gated, rms_norm
@@ -123,19 +124,16 @@ class DecoderLayer(nn.Module):
     def __call__(
         self, streams: Streams, positions: Mapping[str, Rotary], lengths: Array | None, keys_only: tuple[str, ...]
     ) -> tuple[Streams, None]:
-        """All blocks at once. Streams named in `keys_only` give keys and values to the others and end here.
+        """All blocks at once, of one image or more in each row of tokens, (rows, S, d). Streams named in `keys_only` give keys and
+        values to the others and end here.
 
         Text ends after `lengths` (B,) tokens, by default after all; the padding behind it is computed, and seen by nobody.
         """
         given = streams.present
-        batch = len(next(iter(given.values())))
-        images = attention.images_in_a_row(self.attention, batch)
+        images = {name: x.shape[1] // math.prod(positions[name].cos.shape[:-1]) for name, x in given.items()}
 
         def qkv_of(name: str, x: Array) -> QKV:
-            row = x.reshape(batch // images, -1, x.shape[-1])
-            found = self._qkv(
-                name, row, positions[name], "" if name == "text" else self.attention, name not in keys_only
-            )
+            found = self._qkv(name, x, positions[name], "" if name == "text" else self.attention, name not in keys_only)
             return turned(found) if name == "text" else found
 
         qkv = {name: qkv_of(name, x) for name, x in given.items()}
@@ -151,11 +149,11 @@ class DecoderLayer(nn.Module):
                 None if text is None else text.kv,
                 lengths,
                 implementation=self.attention,
-                images=images,
+                images=images[image[0]],
             )
             attended.update(zip(image, outputs, strict=True))
         if text is not None and text.q is not None:
-            q, k, v = (x.reshape(batch, -1, *x.shape[2:]) for x in (text.q, *text.kv))
+            q, k, v = (x.reshape(len(x) * images["text"], -1, *x.shape[2:]) for x in (text.q, *text.kv))
             attended["text"] = attention.attend(q, k, v, causal=True)
         return Streams(**{name: self._finish(name, given[name], attended[name]) for name in attended}), None
 
@@ -186,14 +184,17 @@ class DecoderLayer(nn.Module):
         return Streams(**{name: self._finish(name, x, attended)}), own.kv
 
 
-def _in_a_row(streams: Streams) -> Streams:
-    """The tokens of all blocks in a row, (B, S, d), as the layers take them: on a TPU each axis more is a copy."""
-    return Streams(**{name: x.reshape(len(x), -1, x.shape[-1]) for name, x in streams.present.items()})
+def _in_a_row(streams: Streams, images: int = 1) -> Streams:
+    """The tokens of all blocks, of `images` images, in a row, as the layers take them: on a TPU each axis more is a copy."""
+    return Streams(**{name: x.reshape(len(x) // images, -1, x.shape[-1]) for name, x in streams.present.items()})
 
 
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(pallas.KEPT)
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(pallas.KEPT),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "attention": _ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -207,15 +208,6 @@ class LayerStack(nn.Module):
     unroll: int
 
     def setup(self) -> None:
-        layer: Any = DecoderLayer
-        if self.remat != "none":
-            layer = nn.remat(
-                DecoderLayer,
-                policy=REMAT_POLICIES[self.remat],
-                prevent_cse=False,
-                static_argnums=(4,),
-                methods=["__call__"],
-            )
         if self.layers > 1:
             common = {
                 "variable_axes": {"params": 0},
@@ -225,7 +217,7 @@ class LayerStack(nn.Module):
                 "metadata_params": {nn.PARTITION_NAME: "layers"},
             }
             scanned = nn.scan(
-                layer,
+                DecoderLayer,
                 methods={
                     "__call__": {**common, "in_axes": nn.broadcast},
                     "step": {**common, "in_axes": (0, *[nn.broadcast] * 4)},
@@ -233,7 +225,7 @@ class LayerStack(nn.Module):
             )
             self.body = scanned(**self.layer)
         if self.layers:
-            self.last = layer(**self.layer)
+            self.last = DecoderLayer(**self.layer)
 
     def __call__(
         self,
@@ -243,13 +235,34 @@ class LayerStack(nn.Module):
         lengths: Array | None = None,
     ) -> Streams:
         """All blocks at once; streams that are not named in `out` end in the last layer."""
-        given, streams = streams, _in_a_row(streams)
-        if self.layers > 1:
-            streams, _ = self.body(streams, positions, lengths, ())
-        if self.layers:
-            ends = tuple(name for name in streams.present if name not in out)
-            streams, _ = self.last(streams, positions, lengths, ends)
-        return Streams(**{name: x.reshape(given.present[name].shape) for name, x in streams.only(out).present.items()})
+        given = streams.present
+        streams = _in_a_row(
+            streams, attention.images_in_a_row(self.layer["attention"], len(next(iter(given.values()))))
+        )
+        ends = tuple(name for name in streams.present if name not in out)
+        if self.is_initializing():
+            if self.layers > 1:
+                streams, _ = self.body(streams, positions, lengths, ())
+            if self.layers:
+                streams, _ = self.last(streams, positions, lengths, ends)
+        elif self.layers:
+            common = positions, lengths
+            if self.layers > 1:
+                body = nn.meta.unbox(self.body.variables["params"])
+                streams = layer_loop.run(self._layer(()), body, streams, common, self.unroll)
+            streams = self._layer(ends)(nn.meta.unbox(self.last.variables["params"]), streams, common)
+        return Streams(**{name: x.reshape(given[name].shape) for name, x in streams.only(out).present.items()})
+
+    def _layer(self, keys_only: tuple[str, ...]) -> layer_loop.Layer:
+        """A layer as a function of its parameters, whose gradient computes again what `remat` says."""
+        layer = DecoderLayer(**self.layer, parent=None)
+
+        def run(params: Any, streams: Streams, given: tuple[Any, Any]) -> Streams:
+            return layer.apply({"params": params}, streams, *given, keys_only)[0]
+
+        if self.remat == "none":
+            return run
+        return jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
     def step(
         self,
