@@ -64,7 +64,7 @@ def main(topology: str) -> None:
         return Projected(rows(blocks), array(SIZE, 1), Rotary(*[array(SIZE, blocks * TOKENS)] * 2))
 
     def total(q: Any, own: Any, context: Any) -> Any:
-        return jnp.sum(pallas.attend(q, own, context, None, None, 1, TOKENS, False).astype(jnp.float32))
+        return jnp.sum(pallas.attend(q, own, context, None, None, 1, TOKENS, 0, False).astype(jnp.float32))
 
     shapes = projected(BLOCKS), *((projected(n), rows(n)) for n in (BLOCKS, BLOCKS - 1))
     jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()

@@ -2,7 +2,8 @@
 
 Every query block i, of either stream, sees the text, the context blocks before i, and itself; the context is the clean
 stream, or the prediction stream when there is no clean one. All visible pairs of blocks are a diagonal and, below it, a
-triangle that falls apart into squares: unmasked attentions, whose results are merged.
+triangle that falls apart into squares: unmasked attentions, whose results are merged. Over 400 lines, so that all its forms
+stand side by side.
 """
 
 import itertools
@@ -95,7 +96,10 @@ def attend(
     causal: bool = False,
     lengths: Array | None = None,
 ) -> Array:
-    """softmax(q k^T / sqrt(h)) v for q (B, S, H, h), k and v (B, K, H, h), of which the first `lengths` (B,) are seen."""
+    """softmax(q k^T / sqrt(h)) v for q (B, S, H, h), k and v (B, K, H, h), of which the first `lengths` (B,) are seen.
+
+    With pallas S = K, all of them seen; where tiles do not fit them, they go the way of `blocks`.
+    """
     if k.shape[1] == 1:  # it gets all the weight; XLA on CPU cannot take a product over one key in bfloat16
         return jnp.broadcast_to(v, q.shape)
     if causal or implementation == "cudnn":
@@ -103,6 +107,10 @@ def attend(
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=causal, implementation=kernel, key_value_seq_lengths=lengths
         )
+    if implementation in _PALLAS and (pallas.tile(q.shape[1]) or implementation != "pallas"):
+        images = pallas.images_in_a_row(len(q))
+        rows = QKV(*(x.reshape(len(x) // images, images, *x.shape[1:]) for x in (q, k, v)))
+        return _pallas(rows, None, None, None, images, implementation).reshape(q.shape)
     # normalised after the product with v: on a CPU half the time of jax.nn's, which passes over the weights more often
     seen = None if lengths is None else _first(lengths, k.shape[1])[:, None, None]
     q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
@@ -362,7 +370,8 @@ def _pallas(
     words = None if text is None else tuple(pallas.filled(last(x), images) for x in text)
     if text is not None and lengths is None:
         lengths = jnp.full(len(v) * images, text.k.shape[1] // images)
-    run = partial(pallas.attend, images=images, tokens=v.shape[2], interpret=implementation != "pallas")
+    sizes = {"images": images, "tokens": v.shape[2], "words": 0 if text is None else text.k.shape[1] // images}
+    run = partial(pallas.attend, **sizes, interpret=implementation != "pallas")
     out = pallas.on_each_device(run, *given, words, lengths)
     out = pallas.laid_out(out) if implementation == "pallas" else out
     return out.transpose(0, 3, 1, 2).reshape(v.shape)
@@ -397,4 +406,5 @@ def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:
 
 def in_unet(implementation: str, heads: Sequence[int]) -> str:
     """What the U-Net's attention runs, given the sizes of its heads in all stages."""
-    return "cudnn" if implementation == "cudnn" and all(map(cudnn.takes, heads)) else "blocks"
+    fits = implementation in _PALLAS or (implementation == "cudnn" and all(map(cudnn.takes, heads)))
+    return implementation if fits else "blocks"

@@ -18,6 +18,7 @@ from madformer_jax.models.projected import Projected, is_projected, turn
 from madformer_jax.models.rope import Rotary
 
 LANES = 128
+_ROWS = 16  # of bfloat16 in a register
 AT_ONCE = (4, 2, 1)  # tiles of keys; 8 would take 0.02 less of the time, at twice the program
 _LEAST = -1e30  # score of a key that is not seen; -inf less itself would be no number
 _NATURAL = math.log(2)  # the gradient of a score whose weight is a power of two, for that of one whose weight is exp
@@ -47,8 +48,13 @@ class _Source(NamedTuple):
         return jnp.where(position < self.length, found, _LEAST)
 
 
+def text_side(words: int) -> int:
+    """Keys in a tile of a text of so many tokens: a few, a class say, make no whole one."""
+    return LANES if words > LANES // 2 else -(-words // _ROWS) * _ROWS
+
+
 def _columns(j: Any, side: int) -> Any:
-    return pl.ds(pl.multiple_of(j * side, side), side)
+    return pl.ds(j * side if isinstance(j, int) else pl.multiple_of(j * side, side), side)
 
 
 def _each_tile(x: Any, side: int, function: Callable[[Any], None]) -> None:
@@ -57,15 +63,15 @@ def _each_tile(x: Any, side: int, function: Callable[[Any], None]) -> None:
     jax.lax.fori_loop(0, x.shape[1] // side, lambda j, _: function(_columns(j, side)), None)
 
 
-def _sources(keys: dict[str, Pair], numbers: Any, tokens: int, side: int) -> dict[str, _Source]:
+def _sources(keys: dict[str, Pair], numbers: Any, tokens: int, words: int, side: int) -> dict[str, _Source]:
     """What the queries of this step see; `numbers` are the layer, the first block, and the length of each image's text."""
-    tiles = tokens // side
+    tiles, text = tokens // side, text_side(words)
     block = numbers[1] + jax.lax.div(pl.program_id(3), tiles)
     length = numbers[2 + pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
     seen: dict[str, tuple[Any, ...]] = {
         "own": (side, tiles),
         "context": (side, (block + ("own" not in keys)) * tiles),
-        "text": (LANES, jax.lax.div(length + LANES - 1, LANES), length),
+        "text": (text, jax.lax.div(length + LANES - 1, LANES) if text == LANES else 1, length),
     }
     return {kind: _Source(*pair, *seen[kind]) for kind, pair in keys.items()}
 
@@ -80,6 +86,13 @@ def _ends(kind: str, tiles: int) -> tuple[Any, Any]:
 def _turn(x: Array, scale: Array, given: Projected, at: Any, factor: float = 1.0) -> Array:
     """QK-norm and RoPE of columns `at` (h, n) of a projection; `factor` comes on top of the scale."""
     return turn(x, scale * factor, Rotary(*(angles[:, at] for angles in given.position)), axis=0)
+
+
+def _queries(q: Any) -> Array:
+    """Of a step, scaled for their scores."""
+    if is_projected(q):
+        return _turn(q.x[...], q.scale[...], q, pl.ds(0, q.x.shape[1]), _scale(len(q.x)))
+    return (q[...].astype(jnp.float32) * _scale(len(q))).astype(q.dtype)
 
 
 def _turned_keys(keys: dict[str, Pair], room: dict[str, Any], tiles: int, side: int) -> dict[str, Pair]:
@@ -99,6 +112,8 @@ def _turned_keys(keys: dict[str, Pair], room: dict[str, Any], tiles: int, side: 
 
 def _over_tiles(count: Any, see: Callable[[Sequence[Any], Any], Any], state: Any) -> Any:
     """`see` of all tiles, so many at a time as go: while one is multiplied, the others' weights are taken."""
+    if isinstance(count, int) and count == 1:  # whose place is known: a tile of any size may lie there
+        return see([0], state)
     first: Any = 0
     for size in AT_ONCE:
         groups = jax.lax.div(count - first, size)
@@ -122,15 +137,11 @@ def _scale(size: int) -> float:
 
 
 def forward(
-    numbers: Any, q: Any, keys: dict[str, Pair], out: Any, sums: Any, room: dict[str, Any], *, tokens: int
+    numbers: Any, q: Any, keys: dict[str, Pair], out: Any, sums: Any, room: dict[str, Any], *, tokens: int, words: int
 ) -> None:
     """One tile of queries, as flash attention: weights of 2 to the power of the scores, less the largest so far."""
     size, side = out.shape
-    every = pl.ds(0, side)
-    if is_projected(q):
-        queries = _turn(q.x[...], q.scale[...], q, every, _scale(size))
-    else:
-        queries = (q[...].astype(jnp.float32) * _scale(size)).astype(q.dtype)
+    queries = _queries(q)
     keys = _turned_keys(keys, room, tokens // side, side)
     state = (
         jnp.zeros((size, side), jnp.float32),
@@ -138,7 +149,7 @@ def forward(
         jnp.zeros((1, side), jnp.float32),
     )
 
-    for source in _sources(keys, numbers, tokens, side).values():
+    for source in _sources(keys, numbers, tokens, words, side).values():
 
         def see(tiles: Sequence[Any], state: tuple[Array, ...], source: _Source = source) -> tuple[Array, ...]:
             weighted, top, total = state
@@ -160,7 +171,7 @@ def forward(
 
 def backward(
     numbers: Any,
-    q: Projected,
+    q: Any,
     keys: dict[str, Pair],
     out: Any,
     d_out: Any,
@@ -171,20 +182,23 @@ def backward(
     totals: dict[str, Pair],
     *,
     tokens: int,
+    words: int,
 ) -> None:
     """One tile of queries; the gradients of keys and values are summed in fast memory until their last queries have come.
 
     d_keys["scales"] (h, n * 128) are the gradients of the scales of queries, and of keys in the order of their kinds' names, summed
     but for the lanes.
     """
-    d_scales = d_keys["scales"]
     size, side = dq.shape
     tiles, gradient, logs = tokens // side, d_out[...], sums[...]
     mean = (out[...].astype(jnp.float32) * gradient.astype(jnp.float32)).sum(axis=0, keepdims=True)
 
-    @pl.when(pl.program_id(3) == 0)
-    def _() -> None:
-        d_scales[...] = jnp.zeros_like(d_scales)
+    if is_projected(q):
+        d_scales = d_keys["scales"]
+
+        @pl.when(pl.program_id(3) == 0)
+        def _() -> None:
+            d_scales[...] = jnp.zeros_like(d_scales)
 
     def pull(given: Projected, at: Any, factor: float, place: int, d_turned: Array) -> Array:
         """Gradient of the columns `at` of a projection, given that of what they were turned into."""
@@ -196,10 +210,9 @@ def backward(
         d_scales[:, pl.ds(place * lanes, lanes)] += sum(jnp.split(d_scale, side // lanes, axis=1))
         return dx
 
-    every = pl.ds(0, side)
-    queries = _turn(q.x[...], q.scale[...], q, every, _scale(size))
+    queries = _queries(q)
     d_queries = jnp.zeros((size, side), jnp.float32)
-    for kind, source in _sources(_turned_keys(keys, room, tiles, side), numbers, tokens, side).items():
+    for kind, source in _sources(_turned_keys(keys, room, tiles, side), numbers, tokens, words, side).items():
         dk, dv = totals[kind]
         first, last = _ends(kind, tiles)
 
@@ -237,4 +250,6 @@ def backward(
 
             _each_tile(dk, side, give)
 
-    dq[...] = pull(q, every, _scale(size), 0, d_queries * _NATURAL)
+    d_queries *= _NATURAL
+    scaled = pull(q, pl.ds(0, side), _scale(size), 0, d_queries) if is_projected(q) else d_queries * _scale(size)
+    dq[...] = scaled.astype(dq.dtype)

@@ -75,31 +75,33 @@ def on_each_device(function: Callable[..., Array], q: Any, *args: Any) -> Array:
     return jax.shard_map(function, in_specs=in_specs, out_specs=PartitionSpec(*specs[4]), check_vma=False)(q, *args)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def attend(
-    q: Projected,
+    q: Projected | Array,
     own: Pair | None,
     context: Pair | None,
     text: Pair | None,
     lengths: Array | None,
     images: int,
     tokens: int,
+    words: int,
     interpret: bool,
 ) -> Array:
     """Attention of all blocks of a stream, in training.
 
     Args:
-      q: of (B, H, h, images * blocks * tokens), B rows of `images` images.
+      q: of (B, H, h, images * blocks * tokens), B rows of `images` images. Where it is an array, so are all keys.
       own: keys and values of the stream, as q; None where the context has them.
       context: keys and values whose blocks j < i query block i sees (j <= i without `own`); None: none.
       text: (B, H, h, images * T), T a multiple of 128, both of them arrays.
       lengths: how many of the T are seen, (B * images,); None without text.
       tokens: of a block; a multiple of 128.
+      words: of the T that may be text at all; what fills them up is not computed.
 
     Returns:
       As the array of q.
     """
-    return _saved(q, own, context, text, lengths, images, tokens, interpret)[0]
+    return _saved(q, own, context, text, lengths, images, tokens, words, interpret)[0]
 
 
 def cached(
@@ -122,24 +124,26 @@ def cached(
     tokens = q.shape[3]
     seen = 0 if context is None else context[0].shape[4] / tokens / 2  # on average of all blocks
     numbers = _numbers(layer, block, lengths, len(q))
-    return _forward(q, _present(own, context, text), numbers, seen, 1, tokens, interpret)[0]
+    words = 0 if text is None else text[0].shape[-1]
+    return _forward(q, _present(own, context, text), numbers, seen, 1, tokens, words, interpret)[0]
 
 
 def _forward(
-    q: Any, keys: dict[str, Pair], numbers: Array, seen: float, images: int, tokens: int, interpret: bool
+    q: Any, keys: dict[str, Pair], numbers: Array, seen: float, images: int, tokens: int, words: int, interpret: bool
 ) -> tuple[Array, Array]:
     """The output, as q, and the logarithms of the sums of weights, base 2, (B, H, 1, queries)."""
     x = _array(q)
     sums = jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32)
     results = jax.ShapeDtypeStruct(x.shape, x.dtype), sums
-    return _run(kernels.forward, numbers, (q, keys), results, 2, seen, images, tokens, interpret)
+    return _run(kernels.forward, numbers, (q, keys), results, 2, seen, images, tokens, words, interpret)
 
 
 def _saved(*args: Any) -> tuple[Array, Any]:
-    q, own, context, text, lengths, images, tokens, interpret = args
+    q, own, context, text, lengths, images, tokens, words, interpret = args
     keys = _present(own, context, text)
-    numbers = _numbers(0, 0, lengths, len(q.x) * images)
-    out, sums = _forward(q, keys, numbers, _seen(q.x, own, images, tokens), images, tokens, interpret)
+    numbers = _numbers(0, 0, lengths, len(_array(q)) * images)
+    seen = _seen(_array(q), own, images, tokens)
+    out, sums = _forward(q, keys, numbers, seen, images, tokens, words, interpret)
     out, sums = _kept(out), _kept(sums)
     return out, (q, keys, numbers, out, sums)
 
@@ -155,25 +159,28 @@ def _kept(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(checkpoint_name(bits, KEPT), x.dtype)
 
 
-def _backward(images: int, tokens: int, interpret: bool, saved: Any, d_out: Array) -> Any:
+def _backward(images: int, tokens: int, words: int, interpret: bool, saved: Any, d_out: Array) -> Any:
     q, keys, numbers, out, sums = saved
     arrays = jax.tree.map(_array, (q, keys), is_leaf=is_projected)
     dq, d_keys = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     projected = sorted(kind for kind, (k, _) in keys.items() if is_projected(k))
     places, lanes = 1 + len(projected), math.gcd(tile(tokens) or tokens, LANES)
-    d_keys["scales"] = jax.ShapeDtypeStruct((*dq.shape[:3], images * places * lanes), jnp.float32)
+    if is_projected(q):
+        d_keys["scales"] = jax.ShapeDtypeStruct((*dq.shape[:3], images * places * lanes), jnp.float32)
     seen = _seen(dq, keys.get("own"), images, tokens)
     given = q, keys, out, d_out, sums
-    dq, d_keys = _run(kernels.backward, numbers, given, (dq, d_keys), 5, seen, images, tokens, interpret)
-    d_scales = d_keys["scales"].reshape(*dq.shape[:3], images, places, lanes).sum((0, 1, 3, 5))
+    dq, d_keys = _run(kernels.backward, numbers, given, (dq, d_keys), 5, seen, images, tokens, words, interpret)
+    if is_projected(q):
+        d_scales = d_keys["scales"].reshape(*dq.shape[:3], images, places, lanes).sum((0, 1, 3, 5))
 
-    def gradient(place: int, dx: Array) -> Projected:
-        return Projected(dx, d_scales[:, place, None].astype(q.scale.dtype), None)  # type: ignore[arg-type]  # no gradient
+        def gradient(place: int, dx: Array) -> Projected:
+            return Projected(dx, d_scales[:, place, None].astype(q.scale.dtype), None)  # type: ignore[arg-type]  # no gradient
 
-    for place, kind in enumerate(projected, 1):
-        dk, dv = d_keys[kind]
-        d_keys[kind] = gradient(place, dk), dv
-    return gradient(0, dq), *(d_keys.get(kind) for kind in ("own", "context", "text")), None
+        dq = gradient(0, dq)
+        for place, kind in enumerate(projected, 1):
+            dk, dv = d_keys[kind]
+            d_keys[kind] = gradient(place, dk), dv
+    return dq, *(d_keys.get(kind) for kind in ("own", "context", "text")), None
 
 
 def _array(given: Any) -> Array:
@@ -204,6 +211,7 @@ def _run(
     seen: float,
     images: int,
     tokens: int,
+    words: int,
     interpret: bool,
 ) -> Any:
     """A kernel on the grid of rows, images, heads and tiles of queries; `products` of each query and key that it sees.
@@ -240,7 +248,9 @@ def _run(
         return found if isinstance(tree, dict) else found["query"]
 
     widths = {kind: width(kind, v) for kind, (_, v) in keys.items()}
-    pairs = batch * heads * rows * sum({"context": seen * tokens}.get(kind, n) for kind, n in widths.items())
+    of_text = kernels.text_side(words)
+    counted = {"context": seen * tokens, "text": -(-words // of_text) * of_text if words else 0}
+    pairs = batch * heads * rows * sum(counted.get(kind, n) for kind, n in widths.items())
     scratch: list[Any] = [
         {kind: tpu.VMEM((size, widths[kind]), k.x.dtype) for kind, (k, _) in keys.items() if is_projected(k)}
     ]
@@ -254,7 +264,7 @@ def _run(
     fast = 2 * sum(sum(jax.tree.leaves(of_kind(nbytes, tree))) for tree in (*given, *results)) + 4 * 2**20
     fast += sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(scratch))
     return pl.pallas_call(
-        functools.partial(kernel, tokens=tokens),
+        functools.partial(kernel, tokens=tokens, words=words),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, images, heads, rows // images // side),
