@@ -88,11 +88,12 @@ def cached() -> None:
     with jax.default_matmul_precision("highest"):
         exact = attention.block_attention(streams, streams[0].kv, words, implementation="reference")[1]
     own, *kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, words))
-    context, words = jax.tree.map(lambda x: x[None], kept)  # of one layer
+    given = jax.tree.map(lambda x: x[None], kept)  # of one layer
     for implementation in IMPLEMENTATIONS:
+        context, words = (attention.kept(x, implementation) for x in given)
         read = jax.jit(
-            lambda own, block, implementation=implementation: attention.cached_attention(
-                own, context, words, 0, block, implementation=implementation
+            lambda own, block, c=context, w=words, x=implementation: attention.cached_attention(
+                own, c, w, 0, block, implementation=x
             )
         )
         blocks = [read(QKV(*(x[:, i : i + 1] for x in own)), i)[:, 0] for i in range(8)]
@@ -169,7 +170,7 @@ def times(batch: int = 8) -> None:
                 own, context, None, 0, block, implementation=x
             )
         )
-        each = [median(read, own, slots, i) for i in (0, 7, 15)]
+        each = [median(read, own, attention.kept(slots, implementation), i) for i in (0, 7, 15)]
         print(
             f"cache, batch {batch}, {implementation}, blocks 0, 7, 15: " + ", ".join(f"{x:.3f}" for x in each) + " ms"
         )

@@ -30,9 +30,10 @@ def write_block(cache: Cache, own: KV | None, block: int | Array, implementation
     if cache.context is None or own is None:
         return cache
     own = attention.kept(own, implementation)
-    axis = 2 if own.k.ndim == 6 else 4  # of the slots, or of the tokens of all slots
-    at = block * own.k.shape[axis]
-    written = (jax.lax.dynamic_update_slice_in_dim(x, y, at, axis) for x, y in zip(cache.context, own, strict=True))
+    written = (
+        jax.lax.dynamic_update_slice_in_dim(x, y, block * y.shape[axis], axis)
+        for x, y, axis in zip(cache.context, own, attention.kept_along(implementation), strict=True)
+    )
     return cache._replace(context=KV(*written))
 
 

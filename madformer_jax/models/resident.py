@@ -11,14 +11,17 @@ import jax.numpy as jnp
 from madformer_jax.models import madformer
 from madformer_jax.models.layers import gathered
 from madformer_jax.models.madformer import MADFormer
+from madformer_jax.models.transformer import apart
 
 SHARE = 0.3  # of a device's memory that whole parameters may take: activations and the VAE take up to as much again
 
+_STAGES = ("ar_layers", "diffusion_layers")
 _EXACT = ("linear_1", "linear_2", "text_head")  # in float32 whatever the model's type: `unet.TimeEmbedding`, the logits
 
 
 def resident(model: MADFormer, params: Any, memory: int) -> Any:
-    """The parameters with every kernel cast once, not at each use, which changes no bit of what is drawn.
+    """The parameters with every kernel cast once, not at each use, which changes no bit of what is drawn; layers stand apart where
+    no loop goes over them.
 
     Args:
       params: float32, traced or not, under a mesh split as `partitioning.RULES` says.
@@ -26,11 +29,11 @@ def resident(model: MADFormer, params: Any, memory: int) -> Any:
         "tensor", so that nothing is gathered inside the loops over layers, steps and blocks; 0: they stay split.
     """
     cast = jax.tree_util.tree_map_with_path(functools.partial(_cast, model.dtype), params)
-    if sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cast)) >= SHARE * memory:
-        return cast
-    boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))  # a second of a start on a CPU
-    axes = nn.get_partition_spec(boxed)
-    return jax.tree.map(gathered, cast, axes)
+    if sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cast)) < SHARE * memory:
+        # a second of a start on a CPU
+        boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
+        cast = jax.tree.map(gathered, cast, nn.get_partition_spec(boxed))
+    return {name: apart(x, model.unroll) if name in _STAGES else x for name, x in cast.items()}
 
 
 def _cast(dtype: Any, path: tuple[Any, ...], x: Any) -> Any:

@@ -209,19 +209,13 @@ class LayerStack(nn.Module):
 
     def setup(self) -> None:
         if self.layers > 1:
-            common = {
-                "variable_axes": {"params": 0},
-                "split_rngs": {"params": True},
-                "length": self.layers - 1,
-                "unroll": self.unroll,
-                "metadata_params": {nn.PARTITION_NAME: "layers"},
-            }
             scanned = nn.scan(
                 DecoderLayer,
-                methods={
-                    "__call__": {**common, "in_axes": nn.broadcast},
-                    "step": {**common, "in_axes": (0, *[nn.broadcast] * 4)},
-                },
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.layers - 1,
+                metadata_params={nn.PARTITION_NAME: "layers"},
             )
             self.body = scanned(**self.layer)
         if self.layers:
@@ -277,12 +271,34 @@ class LayerStack(nn.Module):
         (layers, B, ..., H, h), None where there are no layers.
         """
         streams, own = _in_a_row(Streams(**{name: x})), []
-        common = cache, position, block, lengths
+        decoder_layer = DecoderLayer(**self.layer, parent=None)
+
+        def run(streams: Streams, at: tuple[Any, int | Array]) -> tuple[Streams, KV]:
+            params, layer = at
+            variables = {"params": params}
+            return decoder_layer.apply(variables, streams, layer, cache, position, block, lengths, method="step")
+
+        alone = []
         if self.layers > 1:
-            streams, body = self.body.step(streams, jnp.arange(self.layers - 1), *common)
-            own.append(body)
+            body = nn.meta.unbox(self.body.variables["params"])
+            if "0" in body:  # as `apart` gives them
+                alone = [body[str(layer)] for layer in range(self.layers - 1)]
+            else:
+                streams, kv = jax.lax.scan(run, streams, (body, jnp.arange(self.layers - 1)), unroll=self.unroll)
+                own.append(kv)
         if self.layers:
-            streams, last = self.last.step(streams, self.layers - 1, *common)
-            own.append(jax.tree.map(lambda x: x[None], last))
-        kv = KV(*map(jnp.concatenate, zip(*own, strict=True))) if own else None
-        return streams.present[name].reshape(x.shape), kv
+            alone.append(nn.meta.unbox(self.last.variables["params"]))
+        for layer, params in enumerate(alone, self.layers - len(alone)):
+            streams, kv = run(streams, (params, layer))
+            own.append(jax.tree.map(lambda x: x[None], kv))
+        every = KV(*map(jnp.concatenate, zip(*own, strict=True))) if own else None
+        return streams.present[name].reshape(x.shape), every
+
+
+def apart(params: Any, unroll: int) -> Any:
+    """The parameters of a `LayerStack`, each layer's by themselves where no loop goes over them: sampling would cut them out of
+    their stack again in every solver step.
+    """
+    if "body" not in params or unroll < (layers := len(jax.tree.leaves(params["body"])[0])):
+        return params
+    return {**params, "body": {str(n): jax.tree.map(lambda x, n=n: x[n], params["body"]) for n in range(layers)}}

@@ -25,6 +25,24 @@ def test_casting_once_changes_no_bit():
     jax.tree.map(np.testing.assert_array_equal, ours, held)
 
 
+def test_layers_are_held_apart_where_no_loop_goes_over_them():
+    one = {"depth": 3, "diffusion_depth": 3, "unet_channels": (4,), "unet_attention": (False,)}
+    model, params = small(scan_unroll=2, **one)
+    rng = np.random.default_rng(0)
+    noisy, condition = (jnp.asarray(rng.standard_normal((2, 1, 16, n)), jnp.float32) for n in (3, model.width))
+    cache = model.apply({"params": params}, 2, method="empty_cache")
+    cache = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), cache)
+
+    def denoise(params):
+        return model.apply({"params": params}, cache, condition, noisy, 5, 2, method="denoise")
+
+    held = resident.resident(model, params, 0)
+    assert set(held["diffusion_layers"]["body"]) == {"0", "1"}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), denoise(held), denoise(params))
+    looped = resident.resident(small(scan_unroll=1, **one)[0], params, 0)
+    assert jax.tree.structure(looped) == jax.tree.structure(params)
+
+
 def test_parameters_that_fit_are_gathered_once():
     """Before the loop over layers; where they do not fit, in it."""
     model, _ = small(depth=3, diffusion_depth=3, unet_channels=(4,), unet_attention=(False,))
