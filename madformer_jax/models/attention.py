@@ -98,9 +98,9 @@ def _normalised(part: Part, dtype: Any) -> Array:
     return (part.out / part.total[..., None]).astype(dtype)
 
 
-def _first(lengths: Array, count: int) -> Array:
-    """Which of `count` places are among the first `lengths` (B,), bool (B, count)."""
-    return jnp.arange(count) < lengths[:, None]
+def _seen(lengths: Array, words: int, others: int) -> Array:
+    """Which keys are seen, bool (B, words + others): the first are a text, of which `lengths` (B,) tokens are no padding."""
+    return jnp.pad(jnp.arange(words) < lengths[:, None], ((0, 0), (0, others)), constant_values=True)
 
 
 def attend(
@@ -110,27 +110,23 @@ def attend(
     *,
     implementation: str = "blocks",
     causal: bool = False,
-    lengths: Array | None = None,
 ) -> Array:
-    """softmax(q k^T / sqrt(h)) v for q (B, S, H, h), k and v (B, K, H, h), of which the first `lengths` (B,) are seen.
+    """softmax(q k^T / sqrt(h)) v for q (B, S, H, h), k and v (B, K, H, h).
 
-    With pallas S = K, all of them seen; where tiles do not fit them, they go the way of `blocks`.
+    With pallas S = K; where tiles do not fit them, they go the way of `blocks`.
     """
     if k.shape[1] == 1:  # it gets all the weight; XLA on CPU cannot take a product over one key in bfloat16
         return jnp.broadcast_to(v, q.shape)
     if causal or implementation == "cudnn":
         kernel: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=causal, implementation=kernel, key_value_seq_lengths=lengths
-        )
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
     if implementation in _PALLAS and (pallas.tile(q.shape[1]) or implementation != "pallas"):
         images = pallas.images_in_a_row(len(q))
         rows = QKV(*(x.reshape(len(x) // images, images, *x.shape[1:]) for x in (q, k, v)))
         return _pallas(rows, None, None, None, images, implementation).reshape(q.shape)
     # normalised after the product with v: on a CPU half the time of jax.nn's, which passes over the weights more often
-    seen = None if lengths is None else _first(lengths, k.shape[1])[:, None, :, None]
     q, v = (x.transpose(0, 2, 3, 1) for x in (q * q.shape[-1] ** -0.5, v))
-    return _attend_down(q, k.swapaxes(1, 2), v, seen).transpose(0, 3, 1, 2)
+    return _attend_down(q, k.swapaxes(1, 2), v).transpose(0, 3, 1, 2)
 
 
 @jax.named_scope("attention")
@@ -183,8 +179,7 @@ def _blocks(stream: QKV, context: KV | None, text: KV | None, lengths: Array | N
         shape = (batch, heads, blocks, text.k.shape[1], size)
         words = (jnp.broadcast_to(x.swapaxes(1, 2)[:, :, None], shape) for x in text)
         if lengths is not None:
-            is_text = _first(lengths, text.k.shape[1])
-            seen = jnp.pad(is_text, ((0, 0), (0, k.shape[3])), constant_values=True)[:, None, None, None]
+            seen = _seen(lengths, text.k.shape[1], k.shape[3])[:, None, None, None]
         own = KV(*(jnp.concatenate(x, axis=3) for x in zip(words, own, strict=True)))
     part = _attend_to(q, *own, seen)
     if context is not None and blocks > 1:
@@ -319,12 +314,13 @@ def cached_attention(
         if context is not None and i:
             cached = of_layer(context)
             parts.insert(0, KV(cached.k[:, :, : i * tokens], cached.v[..., : i * tokens]))
+        seen = None
         if text is not None:
-            parts.insert(0 if lengths is None else len(parts), of_layer(text))
+            parts.insert(0, of_layer(text))
+            if lengths is not None:
+                seen = _seen(lengths, text.k.shape[3], (i + 1) * tokens)[:, None, :, None]
         ks, vs = zip(*parts, strict=True)
-        k, v, seen = jnp.concatenate(ks, axis=2), jnp.concatenate(vs, axis=3), None
-        if text is not None and lengths is not None:
-            seen = _first(lengths + k.shape[2] - text.k.shape[3], k.shape[2])[:, None, :, None]
+        k, v = jnp.concatenate(ks, axis=2), jnp.concatenate(vs, axis=3)
         return _attend_down(q, k, v, seen).transpose(0, 3, 1, 2)[:, None]
 
     if context is None or isinstance(block, int):
@@ -350,13 +346,13 @@ def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None, leng
             values.append(context.v.reshape(batch, -1, *v.shape[3:]))
             masks.append(i[:, None] > j[None, :])
         if text is not None:
-            keys.append(text.k)
-            values.append(text.v)
-            masks.append(jnp.ones((len(i), text.k.shape[1]), bool))
+            keys.insert(0, text.k)
+            values.insert(0, text.v)
+            masks.insert(0, jnp.ones((len(i), text.k.shape[1]), bool))
         k, v, mask = (jnp.concatenate(x, axis=1) for x in (keys, values, masks))
         mask = mask[None]
         if text is not None and lengths is not None:
-            mask = mask & _first(lengths + k.shape[1] - text.k.shape[1], k.shape[1])[:, None]
+            mask = mask & _seen(lengths, text.k.shape[1], k.shape[1] - text.k.shape[1])[:, None]
         out = jax.nn.dot_product_attention(q.reshape(batch, -1, *q.shape[3:]), k, v, mask=mask[:, None])
         outputs.append(out.reshape(q.shape))
     return outputs
