@@ -36,8 +36,9 @@ def check(c: Section, like: Section) -> None:
       ConfigError: names the first field that is wrong.
     """
     given, known = flat(c), flat(like)
+    sections = {".".join(parts[:n]) for parts in (field.split(".") for field in known) for n in range(1, len(parts))}
     for name, value in given.items():
-        if any(field.startswith(f"{name}.") for field in known):
+        if name in sections:
             raise ConfigError(f"config.{name}={value!r} must be a section with fields of its own.")
         if name not in known:
             raise ConfigError(f"config.{name} is no field: {nearest(name, known)}")

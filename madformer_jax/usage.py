@@ -1,6 +1,7 @@
 """What --help prints: the modes, and the fields that matter to one, read from the modes' and config.py's own lines."""
 
 import ast
+import functools
 import importlib.resources
 import inspect
 import pkgutil
@@ -38,6 +39,7 @@ Train on the embedded digits and draw samples, then draw more of some of them, a
   {_COMMAND} --workdir=runs/digits --mode=evaluate"""
 
 
+@functools.cache
 def summaries() -> dict[str, str]:
     """Mode -> what it does, the first sentence of its file."""
     names = [module.name for module in pkgutil.iter_modules(modes.__path__)]

@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, so that meshes can be tested on one machine; programs compiled quickly, not well."""
 
 import atexit
+import gc
 import json
 import os
 import pathlib
@@ -25,6 +26,9 @@ from ml_collections import ConfigDict
 
 from tests import tiny
 
+gc.set_threshold(
+    100_000, 50, 50
+)  # tracing makes many objects that live long: a twelfth of the tests' time went to looking at them
 jax.devices()  # JAX reads the flags here, libtpu when a test loads it
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(UNKNOWN, "")
 

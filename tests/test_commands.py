@@ -33,9 +33,9 @@ _MODEL = {
 }
 _COUNTS = {
     "compilation_cache": "off",
-    "train.steps": 5,
+    "train.steps": 3,
     "train.checkpoint_every": 1,
-    "train.keep": 5,
+    "train.keep": 3,
     "train.evaluate_n": 10,
     "sample.n": 10,
     "sample.batch": 10,
@@ -61,6 +61,7 @@ def folder(tmp_path, monkeypatch, one_device):
     monkeypatch.chdir(tmp_path)
     for network in (classifier, reader):
         monkeypatch.setattr(network, "train", functools.partial(network.train, steps=10))
+        monkeypatch.setattr(network, "BATCH", 16)
     return tmp_path
 
 
@@ -79,7 +80,7 @@ def test_every_command_runs(folder, monkeypatch):
                 args = ["--workdir=runs/digits", *args]
                 if not any(arg.startswith("--mode=") for arg in args):
                     args.append("--mode=sample")
-            args = [arg.replace("profile=100:103", "profile=2:3") for arg in args]
+            args = [arg.replace("profile=100:103", "profile=1:2").replace("last:5", "last:3") for arg in args]
             args = [arg.replace("=DIR", f"={_shards(folder)}") if arg.endswith("images=DIR") else arg for arg in args]
             if args in done:
                 continue

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,16 @@ import numpy as np
 from jax import Array
 
 GROUP_NORM_EPS = 1e-6  # of the block U-Net (MADFormer, section 3.1) and the VAE
-XAVIER = nn.initializers.xavier_uniform()
+
+
+def _uniform(scale: float, mode: Literal["fan_in", "fan_avg"]) -> nn.initializers.Initializer:
+    """Uniform weights of variance scale / fan, traced once for each shape: Flax asks for it whenever it reads a parameter."""
+    return jax.jit(nn.initializers.variance_scaling(scale, mode, "uniform"), static_argnums=(1, 2))
+
+
+XAVIER = _uniform(1, "fan_avg")
+XAVIER_THIRD = _uniform(1 / 2, "fan_in")  # for d -> d, as a third of one matrix d -> 3 d
+_CONV = _uniform(1 / 3, "fan_in")  # PyTorch's
 NORM_SCALE = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
 
 
@@ -104,7 +113,7 @@ def conv(
         padding=(size - 1) // 2 if padding is None else padding,
         dtype=dtype,
         precision=precision,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), axes),
+        kernel_init=nn.with_logical_partitioning(_CONV, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
         conv_general_dilated=convolve,
         name=name,

@@ -12,7 +12,7 @@ from jax import Array
 from madformer_jax.models import attention, layer_loop, pallas
 from madformer_jax.models.attention import KV, QKV
 from madformer_jax.models.cache import Cache
-from madformer_jax.models.layers import NORM_SCALE, dense, gated, rms_norm
+from madformer_jax.models.layers import NORM_SCALE, XAVIER_THIRD, dense, gated, rms_norm
 from madformer_jax.models.projected import Projected, turned
 from madformer_jax.models.rope import Rotary
 
@@ -32,11 +32,6 @@ class Streams(NamedTuple):
 
     def only(self, names: tuple[str, ...]) -> "Streams":
         return Streams(**{name: x for name, x in self.present.items() if name in names})
-
-
-def xavier(fan_in: int, fan_out: int) -> nn.initializers.Initializer:
-    """Xavier's for a part of a matrix fan_in x fan_out."""
-    return nn.initializers.variance_scaling(2 * fan_in / (fan_in + fan_out), "fan_in", "uniform")
 
 
 class Scale(nn.Module):
@@ -59,11 +54,10 @@ class Tower(nn.Module):
 
     def setup(self) -> None:
         d, dtype = self.width, self.dtype
-        joint = xavier(d, 3 * d)  # the release initialises q, k, v as one matrix d -> 3 d
         self.attention_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
-        self.query = dense(d, ("embed", "heads"), dtype, init=joint)
-        self.key = dense(d, ("embed", "heads"), dtype, init=joint)
-        self.value = dense(d, ("embed", "heads"), dtype, init=joint)
+        self.query = dense(d, ("embed", "heads"), dtype, init=XAVIER_THIRD)
+        self.key = dense(d, ("embed", "heads"), dtype, init=XAVIER_THIRD)
+        self.value = dense(d, ("embed", "heads"), dtype, init=XAVIER_THIRD)
         self.query_norm = Scale(d // self.heads)
         self.key_norm = Scale(d // self.heads)
         self.out = dense(d, ("heads", "embed"), dtype)
