@@ -26,9 +26,8 @@ from ml_collections import ConfigDict
 
 from tests import tiny
 
-gc.set_threshold(
-    100_000, 50, 50
-)  # tracing makes many objects that live long: a twelfth of the tests' time went to looking at them
+# Tracing makes many objects that live long: a twelfth of the tests' time went to looking at them.
+gc.set_threshold(100_000, 50, 50)
 jax.devices()  # JAX reads the flags here, libtpu when a test loads it
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(UNKNOWN, "")
 
