@@ -18,6 +18,7 @@ from collections.abc import Callable
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+from clu import metric_writers  # noqa: F401
 
 from madformer_jax import main
 from madformer_jax.modes import export, prepare, sample, train  # noqa: F401

@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit it
     # Programs that several tests, or processes of one, run are compiled once.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="madformer-tests-")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import numpy as np

@@ -12,14 +12,14 @@ from madformer_jax.models import madformer, vae
 from madformer_jax.sizes import sizes_of, vocabulary_of
 
 SWITCHES = {
-    "default": {},
+    "four blocks": {"blocks": 4},
     "release options, shared": {
         "rope": "release", "time_embedding": "raw", "clean_timestep": "noisy", "hidden_from": "noisy", "param_sets": "shared",
     },
     "no clean stream, class, guided": {"clean_stream": False, "classes": 10},
     "no condition": {"ar_condition": False, "hidden_from": "noisy"},
     "block only, text, guided": {"diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5, "loss.text": 1.0},
-    "clean term, D = 1": {"depth": 3, "diffusion_depth": 1, "loss.clean": 0.1},
+    "clean term, D = 2": {"diffusion_depth": 2, "loss.clean": 0.1},
     "D = N, image term alone": {"depth": 2, "diffusion_depth": 2, "loss.hidden": 0.0},
     "hidden term alone": {"loss.image": 0.0},
     "one block": {"blocks": 1},
@@ -34,7 +34,7 @@ def wide(**changes):
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size, c.data.channels = 64, 4
     c.model.width, c.model.heads, c.model.mlp_width = 256, 4, 704
-    c.model.depth, c.model.diffusion_depth, c.model.blocks = 4, 2, 4
+    c.model.depth, c.model.diffusion_depth, c.model.blocks = 3, 1, 2
     c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (64, 128), 1, 32
     c.model.unet_groups = c.model.unet_heads = 4
     c.train.batch, c.sample.steps = 2, 2
@@ -72,15 +72,15 @@ def test_training_costs_what_xla_counts(name):
 
     args = params, z, z, t, tokens
     assert counted(jax.grad(total), *args) == pytest.approx(flops.training_step(c).total, rel=0.02)
-    if name in ("default", "one block"):  # of the others it is a part of what has just been counted
+    if name in ("four blocks", "one block"):  # of the others it is a part of what has just been counted
         assert counted(total, *args) == pytest.approx(c.train.batch * flops.forward(c).total, rel=0.02)
 
 
 SAMPLING = {
-    "default, four blocks": {},
-    "no clean stream, class, guided": {"blocks": 2, "clean_stream": False, "classes": 10},
-    "no condition": {"blocks": 2, "ar_condition": False},
-    "block only, text, guided": {"blocks": 2, "diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5},
+    "four blocks": {"blocks": 4},
+    "no clean stream, class, guided": {"clean_stream": False, "classes": 10},
+    "no condition, D = 2": {"diffusion_depth": 2, "ar_condition": False},
+    "block only, text, guided": {"diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5},
     "one block": {"blocks": 1},
     "neighbours": {"neighbours": True},
     "1 x 1 convolutions": {"unet_kernel": 1},
@@ -110,13 +110,13 @@ def test_the_vae_costs_what_xla_counts():
 
 def test_sampling_passes_are_those_of_the_formula():
     """N - D layers once and D layers at every step, in passes of the whole model (section 1)."""
-    c = wide(diffusion_depth=1)
+    c = wide(depth=4)
     c.sample.steps = 50
     assert flops.nfe(c) == pytest.approx(3 / 4 + 50 / 4)
     once, twice = (flops.sampling(c, 1).diffusion_layers, flops.sampling(c, 2).diffusion_layers)
     assert twice == 2 * once
     c.sample.steps = 100
-    assert flops.sampling(c, 1).ar_layers == flops.sampling(wide(diffusion_depth=1), 1).ar_layers
+    assert flops.sampling(c, 1).ar_layers == flops.sampling(wide(depth=4), 1).ar_layers
 
 
 def test_peak_of_a_device_is_its_data_sheets():

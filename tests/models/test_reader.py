@@ -22,7 +22,7 @@ def pictures(n, seed):
 def test_a_reader_learns_the_attributes_of_pictures_and_comes_back_from_its_file(monkeypatch, tmp_path):
     monkeypatch.setattr(reader, "BATCH", 8)
     held, rows = pictures(20, 1)
-    trained = reader.train(*pictures(64, 0), held, rows, VALUES, steps=60)
+    trained = reader.train(*pictures(64, 0), held, rows, VALUES, steps=40)
     assert trained.accuracy > 0.9 and trained.held_out == 20
     found = reader.read(trained, held)
     shown, asked = reader.right(rows, found)
