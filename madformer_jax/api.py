@@ -220,15 +220,14 @@ def of_workdir(c: ConfigDict, path: str) -> Model:
       ConfigError: there is none, or it is damaged.
     """
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    item = "ema" if c.sample.weights == "ema" else "params"
     target = drawing.abstract_params(madformer.build(c), mesh)
     if not checkpoint.exists(path) and os.path.exists(tensors := os.path.join(path, "model.safetensors")):
         return _of_tensors(c, tensors, target)
     checkpoint.require(path)
     with partitioning.scope(mesh), checkpoint.Checkpoints(path, read_only=True) as checkpoints:
-        step, restored, _ = checkpoints.restore({item: target}, step=None if c.sample.step < 0 else c.sample.step)
+        step, params = checkpoints.restore_weights(c.sample.weights, target, c.sample.step)
         names = checkpoints.class_names(step)
-    return Model(c, restored[item], names)
+    return Model(c, params, names)
 
 
 def _of_tensors(c: ConfigDict, path: str, target: Any) -> Model:

@@ -74,15 +74,6 @@ def write_errors() -> Iterator[None]:
         raise OSError(first_line(error)) from None
 
 
-def sha256(path: storage.Path) -> str:
-    """Checksum of a file."""
-    digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while part := file.read(1 << 22):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def _seal(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -114,7 +105,7 @@ def is_whole(path: storage.Path, shard: Shard, checksum: bool = False) -> bool:
     there = epath.Path(path)
     if not there.exists() or there.stat().length != shard.size:
         return False
-    return not checksum or sha256(path) == shard.sha256
+    return not checksum or storage.sha256(path) == shard.sha256
 
 
 # ---- reading

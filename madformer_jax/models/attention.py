@@ -387,9 +387,10 @@ def _pallas(
 
     given = jax.tree.map(last, (q, None if inside else (k, v), context and tuple(context)), is_leaf=is_projected)
     words = None if text is None else tuple(pallas.filled(last(x), images) for x in text)
-    if text is not None and lengths is None:
-        lengths = jnp.full(len(v) * images, text.k.shape[1] // images)
-    sizes = {"images": images, "tokens": v.shape[2], "words": 0 if text is None else text.k.shape[1] // images}
+    length = 0 if text is None else text.k.shape[1] // images
+    if length and lengths is None:
+        lengths = jnp.full(len(v) * images, length)
+    sizes = {"images": images, "tokens": v.shape[2], "words": length}
     run = partial(pallas.attend, **sizes, interpret=implementation != "pallas")
     out = pallas.on_each_device(run, *given, words, lengths)
     out = pallas.laid_out(out) if implementation == "pallas" else out

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import trained
@@ -104,29 +103,19 @@ def train(
     if not len(held_images):
         raise ConfigError("the classifier needs held-out images to measure its accuracy: there are none.")
     data, targets = shrunk(images), np.asarray(labels)
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, steps // 10, steps), weight_decay=0.05)
     key = jax.random.key(seed)
-    params = init(key, classes, images.shape[-1])
-    state = jax.jit(optimizer.init)(params)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state: Any, batch: Array, targets: Array, key: Array) -> tuple[Params, Any, Array]:
-        def loss(params: Params) -> Array:
-            logits = Network(classes).apply({"params": params}, _moved(batch, key))[1]
-            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+    def loss(params: Params, batch: Array, targets: Array, key: Array) -> Array:
+        logits = Network(classes).apply({"params": params}, _moved(batch, key))[1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+    def batch(rows: np.ndarray, step: int, random: np.random.Generator) -> tuple[Any, ...]:
+        return data[rows], targets[rows], jax.random.fold_in(key, step)
 
-    random = np.random.default_rng(seed)
-    for i in range(steps):
-        if i % max(1, len(data) // BATCH) == 0:
-            order = random.permutation(len(data))
-        rows = order[np.arange(i * BATCH, (i + 1) * BATCH) % len(data)]
-        params, state, value = step(params, state, data[rows], targets[rows], jax.random.fold_in(key, i))
-        if (i + 1) % 500 == 0:
-            logging.info("classifier: step %d/%d  loss %.4f", i + 1, steps, value)
+    params = trained.fit(
+        init(key, classes, images.shape[-1]), loss, batch, len(data),
+        size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="classifier",
+    )  # fmt: skip
     right = [
         _right(params, held_images[i : i + 256], held_labels[i : i + 256], classes)
         for i in range(0, len(held_images), 256)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from jax import Array
 
 from madformer_jax.errors import ConfigError
@@ -119,32 +118,21 @@ def train(
     """
     if not len(images) or not len(held_images):
         raise ConfigError("a reader of attributes needs pictures to learn from, and others to measure its accuracy.")
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, LEARNING_RATE, steps // 10, steps), weight_decay=0.05)
-    key = jax.random.key(seed)
-    params = jax.jit(functools.partial(_init, values))(key)
-    state = jax.jit(optimizer.init)(params)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state: Any, batch: Array, rows: Array) -> tuple[Params, Any, Array]:
-        def loss(params: Params) -> Array:
-            logits = _logits(params, batch, values)
-            errors = [optax.softmax_cross_entropy_with_integer_labels(x, rows[:, i]) for i, x in enumerate(logits)]
-            return sum(map(jnp.mean, errors), jnp.zeros(()))
+    def loss(params: Params, batch: Array, rows: Array) -> Array:
+        logits = _logits(params, batch, values)
+        errors = [optax.softmax_cross_entropy_with_integer_labels(x, rows[:, i]) for i, x in enumerate(logits)]
+        return sum(map(jnp.mean, errors), jnp.zeros(()))
 
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+    def batch(rows: np.ndarray, step: int, random: np.random.Generator) -> tuple[Any, ...]:
+        shifts = random.integers(-SHIFT, SHIFT + 1, (len(rows), 2))
+        shifted = [np.roll(image, shift, axis=(0, 1)) for image, shift in zip(images[rows], shifts)]
+        return np.stack(shifted), attributes[rows]
 
-    random = np.random.default_rng(seed)
-    for i in range(steps):
-        if i % max(1, len(images) // BATCH) == 0:
-            order = random.permutation(len(images))
-        rows = order[np.arange(i * BATCH, (i + 1) * BATCH) % len(images)]
-        shifts = random.integers(-SHIFT, SHIFT + 1, (BATCH, 2))
-        shifted = np.stack([np.roll(image, shift, axis=(0, 1)) for image, shift in zip(images[rows], shifts)])
-        params, state, value = step(params, state, shifted, attributes[rows])
-        if (i + 1) % 500 == 0:
-            logging.info("reader of attributes: step %d/%d  loss %.4f", i + 1, steps, value)
+    params = trained.fit(
+        jax.jit(functools.partial(_init, values))(jax.random.key(seed)), loss, batch, len(images),
+        size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="reader of attributes",
+    )  # fmt: skip
     reader = Reader(params, list(values), 0.0, len(held_images))
     shown, asked = right(held_attributes, read(reader, held_images))
     return reader._replace(accuracy=float(shown.sum() / max(1, asked.sum())))

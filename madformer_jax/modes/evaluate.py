@@ -101,8 +101,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
         steps = settings.steps(c.evaluate.checkpoints, checkpoints.steps)
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
         for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
-            item = "ema" if weights == "ema" else "params"
-            params = checkpoints.restore({item: target}, step=step)[1][item]
+            _, params = checkpoints.restore_weights(weights, target, step)
             about = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed}
             for i, setting in enumerate(grid):
                 if setting.sample.weights != weights:

@@ -314,7 +314,7 @@ def _write(
         shard = shard._replace(
             records=count,
             size=os.path.getsize(file.name),
-            sha256=records.sha256(file.name),
+            sha256=storage.sha256(file.name),
             shape=shape,
             skipped=skipped,
         )

@@ -97,12 +97,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def _restore(c: ConfigDict, workdir: str, target: Any) -> tuple[int, int | None, Any]:
     """The step that is sampled from, the newest one, and the parameters; class names in `sample.labels` become numbers."""
-    item, step = "ema" if c.sample.weights == "ema" else "params", c.sample.step
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         newest = checkpoints.last
-        step, restored, _ = checkpoints.restore({item: target}, step=None if step < 0 else step)
+        step, params = checkpoints.restore_weights(c.sample.weights, target, c.sample.step)
         config_lib.number_labels(c, checkpoints.class_names(step))
-    return step, newest, restored[item]
+    return step, newest, params
 
 
 def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:

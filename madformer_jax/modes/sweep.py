@@ -319,15 +319,15 @@ def _draw_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
     folder = layout.folder(job.workdir, run)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
-    item, target = "ema" if c.sample.weights == "ema" else "params", drawing.abstract_params(model, mesh)
+    target = drawing.abstract_params(model, mesh)
     with partitioning.scope(mesh), checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-        step, trees, _ = checkpoints.restore({item: target})
+        step, params = checkpoints.restore_weights(c.sample.weights, target)
         config_lib.number_labels(c, checkpoints.class_names(step))
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
         rows = []
         for c.sample.steps in steps:
             draw = drawing.make_draw(c, model, images_codec.decode)
-            batches = drawing.batches(c, draw, trees[item], codec_params, mesh, range(COLUMNS), most=c.sample.n)
+            batches = drawing.batches(c, draw, params, codec_params, mesh, range(COLUMNS), most=c.sample.n)
             rows.append(np.concatenate([batch.images for batch in batches])[:COLUMNS])
     if jax.process_index() == 0:
         drawing.write_png(os.path.join(folder, "grid.png"), drawing.as_rows(np.stack(rows)))

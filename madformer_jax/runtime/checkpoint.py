@@ -268,6 +268,12 @@ class Checkpoints:
             return candidate, trees, restored["data"] if data else None
         raise ConfigError(f"no checkpoint in {self.path} can be restored: {problem}.")
 
+    def restore_weights(self, weights: str, target: Any, step: int = -1) -> tuple[int, Any]:
+        """The step, and the parameters that `sample.weights` names, of the newest checkpoint or of `step`; see `restore`."""
+        item = "ema" if weights == "ema" else "params"
+        step, trees, _ = self.restore({item: target}, step=None if step < 0 else step)
+        return step, trees[item]
+
     def class_names(self, step: int) -> list[str]:
         """Of the data that the step's model was trained on; empty where they name none. Raises as `meta`."""
         return list(self.meta(step).get("data", {}).get("names", ()))

@@ -3,7 +3,6 @@
 A step thus has them or is unfinished, whenever the process dies. Items written before there were any have none and pass.
 """
 
-import hashlib
 import json
 import os
 from concurrent import futures
@@ -17,7 +16,6 @@ from madformer_jax.runtime import storage
 
 NAME = "checksums.json"
 _WRITTEN_LATER = "_CHECKPOINT_METADATA"  # Orbax notes the time of its commit there, and reads none of it back
-_CHUNK = 1 << 20  # bytes read at a time
 _THREADS = 4  # hashing does not hold the interpreter's lock
 Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
 
@@ -37,7 +35,7 @@ def written_by(handler: Handler) -> Handler:
         finalize(directory)
         names = _files(directory)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
-            sums = dict(zip(names, pool.map(lambda name: _sha256(directory / name), names)))
+            sums = dict(zip(names, pool.map(lambda name: storage.sha256(directory / name), names)))
         storage.write_json(directory / NAME, {"sha256": sums})
 
     handler.finalize = finalize_and_sum
@@ -67,7 +65,7 @@ def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
 
     def compare(name: str) -> None:
         try:
-            found = storage.retry(lambda: _sha256(folder / name))
+            found = storage.retry(lambda: storage.sha256(folder / name))
         except FileNotFoundError:
             raise DamagedError(f"{called}/{name} is missing") from None
         if found != expected[name]:
@@ -86,11 +84,3 @@ def _files(folder: epath.Path) -> list[str]:
     names = [key.decode() for key in tensorstore.KvStore.open(url).result().list().result()]
     # In a bucket, folders may be objects: "" is this one.
     return sorted(name for name in names if name not in ("", _WRITTEN_LATER) and not name.endswith("/"))
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -6,6 +6,7 @@ it is written. Whoever writes a file, in whatever room, writes it here.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -132,6 +133,15 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: it holds no JSON ({first_line(error)}).") from None
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _sync_folder(path: str) -> None:

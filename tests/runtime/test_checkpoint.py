@@ -10,7 +10,7 @@ import pytest
 
 from madformer_jax import training
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import checkpoint, checksums, partitioning, storage
+from madformer_jax.runtime import checkpoint, partitioning, storage
 from tests import tiny
 
 
@@ -137,12 +137,12 @@ def test_what_passes_is_tried_again_and_what_stays_ends_it(workdir, monkeypatch,
     """And no good checkpoint is taken for a broken one."""
     failures: list[OSError] = []
 
-    def sometimes(path, read=checksums._sha256):
+    def sometimes(path, read=storage.sha256):
         if failures and path.match("2/params/_METADATA"):
             raise failures.pop()
         return read(path)
 
-    monkeypatch.setattr(checksums, "_sha256", sometimes)
+    monkeypatch.setattr(storage, "sha256", sometimes)
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     with checkpoint.Checkpoints(str(workdir), keep=5) as checkpoints:
         failures[:] = [OSError(errno.EIO, "Input/output error"), TimeoutError("timed out")]
