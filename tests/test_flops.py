@@ -23,7 +23,7 @@ SWITCHES = {
     "D = N, image term alone": {"depth": 2, "diffusion_depth": 2, "loss.hidden": 0.0},
     "hidden term alone": {"loss.image": 0.0},
     "one block": {"blocks": 1},
-    "neighbours": {"neighbours": True},
+    "neighbours": {"neighbours": True, "blocks": 4},
     "1 x 1 convolutions": {"unet_kernel": 1},
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ SAMPLING = {
     "no condition, D = 2": {"diffusion_depth": 2, "ar_condition": False},
     "block only, text, guided": {"diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5},
     "one block": {"blocks": 1},
-    "neighbours": {"neighbours": True},
+    "neighbours": {"neighbours": True, "blocks": 4},
     "1 x 1 convolutions": {"unet_kernel": 1},
 }
 

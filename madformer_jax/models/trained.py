@@ -42,7 +42,9 @@ def fit(
 
     Args:
       loss: of parameters and what `batch` gives.
-      batch: of the numbers of its examples, (size,), and of the step; each time all have been seen they are shuffled anew.
+      batch: of the numbers of its examples, (size,), of the step, and of what it may draw from at random. Examples are shuffled
+        anew each time all have been seen.
+      examples: how many there are.
       rate: the highest learning rate.
       name: of the network, in the log.
     """
