@@ -6,8 +6,8 @@ usage() {
   cat <<'USAGE'
 usage: launch/gke_xpk.sh VERB [settings] [-- main.py arguments]
 
-  create    make the cluster with one TPU slice
-  run       start main.py as a workload on all hosts of the slice; restarted after preemption or failure
+  create    make the cluster with its TPU slices
+  run       start main.py as a workload on all hosts of the slices; restarted after preemption or failure
   status    the workloads and their state
   logs      follow the log of the workload's pods
   stop      delete the workload: SIGTERM, so that the run saves; the cluster stays
@@ -18,6 +18,7 @@ settings (flag, or environment variable)
   --project=PROJECT  XPK_PROJECT
   --zone=ZONE        XPK_ZONE      such as us-west4-a
   --type=TYPE        XPK_TYPE      create, run: TPU type, such as v5litepod-16, v5p-8, v6e-16
+  --slices=N                       create, run: so many of them, joined by the data centre's network; default 1
   --name=NAME        XPK_WORKLOAD  run, logs, stop: of the workload
   --spot             XPK_SPOT=1    create: preemptible capacity
   --reservation=NAME XPK_RESERVATION  create: reserved capacity; neither of the two: on demand
@@ -34,7 +35,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/common.sh"
 
 CLUSTER=${XPK_CLUSTER:-} PROJECT=${XPK_PROJECT:-} ZONE=${XPK_ZONE:-} TYPE=${XPK_TYPE:-} NAME=${XPK_WORKLOAD:-}
-SPOT=${XPK_SPOT:-0} RESERVATION=${XPK_RESERVATION:-} IMAGE=${XPK_IMAGE:-python:3.11-slim} ARRAY=''
+SPOT=${XPK_SPOT:-0} RESERVATION=${XPK_RESERVATION:-} IMAGE=${XPK_IMAGE:-python:3.11-slim} ARRAY='' SLICES=1
 # More often than any run is preempted. A run that fails at once uses them up and then counts as failed.
 RESTARTS=50
 
@@ -46,7 +47,7 @@ create() {
   local capacity=--on-demand
   ((!SPOT)) || capacity=--spot
   [[ -z $RESERVATION ]] || capacity=--reservation=$RESERVATION
-  xpk_on_cluster cluster create --tpu-type="$TYPE" --num-slices=1 "$capacity" --enable-gcsfuse-csi-driver
+  xpk_on_cluster cluster create --tpu-type="$TYPE" --num-slices="$SLICES" "$capacity" --enable-gcsfuse-csi-driver
 }
 
 start() {
@@ -73,7 +74,7 @@ workload() {
   shift 2
   # XPK runs this in a shell and reports success whatever it returns, unless --restart-on-user-code-failure; exec makes
   # SIGTERM reach host.sh, which returns 143 then: a run that was saved and stopped is started again.
-  xpk_on_cluster workload create --workload="$name" --tpu-type="$TYPE" --num-slices=1 \
+  xpk_on_cluster workload create --workload="$name" --tpu-type="$TYPE" --num-slices="$SLICES" \
     --base-docker-image="$IMAGE" --script-dir="$TREE" \
     --max-restarts="$RESTARTS" --restart-on-user-code-failure --termination-grace-period-seconds=120 \
     --command="${variable:+export $variable; }exec bash launch/host.sh container -- $(quote "$@" --distributed)"
@@ -107,6 +108,7 @@ while (($#)); do
     --reservation=*) RESERVATION=${1#*=} ;;
     --image=*) IMAGE=${1#*=} ;;
     --array=*) ARRAY=${1#*=} ;;
+    --slices=*) SLICES=${1#*=} ;;
     --dry-run) DRY_RUN=1 ;;
     --)
       shift
@@ -124,6 +126,7 @@ require "$CLUSTER" --cluster XPK_CLUSTER
 require "$PROJECT" --project XPK_PROJECT
 require "$ZONE" --zone XPK_ZONE
 case $VERB in create | run) require "$TYPE" --type XPK_TYPE ;; esac
+[[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices=$SLICES is no number of slices."
 case $VERB in run | logs | stop) require "$NAME" --name XPK_WORKLOAD ;; esac
 
 case $VERB in

@@ -1,5 +1,6 @@
 """A trained model as a Python object: `madformer_jax.load`."""
 
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from madformer_jax import config as config_lib
 from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
+from madformer_jax.models.resident import resident
 from madformer_jax.runtime import checkpoint, partitioning, storage
 from madformer_jax.sizes import sizes_of
 from madformer_jax.weights import files
@@ -170,18 +172,24 @@ class Model:
           what: the fields of `sampler.Parts` behind model and parameters.
         """
         sizes = sizes_of(self.config)
+        held = self._program("resident", self._resident)
 
         def part(name: str) -> Any:
             def run(params: Any, *args: Any) -> Any:
                 return getattr(sampler.Parts(self._model, params, *what), name)(*args)
 
-            return self._jitted(run, self.params)
+            return self._jitted(run, held)
 
         def show(codec_params: Any, z: Any) -> Any:
             pixels = self._codec.decode(codec_params, codec.from_blocks(z, sizes))
             return drawing.to_uint8(pixels), jnp.isfinite(pixels).all()
 
         return (*map(part, ("begin", "condition", "step", "extend")), self._jitted(show, self._codec_params))
+
+    def _resident(self) -> Any:
+        """The parameters as `drawing.make_draw` has them, made once and not in each part."""
+        with partitioning.scope(self._mesh):
+            return jax.jit(functools.partial(resident, self._model, memory=drawing.device_memory()))(self.params)
 
     def _jitted(self, function: Any, params: Any) -> Any:
         program = jax.jit(function)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from madformer_jax import drawing, prompts, training
 from madformer_jax.data import pipeline
 from madformer_jax.evaluation import samples
-from madformer_jax.report import Report
+from madformer_jax.report import GRID, Report
 from madformer_jax.runtime import partitioning, storage
 
 # What the seed's key is folded with to validate; training folds it with its step, images with 2^31 (`drawing.SAMPLE`).
@@ -129,7 +129,7 @@ class Drawing(Aside):
 
 
 class Grid(Drawing):
-    """Side by side, to workdir/samples/step_..._{ema,raw}.png and TensorBoard."""
+    """Side by side, scaled down to `GRID`, to workdir/samples/step_..._{ema,raw}.png and TensorBoard."""
 
     what = "samples"
 
@@ -139,12 +139,11 @@ class Grid(Drawing):
 
     def _use(self, step: int, batches: Iterator[drawing.Drawn]) -> None:
         weights = self._c.sample.weights
-        images = np.concatenate([batch.images for batch in batches])
+        images = drawing.reduced(np.concatenate([batch.images for batch in batches]), GRID)
         canvas = drawing.as_grid(prompts.below(images, prompts.of(self._c)[: len(images)]))
         path = self._folder / f"step_{step:06d}_{weights}.png"
-        if jax.process_index() == 0:
-            drawing.write_png(path, canvas)
         logging.info("drew %d samples with the %s weights: %s", self._n, weights, path)
+        self._studio.report.keep(path, canvas)
         self._studio.report.show(step, f"samples_{weights}", canvas)
 
 

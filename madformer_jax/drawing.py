@@ -63,11 +63,10 @@ def make_draw(
     """The jitted program that draws a batch.
 
     The noise of an image depends on the seed and its number alone: not on the batch or the process that draws it. `memory` is what
-    a device has, in bytes, which decides how the parameters are held (`resident`); by default what JAX says of this process's.
+    a device has for it, in bytes, which decides how the parameters are held (`resident`); by default `device_memory`.
     """
     sizes, settings = sizes_of(c), c.sample
-    if memory is None:
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU's devices share one: 0
+    memory = device_memory() if memory is None else memory
 
     @jax.jit
     def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:
@@ -93,6 +92,11 @@ def make_draw(
         return to_uint8(pixels), z, finite
 
     return draw
+
+
+def device_memory() -> int:
+    """Bytes of a device of this process; 0 on a CPU, whose devices share one memory."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def noise_of(seed: Any, numbers: Array, shape: tuple[int, ...]) -> Array:
@@ -258,6 +262,17 @@ def as_grid(images: np.ndarray) -> np.ndarray:
     empty = -len(images) % columns
     filled = np.pad(images, ((0, empty), (0, 0), (0, 0), (0, 0)), constant_values=255)
     return rearrange(filled, "(row column) h w c -> (row h) (column w) c", column=columns)
+
+
+def reduced(images: np.ndarray, side: int) -> np.ndarray:
+    """uint8 images (n, H, W, c), each averaged over squares of k x k pixels, k the least with which `as_grid` of them is at most
+    `side` pixels wide and high: (n, ceil(H / k), ceil(W / k), c).
+    """
+    k = math.ceil(max(images.shape[1:3]) / max(1, side // math.ceil(math.sqrt(len(images)))))
+    if k == 1:
+        return images
+    small = np.stack([np.asarray(preprocess.picture(image).reduce(k)) for image in images])
+    return small.reshape(*small.shape[:3], images.shape[3])
 
 
 def as_rows(images: np.ndarray) -> np.ndarray:

@@ -15,12 +15,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from madformer_jax import hlo
+from madformer_jax import fields, hlo
 from madformer_jax.errors import ConfigError, first_line
 
 KINDS = ("products", "element-wise", "copies", "collectives")
 PHASES = ("forward", "recomputed", "backward", "update")
 COSTLIEST = 10
+
+_Table = Mapping[str, Mapping[str, float]]  # seconds by part and kind or phase
 
 
 class Chip(NamedTuple):
@@ -72,7 +74,8 @@ class Estimate(NamedTuple):
     waiting: float  # seconds of collectives during which nothing else can run
     overlapping: float  # seconds of those that other instructions can hide
     useful: float  # seconds that its analytic FLOPs take at the peak
-    unknown: list[str]  # kernels of which nothing is known, left out
+    unknown: list[str]  # kernels of which nothing is known, left out; loops of which the trips are not, counted once
+    crossing: float = 0.0  # bytes to other slices, whose time is no part of all this
 
     @property
     def busy(self) -> float:
@@ -103,7 +106,7 @@ class Estimate(NamedTuple):
             "busy": self.busy, "low": self.low, "high": self.high, "waiting": self.waiting,
             "overlapping": self.overlapping, "share_of_peak": self.useful / self.busy if self.busy else 0.0,
             "kinds": self.table("kind"), "phases": self.table("phase"),
-            "costliest": [row._asdict() for row in costliest], "unknown": self.unknown,
+            "costliest": [row._asdict() for row in costliest], "unknown": self.unknown, "crossing": self.crossing,
         }  # fmt: skip
 
 
@@ -126,10 +129,11 @@ def estimate(text: str, device_kind: str, peak: float, flops: float) -> Estimate
     if of is None:
         raise ValueError(f"no clock is known for {device_kind}")
     program = hlo.parse(text)
-    rows, unknown = [], []
+    rows, unknown, crossing = [], hlo.endless(program), 0.0
     moving = {True: 0.0, False: 0.0}  # by whether it can overlap
     for run in hlo.runs(program):
         one, cycles = run.instruction, run.instruction.cycles
+        crossing += hlo.crossing(run)
         names = part(one.op_name), phase(one.op_name)
         place = f"{program.places.get(one.frame, '?')} {'/'.join(one.op_name.split('/')[-2:])}".strip()
         if move := hlo.collective(program, run):
@@ -150,7 +154,7 @@ def estimate(text: str, device_kind: str, peak: float, flops: float) -> Estimate
                 besides = math.prod(heads) * queries * kernel.query / of.clock
                 seconds = run.times * (int(work[1]) / (kernel.rate * peak) + besides)
                 rows.append(Row(one.name, "attention", "products", names[1], seconds, run.times, place))
-    return Estimate(rows, moving[False], moving[True], flops / peak, unknown)
+    return Estimate(rows, moving[False], moving[True], flops / peak, unknown, crossing)
 
 
 def part(op_name: str) -> str:
@@ -210,29 +214,48 @@ def text(e: Estimate) -> str:
         for row in f["costliest"]
     ]
     if e.unknown:
-        lines.append(f"  left out, as nothing is known of them: {', '.join(e.unknown)}")
+        lines.append(f"  left out, or loops counted once, as nothing is known of them: {', '.join(e.unknown)}")
+    if e.crossing:
+        lines.append(
+            f"  to other slices         {e.crossing / 2**30:9.3f} GiB a device, in a time that is not estimated"
+        )
     return "\n".join(lines)
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What changed between two files of --mode=compile: seconds of each program, then of each part by kind, largest first."""
-    lines = []
-    for name in before.keys() & after.keys():
-        old, new = (f[name].get("time") if isinstance(f[name], dict) else None for f in (before, after))
+    """What changed between two files of --mode=compile: settings, and of each program memory, seconds, and parts, largest first.
+
+    Raises:
+      KeyError: a file lacks a figure.
+    """
+    settings = [{"topology": f["topology"]} | fields.flat(f["config"]) for f in (before, after)]
+    lines = [
+        f"{name}: {settings[0].get(name)!r} -> {settings[1].get(name)!r}"
+        for name in dict.fromkeys([*settings[0], *settings[1]])
+        if settings[0].get(name) != settings[1].get(name)
+    ]
+    for name in before:
+        old, new = (f[name].get("time") if isinstance(f.get(name), dict) else None for f in (before, after))
         if not old or not new:
             continue
-        lines.append(f"{name:<36}{'before':>10}{'after':>10}  s")
-        for total in ("busy", "low", "high"):
-            lines.append(f"  {total:<34}{old[total]:10.3f}{new[total]:10.3f}")
-        cells = {
-            (part, kind): (old["kinds"].get(part, {}).get(kind, 0.0), new["kinds"].get(part, {}).get(kind, 0.0))
-            for part in old["kinds"].keys() | new["kinds"].keys()
-            for kind in KINDS
-        }
-        for (part, kind), (x, y) in sorted(cells.items(), key=lambda cell: -abs(cell[1][1] - cell[1][0])):
-            if x != y:
-                lines.append(f"  {f'{part}, {kind}':<34}{x:10.3f}{y:10.3f}")
-    return "\n".join(lines) or "no program has its time in both files."
+        lines.append(f"{name:<36}{'before':>10}{'after':>10}")
+        gib = (f"{f[name]['bytes'] / 2**30:10.2f}" for f in (before, after))
+        lines.append(f"  {'GiB a device':<34}{''.join(gib)}")
+        lines.append(f"  {'share of the peak':<34}{old['share_of_peak']:10.1%}{new['share_of_peak']:10.1%}")
+        lines += [f"  {f'{total}, s':<34}{old[total]:10.3f}{new[total]:10.3f}" for total in ("busy", "low", "high")]
+        for table in ("kinds", "phases"):
+            lines += [f"  {cell:<34}{x:10.3f}{y:10.3f}" for cell, x, y in _changed(old[table], new[table])]
+    return "\n".join(lines) or "nothing differs, and no program has its time in both files."
+
+
+def _changed(old: _Table, new: _Table) -> list[tuple[str, float, float]]:
+    """The cells of two tables that differ, most of all first."""
+    names = dict.fromkeys((part, column) for table in (old, new) for part, row in table.items() for column in row)
+    cells = [
+        (f"{part}, {column}", old.get(part, {}).get(column, 0.0), new.get(part, {}).get(column, 0.0))
+        for part, column in names
+    ]
+    return sorted((cell for cell in cells if cell[1] != cell[2]), key=lambda cell: -abs(cell[2] - cell[1]))
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -250,7 +273,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         if len(argv) != 2:
             raise ConfigError("two files are compared: python -m madformer_jax.estimate BEFORE.json AFTER.json")
-        print(compare(*map(_read, argv)))
+        before, after = map(_read, argv)
+        try:
+            print(compare(before, after))
+        except KeyError as error:
+            raise ConfigError(
+                f"{' or '.join(argv)} lacks {error}: write both by --mode=compile of one version."
+            ) from None
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -155,19 +155,11 @@ def runs(program: Program) -> Iterator[Run]:
     of a choice between more, each counts as its share.
     """
 
-    def trips(line: Instruction) -> int:
-        known = _TRIPS.findall(line.rest)
-        if not known:  # TPU: only the condition tells, which holds the counter against the one constant in it
-            condition = re.search(r"condition=%?([\w.\-]+)", line.rest)
-            inside = program.computations.get(condition[1], []) if condition else []
-            known = [x.operands for x in inside if x.opcode == "constant" and _LIMIT.match(x.shape)]
-        return int(known[0]) if len(known) == 1 else 1
-
     def visit(name: str, times: float, loop: bool) -> Iterator[Run]:
         for line in program.computations.get(name, ()):
             if line.opcode == "while":
                 for called in _LOOP.findall(line.rest):
-                    yield from visit(called, times * trips(line), True)
+                    yield from visit(called, times * (_trips(program, line) or 1), True)
             elif line.opcode in ("call", "conditional"):
                 branches = _BRANCHES.search(line.rest)
                 names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALL.findall(line.rest)
@@ -177,6 +169,31 @@ def runs(program: Program) -> Iterator[Run]:
                 yield Run(line, times, loop)
 
     yield from visit(program.entry, 1, False)
+
+
+def endless(program: Program) -> list[str]:
+    """The loops whose trip count is unknown."""
+    loops = (x for lines in program.computations.values() for x in lines if x.opcode == "while")
+    return [loop.name for loop in loops if _trips(program, loop) is None]
+
+
+def _trips(program: Program, loop: Instruction) -> int | None:
+    known = _TRIPS.findall(loop.rest)
+    if not known:  # TPU: only the condition tells, which holds the counter against the one constant in it
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+        inside = program.computations.get(condition[1], []) if condition else []
+        known = [x.operands for x in inside if x.opcode == "constant" and _LIMIT.match(x.shape)]
+    return int(known[0]) if len(known) == 1 else None
+
+
+def crossing(run: Run) -> float:
+    """Bytes that an instruction sends to other slices, over the data centre's network (libtpu's runtime for it is Megascale)."""
+    x = run.instruction
+    return (
+        run.times * max(nbytes(*a) for a in _ARRAY.findall(x.shape))
+        if "megascale" in x.rest and x.opcode == "send"
+        else 0.0
+    )
 
 
 def collective(program: Program, run: Run) -> Collective | None:

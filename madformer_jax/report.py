@@ -19,6 +19,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
 SHOWN = 64  # training images in TensorBoard
+GRID = 2048  # pixels: the most a grid of images is wide and high, in TensorBoard and in a training's samples
 BEHIND = 20  # writings that may wait for a slow bucket; then the training does
 
 
@@ -60,7 +61,9 @@ class Report:
             board.write_texts(step, {"config": f"```json\n{c.to_json(indent=2)}\n```"})
             board.write_scalars(step, {"parameters": parameters})
             if images is not None:
-                board.write_images(step, {"training_images": drawing.as_grid(images[:SHOWN])[None]})
+                board.write_images(
+                    step, {"training_images": drawing.as_grid(drawing.reduced(images[:SHOWN], GRID))[None]}
+                )
 
         self._show(write)
 
@@ -87,7 +90,8 @@ class Report:
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise DivergedError(
                     f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}: training has diverged. "
-                    "Lower optimizer.learning_rate or set optimizer.clip"
+                    "Go on with a lower optimizer.learning_rate or optimizer.clip; in another workdir, optimizer.skip=3 bears such "
+                    "steps"
                 )
             self._checked.append((step, metrics))
 
@@ -169,6 +173,18 @@ class Report:
         """
         while self._queue:
             self._queue.pop(0).result()
+
+    def keep(self, path: storage.Path, image: np.ndarray) -> None:
+        """Writes a picture, uint8 (H, W, c), as a PNG; where that fails, it is told, and the run goes on."""
+
+        def write() -> None:
+            try:
+                drawing.write_png(path, image)
+            except Exception as error:
+                logging.error("%s cannot be written: %s", path, storage.cause(error))
+
+        if self._writes:
+            self._later(write)
 
     def show(self, step: int, name: str, image: np.ndarray) -> None:
         """Puts a picture, uint8 (H, W, c), into TensorBoard."""

@@ -184,6 +184,17 @@ def test_a_grid_is_about_square_and_white_where_it_is_empty():
     np.testing.assert_array_equal(drawing.as_grid(images[:1])[..., 0], images[0, ..., 0])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_is_scaled_down_to_what_it_may_be_wide(channels):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 12, channels), np.uint8)
+    small = drawing.reduced(images, 12)  # three columns of 12 pixels
+    assert small.shape == (5, 3, 4, channels)
+    assert drawing.as_grid(small).shape == (6, 12, channels)
+    expected = images[:, :6].reshape(5, 2, 3, 4, 3, channels).mean((2, 4))
+    np.testing.assert_allclose(small[:, :2], expected, atol=0.6)
+    np.testing.assert_array_equal(drawing.reduced(images, 36), images)
+
+
 def test_a_flipped_byte_of_a_shard_is_noticed(tmp_path):
     path = tmp_path / "shard.npz"
     rng = np.random.default_rng(0)

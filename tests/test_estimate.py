@@ -21,7 +21,8 @@ def test_cycles_count_as_often_as_their_loop_runs():
     attention = 0.5e-3 / kernel.rate + 2 * 4 * 512 * kernel.query / 1.5e9
     assert e.busy == pytest.approx(4 * 1e-3 + 4 * 0.5e-3 + 2e-3 + attention)
     assert e.figures()["share_of_peak"] == pytest.approx(0.004 / e.busy)
-    assert e.unknown == ["other"]
+    assert e.unknown == ["while.2", "other"]
+    assert e.crossing == 4 * 1000
 
 
 def test_collectives_wait_or_overlap():
@@ -48,23 +49,31 @@ def test_the_tables_say_where_the_time_goes():
     assert places["fusion.1"] == "models/layers.py:30 query/dot_general"  # the caller of ours, not flax
     report = estimate.text(e)
     assert "AR layers, forward, products: models/layers.py:30 query/dot_general" in report
-    assert "nothing is known of them: other" in report
+    assert "nothing is known of them: while.2, other" in report
+    assert "to other slices" in report
 
 
 def test_two_files_are_compared(tmp_path, capsys):
-    before = {"training step": {"time": estimated().figures()}, "sampler": {"time": None}, "fits": True}
+    program = {"time": estimated().figures(), "bytes": 2**30}
+    before = {"fits": True, "topology": "v5e:4x4", "config": {"a.b": 1, "a.c": 2}}
+    before |= {"training step": program, "sampler": {"time": None, "bytes": 1}}
     after = json.loads(json.dumps(before))
     after["training step"]["time"]["kinds"]["AR layers"]["products"] = 1e-3
-    paths = [tmp_path / name for name in ("before.json", "after.json")]
-    for path, figures in zip(paths, (before, after), strict=True):
+    after["config"]["a.c"] = 3
+    paths = [tmp_path / name for name in ("before.json", "after.json", "old.json")]
+    for path, figures in zip(paths, (before, after, {"topology": "v5e:4x4"}), strict=True):
         path.write_text(json.dumps(figures))
-    assert estimate.main([*map(str, paths)]) == 0
+    assert estimate.main([*map(str, paths[:2])]) == 0
     out = capsys.readouterr().out
-    assert "training step" in out
+    assert out.splitlines()[0] == "a.c: 2 -> 3"
+    assert out.splitlines()[2].split() == ["GiB", "a", "device", "1.00", "1.00"]
+    assert "sampler" not in out
     assert out.splitlines()[-1].split() == ["AR", "layers,", "products", "0.004", "0.001"]
     assert estimate.main([str(paths[0])]) == 2
     assert estimate.main([str(paths[0]), str(tmp_path / "none.json")]) == 2
     assert "none.json cannot be read" in capsys.readouterr().err
+    assert estimate.main([str(paths[0]), str(paths[2])]) == 2
+    assert "old.json lacks 'config'" in capsys.readouterr().err
 
 
 def test_an_unknown_chip_is_no_estimate():

@@ -71,7 +71,7 @@ def training_step(c: ConfigDict) -> Figures:
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
     step = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
     rng, seed = np.random.default_rng(c.seed), np.uint32(c.seed)
-    _, shares = partitioning.batch_share(mesh, batch)
+    _, shares = partitioning.batch_share(mesh, batch, c.train.accumulate)
     rows = batch // shares
     local = {
         "latent": rng.standard_normal((rows, sizes.latent, sizes.latent, sizes.channels), np.float32),

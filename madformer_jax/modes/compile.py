@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 from madformer_jax import aot, codec, drawing, estimate, fields, flops, hlo, training
 from madformer_jax import config as config_lib
 from madformer_jax.data.text import Texts
-from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer, vae
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sizes import sizes_of
@@ -109,11 +108,7 @@ def hbm(device: jax.Device) -> int:
 
 def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> Program:
     """The training step; its batch is cached latents for `data.source=arrayrecord` with a VAE, else images."""
-    if (c.train.batch // c.train.accumulate) % partitioning.batch_devices(mesh):
-        raise ConfigError(
-            f"a microbatch of {c.train.batch // c.train.accumulate} images (train.batch / train.accumulate) is not a "
-            f"multiple of the {partitioning.batch_devices(mesh)} devices along data and fsdp."
-        )
+    partitioning.check_batch(mesh, c.train.batch, c.train.accumulate)
     images = _codec(c, mesh)
     s = training.Setup(model, images, sizes_of(c), training.optimizer(c))
     _, state = training.create_state(s.model, s.tx, c.seed, mesh)

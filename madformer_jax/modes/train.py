@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from madformer_jax import aside, codec, drawing, fields, flops, limits, progress, training
@@ -50,7 +49,7 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
             info = pipeline.describe(c)
         config_lib.number_labels(c, info.names)
         mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-        share, shares = _batch_share(c, mesh)
+        share, shares = partitioning.batch_share(mesh, c.train.batch, c.train.accumulate)
         s = training.setup(c)
         s = s._replace(codec=codec.expecting(s.codec, info.codec))
         create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
@@ -78,7 +77,8 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
         program = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         step_fn = progress.compiling(program, "the training step")
         report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
-        draw = progress.compiling(drawing.make_draw(c, s.model, s.codec.decode), "the sampling program")
+        left = drawing.device_memory() - partitioning.device_bytes(abstract)
+        draw = progress.compiling(drawing.make_draw(c, s.model, s.codec.decode, left), "the sampling program")
         studio = aside.Studio(s, draw, codec_params, mesh, report)
         asides: list[tuple[aside.Aside, int]] = []
         if grids:
@@ -126,17 +126,6 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
 # ---- start
 
 
-def _batch_share(c: ConfigDict, mesh: Mesh) -> tuple[int, int]:
-    """See `partitioning.batch_share`."""
-    micro, devices = c.train.batch // c.train.accumulate, partitioning.batch_devices(mesh)
-    if micro % devices:
-        raise ConfigError(
-            f"a microbatch of {micro} images (train.batch / train.accumulate) is not a multiple of the {devices} devices "
-            "along data and fsdp."
-        )
-    return partitioning.batch_share(mesh, c.train.batch)
-
-
 def _log_sizes(c: ConfigDict, info: pipeline.DatasetInfo, s: training.Setup, cost: float, devices: int) -> None:
     logging.info(
         "%d images, %d per step = %.1f epochs in %d steps; latent %d x %d x %d in %d blocks of %d tokens; attention %s",
@@ -167,7 +156,7 @@ def _resume(
         raise ConfigError(f"config.train.steps={c.train.steps}, but {workdir} has been trained for {step} steps.")
     checkpoints.drop_after(step)
     before, now = fields.flat(checkpoint.stored_config(workdir) or {}), fields.flat(c)
-    for name in ("train.steps", "train.accumulate", *checkpoint.RATES):
+    for name in ("train.steps", "train.accumulate", *checkpoint.RATES, *checkpoint.SWITCHES):
         if before.get(name, now[name]) != now[name]:
             logging.info("config.%s was %s and is %s from here on", name, before[name], now[name])
     data.set_state(position)

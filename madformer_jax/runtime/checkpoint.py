@@ -33,6 +33,7 @@ T = TypeVar("T")
 # What may differ when a run goes on; every other field of these sections must stay as it was.
 _FIXED_SECTIONS = ("model", "text", "loss", "codec", "data", "train", "optimizer")
 RATES = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup", "optimizer.decay")
+SWITCHES = ("optimizer.clip", "optimizer.skip")  # 0 or not is what the optimizer's state depends on; the number is free
 _FREE = {
     "model.attention", "model.remat", "model.scan_unroll",  # how, not what, is computed
     "data.threads", "data.batches_ahead",
@@ -90,6 +91,7 @@ def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...]) -> 
         f"config.{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(before.keys() & now.keys())
         if {name, name.split(".")[0]} & set(sections) and name not in _FREE and before[name] != now[name]
+        if not (name in SWITCHES and before[name] and now[name])
     ]
 
 
@@ -145,7 +147,6 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         with self._errors("written"):
             self._manager.close()
-            self._thin()
 
     @contextlib.contextmanager
     def _errors(self, verb: str) -> Iterator[None]:
@@ -164,6 +165,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             seconds = time.monotonic() - self._started
             logging.info("saved step %d to %s (%.1f s, in the background)", self._step, self.path, seconds)
+            self._thin()
 
     @property
     def last(self) -> int | None:
@@ -189,7 +191,6 @@ class Checkpoints:
         """
         with self._errors("written"):
             self._manager.wait_until_finished()  # also raises what went wrong in the background
-            self._thin()
             if step in self._manager.all_steps():
                 return
             self._started, self._step = time.monotonic(), step
@@ -208,7 +209,7 @@ class Checkpoints:
 
     def _thin(self) -> None:
         """Of complete checkpoints that are kept for ever, leaves what is evaluated; what cannot be removed now is the next time."""
-        if not self._thins or jax.process_index() != 0:
+        if not self._thins:
             return
         for step in sorted({*self.steps[: -self._keep]} - self._thinned):
             try:

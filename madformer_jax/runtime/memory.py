@@ -45,8 +45,8 @@ def check(purpose: str, needed: dict[str, int], free: int, place: str) -> None:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
         raise ConfigError(
             f"{purpose} needs {total / GIB:.2f} GiB ({parts}) before it computes anything, but {place} has "
-            f"{free / GIB:.2f} GiB free: make config.model smaller, spread it over more devices (config.mesh.fsdp, "
-            "config.mesh.tensor), or end what else uses the memory."
+            f"{free / GIB:.2f} GiB free: make config.model smaller, spread it over more devices (config.mesh.fsdp and "
+            "config.mesh.tensor must divide its widths: the log says what they do not), or end what else uses the memory."
         )
 
 

@@ -127,21 +127,31 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     """
     logical = nn.get_partition_spec(boxed)
     specs = nn.logical_to_mesh(logical, RULES)
+    undivided: list[tuple[int, str]] = []  # bytes of each array on a device, and what does not divide
 
     def fit(path: Any, array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
-        axes = list(spec)
+        axes, told = list(spec), ""
         for i, axis in enumerate(axes):
             names = (axis,) if isinstance(axis, str) else axis or ()
             parts = math.prod(mesh.shape[name] for name in names)
             if array.shape[i] % parts:
-                logging.warning(
-                    "%s: dimension %d of %s is not divisible by %s=%d: replicated",
-                    jax.tree_util.keystr(path, simple=True, separator="/"), i, array.shape, "x".join(names), parts,
-                )  # fmt: skip
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                told = f"{name}, dimension {i} of {array.shape}; config.mesh.{' x '.join(names)} = {parts}"
+                told += f" where {math.gcd(array.shape[i], parts)} would do"
                 axes[i] = None
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        if told:
+            undivided.append((math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize, told))
+        return sharding
 
-    return jax.tree_util.tree_map_with_path(fit, nn.meta.unbox(boxed), specs)
+    fitted = jax.tree_util.tree_map_with_path(fit, nn.meta.unbox(boxed), specs)
+    if undivided:
+        size, largest = sum(size for size, _ in undivided), max(undivided)[1]
+        logging.warning(
+            "%d arrays, %.3f GiB on each device, are not split, as the mesh does not divide them; the largest: %s",
+            len(undivided), size / 2**30, largest,
+        )  # fmt: skip
+    return fitted
 
 
 def abstract(tree: Any, sharding: Any) -> Any:
@@ -178,17 +188,33 @@ def log_overview(params: Any, state: Any, path: storage.Path) -> None:
     )  # fmt: skip
 
 
-def batch_share(mesh: Mesh, batch: int) -> tuple[int, int]:
+def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
+    """Raises ConfigError where the devices along data and fsdp do not divide a microbatch of batch / accumulate images."""
+    micro, parts = batch // accumulate, batch_devices(mesh)
+    if micro % parts == 0:
+        return
+    most = max((n for n in range(1, accumulate) if batch % (n * parts) == 0), default=None)
+    raise ConfigError(
+        f"a microbatch of {micro} images (train.batch={batch} / train.accumulate={accumulate}) is not a multiple of the "
+        f"{parts} devices along data and fsdp: "
+        + (
+            f"set train.accumulate={most}."
+            if most
+            else f"set train.batch to a multiple of {parts}, or use mesh.tensor."
+        )
+    )
+
+
+def batch_share(mesh: Mesh, batch: int, accumulate: int = 1) -> tuple[int, int]:
     """(index, count): which of `count` equal shares of each global batch this process reads.
 
     Processes that differ only along "tensor" need the same images and share an index.
 
     Raises:
-      ConfigError: the batch is not a multiple of the devices it is split over, or the mesh cuts a process in two.
+      ConfigError: as `check_batch`, or the mesh cuts a process in two.
     """
+    check_batch(mesh, batch, accumulate)
     parts = batch_devices(mesh)
-    if batch % parts:
-        raise ConfigError(f"a batch of {batch} images is not a multiple of the {parts} devices along data and fsdp.")
     rows: dict[int, set[int]] = {}
     device: Any
     for device, (index,) in batch_sharding(mesh).devices_indices_map((parts,)).items():

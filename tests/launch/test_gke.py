@@ -20,6 +20,16 @@ def test_gke_create(cloud: Cloud, setting: tuple[str, ...], capacity: str) -> No
     assert len({"--on-demand", "--spot", "--reservation=r"} & set(call)) == 1
 
 
+@pytest.mark.parametrize("verb", ["create", "run"])
+def test_gke_joins_slices(cloud: Cloud, verb: str) -> None:
+    setting = (*GKE, "--type=v5litepod-16", "--name=w", "--slices=2")
+    assert cloud.run("gke_xpk.sh", verb, *setting, "--", *MAIN).returncode == 0
+    assert option(cloud.calls[0], "--num-slices") == "2"
+    refused = cloud.run("gke_xpk.sh", verb, *setting[:-1], "--slices=two", "--", *MAIN)
+    assert refused.returncode != 0
+    assert "--slices=two is no number of slices" in refused.stderr
+
+
 def test_gke_run_gives_time_to_save_and_restarts(cloud: Cloud) -> None:
     run = cloud.run("gke_xpk.sh", "run", *GKE, "--type=v5p-8", "--name=w1", "--", *MAIN)
     assert run.returncode == 0, run.stderr

@@ -186,6 +186,8 @@ def test_a_config_binds_from_the_first_checkpoint_on(tmp_path, workdir):
     c = tiny.get_config("plain")
     for folder in (tmp_path / "new", workdir):
         checkpoint.write_config(c, str(folder))
+    c.optimizer.clip = 0.5
+    checkpoint.check_config(c, str(workdir))  # another bound; none at all would be another optimizer
     c.model.width += 8
     checkpoint.check_config(c, str(tmp_path / "new"))
     with pytest.raises(ConfigError, match="config.model.width was 16 and is 24"):

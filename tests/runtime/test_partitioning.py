@@ -58,12 +58,15 @@ def test_the_table_splits_parameters_and_spends_fsdp_on_the_batch_of_activations
     assert specs["scalar"] == PartitionSpec()
 
 
-def test_a_dimension_that_an_axis_does_not_divide_is_replicated_and_named(caplog):
-    mesh = partitioning.make_mesh(2, 2, 2)
+def test_dimensions_that_an_axis_does_not_divide_are_replicated_and_the_largest_named(caplog):
+    mesh = partitioning.make_mesh(2, 4, 1)
+    tree = {"mlp": boxed((6, 512, 1024), "embed", "mlp", "layers"), "small": boxed((7, 6), "embed", "mlp")}
     with caplog.at_level(logging.WARNING):
-        sharding = partitioning.shardings({"mlp": boxed((7, 6), "embed", "mlp")}, mesh)["mlp"]
-    assert sharding.spec == PartitionSpec(None, "tensor")
-    assert "mlp: dimension 0 of (7, 6)" in caplog.text
+        found = partitioning.shardings(tree | {"fits": boxed((8,), "embed")}, mesh)
+    assert found["mlp"].spec == PartitionSpec(None, "tensor", None)
+    (told,) = caplog.messages
+    assert "2 arrays, 0.012 GiB" in told
+    assert "mlp, dimension 0 of (6, 512, 1024); config.mesh.fsdp = 4 where 2 would do" in told
 
 
 def test_bytes_of_a_device_count_its_own_part_only():
@@ -107,8 +110,13 @@ def test_a_tensor_axis_that_does_not_divide_the_layers_is_refused(heads, mlp_wid
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    with pytest.raises(ConfigError, match="batch of 6 images is not a multiple of the 4 devices"):
-        partitioning.batch_share(partitioning.make_mesh(2, 2, 2), 6)
+    mesh = partitioning.make_mesh(2, 2, 2)
+    with pytest.raises(
+        ConfigError, match=r"microbatch of 6 images .* the 4 devices .*: set train.batch to a multiple of 4"
+    ):
+        partitioning.batch_share(mesh, 6)
+    with pytest.raises(ConfigError, match=r"microbatch of 2 images .*: set train.accumulate=4"):
+        partitioning.batch_share(mesh, 16, 8)
 
 
 def test_a_coordinator_needs_its_numbers():
