@@ -233,7 +233,9 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     if vocabulary_of(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block in range(m.blocks):
-        clean = m.clean_stream and block < last
+        # of a finished block the clean tower, if its keys are seen, and the downsampler, if anything reads what it gives
+        clean = m.clean_stream and block < last and (m.ar_condition or not block_only)
+        embedded = block < last and (m.ar_condition or clean)
         # the AR layers: the condition, then the finished block's keys and values
         passes = m.ar_condition + clean
         towers, scores = passes * ar * _tower(c, s), passes * ar * _scores(c, block, False)
@@ -248,7 +250,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
             towers += (m.diffusion_depth - 1) * _tower(c, s) + _tower(c, s, True)
             scores += (m.diffusion_depth - 1) * _scores(c, block, False)
         cost += Cost(diffusion_layers=towers, attention=scores, unet=steps * _upsampler(c)[0])
-        unguided += Cost(unet=(steps + (block < last)) * _downsampler(c)[0])
+        unguided += Cost(unet=(steps + embedded) * _downsampler(c)[0])
     if c.codec.name == "vae":
         unguided += Cost(vae=vae_decode(c.data.image_size))
     branches = guidance_branches(c)

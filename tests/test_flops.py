@@ -80,6 +80,8 @@ SAMPLING = {
     "four blocks": {"blocks": 4},
     "no clean stream, class, guided": {"clean_stream": False, "classes": 10},
     "no condition, D = 2": {"diffusion_depth": 2, "ar_condition": False},
+    "no condition, block only": {"ar_condition": False, "diffusion_attention": "block"},
+    "no condition, no clean stream": {"ar_condition": False, "clean_stream": False},
     "block only, text, guided": {"diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5},
     "one block": {"blocks": 1},
     "neighbours": {"neighbours": True, "blocks": 4},
