@@ -10,7 +10,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -28,9 +28,10 @@ COSTS = {
     "flops": "FLOPs",
     "seconds": "seconds",
 }  # an image
-HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation")
+HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "attributes")
 _COMPARABLE = ("n", "reference", "network", "image", "scores")  # of a protocol
 _OF_THE_RUN = ("step", "fingerprint", "seed", "steps")  # of a protocol's images: what is another one in every run
+_OF_PROMPTS = ("asked", "tokens")  # of a protocol's images: what follows from its "prompts"
 _APART = ("data.", "codec.", "evaluate.")  # sections whose fields change what is compared: never in one table
 
 
@@ -313,9 +314,10 @@ def _score(given: Any) -> Score:
     )
 
 
-def _comparable(protocol: Mapping[str, Any], swept: Iterable[str]) -> dict[str, Any]:
+def _comparable(protocol: Mapping[str, Any], swept: Collection[str]) -> dict[str, Any]:
     """What scores must share to stand in one column."""
-    images = {name: x for name, x in protocol["images"].items() if name not in (*_OF_THE_RUN, *swept)}
+    varied = (*_OF_THE_RUN, *swept, *(_OF_PROMPTS if "prompts" in swept else ()))
+    images = {name: x for name, x in protocol["images"].items() if name not in varied}
     return {**{name: protocol.get(name) for name in _COMPARABLE}, "images": images}
 
 

@@ -19,6 +19,11 @@ def test_a_single_seed_has_no_interval():
     assert results.estimate([2.0]) == results.Estimate((2.0,), 2.0, None, None)
 
 
+@pytest.mark.parametrize(("score", "sign"), [("attributes", 1), ("FD-attributes", -1), ("recall-attributes", 1)])
+def test_it_is_known_which_scores_are_the_better_ones(score, sign):
+    assert results.sign_of(score) == sign
+
+
 def test_axes_are_what_varies_and_what_changes_with_it_follows(tmp_path):
     """A width that D decides, steps that D and L decide together."""
     extra = {
@@ -45,6 +50,23 @@ def test_a_setting_of_sampling_is_an_axis_too(tmp_path):
     assert [axis.label for axis in part.axes] == ["D", "spacing"]
     assert part.settings == [(1, "leading"), (1, "trailing"), (2, "leading"), (2, "trailing")]
     assert "spacing" not in part.protocol["images"]
+
+
+def test_prompts_are_an_axis_with_all_that_follows_from_them(tmp_path):
+    sampled = [{"sample.prompts": f"data:{split}"} for split in ("test", "composition")]
+    made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), sampled=sampled)
+    for path in tmp_path.glob("runs/*/result.json"):
+        run = json.loads(path.read_text())
+        for evaluation in run["evaluations"]:
+            images = evaluation["protocol"]["images"]
+            images |= {
+                "asked": images["prompts"],
+                "prompts": [f"one of {images['prompts']}"],
+                "tokens": images["prompts"],
+            }
+        path.write_text(json.dumps(run))
+    (part,) = results.read(str(tmp_path)).parts
+    assert [axis.label for axis in part.axes] == ["D", "prompts"]
 
 
 def test_seconds_of_one_seed_are_those_of_all(tmp_path):
