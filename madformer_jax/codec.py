@@ -1,6 +1,7 @@
 """Image to latent to blocks and back: the only place where each happens."""
 
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -71,6 +72,11 @@ def pixel(patch: int) -> Codec:
 def build(c: ConfigDict) -> Codec:
     """The codec of a validated config."""
     return vae(c.codec.path, c.codec.dtype, c.codec.scaling_factor) if c.codec.name == "vae" else pixel(c.codec.patch)
+
+
+def describe(c: ConfigDict, weights: str) -> dict[str, Any]:
+    """The codec's settings, for a protocol: the fingerprint of its weights in place of where they lie."""
+    return json.loads(c.codec.to_json()) | {"path": weights}
 
 
 def vae(path: str, dtype: str, scaling_factor: float) -> Codec:

@@ -1,6 +1,7 @@
 """Images for a config from the sampler: in batches, as grids, as files."""
 
 import functools
+import hashlib
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -204,6 +205,20 @@ def given_noise(c: ConfigDict) -> np.ndarray | None:
         if not np.isfinite(rows).all():
             raise ConfigError(f"config.sample.noise={path} is not finite at image {number}.")
     return noise
+
+
+def noise_digest(c: ConfigDict) -> str | None:
+    """The SHA-256 of the values in `sample.noise`, for a protocol; None where the seed gives the noise.
+
+    Raises:
+      ConfigError: as `given_noise`.
+    """
+    noise, digest = given_noise(c), hashlib.sha256()
+    if noise is None:
+        return None
+    for rows in noise:
+        digest.update(rows.astype(np.float32).tobytes())
+    return digest.hexdigest()
 
 
 # ---- files: shards of finished images, and grids

@@ -271,7 +271,7 @@ def _judged(config: ConfigDict, workdir: str) -> str:
     if not epath.Path(places.reference_path(c, workdir)).exists():
         reference.run(c, workdir)
     found = [evaluate.run(c, workdir)["results"][0]["scores"]]
-    c.evaluate.images = "data:train"
+    c.evaluate.images, c.evaluate.grid = "data:train", ""
     found.append(evaluate.run(c, workdir)["results"][0]["scores"])
     name = next(iter(found[0]))
     drawn, real = (f"{one[name]['value']:.2f} [{one[name]['low']:.2f}, {one[name]['high']:.2f}]" for one in found)
@@ -350,6 +350,10 @@ def run(argv: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are things to put away
     with _above_the_log(config):
+        if values.mode == "train" and config.train.judge:
+            from madformer_jax.modes import evaluate
+
+            evaluate.check_early(config, values.workdir)
         result = module.run(config, values.workdir, **extra)
     if values.mode == "train" and result.get("step") == config.train.steps:
         scores = _judged(config, values.workdir) if config.train.judge else ""

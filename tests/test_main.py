@@ -127,6 +127,7 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
     seen = []
 
     def judged(c, workdir):
+        evaluate.check(c)
         seen.append((c.evaluate.images, workdir))
         value = 0.25 if c.evaluate.images else 1.5
         return {"results": [{"scores": {"FD-x": {"value": value, "low": 0.0, "high": 2.0}}}]}
@@ -138,10 +139,25 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
         "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of as many real training images: 0.25 [0.00, 2.00]"
     )
     (tmp_path / "reference.npz").write_bytes(b"")
+    c.evaluate.grid = "steps=5,20"  # which real images have no use for
     main._judged(c, str(tmp_path))
     steps = ["reference", "", "data:train", "", "data:train"]  # what is there is not made anew
     assert [what for what, _ in seen] == steps and {where for _, where in seen} == {str(tmp_path)}
     assert c.evaluate.images == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--config.evaluate.degrade=blur:1"], "config.evaluate.degrade"),
+        (["--config.evaluate.grid=solver=euler"], "config.sample.solver='euler' is unknown"),
+        (["--config.evaluate.reference=LICENSE"], "LICENSE cannot be read"),
+    ],
+)
+def test_a_training_that_cannot_be_judged_does_not_begin(monkeypatch, capsys, tmp_path, args, told):
+    monkeypatch.setattr(madformer_jax.modes.train, "run", lambda *args: pytest.fail("trains"))
+    status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/run", "--config.train.judge=True", *args)
+    assert status == 2 and told in line
 
 
 def test_missing_workdir_config_and_checkpoint(capsys, tmp_path):

@@ -201,7 +201,8 @@ def _of_shards(c: ConfigDict, name: str, paths: list[str]) -> Images:
         if shard.shape[1:] != shape:
             raise ConfigError(f"{path}: images are {shard.shape[1:]}, and the config's are {shape}.")
     ends = np.cumsum([shard.shape[0] for shard in shards])
-    labelled = all(shard.labels is not None for shard in shards)
+    # a model without classes writes 0 for each image
+    labelled = bool(c.model.classes) and all(shard.labels is not None for shard in shards)
 
     def read(numbers: np.ndarray) -> Rows:
         images, labels = [], []

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from madformer_jax import codec, drawing, flops, progress, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import images, judge, likelihood, parts, reference, samples, settings
+from madformer_jax.evaluation import images, judge, likelihood, parts, places, reference, samples, settings
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.runtime.preemption import interruptible
@@ -53,8 +53,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       ConfigError: a setting, the reference, the images or a checkpoint is wrong or missing; nothing is drawn then.
     """
-    config_lib.validate(c)
-    _check_what_is_judged(c)
+    check(c)
     if c.evaluate.images:
         results = [_judge_images(c, workdir, samples.open_judge(c, workdir, c.evaluate.n))]
     else:
@@ -64,14 +63,32 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"results": results}
 
 
-def _check_what_is_judged(c: ConfigDict) -> None:
-    """Raises ConfigError for settings of the other kind of images, which would be passed over."""
+def check(c: ConfigDict) -> None:
+    """Refuses what can be seen to be wrong before there is anything to judge.
+
+    Raises:
+      ConfigError: a setting of the config or of its grid cannot be, or is of the other kind of images and would be passed over.
+    """
+    config_lib.validate(c)
     if c.evaluate.degrade and not c.evaluate.images:
         raise ConfigError("config.evaluate.degrade spoils images that exist: name them in evaluate.images.")
     if c.evaluate.grid and c.evaluate.images:
         raise ConfigError(
             "config.evaluate.grid draws from checkpoints, and evaluate.images are there already: set one."
         )
+    for setting in settings.grid(c):
+        config_lib.validate(setting)
+
+
+def check_early(c: ConfigDict, workdir: str) -> None:
+    """As `check`, before the model is trained that will be judged: a reference that is there by then is opened.
+
+    Raises:
+      ConfigError: as `check`, or the reference or its network does not open.
+    """
+    check(c)
+    if epath.Path(places.reference_path(c, workdir)).exists():
+        samples.open_judge(c, workdir, c.evaluate.n)
 
 
 def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, Any]:
@@ -86,8 +103,6 @@ def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, A
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     """A result for each checkpoint and setting, in this order."""
     grid = settings.grid(c)
-    for setting in grid:
-        config_lib.validate(setting)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     by = samples.open_judge(c, workdir, c.evaluate.n)
@@ -95,21 +110,23 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     model, images_codec = madformer.build(c), codec.build(c)
     target = drawing.abstract_params(model, mesh)
     memory.require("evaluation", mesh, parameters=target)
+    noise = drawing.noise_digest(grid[0])  # of all settings
     programs: dict[Any, drawing.Draw] = {}
     results: dict[tuple[int, int], dict[str, Any]] = {}
     with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         steps = settings.steps(c.evaluate.checkpoints, checkpoints.steps)
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
+        decoded = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
         for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
             _, params = checkpoints.restore_weights(weights, target, step)
-            about = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed}
+            about = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | decoded
             for i, setting in enumerate(grid):
                 if setting.sample.weights != weights:
                     continue
                 likely = functools.partial(likelihood.scores, setting, model, params, mesh)
                 config_lib.number_labels(setting, checkpoints.class_names(step))
                 s = setting.sample
-                drawn = json.loads(s.to_json())  # as a file has it
+                drawn = json.loads(s.to_json()) | {"noise": noise or ""}  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
                     drawn_by = drawing.make_draw(setting, model, images_codec.decode)

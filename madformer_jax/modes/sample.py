@@ -131,10 +131,7 @@ def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:
 
 def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dict[str, Any]:
     """All that decides the images and the files they lie in."""
-    s, noise = c.sample, drawing.given_noise(c)
-    digest = hashlib.sha256()
-    for rows in () if noise is None else noise:
-        digest.update(rows.astype(np.float32).tobytes())
+    s, noise = c.sample, drawing.noise_digest(c)
     kept = (
         "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "clip", "labels",
         "label_sampling", "n", "shard",
@@ -142,13 +139,13 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
     return {
         "step": step,
         "seed": c.seed if noise is None or s.label_sampling == "random" else None,
-        "noise": None if noise is None else digest.hexdigest(),
+        "noise": noise,
         **{name: s[name] for name in kept},
         **prompts.describe(c),
         "fingerprint": weights,
         "model": json.loads(c.model.to_json()),
         "image": [c.data.image_size, c.data.image_size, c.data.channels],
-        "codec": json.loads(c.codec.to_json()) | {"path": codec_weights},
+        "codec": codec.describe(c, codec_weights),
     }
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import drawing
+from madformer_jax import codec, drawing
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import parts, reference, scores
 from madformer_jax.models import classifier, madformer
 from madformer_jax.modes import evaluate
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.sizes import sizes_of
 from tests import tiny
 
 N = 20
@@ -152,13 +153,14 @@ def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, wor
     assert evaluate.run(fresh, str(workdir))["results"] == results
 
 
-@pytest.mark.parametrize("kind", ["npz", "shards", "folder", "data"])
+@pytest.mark.parametrize("kind", ["npz", "shards", "shards without classes", "folder", "data"])
 def test_images_that_exist(fresh, workdir, data, tmp_path, kind):
     images = np.concatenate([data_images(data, "train"), data_images(data, "test")])[:N]
     if kind == "npz":
         np.savez_compressed(tmp_path / "x.npz", arr_0=images)
         name = str(tmp_path / "x.npz")
-    elif kind == "shards":
+    elif kind.startswith("shards"):
+        fresh.model.classes = 2 if kind == "shards" else 0
         (tmp_path / "x").mkdir()
         np.savez(tmp_path / "x" / "0.npz", images=images[:7], labels=np.zeros(7))
         np.savez(tmp_path / "x" / "1.npz", images=images[7:], labels=np.ones(N - 7))
@@ -220,6 +222,27 @@ def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_ma
     fresh.evaluate.reference = str(tmp_path / "other.npz")
     reference_mode.run(fresh, str(workdir))
     assert reference.load(fresh.evaluate.reference).protocol["n"] == N - 1
+
+
+@pytest.mark.parametrize("what", ["noise", "weights of the codec"])
+def test_other_noise_and_other_weights_of_the_codec_are_judged_anew(fresh, workdir, tmp_path, monkeypatch, what):
+    """Under the old paths."""
+    noise = np.random.default_rng(0).standard_normal((2, N, *sizes_of(fresh).block_shape))
+    values = []
+    for i in (0, 1, 1):
+        if what == "noise":
+            np.save(tmp_path / "noise.npy", noise[i])
+            fresh.sample.noise = str(tmp_path / "noise.npy")
+        else:
+            scaled = codec.Codec(lambda i=i: {"scale": np.float32(1 - i / 2)}, None, _decode)
+            monkeypatch.setattr(codec, "build", lambda c, scaled=scaled: scaled)
+        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["FD-classifier"]["value"])
+    assert values[0] != values[1] == values[2]
+    assert len(list((workdir / "evaluations").glob("*.json"))) == 2
+
+
+def _decode(params, z):
+    return params["scale"] * codec.pixel(4).decode({}, z)
 
 
 def _adm(workdir, path):
