@@ -55,9 +55,14 @@ def _of_data(c: ConfigDict) -> tuple[Source, np.ndarray]:
     return source, np.arange(min(c.sample.n, len(source)))
 
 
+def of_drawings(c: ConfigDict) -> bool:
+    """Whether a model reads the captions of drawings, of which every attribute is known that they name."""
+    return bool(c.text.vocabulary) and c.text.caption == "caption" and c.data.source == "drawings"
+
+
 def asked(c: ConfigDict) -> np.ndarray | None:
     """The attributes that the prompts ask for, int32 (n, A), 0 for none; None where they are no captions of drawings."""
-    if not c.text.vocabulary or c.data.source != "drawings" or not c.sample.prompts.startswith(_DATA):
+    if not of_drawings(c) or not c.sample.prompts.startswith(_DATA):
         return None
     source, numbers = _of_data(c)
     rows = source.read(numbers).attributes

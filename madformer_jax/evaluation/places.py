@@ -12,10 +12,10 @@ def reference_path(c: ConfigDict, workdir: str) -> str:
 
 
 def reader_path(c: ConfigDict, workdir: str) -> str:
-    """The reader of attributes, which judges what a model makes of captions."""
-    return (
-        network_path(c, workdir) if c.evaluate.network == "attributes" else os.path.join(workdir, _FILES["attributes"])
-    )
+    """The reader of attributes, which judges what a model makes of captions: the network, or beside the reference."""
+    if c.evaluate.network == "attributes":
+        return network_path(c, workdir)
+    return os.path.join(os.path.dirname(reference_path(c, workdir)), _FILES["attributes"])
 
 
 def network_path(c: ConfigDict, workdir: str) -> str:

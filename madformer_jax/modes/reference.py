@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from madformer_jax import config as config_lib
+from madformer_jax import prompts
 from madformer_jax.data import drawings, pipeline, sources
 from madformer_jax.data.attributes import ATTRIBUTES
 from madformer_jax.errors import ConfigError
@@ -49,8 +50,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             "config.evaluate.network=attributes needs pictures whose attributes are known, config.data.source=drawings, and it "
             f"is {c.data.source}: use classifier or inception."
         )
-    if c.evaluate.network == "attributes" or (c.text.vocabulary and c.data.source == "drawings"):
-        _train_reader(c, places.reader_path(c, workdir))
+    if c.evaluate.network == "attributes" or prompts.of_drawings(c):
+        make_reader(c, places.reader_path(c, workdir))
     partitioning.sync("classifier")
     network = features.open_network(c.evaluate.network, where)
     protocol = {**data.about, "image": pipeline.table(c).describe(), "network": network.describe()}
@@ -107,7 +108,7 @@ def _train(c: ConfigDict, path: str) -> None:
     )
 
 
-def _train_reader(c: ConfigDict, path: str) -> None:
+def make_reader(c: ConfigDict, path: str) -> None:
     """Trains the reader of attributes, unless it is there."""
     if jax.process_index() or epath.Path(path).exists():
         return

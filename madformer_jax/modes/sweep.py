@@ -21,10 +21,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing
+from madformer_jax import codec, drawing, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import judge, places, settings
+from madformer_jax.evaluation import judge, places, samples, settings
 from madformer_jax.models import madformer
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, lock, malloc, partitioning, storage
@@ -66,6 +66,8 @@ def run(
     for run, evaluation in itertools.product(job.runs, job.evaluations):
         if evaluation.kind != "seconds":  # which are not known yet
             budget.solver_steps(sweep.overridden(run.config, evaluation.overrides), evaluation.kind, evaluation.asked)
+    for run, overrides in itertools.product(job.runs, definition.evaluations):
+        evaluate.check(_evaluated(run.config, overrides, [run.config.sample.steps]))
     if dry_run:
         print(listing.table(job))
         return {}
@@ -137,7 +139,7 @@ def _free() -> None:
 def _do(job: Job, run: Run) -> bool:
     """Trains and judges, and writes the result; False where the training was asked to stop."""
     folder = layout.folder(job.workdir, run)
-    base = _with_judge(run.config, job.workdir)  # whose errors come before hours of training
+    base = _with_judge(run.config, job.workdir, folder)  # whose errors come before hours of training
     if not _is_trained(run.config, folder):
         if "stopped" in train.run(run.config.copy_and_resolve_references(), folder, grids=False):
             return False
@@ -177,12 +179,17 @@ def _evaluate(job: Job, run: Run, base: ConfigDict) -> list[dict[str, Any]]:
     found: dict[Any, dict[str, Any]] = {}
     keys = [(job.definition.evaluations.index(e.overrides), _solver_steps(job, run, e)) for e in job.evaluations]
     for i, overrides in enumerate(job.definition.evaluations):
-        c = sweep.overridden(base, overrides)
         steps = sorted({steps for j, steps in keys if j == i})
-        c.evaluate.grid = f"steps={','.join(map(str, steps))}"
-        results = evaluate.run(c, layout.folder(job.workdir, run))["results"]
+        results = evaluate.run(_evaluated(base, overrides, steps), layout.folder(job.workdir, run))["results"]
         found |= zip(((i, n) for n in steps), judge.means(results) or results, strict=True)
     return [found[key] for key in keys]
+
+
+def _evaluated(c: ConfigDict, overrides: sweep.Overrides, steps: Sequence[int]) -> ConfigDict:
+    """The config of one of a sweep's evaluations, at these numbers of solver steps."""
+    c = sweep.overridden(c, overrides)
+    c.evaluate.grid = f"steps={','.join(map(str, steps))}"
+    return c
 
 
 def _result(
@@ -252,15 +259,25 @@ def _exists(path: str) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(found))) if jax.process_count() > 1 else found
 
 
-def _with_judge(c: ConfigDict, workdir: str) -> ConfigDict:
-    """The config with the paths of the classifier and the reference, which are made here unless it names a reference."""
+def _with_judge(c: ConfigDict, workdir: str, of_run: str) -> ConfigDict:
+    """The config of a run in the folder `of_run`, with the paths of its judge.
+
+    That is made here, a reader of attributes with it where there are captions, unless the config names a reference.
+
+    Raises:
+      ConfigError: it cannot be made, or the one that is named does not open.
+    """
     c = c.copy_and_resolve_references()
-    if not c.evaluate.reference:
-        name = sweep.judge_of(c)
-        folder = os.path.join(workdir, "judges", name)
-        path = places.reference_path(c, folder)
-        _make_once(workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), folder))
-        c.evaluate.reference, c.evaluate.network_path = path, places.network_path(c, folder)
+    if c.evaluate.reference:
+        samples.open_judge(c, of_run, c.evaluate.n)
+        return c
+    name = sweep.judge_of(c)
+    folder = os.path.join(workdir, "judges", name)
+    path, reads = places.reference_path(c, folder), places.reader_path(c, folder)
+    _make_once(workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), folder))
+    if prompts.of_drawings(c):  # a run without captions, which may have made the judge, needs none
+        _make_once(workdir, f"judge_{name}", reads, lambda: reference.make_reader(c, reads))
+    c.evaluate.reference, c.evaluate.network_path = path, places.network_path(c, folder)
     return c
 
 
@@ -272,7 +289,7 @@ def _timing(job: Job, run: Run, anew: bool = False) -> list[Timing]:
         epath.Path(path).unlink(missing_ok=True)
     _make_once(
         job.workdir,
-        name,
+        f"timing_{name}",  # the run with the default seed has the name itself, and claims it
         path,
         lambda: storage.write_json(path, [_measured(job, run, o) for o in job.definition.evaluations]),
     )

@@ -1,8 +1,8 @@
 """A sweep's folder: what is written there, and the state of its runs.
 
 sweep.json               the plan: question, budgets, and the name and overrides of every run
-judges/HASH/             classifier and reference of a data set, made once for all runs on it
-claims/NAME/lock.json    the process that works on a run, with its sign of life
+judges/HASH/             classifier, reference and reader of captions' attributes of a data set, made once for all runs on it
+claims/NAME/lock.json    the process that works on a run, a judge or a timing, with its sign of life
 runs/NAME/               workdir of a training and of its evaluations, and
           result.json    what came out of it: there when the run is done; the same bytes however often it was interrupted
           grid.png       samples, a row for each evaluation in `grid_rows` of the result; of the first seed of each point

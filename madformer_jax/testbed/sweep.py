@@ -23,7 +23,8 @@ Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth":
 
 # Where things lie and how they are computed on this machine: no part of what a run is.
 _MACHINE = {
-    "platform", "compilation_cache", "profile", "data.path", "data.workers", "codec.path",
+    "platform", "compilation_cache", "profile", "data.path", "data.workers", "data.threads", "data.batches_ahead",
+    "data.max_corrupt", "model.attention", "codec.path",
     "evaluate.reference", "evaluate.network_path", "evaluate.training",
 }  # fmt: skip
 
@@ -187,5 +188,7 @@ def judge_of(c: ConfigDict) -> str:
     found = {
         name: value for name, value in fields.flat(c.data).items() if name not in ("path", "workers", "split", "flip")
     }
+    # how data is read decides neither: it counts as if nobody had set it, by which judges keep the names they had
+    found |= {name: config_lib.base().data[name] for name in ("threads", "batches_ahead", "max_corrupt")}
     found |= {"network": c.evaluate.network, "evaluated": c.evaluate.split}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]

@@ -270,7 +270,9 @@ def test_prompts_from_the_data_ask_for_the_attributes_that_their_captions_name()
     again = np.arange(13) % 10
     assert prompts.of(c) == [found.captions[i] for i in again]
     np.testing.assert_array_equal(prompts.asked(c), drawings.asked(found.attributes)[again])
-    c.sample.prompts = "a red planet"
+    c.text.caption = "class"
+    assert prompts.asked(c) is None
+    c.text.caption, c.sample.prompts = "caption", "a red planet"
     assert prompts.asked(c) is None
 
 

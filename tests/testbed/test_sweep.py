@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import places
 from madformer_jax.modes import sweep as mode
 from madformer_jax.runtime import lock, storage
 from madformer_jax.testbed import layout, sweep
@@ -81,7 +82,9 @@ def stage(monkeypatch):
 
 @pytest.fixture
 def c():
-    return tiny.get_config("plain")
+    c = tiny.get_config("plain")
+    c.model.classes = 10
+    return c
 
 
 def results(folder):
@@ -92,7 +95,7 @@ def test_each_run_is_trained_and_judged_once(c, stage, tmp_path):
     done = mode.run(c, str(tmp_path), file=File(TWO))
     assert stage.trained == [16, 24]
     assert stage.evaluated == [(16, "steps=1,4"), (24, "steps=1,4")]
-    assert list(results(tmp_path)) == sorted(done["runs"])
+    assert sorted(results(tmp_path)) == sorted(done["runs"])
     first = json.loads((tmp_path / "runs" / done["runs"][0] / "result.json").read_text())
     assert (first["sweep"], first["seed"], first["overrides"]) == ("widths", 0, {"model.width": 16, "seed": 0})
     assert first["training"] | {"curve": [], "flops": 0} == {
@@ -177,6 +180,41 @@ def test_more_budgets_are_judged_without_training_again(c, stage, tmp_path):
     assert stage.evaluated[2:] == [(16, "steps=1,4,8"), (24, "steps=1,4,8")]
 
 
+def test_seconds_are_measured_by_the_run_that_needs_them(c, stage, tmp_path, monkeypatch):
+    """The run with the default seed is named as its point is, whose seconds these are."""
+    c.seed = 0
+    monkeypatch.setattr(mode.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps})
+    mode.run(c, str(tmp_path), file=File(TWO._replace(sample_budgets={"seconds": (0.4,)})))
+    assert stage.evaluated == [(16, "steps=4"), (24, "steps=4")]
+
+
+def test_a_given_judge_that_does_not_open_is_told_before_training(c, stage, tmp_path):
+    c.evaluate.reference = str(tmp_path / "none.npz")
+    with pytest.raises(ConfigError, match="no reference at .*none.npz"):
+        mode.run(c, str(tmp_path), file=File(TWO))
+    assert not stage.trained
+
+
+def test_a_reader_of_attributes_is_made_for_the_runs_with_captions_and_found_by_them(c, stage, tmp_path, monkeypatch):
+    """The first run has none, and makes the judge."""
+    c.model.classes = 0
+    c.data.source, c.text.vocabulary, c.text.length, c.text.tokenizer = "drawings", 835, 40, "drawings"
+    captions = [("class", "a"), ("caption", "a"), ("caption", "b")]
+    runs = [{"text.caption": caption, "sample.prompts": prompts} for caption, prompts in captions]
+    made, found = [], []
+    monkeypatch.setattr(
+        mode.reference, "make_reader", lambda c, path: made.append(path) or storage.write_text(path, "")
+    )
+
+    def evaluated(c, folder):
+        found.append(os.path.exists(places.reader_path(c, folder)))
+        return stage.evaluate(c, folder)
+
+    monkeypatch.setattr(mode.evaluate, "run", evaluated)
+    mode.run(c, str(tmp_path), file=File(TWO._replace(runs=runs, evaluations=[{}])))
+    assert len(made) == 1 and found == [False, True, True]
+
+
 def test_an_array_s_process_starts_at_its_own_run(c, stage, tmp_path, monkeypatch):
     monkeypatch.setenv("MADFORMER_INDEX", "3")
     mode.run(c, str(tmp_path), file=File(TWO))
@@ -216,6 +254,11 @@ def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatc
         (TWO._replace(sample_budgets={}), "no evaluations"),
         (TWO._replace(sample_budgets={"steps": (4000,)}), "out of reach"),
         (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is none of a sampling's settings"),
+        (TWO._replace(evaluations=[{"sample.spacing": "trialing"}]), "config.sample.spacing='trialing' is unknown"),
+        (
+            TWO._replace(runs=[{"model.classes": 0}]),
+            r"config.sample.guidance_interval=\(0, 900\) needs a class-conditional",
+        ),
         (None, "returned a NoneType, not a Sweep"),
     ],
 )
@@ -227,12 +270,14 @@ def test_a_wrong_sweep_is_told_in_one_line_before_anything_is_done(c, stage, tmp
 
 
 def test_a_name_is_what_a_run_is_and_not_where(c):
-    one = sweep.name_of(c)
+    one, other = sweep.name_of(c), c.copy_and_resolve_references()
+    judge = sweep.judge_of(c)
     c.data.path, c.platform, c.compilation_cache = "elsewhere", "cpu", "auto"
-    assert sweep.name_of(c) == one
+    c.data.threads, c.data.batches_ahead, c.data.max_corrupt, c.model.attention = 8, 5, 0.5, "reference"
+    assert (sweep.name_of(c), sweep.judge_of(c)) == (one, judge)
     c.seed = 1
     assert sweep.name_of(c) != one
-    assert sweep.name_of(c, without=("seed",)) == sweep.name_of(tiny.get_config("plain"), without=("seed",))
+    assert sweep.name_of(c, without=("seed",)) == sweep.name_of(other, without=("seed",))
 
 
 def test_seeds_come_one_after_the_other():
