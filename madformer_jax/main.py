@@ -268,6 +268,7 @@ def _judged(config: ConfigDict, workdir: str) -> str:
     from madformer_jax.modes import evaluate, reference
 
     c = config.copy_and_resolve_references()
+    c.evaluate.images = ""
     if not epath.Path(places.reference_path(c, workdir)).exists():
         reference.run(c, workdir)
     found = [evaluate.run(c, workdir)["results"][0]["scores"]]

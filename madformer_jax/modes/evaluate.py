@@ -81,12 +81,13 @@ def check(c: ConfigDict) -> None:
 
 
 def check_early(c: ConfigDict, workdir: str) -> None:
-    """As `check`, before the model is trained that will be judged: a reference that is there by then is opened.
+    """As `check`, before the model is trained that will be judged: its data, and a reference that is there by then, are opened.
 
     Raises:
-      ConfigError: as `check`, or the reference or its network does not open.
+      ConfigError: as `check`, the data are no images, or the reference or its network does not open.
     """
     check(c)
+    images.of_source(c, "train", shuffled=False, asked="train.judge")
     if epath.Path(places.reference_path(c, workdir)).exists():
         samples.open_judge(c, workdir, c.evaluate.n)
 
