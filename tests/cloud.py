@@ -21,7 +21,8 @@ import jax
 from clu import metric_writers  # noqa: F401
 
 from madformer_jax import main
-from madformer_jax.modes import export, prepare, sample, train  # noqa: F401
+from madformer_jax.models import classifier
+from madformer_jax.modes import evaluate, export, prepare, reference, sample, train  # noqa: F401
 from tests import bucket
 
 TINY = pathlib.Path(__file__).with_name("tiny.py")
@@ -59,6 +60,11 @@ def end(process: int, until: Callable[[], bool] | None = None) -> int:
         time.sleep(0.02)
 
 
+def untrained(*given: object) -> classifier.Classifier:
+    """A classifier that has learned nothing, in place of a minute of training."""
+    return classifier.Classifier(classifier.init(jax.random.key(0), 10, 1), 10, 1, accuracy=0.1, held_out=1)
+
+
 def run(folder: pathlib.Path) -> dict[str, object]:
     """All of it. Names of objects with their sizes, and the exit statuses by the name of the log."""
     with bucket.serve() as (store, environment):
@@ -76,6 +82,9 @@ def run(folder: pathlib.Path) -> dict[str, object]:
         ends["export"] = end(start(folder, "export", "--mode=export", workdir))  # the config is the workdir's
         store.fail += [("export/checkpoints/4/ema/_METADATA", 503), ("export/config.json", 503)]
         ends["exported"] = end(start(folder, "exported", "--mode=sample", "--workdir=gs://bucket/run/export"))
+        classifier.train = untrained
+        for mode in ("reference", "evaluate"):
+            ends[mode] = end(start(folder, mode, f"--mode={mode}", workdir, "--config.evaluate.n=50"))
         largest = max((n for n in store.objects if "/4/ema/ocdbt" in n and n.startswith("run/ch")), key=store.size)
         store.objects[largest] = bytes([store.objects[largest][0] ^ 1]) + store.objects[largest][1:]
         ends["damaged"] = end(start(folder, "damaged", "--mode=sample", workdir))

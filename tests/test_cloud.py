@@ -10,14 +10,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_every_mode_works_in_a_bucket(tmp_path):
-    """Trains, is killed in a save, goes on, exports, samples, prepares; in a process that may fork (see tests/cloud.py)."""
+    """Trains, is killed in a save, goes on, exports, samples, judges, prepares; in a process that may fork (see tests/cloud.py)."""
     command = [sys.executable, "-m", "tests.cloud", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": QUICK}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     logs = {path.stem: path.read_text() for path in tmp_path.glob("*.log")}
     assert found["ends"] == {
-        "killed": -9, "resumed": 0, "export": 0, "exported": 0, "damaged": 0, "prepare": 0, "no_bucket": 2,
+        "killed": -9, "resumed": 0, "export": 0, "exported": 0, "reference": 0, "evaluate": 0, "damaged": 0, "prepare": 0, "no_bucket": 2,
     }, logs  # fmt: skip
     assert not any("Traceback" in log for log in logs.values()), logs
     assert "going on from step 2 of gs://bucket/run" in logs["resumed"]

@@ -14,6 +14,7 @@ from absl import logging
 from jax import Array
 
 from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
 from madformer_jax.weights import files
 
 
@@ -85,7 +86,8 @@ def load(path: str, kind: Any, what: str, init: Callable[[Mapping[str, Any]], An
     Raises:
       ConfigError: there is none at `path`, or it is damaged.
     """
-    tensors, args, _ = files.read_state_dict(path)
+    read = files.read_npz if storage.is_remote(path) else files.read_state_dict  # which copies nothing from a bucket
+    tensors, args, _ = read(path)
     try:
         about = {name: (args or {})[name] for name in kind._fields if name != "params"}
     except KeyError:

@@ -6,6 +6,7 @@ Formats by suffix: .pt, .pth and .bin (PyTorch, an optional extra), .safetensors
 
 import argparse
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -111,6 +112,23 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
     return StateDict(_plain_arrays(sets[chosen], path), args, chosen)
 
 
+def read_npz(path: storage.Path) -> StateDict:
+    """What `write_state_dict` has written as .npz, be it in a bucket: small enough to be read into memory.
+
+    Raises:
+      ConfigError: no such file, truncated or of another kind.
+    """
+    there = epath.Path(path)
+    with storage.errors(f"{path} cannot be read"):
+        try:
+            content = storage.retry(there.read_bytes)
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file.") from None
+    tensors = _read_npz(there, io.BytesIO(content))
+    args = tensors.pop(_ARGS, None)
+    return StateDict(_plain_arrays(tensors, there), args, "")
+
+
 def write_state_dict(
     path: str | os.PathLike[str],
     tensors: Mapping[str, np.ndarray],
@@ -194,7 +212,7 @@ def _check_suffix(path: pathlib.PurePath) -> None:
         raise ConfigError(f"{path}: unknown kind of checkpoint, the name must end in one of {', '.join(SUFFIXES)}.")
 
 
-def _plain_arrays(content: Mapping[str, Any], path: pathlib.Path) -> dict[str, np.ndarray]:
+def _plain_arrays(content: Mapping[str, Any], path: pathlib.PurePath) -> dict[str, np.ndarray]:
     arrays = {str(name): _numpy(value) for name, value in content.items()}
     wrong = [name for name, array in arrays.items() if array is None]
     if wrong or not arrays:
@@ -214,14 +232,14 @@ def _numpy(value: Any) -> np.ndarray | None:
     return value.detach().numpy()
 
 
-def _unreadable(path: pathlib.Path, kind: str, error: Exception) -> ConfigError:
+def _unreadable(path: pathlib.PurePath, kind: str, error: Exception) -> ConfigError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return ConfigError(f"{path} cannot be read as {kind}; it is truncated or another kind of file ({reason}).")
 
 
-def _read_npz(path: pathlib.Path) -> dict[str, Any]:
+def _read_npz(path: pathlib.PurePath, archive: IO[bytes] | None = None) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(archive or path, allow_pickle=False) as file:
             content: dict[str, Any] = {name: _bfloat16_of_void(file[name]) for name in file.files}
         return content | {_ARGS: json.loads(str(content[_ARGS]))} if _ARGS in content else content
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
