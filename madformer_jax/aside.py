@@ -1,4 +1,7 @@
-"""What a training does aside: sample grids, scores, losses on held-out images. Whatever goes wrong with them, training goes on."""
+"""What a training does aside: sample grids, scores, losses on held-out images.
+
+Whatever goes wrong with them, training goes on; unless it goes wrong in one of several processes alone.
+"""
 
 import abc
 import contextlib
@@ -42,7 +45,11 @@ class Aside(abc.ABC):
         self._c, self._studio = c, studio
 
     def do(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
-        """Does it, and looks between its batches whether to `stop`. Whatever goes wrong is told in one line: training goes on."""
+        """Does it, and looks between its batches whether to `stop`. What goes wrong is told in one line: training goes on.
+
+        Raises:
+          whatever went wrong in this process and not in the others: they wait for it.
+        """
         with self._studio.report.paused():
             try:
                 self._do(step, state, stop)
@@ -50,6 +57,8 @@ class Aside(abc.ABC):
                 logging.info("asked to stop: the %s of step %d are left out", self.what, step)
             except Exception as error:
                 logging.error("the %s of step %d are left out: %s", self.what, step, storage.cause(error))
+                if not partitioning.all_failed():
+                    raise
 
     @abc.abstractmethod
     def _do(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:

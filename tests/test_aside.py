@@ -15,7 +15,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, images, reference, scores
 from madformer_jax.evaluation.network import Network
 from madformer_jax.modes import train
-from madformer_jax.runtime import checkpoint
+from madformer_jax.runtime import checkpoint, partitioning
 from tests import tiny
 
 N = 12
@@ -99,6 +99,9 @@ def test_a_judge_that_breaks_does_not_end_training(c, tmp_path, monkeypatch, cap
     assert seen == [2, 4]  # saved first
     assert "the scores of step 2 are left out: no features" in caplog.text
     assert ["scored" in line for line in told(tmp_path)] == [False, False]
+    monkeypatch.setattr(partitioning, "all_failed", lambda: False)  # the other processes wait for this one's features
+    with pytest.raises(RuntimeError, match="no features"):
+        train.run(c, str(tmp_path))
 
 
 def test_a_notice_to_stop_is_heard_within_the_scores(c, tmp_path, monkeypatch):

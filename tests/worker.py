@@ -1,7 +1,7 @@
 """main.py for a process that is to die, or to be told to stop, at a certain step: `python -m tests.worker ...`.
 
 MADFORMER_SIGNAL="1:7:KILL" sends SIGKILL to process 1 when it has done step 7. With MADFORMER_SAMPLE the process samples and
-is judged as well once it has trained, which spares another start.
+is judged as well once it has trained, which spares another start; and the processes fail, first all of them and then all but one.
 """
 
 import os
@@ -13,6 +13,7 @@ import jax
 
 from madformer_jax import config, main
 from madformer_jax.modes import evaluate, reference, sample, train
+from madformer_jax.runtime import partitioning
 
 
 def run(argv: list[str]) -> int:
@@ -32,6 +33,9 @@ def run(argv: list[str]) -> int:
         config.validate(c)
         for mode in (sample, reference, evaluate):
             mode.run(c, values.workdir)
+        assert partitioning.all_failed()
+        partitioning.ALONE = 0.5
+        assert jax.process_index() == 1 or not partitioning.all_failed()
     return status
 
 

@@ -30,7 +30,7 @@ from madformer_jax.data import pipeline, preprocess, records, sources
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import vae
-from madformer_jax.runtime import lock, partitioning, storage
+from madformer_jax.runtime import lock, partitioning, preemption, storage
 from madformer_jax.weights import vae as vae_weights
 from madformer_jax.weights.fingerprint import fingerprint
 
@@ -82,6 +82,8 @@ def run(
     """
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
+    if jax.process_count() > 1:  # none waits for another before its last shard, and what is finished is kept
+        preemption.end_on_sigterm()
     folder = epath.Path(workdir)
     source = sources.open_source(config)
     table = pipeline.table(config)

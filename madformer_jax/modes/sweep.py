@@ -97,11 +97,13 @@ def _work(job: Job) -> dict[str, Any]:
                     )
                     if not _do(job, run):
                         return {"stopped": run.name}
-            except lock.HeldError:
-                continue
             except ConfigError as error:
-                logging.error("run %s failed: %s", run.name, error)
-                failed[run.name] = str(error)
+                held = isinstance(error, lock.HeldError)
+                if not held:
+                    logging.error("run %s failed: %s", run.name, error)
+                    failed[run.name] = str(error)
+                if not partitioning.all_failed():
+                    raise
             finally:
                 _free()
         if not worked:

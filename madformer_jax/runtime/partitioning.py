@@ -8,6 +8,7 @@ sampling and evaluation share it.
 import collections
 import contextlib
 import functools
+import itertools
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.runtime import storage
+from madformer_jax.runtime import preemption, storage
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -46,6 +47,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("time", None),
     ("norm", None),
 )
+
+# Seconds that one process waits for the others to fail as it has: the same error meets all of them at nearly the same moment.
+ALONE = 60.0
+_failures = itertools.count()
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
@@ -247,6 +252,23 @@ def sync(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def all_failed() -> bool:
+    """Whether every process has come here with an error, of whatever kind: then all may go on.
+
+    One that fails alone must not: it would take the others' next exchange for one of its own, or they wait for it for ever.
+    """
+    if jax.process_count() == 1:
+        return True
+    from orbax.checkpoint import multihost  # slow to import, and --mode=compile needs none
+
+    try:  # over the network of the coordinator: devices may be busy with what this process has left
+        multihost.get_barrier_sync_fn()(key=f"failed {next(_failures)}", timeout_ms=int(1000 * ALONE))
+    except RuntimeError as error:
+        logging.error("this process has failed alone, and ends: the others wait for it (%s)", first_line(error)[:80])
+        return False
+    return True
+
+
 def distributed_init(coordinator: str, num_processes: int, process_id: int, timeout: int = 300) -> None:
     """Joins the other processes; call it before anything else touches JAX.
 
@@ -293,4 +315,6 @@ def distributed_init(coordinator: str, num_processes: int, process_id: int, time
         ) from error
     finally:
         watchdog.cancel()
+    if jax.process_count() == 1:  # nobody is to be told: it ends at once where it does not train, as any other
+        preemption.end_on_sigterm()
     logging.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())

@@ -60,6 +60,11 @@ class Preemption:
         return self._noticed.is_set()
 
 
+def end_on_sigterm() -> None:
+    """SIGTERM ends this process at once: `jax.distributed.initialize` has given the signal to JAX's notifier, which only notes it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def interruptible(items: Iterable[T]) -> Iterator[T]:
     """The items, for work that the same command goes on with; every process takes equally many.
 

@@ -1,4 +1,5 @@
 import logging
+import signal
 import threading
 import types
 
@@ -12,7 +13,9 @@ from jax.sharding import PartitionSpec
 
 from madformer_jax import aot, drawing, training
 from madformer_jax.errors import ConfigError
+from madformer_jax.modes import prepare
 from madformer_jax.runtime import partitioning
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -139,6 +142,22 @@ def test_processes_that_do_not_come_end_the_wait_with_one_line(monkeypatch, caps
     assert statuses == [2]
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert line.startswith("error: not all of 3 processes came within 0 s at localhost:1: check")
+
+
+def test_a_process_that_joined_nobody_ends_on_sigterm(monkeypatch):
+    """Though JAX's notifier takes the signal, as it does where there are others to tell."""
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    partitioning.distributed_init("localhost:1", 1, 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    partitioning.distributed_init("localhost:1", 2, 0)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    c = tiny.get_config()
+    c.data.source, c.data.path = "folder", "nowhere"
+    with pytest.raises(ConfigError, match="nowhere"):
+        prepare.run(c, "out")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_parameters_are_counted_by_part_and_listed_in_a_file(tmp_path, caplog):

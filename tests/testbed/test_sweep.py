@@ -11,7 +11,7 @@ import pytest
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import places
 from madformer_jax.modes import sweep as mode
-from madformer_jax.runtime import lock, storage
+from madformer_jax.runtime import lock, partitioning, storage
 from madformer_jax.testbed import layout, sweep
 from madformer_jax.testbed.sweep import Sweep, grid
 from tests import tiny
@@ -160,7 +160,9 @@ def test_a_training_that_is_asked_to_stop_ends_the_sweep(c, stage, tmp_path):
     assert not stage.evaluated
 
 
-def test_a_run_that_fails_leaves_the_others_to_be_done(c, stage, tmp_path):
+def test_a_run_that_fails_leaves_the_others_to_be_done(c, stage, tmp_path, monkeypatch):
+    """Unless it fails in one of several processes alone."""
+
     def diverges(what):
         if what == "training" and not stage.trained:
             stage.trained.append("failed")
@@ -168,8 +170,13 @@ def test_a_run_that_fails_leaves_the_others_to_be_done(c, stage, tmp_path):
 
     stage.on_the_way = diverges
     with pytest.raises(ConfigError, match="1 of 2 runs failed, .* among them: the loss is not finite"):
-        mode.run(c, str(tmp_path), file=File(TWO))
-    assert len(results(tmp_path)) == 1
+        mode.run(c, str(tmp_path / "all"), file=File(TWO))
+    assert len(results(tmp_path / "all")) == 1
+    stage.trained.clear()
+    monkeypatch.setattr(partitioning, "all_failed", lambda: False)  # the others train, and wait for this process
+    with pytest.raises(ConfigError, match="^the loss is not finite"):
+        mode.run(c, str(tmp_path / "alone"), file=File(TWO))
+    assert not results(tmp_path / "alone")
 
 
 def test_more_budgets_are_judged_without_training_again(c, stage, tmp_path):
