@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from madformer_jax import fields, limits
@@ -226,8 +227,9 @@ def restored(saved: Any, path: str) -> ConfigDict:
         raise ConfigError(f"{path}: {error}") from None
     config = base()
     config.update_from_flattened_dict(c)
-    if config.text.tokenizer == BESIDE and not os.path.exists(BESIDE):
-        config.text.tokenizer = os.path.join(os.path.dirname(path), BESIDE)
+    beside = epath.Path(path).parent / BESIDE
+    if config.text.tokenizer == BESIDE and (beside.exists() or not os.path.exists(BESIDE)):
+        config.text.tokenizer = os.fspath(beside)
     return config
 
 

@@ -22,7 +22,7 @@ from clu import metric_writers  # noqa: F401
 
 from madformer_jax import main
 from madformer_jax.models import classifier
-from madformer_jax.modes import evaluate, export, prepare, reference, sample, train  # noqa: F401
+from madformer_jax.modes import evaluate, export, prepare, reference, sample, tokenizer, train  # noqa: F401
 from tests import bucket
 
 TINY = pathlib.Path(__file__).with_name("tiny.py")
@@ -88,6 +88,10 @@ def run(folder: pathlib.Path) -> dict[str, object]:
         largest = max((n for n in store.objects if "/4/ema/ocdbt" in n and n.startswith("run/ch")), key=store.size)
         store.objects[largest] = bytes([store.objects[largest][0] ^ 1]) + store.objects[largest][1:]
         ends["damaged"] = end(start(folder, "damaged", "--mode=sample", workdir))
+        words = ("--config.text.vocabulary=270", "--config.text.length=8", "--config.text.caption=class")
+        ends["tokenizer"] = end(
+            start(folder, "tokenizer", "--mode=tokenizer", training[0], "--workdir=gs://bucket/words", *words)
+        )
         prepare = ("--mode=prepare", training[0], "--workdir=gs://bucket/data", "--config.prepare.shard=2000")
         ends["prepare"] = end(start(folder, "prepare", *prepare))
         ends["no_bucket"] = end(start(folder, "no_bucket", training[0], "--workdir=gs://nobucket/run"))

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.runtime import storage
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # of the tokenizers that we train; Llama 3's names
 _BEGINS = (BEGIN, "<|startoftext|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")  # what others call them
@@ -52,19 +54,12 @@ def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a file: a tokenizer.json of Hugging Face, or tiktoken's ranks (Llama 3's tokenizer.model).
 
     Args:
-      name: a path; or "drawings" for the one that comes with this package.
+      name: a path, one in a bucket too; or "drawings" for the one that comes with this package.
 
     Raises:
       ConfigError: the file is not there, of no known kind or damaged, or has no tokens for begin and end.
     """
-    try:
-        if name in _EMBEDDED:
-            content = (importlib.resources.files(__package__) / _EMBEDDED[name]).read_bytes()
-        else:
-            with open(name, "rb") as file:
-                content = file.read()
-    except OSError as error:
-        raise ConfigError(f"config.text.tokenizer={name!r} cannot be read: {first_line(error)}.") from None
+    content = _content(name)
     return _of_json(name, content) if content.lstrip()[:1] == b"{" else _of_ranks(name, content)
 
 
@@ -77,8 +72,14 @@ def own_file(name: str) -> str | None:
     """
     if not name or name in _EMBEDDED or open_tokenizer(name).ranks:
         return None
-    with open(name, encoding="utf-8") as file:
-        return file.read()
+    return _content(name).decode()
+
+
+def _content(name: str) -> bytes:
+    with storage.errors(f"config.text.tokenizer={name!r} cannot be read"):
+        if name in _EMBEDDED:
+            return (importlib.resources.files(__package__) / _EMBEDDED[name]).read_bytes()
+        return bytes(storage.retry(epath.Path(name).read_bytes))
 
 
 def _of_json(name: str, content: bytes) -> Tokenizer:

@@ -112,8 +112,8 @@ def test_a_second_export_takes_the_place_of_the_first(plain, run):
     assert json.loads((run[0] / "export" / "config.json").read_text())["sample"]["weights"] == "ema"
 
 
-def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device):
-    """Moved to a machine that knows neither the workdir nor the tokenizer's old place, it draws the same."""
+def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, monkeypatch):
+    """Moved to a machine that knows neither the workdir nor the tokenizer's old place, it draws the same; beside another one too."""
     c = tiny.get_config("plain")
     words = tmp_path / "words.json"
     words.write_text(text.train(["a cat", "a dog"] * 9, 300))
@@ -128,6 +128,8 @@ def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device):
     moved = (tmp_path / "run" / "export").rename(tmp_path / "moved")
     words.unlink()
     text.open_tokenizer.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text.train(["another"], 290))
     model = madformer_jax.load(str(moved))
     assert model.config.text.tokenizer == str(moved / "tokenizer.json")
     np.testing.assert_array_equal(model.sample(2), images)
