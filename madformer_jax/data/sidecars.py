@@ -41,7 +41,7 @@ def captions(path: str, keys: Sequence[str]) -> list[str]:
 
 def _listed(path: str) -> Iterator[tuple[str, str, str]]:
     """Where it stands, the image and its caption, of each line of a list."""
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path).split("\n"), 1):  # splitlines would cut captions at U+2028 and its like
         where = f"{path} line {number}"
         if not line.strip():
             continue

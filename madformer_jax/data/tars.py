@@ -50,9 +50,9 @@ class Tars(Source):
         """
         with storage.errors(f"config.data.path={path!r} cannot be read"):
             self._tars = _tars(path)
-            self._cache = _cache_file(self._tars)
             root = path if os.path.isdir(path) else os.path.dirname(path)
             short = [tar.removeprefix(root).lstrip(os.sep) for tar in self._tars]  # the same wherever the tars lie
+            self._cache = _cache_file(self._tars, short)
             self._index, digest = _cached(path, self._tars, short, self._cache)
         if not len(self):
             raise ConfigError(f"config.data.path={path!r} holds no image in its {len(self._tars)} tar files.")
@@ -111,11 +111,14 @@ def _tars(path: str) -> list[str]:
     return found
 
 
-def _cache_file(tars: list[str]) -> str:
+def _cache_file(tars: list[str], short: list[str]) -> str:
+    """Where the index is kept: of these tars as they are, and as they are called, which decides what is held out."""
     key = hashlib.sha256(str(_INDEX).encode())
-    for tar in tars:
+    for tar, name in zip(tars, short):
         stat = os.stat(tar)
-        key.update(f"{os.path.abspath(tar)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        key.update(
+            f"{os.path.abspath(tar)} {name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+        )
     return os.path.join(storage.user_cache("tars"), f"{key.hexdigest()}.index")
 
 

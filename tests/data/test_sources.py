@@ -123,18 +123,23 @@ def test_a_flat_folder_is_unlabelled_and_sorted(tmp_path):
 
 @pytest.mark.parametrize("kind", ["captions.jsonl", "captions.txt", "beside"])
 def test_a_folder_has_its_captions_in_a_list_or_beside_its_images(tmp_path, kind):
-    said = {"a/1.png": "a grün slug, on white", "b/1.png": "a planet"}
+    said = {
+        "a/1.png": "a grün slug,\u2028on\x85white",
+        "b/1.png": "a planet",
+    }  # the ends of lines that Python knows, too
     for name in (*said, "b/2.png"):
         save(tmp_path / name, 1)
     lines = {
-        "captions.jsonl": [json.dumps({"file_name": name, "text": text}) for name, text in said.items()],
+        "captions.jsonl": [
+            json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in said.items()
+        ],
         "captions.txt": [f"{name}\t{text}" for name, text in said.items()],
     }
     if kind == "beside":
         for name, text in said.items():
             (tmp_path / name).with_suffix(".txt").write_text(f"{text}\n", "utf-8")
     else:
-        (tmp_path / kind).write_text("\n".join(lines[kind]), "utf-8")
+        (tmp_path / kind).write_text("".join(f"{line}\n" for line in lines[kind]), "utf-8")
     folder = pickle.loads(pickle.dumps(open_("folder", tmp_path)))
     assert folder.read(np.array([2, 0, 1])).captions == ["", said["a/1.png"], said["b/1.png"]]
     assert folder.captions(np.array([1])) == ["a planet"]

@@ -136,6 +136,14 @@ def test_held_out_tars_stay_held_out_elsewhere(tmp_path):
     np.testing.assert_array_equal(tars.Tars(str(tmp_path / "b")).held_out(0.3), before)
 
 
+def test_what_is_held_out_does_not_depend_on_what_was_opened_before(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a" / "x" / "0.tar", {f"{i}.webp": b"" for i in range(100)})
+    whole, part = (tars.Tars(p).held_out(0.3) for p in (str(tmp_path / "a"), path))
+    assert (whole != part).any()  # by the names x/0.tar:... and 0.tar:...
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    np.testing.assert_array_equal(tars.Tars(path).held_out(0.3), part)
+
+
 def test_it_feeds_the_pipeline(tmp_path):
     c = config_lib.base()
     for t in range(2):
