@@ -47,10 +47,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     words = text.own_file(c.text.tokenizer)
     if words is not None:
         published.text.tokenizer = config_lib.BESIDE
-    with lock.hold(exported), checkpoint.Checkpoints(exported) as checkpoints:
-        checkpoint.write_config(published, exported)
-        checkpoints.save(step, restored, None, meta)
-        checkpoints.wait()
+    with lock.hold(exported):
+        _clear(checkpoint.folder(exported), step)
+        with checkpoint.Checkpoints(exported) as checkpoints:
+            checkpoint.write_config(published, exported)
+            checkpoints.save(step, restored, None, meta)
         whole = partitioning.to_host(restored["ema"], mesh)
         if jax.process_index() == 0:
             with storage.errors(f"{exported} cannot be written"):
@@ -59,6 +60,24 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
                     storage.write_text(f"{exported}/{config_lib.BESIDE}", words)
     logging.info("exported the ema weights of step %d to %s", step, exported)
     return {"step": step, "export": exported}
+
+
+def _clear(folder: epath.Path, step: int) -> None:
+    """Removes the checkpoints of the step and of later ones: of an earlier export, perhaps of another training.
+
+    First it takes from each what says that it is whole: in a bucket Orbax's mark, elsewhere the name.
+    """
+    if jax.process_index() == 0 and folder.exists():
+        with storage.errors(f"{folder} cannot be written"):
+            for old in [path for path in folder.iterdir() if path.name.isdigit() and int(path.name) >= step]:
+                gone = old if storage.is_remote(old) else folder / f"removed_{old.name}"
+                if gone == old:
+                    (old / "commit_success.txt").unlink(missing_ok=True)
+                else:
+                    gone.rmtree(missing_ok=True)
+                    old.rename(gone)
+                gone.rmtree()
+    partitioning.sync("clear")
 
 
 def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any]) -> None:

@@ -112,6 +112,20 @@ def test_a_second_export_takes_the_place_of_the_first(plain, run):
     assert json.loads((run[0] / "export" / "config.json").read_text())["sample"]["weights"] == "ema"
 
 
+def test_an_export_of_another_training_has_its_weights_though_the_step_is_the_same_or_an_earlier_one(plain, run):
+    workdir, ema = run
+    exported = str(workdir / "export")
+    export.run(plain, str(workdir))
+    shutil.copytree(checkpoint.folder(exported) / "3", checkpoint.folder(exported) / "4")
+    shutil.rmtree(checkpoint.folder(str(workdir)))
+    other = jax.tree.map(lambda x: x + 1, ema)
+    with checkpoint.Checkpoints(str(workdir)) as checkpoints:
+        checkpoints.save(3, {"ema": other}, None, {"step": 3})
+    export.run(plain, str(workdir))
+    assert [p.name for p in checkpoint.folder(exported).iterdir()] == ["3"]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(madformer_jax.load(exported).params), other)
+
+
 def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, monkeypatch):
     """Moved to a machine that knows neither the workdir nor the tokenizer's old place, it draws the same; beside another one too."""
     c = tiny.get_config("plain")
