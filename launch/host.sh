@@ -8,7 +8,8 @@ usage: launch/host.sh VERB [-- main.py arguments]
 
   install              virtual environment .venv with the project, JAX for TPU and the hub
   start -- ARGUMENTS   main.py in the background, output to ~/.madformer/log; refuses while one runs
-  status               idle | running | done | failed N | interrupted
+  status               idle | running | done | failed N | interrupted; asked with -- ARGUMENTS, idle as
+                       well where the last run had others
   stop                 SIGTERM, so that the run saves; SIGKILL after 90 s
   run -- ARGUMENTS     main.py in the foreground
   container -- ARGUMENTS   as run, after installing the same with pip (GKE)
@@ -26,6 +27,7 @@ source "$HERE/common.sh"
 cd "$ROOT"
 STATE=${MADFORMER_STATE:-$HOME/.madformer}
 PROJECT='.[tpu,hub]' # the hub for the VAE that the paper's configs name
+ASKED=                      # the arguments that status is asked about, quoted; none: whatever they were
 GRACE=${MADFORMER_GRACE:-90} # the run promises to save and exit within 30 s
 
 main_command() {
@@ -75,6 +77,8 @@ status() {
   [[ -e $STATE/status ]] && word=$(<"$STATE/status")
   if is_running; then
     word=running
+  elif [[ -n $ASKED && $(cat "$STATE/command" 2>/dev/null) != "$ASKED" ]]; then
+    word=idle
   elif [[ $word == running ]]; then
     word=interrupted # no process and no last word: the host was restarted or the run was killed
   fi
@@ -88,7 +92,8 @@ start() {
     echo "host.sh: a run is already going on $(hostname); stop it first (launch/tpu.sh stop)." >&2
     exit 1
   fi
-  echo running >"$STATE/status"
+  echo running >"$STATE/status" # first: what the run before has left is never taken for this one's
+  quote "$@" >"$STATE/command"
   # A session of its own, so that it outlives ssh; the lock passes on through descriptor 9.
   setsid nohup bash "$HERE/host.sh" background -- "$@" >>"$STATE/log" 2>&1 </dev/null &
   echo "$!" >"$STATE/pid"
@@ -121,8 +126,12 @@ verb=${1:-}
 (($#)) && shift
 [[ ${1:-} == -- ]] && shift
 case $verb in
-  install | status | stop) "$verb" ;;
+  install | stop) "$verb" ;;
   start | background) "$verb" "$@" ;;
+  status)
+    ASKED=$(quote "$@")
+    status
+    ;;
   run) supervise "$@" ;;
   container)
     python3 -m pip install --quiet --editable "$PROJECT"

@@ -13,7 +13,8 @@ usage: launch/tpu.sh VERB [settings] [-- main.py arguments]
   logs      follow the log of host 0, or of --worker=N|all
   stop      SIGTERM on all hosts: the run saves and exits
   resume    create, install and run whatever is missing, then watch until the run is done:
-            a preempted TPU is deleted and requested again, and the same command started
+            a preempted TPU is deleted and requested again, and the same command started;
+            what another command has left is not taken for it
   delete    give the TPU back
 
 settings (flag, or environment variable)
@@ -167,9 +168,12 @@ stop() {
   on_all_hosts "! [ -d madformer_jax ] || $HOST stop"
 }
 
+# With arguments for main.py, what another command has left on a host counts as idle.
 status() {
+  local ours=
+  ((${#ARGUMENTS[@]} == 0)) || ours=" -- $(quote "${ARGUMENTS[@]}" --distributed)"
   # On a fresh machine there is no host.sh yet.
-  on_all_hosts "if [ -d madformer_jax ]; then $HOST status; else echo madformer \"\$(hostname)\" idle; fi"
+  on_all_hosts "if [ -d madformer_jax ]; then $HOST status$ours; else echo madformer \"\$(hostname)\" idle; fi"
 }
 
 # Sets HOSTS, what the hosts are doing together: unreachable, failed, interrupted, idle, running or done.

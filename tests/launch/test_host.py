@@ -32,9 +32,13 @@ def test_host_runs_once_at_a_time_and_stop_lets_it_save(cloud: Cloud, program: s
 
 @pytest.mark.parametrize(("code", "word"), [("0", "done"), ("3", "failed 3"), ("143", "interrupted")])
 def test_host_reports_how_the_run_ended(cloud: Cloud, program: str, tmp_path: Path, code: str, word: str) -> None:
-    cloud.run("host.sh", "start", "--", f"--ready={tmp_path}/r", f"--exit={code}", MADFORMER_COMMAND=program)
+    """To whoever asks, or asks for the same arguments; a run with others has not begun."""
+    arguments = (f"--ready={tmp_path}/r", f"--exit={code}", "--text=a b")
+    cloud.run("host.sh", "start", "--", *arguments, MADFORMER_COMMAND=program)
     wait_for(lambda: not cloud.run("host.sh", "status").stdout.endswith(" running\n"))
     assert cloud.run("host.sh", "status").stdout.endswith(f" {word}\n")
+    assert cloud.run("host.sh", "status", "--", *arguments).stdout.endswith(f" {word}\n")
+    assert cloud.run("host.sh", "status", "--", *arguments[:-1]).stdout.endswith(" idle\n")
 
 
 def test_host_calls_a_run_that_vanished_interrupted(cloud: Cloud, program: str, tmp_path: Path) -> None:

@@ -105,6 +105,9 @@ def test_resume_recreates_a_preempted_tpu_and_restarts_the_same_command(
     assert acts == ["queued-resources delete", *again]
     start = next(c for c in cloud.calls if "host.sh start" in " ".join(c))
     assert shlex.split(option(start, "--command"))[4:] == [*MAIN, "--distributed"]
+    asked = next(c for c in cloud.calls if "host.sh status" in " ".join(c))
+    words = shlex.split(option(asked, "--command").partition("host.sh ")[2].partition("; else")[0])
+    assert words == ["status", "--", *MAIN, "--distributed"], "what another command has left is not this one's"
 
 
 def test_resume_creates_what_is_missing_and_deletes_before_it_creates_again(cloud: Cloud) -> None:
