@@ -88,7 +88,9 @@ def test_every_command_runs(folder, monkeypatch):
                 if "--mode=sweep" in args:
                     Stage(patch)
                     patch.setattr(sweep, "_draw_grid", _draw_grid)
-                    patch.setattr(sweep.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps})
+                    patch.setattr(
+                        sweep.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps, "batch": 1}
+                    )
                 if "--mode=demo" in args:
                     _without_a_server(patch)
                     if "--config.demo.other=runs/other" in args:

@@ -95,9 +95,9 @@ def training_step(c: ConfigDict) -> Figures:
 
 
 def sampling(c: ConfigDict) -> Figures:
-    """Of drawing one batch of `sample.batch` latents."""
+    """Of drawing one batch of latents: `sample.batch`, or as many more as make it a multiple of the devices."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    model, batch = madformer.build(c), c.sample.batch
+    model, batch = madformer.build(c), drawing.batch_size(c, mesh, c.sample.batch)
     init = functools.partial(madformer.init, model)
     sharding = partitioning.batch_sharding(mesh)
     with partitioning.scope(mesh):
@@ -115,7 +115,7 @@ def sampling(c: ConfigDict) -> Figures:
         seconds = _time(lambda: jax.block_until_ready(program(params, {}, inputs)), c)
     cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)
     figures = _figures(c, cost, batch, seconds, compiling, program)
-    return figures | {"nfe": flops.nfe(c), "seconds_per_image": seconds / batch}
+    return figures | {"nfe": flops.nfe(c), "seconds_per_image": seconds / batch, "batch": batch}
 
 
 def input_pipeline(c: ConfigDict) -> Figures:

@@ -304,9 +304,8 @@ def _timing(job: Job, run: Run, anew: bool = False) -> list[Timing]:
 def _measured(job: Job, run: Run, overrides: sweep.Overrides) -> dict[str, Any]:
     c = sweep.overridden(run.config, overrides)
     few, many = TIMED
-    seconds = []
-    for c.sample.steps in TIMED:
-        seconds.append(benchmark.sampling(c)["seconds_per_image"])
+    figures = [benchmark.sampling(c) for c.sample.steps in TIMED]
+    seconds = [one["seconds_per_image"] for one in figures]
     per_step = (seconds[1] - seconds[0]) / (many - few)
     logging.info(
         "%s %s: %.3g s an image and %.3g s a step", run.point, dict(overrides), seconds[0] - few * per_step, per_step
@@ -315,7 +314,7 @@ def _measured(job: Job, run: Run, overrides: sweep.Overrides) -> dict[str, Any]:
         "overrides": dict(overrides),
         "fixed": seconds[0] - few * per_step,
         "per_step": per_step,
-        "batch": c.sample.batch,
+        "batch": figures[0]["batch"],
     }
 
 

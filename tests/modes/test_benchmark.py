@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
@@ -16,21 +17,24 @@ from tests import QUICK, tiny
 TIMED = {"compile_seconds", "seconds", "images_per_second", "tflop", "tflops", "mfu", "program_gib", "process_gib"}
 
 
-def test_every_part_is_measured_and_written_as_json(tmp_path, one_device, capsys):
+def test_every_part_is_measured_and_written_as_json(tmp_path, monkeypatch, capsys):
+    """On two devices, which share an odd `sample.batch` as a sampling does: filled up."""
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *a: devices)
     c = tiny.get_config("plain")
-    c.benchmark.steps = 1
+    c.benchmark.steps, c.mesh.data, c.sample.batch = 1, 2, 5
     report = json.loads(json.dumps(benchmark.run(c, str(tmp_path))))
     assert report == json.loads((tmp_path / "benchmark.json").read_text())
     assert (report["attention"], report["dtype"]) == ("blocks", "float32")
     assert set(report["train"]) == TIMED
-    assert set(report["sample"]) == TIMED | {"nfe", "seconds_per_image"}
+    assert set(report["sample"]) == TIMED | {"nfe", "seconds_per_image", "batch"} and report["sample"]["batch"] == 6
     assert set(report["data"]) == {"seconds", "images_per_second"}
     for part in ("train", "sample", "data"):
         assert all(figure > 0 for figure in report[part].values()), report[part]
-        batch = c.sample.batch if part == "sample" else c.train.batch
+        batch = 6 if part == "sample" else c.train.batch
         assert report[part]["images_per_second"] == pytest.approx(batch / report[part]["seconds"])
     assert report["train"]["tflop"] == pytest.approx(flops.training_step(c).total / 1e12)
-    assert report["sample"]["tflop"] == pytest.approx(flops.sampling(c, c.sample.batch).total / 1e12)
+    assert report["sample"]["tflop"] == pytest.approx(flops.sampling(c, 6).total / 1e12)
     assert report["sample"]["nfe"] == pytest.approx(flops.nfe(c))
     table = capsys.readouterr().out
     assert all(name in table for name in ("compile time", "images/s", "MFU", "NFE an image", "memory of the program"))

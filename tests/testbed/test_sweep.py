@@ -190,7 +190,7 @@ def test_more_budgets_are_judged_without_training_again(c, stage, tmp_path):
 def test_seconds_are_measured_by_the_run_that_needs_them(c, stage, tmp_path, monkeypatch):
     """The run with the default seed is named as its point is, whose seconds these are."""
     c.seed = 0
-    monkeypatch.setattr(mode.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps})
+    monkeypatch.setattr(mode.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps, "batch": 1})
     mode.run(c, str(tmp_path), file=File(TWO._replace(sample_budgets={"seconds": (0.4,)})))
     assert stage.evaluated == [(16, "steps=4"), (24, "steps=4")]
 
