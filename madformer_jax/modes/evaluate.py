@@ -182,6 +182,7 @@ def _result(
             bar.update(part.n)
     partitioning.sync(key)
     found = collected.read()
+    partitioning.sync(f"read {key}")  # before the first process removes the parts
     protocol["n"] = len(found["labels"])  # less than evaluate.n where images cannot be read
     result = {"protocol": protocol, "scores": samples.scores(c, by, found, labelled=labelled) | more()}
     if "seconds" in found:

@@ -250,6 +250,16 @@ def _adm(workdir, path):
         np.savez(path, mu=file["mu"], sigma=file["sigma"])
 
 
+def test_parts_are_removed_when_every_process_has_read_them(fresh, workdir, monkeypatch):
+    order, read, remove, sync = [], parts.Parts.read, parts.Parts.remove, partitioning.sync
+    monkeypatch.setattr(parts.Parts, "read", lambda self: order.append("read") or read(self))
+    monkeypatch.setattr(parts.Parts, "remove", lambda self: order.append("remove") or remove(self))
+    monkeypatch.setattr(partitioning, "sync", lambda name: order.append("sync") or sync(name))
+    fresh.evaluate.images = "data:all"
+    evaluate.run(fresh, str(workdir))
+    assert order == ["sync", "read", "sync", "remove"]
+
+
 def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
     _adm(workdir, tmp_path / "adm.npz")
     fresh.evaluate.images = "data:all"
