@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, NamedTuple
@@ -35,6 +36,7 @@ from madformer_jax.runtime import storage
 FORMAT = 2  # of the manifest; 1 had no seals, no names of classes, and the VAE's path for its weights
 MANIFEST = "manifest.json"
 MAX_OPEN = 400  # shards that a process holds open: many systems allow it 1024 files. Reading goes on with more, slower
+LATE = 1e-3  # seconds a record, in the mean over a batch: more than any local disk takes; a bucket that is mounted, say
 _SUMMED = 1 << 28  # bytes: smaller sets are compared with their SHA-256 sums at every start, in well under a second
 _COPIES = 8  # shards copied from a bucket at once
 
@@ -166,38 +168,66 @@ def _copy(folder: str, local: str, shard: Shard) -> None:
     storage.write(os.path.join(local, shard.file), put)
 
 
+class _Open:
+    """An open shard, for one thread at a time; its file is closed when nobody refers to it any more."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reader: ArrayRecordReader | None = None
+
+
 class _Readers:
     """Open shards, for several threads.
 
     A reader that seeks and then reads takes a third of the time of one that is given the positions: that one hands them
-    to threads of its own.
+    to threads of its own. But it holds Python's lock while it waits, with which nothing else of the process runs: where
+    storage answers late, positions of the same shard are given together, and other shards are read at the same time.
     """
 
     def __init__(self, paths: list[str], mend: str):
-        self._paths, self._mend, self._lock = paths, mend, threading.Lock()
-        self._open: collections.OrderedDict[int, ArrayRecordReader] = collections.OrderedDict()
+        self._paths, self._mend, self._late = paths, mend, False
+        self._lock = threading.Lock()  # of `_open`
+        # of a whole batch, where storage is not late: two would wait for Python's lock by turns
+        self._batch = threading.Lock()
+        self._open: collections.OrderedDict[int, _Open] = collections.OrderedDict()
 
     def read(self, shards: list[int], positions: list[int]) -> list[bytes]:
-        with self._lock:
-            return [self._read(shard, position) for shard, position in zip(shards, positions)]
+        if self._late:
+            rows: dict[int, list[int]] = {}
+            for i, shard in enumerate(shards):
+                rows.setdefault(shard, []).append(i)
+            found: dict[int, bytes] = {}
+            for shard, mine in rows.items():
+                found |= zip(mine, self._read(shard, [positions[i] for i in mine]))
+            return [found[i] for i in range(len(shards))]
+        with self._batch:
+            began = time.perf_counter()
+            records = [self._read(shard, [position])[0] for shard, position in zip(shards, positions)]
+            self._late |= time.perf_counter() - began > LATE * len(records)
+        return records
 
-    def _read(self, shard: int, position: int) -> bytes:
-        try:
-            if shard not in self._open:
-                self._open[shard] = ArrayRecordReader(
-                    self._paths[shard], "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
-                )
-            reader = self._open[shard]
+    def _read(self, shard: int, positions: list[int]) -> list[bytes]:
+        """Records of a shard; of one position where storage is not late."""
+        with self._lock:
+            there = self._open[shard] = self._open.get(shard) or _Open()
             self._open.move_to_end(shard)
-            reader.seek(position)
-            record = reader.read()
-        except Exception as error:  # ArrayRecord raises its status as whatever Python type fits
-            raise ConfigError(
-                f"{self._paths[shard]} is damaged at record {position} ({first_line(error)}): {self._mend}."
-            ) from None
-        if len(self._open) > MAX_OPEN:
-            self._open.popitem(last=False)[1].close()
-        return record
+            if len(self._open) > MAX_OPEN:
+                self._open.popitem(last=False)
+        with there.lock:
+            try:
+                if there.reader is None:
+                    there.reader = ArrayRecordReader(
+                        self._paths[shard], "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
+                    )
+                if self._late:
+                    return list(there.reader.read(positions))
+                there.reader.seek(positions[0])
+                return [there.reader.read()]
+            except Exception as error:  # ArrayRecord raises its status as whatever Python type fits
+                raise ConfigError(
+                    f"{self._paths[shard]} is damaged at record {', '.join(map(str, positions))} ({first_line(error)}): "
+                    f"{self._mend}."
+                ) from None
 
 
 class Records(Source):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -90,8 +91,9 @@ def test_damaged_shards_are_found_and_made_again(config, out, monkeypatch, summe
     assert [file for file in made if file.endswith("record")] == [os.path.basename(third)]
 
 
-def test_a_flipped_byte_of_a_shard_is_never_another_record(config, out, monkeypatch):
-    """Without the checksum of the whole: what is read is as it was, or nothing is."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_flipped_byte_of_a_shard_is_never_another_record(config, out, monkeypatch, late):
+    """Without the checksum of the whole: what is read is as it was, or nothing is; of storage that answers late, too."""
     monkeypatch.setattr(records, "_SUMMED", 0)
     config.prepare.shard = 23
     prepare.run(config, out)
@@ -101,8 +103,10 @@ def test_a_flipped_byte_of_a_shard_is_never_another_record(config, out, monkeypa
     found = 0
     for position in ends:
         flip(shard, position)
+        reading = records.Records(out)
+        reading._readers._late = late
         try:
-            np.testing.assert_array_equal(records.Records(out).read(np.arange(21)).arrays["image"], wanted)
+            np.testing.assert_array_equal(reading.read(np.arange(21)).arrays["image"], wanted)
         except ConfigError:
             found += 1
         flip(shard, position)
@@ -139,6 +143,32 @@ def test_more_shards_than_may_be_open_are_read(config, out, monkeypatch):
     batch = records.Records(out).read(order)
     assert (batch.arrays["image"][:, 0, 0, 0] == np.array(GOOD)[order]).all()
     assert (batch.labels == np.array(GOOD)[order] % 2).all()
+
+
+def test_shards_of_storage_that_answers_late_are_read_at_the_same_time(config, out, monkeypatch):
+    """By two threads, each in a shard of its own; once the first batch was late, and in the order that was asked for."""
+    prepare.run(config, out)
+    together, real = threading.Barrier(2, timeout=20), records.ArrayRecordReader
+
+    class Slow:
+        def __init__(self, *given, **settings):
+            self.reader = real(*given, **settings)
+            self.seek = self.reader.seek
+
+        def read(self, positions=None):
+            if positions is None:
+                return self.reader.read()
+            together.wait()  # as long as it takes the other one to come
+            return self.reader.read(positions)
+
+    monkeypatch.setattr(records, "ArrayRecordReader", Slow)
+    monkeypatch.setattr(records, "LATE", -1.0)
+    found = records.Records(out)
+    wanted = found.read(np.arange(21)).arrays["image"]
+    rows = np.array([3, 0, 2]), np.array([7, 5, 6])  # of the first shard and of the second
+    with ThreadPoolExecutor(2) as threads:
+        for numbers, batch in zip(rows, threads.map(found.read, rows)):
+            np.testing.assert_array_equal(batch.arrays["image"], wanted[numbers])
 
 
 def test_an_unfinished_or_foreign_folder_is_refused(config, out, tmp_path):
