@@ -33,7 +33,7 @@ def of(c: ConfigDict) -> list[str]:
     elif given.endswith(".txt"):
         try:
             with open(given, encoding="utf-8") as file:
-                found = file.read().splitlines()
+                found = file.read().split("\n")  # a prompt may hold U+2028, at which splitlines would cut
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"config.sample.prompts={given!r} cannot be read: {first_line(error)}.") from None
     else:

@@ -168,7 +168,8 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
         decay = jnp.minimum(target, (1 + state.step) / (10 + state.step)) if warm else target
         # optax.incremental_update adds in the other order: a quarter of its last bits differ from those of old runs
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        taken = state.step - state.opt.total_notfinite if skip else state.step  # steps, as the optimizer counts them
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(taken)}
         if skip:
             metrics["skipped"] = opt_state.notfinite_count
         return State(state.step + 1, params, ema, opt_state), metrics

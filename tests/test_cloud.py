@@ -26,7 +26,13 @@ def test_every_mode_works_in_a_bucket(tmp_path):
     assert logs["no_bucket"].splitlines()[-1].startswith("error: --workdir=gs://nobucket/run cannot be written: ")
     objects = found["objects"]
     written = {"/".join(name.split("/")[:3]) for name in objects if not name.endswith("/")}
-    assert {"run/config.json", "run/metrics.jsonl", "run/export/config.json", "words/tokenizer.json", "data/manifest.json"} <= written
+    assert {
+        "run/config.json",
+        "run/metrics.jsonl",
+        "run/export/config.json",
+        "words/tokenizer.json",
+        "data/manifest.json",
+    } <= written
     for step, folder in ((4, "run/export/samples"), (2, "run/samples")):
         files = [name.rpartition("/")[2] for name in objects if name.startswith(f"{folder}/step_{step:06d}_ema_")]
         assert sorted(files) == ["grid.png", "protocol.json", "shard-00000-of-00001.npz"]

@@ -258,7 +258,7 @@ def test_weight_decay_is_adamws(plain):
 @pytest.mark.parametrize("skip", [0, 2, 6])
 def test_steps_that_are_not_finite_are_skipped_and_told(plain, skip, tmp_path, one_device, monkeypatch, caplog):
     """The three steps behind the first two are spoilt: two in a row are borne with skip = 2, the third ends the run."""
-    plain.optimizer.skip, plain.train.log_every = skip, 1
+    plain.optimizer.skip, plain.train.log_every, plain.optimizer.schedule = skip, 1, "cosine"
     seen = []
 
     def loss(model, params, z, tokens, key, *_):
@@ -285,6 +285,10 @@ def test_steps_that_are_not_finite_are_skipped_and_told(plain, skip, tmp_path, o
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 6]
         assert lines[2]["loss"] == pytest.approx(lines[1]["loss"], rel=0.1)
+        rates = [
+            float(training.learning_rate(plain)(step)) for step in (0, 1, 2)
+        ]  # the schedule knows of no skipped step
+        assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
     told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert [line[-12:] for line in told] == [f"({k} in a row)" for k in range(1, min(skip, 3) + 1)]
     assert all(step <= (4 if skip == 2 else 2) for step in seen) or skip == 6

@@ -260,7 +260,8 @@ def _parts(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], apart: Seque
         (trained(run), key_of(one["overrides"])): one for run in runs for one in run["timing"].get("evaluations", ())
     }
     inside = [axis for axis in axes if axis not in apart]
-    swept = {axis.field.rpartition(".")[2] for axis in inside if axis.field.startswith("sample.")}
+    varied = [field for axis in inside for field in (axis.field, *axis.follows)]
+    swept = {field.rpartition(".")[2] for field in varied if field.startswith("sample.")}
     points: dict[tuple[Any, ...], list[Point]] = {}
     protocols: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:

@@ -52,6 +52,13 @@ def test_a_setting_of_sampling_is_an_axis_too(tmp_path):
     assert "spacing" not in part.protocol["images"]
 
 
+def test_settings_of_sampling_may_vary_together(tmp_path):
+    sampled = [{"sample.solver": a, "sample.spacing": b} for a, b in (("ddim", "trailing"), ("dpmpp_2m", "leading"))]
+    made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), sampled=sampled)
+    (part,) = results.read(str(tmp_path)).parts
+    assert [(axis.field, axis.follows) for axis in part.axes[1:]] == [("sample.solver", ("sample.spacing",))]
+
+
 def test_prompts_are_an_axis_with_all_that_follows_from_them(tmp_path):
     sampled = [{"sample.prompts": f"data:{split}"} for split in ("test", "composition")]
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), sampled=sampled)
