@@ -152,7 +152,8 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     fitted = jax.tree_util.tree_map_with_path(fit, nn.meta.unbox(boxed), specs)
     if undivided:
         size, largest = sum(size for size, _ in undivided), max(undivided)[1]
-        logging.warning(
+        logging.log(
+            logging.WARNING if size >= 2**20 else logging.INFO,
             "%d arrays, %.3f GiB on each device, are not split, as the mesh does not divide them; the largest: %s",
             len(undivided), size / 2**30, largest,
         )  # fmt: skip
