@@ -27,7 +27,7 @@ source "$HERE/common.sh"
 cd "$ROOT"
 STATE=${MADFORMER_STATE:-$HOME/.madformer}
 PROJECT='.[tpu,hub]' # the hub for the VAE that the paper's configs name
-ASKED=                      # the arguments that status is asked about, quoted; none: whatever they were
+ASKED= # the arguments that status is asked about, quoted; none: whatever they were
 GRACE=${MADFORMER_GRACE:-90} # the run promises to save and exit within 30 s
 
 main_command() {

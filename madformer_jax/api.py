@@ -17,7 +17,7 @@ from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.resident import resident
-from madformer_jax.runtime import checkpoint, partitioning, storage
+from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.sizes import sizes_of
 from madformer_jax.weights import files
 
@@ -189,7 +189,7 @@ class Model:
     def _resident(self) -> Any:
         """The parameters as `drawing.make_draw` has them, made once and not in each part."""
         with partitioning.scope(self._mesh):
-            return jax.jit(functools.partial(resident, self._model, memory=drawing.device_memory()))(self.params)
+            return jax.jit(functools.partial(resident, self._model, memory=memory.of_device()))(self.params)
 
     def _jitted(self, function: Any, params: Any) -> Any:
         program = jax.jit(function)

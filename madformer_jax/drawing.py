@@ -26,6 +26,7 @@ from madformer_jax.models import madformer
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.models.resident import resident
 from madformer_jax.runtime import partitioning, storage
+from madformer_jax.runtime.memory import of_device
 from madformer_jax.sizes import sizes_of
 
 # ---- images for a config: in training's grids, in --mode=sample and in evaluation
@@ -64,10 +65,10 @@ def make_draw(
     """The jitted program that draws a batch.
 
     The noise of an image depends on the seed and its number alone: not on the batch or the process that draws it. `memory` is what
-    a device has for it, in bytes, which decides how the parameters are held (`resident`); by default `device_memory`.
+    a device has for it, in bytes, which decides how the parameters are held (`resident`); by default `memory.of_device`.
     """
     sizes, settings = sizes_of(c), c.sample
-    memory = device_memory() if memory is None else memory
+    memory = of_device() if memory is None else memory
 
     @jax.jit
     def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:
@@ -93,11 +94,6 @@ def make_draw(
         return to_uint8(pixels), z, finite
 
     return draw
-
-
-def device_memory() -> int:
-    """Bytes of a device of this process; 0 on a CPU, whose devices share one memory."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def noise_of(seed: Any, numbers: Array, shape: tuple[int, ...]) -> Array:

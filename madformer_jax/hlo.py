@@ -189,11 +189,9 @@ def _trips(program: Program, loop: Instruction) -> int | None:
 def crossing(run: Run) -> float:
     """Bytes that an instruction sends to other slices, over the data centre's network (libtpu's runtime for it is Megascale)."""
     x = run.instruction
-    return (
-        run.times * max(nbytes(*a) for a in _ARRAY.findall(x.shape))
-        if "megascale" in x.rest and x.opcode == "send"
-        else 0.0
-    )
+    if x.opcode != "send" or "megascale" not in x.rest:
+        return 0.0
+    return run.times * max(nbytes(*a) for a in _ARRAY.findall(x.shape))
 
 
 def collective(program: Program, run: Run) -> Collective | None:

@@ -70,10 +70,11 @@ def _clear(folder: epath.Path, step: int) -> None:
     if jax.process_index() == 0 and folder.exists():
         with storage.errors(f"{folder} cannot be written"):
             for old in [path for path in folder.iterdir() if path.name.isdigit() and int(path.name) >= step]:
-                gone = old if storage.is_remote(old) else folder / f"removed_{old.name}"
-                if gone == old:
+                gone = old
+                if storage.is_remote(old):
                     (old / "commit_success.txt").unlink(missing_ok=True)
                 else:
+                    gone = folder / f"removed_{old.name}"
                     gone.rmtree(missing_ok=True)
                     old.rename(gone)
                 gone.rmtree()

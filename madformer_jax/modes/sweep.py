@@ -98,8 +98,7 @@ def _work(job: Job) -> dict[str, Any]:
                     if not _do(job, run):
                         return {"stopped": run.name}
             except ConfigError as error:
-                held = isinstance(error, lock.HeldError)
-                if not held:
+                if not isinstance(error, lock.HeldError):
                     logging.error("run %s failed: %s", run.name, error)
                     failed[run.name] = str(error)
                 if not partitioning.all_failed():

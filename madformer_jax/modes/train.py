@@ -77,7 +77,7 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
         program = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         step_fn = progress.compiling(program, "the training step")
         report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
-        left = drawing.device_memory() - partitioning.device_bytes(abstract)
+        left = memory.of_device() - partitioning.device_bytes(abstract)
         draw = progress.compiling(drawing.make_draw(c, s.model, s.codec.decode, left), "the sampling program")
         studio = aside.Studio(s, draw, codec_params, mesh, report)
         asides: list[tuple[aside.Aside, int]] = []

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from madformer_jax.errors import ConfigError
@@ -32,6 +33,11 @@ def require(purpose: str, mesh: Mesh, **trees: Any) -> None:
         free, place = host_free(), "this machine"
         needed = {name: size * len(devices) for name, size in needed.items()}
     check(purpose, needed, free, place)
+
+
+def of_device() -> int:
+    """Bytes of a device of this process; 0 on a CPU, whose devices share one memory."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def check(purpose: str, needed: dict[str, int], free: int, place: str) -> None:

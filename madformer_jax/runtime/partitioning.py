@@ -146,7 +146,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
                 axes[i] = None
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         if told:
-            undivided.append((math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize, told))
+            undivided.append((device_bytes(abstract(array, sharding)), told))
         return sharding
 
     fitted = jax.tree_util.tree_map_with_path(fit, nn.meta.unbox(boxed), specs)
@@ -200,14 +200,10 @@ def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
     if micro % parts == 0:
         return
     most = max((n for n in range(1, accumulate) if batch % (n * parts) == 0), default=None)
+    advice = f"set train.accumulate={most}" if most else f"set train.batch to a multiple of {parts}, or use mesh.tensor"
     raise ConfigError(
         f"a microbatch of {micro} images (train.batch={batch} / train.accumulate={accumulate}) is not a multiple of the "
-        f"{parts} devices along data and fsdp: "
-        + (
-            f"set train.accumulate={most}."
-            if most
-            else f"set train.batch to a multiple of {parts}, or use mesh.tensor."
-        )
+        f"{parts} devices along data and fsdp: {advice}."
     )
 
 
