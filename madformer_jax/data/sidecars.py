@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
 
 LISTS = ("captions.jsonl", "captions.txt")
 
@@ -27,7 +28,7 @@ def captions(path: str, keys: Sequence[str]) -> list[str]:
         kinds = [*map(os.path.basename, lists), *(["a .txt file beside an image"] if beside else [])]
         raise ConfigError(f"config.data.path={path!r} has captions in {' and in '.join(kinds)}: keep one of them.")
     if beside:
-        return [_read(os.path.join(path, beside[key])).strip() if key in beside else "" for key in keys]
+        return [storage.read_text(os.path.join(path, beside[key])).strip() if key in beside else "" for key in keys]
     if not lists:
         return [""] * len(keys)
     known, found = set(keys), dict[str, str]()
@@ -41,7 +42,9 @@ def captions(path: str, keys: Sequence[str]) -> list[str]:
 
 def _listed(path: str) -> Iterator[tuple[str, str, str]]:
     """Where it stands, the image and its caption, of each line of a list."""
-    for number, line in enumerate(_read(path).split("\n"), 1):  # splitlines would cut captions at U+2028 and its like
+    for number, line in enumerate(
+        storage.read_text(path).split("\n"), 1
+    ):  # splitlines would cut captions at U+2028 and its like
         where = f"{path} line {number}"
         if not line.strip():
             continue
@@ -59,11 +62,3 @@ def _listed(path: str) -> Iterator[tuple[str, str, str]]:
             if not fits:
                 raise ConfigError(f'{where} is not of the form {{"file_name": "a/0.png", "text": "a caption"}}.')
         yield where, name.strip(), caption.strip()
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no UTF-8 text ({error}).") from None

@@ -4,6 +4,7 @@ A path is a name or an `epath.Path`: a local one, or one in a bucket (gs://, s3:
 it is written. Whoever writes a file, in whatever room, writes it here.
 """
 
+import codecs
 import contextlib
 import errno
 import hashlib
@@ -133,6 +134,37 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: it holds no JSON ({first_line(error)}).") from None
+
+
+def decode_text(content: bytes, name: str) -> str:
+    """Decodes the content of a text file: UTF-8, with or without a byte-order mark.
+
+    Every text file that a user brings is decoded here: captions, prompts, class names, labels, tokenizers.
+
+    Args:
+      content: Bytes of the whole file, of one member of an archive, or of one record.
+      name: What the error names: a path, or `archive:member`.
+
+    Returns:
+      The text, without the byte-order mark.
+
+    Raises:
+      ConfigError: The content is not UTF-8.
+    """
+    try:
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8 text ({error}). Convert it to UTF-8.") from None
+
+
+def read_text(path: Path) -> str:
+    """Reads a whole text file.
+
+    Raises:
+      ConfigError: The content is not UTF-8.
+      OSError: The file cannot be read; buckets raise errors of their own (see `errors`).
+    """
+    return decode_text(epath.Path(path).read_bytes(), os.fspath(path))
 
 
 def sha256(path: Path) -> str:

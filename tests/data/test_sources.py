@@ -156,7 +156,7 @@ def test_a_folder_has_its_captions_in_a_list_or_beside_its_images(tmp_path, kind
         ("captions.txt", "1.png\ta\n1.png\tb", "line 2 names '1.png', twice"),
         ("captions.jsonl", '{"file_name": "2.png", "text": "a"}', "line 1 names '2.png', and no such image"),
         ("captions.jsonl", '\n{"file_name": "1.png"}', "line 2 is not of the form"),
-        ("captions.txt", b"1.png\t\xff", "is no UTF-8 text"),
+        ("captions.txt", b"1.png\t\xff", "is not UTF-8 text"),
     ],
 )
 def test_a_list_of_captions_that_is_wrong_is_told(tmp_path, name, content, words):
