@@ -219,13 +219,16 @@ def _first_process() -> bool:
 
 
 def _use_cache(setting: str, workdir: str | None) -> None:
+    """Sets the folder of compiled programs. JAX itself reads JAX_COMPILATION_CACHE_DIR, which "auto" keeps."""
     import jax
 
     if setting == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if setting == "auto" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     folders = {"auto": storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
-    folder = folders.get(setting, setting)
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_compilation_cache_dir", folders.get(setting, setting))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
