@@ -112,6 +112,8 @@ def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32)
         "use_quant_conv": True,
         "use_post_quant_conv": True,
         "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
     }
     for name, value in known.items():
         if name in config and config[name] != value:
