@@ -30,8 +30,7 @@ def base() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
     c.platform = ""  # "cpu", "gpu", "tpu": refuse to start on anything else; "" takes what JAX finds
-    # place of compiled programs: "auto" is JAX_COMPILATION_CACHE_DIR or the user's cache; "workdir", a folder, or "off"
-    c.compilation_cache = "auto"
+    c.compilation_cache = "auto"  # folder of compiled programs, or "auto", "workdir", "off" (docs/performance.md)
     c.profile = ""  # "100:103": write a profiler trace of these training steps to workdir/profile
 
     c.model = ConfigDict()
@@ -254,7 +253,7 @@ def _log_ignored(path: str, values: Mapping[str, Any]) -> None:
     given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != BESIDE)
     if given:
         logging.warning(
-            "%s was not written by a run of yours, so its settings of another machine are ignored: %s. Set those that you need.",
+            "%s: settings of the machine that wrote it are ignored (docs/weights.md): %s. Set those that you need.",
             path,
             given,
         )

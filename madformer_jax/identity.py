@@ -84,12 +84,15 @@ HUB_ID = re.compile(
 )  # of the Hugging Face hub: owner/name or owner/name@revision
 EMBEDDED_TOKENIZERS = ("drawings",)
 DATA = "data:"  # of sample.prompts and evaluate.images: a split of the config's data set
+_TEXT_FILE = re.compile(r"\.txt\s*($|[,;])")
 
 # Values that name no file, of fields that may hold a path.
 _PORTABLE: dict[str, Callable[[str], bool]] = {
     "codec.path": lambda value: HUB_ID.fullmatch(value) is not None and not os.path.exists(value),
+    "evaluate.grid": lambda value: not _TEXT_FILE.search(value),  # it may vary sample.prompts
     "evaluate.images": lambda value: value.startswith(DATA),
-    "sample.prompts": lambda value: not value.endswith(".txt"),
+    "gallery.grid": lambda value: not _TEXT_FILE.search(value),
+    "sample.prompts": lambda value: not _TEXT_FILE.search(value),
     "text.tokenizer": lambda value: value in EMBEDDED_TOKENIZERS,
 }
 

@@ -149,7 +149,8 @@ def _of_workdir(values: flags.FlagValues) -> ConfigDict:
     path = os.path.join(values.workdir or "", "config.json")
     saved = storage.read_json(path) if values.workdir else None
     if saved is not None:
-        return config_lib.restored(saved, path)
+        several = values.distributed or values.coordinator  # whose records may differ, and their configs must not
+        return config_lib.restored(saved, path, trusted=False if several else None)
     if values.mode in ("convert", "report"):
         return config_lib.base()
     raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
@@ -229,7 +230,6 @@ def _use_cache(setting: str, workdir: str | None) -> None:
         return
     folders = {"auto": storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
     jax.config.update("jax_compilation_cache_dir", folders.get(setting, setting))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 _YNN = "xla_cpu_experimental_ynn_fusion_type"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from madformer_jax import config, fields, identity
+from madformer_jax import config, fields, identity, main
 from madformer_jax.data import text
 from madformer_jax.identity import FACTS
 from madformer_jax.runtime import provenance
@@ -16,7 +16,9 @@ LOCAL = {  # what a stranger's config.json may name
     "data.path": "/home/you/pictures",
     "data.workers": 64,
     "demo.host": "0.0.0.0",
+    "evaluate.grid": "steps=5;prompts=/home/you/secret.txt,a cat",
     "evaluate.images": "/home/you/pictures",
+    "gallery.grid": "prompts=a cat,/home/you/secret.txt ",
     "evaluate.network_path": "/home/them/network.npz",
     "evaluate.reference": "/home/them/reference.npz",
     "evaluate.training": "gs://theirs/training.npz",
@@ -69,6 +71,9 @@ def cache(monkeypatch, tmp_path):
 
 def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
     c = config.restored(content, "theirs/config.json")
+    assert (
+        len(caplog.messages) == 1 and "data.path='/home/you/pictures'" in caplog.text and "\n" not in caplog.messages[0]
+    )
     found, defaults = fields.flat(c), fields.flat(config.base())
     assert found["text.tokenizer"] == "theirs/tokenizer.json"
     assert {name: found[name] for name in LOCAL if name != "text.tokenizer"} == {
@@ -84,6 +89,7 @@ def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
         ("codec.path", "stabilityai/sd-vae-ft-mse@main"),
         ("sample.prompts", "a cat; a dog"),
         ("sample.prompts", "data:test"),
+        ("evaluate.grid", "steps=5,20;prompts=a cat,data:test"),
         ("text.tokenizer", "drawings"),
         ("evaluate.images", "data:train"),
     ],
@@ -116,6 +122,15 @@ def test_the_config_of_a_run_of_ours_keeps_its_paths_but_for_the_compilation_cac
     assert {name: found[name] for name in LOCAL} == LOCAL | {"compilation_cache": "auto"}
     content["data"]["path"] = "/etc"  # changed by somebody else
     assert config.restored(content, "ours/config.json").data.path == ""
+
+
+def test_several_processes_read_the_same_config_whatever_each_has_recorded(content, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    provenance.record(content)
+    args = ["main", "--mode=reference", f"--workdir={tmp_path}"]
+    assert main.parse(args)[0].data.path == LOCAL["data.path"]
+    assert main.parse([*args, "--coordinator=host:1"])[0].data.path == ""
+    assert main.parse([*args, "--distributed"])[0].data.path == ""
 
 
 def test_a_cache_that_cannot_be_written_records_nothing(content, monkeypatch, tmp_path):

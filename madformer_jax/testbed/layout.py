@@ -53,7 +53,8 @@ def with_known_names(runs: Iterable[Run], workdir: str) -> list[Run]:
     root = epath.Path(workdir) / "runs"
     with storage.errors(f"{root} cannot be read"):
         folders = sorted(path.name for path in root.iterdir()) if root.exists() else []
-    done, begun = {}, {}
+    done: dict[str, str] = {}
+    begun: dict[str, str] = {}
     for name in folders:
         result = storage.read_json(root / name / "result.json")
         stored = result.get("config") if isinstance(result, dict) else storage.read_json(root / name / "config.json")
