@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str) -> "Model":
-    """A trained model, to sample from: of a workdir, an export, a converted release or a repository of the hub (`api.load`)."""
+def load(path: str, codec: str = "") -> "Model":
+    """Loads a trained model of a workdir, an export, a converted release or a repository of the hub, to sample from (`api.load`)."""
     from madformer_jax import api  # JAX with it, which --help does without
 
-    return api.load(path)
+    return api.load(path, codec)

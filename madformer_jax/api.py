@@ -201,14 +201,17 @@ class Model:
         return run
 
 
-def load(path: str) -> Model:
-    """The model of a workdir of --mode=train or --mode=convert, or of its export; or of a repository of the Hugging Face hub.
+def load(path: str, codec: str = "") -> Model:
+    """Loads a model of a workdir of --mode=train or --mode=convert, of its export, or of a repository of the Hugging Face hub.
+
+    The mesh and the paths of a config.json that this user has not written are ignored (docs/weights.md).
 
     Args:
-      path: the folder, gs:// ones among them; or "owner/name", which needs huggingface_hub and a network.
+      path: The folder, gs:// ones among them; or "owner/name", which needs huggingface_hub and a network.
+      codec: Folder or hub id of the VAE, for a config that names none or another one.
 
     Raises:
-      ConfigError: there is none, or it is damaged.
+      ConfigError: There is no model, or it is damaged.
     """
     if not os.path.exists(path) and "://" not in path and path.count("/") == 1:
         path = _from_hub(path)
@@ -217,6 +220,8 @@ def load(path: str) -> Model:
     if saved is None:
         raise ConfigError(f"there is no {file}: give the workdir of a training, an export or a converted release.")
     c = config_lib.restored(saved, file)
+    if codec:
+        c.codec.path = codec
     config_lib.validate(c)
     return of_workdir(c, path)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import Array
@@ -14,7 +15,8 @@ from ml_collections import ConfigDict
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae as vae_model
 from madformer_jax.models.vae import AutoencoderKL, Params
-from madformer_jax.sizes import VAE_CHANNELS, VAE_DOWNSAMPLING, Sizes
+from madformer_jax.runtime import partitioning
+from madformer_jax.sizes import SCALING_FACTOR, VAE_CHANNELS, VAE_DOWNSAMPLING, Sizes
 from madformer_jax.weights import vae as vae_weights
 from madformer_jax.weights.fingerprint import fingerprint
 
@@ -79,6 +81,21 @@ def describe(c: ConfigDict, weights: str) -> dict[str, Any]:
     return json.loads(c.codec.to_json()) | {"path": weights}
 
 
+def load_vae(path: str, dtype: str) -> tuple[AutoencoderKL, Params]:
+    """Reads a VAE whose latents a model can take.
+
+    Raises:
+      ConfigError: There are no weights, they do not fit, or the latents are of another shape than Stable Diffusion's.
+    """
+    model, params = vae_weights.load(path, dtype)
+    if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
+        raise ConfigError(
+            f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the "
+            f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
+        )
+    return model, params
+
+
 def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
     """Image <-> latent of the VAE, scaled, with weights from wherever `weights.vae.load` finds them.
 
@@ -87,12 +104,7 @@ def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
     """
 
     def load() -> tuple[AutoencoderKL, Params]:
-        model, params = vae_weights.load(path, dtype)
-        if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
-            raise ConfigError(
-                f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the "
-                f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
-            )
+        model, params = load_vae(path, dtype)
         if not math.isclose(model.scaling_factor, scaling_factor):
             raise ConfigError(
                 f"config.codec.scaling_factor={scaling_factor}, but the VAE at config.codec.path={path!r} says "
@@ -101,6 +113,47 @@ def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
         return model, params
 
     return of_vae(load, scaling_factor)
+
+
+class Encoder(NamedTuple):
+    """A VAE that encodes images for --mode=prepare, and the facts of it that whoever reads the latents must know."""
+
+    encode: Callable[[Any], tuple[Any, Any]]  # images uint8 (batch, H, W, c) -> mean, logvar (batch, h, w, C)
+    batch: int  # images that it takes at once
+    weights: str  # their fingerprint
+    dtype: str = "float32"
+    scaling_factor: float = SCALING_FACTOR
+    shift_factor: float = 0.0  # a VAE with another one is refused
+    channels: int = VAE_CHANNELS
+    downsampling: int = VAE_DOWNSAMPLING
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the facts, for the manifest of prepared latents."""
+        return {name: value for name, value in self._asdict().items() if name not in ("encode", "batch")}
+
+
+def encoder(c: ConfigDict, batch: int) -> Encoder:
+    """Makes the encoder of the VAE at `codec.path` over all devices of this process.
+
+    Args:
+      c: The config.
+      batch: Images that it takes at once; more where the devices do not divide them.
+
+    Raises:
+      ConfigError: As `load_vae`.
+    """
+    model, params = load_vae(c.codec.path, c.codec.dtype)
+    weights, devices = fingerprint(params), len(jax.local_devices())
+    mesh = partitioning.make_mesh(-1, 1, 1, jax.local_devices())
+    rows = partitioning.batch_sharding(mesh)
+    params = jax.device_put(params, partitioning.replicated(mesh))
+    program = jax.jit(lambda params, images: vae_model.encode(model, params, to_float(images)), out_shardings=rows)
+
+    def encode(images: Any) -> tuple[Any, Any]:
+        with partitioning.scope(mesh):
+            return program(params, jax.device_put(images, rows))
+
+    return Encoder(encode, math.ceil(batch / devices) * devices, weights, c.codec.dtype, model.scaling_factor)
 
 
 def expecting(codec: Codec, weights: str) -> Codec:

@@ -7,27 +7,30 @@ default for new training; `weights.release_config` has the PyTorch release's cho
 import difflib
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax import fields, limits
+from madformer_jax import fields, identity, limits
 from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import provenance
 from madformer_jax.sizes import SCALING_FACTOR, Sizes, sizes_of
 
 BESIDE = "tokenizer.json"  # as text.tokenizer of an export's config.json: the file that lies beside it
 
 
 def base() -> ConfigDict:
-    """Every field of a config with its default: the sound choice for new training where the release is odd."""
+    """Every field of a config with its default: the sound choice for new training where the release is odd.
+
+    A new field needs a line in `identity`, and its choices or range in `limits`.
+    """
     c = ConfigDict()
     c.seed = 0
     c.platform = ""  # "cpu", "gpu", "tpu": refuse to start on anything else; "" takes what JAX finds
-    c.compilation_cache = (
-        "auto"  # compiled programs are kept in the user's cache; or in "workdir", or a folder; or "off"
-    )
+    c.compilation_cache = "auto"  # folder of compiled programs, or "auto", "workdir", "off" (docs/performance.md)
     c.profile = ""  # "100:103": write a profiler trace of these training steps to workdir/profile
 
     c.model = ConfigDict()
@@ -211,11 +214,19 @@ def differences(c: ConfigDict) -> dict[str, Any]:
     return {name: value for name, value in fields.flat(c).items() if name not in defaults or value != defaults[name]}
 
 
-def restored(saved: Any, path: str) -> ConfigDict:
-    """The config of a workdir from the content of its config.json. Fields that came later have their defaults.
+def restored(saved: Any, path: str, trusted: bool | None = None) -> ConfigDict:
+    """Returns the config of a folder from the content of its config.json. Missing fields have their defaults.
+
+    A stranger's file chooses no path, no device and no address: fields of the machine have their defaults unless this user wrote
+    the file. The compilation cache has its default in any case, because the programs in it are executed.
+
+    Args:
+      saved: The content.
+      path: The file's name.
+      trusted: Whether this user wrote the file; None looks it up (`runtime.provenance`).
 
     Raises:
-      ConfigError: the content is no config of ours.
+      ConfigError: The content is not a config of this package.
     """
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is damaged: it holds no config.")
@@ -227,10 +238,33 @@ def restored(saved: Any, path: str) -> ConfigDict:
         raise ConfigError(f"{path}: {error}") from None
     config = base()
     config.update_from_flattened_dict(c)
+    config.compilation_cache = known["compilation_cache"]
+    trusted = provenance.is_recorded(saved) if trusted is None else trusted
+    if not trusted:
+        _log_ignored(path, identity.unportable(fields.flat(config), known))
+        config = portable(config)
     beside = epath.Path(path).parent / BESIDE
-    if config.text.tokenizer == BESIDE and (beside.exists() or not os.path.exists(BESIDE)):
+    if config.text.tokenizer == BESIDE and (not trusted or beside.exists() or not os.path.exists(BESIDE)):
         config.text.tokenizer = os.fspath(beside)
     return config
+
+
+def _log_ignored(path: str, values: Mapping[str, Any]) -> None:
+    given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != BESIDE)
+    if given:
+        logging.warning(
+            "%s: settings of the machine that wrote it are ignored (docs/weights.md): %s. Set those that you need.",
+            path,
+            given,
+        )
+
+
+def portable(c: ConfigDict) -> ConfigDict:
+    """Returns a copy without what belongs to this machine: its defaults, and for a tokenizer's file the one beside config.json."""
+    found, defaults = c.copy_and_resolve_references(), fields.flat(base())
+    for name in identity.unportable(fields.flat(c), defaults):
+        found.update_from_flattened_dict({name: BESIDE if name == "text.tokenizer" else defaults[name]})
+    return found
 
 
 def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> dict[str, int]:

@@ -152,7 +152,8 @@ def _of_workdir(values: flags.FlagValues) -> ConfigDict:
     path = os.path.join(values.workdir or "", "config.json")
     saved = storage.read_json(path) if values.workdir else None
     if saved is not None:
-        return config_lib.restored(saved, path)
+        several = values.distributed or values.coordinator  # whose records may differ, and their configs must not
+        return config_lib.restored(saved, path, trusted=False if several else None)
     if values.mode in ("convert", "report"):
         return config_lib.base()
     raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
@@ -222,14 +223,16 @@ def _first_process() -> bool:
 
 
 def _use_cache(setting: str, workdir: str | None) -> None:
+    """Sets the folder of compiled programs. JAX itself reads JAX_COMPILATION_CACHE_DIR, which "auto" keeps."""
     import jax
 
     if setting == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if setting == "auto" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     folders = {"auto": storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
-    folder = folders.get(setting, setting)
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_compilation_cache_dir", folders.get(setting, setting))
 
 
 _YNN = "xla_cpu_experimental_ynn_fusion_type"

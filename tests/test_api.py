@@ -1,5 +1,7 @@
 """The Python interface: a trained model as an object."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -96,3 +98,17 @@ def test_what_is_no_model_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     with pytest.raises(ConfigError, match="there is no folder owner/model; .* pip install huggingface_hub"):
         madformer_jax.load("owner/model")
+
+
+def test_a_vae_can_be_given_where_a_config_names_none(tmp_path, one_device):
+    """The folder of an export's own VAE means nothing elsewhere."""
+    c = tiny.get_config()
+    c.codec.name, c.codec.path, c.data.image_size, c.data.channels = "vae", str(tmp_path / "theirs"), 32, 3
+    saved(c, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"seed": 5}  # no longer ours
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="config.codec.path is empty"):
+        madformer_jax.load(str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="mine is no VAE folder"):
+        madformer_jax.load(str(tmp_path), codec=str(tmp_path / "mine"))

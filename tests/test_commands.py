@@ -32,7 +32,6 @@ _MODEL = {
     "data.drawings": 400,
 }
 _COUNTS = {
-    "compilation_cache": "off",
     "train.steps": 3,
     "train.checkpoint_every": 1,
     "train.keep": 3,

@@ -355,7 +355,7 @@ def test_modes_dispatch_with_the_overrides_and_tell_them_above_their_log(monkeyp
         return {"loss": 1.0}
 
     monkeypatch.setattr(madformer_jax.modes.train, "run", run)
-    args = [DIGITS, f"--workdir={tmp_path}", "--config.model.unet_channels=(16,)", "--config.compilation_cache=off"]
+    args = [DIGITS, f"--workdir={tmp_path}", "--config.model.unet_channels=(16,)"]
     assert main.main(["main", *args, "--config.optimizer.learning_rate=1"]) == 0
     told, one, two = capsys.readouterr().err.strip().split("\n")
     assert (one[9:], two[9:]) == ("one", "two")

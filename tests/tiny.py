@@ -10,7 +10,6 @@ from madformer_jax import config
 
 def get_config(variant: str = "") -> ConfigDict:
     c = config.base()
-    c.compilation_cache = "off"
     c.data.image_size, c.data.channels = 32, 1
     c.codec.name, c.codec.patch = "pixel", 4
     c.model.width, c.model.heads, c.model.mlp_width = 16, 2, 24

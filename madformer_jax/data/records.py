@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -32,12 +33,14 @@ from madformer_jax.data import preprocess
 from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
+from madformer_jax.sizes import sizes_of
 
 FORMAT = 2  # of the manifest; 1 had no seals, no names of classes, and the VAE's path for its weights
 MANIFEST = "manifest.json"
 MAX_OPEN = 400  # shards that a process holds open: many systems allow it 1024 files. Reading goes on with more, slower
 LATE = 1e-3  # seconds a record, in the mean over a batch: more than any local disk takes; a bucket that is mounted, say
 _SUMMED = 1 << 28  # bytes: smaller sets are compared with their SHA-256 sums at every start, in well under a second
+_OF_THE_VAE = ("scaling_factor", "shift_factor", "channels", "downsampling")  # facts of the manifest's codec
 _COPIES = 8  # shards copied from a bucket at once
 
 
@@ -302,6 +305,8 @@ class Records(Source):
 def _fingerprint(content: Mapping[str, Any]) -> str:
     """Of what decides which records there are; a shard that was made anew may differ in its last bits."""
     kept = {name: value for name, value in content.items() if name not in ("shards", "skipped")}
+    if kept.get("codec"):  # its other facts follow from the weights, and earlier versions did not write them
+        kept["codec"] = {name: value for name, value in kept["codec"].items() if name not in _OF_THE_VAE}
     return fingerprint([json.dumps(kept, sort_keys=True), *(str(shard.records) for shard in _shards(content))])
 
 
@@ -328,6 +333,23 @@ def check(made: Mapping[str, Any], config: ConfigDict, table: preprocess.Table) 
     if config.data.flip:
         raise ConfigError(
             "config.data.flip=True: latents cannot be flipped; use --mode=prepare --config.prepare.flip=True."
+        )
+    sizes, shape = sizes_of(config), tuple(made["shape"])
+    if shape and shape != (sizes.latent, sizes.latent, sizes.channels):
+        raise ConfigError(
+            f"config.data.path={config.data.path!r} holds latents of {' x '.join(map(str, shape))} values, and the model takes "
+            f"{sizes.latent} x {sizes.latent} x {sizes.channels}: prepare them with Stable Diffusion's VAE or one like it."
+        )
+    factor = made["codec"].get("scaling_factor")
+    if factor is None:
+        logging.warning(
+            "%s does not say by what the VAE's latents are multiplied: config.codec.scaling_factor=%s is taken.",
+            config.data.path, config.codec.scaling_factor,
+        )  # fmt: skip
+    elif not math.isclose(factor, config.codec.scaling_factor):
+        raise ConfigError(
+            f"config.codec.scaling_factor={config.codec.scaling_factor}, but the latents of config.data.path="
+            f"{config.data.path!r} are of a VAE with {factor}: set config.codec.scaling_factor={factor}."
         )
     path = made["codec"].get("path", config.codec.path)  # of format 1
     if path != config.codec.path:

@@ -48,7 +48,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     models = {_name(workdir): api.of_workdir(c, workdir)}
     if c.demo.other:
-        other = api.load(c.demo.other)
+        other = api.load(c.demo.other, c.codec.path)
         _check_alike(models[_name(workdir)], other)
         models[_name(c.demo.other) + " (other)" * (_name(c.demo.other) in models)] = other
     served = serve(page(models, c.demo.n), c.demo.host, c.demo.port)

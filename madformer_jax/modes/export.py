@@ -2,10 +2,9 @@
 
 workdir/export/ is what the Hugging Face hub takes: config.json, model.safetensors, README.md (the model card, with the scores that
 --mode=evaluate found), grid.png, the tokenizer.json of captions, if it is none of this package's; and checkpoints/, from which every
-mode reads.
+mode reads. Its config.json names no path, no mesh and no other setting of this machine (`config.portable`).
 """
 
-import json
 import math
 from typing import Any
 
@@ -42,11 +41,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         step, restored, _ = checkpoints.restore({"ema": target})
         meta = checkpoints.meta(step)  # class names, among others
     exported = f"{workdir.rstrip('/')}/export"
-    published = ConfigDict(json.loads(c.to_json()))
-    published.sample.weights = "ema"
+    published = config_lib.portable(c)
+    published.sample.weights, published.sample.step = "ema", -1
     words = text.own_file(c.text.tokenizer)
-    if words is not None:
-        published.text.tokenizer = config_lib.BESIDE
     with lock.hold(exported):
         _clear(checkpoint.folder(exported), step)
         with checkpoint.Checkpoints(exported) as checkpoints:

@@ -12,7 +12,6 @@ Run again on a folder that is complete, it compares all checksums and makes dama
 import collections
 import functools
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,25 +24,13 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.codec import to_float
+from madformer_jax import codec
 from madformer_jax.data import pipeline, preprocess, records, sources
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.models import vae
 from madformer_jax.runtime import lock, partitioning, preemption, storage
-from madformer_jax.weights import vae as vae_weights
-from madformer_jax.weights.fingerprint import fingerprint
 
 PLAN = "plan.json"
-
-
-class Encoder(NamedTuple):
-    """A VAE that encodes."""
-
-    # images uint8 (batch, H, W, c) -> mean, logvar (batch, h, w, C)
-    encode: Callable[[np.ndarray], tuple[Any, Any]]
-    batch: int  # images that it takes at once
-    weights: str  # their fingerprint
 
 
 class Decoded(NamedTuple):
@@ -61,7 +48,7 @@ def run(
     config: ConfigDict,
     workdir: str,
     *,
-    encoder: Encoder | None = None,
+    encoder: codec.Encoder | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> dict[str, Any]:
@@ -93,7 +80,9 @@ def run(
             if (folder / name).exists():
                 raise ConfigError(f"--workdir={workdir} holds a run ({name}): give --mode=prepare a folder of its own.")
         with lock.hold(workdir):
-            encoder = (encoder or _encoder(config)) if config.prepare.kind == "latents" else None
+            encoder = (
+                (encoder or codec.encoder(config, config.prepare.batch)) if config.prepare.kind == "latents" else None
+            )
             plan = _plan(config, source, table, encoder)
             _check_plan(folder, plan)
             mine = range(process_index, plan["shards"], process_count)
@@ -130,7 +119,7 @@ def _check_source(config: ConfigDict, source: Source) -> None:
         )  # fmt: skip
 
 
-def _plan(config: ConfigDict, source: Source, table: preprocess.Table, encoder: Encoder | None) -> dict[str, Any]:
+def _plan(config: ConfigDict, source: Source, table: preprocess.Table, encoder: codec.Encoder | None) -> dict[str, Any]:
     """Everything that decides the content of the shards."""
     p = config.prepare
     return {
@@ -138,7 +127,7 @@ def _plan(config: ConfigDict, source: Source, table: preprocess.Table, encoder: 
         "kind": p.kind,
         "image": table.describe(),
         "flip": p.flip,
-        "codec": {"weights": encoder.weights, "dtype": config.codec.dtype} if encoder else None,
+        "codec": encoder.describe() if encoder else None,
         "source": config.data.source,
         "split": config.data.split,
         "images": len(source),
@@ -156,17 +145,22 @@ def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
     if before is None:
         records.write_sealed(folder / PLAN, plan)
         return
+    written = before.get("codec")
     if before.get("format") != records.FORMAT:
         raise ConfigError(
             f"{folder} was prepared by another version (format {before.get('format')}): it may be read, but not gone on with. "
             "Name another folder."
         )
+    if written and plan["codec"]:  # an earlier version wrote fewer facts of the VAE
+        before["codec"] = plan["codec"] | written
     different = [f"{key} was {before.get(key)!r} and is {plan[key]!r}" for key in plan if before.get(key) != plan[key]]
     if different:
         raise ConfigError(
             f"{folder} holds shards that were made in another way: {'; '.join(different)}. "
             "Name another folder, or delete this one."
         )
+    if written != plan["codec"]:
+        records.write_sealed(folder / PLAN, plan)
 
 
 def _finished(folder: epath.Path, plan: dict[str, Any], mine: Sequence[int], bar: Any) -> dict[int, records.Shard]:
@@ -198,7 +192,7 @@ def _make(
     plan: dict[str, Any],
     todo: list[int],
     decode: Callable[[Sequence[int], ThreadPoolExecutor, int], Iterator[Decoded]],
-    encoder: Encoder | None,
+    encoder: codec.Encoder | None,
     before: list[records.Shard],
     bar: Any,
 ) -> dict[int, records.Shard]:
@@ -213,23 +207,6 @@ def _make(
             records.write_sealed(_done(folder, plan, k), made[k]._asdict())
             _check_corrupt(config, plan, [*before, *made.values()])
     return made
-
-
-def _encoder(config: ConfigDict) -> Encoder:
-    """The VAE's encoder over all devices of this process."""
-    model, params = vae_weights.load(config.codec.path, config.codec.dtype)
-    weights = fingerprint(params)
-    mesh = partitioning.make_mesh(-1, 1, 1, jax.local_devices())
-    rows = partitioning.batch_sharding(mesh)
-    params = jax.device_put(params, partitioning.replicated(mesh))
-    program = jax.jit(lambda params, images: vae.encode(model, params, to_float(images)), out_shardings=rows)
-
-    def encode(images: np.ndarray) -> tuple[Any, Any]:
-        with partitioning.scope(mesh):
-            return program(params, jax.device_put(images, rows))
-
-    devices = len(jax.local_devices())
-    return Encoder(encode, math.ceil(config.prepare.batch / devices) * devices, weights)
 
 
 def _indices(plan: dict[str, Any], k: int) -> range:
@@ -281,7 +258,7 @@ def _write(
     plan: dict[str, Any],
     k: int,
     decoded: Iterator[Decoded],
-    encoder: Encoder | None,
+    encoder: codec.Encoder | None,
     batch: int,
     bar: Any,
 ) -> records.Shard:
@@ -325,7 +302,7 @@ def _write(
     return shard
 
 
-def _fields(images: list[Decoded], plan: dict[str, Any], encoder: Encoder | None) -> list[dict[str, Any]]:
+def _fields(images: list[Decoded], plan: dict[str, Any], encoder: codec.Encoder | None) -> list[dict[str, Any]]:
     """The arrays of the images that decoded, and of their flipped copies; latents are still being computed.
 
     Every call encodes a full batch, so that the encoder is compiled once.

@@ -61,7 +61,8 @@ def run(
     """
     definition = sweep.read(file)
     name = os.path.splitext(os.path.basename(str(file.module.__file__)))[0]
-    runs, evaluations = sweep.expand(definition, c), sweep.evaluations(definition)
+    runs = layout.with_known_names(sweep.expand(definition, c), workdir)
+    evaluations = sweep.evaluations(definition)
     job = Job(name, "".join(file.args), definition, runs, evaluations, workdir)
     for run, evaluation in itertools.product(job.runs, job.evaluations):
         if evaluation.kind != "seconds":  # which are not known yet
@@ -284,13 +285,13 @@ def _with_judge(c: ConfigDict, workdir: str, of_run: str) -> ConfigDict:
 
 def _timing(job: Job, run: Run, anew: bool = False) -> list[Timing]:
     """Of each of the sweep's evaluations at the run's point: measured, unless it was before and not `anew`."""
-    name = sweep.name_of(run.config, without=("seed",))
+    name = job.first(run).name  # one measurement for all seeds of a point
     path = os.path.join(job.workdir, "timings", f"{name}.json")
     if anew and jax.process_index() == 0:
         epath.Path(path).unlink(missing_ok=True)
     _make_once(
         job.workdir,
-        f"timing_{name}",  # the run with the default seed has the name itself, and claims it
+        f"timing_{name}",  # that run itself claims the name alone
         path,
         lambda: storage.write_json(path, [_measured(job, run, o) for o in job.definition.evaluations]),
     )

@@ -22,29 +22,16 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from madformer_jax import fields
+from madformer_jax import fields, identity
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import checksums, malloc, quiet, storage
+from madformer_jax.runtime import checksums, malloc, provenance, quiet, storage
 from madformer_jax.runtime.partitioning import sync
 
 ARRAYS = ("params", "ema", "opt")
 T = TypeVar("T")
 
-# What may differ when a run goes on; every other field of these sections must stay as it was.
-_FIXED_SECTIONS = ("model", "text", "loss", "codec", "data", "train", "optimizer")
 RATES = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup", "optimizer.decay")
 SWITCHES = ("optimizer.clip", "optimizer.skip")  # 0 or not is what the optimizer's state depends on; the number is free
-_FREE = {
-    "model.attention", "model.remat", "model.scan_unroll",  # how, not what, is computed
-    "data.threads", "data.batches_ahead",
-    "codec.path", "data.path", "data.workers",  # where the same weights and images lie today
-    "data.max_corrupt",  # which the error asks to raise
-    "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "train.keep_every",
-    "train.evaluate_every", "train.evaluate_n", "train.validate_every", "train.validate_n", "train.judge",
-    "text.truncate",
-    "train.steps", "train.accumulate", *RATES,  # the run is told so
-    "train.init_from",  # read at the start only
-}  # fmt: skip
 OF_THE_MODEL = (
     "model",
     "codec",
@@ -67,13 +54,13 @@ def stored_config(workdir: str) -> dict[str, Any] | None:
     return content
 
 
-def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ("seed", *_FIXED_SECTIONS)) -> None:
-    """Compares a config with that of the workdir's checkpoints. Fields that only one of them has are passed over.
+def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()) -> None:
+    """Compares a config with that of the workdir's checkpoints. A field that only one of them has is not compared.
 
-    Without a checkpoint there is nothing that the config must fit: a start that failed binds nobody.
+    Without a checkpoint any config fits: a start that failed binds nobody.
 
     Raises:
-      ConfigError: names the fields that differ, of `sections` or named there, with both values.
+      ConfigError: Fields differ; the error names them with both values. See `differences`.
     """
     if different := differences(config, workdir, sections):
         raise ConfigError(
@@ -81,8 +68,14 @@ def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = (
         )
 
 
-def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...]) -> list[str]:
-    """The fields of `sections` in which a config may not differ from that of the workdir's checkpoints, and does."""
+def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()) -> list[str]:
+    """Lists the fields that differ from those of the workdir's checkpoints and may not change when a run goes on.
+
+    Args:
+      config: Today's config.
+      workdir: The folder of the run.
+      sections: Sections or fields to compare; by default all.
+    """
     stored = stored_config(workdir) if exists(workdir) else None
     before, now = fields.flat(stored or {}), fields.flat(json.loads(config.to_json()))
     if "data.test_share" not in before and before.get("data.source") in ("digits", "folder", "webdataset"):
@@ -90,7 +83,8 @@ def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...]) -> 
     return [
         f"config.{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(before.keys() & now.keys())
-        if {name, name.split(".")[0]} & set(sections) and name not in _FREE and before[name] != now[name]
+        if before[name] != now[name] and not identity.may_change(name)
+        if not sections or {name, name.split(".")[0]} & set(sections)
         if not (name in SWITCHES and before[name] and now[name])
     ]
 
@@ -101,6 +95,7 @@ def write_config(config: ConfigDict, workdir: str) -> None:
     Raises:
       ConfigError: the workdir cannot be written.
     """
+    provenance.record(json.loads(config.to_json()))  # on the machine of each process
     if jax.process_index() == 0:
         with storage.errors(f"--workdir={workdir} cannot be written"):
             storage.write_text(epath.Path(workdir) / "config.json", config.to_json(indent=2) + "\n")

@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
 from madformer_jax.runtime import lock, storage
+from madformer_jax.testbed import sweep
 from madformer_jax.testbed.sweep import Evaluation, Run, Sweep
 
 DIGITS = 6  # of a figure of the curve: means of steps are added up in another order after an interruption
@@ -41,6 +43,25 @@ class Job(NamedTuple):
 
 def folder(workdir: str, run: Run) -> str:
     return os.path.join(workdir, "runs", run.name)
+
+
+def with_known_names(runs: Iterable[Run], workdir: str) -> list[Run]:
+    """Returns the runs, each with the name of the folder that already holds a run of the same settings.
+
+    Names by which earlier versions knew a run thus stay valid: what is trained is compared by its stored config.
+    """
+    root = epath.Path(workdir) / "runs"
+    with storage.errors(f"{root} cannot be read"):
+        folders = sorted(path.name for path in root.iterdir()) if root.exists() else []
+    done: dict[str, str] = {}
+    begun: dict[str, str] = {}
+    for name in folders:
+        result = storage.read_json(root / name / "result.json")
+        stored = result.get("config") if isinstance(result, dict) else storage.read_json(root / name / "config.json")
+        if isinstance(stored, dict):
+            (begun if result is None else done).setdefault(sweep.name_of(stored), name)
+    known = begun | {name: name for name in folders if name in begun} | done
+    return [run._replace(name=known.get(run.name, run.name)) for run in runs]
 
 
 def claim(workdir: str, name: str) -> str:

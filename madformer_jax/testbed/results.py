@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from madformer_jax import config as config_lib
-from madformer_jax import fields
+from madformer_jax import fields, identity
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 from madformer_jax.testbed import axes as axes_lib
@@ -120,8 +120,15 @@ class Part(NamedTuple):
             if self.is_grid and len(axis.values) > 1:
                 names.append(f"{axis.label} = {value}")
             elif not self.is_grid and value != statistics.mode(other[i] for other in self.settings):
-                names.append({True: axis.label, False: f"no {axis.label}"}.get(value, f"{axis.label} = {value}"))
+                names.append(_ablation(axis.label, value))
         return ", ".join(names) or "base"
+
+
+def _ablation(label: str, value: Any) -> str:
+    """Returns the name of a setting that differs from the base: a switch that is on or off, or any other value."""
+    if isinstance(value, bool):  # 1 == True and 0 == False, but neither is a switch
+        return label if value else f"no {label}"
+    return f"{label} = {value}"
 
 
 class Results(NamedTuple):
@@ -245,7 +252,8 @@ def _check_fixed(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> Non
             (first.setdefault(setting, run), ("train.",)),
         ):
             for name, value in run["config"].items():
-                if name.startswith(sections) and name not in swept and value != other["config"].get(name):
+                counts = name.startswith(sections) and identity.decides(name) and name not in swept
+                if counts and value != other["config"].get(name):
                     raise ConfigError(
                         f"runs {other['name']} and {run['name']} differ in {name}: {other['config'].get(name)!r} against "
                         f"{value!r}, which the sweep does not vary. Report each from a folder of its own."

@@ -15,18 +15,16 @@ from typing import Any, NamedTuple, Protocol
 from ml_collections import ConfigDict
 
 from madformer_jax import config as config_lib
-from madformer_jax import fields
+from madformer_jax import fields, identity
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.testbed import budget
 
 Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth": 2}
 
-# Where things lie and how they are computed on this machine: no part of what a run is.
-_MACHINE = {
-    "platform", "compilation_cache", "profile", "data.path", "data.workers", "data.threads", "data.batches_ahead",
-    "data.max_corrupt", "model.attention", "codec.path",
-    "evaluate.reference", "evaluate.network_path", "evaluate.training",
-}  # fmt: skip
+# The budget gives the steps, and evaluate.n the number of images.
+_OF_THE_SWEEP = ("sample.n", "sample.steps", "evaluate.grid")
+# They decide which steps evaluate.checkpoints="last:5" names.
+_OF_LAST_CHECKPOINTS = ("train.checkpoint_every", "train.keep", "train.keep_every")
 
 
 class Sweep(NamedTuple):
@@ -57,7 +55,7 @@ class Evaluation(NamedTuple):
 class Run(NamedTuple):
     """One training."""
 
-    name: str  # hash of its resolved config
+    name: str  # of its folder: a hash of its settings, or the name that an earlier version gave to the same settings
     overrides: dict[str, Any]
     config: ConfigDict
 
@@ -128,7 +126,10 @@ def expand(sweep: Sweep, base: ConfigDict) -> list[Run]:
         config_lib.validate(c)
         name = name_of(c)
         if name in runs:
-            raise ConfigError(f"the sweep has the same run twice: {runs[name].overrides} and {dict(overrides)}.")
+            raise ConfigError(
+                f"the sweep has the same run twice: {runs[name].overrides} and {dict(overrides)} differ in nothing that decides "
+                "a result. Remove one of them."
+            )
         runs[name] = Run(name, dict(overrides), c)
     return list(runs.values())
 
@@ -172,23 +173,32 @@ def overridden(base: ConfigDict, overrides: Overrides) -> ConfigDict:
     return c
 
 
-def settings(c: ConfigDict) -> dict[str, Any]:
-    """The fields that make a run what it is, where they differ from the defaults."""
-    return {name: value for name, value in config_lib.differences(c).items() if name not in _MACHINE}
+def settings(values: fields.Section) -> dict[str, Any]:
+    """Returns the fields that decide the results of a run, where they differ from the defaults.
+
+    Args:
+      values: A config, or what a workdir or a result has stored of one.
+    """
+    defaults = fields.flat(config_lib.base())
+    found = identity.of_run(fields.flat(values), defaults)
+    if found["evaluate.checkpoints"].startswith("last:"):
+        found |= {name: fields.flat(values).get(name, defaults[name]) for name in _OF_LAST_CHECKPOINTS}
+    return {name: value for name, value in found.items() if value != defaults[name] and name not in _OF_THE_SWEEP}
 
 
-def name_of(c: ConfigDict, without: tuple[str, ...] = ()) -> str:
-    """A hash of `settings`."""
-    found = {name: value for name, value in settings(c).items() if name not in without}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+def name_of(values: fields.Section) -> str:
+    """Returns a hash of `settings`."""
+    return hashlib.sha256(json.dumps(settings(values), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def judge_of(c: ConfigDict) -> str:
-    """A hash of what decides classifier and reference."""
+    """Returns a hash of what decides classifier and reference."""
+    data, defaults = fields.flat(c.data), config_lib.base().data
+    # Fields that decide nothing count with their defaults: judges keep the names that they had before there were such fields.
     found = {
-        name: value for name, value in fields.flat(c.data).items() if name not in ("path", "workers", "split", "flip")
+        name: value if identity.decides(f"data.{name}") else defaults[name]
+        for name, value in data.items()
+        if name not in ("path", "workers", "split", "flip")
     }
-    # how data is read decides neither: it counts as if nobody had set it, by which judges keep the names they had
-    found |= {name: config_lib.base().data[name] for name in ("threads", "batches_ahead", "max_corrupt")}
     found |= {"network": c.evaluate.network, "evaluated": c.evaluate.split}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]

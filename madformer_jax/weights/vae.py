@@ -11,6 +11,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from madformer_jax.errors import ConfigError
+from madformer_jax.identity import HUB_ID
 from madformer_jax.models.vae import AutoencoderKL, Params, abstract_params
 from madformer_jax.runtime import storage
 from madformer_jax.weights import files
@@ -68,7 +69,7 @@ def _find(path: str) -> list[epath.Path]:
         if not (folder / "config.json").exists() or not (found or files.has_params(path)):
             raise ConfigError(f"{path} is no VAE folder: it needs config.json and one of {', '.join(_FILES)}.")
         return [folder / "config.json", *found]
-    if on_hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?", path):
+    if on_hub := HUB_ID.fullmatch(path):
         return _download(*on_hub.groups())
     raise ConfigError(f"{path}: no such folder, and no hub id either (owner/name or owner/name@revision).")
 
@@ -111,6 +112,8 @@ def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32)
         "use_quant_conv": True,
         "use_post_quant_conv": True,
         "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
     }
     for name, value in known.items():
         if name in config and config[name] != value:

@@ -7,9 +7,9 @@ import ml_collections
 import numpy as np
 from ml_collections import ConfigDict
 
+from madformer_jax import codec
 from madformer_jax import config as config_lib
 from madformer_jax.data import sources
-from madformer_jax.modes import prepare
 from tests.data import kill_prepare
 
 
@@ -17,7 +17,7 @@ def make_config(folder: pathlib.Path) -> ConfigDict:
     """23 images, two of them corrupt, in shards of 5."""
     kill_prepare.make_images(folder / "images", 23, corrupt=(4, 9))
     c = config_lib.base()
-    c.data.source, c.data.path, c.data.image_size = "folder", str(folder / "images"), 8
+    c.data.source, c.data.path, c.data.image_size = "folder", str(folder / "images"), 16
     c.data.split = "all"
     c.model.blocks = c.model.unet_stride = 1
     c.prepare.shard, c.prepare.batch, c.prepare.max_corrupt = 5, 3, 0.1
@@ -25,14 +25,14 @@ def make_config(folder: pathlib.Path) -> ConfigDict:
 
 
 def vae(images):
-    """A stand-in for the VAE: 8 x 8 pixels become 2 x 2 positions, each (red mean, 1, 2, 3)."""
+    """A stand-in for the VAE: 16 x 16 pixels become 2 x 2 positions, each (red mean, 1, 2, 3)."""
     mean = np.ones((len(images), 2, 2, 4), np.float32) * [0, 1, 2, 3]
-    mean[..., 0] = images[..., 0].reshape(-1, 2, 4, 2, 4).mean((2, 4))
-    mean[..., 1] = images[..., 2].reshape(-1, 2, 4, 2, 4).mean((2, 4))
+    mean[..., 0] = images[..., 0].reshape(-1, 2, 8, 2, 8).mean((2, 4))
+    mean[..., 1] = images[..., 2].reshape(-1, 2, 8, 2, 8).mean((2, 4))
     return mean, -mean
 
 
-ENCODER = prepare.Encoder(vae, batch=3, weights="abc")
+ENCODER = codec.Encoder(vae, batch=3, weights="abc")
 
 
 def prepared(config, out):

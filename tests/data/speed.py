@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from madformer_jax import codec
 from madformer_jax import config as config_lib
 from madformer_jax.data import pipeline, preprocess
 from madformer_jax.modes import prepare
@@ -48,7 +49,7 @@ def latents(folder: str, side: int, batch: int) -> None:
     c = config_lib.base()
     c.data.source, c.data.image_size = "digits", 32
     c.prepare.kind = "latents"
-    prepare.run(c, folder, encoder=prepare.Encoder(encode, c.prepare.batch, ""), process_index=0, process_count=1)
+    prepare.run(c, folder, encoder=codec.Encoder(encode, c.prepare.batch, ""), process_index=0, process_count=1)
     c.data.source, c.data.path = "arrayrecord", folder
     for workers in (0, 1):
         c.data.workers = workers

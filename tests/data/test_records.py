@@ -57,8 +57,8 @@ def test_records_keep_their_split(config, out):
 def test_training_refuses_records_that_do_not_fit_its_config(config, out, tmp_path):
     prepare.run(config, out)
     c = prepared(config, out)
-    c.data.image_size = 16
-    with pytest.raises(ConfigError, match="data.image_size=16, but .* were prepared with 8"):
+    c.data.image_size = 32
+    with pytest.raises(ConfigError, match="data.image_size=32, but .* were prepared with 16"):
         pipeline.describe(c)
     config.prepare.kind, out = "latents", str(tmp_path / "latents")
     prepare.run(config, out, encoder=ENCODER)

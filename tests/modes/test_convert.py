@@ -23,7 +23,7 @@ SUFFIXES = ("pt", "safetensors", "npz")
 
 
 def run(*arguments):
-    return main.main(["madformer_jax", "--config.compilation_cache=off", *map(str, arguments)])
+    return main.main(["madformer_jax", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_without_pytorch_only_its_own_formats_need_it(tmp_path, reference):
     results = [
         subprocess.run(
             [sys.executable, "-c", script, "--mode=convert", f"--config.convert.release={tmp_path / name}",
-             f"--workdir={tmp_path / 'run'}", "--config.compilation_cache=off"],
+             f"--workdir={tmp_path / 'run'}"],
             capture_output=True, text=True, check=False, cwd=pathlib.Path(__file__).parent.parent.parent,
         ) for name in ("release.pt", "release.npz")
     ]  # fmt: skip

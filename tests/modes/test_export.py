@@ -1,5 +1,6 @@
 import base64
 import json
+import pathlib
 import shutil
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import madformer_jax
-from madformer_jax import drawing, main, training
+from madformer_jax import config, drawing, fields, main, training
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -77,6 +78,54 @@ def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
     model = madformer_jax.load(exported)
     assert model.labels == ("cat",)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), ema)
+
+
+def test_an_export_has_nothing_of_the_machine(plain, run, tmp_path):
+    """No file names a folder of the user; the mesh, the cache and the step have their defaults."""
+    secret = tmp_path / "users" / "jane" / "secret"
+    local = {
+        "codec.path": f"{secret}/vae",
+        "compilation_cache": f"{secret}/cache",
+        "data.path": f"{secret}/pictures",
+        "demo.other": f"{secret}/other",
+        "evaluate.network_path": f"{secret}/network.npz",
+        "evaluate.reference": f"{secret}/reference.npz",
+        "sample.noise": f"{secret}/noise.npy",
+        "train.init_from": f"{secret}/run",
+        "data.workers": 3,
+        "mesh.fsdp": 8,
+        "mesh.data": 1,
+        "model.remat": "full",
+        "sample.step": 3,
+    }
+    plain.update_from_flattened_dict(local)
+    exported = export.run(plain, str(run[0]))["export"]
+    for path in pathlib.Path(exported).rglob("*"):
+        assert path.is_dir() or b"jane" not in path.read_bytes(), path
+    published = fields.flat(json.loads((run[0] / "export" / "config.json").read_text()))
+    defaults = fields.flat(config.base())
+    assert {name: published[name] for name in local} == {name: defaults[name] for name in local}
+    assert published["model.width"] == plain.model.width
+
+
+def test_an_export_keeps_the_hub_id_of_its_vae():
+    c = config.base()
+    c.codec.path = "stabilityai/sd-vae-ft-mse@main"
+    assert config.portable(c).codec.path == c.codec.path
+
+
+def test_an_export_of_a_mesh_of_eight_is_loaded_on_one_device(plain, run, monkeypatch):
+    """By its own config, and by one that names the mesh, as exports of earlier versions do."""
+    exported = run[0] / "export"
+    export.run(plain, str(run[0]))
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    stored = json.loads((exported / "config.json").read_text())
+    assert madformer_jax.load(str(exported)).config.mesh.data == -1
+    stored["mesh"] |= {"data": 1, "fsdp": 8}
+    stored |= {"compilation_cache": "workdir", "platform": "tpu"}
+    (exported / "config.json").write_text(json.dumps(stored))
+    assert madformer_jax.load(str(exported)).config.mesh.fsdp == 1
 
 
 def test_training_does_not_go_on_from_an_export(plain, run):

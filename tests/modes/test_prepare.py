@@ -95,7 +95,7 @@ def test_every_batch_to_the_encoder_has_one_size(config, out):
 
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=ENCODER._replace(encode=counting))
-    assert sizes == {(3, 8, 8, 3)}
+    assert sizes == {(3, 16, 16, 3)}
 
 
 def test_flipped_copies_stand_beside_their_originals(config, out):
@@ -200,6 +200,61 @@ def test_another_vae_is_another_preparation(config, out):
         prepare.run(config, out, encoder=ENCODER._replace(weights="def"))
 
 
+SDXL = ENCODER._replace(scaling_factor=0.13025)
+
+
+def test_latents_are_scaled_by_the_factor_of_their_vae(config, out):
+    """SDXL's VAE has that of another factor; the config must agree, in training and in sampling."""
+    config.prepare.kind = "latents"
+    prepare.run(config, out, encoder=SDXL)
+    assert records.manifest(out)["codec"] == {
+        "weights": "abc", "dtype": "float32", "scaling_factor": 0.13025, "shift_factor": 0.0, "channels": 4,
+        "downsampling": 8,
+    }  # fmt: skip
+    c = prepared(config, out)
+    with pytest.raises(
+        ConfigError, match=r"scaling_factor=0.18215, but .* a VAE with 0.13025: set config.codec.scaling_factor=0.13025"
+    ):
+        pipeline.describe(c)
+    c.codec.scaling_factor = 0.13025
+    assert pipeline.describe(c).records == 21
+
+
+def test_latents_of_another_shape_are_refused(config, out):
+    """As those of a VAE with 16 channels, or with half the downsampling."""
+    config.prepare.kind = "latents"
+    encoder = ENCODER._replace(encode=lambda images: [np.concatenate([x] * 4, -1) for x in vae(images)])
+    prepare.run(config, out, encoder=encoder)
+    with pytest.raises(ConfigError, match=r"latents of 2 x 2 x 16 .* the model takes 2 x 2 x 4"):
+        pipeline.describe(prepared(config, out))
+
+
+def test_a_folder_without_the_factor_is_gone_on_with_and_keeps_its_fingerprint(config, out):
+    """Of an earlier version."""
+    config.prepare.kind = "latents"
+    prepare.run(config, out, encoder=ENCODER)
+    before = pipeline.describe(prepared(config, out))
+    for name in ("plan.json", "manifest.json"):
+        content = records.read_sealed(os.path.join(out, name))
+        content["codec"] = {key: content["codec"][key] for key in ("weights", "dtype")}
+        records.write_sealed(os.path.join(out, name), content)
+    assert pipeline.describe(prepared(config, out)) == before
+    assert prepare.run(config, out, encoder=ENCODER)["made"] == 0
+    assert pipeline.describe(prepared(config, out)) == before
+    assert records.manifest(out)["codec"]["scaling_factor"] == 0.18215
+    with pytest.raises(ConfigError, match="made in another way: codec"):
+        prepare.run(config, out, encoder=SDXL)
+
+
+def test_a_vae_that_no_model_can_use_is_refused_before_anything_is_written(config, out, tmp_path, monkeypatch):
+    network = vae_weights.from_config({"block_out_channels": [4, 4, 4, 8], "norm_num_groups": 2, "latent_channels": 16})
+    monkeypatch.setattr(vae_weights, "load", lambda path, dtype: (network, {}))
+    config.prepare.kind = "latents"
+    with pytest.raises(ConfigError, match="has 16 latent channels at 1/8 of the side; a VAE with 4 at 1/8 is needed"):
+        prepare.run(config, out)
+    assert not os.listdir(out)
+
+
 @pytest.mark.parametrize("name", ["config.json", "checkpoints/1"])
 def test_a_runs_folder_is_refused(config, out, name):
     os.makedirs(os.path.join(out, name))
@@ -256,7 +311,7 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     }
     with pytest.raises(ConfigError, match="are not those that made the latents"):
         codec.expecting(codec.build(c), weights[::-1]).load()
-    encoder = prepare._encoder(c)
+    encoder = codec.encoder(c, c.prepare.batch)
     blank = np.zeros((encoder.batch - 19, 64, 64, 3), np.uint8)
     mean, logvar = (x[:19] for x in encoder.encode(np.concatenate([images, blank])))
     batch = found.read(np.arange(19))

@@ -5,6 +5,7 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.testbed import results
+from madformer_jax.testbed.axes import Axis
 from tests.testbed import made_up
 
 
@@ -132,3 +133,22 @@ def test_a_folder_without_results_and_a_damaged_one_are_told(tmp_path):
     (tmp_path / "runs" / "d1l4s0" / "result.json").write_text("{}")
     with pytest.raises(ConfigError, match="d1l4s0/result.json is damaged: it has no name"):
         results.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "base", "other", "label"),
+    [
+        ("model.diffusion_depth", 2, 1, "D = 1"),
+        ("train.context_noise", 100, 0, "context noise = 0"),
+        ("sample.guidance", 2.0, 1.0, "guidance = 1.0"),
+        ("model.ar_condition", True, False, "no AR condition"),
+        ("model.neighbours", False, True, "neighbours"),
+    ],
+)
+def test_only_a_switch_is_named_as_one(field, base, other, label):
+    """0 and 1 equal False and True, and are numbers."""
+    axes = (Axis("model.width", (16, 24)), Axis(field, (base, other)))
+    settings = [(16, base), (16, base), (24, base), (16, other)]  # a base and its ablations, no grid
+    points = [results.Point(s, 0, results.Budget("steps", 1), "run", 0, {}, {}) for s in settings]
+    part = results.Part("", axes, tuple(points), {})
+    assert part.label((16, other)) == label

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import runpy
 import types
 
 import numpy as np
@@ -16,6 +17,7 @@ from madformer_jax.testbed import layout, sweep
 from madformer_jax.testbed.sweep import Sweep, grid
 from tests import tiny
 
+ROOT = pathlib.Path(__file__).parents[2]
 SETTING = {"sample.guidance_interval": (0, 900)}
 TWO = Sweep("Which width?", grid({"model.width": (16, 24)}), {"steps": (1, 4)}, [SETTING], train_budget=("images", 16))
 
@@ -276,15 +278,93 @@ def test_a_wrong_sweep_is_told_in_one_line_before_anything_is_done(c, stage, tmp
     assert not (tmp_path / "none").exists()
 
 
-def test_a_name_is_what_a_run_is_and_not_where(c):
-    one, other = sweep.name_of(c), c.copy_and_resolve_references()
-    judge = sweep.judge_of(c)
-    c.data.path, c.platform, c.compilation_cache = "elsewhere", "cpu", "auto"
-    c.data.threads, c.data.batches_ahead, c.data.max_corrupt, c.model.attention = 8, 5, 0.5, "reference"
-    assert (sweep.name_of(c), sweep.judge_of(c)) == (one, judge)
-    c.seed = 1
-    assert sweep.name_of(c) != one
-    assert sweep.name_of(c, without=("seed",)) == sweep.name_of(other, without=("seed",))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.path": "elsewhere", "data.threads": 8, "data.batches_ahead": 5, "data.max_corrupt": 0.5},
+        {"platform": "cpu", "compilation_cache": "auto", "profile": "0:1", "mesh.data": 2, "mesh.fsdp": 4},
+        {"model.attention": "reference", "model.remat": "full", "model.scan_unroll": 2},
+        {
+            "train.checkpoint_every": 3,
+            "train.keep": 9,
+            "train.keep_every": 3,
+            "train.log_every": 1,
+            "train.judge": True,
+        },
+        {
+            "sample.batch": 3,
+            "sample.shard": 3,
+            "sample.grid": 3,
+            "sample.film": "webp",
+            "sample.n": 7,
+            "sample.steps": 9,
+        },
+        {"demo.port": 1, "gallery.n": 2, "benchmark.steps": 2, "compile.time": False, "prepare.batch": 3},
+    ],
+)
+def test_a_name_does_not_depend_on_the_machine_or_on_what_is_reported(c, changes):
+    names = sweep.name_of(c), sweep.judge_of(c)
+    c.update_from_flattened_dict(changes)
+    assert (sweep.name_of(c), sweep.judge_of(c)) == names
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"model.dtype": "bfloat16"},
+        {"text.tokenizer": "a.json"},
+        {"train.init_from": "a"},
+        {"evaluate.n": 9},
+    ],
+)
+def test_a_name_depends_on_what_decides_results(c, changes):
+    name = sweep.name_of(c)
+    c.update_from_flattened_dict(changes)
+    assert sweep.name_of(c) != name
+
+
+def test_the_last_checkpoints_depend_on_which_are_kept(c):
+    c.evaluate.checkpoints = "last:2"
+    name = sweep.name_of(c)
+    c.train.keep_every = 2
+    assert sweep.name_of(c) != name
+
+
+def test_a_run_is_not_trained_again_on_another_mesh(c, stage, tmp_path):
+    first = mode.run(c, str(tmp_path), file=File(TWO))
+    c.mesh.fsdp, c.model.remat, c.train.checkpoint_every, c.sample.batch, c.demo.port = 2, "full", 5, 2, 1
+    assert mode.run(c, str(tmp_path), file=File(TWO)) == first
+    assert len(stage.trained) == 2
+
+
+def test_a_run_that_an_earlier_version_named_is_found_by_its_config(c, stage, tmp_path):
+    """Finished runs by their results, and one that was stopped by the config of its checkpoints."""
+    mode.run(c, str(tmp_path), file=File(TWO))
+    for i, folder in enumerate(sorted((tmp_path / "runs").iterdir())):
+        result = json.loads((folder / "result.json").read_text())
+        result["config"] |= {"train.checkpoint_every": 2, "sample.batch": 4, "train.gone": 1}
+        (folder / "result.json").write_text(json.dumps(result))
+        if i:
+            (folder / "result.json").unlink()
+            overridden = sweep.overridden(c, result["overrides"])
+            overridden.train.steps = result["training"]["steps"]
+            (folder / "config.json").write_text(overridden.to_json())
+        folder.rename(folder.with_name(f"old{i}"))
+    done = mode.run(c, str(tmp_path), file=File(TWO))
+    assert sorted(done["runs"]) == ["old0", "old1"]
+    assert len(stage.trained) == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [("depth", "digits"), ("depth", "drawings"), ("blocks", "drawings"), ("conditioning", "digits")],
+)
+def test_the_published_results_are_those_of_today_s_sweeps(file, variant):
+    config = runpy.run_path(str(ROOT / "configs" / "sweeps" / f"{file}.py"))
+    folder = ROOT / "docs" / "results" / f"{file}_{variant}"
+    runs = layout.with_known_names(sweep.expand(config["sweep"](variant), config["get_config"](variant)), str(folder))
+    assert {run.name for run in runs} == {path.parent.name for path in folder.glob("runs/*/result.json")}
 
 
 def test_seeds_come_one_after_the_other():

@@ -1,0 +1,140 @@
+"""Facts about every config field: does it decide results, may it change on resume, does it belong to the machine.
+
+This table is the only place that says what identifies a run. `runtime.checkpoint` compares what may not change, `testbed.sweep`
+names a run by what decides its results, and `modes.export` and `config.restored` set what belongs to a machine to its default.
+A new field of `config.base` needs a line here.
+"""
+
+import enum
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Fact(enum.Flag):
+    """A statement about a field. Facts combine: the path of the initial noise decides images and belongs to a machine."""
+
+    RUN = enum.auto()  # decides weights, images or scores
+    RESUME = enum.auto()  # may change when a run goes on
+    MACHINE = enum.auto()  # is a path, an address or a matter of speed and memory: it means nothing on another machine
+
+
+_FIXED = Fact.RUN
+_FREE = Fact.RUN | Fact.RESUME
+_QUIET = Fact.RESUME  # decides no result, and other machines may have it
+_LOCAL = Fact.MACHINE | Fact.RESUME  # decides no result: the same images or weights may lie elsewhere
+_FILE = Fact.RUN | Fact.MACHINE
+_FREE_FILE = Fact.RUN | Fact.MACHINE | Fact.RESUME
+
+# section -> facts -> its fields
+_TABLE: dict[str, dict[Fact, str]] = {
+    "": {_FIXED: "seed", _LOCAL: "platform compilation_cache profile"},
+    "model": {
+        _FIXED: "width heads depth diffusion_depth mlp_width blocks unet_channels unet_layers unet_attention unet_groups "
+        "unet_heads unet_time_width unet_stride unet_kernel neighbours predicts rope time_embedding clean_timestep hidden_from "
+        "clean_stream ar_condition param_sets diffusion_attention classes dtype",
+        _LOCAL: "attention remat scan_unroll",
+    },
+    "text": {_FIXED: "vocabulary length caption", _FREE: "truncate", _FILE: "tokenizer"},
+    "loss": {_FIXED: "image hidden clean text weighting"},
+    "codec": {_FIXED: "name patch scaling_factor dtype", _LOCAL: "path"},
+    "data": {
+        _FIXED: "source drawings split test_share image_size channels crop background flip",
+        _QUIET: "max_corrupt",
+        _LOCAL: "path workers threads batches_ahead",
+    },
+    "prepare": {_QUIET: "kind shard batch max_corrupt flip"},  # the plan of prepared records has its own comparison
+    "train": {
+        _FIXED: "batch ema_decay ema_warmup context_noise label_dropout",
+        _FREE: "steps accumulate",
+        _QUIET: "log_every sample_every checkpoint_every evaluate_every evaluate_n validate_every validate_n judge keep "
+        "keep_every",
+        _FREE_FILE: "init_from",
+    },
+    "optimizer": {_FIXED: "b1 b2 weight_decay clip skip", _FREE: "learning_rate schedule warmup decay"},
+    "sample": {
+        _FREE: "step n solver spacing steps guidance guidance_schedule guidance_interval prompts labels label_sampling weights "
+        "clip",
+        _QUIET: "batch shard grid film",
+        _FREE_FILE: "noise",
+    },
+    "evaluate": {
+        _FREE: "network split n checkpoints grid degrade",
+        _LOCAL: "network_path reference training",
+        _FREE_FILE: "images",
+    },
+    "gallery": {_QUIET: "n grid"},
+    "demo": {_QUIET: "n", _LOCAL: "other host port"},
+    "convert": {_QUIET: "weights", _LOCAL: "release vae inception to_release"},
+    "compile": {_QUIET: "time"},
+    "benchmark": {_QUIET: "parts warmup steps"},
+    "mesh": {_LOCAL: "data fsdp tensor"},
+}
+
+FACTS: dict[str, Fact] = {
+    f"{section}.{name}".lstrip("."): facts
+    for section, rows in _TABLE.items()
+    for facts, names in rows.items()
+    for name in names.split()
+}
+
+HUB_ID = re.compile(
+    r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?"
+)  # of the Hugging Face hub: owner/name or owner/name@revision
+EMBEDDED_TOKENIZERS = ("drawings",)
+DATA = "data:"  # of sample.prompts and evaluate.images: a split of the config's data set
+_TEXT_FILE = re.compile(r"\.txt\s*($|[,;])")
+
+# Values that name no file, of fields that may hold a path.
+_PORTABLE: dict[str, Callable[[str], bool]] = {
+    "codec.path": lambda value: HUB_ID.fullmatch(value) is not None and not os.path.exists(value),
+    "evaluate.grid": lambda value: not _TEXT_FILE.search(value),  # it may vary sample.prompts
+    "evaluate.images": lambda value: value.startswith(DATA),
+    "gallery.grid": lambda value: not _TEXT_FILE.search(value),
+    "sample.prompts": lambda value: not _TEXT_FILE.search(value),
+    "text.tokenizer": lambda value: value in EMBEDDED_TOKENIZERS,
+}
+
+
+def decides(name: str) -> bool:
+    """Returns whether a field decides results."""
+    return Fact.RUN in _facts(name)
+
+
+def may_change(name: str) -> bool:
+    """Returns whether a field may change when a run goes on."""
+    return Fact.RESUME in _facts(name)
+
+
+def _facts(name: str) -> Fact:
+    return FACTS.get(name, Fact.RUN)  # a field without a line may decide everything
+
+
+def of_run(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what identifies a run: the fields that decide results, with their values.
+
+    Args:
+      values: A flat config, or only its fields that are not at their defaults.
+      defaults: A flat config with every field.
+    """
+    return {name: values.get(name, default) for name, default in defaults.items() if decides(name)}
+
+
+def unportable(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a flat config whose values mean nothing, or something else, on another machine.
+
+    They are those of the machine that are not at their defaults. The id of a hub, the name of an embedded tokenizer and the split
+    of a data set are no path, and stay.
+    """
+    return {
+        name: values[name]
+        for name, default in defaults.items()
+        if values[name] != default and not _is_portable(name, values[name])
+    }
+
+
+def _is_portable(name: str, value: Any) -> bool:
+    if name in _PORTABLE:
+        return _PORTABLE[name](value)
+    return Fact.MACHINE not in _facts(name)

@@ -1,0 +1,140 @@
+"""What identifies a run, and what belongs to the machine."""
+
+import json
+
+import pytest
+
+from madformer_jax import config, fields, identity, main
+from madformer_jax.data import text
+from madformer_jax.identity import FACTS
+from madformer_jax.runtime import provenance
+
+LOCAL = {  # what a stranger's config.json may name
+    "codec.path": "/home/them/vae",
+    "compilation_cache": "workdir",
+    "convert.to_release": "/home/you/.bashrc",
+    "data.path": "/home/you/pictures",
+    "data.workers": 64,
+    "demo.host": "0.0.0.0",
+    "evaluate.grid": "steps=5;prompts=/home/you/secret.txt,a cat",
+    "evaluate.images": "/home/you/pictures",
+    "gallery.grid": "prompts=a cat,/home/you/secret.txt ",
+    "evaluate.network_path": "/home/them/network.npz",
+    "evaluate.reference": "/home/them/reference.npz",
+    "evaluate.training": "gs://theirs/training.npz",
+    "mesh.data": 1,
+    "mesh.fsdp": 8,
+    "model.attention": "cudnn",
+    "model.remat": "full",
+    "platform": "tpu",
+    "profile": "1:2",
+    "sample.noise": "/home/you/noise.npy",
+    "sample.prompts": "/home/you/secret.txt",
+    "text.tokenizer": "/home/you/words.json",
+    "train.init_from": "/home/them/run",
+}
+
+
+def test_every_field_has_its_facts():
+    """A new field of `config.base` needs a line in `identity`, and a removed one has none."""
+    assert FACTS.keys() == fields.flat(config.base()).keys()
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_the_facts_of_a_field_agree(name):
+    assert FACTS[name], "neither decides results nor may change"
+    assert identity.decides(name) or identity.may_change(name), "what decides nothing may change"
+
+
+def test_a_field_without_facts_identifies_a_run():
+    assert identity.decides("model.new") and not identity.may_change("model.new")
+
+
+def test_embedded_tokenizers_are_known_by_name():
+    assert set(identity.EMBEDDED_TOKENIZERS) == text._EMBEDDED.keys()
+
+
+@pytest.fixture
+def content():
+    """The config.json of somebody else."""
+    c = config.base()
+    c.text.vocabulary, c.text.length = 300, 8
+    c.update_from_flattened_dict(LOCAL)
+    c.model.width = 64
+    return json.loads(c.to_json())
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
+    c = config.restored(content, "theirs/config.json")
+    assert (
+        len(caplog.messages) == 1 and "data.path='/home/you/pictures'" in caplog.text and "\n" not in caplog.messages[0]
+    )
+    found, defaults = fields.flat(c), fields.flat(config.base())
+    assert found["text.tokenizer"] == "theirs/tokenizer.json"
+    assert {name: found[name] for name in LOCAL if name != "text.tokenizer"} == {
+        name: defaults[name] for name in LOCAL if name != "text.tokenizer"
+    }
+    assert c.model.width == 64 and c.text.length == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("codec.path", "stabilityai/sd-vae-ft-mse"),
+        ("codec.path", "stabilityai/sd-vae-ft-mse@main"),
+        ("sample.prompts", "a cat; a dog"),
+        ("sample.prompts", "data:test"),
+        ("evaluate.grid", "steps=5,20;prompts=a cat,data:test"),
+        ("text.tokenizer", "drawings"),
+        ("evaluate.images", "data:train"),
+    ],
+)
+def test_what_is_no_path_stays(content, name, value):
+    section, _, field = name.partition(".")
+    content[section][field] = value
+    assert fields.flat(config.restored(content, "theirs/config.json"))[name] == value
+
+
+@pytest.mark.parametrize("path", ["weights/vae", "../vae", "./vae", "~/vae", "gs://theirs/vae", "file:///vae", "vae"])
+def test_only_the_id_of_a_hub_is_no_path(content, path, tmp_path, monkeypatch):
+    """A folder of that name in the current folder is not opened either."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights" / "vae").mkdir(parents=True)
+    content["codec"]["path"] = path
+    assert config.restored(content, "theirs/config.json").codec.path == ""
+
+
+def test_the_tokenizer_in_the_current_folder_is_not_that_of_a_stranger(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    content["text"]["tokenizer"] = "tokenizer.json"
+    assert config.restored(content, "theirs/config.json").text.tokenizer == "theirs/tokenizer.json"
+
+
+def test_the_config_of_a_run_of_ours_keeps_its_paths_but_for_the_compilation_cache(content):
+    provenance.record(content)
+    found = fields.flat(config.restored(content, "ours/config.json"))
+    assert {name: found[name] for name in LOCAL} == LOCAL | {"compilation_cache": "auto"}
+    content["data"]["path"] = "/etc"  # changed by somebody else
+    assert config.restored(content, "ours/config.json").data.path == ""
+
+
+def test_several_processes_read_the_same_config_whatever_each_has_recorded(content, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    provenance.record(content)
+    args = ["main", "--mode=reference", f"--workdir={tmp_path}"]
+    assert main.parse(args)[0].data.path == LOCAL["data.path"]
+    assert main.parse([*args, "--coordinator=host:1"])[0].data.path == ""
+    assert main.parse([*args, "--distributed"])[0].data.path == ""
+
+
+def test_a_cache_that_cannot_be_written_records_nothing(content, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    provenance.record(content)
+    assert not provenance.is_recorded(content)
