@@ -38,7 +38,7 @@ _FREE = {
     "model.attention", "model.remat", "model.scan_unroll",  # how, not what, is computed
     "data.threads", "data.batches_ahead",
     "codec.path", "data.path", "data.workers",  # where the same weights and images lie today
-    "data.max_corrupt",  # which the error asks to raise
+    "data.max_corrupt", "data.max_pixels",  # which the error asks to raise
     "train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "train.keep_every",
     "train.evaluate_every", "train.evaluate_n", "train.validate_every", "train.validate_n", "train.judge",
     "text.truncate",

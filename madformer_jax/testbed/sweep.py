@@ -24,7 +24,7 @@ Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth":
 # Where things lie and how they are computed on this machine: no part of what a run is.
 _MACHINE = {
     "platform", "compilation_cache", "profile", "data.path", "data.workers", "data.threads", "data.batches_ahead",
-    "data.max_corrupt", "model.attention", "codec.path",
+    "data.max_corrupt", "data.max_pixels", "model.attention", "codec.path",
     "evaluate.reference", "evaluate.network_path", "evaluate.training",
 }  # fmt: skip
 
