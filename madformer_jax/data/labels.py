@@ -5,14 +5,16 @@ A label is a number, or in a .json also the name of a class. Where most labels a
 
 import json
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from madformer_jax.data import listing
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
 NONE, ODD = -1, -2  # in place of a class: there is no label; there is one that is not usable
+_FIRST_NAME = -3  # code of the first name; those that follow count down
 _CLASSES = 1_000_000  # more are not classes
 _NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")  # 1.0 is class 1
 
@@ -53,37 +55,44 @@ def read(cls: _File | None, beside: _File | None, left_out: listing.LeftOut) -> 
     return by_cls
 
 
-def number(found: Sequence[Label]) -> tuple[list[int], list[str], str]:
-    """Numbers the labels of a set.
+class Classes:
+    """Collects the labels of a set in little memory, and numbers the classes."""
 
-    Returns:
-      The class of each image, or `NONE` or `ODD`; the names of the classes, empty if labels are numbers; and the reason of
-      the first odd label, "" if there is none.
-    """
-    named = [label for label in found if isinstance(label, Name)]
-    by_name = 2 * len(named) > len([label for label in found if isinstance(label, int | Name)])
-    names = sorted({label.text for label in named}) if by_name else []
-    places = {name: i for i, name in enumerate(names)}
-    numbers, first = [], ""
-    for label in found:
+    def __init__(self) -> None:
+        self._names: dict[str, int] = {}  # in the order in which they came
+        self._numbers = self._named = 0  # images with such a label
+        self._odd = self._odd_name = self._odd_number = ""  # reason of the first one, if that kind is odd
+
+    def add(self, label: Label) -> int:
+        """Takes the label of one image, and returns a code that `number` turns into its class."""
         if label is None:
-            numbers.append(NONE)
-        elif isinstance(label, Name) and by_name:
-            numbers.append(places[label.text])
-        elif isinstance(label, int) and not by_name:
-            numbers.append(label)
-        else:
-            numbers.append(ODD)
-            first = first or _reason(label)
-    return numbers, names, first
+            return NONE
+        if isinstance(label, Odd):
+            self._odd = self._odd or label.reason
+            return ODD
+        if isinstance(label, int):
+            self._numbers += 1
+            self._odd_number = self._odd_number or f"a label is the number {label}, and most are names"
+            return label
+        self._named += 1
+        self._odd_name = self._odd_name or f"{label.file} holds no class number but {label.text!r}"
+        return _FIRST_NAME - self._names.setdefault(label.text, len(self._names))
 
+    def number(self, codes: np.ndarray) -> tuple[np.ndarray, list[str], str]:
+        """Numbers the classes by name if most labels are names, else as the labels say.
 
-def _reason(label: int | Name | Odd) -> str:
-    if isinstance(label, Odd):
-        return label.reason
-    if isinstance(label, Name):
-        return f"{label.file} holds no class number but {label.text!r}"
-    return f"a label is the number {label}, and most are names"
+        Returns:
+          The class of each image, or `NONE` or `ODD`; the names of the classes, empty if labels are numbers; and the reason
+          of an odd label, "" if there is none.
+        """
+        is_name, is_number = codes <= _FIRST_NAME, codes >= 0
+        if self._named <= self._numbers:
+            return np.where(is_name, ODD, codes), [], self._odd or self._odd_name
+        names = sorted(self._names)
+        rank = np.empty(len(names), codes.dtype)
+        rank[[self._names[name] for name in names]] = np.arange(len(names))
+        classes = rank[np.where(is_name, _FIRST_NAME - codes, 0)]
+        return np.where(is_name, classes, np.where(is_number, ODD, codes)), names, self._odd or self._odd_number
 
 
 def _of_text(name: str, content: bytes) -> int | Odd:

@@ -206,21 +206,21 @@ def _map(cache: str) -> _Index:
 
 
 def _make(tars: list[str], short: list[str]) -> _Index:
-    left_out = listing.LeftOut()
-    found = [members.samples(tar, left_out) for tar in tars]
-    numbers, names, odd = labels.number([sample.label for samples in found for sample in samples])
-    rows, text = np.zeros(len(numbers) + 1, _ROW), bytearray()
-    n = 0
-    for i, samples in enumerate(found):
-        for sample in samples:
+    left_out, classes = listing.LeftOut(), labels.Classes()
+    parts, text = [], bytearray()
+    for i, tar in enumerate(tars):
+        rows = []
+        for sample in members.samples(tar, left_out):
             start = len(text)
             text += sample.name.encode("utf-8", "surrogateescape")
             where = place(f"{short[i]}:{sample.name}")
-            rows[n] = (i, numbers[n], sample.offset, sample.size, start, len(text), where)
+            rows.append((i, classes.add(sample.label), sample.offset, sample.size, start, len(text), where))
             text += sample.caption.encode("utf-8")
-            n += 1
-    rows[n] = (0, labels.NONE, 0, 0, len(text), len(text), 0)
+        parts.append(np.array(rows, _ROW))
+    parts.append(np.array([(0, labels.NONE, 0, 0, len(text), len(text), 0)], _ROW))
+    index = np.concatenate(parts)
+    index["label"], names, odd = classes.number(index["label"])
     report = {"names": names, "odd": odd, "left_out": left_out.line()}
     if any(report.values()):
         text += json.dumps(report).encode()
-    return _Index(rows, np.frombuffer(bytes(text), np.uint8))
+    return _Index(index, np.frombuffer(bytes(text), np.uint8))

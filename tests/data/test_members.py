@@ -122,6 +122,16 @@ def test_names_in_json_are_classes(opened):
     assert found.read(np.arange(4)).labels.tolist() == [1, 0, 2, 0]
 
 
+def test_numbers_among_names_are_odd(opened):
+    members = {f"{i}.png": i for i in range(20)} | {
+        f"{i}.json": b'{"label": "%s"}' % b"ba"[i % 2 :][:1] for i in range(19)
+    }
+    found = opened(members | {"19.json": b'{"label": 7}'})
+    assert found.names == ("a", "b") and found.read(np.arange(19)).labels.tolist() == [(i + 1) % 2 for i in range(19)]
+    with pytest.raises(ConfigError, match="a label is the number 7, and most are names: 1 of 20 lack one"):
+        opened(members | {"19.json": b'{"label": 7}'}, most=0)
+
+
 def test_json_without_a_label_is_said(opened, caplog):
     found = opened(
         {"0.png": 0, "0.json": b'[{"bbox": [1, 2]}]', "1.png": 1, "1.json": b"3", "2.png": 2, "2.json": b'{"w": 1}'}
