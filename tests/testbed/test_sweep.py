@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import runpy
 import types
 
 import numpy as np
 import pytest
 
+from madformer_jax import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import places
 from madformer_jax.modes import sweep as mode
@@ -16,6 +18,7 @@ from madformer_jax.testbed import layout, sweep
 from madformer_jax.testbed.sweep import Sweep, grid
 from tests import tiny
 
+ROOT = pathlib.Path(__file__).parents[2]
 SETTING = {"sample.guidance_interval": (0, 900)}
 TWO = Sweep("Which width?", grid({"model.width": (16, 24)}), {"steps": (1, 4)}, [SETTING], train_budget=("images", 16))
 
@@ -207,6 +210,22 @@ def test_a_sweep_whose_budgets_were_called_passes_is_done(c, stage, tmp_path):
     passes = definition._replace(sample_budgets={"passes": (8,)})  # another budget, in the same folder
     mode.run(c, str(tmp_path), file=File(passes))
     assert not stage.trained and len(stage.evaluated) == 2
+
+
+@pytest.mark.parametrize("name", ["depth:digits", "depth:drawings", "conditioning:digits", "blocks:drawings"])
+def test_the_published_results_are_those_of_their_sweep(name):
+    """No run of a finished sweep is trained or judged again, and its costs are what the config says."""
+    file, variant = name.split(":")
+    functions = runpy.run_path(str(ROOT / f"configs/sweeps/{file}.py"))
+    definition, workdir = functions["sweep"](variant), str(ROOT / f"docs/results/{file}_{variant}")
+    runs, evaluations = sweep.expand(definition, functions["get_config"](variant)), sweep.evaluations(definition)
+    assert all(layout.is_done(workdir, run, evaluations) for run in runs)
+    plan = storage.read_json(f"{workdir}/sweep.json")
+    assert plan["evaluations"] == [evaluation.describe() for evaluation in evaluations]
+    for run in runs[:: len(runs) // 3]:
+        for evaluation in storage.read_json(f"{layout.folder(workdir, run)}/result.json")["evaluations"]:
+            run.config.sample.steps = evaluation["cost"]["solver_steps"]
+            assert evaluation["cost"] == flops.image_cost(run.config)
 
 
 def test_seconds_are_measured_by_the_run_that_needs_them(c, stage, tmp_path, monkeypatch):
