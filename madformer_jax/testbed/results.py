@@ -35,10 +35,11 @@ HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "
 _COMPARABLE = ("n", "reference", "network", "image", "scores")  # of a protocol
 _OF_THE_RUN = ("step", "fingerprint", "seed", "steps")  # of a protocol's images: what is another one in every run
 _OF_PROMPTS = ("asked", "tokens")  # of a protocol's images: what follows from its "prompts"
-_UNITS = {
+_UNITS = {  # of budgets: one and many
     "steps": ("step", "steps"),
     "nfe": ("NFE", "NFE"),
     "passes": ("pass", "passes"),
+    "flops": ("FLOPs", "FLOPs"),
     "seconds": ("second", "seconds"),
 }
 _APART = ("data.", "codec.", "evaluate.")  # sections whose fields change what is compared: never in one table
@@ -49,6 +50,10 @@ class Budget(NamedTuple):
 
     kind: str  # of `budget.SAMPLING`
     asked: float
+
+    @property
+    def unit(self) -> str:
+        return _UNITS[self.kind][1]
 
     def __str__(self) -> str:
         if self.kind == "flops":

@@ -107,7 +107,7 @@ def _across(results: Results, part: Part, score: str, budgets: Sequence[Budget])
     best = {(i, axes + j) for j in range(len(budgets)) for i in _best([row[j] for row in values], sign_of(score))}
     head = (*(axis.label for axis in part.axes), *map(str, budgets))
     first = next(p for p in part.points if score in p.scores and p.budget in budgets)
-    title = f"{arrow(score)} by {budgets[0].kind}"
+    title = f"{arrow(score)} by {budgets[0].unit}"
     return Table(title, head, tuple(rows), frozenset(best), "", *_made(results, part, first, score))
 
 
