@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.data import drawings, records, sidecars, tars
+from madformer_jax.data import drawings, records, sidecars, tars, text
 from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, files_below, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
@@ -75,6 +75,8 @@ class Folder(Source):
             entries = list(os.scandir(path))
             folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
             beside = [entry.path for entry in entries if entry.is_file() and _is_image(entry.name)]
+            for name in folders:
+                text.clean(name, f"config.data.path={path!r} holds a folder, which is the name of a class")
             inside = {name: _images_below(os.path.join(path, name)) for name in folders}
         empty = [name for name in folders if not inside[name]]
         if beside and len(empty) < len(folders):
@@ -174,7 +176,11 @@ class Tfds(Source):
     def read(self, indices: np.ndarray) -> Examples:
         rows = [self._rows[index] for index in indices.tolist()]
         labels = np.array([row["label"] if self.classes else 0 for row in rows], np.int32)
-        captions = [row[self._caption].decode() if self._caption else "" for row in rows]
+        names = map(self.name, indices.tolist())
+        captions = [
+            text.clean(storage.decode_text(row[self._caption], name), name) if self._caption else ""
+            for row, name in zip(rows, names)
+        ]
         return Examples({"image": [row[self._image] for row in rows]}, labels, captions)
 
     def name(self, index: int) -> str:

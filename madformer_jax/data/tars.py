@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 
 from madformer_jax.data.source import EXTENSIONS, Examples, Source, files_below, fingerprint, held_out, place
+from madformer_jax.data.text import clean
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -219,10 +220,7 @@ def _samples(path: str) -> Iterator[tuple[bytes, int, int, int, bytes]]:
 
 
 def _caption(content: bytes, name: str) -> bytes:
-    try:
-        return content.decode().strip().encode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is no UTF-8 text ({error}).") from None
+    return clean(storage.decode_text(content, name), name).strip().encode()
 
 
 def _label(content: bytes, extension: str, name: str) -> int | None:
