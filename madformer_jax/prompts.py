@@ -36,7 +36,7 @@ def of(c: ConfigDict) -> list[str]:
             found = storage.read_text(given).split("\n")  # a prompt may hold U+2028, at which splitlines would cut
     else:
         found = given.split(";")
-    found = [prompt for line in found if (prompt := text.clean(line, f"config.sample.prompts={given!r}").strip())]
+    found = [prompt for line in found if (prompt := text.clean(line, "config.sample.prompts").strip())]
     if not found:
         raise ConfigError(
             f"config.sample.prompts={given!r} holds no prompt: say what to draw, as in 'a red planet; a blue planet', or name a "
