@@ -76,7 +76,7 @@ class Folder(Source):
             folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
             beside = [entry.path for entry in entries if entry.is_file() and _is_image(entry.name)]
             for name in folders:
-                text.clean(name, f"config.data.path={path!r} holds a folder, which is the name of a class")
+                text.clean(name, f"{os.path.join(path, name)!r} names a class")
             inside = {name: _images_below(os.path.join(path, name)) for name in folders}
         empty = [name for name in folders if not inside[name]]
         if beside and len(empty) < len(folders):

@@ -108,7 +108,7 @@ def test_the_name_of_a_class_that_is_not_utf_8_is_refused(c, tmp_path):
     folder = os.fsdecode(os.fsencode(tmp_path / "images") + b"/c\xedrculo")
     os.makedirs(folder)
     Image.new("RGB", (8, 8)).save(f"{folder}/0.png")
-    with pytest.raises(ConfigError, match=r"images' holds a folder.*'c\\udcedrculo' is not valid Unicode") as error:
+    with pytest.raises(ConfigError, match=r"images/c\\udcedrculo' names a class: .*is not valid Unicode") as error:
         sources.open_source(c)
     str(error.value).encode()
 
