@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax import class_labels, codec, drawing, fields, flops, limits, prompts
 from madformer_jax import config as config_lib
+from madformer_jax.data import text
 from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
@@ -307,6 +308,7 @@ def of_workdir(c: ConfigDict, path: str) -> Model:
     with partitioning.scope(mesh), checkpoint.Checkpoints(path, read_only=True) as checkpoints:
         step, params = checkpoints.restore_weights(c.sample.weights, target, c.sample.step)
         names = checkpoints.class_names(step)
+        text.check_identity(c, checkpoints.meta(step), step, path)
     return Model(c, params, names)
 
 

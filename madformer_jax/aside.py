@@ -6,18 +6,20 @@ Whatever goes wrong with them, training goes on; unless it goes wrong in one of 
 import abc
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from madformer_jax import drawing, prompts, training
 from madformer_jax.data import pipeline
+from madformer_jax.diffusion import losses
 from madformer_jax.evaluation import samples
 from madformer_jax.report import GRID, Report
 from madformer_jax.runtime import partitioning, storage
@@ -95,21 +97,44 @@ class Validation(Aside):
         self._share = {"batch": c.train.batch // shares, "process_index": share, "process_count": shares}
         pipeline.train_iterator(c, **self._share, validation=True)  # while an error costs nothing
         loss = training.make_loss(studio.setup, c, dropout=0.0)
-        self._program = jax.jit(
-            lambda *given: loss(*given)[1], out_shardings=partitioning.replicated(studio.mesh)
-        )  # (params, batch, codec params, key) -> metrics
+
+        def measure(params: Any, batch: dict[str, Array], *rest: Any) -> tuple[dict[str, Array], Array | int]:
+            lengths = batch.get("lengths")
+            return loss(params, batch, *rest)[1], 0 if lengths is None else losses.predicted_tokens(lengths)
+
+        # (params, batch, codec params, key) -> metrics, number of predicted tokens
+        self._program = jax.jit(measure, out_shardings=partitioning.replicated(studio.mesh))
 
     def _do(self, step: int, state: training.State, stop: Callable[[], bool]) -> None:
         c, mesh, weights, codec_params = self._c, self._studio.mesh, self._weights(state), self._codec_params()
-        key, found = jax.random.fold_in(jax.random.key(c.seed), VALIDATE), []
+        key = jax.random.fold_in(jax.random.key(c.seed), VALIDATE)
+        found: list[dict[str, Any]] = []
+        counts: list[int] = []
         data = pipeline.train_iterator(c, **self._share, validation=True)
         with contextlib.closing(data):
             for i in range(math.ceil(c.train.validate_n / c.train.batch)):
                 if stop():
                     raise _StopError
                 batch = partitioning.global_batch(next(data), mesh)
-                found.append(jax.device_get(self._program(weights, batch, codec_params, jax.random.fold_in(key, i))))
-        self._studio.report.validate(step, len(found) * c.train.batch, found)
+                measured = self._program(weights, batch, codec_params, jax.random.fold_in(key, i))
+                metrics, count = jax.device_get(measured)
+                found.append(metrics)
+                counts.append(count)
+        self._studio.report.validate(step, len(found) * c.train.batch, _text_over_tokens(found, counts, c.loss.text))
+
+
+def _text_over_tokens(found: list[dict[str, Any]], counts: Sequence[int], weight: float) -> list[dict[str, Any]]:
+    """Replaces the text term of each batch by that over the tokens of all batches, in the loss too.
+
+    Args:
+      found: Metrics of each batch.
+      counts: Number of predicted tokens of each batch, 0 without captions.
+      weight: Weight of the text term in the loss.
+    """
+    if "loss_text" not in found[0]:
+        return found
+    total = np.dot([float(m["loss_text"]) for m in found], counts) / max(1, np.sum(counts))
+    return [m | {"loss_text": total, "loss": m["loss"] + weight * (total - m["loss_text"])} for m in found]
 
 
 class Drawing(Aside):

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from madformer_jax import fields
 from madformer_jax.data import drawings, sources, text
 from madformer_jax.data.source import Source
-from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
 
 _DATA = "data:"  # and a split: its captions
 _SMALLEST = 128  # pixels: smaller pictures are shown larger, so that there is room for words
@@ -37,13 +38,11 @@ def of(c: ConfigDict) -> list[str]:
         source, numbers = _of_data(c)
         found = text.of_records(c, source, numbers)
     elif given.endswith(".txt"):
-        try:
-            with open(given, encoding="utf-8") as file:
-                found = file.read().split("\n")  # a prompt may hold U+2028, at which splitlines would cut
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config.sample.prompts={given!r} cannot be read: {first_line(error)}.") from None
+        with storage.errors(f"config.sample.prompts={given!r} cannot be read"):
+            found = storage.read_text(given).split("\n")  # a prompt may hold U+2028, at which splitlines would cut
     else:
         found = given.split(";")
+    found = [text.clean(prompt, "config.sample.prompts") for prompt in found]
     if literal is None:
         found = [prompt.strip() for prompt in found if prompt.strip()]
     if not found:

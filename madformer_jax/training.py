@@ -95,8 +95,8 @@ def create_state(
 Step = Callable[[State, dict[str, Array], Any, Any], tuple[State, dict[str, Array]]]
 
 
-# (params, batch, codec params, key) -> (loss, metrics), see `losses.training_loss`
-Loss = Callable[[Any, dict[str, Array], Any, Array], tuple[Array, dict[str, Array]]]
+# (params, batch, codec params, key[, text_tokens]) -> (loss, metrics), see `losses.training_loss`
+Loss = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 class Setup(NamedTuple):
@@ -116,19 +116,52 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> Loss:
     """The loss of a batch, of which a share `dropout` of labels or captions is replaced by "none"; pure."""
     weights, context_noise = losses.Weights(**c.loss), c.train.context_noise
 
-    def loss(params: Any, batch: dict[str, Array], codec_params: Any, key: Array) -> tuple[Array, dict[str, Array]]:
-        encode_key, drop_key, loss_key = jax.random.split(key, 3)
+    def loss(
+        params: Any, batch: dict[str, Array], codec_params: Any, key: Array, text_tokens: Array | None = None
+    ) -> tuple[Array, dict[str, Array]]:
+        encode_key, drop_key, loss_key = _keys(key)
         with jax.named_scope("codec"):
             z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
         tokens = lengths = None
         if s.model.vocabulary:
             tokens, lengths = batch.get("tokens", batch["label"][:, None]), batch.get("lengths")
-            drop = jax.random.bernoulli(drop_key, dropout, (len(z), 1))
+            drop = _dropped(drop_key, dropout, len(z))
             tokens = jnp.where(drop, s.model.none, tokens)
-            lengths = None if lengths is None else jnp.where(drop[:, 0], 1, lengths)  # the whole caption is one "none"
-        return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise, lengths)
+            lengths = None if lengths is None else _lengths_without(lengths, drop)
+        return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens)
 
     return loss
+
+
+def _keys(key: Array) -> Array:
+    """Splits the key of a batch into those that draw latents, dropped texts, and timesteps with noise."""
+    return jax.random.split(key, 3)
+
+
+def _dropped(key: Array, dropout: float, rows: int) -> Array:
+    """Draws which labels or captions the null token replaces, bool (rows, 1)."""
+    return jax.random.bernoulli(key, dropout, (rows, 1))
+
+
+def _lengths_without(lengths: Array, dropped: Array) -> Array:
+    """Returns the lengths of captions (b,), where a dropped one is a single null token."""
+    return jnp.where(dropped[:, 0], 1, lengths)
+
+
+def _mean_text_tokens(lengths: Array, keys: Array, dropout: float) -> Array:
+    """Counts the predicted tokens of a batch in microbatches, after dropout, as the mean per microbatch.
+
+    Args:
+      lengths: Tokens of each caption, (microbatches, b).
+      keys: The key of each microbatch, as its loss gets it.
+      dropout: Share of captions that are dropped.
+    """
+
+    def count(part: tuple[Array, Array]) -> Array:
+        lengths, key = part
+        return losses.predicted_tokens(_lengths_without(lengths, _dropped(_keys(key)[1], dropout, len(lengths))))
+
+    return jnp.maximum(1, jnp.sum(jax.lax.map(count, (lengths, keys)))) / len(keys)
 
 
 def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
@@ -139,7 +172,8 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
     """
     parts, target, warm, skip = c.train.accumulate, c.train.ema_decay, c.train.ema_warmup, c.optimizer.skip
     schedule = learning_rate(c)
-    gradient = jax.grad(make_loss(s, c, c.train.label_dropout), has_aux=True)
+    dropout = c.train.label_dropout
+    gradient = jax.grad(make_loss(s, c, dropout), has_aux=True)
 
     def step(state: State, batch: dict[str, Array], codec_params: Any, seed: Any) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -148,15 +182,17 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
         else:
             # rows are dealt out in turn, so that every microbatch stays spread over the devices
             micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+            keys = jax.random.split(key, parts)
+            counts = (_mean_text_tokens(micro["lengths"], keys, dropout),) if "lengths" in micro else ()
 
             def add(total: Any, part: tuple[Any, Array]) -> tuple[Any, dict[str, Array]]:
-                grads, metrics = gradient(state.params, part[0], codec_params, part[1])
+                grads, metrics = gradient(state.params, part[0], codec_params, part[1], *counts)
                 return jax.tree.map(jnp.add, total, grads), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
             # XLA for CPU makes gradients of convolutions fast outside of loops only
             unroll = parts if (platform or jax.default_backend()) == "cpu" else 1
-            grads, metrics = jax.lax.scan(add, zeros, (micro, jax.random.split(key, parts)), unroll=unroll)
+            grads, metrics = jax.lax.scan(add, zeros, (micro, keys), unroll=unroll)
             grads = jax.tree.map(lambda g: g / parts, grads)
             metrics = {name: jnp.nanmean(values) for name, values in metrics.items()}
         with jax.named_scope("optimizer"):

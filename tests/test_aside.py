@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import aside, drawing, training
+from madformer_jax import aside, drawing, report, training
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, images, reference, scores
@@ -123,6 +123,16 @@ def test_a_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
         train.run(c, str(tmp_path))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_validation_divides_the_text_loss_by_the_tokens_of_all_batches():
+    """Batches of 3 and 1 tokens, and one of empty captions, which counts for nothing."""
+    found = [{"loss": 10.0, "loss_text": 2.0}, {"loss": 20.0, "loss_text": 6.0}, {"loss": 30.0, "loss_text": 0.0}]
+    mean = report._mean(aside._text_over_tokens(found, [3, 1, 0], weight=0.5))
+    assert mean["loss_text"] == 3.0
+    assert mean["loss"] == pytest.approx((10 - 1 + 20 - 3 + 30 - 0) / 3 + 0.5 * 3.0)
+    without = [{"loss": 1.0, "loss_q1": 2.0}]
+    assert aside._text_over_tokens(without, [0], weight=0.5) is without
 
 
 def test_losses_on_held_out_images(c, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The training step: on meshes, in microbatches, its optimizer and its averages."""
 
+import itertools
 import json
 
 import jax
@@ -12,6 +13,7 @@ from madformer_jax import codec, training
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.errors import ConfigError
+from madformer_jax.models.madformer import Outputs
 from madformer_jax.modes import train
 from madformer_jax.runtime import checkpoint, partitioning
 from tests import small, tiny
@@ -106,13 +108,83 @@ def test_each_microbatch_draws_its_own_noise(plain):
     np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
 
 
+# ---- of captions
+
+
+class _Bigrams:
+    """Stands in for the model: the logits of a token are the row of the token before it."""
+
+    predicts, vocabulary, none = "eps", 12, 12
+
+    def apply(self, variables, z, noisy, t, tokens, lengths, *, terms):
+        return Outputs(None, None, None, variables["params"]["table"][tokens])
+
+
+def bigram_step(c, accumulate, mesh=(1, 1, 1)):
+    """Text loss and gradient norm of a step on captions of 2 to 16 tokens, whose predictions differ in quality."""
+    c.train.accumulate = accumulate
+    s = training.setup(c)._replace(model=_Bigrams())
+    rng = np.random.default_rng(3)
+    params = {"table": rng.normal(size=(13, 12)).astype(np.float32)}
+    batch = {
+        "image": np.zeros((16, 32, 32, 1), np.uint8), "label": np.zeros(16, np.int32),
+        "tokens": rng.integers(0, 12, (16, 17)).astype(np.int32), "lengths": np.arange(2, 18, dtype=np.int32),
+    }  # fmt: skip
+    devices = partitioning.make_mesh(*mesh, jax.devices()[: int(np.prod(mesh))])
+    state = jax.device_put(
+        training.State(np.int32(0), params, params, s.tx.init(params)), partitioning.replicated(devices)
+    )
+    with partitioning.scope(devices):
+        step = jax.jit(training.make_step(s, c, "tpu"))
+        _, metrics = step(state, partitioning.global_batch(batch, devices), {}, np.uint32(0))
+    nll = [
+        jax.nn.logsumexp(params["table"][a]) - params["table"][a, b]
+        for row, n in zip(batch["tokens"], batch["lengths"])
+        for a, b in itertools.pairwise(row[:n])
+    ]
+    assert metrics["loss"] == metrics["loss_text"]
+    return float(metrics["loss_text"]), float(metrics["grad_norm"]), np.mean(nll)
+
+
+@pytest.fixture
+def captions(plain):
+    """A config whose loss is the text's alone."""
+    plain.loss.image, plain.loss.hidden, plain.loss.text, plain.train.label_dropout = 0.0, 0.0, 1.0, 0.0
+    return plain
+
+
+def test_the_text_loss_is_a_mean_over_the_tokens_of_the_whole_batch(captions):
+    loss, norm, expected = bigram_step(captions, 1)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    for accumulate in (2, 4):
+        np.testing.assert_allclose(bigram_step(captions, accumulate)[:2], (loss, norm), rtol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_text_loss_is_the_same_on_a_mesh(captions, accumulate):
+    np.testing.assert_allclose(
+        bigram_step(captions, accumulate, (4, 2, 1)), bigram_step(captions, accumulate), rtol=1e-6
+    )
+
+
+def test_microbatches_count_the_tokens_that_dropout_leaves(captions):
+    """A dropped caption is one null token, of which nothing is predicted."""
+    captions.train.label_dropout = 1.0
+    for accumulate in (1, 2):
+        assert bigram_step(captions, accumulate)[:2] == (0.0, 0.0)
+    lengths, keys = np.arange(2, 18).reshape(2, 8), jax.random.split(jax.random.key(0), 2)
+    dropped = [np.asarray(jax.random.bernoulli(jax.random.split(key, 3)[1], 0.5, (8, 1)))[:, 0] for key in keys]
+    expected = sum(np.sum((row - 1)[~gone]) for row, gone in zip(lengths, dropped)) / 2
+    assert training._mean_text_tokens(jnp.asarray(lengths), keys, 0.5) == expected < np.sum(lengths - 1) / 2
+
+
 # ---- of two parameters
 
 
 def of_two_parameters(c, loss, monkeypatch):
     """Setup and state of a model of two parameters with this loss of (params, z, tokens), which also gives metrics."""
 
-    def training_loss(model, params, z, tokens, key, weights, context_noise, lengths):
+    def training_loss(model, params, z, tokens, key, weights, context_noise, lengths, text_tokens):
         value, metrics = loss(params, z, tokens)
         return value, {"loss": value} | metrics | ({} if lengths is None else {"lengths": lengths})
 

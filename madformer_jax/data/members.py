@@ -12,7 +12,7 @@ import re
 import tarfile
 from typing import NamedTuple
 
-from madformer_jax.data import labels, listing
+from madformer_jax.data import labels, listing, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -71,7 +71,10 @@ def samples(path: str, left_out: listing.LeftOut) -> list[Sample]:
                 texts[suffix] = sidecars[owner, suffix]
                 used.add((owner, suffix))
         label = labels.read(texts.get(".cls"), texts.get(".json"), left_out)
-        caption = storage.decode_text(texts[".txt"][1], texts[".txt"][0]).strip() if ".txt" in texts else ""
+        caption = ""
+        if ".txt" in texts:
+            name, content = texts[".txt"]
+            caption = text.clean(storage.decode_text(content, name), name).strip()
         found.append(Sample(member.name, member.offset_data, member.size, label, caption))
     for unused in sorted(sidecars.keys() - used):
         left_out.add(f"{unused[1]} members without an image", sidecars[unused][0])

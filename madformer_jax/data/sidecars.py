@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 
+from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -23,13 +24,13 @@ def captions(path: str, keys: Sequence[str]) -> list[str]:
     """
     lists = [os.path.join(path, name) for name in LISTS if os.path.isfile(os.path.join(path, name))]
     beside = {
-        key: text for key in keys if os.path.isfile(os.path.join(path, text := f"{os.path.splitext(key)[0]}.txt"))
+        key: file for key in keys if os.path.isfile(os.path.join(path, file := f"{os.path.splitext(key)[0]}.txt"))
     }
     if len(lists) + bool(beside) > 1:
         kinds = [*map(os.path.basename, lists), *(["a .txt file beside an image"] if beside else [])]
         raise ConfigError(f"config.data.path={path!r} has captions in {' and in '.join(kinds)}: keep one of them.")
     if beside:
-        return [storage.read_text(os.path.join(path, beside[key])).strip() if key in beside else "" for key in keys]
+        return [_beside(os.path.join(path, beside[key])) if key in beside else "" for key in keys]
     if not lists:
         return [""] * len(keys)
     known, found = set(keys), dict[str, str]()
@@ -43,9 +44,8 @@ def captions(path: str, keys: Sequence[str]) -> list[str]:
 
 def _listed(path: str) -> Iterator[tuple[str, str, str]]:
     """Where it stands, the image and its caption, of each line of a list."""
-    for number, line in enumerate(
-        storage.read_text(path).split("\n"), 1
-    ):  # splitlines would cut captions at U+2028 and its like
+    # splitlines would cut captions at U+2028 and its like
+    for number, line in enumerate(storage.read_text(path).split("\n"), 1):
         where = f"{path} line {number}"
         if not line.strip():
             continue
@@ -62,4 +62,8 @@ def _listed(path: str) -> Iterator[tuple[str, str, str]]:
                 fits = False
             if not fits:
                 raise ConfigError(f'{where} is not of the form {{"file_name": "a/0.png", "text": "a caption"}}.')
-        yield where, name.strip(), caption.strip()
+        yield where, name.strip(), text.clean(caption.strip(), where).strip()
+
+
+def _beside(path: str) -> str:
+    return text.clean(storage.read_text(path), path).strip()

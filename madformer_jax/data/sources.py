@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.data import drawings, listing, records, sidecars, tars
+from madformer_jax.data import drawings, listing, records, sidecars, tars, text
 from madformer_jax.data.source import Examples, Part, Source, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
@@ -199,7 +199,11 @@ class Tfds(Source):
     def read(self, indices: np.ndarray) -> Examples:
         rows = [self._rows[index] for index in indices.tolist()]
         labels = np.array([row["label"] if self.classes else 0 for row in rows], np.int32)
-        captions = [row[self._caption].decode() if self._caption else "" for row in rows]
+        names = map(self.name, indices.tolist())
+        captions = [
+            text.clean(storage.decode_text(row[self._caption], name), name) if self._caption else ""
+            for row, name in zip(rows, names)
+        ]
         return Examples({"image": [row[self._image] for row in rows]}, labels, captions)
 
     def name(self, index: int) -> str:

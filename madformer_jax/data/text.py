@@ -6,10 +6,13 @@ workers tokenise: nothing here imports JAX.
 
 import base64
 import binascii
+import codecs
 import functools
+import hashlib
 import importlib.resources
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,18 +31,25 @@ _EMBEDDED = {"drawings": "drawings.tokenizer.json"}  # files of this package
 # of them begin and end.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPECIAL = 256
+_UNKNOWN = -1  # the unknown token of a tokenizer that has none
 
 
 class Tokenizer(NamedTuple):
-    """What a file says."""
+    """A tokenizer and the tokens that it reserves.
 
-    encode: Callable[[list[str]], list[list[int]]]  # texts -> tokens, without begin and end
+    `encode` treats each text alone, adds no begin and end, pads and cuts nothing, and reads the
+    names of control tokens as ordinary text where the tokenizer can spell them.
+    """
+
+    encode: Callable[[list[str]], list[list[int]]]
     decode: Callable[[list[int]], str]
-    vocabulary: int  # tokens run from 0 to vocabulary - 1
+    vocabulary: int  # the highest token + 1; some tokens below it may be unused
     begin: int
     end: int
-    unknown: int | None  # what stands for all that the tokenizer does not know; None where it knows every byte
-    ranks: bool = False  # of tiktoken
+    control: dict[int, str]  # tokens that stand for no text (begin, end, padding, ...) and their names
+    unknown: int | None  # replaces text that the tokenizer does not know; None if it knows every byte
+    sha256: str  # of the file
+    ranks: bool = False  # the file holds tiktoken's ranks
 
 
 class Texts(NamedTuple):
@@ -60,7 +70,9 @@ def open_tokenizer(name: str) -> Tokenizer:
       ConfigError: the file is not there, of no known kind or damaged, or has no tokens for begin and end.
     """
     content = _content(name)
-    return _of_json(name, content) if content.lstrip()[:1] == b"{" else _of_ranks(name, content)
+    is_json = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
+    found = _of_json(name, content) if is_json else _of_ranks(name, content)
+    return found._replace(sha256=hashlib.sha256(content).hexdigest())
 
 
 def own_file(name: str) -> str | None:
@@ -85,33 +97,68 @@ def _content(name: str) -> bytes:
 def _of_json(name: str, content: bytes) -> Tokenizer:
     import tokenizers
 
+    spec = storage.decode_text(content, f"config.text.tokenizer={name!r}")
     try:
-        found = tokenizers.Tokenizer.from_str(content.decode())
+        found = tokenizers.Tokenizer.from_str(json.dumps(_reading_text_only(json.loads(spec))))
     except Exception as error:  # it raises bare Exceptions
         raise ConfigError(f"config.text.tokenizer={name!r} is no tokenizer.json: {first_line(error)}.") from None
-    ids: list[int] = []
-    for what, known in (("begin", _BEGINS), ("end", _ENDS)):
-        token = next((token for word in known if (token := found.token_to_id(word)) is not None), None)
-        if token is None:
-            raise ConfigError(f"config.text.tokenizer={name!r} has no token for {what}: none of {', '.join(known)}.")
-        ids.append(token)
-    unknown = getattr(found.model, "unk_token", None)
+    found.encode_special_tokens = True
+    begin, end = _control(found, name, "begin", _BEGINS), _control(found, name, "end", _ENDS)
+    added = {i: token.content for i, token in found.get_added_tokens_decoder().items() if token.special}
+    model = json.loads(found.to_str())["model"]
+    unknown = model["unk_id"] if "unk_id" in model else found.token_to_id(model["unk_token"])
+    unknown = _UNKNOWN if unknown is None else unknown
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [row.ids for row in found.encode_batch(texts, add_special_tokens=False)]
+        try:
+            return [row.ids for row in found.encode_batch(texts, add_special_tokens=False)]
+        except Exception:  # bare; the text has an unknown part, and the model has no token for it
+            return [[unknown]] if len(texts) == 1 else [encode([text])[0] for text in texts]
 
-    return Tokenizer(
-        encode, found.decode, found.get_vocab_size(), ids[0], ids[1], unknown and found.token_to_id(unknown)
-    )
+    control = added | {i: str(found.id_to_token(i)) for i in (begin, end)}
+    control.pop(unknown, None)
+    vocabulary = max(found.get_vocab().values()) + 1
+    return Tokenizer(encode, found.decode, vocabulary, begin, end, control, unknown, "")
+
+
+def _control(found: Any, name: str, what: str, known: Sequence[str]) -> int:
+    """Returns the token of the first word of `known` that the tokenizer has one for."""
+    for word in known:
+        token: int | None = found.token_to_id(word)
+        if token is not None:
+            return token
+    raise ConfigError(f"config.text.tokenizer={name!r} has no token for {what}: none of {', '.join(known)}.")
+
+
+def _reading_text_only(spec: dict[str, Any]) -> dict[str, Any]:
+    """Returns the content of a tokenizer.json with everything off that makes tokens depend on more than the text.
+
+    Padding and truncation depend on the batch, dropout on chance. Names of control tokens are text:
+    the model of a Unigram tokenizer holds them as pieces, and they get a score below any other
+    spelling. A BPE model drops what it does not know, unless it has an unknown token.
+    """
+    model = dict(spec["model"])
+    added = [dict(token) for token in spec.get("added_tokens", [])]
+    for token in added:
+        token["special"] = token["special"] or token["content"] in (*_BEGINS, *_ENDS)
+    special = {token["content"] for token in added if token["special"]}
+    if isinstance(model["vocab"], list):  # Unigram
+        lowest = min((score for _, score in model["vocab"]), default=0.0)
+        model["vocab"] = [
+            [piece, lowest * (len(piece) + 1) - 1 if piece in special else score] for piece, score in model["vocab"]
+        ]
+    elif "merges" in model:  # BPE
+        begin = next((word for word in _BEGINS if word in model["vocab"]), BEGIN)
+        model |= {"dropout": None, "unk_token": model.get("unk_token") or begin}
+    return {**spec, "padding": None, "truncation": None, "added_tokens": added, "model": model}
 
 
 def _of_ranks(name: str, content: bytes) -> Tokenizer:
     import tiktoken
 
     try:
-        ranks = {
-            base64.b64decode(word, validate=True): int(rank) for word, rank in map(bytes.split, content.splitlines())
-        }
+        lines = map(bytes.split, content.removeprefix(codecs.BOM_UTF8).splitlines())
+        ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in lines}
     except (ValueError, binascii.Error) as error:
         raise ConfigError(
             f"config.text.tokenizer={name!r} is neither a tokenizer.json nor tiktoken's ranks: {first_line(error)}."
@@ -123,10 +170,12 @@ def _of_ranks(name: str, content: bytes) -> Tokenizer:
     return Tokenizer(
         found.encode_ordinary_batch,
         lambda tokens: found.decode([token for token in tokens if token < count]),
-        count + _SPECIAL,
-        count,
-        count + 1,
-        None,
+        vocabulary=count + _SPECIAL,
+        begin=count,
+        end=count + 1,
+        control={},  # ordinary encoding never yields one
+        unknown=None,
+        sha256="",
         ranks=True,
     )
 
@@ -166,10 +215,49 @@ def of(c: ConfigDict) -> Tokenizer:
     found = open_tokenizer(c.text.tokenizer)
     if found.vocabulary != c.text.vocabulary:
         raise ConfigError(
-            f"config.text.vocabulary={c.text.vocabulary}, but config.text.tokenizer={c.text.tokenizer!r} has "
-            f"{found.vocabulary} tokens: set config.text.vocabulary={found.vocabulary}."
+            f"config.text.vocabulary={c.text.vocabulary}, but the tokens of config.text.tokenizer={c.text.tokenizer!r} run from 0 "
+            f"to {found.vocabulary - 1}: set config.text.vocabulary={found.vocabulary}."
         )
     return found
+
+
+def identity(c: ConfigDict) -> dict[str, str]:
+    """Returns the checksum of the tokenizer's file, as a checkpoint stores it; empty without captions."""
+    return {"tokenizer": of(c).sha256} if c.text.vocabulary else {}
+
+
+def check_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, workdir: str) -> None:
+    """Compares the tokenizer's file with that of a checkpoint. Checkpoints of older versions name none.
+
+    Args:
+      meta: What the checkpoint of `step` in `workdir` says of itself.
+
+    Raises:
+      ConfigError: The file's content has changed.
+    """
+    for name, sha256 in identity(c).items():
+        if meta.get(name, sha256) != sha256:
+            raise ConfigError(
+                f"config.text.tokenizer={c.text.tokenizer!r} has changed since step {step} of {workdir}: its SHA-256 was "
+                f"{meta[name][:12]}... and is {sha256[:12]}.... Bring the old file back, or train in another --workdir."
+            )
+
+
+def clean(text: str, name: str) -> str:
+    """Removes byte-order marks before a text.
+
+    Args:
+      text: A caption, a prompt or the name of a class.
+      name: What the error names: the file that the text comes from.
+
+    Raises:
+      ConfigError: The text is not valid Unicode: it holds half of a surrogate pair, or bytes that were not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name}: {text!r} is not valid Unicode ({error.reason}). Correct the text.") from None
+    return text.lstrip("\ufeff")
 
 
 def captions(c: ConfigDict, given: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> list[str]:
@@ -193,17 +281,24 @@ def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> 
       names: what a person calls text i, in an error.
 
     Raises:
-      ConfigError: a text is longer than `text.length` and `text.truncate` is False, or the tokenizer does not know a part of it.
+      ConfigError: a text is longer than `text.length` and `text.truncate` is False, the tokenizer does not know a part of it or
+        reads a part as a control token, or as `clean`.
     """
     found, length, none = of(c), c.text.length, c.text.vocabulary
+    texts = [clean(text, names(i)) for i, text in enumerate(texts)]
     rows = np.full((len(texts), length), found.end, np.int32)  # padding: any token will do
     lengths = np.ones(len(texts), np.int32)
-    for i, ids in enumerate(found.encode(list(texts))):
+    for i, ids in enumerate(found.encode(texts)):
         if not texts[i].strip():
             rows[i, 0] = none
             continue
         if found.unknown is not None and found.unknown in ids:
             raise ConfigError(f"{names(i)}: {texts[i]!r} has a part that the tokenizer does not know.")
+        if control := found.control.keys() & ids:
+            words = ", ".join(sorted(found.control[i] for i in control))
+            raise ConfigError(
+                f"{names(i)}: {texts[i]!r} holds {words}, which the tokenizer knows as a control token alone. Remove it."
+            )
         if len(ids) > length - 2 and not c.text.truncate:
             raise ConfigError(
                 f"{names(i)}: {texts[i]!r} is {len(ids) + 2} tokens long, begin and end counted, more than config.text.length="

@@ -27,8 +27,18 @@ class Weights(NamedTuple):
         return tuple(name for name in TERMS if getattr(self, name))
 
 
+def predicted_tokens(lengths: Array) -> Array:
+    """Counts the tokens that the text term predicts: those of each text but the first."""
+    return jnp.sum(lengths - 1)
+
+
 def terms(
-    outputs: Outputs, z: Array, target: Array, tokens: Array | None, lengths: Array | None = None
+    outputs: Outputs,
+    z: Array,
+    target: Array,
+    tokens: Array | None,
+    lengths: Array | None = None,
+    text_tokens: Array | None = None,
 ) -> dict[str, Array]:
     """The unweighted terms that the outputs allow: mean squared errors, and the negative log-likelihood of the text.
 
@@ -38,6 +48,8 @@ def terms(
       target: what the image output is compared with (`predicts.target`), of the same shape; of eps the noise.
       tokens: (B, T); the text term predicts each token from those before it.
       lengths: (B,) tokens of each text; the padding behind them is not predicted. By default all T are text.
+      text_tokens: () divisor of the text's negative log-likelihood; by default the number of predicted tokens. A microbatch
+        gets the mean number over all microbatches: the mean of their terms is then the term of the whole batch.
     """
     losses = {}
     if outputs.image is not None:
@@ -53,7 +65,8 @@ def terms(
             losses["text"] = jnp.mean(nll)
         else:
             predicted = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
-            losses["text"] = jnp.sum(nll, where=predicted) / jnp.maximum(1, jnp.sum(predicted))
+            count = jnp.maximum(1, jnp.sum(predicted)) if text_tokens is None else text_tokens
+            losses["text"] = jnp.sum(nll, where=predicted) / count
     return losses
 
 
@@ -66,6 +79,7 @@ def training_loss(
     weights: Weights,
     context_noise: int = 0,
     lengths: Array | None = None,
+    text_tokens: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted loss of one batch, with a timestep of its own for each block.
 
@@ -76,6 +90,7 @@ def training_loss(
       context_noise: the clean blocks, which are the context of those behind them, are noised each at a timestep of its own
         from 0 to this one, which the model is told; 0 leaves them clean.
       lengths: (B,) tokens of each text, the padding behind them left out; None: all T are text.
+      text_tokens: see `terms`.
 
     Returns:
       The loss, and metrics: every term (`loss_image`, ...) and the image term by quarter of the timesteps (`loss_q1` ..
@@ -90,7 +105,7 @@ def training_loss(
     )
     alpha, sigma = alpha_sigma(t)
     target = predicts.target(model.predicts, z, noise, alpha, sigma)
-    losses = terms(outputs, z, target, tokens, lengths)
+    losses = terms(outputs, z, target, tokens, lengths, text_tokens)
     scale = predicts.weight(model.predicts, weights.weighting, alpha, sigma)
     if outputs.image is not None and scale is not None:
         losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from madformer_jax import class_labels, codec, drawing, flops, progress, prompts
 from madformer_jax import config as config_lib
+from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, judge, likelihood, parts, places, reference, samples, settings
 from madformer_jax.models import madformer
@@ -121,6 +122,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
         decoded = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
         for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
             _, params = checkpoints.restore_weights(weights, target, step)
+            text.check_identity(c, checkpoints.meta(step), step, workdir)
             about = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | decoded
             for i, setting in enumerate(grid):
                 if setting.sample.weights != weights:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from madformer_jax import api, class_labels, codec, drawing, progress, prompts
 from madformer_jax import config as config_lib
-from madformer_jax.data import preprocess
+from madformer_jax.data import preprocess, text
 from madformer_jax.drawing import Drawn
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -107,6 +107,7 @@ def _restore(c: ConfigDict, workdir: str, target: Any) -> tuple[int, int | None,
         step, params = checkpoints.restore_weights(c.sample.weights, target, c.sample.step)
         names = checkpoints.class_names(step)
         config_lib.number_labels(c, names)
+        text.check_identity(c, checkpoints.meta(step), step, workdir)
     return step, newest, params, names
 
 

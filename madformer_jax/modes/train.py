@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax import aside, codec, drawing, fields, flops, limits, progress, training
 from madformer_jax import config as config_lib
-from madformer_jax.data import pipeline
+from madformer_jax.data import pipeline, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import samples
 from madformer_jax.report import DivergedError, Report
@@ -147,11 +147,13 @@ def _resume(
     """The state of the newest checkpoint, with `data` set to go on behind it.
 
     Raises:
-      ConfigError: nothing can be restored, the data set has changed, or the run is further than `train.steps`.
+      ConfigError: nothing can be restored, the data set or the tokenizer has changed, or the run is further than `train.steps`.
     """
     targets = {name: getattr(abstract, name) for name in checkpoint.ARRAYS}
     step, trees, position = checkpoints.restore(targets, data=True)
-    _check_data(workdir, step, checkpoints.meta(step).get("data"), _seen(info))
+    meta = checkpoints.meta(step)
+    _check_data(workdir, step, meta.get("data"), _seen(info))
+    text.check_identity(c, meta, step, workdir)
     if step > c.train.steps:
         raise ConfigError(f"config.train.steps={c.train.steps}, but {workdir} has been trained for {step} steps.")
     checkpoints.drop_after(step)
@@ -271,7 +273,7 @@ class Saving:
     ):
         self.finished: tuple[int, training.State, dict[str, Any]] | None = None
         self._c, self._workdir, self._checkpoints, self._report = c, workdir, checkpoints, report
-        self._check_lock, self._data = check_lock, _seen(info)
+        self._check_lock, self._inputs = check_lock, {"data": _seen(info), **text.identity(c)}
 
     def __call__(self) -> None:
         """Reports, and starts to save; nothing is saved that is not finite."""
@@ -285,7 +287,7 @@ class Saving:
         self._check_lock()
         checkpoint.write_config(self._c, self._workdir)  # now that it has shown that it works
         arrays = {name: getattr(state, name) for name in checkpoint.ARRAYS}
-        self._checkpoints.save(step, arrays, position, {"step": step, "data": self._data})
+        self._checkpoints.save(step, arrays, position, {"step": step, **self._inputs})
 
     def wait(self) -> None:
         """Until the last save is on disk."""

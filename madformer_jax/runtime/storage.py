@@ -158,13 +158,14 @@ def decode_text(content: bytes, name: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Reads a whole text file.
+    """Reads a whole text file. Line ends of any system become line feeds.
 
     Raises:
       ConfigError: The content is not UTF-8.
       OSError: The file cannot be read; buckets raise errors of their own (see `errors`).
     """
-    return decode_text(epath.Path(path).read_bytes(), os.fspath(path))
+    text = decode_text(epath.Path(path).read_bytes(), os.fspath(path))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Tokenizers: files of two kinds, one trained on captions, and the errors of a user."""
 
 import base64
+import json
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tokenizers
 from madformer_jax import config as config_lib
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
+from tests.data import odd_captions
 
 CAPTIONS = ["a red planet with two moons", "a blue planet in a black sky", "a grün critter"]
 
@@ -58,7 +60,9 @@ def test_what_is_too_long_is_an_error_or_cut_by_a_setting(c):
 
 def test_another_vocabulary_than_the_tokenizers_is_told(c):
     given, c.text.vocabulary = c.text.vocabulary, 7
-    with pytest.raises(ConfigError, match=f"vocabulary=7, but .* set config.text.vocabulary={given}"):
+    with pytest.raises(
+        ConfigError, match=f"vocabulary=7, but .* run from 0 to {given - 1}: set config.text.vocabulary={given}"
+    ):
         text.of(c)
 
 
@@ -78,6 +82,143 @@ def test_a_part_that_the_tokenizer_does_not_know_is_an_error(tmp_path):
     assert encode(c, "red red").tokens[0, :4].tolist() == [1, 3, 3, 2]
     with pytest.raises(ConfigError, match="caption 0: 'red slug' has a part that the tokenizer does not know"):
         encode(c, "red slug")
+
+
+# ---- tokenizers of others
+
+
+def opened(path, tokenizer=None):
+    """A config with the tokenizer, which is written first."""
+    if tokenizer is not None:
+        tokenizer.save(str(path))
+    c = config_lib.base()
+    c.text.tokenizer, c.text.length = str(path), 40
+    c.text.vocabulary = text.open_tokenizer(str(path)).vocabulary
+    return c
+
+
+@pytest.mark.parametrize("kind", ["plain", "pad_longest", "pad_12", "trunc_4", "gap", "bom"])
+def test_tokens_of_a_caption_depend_on_nothing_else(tmp_path, kind):
+    """Whatever is switched on in the file, and whatever else is in the batch."""
+    odd_captions.write_tokenizer(tmp_path / "plain.json", "plain")
+    odd_captions.write_tokenizer(tmp_path / f"{kind}.json", kind)
+    plain, c = opened(tmp_path / "plain.json"), opened(tmp_path / f"{kind}.json")
+    rows, single = encode(c, *odd_captions.CAPTIONS), encode(c, odd_captions.CAPTIONS[0])
+    assert rows.lengths.tolist() == [2 + len(caption.split()) for caption in odd_captions.CAPTIONS]
+    np.testing.assert_array_equal(rows.tokens[0], single.tokens[0])
+    expected = encode(plain, *odd_captions.CAPTIONS).tokens
+    words, begin = expected > 3, expected == 0
+    np.testing.assert_array_equal(rows.tokens[words], expected[words] + 50 * (kind == "gap"))
+    np.testing.assert_array_equal(rows.tokens == 0, begin)
+
+
+def test_a_vocabulary_with_gaps_reaches_to_its_highest_id(tmp_path):
+    odd_captions.write_tokenizer(tmp_path / "gap.json", "gap")
+    c = opened(tmp_path / "gap.json")
+    entries = 4 + len(set(" ".join(odd_captions.CAPTIONS).split()))
+    assert c.text.vocabulary == encode(c, *odd_captions.CAPTIONS).tokens.max() + 1 == entries + 50
+    c.text.vocabulary = entries
+    with pytest.raises(ConfigError, match=f"vocabulary={entries}, but .* 0 to {entries + 49}: .*={entries + 50}"):
+        text.of(c)
+
+
+def test_chance_has_no_part_in_tokens(tmp_path):
+    spec = json.loads(text.train(CAPTIONS, 300))
+    spec["model"]["dropout"] = 0.5
+    (tmp_path / "dropout.json").write_text(json.dumps(spec))
+    c = opened(tmp_path / "dropout.json")
+    rows = encode(c, *[CAPTIONS[0]] * 20)
+    assert (rows.tokens == rows.tokens[0]).all()
+
+
+def unigram(unk_id=0, alphabet="▁abcderil</>s"):
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -4.0) for letter in alphabet), ("▁red", -3.0)]
+    model = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=unk_id))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    model.decoder = tokenizers.decoders.Metaspace()
+    model.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return model
+
+
+def letters(unk=None, inside=True):
+    """A BPE without merges that knows a few letters; its control tokens are in its model or beside it."""
+    control = ["<s>", "</s>"] * inside
+    words = {word: i for i, word in enumerate([*control, *"red</s>"])}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token=unk))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.add_special_tokens(["<s>", "</s>"])
+    return model
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        unigram(),
+        unigram(unk_id=None),
+        letters(),
+        letters(inside=False),
+        letters("<unk>"),
+        tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "red": 2}, unk_token="[none]")),
+    ],
+    ids=[
+        "unigram",
+        "unigram without unknown",
+        "bpe without unknown",
+        "bpe alone",
+        "bpe, unknown is missing",
+        "words, missing",
+    ],
+)
+def test_an_unknown_part_is_an_error_in_every_kind_of_model(tokenizer, tmp_path):
+    c = opened(tmp_path / "tokenizer.json", tokenizer)
+    assert encode(c, "red").lengths > 2
+    with pytest.raises(ConfigError, match="caption 1: 'red Ü' has a part that the tokenizer does not know"):
+        encode(c, "red", "red Ü")
+
+
+def test_names_of_control_tokens_are_text(c):
+    """No caption can end itself, whatever kind of tokenizer reads it."""
+    found = text.of(c)
+    for word in (text.BEGIN, text.END, "<|endoftext|>", "</s>"):
+        row = encode(c, f"a red {word} planet")
+        inner = row.tokens[0, 1 : row.lengths[0] - 1].tolist()
+        assert not {found.begin, found.end} & set(inner)
+        assert found.decode(inner).strip() == f"a red {word} planet"
+
+
+@pytest.mark.parametrize("tokenizer", [unigram(), letters()], ids=["unigram", "bpe"])
+def test_names_of_control_tokens_are_text_to_tokenizers_of_others(tokenizer, tmp_path):
+    c = opened(tmp_path / "tokenizer.json", tokenizer)
+    row = encode(c, "red </s> red")
+    inner = row.tokens[0, 1 : row.lengths[0] - 1].tolist()
+    assert not {0, 1, 2} & set(inner) if isinstance(tokenizer.model, tokenizers.models.Unigram) else 1 not in inner
+    assert "</s>" in text.of(c).decode(inner).replace(" ", "")
+
+
+def test_a_control_token_that_cannot_be_spelt_is_refused(tmp_path):
+    words = {"[UNK]": 0, "<s>": 1, "</s>": 2, "red": 3}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    c = opened(tmp_path / "words.json", model)
+    with pytest.raises(ConfigError, match="caption 0: 'red </s>' holds </s>, which the tokenizer knows as a control"):
+        encode(c, "red </s>")
+
+
+def test_the_content_of_the_file_is_its_identity(tmp_path):
+    """Of a file of equal size too. A checkpoint of an older version, which names none, is taken as it is."""
+    path = tmp_path / "words.json"
+    odd_captions.write_tokenizer(path, "plain")
+    c, size = opened(path), path.stat().st_size
+    before = text.identity(c)
+    text.check_identity(c, before | {"step": 3}, 3, "runs/a")
+    text.check_identity(c, {"step": 3}, 3, "runs/a")
+    path.write_text(path.read_text().replace('"red"', '"x"').replace('"two"', '"red"').replace('"x"', '"two"'))
+    text.open_tokenizer.cache_clear()
+    assert path.stat().st_size == size
+    with pytest.raises(ConfigError, match=r"words.json' has changed since step 3 of runs/a: its SHA-256 was") as error:
+        text.check_identity(c, before, 3, "runs/a")
+    assert "\n" not in str(error.value)
+    assert text.identity(config_lib.base()) == {}  # of a model without captions
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,8 @@ def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, mon
     c.text.vocabulary = text.open_tokenizer(str(words)).vocabulary
     c.sample.prompts = "a cat; a dog"
     with checkpoint.Checkpoints(str(tmp_path / "run")) as checkpoints:
-        checkpoints.save(3, {"ema": small.random_params(madformer.build(c))}, None, {"step": 3})
+        meta = {"step": 3, **text.identity(c)}
+        checkpoints.save(3, {"ema": small.random_params(madformer.build(c))}, None, meta)
     checkpoint.write_config(c, str(tmp_path / "run"))
     images = madformer_jax.load(str(tmp_path / "run")).sample(2)
     export.run(c, str(tmp_path / "run"))
@@ -197,6 +198,10 @@ def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, mon
     assert model.config.text.tokenizer == str(moved / "tokenizer.json")
     np.testing.assert_array_equal(model.sample(2), images)
     assert (images[0] != images[1]).any()
+    (moved / "tokenizer.json").write_text(text.train(["a bat", "a fog"] * 9, 300))
+    text.open_tokenizer.cache_clear()
+    with pytest.raises(ConfigError, match="has changed since step 3 of .*moved"):
+        madformer_jax.load(str(moved))
 
 
 def test_ranks_of_tiktoken_stay_with_their_owner(tmp_path):

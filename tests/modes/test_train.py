@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from madformer_jax import drawing, report, training
-from madformer_jax.data import pipeline
+from madformer_jax.data import pipeline, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import export, train
 from madformer_jax.runtime import checkpoint, lock, storage
 from tests import tiny
+from tests.data import odd_captions
 from tests.kill import final
 
 pytestmark = pytest.mark.usefixtures("one_device", "created_once")
@@ -291,6 +292,27 @@ def test_a_changed_data_set_is_refused_and_nothing_is_touched(half, plain, monke
     assert saved(half) == [2, 3]
     train._check_data("runs/old", 3, None, change)
     assert "step 3 of runs/old does not say which data it has seen" in caplog.text
+
+
+def test_a_run_goes_on_with_the_tokenizer_that_it_began_with(counting, plain, tmp_path):
+    words = tmp_path / "words.json"
+    odd_captions.write_tokenizer(words, "plain")
+    plain.text.tokenizer, plain.text.length = str(words), 12
+    plain.text.vocabulary = text.open_tokenizer(str(words)).vocabulary
+    plain.data.source, plain.data.path, plain.data.split = "folder", str(tmp_path / "images"), "all"
+    plain.train.batch = plain.train.steps = 2
+    odd_captions.write_captions(tmp_path / "images", "jsonl_bom")
+    train.run(plain, str(tmp_path / "run"), grids=False)
+    plain.train.steps = 4
+    kept = words.read_text()
+    words.write_text(kept.replace('"red"', '"x"').replace('"two"', '"red"').replace('"x"', '"two"'))
+    text.open_tokenizer.cache_clear()
+    with pytest.raises(ConfigError, match=r"words\.json' has changed since step 2 of .*run: its SHA-256 was") as error:
+        train.run(plain, str(tmp_path / "run"), grids=False)
+    assert "\n" not in str(error.value) and saved(tmp_path / "run") == [2]
+    words.write_text(kept)
+    text.open_tokenizer.cache_clear()
+    assert train.run(plain, str(tmp_path / "run"), grids=False)["step"] == 4
 
 
 @pytest.mark.parametrize("source", ["run", "export"])
