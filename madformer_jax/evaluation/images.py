@@ -250,10 +250,10 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _labels(archive: zipfile.ZipFile, path: str, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The classes in a member of a .npz file, int32 of this shape; None without a member.
+    """The labels in a member of a .npz file, an array of this shape; None without a member.
 
     Raises:
-      ConfigError: `labels` are not one class an image.
+      ConfigError: `labels` are not one an image.
     """
     if not name:
         return None
@@ -265,11 +265,21 @@ def _labels(archive: zipfile.ZipFile, path: str, name: str, shape: tuple[int, ..
     if found != shape:
         raise ConfigError(f"{path}: labels are {found} for {shape[0]} images: they must be one each.")
     with archive.open(name) as file:
-        labels = np.lib.format.read_array(file, allow_pickle=False)
-    classes = labels.astype(np.int32) if labels.dtype.kind in "iufb" else None
-    if classes is None or (classes != labels).any() or (classes < 0).any():
-        raise ConfigError(f"{path}: labels of {labels.dtype} are not all classes: they must be whole numbers from 0.")
-    return classes
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _classes(path: str, labels: np.ndarray) -> np.ndarray:
+    """Labels (n,) as int32.
+
+    Raises:
+      ConfigError: They are not whole numbers from 0.
+    """
+    if labels.dtype.kind in "iufb":
+        with np.errstate(invalid="ignore"):  # of infinite ones
+            classes = labels.astype(np.int32)
+        if (classes == labels).all() and (classes >= 0).all():
+            return classes
+    raise ConfigError(f"{path}: labels of {labels.dtype} are not all classes: they must be whole numbers from 0.")
 
 
 def _of_shards(c: ConfigDict, name: str, paths: list[str]) -> Images:
@@ -279,13 +289,15 @@ def _of_shards(c: ConfigDict, name: str, paths: list[str]) -> Images:
         if shard.shape[1:] != shape:
             raise ConfigError(f"{path}: images are {shard.shape[1:]}, and the config's are {shape}.")
     ends = np.cumsum([shard.shape[0] for shard in shards])
-    known = [shard.labels for shard in shards if shard.labels is not None]
-    if 0 < len(known) < len(shards):
-        lacking = next(path for shard, path in zip(shards, paths) if shard.labels is None)
+    known = {path: shard.labels for shard, path in zip(shards, paths) if shard.labels is not None}
+    if known and len(known) < len(shards):
+        lacking = next(path for path in paths if path not in known)
         logging.warning("%s has no labels, and other files have: none are used", lacking)
     # A model without classes writes 0 for each image.
     labelled = bool(c.model.classes) and len(known) == len(shards)
-    labels = np.concatenate(known) if labelled else np.zeros(int(ends[-1]), np.int32)
+    labels = np.zeros(int(ends[-1]), np.int32)
+    if labelled:
+        labels = np.concatenate([_classes(path, found) for path, found in known.items()])
 
     def read(numbers: np.ndarray) -> Rows:
         images = np.empty((len(numbers), *shape), np.uint8)

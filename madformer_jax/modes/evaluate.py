@@ -131,6 +131,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     noise = drawing.given_noise(grid[0])  # of all settings
     digest = drawing.digest_of_noise(noise) or ""
     texts = {asked: prompts.texts(setting) for asked, setting in _by_prompts(grid).items()}
+    described = {asked: prompts.describe(setting, texts[asked]) for asked, setting in _by_prompts(grid).items()}
     captions = likelihood.open_captions(c)
     declared = {} if captions is None else {"bits": captions.protocol}
     programs: dict[Any, drawing.Draw] = {}
@@ -159,9 +160,9 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                     drawing.batches, setting, programs[program], params, codec_params, mesh, most=s.n, given=given
                 )
                 size = drawing.batch_size(setting, mesh)
-                described = {name: drawn[name] for name in DRAWN} | prompts.describe(setting, given.texts)
                 results[step, i] = _result(
-                    setting, workdir, by, about | described, size * -(-parts.AT_ONCE // size),
+                    setting, workdir, by, about | {name: drawn[name] for name in DRAWN} | described[s.prompts],
+                    size * -(-parts.AT_ONCE // size),
                     functools.partial(map, functools.partial(_draw_and_look, draw, by)), labelled=bool(c.model.classes),
                     more=likely, declared=declared,
                 )  # fmt: skip

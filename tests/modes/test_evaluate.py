@@ -435,8 +435,9 @@ def _training_without_features(c, workdir, tmp_path):
     c.evaluate.training = str(tmp_path / "adm.npz")
 
 
-def _images(**arrays):
+def _images(classes=0, **arrays):
     def change(c, workdir, tmp_path):
+        c.model.classes = classes
         np.savez(tmp_path / "x.npz", **arrays)
         c.evaluate.images = str(tmp_path / "x.npz")
 
@@ -486,8 +487,14 @@ def _broken(c, workdir, tmp_path):
         (_set("degrade", "noise:16"), "name them in evaluate.images"),
         (_grid_of_images, "set one"),
         (_images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.zeros(3)), r"labels are \(3,\) for 20 images"),
-        (_images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.full(N, 0.5)), "must be whole numbers from 0"),
-        (_images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.full(N, -1)), "must be whole numbers from 0"),
+        (
+            _images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.full(N, 0.5), classes=2),
+            "must be whole numbers from 0",
+        ),
+        (
+            _images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.full(N, -1), classes=2),
+            "must be whole numbers from 0",
+        ),
         (_images(images=np.zeros((N, 32, 32, 1), np.float32)), "must be uint8"),
         (_images(images=np.zeros((N, 16, 16, 1), np.uint8)), "the config's are"),
         (_images(images=np.zeros((5, 32, 32, 1), np.uint8)), "there are only 5 images"),
