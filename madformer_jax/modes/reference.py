@@ -41,11 +41,12 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     data = check(c, workdir)
     where = places.network_path(c, workdir)
-    if c.evaluate.network == "classifier" and not epath.Path(where).exists():
-        _train(c, where)
-    if c.evaluate.network == "attributes" or prompts.of_drawings(c):
-        make_reader(c, places.reader_path(c, workdir))
-    partitioning.sync("classifier")
+    with parts.alone(epath.Path(workdir) / "references" / "networks"):
+        if c.evaluate.network == "classifier" and not epath.Path(where).exists():
+            _train(c, where)
+        if c.evaluate.network == "attributes" or prompts.of_drawings(c):
+            make_reader(c, places.reader_path(c, workdir))
+        partitioning.sync("classifier")
     network = features.open_network(c.evaluate.network, where)
     protocol = {**data.about, "image": pipeline.table(c).describe(), "network": network.describe()}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
