@@ -1,81 +1,29 @@
 """--mode=reference and --mode=evaluate, with an untrained model and classifier: what is compared here are the numbers."""
 
 import json
-import os
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import codec, drawing
-from madformer_jax.data.text import Texts
+from madformer_jax import drawing
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import likelihood, parts, reference, samples, scores
-from madformer_jax.models import classifier, madformer, reader
+from madformer_jax.evaluation import parts, reference, scores
+from madformer_jax.models import classifier
 from madformer_jax.modes import evaluate
 from madformer_jax.modes import reference as reference_mode
-from madformer_jax.runtime import checkpoint, partitioning
-from madformer_jax.sizes import sizes_of
-from tests import tiny
+from madformer_jax.runtime import partitioning
+from tests.modes import judged
 
-N = 20
-
-
-def _config(data):
-    c = tiny.get_config("plain")
-    c.data.source, c.data.path, c.data.test_share = "folder", str(data), 0.5
-    c.evaluate.n = N
-    c.sample.steps = 1
-    return c
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Forty pictures of two classes."""
-    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for i in range(40):
-        path = folder / f"class{i % 2}" / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(random.integers(0, 128 + 127 * (i % 2), (32, 32), dtype=np.uint8)).save(path)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data):
-    """A workdir with two checkpoints of an untrained model, a classifier and a reference."""
-    folder = tmp_path_factory.mktemp("run")
-    c = _config(data)
-    params = classifier.init(jax.random.key(0), classes=2, channels=1)
-    classifier.save(folder / "classifier.npz", classifier.Classifier(params, 2, 1, accuracy=0.5, held_out=8))
-    reference_mode.run(c, str(folder))
-    checkpoint.write_config(c, str(folder))
-    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = drawing.abstract_params(madformer.build(c), mesh)
-    with checkpoint.Checkpoints(str(folder), keep=2) as checkpoints:
-        for step in (1, 2):
-            tree = jax.tree.map(
-                lambda x, s=step: jax.device_put(np.full(x.shape, 0.01 * s, x.dtype), x.sharding), target
-            )
-            checkpoints.save(step, {"ema": tree, "params": tree}, None, {"step": step})
-    return folder
+N = judged.N
+data, workdir, fresh, data_images = judged.data, judged.workdir, judged.fresh, judged.data_images
 
 
 @pytest.fixture(autouse=True)
 def _one_device(one_device):
     pass
-
-
-@pytest.fixture
-def fresh(workdir, tmp_path, data, monkeypatch):
-    """The config, and an own folder for evaluations."""
-    monkeypatch.setattr(parts, "AT_ONCE", 8)
-    (workdir / "evaluations").mkdir(exist_ok=True)
-    (workdir / "evaluations").rename(tmp_path / "old")
-    return _config(data)
 
 
 def _file(workdir):
@@ -96,13 +44,6 @@ def test_reference_holds_the_test_split_and_how_it_was_made(workdir, data):
     images = data_images(data, "test")
     features = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[0]
     np.testing.assert_allclose(np.sort(features, axis=0), np.sort(found.features, axis=0), rtol=1e-4, atol=1e-5)
-
-
-def data_images(data, split):
-    from madformer_jax.evaluation import images
-
-    found = images.of_source(_config(data), split, shuffled=False)
-    return found.read(np.arange(found.n))[0]
 
 
 def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir, monkeypatch, capsys):
@@ -192,124 +133,6 @@ def test_images_that_exist(fresh, workdir, data, tmp_path, kind):
     assert before != values[0] < values[1]
 
 
-@pytest.mark.parametrize("kind", ["npz", "folder", "data"])
-def test_other_images_under_the_old_names_are_judged_anew(fresh, workdir, data, tmp_path, kind):
-    """The files have their old sizes and times too."""
-    fresh.evaluate.images = {"npz": str(tmp_path / "x.npz"), "folder": str(tmp_path / "x"), "data": "data:all"}[kind]
-    fresh.data.path = str(tmp_path / "x")
-    values = []
-    for images in (data_images(data, "train")[:10], data_images(data, "train")[:10] // 2):
-        np.savez(tmp_path / "x.npz", images=images)
-        (tmp_path / "x").mkdir(exist_ok=True)
-        for i, image in enumerate(images):
-            path = tmp_path / "x" / f"{i}.png"
-            Image.fromarray(image[..., 0]).save(path, compress_level=0)
-            os.utime(path, (1e9, 1e9))
-        fresh.evaluate.n = 10
-        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["FD-classifier"]["value"])
-    assert values[0] != values[1]
-
-
-def test_other_labels_of_the_same_images_are_judged_anew(fresh, workdir, data, tmp_path):
-    """`arr_1` of a file of guided-diffusion's, of which the labels are a half right and then all wrong."""
-    images, half = data_images(data, "all")[:N], np.arange(N) % 2
-    logits = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[1]
-    right = np.asarray(logits).argmax(axis=1)
-    fresh.evaluate.images, fresh.model.classes = str(tmp_path / "x.npz"), 2
-    values = []
-    for labels in (right, right ^ half, 1 - right):
-        np.savez(tmp_path / "x.npz", arr_0=images, arr_1=labels)
-        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["recognised"]["value"])
-    assert values == [1, 0.5, 0]
-    fresh.model.classes = 0  # labels say nothing without classes
-    assert "recognised" not in evaluate.run(fresh, str(workdir))["results"][0]["scores"]
-
-
-def test_other_blocks_and_another_reader_of_attributes_are_judged_anew(fresh, workdir, monkeypatch):
-    """The reader has its old accuracy, and the images are the same ones."""
-    found = []
-    for blocks, weight in ((1, 0), (4, 0), (4, 1)):
-        fresh.model.blocks = blocks
-        reads = reader.Reader({"w": np.full(3, weight)}, [2], accuracy=0.5, held_out=8)
-        monkeypatch.setattr(samples, "_open_reader", lambda *given, reads=reads: reads)
-        fresh.evaluate.images = "data:all"
-        found.append(evaluate.run(fresh, str(workdir))["results"][0])
-    assert ["seam" in result["scores"] for result in found] == [False, True, True]
-    assert found[1]["protocol"] != found[2]["protocol"]
-    assert len(list((workdir / "evaluations").glob("*.json"))) == 3
-
-
-def test_other_captions_are_judged_anew(fresh, workdir, monkeypatch):
-    """The images are drawn once, and so are the captions read."""
-    opened = []
-
-    class Captions:
-        def __init__(self, c):
-            opened.append(c.evaluate.split)
-            self.protocol, self._bits = {"held_out": c.evaluate.split}, float(len(opened))
-
-        def scores(self, model, params, mesh):
-            return {"bits": {"value": self._bits, "low": 0.0, "high": 9.0}}
-
-    monkeypatch.setattr(likelihood, "open_captions", Captions)
-    values = []
-    for split in ("test", "composition", "test"):
-        fresh.evaluate.split, fresh.evaluate.grid = split, "steps=1,2"
-        values.append([x["scores"]["bits"]["value"] for x in evaluate.run(fresh, str(workdir))["results"]])
-    assert values == [[1, 1], [2, 2], [1, 1]]
-    assert opened == ["test", "composition", "test"]
-
-
-def test_prompts_and_noise_are_read_once_for_all_settings_and_parts(fresh, workdir, tmp_path, monkeypatch):
-    np.save(tmp_path / "noise.npy", np.zeros((N, *sizes_of(fresh).block_shape), np.float32))
-    fresh.sample.noise, fresh.evaluate.grid = str(tmp_path / "noise.npy"), "steps=1,2"
-    read, given_noise = [], drawing.given_noise
-    monkeypatch.setattr(drawing, "given_noise", lambda c: read.append("noise") or given_noise(c))
-    tokens = Texts(np.zeros((N, 1), np.int32), np.ones(N, np.int32))
-    monkeypatch.setattr(drawing.prompts, "texts", lambda c: read.append("prompts") or tokens)
-    run = drawing.batches
-
-    def without_tokens(*args, given, **more):  # which this model would not take
-        return run(*args, given=given._replace(texts=None), **more)
-
-    monkeypatch.setattr(drawing, "batches", without_tokens)
-    results = evaluate.run(fresh, str(workdir))["results"]  # three parts each
-    assert read == ["noise", "prompts"]
-    assert all("tokens" in result["protocol"]["images"] for result in results)
-
-
-def test_two_evaluations_of_a_setting_at_the_same_time_both_have_the_result(fresh, workdir, monkeypatch):
-    """The first one waits, as far as it may, until the second has written its parts, which it then removes."""
-    monkeypatch.setattr(parts, "POLL", 0.05)
-    fresh.evaluate.images = "data:all"
-    read, first, second, done = parts.Parts.read, threading.Event(), threading.Event(), threading.Event()
-
-    def reads(self):
-        if first.is_set():
-            second.set()
-            done.wait(5)
-        else:
-            first.set()
-            second.wait(1)
-        return read(self)
-
-    monkeypatch.setattr(parts.Parts, "read", reads)
-
-    def run(event):
-        try:
-            return evaluate.run(fresh, str(workdir))["results"]
-        finally:
-            event.set()
-
-    with ThreadPoolExecutor(2) as threads:
-        one = threads.submit(run, done)
-        first.wait(20)
-        other = threads.submit(run, threading.Event())
-        assert one.result() == other.result()
-    (path,) = (workdir / "evaluations").iterdir()
-    assert path.suffix == ".json" and not second.is_set()
-
-
 def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_many(fresh, workdir, data, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(data / "class1", folder)
@@ -329,27 +152,6 @@ def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_ma
     fresh.evaluate.reference = str(tmp_path / "other.npz")
     reference_mode.run(fresh, str(workdir))
     assert reference.load(fresh.evaluate.reference).protocol["n"] == N - 1
-
-
-@pytest.mark.parametrize("what", ["noise", "weights of the codec"])
-def test_other_noise_and_other_weights_of_the_codec_are_judged_anew(fresh, workdir, tmp_path, monkeypatch, what):
-    """Under the old paths."""
-    noise = np.random.default_rng(0).standard_normal((2, N, *sizes_of(fresh).block_shape))
-    values = []
-    for i in (0, 1, 1):
-        if what == "noise":
-            np.save(tmp_path / "noise.npy", noise[i])
-            fresh.sample.noise = str(tmp_path / "noise.npy")
-        else:
-            scaled = codec.Codec(lambda i=i: {"scale": np.float32(1 - i / 2)}, None, _decode)
-            monkeypatch.setattr(codec, "build", lambda c, scaled=scaled: scaled)
-        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["FD-classifier"]["value"])
-    assert values[0] != values[1] == values[2]
-    assert len(list((workdir / "evaluations").glob("*.json"))) == 2
-
-
-def _decode(params, z):
-    return params["scale"] * codec.pixel(4).decode({}, z)
 
 
 def _adm(workdir, path):
