@@ -153,6 +153,7 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
         (["--config.evaluate.degrade=blur:1"], "config.evaluate.degrade"),
         (["--config.evaluate.grid=solver=euler"], "config.sample.solver='euler' is unknown"),
         (["--config.evaluate.reference=LICENSE"], "LICENSE cannot be read"),
+        (["--config.evaluate.network=dino"], "config.evaluate.network='dino' is unknown"),
         (["--config.evaluate.network=inception"], "there are no Inception weights at"),
         (["--config.evaluate.network=attributes"], "needs pictures whose attributes are known"),
         (["--config.evaluate.n=4001"], "only 4000: set a smaller config.evaluate.n"),

@@ -86,25 +86,35 @@ def check(c: ConfigDict, workdir: str) -> images.Images:
         suffice.
     """
     config_lib.validate(c)
-    data = images.of_source(c, c.evaluate.split, shuffled=False, asked="evaluate.split")
-    if data.n < 2:
-        raise ConfigError(f"a reference of {data.n} images: a covariance needs two at least.")
-    name, where = c.evaluate.network, places.network_path(c, workdir)
-    made = name in ("classifier", "attributes") and not epath.Path(where).exists()
+    name, where, reads = c.evaluate.network, places.network_path(c, workdir), places.reader_path(c, workdir)
     if name == "attributes" and c.data.source != "drawings":
         raise ConfigError(
             "config.evaluate.network=attributes needs pictures whose attributes are known, config.data.source=drawings, and it "
             f"is {c.data.source}: use classifier or inception."
         )
-    if made and name == "classifier":
+    needs_reader = name == "attributes" or prompts.of_drawings(c)
+    if needs_reader and c.data.channels != 3:
+        raise ConfigError(f"config.data.channels={c.data.channels}: the reader of attributes needs pictures of 3.")
+    data = images.of_source(c, c.evaluate.split, shuffled=False, asked="evaluate.split")
+    if data.n < 2:
+        raise ConfigError(f"a reference of {data.n} images: a covariance needs two at least.")
+    if needs_reader and epath.Path(reads).exists():
+        reader.load(reads)
+    elif needs_reader:  # which is tested on held-out pictures
+        drawings.open_split("test", c.data.drawings, c.data.image_size, c.data.test_share)
+    if name not in ("classifier", "attributes") or epath.Path(where).exists():
+        _check_channels(c, features.open_network(name, where), where)
+    elif name == "classifier":
         _examples(c)
-    if (made and name == "attributes") or prompts.of_drawings(c):
-        drawings.open_split(
-            "test", c.data.drawings, c.data.image_size, c.data.test_share
-        )  # the reader's held-out pictures
-    if not made:
-        features.open_network(name, where)
     return data
+
+
+def _check_channels(c: ConfigDict, network: Network, path: str) -> None:
+    if c.data.channels not in network.channels:
+        raise ConfigError(
+            f"config.data.channels={c.data.channels}: the network {path} takes images of "
+            f"{' or '.join(map(str, network.channels))}: set that, or name another in config.evaluate.network_path."
+        )
 
 
 class _Examples(NamedTuple):

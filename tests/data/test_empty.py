@@ -93,6 +93,11 @@ def test_no_index_gives_no_row_of_the_usual_shape(tmp_path, monkeypatch, kind):
     if one.attributes is not None:
         assert none.attributes.shape == (0, one.attributes.shape[1])
         assert none.attributes.dtype == one.attributes.dtype == np.int32
+    if kind != "latents":  # of which images cannot be judged
+        first = images._digest(source, np.arange(1))
+        assert images._digest(source, np.arange(1)) == first != images._digest(source, np.zeros(0, int))
+        monkeypatch.setattr(source, "read", lambda indices: one._replace(labels=one.labels + 1), raising=False)
+        assert images._digest(source, np.arange(1)) != first
 
 
 @pytest.mark.parametrize("kind", ["npz", "npz files", "folder", "data:all", "blurred"])

@@ -315,3 +315,13 @@ def test_images_without_labels_are_nothing_for_the_classifier(fresh, data, tmp_p
     fresh.data.path = str(data / "class0")
     with pytest.raises(ConfigError, match="needs labelled images"):
         reference_mode.run(fresh, str(tmp_path))
+
+
+def test_a_network_of_other_channels_is_refused_before_anything_is_made(fresh, workdir, tmp_path):
+    fresh.data.channels, fresh.evaluate.reference = 3, str(tmp_path / "other.npz")
+    with pytest.raises(ConfigError, match="channels=3: the network .*classifier.npz takes images of 1: set that"):
+        reference_mode.run(fresh, str(workdir))
+    fresh.data.channels, fresh.data.source, fresh.evaluate.network = 1, "drawings", "attributes"
+    with pytest.raises(ConfigError, match="channels=1: the reader of attributes needs pictures of 3"):
+        reference_mode.run(fresh, str(workdir))
+    assert not list(workdir.glob("references/*"))
