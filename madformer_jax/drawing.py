@@ -46,6 +46,14 @@ class Inputs(NamedTuple):
     text: Texts | None = None  # (b, T) and (b,), the prompts of a model that reads captions
 
 
+class Given(NamedTuple):
+    """What the config says of each of its `sample.n` images. Reading it takes minutes where they are many: read it once."""
+
+    labels: np.ndarray  # (n,) int32; 0 for a model without classes
+    noise: np.ndarray | None  # (n, L, positions, C), left on disk; None where the seed gives the noise
+    texts: Texts | None  # (n, T) and (n,); None for a model without captions
+
+
 class Drawn(NamedTuple):
     """Finished images, on the host."""
 
@@ -134,19 +142,19 @@ def batches(
     mesh: jax.sharding.Mesh,
     numbers: Sequence[int] | np.ndarray,
     most: int | None = None,
+    given: Given | None = None,
 ) -> Iterator[Drawn]:
     """Draws the images with these numbers, below `sample.n`, in batches of one compiled shape; nothing is kept.
 
     Every process gives the same numbers, takes part in every batch and gets all of it. A batch holds `most` images where that is
-    given and less than the config's `sample.batch`.
+    given and less than the config's `sample.batch`. Whoever calls this several times for a config reads `given_by` once.
 
     Raises:
       ConfigError: at once, if the given noise or a prompt does not fit; and where a latent or a pixel is not finite, with image
         and block.
     """
     size, sharding = batch_size(c, mesh, most), partitioning.batch_sharding(mesh)
-    labels = np.array(config_lib.labels(c) or [0] * c.sample.n, np.int32)
-    noise, texts = given_noise(c), prompts.texts(c)
+    labels, noise, texts = given or given_by(c)
 
     def spread(x: np.ndarray) -> Array:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
@@ -175,6 +183,20 @@ def _not_finite(c: ConfigDict, numbers: np.ndarray, z: np.ndarray, finite: np.nd
         f"sampling gave values that are not finite: {where}. The weights may have diverged (try an earlier checkpoint), or "
         f"sample.guidance={c.sample.guidance} with sample.clip={c.sample.clip} is too strong."
     )
+
+
+def given_by(c: ConfigDict) -> Given:
+    """Reads what the config says of each of its images.
+
+    Raises:
+      ConfigError: A label, the given noise or a prompt does not fit.
+    """
+    return Given(labels_by(c), given_noise(c), prompts.texts(c))
+
+
+def labels_by(c: ConfigDict) -> np.ndarray:
+    """The class of each image, int32 (n,); 0 for a model without classes."""
+    return np.array(config_lib.labels(c) or [0] * c.sample.n, np.int32)
 
 
 def given_noise(c: ConfigDict) -> np.ndarray | None:
@@ -209,9 +231,14 @@ def noise_digest(c: ConfigDict) -> str | None:
     Raises:
       ConfigError: as `given_noise`.
     """
-    noise, digest = given_noise(c), hashlib.sha256()
+    return digest_of_noise(given_noise(c))
+
+
+def digest_of_noise(noise: np.ndarray | None) -> str | None:
+    """The SHA-256 of noise as float32; None for None."""
     if noise is None:
         return None
+    digest = hashlib.sha256()
     for rows in noise:
         digest.update(rows.astype(np.float32).tobytes())
     return digest.hexdigest()

@@ -274,7 +274,7 @@ def _judged(config: ConfigDict, workdir: str) -> str:
     from madformer_jax.modes import evaluate, reference
 
     c = config.copy_and_resolve_references()
-    c.evaluate.images = ""
+    c.evaluate.images, c.evaluate.checkpoints = "", "newest"
     if not epath.Path(places.reference_path(c, workdir)).exists():
         reference.run(c, workdir)
     found = [evaluate.run(c, workdir)["results"][0]["scores"]]
@@ -362,7 +362,8 @@ def run(argv: Sequence[str]) -> int:
 
             evaluate.check_early(config, values.workdir)
         result = module.run(config, values.workdir, **extra)
-    if values.mode == "train" and result.get("step") == config.train.steps:
+    # A training that was asked to stop leaves at once: the next start judges it.
+    if values.mode == "train" and result.get("step") == config.train.steps and "stopped" not in result:
         scores = _judged(config, values.workdir) if config.train.judge else ""
         if _first_process():
             print(usage.after_training(config, values.workdir, scores))

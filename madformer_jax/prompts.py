@@ -108,9 +108,9 @@ def texts(c: ConfigDict) -> text.Texts | None:
     return text.encode(c, prompts, lambda i: "config.sample.prompts") if prompts else None
 
 
-def describe(c: ConfigDict) -> dict[str, Any]:
-    """What of the text decides images, for a protocol; nothing without captions."""
-    tokens = texts(c)
+def describe(c: ConfigDict, tokens: text.Texts | None = None) -> dict[str, Any]:
+    """What of the text decides images, for a protocol; nothing without captions. `tokens`: the result of `texts`, if known."""
+    tokens = tokens or texts(c)
     if tokens is None:
         return {}
     return {

@@ -17,7 +17,7 @@ from madformer_jax import drawing, training
 from madformer_jax.models import classifier
 from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import checkpoint, partitioning
-from tests import QUICK, tiny
+from tests import QUICK, tiny, worker
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
@@ -93,6 +93,11 @@ def judged(workdir):
         return scores, aside, file["features"]
 
 
+def put_images(workdir):
+    images = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 1), dtype=np.uint8)
+    np.savez(workdir / "few.npz", images=images)
+
+
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
     """The same run in this process, with all four devices."""
@@ -117,6 +122,7 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
     stopped = final(workdir)[0]
     assert 6 <= stopped < STEPS, output
     put_classifier(workdir)
+    put_images(workdir), put_images(alone)
     shutil.copy(alone / "reference.npz", workdir)  # which the processes make anew at their end
     before = set(workdir.glob("events.out.*"))
     status, output = start(4, workdir, f"--config.train.evaluate_every={STEPS}", MADFORMER_SAMPLE="1")
@@ -147,3 +153,7 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
     assert scores == pytest.approx(expected_scores, rel=2e-3)
     assert aside == pytest.approx(expected_aside, rel=2e-3) and aside.items() >= {"step": STEPS, "scored": 13}.items()
     np.testing.assert_allclose(features, expected_features, rtol=1e-3, atol=1e-4)
+    (path,) = (workdir / "few" / "evaluations").iterdir()
+    expected = {name: score["value"] for name, score in worker.few(settings(), str(alone)).items()}
+    found = {name: score["value"] for name, score in json.loads(path.read_text())["scores"].items()}
+    assert found == pytest.approx(expected, rel=2e-3)

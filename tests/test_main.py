@@ -15,6 +15,7 @@ from madformer_jax.modes import evaluate, reference
 from madformer_jax.runtime import storage
 
 DIGITS = "--config=configs/digits.py"
+FOLDER = ["--config.data.source=folder", "--config.data.test_share=0.5", "--config.evaluate.n=10"]
 
 
 @pytest.fixture(autouse=True)
@@ -152,12 +153,49 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
         (["--config.evaluate.degrade=blur:1"], "config.evaluate.degrade"),
         (["--config.evaluate.grid=solver=euler"], "config.sample.solver='euler' is unknown"),
         (["--config.evaluate.reference=LICENSE"], "LICENSE cannot be read"),
+        (["--config.evaluate.network=dino"], "config.evaluate.network='dino' is unknown"),
+        (["--config.evaluate.network=inception"], "there are no Inception weights at"),
+        (["--config.evaluate.network=attributes"], "needs pictures whose attributes are known"),
+        (["--config.evaluate.n=4001"], "only 4000: set a smaller config.evaluate.n"),
+        (["--config.evaluate.n=9"], "config.evaluate.n=9 images are too few"),
+        (["--config.evaluate.training=missing.npz"], "no reference at missing.npz"),
+        (["--config.sample.noise=missing.npy"], "config.sample.noise=missing.npy cannot be read"),
+        (FOLDER + ["--config.data.path={tmp}/flat"], "needs labelled images"),
+        (FOLDER + ["--config.data.path={tmp}/one"], "two classes or more"),
+        (
+            FOLDER + ["--config.data.path={tmp}/two", "--config.data.test_share=0"],
+            "config.evaluate.split asks for split 'test'",
+        ),
+        (
+            FOLDER + ["--config.data.path={tmp}/two", "--config.data.test_share=1e-9", "--config.evaluate.split=all"],
+            "config.evaluate.network asks for split 'test'",
+        ),
     ],
 )
 def test_a_training_that_cannot_be_judged_does_not_begin(monkeypatch, capsys, tmp_path, args, told):
     monkeypatch.setattr(madformer_jax.modes.train, "run", lambda *args: pytest.fail("trains"))
+    for i in range(40):
+        for folder in ("flat", "one/class", f"two/{i % 2}"):
+            path = tmp_path / folder / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")  # which nobody reads so early
+    args = [arg.format(tmp=tmp_path) for arg in args]
     status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/run", "--config.train.judge=True", *args)
     assert status == 2 and told in line
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_training_that_was_asked_to_stop_in_its_last_step_is_judged_by_the_next_start(
+    monkeypatch, capsys, tmp_path, stopped
+):
+    judged = []
+    figures = {"step": 3} | ({"stopped": True} if stopped else {})
+    monkeypatch.setattr(madformer_jax.modes.train, "run", lambda *args: figures)
+    monkeypatch.setattr(main, "_judged", lambda c, workdir: judged.append(workdir) or "the scores")
+    args = [DIGITS, f"--workdir={tmp_path}/run", "--config.train.judge=True", "--config.train.steps=3"]
+    assert main.main(["main", *args]) == 0
+    assert judged == ([] if stopped else [f"{tmp_path}/run"])
+    assert ("the scores" in capsys.readouterr().out) != stopped
 
 
 def test_missing_workdir_config_and_checkpoint(capsys, tmp_path):

@@ -8,12 +8,24 @@ import os
 import signal
 import sys
 from typing import Any
+from unittest import mock
 
 import jax
+from ml_collections import ConfigDict
 
 from madformer_jax import config, main
+from madformer_jax.evaluation import parts
 from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import partitioning
+
+
+def few(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Judges the images of a file in parts of three, of which a fourth process has no share; returns the scores."""
+    c = c.copy_and_resolve_references()
+    c.evaluate.reference, c.evaluate.images = f"{workdir}/reference.npz", f"{workdir}/few.npz"
+    c.evaluate.network_path = f"{workdir}/classifier.npz"
+    with mock.patch.object(parts, "AT_ONCE", 3):
+        return evaluate.run(c, f"{workdir}/few")["results"][0]["scores"]
 
 
 def run(argv: list[str]) -> int:
@@ -33,6 +45,7 @@ def run(argv: list[str]) -> int:
         config.validate(c)
         for mode in (sample, reference, evaluate):
             mode.run(c, values.workdir)
+        few(c, values.workdir)
         assert partitioning.all_failed()
         partitioning.ALONE = 0.5
         assert jax.process_index() == 1 or not partitioning.all_failed()

@@ -269,7 +269,8 @@ class Drawings(Source):
             images.append(file.png[file.ends[i - 1] if i else 0 : file.ends[i]].tobytes())
             rows.append(file.attributes[i])
         labels = (indices % len(STYLES)).astype(np.int32)
-        return Examples({"image": images}, labels, list(map(_caption, indices.tolist(), rows)), np.stack(rows))
+        table = np.array(rows, np.int32).reshape(len(rows), len(self.attributes))
+        return Examples({"image": images}, labels, list(map(_caption, indices.tolist(), rows)), table)
 
     def captions(self, indices: np.ndarray) -> list[str]:
         files = self._files()

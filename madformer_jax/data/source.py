@@ -31,7 +31,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> Examples:
-        """The records with these numbers, an integer array (b,).
+        """The records with these numbers, an integer array (b,). Without a number, arrays of their usual shapes and 0 rows.
 
         Raises:
           OSError: a file cannot be read.

@@ -5,7 +5,7 @@ there it is those). `counts` draws; a `..._replicates` gives the score's replica
 spread around the score. Nothing is sampled twice or held twice: a replicate is a row of weights for the same features.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,14 @@ def interval(score: float, replicates: np.ndarray) -> Interval:
     """The score plus what the replicates (r,) deviate from their own mean, 2.5 to 97.5 %.
 
     From their mean: a distance falls with the number of different images, so that replicates of it lie above the score.
+    Infinite replicates have no part in the mean. An infinite score is its own interval.
     """
-    low, high = np.percentile(replicates - replicates.mean(), (2.5, 97.5))
+    finite = np.isfinite(replicates)
+    if not np.isfinite(score) or not finite.any():
+        return Interval(score, score)
+    # Interpolation between two infinite replicates would give NaN.
+    method: Any = "linear" if finite.all() else "nearest"
+    low, high = np.percentile(replicates - replicates[finite].mean(), (2.5, 97.5), method=method)
     return Interval(score + float(low), score + float(high))
 
 
@@ -42,8 +48,8 @@ def mean_replicates(values: np.ndarray, drawn: np.ndarray) -> np.ndarray:
 
 
 def ratio_replicates(above: np.ndarray, below: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Replicates (r,) of the mean of one value an image (n,) over the mean of another."""
-    return mean_replicates(above, drawn) / mean_replicates(below, drawn)
+    """Replicates (r,) of the mean of one value an image (n,) over the mean of another; see `scores.ratio`."""
+    return scores.ratio(mean_replicates(above, drawn), mean_replicates(below, drawn))
 
 
 def frechet_replicates(generated: np.ndarray, real: np.ndarray | Gaussian, drawn: np.ndarray) -> np.ndarray:

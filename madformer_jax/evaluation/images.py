@@ -1,5 +1,6 @@
 """Images that exist, to be judged: a data source's, a folder's, those of .npz files; read by number, never all at once."""
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import ImageFilter
 
+from madformer_jax import progress
 from madformer_jax.data import listing, pipeline, preprocess, sources
 from madformer_jax.data.source import Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
@@ -32,8 +34,9 @@ class Images(NamedTuple):
 
     about: dict[str, str]  # which ones, for the protocol
     n: int
-    labelled: bool
+    classes: int  # labels run from 0 to classes - 1; 0: unlabelled
     read: Callable[[np.ndarray], Rows]  # of numbers (b,), ascending
+    digest: Callable[[int], str]  # of the content of the first n, and of their labels; every process calls it
 
 
 class Unread:
@@ -61,18 +64,26 @@ class Unread:
 def look(
     data: Images, extract: Callable[[np.ndarray], Outputs], unread: Unread, missing: Sequence[parts.Part]
 ) -> Iterator[parts.Arrays]:
-    """What is kept of each missing part of a set, of all processes, which read a share of it each and the next part ahead.
+    """Yields what is kept of each missing part. Every process reads a share of a part, and the next part ahead.
 
     Raises:
-      ConfigError: as `Unread.add`.
+      ConfigError: As `Unread.add`; or some process cannot read its share.
     """
     shares = (np.arange(*part)[parts.share(part.n)] for part in missing)
-    for rows in parts.ahead(data.read(numbers) for numbers in shares):
+    for rows in parts.ahead(_attempt(data.read, numbers) for numbers in shares):
+        rows = parts.same_outcome(rows)
         found = parts.gather(parts.look(extract, rows.images, rows.labels))
         text = "".join(f"{one}\n" for one in rows.unread).encode("utf-8", "surrogateescape")
         told = parts.gather({parts.UNREAD: np.frombuffer(text, np.uint8)})
         unread.add(told[parts.UNREAD].tobytes().decode("utf-8", "surrogateescape").splitlines())
         yield found | told
+
+
+def _attempt(read: Callable[[np.ndarray], Rows], numbers: np.ndarray) -> Rows | ConfigError:
+    try:
+        return read(numbers)
+    except ConfigError as error:
+        return error
 
 
 def of_source(c: ConfigDict, split: str, shuffled: bool, asked: str = "evaluate.images") -> Images:
@@ -103,7 +114,13 @@ def of_source(c: ConfigDict, split: str, shuffled: bool, asked: str = "evaluate.
     order = np.random.RandomState(2020).permutation(len(source)) if shuffled else np.arange(len(source))
     about = {"source": c.data.source, "split": split, "fingerprint": source.fingerprint}
     table = pipeline.table(c)
-    return Images(about, len(source), source.classes > 0, lambda numbers: _read(source, table, numbers, order[numbers]))
+    return Images(
+        about,
+        len(source),
+        source.classes,
+        lambda numbers: _read(source, table, numbers, order[numbers]),
+        lambda n: _digest(source, order[:n]),
+    )
 
 
 def _read(source: Source, table: preprocess.Table, numbers: np.ndarray, records: np.ndarray) -> Rows:
@@ -123,6 +140,25 @@ def _read(source: Source, table: preprocess.Table, numbers: np.ndarray, records:
         return Rows(empty, np.zeros(0, np.int32), numbers[:0], (reason,))
 
 
+def _digest(source: Source, records: np.ndarray) -> str:
+    """Hashes the labels of records and the bytes that their images are read from. Every process hashes a share."""
+    mine = records[parts.share(len(records))]
+    with progress.told("hashing the images"):
+        digests = b"".join(_digest_of_record(source, record) for record in mine.tolist())
+    rows = np.frombuffer(digests, np.uint8).reshape(len(mine), hashlib.sha256().digest_size)
+    return hashlib.sha256(parts.gather({"digests": rows})["digests"].tobytes()).hexdigest()
+
+
+def _digest_of_record(source: Source, record: int) -> bytes:
+    try:
+        found = source.read(np.array([record]))
+    except (OSError, ConfigError):  # reading it to judge it says why
+        return hashlib.sha256(b"unreadable").digest()
+    digest = hashlib.sha256(found.labels.astype("<i4").tobytes())
+    digest.update(found.arrays["image"][0])
+    return digest.digest()
+
+
 def open_images(c: ConfigDict) -> Images:
     """The images that `config.evaluate.images` names: "data:SPLIT", a .npz file, or a folder of .npz files or images.
 
@@ -133,24 +169,39 @@ def open_images(c: ConfigDict) -> Images:
     if name.startswith("data:"):
         found = of_source(c, name.removeprefix("data:"), shuffled=True)
     else:
-        files = sorted(os.listdir(name)) if os.path.isdir(name) else []
-        files = [os.path.join(name, file) for file in files if not listing.is_hidden(file)] or [name]
-        shards = [file for file in files if file.endswith(".npz")]
+        shards = _shard_paths(name)
         found = _of_shards(c, name, shards) if shards else _of_folder(c, name)
     return _degraded(found, c.evaluate.degrade)
 
 
+def _shard_paths(name: str) -> list[str]:
+    """The .npz files that a path names, sorted; empty for a folder without any."""
+    if not os.path.isdir(name):
+        if os.path.isfile(name) and name.endswith(".npz"):
+            return [name]
+        problem = "is neither a .npz file nor a folder" if os.path.exists(name) else "does not exist"
+        raise ConfigError(
+            f"config.evaluate.images={name!r} {problem}: give data:SPLIT, a .npz file, or a folder of .npz files or images."
+        )
+    with storage.errors(f"config.evaluate.images={name!r} cannot be listed"):
+        files = [file for file in sorted(os.listdir(name)) if file.endswith(".npz") and not listing.is_hidden(file)]
+        return [os.path.join(name, file) for file in files]
+
+
 def _of_folder(c: ConfigDict, path: str) -> Images:
     source, table = sources.Folder(path, "evaluate.images"), pipeline.table(c)
-    with storage.errors(f"config.evaluate.images={path!r} cannot be read"):
-        sizes = map(str, source.sizes())  # images drawn anew have the old names
-    found = fingerprint([source.fingerprint, *sizes])
-    about = {"folder": os.path.basename(os.path.abspath(path)), "fingerprint": found}
-    return Images(about, len(source), False, lambda numbers: _read(source, table, numbers, numbers))
+    about = {"folder": os.path.basename(os.path.abspath(path)), "fingerprint": source.fingerprint}
+    return Images(
+        about, len(source), 0, lambda numbers: _read(source, table, numbers, numbers),
+        lambda n: _digest(source, np.arange(n)),
+    )  # fmt: skip
 
 
 class _Shard:
-    """The rows of `images` (or `arr_0`) in a .npz file, read in order without the rest of the file in memory."""
+    """The rows of `images` (or `arr_0`) in a .npz file, read in order without the rest of the file in memory.
+
+    `labels` has their classes; in the files of guided-diffusion, which have `arr_0`, it is `arr_1`. It is None without labels.
+    """
 
     def __init__(self, path: str):
         self._path = path
@@ -162,16 +213,18 @@ class _Shard:
                 with archive.open(self._name) as file:
                     shape, fortran, dtype = _header(file)
                     self._start = file.tell()
-            with np.load(path, allow_pickle=False) as file:
-                self.labels = file["labels"].astype(np.int32) if "labels.npy" in names else None
+                second = "arr_1.npy" if self._name == "arr_0.npy" else ""
+                self.labels = _labels(
+                    archive, path, next((x for x in ("labels.npy", second) if x in names), ""), shape[:1]
+                )
+        except ConfigError:
+            raise
         except StopIteration:
             raise ConfigError(f"{path} holds neither 'images' nor 'arr_0'.") from None
         except Exception as error:  # a broken archive raises almost any kind
             raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}: {error}).") from None
         if fortran or dtype != np.uint8 or len(shape) != 4:
             raise ConfigError(f"{path}: images are {dtype} {shape}: they must be uint8 (n, H, W, c).")
-        if self.labels is not None and self.labels.shape != shape[:1]:
-            raise ConfigError(f"{path}: labels are {self.labels.shape} for {shape[0]} images: they must be one each.")
         self.shape = shape
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
@@ -193,6 +246,39 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return read(file)
 
 
+def _labels(archive: zipfile.ZipFile, path: str, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The labels in a member of a .npz file, an array of this shape; None without a member.
+
+    Raises:
+      ConfigError: `labels` are not one an image.
+    """
+    if not name:
+        return None
+    with archive.open(name) as file:
+        found, _, dtype = _header(file)
+    if name == "arr_1.npy" and (found != shape or dtype.kind not in "iu"):  # an array without a name may be anything
+        logging.warning("%s: arr_1 is %s %s, not one class an image: it is not read as labels", path, dtype, found)
+        return None
+    if found != shape:
+        raise ConfigError(f"{path}: labels are {found} for {shape[0]} images: they must be one each.")
+    with archive.open(name) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _classes(path: str, labels: np.ndarray) -> np.ndarray:
+    """Labels (n,) as int32.
+
+    Raises:
+      ConfigError: They are not whole numbers from 0.
+    """
+    if labels.dtype.kind in "iufb":
+        with np.errstate(invalid="ignore"):  # of infinite ones
+            classes = labels.astype(np.int32)
+        if (classes == labels).all() and (classes >= 0).all():
+            return classes
+    raise ConfigError(f"{path}: labels of {labels.dtype} are not all classes: they must be whole numbers from 0.")
+
+
 def _of_shards(c: ConfigDict, name: str, paths: list[str]) -> Images:
     shards = [_Shard(path) for path in paths]
     shape = (c.data.image_size, c.data.image_size, c.data.channels)
@@ -200,22 +286,27 @@ def _of_shards(c: ConfigDict, name: str, paths: list[str]) -> Images:
         if shard.shape[1:] != shape:
             raise ConfigError(f"{path}: images are {shard.shape[1:]}, and the config's are {shape}.")
     ends = np.cumsum([shard.shape[0] for shard in shards])
-    # a model without classes writes 0 for each image
-    labelled = bool(c.model.classes) and all(shard.labels is not None for shard in shards)
+    known = {path: shard.labels for shard, path in zip(shards, paths) if shard.labels is not None}
+    if known and len(known) < len(shards):
+        lacking = next(path for path in paths if path not in known)
+        logging.warning("%s has no labels, and other files have: none are used", lacking)
+    # A model without classes writes 0 for each image.
+    labelled = bool(c.model.classes) and len(known) == len(shards)
+    labels = np.zeros(int(ends[-1]), np.int32)
+    if labelled:
+        labels = np.concatenate([_classes(path, found) for path, found in known.items()])
 
     def read(numbers: np.ndarray) -> Rows:
-        images, labels = [], []
+        images = np.empty((len(numbers), *shape), np.uint8)
         which = np.searchsorted(ends, numbers, side="right")
         for k in np.unique(which):
-            rows = numbers[which == k] - (ends[k] - shards[k].shape[0])
-            images.append(shards[k].rows(rows))
-            known = shards[k].labels
-            labels.append(known[rows] if labelled and known is not None else np.zeros(len(rows), np.int32))
-        return Rows(np.concatenate(images), np.concatenate(labels), numbers)
+            images[which == k] = shards[k].rows(numbers[which == k] - (ends[k] - shards[k].shape[0]))
+        return Rows(images, labels[numbers], numbers)
 
     found = fingerprint(f"{shard.shape[0]} {shard.checksum:08x}" for shard in shards)
     about = {"files": os.path.basename(os.path.abspath(name)), "fingerprint": found}
-    return Images(about, int(ends[-1]), labelled, read)
+    digest = hashlib.sha256(found.encode() + labels.tobytes()).hexdigest()
+    return Images(about, int(ends[-1]), int(labels.max(initial=-1)) + 1 if labelled else 0, read, lambda n: digest)
 
 
 def _degraded(images: Images, how: str) -> Images:
@@ -244,4 +335,4 @@ def _degraded(images: Images, how: str) -> Images:
         noise = [np.random.default_rng(int(n)).normal(0, strength, pixels.shape[1:]) for n in found.numbers]
         return found._replace(images=np.clip(np.round(pixels + np.stack(noise)), 0, 255).astype(np.uint8))
 
-    return Images({**images.about, "degrade": how}, images.n, images.labelled, read)
+    return images._replace(about={**images.about, "degrade": how}, read=read)

@@ -1,8 +1,10 @@
 """The Inception network of FID as a feature network."""
 
 import jax.numpy as jnp
+from etils import epath
 from jax import Array
 
+from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.network import Network
 from madformer_jax.models import inception as model
 from madformer_jax.weights import inception as weights
@@ -14,7 +16,16 @@ def open_network(path: str) -> Network:
     Raises:
       ConfigError: there are none, or they do not fit.
     """
-    return Network("inception", {}, 2048, (1, 3), weights.load(path), _apply)
+    try:
+        params = weights.load(path)
+    except ConfigError:
+        if epath.Path(path).exists():
+            raise
+        raise ConfigError(
+            f"there are no Inception weights at {path}: make them with --mode=convert --config.convert.inception=FILE, or name "
+            "them in config.evaluate.network_path."
+        ) from None
+    return Network("inception", {}, 2048, (1, 3), params, _apply)
 
 
 def _apply(params: model.Params, images: Array) -> tuple[Array, Array]:

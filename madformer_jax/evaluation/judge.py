@@ -7,7 +7,7 @@ import numpy as np
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bootstrap, scores, seams
-from madformer_jax.evaluation.memorisation import memorisation, nearest_distances
+from madformer_jax.evaluation.memorisation import Training, memorisation
 from madformer_jax.evaluation.reference import Reference
 
 SPLITS, SUBSETS, SUBSET_SIZE, NEIGHBOUR, SEED = 10, 100, 1000, 3, 2020
@@ -19,7 +19,16 @@ Score = dict[str, float]  # value, low, high; deviation where the convention has
 
 
 def check_size(n: int, reference: Reference) -> None:
+    """See `check_counts`."""
+    check_counts(n, SPLITS if reference.features is None else len(reference.features))
+
+
+def check_counts(n: int, m: int) -> None:
     """Refuses, before anything is drawn, fewer images than the scores need.
+
+    Args:
+      n: Images that are judged.
+      m: Images of the reference.
 
     Raises:
       ConfigError: less than ten images, which have no inception score, or a reference of less than the balls need.
@@ -28,7 +37,6 @@ def check_size(n: int, reference: Reference) -> None:
         raise ConfigError(
             f"config.evaluate.n={n} images are too few for a covariance and {SPLITS} splits: {SPLITS} or more."
         )
-    m = SPLITS if reference.features is None else len(reference.features)
     if m <= NEIGHBOUR:
         raise ConfigError(f"a reference of {m} images is too small: it needs more than {NEIGHBOUR}.")
 
@@ -41,7 +49,7 @@ def judge(
     recognise: bool,
     grid: tuple[int, int],
     shape: tuple[int, int],
-    training: np.ndarray | None = None,
+    training: Training | None = None,
 ) -> dict[str, Score]:
     """The scores by name; those of another network than FID's carry its name.
 
@@ -51,7 +59,7 @@ def judge(
       reference: what to compare with.
       recognise: whether the labels are those asked for and the network's classes the same.
       grid, shape: rows and columns of blocks, height and width of an image.
-      training: features (m, d) of the training images, to look for copies of them.
+      training: the training images, to look for copies of them.
 
     Raises:
       ConfigError: features are not finite.
@@ -79,11 +87,13 @@ def judge(
         if reference.profile is not None:
             real = seams.seam_score(seams.steps_at_borders(reference.profile[None], shape, *grid))
             out["seam"]["real"] = real
-    if training is not None and y is not None:
-        near, typical = nearest_distances(x, training), nearest_distances(y, training)
-        out["memorisation"] = _score(
-            memorisation(near, typical), bootstrap.mean_replicates(near, drawn) / typical.mean()
-        )
+    if training is not None:
+        near, typical = training.nearest(x), training.typical
+        out["memorisation"] = {
+            **_score(memorisation(near, typical), bootstrap.mean_replicates(near, drawn) / typical.mean()),
+            "searched": training.searched,
+            "training": training.images,
+        }
     return out
 
 
@@ -94,7 +104,7 @@ def _score(value: float, replicates: np.ndarray, deviation: float | None = None)
 
 def ratio(above: np.ndarray, below: np.ndarray) -> Score:
     """The sum of one value an image (n,) over that of another."""
-    value = float(above.sum() / below.sum())
+    value = float(scores.ratio(above.sum(), below.sum()))
     return _score(value, bootstrap.ratio_replicates(above, below, bootstrap.counts(len(above))))
 
 

@@ -7,6 +7,7 @@ what followed the n - 1 tokens h with the prediction from one token less, by how
 
 import collections
 import functools
+import hashlib
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from madformer_jax.data import sources, text
+from madformer_jax.data.source import Source
 from madformer_jax.data.text import Texts
+from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
@@ -28,32 +31,88 @@ HELD_OUT, TRAINING = 5_000, 100_000  # captions, at most
 _BATCH = 100
 
 
-def scores(c: ConfigDict, model: MADFormer, params: Any, mesh: jax.sharding.Mesh) -> dict[str, judge.Score]:
-    """Bits a token of the captions of split `evaluate.split`, of the model and of n-grams; nothing where training reads them.
+class Captions:
+    """Captions of `evaluate.split`, whose bits a token are measured, and of training, on which the n-gram models are fitted."""
 
-    The begin token is given and the end is predicted. With the text's loss the model has learnt them; an image counts once,
-    whatever it looks like.
+    def __init__(self, c: ConfigDict):
+        """Reads and tokenizes both.
+
+        Raises:
+          ConfigError: The captions of a split cannot be read, or none of them says anything.
+        """
+        self._vocabulary = c.text.vocabulary
+        self._held, self._seen = _texts(c, c.evaluate.split, HELD_OUT), _texts(c, c.data.split, TRAINING)
+        self.protocol = {
+            "split": c.evaluate.split,
+            "held_out": _digest(self._held),
+            "training": _digest(self._seen),
+            "vocabulary": self._vocabulary,
+        }
+
+    def scores(self, model: MADFormer, params: Any, mesh: jax.sharding.Mesh) -> dict[str, judge.Score]:
+        """Computes bits a token of the model and of the n-gram models.
+
+        The begin token is given and the end is predicted. An image counts once, whatever it looks like.
+        """
+        found = {"bits": of_model(model, params, self._held, mesh), **self._of_ngrams}
+        out = {name: judge.ratio(bits, self._held.lengths - 1) for name, bits in found.items()}
+        logging.info("captions: %s", ", ".join(f"{name} {score['value']:.3f}" for name, score in out.items()))
+        return out
+
+    @functools.cached_property
+    def _of_ngrams(self) -> dict[str, np.ndarray]:
+        return {
+            f"bits-{name}": of_ngrams(self._seen, self._held, self._vocabulary, order) for order, name in ORDERS.items()
+        }
+
+
+def open_captions(c: ConfigDict) -> Captions | None:
+    """Opens what bits a token need; None for a model that did not learn captions, or where training reads them all.
+
+    Raises:
+      ConfigError: See `Captions`.
     """
-    if not c.loss.text or c.evaluate.split == c.data.split:
-        return {}
-    held, seen = _texts(c, c.evaluate.split, HELD_OUT), _texts(c, c.data.split, TRAINING)
-    found = {"bits": of_model(model, params, held, mesh)}
-    for order, name in ORDERS.items():
-        found[f"bits-{name}"] = of_ngrams(seen, held, c.text.vocabulary, order)
-    out = {name: judge.ratio(bits, held.lengths - 1) for name, bits in found.items()}
-    logging.info("captions: %s", ", ".join(f"{name} {score['value']:.3f}" for name, score in out.items()))
-    return out
+    return Captions(c) if c.loss.text and c.evaluate.split != c.data.split else None
+
+
+def check(c: ConfigDict) -> None:
+    """Refuses what `open_captions` cannot open, and reads no captions.
+
+    Raises:
+      ConfigError: See `Captions`.
+    """
+    if c.loss.text and c.evaluate.split != c.data.split:
+        _open(c, c.evaluate.split)
+
+
+def _open(c: ConfigDict, split: str) -> Source:
+    c = c.copy_and_resolve_references()
+    c.data.split = split
+    try:
+        return sources.open_source(c)
+    except ConfigError as error:
+        raise ConfigError(
+            f"bits a token need the captions of config.evaluate.split={split!r}: {error} To leave these scores out, set "
+            "config.evaluate.split to the split of training."
+        ) from None
+
+
+def _digest(texts: Texts) -> str:
+    digest = hashlib.sha256(f"{texts.tokens.shape}".encode())
+    for array in texts:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def _texts(c: ConfigDict, split: str, most: int) -> Texts:
     """The captions of a split, evenly over it; those that are empty are left out."""
-    c = c.copy_and_resolve_references()
-    c.data.split = split
-    source = sources.open_source(c)
+    source = _open(c, split)
     count = min(len(source), most)
     captions = text.of_records(c, source, np.arange(count) * len(source) // max(1, count))
     found = text.encode(c, captions, lambda i: f"a caption of split {split!r}")
     kept = found.lengths > 1
+    if not kept.any():
+        raise ConfigError(f"the captions of split {split!r} are all empty: bits a token need some.")
     return Texts(found.tokens[kept], found.lengths[kept])
 
 

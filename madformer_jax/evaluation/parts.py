@@ -1,9 +1,14 @@
 """What is found out of many images, in parts on disk: a killed run goes on, and memory holds one batch of images.
 
-Every process takes its share of each part; the first one writes it. Only what is small per image is kept.
+Every process takes its share of each part; the first one writes it. Only what is small per image is kept. One job at a time
+works on a folder of parts: see `alone`.
 """
 
+import contextlib
 import io
+import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
@@ -15,15 +20,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from madformer_jax import progress
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import seams
 from madformer_jax.evaluation.features import Outputs
-from madformer_jax.runtime import storage
+from madformer_jax.runtime import lock, storage
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
 AT_ONCE = 256  # small images of a part: what a kill loses at most
+POLL = 2.0  # seconds between two looks whether a folder is free
 UNREAD = "unread"  # the array that tells, as text, of images that cannot be read
 
 
@@ -80,7 +87,10 @@ class Parts:
     def remove(self) -> None:
         """Removes the parts, once what they were for is written."""
         if jax.process_index() == 0 and self._folder.exists():
-            self._folder.rmtree()
+            for path in self._folder.iterdir():
+                if lock.NAME not in path.name:
+                    path.unlink(missing_ok=True)
+            _remove_empty(self._folder)
 
     def _whole(self, part: Part) -> bool:
         path = self._path(part)
@@ -95,6 +105,35 @@ class Parts:
 
     def _path(self, part: Part) -> epath.Path:
         return self._folder / f"part_{part.first:07d}_{part.stop:07d}.npz"
+
+
+@contextlib.contextmanager
+def alone(folder: epath.Path) -> Iterator[None]:
+    """Holds a folder of parts, for all processes of this job. Waits while another job holds it.
+
+    Raises:
+      ConfigError: The folder cannot be written.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            with progress.told(f"waiting for another process, which works on {folder}"):
+                while True:
+                    try:
+                        stack.enter_context(lock.hold(str(folder)))
+                        break
+                    except lock.HeldError:
+                        time.sleep(POLL)
+            yield
+    finally:
+        if jax.process_index() == 0:
+            _remove_empty(folder)
+
+
+def _remove_empty(folder: epath.Path) -> None:
+    """Removes a folder unless something is in it. A bucket has no folders."""
+    if not storage.is_remote(folder):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # that of epath removes what comes into the folder meanwhile
 
 
 def _load(content: bytes) -> Arrays:
@@ -129,6 +168,41 @@ def gather(arrays: Arrays) -> Arrays:
         whole = np.frombuffer(every, array.dtype).reshape(len(counts), most, *array.shape[1:])
         out[name] = np.concatenate([x[:count] for x, count in zip(whole, counts)])
     return out
+
+
+def read_json(path: storage.Path) -> Any:
+    """Returns `storage.read_json` of the first process to every process: the others may see another state of the file.
+
+    Raises:
+      ConfigError: As `storage.read_json`.
+    """
+    if jax.process_count() == 1:
+        return storage.read_json(path)
+    outcome: str | ConfigError = ""
+    if jax.process_index() == 0:
+        try:
+            outcome = json.dumps(storage.read_json(path))
+        except ConfigError as error:
+            outcome = error
+    text = np.frombuffer(same_outcome(outcome).encode(), np.uint8)
+    return json.loads(gather({"text": text})["text"].tobytes())
+
+
+def same_outcome(outcome: T | ConfigError) -> T:
+    """Returns what this process has found, unless it or another process has an error instead.
+
+    A process that raised alone would leave the others waiting in their next exchange.
+
+    Raises:
+      ConfigError: The first error, in every process.
+    """
+    error = outcome if isinstance(outcome, ConfigError) else None
+    text = f"{error}\n".encode("utf-8", "surrogateescape") if error else b""
+    lines = gather({"errors": np.frombuffer(text, np.uint8)})["errors"].tobytes()
+    if lines:
+        raise error or ConfigError(lines.decode("utf-8", "surrogateescape").splitlines()[0])
+    assert not isinstance(outcome, ConfigError)
+    return outcome
 
 
 def look(extract: Callable[[np.ndarray], Outputs], images: np.ndarray, labels: np.ndarray) -> Arrays:

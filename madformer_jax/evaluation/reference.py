@@ -2,13 +2,15 @@
 
 A .npz with `mu` (d,), `sigma` (d, d) over n - 1, up to `FEATURES` vectors `features` (m, d) with their `labels`, `counts` of
 each class, the mean `profile` of `seams.profile`, and `protocol` as JSON. ADM's files have `mu` and `sigma` alone.
+
+The features of all other images follow in arrays `others_...`. Only the search for copies reads them, one at a time.
 """
 
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -19,7 +21,8 @@ from madformer_jax.evaluation.parts import Arrays
 from madformer_jax.evaluation.scores import Gaussian
 from madformer_jax.runtime import storage
 
-FEATURES = 50_000  # vectors that are kept
+FEATURES = 50_000  # vectors that most scores compare with
+_OTHERS = "others_"  # begins the names of the arrays with the remaining vectors
 
 
 class Reference(NamedTuple):
@@ -30,6 +33,9 @@ class Reference(NamedTuple):
     gaussian: Gaussian
     features: np.ndarray | None  # (m, d) float32; None where only the statistics are known
     profile: np.ndarray | None  # (H - 1 + W - 1,)
+    path: str = ""
+    others: tuple[str, ...] = ()  # names of the arrays in the file that hold the remaining features
+    stored: int = 0  # images whose features the file holds
 
     @property
     def of(self) -> np.ndarray | Gaussian:
@@ -65,23 +71,41 @@ def save(path: str, protocol: Mapping[str, Any], each: Callable[[], Iterator[Arr
     mean = total / n
     chosen = np.zeros(n, bool)
     chosen[np.random.RandomState(2020).permutation(n)[:FEATURES]] = True
-    scatter, kept, first = np.zeros(mean.shape * 2), [], 0
-    for x in _blocks(each()):
-        centred = x - mean
-        scatter += centred.T @ centred
-        kept.append(x[chosen[first : first + len(x)]])
-        first += len(x)
-    arrays = {
-        "mu": mean,
-        "sigma": scatter / (n - 1),
-        "features": np.concatenate(kept).astype(np.float32),
-        "labels": classes_of[chosen],
-        "counts": np.bincount(classes_of, minlength=classes) if classes else np.zeros(0, np.int64),
-        "profile": np.average(np.concatenate(profiles), axis=0, weights=np.concatenate(weights)),
-        "protocol": np.array(json.dumps(dict(protocol) | {"n": n}, sort_keys=True)),
-    }
-    storage.write(path, lambda file: np.savez(file, **arrays))
-    return _digest(arrays)
+    digests = []
+
+    def put(file: IO[bytes]) -> None:
+        scatter, kept, first = np.zeros(mean.shape * 2), [], 0
+        with zipfile.ZipFile(file, "w") as archive:
+            for i, x in enumerate(_blocks(each())):
+                centred = x - mean
+                scatter += centred.T @ centred
+                here = chosen[first : first + len(x)]
+                kept.append(x[here])
+                first += len(x)
+                if not here.all():
+                    _add(archive, f"{_OTHERS}{i:06d}", x[~here].astype(np.float32))
+            others = list(archive.infolist())
+            arrays = {
+                "mu": mean,
+                "sigma": scatter / (n - 1),
+                "features": np.concatenate(kept).astype(np.float32),
+                "labels": classes_of[chosen],
+                "counts": np.bincount(classes_of, minlength=classes) if classes else np.zeros(0, np.int64),
+                "profile": np.average(np.concatenate(profiles), axis=0, weights=np.concatenate(weights)),
+                "protocol": np.array(json.dumps(dict(protocol) | {"n": n}, sort_keys=True)),
+            }
+            for name, array in arrays.items():
+                _add(archive, name, array)
+        digests.append(_digest(arrays, others))
+
+    storage.write(path, put)
+    return digests[-1]
+
+
+def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+    """Adds an array as `np.savez` does, which wants all of them at once."""
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def _blocks(each: Iterator[Arrays]) -> Iterator[np.ndarray]:
@@ -106,8 +130,11 @@ def load(path: str) -> Reference:
     if not file.exists():
         raise ConfigError(f"there is no reference at {path}: make it with --mode=reference, or set evaluate.reference.")
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        with file.open("rb") as content, np.load(content, allow_pickle=False) as archive:
+            names = [name for name in archive.files if name.startswith(_OTHERS)]
+            arrays = {name: archive[name] for name in archive.files if name not in names}
+            others = [archive.zip.getinfo(f"{name}.npy") for name in names]
+            stored = sum(_rows(archive, name) for name in [*names, *(["features"] if "features" in arrays else [])])
         protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {"file": file.name}
     except Exception as error:  # a broken archive raises almost any kind
         raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}).") from None
@@ -119,7 +146,34 @@ def load(path: str) -> Reference:
         features = scores.checked(features, path, at_least=1, needed_for="a reference")
         scores.check_same_features(features, gaussian.root)
     protocol.setdefault("network", {"dims": len(gaussian.mean)})
-    return Reference(protocol, _digest(arrays), gaussian, features, arrays.get("profile"))
+    digest = _digest(arrays, others)
+    return Reference(protocol, digest, gaussian, features, arrays.get("profile"), path, tuple(names), stored)
+
+
+def _rows(archive: Any, name: str) -> int:
+    """The number of rows of an array in an open .npz file, by its header."""
+    with archive.zip.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return int(read(file)[0][0])
+
+
+def tiles(reference: Reference) -> Iterator[np.ndarray]:
+    """The features (m, d) of all images of a reference that has some, a tile in memory at a time.
+
+    Raises:
+      ConfigError: The file is damaged, or has changed since it was loaded.
+    """
+    assert reference.features is not None
+    yield reference.features
+    if not reference.others:
+        return
+    try:
+        with epath.Path(reference.path).open("rb") as content, np.load(content, allow_pickle=False) as archive:
+            for name in reference.others:
+                yield archive[name]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{reference.path} is damaged or has changed ({type(error).__name__}).") from None
 
 
 def check(reference: Reference, path: str, network: Mapping[str, Any], image: Mapping[str, Any]) -> None:
@@ -138,8 +192,11 @@ def check(reference: Reference, path: str, network: Mapping[str, Any], image: Ma
                 )
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+def _digest(arrays: Mapping[str, np.ndarray], others: Sequence[zipfile.ZipInfo]) -> str:
+    """Hashes the arrays, and the checksums of those that stay in the file."""
     sha = hashlib.sha256()
+    for info in others:
+        sha.update(f"{info.filename} {info.file_size} {info.CRC:08x}\n".encode())
     for name in sorted(arrays):
         sha.update(f"{name} {arrays[name].shape}\n".encode())
         sha.update(np.ascontiguousarray(arrays[name]).tobytes())

@@ -14,11 +14,13 @@ from madformer_jax.data import pipeline
 from madformer_jax.drawing import Drawn
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, judge, parts, places, reference
+from madformer_jax.evaluation.memorisation import Training
 from madformer_jax.evaluation.network import Network
 from madformer_jax.evaluation.reference import Reference
 from madformer_jax.models import reader
 from madformer_jax.models.reader import Reader
 from madformer_jax.sizes import sizes_of
+from madformer_jax.weights.fingerprint import fingerprint
 
 
 class Judge(NamedTuple):
@@ -27,7 +29,7 @@ class Judge(NamedTuple):
     network: Network
     extract: Any
     reference: Reference
-    training: np.ndarray | None  # features of the training images
+    training: Training | None
     protocol: dict[str, Any]  # all of it but the images
     reader: Reader | None = None  # of attributes, where the prompts ask for some
 
@@ -44,24 +46,42 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
     network = features.open_network(c.evaluate.network, places.network_path(c, workdir))
     image = pipeline.table(c).describe()
     reference.check(found, where, network.describe(), image)
-    training = None
+    training, s = None, sizes_of(c)
+    inputs: dict[str, Any] = {"seam": {"blocks": [s.grid, s.columns]}}  # of single scores
     if c.evaluate.training:
-        other = reference.load(c.evaluate.training)
-        if other.features is None or other.digest == found.digest:
-            what = "has no features" if other.features is None else "is the reference itself"
-            raise ConfigError(
-                f"config.evaluate.training={c.evaluate.training!r} {what}: make one of the training images, "
-                "--mode=reference with evaluate.split=train and another evaluate.reference."
-            )
+        other = open_training(c, found)
         reference.check(other, c.evaluate.training, network.describe(), image)
-        training = other.features
-    protocol = {
-        "n": n, "reference": found.digest, "network": network.describe(), "image": image, "scores": judge.CONVENTION,
-    }  # fmt: skip
+        if found.features is None:
+            raise ConfigError(
+                f"config.evaluate.training needs a reference with features, and {where} has none: make it with "
+                "--mode=reference, or leave config.evaluate.training empty."
+            )
+        training = Training(other, found.features)
+        inputs["training"] = other.digest
     reads = _open_reader(c, workdir)
     if reads is not None:
-        protocol["attributes"] = {"accuracy": reads.accuracy, "held_out": reads.held_out}
+        weights = fingerprint(reads.params)
+        inputs["attributes"] = {"weights": weights, "accuracy": reads.accuracy, "held_out": reads.held_out}
+    protocol = {
+        "n": n, "reference": found.digest, "network": network.describe(), "image": image, "scores": judge.CONVENTION, **inputs,
+    }  # fmt: skip
     return Judge(network, features.extractor(network), found, training, protocol, reads)
+
+
+def open_training(c: ConfigDict, beside: Reference | None = None) -> Reference:
+    """The statistics of the training images, with their features.
+
+    Raises:
+      ConfigError: They do not open, have no features, or are the reference `beside`.
+    """
+    found = reference.load(c.evaluate.training)
+    if found.features is None or (beside is not None and found.digest == beside.digest):
+        what = "has no features" if found.features is None else "is the reference itself"
+        raise ConfigError(
+            f"config.evaluate.training={c.evaluate.training!r} {what}: make one of the training images, "
+            "--mode=reference with evaluate.split=train and another evaluate.reference."
+        )
+    return found
 
 
 def _open_reader(c: ConfigDict, workdir: str) -> Reader | None:

@@ -152,6 +152,12 @@ def split_logits(logits: np.ndarray, splits: int, seed: int) -> list[np.ndarray]
     return [x[i * len(x) // splits : (i + 1) * len(x) // splits] for i in range(splits)]
 
 
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Returns `above / below` of arrays that are not negative: 1 where both are 0, infinite where only `below` is."""
+    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    return np.divide(above, below, out=np.where(above > 0, np.inf, 1.0), where=below > 0)
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Logarithms of the class probabilities of logits (n, classes)."""
     shifted = logits - logits.max(axis=1, keepdims=True)

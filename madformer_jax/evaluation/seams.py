@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from madformer_jax.evaluation import scores
+
 
 def profile(images: np.ndarray) -> np.ndarray:
     """How much neighbouring pixels differ on the two sides of each line through the image.
@@ -52,7 +54,4 @@ def seam_score(steps: np.ndarray) -> float:
 
     Images without any step have no seam either: 1; with steps at borders only it is infinite.
     """
-    across, inside = np.mean(steps, axis=0)
-    if not inside:
-        return float("inf") if across else 1.0
-    return float(across / inside)
+    return float(scores.ratio(*np.mean(steps, axis=0)))

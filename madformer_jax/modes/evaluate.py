@@ -25,8 +25,9 @@ from madformer_jax import class_labels, codec, drawing, flops, progress, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import images, judge, likelihood, parts, places, reference, samples, settings
+from madformer_jax.evaluation import images, judge, likelihood, parts, places, samples, settings
 from madformer_jax.models import madformer
+from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.weights.fingerprint import fingerprint
@@ -82,15 +83,30 @@ def check(c: ConfigDict) -> None:
 
 
 def check_early(c: ConfigDict, workdir: str) -> None:
-    """As `check`, before the model is trained that will be judged: its data, and a reference that is there by then, are opened.
+    """Refuses, before a model is trained, what `train.judge` would end in when it is.
 
     Raises:
-      ConfigError: as `check`, the data are no images, or the reference or its network does not open.
+      ConfigError: As `check`. The reference or its network can neither be opened nor made. There are fewer images than are
+        judged. The noise or a prompt of a setting does not fit.
     """
     check(c)
-    images.of_source(c, "train", shuffled=False, asked="train.judge")
+    training = images.of_source(c, "train", shuffled=False, asked="train.judge")
+    if training.n < c.evaluate.n:
+        raise ConfigError(
+            f"config.evaluate.n={c.evaluate.n}: train.judge judges as many real images of split 'train', and there are only "
+            f"{training.n}: set a smaller config.evaluate.n."
+        )
     if epath.Path(places.reference_path(c, workdir)).exists():
         samples.open_judge(c, workdir, c.evaluate.n)
+    else:
+        judge.check_counts(c.evaluate.n, reference_mode.check(c, workdir).n)
+        if c.evaluate.training:
+            samples.open_training(c)
+    grid = settings.grid(c)
+    drawing.given_noise(grid[0])
+    for setting in _by_prompts(grid).values():
+        prompts.texts(setting)
+    likelihood.check(c)
 
 
 def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, Any]:
@@ -99,7 +115,8 @@ def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, A
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
 
     look = functools.partial(images.look, data, by.extract, images.Unread(c.evaluate.n, c.data.max_corrupt))
-    return _result(c, workdir, by, data.about, parts.images_at_once(c), look, labelled=data.labelled)
+    about = data.about | {"content": data.digest(c.evaluate.n), "labelled": bool(data.classes)}
+    return _result(c, workdir, by, about, parts.images_at_once(c), look, labelled=bool(data.classes))
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
@@ -113,7 +130,12 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     model, images_codec = madformer.build(c), codec.build(c)
     target = drawing.abstract_params(model, mesh)
     memory.require("evaluation", mesh, parameters=target)
-    noise = drawing.noise_digest(grid[0])  # of all settings
+    noise = drawing.given_noise(grid[0])  # of all settings
+    digest = drawing.digest_of_noise(noise) or ""
+    texts = {asked: prompts.texts(setting) for asked, setting in _by_prompts(grid).items()}
+    described = {asked: prompts.describe(setting, texts[asked]) for asked, setting in _by_prompts(grid).items()}
+    captions = likelihood.open_captions(c)
+    declared = {} if captions is None else {"bits": captions.protocol}
     programs: dict[Any, drawing.Draw] = {}
     results: dict[tuple[int, int], dict[str, Any]] = {}
     with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
@@ -124,13 +146,15 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
             _, params = checkpoints.restore_weights(weights, target, step)
             text.check_identity(c, checkpoints.meta(step), step, workdir)
             about = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | decoded
+            # The captions' scores depend on the weights alone.
+            likely = functools.cache(functools.partial(captions.scores, model, params, mesh)) if captions else dict
             for i, setting in enumerate(grid):
                 if setting.sample.weights != weights:
                     continue
-                likely = functools.partial(likelihood.scores, setting, model, params, mesh)
                 names = checkpoints.class_names(step)
                 config_lib.number_labels(setting, names)
                 s = setting.sample
+                given = drawing.Given(drawing.labels_by(setting), noise, texts[s.prompts])
                 chosen = class_labels.numbers_text(s.labels)
                 if chosen:
                     logging.info(
@@ -138,22 +162,27 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                         step,
                         class_labels.summary(config_lib.labels(setting), names),
                     )
-                drawn = json.loads(s.to_json()) | {"noise": noise or "", "labels": chosen}  # as a file has it
+                drawn = json.loads(s.to_json()) | {"noise": digest, "labels": chosen}  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
                     drawn_by = drawing.make_draw(setting, model, images_codec.decode)
                     programs[program] = progress.compiling(drawn_by, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
-                    drawing.batches, setting, programs[program], params, codec_params, mesh, most=s.n
+                    drawing.batches, setting, programs[program], params, codec_params, mesh, most=s.n, given=given
                 )
                 size = drawing.batch_size(setting, mesh)
                 results[step, i] = _result(
-                    setting, workdir, by, about | {name: drawn[name] for name in DRAWN} | prompts.describe(setting),
+                    setting, workdir, by, about | {name: drawn[name] for name in DRAWN} | described[s.prompts],
                     size * -(-parts.AT_ONCE // size),
                     functools.partial(map, functools.partial(_draw_and_look, draw, by)), labelled=bool(c.model.classes),
-                    more=likely,
+                    more=likely, declared=declared,
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
+
+
+def _by_prompts(grid: Sequence[ConfigDict]) -> dict[str, ConfigDict]:
+    """One of the settings for each value of `sample.prompts`."""
+    return {setting.sample.prompts: setting for setting in grid}
 
 
 def _draw_and_look(
@@ -172,20 +201,49 @@ def _result(
     *,
     labelled: bool,
     more: Callable[[], dict[str, judge.Score]] = dict,
+    declared: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The result of one set of images, which `about` tells of: read from its file, or made part by part, with `more` scores."""
-    protocol = {**by.protocol, "images": dict(about)}
-    if by.training is not None:
-        protocol["training"] = reference.load(c.evaluate.training).digest
+    """Returns the result of one set of images: read from its file, or made part by part.
+
+    Args:
+      about: What identifies the images.
+      more: Computes further scores.
+      declared: What identifies the inputs of those.
+    """
+    protocol = {**by.protocol, **(declared or {}), "images": dict(about)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = os.path.join(workdir, "evaluations", f"{key}.json")
-    there = storage.read_json(path)
-    if there is not None:
+    stored = _stored(c, path)
+    if stored is not None:
         logging.info("%s is there already", path)
-        if "cost" in there:  # what follows from the config, as this version counts it
-            there["cost"] |= flops.image_cost(c)
-        return there
-    collected = parts.Parts(epath.Path(workdir) / "evaluations" / key, c.evaluate.n, size)
+        return stored
+    folder = epath.Path(workdir) / "evaluations" / key
+    with parts.alone(folder):
+        stored = _stored(c, path)  # another process may have written it meanwhile
+        if stored is not None:
+            return stored
+        return _make_result(c, path, protocol, parts.Parts(folder, c.evaluate.n, size), by, look, labelled, more)
+
+
+def _stored(c: ConfigDict, path: str) -> dict[str, Any] | None:
+    """Reads a result, with what follows from the config as this version counts it; None if there is none."""
+    result = parts.read_json(path)
+    if result is not None and "cost" in result:
+        result["cost"] |= flops.image_cost(c)
+    return result
+
+
+def _make_result(
+    c: ConfigDict,
+    path: str,
+    protocol: dict[str, Any],
+    collected: parts.Parts,
+    by: samples.Judge,
+    look: Look,
+    labelled: bool,
+    more: Callable[[], dict[str, judge.Score]],
+) -> dict[str, Any]:
+    """Looks at the missing parts, and writes the result."""
     missing = collected.missing()
     with tqdm(
         total=sum(p.n for p in missing), desc="evaluating", unit="image", disable=jax.process_index() != 0
@@ -193,9 +251,9 @@ def _result(
         for part, arrays in interruptible(zip(missing, look(missing))):
             collected.write(part, arrays)
             bar.update(part.n)
-    partitioning.sync(key)
+    partitioning.sync(path)
     found = collected.read()
-    partitioning.sync(f"read {key}")  # before the first process removes the parts
+    partitioning.sync(f"read {path}")  # before the first process removes the parts
     protocol["n"] = len(found["labels"])  # less than evaluate.n where images cannot be read
     result = {"protocol": protocol, "scores": samples.scores(c, by, found, labelled=labelled) | more()}
     if "seconds" in found:

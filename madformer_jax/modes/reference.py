@@ -8,7 +8,7 @@ first, unless it is there. Killed, it goes on; over several processes each image
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from madformer_jax.data import drawings, pipeline, sources
 from madformer_jax.data.attributes import ATTRIBUTES
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, images, parts, places, reference
+from madformer_jax.evaluation.network import Network
 from madformer_jax.models import classifier, reader
 from madformer_jax.runtime import partitioning
 from madformer_jax.runtime.preemption import interruptible
@@ -38,28 +39,35 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       ConfigError: a setting is wrong, the source does not open, has no labels for the classifier, or holds too few images.
     """
-    config_lib.validate(c)
-    data = images.of_source(c, c.evaluate.split, shuffled=False, asked="evaluate.split")
-    if data.n < 2:
-        raise ConfigError(f"a reference of {data.n} images: a covariance needs two at least.")
+    data = check(c, workdir)
     where = places.network_path(c, workdir)
-    if c.evaluate.network == "classifier" and not epath.Path(where).exists():
-        _train(c, where)
-    if c.evaluate.network == "attributes" and c.data.source != "drawings":
-        raise ConfigError(
-            "config.evaluate.network=attributes needs pictures whose attributes are known, config.data.source=drawings, and it "
-            f"is {c.data.source}: use classifier or inception."
-        )
-    if c.evaluate.network == "attributes" or prompts.of_drawings(c):
-        make_reader(c, places.reader_path(c, workdir))
-    partitioning.sync("classifier")
+    with parts.alone(epath.Path(workdir) / "references" / "networks"):
+        if c.evaluate.network == "classifier" and not epath.Path(where).exists():
+            _train(c, where)
+        if c.evaluate.network == "attributes" or prompts.of_drawings(c):
+            make_reader(c, places.reader_path(c, workdir))
+        partitioning.sync("classifier")
     network = features.open_network(c.evaluate.network, where)
     protocol = {**data.about, "image": pipeline.table(c).describe(), "network": network.describe()}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-    collected = parts.Parts(epath.Path(workdir) / "references" / key, data.n, parts.images_at_once(c))
-    extract = features.extractor(network)
+    folder, path = epath.Path(workdir) / "references" / key, places.reference_path(c, workdir)
+    with parts.alone(folder):
+        collected = parts.Parts(folder, data.n, parts.images_at_once(c))
+        unread = _look(c, data, network, collected)
+        if jax.process_index() == 0:
+            classes = network.about.get("classes", 0) if data.classes else 0
+            digest = reference.save(path, protocol, collected.each, classes)
+            collected.remove()
+            n = data.n - len(unread.told)
+            logging.info("wrote the reference %s of %d images, split %s: %s", digest, n, c.evaluate.split, path)
+        partitioning.sync("reference")
+    return {"reference": path, **protocol}
+
+
+def _look(c: ConfigDict, data: images.Images, network: Network, collected: parts.Parts) -> images.Unread:
+    """Writes the missing parts; returns which images cannot be read."""
     missing, unread = collected.missing(), images.Unread(data.n, c.data.max_corrupt)
-    looked = images.look(data, extract, unread, missing)
+    looked = images.look(data, features.extractor(network), unread, missing)
     with tqdm(total=sum(p.n for p in missing), desc="reference", unit="image", disable=jax.process_index() != 0) as bar:
         for part, found in interruptible(zip(missing, looked)):
             found["weight"] = np.array([len(found["labels"])])
@@ -67,37 +75,91 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             found.pop("logits", None)
             collected.write(part, found)
             bar.update(part.n)
-    path = places.reference_path(c, workdir)
-    if jax.process_index() == 0:
-        classes = network.about.get("classes", 0) if data.labelled else 0
-        digest = reference.save(path, protocol, collected.each, classes)
-        collected.remove()
-        n = data.n - len(unread.told)
-        logging.info("wrote the reference %s of %d images, split %s: %s", digest, n, c.evaluate.split, path)
-    partitioning.sync("reference")
-    return {"reference": path, **protocol}
+    return unread
+
+
+def check(c: ConfigDict, workdir: str) -> images.Images:
+    """Refuses, before anything is made, a reference that cannot be made; returns its images.
+
+    Raises:
+      ConfigError: A setting is wrong, or the images, or what its network is trained on or loaded from, do not open or do not
+        suffice.
+    """
+    config_lib.validate(c)
+    name, where, reads = c.evaluate.network, places.network_path(c, workdir), places.reader_path(c, workdir)
+    if name == "attributes" and c.data.source != "drawings":
+        raise ConfigError(
+            "config.evaluate.network=attributes needs pictures whose attributes are known, config.data.source=drawings, and it "
+            f"is {c.data.source}: use classifier or inception."
+        )
+    needs_reader = name == "attributes" or prompts.of_drawings(c)
+    if needs_reader and c.data.channels != 3:
+        raise ConfigError(f"config.data.channels={c.data.channels}: the reader of attributes needs pictures of 3.")
+    data = images.of_source(c, c.evaluate.split, shuffled=False, asked="evaluate.split")
+    if data.n < 2:
+        raise ConfigError(f"a reference of {data.n} images: a covariance needs two at least.")
+    if needs_reader and epath.Path(reads).exists():
+        reader.load(reads)
+    elif needs_reader:  # which is tested on held-out pictures
+        drawings.open_split("test", c.data.drawings, c.data.image_size, c.data.test_share)
+    if name not in ("classifier", "attributes") or epath.Path(where).exists():
+        _check_channels(c, features.open_network(name, where), where)
+    elif name == "classifier":
+        _examples(c)
+    return data
+
+
+def _check_channels(c: ConfigDict, network: Network, path: str) -> None:
+    if c.data.channels not in network.channels:
+        raise ConfigError(
+            f"config.data.channels={c.data.channels}: the network {path} takes images of "
+            f"{' or '.join(map(str, network.channels))}: set that, or name another in config.evaluate.network_path."
+        )
+
+
+class _Examples(NamedTuple):
+    """Images to train the classifier on, or to test it on."""
+
+    images: images.Images
+    numbers: np.ndarray
+
+
+def _examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
+    """What the classifier is trained on, the split "train", and what it is tested on, "test".
+
+    A source without a test split of ours has every tenth image held out.
+
+    Raises:
+      ConfigError: A split does not open, or the images are not of two classes or more.
+    """
+    if c.data.source.startswith("tfds:") or c.data.source == "arrayrecord" or not c.data.test_share:
+        whole = images.of_source(c, c.data.split, shuffled=True, asked="evaluate.network")
+        last = np.arange(whole.n) % HELD_OUT == HELD_OUT - 1
+        train, test = _Examples(whole, np.flatnonzero(~last)), _Examples(whole, np.flatnonzero(last))
+    else:
+        train, test = (
+            _Examples(data := images.of_source(c, split, shuffled=True, asked="evaluate.network"), np.arange(data.n))
+            for split in ("train", "test")
+        )
+    if train.images.classes < 2:
+        found = "one class" if train.images.classes else "none"
+        raise ConfigError(
+            "config.evaluate.network=classifier needs labelled images of two classes or more, and "
+            f"config.data.source={c.data.source} has {found}: use evaluate.network=inception."
+        )
+    if not len(test.numbers):
+        raise ConfigError(
+            f"config.evaluate.network=classifier needs held-out images, and {train.images.n} images are too few to hold some "
+            "out: give more, or use evaluate.network=inception."
+        )
+    return train, test
 
 
 def _train(c: ConfigDict, path: str) -> None:
-    """Trains the classifier on the split "train", tests it on "test", and writes it; the first process does so alone.
-
-    A source without a test split of ours has every tenth image held out.
-    """
+    """Trains the classifier, tests it, and writes it; the first process does so alone."""
     if jax.process_index():
         return
-    if c.data.source.startswith("tfds:") or c.data.source == "arrayrecord" or not c.data.test_share:
-        whole = images.of_source(c, c.data.split, shuffled=True)
-        last = np.arange(whole.n) % HELD_OUT == HELD_OUT - 1
-        train, test = (whole, np.flatnonzero(~last)), (whole, np.flatnonzero(last))
-    else:
-        train, test = (
-            (data := images.of_source(c, split, shuffled=True), np.arange(data.n)) for split in ("train", "test")
-        )
-    if not train[0].labelled:
-        raise ConfigError(
-            f"config.evaluate.network=classifier needs labelled images, and config.data.source={c.data.source} has none: "
-            "use evaluate.network=inception."
-        )
+    train, test = _examples(c)
     (seen, labels), (held, held_labels) = (
         _rows(data, numbers[:TRAINING], c.data.max_corrupt) for data, numbers in (train, test)
     )

@@ -116,7 +116,7 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
                 save()
                 break
         save.wait()
-        for one, _ in asides if step == steps else ():
+        for one, _ in asides if step == steps and not stopping.reached() else ():
             one.do(step, state, stopping.reached)
         if stopping.reached():
             logging.info("asked to stop: step %d is saved; the same command goes on from there", step)

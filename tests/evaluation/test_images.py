@@ -25,12 +25,13 @@ def test_seam_score_counts_steps_at_borders():
 def test_copies_of_training_images_are_found(monkeypatch):
     random = np.random.default_rng(0)
     training, fresh = random.standard_normal((40, 5)) + 1e4, random.standard_normal((20, 5)) + 1e4
-    held_out = nearest_distances(random.standard_normal((30, 5)) + 1e4, training)
+    held_out = nearest_distances(random.standard_normal((30, 5)) + 1e4, [training])
     expected = np.linalg.norm(fresh[:, None] - training, axis=2).min(axis=1)
-    np.testing.assert_allclose(nearest_distances(fresh, training), expected)
+    np.testing.assert_allclose(nearest_distances(fresh, [training]), expected)
     monkeypatch.setattr(scores, "BLOCK", 7)
-    np.testing.assert_allclose(nearest_distances(fresh, training), expected)
+    np.testing.assert_allclose(nearest_distances(fresh, [training]), expected)
+    np.testing.assert_allclose(nearest_distances(fresh, [training[:15], training[15:16], training[16:]]), expected)
     assert 0.7 < memorisation(expected, held_out) < 1.4
-    assert memorisation(nearest_distances(training[5:9], training), held_out) == 0
+    assert memorisation(nearest_distances(training[5:9], [training]), held_out) == 0
     with pytest.raises(ConfigError, match="hold other images out"):
         memorisation(expected, np.zeros(3))

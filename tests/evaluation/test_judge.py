@@ -5,6 +5,7 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, scores, seams
+from madformer_jax.evaluation.memorisation import Training
 from madformer_jax.evaluation.reference import Reference
 
 
@@ -49,7 +50,25 @@ def test_all_scores_have_their_name_their_value_and_an_interval(found):
 
 
 def known_training():
-    return np.random.default_rng(2).standard_normal((20, 5))
+    x, held_out = np.random.default_rng(2).standard_normal((2, 20, 5))
+    return Training(Reference({"n": 20}, "", scores.Gaussian.of(x), x, None, stored=20), held_out)
+
+
+def test_memorisation_says_how_many_images_were_searched(found):
+    score = _judge(found, "inception", training=known_training())[0]["memorisation"]
+    assert (score["searched"], score["training"]) == (20, 20)
+
+
+@pytest.mark.parametrize(("across", "inside", "expected"), [(0, 0, 1), (2, 0, np.inf), (0, 2, 0)])
+def test_seams_of_constant_images_have_an_interval(found, across, inside, expected):
+    """An image without a step has no seam; with steps at borders alone the score is infinite."""
+    border = np.concatenate([np.arange(1, side) % (side // 2) == 0 for side in (8, 12)])
+    profile = np.tile(np.where(border, across, inside), (40, 1))
+    seam = _judge(found | {"profile": profile}, "inception")[0]["seam"]
+    assert [seam[name] for name in ("value", "low", "high")] == [expected] * 3
+    profile[1:] = 0  # a few replicates are of constant images alone, and a few are infinite
+    seam = _judge(found | {"profile": profile}, "inception")[0]["seam"]
+    assert seam["low"] <= seam["value"] <= seam["high"]
 
 
 def test_scores_of_other_features_carry_their_name(found):

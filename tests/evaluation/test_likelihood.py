@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from madformer_jax import config
 from madformer_jax.data.text import Texts
 from madformer_jax.diffusion import losses
+from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import likelihood
 from madformer_jax.runtime import partitioning
 from tests.small import small
@@ -28,6 +30,45 @@ def test_the_probabilities_of_what_may_follow_sum_to_one(order):
         start = likelihood.of_ngrams(SEEN, Texts(np.array([[0, *history]]), np.array([3])), 5, order)
         longer = Texts(np.array([[0, *history, token] for token in range(5)]), np.full(5, 4))
         np.testing.assert_allclose((2.0 ** -(likelihood.of_ngrams(SEEN, longer, 5, order) - start)).sum(), 1, rtol=1e-9)
+
+
+def test_captions_are_identified_by_what_they_say_and_n_grams_are_counted_once(monkeypatch):
+    c = config.base()
+    c.loss.text, c.text.vocabulary, c.text.length, c.text.tokenizer = 1.0, 835, 44, "drawings"
+    c.data.source = "drawings"
+    said = {"train": ["a red planet"], "test": ["a blue planet"], "composition": ["a green planet"]}
+    opened = []
+
+    class Source(list):
+        def captions(self, numbers):
+            return [self[i] for i in numbers]
+
+    def open_source(c):
+        opened.append(c.data.split)
+        return Source(said[c.data.split] * (c.data.drawings // 10_000))
+
+    monkeypatch.setattr(likelihood.sources, "open_source", open_source)
+    found = likelihood.open_captions(c)
+    assert likelihood.open_captions(c).protocol == found.protocol
+    for field, value in (("evaluate.split", "composition"), ("data.drawings", 40_000)):
+        other = c.copy_and_resolve_references()
+        other.update_from_flattened_dict({field: value})
+        assert likelihood.open_captions(other).protocol != found.protocol
+    said["train"] = ["a red landscape"]
+    assert likelihood.open_captions(c).protocol != found.protocol
+    counted = []
+    monkeypatch.setattr(likelihood, "of_model", lambda model, params, texts, mesh: np.ones(len(texts.tokens)))
+    monkeypatch.setattr(likelihood, "of_ngrams", lambda *given: counted.append(given[-1]) or np.ones(2))
+    assert found.scores(None, {}, None).keys() == found.scores(None, {}, None).keys() > {"bits"}
+    assert counted == [1, 3]
+    said["test"] = ["", " "]
+    with pytest.raises(ConfigError, match="captions of split 'test' are all empty"):
+        likelihood.open_captions(c)
+    opened.clear()
+    likelihood.check(c)
+    assert opened == ["test"]
+    c.evaluate.split = "train"
+    assert likelihood.open_captions(c) is None
 
 
 def test_the_model_s_bits_are_its_loss_and_padding_counts_nothing():

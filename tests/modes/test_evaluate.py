@@ -8,66 +8,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import codec, drawing
+from madformer_jax import drawing
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import parts, reference, scores
-from madformer_jax.models import classifier, madformer
+from madformer_jax.models import classifier
 from madformer_jax.modes import evaluate
 from madformer_jax.modes import reference as reference_mode
-from madformer_jax.runtime import checkpoint, partitioning
-from madformer_jax.sizes import sizes_of
-from tests import tiny
+from madformer_jax.runtime import partitioning
+from tests.modes import judged
 
-pytestmark = pytest.mark.usefixtures("one_device")
-N = 20
-
-
-def _config(data):
-    c = tiny.get_config("plain")
-    c.data.source, c.data.path, c.data.test_share = "folder", str(data), 0.5
-    c.evaluate.n = N
-    c.sample.steps = 1
-    return c
+N = judged.N
+data, workdir, fresh, data_images = judged.data, judged.workdir, judged.fresh, judged.data_images
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Forty pictures of two classes."""
-    folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for i in range(40):
-        path = folder / f"class{i % 2}" / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(random.integers(0, 128 + 127 * (i % 2), (32, 32), dtype=np.uint8)).save(path)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory, data):
-    """A workdir with two checkpoints of an untrained model, a classifier and a reference."""
-    folder = tmp_path_factory.mktemp("run")
-    c = _config(data)
-    params = classifier.init(jax.random.key(0), classes=2, channels=1)
-    classifier.save(folder / "classifier.npz", classifier.Classifier(params, 2, 1, accuracy=0.5, held_out=8))
-    reference_mode.run(c, str(folder))
-    checkpoint.write_config(c, str(folder))
-    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = drawing.abstract_params(madformer.build(c), mesh)
-    with checkpoint.Checkpoints(str(folder), keep=2) as checkpoints:
-        for step in (1, 2):
-            tree = jax.tree.map(
-                lambda x, s=step: jax.device_put(np.full(x.shape, 0.01 * s, x.dtype), x.sharding), target
-            )
-            checkpoints.save(step, {"ema": tree, "params": tree}, None, {"step": step})
-    return folder
-
-
-@pytest.fixture
-def fresh(workdir, tmp_path, data, monkeypatch):
-    """The config, and an own folder for evaluations."""
-    monkeypatch.setattr(parts, "AT_ONCE", 8)
-    (workdir / "evaluations").mkdir(exist_ok=True)
-    (workdir / "evaluations").rename(tmp_path / "old")
-    return _config(data)
+@pytest.fixture(autouse=True)
+def _one_device(one_device):
+    pass
 
 
 def _file(workdir):
@@ -88,13 +44,6 @@ def test_reference_holds_the_test_split_and_how_it_was_made(workdir, data):
     images = data_images(data, "test")
     features = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[0]
     np.testing.assert_allclose(np.sort(features, axis=0), np.sort(found.features, axis=0), rtol=1e-4, atol=1e-5)
-
-
-def data_images(data, split):
-    from madformer_jax.evaluation import images
-
-    found = images.of_source(_config(data), split, shuffled=False)
-    return found.read(np.arange(found.n))[0]
 
 
 def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir, monkeypatch, capsys):
@@ -188,21 +137,6 @@ def test_images_that_exist(fresh, workdir, data, tmp_path, kind):
     assert before != values[0] < values[1]
 
 
-@pytest.mark.parametrize("kind", ["npz", "folder"])
-def test_other_images_under_the_old_names_are_judged_anew(fresh, workdir, data, tmp_path, kind):
-    fresh.evaluate.images = str(tmp_path / ("x.npz" if kind == "npz" else "x"))
-    values = []
-    for images in (data_images(data, "train")[:10], data_images(data, "train")[:10] // 2):
-        if kind == "npz":
-            np.savez(tmp_path / "x.npz", images=images)
-        for i, image in enumerate(images):
-            (tmp_path / "x").mkdir(exist_ok=True)
-            Image.fromarray(image[..., 0]).save(tmp_path / "x" / f"{i}.png")
-        fresh.evaluate.n = 10
-        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["FD-classifier"]["value"])
-    assert values[0] != values[1]
-
-
 def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_many(fresh, workdir, data, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(data / "class1", folder)
@@ -222,27 +156,6 @@ def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_ma
     fresh.evaluate.reference = str(tmp_path / "other.npz")
     reference_mode.run(fresh, str(workdir))
     assert reference.load(fresh.evaluate.reference).protocol["n"] == N - 1
-
-
-@pytest.mark.parametrize("what", ["noise", "weights of the codec"])
-def test_other_noise_and_other_weights_of_the_codec_are_judged_anew(fresh, workdir, tmp_path, monkeypatch, what):
-    """Under the old paths."""
-    noise = np.random.default_rng(0).standard_normal((2, N, *sizes_of(fresh).block_shape))
-    values = []
-    for i in (0, 1, 1):
-        if what == "noise":
-            np.save(tmp_path / "noise.npy", noise[i])
-            fresh.sample.noise = str(tmp_path / "noise.npy")
-        else:
-            scaled = codec.Codec(lambda i=i: {"scale": np.float32(1 - i / 2)}, None, _decode)
-            monkeypatch.setattr(codec, "build", lambda c, scaled=scaled: scaled)
-        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["FD-classifier"]["value"])
-    assert values[0] != values[1] == values[2]
-    assert len(list((workdir / "evaluations").glob("*.json"))) == 2
-
-
-def _decode(params, z):
-    return params["scale"] * codec.pixel(4).decode({}, z)
 
 
 def _adm(workdir, path):
@@ -328,8 +241,9 @@ def _training_without_features(c, workdir, tmp_path):
     c.evaluate.training = str(tmp_path / "adm.npz")
 
 
-def _images(**arrays):
+def _images(classes=0, **arrays):
     def change(c, workdir, tmp_path):
+        c.model.classes = classes
         np.savez(tmp_path / "x.npz", **arrays)
         c.evaluate.images = str(tmp_path / "x.npz")
 
@@ -361,8 +275,10 @@ def _broken(c, workdir, tmp_path):
         (_set("grid", "guidance_interval=200"), "guidance_interval takes low:high"),
         (_set("grid", "guidance_interval=0:600"), r"guidance_interval=\(0, 600\) needs a class-conditional model"),
         (_set("images", "data:some"), "'some' is unknown"),
-        (_set("images", "{tmp}"), "no image"),
-        (_set("images", "{tmp}/none.npz"), "none.npz"),
+        (_set("images", "{tmp}"), "config.evaluate.images='/.*' holds no image"),
+        (_set("images", "{tmp}/none.npz"), "config.evaluate.images='/.*/none.npz' does not exist"),
+        (_set("images", "missing"), "config.evaluate.images='missing' does not exist"),
+        (_set("images", "LICENSE"), "config.evaluate.images='LICENSE' is neither a .npz file nor a folder"),
         (_other_network, "network weights"),
         (_other_images, "image crop True, and here it is False"),
         (_other_dims, "network dims 3"),
@@ -377,6 +293,14 @@ def _broken(c, workdir, tmp_path):
         (_set("degrade", "noise:16"), "name them in evaluate.images"),
         (_grid_of_images, "set one"),
         (_images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.zeros(3)), r"labels are \(3,\) for 20 images"),
+        (
+            _images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.full(N, 0.5), classes=2),
+            "must be whole numbers from 0",
+        ),
+        (
+            _images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.full(N, -1), classes=2),
+            "must be whole numbers from 0",
+        ),
         (_images(images=np.zeros((N, 32, 32, 1), np.float32)), "must be uint8"),
         (_images(images=np.zeros((N, 16, 16, 1), np.uint8)), "the config's are"),
         (_images(images=np.zeros((5, 32, 32, 1), np.uint8)), "there are only 5 images"),
@@ -395,3 +319,13 @@ def test_images_without_labels_are_nothing_for_the_classifier(fresh, data, tmp_p
     fresh.data.path = str(data / "class0")
     with pytest.raises(ConfigError, match="needs labelled images"):
         reference_mode.run(fresh, str(tmp_path))
+
+
+def test_a_network_of_other_channels_is_refused_before_anything_is_made(fresh, workdir, tmp_path):
+    fresh.data.channels, fresh.evaluate.reference = 3, str(tmp_path / "other.npz")
+    with pytest.raises(ConfigError, match="channels=3: the network .*classifier.npz takes images of 1: set that"):
+        reference_mode.run(fresh, str(workdir))
+    fresh.data.channels, fresh.data.source, fresh.evaluate.network = 1, "drawings", "attributes"
+    with pytest.raises(ConfigError, match="channels=1: the reader of attributes needs pictures of 3"):
+        reference_mode.run(fresh, str(workdir))
+    assert not list(workdir.glob("references/*"))

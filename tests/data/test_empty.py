@@ -1,0 +1,143 @@
+"""Every source and every set of images that exist, read without an index: a process may have no share of a part."""
+
+import io
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from madformer_jax.data import drawings, sources, tars
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import features, images, parts
+from tests import tiny
+from tests.data import prepared
+
+
+def _png(value):
+    content = io.BytesIO()
+    Image.fromarray(np.full((32, 32), value, np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def _folder(path):
+    for i in range(4):
+        (path / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        (path / f"class{i % 2}" / f"{i}.png").write_bytes(_png(i))
+    return path
+
+
+def _tars(path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path / "cache"))
+    with tarfile.open(path / "a.tar", "w") as tar:
+        for name, content in (("0.png", _png(1)), ("0.cls", b"3"), ("0.txt", b"a word")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return tars.Tars(str(path))
+
+
+def _drawings(monkeypatch):
+    png, rows = np.frombuffer(_png(5), np.uint8), np.zeros((1, len(drawings.Drawings.attributes)), np.int32)
+    monkeypatch.setattr(drawings, "_caption", lambda number, row: "a word")
+    monkeypatch.setattr(drawings, "_open", lambda *given: [drawings._File(png, np.array([len(png)]), rows)])
+    return drawings.Drawings(1, 32)
+
+
+def _records(path, kind):
+    c = prepared.make_config(path)
+    c.prepare.kind = kind
+    if kind == "latents":
+        c.codec.name = "vae"
+    prepared.prepare.run(c, str(path / "out"), **({"encoder": prepared.ENCODER} if kind == "latents" else {}))
+    return sources.open_source(prepared.prepared(c, str(path / "out")))
+
+
+def _tfds():
+    found = object.__new__(sources.Tfds)
+    row = {"image": _png(1), "label": 2, "caption": b"a word"}
+    found._rows, found.classes, found._image, found._caption = [row], 3, "image", "caption"
+    return found
+
+
+def _source(kind, path, monkeypatch):
+    if kind == "part":
+        return sources.Part(sources.Folder(str(_folder(path))), np.array([2, 0]))
+    makers = {
+        "digits": sources.Digits,
+        "folder": lambda: sources.Folder(str(_folder(path))),
+        "webdataset": lambda: _tars(path, monkeypatch),
+        "drawings": lambda: _drawings(monkeypatch),
+        "images": lambda: _records(path, "images"),
+        "latents": lambda: _records(path, "latents"),
+        "tfds": _tfds,
+    }
+    return makers[kind]()
+
+
+@pytest.mark.parametrize("kind", ["digits", "folder", "part", "webdataset", "drawings", "images", "latents", "tfds"])
+def test_no_index_gives_no_row_of_the_usual_shape(tmp_path, monkeypatch, kind):
+    source = _source(kind, tmp_path, monkeypatch)
+    none = source.read(np.zeros(0, np.int64))
+    if kind in ("images", "latents"):
+        assert not source._readers._late  # no record takes no time, which says nothing of the storage
+    one = source.read(np.array([0]))
+    assert none.arrays.keys() == one.arrays.keys()
+    for name, array in one.arrays.items():
+        assert len(none.arrays[name]) == 0
+        if isinstance(array, np.ndarray):
+            assert (none.arrays[name].shape[1:], none.arrays[name].dtype) == (array.shape[1:], array.dtype)
+    assert none.captions == source.captions(np.zeros(0, np.int64)) == []
+    assert none.labels.shape == (0,) and none.labels.dtype == one.labels.dtype == np.int32
+    if one.attributes is not None:
+        assert none.attributes.shape == (0, one.attributes.shape[1])
+        assert none.attributes.dtype == one.attributes.dtype == np.int32
+    if kind != "latents":  # of which images cannot be judged
+        first = images._digest(source, np.arange(1))
+        assert images._digest(source, np.arange(1)) == first != images._digest(source, np.zeros(0, int))
+        monkeypatch.setattr(source, "read", lambda indices: one._replace(labels=one.labels + 1), raising=False)
+        assert images._digest(source, np.arange(1)) != first
+
+
+@pytest.mark.parametrize("kind", ["npz", "npz files", "folder", "data:all", "blurred"])
+def test_a_process_without_a_share_of_a_part_adds_no_row(tmp_path, monkeypatch, kind):
+    """The first of four processes, of a part of one image; what it adds must fit what the others add."""
+    c = tiny.get_config("plain")
+    c.evaluate.images = str(tmp_path / "x")
+    pixels = np.zeros((4, 32, 32, 1), np.uint8)
+    if kind == "npz":
+        np.savez(tmp_path / "x.npz", arr_0=pixels)
+        c.evaluate.images = str(tmp_path / "x.npz")
+    elif kind == "npz files":
+        (tmp_path / "x").mkdir()
+        for i in range(2):
+            np.savez(tmp_path / "x" / f"{i}.npz", images=pixels)
+    elif kind == "data:all":
+        c.evaluate.images = kind
+    else:
+        _folder(tmp_path / "x")
+        c.evaluate.degrade = "blur:1" if kind == "blurred" else ""
+    data = images.open_images(c)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(parts, "gather", lambda arrays: arrays)
+
+    def extract(x):
+        return features.Outputs(np.zeros((len(x), 5), np.float32), None)
+
+    (found,) = images.look(data, extract, images.Unread(4, 0.0), [parts.Part(0, 1)])
+    assert {name: x.shape for name, x in found.items()} == {
+        "features": (0, 5), "profile": (0, 62), "labels": (0,), parts.UNREAD: (0,),
+    }  # fmt: skip
+
+
+def test_all_processes_raise_the_error_of_one(monkeypatch):
+    theirs = {"errors": np.frombuffer(b"shard 3 is damaged.\n", np.uint8)}
+    monkeypatch.setattr(parts, "gather", lambda arrays: theirs)
+    with pytest.raises(ConfigError, match="^shard 3 is damaged.$"):
+        parts.same_outcome(4)
+    monkeypatch.undo()
+    assert parts.same_outcome(4) == 4
+    with pytest.raises(ConfigError, match="^here$"):
+        parts.same_outcome(ConfigError("here"))
