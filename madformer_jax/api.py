@@ -28,15 +28,16 @@ class Frame(NamedTuple):
     images: np.ndarray  # uint8 (n, H, W, c): finished blocks, the clean estimate of the one that is drawn, grey
     block: int  # that is drawn, from 0
     step: int  # solver steps that it has had
-    passes: float  # full-model passes so far, of an image
+    passes: float  # full-model passes of an image so far (`flops.passes`)
     seconds: float  # since the first was asked for
 
 
 class Price(NamedTuple):
     """What an image costs."""
 
-    passes: float  # of the full model; both of a guided step
+    passes: float  # of the full model: every layer that runs, the clean tower's among them, in every guidance branch
     flops: float
+    nfe: float  # the paper's count, without the clean tower; in every guidance branch
 
 
 class Model:
@@ -95,7 +96,8 @@ class Model:
         """What an image costs in so many solver steps; by default those of the config."""
         given = {"steps": steps, "guidance": guidance}
         c = self._settings(1, {name: value for name, value in given.items() if value is not None})
-        return Price(flops.passes(c), flops.sampling(c).total)
+        cost = flops.image_cost(c)
+        return Price(cost["passes"], cost["flops"], cost["nfe"])
 
     def _settings(self, n: int | None, given: Mapping[str, Any]) -> ConfigDict:
         """The config with the settings of a call.
@@ -133,9 +135,8 @@ class Model:
     def frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
         """As `stream`, of a whole validated config."""
         s, m, sizes, began = c.sample, c.model, sizes_of(c), time.monotonic()
-        branches = flops.guidance_branches(c)
         coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
-        what = branches == 2, s.clip, sampler.clean_timestep(self._model, coefficients)
+        what = flops.guidance_branches(c) == 2, s.clip, sampler.clean_timestep(self._model, coefficients)
         begin, condition, step, extend, show = self._program(("parts", *what), lambda: self._parts(*what))
         rows = list(zip(solvers.rows(coefficients), drawing.scales(c)))
         given = drawing.given_noise(c)
@@ -158,9 +159,7 @@ class Model:
                             f"sampling gave values that are not finite in block {block + 1}: the weights may have diverged, or "
                             f"guidance={s.guidance} with clip={s.clip} is too strong."
                         )
-                    layers = (block + 1) * (m.depth - m.diffusion_depth) + (block * s.steps + k) * m.diffusion_depth
-                    passes = branches * layers / (m.depth * m.blocks)
-                    yield Frame(images, block, k, passes, time.monotonic() - began)
+                    yield Frame(images, block, k, flops.passes_until(c, block, k), time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])
             if block + 1 < sizes.blocks:
                 cache, pred = extend(cache, state.x, own, block)

@@ -98,7 +98,8 @@ def base() -> ConfigDict:
     c.data.channels = 3
     c.data.crop = True  # centre crop to a square after the resize of the shorter side; False squeezes
     c.data.background = "white"  # what shows behind transparent pixels: a name, or "#rrggbb"
-    c.data.max_corrupt = 0.05  # share of records that training passes over as unreadable; more is an error
+    c.data.max_corrupt = 0.05  # share of records passed over (unreadable, or a label is missing); more is an error
+    c.data.max_pixels = 179_000_000  # of an image file; larger ones are passed over as unreadable
     c.data.flip = False  # random horizontal flip
     c.data.workers = 0  # worker processes that read and decode; 0: in the training process
     c.data.threads = 2  # batches in the making at once, in each process that reads; more for a bucket that answers late

@@ -9,12 +9,13 @@ import dataclasses
 import functools
 import math
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from madformer_jax.models.plan import TERMS, plan, switches_of
+from madformer_jax.models.plan import TERMS, plan, sampling_plan, switches_of
 from madformer_jax.models.vae import AutoencoderKL
 from madformer_jax.sizes import sizes_of, vocabulary_of
 
@@ -226,27 +227,29 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     """Of n images with the config's solver steps and guidance: the AR layers and the clean tower once per block, the
     diffusion layers at every step, the codec's decoder. Both branches run at every step, inside `guidance_interval` or not.
     """
-    m, steps = c.model, c.sample.steps
+    m, steps, stages = c.model, c.sample.steps, sampling_plan(switches_of(c))
     s, last = sizes_of(c).tokens, c.model.blocks - 1
     ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
     if vocabulary_of(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block in range(m.blocks):
-        # of a finished block the clean tower, if its keys are seen, and the downsampler, if anything reads what it gives
-        clean = m.clean_stream and block < last and (m.ar_condition or not block_only)
-        embedded = block < last and (m.ar_condition or clean)
-        # the AR layers: the condition, then the finished block's keys and values
-        passes = m.ar_condition + clean
-        towers, scores = passes * ar * _tower(c, s), passes * ar * _scores(c, block, False)
-        if clean and ar and block_only:  # the last AR layer's keys are the last that anybody needs
+        # The clean tower and the downsampler run on a finished block if anything reads what they return.
+        extend_ar, extend_diffusion = (block < last and x for x in (stages.extend_ar, stages.extend_diffusion))
+        embedded = block < last and (stages.condition or extend_ar)
+        # The AR layers: the condition, then the finished block's keys and values.
+        runs = stages.condition + extend_ar
+        towers, scores = runs * ar * _tower(c, s), runs * ar * _scores(c, block, False)
+        if (
+            extend_ar and ar and not extend_diffusion
+        ):  # nothing reads more of the last AR layer than its keys and values
             towers += _tower(c, s, True) - _tower(c, s)
             scores -= _scores(c, block, False)
         cost += Cost(ar_layers=towers, attention=scores)
         # the diffusion layers: every step, then the finished block, in the last layer only to its keys and values
         towers = steps * m.diffusion_depth * _tower(c, s)
         scores = steps * m.diffusion_depth * _scores(c, block, block_only)
-        if clean and not block_only:
+        if extend_diffusion:
             towers += (m.diffusion_depth - 1) * _tower(c, s) + _tower(c, s, True)
             scores += (m.diffusion_depth - 1) * _scores(c, block, False)
         cost += Cost(diffusion_layers=towers, attention=scores, unet=steps * _upsampler(c)[0])
@@ -257,20 +260,54 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     return (cost * branches + unguided) * n
 
 
-def nfe(c: ConfigDict) -> float:
-    """Full-model passes over an image in sampling (section 1): (N - D) / N + steps D / N; guidance does every one twice."""
-    m = c.model
-    return (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth
-
-
 def guidance_branches(c: ConfigDict) -> int:
-    """How often a step of sampling runs the model: a second time, on "none", with guidance."""
+    """Branches of each solver step: 2 with guidance, whose interval and schedule skip no branch, else 1."""
     return 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
 
 
+def nfe(c: ConfigDict) -> float:
+    """Returns the paper's NFE of an image (section 1), (N - D) / N + steps D / N, for each guidance branch.
+
+    The formula leaves out the clean tower and knows no ablation switch: `passes` counts what runs.
+    """
+    m = c.model
+    return guidance_branches(c) * (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth
+
+
+class LayerCalls(NamedTuple):
+    """Decoder layers that sampling runs on one block, in each guidance branch."""
+
+    condition: int  # AR layers on the prediction stream, once a block
+    step: int  # diffusion layers, at every solver step
+    extension: int  # layers of the clean tower that extend the cache, once for every block but the last
+
+
+def layer_calls(c: ConfigDict) -> LayerCalls:
+    """Returns the layers that run, by the model's switches. A layer of which only keys and values are used counts as one."""
+    m, stages = c.model, sampling_plan(switches_of(c))
+    ar = m.depth - m.diffusion_depth
+    extension = stages.extend_ar * ar + stages.extend_diffusion * m.diffusion_depth
+    return LayerCalls(stages.condition * ar, m.diffusion_depth, extension)
+
+
 def passes(c: ConfigDict) -> float:
-    """Full-model passes over an image in sampling, both of a guided step."""
-    return nfe(c) * guidance_branches(c)
+    """Returns the full-model passes of an image: all decoder layers that run on its blocks, divided by N L.
+
+    The text runs through the layers once, before the first block; it is no image block and counts in FLOPs alone.
+    """
+    return passes_until(c, c.model.blocks - 1, c.sample.steps)
+
+
+def passes_until(c: ConfigDict, block: int, step: int) -> float:
+    """Returns the share of `passes` that has run after solver step `step` (from 1) of block `block` (from 0)."""
+    m, calls = c.model, layer_calls(c)
+    layers = (block + 1) * calls.condition + (block * c.sample.steps + step) * calls.step + block * calls.extension
+    return guidance_branches(c) * layers / (m.depth * m.blocks)
+
+
+def image_cost(c: ConfigDict) -> dict[str, float]:
+    """Returns the cost of sampling an image under the names that results have for it."""
+    return {"solver_steps": c.sample.steps, "nfe": nfe(c), "passes": passes(c), "flops": sampling(c).total}
 
 
 # ---- rates

@@ -31,7 +31,7 @@ class Frame(NamedTuple):
 
     block: int  # 1..L
     step: int  # 1..steps, of the solver, in this block
-    passes: float  # full-model passes over an image, see `flops.nfe`
+    passes: float  # full-model passes over an image, see `flops.passes`
     seconds: float
 
 

@@ -41,7 +41,7 @@ _TABLE: dict[str, dict[Fact, str]] = {
     "codec": {_FIXED: "name patch scaling_factor dtype", _LOCAL: "path"},
     "data": {
         _FIXED: "source drawings split test_share image_size channels crop background flip",
-        _QUIET: "max_corrupt",
+        _QUIET: "max_corrupt max_pixels",
         _LOCAL: "path workers threads batches_ahead",
     },
     "prepare": {_QUIET: "kind shard batch max_corrupt flip"},  # the plan of prepared records has its own comparison

@@ -67,6 +67,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.channels": (1, math.inf),
     "data.test_share": (0, 1),
     "data.max_corrupt": (0, 1),
+    "data.max_pixels": (1, math.inf),
     "data.workers": (0, math.inf),
     "data.threads": (1, math.inf),
     "data.batches_ahead": (1, math.inf),

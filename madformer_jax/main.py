@@ -27,6 +27,7 @@ import inspect
 import logging as python_logging
 import mmap
 import re
+import shlex
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ from madformer_jax import fields, limits, usage
 from madformer_jax.runtime import storage
 
 # ---- the command line
+
+FLAGS_VARIABLE = "MADFORMER_FLAGS"  # flags for every command, as in XLA_FLAGS
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
@@ -366,11 +369,23 @@ def run(argv: Sequence[str]) -> int:
     return 0 if result.get("fits", True) else 1
 
 
+def _with_environment(argv: Sequence[str]) -> list[str]:
+    """Inserts the flags of the variable MADFORMER_FLAGS before those of a command line, which override them.
+
+    Raises:
+      ConfigError: The variable has a quote that is not closed.
+    """
+    try:
+        return [*argv[:1], *shlex.split(os.environ.get(FLAGS_VARIABLE, "")), *argv[1:]]
+    except ValueError as error:
+        raise ConfigError(f"{FLAGS_VARIABLE}={os.environ[FLAGS_VARIABLE]!r} is not a command line: {error}.") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit status, after one line where it is not 0."""
     _log_to_stderr()
     try:
-        return run(sys.argv if argv is None else argv)
+        return run(_with_environment(sys.argv if argv is None else argv))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

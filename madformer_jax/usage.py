@@ -118,7 +118,8 @@ def _of_all() -> str:
         [
             f"usage: {_COMMAND} --mode=MODE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]", "",
             "MADFormer in JAX. The modes, of which train is the default:", "", *lines, "",
-            f"{_COMMAND} --mode=MODE --help lists the fields that matter to a mode. --config is needed in a new workdir only.", "",
+            f"{_COMMAND} --mode=MODE --help lists the fields that matter to a mode. --config is needed in a new workdir only.",
+            "The environment variable MADFORMER_FLAGS holds flags for every command, such as --config.train.steps=100.", "",
             _EXAMPLES,
         ]
     )  # fmt: skip

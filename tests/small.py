@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from ml_collections import ConfigDict
 
 from madformer_jax import config
 from madformer_jax.models import madformer
@@ -15,6 +16,12 @@ from madformer_jax.models.madformer import MADFormer
 
 def small(**changes: Any) -> tuple[MADFormer, Any]:
     """A model in which no two sizes are equal, with `changes` to config.model, and its parameters."""
+    model = madformer.build(small_config(**changes))
+    return model, random_params(model)
+
+
+def small_config(**changes: Any) -> ConfigDict:
+    """The config of `small`."""
     c = config.base()
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size, c.data.channels = 8, 3
@@ -26,8 +33,7 @@ def small(**changes: Any) -> tuple[MADFormer, Any]:
     c.model.update(changes)
     config.validate(c)
     c.text.length = length  # a model may read several classes, no command line says so
-    model = madformer.build(c)
-    return model, random_params(model)
+    return c
 
 
 def random_params(model: MADFormer) -> Any:

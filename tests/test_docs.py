@@ -63,3 +63,13 @@ def test_the_reference_is_that_of_the_fields():
     text = usage.reference()
     assert (ROOT / "docs" / "reference.md").read_text() == text
     assert all(f"| `{name}` |" in text for name in fields.flat(config_lib.base()))
+
+
+@pytest.mark.parametrize("mark, last", [("main", "madformer_jax.main"), ("test", "pytest")])
+def test_a_command_of_the_readme_is_complete_in_itself(mark, last):
+    (block,) = re.findall(rf"<!-- {mark} -->\n```bash\n(.*)\n```", (ROOT / "README.md").read_text())
+    steps = [shlex.split(step) for step in block.split("&&")]
+    assert steps[0] == ["python3", "-m", "venv", ".venv"]
+    assert steps[1] == [".", ".venv/bin/activate"]
+    assert last in steps[-1]
+    assert not {"git", "cd"} & {step[0] for step in steps}, "a command starts in the root of a checkout"

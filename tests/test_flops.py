@@ -121,6 +121,43 @@ def test_sampling_passes_are_those_of_the_formula():
     assert flops.sampling(c, 1).ar_layers == flops.sampling(wide(depth=4), 1).ar_layers
 
 
+@pytest.mark.parametrize(
+    ("changes", "condition", "extension"),
+    [
+        ({}, 3, 4),
+        ({"param_sets": "shared"}, 3, 4),
+        ({"clean_stream": False}, 3, 0),
+        ({"ar_condition": False}, 0, 4),
+        ({"ar_condition": False, "clean_stream": False}, 0, 0),
+        ({"diffusion_attention": "block"}, 3, 3),
+        ({"diffusion_attention": "block", "ar_condition": False}, 0, 0),
+        ({"diffusion_depth": 4}, 0, 4),
+        ({"diffusion_depth": 4, "diffusion_attention": "block"}, 0, 0),
+    ],
+)
+def test_passes_count_the_layers_of_every_switch(changes, condition, extension):
+    """Of four layers: those of the condition in each block, of the extension in each but the last; all twice with guidance."""
+    c = wide(depth=4, **changes)
+    c.sample.steps = 5
+    for blocks in (1, 4, 16):
+        c.model.blocks = blocks
+        layers = blocks * (condition + 5 * c.model.diffusion_depth) + (blocks - 1) * extension
+        assert flops.passes(c) == pytest.approx(layers / (4 * blocks))
+        assert flops.passes_until(c, blocks - 1, 5) == flops.passes(c)
+    nfe, passes = flops.nfe(c), flops.passes(c)
+    c.model.classes, c.sample.guidance, c.sample.guidance_interval = 10, 2.0, (200, 600)
+    assert (flops.nfe(c), flops.passes(c)) == (2 * nfe, 2 * passes)
+    c.sample.guidance = 1.0
+    assert (flops.nfe(c), flops.passes(c)) == (nfe, passes)
+
+
+def test_passes_grow_by_the_extension_between_two_blocks():
+    c = wide(depth=4, blocks=4)  # D = 1
+    c.sample.steps = 2
+    found = [flops.passes_until(c, block, step) * 16 for block in range(4) for step in (1, 2)]
+    assert found == [4, 5, 13, 14, 22, 23, 31, 32]  # a condition costs 3, a step 1, an extension 4
+
+
 def test_peak_of_a_device_is_its_data_sheets():
     def of(kind, dtype):
         return flops.peak(dtype, types.SimpleNamespace(device_kind=kind))

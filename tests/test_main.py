@@ -366,3 +366,18 @@ def test_modes_dispatch_with_the_overrides_and_tell_them_above_their_log(monkeyp
     assert seen["workdir"] == str(tmp_path)
     assert seen["c"].model.unet_channels == (16,)
     assert seen["c"].optimizer.learning_rate == 1.0
+
+
+@pytest.mark.parametrize("own, steps", [((), 7), (("--config.train.steps=9",), 9)])
+def test_flags_of_the_environment_come_before_those_of_the_command(monkeypatch, tmp_path, own, steps):
+    seen = []
+    monkeypatch.setenv("MADFORMER_FLAGS", "--config.train.steps=7")
+    monkeypatch.setattr(madformer_jax.modes.train, "run", lambda c, workdir: seen.append(c.train.steps) or {})
+    assert main.main(["main", "--config=configs/digits.py", f"--workdir={tmp_path}", *own]) == 0
+    assert seen == [steps]
+
+
+def test_flags_of_the_environment_with_an_open_quote_are_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("MADFORMER_FLAGS", "--config.data.path='a b")
+    _, line = error_of(capsys, "--config=configs/digits.py", f"--workdir={tmp_path}")
+    assert "MADFORMER_FLAGS" in line and "No closing quotation" in line

@@ -3,7 +3,7 @@
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=runs/depth_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. All runs train for equal steps. Equal solver steps are cheaper for a small
-D; at equal passes it takes more steps. Both are drawn.
+D; at equal NFE, the paper's count of model passes, it takes more steps. Both are drawn.
 """
 
 from ml_collections import ConfigDict
@@ -25,6 +25,6 @@ def sweep(variant: str = "digits") -> Sweep:
         runs=grid({"model.diffusion_depth": [layers * k // 4 for k in (1, 2, 3, 4)]}, seeds=3),
         sample_budgets={
             "steps": (5, 10, 25, 50, 100, 250) if paper else (1, 2, 4, 8, 16, 32),
-            "passes": (5, 10, 25, 50, 100) if paper else [passes * branches for passes in (2, 4, 8, 16)],
+            "nfe": (5, 10, 25, 50, 100) if paper else [nfe * branches for nfe in (2, 4, 8, 16)],
         },
     )

@@ -4,6 +4,7 @@
 
 Variants: digits, drawings, ffhq1024, imagenet256. The budget is what the base needs for its steps. D alone does not change
 the FLOPs of a training step, so that runs of one width train for equal steps (size.py trains all widths for equal steps).
+Sampling budgets are full-model passes, which count every layer that runs (`flops.passes`), for each guidance branch.
 """
 
 import pathlib
@@ -11,6 +12,7 @@ import runpy
 
 from ml_collections import ConfigDict
 
+from madformer_jax import flops
 from madformer_jax.testbed import budget
 from madformer_jax.testbed.sweep import Sweep, config_beside
 
@@ -27,5 +29,5 @@ def sweep(variant: str = "digits") -> Sweep:
         question="Which D and which width are best when training costs the same?",
         runs=[{**point, "seed": seed} for seed in range(3) for point in points(c)],
         train_budget=("flops", budget.training_flops(c)),
-        sample_budgets={"passes": (4, 16)},
+        sample_budgets={"passes": [passes * flops.guidance_branches(c) for passes in (4, 16)]},
     )

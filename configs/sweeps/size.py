@@ -3,12 +3,14 @@
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/size.py:digits --workdir=runs/size_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. Heads keep their size, SwiGLU its ratio; the U-Net stays.
+Sampling budgets are full-model passes, which count every layer that runs (`flops.passes`), for each guidance branch.
 """
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from madformer_jax import flops
 from madformer_jax.testbed.sweep import Sweep, config_beside
 
 
@@ -32,8 +34,9 @@ def points(c: ConfigDict) -> list[dict[str, Any]]:
 
 
 def sweep(variant: str = "digits") -> Sweep:
+    c = get_config(variant)
     return Sweep(
         question="Does the best D depend on the size of the model?",
-        runs=[{**point, "seed": seed} for seed in range(3) for point in points(get_config(variant))],
-        sample_budgets={"passes": (4, 16)},
+        runs=[{**point, "seed": seed} for seed in range(3) for point in points(c)],
+        sample_budgets={"passes": [passes * flops.guidance_branches(c) for passes in (4, 16)]},
     )

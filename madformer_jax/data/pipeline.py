@@ -143,7 +143,9 @@ def table(config: ConfigDict) -> preprocess.Table:
     data = config.data
     if data.channels not in preprocess.CHANNELS:
         raise ConfigError(f"config.data.channels={data.channels}: images have 1 (grey) or 3 (RGB).")
-    return preprocess.Table(data.image_size, data.channels, data.crop, preprocess.colour(data.background))
+    return preprocess.Table(
+        data.image_size, data.channels, data.crop, preprocess.colour(data.background), data.max_pixels
+    )
 
 
 def describe(config: ConfigDict) -> DatasetInfo:

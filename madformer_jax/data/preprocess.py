@@ -2,7 +2,7 @@
 
 | step | what | why |
 |---|---|---|
-| decode | Pillow, whole image, EXIF orientation applied | no JPEG draft mode: same pixels for any size |
+| decode | Pillow, whole image, first frame, EXIF orientation applied | no JPEG draft mode: same pixels for any size |
 | 8 bits | 16-bit grey is divided by 257; 16-bit colour keeps its upper byte (Pillow's reading) | white stays white |
 | colour | what is transparent shows `background`; then converted to RGB or grey | colours under alpha 0 are anybody's |
 | crop | the largest centred square, or none (`crop=False`: the image is squeezed) | |
@@ -15,16 +15,22 @@ Training, reference statistics and `--mode=prepare` all go through this module.
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
+from madformer_jax.data import metadata
 from madformer_jax.errors import ConfigError
+
+# Pillow warns of odd metadata, two lines each time; an image is read or refused all the same.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _MODES = {1: "L", 3: "RGB"}
 CHANNELS = tuple(_MODES)  # that images can have
+MAX_PIXELS = 179_000_000  # about what Pillow decodes by default: 0.7 GB as RGB
 
 
 class CorruptImageError(ValueError):
@@ -38,6 +44,7 @@ class Table(NamedTuple):
     channels: int  # 1: grey, 3: RGB
     crop: bool
     background: str = "#ffffff"
+    max_pixels: int = MAX_PIXELS  # of a file; more is refused before anything is decoded
 
     def pixels(self, image: bytes | np.ndarray) -> np.ndarray:
         """Decodes, crops and resizes one image.
@@ -49,13 +56,18 @@ class Table(NamedTuple):
           uint8 (size, size, channels).
 
         Raises:
-          CorruptImageError: the file cannot be decoded.
+          CorruptImageError: the file cannot be decoded, or has more than `max_pixels` pixels.
         """
         if isinstance(image, np.ndarray) and image.shape == (self.size, self.size, self.channels):
             return image
         try:
-            decoded = self._resize(_opaque(_eight_bits(_open(image)), self.background))
-        except MemoryError:  # the machine's fault
+            if isinstance(image, np.ndarray):
+                decoded, turn = picture(image), None
+            else:
+                decoded, turn = _decode(image, self.max_pixels)
+            decoded = _opaque(_eight_bits(decoded), self.background)
+            decoded = self._resize(decoded if turn is None else decoded.transpose(turn))
+        except (MemoryError, CorruptImageError):  # a lack of memory is the machine's fault
             raise
         except Exception as error:  # corrupt files raise about every type there is, from SyntaxError to struct.error
             reason = re.sub(r" <_io\.BytesIO .*>", "", f"{type(error).__name__}: {error}")  # our file has no name
@@ -85,8 +97,10 @@ class Table(NamedTuple):
         return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
 
     def describe(self) -> dict[str, Any]:
-        """The table as JSON, for manifests and for the protocol of a score."""
-        return {**self._asdict(), "resize": "pillow-bicubic"}
+        """The table as JSON, for manifests and for the protocol of a score. The limit on pixels changes no pixel."""
+        settings = self._asdict()
+        del settings["max_pixels"]
+        return {**settings, "resize": "pillow-bicubic"}
 
 
 def picture(image: np.ndarray) -> Image.Image:
@@ -94,12 +108,40 @@ def picture(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def _open(image: bytes | np.ndarray) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        return picture(image)
-    decoded: Image.Image = Image.open(io.BytesIO(image))
-    ImageOps.exif_transpose(decoded, in_place=True)
-    return decoded
+def _decode(content: bytes, max_pixels: int) -> tuple[Image.Image, Image.Transpose | None]:
+    """Decodes a file and reads how to turn it upright.
+
+    Raises:
+      CorruptImageError: The image has more than `max_pixels` pixels.
+      Exception: Pillow cannot decode the file. It raises almost any type.
+    """
+    failure: Exception | None = None
+    for readable in metadata.variants(content):
+        try:
+            image = _open(readable, max_pixels)
+            image.load()
+            return image, metadata.upright(image)
+        except (MemoryError, CorruptImageError):
+            raise
+        except Image.DecompressionBombError as error:
+            raise CorruptImageError(f"{str(error).rstrip('.')}; see config.data.max_pixels.") from None
+        except Exception as error:
+            failure = error  # the last one is about the pixels alone
+    assert failure is not None
+    raise failure
+
+
+def _open(content: bytes, max_pixels: int) -> Image.Image:
+    # Pillow's own limit stays as a second guard, for frames and tiles. Its warning starts where ours refuses.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    image = Image.open(io.BytesIO(content))  # reads the header only
+    width, height = image.size
+    if width * height > max_pixels:
+        raise CorruptImageError(
+            f"{width} x {height} pixels are more than config.data.max_pixels={max_pixels}. Raise it, or shrink the image."
+        )
+    return image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -108,7 +150,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         raise ValueError(f"pixels of mode {image.mode} have no known range")
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image).astype(np.uint32)
     grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if "transparency" in image.info:  # one value that is transparent
         grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))

@@ -8,6 +8,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
 LISTS = ("captions.jsonl", "captions.txt")
+SUFFIXES = (".txt", ".jsonl")
 
 
 def captions(path: str, keys: Sequence[str]) -> list[str]:

@@ -1,13 +1,10 @@
 """What a data source is: random access to images or latents and their labels, the same interface whatever holds them."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 
 Kind = Literal["images", "latents"]
 
@@ -46,7 +43,7 @@ class Source(Protocol):
         return self.read(indices).captions
 
     def name(self, index: int) -> str:
-        """What a person calls this record: its file."""
+        """Names this record for a message, in one line: its file."""
 
 
 def place(name: str) -> int:
@@ -81,19 +78,6 @@ class Part(Source):
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._numbers[index]))
-
-
-def files_below(path: str) -> list[str]:
-    """All files below a folder, sorted.
-
-    Raises:
-      OSError: a folder cannot be listed.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error  # os.walk would pass it over
-
-    return sorted(os.path.join(top, name) for top, _, names in os.walk(path, onerror=fail) for name in names)
 
 
 def fingerprint(names: Iterable[str]) -> str:

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.data import drawings, records, sidecars, tars
-from madformer_jax.data.source import EXTENSIONS, Examples, Part, Source, files_below, fingerprint, held_out, place
+from madformer_jax.data import drawings, listing, records, sidecars, tars
+from madformer_jax.data.source import Examples, Part, Source, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -58,42 +57,55 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 class Folder(Source):
-    """Image files of a folder; with subfolders, their sorted names are the classes, also of those without an image.
+    """Image files of a folder. Subfolders are classes, numbered in the order of their names, empty ones too.
 
-    So a class keeps its number when its images are moved away for a while. Hidden subfolders do not count.
+    So a class keeps its number when its images are moved away for a while. Which files and subfolders count is
+    `listing`'s to say.
     """
 
-    def __init__(self, path: str):
-        """Lists the folder.
+    def __init__(self, path: str, asked: str = "data.path"):
+        """Lists the folder. One log line says what is left out.
+
+        Args:
+          path: The folder.
+          asked: The config field that names it, for messages.
 
         Raises:
-          ConfigError: no such folder, no image in it, or images both beside and in subfolders.
+          ConfigError: The folder is missing or holds no image, images lie both beside and in subfolders, or the name of a
+            class is not text.
         """
+        asked = f"config.{asked}={path!r}"
         if not os.path.isdir(path):
-            raise ConfigError(f"config.data.path={path!r} is no folder: give the folder that holds the images.")
-        with storage.errors(f"config.data.path={path!r} cannot be listed"):
-            entries = list(os.scandir(path))
-            folders = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-            beside = [entry.path for entry in entries if entry.is_file() and _is_image(entry.name)]
-            inside = {name: _images_below(os.path.join(path, name)) for name in folders}
-        empty = [name for name in folders if not inside[name]]
-        if beside and len(empty) < len(folders):
+            raise ConfigError(f"{asked} is not a folder: give the folder that holds the images.")
+        left_out = listing.LeftOut()
+        with storage.errors(f"{asked} cannot be listed"):
+            top = listing.scan(path, left_out)
+            beside = _images(top.files, left_out)
+            folders = {os.path.basename(folder): folder for folder in top.folders + top.linked}
+            inside = {name: _images(listing.below(folders[name], left_out), left_out) for name in sorted(folders)}
+        empty = [name for name in inside if not inside[name]]
+        if beside and len(empty) < len(inside):
             raise ConfigError(
-                f"config.data.path={path!r} holds images both beside and in subfolders: "
+                f"{asked} holds images both beside and in subfolders: "
                 "move them all into subfolders (one a class), or all out of them."
             )
-        if not beside and len(empty) == len(folders):
-            raise ConfigError(f"config.data.path={path!r} holds no image: looked for {', '.join(EXTENSIONS)}.")
-        self.names = () if beside else tuple(folders)
+        if not beside and len(empty) == len(inside):
+            others = left_out.line()
+            raise ConfigError(
+                f"{asked} holds no image: looked for {', '.join(listing.IMAGES)}{f'; left out: {others}' if others else ''}."
+            )
+        left_out.log(path)
+        self.names = () if beside else tuple(inside)
         self.classes = len(self.names)
-        self._files = sorted(beside) or [file for files in inside.values() for file in files]
+        self._files = beside or [file for files in inside.values() for file in files]
         self._labels = np.zeros(len(self._files), np.int32)
         if self.names:
+            _check_class_names(asked, self.names)
             if empty:
-                logging.warning("%s: classes without an image: %s", path, ", ".join(empty))
+                listing.warn_once(f"{listing.printable(path)}: classes without an image: {', '.join(empty)}")
             self._labels[:] = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()])
         self._keys = [file.removeprefix(path).lstrip(os.sep) for file in self._files]  # wherever the folder lies
-        with storage.errors(f"the captions of config.data.path={path!r} cannot be read"):
+        with storage.errors(f"the captions of {asked} cannot be read"):
             self._captions = sidecars.captions(path, self._keys)
         self.fingerprint = fingerprint(self._keys)
 
@@ -111,18 +123,31 @@ class Folder(Source):
         return [self._captions[index] for index in indices.tolist()]
 
     def name(self, index: int) -> str:
-        return self._files[index]
+        return listing.printable(self._files[index])
+
+    def sizes(self) -> list[int]:
+        """Bytes of each file.
+
+        Raises:
+          OSError: A file is gone.
+        """
+        return [os.path.getsize(file) for file in self._files]
 
     def held_out(self, share: float) -> np.ndarray:
         return held_out(np.fromiter(map(place, self._keys), np.uint64, len(self)), share)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+def _images(files: list[str], left_out: listing.LeftOut) -> list[str]:
+    return listing.chosen(files, listing.IMAGES, sidecars.SUFFIXES, left_out)
 
 
-def _images_below(path: str) -> list[str]:
-    return [file for file in files_below(path) if _is_image(os.path.basename(file))]
+def _check_class_names(asked: str, names: Sequence[str]) -> None:
+    for name in names:
+        if (shown := listing.printable(name)) != name:
+            raise ConfigError(
+                f"{asked}: the class '{shown}' has a line break, a control character or a byte that is not UTF-8 in its name: "
+                "rename the subfolder."
+            )
 
 
 _CAPTIONS = ("caption", "text", "title")  # names of a text feature that is taken for the caption
@@ -209,7 +234,7 @@ def open_source(config: ConfigDict) -> Source:
     builders: dict[str, Callable[[], Digits | Folder | tars.Tars]] = {
         "digits": Digits,
         "folder": lambda: Folder(data.path),
-        "webdataset": lambda: tars.Tars(data.path),
+        "webdataset": lambda: tars.Tars(data.path, data.max_corrupt),
     }
     if data.source not in builders:
         known = ", ".join([*builders, "drawings", "arrayrecord", "tfds:<name>"])

@@ -10,7 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import ImageFilter
 
-from madformer_jax.data import pipeline, preprocess, sources
+from madformer_jax.data import listing, pipeline, preprocess, sources
 from madformer_jax.data.source import Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.evaluation import parts
@@ -133,18 +133,17 @@ def open_images(c: ConfigDict) -> Images:
     if name.startswith("data:"):
         found = of_source(c, name.removeprefix("data:"), shuffled=True)
     else:
-        shards = [os.path.join(name, file) for file in sorted(os.listdir(name))] if os.path.isdir(name) else [name]
-        shards = [file for file in shards if file.endswith(".npz")]
+        files = sorted(os.listdir(name)) if os.path.isdir(name) else []
+        files = [os.path.join(name, file) for file in files if not listing.is_hidden(file)] or [name]
+        shards = [file for file in files if file.endswith(".npz")]
         found = _of_shards(c, name, shards) if shards else _of_folder(c, name)
     return _degraded(found, c.evaluate.degrade)
 
 
 def _of_folder(c: ConfigDict, path: str) -> Images:
-    source, table = sources.Folder(path), pipeline.table(c)
+    source, table = sources.Folder(path, "evaluate.images"), pipeline.table(c)
     with storage.errors(f"config.evaluate.images={path!r} cannot be read"):
-        sizes = [
-            str(os.path.getsize(source.name(i))) for i in range(len(source))
-        ]  # images drawn anew have the old names
+        sizes = map(str, source.sizes())  # images drawn anew have the old names
     found = fingerprint([source.fingerprint, *sizes])
     about = {"folder": os.path.basename(os.path.abspath(path)), "fingerprint": found}
     return Images(about, len(source), False, lambda numbers: _read(source, table, numbers, numbers))

@@ -125,7 +125,9 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     settings = [flat(result["protocol"]["images"]) for result in results]
     fields = [name for name in dict.fromkeys(name for s in settings for name in s) if _differ(settings, name)]
     costs = [
-        name for name in ("solver_steps", "passes", "seconds") if any(r.get("cost", {}).get(name) for r in results)
+        name
+        for name in ("solver_steps", "nfe", "passes", "seconds")
+        if any(r.get("cost", {}).get(name) for r in results)
     ]
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
     lines = [[*(fields or ["images"]), *names, *costs]]

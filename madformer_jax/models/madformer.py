@@ -17,7 +17,7 @@ from madformer_jax.models import attention, rope
 from madformer_jax.models.attention import KV
 from madformer_jax.models.cache import Cache, ModelCache, write_block
 from madformer_jax.models.layers import dense
-from madformer_jax.models.plan import TERMS, Switches, plan
+from madformer_jax.models.plan import TERMS, Switches, plan, sampling_plan
 from madformer_jax.models.rope import Rotary
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
@@ -262,8 +262,10 @@ class MADFormer(nn.Module):
             x = jnp.zeros((layers, *shape), self.dtype)
             return Cache(attention.kept(KV(x, x), self.attention), None)
 
+        stages = sampling_plan(self.switches)
         return ModelCache(
-            empty(self.depth - self.diffusion_depth, True), empty(self.diffusion_depth, not self.block_only)
+            empty(self.depth - self.diffusion_depth, stages.condition or stages.extend_ar),
+            empty(self.diffusion_depth, not self.block_only),
         )
 
     def read_text(self, cache: ModelCache, tokens: Array, lengths: Array | None = None) -> ModelCache:
@@ -293,12 +295,12 @@ class MADFormer(nn.Module):
 
         Zero without the AR condition. Without the clean stream the cache takes this pass's keys and values.
         """
-        if not self.ar_condition and self.clean_stream:
+        if not sampling_plan(self.switches).condition:
             return jnp.zeros_like(pred), cache
         pred, own = self.ar_layers.step("pred", pred, cache.ar, self._position(block), block, cache.lengths)
         if not self.clean_stream:
             cache = cache._replace(ar=write_block(cache.ar, own, block, self.attention))
-        return pred if self.ar_condition else jnp.zeros_like(pred), cache
+        return pred, cache
 
     def denoise(
         self, cache: ModelCache, condition: Array, noisy: Array, t: Array, block: int | Array
@@ -320,11 +322,16 @@ class MADFormer(nn.Module):
         return cache._replace(diffusion=write_block(cache.diffusion, own, block, self.attention))
 
     def extend(self, cache: ModelCache, clean: Array, block: int | Array) -> ModelCache:
-        """Runs the clean tower on a generated block, embedded (B, 1, s, d), and caches its keys and values."""
-        position = self._position(block)
+        """Runs the clean tower on a generated block, embedded (B, 1, s, d), and caches its keys and values.
+
+        Layers whose keys and values nothing reads do not run (`plan.sampling_plan`).
+        """
+        stages, position = sampling_plan(self.switches), self._position(block)
+        if not stages.extend_ar:
+            return cache
         clean, own = self.ar_layers.step("clean", clean, cache.ar, position, block, cache.lengths)
         cache = cache._replace(ar=write_block(cache.ar, own, block, self.attention))
-        if self.block_only:
+        if not stages.extend_diffusion:
             return cache
         _, own = self.diffusion_layers.step("clean", clean, cache.diffusion, position, block, cache.lengths)
         return cache._replace(diffusion=write_block(cache.diffusion, own, block, self.attention))

@@ -1,6 +1,7 @@
-"""What exists in the forward pass of training (MADFormer, section 3.4): streams and passes of the block U-Net.
+"""Streams and passes of the block U-Net in training (MADFormer, section 3.4), and the stages that run in sampling (section 4).
 
-The model runs what `plan` says and `flops` counts it: the terms of the loss and the ablation switches decide nowhere else.
+The model runs what `plan` and `sampling_plan` say, and `flops` counts it: the terms of the loss and the ablation switches
+decide nowhere else.
 """
 
 from typing import NamedTuple
@@ -68,6 +69,21 @@ def plan(terms: tuple[str, ...], switches: Switches) -> Plan:
         down=("clean",) * (read or hidden or clean) + ("noisy",) * noisy,
         up=("hidden",) * hidden + ("image",) * image + ("clean",) * clean,
     )
+
+
+class SamplingPlan(NamedTuple):
+    """Stages that run in sampling beside the diffusion layers, which run at every solver step."""
+
+    condition: bool  # the AR layers on the prediction stream, once a block
+    extend_ar: bool  # the clean tower's AR layers on every finished block but the last
+    extend_diffusion: bool  # its diffusion layers, likewise
+
+
+def sampling_plan(switches: Switches) -> SamplingPlan:
+    """Returns the stages whose results the diffusion layers read."""
+    s = switches
+    extend_diffusion = s.clean_stream and not s.block_only
+    return SamplingPlan(s.ar_condition, s.clean_stream and (s.ar_condition or extend_diffusion), extend_diffusion)
 
 
 def switches_of(c: ConfigDict) -> Switches:

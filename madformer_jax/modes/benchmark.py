@@ -115,7 +115,8 @@ def sampling(c: ConfigDict) -> Figures:
         seconds = _time(lambda: jax.block_until_ready(program(params, {}, inputs)), c)
     cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)
     figures = _figures(c, cost, batch, seconds, compiling, program)
-    return figures | {"nfe": flops.nfe(c), "seconds_per_image": seconds / batch, "batch": batch}
+    counts = {"nfe": flops.nfe(c), "passes": flops.passes(c)}
+    return figures | counts | {"seconds_per_image": seconds / batch, "batch": batch}
 
 
 def input_pipeline(c: ConfigDict) -> Figures:
@@ -182,6 +183,7 @@ _ROWS = {  # figure -> (how it is called, format)
     "seconds_per_image": ("an image", "{:.4g} s"),
     "images_per_second": ("images/s", "{:.4g}"),
     "nfe": ("NFE an image", "{:.4g}"),
+    "passes": ("passes an image", "{:.4g}"),
     "tflop": ("TFLOP a step", "{:.4g}"),
     "tflops": ("TFLOP/s", "{:.4g}"),
     "mfu": ("MFU", "{:.1%}"),

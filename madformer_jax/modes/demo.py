@@ -33,7 +33,7 @@ class Shown(NamedTuple):
 
     @property
     def passes(self) -> float:
-        """Of the full model, for an image."""
+        """Full-model passes of an image (`flops.passes`)."""
         return self.frame.passes if self.frame else 0.0
 
 
@@ -101,7 +101,8 @@ def page(models: Mapping[str, api.Model], n: int) -> Any:
     with gr.Blocks(title="MADFormer", analytics_enabled=False) as blocks:
         gr.Markdown(
             "# One transformer, part autoregressive, part diffusion\nAn image comes into being block after block. The side that "
-            f"has cost fewer passes goes on first, so that both have always cost about the same.\n\n{about}"
+            "has cost fewer passes goes on first, so that both have always cost about the same. "
+            f"Passes count every layer that runs, the clean tower's among them.\n\n{about}"
         )
         with gr.Row():
             what = _what(gr, first, n)

@@ -171,6 +171,8 @@ def _result(
     there = storage.read_json(path)
     if there is not None:
         logging.info("%s is there already", path)
+        if "cost" in there:  # what follows from the config, as this version counts it
+            there["cost"] |= flops.image_cost(c)
         return there
     collected = parts.Parts(epath.Path(workdir) / "evaluations" / key, c.evaluate.n, size)
     missing = collected.missing()
@@ -196,9 +198,4 @@ def _result(
 
 def _cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
     """What an image costs; the median over batches leaves out those that compiled."""
-    return {
-        "solver_steps": c.sample.steps,
-        "passes": flops.passes(c),
-        "flops": flops.sampling(c).total,
-        "seconds": float(np.median(seconds[:, 0] / seconds[:, 1])),
-    }
+    return flops.image_cost(c) | {"seconds": float(np.median(seconds[:, 0] / seconds[:, 1]))}

@@ -45,7 +45,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     m = c.model
     about = (
         f"MADFormer draws an image block after block: N = {m.depth} layers, of which D = {m.diffusion_depth} run at every solver "
-        f"step, L = {m.blocks} blocks. Both sides show the same noise; at each place of the slider both have cost the same."
+        f"step, L = {m.blocks} blocks. Both sides show the same noise; at each place of the slider both have cost the same. "
+        "Passes are full-model passes of an image. They count every layer that runs, the clean tower's among them."
     )
     path = os.path.join(workdir, "gallery", "index.html")
     page = gallery.page("How the images come into being", about, _captions(grid[0], model.labels), recordings)

@@ -9,7 +9,7 @@ from madformer_jax import flops
 from madformer_jax.errors import ConfigError
 
 TRAINING = ("steps", "images", "flops")
-SAMPLING = ("steps", "passes", "flops", "seconds")
+SAMPLING = ("steps", "nfe", "passes", "flops", "seconds")
 MOST = 999  # solver steps: limits.py
 OFF = 0.5  # share by which an achieved budget may miss the one that was asked for: steps are whole numbers
 
@@ -46,7 +46,8 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
 
     Args:
       c: the config; its own `sample.steps` does not count.
-      kind: "steps", "passes" (full-model passes, both of a guided step), "flops" or "seconds", of one image.
+      kind: of `SAMPLING`, of one image: "nfe" is the paper's count, "passes" counts every layer that runs (`flops`); both
+        count each branch of a guided step.
       amount: how much of it.
       timing: measured, for seconds.
 
@@ -76,7 +77,7 @@ def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = 
         return timing.seconds(steps)
     c = c.copy_and_resolve_references()
     c.sample.steps = steps
-    return flops.sampling(c).total if kind == "flops" else flops.passes(c)
+    return flops.image_cost(c)[kind]
 
 
 def _checked(what: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
+from madformer_jax import config as config_lib
+from madformer_jax import fields, flops
 from madformer_jax.runtime import lock, storage
 from madformer_jax.testbed import sweep
 from madformer_jax.testbed.sweep import Evaluation, Run, Sweep
@@ -71,13 +73,30 @@ def claim(workdir: str, name: str) -> str:
 
 def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
     """Whether a run's result is there, with all of these evaluations."""
-    result = storage.read_json(os.path.join(folder(workdir, run), "result.json"))
+    result = read_result(os.path.join(folder(workdir, run), "result.json"))
     if result is None:
         return False
     there = [{name: found[name] for name in ("overrides", "budget")} for found in result["evaluations"]]
     return there == json.loads(
         json.dumps([evaluation.describe() for evaluation in evaluations])
     )  # tuples are lists there
+
+
+def read_result(path: epath.PathLike) -> Any:
+    """Returns the content of a result.json, None where there is none.
+
+    Results without "nfe" are from before `flops.passes` counted every layer: their "passes", in costs and budgets, are NFE.
+    """
+    result = storage.read_json(path)
+    for evaluation in result.get("evaluations", ()) if isinstance(result, dict) else ():
+        cost, asked = evaluation["cost"], evaluation["budget"]
+        if "nfe" not in cost:
+            sampled = fields.flat(evaluation["overrides"]) | {"sample.steps": cost["solver_steps"]}
+            c = config_lib.restored(fields.flat(result["config"]) | sampled, os.fspath(path))
+            passes = {"nfe": cost["passes"], "passes": flops.passes(c)}
+            evaluation["cost"] = {"solver_steps": cost["solver_steps"], **passes, "flops": cost["flops"]}
+            asked["kind"] = "nfe" if asked["kind"] == "passes" else asked["kind"]
+    return result
 
 
 def state(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str:

@@ -20,10 +20,13 @@ from madformer_jax import fields, identity
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 from madformer_jax.testbed import axes as axes_lib
+from madformer_jax.testbed import layout
 from madformer_jax.testbed.axes import Axis, order, value_of
+from madformer_jax.testbed.budget import SAMPLING
 
 COSTS = {
     "solver_steps": "solver steps",
+    "nfe": "NFE",
     "passes": "full-model passes",
     "flops": "FLOPs",
     "seconds": "seconds",
@@ -32,20 +35,31 @@ HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "
 _COMPARABLE = ("n", "reference", "network", "image", "scores")  # of a protocol
 _OF_THE_RUN = ("step", "fingerprint", "seed", "steps")  # of a protocol's images: what is another one in every run
 _OF_PROMPTS = ("asked", "tokens")  # of a protocol's images: what follows from its "prompts"
+_UNITS = {  # of budgets: one and many
+    "steps": ("step", "steps"),
+    "nfe": ("NFE", "NFE"),
+    "passes": ("pass", "passes"),
+    "flops": ("FLOPs", "FLOPs"),
+    "seconds": ("second", "seconds"),
+}
 _APART = ("data.", "codec.", "evaluate.")  # sections whose fields change what is compared: never in one table
 
 
 class Budget(NamedTuple):
     """What the sampling of an image was given."""
 
-    kind: str  # "steps", "passes", "flops" or "seconds"
+    kind: str  # of `budget.SAMPLING`
     asked: float
+
+    @property
+    def unit(self) -> str:
+        return _UNITS[self.kind][1]
 
     def __str__(self) -> str:
         if self.kind == "flops":
             return f"{self.asked / 1e9:.4g} GFLOPs"
-        one = {"steps": "step", "passes": "pass", "seconds": "second"}[self.kind]
-        return f"{self.asked:.4g} {one if self.asked == 1 else self.kind}"
+        one, many = _UNITS[self.kind]
+        return f"{self.asked:.4g} {one if self.asked == 1 else many}"
 
 
 class Score(NamedTuple):
@@ -90,7 +104,7 @@ class Part(NamedTuple):
     def kinds(self) -> list[list[Budget]]:
         """The budgets of each kind."""
         budgets = sorted({point.budget for point in self.points})
-        kinds = [[b for b in budgets if b.kind == kind] for kind in ("steps", "passes", "flops", "seconds")]
+        kinds = [[b for b in budgets if b.kind == kind] for kind in SAMPLING]
         return [kind for kind in kinds if kind]
 
     @property
@@ -219,7 +233,7 @@ def _runs(workdir: str) -> list[dict[str, Any]]:
     runs, default = [], fields.flat(config_lib.base())
     for folder in folders:
         path = folder / "result.json"
-        run = storage.read_json(path)
+        run = layout.read_result(path)
         if run is None:  # of a run that goes on
             continue
         needed = ("name", "sweep", "variant", "seed", "overrides", "config", "training", "evaluations")

@@ -25,6 +25,7 @@ from madformer_jax.testbed.results import (
 )
 
 Setting = tuple[Any, ...]
+_COUNTS = {"solver_steps": "solver steps", "nfe": "NFE", "passes": "passes"}  # costs beside the scores of a table
 _PAIRED = (
     "By how much the better one is better: the mean over the seeds that both have of the difference at a cost, with its t-interval. "
     "Between its points a curve's score is linear in the logarithm of the cost. Clear: the interval does not hold 0."
@@ -72,7 +73,7 @@ def _scores(
         at = part.at(setting, budget)
         values.append([_mean(at, name) for name in names])
         labels = [str(setting[part.axes.index(axis)]) for axis in shown]
-        costs = [number(at[0].cost[name]) if at and name in at[0].cost else "" for name in ("solver_steps", "passes")]
+        costs = [number(at[0].cost[name]) if at and name in at[0].cost else "" for name in _COUNTS]
         rows.append((*labels, *(x or "" for x in values[-1]), *costs))
     groups = [row[:group] for row in rows]
     best = {
@@ -81,7 +82,7 @@ def _scores(
         for g in dict.fromkeys(groups)
         for i in _best([row[j] if groups[k] == g else None for k, row in enumerate(values)], sign_of(name))
     }
-    head = (*(axis.label for axis in shown), *map(arrow, names), "solver steps", "passes")
+    head = (*(axis.label for axis in shown), *map(arrow, names), *_COUNTS.values())
     fields = "; ".join(f"{axis.label} is `{axis.field}`" + _follows(axis) for axis in shown)
     first = next(p for s in settings for p in part.at(s, budget))
     return Table(
@@ -106,7 +107,7 @@ def _across(results: Results, part: Part, score: str, budgets: Sequence[Budget])
     best = {(i, axes + j) for j in range(len(budgets)) for i in _best([row[j] for row in values], sign_of(score))}
     head = (*(axis.label for axis in part.axes), *map(str, budgets))
     first = next(p for p in part.points if score in p.scores and p.budget in budgets)
-    title = f"{arrow(score)} by {budgets[0].kind}"
+    title = f"{arrow(score)} by {budgets[0].unit}"
     return Table(title, head, tuple(rows), frozenset(best), "", *_made(results, part, first, score))
 
 
@@ -244,14 +245,16 @@ def of_costs(part: Part) -> Table:
         "What an image costs",
         head,
         tuple(rows),
-        note="Solver steps; full-model passes; GFLOPs; seconds where measured.",
+        note="Solver steps; NFE, the paper's count; full-model passes, which count every layer that runs, the clean tower's "
+        "among them; GFLOPs; seconds where measured.",
     )
 
 
 def _cost(point: Point) -> str:
     c = point.cost
     seconds = f"; {number(c['seconds'])} s" if "seconds" in c else ""
-    return f"{number(c['solver_steps'])}; {number(c['passes'])}; {number(c['flops'] / 1e9)} G{seconds}"
+    counts = "; ".join(number(c[name]) for name in _COUNTS)
+    return f"{counts}; {number(c['flops'] / 1e9)} G{seconds}"
 
 
 def of_training(results: Results, part: Part) -> Table:

@@ -178,7 +178,7 @@ def test_images_beside_and_in_subfolders_are_refused(tmp_path):
     [
         ("foldr", "", "train", "'foldr' is unknown: one of digits, folder"),
         ("folder", "gs://bucket/images", "train", "lies in a bucket, and source folder reads local files"),
-        ("folder", "/nowhere", "train", "'/nowhere' is no folder"),
+        ("folder", "/nowhere", "train", "'/nowhere' is not a folder"),
         ("digits", "", "tset", "split='tset' is unknown: one of train, test, all"),
         ("tfds:", "", "train", "unknown"),
         ("tfds:no_such_set", "/nowhere", "train", "tfds:no_such_set.*does not open from /nowhere"),

@@ -165,7 +165,7 @@ def test_it_feeds_the_pipeline(tmp_path):
         ({"0.webp": b"", "0.cls": b"-1"}, "class -1 is out of range"),
         ({"0.webp": b"", "0.json": b'{"label": 9999999999}'}, "class 9999999999 is out of range"),
         ({"0.webp": b"", "0.json": b'{"label": 1.5}'}, "x.tar:0.json holds no class number"),
-        ({"0.webp": b"", "0.txt": b"\xff"}, "x.tar:0.txt is no UTF-8 text"),
+        ({"0.webp": b"", "0.txt": b"\xff"}, "x.tar:0.txt is not UTF-8 text"),
         ({"0.webp": b"", "0.png": b""}, "x.tar:0.png: the tar has another image of this sample"),
         ({"0.webp": b"", "0.cls": b"1", "1.webp": b""}, "x.tar:1.webp has no label.*1 of 2 lack one"),
     ],
@@ -193,7 +193,7 @@ def test_repeated_members_and_links_are_refused(tmp_path):
     for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
         path = write_tar(tmp_path / "y.tar", {"0.webp": image(1)})
         add(path, "1.webp", type=kind, linkname="0.webp")
-        with pytest.raises(ConfigError, match="y.tar:1.webp is a link or no plain file"):
+        with pytest.raises(ConfigError, match="y.tar:1.webp is a link or not a plain file"):
             tars.Tars(path)
 
 
@@ -202,8 +202,8 @@ def test_what_is_no_tar_is_refused(tmp_path):
         tars.Tars(str(tmp_path))
     path = write_tar(tmp_path / "x.tar", {"0.webp": bytes(5000)})
     os.truncate(path, 3000)
-    with pytest.raises(ConfigError, match="x.tar is (cut off|no plain tar file or is damaged)"):
+    with pytest.raises(ConfigError, match="x.tar is (cut off|not a plain tar file or is damaged)"):
         tars.Tars(path)
     (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
-    with pytest.raises(ConfigError, match="no plain tar file"):
+    with pytest.raises(ConfigError, match="not a plain tar file"):
         tars.Tars(path)

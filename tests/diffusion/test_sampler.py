@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from madformer_jax import flops
 from madformer_jax.diffusion import guidance, sampler, schedule, solvers
 from madformer_jax.models import madformer
+from madformer_jax.models.transformer import DecoderLayer
 from madformer_jax.weights import release
 from madformer_jax.weights.release_config import preset
-from tests.small import small
+from tests.small import small, small_config
 
 # What the reference drew with each variant; denoising_mlp's DDIM samples are in tests/modes/test_convert.py.
 RELEASE = {
@@ -88,22 +90,23 @@ SWITCHES = {  # the four variants of the release, each alone, are in test_releas
     },
     "captions with padding": {"classes": 6, "text_length": 4, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
     "a TPU's kernels": {"classes": 3, "attention": "pallas", "depth": 3, "diffusion_depth": 2, **ONE_STAGE},
+    "block only": {"diffusion_attention": "block", **ONE_STAGE},
     "one program for each block": {"blocks": 2, "classes": 3, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
 }  # fmt: skip
 T = schedule.timesteps("dpmpp_2m", "trailing", 3).t  # 999, 666, 332
 GUIDED = {  # the others with classes have a constant scale
     "no clean stream": guidance.scales(2.0, "linear", (0, 999), T),
-    "eight blocks, twice as high as wide, D = 1": guidance.scales(3.0, "constant", (400, 700), T),
+    "eight blocks, twice as high as wide, D = 1, x0": guidance.scales(3.0, "constant", (400, 700), T),
 }
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_cached_sampling_equals_full_recomputation(name):
     """And layers run as often as the paper counts: AR layers L times, diffusion layers L * steps times, the clean tower once
-    for each block but the last.
+    for each block but the last. `flops.passes` counts all of them.
     """
     model, params = small(**SWITCHES[name])
-    blocks, steps, calls = model.blocks, 3, collections.Counter()
+    blocks, steps, calls, layers = model.blocks, 3, collections.Counter(), collections.Counter()
     noise = np.random.default_rng(2).standard_normal((2, blocks, 64 // blocks, model.channels), np.float32)
     tokens = np.array([[2, 4, 1, 0], [0, 3, 5, 2]])[:, : model.text_length] if model.vocabulary else None
     settings = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": steps}
@@ -116,6 +119,9 @@ def test_cached_sampling_equals_full_recomputation(name):
     def count(run, args, kwargs, context):
         if isinstance(context.module, madformer.MADFormer):
             jax.debug.callback(functools.partial(calls.update, [context.method_name]))
+        if isinstance(context.module, DecoderLayer) and context.method_name == "step":
+            rows = {stream: len(x) for stream, x in args[0].present.items()}
+            jax.debug.callback(functools.partial(layers.update, rows))
         return run(*args, **kwargs)
 
     with nn.intercept_methods(count):
@@ -130,16 +136,19 @@ def test_cached_sampling_equals_full_recomputation(name):
     assert calls["denoise"] == blocks * steps
     assert calls["extend" if model.clean_stream else "remember"] == blocks - 1
     assert calls["__call__"] == 0
+    c = small_config(**SWITCHES[name])
+    c.sample.steps, c.sample.guidance = steps, 2.0 if scale else 1.0
+    assert (layers["pred"] + layers["clean"]) / len(noise) == pytest.approx(flops.passes(c) * c.model.depth * blocks)
 
 
 def test_guidance_of_one_runs_no_second_branch():
     model, params = small(classes=3, blocks=1, depth=2, diffusion_depth=2, **ONE_STAGE)
     noise, tokens = jnp.ones((2, 1, 64, 3)), jnp.array([[1], [2]])
 
-    def flops(guidance):
+    def cost(guidance):
         draw = functools.partial(
             sampler.sample, model, solver="ddim", spacing="trailing", steps=1, guidance=guidance, unroll=True
         )
         return jax.jit(draw).lower(params, noise, tokens).cost_analysis()["flops"]
 
-    assert flops(2.0) > 1.5 * flops(1.0)
+    assert cost(2.0) > 1.5 * cost(1.0)

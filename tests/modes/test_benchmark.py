@@ -27,7 +27,8 @@ def test_every_part_is_measured_and_written_as_json(tmp_path, monkeypatch, capsy
     assert report == json.loads((tmp_path / "benchmark.json").read_text())
     assert (report["attention"], report["dtype"]) == ("blocks", "float32")
     assert set(report["train"]) == TIMED
-    assert set(report["sample"]) == TIMED | {"nfe", "seconds_per_image", "batch"} and report["sample"]["batch"] == 6
+    assert set(report["sample"]) == TIMED | {"nfe", "passes", "seconds_per_image", "batch"}
+    assert report["sample"]["batch"] == 6
     assert set(report["data"]) == {"seconds", "images_per_second"}
     for part in ("train", "sample", "data"):
         assert all(figure > 0 for figure in report[part].values()), report[part]
@@ -36,8 +37,12 @@ def test_every_part_is_measured_and_written_as_json(tmp_path, monkeypatch, capsy
     assert report["train"]["tflop"] == pytest.approx(flops.training_step(c).total / 1e12)
     assert report["sample"]["tflop"] == pytest.approx(flops.sampling(c, 6).total / 1e12)
     assert report["sample"]["nfe"] == pytest.approx(flops.nfe(c))
+    assert report["sample"]["passes"] == pytest.approx(flops.passes(c))
     table = capsys.readouterr().out
-    assert all(name in table for name in ("compile time", "images/s", "MFU", "NFE an image", "memory of the program"))
+    assert all(
+        name in table
+        for name in ("compile time", "images/s", "MFU", "NFE an image", "passes an image", "memory of the program")
+    )
 
 
 def test_an_unknown_part_is_one_line(tiny_config, tmp_path):

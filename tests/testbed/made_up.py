@@ -104,7 +104,12 @@ def _evaluation(
     return {
         "overrides": sampled,
         "budget": {"kind": "steps", "asked": steps},
-        "cost": {"solver_steps": steps, "passes": (8 - depth + steps * depth) / 8, "flops": 1e9 * (8 + steps * depth)},
+        "cost": {
+            "solver_steps": steps,
+            "nfe": (8 - depth + steps * depth) / 8,
+            "passes": (8 - depth + steps * depth) / 8 + 0.75,
+            "flops": 1e9 * (8 + steps * depth),
+        },
         "scores": {name: scores[name] for name in names},
         "protocol": {**protocol, "images": images},
     }

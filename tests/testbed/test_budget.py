@@ -26,7 +26,7 @@ def test_training_steps(c):
 
 
 @pytest.mark.parametrize(
-    ("depth", "guidance", "passes", "steps"),
+    ("depth", "guidance", "nfe", "steps"),
     [
         (1, 1.0, 4, 10),  # (2 + 1 * 10) / 3
         (2, 1.0, 4, 6),  # (1 + 2 * 5.5) / 3: 3.67 and 4.33 are as near; the cheaper one, 5, or 6
@@ -35,10 +35,24 @@ def test_training_steps(c):
         (1, 2.0, 4, 4),  # 2 (2 + 4) / 3
     ],
 )
-def test_solver_steps_of_full_model_passes(c, depth, guidance, passes, steps):
+def test_solver_steps_of_the_papers_nfe(c, depth, guidance, nfe, steps):
     c.model.diffusion_depth, c.sample.guidance = depth, guidance
-    got = budget.solver_steps(c, "passes", passes)
+    got = budget.solver_steps(c, "nfe", nfe)
     assert got == steps or (depth == 2 and got == 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes", "steps"),
+    [
+        ({"diffusion_depth": 1}, 4.75, 10),  # (2 + 10) / 3, and the clean tower in three of four blocks
+        ({"diffusion_depth": 3}, 4.75, 4),
+        ({"diffusion_depth": 3, "clean_stream": False}, 4, 4),
+        ({"diffusion_depth": 3, "blocks": 1}, 4, 4),
+    ],
+)
+def test_solver_steps_of_passes_leave_room_for_the_clean_tower(c, changes, passes, steps):
+    c.model.update(changes)
+    assert budget.solver_steps(c, "passes", passes) == steps
 
 
 def test_solver_steps_of_other_budgets(c):
@@ -58,7 +72,8 @@ def test_a_codec_is_no_part_of_a_training_s_flops(c):
 @pytest.mark.parametrize(
     ("kind", "amount", "message"),
     [
-        ("passes", 0.2, "0.2 passes are out of reach: the nearest is 1, with 1 steps"),
+        ("nfe", 0.2, "0.2 nfe are out of reach: the nearest is 1, with 1 steps"),
+        ("passes", 0.2, "0.2 passes are out of reach: the nearest is 1.75, with 1 steps"),
         ("hours", 1, "'hours' is no kind"),
     ],
 )

@@ -65,7 +65,7 @@ def test_names_in_a_page_are_its_own_or_mean_the_same(folder):
 def test_tables_in_the_papers_form_with_a_command_under_each(folder):
     text = (folder / "report" / "tables.md").read_text()
     table = text[text.index("### D, at 64 steps") :]
-    assert table.split("\n")[2] == "| D | KID-classifier ↓ | solver steps | passes |"
+    assert table.split("\n")[2] == "| D | KID-classifier ↓ | solver steps | NFE | passes |"
     assert f"KID-classifier {made_up.score(1, 64, 0):.5f}: D = 1 at 64 steps, seed 0:" in table
     assert table[table.index("```bash\n") :].split("\n")[1:4] == [
         "python -m madformer_jax.main --workdir=runs/cell --config=configs/sweeps/depth.py:cpu --config.seed=0 "

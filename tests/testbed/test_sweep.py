@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+from madformer_jax import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import places
 from madformer_jax.modes import sweep as mode
@@ -63,7 +64,7 @@ class Stage:
         self.evaluated.append((c.model.width, c.evaluate.grid))
         assert pathlib.Path(c.evaluate.reference).exists()
         steps = [int(n) for n in c.evaluate.grid.removeprefix("steps=").split(",")]
-        cost = {"passes": 1.0, "flops": 1e6, "seconds": np.random.default_rng().random()}
+        cost = {"nfe": 1.0, "passes": 1.75, "flops": 1e6, "seconds": np.random.default_rng().random()}
         scores = {"KID": {"value": c.model.width / 3}}
         return {
             "results": [
@@ -104,7 +105,7 @@ def test_each_run_is_trained_and_judged_once(c, stage, tmp_path):
         "steps": 2, "images": 16, "flops": 0, "final_loss": 0.1, "curve": []
     }  # fmt: skip
     assert [e["budget"] for e in first["evaluations"]] == [{"kind": "steps", "asked": 1}, {"kind": "steps", "asked": 4}]
-    assert first["evaluations"][1]["cost"] == {"solver_steps": 4, "passes": 1.0, "flops": 1e6}
+    assert first["evaluations"][1]["cost"] == {"solver_steps": 4, "nfe": 1.0, "passes": 1.75, "flops": 1e6}
     assert len(json.loads((tmp_path / "runs" / first["name"] / "seconds.json").read_text())["evaluations"]) == 2
     assert not list(tmp_path.glob("claims/*/lock.json"))
     mode.run(c, str(tmp_path), file=File(TWO))
@@ -183,10 +184,48 @@ def test_a_run_that_fails_leaves_the_others_to_be_done(c, stage, tmp_path, monke
 
 def test_more_budgets_are_judged_without_training_again(c, stage, tmp_path):
     mode.run(c, str(tmp_path), file=File(TWO))
-    more = TWO._replace(sample_budgets={"steps": (1, 4), "passes": (8,)})
+    more = TWO._replace(sample_budgets={"steps": (1, 4), "nfe": (8,)})
     mode.run(c, str(tmp_path), file=File(more))
     assert len(stage.trained) == 2
     assert stage.evaluated[2:] == [(16, "steps=1,4,8"), (24, "steps=1,4,8")]
+
+
+def test_a_sweep_whose_budgets_were_called_passes_is_done(c, stage, tmp_path):
+    """Of a version whose passes left out the clean tower: they are NFE, and no run is trained or judged again."""
+    definition = TWO._replace(sample_budgets={"nfe": (8,)})
+    mode.run(c, str(tmp_path), file=File(definition))
+    for path in tmp_path.glob("runs/*/result.json"):
+        result = json.loads(path.read_text())
+        (evaluation,) = result["evaluations"]
+        evaluation["budget"]["kind"] = "passes"
+        evaluation["cost"] = {"solver_steps": 8, "passes": evaluation["cost"]["nfe"], "flops": 1e6}
+        path.write_text(json.dumps(result))
+    stage.trained.clear(), stage.evaluated.clear()
+    mode.run(c, str(tmp_path), file=File(definition))
+    assert not stage.trained and not stage.evaluated
+    (old, _) = sorted(results(tmp_path))
+    (evaluation,) = layout.read_result(tmp_path / "runs" / old / "result.json")["evaluations"]
+    assert evaluation["budget"] == {"kind": "nfe", "asked": 8}
+    assert evaluation["cost"] == {"solver_steps": 8, "nfe": 1.0, "passes": 8.0, "flops": 1e6}  # one block, D = N
+    passes = definition._replace(sample_budgets={"passes": (8,)})  # another budget, in the same folder
+    mode.run(c, str(tmp_path), file=File(passes))
+    assert not stage.trained and len(stage.evaluated) == 2
+
+
+@pytest.mark.parametrize("name", ["depth:digits", "depth:drawings", "conditioning:digits", "blocks:drawings"])
+def test_the_published_results_are_those_of_their_sweep(name):
+    """No run of a finished sweep is trained or judged again, and its costs are what the config says."""
+    file, variant = name.split(":")
+    functions = runpy.run_path(str(ROOT / f"configs/sweeps/{file}.py"))
+    definition, workdir = functions["sweep"](variant), str(ROOT / f"docs/results/{file}_{variant}")
+    runs, evaluations = sweep.expand(definition, functions["get_config"](variant)), sweep.evaluations(definition)
+    assert all(layout.is_done(workdir, run, evaluations) for run in runs)
+    plan = storage.read_json(f"{workdir}/sweep.json")
+    assert plan["evaluations"] == [evaluation.describe() for evaluation in evaluations]
+    for run in runs[:: len(runs) // 3]:
+        for evaluation in storage.read_json(f"{layout.folder(workdir, run)}/result.json")["evaluations"]:
+            run.config.sample.steps = evaluation["cost"]["solver_steps"]
+            assert evaluation["cost"] == flops.image_cost(run.config)
 
 
 def test_seconds_are_measured_by_the_run_that_needs_them(c, stage, tmp_path, monkeypatch):

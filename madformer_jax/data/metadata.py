@@ -1,0 +1,125 @@
+"""Metadata of image files: the EXIF orientation, and files without the metadata that Pillow refuses.
+
+The pixels need no metadata, so damaged metadata never makes an image corrupt.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from PIL import ExifTags, Image
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image: Image.Image) -> Image.Transpose | None:
+    """Reads from a decoded image's EXIF orientation what turns it upright; None if nothing does.
+
+    The orientation may be a number of any type, or several, of which the first counts. Anything else counts as none.
+    """
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+        if isinstance(value, bytes):
+            value = value[0] if value[0] <= 8 else value.decode("ascii").strip("\0 ")
+        return _TURNS.get(float(value[0] if isinstance(value, tuple) else value))  # type: ignore[arg-type, call-overload]
+    except Exception:  # damaged metadata raises almost any type
+        return None
+
+
+class _Part(NamedTuple):
+    """A run of bytes of a file."""
+
+    kind: str  # "pixels", "orientation" or "other"
+    content: bytes
+    substitute: bytes = b""  # what takes the place of a part that is left out
+
+
+def variants(content: bytes) -> Iterator[bytes]:
+    """Yields a file as it is, then with its orientation as the only metadata, then with none.
+
+    Pillow refuses a PNG with text or a colour profile above 1 MiB, and files with some damaged kinds of metadata.
+    """
+    yield content
+    split = next((split for magic, split in _FORMATS.items() if content.startswith(magic)), None)
+    if split is not None:
+        parts = list(split(content))
+        for kinds in (("pixels", "orientation"), ("pixels",)):
+            yield b"".join(part.content if part.kind in kinds else part.substitute for part in parts)
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts
+
+
+def _png(content: bytes) -> Iterator[_Part]:
+    yield _Part("pixels", _PNG)
+    start = len(_PNG)
+    while start < len(content):
+        end = len(content)  # of a file that is cut off
+        if start + 12 <= end:
+            end = min(end, start + 12 + struct.unpack(">I", content[start : start + 4])[0])
+        chunk, kind = content[start:end], "pixels"
+        if chunk[4:8] in _PNG_METADATA:
+            whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+            oriented = chunk[4:8] == b"eXIf" or chunk[8:].startswith(_PNG_ORIENTATION)
+            kind = "orientation" if whole and oriented else "other"
+        yield _Part(kind, chunk)
+        start = end
+
+
+_JPEG = b"\xff\xd8"
+_SCAN, _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
+
+
+def _jpeg(content: bytes) -> Iterator[_Part]:
+    yield _Part("pixels", _JPEG)
+    start = len(_JPEG)
+    while start + 4 <= len(content) and content[start] == 0xFF and content[start + 1] != _SCAN:
+        marker, length = struct.unpack(">BH", content[start + 1 : start + 4])
+        kind = "pixels"  # APP14 is Adobe's and names the colour space
+        if marker == _APP1:  # EXIF and XMP
+            kind = "orientation"
+        elif (_APP0 <= marker <= _APP15 and marker != _APP14) or marker == _COMMENT:
+            kind = "other"
+        yield _Part(kind, content[start : start + 2 + length])
+        start += 2 + length
+    yield _Part("pixels", content[start:])
+
+
+_TIFF_METADATA = {
+    700,
+    33723,
+    34377,
+    34665,
+    34675,
+    34853,
+    40965,
+}  # XMP, IPTC, Photoshop, Exif, ICC, GPS, Interoperability
+_ENTRY = 12  # bytes
+
+
+def _tiff(content: bytes) -> Iterator[_Part]:
+    order = "<" if content[:2] == b"II" else ">"
+    unused = struct.pack(f"{order}HHII", 65000, 1, 1, 0)
+    start = struct.unpack_from(f"{order}I", content, 4)[0] + 2 if len(content) >= 8 else len(content)
+    count = struct.unpack_from(f"{order}H", content, start - 2)[0] if start <= len(content) else 0
+    end = min(start + _ENTRY * count, len(content))
+    yield _Part("pixels", content[:start])
+    for entry in (content[i : i + _ENTRY] for i in range(start, end, _ENTRY)):
+        tag = int.from_bytes(entry[:2], "little" if order == "<" else "big")
+        kind = "orientation" if tag == ExifTags.Base.Orientation else "other" if tag in _TIFF_METADATA else "pixels"
+        yield _Part(kind, entry, unused)
+    yield _Part("pixels", content[max(start, end) :])
+
+
+_FORMATS = {_PNG: _png, _JPEG: _jpeg, b"II*\0": _tiff, b"MM\0*": _tiff}
