@@ -347,6 +347,12 @@ def test_a_name_does_not_depend_on_the_machine_or_on_what_is_reported(c, changes
     assert (sweep.name_of(c), sweep.judge_of(c)) == names
 
 
+def test_judges_keep_the_names_that_they_had():
+    config = runpy.run_path(str(ROOT / "configs" / "sweeps" / "depth.py"))
+    names = [sweep.judge_of(config["get_config"](variant)) for variant in ("digits", "drawings")]
+    assert names == ["5e94a9a66b69", "7c9c695d60c2"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -402,7 +408,8 @@ def test_a_run_that_an_earlier_version_named_is_found_by_its_config(c, stage, tm
 def test_the_published_results_are_those_of_today_s_sweeps(file, variant):
     config = runpy.run_path(str(ROOT / "configs" / "sweeps" / f"{file}.py"))
     folder = ROOT / "docs" / "results" / f"{file}_{variant}"
-    runs = layout.with_known_names(sweep.expand(config["sweep"](variant), config["get_config"](variant)), str(folder))
+    c = config["get_config"](variant)
+    runs = layout.with_known_names(sweep.expand(config["sweep"](variant), c), str(folder))
     assert {run.name for run in runs} == {path.parent.name for path in folder.glob("runs/*/result.json")}
 
 
