@@ -1,17 +1,21 @@
 """A trained model as a Python object: `madformer_jax.load`."""
 
+import difflib
 import functools
+import operator
 import os
+import reprlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing, flops, prompts
+from madformer_jax import class_labels, codec, drawing, fields, flops, limits, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.errors import ConfigError, first_line
@@ -53,20 +57,33 @@ class Model:
             codec_params = jax.device_put(self._codec.load(), partitioning.replicated(self._mesh))
         self._codec_params = codec_params
         self._programs: dict[Any, Any] = {}
+        self._warnings: set[str] = set()
+
+    def __repr__(self) -> str:
+        c, m = self.config, self.config.model
+        condition = "captions" if c.text.vocabulary else "unconditional"
+        if m.classes:
+            names = f": {class_labels.summary(range(m.classes), self.labels)}" if self.labels else ""
+            condition = f"{m.classes} classes{names}"
+        size, parameters = c.data.image_size, sum(x.size for x in jax.tree.leaves(self.params))
+        return (
+            f"<madformer_jax.Model: {size} x {size} x {c.data.channels} images; {condition}; {m.depth} layers, "
+            f"{m.diffusion_depth} of them diffusion layers; {m.blocks} blocks; {parameters:,} parameters>"
+        )
 
     def sample(self, n: int | None = None, **settings: Any) -> np.ndarray:
         """Draws images: those of --mode=sample with the same settings, number for number.
 
         Args:
-          n: how many; by default as many as there are labels or prompts, or one.
-          settings: labels, numbers or names of classes, and prompts, each in turn; guidance, steps, solver, spacing, clip and
-            whatever else `config.sample` holds, and seed.
+          n: Number of images; by default as many as there are labels or prompts, or one.
+          settings: `labels`, class numbers (integers) or class names (texts), or `prompts`, texts that are drawn as they are;
+            images take them in turn. And `seed`, and the fields of `config.sample`: guidance, steps, solver, spacing, clip.
 
         Returns:
           uint8 (n, H, W, c).
 
         Raises:
-          ConfigError: a setting is wrong, or a value is not finite.
+          ConfigError: A setting is wrong, or a value is not finite.
         """
         c = self._settings(n, settings)
         s = c.sample
@@ -100,32 +117,43 @@ class Model:
         return Price(cost["passes"], cost["flops"], cost["nfe"])
 
     def _settings(self, n: int | None, given: Mapping[str, Any]) -> ConfigDict:
-        """The config with the settings of a call.
+        """Returns the config with the settings of a call.
 
         Raises:
-          ConfigError: one is unknown or wrong.
+          ConfigError: A setting is unknown or wrong, or there are more labels or prompts than images.
         """
-        c, given = self.config.copy_and_resolve_references(), dict(given)
-        c.seed = given.pop("seed", c.seed)
-        for name, joint in (("labels", ","), ("prompts", ";")):
-            if isinstance(given.get(name), list | tuple | range | np.ndarray):
-                values = [str(value) for value in given[name]]
-                if mixed := [value for value in values if joint in value]:
-                    raise ConfigError(f"{name}: {mixed[0]!r} holds a {joint!r}, which stands between two of them.")
-                n, given[name] = len(values) if n is None else n, joint.join(values)
-        c.sample.n = 1 if n is None else n
+        c = self.config.copy_and_resolve_references()
         for name, value in given.items():
-            if name in ("weights", "step"):
+            if name in _OF_THE_MODEL:
                 raise ConfigError(f"{name}={value!r}: the weights of a model were chosen when it was loaded.")
-            if name not in c.sample:
-                raise ConfigError(f"{name}={value!r}: there is no such setting of sampling: {', '.join(c.sample)}.")
-            try:
-                c.sample[name] = float(value) if isinstance(c.sample[name], float) else value
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{name}={value!r}: {error}") from None
+            if name == "seed":
+                c.seed = _as_field(name, value, c.seed)
+            elif name in c.sample:
+                c.sample[name] = (
+                    _FROM_PYTHON[name](value) if name in _FROM_PYTHON else _as_field(name, value, c.sample[name])
+                )
+            else:
+                raise ConfigError(_no_setting(name, value, [x for x in ("seed", *c.sample) if x not in _OF_THE_MODEL]))
+        c.sample.n = 1 if n is None else _as_field("n", n, 1)
         config_lib.validate(c)
         config_lib.number_labels(c, self.labels)
+        self._warn(c)
+        for name in [name for name in _FROM_PYTHON if name in given and c.sample[name]]:
+            count = len(fields.json_list(c.sample[name]) or ())
+            if n is None:
+                c.sample.n = max(1, count)
+            elif count > c.sample.n and (name, c.sample.label_sampling) != ("labels", "random"):
+                raise ConfigError(
+                    f"{name}: there are {count} of them for n={n} images. Give at most {n}, or leave n out."
+                )
         return c
+
+    def _warn(self, c: ConfigDict) -> None:
+        """Logs what is probably a mistake in the settings, once for a model."""
+        for line in limits.doubts_of_sampling(c):
+            if line not in self._warnings:
+                self._warnings.add(line)
+                logging.warning("%s", line)
 
     def _program(self, key: Any, make: Any) -> Any:
         if key not in self._programs:
@@ -198,6 +226,46 @@ class Model:
                 return program(params, *args)
 
         return run
+
+
+_OF_THE_MODEL = ("weights", "step")
+
+# Settings whose Python values are not those of their fields.
+_FROM_PYTHON: dict[str, Callable[[Any], str]] = {
+    "labels": class_labels.from_python,
+    "prompts": prompts.from_python,
+}
+
+
+def _as_field(name: str, value: Any, like: Any) -> Any:
+    """Returns a value of a Python caller as the type of its field. Numbers of NumPy and JAX, and texts of numbers, are numbers.
+
+    Raises:
+      ConfigError: The value is of another type.
+    """
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        if isinstance(like, tuple):
+            return tuple(_as_field(name, part, like[0]) for part in value)
+        if isinstance(like, str):
+            value = os.fspath(value)
+            if not isinstance(value, str):
+                raise TypeError
+            return value
+        if isinstance(like, float):
+            return float(value)
+        whole = isinstance(value, float | np.floating) and float(value).is_integer()
+        return int(value) if whole or isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError, OverflowError):
+        kind = {int: "a whole number", float: "a number", str: "a text", tuple: "whole numbers"}[type(like)]
+        raise ConfigError(f"{name}={reprlib.repr(value)} must be {kind}.") from None
+
+
+def _no_setting(name: str, value: Any, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"The settings are {', '.join(known)}."
+    return f"{name}={reprlib.repr(value)}: there is no such setting of sampling. {hint}"
 
 
 def load(path: str, codec: str = "") -> Model:

@@ -1,14 +1,24 @@
 """The model card of an export: README.md as the Hugging Face hub shows it, from what a workdir knows."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from madformer_jax import class_labels
+
 _OF_IMAGES = ("solver", "spacing", "steps", "guidance", "n")
 
 
-def text(c: ConfigDict, step: int, parameters: int, evaluations: Sequence[Mapping[str, Any]], grid: bool) -> str:
+def text(
+    c: ConfigDict,
+    step: int,
+    parameters: int,
+    evaluations: Sequence[Mapping[str, Any]],
+    grid: bool,
+    names: Sequence[str] = (),
+) -> str:
     """The card in Markdown.
 
     Args:
@@ -17,6 +27,7 @@ def text(c: ConfigDict, step: int, parameters: int, evaluations: Sequence[Mappin
       parameters: how many the model has.
       evaluations: results of --mode=evaluate on images of this step.
       grid: whether there is a picture `grid.png` beside it.
+      names: Names of the classes in order; empty if the data name none.
     """
     m, s = c.model, c.sample
     kind = "captions" if c.text.vocabulary else f"{m.classes} classes" if m.classes else "nothing"
@@ -33,35 +44,48 @@ def text(c: ConfigDict, step: int, parameters: int, evaluations: Sequence[Mappin
         f"| layers N, of them diffusion layers D | {m.depth}, {m.diffusion_depth} |",
         f"| blocks L | {m.blocks} |",
         f"| width, heads | {m.width}, {m.heads} |",
+        *([f"| classes | {_cell(class_labels.summary(range(m.classes), names))} |"] if m.classes and names else []),
         f"| predicts | {m.predicts} |",
         f"| codec | {c.codec.name}" + (f", patches of {c.codec.patch}" if c.codec.name == "pixel" else "") + " |",
         f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps of {c.train.batch} |",
         f"| sampled by default | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",
         "```python", "import madformer_jax", "", 'model = madformer_jax.load("PATH or owner/name")',
-        f"images = model.sample({_example(c)})", "```", "",
+        f"images = model.sample({_example(c, names)})", "```", "",
     ]  # fmt: skip
     if evaluations:
-        lines += ["## Scores", "", *_table(evaluations), ""]
+        lines += ["## Scores", "", *_table(evaluations, names), ""]
     return "\n".join(lines)
 
 
-def _example(c: ConfigDict) -> str:
+def _example(c: ConfigDict, names: Sequence[str]) -> str:
     if c.text.vocabulary:
         return 'prompts=["..."]'
-    return "labels=[0, 1]" if c.model.classes else "4"
+    if not c.model.classes:
+        return "4"
+    shown = min(2, c.model.classes)
+    unique = len(set(names)) == len(names) >= shown
+    return f"labels={json.dumps(list(names[:shown]) if unique else list(range(shown)), ensure_ascii=False)}"
 
 
-def _table(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """A row for each setting; the protocol in full is in the JSON of --mode=evaluate."""
     scores = list(dict.fromkeys(name for result in evaluations for name in result["scores"]))
+    about = [result["protocol"]["images"] | {"n": result["protocol"]["n"]} for result in evaluations]
+    shown = [*_OF_IMAGES, *(["labels"] if any(one.get("labels") for one in about) else [])]
     rows = []
-    for result in evaluations:
-        about = result["protocol"]["images"] | {"n": result["protocol"]["n"]}
-        cells = [str(about.get(name, "")) for name in _OF_IMAGES]
+    for result, one in zip(evaluations, about, strict=True):
+        if labels := one.get("labels"):
+            one["labels"] = class_labels.summary([int(k) for k in labels.split(",")], names)
+        cells = [str(one.get(name, "")) for name in shown]
         for name in scores:
             score = result["scores"].get(name)
             cells.append(f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]" if score else "")
         cells.append(str(result["protocol"]["reference"]))
-        rows.append("| " + " | ".join(cells) + " |")
-    head = [*_OF_IMAGES, *scores, "reference"]
+        rows.append("| " + " | ".join(map(_cell, cells)) + " |")
+    head = [*shown, *scores, "reference"]
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *sorted(rows)]
+
+
+def _cell(text: str) -> str:
+    """Returns a text that stays in its cell of a Markdown table."""
+    return text.replace("|", "\\|")

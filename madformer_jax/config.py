@@ -4,7 +4,6 @@ A config is read once, at the edge: modules below take plain values. `base()` ho
 default for new training; `weights.release_config` has the PyTorch release's choices for the same model.
 """
 
-import difflib
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax import fields, identity, limits
+from madformer_jax import class_labels, fields, identity, limits
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import provenance
 from madformer_jax.sizes import SCALING_FACTOR, Sizes, sizes_of
@@ -158,8 +157,8 @@ def base() -> ConfigDict:
     c.sample.guidance = 1.0  # classifier-free guidance scale; 1: off
     c.sample.guidance_schedule = "constant"  # or "linear": from 1 at the first solver step to the scale at the last
     c.sample.guidance_interval = (0, 999)  # lowest and highest timestep with guidance
-    c.sample.prompts = ""  # with captions: "a red planet; a blue one", a .txt file, or those of a split: "data:test"
-    c.sample.labels = ""  # "": all classes; or "3", "0,1,2", or names of classes
+    c.sample.prompts = ""  # captions: "a red planet; a blue one", a JSON list, a .txt file, or a split: "data:test"
+    c.sample.labels = ""  # "": all classes; or names and numbers: "cat,7"; or a JSON list: '["2", 7]'
     c.sample.label_sampling = "balanced"  # these in turn; or "random": each image's drawn from the seed
     c.sample.weights = "ema"  # ema | raw
     c.sample.noise = ""  # .npy file of the initial noise (n, L, positions, C) in place of the seed's
@@ -331,35 +330,30 @@ def validate(c: ConfigDict) -> Sizes:
 
 
 def labels(c: ConfigDict) -> list[int]:
-    """The class of each of the `sample.n` images, whatever n is; empty without classes.
+    """Returns the class of each of the `sample.n` images; empty without classes.
 
-    `sample.labels` in turn, or as `sample.label_sampling` says each drawn from them, all equally likely.
+    Images take the labels of `sample.labels` in turn. With `sample.label_sampling="random"` each image's label is drawn from
+    them, all equally likely.
 
     Raises:
-      ConfigError: a label is no class of the model.
+      ConfigError: A label is not a class number of the model.
     """
-    chosen = limits.classes(c)
+    chosen = class_labels.parse(c.sample.labels, c.model.classes)
     if chosen and c.sample.label_sampling == "random":
         return random.Random(c.seed).choices(chosen, k=c.sample.n)
     return [chosen[i % len(chosen)] for i in range(c.sample.n)] if chosen else []
 
 
 def number_labels(c: ConfigDict, names: Sequence[str]) -> None:
-    """Replaces names of classes in `sample.labels` by their numbers. What is a number stays one.
+    """Replaces the labels in `sample.labels` by class numbers. A second call changes nothing.
 
     Args:
-      names: of all classes in order; empty where there are none.
+      c: The config, which is changed.
+      names: Names of all classes in order; empty if the data name none.
 
     Raises:
-      ConfigError: a label is no class.
+      ConfigError: A label is not a class, or it is ambiguous.
     """
-    labels = [label.strip() for label in c.sample.labels.split(",")]
-    for i, label in enumerate(labels):
-        if limits.is_name(label) and label in names:
-            labels[i] = str(names.index(label))
-        elif limits.is_name(label):
-            close = difflib.get_close_matches(label, names, 3, 0.5) or names[:3]
-            known = f"names are {', '.join(map(repr, close))}, ..." if names else "this data set names none"
-            raise ConfigError(f"config.sample.labels: {label!r} is neither a class number nor a class name ({known}).")
-    c.sample.labels = ",".join(labels)
-    limits.classes(c)
+    if c.sample.labels:
+        chosen = class_labels.parse(c.sample.labels, c.model.classes, names)
+        c.sample.labels = class_labels.from_numbers(chosen)

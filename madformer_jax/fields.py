@@ -1,6 +1,7 @@
 """A config's fields under flat names, as in {"model.width": 96}, and whether they are those of another config."""
 
 import difflib
+import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -60,3 +61,14 @@ def _fits(value: Any, like: Any) -> bool:
     if isinstance(like, tuple):
         return isinstance(value, tuple) and all(_fits(part, like[0]) for part in value)
     return isinstance(value, int | float if isinstance(like, float) else type(like))
+
+
+def json_list(text: str) -> list[Any] | None:
+    """Returns the items of a field that is written as a JSON list, as in '["a", 3]'; None if it is plain text."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        items = json.loads(text)
+    except ValueError:
+        return None
+    return items if isinstance(items, list) else None

@@ -1,11 +1,10 @@
 """What the fields of a config may hold: choices, ranges, and what must fit together. The fields themselves: config.py."""
 
 import math
-import re
 
 from ml_collections import ConfigDict
 
-from madformer_jax import fields
+from madformer_jax import class_labels, fields
 from madformer_jax.diffusion.predicts import PREDICTS, WEIGHTINGS
 from madformer_jax.errors import ConfigError
 from madformer_jax.models.plan import TERMS
@@ -213,8 +212,7 @@ def check(c: ConfigDict) -> None:
                 f"{c.train.checkpoint_every}: only steps that are saved can be {what}."
             )
     profiled_steps(c)
-    if not m.classes or not any(map(is_name, c.sample.labels.split(","))):  # names are known with the data
-        classes(c)
+    _check_sampling(c)
 
 
 def _check_text(c: ConfigDict) -> None:
@@ -238,6 +236,19 @@ def _check_text(c: ConfigDict) -> None:
     if c.loss.text and not vocabulary:
         raise ConfigError(
             f"config.loss.text={c.loss.text} needs captions (text.vocabulary): of a class there is nothing to predict."
+        )
+
+
+def _check_sampling(c: ConfigDict) -> None:
+    """Refuses labels that no class can have, and a solver step that has no noise to remove."""
+    s = c.sample
+    if s.labels and not c.model.classes:
+        raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
+    class_labels.check(s.labels, c.model.classes)  # names are known with the data
+    if s.solver == "ddim" and s.spacing != "trailing" and s.steps == 1:
+        raise ConfigError(
+            f"config.sample.steps=1 with solver='ddim' and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
+            "config.sample.spacing=trailing, or 2 steps or more."
         )
 
 
@@ -269,40 +280,24 @@ def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
 
 
 def doubts(c: ConfigDict) -> list[str]:
-    """What is allowed and can hardly be meant, in a line each."""
+    """Returns a line for each setting that is allowed and probably a mistake."""
+    lines = doubts_of_sampling(c)
     values, channels = sizes_of(c).channels, c.model.unet_channels[0]
-    if channels >= values or c.model.predicts == "x0":
+    if channels < values and c.model.predicts != "x0":
+        lines.append(
+            f"config.model.unet_channels[0]={channels} is less than the {values} values of a latent position: the noise predicted "
+            f"from {channels} channels cannot fill them all, and its loss stays above {1 - channels / values:.2f}; use {values} "
+            "or more, or config.model.predicts=x0."
+        )
+    return lines
+
+
+def doubts_of_sampling(c: ConfigDict) -> list[str]:
+    """Returns those lines of `doubts` that concern how images are drawn."""
+    if c.sample.guidance == 1 or c.train.label_dropout > 0:
         return []
     return [
-        f"config.model.unet_channels[0]={channels} is less than the {values} values of a latent position: the noise predicted "
-        f"from {channels} channels cannot fill them all, and its loss stays above {1 - channels / values:.2f}; use {values} or "
-        "more, or config.model.predicts=x0."
+        f"config.sample.guidance={c.sample.guidance:g} with config.train.label_dropout=0: the model never trained without a "
+        "label, so that guidance extrapolates from an untrained token. Use config.sample.guidance=1, or train with "
+        "config.train.label_dropout=0.1."
     ]
-
-
-def classes(c: ConfigDict) -> list[int]:
-    """The classes that `sample.labels` names, by default all; empty without classes.
-
-    Raises:
-      ConfigError: a label is no class of the model.
-    """
-    if not c.model.classes:
-        if c.sample.labels:
-            raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
-        return []
-    text = c.sample.labels or ",".join(str(k) for k in range(c.model.classes))
-    try:
-        chosen = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"config.sample.labels={text!r} must be class numbers or names separated by commas."
-        ) from None
-    wrong = [k for k in chosen if not 0 <= k < c.model.classes]
-    if wrong:
-        raise ConfigError(f"config.sample.labels: {wrong[0]} is no class; they run from 0 to {c.model.classes - 1}.")
-    return chosen
-
-
-def is_name(label: str) -> bool:
-    """Whether one of `sample.labels` is the name of a class: a number is none."""
-    return re.fullmatch(r"\s*-?\d*\s*", label) is None

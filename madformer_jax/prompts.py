@@ -1,14 +1,17 @@
 """What a model that reads captions is told to draw, and pictures with their prompts below them."""
 
 import hashlib
+import json
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
+from madformer_jax import fields
 from madformer_jax.data import drawings, sources, text
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
@@ -27,7 +30,10 @@ def of(c: ConfigDict) -> list[str]:
     if not c.text.vocabulary:
         return []
     given, n = c.sample.prompts, c.sample.n
-    if given.startswith(_DATA):
+    literal = fields.json_list(given)
+    if literal is not None:
+        found = [_literal(prompt) for prompt in literal]
+    elif given.startswith(_DATA):
         source, numbers = _of_data(c)
         found = text.of_records(c, source, numbers)
     elif given.endswith(".txt"):
@@ -38,13 +44,37 @@ def of(c: ConfigDict) -> list[str]:
             raise ConfigError(f"config.sample.prompts={given!r} cannot be read: {first_line(error)}.") from None
     else:
         found = given.split(";")
-    found = [prompt.strip() for prompt in found if prompt.strip()]
+    if literal is None:
+        found = [prompt.strip() for prompt in found if prompt.strip()]
     if not found:
         raise ConfigError(
             f"config.sample.prompts={given!r} holds no prompt: say what to draw, as in 'a red planet; a blue planet', or name a "
             ".txt file with one a line, or the captions of a split as 'data:test'."
         )
     return [found[i % len(found)] for i in range(n)]
+
+
+def from_python(value: Any) -> str:
+    """Returns prompts of a Python caller or of the demo as a value of `sample.prompts`.
+
+    The value is a JSON list, whose texts are drawn as they are: none of them names a file or a split.
+
+    Args:
+      value: One prompt, or a sequence of prompts.
+
+    Raises:
+      ConfigError: The value is neither.
+    """
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, Iterable) or isinstance(items, Mapping | Set | bytes):
+        raise ConfigError(f"prompts={reprlib.repr(value)} must be a text or a list of texts.")
+    return json.dumps([_literal(prompt) for prompt in items])
+
+
+def _literal(prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise ConfigError(f"config.sample.prompts: {reprlib.repr(prompt)} must be a text.")
+    return str(prompt)
 
 
 def _of_data(c: ConfigDict) -> tuple[Source, np.ndarray]:

@@ -93,7 +93,7 @@ def reference() -> str:
 
 def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
     """What a training has made, how good it is, and what to try next."""
-    chosen = " --config.sample.labels=0,1 --config.sample.guidance=2" if c.model.classes else ""
+    chosen = " --config.sample.labels='[0, 1]' --config.sample.guidance=2" if c.model.classes else ""
     command = f"  {_COMMAND} --workdir={workdir} --mode="
     made = (
         f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard "

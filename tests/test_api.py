@@ -1,13 +1,16 @@
 """The Python interface: a trained model as an object."""
 
 import json
+import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import madformer_jax
-from madformer_jax import drawing
+from madformer_jax import drawing, main, prompts
+from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import sample
@@ -19,9 +22,9 @@ from tests.small import random_params
 NAMES = ["cat", "dog", "7"]
 
 
-def saved(c, workdir):
+def saved(c, workdir, names=NAMES):
     with checkpoint.Checkpoints(str(workdir)) as checkpoints:
-        checkpoints.save(6, {"ema": random_params(madformer.build(c))}, None, {"step": 6, "data": {"names": NAMES}})
+        checkpoints.save(6, {"ema": random_params(madformer.build(c))}, None, {"step": 6, "data": {"names": names}})
     checkpoint.write_config(c, str(workdir))
     return str(workdir)
 
@@ -80,9 +83,29 @@ def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
 
 def test_a_wrong_setting_is_one_line_before_anything_is_drawn(model):
     for settings, message in (
-        ({"labels": [3]}, "3 is no class"),
+        ({"labels": [3]}, "3 is not a class"),
         ({"labels": ["cow"]}, "'cow' is neither"),
-        ({"labels": ["cat,dog"]}, "holds a ','"),
+        ({"labels": ["cat,dog"]}, "'cat,dog' is neither"),
+        ({"labels": []}, "holds no label"),
+        ({"labels": True}, "must be a class number"),
+        ({"labels": [0, 1, 2], "n": 2}, "there are 3 of them for n=2 images"),
+        ({"labels": "cat,dog", "n": 1}, "there are 2 of them for n=1 images"),
+        ({"label": 3}, "label=3: there is no such setting of sampling. Did you mean 'labels'?"),
+        ({"Seed": 3}, "Did you mean 'seed'?"),
+        ({"n": 1.5}, "n=1.5 must be a whole number"),
+        ({"n": 0}, "config.sample.n=0"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"seed": None}, "seed=None must be a whole number"),
+        ({"seed": -1}, "config.seed=-1"),
+        ({"steps": True}, "steps=True must be a whole number"),
+        ({"steps": "many"}, "steps='many' must be a whole number"),
+        ({"steps": 2.5}, "steps=2.5 must be a whole number"),
+        ({"guidance": 10**400}, "must be a number"),
+        ({"solver": 3}, "solver=3 must be a text"),
+        ({"guidance_interval": 3}, "guidance_interval=3 must be whole numbers"),
+        ({"guidance_interval": ("a", 3)}, "must be whole numbers"),
+        ({"steps": 1, "solver": "ddim", "spacing": "leading"}, "starts at t = 0 and returns noise"),
+        ({"prompts": 3}, "prompts=3 must be a text"),
         ({"prompts": ["a red planet"]}, "needs a model that reads captions"),
         ({"stepz": 3}, "no such setting"),
         ({"steps": 0}, "steps"),
@@ -90,8 +113,92 @@ def test_a_wrong_setting_is_one_line_before_anything_is_drawn(model):
         ({"weights": "raw"}, "chosen when it was loaded"),
         ({"every": "pixel"}, "'block' or 'step'"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=message) as error:
             model.stream(**settings)
+        assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_and_texts_of_numbers_are_settings(model):
+    plain = model.sample(labels=[1], steps=2, seed=3, guidance=2.0)
+    other = model.sample(
+        np.int64(1),
+        labels=np.int64(1),
+        steps="2",
+        seed=np.uint32(3),
+        guidance=np.float32(2),
+        guidance_interval=[0, 999],
+    )
+    np.testing.assert_array_equal(other, plain)
+    np.testing.assert_array_equal(model.sample(labels="dog", steps=np.int16(2), seed=jnp.int32(3), guidance="2"), plain)
+    assert len(model.sample(labels="cat,dog", steps=2)) == 2
+    assert len(model.sample(2, labels=range(3), steps=2, label_sampling="random")) == 2
+
+
+def test_a_class_is_drawn_by_its_name_even_if_it_is_a_number(tmp_path, one_device, capsys):
+    c = tiny.get_config("plain")
+    c.model.classes, c.sample.n = 12, 1
+    names = [str(k) for k in (1, 10, 11, 12, *range(2, 10))]
+    model = madformer_jax.load(saved(c, tmp_path, names))
+    drawn = model.sample(labels=range(12))
+    for name, number in (("2", 4), ("1", 0), ("12", 3), ("10", 1)):
+        np.testing.assert_array_equal(model.sample(12, labels=[name])[number], drawn[number])
+        assert (model.sample(12, labels=[name])[0] != drawn[0]).any() or not number
+        np.testing.assert_array_equal(model.sample(12, labels=[number])[number], drawn[number])
+    args = ["main", "--mode=sample", f"--workdir={tmp_path}", "--config.sample.labels=2"]
+    assert main.main(args) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert """Write '["2"]' for the name or '[2]' for the number""" in line
+    assert not (tmp_path / "samples").exists()
+    for label, number in (('["2"]', 4), ("[2]", 2)):
+        c.sample.labels = label
+        folder = pathlib.Path(sample.run(c, str(tmp_path))["folder"])
+        assert next(drawing.read_shards(folder)).labels.tolist() == [number]
+        protocol = json.loads((folder / "protocol.json").read_text())
+        assert (protocol["labels"], protocol["classes"]) == (str(number), {str(number): names[number]})
+
+
+def test_a_model_says_what_it_is(model):
+    assert repr(model) == (
+        "<madformer_jax.Model: 32 x 32 x 1 images; 3 classes: cat, dog, 7; 2 layers, 1 of them diffusion layers; 4 blocks; "
+        "24,296 parameters>"
+    )
+
+
+def test_guidance_without_label_dropout_is_warned_of_once(model, caplog):
+    model.config.train.label_dropout = 0.0
+    for _ in range(2):
+        model.cost(steps=2, guidance=3.0)
+    assert [line for line in caplog.messages if "config.train.label_dropout=0" in line] == [
+        "config.sample.guidance=3 with config.train.label_dropout=0: the model never trained without a label, so that guidance "
+        "extrapolates from an untrained token. Use config.sample.guidance=1, or train with config.train.label_dropout=0.1."
+    ]
+    caplog.clear()
+    model.cost(steps=2, guidance=1.0)
+    assert not caplog.messages
+
+
+def test_prompts_of_python_are_drawn_as_they_are(tmp_path, one_device):
+    """None of them names a file or a split, so that a page can pass on what a visitor writes."""
+    c = tiny.get_config("plain")
+    c.text.tokenizer, c.text.length, c.sample.n = "drawings", 40, 2
+    c.text.vocabulary = text.open_tokenizer("drawings").vocabulary
+    (tmp_path / "secret.txt").write_text("hunter two")
+    model = madformer_jax.load(saved(c, tmp_path))
+    for given in (str(tmp_path / "secret.txt"), str(tmp_path / "missing.txt"), "data:test", "a; b", '["a"]'):
+        for value in (given, [given], (np.str_(given),)):
+            settings = model._settings(None, {"prompts": value})
+            assert prompts.of(settings) == [given]
+            assert settings.sample.n == 1
+    frames = list(model.stream(prompts=["data:test", ""]))
+    assert len(frames[-1].images) == 2
+    with pytest.raises(ConfigError, match="prompts: there are 3 of them for n=2 images"):
+        model.sample(2, prompts=["a", "b", "c"])
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        model.sample(prompts=[])
+    with pytest.raises(ConfigError, match="3 must be a text"):
+        model.sample(prompts=["a", 3])
+    c.sample.prompts = '["a; b", "x.txt"]'  # on the command line
+    assert prompts.of(c) == ["a; b", "x.txt"]
 
 
 def test_what_is_no_model_is_said(tmp_path, monkeypatch):

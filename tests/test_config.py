@@ -18,8 +18,8 @@ from madformer_jax.errors import ConfigError
         ("model.heads", 3, "head size"),
         ("model.unet_groups", 3, "multiples of"),
         ("codec.patch", 5, "not a multiple of 5"),
-        ("sample.labels", "3,10", "10 is no class"),
-        ("sample.labels", "3,,1", "class numbers"),
+        ("sample.labels", "[3, 10]", "10 is not a class"),
+        ("sample.labels", "[3.5]", "3.5 must be a class name"),
         ("sample.steps", 0, "out of range"),
         ("train.accumulate", 3, "not a multiple"),
         ("train.keep_every", 3, "only steps that are saved can be kept"),
@@ -86,6 +86,14 @@ def test_every_choice_and_range_is_checked(tiny_config, field):
             r"config.sample.guidance_interval=\(1, 999\) needs a class-conditional model",
         ),
         ({"model.classes": 0, "sample.guidance": 1.0, "sample.labels": "3"}, "config.sample.labels needs a class"),
+        (
+            {"sample.solver": "ddim", "sample.spacing": "leading", "sample.steps": 1},
+            "starts at t = 0 and returns noise",
+        ),
+        (
+            {"sample.solver": "ddim", "sample.spacing": "linspace", "sample.steps": 1},
+            "starts at t = 0 and returns noise",
+        ),
         ({"model.classes": 0, "text.vocabulary": 300, "text.length": 2}, "so 3 at least"),
         ({"loss.image": 0.0, "loss.hidden": 0.0}, "all weights in config.loss are 0"),
         ({"model.unet_attention": (True, False)}, "one entry for each stage"),
@@ -187,7 +195,7 @@ def test_sizes_of_the_release(tiny_config):
 def test_names_of_classes_become_their_numbers(tiny_config):
     tiny_config.sample.labels = "zwei, 7,eins"
     config.validate(tiny_config)  # without the data, nobody knows them
-    with pytest.raises(ConfigError, match="class numbers or names"):
+    with pytest.raises(ConfigError, match="'zwei' is neither a class number nor a class name"):
         config.labels(tiny_config)
     config.number_labels(tiny_config, ["null", "eins", "zwei"])
     assert config.labels(tiny_config) == [2, 7, 1, 2, 7]

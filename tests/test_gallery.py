@@ -13,6 +13,7 @@ from PIL import Image
 import madformer_jax
 from madformer_jax import gallery
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import settings
 from madformer_jax.gallery import Frame, Recording
 from madformer_jax.models import madformer
 from madformer_jax.modes import gallery as mode
@@ -64,6 +65,14 @@ def test_a_page_stays_small_and_says_where_it_cannot():
     assert np.abs(last.astype(int) - many[0].images[-1, 0]).mean() < 60  # random pixels, compressed hard
     with pytest.raises(ConfigError, match="do not fit a page of 0.01 MB"):
         gallery.page("", "", ["a"] * 3, many, largest=10_000)
+
+
+def test_a_grid_with_guidance_is_warned_of_without_label_dropout(caplog):
+    c = tiny.get_config()
+    c.train.label_dropout, c.sample.guidance = 0.0, 1.0
+    c.evaluate.grid = "guidance=1,2;steps=1,3"
+    settings.warn(c, settings.grid(c))
+    assert [line[:31] for line in caplog.messages] == ["config.sample.guidance=2 with c"]
 
 
 def test_the_mode_records_a_model(tmp_path, one_device):

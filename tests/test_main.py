@@ -41,7 +41,7 @@ def error_of(capsys, *args):
         (["--config.train=3"], "config.train"),
         (["--config.model.blocks=6"], "config.model.blocks=6 does not tile a 8 x 8 latent"),
         (["--config.model.diffusion_depth=9"], "config.model.diffusion_depth=9"),
-        (["--config.sample.labels=12"], "12 is no class"),
+        (["--config.sample.labels=12"], "12 is not a class"),
         (["--config.sample.solver=euler"], "config.sample.solver='euler' is unknown"),
         (["--mode=trian"], "mode"),
         (["--wrkdir=here"], "wrkdir"),

@@ -4,8 +4,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
+from madformer_jax import limits
 from madformer_jax.errors import ConfigError
 
 
@@ -57,6 +59,14 @@ def grid(c: ConfigDict) -> list[ConfigDict]:
         one.sample.update(dict(combination))
         settings.append(one)
     return settings
+
+
+def warn(c: ConfigDict, grid: Sequence[ConfigDict]) -> None:
+    """Logs what is probably a mistake in the settings of a grid, each line once; main.py shows those of the config itself."""
+    lines = dict.fromkeys(line for setting in grid for line in limits.doubts_of_sampling(setting))
+    for line in lines:
+        if line not in limits.doubts_of_sampling(c):
+            logging.warning("%s", line)
 
 
 def steps(wanted: str, there: Sequence[int]) -> list[int]:

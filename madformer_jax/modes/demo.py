@@ -6,7 +6,10 @@ Serves the newest checkpoint, or `sample.step`, until it is interrupted.
 """
 
 import contextlib
+import errno
 import os
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +19,14 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import api, drawing, limits, prompts
+from madformer_jax import api, class_labels, drawing, limits, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import checkpoint
 
 _SIDE = 384  # pixels of the picture of a side, at least: smaller ones are enlarged
+_ALL = "all"  # in the list of classes
+_SEEDS = 2**32  # of a seed: limits.py
 _CSS = ".drawn img {image-rendering: pixelated}"
 
 
@@ -41,10 +46,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Serves the page until an interrupt.
 
     Raises:
-      ConfigError: gradio is missing, a setting is wrong, there is no checkpoint, or the port is taken.
+      ConfigError: gradio is missing, a setting is wrong, there is no checkpoint, or the address cannot be served at.
     """
     config_lib.validate(c)
     _gradio()
+    _check_address(c.demo.host, c.demo.port)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     models = {_name(workdir): api.of_workdir(c, workdir)}
     if c.demo.other:
@@ -52,8 +58,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         _check_alike(models[_name(workdir)], other)
         models[_name(c.demo.other) + " (other)" * (_name(c.demo.other) in models)] = other
     served = serve(page(models, c.demo.n), c.demo.host, c.demo.port)
-    logging.info("the page is at %s; Ctrl-C ends it", served.local_url)
     try:
+        logging.info("the page is at %s; Ctrl-C ends it", served.local_url)
         threading.Event().wait()
     finally:
         served.close(verbose=False)
@@ -106,7 +112,7 @@ def page(models: Mapping[str, api.Model], n: int) -> Any:
         )
         with gr.Row():
             what = _what(gr, first, n)
-            seed = gr.Number(first.config.seed, label="seed", precision=0, minimum=0)
+            seed = gr.Number(first.config.seed, label="seed (empty: a new one each time)", precision=0, minimum=0)
             every = gr.Radio(["block", "step"], value="block", label="show every")
         with gr.Row():
             draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
@@ -131,17 +137,21 @@ def page(models: Mapping[str, api.Model], n: int) -> Any:
                     )
                     figures.append(gr.Markdown("nothing drawn yet"))
 
-        def drawn(chosen: Any, seed: float, every: str, *given: Any) -> Iterator[list[Any]]:
+        def drawn(chosen: Any, seed: float | None, every: str, *given: Any) -> Iterator[list[Any]]:
             sides = [given[i : i + 4] for i in (0, 4)]
-            shared = {"n": n, "seed": int(seed)} | _chosen(first, chosen, n)
+            heading = ""
+            if seed is None:
+                seed = secrets.randbelow(_SEEDS)
+                heading = f"seed **{seed}**; "
+            shared = {"n": n, "seed": seed} | _chosen(first, chosen)
             settings = [
-                shared | {"solver": solver, "steps": int(steps), "guidance": float(scale)}
-                for _, solver, steps, scale in sides
+                shared | {"solver": solver, "steps": steps, "guidance": scale} for _, solver, steps, scale in sides
             ]
             chosen_models = [models[name] for name, *_ in sides]
             try:
                 for shown in race(chosen_models, settings, every):
-                    yield [_picture(one) for one in shown] + [_told(*pair) for pair in zip(chosen_models, shown)]
+                    costs = [heading + _told(*pair) for pair in zip(chosen_models, shown)]
+                    yield [_picture(one) for one in shown] + costs
             except ConfigError as error:
                 raise gr.Error(str(error), duration=None, print_exception=False) from None
 
@@ -156,33 +166,77 @@ def serve(blocks: Any, host: str, port: int) -> Any:
     """Starts to serve a page, and returns it.
 
     Raises:
-      ConfigError: the port is taken.
+      ConfigError: The host is not this machine, or the port is taken.
     """
     gr = _gradio()
+    _check_address(host, port)
     plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fetched from nowhere
+    host = f"[{host}]" if ":" in host else host  # IPv6, as in a URL
     try:
-        blocks.launch(
-            server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
-            theme=plain, css=_CSS, footer_links=[],
-        )  # fmt: skip
+        with _without_proxies():  # gradio asks its own server whether it has started
+            blocks.launch(
+                server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
+                theme=plain, css=_CSS, footer_links=[],
+            )  # fmt: skip
     except OSError as error:
-        raise ConfigError(
-            f"config.demo.port={port}: {first_line(error)}: choose another one, or 0 for any that is free."
-        ) from None
+        raise ConfigError(_unusable_port(port, error)) from None
     return blocks
+
+
+def _check_address(host: str, port: int) -> None:
+    """Binds the address once: gradio tries for minutes before it gives up.
+
+    Raises:
+      ConfigError: The host is not this machine, or the port is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as bound:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise ConfigError(_unusable_port(port, error)) from None
+        raise ConfigError(
+            f"config.demo.host={host!r} is not an address of this machine ({first_line(error)}). Use 127.0.0.1 to serve to this "
+            "machine alone, or 0.0.0.0 to serve at all its addresses."
+        ) from None
+
+
+def _unusable_port(port: int, error: OSError) -> str:
+    return f"config.demo.port={port}: {first_line(error)}: choose another one, or 0 for any that is free."
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Lets HTTP clients connect directly: no proxy reaches this machine, and httpx fails on kinds that it does not support."""
+    names = ("NO_PROXY", "no_proxy")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "*"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _gradio() -> Any:
     """The package.
 
     Raises:
-      ConfigError: it is missing.
+      ConfigError: It is missing or cannot be imported.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        import gradio
-    except ImportError:
-        raise ConfigError("--mode=demo needs a package: pip install 'gradio>=6,<7'.") from None
+        with _without_proxies():
+            import gradio
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "gradio":
+            raise ConfigError("--mode=demo needs a package: pip install 'gradio>=6,<7'.") from None
+        raise ConfigError(
+            f"--mode=demo: gradio is installed and cannot be imported ({first_line(error)}). Install it anew: "
+            "pip install 'gradio>=6,<7'."
+        ) from None
     return gradio
 
 
@@ -200,21 +254,30 @@ def _name(path: str) -> str:
 
 
 def _what(gr: Any, model: api.Model, n: int) -> Any:
-    """The field that says what to draw: prompts, of which the config's stand there already, a class, or nothing."""
+    """Returns the field that says what to draw: prompts (first those of the config), a class, or nothing."""
     c = model.config.copy_and_resolve_references()
     if c.text.vocabulary:
         c.sample.n, asked = n, []
         with contextlib.suppress(ConfigError):  # they may be of data that are not here
-            asked = prompts.of(c)
-        return gr.Textbox("; ".join(asked), label="prompts, with ; between two of them", lines=2, scale=3)
-    names = list(model.labels) or [str(k) for k in range(c.model.classes)]
-    return gr.Dropdown(["all", *names], value="all", label="class", visible=bool(names))
+            asked = list(dict.fromkeys(prompts.of(c)))
+        return gr.Textbox("\n".join(asked), label="prompts, one a line", lines=2, scale=3)
+    names = list(_class_numbers(model))
+    return gr.Dropdown([_ALL, *names], value=_ALL, label="class", visible=bool(names))
 
 
-def _chosen(model: api.Model, chosen: Any, n: int) -> dict[str, Any]:
+def _class_numbers(model: api.Model) -> dict[str, int]:
+    """Returns the number of each class by its entry in the list: the name, or the number if the data name none."""
+    names = model.labels or [str(k) for k in range(model.config.model.classes)]
+    return {entry: k for k, entry in enumerate(class_labels.distinct_names(names, taken=[_ALL]))}
+
+
+def _chosen(model: api.Model, chosen: Any) -> dict[str, Any]:
+    """Returns the settings that the field of `_what` stands for. Prompts are literal: none names a file or a split."""
     if model.config.text.vocabulary:
-        return {"prompts": chosen}
-    return {"labels": "" if chosen in ("all", None) else chosen} if model.config.model.classes else {}
+        return {"prompts": [line.strip() for line in (chosen or "").split("\n") if line.strip()]}
+    if not model.config.model.classes:
+        return {}
+    return {"labels": "" if chosen in (_ALL, None) else [_class_numbers(model)[chosen]]}
 
 
 def _picture(shown: Shown) -> np.ndarray | None:

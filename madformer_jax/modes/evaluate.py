@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import codec, drawing, flops, progress, prompts
+from madformer_jax import class_labels, codec, drawing, flops, progress, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, judge, likelihood, parts, places, reference, samples, settings
@@ -104,6 +104,7 @@ def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, A
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     """A result for each checkpoint and setting, in this order."""
     grid = settings.grid(c)
+    settings.warn(c, grid)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     by = samples.open_judge(c, workdir, c.evaluate.n)
@@ -125,9 +126,17 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 if setting.sample.weights != weights:
                     continue
                 likely = functools.partial(likelihood.scores, setting, model, params, mesh)
-                config_lib.number_labels(setting, checkpoints.class_names(step))
+                names = checkpoints.class_names(step)
+                config_lib.number_labels(setting, names)
                 s = setting.sample
-                drawn = json.loads(s.to_json()) | {"noise": noise or ""}  # as a file has it
+                chosen = class_labels.numbers_text(s.labels)
+                if chosen:
+                    logging.info(
+                        "classes of the images of step %d: %s",
+                        step,
+                        class_labels.summary(config_lib.labels(setting), names),
+                    )
+                drawn = json.loads(s.to_json()) | {"noise": noise or "", "labels": chosen}  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
                     drawn_by = drawing.make_draw(setting, model, images_codec.decode)

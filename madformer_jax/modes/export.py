@@ -89,8 +89,8 @@ def _clear_marks(folder: epath.Path) -> None:
 def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any]) -> None:
     """What the hub shows and other programs read."""
     tensors = files.by_name(params)
+    names = meta.get("data", {}).get("names", [])
     if not storage.is_remote(exported):  # safetensors writes local files
-        names = meta.get("data", {}).get("names", [])
         files.write_state_dict(f"{exported}/model.safetensors", tensors, {"step": step, "names": names})
     grid = _grid(workdir, step)
     if grid is not None:
@@ -99,7 +99,7 @@ def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any,
     of_these = {"step": step, "weights": "ema"}
     results = [x for x in found if of_these.items() <= x["protocol"]["images"].items()]
     parameters = sum(math.prod(x.shape) for x in tensors.values())
-    storage.write_text(f"{exported}/README.md", card.text(c, step, parameters, results, grid is not None))
+    storage.write_text(f"{exported}/README.md", card.text(c, step, parameters, results, grid is not None, names))
 
 
 def _grid(workdir: str, step: int) -> epath.Path | None:

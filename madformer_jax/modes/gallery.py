@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import api, gallery, prompts
+from madformer_jax import api, class_labels, gallery, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import settings
@@ -38,6 +38,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             raise ConfigError(
                 "config.gallery.grid: one page shows one set of weights: choose it by config.sample.weights."
             )
+    settings.warn(c, grid)
     model = api.of_workdir(c, workdir)
     for setting in grid:
         config_lib.number_labels(setting, model.labels)
@@ -73,7 +74,7 @@ def _captions(c: ConfigDict, names: tuple[str, ...]) -> list[str]:
     if c.text.vocabulary:
         return prompts.of(c)
     labels = config_lib.labels(c)
-    return [names[k] if names else f"class {k}" for k in labels] or [f"image {k}" for k in range(c.sample.n)]
+    return [class_labels.name(k, names) for k in labels] or [f"image {k}" for k in range(c.sample.n)]
 
 
 def _record(model: api.Model, c: ConfigDict, name: str) -> Recording:

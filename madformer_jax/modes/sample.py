@@ -2,7 +2,7 @@
 
 workdir/samples/NAME/ holds
 
-  protocol.json              all that decides the images; NAME ends in its hash
+  protocol.json              all that decides the images; NAME ends in its hash; and names of the classes drawn
   shard-00000-of-00004.npz   the first `sample.shard` images with their numbers, labels and latents, and so on
   grid.png                   the first `sample.grid` images
   film.webp                  how they come into being, if `sample.film` asks for it
@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import api, codec, drawing, progress, prompts
+from madformer_jax import api, class_labels, codec, drawing, progress, prompts
 from madformer_jax import config as config_lib
 from madformer_jax.data import preprocess
 from madformer_jax.drawing import Drawn
@@ -59,7 +59,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     target = drawing.abstract_params(model, mesh)
     memory.require("sampling", mesh, parameters=target)
     with partitioning.scope(mesh):
-        step, newest, params = _restore(c, workdir, target)
+        step, newest, params, names = _restore(c, workdir, target)
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
         protocol = _protocol(c, step, fingerprint(params, mesh), fingerprint(codec_params, mesh))
         folder = epath.Path(workdir) / "samples" / _name(c, protocol)
@@ -70,11 +70,13 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             s.n, s.weights, step, s.n - len(numbers), np.sum(drawing.scales(c) != 1), s.steps,
             model.attention,
         )  # fmt: skip
+        if s.labels:
+            logging.info("classes of these images: %s", class_labels.summary(config_lib.labels(c), names))
         draw = progress.compiling(drawing.make_draw(c, model, images_codec.decode), "the sampling program")
         batches = interruptible(drawing.batches(c, draw, params, codec_params, mesh, numbers))
         with storage.errors(f"{folder} cannot be written"):
             if jax.process_index() == 0:
-                storage.write_json(folder / "protocol.json", protocol)
+                storage.write_json(folder / "protocol.json", protocol | _classes(c, names))
         for k, shard in _whole_shards(c, _shown(batches, len(numbers))):
             if k % jax.process_count() == jax.process_index():
                 with storage.errors(f"{folder} cannot be written"):
@@ -95,13 +97,17 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"folder": str(folder), "step": step, "n": s.n, "drawn": len(numbers), "seconds": seconds}
 
 
-def _restore(c: ConfigDict, workdir: str, target: Any) -> tuple[int, int | None, Any]:
-    """The step that is sampled from, the newest one, and the parameters; class names in `sample.labels` become numbers."""
+def _restore(c: ConfigDict, workdir: str, target: Any) -> tuple[int, int | None, Any, list[str]]:
+    """Returns the step that is sampled from, the newest one, the parameters and the class names.
+
+    Class names in `sample.labels` are replaced by numbers.
+    """
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         newest = checkpoints.last
         step, params = checkpoints.restore_weights(c.sample.weights, target, c.sample.step)
-        config_lib.number_labels(c, checkpoints.class_names(step))
-    return step, newest, params
+        names = checkpoints.class_names(step)
+        config_lib.number_labels(c, names)
+    return step, newest, params, names
 
 
 def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:
@@ -141,12 +147,18 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
         "seed": c.seed if noise is None or s.label_sampling == "random" else None,
         "noise": noise,
         **{name: s[name] for name in kept},
+        "labels": class_labels.numbers_text(s.labels),
         **prompts.describe(c),
         "fingerprint": weights,
         "model": json.loads(c.model.to_json()),
         "image": [c.data.image_size, c.data.image_size, c.data.channels],
         "codec": codec.describe(c, codec_weights),
     }
+
+
+def _classes(c: ConfigDict, names: list[str]) -> dict[str, Any]:
+    """Returns the names of the classes that are drawn, by number: for readers, not part of what decides the images."""
+    return {"classes": {k: class_labels.name(k, names) for k in sorted(set(config_lib.labels(c)))}} if names else {}
 
 
 def _name(c: ConfigDict, protocol: dict[str, Any]) -> str:

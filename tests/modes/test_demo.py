@@ -1,10 +1,20 @@
 """The page to draw with: two sides at equal cost, and the page itself over HTTP."""
 
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+
+import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
 import madformer_jax
-from madformer_jax import main
+from madformer_jax import api, main, prompts
+from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import demo
@@ -13,9 +23,13 @@ from tests import tiny
 from tests.small import random_params
 
 
-def saved(workdir, names):
+def saved(workdir, names, words=False):
+    """A model of named classes, or of captions."""
     c = tiny.get_config("plain")
     c.model.classes, c.model.blocks = len(names), 4
+    if words:
+        c.model.classes, c.text.tokenizer, c.text.length, c.sample.n = 0, "drawings", 77, 2
+        c.text.vocabulary = text.open_tokenizer("drawings").vocabulary
     with checkpoint.Checkpoints(str(workdir)) as checkpoints:
         checkpoints.save(6, {"ema": random_params(madformer.build(c))}, None, {"step": 6, "data": {"names": names}})
     checkpoint.write_config(c, str(workdir))
@@ -61,6 +75,114 @@ def test_the_page_draws_on_both_sides(model):
             client.predict("dog", 2**33, "block", "a", "ddim", 1, 1.0, "b", "ddim", 2, 1.0, api_name="/draw")
     finally:
         served.close(verbose=False)
+
+
+SIDES = ("a", "ddim", 1, 1.0, "a", "ddim", 2, 1.0)
+
+
+@pytest.fixture
+def client(monkeypatch, request, tmp_path, one_device):
+    """A page of a model over HTTP, served and asked behind a proxy that does not answer."""
+    pytest.importorskip("gradio")
+    from gradio_client import Client
+
+    names, words = request.param
+    served = demo.serve(demo.page({"a": saved(tmp_path / "run", names, words)}, 2), "127.0.0.1", 0)
+    yield Client(served.local_url, verbose=False)
+    served.close(verbose=False)
+
+
+def drawn(client, *fields):
+    job = client.submit(*fields, *SIDES, api_name="/draw")
+    job.result(timeout=120)
+    return job.outputs()[-1]
+
+
+def pixels(output):
+    with Image.open(output[1]) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("client", [(["2", "0", "all", "1", "0", "x, y"], False)], indirect=True)
+def test_the_list_of_classes_draws_the_class_that_it_names(client, monkeypatch, tmp_path):
+    asked = []
+    stream = api.Model.stream
+    monkeypatch.setattr(api.Model, "stream", lambda self, **given: asked.append(given) or stream(self, **given))
+    (what,) = [one for one in client.config["components"] if one["props"].get("label") == "class"]
+    entries = [entry[1] for entry in what["props"]["choices"]]
+    assert entries == ["all", "2", "0 (#1)", "all (#2)", "1", "0 (#4)", "x, y"]
+    images = []
+    for k, entry in enumerate(entries[1:]):
+        images.append(pixels(drawn(client, entry, 3, "block")))
+        assert asked[-1]["labels"] == [k]
+    assert all((a != b).any() for a, b in itertools.combinations(images, 2))
+
+
+@pytest.mark.parametrize("client", [((), True)], indirect=True)
+def test_the_prompt_box_reads_no_file_and_opens_no_data(client, tmp_path, monkeypatch):
+    """A path that exists and one that does not are the same kind of text; so are the directives of the command line."""
+    asked = []
+    texts = prompts.texts
+    monkeypatch.setattr(prompts, "texts", lambda c: asked.append(prompts.of(c)) or texts(c))
+    (tmp_path / "s.txt").write_text("a secret planet")
+    for given in (f"{tmp_path}/s.txt", f"{tmp_path}/m.txt", "data:test", "data:nothing", '["a", "b"]', "a; b.txt"):
+        output = drawn(client, given, 3, "block")
+        assert "block **4** of 4" in output[2]
+        assert all(one == [given] * 2 for one in asked)
+        asked.clear()
+    drawn(client, "a red planet\n\n a; b ", 3, "block")
+    assert asked[-1] == ["a red planet", "a; b"]
+    for given, words in (("", "holds no prompt"), ("a\nb\nc", "prompts: there are 3 of them for n=2 images")):
+        with pytest.raises(Exception, match=words):
+            drawn(client, given, 3, "block")
+    answers = [httpx.get(f"{client.src}gradio_api/file={tmp_path}/{name}.txt", trust_env=False) for name in "sm"]
+    assert [answer.status_code for answer in answers] == [403, 403] and "secret" not in answers[0].text
+
+
+@pytest.mark.parametrize("client", [(["cat", "dog"], False)], indirect=True)
+def test_an_empty_seed_is_chosen_and_shown(client):
+    first, second = (drawn(client, "dog", None, "block") for _ in range(2))
+    seed, other = (int(re.match(r"seed \*\*(\d+)\*\*; block", output[2])[1]) for output in (first, second))
+    assert seed != other and first[3].startswith(f"seed **{seed}**")
+    again = drawn(client, "dog", seed, "block")
+    np.testing.assert_array_equal(pixels(again), pixels(first))
+    assert again[2].startswith("block")
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5h://127.0.0.1:9"])
+def test_a_page_is_served_behind_a_proxy(proxy, tmp_path):
+    """In a process of its own: gradio makes a client of HTTP as it is imported."""
+    pytest.importorskip("gradio")
+    code = (
+        "import urllib.request\n"
+        "from madformer_jax.modes import demo\n"
+        "gr = demo._gradio()\n"
+        "with gr.Blocks() as blocks: gr.Markdown('the page')\n"
+        "served = demo.serve(blocks, '127.0.0.1', 0)\n"
+        "open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open\n"
+        "print('the page' in open_url(served.local_url).read().decode())\n"
+        "import os; os._exit(0)\n"
+    )
+    names = ("http_proxy", "https_proxy", "ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy")
+    environment = {k: v for k, v in os.environ.items() if k.lower() != "no_proxy"} | dict.fromkeys(names, proxy)
+    done = subprocess.run([sys.executable, "-uc", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert "True" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "words"),
+    [
+        ("192.0.2.7", 0, "config.demo.host='192.0.2.7' is not an address of this machine"),
+        ("nowhere.invalid", 7860, "config.demo.host='nowhere.invalid' is not an address of this machine"),
+        ("http://localhost", 0, "config.demo.host='http://localhost' is not an address"),
+        ("a..b", 0, "config.demo.host='a..b' is not an address"),
+    ],
+)
+def test_an_address_of_another_machine_is_refused_at_once(host, port, words):
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        demo._check_address(host, port)
+    assert "\n" not in str(error.value) and time.monotonic() - began < 10
 
 
 def test_another_model_must_draw_the_same(model, tmp_path, capsys):
