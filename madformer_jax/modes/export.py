@@ -53,6 +53,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         if jax.process_index() == 0:
             with storage.errors(f"{exported} cannot be written"):
                 _publish(published, workdir, exported, step, whole, meta)
+                _clear_marks(checkpoint.folder(exported) / str(step))
                 if words is not None:
                     storage.write_text(f"{exported}/{config_lib.BESIDE}", words)
     logging.info("exported the ema weights of step %d to %s", step, exported)
@@ -76,6 +77,13 @@ def _clear(folder: epath.Path, step: int) -> None:
                     old.rename(gone)
                 gone.rmtree()
     partitioning.sync("clear")
+
+
+def _clear_marks(folder: epath.Path) -> None:
+    """Removes the path of the export from Orbax's marks of success, of which only the name counts."""
+    for mark in [item / "commit_success.txt" for item in (folder, *folder.iterdir())]:
+        if mark.exists():
+            storage.write_text(mark, "")
 
 
 def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any]) -> None:

@@ -193,12 +193,11 @@ def name_of(values: fields.Section) -> str:
 
 def judge_of(c: ConfigDict) -> str:
     """Returns a hash of what decides classifier and reference."""
-    data, defaults = fields.flat(c.data), config_lib.base().data
-    # Fields that decide nothing count with their defaults: judges keep the names that they had before there were such fields.
+    values, defaults = fields.flat(c.data), config_lib.base().data
     found = {
-        name: value if identity.decides(f"data.{name}") else defaults[name]
-        for name, value in data.items()
-        if name not in ("path", "workers", "split", "flip")
+        name: x for name, x in values.items() if identity.decides(f"data.{name}") and name not in ("split", "flip")
     }
+    # These decide nothing. Their defaults were in the hash before, so that judges keep their names.
+    found |= {name: defaults[name] for name in ("threads", "batches_ahead", "max_corrupt")}
     found |= {"network": c.evaluate.network, "evaluated": c.evaluate.split}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]

@@ -349,6 +349,12 @@ def test_a_name_does_not_depend_on_the_machine_or_on_what_is_reported(c, changes
     assert (sweep.name_of(c), sweep.judge_of(c)) == names
 
 
+def test_judges_keep_the_names_that_they_had():
+    config = runpy.run_path(str(ROOT / "configs" / "sweeps" / "depth.py"))
+    names = [sweep.judge_of(config["get_config"](variant)) for variant in ("digits", "drawings")]
+    assert names == ["5e94a9a66b69", "7c9c695d60c2"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
