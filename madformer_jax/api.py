@@ -210,13 +210,15 @@ def load(path: str) -> Model:
     Raises:
       ConfigError: there is none, or it is damaged.
     """
-    if not os.path.exists(path) and "://" not in path and path.count("/") == 1:
+    path = storage.expand(path)
+    if not os.path.exists(path) and not storage.is_remote(path) and path.count("/") == 1:
         path = _from_hub(path)
     file = f"{path.rstrip('/')}/config.json"
     saved = storage.read_json(file)
     if saved is None:
         raise ConfigError(f"there is no {file}: give the workdir of a training, an export or a converted release.")
     c = config_lib.restored(saved, file)
+    config_lib.expand_paths(c)
     config_lib.validate(c)
     return of_workdir(c, path)
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax import fields, limits
 from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
 from madformer_jax.sizes import SCALING_FACTOR, Sizes, sizes_of
 
 BESIDE = "tokenizer.json"  # as text.tokenizer of an export's config.json: the file that lies beside it
@@ -282,6 +283,19 @@ def as_tiny(c: ConfigDict) -> None:
     c.train.batch = c.sample.n = c.sample.batch = 16
     c.sample.steps = 4
     c.evaluate.network, c.evaluate.n = "classifier", 16
+
+
+def expand_paths(c: ConfigDict) -> None:
+    """Expands `~` in all fields that are paths. Call it at the edge: once for a config that a user has given.
+
+    Raises:
+      ConfigError: The home folder is unknown.
+    """
+    prompts = ("sample.prompts",) if c.sample.prompts.endswith(".txt") else ()
+    for field in (*limits.PATHS, *prompts):
+        section, _, name = field.rpartition(".")
+        owner = c[section] if section else c
+        owner[name] = storage.expand(owner[name])
 
 
 def validate(c: ConfigDict) -> Sizes:

@@ -76,6 +76,7 @@ def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _File | N
         raise ConfigError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
+    config_lib.expand_paths(values.config)
     return values.config, values, file
 
 
@@ -121,6 +122,7 @@ def _check_flags(values: flags.FlagValues) -> None:
         )
     if values.workdir:
         limits.check_path("--workdir", values.workdir)
+        values["workdir"].value = storage.expand(values.workdir)
     if not values.coordinator and max(values.num_processes, values.process_id) >= 0:
         raise ConfigError("--num_processes and --process_id need --coordinator=host:port.")
     if values.topology and values.mode != "compile":
@@ -157,7 +159,10 @@ def _of_workdir(values: flags.FlagValues) -> ConfigDict:
 
 def _of_file(given: str) -> tuple[ConfigDict, _File]:
     """Runs get_config of FILE or FILE:variant."""
-    path, colon, variant = given.partition(":")
+    expanded = storage.expand(given)
+    cuts = [*(i for i, character in enumerate(expanded) if character == ":"), len(expanded)]  # a path may hold colons
+    cut = next((i for i in cuts if os.path.isfile(expanded[:i])), cuts[0])
+    path, colon, variant = expanded[:cut], expanded[cut : cut + 1], expanded[cut + 1 :]
     if not os.path.isfile(path):
         raise ConfigError(f"--config={given}: there is no file {path!r}.")
     module = sys.modules["config_file"] = types.ModuleType("config_file")
@@ -224,7 +229,7 @@ def _use_cache(setting: str, workdir: str | None) -> None:
     if setting == "off":
         return
     folders = {"auto": storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
-    folder = folders.get(setting, setting)
+    folder = os.fspath(storage.absolute(folders.get(setting, setting)))
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

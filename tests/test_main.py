@@ -10,9 +10,10 @@ import pytest
 from absl import logging
 
 import madformer_jax.modes.train
-from madformer_jax import config, fields, main, usage
+from madformer_jax import config, fields, limits, main, usage
 from madformer_jax.modes import evaluate, reference
 from madformer_jax.runtime import storage
+from tests import paths
 
 DIGITS = "--config=configs/digits.py"
 
@@ -106,20 +107,59 @@ def test_help_leaves_out_no_mode_and_no_field():
     assert {section for named in usage._SECTIONS.values() for section in named} <= sections
 
 
+@pytest.mark.parametrize("workdir", ["runs/x", "a run/$HOME's #1"])
 @pytest.mark.parametrize("scores", ["", "FD-classifier of 9 samples: 1"])
 @pytest.mark.parametrize("classes", [0, 10])
-def test_what_a_training_says_to_try_next_can_be_tried(monkeypatch, classes, scores):
+def test_what_a_training_says_to_try_next_can_be_tried(monkeypatch, classes, scores, workdir):
     c = config.base()
     c.model.classes = classes
-    monkeypatch.setattr(storage, "read_json", {"runs/x/config.json": json.loads(c.to_json())}.get)
+    monkeypatch.setattr(storage, "read_json", {f"{workdir}/config.json": json.loads(c.to_json())}.get)
     commands = [
         shlex.split(line)[3:]
-        for line in usage.after_training(c, "runs/x", scores).splitlines()
+        for line in usage.after_training(c, workdir, scores).splitlines()
         if line.startswith("  python")
     ]
     assert len(commands) == 3
     for command in commands:
-        config.validate(main.parse(["main", *command])[0])
+        given, values = main.parse(["main", *command])
+        assert values.workdir == workdir
+        config.validate(given)
+
+
+@pytest.mark.parametrize("name", paths.NAMES)
+def test_any_name_is_a_path(name):
+    c, values = main.parse(["main", DIGITS, f"--workdir=./{name}/x", f"--config.data.path=./{name}"])
+    config.validate(c)
+    assert (values.workdir, c.data.path) == (f"./{name}/x", f"./{name}")
+
+
+def test_a_leading_tilde_is_expanded_wherever_a_path_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a:b.py").write_text(
+        "from madformer_jax import config\n"
+        "def get_config(text=''):\n c = config.base()\n c.data.path, c.data.source = '~/data', text\n return c\n"
+    )
+    given = {name: f"~/{name}" for name in (*limits.PATHS, "sample.prompts")}
+    given |= {"data.path": "", "sample.prompts": "~/prompts.txt"}
+    args = [f"--config.{name}={path}" for name, path in given.items() if path]
+    c, values = main.parse(["main", "--config=~/a:b.py:folder", "--workdir=~/run", *args])
+    found = fields.flat(c)
+    assert values.workdir == f"{tmp_path}/run" and c.data.source == "folder"
+    assert {name: found[name] for name in given if name != "data.path"} == {
+        name: path.replace("~", str(tmp_path)) for name, path in given.items() if path
+    }
+    assert c.data.path == f"{tmp_path}/data"  # as a config file has it
+
+
+@pytest.mark.parametrize("mode", ["train", "export", "convert", "sweep"])
+@pytest.mark.parametrize("name", ["a[1]", "a#b/run", "a%41b"])
+def test_a_workdir_that_holds_no_checkpoint_is_refused_first(capsys, tmp_path, mode, name):
+    file = "--config=configs/sweeps/depth.py:digits" if mode == "sweep" else DIGITS
+    convert = ["--config.convert.vae=none.safetensors"] if mode == "convert" else []
+    status, line = error_of(capsys, file, f"--mode={mode}", f"--workdir={tmp_path}/{name}", *convert)
+    assert status == 2
+    assert f"{tmp_path}/{name}: checkpoints cannot be written here" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path):
@@ -262,8 +302,10 @@ def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys)
     [
         (["--process_id=1"], "need --coordinator"),
         (["--topology=v5e:4x4"], "is for --mode=compile"),
-        (["--workdir=None"], "--workdir='None' is no path"),
-        (["--config.data.path=none"], "config.data.path='none' is no path"),
+        (["--workdir=None"], "--workdir='None' is not a path"),
+        (["--config.data.path=none"], "config.data.path='none' is not a path"),
+        (["--workdir=a\nb"], "--workdir='a\\nb': '\\n' is not supported in a path"),
+        (["--config.data.path=a\udc80b"], "'\\udc80' is not supported in a path"),
     ],
 )
 def test_what_would_be_ignored_or_misunderstood_is_refused(capsys, tmp_path, args, told):

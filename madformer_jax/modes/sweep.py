@@ -68,6 +68,7 @@ def run(
             budget.solver_steps(sweep.overridden(run.config, evaluation.overrides), evaluation.kind, evaluation.asked)
     for run, overrides in itertools.product(job.runs, definition.evaluations):
         evaluate.check(_evaluated(run.config, overrides, [run.config.sample.steps]))
+    storage.check_arrays_path(workdir, write=True)
     if dry_run:
         print(listing.table(job))
         return {}

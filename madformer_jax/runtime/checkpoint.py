@@ -7,6 +7,7 @@ Every item has the checksums of its files, which are compared before any of it i
 """
 
 import contextlib
+import errno
 import functools
 import json
 import time
@@ -120,6 +121,8 @@ class Checkpoints:
         self._started = 0.0
         self._step = -1
         self._unusable: set[int] = set()
+        self._saving: dict[str, dict[str, tuple[int, ...]]] = {}  # item -> shapes of its arrays
+        storage.check_arrays_path(self.path, write=not read_only)
         quiet.quiet()
 
         def opened() -> ocp.CheckpointManager:
@@ -135,7 +138,13 @@ class Checkpoints:
                     async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._saved),
                     enable_async_checkpointing=not read_only,
                 ),
-                item_handlers={name: checksums.written_by(handler) for name, handler in (arrays | plain).items()},
+                item_handlers={
+                    **{
+                        name: checksums.written_by(x, functools.partial(self._verify, name))
+                        for name, x in arrays.items()
+                    },
+                    **{name: checksums.written_by(handler) for name, handler in plain.items()},
+                },
             )
 
         with self._errors("opened"):
@@ -155,11 +164,23 @@ class Checkpoints:
         except Exception as error:
             if not (isinstance(error, (ValueError, RuntimeError)) or storage.is_error(error)):
                 raise
-            last = self._manager.latest_step() if hasattr(self, "_manager") else None
+            last = None
+            with contextlib.suppress(Exception):  # Orbax's manager forgets a step before it removes it
+                last = max(ocp.utils.checkpoint_steps(self.path), default=None)
             kept = f"step {last} is the last good one" if last is not None else "there is none yet"
             raise ConfigError(
                 f"checkpoints in {self.path} cannot be {verb}; {kept}: {storage.cause(error)}."
             ) from error
+
+    def _verify(self, item: str, handler: ocp.StandardCheckpointHandler, directory: epath.Path) -> None:
+        """Opens all arrays of an item that has just been written, and compares their names and shapes.
+
+        Raises:
+          OSError: An array is missing or has another shape.
+          ValueError: TensorStore cannot open an array.
+        """
+        if array_shapes(handler.metadata(directory).tree) != self._saving[item]:
+            raise OSError(errno.EIO, f"the {item} that were written cannot be read back", str(directory))
 
     def _saved(self) -> None:
         if jax.process_index() == 0:
@@ -194,6 +215,7 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return
             self._started, self._step = time.monotonic(), step
+            self._saving = {name: array_shapes(tree) for name, tree in arrays.items()}
             items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
             if data is not None:
                 items["data"] = ocp.args.JsonSave(data)
@@ -300,10 +322,7 @@ class Checkpoints:
         """Name -> shape of the arrays of an item of the newest step; None where it has no such item."""
         with self._errors("read"):
             tree = self._manager.item_metadata(self._manager.latest_step()).get(item)
-        if tree is None:
-            return None
-        leaves, _ = jax.tree.flatten_with_path(tree.tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+        return None if tree is None else array_shapes(tree.tree)
 
     def _together(self, step: int, act: Callable[[], T]) -> T:
         """What `act` returns; where it fails in any process, it fails in all.
@@ -377,6 +396,11 @@ def _in_flight(state: Any) -> dict[str, Any]:
     """Orbax's limit on what one item copies at a time while it is written: 1/32 of the state, but any array as a whole."""
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     return {"save_concurrent_gb": max(sum(sizes) / 32, 1.5 * max(sizes)) / 1e9} if sizes else {}
+
+
+def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the arrays of a tree, or of what Orbax says of a stored one."""
+    return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep="/", keep_empty_nodes=False).items()}
 
 
 def exists(workdir: str) -> bool:

@@ -4,7 +4,7 @@ A step thus has them or is unfinished, whenever the process dies. Items written 
 """
 
 import json
-import os
+from collections.abc import Callable
 from concurrent import futures
 from typing import TypeVar
 
@@ -24,15 +24,21 @@ class DamagedError(Exception):
     """A file is missing or not what was written."""
 
 
-def written_by(handler: Handler) -> Handler:
-    """The handler, which now adds checksums to what it has written: in its last act, in the background, in process 0 alone.
+def written_by(handler: Handler, verify: Callable[[Handler, epath.Path], None] | None = None) -> Handler:
+    """Makes a handler add checksums to each item that it writes: in its last act, in the background, in process 0 alone.
 
     Orbax looks arguments up by the handler's exact type: a subclass would have to repeat its registrations.
+
+    Args:
+      handler: Handler of one item.
+      verify: Reads the item back before it gets its checksums. The step does not count as finished if this raises.
     """
     finalize = handler.finalize
 
     def finalize_and_sum(directory: epath.Path) -> None:
         finalize(directory)
+        if verify is not None:
+            verify(handler, directory)
         names = _files(directory)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             sums = dict(zip(names, pool.map(lambda name: storage.sha256(directory / name), names)))
@@ -79,8 +85,7 @@ def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
 
 def _files(folder: epath.Path) -> list[str]:
     """Names of all files below a folder. TensorStore lists a bucket in one request; a walk takes two for each file."""
-    path = os.fspath(folder)
-    url = f"{path}/" if storage.is_remote(path) else f"file://{os.path.abspath(path)}/"
-    names = [key.decode() for key in tensorstore.KvStore.open(url).result().list().result()]
+    store = tensorstore.KvStore.open(storage.kvstore(folder)).result()
+    names = [key.decode() for key in store.list().result()]
     # In a bucket, folders may be objects: "" is this one.
     return sorted(name for name in names if name not in ("", _WRITTEN_LATER) and not name.endswith("/"))
