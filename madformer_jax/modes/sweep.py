@@ -33,7 +33,6 @@ from madformer_jax.testbed.budget import Timing
 from madformer_jax.testbed.layout import Job
 from madformer_jax.testbed.sweep import Evaluation, Run
 
-SETTLE = 1.0  # seconds after which a claim counts
 POLL = 10.0  # seconds between two looks at what others work on
 COLUMNS = 8  # images in a row of a run's grid
 TIMED = (4, 16)  # solver steps whose seconds give those of any other number
@@ -89,7 +88,7 @@ def _work(job: Job) -> dict[str, Any]:
         worked = False
         for run in waiting:
             try:
-                with lock.hold(layout.claim(job.workdir, run.name), SETTLE):
+                with lock.hold(layout.claim(job.workdir, run.name)):
                     if _is_done(job, run):  # meanwhile
                         continue
                     worked = True
@@ -248,7 +247,7 @@ def _make_once(workdir: str, name: str, path: str, make: Callable[[], Any]) -> N
     """Calls `make`, which writes the file, in one process; the others wait for it."""
     while not _exists(path):
         try:
-            with lock.hold(layout.claim(workdir, name), SETTLE):
+            with lock.hold(layout.claim(workdir, name)):
                 if not _exists(path):
                     make()
         except lock.HeldError:

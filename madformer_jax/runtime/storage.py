@@ -93,8 +93,8 @@ def check_arrays_path(path: Path, write: bool) -> None:
         else "its address, which must be gs://BUCKET/... or s3://BUCKET/..."
     )
     raise ConfigError(
-        f"{folder}: checkpoints cannot be {'written' if write else 'read'} here, because the storage library does not "
-        f"support {reason}. Rename the folder, or use another one."
+        f"{folder}: {'checkpoints cannot be written' if write else 'files cannot be addressed'} here, because the storage "
+        f"library does not support {reason}. Rename the folder, or use another one."
     )
 
 
@@ -157,11 +157,56 @@ def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
     with tempfile.NamedTemporaryFile() as file:
         put(file)
         file.flush()
-        size = os.path.getsize(file.name)
-        with open(file.name, "rb") as content, epath.Path(path).open("wb") as target:  # appears when it is closed
+        _upload(file.name, epath.Path(path))
+
+
+def _upload(local: str, path: epath.Path) -> None:
+    """Copies a local file to an object in a bucket.
+
+    Leaving `open` publishes the object, also after an exception: the copy gets its name only when it is whole.
+    """
+    size, part = os.path.getsize(local), path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        with open(local, "rb") as content, part.open("wb") as target:
             shutil.copyfileobj(content, target, 1 << 22)
-    if (there := epath.Path(path).stat().length) != size:
-        raise OSError(errno.EIO, f"{there} of {size} bytes arrived", os.fspath(path))
+        if (arrived := part.stat().length) != size:
+            raise OSError(errno.EIO, f"{arrived} of {size} bytes arrived", os.fspath(path))
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def read_version(path: Path) -> tuple[bytes | None, bytes]:
+    """Returns the content of a small file, None if there is none, and a mark of this version for `write_version`."""
+    with _store(path) as (store, name):
+        found = store.read(name).result()
+    return (None if found.state == "missing" else found.value), found.stamp.generation
+
+
+def write_version(path: Path, content: bytes | None, version: bytes) -> bool:
+    """Writes or, for None, removes a file if nobody has written it since `read_version`. Its folder must exist.
+
+    This is atomic on local disks and in gs://. In s3:// two writers of the same moment may both succeed.
+
+    Returns:
+      Whether it was written: False if another version is there.
+    """
+    with _store(path) as (store, name):
+        return store.write(name, content, if_equal=version).result().generation != b""
+
+
+@contextlib.contextmanager
+def _store(path: Path) -> Iterator[tuple[Any, str]]:
+    """TensorStore's view of a file: the store of its folder, and its name there. Errors are those of a file system."""
+    import tensorstore  # slow to import
+
+    folder, name = os.path.split(os.fspath(absolute(path)))
+    try:
+        yield tensorstore.KvStore.open(kvstore(folder)).result(), name
+    except ValueError as error:
+        raise OSError(errno.EIO if may_pass(error) else None, first_line(error).partition(" [")[0]) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

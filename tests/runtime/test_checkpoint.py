@@ -237,7 +237,7 @@ def test_under_any_name_a_checkpoint_is_whole_or_refused_at_once(tmp_path, saved
         assert "manifest.ocdbt" in sums
     assert bool(refusal(workdir, write=False)) == ("\\" in name)  # all others can be read
     if "\\" in name:
-        with pytest.raises(ConfigError, match="cannot be read here"):
+        with pytest.raises(ConfigError, match="files cannot be addressed here"):
             checkpoint.Checkpoints(str(workdir), read_only=True)
         return
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:

@@ -1,12 +1,15 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 import unittest.mock
 
 import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
+from tests import bucket as bucket_of_tests
 from tests import paths
 
 
@@ -126,3 +129,60 @@ def test_an_address_in_a_bucket_is_quoted():
     for name in ("a#b", "a%41b", "a?b", "a*", "a[1]", "a\\b"):
         with pytest.raises(ConfigError, match="does not support '.*' in its path. Rename the folder"):
             storage.check_arrays_path(f"gs://bucket/{name}/run", write=True)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A local folder that is taken for a bucket: what is open for writing is published when it is closed."""
+    monkeypatch.setattr(storage, "is_remote", lambda path: True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt(), MemoryError()])
+def test_an_object_in_a_bucket_appears_whole_or_not_at_all(bucket, monkeypatch, error):
+    storage.write_text(bucket / "file", "old")
+
+    def fail(content, target, length):
+        target.write(content.read(2))
+        raise error
+
+    monkeypatch.setattr(storage.shutil, "copyfileobj", fail)
+    with pytest.raises(type(error)):
+        storage.write_text(bucket / "file", "new content")
+    assert {path.name: path.read_text() for path in bucket.iterdir()} == {"file": "old"}
+
+
+def test_an_object_of_another_size_is_not_published(bucket, monkeypatch):
+    storage.write_text(bucket / "file", "old")
+    monkeypatch.setattr(storage.shutil, "copyfileobj", lambda content, target, length: target.write(content.read(2)))
+    with pytest.raises(OSError, match="2 of 3 bytes arrived"):
+        storage.write_text(bucket / "file", "new")
+    assert {path.name: path.read_text() for path in bucket.iterdir()} == {"file": "old"}
+
+
+def test_a_file_is_written_by_the_first_who_has_seen_its_version(tmp_path):
+    path = tmp_path / "lock.json"
+    content, missing = storage.read_version(path)
+    assert content is None and storage.write_version(path, b"one", missing)
+    assert not storage.write_version(path, b"two", missing)
+    content, version = storage.read_version(path)
+    assert content == b"one" and storage.write_version(path, b"two", version)
+    assert not storage.write_version(path, None, version)
+    assert storage.write_version(path, None, storage.read_version(path)[1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_a_bucket_one_of_two_writers_is_first():
+    code = """
+from madformer_jax.runtime import storage
+path = "gs://bucket/a b#/lock.json"
+content, missing = storage.read_version(path)
+assert content is None and storage.write_version(path, b"one", missing)
+assert not storage.write_version(path, b"two", missing)
+content, version = storage.read_version(path)
+assert content == b"one" and storage.write_version(path, b"three", version)
+assert not storage.write_version(path, b"four", version)
+"""
+    with bucket_of_tests.serve() as (store, environment):
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=True, timeout=60)
+        assert store.objects == {"a b#/lock.json": b"three"}
