@@ -65,6 +65,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "demo.port": (0, 65535),
     "codec.scaling_factor": (1e-6, math.inf),
     "data.drawings": (1, math.inf),
+    "data.image_size": (1, 1 << 15),
     "data.channels": (1, math.inf),
     "data.test_share": (0, 1),
     "data.max_corrupt": (0, 1),

@@ -36,7 +36,7 @@ from ml_collections import ConfigDict, config_flags
 
 from madformer_jax import config as config_lib
 from madformer_jax import fields, limits, usage
-from madformer_jax.runtime import storage
+from madformer_jax.runtime import open_files, storage
 
 # ---- the command line
 
@@ -164,7 +164,7 @@ def _of_file(given: str) -> tuple[ConfigDict, _File]:
     cut = next((i for i in cuts if os.path.isfile(expanded[:i])), cuts[0])
     path, colon, variant = expanded[:cut], expanded[cut : cut + 1], expanded[cut + 1 :]
     if not os.path.isfile(path):
-        raise ConfigError(f"--config={given}: there is no file {path!r}.")
+        raise ConfigError(f"--config={given}: there is no file {path!r}{_where_configs_are(path)}.")
     module = sys.modules["config_file"] = types.ModuleType("config_file")
     module.__file__ = path
     try:
@@ -191,6 +191,19 @@ def _of_file(given: str) -> tuple[ConfigDict, _File]:
     except ConfigError as error:
         raise ConfigError(f"--config={given}: {error}") from None
     return config.lock(), _File(module, args)
+
+
+def _where_configs_are(path: str) -> str:
+    """For a path like `configs/digits.py` that does not exist here: where the project's own config files are."""
+    if os.path.normpath(path).partition("/")[0] != "configs":
+        return ""
+    checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.isfile(shipped := os.path.join(checkout, os.path.normpath(path))):
+        return f" in {os.getcwd()}. Use --config={shipped}"
+    return (
+        f" in {os.getcwd()}. The project's configs are not part of an installed package: run the command in a checkout of the "
+        "project, or give the path of a file in its folder configs"
+    )
 
 
 # ---- the process
@@ -335,8 +348,9 @@ def run(argv: Sequence[str]) -> int:
     """
     page = _help(argv)
     if page:
-        print(page)
+        usage.show(page)
         return 0
+    open_files.raise_limit()
     config, values, file = _parse(argv)
     config_lib.validate(config)
     _without_ynn(config.platform)
@@ -364,7 +378,7 @@ def run(argv: Sequence[str]) -> int:
     if values.mode == "train" and result.get("step") == config.train.steps:
         scores = _judged(config, values.workdir) if config.train.judge else ""
         if _first_process():
-            print(usage.after_training(config, values.workdir, scores))
+            usage.show(usage.after_training(config, values.workdir, scores))
     return 0 if result.get("fits", True) else 1
 
 
@@ -390,6 +404,8 @@ def _line(error: Exception) -> str | None:
         return " ".join(str(error).split())
     if storage.is_error(error):
         return f"a file cannot be read or written: {first_line(error)}"
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is too small ({first_line(error)}): try a smaller image, model or batch."
     if "RESOURCE_EXHAUSTED" in str(error):  # of XLA, under several names
         return (
             f"the device's memory is full ({first_line(error)}): try a smaller train.batch, sample.batch or model, "

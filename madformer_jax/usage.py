@@ -4,8 +4,10 @@ import ast
 import functools
 import importlib.resources
 import inspect
+import os
 import pkgutil
 import shlex
+import sys
 import textwrap
 
 from ml_collections import ConfigDict
@@ -112,6 +114,14 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
         )
     why = "What to try next: draw more, make statistics of held-out images, and judge the model by them:"
     return "\n".join([made, why, draw, command("reference"), command("evaluate")])
+
+
+def show(text: str) -> None:
+    """Prints text. If nobody reads standard output any more (`--help | head`), nothing is printed from here on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
 
 
 def quoted(argument: str) -> str:

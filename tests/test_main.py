@@ -44,6 +44,8 @@ def error_of(capsys, *args):
         (["--config.model.diffusion_depth=9"], "config.model.diffusion_depth=9"),
         (["--config.sample.labels=12"], "12 is no class"),
         (["--config.sample.solver=euler"], "config.sample.solver='euler' is unknown"),
+        (["--config.data.image_size=1000000000"], "config.data.image_size=1000000000 is out of range"),
+        (["--config.data.image_size=-8"], "config.data.image_size=-8 is out of range"),
         (["--mode=trian"], "mode"),
         (["--wrkdir=here"], "wrkdir"),
         (["train"], "'train' is no flag"),
@@ -93,6 +95,25 @@ def test_help_names_every_mode_and_the_fields_of_one(capsys):
     assert re.search(r"--config.sample.steps=50\n", text) and "--config.optimizer" not in text
     assert re.search(r"--config.sample.grid=64 +the first images, shown in the PNG", text)
     assert "--mode=trian" in error_of(capsys, "--mode=trian", "--help")[1]
+
+
+def test_help_ends_quietly_if_nobody_reads_it_to_its_end():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "madformer_jax", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_where_the_configs_are_is_said(monkeypatch, capsys, tmp_path):
+    checkout = os.getcwd()
+    monkeypatch.chdir(tmp_path)
+    line = error_of(capsys, DIGITS, "--workdir=run")[1]
+    assert f"there is no file 'configs/digits.py' in {tmp_path}. Use --config={checkout}/configs/digits.py." in line
+    monkeypatch.setattr(main, "__file__", f"{tmp_path}/site-packages/madformer_jax/main.py")
+    line = error_of(capsys, DIGITS, "--workdir=run")[1]
+    assert "The project's configs are not part of an installed package: run the command in a checkout" in line
 
 
 def test_help_leaves_out_no_mode_and_no_field():
@@ -324,6 +345,9 @@ def test_errors_of_the_system_are_one_line_and_ours_are_not(monkeypatch, capsys,
 
     status, line = fail(PermissionError(13, "Permission denied", "/some/file"))
     assert (status, line) == (2, "error: a file cannot be read or written: [Errno 13] Permission denied: '/some/file'")
+    status, line = fail(MemoryError("Unable to allocate 111. PiB for an array"))
+    assert status == 2
+    assert "this machine's memory is too small (Unable to allocate 111. PiB for an array)" in line
     status, line = fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.\nMore"))
     assert status == 2
     assert "the device's memory is full" in line

@@ -21,7 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing, prompts
+from madformer_jax import codec, drawing, prompts, usage
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, places, samples, settings
@@ -69,7 +69,7 @@ def run(
         evaluate.check(_evaluated(run.config, overrides, [run.config.sample.steps]))
     storage.check_arrays_path(workdir, write=True)
     if dry_run:
-        print(listing.table(job))
+        usage.show(listing.table(job))
         return {}
     if jax.process_index() == 0:
         with storage.errors(f"--workdir={workdir} cannot be written"):
