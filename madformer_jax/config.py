@@ -285,6 +285,13 @@ def as_tiny(c: ConfigDict) -> None:
     c.evaluate.network, c.evaluate.n = "classifier", 16
 
 
+def split(given: str) -> tuple[str, str, str]:
+    """Path, colon and variant of --config=FILE:variant; a path may hold colons."""
+    ends = [i for i, character in enumerate(given) if character == ":"] + [len(given)]
+    end = next((i for i in ends if os.path.isfile(given[:i])), ends[0])
+    return given[:end], given[end : end + 1], given[end + 1 :]
+
+
 def expand_paths(c: ConfigDict) -> None:
     """Expands `~` in all fields that are paths. Call it at the edge: once for a config that a user has given.
 

@@ -159,12 +159,9 @@ def _of_workdir(values: flags.FlagValues) -> ConfigDict:
 
 def _of_file(given: str) -> tuple[ConfigDict, _File]:
     """Runs get_config of FILE or FILE:variant."""
-    expanded = storage.expand(given)
-    cuts = [*(i for i, character in enumerate(expanded) if character == ":"), len(expanded)]  # a path may hold colons
-    cut = next((i for i in cuts if os.path.isfile(expanded[:i])), cuts[0])
-    path, colon, variant = expanded[:cut], expanded[cut : cut + 1], expanded[cut + 1 :]
+    path, colon, variant = config_lib.split(storage.expand(given))
     if not os.path.isfile(path):
-        raise ConfigError(f"--config={given}: there is no file {path!r}{_where_configs_are(path)}.")
+        raise ConfigError(f"--config={given}: there is no file {path!r}{usage.where_configs_are(path)}.")
     module = sys.modules["config_file"] = types.ModuleType("config_file")
     module.__file__ = path
     try:
@@ -193,19 +190,6 @@ def _of_file(given: str) -> tuple[ConfigDict, _File]:
     return config.lock(), _File(module, args)
 
 
-def _where_configs_are(path: str) -> str:
-    """For a path like `configs/digits.py` that does not exist here: where the project's own config files are."""
-    if os.path.normpath(path).partition("/")[0] != "configs":
-        return ""
-    checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    if os.path.isfile(shipped := os.path.join(checkout, os.path.normpath(path))):
-        return f" in {os.getcwd()}. Use --config={shipped}"
-    return (
-        f" in {os.getcwd()}. The project's configs are not part of an installed package: run the command in a checkout of the "
-        "project, or give the path of a file in its folder configs"
-    )
-
-
 # ---- the process
 
 
@@ -228,12 +212,6 @@ def _start_jax(platform: str) -> None:
         raise ConfigError(f"JAX_PLATFORMS={asked!r} does not start ({first_line(error)}): {held}.") from error
     if platform and found != platform:
         raise ConfigError(f"config.platform={platform!r}, but JAX runs on {found!r}: {held}.")
-
-
-def _first_process() -> bool:
-    import jax
-
-    return jax.process_index() == 0
 
 
 def _use_cache(setting: str, workdir: str | None) -> None:
@@ -377,7 +355,9 @@ def run(argv: Sequence[str]) -> int:
         result = module.run(config, values.workdir, **extra)
     if values.mode == "train" and result.get("step") == config.train.steps:
         scores = _judged(config, values.workdir) if config.train.judge else ""
-        if _first_process():
+        import jax
+
+        if jax.process_index() == 0:
             usage.show(usage.after_training(config, values.workdir, scores))
     return 0 if result.get("fits", True) else 1
 

@@ -124,6 +124,19 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
 
 
+def where_configs_are(path: str) -> str:
+    """For a path like `configs/digits.py` that does not exist here: where the project's own config files are."""
+    if os.path.normpath(path).partition("/")[0] != "configs":
+        return ""
+    checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.isfile(shipped := os.path.join(checkout, os.path.normpath(path))):
+        return f" in {os.getcwd()}. Use --config={shipped}"
+    return (
+        f" in {os.getcwd()}. The project's configs are not part of an installed package: run the command in a checkout of the "
+        "project, or give the path of a file in its folder configs"
+    )
+
+
 def quoted(argument: str) -> str:
     """`--name=value` as it is pasted into a shell."""
     name, equals, value = argument.partition("=")

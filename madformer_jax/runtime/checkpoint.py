@@ -7,7 +7,6 @@ Every item has the checksums of its files, which are compared before any of it i
 """
 
 import contextlib
-import errno
 import functools
 import json
 import time
@@ -125,6 +124,9 @@ class Checkpoints:
         storage.check_arrays_path(self.path, write=not read_only)
         quiet.quiet()
 
+        def verify(item: str) -> checksums.Verify:
+            return lambda handler, directory: checksums.verify_arrays(handler, directory, self._saving.get(item))
+
         def opened() -> ocp.CheckpointManager:
             arrays = {name: ocp.StandardCheckpointHandler(**_in_flight(state)) for name in ARRAYS}
             plain = {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
@@ -138,13 +140,7 @@ class Checkpoints:
                     async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._saved),
                     enable_async_checkpointing=not read_only,
                 ),
-                item_handlers={
-                    **{
-                        name: checksums.written_by(x, functools.partial(self._verify, name))
-                        for name, x in arrays.items()
-                    },
-                    **{name: checksums.written_by(handler) for name, handler in plain.items()},
-                },
+                item_handlers={name: checksums.written_by(x, verify(name)) for name, x in (arrays | plain).items()},
             )
 
         with self._errors("opened"):
@@ -171,16 +167,6 @@ class Checkpoints:
             raise ConfigError(
                 f"checkpoints in {self.path} cannot be {verb}; {kept}: {storage.cause(error)}."
             ) from error
-
-    def _verify(self, item: str, handler: ocp.StandardCheckpointHandler, directory: epath.Path) -> None:
-        """Opens all arrays of an item that has just been written, and compares their names and shapes.
-
-        Raises:
-          OSError: An array is missing or has another shape.
-          ValueError: TensorStore cannot open an array.
-        """
-        if array_shapes(handler.metadata(directory).tree) != self._saving[item]:
-            raise OSError(errno.EIO, f"the {item} that were written cannot be read back", str(directory))
 
     def _saved(self) -> None:
         if jax.process_index() == 0:
@@ -215,7 +201,7 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return
             self._started, self._step = time.monotonic(), step
-            self._saving = {name: array_shapes(tree) for name, tree in arrays.items()}
+            self._saving = {name: checksums.array_shapes(tree) for name, tree in arrays.items()}
             items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
             if data is not None:
                 items["data"] = ocp.args.JsonSave(data)
@@ -322,7 +308,7 @@ class Checkpoints:
         """Name -> shape of the arrays of an item of the newest step; None where it has no such item."""
         with self._errors("read"):
             tree = self._manager.item_metadata(self._manager.latest_step()).get(item)
-        return None if tree is None else array_shapes(tree.tree)
+        return None if tree is None else checksums.array_shapes(tree.tree)
 
     def _together(self, step: int, act: Callable[[], T]) -> T:
         """What `act` returns; where it fails in any process, it fails in all.
@@ -396,11 +382,6 @@ def _in_flight(state: Any) -> dict[str, Any]:
     """Orbax's limit on what one item copies at a time while it is written: 1/32 of the state, but any array as a whole."""
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     return {"save_concurrent_gb": max(sum(sizes) / 32, 1.5 * max(sizes)) / 1e9} if sizes else {}
-
-
-def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the arrays of a tree, or of what Orbax says of a stored one."""
-    return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep="/", keep_empty_nodes=False).items()}
 
 
 def exists(workdir: str) -> bool:

@@ -3,10 +3,11 @@
 A step thus has them or is unfinished, whenever the process dies. Items written before there were any have none and pass.
 """
 
+import errno
 import json
 from collections.abc import Callable
 from concurrent import futures
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orbax.checkpoint as ocp
 import tensorstore
@@ -18,13 +19,14 @@ NAME = "checksums.json"
 _WRITTEN_LATER = "_CHECKPOINT_METADATA"  # Orbax notes the time of its commit there, and reads none of it back
 _THREADS = 4  # hashing does not hold the interpreter's lock
 Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
+Verify = Callable[[ocp.CheckpointHandler, epath.Path], None]  # (handler, folder of an item that it has written)
 
 
 class DamagedError(Exception):
     """A file is missing or not what was written."""
 
 
-def written_by(handler: Handler, verify: Callable[[Handler, epath.Path], None] | None = None) -> Handler:
+def written_by(handler: Handler, verify: Verify | None = None) -> Handler:
     """Makes a handler add checksums to each item that it writes: in its last act, in the background, in process 0 alone.
 
     Orbax looks arguments up by the handler's exact type: a subclass would have to repeat its registrations.
@@ -46,6 +48,22 @@ def written_by(handler: Handler, verify: Callable[[Handler, epath.Path], None] |
 
     handler.finalize = finalize_and_sum
     return handler
+
+
+def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the arrays of a tree, or of what Orbax says of a stored one."""
+    return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep="/", keep_empty_nodes=False).items()}
+
+
+def verify_arrays(handler: Any, directory: epath.Path, shapes: dict[str, tuple[int, ...]] | None) -> None:
+    """Opens all arrays of an item that has just been written, and compares their names and shapes.
+
+    Raises:
+      OSError: An array is missing or has another shape.
+      ValueError: TensorStore cannot open an array.
+    """
+    if shapes is not None and array_shapes(handler.metadata(directory).tree) != shapes:
+        raise OSError(errno.EIO, "the arrays that were written cannot be read back", str(directory))
 
 
 def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
