@@ -281,7 +281,8 @@ def load(path: str, codec: str = "") -> Model:
     Raises:
       ConfigError: There is no model, or it is damaged.
     """
-    if not os.path.exists(path) and "://" not in path and path.count("/") == 1:
+    path = storage.expand(path)
+    if not os.path.exists(path) and not storage.is_remote(path) and path.count("/") == 1:
         path = _from_hub(path)
     file = f"{path.rstrip('/')}/config.json"
     saved = storage.read_json(file)
@@ -290,6 +291,7 @@ def load(path: str, codec: str = "") -> Model:
     c = config_lib.restored(saved, file)
     if codec:
         c.codec.path = codec
+    config_lib.expand_paths(c)
     config_lib.validate(c)
     return of_workdir(c, path)
 

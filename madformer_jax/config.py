@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax import class_labels, fields, identity, limits
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import provenance
+from madformer_jax.runtime import provenance, storage
 from madformer_jax.sizes import SCALING_FACTOR, Sizes, sizes_of
 
 BESIDE = "tokenizer.json"  # as text.tokenizer of an export's config.json: the file that lies beside it
@@ -316,6 +316,26 @@ def as_tiny(c: ConfigDict) -> None:
     c.train.batch = c.sample.n = c.sample.batch = 16
     c.sample.steps = 4
     c.evaluate.network, c.evaluate.n = "classifier", 16
+
+
+def split(given: str) -> tuple[str, str, str]:
+    """Path, colon and variant of --config=FILE:variant; a path may hold colons."""
+    ends = [i for i, character in enumerate(given) if character == ":"] + [len(given)]
+    end = next((i for i in ends if os.path.isfile(given[:i])), ends[0])
+    return given[:end], given[end : end + 1], given[end + 1 :]
+
+
+def expand_paths(c: ConfigDict) -> None:
+    """Expands `~` in all fields that are paths. Call it at the edge: once for a config that a user has given.
+
+    Raises:
+      ConfigError: The home folder is unknown.
+    """
+    prompts = ("sample.prompts",) if c.sample.prompts.endswith(".txt") else ()
+    for field in (*limits.PATHS, *prompts):
+        section, _, name = field.rpartition(".")
+        owner = c[section] if section else c
+        owner[name] = storage.expand(owner[name])
 
 
 def validate(c: ConfigDict) -> Sizes:

@@ -280,7 +280,7 @@ def read_shards(folder: storage.Path) -> Iterator[Drawn]:
       ConfigError: shards are missing or damaged.
     """
     with storage.errors(f"{folder} cannot be read"):
-        paths = sorted(epath.Path(folder).glob("shard-*-of-*.npz"))
+        paths = storage.matching(folder, "shard-*-of-*.npz")
     count = int(paths[0].stem.rpartition("-")[2]) if paths else 0
     if not paths or len(paths) != count:
         raise ConfigError(f"{folder} holds {len(paths)} of {count or '?'} shards: let --mode=sample finish it.")

@@ -1,6 +1,7 @@
 """What the fields of a config may hold: choices, ranges, and what must fit together. The fields themselves: config.py."""
 
 import math
+import unicodedata
 
 from ml_collections import ConfigDict
 
@@ -63,6 +64,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "demo.port": (0, 65535),
     "codec.scaling_factor": (1e-6, math.inf),
     "data.drawings": (1, math.inf),
+    "data.image_size": (1, 1 << 15),
     "data.channels": (1, math.inf),
     "data.test_share": (0, 1),
     "data.max_corrupt": (0, 1),
@@ -116,27 +118,33 @@ _UNCONDITIONAL = {
     "sample.label_sampling": "balanced",
 }
 
-_PATHS = (
+PATHS = (
     "compilation_cache", "codec.path", "data.path", "text.tokenizer", "sample.noise", "convert.release", "convert.vae",
     "convert.inception",
     "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
-    "train.init_from",
+    "train.init_from", "demo.other",
 )  # fmt: skip
 _SCHEMES = ("gs", "s3", "az", "hf")  # of epath
 _LARGEST = 2**31 - 1  # of an integer; JAX's are of 32 bits
 
 
 def check_path(name: str, path: str) -> None:
-    """Refuses what cannot be meant as a path.
+    """Refuses a value that cannot be meant as a path.
+
+    Any character of a file name is accepted, but no control characters, which the one line of a message cannot hold, and
+    no bytes that are not UTF-8 (surrogates in Python), which most libraries refuse.
 
     Raises:
-      ConfigError: names the flag or field.
+      ConfigError: Names the flag or field.
     """
     scheme, remote, _ = path.partition("://")
     if remote and scheme not in _SCHEMES:
         raise ConfigError(f"{name}={path!r} is on no file system that is known: {', '.join(_SCHEMES)} are.")
-    if path.lower() in ("none", "null", "true", "false") or not path.isprintable():
-        raise ConfigError(f"{name}={path!r} is no path: leave it empty ({name}=) where none is meant.")
+    if path.lower() in ("none", "null", "true", "false"):
+        raise ConfigError(f"{name}={path!r} is not a path. Leave it empty ({name}=) if none is meant.")
+    wrong = [character for character in path if unicodedata.category(character) in ("Cc", "Cs")]
+    if wrong:
+        raise ConfigError(f"{name}={path!r}: {wrong[0]!r} is not supported in a path. Rename the file or folder.")
 
 
 def check(c: ConfigDict) -> None:
@@ -158,7 +166,7 @@ def check(c: ConfigDict) -> None:
             raise ConfigError(f"config.{field}={value} must be a finite number.")
         if isinstance(value, int) and field != "seed" and abs(value) > _LARGEST:
             raise ConfigError(f"config.{field}={value} is out of range: it must be at most {_LARGEST}.")
-    for field in _PATHS:
+    for field in PATHS:
         check_path(f"config.{field}", given[field])
     check_depth(c)
     m = c.model

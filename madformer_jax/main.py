@@ -37,7 +37,7 @@ from ml_collections import ConfigDict, config_flags
 
 from madformer_jax import config as config_lib
 from madformer_jax import fields, limits, usage
-from madformer_jax.runtime import storage
+from madformer_jax.runtime import open_files, storage
 
 # ---- the command line
 
@@ -79,6 +79,7 @@ def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _File | N
         raise ConfigError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
+    config_lib.expand_paths(values.config)
     return values.config, values, file
 
 
@@ -124,6 +125,7 @@ def _check_flags(values: flags.FlagValues) -> None:
         )
     if values.workdir:
         limits.check_path("--workdir", values.workdir)
+        values["workdir"].value = storage.expand(values.workdir)
     if not values.coordinator and max(values.num_processes, values.process_id) >= 0:
         raise ConfigError("--num_processes and --process_id need --coordinator=host:port.")
     if values.topology and values.mode != "compile":
@@ -161,9 +163,9 @@ def _of_workdir(values: flags.FlagValues) -> ConfigDict:
 
 def _of_file(given: str) -> tuple[ConfigDict, _File]:
     """Runs get_config of FILE or FILE:variant."""
-    path, colon, variant = given.partition(":")
+    path, colon, variant = config_lib.split(storage.expand(given))
     if not os.path.isfile(path):
-        raise ConfigError(f"--config={given}: there is no file {path!r}.")
+        raise ConfigError(f"--config={given}: there is no file {path!r}{usage.where_configs_are(path)}.")
     module = sys.modules["config_file"] = types.ModuleType("config_file")
     module.__file__ = path
     try:
@@ -216,23 +218,17 @@ def _start_jax(platform: str) -> None:
         raise ConfigError(f"config.platform={platform!r}, but JAX runs on {found!r}: {held}.")
 
 
-def _first_process() -> bool:
-    import jax
-
-    return jax.process_index() == 0
-
-
 def _use_cache(setting: str, workdir: str | None) -> None:
-    """Sets the folder of compiled programs. JAX itself reads JAX_COMPILATION_CACHE_DIR, which "auto" keeps."""
+    """Sets the folder of compiled programs. For "auto" JAX_COMPILATION_CACHE_DIR comes before the user's cache."""
     import jax
 
     if setting == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if setting == "auto" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    folders = {"auto": storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
-    jax.config.update("jax_compilation_cache_dir", folders.get(setting, setting))
+    own = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folders = {"auto": own or storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
+    folder = os.fspath(storage.absolute(storage.expand(folders.get(setting, setting))))
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 _YNN = "xla_cpu_experimental_ynn_fusion_type"
@@ -336,8 +332,9 @@ def run(argv: Sequence[str]) -> int:
     """
     page = _help(argv)
     if page:
-        print(page)
+        usage.show(page)
         return 0
+    open_files.raise_limit()
     config, values, file = _parse(argv)
     config_lib.validate(config)
     _without_ynn(config.platform)
@@ -365,8 +362,10 @@ def run(argv: Sequence[str]) -> int:
     # A training that was asked to stop leaves at once: the next start judges it.
     if values.mode == "train" and result.get("step") == config.train.steps and "stopped" not in result:
         scores = _judged(config, values.workdir) if config.train.judge else ""
-        if _first_process():
-            print(usage.after_training(config, values.workdir, scores))
+        import jax
+
+        if jax.process_index() == 0:
+            usage.show(usage.after_training(config, values.workdir, scores))
     return 0 if result.get("fits", True) else 1
 
 
@@ -404,6 +403,8 @@ def _line(error: Exception) -> str | None:
         return " ".join(str(error).split())
     if storage.is_error(error):
         return f"a file cannot be read or written: {first_line(error)}"
+    if isinstance(error, MemoryError):
+        return f"this machine's memory is too small ({first_line(error)}): try a smaller image, model or batch."
     if "RESOURCE_EXHAUSTED" in str(error):  # of XLA, under several names
         return (
             f"the device's memory is full ({first_line(error)}): try a smaller train.batch, sample.batch or model, "

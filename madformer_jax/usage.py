@@ -4,7 +4,10 @@ import ast
 import functools
 import importlib.resources
 import inspect
+import os
 import pkgutil
+import shlex
+import sys
 import textwrap
 
 from ml_collections import ConfigDict
@@ -93,21 +96,51 @@ def reference() -> str:
 
 def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
     """What a training has made, how good it is, and what to try next."""
-    chosen = " --config.sample.labels='[0, 1]' --config.sample.guidance=2" if c.model.classes else ""
-    command = f"  {_COMMAND} --workdir={workdir} --mode="
+    chosen = ["--config.sample.labels=[0, 1]", "--config.sample.guidance=2"] if c.model.classes else []
+
+    def command(mode: str, *arguments: str) -> str:
+        return f"  {_COMMAND} " + " ".join(map(quoted, [f"--workdir={workdir}", f"--mode={mode}", *arguments]))
+
     made = (
         f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard "
-        f"--logdir {workdir})."
+        f"{quoted(f'--logdir={workdir}')})."
     )
-    draw = f"{command}sample --config.sample.n=100{chosen}"
+    draw = command("sample", "--config.sample.n=100", *chosen)
     if scores:
         steps = f"{max(1, c.sample.steps // 5)},{c.sample.steps}"
         why = "What to try next: draw more, see what fewer solver steps cost in quality, and watch pictures come into being:"
         return "\n".join(
-            [made, scores, why, draw, f'{command}evaluate --config.evaluate.grid="steps={steps}"', f"{command}gallery"]
+            [made, scores, why, draw, command("evaluate", f"--config.evaluate.grid=steps={steps}"), command("gallery")]
         )
     why = "What to try next: draw more, make statistics of held-out images, and judge the model by them:"
-    return "\n".join([made, why, draw, f"{command}reference", f"{command}evaluate"])
+    return "\n".join([made, why, draw, command("reference"), command("evaluate")])
+
+
+def show(text: str) -> None:
+    """Prints text. If nobody reads standard output any more (`--help | head`), nothing is printed from here on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+
+
+def where_configs_are(path: str) -> str:
+    """For a path like `configs/digits.py` that does not exist here: where the project's own config files are."""
+    if os.path.normpath(path).partition("/")[0] != "configs":
+        return ""
+    checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.isfile(shipped := os.path.join(checkout, os.path.normpath(path))):
+        return f" in {os.getcwd()}. Use --config={shipped}"
+    return (
+        f" in {os.getcwd()}. The project's configs are not part of an installed package: run the command in a checkout of the "
+        "project, or give the path of a file in its folder configs"
+    )
+
+
+def quoted(argument: str) -> str:
+    """`--name=value` as it is pasted into a shell."""
+    name, equals, value = argument.partition("=")
+    return f"{name}{equals}{shlex.quote(value)}"
 
 
 def _of_all() -> str:

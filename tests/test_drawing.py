@@ -195,6 +195,15 @@ def test_a_grid_is_scaled_down_to_what_it_may_be_wide(channels):
     np.testing.assert_array_equal(drawing.reduced(images, 36), images)
 
 
+@pytest.mark.parametrize("name", ["a[1]", "x*"])
+def test_shards_are_read_from_the_folder_that_is_named(tmp_path, name):
+    for value, folder in enumerate(("a1", "xy", name)):
+        shard = drawing.Drawn(*[np.full(1, value)] * len(drawing.Drawn._fields))
+        drawing.write_shard(tmp_path / folder / "shard-00000-of-00001.npz", shard)
+    (found,) = drawing.read_shards(tmp_path / name)
+    assert found.images.tolist() == [2]
+
+
 def test_a_flipped_byte_of_a_shard_is_noticed(tmp_path):
     path = tmp_path / "shard.npz"
     rng = np.random.default_rng(0)

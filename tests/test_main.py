@@ -44,6 +44,8 @@ def error_of(capsys, *args):
         (["--config.model.diffusion_depth=9"], "config.model.diffusion_depth=9"),
         (["--config.sample.labels=12"], "12 is not a class"),
         (["--config.sample.solver=euler"], "config.sample.solver='euler' is unknown"),
+        (["--config.data.image_size=1000000000"], "config.data.image_size=1000000000 is out of range"),
+        (["--config.data.image_size=-8"], "config.data.image_size=-8 is out of range"),
         (["--mode=trian"], "mode"),
         (["--wrkdir=here"], "wrkdir"),
         (["train"], "'train' is no flag"),
@@ -95,6 +97,25 @@ def test_help_names_every_mode_and_the_fields_of_one(capsys):
     assert "--mode=trian" in error_of(capsys, "--mode=trian", "--help")[1]
 
 
+def test_help_ends_quietly_if_nobody_reads_it_to_its_end():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "madformer_jax", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_where_the_configs_are_is_said(monkeypatch, capsys, tmp_path):
+    checkout = os.getcwd()
+    monkeypatch.chdir(tmp_path)
+    line = error_of(capsys, DIGITS, "--workdir=run")[1]
+    assert f"there is no file 'configs/digits.py' in {tmp_path}. Use --config={checkout}/configs/digits.py." in line
+    monkeypatch.setattr(usage, "__file__", f"{tmp_path}/site-packages/madformer_jax/usage.py")
+    line = error_of(capsys, DIGITS, "--workdir=run")[1]
+    assert "The project's configs are not part of an installed package: run the command in a checkout" in line
+
+
 def test_help_leaves_out_no_mode_and_no_field():
     for mode, what in usage.summaries().items():
         assert what and not what.startswith("--mode"), (
@@ -107,20 +128,23 @@ def test_help_leaves_out_no_mode_and_no_field():
     assert {section for named in usage._SECTIONS.values() for section in named} <= sections
 
 
+@pytest.mark.parametrize("workdir", ["runs/x", "a run/$HOME's #1"])
 @pytest.mark.parametrize("scores", ["", "FD-classifier of 9 samples: 1"])
 @pytest.mark.parametrize("classes", [0, 10])
-def test_what_a_training_says_to_try_next_can_be_tried(monkeypatch, classes, scores):
+def test_what_a_training_says_to_try_next_can_be_tried(monkeypatch, classes, scores, workdir):
     c = config.base()
     c.model.classes = classes
-    monkeypatch.setattr(storage, "read_json", {"runs/x/config.json": json.loads(c.to_json())}.get)
+    monkeypatch.setattr(storage, "read_json", {f"{workdir}/config.json": json.loads(c.to_json())}.get)
     commands = [
         shlex.split(line)[3:]
-        for line in usage.after_training(c, "runs/x", scores).splitlines()
+        for line in usage.after_training(c, workdir, scores).splitlines()
         if line.startswith("  python")
     ]
     assert len(commands) == 3
     for command in commands:
-        config.validate(main.parse(["main", *command])[0])
+        given, values = main.parse(["main", *command])
+        assert values.workdir == workdir
+        config.validate(given)
 
 
 def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path):
@@ -300,8 +324,10 @@ def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys)
     [
         (["--process_id=1"], "need --coordinator"),
         (["--topology=v5e:4x4"], "is for --mode=compile"),
-        (["--workdir=None"], "--workdir='None' is no path"),
-        (["--config.data.path=none"], "config.data.path='none' is no path"),
+        (["--workdir=None"], "--workdir='None' is not a path"),
+        (["--config.data.path=none"], "config.data.path='none' is not a path"),
+        (["--workdir=a\nb"], "--workdir='a\\nb': '\\n' is not supported in a path"),
+        (["--config.data.path=a\udc80b"], "'\\udc80' is not supported in a path"),
     ],
 )
 def test_what_would_be_ignored_or_misunderstood_is_refused(capsys, tmp_path, args, told):
@@ -320,6 +346,9 @@ def test_errors_of_the_system_are_one_line_and_ours_are_not(monkeypatch, capsys,
 
     status, line = fail(PermissionError(13, "Permission denied", "/some/file"))
     assert (status, line) == (2, "error: a file cannot be read or written: [Errno 13] Permission denied: '/some/file'")
+    status, line = fail(MemoryError("Unable to allocate 111. PiB for an array"))
+    assert status == 2
+    assert "this machine's memory is too small (Unable to allocate 111. PiB for an array)" in line
     status, line = fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.\nMore"))
     assert status == 2
     assert "the device's memory is full" in line

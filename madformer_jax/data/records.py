@@ -32,12 +32,12 @@ from ml_collections import ConfigDict
 from madformer_jax.data import preprocess
 from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.runtime import storage
+from madformer_jax.runtime import open_files, storage
 from madformer_jax.sizes import sizes_of
 
 FORMAT = 2  # of the manifest; 1 had no seals, no names of classes, and the VAE's path for its weights
 MANIFEST = "manifest.json"
-MAX_OPEN = 400  # shards that a process holds open: many systems allow it 1024 files. Reading goes on with more, slower
+MAX_OPEN = 400  # shards that a process holds open, if the system allows it. Reading goes on with more, slower
 LATE = 1e-3  # seconds a record, in the mean over a batch: more than any local disk takes; a bucket that is mounted, say
 _SUMMED = 1 << 28  # bytes: smaller sets are compared with their SHA-256 sums at every start, in well under a second
 _OF_THE_VAE = ("scaling_factor", "shift_factor", "channels", "downsampling")  # facts of the manifest's codec
@@ -216,7 +216,7 @@ class _Readers:
         with self._lock:
             there = self._open[shard] = self._open.get(shard) or _Open()
             self._open.move_to_end(shard)
-            if len(self._open) > MAX_OPEN:
+            while len(self._open) > open_files.share(MAX_OPEN):
                 self._open.popitem(last=False)
         with there.lock:
             try:

@@ -12,9 +12,10 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax import config as config_lib
+from madformer_jax import usage
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
-from madformer_jax.runtime import checkpoint
+from madformer_jax.runtime import checkpoint, storage
 from madformer_jax.weights import files, release_config
 from madformer_jax.weights import inception as inception_weights
 from madformer_jax.weights import vae as vae_weights
@@ -41,6 +42,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     if len(chosen) != 1:
         given = ", ".join(chosen) or "none"
         raise ConfigError(f"--mode=convert needs one of config.convert.{{{','.join(jobs)}}}, given: {given}.")
+    if chosen != ["to_release"]:
+        storage.check_arrays_path(workdir, write=True)
     return jobs[chosen[0]](c, workdir)
 
 
@@ -90,7 +93,7 @@ def _to_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
 def _vae(c: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = f"{workdir}/vae"
     vae_weights.save(folder, c.convert.vae)
-    logging.info("converted %s; use it with --config.codec.path=%s", c.convert.vae, folder)
+    logging.info("converted %s; use it with %s", c.convert.vae, usage.quoted(f"--config.codec.path={folder}"))
     return {"path": folder}
 
 

@@ -33,6 +33,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       ConfigError: there is no checkpoint, it does not fit the config or has no averages, or the disk is full.
     """
     config_lib.validate(c)
+    storage.check_arrays_path(workdir, write=True)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
@@ -95,7 +96,7 @@ def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any,
     grid = _grid(workdir, step)
     if grid is not None:
         storage.write_bytes(f"{exported}/grid.png", grid.read_bytes())
-    found = [storage.read_json(path) for path in sorted((epath.Path(workdir) / "evaluations").glob("*.json"))]
+    found = [storage.read_json(path) for path in storage.matching(epath.Path(workdir) / "evaluations", "*.json")]
     of_these = {"step": step, "weights": "ema"}
     results = [x for x in found if of_these.items() <= x["protocol"]["images"].items()]
     parameters = sum(math.prod(x.shape) for x in tensors.values())
@@ -105,5 +106,5 @@ def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any,
 def _grid(workdir: str, step: int) -> epath.Path | None:
     """A picture of samples of the step: of --mode=sample if there is one, else of the training."""
     samples = epath.Path(workdir) / "samples"
-    found = [*sorted(samples.glob(f"step_{step:06d}_ema_*/grid.png")), *samples.glob(f"step_{step:06d}_ema.png")]
-    return found[0] if found else None
+    found = [folder / "grid.png" for folder in storage.matching(samples, f"step_{step:06d}_ema_*")]
+    return next((path for path in (*found, samples / f"step_{step:06d}_ema.png") if path.exists()), None)

@@ -265,7 +265,7 @@ def _write(
     """Makes one shard, durably, and describes it."""
     name = _file(plan, k)
     if not storage.is_remote(folder):
-        for part in folder.glob(f".{name}.*.part"):  # of a process that was killed
+        for part in storage.matching(folder, f".{name}.*.part"):  # of a process that was killed
             part.unlink()
     shard = records.Shard(name, 0, 0, "", [], [])
 

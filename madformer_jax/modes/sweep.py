@@ -21,7 +21,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing, prompts
+from madformer_jax import codec, drawing, prompts, usage
 from madformer_jax import config as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, places, samples, settings
@@ -33,7 +33,6 @@ from madformer_jax.testbed.budget import Timing
 from madformer_jax.testbed.layout import Job
 from madformer_jax.testbed.sweep import Evaluation, Run
 
-SETTLE = 1.0  # seconds after which a claim counts
 POLL = 10.0  # seconds between two looks at what others work on
 COLUMNS = 8  # images in a row of a run's grid
 TIMED = (4, 16)  # solver steps whose seconds give those of any other number
@@ -69,8 +68,9 @@ def run(
             budget.solver_steps(sweep.overridden(run.config, evaluation.overrides), evaluation.kind, evaluation.asked)
     for run, overrides in itertools.product(job.runs, definition.evaluations):
         evaluate.check(_evaluated(run.config, overrides, [run.config.sample.steps]))
+    storage.check_arrays_path(workdir, write=True)
     if dry_run:
-        print(listing.table(job))
+        usage.show(listing.table(job))
         return {}
     if jax.process_index() == 0:
         with storage.errors(f"--workdir={workdir} cannot be written"):
@@ -89,7 +89,7 @@ def _work(job: Job) -> dict[str, Any]:
         worked = False
         for run in waiting:
             try:
-                with lock.hold(layout.claim(job.workdir, run.name), SETTLE):
+                with lock.hold(layout.claim(job.workdir, run.name)):
                     if _is_done(job, run):  # meanwhile
                         continue
                     worked = True
@@ -248,7 +248,7 @@ def _make_once(workdir: str, name: str, path: str, make: Callable[[], Any]) -> N
     """Calls `make`, which writes the file, in one process; the others wait for it."""
     while not _exists(path):
         try:
-            with lock.hold(layout.claim(workdir, name), SETTLE):
+            with lock.hold(layout.claim(workdir, name)):
                 if not _exists(path):
                     make()
         except lock.HeldError:

@@ -42,6 +42,7 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
         longer finite.
     """
     config_lib.validate(c)
+    storage.check_arrays_path(workdir, write=True)
     judge = samples.open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
     with contextlib.ExitStack() as stack:
         # data, devices, model

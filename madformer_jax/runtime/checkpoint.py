@@ -115,7 +115,12 @@ class Checkpoints:
         self._started = 0.0
         self._step = -1
         self._unusable: set[int] = set()
+        self._saving: dict[str, dict[str, tuple[int, ...]]] = {}  # item -> shapes of its arrays
+        storage.check_arrays_path(self.path, write=not read_only)
         quiet.quiet()
+
+        def verify(item: str) -> checksums.Verify:
+            return lambda handler, directory: checksums.verify_arrays(handler, directory, self._saving.get(item))
 
         def opened() -> ocp.CheckpointManager:
             arrays = {name: ocp.StandardCheckpointHandler(**_in_flight(state)) for name in ARRAYS}
@@ -130,7 +135,7 @@ class Checkpoints:
                     async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._saved),
                     enable_async_checkpointing=not read_only,
                 ),
-                item_handlers={name: checksums.written_by(handler) for name, handler in (arrays | plain).items()},
+                item_handlers={name: checksums.written_by(x, verify(name)) for name, x in (arrays | plain).items()},
             )
 
         with self._errors("opened"):
@@ -150,7 +155,9 @@ class Checkpoints:
         except Exception as error:
             if not (isinstance(error, (ValueError, RuntimeError)) or storage.is_error(error)):
                 raise
-            last = self._manager.latest_step() if hasattr(self, "_manager") else None
+            last = None
+            with contextlib.suppress(Exception):  # Orbax's manager forgets a step before it removes it
+                last = max(ocp.utils.checkpoint_steps(self.path), default=None)
             kept = f"step {last} is the last good one" if last is not None else "there is none yet"
             raise ConfigError(
                 f"checkpoints in {self.path} cannot be {verb}; {kept}: {storage.cause(error)}."
@@ -189,6 +196,7 @@ class Checkpoints:
             if step in self._manager.all_steps():
                 return
             self._started, self._step = time.monotonic(), step
+            self._saving = {name: checksums.array_shapes(tree) for name, tree in arrays.items()}
             items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
             if data is not None:
                 items["data"] = ocp.args.JsonSave(data)
@@ -295,10 +303,7 @@ class Checkpoints:
         """Name -> shape of the arrays of an item of the newest step; None where it has no such item."""
         with self._errors("read"):
             tree = self._manager.item_metadata(self._manager.latest_step()).get(item)
-        if tree is None:
-            return None
-        leaves, _ = jax.tree.flatten_with_path(tree.tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(x.shape) for path, x in leaves}
+        return None if tree is None else checksums.array_shapes(tree.tree)
 
     def _together(self, step: int, act: Callable[[], T]) -> T:
         """What `act` returns; where it fails in any process, it fails in all.

@@ -3,10 +3,11 @@
 A step thus has them or is unfinished, whenever the process dies. Items written before there were any have none and pass.
 """
 
+import errno
 import json
-import os
+from collections.abc import Callable
 from concurrent import futures
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orbax.checkpoint as ocp
 import tensorstore
@@ -18,21 +19,28 @@ NAME = "checksums.json"
 _WRITTEN_LATER = "_CHECKPOINT_METADATA"  # Orbax notes the time of its commit there, and reads none of it back
 _THREADS = 4  # hashing does not hold the interpreter's lock
 Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
+Verify = Callable[[ocp.CheckpointHandler, epath.Path], None]  # (handler, folder of an item that it has written)
 
 
 class DamagedError(Exception):
     """A file is missing or not what was written."""
 
 
-def written_by(handler: Handler) -> Handler:
-    """The handler, which now adds checksums to what it has written: in its last act, in the background, in process 0 alone.
+def written_by(handler: Handler, verify: Verify | None = None) -> Handler:
+    """Makes a handler add checksums to each item that it writes: in its last act, in the background, in process 0 alone.
 
     Orbax looks arguments up by the handler's exact type: a subclass would have to repeat its registrations.
+
+    Args:
+      handler: Handler of one item.
+      verify: Reads the item back before it gets its checksums. The step does not count as finished if this raises.
     """
     finalize = handler.finalize
 
     def finalize_and_sum(directory: epath.Path) -> None:
         finalize(directory)
+        if verify is not None:
+            verify(handler, directory)
         names = _files(directory)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             sums = dict(zip(names, pool.map(lambda name: storage.sha256(directory / name), names)))
@@ -40,6 +48,22 @@ def written_by(handler: Handler) -> Handler:
 
     handler.finalize = finalize_and_sum
     return handler
+
+
+def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the arrays of a tree, or of what Orbax says of a stored one."""
+    return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep="/", keep_empty_nodes=False).items()}
+
+
+def verify_arrays(handler: Any, directory: epath.Path, shapes: dict[str, tuple[int, ...]] | None) -> None:
+    """Opens all arrays of an item that has just been written, and compares their names and shapes.
+
+    Raises:
+      OSError: An array is missing or has another shape.
+      ValueError: TensorStore cannot open an array.
+    """
+    if shapes is not None and array_shapes(handler.metadata(directory).tree) != shapes:
+        raise OSError(errno.EIO, "the arrays that were written cannot be read back", str(directory))
 
 
 def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
@@ -79,8 +103,7 @@ def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
 
 def _files(folder: epath.Path) -> list[str]:
     """Names of all files below a folder. TensorStore lists a bucket in one request; a walk takes two for each file."""
-    path = os.fspath(folder)
-    url = f"{path}/" if storage.is_remote(path) else f"file://{os.path.abspath(path)}/"
-    names = [key.decode() for key in tensorstore.KvStore.open(url).result().list().result()]
+    store = tensorstore.KvStore.open(storage.kvstore(folder)).result()
+    names = [key.decode() for key in store.list().result()]
     # In a bucket, folders may be objects: "" is this one.
     return sorted(name for name in names if name not in ("", _WRITTEN_LATER) and not name.endswith("/"))

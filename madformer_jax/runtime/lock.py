@@ -5,6 +5,7 @@ it is stale when it does not change while we watch: clocks are not compared.
 """
 
 import contextlib
+import json
 import os
 import socket
 import threading
@@ -32,10 +33,8 @@ class HeldError(ConfigError):
 
 
 @contextlib.contextmanager
-def hold(workdir: str, settle: float = 0.0) -> Iterator[Callable[[], None]]:
+def hold(workdir: str) -> Iterator[Callable[[], None]]:
     """Holds the workdir for this job, by its process 0; the others wait for its answer.
-
-    Where many come at once, each waits `settle` seconds to see whether another one has taken the lock at the same moment.
 
     Yields:
       A function that raises ConfigError where somebody else has taken the lock meanwhile (this process was stopped for
@@ -46,14 +45,14 @@ def hold(workdir: str, settle: float = 0.0) -> Iterator[Callable[[], None]]:
       ConfigError: the workdir cannot be written.
     """
     if jax.process_count() == 1:
-        with _hold(epath.Path(workdir) / NAME, settle) as check:
+        with _hold(epath.Path(workdir) / NAME) as check:
             yield check
         return
     with contextlib.ExitStack() as stack:
         check, problem = _nothing, None
         if jax.process_index() == 0:
             try:
-                check = stack.enter_context(_hold(epath.Path(workdir) / NAME, settle))
+                check = stack.enter_context(_hold(epath.Path(workdir) / NAME))
             except ConfigError as error:
                 problem = error
         grade = 0 if problem is None else 1 if isinstance(problem, HeldError) else 2
@@ -66,7 +65,8 @@ def hold(workdir: str, settle: float = 0.0) -> Iterator[Callable[[], None]]:
 
 def holder(workdir: str) -> str | None:
     """Who holds the workdir, as far as can be told at once; None where nobody does, or a process of this machine that is gone."""
-    there = _read(epath.Path(workdir) / NAME)
+    with storage.errors(f"--workdir={workdir} cannot be read"):
+        there, _ = _read(epath.Path(workdir) / NAME)
     here = there is not None and there.get("machine") == _machine()
     return None if there is None or (here and not _lives(there)) else _who(there)
 
@@ -76,36 +76,39 @@ def _nothing() -> None:
 
 
 @contextlib.contextmanager
-def _hold(path: epath.Path, settle: float) -> Iterator[Callable[[], None]]:
+def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
     mine: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
     mine |= {"machine": _machine(), "started": _started(os.getpid()), "token": uuid.uuid4().hex, "beat": 0}
+    storage.check_arrays_path(path.parent, write=False)
     with storage.errors(f"--workdir={path.parent} cannot be written"):
         if not storage.is_remote(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        _take(path, mine, settle)
+        _take(path, mine)
     left = threading.Event()
 
-    def taken() -> dict[str, Any] | None:
-        there = storage.read_json(path)
-        return there if there is not None and there.get("token") != mine["token"] else None
+    def other(holder: dict[str, Any] | None) -> bool:
+        return holder is not None and holder.get("token") != mine["token"]
 
     def beat() -> None:
         while not left.wait(BEAT):
             mine["beat"] += 1
             try:
-                if taken():
+                holder, version = _read(path)
+                if other(holder):
                     return
-                storage.write_json(path, mine)
+                storage.write_version(path, _encode(mine), version)
             except Exception as error:  # a full disk, a bucket away for a moment: the next one may do
                 logging.warning("the lock %s cannot be renewed: %s", path, storage.cause(error))
 
     def check() -> None:
-        if other := taken():
-            raise HeldError(f"{path.parent} was taken over by {_who(other)} while this process stood still.")
+        with storage.errors(f"{path} cannot be read"):
+            holder, _ = _read(path)
+        if holder is not None and other(holder):
+            raise HeldError(f"{path.parent} was taken over by {_who(holder)} while this process stood still.")
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)
     thread.start()
@@ -115,35 +118,44 @@ def _hold(path: epath.Path, settle: float) -> Iterator[Callable[[], None]]:
         left.set()
         thread.join()
         with contextlib.suppress(Exception):  # what is left is recognised as stale
-            if not taken():
-                path.unlink(missing_ok=True)
+            holder, version = _read(path)
+            if not other(holder):
+                storage.write_version(path, None, version)
 
 
-def _take(path: epath.Path, mine: dict[str, Any], settle: float) -> None:
-    """Writes the lock, or raises HeldError where another one lives."""
-    there = _read(path)
-    if there is not None:
-        if _alive(path, there):
+def _take(path: epath.Path, mine: dict[str, Any]) -> None:
+    """Writes the lock in place of none or of a stale one.
+
+    Raises:
+      HeldError: Another process holds it. Of several that come at the same moment, one gets the lock.
+    """
+    while True:
+        holder, version = _read(path)
+        if holder is not None and _alive(path, holder):
             raise HeldError(
-                f"--workdir={path.parent} is written by {_who(there)}: stop that one or give another --workdir "
+                f"--workdir={path.parent} is written by {_who(holder)}: stop that one or give another --workdir "
                 f"(nobody does? remove {path})."
             )
-        logging.warning("took the workdir over from %s, which is gone", _who(there))
-    storage.write_json(path, mine)
-    time.sleep(settle)
-    now = _read(path)
-    if now is None or now.get("token") != mine["token"]:  # two came at once: the last one has it
-        raise HeldError(f"--workdir={path.parent} was taken at this moment by {_who(now or {})}.")
+        if storage.write_version(path, _encode(mine), version):
+            break
+    if holder is not None:
+        logging.warning("took the workdir over from %s, which is gone", _who(holder))
 
 
-def _read(path: epath.Path) -> dict[str, Any] | None:
+def _encode(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _read(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
+    """The lock, None if there is none and empty if it is damaged, and its version."""
+    content, version = storage.retry(lambda: storage.read_version(path))
+    if content is None:
+        return None, version
     try:
-        content = storage.read_json(path)
-    except ConfigError as error:
-        if error.__cause__ is not None:  # storage itself; else the file is damaged
-            raise
-        content = {}
-    return content if content is None or isinstance(content, dict) else {}
+        holder = json.loads(content)
+    except ValueError:
+        holder = {}
+    return holder if isinstance(holder, dict) else {}, version
 
 
 def _alive(path: epath.Path, there: dict[str, Any]) -> bool:
@@ -155,7 +167,7 @@ def _alive(path: epath.Path, there: dict[str, Any]) -> bool:
     until = time.monotonic() + STALE
     while time.monotonic() < until:
         time.sleep(min(1.0, STALE / 10))
-        now = _read(path)
+        now, _ = _read(path)
         if now is None:  # it has finished
             return False
         if now != there:

@@ -18,7 +18,9 @@ _calls = itertools.count(1)
 
 
 class Preemption:
-    """Hears SIGTERM, the cluster's notice through JAX's sync point, and Ctrl-C (SIGINT), of which a second one ends the process.
+    """Hears SIGTERM, SIGHUP, the cluster's notice through JAX's sync point, and Ctrl-C (SIGINT); a second Ctrl-C ends the process.
+
+    SIGHUP comes when a terminal is closed. A process that ignores it (`nohup`) goes on to ignore it.
 
     A context manager; `reached()` says, in all processes at the same call, that it is time to save and leave.
     """
@@ -33,6 +35,8 @@ class Preemption:
         self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         if self._alone:
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._notice)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._terminate)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -41,6 +45,9 @@ class Preemption:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._noticed.set()
+
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

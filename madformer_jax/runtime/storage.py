@@ -7,6 +7,7 @@ it is written. Whoever writes a file, in whatever room, writes it here.
 import codecs
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import re
 import shutil
 import tempfile
 import time
+import urllib.parse
 import uuid
 from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
@@ -29,8 +31,7 @@ T = TypeVar("T")
 
 def user_cache(kind: str) -> str:
     """Folder in the user's cache for one kind of our files."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(cache, "madformer_jax", kind)
+    return os.path.join(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "madformer_jax", kind)
 
 
 def is_remote(path: Path) -> bool:
@@ -38,9 +39,90 @@ def is_remote(path: Path) -> bool:
     return "://" in os.fspath(path)
 
 
+def expand(path: Path) -> str:
+    """Replaces a leading `~` of a user's path by the home folder, as a shell does.
+
+    Call it once, where a user's path comes in. Below, `~` is a name like any other: `./~` becomes `~` as an `epath.Path`.
+
+    Raises:
+      ConfigError: The home folder is unknown.
+    """
+    name = os.fspath(path)
+    expanded = os.path.expanduser(name)
+    if name.partition("/")[0] == "~" == expanded[:1]:
+        raise ConfigError(
+            f"{name}: the home folder is unknown. Set the environment variable HOME, or write the path out."
+        )
+    return expanded
+
+
 def absolute(path: Path) -> epath.Path:
-    """A path as it is called from any folder. (`epath.Path.absolute` makes a local one of gs://.)"""
+    """Turns a path into the address that is valid in any folder. (`epath.Path.absolute` makes a local path of gs://.)"""
     return epath.Path(path if is_remote(path) else os.path.abspath(os.fspath(path)))
+
+
+def kvstore(path: Path) -> dict[str, str] | str:
+    """TensorStore's specification of the folder at a path; every character of the path stands for itself."""
+    folder = os.fspath(absolute(path))
+    if not is_remote(folder):
+        return {"driver": "file", "path": f"{folder.rstrip('/')}/"}
+    scheme, _, name = folder.partition("://")
+    return f"{scheme}://{urllib.parse.quote(name)}/"
+
+
+def check_arrays_path(path: Path, write: bool) -> None:
+    """Refuses a folder whose arrays Orbax and TensorStore would look for at another address.
+
+    Orbax uses a path that it writes to as a glob pattern and as an unquoted URL. TensorStore reads a backslash as a slash.
+
+    Args:
+      path: Folder of a checkpoint, or one above it.
+      write: Whether arrays are written there. To read them, fewer characters are refused.
+
+    Raises:
+      ConfigError: Names the characters.
+    """
+    folder = os.fspath(absolute(path))
+    if _holds_arrays(folder, write):
+        return
+    root = "gs://bucket/" if is_remote(folder) else "/"
+    wrong = [character for character in dict.fromkeys(folder) if not _holds_arrays(root + character, write)]
+    reason = (
+        f"{', '.join(map(repr, wrong))} in its path"
+        if wrong
+        else "its address, which must be gs://BUCKET/... or s3://BUCKET/..."
+    )
+    raise ConfigError(
+        f"{folder}: {'checkpoints cannot be written' if write else 'files cannot be addressed'} here, because the storage "
+        f"library does not support {reason}. Rename the folder, or use another one."
+    )
+
+
+def _holds_arrays(folder: str, write: bool) -> bool:
+    import tensorstore  # slow to import
+
+    name = f"{folder.rstrip('/')}/"
+    addresses: list[Any] = [kvstore(folder)]
+    if write:
+        addresses.append(name if is_remote(folder) else f"file://{name}")
+    try:
+        same = all(name.endswith(tensorstore.KvStore.Spec(address).path) for address in addresses)
+    except ValueError:
+        return False
+    return same and not (write and set("*?[\\") & set(folder))
+
+
+def matching(folder: Path, pattern: str) -> list[epath.Path]:
+    """Sorted paths in a folder whose names match a pattern; empty if there is no such folder.
+
+    `glob` on a path would read characters of the folder's own name as a pattern.
+    """
+    where = absolute(folder)
+    return (
+        sorted(where / x.name for x in where.iterdir() if fnmatch.fnmatchcase(x.name, pattern))
+        if where.is_dir()
+        else []
+    )
 
 
 # ---- writing and reading
@@ -75,11 +157,56 @@ def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
     with tempfile.NamedTemporaryFile() as file:
         put(file)
         file.flush()
-        size = os.path.getsize(file.name)
-        with open(file.name, "rb") as content, epath.Path(path).open("wb") as target:  # appears when it is closed
+        _upload(file.name, epath.Path(path))
+
+
+def _upload(local: str, path: epath.Path) -> None:
+    """Copies a local file to an object in a bucket.
+
+    Leaving `open` publishes the object, also after an exception: the copy gets its name only when it is whole.
+    """
+    size, part = os.path.getsize(local), path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        with open(local, "rb") as content, part.open("wb") as target:
             shutil.copyfileobj(content, target, 1 << 22)
-    if (there := epath.Path(path).stat().length) != size:
-        raise OSError(errno.EIO, f"{there} of {size} bytes arrived", os.fspath(path))
+        if (arrived := part.stat().length) != size:
+            raise OSError(errno.EIO, f"{arrived} of {size} bytes arrived", os.fspath(path))
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def read_version(path: Path) -> tuple[bytes | None, bytes]:
+    """Returns the content of a small file, None if there is none, and a mark of this version for `write_version`."""
+    with _store(path) as (store, name):
+        found = store.read(name).result()
+    return (None if found.state == "missing" else found.value), found.stamp.generation
+
+
+def write_version(path: Path, content: bytes | None, version: bytes) -> bool:
+    """Writes or, for None, removes a file if nobody has written it since `read_version`. Its folder must exist.
+
+    This is atomic on local disks and in gs://. In s3:// two writers of the same moment may both succeed.
+
+    Returns:
+      Whether it was written: False if another version is there.
+    """
+    with _store(path) as (store, name):
+        return store.write(name, content, if_equal=version).result().generation != b""
+
+
+@contextlib.contextmanager
+def _store(path: Path) -> Iterator[tuple[Any, str]]:
+    """TensorStore's view of a file: the store of its folder, and its name there. Errors are those of a file system."""
+    import tensorstore  # slow to import
+
+    folder, name = os.path.split(os.fspath(absolute(path)))
+    try:
+        yield tensorstore.KvStore.open(kvstore(folder)).result(), name
+    except ValueError as error:
+        raise OSError(errno.EIO if may_pass(error) else None, first_line(error).partition(" [")[0]) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -167,6 +167,7 @@ def save_params(folder: str | os.PathLike[str], params: Mapping[str, Any]) -> No
 
     from madformer_jax.runtime import checksums
 
+    storage.check_arrays_path(folder, write=True)
     handler = checksums.written_by(ocp.StandardCheckpointHandler())
     with storage.errors(f"{folder} cannot be written"), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(_params_of(folder), args=ocp.args.StandardSave(dict(params)), force=True)
@@ -185,6 +186,7 @@ def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not has_params(folder):
         raise ConfigError(f"{folder}: no params folder in it; --mode=convert writes one.")
     path = _params_of(folder)
+    storage.check_arrays_path(folder, write=False)
     with storage.errors(f"{folder} cannot be read"):
         try:
             if not checksums.check(path):

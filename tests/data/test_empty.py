@@ -11,6 +11,7 @@ from PIL import Image
 from madformer_jax.data import drawings, sources, tars
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import features, images, parts
+from madformer_jax.modes import prepare
 from tests import tiny
 from tests.data import prepared
 
@@ -50,7 +51,7 @@ def _records(path, kind):
     c.prepare.kind = kind
     if kind == "latents":
         c.codec.name = "vae"
-    prepared.prepare.run(c, str(path / "out"), **({"encoder": prepared.ENCODER} if kind == "latents" else {}))
+    prepare.run(c, str(path / "out"), **({"encoder": prepared.ENCODER} if kind == "latents" else {}))
     return sources.open_source(prepared.prepared(c, str(path / "out")))
 
 
@@ -58,6 +59,7 @@ def _tfds():
     found = object.__new__(sources.Tfds)
     row = {"image": _png(1), "label": 2, "caption": b"a word"}
     found._rows, found.classes, found._image, found._caption = [row], 3, "image", "caption"
+    found._name, found._split = "made_up", "train"
     return found
 
 

@@ -1,6 +1,7 @@
 import errno
 import logging
 import resource
+import shutil
 import time
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from madformer_jax import training
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checkpoint, partitioning, storage
-from tests import tiny
+from tests import paths, tiny
 
 
 def test_a_state_survives_other_numbers_of_devices(tmp_path):
@@ -200,6 +201,64 @@ def test_a_config_binds_from_the_first_checkpoint_on(tmp_path, workdir):
 def test_a_checkpoint_without_an_item_is_no_checkpoint(workdir):
     (checkpoint.folder(str(workdir)) / "2" / "params").rename(workdir / "gone")
     assert_goes_on_from(workdir, 1)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the checkpoint of step 1."""
+    folder = tmp_path_factory.mktemp("saved")
+    with checkpoint.Checkpoints(str(folder)) as checkpoints:
+        checkpoints.save(1, arrays(1.0), {}, {"step": 1})
+    return folder
+
+
+def refusal(folder, write):
+    """Why checkpoints cannot be written, or read, in a folder; "" if they can."""
+    try:
+        storage.check_arrays_path(folder, write)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", paths.NAMES)
+def test_under_any_name_a_checkpoint_is_whole_or_refused_at_once(tmp_path, saved, name):
+    workdir = tmp_path / name
+    if why := refusal(workdir, write=True):
+        assert any(repr(character) in why for character in name) and "\n" not in why
+        with pytest.raises(ConfigError, match="does not support '.*' in its path"):
+            checkpoint.Checkpoints(str(workdir))
+        assert not workdir.exists()
+        shutil.copytree(saved, workdir)
+    else:
+        with checkpoint.Checkpoints(str(workdir)) as checkpoints:
+            checkpoints.save(1, arrays(1.0), {}, {"step": 1})
+        sums = storage.read_json(workdir / "checkpoints" / "1" / "params" / "checksums.json")["sha256"]
+        assert "manifest.ocdbt" in sums
+    assert bool(refusal(workdir, write=False)) == ("\\" in name)  # all others can be read
+    if "\\" in name:
+        with pytest.raises(ConfigError, match="files cannot be addressed here"):
+            checkpoint.Checkpoints(str(workdir), read_only=True)
+        return
+    with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
+        assert float(checkpoints.restore(targets())[1]["params"]["b"][0]) == 1
+        assert checkpoints.shapes("ema") == {"w": (256, 128), "b": (5,)}
+
+
+def test_a_save_that_cannot_be_restored_does_not_count(workdir, monkeypatch, caplog):
+    """Orbax leaves the files of its processes unmerged, without an error, in a folder whose name is a pattern."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(storage, "check_arrays_path", lambda *args, **settings: None)
+    odd = workdir / "a[1]"
+    shutil.copytree(workdir / "checkpoints", odd / "checkpoints")
+    caplog.clear()
+    save = checkpoint.Checkpoints(str(odd))
+    save.save(3, arrays(3.0), {"next_batch": 3}, {"step": 3})
+    with pytest.raises(ConfigError, match="cannot be written; step 2 is the last good one"):
+        save.wait()
+    assert "saved step" not in caplog.text
+    with checkpoint.Checkpoints(str(odd), read_only=True) as checkpoints:
+        assert checkpoints.restore(targets())[0] == 2
 
 
 def until_nothing_writes(folder):

@@ -1,7 +1,9 @@
+import contextlib
 import json
 import os
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -66,12 +68,13 @@ def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.01)
     alive = threading.Event()
 
-    def write(path, content, real=storage.write_json):
-        real(path, content)
-        if json.loads((tmp_path / lock.NAME).read_text())["beat"] >= 2:
+    def write(path, content, version, real=storage.write_version):
+        written = real(path, content, version)
+        if content and json.loads(content)["beat"] >= 2:
             alive.set()
+        return written
 
-    monkeypatch.setattr(storage, "write_json", write)
+    monkeypatch.setattr(storage, "write_version", write)
     with lock.hold(str(tmp_path)):
         assert alive.wait(20)
 
@@ -82,3 +85,49 @@ def test_a_holder_notices_a_take_over(tmp_path, left):
         with pytest.raises(ConfigError, match="was taken over by process"):
             check()
     assert json.loads((tmp_path / lock.NAME).read_text())["token"] == "other"  # not ours to remove
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_many_that_come_at_the_same_moment_one_gets_the_lock(tmp_path, left, monkeypatch, stale):
+    count, held, refused = 8, [], []
+    barrier, local = threading.Barrier(count), threading.local()
+
+    def read(path, real=lock._read):
+        found = real(path)
+        if not hasattr(local, "seen"):  # all see the workdir free, and write one after the other
+            local.seen = barrier.wait()
+            time.sleep(0.02 * local.seen)
+        return found
+
+    def come():
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock.hold(str(tmp_path)))
+                held.append(stack)
+            except lock.HeldError as error:
+                refused.append(str(error))
+            barrier.wait()  # until then it is held
+
+    if stale:
+        left()
+    monkeypatch.setattr(lock, "_read", read)
+    threads = [threading.Thread(target=come) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1 and len(refused) == count - 1
+
+
+def test_a_lock_that_another_process_has_taken_is_not_removed(tmp_path, left):
+    with lock.hold(str(tmp_path)):
+        left()
+    assert json.loads((tmp_path / lock.NAME).read_text())["token"] == "other"
+
+
+def test_a_folder_that_cannot_be_locked_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, told in (("file/run", "cannot be written"), ("a\\b", "files cannot be addressed here")):
+        with pytest.raises(ConfigError, match=told) as error, lock.hold(str(tmp_path / name)):
+            pass
+        assert "\n" not in str(error.value)

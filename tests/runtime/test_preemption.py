@@ -53,3 +53,24 @@ def test_a_single_process_keeps_its_signals():
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for _ in interruptible(range(2)):
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_is_a_notice_unless_it_is_ignored(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # `nohup` ignores it
+    try:
+        with Preemption() as stopping:
+            signal.raise_signal(signal.SIGHUP)
+            assert stopping.reached() is not ignored
+        assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_of_one_of_several_processes_is_a_notice_to_all(told_at, monkeypatch):
+    heard, before = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setattr(os, "kill", lambda process, number: heard.append(number))
+    with Preemption():
+        signal.raise_signal(signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert heard == [signal.SIGTERM]

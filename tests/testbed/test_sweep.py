@@ -45,7 +45,6 @@ class Stage:
         monkeypatch.setattr(mode, "_draw_grid", lambda job, run, steps: None)
         monkeypatch.setattr(mode, "_remove_checkpoints", lambda c, folder: None)
         monkeypatch.setattr(mode, "_free", lambda: None)
-        monkeypatch.setattr(mode, "SETTLE", 0.0)
         monkeypatch.setattr(mode.time, "sleep", lambda seconds: seconds and pytest.fail("waits for nobody"))
 
     def train(self, c, folder, grids):
