@@ -198,6 +198,9 @@ def _start_jax(platform: str) -> None:
     """
     import jax
 
+    from madformer_jax.runtime import numerics
+
+    numerics.pin()
     held = (
         "check that the accelerator is free (a dead process may hold it; on TPU see /tmp/libtpu_lockfile) and that jax is "
         "installed for it"
