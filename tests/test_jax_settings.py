@@ -15,6 +15,7 @@ from madformer_jax import main
 SETTINGS: dict[str, Any] = {
     "jax_enable_x64": True,
     "jax_debug_nans": True,
+    "jax_debug_infs": True,
     "jax_numpy_rank_promotion": "raise",
     "jax_numpy_dtype_promotion": "strict",
     "jax_transfer_guard": "disallow",
@@ -61,7 +62,9 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[np.
     return run(tmp_path_factory.mktemp("usual"))
 
 
-def test_a_setting_of_jax_changes_no_number(tmp_path, usual, setting):
+def test_a_setting_of_jax_changes_no_number(tmp_path, usual, setting, capsys):
     metrics, images = run(tmp_path, setting)
+    name, value = setting
+    assert f"{name.upper()}={value} is not supported" in capsys.readouterr().err
     np.testing.assert_equal(metrics, usual[0])
     np.testing.assert_equal(images, usual[1])

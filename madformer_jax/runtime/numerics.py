@@ -20,6 +20,7 @@ SETTINGS = {
     "jax_numpy_rank_promotion": "allow",
     "jax_numpy_dtype_promotion": "standard",
     "jax_debug_nans": False,  # the loss of a quarter of the timesteps without a block is NaN
+    "jax_debug_infs": False,  # a text or a context that attention does not see weighs minus infinity
     "jax_transfer_guard": "allow",
 }
 
@@ -36,13 +37,9 @@ def pin() -> None:
 @contextlib.contextmanager
 def scope() -> Iterator[None]:
     """Sets `SETTINGS` for the calling thread until the context ends."""
-    with (
-        jax.enable_x64(False),
-        jax.numpy_rank_promotion("allow"),
-        jax.numpy_dtype_promotion("standard"),
-        jax.debug_nans(False),
-        jax.transfer_guard("allow"),
-    ):
+    with contextlib.ExitStack() as stack:
+        for name, value in SETTINGS.items():
+            stack.enter_context(getattr(jax, name.removeprefix("jax_"))(value))
         yield
 
 
