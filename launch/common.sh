@@ -29,6 +29,20 @@ quote() {
   printf '%s\n' "${line# }"
 }
 
+# pause SECONDS: as `sleep`, but traps run at once, and a signal to the sleep itself does not end a script with `set -e`.
+PAUSE=
+pause() {
+  sleep "$1" >/dev/null 2>&1 &
+  PAUSE=$!
+  if wait "$PAUSE"; then PAUSE=; else end_pause; fi
+}
+
+# Ends the `sleep` of a pause that a signal cut short.
+end_pause() {
+  [[ -z $PAUSE ]] || kill "$PAUSE" 2>/dev/null || true
+  PAUSE=
+}
+
 # Runs a command; --dry-run prints it instead.
 run() {
   if ((DRY_RUN)); then quote "$@"; else "$@"; fi

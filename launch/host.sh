@@ -30,20 +30,11 @@ PROJECT='.[tpu,hub]' # the hub for the VAE that the paper's configs name
 ASKED= # the arguments that status is asked about, quoted; none: whatever they were
 GRACE=${MADFORMER_GRACE:-90} # the run promises to save and exit within 30 s
 
-main_command() {
-  local python=python3
-  [[ -x .venv/bin/python ]] && python=.venv/bin/python
-  # A command of several words, hence the unquoted expansion.
-  # shellcheck disable=SC2206
-  COMMAND=(${MADFORMER_COMMAND:-$python -u -m madformer_jax.main})
-}
-
-# Runs main.py, passes SIGTERM and SIGINT on, returns its exit status, or 143 when it was told to stop.
+# Runs a command and passes SIGTERM, SIGINT and SIGHUP on as SIGTERM. Returns its exit status, or 143 after a signal.
 supervise() {
   local child='' stopped=0 code=0
-  trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
-  main_command
-  "${COMMAND[@]}" "$@" &
+  trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' HUP INT TERM
+  "$@" &
   child=$!
   ((!stopped)) || kill -TERM "$child"
   while true; do
@@ -55,11 +46,21 @@ supervise() {
   return "$code"
 }
 
+# Runs main.py with the arguments given.
+main_py() {
+  local python=python3 command
+  [[ -x .venv/bin/python ]] && python=.venv/bin/python
+  # A command of several words, hence the unquoted expansion.
+  # shellcheck disable=SC2206
+  command=(${MADFORMER_COMMAND:-$python -u -m madformer_jax.main})
+  supervise "${command[@]}" "$@"
+}
+
 # The whole life of a background run. It holds the lock, as do its children: a process that is left over and holds
 # the TPU counts as running.
 background() {
   local code=0
-  supervise "$@" || code=$?
+  main_py "$@" || code=$?
   case $code in
     0) echo 'done' ;;
     130 | 143) echo 'interrupted' ;;
@@ -132,10 +133,11 @@ case $verb in
     ASKED=$(quote "$@")
     status
     ;;
-  run) supervise "$@" ;;
+  run) main_py "$@" ;;
   container)
-    python3 -m pip install --quiet --editable "$PROJECT"
-    supervise "$@"
+    # As process 1 of a container, this script gets only the signals that it traps.
+    supervise python3 -m pip install --quiet --editable "$PROJECT"
+    main_py "$@"
     ;;
   -h | --help) usage ;;
   *) die "unknown verb '$verb': install, start, status, stop, run or container." ;;

@@ -7,8 +7,9 @@ usage() {
 usage: launch/local.sh N [--port=PORT] [--grace=SECONDS] [--dry-run] -- main.py arguments
 
 Starts N processes of main.py that know each other through --coordinator, --num_processes and --process_id.
-Every line of output carries the number of its process. SIGTERM and ctrl-C go to all of them as SIGTERM. When one
-fails the others are stopped, after --grace (default 60) seconds by SIGKILL, and its exit status is ours.
+Every line of output carries the number of its process. Ctrl-C, SIGTERM and SIGHUP go to all processes as SIGTERM; the
+script waits for them and exits with status 130, 143 or 129. When a process fails, the others get SIGTERM, and the script
+exits with the status of the failed one. Processes that still run after --grace (default 60) seconds get SIGKILL.
 
 They run on the CPU unless JAX_PLATFORMS says otherwise. XLA_FLAGS=--xla_force_host_platform_device_count=4 gives
 each process four devices. MADFORMER_COMMAND replaces "python -m madformer_jax.main".
@@ -53,15 +54,16 @@ stop() {
   [[ -n $DEADLINE ]] || DEADLINE=$((SECONDS + GRACE))
   ((${#PIDS[@]} == 0)) || kill -TERM "${PIDS[@]}" 2>/dev/null || true
 }
-trap 'stop 143' TERM
+trap 'stop 129' HUP
 trap 'stop 130' INT
+trap 'stop 143' TERM
 
 for ((i = 0; i < N; i++)); do
   process=("${COMMAND[@]}" "$@" "--coordinator=127.0.0.1:$PORT" "--num_processes=$N" "--process_id=$i")
   if ((DRY_RUN)); then
     quote "${process[@]}"
   else
-    "${process[@]}" > >(trap '' TERM INT; exec sed -u "s/^/[$i] /") 2>&1 &
+    "${process[@]}" > >(trap '' HUP INT TERM; exec sed -u "s/^/[$i] /") 2>&1 &
     PIDS[i]=$!
   fi
 done
@@ -81,6 +83,6 @@ while ((${#PIDS[@]})); do
   if [[ -n $DEADLINE ]] && ((SECONDS >= DEADLINE && ${#PIDS[@]})); then
     kill -KILL "${PIDS[@]}" 2>/dev/null || true # one that waits for a dead peer does not hear SIGTERM
   fi
-  sleep 0.1
+  pause 0.1
 done
 exit "$RESULT"

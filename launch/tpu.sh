@@ -146,7 +146,7 @@ create() {
         exit 1
         ;;
     esac
-    sleep "$POLL"
+    pause "$POLL"
   done
 }
 
@@ -237,7 +237,7 @@ resume() {
         delete || say "could not delete $NAME yet; trying again"
         ;;
     esac
-    ((DRY_RUN)) || sleep "$POLL"
+    ((DRY_RUN)) || pause "$POLL"
   done
 }
 
@@ -266,7 +266,7 @@ main() {
     SCRATCH=/nonexistent # named in the printed commands, never made
   else
     SCRATCH=$(mktemp -d)
-    trap 'rm -rf "$SCRATCH"' EXIT
+    trap 'end_pause; rm -rf "$SCRATCH"' EXIT
   fi
   case $verb in
     create) create ;;

@@ -22,7 +22,7 @@ from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.resident import resident
-from madformer_jax.runtime import checkpoint, memory, partitioning, storage
+from madformer_jax.runtime import checkpoint, memory, numerics, partitioning, storage
 from madformer_jax.sizes import sizes_of
 from madformer_jax.weights import files
 
@@ -48,6 +48,7 @@ class Price(NamedTuple):
 class Model:
     """A trained model; `load` makes one. Programs are compiled once for each shape and each setting that is no number of theirs."""
 
+    @numerics.scoped
     def __init__(self, config: ConfigDict, params: Any, labels: Sequence[str] = (), codec_params: Any = None):
         self.config = config  # as it was trained, with what `sample` and `stream` take by default
         self.params = params
@@ -72,6 +73,7 @@ class Model:
             f"{m.diffusion_depth} of them diffusion layers; {m.blocks} blocks; {parameters:,} parameters>"
         )
 
+    @numerics.scoped
     def sample(self, n: int | None = None, **settings: Any) -> np.ndarray:
         """Draws images: those of --mode=sample with the same settings, number for number.
 
@@ -163,6 +165,14 @@ class Model:
 
     def frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
         """As `stream`, of a whole validated config."""
+        frames = self._frames(c, every)
+        following = numerics.scoped(
+            lambda: next(frames, None)
+        )  # the caller's code between two frames keeps its settings
+        while (frame := following()) is not None:
+            yield frame
+
+    def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
         s, m, sizes, began = c.sample, c.model, sizes_of(c), time.monotonic()
         coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
         what = flops.guidance_branches(c) == 2, s.clip, sampler.clean_timestep(self._model, coefficients)
@@ -170,7 +180,7 @@ class Model:
         rows = list(zip(solvers.rows(coefficients), drawing.scales(c)))
         given = drawing.given_noise(c)
         if given is None:
-            noise = drawing.noise_of(np.uint32(c.seed), jnp.arange(s.n), sizes.block_shape)
+            noise = drawing.noise_of(np.uint32(c.seed), jnp.arange(s.n, dtype=jnp.int32), sizes.block_shape)
         else:
             noise = jnp.asarray(given, jnp.float32)
         classes = np.array(config_lib.labels(c), np.int32)[:, None] if m.classes else None
@@ -269,6 +279,7 @@ def _no_setting(name: str, value: Any, known: Sequence[str]) -> str:
     return f"{name}={reprlib.repr(value)}: there is no such setting of sampling. {hint}"
 
 
+@numerics.scoped
 def load(path: str, codec: str = "") -> Model:
     """Loads a model of a workdir of --mode=train or --mode=convert, of its export, or of a repository of the Hugging Face hub.
 
@@ -296,6 +307,7 @@ def load(path: str, codec: str = "") -> Model:
     return of_workdir(c, path)
 
 
+@numerics.scoped
 def of_workdir(c: ConfigDict, path: str) -> Model:
     """The model in a folder, by a validated config, which may name another step, mesh or codec than the folder's own.
 

@@ -108,7 +108,7 @@ def noise_of(seed: Any, numbers: Array, shape: tuple[int, ...]) -> Array:
     """The noise (n, *shape) of the images with these numbers."""
     key = jax.random.fold_in(jax.random.key(seed), SAMPLE)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
-    return jax.vmap(lambda k: jax.random.normal(k, shape))(keys)
+    return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
 def to_uint8(pixels: Array) -> Array:

@@ -22,10 +22,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # which is announced
 
 import contextlib
 import glob
-import importlib.util
+import importlib
 import inspect
 import logging as python_logging
-import mmap
 import re
 import shlex
 import types
@@ -37,7 +36,7 @@ from ml_collections import ConfigDict, config_flags
 
 from madformer_jax import config as config_lib
 from madformer_jax import fields, limits, usage
-from madformer_jax.runtime import open_files, storage
+from madformer_jax.runtime import open_files, storage, xla_flags
 
 # ---- the command line
 
@@ -205,6 +204,9 @@ def _start_jax(platform: str) -> None:
     """
     import jax
 
+    from madformer_jax.runtime import numerics
+
+    numerics.pin()
     held = (
         "check that the accelerator is free (a dead process may hold it; on TPU see /tmp/libtpu_lockfile) and that jax is "
         "installed for it"
@@ -243,23 +245,8 @@ def _without_ynn(platform: str) -> None:
     asked = platform or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     on_cpu = asked == "cpu" if asked else not any(map(glob.glob, _ACCELERATORS))
     given = os.environ.get("XLA_FLAGS", "")
-    if on_cpu and _YNN not in given and _known(_YNN):
-        os.environ["XLA_FLAGS"] = f"--{_YNN}= {given}"
-
-
-def _known(flag: str) -> bool:
-    """Whether each library that is here and reads XLA_FLAGS knows a flag."""
-    paths = []
-    for package, library in (("jaxlib", "*jax_common*"), ("libtpu", "libtpu.so")):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            paths += glob.glob(os.path.join(folder, library))
-    return bool(paths) and all(_holds(path, flag.encode()) for path in paths)
-
-
-def _holds(path: str, text: bytes) -> bool:
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(text) >= 0
+    if on_cpu and _YNN not in given and (flag := xla_flags.known(f"--{_YNN}=")):
+        os.environ["XLA_FLAGS"] = f"{flag} {given}"
 
 
 def _judged(config: ConfigDict, workdir: str) -> str:

@@ -10,7 +10,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from tests import QUICK, UNKNOWN
+from madformer_jax.runtime import xla_flags
+from tests import QUICK
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit it
@@ -29,7 +30,7 @@ from tests import tiny
 # Tracing makes many objects that live long: a twelfth of the tests' time went to looking at them.
 gc.set_threshold(100_000, 50, 50)
 jax.devices()  # JAX reads the flags here, libtpu when a test loads it
-os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(UNKNOWN, "")
+os.environ["XLA_FLAGS"] = xla_flags.known(os.environ["XLA_FLAGS"])
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

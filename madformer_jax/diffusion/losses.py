@@ -97,8 +97,8 @@ def training_loss(
       `loss_q4`, from little to much noise; NaN where no block fell into the quarter).
     """
     t_key, noise_key = jax.random.split(key)
-    t = jax.random.randint(t_key, z.shape[:2], 0, TIMESTEPS)
-    noise = jax.random.normal(noise_key, z.shape)
+    t = jax.random.randint(t_key, z.shape[:2], 0, TIMESTEPS, jnp.int32)
+    noise = jax.random.normal(noise_key, z.shape, jnp.float32)
     context, told = _noisy_context(z, jax.random.fold_in(key, 2), context_noise) if context_noise else (z, {})
     outputs = model.apply(
         {"params": params}, context, add_noise(z, noise, t), t, tokens, lengths, terms=weights.terms, **told
@@ -109,7 +109,7 @@ def training_loss(
     scale = predicts.weight(model.predicts, weights.weighting, alpha, sigma)
     if outputs.image is not None and scale is not None:
         losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)
-    loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros(()))
+    loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros((), jnp.float32))
     metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
     if outputs.image is not None:
         errors, quarter = jnp.mean((outputs.image - target) ** 2, axis=(2, 3)), t // (TIMESTEPS // 4)
@@ -122,5 +122,5 @@ def training_loss(
 def _noisy_context(z: Array, key: Array, most: int) -> tuple[Array, dict[str, Array]]:
     """Clean blocks with noise at timesteps from 0 to `most`, and the model's argument that tells them."""
     t_key, noise_key = jax.random.split(key)
-    t = jax.random.randint(t_key, z.shape[:2], 0, most + 1)
-    return add_noise(z, jax.random.normal(noise_key, z.shape), t), {"clean_t": t}
+    t = jax.random.randint(t_key, z.shape[:2], 0, most + 1, jnp.int32)
+    return add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t), {"clean_t": t}

@@ -130,11 +130,11 @@ def _right(params: Params, images: np.ndarray, labels: np.ndarray, classes: int)
 def _moved(images: Array, key: Array) -> Array:
     """Images (B, s, s, c), float32 of 0..255, each turned, scaled and shifted a little; borders are repeated."""
     n, side = images.shape[0], images.shape[1]
-    angle, scale, *shift = jnp.split(jax.random.uniform(key, (n, 4), minval=-1, maxval=1), 4, axis=1)
+    angle, scale, *shift = jnp.split(jax.random.uniform(key, (n, 4), jnp.float32, minval=-1, maxval=1), 4, axis=1)
     angle, scale = angle[:, 0] * TURN, 1 + scale[:, 0] * SCALE
     matrix = jnp.stack([jnp.cos(angle), -jnp.sin(angle), jnp.sin(angle), jnp.cos(angle)], axis=1).reshape(n, 2, 2)
     centre = (side - 1) / 2
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(side), jnp.arange(side), indexing="ij")) - centre
+    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(side, dtype=jnp.float32)] * 2, indexing="ij")) - centre
     at = jnp.einsum("nij,jhw->nihw", matrix * scale[:, None, None], grid, precision="highest")
     at = at + (jnp.concatenate(shift, axis=1) * SHIFT * side)[:, :, None, None] + centre
 

@@ -52,7 +52,7 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def param(name: str, init: nn.initializers.Initializer) -> Array:
-            return self.param(name, init, x.shape[-1:])
+            return self.param(name, init, x.shape[-1:], jnp.float32)
 
         scale = param("weight", nn.initializers.ones) / jnp.sqrt(param("running_var", nn.initializers.ones) + EPS)
         mean = param("running_mean", nn.initializers.zeros)
@@ -185,9 +185,9 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
         classes = 1008
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], classes))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], classes), jnp.float32)
         unbiased = jnp.matmul(x, kernel, precision=PRECISION)
-        return unbiased, unbiased + self.param("bias", nn.initializers.zeros, (classes,))
+        return unbiased, unbiased + self.param("bias", nn.initializers.zeros, (classes,), jnp.float32)
 
 
 def resize(images: Array, side: int) -> Array:

@@ -104,6 +104,7 @@ class MADFormer(nn.Module):
             "boi",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("tokens", "embed")),
             (self.tokens, self.width),
+            jnp.float32,
         )
         towers = {
             name: "image" if self.shared else name for name in ("clean", "pred") if self.clean_stream or name == "pred"

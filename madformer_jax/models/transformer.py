@@ -41,7 +41,7 @@ class Scale(nn.Module):
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("scale", NORM_SCALE, (self.size,))
+        return self.param("scale", NORM_SCALE, (self.size,), jnp.float32)
 
 
 class Tower(nn.Module):

@@ -245,4 +245,4 @@ def _in_passes(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:
 def sample(mean: Array, logvar: Array, key: Array) -> Array:
     """Draws latents from the posterior, unscaled, float32; mean and logvar are of one shape and any float type."""
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)

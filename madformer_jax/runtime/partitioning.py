@@ -24,7 +24,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.runtime import preemption, storage
+from madformer_jax.runtime import numerics, preemption, storage
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -100,8 +100,8 @@ def check_tensor(mesh: Mesh | AbstractMesh, heads: int, mlp_width: int) -> None:
 
 @contextlib.contextmanager
 def scope(mesh: Mesh) -> Iterator[None]:
-    """Makes the mesh and `RULES` known to the logical constraints inside a model while it is traced."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    """Makes the mesh and `RULES` known to the logical constraints inside a model while it is traced, under `numerics.scope`."""
+    with numerics.scope(), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 

@@ -88,15 +88,19 @@ class Cloud:
         return words
 
 
-# Stands in for main.py: writes what it was told, exits as --exit says, or saves on SIGTERM and exits with 0.
+# Stands in for main.py: prints its arguments, exits as --exit says, or saves on SIGTERM or SIGHUP and exits with 0.
+# Saving takes --slow seconds.
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
 def save(*_):
+    time.sleep(float(arguments.get("slow", 0)))
     print("saved", flush=True)
+    Path(arguments["ready"] + arguments.get("process_id", "") + ".saved").touch()
     sys.exit(0)
-signal.signal(signal.SIGTERM, save)
 arguments = dict(a.removeprefix("--").split("=", 1) for a in sys.argv[1:] if "=" in a)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGHUP, save)
 print("arguments", *sys.argv[1:], "on", os.environ.get("JAX_PLATFORMS"), flush=True)
 Path(arguments["ready"] + arguments.get("process_id", "")).touch()
 if "exit" in arguments and arguments.get("only", "") in ("", arguments.get("process_id")):
@@ -117,3 +121,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -57,13 +57,33 @@ def test_host_kills_a_run_that_does_not_hear(cloud: Cloud, program: str, tmp_pat
     assert stopped.stdout.endswith(" interrupted\n")
 
 
-def test_host_run_in_the_foreground_returns_143_when_told_to_stop(cloud: Cloud, program: str, tmp_path: Path) -> None:
-    command = ["bash", str(LAUNCH / "host.sh"), "run", "--", f"--ready={tmp_path}/r"]
-    with subprocess.Popen(command, env=cloud.environment | {"MADFORMER_COMMAND": program}) as process:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda x: str(int(x)))
+def test_host_run_in_the_foreground_waits_for_the_save_and_returns_143(
+    cloud: Cloud, program: str, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = ["bash", str(LAUNCH / "host.sh"), "run", "--", f"--ready={tmp_path}/r", "--slow=0.3"]
+    environment = cloud.environment | {"MADFORMER_COMMAND": program}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         wait_for((tmp_path / "r").exists)
-        process.terminate()
-        assert process.wait(20) == 143
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=20)
+        assert process.returncode == 143
+        assert "saved" in output.splitlines()
+
+
+def test_host_passes_the_exit_status_of_main_on(cloud: Cloud, program: str, tmp_path: Path) -> None:
     assert (
         cloud.run("host.sh", "run", "--", f"--ready={tmp_path}/r", "--exit=5", MADFORMER_COMMAND=program).returncode
         == 5
     )
+
+
+def test_host_container_can_be_stopped_while_it_installs(cloud: Cloud, program: str, tmp_path: Path) -> None:
+    cloud.command("python3", f"#!/bin/sh\ntouch {tmp_path}/installing\nexec /bin/sleep 60\n")
+    command = ["bash", str(LAUNCH / "host.sh"), "container", "--", f"--ready={tmp_path}/r"]
+    environment = cloud.environment | {"MADFORMER_COMMAND": program}
+    with subprocess.Popen(command, env=environment) as process:
+        wait_for((tmp_path / "installing").exists)
+        process.terminate()
+        assert process.wait(20) == 143
+    assert not (tmp_path / "r").exists()

@@ -1,5 +1,7 @@
 """launch/local.sh with a stand-in for main.py."""
 
+import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -48,12 +50,30 @@ def test_local_stops_the_others_when_one_fails(
     assert time.monotonic() - started < 20, "the others would have run for a minute"
 
 
-def test_local_passes_sigterm_on(cloud: Cloud, program: str, tmp_path: Path) -> None:
-    command = ["bash", str(LAUNCH / "local.sh"), "2", "--", f"--ready={tmp_path}/r"]
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)], ids=lambda x: str(int(x))
+)
+def test_local_passes_signals_on_and_waits_until_all_have_saved(
+    cloud: Cloud, program: str, tmp_path: Path, number: signal.Signals, status: int, group: bool
+) -> None:
+    """Signals to the script alone, and to the process group, as Ctrl-C and a closed terminal send them."""
+    command = ["bash", str(LAUNCH / "local.sh"), "2", "--", f"--ready={tmp_path}/r", "--slow=0.5"]
     environment = cloud.environment | {"MADFORMER_COMMAND": program}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         wait_for(lambda: (tmp_path / "r0").exists() and (tmp_path / "r1").exists())
-        process.terminate()
-        output, _ = process.communicate(timeout=20)
-    assert process.returncode == 143
-    assert {"[0] saved", "[1] saved"} <= set(output.splitlines())
+        os.killpg(process.pid, number) if group else process.send_signal(number)
+        assert process.wait(20) == status
+        assert (tmp_path / "r0.saved").exists() and (tmp_path / "r1.saved").exists()
+        assert process.stdout is not None
+        # Reads until the last process has closed it.
+        assert {"[0] saved", "[1] saved"} <= set(process.stdout.read().splitlines())
+
+
+def test_local_outlives_the_end_of_its_own_sleep(cloud: Cloud, program: str, tmp_path: Path) -> None:
+    cloud.command("sleep", f"#!/bin/sh\ntouch {tmp_path}/slept\n/bin/sleep 0.01\nexit 130\n")
+    ran = cloud.run("local.sh", "1", "--", f"--ready={tmp_path}/r", "--exit=0", MADFORMER_COMMAND=program)
+    assert (tmp_path / "slept").exists()
+    assert ran.returncode == 0

@@ -1,5 +1,6 @@
 """launch/slurm.sh and slurm.sbatch against stand-ins for Slurm."""
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_slurm_job_near_its_time_limit_saves_and_queues_again(cloud: Cloud, prog
     assert "saved" in output
     assert (tmp_path / "cancelled").read_text() == "--signal=TERM 7\n"
     assert cloud.calls == [["scontrol", "requeue", "7"]]
+
+
+def test_slurm_job_waits_for_its_tasks_after_sigterm(cloud: Cloud, program: str, tmp_path: Path) -> None:
+    cloud.command("srun", f'#!/bin/sh\necho "$$" >{tmp_path}/task\nshift 2\nexec "$@"\n')
+    environment = cloud.environment | {"SLURM_JOB_ID": "7", "MADFORMER_COMMAND": program}
+    command = ["bash", str(LAUNCH / "slurm.sbatch"), f"--ready={tmp_path}/r"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as job:
+        wait_for((tmp_path / "r").exists)
+        job.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.wait(0.3)
+        os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM)
+        output, _ = job.communicate(timeout=20)
+    assert (job.returncode, "saved" in output) == (0, True)
+    assert cloud.calls == []
 
 
 def test_slurm_job_that_ends_by_itself_is_not_queued_again(cloud: Cloud) -> None:

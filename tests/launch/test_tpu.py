@@ -1,11 +1,14 @@
 """launch/tpu.sh against a stand-in for gcloud."""
 
+import os
 import shlex
+import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from tests.launch.cloud import MAIN, TPU, Cloud, option
+from tests.launch.cloud import LAUNCH, MAIN, TPU, Cloud, is_running, option, wait_for
 
 STATE = "queued-resources describe"
 NODE = "tpu-vm describe"
@@ -149,3 +152,27 @@ def test_resume_ends_when_main_fails_and_waits_out_a_silent_cloud(cloud: Cloud) 
     assert "failed 2" in failed.stderr
     assert "delete" in failed.stderr
     assert set(cloud.verbs) == {STATE, NODE, "status"}, "nothing was created, started or deleted"
+
+
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda x: str(int(x)))
+def test_a_signal_ends_the_wait_at_once_and_leaves_nothing(
+    cloud: Cloud, tmp_path: Path, number: signal.Signals, group: bool
+) -> None:
+    cloud.answers({STATE: ["PROVISIONING"]})
+    cloud.command(
+        "sleep",
+        f'#!/bin/sh\necho "$$" >{tmp_path}/slept.new\nmv {tmp_path}/slept.new {tmp_path}/slept\nexec /bin/sleep "$@"\n',
+    )
+    command = ["bash", str(LAUNCH / "tpu.sh"), "create", *TPU, "--type=v6e-16", "--poll=30"]
+    environment = cloud.environment | {"TMPDIR": str(tmp_path / "scratch")}
+    (tmp_path / "scratch").mkdir()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True) as process:
+        wait_for(lambda: STATE in cloud.verbs)
+        wait_for((tmp_path / "slept").exists)
+        os.killpg(process.pid, number) if group else process.send_signal(number)
+        process.communicate(timeout=20)
+        sleep = int((tmp_path / "slept").read_text())
+        wait_for(lambda: not is_running(sleep))
+        assert process.returncode not in (0, None)
+    assert not any((tmp_path / "scratch").iterdir())

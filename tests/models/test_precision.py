@@ -10,13 +10,19 @@ import pytest
 from madformer_jax.models import inception, unet
 
 
+def is_program(param: Any) -> bool:
+    """Whether a parameter of an equation is a program: a closed jaxpr has `eqns` as well."""
+    return hasattr(param, "eqns")
+
+
 def products(jaxpr: Any) -> Iterator[Any]:
     """Matrix products and convolutions of a program, those of inner programs too."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             yield eqn
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            yield from products(inner)
+        for inner in jax.tree.leaves(eqn.params, is_leaf=is_program):
+            if is_program(inner):
+                yield from products(inner)
 
 
 def is_exact(eqn: Any) -> bool:

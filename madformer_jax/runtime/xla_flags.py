@@ -1,0 +1,32 @@
+"""The XLA flags that installed libraries know. XLA ends a process whose XLA_FLAGS holds an unknown flag."""
+
+import glob
+import importlib.util
+import mmap
+import os
+from collections.abc import Iterable
+
+# Packages whose library reads XLA_FLAGS, and the name of the library.
+LIBRARIES = {"jaxlib": "*jax_common*", "libtpu": "libtpu.so"}
+
+
+def known(flags: str, packages: Iterable[str] = tuple(LIBRARIES)) -> str:
+    """Returns those of the flags, which spaces separate, that the library of each installed package knows.
+
+    Returns no flag if none of the packages is installed.
+    """
+    paths = [path for package in packages for path in _libraries(package)]
+    return " ".join(flag for flag in flags.split() if paths and all(_holds(path, flag) for path in paths))
+
+
+def _libraries(package: str) -> list[str]:
+    spec = importlib.util.find_spec(package)
+    folders = (spec.submodule_search_locations or ()) if spec else ()
+    return [path for folder in folders for path in glob.glob(os.path.join(folder, LIBRARIES[package]))]
+
+
+def _holds(path: str, flag: str) -> bool:
+    """Whether a library holds the flag's name as a string of its own, not as a removed field of a protocol buffer."""
+    name = flag.removeprefix("--").partition("=")[0]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(f"\0{name}\0".encode()) >= 0
