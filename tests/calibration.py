@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from madformer_jax import aot, estimate, flops
+from madformer_jax.cost import topologies, tpu_time, flops
 
 PRODUCTS = ((1024, 4096, 4096), (8192, 8192, 8192), (4096, 1152, 4096), (4096, 4096, 1152), (65536, 1152, 1152))
 CONVOLUTIONS = ((64, 32, 512, 512), (64, 16, 1152, 512))  # batch, side, channels, features; 3 x 3
@@ -23,14 +23,14 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def main(topology: str) -> None:
-    device = aot.describe(topology)[0]
+    device = topologies.describe(topology)[0]
     sharding, peak = jax.sharding.SingleDeviceSharding(device), flops.peak("bfloat16", device)
 
     def show(name: str, function: Callable[..., Any], shapes: tuple[tuple[int, ...], ...], work: float) -> None:
         args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
         text = jax.jit(function).lower(*args).compile().as_text()
-        e = estimate.estimate(text, device.device_kind, peak, work)
-        kinds = {kind: 1e3 * sum(row.seconds for row in e.rows if row.kind == kind) for kind in estimate.KINDS}
+        e = tpu_time.estimate(text, device.device_kind, peak, work)
+        kinds = {kind: 1e3 * sum(row.seconds for row in e.rows if row.kind == kind) for kind in tpu_time.KINDS}
         apart = ", ".join(f"{kind} {ms:.3f}" for kind, ms in kinds.items() if ms)
         print(f"{name:<40}{1e3 * e.busy:8.3f} ms ({apart}){work / peak / e.busy:7.1%} of the peak", flush=True)
 

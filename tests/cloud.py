@@ -20,8 +20,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 from clu import metric_writers  # noqa: F401
 
-from madformer_jax import main
-from madformer_jax.models import classifier
+from madformer_jax.cli import command_line
+from madformer_jax.evaluation.networks import classifier
 from madformer_jax.modes import evaluate, export, prepare, reference, sample, tokenizer, train  # noqa: F401
 from tests import bucket
 
@@ -39,7 +39,7 @@ def start(folder: pathlib.Path, name: str, *flags: str) -> int:
     status = 1
     try:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        status = main.main(["main", *flags, f"--config.compilation_cache={folder / 'cache'}"])
+        status = command_line.main(["main", *flags, f"--config.compilation_cache={folder / 'cache'}"])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from configs import ffhq1024
-from madformer_jax import aot, estimate, flops
-from madformer_jax.models import rope, transformer
+from madformer_jax.cost import topologies, tpu_time, flops
+from madformer_jax.ops import rope
+from madformer_jax.models import transformer
 from madformer_jax.models.transformer import Streams
 from madformer_jax.runtime import partitioning
 
 
 def main(topology: str, count: str) -> None:
     c, images = ffhq1024.get_config(), int(count)
-    m, device = c.model, aot.describe(topology)[0]
+    m, device = c.model, topologies.describe(topology)[0]
     towers = {"clean": "clean", "pred": "pred"}
     layer = transformer.DecoderLayer(m.width, m.heads, m.mlp_width, jnp.bfloat16, towers, False, "pallas")
     angles = rope.rotary(*rope.image_positions(4, 16), head_size=64, side=64, variant=m.rope)
@@ -46,7 +47,7 @@ def main(topology: str, count: str) -> None:
     rows, d = 31 * 256, m.width
     # L^2 pairs of blocks are seen
     work = images * 3 * (2.0 * rows * d * (4 * d + 3 * m.mlp_width) + 2 * 2.0 * 256 * 256**2 * d)
-    print(estimate.text(estimate.estimate(text, device.device_kind, flops.peak("bfloat16", device), work)))
+    print(tpu_time.text(tpu_time.estimate(text, device.device_kind, flops.peak("bfloat16", device), work)))
 
 
 if __name__ == "__main__":

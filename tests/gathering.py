@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from madformer_jax import aot, estimate, flops, hlo
+from madformer_jax.cost import topologies, tpu_time, flops, hlo
 from madformer_jax.models import layers, transformer
 from madformer_jax.runtime import partitioning
 
@@ -37,7 +37,7 @@ class Stack(nn.Module):
 def main(topology: str, *flags: str) -> None:
     if flags == ("--split",):
         layers.gathered = lambda kernel, axes: kernel
-    devices, stack = aot.describe(topology), Stack()
+    devices, stack = topologies.describe(topology), Stack()
     mesh = partitioning.make_mesh(1, -1, 1, devices)
     shape, key = (len(devices), TOKENS, WIDTH), jax.random.key(0)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=partitioning.batch_sharding(mesh))
@@ -49,7 +49,7 @@ def main(topology: str, *flags: str) -> None:
         gradient = jax.grad(lambda params, x: stack.apply(params, x).astype(jnp.float32).sum())
         text = jax.jit(gradient, out_shardings=split).lower(params, x).compile().as_text()
     work = 3 * LAYERS * 6.0 * TOKENS * WIDTH * MLP  # of one device: an image each, backward twice the forward
-    print(estimate.text(estimate.estimate(text, devices[0].device_kind, flops.peak("bfloat16", devices[0]), work)))
+    print(tpu_time.text(tpu_time.estimate(text, devices[0].device_kind, flops.peak("bfloat16", devices[0]), work)))
     for kind in hlo.COLLECTIVES:
         found = [x for x in hlo.collectives(text) if x.kind == kind]
         print(f"  {kind:<24}{sum(x.times for x in found):6.0f}, {sum(x.moved for x in found) / 2**20:.0f} MiB")

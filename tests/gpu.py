@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madformer_jax import config
+from madformer_jax.config import schema
 from madformer_jax.diffusion import losses
-from madformer_jax.models import attention, madformer
-from madformer_jax.models.attention import KV, QKV
+from madformer_jax.ops.attention import api
+from madformer_jax.models import madformer
+from madformer_jax.ops.attention.api import KV, QKV
 from tests import tiny
 
 IMPLEMENTATIONS = ("cudnn", "blocks")
@@ -42,7 +43,7 @@ def error(found: Any, expected: Any) -> float:
 
 
 def total(streams: list[QKV], words: KV | None, lengths: Any, weights: Any, implementation: str, context: bool) -> Any:
-    outputs = attention.block_attention(
+    outputs = api.block_attention(
         streams, streams[0].kv if context else None, words, lengths, implementation=implementation
     )
     return sum(jnp.sum(x.astype(jnp.float32) * w) for x, w in zip(outputs, weights, strict=True)), outputs
@@ -86,13 +87,13 @@ def cached() -> None:
     """Of sampling: what the cache gives is what training gives."""
     streams, words = [stream(n, 2, 8, 64, 4, 64) for n in range(2)], KV(random(7, 2, 5, 4, 64), random(8, 2, 5, 4, 64))
     with jax.default_matmul_precision("highest"):
-        exact = attention.block_attention(streams, streams[0].kv, words, implementation="reference")[1]
+        exact = api.block_attention(streams, streams[0].kv, words, implementation="reference")[1]
     own, *kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, words))
     given = jax.tree.map(lambda x: x[None], kept)  # of one layer
     for implementation in IMPLEMENTATIONS:
-        context, words = (attention.kept(x, implementation) for x in given)
+        context, words = (api.kept(x, implementation) for x in given)
         read = jax.jit(
-            lambda own, block, c=context, w=words, x=implementation: attention.cached_attention(
+            lambda own, block, c=context, w=words, x=implementation: api.cached_attention(
                 own, c, w, 0, block, implementation=x
             )
         )
@@ -107,7 +108,7 @@ def model() -> None:
         c = tiny.get_config()
         c.model.width, c.model.heads, c.model.unet_channels, c.model.unet_groups = 128, 2, (64,), 8
         c.model.dtype, c.model.attention = dtype, implementation
-        config.validate(c)
+        schema.validate(c)
         built = madformer.build(c, device)
         with jax.default_device(jax.devices(device)[0]):
             z = random(1, 4, built.blocks, built.block_shape[0] * built.block_shape[1], built.channels)
@@ -155,7 +156,7 @@ def times(batch: int = 8) -> None:
     flop = 4.0 * batch * 18 * 64 * pairs
     for implementation in IMPLEMENTATIONS:
         forward = jax.jit(
-            lambda streams, x=implementation: attention.block_attention(streams, streams[0].kv, None, implementation=x)
+            lambda streams, x=implementation: api.block_attention(streams, streams[0].kv, None, implementation=x)
         )
         gradient = jax.jit(jax.grad(lambda s, x=implementation: total(s, None, None, weights, x, True)[0]))
         ahead, both = median(forward, streams), median(gradient, streams)
@@ -166,11 +167,11 @@ def times(batch: int = 8) -> None:
     own, slots = QKV(*(x[:, :1] for x in streams[1])), KV(*(x[None] for x in streams[0].kv))
     for implementation in IMPLEMENTATIONS:
         read = jax.jit(
-            lambda own, context, block, x=implementation: attention.cached_attention(
+            lambda own, context, block, x=implementation: api.cached_attention(
                 own, context, None, 0, block, implementation=x
             )
         )
-        each = [median(read, own, attention.kept(slots, implementation), i) for i in (0, 7, 15)]
+        each = [median(read, own, api.kept(slots, implementation), i) for i in (0, 7, 15)]
         print(
             f"cache, batch {batch}, {implementation}, blocks 0, 7, 15: " + ", ".join(f"{x:.3f}" for x in each) + " ms"
         )

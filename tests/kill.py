@@ -31,7 +31,9 @@ from absl import logging
 from clu import metric_writers  # noqa: F401
 from ml_collections import ConfigDict
 
-from madformer_jax import aside, drawing, main, training
+from madformer_jax.training import hooks, train_step
+from madformer_jax.sampling import generation
+from madformer_jax.cli import command_line
 from madformer_jax.modes import sample, train  # noqa: F401
 from madformer_jax.runtime import checkpoint, partitioning
 
@@ -62,9 +64,9 @@ def settings(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") ->
 
 def marked(workdir: pathlib.Path) -> Callable[..., None]:
     """`aside.Grid.do`, which leaves a file while it draws."""
-    mark, draw = pathlib.Path(f"{workdir}.drawing"), aside.Grid.do
+    mark, draw = pathlib.Path(f"{workdir}.drawing"), hooks.Grid.do
 
-    def marking(self: aside.Grid, *given: Any) -> None:
+    def marking(self: hooks.Grid, *given: Any) -> None:
         mark.touch()
         draw(self, *given)
         mark.unlink()
@@ -83,9 +85,9 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int
     os.dup2(log, 2)
     status = 1
     try:
-        aside.Grid.do = marked(workdir)
+        hooks.Grid.do = marked(workdir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        status = main.main(settings(workdir, cache, mode))
+        status = command_line.main(settings(workdir, cache, mode))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -148,8 +150,8 @@ def disturb(
 def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, Any], Any]:
     """Step, arrays and data state of the newest checkpoint of a run with config `c`."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    s = training.setup(c)
-    _, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+    s = train_step.setup(c)
+    _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
         step, trees, data = checkpoints.restore({n: getattr(abstract, n) for n in checkpoint.ARRAYS}, data=True)
     return step, jax.device_get(trees), data
@@ -158,7 +160,7 @@ def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, Any], An
 def drawn(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """Numbers and images of the only finished --mode=sample."""
     (folder,) = (path.parent for path in (workdir / "samples").glob("*/grid.png"))
-    shards = list(drawing.read_shards(folder))
+    shards = list(generation.read_shards(folder))
     return np.concatenate([s.numbers for s in shards]), np.concatenate([s.images for s in shards])
 
 
@@ -184,7 +186,7 @@ def run(folder: pathlib.Path, runs: int, terms: int, samples: int, seed: int) ->
             reports.append(disturb(workdir, cache, name, TURNS[(i + 1) % 3], min(first, STEPS - 5), chance))
         finish(workdir, cache)
     reports += [disturb_sampling(folder, i, cache, chance) for i in range(samples)]
-    c, _ = main.parse(settings(folder, cache))
+    c, _ = command_line.parse(settings(folder, cache))
     expected = final(c, folder / "whole")
     for i in range(runs):
         workdir = folder / f"run_{i}"

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from madformer_jax import codec, config, training
+from madformer_jax.sampling import codec
+from madformer_jax.config import schema
+from madformer_jax.training import train_step
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, partitioning
-from madformer_jax.sizes import sizes_of
+from madformer_jax.config.shapes import sizes_of
 
 
 def peak() -> float:
@@ -31,19 +33,19 @@ def peak() -> float:
 
 def run(folder: str) -> float:
     """Prints the peak after each stage; returns the last over the state's size, without what Python and JAX take."""
-    c = config.base()
+    c = schema.base()
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size, c.data.channels = 32, 4
     c.model.width, c.model.heads, c.model.mlp_width = 768, 12, 2048
     c.model.depth, c.model.diffusion_depth, c.model.blocks = 12, 6, 4
     c.model.unet_channels = (128, 256)
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, 4, 2
-    config.validate(c)
+    schema.validate(c)
     mesh = partitioning.make_mesh(1, 4, 2)
     jax.block_until_ready(jnp.zeros(()))
     before = peak()
-    s = training.Setup(madformer.build(c), codec.build(c), sizes_of(c), training.optimizer(c))
-    create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+    s = train_step.Setup(madformer.build(c), codec.build(c), sizes_of(c), train_step.optimizer(c))
+    create, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / 1e9
     count = sum(x.size for x in jax.tree.leaves(abstract.params))
     print(f"{count / 1e6:.0f} M parameters, state {size:.2f} GB; Python and JAX {before:.2f} GB", flush=True)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from madformer_jax import config
+from madformer_jax.config import schema
 from madformer_jax.models import madformer
 from madformer_jax.models.madformer import MADFormer
 
@@ -22,7 +22,7 @@ def small(**changes: Any) -> tuple[MADFormer, Any]:
 
 def small_config(**changes: Any) -> ConfigDict:
     """The config of `small`."""
-    c = config.base()
+    c = schema.base()
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size, c.data.channels = 8, 3
     c.model.width, c.model.heads, c.model.mlp_width = 16, 2, 20
@@ -31,7 +31,7 @@ def small_config(**changes: Any) -> ConfigDict:
     c.model.unet_groups = c.model.unet_heads = 2
     length = changes.pop("text_length", 1)
     c.model.update(changes)
-    config.validate(c)
+    schema.validate(c)
     c.text.length = length  # a model may read several classes, no command line says so
     return c
 

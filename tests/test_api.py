@@ -9,13 +9,14 @@ import pytest
 from PIL import Image
 
 import madformer_jax
-from madformer_jax import drawing, main, prompts
+from madformer_jax.sampling import generation, prompts
+from madformer_jax.cli import command_line
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import sample
 from madformer_jax.runtime import checkpoint
-from madformer_jax.sizes import sizes_of
+from madformer_jax.config.shapes import sizes_of
 from tests import tiny
 from tests.small import random_params
 
@@ -38,7 +39,7 @@ def test_a_model_draws_the_images_of_mode_sample(tmp_path, one_device):
     images = model.sample(3, labels=["dog", "cat"])
     c.sample.film = "webp"
     folder = sample.run(c, workdir)["folder"]
-    (shard,) = drawing.read_shards(folder)
+    (shard,) = generation.read_shards(folder)
     np.testing.assert_array_equal(images, shard.images)
     assert (model.sample(3, labels=["dog", "cat"], seed=6) != images).any()
     with Image.open(f"{folder}/film.webp") as film, Image.open(f"{folder}/grid.png") as grid:
@@ -145,14 +146,14 @@ def test_a_class_is_drawn_by_its_name_even_if_it_is_a_number(tmp_path, one_devic
         assert (model.sample(12, labels=[name])[0] != drawn[0]).any() or not number
         np.testing.assert_array_equal(model.sample(12, labels=[number])[number], drawn[number])
     args = ["main", "--mode=sample", f"--workdir={tmp_path}", "--config.sample.labels=2"]
-    assert main.main(args) == 2
+    assert command_line.main(args) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert """Write '["2"]' for the name or '[2]' for the number""" in line
     assert not (tmp_path / "samples").exists()
     for label, number in (('["2"]', 4), ("[2]", 2)):
         c.sample.labels = label
         folder = pathlib.Path(sample.run(c, str(tmp_path))["folder"])
-        assert next(drawing.read_shards(folder)).labels.tolist() == [number]
+        assert next(generation.read_shards(folder)).labels.tolist() == [number]
         protocol = json.loads((folder / "protocol.json").read_text())
         assert (protocol["labels"], protocol["classes"]) == (str(number), {str(number): names[number]})
 

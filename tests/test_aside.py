@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import aside, drawing, report, training
+from madformer_jax.training import hooks, metric_writer, train_step
+from madformer_jax.sampling import generation
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import features, images, reference, scores
-from madformer_jax.evaluation.network import Network
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.evaluation import images, reference_statistics, scores
+from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.modes import train
 from madformer_jax.runtime import checkpoint, partitioning
 from tests import tiny
@@ -38,13 +40,13 @@ def c(tmp_path, one_device, monkeypatch):
     c.train.steps, c.train.evaluate_every, c.train.evaluate_n = 4, 2, N
     c.sample.n = c.sample.batch = 5  # less than are scored
     c.evaluate.network = "stub"
-    monkeypatch.setitem(features.NETWORKS, "stub", lambda path: STUB)
-    monkeypatch.setattr(features, "extractor", lambda network: lambda images: features.Outputs(pixels(images), None))
+    monkeypatch.setitem(registry.NETWORKS, "stub", lambda path: STUB)
+    monkeypatch.setattr(registry, "extractor", lambda network: lambda images: registry.Outputs(pixels(images), None))
     real = np.random.default_rng(0).normal(100, 50, (20, 4)).astype(np.float32)
     found = {"features": real, "labels": np.zeros(20, np.int32), "profile": np.zeros((1, 62)), "weight": np.ones(1)}
     protocol = {"network": STUB.describe(), "image": pipeline.table(c).describe()}
-    reference.save(str(tmp_path / "reference.npz"), protocol, lambda: iter([found]), 0)
-    real_state = training.create_state
+    reference_statistics.save(str(tmp_path / "reference.npz"), protocol, lambda: iter([found]), 0)
+    real_state = train_step.create_state
 
     def create_state(*given):
         abstract = real_state(*given)[1]
@@ -54,17 +56,17 @@ def c(tmp_path, one_device, monkeypatch):
     def step(state, batch, codec_params, seed):
         metrics = {"loss": jnp.mean(batch["image"]), "grad_norm": jnp.ones(()), "learning_rate": jnp.ones(())}
         params, ema = (jax.tree.map(lambda x, k=k: x + k, tree) for k, tree in ((1, state.params), (2, state.ema)))
-        return training.State(state.step + 1, params, ema, state.opt), metrics
+        return train_step.State(state.step + 1, params, ema, state.opt), metrics
 
     def batches(c, draw, params, codec_params, mesh, numbers, most=None):
         weight = jax.tree.leaves(params)[0].ravel()[0]
-        assert drawing.batch_size(c, mesh, most) == 5 and len(numbers) <= c.sample.n
+        assert generation.batch_size(c, mesh, most) == 5 and len(numbers) <= c.sample.n
         for number in numbers:
-            yield drawing.Drawn(np.array([number]), np.zeros(1, np.int32), image(number, weight)[None], np.zeros(1))
+            yield generation.Drawn(np.array([number]), np.zeros(1, np.int32), image(number, weight)[None], np.zeros(1))
 
-    monkeypatch.setattr(training, "create_state", create_state)
-    monkeypatch.setattr(training, "make_step", lambda s, c: step)
-    monkeypatch.setattr(drawing, "batches", batches)
+    monkeypatch.setattr(train_step, "create_state", create_state)
+    monkeypatch.setattr(train_step, "make_step", lambda s, c: step)
+    monkeypatch.setattr(generation, "batches", batches)
     return c
 
 
@@ -74,7 +76,7 @@ def told(workdir):
 
 def test_averages_are_scored_behind_their_checkpoint_and_at_the_end(c, tmp_path):
     figures = train.run(c, str(tmp_path))
-    real = reference.load(str(tmp_path / "reference.npz")).features
+    real = reference_statistics.load(str(tmp_path / "reference.npz")).features
     lines = told(tmp_path)
     assert [(line["step"], "loss" in line, line.get("scored")) for line in lines] == [
         (2, True, None), (2, False, N), (4, True, None), (4, False, N),
@@ -94,7 +96,7 @@ def test_a_judge_that_breaks_does_not_end_training(c, tmp_path, monkeypatch, cap
         raise RuntimeError("no features\nof this")
 
     seen = []
-    monkeypatch.setattr(features, "extractor", lambda network: extract)
+    monkeypatch.setattr(registry, "extractor", lambda network: extract)
     assert train.run(c, str(tmp_path))["step"] == 4
     assert seen == [2, 4]  # saved first
     assert "the scores of step 2 are left out: no features" in caplog.text
@@ -108,10 +110,10 @@ def test_a_notice_to_stop_is_heard_within_the_scores(c, tmp_path, monkeypatch):
     def extract(images):
         os.kill(os.getpid(), signal.SIGTERM)
         seen.append(len(images))
-        return features.Outputs(pixels(images), None)
+        return registry.Outputs(pixels(images), None)
 
     seen = []
-    monkeypatch.setattr(features, "extractor", lambda network: extract)
+    monkeypatch.setattr(registry, "extractor", lambda network: extract)
     assert train.run(c, str(tmp_path))["step"] == 2
     assert seen == [1] and "scored" not in told(tmp_path)[-1]
 
@@ -128,11 +130,11 @@ def test_a_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
 def test_validation_divides_the_text_loss_by_the_tokens_of_all_batches():
     """Batches of 3 and 1 tokens, and one of empty captions, which counts for nothing."""
     found = [{"loss": 10.0, "loss_text": 2.0}, {"loss": 20.0, "loss_text": 6.0}, {"loss": 30.0, "loss_text": 0.0}]
-    mean = report._mean(aside._text_over_tokens(found, [3, 1, 0], weight=0.5))
+    mean = metric_writer._mean(hooks._text_over_tokens(found, [3, 1, 0], weight=0.5))
     assert mean["loss_text"] == 3.0
     assert mean["loss"] == pytest.approx((10 - 1 + 20 - 3 + 30 - 0) / 3 + 0.5 * 3.0)
     without = [{"loss": 1.0, "loss_q1": 2.0}]
-    assert aside._text_over_tokens(without, [0], weight=0.5) is without
+    assert hooks._text_over_tokens(without, [0], weight=0.5) is without
 
 
 def test_losses_on_held_out_images(c, tmp_path, monkeypatch):
@@ -165,7 +167,7 @@ def test_losses_on_held_out_images(c, tmp_path, monkeypatch):
         return Recorded(batches) if validation else batches
 
     monkeypatch.setattr(pipeline, "train_iterator", open_data)
-    monkeypatch.setattr(training, "make_loss", make_loss)
+    monkeypatch.setattr(train_step, "make_loss", make_loss)
     figures = train.run(c, str(tmp_path), grids=False)
     lines = [line for line in told(tmp_path) if "validated" in line]
     assert [(line["step"], line["validated"]) for line in lines] == [
@@ -175,7 +177,7 @@ def test_losses_on_held_out_images(c, tmp_path, monkeypatch):
     assert lines[1]["validation_loss"] - lines[0]["validation_loss"] == pytest.approx(4)  # averages grow by 2 a step
     assert figures["validation_loss"] == lines[1]["validation_loss"] and "loss" in figures
     np.testing.assert_array_equal(seen[:2], seen[2:])
-    key = jax.random.fold_in(jax.random.key(c.seed), aside.VALIDATE)
+    key = jax.random.fold_in(jax.random.key(c.seed), hooks.VALIDATE)
     noise = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(2)]
     assert lines[0]["validation_loss"] == pytest.approx(np.mean(seen[:2]) / 255 + 4 + np.mean(noise), rel=1e-5)
     trained = {x.tobytes() for x in images.of_source(c, "train", shuffled=False).read(np.arange(4000)).images}

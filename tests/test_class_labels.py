@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from madformer_jax import class_labels, config
+from madformer_jax.config import class_labels, schema
 from madformer_jax.errors import ConfigError
 from tests import tiny
 
@@ -17,13 +17,13 @@ def numbers(text, names):
     """The classes that a value of `sample.labels` stands for, resolved twice: the second time changes nothing."""
     c = tiny.get_config()
     c.model.classes, c.sample.labels = len(names) or 12, text
-    config.validate(c)
-    config.number_labels(c, names)
+    schema.validate(c)
+    schema.number_labels(c, names)
     resolved = c.sample.labels
-    config.number_labels(c, names)
+    schema.number_labels(c, names)
     assert c.sample.labels == resolved
     c.sample.n = len(class_labels.parse(resolved, c.model.classes))
-    return config.labels(c)
+    return schema.labels(c)
 
 
 @pytest.mark.parametrize(

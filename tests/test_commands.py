@@ -11,10 +11,11 @@ import types
 import numpy as np
 import pytest
 
-from madformer_jax import drawing, main
-from madformer_jax.models import classifier, reader
+from madformer_jax.sampling import generation
+from madformer_jax.cli import command_line
+from madformer_jax.evaluation.networks import classifier, attribute_classifier
 from madformer_jax.modes import demo, sweep
-from madformer_jax.testbed import layout
+from madformer_jax.sweeps import sweep_folder
 from tests.test_docs import PAGES, ROOT, commands, of_ours
 from tests.testbed.test_sweep import Stage
 
@@ -58,7 +59,7 @@ def _small(args):
 def folder(tmp_path, monkeypatch, one_device):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    for network in (classifier, reader):
+    for network in (classifier, attribute_classifier):
         monkeypatch.setattr(network, "train", functools.partial(network.train, steps=10))
         monkeypatch.setattr(network, "BATCH", 16)
     return tmp_path
@@ -95,16 +96,16 @@ def test_every_command_runs(folder, monkeypatch):
                     if "--config.demo.other=runs/other" in args:
                         shutil.copytree("runs/digits", "runs/other")
                 if "--config.train.init_from=runs/drawings" in args:
-                    main.run(["main", *_small(["--config=configs/drawings.py", "--workdir=runs/drawings"])])
+                    command_line.run(["main", *_small(["--config=configs/drawings.py", "--workdir=runs/drawings"])])
                 print(page.name, args)
-                assert main.run(["main", *_small(args)]) == 0, (page.name, args)
+                assert command_line.run(["main", *_small(args)]) == 0, (page.name, args)
             done.append(args)
     assert len(done) > 20
 
 
 def _draw_grid(job, run, steps):
     images = np.zeros((len(steps), sweep.COLUMNS, 32, 32, 1), np.uint8)
-    drawing.write_png(f"{layout.folder(job.workdir, run)}/grid.png", drawing.as_rows(images))
+    generation.write_png(f"{sweep_folder.folder(job.workdir, run)}/grid.png", generation.as_rows(images))
 
 
 def _shards(folder):

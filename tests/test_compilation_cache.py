@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from madformer_jax import main
+from madformer_jax.cli import command_line
 from madformer_jax.runtime import checkpoint
 from tests import tiny
 
@@ -15,8 +15,8 @@ def test_a_workdir_does_not_choose_the_place_of_compiled_programs(tmp_path, cach
     c.compilation_cache = cache
     checkpoint.write_config(c, str(tmp_path))
     args = ["main", "--mode=sample", f"--workdir={tmp_path}"]
-    assert main.parse(args)[0].compilation_cache == "auto"
-    assert main.parse([*args, f"--config.compilation_cache={cache}"])[0].compilation_cache == cache
+    assert command_line.parse(args)[0].compilation_cache == "auto"
+    assert command_line.parse([*args, f"--config.compilation_cache={cache}"])[0].compilation_cache == cache
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_workdir_does_not_choose_the_place_of_compiled_programs(tmp_path, cach
 def test_the_environment_names_the_cache_unless_the_user_asks_for_another(monkeypatch, setting, variable, changes):
     seen = {}
     monkeypatch.setattr(jax.config, "update", seen.__setitem__)
-    monkeypatch.setattr(main.storage, "user_cache", lambda kind: f"/home/{kind}")
+    monkeypatch.setattr(command_line.storage, "user_cache", lambda kind: f"/home/{kind}")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
-    main._use_cache(setting, "run")
+    command_line._use_cache(setting, "run")
     assert seen == changes

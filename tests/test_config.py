@@ -3,7 +3,7 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
-from madformer_jax import config, limits
+from madformer_jax.config import schema, validation
 from madformer_jax.errors import ConfigError
 
 
@@ -61,11 +61,11 @@ def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, wo
     if field == "model.clean_stream":
         tiny_config.loss.clean = 0.1
     with pytest.raises(ConfigError, match=words) as error:
-        config.validate(tiny_config)
+        schema.validate(tiny_config)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("field", [*limits.CHOICES, *limits.RANGES])
+@pytest.mark.parametrize("field", [*validation.CHOICES, *validation.RANGES])
 def test_every_choice_and_range_is_checked(tiny_config, field):
     *path, name = field.split(".")
     section = tiny_config
@@ -73,7 +73,7 @@ def test_every_choice_and_range_is_checked(tiny_config, field):
         section = section[part]
     section[name] = "nonsense" if isinstance(section[name], str) else type(section[name])(-2)
     with pytest.raises(ConfigError, match=f"config.{field}=.*(unknown: one of|out of range: it must be)") as error:
-        config.validate(tiny_config)
+        schema.validate(tiny_config)
     assert "\n" not in str(error.value)
 
 
@@ -105,7 +105,7 @@ def test_every_choice_and_range_is_checked(tiny_config, field):
 def test_settings_that_contradict_each_other_are_named(tiny_config, changes, words):
     tiny_config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=words) as error:
-        config.validate(tiny_config)
+        schema.validate(tiny_config)
     assert "\n" not in str(error.value)
 
 
@@ -130,77 +130,77 @@ def test_fields_of_a_wrong_kind_are_named(tiny_config, changes, words):
         section, _, field = name.rpartition(".")
         (content[section] if section else content)[field] = value
     with pytest.raises(ConfigError, match=words) as error:
-        config.validate(ConfigDict(content, type_safe=False))
+        schema.validate(ConfigDict(content, type_safe=False))
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=f"run/config.json: .*{words}"):
-        config.restored(content, "run/config.json")
+        schema.restored(content, "run/config.json")
 
 
 def test_a_field_that_is_missing_is_named_in_a_config_and_has_its_default_in_an_old_workdir(tiny_config):
     content = json.loads(tiny_config.to_json())
     del content["model"]["rope"]
     with pytest.raises(ConfigError, match="config.model.rope is missing"):
-        config.validate(ConfigDict(content))
-    assert config.restored(content, "config.json", trusted=True).to_dict() == tiny_config.to_dict()
+        schema.validate(ConfigDict(content))
+    assert schema.restored(content, "config.json", trusted=True).to_dict() == tiny_config.to_dict()
     with pytest.raises(ConfigError, match="holds no config"):
-        config.restored([1], "config.json")
+        schema.restored([1], "config.json")
 
 
 def test_channels_that_cannot_hold_the_noise_are_told(tiny_config):
-    assert "unet_channels[0]=8 is less than the 16 values" in limits.doubts(tiny_config)[0]
-    assert "stays above 0.50" in limits.doubts(tiny_config)[0]
+    assert "unet_channels[0]=8 is less than the 16 values" in validation.doubts(tiny_config)[0]
+    assert "stays above 0.50" in validation.doubts(tiny_config)[0]
     tiny_config.model.unet_channels = (16,)
-    assert limits.doubts(tiny_config) == []
+    assert validation.doubts(tiny_config) == []
 
 
 def test_a_tiny_config_of_a_depth_that_there_is_not_speaks_of_the_depth_that_was_asked_for():
-    c = config.base()
+    c = schema.base()
     c.model.diffusion_depth = 99
     with pytest.raises(ConfigError, match=r"diffusion_depth=99 \(D\) must be from 1 to config.model.depth=28"):
-        config.as_tiny(c)
+        schema.as_tiny(c)
 
 
 def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):
     tiny_config.sample.labels = "7,2"
-    assert config.labels(tiny_config) == [7, 2, 7, 2, 7]
+    assert schema.labels(tiny_config) == [7, 2, 7, 2, 7]
 
 
 def test_random_labels_are_a_function_of_the_seed_and_the_number(tiny_config):
     tiny_config.sample.label_sampling, tiny_config.sample.n = "random", 3000
     tiny_config.sample.labels = "7,2,4"
-    many = config.labels(tiny_config)
+    many = schema.labels(tiny_config)
     assert many[:12] == [4, 4, 2, 7, 2, 2, 4, 7, 2, 2, 4, 2]  # on every machine
     assert all(900 < many.count(k) < 1100 for k in (2, 4, 7))
     tiny_config.sample.n = 5
-    assert config.labels(tiny_config) == many[:5]
+    assert schema.labels(tiny_config) == many[:5]
     tiny_config.sample.n, tiny_config.seed = 3000, 1
-    assert 800 < sum(a == b for a, b in zip(config.labels(tiny_config), many, strict=True)) < 1200
+    assert 800 < sum(a == b for a, b in zip(schema.labels(tiny_config), many, strict=True)) < 1200
 
 
 def test_what_differs_from_the_defaults():
-    c = config.base()
-    assert config.differences(c) == {}
+    c = schema.base()
+    assert schema.differences(c) == {}
     c.model.width, c.model.unet_channels, c.seed = 96, [16, 32], 3
-    assert config.differences(c) == {"model.width": 96, "model.unet_channels": (16, 32), "seed": 3}
-    c.model.unet_channels = list(config.base().model.unet_channels)  # as JSON has it
-    assert "model.unet_channels" not in config.differences(c)
+    assert schema.differences(c) == {"model.width": 96, "model.unet_channels": (16, 32), "seed": 3}
+    c.model.unet_channels = list(schema.base().model.unet_channels)  # as JSON has it
+    assert "model.unet_channels" not in schema.differences(c)
 
 
 def test_sizes_of_the_release(tiny_config):
-    c = config.base()
+    c = schema.base()
     c.data.image_size = 1024
-    assert config.validate(c) == (128, 4, 16, 4, 32, 1024, 16, 256)
+    assert schema.validate(c) == (128, 4, 16, 4, 32, 1024, 16, 256)
 
 
 def test_names_of_classes_become_their_numbers(tiny_config):
     tiny_config.sample.labels = "zwei, 7,eins"
-    config.validate(tiny_config)  # without the data, nobody knows them
+    schema.validate(tiny_config)  # without the data, nobody knows them
     with pytest.raises(ConfigError, match="'zwei' is neither a class number nor a class name"):
-        config.labels(tiny_config)
-    config.number_labels(tiny_config, ["null", "eins", "zwei"])
-    assert config.labels(tiny_config) == [2, 7, 1, 2, 7]
+        schema.labels(tiny_config)
+    schema.number_labels(tiny_config, ["null", "eins", "zwei"])
+    assert schema.labels(tiny_config) == [2, 7, 1, 2, 7]
     tiny_config.sample.labels = "zwie"
     with pytest.raises(ConfigError, match=r"'zwie' is neither .* \(names are 'zwei', \.\.\.\)"):
-        config.number_labels(tiny_config, ["null", "eins", "zwei"])
+        schema.number_labels(tiny_config, ["null", "eins", "zwei"])
     with pytest.raises(ConfigError, match="this data set names none"):
-        config.number_labels(tiny_config, ())
+        schema.number_labels(tiny_config, ())

@@ -6,7 +6,8 @@ import math
 import jax
 import pytest
 
-from madformer_jax import config, limits, main
+from madformer_jax.config import schema, validation
+from madformer_jax.cli import command_line
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -18,8 +19,8 @@ def in_the_root(monkeypatch, request):
 
 
 def read(name, *overrides):
-    c, _ = main.parse(["main", f"--config=configs/{name}", "--workdir=unused", *overrides])
-    config.validate(c)
+    c, _ = command_line.parse(["main", f"--config=configs/{name}", "--workdir=unused", *overrides])
+    schema.validate(c)
     return c
 
 
@@ -41,8 +42,8 @@ def test_variants_of_depth_and_length(name, depth, blocks):
 @pytest.mark.parametrize("side", [32, 64, 128, 256])
 def test_drawings_have_as_many_tokens_a_block_at_every_size(side):
     c = read(f"drawings.py:side={side}")
-    assert c.data.image_size == side and config.validate(c).tokens == 16
-    assert not limits.doubts(c)
+    assert c.data.image_size == side and schema.validate(c).tokens == 16
+    assert not validation.doubts(c)
 
 
 def test_drawings_from_captions_have_the_tokenizer_of_the_package():
@@ -91,4 +92,4 @@ def test_a_variant_that_is_none_is_told(variant):
     with pytest.raises(
         ConfigError, match=f"variant '{variant}' is unknown: it is made of D=<number>, L=<number>, tiny"
     ):
-        config.variant(variant, {"D": 14, "L": 4}, ("tiny",))
+        schema.variant(variant, {"D": 14, "L": 4}, ("tiny",))

@@ -13,8 +13,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from madformer_jax import drawing, training
-from madformer_jax.models import classifier
+from madformer_jax.sampling import generation
+from madformer_jax.training import train_step
+from madformer_jax.evaluation.networks import classifier
 from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import checkpoint, partitioning
 from tests import QUICK, tiny, worker
@@ -67,7 +68,7 @@ def losses(files):
 def final(workdir):
     """Step, parameters and data state of the newest checkpoint."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = drawing.abstract_params(training.setup(tiny.get_config("plain")).model, mesh)
+    target = generation.abstract_params(train_step.setup(tiny.get_config("plain")).model, mesh)
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
         step, trees, data = checkpoints.restore({"params": target}, data=True)
     return step, jax.device_get(trees["params"]), data
@@ -75,7 +76,7 @@ def final(workdir):
 
 def samples(workdir):
     (folder,) = (workdir / "samples").glob(f"step_{STEPS:06d}_*_n5_*")
-    return drawing.Drawn(*map(np.concatenate, zip(*drawing.read_shards(folder), strict=True)))
+    return generation.Drawn(*map(np.concatenate, zip(*generation.read_shards(folder), strict=True)))
 
 
 def put_classifier(workdir):

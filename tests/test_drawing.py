@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import codec, drawing, prompts
+from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -22,14 +22,14 @@ def plain():
 @pytest.fixture
 def noise_only(monkeypatch):
     """A sampler that returns its noise: for what is not about the model, and compiles at once."""
-    monkeypatch.setattr(drawing.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
+    monkeypatch.setattr(generation.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
 
 
 def draw(c, numbers, params=None, decode=None, devices=1, most=None):
     """The images of a config with these numbers, on a mesh of so many devices."""
-    program = drawing.make_draw(c, madformer.build(c), decode or codec.build(c).decode)
+    program = generation.make_draw(c, madformer.build(c), decode or codec.build(c).decode)
     mesh = partitioning.make_mesh(-1, 1, 1, jax.devices()[:devices])
-    drawn = list(drawing.batches(c, program, params or {}, {}, mesh, numbers, most))
+    drawn = list(generation.batches(c, program, params or {}, {}, mesh, numbers, most))
     assert program._cache_size() == 1
     return drawn
 
@@ -52,7 +52,7 @@ def test_the_noise_of_an_image_is_that_of_no_training_step(plain, noise_only):
     expected, of_step = (
         jax.random.normal(jax.random.fold_in(k, 1), (1, 64, 16)) for k in (jax.random.fold_in(key, 2**31), key)
     )
-    np.testing.assert_array_equal(codec.to_blocks(first.latents, drawing.sizes_of(plain))[1], expected)
+    np.testing.assert_array_equal(codec.to_blocks(first.latents, generation.sizes_of(plain))[1], expected)
     assert np.abs(expected - of_step).max() > 1
 
 
@@ -70,7 +70,7 @@ def test_each_image_has_its_prompt_in_whichever_batch(plain, monkeypatch):
     def lengths_in_the_noise(model, params, noise, tokens, *, lengths, **settings):
         return jnp.zeros_like(noise) + (100 * lengths + tokens[:, 1])[:, None, None, None]
 
-    monkeypatch.setattr(drawing.sampler, "sample", lengths_in_the_noise)
+    monkeypatch.setattr(generation.sampler, "sample", lengths_in_the_noise)
     plain.text.tokenizer, plain.text.length = "drawings", 6
     plain.text.vocabulary = text.open_tokenizer("drawings").vocabulary
     plain.sample.prompts = "a red planet; on pale blue sky ;red"
@@ -114,13 +114,13 @@ def test_random_labels_do_not_depend_on_the_batch(plain, noise_only):
 
 def test_a_seed_and_guidance_are_arguments_of_the_program(plain, noise_only):
     plain.model.classes, plain.sample.guidance = 10, 2.0
-    program = drawing.make_draw(plain, madformer.build(plain), codec.build(plain).decode)
+    program = generation.make_draw(plain, madformer.build(plain), codec.build(plain).decode)
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     s, latents, scales = plain.sample, [], []
     values = ((0, 2.0, (0, 999), "constant"), (3, 2.0, (0, 500), "constant"), (3, 1.5, (0, 999), "linear"))
     for plain.seed, s.guidance, s.guidance_interval, s.guidance_schedule in values:
-        scales.append(drawing.inputs_of(plain, None, None).guidance.tolist())
-        latents += [batch.latents for batch in drawing.batches(plain, program, {}, {}, mesh, range(2))]
+        scales.append(generation.inputs_of(plain, None, None).guidance.tolist())
+        latents += [batch.latents for batch in generation.batches(plain, program, {}, {}, mesh, range(2))]
     assert program._cache_size() == 1
     assert np.abs(latents[0] - latents[1]).max() > 1
     assert scales == [[2, 2], [1, 2], [1, 1.5]]  # at t = 999, 499
@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_are_told_by_image_and_block(plain, monkeypat
     def spoilt(model, params, noise, tokens, **settings):
         return noise.at[1, 2, 0, 3].set(np.inf)
 
-    monkeypatch.setattr(drawing.sampler, "sample", spoilt)
+    monkeypatch.setattr(generation.sampler, "sample", spoilt)
     with pytest.raises(ConfigError, match=r"not finite: image 4 from block 3 on\. .*sample\.guidance=1\.0"):
         draw(plain, [0, 4])
     assert [len(batch.numbers) for batch in draw(plain, [0])] == [1]  # only what fills up the batch is spoilt
@@ -149,7 +149,7 @@ def test_given_noise_is_read_by_number_and_not_compiled_in(plain, noise_only, tm
     plain.sample.noise = str(tmp_path / "noise.npy")
     np.save(plain.sample.noise, noise)
     drawn = np.concatenate([batch.latents for batch in draw(plain, [3, 0, 4])])
-    np.testing.assert_array_equal(codec.to_blocks(drawn, drawing.sizes_of(plain)), noise[[3, 0, 4]].astype(np.float32))
+    np.testing.assert_array_equal(codec.to_blocks(drawn, generation.sizes_of(plain)), noise[[3, 0, 4]].astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -178,49 +178,49 @@ def test_noise_that_does_not_fit_is_refused(plain, noise_only, tmp_path, content
 
 def test_a_grid_is_about_square_and_white_where_it_is_empty():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 2, 3, 1), np.uint8)
-    grid = drawing.as_grid(images)
+    grid = generation.as_grid(images)
     assert grid.shape == (4, 9, 1)
     np.testing.assert_array_equal(grid[::2, ::3, 0], [[0, 1, 2], [3, 4, 255]])
-    np.testing.assert_array_equal(drawing.as_grid(images[:1])[..., 0], images[0, ..., 0])
+    np.testing.assert_array_equal(generation.as_grid(images[:1])[..., 0], images[0, ..., 0])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_grid_is_scaled_down_to_what_it_may_be_wide(channels):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 12, channels), np.uint8)
-    small = drawing.reduced(images, 12)  # three columns of 12 pixels
+    small = generation.reduced(images, 12)  # three columns of 12 pixels
     assert small.shape == (5, 3, 4, channels)
-    assert drawing.as_grid(small).shape == (6, 12, channels)
+    assert generation.as_grid(small).shape == (6, 12, channels)
     expected = images[:, :6].reshape(5, 2, 3, 4, 3, channels).mean((2, 4))
     np.testing.assert_allclose(small[:, :2], expected, atol=0.6)
-    np.testing.assert_array_equal(drawing.reduced(images, 36), images)
+    np.testing.assert_array_equal(generation.reduced(images, 36), images)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "x*"])
 def test_shards_are_read_from_the_folder_that_is_named(tmp_path, name):
     for value, folder in enumerate(("a1", "xy", name)):
-        shard = drawing.Drawn(*[np.full(1, value)] * len(drawing.Drawn._fields))
-        drawing.write_shard(tmp_path / folder / "shard-00000-of-00001.npz", shard)
-    (found,) = drawing.read_shards(tmp_path / name)
+        shard = generation.Drawn(*[np.full(1, value)] * len(generation.Drawn._fields))
+        generation.write_shard(tmp_path / folder / "shard-00000-of-00001.npz", shard)
+    (found,) = generation.read_shards(tmp_path / name)
     assert found.images.tolist() == [2]
 
 
 def test_a_flipped_byte_of_a_shard_is_noticed(tmp_path):
     path = tmp_path / "shard.npz"
     rng = np.random.default_rng(0)
-    shard = drawing.Drawn(
+    shard = generation.Drawn(
         np.arange(2),
         np.zeros(2, np.int32),
         rng.integers(0, 256, (2, 4, 4, 1), np.uint8),
         np.ones((2, 2, 2, 4), np.float32),
     )
-    drawing.write_shard(path, shard)
+    generation.write_shard(path, shard)
     content, noticed = path.read_bytes(), 0
-    jax.tree.map(np.testing.assert_array_equal, drawing.read_shard(path), shard)
+    jax.tree.map(np.testing.assert_array_equal, generation.read_shard(path), shard)
     for at in range(0, len(content), 5):
         path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
         try:
-            jax.tree.map(np.testing.assert_array_equal, drawing.read_shard(path), shard)  # dates of the archive, say
-        except drawing.DamagedError:
+            jax.tree.map(np.testing.assert_array_equal, generation.read_shard(path), shard)  # dates of the archive, say
+        except generation.DamagedError:
             noticed += 1
     assert noticed > 100
-    assert drawing.read_shard(tmp_path / "none.npz") is None
+    assert generation.read_shard(tmp_path / "none.npz") is None

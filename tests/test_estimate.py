@@ -5,19 +5,19 @@ import pathlib
 
 import pytest
 
-from madformer_jax import estimate
+from madformer_jax.cost import tpu_time
 
 HLO = (pathlib.Path(__file__).parent / "step.hlo").read_text()
 PEAK = 197e12
 
 
 def estimated(**changes):
-    return estimate.estimate(HLO, **{"device_kind": "TPU v5 lite", "peak": PEAK, "flops": 0.004 * PEAK, **changes})
+    return tpu_time.estimate(HLO, **{"device_kind": "TPU v5 lite", "peak": PEAK, "flops": 0.004 * PEAK, **changes})
 
 
 def test_cycles_count_as_often_as_their_loop_runs():
     e = estimated()
-    kernel = estimate.KERNELS["block_attention_backward"]
+    kernel = tpu_time.KERNELS["block_attention_backward"]
     attention = 0.5e-3 / kernel.rate + 2 * 4 * 512 * kernel.query / 1.5e9
     assert e.busy == pytest.approx(4 * 1e-3 + 4 * 0.5e-3 + 2e-3 + attention)
     assert e.figures()["share_of_peak"] == pytest.approx(0.004 / e.busy)
@@ -47,7 +47,7 @@ def test_the_tables_say_where_the_time_goes():
     assert phases["optimizer"].keys() == {"update"}
     places = {row.name: row.place for row in e.rows}
     assert places["fusion.1"] == "models/layers.py:30 query/dot_general"  # the caller of ours, not flax
-    report = estimate.text(e)
+    report = tpu_time.text(e)
     assert "AR layers, forward, products: models/layers.py:30 query/dot_general" in report
     assert "nothing is known of them: while.2, other" in report
     assert "to other slices" in report
@@ -63,20 +63,20 @@ def test_two_files_are_compared(tmp_path, capsys):
     paths = [tmp_path / name for name in ("before.json", "after.json", "old.json")]
     for path, figures in zip(paths, (before, after, {"topology": "v5e:4x4"}), strict=True):
         path.write_text(json.dumps(figures))
-    assert estimate.main([*map(str, paths[:2])]) == 0
+    assert tpu_time.main([*map(str, paths[:2])]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0] == "a.c: 2 -> 3"
     assert out.splitlines()[2].split() == ["GiB", "a", "device", "1.00", "1.00"]
     assert "sampler" not in out
     assert out.splitlines()[-1].split() == ["AR", "layers,", "products", "0.004", "0.001"]
-    assert estimate.main([str(paths[0])]) == 2
-    assert estimate.main([str(paths[0]), str(tmp_path / "none.json")]) == 2
+    assert tpu_time.main([str(paths[0])]) == 2
+    assert tpu_time.main([str(paths[0]), str(tmp_path / "none.json")]) == 2
     assert "none.json cannot be read" in capsys.readouterr().err
-    assert estimate.main([str(paths[0]), str(paths[2])]) == 2
+    assert tpu_time.main([str(paths[0]), str(paths[2])]) == 2
     assert "old.json lacks 'config'" in capsys.readouterr().err
 
 
 def test_an_unknown_chip_is_no_estimate():
-    assert estimate.chip("TPU v1") is None
+    assert tpu_time.chip("TPU v1") is None
     with pytest.raises(ValueError, match="TPU v1"):
         estimated(device_kind="TPU v1")

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-from madformer_jax import config, flops
+from madformer_jax.config import schema
+from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler
 from madformer_jax.models import madformer, vae
-from madformer_jax.sizes import sizes_of, vocabulary_of
+from madformer_jax.config.shapes import sizes_of, vocabulary_of
 
 SWITCHES = {
     "four blocks": {"blocks": 4},
@@ -30,7 +31,7 @@ SWITCHES = {
 
 def wide(**changes):
     """A model so wide that element-wise work is below a percent, with attention a tenth; it is only traced, never run."""
-    c = config.base()
+    c = schema.base()
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size, c.data.channels = 64, 4
     c.model.width, c.model.heads, c.model.mlp_width = 256, 4, 704

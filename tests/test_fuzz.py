@@ -1,7 +1,7 @@
 """Command lines that people type, 400 of them: status 0, or status 2 after one line, and nothing lost, left or half-written.
 
 Most of this file is that table.
-A line is what stands behind `python -m madformer_jax.main`; {names} are files and folders of `world`. Where it has no --config
+A line is what stands behind `python -m madformer_jax.cli.command_line`; {names} are files and folders of `world`. Where it has no --config
 or --workdir it gets `tests.tiny`'s and a folder that does not exist.
 """
 
@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import main, training
-from madformer_jax.models import classifier
+from madformer_jax.cli import command_line
+from madformer_jax.training import train_step
+from madformer_jax.evaluation.networks import classifier
 from madformer_jax.runtime import storage
 from tests import tiny
 
@@ -394,10 +395,10 @@ OTHERS = """
     --config={empty}
     --config={file}
     --config=README.md
-    --config=madformer_jax/config.py
+    --config=madformer_jax/config/schema.py
 """
 
-# What stands in a config file, after `from madformer_jax.config import base`; \\n is a new line.
+# What stands in a config file, after `from madformer_jax.config.schema import base`; \\n is a new line.
 CONFIGS = r"""
     def get_config(:
     x = 1
@@ -516,7 +517,7 @@ class World:
     def call(self, args: list[str]) -> tuple[int | str, list[str]]:
         self.capfd.readouterr()
         try:
-            status: int | str = main.main(["main", *args])
+            status: int | str = command_line.main(["main", *args])
         except BaseException as error:
             status = f"{type(error).__name__}: {error}"
         lines = re.split(r"[\r\n]+", self.capfd.readouterr().err)
@@ -555,7 +556,7 @@ def problems(world: World, lines: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("table", ["FLAGS", "FIELDS"])
 def test_what_cannot_be_is_refused_in_one_line(world, monkeypatch, table):
-    monkeypatch.setattr(training, "create_state", accepted)
+    monkeypatch.setattr(train_step, "create_state", accepted)
     assert problems(world, rows(globals()[table])) == []
 
 
@@ -563,7 +564,7 @@ def test_whatever_a_config_file_says_is_one_line(world):
     wrong = []
     for i, row in enumerate(rows(CONFIGS)):
         file = world.root / f"config_{i}.py"
-        file.write_text("from madformer_jax.config import base\n" + row.replace(r"\n", "\n") + "\n")
+        file.write_text("from madformer_jax.config.schema import base\n" + row.replace(r"\n", "\n") + "\n")
         wrong += problems(world, [f"--config={file}"])
     for row in rows(SAVED):
         (world.root / "torn/config.json").write_text(row)

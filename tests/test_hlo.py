@@ -1,6 +1,6 @@
 """What is read from the text of a compiled program."""
 
-from madformer_jax import hlo
+from madformer_jax.cost import hlo
 
 HLO = """HloModule step
 

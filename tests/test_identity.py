@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from madformer_jax import config, fields, identity, main
+from madformer_jax.config import schema, fields, identity
+from madformer_jax.cli import command_line
 from madformer_jax.data import text
-from madformer_jax.identity import FACTS
+from madformer_jax.config.identity import FACTS
 from madformer_jax.runtime import provenance
 
 LOCAL = {  # what a stranger's config.json may name
@@ -37,7 +38,7 @@ LOCAL = {  # what a stranger's config.json may name
 
 def test_every_field_has_its_facts():
     """A new field of `config.base` needs a line in `identity`, and a removed one has none."""
-    assert FACTS.keys() == fields.flat(config.base()).keys()
+    assert FACTS.keys() == fields.flat(schema.base()).keys()
 
 
 @pytest.mark.parametrize("name", FACTS)
@@ -57,7 +58,7 @@ def test_embedded_tokenizers_are_known_by_name():
 @pytest.fixture
 def content():
     """The config.json of somebody else."""
-    c = config.base()
+    c = schema.base()
     c.text.vocabulary, c.text.length = 300, 8
     c.update_from_flattened_dict(LOCAL)
     c.model.width = 64
@@ -70,11 +71,11 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
-    c = config.restored(content, "theirs/config.json")
+    c = schema.restored(content, "theirs/config.json")
     assert (
         len(caplog.messages) == 1 and "data.path='/home/you/pictures'" in caplog.text and "\n" not in caplog.messages[0]
     )
-    found, defaults = fields.flat(c), fields.flat(config.base())
+    found, defaults = fields.flat(c), fields.flat(schema.base())
     assert found["text.tokenizer"] == "theirs/tokenizer.json"
     assert {name: found[name] for name in LOCAL if name != "text.tokenizer"} == {
         name: defaults[name] for name in LOCAL if name != "text.tokenizer"
@@ -97,7 +98,7 @@ def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
 def test_what_is_no_path_stays(content, name, value):
     section, _, field = name.partition(".")
     content[section][field] = value
-    assert fields.flat(config.restored(content, "theirs/config.json"))[name] == value
+    assert fields.flat(schema.restored(content, "theirs/config.json"))[name] == value
 
 
 @pytest.mark.parametrize("path", ["weights/vae", "../vae", "./vae", "~/vae", "gs://theirs/vae", "file:///vae", "vae"])
@@ -106,31 +107,31 @@ def test_only_the_id_of_a_hub_is_no_path(content, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights" / "vae").mkdir(parents=True)
     content["codec"]["path"] = path
-    assert config.restored(content, "theirs/config.json").codec.path == ""
+    assert schema.restored(content, "theirs/config.json").codec.path == ""
 
 
 def test_the_tokenizer_in_the_current_folder_is_not_that_of_a_stranger(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     content["text"]["tokenizer"] = "tokenizer.json"
-    assert config.restored(content, "theirs/config.json").text.tokenizer == "theirs/tokenizer.json"
+    assert schema.restored(content, "theirs/config.json").text.tokenizer == "theirs/tokenizer.json"
 
 
 def test_the_config_of_a_run_of_ours_keeps_its_paths_but_for_the_compilation_cache(content):
     provenance.record(content)
-    found = fields.flat(config.restored(content, "ours/config.json"))
+    found = fields.flat(schema.restored(content, "ours/config.json"))
     assert {name: found[name] for name in LOCAL} == LOCAL | {"compilation_cache": "auto"}
     content["data"]["path"] = "/etc"  # changed by somebody else
-    assert config.restored(content, "ours/config.json").data.path == ""
+    assert schema.restored(content, "ours/config.json").data.path == ""
 
 
 def test_several_processes_read_the_same_config_whatever_each_has_recorded(content, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
     provenance.record(content)
     args = ["main", "--mode=reference", f"--workdir={tmp_path}"]
-    assert main.parse(args)[0].data.path == LOCAL["data.path"]
-    assert main.parse([*args, "--coordinator=host:1"])[0].data.path == ""
-    assert main.parse([*args, "--distributed"])[0].data.path == ""
+    assert command_line.parse(args)[0].data.path == LOCAL["data.path"]
+    assert command_line.parse([*args, "--coordinator=host:1"])[0].data.path == ""
+    assert command_line.parse([*args, "--distributed"])[0].data.path == ""
 
 
 def test_a_cache_that_cannot_be_written_records_nothing(content, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import madformer_jax
-from madformer_jax import main
+from madformer_jax.cli import command_line
 
 SETTINGS: dict[str, Any] = {
     "jax_enable_x64": True,
@@ -37,7 +37,7 @@ def run(workdir: Path, setting: tuple[str, Any] | None = None) -> tuple[list[Any
     arguments = [f"--config.{name}={value}" for name, value in values.items()]
     if setting:
         jax.config.update(*setting)
-    assert main.main(["main", "--config=tests/tiny.py:plain", f"--workdir={workdir}", *arguments]) == 0
+    assert command_line.main(["main", "--config=tests/tiny.py:plain", f"--workdir={workdir}", *arguments]) == 0
     if setting:  # the command line has reset it
         jax.config.update(*setting)
     model = madformer_jax.load(str(workdir))

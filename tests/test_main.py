@@ -10,7 +10,8 @@ import pytest
 from absl import logging
 
 import madformer_jax.modes.train
-from madformer_jax import config, fields, main, usage
+from madformer_jax.config import schema, fields
+from madformer_jax.cli import command_line, help
 from madformer_jax.modes import evaluate, reference
 from madformer_jax.runtime import storage
 
@@ -25,7 +26,7 @@ def as_in_a_process_of_its_own(monkeypatch, request):
 
 def error_of(capsys, *args):
     """Status and the one line on standard error of a command line that must fail."""
-    status = main.main(["main", *args])
+    status = command_line.main(["main", *args])
     lines = capsys.readouterr().err.strip().split("\n")
     assert len(lines) == 1, lines
     return status, lines[0]
@@ -64,7 +65,7 @@ def test_a_misspelt_field_names_the_right_one(capsys, tmp_path):
     assert "steps" in line
 
 
-@pytest.mark.parametrize("config", ["--config=configs/nope.py", "--config=madformer_jax/config.py", "--config="])
+@pytest.mark.parametrize("config", ["--config=configs/nope.py", "--config=madformer_jax/config/schema.py", "--config="])
 def test_a_config_file_that_is_none_is_one_line(capsys, tmp_path, config):
     status, line = error_of(capsys, config, f"--workdir={tmp_path}")
     assert status == 2
@@ -83,14 +84,14 @@ def test_a_config_file_with_a_misspelt_field_is_one_line(capsys, tmp_path):
 
 def test_help_names_every_mode_and_the_fields_of_one(capsys):
     for flag in ("--help", "-h"):
-        assert main.main(["main", flag]) == 0
+        assert command_line.main(["main", flag]) == 0
         lines = capsys.readouterr().out.splitlines()
         told = {line.split()[0]: line for line in lines if line.startswith("  ")}
         assert told.keys() >= {"train", "sample", "evaluate", "prepare"}
         assert told["export"].endswith(
             "the averaged weights alone, as a workdir of their own to sample from and to publish"
         )
-    assert main.main(["main", "--mode=sample", "--help"]) == 0
+    assert command_line.main(["main", "--mode=sample", "--help"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"--config.sample.steps=50\n", text) and "--config.optimizer" not in text
     assert re.search(r"--config.sample.grid=64 +the first images, shown in the PNG", text)
@@ -111,44 +112,44 @@ def test_where_the_configs_are_is_said(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     line = error_of(capsys, DIGITS, "--workdir=run")[1]
     assert f"there is no file 'configs/digits.py' in {tmp_path}. Use --config={checkout}/configs/digits.py." in line
-    monkeypatch.setattr(usage, "__file__", f"{tmp_path}/site-packages/madformer_jax/usage.py")
+    monkeypatch.setattr(help, "__file__", f"{tmp_path}/site-packages/madformer_jax/cli/help.py")
     line = error_of(capsys, DIGITS, "--workdir=run")[1]
     assert "The project's configs are not part of an installed package: run the command in a checkout" in line
 
 
 def test_help_leaves_out_no_mode_and_no_field():
-    for mode, what in usage.summaries().items():
+    for mode, what in help.summaries().items():
         assert what and not what.startswith("--mode"), (
             f"the first line of modes/{mode}.py must be --mode={mode}: what it does."
         )
-        assert f"--mode={mode}: " in usage.page(mode)
-    values = fields.flat(config.base())
-    assert {name for name in usage.comments() if name in values} == set(values)
+        assert f"--mode={mode}: " in help.page(mode)
+    values = fields.flat(schema.base())
+    assert {name for name in help.comments() if name in values} == set(values)
     sections = {name.partition(".")[0] for name in values if "." in name}
-    assert {section for named in usage._SECTIONS.values() for section in named} <= sections
+    assert {section for named in help._SECTIONS.values() for section in named} <= sections
 
 
 @pytest.mark.parametrize("workdir", ["runs/x", "a run/$HOME's #1"])
 @pytest.mark.parametrize("scores", ["", "FD-classifier of 9 samples: 1"])
 @pytest.mark.parametrize("classes", [0, 10])
 def test_what_a_training_says_to_try_next_can_be_tried(monkeypatch, classes, scores, workdir):
-    c = config.base()
+    c = schema.base()
     c.model.classes = classes
     monkeypatch.setattr(storage, "read_json", {f"{workdir}/config.json": json.loads(c.to_json())}.get)
     commands = [
         shlex.split(line)[3:]
-        for line in usage.after_training(c, workdir, scores).splitlines()
+        for line in help.after_training(c, workdir, scores).splitlines()
         if line.startswith("  python")
     ]
     assert len(commands) == 3
     for command in commands:
-        given, values = main.parse(["main", *command])
+        given, values = command_line.parse(["main", *command])
         assert values.workdir == workdir
-        config.validate(given)
+        schema.validate(given)
 
 
 def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path):
-    c = config.base()
+    c = schema.base()
     seen = []
 
     def judged(c, workdir):
@@ -159,13 +160,13 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
 
     monkeypatch.setattr(reference, "run", lambda c, workdir: seen.append(("reference", workdir)))
     monkeypatch.setattr(evaluate, "run", judged)
-    told = main._judged(c, str(tmp_path))
+    told = command_line._judged(c, str(tmp_path))
     assert told.startswith(
         "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of as many real training images: 0.25 [0.00, 2.00]"
     )
     (tmp_path / "reference.npz").write_bytes(b"")
     c.evaluate.grid = "steps=5,20"  # which real images have no use for
-    main._judged(c, str(tmp_path))
+    command_line._judged(c, str(tmp_path))
     steps = ["reference", "", "data:train", "", "data:train"]  # what is there is not made anew
     assert [what for what, _ in seen] == steps and {where for _, where in seen} == {str(tmp_path)}
     assert c.evaluate.images == ""
@@ -215,9 +216,9 @@ def test_a_training_that_was_asked_to_stop_in_its_last_step_is_judged_by_the_nex
     judged = []
     figures = {"step": 3} | ({"stopped": True} if stopped else {})
     monkeypatch.setattr(madformer_jax.modes.train, "run", lambda *args: figures)
-    monkeypatch.setattr(main, "_judged", lambda c, workdir: judged.append(workdir) or "the scores")
+    monkeypatch.setattr(command_line, "_judged", lambda c, workdir: judged.append(workdir) or "the scores")
     args = [DIGITS, f"--workdir={tmp_path}/run", "--config.train.judge=True", "--config.train.steps=3"]
-    assert main.main(["main", *args]) == 0
+    assert command_line.main(["main", *args]) == 0
     assert judged == ([] if stopped else [f"{tmp_path}/run"])
     assert ("the scores" in capsys.readouterr().out) != stopped
 
@@ -270,7 +271,7 @@ def test_another_platform_than_the_config_expects_is_an_error(capsys, tmp_path):
 )
 def test_whatever_a_config_file_does_is_one_line_that_names_the_file(capsys, tmp_path, text, told):
     file = tmp_path / "mine.py"
-    file.write_text(f"from madformer_jax.config import base\n{text}\n")
+    file.write_text(f"from madformer_jax.config.schema import base\n{text}\n")
     status, line = error_of(capsys, f"--config={file}", f"--workdir={tmp_path}/run")
     assert status == 2
     assert f"--config={file}" in line
@@ -313,7 +314,7 @@ def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys)
     saved = {"gs://bucket/run/config.json": {"train": {"steps": 7}}}
     monkeypatch.setattr(storage, "read_json", saved.get)
     for workdir in (["--workdir=gs://bucket/run"], ["--workdir", "gs://bucket/run"]):
-        config, values = main.parse(["main", *workdir, "--config.train.batch=3"])
+        config, values = command_line.parse(["main", *workdir, "--config.train.batch=3"])
         assert values.workdir == "gs://bucket/run"
         assert (config.train.steps, config.train.batch) == (7, 3)
     assert "--config is missing" in error_of(capsys, "--workdir=gs://bucket/other")[1]
@@ -382,20 +383,20 @@ def test_a_backend_that_does_not_start_is_one_line(monkeypatch, capsys, tmp_path
 
 
 def test_xla_is_given_its_flag_on_a_cpu_that_knows_it_only(monkeypatch):
-    flag = f"--{main._YNN}="
+    flag = f"--{command_line._YNN}="
 
     def given(platform, flags="", platforms="", accelerator=False):
         monkeypatch.setenv("XLA_FLAGS", flags)
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
-        monkeypatch.setattr(main, "_ACCELERATORS", ("/",) if accelerator else ("/nowhere*",))
-        main._without_ynn(platform)
+        monkeypatch.setattr(command_line, "_ACCELERATORS", ("/",) if accelerator else ("/nowhere*",))
+        command_line._without_ynn(platform)
         return os.environ["XLA_FLAGS"].split()
 
     assert given("cpu", "--mine") == [flag, "--mine"]
     assert given("") == given("", platforms="cpu", accelerator=True) == [flag]
     assert given("tpu") == given("", platforms="cuda,cpu") == given("", accelerator=True) == []
     assert given("cpu", f"{flag}gemm") == [f"{flag}gemm"]
-    monkeypatch.setattr(main, "_YNN", "xla_cpu_flag_of_another_year")  # with which XLA would end this process
+    monkeypatch.setattr(command_line, "_YNN", "xla_cpu_flag_of_another_year")  # with which XLA would end this process
     assert given("cpu", "--mine") == ["--mine"]
 
 
@@ -423,7 +424,7 @@ def test_modes_dispatch_with_the_overrides_and_tell_them_above_their_log(monkeyp
 
     monkeypatch.setattr(madformer_jax.modes.train, "run", run)
     args = [DIGITS, f"--workdir={tmp_path}", "--config.model.unet_channels=(16,)"]
-    assert main.main(["main", *args, "--config.optimizer.learning_rate=1"]) == 0
+    assert command_line.main(["main", *args, "--config.optimizer.learning_rate=1"]) == 0
     told, one, two = capsys.readouterr().err.strip().split("\n")
     assert (one[9:], two[9:]) == ("one", "two")
     for setting in ("model.unet_channels=(16,)", "optimizer.learning_rate=1.0", "data.image_size=32"):
@@ -440,7 +441,7 @@ def test_flags_of_the_environment_come_before_those_of_the_command(monkeypatch, 
     seen = []
     monkeypatch.setenv("MADFORMER_FLAGS", "--config.train.steps=7")
     monkeypatch.setattr(madformer_jax.modes.train, "run", lambda c, workdir: seen.append(c.train.steps) or {})
-    assert main.main(["main", "--config=configs/digits.py", f"--workdir={tmp_path}", *own]) == 0
+    assert command_line.main(["main", "--config=configs/digits.py", f"--workdir={tmp_path}", *own]) == 0
     assert seen == [steps]
 
 

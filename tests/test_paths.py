@@ -2,7 +2,8 @@
 
 import pytest
 
-from madformer_jax import config, fields, limits, main
+from madformer_jax.config import schema, fields, validation
+from madformer_jax.cli import command_line
 from tests import paths
 from tests.test_main import DIGITS, error_of
 
@@ -14,8 +15,8 @@ def in_the_checkout(monkeypatch, request):
 
 @pytest.mark.parametrize("name", paths.NAMES)
 def test_any_name_is_a_path(name):
-    c, values = main.parse(["main", DIGITS, f"--workdir=./{name}/x", f"--config.data.path=./{name}"])
-    config.validate(c)
+    c, values = command_line.parse(["main", DIGITS, f"--workdir=./{name}/x", f"--config.data.path=./{name}"])
+    schema.validate(c)
     assert (values.workdir, c.data.path) == (f"./{name}/x", f"./{name}")
 
 
@@ -25,10 +26,10 @@ def test_a_leading_tilde_is_expanded_wherever_a_path_is_given(monkeypatch, tmp_p
         "from madformer_jax import config\n"
         "def get_config(text=''):\n c = config.base()\n c.data.path, c.data.source = '~/data', text\n return c\n"
     )
-    given = {name: f"~/{name}" for name in (*limits.PATHS, "sample.prompts")}
+    given = {name: f"~/{name}" for name in (*validation.PATHS, "sample.prompts")}
     given |= {"data.path": "", "sample.prompts": "~/prompts.txt"}
     args = [f"--config.{name}={path}" for name, path in given.items() if path]
-    c, values = main.parse(["main", "--config=~/a:b.py:folder", "--workdir=~/run", *args])
+    c, values = command_line.parse(["main", "--config=~/a:b.py:folder", "--workdir=~/run", *args])
     found = fields.flat(c)
     assert values.workdir == f"{tmp_path}/run" and c.data.source == "folder"
     assert {name: found[name] for name in given if name != "data.path"} == {

@@ -5,7 +5,7 @@ import threading
 import pytest
 from absl import logging
 
-from madformer_jax import progress
+from madformer_jax.runtime import progress
 
 
 @pytest.fixture

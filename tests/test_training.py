@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from madformer_jax import codec, training
+from madformer_jax.sampling import codec
+from madformer_jax.training import train_step
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.errors import ConfigError
@@ -37,17 +38,17 @@ def batches(c, n):
 def on_mesh(c, sizes, n=4):
     """Losses and parameters, on the host, after n steps on a mesh of the first devices."""
     mesh = partitioning.make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))])
-    s = training.setup(c)
-    _, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+    s = train_step.setup(c)
+    _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     params = small.random_params(s.model)
-    state = training.State(
+    state = train_step.State(
         np.int32(0), params, params, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.opt)
     )
     state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract)
     found = []
     with partitioning.scope(mesh):
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), None)
-        step = jax.jit(training.make_step(s, c), out_shardings=out_shardings)
+        step = jax.jit(train_step.make_step(s, c), out_shardings=out_shardings)
         for batch in batches(c, n):
             state, metrics = step(state, partitioning.global_batch(batch, mesh), {}, np.uint32(c.seed))
             found.append(float(metrics["loss"]))
@@ -69,8 +70,8 @@ def test_a_mesh_trains_as_a_single_device_does(meshes):
 
 
 def test_state_is_split_over_fsdp_and_tensor():
-    s, mesh = training.setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
-    _, state = training.create_state(s.model, s.tx, 0, mesh)
+    s, mesh = train_step.setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
+    _, state = train_step.create_state(s.model, s.tx, 0, mesh)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     assert partitioning.device_bytes(state.params) < 0.5 * whole
     for tree in (state.ema, state.opt[1][0].mu, state.opt[1][0].nu):
@@ -79,7 +80,7 @@ def test_state_is_split_over_fsdp_and_tensor():
 
 def test_the_optimizers_state_has_the_names_of_older_checkpoints():
     """Another structure would keep old runs from going on."""
-    state = training.optimizer(tiny.get_config()).init({"w": jnp.zeros(3)})
+    state = train_step.optimizer(tiny.get_config()).init({"w": jnp.zeros(3)})
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
     assert names == ["[1][0].count", "[1][0].mu['w']", "[1][0].nu['w']", "[1][2].count"]
 
@@ -87,7 +88,7 @@ def test_the_optimizers_state_has_the_names_of_older_checkpoints():
 def test_each_microbatch_draws_its_own_noise(plain):
     """The step in two microbatches is the mean over every other row, each with its own key, of the real loss."""
     plain.train.accumulate, seed = 2, 7
-    s = training.setup(plain)
+    s = train_step.setup(plain)
     params, (batch,) = small.random_params(s.model), batches(plain, 1)
     z = codec.to_blocks(s.codec.encode({}, batch, None), s.sizes)
 
@@ -101,8 +102,8 @@ def test_each_microbatch_draws_its_own_noise(plain):
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 2)
     parts = [gradient(z[i::2], keys[i]) for i in range(2)]
     grads = jax.tree.map(lambda a, b: (a + b) / 2, parts[0][0], parts[1][0])
-    state = training.State(jnp.int32(0), params, params, s.tx.init(params))
-    step = jax.jit(training.make_step(s, plain, "tpu"))  # in a loop: half of it to compile
+    state = train_step.State(jnp.int32(0), params, params, s.tx.init(params))
+    step = jax.jit(train_step.make_step(s, plain, "tpu"))  # in a loop: half of it to compile
     _, metrics = step(state, batch, {}, np.uint32(seed))
     np.testing.assert_allclose(metrics["loss"], (parts[0][1] + parts[1][1]) / 2, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
@@ -123,7 +124,7 @@ class _Bigrams:
 def bigram_step(c, accumulate, mesh=(1, 1, 1)):
     """Text loss and gradient norm of a step on captions of 2 to 16 tokens, whose predictions differ in quality."""
     c.train.accumulate = accumulate
-    s = training.setup(c)._replace(model=_Bigrams())
+    s = train_step.setup(c)._replace(model=_Bigrams())
     rng = np.random.default_rng(3)
     params = {"table": rng.normal(size=(13, 12)).astype(np.float32)}
     batch = {
@@ -132,10 +133,10 @@ def bigram_step(c, accumulate, mesh=(1, 1, 1)):
     }  # fmt: skip
     devices = partitioning.make_mesh(*mesh, jax.devices()[: int(np.prod(mesh))])
     state = jax.device_put(
-        training.State(np.int32(0), params, params, s.tx.init(params)), partitioning.replicated(devices)
+        train_step.State(np.int32(0), params, params, s.tx.init(params)), partitioning.replicated(devices)
     )
     with partitioning.scope(devices):
-        step = jax.jit(training.make_step(s, c, "tpu"))
+        step = jax.jit(train_step.make_step(s, c, "tpu"))
         _, metrics = step(state, partitioning.global_batch(batch, devices), {}, np.uint32(0))
     nll = [
         jax.nn.logsumexp(params["table"][a]) - params["table"][a, b]
@@ -175,7 +176,7 @@ def test_microbatches_count_the_tokens_that_dropout_leaves(captions):
     lengths, keys = np.arange(2, 18).reshape(2, 8), jax.random.split(jax.random.key(0), 2)
     dropped = [np.asarray(jax.random.bernoulli(jax.random.split(key, 3)[1], 0.5, (8, 1)))[:, 0] for key in keys]
     expected = sum(np.sum((row - 1)[~gone]) for row, gone in zip(lengths, dropped)) / 2
-    assert training._mean_text_tokens(jnp.asarray(lengths), keys, 0.5) == expected < np.sum(lengths - 1) / 2
+    assert train_step._mean_text_tokens(jnp.asarray(lengths), keys, 0.5) == expected < np.sum(lengths - 1) / 2
 
 
 # ---- of two parameters
@@ -188,10 +189,10 @@ def of_two_parameters(c, loss, monkeypatch):
         value, metrics = loss(params, z, tokens)
         return value, {"loss": value} | metrics | ({} if lengths is None else {"lengths": lengths})
 
-    monkeypatch.setattr(training.losses, "training_loss", training_loss)
-    s = training.setup(c)
+    monkeypatch.setattr(train_step.losses, "training_loss", training_loss)
+    s = train_step.setup(c)
     params = {"a": jnp.array([0.5, -2.0, 3.0]), "b": jnp.array([[1.0, -1.5]])}
-    return s, training.State(jnp.int32(0), params, params, s.tx.init(params))
+    return s, train_step.State(jnp.int32(0), params, params, s.tx.init(params))
 
 
 def squares(params, z, tokens):
@@ -203,9 +204,9 @@ def squares(params, z, tokens):
 def test_accumulated_gradients_are_those_of_the_whole_batch(plain, platform, monkeypatch):
     s, state = of_two_parameters(plain, squares, monkeypatch)
     (batch,) = batches(plain, 1)
-    whole, metrics = jax.jit(training.make_step(s, plain))(state, batch, {}, np.uint32(0))
+    whole, metrics = jax.jit(train_step.make_step(s, plain))(state, batch, {}, np.uint32(0))
     plain.train.accumulate = 4
-    parts, parts_metrics = jax.jit(training.make_step(s, plain, platform))(state, batch, {}, np.uint32(0))
+    parts, parts_metrics = jax.jit(train_step.make_step(s, plain, platform))(state, batch, {}, np.uint32(0))
     np.testing.assert_allclose(parts_metrics["loss"], metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(parts_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), parts.params, whole.params)
@@ -214,7 +215,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(plain, platform, mon
 def test_ema_warms_up_towards_its_target(plain, monkeypatch):
     plain.train.ema_decay = 0.15
     s, state = of_two_parameters(plain, squares, monkeypatch)
-    step, ema = jax.jit(training.make_step(s, plain)), state.ema
+    step, ema = jax.jit(train_step.make_step(s, plain)), state.ema
     for decay, batch in zip(
         (1 / 10, 0.15, 0.15), batches(plain, 3)
     ):  # (1 + step) / (10 + step), until it meets the target
@@ -231,7 +232,7 @@ def test_a_dropped_caption_is_one_token_none(monkeypatch):
         "image": np.zeros((200, 32, 32, 1), np.uint8), "label": np.zeros(200, np.int32),
         "tokens": np.tile(np.arange(4, dtype=np.int32), (200, 1)), "lengths": np.full(200, 3, np.int32),
     }  # fmt: skip
-    _, metrics = jax.jit(training.make_step(s, c))(state, batch, {}, np.uint32(0))
+    _, metrics = jax.jit(train_step.make_step(s, c))(state, batch, {}, np.uint32(0))
     dropped = np.asarray(metrics["lengths"]) == 1
     assert 60 < dropped.sum() < 140
     np.testing.assert_array_equal(metrics["tokens"], np.where(dropped[:, None], 300, batch["tokens"]))
@@ -243,7 +244,7 @@ def test_one_program_serves_every_seed(monkeypatch):
     s, state = of_two_parameters(c, lambda params, z, tokens: (params["a"].sum(), {"tokens": tokens}), monkeypatch)
     batch, programs = {"image": np.zeros((200, 32, 32, 1), np.float32), "label": np.zeros(200, np.int32)}, []
     for c.seed in (0, 1):
-        lowered = jax.jit(training.make_step(s, c)).lower(state, batch, {}, np.uint32(c.seed))
+        lowered = jax.jit(train_step.make_step(s, c)).lower(state, batch, {}, np.uint32(c.seed))
         programs.append(lowered.as_text())
     step = lowered.compile()
     zero, one, again = (step(state, batch, {}, np.uint32(seed))[1]["tokens"] for seed in (0, 1, 1))
@@ -263,7 +264,7 @@ def test_labels_are_dropped_in_their_share_and_become_none(share, monkeypatch):
     s, state = of_two_parameters(c, seen, monkeypatch)
     labels = np.arange(2000, dtype=np.int32) % 10
     batch = {"image": np.zeros((2000, 32, 32, 1), np.uint8), "label": labels}
-    step, found = jax.jit(training.make_step(s, c)), []
+    step, found = jax.jit(train_step.make_step(s, c)), []
     for _ in range(2):
         state, metrics = step(state, batch, {}, np.uint32(0))
         found.append(np.asarray(metrics["tokens"])[:, 0])
@@ -279,21 +280,21 @@ def test_labels_are_dropped_in_their_share_and_become_none(share, monkeypatch):
 def test_learning_rate_schedules(plain):
     c = plain
     c.train.steps, c.optimizer.learning_rate, c.optimizer.warmup, c.optimizer.decay = 1000, 2.0, 0.01, 0.15
-    wsd = training.learning_rate(c)
+    wsd = train_step.learning_rate(c)
     np.testing.assert_allclose([wsd(0), wsd(4), wsd(9), wsd(500), wsd(850)], [0.2, 1.0, 2.0, 2.0, 2.0], rtol=1e-6)
     np.testing.assert_allclose([wsd(925), wsd(1000)], [2 * 0.5**3, 2 * 0.5**6], rtol=1e-5)
     c.optimizer.schedule = "cosine"
-    cosine = training.learning_rate(c)
+    cosine = train_step.learning_rate(c)
     np.testing.assert_allclose([cosine(0), cosine(10), cosine(505), cosine(1000)], [0.2, 2.0, 1.0, 0.0], atol=1e-6)
     c.optimizer.schedule = "constant"
-    np.testing.assert_allclose(training.learning_rate(c)(999), 2.0)
+    np.testing.assert_allclose(train_step.learning_rate(c)(999), 2.0)
 
 
 def test_optax_has_no_warm_up_to_the_last_bit(plain):
     """Why `learning_rate` has its own: with Optax's, runs would not go on as they began."""
     plain.train.steps, plain.optimizer.warmup, plain.optimizer.schedule = 1000, 0.01, "constant"
     steps = jnp.arange(10)
-    ours = jax.vmap(training.learning_rate(plain))(steps)
+    ours = jax.vmap(train_step.learning_rate(plain))(steps)
     rate = plain.optimizer.learning_rate
     theirs = jax.vmap(optax.linear_schedule(rate / 10, rate, 9))(steps)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
@@ -302,7 +303,7 @@ def test_optax_has_no_warm_up_to_the_last_bit(plain):
 
 def test_gradients_are_clipped_by_their_global_norm(plain):
     plain.optimizer.clip = 0.5
-    tx = training.optimizer(plain)
+    tx = train_step.optimizer(plain)
     big = {"a": jnp.full((3,), 100.0), "b": jnp.full((5,), -100.0)}
     scaled = jax.tree.map(lambda g: g * 0.5 / optax.global_norm(big), big)
     params = jax.tree.map(jnp.zeros_like, big)
@@ -315,7 +316,7 @@ def test_weight_decay_is_adamws(plain):
     """Decoupled, scaled by the rate, on every parameter: p - rate * (m / (sqrt(v) + 1e-8) + decay * p)."""
     o = plain.optimizer
     o.clip, o.weight_decay, o.schedule, o.warmup, o.learning_rate = 0.0, 0.3, "constant", 0.0, 0.01
-    tx, p = training.optimizer(plain), np.array([1.0, -2.0, 0.5])
+    tx, p = train_step.optimizer(plain), np.array([1.0, -2.0, 0.5])
     params = {"bias": jnp.asarray(p, jnp.float32)}
     state, m, v = tx.init(params), 0.0, 0.0
     for n, g in enumerate(np.array([[0.1, 0.2, 0.0], [-0.3, 0.1, 0.0]]), 1):
@@ -358,7 +359,7 @@ def test_steps_that_are_not_finite_are_skipped_and_told(plain, skip, tmp_path, o
         assert [line["step"] for line in lines] == [1, 2, 6]
         assert lines[2]["loss"] == pytest.approx(lines[1]["loss"], rel=0.1)
         rates = [
-            float(training.learning_rate(plain)(step)) for step in (0, 1, 2)
+            float(train_step.learning_rate(plain)(step)) for step in (0, 1, 2)
         ]  # the schedule knows of no skipped step
         assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
     told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]

@@ -5,11 +5,11 @@ With the variant `plain` a single layer on a single block, which compiles in a f
 
 from ml_collections import ConfigDict
 
-from madformer_jax import config
+from madformer_jax.config import schema
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    c = config.base()
+    c = schema.base()
     c.data.image_size, c.data.channels = 32, 1
     c.codec.name, c.codec.patch = "pixel", 4
     c.model.width, c.model.heads, c.model.mlp_width = 16, 2, 24

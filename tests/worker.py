@@ -13,8 +13,9 @@ from unittest import mock
 import jax
 from ml_collections import ConfigDict
 
-from madformer_jax import config, main
-from madformer_jax.evaluation import parts
+from madformer_jax.config import schema
+from madformer_jax.cli import command_line
+from madformer_jax.evaluation import shards
 from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import partitioning
 
@@ -24,7 +25,7 @@ def few(c: ConfigDict, workdir: str) -> dict[str, Any]:
     c = c.copy_and_resolve_references()
     c.evaluate.reference, c.evaluate.images = f"{workdir}/reference.npz", f"{workdir}/few.npz"
     c.evaluate.network_path = f"{workdir}/classifier.npz"
-    with mock.patch.object(parts, "AT_ONCE", 3):
+    with mock.patch.object(shards, "AT_ONCE", 3):
         return evaluate.run(c, f"{workdir}/few")["results"][0]["scores"]
 
 
@@ -39,10 +40,10 @@ def run(argv: list[str]) -> int:
         add(self, step, metrics)
 
     train.Report.add = signalled
-    status = main.main(argv)
+    status = command_line.main(argv)
     if status == 0 and "MADFORMER_SAMPLE" in os.environ:
-        c, values = main.parse(argv)
-        config.validate(c)
+        c, values = command_line.parse(argv)
+        schema.validate(c)
         for mode in (sample, reference, evaluate):
             mode.run(c, values.workdir)
         few(c, values.workdir)

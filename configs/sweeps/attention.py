@@ -1,13 +1,13 @@
 """Attention over the whole sequence in the diffusion layers, or within a block: the paper's Table 5.
 
-    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/attention.py:digits --workdir=runs/attention_digits
+    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/attention.py:digits --workdir=runs/attention_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256.
 """
 
 from ml_collections import ConfigDict
 
-from madformer_jax.testbed.sweep import Sweep, config_beside, grid
+from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
 
 
 def get_config(variant: str = "digits") -> ConfigDict:

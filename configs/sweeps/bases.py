@@ -7,7 +7,7 @@ ffhq1024, imagenet256   the `paper` variants, with the steps and images of confi
 from ml_collections import ConfigDict
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.testbed.sweep import config_beside
+from madformer_jax.sweeps.sweep_file import config_beside
 
 _STEPS = {"digits": 800, "drawings": 600}
 

@@ -1,6 +1,6 @@
 """L, the blocks of an image, at growing resolutions: the paper's Table 2 and its finding that blocks help as resolution grows.
 
-    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/blocks.py:drawings --workdir=runs/blocks_drawings
+    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/blocks.py:drawings --workdir=runs/blocks_drawings
 
 Variants: drawings, the same pictures at 32, 64 and 128 px; digits, ffhq1024, imagenet256 at their own resolution.
 """
@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from madformer_jax import fields
-from madformer_jax.testbed.sweep import Sweep, config_beside, grid
+from madformer_jax.config import fields
+from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
 
 STEPS = {32: 600, 64: 600, 128: 300}  # side of the drawings -> of training: a step at 128 px costs four times as much
 

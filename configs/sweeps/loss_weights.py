@@ -1,13 +1,13 @@
 """The weight of the hidden term, lambda_hidden: the paper's Table 6, and more of it.
 
-    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/loss_weights.py:digits --workdir=runs/loss_weights_digits
+    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/loss_weights.py:digits --workdir=runs/loss_weights_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256.
 """
 
 from ml_collections import ConfigDict
 
-from madformer_jax.testbed.sweep import Sweep, config_beside, grid
+from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
 
 
 def get_config(variant: str = "digits") -> ConfigDict:

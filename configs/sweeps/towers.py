@@ -1,13 +1,13 @@
 """Parameters of the clean and the noisy stream, separate or shared: the paper's Table 4.
 
-    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/towers.py:digits --workdir=runs/towers_digits
+    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/towers.py:digits --workdir=runs/towers_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256.
 """
 
 from ml_collections import ConfigDict
 
-from madformer_jax.testbed.sweep import Sweep, config_beside, grid
+from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
 
 
 def get_config(variant: str = "digits") -> ConfigDict:

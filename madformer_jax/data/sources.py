@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.data import drawings, listing, records, sidecars, tars, text
+from madformer_jax.data.drawings import pictures
+from madformer_jax.data import listing, records, sidecars, tars, text
 from madformer_jax.data.source import Examples, Part, Source, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
@@ -234,7 +235,7 @@ def open_source(config: ConfigDict) -> Source:
             )
         return found
     if data.source == "drawings":
-        return drawings.open_split(data.split, data.drawings, data.image_size, data.test_share)
+        return pictures.open_split(data.split, data.drawings, data.image_size, data.test_share)
     builders: dict[str, Callable[[], Digits | Folder | tars.Tars]] = {
         "digits": Digits,
         "folder": lambda: Folder(data.path),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from madformer_jax.diffusion import predicts
+from madformer_jax.diffusion import parameterization
 from madformer_jax.diffusion.schedule import TIMESTEPS, add_noise, alpha_sigma
 from madformer_jax.models.madformer import MADFormer, Outputs
 from madformer_jax.models.plan import TERMS
@@ -104,9 +104,9 @@ def training_loss(
         {"params": params}, context, add_noise(z, noise, t), t, tokens, lengths, terms=weights.terms, **told
     )
     alpha, sigma = alpha_sigma(t)
-    target = predicts.target(model.predicts, z, noise, alpha, sigma)
+    target = parameterization.target(model.predicts, z, noise, alpha, sigma)
     losses = terms(outputs, z, target, tokens, lengths, text_tokens)
-    scale = predicts.weight(model.predicts, weights.weighting, alpha, sigma)
+    scale = parameterization.weight(model.predicts, weights.weighting, alpha, sigma)
     if outputs.image is not None and scale is not None:
         losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)
     loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros((), jnp.float32))

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from madformer_jax.diffusion import schedule
-from madformer_jax.diffusion.predicts import clean_estimate
+from madformer_jax.diffusion.parameterization import clean_estimate
 
 
 class Coefficients(NamedTuple):

@@ -11,12 +11,12 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import ImageFilter
 
-from madformer_jax import progress
+from madformer_jax.runtime import progress
 from madformer_jax.data import listing, pipeline, preprocess, sources
 from madformer_jax.data.source import Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.evaluation import parts
-from madformer_jax.evaluation.features import Outputs
+from madformer_jax.evaluation import shards
+from madformer_jax.evaluation.networks.registry import Outputs
 from madformer_jax.runtime import storage
 
 
@@ -62,20 +62,20 @@ class Unread:
 
 
 def look(
-    data: Images, extract: Callable[[np.ndarray], Outputs], unread: Unread, missing: Sequence[parts.Part]
-) -> Iterator[parts.Arrays]:
+    data: Images, extract: Callable[[np.ndarray], Outputs], unread: Unread, missing: Sequence[shards.Part]
+) -> Iterator[shards.Arrays]:
     """Yields what is kept of each missing part. Every process reads a share of a part, and the next part ahead.
 
     Raises:
       ConfigError: As `Unread.add`; or some process cannot read its share.
     """
-    shares = (np.arange(*part)[parts.share(part.n)] for part in missing)
-    for rows in parts.ahead(_attempt(data.read, numbers) for numbers in shares):
-        rows = parts.same_outcome(rows)
-        found = parts.gather(parts.look(extract, rows.images, rows.labels))
+    shares = (np.arange(*part)[shards.share(part.n)] for part in missing)
+    for rows in shards.ahead(_attempt(data.read, numbers) for numbers in shares):
+        rows = shards.same_outcome(rows)
+        found = shards.gather(shards.look(extract, rows.images, rows.labels))
         text = "".join(f"{one}\n" for one in rows.unread).encode("utf-8", "surrogateescape")
-        told = parts.gather({parts.UNREAD: np.frombuffer(text, np.uint8)})
-        unread.add(told[parts.UNREAD].tobytes().decode("utf-8", "surrogateescape").splitlines())
+        told = shards.gather({shards.UNREAD: np.frombuffer(text, np.uint8)})
+        unread.add(told[shards.UNREAD].tobytes().decode("utf-8", "surrogateescape").splitlines())
         yield found | told
 
 
@@ -142,11 +142,11 @@ def _read(source: Source, table: preprocess.Table, numbers: np.ndarray, records:
 
 def _digest(source: Source, records: np.ndarray) -> str:
     """Hashes the labels of records and the bytes that their images are read from. Every process hashes a share."""
-    mine = records[parts.share(len(records))]
+    mine = records[shards.share(len(records))]
     with progress.told("hashing the images"):
         digests = b"".join(_digest_of_record(source, record) for record in mine.tolist())
     rows = np.frombuffer(digests, np.uint8).reshape(len(mine), hashlib.sha256().digest_size)
-    return hashlib.sha256(parts.gather({"digests": rows})["digests"].tobytes()).hexdigest()
+    return hashlib.sha256(shards.gather({"digests": rows})["digests"].tobytes()).hexdigest()
 
 
 def _digest_of_record(source: Source, record: int) -> bytes:

@@ -7,8 +7,8 @@ import numpy as np
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bootstrap, scores, seams
-from madformer_jax.evaluation.memorisation import Training, memorisation
-from madformer_jax.evaluation.reference import Reference
+from madformer_jax.evaluation.memorization import Training, memorisation
+from madformer_jax.evaluation.reference_statistics import Reference
 
 SPLITS, SUBSETS, SUBSET_SIZE, NEIGHBOUR, SEED = 10, 100, 1000, 3, 2020
 CONVENTION = {

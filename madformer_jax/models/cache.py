@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 from jax import Array
 
-from madformer_jax.models import attention
-from madformer_jax.models.attention import KV
+from madformer_jax.ops.attention import api
+from madformer_jax.ops.attention.api import KV
 
 
 class Cache(NamedTuple):
@@ -29,10 +29,10 @@ def write_block(cache: Cache, own: KV | None, block: int | Array, implementation
     """Puts the keys and values of one block (layers, B, 1, s, H, h) into its slot of the context."""
     if cache.context is None or own is None:
         return cache
-    own = attention.kept(own, implementation)
+    own = api.kept(own, implementation)
     written = (
         jax.lax.dynamic_update_slice_in_dim(x, y, block * y.shape[axis], axis)
-        for x, y, axis in zip(cache.context, own, attention.kept_along(implementation), strict=True)
+        for x, y, axis in zip(cache.context, own, api.kept_along(implementation), strict=True)
     )
     return cache._replace(context=KV(*written))
 

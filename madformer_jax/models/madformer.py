@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.models import attention, rope
-from madformer_jax.models.attention import KV
+from madformer_jax.ops.attention import api
+from madformer_jax.ops import rope
+from madformer_jax.ops.attention.api import KV
 from madformer_jax.models.cache import Cache, ModelCache, write_block
 from madformer_jax.models.layers import dense
 from madformer_jax.models.plan import TERMS, Switches, plan, sampling_plan
-from madformer_jax.models.rope import Rotary
+from madformer_jax.ops.rope import Rotary
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
-from madformer_jax.sizes import sizes_of, vocabulary_of
+from madformer_jax.config.shapes import sizes_of, vocabulary_of
 
 
 class Outputs(NamedTuple):
@@ -261,7 +262,7 @@ class MADFormer(nn.Module):
             if not layers or self.blocks == 1 or not slots:
                 return Cache(None, None)
             x = jnp.zeros((layers, *shape), self.dtype)
-            return Cache(attention.kept(KV(x, x), self.attention), None)
+            return Cache(api.kept(KV(x, x), self.attention), None)
 
         stages = sampling_plan(self.switches)
         return ModelCache(
@@ -274,8 +275,8 @@ class MADFormer(nn.Module):
         position = self._text_positions()
         text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, position, 0)
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, position, 0)
-        ar, diffusion = (own and attention.kept(own, self.attention) for own in (ar, diffusion))
-        lengths = attention.lengths_kept(lengths, tokens, self.attention)
+        ar, diffusion = (own and api.kept(own, self.attention) for own in (ar, diffusion))
+        lengths = api.lengths_kept(lengths, tokens, self.attention)
         return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
 
     def begin(self, batch: int) -> Array:
@@ -344,7 +345,7 @@ class MADFormer(nn.Module):
 def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
     """The model of a validated config; `platform` (cpu, gpu, tpu) is where it will run, by default JAX's backend."""
     m, sizes = c.model, sizes_of(c)
-    implementation = attention.choose(
+    implementation = api.choose(
         m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens, m.width // m.heads
     )
     unet = {
@@ -357,7 +358,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "time_embedding": m.time_embedding,
         "stride": m.unet_stride,
         "kernel": m.unet_kernel,
-        "attend": attention.in_unet(implementation, [x // m.unet_heads for x in m.unet_channels]),
+        "attend": api.in_unet(implementation, [x // m.unet_heads for x in m.unet_channels]),
     }
     return MADFormer(
         width=m.width,

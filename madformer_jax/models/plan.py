@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from madformer_jax.sizes import vocabulary_of
+from madformer_jax.config.shapes import vocabulary_of
 
 TERMS = ("image", "hidden", "clean", "text")  # of the loss; each needs one output
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.models import attention, layer_loop, pallas
-from madformer_jax.models.attention import KV, QKV
+from madformer_jax.ops.attention import api, pallas_tpu
+from madformer_jax.ops import scan_layers
+from madformer_jax.ops.attention.api import KV, QKV
 from madformer_jax.models.cache import Cache
 from madformer_jax.models.layers import NORM_SCALE, XAVIER_THIRD, dense, gated, rms_norm
-from madformer_jax.models.projected import Projected, turned
-from madformer_jax.models.rope import Rotary
+from madformer_jax.ops.attention.qk_norm_rope import Projected, turned
+from madformer_jax.ops.rope import Rotary
 
 ATTENTION_NORM_EPS = 1e-5
 
@@ -74,7 +75,7 @@ class Tower(nn.Module):
         size = self.width // self.heads
 
         def heads(projection: Array) -> Array:
-            rows = attention.tokens_last(projection.reshape(*x.shape[:2], self.heads, size), implementation)
+            rows = api.tokens_last(projection.reshape(*x.shape[:2], self.heads, size), implementation)
             return rows.reshape(len(x), -1, *position.cos.shape[1:-1], self.heads, size)
 
         q = Projected(heads(self.query(y)), self.query_norm(), position) if queries else None
@@ -137,7 +138,7 @@ class DecoderLayer(nn.Module):
         context = None if source is None or self.block_only else source.kv
         attended: dict[str, Array] = {}
         if image:
-            outputs = attention.block_attention(
+            outputs = api.block_attention(
                 [qkv[name] for name in image],
                 context,
                 None if text is None else text.kv,
@@ -148,7 +149,7 @@ class DecoderLayer(nn.Module):
             attended.update(zip(image, outputs, strict=True))
         if text is not None and text.q is not None:
             q, k, v = (x.reshape(len(x) * images["text"], -1, *x.shape[2:]) for x in (text.q, *text.kv))
-            attended["text"] = attention.attend(q, k, v, causal=True)
+            attended["text"] = api.attend(q, k, v, causal=True)
         return Streams(**{name: self._finish(name, given[name], attended[name]) for name in attended}), None
 
     def step(
@@ -169,10 +170,10 @@ class DecoderLayer(nn.Module):
         own = turned(self._qkv(name, x, position, "" if name == "text" else self.attention))
         assert own.q is not None
         if name == "text":
-            attended = attention.attend(own.q, own.k, own.v, causal=True)
+            attended = api.attend(own.q, own.k, own.v, causal=True)
         else:
             context = None if self.block_only else cache.context
-            attended = attention.cached_attention(
+            attended = api.cached_attention(
                 own, context, cache.text, layer, block, lengths, implementation=self.attention
             )
         return Streams(**{name: self._finish(name, x, attended)}), own.kv
@@ -183,7 +184,7 @@ def _in_a_row(streams: Streams, images: int = 1) -> Streams:
     return Streams(**{name: x.reshape(len(x) // images, -1, x.shape[-1]) for name, x in streams.present.items()})
 
 
-_ATTENTION = jax.checkpoint_policies.save_only_these_names(pallas.KEPT)
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(pallas_tpu.KEPT)
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
@@ -225,7 +226,7 @@ class LayerStack(nn.Module):
         """All blocks at once; streams that are not named in `out` end in the last layer."""
         given = streams.present
         streams = _in_a_row(
-            streams, attention.images_in_a_row(self.layer["attention"], len(next(iter(given.values()))))
+            streams, api.images_in_a_row(self.layer["attention"], len(next(iter(given.values()))))
         )
         ends = tuple(name for name in streams.present if name not in out)
         if self.is_initializing():
@@ -237,11 +238,11 @@ class LayerStack(nn.Module):
             common = positions, lengths
             if self.layers > 1:
                 body = nn.meta.unbox(self.body.variables["params"])
-                streams = layer_loop.run(self._layer(()), body, streams, common, self.unroll)
+                streams = scan_layers.run(self._layer(()), body, streams, common, self.unroll)
             streams = self._layer(ends)(nn.meta.unbox(self.last.variables["params"]), streams, common)
         return Streams(**{name: x.reshape(given[name].shape) for name, x in streams.only(out).present.items()})
 
-    def _layer(self, keys_only: tuple[str, ...]) -> layer_loop.Layer:
+    def _layer(self, keys_only: tuple[str, ...]) -> scan_layers.Layer:
         """A layer as a function of its parameters, whose gradient computes again what `remat` says."""
         layer = DecoderLayer(**self.layer, parent=None)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.models import attention
+from madformer_jax.ops.attention import api
 from madformer_jax.models.layers import XAVIER, ResNetBlock, conv, dense, group_norm
 
 
@@ -59,7 +59,7 @@ class AttentionBlock(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        attended = attention.attend(q, k, v, implementation=self.attend).reshape(x.shape)
+        attended = api.attend(q, k, v, implementation=self.attend).reshape(x.shape)
         return x + dense(channels, ("conv_in", "conv_out"), self.dtype, name="out")(attended)
 
 

@@ -16,14 +16,16 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing, flops, training
-from madformer_jax import config as config_lib
+from madformer_jax.sampling import codec, generation
+from madformer_jax.cost import flops
+from madformer_jax.training import train_step
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import pipeline
 from madformer_jax.data.text import Texts
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import partitioning, storage
-from madformer_jax.sizes import sizes_of
+from madformer_jax.config.shapes import sizes_of
 
 Figures = dict[str, float]
 
@@ -66,10 +68,10 @@ def training_step(c: ConfigDict) -> Figures:
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     sizes, batch = sizes_of(c), c.train.batch
     identity = codec.Codec(dict, lambda params, batch, key: batch["latent"], lambda params, z: z)
-    s = training.Setup(madformer.build(c), identity, sizes, training.optimizer(c))
-    create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+    s = train_step.Setup(madformer.build(c), identity, sizes, train_step.optimizer(c))
+    create, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
-    step = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+    step = jax.jit(train_step.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
     rng, seed = np.random.default_rng(c.seed), np.uint32(c.seed)
     _, shares = partitioning.batch_share(mesh, batch, c.train.accumulate)
     rows = batch // shares
@@ -97,7 +99,7 @@ def training_step(c: ConfigDict) -> Figures:
 def sampling(c: ConfigDict) -> Figures:
     """Of drawing one batch of latents: `sample.batch`, or as many more as make it a multiple of the devices."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    model, batch = madformer.build(c), drawing.batch_size(c, mesh, c.sample.batch)
+    model, batch = madformer.build(c), generation.batch_size(c, mesh, c.sample.batch)
     init = functools.partial(madformer.init, model)
     sharding = partitioning.batch_sharding(mesh)
     with partitioning.scope(mesh):
@@ -110,8 +112,8 @@ def sampling(c: ConfigDict) -> Figures:
         numbers, labels, texts = jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), (np.arange(batch), labels, texts)
         )
-        inputs = drawing.inputs_of(c, numbers, labels, text=texts)
-        program, compiling = _compile(drawing.make_draw(c, model, lambda _, z: z), params, {}, inputs)
+        inputs = generation.inputs_of(c, numbers, labels, text=texts)
+        program, compiling = _compile(generation.make_draw(c, model, lambda _, z: z), params, {}, inputs)
         seconds = _time(lambda: jax.block_until_ready(program(params, {}, inputs)), c)
     cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)
     figures = _figures(c, cost, batch, seconds, compiling, program)

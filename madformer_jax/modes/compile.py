@@ -1,6 +1,6 @@
 """--mode=compile: what a config needs on a TPU topology or on H100s, found out by compiling for it on a machine without one.
 
-    python -m madformer_jax.main --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
+    python -m madformer_jax.cli.command_line --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
 
 libtpu (the extra `aot`) compiles for any topology that it knows, JAX's plugin for CUDA for h100 or h100:8, without its
 autotuning, which needs the device, and without a time; nothing is run and no array is made. Sizes are those of
@@ -21,17 +21,20 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax import aot, codec, drawing, estimate, fields, flops, hlo, training
-from madformer_jax import config as config_lib
+from madformer_jax.cost import topologies, tpu_time, flops, hlo
+from madformer_jax.sampling import codec, generation
+from madformer_jax.config import fields
+from madformer_jax.training import train_step
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data.text import Texts
 from madformer_jax.models import madformer, vae
 from madformer_jax.runtime import partitioning, storage
-from madformer_jax.sizes import sizes_of
+from madformer_jax.config.shapes import sizes_of
 
 GIB = 2**30
 
 
-Estimator = Callable[[str], estimate.Estimate]  # of a compiled program's text
+Estimator = Callable[[str], tpu_time.Estimate]  # of a compiled program's text
 
 
 class Program(NamedTuple):
@@ -46,7 +49,7 @@ class Program(NamedTuple):
     cost: flops.Cost  # analytic, of all devices
     xla_flops: float  # XLA's count for one device, in which the body of a loop counts once
     collectives: list[hlo.Collective]
-    time: estimate.Estimate | None = None  # where it was asked for
+    time: tpu_time.Estimate | None = None  # where it was asked for
     kernels: dict[str, int] | None = None  # calls into libraries and of hand-written kernels, by name
 
     @property
@@ -71,9 +74,9 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
       ConfigError: a setting is wrong, or what compiles for the topology is missing or does not know it.
     """
     config_lib.validate(c)
-    devices, platform = aot.describe(topology), aot.platform(topology)
+    devices, platform = topologies.describe(topology), topologies.platform(topology)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-    limit = hbm(devices[0]) if platform == "tpu" else aot.gpu_memory()
+    limit = hbm(devices[0]) if platform == "tpu" else topologies.gpu_memory()
     model = madformer.build(c, platform)
     print(
         f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_sizes(dict(mesh.shape))}; "
@@ -110,11 +113,11 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     """The training step; its batch is cached latents for `data.source=arrayrecord` with a VAE, else images."""
     partitioning.check_batch(mesh, c.train.batch, c.train.accumulate)
     images = _codec(c, mesh)
-    s = training.Setup(model, images, sizes_of(c), training.optimizer(c))
-    _, state = training.create_state(s.model, s.tx, c.seed, mesh)
+    s = train_step.Setup(model, images, sizes_of(c), train_step.optimizer(c))
+    _, state = train_step.create_state(s.model, s.tx, c.seed, mesh)
     batch, latents = _batch(c, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
-    step = jax.jit(training.make_step(s, c, platform), donate_argnums=0, out_shardings=out_shardings)
+    step = jax.jit(train_step.make_step(s, c, platform), donate_argnums=0, out_shardings=out_shardings)
     inputs = {"parameters": state.params, "averages (EMA)": state.ema, "optimizer": state.opt, "batch": batch}
     codec_params = {} if latents else images.load()
     inputs |= {"VAE": codec_params} if codec_params else {}
@@ -135,16 +138,16 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, 
     """Drawing one batch of `sample.batch` images, the codec's decoder included."""
     images = _codec(c, mesh)
     codec_params = images.load()
-    params = drawing.abstract_params(model, mesh)
-    batch = drawing.batch_size(c, mesh, c.sample.batch)
+    params = generation.abstract_params(model, mesh)
+    batch = generation.batch_size(c, mesh, c.sample.batch)
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
     inputs = {"parameters": params} | ({"VAE": codec_params} if codec_params else {})
     with partitioning.scope(mesh):
-        draw = drawing.make_draw(c, model, images.decode, limit)
+        draw = generation.make_draw(c, model, images.decode, limit)
         words = None
         if c.text.vocabulary:
             words = Texts(jax.ShapeDtypeStruct((batch, c.text.length), jnp.int32, sharding=numbers.sharding), numbers)
-        args = (params, codec_params, drawing.inputs_of(c, numbers, numbers, text=words))
+        args = (params, codec_params, generation.inputs_of(c, numbers, numbers, text=words))
         cost = flops.sampling(c, batch)
         return _program(draw, args, inputs, cost, limit, _estimator(c, mesh, cost), platform)
 
@@ -154,11 +157,11 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
     device = mesh.devices.flat[0]
     if not c.compile.time:
         return None
-    if not estimate.chip(device.device_kind):
+    if not tpu_time.chip(device.device_kind):
         logging.warning("time is not estimated: there is no clock for %s (estimate.CHIPS)", device.device_kind)
         return None
     peak = flops.peak(c.model.dtype, device)
-    return lambda text: estimate.estimate(text, device.device_kind, peak, cost.total / mesh.size)
+    return lambda text: tpu_time.estimate(text, device.device_kind, peak, cost.total / mesh.size)
 
 
 def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
@@ -319,7 +322,7 @@ def text(name: str, p: Program, devices: int) -> str:
                     f"  {kind:<24}{sum(x.moved for x in of_kind) / GIB:9.3f} GiB a device; {sum(x.times for x in of_kind):.0f} "
                     f"calls of {len(of_kind)} instructions, {loops} of them in loops"
                 )
-    return "\n".join([*lines, *([estimate.text(p.time)] if p.time else [])])
+    return "\n".join([*lines, *([tpu_time.text(p.time)] if p.time else [])])
 
 
 def _sizes(shape: dict[str, int]) -> str:

@@ -1,6 +1,6 @@
 """--mode=convert: files of other frameworks to ours and back.
 
-python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
+python -m madformer_jax.cli.command_line --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
 """
 
 import pathlib
@@ -11,14 +11,14 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import config as config_lib
-from madformer_jax import usage
+from madformer_jax.config import schema as config_lib
+from madformer_jax.cli import help
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, storage
-from madformer_jax.weights import files, release_config
-from madformer_jax.weights import inception as inception_weights
-from madformer_jax.weights import vae as vae_weights
+from madformer_jax.weights import state_dicts, release_config
+from madformer_jax.weights import inception_weights
+from madformer_jax.weights import vae_weights
 from madformer_jax.weights.release import from_release, to_release
 from madformer_jax.weights.release_config import release_args
 
@@ -51,7 +51,7 @@ def _release(c: ConfigDict, workdir: str) -> dict[str, Any]:
     path = c.convert.release
     if checkpoint.exists(workdir):
         raise ConfigError(f"--workdir={workdir} already holds a checkpoint: give another one.")
-    content = files.read_state_dict(path, c.convert.weights)
+    content = state_dicts.read_state_dict(path, c.convert.weights)
     if content.args is not None:
         try:
             c = release_config.of_checkpoint(content.tensors, content.args, c.codec.path)
@@ -83,7 +83,7 @@ def _to_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         step, restored, _ = checkpoints.restore({item: target})
     state_dict = to_release(restored.pop(item), c)
-    files.write_state_dict(c.convert.to_release, state_dict, args)
+    state_dicts.write_state_dict(c.convert.to_release, state_dict, args)
     logging.info(
         "wrote the %s weights of step %d, %d tensors, to %s", item, step, len(state_dict), c.convert.to_release
     )
@@ -93,7 +93,7 @@ def _to_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
 def _vae(c: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = f"{workdir}/vae"
     vae_weights.save(folder, c.convert.vae)
-    logging.info("converted %s; use it with %s", c.convert.vae, usage.quoted(f"--config.codec.path={folder}"))
+    logging.info("converted %s; use it with %s", c.convert.vae, help.quoted(f"--config.codec.path={folder}"))
     return {"path": folder}
 
 

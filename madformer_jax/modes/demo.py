@@ -1,6 +1,6 @@
 """--mode=demo: a page to draw with, two settings or two models side by side at equal cost (needs gradio).
 
-    python -m madformer_jax.main --mode=demo --workdir=runs/digits [--config.demo.other=runs/other] [--config.demo.port=7860]
+    python -m madformer_jax.cli.command_line --mode=demo --workdir=runs/digits [--config.demo.other=runs/other] [--config.demo.port=7860]
 
 Serves the newest checkpoint, or `sample.step`, until it is interrupted.
 """
@@ -19,8 +19,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import api, class_labels, drawing, limits, prompts
-from madformer_jax import config as config_lib
+from madformer_jax.sampling import trained_model, generation, prompts
+from madformer_jax.config import class_labels, validation
+from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import checkpoint
 
@@ -33,7 +34,7 @@ _CSS = ".drawn img {image-rendering: pixelated}"
 class Shown(NamedTuple):
     """A side of the page."""
 
-    frame: api.Frame | None  # None: nothing is drawn yet
+    frame: trained_model.Frame | None  # None: nothing is drawn yet
     seconds: float  # of drawing, without the other side's
 
     @property
@@ -52,9 +53,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     _gradio()
     _check_address(c.demo.host, c.demo.port)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
-    models = {_name(workdir): api.of_workdir(c, workdir)}
+    models = {_name(workdir): trained_model.of_workdir(c, workdir)}
     if c.demo.other:
-        other = api.load(c.demo.other, c.codec.path)
+        other = trained_model.load(c.demo.other, c.codec.path)
         _check_alike(models[_name(workdir)], other)
         models[_name(c.demo.other) + " (other)" * (_name(c.demo.other) in models)] = other
     served = serve(page(models, c.demo.n), c.demo.host, c.demo.port)
@@ -66,7 +67,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {}
 
 
-def race(models: Sequence[api.Model], settings: Sequence[Mapping[str, Any]], every: str) -> Iterator[list[Shown]]:
+def race(models: Sequence[trained_model.Model], settings: Sequence[Mapping[str, Any]], every: str) -> Iterator[list[Shown]]:
     """Draws on each side at its settings, the side that has cost fewer passes first, and shows all sides after each frame.
 
     The first showing is of nothing: what follows it may take a while to compile, and is timed once it has been compiled.
@@ -96,7 +97,7 @@ def race(models: Sequence[api.Model], settings: Sequence[Mapping[str, Any]], eve
         yield list(shown)
 
 
-def page(models: Mapping[str, api.Model], n: int) -> Any:
+def page(models: Mapping[str, trained_model.Model], n: int) -> Any:
     """The page, a `gradio.Blocks`: n images a side, of any of the models."""
     gr, first = _gradio(), next(iter(models.values()))
     names, sample = list(models), first.config.sample
@@ -123,7 +124,7 @@ def page(models: Mapping[str, api.Model], n: int) -> Any:
                     fewer = sample.steps if side else max(1, sample.steps // 5)
                     controls += [
                         gr.Dropdown(names, value=names[-1 if side else 0], label="model", visible=len(names) > 1),
-                        gr.Dropdown(list(limits.CHOICES["sample.solver"]), value=sample.solver, label="solver"),
+                        gr.Dropdown(list(validation.CHOICES["sample.solver"]), value=sample.solver, label="solver"),
                         gr.Slider(1, 100, value=fewer, step=1, label="solver steps"),
                         gr.Slider(0, 8, value=sample.guidance, step=0.1, label="guidance"),
                     ]
@@ -240,7 +241,7 @@ def _gradio() -> Any:
     return gradio
 
 
-def _check_alike(one: api.Model, other: api.Model) -> None:
+def _check_alike(one: trained_model.Model, other: trained_model.Model) -> None:
     """Raises ConfigError where two models cannot be told to draw the same."""
     a, b = one.config, other.config
     if (a.model.classes, one.labels, a.text.vocabulary) != (b.model.classes, other.labels, b.text.vocabulary):
@@ -253,7 +254,7 @@ def _name(path: str) -> str:
     return os.path.basename(path.rstrip("/")) or path
 
 
-def _what(gr: Any, model: api.Model, n: int) -> Any:
+def _what(gr: Any, model: trained_model.Model, n: int) -> Any:
     """Returns the field that says what to draw: prompts (first those of the config), a class, or nothing."""
     c = model.config.copy_and_resolve_references()
     if c.text.vocabulary:
@@ -265,13 +266,13 @@ def _what(gr: Any, model: api.Model, n: int) -> Any:
     return gr.Dropdown([_ALL, *names], value=_ALL, label="class", visible=bool(names))
 
 
-def _class_numbers(model: api.Model) -> dict[str, int]:
+def _class_numbers(model: trained_model.Model) -> dict[str, int]:
     """Returns the number of each class by its entry in the list: the name, or the number if the data name none."""
     names = model.labels or [str(k) for k in range(model.config.model.classes)]
     return {entry: k for k, entry in enumerate(class_labels.distinct_names(names, taken=[_ALL]))}
 
 
-def _chosen(model: api.Model, chosen: Any) -> dict[str, Any]:
+def _chosen(model: trained_model.Model, chosen: Any) -> dict[str, Any]:
     """Returns the settings that the field of `_what` stands for. Prompts are literal: none names a file or a split."""
     if model.config.text.vocabulary:
         return {"prompts": [line.strip() for line in (chosen or "").split("\n") if line.strip()]}
@@ -283,13 +284,13 @@ def _chosen(model: api.Model, chosen: Any) -> dict[str, Any]:
 def _picture(shown: Shown) -> np.ndarray | None:
     if shown.frame is None:
         return None
-    grid = drawing.as_grid(shown.frame.images)
+    grid = generation.as_grid(shown.frame.images)
     times = max(1, _SIDE // len(grid))
     grid = grid.repeat(times, axis=0).repeat(times, axis=1)
     return grid[..., 0] if grid.shape[-1] == 1 else grid
 
 
-def _told(model: api.Model, shown: Shown) -> str:
+def _told(model: trained_model.Model, shown: Shown) -> str:
     """What a side has cost so far."""
     frame = shown.frame
     if frame is None:

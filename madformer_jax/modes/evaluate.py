@@ -1,6 +1,6 @@
 """--mode=evaluate: scores of a workdir's checkpoints, or of images that exist, against a reference.
 
-    python -m madformer_jax.main --workdir=runs/digits --mode=evaluate --config.evaluate.n=1000
+    python -m madformer_jax.cli.command_line --workdir=runs/digits --mode=evaluate --config.evaluate.n=1000
 
 Each setting's result is a file workdir/evaluations/<hash of its protocol>.json; what is there is not computed again, and a
 killed run goes on where it was.
@@ -21,11 +21,14 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import class_labels, codec, drawing, flops, progress, prompts
-from madformer_jax import config as config_lib
+from madformer_jax.config import class_labels
+from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.cost import flops
+from madformer_jax.runtime import progress
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import images, judge, likelihood, parts, places, samples, settings
+from madformer_jax.evaluation import images, judge, likelihood, shards, judge_paths, sample_scores, sampling_grid
 from madformer_jax.models import madformer
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
@@ -46,7 +49,7 @@ DRAWN = (
     "noise",
 )  # of `sample`: what decides images
 
-Look = Callable[[Sequence[parts.Part]], Iterator[parts.Arrays]]
+Look = Callable[[Sequence[shards.Part]], Iterator[shards.Arrays]]
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     check(c)
     if c.evaluate.images:
-        results = [_judge_images(c, workdir, samples.open_judge(c, workdir, c.evaluate.n))]
+        results = [_judge_images(c, workdir, sample_scores.open_judge(c, workdir, c.evaluate.n))]
     else:
         results = _judge_checkpoints(c, workdir)
     if jax.process_index() == 0:
@@ -78,7 +81,7 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             "config.evaluate.grid draws from checkpoints, and evaluate.images are there already: set one."
         )
-    for setting in settings.grid(c):
+    for setting in sampling_grid.grid(c):
         config_lib.validate(setting)
 
 
@@ -96,50 +99,50 @@ def check_early(c: ConfigDict, workdir: str) -> None:
             f"config.evaluate.n={c.evaluate.n}: train.judge judges as many real images of split 'train', and there are only "
             f"{training.n}: set a smaller config.evaluate.n."
         )
-    if epath.Path(places.reference_path(c, workdir)).exists():
-        samples.open_judge(c, workdir, c.evaluate.n)
+    if epath.Path(judge_paths.reference_path(c, workdir)).exists():
+        sample_scores.open_judge(c, workdir, c.evaluate.n)
     else:
         judge.check_counts(c.evaluate.n, reference_mode.check(c, workdir).n)
         if c.evaluate.training:
-            samples.open_training(c)
-    grid = settings.grid(c)
-    drawing.given_noise(grid[0])
+            sample_scores.open_training(c)
+    grid = sampling_grid.grid(c)
+    generation.given_noise(grid[0])
     for setting in _by_prompts(grid).values():
         prompts.texts(setting)
     likelihood.check(c)
 
 
-def _judge_images(c: ConfigDict, workdir: str, by: samples.Judge) -> dict[str, Any]:
+def _judge_images(c: ConfigDict, workdir: str, by: sample_scores.Judge) -> dict[str, Any]:
     data = images.open_images(c)
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
 
     look = functools.partial(images.look, data, by.extract, images.Unread(c.evaluate.n, c.data.max_corrupt))
     about = data.about | {"content": data.digest(c.evaluate.n), "labelled": bool(data.classes)}
-    return _result(c, workdir, by, about, parts.images_at_once(c), look, labelled=bool(data.classes))
+    return _result(c, workdir, by, about, shards.images_at_once(c), look, labelled=bool(data.classes))
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     """A result for each checkpoint and setting, in this order."""
-    grid = settings.grid(c)
-    settings.warn(c, grid)
+    grid = sampling_grid.grid(c)
+    sampling_grid.warn(c, grid)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
-    by = samples.open_judge(c, workdir, c.evaluate.n)
+    by = sample_scores.open_judge(c, workdir, c.evaluate.n)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
-    target = drawing.abstract_params(model, mesh)
+    target = generation.abstract_params(model, mesh)
     memory.require("evaluation", mesh, parameters=target)
-    noise = drawing.given_noise(grid[0])  # of all settings
-    digest = drawing.digest_of_noise(noise) or ""
+    noise = generation.given_noise(grid[0])  # of all settings
+    digest = generation.digest_of_noise(noise) or ""
     texts = {asked: prompts.texts(setting) for asked, setting in _by_prompts(grid).items()}
     described = {asked: prompts.describe(setting, texts[asked]) for asked, setting in _by_prompts(grid).items()}
     captions = likelihood.open_captions(c)
     declared = {} if captions is None else {"bits": captions.protocol}
-    programs: dict[Any, drawing.Draw] = {}
+    programs: dict[Any, generation.Draw] = {}
     results: dict[tuple[int, int], dict[str, Any]] = {}
     with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        steps = settings.steps(c.evaluate.checkpoints, checkpoints.steps)
+        steps = sampling_grid.steps(c.evaluate.checkpoints, checkpoints.steps)
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
         decoded = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
         for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
@@ -154,7 +157,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 names = checkpoints.class_names(step)
                 config_lib.number_labels(setting, names)
                 s = setting.sample
-                given = drawing.Given(drawing.labels_by(setting), noise, texts[s.prompts])
+                given = generation.Given(generation.labels_by(setting), noise, texts[s.prompts])
                 chosen = class_labels.numbers_text(s.labels)
                 if chosen:
                     logging.info(
@@ -165,15 +168,15 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 drawn = json.loads(s.to_json()) | {"noise": digest, "labels": chosen}  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
-                    drawn_by = drawing.make_draw(setting, model, images_codec.decode)
+                    drawn_by = generation.make_draw(setting, model, images_codec.decode)
                     programs[program] = progress.compiling(drawn_by, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
-                    drawing.batches, setting, programs[program], params, codec_params, mesh, most=s.n, given=given
+                    generation.batches, setting, programs[program], params, codec_params, mesh, most=s.n, given=given
                 )
-                size = drawing.batch_size(setting, mesh)
+                size = generation.batch_size(setting, mesh)
                 results[step, i] = _result(
                     setting, workdir, by, about | {name: drawn[name] for name in DRAWN} | described[s.prompts],
-                    size * -(-parts.AT_ONCE // size),
+                    size * -(-shards.AT_ONCE // size),
                     functools.partial(map, functools.partial(_draw_and_look, draw, by)), labelled=bool(c.model.classes),
                     more=likely, declared=declared,
                 )  # fmt: skip
@@ -186,15 +189,15 @@ def _by_prompts(grid: Sequence[ConfigDict]) -> dict[str, ConfigDict]:
 
 
 def _draw_and_look(
-    draw: Callable[[range], Iterator[drawing.Drawn]], by: samples.Judge, part: parts.Part
-) -> parts.Arrays:
-    return samples.look(interruptible(draw(range(part.first, part.stop))), by.extract, by.reader)
+    draw: Callable[[range], Iterator[generation.Drawn]], by: sample_scores.Judge, part: shards.Part
+) -> shards.Arrays:
+    return sample_scores.look(interruptible(draw(range(part.first, part.stop))), by.extract, by.reader)
 
 
 def _result(
     c: ConfigDict,
     workdir: str,
-    by: samples.Judge,
+    by: sample_scores.Judge,
     about: Mapping[str, Any],
     size: int,
     look: Look,
@@ -218,16 +221,16 @@ def _result(
         logging.info("%s is there already", path)
         return stored
     folder = epath.Path(workdir) / "evaluations" / key
-    with parts.alone(folder):
+    with shards.alone(folder):
         stored = _stored(c, path)  # another process may have written it meanwhile
         if stored is not None:
             return stored
-        return _make_result(c, path, protocol, parts.Parts(folder, c.evaluate.n, size), by, look, labelled, more)
+        return _make_result(c, path, protocol, shards.Parts(folder, c.evaluate.n, size), by, look, labelled, more)
 
 
 def _stored(c: ConfigDict, path: str) -> dict[str, Any] | None:
     """Reads a result, with what follows from the config as this version counts it; None if there is none."""
-    result = parts.read_json(path)
+    result = shards.read_json(path)
     if result is not None and "cost" in result:
         result["cost"] |= flops.image_cost(c)
     return result
@@ -237,8 +240,8 @@ def _make_result(
     c: ConfigDict,
     path: str,
     protocol: dict[str, Any],
-    collected: parts.Parts,
-    by: samples.Judge,
+    collected: shards.Parts,
+    by: sample_scores.Judge,
     look: Look,
     labelled: bool,
     more: Callable[[], dict[str, judge.Score]],
@@ -255,7 +258,7 @@ def _make_result(
     found = collected.read()
     partitioning.sync(f"read {path}")  # before the first process removes the parts
     protocol["n"] = len(found["labels"])  # less than evaluate.n where images cannot be read
-    result = {"protocol": protocol, "scores": samples.scores(c, by, found, labelled=labelled) | more()}
+    result = {"protocol": protocol, "scores": sample_scores.scores(c, by, found, labelled=labelled) | more()}
     if "seconds" in found:
         result["cost"] = _cost(c, found["seconds"])
     if jax.process_index() == 0:

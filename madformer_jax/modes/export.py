@@ -13,12 +13,13 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax import card, drawing
-from madformer_jax import config as config_lib
+from madformer_jax.publishing import model_card
+from madformer_jax.sampling import generation
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, lock, partitioning, storage
-from madformer_jax.weights import files
+from madformer_jax.weights import state_dicts
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    target = drawing.abstract_params(madformer.build(c), mesh)
+    target = generation.abstract_params(madformer.build(c), mesh)
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         step, restored, _ = checkpoints.restore({"ema": target})
         meta = checkpoints.meta(step)  # class names, among others
@@ -89,10 +90,10 @@ def _clear_marks(folder: epath.Path) -> None:
 
 def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any]) -> None:
     """What the hub shows and other programs read."""
-    tensors = files.by_name(params)
+    tensors = state_dicts.by_name(params)
     names = meta.get("data", {}).get("names", [])
     if not storage.is_remote(exported):  # safetensors writes local files
-        files.write_state_dict(f"{exported}/model.safetensors", tensors, {"step": step, "names": names})
+        state_dicts.write_state_dict(f"{exported}/model.safetensors", tensors, {"step": step, "names": names})
     grid = _grid(workdir, step)
     if grid is not None:
         storage.write_bytes(f"{exported}/grid.png", grid.read_bytes())
@@ -100,7 +101,7 @@ def _publish(c: ConfigDict, workdir: str, exported: str, step: int, params: Any,
     of_these = {"step": step, "weights": "ema"}
     results = [x for x in found if of_these.items() <= x["protocol"]["images"].items()]
     parameters = sum(math.prod(x.shape) for x in tensors.values())
-    storage.write_text(f"{exported}/README.md", card.text(c, step, parameters, results, grid is not None, names))
+    storage.write_text(f"{exported}/README.md", model_card.text(c, step, parameters, results, grid is not None, names))
 
 
 def _grid(workdir: str, step: int) -> epath.Path | None:

@@ -1,6 +1,6 @@
 """--mode=gallery: a page of images coming into being, two settings side by side, which needs no server and no Python.
 
-    python -m madformer_jax.main --mode=gallery --workdir=runs/digits --config.gallery.grid="steps=4,20"
+    python -m madformer_jax.cli.command_line --mode=gallery --workdir=runs/digits --config.gallery.grid="steps=4,20"
 
 Writes workdir/gallery/index.html from the newest checkpoint, or from `sample.step`.
 """
@@ -13,11 +13,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax import api, class_labels, gallery, prompts
-from madformer_jax import config as config_lib
+from madformer_jax.sampling import trained_model, prompts
+from madformer_jax.config import class_labels
+from madformer_jax.publishing import gallery_page
+from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import settings
-from madformer_jax.gallery import Recording
+from madformer_jax.evaluation import sampling_grid
+from madformer_jax.publishing.gallery_page import Recording
 from madformer_jax.runtime import checkpoint, storage
 
 
@@ -38,8 +40,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             raise ConfigError(
                 "config.gallery.grid: one page shows one set of weights: choose it by config.sample.weights."
             )
-    settings.warn(c, grid)
-    model = api.of_workdir(c, workdir)
+    sampling_grid.warn(c, grid)
+    model = trained_model.of_workdir(c, workdir)
     for setting in grid:
         config_lib.number_labels(setting, model.labels)
     recordings = [_record(model, setting, name) for setting, name in zip(grid, _names(grid))]
@@ -50,7 +52,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         "Passes are full-model passes of an image. They count every layer that runs, the clean tower's among them."
     )
     path = os.path.join(workdir, "gallery", "index.html")
-    page = gallery.page("How the images come into being", about, _captions(grid[0], model.labels), recordings)
+    page = gallery_page.page("How the images come into being", about, _captions(grid[0], model.labels), recordings)
     storage.write_text(path, page)
     logging.info("wrote %d images at %d settings: %s", c.gallery.n, len(grid), path)
     return {"page": path}
@@ -60,7 +62,7 @@ def _settings(c: ConfigDict) -> list[ConfigDict]:
     c = c.copy_and_resolve_references()
     c.evaluate.n = c.gallery.n
     c.evaluate.grid = c.gallery.grid or f"steps={max(1, c.sample.steps // 5)},{c.sample.steps}"
-    return settings.grid(c)
+    return sampling_grid.grid(c)
 
 
 def _names(grid: list[ConfigDict]) -> list[str]:
@@ -77,10 +79,10 @@ def _captions(c: ConfigDict, names: tuple[str, ...]) -> list[str]:
     return [class_labels.name(k, names) for k in labels] or [f"image {k}" for k in range(c.sample.n)]
 
 
-def _record(model: api.Model, c: ConfigDict, name: str) -> Recording:
+def _record(model: trained_model.Model, c: ConfigDict, name: str) -> Recording:
     """Every solver step of the images, timed once all is compiled."""
     for _ in model.frames(c, "step"):
         pass
     found = list(model.frames(c, "step"))
-    frames = [gallery.Frame(f.block + 1, f.step, f.passes, f.seconds / c.sample.n) for f in found]
-    return Recording(name, frames, np.stack([gallery.shrunk(f.images) for f in found]))
+    frames = [gallery_page.Frame(f.block + 1, f.step, f.passes, f.seconds / c.sample.n) for f in found]
+    return Recording(name, frames, np.stack([gallery_page.shrunk(f.images) for f in found]))

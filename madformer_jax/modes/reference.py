@@ -1,6 +1,6 @@
 """--mode=reference: statistics of a data set, for scores to compare with.
 
-    python -m madformer_jax.main --config=... --mode=reference --workdir=DIR [--config.evaluate.split=test]
+    python -m madformer_jax.cli.command_line --config=... --mode=reference --workdir=DIR [--config.evaluate.split=test]
 
 Writes `evaluate.reference` (DIR/reference.npz). With `evaluate.network=classifier` or `attributes` the network itself is trained
 first, unless it is there. Killed, it goes on; over several processes each image is looked at once.
@@ -17,14 +17,16 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import config as config_lib
-from madformer_jax import prompts
-from madformer_jax.data import drawings, pipeline, sources
-from madformer_jax.data.attributes import ATTRIBUTES
+from madformer_jax.config import schema as config_lib
+from madformer_jax.sampling import prompts
+from madformer_jax.data.drawings import pictures
+from madformer_jax.data import pipeline, sources
+from madformer_jax.data.drawings.attributes import ATTRIBUTES
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import features, images, parts, places, reference
-from madformer_jax.evaluation.network import Network
-from madformer_jax.models import classifier, reader
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.evaluation import images, shards, judge_paths, reference_statistics
+from madformer_jax.evaluation.networks.network import Network
+from madformer_jax.evaluation.networks import classifier, attribute_classifier
 from madformer_jax.runtime import partitioning
 from madformer_jax.runtime.preemption import interruptible
 
@@ -40,23 +42,23 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       ConfigError: a setting is wrong, the source does not open, has no labels for the classifier, or holds too few images.
     """
     data = check(c, workdir)
-    where = places.network_path(c, workdir)
-    with parts.alone(epath.Path(workdir) / "references" / "networks"):
+    where = judge_paths.network_path(c, workdir)
+    with shards.alone(epath.Path(workdir) / "references" / "networks"):
         if c.evaluate.network == "classifier" and not epath.Path(where).exists():
             _train(c, where)
         if c.evaluate.network == "attributes" or prompts.of_drawings(c):
-            make_reader(c, places.reader_path(c, workdir))
+            make_reader(c, judge_paths.reader_path(c, workdir))
         partitioning.sync("classifier")
-    network = features.open_network(c.evaluate.network, where)
+    network = registry.open_network(c.evaluate.network, where)
     protocol = {**data.about, "image": pipeline.table(c).describe(), "network": network.describe()}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-    folder, path = epath.Path(workdir) / "references" / key, places.reference_path(c, workdir)
-    with parts.alone(folder):
-        collected = parts.Parts(folder, data.n, parts.images_at_once(c))
+    folder, path = epath.Path(workdir) / "references" / key, judge_paths.reference_path(c, workdir)
+    with shards.alone(folder):
+        collected = shards.Parts(folder, data.n, shards.images_at_once(c))
         unread = _look(c, data, network, collected)
         if jax.process_index() == 0:
             classes = network.about.get("classes", 0) if data.classes else 0
-            digest = reference.save(path, protocol, collected.each, classes)
+            digest = reference_statistics.save(path, protocol, collected.each, classes)
             collected.remove()
             n = data.n - len(unread.told)
             logging.info("wrote the reference %s of %d images, split %s: %s", digest, n, c.evaluate.split, path)
@@ -64,10 +66,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"reference": path, **protocol}
 
 
-def _look(c: ConfigDict, data: images.Images, network: Network, collected: parts.Parts) -> images.Unread:
+def _look(c: ConfigDict, data: images.Images, network: Network, collected: shards.Parts) -> images.Unread:
     """Writes the missing parts; returns which images cannot be read."""
     missing, unread = collected.missing(), images.Unread(data.n, c.data.max_corrupt)
-    looked = images.look(data, features.extractor(network), unread, missing)
+    looked = images.look(data, registry.extractor(network), unread, missing)
     with tqdm(total=sum(p.n for p in missing), desc="reference", unit="image", disable=jax.process_index() != 0) as bar:
         for part, found in interruptible(zip(missing, looked)):
             found["weight"] = np.array([len(found["labels"])])
@@ -86,7 +88,7 @@ def check(c: ConfigDict, workdir: str) -> images.Images:
         suffice.
     """
     config_lib.validate(c)
-    name, where, reads = c.evaluate.network, places.network_path(c, workdir), places.reader_path(c, workdir)
+    name, where, reads = c.evaluate.network, judge_paths.network_path(c, workdir), judge_paths.reader_path(c, workdir)
     if name == "attributes" and c.data.source != "drawings":
         raise ConfigError(
             "config.evaluate.network=attributes needs pictures whose attributes are known, config.data.source=drawings, and it "
@@ -99,11 +101,11 @@ def check(c: ConfigDict, workdir: str) -> images.Images:
     if data.n < 2:
         raise ConfigError(f"a reference of {data.n} images: a covariance needs two at least.")
     if needs_reader and epath.Path(reads).exists():
-        reader.load(reads)
+        attribute_classifier.load(reads)
     elif needs_reader:  # which is tested on held-out pictures
-        drawings.open_split("test", c.data.drawings, c.data.image_size, c.data.test_share)
+        pictures.open_split("test", c.data.drawings, c.data.image_size, c.data.test_share)
     if name not in ("classifier", "attributes") or epath.Path(where).exists():
-        _check_channels(c, features.open_network(name, where), where)
+        _check_channels(c, registry.open_network(name, where), where)
     elif name == "classifier":
         _examples(c)
     return data
@@ -176,8 +178,8 @@ def make_reader(c: ConfigDict, path: str) -> None:
         return
     train, test = _pictures(c, "train", MORE * c.data.drawings), _pictures(c, "test", c.data.drawings)
     values = [len(names) for _, names in ATTRIBUTES]
-    trained = reader.train(*train, *test, values)
-    reader.save(path, trained)
+    trained = attribute_classifier.train(*train, *test, values)
+    attribute_classifier.save(path, trained)
     logging.info(
         "the reader is right on %.2f %% of the attributes that the captions of %d held-out drawings name: %s",
         100 * trained.accuracy, trained.held_out, path,
@@ -190,18 +192,18 @@ def _pictures(c: ConfigDict, split: str, count: int) -> tuple[np.ndarray, np.nda
     c.data.split, c.data.drawings = split, count
     source, table = sources.open_source(c), pipeline.table(c)
     pixels, rows = [], []
-    for first in range(0, min(len(source), TRAINING), parts.AT_ONCE):
-        found = source.read(np.arange(first, min(len(source), TRAINING, first + parts.AT_ONCE)))
-        pixels.append(reader.shrunk(table.batch(found.arrays["image"])))
-        rows.append(drawings.asked(np.asarray(found.attributes)))
+    for first in range(0, min(len(source), TRAINING), shards.AT_ONCE):
+        found = source.read(np.arange(first, min(len(source), TRAINING, first + shards.AT_ONCE)))
+        pixels.append(attribute_classifier.shrunk(table.batch(found.arrays["image"])))
+        rows.append(pictures.asked(np.asarray(found.attributes)))
     return np.concatenate(pixels), np.concatenate(rows)
 
 
 def _rows(data: images.Images, numbers: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
     """Images, as small as the classifier takes them, and labels; `most` of them may be unreadable."""
-    batches = (numbers[i : i + parts.AT_ONCE] for i in range(0, len(numbers), parts.AT_ONCE))
+    batches = (numbers[i : i + shards.AT_ONCE] for i in range(0, len(numbers), shards.AT_ONCE))
     pixels, labels, unread = [], [], images.Unread(len(numbers), most)
-    for rows in parts.ahead(data.read(batch) for batch in batches):
+    for rows in shards.ahead(data.read(batch) for batch in batches):
         unread.add(rows.unread)
         pixels.append(classifier.shrunk(rows.images))
         labels.append(rows.labels)

@@ -1,6 +1,6 @@
 """--mode=report: the tables, figures and page of a sweep, from the results that --mode=sweep has written so far.
 
-    python -m madformer_jax.main --mode=report --workdir=runs/depth
+    python -m madformer_jax.cli.command_line --mode=report --workdir=runs/depth
 
 Writes to workdir/report: index.html, which holds everything, tables.md, results.csv, and figures/, each as SVG and PNG. The
 same results give the same bytes.
@@ -13,8 +13,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax.runtime import storage
-from madformer_jax.testbed import contents, page, results, tables
-from madformer_jax.testbed.contents import Figures
+from madformer_jax.reports import report_sections, html, results, tables
+from madformer_jax.reports.report_sections import Figures
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -24,10 +24,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       ConfigError: there are no results, or they do not compare; nothing is written then.
     """
     found = results.read(workdir)
-    sections = contents.sections(found)
+    sections = report_sections.sections(found)
     files: dict[str, bytes] = {
-        "index.html": page.html_of(found, sections).encode(),
-        "tables.md": contents.as_markdown(found, sections).encode(),
+        "index.html": html.html_of(found, sections).encode(),
+        "tables.md": report_sections.as_markdown(found, sections).encode(),
         "results.csv": tables.as_csv(found).encode(),
     }
     for panel in (
@@ -38,5 +38,5 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     for name, content in files.items():
         storage.write_bytes(os.path.join(folder, name), content)
     path = os.path.join(folder, "index.html")
-    logging.info("wrote %s: %s", path, contents.status(found))
+    logging.info("wrote %s: %s", path, report_sections.status(found))
     return {"report": path, "runs": len(found.runs), "missing": len(found.missing)}

@@ -23,10 +23,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax import api, class_labels, codec, drawing, progress, prompts
-from madformer_jax import config as config_lib
+from madformer_jax.sampling import trained_model, codec, generation, prompts
+from madformer_jax.config import class_labels
+from madformer_jax.runtime import progress
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import preprocess, text
-from madformer_jax.drawing import Drawn
+from madformer_jax.sampling.generation import Drawn
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, memory, partitioning, storage
@@ -56,7 +58,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
-    target = drawing.abstract_params(model, mesh)
+    target = generation.abstract_params(model, mesh)
     memory.require("sampling", mesh, parameters=target)
     with partitioning.scope(mesh):
         step, newest, params, names = _restore(c, workdir, target)
@@ -67,32 +69,32 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         numbers = np.concatenate([_numbers(c, k) for k in missing] or [np.arange(0)])
         logging.info(
             "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d steps guided; attention %s",
-            s.n, s.weights, step, s.n - len(numbers), np.sum(drawing.scales(c) != 1), s.steps,
+            s.n, s.weights, step, s.n - len(numbers), np.sum(generation.scales(c) != 1), s.steps,
             model.attention,
         )  # fmt: skip
         if s.labels:
             logging.info("classes of these images: %s", class_labels.summary(config_lib.labels(c), names))
-        draw = progress.compiling(drawing.make_draw(c, model, images_codec.decode), "the sampling program")
-        batches = interruptible(drawing.batches(c, draw, params, codec_params, mesh, numbers))
+        draw = progress.compiling(generation.make_draw(c, model, images_codec.decode), "the sampling program")
+        batches = interruptible(generation.batches(c, draw, params, codec_params, mesh, numbers))
         with storage.errors(f"{folder} cannot be written"):
             if jax.process_index() == 0:
                 storage.write_json(folder / "protocol.json", protocol | _classes(c, names))
         for k, shard in _whole_shards(c, _shown(batches, len(numbers))):
             if k % jax.process_count() == jax.process_index():
                 with storage.errors(f"{folder} cannot be written"):
-                    drawing.write_shard(folder / _file(c, k), shard)
+                    generation.write_shard(folder / _file(c, k), shard)
     partitioning.sync("samples")  # all shards are there
     if jax.process_index() == 0:
         with storage.errors(f"{folder} cannot be written"):
             images = _first_images(c, folder)
-            grid = drawing.as_grid(prompts.below(images, prompts.of(c)[: len(images)]))
-            drawing.write_png(folder / "grid.png", grid)
+            grid = generation.as_grid(prompts.below(images, prompts.of(c)[: len(images)]))
+            generation.write_png(folder / "grid.png", grid)
         logging.info("wrote %d images in %d shards and grid.png to %s", s.n, _shards(c), folder)
         if newest != step and s.step < 0:
             logging.warning("these images are of step %d: the newest checkpoint, of step %s, is damaged.", step, newest)
     if s.film:
         with storage.errors(f"{folder} cannot be written"):
-            _write_film(c, folder / "film.webp", api.Model(c, params, codec_params=codec_params))
+            _write_film(c, folder / "film.webp", trained_model.Model(c, params, codec_params=codec_params))
     seconds = time.monotonic() - began
     return {"folder": str(folder), "step": step, "n": s.n, "drawn": len(numbers), "seconds": seconds}
 
@@ -111,7 +113,7 @@ def _restore(c: ConfigDict, workdir: str, target: Any) -> tuple[int, int | None,
     return step, newest, params, names
 
 
-def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:
+def _write_film(c: ConfigDict, path: epath.Path, model: trained_model.Model) -> None:
     """The images of the grid as they come into being, at most FRAMES pictures of them, the last one for longer."""
     c = c.copy_and_resolve_references()
     c.sample.n = min(c.sample.grid, c.sample.n)
@@ -120,7 +122,7 @@ def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:
     for i, frame in enumerate(model.frames(c, "step")):
         if not i % every or frame.step == c.sample.steps:
             large = frame.images if words else frame.images.repeat(times, axis=1).repeat(times, axis=2)
-            grid = drawing.as_grid(prompts.below(large, words))
+            grid = generation.as_grid(prompts.below(large, words))
             shown.append(preprocess.picture(grid))
     lasting = [FRAME_MS] * (len(shown) - 1) + [LAST_MS]
     first, *others = shown
@@ -138,7 +140,7 @@ def _write_film(c: ConfigDict, path: epath.Path, model: api.Model) -> None:
 
 def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dict[str, Any]:
     """All that decides the images and the files they lie in."""
-    s, noise = c.sample, drawing.noise_digest(c)
+    s, noise = c.sample, generation.noise_digest(c)
     kept = (
         "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "clip", "labels",
         "label_sampling", "n", "shard",
@@ -201,8 +203,8 @@ def _missing(c: ConfigDict, folder: epath.Path) -> list[int]:
 def _is_whole(c: ConfigDict, folder: epath.Path, k: int) -> bool:
     try:
         with storage.errors(f"{folder} cannot be read"):
-            shard = drawing.read_shard(folder / _file(c, k))
-    except drawing.DamagedError as error:
+            shard = generation.read_shard(folder / _file(c, k))
+    except generation.DamagedError as error:
         logging.warning("%s: drawing it again", error)
         return False
     return shard is not None and np.array_equal(shard.numbers, _numbers(c, k))
@@ -231,5 +233,5 @@ def _shown(batches: Iterable[Drawn], n: int) -> Iterator[Drawn]:
 def _first_images(c: ConfigDict, folder: epath.Path) -> np.ndarray:
     """The images of the grid, from as many shards as they lie in."""
     n = min(c.sample.grid, c.sample.n)
-    shards = itertools.islice(drawing.read_shards(folder), -(-n // c.sample.shard))
+    shards = itertools.islice(generation.read_shards(folder), -(-n // c.sample.shard))
     return np.concatenate([shard.images for shard in shards])[:n]

@@ -1,6 +1,6 @@
 """--mode=sweep: trains and judges every run of a sweep, each once.
 
-    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=DIR [--dry_run | --measure]
+    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=DIR [--dry_run | --measure]
 
 Any number of processes share DIR (`testbed.layout`): each takes the next run that nobody works on. Killed, the same command
 goes on: training from its checkpoint, an evaluation from its parts.
@@ -21,17 +21,18 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from madformer_jax import codec, drawing, prompts, usage
-from madformer_jax import config as config_lib
+from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.cli import help
+from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import judge, places, samples, settings
+from madformer_jax.evaluation import judge, judge_paths, sample_scores, sampling_grid
 from madformer_jax.models import madformer
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, lock, malloc, partitioning, storage
-from madformer_jax.testbed import budget, layout, listing, sweep
-from madformer_jax.testbed.budget import Timing
-from madformer_jax.testbed.layout import Job
-from madformer_jax.testbed.sweep import Evaluation, Run
+from madformer_jax.sweeps import budget, sweep_folder, listing, sweep_file
+from madformer_jax.sweeps.budget import Timing
+from madformer_jax.sweeps.sweep_folder import Job
+from madformer_jax.sweeps.sweep_file import Evaluation, Run
 
 POLL = 10.0  # seconds between two looks at what others work on
 COLUMNS = 8  # images in a row of a run's grid
@@ -42,7 +43,7 @@ def run(
     c: ConfigDict,
     workdir: str,
     *,
-    file: sweep.File,
+    file: sweep_file.File,
     dry_run: bool = False,
     measure: bool = False,
 ) -> dict[str, Any]:
@@ -58,23 +59,23 @@ def run(
     Raises:
       ConfigError: the sweep is wrong; then nothing is done. Or some runs failed; then all others are done.
     """
-    definition = sweep.read(file)
+    definition = sweep_file.read(file)
     name = os.path.splitext(os.path.basename(str(file.module.__file__)))[0]
-    runs = layout.with_known_names(sweep.expand(definition, c), workdir)
-    evaluations = sweep.evaluations(definition)
+    runs = sweep_folder.with_known_names(sweep_file.expand(definition, c), workdir)
+    evaluations = sweep_file.evaluations(definition)
     job = Job(name, "".join(file.args), definition, runs, evaluations, workdir)
     for run, evaluation in itertools.product(job.runs, job.evaluations):
         if evaluation.kind != "seconds":  # which are not known yet
-            budget.solver_steps(sweep.overridden(run.config, evaluation.overrides), evaluation.kind, evaluation.asked)
+            budget.solver_steps(sweep_file.overridden(run.config, evaluation.overrides), evaluation.kind, evaluation.asked)
     for run, overrides in itertools.product(job.runs, definition.evaluations):
         evaluate.check(_evaluated(run.config, overrides, [run.config.sample.steps]))
     storage.check_arrays_path(workdir, write=True)
     if dry_run:
-        usage.show(listing.table(job))
+        help.show(listing.table(job))
         return {}
     if jax.process_index() == 0:
         with storage.errors(f"--workdir={workdir} cannot be written"):
-            storage.write_json(os.path.join(workdir, "sweep.json"), layout.plan(job))
+            storage.write_json(os.path.join(workdir, "sweep.json"), sweep_folder.plan(job))
     if measure:
         for run in job.runs:
             _timing(job, run, anew=run is job.first(run))
@@ -89,7 +90,7 @@ def _work(job: Job) -> dict[str, Any]:
         worked = False
         for run in waiting:
             try:
-                with lock.hold(layout.claim(job.workdir, run.name)):
+                with lock.hold(sweep_folder.claim(job.workdir, run.name)):
                     if _is_done(job, run):  # meanwhile
                         continue
                     worked = True
@@ -124,7 +125,7 @@ def _from_here(runs: list[Run]) -> list[Run]:
 
 def _is_done(job: Job, run: Run) -> bool:
     """As the first process of this job sees it."""
-    found = jax.process_index() == 0 and layout.is_done(job.workdir, run, job.evaluations)
+    found = jax.process_index() == 0 and sweep_folder.is_done(job.workdir, run, job.evaluations)
     return bool(multihost_utils.broadcast_one_to_all(np.array(found))) if jax.process_count() > 1 else found
 
 
@@ -140,7 +141,7 @@ def _free() -> None:
 
 def _do(job: Job, run: Run) -> bool:
     """Trains and judges, and writes the result; False where the training was asked to stop."""
-    folder = layout.folder(job.workdir, run)
+    folder = sweep_folder.folder(job.workdir, run)
     base = _with_judge(run.config, job.workdir, folder)  # whose errors come before hours of training
     if not _is_trained(run.config, folder):
         if "stopped" in train.run(run.config.copy_and_resolve_references(), folder, grids=False):
@@ -167,7 +168,7 @@ def _is_trained(c: ConfigDict, folder: str) -> bool:
 
 
 def _solver_steps(job: Job, run: Run, evaluation: Evaluation) -> int:
-    c = sweep.overridden(run.config, evaluation.overrides)
+    c = sweep_file.overridden(run.config, evaluation.overrides)
     timing = (
         _timing(job, run)[job.definition.evaluations.index(evaluation.overrides)]
         if evaluation.kind == "seconds"
@@ -182,14 +183,14 @@ def _evaluate(job: Job, run: Run, base: ConfigDict) -> list[dict[str, Any]]:
     keys = [(job.definition.evaluations.index(e.overrides), _solver_steps(job, run, e)) for e in job.evaluations]
     for i, overrides in enumerate(job.definition.evaluations):
         steps = sorted({steps for j, steps in keys if j == i})
-        results = evaluate.run(_evaluated(base, overrides, steps), layout.folder(job.workdir, run))["results"]
+        results = evaluate.run(_evaluated(base, overrides, steps), sweep_folder.folder(job.workdir, run))["results"]
         found |= zip(((i, n) for n in steps), judge.means(results) or results, strict=True)
     return [found[key] for key in keys]
 
 
-def _evaluated(c: ConfigDict, overrides: sweep.Overrides, steps: Sequence[int]) -> ConfigDict:
+def _evaluated(c: ConfigDict, overrides: sweep_file.Overrides, steps: Sequence[int]) -> ConfigDict:
     """The config of one of a sweep's evaluations, at these numbers of solver steps."""
-    c = sweep.overridden(c, overrides)
+    c = sweep_file.overridden(c, overrides)
     c.evaluate.grid = f"steps={','.join(map(str, steps))}"
     return c
 
@@ -198,7 +199,7 @@ def _result(
     job: Job, run: Run, lines: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], rows: list[int]
 ) -> Any:
     c = run.config
-    curve = layout.curve(lines, c.train.log_every)
+    curve = sweep_folder.curve(lines, c.train.log_every)
     evaluations = []
     for evaluation, result in zip(job.evaluations, found, strict=True):
         cost = {name: value for name, value in result["cost"].items() if name != "seconds"}
@@ -211,7 +212,7 @@ def _result(
         "variant": job.variant,
         "seed": c.seed,
         "overrides": run.overrides,
-        "config": sweep.settings(c),
+        "config": sweep_file.settings(c),
         "training": {
             "steps": c.train.steps,
             "images": c.train.steps * c.train.batch,
@@ -222,13 +223,13 @@ def _result(
         "evaluations": evaluations,
         "grid": "grid.png" if rows else None,
         "grid_rows": rows,
-        "versions": layout.versions(),
+        "versions": sweep_folder.versions(),
     }
 
 
 def _seconds(run: Run, lines: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "training": layout.training_seconds(lines),
+        "training": sweep_folder.training_seconds(lines),
         "evaluations": [result["cost"]["seconds"] for result in found],  # of an image
     }
 
@@ -237,7 +238,7 @@ def _remove_checkpoints(c: ConfigDict, folder: str) -> None:
     """All but those that are judged: more budgets may be asked for later."""
     with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         there = checkpoints.steps
-    for step in set(there) - set(settings.steps(c.evaluate.checkpoints, there)):
+    for step in set(there) - set(sampling_grid.steps(c.evaluate.checkpoints, there)):
         (checkpoint.folder(folder) / str(step)).rmtree()
 
 
@@ -248,7 +249,7 @@ def _make_once(workdir: str, name: str, path: str, make: Callable[[], Any]) -> N
     """Calls `make`, which writes the file, in one process; the others wait for it."""
     while not _exists(path):
         try:
-            with lock.hold(layout.claim(workdir, name)):
+            with lock.hold(sweep_folder.claim(workdir, name)):
                 if not _exists(path):
                     make()
         except lock.HeldError:
@@ -271,15 +272,15 @@ def _with_judge(c: ConfigDict, workdir: str, of_run: str) -> ConfigDict:
     """
     c = c.copy_and_resolve_references()
     if c.evaluate.reference:
-        samples.open_judge(c, of_run, c.evaluate.n)
+        sample_scores.open_judge(c, of_run, c.evaluate.n)
         return c
-    name = sweep.judge_of(c)
+    name = sweep_file.judge_of(c)
     folder = os.path.join(workdir, "judges", name)
-    path, reads = places.reference_path(c, folder), places.reader_path(c, folder)
+    path, reads = judge_paths.reference_path(c, folder), judge_paths.reader_path(c, folder)
     _make_once(workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), folder))
     if prompts.of_drawings(c):  # a run without captions, which may have made the judge, needs none
         _make_once(workdir, f"judge_{name}", reads, lambda: reference.make_reader(c, reads))
-    c.evaluate.reference, c.evaluate.network_path = path, places.network_path(c, folder)
+    c.evaluate.reference, c.evaluate.network_path = path, judge_paths.network_path(c, folder)
     return c
 
 
@@ -297,12 +298,12 @@ def _timing(job: Job, run: Run, anew: bool = False) -> list[Timing]:
     )
     found = storage.read_json(path)
     if jax.process_index() == 0:  # where a reader looks who knows of this run alone
-        storage.write_json(os.path.join(layout.folder(job.workdir, run), "timing.json"), {"evaluations": found})
+        storage.write_json(os.path.join(sweep_folder.folder(job.workdir, run), "timing.json"), {"evaluations": found})
     return [Timing(one["fixed"], one["per_step"]) for one in found]
 
 
-def _measured(job: Job, run: Run, overrides: sweep.Overrides) -> dict[str, Any]:
-    c = sweep.overridden(run.config, overrides)
+def _measured(job: Job, run: Run, overrides: sweep_file.Overrides) -> dict[str, Any]:
+    c = sweep_file.overridden(run.config, overrides)
     few, many = TIMED
     figures = [benchmark.sampling(c) for c.sample.steps in TIMED]
     seconds = [one["seconds_per_image"] for one in figures]
@@ -332,20 +333,20 @@ def _rows(job: Job, found: Sequence[dict[str, Any]]) -> list[int]:
 
 def _draw_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
     """Writes the first images, a row for each number of solver steps: by the programs of the evaluation, which are compiled."""
-    c = sweep.overridden(run.config, job.definition.evaluations[0])
+    c = sweep_file.overridden(run.config, job.definition.evaluations[0])
     c.sample.n = c.evaluate.n
-    folder = layout.folder(job.workdir, run)
+    folder = sweep_folder.folder(job.workdir, run)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
-    target = drawing.abstract_params(model, mesh)
+    target = generation.abstract_params(model, mesh)
     with partitioning.scope(mesh), checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         step, params = checkpoints.restore_weights(c.sample.weights, target)
         config_lib.number_labels(c, checkpoints.class_names(step))
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
         rows = []
         for c.sample.steps in steps:
-            draw = drawing.make_draw(c, model, images_codec.decode)
-            batches = drawing.batches(c, draw, params, codec_params, mesh, range(COLUMNS), most=c.sample.n)
+            draw = generation.make_draw(c, model, images_codec.decode)
+            batches = generation.batches(c, draw, params, codec_params, mesh, range(COLUMNS), most=c.sample.n)
             rows.append(np.concatenate([batch.images for batch in batches])[:COLUMNS])
     if jax.process_index() == 0:
-        drawing.write_png(os.path.join(folder, "grid.png"), drawing.as_rows(np.stack(rows)))
+        generation.write_png(os.path.join(folder, "grid.png"), generation.as_rows(np.stack(rows)))

@@ -1,6 +1,6 @@
 """--mode=tokenizer: a byte-level BPE of `text.vocabulary` tokens, trained on the captions of the config's data.
 
-    python -m madformer_jax.main --config=... --mode=tokenizer --workdir=DIR --config.text.vocabulary=512
+    python -m madformer_jax.cli.command_line --config=... --mode=tokenizer --workdir=DIR --config.text.vocabulary=512
 
 Writes DIR/tokenizer.json. The same captions give the same file.
 """
@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax import config as config_lib
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import sources, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage

@@ -15,12 +15,16 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax import aside, codec, drawing, fields, flops, limits, progress, training
-from madformer_jax import config as config_lib
+from madformer_jax.training import hooks, train_step
+from madformer_jax.sampling import codec, generation
+from madformer_jax.config import fields, validation
+from madformer_jax.cost import flops
+from madformer_jax.runtime import progress
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import pipeline, text
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import samples
-from madformer_jax.report import DivergedError, Report
+from madformer_jax.evaluation import sample_scores
+from madformer_jax.training.metric_writer import DivergedError, Report
 from madformer_jax.runtime import checkpoint, lock, memory, partitioning, storage
 from madformer_jax.runtime.preemption import Preemption
 
@@ -43,7 +47,7 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
     """
     config_lib.validate(c)
     storage.check_arrays_path(workdir, write=True)
-    judge = samples.open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
+    judge = sample_scores.open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
     with contextlib.ExitStack() as stack:
         # data, devices, model
         with progress.told("opening the data"):
@@ -51,9 +55,9 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
         config_lib.number_labels(c, info.names)
         mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         share, shares = partitioning.batch_share(mesh, c.train.batch, c.train.accumulate)
-        s = training.setup(c)
+        s = train_step.setup(c)
         s = s._replace(codec=codec.expecting(s.codec, info.codec))
-        create, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+        create, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
         cost = flops.training_step(c, encode=info.kind == "images").total
 
         # state: that of the newest checkpoint, or a new one
@@ -75,19 +79,19 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
 
         # the step, and what goes with it
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
-        program = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+        program = jax.jit(train_step.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         step_fn = progress.compiling(program, "the training step")
         report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
         left = memory.of_device() - partitioning.device_bytes(abstract)
-        draw = progress.compiling(drawing.make_draw(c, s.model, s.codec.decode, left), "the sampling program")
-        studio = aside.Studio(s, draw, codec_params, mesh, report)
-        asides: list[tuple[aside.Aside, int]] = []
+        draw = progress.compiling(generation.make_draw(c, s.model, s.codec.decode, left), "the sampling program")
+        studio = hooks.Studio(s, draw, codec_params, mesh, report)
+        asides: list[tuple[hooks.Aside, int]] = []
         if grids:
-            asides.append((aside.Grid(c, studio, workdir), c.train.sample_every))
+            asides.append((hooks.Grid(c, studio, workdir), c.train.sample_every))
         if judge:
-            asides.append((aside.Scores(c, studio, judge), c.train.evaluate_every))
+            asides.append((hooks.Scores(c, studio, judge), c.train.evaluate_every))
         if c.train.validate_every:
-            asides.append((aside.Validation(c, studio, share, shares), c.train.validate_every))
+            asides.append((hooks.Validation(c, studio, share, shares), c.train.validate_every))
         profile = stack.enter_context(_profiling(c, workdir, step))
         stopping = stack.enter_context(Preemption())
         save = stack.enter_context(Saving(c, workdir, checkpoints, report, info, check_lock))
@@ -127,7 +131,7 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
 # ---- start
 
 
-def _log_sizes(c: ConfigDict, info: pipeline.DatasetInfo, s: training.Setup, cost: float, devices: int) -> None:
+def _log_sizes(c: ConfigDict, info: pipeline.DatasetInfo, s: train_step.Setup, cost: float, devices: int) -> None:
     logging.info(
         "%d images, %d per step = %.1f epochs in %d steps; latent %d x %d x %d in %d blocks of %d tokens; attention %s",
         info.records, c.train.batch, c.train.batch * c.train.steps / info.records, c.train.steps,
@@ -141,10 +145,10 @@ def _resume(
     c: ConfigDict,
     workdir: str,
     checkpoints: checkpoint.Checkpoints,
-    abstract: training.State,
+    abstract: train_step.State,
     data: Any,
     info: pipeline.DatasetInfo,
-) -> training.State:
+) -> train_step.State:
     """The state of the newest checkpoint, with `data` set to go on behind it.
 
     Raises:
@@ -164,7 +168,7 @@ def _resume(
             logging.info("config.%s was %s and is %s from here on", name, before[name], now[name])
     data.set_state(position)
     logging.info("going on from step %d of %s", step, workdir)
-    return training.State(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
+    return train_step.State(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
 
 
 def _seen(info: pipeline.DatasetInfo) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def _check_data(workdir: str, step: int, before: dict[str, Any] | None, now: dic
     )
 
 
-def _given_weights(c: ConfigDict, state: training.State) -> training.State:
+def _given_weights(c: ConfigDict, state: train_step.State) -> train_step.State:
     """The new state with the weights of `train.init_from`, the averages where it has them, as parameters and as averages.
 
     Raises:
@@ -232,7 +236,7 @@ def _check_shapes(found: dict[str, tuple[int, ...]], target: Any) -> None:
 @contextlib.contextmanager
 def _profiling(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int], Any]]:
     """A function of the step that is about to run, which writes the trace that `profile` asks for."""
-    steps = limits.profiled_steps(c)
+    steps = validation.profiled_steps(c)
     if steps is None:
         yield lambda step: None
         return
@@ -272,7 +276,7 @@ class Saving:
         info: pipeline.DatasetInfo,
         check_lock: Callable[[], None],
     ):
-        self.finished: tuple[int, training.State, dict[str, Any]] | None = None
+        self.finished: tuple[int, train_step.State, dict[str, Any]] | None = None
         self._c, self._workdir, self._checkpoints, self._report = c, workdir, checkpoints, report
         self._check_lock, self._inputs = check_lock, {"data": _seen(info), **text.identity(c)}
 

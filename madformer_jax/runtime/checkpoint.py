@@ -22,9 +22,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from madformer_jax import fields, identity
+from madformer_jax.config import fields, identity
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import checksums, malloc, provenance, quiet, storage
+from madformer_jax.runtime import checksums, malloc, provenance, orbax_logging, storage
 from madformer_jax.runtime.partitioning import sync
 
 ARRAYS = ("params", "ema", "opt")
@@ -117,7 +117,7 @@ class Checkpoints:
         self._unusable: set[int] = set()
         self._saving: dict[str, dict[str, tuple[int, ...]]] = {}  # item -> shapes of its arrays
         storage.check_arrays_path(self.path, write=not read_only)
-        quiet.quiet()
+        orbax_logging.quiet()
 
         def verify(item: str) -> checksums.Verify:
             return lambda handler, directory: checksums.verify_arrays(handler, directory, self._saving.get(item))

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
-from madformer_jax.sizes import vocabulary_of
-from madformer_jax.weights import files
-from madformer_jax.weights.layout import from_torch, to_torch
+from madformer_jax.config.shapes import vocabulary_of
+from madformer_jax.weights import state_dicts
+from madformer_jax.weights.tensor_layout import from_torch, to_torch
 
 _TOWERS = {"tower_clean": 0, "tower_pred": 1}
 _TOWER = {  # ours -> the release's, in a decoder layer; {t} is the number of the tower
@@ -149,7 +149,7 @@ def from_release(
     layout = _layout(config)
     if not config.model.clean_stream:
         state_dict = {name: x for name, x in state_dict.items() if "_list.0." not in name}
-    files.check_tensors(_expected(layout), state_dict, what)
+    state_dicts.check_tensors(_expected(layout), state_dict, what)
 
     def leaf(source: _Source) -> np.ndarray:
         tensors = [np.asarray(state_dict[name], np.float32) for name in source.names]
@@ -172,7 +172,7 @@ def to_release(params: Mapping[str, Any], config: ConfigDict) -> dict[str, np.nd
     """
     layout = _layout(config)
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(dict(params)).items()}
-    files.check_tensors(
+    state_dicts.check_tensors(
         {"/".join(path): shape for path, (shape, _) in layout.items()},
         {"/".join(path): leaf for path, leaf in flat.items()},
         "the parameters",

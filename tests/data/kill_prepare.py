@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from madformer_jax import config as config_lib
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import records
 from madformer_jax.modes import prepare
 

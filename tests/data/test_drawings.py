@@ -11,9 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from madformer_jax import config as config_lib
-from madformer_jax import prompts
-from madformer_jax.data import attributes, captions, drawings, pipeline, preprocess, sources
+from madformer_jax.config import schema as config_lib
+from madformer_jax.sampling import prompts
+from madformer_jax.data.drawings import attributes, captions, pictures
+from madformer_jax.data import pipeline, preprocess, sources
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
 from tests.data.prepared import prepared
@@ -26,11 +27,11 @@ FIRST_HUNDRED = "e445ff91f09f1d8bbdae6413dbb6cf6f150e2aba65ebc8a194b667f00279e2b
 def cache(tmp_path, monkeypatch):
     """An empty cache, of 5 pictures a file, which this process draws."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(drawings, "_FILE", 5)
+    monkeypatch.setattr(pictures, "_FILE", 5)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    drawings._open.cache_clear()
+    pictures._open.cache_clear()
     yield tmp_path / "cache" / "madformer_jax" / "drawings"
-    drawings._open.cache_clear()
+    pictures._open.cache_clear()
 
 
 def make_config(split="train", count=5, size=32):
@@ -40,7 +41,7 @@ def make_config(split="train", count=5, size=32):
 
 
 def pixels(number: int, size: int) -> np.ndarray:
-    return preprocess.Table(size, 3, crop=True).pixels(drawings.draw(0, number, size).png)
+    return preprocess.Table(size, 3, crop=True).pixels(pictures.draw(0, number, size).png)
 
 
 def test_the_first_hundred_are_the_same_on_every_machine():
@@ -60,11 +61,11 @@ def test_every_size_shows_the_same_pictures():
 
 
 def test_pictures_of_other_seeds_and_numbers_differ():
-    assert len({drawings.draw(*at, 16).png for at in [(0, 0), (1, 0), (0, 5), (0, 50)]}) == 4
+    assert len({pictures.draw(*at, 16).png for at in [(0, 0), (1, 0), (0, 5), (0, 50)]}) == 4
 
 
 def test_all_styles_are_dedicated_to_the_public_domain():
-    assert {drawings._style(name).meta().license().name() for name in drawings.STYLES} == {"CC0 1.0"}
+    assert {pictures._style(name).meta().license().name() for name in pictures.STYLES} == {"CC0 1.0"}
 
 
 # ---- what is said of them
@@ -75,9 +76,9 @@ def test_attributes_are_what_dicebear_drew():
     from dicebear import Avatar
 
     for number in range(60):
-        style = drawings.STYLES[number % 5]
-        options = Avatar(drawings._style(style), {"seed": f"0/{number}"}).to_json()["options"]
-        words = drawings.draw(0, number, 16).words
+        style = pictures.STYLES[number % 5]
+        options = Avatar(pictures._style(style), {"seed": f"0/{number}"}).to_json()["options"]
+        words = pictures.draw(0, number, 16).words
         assert attributes.words(attributes.numbers(words)) == words
         for name, origin in attributes.STYLES[style].items():
             if isinstance(origin, attributes.Words):
@@ -88,7 +89,7 @@ def test_attributes_are_what_dicebear_drew():
 
 def test_every_variant_and_colour_of_the_styles_has_a_name():
     for style, named in attributes.STYLES.items():
-        components, colours = drawings._style(style).components(), drawings._style(style).colors()
+        components, colours = pictures._style(style).components(), pictures._style(style).colors()
         for origin in named.values():
             if isinstance(origin, attributes.Words):
                 variants = components[origin.option.removesuffix("Variant")].variants()
@@ -103,8 +104,8 @@ def test_every_variant_and_colour_of_the_styles_has_a_name():
 def test_captions_say_all_attributes_and_no_others():
     """Each value that is not "none" stands in the sentence, but those that nobody sees."""
     for number in range(100):
-        words = drawings.draw(0, number, 16).words
-        found = [captions.caption(drawings.STYLES[number % 5], words, k) for k in range(captions.PHRASINGS)]
+        words = pictures.draw(0, number, 16).words
+        found = [captions.caption(pictures.STYLES[number % 5], words, k) for k in range(captions.PHRASINGS)]
         assert len(set(found)) == captions.PHRASINGS
         unseen = {"beard", "cheeks"} if number % 5 == 4 else set()
         unseen |= {"eyes"} if words.get("glasses") == "sunglasses" else set()
@@ -147,10 +148,10 @@ def test_splits_are_disjoint_and_combinations_held_out():
         found = part.read(np.arange(len(part)))
         words = [attributes.words(row) for row in found.attributes]
         names = [part.names[label] for label in found.labels]
-        pairs[c.data.split] = {(k, *(w.get(name) for name in drawings.PAIRS[k])) for k, w in zip(names, words)}
+        pairs[c.data.split] = {(k, *(w.get(name) for name in pictures.PAIRS[k])) for k, w in zip(names, words)}
         for k, w in zip(names, words):  # by nothing but the pair
-            alone = {name: w[name] for name in drawings.PAIRS[k] if name in w}
-            assert drawings.is_composition(k, alone) == (c.data.split == "composition")
+            alone = {name: w[name] for name in pictures.PAIRS[k] if name in w}
+            assert pictures.is_composition(k, alone) == (c.data.split == "composition")
         assert part.attributes == whole.attributes == attributes.ATTRIBUTES
     assert sorted(itertools.chain(*numbers.values())) == list(range(60)) and all(numbers.values())
     assert not pairs["composition"] & (pairs["train"] | pairs["test"])
@@ -161,7 +162,7 @@ def test_splits_are_disjoint_and_combinations_held_out():
 
 
 def test_more_pictures_leave_the_others_in_their_split():
-    few, many = (drawings.Drawings(n, 16).parts(0.2) for n in (10, 20))
+    few, many = (pictures.Drawings(n, 16).parts(0.2) for n in (10, 20))
     np.testing.assert_array_equal(few, many[:10])
 
 
@@ -172,7 +173,7 @@ def test_more_pictures_leave_the_others_in_their_split():
 def test_processes_that_share_a_pipe_write_whole_lines(tmp_path):
     """One write a line even where Python does not buffer: two processes once mixed theirs."""
     output, theirs = os.pipe2(os.O_DIRECT)  # what one read gives is one write
-    command = [sys.executable, "-m", drawings.__name__, str(tmp_path), "0", "16", "1", "0"]
+    command = [sys.executable, "-m", pictures.__name__, str(tmp_path), "0", "16", "1", "0"]
     subprocess.run(command, stdout=theirs, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=True)
     assert os.read(output, 100) == b"0\n"
     os.close(output)
@@ -184,23 +185,23 @@ def test_pictures_are_read_as_they_are_drawn():
     found = pickle.loads(pickle.dumps(source)).read(np.array([7, 2, 5]))
     table = preprocess.Table(32, 3, crop=True)
     np.testing.assert_array_equal(table.batch(found.arrays["image"]), [pixels(number, 32) for number in (7, 2, 5)])
-    assert found.labels.tolist() == [2, 2, 0] and len(source) == 8 and source.names == drawings.STYLES
-    words = [drawings.draw(0, number, 16).words for number in (7, 2, 5)]
+    assert found.labels.tolist() == [2, 2, 0] and len(source) == 8 and source.names == pictures.STYLES
+    words = [pictures.draw(0, number, 16).words for number in (7, 2, 5)]
     assert [attributes.words(row) for row in found.attributes] == words
-    assert found.captions == [captions.caption(drawings.STYLES[k % 5], w, k // 5) for k, w in zip((7, 2, 5), words)]
+    assert found.captions == [captions.caption(pictures.STYLES[k % 5], w, k // 5) for k, w in zip((7, 2, 5), words)]
 
 
 def test_several_processes_draw_what_is_missing_and_damaged(cache, caplog, monkeypatch):
-    wanted = drawings.Drawings(20, 16).read(np.arange(20))
+    wanted = pictures.Drawings(20, 16).read(np.arange(20))
     files = sorted(cache.glob("*/*.npz"))
     kept = [files[k].stat().st_ino for k in (0, 3)]
     with open(files[1], "r+b") as file:
         file.seek(500)
         file.write(b"damage")
     os.truncate(files[2], 100)
-    drawings._open.cache_clear()
+    pictures._open.cache_clear()
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    found = drawings.Drawings(20, 16).read(np.arange(20))
+    found = pictures.Drawings(20, 16).read(np.arange(20))
     assert found.arrays == wanted.arrays and found.captions == wanted.captions
     assert caplog.text.count("is damaged") == 2
     assert sorted(cache.glob("*/*")) == sorted([*files, files[0].with_name("lock")])  # no half file
@@ -210,12 +211,12 @@ def test_several_processes_draw_what_is_missing_and_damaged(cache, caplog, monke
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_cache_that_cannot_be_written_is_told_in_a_line(cache, processes, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: processes)
-    folder = cache / f"{drawings.key(0)[:16]}-16"
+    folder = cache / f"{pictures.key(0)[:16]}-16"
     (folder / "00000000.npz" / "in its way").mkdir(parents=True)
     with pytest.raises(
         ConfigError, match="cannot keep its pictures in .*: (Is a directory|Directory not empty)"
     ) as caught:
-        drawings.Drawings(10, 16)
+        pictures.Drawings(10, 16)
     assert "\n" not in str(caught.value)
 
 
@@ -248,7 +249,7 @@ def test_wrong_use_is_told_in_a_line(monkeypatch):
         sources.open_source(make_config("composition", count=1))
     monkeypatch.setitem(attributes.STYLES["clay"], "body", attributes.Words("bodyVariant", {}))
     with pytest.raises(ConfigError, match="draw 'squat' in clay, which has no name here: install"):
-        drawings.draw(0, 0, 16)
+        pictures.draw(0, 0, 16)
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -256,7 +257,7 @@ def test_a_missing_package_is_named(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    drawings._versions.cache_clear()
+    pictures._versions.cache_clear()
     with pytest.raises(ConfigError, match="needs a package: pip install dicebear-core"):
         sources.open_source(make_config())
 
@@ -269,7 +270,7 @@ def test_prompts_from_the_data_ask_for_the_attributes_that_their_captions_name()
     found = source.read(np.arange(10))
     again = np.arange(13) % 10
     assert prompts.of(c) == [found.captions[i] for i in again]
-    np.testing.assert_array_equal(prompts.asked(c), drawings.asked(found.attributes)[again])
+    np.testing.assert_array_equal(prompts.asked(c), pictures.asked(found.attributes)[again])
     c.text.caption = "class"
     assert prompts.asked(c) is None
     c.text.caption, c.sample.prompts = "caption", "a red planet"
@@ -279,5 +280,5 @@ def test_prompts_from_the_data_ask_for_the_attributes_that_their_captions_name()
 def test_nobody_asks_for_eyes_behind_sunglasses():
     given = {"eyes": "round eyes", "glasses": "sunglasses", "colour": "red"}
     rows = np.stack([attributes.numbers(given), attributes.numbers(given | {"glasses": "visor"})])
-    hidden, seen = (attributes.words(row) for row in drawings.asked(rows))
+    hidden, seen = (attributes.words(row) for row in pictures.asked(rows))
     assert hidden == {"glasses": "sunglasses", "colour": "red"} and seen == given | {"glasses": "visor"}

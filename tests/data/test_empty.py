@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.data import drawings, sources, tars
+from madformer_jax.data.drawings import pictures
+from madformer_jax.data import sources, tars
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import features, images, parts
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.evaluation import images, shards
 from madformer_jax.modes import prepare
 from tests import tiny
 from tests.data import prepared
@@ -40,10 +42,10 @@ def _tars(path, monkeypatch):
 
 
 def _drawings(monkeypatch):
-    png, rows = np.frombuffer(_png(5), np.uint8), np.zeros((1, len(drawings.Drawings.attributes)), np.int32)
-    monkeypatch.setattr(drawings, "_caption", lambda number, row: "a word")
-    monkeypatch.setattr(drawings, "_open", lambda *given: [drawings._File(png, np.array([len(png)]), rows)])
-    return drawings.Drawings(1, 32)
+    png, rows = np.frombuffer(_png(5), np.uint8), np.zeros((1, len(pictures.Drawings.attributes)), np.int32)
+    monkeypatch.setattr(pictures, "_caption", lambda number, row: "a word")
+    monkeypatch.setattr(pictures, "_open", lambda *given: [pictures._File(png, np.array([len(png)]), rows)])
+    return pictures.Drawings(1, 32)
 
 
 def _records(path, kind):
@@ -123,23 +125,23 @@ def test_a_process_without_a_share_of_a_part_adds_no_row(tmp_path, monkeypatch, 
     data = images.open_images(c)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    monkeypatch.setattr(parts, "gather", lambda arrays: arrays)
+    monkeypatch.setattr(shards, "gather", lambda arrays: arrays)
 
     def extract(x):
-        return features.Outputs(np.zeros((len(x), 5), np.float32), None)
+        return registry.Outputs(np.zeros((len(x), 5), np.float32), None)
 
-    (found,) = images.look(data, extract, images.Unread(4, 0.0), [parts.Part(0, 1)])
+    (found,) = images.look(data, extract, images.Unread(4, 0.0), [shards.Part(0, 1)])
     assert {name: x.shape for name, x in found.items()} == {
-        "features": (0, 5), "profile": (0, 62), "labels": (0,), parts.UNREAD: (0,),
+        "features": (0, 5), "profile": (0, 62), "labels": (0,), shards.UNREAD: (0,),
     }  # fmt: skip
 
 
 def test_all_processes_raise_the_error_of_one(monkeypatch):
     theirs = {"errors": np.frombuffer(b"shard 3 is damaged.\n", np.uint8)}
-    monkeypatch.setattr(parts, "gather", lambda arrays: theirs)
+    monkeypatch.setattr(shards, "gather", lambda arrays: theirs)
     with pytest.raises(ConfigError, match="^shard 3 is damaged.$"):
-        parts.same_outcome(4)
+        shards.same_outcome(4)
     monkeypatch.undo()
-    assert parts.same_outcome(4) == 4
+    assert shards.same_outcome(4) == 4
     with pytest.raises(ConfigError, match="^here$"):
-        parts.same_outcome(ConfigError("here"))
+        shards.same_outcome(ConfigError("here"))

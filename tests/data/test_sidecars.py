@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import config as config_lib
-from madformer_jax import prompts
+from madformer_jax.config import schema as config_lib
+from madformer_jax.sampling import prompts
 from madformer_jax.data import sources, tars, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import tokenizer

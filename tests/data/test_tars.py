@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import config as config_lib
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import pipeline, preprocess, source, tars, text
 from madformer_jax.errors import ConfigError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from madformer_jax import config as config_lib
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from tests.data import odd_captions

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.diffusion import predicts, sampler, schedule
+from madformer_jax.diffusion import parameterization, sampler, schedule
 
 
 class Fake:
@@ -41,7 +41,7 @@ class Fake:
         x = jnp.tile(x, (len(condition) // len(x), 1, 1, 1))
         eps = 0.9 * x + 0.2 * jnp.sin(3 * x) * jnp.cos(t / 300) + 0.1 * condition
         alpha, sigma = schedule.alpha_sigma(t[None, None])
-        return predicts.target(self.predicts, (x - sigma * eps) / alpha, eps, alpha, sigma), None
+        return parameterization.target(self.predicts, (x - sigma * eps) / alpha, eps, alpha, sigma), None
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
@@ -56,7 +56,7 @@ def test_one_network_in_other_words_draws_the_same(solver, spacing):
             return sampler.sample(Fake(kind), {}, noise, tokens, solver=solver, spacing=spacing, steps=5, **settings)
 
         return [
-            [once(kind, **s) for kind in predicts.PREDICTS]
+            [once(kind, **s) for kind in parameterization.PREDICTS]
             for s in ({}, {"guidance": 2.0}, {"guidance": 2.0, "clip": 0.7})
         ]
 
@@ -67,7 +67,7 @@ def test_one_network_in_other_words_draws_the_same(solver, spacing):
     assert all(np.linalg.norm(a[0] - b[0]) > 0.01 for a, b in itertools.pairwise(drawn))
 
 
-@pytest.mark.parametrize("kind", predicts.PREDICTS)
+@pytest.mark.parametrize("kind", parameterization.PREDICTS)
 def test_the_weighting_of_v_makes_any_error_one_of_v(kind):
     rng = np.random.default_rng(1)
     z, noise, wrong = rng.normal(size=(3, 2, 4, 5, 3))
@@ -75,13 +75,13 @@ def test_the_weighting_of_v_makes_any_error_one_of_v(kind):
     alpha_bar = schedule.alphas_cumprod()[t][..., None, None]
     alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     x = alpha * z + sigma * noise
-    right = predicts.target(kind, z, noise, alpha, sigma)
+    right = parameterization.target(kind, z, noise, alpha, sigma)
 
     def v_of(output):
-        x0 = predicts.clean_estimate(kind, output, x, alpha, sigma)
+        x0 = parameterization.clean_estimate(kind, output, x, alpha, sigma)
         return alpha * (x - alpha * x0) / sigma - sigma * x0
 
-    scale = 1.0 if kind == "v" else predicts.weight(kind, "v", alpha, sigma)
+    scale = 1.0 if kind == "v" else parameterization.weight(kind, "v", alpha, sigma)
     np.testing.assert_allclose(v_of(right), alpha * noise - sigma * z, atol=1e-9)
     np.testing.assert_allclose(scale * wrong**2, (v_of(right + wrong) - v_of(right)) ** 2, rtol=1e-6)
-    assert predicts.weight(kind, "output", alpha, sigma) is None
+    assert parameterization.weight(kind, "output", alpha, sigma) is None

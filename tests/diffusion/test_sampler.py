@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from madformer_jax import flops
+from madformer_jax.cost import flops
 from madformer_jax.diffusion import guidance, sampler, schedule, solvers
 from madformer_jax.models import madformer
 from madformer_jax.models.transformer import DecoderLayer

@@ -22,9 +22,9 @@ from jax import Array
 from ml_collections import ConfigDict
 from PIL import Image
 
-from madformer_jax import config
-from madformer_jax.evaluation import features
-from madformer_jax.evaluation.network import Network
+from madformer_jax.config import schema
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.modes import evaluate, reference
 
 SIDE, PICTURES, DIMS, CLASSES = 1024, 16, 2048, 1008
@@ -58,7 +58,7 @@ def pictures(folder: pathlib.Path, n: int) -> None:
 
 
 def settings(folder: pathlib.Path, n: int) -> ConfigDict:
-    c = config.base()
+    c = schema.base()
     c.codec.name, c.codec.patch = "pixel", 8
     c.data.source, c.data.path, c.data.image_size = "folder", str(folder / "pictures"), SIDE
     c.evaluate.network, c.evaluate.split, c.evaluate.images, c.evaluate.n = "inception", "all", "data:all", n
@@ -74,8 +74,8 @@ def run(folder: pathlib.Path, n: int) -> None:
     """Prints the peaks, without what is held once the network is there."""
     if not (folder / "pictures").exists():
         pictures(folder / "pictures", n)
-    features.NETWORKS["inception"] = stand_in
-    features.extractor(stand_in(""))(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+    registry.NETWORKS["inception"] = stand_in
+    registry.extractor(stand_in(""))(np.zeros((1, SIDE, SIDE, 3), np.uint8))
     before = peak()
     print(f"with the network: {before:.2f} GiB", flush=True)
     c = settings(folder, n)

@@ -65,15 +65,15 @@ def theirs(images: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 def ours(images: np.ndarray) -> Callable[[], np.ndarray]:
-    from madformer_jax import main
+    from madformer_jax.cli import command_line
 
-    main._without_ynn("cpu")
-    from madformer_jax.evaluation import features, inception
-    from madformer_jax.evaluation.network import Network
-    from madformer_jax.weights import inception as inception_weights
+    command_line._without_ynn("cpu")
+    from madformer_jax.evaluation.networks import registry, inception_features
+    from madformer_jax.evaluation.networks.network import Network
+    from madformer_jax.weights import inception_weights
 
-    net = Network("inception", {}, 2048, (1, 3), inception_weights.from_torch(weights()), inception._apply)
-    extract = features.extractor(net)
+    net = Network("inception", {}, 2048, (1, 3), inception_weights.from_torch(weights()), inception_features._apply)
+    extract = registry.extractor(net)
     return lambda: extract(images).features
 
 

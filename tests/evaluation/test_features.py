@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import features
-from madformer_jax.evaluation.network import Network
-from madformer_jax.models import classifier
-from madformer_jax.models import inception as model
-from madformer_jax.weights import inception as weights
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.evaluation.networks.network import Network
+from madformer_jax.evaluation.networks import classifier
+from madformer_jax.evaluation.networks import inception_v3 as model
+from madformer_jax.weights import inception_weights as weights
 from madformer_jax.weights.fingerprint import fingerprint
 
 
@@ -29,17 +29,17 @@ def test_inception_gives_what_fid_and_the_inception_score_are_of(monkeypatch):
 
     monkeypatch.setattr(model, "features", outputs)
     monkeypatch.setattr(weights, "load", lambda path: {"w": np.float32(0)})
-    network = features.open_network("inception", "somewhere")
+    network = registry.open_network("inception", "somewhere")
     for channels in network.channels:
         assert network.apply(network.params, jnp.zeros((2, 8, 8, channels), jnp.uint8)) == (3, 4)
     assert model.Features._fields[3:5] == ("f2048", "logits_unbiased")
 
 
 def test_batches_are_filled_up_and_cut(monkeypatch):
-    monkeypatch.setattr(features, "BATCH", 2)
+    monkeypatch.setattr(registry, "BATCH", 2)
     images = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 3), dtype=np.uint8)
     for n in (1, 16, 37):
-        outputs = features.extractor(TOY)(images[:n])
+        outputs = registry.extractor(TOY)(images[:n])
         assert outputs.logits is None and outputs.features.dtype == np.float32
         np.testing.assert_allclose(outputs.features, images[:n].mean(axis=(1, 2)) * [1, 2, 3], rtol=1e-5)
 
@@ -49,17 +49,17 @@ def test_networks_have_a_table_and_a_hash():
     other = {"w": np.float32([1, 2, 3.0001])}
     assert len({fingerprint(x) for x in (TOY.params, other, {"v": other["w"]}, {"w": other["w"][None]})}) == 4
     with pytest.raises(ConfigError, match="'inception', 'attributes', 'classifier'"):
-        features.open_network("dino", "")
+        registry.open_network("dino", "")
     for wrong in (np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8)):
         with pytest.raises(ConfigError, match="toy"):
-            features.extractor(TOY)(wrong)
+            registry.extractor(TOY)(wrong)
 
 
 def test_the_classifier_is_in_the_table(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
     params = classifier.init(jax.random.key(0), classes=2, channels=1)
     classifier.save(tmp_path / "classifier.npz", classifier.Classifier(params, 2, 1, accuracy=0.75, held_out=8))
-    network = features.open_network("classifier", str(tmp_path / "classifier.npz"))
+    network = registry.open_network("classifier", str(tmp_path / "classifier.npz"))
     assert network.describe() == {
         "name": "classifier", "weights": fingerprint(params), "dims": 64, "classes": 2, "accuracy": 0.75, "held_out": 8,
     }  # fmt: skip

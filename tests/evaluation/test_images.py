@@ -5,7 +5,7 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import scores, seams
-from madformer_jax.evaluation.memorisation import memorisation, nearest_distances
+from madformer_jax.evaluation.memorization import memorisation, nearest_distances
 
 
 def test_seam_score_counts_steps_at_borders():

@@ -5,8 +5,8 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, scores, seams
-from madformer_jax.evaluation.memorisation import Training
-from madformer_jax.evaluation.reference import Reference
+from madformer_jax.evaluation.memorization import Training
+from madformer_jax.evaluation.reference_statistics import Reference
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import config
+from madformer_jax.config import schema
 from madformer_jax.data.text import Texts
 from madformer_jax.diffusion import losses
 from madformer_jax.errors import ConfigError
@@ -33,7 +33,7 @@ def test_the_probabilities_of_what_may_follow_sum_to_one(order):
 
 
 def test_captions_are_identified_by_what_they_say_and_n_grams_are_counted_once(monkeypatch):
-    c = config.base()
+    c = schema.base()
     c.loss.text, c.text.vocabulary, c.text.length, c.text.tokenizer = 1.0, 835, 44, "drawings"
     c.data.source = "drawings"
     said = {"train": ["a red planet"], "test": ["a blue planet"], "composition": ["a green planet"]}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import reference, scores
-from madformer_jax.evaluation.memorisation import Training
+from madformer_jax.evaluation import reference_statistics, scores
+from madformer_jax.evaluation.memorization import Training
 
 
 def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_features_is_kept(tmp_path, monkeypatch):
@@ -20,7 +20,7 @@ def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_featur
                 rows = {"features": x[first:end], "labels": labels[first:end]}
                 yield rows | {"profile": mean, "weight": np.array([end - first])}
 
-        reference.save(str(tmp_path / "r.npz"), {"split": "test"}, each, classes=4)
+        reference_statistics.save(str(tmp_path / "r.npz"), {"split": "test"}, each, classes=4)
         with np.load(tmp_path / "r.npz") as file:
             return dict(file)
 
@@ -30,7 +30,7 @@ def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_featur
     np.testing.assert_array_equal(found["features"], x)
     np.testing.assert_allclose(found["profile"], profile.mean(axis=0))
     assert found["counts"].tolist() == [*np.bincount(labels), 0]
-    monkeypatch.setattr(reference, "FEATURES", 12)
+    monkeypatch.setattr(reference_statistics, "FEATURES", 12)
     monkeypatch.setattr(scores, "BLOCK", 10)
     few, same = save([16, 32]), save([3])
     kept = np.flatnonzero((x[:, None] == few["features"]).all(axis=2).any(axis=1))
@@ -39,30 +39,30 @@ def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_featur
     np.testing.assert_array_equal(few["labels"], labels[kept])
     np.testing.assert_array_equal(few["features"], same["features"])
     np.testing.assert_allclose(few["sigma"], found["sigma"], rtol=1e-12)
-    known = reference.load(str(tmp_path / "r.npz"))
+    known = reference_statistics.load(str(tmp_path / "r.npz"))
     np.testing.assert_array_equal(known.features, x[kept])
-    every = np.concatenate(list(reference.tiles(known)))
+    every = np.concatenate(list(reference_statistics.tiles(known)))
     np.testing.assert_array_equal(np.sort(every, axis=0), np.sort(x, axis=0))
     x[np.setdiff1d(np.arange(40), kept)[0]] = 0  # one that no other score compares with
     save([3])
-    assert reference.load(str(tmp_path / "r.npz")).digest != known.digest
+    assert reference_statistics.load(str(tmp_path / "r.npz")).digest != known.digest
 
 
 def test_copies_are_searched_for_among_all_images(tmp_path, monkeypatch, caplog):
     """Of a training set of which most scores keep a quarter; a file of an earlier version holds no more."""
-    monkeypatch.setattr(reference, "FEATURES", 10)
+    monkeypatch.setattr(reference_statistics, "FEATURES", 10)
     x, held_out = np.random.default_rng(0).standard_normal((2, 40, 5), np.float32)
     part = {"features": x, "labels": np.zeros(40, np.int32), "profile": np.zeros((1, 7)), "weight": np.array([40])}
-    digest = reference.save(str(tmp_path / "all.npz"), {}, lambda: iter([part]), classes=0)
-    training = Training(reference.load(str(tmp_path / "all.npz")), held_out)
-    assert reference.load(str(tmp_path / "all.npz")).digest == digest
+    digest = reference_statistics.save(str(tmp_path / "all.npz"), {}, lambda: iter([part]), classes=0)
+    training = Training(reference_statistics.load(str(tmp_path / "all.npz")), held_out)
+    assert reference_statistics.load(str(tmp_path / "all.npz")).digest == digest
     assert (training.searched, training.images) == (40, 40) and not caplog.records
     np.testing.assert_array_equal(training.nearest(x), 0)
     expected = np.linalg.norm(held_out[:, None] - x, axis=2).min(axis=1)
     np.testing.assert_allclose(training.typical, expected, rtol=1e-5)
     with np.load(tmp_path / "all.npz") as file:
         np.savez(tmp_path / "old.npz", **{name: file[name] for name in file.files if "others" not in name})
-    old = Training(reference.load(str(tmp_path / "old.npz")), held_out)
+    old = Training(reference_statistics.load(str(tmp_path / "old.npz")), held_out)
     assert (old.searched, old.images) == (10, 40) and "among 10 of 40 training images" in caplog.text
     assert (old.nearest(x) == 0).sum() == 10
     (tmp_path / "all.npz").write_bytes((tmp_path / "all.npz").read_bytes()[:-100])
@@ -74,5 +74,5 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
     part = {"features": np.float32([[1, 2], [np.nan, 3]]), "labels": np.zeros(2, np.int32)}
     part |= {"profile": np.zeros((1, 3)), "weight": np.array([2])}
     with pytest.raises(ConfigError, match="1 of 2 images are not finite"):
-        reference.save(str(tmp_path / "r.npz"), {}, lambda: iter([part]), classes=0)
+        reference_statistics.save(str(tmp_path / "r.npz"), {}, lambda: iter([part]), classes=0)
     assert not (tmp_path / "r.npz").exists()

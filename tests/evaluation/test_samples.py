@@ -3,26 +3,27 @@ import types
 import numpy as np
 import pytest
 
-from madformer_jax import config
-from madformer_jax.drawing import Drawn
-from madformer_jax.evaluation import features, samples
+from madformer_jax.config import schema
+from madformer_jax.sampling.generation import Drawn
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.evaluation import sample_scores
 
 
 def test_the_attributes_that_pictures_have_are_read_batch_by_batch_and_scored(monkeypatch):
     """Two of the three that are asked for; what nobody asks for does not count."""
-    monkeypatch.setattr(samples.prompts, "asked", lambda c: np.array([[1, 0], [2, 1]]))
-    monkeypatch.setattr(samples.judge, "judge", lambda *args, **settings: {})
-    monkeypatch.setattr(samples.reader, "read", lambda reads, images: images[:, 0, 0, :2].astype(np.int32))
+    monkeypatch.setattr(sample_scores.prompts, "asked", lambda c: np.array([[1, 0], [2, 1]]))
+    monkeypatch.setattr(sample_scores.judge, "judge", lambda *args, **settings: {})
+    monkeypatch.setattr(sample_scores.reader, "read", lambda reads, images: images[:, 0, 0, :2].astype(np.int32))
     images = np.zeros((2, 8, 8, 3), np.uint8)
     images[:, 0, 0, :2] = [[1, 5], [2, 0]]
     batches = [Drawn(np.array([i]), np.zeros(1, np.int32), images[i : i + 1], images[i : i + 1]) for i in range(2)]
 
     def extract(images):
-        return features.Outputs(np.zeros((len(images), 3), np.float32), None)
+        return registry.Outputs(np.zeros((len(images), 3), np.float32), None)
 
-    found = samples.look(batches, extract, reads=object())
-    assert "attributes" not in samples.look(batches, extract)
-    by = samples.Judge(types.SimpleNamespace(name="classifier", about={}), extract, None, None, {})
-    score = samples.scores(config.base(), by, found, labelled=False)["attributes"]
+    found = sample_scores.look(batches, extract, reads=object())
+    assert "attributes" not in sample_scores.look(batches, extract)
+    by = sample_scores.Judge(types.SimpleNamespace(name="classifier", about={}), extract, None, None, {})
+    score = sample_scores.scores(schema.base(), by, found, labelled=False)["attributes"]
     assert score["value"] == pytest.approx(2 / 3)
     assert score["low"] <= score["value"] <= score["high"]

@@ -8,11 +8,11 @@ import pytest
 from jax.experimental import topologies
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import attention, cudnn, pallas
-from madformer_jax.models.attention import KV, QKV
-from madformer_jax.models.projected import Projected, turned
-from madformer_jax.models.rope import Rotary
-from madformer_jax.models.squares import squares
+from madformer_jax.ops.attention import api, cudnn, pallas_tpu
+from madformer_jax.ops.attention.api import KV, QKV
+from madformer_jax.ops.attention.qk_norm_rope import Projected, turned
+from madformer_jax.ops.rope import Rotary
+from madformer_jax.ops.attention.tiling import squares
 from madformer_jax.runtime import partitioning
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
@@ -58,7 +58,7 @@ def value_and_gradient(implementation, streams, source, words, lengths=None, *, 
         streams = [QKV(*map(in_a_row, stream)) for stream in streams]
         words = words and KV(*map(in_a_row, words))
         context = streams[0].kv if source else None
-        outputs = attention.block_attention(
+        outputs = api.block_attention(
             streams, context, words, lengths, implementation=implementation, images=images
         )
         outputs = [x.reshape(shape) for x, shape in zip(outputs, given, strict=True)]
@@ -133,7 +133,7 @@ def test_squares_hold_every_pair_of_blocks_once(blocks):
 
 def kept(kv, implementation):
     """As the second of two layers."""
-    return attention.kept(KV(*(jnp.stack([x + 1, x]) for x in kv)), implementation)
+    return api.kept(KV(*(jnp.stack([x + 1, x]) for x in kv)), implementation)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "pallas_interpret"])
@@ -151,7 +151,7 @@ def test_padding_moves_nothing_at_all(implementation, no_cudnn):
 
         def read(words):
             context, words = (kept(kv, implementation) for kv in (turned(streams[0].kv), words))
-            return attention.cached_attention(own, context, words, 1, 2, lengths, implementation=implementation)
+            return api.cached_attention(own, context, words, 1, 2, lengths, implementation=implementation)
 
         cached = read(words)
         np.testing.assert_array_equal(cached, read(others))
@@ -175,7 +175,7 @@ PALLAS = CASES | {
 @pytest.mark.parametrize("images", [1, B])
 @pytest.mark.parametrize("name", PALLAS)
 def test_the_tpu_s_kernels_equal_the_dense_mask(name, images, monkeypatch):
-    monkeypatch.setattr(pallas, "tile", lambda tokens: 128 if tokens % 128 == 0 else None)
+    monkeypatch.setattr(pallas_tpu, "tile", lambda tokens: 128 if tokens % 128 == 0 else None)
     assert_equal_trees(value_and_gradient("pallas_interpret", *PALLAS[name], images=images), dense(name))
 
 
@@ -187,7 +187,7 @@ def test_the_tpu_s_kernels_equal_attention_of_all_keys():
 
     def run(implementation):
         def total(*args):
-            return (attention.attend(*args, implementation=implementation) ** 2).sum()
+            return (api.attend(*args, implementation=implementation) ** 2).sum()
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
 
@@ -207,7 +207,7 @@ def test_the_tpu_s_kernels_compute_and_count_no_tile_that_is_not_seen():
     unseen = KV(
         clean.k._replace(x=clean.k.x.at[:, 2].set(jnp.nan)), clean.v.at[:, 2].set(jnp.nan)
     )  # by all but the last
-    attend = functools.partial(attention.block_attention, implementation="pallas_interpret")
+    attend = functools.partial(api.block_attention, implementation="pallas_interpret")
     out = attend(streams[1:], unseen, None)[0]
     assert jnp.isfinite(out[:, :3]).all() and jnp.isnan(out[:, 3]).all()
 
@@ -248,7 +248,7 @@ def test_the_tpu_s_kernels_compile_for_a_tpu(topology, accelerator, tokens, monk
     lengths = jax.ShapeDtypeStruct(words.shape[:1], jnp.int32) if tokens > 1 else None
 
     def total(streams, words, lengths):
-        outputs = attention.block_attention(streams, streams[0].kv, words, lengths, implementation="pallas")
+        outputs = api.block_attention(streams, streams[0].kv, words, lengths, implementation="pallas")
         return sum(jnp.sum(x.astype(jnp.float32)) for x in outputs)
 
     with partitioning.scope(mesh):
@@ -264,16 +264,16 @@ def test_the_tpu_s_kernels_compile_for_a_tpu(topology, accelerator, tokens, monk
 
 
 def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
-    auto = functools.partial(attention.choose, "auto", head=64)
+    auto = functools.partial(api.choose, "auto", head=64)
     assert auto("cpu", "bfloat16", 256) == auto("gpu", "float32", 256) == "blocks"
     assert auto("gpu", "bfloat16", 256) == "cudnn"
     assert auto("tpu", "bfloat16", 256) == auto("tpu", "float32", 128) == "pallas"
     assert auto("tpu", "bfloat16", 64) == "blocks"
-    assert attention.choose("auto", "gpu", "bfloat16", 256, 12) == "blocks"
-    assert attention.choose("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
-    assert attention.choose("pallas", "cpu", "float32", 64, 64) == "pallas_interpret"
+    assert api.choose("auto", "gpu", "bfloat16", 256, 12) == "blocks"
+    assert api.choose("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
+    assert api.choose("pallas", "cpu", "float32", 64, 64) == "pallas_interpret"
     with pytest.raises(ConfigError, match="a multiple of 128 tokens; these have 64"):
-        attention.choose("pallas", "tpu", "bfloat16", 64, 64)
+        api.choose("pallas", "tpu", "bfloat16", 64, 64)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -281,7 +281,7 @@ def test_a_single_key_gets_all_the_weight_in_bfloat16_too(causal):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 1, 4, 8), jnp.bfloat16) for i in range(3))
 
     def attend(*args):
-        return attention.attend(*args, causal=causal)
+        return api.attend(*args, causal=causal)
 
     out, pull = jax.jit(functools.partial(jax.vjp, attend))(q, k, v)
     np.testing.assert_array_equal(out, v)
@@ -292,9 +292,9 @@ def test_a_single_key_gets_all_the_weight_in_bfloat16_too(causal):
 def test_a_query_sees_earlier_context_blocks_and_itself_only():
     streams = [stream(0, L), stream(1, L)]
     context = streams[0].kv
-    before = attention.block_attention(streams, context, None, implementation="blocks")
+    before = api.block_attention(streams, context, None, implementation="blocks")
     changed = KV(context.k._replace(x=context.k.x.at[:, 2].add(1.0)), context.v.at[:, 2].add(1.0))
-    after = attention.block_attention(streams, changed, None, implementation="blocks")
+    after = api.block_attention(streams, changed, None, implementation="blocks")
     for x, y in zip(before, after, strict=True):
         np.testing.assert_array_equal(x[:, :3], y[:, :3])
         assert float(jnp.abs(x[:, 3] - y[:, 3]).max()) > 1e-3
@@ -306,11 +306,11 @@ def test_a_query_sees_earlier_context_blocks_and_itself_only():
 def test_the_cache_gives_what_training_gives(implementation, unfilled, no_cudnn):
     streams, words = [stream(0, L), stream(1, L)], text()
     context = streams[0].kv
-    whole = attention.block_attention(streams, context, words, implementation="blocks")
-    lengths = attention.lengths_kept(None, words.k[..., 0, 0], implementation)
+    whole = api.block_attention(streams, context, words, implementation="blocks")
+    lengths = api.lengths_kept(None, words.k[..., 0, 0], implementation)
     words = kept(words, implementation)
     slots = kept(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in turned(context))), implementation)
-    one_block = functools.partial(attention.cached_attention, implementation=implementation)
+    one_block = functools.partial(api.cached_attention, implementation=implementation)
 
     @jax.jit
     def traced(own, layer, block):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import classifier
+from madformer_jax.evaluation.networks import classifier
 from madformer_jax.weights.fingerprint import fingerprint
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import inception
-from madformer_jax.weights import files
-from madformer_jax.weights import inception as inception_weights
+from madformer_jax.evaluation.networks import inception_v3
+from madformer_jax.weights import state_dicts
+from madformer_jax.weights import inception_weights
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def params(state):
 
 def test_every_feature_equals_torch_fidelity(reference, params):
     arrays = reference("inception_fid.npz")
-    features = jax.jit(inception.features)(params, arrays["images_uint8_nchw"].transpose(0, 2, 3, 1))
+    features = jax.jit(inception_v3.features)(params, arrays["images_uint8_nchw"].transpose(0, 2, 3, 1))
     for name, value in features._asdict().items():
         expected = arrays[f"feature_{name.removeprefix('f')}"]
         assert value.shape == expected.shape
@@ -46,9 +46,9 @@ def test_every_feature_equals_torch_fidelity(reference, params):
 
 def test_resize_has_no_half_pixel_centres():
     ramp = np.arange(4, dtype=np.float32)[None, :, None, None] + np.zeros((1, 4, 2, 1), np.float32)
-    resized = inception.resize(ramp, 8)
+    resized = inception_v3.resize(ramp, 8)
     np.testing.assert_array_equal(resized[0, :, 0, 0], [0, 0.5, 1, 1.5, 2, 2.5, 3, 3])
-    np.testing.assert_array_equal(inception.resize(ramp[:, :2], 2), ramp[:, :2])
+    np.testing.assert_array_equal(inception_v3.resize(ramp[:, :2], 2), ramp[:, :2])
 
 
 def test_names_and_shapes_and_conversion_there_and_back(reference, state, params):
@@ -62,7 +62,7 @@ def test_names_and_shapes_and_conversion_there_and_back(reference, state, params
 
 def test_published_file_without_batch_counts_is_taken(tmp_path, state, params):
     published = {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
-    files.write_state_dict(tmp_path / "inception.safetensors", published)
+    state_dicts.write_state_dict(tmp_path / "inception.safetensors", published)
     loaded = inception_weights.load(str(tmp_path / "inception.safetensors"))
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, params))
     inception_weights.save(str(tmp_path / "orbax"), str(tmp_path / "inception.safetensors"))
@@ -73,7 +73,7 @@ def test_wrong_tensors_are_all_named(tmp_path, state):
     wrong = {name: x for name, x in state.items() if name != "Mixed_5c.branch1x1.bn.running_mean"}
     wrong["fc.weight"] = wrong["fc.weight"][:1000]
     wrong["AuxLogits.fc.bias"] = np.zeros(3, np.float32)
-    files.write_state_dict(tmp_path / "torchvision.npz", wrong)
+    state_dicts.write_state_dict(tmp_path / "torchvision.npz", wrong)
     with pytest.raises(ConfigError) as error:
         inception_weights.save(str(tmp_path / "orbax"), str(tmp_path / "torchvision.npz"))
     for word in ("torchvision.npz", "Mixed_5c.branch1x1.bn.running_mean", "fc.weight", "AuxLogits.fc.bias"):

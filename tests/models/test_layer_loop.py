@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.models import layer_loop
+from madformer_jax.ops import scan_layers
 
 LAYERS, SIZE = 5, 4
 
@@ -30,7 +30,7 @@ def test_a_loop_and_its_gradient_equal_one_layer_after_the_other(unroll, again, 
     used = jax.checkpoint(layer) if again else layer
 
     def looped(params, x):
-        return layer_loop.run(used, params, x, given, unroll)
+        return scan_layers.run(used, params, x, given, unroll)
 
     def by_hand(params, x):
         for n in range(LAYERS):
@@ -48,7 +48,7 @@ def test_a_layer_that_is_computed_again_keeps_its_input_alone(arguments):
     """Neither the parameters, which are there, nor what every layer gets."""
 
     def kept(used):
-        _, (*_, arrays) = layer_loop._forward(used, *arguments, 1)
+        _, (*_, arrays) = scan_layers._forward(used, *arguments, 1)
         return sorted(array.shape for array in arrays)
 
     assert kept(jax.checkpoint(layer)) == [(LAYERS, 3, SIZE)]

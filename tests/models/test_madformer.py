@@ -7,7 +7,8 @@ import pytest
 from flax import linen as nn
 
 from madformer_jax.diffusion import losses
-from madformer_jax.models import madformer, rope
+from madformer_jax.models import madformer
+from madformer_jax.ops import rope
 from madformer_jax.models.plan import TERMS
 from madformer_jax.models.transformer import Streams
 from madformer_jax.runtime import partitioning

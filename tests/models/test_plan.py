@@ -2,7 +2,7 @@
 
 import itertools
 
-from madformer_jax import config
+from madformer_jax.config import schema
 from madformer_jax.models import madformer
 from madformer_jax.models.plan import TERMS, Plan, Switches, plan, switches_of
 
@@ -58,7 +58,7 @@ def test_without_the_hidden_term_the_upsampler_runs_for_the_noise_alone():
 
 
 def test_switches_of_a_config_are_those_of_its_model():
-    c = config.base()
+    c = schema.base()
     for changes in ({}, {"classes": 3, "ar_condition": False}, {"diffusion_attention": "block", "blocks": 16}):
         c.model.update(changes | {"hidden_from": "noisy"})
         assert switches_of(c) == madformer.build(c, "cpu").switches

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from madformer_jax.models import inception, unet
+from madformer_jax.evaluation.networks import inception_v3
+from madformer_jax.models import unet
 
 
 def is_program(param: Any) -> bool:
@@ -52,8 +53,8 @@ def test_last_convolution_of_a_bfloat16_upsampler_is_exact():
     assert before.invars[0].aval.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("module", [inception.Conv(4, (1, 7)), inception.Classifier()])
+@pytest.mark.parametrize("module", [inception_v3.Conv(4, (1, 7)), inception_v3.Classifier()])
 def test_inception_is_exact(module):
-    shape = (2, 8, 8, 3) if isinstance(module, inception.Conv) else (2, 3)
+    shape = (2, 8, 8, 3) if isinstance(module, inception_v3.Conv) else (2, 3)
     (found,) = products_of(module, jnp.ones(shape))
     assert is_exact(found)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import features
-from madformer_jax.models import reader
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.evaluation.networks import attribute_classifier
 
 VALUES = (3, 2)
 
@@ -20,35 +20,35 @@ def pictures(n, seed):
 
 
 def test_a_reader_learns_the_attributes_of_pictures_and_comes_back_from_its_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(reader, "BATCH", 8)
+    monkeypatch.setattr(attribute_classifier, "BATCH", 8)
     held, rows = pictures(20, 1)
-    trained = reader.train(*pictures(64, 0), held, rows, VALUES, steps=40)
+    trained = attribute_classifier.train(*pictures(64, 0), held, rows, VALUES, steps=40)
     assert trained.accuracy > 0.9 and trained.held_out == 20
-    found = reader.read(trained, held)
-    shown, asked = reader.right(rows, found)
+    found = attribute_classifier.read(trained, held)
+    shown, asked = attribute_classifier.right(rows, found)
     assert shown.sum() / asked.sum() == pytest.approx(trained.accuracy)
-    reader.save(str(tmp_path / "attributes.npz"), trained)
-    again = reader.load(str(tmp_path / "attributes.npz"))
-    np.testing.assert_array_equal(reader.read(again, held), found)
+    attribute_classifier.save(str(tmp_path / "attributes.npz"), trained)
+    again = attribute_classifier.load(str(tmp_path / "attributes.npz"))
+    np.testing.assert_array_equal(attribute_classifier.read(again, held), found)
     assert again[1:] == trained[1:]
-    network = features.open_network(
+    network = registry.open_network(
         "attributes", str(tmp_path / "attributes.npz")
     )  # the same file as a network of features
-    x = features.extractor(network)(held).features
+    x = registry.extractor(network)(held).features
     apart = np.square(x[:, None] - x[None]).mean(axis=-1)
     alike = (rows[:, None] == rows[None]).all(axis=-1) & ~np.eye(len(rows), dtype=bool)
     assert (
-        x.shape == (20, reader.DIMS)
+        x.shape == (20, attribute_classifier.DIMS)
         and apart[alike].mean() < 0.3 * apart[(rows[:, None] != rows[None]).any(axis=-1)].mean()
     )
 
 
 def test_none_is_not_asked_for():
-    shown, asked = reader.right(np.array([[1, 0, 2], [0, 0, 0]]), np.array([[1, 3, 1], [1, 0, 0]]))
+    shown, asked = attribute_classifier.right(np.array([[1, 0, 2], [0, 0, 0]]), np.array([[1, 3, 1], [1, 0, 0]]))
     assert shown.tolist() == [1, 0] and asked.tolist() == [2, 0]
 
 
 def test_pictures_to_learn_from_and_to_measure_by_are_needed():
     images, rows = pictures(2, 0)
     with pytest.raises(ConfigError, match="needs pictures"):
-        reader.train(images, rows, images[:0], rows[:0], VALUES)
+        attribute_classifier.train(images, rows, images[:0], rows[:0], VALUES)

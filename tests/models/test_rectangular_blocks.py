@@ -8,17 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from madformer_jax import codec, config, flops
+from madformer_jax.sampling import codec
+from madformer_jax.config import schema
+from madformer_jax.cost import flops
 from madformer_jax.diffusion import losses
-from madformer_jax.models import madformer, rope
-from madformer_jax.sizes import sizes_of
+from madformer_jax.models import madformer
+from madformer_jax.ops import rope
+from madformer_jax.config.shapes import sizes_of
 from tests import tiny
 
 
 def test_eight_blocks_tile_a_square_in_raster_order():
     c = tiny.get_config()
     c.model.blocks = 8
-    sizes = config.validate(c)
+    sizes = schema.validate(c)
     assert (sizes.grid, sizes.columns, sizes.block_side, sizes.block_width, sizes.tokens) == (2, 4, 4, 2, 8)
     z = np.arange(2 * 8 * 8).reshape(2, 8, 8, 1)
     blocks = codec.to_blocks(z, sizes)

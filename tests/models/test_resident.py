@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madformer_jax import drawing, hlo
-from madformer_jax.models import resident
+from madformer_jax.sampling import generation
+from madformer_jax.cost import hlo
+from madformer_jax.models import inference_params
 from madformer_jax.runtime import partitioning
 from tests.small import small
 
@@ -18,7 +19,7 @@ def test_casting_once_changes_no_bit():
 
     @jax.jit
     def outputs(params):
-        held = resident.resident(model, params, 0)
+        held = inference_params.resident(model, params, 0)
         return [model.apply({"params": p}, z, z, t, jnp.array([[1], [2]])) for p in (params, held)]
 
     ours, held = outputs(params)
@@ -36,10 +37,10 @@ def test_layers_are_held_apart_where_no_loop_goes_over_them():
     def denoise(params):
         return model.apply({"params": params}, cache, condition, noisy, 5, 2, method="denoise")
 
-    held = resident.resident(model, params, 0)
+    held = inference_params.resident(model, params, 0)
     assert set(held["diffusion_layers"]["body"]) == {"0", "1"}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), denoise(held), denoise(params))
-    looped = resident.resident(small(scan_unroll=1, **one)[0], params, 0)
+    looped = inference_params.resident(small(scan_unroll=1, **one)[0], params, 0)
     assert jax.tree.structure(looped) == jax.tree.structure(params)
 
 
@@ -47,12 +48,12 @@ def test_parameters_that_fit_are_gathered_once():
     """Before the loop over layers; where they do not fit, in it."""
     model, _ = small(depth=3, diffusion_depth=3, unet_channels=(4,), unet_attention=(False,))
     mesh = partitioning.make_mesh(1, 8, 1)
-    split = drawing.abstract_params(model, mesh)
+    split = generation.abstract_params(model, mesh)
     noisy = jax.ShapeDtypeStruct((8, 1, 16, 3), jnp.float32, sharding=partitioning.batch_sharding(mesh))
 
     def gathers(memory):
         def denoise(params, noisy):
-            held = {"params": resident.resident(model, params, memory)}
+            held = {"params": inference_params.resident(model, params, memory)}
             cache = model.apply(held, 8, method="empty_cache")
             condition = jnp.zeros((8, 1, model.tokens, model.width))
             return model.apply(held, cache, condition, noisy, 5, 0, method="denoise")[0]

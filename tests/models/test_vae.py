@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import codec as codecs
+from madformer_jax.sampling import codec as codecs
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae
 from madformer_jax.runtime import partitioning
-from madformer_jax.sizes import VAE_CHANNELS, VAE_DOWNSAMPLING
-from madformer_jax.weights import files
-from madformer_jax.weights import vae as vae_weights
+from madformer_jax.config.shapes import VAE_CHANNELS, VAE_DOWNSAMPLING
+from madformer_jax.weights import state_dicts
+from madformer_jax.weights import vae_weights
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
 
@@ -173,7 +173,7 @@ def test_a_sharded_batch_is_decoded_in_passes_without_moving_images(small):
 def write_folder(folder, model, state, config_json, name="diffusion_pytorch_model.safetensors"):
     folder.mkdir()
     (folder / "config.json").write_text(config_json)
-    files.write_state_dict(folder / name, state)
+    state_dicts.write_state_dict(folder / name, state)
     return str(folder)
 
 

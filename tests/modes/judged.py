@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import drawing
-from madformer_jax.evaluation import images, parts
-from madformer_jax.models import classifier, madformer
+from madformer_jax.sampling import generation
+from madformer_jax.evaluation import images, shards
+from madformer_jax.evaluation.networks import classifier
+from madformer_jax.models import madformer
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import checkpoint, partitioning
 from tests import tiny
@@ -44,7 +45,7 @@ def workdir(tmp_path_factory, data):
     reference_mode.run(c, str(folder))
     checkpoint.write_config(c, str(folder))
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = drawing.abstract_params(madformer.build(c), mesh)
+    target = generation.abstract_params(madformer.build(c), mesh)
     with checkpoint.Checkpoints(str(folder), keep=2) as checkpoints:
         for step in (1, 2):
             tree = jax.tree.map(
@@ -57,7 +58,7 @@ def workdir(tmp_path_factory, data):
 @pytest.fixture
 def fresh(workdir, tmp_path, data, monkeypatch):
     """The config, and an own folder for evaluations."""
-    monkeypatch.setattr(parts, "AT_ONCE", 8)
+    monkeypatch.setattr(shards, "AT_ONCE", 8)
     (workdir / "evaluations").mkdir(exist_ok=True)
     (workdir / "evaluations").rename(tmp_path / "old")
     return config_of(data)

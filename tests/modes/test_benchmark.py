@@ -9,7 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from madformer_jax import flops, main
+from madformer_jax.cost import flops
+from madformer_jax.cli import command_line
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import benchmark
 from tests import QUICK, tiny
@@ -56,7 +57,7 @@ def test_training_logs_its_speed_and_traces_the_steps_asked_for(tmp_path):
     """In a process of its own: the profiler does not bear what other tests have loaded. Which steps: test_train.py."""
     settings = {"train.steps": 4, "train.checkpoint_every": 4, "profile": "2:3", "sample.n": 1}
     done = subprocess.run(
-        [sys.executable, "-m", "madformer_jax.main", "--config=tests/tiny.py:plain", f"--workdir={tmp_path}"]
+        [sys.executable, "-m", "madformer_jax.cli.command_line", "--config=tests/tiny.py:plain", f"--workdir={tmp_path}"]
         + [f"--config.{name}={value}" for name, value in settings.items()],
         env={**os.environ, "XLA_FLAGS": QUICK}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
@@ -72,7 +73,7 @@ def test_training_logs_its_speed_and_traces_the_steps_asked_for(tmp_path):
         name: float(tensor_util.make_ndarray(events.Tensors(name)[-1].tensor_proto))
         for name in ("steps_per_second", "tflops", "mfu")
     }
-    cost = flops.training_step(main.parse(["", "--config=tests/tiny.py:plain", "--workdir=-"])[0]).total
+    cost = flops.training_step(command_line.parse(["", "--config=tests/tiny.py:plain", "--workdir=-"])[0]).total
     assert speed["tflops"] == pytest.approx(cost * speed["steps_per_second"] / 1e12, rel=1e-3)
     peak = float(re.search(r"peak (\S+) TFLOP/s", done.stderr)[1])
     assert speed["mfu"] == pytest.approx(speed["tflops"] / peak, rel=1e-2)  # the log gives three digits

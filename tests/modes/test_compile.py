@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import config, hlo, main, training
+from madformer_jax.config import schema
+from madformer_jax.cost import hlo
+from madformer_jax.cli import command_line
+from madformer_jax.training import train_step
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import compile as aot
@@ -21,8 +24,8 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     c.model.width, c.model.mlp_width = 32, 48
     c.mesh.fsdp = 8
     mesh = partitioning.make_mesh(1, 8, 1)
-    s = training.setup(c)
-    _, state = training.create_state(s.model, s.tx, c.seed, mesh)
+    s = train_step.setup(c)
+    _, state = train_step.create_state(s.model, s.tx, c.seed, mesh)
     sharding = partitioning.batch_sharding(mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((8, 32, 32, 1), jnp.uint8, sharding=sharding),
@@ -30,7 +33,7 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     }
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
     with partitioning.scope(mesh):
-        step = jax.jit(training.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
+        step = jax.jit(train_step.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
         quick = {"xla_backend_optimization_level": 0}  # of no matter to what is gathered where
         text = step.lower(state, batch, {}, np.uint32(0)).compile(compiler_options=quick).as_text()
     gathers = [x for x in hlo.collectives(text) if x.kind == "all-gather"]
@@ -51,7 +54,7 @@ def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, m
     pytest.importorskip("libtpu")
     args = ["main", "--mode=compile", "--topology=v5e:2x2", "--config=tests/tiny.py:plain", "--config.mesh.data=4"]
     args += ["--config.model.attention=blocks"]
-    assert main.main(args) == 0
+    assert command_line.main(args) == 0
     report = capsys.readouterr().out
     assert "4 x TPU v5 lite, mesh data=4 fsdp=1 tensor=1" in report
     assert report.count("GiB of 15.75: fits") == 2
@@ -59,7 +62,7 @@ def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, m
     assert report.count("time, estimated") == report.count(" of the peak") == 2
     monkeypatch.setattr(aot, "sampling", lambda *_: too_much())
     monkeypatch.setattr(aot, "training_step", lambda *_: too_much())
-    assert main.main(args) == 1
+    assert command_line.main(args) == 1
     assert "does not fit: 4.25 GiB too much" in capsys.readouterr().out
 
 
@@ -108,7 +111,7 @@ def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
 def test_cached_latents_are_fed_without_the_vae():
     c = tiny.get_config()
     c.codec.name, c.data.source, c.data.image_size, c.data.channels = "vae", "arrayrecord", 64, 3
-    config.validate(c)
+    schema.validate(c)
     mesh = partitioning.make_mesh(8, 1, 1)
     batch, latents = aot._batch(c, mesh)
     assert latents

@@ -11,19 +11,21 @@ import sys
 import numpy as np
 import pytest
 
-from madformer_jax import config, drawing, main
+from madformer_jax.config import schema
+from madformer_jax.sampling import generation
+from madformer_jax.cli import command_line
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import convert
-from madformer_jax.weights import files, release, release_config
-from madformer_jax.weights import inception as inception_weights
-from madformer_jax.weights import vae as vae_weights
+from madformer_jax.weights import state_dicts, release, release_config
+from madformer_jax.weights import inception_weights
+from madformer_jax.weights import vae_weights
 from madformer_jax.weights.release_config import preset
 
 SUFFIXES = ("pt", "safetensors", "npz")
 
 
 def run(*arguments):
-    return main.main(["madformer_jax", *map(str, arguments)])
+    return command_line.main(["madformer_jax", *map(str, arguments)])
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def released(reference, variant="baseline"):
 def write(path, tensors, args):
     if path.suffix == ".pt":
         pytest.importorskip("torch")
-    files.write_state_dict(path, tensors, args)
+    state_dicts.write_state_dict(path, tensors, args)
     return path
 
 
@@ -67,7 +69,7 @@ def test_converted_checkpoint_draws_the_release_s_samples(tmp_path, reference):
     settings = [f"--config.sample.noise={tmp_path / 'noise.npy'}", "--config.sample.n=2", "--config.sample.steps=8"]
     assert run("--mode=sample", f"--workdir={workdir}", "--config.sample.solver=ddim", *settings) == 0
     (drawn,) = (workdir / "samples").glob("*_noise-noise_n2_*")
-    found = next(drawing.read_shards(drawn)).latents  # (2, h, w, C)
+    found = next(generation.read_shards(drawn)).latents  # (2, h, w, C)
     side = found.shape[1] // 2
     blocks = found.reshape(2, 2, side, 2, side, -1).transpose(0, 1, 3, 2, 4, 5).reshape(file["sample/ddim8"].shape)
     assert np.linalg.norm(blocks - file["sample/ddim8"]) < 1e-3 * np.linalg.norm(file["sample/ddim8"])
@@ -82,7 +84,7 @@ def test_there_and_back_keeps_every_bit(tmp_path, reference, variant, suffix):
     workdir = f"--workdir={tmp_path / 'run'}"
     assert run("--mode=convert", f"--config.convert.release={release}", workdir) == 0
     assert run("--mode=convert", f"--config.convert.to_release={back}", workdir) == 0
-    content = files.read_state_dict(back)
+    content = state_dicts.read_state_dict(back)
     assert content.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         if variant != "clear_clean" or "_list.0." not in name:  # its clean towers are never run
@@ -111,7 +113,7 @@ def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
         "args": argparse.Namespace(**args),
     }
     torch.save(content, tmp_path / "0001000.pt")
-    found = release_config.of_checkpoint(tensors, files.read_state_dict(tmp_path / "0001000.pt").args)
+    found = release_config.of_checkpoint(tensors, state_dicts.read_state_dict(tmp_path / "0001000.pt").args)
     expected = preset(meta)
     expected.model.unet_heads = 8  # the shapes do not say, so as released
     assert found.model == expected.model
@@ -126,7 +128,7 @@ def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
         assert (workdir / "checkpoints" / "0" / item).is_dir()
         assert run("--mode=convert", f"--config.convert.to_release={back}", f"--workdir={workdir}") == 0
         np.testing.assert_array_equal(
-            files.read_state_dict(back).tensors["boi_block"], tensors["boi_block"] + np.float32(value)
+            state_dicts.read_state_dict(back).tensors["boi_block"], tensors["boi_block"] + np.float32(value)
         )
 
 
@@ -138,11 +140,11 @@ def test_without_arguments_the_given_config_s_model_is_taken(tmp_path, reference
         f"def get_config():\n    return preset(json.loads({json.dumps(json.dumps(meta))}))\n"
     )
     flags = [f"--config={tmp_path / 'c.py'}", f"--config.convert.release={release}", f"--workdir={tmp_path / 'run'}"]
-    assert main.main(["madformer_jax", flags[0], "--mode=convert", *flags[1:]]) == 0
+    assert command_line.main(["madformer_jax", flags[0], "--mode=convert", *flags[1:]]) == 0
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["model"]["rope"] == "release"
     assert saved["sample"]["weights"] == "raw"
-    c, _ = main.parse(["main", "--mode=convert", f"--workdir={tmp_path / 'run'}"])
+    c, _ = command_line.parse(["main", "--mode=convert", f"--workdir={tmp_path / 'run'}"])
     c.convert.to_release = str(tmp_path / "back.npz")
     figures = convert.run(c, str(tmp_path / "run"))
     assert figures == {"path": c.convert.to_release, "step": 0, "weights": "params", "tensors": len(tensors)}
@@ -200,7 +202,7 @@ def test_wrong_use_is_told_in_one_line(tmp_path, reference, error):
 
 
 def test_a_model_that_the_release_cannot_run_is_not_written(tmp_path):
-    c = config.base()
+    c = schema.base()
     with pytest.raises(ConfigError, match=r"model.rope='axial' \(release: 'release'\)"):
         release_config.release_args(c)
 
@@ -211,7 +213,7 @@ def test_full_size_names_and_shapes(reference):
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # no memory behind them
     args = {"diff_depth": 14, "ar_len": 16, "block_size": 256, "pre_downsample_block_size": 1024, "image_size": 1024}
     c = release_config.of_checkpoint(tensors, args)
-    sizes = config.validate(c)
+    sizes = schema.validate(c)
     assert (c.model.width, c.model.heads, c.model.depth, c.model.mlp_width) == (1152, 18, 28, 4096)
     assert (sizes.latent, sizes.tokens, c.data.image_size) == (128, 256, 1024)
     assert release.release_shapes(c) == shapes
@@ -224,7 +226,7 @@ def test_vae_and_inception_become_folders(tmp_path, reference, error):
     folder = tmp_path / "diffusers"
     folder.mkdir()
     (folder / "config.json").write_text(str(reference("sd_vae_small.npz")["config"]))
-    files.write_state_dict(folder / "diffusion_pytorch_model.safetensors", state)
+    state_dicts.write_state_dict(folder / "diffusion_pytorch_model.safetensors", state)
     command = "--mode=convert", f"--workdir={tmp_path / 'weights'}"
     assert run(*command, f"--config.convert.vae={folder}") == 0
     back = vae_weights.to_diffusers_vae(vae_weights.load(str(tmp_path / "weights" / "vae"))[1])
@@ -232,7 +234,7 @@ def test_vae_and_inception_become_folders(tmp_path, reference, error):
 
     shapes = reference("inception_fid_state_dict.json")
     state = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    files.write_state_dict(tmp_path / "inception.npz", state)
+    state_dicts.write_state_dict(tmp_path / "inception.npz", state)
     assert run(*command, f"--config.convert.inception={tmp_path / 'inception.npz'}") == 0
     back = inception_weights.to_torch(inception_weights.load(str(tmp_path / "weights" / "inception")))
     assert all(np.array_equal(back[name], x) for name, x in state.items() if "num_batches" not in name)
@@ -260,9 +262,9 @@ class Evil:
 
 def test_without_pytorch_only_its_own_formats_need_it(tmp_path, reference):
     """A fresh process in which torch cannot be imported converts .npz and says what .pt needs."""
-    files.write_state_dict(tmp_path / "release.npz", *released(reference))
+    state_dicts.write_state_dict(tmp_path / "release.npz", *released(reference))
     (tmp_path / "release.pt").write_bytes(b"PK")
-    script = "import sys; sys.modules['torch'] = None; from madformer_jax.main import main; sys.exit(main(sys.argv))"
+    script = "import sys; sys.modules['torch'] = None; from madformer_jax.cli.command_line import main; sys.exit(main(sys.argv))"
     results = [
         subprocess.run(
             [sys.executable, "-c", script, "--mode=convert", f"--config.convert.release={tmp_path / name}",

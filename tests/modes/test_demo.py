@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import madformer_jax
-from madformer_jax import api, main, prompts
+from madformer_jax.sampling import trained_model, prompts
+from madformer_jax.cli import command_line
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -106,8 +107,8 @@ def pixels(output):
 @pytest.mark.parametrize("client", [(["2", "0", "all", "1", "0", "x, y"], False)], indirect=True)
 def test_the_list_of_classes_draws_the_class_that_it_names(client, monkeypatch, tmp_path):
     asked = []
-    stream = api.Model.stream
-    monkeypatch.setattr(api.Model, "stream", lambda self, **given: asked.append(given) or stream(self, **given))
+    stream = trained_model.Model.stream
+    monkeypatch.setattr(trained_model.Model, "stream", lambda self, **given: asked.append(given) or stream(self, **given))
     (what,) = [one for one in client.config["components"] if one["props"].get("label") == "class"]
     entries = [entry[1] for entry in what["props"]["choices"]]
     assert entries == ["all", "2", "0 (#1)", "all (#2)", "1", "0 (#4)", "x, y"]
@@ -189,5 +190,5 @@ def test_another_model_must_draw_the_same(model, tmp_path, capsys):
     pytest.importorskip("gradio")
     saved(tmp_path / "other", ["red", "blue"])
     args = ["main", "--mode=demo", f"--workdir={tmp_path / 'one'}", f"--config.demo.other={tmp_path / 'other'}"]
-    assert main.main(args) == 2
+    assert command_line.main(args) == 2
     assert "config.demo.other: it draws other classes" in capsys.readouterr().err

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import drawing
+from madformer_jax.sampling import generation
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import parts, reference, scores
-from madformer_jax.models import classifier
+from madformer_jax.evaluation import shards, reference_statistics, scores
+from madformer_jax.evaluation.networks import classifier
 from madformer_jax.modes import evaluate
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import partitioning
@@ -32,7 +32,7 @@ def _file(workdir):
 
 
 def test_reference_holds_the_test_split_and_how_it_was_made(workdir, data):
-    found = reference.load(str(workdir / "reference.npz"))
+    found = reference_statistics.load(str(workdir / "reference.npz"))
     with np.load(workdir / "reference.npz") as file:
         n, counts = len(file["features"]), file["counts"]
         np.testing.assert_allclose(file["mu"], file["features"].mean(axis=0), rtol=1e-5)
@@ -55,8 +55,8 @@ def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir
     undisturbed = _file(workdir)
     (path,) = (workdir / "evaluations").glob("*.json")
     path.unlink()
-    drawn, batches, savez = [], drawing.batches, np.savez
-    monkeypatch.setattr(drawing, "batches", lambda *a, **k: drawn.append([*a[5]]) or batches(*a, **k))
+    drawn, batches, savez = [], generation.batches, np.savez
+    monkeypatch.setattr(generation, "batches", lambda *a, **k: drawn.append([*a[5]]) or batches(*a, **k))
 
     def dies(file, **arrays):
         """Half way through the third part."""
@@ -82,8 +82,8 @@ def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir
 
 
 def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, workdir, monkeypatch, capsys):
-    made, make_draw = [], drawing.make_draw
-    monkeypatch.setattr(drawing, "make_draw", lambda c, *a: made.append(c.sample.steps) or make_draw(c, *a))
+    made, make_draw = [], generation.make_draw
+    monkeypatch.setattr(generation, "make_draw", lambda c, *a: made.append(c.sample.steps) or make_draw(c, *a))
     fresh.evaluate.grid = "steps=2,1; weights=raw,ema"
     fresh.evaluate.checkpoints = "last:2"
     results = evaluate.run(fresh, str(workdir))["results"]
@@ -127,7 +127,7 @@ def test_images_that_exist(fresh, workdir, data, tmp_path, kind):
     assert ("recognised" in result["scores"]) == (kind in ("shards", "data"))
     if kind != "data":
         features = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[0]
-        real = reference.load(str(workdir / "reference.npz")).features
+        real = reference_statistics.load(str(workdir / "reference.npz")).features
         assert result["scores"]["FD-classifier"]["value"] == pytest.approx(scores.frechet(features, real), rel=1e-4)
     before = result["scores"]["FD-classifier"]["value"]
     values = []
@@ -155,7 +155,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_ma
     assert evaluate.run(fresh, str(workdir))["results"][0]["protocol"]["n"] == N - 1
     fresh.evaluate.reference = str(tmp_path / "other.npz")
     reference_mode.run(fresh, str(workdir))
-    assert reference.load(fresh.evaluate.reference).protocol["n"] == N - 1
+    assert reference_statistics.load(fresh.evaluate.reference).protocol["n"] == N - 1
 
 
 def _adm(workdir, path):
@@ -164,9 +164,9 @@ def _adm(workdir, path):
 
 
 def test_parts_are_removed_when_every_process_has_read_them(fresh, workdir, monkeypatch):
-    order, read, remove, sync = [], parts.Parts.read, parts.Parts.remove, partitioning.sync
-    monkeypatch.setattr(parts.Parts, "read", lambda self: order.append("read") or read(self))
-    monkeypatch.setattr(parts.Parts, "remove", lambda self: order.append("remove") or remove(self))
+    order, read, remove, sync = [], shards.Parts.read, shards.Parts.remove, partitioning.sync
+    monkeypatch.setattr(shards.Parts, "read", lambda self: order.append("read") or read(self))
+    monkeypatch.setattr(shards.Parts, "remove", lambda self: order.append("remove") or remove(self))
     monkeypatch.setattr(partitioning, "sync", lambda name: order.append("sync") or sync(name))
     fresh.evaluate.images = "data:all"
     evaluate.run(fresh, str(workdir))
@@ -307,7 +307,7 @@ def _broken(c, workdir, tmp_path):
     ],
 )
 def test_bad_input_is_told_in_one_line_before_anything_is_drawn(fresh, workdir, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(drawing, "batches", None)
+    monkeypatch.setattr(generation, "batches", None)
     change(fresh, workdir, tmp_path)
     with pytest.raises(ConfigError, match=message) as error:
         evaluate.run(fresh, str(workdir))

@@ -9,13 +9,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import madformer_jax
-from madformer_jax import config, drawing, fields, main, training
+from madformer_jax.config import schema, fields
+from madformer_jax.sampling import generation
+from madformer_jax.cli import command_line
+from madformer_jax.training import train_step
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import export, train
 from madformer_jax.runtime import checkpoint, partitioning
-from madformer_jax.weights import files
+from madformer_jax.weights import state_dicts
 from tests import small, tiny
 
 
@@ -32,8 +35,8 @@ def untrained(tmp_path_factory):
     c, workdir = tiny.get_config("plain"), str(tmp_path_factory.mktemp("untrained"))
     c.mesh.fsdp, c.mesh.tensor = 4, 2
     mesh = partitioning.make_mesh(1, 4, 2)
-    s = training.setup(c)
-    create, _ = training.create_state(s.model, s.tx, c.seed, mesh)
+    s = train_step.setup(c)
+    create, _ = train_step.create_state(s.model, s.tx, c.seed, mesh)
     state = create()
     arrays = {"params": state.params, "ema": jax.tree.map(lambda x: 1.5 * x, state.params), "opt": state.opt}
     checkpoint.write_config(c, workdir)
@@ -56,23 +59,23 @@ def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
     assert {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} >= {"ema", "meta"}
     assert not {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} & {"params", "opt", "data"}
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = drawing.abstract_params(training.setup(plain).model, mesh)
+    target = generation.abstract_params(train_step.setup(plain).model, mesh)
     with checkpoint.Checkpoints(exported, read_only=True) as checkpoints:
         step, trees, _ = checkpoints.restore({"ema": target})
         assert checkpoints.meta(step) == {"step": 3, "data": {"names": ["cat"]}}
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, trees["ema"], ema)
 
-    tensors, about, _ = files.read_state_dict(f"{exported}/model.safetensors")
+    tensors, about, _ = state_dicts.read_state_dict(f"{exported}/model.safetensors")
     assert about == {"step": 3, "names": ["cat"]}
     assert {name: x.tolist() for name, x in tensors.items()} == {
         ".".join(name): x.tolist() for name, x in flatten_dict(ema).items()
     }
 
     args = ["main", "--mode=sample", f"--workdir={exported}", "--config.sample.n=3"]  # its own config.json will do
-    assert main.main(args) == 0
+    assert command_line.main(args) == 0
     (folder,) = (workdir / "export" / "samples").glob("step_000003_ema_*_n3_*")
-    images = next(drawing.read_shards(folder)).images
+    images = next(generation.read_shards(folder)).images
     assert len(images) == 3
     shutil.rmtree(run[0] / "export" / "checkpoints")  # as a hub may have it
     model = madformer_jax.load(exported)
@@ -104,15 +107,15 @@ def test_an_export_has_nothing_of_the_machine(plain, run, tmp_path):
         content = path.read_bytes() if path.is_file() else b""
         assert b"jane" not in content and str(tmp_path).encode() not in content, path
     published = fields.flat(json.loads((run[0] / "export" / "config.json").read_text()))
-    defaults = fields.flat(config.base())
+    defaults = fields.flat(schema.base())
     assert {name: published[name] for name in local} == {name: defaults[name] for name in local}
     assert published["model.width"] == plain.model.width
 
 
 def test_an_export_keeps_the_hub_id_of_its_vae():
-    c = config.base()
+    c = schema.base()
     c.codec.path = "stabilityai/sd-vae-ft-mse@main"
-    assert config.portable(c).codec.path == c.codec.path
+    assert schema.portable(c).codec.path == c.codec.path
 
 
 def test_an_export_of_a_mesh_of_eight_is_loaded_on_one_device(plain, run, monkeypatch):

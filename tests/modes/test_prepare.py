@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax import codec, training
+from madformer_jax.sampling import codec
+from madformer_jax.training import train_step
 from madformer_jax.data import pipeline, records
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
 from madformer_jax.runtime import partitioning
-from madformer_jax.weights import files
-from madformer_jax.weights import vae as vae_weights
+from madformer_jax.weights import state_dicts
+from madformer_jax.weights import vae_weights
 from tests import tiny
 from tests.data import kill_prepare
 from tests.data.prepared import ENCODER, GOOD, ids, make_config, prepared, vae
@@ -274,7 +275,7 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     shapes = vae_weights.shapes(vae_weights.from_config(vae_config))
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps(vae_config))
-    files.write_state_dict(
+    state_dicts.write_state_dict(
         tmp_path / "vae" / "diffusion_pytorch_model.safetensors",
         {name: 0.1 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()},
     )
@@ -289,12 +290,12 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     figures = prepare.run(c, str(tmp_path / "latents"))
     assert (figures["made"], figures["records"], figures["skipped"]) == (3, 19, 1)
     c = prepared(c, str(tmp_path / "latents"))
-    s = training.setup(c)
+    s = train_step.setup(c)
     mesh = partitioning.make_mesh(1, 1, 1)
-    _, abstract = training.create_state(s.model, s.tx, c.seed, mesh)
+    _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     batch = pipeline.train_iterator(c, batch=2)
     with partitioning.scope(mesh):
-        _, metrics = jax.eval_shape(training.make_step(s, c), abstract, next(batch), {}, np.uint32(0))
+        _, metrics = jax.eval_shape(train_step.make_step(s, c), abstract, next(batch), {}, np.uint32(0))
     batch.close()
     assert metrics["loss"].shape == ()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax import drawing
+from madformer_jax.sampling import generation
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import sample
@@ -43,7 +43,7 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def workdir(trained, tmp_path, one_device, monkeypatch):
     """A copy of it, and a sampler that returns its noise: what is tested here is not about the model."""
-    monkeypatch.setattr(drawing.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
+    monkeypatch.setattr(generation.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -56,12 +56,12 @@ def test_images_lie_in_numbered_shards_beside_their_protocol(c, workdir):
     assert sorted(path.name for path in folder.iterdir()) == [
         "grid.png", "protocol.json", *(f"shard-0000{k}-of-00003.npz" for k in range(3))
     ]  # fmt: skip
-    parts = list(drawing.read_shards(folder))
+    parts = list(generation.read_shards(folder))
     assert [part.numbers.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [part.labels.tolist() for part in parts] == [[2, 0, 2], [0, 2, 0], [2]]
     with Image.open(folder / "grid.png") as grid:
         assert grid.size == (3 * 32, 2 * 32)  # of 5
-        np.testing.assert_array_equal(np.asarray(grid)[32:, :64], drawing.as_grid(parts[1].images[:2])[..., 0])
+        np.testing.assert_array_equal(np.asarray(grid)[32:, :64], generation.as_grid(parts[1].images[:2])[..., 0])
     protocol = json.loads((folder / "protocol.json").read_text())
     assert (protocol["labels"], protocol["model"]["classes"], protocol["image"]) == ("2,0", 3, [32, 32, 1])
 
@@ -76,11 +76,11 @@ def test_an_interrupted_sampling_goes_on_by_number(c, workdir, monkeypatch):
             raise KeyboardInterrupt
         write(path, drawn)
 
-    write = drawing.write_shard
-    monkeypatch.setattr(drawing, "write_shard", killed)
+    write = generation.write_shard
+    monkeypatch.setattr(generation, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         sample.run(c, str(workdir))
-    monkeypatch.setattr(drawing, "write_shard", write)
+    monkeypatch.setattr(generation, "write_shard", write)
     (folder,) = (workdir / "samples").iterdir()
     (first,) = folder.glob("shard-*")
     written = first.stat().st_mtime_ns
@@ -96,12 +96,12 @@ def test_a_damaged_shard_is_drawn_again_and_read_by_nobody(c, workdir):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1000])
     with pytest.raises(ConfigError, match="shard-00001-of-00003.npz is damaged .* draws it again"):
-        list(drawing.read_shards(folder))
+        list(generation.read_shards(folder))
     assert sample.run(c, str(workdir))["drawn"] == 3
     assert path.read_bytes() == whole
     path.unlink()
     with pytest.raises(ConfigError, match="holds 2 of 3 shards"):
-        list(drawing.read_shards(folder))
+        list(generation.read_shards(folder))
 
 
 def test_whatever_decides_the_images_is_in_the_name(c, tmp_path):
@@ -156,7 +156,7 @@ def test_a_step_can_be_chosen_and_a_fallback_is_told_at_the_end(c, workdir, capl
 def test_labels_may_be_names_of_the_checkpoint_s_classes(c, workdir):
     c.sample.labels = "dog, 0,cat"
     folder = sample.run(c, str(workdir))["folder"]
-    assert next(drawing.read_shards(folder)).labels.tolist() == [1, 0, 0]
+    assert next(generation.read_shards(folder)).labels.tolist() == [1, 0, 0]
     c.sample.labels = "dgo"
     with pytest.raises(
         ConfigError, match=r"'dgo' is neither a class number nor a class name \(names are 'dog', \.\.\.\)"

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from madformer_jax import config as config_lib
+from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import tokenizer

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import drawing, report, training
+from madformer_jax.sampling import generation
+from madformer_jax.training import metric_writer, train_step
 from madformer_jax.data import pipeline, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import export, train
@@ -21,7 +22,7 @@ from tests.data import odd_captions
 from tests.kill import final
 
 pytestmark = pytest.mark.usefixtures("one_device", "created_once")
-BROKEN, real_batches = "it broke", drawing.batches
+BROKEN, real_batches = "it broke", generation.batches
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def plain():
 @pytest.fixture(scope="module")
 def created_once():
     """The state of step 0 is created by one program for the whole module."""
-    real, made = training.create_state, {}
+    real, made = train_step.create_state, {}
 
     def create_state(model, tx, seed, mesh):
         if not made:
@@ -43,7 +44,7 @@ def created_once():
         return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), *made.values()), made["abstract"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "create_state", create_state)
+        patch.setattr(train_step, "create_state", create_state)
         yield
 
 
@@ -52,21 +53,21 @@ def count(patch):
 
     def make_step(s, c, platform=None):
         def step(state, batch, codec_params, seed):
-            rate = training.learning_rate(c)(state.step)
+            rate = train_step.learning_rate(c)(state.step)
             metrics = {"loss": jnp.mean(batch["image"]), "grad_norm": jnp.ones(()), "learning_rate": rate, "seed": seed}
             params, ema = jax.tree.map(lambda x: x + 1, (state.params, state.ema))
-            return training.State(state.step + 1, params, ema, state.opt), metrics
+            return train_step.State(state.step + 1, params, ema, state.opt), metrics
 
         return step
 
     def batches(c, draw, params, codec_params, mesh, numbers, most=None):
         for number in numbers:
-            yield drawing.Drawn(
+            yield generation.Drawn(
                 np.array([number]), np.zeros(1, np.int32), np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1)
             )
 
-    patch.setattr(training, "make_step", make_step)
-    patch.setattr(drawing, "batches", batches)
+    patch.setattr(train_step, "make_step", make_step)
+    patch.setattr(generation, "batches", batches)
 
 
 @pytest.fixture
@@ -132,8 +133,8 @@ def assert_same_end(c, a, b):
 def test_a_run_told_to_stop_goes_on_bit_for_bit(plain, tmp_path, monkeypatch):
     """With the real step and real samples; SIGTERM comes while batch 3 is fetched."""
     made = []
-    real = training.make_step
-    monkeypatch.setattr(training, "make_step", lambda s, c: made.append(real(s, c)) or made[0])  # compiled once
+    real = train_step.make_step
+    monkeypatch.setattr(train_step, "make_step", lambda s, c: made.append(real(s, c)) or made[0])  # compiled once
     figures = train.run(plain, str(tmp_path / "whole"))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
@@ -161,7 +162,7 @@ def test_ctrl_c_is_a_notice_to_stop_and_the_second_one_the_end(counting, plain, 
 
     before = signal.getsignal(signal.SIGINT)
     before_batch(monkeypatch, step, interrupt)
-    monkeypatch.setattr(drawing, "batches", lambda *given, **more: pytest.fail("draws"))
+    monkeypatch.setattr(generation, "batches", lambda *given, **more: pytest.fail("draws"))
     found = train.run(plain, str(tmp_path))
     assert (found["step"], found["stopped"], found["seed"], saved(tmp_path)[-1]) == (step, True, 7, step)
     assert (handlers, signal.getsignal(signal.SIGINT)) == ([signal.SIG_DFL], before)
@@ -200,7 +201,7 @@ def test_a_start_that_fails_binds_nobody(counting, plain, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(counting, plain, tmp_path, monkeypatch):
-    finite = training.make_step
+    finite = train_step.make_step
 
     def make_step(s, c):
         def step(state, batch, codec_params, seed):
@@ -209,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(counting, pl
 
         return step
 
-    monkeypatch.setattr(training, "make_step", make_step)
+    monkeypatch.setattr(train_step, "make_step", make_step)
     with pytest.raises(ConfigError, match=r"at step 5: .* last good checkpoint: step 4 of .*\.$"):
         train.run(plain, str(tmp_path))
     assert saved(tmp_path) == [2, 4]
@@ -240,7 +241,7 @@ def test_steps_accumulation_and_rate_may_change_and_the_schedule_follows(half, p
     assert "config.train.steps was 6 and is 5" in caplog.text
     assert "config.train.accumulate was 1 and is 2" in caplog.text
     assert "config.optimizer.learning_rate was 0.001 and is 0.0005" in caplog.text
-    assert reports(half)[-1]["learning_rate"] == float(training.learning_rate(plain)(4))
+    assert reports(half)[-1]["learning_rate"] == float(train_step.learning_rate(plain)(4))
     assert json.loads((half / "config.json").read_text())["train"]["steps"] == 5
     plain.train.steps = 4
     with pytest.raises(ConfigError, match=r"config\.train\.steps=4, but .* has been trained for 5 steps"):
@@ -341,9 +342,9 @@ def test_training_starts_from_given_weights(half, plain, tmp_path, source):
 def test_weights_of_another_model_are_refused(half, plain, field, value, told, monkeypatch):
     plain.train.init_from = str(half)
     plain.update_from_flattened_dict({field: value})
-    s = training.setup(plain)
-    abstract = drawing.abstract_params(s.model, train.partitioning.make_mesh(1, 1, 1))
-    state = training.State(jnp.zeros(()), abstract, abstract, None)
+    s = train_step.setup(plain)
+    abstract = generation.abstract_params(s.model, train.partitioning.make_mesh(1, 1, 1))
+    state = train_step.State(jnp.zeros(()), abstract, abstract, None)
     with pytest.raises(ConfigError, match=rf"config\.train\.init_from: .*{told}") as error:
         train._given_weights(plain, state)
     assert "\n" not in str(error.value)
@@ -355,9 +356,9 @@ def test_weights_of_another_model_are_refused(half, plain, field, value, told, m
 def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_path, monkeypatch, caplog):
     """At step 1 a picture is not finite, at step 2 the disk is full, at step 3 TensorBoard fails."""
     plain.train.sample_every, plain.train.steps = 1, 4
-    real, png = drawing.batches, drawing.write_png
+    real, png = generation.batches, generation.write_png
     monkeypatch.setattr(
-        drawing, "make_draw", lambda *given: lambda *given: (np.zeros((2, 32, 32, 1)), nan, np.array([True, False]))
+        generation, "make_draw", lambda *given: lambda *given: (np.zeros((2, 32, 32, 1)), nan, np.array([True, False]))
     )
     nan = np.full((2, 8, 8, 16), np.nan)
     seen = []
@@ -368,9 +369,9 @@ def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_pat
             real_batches(c, draw, params, *given, **more) if len(seen) == 1 else real(c, draw, params, *given, **more)
         )
 
-    monkeypatch.setattr(drawing, "batches", batches)
-    monkeypatch.setattr(drawing, "write_png", lambda path, image: fail() if "000002" in path.name else png(path, image))
-    monkeypatch.setattr(report.Report, "show", lambda self, *given: self._show(fail) if len(seen) == 3 else None)
+    monkeypatch.setattr(generation, "batches", batches)
+    monkeypatch.setattr(generation, "write_png", lambda path, image: fail() if "000002" in path.name else png(path, image))
+    monkeypatch.setattr(metric_writer.Report, "show", lambda self, *given: self._show(fail) if len(seen) == 3 else None)
     assert train.run(plain, str(tmp_path))["step"] == 4
     assert (
         "the samples of step 1 are left out: sampling gave values that are not finite: image 0 from block 1 on"
@@ -385,7 +386,7 @@ def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_pat
 
 def test_a_notice_to_stop_is_heard_within_a_grid(counting, plain, tmp_path, monkeypatch):
     plain.train.sample_every, plain.sample.n, plain.sample.batch = 1, 9, 1
-    real, drawn = drawing.batches, []
+    real, drawn = generation.batches, []
 
     def batches(*given, **more):
         for batch in real(*given, **more):
@@ -394,7 +395,7 @@ def test_a_notice_to_stop_is_heard_within_a_grid(counting, plain, tmp_path, monk
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(drawing, "batches", batches)
+    monkeypatch.setattr(generation, "batches", batches)
     assert train.run(plain, str(tmp_path))["step"] == 1
     assert drawn == [0, 1, 2, 3]
     assert saved(tmp_path) == [1]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import training
+from madformer_jax.training import train_step
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checkpoint, partitioning, storage
 from tests import paths, tiny
@@ -17,11 +17,11 @@ from tests import paths, tiny
 
 def test_a_state_survives_other_numbers_of_devices(tmp_path):
     """8 -> 2 -> 1 -> 8 devices, over three kinds of mesh; bit for bit, and on today's mesh each time."""
-    s = training.setup(tiny.get_config("plain"))
+    s = train_step.setup(tiny.get_config("plain"))
 
     def on(*sizes):
         mesh = partitioning.make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))])
-        _, abstract = training.create_state(s.model, s.tx, 0, mesh)
+        _, abstract = train_step.create_state(s.model, s.tx, 0, mesh)
         return {name: getattr(abstract, name) for name in checkpoint.ARRAYS}
 
     rng = np.random.default_rng(0)  # compiling the initial state would take longer than all else

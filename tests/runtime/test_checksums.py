@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.weights import files
+from madformer_jax.weights import state_dicts
 
 
 def test_one_flipped_byte_in_converted_weights_is_noticed(tmp_path):
     """In any file but Orbax's note of its commit; and its file is named."""
     params = {"conv": {"kernel": np.random.default_rng(0).standard_normal((64, 32), np.float32)}}
-    files.save_params(tmp_path / "vae", params)
-    files.save_params(tmp_path / "vae", params)  # over what is there
+    state_dicts.save_params(tmp_path / "vae", params)
+    state_dicts.save_params(tmp_path / "vae", params)  # over what is there
     paths = [p for p in (tmp_path / "vae").rglob("*") if p.is_file()]
     assert len(paths) > 8
     for path in paths:
@@ -20,18 +20,18 @@ def test_one_flipped_byte_in_converted_weights_is_noticed(tmp_path):
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         if path.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
             np.testing.assert_array_equal(
-                files.load_params(tmp_path / "vae")["conv"]["kernel"], params["conv"]["kernel"]
+                state_dicts.load_params(tmp_path / "vae")["conv"]["kernel"], params["conv"]["kernel"]
             )
         else:
             with pytest.raises(ConfigError, match=r"vae is damaged: vae/params/.*make it again with --mode=convert.$"):
-                files.load_params(tmp_path / "vae")
+                state_dicts.load_params(tmp_path / "vae")
         path.write_bytes(content)
 
 
 def test_weights_converted_before_there_were_checksums_load(tmp_path, caplog):
     params = {"kernel": np.ones((3, 2), np.float32)}
-    files.save_params(tmp_path, params)
+    state_dicts.save_params(tmp_path, params)
     (tmp_path / "params" / "checksums.json").unlink()
     caplog.set_level(logging.INFO)
-    np.testing.assert_array_equal(files.load_params(tmp_path)["kernel"], params["kernel"])
+    np.testing.assert_array_equal(state_dicts.load_params(tmp_path)["kernel"], params["kernel"])
     assert "before there were checksums" in caplog.text

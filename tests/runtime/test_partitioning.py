@@ -11,7 +11,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from madformer_jax import aot, drawing, training
+from madformer_jax.cost import topologies
+from madformer_jax.sampling import generation
+from madformer_jax.training import train_step
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
 from madformer_jax.runtime import partitioning
@@ -35,7 +37,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_in_one_line(sizes):
 
 def test_slices_of_tpus_lie_along_data():
     pytest.importorskip("libtpu")
-    devices = aot.describe("v5e:2x2@2")
+    devices = topologies.describe("v5e:2x2@2")
     mesh = partitioning.make_mesh(-1, 4, 1, devices)
     assert [{x.slice_index for x in row.ravel()} for row in mesh.devices] == [{0}, {1}]
     mesh = partitioning.make_mesh(4, 1, 2, devices)
@@ -107,9 +109,9 @@ def test_a_tensor_axis_that_does_not_divide_the_layers_is_refused(heads, mlp_wid
         partitioning.check_tensor(mesh, heads=heads, mlp_width=mlp_width)
     model = types.SimpleNamespace(heads=heads, mlp_width=mlp_width)
     with pytest.raises(ConfigError, match=named):
-        drawing.abstract_params(model, mesh)
+        generation.abstract_params(model, mesh)
     with pytest.raises(ConfigError, match=named):
-        training.create_state(model, optax.sgd(0.1), 0, mesh)
+        train_step.create_state(model, optax.sgd(0.1), 0, mesh)
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():

@@ -2,10 +2,10 @@
 
 import pytest
 
-from madformer_jax import flops
+from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
-from madformer_jax.testbed import budget
-from madformer_jax.testbed.budget import Timing
+from madformer_jax.sweeps import budget
+from madformer_jax.sweeps.budget import Timing
 from tests import tiny
 
 

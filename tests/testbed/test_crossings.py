@@ -1,8 +1,8 @@
 import pytest
 
-from madformer_jax.testbed import crossings, results, tables
-from madformer_jax.testbed.axes import Axis
-from madformer_jax.testbed.results import Budget, Part, Point, Score
+from madformer_jax.reports import comparisons, results, tables
+from madformer_jax.reports.axes import Axis
+from madformer_jax.reports.results import Budget, Part, Point, Score
 
 
 def part_of(curves, cost="solver_steps"):
@@ -29,7 +29,7 @@ def large(*by):
 
 
 def test_a_crossing_beyond_the_intervals_is_shown():
-    (found,) = crossings.crossings(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
+    (found,) = comparisons.crossings(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
     assert (found.verdict, found.clear) == ("shown", (3, 3))
     assert (found.before.cost, found.after.cost) == (8, 32)
     assert found.at == pytest.approx(16)  # where the logarithm is half way
@@ -41,32 +41,32 @@ def test_pairing_by_seed_makes_the_interval_that_of_the_differences():
     """Each seed shifts both curves by ten times the difference: unpaired, nothing would be clear."""
     shifted = {s: {n: v + s for n, v in values.items()} for s, values in SMALL.items()}
     other = {s: {n: v + s for n, v in values.items()} for s, values in large(-0.1, 0.05, 0.1).items()}
-    (found,) = crossings.crossings(part_of({1: shifted, 2: other}), "KID", "solver_steps")
+    (found,) = comparisons.crossings(part_of({1: shifted, 2: other}), "KID", "solver_steps")
     assert found.verdict == "shown"
 
 
 def test_means_that_cross_within_their_intervals_show_nothing():
-    (found,) = crossings.crossings(part_of({1: SMALL, 2: large(-1, 0.005, 0.002)}), "KID", "solver_steps")
+    (found,) = comparisons.crossings(part_of({1: SMALL, 2: large(-1, 0.005, 0.002)}), "KID", "solver_steps")
     assert found.verdict == "means only"
     assert (found.before.cost, found.after.cost) == (2, 8)
 
 
 def test_one_seed_is_never_clear():
-    (found,) = crossings.crossings(part_of({1: {0: SMALL[0]}, 2: {0: large(-1, 0, 1)[0]}}), "KID", "solver_steps")
+    (found,) = comparisons.crossings(part_of({1: {0: SMALL[0]}, 2: {0: large(-1, 0, 1)[0]}}), "KID", "solver_steps")
     assert (found.verdict, found.clear) == ("means only", (0, 3))
 
 
 def test_curves_that_keep_their_order():
-    (found,) = crossings.crossings(part_of({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", "solver_steps")
+    (found,) = comparisons.crossings(part_of({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", "solver_steps")
     assert (found.verdict, found.at) == ("none", None)
 
 
 def test_costs_that_differ_are_compared_where_both_curves_have_a_value():
     """A crossing at equal steps is none at equal passes: the second setting's steps cost twice as many."""
     part = part_of({1: SMALL, 2: large(-1, -0.5, 0.5)})
-    one, two = (crossings.curve(part, (d,), "KID", "passes") for d in (1, 2))
-    assert [d.cost for d in crossings.differences(one, two, -1)] == [4, 8, 16, 32]
-    (found,) = crossings.crossings(part, "KID", "passes")
+    one, two = (comparisons.curve(part, (d,), "KID", "passes") for d in (1, 2))
+    assert [d.cost for d in comparisons.differences(one, two, -1)] == [4, 8, 16, 32]
+    (found,) = comparisons.crossings(part, "KID", "passes")
     assert (found.verdict, found.after.cost) == ("none", 32)
     assert found.after.by.mean == pytest.approx(0.5)  # 3.5, half way between the second's points, against 3
 

@@ -1,6 +1,6 @@
 import re
 
-from madformer_jax.testbed import figures, results
+from madformer_jax.reports import figures, results
 from tests.testbed import made_up
 
 

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from madformer_jax import config, main
+from madformer_jax.config import schema
+from madformer_jax.cli import command_line
 from madformer_jax.modes import report
 from tests.testbed import made_up
 
@@ -14,7 +15,7 @@ def folder(tmp_path_factory):
     """Two settings, two budgets, two seeds, a report."""
     folder = tmp_path_factory.mktemp("sweep")
     made_up.write(folder, depths=(1, 8), seeds=(0, 1), steps=(2, 64), scores=("KID-classifier",))
-    report.run(config.base(), str(folder))
+    report.run(schema.base(), str(folder))
     return folder
 
 
@@ -29,7 +30,7 @@ def test_equal_results_give_equal_bytes(folder, tmp_path):
         result = tmp_path / "runs" / f"copy{i}" / "result.json"
         result.write_text(json.dumps(dict(reversed(json.loads(result.read_text()).items()))))
     shutil.copy(folder / "sweep.json", tmp_path)
-    assert main.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 0
+    assert command_line.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 0
     ours, others = content(folder), content(tmp_path)
     assert ours.keys() == others.keys()
     assert [name for name in ours if ours[name] != others[name]] == []
@@ -68,10 +69,10 @@ def test_tables_in_the_papers_form_with_a_command_under_each(folder):
     assert table.split("\n")[2] == "| D | KID-classifier ↓ | solver steps | NFE | passes |"
     assert f"KID-classifier {made_up.score(1, 64, 0):.5f}: D = 1 at 64 steps, seed 0:" in table
     assert table[table.index("```bash\n") :].split("\n")[1:4] == [
-        "python -m madformer_jax.main --workdir=runs/cell --config=configs/sweeps/depth.py:cpu --config.seed=0 "
+        "python -m madformer_jax.cli.command_line --workdir=runs/cell --config=configs/sweeps/depth.py:cpu --config.seed=0 "
         "--config.train.steps=600 --config.model.diffusion_depth=1",
-        "python -m madformer_jax.main --workdir=runs/cell --mode=reference",
-        "python -m madformer_jax.main --workdir=runs/cell --mode=evaluate --config.sample.steps=64",
+        "python -m madformer_jax.cli.command_line --workdir=runs/cell --mode=reference",
+        "python -m madformer_jax.cli.command_line --workdir=runs/cell --mode=evaluate --config.sample.steps=64",
     ]
 
 
@@ -85,6 +86,6 @@ def test_the_csv_has_every_score_unrounded(folder):
 def test_an_error_is_a_line_and_writes_nothing(tmp_path, capsys):
     made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,))
     (tmp_path / "runs" / "d1l4s0" / "grid.png").write_bytes(b"no picture")
-    assert main.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 2
+    assert command_line.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 2
     assert "d1l4s0/grid.png cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()

@@ -4,8 +4,8 @@ import math
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.testbed import results
-from madformer_jax.testbed.axes import Axis
+from madformer_jax.reports import results
+from madformer_jax.reports.axes import Axis
 from tests.testbed import made_up
 
 

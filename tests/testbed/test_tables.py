@@ -1,7 +1,7 @@
 import pytest
 
-from madformer_jax.testbed import cells, results, tables
-from madformer_jax.testbed.results import Estimate
+from madformer_jax.reports import formatting, results, tables
+from madformer_jax.reports.results import Estimate
 from tests.testbed import made_up
 
 
@@ -48,9 +48,9 @@ def test_the_best_at_each_budget_and_by_how_much(tmp_path):
     [(0.0, "0"), (20.0, "20"), (20.236, "20.24"), (0.012345, "0.01235"), (-0.000123, "-0.000123"), (3e-6, "3.000e-06")],
 )
 def test_numbers_have_four_digits(x, told):
-    assert cells.number(x) == told
+    assert formatting.number(x) == told
 
 
 def test_a_cell_tells_the_mean_its_interval_and_every_value():
-    assert cells.line(Estimate((1.0, 2.0), 1.5, 0.5, 2.5)) == "1.500 [0.5000, 2.500] (1, 2)"
-    assert cells.line(Estimate((1.25,), 1.25, None, None)) == "1.250"
+    assert formatting.line(Estimate((1.0, 2.0), 1.5, 0.5, 2.5)) == "1.500 [0.5000, 2.500] (1, 2)"
+    assert formatting.line(Estimate((1.25,), 1.25, None, None)) == "1.250"

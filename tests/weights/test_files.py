@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.weights import files
+from madformer_jax.weights import state_dicts
 
 FORMATS = ["m.npz", "m.safetensors", "m.pt", "m.bin"]
 
@@ -43,8 +43,8 @@ def assert_one_line(error, *words):
 @pytest.mark.parametrize("name", FORMATS)
 def test_writing_and_reading_keeps_every_bit(tmp_path, tensors, name):
     path = path_of(tmp_path, name)
-    files.write_state_dict(path, tensors, {"depth": 4, "clear_cond": False, "sizes": [1, 2]})
-    content = files.read_state_dict(path)
+    state_dicts.write_state_dict(path, tensors, {"depth": 4, "clear_cond": False, "sizes": [1, 2]})
+    content = state_dicts.read_state_dict(path)
     assert content.args == {"depth": 4, "clear_cond": False, "sizes": [1, 2]}
     assert content.tensors.keys() == tensors.keys()
     for key, tensor in tensors.items():
@@ -57,15 +57,15 @@ def test_writing_and_reading_keeps_every_bit(tmp_path, tensors, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_truncated_file_is_one_line_that_names_it(tmp_path, tensors, name):
     path = path_of(tmp_path, name)
-    files.write_state_dict(path, tensors)
+    state_dicts.write_state_dict(path, tensors)
     size = path.stat().st_size
     for length in (0, 60, size // 2, size - 40):
         with path.open("r+b") as file:
             file.truncate(length)
         with pytest.raises(ConfigError) as error:
-            files.read_state_dict(path)
+            state_dicts.read_state_dict(path)
         assert_one_line(error, path, "truncated")
-        files.write_state_dict(path, tensors)
+        state_dicts.write_state_dict(path, tensors)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -73,16 +73,16 @@ def test_file_of_another_kind_is_one_line_that_names_it(tmp_path, name):
     path = path_of(tmp_path, name)
     path.write_text("<html>404 not found</html>\n" * 20)
     with pytest.raises(ConfigError) as error:
-        files.read_state_dict(path)
+        state_dicts.read_state_dict(path)
     assert_one_line(error, path)
 
 
 def test_missing_file_and_unknown_suffix(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
-        files.read_state_dict(tmp_path / "m.npz")
+        state_dicts.read_state_dict(tmp_path / "m.npz")
     for access in (
-        files.read_state_dict,
-        lambda path: files.write_state_dict(path, {}),
+        state_dicts.read_state_dict,
+        lambda path: state_dicts.write_state_dict(path, {}),
     ):
         with pytest.raises(ConfigError, match=r"must end in one of \.pt"):
             access(tmp_path / "m.ckpt")
@@ -90,10 +90,10 @@ def test_missing_file_and_unknown_suffix(tmp_path):
 
 def test_failed_write_leaves_the_old_file(tmp_path, tensors):
     path = tmp_path / "m.npz"
-    files.write_state_dict(path, tensors)
+    state_dicts.write_state_dict(path, tensors)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        files.write_state_dict(path, tensors, {"not JSON": object()})
+        state_dicts.write_state_dict(path, tensors, {"not JSON": object()})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["m.npz"]
 
@@ -107,7 +107,7 @@ def test_check_names_every_tensor_that_does_not_fit():
         "f": np.zeros(1),
     }
     with pytest.raises(ConfigError) as error:
-        files.check_tensors(expected, given, "m.pt")
+        state_dicts.check_tensors(expected, given, "m.pt")
     assert_one_line(
         error,
         "m.pt",
@@ -115,7 +115,7 @@ def test_check_names_every_tensor_that_does_not_fit():
         "2 extra (e, f)",
         "1 mis-shaped (a (3, 2) instead of (2, 3))",
     )
-    files.check_tensors({"a": (3, 2)}, {"a": np.zeros((3, 2))}, "m.pt")
+    state_dicts.check_tensors({"a": (3, 2)}, {"a": np.zeros((3, 2))}, "m.pt")
 
 
 class Evil:
@@ -134,7 +134,7 @@ def test_malicious_pickle_does_not_run(tmp_path, legacy, inside):
     content = Evil(marker) if inside == "alone" else {"model": {"a": torch.zeros(2)}, "args": Evil(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ConfigError) as error:
-        files.read_state_dict(path)
+        state_dicts.read_state_dict(path)
     assert_one_line(error, path, "mkdir")
     assert not marker.exists()
 
@@ -146,7 +146,7 @@ def test_plain_pickle_and_pickle_in_npz_do_not_run(tmp_path):
     np.savez(tmp_path / "m.npz", a=np.array([Evil(marker)], dtype=object))
     for name in ("m.pt", "m.npz"):
         with pytest.raises(ConfigError) as error:
-            files.read_state_dict(tmp_path / name)
+            state_dicts.read_state_dict(tmp_path / name)
         assert_one_line(error, tmp_path / name)
     assert not marker.exists()
 
@@ -171,7 +171,7 @@ def test_release_checkpoint_gives_ema_model_and_args(tmp_path, legacy):
         ("ema", 1, "ema"),
         ("model", 0, "model"),
     ):
-        read = files.read_state_dict(path, asked)
+        read = state_dicts.read_state_dict(path, asked)
         np.testing.assert_array_equal(read.tensors["a"], [value] * 2)
         assert (read.weights, read.args) == (
             taken,
@@ -180,9 +180,9 @@ def test_release_checkpoint_gives_ema_model_and_args(tmp_path, legacy):
 
     del content["ema"]
     torch.save(content, path)
-    assert files.read_state_dict(path).weights == "model"
+    assert state_dicts.read_state_dict(path).weights == "model"
     with pytest.raises(ConfigError, match="no 'ema' weights, only 'model'"):
-        files.read_state_dict(path, "ema")
+        state_dicts.read_state_dict(path, "ema")
 
 
 def test_checkpoint_without_a_state_dict(tmp_path):
@@ -190,15 +190,15 @@ def test_checkpoint_without_a_state_dict(tmp_path):
     for content in ([torch.zeros(2)], {"epoch": 3}, {}):
         torch.save(content, tmp_path / "m.pt")
         with pytest.raises(ConfigError, match="no state_dict"):
-            files.read_state_dict(tmp_path / "m.pt")
+            state_dicts.read_state_dict(tmp_path / "m.pt")
 
 
 def test_without_pytorch_the_error_says_what_to_do(tmp_path, tensors, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "m.pt").write_bytes(b"")
     for access in (
-        files.read_state_dict,
-        lambda path: files.write_state_dict(path, tensors),
+        state_dicts.read_state_dict,
+        lambda path: state_dicts.write_state_dict(path, tensors),
     ):
         with pytest.raises(ConfigError) as error:
             access(tmp_path / "m.pt")

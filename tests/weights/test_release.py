@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax import config
+from madformer_jax.config import schema
 from madformer_jax.diffusion import losses, schedule
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -23,7 +23,7 @@ def relative(found, expected) -> float:
 def variant(request, reference):
     file = reference(f"madformer_{request.param}.npz")
     c = preset(json.loads(str(file["meta"])))
-    config.validate(c)
+    schema.validate(c)
     state_dict = {name.removeprefix("param/"): file[name] for name in file.files if name.startswith("param/")}
     return file, c, state_dict, release.from_release(state_dict, c)
 
@@ -113,7 +113,7 @@ def test_full_size_names_and_shapes(reference):
 def test_other_sizes_have_the_releases_names_and_come_back(reference, change):
     meta = json.loads(str(reference("madformer_baseline.npz")["meta"])) | change
     c = preset(meta)
-    config.validate(c)
+    schema.validate(c)
     shapes = release.release_shapes(c)
     assert {name.split(".")[1] for name in shapes if name.startswith("blocks.")} == {"0", "1", "2", "3"}
     assert shapes["boi_block"] == (1, meta["block_size"], 64)

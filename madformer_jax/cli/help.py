@@ -1,0 +1,189 @@
+"""What --help prints: the modes, and the fields that matter to one, read from the modes' and config.py's own lines."""
+
+import ast
+import functools
+import importlib.resources
+import inspect
+import os
+import pkgutil
+import shlex
+import sys
+import textwrap
+
+from ml_collections import ConfigDict
+
+from madformer_jax.config import schema, fields, validation
+from madformer_jax import modes
+
+_COMMAND = "python -m madformer_jax"
+_WIDTH = 118
+
+# Beside the section of its own name. What decides the shapes of a model comes from its workdir, behind the training.
+_SECTIONS = {
+    "train": ("model", "text", "loss", "codec", "data", "optimizer", "sample", "mesh"),
+    "sample": ("mesh",),
+    "evaluate": ("sample", "data", "mesh"),
+    "reference": ("evaluate", "data"),
+    "prepare": ("data", "codec"),
+    "tokenizer": ("text", "data"),
+    "benchmark": ("model", "train", "sample", "data", "mesh"),
+    "compile": ("model", "train", "sample", "mesh"),
+    "export": ("sample",),
+    "gallery": ("sample",),
+    "demo": ("sample",),
+    "sweep": ("model", "train", "evaluate", "sample"),
+}
+
+_EXAMPLES = f"""\
+Train on the embedded digits and draw samples, then draw more of some of them, and judge the run:
+
+  {_COMMAND} --config=configs/digits.py --workdir=runs/digits
+  {_COMMAND} --workdir=runs/digits --mode=sample --config.sample.labels=3,7 --config.sample.guidance=2
+  {_COMMAND} --workdir=runs/digits --mode=reference
+  {_COMMAND} --workdir=runs/digits --mode=evaluate"""
+
+
+@functools.cache
+def summaries() -> dict[str, str]:
+    """Mode -> what it does, the first sentence of its file."""
+    names = [module.name for module in pkgutil.iter_modules(modes.__path__)]
+    found = {}
+    for mode in sorted(names, key=lambda name: (name != "train", name)):
+        source = (importlib.resources.files(modes) / f"{mode}.py").read_text()
+        first = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
+        found[mode] = " ".join(first.removeprefix(f"--mode={mode}: ").split()).partition(". ")[0].rstrip(".")
+    return found
+
+
+def comments() -> dict[str, str]:
+    """Field or section -> the comment behind it in `config.base`, in its order; "" where there is none."""
+    source = inspect.getsource(schema.base)
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("c."):
+            behind = "\n".join(lines[node.lineno - 1 : node.end_lineno]).partition("  # ")[2]
+            found[ast.unparse(node.targets[0]).removeprefix("c.")] = behind.partition("\n")[0]
+    return found
+
+
+def page(mode: str | None) -> str:
+    """The help on all modes, or on one and its fields."""
+    return _of_all() if mode is None else _of_mode(mode)
+
+
+def reference() -> str:
+    """docs/reference.md: every field with its default, its comment and what it may hold."""
+    defaults, told = fields.flat(schema.base()), comments()
+    lines = [
+        "# Every field", "",
+        "Set as `--config.field=value`. Made by `python -m madformer_jax.cli.help` from `config.py` and `limits.py`.",
+    ]  # fmt: skip
+    section = None
+    for name in (name for name in told if name in defaults):
+        if (head := name.rpartition(".")[0]) != section:
+            section = head
+            about = f": {told[head]}" if told.get(head) else ""
+            lines += ["", f"## {head or 'The run'}{about}", "", "| field | default | |", "|---|---|---|"]
+        what = [told.get(name, "")]
+        if name in validation.CHOICES:
+            what.append("one of " + ", ".join(f"`{choice}`" if choice else '""' for choice in validation.CHOICES[name]))
+        elif name in validation.RANGES:
+            low, high = validation.RANGES[name]
+            what.append(f"from {low:g}" + (f" to {high:g}" if high < float("inf") else ""))
+        text = "; ".join(filter(None, what)).replace("|", ",").replace("<", "&lt;")
+        lines.append(f"| `{name}` | `{defaults[name]!r}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
+    """What a training has made, how good it is, and what to try next."""
+    chosen = ["--config.sample.labels=[0, 1]", "--config.sample.guidance=2"] if c.model.classes else []
+
+    def command(mode: str, *arguments: str) -> str:
+        return f"  {_COMMAND} " + " ".join(map(quoted, [f"--workdir={workdir}", f"--mode={mode}", *arguments]))
+
+    made = (
+        f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard "
+        f"{quoted(f'--logdir={workdir}')})."
+    )
+    draw = command("sample", "--config.sample.n=100", *chosen)
+    if scores:
+        steps = f"{max(1, c.sample.steps // 5)},{c.sample.steps}"
+        why = "What to try next: draw more, see what fewer solver steps cost in quality, and watch pictures come into being:"
+        return "\n".join(
+            [made, scores, why, draw, command("evaluate", f"--config.evaluate.grid=steps={steps}"), command("gallery")]
+        )
+    why = "What to try next: draw more, make statistics of held-out images, and judge the model by them:"
+    return "\n".join([made, why, draw, command("reference"), command("evaluate")])
+
+
+def show(text: str) -> None:
+    """Prints text. If nobody reads standard output any more (`--help | head`), nothing is printed from here on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+
+
+def where_configs_are(path: str) -> str:
+    """For a path like `configs/digits.py` that does not exist here: where the project's own config files are."""
+    if os.path.normpath(path).partition("/")[0] != "configs":
+        return ""
+    checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if os.path.isfile(shipped := os.path.join(checkout, os.path.normpath(path))):
+        return f" in {os.getcwd()}. Use --config={shipped}"
+    return (
+        f" in {os.getcwd()}. The project's configs are not part of an installed package: run the command in a checkout of the "
+        "project, or give the path of a file in its folder configs"
+    )
+
+
+def quoted(argument: str) -> str:
+    """`--name=value` as it is pasted into a shell."""
+    name, equals, value = argument.partition("=")
+    return f"{name}{equals}{shlex.quote(value)}"
+
+
+def _of_all() -> str:
+    found = summaries()
+    wide = max(map(len, found))
+    lines = [f"  {mode:{wide}}  {what}" for mode, what in found.items()]
+    return "\n".join(
+        [
+            f"usage: {_COMMAND} --mode=MODE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]", "",
+            "MADFormer in JAX. The modes, of which train is the default:", "", *lines, "",
+            f"{_COMMAND} --mode=MODE --help lists the fields that matter to a mode. --config is needed in a new workdir only.",
+            "The environment variable MADFORMER_FLAGS holds flags for every command, such as --config.train.steps=100.", "",
+            _EXAMPLES,
+        ]
+    )  # fmt: skip
+
+
+def _of_mode(mode: str) -> str:
+    told, values = comments(), fields.flat(schema.base())
+    sections = [s for s in (mode, *_SECTIONS.get(mode, ())) if any(name.startswith(f"{s}.") for name in values)]
+    lines = [
+        f"--mode={mode}: {summaries()[mode]}.",
+        "",
+        "Fields and their defaults, which a config file or the workdir may change:",
+    ]
+    for section in ("", *sections):
+        own = [name for name in told if name in values and name.rpartition(".")[0] == section]
+        heads = [f"--config.{name}={_text(values[name])}" for name in own]
+        wide = min(44, max(map(len, heads)))
+        lines += ["", f"{section or 'all modes'}{':' if told.get(section) else ''} {told.get(section, '')}".rstrip()]
+        for name, head in zip(own, heads):
+            wrapped = textwrap.wrap(told.get(name, ""), _WIDTH - wide - 4) or [""]
+            first = (
+                f"  {head:{wide}}  {wrapped[0]}" if len(head) <= wide or not wrapped[0] else f"  {head}  {wrapped[0]}"
+            )
+            lines += [first.rstrip(), *(" " * (wide + 4) + rest for rest in wrapped[1:])]
+    return "\n".join(lines)
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

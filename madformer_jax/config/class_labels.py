@@ -1,0 +1,202 @@
+"""Class labels as users write them: `config.sample.labels`, `Model.sample(labels=...)` and the demo's list.
+
+An integer is always a class number. A text is a class name first and a class number second. `sample.labels` holds labels
+separated by commas, or a JSON list: '["2", 7]' draws the class named 2, then class number 7. The JSON form is the one that
+`Model.sample` writes, and the form that `sample.labels` has once names are resolved.
+"""
+
+import difflib
+import json
+import operator
+import re
+import reprlib
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+from madformer_jax.config import fields
+from madformer_jax.errors import ConfigError
+
+_NUMBER = re.compile(r"[+-]?[0-9]+")
+_FIELD = "config.sample.labels"
+_SHOWN = 8  # labels that a message repeats at most
+
+
+def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
+    """Returns the class numbers that a value of `sample.labels` stands for; an empty value stands for all classes.
+
+    Args:
+      text: The value.
+      classes: Number of classes of the model.
+      names: Names of the classes in order; empty if the data name none.
+
+    Raises:
+      ConfigError: A label is not a class, or it is ambiguous.
+    """
+    if not text:
+        return list(range(classes))
+    listed = check(text, classes)
+    if listed is not None:
+        return [_of_item(item, classes, names) for item in listed]
+    parts = [part.strip() for part in text.split(",")]
+    whole = _named(text, names)
+    if not whole or len(parts) == 1:
+        return [_of_text(i, parts, classes, names) for i in range(len(parts))]
+    if all(_named(part, names) or _NUMBER.fullmatch(part) for part in parts):
+        raise ConfigError(
+            f"{_FIELD}={text!r} is the name of one class and a list of {len(parts)} classes. "
+            f"Write '{_json([text])}' for the name or '{_json(parts)}' for the list."
+        )
+    return [_of_item(text, classes, names)]
+
+
+def check(text: str, classes: int) -> list[Any] | None:
+    """Checks what can be checked before class names are known.
+
+    Returns:
+      The items of a JSON list; None if the value is not one.
+
+    Raises:
+      ConfigError: The list is empty, or holds something that cannot be a label.
+    """
+    listed = fields.json_list(text)
+    if listed == []:
+        raise ConfigError(f"{_FIELD}={text!r} holds no label. Name a class, or leave it empty for all classes.")
+    for item in listed or ():
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise ConfigError(f"{_FIELD}: {item!r} must be a class name (text) or a class number (integer).")
+        if isinstance(item, int):
+            _in_range(item, classes)
+    return listed
+
+
+def from_python(value: Any) -> str:
+    """Returns labels of a Python caller as a value of `sample.labels`.
+
+    Args:
+      value: One class number, a sequence of class numbers and names, or a text as on the command line.
+
+    Raises:
+      ConfigError: The value is none of these.
+    """
+    if isinstance(value, str):
+        return value
+    items = [_python_item(value)] if _is_integer(value) else value
+    if not isinstance(items, Iterable) or isinstance(items, Mapping | Set | bytes):
+        raise ConfigError(
+            f"labels={reprlib.repr(value)} must be a class number, or a list of class numbers and class names."
+        )
+    return _json([_python_item(item) for item in items])
+
+
+def from_numbers(numbers: Iterable[int]) -> str:
+    """Returns class numbers as a value of `sample.labels` that means the same with and without class names."""
+    return _json(numbers)
+
+
+def numbers_text(text: str) -> str:
+    """Returns resolved labels as protocols store them: class numbers separated by commas."""
+    listed = fields.json_list(text)
+    return text if listed is None else ",".join(map(str, listed))
+
+
+def name(number: int, names: Sequence[str]) -> str:
+    """Returns what a person calls a class: its name, or "class 3" if the data name none."""
+    return names[number] if number < len(names) else f"class {number}"
+
+
+def summary(numbers: Sequence[int], names: Sequence[str]) -> str:
+    """Returns the names of classes for a line of a log, each once and the first few only."""
+    distinct = [name(k, names) for k in dict.fromkeys(numbers)]
+    return ", ".join(distinct[:_SHOWN]) + ", ..." * (len(distinct) > _SHOWN)
+
+
+def distinct_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """Returns names that differ from each other and from `taken`: those that do not are followed by their number."""
+    repeated = {text for text in names if names.count(text) > 1} | set(taken)
+    return [f"{text} (#{k})" if text in repeated else text for k, text in enumerate(names)]
+
+
+def _of_text(i: int, parts: Sequence[str], classes: int, names: Sequence[str]) -> int:
+    """Returns the class number of one label of the command line.
+
+    Raises:
+      ConfigError: It is not a class, or it is the name of one class and the number of another.
+    """
+    part = parts[i]
+    if not part:
+        raise ConfigError(f"{_FIELD}: a label is empty. Give class numbers or names separated by commas.")
+    found = _of_item(part, classes, names)
+    other = int(part) if _NUMBER.fullmatch(part) else found
+    if other == found or not 0 <= other < classes:
+        return found
+    short = len(parts) <= _SHOWN
+    before, behind = (parts[:i], parts[i + 1 :]) if short else ((), ())
+    by_name, by_number = _json([*before, part, *behind]), _json([*before, other, *behind])
+    raise ConfigError(
+        f"{_FIELD}: {part!r} is ambiguous. It names the class {names[found]!r} (number {found}) and is the number of the class "
+        f"{name(other, names)!r}. Write '{by_name}' for the name or '{by_number}' for the number."
+    )
+
+
+def _of_item(item: int | str, classes: int, names: Sequence[str]) -> int:
+    """Returns the class number of an integer, or of a text: the name of a class or, if it names none, a number.
+
+    Raises:
+      ConfigError: It is not a class, or several classes have the name.
+    """
+    if isinstance(item, int):
+        return _in_range(item, classes)
+    found = _named(item, names)
+    if len(found) > 1:
+        writings = " or ".join(f"'{_json([k])}'" for k in found)
+        raise ConfigError(
+            f"{_FIELD}: {item!r} is the name of the classes {', '.join(map(str, found))}. Write {writings}."
+        )
+    if found or _NUMBER.fullmatch(item.strip()):
+        return _in_range(found[0] if found else int(item), classes)
+    close = difflib.get_close_matches(item, names, 3, 0.5) or [text for text in names if item in text][:3] or names[:3]
+    known = f"names are {', '.join(map(repr, close))}, ..." if names else "this data set names none"
+    commas = next((text for text in close if "," in text), None)
+    hint = f" A name with a comma is written as in '{_json([commas])}'." if commas else ""
+    raise ConfigError(f"{_FIELD}: {item!r} is neither a class number nor a class name ({known}).{hint}")
+
+
+def _named(text: str, names: Sequence[str]) -> list[int]:
+    """Returns the numbers of the classes that a text names.
+
+    An exact match comes first. Otherwise Unicode forms, outer spaces and leading zeros do not count: "2" names "02".
+    """
+    exact = [k for k, known in enumerate(names) if known == text]
+    return exact or [k for k, known in enumerate(names) if _normal(known) == _normal(text)]
+
+
+def _normal(text: str) -> str:
+    text = unicodedata.normalize("NFC", text).strip()
+    return str(int(text)) if _NUMBER.fullmatch(text) else text
+
+
+def _in_range(number: int, classes: int) -> int:
+    if not 0 <= number < classes:
+        raise ConfigError(f"{_FIELD}: {number} is not a class. Class numbers run from 0 to {classes - 1}.")
+    return number
+
+
+def _is_integer(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _python_item(item: Any) -> int | str:
+    if isinstance(item, str):
+        return str(item)
+    if isinstance(item, bool) or not _is_integer(item):
+        raise ConfigError(f"labels: {reprlib.repr(item)} must be a class number (an integer) or a class name (a text).")
+    return operator.index(item)
+
+
+def _json(items: Iterable[int | str]) -> str:
+    return json.dumps(list(items), ensure_ascii=False)

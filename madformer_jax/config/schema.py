@@ -1,0 +1,379 @@
+"""The configuration schema: every field with its default. What a field may hold is in limits.py.
+
+A config is read once, at the edge: modules below take plain values. `base()` holds every field that exists, with the
+default for new training; `weights.release_config` has the PyTorch release's choices for the same model.
+"""
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from madformer_jax.config import class_labels, fields, identity, validation
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import provenance, storage
+from madformer_jax.config.shapes import SCALING_FACTOR, Sizes, sizes_of
+
+BESIDE = "tokenizer.json"  # as text.tokenizer of an export's config.json: the file that lies beside it
+
+
+def base() -> ConfigDict:
+    """Every field of a config with its default: the sound choice for new training where the release is odd.
+
+    A new field needs a line in `identity`, and its choices or range in `limits`.
+    """
+    c = ConfigDict()
+    c.seed = 0
+    c.platform = ""  # "cpu", "gpu", "tpu": refuse to start on anything else; "" takes what JAX finds
+    c.compilation_cache = "auto"  # folder of compiled programs, or "auto", "workdir", "off" (docs/performance.md)
+    c.profile = ""  # "100:103": write a profiler trace of these training steps to workdir/profile
+
+    c.model = ConfigDict()
+    c.model.width = 1152  # d
+    c.model.heads = 18  # head size is width / heads
+    c.model.depth = 28  # N, decoder layers
+    c.model.diffusion_depth = 14  # D, of them run at every denoising step (paper Table 1)
+    c.model.mlp_width = 4096  # SwiGLU hidden
+    c.model.blocks = 16  # L, AR length; a square number, or twice one (paper Table 2)
+    c.model.unet_channels = (512, 1024)
+    c.model.unet_layers = 2  # ResNet blocks a stage going down; one more going up
+    c.model.unet_attention = (False, True)  # self-attention after each ResNet block of the stage
+    c.model.unet_groups = 8
+    c.model.unet_heads = 8
+    c.model.unet_time_width = 128
+    c.model.unet_stride = 2  # of the convolution between two stages; 1 keeps a token for every latent position
+    c.model.unet_kernel = 3  # or 1 (not the paper's): positions meet in the transformer alone (docs/text.md)
+    c.model.neighbours = False  # True (not the paper's): a block's U-Net sees what stands left of it and above it
+    c.model.predicts = "eps"  # the output for a noisy block: its noise, v or x0 (docs/training.md)
+    c.model.rope = "axial"  # "axial": each axis turns its own half of a head; "release": the release's mixing
+    c.model.time_embedding = "sinusoidal"  # or "raw" (release): the timestep itself as one number 0..999
+    c.model.clean_timestep = "zero"  # timestep given to clean blocks; "noisy" (release): that of the noisy block
+    c.model.hidden_from = "condition"  # what the hidden term reads; "noisy" (release): condition + embedded noisy block
+    c.model.clean_stream = True  # paper Table 3; False is the release's clear_clean
+    c.model.ar_condition = True  # paper Table 3; False is the release's clear_cond
+    c.model.param_sets = "separate"  # towers of the clean and the noisy stream; or "shared" (paper Table 4)
+    c.model.diffusion_attention = "sequence"  # or "block" (release: denoising_mlp; paper Table 5)
+    c.model.classes = 0  # 0: unconditional; else one label token per image, and one more label for "none"
+    c.model.attention = "auto"  # implementation of skip-causal attention: auto, reference, blocks, cudnn, pallas
+    c.model.dtype = "float32"  # of the computation, or "bfloat16"; parameters are always float32
+    c.model.remat = "none"  # what the backward pass recomputes: none, dots, attention, full (docs/performance.md)
+    c.model.scan_unroll = 1  # layers per iteration of the scan over layers
+
+    c.text = ConfigDict()  # captions in place of classes (docs/text.md)
+    c.text.vocabulary = 0  # tokens of the tokenizer; 0: no captions
+    c.text.tokenizer = ""  # a tokenizer.json, a file of tiktoken's, or "drawings": that of the embedded drawings
+    c.text.length = 1  # T, tokens of a caption, begin and end counted; 1 without captions
+    c.text.caption = "caption"  # the source's; or "class": the name of the image's class
+    c.text.truncate = False  # cut captions and prompts that are longer; else they are an error
+
+    c.loss = ConfigDict()  # weights lambda of the four terms (paper Table 6)
+    c.loss.image = 1.0
+    c.loss.hidden = 0.1
+    c.loss.clean = 0.0
+    c.loss.text = 0.0
+    c.loss.weighting = "output"  # how an error of the image counts: as it is, or "v": as one of v
+
+    c.codec = ConfigDict()
+    c.codec.name = "vae"  # image <-> latent: "vae" (AutoencoderKL) or "pixel" (space-to-depth, no learned part)
+    c.codec.patch = 2  # pixel: side of the square of pixels that becomes one latent position
+    c.codec.path = ""  # vae: a diffusers folder, a hub id or an Orbax folder made by --mode=convert
+    c.codec.scaling_factor = (
+        SCALING_FACTOR  # vae: what its latents are multiplied by; a VAE that says another is refused
+    )
+    c.codec.dtype = "float32"  # of the VAE's computation
+
+    c.data = ConfigDict()
+    c.data.source = "digits"  # digits | drawings | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
+    c.data.path = ""  # folder of images, tars or records; tfds: its data_dir
+    c.data.drawings = 20_000  # how many there are, over all splits
+    # train | test, which training never sees | all; drawings have "composition" too, tfds its own, prepared records theirs
+    c.data.split = "train"
+    c.data.test_share = 0.05  # of folder, webdataset and drawings, by a hash of each name; digits hold out a fifth
+    c.data.image_size = 256
+    c.data.channels = 3
+    c.data.crop = True  # centre crop to a square after the resize of the shorter side; False squeezes
+    c.data.background = "white"  # what shows behind transparent pixels: a name, or "#rrggbb"
+    c.data.max_corrupt = 0.05  # share of records passed over (unreadable, or a label is missing); more is an error
+    c.data.max_pixels = 179_000_000  # of an image file; larger ones are passed over as unreadable
+    c.data.flip = False  # random horizontal flip
+    c.data.workers = 0  # worker processes that read and decode; 0: in the training process
+    c.data.threads = 2  # batches in the making at once, in each process that reads; more for a bucket that answers late
+    c.data.batches_ahead = 2  # finished batches waiting there
+
+    c.prepare = ConfigDict()  # --mode=prepare, which writes to the workdir (docs/data.md)
+    c.prepare.kind = "images"  # or "latents": the VAE's mean and log-variance
+    c.prepare.shard = 1024  # source images a shard: what is done again after a kill, at most
+    c.prepare.batch = 16  # images encoded at once
+    c.prepare.max_corrupt = 0.05  # share of undecodable images that is still skipped; more is an error
+    c.prepare.flip = False  # a flipped copy of each image as well
+
+    c.train = ConfigDict()
+    c.train.batch = 64  # images a step, over all devices
+    c.train.steps = 1000
+    c.train.accumulate = 1  # microbatches whose gradients are averaged into one step
+    c.train.ema_decay = 0.9999
+    c.train.ema_warmup = True  # decay min(target, (1 + step) / (10 + step)); False (release): constant
+    c.train.context_noise = 0  # noise on the clean blocks, at timesteps up to this one; 0: none
+    c.train.label_dropout = 0.1  # share of labels or captions replaced by "none", for guidance
+    c.train.log_every = 50
+    c.train.sample_every = 0  # steps between sample grids; 0: only at the end
+    c.train.checkpoint_every = 1000
+    c.train.evaluate_every = 0  # steps between scores of samples (docs/evaluation.md), and at the end; 0: never
+    c.train.evaluate_n = 256  # images that are scored then
+    c.train.validate_every = 0  # steps between losses on `evaluate.split`, and at the end; 0: never
+    c.train.validate_n = 256  # images that they are the mean over, rounded up to whole batches
+    c.train.judge = False  # at the end, do what --mode=reference and --mode=evaluate do, and judge real images beside
+    c.train.keep = 3  # newest checkpoints kept
+    c.train.keep_every = 0  # and for ever the averages of those at multiples of this step; 0: none
+    c.train.init_from = ""  # workdir or export whose weights a new run starts from
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.clip = 1.0  # global gradient norm; 0: off
+    c.optimizer.skip = (
+        0  # steps in a row without effect because a gradient is not finite; one more ends the run; 0: none
+    )
+    c.optimizer.schedule = "wsd"  # wsd | cosine | constant
+    c.optimizer.warmup = 0.01  # share of the steps, linear
+    c.optimizer.decay = 0.15  # wsd: share of the steps at the end in which the rate falls to 2^-6
+
+    c.sample = ConfigDict()
+    c.sample.step = -1  # of the checkpoint; -1 takes the newest
+    c.sample.n = 64
+    c.sample.batch = 64  # images drawn at once, over all devices
+    c.sample.shard = 256  # images in a file: what is drawn again after a kill, at most
+    c.sample.grid = 64  # the first images, shown in the PNG of a sampling and of a training's step
+    c.sample.film = ""  # "webp": an animation of how the images of the grid come into being (--mode=sample)
+    c.sample.solver = "dpmpp_2m"  # ddim | dpmpp_2m
+    c.sample.spacing = "trailing"  # trailing | leading | linspace
+    c.sample.steps = 50
+    c.sample.guidance = 1.0  # classifier-free guidance scale; 1: off
+    c.sample.guidance_schedule = "constant"  # or "linear": from 1 at the first solver step to the scale at the last
+    c.sample.guidance_interval = (0, 999)  # lowest and highest timestep with guidance
+    c.sample.prompts = ""  # captions: "a red planet; a blue one", a JSON list, a .txt file, or a split: "data:test"
+    c.sample.labels = ""  # "": all classes; or names and numbers: "cat,7"; or a JSON list: '["2", 7]'
+    c.sample.label_sampling = "balanced"  # these in turn; or "random": each image's drawn from the seed
+    c.sample.weights = "ema"  # ema | raw
+    c.sample.noise = ""  # .npy file of the initial noise (n, L, positions, C) in place of the seed's
+    c.sample.clip = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
+
+    c.evaluate = ConfigDict()  # --mode=reference and --mode=evaluate (docs/evaluation.md)
+    c.evaluate.network = "classifier"  # whose features are compared: classifier | attributes | inception
+    c.evaluate.network_path = ""  # its weights; "": classifier.npz, attributes.npz or inception in the workdir
+    c.evaluate.reference = ""  # statistics to compare with; "": reference.npz in the workdir
+    c.evaluate.split = "test"  # of which --mode=reference makes them
+    c.evaluate.n = 1000  # images that are judged
+    c.evaluate.checkpoints = "newest"  # or "last:5", or steps: "1000,2000"
+    c.evaluate.grid = ""  # settings of `sample`, every combination: "steps=5,20;guidance=1,2"
+    c.evaluate.images = ""  # judge these instead: "data:<split>", a .npz, a folder of .npz files or of images
+    c.evaluate.degrade = ""  # and spoil them first, to see what a score sees: "noise:16", "blur:1.5"
+    c.evaluate.training = ""  # reference of the training images: whether a sample is a copy of one
+
+    c.gallery = ConfigDict()  # --mode=gallery
+    c.gallery.n = 8  # images
+    c.gallery.grid = ""  # settings to set side by side, as in evaluate.grid; "": a fifth of the solver steps, and all
+
+    c.demo = ConfigDict()  # --mode=demo
+    c.demo.n = 4  # images a side
+    c.demo.other = ""  # workdir or export of a second model to set beside the workdir's
+    c.demo.host = "127.0.0.1"  # address to serve at; "0.0.0.0": all of this machine's
+    c.demo.port = 7860  # 0: any that is free
+
+    c.convert = ConfigDict()  # --mode=convert: one of the first four
+    c.convert.release = ""  # the release's checkpoint, to a workdir
+    c.convert.vae = ""  # a diffusers folder or hub id, to workdir/vae
+    c.convert.inception = ""  # FID's Inception checkpoint, to workdir/inception
+    c.convert.to_release = ""  # file to write from the workdir's newest checkpoint
+    c.convert.weights = ""  # "ema" or "model", where there are both; "" reads the EMA, writes what sample.weights says
+
+    c.compile = ConfigDict()  # --mode=compile (docs/scaling.md)
+    c.compile.time = True  # estimate it as well; memory alone takes a third of the time
+
+    c.benchmark = ConfigDict()  # --mode=benchmark
+    c.benchmark.parts = "train,sample,data"  # what to measure, some of these
+    c.benchmark.warmup = 1  # runs before those that count
+    c.benchmark.steps = 5  # runs whose median counts
+
+    c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c.lock()  # a misspelt field is an error, in a config file too
+
+
+def differences(c: ConfigDict) -> dict[str, Any]:
+    """The fields in which a config differs from the defaults, with its values: {"model.width": 96}."""
+    defaults = fields.flat(base())
+    return {name: value for name, value in fields.flat(c).items() if name not in defaults or value != defaults[name]}
+
+
+def restored(saved: Any, path: str, trusted: bool | None = None) -> ConfigDict:
+    """Returns the config of a folder from the content of its config.json. Missing fields have their defaults.
+
+    A stranger's file chooses no path, no device and no address: fields of the machine have their defaults unless this user wrote
+    the file. The compilation cache has its default in any case, because the programs in it are executed.
+
+    Args:
+      saved: The content.
+      path: The file's name.
+      trusted: Whether this user wrote the file; None looks it up (`runtime.provenance`).
+
+    Raises:
+      ConfigError: The content is not a config of this package.
+    """
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path} is damaged: it holds no config.")
+    c, known = fields.flat(saved), fields.flat(base())
+    c.pop("model.text_length", None)  # of older configs, in which it could only be 1
+    try:
+        fields.check(known | c, known)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    config = base()
+    config.update_from_flattened_dict(c)
+    config.compilation_cache = known["compilation_cache"]
+    trusted = provenance.is_recorded(saved) if trusted is None else trusted
+    if not trusted:
+        _log_ignored(path, identity.unportable(fields.flat(config), known))
+        config = portable(config)
+    beside = epath.Path(path).parent / BESIDE
+    if config.text.tokenizer == BESIDE and (not trusted or beside.exists() or not os.path.exists(BESIDE)):
+        config.text.tokenizer = os.fspath(beside)
+    return config
+
+
+def _log_ignored(path: str, values: Mapping[str, Any]) -> None:
+    given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != BESIDE)
+    if given:
+        logging.warning(
+            "%s: settings of the machine that wrote it are ignored (docs/weights.md): %s. Set those that you need.",
+            path,
+            given,
+        )
+
+
+def portable(c: ConfigDict) -> ConfigDict:
+    """Returns a copy without what belongs to this machine: its defaults, and for a tokenizer's file the one beside config.json."""
+    found, defaults = c.copy_and_resolve_references(), fields.flat(base())
+    for name in identity.unportable(fields.flat(c), defaults):
+        found.update_from_flattened_dict({name: BESIDE if name == "text.tokenizer" else defaults[name]})
+    return found
+
+
+def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> dict[str, int]:
+    """Reads a config file's argument, as in `ffhq1024.py:D=7,tiny`.
+
+    Args:
+      text: what stands behind the colon; "" for none.
+      numbers: the names that take a number, with their defaults.
+      words: the names that stand alone.
+
+    Returns:
+      The value of each name; of `words`, 1 for those that are there and 0 for the others.
+
+    Raises:
+      ConfigError: a name is unknown or its value no number.
+    """
+    chosen = numbers | dict.fromkeys(words, 0)
+    for part in text.split(",") if text else ():
+        name, given, value = part.partition("=")
+        if name in numbers and value.isdecimal():
+            chosen[name] = int(value)
+        elif name in words and not given:
+            chosen[name] = 1
+        else:
+            known = ", ".join([*(f"{name}=<number>" for name in numbers), *words])
+            raise ConfigError(f"--config: variant {part!r} is unknown: it is made of {known}, separated by commas.")
+    return chosen
+
+
+def as_tiny(c: ConfigDict) -> None:
+    """Shrinks a large config to a few steps of a small model on the embedded digits, D and L in proportion.
+
+    Raises:
+      ConfigError: there is no such D.
+    """
+    validation.check_depth(c)
+    share = c.model.diffusion_depth / c.model.depth
+    c.model.depth = 4
+    c.model.diffusion_depth = max(1, round(share * c.model.depth))
+    c.model.width, c.model.heads, c.model.mlp_width = 64, 4, 128
+    c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (16, 32), 1, 32
+    c.model.classes = min(c.model.classes, 10)
+    if c.text.vocabulary:  # the digits' names
+        c.text.tokenizer, c.text.vocabulary, c.text.length, c.text.caption = "drawings", 835, 4, "class"
+        c.sample.prompts = "0;1;2;3;4;5;6;7;8;9"
+    c.codec.name, c.codec.patch = "pixel", 2  # no VAE is needed
+    c.data.source, c.data.image_size, c.data.channels = "digits", 32, 1
+    c.train.steps, c.train.log_every, c.train.sample_every = 20, 5, 0
+    c.train.batch = c.sample.n = c.sample.batch = 16
+    c.sample.steps = 4
+    c.evaluate.network, c.evaluate.n = "classifier", 16
+
+
+def split(given: str) -> tuple[str, str, str]:
+    """Path, colon and variant of --config=FILE:variant; a path may hold colons."""
+    ends = [i for i, character in enumerate(given) if character == ":"] + [len(given)]
+    end = next((i for i in ends if os.path.isfile(given[:i])), ends[0])
+    return given[:end], given[end : end + 1], given[end + 1 :]
+
+
+def expand_paths(c: ConfigDict) -> None:
+    """Expands `~` in all fields that are paths. Call it at the edge: once for a config that a user has given.
+
+    Raises:
+      ConfigError: The home folder is unknown.
+    """
+    prompts = ("sample.prompts",) if c.sample.prompts.endswith(".txt") else ()
+    for field in (*validation.PATHS, *prompts):
+        section, _, name = field.rpartition(".")
+        owner = c[section] if section else c
+        owner[name] = storage.expand(owner[name])
+
+
+def validate(c: ConfigDict) -> Sizes:
+    """Checks a whole config and returns its sizes.
+
+    Raises:
+      ConfigError: one line on the first setting that is wrong.
+    """
+    fields.check(c, base())
+    validation.check(c)
+    return sizes_of(c)
+
+
+def labels(c: ConfigDict) -> list[int]:
+    """Returns the class of each of the `sample.n` images; empty without classes.
+
+    Images take the labels of `sample.labels` in turn. With `sample.label_sampling="random"` each image's label is drawn from
+    them, all equally likely.
+
+    Raises:
+      ConfigError: A label is not a class number of the model.
+    """
+    chosen = class_labels.parse(c.sample.labels, c.model.classes)
+    if chosen and c.sample.label_sampling == "random":
+        return random.Random(c.seed).choices(chosen, k=c.sample.n)
+    return [chosen[i % len(chosen)] for i in range(c.sample.n)] if chosen else []
+
+
+def number_labels(c: ConfigDict, names: Sequence[str]) -> None:
+    """Replaces the labels in `sample.labels` by class numbers. A second call changes nothing.
+
+    Args:
+      c: The config, which is changed.
+      names: Names of all classes in order; empty if the data name none.
+
+    Raises:
+      ConfigError: A label is not a class, or it is ambiguous.
+    """
+    if c.sample.labels:
+        chosen = class_labels.parse(c.sample.labels, c.model.classes, names)
+        c.sample.labels = class_labels.from_numbers(chosen)

@@ -1,0 +1,311 @@
+"""What the fields of a config may hold: choices, ranges, and what must fit together. The fields themselves: config.py."""
+
+import math
+import unicodedata
+
+from ml_collections import ConfigDict
+
+from madformer_jax.config import class_labels, fields
+from madformer_jax.diffusion.parameterization import PREDICTS, WEIGHTINGS
+from madformer_jax.errors import ConfigError
+from madformer_jax.models.plan import TERMS
+from madformer_jax.config.shapes import sizes_of, vocabulary_of
+
+CHOICES: dict[str, tuple[str | int, ...]] = {
+    "platform": ("", "cpu", "gpu", "tpu"),
+    "model.unet_kernel": (1, 3),
+    "model.predicts": PREDICTS,
+    "model.rope": ("axial", "release"),
+    "model.time_embedding": ("sinusoidal", "raw"),
+    "model.clean_timestep": ("zero", "noisy"),
+    "model.hidden_from": ("condition", "noisy"),
+    "model.param_sets": ("separate", "shared"),
+    "model.diffusion_attention": ("sequence", "block"),
+    "model.attention": ("auto", "reference", "blocks", "cudnn", "pallas"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "attention", "full"),
+    "text.caption": ("caption", "class"),
+    "loss.weighting": WEIGHTINGS,
+    "codec.name": ("pixel", "vae"),
+    "codec.dtype": ("float32", "bfloat16"),
+    "prepare.kind": ("images", "latents"),
+    "optimizer.schedule": ("wsd", "cosine", "constant"),
+    "sample.film": ("", "webp"),
+    "sample.solver": ("ddim", "dpmpp_2m"),
+    "sample.spacing": ("trailing", "leading", "linspace"),
+    "sample.guidance_schedule": ("constant", "linear"),
+    "sample.label_sampling": ("balanced", "random"),
+    "sample.weights": ("ema", "raw"),
+    "convert.weights": ("", "ema", "model"),
+}
+
+# field -> smallest and largest value
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "model.width": (1, math.inf),
+    "model.heads": (1, math.inf),
+    "model.depth": (1, math.inf),
+    "model.mlp_width": (1, math.inf),
+    "model.unet_layers": (1, math.inf),
+    "model.unet_groups": (1, math.inf),
+    "model.unet_heads": (1, math.inf),
+    "model.unet_time_width": (2, math.inf),
+    "model.unet_stride": (1, 2),
+    "model.classes": (0, math.inf),
+    "text.vocabulary": (0, math.inf),
+    "text.length": (1, math.inf),
+    "model.scan_unroll": (1, math.inf),
+    "loss.image": (0, math.inf),
+    "loss.hidden": (0, math.inf),
+    "loss.clean": (0, math.inf),
+    "loss.text": (0, math.inf),
+    "gallery.n": (1, 64),
+    "demo.n": (1, 64),
+    "demo.port": (0, 65535),
+    "codec.scaling_factor": (1e-6, math.inf),
+    "data.drawings": (1, math.inf),
+    "data.image_size": (1, 1 << 15),
+    "data.channels": (1, math.inf),
+    "data.test_share": (0, 1),
+    "data.max_corrupt": (0, 1),
+    "data.max_pixels": (1, math.inf),
+    "data.workers": (0, math.inf),
+    "data.threads": (1, math.inf),
+    "data.batches_ahead": (1, math.inf),
+    "prepare.shard": (1, math.inf),
+    "prepare.batch": (1, math.inf),
+    "prepare.max_corrupt": (0, 1),
+    "optimizer.skip": (0, math.inf),
+    "train.batch": (1, math.inf),
+    "train.steps": (1, math.inf),
+    "train.accumulate": (1, math.inf),
+    "train.ema_decay": (0, 1),
+    "train.context_noise": (0, 999),
+    "train.label_dropout": (0, 1),
+    "train.log_every": (1, math.inf),
+    "train.sample_every": (0, math.inf),
+    "train.checkpoint_every": (1, math.inf),
+    "train.evaluate_every": (0, math.inf),
+    "train.evaluate_n": (10, math.inf),
+    "train.validate_every": (0, math.inf),
+    "train.validate_n": (1, math.inf),
+    "train.keep": (1, math.inf),
+    "train.keep_every": (0, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.clip": (0, math.inf),
+    "optimizer.warmup": (0, 1),
+    "optimizer.decay": (0, 1),
+    "sample.step": (-1, math.inf),
+    "sample.n": (1, math.inf),
+    "sample.batch": (1, math.inf),
+    "sample.shard": (1, math.inf),
+    "sample.grid": (1, math.inf),
+    "sample.steps": (1, 999),
+    "sample.guidance": (0, 1000),
+    "sample.clip": (0, math.inf),
+    "evaluate.n": (1, math.inf),
+    "benchmark.warmup": (0, math.inf),
+    "benchmark.steps": (1, math.inf),
+}
+
+_UNCONDITIONAL = {
+    "sample.guidance": 1.0,
+    "sample.guidance_schedule": "constant",
+    "sample.guidance_interval": (0, 999),
+    "sample.label_sampling": "balanced",
+}
+
+PATHS = (
+    "compilation_cache", "codec.path", "data.path", "text.tokenizer", "sample.noise", "convert.release", "convert.vae",
+    "convert.inception",
+    "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
+    "train.init_from", "demo.other",
+)  # fmt: skip
+_SCHEMES = ("gs", "s3", "az", "hf")  # of epath
+_LARGEST = 2**31 - 1  # of an integer; JAX's are of 32 bits
+
+
+def check_path(name: str, path: str) -> None:
+    """Refuses a value that cannot be meant as a path.
+
+    Any character of a file name is accepted, but no control characters, which the one line of a message cannot hold, and
+    no bytes that are not UTF-8 (surrogates in Python), which most libraries refuse.
+
+    Raises:
+      ConfigError: Names the flag or field.
+    """
+    scheme, remote, _ = path.partition("://")
+    if remote and scheme not in _SCHEMES:
+        raise ConfigError(f"{name}={path!r} is on no file system that is known: {', '.join(_SCHEMES)} are.")
+    if path.lower() in ("none", "null", "true", "false"):
+        raise ConfigError(f"{name}={path!r} is not a path. Leave it empty ({name}=) if none is meant.")
+    wrong = [character for character in path if unicodedata.category(character) in ("Cc", "Cs")]
+    if wrong:
+        raise ConfigError(f"{name}={path!r}: {wrong[0]!r} is not supported in a path. Rename the file or folder.")
+
+
+def check(c: ConfigDict) -> None:
+    """Checks the values of a config that has all fields.
+
+    Raises:
+      ConfigError: one line on the first setting that is wrong.
+    """
+    given = fields.flat(c)
+    for field, choices in CHOICES.items():
+        if given[field] not in choices:
+            raise ConfigError(f"config.{field}={given[field]!r} is unknown: one of {', '.join(map(repr, choices))}.")
+    for field, (low, high) in RANGES.items():
+        if not low <= given[field] <= high:
+            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise ConfigError(f"config.{field}={given[field]} is out of range: it must be {bound}.")
+    for field, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{field}={value} must be a finite number.")
+        if isinstance(value, int) and field != "seed" and abs(value) > _LARGEST:
+            raise ConfigError(f"config.{field}={value} is out of range: it must be at most {_LARGEST}.")
+    for field in PATHS:
+        check_path(f"config.{field}", given[field])
+    check_depth(c)
+    m = c.model
+    if m.width % m.heads or (m.width // m.heads) % 4:
+        raise ConfigError(
+            f"config.model.width={m.width} over config.model.heads={m.heads} must give a head size that is a multiple of 4."
+        )
+    if len(m.unet_channels) != len(m.unet_attention) or not m.unet_channels:
+        raise ConfigError("config.model.unet_channels and config.model.unet_attention need one entry for each stage.")
+    for channels in m.unet_channels:
+        if channels < 1 or channels % m.unet_groups or channels % m.unet_heads:
+            raise ConfigError(
+                f"config.model.unet_channels={tuple(m.unet_channels)} must be multiples of "
+                f"unet_groups={m.unet_groups} and unet_heads={m.unet_heads}."
+            )
+    if m.time_embedding == "sinusoidal" and m.unet_time_width % 2:
+        raise ConfigError(f"config.model.unet_time_width={m.unet_time_width} must be even for a sinusoidal embedding.")
+    if c.loss.clean and not m.clean_stream:
+        raise ConfigError(
+            "config.loss.clean needs config.model.clean_stream=True: there is no clean output without it."
+        )
+    _check_text(c)
+    if c.train.context_noise and m.clean_timestep == "noisy":
+        raise ConfigError(
+            f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model must be "
+            "told the timestep of its context."
+        )
+    if not any(c.loss[term] for term in TERMS):
+        raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
+    if c.train.batch % c.train.accumulate:
+        raise ConfigError(
+            f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
+        )
+    for field, neutral in _UNCONDITIONAL.items():
+        known = m.classes if field == "sample.label_sampling" else vocabulary_of(c)
+        if given[field] != neutral and not known:
+            raise ConfigError(
+                f"config.{field}={given[field]} needs a class-conditional model (model.classes), or one that reads captions "
+                "(text.vocabulary)."
+            )
+    interval = given["sample.guidance_interval"]
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 999:
+        raise ConfigError(
+            f"config.sample.guidance_interval={interval} must be the lowest and the highest timestep with guidance, from 0 to "
+            "999, as in (200, 600)."
+        )
+    for field, what in (("keep_every", "kept"), ("evaluate_every", "scored")):
+        if c.train[field] % c.train.checkpoint_every:
+            raise ConfigError(
+                f"config.train.{field}={c.train[field]} is not a multiple of config.train.checkpoint_every="
+                f"{c.train.checkpoint_every}: only steps that are saved can be {what}."
+            )
+    profiled_steps(c)
+    _check_sampling(c)
+
+
+def _check_text(c: ConfigDict) -> None:
+    """Refuses captions without a vocabulary, and half of what they need."""
+    vocabulary, length = c.text.vocabulary, c.text.length
+    if vocabulary and c.model.classes:
+        raise ConfigError(
+            f"config.text.vocabulary={vocabulary} and config.model.classes={c.model.classes}: a model reads captions or "
+            "classes; set one of them to 0."
+        )
+    if vocabulary and length < 3:
+        raise ConfigError(f"config.text.length={length}: a caption has a begin, a token and an end, so 3 at least.")
+    for field, neutral in (("length", 1), ("tokenizer", ""), ("caption", "caption"), ("truncate", False)):
+        if not vocabulary and c.text[field] != neutral:
+            raise ConfigError(
+                f"config.text.{field}={c.text[field]!r} needs captions: set config.text.vocabulary, the tokenizer's number of "
+                "tokens."
+            )
+    if c.sample.prompts and not vocabulary:
+        raise ConfigError("config.sample.prompts needs a model that reads captions (text.vocabulary).")
+    if c.loss.text and not vocabulary:
+        raise ConfigError(
+            f"config.loss.text={c.loss.text} needs captions (text.vocabulary): of a class there is nothing to predict."
+        )
+
+
+def _check_sampling(c: ConfigDict) -> None:
+    """Refuses labels that no class can have, and a solver step that has no noise to remove."""
+    s = c.sample
+    if s.labels and not c.model.classes:
+        raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
+    class_labels.check(s.labels, c.model.classes)  # names are known with the data
+    if s.solver == "ddim" and s.spacing != "trailing" and s.steps == 1:
+        raise ConfigError(
+            f"config.sample.steps=1 with solver='ddim' and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
+            "config.sample.spacing=trailing, or 2 steps or more."
+        )
+
+
+def check_depth(c: ConfigDict) -> None:
+    """Refuses a number of diffusion layers that the model cannot have."""
+    m = c.model
+    if not 1 <= m.diffusion_depth <= m.depth:
+        raise ConfigError(
+            f"config.model.diffusion_depth={m.diffusion_depth} (D) must be from 1 to config.model.depth={m.depth} (N)."
+        )
+
+
+def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
+    """The first and last step of `profile`; None where nothing is profiled.
+
+    Raises:
+      ConfigError: it is no range of steps, or training never comes there.
+    """
+    if not c.profile:
+        return None
+    first, _, last = c.profile.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise ConfigError(f"config.profile={c.profile!r} must be a first and a last step, as in '100:103'.")
+    if int(last) >= c.train.steps:
+        raise ConfigError(
+            f"config.profile={c.profile!r}: training ends behind step {c.train.steps - 1} (config.train.steps={c.train.steps})."
+        )
+    return int(first), int(last)
+
+
+def doubts(c: ConfigDict) -> list[str]:
+    """Returns a line for each setting that is allowed and probably a mistake."""
+    lines = doubts_of_sampling(c)
+    values, channels = sizes_of(c).channels, c.model.unet_channels[0]
+    if channels < values and c.model.predicts != "x0":
+        lines.append(
+            f"config.model.unet_channels[0]={channels} is less than the {values} values of a latent position: the noise predicted "
+            f"from {channels} channels cannot fill them all, and its loss stays above {1 - channels / values:.2f}; use {values} "
+            "or more, or config.model.predicts=x0."
+        )
+    return lines
+
+
+def doubts_of_sampling(c: ConfigDict) -> list[str]:
+    """Returns those lines of `doubts` that concern how images are drawn."""
+    if c.sample.guidance == 1 or c.train.label_dropout > 0:
+        return []
+    return [
+        f"config.sample.guidance={c.sample.guidance:g} with config.train.label_dropout=0: the model never trained without a "
+        "label, so that guidance extrapolates from an untrained token. Use config.sample.guidance=1, or train with "
+        "config.train.label_dropout=0.1."
+    ]

@@ -1,0 +1,365 @@
+"""What a config costs: FLOPs of the matrix products and convolutions, by part, and the peak rates to hold them against.
+
+A multiply-add counts as 2. Element-wise work, and products with a convolution's zero padding, count as nothing; nor does
+what `model.remat` computes again. Everything else is counted as `models.madformer` and `diffusion.sampler` compute it: the
+streams and passes that `models.plan` says, and a block attends to what it sees.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from madformer_jax.models.plan import TERMS, plan, sampling_plan, switches_of
+from madformer_jax.models.vae import AutoencoderKL
+from madformer_jax.config.shapes import sizes_of, vocabulary_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs by part."""
+
+    ar_layers: float = 0.0  # projections and SwiGLU of the image streams
+    diffusion_layers: float = 0.0
+    attention: float = 0.0  # scores and weighted values of the image streams, in both kinds of layers
+    unet: float = 0.0  # down- and upsampler, with their own attention
+    vae: float = 0.0
+    text: float = 0.0  # all of the text stream
+
+    @property
+    def total(self) -> float:
+        return math.fsum(dataclasses.astuple(self))
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def __mul__(self, times: float) -> "Cost":
+        return Cost(*(times * a for a in dataclasses.astuple(self)))
+
+
+# ---- convolutional networks, one block or image at a time
+
+
+Side = int | tuple[int, int]  # of a square, or height and width
+
+
+def _conv(side: Side, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
+    """A size x size convolution, padded by size // 2 on each side."""
+    pad = size // 2
+
+    def taps(length: int) -> int:
+        outputs = (length + 2 * pad - size) // stride + 1
+        return sum(0 <= o * stride + k - pad < length for o in range(outputs) for k in range(size))
+
+    height, width = side if isinstance(side, tuple) else (side, side)
+    return 2.0 * taps(height) * taps(width) * channels * features
+
+
+def _resnet(side: Side, channels: int, features: int, time_width: int = 0, kernel: int = 3) -> float:
+    shortcut = _conv(side, channels, features, 1) if channels != features else 0.0
+    convolutions = _conv(side, channels, features, kernel) + _conv(side, features, features, kernel)
+    return convolutions + shortcut + 2.0 * time_width * features
+
+
+def _self_attention(positions: int, channels: int) -> float:
+    return 8.0 * positions * channels**2 + 4.0 * positions**2 * channels
+
+
+def _time_embedding(c: ConfigDict) -> tuple[float, float]:
+    """Of one timestep: the first and the second linear layer."""
+    width = c.model.unet_time_width
+    return 2.0 * (1 if c.model.time_embedding == "raw" else width) * width, 2.0 * width**2
+
+
+def _downsampler(c: ConfigDict) -> tuple[float, float]:
+    """Of one block: everything, and the part of it that reads data, in which the backward pass needs no input gradient."""
+    m, sizes = c.model, sizes_of(c)
+    height, width = sizes.block_side, sizes.block_width
+    seen = 3 * sizes.channels if m.neighbours else sizes.channels
+    first = _conv((height, width), seen, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
+    total, before = first + _time_embedding(c)[1], m.unet_channels[0]
+    for stage, channels in enumerate(m.unet_channels):
+        for _ in range(m.unet_layers):
+            total += _resnet((height, width), before, channels, m.unet_time_width, m.unet_kernel)
+            total += _self_attention(height * width, channels) if m.unet_attention[stage] else 0.0
+            before = channels
+        if stage + 1 < len(m.unet_channels):
+            total += _conv((height, width), channels, channels, stride=m.unet_stride)
+            height, width = height // m.unet_stride, width // m.unet_stride
+    return total + _conv((height, width), before, m.width, m.unet_kernel), first
+
+
+def _upsampler(c: ConfigDict) -> tuple[float, float]:
+    """As `_downsampler`."""
+    m, sizes = c.model, sizes_of(c)
+    skips = [m.unet_channels[0]]
+    for stage, channels in enumerate(m.unet_channels):
+        skips += [channels] * (m.unet_layers + (stage + 1 < len(m.unet_channels)))
+    height, width, before = sizes.token_side, sizes.token_width, m.unet_channels[-1]
+    total = _conv((height, width), m.width, before, m.unet_kernel) + sum(_time_embedding(c))
+    for stage, channels in reversed(list(enumerate(m.unet_channels))):
+        for _ in range(m.unet_layers + 1):
+            total += _resnet((height, width), before + skips.pop(), channels, m.unet_time_width, m.unet_kernel)
+            total += _self_attention(height * width, channels) if m.unet_attention[stage] else 0.0
+            before = channels
+        if stage:
+            height, width = height * m.unet_stride, width * m.unet_stride
+            total += _conv((height, width), channels, channels)
+    return total + _conv((height, width), before, sizes.channels, m.unet_kernel), _time_embedding(c)[0]
+
+
+def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
+    """Of one image of side x side pixels."""
+    v = model or AutoencoderKL()
+    total, before = _conv(side, v.in_channels, v.block_out_channels[0]), v.block_out_channels[0]
+    for stage, channels in enumerate(v.block_out_channels):
+        for _ in range(v.layers_per_block):
+            total += _resnet(side, before, channels)
+            before = channels
+        if stage + 1 < len(v.block_out_channels):
+            # padded on one side: each of the side / 2 outputs has three taps, the last one two
+            total += 2.0 * (3 * (side // 2) - 1) ** 2 * channels**2
+            side //= 2
+    moments = 2 * v.latent_channels
+    return total + _vae_middle(side, before) + _conv(side, before, moments) + _conv(side, moments, moments, 1)
+
+
+def vae_decode(side: int, model: AutoencoderKL | None = None) -> float:
+    """Of one image of side x side pixels."""
+    v = model or AutoencoderKL()
+    side //= v.reduction
+    before = v.block_out_channels[-1]
+    total = _conv(side, v.latent_channels, v.latent_channels, 1) + _conv(side, v.latent_channels, before)
+    total += _vae_middle(side, before)
+    for stage, channels in enumerate(reversed(v.block_out_channels)):
+        for _ in range(v.layers_per_block + 1):
+            total += _resnet(side, before, channels)
+            before = channels
+        if stage + 1 < len(v.block_out_channels):
+            side *= 2
+            total += _conv(side, channels, channels)
+    return total + _conv(side, before, v.out_channels)
+
+
+def _vae_middle(side: int, channels: int) -> float:
+    return 2 * _resnet(side, channels, channels) + _self_attention(side**2, channels)
+
+
+# ---- decoder layers
+
+
+def _tower(c: ConfigDict, tokens: float, keys_only: bool = False) -> float:
+    """Projections and SwiGLU of one layer; or only its keys and values."""
+    d = c.model.width
+    return tokens * (4.0 * d**2 if keys_only else 8.0 * d**2 + 6.0 * d * c.model.mlp_width)
+
+
+def _text_layer(c: ConfigDict, keys_only: bool) -> float:
+    length = c.text.length
+    return _tower(c, length, keys_only) + (0.0 if keys_only else 4.0 * length**2 * c.model.width)
+
+
+def _scores(c: ConfigDict, block: int, block_only: bool) -> float:
+    """Attention of one image block in one layer: the text, the blocks before it (unless `block_only`) and itself."""
+    s = sizes_of(c).tokens
+    keys = s * (1 if block_only else block + 1) + (c.text.length if vocabulary_of(c) else 0)
+    return 4.0 * s * keys * c.model.width
+
+
+def _stage(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[str, ...], clean_blocks: int) -> Cost:
+    """All blocks of `streams` through a stage; those that are not in `out` give only keys in the last layer."""
+    diffusion = name == "diffusion_layers"
+    layers = c.model.diffusion_depth if diffusion else c.model.depth - c.model.diffusion_depth
+    cost = Cost()
+    for stream in streams if layers else ():
+        ends = stream not in out
+        if stream == "text":
+            cost += Cost(text=(layers - 1) * _text_layer(c, False) + _text_layer(c, ends))
+            continue
+        blocks = clean_blocks if stream == "clean" else c.model.blocks
+        tokens = blocks * sizes_of(c).tokens
+        towers = (layers - 1) * _tower(c, tokens) + _tower(c, tokens, ends)
+        scores = sum(_scores(c, i, diffusion and c.model.diffusion_attention == "block") for i in range(blocks))
+        cost += Cost(**{name: towers}, attention=(layers - ends) * scores)
+    return cost
+
+
+# ---- programs
+
+
+def forward(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
+    """Of one image: the forward pass of training, without the codec; by default for the loss terms that have a weight."""
+    return _forward(c, terms)[0]
+
+
+def _forward(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]:
+    """The cost, and the part of it whose input is data."""
+    m = c.model
+    terms = tuple(name for name in TERMS if c.loss[name]) if terms is None else terms
+    p = plan(terms, switches_of(c))
+    cost = _stage(c, "ar_layers", p.ar, p.between, p.clean_blocks)
+    cost += _stage(c, "diffusion_layers", p.diffusion, p.out, p.clean_blocks)
+    if "text" in p.out:
+        cost += Cost(text=2.0 * c.text.length * m.width * vocabulary_of(c))
+    (down, down_first), (up, up_first) = _downsampler(c), _upsampler(c)
+    downs, ups = m.blocks * len(p.down), m.blocks * len(p.up)
+    return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first
+
+
+def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
+    """Of one optimizer step of `train.batch` images: forward, backward at twice its cost less the gradients of the data.
+
+    encode: the VAE encodes images in the step; False for cached latents.
+    """
+    cost, first = _forward(c, None)
+    cost = cost * 3 + Cost(unet=-first)
+    if encode and c.codec.name == "vae":
+        cost += Cost(vae=vae_encode(c.data.image_size))
+    return cost * c.train.batch
+
+
+def sampling(c: ConfigDict, n: int = 1) -> Cost:
+    """Of n images with the config's solver steps and guidance: the AR layers and the clean tower once per block, the
+    diffusion layers at every step, the codec's decoder. Both branches run at every step, inside `guidance_interval` or not.
+    """
+    m, steps, stages = c.model, c.sample.steps, sampling_plan(switches_of(c))
+    s, last = sizes_of(c).tokens, c.model.blocks - 1
+    ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
+    cost, unguided = Cost(), Cost()
+    if vocabulary_of(c):
+        cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
+    for block in range(m.blocks):
+        # The clean tower and the downsampler run on a finished block if anything reads what they return.
+        extend_ar, extend_diffusion = (block < last and x for x in (stages.extend_ar, stages.extend_diffusion))
+        embedded = block < last and (stages.condition or extend_ar)
+        # The AR layers: the condition, then the finished block's keys and values.
+        runs = stages.condition + extend_ar
+        towers, scores = runs * ar * _tower(c, s), runs * ar * _scores(c, block, False)
+        if (
+            extend_ar and ar and not extend_diffusion
+        ):  # nothing reads more of the last AR layer than its keys and values
+            towers += _tower(c, s, True) - _tower(c, s)
+            scores -= _scores(c, block, False)
+        cost += Cost(ar_layers=towers, attention=scores)
+        # the diffusion layers: every step, then the finished block, in the last layer only to its keys and values
+        towers = steps * m.diffusion_depth * _tower(c, s)
+        scores = steps * m.diffusion_depth * _scores(c, block, block_only)
+        if extend_diffusion:
+            towers += (m.diffusion_depth - 1) * _tower(c, s) + _tower(c, s, True)
+            scores += (m.diffusion_depth - 1) * _scores(c, block, False)
+        cost += Cost(diffusion_layers=towers, attention=scores, unet=steps * _upsampler(c)[0])
+        unguided += Cost(unet=(steps + embedded) * _downsampler(c)[0])
+    if c.codec.name == "vae":
+        unguided += Cost(vae=vae_decode(c.data.image_size))
+    branches = guidance_branches(c)
+    return (cost * branches + unguided) * n
+
+
+def guidance_branches(c: ConfigDict) -> int:
+    """Branches of each solver step: 2 with guidance, whose interval and schedule skip no branch, else 1."""
+    return 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
+
+
+def nfe(c: ConfigDict) -> float:
+    """Returns the paper's NFE of an image (section 1), (N - D) / N + steps D / N, for each guidance branch.
+
+    The formula leaves out the clean tower and knows no ablation switch: `passes` counts what runs.
+    """
+    m = c.model
+    return guidance_branches(c) * (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth
+
+
+class LayerCalls(NamedTuple):
+    """Decoder layers that sampling runs on one block, in each guidance branch."""
+
+    condition: int  # AR layers on the prediction stream, once a block
+    step: int  # diffusion layers, at every solver step
+    extension: int  # layers of the clean tower that extend the cache, once for every block but the last
+
+
+def layer_calls(c: ConfigDict) -> LayerCalls:
+    """Returns the layers that run, by the model's switches. A layer of which only keys and values are used counts as one."""
+    m, stages = c.model, sampling_plan(switches_of(c))
+    ar = m.depth - m.diffusion_depth
+    extension = stages.extend_ar * ar + stages.extend_diffusion * m.diffusion_depth
+    return LayerCalls(stages.condition * ar, m.diffusion_depth, extension)
+
+
+def passes(c: ConfigDict) -> float:
+    """Returns the full-model passes of an image: all decoder layers that run on its blocks, divided by N L.
+
+    The text runs through the layers once, before the first block; it is no image block and counts in FLOPs alone.
+    """
+    return passes_until(c, c.model.blocks - 1, c.sample.steps)
+
+
+def passes_until(c: ConfigDict, block: int, step: int) -> float:
+    """Returns the share of `passes` that has run after solver step `step` (from 1) of block `block` (from 0)."""
+    m, calls = c.model, layer_calls(c)
+    layers = (block + 1) * calls.condition + (block * c.sample.steps + step) * calls.step + block * calls.extension
+    return guidance_branches(c) * layers / (m.depth * m.blocks)
+
+
+def image_cost(c: ConfigDict) -> dict[str, float]:
+    """Returns the cost of sampling an image under the names that results have for it."""
+    return {"solver_steps": c.sample.steps, "nfe": nfe(c), "passes": passes(c), "flops": sampling(c).total}
+
+
+# ---- rates
+
+# Dense FLOP/s of one JAX device from the makers' data sheets: part of `device_kind` -> (bfloat16, float32 as JAX computes
+# it by default: TF32 on GPUs, bfloat16 products on TPUs). The first entry that fits counts.
+_PEAKS: tuple[tuple[str, float, float], ...] = (
+    ("TPU v4", 275e12, 275e12),
+    ("TPU v5 lite", 197e12, 197e12),
+    ("TPU v5e", 197e12, 197e12),
+    ("TPU v5", 459e12, 459e12),  # v5p
+    ("TPU v6", 918e12, 918e12),
+    ("TPU7x", 1153e12, 1153e12),  # half a chip is a device
+    ("GB200", 2500e12, 1250e12),
+    ("B200", 2250e12, 1125e12),
+    ("H100 PCIe", 756e12, 378e12),
+    ("H100", 989e12, 494e12),
+    ("H200", 989e12, 494e12),
+    ("GH200", 989e12, 494e12),
+    ("A100", 312e12, 156e12),
+    ("A10G", 70e12, 35e12),
+    ("L40S", 362e12, 183e12),
+    ("L4", 121e12, 60e12),
+    ("RTX 5090", 209e12, 105e12),
+    ("RTX 4090", 165e12, 83e12),
+    ("RTX 3090", 71e12, 36e12),
+)
+
+
+def peak(dtype: str = "float32", device: jax.Device | None = None) -> float:
+    """FLOP/s that one device can reach: of the data sheet, or where there is none (a CPU) of a measured matrix product."""
+    device = device or jax.local_devices()[0]
+    for kind, bfloat16, float32 in _PEAKS:
+        if kind in device.device_kind:
+            return bfloat16 if dtype == "bfloat16" else float32
+    return matmul_rate(dtype)
+
+
+@functools.cache
+def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of a size x size matrix product on this machine, the best of `repeats`; half a second on a laptop."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(repeats):
+        began = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+def mfu(cost: Cost, seconds: float, devices: int = 1, dtype: str = "float32") -> float:
+    """Share of the peak rate of `devices` devices that was reached by doing `cost` in `seconds`."""
+    return cost.total / (seconds * devices * peak(dtype))

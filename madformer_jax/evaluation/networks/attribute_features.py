@@ -1,0 +1,23 @@
+"""The reader of attributes as a feature network: it tells pictures apart that a classifier of a few styles takes for alike."""
+
+from typing import Any
+
+from jax import Array
+
+from madformer_jax.evaluation.networks.network import Network
+from madformer_jax.evaluation.networks import attribute_classifier as model
+
+
+def open_network(path: str) -> Network:
+    """The reader that --mode=reference wrote to `path`.
+
+    Raises:
+      ConfigError: there is none, or it is damaged.
+    """
+    trained = model.load(path)
+    about = {"attributes": len(trained.values), "accuracy": trained.accuracy, "held_out": trained.held_out}
+
+    def apply(params: Any, images: Array) -> tuple[Array, None]:
+        return model.features(params, images, trained.values), None
+
+    return Network("attributes", about, model.DIMS, (3,), trained.params, apply)

@@ -1,0 +1,91 @@
+"""The model card of an export: README.md as the Hugging Face hub shows it, from what a workdir knows."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from madformer_jax.config import class_labels
+
+_OF_IMAGES = ("solver", "spacing", "steps", "guidance", "n")
+
+
+def text(
+    c: ConfigDict,
+    step: int,
+    parameters: int,
+    evaluations: Sequence[Mapping[str, Any]],
+    grid: bool,
+    names: Sequence[str] = (),
+) -> str:
+    """The card in Markdown.
+
+    Args:
+      c: the run's config.
+      step: the one that is published.
+      parameters: how many the model has.
+      evaluations: results of --mode=evaluate on images of this step.
+      grid: whether there is a picture `grid.png` beside it.
+      names: Names of the classes in order; empty if the data name none.
+    """
+    m, s = c.model, c.sample
+    kind = "captions" if c.text.vocabulary else f"{m.classes} classes" if m.classes else "nothing"
+    task = "text-to-image" if c.text.vocabulary else "unconditional-image-generation"
+    lines = [
+        "---", "library_name: madformer_jax", f"pipeline_tag: {task}",
+        "tags: [madformer, jax, image-generation]", "---", "",
+        "# A MADFormer", "",
+        f"Draws images of {c.data.image_size} x {c.data.image_size} pixels, conditional on {kind}, by mixed autoregression and "
+        "diffusion ([arXiv 2506.07999](https://arxiv.org/abs/2506.07999)).", "",
+        *(["![samples](grid.png)", ""] if grid else []),
+        "| | |", "|---|---|",
+        f"| parameters | {parameters:,} |",
+        f"| layers N, of them diffusion layers D | {m.depth}, {m.diffusion_depth} |",
+        f"| blocks L | {m.blocks} |",
+        f"| width, heads | {m.width}, {m.heads} |",
+        *([f"| classes | {_cell(class_labels.summary(range(m.classes), names))} |"] if m.classes and names else []),
+        f"| predicts | {m.predicts} |",
+        f"| codec | {c.codec.name}" + (f", patches of {c.codec.patch}" if c.codec.name == "pixel" else "") + " |",
+        f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps of {c.train.batch} |",
+        f"| sampled by default | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",
+        "```python", "import madformer_jax", "", 'model = madformer_jax.load("PATH or owner/name")',
+        f"images = model.sample({_example(c, names)})", "```", "",
+    ]  # fmt: skip
+    if evaluations:
+        lines += ["## Scores", "", *_table(evaluations, names), ""]
+    return "\n".join(lines)
+
+
+def _example(c: ConfigDict, names: Sequence[str]) -> str:
+    if c.text.vocabulary:
+        return 'prompts=["..."]'
+    if not c.model.classes:
+        return "4"
+    shown = min(2, c.model.classes)
+    unique = len(set(names)) == len(names) >= shown
+    return f"labels={json.dumps(list(names[:shown]) if unique else list(range(shown)), ensure_ascii=False)}"
+
+
+def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """A row for each setting; the protocol in full is in the JSON of --mode=evaluate."""
+    scores = list(dict.fromkeys(name for result in evaluations for name in result["scores"]))
+    about = [result["protocol"]["images"] | {"n": result["protocol"]["n"]} for result in evaluations]
+    shown = [*_OF_IMAGES, *(["labels"] if any(one.get("labels") for one in about) else [])]
+    rows = []
+    for result, one in zip(evaluations, about, strict=True):
+        if labels := one.get("labels"):
+            one["labels"] = class_labels.summary([int(k) for k in labels.split(",")], names)
+        cells = [str(one.get(name, "")) for name in shown]
+        for name in scores:
+            score = result["scores"].get(name)
+            cells.append(f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]" if score else "")
+        cells.append(str(result["protocol"]["reference"]))
+        rows.append("| " + " | ".join(map(_cell, cells)) + " |")
+    head = [*shown, *scores, "reference"]
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *sorted(rows)]
+
+
+def _cell(text: str) -> str:
+    """Returns a text that stays in its cell of a Markdown table."""
+    return text.replace("|", "\\|")

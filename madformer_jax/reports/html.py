@@ -1,0 +1,157 @@
+"""A report as one HTML file that holds everything and runs nothing: no script, nothing from elsewhere."""
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+
+from madformer_jax.reports import report_sections
+from madformer_jax.reports.formatting import Cell, Table, interval, number
+from madformer_jax.reports.report_sections import Facts, Figures, Folded, Item, Samples, Section
+from madformer_jax.reports.figures import Panel
+from madformer_jax.reports.results import Results
+
+_CSS = """
+:root { color-scheme: light; --ink: #1c1c1c; --soft: #5c5c5c; --rule: #dcdcdc; --tint: #f5f6f8; --accent: #0b4f8a; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 74rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: #fff;
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
+h2, summary { font-size: 1.25rem; font-weight: 700; line-height: 1.3; }
+h2 { margin: 2.6rem 0 .6rem; padding-top: .7rem; border-top: 2px solid var(--ink); }
+summary { margin: 1.4rem 0 .6rem; padding-top: .7rem; border-top: 1px solid var(--rule); cursor: pointer; }
+.inner summary { font-size: 1rem; border: 0; padding: 0; color: var(--accent); }
+code { white-space: nowrap; font: .88em ui-monospace, "DejaVu Sans Mono", monospace; }
+h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+.question { font-size: 1.1rem; color: var(--soft); }
+.note { font-size: .85rem; color: var(--soft); }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: 1rem 0; font-size: .9rem; }
+a { color: var(--accent); }
+.scroll { overflow-x: auto; max-width: 100%; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; line-height: 1.35; }
+th, td { text-align: left; vertical-align: top; padding: .4rem .9rem .4rem 0; white-space: nowrap; }
+th { border-bottom: 1px solid var(--ink); }
+tbody tr + tr > * { border-top: 1px solid var(--rule); }
+td.words { white-space: normal; min-width: 9rem; max-width: 17rem; }
+td small { display: block; color: var(--soft); font-size: .76rem; }
+td b { color: var(--accent); }
+td.label, th.label { position: sticky; left: 0; background: #fff; padding-right: 1.2rem; font-weight: 600; }
+pre { background: var(--tint); padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60rem;
+  font: .78rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
+pre div { padding-left: 2em; text-indent: -2em; } pre span { display: inline-block; text-indent: 0; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem 1.5rem; }
+.two { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+figure { margin: 0; max-width: 30rem; }
+figure svg { display: block; width: 100%; height: auto; }
+figure svg text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif !important; }
+.strip { margin: 0 0 .5rem; max-width: 34rem; }
+.strip figcaption { font-size: .85rem; font-weight: 600; }
+.strip img { display: block; width: 100%; image-rendering: pixelated; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .15rem 1rem; font-size: .85rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 30rem) { body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.4rem; } th, td { padding-right: .7rem; } }
+@media print { .scroll { overflow: visible; } }
+"""
+
+
+def html_of(results: Results, sections: Sequence[Section]) -> str:
+    """The page."""
+    title = _text(report_sections.heading(results))
+    links = "".join(f'<a href="#s{i}">{_text(one.title)}</a>' for i, one in enumerate(sections) if not one.folded)
+    question = f'<p class="question">{_text(results.question)}</p>' if results.question else ""
+    legend = (
+        "A figure is the mean over training seeds, with its 95 % t-interval and every seed's value below; the best mean is blue. "
+        "↓: less is better, ↑: more is."
+    )
+    body = "\n".join(_section(i, section) for i, section in enumerate(sections))
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{question}\n<p>{_text(report_sections.status(results))}</p>\n"
+        f'<p class="note">{_text(legend)}</p>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n'
+    )
+
+
+def _section(i: int, section: Section) -> str:
+    inside, title = "\n".join(map(_item, section.items)), _text(section.title)
+    if section.folded:
+        return f'<details id="s{i}"><summary>{title}</summary>\n{inside}\n</details>'
+    return f'<section id="s{i}"><h2>{title}</h2>\n{inside}\n</section>'
+
+
+def _item(item: Item) -> str:
+    if isinstance(item, Table):
+        return _table(item)
+    if isinstance(item, Figures):
+        kind = "panels two" if len(item.panels) in (2, 4) else "panels"
+        panels = "".join(f"<figure>{_inline(panel)}</figure>" for panel in item.panels)
+        return f'<h3>{_text(item.title)}</h3>\n<div class="{kind}">{panels}</div>'
+    if isinstance(item, Samples):
+        return _samples(item)
+    if isinstance(item, Folded):
+        inside = "\n".join(map(_table, item.tables))
+        return f'<details class="inner"><summary>{_text(item.title)}</summary>\n{inside}</details>'
+    return _facts(item)
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th{_label(j)}>{_text(name)}</th>" for j, name in enumerate(table.head))
+    rows = ["".join(_cell(x, j, (i, j) in table.best) for j, x in enumerate(row)) for i, row in enumerate(table.rows)]
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
+    made = f'<p class="note">{_text(table.gives)}:</p><pre>{_command(table.command)}</pre>' if table.command else ""
+    return (
+        f'<h3>{_text(table.title)}</h3>\n<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
+        f"</tbody></table></div>\n{note}{made}"
+    )
+
+
+def _command(lines: str) -> str:
+    """Commands that wrap between their flags."""
+    words = ([f"<span>{html.escape(word)}</span>" for word in line.split(" ")] for line in lines.split("\n"))
+    return "".join(f"<div>{' '.join(line)}</div>" for line in words)
+
+
+def _label(column: int) -> str:
+    return "" if column else ' class="label"'
+
+
+def _cell(x: Cell, column: int, best: bool) -> str:
+    if isinstance(x, str):
+        first, *others = x.split("\n")
+        words = ' class="words"' if column and len(first) > 30 else _label(column)
+        return f"<td{words}>{_text(first)}{''.join(f'<small>{_text(one)}</small>' for one in others)}</td>"
+    mean = f"<b>{_text(number(x.mean))}</b>" if best else _text(number(x.mean))
+    points = " ".join(map(number, x.values)) if len(x.values) > 1 else ""
+    small = "".join(f"<small>{_text(line)}</small>" for line in (interval(x), points) if line)
+    return f"<td>{mean}{small}</td>"
+
+
+def _samples(item: Samples) -> str:
+    rows = "".join(
+        f'<figure class="strip"><figcaption>{_text(strip.label)}</figcaption><img alt="samples of {_text(strip.label)}" '
+        f'src="data:image/png;base64,{base64.b64encode(strip.png).decode()}"></figure>'
+        for strip in item.strips
+    )
+    return f"<h3>{_text(str(item.budget))}</h3>\n{rows}"
+
+
+def _facts(facts: Facts) -> str:
+    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.rows)
+    return f"<h3>{_text(facts.title)}</h3>\n<dl>{rows}</dl>"
+
+
+def _inline(panel: Panel) -> str:
+    """A panel's SVG as part of a page: without its head, its size and names that no other panel could have again."""
+    svg = panel.svg.decode()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|QuadMesh)_?\d+"', "", svg)
+    size = re.search(r'viewBox="[^"]*"', svg)
+    opening = f'<svg {size[0] if size else ""} role="img" aria-label="{_text(panel.alt)}">'
+    return opening + svg[svg.index(">") + 1 :].replace("\n", "")
+
+
+def _text(x: str) -> str:
+    """For HTML; a minus is one, and what stands in backticks is code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", re.sub(r"(?<![\w.=-])-(?=\d)", "−", html.escape(x)))

@@ -1,0 +1,50 @@
+"""Samples of a sweep side by side: a picture for each budget, a row for each setting, the same noise in a column."""
+
+import io
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+from PIL import Image
+
+from madformer_jax.runtime import storage
+from madformer_jax.reports.results import Budget, Part, Results, key_of
+
+
+class Strip(NamedTuple):
+    """The first images of a setting at a budget, in a row."""
+
+    label: str
+    png: bytes
+
+
+def strips(results: Results, part: Part) -> list[tuple[Budget, list[Strip]]]:
+    """For each budget the row of each setting whose grid has one.
+
+    Raises:
+      ConfigError: a grid cannot be read.
+    """
+    grids = {run["name"]: run for run in results.runs if run.get("grid")}
+    found: dict[Budget, list[Strip]] = {}
+    for point in part.points:
+        if run := grids.get(point.run):
+            drawn = [_drawn(run, place) for place in run["grid_rows"]]
+            if (key := _drawn(run, point.place)) in drawn:
+                png = _row(run["folder"] / run["grid"], drawn.index(key), len(drawn))
+                found.setdefault(point.budget, []).append(Strip(part.label(point.setting), png))
+    return [(budget, found[budget]) for budget in part.budgets if budget in found]
+
+
+def _drawn(run: Mapping[str, Any], place: int) -> tuple[Any, ...]:
+    """What decides the images of one of a run's evaluations: budgets of two kinds may come to the same."""
+    evaluation = run["evaluations"][place]
+    return key_of(evaluation["overrides"]), evaluation["cost"]["solver_steps"]
+
+
+def _row(path: epath.Path, row: int, rows: int) -> bytes:
+    with storage.errors(f"{path} cannot be read"), Image.open(io.BytesIO(path.read_bytes())) as grid:
+        height = grid.height // rows
+        strip = grid.crop((0, row * height, grid.width, (row + 1) * height))
+    file = io.BytesIO()
+    strip.save(file, format="png")
+    return file.getvalue()
