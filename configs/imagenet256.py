@@ -1,6 +1,6 @@
 """ImageNet at 256 x 256, class-conditional (arXiv 2506.07999, section 4.1), 1.85 B parameters.
 
-    python -m madformer_jax.cli.command_line --config=configs/imagenet256.py:D=14,L=4 --workdir=gs://bucket/imagenet_d14
+    python -m madformer_jax.main --config=configs/imagenet256.py:D=14,L=4 --workdir=gs://bucket/imagenet_d14
 
 What stands behind the colon, any of it: D=7, 14, 21 or 28 diffusion layers of 28 (14 by default); L=1, 4, 8 (2 x 4) or 16 blocks (4);
 `text` for a model that reads the name of the class as its caption, of 2.14 B parameters with the 128 256 tokens of Llama 3's
@@ -12,15 +12,15 @@ It fits a TPU v5e:4x4 or v5p:2x2x1, and what is larger (docs/scaling.md).
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import schema
+from madformer_jax import config
 from madformer_jax.weights import release_config
 
 IMAGES, EPOCHS = 1_281_167, 50  # paper: 250 k steps
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    chosen = schema.variant(variant, {"D": 14, "L": 4}, ("text", "tiny"))
-    c = schema.base()  # whose width, heads, depth, U-Net and AdamW are the release's for FFHQ
+    chosen = config.variant(variant, {"D": 14, "L": 4}, ("text", "tiny"))
+    c = config.base()  # whose width, heads, depth, U-Net and AdamW are the release's for FFHQ
     c.model.diffusion_depth = chosen["D"]
     c.model.blocks = chosen["L"]
     c.model.unet_stride = 1  # a token for every latent position: 256 in a block at L = 4, as the release's defaults
@@ -52,5 +52,5 @@ def get_config(variant: str = "") -> ConfigDict:
     c.train.accumulate = 2
     c.model.remat = "attention"
     if chosen["tiny"]:
-        schema.as_tiny(c)
+        config.as_tiny(c)
     return c

@@ -17,7 +17,7 @@ usage: launch/host.sh VERB [-- main.py arguments]
 A run that was told to stop (SIGTERM) exits with status 143, whatever main.py returns, so that
 nobody takes a saved but unfinished training for a finished one.
 
-environment: MADFORMER_STATE (default ~/.madformer), MADFORMER_COMMAND (default: python -m madformer_jax.cli.command_line)
+environment: MADFORMER_STATE (default ~/.madformer), MADFORMER_COMMAND (default: python -m madformer_jax.main)
 USAGE
 }
 
@@ -52,7 +52,7 @@ main_py() {
   [[ -x .venv/bin/python ]] && python=.venv/bin/python
   # A command of several words, hence the unquoted expansion.
   # shellcheck disable=SC2206
-  command=(${MADFORMER_COMMAND:-$python -u -m madformer_jax.cli.command_line})
+  command=(${MADFORMER_COMMAND:-$python -u -m madformer_jax.main})
   supervise "${command[@]}" "$@"
 }
 

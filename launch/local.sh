@@ -12,7 +12,7 @@ script waits for them and exits with status 130, 143 or 129. When a process fail
 exits with the status of the failed one. Processes that still run after --grace (default 60) seconds get SIGKILL.
 
 They run on the CPU unless JAX_PLATFORMS says otherwise. XLA_FLAGS=--xla_force_host_platform_device_count=4 gives
-each process four devices. MADFORMER_COMMAND replaces "python -m madformer_jax.cli.command_line".
+each process four devices. MADFORMER_COMMAND replaces "python -m madformer_jax.main".
 USAGE
 }
 
@@ -44,7 +44,7 @@ done
 
 # A command of several words, hence the unquoted expansion.
 # shellcheck disable=SC2206
-COMMAND=(${MADFORMER_COMMAND:-python -u -m madformer_jax.cli.command_line})
+COMMAND=(${MADFORMER_COMMAND:-python -u -m madformer_jax.main})
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 PIDS=() RESULT=0 DEADLINE=

@@ -5,7 +5,7 @@ import runpy
 
 def main() -> None:
     """Runs the command line of the process, and ends it."""
-    runpy.run_module("madformer_jax.cli.command_line", run_name="__main__", alter_sys=True)
+    runpy.run_module("madformer_jax.main", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from madformer_jax.cost import topologies, tpu_time, flops
+from madformer_jax.cost import flops, topologies, tpu_time
 
 PRODUCTS = ((1024, 4096, 4096), (8192, 8192, 8192), (4096, 1152, 4096), (4096, 4096, 1152), (65536, 1152, 1152))
 CONVOLUTIONS = ((64, 32, 512, 512), (64, 16, 1152, 512))  # batch, side, channels, features; 3 x 3

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from configs import ffhq1024
-from madformer_jax.cost import topologies, tpu_time, flops
-from madformer_jax.ops import rope
+from madformer_jax.cost import flops, topologies, tpu_time
 from madformer_jax.models import transformer
 from madformer_jax.models.transformer import Streams
+from madformer_jax.ops import rope
 from madformer_jax.runtime import partitioning
 
 

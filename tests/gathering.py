@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from madformer_jax.cost import topologies, tpu_time, flops, hlo
+from madformer_jax.cost import flops, hlo, topologies, tpu_time
 from madformer_jax.models import layers, transformer
 from madformer_jax.runtime import partitioning
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from madformer_jax.config import schema
 from madformer_jax.diffusion import losses
-from madformer_jax.ops.attention import api
 from madformer_jax.models import madformer
+from madformer_jax.ops.attention import api
 from madformer_jax.ops.attention.api import KV, QKV
 from tests import tiny
 

@@ -21,8 +21,8 @@ os.environ["LIBTPU_INIT_ARGS"] = (
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from madformer_jax.cost import topologies, tpu_time, flops  # noqa: E402
-from madformer_jax.ops.attention import pallas_tpu_kernels, pallas_tpu  # noqa: E402
+from madformer_jax.cost import flops, topologies, tpu_time  # noqa: E402
+from madformer_jax.ops.attention import pallas_tpu, pallas_tpu_kernels  # noqa: E402
 from madformer_jax.ops.attention.qk_norm_rope import Projected  # noqa: E402
 from madformer_jax.ops.rope import Rotary  # noqa: E402
 

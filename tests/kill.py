@@ -31,11 +31,11 @@ from absl import logging
 from clu import metric_writers  # noqa: F401
 from ml_collections import ConfigDict
 
-from madformer_jax.training import hooks, train_step
-from madformer_jax.sampling import generation
 from madformer_jax.cli import command_line
 from madformer_jax.modes import sample, train  # noqa: F401
 from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.sampling import generation
+from madformer_jax.training import hooks, train_step
 
 STEPS = 20
 SHARDS = 8

@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from madformer_jax.sampling import codec
 from madformer_jax.config import schema
-from madformer_jax.training import train_step
+from madformer_jax.config.shapes import sizes_of
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, partitioning
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.sampling import codec
+from madformer_jax.training import train_step
 
 
 def peak() -> float:

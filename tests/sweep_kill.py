@@ -35,7 +35,7 @@ def sweep():
 
 
 def start(file: pathlib.Path, workdir: pathlib.Path, mode: str = "sweep") -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "madformer_jax.cli.command_line", f"--mode={mode}", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "madformer_jax.main", f"--mode={mode}", f"--workdir={workdir}"]
     with open(f"{workdir}.log", "ab") as log:
         return subprocess.Popen(command + [f"--config={file}"] * (mode == "sweep"), stdout=log, stderr=log)
 

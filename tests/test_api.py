@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 import madformer_jax
-from madformer_jax.sampling import generation, prompts
 from madformer_jax.cli import command_line
+from madformer_jax.config.shapes import sizes_of
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import sample
 from madformer_jax.runtime import checkpoint
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.sampling import generation, prompts
 from tests import tiny
 from tests.small import random_params
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.training import hooks, metric_writer, train_step
-from madformer_jax.sampling import generation
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import registry
 from madformer_jax.evaluation import images, reference_statistics, scores
+from madformer_jax.evaluation.networks import registry
 from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.modes import train
 from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.sampling import generation
+from madformer_jax.training import hooks, metric_writer, train_step
 from tests import tiny
 
 N = 12

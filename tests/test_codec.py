@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax.sampling import codec
 from madformer_jax.config.shapes import sizes_of
+from madformer_jax.sampling import codec
 
 
 def test_blocks_and_positions_stand_in_raster_order(tiny_config):

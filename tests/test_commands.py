@@ -11,10 +11,10 @@ import types
 import numpy as np
 import pytest
 
-from madformer_jax.sampling import generation
 from madformer_jax.cli import command_line
-from madformer_jax.evaluation.networks import classifier, attribute_classifier
+from madformer_jax.evaluation.networks import attribute_classifier, classifier
 from madformer_jax.modes import demo, sweep
+from madformer_jax.sampling import generation
 from madformer_jax.sweeps import sweep_folder
 from tests.test_docs import PAGES, ROOT, commands, of_ours
 from tests.testbed.test_sweep import Stage

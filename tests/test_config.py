@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import schema, validation
 from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import stored_config
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_fields_of_a_wrong_kind_are_named(tiny_config, changes, words):
         schema.validate(ConfigDict(content, type_safe=False))
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=f"run/config.json: .*{words}"):
-        schema.restored(content, "run/config.json")
+        stored_config.restored(content, "run/config.json")
 
 
 def test_a_field_that_is_missing_is_named_in_a_config_and_has_its_default_in_an_old_workdir(tiny_config):
@@ -141,9 +142,9 @@ def test_a_field_that_is_missing_is_named_in_a_config_and_has_its_default_in_an_
     del content["model"]["rope"]
     with pytest.raises(ConfigError, match="config.model.rope is missing"):
         schema.validate(ConfigDict(content))
-    assert schema.restored(content, "config.json", trusted=True).to_dict() == tiny_config.to_dict()
+    assert stored_config.restored(content, "config.json", trusted=True).to_dict() == tiny_config.to_dict()
     with pytest.raises(ConfigError, match="holds no config"):
-        schema.restored([1], "config.json")
+        stored_config.restored([1], "config.json")
 
 
 def test_channels_that_cannot_hold_the_noise_are_told(tiny_config):

@@ -6,8 +6,8 @@ import math
 import jax
 import pytest
 
-from madformer_jax.config import schema, validation
 from madformer_jax.cli import command_line
+from madformer_jax.config import schema, validation
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer

@@ -13,11 +13,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from madformer_jax.sampling import generation
-from madformer_jax.training import train_step
 from madformer_jax.evaluation.networks import classifier
 from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.sampling import generation
+from madformer_jax.training import train_step
 from tests import QUICK, tiny, worker
 
 ROOT = pathlib.Path(__file__).parent.parent

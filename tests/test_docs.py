@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-from madformer_jax.config import schema as config_lib
-from madformer_jax.config import fields
 from madformer_jax.cli import command_line, help
+from madformer_jax.config import fields
+from madformer_jax.config import schema as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,7 +31,7 @@ def commands(page, marked=True):
 def of_ours(words):
     """What follows the program's name, where a command runs it; None for others."""
     for i, word in enumerate(words):
-        if word in ("madformer_jax.cli.command_line", "madformer_jax") and words[i - 1] == "-m":
+        if word in ("madformer_jax.main", "madformer_jax") and words[i - 1] == "-m":
             return words[i + 1 :]
     if words[0] in ("...", "madformer"):
         return words[1:]
@@ -66,7 +66,7 @@ def test_the_reference_is_that_of_the_fields():
     assert all(f"| `{name}` |" in text for name in fields.flat(config_lib.base()))
 
 
-@pytest.mark.parametrize("mark, last", [("main", "madformer_jax.cli.command_line"), ("test", "pytest")])
+@pytest.mark.parametrize("mark, last", [("main", "madformer_jax.main"), ("test", "pytest")])
 def test_a_command_of_the_readme_is_complete_in_itself(mark, last):
     (block,) = re.findall(rf"<!-- {mark} -->\n```bash\n(.*)\n```", (ROOT / "README.md").read_text())
     steps = [shlex.split(step) for step in block.split("&&")]

@@ -3,11 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import partitioning
+from madformer_jax.sampling import codec, generation, prompts
 from tests import tiny
 from tests.small import random_params
 
@@ -149,7 +149,9 @@ def test_given_noise_is_read_by_number_and_not_compiled_in(plain, noise_only, tm
     plain.sample.noise = str(tmp_path / "noise.npy")
     np.save(plain.sample.noise, noise)
     drawn = np.concatenate([batch.latents for batch in draw(plain, [3, 0, 4])])
-    np.testing.assert_array_equal(codec.to_blocks(drawn, generation.sizes_of(plain)), noise[[3, 0, 4]].astype(np.float32))
+    np.testing.assert_array_equal(
+        codec.to_blocks(drawn, generation.sizes_of(plain)), noise[[3, 0, 4]].astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize(

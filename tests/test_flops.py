@@ -7,10 +7,10 @@ import pytest
 from flax import linen as nn
 
 from madformer_jax.config import schema
+from madformer_jax.config.shapes import sizes_of, vocabulary_of
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler
 from madformer_jax.models import madformer, vae
-from madformer_jax.config.shapes import sizes_of, vocabulary_of
 
 SWITCHES = {
     "four blocks": {"blocks": 4},

@@ -1,7 +1,7 @@
 """Command lines that people type, 400 of them: status 0, or status 2 after one line, and nothing lost, left or half-written.
 
 Most of this file is that table.
-A line is what stands behind `python -m madformer_jax.cli.command_line`; {names} are files and folders of `world`. Where it has no --config
+A line is what stands behind `python -m madformer_jax.main`; {names} are files and folders of `world`. Where it has no --config
 or --workdir it gets `tests.tiny`'s and a folder that does not exist.
 """
 
@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from madformer_jax.cli import command_line
-from madformer_jax.training import train_step
 from madformer_jax.evaluation.networks import classifier
 from madformer_jax.runtime import storage
+from madformer_jax.training import train_step
 from tests import tiny
 
 FLAGS = """

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 import madformer_jax
-from madformer_jax.publishing import gallery_page
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import sampling_grid
-from madformer_jax.publishing.gallery_page import Frame, Recording
 from madformer_jax.models import madformer
 from madformer_jax.modes import gallery as mode
+from madformer_jax.publishing import gallery_page
+from madformer_jax.publishing.gallery_page import Frame, Recording
 from madformer_jax.runtime import checkpoint
 from tests import tiny
 from tests.small import random_params

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from madformer_jax.config import schema, fields, identity
 from madformer_jax.cli import command_line
-from madformer_jax.data import text
+from madformer_jax.config import fields, identity, schema
 from madformer_jax.config.identity import FACTS
-from madformer_jax.runtime import provenance
+from madformer_jax.data import text
+from madformer_jax.runtime import provenance, stored_config
 
 LOCAL = {  # what a stranger's config.json may name
     "codec.path": "/home/them/vae",
@@ -71,7 +71,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
-    c = schema.restored(content, "theirs/config.json")
+    c = stored_config.restored(content, "theirs/config.json")
     assert (
         len(caplog.messages) == 1 and "data.path='/home/you/pictures'" in caplog.text and "\n" not in caplog.messages[0]
     )
@@ -98,7 +98,7 @@ def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
 def test_what_is_no_path_stays(content, name, value):
     section, _, field = name.partition(".")
     content[section][field] = value
-    assert fields.flat(schema.restored(content, "theirs/config.json"))[name] == value
+    assert fields.flat(stored_config.restored(content, "theirs/config.json"))[name] == value
 
 
 @pytest.mark.parametrize("path", ["weights/vae", "../vae", "./vae", "~/vae", "gs://theirs/vae", "file:///vae", "vae"])
@@ -107,22 +107,22 @@ def test_only_the_id_of_a_hub_is_no_path(content, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights" / "vae").mkdir(parents=True)
     content["codec"]["path"] = path
-    assert schema.restored(content, "theirs/config.json").codec.path == ""
+    assert stored_config.restored(content, "theirs/config.json").codec.path == ""
 
 
 def test_the_tokenizer_in_the_current_folder_is_not_that_of_a_stranger(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     content["text"]["tokenizer"] = "tokenizer.json"
-    assert schema.restored(content, "theirs/config.json").text.tokenizer == "theirs/tokenizer.json"
+    assert stored_config.restored(content, "theirs/config.json").text.tokenizer == "theirs/tokenizer.json"
 
 
 def test_the_config_of_a_run_of_ours_keeps_its_paths_but_for_the_compilation_cache(content):
     provenance.record(content)
-    found = fields.flat(schema.restored(content, "ours/config.json"))
+    found = fields.flat(stored_config.restored(content, "ours/config.json"))
     assert {name: found[name] for name in LOCAL} == LOCAL | {"compilation_cache": "auto"}
     content["data"]["path"] = "/etc"  # changed by somebody else
-    assert schema.restored(content, "ours/config.json").data.path == ""
+    assert stored_config.restored(content, "ours/config.json").data.path == ""
 
 
 def test_several_processes_read_the_same_config_whatever_each_has_recorded(content, tmp_path):

@@ -10,8 +10,8 @@ import pytest
 from absl import logging
 
 import madformer_jax.modes.train
-from madformer_jax.config import schema, fields
 from madformer_jax.cli import command_line, help
+from madformer_jax.config import fields, schema
 from madformer_jax.modes import evaluate, reference
 from madformer_jax.runtime import storage
 

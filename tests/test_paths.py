@@ -2,8 +2,8 @@
 
 import pytest
 
-from madformer_jax.config import schema, fields, validation
 from madformer_jax.cli import command_line
+from madformer_jax.config import fields, schema, validation
 from tests import paths
 from tests.test_main import DIGITS, error_of
 

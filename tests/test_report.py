@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from madformer_jax.training import metric_writer
 from madformer_jax.errors import ConfigError
+from madformer_jax.training import metric_writer
 from tests import tiny
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from madformer_jax.sampling import codec
-from madformer_jax.training import train_step
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.errors import ConfigError
 from madformer_jax.models.madformer import Outputs
 from madformer_jax.modes import train
 from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.sampling import codec
+from madformer_jax.training import train_step
 from tests import small, tiny
 
 

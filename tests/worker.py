@@ -13,8 +13,8 @@ from unittest import mock
 import jax
 from ml_collections import ConfigDict
 
-from madformer_jax.config import schema
 from madformer_jax.cli import command_line
+from madformer_jax.config import schema
 from madformer_jax.evaluation import shards
 from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import partitioning

@@ -1,6 +1,6 @@
 """Attention over the whole sequence in the diffusion layers, or within a block: the paper's Table 5.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/attention.py:digits --workdir=runs/attention_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/attention.py:digits --workdir=runs/attention_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256.
 """

@@ -1,6 +1,6 @@
 """L, the blocks of an image, at growing resolutions: the paper's Table 2 and its finding that blocks help as resolution grows.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/blocks.py:drawings --workdir=runs/blocks_drawings
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/blocks.py:drawings --workdir=runs/blocks_drawings
 
 Variants: drawings, the same pictures at 32, 64 and 128 px; digits, ffhq1024, imagenet256 at their own resolution.
 """

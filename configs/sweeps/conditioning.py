@@ -1,6 +1,6 @@
 """What the diffusion layers are told of the blocks before: the paper's Table 3.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/conditioning.py:digits --workdir=runs/conditioning_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/conditioning.py:digits --workdir=runs/conditioning_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. What a switch takes away takes its loss term with it, as in the release.
 """

@@ -1,6 +1,6 @@
 """Noise on the clean blocks in training: do errors add up over blocks, do borders show, and does noise help?
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/context_noise.py:digits --workdir=runs/context_noise_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/context_noise.py:digits --workdir=runs/context_noise_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. Look at the seam score beside the distances, against that of real images.
 """

@@ -1,6 +1,6 @@
 """D, the layers of N that run at every solver step: the paper's Table 1 and Figure 4, with intervals.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=runs/depth_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=runs/depth_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. All runs train for equal steps. Equal solver steps are cheaper for a small
 D; at equal NFE, the paper's count of model passes, it takes more steps. Both are drawn.

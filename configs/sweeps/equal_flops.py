@@ -1,6 +1,6 @@
 """D and width at equal training FLOPs: a small model for long, or a large one briefly?
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/equal_flops.py:digits --workdir=runs/equal_flops_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/equal_flops.py:digits --workdir=runs/equal_flops_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. The budget is what the base needs for its steps. D alone does not change
 the FLOPs of a training step, so that runs of one width train for equal steps (size.py trains all widths for equal steps).

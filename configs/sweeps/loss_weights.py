@@ -1,6 +1,6 @@
 """The weight of the hidden term, lambda_hidden: the paper's Table 6, and more of it.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/loss_weights.py:digits --workdir=runs/loss_weights_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/loss_weights.py:digits --workdir=runs/loss_weights_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256.
 """

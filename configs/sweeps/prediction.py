@@ -1,6 +1,6 @@
 """What the network predicts: the noise, v, or the clean latent, with errors counted as they are or all as of v.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/prediction.py:digits --workdir=runs/prediction_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/prediction.py:digits --workdir=runs/prediction_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256.
 """

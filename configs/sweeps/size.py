@@ -1,6 +1,6 @@
 """D against the width of the model, at equal training steps: does the best D move with size?
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/size.py:digits --workdir=runs/size_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/size.py:digits --workdir=runs/size_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. Heads keep their size, SwiGLU its ratio; the U-Net stays.
 Sampling budgets are full-model passes, which count every layer that runs (`flops.passes`), for each guidance branch.

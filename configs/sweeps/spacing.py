@@ -1,6 +1,6 @@
 """Timesteps of the solver at few steps: leading (the release's for DDIM) against trailing (ours), for each D.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/spacing.py:digits --workdir=runs/spacing_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/spacing.py:digits --workdir=runs/spacing_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. The trainings are those of depth.py: a copy of its folders `runs` and
 `judges` in the workdir is taken up, and only sampled from.

@@ -1,6 +1,6 @@
 """Parameters of the clean and the noisy stream, separate or shared: the paper's Table 4.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/towers.py:digits --workdir=runs/towers_digits
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/towers.py:digits --workdir=runs/towers_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256.
 """

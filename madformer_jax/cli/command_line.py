@@ -11,11 +11,8 @@ import signal
 import sys
 
 from madformer_jax.errors import ConfigError, first_line, leave
-from madformer_jax.runtime import malloc
+from madformer_jax.runtime import console, stored_config
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, leave)  # while modules load, an exception would be lost or end in a traceback
-    malloc.tune()
 # clu imports TensorFlow to write TensorBoard files; errors, jaxlib's among them, are shown
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # which is announced
@@ -34,9 +31,9 @@ from typing import Any, NamedTuple
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from madformer_jax.config import schema as config_lib
-from madformer_jax.config import fields, validation
 from madformer_jax.cli import help
+from madformer_jax.config import fields, validation
+from madformer_jax.config import schema as config_lib
 from madformer_jax.runtime import open_files, storage, xla_flags
 
 # ---- the command line
@@ -79,7 +76,7 @@ def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _File | N
         raise ConfigError(" ".join(str(error).split())) from error
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
-    config_lib.expand_paths(values.config)
+    stored_config.expand_paths(values.config)
     return values.config, values, file
 
 
@@ -155,7 +152,7 @@ def _of_workdir(values: flags.FlagValues) -> ConfigDict:
     saved = storage.read_json(path) if values.workdir else None
     if saved is not None:
         several = values.distributed or values.coordinator  # whose records may differ, and their configs must not
-        return config_lib.restored(saved, path, trusted=False if several else None)
+        return stored_config.restored(saved, path, trusted=False if several else None)
     if values.mode in ("convert", "report"):
         return config_lib.base()
     raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
@@ -282,7 +279,7 @@ def _log_to_stderr() -> None:
     logging.set_stderrthreshold("info")
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = os.path.dirname(os.path.abspath(__file__))
+    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the package
     handler.addFilter(lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours))
 
 
@@ -320,7 +317,7 @@ def run(argv: Sequence[str]) -> int:
     """
     page = _help(argv)
     if page:
-        help.show(page)
+        console.show(page)
         return 0
     open_files.raise_limit()
     config, values, file = _parse(argv)
@@ -353,7 +350,7 @@ def run(argv: Sequence[str]) -> int:
         import jax
 
         if jax.process_index() == 0:
-            help.show(help.after_training(config, values.workdir, scores))
+            console.show(help.after_training(config, values.workdir, scores))
     return 0 if result.get("fits", True) else 1
 
 
@@ -399,7 +396,3 @@ def _line(error: Exception) -> str | None:
             "train.accumulate, model.remat=full, or more devices along config.mesh.fsdp."
         )
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

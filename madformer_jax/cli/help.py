@@ -6,14 +6,13 @@ import importlib.resources
 import inspect
 import os
 import pkgutil
-import shlex
-import sys
 import textwrap
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import schema, fields, validation
 from madformer_jax import modes
+from madformer_jax.config import fields, schema, validation
+from madformer_jax.runtime import console
 
 _COMMAND = "python -m madformer_jax"
 _WIDTH = 118
@@ -100,11 +99,11 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
     chosen = ["--config.sample.labels=[0, 1]", "--config.sample.guidance=2"] if c.model.classes else []
 
     def command(mode: str, *arguments: str) -> str:
-        return f"  {_COMMAND} " + " ".join(map(quoted, [f"--workdir={workdir}", f"--mode={mode}", *arguments]))
+        return f"  {_COMMAND} " + " ".join(map(console.quoted, [f"--workdir={workdir}", f"--mode={mode}", *arguments]))
 
     made = (
         f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard "
-        f"{quoted(f'--logdir={workdir}')})."
+        f"{console.quoted(f'--logdir={workdir}')})."
     )
     draw = command("sample", "--config.sample.n=100", *chosen)
     if scores:
@@ -117,31 +116,17 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
     return "\n".join([made, why, draw, command("reference"), command("evaluate")])
 
 
-def show(text: str) -> None:
-    """Prints text. If nobody reads standard output any more (`--help | head`), nothing is printed from here on."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
-
-
 def where_configs_are(path: str) -> str:
     """For a path like `configs/digits.py` that does not exist here: where the project's own config files are."""
     if os.path.normpath(path).partition("/")[0] != "configs":
         return ""
-    checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     if os.path.isfile(shipped := os.path.join(checkout, os.path.normpath(path))):
         return f" in {os.getcwd()}. Use --config={shipped}"
     return (
         f" in {os.getcwd()}. The project's configs are not part of an installed package: run the command in a checkout of the "
         "project, or give the path of a file in its folder configs"
     )
-
-
-def quoted(argument: str) -> str:
-    """`--name=value` as it is pasted into a shell."""
-    name, equals, value = argument.partition("=")
-    return f"{name}{equals}{shlex.quote(value)}"
 
 
 def _of_all() -> str:

@@ -6,10 +6,9 @@ import unicodedata
 from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels, fields
-from madformer_jax.diffusion.parameterization import PREDICTS, WEIGHTINGS
-from madformer_jax.errors import ConfigError
-from madformer_jax.models.plan import TERMS
+from madformer_jax.config.choices import PREDICTS, TERMS, WEIGHTINGS
 from madformer_jax.config.shapes import sizes_of, vocabulary_of
+from madformer_jax.errors import ConfigError
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "platform": ("", "cpu", "gpu", "tpu"),

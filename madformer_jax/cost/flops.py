@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from madformer_jax.models.plan import TERMS, plan, sampling_plan, switches_of
-from madformer_jax.models.vae import AutoencoderKL
+from madformer_jax.config.choices import TERMS
 from madformer_jax.config.shapes import sizes_of, vocabulary_of
+from madformer_jax.models.plan import plan, sampling_plan, switches_of
+from madformer_jax.models.vae import AutoencoderKL
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,11 +29,11 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from ml_collections import ConfigDict
 
+from madformer_jax.config.shapes import sizes_of
 from madformer_jax.data import preprocess
 from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import open_files, storage
-from madformer_jax.config.shapes import sizes_of
 
 FORMAT = 2  # of the manifest; 1 had no seals, no names of classes, and the VAE's path for its weights
 MANIFEST = "manifest.json"

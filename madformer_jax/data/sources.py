@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.data.drawings import pictures
 from madformer_jax.data import listing, records, sidecars, tars, text
+from madformer_jax.data.drawings import pictures
 from madformer_jax.data.source import Examples, Part, Source, fingerprint, held_out, place
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from madformer_jax.config.choices import TERMS
 from madformer_jax.diffusion import parameterization
 from madformer_jax.diffusion.schedule import TIMESTEPS, add_noise, alpha_sigma
 from madformer_jax.models.madformer import MADFormer, Outputs
-from madformer_jax.models.plan import TERMS
 
 
 class Weights(NamedTuple):

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # limits.py, which reads the names below, is there before JAX
     from jax import Array
 
-PREDICTS = ("eps", "v", "x0")
-WEIGHTINGS = ("output", "v")
-
 
 def target(predicts: str, z: Array, noise: Array, alpha: Any, sigma: Any) -> Array:
     """What the output is compared with; z, noise and it are of one shape."""

@@ -11,13 +11,12 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import ImageFilter
 
-from madformer_jax.runtime import progress
 from madformer_jax.data import listing, pipeline, preprocess, sources
 from madformer_jax.data.source import Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.evaluation import shards
 from madformer_jax.evaluation.networks.registry import Outputs
-from madformer_jax.runtime import storage
+from madformer_jax.runtime import progress, storage
 
 
 class Rows(NamedTuple):

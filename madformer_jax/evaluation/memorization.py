@@ -6,9 +6,9 @@ from collections.abc import Iterable
 import numpy as np
 from absl import logging
 
-from madformer_jax.runtime import progress
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import reference_statistics, scores
+from madformer_jax.runtime import progress
 
 
 class Training:

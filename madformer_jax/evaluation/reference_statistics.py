@@ -17,8 +17,8 @@ from etils import epath
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import scores
-from madformer_jax.evaluation.shards import Arrays
 from madformer_jax.evaluation.scores import Gaussian
+from madformer_jax.evaluation.shards import Arrays
 from madformer_jax.runtime import storage
 
 FEATURES = 50_000  # vectors that most scores compare with

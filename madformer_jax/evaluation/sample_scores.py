@@ -9,18 +9,17 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import prompts
+from madformer_jax.config.shapes import sizes_of
 from madformer_jax.data import pipeline
-from madformer_jax.sampling.generation import Drawn
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import registry
-from madformer_jax.evaluation import judge, shards, judge_paths, reference_statistics
+from madformer_jax.evaluation import judge, judge_paths, reference_statistics, shards
 from madformer_jax.evaluation.memorization import Training
+from madformer_jax.evaluation.networks import attribute_classifier, registry
+from madformer_jax.evaluation.networks.attribute_classifier import Reader
 from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.evaluation.reference_statistics import Reference
-from madformer_jax.evaluation.networks import attribute_classifier
-from madformer_jax.evaluation.networks.attribute_classifier import Reader
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.sampling import prompts
+from madformer_jax.sampling.generation import Drawn
 from madformer_jax.weights.fingerprint import fingerprint
 
 

@@ -20,11 +20,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from madformer_jax.runtime import progress
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import seams
 from madformer_jax.evaluation.networks.registry import Outputs
-from madformer_jax.runtime import lock, storage
+from madformer_jax.runtime import lock, progress, storage
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.ops.attention import api
-from madformer_jax.ops import rope
-from madformer_jax.ops.attention.api import KV
+from madformer_jax.config.choices import TERMS
+from madformer_jax.config.shapes import sizes_of, vocabulary_of
 from madformer_jax.models.cache import Cache, ModelCache, write_block
 from madformer_jax.models.layers import dense
-from madformer_jax.models.plan import TERMS, Switches, plan, sampling_plan
-from madformer_jax.ops.rope import Rotary
+from madformer_jax.models.plan import Switches, plan, sampling_plan
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
-from madformer_jax.config.shapes import sizes_of, vocabulary_of
+from madformer_jax.ops import rope
+from madformer_jax.ops.attention import api
+from madformer_jax.ops.attention.api import KV
+from madformer_jax.ops.rope import Rotary
 
 
 class Outputs(NamedTuple):

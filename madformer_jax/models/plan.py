@@ -10,8 +10,6 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config.shapes import vocabulary_of
 
-TERMS = ("image", "hidden", "clean", "text")  # of the loss; each needs one output
-
 
 class Switches(NamedTuple):
     """What of a model decides which streams it has; names as in `config.model`."""

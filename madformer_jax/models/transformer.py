@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.ops.attention import api, pallas_tpu
-from madformer_jax.ops import scan_layers
-from madformer_jax.ops.attention.api import KV, QKV
 from madformer_jax.models.cache import Cache
 from madformer_jax.models.layers import NORM_SCALE, XAVIER_THIRD, dense, gated, rms_norm
+from madformer_jax.ops import scan_layers
+from madformer_jax.ops.attention import api, pallas_tpu
+from madformer_jax.ops.attention.api import KV, QKV
 from madformer_jax.ops.attention.qk_norm_rope import Projected, turned
 from madformer_jax.ops.rope import Rotary
 
@@ -225,9 +225,7 @@ class LayerStack(nn.Module):
     ) -> Streams:
         """All blocks at once; streams that are not named in `out` end in the last layer."""
         given = streams.present
-        streams = _in_a_row(
-            streams, api.images_in_a_row(self.layer["attention"], len(next(iter(given.values()))))
-        )
+        streams = _in_a_row(streams, api.images_in_a_row(self.layer["attention"], len(next(iter(given.values())))))
         ends = tuple(name for name in streams.present if name not in out)
         if self.is_initializing():
             if self.layers > 1:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.ops.attention import api
 from madformer_jax.models.layers import XAVIER, ResNetBlock, conv, dense, group_norm
+from madformer_jax.ops.attention import api
 
 
 class TimeEmbedding(nn.Module):

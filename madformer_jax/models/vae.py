@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from madformer_jax.config.shapes import SCALING_FACTOR
 from madformer_jax.models.layers import ResNetBlock, conv, dense, group_norm
 from madformer_jax.runtime import partitioning
-from madformer_jax.config.shapes import SCALING_FACTOR
 
 Array = jax.Array
 Params = Mapping[str, Any]

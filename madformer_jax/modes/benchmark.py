@@ -16,16 +16,16 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import codec, generation
-from madformer_jax.cost import flops
-from madformer_jax.training import train_step
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config.shapes import sizes_of
+from madformer_jax.cost import flops
 from madformer_jax.data import pipeline
 from madformer_jax.data.text import Texts
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import partitioning, storage
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.sampling import codec, generation
+from madformer_jax.training import train_step
 
 Figures = dict[str, float]
 

@@ -1,6 +1,6 @@
 """--mode=compile: what a config needs on a TPU topology or on H100s, found out by compiling for it on a machine without one.
 
-    python -m madformer_jax.cli.command_line --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
+    python -m madformer_jax.main --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
 
 libtpu (the extra `aot`) compiles for any topology that it knows, JAX's plugin for CUDA for h100 or h100:8, without its
 autotuning, which needs the device, and without a time; nothing is run and no array is made. Sizes are those of
@@ -21,15 +21,15 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax.cost import topologies, tpu_time, flops, hlo
-from madformer_jax.sampling import codec, generation
 from madformer_jax.config import fields
-from madformer_jax.training import train_step
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config.shapes import sizes_of
+from madformer_jax.cost import flops, hlo, topologies, tpu_time
 from madformer_jax.data.text import Texts
 from madformer_jax.models import madformer, vae
 from madformer_jax.runtime import partitioning, storage
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.sampling import codec, generation
+from madformer_jax.training import train_step
 
 GIB = 2**30
 

@@ -1,6 +1,6 @@
 """--mode=convert: files of other frameworks to ours and back.
 
-python -m madformer_jax.cli.command_line --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
+python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
 """
 
 import pathlib
@@ -12,13 +12,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
-from madformer_jax.cli import help
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation.networks import inception_weights
 from madformer_jax.models import madformer
-from madformer_jax.runtime import checkpoint, storage
-from madformer_jax.weights import state_dicts, release_config
-from madformer_jax.weights import inception_weights
-from madformer_jax.weights import vae_weights
+from madformer_jax.runtime import checkpoint, console, storage
+from madformer_jax.weights import release_config, state_dicts, vae_weights
 from madformer_jax.weights.release import from_release, to_release
 from madformer_jax.weights.release_config import release_args
 
@@ -93,7 +91,7 @@ def _to_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
 def _vae(c: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = f"{workdir}/vae"
     vae_weights.save(folder, c.convert.vae)
-    logging.info("converted %s; use it with %s", c.convert.vae, help.quoted(f"--config.codec.path={folder}"))
+    logging.info("converted %s; use it with %s", c.convert.vae, console.quoted(f"--config.codec.path={folder}"))
     return {"path": folder}
 
 

@@ -1,6 +1,6 @@
 """--mode=demo: a page to draw with, two settings or two models side by side at equal cost (needs gradio).
 
-    python -m madformer_jax.cli.command_line --mode=demo --workdir=runs/digits [--config.demo.other=runs/other] [--config.demo.port=7860]
+    python -m madformer_jax.main --mode=demo --workdir=runs/digits [--config.demo.other=runs/other] [--config.demo.port=7860]
 
 Serves the newest checkpoint, or `sample.step`, until it is interrupted.
 """
@@ -19,11 +19,11 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import trained_model, generation, prompts
 from madformer_jax.config import class_labels, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import checkpoint
+from madformer_jax.sampling import generation, prompts, trained_model
 
 _SIDE = 384  # pixels of the picture of a side, at least: smaller ones are enlarged
 _ALL = "all"  # in the list of classes
@@ -67,7 +67,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {}
 
 
-def race(models: Sequence[trained_model.Model], settings: Sequence[Mapping[str, Any]], every: str) -> Iterator[list[Shown]]:
+def race(
+    models: Sequence[trained_model.Model], settings: Sequence[Mapping[str, Any]], every: str
+) -> Iterator[list[Shown]]:
     """Draws on each side at its settings, the side that has cost fewer passes first, and shows all sides after each frame.
 
     The first showing is of nothing: what follows it may take a while to compile, and is timed once it has been compiled.

@@ -1,6 +1,6 @@
 """--mode=evaluate: scores of a workdir's checkpoints, or of images that exist, against a reference.
 
-    python -m madformer_jax.cli.command_line --workdir=runs/digits --mode=evaluate --config.evaluate.n=1000
+    python -m madformer_jax.main --workdir=runs/digits --mode=evaluate --config.evaluate.n=1000
 
 Each setting's result is a file workdir/evaluations/<hash of its protocol>.json; what is there is not computed again, and a
 killed run goes on where it was.
@@ -22,17 +22,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from madformer_jax.config import class_labels
-from madformer_jax.sampling import codec, generation, prompts
-from madformer_jax.cost import flops
-from madformer_jax.runtime import progress
 from madformer_jax.config import schema as config_lib
+from madformer_jax.cost import flops
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import images, judge, likelihood, shards, judge_paths, sample_scores, sampling_grid
+from madformer_jax.evaluation import images, judge, judge_paths, likelihood, sample_scores, sampling_grid, shards
 from madformer_jax.models import madformer
 from madformer_jax.modes import reference as reference_mode
-from madformer_jax.runtime import checkpoint, memory, partitioning, storage
+from madformer_jax.runtime import checkpoint, memory, partitioning, progress, storage
 from madformer_jax.runtime.preemption import interruptible
+from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.weights.fingerprint import fingerprint
 
 DRAWN = (

@@ -13,12 +13,12 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.publishing import model_card
-from madformer_jax.sampling import generation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
 from madformer_jax.models import madformer
+from madformer_jax.publishing import model_card
 from madformer_jax.runtime import checkpoint, lock, partitioning, storage
+from madformer_jax.sampling import generation
 from madformer_jax.weights import state_dicts
 
 

@@ -1,6 +1,6 @@
 """--mode=gallery: a page of images coming into being, two settings side by side, which needs no server and no Python.
 
-    python -m madformer_jax.cli.command_line --mode=gallery --workdir=runs/digits --config.gallery.grid="steps=4,20"
+    python -m madformer_jax.main --mode=gallery --workdir=runs/digits --config.gallery.grid="steps=4,20"
 
 Writes workdir/gallery/index.html from the newest checkpoint, or from `sample.step`.
 """
@@ -13,14 +13,14 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import trained_model, prompts
 from madformer_jax.config import class_labels
-from madformer_jax.publishing import gallery_page
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import sampling_grid
+from madformer_jax.publishing import gallery_page
 from madformer_jax.publishing.gallery_page import Recording
 from madformer_jax.runtime import checkpoint, storage
+from madformer_jax.sampling import prompts, trained_model
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:

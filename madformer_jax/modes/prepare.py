@@ -1,6 +1,6 @@
 """--mode=prepare: any source becomes ArrayRecord shards of images or VAE latents in the workdir.
 
-    python -m madformer_jax.cli.command_line --config=... --mode=prepare --workdir=DIR --config.prepare.kind=latents
+    python -m madformer_jax.main --config=... --mode=prepare --workdir=DIR --config.prepare.kind=latents
 
 Shard k holds the images [k * n, (k + 1) * n) of the source, in its order, minus those that do not decode. A shard is
 written beside its place, or locally where that is in a bucket, and appears whole; then a JSON file beside it says that it
@@ -24,11 +24,11 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.sampling import codec
 from madformer_jax.data import pipeline, preprocess, records, sources
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import lock, partitioning, preemption, storage
+from madformer_jax.sampling import codec
 
 PLAN = "plan.json"
 

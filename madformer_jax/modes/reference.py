@@ -1,6 +1,6 @@
 """--mode=reference: statistics of a data set, for scores to compare with.
 
-    python -m madformer_jax.cli.command_line --config=... --mode=reference --workdir=DIR [--config.evaluate.split=test]
+    python -m madformer_jax.main --config=... --mode=reference --workdir=DIR [--config.evaluate.split=test]
 
 Writes `evaluate.reference` (DIR/reference.npz). With `evaluate.network=classifier` or `attributes` the network itself is trained
 first, unless it is there. Killed, it goes on; over several processes each image is looked at once.
@@ -18,17 +18,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from madformer_jax.config import schema as config_lib
-from madformer_jax.sampling import prompts
-from madformer_jax.data.drawings import pictures
 from madformer_jax.data import pipeline, sources
+from madformer_jax.data.drawings import pictures
 from madformer_jax.data.drawings.attributes import ATTRIBUTES
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import registry
-from madformer_jax.evaluation import images, shards, judge_paths, reference_statistics
+from madformer_jax.evaluation import images, judge_paths, reference_statistics, shards
+from madformer_jax.evaluation.networks import attribute_classifier, classifier, registry
 from madformer_jax.evaluation.networks.network import Network
-from madformer_jax.evaluation.networks import classifier, attribute_classifier
 from madformer_jax.runtime import partitioning
 from madformer_jax.runtime.preemption import interruptible
+from madformer_jax.sampling import prompts
 
 TRAINING = 50_000  # images that the classifier learns from, at most
 MORE = 3  # times the config's drawings are there for the reader to learn from: of fewer it knows by heart what it does not see

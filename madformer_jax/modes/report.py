@@ -1,6 +1,6 @@
 """--mode=report: the tables, figures and page of a sweep, from the results that --mode=sweep has written so far.
 
-    python -m madformer_jax.cli.command_line --mode=report --workdir=runs/depth
+    python -m madformer_jax.main --mode=report --workdir=runs/depth
 
 Writes to workdir/report: index.html, which holds everything, tables.md, results.csv, and figures/, each as SVG and PNG. The
 same results give the same bytes.
@@ -12,9 +12,9 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.runtime import storage
-from madformer_jax.reports import report_sections, html, results, tables
+from madformer_jax.reports import html, report_sections, results, tables
 from madformer_jax.reports.report_sections import Figures
+from madformer_jax.runtime import storage
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:

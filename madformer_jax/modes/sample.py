@@ -23,16 +23,15 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.sampling import trained_model, codec, generation, prompts
 from madformer_jax.config import class_labels
-from madformer_jax.runtime import progress
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import preprocess, text
-from madformer_jax.sampling.generation import Drawn
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
-from madformer_jax.runtime import checkpoint, memory, partitioning, storage
+from madformer_jax.runtime import checkpoint, memory, partitioning, progress, storage
 from madformer_jax.runtime.preemption import interruptible
+from madformer_jax.sampling import codec, generation, prompts, trained_model
+from madformer_jax.sampling.generation import Drawn
 from madformer_jax.weights.fingerprint import fingerprint
 
 FRAMES, FRAME_MS, LAST_MS, SIDE = 60, 80, 2500, 128  # of a film, in which smaller images are enlarged

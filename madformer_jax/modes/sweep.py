@@ -1,6 +1,6 @@
 """--mode=sweep: trains and judges every run of a sweep, each once.
 
-    python -m madformer_jax.cli.command_line --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=DIR [--dry_run | --measure]
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=DIR [--dry_run | --measure]
 
 Any number of processes share DIR (`testbed.layout`): each takes the next run that nobody works on. Killed, the same command
 goes on: training from its checkpoint, an evaluation from its parts.
@@ -21,18 +21,17 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import codec, generation, prompts
-from madformer_jax.cli import help
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, judge_paths, sample_scores, sampling_grid
 from madformer_jax.models import madformer
 from madformer_jax.modes import benchmark, evaluate, reference, train
-from madformer_jax.runtime import checkpoint, lock, malloc, partitioning, storage
-from madformer_jax.sweeps import budget, sweep_folder, listing, sweep_file
+from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
+from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.sweeps import budget, listing, sweep_file, sweep_folder
 from madformer_jax.sweeps.budget import Timing
-from madformer_jax.sweeps.sweep_folder import Job
 from madformer_jax.sweeps.sweep_file import Evaluation, Run
+from madformer_jax.sweeps.sweep_folder import Job
 
 POLL = 10.0  # seconds between two looks at what others work on
 COLUMNS = 8  # images in a row of a run's grid
@@ -66,12 +65,14 @@ def run(
     job = Job(name, "".join(file.args), definition, runs, evaluations, workdir)
     for run, evaluation in itertools.product(job.runs, job.evaluations):
         if evaluation.kind != "seconds":  # which are not known yet
-            budget.solver_steps(sweep_file.overridden(run.config, evaluation.overrides), evaluation.kind, evaluation.asked)
+            budget.solver_steps(
+                sweep_file.overridden(run.config, evaluation.overrides), evaluation.kind, evaluation.asked
+            )
     for run, overrides in itertools.product(job.runs, definition.evaluations):
         evaluate.check(_evaluated(run.config, overrides, [run.config.sample.steps]))
     storage.check_arrays_path(workdir, write=True)
     if dry_run:
-        help.show(listing.table(job))
+        console.show(listing.table(job))
         return {}
     if jax.process_index() == 0:
         with storage.errors(f"--workdir={workdir} cannot be written"):

@@ -1,6 +1,6 @@
 """--mode=tokenizer: a byte-level BPE of `text.vocabulary` tokens, trained on the captions of the config's data.
 
-    python -m madformer_jax.cli.command_line --config=... --mode=tokenizer --workdir=DIR --config.text.vocabulary=512
+    python -m madformer_jax.main --config=... --mode=tokenizer --workdir=DIR --config.text.vocabulary=512
 
 Writes DIR/tokenizer.json. The same captions give the same file.
 """

@@ -15,18 +15,17 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.training import hooks, train_step
-from madformer_jax.sampling import codec, generation
 from madformer_jax.config import fields, validation
-from madformer_jax.cost import flops
-from madformer_jax.runtime import progress
 from madformer_jax.config import schema as config_lib
+from madformer_jax.cost import flops
 from madformer_jax.data import pipeline, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import sample_scores
-from madformer_jax.training.metric_writer import DivergedError, Report
-from madformer_jax.runtime import checkpoint, lock, memory, partitioning, storage
+from madformer_jax.runtime import checkpoint, lock, memory, partitioning, progress, storage
 from madformer_jax.runtime.preemption import Preemption
+from madformer_jax.sampling import codec, generation
+from madformer_jax.training import hooks, train_step
+from madformer_jax.training.metric_writer import DivergedError, Report
 
 
 def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def shrunk(images: np.ndarray) -> np.ndarray:
 
 
 def _page(title: str, about: str, captions: Sequence[str], told: Sequence[dict[str, Any]]) -> str:
-    template = (importlib.resources.files("madformer_jax") / "gallery.html").read_text(encoding="utf-8")
+    template = (importlib.resources.files(__package__) / "gallery.html").read_text(encoding="utf-8")
     content = json.dumps({"captions": list(captions), "recordings": told}).replace("<", "\\u003c")
     for name, text in (("title", html.escape(title)), ("about", html.escape(about)), ("content", content)):
         template = template.replace(f"[[{name}]]", text)

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from madformer_jax.reports import report_sections
+from madformer_jax.reports.figures import Panel
 from madformer_jax.reports.formatting import Cell, Table, interval, number
 from madformer_jax.reports.report_sections import Facts, Figures, Folded, Item, Samples, Section
-from madformer_jax.reports.figures import Panel
 from madformer_jax.reports.results import Results
 
 _CSS = """

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from madformer_jax.config import fields
 from madformer_jax.reports import figures, sample_strips, tables
-from madformer_jax.reports.formatting import Table, markdown
 from madformer_jax.reports.figures import Panel
+from madformer_jax.reports.formatting import Table, markdown
 from madformer_jax.reports.results import COSTS, Budget, Part, Results, digest
 from madformer_jax.reports.sample_strips import Strip
 

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from madformer_jax.config import schema as config_lib
 from madformer_jax.config import fields, identity
+from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import storage
 from madformer_jax.reports import axes as axes_lib
-from madformer_jax.sweeps import sweep_folder
 from madformer_jax.reports.axes import Axis, order, value_of
+from madformer_jax.runtime import storage
+from madformer_jax.sweeps import sweep_folder
 from madformer_jax.sweeps.budget import SAMPLING
 
 COSTS = {

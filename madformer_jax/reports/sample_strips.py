@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from etils import epath
 from PIL import Image
 
-from madformer_jax.runtime import storage
 from madformer_jax.reports.results import Budget, Part, Results, key_of
+from madformer_jax.runtime import storage
 
 
 class Strip(NamedTuple):

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from madformer_jax.reports.axes import Axis
-from madformer_jax.reports.formatting import Cell, Table, arrow, interval, number
 from madformer_jax.reports.comparisons import Crossing, Difference, crossings
+from madformer_jax.reports.formatting import Cell, Table, arrow, interval, number
 from madformer_jax.reports.results import COSTS, Budget, Estimate, Part, Point, Results, digest, estimate, sign_of
 
 Setting = tuple[Any, ...]
@@ -152,7 +152,7 @@ def _made(results: Results, part: Part, point: Point, score: str) -> tuple[str, 
     sampled = run["evaluations"][point.place]["overrides"] | {"sample.steps": int(point.cost["solver_steps"])}
     config = f"configs/sweeps/{results.name}.py" + (f":{results.variant}" if results.variant else "")
     trained = {"seed": point.seed, "train.steps": run["config"]["train.steps"]} | run["overrides"]
-    base = "python -m madformer_jax.cli.command_line --workdir=runs/cell"
+    base = "python -m madformer_jax.main --workdir=runs/cell"
     lines = (
         f"{base} --config={config}{_flags(trained)}",
         f"{base} --mode=reference",

@@ -24,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from madformer_jax.config import fields, identity
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import checksums, malloc, provenance, orbax_logging, storage
+from madformer_jax.runtime import checksums, malloc, orbax_logging, provenance, storage
 from madformer_jax.runtime.partitioning import sync
 
 ARRAYS = ("params", "ema", "opt")

@@ -12,11 +12,11 @@ from einops import rearrange
 from jax import Array
 from ml_collections import ConfigDict
 
+from madformer_jax.config.shapes import SCALING_FACTOR, VAE_CHANNELS, VAE_DOWNSAMPLING, Sizes
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae as vae_model
 from madformer_jax.models.vae import AutoencoderKL, Params
 from madformer_jax.runtime import partitioning
-from madformer_jax.config.shapes import SCALING_FACTOR, VAE_CHANNELS, VAE_DOWNSAMPLING, Sizes
 from madformer_jax.weights import vae_weights
 from madformer_jax.weights.fingerprint import fingerprint
 

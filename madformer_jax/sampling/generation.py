@@ -16,18 +16,18 @@ from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import codec, prompts
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config.shapes import sizes_of
 from madformer_jax.data import preprocess
 from madformer_jax.data.text import Texts
 from madformer_jax.diffusion import guidance, sampler, schedule
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
-from madformer_jax.models.madformer import MADFormer
 from madformer_jax.models.inference_params import resident
+from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.runtime.memory import of_device
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.sampling import codec, prompts
 
 # ---- images for a config: in training's grids, in --mode=sample and in evaluation
 

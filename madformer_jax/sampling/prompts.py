@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from madformer_jax.config import fields
-from madformer_jax.data.drawings import pictures
 from madformer_jax.data import sources, text
+from madformer_jax.data.drawings import pictures
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage

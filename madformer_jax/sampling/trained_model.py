@@ -16,16 +16,16 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels, fields, validation
-from madformer_jax.sampling import codec, generation, prompts
-from madformer_jax.cost import flops
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config.shapes import sizes_of
+from madformer_jax.cost import flops
 from madformer_jax.data import text
 from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.inference_params import resident
-from madformer_jax.runtime import checkpoint, memory, numerics, partitioning, storage
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.runtime import checkpoint, memory, numerics, partitioning, storage, stored_config
+from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.weights import state_dicts
 
 
@@ -301,10 +301,10 @@ def load(path: str, codec: str = "") -> Model:
     saved = storage.read_json(file)
     if saved is None:
         raise ConfigError(f"there is no {file}: give the workdir of a training, an export or a converted release.")
-    c = config_lib.restored(saved, file)
+    c = stored_config.restored(saved, file)
     if codec:
         c.codec.path = codec
-    config_lib.expand_paths(c)
+    stored_config.expand_paths(c)
     config_lib.validate(c)
     return of_workdir(c, path)
 

@@ -8,9 +8,9 @@ import jax
 
 from madformer_jax.cost import flops
 from madformer_jax.runtime import storage
-from madformer_jax.sweeps import budget, sweep_folder, sweep_file
-from madformer_jax.sweeps.sweep_folder import Job
+from madformer_jax.sweeps import budget, sweep_file, sweep_folder
 from madformer_jax.sweeps.sweep_file import Run
+from madformer_jax.sweeps.sweep_folder import Job
 
 RATE = 0.5  # share of the peak rate that is assumed where no run of the sweep has been measured
 

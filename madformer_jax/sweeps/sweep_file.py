@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import schema as config_lib
 from madformer_jax.config import fields, identity
+from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.sweeps import budget
 

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from madformer_jax.config import schema as config_lib
 from madformer_jax.config import fields
 from madformer_jax.cost import flops
-from madformer_jax.runtime import lock, storage
+from madformer_jax.runtime import lock, storage, stored_config
 from madformer_jax.sweeps import sweep_file
 from madformer_jax.sweeps.sweep_file import Evaluation, Run, Sweep
 
@@ -93,7 +92,7 @@ def read_result(path: epath.PathLike) -> Any:
         cost, asked = evaluation["cost"], evaluation["budget"]
         if "nfe" not in cost:
             sampled = fields.flat(evaluation["overrides"]) | {"sample.steps": cost["solver_steps"]}
-            c = config_lib.restored(fields.flat(result["config"]) | sampled, os.fspath(path))
+            c = stored_config.restored(fields.flat(result["config"]) | sampled, os.fspath(path))
             passes = {"nfe": cost["passes"], "passes": flops.passes(c)}
             evaluation["cost"] = {"solver_steps": cost["solver_steps"], **passes, "flops": cost["flops"]}
             asked["kind"] = "nfe" if asked["kind"] == "passes" else asked["kind"]

@@ -17,13 +17,13 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import generation, prompts
-from madformer_jax.training import train_step
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.evaluation import sample_scores
-from madformer_jax.training.metric_writer import GRID, Report
 from madformer_jax.runtime import partitioning, storage
+from madformer_jax.sampling import generation, prompts
+from madformer_jax.training import train_step
+from madformer_jax.training.metric_writer import GRID, Report
 
 # What the seed's key is folded with to validate; training folds it with its step, images with 2^31 (`drawing.SAMPLE`).
 VALIDATE = (1 << 31) + 1

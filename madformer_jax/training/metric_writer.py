@@ -14,10 +14,10 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import generation
 from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
+from madformer_jax.sampling import generation
 
 SHOWN = 64  # training images in TensorBoard
 GRID = 2048  # pixels: the most a grid of images is wide and high, in TensorBoard and in a training's samples

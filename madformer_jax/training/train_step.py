@@ -10,12 +10,12 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import codec
+from madformer_jax.config.shapes import Sizes, sizes_of
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
-from madformer_jax.config.shapes import Sizes, sizes_of
+from madformer_jax.sampling import codec
 
 # ---- state
 

@@ -12,9 +12,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
+from madformer_jax.config.shapes import vocabulary_of
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
-from madformer_jax.config.shapes import vocabulary_of
 from madformer_jax.weights import state_dicts
 from madformer_jax.weights.tensor_layout import from_torch, to_torch
 

@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from madformer_jax.config.schema import base
-from madformer_jax.errors import ConfigError
 from madformer_jax.config.shapes import VAE_DOWNSAMPLING, sizes_of
+from madformer_jax.errors import ConfigError
 
 
 def preset(meta: dict[str, Any]) -> ConfigDict:

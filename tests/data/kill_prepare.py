@@ -55,7 +55,7 @@ def run(config: ConfigDict, out: str, kills: int, seed: int) -> int:
     for _ in range(kills):
         finished = _finished(out)
         command = [sys.executable, "-c", SCRIPT, config.to_json(), out]
-        root = os.path.dirname(os.path.dirname(config_lib.__file__))
+        root = os.path.dirname(os.path.dirname(os.path.dirname(config_lib.__file__)))
         process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.DEVNULL)
         while process.poll() is None and _finished(out) == finished:
             time.sleep(0.001)

@@ -7,9 +7,9 @@ import ml_collections
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.sampling import codec
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import sources
+from madformer_jax.sampling import codec
 from tests.data import kill_prepare
 
 

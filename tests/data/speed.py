@@ -14,10 +14,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from madformer_jax.sampling import codec
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import pipeline, preprocess
 from madformer_jax.modes import prepare
+from madformer_jax.sampling import codec
 
 WARM_UP = 10  # batches: what was read ahead is not taken for speed
 SECONDS = 5  # of each measurement

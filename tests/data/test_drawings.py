@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from madformer_jax.config import schema as config_lib
-from madformer_jax.sampling import prompts
-from madformer_jax.data.drawings import attributes, captions, pictures
 from madformer_jax.data import pipeline, preprocess, sources
+from madformer_jax.data.drawings import attributes, captions, pictures
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
+from madformer_jax.sampling import prompts
 from tests.data.prepared import prepared
 
 # of dicebear-core 10.7.0, dicebear-styles 10.6.0 and resvg-py 0.5.0

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.data.drawings import pictures
 from madformer_jax.data import sources, tars
+from madformer_jax.data.drawings import pictures
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import registry
 from madformer_jax.evaluation import images, shards
+from madformer_jax.evaluation.networks import registry
 from madformer_jax.modes import prepare
 from tests import tiny
 from tests.data import prepared

@@ -230,7 +230,7 @@ def test_killed_training_leaves_no_workers(numbered, tmp_path):
         "    time.sleep(60)\n"
     )
     command = [sys.executable, str(script), numbered.to_json()]
-    root = os.path.dirname(os.path.dirname(config_lib.__file__))
+    root = os.path.dirname(os.path.dirname(os.path.dirname(config_lib.__file__)))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root}) as parent:
         workers = [int(pid) for pid in parent.stdout.readline().split()]
         assert workers and all(map(alive, workers))

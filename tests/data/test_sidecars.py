@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from madformer_jax.config import schema as config_lib
-from madformer_jax.sampling import prompts
 from madformer_jax.data import sources, tars, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import tokenizer
+from madformer_jax.sampling import prompts
 from tests.data.odd_captions import BOM, CAPTIONS, LONE, write_captions
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from madformer_jax.config import choices
 from madformer_jax.diffusion import parameterization, sampler, schedule
 
 
@@ -56,7 +57,7 @@ def test_one_network_in_other_words_draws_the_same(solver, spacing):
             return sampler.sample(Fake(kind), {}, noise, tokens, solver=solver, spacing=spacing, steps=5, **settings)
 
         return [
-            [once(kind, **s) for kind in parameterization.PREDICTS]
+            [once(kind, **s) for kind in choices.PREDICTS]
             for s in ({}, {"guidance": 2.0}, {"guidance": 2.0, "clip": 0.7})
         ]
 
@@ -67,7 +68,7 @@ def test_one_network_in_other_words_draws_the_same(solver, spacing):
     assert all(np.linalg.norm(a[0] - b[0]) > 0.01 for a, b in itertools.pairwise(drawn))
 
 
-@pytest.mark.parametrize("kind", parameterization.PREDICTS)
+@pytest.mark.parametrize("kind", choices.PREDICTS)
 def test_the_weighting_of_v_makes_any_error_one_of_v(kind):
     rng = np.random.default_rng(1)
     z, noise, wrong = rng.normal(size=(3, 2, 4, 5, 3))

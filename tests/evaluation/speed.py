@@ -68,9 +68,8 @@ def ours(images: np.ndarray) -> Callable[[], np.ndarray]:
     from madformer_jax.cli import command_line
 
     command_line._without_ynn("cpu")
-    from madformer_jax.evaluation.networks import registry, inception_features
+    from madformer_jax.evaluation.networks import inception_features, inception_weights, registry
     from madformer_jax.evaluation.networks.network import Network
-    from madformer_jax.weights import inception_weights
 
     net = Network("inception", {}, 2048, (1, 3), inception_weights.from_torch(weights()), inception_features._apply)
     extract = registry.extractor(net)

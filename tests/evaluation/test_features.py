@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import registry
-from madformer_jax.evaluation.networks.network import Network
-from madformer_jax.evaluation.networks import classifier
+from madformer_jax.evaluation.networks import classifier, registry
 from madformer_jax.evaluation.networks import inception_v3 as model
-from madformer_jax.weights import inception_weights as weights
+from madformer_jax.evaluation.networks import inception_weights as weights
+from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.weights.fingerprint import fingerprint
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from madformer_jax.config import schema
-from madformer_jax.sampling.generation import Drawn
-from madformer_jax.evaluation.networks import registry
 from madformer_jax.evaluation import sample_scores
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.sampling.generation import Drawn
 
 
 def test_the_attributes_that_pictures_have_are_read_batch_by_batch_and_scored(monkeypatch):

@@ -54,4 +54,4 @@ def test_a_host_without_uv_gets_it_as_a_package(run):
 def test_a_container_installs_the_same_and_then_runs(run):
     install, main = run("container", "python3")
     assert install == "python3 -m pip install --quiet --editable .[tpu,hub]"
-    assert main == "python -u -m madformer_jax.cli.command_line"
+    assert main == "python -u -m madformer_jax.main"

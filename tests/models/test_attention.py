@@ -11,8 +11,8 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention import api, cudnn, pallas_tpu
 from madformer_jax.ops.attention.api import KV, QKV
 from madformer_jax.ops.attention.qk_norm_rope import Projected, turned
-from madformer_jax.ops.rope import Rotary
 from madformer_jax.ops.attention.tiling import squares
+from madformer_jax.ops.rope import Rotary
 from madformer_jax.runtime import partitioning
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
@@ -58,9 +58,7 @@ def value_and_gradient(implementation, streams, source, words, lengths=None, *, 
         streams = [QKV(*map(in_a_row, stream)) for stream in streams]
         words = words and KV(*map(in_a_row, words))
         context = streams[0].kv if source else None
-        outputs = api.block_attention(
-            streams, context, words, lengths, implementation=implementation, images=images
-        )
+        outputs = api.block_attention(streams, context, words, lengths, implementation=implementation, images=images)
         outputs = [x.reshape(shape) for x, shape in zip(outputs, given, strict=True)]
         weights = [jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in outputs]
         return sum(jnp.sum(x * w) for x, w in zip(outputs, weights, strict=True)), outputs

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import inception_v3
+from madformer_jax.evaluation.networks import inception_v3, inception_weights
 from madformer_jax.weights import state_dicts
-from madformer_jax.weights import inception_weights
 
 
 @pytest.fixture(scope="module")

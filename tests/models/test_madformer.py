@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from madformer_jax.config.choices import TERMS
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer
-from madformer_jax.ops import rope
-from madformer_jax.models.plan import TERMS
 from madformer_jax.models.transformer import Streams
+from madformer_jax.ops import rope
 from madformer_jax.runtime import partitioning
 from tests.small import small
 

@@ -3,8 +3,9 @@
 import itertools
 
 from madformer_jax.config import schema
+from madformer_jax.config.choices import TERMS
 from madformer_jax.models import madformer
-from madformer_jax.models.plan import TERMS, Plan, Switches, plan, switches_of
+from madformer_jax.models.plan import Plan, Switches, plan, switches_of
 
 EVERYTHING = Switches(4, text=True, clean_stream=True, ar_condition=True, hidden_from="condition", block_only=False)
 SWITCHES = [

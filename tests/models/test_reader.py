@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import registry
-from madformer_jax.evaluation.networks import attribute_classifier
+from madformer_jax.evaluation.networks import attribute_classifier, registry
 
 VALUES = (3, 2)
 

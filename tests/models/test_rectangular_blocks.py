@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from madformer_jax.sampling import codec
 from madformer_jax.config import schema
+from madformer_jax.config.shapes import sizes_of
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer
 from madformer_jax.ops import rope
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.sampling import codec
 from tests import tiny
 
 

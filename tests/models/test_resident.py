@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from madformer_jax.sampling import generation
 from madformer_jax.cost import hlo
 from madformer_jax.models import inference_params
 from madformer_jax.runtime import partitioning
+from madformer_jax.sampling import generation
 from tests.small import small
 
 

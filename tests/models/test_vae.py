@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.sampling import codec as codecs
+from madformer_jax.config.shapes import VAE_CHANNELS, VAE_DOWNSAMPLING
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae
 from madformer_jax.runtime import partitioning
-from madformer_jax.config.shapes import VAE_CHANNELS, VAE_DOWNSAMPLING
-from madformer_jax.weights import state_dicts
-from madformer_jax.weights import vae_weights
+from madformer_jax.sampling import codec as codecs
+from madformer_jax.weights import state_dicts, vae_weights
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.sampling import generation
 from madformer_jax.evaluation import images, shards
 from madformer_jax.evaluation.networks import classifier
 from madformer_jax.models import madformer
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.sampling import generation
 from tests import tiny
 
 N = 20

@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
-from madformer_jax.cost import flops
 from madformer_jax.cli import command_line
+from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import benchmark
 from tests import QUICK, tiny
@@ -57,7 +57,7 @@ def test_training_logs_its_speed_and_traces_the_steps_asked_for(tmp_path):
     """In a process of its own: the profiler does not bear what other tests have loaded. Which steps: test_train.py."""
     settings = {"train.steps": 4, "train.checkpoint_every": 4, "profile": "2:3", "sample.n": 1}
     done = subprocess.run(
-        [sys.executable, "-m", "madformer_jax.cli.command_line", "--config=tests/tiny.py:plain", f"--workdir={tmp_path}"]
+        [sys.executable, "-m", "madformer_jax.main", "--config=tests/tiny.py:plain", f"--workdir={tmp_path}"]
         + [f"--config.{name}={value}" for name, value in settings.items()],
         env={**os.environ, "XLA_FLAGS": QUICK}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip

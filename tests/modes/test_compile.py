@@ -3,14 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from madformer_jax.cli import command_line
 from madformer_jax.config import schema
 from madformer_jax.cost import hlo
-from madformer_jax.cli import command_line
-from madformer_jax.training import train_step
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import compile as aot
 from madformer_jax.runtime import partitioning
+from madformer_jax.training import train_step
 from tests import tiny
 
 

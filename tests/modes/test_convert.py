@@ -11,14 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from madformer_jax.config import schema
-from madformer_jax.sampling import generation
 from madformer_jax.cli import command_line
+from madformer_jax.config import schema
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation.networks import inception_weights
 from madformer_jax.modes import convert
-from madformer_jax.weights import state_dicts, release, release_config
-from madformer_jax.weights import inception_weights
-from madformer_jax.weights import vae_weights
+from madformer_jax.sampling import generation
+from madformer_jax.weights import release, release_config, state_dicts, vae_weights
 from madformer_jax.weights.release_config import preset
 
 SUFFIXES = ("pt", "safetensors", "npz")
@@ -264,7 +263,7 @@ def test_without_pytorch_only_its_own_formats_need_it(tmp_path, reference):
     """A fresh process in which torch cannot be imported converts .npz and says what .pt needs."""
     state_dicts.write_state_dict(tmp_path / "release.npz", *released(reference))
     (tmp_path / "release.pt").write_bytes(b"PK")
-    script = "import sys; sys.modules['torch'] = None; from madformer_jax.cli.command_line import main; sys.exit(main(sys.argv))"
+    script = "import sys; sys.modules['torch'] = None; from madformer_jax.main import main; sys.exit(main(sys.argv))"
     results = [
         subprocess.run(
             [sys.executable, "-c", script, "--mode=convert", f"--config.convert.release={tmp_path / name}",

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 import madformer_jax
-from madformer_jax.sampling import trained_model, prompts
 from madformer_jax.cli import command_line
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import demo
 from madformer_jax.runtime import checkpoint
+from madformer_jax.sampling import prompts, trained_model
 from tests import tiny
 from tests.small import random_params
 
@@ -108,7 +108,9 @@ def pixels(output):
 def test_the_list_of_classes_draws_the_class_that_it_names(client, monkeypatch, tmp_path):
     asked = []
     stream = trained_model.Model.stream
-    monkeypatch.setattr(trained_model.Model, "stream", lambda self, **given: asked.append(given) or stream(self, **given))
+    monkeypatch.setattr(
+        trained_model.Model, "stream", lambda self, **given: asked.append(given) or stream(self, **given)
+    )
     (what,) = [one for one in client.config["components"] if one["props"].get("label") == "class"]
     entries = [entry[1] for entry in what["props"]["choices"]]
     assert entries == ["all", "2", "0 (#1)", "all (#2)", "1", "0 (#4)", "x, y"]

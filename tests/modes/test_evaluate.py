@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.sampling import generation
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import shards, reference_statistics, scores
+from madformer_jax.evaluation import reference_statistics, scores, shards
 from madformer_jax.evaluation.networks import classifier
 from madformer_jax.modes import evaluate
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import partitioning
+from madformer_jax.sampling import generation
 from tests.modes import judged
 
 N = judged.N

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.sampling import codec, generation
-from madformer_jax.data.text import Texts
-from madformer_jax.evaluation import likelihood, shards, sample_scores
-from madformer_jax.evaluation.networks import classifier, attribute_classifier
-from madformer_jax.modes import evaluate
 from madformer_jax.config.shapes import sizes_of
+from madformer_jax.data.text import Texts
+from madformer_jax.evaluation import likelihood, sample_scores, shards
+from madformer_jax.evaluation.networks import attribute_classifier, classifier
+from madformer_jax.modes import evaluate
+from madformer_jax.sampling import codec, generation
 from tests.modes import judged
 
 N = judged.N

@@ -9,15 +9,15 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import madformer_jax
-from madformer_jax.config import schema, fields
-from madformer_jax.sampling import generation
 from madformer_jax.cli import command_line
-from madformer_jax.training import train_step
+from madformer_jax.config import fields, schema
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import export, train
 from madformer_jax.runtime import checkpoint, partitioning
+from madformer_jax.sampling import generation
+from madformer_jax.training import train_step
 from madformer_jax.weights import state_dicts
 from tests import small, tiny
 

@@ -9,14 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax.sampling import codec
-from madformer_jax.training import train_step
 from madformer_jax.data import pipeline, records
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
 from madformer_jax.runtime import partitioning
-from madformer_jax.weights import state_dicts
-from madformer_jax.weights import vae_weights
+from madformer_jax.sampling import codec
+from madformer_jax.training import train_step
+from madformer_jax.weights import state_dicts, vae_weights
 from tests import tiny
 from tests.data import kill_prepare
 from tests.data.prepared import ENCODER, GOOD, ids, make_config, prepared, vae

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.sampling import generation
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import sample
 from madformer_jax.runtime import checkpoint
+from madformer_jax.sampling import generation
 from tests import tiny
 from tests.small import random_params
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.sampling import generation
-from madformer_jax.training import metric_writer, train_step
 from madformer_jax.data import pipeline, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import export, train
 from madformer_jax.runtime import checkpoint, lock, storage
+from madformer_jax.sampling import generation
+from madformer_jax.training import metric_writer, train_step
 from tests import tiny
 from tests.data import odd_captions
 from tests.kill import final
@@ -370,7 +370,9 @@ def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_pat
         )
 
     monkeypatch.setattr(generation, "batches", batches)
-    monkeypatch.setattr(generation, "write_png", lambda path, image: fail() if "000002" in path.name else png(path, image))
+    monkeypatch.setattr(
+        generation, "write_png", lambda path, image: fail() if "000002" in path.name else png(path, image)
+    )
     monkeypatch.setattr(metric_writer.Report, "show", lambda self, *given: self._show(fail) if len(seen) == 3 else None)
     assert train.run(plain, str(tmp_path))["step"] == 4
     assert (

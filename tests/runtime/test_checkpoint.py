@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.training import train_step
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checkpoint, partitioning, storage
+from madformer_jax.training import train_step
 from tests import paths, tiny
 
 

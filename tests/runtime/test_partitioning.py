@@ -12,11 +12,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from madformer_jax.cost import topologies
-from madformer_jax.sampling import generation
-from madformer_jax.training import train_step
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
 from madformer_jax.runtime import partitioning
+from madformer_jax.sampling import generation
+from madformer_jax.training import train_step
 from tests import tiny
 
 

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from madformer_jax.config import schema
 from madformer_jax.cli import command_line
+from madformer_jax.config import schema
 from madformer_jax.modes import report
 from tests.testbed import made_up
 
@@ -69,10 +69,10 @@ def test_tables_in_the_papers_form_with_a_command_under_each(folder):
     assert table.split("\n")[2] == "| D | KID-classifier ↓ | solver steps | NFE | passes |"
     assert f"KID-classifier {made_up.score(1, 64, 0):.5f}: D = 1 at 64 steps, seed 0:" in table
     assert table[table.index("```bash\n") :].split("\n")[1:4] == [
-        "python -m madformer_jax.cli.command_line --workdir=runs/cell --config=configs/sweeps/depth.py:cpu --config.seed=0 "
+        "python -m madformer_jax.main --workdir=runs/cell --config=configs/sweeps/depth.py:cpu --config.seed=0 "
         "--config.train.steps=600 --config.model.diffusion_depth=1",
-        "python -m madformer_jax.cli.command_line --workdir=runs/cell --mode=reference",
-        "python -m madformer_jax.cli.command_line --workdir=runs/cell --mode=evaluate --config.sample.steps=64",
+        "python -m madformer_jax.main --workdir=runs/cell --mode=reference",
+        "python -m madformer_jax.main --workdir=runs/cell --mode=evaluate --config.sample.steps=64",
     ]
 
 

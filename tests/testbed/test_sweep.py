@@ -14,7 +14,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge_paths
 from madformer_jax.modes import sweep as mode
 from madformer_jax.runtime import lock, partitioning, storage
-from madformer_jax.sweeps import sweep_folder, sweep_file
+from madformer_jax.sweeps import sweep_file, sweep_folder
 from madformer_jax.sweeps.sweep_file import Sweep, grid
 from tests import tiny
 

@@ -66,9 +66,7 @@ def _logits(params: Params, images: Array, values: Sequence[int]) -> list[Array]
 
 @functools.partial(jax.jit, static_argnames="values")
 def _read(params: Params, images: Array, values: tuple[int, ...]) -> Array:
-    return jnp.stack(
-        [logits.argmax(axis=1) for logits in _logits(params, fit.resized(images, SIDE), values)], axis=1
-    )
+    return jnp.stack([logits.argmax(axis=1) for logits in _logits(params, fit.resized(images, SIDE), values)], axis=1)
 
 
 def features(params: Params, images: Array, values: Sequence[int]) -> Array:

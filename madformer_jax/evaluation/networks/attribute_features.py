@@ -4,8 +4,8 @@ from typing import Any
 
 from jax import Array
 
-from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.evaluation.networks import attribute_classifier as model
+from madformer_jax.evaluation.networks.network import Network
 
 
 def open_network(path: str) -> Network:

@@ -156,6 +156,4 @@ def load(path: str) -> Classifier:
       ConfigError: there is none at `path`, or it is damaged.
     """
     what = "classifier of --mode=reference: it does not say its classes"
-    return fit.load(
-        path, Classifier, what, lambda about: init(jax.random.key(0), about["classes"], about["channels"])
-    )
+    return fit.load(path, Classifier, what, lambda about: init(jax.random.key(0), about["classes"], about["channels"]))

@@ -2,8 +2,8 @@
 
 import functools
 
-from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.evaluation.networks import classifier as model
+from madformer_jax.evaluation.networks.network import Network
 
 
 def open_network(path: str) -> Network:

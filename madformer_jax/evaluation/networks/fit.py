@@ -86,7 +86,9 @@ def load(path: str, kind: Any, what: str, init: Callable[[Mapping[str, Any]], An
     Raises:
       ConfigError: there is none at `path`, or it is damaged.
     """
-    read = state_dicts.read_npz if storage.is_remote(path) else state_dicts.read_state_dict  # which copies nothing from a bucket
+    read = (
+        state_dicts.read_npz if storage.is_remote(path) else state_dicts.read_state_dict
+    )  # which copies nothing from a bucket
     tensors, args, _ = read(path)
     try:
         about = {name: (args or {})[name] for name in kind._fields if name != "params"}

@@ -5,9 +5,9 @@ from etils import epath
 from jax import Array
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.evaluation.networks import inception_v3 as model
-from madformer_jax.weights import inception_weights as weights
+from madformer_jax.evaluation.networks import inception_weights as weights
+from madformer_jax.evaluation.networks.network import Network
 
 
 def open_network(path: str) -> Network:

@@ -18,8 +18,8 @@ from jax import Array
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention import cudnn, pallas_tpu
 from madformer_jax.ops.attention.qk_norm_rope import Projected, is_projected, turned
-from madformer_jax.ops.rope import Rotary
 from madformer_jax.ops.attention.tiling import squares
+from madformer_jax.ops.rope import Rotary
 
 
 class KV(NamedTuple):
@@ -296,7 +296,9 @@ def cached_attention(
         q, k, v = (_rows_last(x, implementation) for x in (q, k, v))
         numbers = (jnp.asarray(x, jnp.int32) for x in (layer, block))
         cached = partial(pallas_tpu.cached, interpret=implementation != "pallas")
-        return pallas_tpu.on_each_device(cached, q, (k, v), context, text, lengths, *numbers).transpose(0, 3, 1, 2)[:, None]
+        return pallas_tpu.on_each_device(cached, q, (k, v), context, text, lengths, *numbers).transpose(0, 3, 1, 2)[
+            :, None
+        ]
 
     def of_layer(kv: KV) -> KV:
         return KV(*(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv))

@@ -169,7 +169,9 @@ def _backward(images: int, tokens: int, words: int, interpret: bool, saved: Any,
         d_keys["scales"] = jax.ShapeDtypeStruct((*dq.shape[:3], images * places * lanes), jnp.float32)
     seen = _seen(dq, keys.get("own"), images, tokens)
     given = q, keys, out, d_out, sums
-    dq, d_keys = _run(pallas_tpu_kernels.backward, numbers, given, (dq, d_keys), 5, seen, images, tokens, words, interpret)
+    dq, d_keys = _run(
+        pallas_tpu_kernels.backward, numbers, given, (dq, d_keys), 5, seen, images, tokens, words, interpret
+    )
     if is_projected(q):
         d_scales = d_keys["scales"].reshape(*dq.shape[:3], images, places, lanes).sum((0, 1, 3, 5))
 
