@@ -10,8 +10,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_every_mode_works_in_a_bucket(tmp_path):
-    """Trains, is killed in a save, goes on, exports, samples, judges, prepares; in a process that may fork (see tests/cloud.py)."""
-    command = [sys.executable, "-m", "tests.cloud", str(tmp_path)]
+    """Trains, is killed in a save, goes on, exports, samples, judges, prepares; in a process that may fork (see tests/support/cloud.py)."""
+    command = [sys.executable, "-m", "tests.support.cloud", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": QUICK}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

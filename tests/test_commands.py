@@ -1,7 +1,7 @@
 """Every command of README.md and docs/ runs, in the order of the pages and in one folder, with models and counts made small.
 
 Left out are blocks behind a line `<!-- needs: ... -->` (a cloud, files to download), and what is not ours: `.ci/run` installs.
-A sweep's trainings are stand-ins, as in tests/testbed/test_sweep.py.
+A sweep's trainings are stand-ins, as in tests/sweeps/test_sweep.py.
 """
 
 import functools
@@ -16,8 +16,8 @@ from madformer_jax.evaluation.networks import attribute_classifier, classifier
 from madformer_jax.modes import demo, sweep
 from madformer_jax.sampling import generation
 from madformer_jax.sweeps import sweep_folder
+from tests.sweeps.test_sweep import Stage
 from tests.test_docs import PAGES, ROOT, commands, of_ours
-from tests.testbed.test_sweep import Stage
 
 _MODEL = {
     "model.width": 16,

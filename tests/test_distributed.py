@@ -18,7 +18,8 @@ from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import checkpoint, partitioning
 from madformer_jax.sampling import generation
 from madformer_jax.training import train_step
-from tests import QUICK, tiny, worker
+from tests import QUICK, tiny
+from tests.support import worker
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
@@ -46,7 +47,7 @@ def start(processes, workdir, *flags, **environment):
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} {QUICK}",
-            "MADFORMER_COMMAND": f"{sys.executable} -u -m tests.worker",
+            "MADFORMER_COMMAND": f"{sys.executable} -u -m tests.support.worker",
             "PYTHONPATH": str(ROOT),
             **environment,
         },

@@ -35,7 +35,7 @@ class Chip(NamedTuple):
 
 # Part of `device_kind` -> chip; the first that fits counts. The clock is the peak of the data sheet over what the units that the
 # cost model counts multiply in a cycle (on v4 one core's for a chip of two); a product of 4096 or 8192 is then given 87 to 96 %
-# of the peak (`python -m tests.calibration`). The links are the data sheets' (1600 Gbit/s on v5e), one way.
+# of the peak (`python -m benchmarks.calibration`). The links are the data sheets' (1600 Gbit/s on v5e), one way.
 CHIPS: tuple[tuple[str, Chip], ...] = (
     ("TPU v4", Chip(2.1e9, 300e9)),
     ("TPU v5 lite", Chip(1.5e9, 200e9)),
@@ -52,7 +52,7 @@ class Kernel(NamedTuple):
 
 
 # By name, for heads of 64, which leave half of a multiplier empty in the products over them, and tiles of 256: from what
-# `python -m tests.kernels` prints for 16 and for 4 blocks.
+# `python -m benchmarks.kernels` prints for 16 and for 4 blocks.
 KERNELS = {"block_attention_forward": Kernel(0.52, 2.2), "block_attention_backward": Kernel(0.75, 4.5)}
 
 

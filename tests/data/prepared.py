@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import sources
 from madformer_jax.sampling import codec
-from tests.data import kill_prepare
+from tests.support import kill_prepare
 
 
 def make_config(folder: pathlib.Path) -> ConfigDict:

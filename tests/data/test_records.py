@@ -221,7 +221,7 @@ def test_the_fingerprint_outlives_a_shard_made_again_but_not_other_data(config, 
     assert pipeline.describe(prepared(config, str(tmp_path / "other"))).fingerprint != before.fingerprint
 
 
-# ---- a bucket, played by a folder: tests.cloud has a real one
+# ---- a bucket, played by a folder: tests.support.cloud has a real one
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from madformer_jax.sampling import codec
 from madformer_jax.training import train_step
 from madformer_jax.weights import state_dicts, vae_weights
 from tests import tiny
-from tests.data import kill_prepare
 from tests.data.prepared import ENCODER, GOOD, ids, make_config, prepared, vae
+from tests.support import kill_prepare
 
 
 @pytest.fixture

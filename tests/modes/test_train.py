@@ -1,4 +1,4 @@
-"""The loop. Most tests put a step that only counts in the place of the real one, which is tested in tests/test_training.py."""
+"""The loop. Most tests put a step that only counts in the place of the real one, which is tested in tests/training/test_train_step.py."""
 
 import json
 import logging

@@ -9,8 +9,8 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
-from tests import bucket as bucket_of_tests
 from tests import paths
+from tests.support import bucket as bucket_of_tests
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

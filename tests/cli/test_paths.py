@@ -5,7 +5,7 @@ import pytest
 from madformer_jax.cli import command_line
 from madformer_jax.config import fields, schema, validation
 from tests import paths
-from tests.test_main import DIGITS, error_of
+from tests.cli.test_command_line import DIGITS, error_of
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Kills --mode=prepare at random moments and counts what it ends with; the tests run it small, this at full size:
 
-python -m tests.data.kill_prepare
+python -m tests.support.kill_prepare
 """
 
 import hashlib

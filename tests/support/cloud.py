@@ -1,6 +1,6 @@
 """Runs the modes one after the other with their workdir in a bucket, and kills the first training in the middle of a save.
 
-    python -m tests.cloud FOLDER
+    python -m tests.support.cloud FOLDER
 
 Prints, as JSON, what the bucket then holds and how each run ended. Runs are forked from this process, which has imported
 everything and not yet touched JAX's devices; their output goes to FOLDER.
@@ -23,7 +23,7 @@ from clu import metric_writers  # noqa: F401
 from madformer_jax.cli import command_line
 from madformer_jax.evaluation.networks import classifier
 from madformer_jax.modes import evaluate, export, prepare, reference, sample, tokenizer, train  # noqa: F401
-from tests import bucket
+from tests.support import bucket
 
 TINY = pathlib.Path(__file__).with_name("tiny.py")
 

@@ -1,6 +1,6 @@
 """What gathering a layer's kernels whole is worth on a TPU: eight SwiGLU layers of FFHQ-1024, their gradient, estimated.
 
-    python -m tests.gathering v5e:4x4 [--split]
+    python -m benchmarks.gathering v5e:4x4 [--split]
 
 --split leaves the kernels to the partitioner (`layers.gathered`, docs/performance.md). It needs libtpu, and no TPU.
 """

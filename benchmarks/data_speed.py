@@ -1,6 +1,6 @@
 """How fast the input pipeline reads here: cached latents, and images against Pillow alone. Run it on a quiet machine:
 
-python -m tests.data.speed
+python -m benchmarks.data_speed
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What of ours has a form of its own on an NVIDIA GPU, compared there with float32 and timed: python -m tests.gpu
+"""What of ours has a form of its own on an NVIDIA GPU, compared there with float32 and timed: python -m benchmarks.gpu
 
 Relative errors |x - y| / |y| over all outputs and all gradients; milliseconds of a layer's attention of FFHQ-1024 (16 blocks of 256
 tokens, 18 heads of 64), the median of 20 calls, on random numbers. docs/performance.md has the figures.

@@ -1,6 +1,6 @@
 """What the kernels of attention take on a TPU: cycles of the compiler's own schedule, at FFHQ-1024's shape.
 
-    python -m tests.kernels v5e:2x2
+    python -m benchmarks.kernels v5e:2x2
 
 A kernel has no estimate in a compiled program's text, but libtpu writes down its schedule, instruction by instruction: a line of it
 takes a cycle at least, what waits for memory more. It needs libtpu, no TPU, and a minute.

@@ -2,7 +2,7 @@ import pytest
 
 from madformer_jax.reports import formatting, results, tables
 from madformer_jax.reports.results import Estimate
-from tests.testbed import made_up
+from tests.reports import made_up
 
 
 def of(folder, **settings):

@@ -1,4 +1,4 @@
-"""Peak memory of a reference and an evaluation of large images: `python -m tests.evaluation.memory --folder=/tmp/large`.
+"""Peak memory of a reference and an evaluation of large images: `python -m benchmarks.evaluation_memory --folder=/tmp/large`.
 
 8 000 files of 1024 x 1024, sixteen pictures under many names, before a stand-in for Inception: a cheap network with as many
 features and classes, so that what is measured is all the rest.

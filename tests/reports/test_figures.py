@@ -1,7 +1,7 @@
 import re
 
 from madformer_jax.reports import figures, results
-from tests.testbed import made_up
+from tests.reports import made_up
 
 
 def part_of(folder, **settings):

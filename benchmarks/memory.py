@@ -1,4 +1,4 @@
-"""Peak host memory of creating and saving a sharded state: `python -m tests.memory --folder=/tmp/memory`.
+"""Peak host memory of creating and saving a sharded state: `python -m benchmarks.memory --folder=/tmp/memory`.
 
 A model of 200 M parameters on 8 virtual devices, which are host memory here: parameters, averages and optimizer, 3.2 GB.
 """

@@ -1,4 +1,4 @@
-"""main.py for a process that is to die, or to be told to stop, at a certain step: `python -m tests.worker ...`.
+"""main.py for a process that is to die, or to be told to stop, at a certain step: `python -m tests.support.worker ...`.
 
 MADFORMER_SIGNAL="1:7:KILL" sends SIGKILL to process 1 when it has done step 7. With MADFORMER_SAMPLE the process samples and
 is judged as well once it has trained, which spares another start; and the processes fail, first all of them and then all but one.

@@ -6,7 +6,7 @@ import pytest
 from madformer_jax.errors import ConfigError
 from madformer_jax.reports import results
 from madformer_jax.reports.axes import Axis
-from tests.testbed import made_up
+from tests.reports import made_up
 
 
 def test_interval_of_a_mean_is_students():

@@ -1,6 +1,6 @@
 """What a decoder layer of FFHQ-1024 takes on a TPU: the gradient of one, of some images, on one chip, estimated.
 
-    python -m tests.decoder v5e:2x2 1
+    python -m benchmarks.decoder v5e:2x2 1
 
 Nothing is computed again and nothing moves between chips: what is left is the layer's own. It needs libtpu, and no TPU.
 """

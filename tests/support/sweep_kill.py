@@ -1,6 +1,6 @@
 """Kills a sweep at random moments and shows that it ends in the same results.
 
-    python -m tests.sweep_kill --kills=3 --folder=/tmp/sweep_kill
+    python -m tests.support.sweep_kill --kills=3 --folder=/tmp/sweep_kill
 
 A tiny sweep is done by one process that nobody disturbs, and by two at once of which one or both get SIGKILL `kills` times, and
 are started again. Every result.json must be the same, byte for byte, and so must the report of both folders.

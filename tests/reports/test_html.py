@@ -7,7 +7,7 @@ import pytest
 from madformer_jax.cli import command_line
 from madformer_jax.config import schema
 from madformer_jax.modes import report
-from tests.testbed import made_up
+from tests.reports import made_up
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """Inception features a second, ours against torch-fidelity's network with the same weights and images.
 
     pip install torch torch-fidelity
-    python -m tests.evaluation.speed theirs 64 192      # side of the images, and how many
-    python -m tests.evaluation.speed ours 64 192
+    python -m benchmarks.evaluation_speed theirs 64 192      # side of the images, and how many
+    python -m benchmarks.evaluation_speed ours 64 192
 
 The weights are drawn at random in the shapes of the checkpoint; the mean of the features, printed beside, is to be the same.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-SHAPES = Path(__file__).parent.parent / "reference" / "inception_fid_state_dict.json"
+SHAPES = Path(__file__).parent.parent / "tests" / "reference" / "inception_fid_state_dict.json"
 BATCH = 32  # of theirs
 
 

@@ -1,6 +1,6 @@
 """How far the compiler's estimates are from the data sheet: five products and two convolutions of known size.
 
-    python -m tests.calibration v5e:2x2
+    python -m benchmarks.calibration v5e:2x2
 
 prints, for each, the estimated time and its share of the peak (docs/performance.md). It needs libtpu, no TPU, and a minute.
 """
