@@ -23,8 +23,8 @@ def convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def main(topology: str) -> None:
-    device = topologies.describe(topology)[0]
-    sharding, peak = jax.sharding.SingleDeviceSharding(device), flops.peak("bfloat16", device)
+    device = topologies.topology_devices(topology)[0]
+    sharding, peak = jax.sharding.SingleDeviceSharding(device), flops.peak_rate("bfloat16", device)
 
     def show(name: str, function: Callable[..., Any], shapes: tuple[tuple[int, ...], ...], work: float) -> None:
         args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]

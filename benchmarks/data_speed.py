@@ -66,7 +66,7 @@ def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, c
     files = sorted(folder.iterdir())
     side = min(shape)
     left, top = (shape[0] - side) / 2, (shape[1] - side) / 2
-    table = preprocess.Table(size, 3, crop=True)
+    table = preprocess.Preprocessor(size, 3, crop=True)
 
     def pillow(file: pathlib.Path) -> np.ndarray:
         image = Image.open(io.BytesIO(file.read_bytes()))

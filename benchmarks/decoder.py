@@ -22,11 +22,11 @@ from madformer_jax.runtime import partitioning
 
 def main(topology: str, count: str) -> None:
     c, images = ffhq1024.get_config(), int(count)
-    m, device = c.model, topologies.describe(topology)[0]
+    m, device = c.model, topologies.topology_devices(topology)[0]
     towers = {"clean": "clean", "pred": "pred"}
     layer = transformer.DecoderLayer(m.width, m.heads, m.mlp_width, jnp.bfloat16, towers, False, "pallas")
-    angles = rope.rotary(*rope.image_positions(4, 16), head_size=64, side=64, variant=m.rope)
-    positions = {"clean": rope.Rotary(*(x[:15] for x in angles)), "pred": angles}
+    angles = rope.rotary_table(*rope.image_positions(4, 16), head_size=64, side=64, variant=m.rope)
+    positions = {"clean": rope.RotaryTable(*(x[:15] for x in angles)), "pred": angles}
     mesh = partitioning.make_mesh(1, 1, 1, [device])
     everywhere, key = partitioning.replicated(mesh), jax.random.key(0)
 
@@ -39,7 +39,7 @@ def main(topology: str, count: str) -> None:
     )._replace(text=None)
     with partitioning.scope(mesh):
         boxed = jax.eval_shape(lambda x: layer.init(key, x, positions, None, ()), shapes)
-    given = partitioning.abstract(
+    given = partitioning.abstract_arrays(
         (nn.meta.unbox(boxed), shapes), jax.tree.map(lambda _: everywhere, (nn.meta.unbox(boxed), shapes))
     )
     with partitioning.scope(mesh):
@@ -47,7 +47,9 @@ def main(topology: str, count: str) -> None:
     rows, d = 31 * 256, m.width
     # L^2 pairs of blocks are seen
     work = images * 3 * (2.0 * rows * d * (4 * d + 3 * m.mlp_width) + 2 * 2.0 * 256 * 256**2 * d)
-    print(tpu_time.text(tpu_time.estimate(text, device.device_kind, flops.peak("bfloat16", device), work)))
+    print(
+        tpu_time.format_estimate(tpu_time.estimate(text, device.device_kind, flops.peak_rate("bfloat16", device), work))
+    )
 
 
 if __name__ == "__main__":

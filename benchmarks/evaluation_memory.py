@@ -12,7 +12,7 @@ import resource
 from madformer_jax.runtime import malloc
 
 if __name__ == "__main__":
-    malloc.tune()  # as main does
+    malloc.restart_with_tunables()  # as main does
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def run(folder: pathlib.Path, n: int) -> None:
     if not (folder / "pictures").exists():
         pictures(folder / "pictures", n)
     registry.NETWORKS["inception"] = stand_in
-    registry.extractor(stand_in(""))(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+    registry.make_extractor(stand_in(""))(np.zeros((1, SIDE, SIDE, 3), np.uint8))
     before = peak()
     print(f"with the network: {before:.2f} GiB", flush=True)
     c = settings(folder, n)

@@ -67,12 +67,12 @@ def theirs(images: np.ndarray) -> Callable[[], np.ndarray]:
 def ours(images: np.ndarray) -> Callable[[], np.ndarray]:
     from madformer_jax.cli import command_line
 
-    command_line._without_ynn("cpu")
+    command_line._disable_ynnpack("cpu")
     from madformer_jax.evaluation.networks import inception_features, inception_weights, registry
     from madformer_jax.evaluation.networks.network import Network
 
     net = Network("inception", {}, 2048, (1, 3), inception_weights.from_torch(weights()), inception_features._apply)
-    extract = registry.extractor(net)
+    extract = registry.make_extractor(net)
     return lambda: extract(images).features
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gathering v5e:4x4 [--split]
 
---split leaves the kernels to the partitioner (`layers.gathered`, docs/performance.md). It needs libtpu, and no TPU.
+--split leaves the kernels to the partitioner (`layers.all_gather_kernel`, docs/performance.md). It needs libtpu, and no TPU.
 """
 
 import sys
@@ -36,20 +36,24 @@ class Stack(nn.Module):
 
 def main(topology: str, *flags: str) -> None:
     if flags == ("--split",):
-        layers.gathered = lambda kernel, axes: kernel
-    devices, stack = topologies.describe(topology), Stack()
+        layers.all_gather_kernel = lambda kernel, axes: kernel
+    devices, stack = topologies.topology_devices(topology), Stack()
     mesh = partitioning.make_mesh(1, -1, 1, devices)
     shape, key = (len(devices), TOKENS, WIDTH), jax.random.key(0)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=partitioning.batch_sharding(mesh))
     with partitioning.scope(mesh):
         boxed = jax.eval_shape(lambda: stack.init(key, jnp.zeros((len(devices), 8, WIDTH), jnp.bfloat16)))
     split = partitioning.shardings(boxed, mesh)
-    params = partitioning.abstract(nn.meta.unbox(boxed), split)
+    params = partitioning.abstract_arrays(nn.meta.unbox(boxed), split)
     with partitioning.scope(mesh):
         gradient = jax.grad(lambda params, x: stack.apply(params, x).astype(jnp.float32).sum())
         text = jax.jit(gradient, out_shardings=split).lower(params, x).compile().as_text()
     work = 3 * LAYERS * 6.0 * TOKENS * WIDTH * MLP  # of one device: an image each, backward twice the forward
-    print(tpu_time.text(tpu_time.estimate(text, devices[0].device_kind, flops.peak("bfloat16", devices[0]), work)))
+    print(
+        tpu_time.format_estimate(
+            tpu_time.estimate(text, devices[0].device_kind, flops.peak_rate("bfloat16", devices[0]), work)
+        )
+    )
     for kind in hlo.COLLECTIVES:
         found = [x for x in hlo.collectives(text) if x.kind == kind]
         print(f"  {kind:<24}{sum(x.times for x in found):6.0f}, {sum(x.moved for x in found) / 2**20:.0f} MiB")

@@ -91,7 +91,7 @@ def cached() -> None:
     own, *kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, words))
     given = jax.tree.map(lambda x: x[None], kept)  # of one layer
     for implementation in IMPLEMENTATIONS:
-        context, words = (api.kept(x, implementation) for x in given)
+        context, words = (api.to_cache_layout(x, implementation) for x in given)
         read = jax.jit(
             lambda own, block, c=context, w=words, x=implementation: api.cached_attention(
                 own, c, w, 0, block, implementation=x
@@ -117,7 +117,7 @@ def model() -> None:
 
             def loss(params: Any) -> Any:
                 outputs = built.apply({"params": params}, z, 0.7 * z + 0.7 * noise, t, jnp.zeros((4, 1), jnp.int32))
-                terms = losses.terms(outputs, z, noise, None)
+                terms = losses.unweighted_terms(outputs, z, noise, None)
                 return terms["image"] + 0.1 * terms["hidden"]
 
             return jax.device_get(jax.jit(jax.value_and_grad(loss))(params))
@@ -171,7 +171,7 @@ def times(batch: int = 8) -> None:
                 own, context, None, 0, block, implementation=x
             )
         )
-        each = [median(read, own, api.kept(slots, implementation), i) for i in (0, 7, 15)]
+        each = [median(read, own, api.to_cache_layout(slots, implementation), i) for i in (0, 7, 15)]
         print(
             f"cache, batch {batch}, {implementation}, blocks 0, 7, 15: " + ", ".join(f"{x:.3f}" for x in each) + " ms"
         )

@@ -23,8 +23,8 @@ import jax.numpy as jnp  # noqa: E402
 
 from madformer_jax.cost import flops, topologies, tpu_time  # noqa: E402
 from madformer_jax.ops.attention import pallas_tpu, pallas_tpu_kernels  # noqa: E402
-from madformer_jax.ops.attention.qk_norm_rope import Projected  # noqa: E402
-from madformer_jax.ops.rope import Rotary  # noqa: E402
+from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK  # noqa: E402
+from madformer_jax.ops.rope import RotaryTable  # noqa: E402
 
 BLOCKS, TOKENS, HEADS, SIZE = 16, 256, 18, 64
 KERNELS = {"forward": 2, "backward": 5}  # and the products that it takes of each query and key
@@ -49,9 +49,9 @@ def cycles(schedule: str) -> tuple[int, list[int]]:
 
 
 def main(topology: str) -> None:
-    device = topologies.describe(topology)[0]
+    device = topologies.topology_devices(topology)[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    chip, peak = tpu_time.chip(device.device_kind), flops.peak("bfloat16", device)
+    chip, peak = tpu_time.chip_spec(device.device_kind), flops.peak_rate("bfloat16", device)
     assert chip is not None
 
     def array(*shape: int, dtype: Any = jnp.float32) -> Any:
@@ -60,11 +60,11 @@ def main(topology: str) -> None:
     def rows(blocks: int) -> Any:
         return array(1, HEADS, SIZE, blocks * TOKENS, dtype=jnp.bfloat16)
 
-    def projected(blocks: int) -> Projected:
-        return Projected(rows(blocks), array(SIZE, 1), Rotary(*[array(SIZE, blocks * TOKENS)] * 2))
+    def projected(blocks: int) -> ProjectedQK:
+        return ProjectedQK(rows(blocks), array(SIZE, 1), RotaryTable(*[array(SIZE, blocks * TOKENS)] * 2))
 
     def total(q: Any, own: Any, context: Any) -> Any:
-        return jnp.sum(pallas_tpu.attend(q, own, context, None, None, 1, TOKENS, 0, False).astype(jnp.float32))
+        return jnp.sum(pallas_tpu.block_attention(q, own, context, None, None, 1, TOKENS, 0, False).astype(jnp.float32))
 
     shapes = projected(BLOCKS), *((projected(n), rows(n)) for n in (BLOCKS, BLOCKS - 1))
     jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
@@ -73,7 +73,7 @@ def main(topology: str) -> None:
         step, loops = cycles(path.read_text())
         # a loop over groups of tiles for each size of them, the longest first; all others go once over the keys
         place = loops.index(max(loops))
-        groups = dict(zip(pallas_tpu_kernels.AT_ONCE, loops[place:]))
+        groups = dict(zip(pallas_tpu_kernels.UNROLL_FACTORS, loops[place:]))
         others = sum(loops) - sum(groups.values())
         whole = BLOCKS * step + (BLOCKS - 1) * others
         for seen in range(BLOCKS):  # tiles that a block sees, but its own, which is in the step

@@ -10,7 +10,7 @@ import resource
 from madformer_jax.runtime import malloc
 
 if __name__ == "__main__":
-    malloc.tune()  # as main does
+    malloc.restart_with_tunables()  # as main does
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from madformer_jax.config import schema
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, partitioning
 from madformer_jax.sampling import codec
@@ -44,7 +44,7 @@ def run(folder: str) -> float:
     mesh = partitioning.make_mesh(1, 4, 2)
     jax.block_until_ready(jnp.zeros(()))
     before = peak()
-    s = train_step.Setup(madformer.build(c), codec.build(c), sizes_of(c), train_step.optimizer(c))
+    s = train_step.Setup(madformer.build(c), codec.build(c), derive_sizes(c), train_step.optimizer(c))
     create, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract)) / 1e9
     count = sum(x.size for x in jax.tree.leaves(abstract.params))
@@ -55,7 +55,7 @@ def run(folder: str) -> float:
         f"created: peak {created:.2f} GB, {(created - before) / size:.2f} x the state and {before:.2f} GB", flush=True
     )
     with checkpoint.Checkpoints(folder, state=abstract) as checkpoints:
-        arrays = {name: getattr(state, name) for name in checkpoint.ARRAYS}
+        arrays = {name: getattr(state, name) for name in checkpoint.ARRAY_ITEMS}
         checkpoints.save(1, arrays, {"next_batch": 1}, {"step": 1})
         checkpoints.wait()
     saved = peak()

@@ -8,7 +8,7 @@ from madformer_jax.runtime import malloc
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, leave)  # while modules load, an exception would be lost or end in a traceback
-    malloc.tune()
+    malloc.restart_with_tunables()
     from madformer_jax.cli import command_line
 
     sys.exit(command_line.main())

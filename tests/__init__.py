@@ -1,7 +1,7 @@
 from madformer_jax.runtime import xla_flags
 
 # XLA flags for programs that run for a moment: compiled in a third of the time, and without YNNPACK, as in main.py.
-QUICK = xla_flags.known(
+QUICK = xla_flags.supported(
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_experimental_ynn_fusion_type= "
     "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
     ("jaxlib",),

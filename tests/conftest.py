@@ -30,7 +30,7 @@ from tests import tiny
 # Tracing makes many objects that live long: a twelfth of the tests' time went to looking at them.
 gc.set_threshold(100_000, 50, 50)
 jax.devices()  # JAX reads the flags here, libtpu when a test loads it
-os.environ["XLA_FLAGS"] = xla_flags.known(os.environ["XLA_FLAGS"])
+os.environ["XLA_FLAGS"] = xla_flags.supported(os.environ["XLA_FLAGS"])
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

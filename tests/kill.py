@@ -64,9 +64,9 @@ def settings(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") ->
 
 def marked(workdir: pathlib.Path) -> Callable[..., None]:
     """`aside.Grid.do`, which leaves a file while it draws."""
-    mark, draw = pathlib.Path(f"{workdir}.drawing"), hooks.Grid.do
+    mark, draw = pathlib.Path(f"{workdir}.drawing"), hooks.SampleGrid.do
 
-    def marking(self: hooks.Grid, *given: Any) -> None:
+    def marking(self: hooks.SampleGrid, *given: Any) -> None:
         mark.touch()
         draw(self, *given)
         mark.unlink()
@@ -85,7 +85,7 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int
     os.dup2(log, 2)
     status = 1
     try:
-        hooks.Grid.do = marked(workdir)
+        hooks.SampleGrid.do = marked(workdir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         status = command_line.main(settings(workdir, cache, mode))
     except BaseException:
@@ -150,10 +150,10 @@ def disturb(
 def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, Any], Any]:
     """Step, arrays and data state of the newest checkpoint of a run with config `c`."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    s = train_step.setup(c)
+    s = train_step.make_setup(c)
     _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
-        step, trees, data = checkpoints.restore({n: getattr(abstract, n) for n in checkpoint.ARRAYS}, data=True)
+        step, trees, data = checkpoints.restore({n: getattr(abstract, n) for n in checkpoint.ARRAY_ITEMS}, data=True)
     return step, jax.device_get(trees), data
 
 

@@ -87,7 +87,7 @@ def test_every_command_runs(folder, monkeypatch):
             with monkeypatch.context() as patch:
                 if "--mode=sweep" in args:
                     Stage(patch)
-                    patch.setattr(sweep, "_draw_grid", _draw_grid)
+                    patch.setattr(sweep, "_write_sample_grid", _draw_grid)
                     patch.setattr(
                         sweep.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps, "batch": 1}
                     )
@@ -104,8 +104,8 @@ def test_every_command_runs(folder, monkeypatch):
 
 
 def _draw_grid(job, run, steps):
-    images = np.zeros((len(steps), sweep.COLUMNS, 32, 32, 1), np.uint8)
-    generation.write_png(f"{sweep_folder.folder(job.workdir, run)}/grid.png", generation.as_rows(images))
+    images = np.zeros((len(steps), sweep.GRID_COLUMNS, 32, 32, 1), np.uint8)
+    generation.write_png(f"{sweep_folder.run_folder(job.workdir, run)}/grid.png", generation.tile_rows(images))
 
 
 def _shards(folder):
@@ -113,8 +113,8 @@ def _shards(folder):
 
 
 def _without_a_server(patch):
-    patch.setattr(demo, "_gradio", lambda: None)
-    patch.setattr(demo, "page", lambda models, n: models)
+    patch.setattr(demo, "_import_gradio", lambda: None)
+    patch.setattr(demo, "build_page", lambda models, n: models)
     patch.setattr(
         demo, "serve", lambda page, host, port: types.SimpleNamespace(local_url="", close=lambda verbose: None)
     )

@@ -43,12 +43,12 @@ def test_variants_of_depth_and_length(name, depth, blocks):
 def test_drawings_have_as_many_tokens_a_block_at_every_size(side):
     c = read(f"drawings.py:side={side}")
     assert c.data.image_size == side and schema.validate(c).tokens == 16
-    assert not validation.doubts(c)
+    assert not validation.warnings(c)
 
 
 def test_drawings_from_captions_have_the_tokenizer_of_the_package():
     c = read("drawings.py:side=32,text")
-    assert text.of(c).vocabulary == c.text.vocabulary and not c.model.classes
+    assert text.tokenizer_for_config(c).vocabulary == c.text.vocabulary and not c.model.classes
 
 
 def test_ffhq_in_the_release_variant_has_the_release_s_parameters(reference):
@@ -61,7 +61,7 @@ def test_ffhq_in_the_release_variant_has_the_release_s_parameters(reference):
 def test_a_model_that_reads_llama_3_s_tokens_has_the_paper_s_2_1_billion_parameters(name):
     assert round(parameters(read(name)) / 1e9, 2) == 2.14
     small = read(f"{name},tiny")
-    assert text.of(small).vocabulary == small.text.vocabulary
+    assert text.tokenizer_for_config(small).vocabulary == small.text.vocabulary
 
 
 def test_steps_follow_from_epochs():

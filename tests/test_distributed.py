@@ -69,7 +69,7 @@ def losses(files):
 def final(workdir):
     """Step, parameters and data state of the newest checkpoint."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = generation.abstract_params(train_step.setup(tiny.get_config("plain")).model, mesh)
+    target = generation.abstract_params(train_step.make_setup(tiny.get_config("plain")).model, mesh)
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
         step, trees, data = checkpoints.restore({"params": target}, data=True)
     return step, jax.device_get(trees["params"]), data
@@ -77,7 +77,7 @@ def final(workdir):
 
 def samples(workdir):
     (folder,) = (workdir / "samples").glob(f"step_{STEPS:06d}_*_n5_*")
-    return generation.Drawn(*map(np.concatenate, zip(*generation.read_shards(folder), strict=True)))
+    return generation.SampleBatch(*map(np.concatenate, zip(*generation.read_shards(folder), strict=True)))
 
 
 def put_classifier(workdir):

@@ -61,7 +61,7 @@ def test_every_command_of_a_page_parses(page, tmp_path, monkeypatch):
 
 def test_the_reference_is_that_of_the_fields():
     """It is made by `python -m madformer_jax.cli.help > docs/reference.md`."""
-    text = help.reference()
+    text = help.reference_page()
     assert (ROOT / "docs" / "reference.md").read_text() == text
     assert all(f"| `{name}` |" in text for name in fields.flat(config_lib.base()))
 

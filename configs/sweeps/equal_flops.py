@@ -4,7 +4,7 @@
 
 Variants: digits, drawings, ffhq1024, imagenet256. The budget is what the base needs for its steps. D alone does not change
 the FLOPs of a training step, so that runs of one width train for equal steps (size.py trains all widths for equal steps).
-Sampling budgets are full-model passes, which count every layer that runs (`flops.passes`), for each guidance branch.
+Sampling budgets are full-model passes, which count every layer that runs (`flops.model_passes`), for each guidance branch.
 """
 
 import pathlib

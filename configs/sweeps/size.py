@@ -3,7 +3,7 @@
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/size.py:digits --workdir=runs/size_digits
 
 Variants: digits, drawings, ffhq1024, imagenet256. Heads keep their size, SwiGLU its ratio; the U-Net stays.
-Sampling budgets are full-model passes, which count every layer that runs (`flops.passes`), for each guidance branch.
+Sampling budgets are full-model passes, which count every layer that runs (`flops.model_passes`), for each guidance branch.
 """
 
 from typing import Any

@@ -49,23 +49,25 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
     Raises:
       ConfigError: a flag, a field or a value is wrong, in one line.
     """
-    return _parse(argv)[:2]
+    return _parse_with_file(argv)[:2]
 
 
-class _File(NamedTuple):
+class _ConfigFile(NamedTuple):
     """A config file that has been run."""
 
     module: types.ModuleType
     args: tuple[str, ...]  # of its functions: the variant, if one was given
 
 
-def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _File | None]:
+def _parse_with_file(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _ConfigFile | None]:
     """As `parse`, and the config file, where there is one."""
-    values = _flags()
+    values = _define_flags()
     try:
         rest = values(list(argv), known_only=True)  # all but --config.field=value
         _check_flags(values)
-        config, file = (_of_workdir(values), None) if values.config is None else _of_file(values.config)
+        config, file = (
+            (_load_workdir_config(values), None) if values.config is None else _load_config_file(values.config)
+        )
         _check_fields(rest)
         values.remove_flag_values({"config": None})
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
@@ -80,12 +82,12 @@ def _parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _File | N
     return values.config, values, file
 
 
-def _flags() -> flags.FlagValues:
+def _define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Tell of the modes, or of one.", short_name="h", flag_values=values)
     flags.DEFINE_string("config", None, "Config file, FILE or FILE:variant.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
-    flags.DEFINE_enum("mode", "train", list(help.summaries()), "What to do.", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(help.mode_summaries()), "What to do.", flag_values=values)
     flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster.", flag_values=values)
     flags.DEFINE_string("coordinator", "", "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
@@ -101,13 +103,13 @@ def _flags() -> flags.FlagValues:
     return values
 
 
-def _help(argv: Sequence[str]) -> str | None:
+def _help_page(argv: Sequence[str]) -> str | None:
     """The page that --help asks for; None without it.
 
     Raises:
       ConfigError: there is no such mode.
     """
-    values = _flags()
+    values = _define_flags()
     try:
         values(list(argv), known_only=True)
     except flags.Error as error:
@@ -143,26 +145,26 @@ def _check_fields(argv: Sequence[str]) -> None:
         field = re.match(r"--?(?:no)?config\.([^=]*)", arg)
         if field and field[1] not in known:
             inside = any(name.startswith(f"{field[1]}.") for name in known)
-            hint = "name one of its fields." if inside else fields.nearest(field[1], known)
+            hint = "name one of its fields." if inside else fields.suggestion(field[1], known)
             raise ConfigError(f"--config.{field[1]}: there is no such field: {hint}")
 
 
-def _of_workdir(values: flags.FlagValues) -> ConfigDict:
+def _load_workdir_config(values: flags.FlagValues) -> ConfigDict:
     path = os.path.join(values.workdir or "", "config.json")
     saved = storage.read_json(path) if values.workdir else None
     if saved is not None:
         several = values.distributed or values.coordinator  # whose records may differ, and their configs must not
-        return stored_config.restored(saved, path, trusted=False if several else None)
+        return stored_config.config_from_saved(saved, path, trusted=False if several else None)
     if values.mode in ("convert", "report"):
         return config_lib.base()
     raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
 
 
-def _of_file(given: str) -> tuple[ConfigDict, _File]:
+def _load_config_file(given: str) -> tuple[ConfigDict, _ConfigFile]:
     """Runs get_config of FILE or FILE:variant."""
-    path, colon, variant = config_lib.split(storage.expand(given))
+    path, colon, variant = config_lib.split_config_flag(storage.expand(given))
     if not os.path.isfile(path):
-        raise ConfigError(f"--config={given}: there is no file {path!r}{help.where_configs_are(path)}.")
+        raise ConfigError(f"--config={given}: there is no file {path!r}{help.config_location_hint(path)}.")
     module = sys.modules["config_file"] = types.ModuleType("config_file")
     module.__file__ = path
     try:
@@ -188,7 +190,7 @@ def _of_file(given: str) -> tuple[ConfigDict, _File]:
         fields.check(config, config_lib.base())
     except ConfigError as error:
         raise ConfigError(f"--config={given}: {error}") from None
-    return config.lock(), _File(module, args)
+    return config.lock(), _ConfigFile(module, args)
 
 
 # ---- the process
@@ -204,7 +206,7 @@ def _start_jax(platform: str) -> None:
 
     from madformer_jax.runtime import numerics
 
-    numerics.pin()
+    numerics.apply_globally()
     held = (
         "check that the accelerator is free (a dead process may hold it; on TPU see /tmp/libtpu_lockfile) and that jax is "
         "installed for it"
@@ -218,7 +220,7 @@ def _start_jax(platform: str) -> None:
         raise ConfigError(f"config.platform={platform!r}, but JAX runs on {found!r}: {held}.")
 
 
-def _use_cache(setting: str, workdir: str | None) -> None:
+def _set_compilation_cache(setting: str, workdir: str | None) -> None:
     """Sets the folder of compiled programs. For "auto" JAX_COMPILATION_CACHE_DIR comes before the user's cache."""
     import jax
 
@@ -231,23 +233,23 @@ def _use_cache(setting: str, workdir: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
-_YNN = "xla_cpu_experimental_ynn_fusion_type"
-_ACCELERATORS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+_YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
+_ACCELERATOR_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
 
-def _without_ynn(platform: str) -> None:
+def _disable_ynnpack(platform: str) -> None:
     """XLA's YNNPACK kernels for CPU are slower than what they replace, gradients of convolutions six times (docs/performance.md).
 
     Not with an accelerator, where the flag is of no use; and XLA ends a process that gives it a flag it does not know.
     """
     asked = platform or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    on_cpu = asked == "cpu" if asked else not any(map(glob.glob, _ACCELERATORS))
+    on_cpu = asked == "cpu" if asked else not any(map(glob.glob, _ACCELERATOR_DEVICES))
     given = os.environ.get("XLA_FLAGS", "")
-    if on_cpu and _YNN not in given and (flag := xla_flags.known(f"--{_YNN}=")):
+    if on_cpu and _YNN_FLAG not in given and (flag := xla_flags.supported(f"--{_YNN_FLAG}=")):
         os.environ["XLA_FLAGS"] = f"{flag} {given}"
 
 
-def _judged(config: ConfigDict, workdir: str) -> str:
+def _score_summary(config: ConfigDict, workdir: str) -> str:
     """How good a trained model is, in a sentence, with what real images of the training set score beside it."""
     from etils import epath
 
@@ -284,7 +286,7 @@ def _log_to_stderr() -> None:
 
 
 @contextlib.contextmanager
-def _above_the_log(config: ConfigDict) -> Iterator[None]:
+def _log_config_first(config: ConfigDict) -> Iterator[None]:
     """Logs what a config is above the first line that comes within: a command that is refused prints its error alone."""
     handler = logging.get_absl_handler()
     settings = ", ".join(f"{name}={value!r}" for name, value in config_lib.differences(config).items())
@@ -292,7 +294,7 @@ def _above_the_log(config: ConfigDict) -> Iterator[None]:
     def above(record: python_logging.LogRecord) -> bool:
         handler.removeFilter(above)  # the last of the filters: it sees only what will be printed
         logging.info("settings other than the defaults: %s", settings or "none")
-        for line in validation.doubts(config):
+        for line in validation.warnings(config):
             logging.warning("%s", line)
         return True
 
@@ -315,19 +317,19 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       ConfigError: what is wrong with it.
     """
-    page = _help(argv)
+    page = _help_page(argv)
     if page:
-        console.show(page)
+        console.print_text(page)
         return 0
     open_files.raise_limit()
-    config, values, file = _parse(argv)
+    config, values, file = _parse_with_file(argv)
     config_lib.validate(config)
-    _without_ynn(config.platform)
+    _disable_ynnpack(config.platform)
     if values.distributed or values.coordinator:
         from madformer_jax.runtime import partitioning
 
         partitioning.distributed_init(values.coordinator, values.num_processes, values.process_id)
-    _use_cache(config.compilation_cache, values.workdir)
+    _set_compilation_cache(config.compilation_cache, values.workdir)
     if values.mode not in ("compile", "report"):  # which need no device
         _start_jax(config.platform)
     module = importlib.import_module(f"madformer_jax.modes.{values.mode}")
@@ -338,23 +340,23 @@ def run(argv: Sequence[str]) -> int:
         extra = {"file": file, "dry_run": values.dry_run, "measure": values.measure}
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are things to put away
-    with _above_the_log(config):
+    with _log_config_first(config):
         if values.mode == "train" and config.train.judge:
             from madformer_jax.modes import evaluate
 
-            evaluate.check_early(config, values.workdir)
+            evaluate.check_before_training(config, values.workdir)
         result = module.run(config, values.workdir, **extra)
     # A training that was asked to stop leaves at once: the next start judges it.
     if values.mode == "train" and result.get("step") == config.train.steps and "stopped" not in result:
-        scores = _judged(config, values.workdir) if config.train.judge else ""
+        scores = _score_summary(config, values.workdir) if config.train.judge else ""
         import jax
 
         if jax.process_index() == 0:
-            console.show(help.after_training(config, values.workdir, scores))
+            console.print_text(help.after_training(config, values.workdir, scores))
     return 0 if result.get("fits", True) else 1
 
 
-def _with_environment(argv: Sequence[str]) -> list[str]:
+def _insert_environment_flags(argv: Sequence[str]) -> list[str]:
     """Inserts the flags of the variable MADFORMER_FLAGS before those of a command line, which override them.
 
     Raises:
@@ -370,19 +372,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns the exit status, after one line where it is not 0."""
     _log_to_stderr()
     try:
-        return run(_with_environment(sys.argv if argv is None else argv))
+        return run(_insert_environment_flags(sys.argv if argv is None else argv))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        line = _line(error)
+        line = _error_line(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
 
 
-def _line(error: Exception) -> str | None:
+def _error_line(error: Exception) -> str | None:
     """What a user can do something about, in one line; None where it is a fault of ours."""
     if isinstance(error, ConfigError):
         return " ".join(str(error).split())

@@ -43,7 +43,7 @@ Train on the embedded digits and draw samples, then draw more of some of them, a
 
 
 @functools.cache
-def summaries() -> dict[str, str]:
+def mode_summaries() -> dict[str, str]:
     """Mode -> what it does, the first sentence of its file."""
     names = [module.name for module in pkgutil.iter_modules(modes.__path__)]
     found = {}
@@ -54,7 +54,7 @@ def summaries() -> dict[str, str]:
     return found
 
 
-def comments() -> dict[str, str]:
+def field_comments() -> dict[str, str]:
     """Field or section -> the comment behind it in `config.base`, in its order; "" where there is none."""
     source = inspect.getsource(schema.base)
     lines, found = source.splitlines(), {}
@@ -67,12 +67,12 @@ def comments() -> dict[str, str]:
 
 def page(mode: str | None) -> str:
     """The help on all modes, or on one and its fields."""
-    return _of_all() if mode is None else _of_mode(mode)
+    return _overview_page() if mode is None else _mode_page(mode)
 
 
-def reference() -> str:
+def reference_page() -> str:
     """docs/reference.md: every field with its default, its comment and what it may hold."""
-    defaults, told = fields.flat(schema.base()), comments()
+    defaults, told = fields.flat(schema.base()), field_comments()
     lines = [
         "# Every field", "",
         "Set as `--config.field=value`. Made by `python -m madformer_jax.cli.help` from `config.py` and `limits.py`.",
@@ -99,11 +99,13 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
     chosen = ["--config.sample.labels=[0, 1]", "--config.sample.guidance=2"] if c.model.classes else []
 
     def command(mode: str, *arguments: str) -> str:
-        return f"  {_COMMAND} " + " ".join(map(console.quoted, [f"--workdir={workdir}", f"--mode={mode}", *arguments]))
+        return f"  {_COMMAND} " + " ".join(
+            map(console.shell_quote, [f"--workdir={workdir}", f"--mode={mode}", *arguments])
+        )
 
     made = (
         f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard "
-        f"{console.quoted(f'--logdir={workdir}')})."
+        f"{console.shell_quote(f'--logdir={workdir}')})."
     )
     draw = command("sample", "--config.sample.n=100", *chosen)
     if scores:
@@ -116,7 +118,7 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
     return "\n".join([made, why, draw, command("reference"), command("evaluate")])
 
 
-def where_configs_are(path: str) -> str:
+def config_location_hint(path: str) -> str:
     """For a path like `configs/digits.py` that does not exist here: where the project's own config files are."""
     if os.path.normpath(path).partition("/")[0] != "configs":
         return ""
@@ -129,8 +131,8 @@ def where_configs_are(path: str) -> str:
     )
 
 
-def _of_all() -> str:
-    found = summaries()
+def _overview_page() -> str:
+    found = mode_summaries()
     wide = max(map(len, found))
     lines = [f"  {mode:{wide}}  {what}" for mode, what in found.items()]
     return "\n".join(
@@ -144,17 +146,17 @@ def _of_all() -> str:
     )  # fmt: skip
 
 
-def _of_mode(mode: str) -> str:
-    told, values = comments(), fields.flat(schema.base())
+def _mode_page(mode: str) -> str:
+    told, values = field_comments(), fields.flat(schema.base())
     sections = [s for s in (mode, *_SECTIONS.get(mode, ())) if any(name.startswith(f"{s}.") for name in values)]
     lines = [
-        f"--mode={mode}: {summaries()[mode]}.",
+        f"--mode={mode}: {mode_summaries()[mode]}.",
         "",
         "Fields and their defaults, which a config file or the workdir may change:",
     ]
     for section in ("", *sections):
         own = [name for name in told if name in values and name.rpartition(".")[0] == section]
-        heads = [f"--config.{name}={_text(values[name])}" for name in own]
+        heads = [f"--config.{name}={_format_value(values[name])}" for name in own]
         wide = min(44, max(map(len, heads)))
         lines += ["", f"{section or 'all modes'}{':' if told.get(section) else ''} {told.get(section, '')}".rstrip()]
         for name, head in zip(own, heads):
@@ -166,9 +168,9 @@ def _of_mode(mode: str) -> str:
     return "\n".join(lines)
 
 
-def _text(value: object) -> str:
+def _format_value(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(reference_page(), end="")

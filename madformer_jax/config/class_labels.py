@@ -19,7 +19,7 @@ from madformer_jax.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?[0-9]+")
 _FIELD = "config.sample.labels"
-_SHOWN = 8  # labels that a message repeats at most
+_MAX_SHOWN = 8  # labels that a message repeats at most
 
 
 def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
@@ -37,17 +37,17 @@ def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
         return list(range(classes))
     listed = check(text, classes)
     if listed is not None:
-        return [_of_item(item, classes, names) for item in listed]
+        return [_number_from_item(item, classes, names) for item in listed]
     parts = [part.strip() for part in text.split(",")]
-    whole = _named(text, names)
+    whole = _numbers_by_name(text, names)
     if not whole or len(parts) == 1:
-        return [_of_text(i, parts, classes, names) for i in range(len(parts))]
-    if all(_named(part, names) or _NUMBER.fullmatch(part) for part in parts):
+        return [_number_from_text(i, parts, classes, names) for i in range(len(parts))]
+    if all(_numbers_by_name(part, names) or _NUMBER.fullmatch(part) for part in parts):
         raise ConfigError(
             f"{_FIELD}={text!r} is the name of one class and a list of {len(parts)} classes. "
-            f"Write '{_json([text])}' for the name or '{_json(parts)}' for the list."
+            f"Write '{_to_json([text])}' for the name or '{_to_json(parts)}' for the list."
         )
-    return [_of_item(text, classes, names)]
+    return [_number_from_item(text, classes, names)]
 
 
 def check(text: str, classes: int) -> list[Any] | None:
@@ -66,7 +66,7 @@ def check(text: str, classes: int) -> list[Any] | None:
         if isinstance(item, bool) or not isinstance(item, int | str):
             raise ConfigError(f"{_FIELD}: {item!r} must be a class name (text) or a class number (integer).")
         if isinstance(item, int):
-            _in_range(item, classes)
+            _check_range(item, classes)
     return listed
 
 
@@ -86,29 +86,29 @@ def from_python(value: Any) -> str:
         raise ConfigError(
             f"labels={reprlib.repr(value)} must be a class number, or a list of class numbers and class names."
         )
-    return _json([_python_item(item) for item in items])
+    return _to_json([_python_item(item) for item in items])
 
 
 def from_numbers(numbers: Iterable[int]) -> str:
     """Returns class numbers as a value of `sample.labels` that means the same with and without class names."""
-    return _json(numbers)
+    return _to_json(numbers)
 
 
-def numbers_text(text: str) -> str:
+def format_numbers(text: str) -> str:
     """Returns resolved labels as protocols store them: class numbers separated by commas."""
     listed = fields.json_list(text)
     return text if listed is None else ",".join(map(str, listed))
 
 
-def name(number: int, names: Sequence[str]) -> str:
+def display_name(number: int, names: Sequence[str]) -> str:
     """Returns what a person calls a class: its name, or "class 3" if the data name none."""
     return names[number] if number < len(names) else f"class {number}"
 
 
 def summary(numbers: Sequence[int], names: Sequence[str]) -> str:
     """Returns the names of classes for a line of a log, each once and the first few only."""
-    distinct = [name(k, names) for k in dict.fromkeys(numbers)]
-    return ", ".join(distinct[:_SHOWN]) + ", ..." * (len(distinct) > _SHOWN)
+    distinct = [display_name(k, names) for k in dict.fromkeys(numbers)]
+    return ", ".join(distinct[:_MAX_SHOWN]) + ", ..." * (len(distinct) > _MAX_SHOWN)
 
 
 def distinct_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
@@ -117,7 +117,7 @@ def distinct_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]
     return [f"{text} (#{k})" if text in repeated else text for k, text in enumerate(names)]
 
 
-def _of_text(i: int, parts: Sequence[str], classes: int, names: Sequence[str]) -> int:
+def _number_from_text(i: int, parts: Sequence[str], classes: int, names: Sequence[str]) -> int:
     """Returns the class number of one label of the command line.
 
     Raises:
@@ -126,57 +126,57 @@ def _of_text(i: int, parts: Sequence[str], classes: int, names: Sequence[str]) -
     part = parts[i]
     if not part:
         raise ConfigError(f"{_FIELD}: a label is empty. Give class numbers or names separated by commas.")
-    found = _of_item(part, classes, names)
+    found = _number_from_item(part, classes, names)
     other = int(part) if _NUMBER.fullmatch(part) else found
     if other == found or not 0 <= other < classes:
         return found
-    short = len(parts) <= _SHOWN
+    short = len(parts) <= _MAX_SHOWN
     before, behind = (parts[:i], parts[i + 1 :]) if short else ((), ())
-    by_name, by_number = _json([*before, part, *behind]), _json([*before, other, *behind])
+    by_name, by_number = _to_json([*before, part, *behind]), _to_json([*before, other, *behind])
     raise ConfigError(
         f"{_FIELD}: {part!r} is ambiguous. It names the class {names[found]!r} (number {found}) and is the number of the class "
-        f"{name(other, names)!r}. Write '{by_name}' for the name or '{by_number}' for the number."
+        f"{display_name(other, names)!r}. Write '{by_name}' for the name or '{by_number}' for the number."
     )
 
 
-def _of_item(item: int | str, classes: int, names: Sequence[str]) -> int:
+def _number_from_item(item: int | str, classes: int, names: Sequence[str]) -> int:
     """Returns the class number of an integer, or of a text: the name of a class or, if it names none, a number.
 
     Raises:
       ConfigError: It is not a class, or several classes have the name.
     """
     if isinstance(item, int):
-        return _in_range(item, classes)
-    found = _named(item, names)
+        return _check_range(item, classes)
+    found = _numbers_by_name(item, names)
     if len(found) > 1:
-        writings = " or ".join(f"'{_json([k])}'" for k in found)
+        writings = " or ".join(f"'{_to_json([k])}'" for k in found)
         raise ConfigError(
             f"{_FIELD}: {item!r} is the name of the classes {', '.join(map(str, found))}. Write {writings}."
         )
     if found or _NUMBER.fullmatch(item.strip()):
-        return _in_range(found[0] if found else int(item), classes)
+        return _check_range(found[0] if found else int(item), classes)
     close = difflib.get_close_matches(item, names, 3, 0.5) or [text for text in names if item in text][:3] or names[:3]
     known = f"names are {', '.join(map(repr, close))}, ..." if names else "this data set names none"
     commas = next((text for text in close if "," in text), None)
-    hint = f" A name with a comma is written as in '{_json([commas])}'." if commas else ""
+    hint = f" A name with a comma is written as in '{_to_json([commas])}'." if commas else ""
     raise ConfigError(f"{_FIELD}: {item!r} is neither a class number nor a class name ({known}).{hint}")
 
 
-def _named(text: str, names: Sequence[str]) -> list[int]:
+def _numbers_by_name(text: str, names: Sequence[str]) -> list[int]:
     """Returns the numbers of the classes that a text names.
 
     An exact match comes first. Otherwise Unicode forms, outer spaces and leading zeros do not count: "2" names "02".
     """
     exact = [k for k, known in enumerate(names) if known == text]
-    return exact or [k for k, known in enumerate(names) if _normal(known) == _normal(text)]
+    return exact or [k for k, known in enumerate(names) if _normalize_name(known) == _normalize_name(text)]
 
 
-def _normal(text: str) -> str:
+def _normalize_name(text: str) -> str:
     text = unicodedata.normalize("NFC", text).strip()
     return str(int(text)) if _NUMBER.fullmatch(text) else text
 
 
-def _in_range(number: int, classes: int) -> int:
+def _check_range(number: int, classes: int) -> int:
     if not 0 <= number < classes:
         raise ConfigError(f"{_FIELD}: {number} is not a class. Class numbers run from 0 to {classes - 1}.")
     return number
@@ -198,5 +198,5 @@ def _python_item(item: Any) -> int | str:
     return operator.index(item)
 
 
-def _json(items: Iterable[int | str]) -> str:
+def _to_json(items: Iterable[int | str]) -> str:
     return json.dumps(list(items), ensure_ascii=False)

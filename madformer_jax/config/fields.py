@@ -23,7 +23,7 @@ def flat(c: Section, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
+def suggestion(name: str, known: Mapping[str, Any]) -> str:
     """A hint at the field that may be meant, to end a sentence."""
     near = difflib.get_close_matches(name, known, 1)
     sections = ", ".join(sorted({field.partition(".")[0] for field in known if "." in field}))
@@ -42,8 +42,8 @@ def check(c: Section, like: Section) -> None:
         if name in sections:
             raise ConfigError(f"config.{name}={value!r} must be a section with fields of its own.")
         if name not in known:
-            raise ConfigError(f"config.{name} is no field: {nearest(name, known)}")
-        if not _fits(value, known[name]):
+            raise ConfigError(f"config.{name} is no field: {suggestion(name, known)}")
+        if not _has_type_of(value, known[name]):
             kind = type(known[name]).__name__
             kind += f" of {type(known[name][0]).__name__}" if kind == "tuple" else ""
             raise ConfigError(f"config.{name}={value!r} must be of type {kind}.")
@@ -54,12 +54,12 @@ def check(c: Section, like: Section) -> None:
         )
 
 
-def _fits(value: Any, like: Any) -> bool:
+def _has_type_of(value: Any, like: Any) -> bool:
     """Whether a value is of the type of another; a float may be given as an integer."""
     if isinstance(value, bool) or isinstance(like, bool):
         return isinstance(value, bool) and isinstance(like, bool)
     if isinstance(like, tuple):
-        return isinstance(value, tuple) and all(_fits(part, like[0]) for part in value)
+        return isinstance(value, tuple) and all(_has_type_of(part, like[0]) for part in value)
     return isinstance(value, int | float if isinstance(like, float) else type(like))
 
 

@@ -22,7 +22,7 @@ class Fact(enum.Flag):
 
 _FIXED = Fact.RUN
 _FREE = Fact.RUN | Fact.RESUME
-_QUIET = Fact.RESUME  # decides no result, and other machines may have it
+_NEUTRAL = Fact.RESUME  # decides no result, and other machines may have it
 _LOCAL = Fact.MACHINE | Fact.RESUME  # decides no result: the same images or weights may lie elsewhere
 _FILE = Fact.RUN | Fact.MACHINE
 _FREE_FILE = Fact.RUN | Fact.MACHINE | Fact.RESUME
@@ -41,14 +41,14 @@ _TABLE: dict[str, dict[Fact, str]] = {
     "codec": {_FIXED: "name patch scaling_factor dtype", _LOCAL: "path"},
     "data": {
         _FIXED: "source drawings split test_share image_size channels crop background flip",
-        _QUIET: "max_corrupt max_pixels",
+        _NEUTRAL: "max_corrupt max_pixels",
         _LOCAL: "path workers threads batches_ahead",
     },
-    "prepare": {_QUIET: "kind shard batch max_corrupt flip"},  # the plan of prepared records has its own comparison
+    "prepare": {_NEUTRAL: "kind shard batch max_corrupt flip"},  # the plan of prepared records has its own comparison
     "train": {
         _FIXED: "batch ema_decay ema_warmup context_noise label_dropout",
         _FREE: "steps accumulate",
-        _QUIET: "log_every sample_every checkpoint_every evaluate_every evaluate_n validate_every validate_n judge keep "
+        _NEUTRAL: "log_every sample_every checkpoint_every evaluate_every evaluate_n validate_every validate_n judge keep "
         "keep_every",
         _FREE_FILE: "init_from",
     },
@@ -56,7 +56,7 @@ _TABLE: dict[str, dict[Fact, str]] = {
     "sample": {
         _FREE: "step n solver spacing steps guidance guidance_schedule guidance_interval prompts labels label_sampling weights "
         "clip",
-        _QUIET: "batch shard grid film",
+        _NEUTRAL: "batch shard grid film",
         _FREE_FILE: "noise",
     },
     "evaluate": {
@@ -64,11 +64,11 @@ _TABLE: dict[str, dict[Fact, str]] = {
         _LOCAL: "network_path reference training",
         _FREE_FILE: "images",
     },
-    "gallery": {_QUIET: "n grid"},
-    "demo": {_QUIET: "n", _LOCAL: "other host port"},
-    "convert": {_QUIET: "weights", _LOCAL: "release vae inception to_release"},
-    "compile": {_QUIET: "time"},
-    "benchmark": {_QUIET: "parts warmup steps"},
+    "gallery": {_NEUTRAL: "n grid"},
+    "demo": {_NEUTRAL: "n", _LOCAL: "other host port"},
+    "convert": {_NEUTRAL: "weights", _LOCAL: "release vae inception to_release"},
+    "compile": {_NEUTRAL: "time"},
+    "benchmark": {_NEUTRAL: "parts warmup steps"},
     "mesh": {_LOCAL: "data fsdp tensor"},
 }
 
@@ -83,26 +83,26 @@ HUB_ID = re.compile(
     r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?"
 )  # of the Hugging Face hub: owner/name or owner/name@revision
 EMBEDDED_TOKENIZERS = ("drawings",)
-DATA = "data:"  # of sample.prompts and evaluate.images: a split of the config's data set
+DATA_PREFIX = "data:"  # of sample.prompts and evaluate.images: a split of the config's data set
 _TEXT_FILE = re.compile(r"\.txt\s*($|[,;])")
 
 # Values that name no file, of fields that may hold a path.
 _PORTABLE: dict[str, Callable[[str], bool]] = {
     "codec.path": lambda value: HUB_ID.fullmatch(value) is not None and not os.path.exists(value),
     "evaluate.grid": lambda value: not _TEXT_FILE.search(value),  # it may vary sample.prompts
-    "evaluate.images": lambda value: value.startswith(DATA),
+    "evaluate.images": lambda value: value.startswith(DATA_PREFIX),
     "gallery.grid": lambda value: not _TEXT_FILE.search(value),
     "sample.prompts": lambda value: not _TEXT_FILE.search(value),
     "text.tokenizer": lambda value: value in EMBEDDED_TOKENIZERS,
 }
 
 
-def decides(name: str) -> bool:
+def affects_results(name: str) -> bool:
     """Returns whether a field decides results."""
     return Fact.RUN in _facts(name)
 
 
-def may_change(name: str) -> bool:
+def may_change_on_resume(name: str) -> bool:
     """Returns whether a field may change when a run goes on."""
     return Fact.RESUME in _facts(name)
 
@@ -111,17 +111,17 @@ def _facts(name: str) -> Fact:
     return FACTS.get(name, Fact.RUN)  # a field without a line may decide everything
 
 
-def of_run(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def identifying_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what identifies a run: the fields that decide results, with their values.
 
     Args:
       values: A flat config, or only its fields that are not at their defaults.
       defaults: A flat config with every field.
     """
-    return {name: values.get(name, default) for name, default in defaults.items() if decides(name)}
+    return {name: values.get(name, default) for name, default in defaults.items() if affects_results(name)}
 
 
-def unportable(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def machine_specific_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields of a flat config whose values mean nothing, or something else, on another machine.
 
     They are those of the machine that are not at their defaults. The id of a hub, the name of an embedded tokenizer and the split

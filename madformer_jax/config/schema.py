@@ -12,10 +12,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels, fields, identity, validation
-from madformer_jax.config.shapes import SCALING_FACTOR, Sizes, sizes_of
+from madformer_jax.config.shapes import SCALING_FACTOR, Sizes, derive_sizes
 from madformer_jax.errors import ConfigError
 
-BESIDE = "tokenizer.json"  # as text.tokenizer of an export's config.json: the file that lies beside it
+TOKENIZER_FILE = "tokenizer.json"  # as text.tokenizer of an export's config.json: the file that lies beside it
 
 
 def base() -> ConfigDict:
@@ -214,8 +214,8 @@ def differences(c: ConfigDict) -> dict[str, Any]:
 def portable(c: ConfigDict) -> ConfigDict:
     """Returns a copy without what belongs to this machine: its defaults, and for a tokenizer's file the one beside config.json."""
     found, defaults = c.copy_and_resolve_references(), fields.flat(base())
-    for name in identity.unportable(fields.flat(c), defaults):
-        found.update_from_flattened_dict({name: BESIDE if name == "text.tokenizer" else defaults[name]})
+    for name in identity.machine_specific_fields(fields.flat(c), defaults):
+        found.update_from_flattened_dict({name: TOKENIZER_FILE if name == "text.tokenizer" else defaults[name]})
     return found
 
 
@@ -270,7 +270,7 @@ def as_tiny(c: ConfigDict) -> None:
     c.evaluate.network, c.evaluate.n = "classifier", 16
 
 
-def split(given: str) -> tuple[str, str, str]:
+def split_config_flag(given: str) -> tuple[str, str, str]:
     """Path, colon and variant of --config=FILE:variant; a path may hold colons."""
     ends = [i for i, character in enumerate(given) if character == ":"] + [len(given)]
     end = next((i for i in ends if os.path.isfile(given[:i])), ends[0])
@@ -285,10 +285,10 @@ def validate(c: ConfigDict) -> Sizes:
     """
     fields.check(c, base())
     validation.check(c)
-    return sizes_of(c)
+    return derive_sizes(c)
 
 
-def labels(c: ConfigDict) -> list[int]:
+def sample_labels(c: ConfigDict) -> list[int]:
     """Returns the class of each of the `sample.n` images; empty without classes.
 
     Images take the labels of `sample.labels` in turn. With `sample.label_sampling="random"` each image's label is drawn from
@@ -303,7 +303,7 @@ def labels(c: ConfigDict) -> list[int]:
     return [chosen[i % len(chosen)] for i in range(c.sample.n)] if chosen else []
 
 
-def number_labels(c: ConfigDict, names: Sequence[str]) -> None:
+def resolve_label_numbers(c: ConfigDict, names: Sequence[str]) -> None:
     """Replaces the labels in `sample.labels` by class numbers. A second call changes nothing.
 
     Args:

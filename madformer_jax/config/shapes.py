@@ -46,13 +46,13 @@ VAE_DOWNSAMPLING, VAE_CHANNELS = 8, 4
 SCALING_FACTOR = 0.18215  # makes the latents' variance about 1
 
 
-def vocabulary_of(c: ConfigDict) -> int:
+def vocabulary_size(c: ConfigDict) -> int:
     """Tokens that the model knows: the classes or the tokenizer's, and a last one for "none"; 0 for an unconditional model."""
     known: int = c.text.vocabulary or c.model.classes
     return known + 1 if known else 0
 
 
-def sizes_of(c: ConfigDict) -> Sizes:
+def derive_sizes(c: ConfigDict) -> Sizes:
     """Derives `Sizes`.
 
     Raises:

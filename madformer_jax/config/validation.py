@@ -6,14 +6,14 @@ import unicodedata
 from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels, fields
-from madformer_jax.config.choices import PREDICTS, TERMS, WEIGHTINGS
-from madformer_jax.config.shapes import sizes_of, vocabulary_of
+from madformer_jax.config.choices import LOSS_TERMS, LOSS_WEIGHTINGS, PREDICTION_TYPES
+from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.errors import ConfigError
 
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "platform": ("", "cpu", "gpu", "tpu"),
     "model.unet_kernel": (1, 3),
-    "model.predicts": PREDICTS,
+    "model.predicts": PREDICTION_TYPES,
     "model.rope": ("axial", "release"),
     "model.time_embedding": ("sinusoidal", "raw"),
     "model.clean_timestep": ("zero", "noisy"),
@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "dots", "attention", "full"),
     "text.caption": ("caption", "class"),
-    "loss.weighting": WEIGHTINGS,
+    "loss.weighting": LOSS_WEIGHTINGS,
     "codec.name": ("pixel", "vae"),
     "codec.dtype": ("float32", "bfloat16"),
     "prepare.kind": ("images", "latents"),
@@ -123,8 +123,8 @@ PATHS = (
     "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
     "train.init_from", "demo.other",
 )  # fmt: skip
-_SCHEMES = ("gs", "s3", "az", "hf")  # of epath
-_LARGEST = 2**31 - 1  # of an integer; JAX's are of 32 bits
+_BUCKET_SCHEMES = ("gs", "s3", "az", "hf")  # of epath
+_MAX_INT32 = 2**31 - 1  # of an integer; JAX's are of 32 bits
 
 
 def check_path(name: str, path: str) -> None:
@@ -137,8 +137,8 @@ def check_path(name: str, path: str) -> None:
       ConfigError: Names the flag or field.
     """
     scheme, remote, _ = path.partition("://")
-    if remote and scheme not in _SCHEMES:
-        raise ConfigError(f"{name}={path!r} is on no file system that is known: {', '.join(_SCHEMES)} are.")
+    if remote and scheme not in _BUCKET_SCHEMES:
+        raise ConfigError(f"{name}={path!r} is on no file system that is known: {', '.join(_BUCKET_SCHEMES)} are.")
     if path.lower() in ("none", "null", "true", "false"):
         raise ConfigError(f"{name}={path!r} is not a path. Leave it empty ({name}=) if none is meant.")
     wrong = [character for character in path if unicodedata.category(character) in ("Cc", "Cs")]
@@ -163,8 +163,8 @@ def check(c: ConfigDict) -> None:
     for field, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.{field}={value} must be a finite number.")
-        if isinstance(value, int) and field != "seed" and abs(value) > _LARGEST:
-            raise ConfigError(f"config.{field}={value} is out of range: it must be at most {_LARGEST}.")
+        if isinstance(value, int) and field != "seed" and abs(value) > _MAX_INT32:
+            raise ConfigError(f"config.{field}={value} is out of range: it must be at most {_MAX_INT32}.")
     for field in PATHS:
         check_path(f"config.{field}", given[field])
     check_depth(c)
@@ -193,14 +193,14 @@ def check(c: ConfigDict) -> None:
             f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model must be "
             "told the timestep of its context."
         )
-    if not any(c.loss[term] for term in TERMS):
+    if not any(c.loss[term] for term in LOSS_TERMS):
         raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
     if c.train.batch % c.train.accumulate:
         raise ConfigError(
             f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
         )
     for field, neutral in _UNCONDITIONAL.items():
-        known = m.classes if field == "sample.label_sampling" else vocabulary_of(c)
+        known = m.classes if field == "sample.label_sampling" else vocabulary_size(c)
         if given[field] != neutral and not known:
             raise ConfigError(
                 f"config.{field}={given[field]} needs a class-conditional model (model.classes), or one that reads captions "
@@ -286,10 +286,10 @@ def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def doubts(c: ConfigDict) -> list[str]:
+def warnings(c: ConfigDict) -> list[str]:
     """Returns a line for each setting that is allowed and probably a mistake."""
-    lines = doubts_of_sampling(c)
-    values, channels = sizes_of(c).channels, c.model.unet_channels[0]
+    lines = sampling_warnings(c)
+    values, channels = derive_sizes(c).channels, c.model.unet_channels[0]
     if channels < values and c.model.predicts != "x0":
         lines.append(
             f"config.model.unet_channels[0]={channels} is less than the {values} values of a latent position: the noise predicted "
@@ -299,7 +299,7 @@ def doubts(c: ConfigDict) -> list[str]:
     return lines
 
 
-def doubts_of_sampling(c: ConfigDict) -> list[str]:
+def sampling_warnings(c: ConfigDict) -> list[str]:
     """Returns those lines of `doubts` that concern how images are drawn."""
     if c.sample.guidance == 1 or c.train.label_dropout > 0:
         return []

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from madformer_jax.config.choices import TERMS
-from madformer_jax.config.shapes import sizes_of, vocabulary_of
-from madformer_jax.models.plan import plan, sampling_plan, switches_of
+from madformer_jax.config.choices import LOSS_TERMS
+from madformer_jax.config.shapes import derive_sizes, vocabulary_size
+from madformer_jax.models.plan import ablation_switches, sampling_plan, training_plan
 from madformer_jax.models.vae import AutoencoderKL
 
 
@@ -46,10 +46,10 @@ class Cost:
 # ---- convolutional networks, one block or image at a time
 
 
-Side = int | tuple[int, int]  # of a square, or height and width
+SpatialSize = int | tuple[int, int]  # of a square, or height and width
 
 
-def _conv(side: Side, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
+def _conv(side: SpatialSize, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
     """A size x size convolution, padded by size // 2 on each side."""
     pad = size // 2
 
@@ -61,7 +61,7 @@ def _conv(side: Side, channels: int, features: int, size: int = 3, stride: int =
     return 2.0 * taps(height) * taps(width) * channels * features
 
 
-def _resnet(side: Side, channels: int, features: int, time_width: int = 0, kernel: int = 3) -> float:
+def _resnet(side: SpatialSize, channels: int, features: int, time_width: int = 0, kernel: int = 3) -> float:
     shortcut = _conv(side, channels, features, 1) if channels != features else 0.0
     convolutions = _conv(side, channels, features, kernel) + _conv(side, features, features, kernel)
     return convolutions + shortcut + 2.0 * time_width * features
@@ -79,7 +79,7 @@ def _time_embedding(c: ConfigDict) -> tuple[float, float]:
 
 def _downsampler(c: ConfigDict) -> tuple[float, float]:
     """Of one block: everything, and the part of it that reads data, in which the backward pass needs no input gradient."""
-    m, sizes = c.model, sizes_of(c)
+    m, sizes = c.model, derive_sizes(c)
     height, width = sizes.block_side, sizes.block_width
     seen = 3 * sizes.channels if m.neighbours else sizes.channels
     first = _conv((height, width), seen, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
@@ -97,7 +97,7 @@ def _downsampler(c: ConfigDict) -> tuple[float, float]:
 
 def _upsampler(c: ConfigDict) -> tuple[float, float]:
     """As `_downsampler`."""
-    m, sizes = c.model, sizes_of(c)
+    m, sizes = c.model, derive_sizes(c)
     skips = [m.unet_channels[0]]
     for stage, channels in enumerate(m.unet_channels):
         skips += [channels] * (m.unet_layers + (stage + 1 < len(m.unet_channels)))
@@ -154,7 +154,7 @@ def _vae_middle(side: int, channels: int) -> float:
 # ---- decoder layers
 
 
-def _tower(c: ConfigDict, tokens: float, keys_only: bool = False) -> float:
+def _layer_matmuls(c: ConfigDict, tokens: float, keys_only: bool = False) -> float:
     """Projections and SwiGLU of one layer; or only its keys and values."""
     d = c.model.width
     return tokens * (4.0 * d**2 if keys_only else 8.0 * d**2 + 6.0 * d * c.model.mlp_width)
@@ -162,17 +162,17 @@ def _tower(c: ConfigDict, tokens: float, keys_only: bool = False) -> float:
 
 def _text_layer(c: ConfigDict, keys_only: bool) -> float:
     length = c.text.length
-    return _tower(c, length, keys_only) + (0.0 if keys_only else 4.0 * length**2 * c.model.width)
+    return _layer_matmuls(c, length, keys_only) + (0.0 if keys_only else 4.0 * length**2 * c.model.width)
 
 
-def _scores(c: ConfigDict, block: int, block_only: bool) -> float:
+def _block_attention(c: ConfigDict, block: int, block_only: bool) -> float:
     """Attention of one image block in one layer: the text, the blocks before it (unless `block_only`) and itself."""
-    s = sizes_of(c).tokens
-    keys = s * (1 if block_only else block + 1) + (c.text.length if vocabulary_of(c) else 0)
+    s = derive_sizes(c).tokens
+    keys = s * (1 if block_only else block + 1) + (c.text.length if vocabulary_size(c) else 0)
     return 4.0 * s * keys * c.model.width
 
 
-def _stage(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[str, ...], clean_blocks: int) -> Cost:
+def _stage_cost(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[str, ...], clean_blocks: int) -> Cost:
     """All blocks of `streams` through a stage; those that are not in `out` give only keys in the last layer."""
     diffusion = name == "diffusion_layers"
     layers = c.model.diffusion_depth if diffusion else c.model.depth - c.model.diffusion_depth
@@ -183,9 +183,11 @@ def _stage(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[str, .
             cost += Cost(text=(layers - 1) * _text_layer(c, False) + _text_layer(c, ends))
             continue
         blocks = clean_blocks if stream == "clean" else c.model.blocks
-        tokens = blocks * sizes_of(c).tokens
-        towers = (layers - 1) * _tower(c, tokens) + _tower(c, tokens, ends)
-        scores = sum(_scores(c, i, diffusion and c.model.diffusion_attention == "block") for i in range(blocks))
+        tokens = blocks * derive_sizes(c).tokens
+        towers = (layers - 1) * _layer_matmuls(c, tokens) + _layer_matmuls(c, tokens, ends)
+        scores = sum(
+            _block_attention(c, i, diffusion and c.model.diffusion_attention == "block") for i in range(blocks)
+        )
         cost += Cost(**{name: towers}, attention=(layers - ends) * scores)
     return cost
 
@@ -193,20 +195,20 @@ def _stage(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[str, .
 # ---- programs
 
 
-def forward(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
+def forward_pass(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
     """Of one image: the forward pass of training, without the codec; by default for the loss terms that have a weight."""
-    return _forward(c, terms)[0]
+    return _forward_cost(c, terms)[0]
 
 
-def _forward(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]:
+def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]:
     """The cost, and the part of it whose input is data."""
     m = c.model
-    terms = tuple(name for name in TERMS if c.loss[name]) if terms is None else terms
-    p = plan(terms, switches_of(c))
-    cost = _stage(c, "ar_layers", p.ar, p.between, p.clean_blocks)
-    cost += _stage(c, "diffusion_layers", p.diffusion, p.out, p.clean_blocks)
+    terms = tuple(name for name in LOSS_TERMS if c.loss[name]) if terms is None else terms
+    p = training_plan(terms, ablation_switches(c))
+    cost = _stage_cost(c, "ar_layers", p.ar, p.between, p.clean_blocks)
+    cost += _stage_cost(c, "diffusion_layers", p.diffusion, p.out, p.clean_blocks)
     if "text" in p.out:
-        cost += Cost(text=2.0 * c.text.length * m.width * vocabulary_of(c))
+        cost += Cost(text=2.0 * c.text.length * m.width * vocabulary_size(c))
     (down, down_first), (up, up_first) = _downsampler(c), _upsampler(c)
     downs, ups = m.blocks * len(p.down), m.blocks * len(p.up)
     return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first
@@ -217,7 +219,7 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
 
     encode: the VAE encodes images in the step; False for cached latents.
     """
-    cost, first = _forward(c, None)
+    cost, first = _forward_cost(c, None)
     cost = cost * 3 + Cost(unet=-first)
     if encode and c.codec.name == "vae":
         cost += Cost(vae=vae_encode(c.data.image_size))
@@ -228,11 +230,11 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     """Of n images with the config's solver steps and guidance: the AR layers and the clean tower once per block, the
     diffusion layers at every step, the codec's decoder. Both branches run at every step, inside `guidance_interval` or not.
     """
-    m, steps, stages = c.model, c.sample.steps, sampling_plan(switches_of(c))
-    s, last = sizes_of(c).tokens, c.model.blocks - 1
+    m, steps, stages = c.model, c.sample.steps, sampling_plan(ablation_switches(c))
+    s, last = derive_sizes(c).tokens, c.model.blocks - 1
     ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
-    if vocabulary_of(c):
+    if vocabulary_size(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block in range(m.blocks):
         # The clean tower and the downsampler run on a finished block if anything reads what they return.
@@ -240,19 +242,19 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         embedded = block < last and (stages.condition or extend_ar)
         # The AR layers: the condition, then the finished block's keys and values.
         runs = stages.condition + extend_ar
-        towers, scores = runs * ar * _tower(c, s), runs * ar * _scores(c, block, False)
+        towers, scores = runs * ar * _layer_matmuls(c, s), runs * ar * _block_attention(c, block, False)
         if (
             extend_ar and ar and not extend_diffusion
         ):  # nothing reads more of the last AR layer than its keys and values
-            towers += _tower(c, s, True) - _tower(c, s)
-            scores -= _scores(c, block, False)
+            towers += _layer_matmuls(c, s, True) - _layer_matmuls(c, s)
+            scores -= _block_attention(c, block, False)
         cost += Cost(ar_layers=towers, attention=scores)
         # the diffusion layers: every step, then the finished block, in the last layer only to its keys and values
-        towers = steps * m.diffusion_depth * _tower(c, s)
-        scores = steps * m.diffusion_depth * _scores(c, block, block_only)
+        towers = steps * m.diffusion_depth * _layer_matmuls(c, s)
+        scores = steps * m.diffusion_depth * _block_attention(c, block, block_only)
         if extend_diffusion:
-            towers += (m.diffusion_depth - 1) * _tower(c, s) + _tower(c, s, True)
-            scores += (m.diffusion_depth - 1) * _scores(c, block, False)
+            towers += (m.diffusion_depth - 1) * _layer_matmuls(c, s) + _layer_matmuls(c, s, True)
+            scores += (m.diffusion_depth - 1) * _block_attention(c, block, False)
         cost += Cost(diffusion_layers=towers, attention=scores, unet=steps * _upsampler(c)[0])
         unguided += Cost(unet=(steps + embedded) * _downsampler(c)[0])
     if c.codec.name == "vae":
@@ -263,7 +265,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
 
 def guidance_branches(c: ConfigDict) -> int:
     """Branches of each solver step: 2 with guidance, whose interval and schedule skip no branch, else 1."""
-    return 2 if vocabulary_of(c) and c.sample.guidance != 1.0 else 1
+    return 2 if vocabulary_size(c) and c.sample.guidance != 1.0 else 1
 
 
 def nfe(c: ConfigDict) -> float:
@@ -285,21 +287,21 @@ class LayerCalls(NamedTuple):
 
 def layer_calls(c: ConfigDict) -> LayerCalls:
     """Returns the layers that run, by the model's switches. A layer of which only keys and values are used counts as one."""
-    m, stages = c.model, sampling_plan(switches_of(c))
+    m, stages = c.model, sampling_plan(ablation_switches(c))
     ar = m.depth - m.diffusion_depth
     extension = stages.extend_ar * ar + stages.extend_diffusion * m.diffusion_depth
     return LayerCalls(stages.condition * ar, m.diffusion_depth, extension)
 
 
-def passes(c: ConfigDict) -> float:
+def model_passes(c: ConfigDict) -> float:
     """Returns the full-model passes of an image: all decoder layers that run on its blocks, divided by N L.
 
     The text runs through the layers once, before the first block; it is no image block and counts in FLOPs alone.
     """
-    return passes_until(c, c.model.blocks - 1, c.sample.steps)
+    return model_passes_until(c, c.model.blocks - 1, c.sample.steps)
 
 
-def passes_until(c: ConfigDict, block: int, step: int) -> float:
+def model_passes_until(c: ConfigDict, block: int, step: int) -> float:
     """Returns the share of `passes` that has run after solver step `step` (from 1) of block `block` (from 0)."""
     m, calls = c.model, layer_calls(c)
     layers = (block + 1) * calls.condition + (block * c.sample.steps + step) * calls.step + block * calls.extension
@@ -308,14 +310,14 @@ def passes_until(c: ConfigDict, block: int, step: int) -> float:
 
 def image_cost(c: ConfigDict) -> dict[str, float]:
     """Returns the cost of sampling an image under the names that results have for it."""
-    return {"solver_steps": c.sample.steps, "nfe": nfe(c), "passes": passes(c), "flops": sampling(c).total}
+    return {"solver_steps": c.sample.steps, "nfe": nfe(c), "passes": model_passes(c), "flops": sampling(c).total}
 
 
 # ---- rates
 
 # Dense FLOP/s of one JAX device from the makers' data sheets: part of `device_kind` -> (bfloat16, float32 as JAX computes
 # it by default: TF32 on GPUs, bfloat16 products on TPUs). The first entry that fits counts.
-_PEAKS: tuple[tuple[str, float, float], ...] = (
+_PEAK_RATES: tuple[tuple[str, float, float], ...] = (
     ("TPU v4", 275e12, 275e12),
     ("TPU v5 lite", 197e12, 197e12),
     ("TPU v5e", 197e12, 197e12),
@@ -338,10 +340,10 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def peak(dtype: str = "float32", device: jax.Device | None = None) -> float:
+def peak_rate(dtype: str = "float32", device: jax.Device | None = None) -> float:
     """FLOP/s that one device can reach: of the data sheet, or where there is none (a CPU) of a measured matrix product."""
     device = device or jax.local_devices()[0]
-    for kind, bfloat16, float32 in _PEAKS:
+    for kind, bfloat16, float32 in _PEAK_RATES:
         if kind in device.device_kind:
             return bfloat16 if dtype == "bfloat16" else float32
     return matmul_rate(dtype)
@@ -363,4 +365,4 @@ def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> f
 
 def mfu(cost: Cost, seconds: float, devices: int = 1, dtype: str = "float32") -> float:
     """Share of the peak rate of `devices` devices that was reached by doing `cost` in `seconds`."""
-    return cost.total / (seconds * devices * peak(dtype))
+    return cost.total / (seconds * devices * peak_rate(dtype))

@@ -27,7 +27,7 @@ class Instruction(NamedTuple):
         return int(found[1]) if found else None
 
 
-class Run(NamedTuple):
+class Execution(NamedTuple):
     """An instruction that runs by itself: no part of a fusion, but perhaps of a loop's body."""
 
     instruction: Instruction
@@ -45,7 +45,7 @@ class Program(NamedTuple):
 
     def inner(self, instruction: Instruction) -> Iterator[Instruction]:
         """What a fusion, an asynchronous start or a call consists of, fusions within it as well."""
-        for name in _CALL.findall(instruction.rest):
+        for name in _CALLED_COMPUTATION.findall(instruction.rest):
             for inside in self.computations.get(name, ()):
                 yield inside
                 yield from self.inner(inside)
@@ -67,18 +67,18 @@ class Collective(NamedTuple):
 
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
+_CALLED_COMPUTATION = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_LOOP_COMPUTATIONS = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_LIMIT = re.compile(r"^[su]32\[\]")
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_SCALAR_INTEGER = re.compile(r"^[su]32\[\]")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+\w*|bf16|c64)\[([\d,]*)\]")
-_START = 'custom_call_target="AsyncCollectiveStart"'
-_TABLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)$")
+_ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
+_TABLE_TITLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)$")
 
 
 def parse(text: str, ours: str = "madformer_jax/") -> Program:
@@ -87,7 +87,7 @@ def parse(text: str, ours: str = "madformer_jax/") -> Program:
     tables: dict[str, dict[int, str]] = {}
     entry, current, table = "", "", ""
     for line in text.splitlines():
-        if title := _TABLE.match(line):
+        if title := _TABLE_TITLE.match(line):
             table = title[1]
             tables[table] = {}
         elif header := _HEADER.match(line):
@@ -96,7 +96,7 @@ def parse(text: str, ours: str = "madformer_jax/") -> Program:
             entry = current if header[1] else entry
         elif table and (row := re.match(r"(\d+) (.*)", line)):
             tables[table][int(row[1])] = row[2]
-        elif current and (found := _LINE.match(line)):
+        elif current and (found := _INSTRUCTION.match(line)):
             name, shape, opcode, behind = found.groups()
             operands, _, rest = behind.partition(")")
             op_name, frame = _OP_NAME.search(rest), _FRAME.search(rest)
@@ -112,21 +112,21 @@ def parse(text: str, ours: str = "madformer_jax/") -> Program:
                 )
             )
     begun = {
-        _channel(x)
+        _channel_id(x)
         for lines in computations.values()
-        if any(_START in line.rest for line in lines)
+        if any(_ASYNC_START in line.rest for line in lines)
         for x in lines
-        if _kind(x.opcode)
+        if _collective_kind(x.opcode)
     }
-    return Program(entry, computations, _places(tables, ours), frozenset(begun))
+    return Program(entry, computations, _source_locations(tables, ours), frozenset(begun))
 
 
-def _channel(instruction: Instruction) -> str:
+def _channel_id(instruction: Instruction) -> str:
     found = re.search(r"channel_id=(\d+)", instruction.rest)
     return found[1] if found else ""
 
 
-def _places(tables: dict[str, dict[int, str]], ours: str) -> dict[int, str]:
+def _source_locations(tables: dict[str, dict[int, str]], ours: str) -> dict[int, str]:
     """See `Program.places`."""
     files, locations, frames = (tables.get(name, {}) for name in ("FileNames", "FileLocations", "StackFrames"))
 
@@ -148,73 +148,75 @@ def _places(tables: dict[str, dict[int, str]], ours: str) -> dict[int, str]:
     return places
 
 
-def runs(program: Program) -> Iterator[Run]:
+def executions(program: Program) -> Iterator[Execution]:
     """Every instruction that runs by itself, with how often it does.
 
     A loop whose trip count is unknown counts once. Of a choice between two branches both count, one of which is mostly empty;
     of a choice between more, each counts as its share.
     """
 
-    def visit(name: str, times: float, loop: bool) -> Iterator[Run]:
+    def visit(name: str, times: float, loop: bool) -> Iterator[Execution]:
         for line in program.computations.get(name, ()):
             if line.opcode == "while":
-                for called in _LOOP.findall(line.rest):
-                    yield from visit(called, times * (_trips(program, line) or 1), True)
+                for called in _LOOP_COMPUTATIONS.findall(line.rest):
+                    yield from visit(called, times * (_trip_count(program, line) or 1), True)
             elif line.opcode in ("call", "conditional"):
                 branches = _BRANCHES.search(line.rest)
-                names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALL.findall(line.rest)
+                names = re.findall(r"[\w.\-]+", branches[1]) if branches else _CALLED_COMPUTATION.findall(line.rest)
                 for called in names:
                     yield from visit(called, times / (len(names) if len(names) > 2 else 1), loop)
             else:
-                yield Run(line, times, loop)
+                yield Execution(line, times, loop)
 
     yield from visit(program.entry, 1, False)
 
 
-def endless(program: Program) -> list[str]:
+def unbounded_loops(program: Program) -> list[str]:
     """The loops whose trip count is unknown."""
     loops = (x for lines in program.computations.values() for x in lines if x.opcode == "while")
-    return [loop.name for loop in loops if _trips(program, loop) is None]
+    return [loop.name for loop in loops if _trip_count(program, loop) is None]
 
 
-def _trips(program: Program, loop: Instruction) -> int | None:
-    known = _TRIPS.findall(loop.rest)
+def _trip_count(program: Program, loop: Instruction) -> int | None:
+    known = _TRIP_COUNT.findall(loop.rest)
     if not known:  # TPU: only the condition tells, which holds the counter against the one constant in it
         condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
         inside = program.computations.get(condition[1], []) if condition else []
-        known = [x.operands for x in inside if x.opcode == "constant" and _LIMIT.match(x.shape)]
+        known = [x.operands for x in inside if x.opcode == "constant" and _SCALAR_INTEGER.match(x.shape)]
     return int(known[0]) if len(known) == 1 else None
 
 
-def crossing(run: Run) -> float:
+def inter_slice_bytes(run: Execution) -> float:
     """Bytes that an instruction sends to other slices, over the data centre's network (libtpu's runtime for it is Megascale)."""
     x = run.instruction
     if x.opcode != "send" or "megascale" not in x.rest:
         return 0.0
-    return run.times * max(nbytes(*a) for a in _ARRAY.findall(x.shape))
+    return run.times * max(array_bytes(*a) for a in _ARRAY.findall(x.shape))
 
 
-def collective(program: Program, run: Run) -> Collective | None:
+def collective(program: Program, run: Execution) -> Collective | None:
     """The data that an instruction moves between devices; None for one that moves none, and for the end of one begun before.
 
     A reduce-scatter that a backend has as a fused all-reduce with a slice counts as an all-reduce.
     """
     inside = [run.instruction, *program.inner(run.instruction)]
-    move = next((x for x in inside if _kind(x.opcode)), None)
+    move = next((x for x in inside if _collective_kind(x.opcode)), None)
     if move is None:
         return None
-    begins = any(_START in x.rest for x in inside)
-    if _channel(move) in program.begun and not begins:
+    begins = any(_ASYNC_START in x.rest for x in inside)
+    if _channel_id(move) in program.begun and not begins:
         return None
-    found = [[(nbytes(*a), dimensions(a[1])) for a in _ARRAY.findall(text)] for text in (move.shape, move.operands)]
+    found = [
+        [(array_bytes(*a), dimensions(a[1])) for a in _ARRAY.findall(text)] for text in (move.shape, move.operands)
+    ]
     size, shape = max(found[0] + found[1])
     if not move.opcode.endswith("-start"):  # whose result lists operands as well; here several arrays may move together
         size = max(sum(size for size, _ in arrays) for arrays in found)
     overlaps = begins or any(x.opcode.endswith("-start") for x in (run.instruction, move))
-    return Collective(_kind(move.opcode), shape, size, run.times, run.loop, overlaps)
+    return Collective(_collective_kind(move.opcode), shape, size, run.times, run.loop, overlaps)
 
 
-def kernels(text: str) -> dict[str, int]:
+def library_calls(text: str) -> dict[str, int]:
     """How many instructions of a GPU's program call each library, or are Triton's; by the targets' own names."""
     found = re.findall(r'custom_call_target="(__[^"]+)"', text) + re.findall(r'"kind":"(__triton[^"]*)"', text)
     return dict(sorted(collections.Counter(found).items()))
@@ -223,14 +225,14 @@ def kernels(text: str) -> dict[str, int]:
 def collectives(text: str) -> list[Collective]:
     """The collectives of a text, each with how often it runs."""
     program = parse(text)
-    return [x for run in runs(program) if (x := collective(program, run))]
+    return [x for run in executions(program) if (x := collective(program, run))]
 
 
-def _kind(opcode: str) -> str:
+def _collective_kind(opcode: str) -> str:
     return next((kind for kind in COLLECTIVES if opcode in (kind, f"{kind}-start")), "")
 
 
-def arrays(text: str) -> list[tuple[int, ...]]:
+def array_dimensions(text: str) -> list[tuple[int, ...]]:
     """The dimensions of each array in a shape."""
     return [dimensions(dims) for _, dims in _ARRAY.findall(text)]
 
@@ -239,6 +241,6 @@ def dimensions(dims: str) -> tuple[int, ...]:
     return tuple(int(n) for n in dims.split(",") if n)
 
 
-def nbytes(kind: str, dims: str) -> int:
+def array_bytes(kind: str, dims: str) -> int:
     bits = 8 if kind == "pred" else int("".join(re.findall(r"\d+", kind)[:1]))
     return math.prod(dimensions(dims)) * bits // 8

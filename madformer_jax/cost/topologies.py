@@ -10,7 +10,7 @@ from madformer_jax.errors import ConfigError, first_line
 
 H100 = "h100"  # and h100:8, so many in one host
 # What XLA asks a GPU about: NVIDIA's data sheet and the limits of compute capability 9.0.
-_H100 = """\
+_H100_TARGET_CONFIG = """\
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -36,8 +36,8 @@ dnn_version_info { major: 9 minor: 12 }
 runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-_MEMORY = 84_929_347_584  # bytes of an H100
-_FRACTION = 0.75  # of it that JAX takes
+_H100_BYTES = 84_929_347_584  # bytes of an H100
+_DEFAULT_MEMORY_FRACTION = 0.75  # of it that JAX takes
 
 
 def platform(topology: str) -> str:
@@ -45,12 +45,12 @@ def platform(topology: str) -> str:
     return "gpu" if topology.partition(":")[0] == H100 else "tpu"
 
 
-def gpu_memory() -> int:
+def gpu_memory_bytes() -> int:
     """Bytes of an H100 that JAX takes for itself: three quarters, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
-    return int(_MEMORY * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _FRACTION)))
+    return int(_H100_BYTES * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _DEFAULT_MEMORY_FRACTION)))
 
 
-def describe(topology: str) -> list[jax.Device]:
+def topology_devices(topology: str) -> list[jax.Device]:
     """The devices of a topology such as v5e:4x4, v5e:4x4@2 (two slices of it), v5p:2x2x1 or h100:8, to compile for.
 
     Raises:
@@ -59,10 +59,10 @@ def describe(topology: str) -> list[jax.Device]:
     if not topology:
         raise ConfigError("--mode=compile needs --topology, for example --topology=v5e:4x4.")
     jax.config.update("jax_platforms", "cpu")  # JAX is not to take the machine's own
-    return _gpus(topology) if platform(topology) == "gpu" else _tpus(topology)
+    return _gpu_devices(topology) if platform(topology) == "gpu" else _tpu_devices(topology)
 
 
-def _tpus(topology: str) -> list[jax.Device]:
+def _tpu_devices(topology: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("--mode=compile needs libtpu, TPU or not: pip install 'libtpu>=0.0.42,<0.1' (Linux only).")
     # libtpu is not to look for chips of this machine
@@ -84,7 +84,7 @@ def _tpus(topology: str) -> list[jax.Device]:
         ) from None
 
 
-def _gpus(topology: str) -> list[jax.Device]:
+def _gpu_devices(topology: str) -> list[jax.Device]:
     count = topology.partition(":")[2] or "1"
     if not count.isdecimal() or not 1 <= int(count) <= 8:
         raise ConfigError(f"--topology={topology}: h100 for one, or h100:2 to h100:8 for so many in one host.")
@@ -94,7 +94,9 @@ def _gpus(topology: str) -> list[jax.Device]:
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which asks the driver, and there is none
     try:
-        found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology=f"1x1x{count}")
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=_H100_TARGET_CONFIG, topology=f"1x1x{count}"
+        )
         return list(found.devices)
     except Exception as error:  # of XLA, of the plugin or of the loader
         raise ConfigError(

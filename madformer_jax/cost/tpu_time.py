@@ -21,12 +21,12 @@ from madformer_jax.errors import ConfigError, first_line
 
 KINDS = ("products", "element-wise", "copies", "collectives")
 PHASES = ("forward", "recomputed", "backward", "update")
-COSTLIEST = 10
+COSTLIEST_COUNT = 10
 
-_Table = Mapping[str, Mapping[str, float]]  # seconds by part and kind or phase
+_SecondsTable = Mapping[str, Mapping[str, float]]  # seconds by part and kind or phase
 
 
-class Chip(NamedTuple):
+class ChipSpec(NamedTuple):
     """What cycles and bytes of a generation take."""
 
     clock: float  # Hz, at which its multipliers reach the peak of the data sheet
@@ -36,15 +36,15 @@ class Chip(NamedTuple):
 # Part of `device_kind` -> chip; the first that fits counts. The clock is the peak of the data sheet over what the units that the
 # cost model counts multiply in a cycle (on v4 one core's for a chip of two); a product of 4096 or 8192 is then given 87 to 96 %
 # of the peak (`python -m benchmarks.calibration`). The links are the data sheets' (1600 Gbit/s on v5e), one way.
-CHIPS: tuple[tuple[str, Chip], ...] = (
-    ("TPU v4", Chip(2.1e9, 300e9)),
-    ("TPU v5 lite", Chip(1.5e9, 200e9)),
-    ("TPU v5", Chip(1.75e9, 600e9)),  # v5p
-    ("TPU v6", Chip(1.75e9, 400e9)),
+CHIP_SPECS: tuple[tuple[str, ChipSpec], ...] = (
+    ("TPU v4", ChipSpec(2.1e9, 300e9)),
+    ("TPU v5 lite", ChipSpec(1.5e9, 200e9)),
+    ("TPU v5", ChipSpec(1.75e9, 600e9)),  # v5p
+    ("TPU v6", ChipSpec(1.75e9, 400e9)),
 )
 
 
-class Kernel(NamedTuple):
+class KernelCost(NamedTuple):
     """What a kernel of attention takes on a TPU, by the compiler's schedule of it."""
 
     rate: float  # share of the peak that its FLOPs run at
@@ -53,10 +53,10 @@ class Kernel(NamedTuple):
 
 # By name, for heads of 64, which leave half of a multiplier empty in the products over them, and tiles of 256: from what
 # `python -m benchmarks.kernels` prints for 16 and for 4 blocks.
-KERNELS = {"block_attention_forward": Kernel(0.52, 2.2), "block_attention_backward": Kernel(0.75, 4.5)}
+KERNEL_COSTS = {"block_attention_forward": KernelCost(0.52, 2.2), "block_attention_backward": KernelCost(0.75, 4.5)}
 
 
-class Row(NamedTuple):
+class InstructionTime(NamedTuple):
     """One instruction, over all the times that it runs."""
 
     name: str
@@ -71,7 +71,7 @@ class Row(NamedTuple):
 class Estimate(NamedTuple):
     """Of one call of a program, on one device."""
 
-    rows: list[Row]
+    rows: list[InstructionTime]
     waiting: float  # seconds of collectives during which nothing else can run
     overlapping: float  # seconds of those that other instructions can hide
     useful: float  # seconds that its analytic FLOPs take at the peak
@@ -102,7 +102,7 @@ class Estimate(NamedTuple):
 
     def figures(self) -> dict[str, Any]:
         """All of it, for a JSON file."""
-        costliest = sorted(self.rows, key=lambda row: -row.seconds)[:COSTLIEST]
+        costliest = sorted(self.rows, key=lambda row: -row.seconds)[:COSTLIEST_COUNT]
         return {
             "busy": self.busy, "low": self.low, "high": self.high, "waiting": self.waiting,
             "overlapping": self.overlapping, "share_of_peak": self.useful / self.busy if self.busy else 0.0,
@@ -111,9 +111,9 @@ class Estimate(NamedTuple):
         }  # fmt: skip
 
 
-def chip(device_kind: str) -> Chip | None:
+def chip_spec(device_kind: str) -> ChipSpec | None:
     """Figures of a kind of device; None where there are none."""
-    return next((found for kind, found in CHIPS if kind in device_kind), None)
+    return next((found for kind, found in CHIP_SPECS if kind in device_kind), None)
 
 
 def estimate(text: str, device_kind: str, peak: float, flops: float) -> Estimate:
@@ -126,39 +126,47 @@ def estimate(text: str, device_kind: str, peak: float, flops: float) -> Estimate
     Raises:
       ValueError: `chip` knows none of this kind.
     """
-    of = chip(device_kind)
+    of = chip_spec(device_kind)
     if of is None:
         raise ValueError(f"no clock is known for {device_kind}")
     program = hlo.parse(text)
-    rows, unknown, crossing = [], hlo.endless(program), 0.0
+    rows, unknown, crossing = [], hlo.unbounded_loops(program), 0.0
     moving = {True: 0.0, False: 0.0}  # by whether it can overlap
-    for run in hlo.runs(program):
+    for run in hlo.executions(program):
         one, cycles = run.instruction, run.instruction.cycles
-        crossing += hlo.crossing(run)
-        names = part(one.op_name), phase(one.op_name)
+        crossing += hlo.inter_slice_bytes(run)
+        names = model_component(one.op_name), phase(one.op_name)
         place = f"{program.places.get(one.frame, '?')} {'/'.join(one.op_name.split('/')[-2:])}".strip()
         if move := hlo.collective(program, run):
             seconds = move.moved * (2 if one.opcode.startswith("all-reduce") else 1) / of.link
             moving[move.overlaps or cycles is not None] += seconds
-            rows.append(Row(one.name, names[0], "collectives", names[1], seconds, run.times, place))
+            rows.append(InstructionTime(one.name, names[0], "collectives", names[1], seconds, run.times, place))
         if cycles is not None:
             rows.append(
-                Row(one.name, names[0], kind(program, one), names[1], run.times * cycles / of.clock, run.times, place)
+                InstructionTime(
+                    one.name,
+                    names[0],
+                    instruction_kind(program, one),
+                    names[1],
+                    run.times * cycles / of.clock,
+                    run.times,
+                    place,
+                )
             )
         elif one.opcode == "custom-call" and "tpu_custom_call" in one.rest:
-            kernel = next((kernel for name, kernel in KERNELS.items() if name in one.op_name), None)
+            kernel = next((kernel for name, kernel in KERNEL_COSTS.items() if name in one.op_name), None)
             work = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.rest)
             if kernel is None or work is None:
                 unknown.append(one.name)
             else:
-                *heads, _, queries = hlo.arrays(one.shape)[0]
+                *heads, _, queries = hlo.array_dimensions(one.shape)[0]
                 besides = math.prod(heads) * queries * kernel.query / of.clock
                 seconds = run.times * (int(work[1]) / (kernel.rate * peak) + besides)
-                rows.append(Row(one.name, "attention", "products", names[1], seconds, run.times, place))
+                rows.append(InstructionTime(one.name, "attention", "products", names[1], seconds, run.times, place))
     return Estimate(rows, moving[False], moving[True], flops / peak, unknown, crossing)
 
 
-def part(op_name: str) -> str:
+def model_component(op_name: str) -> str:
     """The part of the model or of the step that an operation belongs to."""
     if "downsampler" in op_name or "upsampler" in op_name:
         return "U-Net"
@@ -179,25 +187,25 @@ def phase(op_name: str) -> str:
     return "update" if "optimizer" in op_name else "forward"
 
 
-_MOVES = {
+_COPY_OPCODES = {
     "bitcast", "broadcast", "concatenate", "constant", "copy", "copy-start", "copy-done", "dynamic-slice",
     "dynamic-update-slice", "fusion", "gather", "get-tuple-element", "iota", "pad", "parameter", "reshape", "reverse", "slice",
     "transpose", "tuple",
 }  # fmt: skip
 
 
-def kind(program: hlo.Program, instruction: hlo.Instruction) -> str:
+def instruction_kind(program: hlo.Program, instruction: hlo.Instruction) -> str:
     """Of KINDS, but not collectives; a product fused with element-wise work is a product, a conversion is element-wise."""
     opcodes = {x.opcode for x in (instruction, *program.inner(instruction))}
     if opcodes & {"convolution", "dot"}:
         return "products"
-    return "copies" if opcodes <= _MOVES else "element-wise"
+    return "copies" if opcodes <= _COPY_OPCODES else "element-wise"
 
 
 # ---- reports
 
 
-def text(e: Estimate) -> str:
+def format_estimate(e: Estimate) -> str:
     """The estimate, as the lines of a report."""
     f = e.figures()
     lines = [
@@ -245,11 +253,11 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         lines.append(f"  {'share of the peak':<34}{old['share_of_peak']:10.1%}{new['share_of_peak']:10.1%}")
         lines += [f"  {f'{total}, s':<34}{old[total]:10.3f}{new[total]:10.3f}" for total in ("busy", "low", "high")]
         for table in ("kinds", "phases"):
-            lines += [f"  {cell:<34}{x:10.3f}{y:10.3f}" for cell, x, y in _changed(old[table], new[table])]
+            lines += [f"  {cell:<34}{x:10.3f}{y:10.3f}" for cell, x, y in _changed_cells(old[table], new[table])]
     return "\n".join(lines) or "nothing differs, and no program has its time in both files."
 
 
-def _changed(old: _Table, new: _Table) -> list[tuple[str, float, float]]:
+def _changed_cells(old: _SecondsTable, new: _SecondsTable) -> list[tuple[str, float, float]]:
     """The cells of two tables that differ, most of all first."""
     names = dict.fromkeys((part, column) for table in (old, new) for part, row in table.items() for column in row)
     cells = [
@@ -259,7 +267,7 @@ def _changed(old: _Table, new: _Table) -> list[tuple[str, float, float]]:
     return sorted((cell for cell in cells if cell[1] != cell[2]), key=lambda cell: -abs(cell[2] - cell[1]))
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read_report(path: str) -> dict[str, Any]:
     try:
         with open(path) as file:
             found = json.load(file)
@@ -274,7 +282,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if len(argv) != 2:
             raise ConfigError("two files are compared: python -m madformer_jax.cost.tpu_time BEFORE.json AFTER.json")
-        before, after = map(_read, argv)
+        before, after = map(_read_report, argv)
         try:
             print(compare(before, after))
         except KeyError as error:

@@ -14,16 +14,24 @@ from typing import NamedTuple
 from absl import logging
 
 # What Pillow decodes, by the suffixes in use. The list is fixed: the images of a folder do not depend on Pillow's version.
-IMAGES = (
+IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm",
     ".pgm", ".pbm",
 )  # fmt: skip
-_SYSTEM = {"__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found"}
-_EXAMPLES = 2
+_SYSTEM_FOLDERS = {
+    "__macosx",
+    "@eadir",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+}
+_MAX_EXAMPLES = 2
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break a line or its encoding
 
 
-class LeftOut:
+class Exclusions:
     """Counts what a listing leaves out."""
 
     def __init__(self) -> None:
@@ -33,7 +41,7 @@ class LeftOut:
     def add(self, kind: str, path: str) -> None:
         self._counts[kind] += 1
         examples = self._examples.setdefault(kind, [])
-        if len(examples) < _EXAMPLES:
+        if len(examples) < _MAX_EXAMPLES:
             examples.append(path)
 
     def add_file(self, path: str) -> None:
@@ -44,7 +52,7 @@ class LeftOut:
         """Describes everything, as in ".heic: 3 (a.heic, b.heic, ...), links that lead nowhere: 1 (9.png)"."""
         return printable(
             ", ".join(
-                f"{kind}: {count} ({', '.join(self._examples[kind])}{', ...' if count > _EXAMPLES else ''})"
+                f"{kind}: {count} ({', '.join(self._examples[kind])}{', ...' if count > _MAX_EXAMPLES else ''})"
                 for kind, count in self._counts.most_common()
             )
         )
@@ -61,7 +69,7 @@ def warn_once(message: str) -> None:
     logging.warning("%s", message)
 
 
-class Level(NamedTuple):
+class FolderEntries(NamedTuple):
     """What one folder holds: sorted paths."""
 
     folders: list[str]
@@ -69,13 +77,13 @@ class Level(NamedTuple):
     files: list[str]
 
 
-def scan(folder: str, left_out: LeftOut) -> Level:
+def scan(folder: str, left_out: Exclusions) -> FolderEntries:
     """Lists one folder.
 
     Raises:
       OSError: It cannot be listed.
     """
-    level = Level([], [], [])
+    level = FolderEntries([], [], [])
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if is_hidden(entry.name):
@@ -86,7 +94,7 @@ def scan(folder: str, left_out: LeftOut) -> Level:
                     level.files.append(entry.path)
                 elif not os.path.isdir(entry.path):
                     left_out.add("links that lead nowhere", entry.path)
-                elif _holds(os.path.realpath(entry.path), os.path.realpath(folder)):
+                elif _is_within(os.path.realpath(entry.path), os.path.realpath(folder)):
                     left_out.add("links to a folder around them", entry.path)
                 else:
                     level.linked.append(entry.path)
@@ -99,7 +107,7 @@ def scan(folder: str, left_out: LeftOut) -> Level:
     return level
 
 
-def below(path: str, left_out: LeftOut) -> list[str]:
+def list_files(path: str, left_out: Exclusions) -> list[str]:
     """Lists all files below a folder, sorted. Files that are reached both directly and by a link keep their direct path.
 
     Raises:
@@ -124,7 +132,9 @@ def below(path: str, left_out: LeftOut) -> list[str]:
     return sorted(files)
 
 
-def chosen(files: Iterable[str], suffixes: Collection[str], silent: Collection[str], left_out: LeftOut) -> list[str]:
+def filter_by_suffix(
+    files: Iterable[str], suffixes: Collection[str], silent: Collection[str], left_out: Exclusions
+) -> list[str]:
     """Keeps the files with one of `suffixes`. The others are counted, except those with one of `silent`."""
     kept = []
     for file in files:
@@ -137,7 +147,7 @@ def chosen(files: Iterable[str], suffixes: Collection[str], silent: Collection[s
 
 def is_hidden(name: str) -> bool:
     """Whether a name is hidden (`.thumbnails`, `._0.png`) or that of a folder that a system makes (`__MACOSX`)."""
-    return name.startswith(".") or name.lower() in _SYSTEM
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def suffix(path: str) -> str:
@@ -156,6 +166,6 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode()
 
 
-def _holds(folder: str, other: str) -> bool:
+def _is_within(folder: str, other: str) -> bool:
     """Whether a real path is another's, or that of a folder around it."""
     return other == folder or other.startswith(folder.rstrip(os.sep) + os.sep)

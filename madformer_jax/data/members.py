@@ -16,9 +16,17 @@ from madformer_jax.data import labels, listing, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-_SIDECARS = (".cls", ".json", ".txt")
-_STREAM = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")  # "seg", "left.depth"; not "0", " Smith", "05 at night"
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+_SIDECAR_SUFFIXES = (".cls", ".json", ".txt")
+_STREAM_NAME = re.compile(
+    r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*"
+)  # "seg", "left.depth"; not "0", " Smith", "05 at night"
+_COMPRESSION_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\3\4": "zip",
+}
 
 
 class Sample(NamedTuple):
@@ -31,7 +39,7 @@ class Sample(NamedTuple):
     caption: str
 
 
-class _Key(NamedTuple):
+class _MemberName(NamedTuple):
     """A member's name, split."""
 
     folder: str
@@ -50,22 +58,22 @@ class _Key(NamedTuple):
         return self.folder, self.first
 
 
-def samples(path: str, left_out: listing.LeftOut) -> list[Sample]:
+def samples(path: str, left_out: listing.Exclusions) -> list[Sample]:
     """Walks a tar. Its samples come in the order of their images.
 
     Raises:
       ConfigError: The tar is damaged, compressed or repeats a member, an image is a link, or a caption is not UTF-8.
       OSError: The tar cannot be read.
     """
-    images, sidecars = _walk(path, left_out)
-    for stem in _streams(path, images):
+    images, sidecars = _read_members(path, left_out)
+    for stem in _extra_streams(path, images):
         key, member = images.pop(stem)
         left_out.add(f"{_dotted(key)} beside an image of the same sample", f"{path}:{member.name}")
     found, used = [], set()
     for stem, (key, member) in images.items():
         owners = [stem] if key.sample in images else [stem, key.sample]
         texts: dict[str, tuple[str, bytes]] = {}
-        for suffix in _SIDECARS:
+        for suffix in _SIDECAR_SUFFIXES:
             owner = next((owner for owner in owners if (owner, suffix) in sidecars), None)
             if owner is not None:
                 texts[suffix] = sidecars[owner, suffix]
@@ -74,7 +82,7 @@ def samples(path: str, left_out: listing.LeftOut) -> list[Sample]:
         caption = ""
         if ".txt" in texts:
             name, content = texts[".txt"]
-            caption = text.clean(storage.decode_text(content, name), name).strip()
+            caption = text.strip_bom(storage.decode_text(content, name), name).strip()
         found.append(Sample(member.name, member.offset_data, member.size, label, caption))
     for unused in sorted(sidecars.keys() - used):
         left_out.add(f"{unused[1]} members without an image", sidecars[unused][0])
@@ -84,21 +92,21 @@ def samples(path: str, left_out: listing.LeftOut) -> list[Sample]:
 
 
 _Stem = tuple[str, str]
-_Images = dict[_Stem, tuple[_Key, tarfile.TarInfo]]
+_Images = dict[_Stem, tuple[_MemberName, tarfile.TarInfo]]
 _Sidecars = dict[tuple[_Stem, str], tuple[str, bytes]]  # stem and suffix -> name for messages, content
 
 
-def _walk(path: str, left_out: listing.LeftOut) -> tuple[_Images, _Sidecars]:
+def _read_members(path: str, left_out: listing.Exclusions) -> tuple[_Images, _Sidecars]:
     images: _Images = {}
     sidecars: _Sidecars = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                name, key = listing.printable(f"{path}:{member.name}"), _key(member.name)
-                is_image = key.suffix in listing.IMAGES
+                name, key = listing.printable(f"{path}:{member.name}"), _split_name(member.name)
+                is_image = key.suffix in listing.IMAGE_SUFFIXES
                 if member.isdir() or key.hidden:
                     continue
-                if not is_image and key.suffix not in _SIDECARS:
+                if not is_image and key.suffix not in _SIDECAR_SUFFIXES:
                     left_out.add_file(name)
                     continue
                 if not member.isreg() or member.issparse():
@@ -113,32 +121,32 @@ def _walk(path: str, left_out: listing.LeftOut) -> tuple[_Images, _Sidecars]:
                     sidecars[key.stem, key.suffix] = name, file.read() if file else b""
             end = tar.offset
     except (tarfile.TarError, EOFError) as error:
-        raise ConfigError(f"{listing.printable(path)} {_fault(path, error)}") from None
+        raise ConfigError(f"{listing.printable(path)} {_describe_fault(path, error)}") from None
     size = os.path.getsize(path)
     if size < end or any(member.offset_data + member.size > size for _, member in images.values()):
         raise ConfigError(f"{listing.printable(path)} is cut off: download it again.")
     return images, sidecars
 
 
-def _key(name: str) -> _Key:
+def _split_name(name: str) -> _MemberName:
     folder, base = posixpath.split(posixpath.normpath(name))  # "./0.png" and "0.cls" are of one sample
     parts = [part for part in (*folder.split("/"), base) if part != ".."]
     stem, suffix = posixpath.splitext(base)
     first, _, middle = stem.partition(".")
-    return _Key(folder, first, middle, suffix.lower(), any(map(listing.is_hidden, parts)))
+    return _MemberName(folder, first, middle, suffix.lower(), any(map(listing.is_hidden, parts)))
 
 
-def _dotted(key: _Key) -> str:
+def _dotted(key: _MemberName) -> str:
     return f".{key.middle}{key.suffix}"
 
 
-def _streams(path: str, images: _Images) -> list[_Stem]:
+def _extra_streams(path: str, images: _Images) -> list[_Stem]:
     """Finds the images that are further streams of a sample whose image has a plain name.
 
     Raises:
       ConfigError: All images of a sample are such streams.
     """
-    streams = {stem: key for stem, (key, _) in images.items() if _STREAM.fullmatch(key.middle)}
+    streams = {stem: key for stem, (key, _) in images.items() if _STREAM_NAME.fullmatch(key.middle)}
     counts = collections.Counter(map(_dotted, streams.values()))
     seen: dict[_Stem, str] = {}
     found = []
@@ -155,13 +163,13 @@ def _streams(path: str, images: _Images) -> list[_Stem]:
     return found
 
 
-def _fault(path: str, error: Exception) -> str:
+def _describe_fault(path: str, error: Exception) -> str:
     """Says why a tar cannot be opened, to end a sentence that begins with its name."""
     with open(path, "rb") as file:
         start = file.read(8)
     if not start:
         return "is empty (0 bytes): download it again."
-    kind = next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None)
+    kind = next((kind for magic, kind in _COMPRESSION_MAGIC.items() if start.startswith(magic)), None)
     if kind:
         return f"is not a plain tar file but compressed ({kind}), and cannot be read at random: unpack it first."
     return f"is not a plain tar file or is damaged: {error}."

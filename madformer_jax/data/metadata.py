@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-_TURNS = {
+_ORIENTATION_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -21,7 +21,7 @@ _TURNS = {
 }
 
 
-def upright(image: Image.Image) -> Image.Transpose | None:
+def upright_transpose(image: Image.Image) -> Image.Transpose | None:
     """Reads from a decoded image's EXIF orientation what turns it upright; None if nothing does.
 
     The orientation may be a number of any type, or several, of which the first counts. Anything else counts as none.
@@ -30,12 +30,12 @@ def upright(image: Image.Image) -> Image.Transpose | None:
         value = image.getexif().get(ExifTags.Base.Orientation)
         if isinstance(value, bytes):
             value = value[0] if value[0] <= 8 else value.decode("ascii").strip("\0 ")
-        return _TURNS.get(float(value[0] if isinstance(value, tuple) else value))  # type: ignore[arg-type, call-overload]
+        return _ORIENTATION_TRANSPOSES.get(float(value[0] if isinstance(value, tuple) else value))  # type: ignore[arg-type, call-overload]
     except Exception:  # damaged metadata raises almost any type
         return None
 
 
-class _Part(NamedTuple):
+class _Segment(NamedTuple):
     """A run of bytes of a file."""
 
     kind: str  # "pixels", "orientation" or "other"
@@ -43,27 +43,27 @@ class _Part(NamedTuple):
     substitute: bytes = b""  # what takes the place of a part that is left out
 
 
-def variants(content: bytes) -> Iterator[bytes]:
+def stripped_variants(content: bytes) -> Iterator[bytes]:
     """Yields a file as it is, then with its orientation as the only metadata, then with none.
 
     Pillow refuses a PNG with text or a colour profile above 1 MiB, and files with some damaged kinds of metadata.
     """
     yield content
-    split = next((split for magic, split in _FORMATS.items() if content.startswith(magic)), None)
+    split = next((split for magic, split in _SPLITTERS.items() if content.startswith(magic)), None)
     if split is not None:
         parts = list(split(content))
         for kinds in (("pixels", "orientation"), ("pixels",)):
             yield b"".join(part.content if part.kind in kinds else part.substitute for part in parts)
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts
 
 
-def _png(content: bytes) -> Iterator[_Part]:
-    yield _Part("pixels", _PNG)
-    start = len(_PNG)
+def _split_png(content: bytes) -> Iterator[_Segment]:
+    yield _Segment("pixels", _PNG_MAGIC)
+    start = len(_PNG_MAGIC)
     while start < len(content):
         end = len(content)  # of a file that is cut off
         if start + 12 <= end:
@@ -73,17 +73,17 @@ def _png(content: bytes) -> Iterator[_Part]:
             whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
             oriented = chunk[4:8] == b"eXIf" or chunk[8:].startswith(_PNG_ORIENTATION)
             kind = "orientation" if whole and oriented else "other"
-        yield _Part(kind, chunk)
+        yield _Segment(kind, chunk)
         start = end
 
 
-_JPEG = b"\xff\xd8"
+_JPEG_MAGIC = b"\xff\xd8"
 _SCAN, _APP0, _APP1, _APP14, _APP15, _COMMENT = 0xDA, 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 
 
-def _jpeg(content: bytes) -> Iterator[_Part]:
-    yield _Part("pixels", _JPEG)
-    start = len(_JPEG)
+def _split_jpeg(content: bytes) -> Iterator[_Segment]:
+    yield _Segment("pixels", _JPEG_MAGIC)
+    start = len(_JPEG_MAGIC)
     while start + 4 <= len(content) and content[start] == 0xFF and content[start + 1] != _SCAN:
         marker, length = struct.unpack(">BH", content[start + 1 : start + 4])
         kind = "pixels"  # APP14 is Adobe's and names the colour space
@@ -91,9 +91,9 @@ def _jpeg(content: bytes) -> Iterator[_Part]:
             kind = "orientation"
         elif (_APP0 <= marker <= _APP15 and marker != _APP14) or marker == _COMMENT:
             kind = "other"
-        yield _Part(kind, content[start : start + 2 + length])
+        yield _Segment(kind, content[start : start + 2 + length])
         start += 2 + length
-    yield _Part("pixels", content[start:])
+    yield _Segment("pixels", content[start:])
 
 
 _TIFF_METADATA = {
@@ -105,21 +105,21 @@ _TIFF_METADATA = {
     34853,
     40965,
 }  # XMP, IPTC, Photoshop, Exif, ICC, GPS, Interoperability
-_ENTRY = 12  # bytes
+_TIFF_ENTRY_BYTES = 12  # bytes
 
 
-def _tiff(content: bytes) -> Iterator[_Part]:
+def _split_tiff(content: bytes) -> Iterator[_Segment]:
     order = "<" if content[:2] == b"II" else ">"
     unused = struct.pack(f"{order}HHII", 65000, 1, 1, 0)
     start = struct.unpack_from(f"{order}I", content, 4)[0] + 2 if len(content) >= 8 else len(content)
     count = struct.unpack_from(f"{order}H", content, start - 2)[0] if start <= len(content) else 0
-    end = min(start + _ENTRY * count, len(content))
-    yield _Part("pixels", content[:start])
-    for entry in (content[i : i + _ENTRY] for i in range(start, end, _ENTRY)):
+    end = min(start + _TIFF_ENTRY_BYTES * count, len(content))
+    yield _Segment("pixels", content[:start])
+    for entry in (content[i : i + _TIFF_ENTRY_BYTES] for i in range(start, end, _TIFF_ENTRY_BYTES)):
         tag = int.from_bytes(entry[:2], "little" if order == "<" else "big")
         kind = "orientation" if tag == ExifTags.Base.Orientation else "other" if tag in _TIFF_METADATA else "pixels"
-        yield _Part(kind, entry, unused)
-    yield _Part("pixels", content[max(start, end) :])
+        yield _Segment(kind, entry, unused)
+    yield _Segment("pixels", content[max(start, end) :])
 
 
-_FORMATS = {_PNG: _png, _JPEG: _jpeg, b"II*\0": _tiff, b"MM\0*": _tiff}
+_SPLITTERS = {_PNG_MAGIC: _split_png, _JPEG_MAGIC: _split_jpeg, b"II*\0": _split_tiff, b"MM\0*": _split_tiff}

@@ -35,17 +35,17 @@ class DatasetInfo(NamedTuple):
     codec: str = ""  # weights.fingerprint of the VAE that made cached latents; "" where it is not known, or for images
 
 
-class Pick(NamedTuple):
+class Selection(NamedTuple):
     """One record of the order, before it is read; batched, each field is an array (b,)."""
 
     record: Any  # int
     flip: Any  # bool
 
 
-Skipped = dict[str, list[str]]  # number of a record that cannot be read -> its name and the reason
+SkippedRecords = dict[str, list[str]]  # number of a record that cannot be read -> its name and the reason
 
 
-def read_one(source: Source, table: preprocess.Table, number: int) -> Examples:
+def read_record(source: Source, table: preprocess.Preprocessor, number: int) -> Examples:
     """A record by itself; its image is decoded: uint8 (1, size, size, c).
 
     Raises:
@@ -53,18 +53,18 @@ def read_one(source: Source, table: preprocess.Table, number: int) -> Examples:
       ConfigError: the memory does not suffice.
     """
     try:
-        return _decoded(source.read(np.array([number])), table)
+        return _decode_images(source.read(np.array([number])), table)
     except MemoryError:
         raise ConfigError(f"{source.name(number)}: the memory does not suffice to read it.") from None
 
 
-def _decoded(found: Examples, table: preprocess.Table) -> Examples:
+def _decode_images(found: Examples, table: preprocess.Preprocessor) -> Examples:
     if "image" in found.arrays:
         found.arrays["image"] = table.batch(found.arrays["image"])
     return found
 
 
-def _check_skipped(config: ConfigDict, skipped: Skipped, count: int) -> None:
+def _check_skipped(config: ConfigDict, skipped: SkippedRecords, count: int) -> None:
     if len(skipped) > config.data.max_corrupt * count:
         name, reason = list(skipped.values())[-1]
         raise ConfigError(
@@ -73,7 +73,7 @@ def _check_skipped(config: ConfigDict, skipped: Skipped, count: int) -> None:
         )
 
 
-class _Load:
+class _BatchLoader:
     """Reads and preprocesses a batch.
 
     For each record that cannot be read the next one that can be stands in, which is the same one whenever the batch is read
@@ -81,12 +81,12 @@ class _Load:
     """
 
     def __init__(self, source: Source, config: ConfigDict):
-        self._source, self._config, self._table = source, config, table(config)
+        self._source, self._config, self._table = source, config, make_preprocessor(config)
 
-    def __call__(self, pick: Pick) -> Batch:
-        skipped: Skipped = {}
+    def __call__(self, pick: Selection) -> Batch:
+        skipped: SkippedRecords = {}
         try:
-            arrays, labels, captions, _ = _decoded(self._source.read(pick.record), self._table)
+            arrays, labels, captions, _ = _decode_images(self._source.read(pick.record), self._table)
         except (preprocess.CorruptImageError, OSError, MemoryError):
             found = [self._readable(number, skipped) for number in pick.record.tolist()]
             arrays = {name: np.concatenate([one.arrays[name] for one in found]) for name in found[0].arrays}
@@ -96,45 +96,45 @@ class _Load:
             arrays["image"][pick.flip] = arrays["image"][pick.flip, :, ::-1]
         batch = {**arrays, "label": labels}
         if self._config.text.vocabulary:
-            texts = text.captions(self._config, captions, labels, self._source.names)
+            texts = text.conditioning_texts(self._config, captions, labels, self._source.names)
             batch |= text.encode(self._config, texts, lambda i: self._source.name(int(pick.record[i])))._asdict()
         return {**batch, "skipped": json.dumps(skipped)} if skipped else batch
 
-    def _readable(self, number: int, skipped: Skipped) -> Examples:
+    def _readable(self, number: int, skipped: SkippedRecords) -> Examples:
         """The record, or the next one that can be read; those before it go into `skipped`."""
         while True:
             try:
-                return read_one(self._source, self._table, number)
+                return read_record(self._source, self._table, number)
             except (preprocess.CorruptImageError, OSError) as error:
                 skipped[str(number)] = [self._source.name(number), first_line(error)]
             _check_skipped(self._config, skipped, len(self._source))
             number = (number + 1) % len(self._source)
 
 
-def _out_of_worker(batch: Batch) -> Batch:
+def _copy_from_shared_memory(batch: Batch) -> Batch:
     """The batch in memory of this process: grain frees what it shared as soon as its own array goes, views or not."""
     return {name: x if name == "skipped" else np.array(x) for name, x in batch.items()}
 
 
-def _flip(record: int, rng: np.random.Generator) -> Pick:
-    return Pick(record, bool(rng.random() < 0.5))
+def _random_flip(record: int, rng: np.random.Generator) -> Selection:
+    return Selection(record, bool(rng.random() < 0.5))
 
 
-def _stack(picks: list[Pick]) -> Pick:
+def _stack_selections(picks: list[Selection]) -> Selection:
     chosen, flips = zip(*picks)
-    return Pick(np.array(chosen), np.array(flips))
+    return Selection(np.array(chosen), np.array(flips))
 
 
-def _unflipped(chosen: list[int]) -> Pick:
-    return Pick(np.array(chosen), np.zeros(len(chosen), bool))
+def _without_flips(chosen: list[int]) -> Selection:
+    return Selection(np.array(chosen), np.zeros(len(chosen), bool))
 
 
-def _share(pick: Pick, first: int, count: int) -> Pick:
+def _process_rows(pick: Selection, first: int, count: int) -> Selection:
     """One process's rows of a global batch."""
-    return Pick(*(x[first : first + count] for x in pick))
+    return Selection(*(x[first : first + count] for x in pick))
 
 
-def table(config: ConfigDict) -> preprocess.Table:
+def make_preprocessor(config: ConfigDict) -> preprocess.Preprocessor:
     """The preprocessing table that `config.data` sets.
 
     Raises:
@@ -143,22 +143,22 @@ def table(config: ConfigDict) -> preprocess.Table:
     data = config.data
     if data.channels not in preprocess.CHANNELS:
         raise ConfigError(f"config.data.channels={data.channels}: images have 1 (grey) or 3 (RGB).")
-    return preprocess.Table(
-        data.image_size, data.channels, data.crop, preprocess.colour(data.background), data.max_pixels
+    return preprocess.Preprocessor(
+        data.image_size, data.channels, data.crop, preprocess.hex_color(data.background), data.max_pixels
     )
 
 
-def describe(config: ConfigDict) -> DatasetInfo:
+def dataset_info(config: ConfigDict) -> DatasetInfo:
     """Opens the source, reads nothing more than its index, and checks that it fits the config.
 
     Raises:
       ConfigError: the source does not open, is empty, or has labels that the model has no class for.
     """
-    return _describe(config, sources.open_source(config))
+    return _source_info(config, sources.open_source(config))
 
 
-def _describe(config: ConfigDict, source: Source) -> DatasetInfo:
-    t = table(config)
+def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
+    t = make_preprocessor(config)
     name, classes = config.data.source, config.model.classes
     if not len(source):
         raise ConfigError(f"config.data.source={name} is empty.")
@@ -172,15 +172,15 @@ def _describe(config: ConfigDict, source: Source) -> DatasetInfo:
             f"config.model.classes={classes} is too few for config.data.source={name}, which has {source.classes} classes."
         )
     if config.text.vocabulary:
-        text.of(config)
-        if not text.of_records(config, source, np.array([0]))[0]:
+        text.tokenizer_for_config(config)
+        if not text.record_texts(config, source, np.array([0]))[0]:
             raise ConfigError(
                 f"config.text.vocabulary={config.text.vocabulary} needs captions, and {source.name(0)} has none: see "
                 "docs/text.md on where they lie, or take the names of classes with config.text.caption=class."
             )
     shape, codec = (t.size, t.size, t.channels), ""
     if source.manifest is not None:
-        records.check(source.manifest, config, t)
+        records.check_manifest(source.manifest, config, t)
         shape, codec = tuple(source.manifest["shape"]), (source.manifest["codec"] or {}).get("weights", "")
     return DatasetInfo(len(source), source.classes, shape, source.kind, source.names, source.fingerprint, codec)
 
@@ -210,31 +210,31 @@ def train_iterator(
     if config.data.split in ("test", "composition") and not validation:
         raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
     source = sources.open_source(config)
-    info = _describe(config, source)
+    info = _source_info(config, source)
     order = grain.MapDataset.range(info.records).seed(config.seed).shuffle().repeat()
     everywhere = batch * process_count
     if config.data.flip:
-        batches = order.random_map(_flip).batch(everywhere, batch_fn=_stack)
+        batches = order.random_map(_random_flip).batch(everywhere, batch_fn=_stack_selections)
     else:
-        batches = order.batch(everywhere, batch_fn=_unflipped)
-    batches = batches.map(functools.partial(_share, first=process_index * batch, count=batch))
-    return _Batches(batches.map(_Load(source, config)), config, info.records)
+        batches = order.batch(everywhere, batch_fn=_without_flips)
+    batches = batches.map(functools.partial(_process_rows, first=process_index * batch, count=batch))
+    return _BatchIterator(batches.map(_BatchLoader(source, config)), config, info.records)
 
 
-def _iterate(batches: grain.MapDataset, workers: int, threads: int, waiting: int) -> grain.DatasetIterator:
+def _prefetching_iterator(batches: grain.MapDataset, workers: int, threads: int, waiting: int) -> grain.DatasetIterator:
     """Reads `batches` ahead, in threads of this process or in worker processes, up to `waiting` of them in each."""
-    malloc.keep()
+    malloc.retain_memory()
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=waiting)
     if not workers:
         return iter(batches.to_iter_dataset(ahead))
-    worker.keep_jax_out()
+    worker.block_jax_in_workers()
     if not flags.FLAGS.is_parsed():  # grain reads flags of its own; only absl.app parses them
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=waiting)
-    return iter(batches.to_iter_dataset(ahead).mp_prefetch(options, worker_init_fn=worker.start))
+    return iter(batches.to_iter_dataset(ahead).mp_prefetch(options, worker_init_fn=worker.init_worker))
 
 
-class _Batches(grain.DatasetIterator):
+class _BatchIterator(grain.DatasetIterator):
     """Iterator whose state is the number of the next batch, so that it restores onto any number of workers.
 
     As grain's experimental ElasticIterator, but for batches that are read as a whole.
@@ -245,7 +245,7 @@ class _Batches(grain.DatasetIterator):
         super().__init__()
         self._batches, self._config, self._count = batches, config, count
         self._next = 0
-        self._skipped: Skipped = {}
+        self._skipped: SkippedRecords = {}
         self._running: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
@@ -257,11 +257,11 @@ class _Batches(grain.DatasetIterator):
             raise ConfigError(str(error).partition("\n")[0]) from None
         self._next += 1
         if self._config.data.workers:
-            batch = _out_of_worker(batch)
+            batch = _copy_from_shared_memory(batch)
         self._note(json.loads(batch.pop("skipped", "{}")))
         return batch
 
-    def _note(self, skipped: Skipped) -> None:
+    def _note(self, skipped: SkippedRecords) -> None:
         """Logs the records that could not be read, once each, and stops where they are too many."""
         for number in skipped.keys() - self._skipped.keys():
             self._skipped[number] = skipped[number]
@@ -274,7 +274,7 @@ class _Batches(grain.DatasetIterator):
     def start_prefetch(self) -> None:
         if self._running is None:
             d = self._config.data
-            self._running = _iterate(self._batches[self._next :], d.workers, d.threads, d.batches_ahead)
+            self._running = _prefetching_iterator(self._batches[self._next :], d.workers, d.threads, d.batches_ahead)
         self._running.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from madformer_jax.errors import ConfigError
 # Pillow warns of odd metadata, two lines each time; an image is read or refused all the same.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-_MODES = {1: "L", 3: "RGB"}
-CHANNELS = tuple(_MODES)  # that images can have
+_PIL_MODES = {1: "L", 3: "RGB"}
+CHANNELS = tuple(_PIL_MODES)  # that images can have
 MAX_PIXELS = 179_000_000  # about what Pillow decodes by default: 0.7 GB as RGB
 
 
@@ -37,7 +37,7 @@ class CorruptImageError(ValueError):
     """An image that cannot be decoded; the message says why."""
 
 
-class Table(NamedTuple):
+class Preprocessor(NamedTuple):
     """The table's settings."""
 
     size: int
@@ -62,10 +62,10 @@ class Table(NamedTuple):
             return image
         try:
             if isinstance(image, np.ndarray):
-                decoded, turn = picture(image), None
+                decoded, turn = to_pil(image), None
             else:
                 decoded, turn = _decode(image, self.max_pixels)
-            decoded = _opaque(_eight_bits(decoded), self.background)
+            decoded = _flatten_alpha(_to_eight_bits(decoded), self.background)
             decoded = self._resize(decoded if turn is None else decoded.transpose(turn))
         except (MemoryError, CorruptImageError):  # a lack of memory is the machine's fault
             raise
@@ -85,7 +85,7 @@ class Table(NamedTuple):
         return out
 
     def _resize(self, image: Image.Image) -> Image.Image:
-        mode = _MODES[self.channels]
+        mode = _PIL_MODES[self.channels]
         image = image if image.mode == mode else image.convert(mode)  # Pillow copies even where nothing changes
         if image.size == (self.size, self.size):
             return image
@@ -103,7 +103,7 @@ class Table(NamedTuple):
         return {**settings, "resize": "pillow-bicubic"}
 
 
-def picture(image: np.ndarray) -> Image.Image:
+def to_pil(image: np.ndarray) -> Image.Image:
     """Of uint8 (H, W, 1 or 3)."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
@@ -116,11 +116,11 @@ def _decode(content: bytes, max_pixels: int) -> tuple[Image.Image, Image.Transpo
       Exception: Pillow cannot decode the file. It raises almost any type.
     """
     failure: Exception | None = None
-    for readable in metadata.variants(content):
+    for readable in metadata.stripped_variants(content):
         try:
             image = _open(readable, max_pixels)
             image.load()
-            return image, metadata.upright(image)
+            return image, metadata.upright_transpose(image)
         except (MemoryError, CorruptImageError):
             raise
         except Image.DecompressionBombError as error:
@@ -144,7 +144,7 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Grey of more bits as 8 bits; other images as they are."""
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise ValueError(f"pixels of mode {image.mode} have no known range")
@@ -157,7 +157,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _opaque(image: Image.Image, background: str) -> Image.Image:
+def _flatten_alpha(image: Image.Image, background: str) -> Image.Image:
     if not image.has_transparency_data:
         return image
     canvas = Image.new("RGBA", image.size, background)
@@ -165,7 +165,7 @@ def _opaque(image: Image.Image, background: str) -> Image.Image:
     return canvas
 
 
-def colour(text: str) -> str:
+def hex_color(text: str) -> str:
     """A colour as Pillow knows it ("white", "#fff", "#ffffff") in the last form.
 
     Raises:

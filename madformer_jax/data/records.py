@@ -29,7 +29,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import preprocess
 from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
@@ -38,10 +38,14 @@ from madformer_jax.runtime import open_files, storage
 FORMAT = 2  # of the manifest; 1 had no seals, no names of classes, and the VAE's path for its weights
 MANIFEST = "manifest.json"
 MAX_OPEN = 400  # shards that a process holds open, if the system allows it. Reading goes on with more, slower
-LATE = 1e-3  # seconds a record, in the mean over a batch: more than any local disk takes; a bucket that is mounted, say
-_SUMMED = 1 << 28  # bytes: smaller sets are compared with their SHA-256 sums at every start, in well under a second
-_OF_THE_VAE = ("scaling_factor", "shift_factor", "channels", "downsampling")  # facts of the manifest's codec
-_COPIES = 8  # shards copied from a bucket at once
+SLOW_SECONDS_PER_RECORD = (
+    1e-3  # seconds a record, in the mean over a batch: more than any local disk takes; a bucket that is mounted, say
+)
+_MAX_CHECKSUM_BYTES = (
+    1 << 28
+)  # bytes: smaller sets are compared with their SHA-256 sums at every start, in well under a second
+_VAE_FACTS = ("scaling_factor", "shift_factor", "channels", "downsampling")  # facts of the manifest's codec
+_COPY_THREADS = 8  # shards copied from a bucket at once
 
 
 class Shard(NamedTuple):
@@ -65,7 +69,7 @@ def dtype(kind: str, shape: tuple[int, ...], attributes: int = 0) -> np.dtype:
 # ---- writing
 
 
-def writer(path: str) -> ArrayRecordWriter:
+def open_writer(path: str) -> ArrayRecordWriter:
     """A writer of shards; `write` takes the bytes of a record, `close` ends the file."""
     return ArrayRecordWriter(path, "group_size:1,uncompressed")
 
@@ -105,7 +109,7 @@ def read_sealed(path: storage.Path) -> dict[str, Any] | None:
     return content
 
 
-def is_whole(path: storage.Path, shard: Shard, checksum: bool = False) -> bool:
+def is_complete(path: storage.Path, shard: Shard, checksum: bool = False) -> bool:
     """Whether the file of a shard is there with its size and, if asked for, its checksum."""
     there = epath.Path(path)
     if not there.exists() or there.stat().length != shard.size:
@@ -116,7 +120,7 @@ def is_whole(path: storage.Path, shard: Shard, checksum: bool = False) -> bool:
 # ---- reading
 
 
-def manifest(folder: str) -> dict[str, Any]:
+def read_manifest(folder: str) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
@@ -139,14 +143,14 @@ def _shards(content: Mapping[str, Any]) -> list[Shard]:
     return [shard for shard in (Shard(**entry) for entry in content["shards"]) if shard.records]
 
 
-def _fetch(folder: str, content: Mapping[str, Any]) -> str:
+def _download_shards(folder: str, content: Mapping[str, Any]) -> str:
     """Copies the shards of a bucket that are not there yet to the user's cache, and returns their local folder."""
     local = os.path.join(storage.user_cache("records"), _seal(content)[:32])
-    with storage.errors(f"{folder} cannot be copied to {local}"):
+    with storage.wrap_errors(f"{folder} cannot be copied to {local}"):
         os.makedirs(local, exist_ok=True)
         with open(os.path.join(local, "lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this machine may be copying
-            missing = [s for s in _shards(content) if not is_whole(os.path.join(local, s.file), s)]
+            missing = [s for s in _shards(content) if not is_complete(os.path.join(local, s.file), s)]
             size, free = sum(shard.size for shard in missing), shutil.disk_usage(local).free
             if size > free:
                 raise ConfigError(
@@ -155,23 +159,23 @@ def _fetch(folder: str, content: Mapping[str, Any]) -> str:
                 )
             if missing:
                 logging.info("copying %d shards, %.1f GB, of %s to %s", len(missing), size / 1e9, folder, local)
-            with ThreadPoolExecutor(_COPIES) as threads:
-                list(threads.map(lambda shard: storage.retry(lambda: _copy(folder, local, shard)), missing))
+            with ThreadPoolExecutor(_COPY_THREADS) as threads:
+                list(threads.map(lambda shard: storage.retry(lambda: _copy_shard(folder, local, shard)), missing))
     return local
 
 
-def _copy(folder: str, local: str, shard: Shard) -> None:
+def _copy_shard(folder: str, local: str, shard: Shard) -> None:
     def put(file: IO[bytes]) -> None:
         with (epath.Path(folder) / shard.file).open("rb") as there:
             shutil.copyfileobj(there, file, 1 << 22)
         file.flush()
-        if not is_whole(file.name, shard, checksum=True):
+        if not is_complete(file.name, shard, checksum=True):
             raise ConfigError(f"{folder}/{shard.file} is damaged: run --mode=prepare on its folder again.")
 
     storage.write(os.path.join(local, shard.file), put)
 
 
-class _Open:
+class _OpenShard:
     """An open shard, for one thread at a time; its file is closed when nobody refers to it any more."""
 
     def __init__(self) -> None:
@@ -179,7 +183,7 @@ class _Open:
         self.reader: ArrayRecordReader | None = None
 
 
-class _Readers:
+class _ShardReaders:
     """Open shards, for several threads.
 
     A reader that seeks and then reads takes a third of the time of one that is given the positions: that one hands them
@@ -192,7 +196,7 @@ class _Readers:
         self._lock = threading.Lock()  # of `_open`
         # of a whole batch, where storage is not late: two would wait for Python's lock by turns
         self._batch = threading.Lock()
-        self._open: collections.OrderedDict[int, _Open] = collections.OrderedDict()
+        self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
 
     def read(self, shards: list[int], positions: list[int]) -> list[bytes]:
         if not shards:
@@ -208,15 +212,15 @@ class _Readers:
         with self._batch:
             began = time.perf_counter()
             records = [self._read(shard, [position])[0] for shard, position in zip(shards, positions)]
-            self._late |= time.perf_counter() - began > LATE * len(records)
+            self._late |= time.perf_counter() - began > SLOW_SECONDS_PER_RECORD * len(records)
         return records
 
     def _read(self, shard: int, positions: list[int]) -> list[bytes]:
         """Records of a shard; of one position where storage is not late."""
         with self._lock:
-            there = self._open[shard] = self._open.get(shard) or _Open()
+            there = self._open[shard] = self._open.get(shard) or _OpenShard()
             self._open.move_to_end(shard)
-            while len(self._open) > open_files.share(MAX_OPEN):
+            while len(self._open) > open_files.reader_limit(MAX_OPEN):
                 self._open.popitem(last=False)
         with there.lock:
             try:
@@ -246,7 +250,7 @@ class Records(Source):
         Raises:
           ConfigError: no manifest, or a shard is missing, of another size or, as far as it is read here, damaged.
         """
-        self.manifest = content = manifest(folder)
+        self.manifest = content = read_manifest(folder)
         try:
             self.kind, self.classes, self.names = content["kind"], content["classes"], tuple(content["names"])
             self.attributes = tuple((name, tuple(values)) for name, values in content.get("attributes", []))
@@ -258,24 +262,24 @@ class Records(Source):
             "run --mode=prepare on its folder again" if content["format"] == FORMAT else "prepare the data again"
         )
         if storage.is_remote(folder):
-            folder, self._mend = _fetch(folder, content), "remove the file, and it is copied again"
+            folder, self._mend = _download_shards(folder, content), "remove the file, and it is copied again"
         self._paths = [os.path.join(folder, shard.file) for shard in shards]
-        summed = sum(shard.size for shard in shards) <= _SUMMED
+        summed = sum(shard.size for shard in shards) <= _MAX_CHECKSUM_BYTES
         for path, shard in zip(self._paths, shards):
-            if not is_whole(path, shard):
+            if not is_complete(path, shard):
                 raise ConfigError(f"{path} is missing or not {shard.size} bytes long: {self._mend}.")
-            if summed and not is_whole(path, shard, checksum=True):
+            if summed and not is_complete(path, shard, checksum=True):
                 raise ConfigError(f"{path} is damaged: {self._mend}.")
         self._ends = np.cumsum([shard.records for shard in shards])
         self._dtype = dtype(self.kind, shape, len(self.attributes))
-        self._readers = _Readers(self._paths, self._mend)
+        self._readers = _ShardReaders(self._paths, self._mend)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._readers = _Readers(self._paths, self._mend)  # each process opens its own
+        self._readers = _ShardReaders(self._paths, self._mend)  # each process opens its own
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -308,11 +312,11 @@ def _fingerprint(content: Mapping[str, Any]) -> str:
     """Of what decides which records there are; a shard that was made anew may differ in its last bits."""
     kept = {name: value for name, value in content.items() if name not in ("shards", "skipped")}
     if kept.get("codec"):  # its other facts follow from the weights, and earlier versions did not write them
-        kept["codec"] = {name: value for name, value in kept["codec"].items() if name not in _OF_THE_VAE}
+        kept["codec"] = {name: value for name, value in kept["codec"].items() if name not in _VAE_FACTS}
     return fingerprint([json.dumps(kept, sort_keys=True), *(str(shard.records) for shard in _shards(content))])
 
 
-def check(made: Mapping[str, Any], config: ConfigDict, table: preprocess.Table) -> None:
+def check_manifest(made: Mapping[str, Any], config: ConfigDict, table: preprocess.Preprocessor) -> None:
     """Compares the manifest of prepared records with the config that is about to train on them.
 
     Raises:
@@ -336,7 +340,7 @@ def check(made: Mapping[str, Any], config: ConfigDict, table: preprocess.Table) 
         raise ConfigError(
             "config.data.flip=True: latents cannot be flipped; use --mode=prepare --config.prepare.flip=True."
         )
-    sizes, shape = sizes_of(config), tuple(made["shape"])
+    sizes, shape = derive_sizes(config), tuple(made["shape"])
     if shape and shape != (sizes.latent, sizes.latent, sizes.channels):
         raise ConfigError(
             f"config.data.path={config.data.path!r} holds latents of {' x '.join(map(str, shape))} values, and the model takes "

@@ -8,11 +8,11 @@ from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-LISTS = ("captions.jsonl", "captions.txt")
-SUFFIXES = (".txt", ".jsonl")
+CAPTION_LISTS = ("captions.jsonl", "captions.txt")
+CAPTION_SUFFIXES = (".txt", ".jsonl")
 
 
-def captions(path: str, keys: Sequence[str]) -> list[str]:
+def read_captions(path: str, keys: Sequence[str]) -> list[str]:
     """The caption of each image of a folder, "" where there is none.
 
     Args:
@@ -22,7 +22,7 @@ def captions(path: str, keys: Sequence[str]) -> list[str]:
       ConfigError: there are several kinds of captions, or a list is damaged or names an image twice or one that is not there.
       OSError: a file cannot be read.
     """
-    lists = [os.path.join(path, name) for name in LISTS if os.path.isfile(os.path.join(path, name))]
+    lists = [os.path.join(path, name) for name in CAPTION_LISTS if os.path.isfile(os.path.join(path, name))]
     beside = {
         key: file for key in keys if os.path.isfile(os.path.join(path, file := f"{os.path.splitext(key)[0]}.txt"))
     }
@@ -30,11 +30,11 @@ def captions(path: str, keys: Sequence[str]) -> list[str]:
         kinds = [*map(os.path.basename, lists), *(["a .txt file beside an image"] if beside else [])]
         raise ConfigError(f"config.data.path={path!r} has captions in {' and in '.join(kinds)}: keep one of them.")
     if beside:
-        return [_beside(os.path.join(path, beside[key])) if key in beside else "" for key in keys]
+        return [_read_caption_file(os.path.join(path, beside[key])) if key in beside else "" for key in keys]
     if not lists:
         return [""] * len(keys)
     known, found = set(keys), dict[str, str]()
-    for where, name, caption in _listed(lists[0]):
+    for where, name, caption in _read_caption_list(lists[0]):
         if name not in known or name in found:
             what = "twice" if name in found else "and no such image is there"
             raise ConfigError(f"{where} names {name!r}, {what}: names are paths below {path!r}.")
@@ -42,7 +42,7 @@ def captions(path: str, keys: Sequence[str]) -> list[str]:
     return [found.get(key, "") for key in keys]
 
 
-def _listed(path: str) -> Iterator[tuple[str, str, str]]:
+def _read_caption_list(path: str) -> Iterator[tuple[str, str, str]]:
     """Where it stands, the image and its caption, of each line of a list."""
     # splitlines would cut captions at U+2028 and its like
     for number, line in enumerate(storage.read_text(path).split("\n"), 1):
@@ -62,8 +62,8 @@ def _listed(path: str) -> Iterator[tuple[str, str, str]]:
                 fits = False
             if not fits:
                 raise ConfigError(f'{where} is not of the form {{"file_name": "a/0.png", "text": "a caption"}}.')
-        yield where, name.strip(), text.clean(caption.strip(), where).strip()
+        yield where, name.strip(), text.strip_bom(caption.strip(), where).strip()
 
 
-def _beside(path: str) -> str:
-    return text.clean(storage.read_text(path), path).strip()
+def _read_caption_file(path: str) -> str:
+    return text.strip_bom(storage.read_text(path), path).strip()

@@ -46,17 +46,17 @@ class Source(Protocol):
         """Names this record for a message, in one line: its file."""
 
 
-def place(name: str) -> int:
+def hash_fraction(name: str) -> int:
     """A number below 2^64 that a record's name decides, evenly spread."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8])
 
 
-def held_out(places: np.ndarray, share: float) -> np.ndarray:
+def test_mask(places: np.ndarray, share: float) -> np.ndarray:
     """Which records the split "test" gets, bool (n,): each by its own `place` (uint64), whatever else there is."""
     return places < share * 2.0**64
 
 
-class Part(Source):
+class Subset(Source):
     """Some of the records of a source, under new numbers."""
 
     def __init__(self, source: Source, numbers: np.ndarray):

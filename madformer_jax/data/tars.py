@@ -18,18 +18,18 @@ import numpy as np
 from absl import logging
 
 from madformer_jax.data import labels, listing, members
-from madformer_jax.data.source import Examples, Source, fingerprint, held_out, place
+from madformer_jax.data.source import Examples, Source, fingerprint, hash_fraction, test_mask
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-_INDEX = 3  # format of the cached index
-_ROW = np.dtype([
+_INDEX_FORMAT = 3  # format of the cached index
+_ROW_DTYPE = np.dtype([
     ("tar", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"),  # of the image's bytes
     ("name", "<i8"), ("caption", "<i8"),  # where they begin in the text; each ends where the next one begins
     ("place", "<u8"),  # source.place of the name
 ])  # fmt: skip
-_COUNT = np.dtype("<i8")
-_DIGEST = hashlib.sha256().digest_size
+_COUNT_DTYPE = np.dtype("<i8")
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class _Index(NamedTuple):
@@ -55,13 +55,13 @@ class Tars(Source):
         Raises:
           ConfigError: no tar or no image there, a tar is damaged or repeats a sample, or too many images lack a label.
         """
-        left_out = listing.LeftOut()
-        with storage.errors(f"config.data.path={path!r} cannot be read"):
-            self._tars = _tars(path, left_out)
+        left_out = listing.Exclusions()
+        with storage.wrap_errors(f"config.data.path={path!r} cannot be read"):
+            self._tars = _find_tars(path, left_out)
             root = path if os.path.isdir(path) else os.path.dirname(path)
             short = [tar.removeprefix(root).lstrip(os.sep) for tar in self._tars]  # the same wherever the tars lie
-            self._cache = _cache_file(self._tars, short)
-            self._index, digest = _cached(path, self._tars, short, self._cache)
+            self._cache = _index_path(self._tars, short)
+            self._index, digest = _load_or_build_index(path, self._tars, short, self._cache)
         report = self._index.report()
         inside = report.get("left_out", "")
         if not len(self._index.rows) - 1:
@@ -82,7 +82,7 @@ class Tars(Source):
     def _choose(self, found: np.ndarray, most: float, odd: str) -> None:
         """Leaves out the images without a usable label, if others have one."""
         lacking = np.flatnonzero(found < 0)
-        odd_count = int((found == labels.ODD).sum())
+        odd_count = int((found == labels.UNUSABLE).sum())
         labelled = len(lacking) < len(found)
         if not (odd_count or 0 < len(lacking) < len(found)):
             return
@@ -101,7 +101,7 @@ class Tars(Source):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self._index is None:
-            self._index = _map(self._cache)
+            self._index = _map_index(self._cache)
 
     def __len__(self) -> int:
         return len(self._index.rows) - 1 if self._chosen is None else len(self._chosen)
@@ -127,18 +127,18 @@ class Tars(Source):
         return self._index.text[start:end].tobytes().decode("utf-8", "surrogateescape")
 
     def held_out(self, share: float) -> np.ndarray:
-        return held_out(self._index.rows["place"][self._numbers(np.arange(len(self)))], share)
+        return test_mask(self._index.rows["place"][self._numbers(np.arange(len(self)))], share)
 
     def name(self, index: int) -> str:
         row = self._index.rows[self._numbers(np.array(index))]
         return listing.printable(f"{self._tars[row['tar']]}:{self._text(row['name'], row['caption'])}")
 
 
-def _tars(path: str, left_out: listing.LeftOut) -> list[str]:
+def _find_tars(path: str, left_out: listing.Exclusions) -> list[str]:
     if os.path.isfile(path):
         return [path]
-    files = listing.below(path, left_out) if os.path.isdir(path) else []
-    found = listing.chosen(files, (".tar",), (), left_out)
+    files = listing.list_files(path, left_out) if os.path.isdir(path) else []
+    found = listing.filter_by_suffix(files, (".tar",), (), left_out)
     if not found:
         others = left_out.line()
         raise ConfigError(
@@ -148,9 +148,9 @@ def _tars(path: str, left_out: listing.LeftOut) -> list[str]:
     return found
 
 
-def _cache_file(tars: list[str], short: list[str]) -> str:
+def _index_path(tars: list[str], short: list[str]) -> str:
     """Where the index is kept: of these tars as they are, and as they are called, which decides what is held out."""
-    key = hashlib.sha256(str(_INDEX).encode())
+    key = hashlib.sha256(str(_INDEX_FORMAT).encode())
     for tar, name in zip(tars, short):
         stat = os.stat(tar)
         key.update(
@@ -159,21 +159,21 @@ def _cache_file(tars: list[str], short: list[str]) -> str:
     return os.path.join(storage.user_cache("tars"), f"{key.hexdigest()}.index")
 
 
-def _cached(path: str, tars: list[str], short: list[str], cache: str) -> tuple[_Index, str]:
+def _load_or_build_index(path: str, tars: list[str], short: list[str], cache: str) -> tuple[_Index, str]:
     """Opens the index of the tars, or makes it if the cache has no whole one.
 
     Returns:
       The index, and the checksum of its rows, names and captions.
     """
-    if os.path.exists(cache) and os.path.getsize(cache) > _DIGEST:
+    if os.path.exists(cache) and os.path.getsize(cache) > _DIGEST_BYTES:
         kept = np.memmap(cache, np.uint8, "r")
-        if hashlib.sha256(kept[:-_DIGEST]).digest() == kept[-_DIGEST:].tobytes():
-            index = _map(cache)
+        if hashlib.sha256(kept[:-_DIGEST_BYTES]).digest() == kept[-_DIGEST_BYTES:].tobytes():
+            index = _map_index(cache)
             return index, _checksum(index)
         logging.warning("the index %s is damaged, and is made again", cache)
     logging.info("indexing %d tar shards of %s", len(tars), path)
-    index = _make(tars, short)
-    content = np.array(len(index.rows), _COUNT).tobytes() + index.rows.tobytes() + index.text.tobytes()
+    index = _build_index(tars, short)
+    content = np.array(len(index.rows), _COUNT_DTYPE).tobytes() + index.rows.tobytes() + index.text.tobytes()
 
     def put(file: IO[bytes]) -> None:
         file.write(content)
@@ -184,40 +184,40 @@ def _cached(path: str, tars: list[str], short: list[str], cache: str) -> tuple[_
     except OSError as error:
         logging.warning("the index of the tars is not kept, and will be made again next time: %s", error)
         return index, _checksum(index)
-    return _map(cache), _checksum(index)
+    return _map_index(cache), _checksum(index)
 
 
 def _checksum(index: _Index) -> str:
     """Checksum of all but the report, as indexes of format 2 had it."""
-    digest = hashlib.sha256(np.array(len(index.rows), _COUNT).tobytes())
+    digest = hashlib.sha256(np.array(len(index.rows), _COUNT_DTYPE).tobytes())
     digest.update(np.ascontiguousarray(index.rows))
     digest.update(index.text[: index.rows["caption"][-1]])
     return digest.hexdigest()
 
 
-def _map(cache: str) -> _Index:
-    count = int(np.fromfile(cache, _COUNT, 1)[0])
-    start = _COUNT.itemsize + count * _ROW.itemsize
-    text = os.path.getsize(cache) - _DIGEST - start
+def _map_index(cache: str) -> _Index:
+    count = int(np.fromfile(cache, _COUNT_DTYPE, 1)[0])
+    start = _COUNT_DTYPE.itemsize + count * _ROW_DTYPE.itemsize
+    text = os.path.getsize(cache) - _DIGEST_BYTES - start
     return _Index(
-        np.memmap(cache, _ROW, "r", _COUNT.itemsize, (count,)),
+        np.memmap(cache, _ROW_DTYPE, "r", _COUNT_DTYPE.itemsize, (count,)),
         np.memmap(cache, np.uint8, "r", start, (text,)) if text else np.zeros(0, np.uint8),
     )
 
 
-def _make(tars: list[str], short: list[str]) -> _Index:
-    left_out, classes = listing.LeftOut(), labels.Classes()
+def _build_index(tars: list[str], short: list[str]) -> _Index:
+    left_out, classes = listing.Exclusions(), labels.ClassIndex()
     parts, text = [], bytearray()
     for i, tar in enumerate(tars):
         rows = []
         for sample in members.samples(tar, left_out):
             start = len(text)
             text += sample.name.encode("utf-8", "surrogateescape")
-            where = place(f"{short[i]}:{sample.name}")
+            where = hash_fraction(f"{short[i]}:{sample.name}")
             rows.append((i, classes.add(sample.label), sample.offset, sample.size, start, len(text), where))
             text += sample.caption.encode("utf-8")
-        parts.append(np.array(rows, _ROW))
-    parts.append(np.array([(0, labels.NONE, 0, 0, len(text), len(text), 0)], _ROW))
+        parts.append(np.array(rows, _ROW_DTYPE))
+    parts.append(np.array([(0, labels.MISSING, 0, 0, len(text), len(text), 0)], _ROW_DTYPE))
     index = np.concatenate(parts)
     index["label"], names, odd = classes.number(index["label"])
     report = {"names": names, "odd": odd, "left_out": left_out.line()}

@@ -24,13 +24,13 @@ from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # of the tokenizers that we train; Llama 3's names
-_BEGINS = (BEGIN, "<|startoftext|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")  # what others call them
-_ENDS = (END, "<|endoftext|>", "</s>", "<eos>", "[SEP]")
-_EMBEDDED = {"drawings": "drawings.tokenizer.json"}  # files of this package
+_BEGIN_TOKENS = (BEGIN, "<|startoftext|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")  # what others call them
+_END_TOKENS = (END, "<|endoftext|>", "</s>", "<eos>", "[SEP]")
+_EMBEDDED_FILES = {"drawings": "drawings.tokenizer.json"}  # files of this package
 # How Llama 3 splits text into words before it merges bytes, and how many special tokens stand behind its ranks, the first two
 # of them begin and end.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPECIAL = 256
+_LLAMA3_SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPECIAL_TOKEN_COUNT = 256
 _UNKNOWN = -1  # the unknown token of a tokenizer that has none
 
 
@@ -52,7 +52,7 @@ class Tokenizer(NamedTuple):
     ranks: bool = False  # the file holds tiktoken's ranks
 
 
-class Texts(NamedTuple):
+class TokenizedTexts(NamedTuple):
     """Captions as the model reads them: arrays of NumPy, and later of JAX."""
 
     tokens: Any  # int32 (b, T)
@@ -69,41 +69,44 @@ def open_tokenizer(name: str) -> Tokenizer:
     Raises:
       ConfigError: the file is not there, of no known kind or damaged, or has no tokens for begin and end.
     """
-    content = _content(name)
+    content = _read_file(name)
     is_json = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
-    found = _of_json(name, content) if is_json else _of_ranks(name, content)
+    found = _load_tokenizer_json(name, content) if is_json else _load_tiktoken_ranks(name, content)
     return found._replace(sha256=hashlib.sha256(content).hexdigest())
 
 
-def own_file(name: str) -> str | None:
+def exportable_file(name: str) -> str | None:
     """The content of a user's tokenizer.json, to be kept with a model; None for this package's, and for tiktoken's ranks, which
     may not be given away freely.
 
     Raises:
       ConfigError: as `open_tokenizer`.
     """
-    if not name or name in _EMBEDDED or open_tokenizer(name).ranks:
+    if not name or name in _EMBEDDED_FILES or open_tokenizer(name).ranks:
         return None
-    return _content(name).decode()
+    return _read_file(name).decode()
 
 
-def _content(name: str) -> bytes:
-    with storage.errors(f"config.text.tokenizer={name!r} cannot be read"):
-        if name in _EMBEDDED:
-            return (importlib.resources.files(__package__) / _EMBEDDED[name]).read_bytes()
+def _read_file(name: str) -> bytes:
+    with storage.wrap_errors(f"config.text.tokenizer={name!r} cannot be read"):
+        if name in _EMBEDDED_FILES:
+            return (importlib.resources.files(__package__) / _EMBEDDED_FILES[name]).read_bytes()
         return bytes(storage.retry(epath.Path(name).read_bytes))
 
 
-def _of_json(name: str, content: bytes) -> Tokenizer:
+def _load_tokenizer_json(name: str, content: bytes) -> Tokenizer:
     import tokenizers
 
     spec = storage.decode_text(content, f"config.text.tokenizer={name!r}")
     try:
-        found = tokenizers.Tokenizer.from_str(json.dumps(_reading_text_only(json.loads(spec))))
+        found = tokenizers.Tokenizer.from_str(json.dumps(_context_free_spec(json.loads(spec))))
     except Exception as error:  # it raises bare Exceptions
         raise ConfigError(f"config.text.tokenizer={name!r} is no tokenizer.json: {first_line(error)}.") from None
     found.encode_special_tokens = True
-    begin, end = _control(found, name, "begin", _BEGINS), _control(found, name, "end", _ENDS)
+    begin, end = (
+        _find_control_token(found, name, "begin", _BEGIN_TOKENS),
+        _find_control_token(found, name, "end", _END_TOKENS),
+    )
     added = {i: token.content for i, token in found.get_added_tokens_decoder().items() if token.special}
     model = json.loads(found.to_str())["model"]
     unknown = model["unk_id"] if "unk_id" in model else found.token_to_id(model["unk_token"])
@@ -121,7 +124,7 @@ def _of_json(name: str, content: bytes) -> Tokenizer:
     return Tokenizer(encode, found.decode, vocabulary, begin, end, control, unknown, "")
 
 
-def _control(found: Any, name: str, what: str, known: Sequence[str]) -> int:
+def _find_control_token(found: Any, name: str, what: str, known: Sequence[str]) -> int:
     """Returns the token of the first word of `known` that the tokenizer has one for."""
     for word in known:
         token: int | None = found.token_to_id(word)
@@ -130,7 +133,7 @@ def _control(found: Any, name: str, what: str, known: Sequence[str]) -> int:
     raise ConfigError(f"config.text.tokenizer={name!r} has no token for {what}: none of {', '.join(known)}.")
 
 
-def _reading_text_only(spec: dict[str, Any]) -> dict[str, Any]:
+def _context_free_spec(spec: dict[str, Any]) -> dict[str, Any]:
     """Returns the content of a tokenizer.json with everything off that makes tokens depend on more than the text.
 
     Padding and truncation depend on the batch, dropout on chance. Names of control tokens are text:
@@ -140,7 +143,7 @@ def _reading_text_only(spec: dict[str, Any]) -> dict[str, Any]:
     model = dict(spec["model"])
     added = [dict(token) for token in spec.get("added_tokens", [])]
     for token in added:
-        token["special"] = token["special"] or token["content"] in (*_BEGINS, *_ENDS)
+        token["special"] = token["special"] or token["content"] in (*_BEGIN_TOKENS, *_END_TOKENS)
     special = {token["content"] for token in added if token["special"]}
     if isinstance(model["vocab"], list):  # Unigram
         lowest = min((score for _, score in model["vocab"]), default=0.0)
@@ -148,12 +151,12 @@ def _reading_text_only(spec: dict[str, Any]) -> dict[str, Any]:
             [piece, lowest * (len(piece) + 1) - 1 if piece in special else score] for piece, score in model["vocab"]
         ]
     elif "merges" in model:  # BPE
-        begin = next((word for word in _BEGINS if word in model["vocab"]), BEGIN)
+        begin = next((word for word in _BEGIN_TOKENS if word in model["vocab"]), BEGIN)
         model |= {"dropout": None, "unk_token": model.get("unk_token") or begin}
     return {**spec, "padding": None, "truncation": None, "added_tokens": added, "model": model}
 
 
-def _of_ranks(name: str, content: bytes) -> Tokenizer:
+def _load_tiktoken_ranks(name: str, content: bytes) -> Tokenizer:
     import tiktoken
 
     try:
@@ -165,12 +168,14 @@ def _of_ranks(name: str, content: bytes) -> Tokenizer:
         ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise ConfigError(f"config.text.tokenizer={name!r} is damaged: ranks are missing or twice there.")
-    found = tiktoken.Encoding(os.path.basename(name), pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+    found = tiktoken.Encoding(
+        os.path.basename(name), pat_str=_LLAMA3_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
     count = len(ranks)
     return Tokenizer(
         found.encode_ordinary_batch,
         lambda tokens: found.decode([token for token in tokens if token < count]),
-        vocabulary=count + _SPECIAL,
+        vocabulary=count + _SPECIAL_TOKEN_COUNT,
         begin=count,
         end=count + 1,
         control={},  # ordinary encoding never yields one
@@ -180,7 +185,7 @@ def _of_ranks(name: str, content: bytes) -> Tokenizer:
     )
 
 
-def train(captions: Iterable[str], vocabulary: int) -> str:
+def train_bpe(captions: Iterable[str], vocabulary: int) -> str:
     """A byte-level BPE of so many tokens, begin and end among them, as the content of a tokenizer.json.
 
     It knows every byte, and the same captions give the same file.
@@ -202,7 +207,7 @@ def train(captions: Iterable[str], vocabulary: int) -> str:
 # ---- for a config
 
 
-def of(c: ConfigDict) -> Tokenizer:
+def tokenizer_for_config(c: ConfigDict) -> Tokenizer:
     """The tokenizer of `config.text`.
 
     Raises:
@@ -221,12 +226,12 @@ def of(c: ConfigDict) -> Tokenizer:
     return found
 
 
-def identity(c: ConfigDict) -> dict[str, str]:
+def tokenizer_identity(c: ConfigDict) -> dict[str, str]:
     """Returns the checksum of the tokenizer's file, as a checkpoint stores it; empty without captions."""
-    return {"tokenizer": of(c).sha256} if c.text.vocabulary else {}
+    return {"tokenizer": tokenizer_for_config(c).sha256} if c.text.vocabulary else {}
 
 
-def check_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, workdir: str) -> None:
+def check_tokenizer_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, workdir: str) -> None:
     """Compares the tokenizer's file with that of a checkpoint. Checkpoints of older versions name none.
 
     Args:
@@ -235,7 +240,7 @@ def check_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, workdir: s
     Raises:
       ConfigError: The file's content has changed.
     """
-    for name, sha256 in identity(c).items():
+    for name, sha256 in tokenizer_identity(c).items():
         if meta.get(name, sha256) != sha256:
             raise ConfigError(
                 f"config.text.tokenizer={c.text.tokenizer!r} has changed since step {step} of {workdir}: its SHA-256 was "
@@ -243,7 +248,7 @@ def check_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, workdir: s
             )
 
 
-def clean(text: str, name: str) -> str:
+def strip_bom(text: str, name: str) -> str:
     """Removes byte-order marks before a text.
 
     Args:
@@ -260,21 +265,21 @@ def clean(text: str, name: str) -> str:
     return text.lstrip("\ufeff")
 
 
-def captions(c: ConfigDict, given: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> list[str]:
+def conditioning_texts(c: ConfigDict, given: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> list[str]:
     """What is said of images: their captions, or as `text.caption` wants it the names of their classes; "" for nothing."""
     if c.text.caption == "caption":
         return list(given)
     return [names[label] if names else "" for label in labels.tolist()]
 
 
-def of_records(c: ConfigDict, source: Source, numbers: np.ndarray) -> list[str]:
+def record_texts(c: ConfigDict, source: Source, numbers: np.ndarray) -> list[str]:
     """`captions` of records of a source, without their images where it can."""
     if c.text.caption == "class":
-        return captions(c, (), source.read(numbers).labels, source.names)
+        return conditioning_texts(c, (), source.read(numbers).labels, source.names)
     return source.captions(numbers)
 
 
-def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> Texts:
+def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> TokenizedTexts:
     """Texts as `config.text` wants them; an empty one is the token "none".
 
     Args:
@@ -284,8 +289,8 @@ def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> 
       ConfigError: a text is longer than `text.length` and `text.truncate` is False, the tokenizer does not know a part of it or
         reads a part as a control token, or as `clean`.
     """
-    found, length, none = of(c), c.text.length, c.text.vocabulary
-    texts = [clean(text, names(i)) for i, text in enumerate(texts)]
+    found, length, none = tokenizer_for_config(c), c.text.length, c.text.vocabulary
+    texts = [strip_bom(text, names(i)) for i, text in enumerate(texts)]
     rows = np.full((len(texts), length), found.end, np.int32)  # padding: any token will do
     lengths = np.ones(len(texts), np.int32)
     for i, ids in enumerate(found.encode(texts)):
@@ -306,4 +311,4 @@ def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> 
             )
         ids = [found.begin, *ids[: length - 2], found.end]
         rows[i, : len(ids)], lengths[i] = ids, len(ids)
-    return Texts(rows, lengths)
+    return TokenizedTexts(rows, lengths)

@@ -21,7 +21,7 @@ from typing import Any
 from madformer_jax.runtime import malloc
 
 
-class _NoJax:
+class _JaxImportBlocker:
     """Import hook to which JAX does not exist."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
@@ -31,17 +31,17 @@ class _NoJax:
             )
 
 
-_starting = threading.Lock()
+_spawn_lock = threading.Lock()
 
 
-class _Process(multiprocessing.context.SpawnProcess):
+class _WorkerProcess(multiprocessing.context.SpawnProcess):
     """A spawned process; if grain starts it, this module stands in for its main module."""
 
     def start(self) -> None:
         if not self.name.startswith("grain-"):
             return super().start()
         main: Any = sys.modules["__main__"]
-        with _starting:
+        with _spawn_lock:
             spec = main.__spec__
             main.__spec__ = importlib.machinery.ModuleSpec(__name__, None)  # what multiprocessing passes to the child
             try:
@@ -50,9 +50,9 @@ class _Process(multiprocessing.context.SpawnProcess):
                 main.__spec__ = spec
 
 
-def keep_jax_out() -> None:
+def block_jax_in_workers() -> None:
     """From now on, workers that grain starts in this process cannot import JAX."""
-    multiprocessing.get_context("spawn").Process = _Process  # type: ignore[misc]
+    multiprocessing.get_context("spawn").Process = _WorkerProcess  # type: ignore[misc]
 
 
 def _exit_with_parent() -> None:
@@ -62,15 +62,15 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def start(index: int, count: int) -> None:
+def init_worker(index: int, count: int) -> None:
     """Grain's `worker_init_fn`: Ctrl-C is the parent's to handle, and a killed parent leaves no orphans."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    malloc.keep()
+    malloc.retain_memory()
     threading.Thread(target=_exit_with_parent, daemon=True, name="exit-with-parent").start()
 
 
 if __name__ == "__mp_main__":
-    sys.meta_path.insert(0, _NoJax())
+    sys.meta_path.insert(0, _JaxImportBlocker())
     from absl import logging
 
     verbosity = logging.get_verbosity()

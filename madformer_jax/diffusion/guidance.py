@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def scales(scale: float, schedule: str, interval: Sequence[int], t: np.ndarray) -> np.ndarray:
+def guidance_scales(scale: float, schedule: str, interval: Sequence[int], t: np.ndarray) -> np.ndarray:
     """The scale w of each solver step, (steps,) float32; 1 is the conditional branch alone.
 
     Args:

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from madformer_jax.config.choices import TERMS
+from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.diffusion import parameterization
-from madformer_jax.diffusion.schedule import TIMESTEPS, add_noise, alpha_sigma
-from madformer_jax.models.madformer import MADFormer, Outputs
+from madformer_jax.diffusion.schedule import NUM_TIMESTEPS, add_noise, alpha_sigma
+from madformer_jax.models.madformer import MADFormer, ModelOutputs
 
 
-class Weights(NamedTuple):
+class LossWeights(NamedTuple):
     """lambda of each term; a term of weight 0 is not computed."""
 
     image: float = 1.0
@@ -24,16 +24,16 @@ class Weights(NamedTuple):
 
     @property
     def terms(self) -> tuple[str, ...]:
-        return tuple(name for name in TERMS if getattr(self, name))
+        return tuple(name for name in LOSS_TERMS if getattr(self, name))
 
 
-def predicted_tokens(lengths: Array) -> Array:
+def count_predicted_tokens(lengths: Array) -> Array:
     """Counts the tokens that the text term predicts: those of each text but the first."""
     return jnp.sum(lengths - 1)
 
 
-def terms(
-    outputs: Outputs,
+def unweighted_terms(
+    outputs: ModelOutputs,
     z: Array,
     target: Array,
     tokens: Array | None,
@@ -76,7 +76,7 @@ def training_loss(
     z: Array,
     tokens: Array | None,
     key: Array,
-    weights: Weights,
+    weights: LossWeights,
     context_noise: int = 0,
     lengths: Array | None = None,
     text_tokens: Array | None = None,
@@ -97,29 +97,29 @@ def training_loss(
       `loss_q4`, from little to much noise; NaN where no block fell into the quarter).
     """
     t_key, noise_key = jax.random.split(key)
-    t = jax.random.randint(t_key, z.shape[:2], 0, TIMESTEPS, jnp.int32)
+    t = jax.random.randint(t_key, z.shape[:2], 0, NUM_TIMESTEPS, jnp.int32)
     noise = jax.random.normal(noise_key, z.shape, jnp.float32)
-    context, told = _noisy_context(z, jax.random.fold_in(key, 2), context_noise) if context_noise else (z, {})
+    context, told = _add_context_noise(z, jax.random.fold_in(key, 2), context_noise) if context_noise else (z, {})
     outputs = model.apply(
         {"params": params}, context, add_noise(z, noise, t), t, tokens, lengths, terms=weights.terms, **told
     )
     alpha, sigma = alpha_sigma(t)
     target = parameterization.target(model.predicts, z, noise, alpha, sigma)
-    losses = terms(outputs, z, target, tokens, lengths, text_tokens)
-    scale = parameterization.weight(model.predicts, weights.weighting, alpha, sigma)
+    losses = unweighted_terms(outputs, z, target, tokens, lengths, text_tokens)
+    scale = parameterization.loss_weight(model.predicts, weights.weighting, alpha, sigma)
     if outputs.image is not None and scale is not None:
         losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)
     loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros((), jnp.float32))
     metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
     if outputs.image is not None:
-        errors, quarter = jnp.mean((outputs.image - target) ** 2, axis=(2, 3)), t // (TIMESTEPS // 4)
+        errors, quarter = jnp.mean((outputs.image - target) ** 2, axis=(2, 3)), t // (NUM_TIMESTEPS // 4)
         errors = errors if scale is None else errors * scale[..., 0, 0]
         for q in range(4):
             metrics[f"loss_q{q + 1}"] = jnp.mean(errors, where=quarter == q)
     return loss, metrics
 
 
-def _noisy_context(z: Array, key: Array, most: int) -> tuple[Array, dict[str, Array]]:
+def _add_context_noise(z: Array, key: Array, most: int) -> tuple[Array, dict[str, Array]]:
     """Clean blocks with noise at timesteps from 0 to `most`, and the model's argument that tells them."""
     t_key, noise_key = jax.random.split(key)
     t = jax.random.randint(t_key, z.shape[:2], 0, most + 1, jnp.int32)

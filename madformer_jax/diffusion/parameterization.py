@@ -24,7 +24,7 @@ def clean_estimate(predicts: str, output: Array, x: Array, alpha: Any, sigma: An
     return alpha * x - sigma * output if predicts == "v" else (x - sigma * output) / alpha
 
 
-def weight(predicts: str, weighting: str, alpha: Array, sigma: Array) -> Array | None:
+def loss_weight(predicts: str, weighting: str, alpha: Array, sigma: Array) -> Array | None:
     """What turns a squared error of the output into one of v, where the loss counts that; None for the output's own.
 
     At a given x an error of v is that of eps over alpha, and that of x0 over sigma.

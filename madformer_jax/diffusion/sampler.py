@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.diffusion import solvers
-from madformer_jax.models.cache import ModelCache, write_finished
+from madformer_jax.models.cache import ModelCache, write_finished_block
 from madformer_jax.models.madformer import MADFormer
 
 
-class Parts(NamedTuple):
+class BlockSteps(NamedTuple):
     """What a block goes through, each a pure function. `guided` runs every one twice: with the text, and behind it with "none"."""
 
     model: MADFormer
@@ -45,11 +45,11 @@ class Parts(NamedTuple):
         self,
         cache: ModelCache,
         condition: Array,
-        state: solvers.Iterate,
+        state: solvers.SolverState,
         row: solvers.Coefficients,
         w: Any,
         block: int | Array,
-    ) -> tuple[solvers.Iterate, Any]:
+    ) -> tuple[solvers.SolverState, Any]:
         """One solver step, and the noisy block's own keys and values where there is no clean stream."""
         output, own = self._call("denoise", cache, condition, state.x, row.t, block)
         if self.guided:
@@ -62,7 +62,7 @@ class Parts(NamedTuple):
         """The cache with the finished block in it, and what the next one is predicted from."""
         c = self._call("embed_clean", cache, z, self.clean_t, block)
         if self.model.neighbours:
-            cache = write_finished(cache, z, block)
+            cache = write_finished_block(cache, z, block)
         c = jnp.concatenate([c] * (1 + self.guided))
         if not self.model.clean_stream:
             return self._call("remember", cache, own, block), c
@@ -99,7 +99,7 @@ def sample(
       lengths: tokens of each text, (B,); what stands behind them is padding. By default all T are text.
       solver, spacing, steps: see `solvers.coefficients`.
       guidance: scale w of classifier-free guidance, out = out_none + w (out_tokens - out_none), the same in eps, v and x0;
-        or one for each step (steps,), see `guidance.scales`. The number 1 runs no second branch; an array, whose values the
+        or one for each step (steps,), see `guidance.guidance_scales`. The number 1 runs no second branch; an array, whose values the
         program does not know, always does.
       clip: bound of the predicted clean latent; 0 for none.
       unroll: one copy of the program for each block instead of a loop (for counting its cost).
@@ -110,19 +110,21 @@ def sample(
     coefficients = solvers.coefficients(solver, spacing, steps)
     blocks = noise.shape[1]
     guided = tokens is not None and (isinstance(guidance, Array) or guidance != 1.0)
-    parts = Parts(model, params, guided, clip, clean_timestep(model, coefficients))
+    parts = BlockSteps(model, params, guided, clip, clean_timestep(model, coefficients))
 
     def one_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:
         cache, pred = carry
         condition, cache = parts.condition(cache, pred, block)
 
-        def solver_step(state: solvers.Iterate, at: tuple[solvers.Coefficients, Array]) -> tuple[solvers.Iterate, None]:
+        def solver_step(
+            state: solvers.SolverState, at: tuple[solvers.Coefficients, Array]
+        ) -> tuple[solvers.SolverState, None]:
             row, w = at
             return parts.step(cache, condition, state, row, w, block)[0], None
 
         scales = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (steps,))
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
-        state = solvers.start(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
+        state = solvers.initial_state(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
         # The last step stands alone: its keys and values go to the cache when there is no clean stream.
         state, _ = jax.lax.scan(solver_step, state, jax.tree.map(lambda r: r[:-1], rows), unroll=steps if unroll else 1)
         last, w = jax.tree.map(lambda r: r[-1], rows)

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-TIMESTEPS = 1000
-BETA_FIRST, BETA_LAST = 1e-4, 2e-2
+NUM_TIMESTEPS = 1000
+BETA_START, BETA_END = 1e-4, 2e-2
 
 
 def alphas_cumprod() -> np.ndarray:
     """alpha_bar_t for t = 0 .. 999, float64 from betas rounded to float32, as PyTorch computes them."""
-    betas = np.linspace(BETA_FIRST, BETA_LAST, TIMESTEPS, dtype=np.float32)
+    betas = np.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=np.float32)
     return np.cumprod(1.0 - betas.astype(np.float64))
 
 
@@ -28,14 +28,14 @@ def add_noise(z: Array, noise: Array, t: Array) -> Array:
     return alpha * z + sigma * noise
 
 
-class Timesteps(NamedTuple):
+class SolverTimesteps(NamedTuple):
     """What a solver visits, in order: step k goes from t[k] to previous[k]; -1 is the clean end."""
 
     t: np.ndarray
     previous: np.ndarray
 
 
-def timesteps(solver: str, spacing: str, steps: int) -> Timesteps:
+def solver_timesteps(solver: str, spacing: str, steps: int) -> SolverTimesteps:
     """The `steps` timesteps of a solver; every step is done, and it ends where the next one starts.
 
     `leading` and `linspace` follow diffusers, where DPM-Solver++ lays one more point than DDIM and leaves out t = 0;
@@ -46,12 +46,12 @@ def timesteps(solver: str, spacing: str, steps: int) -> Timesteps:
     """
     extra = 1 if solver == "dpmpp_2m" else 0
     if spacing == "trailing":
-        t = np.round(np.arange(TIMESTEPS, 0, -TIMESTEPS / steps))[:steps] - 1
+        t = np.round(np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps))[:steps] - 1
     elif spacing == "leading":
-        t = (np.arange(steps + extra) * (TIMESTEPS // (steps + extra)))[::-1][:steps]
+        t = (np.arange(steps + extra) * (NUM_TIMESTEPS // (steps + extra)))[::-1][:steps]
     elif spacing == "linspace":
-        t = np.round(np.linspace(0, TIMESTEPS - 1, steps + extra))[::-1][:steps]
+        t = np.round(np.linspace(0, NUM_TIMESTEPS - 1, steps + extra))[::-1][:steps]
     else:
         raise ValueError(f"spacing {spacing!r} is unknown: trailing, leading or linspace")
     t = t.astype(np.int32)
-    return Timesteps(t, np.append(t[1:], -1).astype(np.int32))
+    return SolverTimesteps(t, np.append(t[1:], -1).astype(np.int32))

@@ -25,7 +25,7 @@ class Coefficients(NamedTuple):
     on_previous: np.ndarray
 
 
-class Iterate(NamedTuple):
+class SolverState(NamedTuple):
     """The sample and the clean estimate of the step before, same shape."""
 
     x: Array
@@ -38,7 +38,7 @@ def coefficients(solver: str, spacing: str, steps: int) -> Coefficients:
     Raises:
       ValueError: the solver or the spacing is unknown.
     """
-    t, previous = schedule.timesteps(solver, spacing, steps)
+    t, previous = schedule.solver_timesteps(solver, spacing, steps)
     alpha_bar = np.append(schedule.alphas_cumprod(), 1.0)  # index -1: no noise left
     alpha, sigma = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
     next_alpha, next_sigma = np.sqrt(alpha_bar[previous]), np.sqrt(1 - alpha_bar[previous])
@@ -58,16 +58,16 @@ def coefficients(solver: str, spacing: str, steps: int) -> Coefficients:
     return Coefficients(t, *rows)
 
 
-def rows(coefficients: Coefficients) -> list[Coefficients]:
+def step_rows(coefficients: Coefficients) -> list[Coefficients]:
     """One for each step, of numbers."""
     return [Coefficients(*row) for row in zip(*coefficients)]
 
 
-def start(noise: Array) -> Iterate:
-    return Iterate(noise, jnp.zeros_like(noise))
+def initial_state(noise: Array) -> SolverState:
+    return SolverState(noise, jnp.zeros_like(noise))
 
 
-def step(state: Iterate, output: Array, row: Coefficients, clip: float = 0.0, predicts: str = "eps") -> Iterate:
+def step(state: SolverState, output: Array, row: Coefficients, clip: float = 0.0, predicts: str = "eps") -> SolverState:
     """One solver step with the network's output and one row of coefficients.
 
     Args:
@@ -77,4 +77,4 @@ def step(state: Iterate, output: Array, row: Coefficients, clip: float = 0.0, pr
     x0 = clean_estimate(predicts, output, state.x, row.alpha, row.sigma)
     if clip:
         x0 = jnp.clip(x0, -clip, clip)
-    return Iterate(row.on_x * state.x + row.on_x0 * x0 + row.on_previous * state.x0, x0)
+    return SolverState(row.on_x * state.x + row.on_x0 * x0 + row.on_previous * state.x0, x0)

@@ -22,7 +22,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def counts(n: int, replicates: int = REPLICATES, seed: int = 2020) -> np.ndarray:
+def resample_counts(n: int, replicates: int = REPLICATES, seed: int = 2020) -> np.ndarray:
     """How often each of n images is drawn in each replicate: (replicates, n) float64, rows that sum to n."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates).astype(np.float64)
 
@@ -61,9 +61,9 @@ def frechet_replicates(generated: np.ndarray, real: np.ndarray | Gaussian, drawn
     0.121, 0.049, 0.017, replicates in full 0.189, 0.066, 0.018, because repeated images lower the rank.
     """
     reference = real if isinstance(real, Gaussian) else Gaussian.of(real, "real")
-    x = scores.checked(generated, "generated", at_least=2, needed_for="a covariance").astype(np.float64)
+    x = scores.validate_features(generated, "generated", at_least=2, needed_for="a covariance").astype(np.float64)
     n, centred = len(x), x - x.mean(axis=0)
-    cross = _in_eigenbasis(centred @ reference.root.T)
+    cross = _rotate_to_eigenbasis(centred @ reference.root.T)
     shift = drawn @ centred / n  # of the mean
     total = drawn @ np.einsum("nd,nd->n", centred, centred) - n * np.sum(shift**2, axis=1)
     spread = drawn @ cross**2 - n * (drawn @ cross / n) ** 2
@@ -71,7 +71,7 @@ def frechet_replicates(generated: np.ndarray, real: np.ndarray | Gaussian, drawn
     return means + total / (n - 1) - 2 * np.sqrt(np.maximum(spread, 0) / (n - 1)).sum(axis=1)
 
 
-def _in_eigenbasis(x: np.ndarray) -> np.ndarray:
+def _rotate_to_eigenbasis(x: np.ndarray) -> np.ndarray:
     """Rows x (n, d) in the eigenbasis of x^T x: (n, min(n, d)), with orthogonal columns."""
     if len(x) > x.shape[1]:
         return x @ np.linalg.eigh(x.T @ x)[1]
@@ -86,7 +86,7 @@ def kernel_replicates(generated: np.ndarray, real: np.ndarray, drawn: np.ndarray
     """
     x, y, n = np.asarray(generated), np.asarray(real), len(generated)
     pairs, across = np.zeros(len(drawn)), np.zeros(n)
-    parts = scores.blocks(n)
+    parts = scores.row_slices(n)
     for a, i in enumerate(parts):
         left = x[i].astype(np.float64)
         for j in parts[a:]:
@@ -94,7 +94,7 @@ def kernel_replicates(generated: np.ndarray, real: np.ndarray, drawn: np.ndarray
             if i == j:
                 np.fill_diagonal(values, 0)
             pairs += (1 if i == j else 2) * np.sum(drawn[:, i] @ values * drawn[:, j], axis=1)
-        for j in scores.blocks(len(y)):
+        for j in scores.row_slices(len(y)):
             across[i] += scores.kernel(left, y[j].astype(np.float64)).sum(axis=1) / len(y)
     return pairs / (n**2 - np.sum(drawn**2, axis=1)) - 2 * mean_replicates(across, drawn)
 

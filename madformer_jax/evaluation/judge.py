@@ -7,12 +7,12 @@ import numpy as np
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bootstrap, scores, seams
-from madformer_jax.evaluation.memorization import Training, memorisation
+from madformer_jax.evaluation.memorization import TrainingFeatures, memorization_ratio
 from madformer_jax.evaluation.reference_statistics import Reference
 
-SPLITS, SUBSETS, SUBSET_SIZE, NEIGHBOUR, SEED = 10, 100, 1000, 3, 2020
-CONVENTION = {
-    "like": "torch-fidelity 0.4.0", "splits": SPLITS, "subsets": SUBSETS, "subset_size": SUBSET_SIZE, "k": NEIGHBOUR, "seed": SEED,
+SPLITS, SUBSETS, SUBSET_SIZE, NEIGHBOR_RANK, SEED = 10, 100, 1000, 3, 2020
+SCORE_SETTINGS = {
+    "like": "torch-fidelity 0.4.0", "splits": SPLITS, "subsets": SUBSETS, "subset_size": SUBSET_SIZE, "k": NEIGHBOR_RANK, "seed": SEED,
 }  # fmt: skip
 
 Score = dict[str, float]  # value, low, high; deviation where the convention has one
@@ -37,11 +37,11 @@ def check_counts(n: int, m: int) -> None:
         raise ConfigError(
             f"config.evaluate.n={n} images are too few for a covariance and {SPLITS} splits: {SPLITS} or more."
         )
-    if m <= NEIGHBOUR:
-        raise ConfigError(f"a reference of {m} images is too small: it needs more than {NEIGHBOUR}.")
+    if m <= NEIGHBOR_RANK:
+        raise ConfigError(f"a reference of {m} images is too small: it needs more than {NEIGHBOR_RANK}.")
 
 
-def judge(
+def compute_scores(
     network: str,
     found: Mapping[str, np.ndarray],
     reference: Reference,
@@ -49,7 +49,7 @@ def judge(
     recognise: bool,
     grid: tuple[int, int],
     shape: tuple[int, int],
-    training: Training | None = None,
+    training: TrainingFeatures | None = None,
 ) -> dict[str, Score]:
     """The scores by name; those of another network than FID's carry its name.
 
@@ -65,60 +65,70 @@ def judge(
       ConfigError: features are not finite.
     """
     x, y = found["features"], reference.features
-    drawn = bootstrap.counts(len(x))
+    drawn = bootstrap.resample_counts(len(x))
     names = ["FID", "KID", "IS", "precision", "recall"]
     if network != "inception":
         names = [f"{name}-{network}" for name in ("FD", *names[1:])]
-    out = {names[0]: _score(scores.frechet(x, reference.of), bootstrap.frechet_replicates(x, reference.of, drawn))}
+    out = {
+        names[0]: _with_interval(scores.frechet(x, reference.of), bootstrap.frechet_replicates(x, reference.of, drawn))
+    }
     if y is not None:
         mean, deviation = scores.kernel_distance(x, y, SUBSETS, SUBSET_SIZE, SEED)
-        out[names[1]] = _score(mean, bootstrap.kernel_replicates(x, y, drawn), deviation)
+        out[names[1]] = _with_interval(mean, bootstrap.kernel_replicates(x, y, drawn), deviation)
     if "logits" in found:
         mean, deviation = scores.inception_score(found["logits"], SPLITS, SEED)
-        out[names[2]] = _score(mean, bootstrap.inception_replicates(found["logits"], drawn, SPLITS, SEED), deviation)
+        out[names[2]] = _with_interval(
+            mean, bootstrap.inception_replicates(found["logits"], drawn, SPLITS, SEED), deviation
+        )
     if y is not None:
-        for name, inside in zip(names[3:], scores.inside_balls(x, y, NEIGHBOUR)):
-            out[name] = _share(inside)
+        for name, inside in zip(names[3:], scores.inside_balls(x, y, NEIGHBOR_RANK)):
+            out[name] = _mean_score(inside)
     if recognise:
-        out["recognised"] = _share(found["logits"].argmax(axis=1) == found["labels"])
+        out["recognised"] = _mean_score(found["logits"].argmax(axis=1) == found["labels"])
     if sum(grid) > 2:
-        steps = seams.steps_at_borders(found["profile"], shape, *grid)
-        out["seam"] = _score(seams.seam_score(steps), bootstrap.ratio_replicates(steps[:, 0], steps[:, 1], drawn))
+        steps = seams.border_and_interior_steps(found["profile"], shape, *grid)
+        out["seam"] = _with_interval(
+            seams.seam_score(steps), bootstrap.ratio_replicates(steps[:, 0], steps[:, 1], drawn)
+        )
         if reference.profile is not None:
-            real = seams.seam_score(seams.steps_at_borders(reference.profile[None], shape, *grid))
+            real = seams.seam_score(seams.border_and_interior_steps(reference.profile[None], shape, *grid))
             out["seam"]["real"] = real
     if training is not None:
         near, typical = training.nearest(x), training.typical
         out["memorisation"] = {
-            **_score(memorisation(near, typical), bootstrap.mean_replicates(near, drawn) / typical.mean()),
+            **_with_interval(
+                memorization_ratio(near, typical), bootstrap.mean_replicates(near, drawn) / typical.mean()
+            ),
             "searched": training.searched,
             "training": training.images,
         }
     return out
 
 
-def _score(value: float, replicates: np.ndarray, deviation: float | None = None) -> Score:
+def _with_interval(value: float, replicates: np.ndarray, deviation: float | None = None) -> Score:
     score = {"value": value, **bootstrap.interval(value, replicates)._asdict()}
     return score if deviation is None else {**score, "deviation": deviation}
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> Score:
+def ratio_of_sums(above: np.ndarray, below: np.ndarray) -> Score:
     """The sum of one value an image (n,) over that of another."""
     value = float(scores.ratio(above.sum(), below.sum()))
-    return _score(value, bootstrap.ratio_replicates(above, below, bootstrap.counts(len(above))))
+    return _with_interval(value, bootstrap.ratio_replicates(above, below, bootstrap.resample_counts(len(above))))
 
 
-def _share(values: np.ndarray) -> Score:
-    score = _score(float(np.mean(values)), bootstrap.mean_replicates(values, bootstrap.counts(len(values))))
+def _mean_score(values: np.ndarray) -> Score:
+    score = _with_interval(
+        float(np.mean(values)), bootstrap.mean_replicates(values, bootstrap.resample_counts(len(values)))
+    )
     return {name: min(max(x, 0.0), 1.0) for name, x in score.items()}
 
 
 # ---- tables
 
-_WIDEST = 40  # characters of a cell; a list of prompts would be pages
+_MAX_CELL_WIDTH = 40  # characters of a cell; a list of prompts would be pages
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> str:
+def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Several results of --mode=evaluate side by side, in Markdown, with what their images differ in.
 
     Raises:
@@ -132,8 +142,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
                 raise ConfigError(
                     f"scores of different protocols do not share a table: {part} {ours!r} against {other!r}."
                 )
-    settings = [flat(result["protocol"]["images"]) for result in results]
-    fields = [name for name in dict.fromkeys(name for s in settings for name in s) if _differ(settings, name)]
+    settings = [flatten_keys(result["protocol"]["images"]) for result in results]
+    fields = [name for name in dict.fromkeys(name for s in settings for name in s) if _has_differences(settings, name)]
     costs = [
         name
         for name in ("solver_steps", "nfe", "passes", "seconds")
@@ -142,14 +152,14 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
     lines = [[*(fields or ["images"]), *names, *costs]]
     for result, setting in zip(results, settings):
-        row = [_text(setting.get(name)) for name in fields] or ["all"]
-        row += [_cell(result["scores"].get(name)) for name in names]
-        lines.append(row + [_text(result.get("cost", {}).get(name)) for name in costs])
+        row = [_format_value(setting.get(name)) for name in fields] or ["all"]
+        row += [_format_score(result["scores"].get(name)) for name in names]
+        lines.append(row + [_format_value(result.get("cost", {}).get(name)) for name in costs])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def means(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each setting with results of several checkpoints the mean of each score, from the lowest to the highest of them."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -167,22 +177,22 @@ def means(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, their keys joined by dots."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        out |= flatten_keys(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return out
 
 
-def _differ(settings: Sequence[Mapping[str, Any]], name: str) -> bool:
+def _has_differences(settings: Sequence[Mapping[str, Any]], name: str) -> bool:
     return "fingerprint" not in name and name != "prompts" and len({repr(s.get(name)) for s in settings}) > 1
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
+    return text if len(text) <= _MAX_CELL_WIDTH else f"{text[: _MAX_CELL_WIDTH - 3]}..."
 
 
-def _cell(score: Score | None) -> str:
+def _format_score(score: Score | None) -> str:
     return "" if score is None else f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]"

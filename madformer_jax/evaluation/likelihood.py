@@ -20,18 +20,18 @@ from ml_collections import ConfigDict
 
 from madformer_jax.data import sources, text
 from madformer_jax.data.source import Source
-from madformer_jax.data.text import Texts
+from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
 
-ORDERS = {1: "unigram", 3: "trigram"}
-HELD_OUT, TRAINING = 5_000, 100_000  # captions, at most
-_BATCH = 100
+NGRAM_NAMES = {1: "unigram", 3: "trigram"}
+MAX_HELD_OUT_CAPTIONS, MAX_TRAINING_CAPTIONS = 5_000, 100_000  # captions, at most
+_BATCH_SIZE = 100
 
 
-class Captions:
+class CaptionLikelihood:
     """Captions of `evaluate.split`, whose bits a token are measured, and of training, on which the n-gram models are fitted."""
 
     def __init__(self, c: ConfigDict):
@@ -41,11 +41,14 @@ class Captions:
           ConfigError: The captions of a split cannot be read, or none of them says anything.
         """
         self._vocabulary = c.text.vocabulary
-        self._held, self._seen = _texts(c, c.evaluate.split, HELD_OUT), _texts(c, c.data.split, TRAINING)
+        self._held, self._seen = (
+            _load_texts(c, c.evaluate.split, MAX_HELD_OUT_CAPTIONS),
+            _load_texts(c, c.data.split, MAX_TRAINING_CAPTIONS),
+        )
         self.protocol = {
             "split": c.evaluate.split,
-            "held_out": _digest(self._held),
-            "training": _digest(self._seen),
+            "held_out": _hash_texts(self._held),
+            "training": _hash_texts(self._seen),
             "vocabulary": self._vocabulary,
         }
 
@@ -54,25 +57,26 @@ class Captions:
 
         The begin token is given and the end is predicted. An image counts once, whatever it looks like.
         """
-        found = {"bits": of_model(model, params, self._held, mesh), **self._of_ngrams}
-        out = {name: judge.ratio(bits, self._held.lengths - 1) for name, bits in found.items()}
+        found = {"bits": model_bits(model, params, self._held, mesh), **self._of_ngrams}
+        out = {name: judge.ratio_of_sums(bits, self._held.lengths - 1) for name, bits in found.items()}
         logging.info("captions: %s", ", ".join(f"{name} {score['value']:.3f}" for name, score in out.items()))
         return out
 
     @functools.cached_property
     def _of_ngrams(self) -> dict[str, np.ndarray]:
         return {
-            f"bits-{name}": of_ngrams(self._seen, self._held, self._vocabulary, order) for order, name in ORDERS.items()
+            f"bits-{name}": ngram_bits(self._seen, self._held, self._vocabulary, order)
+            for order, name in NGRAM_NAMES.items()
         }
 
 
-def open_captions(c: ConfigDict) -> Captions | None:
+def open_captions(c: ConfigDict) -> CaptionLikelihood | None:
     """Opens what bits a token need; None for a model that did not learn captions, or where training reads them all.
 
     Raises:
       ConfigError: See `Captions`.
     """
-    return Captions(c) if c.loss.text and c.evaluate.split != c.data.split else None
+    return CaptionLikelihood(c) if c.loss.text and c.evaluate.split != c.data.split else None
 
 
 def check(c: ConfigDict) -> None:
@@ -82,10 +86,10 @@ def check(c: ConfigDict) -> None:
       ConfigError: See `Captions`.
     """
     if c.loss.text and c.evaluate.split != c.data.split:
-        _open(c, c.evaluate.split)
+        _open_source(c, c.evaluate.split)
 
 
-def _open(c: ConfigDict, split: str) -> Source:
+def _open_source(c: ConfigDict, split: str) -> Source:
     c = c.copy_and_resolve_references()
     c.data.split = split
     try:
@@ -97,26 +101,26 @@ def _open(c: ConfigDict, split: str) -> Source:
         ) from None
 
 
-def _digest(texts: Texts) -> str:
+def _hash_texts(texts: TokenizedTexts) -> str:
     digest = hashlib.sha256(f"{texts.tokens.shape}".encode())
     for array in texts:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
-def _texts(c: ConfigDict, split: str, most: int) -> Texts:
+def _load_texts(c: ConfigDict, split: str, most: int) -> TokenizedTexts:
     """The captions of a split, evenly over it; those that are empty are left out."""
-    source = _open(c, split)
+    source = _open_source(c, split)
     count = min(len(source), most)
-    captions = text.of_records(c, source, np.arange(count) * len(source) // max(1, count))
+    captions = text.record_texts(c, source, np.arange(count) * len(source) // max(1, count))
     found = text.encode(c, captions, lambda i: f"a caption of split {split!r}")
     kept = found.lengths > 1
     if not kept.any():
         raise ConfigError(f"the captions of split {split!r} are all empty: bits a token need some.")
-    return Texts(found.tokens[kept], found.lengths[kept])
+    return TokenizedTexts(found.tokens[kept], found.lengths[kept])
 
 
-def of_model(model: MADFormer, params: Any, texts: Texts, mesh: jax.sharding.Mesh) -> np.ndarray:
+def model_bits(model: MADFormer, params: Any, texts: TokenizedTexts, mesh: jax.sharding.Mesh) -> np.ndarray:
     """Bits of each caption (n,), in batches of one compiled shape."""
     side, columns, channels = model.block_shape
 
@@ -129,16 +133,16 @@ def of_model(model: MADFormer, params: Any, texts: Texts, mesh: jax.sharding.Mes
         return jnp.sum(nll, axis=1, where=jnp.arange(1, tokens.shape[1]) < lengths[:, None]) / np.log(2)
 
     found = []
-    for at in range(0, len(texts.tokens), _BATCH):
-        rows = np.arange(at, at + _BATCH).clip(max=len(texts.tokens) - 1)
+    for at in range(0, len(texts.tokens), _BATCH_SIZE):
+        rows = np.arange(at, at + _BATCH_SIZE).clip(max=len(texts.tokens) - 1)
         found.append(np.asarray(bits(params, texts.tokens[rows], texts.lengths[rows])))
     return np.concatenate(found)[: len(texts.tokens)].astype(np.float64)
 
 
-def of_ngrams(seen: Texts, held: Texts, vocabulary: int, order: int) -> np.ndarray:
+def ngram_bits(seen: TokenizedTexts, held: TokenizedTexts, vocabulary: int, order: int) -> np.ndarray:
     """Bits of each held-out caption (n,) under the n-gram model of the captions seen; n is `order`."""
     follows: dict[tuple[int, ...], collections.Counter[int]] = collections.defaultdict(collections.Counter)
-    for caption in _rows(seen):
+    for caption in _token_rows(seen):
         for i in range(1, len(caption)):
             for n in range(min(order, i + 1)):
                 follows[caption[i - n : i]][caption[i]] += 1
@@ -152,12 +156,12 @@ def of_ngrams(seen: Texts, held: Texts, vocabulary: int, order: int) -> np.ndarr
         return (counts[token] + len(counts) * lower) / (totals[history] + len(counts))
 
     found = []
-    for caption in _rows(held):
+    for caption in _token_rows(held):
         found.append(
             -sum(np.log2(probability(caption[max(0, i - order + 1) : i], caption[i])) for i in range(1, len(caption)))
         )
     return np.array(found, np.float64)
 
 
-def _rows(texts: Texts) -> list[tuple[int, ...]]:
+def _token_rows(texts: TokenizedTexts) -> list[tuple[int, ...]]:
     return [tuple(row[:length].tolist()) for row, length in zip(texts.tokens, texts.lengths)]

@@ -11,7 +11,7 @@ from madformer_jax.evaluation import reference_statistics, scores
 from madformer_jax.runtime import progress
 
 
-class Training:
+class TrainingFeatures:
     """The training images that copies are looked for among: features in a reference file, searched tile by tile."""
 
     def __init__(self, training: reference_statistics.Reference, held_out: np.ndarray):
@@ -27,8 +27,8 @@ class Training:
 
     def nearest(self, images: np.ndarray) -> np.ndarray:
         """See `nearest_distances`."""
-        with progress.told(f"searching {self.searched} training images"):
-            return nearest_distances(images, reference_statistics.tiles(self._training))
+        with progress.log_while(f"searching {self.searched} training images"):
+            return nearest_distances(images, reference_statistics.feature_tiles(self._training))
 
     @functools.cached_property
     def typical(self) -> np.ndarray:
@@ -51,16 +51,16 @@ def nearest_distances(images: np.ndarray, tiles: Iterable[np.ndarray]) -> np.nda
     Raises:
       ConfigError: There is no image, features are not finite, or they are of two networks.
     """
-    x = scores.checked(images, "compared", at_least=1, needed_for="distances")
+    x = scores.validate_features(images, "compared", at_least=1, needed_for="distances")
     centre: np.ndarray | None = None
     squares, nearest = np.full(len(x), np.inf), np.zeros_like(x)
     for tile in tiles:
-        y = scores.checked(tile, "training", at_least=1, needed_for="distances")
+        y = scores.validate_features(tile, "training", at_least=1, needed_for="distances")
         scores.check_same_features(x, y)
         # Any point near the features serves: distances of what is far from the origin would lose digits.
         centre = y.mean(axis=0, dtype=np.float64) if centre is None else centre
-        for j in scores.blocks(len(y)):
-            for i in scores.blocks(len(x)):
+        for j in scores.row_slices(len(y)):
+            for i in scores.row_slices(len(x)):
                 found = scores.squared_distances(x[i] - centre, y[j] - centre)
                 best = found.argmin(axis=1)
                 least = found[np.arange(len(best)), best]
@@ -70,10 +70,12 @@ def nearest_distances(images: np.ndarray, tiles: Iterable[np.ndarray]) -> np.nda
     if centre is None:
         raise ConfigError("0 training images are too few for distances: give 1 or more.")
     # Rounding differs from block to block. Only the choice of the nearest one depends on it.
-    return np.concatenate([np.linalg.norm(x[i].astype(np.float64) - nearest[i], axis=1) for i in scores.blocks(len(x))])
+    return np.concatenate(
+        [np.linalg.norm(x[i].astype(np.float64) - nearest[i], axis=1) for i in scores.row_slices(len(x))]
+    )
 
 
-def memorisation(generated: np.ndarray, held_out: np.ndarray) -> float:
+def memorization_ratio(generated: np.ndarray, held_out: np.ndarray) -> float:
     """Mean nearest distance of generated images (n,) over that of held-out real ones (m,), both from the training images.
 
     About 1 for a model that draws new images as unlike the training set as real ones are; 0 for copies.

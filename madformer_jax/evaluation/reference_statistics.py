@@ -1,7 +1,7 @@
 """The file of --mode=reference: what scores compare with, and the protocol by which it was made.
 
 A .npz with `mu` (d,), `sigma` (d, d) over n - 1, up to `FEATURES` vectors `features` (m, d) with their `labels`, `counts` of
-each class, the mean `profile` of `seams.profile`, and `protocol` as JSON. ADM's files have `mu` and `sigma` alone.
+each class, the mean `profile` of `seams.difference_profiles`, and `protocol` as JSON. ADM's files have `mu` and `sigma` alone.
 
 The features of all other images follow in arrays `others_...`. Only the search for copies reads them, one at a time.
 """
@@ -21,8 +21,8 @@ from madformer_jax.evaluation.scores import Gaussian
 from madformer_jax.evaluation.shards import Arrays
 from madformer_jax.runtime import storage
 
-FEATURES = 50_000  # vectors that most scores compare with
-_OTHERS = "others_"  # begins the names of the arrays with the remaining vectors
+MAX_STORED_FEATURES = 50_000  # vectors that most scores compare with
+_EXTRA_PREFIX = "others_"  # begins the names of the arrays with the remaining vectors
 
 
 class Reference(NamedTuple):
@@ -59,7 +59,7 @@ def save(path: str, protocol: Mapping[str, Any], each: Callable[[], Iterator[Arr
     total: Any = 0.0
     labels, profiles, weights = [], [], []
     for part in each():
-        x = scores.checked(part["features"], "reference", at_least=0, needed_for="")
+        x = scores.validate_features(part["features"], "reference", at_least=0, needed_for="")
         total += x.sum(axis=0, dtype=np.float64)
         labels.append(part["labels"])
         profiles.append(part["profile"])
@@ -70,20 +70,20 @@ def save(path: str, protocol: Mapping[str, Any], each: Callable[[], Iterator[Arr
         raise ConfigError(f"a reference of {n} images: a covariance needs two at least.")
     mean = total / n
     chosen = np.zeros(n, bool)
-    chosen[np.random.RandomState(2020).permutation(n)[:FEATURES]] = True
+    chosen[np.random.RandomState(2020).permutation(n)[:MAX_STORED_FEATURES]] = True
     digests = []
 
     def put(file: IO[bytes]) -> None:
         scatter, kept, first = np.zeros(mean.shape * 2), [], 0
         with zipfile.ZipFile(file, "w") as archive:
-            for i, x in enumerate(_blocks(each())):
+            for i, x in enumerate(_merge_small_batches(each())):
                 centred = x - mean
                 scatter += centred.T @ centred
                 here = chosen[first : first + len(x)]
                 kept.append(x[here])
                 first += len(x)
                 if not here.all():
-                    _add(archive, f"{_OTHERS}{i:06d}", x[~here].astype(np.float32))
+                    _append_array(archive, f"{_EXTRA_PREFIX}{i:06d}", x[~here].astype(np.float32))
             others = list(archive.infolist())
             arrays = {
                 "mu": mean,
@@ -95,25 +95,25 @@ def save(path: str, protocol: Mapping[str, Any], each: Callable[[], Iterator[Arr
                 "protocol": np.array(json.dumps(dict(protocol) | {"n": n}, sort_keys=True)),
             }
             for name, array in arrays.items():
-                _add(archive, name, array)
-        digests.append(_digest(arrays, others))
+                _append_array(archive, name, array)
+        digests.append(_hash_content(arrays, others))
 
     storage.write(path, put)
     return digests[-1]
 
 
-def _add(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
+def _append_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
     """Adds an array as `np.savez` does, which wants all of them at once."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _blocks(each: Iterator[Arrays]) -> Iterator[np.ndarray]:
+def _merge_small_batches(each: Iterator[Arrays]) -> Iterator[np.ndarray]:
     """Features of parts, some thousand images at once: adding up a matrix for each few would take long."""
     waiting: list[np.ndarray] = []
     for part in each:
         waiting.append(part["features"])
-        if sum(map(len, waiting)) >= scores.BLOCK:
+        if sum(map(len, waiting)) >= scores.TILE_ROWS:
             yield np.concatenate(waiting)
             waiting = []
     if waiting:
@@ -131,10 +131,12 @@ def load(path: str) -> Reference:
         raise ConfigError(f"there is no reference at {path}: make it with --mode=reference, or set evaluate.reference.")
     try:
         with file.open("rb") as content, np.load(content, allow_pickle=False) as archive:
-            names = [name for name in archive.files if name.startswith(_OTHERS)]
+            names = [name for name in archive.files if name.startswith(_EXTRA_PREFIX)]
             arrays = {name: archive[name] for name in archive.files if name not in names}
             others = [archive.zip.getinfo(f"{name}.npy") for name in names]
-            stored = sum(_rows(archive, name) for name in [*names, *(["features"] if "features" in arrays else [])])
+            stored = sum(
+                _row_count(archive, name) for name in [*names, *(["features"] if "features" in arrays else [])]
+            )
         protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {"file": file.name}
     except Exception as error:  # a broken archive raises almost any kind
         raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}).") from None
@@ -143,14 +145,14 @@ def load(path: str) -> Reference:
     gaussian = Gaussian.from_covariance(arrays["mu"], arrays["sigma"], path)
     features = arrays.get("features")
     if features is not None:
-        features = scores.checked(features, path, at_least=1, needed_for="a reference")
+        features = scores.validate_features(features, path, at_least=1, needed_for="a reference")
         scores.check_same_features(features, gaussian.root)
     protocol.setdefault("network", {"dims": len(gaussian.mean)})
-    digest = _digest(arrays, others)
+    digest = _hash_content(arrays, others)
     return Reference(protocol, digest, gaussian, features, arrays.get("profile"), path, tuple(names), stored)
 
 
-def _rows(archive: Any, name: str) -> int:
+def _row_count(archive: Any, name: str) -> int:
     """The number of rows of an array in an open .npz file, by its header."""
     with archive.zip.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
@@ -158,7 +160,7 @@ def _rows(archive: Any, name: str) -> int:
         return int(read(file)[0][0])
 
 
-def tiles(reference: Reference) -> Iterator[np.ndarray]:
+def feature_tiles(reference: Reference) -> Iterator[np.ndarray]:
     """The features (m, d) of all images of a reference that has some, a tile in memory at a time.
 
     Raises:
@@ -176,7 +178,7 @@ def tiles(reference: Reference) -> Iterator[np.ndarray]:
         raise ConfigError(f"{reference.path} is damaged or has changed ({type(error).__name__}).") from None
 
 
-def check(reference: Reference, path: str, network: Mapping[str, Any], image: Mapping[str, Any]) -> None:
+def check_compatible(reference: Reference, path: str, network: Mapping[str, Any], image: Mapping[str, Any]) -> None:
     """Refuses a reference that was made with another network or from images of another preprocessing.
 
     Raises:
@@ -192,7 +194,7 @@ def check(reference: Reference, path: str, network: Mapping[str, Any], image: Ma
                 )
 
 
-def _digest(arrays: Mapping[str, np.ndarray], others: Sequence[zipfile.ZipInfo]) -> str:
+def _hash_content(arrays: Mapping[str, np.ndarray], others: Sequence[zipfile.ZipInfo]) -> str:
     """Hashes the arrays, and the checksums of those that stay in the file."""
     sha = hashlib.sha256()
     for info in others:

@@ -11,7 +11,7 @@ from madformer_jax.config import validation
 from madformer_jax.errors import ConfigError
 
 
-def _interval(text: str) -> tuple[int, ...]:
+def _parse_interval(text: str) -> tuple[int, ...]:
     low, high = text.split(":")
     return int(low), int(high)
 
@@ -23,14 +23,14 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "steps": (int, "int"),
     "guidance": (float, "float"),
     "guidance_schedule": (str, "str"),
-    "guidance_interval": (_interval, "low:high"),
+    "guidance_interval": (_parse_interval, "low:high"),
     "label_sampling": (str, "str"),
     "weights": (str, "str"),
     "prompts": (str, "str"),
 }
 
 
-def grid(c: ConfigDict) -> list[ConfigDict]:
+def expand_configs(c: ConfigDict) -> list[ConfigDict]:
     """The config once for each combination of `evaluate.grid`, with `sample.n` = `evaluate.n`.
 
     The grid is as "steps=5,20;guidance=1,2": every combination of the values; "" is the config's own setting.
@@ -61,15 +61,15 @@ def grid(c: ConfigDict) -> list[ConfigDict]:
     return settings
 
 
-def warn(c: ConfigDict, grid: Sequence[ConfigDict]) -> None:
+def log_warnings(c: ConfigDict, grid: Sequence[ConfigDict]) -> None:
     """Logs what is probably a mistake in the settings of a grid, each line once; main.py shows those of the config itself."""
-    lines = dict.fromkeys(line for setting in grid for line in validation.doubts_of_sampling(setting))
+    lines = dict.fromkeys(line for setting in grid for line in validation.sampling_warnings(setting))
     for line in lines:
-        if line not in validation.doubts_of_sampling(c):
+        if line not in validation.sampling_warnings(c):
             logging.warning("%s", line)
 
 
-def steps(wanted: str, there: Sequence[int]) -> list[int]:
+def select_checkpoints(wanted: str, there: Sequence[int]) -> list[int]:
     """The checkpoints that `evaluate.checkpoints` names among those that are there.
 
     Args:

@@ -16,8 +16,10 @@ import numpy as np
 
 from madformer_jax.errors import ConfigError
 
-BLOCK = 2048  # images whose distances to as many others are in memory at a time
-TIE = 1e-12  # relative to squared norms: above what float64 rounds, below any difference that is meant
+TILE_ROWS = 2048  # images whose distances to as many others are in memory at a time
+RELATIVE_TIE_TOLERANCE = (
+    1e-12  # relative to squared norms: above what float64 rounds, below any difference that is meant
+)
 
 
 class Gaussian(NamedTuple):
@@ -33,11 +35,11 @@ class Gaussian(NamedTuple):
         Raises:
           ConfigError: less than two images, or features that are not finite; `what` names the set there.
         """
-        x = checked(features, what, at_least=2, needed_for="a covariance")
+        x = validate_features(features, what, at_least=2, needed_for="a covariance")
         mean, d = x.mean(axis=0, dtype=np.float64), x.shape[1]
         if len(x) <= d:
             return cls(mean, (x - mean) / np.sqrt(len(x) - 1))
-        centred = (x[block] - mean for block in blocks(len(x)))
+        centred = (x[block] - mean for block in row_slices(len(x)))
         return cls.from_covariance(mean, sum(((z.T @ z) for z in centred), np.zeros((d, d))) / (len(x) - 1), what)
 
     @classmethod
@@ -73,7 +75,7 @@ def frechet(generated: np.ndarray | Gaussian, real: np.ndarray | Gaussian) -> fl
     Raises:
       ConfigError: less than two images, features that are not finite, or of two networks.
     """
-    a, b = _gaussian(generated, "generated"), _gaussian(real, "real")
+    a, b = _as_gaussian(generated, "generated"), _as_gaussian(real, "real")
     check_same_features(a.root, b.root)
     cross = np.linalg.svd(a.root @ b.root.T, compute_uv=False).sum()
     return float(max(0.0, np.sum((a.mean - b.mean) ** 2) + np.sum(a.root**2) + np.sum(b.root**2) - 2 * cross))
@@ -92,8 +94,8 @@ def kernel_distance(
     Raises:
       ConfigError: less than two images, features that are not finite, or of two networks.
     """
-    x = checked(generated, "generated", at_least=2, needed_for="the kernel distance")
-    y = checked(real, "real", at_least=2, needed_for="the kernel distance")
+    x = validate_features(generated, "generated", at_least=2, needed_for="the kernel distance")
+    y = validate_features(real, "real", at_least=2, needed_for="the kernel distance")
     check_same_features(x, y)
     size = min(subset_size, len(x), len(y))
     if size < 2 or subsets < 1:
@@ -105,7 +107,7 @@ def kernel_distance(
     for _ in range(subsets):
         a = x[random.choice(len(x), size, replace=False)].astype(np.float64)  # the order of the draws is the convention
         b = y[random.choice(len(y), size, replace=False)].astype(np.float64)
-        within = sum((kernel(z, z).sum() - kernel_of_self(z).sum()) / (size * (size - 1)) for z in (a, b))
+        within = sum((kernel(z, z).sum() - kernel_diagonal(z).sum()) / (size * (size - 1)) for z in (a, b))
         distances.append(within - 2 * kernel(a, b).mean())
     return float(np.mean(distances)), float(np.std(distances))
 
@@ -116,7 +118,7 @@ def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return base * base * base  # a power is 20 times as slow
 
 
-def kernel_of_self(x: np.ndarray) -> np.ndarray:
+def kernel_diagonal(x: np.ndarray) -> np.ndarray:
     """The diagonal of `kernel(x, x)`: (n,)."""
     return (np.einsum("nd,nd->n", x, x) / x.shape[1] + 1) ** 3
 
@@ -145,7 +147,9 @@ def split_logits(logits: np.ndarray, splits: int, seed: int) -> list[np.ndarray]
     Raises:
       ConfigError: fewer images than splits, or logits that are not finite.
     """
-    x = checked(logits, "logits", at_least=max(1, splits), needed_for=f"an inception score over {splits} splits")
+    x = validate_features(
+        logits, "logits", at_least=max(1, splits), needed_for=f"an inception score over {splits} splits"
+    )
     if splits < 1:
         raise ConfigError(f"inception score over {splits} splits: it needs one at least.")
     x = x[np.random.RandomState(seed).permutation(len(x))].astype(np.float64)
@@ -188,15 +192,15 @@ def inside_balls(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[n
     """
     if k < 1:
         raise ConfigError(f"precision and recall with the k={k}-th neighbour: k must be 1 or more.")
-    x = checked(generated, "generated", at_least=k + 1, needed_for=f"balls to the {k}-th neighbour")
-    y = checked(real, "real", at_least=k + 1, needed_for=f"balls to the {k}-th neighbour")
+    x = validate_features(generated, "generated", at_least=k + 1, needed_for=f"balls to the {k}-th neighbour")
+    y = validate_features(real, "real", at_least=k + 1, needed_for=f"balls to the {k}-th neighbour")
     check_same_features(x, y)
     centre = y.mean(axis=0, dtype=np.float64)  # distances of what is far from the origin would lose digits
-    reach_x, reach_y = _reach(x - centre, k), _reach(y - centre, k)
+    reach_x, reach_y = _knn_squared_radius(x - centre, k), _knn_squared_radius(y - centre, k)
     in_y, in_x = np.zeros(len(x), bool), np.zeros(len(y), bool)
-    for i in blocks(len(x)):
-        for j in blocks(len(y)):
-            squares = squared_distances(x[i] - centre, y[j] - centre, allowance=TIE)
+    for i in row_slices(len(x)):
+        for j in row_slices(len(y)):
+            squares = squared_distances(x[i] - centre, y[j] - centre, allowance=RELATIVE_TIE_TOLERANCE)
             in_y[i] |= (squares <= reach_y[j]).any(axis=1)
             in_x[j] |= (squares <= reach_x[i, None]).any(axis=0)
     return in_y, in_x
@@ -212,11 +216,11 @@ def squared_distances(x: np.ndarray, y: np.ndarray, allowance: float = 0.0) -> n
     return (1 - allowance) * sums - 2 * (x @ y.T)
 
 
-def _reach(x: np.ndarray, k: int) -> np.ndarray:
+def _knn_squared_radius(x: np.ndarray, k: int) -> np.ndarray:
     """Squared distance of each of (n, d) to its k-th nearest neighbour: (n,)."""
     nearest = np.full((len(x), k), np.inf)
-    for i in blocks(len(x)):
-        for j in blocks(len(x)):
+    for i in row_slices(len(x)):
+        for j in row_slices(len(x)):
             squares = squared_distances(x[i], x[j])
             if i == j:
                 np.fill_diagonal(squares, np.inf)  # itself
@@ -224,16 +228,16 @@ def _reach(x: np.ndarray, k: int) -> np.ndarray:
     return nearest.max(axis=1)
 
 
-def blocks(n: int) -> list[slice]:
+def row_slices(n: int) -> list[slice]:
     """Slices that cut n images into parts of `BLOCK`."""
-    return [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+    return [slice(start, min(start + TILE_ROWS, n)) for start in range(0, n, TILE_ROWS)]
 
 
-def _gaussian(features: np.ndarray | Gaussian, what: str) -> Gaussian:
+def _as_gaussian(features: np.ndarray | Gaussian, what: str) -> Gaussian:
     return features if isinstance(features, Gaussian) else Gaussian.of(features, what)
 
 
-def checked(features: np.ndarray, what: str, at_least: int, needed_for: str) -> np.ndarray:
+def validate_features(features: np.ndarray, what: str, at_least: int, needed_for: str) -> np.ndarray:
     """Features (n, d) as an array.
 
     Raises:

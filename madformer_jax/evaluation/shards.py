@@ -22,18 +22,18 @@ from ml_collections import ConfigDict
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import seams
-from madformer_jax.evaluation.networks.registry import Outputs
+from madformer_jax.evaluation.networks.registry import NetworkOutputs
 from madformer_jax.runtime import lock, progress, storage
 
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
-AT_ONCE = 256  # small images of a part: what a kill loses at most
-POLL = 2.0  # seconds between two looks whether a folder is free
-UNREAD = "unread"  # the array that tells, as text, of images that cannot be read
+MAX_BATCH = 256  # small images of a part: what a kill loses at most
+POLL_SECONDS = 2.0  # seconds between two looks whether a folder is free
+UNREADABLE_KEY = "unread"  # the array that tells, as text, of images that cannot be read
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """Images [first, stop) of a set."""
 
     first: int
@@ -44,20 +44,20 @@ class Part(NamedTuple):
         return self.stop - self.first
 
 
-class Parts:
+class Shards:
     """The parts of n images in a folder of files; the same in every process."""
 
     def __init__(self, folder: epath.Path, n: int, size: int):
         self._folder = folder
-        self._parts = [Part(first, min(first + size, n)) for first in range(0, n, size)]
+        self._parts = [Shard(first, min(first + size, n)) for first in range(0, n, size)]
 
-    def missing(self) -> list[Part]:
+    def missing(self) -> list[Shard]:
         """The parts that are not there yet, damaged, or lack images, which may be mended now; as the first process sees them."""
         there = np.array([jax.process_index() == 0 and self._whole(part) for part in self._parts])
         there = multihost_utils.broadcast_one_to_all(there) if jax.process_count() > 1 else there
         return [part for part, found in zip(self._parts, there) if not found]
 
-    def write(self, part: Part, arrays: Arrays) -> None:
+    def write(self, part: Shard, arrays: Arrays) -> None:
         """Writes what was found in a part."""
         if jax.process_index() == 0:
             storage.write(self._path(part), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
@@ -71,7 +71,7 @@ class Parts:
         for part in self._parts:
             path = self._path(part)
             try:
-                yield _load(path.read_bytes())
+                yield _parse_npz(path.read_bytes())
             except Exception as error:  # a broken archive raises almost any kind
                 raise ConfigError(f"{path} is damaged: run again ({type(error).__name__}).") from None
 
@@ -87,27 +87,27 @@ class Parts:
         """Removes the parts, once what they were for is written."""
         if jax.process_index() == 0 and self._folder.exists():
             for path in self._folder.iterdir():
-                if lock.NAME not in path.name:
+                if lock.FILE_NAME not in path.name:
                     path.unlink(missing_ok=True)
             _remove_empty(self._folder)
 
-    def _whole(self, part: Part) -> bool:
+    def _whole(self, part: Shard) -> bool:
         path = self._path(part)
         if not path.exists():
             return False
         content = path.read_bytes()
         try:
-            return not _load(content).get(UNREAD, np.zeros(0)).size
+            return not _parse_npz(content).get(UNREADABLE_KEY, np.zeros(0)).size
         except Exception as error:  # a broken archive raises almost any kind
             logging.warning("%s is damaged (%s): done again", path, type(error).__name__)
             return False
 
-    def _path(self, part: Part) -> epath.Path:
+    def _path(self, part: Shard) -> epath.Path:
         return self._folder / f"part_{part.first:07d}_{part.stop:07d}.npz"
 
 
 @contextlib.contextmanager
-def alone(folder: epath.Path) -> Iterator[None]:
+def exclusive_lock(folder: epath.Path) -> Iterator[None]:
     """Holds a folder of parts, for all processes of this job. Waits while another job holds it.
 
     Raises:
@@ -115,13 +115,13 @@ def alone(folder: epath.Path) -> Iterator[None]:
     """
     try:
         with contextlib.ExitStack() as stack:
-            with progress.told(f"waiting for another process, which works on {folder}"):
+            with progress.log_while(f"waiting for another process, which works on {folder}"):
                 while True:
                     try:
-                        stack.enter_context(lock.hold(str(folder)))
+                        stack.enter_context(lock.acquire(str(folder)))
                         break
-                    except lock.HeldError:
-                        time.sleep(POLL)
+                    except lock.LockedError:
+                        time.sleep(POLL_SECONDS)
             yield
     finally:
         if jax.process_index() == 0:
@@ -135,23 +135,23 @@ def _remove_empty(folder: epath.Path) -> None:
             os.rmdir(folder)  # that of epath removes what comes into the folder meanwhile
 
 
-def _load(content: bytes) -> Arrays:
+def _parse_npz(content: bytes) -> Arrays:
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
-def images_at_once(c: ConfigDict) -> int:
+def read_batch_size(c: ConfigDict) -> int:
     """Images of a part that are read together: 64 MiB of pixels, and no more than `AT_ONCE`."""
-    return max(1, min(AT_ONCE, 2**26 // (c.data.image_size**2 * c.data.channels)))
+    return max(1, min(MAX_BATCH, 2**26 // (c.data.image_size**2 * c.data.channels)))
 
 
-def share(n: int) -> slice:
+def process_slice(n: int) -> slice:
     """The run of n rows that falls to this process."""
     index, count = jax.process_index(), jax.process_count()
     return slice(n * index // count, n * (index + 1) // count)
 
 
-def gather(arrays: Arrays) -> Arrays:
+def allgather_rows(arrays: Arrays) -> Arrays:
     """All processes' rows of each array, in the order of the processes; their numbers of rows may differ."""
     if jax.process_count() == 1:
         return arrays
@@ -183,11 +183,11 @@ def read_json(path: storage.Path) -> Any:
             outcome = json.dumps(storage.read_json(path))
         except ConfigError as error:
             outcome = error
-    text = np.frombuffer(same_outcome(outcome).encode(), np.uint8)
-    return json.loads(gather({"text": text})["text"].tobytes())
+    text = np.frombuffer(sync_errors(outcome).encode(), np.uint8)
+    return json.loads(allgather_rows({"text": text})["text"].tobytes())
 
 
-def same_outcome(outcome: T | ConfigError) -> T:
+def sync_errors(outcome: T | ConfigError) -> T:
     """Returns what this process has found, unless it or another process has an error instead.
 
     A process that raised alone would leave the others waiting in their next exchange.
@@ -197,24 +197,28 @@ def same_outcome(outcome: T | ConfigError) -> T:
     """
     error = outcome if isinstance(outcome, ConfigError) else None
     text = f"{error}\n".encode("utf-8", "surrogateescape") if error else b""
-    lines = gather({"errors": np.frombuffer(text, np.uint8)})["errors"].tobytes()
+    lines = allgather_rows({"errors": np.frombuffer(text, np.uint8)})["errors"].tobytes()
     if lines:
         raise error or ConfigError(lines.decode("utf-8", "surrogateescape").splitlines()[0])
     assert not isinstance(outcome, ConfigError)
     return outcome
 
 
-def look(extract: Callable[[np.ndarray], Outputs], images: np.ndarray, labels: np.ndarray) -> Arrays:
+def extract_features(extract: Callable[[np.ndarray], NetworkOutputs], images: np.ndarray, labels: np.ndarray) -> Arrays:
     """What is kept of images uint8 (n, H, W, c) and their labels (n,)."""
     if not len(images):  # of a process without a share, or of files that cannot be read
-        one = look(extract, np.zeros((1, *images.shape[1:]), images.dtype), np.zeros(1, np.int32))
+        one = extract_features(extract, np.zeros((1, *images.shape[1:]), images.dtype), np.zeros(1, np.int32))
         return {name: array[:0] for name, array in one.items()}
     outputs = extract(images)
-    found = {"features": outputs.features, "profile": seams.profile(images), "labels": labels.astype(np.int32)}
+    found = {
+        "features": outputs.features,
+        "profile": seams.difference_profiles(images),
+        "labels": labels.astype(np.int32),
+    }
     return found if outputs.logits is None else {**found, "logits": outputs.logits}
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def prefetch(items: Iterator[T]) -> Iterator[T]:
     """The same items; the next one is made in a thread while the last is used."""
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:

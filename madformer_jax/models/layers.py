@@ -12,18 +12,18 @@ from jax import Array
 GROUP_NORM_EPS = 1e-6  # of the block U-Net (MADFormer, section 3.1) and the VAE
 
 
-def _uniform(scale: float, mode: Literal["fan_in", "fan_avg"]) -> nn.initializers.Initializer:
+def _uniform_init(scale: float, mode: Literal["fan_in", "fan_avg"]) -> nn.initializers.Initializer:
     """Uniform weights of variance scale / fan, traced once for each shape: Flax asks for it whenever it reads a parameter."""
     return jax.jit(nn.initializers.variance_scaling(scale, mode, "uniform"), static_argnums=(1, 2))
 
 
-XAVIER = _uniform(1, "fan_avg")
-XAVIER_THIRD = _uniform(1 / 2, "fan_in")  # for d -> d, as a third of one matrix d -> 3 d
-_CONV = _uniform(1 / 3, "fan_in")  # PyTorch's
-NORM_SCALE = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+XAVIER_INIT = _uniform_init(1, "fan_avg")
+XAVIER_QKV_INIT = _uniform_init(1 / 2, "fan_in")  # for d -> d, as a third of one matrix d -> 3 d
+_CONV_INIT = _uniform_init(1 / 3, "fan_in")  # PyTorch's
+NORM_SCALE_INIT = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
 
 
-def gathered(kernel: Array, axes: Sequence[str | None]) -> Array:
+def all_gather_kernel(kernel: Array, axes: Sequence[str | None]) -> Array:
     """A kernel, already of the type it is multiplied in, as a product takes it: whole but for what is split over "tensor".
 
     Left alone, the partitioner of a TPU does not gather a kernel that is split along the axis that is summed over: it makes a
@@ -33,11 +33,13 @@ def gathered(kernel: Array, axes: Sequence[str | None]) -> Array:
     return nn.with_logical_constraint(kernel, tuple(used.get(axis or "", axis) for axis in axes))
 
 
-def rows_dot(x: Array, kernel: Array, dimension_numbers: Any, *, axes: tuple[str, str], **settings: Any) -> Array:
+def flattened_dot_general(
+    x: Array, kernel: Array, dimension_numbers: Any, *, axes: tuple[str, str], **settings: Any
+) -> Array:
     """X (..., d) times a matrix, as one product of matrices: with more axes to sum over, XLA on CPU copies the operands of the
     kernel's gradient into another order first.
     """
-    kernel = gathered(kernel, axes)
+    kernel = all_gather_kernel(kernel, axes)
     rows = x.reshape(-1, x.shape[-1])
     return jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **settings).reshape(*x.shape[:-1], -1)
 
@@ -49,19 +51,19 @@ def silu(x: Array) -> Array:
 
 
 @jax.custom_vjp
-def gated(gate: Array, up: Array) -> Array:
+def swiglu(gate: Array, up: Array) -> Array:
     """SwiGLU's silu(gate) up. Its gradients are written once, where they arise: a TPU's compiler takes them anew in each of the four
     products that read them.
     """
     return nn.silu(gate) * up
 
 
-def _gated_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _swiglu_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     _, pull = jax.vjp(lambda gate, up: nn.silu(gate) * up, *saved)
     return jax.lax.optimization_barrier(pull(gradient))
 
 
-gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 
 
 def dense(
@@ -70,7 +72,7 @@ def dense(
     dtype: Any,
     *,
     bias: bool = True,
-    init: nn.initializers.Initializer = XAVIER,
+    init: nn.initializers.Initializer = XAVIER_INIT,
     precision: Any = None,
     name: str | None = None,
 ) -> nn.Dense:
@@ -82,7 +84,7 @@ def dense(
         precision=precision,
         kernel_init=nn.with_logical_partitioning(init, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        dot_general=functools.partial(rows_dot, axes=axes),
+        dot_general=functools.partial(flattened_dot_general, axes=axes),
         name=name,
     )
 
@@ -101,7 +103,7 @@ def conv(
     axes = (None, None, "conv_in", "conv_out")
 
     def convolve(x: Array, kernel: Array, *args: Any, **settings: Any) -> Array:
-        kernel = gathered(kernel, axes)
+        kernel = all_gather_kernel(kernel, axes)
         if x.shape[1:3] == (2, 2) and (size, stride, padding) == (3, 1, None):
             return _convolve_2x2(x, kernel, settings["precision"])
         return jax.lax.conv_general_dilated(x, kernel, *args, **settings)
@@ -113,7 +115,7 @@ def conv(
         padding=(size - 1) // 2 if padding is None else padding,
         dtype=dtype,
         precision=precision,
-        kernel_init=nn.with_logical_partitioning(_CONV, axes),
+        kernel_init=nn.with_logical_partitioning(_CONV_INIT, axes),
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("conv_out",)),
         conv_general_dilated=convolve,
         name=name,
@@ -133,7 +135,7 @@ def _convolve_2x2(x: Array, kernel: Array, precision: Any) -> Array:
 
 
 def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
-    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=NORM_SCALE)
+    return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=NORM_SCALE_INIT)
 
 
 def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
@@ -143,7 +145,7 @@ def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
         epsilon=GROUP_NORM_EPS,
         dtype=dtype,
         use_fast_variance=False,
-        scale_init=NORM_SCALE,
+        scale_init=NORM_SCALE_INIT,
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         name=name,
     )

@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.config.choices import TERMS
-from madformer_jax.config.shapes import sizes_of, vocabulary_of
-from madformer_jax.models.cache import Cache, ModelCache, write_block
+from madformer_jax.config.choices import LOSS_TERMS
+from madformer_jax.config.shapes import derive_sizes, vocabulary_size
+from madformer_jax.models.cache import ModelCache, StageCache, write_block
 from madformer_jax.models.layers import dense
-from madformer_jax.models.plan import Switches, plan, sampling_plan
+from madformer_jax.models.plan import AblationSwitches, sampling_plan, training_plan
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
 from madformer_jax.ops import rope
 from madformer_jax.ops.attention import api
 from madformer_jax.ops.attention.api import KV
-from madformer_jax.ops.rope import Rotary
+from madformer_jax.ops.rope import RotaryTable
 
 
-class Outputs(NamedTuple):
+class ModelOutputs(NamedTuple):
     """What the terms of the loss compare; None where the term was not asked for."""
 
     image: Array | None  # (B, L, positions, C) what `predicts` says of the noisy blocks: eps, v or x0
@@ -75,8 +75,8 @@ class MADFormer(nn.Module):
         return self.vocabulary - 1
 
     @property
-    def switches(self) -> Switches:
-        return Switches(
+    def switches(self) -> AblationSwitches:
+        return AblationSwitches(
             blocks=self.blocks,
             text=bool(self.vocabulary),
             clean_stream=self.clean_stream,
@@ -132,15 +132,15 @@ class MADFormer(nn.Module):
         self.ar_layers = LayerStack(ar, {**layer, "block_only": False}, self.remat, self.unroll)
         self.diffusion_layers = LayerStack(diffusion, {**layer, "block_only": self.block_only}, self.remat, self.unroll)
 
-    def _image_positions(self) -> Rotary:
+    def _image_positions(self) -> RotaryTable:
         rows, cols = rope.image_positions(self.grid, self.token_side, self.columns)
         side = self.grid * self.token_side
-        return rope.rotary(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
+        return rope.rotary_table(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
 
-    def _text_positions(self) -> Rotary:
+    def _text_positions(self) -> RotaryTable:
         rows, cols = rope.text_positions(self.text_length)
         side = self.grid * self.token_side
-        return rope.rotary(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
+        return rope.rotary_table(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
 
     def _down(self, z: Array, t: Array, beside: Array | None) -> tuple[Array, list[Array]]:
         """Blocks (B, n, positions, C) with timesteps (B, n) and what is `_beside` them -> tokens (B, n, s, d), skips (B * n, ...)."""
@@ -179,8 +179,8 @@ class MADFormer(nn.Module):
         lengths: Array | None = None,
         *,
         clean_t: Array | None = None,
-        terms: tuple[str, ...] = TERMS,
-    ) -> Outputs:
+        terms: tuple[str, ...] = LOSS_TERMS,
+    ) -> ModelOutputs:
         """The forward pass of training, all blocks at once (section 3.4). What no term in `terms` needs is not computed.
 
         Args:
@@ -195,7 +195,7 @@ class MADFormer(nn.Module):
         if clean_t is None:
             clean_t = t if self.clean_timestep == "noisy" else jnp.zeros_like(t)
         # whatever the switches, all parameters are made
-        p = plan(terms, self.switches._replace(ar_condition=True) if self.is_initializing() else self.switches)
+        p = training_plan(terms, self.switches._replace(ar_condition=True) if self.is_initializing() else self.switches)
 
         # All blocks, clean and noisy, in one pass: half the convolutions to compile.
         given = {"clean": (z, clean_t), "noisy": (noisy, t)}
@@ -208,7 +208,7 @@ class MADFormer(nn.Module):
             embedded = dict(zip(p.down, jnp.split(h, len(p.down), axis=1), strict=True))
 
         image = self._image_positions()
-        positions = {"clean": Rotary(*(x[: p.clean_blocks] for x in image)), "pred": image}
+        positions = {"clean": RotaryTable(*(x[: p.clean_blocks] for x in image)), "pred": image}
         if self.vocabulary:
             positions["text"] = self._text_positions()
         before = [embedded["clean"][:, :-1]] if "clean" in p.down else []
@@ -241,7 +241,7 @@ class MADFormer(nn.Module):
                 skips = [self._choose(x, len(z), p.down, like) for x in skips]
             blocks = self._up(jnp.concatenate(tokens_back, axis=1), jnp.concatenate(t_back, axis=1), skips)
             outputs = dict(zip(p.up, jnp.split(blocks, len(p.up), axis=1), strict=True))
-        return Outputs(
+        return ModelOutputs(
             image=outputs.get("image"),
             hidden=outputs.get("hidden"),
             clean=outputs.get("clean"),
@@ -259,11 +259,11 @@ class MADFormer(nn.Module):
         """A cache with no block in it, for `batch` images (twice as many with guidance)."""
         shape = (batch, self.blocks - 1, self.tokens, self.heads, self.width // self.heads)
 
-        def empty(layers: int, slots: bool) -> Cache:
+        def empty(layers: int, slots: bool) -> StageCache:
             if not layers or self.blocks == 1 or not slots:
-                return Cache(None, None)
+                return StageCache(None, None)
             x = jnp.zeros((layers, *shape), self.dtype)
-            return Cache(api.kept(KV(x, x), self.attention), None)
+            return StageCache(api.to_cache_layout(KV(x, x), self.attention), None)
 
         stages = sampling_plan(self.switches)
         return ModelCache(
@@ -276,8 +276,8 @@ class MADFormer(nn.Module):
         position = self._text_positions()
         text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, position, 0)
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, position, 0)
-        ar, diffusion = (own and api.kept(own, self.attention) for own in (ar, diffusion))
-        lengths = api.lengths_kept(lengths, tokens, self.attention)
+        ar, diffusion = (own and api.to_cache_layout(own, self.attention) for own in (ar, diffusion))
+        lengths = api.cache_lengths(lengths, tokens, self.attention)
         return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
 
     def begin(self, batch: int) -> Array:
@@ -339,14 +339,14 @@ class MADFormer(nn.Module):
         _, own = self.diffusion_layers.step("clean", clean, cache.diffusion, position, block, cache.lengths)
         return cache._replace(diffusion=write_block(cache.diffusion, own, block, self.attention))
 
-    def _position(self, block: int | Array) -> Rotary:
-        return Rotary(*(x[block][None] for x in self._image_positions()))
+    def _position(self, block: int | Array) -> RotaryTable:
+        return RotaryTable(*(x[block][None] for x in self._image_positions()))
 
 
 def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
     """The model of a validated config; `platform` (cpu, gpu, tpu) is where it will run, by default JAX's backend."""
-    m, sizes = c.model, sizes_of(c)
-    implementation = api.choose(
+    m, sizes = c.model, derive_sizes(c)
+    implementation = api.choose_implementation(
         m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens, m.width // m.heads
     )
     unet = {
@@ -359,7 +359,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "time_embedding": m.time_embedding,
         "stride": m.unet_stride,
         "kernel": m.unet_kernel,
-        "attend": api.in_unet(implementation, [x // m.unet_heads for x in m.unet_channels]),
+        "attend": api.unet_implementation(implementation, [x // m.unet_heads for x in m.unet_channels]),
     }
     return MADFormer(
         width=m.width,
@@ -382,7 +382,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         ar_condition=m.ar_condition,
         shared=m.param_sets == "shared",
         block_only=m.diffusion_attention == "block",
-        vocabulary=vocabulary_of(c),
+        vocabulary=vocabulary_size(c),
         text_length=c.text.length,
         attention=implementation,
         dtype=jnp.dtype(m.dtype),

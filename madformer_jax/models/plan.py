@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config.shapes import vocabulary_of
+from madformer_jax.config.shapes import vocabulary_size
 
 
-class Switches(NamedTuple):
+class AblationSwitches(NamedTuple):
     """What of a model decides which streams it has; names as in `config.model`."""
 
     blocks: int
@@ -22,7 +22,7 @@ class Switches(NamedTuple):
     block_only: bool  # no attention between blocks in the diffusion layers
 
 
-class Plan(NamedTuple):
+class TrainingPlan(NamedTuple):
     """Names of the streams of each stage (of `transformer.Streams`) and of the U-Net's passes over all blocks.
 
     A stream that enters a stage and does not leave it gives keys and values to the others, and ends in the last layer.
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
     up: tuple[str, ...]  # what it gives back, of "hidden", "image", "clean"
 
 
-def plan(terms: tuple[str, ...], switches: Switches) -> Plan:
+def training_plan(terms: tuple[str, ...], switches: AblationSwitches) -> TrainingPlan:
     """What the wanted terms of the loss, of `TERMS`, need; a term for which the model has no stream is not there."""
     s = switches
     image, hidden = "image" in terms, "hidden" in terms
@@ -58,7 +58,7 @@ def plan(terms: tuple[str, ...], switches: Switches) -> Plan:
     ar = those(text=bool(between), clean=goes_on, pred=condition)
 
     read = "clean" in ar or ("pred" in ar and s.blocks > 1)  # p_i = c_(i-1)
-    return Plan(
+    return TrainingPlan(
         ar=ar,
         between=between,
         diffusion=diffusion,
@@ -77,18 +77,18 @@ class SamplingPlan(NamedTuple):
     extend_diffusion: bool  # its diffusion layers, likewise
 
 
-def sampling_plan(switches: Switches) -> SamplingPlan:
+def sampling_plan(switches: AblationSwitches) -> SamplingPlan:
     """Returns the stages whose results the diffusion layers read."""
     s = switches
     extend_diffusion = s.clean_stream and not s.block_only
     return SamplingPlan(s.ar_condition, s.clean_stream and (s.ar_condition or extend_diffusion), extend_diffusion)
 
 
-def switches_of(c: ConfigDict) -> Switches:
+def ablation_switches(c: ConfigDict) -> AblationSwitches:
     m = c.model
-    return Switches(
+    return AblationSwitches(
         blocks=m.blocks,
-        text=bool(vocabulary_of(c)),
+        text=bool(vocabulary_size(c)),
         clean_stream=m.clean_stream,
         ar_condition=m.ar_condition,
         hidden_from=m.hidden_from,

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.models.cache import Cache
-from madformer_jax.models.layers import NORM_SCALE, XAVIER_THIRD, dense, gated, rms_norm
+from madformer_jax.models.cache import StageCache
+from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, dense, rms_norm, swiglu
 from madformer_jax.ops import scan_layers
 from madformer_jax.ops.attention import api, pallas_tpu
 from madformer_jax.ops.attention.api import KV, QKV
-from madformer_jax.ops.attention.qk_norm_rope import Projected, turned
-from madformer_jax.ops.rope import Rotary
+from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
+from madformer_jax.ops.rope import RotaryTable
 
 ATTENTION_NORM_EPS = 1e-5
 
@@ -35,14 +35,14 @@ class Streams(NamedTuple):
         return Streams(**{name: x for name, x in self.present.items() if name in names})
 
 
-class Scale(nn.Module):
+class NormScale(nn.Module):
     """The scale of a norm that is computed elsewhere, (size,)."""
 
     size: int
 
     @nn.compact
     def __call__(self) -> Array:
-        return self.param("scale", NORM_SCALE, (self.size,), jnp.float32)
+        return self.param("scale", NORM_SCALE_INIT, (self.size,), jnp.float32)
 
 
 class Tower(nn.Module):
@@ -56,18 +56,18 @@ class Tower(nn.Module):
     def setup(self) -> None:
         d, dtype = self.width, self.dtype
         self.attention_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
-        self.query = dense(d, ("embed", "heads"), dtype, init=XAVIER_THIRD)
-        self.key = dense(d, ("embed", "heads"), dtype, init=XAVIER_THIRD)
-        self.value = dense(d, ("embed", "heads"), dtype, init=XAVIER_THIRD)
-        self.query_norm = Scale(d // self.heads)
-        self.key_norm = Scale(d // self.heads)
+        self.query = dense(d, ("embed", "heads"), dtype, init=XAVIER_QKV_INIT)
+        self.key = dense(d, ("embed", "heads"), dtype, init=XAVIER_QKV_INIT)
+        self.value = dense(d, ("embed", "heads"), dtype, init=XAVIER_QKV_INIT)
+        self.query_norm = NormScale(d // self.heads)
+        self.key_norm = NormScale(d // self.heads)
         self.out = dense(d, ("heads", "embed"), dtype)
         self.mlp_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
         self.gate = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
         self.up = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
         self.down = dense(d, ("mlp", "embed"), dtype, bias=False)
 
-    def qkv(self, x: Array, position: Rotary, implementation: str = "", queries: bool = True) -> QKV:
+    def qkv(self, x: Array, position: RotaryTable, implementation: str = "", queries: bool = True) -> QKV:
         """X (B, S, d) of images in a row, each at positions (..., h) -> what gives queries (unless only keys and values are wanted)
         and keys, and values, each (B, ..., H, h), in memory as `implementation` of attention reads them.
         """
@@ -75,17 +75,17 @@ class Tower(nn.Module):
         size = self.width // self.heads
 
         def heads(projection: Array) -> Array:
-            rows = api.tokens_last(projection.reshape(*x.shape[:2], self.heads, size), implementation)
+            rows = api.with_kernel_layout(projection.reshape(*x.shape[:2], self.heads, size), implementation)
             return rows.reshape(len(x), -1, *position.cos.shape[1:-1], self.heads, size)
 
-        q = Projected(heads(self.query(y)), self.query_norm(), position) if queries else None
-        return QKV(q, Projected(heads(self.key(y)), self.key_norm(), position), heads(self.value(y)))
+        q = ProjectedQK(heads(self.query(y)), self.query_norm(), position) if queries else None
+        return QKV(q, ProjectedQK(heads(self.key(y)), self.key_norm(), position), heads(self.value(y)))
 
     def finish(self, x: Array, attended: Array) -> Array:
         """Output projection and SwiGLU, each with its residual: x (B, S, d), attended (B, ..., H, h)."""
         x = x + self.out(attended.reshape(x.shape))
         y = self.mlp_norm(x)
-        return x + self.down(gated(self.gate(y), self.up(y)))
+        return x + self.down(swiglu(self.gate(y), self.up(y)))
 
 
 class DecoderLayer(nn.Module):
@@ -117,7 +117,7 @@ class DecoderLayer(nn.Module):
         return nn.with_logical_constraint(x, ("batch", "tokens", "embed"))
 
     def __call__(
-        self, streams: Streams, positions: Mapping[str, Rotary], lengths: Array | None, keys_only: tuple[str, ...]
+        self, streams: Streams, positions: Mapping[str, RotaryTable], lengths: Array | None, keys_only: tuple[str, ...]
     ) -> tuple[Streams, None]:
         """All blocks at once, of one image or more in each row of tokens, (rows, S, d). Streams named in `keys_only` give keys and
         values to the others and end here.
@@ -129,7 +129,7 @@ class DecoderLayer(nn.Module):
 
         def qkv_of(name: str, x: Array) -> QKV:
             found = self._qkv(name, x, positions[name], "" if name == "text" else self.attention, name not in keys_only)
-            return turned(found) if name == "text" else found
+            return apply_to_tree(found) if name == "text" else found
 
         qkv = {name: qkv_of(name, x) for name, x in given.items()}
         image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
@@ -156,8 +156,8 @@ class DecoderLayer(nn.Module):
         self,
         streams: Streams,
         layer: int | Array,
-        cache: Cache,
-        position: Rotary,
+        cache: StageCache,
+        position: RotaryTable,
         block: int | Array,
         lengths: Array | None,
     ) -> tuple[Streams, KV]:
@@ -167,7 +167,7 @@ class DecoderLayer(nn.Module):
         Returns the stream and its own keys and values, for the cache.
         """
         ((name, x),) = streams.present.items()
-        own = turned(self._qkv(name, x, position, "" if name == "text" else self.attention))
+        own = apply_to_tree(self._qkv(name, x, position, "" if name == "text" else self.attention))
         assert own.q is not None
         if name == "text":
             attended = api.attend(own.q, own.k, own.v, causal=True)
@@ -179,17 +179,17 @@ class DecoderLayer(nn.Module):
         return Streams(**{name: self._finish(name, x, attended)}), own.kv
 
 
-def _in_a_row(streams: Streams, images: int = 1) -> Streams:
+def _flatten_tokens(streams: Streams, images: int = 1) -> Streams:
     """The tokens of all blocks, of `images` images, in a row, as the layers take them: on a TPU each axis more is a copy."""
     return Streams(**{name: x.reshape(len(x) // images, -1, x.shape[-1]) for name, x in streams.present.items()})
 
 
-_ATTENTION = jax.checkpoint_policies.save_only_these_names(pallas_tpu.KEPT)
+_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(pallas_tpu.CHECKPOINT_NAME)
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
     ),
-    "attention": _ATTENTION,
+    "attention": _SAVE_ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -219,13 +219,13 @@ class LayerStack(nn.Module):
     def __call__(
         self,
         streams: Streams,
-        positions: Mapping[str, Rotary],
+        positions: Mapping[str, RotaryTable],
         out: tuple[str, ...],
         lengths: Array | None = None,
     ) -> Streams:
         """All blocks at once; streams that are not named in `out` end in the last layer."""
         given = streams.present
-        streams = _in_a_row(streams, api.images_in_a_row(self.layer["attention"], len(next(iter(given.values())))))
+        streams = _flatten_tokens(streams, api.images_per_row(self.layer["attention"], len(next(iter(given.values())))))
         ends = tuple(name for name in streams.present if name not in out)
         if self.is_initializing():
             if self.layers > 1:
@@ -240,7 +240,7 @@ class LayerStack(nn.Module):
             streams = self._layer(ends)(nn.meta.unbox(self.last.variables["params"]), streams, common)
         return Streams(**{name: x.reshape(given[name].shape) for name, x in streams.only(out).present.items()})
 
-    def _layer(self, keys_only: tuple[str, ...]) -> scan_layers.Layer:
+    def _layer(self, keys_only: tuple[str, ...]) -> scan_layers.LayerFn:
         """A layer as a function of its parameters, whose gradient computes again what `remat` says."""
         layer = DecoderLayer(**self.layer, parent=None)
 
@@ -255,15 +255,15 @@ class LayerStack(nn.Module):
         self,
         name: str,
         x: Array,
-        cache: Cache,
-        position: Rotary,
+        cache: StageCache,
+        position: RotaryTable,
         block: int | Array,
         lengths: Array | None = None,
     ) -> tuple[Array, KV | None]:
         """The stream `name` alone, x (B, 1, s, d), against the cache; returns it with the layers' own keys and values
         (layers, B, ..., H, h), None where there are no layers.
         """
-        streams, own = _in_a_row(Streams(**{name: x})), []
+        streams, own = _flatten_tokens(Streams(**{name: x})), []
         decoder_layer = DecoderLayer(**self.layer, parent=None)
 
         def run(streams: Streams, at: tuple[Any, int | Array]) -> tuple[Streams, KV]:
@@ -288,7 +288,7 @@ class LayerStack(nn.Module):
         return streams.present[name].reshape(x.shape), every
 
 
-def apart(params: Any, unroll: int) -> Any:
+def unstack_layers(params: Any, unroll: int) -> Any:
     """The parameters of a `LayerStack`, each layer's by themselves where no loop goes over them: sampling would cut them out of
     their stack again in every solver step.
     """

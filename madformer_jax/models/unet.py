@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from madformer_jax.models.layers import XAVIER, ResNetBlock, conv, dense, group_norm
+from madformer_jax.models.layers import XAVIER_INIT, ResNetBlock, conv, dense, group_norm
 from madformer_jax.ops.attention import api
 
 
@@ -34,7 +34,7 @@ class TimeEmbedding(nn.Module):
             angles = t[:, None] * frequencies
             x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
         # exactly: bfloat16, in which a TPU multiplies float32 by default, does not tell neighbouring raw timesteps apart
-        init = nn.initializers.normal(0.02) if self.kind == "raw" else XAVIER
+        init = nn.initializers.normal(0.02) if self.kind == "raw" else XAVIER_INIT
         linear = functools.partial(
             dense, self.width, ("time_in", "time"), jnp.float32, bias=False, init=init, precision="highest"
         )

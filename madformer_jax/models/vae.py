@@ -22,12 +22,12 @@ Array = jax.Array
 Params = Mapping[str, Any]
 
 # attention scores held at once, 64 MiB: a 512 x 512 image is done in one go, 1024 x 1024 in 16 chunks of queries
-MAX_SCORES = 2**24
+MAX_ATTENTION_SCORES = 2**24
 # pixels a pass of `encode` and `decode`: the activations of one 1024 x 1024 image fit 8 GiB in float32
-MAX_PIXELS = 1024 * 1024
+MAX_PIXELS_PER_PASS = 1024 * 1024
 
 
-def _resnet(channels: int, groups: int, dtype: jnp.dtype, name: str) -> ResNetBlock:
+def _resnet_block(channels: int, groups: int, dtype: jnp.dtype, name: str) -> ResNetBlock:
     return ResNetBlock(channels, groups, dtype, shortcut="conv_shortcut", name=name)
 
 
@@ -51,7 +51,7 @@ class Attention(nn.Module):
             scores = jnp.einsum("bc,bkc->bk", query, k, preferred_element_type=jnp.float32)
             return jnp.einsum("bk,bkc->bc", jax.nn.softmax(scores * channels**-0.5).astype(v.dtype), v)
 
-        queries = max(1, MAX_SCORES // (batch * height * width))
+        queries = max(1, MAX_ATTENTION_SCORES // (batch * height * width))
         h = jax.lax.map(attend, q.swapaxes(0, 1), batch_size=queries).swapaxes(0, 1)
         return x + linear("to_out_0")(h).reshape(x.shape)
 
@@ -68,7 +68,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for i in range(self.layers):
-            x = _resnet(self.channels, self.groups, self.dtype, f"resnets_{i}")(x)
+            x = _resnet_block(self.channels, self.groups, self.dtype, f"resnets_{i}")(x)
         if self.resample == "down":
             x = Downsample(self.channels, self.dtype, name="downsamplers_0")(x)
         if self.resample == "up":
@@ -108,9 +108,9 @@ class MidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = _resnet(self.channels, self.groups, self.dtype, "resnets_0")(x)
+        x = _resnet_block(self.channels, self.groups, self.dtype, "resnets_0")(x)
         x = Attention(self.groups, self.dtype, name="attentions_0")(x)
-        return _resnet(self.channels, self.groups, self.dtype, "resnets_1")(x)
+        return _resnet_block(self.channels, self.groups, self.dtype, "resnets_1")(x)
 
 
 class Encoder(nn.Module):
@@ -210,8 +210,8 @@ def encode(model: AutoencoderKL, params: Params, images: Array, at_once: int | N
 
     By default as many as `MAX_PIXELS` holds.
     """
-    at_once = at_once or max(1, MAX_PIXELS // (images.shape[1] * images.shape[2]))
-    return _in_passes(functools.partial(_apply, model, params, "encode"), images, at_once)
+    at_once = at_once or max(1, MAX_PIXELS_PER_PASS // (images.shape[1] * images.shape[2]))
+    return _map_chunks(functools.partial(_apply, model, params, "encode"), images, at_once)
 
 
 def decode(model: AutoencoderKL, params: Params, z: Array, at_once: int | None = None) -> Array:
@@ -219,8 +219,8 @@ def decode(model: AutoencoderKL, params: Params, z: Array, at_once: int | None =
 
     By default as many as `MAX_PIXELS` holds: one 1024 x 1024 image takes 4.6 GiB in float32.
     """
-    at_once = at_once or max(1, MAX_PIXELS // (z.shape[1] * z.shape[2] * model.reduction**2))
-    return _in_passes(functools.partial(_apply, model, params, "decode"), z, at_once)
+    at_once = at_once or max(1, MAX_PIXELS_PER_PASS // (z.shape[1] * z.shape[2] * model.reduction**2))
+    return _map_chunks(functools.partial(_apply, model, params, "decode"), z, at_once)
 
 
 def _apply(model: AutoencoderKL, params: Params, method: str, x: Array) -> Any:
@@ -229,7 +229,7 @@ def _apply(model: AutoencoderKL, params: Params, method: str, x: Array) -> Any:
         return model.apply({"params": params}, x, method=method)
 
 
-def _in_passes(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:
+def _map_chunks(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:
     """f(x) by a loop over equal parts of the batch, each of which takes as many rows from every device."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.gcd(len(x), 1 if mesh.empty else partitioning.batch_devices(mesh))
@@ -242,7 +242,7 @@ def _in_passes(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:
     return jax.tree.map(lambda y: rearrange(y, "p (d s) ... -> (d p s) ...", d=devices), jax.lax.map(f, passes))
 
 
-def sample(mean: Array, logvar: Array, key: Array) -> Array:
+def sample_posterior(mean: Array, logvar: Array, key: Array) -> Array:
     """Draws latents from the posterior, unscaled, float32; mean and logvar are of one shape and any float type."""
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)

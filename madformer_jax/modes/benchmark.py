@@ -17,10 +17,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.data import pipeline
-from madformer_jax.data.text import Texts
+from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import partitioning, storage
@@ -49,16 +49,16 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         "devices": jax.device_count(),
         "attention": madformer.build(c).attention,
         "dtype": c.model.dtype,
-        "peak_tflops": flops.peak(c.model.dtype) / 1e12,
+        "peak_tflops": flops.peak_rate(c.model.dtype) / 1e12,
     }
     for name in parts:
         logging.info("measuring %s", name)
         report[name] = measure[name](c)
     if jax.process_index() == 0:
         path = epath.Path(workdir) / "benchmark.json"
-        with storage.errors(f"{path} cannot be written"):
+        with storage.wrap_errors(f"{path} cannot be written"):
             storage.write_json(path, report)
-        print(text(report))
+        print(format_report(report))
         logging.info("wrote %s", path)
     return report
 
@@ -66,7 +66,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 def training_step(c: ConfigDict) -> Figures:
     """Of the training step, optimizer and averages included."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    sizes, batch = sizes_of(c), c.train.batch
+    sizes, batch = derive_sizes(c), c.train.batch
     identity = codec.Codec(dict, lambda params, batch, key: batch["latent"], lambda params, z: z)
     s = train_step.Setup(madformer.build(c), identity, sizes, train_step.optimizer(c))
     create, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
@@ -92,8 +92,8 @@ def training_step(c: ConfigDict) -> Figures:
             state, metrics = program(state, data, {}, seed)
             jax.block_until_ready((state, metrics))
 
-        seconds = _time(once, c)
-    return _figures(c, flops.training_step(c, encode=False), batch, seconds, compiling, program)
+        seconds = _median_seconds(once, c)
+    return _summarize(c, flops.training_step(c, encode=False), batch, seconds, compiling, program)
 
 
 def sampling(c: ConfigDict) -> Figures:
@@ -108,16 +108,16 @@ def sampling(c: ConfigDict) -> Figures:
     with partitioning.scope(mesh):
         params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(c.seed))
         labels, length = np.zeros(batch, np.int32), c.text.length
-        texts = Texts(np.zeros((batch, length), np.int32), labels + length) if c.text.vocabulary else None
+        texts = TokenizedTexts(np.zeros((batch, length), np.int32), labels + length) if c.text.vocabulary else None
         numbers, labels, texts = jax.tree.map(
             lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), (np.arange(batch), labels, texts)
         )
-        inputs = generation.inputs_of(c, numbers, labels, text=texts)
-        program, compiling = _compile(generation.make_draw(c, model, lambda _, z: z), params, {}, inputs)
-        seconds = _time(lambda: jax.block_until_ready(program(params, {}, inputs)), c)
+        inputs = generation.make_inputs(c, numbers, labels, text=texts)
+        program, compiling = _compile(generation.make_sample_fn(c, model, lambda _, z: z), params, {}, inputs)
+        seconds = _median_seconds(lambda: jax.block_until_ready(program(params, {}, inputs)), c)
     cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)
-    figures = _figures(c, cost, batch, seconds, compiling, program)
-    counts = {"nfe": flops.nfe(c), "passes": flops.passes(c)}
+    figures = _summarize(c, cost, batch, seconds, compiling, program)
+    counts = {"nfe": flops.nfe(c), "passes": flops.model_passes(c)}
     return figures | counts | {"seconds_per_image": seconds / batch, "batch": batch}
 
 
@@ -147,7 +147,7 @@ def _compile(function: Any, *args: Any) -> tuple[Any, float]:
     return program, time.perf_counter() - began
 
 
-def _time(once: Callable[[], Any], c: ConfigDict) -> float:
+def _median_seconds(once: Callable[[], Any], c: ConfigDict) -> float:
     """Median seconds of `benchmark.steps` calls after `benchmark.warmup`."""
     times = []
     for _ in range(c.benchmark.warmup + c.benchmark.steps):
@@ -157,7 +157,7 @@ def _time(once: Callable[[], Any], c: ConfigDict) -> float:
     return statistics.median(times[c.benchmark.warmup :])
 
 
-def _figures(c: ConfigDict, cost: flops.Cost, batch: int, seconds: float, compiling: float, program: Any) -> Figures:
+def _summarize(c: ConfigDict, cost: flops.Cost, batch: int, seconds: float, compiling: float, program: Any) -> Figures:
     memory = program.memory_analysis()
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
@@ -179,7 +179,7 @@ def _figures(c: ConfigDict, cost: flops.Cost, batch: int, seconds: float, compil
     }
 
 
-_ROWS = {  # figure -> (how it is called, format)
+_ROW_FORMATS = {  # figure -> (how it is called, format)
     "compile_seconds": ("compile time", "{:.1f} s"),
     "seconds": ("step", "{:.4g} s"),
     "seconds_per_image": ("an image", "{:.4g} s"),
@@ -194,12 +194,12 @@ _ROWS = {  # figure -> (how it is called, format)
 }
 
 
-def text(report: dict[str, Any]) -> str:
+def format_report(report: dict[str, Any]) -> str:
     """The report of `run` as text."""
     head = "{devices} x {device}, {dtype}, attention {attention}, peak {peak_tflops:.4g} TFLOP/s a device"
     parts = [name for name, figures in report.items() if isinstance(figures, dict)]
     lines = [head.format(**report), " " * 28 + "".join(f"{name:>14}" for name in parts)]
-    for figure, (name, form) in _ROWS.items():
+    for figure, (name, form) in _ROW_FORMATS.items():
         cells = [form.format(report[part][figure]) if figure in report[part] else "" for part in parts]
         if any(cells):
             lines.append(f"{name:<28}" + "".join(f"{cell:>14}" for cell in cells))

@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import fields
 from madformer_jax.config import schema as config_lib
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops, hlo, topologies, tpu_time
-from madformer_jax.data.text import Texts
+from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.models import madformer, vae
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sampling import codec, generation
@@ -37,7 +37,7 @@ GIB = 2**30
 Estimator = Callable[[str], tpu_time.Estimate]  # of a compiled program's text
 
 
-class Program(NamedTuple):
+class ProgramReport(NamedTuple):
     """What is known of a program for one device; without `memory` the compiler refused it."""
 
     seconds: float  # to compile
@@ -74,19 +74,19 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
       ConfigError: a setting is wrong, or what compiles for the topology is missing or does not know it.
     """
     config_lib.validate(c)
-    devices, platform = topologies.describe(topology), topologies.platform(topology)
+    devices, platform = topologies.topology_devices(topology), topologies.platform(topology)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-    limit = hbm(devices[0]) if platform == "tpu" else topologies.gpu_memory()
+    limit = usable_memory(devices[0]) if platform == "tpu" else topologies.gpu_memory_bytes()
     model = madformer.build(c, platform)
     print(
-        f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_sizes(dict(mesh.shape))}; "
+        f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_format_mesh(dict(mesh.shape))}; "
         f"attention {model.attention}, remat {c.model.remat}, {c.train.accumulate} microbatches a step"
     )
     figures: dict[str, Any] = {"fits": True, "topology": topology, "config": fields.flat(c)}
     for name, build in {"training step": training_step, "sampler": sampling}.items():
         logging.info("compiling the %s", name)
         program = build(c, model, mesh, limit, platform)
-        print(text(name, program, len(devices)), flush=True)
+        print(format_report(name, program, len(devices)), flush=True)
         time = program.time and program.time.figures()
         figures[name] = {"bytes": program.needed, "seconds": program.seconds, "fits": program.fits, "time": time}
         figures[name]["kernels"] = program.kernels
@@ -96,7 +96,7 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
     return figures
 
 
-def hbm(device: jax.Device) -> int:
+def usable_memory(device: jax.Device) -> int:
     """Bytes of a device that a program may use, which the compiler tells when asked for too much."""
     sharding = partitioning.replicated(Mesh(np.array([device]), ("x",)))
     double = jax.jit(lambda x: 2 * x, in_shardings=sharding, out_shardings=sharding)
@@ -109,13 +109,13 @@ def hbm(device: jax.Device) -> int:
 # ---- the two programs
 
 
-def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> Program:
+def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> ProgramReport:
     """The training step; its batch is cached latents for `data.source=arrayrecord` with a VAE, else images."""
     partitioning.check_batch(mesh, c.train.batch, c.train.accumulate)
-    images = _codec(c, mesh)
-    s = train_step.Setup(model, images, sizes_of(c), train_step.optimizer(c))
+    images = _abstract_codec(c, mesh)
+    s = train_step.Setup(model, images, derive_sizes(c), train_step.optimizer(c))
     _, state = train_step.create_state(s.model, s.tx, c.seed, mesh)
-    batch, latents = _batch(c, mesh)
+    batch, latents = _abstract_batch(c, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
     step = jax.jit(train_step.make_step(s, c, platform), donate_argnums=0, out_shardings=out_shardings)
     inputs = {"parameters": state.params, "averages (EMA)": state.ema, "optimizer": state.opt, "batch": batch}
@@ -123,7 +123,7 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     inputs |= {"VAE": codec_params} if codec_params else {}
     cost = flops.training_step(c, encode=not latents)
     with partitioning.scope(mesh):
-        return _program(
+        return _compile_program(
             step,
             (state, batch, codec_params, np.uint32(c.seed)),
             inputs,
@@ -134,22 +134,24 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
         )
 
 
-def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> Program:
+def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> ProgramReport:
     """Drawing one batch of `sample.batch` images, the codec's decoder included."""
-    images = _codec(c, mesh)
+    images = _abstract_codec(c, mesh)
     codec_params = images.load()
     params = generation.abstract_params(model, mesh)
     batch = generation.batch_size(c, mesh, c.sample.batch)
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
     inputs = {"parameters": params} | ({"VAE": codec_params} if codec_params else {})
     with partitioning.scope(mesh):
-        draw = generation.make_draw(c, model, images.decode, limit)
+        draw = generation.make_sample_fn(c, model, images.decode, limit)
         words = None
         if c.text.vocabulary:
-            words = Texts(jax.ShapeDtypeStruct((batch, c.text.length), jnp.int32, sharding=numbers.sharding), numbers)
-        args = (params, codec_params, generation.inputs_of(c, numbers, numbers, text=words))
+            words = TokenizedTexts(
+                jax.ShapeDtypeStruct((batch, c.text.length), jnp.int32, sharding=numbers.sharding), numbers
+            )
+        args = (params, codec_params, generation.make_inputs(c, numbers, numbers, text=words))
         cost = flops.sampling(c, batch)
-        return _program(draw, args, inputs, cost, limit, _estimator(c, mesh, cost), platform)
+        return _compile_program(draw, args, inputs, cost, limit, _estimator(c, mesh, cost), platform)
 
 
 def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
@@ -157,27 +159,29 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
     device = mesh.devices.flat[0]
     if not c.compile.time:
         return None
-    if not tpu_time.chip(device.device_kind):
+    if not tpu_time.chip_spec(device.device_kind):
         logging.warning("time is not estimated: there is no clock for %s (estimate.CHIPS)", device.device_kind)
         return None
-    peak = flops.peak(c.model.dtype, device)
+    peak = flops.peak_rate(c.model.dtype, device)
     return lambda text: tpu_time.estimate(text, device.device_kind, peak, cost.total / mesh.size)
 
 
-def _codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
+def _abstract_codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
     """The config's codec with abstract weights: those of Stable Diffusion's VAE, whatever `codec.path` says."""
     if c.codec.name != "vae":
         return codec.build(c)
     network = vae.AutoencoderKL(dtype=jnp.dtype(c.codec.dtype))
     params = vae.abstract_params(network)
     everywhere = jax.tree.map(lambda _: partitioning.replicated(mesh), params)
-    return codec.of_vae(lambda: (network, partitioning.abstract(params, everywhere)), c.codec.scaling_factor)
+    return codec.from_network(
+        lambda: (network, partitioning.abstract_arrays(params, everywhere)), c.codec.scaling_factor
+    )
 
 
-def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], bool]:
+def _abstract_batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], bool]:
     """A batch as the input pipeline makes it, and whether it is cached latents."""
     latents = c.codec.name == "vae" and c.data.source == "arrayrecord"
-    sizes, side = sizes_of(c), c.data.image_size
+    sizes, side = derive_sizes(c), c.data.image_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.uint8)}
     if latents:
         shapes = dict.fromkeys(("mean", "logvar"), ((sizes.latent, sizes.latent, sizes.channels), jnp.float16))
@@ -192,7 +196,7 @@ def _batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], 
     return batch, latents
 
 
-def _program(
+def _compile_program(
     function: Any,
     args: tuple[Any, ...],
     inputs: dict[str, Any],
@@ -200,28 +204,28 @@ def _program(
     limit: int,
     estimator: Estimator | None = None,
     platform: str = "tpu",
-) -> Program:
+) -> ProgramReport:
     began = time.perf_counter()
     lowered = function.lower(*args)
     quick = estimator is None and platform == "tpu"
     if quick:
-        compiled, refused = _compile(lowered, _QUICK)
-        memory = _memory(compiled)
-        quick = refused is None and sum(memory.values()) < _CLOSE * limit
+        compiled, refused = _compile(lowered, _QUICK_OPTIONS)
+        memory = _memory_by_kind(compiled)
+        quick = refused is None and sum(memory.values()) < _QUICK_FIT_FRACTION * limit
         if not quick:
             logging.info("it is close to the limit or above it: compiling once more, as a run does")
     if not quick:
-        compiled, refused = _compile(lowered, _UNTUNED if platform == "gpu" else {})
-        memory = _memory(compiled)
+        compiled, refused = _compile(lowered, _NO_AUTOTUNE_OPTIONS if platform == "gpu" else {})
+        memory = _memory_by_kind(compiled)
     seconds = time.perf_counter() - began
     given = {name: partitioning.device_bytes(tree) for name, tree in inputs.items()}
     if refused is not None:
-        return Program(seconds, quick, given, {}, refused[0], limit, cost, 0.0, [])
+        return ProgramReport(seconds, quick, given, {}, refused[0], limit, cost, 0.0, [])
     xla = compiled.cost_analysis() or {}
     xla = xla[0] if isinstance(xla, list) else xla
     text = compiled.as_text()
     needed, estimated = sum(memory.values()), estimator(text) if estimator else None
-    return Program(
+    return ProgramReport(
         seconds,
         quick,
         given,
@@ -232,19 +236,19 @@ def _program(
         xla.get("flops", 0.0),
         hlo.collectives(text),
         estimated,
-        hlo.kernels(text),
+        hlo.library_calls(text),
     )
 
 
 # XLA's level O1 compiles in a third of the time, and is for memory only: it gives the same products up to four times the cycles.
 # What a run compiles, at O2, keeps more layers' gathered parameters at hand (FFHQ-1024 on v5e:4x4: 8.1 GiB for 6.5), hence the
 # distance from the limit within which O1 has no say.
-_QUICK = {"optimization_level": 19}
-_CLOSE = 0.7
-_UNTUNED = {"xla_gpu_autotune_level": 0}
+_QUICK_OPTIONS = {"optimization_level": 19}
+_QUICK_FIT_FRACTION = 0.7
+_NO_AUTOTUNE_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
-def _memory(compiled: Any) -> dict[str, int]:
+def _memory_by_kind(compiled: Any) -> dict[str, int]:
     """Bytes that a compiled program needs, by kind; none without a program."""
     if compiled is None:
         return {}
@@ -260,27 +264,27 @@ def _memory(compiled: Any) -> dict[str, int]:
 def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, tuple[int, int | None] | None]:
     """The compiled program, or None and the bytes (needed, available) with which the compiler refused it."""
     try:
-        with _no_cache():
+        with _disable_compilation_cache():
             return lowered.compile(compiler_options=options), None
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "RESOURCE_EXHAUSTED" not in text:
             raise
-        needed, available = (re.search(pattern, text) for pattern in _REFUSALS)
+        needed, available = (re.search(pattern, text) for pattern in _OUT_OF_MEMORY_PATTERNS)
         if needed is None:
             raise
-        return None, (_of(needed), None if available is None else _of(available))
+        return None, (_parse_bytes(needed), None if available is None else _parse_bytes(available))
 
 
-_REFUSALS = (r"(?:Used |temporaries \()([\d.]+)([KMGT])", r"(?:available HBM \(| of )([\d.]+)([KMGT])")
+_OUT_OF_MEMORY_PATTERNS = (r"(?:Used |temporaries \()([\d.]+)([KMGT])", r"(?:available HBM \(| of )([\d.]+)([KMGT])")
 
 
-def _of(match: re.Match[str]) -> int:
+def _parse_bytes(match: re.Match[str]) -> int:
     return round(float(match[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[match[2]])
 
 
 @contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
+def _disable_compilation_cache() -> Iterator[None]:
     """What is asked for is the time to compile."""
     settings: Any = jax.config  # whose type does not know its fields
     before = settings.jax_enable_compilation_cache
@@ -294,7 +298,7 @@ def _no_cache() -> Iterator[None]:
 # ---- the report
 
 
-def text(name: str, p: Program, devices: int) -> str:
+def format_report(name: str, p: ProgramReport, devices: int) -> str:
     """The report on one program, as text."""
     rows = [(kind, size) for kind, size in p.inputs.items()]
     rows += [(kind, size) for kind, size in p.memory.items() if kind != "inputs"]
@@ -322,8 +326,8 @@ def text(name: str, p: Program, devices: int) -> str:
                     f"  {kind:<24}{sum(x.moved for x in of_kind) / GIB:9.3f} GiB a device; {sum(x.times for x in of_kind):.0f} "
                     f"calls of {len(of_kind)} instructions, {loops} of them in loops"
                 )
-    return "\n".join([*lines, *([tpu_time.text(p.time)] if p.time else [])])
+    return "\n".join([*lines, *([tpu_time.format_estimate(p.time)] if p.time else [])])
 
 
-def _sizes(shape: dict[str, int]) -> str:
+def _format_mesh(shape: dict[str, int]) -> str:
     return " ".join(f"{name}={size}" for name, size in shape.items())

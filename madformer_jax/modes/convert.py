@@ -35,7 +35,12 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       ConfigError: a file cannot be read or a tensor does not fit; nothing is written then.
     """
-    jobs = {"release": _release, "vae": _vae, "inception": _inception, "to_release": _to_release_file}
+    jobs = {
+        "release": _convert_release,
+        "vae": _convert_vae,
+        "inception": _convert_inception,
+        "to_release": _write_release_file,
+    }
     chosen = [name for name in jobs if c.convert[name]]
     if len(chosen) != 1:
         given = ", ".join(chosen) or "none"
@@ -45,14 +50,14 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return jobs[chosen[0]](c, workdir)
 
 
-def _release(c: ConfigDict, workdir: str) -> dict[str, Any]:
+def _convert_release(c: ConfigDict, workdir: str) -> dict[str, Any]:
     path = c.convert.release
     if checkpoint.exists(workdir):
         raise ConfigError(f"--workdir={workdir} already holds a checkpoint: give another one.")
     content = state_dicts.read_state_dict(path, c.convert.weights)
     if content.args is not None:
         try:
-            c = release_config.of_checkpoint(content.tensors, content.args, c.codec.path)
+            c = release_config.infer_config(content.tensors, content.args, c.codec.path)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     config_lib.validate(c)
@@ -69,9 +74,9 @@ def _release(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"path": workdir, "weights": taken, "tensors": count}
 
 
-def _to_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
+def _write_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
     checkpoint.require(workdir)
-    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
+    checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     args = release_args(c)
     model = madformer.build(c)
     abstract = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))
@@ -88,14 +93,14 @@ def _to_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"path": c.convert.to_release, "step": step, "weights": item, "tensors": len(state_dict)}
 
 
-def _vae(c: ConfigDict, workdir: str) -> dict[str, Any]:
+def _convert_vae(c: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = f"{workdir}/vae"
     vae_weights.save(folder, c.convert.vae)
-    logging.info("converted %s; use it with %s", c.convert.vae, console.quoted(f"--config.codec.path={folder}"))
+    logging.info("converted %s; use it with %s", c.convert.vae, console.shell_quote(f"--config.codec.path={folder}"))
     return {"path": folder}
 
 
-def _inception(c: ConfigDict, workdir: str) -> dict[str, Any]:
+def _convert_inception(c: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = f"{workdir}/inception"
     inception_weights.save(folder, c.convert.inception)
     logging.info("converted %s to %s", c.convert.inception, folder)

@@ -25,13 +25,13 @@ from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import checkpoint
 from madformer_jax.sampling import generation, prompts, trained_model
 
-_SIDE = 384  # pixels of the picture of a side, at least: smaller ones are enlarged
-_ALL = "all"  # in the list of classes
+_IMAGE_SIDE = 384  # pixels of the picture of a side, at least: smaller ones are enlarged
+_ALL_CLASSES = "all"  # in the list of classes
 _SEEDS = 2**32  # of a seed: limits.py
 _CSS = ".drawn img {image-rendering: pixelated}"
 
 
-class Shown(NamedTuple):
+class PaneState(NamedTuple):
     """A side of the page."""
 
     frame: trained_model.Frame | None  # None: nothing is drawn yet
@@ -39,7 +39,7 @@ class Shown(NamedTuple):
 
     @property
     def passes(self) -> float:
-        """Full-model passes of an image (`flops.passes`)."""
+        """Full-model passes of an image (`flops.model_passes`)."""
         return self.frame.passes if self.frame else 0.0
 
 
@@ -50,15 +50,15 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       ConfigError: gradio is missing, a setting is wrong, there is no checkpoint, or the address cannot be served at.
     """
     config_lib.validate(c)
-    _gradio()
+    _import_gradio()
     _check_address(c.demo.host, c.demo.port)
-    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
-    models = {_name(workdir): trained_model.of_workdir(c, workdir)}
+    checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
+    models = {_display_name(workdir): trained_model.load_workdir(c, workdir)}
     if c.demo.other:
         other = trained_model.load(c.demo.other, c.codec.path)
-        _check_alike(models[_name(workdir)], other)
-        models[_name(c.demo.other) + " (other)" * (_name(c.demo.other) in models)] = other
-    served = serve(page(models, c.demo.n), c.demo.host, c.demo.port)
+        _check_comparable(models[_display_name(workdir)], other)
+        models[_display_name(c.demo.other) + " (other)" * (_display_name(c.demo.other) in models)] = other
+    served = serve(build_page(models, c.demo.n), c.demo.host, c.demo.port)
     try:
         logging.info("the page is at %s; Ctrl-C ends it", served.local_url)
         threading.Event().wait()
@@ -67,9 +67,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {}
 
 
-def race(
+def stream_side_by_side(
     models: Sequence[trained_model.Model], settings: Sequence[Mapping[str, Any]], every: str
-) -> Iterator[list[Shown]]:
+) -> Iterator[list[PaneState]]:
     """Draws on each side at its settings, the side that has cost fewer passes first, and shows all sides after each frame.
 
     The first showing is of nothing: what follows it may take a while to compile, and is timed once it has been compiled.
@@ -82,7 +82,7 @@ def race(
       ConfigError: a setting is wrong, or a value is not finite.
     """
     streams = [model.stream(every=every, **given) for model, given in zip(models, settings)]
-    shown = [Shown(None, 0.0) for _ in models]
+    shown = [PaneState(None, 0.0) for _ in models]
     yield list(shown)
     for model, given in zip(models, settings):
         for _ in model.stream(**{**given, "steps": 2}):
@@ -95,13 +95,13 @@ def race(
         if frame is None:
             running.remove(side)
             continue
-        shown[side] = Shown(frame, shown[side].seconds + time.monotonic() - began)
+        shown[side] = PaneState(frame, shown[side].seconds + time.monotonic() - began)
         yield list(shown)
 
 
-def page(models: Mapping[str, trained_model.Model], n: int) -> Any:
+def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
     """The page, a `gradio.Blocks`: n images a side, of any of the models."""
-    gr, first = _gradio(), next(iter(models.values()))
+    gr, first = _import_gradio(), next(iter(models.values()))
     names, sample = list(models), first.config.sample
     about = "  \n".join(
         f"**{name}**: N = {m.depth} layers, of which D = {m.diffusion_depth} run at every solver step, L = {m.blocks} blocks"
@@ -114,7 +114,7 @@ def page(models: Mapping[str, trained_model.Model], n: int) -> Any:
             f"Passes count every layer that runs, the clean tower's among them.\n\n{about}"
         )
         with gr.Row():
-            what = _what(gr, first, n)
+            what = _condition_input(gr, first, n)
             seed = gr.Number(first.config.seed, label="seed (empty: a new one each time)", precision=0, minimum=0)
             every = gr.Radio(["block", "step"], value="block", label="show every")
         with gr.Row():
@@ -146,15 +146,15 @@ def page(models: Mapping[str, trained_model.Model], n: int) -> Any:
             if seed is None:
                 seed = secrets.randbelow(_SEEDS)
                 heading = f"seed **{seed}**; "
-            shared = {"n": n, "seed": seed} | _chosen(first, chosen)
+            shared = {"n": n, "seed": seed} | _condition_settings(first, chosen)
             settings = [
                 shared | {"solver": solver, "steps": steps, "guidance": scale} for _, solver, steps, scale in sides
             ]
             chosen_models = [models[name] for name, *_ in sides]
             try:
-                for shown in race(chosen_models, settings, every):
-                    costs = [heading + _told(*pair) for pair in zip(chosen_models, shown)]
-                    yield [_picture(one) for one in shown] + costs
+                for shown in stream_side_by_side(chosen_models, settings, every):
+                    costs = [heading + _cost_caption(*pair) for pair in zip(chosen_models, shown)]
+                    yield [_pane_image(one) for one in shown] + costs
             except ConfigError as error:
                 raise gr.Error(str(error), duration=None, print_exception=False) from None
 
@@ -171,18 +171,18 @@ def serve(blocks: Any, host: str, port: int) -> Any:
     Raises:
       ConfigError: The host is not this machine, or the port is taken.
     """
-    gr = _gradio()
+    gr = _import_gradio()
     _check_address(host, port)
     plain = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # fetched from nowhere
     host = f"[{host}]" if ":" in host else host  # IPv6, as in a URL
     try:
-        with _without_proxies():  # gradio asks its own server whether it has started
+        with _disable_proxies():  # gradio asks its own server whether it has started
             blocks.launch(
                 server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False,
                 theme=plain, css=_CSS, footer_links=[],
             )  # fmt: skip
     except OSError as error:
-        raise ConfigError(_unusable_port(port, error)) from None
+        raise ConfigError(_port_error(port, error)) from None
     return blocks
 
 
@@ -199,19 +199,19 @@ def _check_address(host: str, port: int) -> None:
             bound.bind(address)
     except (OSError, UnicodeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
-            raise ConfigError(_unusable_port(port, error)) from None
+            raise ConfigError(_port_error(port, error)) from None
         raise ConfigError(
             f"config.demo.host={host!r} is not an address of this machine ({first_line(error)}). Use 127.0.0.1 to serve to this "
             "machine alone, or 0.0.0.0 to serve at all its addresses."
         ) from None
 
 
-def _unusable_port(port: int, error: OSError) -> str:
+def _port_error(port: int, error: OSError) -> str:
     return f"config.demo.port={port}: {first_line(error)}: choose another one, or 0 for any that is free."
 
 
 @contextlib.contextmanager
-def _without_proxies() -> Iterator[None]:
+def _disable_proxies() -> Iterator[None]:
     """Lets HTTP clients connect directly: no proxy reaches this machine, and httpx fails on kinds that it does not support."""
     names = ("NO_PROXY", "no_proxy")
     before = {name: os.environ.get(name) for name in names}
@@ -223,7 +223,7 @@ def _without_proxies() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _gradio() -> Any:
+def _import_gradio() -> Any:
     """The package.
 
     Raises:
@@ -231,7 +231,7 @@ def _gradio() -> Any:
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        with _without_proxies():
+        with _disable_proxies():
             import gradio
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "gradio":
@@ -243,7 +243,7 @@ def _gradio() -> Any:
     return gradio
 
 
-def _check_alike(one: trained_model.Model, other: trained_model.Model) -> None:
+def _check_comparable(one: trained_model.Model, other: trained_model.Model) -> None:
     """Raises ConfigError where two models cannot be told to draw the same."""
     a, b = one.config, other.config
     if (a.model.classes, one.labels, a.text.vocabulary) != (b.model.classes, other.labels, b.text.vocabulary):
@@ -252,47 +252,47 @@ def _check_alike(one: trained_model.Model, other: trained_model.Model) -> None:
         )
 
 
-def _name(path: str) -> str:
+def _display_name(path: str) -> str:
     return os.path.basename(path.rstrip("/")) or path
 
 
-def _what(gr: Any, model: trained_model.Model, n: int) -> Any:
+def _condition_input(gr: Any, model: trained_model.Model, n: int) -> Any:
     """Returns the field that says what to draw: prompts (first those of the config), a class, or nothing."""
     c = model.config.copy_and_resolve_references()
     if c.text.vocabulary:
         c.sample.n, asked = n, []
         with contextlib.suppress(ConfigError):  # they may be of data that are not here
-            asked = list(dict.fromkeys(prompts.of(c)))
+            asked = list(dict.fromkeys(prompts.load(c)))
         return gr.Textbox("\n".join(asked), label="prompts, one a line", lines=2, scale=3)
     names = list(_class_numbers(model))
-    return gr.Dropdown([_ALL, *names], value=_ALL, label="class", visible=bool(names))
+    return gr.Dropdown([_ALL_CLASSES, *names], value=_ALL_CLASSES, label="class", visible=bool(names))
 
 
 def _class_numbers(model: trained_model.Model) -> dict[str, int]:
     """Returns the number of each class by its entry in the list: the name, or the number if the data name none."""
     names = model.labels or [str(k) for k in range(model.config.model.classes)]
-    return {entry: k for k, entry in enumerate(class_labels.distinct_names(names, taken=[_ALL]))}
+    return {entry: k for k, entry in enumerate(class_labels.distinct_names(names, taken=[_ALL_CLASSES]))}
 
 
-def _chosen(model: trained_model.Model, chosen: Any) -> dict[str, Any]:
+def _condition_settings(model: trained_model.Model, chosen: Any) -> dict[str, Any]:
     """Returns the settings that the field of `_what` stands for. Prompts are literal: none names a file or a split."""
     if model.config.text.vocabulary:
         return {"prompts": [line.strip() for line in (chosen or "").split("\n") if line.strip()]}
     if not model.config.model.classes:
         return {}
-    return {"labels": "" if chosen in (_ALL, None) else [_class_numbers(model)[chosen]]}
+    return {"labels": "" if chosen in (_ALL_CLASSES, None) else [_class_numbers(model)[chosen]]}
 
 
-def _picture(shown: Shown) -> np.ndarray | None:
+def _pane_image(shown: PaneState) -> np.ndarray | None:
     if shown.frame is None:
         return None
-    grid = generation.as_grid(shown.frame.images)
-    times = max(1, _SIDE // len(grid))
+    grid = generation.tile_grid(shown.frame.images)
+    times = max(1, _IMAGE_SIDE // len(grid))
     grid = grid.repeat(times, axis=0).repeat(times, axis=1)
     return grid[..., 0] if grid.shape[-1] == 1 else grid
 
 
-def _told(model: trained_model.Model, shown: Shown) -> str:
+def _cost_caption(model: trained_model.Model, shown: PaneState) -> str:
     """What a side has cost so far."""
     frame = shown.frame
     if frame is None:

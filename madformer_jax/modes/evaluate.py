@@ -34,7 +34,7 @@ from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.weights.fingerprint import fingerprint
 
-DRAWN = (
+SAMPLE_PROTOCOL_FIELDS = (
     "weights",
     "solver",
     "spacing",
@@ -48,7 +48,7 @@ DRAWN = (
     "noise",
 )  # of `sample`: what decides images
 
-Look = Callable[[Sequence[shards.Part]], Iterator[shards.Arrays]]
+ShardExtractor = Callable[[Sequence[shards.Shard]], Iterator[shards.Arrays]]
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     else:
         results = _judge_checkpoints(c, workdir)
     if jax.process_index() == 0:
-        print(judge.table([*results, *judge.means(results)]))
+        print(judge.comparison_table([*results, *judge.mean_over_checkpoints(results)]))
     return {"results": results}
 
 
@@ -80,11 +80,11 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             "config.evaluate.grid draws from checkpoints, and evaluate.images are there already: set one."
         )
-    for setting in sampling_grid.grid(c):
+    for setting in sampling_grid.expand_configs(c):
         config_lib.validate(setting)
 
 
-def check_early(c: ConfigDict, workdir: str) -> None:
+def check_before_training(c: ConfigDict, workdir: str) -> None:
     """Refuses, before a model is trained, what `train.judge` would end in when it is.
 
     Raises:
@@ -92,7 +92,7 @@ def check_early(c: ConfigDict, workdir: str) -> None:
         judged. The noise or a prompt of a setting does not fit.
     """
     check(c)
-    training = images.of_source(c, "train", shuffled=False, asked="train.judge")
+    training = images.from_source(c, "train", shuffled=False, asked="train.judge")
     if training.n < c.evaluate.n:
         raise ConfigError(
             f"config.evaluate.n={c.evaluate.n}: train.judge judges as many real images of split 'train', and there are only "
@@ -104,10 +104,10 @@ def check_early(c: ConfigDict, workdir: str) -> None:
         judge.check_counts(c.evaluate.n, reference_mode.check(c, workdir).n)
         if c.evaluate.training:
             sample_scores.open_training(c)
-    grid = sampling_grid.grid(c)
-    generation.given_noise(grid[0])
-    for setting in _by_prompts(grid).values():
-        prompts.texts(setting)
+    grid = sampling_grid.expand_configs(c)
+    generation.open_noise(grid[0])
+    for setting in _unique_prompt_configs(grid).values():
+        prompts.tokenize(setting)
     likelihood.check(c)
 
 
@@ -116,37 +116,41 @@ def _judge_images(c: ConfigDict, workdir: str, by: sample_scores.Judge) -> dict[
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
 
-    look = functools.partial(images.look, data, by.extract, images.Unread(c.evaluate.n, c.data.max_corrupt))
+    look = functools.partial(
+        images.extract_missing_shards, data, by.extract, images.UnreadableImages(c.evaluate.n, c.data.max_corrupt)
+    )
     about = data.about | {"content": data.digest(c.evaluate.n), "labelled": bool(data.classes)}
-    return _result(c, workdir, by, about, shards.images_at_once(c), look, labelled=bool(data.classes))
+    return _load_or_make_result(c, workdir, by, about, shards.read_batch_size(c), look, labelled=bool(data.classes))
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     """A result for each checkpoint and setting, in this order."""
-    grid = sampling_grid.grid(c)
-    sampling_grid.warn(c, grid)
+    grid = sampling_grid.expand_configs(c)
+    sampling_grid.log_warnings(c, grid)
     checkpoint.require(workdir)
-    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
+    checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     by = sample_scores.open_judge(c, workdir, c.evaluate.n)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
     target = generation.abstract_params(model, mesh)
-    memory.require("evaluation", mesh, parameters=target)
-    noise = generation.given_noise(grid[0])  # of all settings
-    digest = generation.digest_of_noise(noise) or ""
-    texts = {asked: prompts.texts(setting) for asked, setting in _by_prompts(grid).items()}
-    described = {asked: prompts.describe(setting, texts[asked]) for asked, setting in _by_prompts(grid).items()}
+    memory.check_state_fits("evaluation", mesh, parameters=target)
+    noise = generation.open_noise(grid[0])  # of all settings
+    digest = generation.hash_noise(noise) or ""
+    texts = {asked: prompts.tokenize(setting) for asked, setting in _unique_prompt_configs(grid).items()}
+    described = {
+        asked: prompts.describe(setting, texts[asked]) for asked, setting in _unique_prompt_configs(grid).items()
+    }
     captions = likelihood.open_captions(c)
     declared = {} if captions is None else {"bits": captions.protocol}
-    programs: dict[Any, generation.Draw] = {}
+    programs: dict[Any, generation.SampleFn] = {}
     results: dict[tuple[int, int], dict[str, Any]] = {}
     with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        steps = sampling_grid.steps(c.evaluate.checkpoints, checkpoints.steps)
+        steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoints.steps)
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
         decoded = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
         for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
             _, params = checkpoints.restore_weights(weights, target, step)
-            text.check_identity(c, checkpoints.meta(step), step, workdir)
+            text.check_tokenizer_identity(c, checkpoints.meta(step), step, workdir)
             about = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | decoded
             # The captions' scores depend on the weights alone.
             likely = functools.cache(functools.partial(captions.scores, model, params, mesh)) if captions else dict
@@ -154,52 +158,52 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 if setting.sample.weights != weights:
                     continue
                 names = checkpoints.class_names(step)
-                config_lib.number_labels(setting, names)
+                config_lib.resolve_label_numbers(setting, names)
                 s = setting.sample
-                given = generation.Given(generation.labels_by(setting), noise, texts[s.prompts])
-                chosen = class_labels.numbers_text(s.labels)
+                given = generation.SampleConditions(generation.read_labels(setting), noise, texts[s.prompts])
+                chosen = class_labels.format_numbers(s.labels)
                 if chosen:
                     logging.info(
                         "classes of the images of step %d: %s",
                         step,
-                        class_labels.summary(config_lib.labels(setting), names),
+                        class_labels.summary(config_lib.sample_labels(setting), names),
                     )
                 drawn = json.loads(s.to_json()) | {"noise": digest, "labels": chosen}  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
-                    drawn_by = generation.make_draw(setting, model, images_codec.decode)
-                    programs[program] = progress.compiling(drawn_by, f"the sampling program of {s.steps} steps")
+                    drawn_by = generation.make_sample_fn(setting, model, images_codec.decode)
+                    programs[program] = progress.log_compilation(drawn_by, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
                     generation.batches, setting, programs[program], params, codec_params, mesh, most=s.n, given=given
                 )
                 size = generation.batch_size(setting, mesh)
-                results[step, i] = _result(
-                    setting, workdir, by, about | {name: drawn[name] for name in DRAWN} | described[s.prompts],
-                    size * -(-shards.AT_ONCE // size),
-                    functools.partial(map, functools.partial(_draw_and_look, draw, by)), labelled=bool(c.model.classes),
+                results[step, i] = _load_or_make_result(
+                    setting, workdir, by, about | {name: drawn[name] for name in SAMPLE_PROTOCOL_FIELDS} | described[s.prompts],
+                    size * -(-shards.MAX_BATCH // size),
+                    functools.partial(map, functools.partial(_sample_and_extract, draw, by)), labelled=bool(c.model.classes),
                     more=likely, declared=declared,
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
 
 
-def _by_prompts(grid: Sequence[ConfigDict]) -> dict[str, ConfigDict]:
+def _unique_prompt_configs(grid: Sequence[ConfigDict]) -> dict[str, ConfigDict]:
     """One of the settings for each value of `sample.prompts`."""
     return {setting.sample.prompts: setting for setting in grid}
 
 
-def _draw_and_look(
-    draw: Callable[[range], Iterator[generation.Drawn]], by: sample_scores.Judge, part: shards.Part
+def _sample_and_extract(
+    draw: Callable[[range], Iterator[generation.SampleBatch]], by: sample_scores.Judge, part: shards.Shard
 ) -> shards.Arrays:
-    return sample_scores.look(interruptible(draw(range(part.first, part.stop))), by.extract, by.reader)
+    return sample_scores.extract_features(interruptible(draw(range(part.first, part.stop))), by.extract, by.reader)
 
 
-def _result(
+def _load_or_make_result(
     c: ConfigDict,
     workdir: str,
     by: sample_scores.Judge,
     about: Mapping[str, Any],
     size: int,
-    look: Look,
+    look: ShardExtractor,
     *,
     labelled: bool,
     more: Callable[[], dict[str, judge.Score]] = dict,
@@ -215,19 +219,19 @@ def _result(
     protocol = {**by.protocol, **(declared or {}), "images": dict(about)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = os.path.join(workdir, "evaluations", f"{key}.json")
-    stored = _stored(c, path)
+    stored = _load_result(c, path)
     if stored is not None:
         logging.info("%s is there already", path)
         return stored
     folder = epath.Path(workdir) / "evaluations" / key
-    with shards.alone(folder):
-        stored = _stored(c, path)  # another process may have written it meanwhile
+    with shards.exclusive_lock(folder):
+        stored = _load_result(c, path)  # another process may have written it meanwhile
         if stored is not None:
             return stored
-        return _make_result(c, path, protocol, shards.Parts(folder, c.evaluate.n, size), by, look, labelled, more)
+        return _make_result(c, path, protocol, shards.Shards(folder, c.evaluate.n, size), by, look, labelled, more)
 
 
-def _stored(c: ConfigDict, path: str) -> dict[str, Any] | None:
+def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
     """Reads a result, with what follows from the config as this version counts it; None if there is none."""
     result = shards.read_json(path)
     if result is not None and "cost" in result:
@@ -239,9 +243,9 @@ def _make_result(
     c: ConfigDict,
     path: str,
     protocol: dict[str, Any],
-    collected: shards.Parts,
+    collected: shards.Shards,
     by: sample_scores.Judge,
-    look: Look,
+    look: ShardExtractor,
     labelled: bool,
     more: Callable[[], dict[str, judge.Score]],
 ) -> dict[str, Any]:
@@ -257,9 +261,9 @@ def _make_result(
     found = collected.read()
     partitioning.sync(f"read {path}")  # before the first process removes the parts
     protocol["n"] = len(found["labels"])  # less than evaluate.n where images cannot be read
-    result = {"protocol": protocol, "scores": sample_scores.scores(c, by, found, labelled=labelled) | more()}
+    result = {"protocol": protocol, "scores": sample_scores.compute_scores(c, by, found, labelled=labelled) | more()}
     if "seconds" in found:
-        result["cost"] = _cost(c, found["seconds"])
+        result["cost"] = _sampling_cost(c, found["seconds"])
     if jax.process_index() == 0:
         storage.write_json(path, result)
         collected.remove()
@@ -267,6 +271,6 @@ def _make_result(
     return result
 
 
-def _cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
+def _sampling_cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
     """What an image costs; the median over batches leaves out those that compiled."""
     return flops.image_cost(c) | {"seconds": float(np.median(seconds[:, 0] / seconds[:, 1]))}

@@ -32,19 +32,19 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     config_lib.validate(c)
     if jax.process_count() > 1:
         raise ConfigError("--mode=gallery is for one process: start it without --distributed and --coordinator.")
-    checkpoint.check_config(c, workdir, sections=checkpoint.OF_THE_MODEL)
-    grid = _settings(c)
+    checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
+    grid = _grid_configs(c)
     for setting in grid:
         config_lib.validate(setting)
         if setting.sample.weights != c.sample.weights:
             raise ConfigError(
                 "config.gallery.grid: one page shows one set of weights: choose it by config.sample.weights."
             )
-    sampling_grid.warn(c, grid)
-    model = trained_model.of_workdir(c, workdir)
+    sampling_grid.log_warnings(c, grid)
+    model = trained_model.load_workdir(c, workdir)
     for setting in grid:
-        config_lib.number_labels(setting, model.labels)
-    recordings = [_record(model, setting, name) for setting, name in zip(grid, _names(grid))]
+        config_lib.resolve_label_numbers(setting, model.labels)
+    recordings = [_record(model, setting, name) for setting, name in zip(grid, _setting_names(grid))]
     m = c.model
     about = (
         f"MADFormer draws an image block after block: N = {m.depth} layers, of which D = {m.diffusion_depth} run at every solver "
@@ -52,20 +52,20 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         "Passes are full-model passes of an image. They count every layer that runs, the clean tower's among them."
     )
     path = os.path.join(workdir, "gallery", "index.html")
-    page = gallery_page.page("How the images come into being", about, _captions(grid[0], model.labels), recordings)
+    page = gallery_page.render("How the images come into being", about, _captions(grid[0], model.labels), recordings)
     storage.write_text(path, page)
     logging.info("wrote %d images at %d settings: %s", c.gallery.n, len(grid), path)
     return {"page": path}
 
 
-def _settings(c: ConfigDict) -> list[ConfigDict]:
+def _grid_configs(c: ConfigDict) -> list[ConfigDict]:
     c = c.copy_and_resolve_references()
     c.evaluate.n = c.gallery.n
     c.evaluate.grid = c.gallery.grid or f"steps={max(1, c.sample.steps // 5)},{c.sample.steps}"
-    return sampling_grid.grid(c)
+    return sampling_grid.expand_configs(c)
 
 
-def _names(grid: list[ConfigDict]) -> list[str]:
+def _setting_names(grid: list[ConfigDict]) -> list[str]:
     """What tells the settings apart."""
     told = ("solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "weights")
     differ = [name for name in told if len({str(c.sample[name]) for c in grid}) > 1] or ["steps"]
@@ -74,9 +74,9 @@ def _names(grid: list[ConfigDict]) -> list[str]:
 
 def _captions(c: ConfigDict, names: tuple[str, ...]) -> list[str]:
     if c.text.vocabulary:
-        return prompts.of(c)
-    labels = config_lib.labels(c)
-    return [class_labels.name(k, names) for k in labels] or [f"image {k}" for k in range(c.sample.n)]
+        return prompts.load(c)
+    labels = config_lib.sample_labels(c)
+    return [class_labels.display_name(k, names) for k in labels] or [f"image {k}" for k in range(c.sample.n)]
 
 
 def _record(model: trained_model.Model, c: ConfigDict, name: str) -> Recording:
@@ -85,4 +85,4 @@ def _record(model: trained_model.Model, c: ConfigDict, name: str) -> Recording:
         pass
     found = list(model.frames(c, "step"))
     frames = [gallery_page.Frame(f.block + 1, f.step, f.passes, f.seconds / c.sample.n) for f in found]
-    return Recording(name, frames, np.stack([gallery_page.shrunk(f.images) for f in found]))
+    return Recording(name, frames, np.stack([gallery_page.downscale(f.images) for f in found]))

@@ -30,7 +30,7 @@ from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import lock, partitioning, preemption, storage
 from madformer_jax.sampling import codec
 
-PLAN = "plan.json"
+PLAN_FILE = "plan.json"
 
 
 class Decoded(NamedTuple):
@@ -70,34 +70,34 @@ def run(
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
     if jax.process_count() > 1:  # none waits for another before its last shard, and what is finished is kept
-        preemption.end_on_sigterm()
+        preemption.exit_on_sigterm()
     folder = epath.Path(workdir)
     source = sources.open_source(config)
-    table = pipeline.table(config)
+    table = pipeline.make_preprocessor(config)
     _check_source(config, source)
-    with storage.errors(f"--workdir={workdir} cannot be written"):
+    with storage.wrap_errors(f"--workdir={workdir} cannot be written"):
         for name in ("config.json", "checkpoints"):
             if (folder / name).exists():
                 raise ConfigError(f"--workdir={workdir} holds a run ({name}): give --mode=prepare a folder of its own.")
-        with lock.hold(workdir):
+        with lock.acquire(workdir):
             encoder = (
                 (encoder or codec.encoder(config, config.prepare.batch)) if config.prepare.kind == "latents" else None
             )
-            plan = _plan(config, source, table, encoder)
+            plan = _make_plan(config, source, table, encoder)
             _check_plan(folder, plan)
             mine = range(process_index, plan["shards"], process_count)
-            total, silent = sum(len(_indices(plan, k)) for k in mine), process_index != 0
+            total, silent = sum(len(_shard_indices(plan, k)) for k in mine), process_index != 0
             with tqdm(total=total, desc=f"preparing {plan['kind']}", unit="image", disable=silent) as bar:
-                shards = _finished(folder, plan, mine, bar)
+                shards = _find_finished_shards(folder, plan, mine, bar)
                 todo = [k for k in mine if k not in shards]
                 logging.info(
                     "%s: %d of %d shards to make, of up to %d images", workdir, len(todo), len(mine), plan["shard"]
                 )
                 decode = functools.partial(_decode, source, table)
-                shards |= _make(config, folder, plan, todo, decode, encoder, [*shards.values()], bar)
+                shards |= _make_shards(config, folder, plan, todo, decode, encoder, [*shards.values()], bar)
             if jax.process_count() > 1:
                 partitioning.sync("prepare")  # a process that leaves early would be taken for a dead one
-            _finish(config, folder, plan)
+            _write_manifest(config, folder, plan)
     return {
         "shards": len(shards), "made": len(todo), "records": sum(shard.records for shard in shards.values()),
         "skipped": sum(len(shard.skipped) for shard in shards.values()),
@@ -119,7 +119,9 @@ def _check_source(config: ConfigDict, source: Source) -> None:
         )  # fmt: skip
 
 
-def _plan(config: ConfigDict, source: Source, table: preprocess.Table, encoder: codec.Encoder | None) -> dict[str, Any]:
+def _make_plan(
+    config: ConfigDict, source: Source, table: preprocess.Preprocessor, encoder: codec.Encoder | None
+) -> dict[str, Any]:
     """Everything that decides the content of the shards."""
     p = config.prepare
     return {
@@ -141,9 +143,9 @@ def _plan(config: ConfigDict, source: Source, table: preprocess.Table, encoder: 
 
 
 def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
-    before = records.read_sealed(folder / PLAN)
+    before = records.read_sealed(folder / PLAN_FILE)
     if before is None:
-        records.write_sealed(folder / PLAN, plan)
+        records.write_sealed(folder / PLAN_FILE, plan)
         return
     written = before.get("codec")
     if before.get("format") != records.FORMAT:
@@ -160,33 +162,35 @@ def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
             "Name another folder, or delete this one."
         )
     if written != plan["codec"]:
-        records.write_sealed(folder / PLAN, plan)
+        records.write_sealed(folder / PLAN_FILE, plan)
 
 
-def _finished(folder: epath.Path, plan: dict[str, Any], mine: Sequence[int], bar: Any) -> dict[int, records.Shard]:
+def _find_finished_shards(
+    folder: epath.Path, plan: dict[str, Any], mine: Sequence[int], bar: Any
+) -> dict[int, records.Shard]:
     """Those of the shards `mine` that are made and whole; where the folder was complete, as their checksums tell."""
     there = {path.name for path in folder.iterdir()}
     complete, made = records.MANIFEST in there, {}
     if complete:
         logging.info("%s is complete: comparing checksums", folder)
     for k in mine:
-        if f"{_file(plan, k)}.json" not in there:
+        if f"{_shard_file(plan, k)}.json" not in there:
             continue
         try:
-            shard = _read_done(folder, plan, k)
-            whole = records.is_whole(folder / shard.file, shard, checksum=complete)
+            shard = _read_shard_summary(folder, plan, k)
+            whole = records.is_complete(folder / shard.file, shard, checksum=complete)
         except ConfigError as error:
             logging.warning("%s", error)
             whole = False
         if not whole:
-            logging.warning("%s is missing or damaged, and is made again", folder / _file(plan, k))
+            logging.warning("%s is missing or damaged, and is made again", folder / _shard_file(plan, k))
             continue
         made[k] = shard
-        bar.update(len(_indices(plan, k)))
+        bar.update(len(_shard_indices(plan, k)))
     return made
 
 
-def _make(
+def _make_shards(
     config: ConfigDict,
     folder: epath.Path,
     plan: dict[str, Any],
@@ -200,43 +204,43 @@ def _make(
     batch = encoder.batch if encoder else config.prepare.batch
     made: dict[int, records.Shard] = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without the interpreter's lock
-        decoded = decode([i for k in todo for i in _indices(plan, k)], threads, batch)
+        decoded = decode([i for k in todo for i in _shard_indices(plan, k)], threads, batch)
         for k in todo:
-            images = itertools.islice(decoded, len(_indices(plan, k)))
-            made[k] = _write(folder, plan, k, images, encoder, batch, bar)
-            records.write_sealed(_done(folder, plan, k), made[k]._asdict())
+            images = itertools.islice(decoded, len(_shard_indices(plan, k)))
+            made[k] = _write_shard(folder, plan, k, images, encoder, batch, bar)
+            records.write_sealed(_done_path(folder, plan, k), made[k]._asdict())
             _check_corrupt(config, plan, [*before, *made.values()])
     return made
 
 
-def _indices(plan: dict[str, Any], k: int) -> range:
+def _shard_indices(plan: dict[str, Any], k: int) -> range:
     return range(k * plan["shard"], min((k + 1) * plan["shard"], plan["images"]))
 
 
-def _file(plan: dict[str, Any], k: int) -> str:
+def _shard_file(plan: dict[str, Any], k: int) -> str:
     return f"shard-{k:05}-of-{plan['shards']:05}.arrayrecord"
 
 
-def _done(folder: epath.Path, plan: dict[str, Any], k: int) -> epath.Path:
-    return folder / f"{_file(plan, k)}.json"
+def _done_path(folder: epath.Path, plan: dict[str, Any], k: int) -> epath.Path:
+    return folder / f"{_shard_file(plan, k)}.json"
 
 
-def _read_done(folder: epath.Path, plan: dict[str, Any], k: int) -> records.Shard:
-    content = records.read_sealed(_done(folder, plan, k))
+def _read_shard_summary(folder: epath.Path, plan: dict[str, Any], k: int) -> records.Shard:
+    content = records.read_sealed(_done_path(folder, plan, k))
     if content is None:
-        raise ConfigError(f"{_done(folder, plan, k)} is gone: run --mode=prepare again.")
+        raise ConfigError(f"{_done_path(folder, plan, k)} is gone: run --mode=prepare again.")
     return records.Shard(**content)
 
 
 def _decode(
-    source: Source, table: preprocess.Table, indices: Sequence[int], threads: ThreadPoolExecutor, batch: int
+    source: Source, table: preprocess.Preprocessor, indices: Sequence[int], threads: ThreadPoolExecutor, batch: int
 ) -> Iterator[Decoded]:
     """The images of `indices`, in order, decoded ahead by the threads."""
 
     def decode(index: int) -> Decoded:
         name = source.name(index)
         try:
-            found = pipeline.read_one(source, table, index)
+            found = pipeline.read_record(source, table, index)
             attributes = () if found.attributes is None else found.attributes[0]
             return Decoded(name, found.arrays["image"][0], int(found.labels[0]), found.captions[0], attributes)
         except OSError as error:  # the disk's fault, not the image's: nothing to skip
@@ -253,7 +257,7 @@ def _decode(
         yield ahead.popleft().result()
 
 
-def _write(
+def _write_shard(
     folder: epath.Path,
     plan: dict[str, Any],
     k: int,
@@ -263,24 +267,24 @@ def _write(
     bar: Any,
 ) -> records.Shard:
     """Makes one shard, durably, and describes it."""
-    name = _file(plan, k)
+    name = _shard_file(plan, k)
     if not storage.is_remote(folder):
-        for part in storage.matching(folder, f".{name}.*.part"):  # of a process that was killed
+        for part in storage.list_matching(folder, f".{name}.*.part"):  # of a process that was killed
             part.unlink()
     shard = records.Shard(name, 0, 0, "", [], [])
 
     def put(file: IO[bytes]) -> None:
         nonlocal shard
-        writer = records.writer(file.name)
+        writer = records.open_writer(file.name)
         count, shape, skipped = 0, [], []
         chunks = iter(lambda: list(itertools.islice(decoded, batch)), [])
-        encoded = ((chunk, _fields(chunk, plan, encoder)) for chunk in chunks)
+        encoded = ((chunk, _image_arrays(chunk, plan, encoder)) for chunk in chunks)
         # in pairs, so that devices encode the next batch while this one is written
         for (images, fields), _ in itertools.pairwise(itertools.chain(encoded, [([], [])])):
             skipped += [[image.name, image.reason] for image in images if image.pixels is None]
             good = [image for image in images if image.pixels is not None]
             if good:
-                rows = _rows(good, fields, plan)
+                rows = _pack_records(good, fields, plan)
                 shape = list(rows.dtype[-1].shape)
                 with records.write_errors():
                     for image, copies in zip(good, rows):
@@ -302,7 +306,7 @@ def _write(
     return shard
 
 
-def _fields(images: list[Decoded], plan: dict[str, Any], encoder: codec.Encoder | None) -> list[dict[str, Any]]:
+def _image_arrays(images: list[Decoded], plan: dict[str, Any], encoder: codec.Encoder | None) -> list[dict[str, Any]]:
     """The arrays of the images that decoded, and of their flipped copies; latents are still being computed.
 
     Every call encodes a full batch, so that the encoder is compiled once.
@@ -312,16 +316,16 @@ def _fields(images: list[Decoded], plan: dict[str, Any], encoder: codec.Encoder 
         return []
     if encoder is None:
         pixels = np.stack(good)
-        return [{"image": copy} for copy in _copies(pixels, plan)]
+        return [{"image": copy} for copy in _flipped_copies(pixels, plan)]
     pixels = np.stack(good + good[-1:] * (encoder.batch - len(good)))
-    return [dict(zip(("mean", "logvar"), encoder.encode(copy))) for copy in _copies(pixels, plan)]
+    return [dict(zip(("mean", "logvar"), encoder.encode(copy))) for copy in _flipped_copies(pixels, plan)]
 
 
-def _copies(pixels: np.ndarray, plan: dict[str, Any]) -> list[np.ndarray]:
+def _flipped_copies(pixels: np.ndarray, plan: dict[str, Any]) -> list[np.ndarray]:
     return [pixels, pixels[:, :, ::-1]] if plan["flip"] else [pixels]
 
 
-def _rows(images: list[Decoded], fields: list[dict[str, Any]], plan: dict[str, Any]) -> np.ndarray:
+def _pack_records(images: list[Decoded], fields: list[dict[str, Any]], plan: dict[str, Any]) -> np.ndarray:
     """Records (images, 1, or 2 with flipped copies) in the layout of `records.dtype`.
 
     Raises:
@@ -355,13 +359,13 @@ def _check_corrupt(config: ConfigDict, plan: dict[str, Any], shards: list[record
         )
 
 
-def _finish(config: ConfigDict, folder: epath.Path, plan: dict[str, Any]) -> None:
+def _write_manifest(config: ConfigDict, folder: epath.Path, plan: dict[str, Any]) -> None:
     """Writes the manifest if every shard is there."""
     there = {path.name for path in folder.iterdir()}
-    if not all(f"{_file(plan, k)}.json" in there for k in range(plan["shards"])):
+    if not all(f"{_shard_file(plan, k)}.json" in there for k in range(plan["shards"])):
         logging.info("%s: other processes still make shards; the last one writes the manifest.", folder)
         return
-    shards = [_read_done(folder, plan, k) for k in range(plan["shards"])]
+    shards = [_read_shard_summary(folder, plan, k) for k in range(plan["shards"])]
     skipped = [image for shard in shards for image in shard.skipped]
     _check_corrupt(config, plan, shards)
     for name, reason in skipped:

@@ -29,9 +29,9 @@ from madformer_jax.runtime import partitioning
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import prompts
 
-TRAINING = 50_000  # images that the classifier learns from, at most
-MORE = 3  # times the config's drawings are there for the reader to learn from: of fewer it knows by heart what it does not see
-HELD_OUT = 10  # every tenth image, where the source holds none out itself
+MAX_TRAINING_IMAGES = 50_000  # images that the classifier learns from, at most
+TRAIN_MULTIPLIER = 3  # times the config's drawings are there for the reader to learn from: of fewer it knows by heart what it does not see
+HOLD_OUT_STRIDE = 10  # every tenth image, where the source holds none out itself
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -42,19 +42,19 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     data = check(c, workdir)
     where = judge_paths.network_path(c, workdir)
-    with shards.alone(epath.Path(workdir) / "references" / "networks"):
+    with shards.exclusive_lock(epath.Path(workdir) / "references" / "networks"):
         if c.evaluate.network == "classifier" and not epath.Path(where).exists():
-            _train(c, where)
-        if c.evaluate.network == "attributes" or prompts.of_drawings(c):
-            make_reader(c, judge_paths.reader_path(c, workdir))
+            _train_classifier(c, where)
+        if c.evaluate.network == "attributes" or prompts.uses_drawing_captions(c):
+            make_attribute_classifier(c, judge_paths.attribute_classifier_path(c, workdir))
         partitioning.sync("classifier")
     network = registry.open_network(c.evaluate.network, where)
-    protocol = {**data.about, "image": pipeline.table(c).describe(), "network": network.describe()}
+    protocol = {**data.about, "image": pipeline.make_preprocessor(c).describe(), "network": network.describe()}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     folder, path = epath.Path(workdir) / "references" / key, judge_paths.reference_path(c, workdir)
-    with shards.alone(folder):
-        collected = shards.Parts(folder, data.n, shards.images_at_once(c))
-        unread = _look(c, data, network, collected)
+    with shards.exclusive_lock(folder):
+        collected = shards.Shards(folder, data.n, shards.read_batch_size(c))
+        unread = _extract_missing_shards(c, data, network, collected)
         if jax.process_index() == 0:
             classes = network.about.get("classes", 0) if data.classes else 0
             digest = reference_statistics.save(path, protocol, collected.each, classes)
@@ -65,10 +65,12 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"reference": path, **protocol}
 
 
-def _look(c: ConfigDict, data: images.Images, network: Network, collected: shards.Parts) -> images.Unread:
+def _extract_missing_shards(
+    c: ConfigDict, data: images.ImageSet, network: Network, collected: shards.Shards
+) -> images.UnreadableImages:
     """Writes the missing parts; returns which images cannot be read."""
-    missing, unread = collected.missing(), images.Unread(data.n, c.data.max_corrupt)
-    looked = images.look(data, registry.extractor(network), unread, missing)
+    missing, unread = collected.missing(), images.UnreadableImages(data.n, c.data.max_corrupt)
+    looked = images.extract_missing_shards(data, registry.make_extractor(network), unread, missing)
     with tqdm(total=sum(p.n for p in missing), desc="reference", unit="image", disable=jax.process_index() != 0) as bar:
         for part, found in interruptible(zip(missing, looked)):
             found["weight"] = np.array([len(found["labels"])])
@@ -79,7 +81,7 @@ def _look(c: ConfigDict, data: images.Images, network: Network, collected: shard
     return unread
 
 
-def check(c: ConfigDict, workdir: str) -> images.Images:
+def check(c: ConfigDict, workdir: str) -> images.ImageSet:
     """Refuses, before anything is made, a reference that cannot be made; returns its images.
 
     Raises:
@@ -87,16 +89,20 @@ def check(c: ConfigDict, workdir: str) -> images.Images:
         suffice.
     """
     config_lib.validate(c)
-    name, where, reads = c.evaluate.network, judge_paths.network_path(c, workdir), judge_paths.reader_path(c, workdir)
+    name, where, reads = (
+        c.evaluate.network,
+        judge_paths.network_path(c, workdir),
+        judge_paths.attribute_classifier_path(c, workdir),
+    )
     if name == "attributes" and c.data.source != "drawings":
         raise ConfigError(
             "config.evaluate.network=attributes needs pictures whose attributes are known, config.data.source=drawings, and it "
             f"is {c.data.source}: use classifier or inception."
         )
-    needs_reader = name == "attributes" or prompts.of_drawings(c)
+    needs_reader = name == "attributes" or prompts.uses_drawing_captions(c)
     if needs_reader and c.data.channels != 3:
         raise ConfigError(f"config.data.channels={c.data.channels}: the reader of attributes needs pictures of 3.")
-    data = images.of_source(c, c.evaluate.split, shuffled=False, asked="evaluate.split")
+    data = images.from_source(c, c.evaluate.split, shuffled=False, asked="evaluate.split")
     if data.n < 2:
         raise ConfigError(f"a reference of {data.n} images: a covariance needs two at least.")
     if needs_reader and epath.Path(reads).exists():
@@ -106,7 +112,7 @@ def check(c: ConfigDict, workdir: str) -> images.Images:
     if name not in ("classifier", "attributes") or epath.Path(where).exists():
         _check_channels(c, registry.open_network(name, where), where)
     elif name == "classifier":
-        _examples(c)
+        _split_examples(c)
     return data
 
 
@@ -121,11 +127,11 @@ def _check_channels(c: ConfigDict, network: Network, path: str) -> None:
 class _Examples(NamedTuple):
     """Images to train the classifier on, or to test it on."""
 
-    images: images.Images
+    images: images.ImageSet
     numbers: np.ndarray
 
 
-def _examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
+def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
     """What the classifier is trained on, the split "train", and what it is tested on, "test".
 
     A source without a test split of ours has every tenth image held out.
@@ -134,12 +140,12 @@ def _examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
       ConfigError: A split does not open, or the images are not of two classes or more.
     """
     if c.data.source.startswith("tfds:") or c.data.source == "arrayrecord" or not c.data.test_share:
-        whole = images.of_source(c, c.data.split, shuffled=True, asked="evaluate.network")
-        last = np.arange(whole.n) % HELD_OUT == HELD_OUT - 1
+        whole = images.from_source(c, c.data.split, shuffled=True, asked="evaluate.network")
+        last = np.arange(whole.n) % HOLD_OUT_STRIDE == HOLD_OUT_STRIDE - 1
         train, test = _Examples(whole, np.flatnonzero(~last)), _Examples(whole, np.flatnonzero(last))
     else:
         train, test = (
-            _Examples(data := images.of_source(c, split, shuffled=True, asked="evaluate.network"), np.arange(data.n))
+            _Examples(data := images.from_source(c, split, shuffled=True, asked="evaluate.network"), np.arange(data.n))
             for split in ("train", "test")
         )
     if train.images.classes < 2:
@@ -156,13 +162,13 @@ def _examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
     return train, test
 
 
-def _train(c: ConfigDict, path: str) -> None:
+def _train_classifier(c: ConfigDict, path: str) -> None:
     """Trains the classifier, tests it, and writes it; the first process does so alone."""
     if jax.process_index():
         return
-    train, test = _examples(c)
+    train, test = _split_examples(c)
     (seen, labels), (held, held_labels) = (
-        _rows(data, numbers[:TRAINING], c.data.max_corrupt) for data, numbers in (train, test)
+        _load_examples(data, numbers[:MAX_TRAINING_IMAGES], c.data.max_corrupt) for data, numbers in (train, test)
     )
     trained = classifier.train(seen, labels, held, held_labels)
     classifier.save(path, trained)
@@ -171,11 +177,14 @@ def _train(c: ConfigDict, path: str) -> None:
     )
 
 
-def make_reader(c: ConfigDict, path: str) -> None:
+def make_attribute_classifier(c: ConfigDict, path: str) -> None:
     """Trains the reader of attributes, unless it is there."""
     if jax.process_index() or epath.Path(path).exists():
         return
-    train, test = _pictures(c, "train", MORE * c.data.drawings), _pictures(c, "test", c.data.drawings)
+    train, test = (
+        _load_drawings(c, "train", TRAIN_MULTIPLIER * c.data.drawings),
+        _load_drawings(c, "test", c.data.drawings),
+    )
     values = [len(names) for _, names in ATTRIBUTES]
     trained = attribute_classifier.train(*train, *test, values)
     attribute_classifier.save(path, trained)
@@ -185,25 +194,25 @@ def make_reader(c: ConfigDict, path: str) -> None:
     )  # fmt: skip
 
 
-def _pictures(c: ConfigDict, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _load_drawings(c: ConfigDict, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Those of the first `count` drawings that are of a split, and the attributes that their captions name."""
     c = c.copy_and_resolve_references()
     c.data.split, c.data.drawings = split, count
-    source, table = sources.open_source(c), pipeline.table(c)
+    source, table = sources.open_source(c), pipeline.make_preprocessor(c)
     pixels, rows = [], []
-    for first in range(0, min(len(source), TRAINING), shards.AT_ONCE):
-        found = source.read(np.arange(first, min(len(source), TRAINING, first + shards.AT_ONCE)))
-        pixels.append(attribute_classifier.shrunk(table.batch(found.arrays["image"])))
-        rows.append(pictures.asked(np.asarray(found.attributes)))
+    for first in range(0, min(len(source), MAX_TRAINING_IMAGES), shards.MAX_BATCH):
+        found = source.read(np.arange(first, min(len(source), MAX_TRAINING_IMAGES, first + shards.MAX_BATCH)))
+        pixels.append(attribute_classifier.downscale(table.batch(found.arrays["image"])))
+        rows.append(pictures.captioned_attributes(np.asarray(found.attributes)))
     return np.concatenate(pixels), np.concatenate(rows)
 
 
-def _rows(data: images.Images, numbers: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+def _load_examples(data: images.ImageSet, numbers: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
     """Images, as small as the classifier takes them, and labels; `most` of them may be unreadable."""
-    batches = (numbers[i : i + shards.AT_ONCE] for i in range(0, len(numbers), shards.AT_ONCE))
-    pixels, labels, unread = [], [], images.Unread(len(numbers), most)
-    for rows in shards.ahead(data.read(batch) for batch in batches):
+    batches = (numbers[i : i + shards.MAX_BATCH] for i in range(0, len(numbers), shards.MAX_BATCH))
+    pixels, labels, unread = [], [], images.UnreadableImages(len(numbers), most)
+    for rows in shards.prefetch(data.read(batch) for batch in batches):
         unread.add(rows.unread)
-        pixels.append(classifier.shrunk(rows.images))
+        pixels.append(classifier.downscale(rows.images))
         labels.append(rows.labels)
     return np.concatenate(pixels), np.concatenate(labels)

@@ -23,12 +23,12 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       ConfigError: there are no results, or they do not compare; nothing is written then.
     """
-    found = results.read(workdir)
-    sections = report_sections.sections(found)
+    found = results.load_results(workdir)
+    sections = report_sections.build_sections(found)
     files: dict[str, bytes] = {
-        "index.html": html.html_of(found, sections).encode(),
-        "tables.md": report_sections.as_markdown(found, sections).encode(),
-        "results.csv": tables.as_csv(found).encode(),
+        "index.html": html.render(found, sections).encode(),
+        "tables.md": report_sections.to_markdown(found, sections).encode(),
+        "results.csv": tables.to_csv(found).encode(),
     }
     for panel in (
         p for section in sections for item in section.items if isinstance(item, Figures) for p in item.panels

@@ -19,8 +19,8 @@ from madformer_jax.data import sources, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-CAPTIONS = 200_000  # of more, as many are taken, evenly over all
-SMALLEST = 258  # tokens: every byte, begin and end
+MAX_CAPTIONS = 200_000  # of more, as many are taken, evenly over all
+MIN_VOCABULARY = 258  # tokens: every byte, begin and end
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -33,18 +33,18 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     c = c.copy_and_resolve_references()
     c.text.length = max(3, c.text.length)  # found out here
     config_lib.validate(c)
-    if c.text.vocabulary < SMALLEST:
+    if c.text.vocabulary < MIN_VOCABULARY:
         raise ConfigError(
-            f"config.text.vocabulary={c.text.vocabulary}: --mode=tokenizer makes one of {SMALLEST} tokens at least."
+            f"config.text.vocabulary={c.text.vocabulary}: --mode=tokenizer makes one of {MIN_VOCABULARY} tokens at least."
         )
-    captions = _captions(c)
+    captions = _read_captions(c)
     if not captions:
         raise ConfigError(f"config.data.source={c.data.source} has no captions: see docs/text.md on where they lie.")
     path = epath.Path(workdir) / "tokenizer.json"
     if jax.process_index() == 0:
-        with storage.errors(f"{path} cannot be written"):
+        with storage.wrap_errors(f"{path} cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            storage.write_text(path, text.train(captions, c.text.vocabulary))
+            storage.write_text(path, text.train_bpe(captions, c.text.vocabulary))
     found = text.open_tokenizer(str(path))
     longest = 2 + max(map(len, found.encode(captions)))
     logging.info(
@@ -55,12 +55,12 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"path": str(path), "vocabulary": found.vocabulary, "longest": longest}
 
 
-def _captions(c: ConfigDict) -> list[str]:
+def _read_captions(c: ConfigDict) -> list[str]:
     """Those of the config's split that are not empty."""
     source = sources.open_source(c)
     if c.text.caption == "class":
         return list(source.names)
-    count = min(len(source), CAPTIONS)
+    count = min(len(source), MAX_CAPTIONS)
     numbers = np.arange(count) * len(source) // max(1, count)
     parts = (source.captions(numbers[at : at + 1000]) for at in range(0, count, 1000))
     return [caption for part in parts for caption in part if caption]

@@ -25,7 +25,7 @@ from madformer_jax.runtime import checkpoint, lock, memory, partitioning, progre
 from madformer_jax.runtime.preemption import Preemption
 from madformer_jax.sampling import codec, generation
 from madformer_jax.training import hooks, train_step
-from madformer_jax.training.metric_writer import DivergedError, Report
+from madformer_jax.training.metric_writer import DivergedError, MetricWriter
 
 
 def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
@@ -49,22 +49,24 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
     judge = sample_scores.open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
     with contextlib.ExitStack() as stack:
         # data, devices, model
-        with progress.told("opening the data"):
-            info = pipeline.describe(c)
-        config_lib.number_labels(c, info.names)
+        with progress.log_while("opening the data"):
+            info = pipeline.dataset_info(c)
+        config_lib.resolve_label_numbers(c, info.names)
         mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         share, shares = partitioning.batch_share(mesh, c.train.batch, c.train.accumulate)
-        s = train_step.setup(c)
-        s = s._replace(codec=codec.expecting(s.codec, info.codec))
+        s = train_step.make_setup(c)
+        s = s._replace(codec=codec.require_weights(s.codec, info.codec))
         create, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
         cost = flops.training_step(c, encode=info.kind == "images").total
 
         # state: that of the newest checkpoint, or a new one
-        memory.require("training", mesh, parameters=abstract.params, averages=abstract.ema, optimizer=abstract.opt)
+        memory.check_state_fits(
+            "training", mesh, parameters=abstract.params, averages=abstract.ema, optimizer=abstract.opt
+        )
         codec_params = jax.device_put(s.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
-        check_lock = stack.enter_context(lock.hold(workdir))
+        check_lock = stack.enter_context(lock.acquire(workdir))
         checkpoint.check_config(c, workdir)
-        _log_sizes(c, info, s, cost, mesh.size)
+        _log_run_summary(c, info, s, cost, mesh.size)
         data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
         stack.callback(data.close)
         checkpoints = stack.enter_context(
@@ -73,27 +75,29 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
         if checkpoint.exists(workdir):
             state = _resume(c, workdir, checkpoints, abstract, data, info)
         else:
-            state = _given_weights(c, create()) if c.train.init_from else create()
+            state = _load_initial_weights(c, create()) if c.train.init_from else create()
         step, steps, seed = int(state.step), c.train.steps, np.uint32(c.seed)
 
         # the step, and what goes with it
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
         program = jax.jit(train_step.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
-        step_fn = progress.compiling(program, "the training step")
-        report = stack.enter_context(contextlib.closing(Report(c, workdir, step, cost, mesh.size)))
-        left = memory.of_device() - partitioning.device_bytes(abstract)
-        draw = progress.compiling(generation.make_draw(c, s.model, s.codec.decode, left), "the sampling program")
-        studio = hooks.Studio(s, draw, codec_params, mesh, report)
-        asides: list[tuple[hooks.Aside, int]] = []
+        step_fn = progress.log_compilation(program, "the training step")
+        report = stack.enter_context(contextlib.closing(MetricWriter(c, workdir, step, cost, mesh.size)))
+        left = memory.device_capacity() - partitioning.device_bytes(abstract)
+        draw = progress.log_compilation(
+            generation.make_sample_fn(c, s.model, s.codec.decode, left), "the sampling program"
+        )
+        studio = hooks.TrainContext(s, draw, codec_params, mesh, report)
+        asides: list[tuple[hooks.Hook, int]] = []
         if grids:
-            asides.append((hooks.Grid(c, studio, workdir), c.train.sample_every))
+            asides.append((hooks.SampleGrid(c, studio, workdir), c.train.sample_every))
         if judge:
             asides.append((hooks.Scores(c, studio, judge), c.train.evaluate_every))
         if c.train.validate_every:
             asides.append((hooks.Validation(c, studio, share, shares), c.train.validate_every))
-        profile = stack.enter_context(_profiling(c, workdir, step))
+        profile = stack.enter_context(_make_profiler(c, workdir, step))
         stopping = stack.enter_context(Preemption())
-        save = stack.enter_context(Saving(c, workdir, checkpoints, report, info, check_lock))
+        save = stack.enter_context(CheckpointSaver(c, workdir, checkpoints, report, info, check_lock))
         stack.enter_context(partitioning.scope(mesh))
 
         # loop
@@ -130,13 +134,13 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
 # ---- start
 
 
-def _log_sizes(c: ConfigDict, info: pipeline.DatasetInfo, s: train_step.Setup, cost: float, devices: int) -> None:
+def _log_run_summary(c: ConfigDict, info: pipeline.DatasetInfo, s: train_step.Setup, cost: float, devices: int) -> None:
     logging.info(
         "%d images, %d per step = %.1f epochs in %d steps; latent %d x %d x %d in %d blocks of %d tokens; attention %s",
         info.records, c.train.batch, c.train.batch * c.train.steps / info.records, c.train.steps,
         s.sizes.latent, s.sizes.latent, s.sizes.channels, s.sizes.blocks, s.sizes.tokens, s.model.attention,
     )  # fmt: skip
-    peak = devices * flops.peak(c.model.dtype)
+    peak = devices * flops.peak_rate(c.model.dtype)
     logging.info("a step costs %.3g TFLOP; peak %.3g TFLOP/s (devices: %d)", cost / 1e12, peak / 1e12, devices)
 
 
@@ -153,16 +157,16 @@ def _resume(
     Raises:
       ConfigError: nothing can be restored, the data set or the tokenizer has changed, or the run is further than `train.steps`.
     """
-    targets = {name: getattr(abstract, name) for name in checkpoint.ARRAYS}
+    targets = {name: getattr(abstract, name) for name in checkpoint.ARRAY_ITEMS}
     step, trees, position = checkpoints.restore(targets, data=True)
     meta = checkpoints.meta(step)
-    _check_data(workdir, step, meta.get("data"), _seen(info))
-    text.check_identity(c, meta, step, workdir)
+    _check_data(workdir, step, meta.get("data"), _dataset_record(info))
+    text.check_tokenizer_identity(c, meta, step, workdir)
     if step > c.train.steps:
         raise ConfigError(f"config.train.steps={c.train.steps}, but {workdir} has been trained for {step} steps.")
     checkpoints.drop_after(step)
-    before, now = fields.flat(checkpoint.stored_config(workdir) or {}), fields.flat(c)
-    for name in ("train.steps", "train.accumulate", *checkpoint.RATES, *checkpoint.SWITCHES):
+    before, now = fields.flat(checkpoint.read_config(workdir) or {}), fields.flat(c)
+    for name in ("train.steps", "train.accumulate", *checkpoint.LEARNING_RATE_FIELDS, *checkpoint.ON_OFF_FIELDS):
         if before.get(name, now[name]) != now[name]:
             logging.info("config.%s was %s and is %s from here on", name, before[name], now[name])
     data.set_state(position)
@@ -170,7 +174,7 @@ def _resume(
     return train_step.State(step=jax.device_put(np.int32(step), abstract.step.sharding), **trees)
 
 
-def _seen(info: pipeline.DatasetInfo) -> dict[str, Any]:
+def _dataset_record(info: pipeline.DatasetInfo) -> dict[str, Any]:
     """What a checkpoint says of the data."""
     return {"records": info.records, "fingerprint": info.fingerprint, "names": list(info.names)}
 
@@ -197,14 +201,14 @@ def _check_data(workdir: str, step: int, before: dict[str, Any] | None, now: dic
     )
 
 
-def _given_weights(c: ConfigDict, state: train_step.State) -> train_step.State:
+def _load_initial_weights(c: ConfigDict, state: train_step.State) -> train_step.State:
     """The new state with the weights of `train.init_from`, the averages where it has them, as parameters and as averages.
 
     Raises:
       ConfigError: there are none, or the model is another one.
     """
     source = c.train.init_from
-    target = partitioning.abstract(state.params, jax.tree.map(lambda x: x.sharding, state.params))
+    target = partitioning.abstract_arrays(state.params, jax.tree.map(lambda x: x.sharding, state.params))
     try:
         checkpoint.require(source)
         if different := checkpoint.differences(c, source, ("model",)):
@@ -233,7 +237,7 @@ def _check_shapes(found: dict[str, tuple[int, ...]], target: Any) -> None:
 
 
 @contextlib.contextmanager
-def _profiling(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int], Any]]:
+def _make_profiler(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int], Any]]:
     """A function of the step that is about to run, which writes the trace that `profile` asks for."""
     steps = validation.profiled_steps(c)
     if steps is None:
@@ -260,7 +264,7 @@ def _profiling(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int
 # ---- checkpoints
 
 
-class Saving:
+class CheckpointSaver:
     """Saves the state of the last finished step: when called, and where an error ends the loop before it was saved.
 
     A context manager around the loop, which sets `finished` = (step, state, position of the data) behind each step.
@@ -271,13 +275,13 @@ class Saving:
         c: ConfigDict,
         workdir: str,
         checkpoints: checkpoint.Checkpoints,
-        report: Report,
+        report: MetricWriter,
         info: pipeline.DatasetInfo,
         check_lock: Callable[[], None],
     ):
         self.finished: tuple[int, train_step.State, dict[str, Any]] | None = None
         self._c, self._workdir, self._checkpoints, self._report = c, workdir, checkpoints, report
-        self._check_lock, self._inputs = check_lock, {"data": _seen(info), **text.identity(c)}
+        self._check_lock, self._inputs = check_lock, {"data": _dataset_record(info), **text.tokenizer_identity(c)}
 
     def __call__(self) -> None:
         """Reports, and starts to save; nothing is saved that is not finite."""
@@ -290,14 +294,14 @@ class Saving:
         step, state, position = self.finished
         self._check_lock()
         checkpoint.write_config(self._c, self._workdir)  # now that it has shown that it works
-        arrays = {name: getattr(state, name) for name in checkpoint.ARRAYS}
+        arrays = {name: getattr(state, name) for name in checkpoint.ARRAY_ITEMS}
         self._checkpoints.save(step, arrays, position, {"step": step, **self._inputs})
 
     def wait(self) -> None:
         """Until the last save is on disk."""
         self._checkpoints.wait()
 
-    def __enter__(self) -> "Saving":
+    def __enter__(self) -> "CheckpointSaver":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
@@ -315,6 +319,6 @@ class Saving:
             self._save()
             self.wait()
         except Exception as problem:
-            logging.error("step %d could not be saved: %s", step, storage.cause(problem))
+            logging.error("step %d could not be saved: %s", step, storage.cause_message(problem))
         else:
             logging.info("step %d, the last before an error, is saved", step)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 
-class Rotary(NamedTuple):
+class RotaryTable(NamedTuple):
     """Cosine and sine for a set of positions, each (..., head size)."""
 
     cos: Array
@@ -33,7 +33,7 @@ def text_positions(length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(-length, 0), np.arange(-length, 0)
 
 
-def rotary(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, variant: str) -> Rotary:
+def rotary_table(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, variant: str) -> RotaryTable:
     """Cosines and sines of the angles of positions (rows, cols) on a token grid of `side` x `side`.
 
     `release`: base b = (floor(8 side / pi) // 100 + 1) * 100, head_size / 4 frequencies b ** -(linspace(0, h, h/4) / h);
@@ -45,10 +45,10 @@ def rotary(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, var
     row, col = rows[..., None] * frequencies, cols[..., None] * frequencies
     order = (row, row, col, col) if variant == "release" else (row, col, row, col)
     angles = np.concatenate(order, axis=-1)
-    return Rotary(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32))
+    return RotaryTable(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32))
 
 
-def rotate(x: Array, position: Rotary, axis: int = -1, dtype: Any = None) -> Array:
+def apply_rope(x: Array, position: RotaryTable, axis: int = -1, dtype: Any = None) -> Array:
     """X * cos + rotate_half(x) * sin over `axis`, for angles that broadcast against x; computed in float32, by default given as x."""
     (a, b), (cos_a, cos_b), (sin_a, sin_b) = (
         jax.lax.split(y.astype(jnp.float32), [y.shape[axis] // 2] * 2, axis=axis % y.ndim) for y in (x, *position)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.tree_util import Partial
 
-Layer = Callable[[Any, Any, Any], Any]
+LayerFn = Callable[[Any, Any, Any], Any]
 
 
-def run(layer: Layer, params: Any, x: Any, given: Any, unroll: int) -> Any:
+def run(layer: LayerFn, params: Any, x: Any, given: Any, unroll: int) -> Any:
     """The last of x = layer(params of layer n, x, given) for all n.
 
     Args:
@@ -26,18 +26,18 @@ def run(layer: Layer, params: Any, x: Any, given: Any, unroll: int) -> Any:
       unroll: layers in a step of the loop. Where that is all, there is no loop, and each layer keeps what it needs by itself.
     """
     if unroll >= len(jax.tree.leaves(params)[0]):
-        return _over_layers(layer, params, x, given, unroll)
-    return _looped(layer, params, x, given, unroll)
+        return _scan(layer, params, x, given, unroll)
+    return _scan_with_vjp(layer, params, x, given, unroll)
 
 
-def _over_layers(layer: Layer, params: Any, x: Any, given: Any, unroll: int) -> Any:
+def _scan(layer: LayerFn, params: Any, x: Any, given: Any, unroll: int) -> Any:
     return jax.lax.scan(lambda x, p: (layer(p, x, given), None), x, params, unroll=unroll)[0]
 
 
-_looped = jax.custom_vjp(_over_layers, nondiff_argnums=(0, 4))
+_scan_with_vjp = jax.custom_vjp(_scan, nondiff_argnums=(0, 4))
 
 
-def _forward(layer: Layer, params: Any, x: Any, given: Any, unroll: int) -> tuple[Any, Any]:
+def _forward(layer: LayerFn, params: Any, x: Any, given: Any, unroll: int) -> tuple[Any, Any]:
     layers = len(jax.tree.leaves(params)[0])
     pull: Any = None
 
@@ -51,7 +51,7 @@ def _forward(layer: Layer, params: Any, x: Any, given: Any, unroll: int) -> tupl
         for array in had:
             new.pop(id(array), None)
         places = {id(array): place for place, array in enumerate([*had, *new.values()])}
-        pull = functools.partial(_pull, tree, [places[id(array)] for array in needed])
+        pull = functools.partial(_apply_layer_vjp, tree, [places[id(array)] for array in needed])
         return y, list(new.values())
 
     def step(carry: Any, at: Any) -> tuple[Any, None]:
@@ -65,13 +65,15 @@ def _forward(layer: Layer, params: Any, x: Any, given: Any, unroll: int) -> tupl
     return x, (Partial(pull), params, given, kept)
 
 
-def _pull(tree: Any, places: list[int], p: Any, given: Any, kept: list[Array], gradient: Any) -> tuple[Any, Any]:
+def _apply_layer_vjp(
+    tree: Any, places: list[int], p: Any, given: Any, kept: list[Array], gradient: Any
+) -> tuple[Any, Any]:
     """The gradients of a layer's parameters and input."""
     arrays = [*jax.tree.leaves((p, given)), *kept]
     return jax.tree.unflatten(tree, [arrays[place] for place in places])(gradient)
 
 
-def _backward(layer: Layer, unroll: int, saved: Any, gradient: Any) -> tuple[Any, Any, None]:
+def _backward(layer: LayerFn, unroll: int, saved: Any, gradient: Any) -> tuple[Any, Any, None]:
     pull, params, given, kept = saved
 
     def step(gradient: Any, at: Any) -> tuple[Any, Any]:
@@ -83,4 +85,4 @@ def _backward(layer: Layer, unroll: int, saved: Any, gradient: Any) -> tuple[Any
     return d_params, gradient, None
 
 
-_looped.defvjp(_forward, _backward)
+_scan_with_vjp.defvjp(_forward, _backward)

@@ -19,11 +19,11 @@ import numpy as np
 from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 
-LARGEST = 3_000_000  # bytes of a page, above which it is too slow to open from afar
-SIDE = 128  # pixels of an image on the page, at most: larger ones are averaged down
+MAX_BYTES = 3_000_000  # bytes of a page, above which it is too slow to open from afar
+MAX_IMAGE_SIDE = 128  # pixels of an image on the page, at most: larger ones are averaged down
 
 # How sheets become smaller, tried in turn: the quality of WebP (None: no loss), and of how many steps within a block one is kept.
-_ECONOMIES = ((None, 1), (90, 1), (75, 1), (75, 2), (60, 4), (50, 8), (50, 1000))
+_COMPRESSION_LEVELS = ((None, 1), (90, 1), (75, 1), (75, 2), (60, 4), (50, 8), (50, 1000))
 
 
 class Frame(NamedTuple):
@@ -31,7 +31,7 @@ class Frame(NamedTuple):
 
     block: int  # 1..L
     step: int  # 1..steps, of the solver, in this block
-    passes: float  # full-model passes over an image, see `flops.passes`
+    passes: float  # full-model passes over an image, see `flops.model_passes`
     seconds: float
 
 
@@ -43,7 +43,7 @@ class Recording(NamedTuple):
     images: np.ndarray  # (F, n, h, w, c) uint8
 
 
-class Box(NamedTuple):
+class SheetBox(NamedTuple):
     """A rectangle of an image, and where it lies on the image's sheet."""
 
     top: int
@@ -54,8 +54,8 @@ class Box(NamedTuple):
     sheet_left: int
 
 
-def page(
-    title: str, about: str, captions: Sequence[str], recordings: Sequence[Recording], largest: int = LARGEST
+def render(
+    title: str, about: str, captions: Sequence[str], recordings: Sequence[Recording], largest: int = MAX_BYTES
 ) -> str:
     """The page. Its pictures are exact where that fits, else compressed with loss, else with fewer frames within a block.
 
@@ -66,32 +66,32 @@ def page(
     Raises:
       ConfigError: it does not fit.
     """
-    empty = _page(title, about, captions, [])
-    for quality, stride in _ECONOMIES:
+    empty = _render_html(title, about, captions, [])
+    for quality, stride in _COMPRESSION_LEVELS:
         room, told = largest - len(empty.encode()), []
         for recording in recordings:
-            told.append(_told(_thinned(recording, stride), quality, room))
+            told.append(_recording_data(_drop_frames(recording, stride), quality, room))
             room -= len(json.dumps(told[-1]))
             if room < 0:
                 break
         else:
-            return _page(title, about, captions, told)
+            return _render_html(title, about, captions, told)
     raise ConfigError(
         f"{len(recordings)} settings of {len(captions)} images do not fit a page of {largest / 1e6:g} MB: choose fewer settings "
         "(config.gallery.grid) or images (config.gallery.n)."
     )
 
 
-def shrunk(images: np.ndarray) -> np.ndarray:
+def downscale(images: np.ndarray) -> np.ndarray:
     """uint8 images (n, H, W, c) with at most `SIDE` pixels a side, averaged."""
-    factor = math.ceil(max(images.shape[1:3]) / SIDE)
+    factor = math.ceil(max(images.shape[1:3]) / MAX_IMAGE_SIDE)
     if factor == 1:
         return images
-    pictures = [np.asarray(preprocess.picture(image).reduce(factor)) for image in images]
+    pictures = [np.asarray(preprocess.to_pil(image).reduce(factor)) for image in images]
     return np.stack(pictures).reshape(len(images), *pictures[0].shape[:2], images.shape[-1])
 
 
-def _page(title: str, about: str, captions: Sequence[str], told: Sequence[dict[str, Any]]) -> str:
+def _render_html(title: str, about: str, captions: Sequence[str], told: Sequence[dict[str, Any]]) -> str:
     template = (importlib.resources.files(__package__) / "gallery.html").read_text(encoding="utf-8")
     content = json.dumps({"captions": list(captions), "recordings": told}).replace("<", "\\u003c")
     for name, text in (("title", html.escape(title)), ("about", html.escape(about)), ("content", content)):
@@ -99,12 +99,12 @@ def _page(title: str, about: str, captions: Sequence[str], told: Sequence[dict[s
     return template
 
 
-def _told(recording: Recording, quality: int | None, room: int) -> dict[str, Any]:
+def _recording_data(recording: Recording, quality: int | None, room: int) -> dict[str, Any]:
     """What the page's script reads of a recording; sheets that pass `room` bytes are left off."""
-    boxes = _packed(list(_changes(recording.images)))
+    boxes = _pack_boxes(list(_change_boxes(recording.images)))
     sheets: list[str] = []
     for number in range(recording.images.shape[1]):
-        content = _webp(_sheet(recording.images[:, number], boxes), quality)
+        content = _encode_webp(_sprite_sheet(recording.images[:, number], boxes), quality)
         sheets.append("data:image/webp;base64," + base64.b64encode(content).decode())
         room -= len(sheets[-1])
         if room < 0:
@@ -118,7 +118,7 @@ def _told(recording: Recording, quality: int | None, room: int) -> dict[str, Any
     }
 
 
-def _thinned(recording: Recording, stride: int) -> Recording:
+def _drop_frames(recording: Recording, stride: int) -> Recording:
     """Of the frames within a block, each `stride`-th; the last one of a block always."""
     frames = recording.frames
     last = {frame.block: i for i, frame in enumerate(frames)}  # of each block
@@ -126,7 +126,7 @@ def _thinned(recording: Recording, stride: int) -> Recording:
     return recording._replace(frames=[frames[i] for i in kept], images=recording.images[kept])
 
 
-def _changes(images: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+def _change_boxes(images: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
     """Top, left, height and width of what changes in any image (F, n, h, w, c) at each frame; at the first, all."""
     yield 0, 0, *images.shape[2:4]
     for before, after in itertools.pairwise(images):
@@ -138,7 +138,7 @@ def _changes(images: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
             yield 0, 0, 1, 1
 
 
-def _packed(changes: Sequence[tuple[int, int, int, int]]) -> list[Box]:
+def _pack_boxes(changes: Sequence[tuple[int, int, int, int]]) -> list[SheetBox]:
     """Places rectangles on a sheet, row after row, in a square about."""
     wide = max(max(w for *_, w in changes), math.isqrt(sum(h * w for *_, h, w in changes)))
     boxes, top, left, tall = [], 0, 0, 0
@@ -146,12 +146,12 @@ def _packed(changes: Sequence[tuple[int, int, int, int]]) -> list[Box]:
         height, width = change[2:]
         if left + width > wide:
             top, left, tall = top + tall, 0, 0
-        boxes.append(Box(*change, top, left))
+        boxes.append(SheetBox(*change, top, left))
         left, tall = left + width, max(tall, height)
     return boxes
 
 
-def _sheet(images: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
+def _sprite_sheet(images: np.ndarray, boxes: Sequence[SheetBox]) -> np.ndarray:
     """The rectangles of one image's frames (F, h, w, c) side by side."""
     tall = max(b.sheet_top + b.height for b in boxes)
     wide = max(b.sheet_left + b.width for b in boxes)
@@ -163,8 +163,8 @@ def _sheet(images: np.ndarray, boxes: Sequence[Box]) -> np.ndarray:
     return sheet
 
 
-def _webp(image: np.ndarray, quality: int | None) -> bytes:
+def _encode_webp(image: np.ndarray, quality: int | None) -> bytes:
     file = io.BytesIO()
     how = {"lossless": True} if quality is None else {"quality": quality}
-    preprocess.picture(image).convert("RGB").save(file, "webp", method=4, **how)
+    preprocess.to_pil(image).convert("RGB").save(file, "webp", method=4, **how)
     return file.getvalue()

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels
 
-_OF_IMAGES = ("solver", "spacing", "steps", "guidance", "n")
+_SETTING_COLUMNS = ("solver", "spacing", "steps", "guidance", "n")
 
 
-def text(
+def render(
     c: ConfigDict,
     step: int,
     parameters: int,
@@ -44,20 +44,20 @@ def text(
         f"| layers N, of them diffusion layers D | {m.depth}, {m.diffusion_depth} |",
         f"| blocks L | {m.blocks} |",
         f"| width, heads | {m.width}, {m.heads} |",
-        *([f"| classes | {_cell(class_labels.summary(range(m.classes), names))} |"] if m.classes and names else []),
+        *([f"| classes | {_escape_cell(class_labels.summary(range(m.classes), names))} |"] if m.classes and names else []),
         f"| predicts | {m.predicts} |",
         f"| codec | {c.codec.name}" + (f", patches of {c.codec.patch}" if c.codec.name == "pixel" else "") + " |",
         f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps of {c.train.batch} |",
         f"| sampled by default | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",
         "```python", "import madformer_jax", "", 'model = madformer_jax.load("PATH or owner/name")',
-        f"images = model.sample({_example(c, names)})", "```", "",
+        f"images = model.sample({_usage_example(c, names)})", "```", "",
     ]  # fmt: skip
     if evaluations:
-        lines += ["## Scores", "", *_table(evaluations, names), ""]
+        lines += ["## Scores", "", *_score_table(evaluations, names), ""]
     return "\n".join(lines)
 
 
-def _example(c: ConfigDict, names: Sequence[str]) -> str:
+def _usage_example(c: ConfigDict, names: Sequence[str]) -> str:
     if c.text.vocabulary:
         return 'prompts=["..."]'
     if not c.model.classes:
@@ -67,11 +67,11 @@ def _example(c: ConfigDict, names: Sequence[str]) -> str:
     return f"labels={json.dumps(list(names[:shown]) if unique else list(range(shown)), ensure_ascii=False)}"
 
 
-def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+def _score_table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
     """A row for each setting; the protocol in full is in the JSON of --mode=evaluate."""
     scores = list(dict.fromkeys(name for result in evaluations for name in result["scores"]))
     about = [result["protocol"]["images"] | {"n": result["protocol"]["n"]} for result in evaluations]
-    shown = [*_OF_IMAGES, *(["labels"] if any(one.get("labels") for one in about) else [])]
+    shown = [*_SETTING_COLUMNS, *(["labels"] if any(one.get("labels") for one in about) else [])]
     rows = []
     for result, one in zip(evaluations, about, strict=True):
         if labels := one.get("labels"):
@@ -81,11 +81,11 @@ def _table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> li
             score = result["scores"].get(name)
             cells.append(f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]" if score else "")
         cells.append(str(result["protocol"]["reference"]))
-        rows.append("| " + " | ".join(map(_cell, cells)) + " |")
+        rows.append("| " + " | ".join(map(_escape_cell, cells)) + " |")
     head = [*shown, *scores, "reference"]
     return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *sorted(rows)]
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     """Returns a text that stays in its cell of a Markdown table."""
     return text.replace("|", "\\|")

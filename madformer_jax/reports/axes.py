@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 
 from madformer_jax.config import fields
 
-SEED, STEPS = "seed", "sample.steps"  # what varies without being an axis: the repetition, and what the budget decides
+SEED_FIELD, STEPS_FIELD = (
+    "seed",
+    "sample.steps",
+)  # what varies without being an axis: the repetition, and what the budget decides
 # the paper's
 _SYMBOLS = {"diffusion_depth": "D", "blocks": "L", "depth": "N", "ar_condition": "AR condition", "hidden": "λ hidden"}
 
@@ -31,30 +34,30 @@ def value_of(run: Mapping[str, Any], evaluation: Mapping[str, Any], field: str) 
     return run["config"].get(field)
 
 
-def of_trainings(runs: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[str, Any]]) -> list[Axis]:
+def training_axes(runs: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[str, Any]]) -> list[Axis]:
     """Of the runs that are there and those still to come."""
     overrides = [*(fields.flat(run["overrides"]) for run in planned), *(run["overrides"] for run in runs)]
-    names = list(dict.fromkeys(name for given in overrides for name in given if name != SEED))
+    names = list(dict.fromkeys(name for given in overrides for name in given if name != SEED_FIELD))
     default = {name: run["config"].get(name) for name in names for run in runs if name not in run["overrides"]}
-    return _axes([{name: given.get(name, default.get(name)) for name in names} for given in overrides])
+    return _varying_axes([{name: given.get(name, default.get(name)) for name in names} for given in overrides])
 
 
-def of_samplings(runs: Sequence[Mapping[str, Any]]) -> list[Axis]:
+def sampling_axes(runs: Sequence[Mapping[str, Any]]) -> list[Axis]:
     """Of the settings at which each trained model is judged."""
     pairs = [(run, evaluation) for run in runs for evaluation in run["evaluations"]]
-    names = dict.fromkeys(name for _, evaluation in pairs for name in evaluation["overrides"] if name != STEPS)
-    return _axes([{name: value_of(run, evaluation, name) for name in names} for run, evaluation in pairs])
+    names = dict.fromkeys(name for _, evaluation in pairs for name in evaluation["overrides"] if name != STEPS_FIELD)
+    return _varying_axes([{name: value_of(run, evaluation, name) for name in names} for run, evaluation in pairs])
 
 
-def _axes(rows: Sequence[Mapping[str, Any]]) -> list[Axis]:
+def _varying_axes(rows: Sequence[Mapping[str, Any]]) -> list[Axis]:
     """The fields that differ between rows; one that others decide follows them."""
     axes: list[Axis] = []
     for name in rows[0] if rows else ():
-        values = tuple(sorted({row[name] for row in rows}, key=order))
+        values = tuple(sorted({row[name] for row in rows}, key=sort_key))
         if len(values) == 1:
             continue
-        i = next((i for i in range(len(axes)) if _decides(rows, axes[i : i + 1], name)), None)
-        if i is None and _decides(rows, axes, name):
+        i = next((i for i in range(len(axes)) if _determines(rows, axes[i : i + 1], name)), None)
+        if i is None and _determines(rows, axes, name):
             i = len(axes) - 1
         if i is None:
             axes.append(Axis(name, values))
@@ -63,12 +66,12 @@ def _axes(rows: Sequence[Mapping[str, Any]]) -> list[Axis]:
     return axes
 
 
-def _decides(rows: Sequence[Mapping[str, Any]], axes: Sequence[Axis], name: str) -> bool:
+def _determines(rows: Sequence[Mapping[str, Any]], axes: Sequence[Axis], name: str) -> bool:
     keys = [tuple(row[axis.field] for axis in axes) for row in rows]
     return bool(axes) and len({(*key, row[name]) for key, row in zip(keys, rows)}) == len(set(keys))
 
 
-def order(value: Any) -> tuple[bool, float, str]:
+def sort_key(value: Any) -> tuple[bool, float, str]:
     """A key that sorts numbers by value, and then all else by name."""
     number = isinstance(value, int | float)
     return not number, float(value) if number else 0.0, str(value)

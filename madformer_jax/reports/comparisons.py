@@ -5,12 +5,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from madformer_jax.reports.results import Estimate, Part, estimate, sign_of
+from madformer_jax.reports.results import Estimate, ProtocolGroup, estimate, score_sign
 
-Curve = Mapping[int, Sequence[tuple[float, float]]]  # seed -> (cost, score), by cost
+SeedCurves = Mapping[int, Sequence[tuple[float, float]]]  # seed -> (cost, score), by cost
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """By how much the first of two settings is better at a cost, over the seeds that both have."""
 
     cost: float
@@ -32,12 +32,12 @@ class Crossing(NamedTuple):
         str  # "shown": clear on both sides; "means only": not clear on one of them; "none": the order never changes
     )
     at: float | None  # cost at which the mean difference is 0
-    before: Difference  # clear if shown; else the largest on this side
-    after: Difference
+    before: PairedDifference  # clear if shown; else the largest on this side
+    after: PairedDifference
     clear: tuple[int, int]  # costs at which an interval excludes 0, and all of them
 
 
-def curve(part: Part, setting: tuple[Any, ...], score: str, cost: str) -> Curve:
+def seed_curves(part: ProtocolGroup, setting: tuple[Any, ...], score: str, cost: str) -> SeedCurves:
     """The points of a setting for each seed; none where the cost was not measured."""
     found: dict[int, dict[float, float]] = {}
     for point in part.at(setting):
@@ -46,7 +46,7 @@ def curve(part: Part, setting: tuple[Any, ...], score: str, cost: str) -> Curve:
     return {seed: sorted(values.items()) for seed, values in found.items()}
 
 
-def differences(first: Curve, second: Curve, sign: int) -> list[Difference]:
+def paired_differences(first: SeedCurves, second: SeedCurves, sign: int) -> list[PairedDifference]:
     """How much better the first curve is, seed by seed, at every cost at which either has a point and both have a value.
 
     Between two points of a curve the score is linear in the logarithm of the cost. sign: 1 where more is better, else -1.
@@ -54,14 +54,16 @@ def differences(first: Curve, second: Curve, sign: int) -> list[Difference]:
     costs = sorted({x for c in (first, second) for points in c.values() for x, _ in points})
     out = []
     for cost in costs:
-        pairs = [(value(first[s], cost), value(second[s], cost)) for s in sorted(first.keys() & second.keys())]
+        pairs = [
+            (interpolate(first[s], cost), interpolate(second[s], cost)) for s in sorted(first.keys() & second.keys())
+        ]
         by = [sign * (a - b) for a, b in pairs if a is not None and b is not None]
         if by:
-            out.append(Difference(cost, estimate(by)))
+            out.append(PairedDifference(cost, estimate(by)))
     return out
 
 
-def value(points: Sequence[tuple[float, float]], cost: float) -> float | None:
+def interpolate(points: Sequence[tuple[float, float]], cost: float) -> float | None:
     """A curve's score at a cost; None outside of it."""
     if not points[0][0] <= cost <= points[-1][0]:
         return None
@@ -72,25 +74,27 @@ def value(points: Sequence[tuple[float, float]], cost: float) -> float | None:
     return points[-1][1]
 
 
-def crossings(part: Part, score: str, cost: str) -> list[Crossing]:
+def find_crossings(part: ProtocolGroup, score: str, cost: str) -> list[Crossing]:
     """Every two settings that differ in one axis and are compared at two costs or more."""
     out = []
     for a, b in itertools.combinations(part.settings, 2):
         if sum(x != y for x, y in zip(a, b)) == 1:
-            found = differences(curve(part, a, score, cost), curve(part, b, score, cost), sign_of(score))
+            found = paired_differences(
+                seed_curves(part, a, score, cost), seed_curves(part, b, score, cost), score_sign(score)
+            )
             if len(found) > 1:
-                out.append(_crossing(a, b, found))
+                out.append(_classify_crossing(a, b, found))
     return out
 
 
-def _crossing(first: tuple[Any, ...], second: tuple[Any, ...], found: Sequence[Difference]) -> Crossing:
+def _classify_crossing(first: tuple[Any, ...], second: tuple[Any, ...], found: Sequence[PairedDifference]) -> Crossing:
     sure = [i for i, d in enumerate(found) if d.sign]
     clear = len(sure), len(found)
     for i, j in itertools.pairwise(sure):
         if found[i].sign != found[j].sign:
-            at = _zero(found[i : j + 1])
+            at = _sign_change_cost(found[i : j + 1])
             return Crossing(first, second, "shown", at, found[i], found[j], clear)
-    at = _zero(found)
+    at = _sign_change_cost(found)
     if at is None:
         return Crossing(first, second, "none", None, found[0], found[-1], clear)
     before = [d for d in found if d.cost < at]
@@ -102,7 +106,7 @@ def _crossing(first: tuple[Any, ...], second: tuple[Any, ...], found: Sequence[D
     )  # fmt: skip
 
 
-def _zero(found: Sequence[Difference]) -> float | None:
+def _sign_change_cost(found: Sequence[PairedDifference]) -> float | None:
     """The cost at which the mean difference first changes its sign."""
     for a, b in itertools.pairwise(found):
         if a.by.mean * b.by.mean < 0:

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from madformer_jax.reports.axes import Axis
-from madformer_jax.reports.formatting import arrow, number
-from madformer_jax.reports.results import COSTS, Budget, Estimate, Part, estimate
+from madformer_jax.reports.formatting import format_number, score_heading
+from madformer_jax.reports.results import COSTS, Budget, Estimate, ProtocolGroup, estimate
 
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "madformer", "svg.fonttype": "none", "font.size": 9.5, "font.family": ["DejaVu Sans"],
@@ -28,10 +28,10 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelcolor": "#444444", "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6",
     "grid.linewidth": 0.7, "axes.axisbelow": True, "figure.facecolor": "white",
 }  # fmt: skip
-_NAMES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito
+_CATEGORY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito
 _MARKERS = "osD^vPX"
-_SIZE = (4.1, 3.1)  # inches
-_GAP = 0.075  # between labels, of the height
+_PANEL_INCHES = (4.1, 3.1)  # inches
+_MIN_LABEL_GAP = 0.075  # between labels, of the height
 
 
 class Panel(NamedTuple):
@@ -43,7 +43,7 @@ class Panel(NamedTuple):
     png: bytes
 
 
-class Line(NamedTuple):
+class Series(NamedTuple):
     """Means over seeds at some places."""
 
     label: str
@@ -54,14 +54,14 @@ class Line(NamedTuple):
 # ---- the panels of a part
 
 
-def curves(part: Part, score: str, cost: str, axis: Axis | None = None) -> list[Panel]:
+def cost_curves(part: ProtocolGroup, score: str, cost: str, axis: Axis | None = None) -> list[Panel]:
     """The paper's Figure 4: a score against a cost, a curve for each value of an axis, a panel for each setting of the others.
 
     Without an axis one panel has all settings. A cost that was not measured has no panel.
     """
     panels = []
     unit, label = (1e9, "GFLOPs") if cost == "flops" else (1.0, COSTS[cost])
-    for suffix, title, group in _groups(part, axis):
+    for suffix, title, group in _panel_groups(part, axis):
         lines = []
         for name, setting in group:
             values: dict[float, dict[int, float]] = {}
@@ -70,47 +70,49 @@ def curves(part: Part, score: str, cost: str, axis: Axis | None = None) -> list[
                     values.setdefault(point.cost[cost] / unit, {})[point.seed] = point.scores[score].value
             if values:
                 x = tuple(sorted(values))
-                lines.append(Line(name, x, tuple(estimate(values[at].values()) for at in x)))
+                lines.append(Series(name, x, tuple(estimate(values[at].values()) for at in x)))
 
-        def draw(axes: Axes, lines: Sequence[Line] = lines) -> None:
+        def draw(axes: Axes, lines: Sequence[Series] = lines) -> None:
             axes.set_xscale("log")
-            _x_ticks(axes, sorted({x for one in lines for x in one.x}), cost == "solver_steps")
+            _set_x_ticks(axes, sorted({x for one in lines for x in one.x}), cost == "solver_steps")
             axes.set_xlabel(f"{label} an image")
-            _lines(axes, lines, _colours(lines, axis), joined=True)
+            _plot_series(axes, lines, _series_colors(lines, axis), joined=True)
 
         if any(len(one.x) > 1 for one in lines):
-            heading = f"{arrow(score)}{title}"
-            panels.append(_panel(_file(part, score, cost, suffix), f"{heading}, against {label}", heading, draw, lines))
+            heading = f"{score_heading(score)}{title}"
+            panels.append(
+                _make_panel(_file_name(part, score, cost, suffix), f"{heading}, against {label}", heading, draw, lines)
+            )
     return panels
 
 
-def by_value(part: Part, score: str, axis: Axis) -> list[Panel]:
+def axis_plots(part: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
     """A score against the values of an axis, a line for each budget, a panel for each kind of budget and setting of the others."""
     panels = []
-    for (suffix, title, group), budgets in itertools.product(_groups(part, axis), part.kinds):
+    for (suffix, title, group), budgets in itertools.product(_panel_groups(part, axis), part.kinds):
         lines = []
         for budget in budgets:
             found = {}
             for place, (_, setting) in enumerate(group):
                 if values := [p.scores[score].value for p in part.at(setting, budget) if score in p.scores]:
                     found[float(place)] = estimate(values)
-            lines.append(Line(str(budget) if len(budgets) > 1 else "", tuple(found), tuple(found.values())))
+            lines.append(Series(str(budget) if len(budgets) > 1 else "", tuple(found), tuple(found.values())))
         names = [str(setting[part.axes.index(axis)]) for _, setting in group]
 
-        def draw(axes: Axes, lines: Sequence[Line] = lines, names: Sequence[str] = names) -> None:
+        def draw(axes: Axes, lines: Sequence[Series] = lines, names: Sequence[str] = names) -> None:
             axes.set_xticks(range(len(names)), names)
             axes.set_xlim(-0.4, len(names) - 0.6)
             axes.set_xlabel(axis.label)
-            _lines(axes, [one for one in lines if one.x], _sequence(len(lines)), joined=is_ordered(axis))
+            _plot_series(axes, [one for one in lines if one.x], _sequential_colors(len(lines)), joined=is_ordered(axis))
 
         if any(len(one.x) > 1 for one in lines):
-            heading = f"{arrow(score)}{title}" + (f", at {budgets[0]}" if len(budgets) == 1 else "")
-            name = _file(part, score, "by", axis.label, suffix, budgets[0].kind if len(part.kinds) > 1 else "")
-            panels.append(_panel(name, f"{heading}, by {axis.label}", heading, draw, lines))
+            heading = f"{score_heading(score)}{title}" + (f", at {budgets[0]}" if len(budgets) == 1 else "")
+            name = _file_name(part, score, "by", axis.label, suffix, budgets[0].kind if len(part.kinds) > 1 else "")
+            panels.append(_make_panel(name, f"{heading}, by {axis.label}", heading, draw, lines))
     return panels
 
 
-def heat(part: Part, score: str, rows: Axis, columns: Axis, budget: Budget) -> Panel:
+def heat_map(part: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget: Budget) -> Panel:
     """A heat map over the two axes of a part that has no more."""
     i, j = part.axes.index(rows), part.axes.index(columns)
     cells: dict[tuple[Any, Any], Estimate] = {}
@@ -130,9 +132,11 @@ def heat(part: Part, score: str, rows: Axis, columns: Axis, budget: Budget) -> P
             y, x = rows.values.index(r), columns.values.index(c)
             red, green, blue, _ = shades(norm(found.mean))
             ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-            axes.text(x + 0.5, y + 0.54, number(found.mean), ha="center", va="bottom", color=ink, fontweight="bold")
+            axes.text(
+                x + 0.5, y + 0.54, format_number(found.mean), ha="center", va="bottom", color=ink, fontweight="bold"
+            )
             if found.high is not None:
-                half = f"± {number(found.high - found.mean)}"
+                half = f"± {format_number(found.high - found.mean)}"
                 axes.text(x + 0.5, y + 0.46, half, ha="center", va="top", color=ink, fontsize=8)
         axes.set_xticks(np.arange(len(columns.values)) + 0.5, list(map(str, columns.values)))
         axes.set_yticks(np.arange(len(rows.values)) + 0.5, list(map(str, rows.values)))
@@ -141,12 +145,12 @@ def heat(part: Part, score: str, rows: Axis, columns: Axis, budget: Budget) -> P
         axes.set_xlabel(columns.label)
         axes.set_ylabel(rows.label)
 
-    heading = f"{arrow(score)}, at {budget}"
+    heading = f"{score_heading(score)}, at {budget}"
     alt = f"{heading}: {rows.label} against {columns.label}"
-    return _panel(_file(part, score, "heat", f"{budget.kind}-{budget.asked:g}"), alt, heading, draw)
+    return _make_panel(_file_name(part, score, "heat", f"{budget.kind}-{budget.asked:g}"), alt, heading, draw)
 
 
-def _groups(part: Part, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
+def _panel_groups(part: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
     """(suffix of a file, of a title, [(label, setting)]) for each setting of the axes beside one."""
     if axis is None:
         yield "", "", [(part.label(setting), setting) for setting in part.settings]
@@ -165,9 +169,9 @@ def _groups(part: Part, axis: Axis | None) -> Iterable[tuple[str, str, list[tupl
 # ---- drawing
 
 
-def _lines(axes: Axes, lines: Sequence[Line], colours: Sequence[Any], *, joined: bool) -> None:
+def _plot_series(axes: Axes, lines: Sequence[Series], colours: Sequence[Any], *, joined: bool) -> None:
     """Every seed's value, the mean and its interval; a little apart, so that intervals do not hide each other."""
-    _y_scale(axes, [v for one in lines for y in one.y for v in y.values])
+    _set_y_scale(axes, [v for one in lines for y in one.y for v in y.values])
     log = axes.get_xscale() == "log"
     every = [x for one in lines for x in one.x]
     width = math.log(max(every) / min(every)) if log else max(every) - min(every)
@@ -188,50 +192,50 @@ def _lines(axes: Axes, lines: Sequence[Line], colours: Sequence[Any], *, joined:
             )  # fmt: skip
         ends.append((one.label, x[-1], mean[-1], colour))
     if any(label for label, *_ in ends):
-        _label_ends(axes, ends)
+        _label_line_ends(axes, ends)
 
 
-def _label_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
+def _label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
     """Labels at the right edge, in the order of the lines' ends and no closer than is legible."""
     axes.get_ylim()  # lets the axes take their final scale
     to_axes = axes.transData + axes.transAxes.inverted()
     placed = sorted((float(to_axes.transform((x, y))[1]), i) for i, (_, x, y, _) in enumerate(ends))
     heights: list[float] = []
     for height, _ in placed:
-        heights.append(max(height, heights[-1] + _GAP) if heights else max(height, 0.0))
+        heights.append(max(height, heights[-1] + _MIN_LABEL_GAP) if heights else max(height, 0.0))
     over = max(0.0, heights[-1] - 1.0)
     for k in range(len(heights) - 1, -1, -1):
-        limit = 1.0 if k == len(heights) - 1 else heights[k + 1] - _GAP
+        limit = 1.0 if k == len(heights) - 1 else heights[k + 1] - _MIN_LABEL_GAP
         heights[k] = min(heights[k], limit) if over else heights[k]
     for (_, i), height in zip(placed, heights):
         label, x, y, colour = ends[i]
         axes.annotate(
-            label, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", color=_dark(colour), va="center",
+            label, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", color=_darken(colour), va="center",
             fontweight="bold", fontsize=9, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "linestyle": ":", "shrinkA": 1, "shrinkB": 3},
         )  # fmt: skip
 
 
-def _y_scale(axes: Axes, values: Sequence[float]) -> None:
+def _set_y_scale(axes: Axes, values: Sequence[float]) -> None:
     """Logarithmic where the values span more than a factor of 8; an interval may leave the panel below, a point not."""
     low, high = min(values), max(values)
     if low > 0 and high > 8 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.4, high * 1.4)
-        axes.yaxis.set_major_locator(FixedLocator(_round_numbers(low / 1.4, high * 1.4)))
+        axes.yaxis.set_major_locator(FixedLocator(_round_ticks(low / 1.4, high * 1.4)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}" if abs(y) > 1e-12 else "0"))
 
 
-def _x_ticks(axes: Axes, values: Sequence[float], exact: bool) -> None:
+def _set_x_ticks(axes: Axes, values: Sequence[float], exact: bool) -> None:
     """The values themselves where they are whole and few, else round numbers."""
-    ticks = values if exact and len(values) <= 7 else _round_numbers(values[0], values[-1])
+    ticks = values if exact and len(values) <= 7 else _round_ticks(values[0], values[-1])
     axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
-def _round_numbers(low: float, high: float) -> list[float]:
+def _round_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, ... from low to high, or every power of ten where those are too many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
@@ -246,30 +250,32 @@ def is_ordered(axis: Axis) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in axis.values)
 
 
-def _colours(lines: Sequence[Line], axis: Axis | None) -> Sequence[Any]:
+def _series_colors(lines: Sequence[Series], axis: Axis | None) -> Sequence[Any]:
     if axis is not None and is_ordered(axis):
-        return _sequence(len(lines))
-    return [_NAMES[i % len(_NAMES)] for i in range(len(lines))]
+        return _sequential_colors(len(lines))
+    return [_CATEGORY_COLORS[i % len(_CATEGORY_COLORS)] for i in range(len(lines))]
 
 
-def _sequence(n: int) -> list[Any]:
-    return [mpl.colormaps["viridis"](x) for x in np.linspace(0.78, 0.0, n)] if n > 1 else [_NAMES[0]]
+def _sequential_colors(n: int) -> list[Any]:
+    return [mpl.colormaps["viridis"](x) for x in np.linspace(0.78, 0.0, n)] if n > 1 else [_CATEGORY_COLORS[0]]
 
 
-def _dark(colour: Any) -> Any:
+def _darken(colour: Any) -> Any:
     """A colour dark enough for letters on white."""
     rgb = np.array(mpl.colors.to_rgb(colour))
     bright = float(rgb @ (0.3, 0.59, 0.11))
     return tuple(rgb * min(1.0, 0.45 / bright) if bright else rgb)
 
 
-def _panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Line] = ()) -> Panel:
+def _make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Series] = ()) -> Panel:
     """A figure with room for the labels of the lines."""
     with mpl.rc_context():
         mpl.rcdefaults()  # whatever a user's matplotlibrc says
         mpl.rcParams.update(_STYLE)
-        figure = Figure(_SIZE)
-        right = 1 - (0.25 + 0.078 * max((len(one.label) for one in lines), default=0)) / _SIZE[0]  # room for the labels
+        figure = Figure(_PANEL_INCHES)
+        right = (
+            1 - (0.25 + 0.078 * max((len(one.label) for one in lines), default=0)) / _PANEL_INCHES[0]
+        )  # room for the labels
         axes = figure.add_axes((0.14, 0.15, max(0.4, right - 0.14), 0.73))
         axes.set_title(title)
         draw(axes)
@@ -279,7 +285,7 @@ def _panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], lines:
     return Panel(name, alt, svg.getvalue(), png.getvalue())
 
 
-def _file(part: Part, *words: str) -> str:
+def _file_name(part: ProtocolGroup, *words: str) -> str:
     """A file's name out of words."""
     joined = "-".join(filter(None, (part.name, *words)))
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in joined.replace(" = ", "")).lower()

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from madformer_jax.reports.results import Estimate, sign_of
+from madformer_jax.reports.results import Estimate, score_sign
 
 Cell = str | Estimate
 
@@ -20,7 +20,7 @@ class Table(NamedTuple):
     gives: str = ""  # which
 
 
-def number(x: float) -> str:
+def format_number(x: float) -> str:
     """Four significant digits, without an exponent where there is room."""
     if not math.isfinite(x):
         return str(x)
@@ -31,28 +31,30 @@ def number(x: float) -> str:
     return f"{x:.{min(6, max(0, 3 - math.floor(math.log10(abs(x)))))}f}"
 
 
-def interval(found: Estimate) -> str:
-    return "" if found.low is None or found.high is None else f"[{number(found.low)}, {number(found.high)}]"
+def format_interval(found: Estimate) -> str:
+    return (
+        "" if found.low is None or found.high is None else f"[{format_number(found.low)}, {format_number(found.high)}]"
+    )
 
 
-def line(x: Cell) -> str:
+def format_cell(x: Cell) -> str:
     """A cell in one line: the mean, its interval, every seed's value."""
     if isinstance(x, str):
         return x.replace("\n", "; ")
-    points = f"({', '.join(map(number, x.values))})" if len(x.values) > 1 else ""
-    return " ".join(filter(None, (number(x.mean), interval(x), points)))
+    points = f"({', '.join(map(format_number, x.values))})" if len(x.values) > 1 else ""
+    return " ".join(filter(None, (format_number(x.mean), format_interval(x), points)))
 
 
-def arrow(score: str) -> str:
+def score_heading(score: str) -> str:
     """A score's name, and the direction in which it is better."""
-    return f"{score} {'↑' if sign_of(score) > 0 else '↓'}"
+    return f"{score} {'↑' if score_sign(score) > 0 else '↓'}"
 
 
-def markdown(table: Table) -> str:
+def table_to_markdown(table: Table) -> str:
     """The best means are bold."""
     lines = ["| " + " | ".join(table.head) + " |", "| " + " | ".join("---" for _ in table.head) + " |"]
     for i, row in enumerate(table.rows):
-        cells = [f"**{line(x)}**" if (i, j) in table.best else line(x) for j, x in enumerate(row)]
+        cells = [f"**{format_cell(x)}**" if (i, j) in table.best else format_cell(x) for j, x in enumerate(row)]
         lines.append("| " + " | ".join(cells) + " |")
     out = [f"### {table.title}", "", *lines, ""]
     if table.note:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from madformer_jax.reports import report_sections
 from madformer_jax.reports.figures import Panel
-from madformer_jax.reports.formatting import Cell, Table, interval, number
-from madformer_jax.reports.report_sections import Facts, Figures, Folded, Item, Samples, Section
+from madformer_jax.reports.formatting import Cell, Table, format_interval, format_number
+from madformer_jax.reports.report_sections import CollapsedTables, FactTable, Figures, Item, Samples, Section
 from madformer_jax.reports.results import Results
 
 _CSS = """
@@ -55,103 +55,109 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
-def html_of(results: Results, sections: Sequence[Section]) -> str:
+def render(results: Results, sections: Sequence[Section]) -> str:
     """The page."""
-    title = _text(report_sections.heading(results))
-    links = "".join(f'<a href="#s{i}">{_text(one.title)}</a>' for i, one in enumerate(sections) if not one.folded)
-    question = f'<p class="question">{_text(results.question)}</p>' if results.question else ""
+    title = _escape(report_sections.heading(results))
+    links = "".join(f'<a href="#s{i}">{_escape(one.title)}</a>' for i, one in enumerate(sections) if not one.folded)
+    question = f'<p class="question">{_escape(results.question)}</p>' if results.question else ""
     legend = (
         "A figure is the mean over training seeds, with its 95 % t-interval and every seed's value below; the best mean is blue. "
         "↓: less is better, ↑: more is."
     )
-    body = "\n".join(_section(i, section) for i, section in enumerate(sections))
+    body = "\n".join(_render_section(i, section) for i, section in enumerate(sections))
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{question}\n<p>{_text(report_sections.status(results))}</p>\n"
-        f'<p class="note">{_text(legend)}</p>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{question}\n<p>{_escape(report_sections.status(results))}</p>\n"
+        f'<p class="note">{_escape(legend)}</p>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n'
     )
 
 
-def _section(i: int, section: Section) -> str:
-    inside, title = "\n".join(map(_item, section.items)), _text(section.title)
+def _render_section(i: int, section: Section) -> str:
+    inside, title = "\n".join(map(_render_item, section.items)), _escape(section.title)
     if section.folded:
         return f'<details id="s{i}"><summary>{title}</summary>\n{inside}\n</details>'
     return f'<section id="s{i}"><h2>{title}</h2>\n{inside}\n</section>'
 
 
-def _item(item: Item) -> str:
+def _render_item(item: Item) -> str:
     if isinstance(item, Table):
-        return _table(item)
+        return _render_table(item)
     if isinstance(item, Figures):
         kind = "panels two" if len(item.panels) in (2, 4) else "panels"
-        panels = "".join(f"<figure>{_inline(panel)}</figure>" for panel in item.panels)
-        return f'<h3>{_text(item.title)}</h3>\n<div class="{kind}">{panels}</div>'
+        panels = "".join(f"<figure>{_inline_svg(panel)}</figure>" for panel in item.panels)
+        return f'<h3>{_escape(item.title)}</h3>\n<div class="{kind}">{panels}</div>'
     if isinstance(item, Samples):
-        return _samples(item)
-    if isinstance(item, Folded):
-        inside = "\n".join(map(_table, item.tables))
-        return f'<details class="inner"><summary>{_text(item.title)}</summary>\n{inside}</details>'
-    return _facts(item)
+        return _render_samples(item)
+    if isinstance(item, CollapsedTables):
+        inside = "\n".join(map(_render_table, item.tables))
+        return f'<details class="inner"><summary>{_escape(item.title)}</summary>\n{inside}</details>'
+    return _render_facts(item)
 
 
-def _table(table: Table) -> str:
-    head = "".join(f"<th{_label(j)}>{_text(name)}</th>" for j, name in enumerate(table.head))
-    rows = ["".join(_cell(x, j, (i, j) in table.best) for j, x in enumerate(row)) for i, row in enumerate(table.rows)]
+def _render_table(table: Table) -> str:
+    head = "".join(f"<th{_label_class(j)}>{_escape(name)}</th>" for j, name in enumerate(table.head))
+    rows = [
+        "".join(_render_cell(x, j, (i, j) in table.best) for j, x in enumerate(row)) for i, row in enumerate(table.rows)
+    ]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
-    made = f'<p class="note">{_text(table.gives)}:</p><pre>{_command(table.command)}</pre>' if table.command else ""
+    note = f'<p class="note">{_escape(table.note)}</p>' if table.note else ""
+    made = (
+        f'<p class="note">{_escape(table.gives)}:</p><pre>{_render_command(table.command)}</pre>'
+        if table.command
+        else ""
+    )
     return (
-        f'<h3>{_text(table.title)}</h3>\n<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
+        f'<h3>{_escape(table.title)}</h3>\n<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
         f"</tbody></table></div>\n{note}{made}"
     )
 
 
-def _command(lines: str) -> str:
+def _render_command(lines: str) -> str:
     """Commands that wrap between their flags."""
     words = ([f"<span>{html.escape(word)}</span>" for word in line.split(" ")] for line in lines.split("\n"))
     return "".join(f"<div>{' '.join(line)}</div>" for line in words)
 
 
-def _label(column: int) -> str:
+def _label_class(column: int) -> str:
     return "" if column else ' class="label"'
 
 
-def _cell(x: Cell, column: int, best: bool) -> str:
+def _render_cell(x: Cell, column: int, best: bool) -> str:
     if isinstance(x, str):
         first, *others = x.split("\n")
-        words = ' class="words"' if column and len(first) > 30 else _label(column)
-        return f"<td{words}>{_text(first)}{''.join(f'<small>{_text(one)}</small>' for one in others)}</td>"
-    mean = f"<b>{_text(number(x.mean))}</b>" if best else _text(number(x.mean))
-    points = " ".join(map(number, x.values)) if len(x.values) > 1 else ""
-    small = "".join(f"<small>{_text(line)}</small>" for line in (interval(x), points) if line)
+        words = ' class="words"' if column and len(first) > 30 else _label_class(column)
+        return f"<td{words}>{_escape(first)}{''.join(f'<small>{_escape(one)}</small>' for one in others)}</td>"
+    mean = f"<b>{_escape(format_number(x.mean))}</b>" if best else _escape(format_number(x.mean))
+    points = " ".join(map(format_number, x.values)) if len(x.values) > 1 else ""
+    small = "".join(f"<small>{_escape(line)}</small>" for line in (format_interval(x), points) if line)
     return f"<td>{mean}{small}</td>"
 
 
-def _samples(item: Samples) -> str:
+def _render_samples(item: Samples) -> str:
     rows = "".join(
-        f'<figure class="strip"><figcaption>{_text(strip.label)}</figcaption><img alt="samples of {_text(strip.label)}" '
+        f'<figure class="strip"><figcaption>{_escape(strip.label)}</figcaption><img alt="samples of {_escape(strip.label)}" '
         f'src="data:image/png;base64,{base64.b64encode(strip.png).decode()}"></figure>'
         for strip in item.strips
     )
-    return f"<h3>{_text(str(item.budget))}</h3>\n{rows}"
+    return f"<h3>{_escape(str(item.budget))}</h3>\n{rows}"
 
 
-def _facts(facts: Facts) -> str:
-    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.rows)
-    return f"<h3>{_text(facts.title)}</h3>\n<dl>{rows}</dl>"
+def _render_facts(facts: FactTable) -> str:
+    rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.rows)
+    return f"<h3>{_escape(facts.title)}</h3>\n<dl>{rows}</dl>"
 
 
-def _inline(panel: Panel) -> str:
+def _inline_svg(panel: Panel) -> str:
     """A panel's SVG as part of a page: without its head, its size and names that no other panel could have again."""
     svg = panel.svg.decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|QuadMesh)_?\d+"', "", svg)
     size = re.search(r'viewBox="[^"]*"', svg)
-    opening = f'<svg {size[0] if size else ""} role="img" aria-label="{_text(panel.alt)}">'
+    opening = f'<svg {size[0] if size else ""} role="img" aria-label="{_escape(panel.alt)}">'
     return opening + svg[svg.index(">") + 1 :].replace("\n", "")
 
 
-def _text(x: str) -> str:
+def _escape(x: str) -> str:
     """For HTML; a minus is one, and what stands in backticks is code."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", re.sub(r"(?<![\w.=-])-(?=\d)", "−", html.escape(x)))

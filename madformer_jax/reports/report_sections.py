@@ -7,12 +7,12 @@ from typing import NamedTuple
 from madformer_jax.config import fields
 from madformer_jax.reports import figures, sample_strips, tables
 from madformer_jax.reports.figures import Panel
-from madformer_jax.reports.formatting import Table, markdown
-from madformer_jax.reports.results import COSTS, Budget, Part, Results, digest
+from madformer_jax.reports.formatting import Table, table_to_markdown
+from madformer_jax.reports.results import COSTS, Budget, ProtocolGroup, Results, protocol_hash
 from madformer_jax.reports.sample_strips import Strip
 
-_OPEN = 2  # scores that are read without unfolding them
-_FOUND = ("solver_steps", "passes")  # costs against which the first score's pairs are
+_EXPANDED_SCORES = 2  # scores that are read without unfolding them
+_PAIR_COSTS = ("solver_steps", "passes")  # costs against which the first score's pairs are
 
 
 class Figures(NamedTuple):
@@ -29,21 +29,21 @@ class Samples(NamedTuple):
     strips: tuple[Strip, ...]
 
 
-class Facts(NamedTuple):
+class FactTable(NamedTuple):
     """Names and values."""
 
     title: str
     rows: tuple[tuple[str, str], ...]
 
 
-class Folded(NamedTuple):
+class CollapsedTables(NamedTuple):
     """What is shown when it is asked for."""
 
     title: str
     tables: tuple[Table, ...]
 
 
-Item = Table | Figures | Samples | Facts | Folded
+Item = Table | Figures | Samples | FactTable | CollapsedTables
 
 
 class Section(NamedTuple):
@@ -54,91 +54,100 @@ class Section(NamedTuple):
     folded: bool = False
 
 
-def sections(results: Results) -> list[Section]:
+def build_sections(results: Results) -> list[Section]:
     """All of a report.
 
     Raises:
       ConfigError: a grid of samples cannot be read.
     """
-    first = [_first(results, part) for part in results.parts]  # of all parts, before more of any
-    then = [_then(results, part) for part in results.parts]
-    return [*itertools.chain(*first, *then), Section("Runs", (tables.of_runs(results), _versions(results)), True)]
+    first = [_main_sections(results, part) for part in results.parts]  # of all parts, before more of any
+    then = [_detail_sections(results, part) for part in results.parts]
+    return [
+        *itertools.chain(*first, *then),
+        Section("Runs", (tables.run_table(results), _version_facts(results)), True),
+    ]
 
 
-def _title(part: Part, title: str) -> str:
+def _section_title(part: ProtocolGroup, title: str) -> str:
     return f"{title}, {part.name}" if part.name else title
 
 
-def _first(results: Results, part: Part) -> Iterable[Section]:
-    if orders := tables.of_orders(part, part.scores[:_OPEN]):
-        pairs = (tables.of_crossings(part, part.scores[0], cost) for cost in _FOUND)
-        yield Section(_title(part, "Findings"), (orders, *(table for table in pairs if table)))
-    yield Section(_title(part, "Tables"), tuple(tables.by_axis(results, part)))
+def _main_sections(results: Results, part: ProtocolGroup) -> Iterable[Section]:
+    if orders := tables.order_change_table(part, part.scores[:_EXPANDED_SCORES]):
+        pairs = (tables.crossing_table(part, part.scores[0], cost) for cost in _PAIR_COSTS)
+        yield Section(_section_title(part, "Findings"), (orders, *(table for table in pairs if table)))
+    yield Section(_section_title(part, "Tables"), tuple(tables.axis_tables(results, part)))
 
 
-def _then(results: Results, part: Part) -> Iterable[Section]:
+def _detail_sections(results: Results, part: ProtocolGroup) -> Iterable[Section]:
     for i, score in enumerate(part.scores):
-        costs = list(COSTS) if i < _OPEN else ["solver_steps"]
-        folded = i >= (_OPEN if len(results.parts) == 1 else 1)
-        yield Section(_title(part, score), tuple(_of_score(results, part, score, costs)), folded)
-    if found := sample_strips.strips(results, part):
-        yield Section(_title(part, "Samples"), tuple(Samples(budget, tuple(rows)) for budget, rows in found))
-    yield Section(_title(part, "Costs"), (tables.of_costs(part), tables.of_training(results, part)), True)
+        costs = list(COSTS) if i < _EXPANDED_SCORES else ["solver_steps"]
+        folded = i >= (_EXPANDED_SCORES if len(results.parts) == 1 else 1)
+        yield Section(_section_title(part, score), tuple(_score_section(results, part, score, costs)), folded)
+    if found := sample_strips.load_strips(results, part):
+        yield Section(_section_title(part, "Samples"), tuple(Samples(budget, tuple(rows)) for budget, rows in found))
+    yield Section(_section_title(part, "Costs"), (tables.cost_table(part), tables.training_table(results, part)), True)
     facts = tuple((name, str(value)) for name, value in fields.flat(part.protocol).items())
-    yield Section(_title(part, "Protocol"), (Facts(f"Protocol {digest(part.protocol)}, of every score", facts),), True)
+    yield Section(
+        _section_title(part, "Protocol"),
+        (FactTable(f"Protocol {protocol_hash(part.protocol)}, of every score", facts),),
+        True,
+    )
 
 
-def _of_score(results: Results, part: Part, score: str, costs: Sequence[str]) -> list[Item]:
+def _score_section(results: Results, part: ProtocolGroup, score: str, costs: Sequence[str]) -> list[Item]:
     varied = part.varied
     grid, many = part.is_grid, len(part.budgets) > 1
-    against = [p for cost in costs for p in figures.curves(part, score, cost, varied[0] if varied and grid else None)]
+    against = [
+        p for cost in costs for p in figures.cost_curves(part, score, cost, varied[0] if varied and grid else None)
+    ]
     by: list[Panel] = []
     maps: list[Panel] = []
     for axis in varied if grid else ():
         if figures.is_ordered(axis) or not many:
-            by += figures.by_value(part, score, axis)
+            by += figures.axis_plots(part, score, axis)
         elif axis != varied[0]:
-            against += figures.curves(part, score, "solver_steps", axis)
+            against += figures.cost_curves(part, score, "solver_steps", axis)
     if len(varied) == 2 and grid and all(map(figures.is_ordered, varied)):
-        maps = [figures.heat(part, score, varied[0], varied[1], budget) for budget in part.budgets]
+        maps = [figures.heat_map(part, score, varied[0], varied[1], budget) for budget in part.budgets]
     items: list[Item] = [
         Figures(title, tuple(panels))
         for title, panels in (("Against the cost of an image", against), ("By value", by), ("Both at once", maps))
         if panels
     ]
-    items += tables.by_budget(results, part, score)
-    if best := tables.of_best(part, score):
+    items += tables.budget_tables(results, part, score)
+    if best := tables.best_settings(part, score):
         items.append(best)
-    rest = [cost for cost in costs if score != part.scores[0] or cost not in _FOUND]
-    if orders := tuple(table for cost in rest if (table := tables.of_crossings(part, score, cost))):
-        items.append(Folded(f"Order of each pair by {score}", orders))
+    rest = [cost for cost in costs if score != part.scores[0] or cost not in _PAIR_COSTS]
+    if orders := tuple(table for cost in rest if (table := tables.crossing_table(part, score, cost))):
+        items.append(CollapsedTables(f"Order of each pair by {score}", orders))
     return items
 
 
-def _versions(results: Results) -> Facts:
+def _version_facts(results: Results) -> FactTable:
     """Of the runs: several values of one where they were made by several."""
     found: dict[str, dict[str, None]] = {}
     for run in results.runs:
         for name, version in run.get("versions", {}).items():
             found.setdefault(name, {})[str(version)] = None
-    return Facts("Versions", tuple((name, ", ".join(sorted(versions))) for name, versions in found.items()))
+    return FactTable("Versions", tuple((name, ", ".join(sorted(versions))) for name, versions in found.items()))
 
 
-def as_markdown(results: Results, found: Iterable[Section]) -> str:
+def to_markdown(results: Results, found: Iterable[Section]) -> str:
     """The tables, as Markdown."""
     lines = [f"# {heading(results)}", "", f"{results.question}\n" if results.question else "", f"{status(results)}\n"]
     for section in found:
-        inside = [text for item in section.items if (text := _as_markdown(item))]
+        inside = [text for item in section.items if (text := _item_to_markdown(item))]
         lines += [f"## {section.title}", "", *inside] if inside else []
     return "\n".join(lines).replace("\n\n\n", "\n\n")
 
 
-def _as_markdown(item: Item) -> str:
+def _item_to_markdown(item: Item) -> str:
     if isinstance(item, Table):
-        return markdown(item)
-    if isinstance(item, Folded):
-        return "\n".join([markdown(table) for table in item.tables])
-    if isinstance(item, Facts):
+        return table_to_markdown(item)
+    if isinstance(item, CollapsedTables):
+        return "\n".join([table_to_markdown(table) for table in item.tables])
+    if isinstance(item, FactTable):
         return "\n".join([f"### {item.title}", "", *(f"- {name}: {value}" for name, value in item.rows), ""])
     return ""
 

@@ -19,10 +19,10 @@ from madformer_jax.config import fields, identity
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.reports import axes as axes_lib
-from madformer_jax.reports.axes import Axis, order, value_of
+from madformer_jax.reports.axes import Axis, sort_key, value_of
 from madformer_jax.runtime import storage
 from madformer_jax.sweeps import sweep_folder
-from madformer_jax.sweeps.budget import SAMPLING
+from madformer_jax.sweeps.budget import SAMPLE_BUDGET_KINDS
 
 COSTS = {
     "solver_steps": "solver steps",
@@ -32,9 +32,9 @@ COSTS = {
     "seconds": "seconds",
 }  # an image
 HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "attributes")
-_COMPARABLE = ("n", "reference", "network", "image", "scores")  # of a protocol
-_OF_THE_RUN = ("step", "fingerprint", "seed", "steps")  # of a protocol's images: what is another one in every run
-_OF_PROMPTS = ("asked", "tokens")  # of a protocol's images: what follows from its "prompts"
+_SHARED_PROTOCOL_KEYS = ("n", "reference", "network", "image", "scores")  # of a protocol
+_PER_RUN_KEYS = ("step", "fingerprint", "seed", "steps")  # of a protocol's images: what is another one in every run
+_PROMPT_KEYS = ("asked", "tokens")  # of a protocol's images: what follows from its "prompts"
 _UNITS = {  # of budgets: one and many
     "steps": ("step", "steps"),
     "nfe": ("NFE", "NFE"),
@@ -42,13 +42,17 @@ _UNITS = {  # of budgets: one and many
     "flops": ("FLOPs", "FLOPs"),
     "seconds": ("second", "seconds"),
 }
-_APART = ("data.", "codec.", "evaluate.")  # sections whose fields change what is compared: never in one table
+_SEPARATED_SECTIONS = (
+    "data.",
+    "codec.",
+    "evaluate.",
+)  # sections whose fields change what is compared: never in one table
 
 
 class Budget(NamedTuple):
     """What the sampling of an image was given."""
 
-    kind: str  # of `budget.SAMPLING`
+    kind: str  # of `budget.SAMPLE_BUDGET_KINDS`
     asked: float
 
     @property
@@ -82,7 +86,7 @@ class Point(NamedTuple):
     scores: Mapping[str, Score]
 
 
-class Part(NamedTuple):
+class ProtocolGroup(NamedTuple):
     """The points of one protocol: what may stand in one table."""
 
     name: str  # of what sets it apart: "image size = 32"; "" where the whole sweep is one
@@ -104,7 +108,7 @@ class Part(NamedTuple):
     def kinds(self) -> list[list[Budget]]:
         """The budgets of each kind."""
         budgets = sorted({point.budget for point in self.points})
-        kinds = [[b for b in budgets if b.kind == kind] for kind in SAMPLING]
+        kinds = [[b for b in budgets if b.kind == kind] for kind in SAMPLE_BUDGET_KINDS]
         return [kind for kind in kinds if kind]
 
     @property
@@ -116,7 +120,7 @@ class Part(NamedTuple):
         """Names, kernel distances first: they are unbiased at any number of images."""
         names = dict.fromkeys(name for point in self.points for name in point.scores)
         ranks = ("KID", "FID", "FD", "recognised", "precision", "recall", "IS", "seam")
-        return sorted(names, key=lambda name: (rank(name.partition("-")[0], ranks), name))
+        return sorted(names, key=lambda name: (sort_position(name.partition("-")[0], ranks), name))
 
     def at(self, setting: tuple[Any, ...], budget: Budget | None = None) -> list[Point]:
         """The points of a setting, at one budget or at all."""
@@ -134,11 +138,11 @@ class Part(NamedTuple):
             if self.is_grid and len(axis.values) > 1:
                 names.append(f"{axis.label} = {value}")
             elif not self.is_grid and value != statistics.mode(other[i] for other in self.settings):
-                names.append(_ablation(axis.label, value))
+                names.append(_ablation_label(axis.label, value))
         return ", ".join(names) or "base"
 
 
-def _ablation(label: str, value: Any) -> str:
+def _ablation_label(label: str, value: Any) -> str:
     """Returns the name of a setting that differs from the base: a switch that is on or off, or any other value."""
     if isinstance(value, bool):  # 1 == True and 0 == False, but neither is a switch
         return label if value else f"no {label}"
@@ -152,7 +156,7 @@ class Results(NamedTuple):
     variant: str
     question: str
     runs: tuple[Mapping[str, Any], ...]  # the content of each result.json and its "folder", by setting and seed
-    parts: tuple[Part, ...]
+    parts: tuple[ProtocolGroup, ...]
     missing: tuple[Mapping[str, Any], ...]  # of the plan's runs
 
 
@@ -174,19 +178,19 @@ def estimate(values: Iterable[float]) -> Estimate:
     mean = math.fsum(x) / len(x)
     if len(x) == 1:
         return Estimate(x, mean, None, None)
-    half = _quantile(len(x) - 1) * statistics.stdev(x) / math.sqrt(len(x))
+    half = _student_t_quantile(len(x) - 1) * statistics.stdev(x) / math.sqrt(len(x))
     return Estimate(x, mean, mean - half, mean + half)
 
 
 @functools.cache
-def _quantile(freedom: int) -> float:
+def _student_t_quantile(freedom: int) -> float:
     """What Student's t with so many degrees of freedom stays below in 97.5 of 100 draws."""
     from scipy import special  # a second to import
 
     return float(special.stdtrit(freedom, 0.975))
 
 
-def sign_of(score: str) -> int:
+def score_sign(score: str) -> int:
     """1 where a larger score is the better one, else -1."""
     return 1 if score.partition("-")[0] in HIGHER_IS_BETTER else -1
 
@@ -194,14 +198,14 @@ def sign_of(score: str) -> int:
 # ---- reading
 
 
-def read(workdir: str) -> Results:
+def load_results(workdir: str) -> Results:
     """The results of a sweep's folder.
 
     Raises:
       ConfigError: there are none, a file is damaged, or the runs differ in more than what the sweep varies.
     """
     plan = storage.read_json(os.path.join(workdir, "sweep.json")) or {}
-    runs = _runs(workdir)
+    runs = _load_runs(workdir)
     if not runs:
         raise ConfigError(f"{workdir} holds no runs/*/result.json: --mode=sweep makes them.")
     sweeps = sorted({(run["sweep"], run["variant"]) for run in runs})
@@ -209,26 +213,26 @@ def read(workdir: str) -> Results:
         raise ConfigError(
             f"{workdir} holds results of several sweeps, {sweeps[0]} and {sweeps[1]}: give each its folder."
         )
-    trained, sampled = axes_lib.of_trainings(runs, plan.get("runs", ())), axes_lib.of_samplings(runs)
-    _check_fixed(runs, trained)
+    trained, sampled = axes_lib.training_axes(runs, plan.get("runs", ())), axes_lib.sampling_axes(runs)
+    _check_same_settings(runs, trained)
     axes = trained + sampled
     runs.sort(
         key=lambda run: (
-            [rank(value_of(run, {}, axis.field), axis.values) for axis in trained],
+            [sort_position(value_of(run, {}, axis.field), axis.values) for axis in trained],
             run["seed"],
             run["name"],
         )
     )
-    apart = [axis for axis in axes if axis.field.startswith(_APART)]
-    parts = _parts(runs, axes, apart)
+    apart = [axis for axis in axes if axis.field.startswith(_SEPARATED_SECTIONS)]
+    parts = _group_by_protocol(runs, axes, apart)
     there = {run["name"] for run in runs}
     missing = tuple(run for run in plan.get("runs", ()) if run["name"] not in there)
     return Results(*sweeps[0], plan.get("question", ""), tuple(runs), tuple(parts), missing)
 
 
-def _runs(workdir: str) -> list[dict[str, Any]]:
+def _load_runs(workdir: str) -> list[dict[str, Any]]:
     root = epath.Path(workdir) / "runs"
-    with storage.errors(f"{root} cannot be read"):
+    with storage.wrap_errors(f"{root} cannot be read"):
         folders = sorted(root.iterdir()) if root.exists() else []
     runs, default = [], fields.flat(config_lib.base())
     for folder in folders:
@@ -248,14 +252,14 @@ def _runs(workdir: str) -> list[dict[str, Any]]:
     return runs
 
 
-def rank(value: Any, values: Sequence[Any]) -> int:
+def sort_position(value: Any, values: Sequence[Any]) -> int:
     return values.index(value) if value in values else len(values)
 
 
 # ---- points, by protocol
 
 
-def _check_fixed(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> None:
+def _check_same_settings(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> None:
     """Whether what decides a training is the same in all runs, but for what the sweep varies; train fields in those of a setting."""
     swept = {name for run in runs for name in run["overrides"]}
     first: dict[Any, Mapping[str, Any]] = {}
@@ -266,7 +270,7 @@ def _check_fixed(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> Non
             (first.setdefault(setting, run), ("train.",)),
         ):
             for name, value in run["config"].items():
-                counts = name.startswith(sections) and identity.decides(name) and name not in swept
+                counts = name.startswith(sections) and identity.affects_results(name) and name not in swept
                 if counts and value != other["config"].get(name):
                     raise ConfigError(
                         f"runs {other['name']} and {run['name']} differ in {name}: {other['config'].get(name)!r} against "
@@ -274,12 +278,16 @@ def _check_fixed(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> Non
                     )
 
 
-def _parts(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], apart: Sequence[Axis]) -> list[Part]:
+def _group_by_protocol(
+    runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], apart: Sequence[Axis]
+) -> list[ProtocolGroup]:
     def trained(run: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(value_of(run, {}, axis.field) for axis in axes)
 
     timings = {  # of one seed, good for all
-        (trained(run), key_of(one["overrides"])): one for run in runs for one in run["timing"].get("evaluations", ())
+        (trained(run), overrides_key(one["overrides"])): one
+        for run in runs
+        for one in run["timing"].get("evaluations", ())
     }
     inside = [axis for axis in axes if axis not in apart]
     varied = [field for axis in inside for field in (axis.field, *axis.follows)]
@@ -289,47 +297,52 @@ def _parts(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], apart: Seque
     for run in runs:
         for place, evaluation in enumerate(run["evaluations"]):
             key = tuple(value_of(run, evaluation, axis.field) for axis in apart)
-            protocol = _comparable(evaluation["protocol"], swept)
-            _check_same(protocols.setdefault(key, protocol), protocol, run["name"])
+            protocol = _shared_protocol(evaluation["protocol"], swept)
+            _check_same_protocol(protocols.setdefault(key, protocol), protocol, run["name"])
             cost = {name: float(evaluation["cost"][name]) for name in COSTS if name != "seconds"}
-            if timing := timings.get((trained(run), key_of(evaluation["overrides"]))):
+            if timing := timings.get((trained(run), overrides_key(evaluation["overrides"]))):
                 cost["seconds"] = timing["fixed"] + timing["per_step"] * cost["solver_steps"]
             points.setdefault(key, []).append(
                 Point(
                     tuple(value_of(run, evaluation, axis.field) for axis in inside), run["seed"],
                     Budget(evaluation["budget"]["kind"], evaluation["budget"]["asked"]), run["name"], place, cost,
-                    {name: _score(x) for name, x in evaluation["scores"].items()},
+                    {name: _parse_score(x) for name, x in evaluation["scores"].items()},
                 )
             )  # fmt: skip
     parts = []
-    for key in sorted(points, key=lambda key: [order(x) for x in key]):
+    for key in sorted(points, key=lambda key: [sort_key(x) for x in key]):
         name = ", ".join(f"{axis.label} = {value}" for axis, value in zip(apart, key))
-        found = _sorted(points[key], inside)
-        _check_once(found)
-        parts.append(Part(name, tuple(_narrowed(inside, found)), tuple(found), protocols[key]))
+        found = _sort_points(points[key], inside)
+        _check_unique_points(found)
+        parts.append(ProtocolGroup(name, tuple(_restrict_axes(inside, found)), tuple(found), protocols[key]))
     return parts
 
 
-def key_of(overrides: Mapping[str, Any]) -> tuple[Any, ...]:
+def overrides_key(overrides: Mapping[str, Any]) -> tuple[Any, ...]:
     """The same for equal overrides."""
     return tuple(sorted((name, repr(value)) for name, value in fields.flat(overrides).items()))
 
 
-def _sorted(points: Iterable[Point], axes: Sequence[Axis]) -> list[Point]:
+def _sort_points(points: Iterable[Point], axes: Sequence[Axis]) -> list[Point]:
     def place(point: Point) -> Any:
-        return [rank(x, axis.values) for x, axis in zip(point.setting, axes)], point.seed, point.budget, point.run
+        return (
+            [sort_position(x, axis.values) for x, axis in zip(point.setting, axes)],
+            point.seed,
+            point.budget,
+            point.run,
+        )
 
     return sorted(points, key=place)
 
 
-def _narrowed(axes: Sequence[Axis], points: Sequence[Point]) -> Iterable[Axis]:
+def _restrict_axes(axes: Sequence[Axis], points: Sequence[Point]) -> Iterable[Axis]:
     """The axes with the values that a part has."""
     for i, axis in enumerate(axes):
         there = {point.setting[i] for point in points}
         yield axis._replace(values=tuple(value for value in axis.values if value in there))
 
 
-def _score(given: Any) -> Score:
+def _parse_score(given: Any) -> Score:
     return (
         Score(given["value"], given.get("low"), given.get("high"))
         if isinstance(given, Mapping)
@@ -337,14 +350,14 @@ def _score(given: Any) -> Score:
     )
 
 
-def _comparable(protocol: Mapping[str, Any], swept: Collection[str]) -> dict[str, Any]:
+def _shared_protocol(protocol: Mapping[str, Any], swept: Collection[str]) -> dict[str, Any]:
     """What scores must share to stand in one column."""
-    varied = (*_OF_THE_RUN, *swept, *(_OF_PROMPTS if "prompts" in swept else ()))
+    varied = (*_PER_RUN_KEYS, *swept, *(_PROMPT_KEYS if "prompts" in swept else ()))
     images = {name: x for name, x in protocol["images"].items() if name not in varied}
-    return {**{name: protocol.get(name) for name in _COMPARABLE}, "images": images}
+    return {**{name: protocol.get(name) for name in _SHARED_PROTOCOL_KEYS}, "images": images}
 
 
-def _check_same(ours: Mapping[str, Any], other: Mapping[str, Any], run: str) -> None:
+def _check_same_protocol(ours: Mapping[str, Any], other: Mapping[str, Any], run: str) -> None:
     a, b = fields.flat(ours), fields.flat(other)
     for name in a | b:
         if a.get(name) != b.get(name):
@@ -354,7 +367,7 @@ def _check_same(ours: Mapping[str, Any], other: Mapping[str, Any], run: str) -> 
             )
 
 
-def _check_once(points: Sequence[Point]) -> None:
+def _check_unique_points(points: Sequence[Point]) -> None:
     seen: dict[Any, str] = {}
     for point in points:
         key = (point.setting, point.seed, point.budget)
@@ -365,6 +378,6 @@ def _check_once(points: Sequence[Point]) -> None:
         seen[key] = point.run
 
 
-def digest(protocol: Mapping[str, Any]) -> str:
+def protocol_hash(protocol: Mapping[str, Any]) -> str:
     """Of a part's protocol: the same for scores that compare."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from PIL import Image
 
-from madformer_jax.reports.results import Budget, Part, Results, key_of
+from madformer_jax.reports.results import Budget, ProtocolGroup, Results, overrides_key
 from madformer_jax.runtime import storage
 
 
@@ -18,7 +18,7 @@ class Strip(NamedTuple):
     png: bytes
 
 
-def strips(results: Results, part: Part) -> list[tuple[Budget, list[Strip]]]:
+def load_strips(results: Results, part: ProtocolGroup) -> list[tuple[Budget, list[Strip]]]:
     """For each budget the row of each setting whose grid has one.
 
     Raises:
@@ -28,21 +28,21 @@ def strips(results: Results, part: Part) -> list[tuple[Budget, list[Strip]]]:
     found: dict[Budget, list[Strip]] = {}
     for point in part.points:
         if run := grids.get(point.run):
-            drawn = [_drawn(run, place) for place in run["grid_rows"]]
-            if (key := _drawn(run, point.place)) in drawn:
-                png = _row(run["folder"] / run["grid"], drawn.index(key), len(drawn))
+            drawn = [_sampling_key(run, place) for place in run["grid_rows"]]
+            if (key := _sampling_key(run, point.place)) in drawn:
+                png = _crop_row(run["folder"] / run["grid"], drawn.index(key), len(drawn))
                 found.setdefault(point.budget, []).append(Strip(part.label(point.setting), png))
     return [(budget, found[budget]) for budget in part.budgets if budget in found]
 
 
-def _drawn(run: Mapping[str, Any], place: int) -> tuple[Any, ...]:
+def _sampling_key(run: Mapping[str, Any], place: int) -> tuple[Any, ...]:
     """What decides the images of one of a run's evaluations: budgets of two kinds may come to the same."""
     evaluation = run["evaluations"][place]
-    return key_of(evaluation["overrides"]), evaluation["cost"]["solver_steps"]
+    return overrides_key(evaluation["overrides"]), evaluation["cost"]["solver_steps"]
 
 
-def _row(path: epath.Path, row: int, rows: int) -> bytes:
-    with storage.errors(f"{path} cannot be read"), Image.open(io.BytesIO(path.read_bytes())) as grid:
+def _crop_row(path: epath.Path, row: int, rows: int) -> bytes:
+    with storage.wrap_errors(f"{path} cannot be read"), Image.open(io.BytesIO(path.read_bytes())) as grid:
         height = grid.height // rows
         strip = grid.crop((0, row * height, grid.width, (row + 1) * height))
     file = io.BytesIO()

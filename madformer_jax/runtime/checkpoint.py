@@ -27,12 +27,15 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checksums, malloc, orbax_logging, provenance, storage
 from madformer_jax.runtime.partitioning import sync
 
-ARRAYS = ("params", "ema", "opt")
+ARRAY_ITEMS = ("params", "ema", "opt")
 T = TypeVar("T")
 
-RATES = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup", "optimizer.decay")
-SWITCHES = ("optimizer.clip", "optimizer.skip")  # 0 or not is what the optimizer's state depends on; the number is free
-OF_THE_MODEL = (
+LEARNING_RATE_FIELDS = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup", "optimizer.decay")
+ON_OFF_FIELDS = (
+    "optimizer.clip",
+    "optimizer.skip",
+)  # 0 or not is what the optimizer's state depends on; the number is free
+MODEL_FIELDS = (
     "model",
     "codec",
     "text.vocabulary",
@@ -46,7 +49,7 @@ def folder(workdir: str) -> epath.Path:
     return storage.absolute(workdir) / "checkpoints"
 
 
-def stored_config(workdir: str) -> dict[str, Any] | None:
+def read_config(workdir: str) -> dict[str, Any] | None:
     """The config that the workdir was made with, as nested plain values; None for a fresh one."""
     content = storage.read_json(path := epath.Path(workdir) / "config.json")
     if content is not None and not isinstance(content, dict):
@@ -76,16 +79,16 @@ def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()
       workdir: The folder of the run.
       sections: Sections or fields to compare; by default all.
     """
-    stored = stored_config(workdir) if exists(workdir) else None
+    stored = read_config(workdir) if exists(workdir) else None
     before, now = fields.flat(stored or {}), fields.flat(json.loads(config.to_json()))
     if "data.test_share" not in before and before.get("data.source") in ("digits", "folder", "webdataset"):
         before["data.split"] = "all"  # nothing was held out then, whatever it was called
     return [
         f"config.{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(before.keys() & now.keys())
-        if before[name] != now[name] and not identity.may_change(name)
+        if before[name] != now[name] and not identity.may_change_on_resume(name)
         if not sections or {name, name.split(".")[0]} & set(sections)
-        if not (name in SWITCHES and before[name] and now[name])
+        if not (name in ON_OFF_FIELDS and before[name] and now[name])
     ]
 
 
@@ -97,7 +100,7 @@ def write_config(config: ConfigDict, workdir: str) -> None:
     """
     provenance.record(json.loads(config.to_json()))  # on the machine of each process
     if jax.process_index() == 0:
-        with storage.errors(f"--workdir={workdir} cannot be written"):
+        with storage.wrap_errors(f"--workdir={workdir} cannot be written"):
             storage.write_text(epath.Path(workdir) / "config.json", config.to_json(indent=2) + "\n")
 
 
@@ -117,13 +120,13 @@ class Checkpoints:
         self._unusable: set[int] = set()
         self._saving: dict[str, dict[str, tuple[int, ...]]] = {}  # item -> shapes of its arrays
         storage.check_arrays_path(self.path, write=not read_only)
-        orbax_logging.quiet()
+        orbax_logging.suppress()
 
         def verify(item: str) -> checksums.Verify:
             return lambda handler, directory: checksums.verify_arrays(handler, directory, self._saving.get(item))
 
         def opened() -> ocp.CheckpointManager:
-            arrays = {name: ocp.StandardCheckpointHandler(**_in_flight(state)) for name in ARRAYS}
+            arrays = {name: ocp.StandardCheckpointHandler(**_copy_limits(state)) for name in ARRAY_ITEMS}
             plain = {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
             return ocp.CheckpointManager(
                 self.path,
@@ -135,7 +138,7 @@ class Checkpoints:
                     async_options=None if read_only else ocp.AsyncOptions(post_finalization_callback=self._saved),
                     enable_async_checkpointing=not read_only,
                 ),
-                item_handlers={name: checksums.written_by(x, verify(name)) for name, x in (arrays | plain).items()},
+                item_handlers={name: checksums.with_checksums(x, verify(name)) for name, x in (arrays | plain).items()},
             )
 
         with self._errors("opened"):
@@ -160,7 +163,7 @@ class Checkpoints:
                 last = max(ocp.utils.checkpoint_steps(self.path), default=None)
             kept = f"step {last} is the last good one" if last is not None else "there is none yet"
             raise ConfigError(
-                f"checkpoints in {self.path} cannot be {verb}; {kept}: {storage.cause(error)}."
+                f"checkpoints in {self.path} cannot be {verb}; {kept}: {storage.cause_message(error)}."
             ) from error
 
     def _saved(self) -> None:
@@ -221,7 +224,7 @@ class Checkpoints:
             except Exception as error:
                 if not storage.is_error(error):
                     raise
-                logging.error("step %d could not be thinned to its averages: %s", step, storage.cause(error))
+                logging.error("step %d could not be thinned to its averages: %s", step, storage.cause_message(error))
             else:
                 self._thinned.add(step)  # a bucket is not asked about it again
 
@@ -289,9 +292,9 @@ class Checkpoints:
           ConfigError: it is missing or damaged.
         """
         folder = self.path / str(step) / "meta"
-        with storage.errors(f"{folder} cannot be read"):
+        with storage.wrap_errors(f"{folder} cannot be read"):
             try:
-                checksums.check(folder)
+                checksums.verify_files(folder)
             except checksums.DamagedError as error:
                 raise ConfigError(f"{folder} is damaged: {error}.") from None
             content = storage.read_json(folder / "metadata")
@@ -324,7 +327,7 @@ class Checkpoints:
             return result[0]
         if worst == 1:
             raise problem or checksums.DamagedError("another process says why")
-        cause = storage.cause(problem) if grade == 2 else "another process says why"
+        cause = storage.cause_message(problem) if grade == 2 else "another process says why"
         wrong = "be read" if problem is None or storage.is_error(problem) else "be restored into this config's arrays"
         raise ConfigError(f"the checkpoint of step {step} in {self.path} cannot {wrong}: {cause}.") from problem
 
@@ -337,10 +340,10 @@ class Checkpoints:
         folder = self.path / str(step)
         there = {path.name for path in storage.retry(lambda: list(folder.iterdir()))}
         if missing := [name for name in items if name not in there]:
-            found = [name for name in (*ARRAYS, "data", "meta") if name in there]
+            found = [name for name in (*ARRAY_ITEMS, "data", "meta") if name in there]
             raise checksums.DamagedError(f"step {step} holds no {', '.join(missing)}, only {', '.join(found)}")
         share = jax.process_index(), jax.process_count()
-        summed = [checksums.check(folder / name, *share) for name in {*items, "meta"} & there]
+        summed = [checksums.verify_files(folder / name, *share) for name in {*items, "meta"} & there]
         if not all(summed):
             logging.info("step %d in %s was written before there were checksums: it is taken as it is", step, self.path)
         return all(summed)
@@ -353,19 +356,19 @@ class Checkpoints:
             missing = isinstance(error, FileNotFoundError)
             if (
                 summed
-                or storage.may_pass(error)
+                or storage.is_transient(error)
                 or (storage.is_error(error) and not missing)
                 or isinstance(error, MemoryError)
             ):
                 raise
-            raise checksums.DamagedError(f"step {step}: {storage.cause(error)}") from error
+            raise checksums.DamagedError(f"step {step}: {storage.cause_message(error)}") from error
 
     def drop_after(self, step: int) -> None:
         """Moves the checkpoints newer than `step` that `restore` could not use out of the way."""
         for newer in sorted(s for s in self._unusable if s > step):
             if jax.process_index() == 0:
                 aside = self.path / f"broken_{newer}"
-                with storage.errors(f"{self.path} cannot be written"):
+                with storage.wrap_errors(f"{self.path} cannot be written"):
                     aside.rmtree(missing_ok=True)
                     (self.path / str(newer)).rename(aside)
                 logging.warning("moved the checkpoint of step %d to %s", newer, aside)
@@ -373,7 +376,7 @@ class Checkpoints:
         self._manager.reload()
 
 
-def _in_flight(state: Any) -> dict[str, Any]:
+def _copy_limits(state: Any) -> dict[str, Any]:
     """Orbax's limit on what one item copies at a time while it is written: 1/32 of the state, but any array as a whole."""
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     return {"save_concurrent_gb": max(sum(sizes) / 32, 1.5 * max(sizes)) / 1e9} if sizes else {}
@@ -381,14 +384,14 @@ def _in_flight(state: Any) -> dict[str, Any]:
 
 def exists(workdir: str) -> bool:
     """Whether the workdir has a finished checkpoint, without touching JAX's devices."""
-    with storage.errors(f"--workdir={workdir} cannot be read"):
+    with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         path = folder(workdir)
         return path.exists() and bool(ocp.utils.checkpoint_steps(path))
 
 
 def require(workdir: str) -> None:
     """Raises ConfigError where a workdir has no checkpoint."""
-    with storage.errors(f"--workdir={workdir} cannot be read"):
+    with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         if not epath.Path(workdir).exists():
             raise ConfigError(f"--workdir={workdir} does not exist: train first, or give another one.")
     if not exists(workdir):

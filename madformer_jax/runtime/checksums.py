@@ -15,8 +15,8 @@ from etils import epath
 
 from madformer_jax.runtime import storage
 
-NAME = "checksums.json"
-_WRITTEN_LATER = "_CHECKPOINT_METADATA"  # Orbax notes the time of its commit there, and reads none of it back
+FILE_NAME = "checksums.json"
+_COMMIT_METADATA = "_CHECKPOINT_METADATA"  # Orbax notes the time of its commit there, and reads none of it back
 _THREADS = 4  # hashing does not hold the interpreter's lock
 Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
 Verify = Callable[[ocp.CheckpointHandler, epath.Path], None]  # (handler, folder of an item that it has written)
@@ -26,7 +26,7 @@ class DamagedError(Exception):
     """A file is missing or not what was written."""
 
 
-def written_by(handler: Handler, verify: Verify | None = None) -> Handler:
+def with_checksums(handler: Handler, verify: Verify | None = None) -> Handler:
     """Makes a handler add checksums to each item that it writes: in its last act, in the background, in process 0 alone.
 
     Orbax looks arguments up by the handler's exact type: a subclass would have to repeat its registrations.
@@ -41,10 +41,10 @@ def written_by(handler: Handler, verify: Verify | None = None) -> Handler:
         finalize(directory)
         if verify is not None:
             verify(handler, directory)
-        names = _files(directory)
+        names = _list_files(directory)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             sums = dict(zip(names, pool.map(lambda name: storage.sha256(directory / name), names)))
-        storage.write_json(directory / NAME, {"sha256": sums})
+        storage.write_json(directory / FILE_NAME, {"sha256": sums})
 
     handler.finalize = finalize_and_sum
     return handler
@@ -66,7 +66,7 @@ def verify_arrays(handler: Any, directory: epath.Path, shapes: dict[str, tuple[i
         raise OSError(errno.EIO, "the arrays that were written cannot be read back", str(directory))
 
 
-def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
+def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
     """Compares the files of an item with their checksums; of `parts` processes, each takes its own.
 
     Returns:
@@ -78,14 +78,14 @@ def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
     """
     called = f"{folder.parent.name}/{folder.name}"
     try:
-        text = storage.retry((folder / NAME).read_bytes)
+        text = storage.retry((folder / FILE_NAME).read_bytes)
     except FileNotFoundError:
         return False
     try:
         expected: dict[str, str] = json.loads(text)["sha256"]
         names = sorted(expected)[part::parts]
     except (ValueError, KeyError, TypeError):
-        raise DamagedError(f"{called}/{NAME} is damaged") from None
+        raise DamagedError(f"{called}/{FILE_NAME} is damaged") from None
 
     def compare(name: str) -> None:
         try:
@@ -101,9 +101,9 @@ def check(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
     return True
 
 
-def _files(folder: epath.Path) -> list[str]:
+def _list_files(folder: epath.Path) -> list[str]:
     """Names of all files below a folder. TensorStore lists a bucket in one request; a walk takes two for each file."""
     store = tensorstore.KvStore.open(storage.kvstore(folder)).result()
     names = [key.decode() for key in store.list().result()]
     # In a bucket, folders may be objects: "" is this one.
-    return sorted(name for name in names if name not in ("", _WRITTEN_LATER) and not name.endswith("/"))
+    return sorted(name for name in names if name not in ("", _COMMIT_METADATA) and not name.endswith("/"))

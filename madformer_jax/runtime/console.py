@@ -5,7 +5,7 @@ import shlex
 import sys
 
 
-def show(text: str) -> None:
+def print_text(text: str) -> None:
     """Prints text. If nobody reads standard output any more (`--help | head`), nothing is printed from here on."""
     try:
         print(text, flush=True)
@@ -13,7 +13,7 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
 
 
-def quoted(argument: str) -> str:
+def shell_quote(argument: str) -> str:
     """`--name=value` as it is pasted into a shell."""
     name, equals, value = argument.partition("=")
     return f"{name}{equals}{shlex.quote(value)}"

@@ -23,17 +23,17 @@ from jax.experimental import multihost_utils
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-NAME = "lock.json"
-BEAT = 15.0  # seconds between two signs of life
-STALE = 90.0  # seconds without one after which a process elsewhere is taken for dead
+FILE_NAME = "lock.json"
+HEARTBEAT_SECONDS = 15.0  # seconds between two signs of life
+STALE_SECONDS = 90.0  # seconds without one after which a process elsewhere is taken for dead
 
 
-class HeldError(ConfigError):
+class LockedError(ConfigError):
     """Somebody else has the workdir."""
 
 
 @contextlib.contextmanager
-def hold(workdir: str) -> Iterator[Callable[[], None]]:
+def acquire(workdir: str) -> Iterator[Callable[[], None]]:
     """Holds the workdir for this job, by its process 0; the others wait for its answer.
 
     Yields:
@@ -45,70 +45,77 @@ def hold(workdir: str) -> Iterator[Callable[[], None]]:
       ConfigError: the workdir cannot be written.
     """
     if jax.process_count() == 1:
-        with _hold(epath.Path(workdir) / NAME) as check:
+        with _acquire_file(epath.Path(workdir) / FILE_NAME) as check:
             yield check
         return
     with contextlib.ExitStack() as stack:
-        check, problem = _nothing, None
+        check, problem = _no_check, None
         if jax.process_index() == 0:
             try:
-                check = stack.enter_context(_hold(epath.Path(workdir) / NAME))
+                check = stack.enter_context(_acquire_file(epath.Path(workdir) / FILE_NAME))
             except ConfigError as error:
                 problem = error
-        grade = 0 if problem is None else 1 if isinstance(problem, HeldError) else 2
+        grade = 0 if problem is None else 1 if isinstance(problem, LockedError) else 2
         grade = int(multihost_utils.broadcast_one_to_all(np.array(grade)))
         if grade:
-            kind = HeldError if grade == 1 else ConfigError
+            kind = LockedError if grade == 1 else ConfigError
             raise problem or kind(f"--workdir={workdir} is not to be had: process 0 says why.")
         yield check
 
 
 def holder(workdir: str) -> str | None:
     """Who holds the workdir, as far as can be told at once; None where nobody does, or a process of this machine that is gone."""
-    with storage.errors(f"--workdir={workdir} cannot be read"):
-        there, _ = _read(epath.Path(workdir) / NAME)
-    here = there is not None and there.get("machine") == _machine()
-    return None if there is None or (here and not _lives(there)) else _who(there)
+    with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
+        there, _ = _read_lock(epath.Path(workdir) / FILE_NAME)
+    here = there is not None and there.get("machine") == _machine_id()
+    return None if there is None or (here and not _process_exists(there)) else _describe_holder(there)
 
 
-def _nothing() -> None:
+def _no_check() -> None:
     pass
 
 
 @contextlib.contextmanager
-def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
+def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
     mine: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
-    mine |= {"machine": _machine(), "started": _started(os.getpid()), "token": uuid.uuid4().hex, "beat": 0}
+    mine |= {
+        "machine": _machine_id(),
+        "started": _process_start_time(os.getpid()),
+        "token": uuid.uuid4().hex,
+        "beat": 0,
+    }
     storage.check_arrays_path(path.parent, write=False)
-    with storage.errors(f"--workdir={path.parent} cannot be written"):
+    with storage.wrap_errors(f"--workdir={path.parent} cannot be written"):
         if not storage.is_remote(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        _take(path, mine)
+        _write_lock(path, mine)
     left = threading.Event()
 
     def other(holder: dict[str, Any] | None) -> bool:
         return holder is not None and holder.get("token") != mine["token"]
 
     def beat() -> None:
-        while not left.wait(BEAT):
+        while not left.wait(HEARTBEAT_SECONDS):
             mine["beat"] += 1
             try:
-                holder, version = _read(path)
+                holder, version = _read_lock(path)
                 if other(holder):
                     return
                 storage.write_version(path, _encode(mine), version)
             except Exception as error:  # a full disk, a bucket away for a moment: the next one may do
-                logging.warning("the lock %s cannot be renewed: %s", path, storage.cause(error))
+                logging.warning("the lock %s cannot be renewed: %s", path, storage.cause_message(error))
 
     def check() -> None:
-        with storage.errors(f"{path} cannot be read"):
-            holder, _ = _read(path)
+        with storage.wrap_errors(f"{path} cannot be read"):
+            holder, _ = _read_lock(path)
         if holder is not None and other(holder):
-            raise HeldError(f"{path.parent} was taken over by {_who(holder)} while this process stood still.")
+            raise LockedError(
+                f"{path.parent} was taken over by {_describe_holder(holder)} while this process stood still."
+            )
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)
     thread.start()
@@ -118,35 +125,35 @@ def _hold(path: epath.Path) -> Iterator[Callable[[], None]]:
         left.set()
         thread.join()
         with contextlib.suppress(Exception):  # what is left is recognised as stale
-            holder, version = _read(path)
+            holder, version = _read_lock(path)
             if not other(holder):
                 storage.write_version(path, None, version)
 
 
-def _take(path: epath.Path, mine: dict[str, Any]) -> None:
+def _write_lock(path: epath.Path, mine: dict[str, Any]) -> None:
     """Writes the lock in place of none or of a stale one.
 
     Raises:
       HeldError: Another process holds it. Of several that come at the same moment, one gets the lock.
     """
     while True:
-        holder, version = _read(path)
-        if holder is not None and _alive(path, holder):
-            raise HeldError(
-                f"--workdir={path.parent} is written by {_who(holder)}: stop that one or give another --workdir "
+        holder, version = _read_lock(path)
+        if holder is not None and _is_alive(path, holder):
+            raise LockedError(
+                f"--workdir={path.parent} is written by {_describe_holder(holder)}: stop that one or give another --workdir "
                 f"(nobody does? remove {path})."
             )
         if storage.write_version(path, _encode(mine), version):
             break
     if holder is not None:
-        logging.warning("took the workdir over from %s, which is gone", _who(holder))
+        logging.warning("took the workdir over from %s, which is gone", _describe_holder(holder))
 
 
 def _encode(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _read(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
+def _read_lock(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
     """The lock, None if there is none and empty if it is damaged, and its version."""
     content, version = storage.retry(lambda: storage.read_version(path))
     if content is None:
@@ -158,16 +165,21 @@ def _read(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
     return holder if isinstance(holder, dict) else {}, version
 
 
-def _alive(path: epath.Path, there: dict[str, Any]) -> bool:
+def _is_alive(path: epath.Path, there: dict[str, Any]) -> bool:
     if "token" not in there:  # damaged: who lives renews it
         return False
-    if there.get("machine") == _machine():
-        return _lives(there)
-    logging.info("%s may be written by %s: looking for a sign of life, %.0f s at most", path.parent, _who(there), STALE)
-    until = time.monotonic() + STALE
+    if there.get("machine") == _machine_id():
+        return _process_exists(there)
+    logging.info(
+        "%s may be written by %s: looking for a sign of life, %.0f s at most",
+        path.parent,
+        _describe_holder(there),
+        STALE_SECONDS,
+    )
+    until = time.monotonic() + STALE_SECONDS
     while time.monotonic() < until:
-        time.sleep(min(1.0, STALE / 10))
-        now, _ = _read(path)
+        time.sleep(min(1.0, STALE_SECONDS / 10))
+        now, _ = _read_lock(path)
         if now is None:  # it has finished
             return False
         if now != there:
@@ -175,16 +187,16 @@ def _alive(path: epath.Path, there: dict[str, Any]) -> bool:
     return False
 
 
-def _lives(there: dict[str, Any]) -> bool:
+def _process_exists(there: dict[str, Any]) -> bool:
     """Whether the process of a lock of this machine is there."""
-    return there.get("started", "") == _started(there.get("pid", 0)) != ""
+    return there.get("started", "") == _process_start_time(there.get("pid", 0)) != ""
 
 
-def _who(there: dict[str, Any]) -> str:
+def _describe_holder(there: dict[str, Any]) -> str:
     return f"process {there.get('pid', '?')} on {there.get('host', '?')} since {there.get('since', '?')}"
 
 
-def _machine() -> str:
+def _machine_id() -> str:
     """Where process numbers mean the same: this boot of this machine, in this container."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
@@ -193,7 +205,7 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _started(pid: int) -> str:
+def _process_start_time(pid: int) -> str:
     """When a process began, in ticks since the boot: numbers are used again. "" where there is none such."""
     try:
         with open(f"/proc/{pid}/stat") as file:

@@ -14,7 +14,7 @@ from madformer_jax.runtime import partitioning
 GIB = 2**30
 
 
-def require(purpose: str, mesh: Mesh, **trees: Any) -> None:
+def check_state_fits(purpose: str, mesh: Mesh, **trees: Any) -> None:
     """Refuses what cannot fit: the devices of this process must hold `trees`, and more while they compute.
 
     Args:
@@ -30,17 +30,17 @@ def require(purpose: str, mesh: Mesh, **trees: Any) -> None:
     if "bytes_limit" in stats:
         free, place = stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"a {devices[0].device_kind}"
     else:  # devices that live in the host's memory, and share it
-        free, place = host_free(), "this machine"
+        free, place = host_free_bytes(), "this machine"
         needed = {name: size * len(devices) for name, size in needed.items()}
-    check(purpose, needed, free, place)
+    check_bytes(purpose, needed, free, place)
 
 
-def of_device() -> int:
+def device_capacity() -> int:
     """Bytes of a device of this process; 0 on a CPU, whose devices share one memory."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
-def check(purpose: str, needed: dict[str, int], free: int, place: str) -> None:
+def check_bytes(purpose: str, needed: dict[str, int], free: int, place: str) -> None:
     """Compares bytes.
 
     Raises:
@@ -56,7 +56,7 @@ def check(purpose: str, needed: dict[str, int], free: int, place: str) -> None:
         )
 
 
-def host_free(root: str = "/") -> int:
+def host_free_bytes(root: str = "/") -> int:
     """Bytes that this process can still take without swapping: of the machine and of the control groups it is in.
 
     Where the system does not tell what is free (it is no Linux), all that it has.
@@ -67,10 +67,10 @@ def host_free(root: str = "/") -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = (line.split() for line in info.read_text().splitlines())
     available = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
-    return min([available, *_group_free(top)])
+    return min([available, *_cgroup_free_bytes(top)])
 
 
-def _group_free(top: pathlib.Path) -> Iterator[int]:
+def _cgroup_free_bytes(top: pathlib.Path) -> Iterator[int]:
     """Bytes left in each control group (version 1 or 2) that limits this process; the page cache in it can be had back."""
     groups = top / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():

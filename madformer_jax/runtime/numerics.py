@@ -25,7 +25,7 @@ SETTINGS = {
 }
 
 
-def pin() -> None:
+def apply_globally() -> None:
     """Sets `SETTINGS` for all threads of this process and logs those that the user had changed."""
     for name, value in SETTINGS.items():
         before = getattr(jax.config, name)

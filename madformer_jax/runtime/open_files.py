@@ -4,7 +4,7 @@ import resource
 
 from madformer_jax.errors import ConfigError
 
-LEAST = (
+MIN_LIMIT = (
     64  # below, a run ends in an error of some library: JAX, Orbax and the standard streams take about half of these
 )
 
@@ -23,10 +23,12 @@ def raise_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if limit() < LEAST:
-        raise ConfigError(f"this process may hold {limit()} files open, and needs {LEAST} at least: ulimit -n 1024.")
+    if limit() < MIN_LIMIT:
+        raise ConfigError(
+            f"this process may hold {limit()} files open, and needs {MIN_LIMIT} at least: ulimit -n 1024."
+        )
 
 
-def share(most: int) -> int:
+def reader_limit(most: int) -> int:
     """Returns how many files one reader may hold open: `most`, or less if the limit is low and others need the rest."""
-    return max(1, min(most, limit() // 2 - LEAST // 4))
+    return max(1, min(most, limit() // 2 - MIN_LIMIT // 4))

@@ -9,25 +9,25 @@ from typing import Any
 
 from absl import logging
 
-_ORBAX = os.path.join("orbax", "checkpoint")
+_ORBAX_PATH = os.path.join("orbax", "checkpoint")
 
 
-def quiet() -> None:
+def suppress() -> None:
     """Keeps what Orbax and its event loop log out of the log: each of their errors comes to us as an exception as well."""
     for logger in (logging.get_absl_logger(), python_logging.getLogger("asyncio")):
-        if _ours not in logger.filters:
-            logger.addFilter(_ours)
-    if getattr(sys.unraisablehook, "func", None) is not _unless_late:
-        sys.unraisablehook = functools.partial(_unless_late, sys.unraisablehook)
+        if _is_not_orbax not in logger.filters:
+            logger.addFilter(_is_not_orbax)
+    if getattr(sys.unraisablehook, "func", None) is not _show_unless_late:
+        sys.unraisablehook = functools.partial(_show_unless_late, sys.unraisablehook)
 
 
-def _unless_late(show: Callable[[Any], Any], unraisable: Any) -> None:
+def _show_unless_late(show: Callable[[Any], Any], unraisable: Any) -> None:
     """Shows what nobody could catch, but not the other reads and writes of Orbax that end after a first one has failed."""
     code = getattr(unraisable.object, "cr_code", None)
-    late = str(unraisable.exc_value) == "Event loop is closed" or (code is not None and _ORBAX in code.co_filename)
+    late = str(unraisable.exc_value) == "Event loop is closed" or (code is not None and _ORBAX_PATH in code.co_filename)
     if not late:
         show(unraisable)
 
 
-def _ours(record: python_logging.LogRecord) -> bool:
-    return record.name != "asyncio" and _ORBAX not in record.pathname
+def _is_not_orbax(record: python_logging.LogRecord) -> bool:
+    return record.name != "asyncio" and _ORBAX_PATH not in record.pathname

@@ -49,8 +49,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 # Seconds that one process waits for the others to fail as it has: the same error meets all of them at nearly the same moment.
-ALONE = 60.0
-_failures = itertools.count()
+PEER_TIMEOUT_SECONDS = 60.0
+_failure_ids = itertools.count()
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
@@ -146,7 +146,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
                 axes[i] = None
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         if told:
-            undivided.append((device_bytes(abstract(array, sharding)), told))
+            undivided.append((device_bytes(abstract_arrays(array, sharding)), told))
         return sharding
 
     fitted = jax.tree_util.tree_map_with_path(fit, nn.meta.unbox(boxed), specs)
@@ -160,7 +160,7 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     return fitted
 
 
-def abstract(tree: Any, sharding: Any) -> Any:
+def abstract_arrays(tree: Any, sharding: Any) -> Any:
     """The target of a restore: shapes and types of `tree` with today's shardings."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
 
@@ -183,7 +183,7 @@ def log_overview(params: Any, state: Any, path: storage.Path) -> None:
         parts[name.partition("/")[0]] += x.size
         lines.append(f"{name}  {x.shape}  {x.dtype}  {x.size}  {getattr(x.sharding, 'spec', x.sharding)}")
     if jax.process_index() == 0:
-        with storage.errors(f"{path} cannot be written"):
+        with storage.wrap_errors(f"{path} cannot be written"):
             storage.write_text(path, "".join(f"{line}\n" for line in lines))
     told = ", ".join(f"{name} {size:,}" for name, size in parts.items())
     logging.info("%s parameters: %s; each one: %s", f"{parts.total():,}", told, path)
@@ -259,7 +259,7 @@ def all_failed() -> bool:
     from orbax.checkpoint import multihost  # slow to import, and --mode=compile needs none
 
     try:  # over the network of the coordinator: devices may be busy with what this process has left
-        multihost.get_barrier_sync_fn()(key=f"failed {next(_failures)}", timeout_ms=int(1000 * ALONE))
+        multihost.get_barrier_sync_fn()(key=f"failed {next(_failure_ids)}", timeout_ms=int(1000 * PEER_TIMEOUT_SECONDS))
     except RuntimeError as error:
         logging.error("this process has failed alone, and ends: the others wait for it (%s)", first_line(error)[:80])
         return False
@@ -313,5 +313,5 @@ def distributed_init(coordinator: str, num_processes: int, process_id: int, time
     finally:
         watchdog.cancel()
     if jax.process_count() == 1:  # nobody is to be told: it ends at once where it does not train, as any other
-        preemption.end_on_sigterm()
+        preemption.exit_on_sigterm()
     logging.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 # JAX's sync point names the number of the call at which all processes stop: none may come twice.
-_calls = itertools.count(1)
+_call_ids = itertools.count(1)
 
 
 class Preemption:
@@ -61,13 +61,13 @@ class Preemption:
         if (
             not self._alone
             and not self._noticed.is_set()
-            and multihost_utils.reached_preemption_sync_point(next(_calls))
+            and multihost_utils.reached_preemption_sync_point(next(_call_ids))
         ):
             self._noticed.set()
         return self._noticed.is_set()
 
 
-def end_on_sigterm() -> None:
+def exit_on_sigterm() -> None:
     """SIGTERM ends this process at once: `jax.distributed.initialize` has given the signal to JAX's notifier, which only notes it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

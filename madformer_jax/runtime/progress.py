@@ -9,16 +9,16 @@ from typing import Any
 import jax
 from absl import logging
 
-EVERY = 10.0  # seconds
+INTERVAL_SECONDS = 10.0  # seconds
 
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
+def log_while(what: str) -> Iterator[None]:
     """Logs every `EVERY` seconds for how long `what` has been under way."""
     began, over = time.monotonic(), threading.Event()
 
     def tell() -> None:
-        while not over.wait(EVERY):
+        while not over.wait(INTERVAL_SECONDS):
             logging.info("%s: %.0f s so far", what, time.monotonic() - began)
 
     thread = threading.Thread(target=tell, daemon=True)
@@ -30,7 +30,7 @@ def told(what: str) -> Iterator[None]:
         thread.join()
 
 
-def compiling(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+def log_compilation(function: Callable[..., Any], what: str) -> Callable[..., Any]:
     """The jitted function, of which the first call, which compiles it, is told while it lasts and when it is done."""
     compiled = False
 
@@ -40,7 +40,7 @@ def compiling(function: Callable[..., Any], what: str) -> Callable[..., Any]:
             return function(*args)
         began = time.monotonic()
         logging.info("compiling %s", what)
-        with told(f"compiling {what}"):
+        with log_while(f"compiling {what}"):
             out = jax.block_until_ready(function(*args))
         compiled = True
         logging.info("compiled %s and ran it in %.1f s", what, time.monotonic() - began)

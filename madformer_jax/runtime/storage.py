@@ -83,10 +83,10 @@ def check_arrays_path(path: Path, write: bool) -> None:
       ConfigError: Names the characters.
     """
     folder = os.fspath(absolute(path))
-    if _holds_arrays(folder, write):
+    if _contains_arrays(folder, write):
         return
     root = "gs://bucket/" if is_remote(folder) else "/"
-    wrong = [character for character in dict.fromkeys(folder) if not _holds_arrays(root + character, write)]
+    wrong = [character for character in dict.fromkeys(folder) if not _contains_arrays(root + character, write)]
     reason = (
         f"{', '.join(map(repr, wrong))} in its path"
         if wrong
@@ -98,7 +98,7 @@ def check_arrays_path(path: Path, write: bool) -> None:
     )
 
 
-def _holds_arrays(folder: str, write: bool) -> bool:
+def _contains_arrays(folder: str, write: bool) -> bool:
     import tensorstore  # slow to import
 
     name = f"{folder.rstrip('/')}/"
@@ -112,7 +112,7 @@ def _holds_arrays(folder: str, write: bool) -> bool:
     return same and not (write and set("*?[\\") & set(folder))
 
 
-def matching(folder: Path, pattern: str) -> list[epath.Path]:
+def list_matching(folder: Path, pattern: str) -> list[epath.Path]:
     """Sorted paths in a folder whose names match a pattern; empty if there is no such folder.
 
     `glob` on a path would read characters of the folder's own name as a pattern.
@@ -206,7 +206,7 @@ def _store(path: Path) -> Iterator[tuple[Any, str]]:
     try:
         yield tensorstore.KvStore.open(kvstore(folder)).result(), name
     except ValueError as error:
-        raise OSError(errno.EIO if may_pass(error) else None, first_line(error).partition(" [")[0]) from error
+        raise OSError(errno.EIO if is_transient(error) else None, first_line(error).partition(" [")[0]) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -250,7 +250,7 @@ def read_json(path: Path) -> Any:
     Raises:
       ConfigError: it cannot be read, or holds no JSON.
     """
-    with errors(f"{path} cannot be read"):
+    with wrap_errors(f"{path} cannot be read"):
         try:
             text = retry(epath.Path(path).read_text)
         except FileNotFoundError:
@@ -316,18 +316,18 @@ def _sync_folder(path: str) -> None:
 # ---- what goes wrong
 
 # Modules whose exceptions are a file system's, beside OSError: those behind gs:// are none.
-_MODULES = ("tensorflow.python.framework.errors", "gcsfs", "google", "aiohttp", "botocore", "fsspec")
-_PASSING = {
+_ERROR_MODULES = ("tensorflow.python.framework.errors", "gcsfs", "google", "aiohttp", "botocore", "fsspec")
+_TRANSIENT_ERRNOS = {
     errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED,
     errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH,
 }  # fmt: skip
 # TensorStore names a status in its text, TensorFlow in its type, HTTP by number.
-_PASSING_WORDS = re.compile(
+_TRANSIENT_PATTERN = re.compile(
     r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED"
     r"|UnavailableError|DeadlineExceededError|AbortedError|ResourceExhaustedError|EIO|ESTALE|EAGAIN|ETIMEDOUT)\b"
 )
-_PASSING_CODES = {408, 429, 500, 502, 503, 504}
-_SYSTEM = (
+_TRANSIENT_STATUS_CODES = {408, 429, 500, 502, 503, 504}
+_SYSTEM_MESSAGES = (
     "No space left on device", "Disk quota exceeded", "File too large", "Permission denied", "Read-only file system",
     "Input/output error", "Stale file handle",
 )  # fmt: skip
@@ -335,24 +335,26 @@ _SYSTEM = (
 
 def is_error(error: BaseException) -> bool:
     """Whether an exception comes from a file system."""
-    return isinstance(error, OSError) or any(k.__module__.startswith(_MODULES) for k in type(error).__mro__)
+    return isinstance(error, OSError) or any(k.__module__.startswith(_ERROR_MODULES) for k in type(error).__mro__)
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether trying again may help."""
-    if isinstance(error, OSError) and (error.errno in _PASSING or isinstance(error, (ConnectionError, TimeoutError))):
+    if isinstance(error, OSError) and (
+        error.errno in _TRANSIENT_ERRNOS or isinstance(error, (ConnectionError, TimeoutError))
+    ):
         return True
-    if getattr(error, "code", getattr(error, "status", None)) in _PASSING_CODES:
+    if getattr(error, "code", getattr(error, "status", None)) in _TRANSIENT_STATUS_CODES:
         return True
-    return bool(_PASSING_WORDS.search(f"{type(error).__name__} {error}"))
+    return bool(_TRANSIENT_PATTERN.search(f"{type(error).__name__} {error}"))
 
 
-def cause(error: BaseException | None) -> str:
+def cause_message(error: BaseException | None) -> str:
     """The line of an exception that tells most: that of the system, where there is one."""
     if error is None:
         return "unknown"
     text = str(error).partition(" See full TensorStore details")[0]
-    for words in _SYSTEM:
+    for words in _SYSTEM_MESSAGES:
         if words in text:
             return words
     if isinstance(error, OSError) and error.strerror:
@@ -361,14 +363,14 @@ def cause(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
-def errors(what: str) -> Iterator[None]:
+def wrap_errors(what: str) -> Iterator[None]:
     """Turns what a file system raises, of whatever kind, into a ConfigError of one line: `what`, then the cause."""
     try:
         yield
     except Exception as error:
         if isinstance(error, ConfigError) or not is_error(error):
             raise
-        raise ConfigError(f"{what}: {cause(error)}.") from error
+        raise ConfigError(f"{what}: {cause_message(error)}.") from error
 
 
 def retry(call: Callable[[], T], waits: tuple[float, ...] = (0.2, 1.0, 5.0)) -> T:
@@ -377,8 +379,8 @@ def retry(call: Callable[[], T], waits: tuple[float, ...] = (0.2, 1.0, 5.0)) -> 
         try:
             return call()
         except Exception as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
-            logging.warning("storage: %s; trying again", cause(error))
+            logging.warning("storage: %s; trying again", cause_message(error))
             time.sleep(wait)
     return call()

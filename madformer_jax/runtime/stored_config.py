@@ -9,12 +9,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from madformer_jax.config import fields, identity, validation
-from madformer_jax.config.schema import BESIDE, base, portable
+from madformer_jax.config.schema import TOKENIZER_FILE, base, portable
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import provenance, storage
 
 
-def restored(saved: Any, path: str, trusted: bool | None = None) -> ConfigDict:
+def config_from_saved(saved: Any, path: str, trusted: bool | None = None) -> ConfigDict:
     """Returns the config of a folder from the content of its config.json. Missing fields have their defaults.
 
     A stranger's file chooses no path, no device and no address: fields of the machine have their defaults unless this user wrote
@@ -41,16 +41,18 @@ def restored(saved: Any, path: str, trusted: bool | None = None) -> ConfigDict:
     config.compilation_cache = known["compilation_cache"]
     trusted = provenance.is_recorded(saved) if trusted is None else trusted
     if not trusted:
-        _log_ignored(path, identity.unportable(fields.flat(config), known))
+        _log_ignored(path, identity.machine_specific_fields(fields.flat(config), known))
         config = portable(config)
-    beside = epath.Path(path).parent / BESIDE
-    if config.text.tokenizer == BESIDE and (not trusted or beside.exists() or not os.path.exists(BESIDE)):
+    beside = epath.Path(path).parent / TOKENIZER_FILE
+    if config.text.tokenizer == TOKENIZER_FILE and (
+        not trusted or beside.exists() or not os.path.exists(TOKENIZER_FILE)
+    ):
         config.text.tokenizer = os.fspath(beside)
     return config
 
 
 def _log_ignored(path: str, values: Mapping[str, Any]) -> None:
-    given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != BESIDE)
+    given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != TOKENIZER_FILE)
     if given:
         logging.warning(
             "%s: settings of the machine that wrote it are ignored (docs/weights.md): %s. Set those that you need.",

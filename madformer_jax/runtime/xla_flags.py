@@ -10,13 +10,13 @@ from collections.abc import Iterable
 LIBRARIES = {"jaxlib": "*jax_common*", "libtpu": "libtpu.so"}
 
 
-def known(flags: str, packages: Iterable[str] = tuple(LIBRARIES)) -> str:
+def supported(flags: str, packages: Iterable[str] = tuple(LIBRARIES)) -> str:
     """Returns those of the flags, which spaces separate, that the library of each installed package knows.
 
     Returns no flag if none of the packages is installed.
     """
     paths = [path for package in packages for path in _libraries(package)]
-    return " ".join(flag for flag in flags.split() if paths and all(_holds(path, flag) for path in paths))
+    return " ".join(flag for flag in flags.split() if paths and all(_contains_flag(path, flag) for path in paths))
 
 
 def _libraries(package: str) -> list[str]:
@@ -25,7 +25,7 @@ def _libraries(package: str) -> list[str]:
     return [path for folder in folders for path in glob.glob(os.path.join(folder, LIBRARIES[package]))]
 
 
-def _holds(path: str, flag: str) -> bool:
+def _contains_flag(path: str, flag: str) -> bool:
     """Whether a library holds the flag's name as a string of its own, not as a removed field of a protocol buffer."""
     name = flag.removeprefix("--").partition("=")[0]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

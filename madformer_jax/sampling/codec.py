@@ -112,7 +112,7 @@ def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
             )
         return model, params
 
-    return of_vae(load, scaling_factor)
+    return from_network(load, scaling_factor)
 
 
 class Encoder(NamedTuple):
@@ -156,7 +156,7 @@ def encoder(c: ConfigDict, batch: int) -> Encoder:
     return Encoder(encode, math.ceil(batch / devices) * devices, weights, c.codec.dtype, model.scaling_factor)
 
 
-def expecting(codec: Codec, weights: str) -> Codec:
+def require_weights(codec: Codec, weights: str) -> Codec:
     """The codec, whose `load` raises ConfigError unless its weights are those (`weights.fingerprint`) that made cached latents.
 
     With weights "", of images or of latents whose VAE is not known, it is the same codec.
@@ -174,7 +174,7 @@ def expecting(codec: Codec, weights: str) -> Codec:
     return codec._replace(load=functools.cache(load)) if weights else codec
 
 
-def of_vae(load: Callable[[], tuple[AutoencoderKL, Params]], scaling_factor: float) -> Codec:
+def from_network(load: Callable[[], tuple[AutoencoderKL, Params]], scaling_factor: float) -> Codec:
     """The codec of a network and its weights, or their abstract shapes."""
     loaded = functools.cache(load)
 
@@ -183,7 +183,7 @@ def of_vae(load: Callable[[], tuple[AutoencoderKL, Params]], scaling_factor: flo
             mean, logvar = batch["mean"], batch["logvar"]
         else:
             mean, logvar = vae_model.encode(loaded()[0], params, to_float(batch["image"]))
-        return scaling_factor * vae_model.sample(mean, logvar, key)
+        return scaling_factor * vae_model.sample_posterior(mean, logvar, key)
 
     def decode(params: Params, z: Array) -> Array:
         return vae_model.decode(loaded()[0], params, z / scaling_factor)

@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels, fields, validation
 from madformer_jax.config import schema as config_lib
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.data import text
 from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
-from madformer_jax.models.inference_params import resident
+from madformer_jax.models.inference_params import inference_params
 from madformer_jax.runtime import checkpoint, memory, numerics, partitioning, storage, stored_config
 from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.weights import state_dicts
@@ -35,11 +35,11 @@ class Frame(NamedTuple):
     images: np.ndarray  # uint8 (n, H, W, c): finished blocks, the clean estimate of the one that is drawn, grey
     block: int  # that is drawn, from 0
     step: int  # solver steps that it has had
-    passes: float  # full-model passes of an image so far (`flops.passes`)
+    passes: float  # full-model passes of an image so far (`flops.model_passes`)
     seconds: float  # since the first was asked for
 
 
-class Price(NamedTuple):
+class SamplingCost(NamedTuple):
     """What an image costs."""
 
     passes: float  # of the full model: every layer that runs, the clean tower's among them, in every guidance branch
@@ -94,7 +94,7 @@ class Model:
         s = c.sample
         draw = self._program(
             ("draw", s.solver, s.spacing, s.steps, s.clip, s.guidance == 1.0),
-            lambda: generation.make_draw(c, self._model, self._codec.decode),
+            lambda: generation.make_sample_fn(c, self._model, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
             batches = generation.batches(c, draw, self.params, self._codec_params, self._mesh, range(s.n), most=s.n)
@@ -114,12 +114,12 @@ class Model:
             raise ConfigError(f"every={every!r} must be 'block' or 'step'.")
         return self.frames(self._settings(n, settings), every)
 
-    def cost(self, steps: int | None = None, guidance: float | None = None) -> Price:
+    def cost(self, steps: int | None = None, guidance: float | None = None) -> SamplingCost:
         """What an image costs in so many solver steps; by default those of the config."""
         given = {"steps": steps, "guidance": guidance}
         c = self._settings(1, {name: value for name, value in given.items() if value is not None})
         cost = flops.image_cost(c)
-        return Price(cost["passes"], cost["flops"], cost["nfe"])
+        return SamplingCost(cost["passes"], cost["flops"], cost["nfe"])
 
     def _settings(self, n: int | None, given: Mapping[str, Any]) -> ConfigDict:
         """Returns the config with the settings of a call.
@@ -129,21 +129,25 @@ class Model:
         """
         c = self.config.copy_and_resolve_references()
         for name, value in given.items():
-            if name in _OF_THE_MODEL:
+            if name in _FIXED_FIELDS:
                 raise ConfigError(f"{name}={value!r}: the weights of a model were chosen when it was loaded.")
             if name == "seed":
-                c.seed = _as_field(name, value, c.seed)
+                c.seed = _to_field_type(name, value, c.seed)
             elif name in c.sample:
                 c.sample[name] = (
-                    _FROM_PYTHON[name](value) if name in _FROM_PYTHON else _as_field(name, value, c.sample[name])
+                    _ARGUMENT_CONVERTERS[name](value)
+                    if name in _ARGUMENT_CONVERTERS
+                    else _to_field_type(name, value, c.sample[name])
                 )
             else:
-                raise ConfigError(_no_setting(name, value, [x for x in ("seed", *c.sample) if x not in _OF_THE_MODEL]))
-        c.sample.n = 1 if n is None else _as_field("n", n, 1)
+                raise ConfigError(
+                    _unknown_setting_message(name, value, [x for x in ("seed", *c.sample) if x not in _FIXED_FIELDS])
+                )
+        c.sample.n = 1 if n is None else _to_field_type("n", n, 1)
         config_lib.validate(c)
-        config_lib.number_labels(c, self.labels)
+        config_lib.resolve_label_numbers(c, self.labels)
         self._warn(c)
-        for name in [name for name in _FROM_PYTHON if name in given and c.sample[name]]:
+        for name in [name for name in _ARGUMENT_CONVERTERS if name in given and c.sample[name]]:
             count = len(fields.json_list(c.sample[name]) or ())
             if n is None:
                 c.sample.n = max(1, count)
@@ -155,7 +159,7 @@ class Model:
 
     def _warn(self, c: ConfigDict) -> None:
         """Logs what is probably a mistake in the settings, once for a model."""
-        for line in validation.doubts_of_sampling(c):
+        for line in validation.sampling_warnings(c):
             if line not in self._warnings:
                 self._warnings.add(line)
                 logging.warning("%s", line)
@@ -175,21 +179,21 @@ class Model:
             yield frame
 
     def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
-        s, m, sizes, began = c.sample, c.model, sizes_of(c), time.monotonic()
+        s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
         coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
         what = flops.guidance_branches(c) == 2, s.clip, sampler.clean_timestep(self._model, coefficients)
         begin, condition, step, extend, show = self._program(("parts", *what), lambda: self._parts(*what))
-        rows = list(zip(solvers.rows(coefficients), generation.scales(c)))
-        given = generation.given_noise(c)
+        rows = list(zip(solvers.step_rows(coefficients), generation.guidance_scales(c)))
+        given = generation.open_noise(c)
         if given is None:
-            noise = generation.noise_of(np.uint32(c.seed), jnp.arange(s.n, dtype=jnp.int32), sizes.block_shape)
+            noise = generation.seeded_noise(np.uint32(c.seed), jnp.arange(s.n, dtype=jnp.int32), sizes.block_shape)
         else:
             noise = jnp.asarray(given, jnp.float32)
-        classes = np.array(config_lib.labels(c), np.int32)[:, None] if m.classes else None
-        z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.texts(c) or (classes, None)))
+        classes = np.array(config_lib.sample_labels(c), np.int32)[:, None] if m.classes else None
+        z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.tokenize(c) or (classes, None)))
         for block in range(sizes.blocks):
             c_i, cache = condition(cache, pred, block)
-            state = solvers.start(noise[:, block : block + 1])
+            state = solvers.initial_state(noise[:, block : block + 1])
             for k, row in enumerate(rows, 1):
                 state, own = step(cache, c_i, state, *row, block)
                 if k == s.steps or every == "step":
@@ -200,7 +204,7 @@ class Model:
                             f"sampling gave values that are not finite in block {block + 1}: the weights may have diverged, or "
                             f"guidance={s.guidance} with clip={s.clip} is too strong."
                         )
-                    yield Frame(images, block, k, flops.passes_until(c, block, k), time.monotonic() - began)
+                    yield Frame(images, block, k, flops.model_passes_until(c, block, k), time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])
             if block + 1 < sizes.blocks:
                 cache, pred = extend(cache, state.x, own, block)
@@ -209,14 +213,14 @@ class Model:
         """What a block goes through, each compiled once for all blocks and steps, and what shows latent blocks.
 
         Args:
-          what: the fields of `sampler.Parts` behind model and parameters.
+          what: the fields of `sampler.BlockSteps` behind model and parameters.
         """
-        sizes = sizes_of(self.config)
+        sizes = derive_sizes(self.config)
         held = self._program("resident", self._resident)
 
         def part(name: str) -> Any:
             def run(params: Any, *args: Any) -> Any:
-                return getattr(sampler.Parts(self._model, params, *what), name)(*args)
+                return getattr(sampler.BlockSteps(self._model, params, *what), name)(*args)
 
             return self._jitted(run, held)
 
@@ -229,7 +233,9 @@ class Model:
     def _resident(self) -> Any:
         """The parameters as `drawing.make_draw` has them, made once and not in each part."""
         with partitioning.scope(self._mesh):
-            return jax.jit(functools.partial(resident, self._model, memory=memory.of_device()))(self.params)
+            return jax.jit(functools.partial(inference_params, self._model, memory=memory.device_capacity()))(
+                self.params
+            )
 
     def _jitted(self, function: Any, params: Any) -> Any:
         program = jax.jit(function)
@@ -241,16 +247,16 @@ class Model:
         return run
 
 
-_OF_THE_MODEL = ("weights", "step")
+_FIXED_FIELDS = ("weights", "step")
 
 # Settings whose Python values are not those of their fields.
-_FROM_PYTHON: dict[str, Callable[[Any], str]] = {
+_ARGUMENT_CONVERTERS: dict[str, Callable[[Any], str]] = {
     "labels": class_labels.from_python,
     "prompts": prompts.from_python,
 }
 
 
-def _as_field(name: str, value: Any, like: Any) -> Any:
+def _to_field_type(name: str, value: Any, like: Any) -> Any:
     """Returns a value of a Python caller as the type of its field. Numbers of NumPy and JAX, and texts of numbers, are numbers.
 
     Raises:
@@ -260,7 +266,7 @@ def _as_field(name: str, value: Any, like: Any) -> Any:
         if isinstance(value, bool | np.bool_):
             raise TypeError
         if isinstance(like, tuple):
-            return tuple(_as_field(name, part, like[0]) for part in value)
+            return tuple(_to_field_type(name, part, like[0]) for part in value)
         if isinstance(like, str):
             value = os.fspath(value)
             if not isinstance(value, str):
@@ -275,7 +281,7 @@ def _as_field(name: str, value: Any, like: Any) -> Any:
         raise ConfigError(f"{name}={reprlib.repr(value)} must be {kind}.") from None
 
 
-def _no_setting(name: str, value: Any, known: Sequence[str]) -> str:
+def _unknown_setting_message(name: str, value: Any, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"Did you mean {near[0]!r}?" if near else f"The settings are {', '.join(known)}."
     return f"{name}={reprlib.repr(value)}: there is no such setting of sampling. {hint}"
@@ -296,21 +302,21 @@ def load(path: str, codec: str = "") -> Model:
     """
     path = storage.expand(path)
     if not os.path.exists(path) and not storage.is_remote(path) and path.count("/") == 1:
-        path = _from_hub(path)
+        path = _download_from_hub(path)
     file = f"{path.rstrip('/')}/config.json"
     saved = storage.read_json(file)
     if saved is None:
         raise ConfigError(f"there is no {file}: give the workdir of a training, an export or a converted release.")
-    c = stored_config.restored(saved, file)
+    c = stored_config.config_from_saved(saved, file)
     if codec:
         c.codec.path = codec
     stored_config.expand_paths(c)
     config_lib.validate(c)
-    return of_workdir(c, path)
+    return load_workdir(c, path)
 
 
 @numerics.scoped
-def of_workdir(c: ConfigDict, path: str) -> Model:
+def load_workdir(c: ConfigDict, path: str) -> Model:
     """The model in a folder, by a validated config, which may name another step, mesh or codec than the folder's own.
 
     Raises:
@@ -319,24 +325,24 @@ def of_workdir(c: ConfigDict, path: str) -> Model:
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     target = generation.abstract_params(madformer.build(c), mesh)
     if not checkpoint.exists(path) and os.path.exists(tensors := os.path.join(path, "model.safetensors")):
-        return _of_tensors(c, tensors, target)
+        return _load_safetensors(c, tensors, target)
     checkpoint.require(path)
     with partitioning.scope(mesh), checkpoint.Checkpoints(path, read_only=True) as checkpoints:
         step, params = checkpoints.restore_weights(c.sample.weights, target, c.sample.step)
         names = checkpoints.class_names(step)
-        text.check_identity(c, checkpoints.meta(step), step, path)
+        text.check_tokenizer_identity(c, checkpoints.meta(step), step, path)
     return Model(c, params, names)
 
 
-def _of_tensors(c: ConfigDict, path: str, target: Any) -> Model:
+def _load_safetensors(c: ConfigDict, path: str, target: Any) -> Model:
     """The model of an export's model.safetensors."""
     tensors, about, _ = state_dicts.read_state_dict(path)
-    tree = state_dicts.as_tree(tensors, target, path)
+    tree = state_dicts.unflatten(tensors, target, path)
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tree, target)
     return Model(c, params, (about or {}).get("names", ()))
 
 
-def _from_hub(name: str) -> str:
+def _download_from_hub(name: str) -> str:
     """The folder that a repository of the hub is downloaded to."""
     try:
         import huggingface_hub

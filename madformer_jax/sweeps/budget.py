@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
 
-TRAINING = ("steps", "images", "flops")
-SAMPLING = ("steps", "nfe", "passes", "flops", "seconds")
-MOST = 999  # solver steps: limits.py
-OFF = 0.5  # share by which an achieved budget may miss the one that was asked for: steps are whole numbers
+TRAIN_BUDGET_KINDS = ("steps", "images", "flops")
+SAMPLE_BUDGET_KINDS = ("steps", "nfe", "passes", "flops", "seconds")
+MAX_SOLVER_STEPS = 999  # solver steps: limits.py
+TOLERANCE = 0.5  # share by which an achieved budget may miss the one that was asked for: steps are whole numbers
 
 
 class Timing(NamedTuple):
@@ -36,9 +36,9 @@ def train_steps(c: ConfigDict, kind: str, amount: float) -> int:
       ConfigError: there is no such kind, or not even one step fits.
     """
     step = {"steps": 1.0, "images": c.train.batch, "flops": flops.training_step(c, encode=False).total}
-    if kind not in TRAINING:
-        raise ConfigError(f"train_budget: {kind!r} is no kind: one of {', '.join(TRAINING)}.")
-    return _checked("train_budget", kind, amount, max(1, round(amount / step[kind])), lambda n: n * step[kind])
+    if kind not in TRAIN_BUDGET_KINDS:
+        raise ConfigError(f"train_budget: {kind!r} is no kind: one of {', '.join(TRAIN_BUDGET_KINDS)}.")
+    return _check_tolerance("train_budget", kind, amount, max(1, round(amount / step[kind])), lambda n: n * step[kind])
 
 
 def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None = None) -> int:
@@ -54,18 +54,18 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
     Raises:
       ConfigError: there is no such kind, or no number of steps comes near.
     """
-    if kind not in SAMPLING:
-        raise ConfigError(f"sample_budgets: {kind!r} is no kind: one of {', '.join(SAMPLING)}.")
+    if kind not in SAMPLE_BUDGET_KINDS:
+        raise ConfigError(f"sample_budgets: {kind!r} is no kind: one of {', '.join(SAMPLE_BUDGET_KINDS)}.")
 
     def cost(steps: int) -> float:
         return sampling_cost(c, kind, steps, timing)
 
-    low, high = 1, MOST  # the last that costs no more lies in [low, high), if there is one
+    low, high = 1, MAX_SOLVER_STEPS  # the last that costs no more lies in [low, high), if there is one
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= amount else (low, middle)
     nearest = min((low, high), key=lambda steps: abs(cost(steps) - amount))
-    return _checked("sample_budgets", kind, amount, nearest, cost)
+    return _check_tolerance("sample_budgets", kind, amount, nearest, cost)
 
 
 def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = None) -> float:
@@ -80,8 +80,8 @@ def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = 
     return flops.image_cost(c)[kind]
 
 
-def _checked(what: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:
-    if abs(cost(steps) - amount) > OFF * amount:
+def _check_tolerance(what: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:
+    if abs(cost(steps) - amount) > TOLERANCE * amount:
         raise ConfigError(
             f"{what}: {amount:g} {kind} are out of reach: the nearest is {cost(steps):.4g}, with {steps} steps."
         )

@@ -12,18 +12,18 @@ from madformer_jax.sweeps import budget, sweep_file, sweep_folder
 from madformer_jax.sweeps.sweep_file import Run
 from madformer_jax.sweeps.sweep_folder import Job
 
-RATE = 0.5  # share of the peak rate that is assumed where no run of the sweep has been measured
+ASSUMED_UTILIZATION = 0.5  # share of the peak rate that is assumed where no run of the sweep has been measured
 
 
-def table(job: Job) -> str:
+def run_table(job: Job) -> str:
     """The runs, what they cost, and the minutes that those which are not done may take."""
-    training_rate, sampling_rate, source = _rates(job)
+    training_rate, sampling_rate, source = _flop_rates(job)
     lines, minutes = [("run", "overrides", "steps", "training PFLOP", "sampling PFLOP", "minutes", "state")], 0.0
     for run in job.runs:
         training = budget.training_flops(run.config)
         sampling = run.config.evaluate.n * sum(_sampling_flops(job, run))
         takes = (training / training_rate + sampling / sampling_rate) / 60
-        state = sweep_folder.state(job.workdir, run, job.evaluations)
+        state = sweep_folder.run_status(job.workdir, run, job.evaluations)
         minutes += 0 if state == "done" else takes
         overrides = ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in run.overrides.items())
         costs = f"{training / 1e15:.4g}", f"{sampling / 1e15:.4g}", f"{takes:.3g}"
@@ -40,17 +40,17 @@ def table(job: Job) -> str:
 def _sampling_flops(job: Job, run: Run) -> Iterator[float]:
     """Of an image of each evaluation, equal ones once; budgets of seconds are not known before they are measured."""
     for overrides in job.definition.evaluations:
-        c = sweep_file.overridden(run.config, overrides)
+        c = sweep_file.apply_overrides(run.config, overrides)
         mine = [e for e in job.evaluations if e.overrides == overrides and e.kind != "seconds"]
         for steps in {budget.solver_steps(c, e.kind, e.asked) for e in mine}:
             yield budget.sampling_cost(c, "flops", steps)
 
 
-def _rates(job: Job) -> tuple[float, float, str]:
+def _flop_rates(job: Job) -> tuple[float, float, str]:
     """FLOP/s of training and of sampling, and where they are from."""
     training, sampling = [], []
     for run in job.runs:
-        folder = sweep_folder.folder(job.workdir, run)
+        folder = sweep_folder.run_folder(job.workdir, run)
         told, result = (storage.read_json(os.path.join(folder, f"{name}.json")) for name in ("seconds", "result"))
         if told and result:
             training.append(result["training"]["flops"] / told["training"])
@@ -61,5 +61,5 @@ def _rates(job: Job) -> tuple[float, float, str]:
             statistics.median(sampling),
             f"medians of {len(training)} runs that are done",
         )
-    rate = RATE * jax.device_count() * flops.peak(job.runs[0].config.model.dtype)
-    return rate, rate, f"assumed: {RATE:.0%} of the peak"
+    rate = ASSUMED_UTILIZATION * jax.device_count() * flops.peak_rate(job.runs[0].config.model.dtype)
+    return rate, rate, f"assumed: {ASSUMED_UTILIZATION:.0%} of the peak"

@@ -22,9 +22,9 @@ from madformer_jax.sweeps import budget
 Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth": 2}
 
 # The budget gives the steps, and evaluate.n the number of images.
-_OF_THE_SWEEP = ("sample.n", "sample.steps", "evaluate.grid")
+_SWEEP_FIELDS = ("sample.n", "sample.steps", "evaluate.grid")
 # They decide which steps evaluate.checkpoints="last:5" names.
-_OF_LAST_CHECKPOINTS = ("train.checkpoint_every", "train.keep", "train.keep_every")
+_CHECKPOINT_FIELDS = ("train.checkpoint_every", "train.keep", "train.keep_every")
 
 
 class Sweep(NamedTuple):
@@ -34,10 +34,10 @@ class Sweep(NamedTuple):
     runs: Sequence[Overrides]  # of the base, one training each; `grid` makes them
     sample_budgets: Mapping[
         str, Sequence[float]
-    ]  # kind (`budget.SAMPLING`) -> amounts, at each of which images are judged
+    ]  # kind (`budget.SAMPLE_BUDGET_KINDS`) -> amounts, at each of which images are judged
     evaluations: Sequence[Overrides] = ({},)  # of `sample`, each judged at every budget
     train_budget: tuple[str, float] | None = (
-        None  # kind (`budget.TRAINING`) and amount, equal for all; None: `train.steps`
+        None  # kind (`budget.TRAIN_BUDGET_KINDS`) and amount, equal for all; None: `train.steps`
     )
 
 
@@ -77,7 +77,7 @@ def config_beside(file: str, name: str, variant: str | None = None) -> ConfigDic
     return get_config() if variant is None else get_config(variant)
 
 
-class File(Protocol):
+class ConfigFile(Protocol):
     """A config file that has been run."""
 
     @property
@@ -88,7 +88,7 @@ class File(Protocol):
         """Of its functions: the variant, if one was given."""
 
 
-def read(file: File) -> Sweep:
+def load_sweep(file: ConfigFile) -> Sweep:
     """The sweep of a config file.
 
     Raises:
@@ -110,7 +110,7 @@ def read(file: File) -> Sweep:
     return found
 
 
-def expand(sweep: Sweep, base: ConfigDict) -> list[Run]:
+def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
     """Its runs, in order.
 
     Raises:
@@ -120,11 +120,11 @@ def expand(sweep: Sweep, base: ConfigDict) -> list[Run]:
         raise ConfigError("the sweep has no runs.")
     runs: dict[str, Run] = {}
     for overrides in sweep.runs:
-        c = overridden(base, overrides)
+        c = apply_overrides(base, overrides)
         if sweep.train_budget is not None:
             c.train.steps = budget.train_steps(c, *sweep.train_budget)
         config_lib.validate(c)
-        name = name_of(c)
+        name = settings_hash(c)
         if name in runs:
             raise ConfigError(
                 f"the sweep has the same run twice: {runs[name].overrides} and {dict(overrides)} differ in nothing that decides "
@@ -134,7 +134,7 @@ def expand(sweep: Sweep, base: ConfigDict) -> list[Run]:
     return list(runs.values())
 
 
-def evaluations(sweep: Sweep) -> list[Evaluation]:
+def expand_evaluations(sweep: Sweep) -> list[Evaluation]:
     """The same for every run, in order.
 
     Raises:
@@ -157,7 +157,7 @@ def evaluations(sweep: Sweep) -> list[Evaluation]:
     return found
 
 
-def overridden(base: ConfigDict, overrides: Overrides) -> ConfigDict:
+def apply_overrides(base: ConfigDict, overrides: Overrides) -> ConfigDict:
     """A copy of a config with other values.
 
     Raises:
@@ -173,29 +173,31 @@ def overridden(base: ConfigDict, overrides: Overrides) -> ConfigDict:
     return c
 
 
-def settings(values: fields.Section) -> dict[str, Any]:
+def changed_settings(values: fields.Section) -> dict[str, Any]:
     """Returns the fields that decide the results of a run, where they differ from the defaults.
 
     Args:
       values: A config, or what a workdir or a result has stored of one.
     """
     defaults = fields.flat(config_lib.base())
-    found = identity.of_run(fields.flat(values), defaults)
+    found = identity.identifying_fields(fields.flat(values), defaults)
     if found["evaluate.checkpoints"].startswith("last:"):
-        found |= {name: fields.flat(values).get(name, defaults[name]) for name in _OF_LAST_CHECKPOINTS}
-    return {name: value for name, value in found.items() if value != defaults[name] and name not in _OF_THE_SWEEP}
+        found |= {name: fields.flat(values).get(name, defaults[name]) for name in _CHECKPOINT_FIELDS}
+    return {name: value for name, value in found.items() if value != defaults[name] and name not in _SWEEP_FIELDS}
 
 
-def name_of(values: fields.Section) -> str:
+def settings_hash(values: fields.Section) -> str:
     """Returns a hash of `settings`."""
-    return hashlib.sha256(json.dumps(settings(values), sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(changed_settings(values), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def judge_of(c: ConfigDict) -> str:
+def judge_hash(c: ConfigDict) -> str:
     """Returns a hash of what decides classifier and reference."""
     values, defaults = fields.flat(c.data), config_lib.base().data
     found = {
-        name: x for name, x in values.items() if identity.decides(f"data.{name}") and name not in ("split", "flip")
+        name: x
+        for name, x in values.items()
+        if identity.affects_results(f"data.{name}") and name not in ("split", "flip")
     }
     # These decide nothing. Their defaults were in the hash before, so that judges keep their names.
     found |= {name: defaults[name] for name in ("threads", "batches_ahead", "max_corrupt")}

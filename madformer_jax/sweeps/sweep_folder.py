@@ -25,7 +25,7 @@ from madformer_jax.runtime import lock, storage, stored_config
 from madformer_jax.sweeps import sweep_file
 from madformer_jax.sweeps.sweep_file import Evaluation, Run, Sweep
 
-DIGITS = 6  # of a figure of the curve: means of steps are added up in another order after an interruption
+CURVE_DIGITS = 6  # of a figure of the curve: means of steps are added up in another order after an interruption
 
 
 class Job(NamedTuple):
@@ -43,17 +43,17 @@ class Job(NamedTuple):
         return next(other for other in self.runs if other.point == run.point)
 
 
-def folder(workdir: str, run: Run) -> str:
+def run_folder(workdir: str, run: Run) -> str:
     return os.path.join(workdir, "runs", run.name)
 
 
-def with_known_names(runs: Iterable[Run], workdir: str) -> list[Run]:
+def reuse_folder_names(runs: Iterable[Run], workdir: str) -> list[Run]:
     """Returns the runs, each with the name of the folder that already holds a run of the same settings.
 
     Names by which earlier versions knew a run thus stay valid: what is trained is compared by its stored config.
     """
     root = epath.Path(workdir) / "runs"
-    with storage.errors(f"{root} cannot be read"):
+    with storage.wrap_errors(f"{root} cannot be read"):
         folders = sorted(path.name for path in root.iterdir()) if root.exists() else []
     done: dict[str, str] = {}
     begun: dict[str, str] = {}
@@ -61,19 +61,19 @@ def with_known_names(runs: Iterable[Run], workdir: str) -> list[Run]:
         result = storage.read_json(root / name / "result.json")
         stored = result.get("config") if isinstance(result, dict) else storage.read_json(root / name / "config.json")
         if isinstance(stored, dict):
-            (begun if result is None else done).setdefault(sweep_file.name_of(stored), name)
+            (begun if result is None else done).setdefault(sweep_file.settings_hash(stored), name)
     known = begun | {name: name for name in folders if name in begun} | done
     return [run._replace(name=known.get(run.name, run.name)) for run in runs]
 
 
-def claim(workdir: str, name: str) -> str:
+def claim_path(workdir: str, name: str) -> str:
     """Where a process says that it works on something."""
     return os.path.join(workdir, "claims", name)
 
 
 def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
     """Whether a run's result is there, with all of these evaluations."""
-    result = read_result(os.path.join(folder(workdir, run), "result.json"))
+    result = read_result(os.path.join(run_folder(workdir, run), "result.json"))
     if result is None:
         return False
     there = [{name: found[name] for name in ("overrides", "budget")} for found in result["evaluations"]]
@@ -85,29 +85,29 @@ def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
 def read_result(path: epath.PathLike) -> Any:
     """Returns the content of a result.json, None where there is none.
 
-    Results without "nfe" are from before `flops.passes` counted every layer: their "passes", in costs and budgets, are NFE.
+    Results without "nfe" are from before `flops.model_passes` counted every layer: their "passes", in costs and budgets, are NFE.
     """
     result = storage.read_json(path)
     for evaluation in result.get("evaluations", ()) if isinstance(result, dict) else ():
         cost, asked = evaluation["cost"], evaluation["budget"]
         if "nfe" not in cost:
             sampled = fields.flat(evaluation["overrides"]) | {"sample.steps": cost["solver_steps"]}
-            c = stored_config.restored(fields.flat(result["config"]) | sampled, os.fspath(path))
-            passes = {"nfe": cost["passes"], "passes": flops.passes(c)}
+            c = stored_config.config_from_saved(fields.flat(result["config"]) | sampled, os.fspath(path))
+            passes = {"nfe": cost["passes"], "passes": flops.model_passes(c)}
             evaluation["cost"] = {"solver_steps": cost["solver_steps"], **passes, "flops": cost["flops"]}
             asked["kind"] = "nfe" if asked["kind"] == "passes" else asked["kind"]
     return result
 
 
-def state(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str:
+def run_status(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str:
     """done, open, or who works on it."""
     if is_done(workdir, run, evaluations):
         return "done"
-    holder = lock.holder(claim(workdir, run.name))
+    holder = lock.holder(claim_path(workdir, run.name))
     return f"claimed by {holder}" if holder else "open"
 
 
-def plan(job: Job) -> dict[str, Any]:
+def plan_json(job: Job) -> dict[str, Any]:
     s = job.definition
     return {
         "sweep": job.name,
@@ -122,7 +122,7 @@ def plan(job: Job) -> dict[str, Any]:
 # ---- what a training has told
 
 
-def curve(lines: Iterable[Mapping[str, Any]], every: int) -> list[dict[str, float]]:
+def loss_curve(lines: Iterable[Mapping[str, Any]], every: int) -> list[dict[str, float]]:
     """The losses of metrics.jsonl: means over windows of `every` steps, wherever its lines were cut by interruptions.
 
     Returns:
@@ -134,16 +134,16 @@ def curve(lines: Iterable[Mapping[str, Any]], every: int) -> list[dict[str, floa
         if "loss" in line:
             windows.setdefault(-(-line["step"] // every), []).append((line["step"] - before, line))
             before = line["step"]
-    return [{"step": found[-1][1]["step"], **_means(found)} for found in windows.values()]
+    return [{"step": found[-1][1]["step"], **_window_means(found)} for found in windows.values()]
 
 
-def _means(found: list[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
+def _window_means(found: list[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
     names = sorted({name for _, line in found for name in line if name.startswith("loss")})
     out = {}
     for name in names:
         there = [(n, line[name]) for n, line in found if name in line]
         mean = math.fsum(n * value for n, value in there) / sum(n for n, _ in there)
-        out[name] = float(f"{mean:.{DIGITS}g}")
+        out[name] = float(f"{mean:.{CURVE_DIGITS}g}")
     return out
 
 
@@ -157,7 +157,7 @@ def training_seconds(lines: Iterable[Mapping[str, Any]]) -> float:
     return seconds
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of what decides the figures."""
     from importlib import metadata
 

@@ -19,16 +19,16 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 from madformer_jax.sampling import generation
 
-SHOWN = 64  # training images in TensorBoard
-GRID = 2048  # pixels: the most a grid of images is wide and high, in TensorBoard and in a training's samples
-BEHIND = 20  # writings that may wait for a slow bucket; then the training does
+MAX_LOGGED_IMAGES = 64  # training images in TensorBoard
+MAX_GRID_SIDE = 2048  # pixels: the most a grid of images is wide and high, in TensorBoard and in a training's samples
+MAX_PENDING_WRITES = 20  # writings that may wait for a slow bucket; then the training does
 
 
 class DivergedError(ConfigError):
     """The loss or a gradient is no longer finite: the state is not worth saving."""
 
 
-class Report:
+class MetricWriter:
     """What a run tells of its steps: lines in the log and in workdir/metrics.jsonl, and TensorBoard's files.
 
     Files are written by a thread, one after the other: what cannot be written is raised by a later call. metrics.jsonl tells
@@ -41,12 +41,12 @@ class Report:
         self.figures: dict[str, Any] = {"step": step}
         self._steps, self._batch = c.train.steps, c.train.batch
         self._skip = c.optimizer.skip
-        self._cost, self._peak = cost, devices * flops.peak(c.model.dtype)
+        self._cost, self._peak = cost, devices * flops.peak_rate(c.model.dtype)
         self._workdir, self._path = workdir, epath.Path(workdir) / "metrics.jsonl"
         self._writes = jax.process_index() == 0
         if self._writes:
-            with storage.errors(f"{self._path} cannot be written"):
-                self.figures |= _cut(self._path, step)
+            with storage.wrap_errors(f"{self._path} cannot be written"):
+                self.figures |= _truncate_metrics(self._path, step)
         self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device
         self._checked: list[tuple[int, dict[str, Any]]] = []
         self._warm, self._since, self._since_step = False, time.monotonic(), step
@@ -63,7 +63,12 @@ class Report:
             board.write_scalars(step, {"parameters": parameters})
             if images is not None:
                 board.write_images(
-                    step, {"training_images": generation.as_grid(generation.reduced(images[:SHOWN], GRID))[None]}
+                    step,
+                    {
+                        "training_images": generation.tile_grid(
+                            generation.downscale_for_grid(images[:MAX_LOGGED_IMAGES], MAX_GRID_SIDE)
+                        )[None]
+                    },
                 )
 
         self._show(write)
@@ -105,7 +110,7 @@ class Report:
         self.check()
         if not self._checked:
             return
-        step, mean = self._checked[-1][0], _mean([metrics for _, metrics in self._checked])
+        step, mean = self._checked[-1][0], _mean_metrics([metrics for _, metrics in self._checked])
         rate = (step - self._since_step) / (
             time.monotonic() - self._since
         )  # 0 where only the step that compiled was run
@@ -120,7 +125,7 @@ class Report:
             "".join(f"  {n[5:]} {v:.4f}" for n, v in mean.items() if n.startswith("loss_")),
             mean["grad_norm"], mean["learning_rate"], rate, speed["images_per_second"],
             speed["tflops"], 100 * speed["mfu"],
-            _duration((self._steps - step) / rate) if rate else "unknown",
+            _format_duration((self._steps - step) / rate) if rate else "unknown",
         )  # fmt: skip
         self._append(self.figures)
         self._show(lambda board: board.write_scalars(step, mean | speed))
@@ -144,7 +149,7 @@ class Report:
         Raises:
           ConfigError: metrics.jsonl cannot be written.
         """
-        mean = {f"validation_{name}": value for name, value in _mean(metrics).items()}
+        mean = {f"validation_{name}": value for name, value in _mean_metrics(metrics).items()}
         logging.info(
             "step %d, %d held-out images: %s",
             step, n, "  ".join(f"{name.removeprefix('validation_')} {value:.4f}" for name, value in mean.items()),
@@ -155,7 +160,7 @@ class Report:
 
     def _append(self, figures: dict[str, Any]) -> None:
         def append() -> None:
-            with storage.errors(f"{self._path} cannot be written"):
+            with storage.wrap_errors(f"{self._path} cannot be written"):
                 storage.append_line(self._path, json.dumps(figures))
 
         if self._writes:
@@ -163,7 +168,7 @@ class Report:
 
     def _later(self, act: Callable[[], None]) -> None:
         self._queue.append(self._thread.submit(act))
-        while self._queue and (self._queue[0].done() or len(self._queue) > BEHIND):
+        while self._queue and (self._queue[0].done() or len(self._queue) > MAX_PENDING_WRITES):
             self._queue.pop(0).result()
 
     def settle(self) -> None:
@@ -182,7 +187,7 @@ class Report:
             try:
                 generation.write_png(path, image)
             except Exception as error:
-                logging.error("%s cannot be written: %s", path, storage.cause(error))
+                logging.error("%s cannot be written: %s", path, storage.cause_message(error))
 
         if self._writes:
             self._later(write)
@@ -207,7 +212,7 @@ class Report:
             write(self._board)
             self._board.flush()  # a process that is killed leaves its last report too
         except Exception as error:  # TensorFlow's file systems each raise their own
-            logging.error("TensorBoard gets nothing more from here on: %s", storage.cause(error))
+            logging.error("TensorBoard gets nothing more from here on: %s", storage.cause_message(error))
             self._shows = False
 
     @contextlib.contextmanager
@@ -229,7 +234,7 @@ class Report:
                 self._board.close()
 
 
-def _cut(path: epath.Path, step: int) -> dict[str, Any]:
+def _truncate_metrics(path: epath.Path, step: int) -> dict[str, Any]:
     """Takes out the lines of metrics.jsonl behind `step`, and half a line that a killed process left.
 
     Returns:
@@ -249,7 +254,7 @@ def _cut(path: epath.Path, step: int) -> dict[str, Any]:
     return told
 
 
-def _mean(fetched: list[dict[str, Any]]) -> dict[str, float]:
+def _mean_metrics(fetched: list[dict[str, Any]]) -> dict[str, float]:
     """Means over steps; a quarter of the timesteps that no block fell into counts for nothing."""
     values = {name: np.array([m[name] for m in fetched], np.float64) for name in fetched[0]}
     quarters = [name for name in values if name.startswith("loss_q")]
@@ -258,6 +263,6 @@ def _mean(fetched: list[dict[str, Any]]) -> dict[str, float]:
     return {name: float(v.mean()) for name, v in values.items() if len(v)}
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes = seconds / 60
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.config.shapes import Sizes, sizes_of
+from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer
 from madformer_jax.models.madformer import MADFormer
@@ -86,17 +86,17 @@ def create_state(
         with partitioning.scope(mesh):
             return jax.jit(lambda k: nn.meta.unbox(boxed(k)), out_shardings=shardings, compiler_options=quick)(key)
 
-    return create, partitioning.abstract(nn.meta.unbox(abstract), shardings)
+    return create, partitioning.abstract_arrays(nn.meta.unbox(abstract), shardings)
 
 
 # ---- step
 
 # (state, batch, codec params, seed) -> (state, metrics). The seed, () uint32, is an argument so that one program serves every seed.
-Step = Callable[[State, dict[str, Array], Any, Any], tuple[State, dict[str, Array]]]
+StepFn = Callable[[State, dict[str, Array], Any, Any], tuple[State, dict[str, Array]]]
 
 
 # (params, batch, codec params, key[, text_tokens]) -> (loss, metrics), see `losses.training_loss`
-Loss = Callable[..., tuple[Array, dict[str, Array]]]
+LossFn = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 class Setup(NamedTuple):
@@ -108,42 +108,42 @@ class Setup(NamedTuple):
     tx: optax.GradientTransformation
 
 
-def setup(c: ConfigDict) -> Setup:
-    return Setup(madformer.build(c), codec.build(c), sizes_of(c), optimizer(c))
+def make_setup(c: ConfigDict) -> Setup:
+    return Setup(madformer.build(c), codec.build(c), derive_sizes(c), optimizer(c))
 
 
-def make_loss(s: Setup, c: ConfigDict, dropout: float) -> Loss:
+def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
     """The loss of a batch, of which a share `dropout` of labels or captions is replaced by "none"; pure."""
-    weights, context_noise = losses.Weights(**c.loss), c.train.context_noise
+    weights, context_noise = losses.LossWeights(**c.loss), c.train.context_noise
 
     def loss(
         params: Any, batch: dict[str, Array], codec_params: Any, key: Array, text_tokens: Array | None = None
     ) -> tuple[Array, dict[str, Array]]:
-        encode_key, drop_key, loss_key = _keys(key)
+        encode_key, drop_key, loss_key = _split_keys(key)
         with jax.named_scope("codec"):
             z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
         tokens = lengths = None
         if s.model.vocabulary:
             tokens, lengths = batch.get("tokens", batch["label"][:, None]), batch.get("lengths")
-            drop = _dropped(drop_key, dropout, len(z))
+            drop = _dropout_mask(drop_key, dropout, len(z))
             tokens = jnp.where(drop, s.model.none, tokens)
-            lengths = None if lengths is None else _lengths_without(lengths, drop)
+            lengths = None if lengths is None else _caption_lengths(lengths, drop)
         return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens)
 
     return loss
 
 
-def _keys(key: Array) -> Array:
+def _split_keys(key: Array) -> Array:
     """Splits the key of a batch into those that draw latents, dropped texts, and timesteps with noise."""
     return jax.random.split(key, 3)
 
 
-def _dropped(key: Array, dropout: float, rows: int) -> Array:
+def _dropout_mask(key: Array, dropout: float, rows: int) -> Array:
     """Draws which labels or captions the null token replaces, bool (rows, 1)."""
     return jax.random.bernoulli(key, dropout, (rows, 1))
 
 
-def _lengths_without(lengths: Array, dropped: Array) -> Array:
+def _caption_lengths(lengths: Array, dropped: Array) -> Array:
     """Returns the lengths of captions (b,), where a dropped one is a single null token."""
     return jnp.where(dropped[:, 0], 1, lengths)
 
@@ -159,12 +159,14 @@ def _mean_text_tokens(lengths: Array, keys: Array, dropout: float) -> Array:
 
     def count(part: tuple[Array, Array]) -> Array:
         lengths, key = part
-        return losses.predicted_tokens(_lengths_without(lengths, _dropped(_keys(key)[1], dropout, len(lengths))))
+        return losses.count_predicted_tokens(
+            _caption_lengths(lengths, _dropout_mask(_split_keys(key)[1], dropout, len(lengths)))
+        )
 
     return jnp.maximum(1, jnp.sum(jax.lax.map(count, (lengths, keys)))) / len(keys)
 
 
-def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> Step:
+def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> StepFn:
     """The training step; pure, to be jitted with the state donated.
 
     The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default

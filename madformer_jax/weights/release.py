@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from madformer_jax.config.shapes import vocabulary_of
+from madformer_jax.config.shapes import vocabulary_size
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.weights import state_dicts
@@ -49,7 +49,7 @@ _UNET = {  # ours -> the release's, in a ResNet or attention block
 _LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
-class _Source(NamedTuple):
+class _TensorSource(NamedTuple):
     """Where one of our leaves comes from: a tensor for each layer it is stacked over, and which third of it."""
 
     names: tuple[str, ...]
@@ -57,10 +57,10 @@ class _Source(NamedTuple):
     stacked: bool
 
 
-def _source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, diffusion_depth: int) -> _Source:
+def _tensor_source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, diffusion_depth: int) -> _TensorSource:
     """The release's tensors behind the leaf at `path` of our parameters."""
     if path == ("boi",):
-        return _Source(("boi_block",), None, False)
+        return _TensorSource(("boi_block",), None, False)
     leaf = _LEAF[path[-1]]
     if path[0] in ("ar_layers", "diffusion_layers"):
         first, count = (
@@ -69,7 +69,7 @@ def _source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, diffusion
         layers = range(first, first + count - 1) if path[1] == "body" else [first + count - 1]
         name = _TOWER[path[3]].format(t=_TOWERS[path[2]])
         part = _QKV.index(path[3]) if path[3] in _QKV else None
-        return _Source(tuple(f"blocks.{layer}.{name}.{leaf}" for layer in layers), part, path[1] == "body")
+        return _TensorSource(tuple(f"blocks.{layer}.{name}.{leaf}" for layer in layers), part, path[1] == "body")
     sampler, side = path[0], "down" if path[0] == "downsampler" else "up"
     module = path[1]
     if module in ("conv_in", "conv_out"):
@@ -82,7 +82,7 @@ def _source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, diffusion
     else:  # down_0, up_0: the convolution between two stages
         stage = module.split("_")[1]
         name = f"{side}_blocks.{stage}.{sampler}s.0.conv"
-    return _Source((f"{sampler}.{name}.{leaf}",), None, False)
+    return _TensorSource((f"{sampler}.{name}.{leaf}",), None, False)
 
 
 def _to_torch(leaf: np.ndarray, name: str) -> np.ndarray:
@@ -93,29 +93,33 @@ def _from_torch(tensor: np.ndarray, name: str) -> np.ndarray:
     return tensor[0] if name == "boi_block" else from_torch(tensor)
 
 
-def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _Source]]:
+def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]]:
     """Our parameters' paths with their shapes and sources.
 
     Raises:
       ConfigError: the release has no such model.
     """
-    if vocabulary_of(c) or c.model.param_sets != "separate":
+    if vocabulary_size(c) or c.model.param_sets != "separate":
         raise ConfigError(
             "the release's weights have no text tower and no shared towers: model.classes and text.vocabulary must be 0 and "
             "model.param_sets 'separate'."
         )
-    return _layout_of(c.to_json())
+    return _cached_layout(c.to_json())
 
 
 @functools.lru_cache(maxsize=1)  # tracing the model takes a second or two
-def _layout_of(config: str) -> dict[tuple[str, ...], tuple[tuple[int, ...], _Source]]:
+def _cached_layout(config: str) -> dict[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]]:
     model = madformer.build(ConfigDict(json.loads(config)))
     params = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))
     depths = model.depth, model.diffusion_depth
-    return {path: (leaf.shape, _source(path, leaf.shape, *depths)) for path, leaf in flatten_dict(params).items()}
+    return {
+        path: (leaf.shape, _tensor_source(path, leaf.shape, *depths)) for path, leaf in flatten_dict(params).items()
+    }
 
 
-def _expected(layout: Mapping[tuple[str, ...], tuple[tuple[int, ...], _Source]]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(
+    layout: Mapping[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]],
+) -> dict[str, tuple[int, ...]]:
     """The release's names and shapes of a layout."""
     shapes: dict[str, tuple[int, ...]] = {}
     for shape, source in layout.values():
@@ -132,7 +136,7 @@ def release_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     Raises:
       ConfigError: the release has no such model.
     """
-    return _expected(_layout(config))
+    return _expected_shapes(_layout(config))
 
 
 def from_release(
@@ -149,9 +153,9 @@ def from_release(
     layout = _layout(config)
     if not config.model.clean_stream:
         state_dict = {name: x for name, x in state_dict.items() if "_list.0." not in name}
-    state_dicts.check_tensors(_expected(layout), state_dict, what)
+    state_dicts.check_tensors(_expected_shapes(layout), state_dict, what)
 
-    def leaf(source: _Source) -> np.ndarray:
+    def leaf(source: _TensorSource) -> np.ndarray:
         tensors = [np.asarray(state_dict[name], np.float32) for name in source.names]
         if source.part is not None:
             tensors = [np.split(x, 3)[source.part] for x in tensors]

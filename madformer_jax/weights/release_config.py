@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from madformer_jax.config.schema import base
-from madformer_jax.config.shapes import VAE_DOWNSAMPLING, sizes_of
+from madformer_jax.config.shapes import VAE_DOWNSAMPLING, derive_sizes
 from madformer_jax.errors import ConfigError
 
 
@@ -86,7 +86,7 @@ def as_release(c: ConfigDict) -> None:
 RELEASE_VAE = "stabilityai/sd-vae-ft-mse@31f26fdeee1355a5c34592e401dd41e45d25a493"  # pinned: the same weights tomorrow
 
 
-def of_checkpoint(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], codec_path: str = "") -> ConfigDict:
+def infer_config(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], codec_path: str = "") -> ConfigDict:
     """The config of a release checkpoint.
 
     Args:
@@ -101,7 +101,7 @@ def of_checkpoint(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], co
         raise ConfigError("the release's arguments have patch_size other than 1 or square_block=False: not supported.")
     renamed = {"lambda_hidden_loss": "lambda_hidden", "vae_latent_size": "latent_channels"}
     try:
-        sizes = _sizes(tensors)
+        sizes = _infer_sizes(tensors)
     except KeyError as error:
         raise ConfigError(f"no checkpoint of the release: {error.args[0]} is missing.") from None
     c = preset(sizes | {renamed.get(name, name): value for name, value in args.items()})
@@ -111,7 +111,7 @@ def of_checkpoint(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], co
     return c
 
 
-def _sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _infer_sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What the shapes say of the release's sizes; group and head counts of the U-Net, which they do not, as released."""
 
     def count(pattern: str) -> int:
@@ -143,7 +143,7 @@ def release_args(c: ConfigDict) -> dict[str, Any]:
     Raises:
       ConfigError: the release has no such model; the settings in which it differs are named.
     """
-    m, sizes = c.model, sizes_of(c)
+    m, sizes = c.model, derive_sizes(c)
     stages = len(m.unet_channels)
     args = {
         "hidden_size": m.width,

@@ -30,7 +30,7 @@ from madformer_jax.runtime import storage
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npz")
-_ARGS = "args"  # where .safetensors (metadata) and .npz (an entry) keep the arguments, as JSON
+_ARGS_KEY = "args"  # where .safetensors (metadata) and .npz (an entry) keep the arguments, as JSON
 
 
 class StateDict(NamedTuple):
@@ -41,14 +41,14 @@ class StateDict(NamedTuple):
     weights: str  # which set of weights was taken: "ema", "model", or "" where the file holds just one
 
 
-def by_name(tree: Any) -> dict[str, Any]:
+def flatten(tree: Any) -> dict[str, Any]:
     """The leaves of nested dicts, by their names from the top, joined by dots."""
     return {".".join(path): x for path, x in flatten_dict(tree).items()}
 
 
-def as_tree(tensors: Mapping[str, np.ndarray], shapes: Any, what: str) -> Any:
+def unflatten(tensors: Mapping[str, np.ndarray], shapes: Any, what: str) -> Any:
     """What `by_name` made flat, compared with a tree of `shapes` first; see `check_tensors` for `what` and the errors."""
-    check_tensors({name: x.shape for name, x in by_name(shapes).items()}, tensors, what)
+    check_tensors({name: x.shape for name, x in flatten(shapes).items()}, tensors, what)
     return unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()})
 
 
@@ -102,7 +102,7 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
     if not path.is_file():
         raise ConfigError(f"{path}: no such file.")
     content = readers[path.suffix](path)
-    args = content.pop(_ARGS, None)
+    args = content.pop(_ARGS_KEY, None)
     sets = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)}
     if not sets:
         return StateDict(_plain_arrays(content, path), args, "")
@@ -119,13 +119,13 @@ def read_npz(path: storage.Path) -> StateDict:
       ConfigError: no such file, truncated or of another kind.
     """
     there = epath.Path(path)
-    with storage.errors(f"{path} cannot be read"):
+    with storage.wrap_errors(f"{path} cannot be read"):
         try:
             content = storage.retry(there.read_bytes)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file.") from None
     tensors = _read_npz(there, io.BytesIO(content))
-    args = tensors.pop(_ARGS, None)
+    args = tensors.pop(_ARGS_KEY, None)
     return StateDict(_plain_arrays(tensors, there), args, "")
 
 
@@ -148,16 +148,16 @@ def write_state_dict(
 
     def put(file: IO[bytes]) -> None:
         if suffix == ".npz":
-            entries = {} if args is None else {_ARGS: np.array(json.dumps(dict(args)))}
+            entries = {} if args is None else {_ARGS_KEY: np.array(json.dumps(dict(args)))}
             everything: dict[str, Any] = arrays | entries
             np.savez(file, **everything)
         elif suffix == ".safetensors":
-            metadata = {"format": "pt"} | ({} if args is None else {_ARGS: json.dumps(dict(args))})
+            metadata = {"format": "pt"} | ({} if args is None else {_ARGS_KEY: json.dumps(dict(args))})
             safetensors.numpy.save_file(arrays, file.name, metadata=metadata)
         else:
             _write_torch(file, path, arrays, args)
 
-    with storage.errors(f"{path} cannot be written"):
+    with storage.wrap_errors(f"{path} cannot be written"):
         storage.write(path, put)
 
 
@@ -168,9 +168,9 @@ def save_params(folder: str | os.PathLike[str], params: Mapping[str, Any]) -> No
     from madformer_jax.runtime import checksums
 
     storage.check_arrays_path(folder, write=True)
-    handler = checksums.written_by(ocp.StandardCheckpointHandler())
-    with storage.errors(f"{folder} cannot be written"), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(_params_of(folder), args=ocp.args.StandardSave(dict(params)), force=True)
+    handler = checksums.with_checksums(ocp.StandardCheckpointHandler())
+    with storage.wrap_errors(f"{folder} cannot be written"), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(_params_path(folder), args=ocp.args.StandardSave(dict(params)), force=True)
 
 
 def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -185,11 +185,11 @@ def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     if not has_params(folder):
         raise ConfigError(f"{folder}: no params folder in it; --mode=convert writes one.")
-    path = _params_of(folder)
+    path = _params_path(folder)
     storage.check_arrays_path(folder, write=False)
-    with storage.errors(f"{folder} cannot be read"):
+    with storage.wrap_errors(f"{folder} cannot be read"):
         try:
-            if not checksums.check(path):
+            if not checksums.verify_files(path):
                 logging.info("%s was written before there were checksums: it is taken as it is", path)
         except checksums.DamagedError as error:
             raise ConfigError(f"{folder} is damaged: {error}; make it again with --mode=convert.") from None
@@ -197,15 +197,15 @@ def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(path)
     except Exception as error:  # Orbax, TensorStore and JSON each raise their own
-        raise _unreadable(pathlib.Path(folder), "an Orbax checkpoint", error) from None
+        raise _unreadable_error(pathlib.Path(folder), "an Orbax checkpoint", error) from None
 
 
 def has_params(folder: str | os.PathLike[str]) -> bool:
     """Whether `save_params` has written to `folder`."""
-    return _params_of(folder).exists()
+    return _params_path(folder).exists()
 
 
-def _params_of(folder: str | os.PathLike[str]) -> epath.Path:
+def _params_path(folder: str | os.PathLike[str]) -> epath.Path:
     return storage.absolute(folder) / "params"
 
 
@@ -215,14 +215,14 @@ def _check_suffix(path: pathlib.PurePath) -> None:
 
 
 def _plain_arrays(content: Mapping[str, Any], path: pathlib.PurePath) -> dict[str, np.ndarray]:
-    arrays = {str(name): _numpy(value) for name, value in content.items()}
+    arrays = {str(name): _to_numpy(value) for name, value in content.items()}
     wrong = [name for name, array in arrays.items() if array is None]
     if wrong or not arrays:
         raise ConfigError(f"{path} holds no state_dict: {', '.join(wrong[:8]) or 'nothing at all'} is no tensor.")
     return {name: array for name, array in arrays.items() if array is not None}
 
 
-def _numpy(value: Any) -> np.ndarray | None:
+def _to_numpy(value: Any) -> np.ndarray | None:
     """A numpy array or a torch tensor as numpy array, sharing memory; None for anything else."""
     if isinstance(value, np.ndarray):
         return value
@@ -234,7 +234,7 @@ def _numpy(value: Any) -> np.ndarray | None:
     return value.detach().numpy()
 
 
-def _unreadable(path: pathlib.PurePath, kind: str, error: Exception) -> ConfigError:
+def _unreadable_error(path: pathlib.PurePath, kind: str, error: Exception) -> ConfigError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return ConfigError(f"{path} cannot be read as {kind}; it is truncated or another kind of file ({reason}).")
 
@@ -242,13 +242,13 @@ def _unreadable(path: pathlib.PurePath, kind: str, error: Exception) -> ConfigEr
 def _read_npz(path: pathlib.PurePath, archive: IO[bytes] | None = None) -> dict[str, Any]:
     try:
         with np.load(archive or path, allow_pickle=False) as file:
-            content: dict[str, Any] = {name: _bfloat16_of_void(file[name]) for name in file.files}
-        return content | {_ARGS: json.loads(str(content[_ARGS]))} if _ARGS in content else content
+            content: dict[str, Any] = {name: _restore_bfloat16(file[name]) for name in file.files}
+        return content | {_ARGS_KEY: json.loads(str(content[_ARGS_KEY]))} if _ARGS_KEY in content else content
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, "a .npz archive", error) from None
+        raise _unreadable_error(path, "a .npz archive", error) from None
 
 
-def _bfloat16_of_void(array: np.ndarray) -> np.ndarray:
+def _restore_bfloat16(array: np.ndarray) -> np.ndarray:
     """Numpy stores a bfloat16 array as two-byte voids."""
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
@@ -258,12 +258,12 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
         with safetensors.safe_open(path, "np") as file:
             names, metadata = file.keys(), file.metadata() or {}
             content: dict[str, Any] = {name: file.get_tensor(name) for name in names}
-        return content | {_ARGS: json.loads(metadata[_ARGS])} if _ARGS in metadata else content
+        return content | {_ARGS_KEY: json.loads(metadata[_ARGS_KEY])} if _ARGS_KEY in metadata else content
     except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise _unreadable(path, "a .safetensors file", error) from None
+        raise _unreadable_error(path, "a .safetensors file", error) from None
 
 
-def _torch(path: str | os.PathLike[str]) -> ModuleType:
+def _import_torch(path: str | os.PathLike[str]) -> ModuleType:
     try:
         return importlib.import_module("torch")  # an optional extra
     except ImportError:
@@ -273,7 +273,7 @@ def _torch(path: str | os.PathLike[str]) -> ModuleType:
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, Any]:
-    torch = _torch(path)
+    torch = _import_torch(path)
     try:
         # Namespace is the one class beyond tensors and plain values: the release keeps its arguments in one
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -289,11 +289,11 @@ def _read_torch(path: pathlib.Path) -> dict[str, Any]:
             raise ConfigError(
                 f"{path} was not loaded: it holds {refused[1]}, and only tensors and plain values are accepted."
             ) from None
-        raise _unreadable(path, "a PyTorch checkpoint", error) from None
+        raise _unreadable_error(path, "a PyTorch checkpoint", error) from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, no state_dict.")
-    if isinstance(content.get(_ARGS), argparse.Namespace):
-        content[_ARGS] = vars(content[_ARGS])
+    if isinstance(content.get(_ARGS_KEY), argparse.Namespace):
+        content[_ARGS_KEY] = vars(content[_ARGS_KEY])
     return content
 
 
@@ -303,7 +303,7 @@ def _write_torch(
     arrays: dict[str, np.ndarray],
     args: Mapping[str, Any] | None,
 ) -> None:
-    torch = _torch(path)
+    torch = _import_torch(path)
 
     def tensor_of(array: np.ndarray) -> Any:
         if array.dtype == ml_dtypes.bfloat16:
@@ -312,6 +312,6 @@ def _write_torch(
 
     model = {name: tensor_of(array) for name, array in arrays.items()}
     torch.save(
-        model if args is None else {"model": model, _ARGS: argparse.Namespace(**args)},
+        model if args is None else {"model": model, _ARGS_KEY: argparse.Namespace(**args)},
         file,
     )

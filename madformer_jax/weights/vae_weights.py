@@ -17,7 +17,7 @@ from madformer_jax.runtime import storage
 from madformer_jax.weights import state_dicts
 from madformer_jax.weights.tensor_layout import from_torch, to_torch, torch_shape
 
-_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def load(path: str, dtype: str | jnp.dtype = jnp.float32) -> tuple[AutoencoderKL, Params]:
@@ -46,8 +46,8 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
         raise ConfigError(
             "config.codec.path is empty: give the VAE's folder or hub id (such as stabilityai/sd-vae-ft-mse, or with @revision)."
         )
-    with storage.errors(f"config.codec.path={path} cannot be read"):
-        config_file, *found = _find(path)
+    with storage.wrap_errors(f"config.codec.path={path} cannot be read"):
+        config_file, *found = _locate_files(path)
         try:
             config = json.loads(config_file.read_text())
         except ValueError as error:
@@ -61,13 +61,13 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
     return model, params, config
 
 
-def _find(path: str) -> list[epath.Path]:
+def _locate_files(path: str) -> list[epath.Path]:
     """config.json and, but for an Orbax folder, the file of the weights."""
     folder = epath.Path(path)
     if folder.is_dir():
-        found = [folder / name for name in _FILES if (folder / name).exists()]
+        found = [folder / name for name in _WEIGHT_FILES if (folder / name).exists()]
         if not (folder / "config.json").exists() or not (found or state_dicts.has_params(path)):
-            raise ConfigError(f"{path} is no VAE folder: it needs config.json and one of {', '.join(_FILES)}.")
+            raise ConfigError(f"{path} is no VAE folder: it needs config.json and one of {', '.join(_WEIGHT_FILES)}.")
         return [folder / "config.json", *found]
     if on_hub := HUB_ID.fullmatch(path):
         return _download(*on_hub.groups())
@@ -85,7 +85,7 @@ def _download(hub_id: str, revision: str | None) -> list[epath.Path]:
     except ImportError:
         raise ConfigError(f"{what}: pip install huggingface_hub, or {instead}.") from None
     problem: Exception | None = None
-    for name in _FILES:
+    for name in _WEIGHT_FILES:
         try:
             paths = [huggingface_hub.hf_hub_download(hub_id, file, revision=revision) for file in ("config.json", name)]
             return [epath.Path(path) for path in paths]
@@ -129,7 +129,9 @@ def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32)
 
 def shapes(model: AutoencoderKL) -> dict[str, tuple[int, ...]]:
     """The diffusers state_dict of `model`: name -> shape in PyTorch's layout."""
-    return {_name(path): torch_shape(leaf.shape) for path, leaf in flatten_dict(abstract_params(model)).items()}
+    return {
+        _diffusers_name(path): torch_shape(leaf.shape) for path, leaf in flatten_dict(abstract_params(model)).items()
+    }
 
 
 def from_diffusers_vae(state_dict: Mapping[str, np.ndarray], model: AutoencoderKL, what: str = "VAE") -> dict[str, Any]:
@@ -149,15 +151,15 @@ def from_diffusers_vae(state_dict: Mapping[str, np.ndarray], model: AutoencoderK
         given[name] = tensor
     state_dicts.check_tensors(shapes(model), given, what)
     paths = flatten_dict(abstract_params(model))
-    return unflatten_dict({path: from_torch(np.asarray(given[_name(path)], np.float32)) for path in paths})
+    return unflatten_dict({path: from_torch(np.asarray(given[_diffusers_name(path)], np.float32)) for path in paths})
 
 
 def to_diffusers_vae(params: Params) -> dict[str, np.ndarray]:
     """The diffusers state_dict (new attention names) of parameters: the inverse of `from_diffusers_vae`."""
-    return {_name(path): to_torch(np.asarray(leaf)) for path, leaf in flatten_dict(params).items()}
+    return {_diffusers_name(path): to_torch(np.asarray(leaf)) for path, leaf in flatten_dict(params).items()}
 
 
-def _name(path: tuple[str, ...]) -> str:
+def _diffusers_name(path: tuple[str, ...]) -> str:
     """encoder/down_blocks_0/resnets_1/conv1/kernel -> encoder.down_blocks.0.resnets.1.conv1.weight"""
     kind = {"kernel": "weight", "scale": "weight", "bias": "bias"}[path[-1]]
     return ".".join([re.sub(r"_(\d+)$", r".\1", part) for part in path[:-1]] + [kind])

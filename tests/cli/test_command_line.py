@@ -118,13 +118,13 @@ def test_where_the_configs_are_is_said(monkeypatch, capsys, tmp_path):
 
 
 def test_help_leaves_out_no_mode_and_no_field():
-    for mode, what in help.summaries().items():
+    for mode, what in help.mode_summaries().items():
         assert what and not what.startswith("--mode"), (
             f"the first line of modes/{mode}.py must be --mode={mode}: what it does."
         )
         assert f"--mode={mode}: " in help.page(mode)
     values = fields.flat(schema.base())
-    assert {name for name in help.comments() if name in values} == set(values)
+    assert {name for name in help.field_comments() if name in values} == set(values)
     sections = {name.partition(".")[0] for name in values if "." in name}
     assert {section for named in help._SECTIONS.values() for section in named} <= sections
 
@@ -160,13 +160,13 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
 
     monkeypatch.setattr(reference, "run", lambda c, workdir: seen.append(("reference", workdir)))
     monkeypatch.setattr(evaluate, "run", judged)
-    told = command_line._judged(c, str(tmp_path))
+    told = command_line._score_summary(c, str(tmp_path))
     assert told.startswith(
         "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of as many real training images: 0.25 [0.00, 2.00]"
     )
     (tmp_path / "reference.npz").write_bytes(b"")
     c.evaluate.grid = "steps=5,20"  # which real images have no use for
-    command_line._judged(c, str(tmp_path))
+    command_line._score_summary(c, str(tmp_path))
     steps = ["reference", "", "data:train", "", "data:train"]  # what is there is not made anew
     assert [what for what, _ in seen] == steps and {where for _, where in seen} == {str(tmp_path)}
     assert c.evaluate.images == ""
@@ -216,7 +216,7 @@ def test_a_training_that_was_asked_to_stop_in_its_last_step_is_judged_by_the_nex
     judged = []
     figures = {"step": 3} | ({"stopped": True} if stopped else {})
     monkeypatch.setattr(madformer_jax.modes.train, "run", lambda *args: figures)
-    monkeypatch.setattr(command_line, "_judged", lambda c, workdir: judged.append(workdir) or "the scores")
+    monkeypatch.setattr(command_line, "_score_summary", lambda c, workdir: judged.append(workdir) or "the scores")
     args = [DIGITS, f"--workdir={tmp_path}/run", "--config.train.judge=True", "--config.train.steps=3"]
     assert command_line.main(["main", *args]) == 0
     assert judged == ([] if stopped else [f"{tmp_path}/run"])
@@ -383,20 +383,22 @@ def test_a_backend_that_does_not_start_is_one_line(monkeypatch, capsys, tmp_path
 
 
 def test_xla_is_given_its_flag_on_a_cpu_that_knows_it_only(monkeypatch):
-    flag = f"--{command_line._YNN}="
+    flag = f"--{command_line._YNN_FLAG}="
 
     def given(platform, flags="", platforms="", accelerator=False):
         monkeypatch.setenv("XLA_FLAGS", flags)
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
-        monkeypatch.setattr(command_line, "_ACCELERATORS", ("/",) if accelerator else ("/nowhere*",))
-        command_line._without_ynn(platform)
+        monkeypatch.setattr(command_line, "_ACCELERATOR_DEVICES", ("/",) if accelerator else ("/nowhere*",))
+        command_line._disable_ynnpack(platform)
         return os.environ["XLA_FLAGS"].split()
 
     assert given("cpu", "--mine") == [flag, "--mine"]
     assert given("") == given("", platforms="cpu", accelerator=True) == [flag]
     assert given("tpu") == given("", platforms="cuda,cpu") == given("", accelerator=True) == []
     assert given("cpu", f"{flag}gemm") == [f"{flag}gemm"]
-    monkeypatch.setattr(command_line, "_YNN", "xla_cpu_flag_of_another_year")  # with which XLA would end this process
+    monkeypatch.setattr(
+        command_line, "_YNN_FLAG", "xla_cpu_flag_of_another_year"
+    )  # with which XLA would end this process
     assert given("cpu", "--mine") == ["--mine"]
 
 

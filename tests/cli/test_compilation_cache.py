@@ -34,5 +34,5 @@ def test_the_environment_names_the_cache_unless_the_user_asks_for_another(monkey
     monkeypatch.setattr(jax.config, "update", seen.__setitem__)
     monkeypatch.setattr(command_line.storage, "user_cache", lambda kind: f"/home/{kind}")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
-    command_line._use_cache(setting, "run")
+    command_line._set_compilation_cache(setting, "run")
     assert seen == changes

@@ -18,12 +18,12 @@ def numbers(text, names):
     c = tiny.get_config()
     c.model.classes, c.sample.labels = len(names) or 12, text
     schema.validate(c)
-    schema.number_labels(c, names)
+    schema.resolve_label_numbers(c, names)
     resolved = c.sample.labels
-    schema.number_labels(c, names)
+    schema.resolve_label_numbers(c, names)
     assert c.sample.labels == resolved
     c.sample.n = len(class_labels.parse(resolved, c.model.classes))
-    return schema.labels(c)
+    return schema.sample_labels(c)
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,15 @@ def test_every_field_has_its_facts():
 @pytest.mark.parametrize("name", FACTS)
 def test_the_facts_of_a_field_agree(name):
     assert FACTS[name], "neither decides results nor may change"
-    assert identity.decides(name) or identity.may_change(name), "what decides nothing may change"
+    assert identity.affects_results(name) or identity.may_change_on_resume(name), "what decides nothing may change"
 
 
 def test_a_field_without_facts_identifies_a_run():
-    assert identity.decides("model.new") and not identity.may_change("model.new")
+    assert identity.affects_results("model.new") and not identity.may_change_on_resume("model.new")
 
 
 def test_embedded_tokenizers_are_known_by_name():
-    assert set(identity.EMBEDDED_TOKENIZERS) == text._EMBEDDED.keys()
+    assert set(identity.EMBEDDED_TOKENIZERS) == text._EMBEDDED_FILES.keys()
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
-    c = stored_config.restored(content, "theirs/config.json")
+    c = stored_config.config_from_saved(content, "theirs/config.json")
     assert (
         len(caplog.messages) == 1 and "data.path='/home/you/pictures'" in caplog.text and "\n" not in caplog.messages[0]
     )
@@ -98,7 +98,7 @@ def test_a_stranger_s_file_chooses_no_path_and_no_mesh(content, caplog):
 def test_what_is_no_path_stays(content, name, value):
     section, _, field = name.partition(".")
     content[section][field] = value
-    assert fields.flat(stored_config.restored(content, "theirs/config.json"))[name] == value
+    assert fields.flat(stored_config.config_from_saved(content, "theirs/config.json"))[name] == value
 
 
 @pytest.mark.parametrize("path", ["weights/vae", "../vae", "./vae", "~/vae", "gs://theirs/vae", "file:///vae", "vae"])
@@ -107,22 +107,22 @@ def test_only_the_id_of_a_hub_is_no_path(content, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights" / "vae").mkdir(parents=True)
     content["codec"]["path"] = path
-    assert stored_config.restored(content, "theirs/config.json").codec.path == ""
+    assert stored_config.config_from_saved(content, "theirs/config.json").codec.path == ""
 
 
 def test_the_tokenizer_in_the_current_folder_is_not_that_of_a_stranger(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     content["text"]["tokenizer"] = "tokenizer.json"
-    assert stored_config.restored(content, "theirs/config.json").text.tokenizer == "theirs/tokenizer.json"
+    assert stored_config.config_from_saved(content, "theirs/config.json").text.tokenizer == "theirs/tokenizer.json"
 
 
 def test_the_config_of_a_run_of_ours_keeps_its_paths_but_for_the_compilation_cache(content):
     provenance.record(content)
-    found = fields.flat(stored_config.restored(content, "ours/config.json"))
+    found = fields.flat(stored_config.config_from_saved(content, "ours/config.json"))
     assert {name: found[name] for name in LOCAL} == LOCAL | {"compilation_cache": "auto"}
     content["data"]["path"] = "/etc"  # changed by somebody else
-    assert stored_config.restored(content, "ours/config.json").data.path == ""
+    assert stored_config.config_from_saved(content, "ours/config.json").data.path == ""
 
 
 def test_several_processes_read_the_same_config_whatever_each_has_recorded(content, tmp_path):

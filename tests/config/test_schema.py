@@ -134,7 +134,7 @@ def test_fields_of_a_wrong_kind_are_named(tiny_config, changes, words):
         schema.validate(ConfigDict(content, type_safe=False))
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match=f"run/config.json: .*{words}"):
-        stored_config.restored(content, "run/config.json")
+        stored_config.config_from_saved(content, "run/config.json")
 
 
 def test_a_field_that_is_missing_is_named_in_a_config_and_has_its_default_in_an_old_workdir(tiny_config):
@@ -142,16 +142,16 @@ def test_a_field_that_is_missing_is_named_in_a_config_and_has_its_default_in_an_
     del content["model"]["rope"]
     with pytest.raises(ConfigError, match="config.model.rope is missing"):
         schema.validate(ConfigDict(content))
-    assert stored_config.restored(content, "config.json", trusted=True).to_dict() == tiny_config.to_dict()
+    assert stored_config.config_from_saved(content, "config.json", trusted=True).to_dict() == tiny_config.to_dict()
     with pytest.raises(ConfigError, match="holds no config"):
-        stored_config.restored([1], "config.json")
+        stored_config.config_from_saved([1], "config.json")
 
 
 def test_channels_that_cannot_hold_the_noise_are_told(tiny_config):
-    assert "unet_channels[0]=8 is less than the 16 values" in validation.doubts(tiny_config)[0]
-    assert "stays above 0.50" in validation.doubts(tiny_config)[0]
+    assert "unet_channels[0]=8 is less than the 16 values" in validation.warnings(tiny_config)[0]
+    assert "stays above 0.50" in validation.warnings(tiny_config)[0]
     tiny_config.model.unet_channels = (16,)
-    assert validation.doubts(tiny_config) == []
+    assert validation.warnings(tiny_config) == []
 
 
 def test_a_tiny_config_of_a_depth_that_there_is_not_speaks_of_the_depth_that_was_asked_for():
@@ -163,19 +163,19 @@ def test_a_tiny_config_of_a_depth_that_there_is_not_speaks_of_the_depth_that_was
 
 def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):
     tiny_config.sample.labels = "7,2"
-    assert schema.labels(tiny_config) == [7, 2, 7, 2, 7]
+    assert schema.sample_labels(tiny_config) == [7, 2, 7, 2, 7]
 
 
 def test_random_labels_are_a_function_of_the_seed_and_the_number(tiny_config):
     tiny_config.sample.label_sampling, tiny_config.sample.n = "random", 3000
     tiny_config.sample.labels = "7,2,4"
-    many = schema.labels(tiny_config)
+    many = schema.sample_labels(tiny_config)
     assert many[:12] == [4, 4, 2, 7, 2, 2, 4, 7, 2, 2, 4, 2]  # on every machine
     assert all(900 < many.count(k) < 1100 for k in (2, 4, 7))
     tiny_config.sample.n = 5
-    assert schema.labels(tiny_config) == many[:5]
+    assert schema.sample_labels(tiny_config) == many[:5]
     tiny_config.sample.n, tiny_config.seed = 3000, 1
-    assert 800 < sum(a == b for a, b in zip(schema.labels(tiny_config), many, strict=True)) < 1200
+    assert 800 < sum(a == b for a, b in zip(schema.sample_labels(tiny_config), many, strict=True)) < 1200
 
 
 def test_what_differs_from_the_defaults():
@@ -197,11 +197,11 @@ def test_names_of_classes_become_their_numbers(tiny_config):
     tiny_config.sample.labels = "zwei, 7,eins"
     schema.validate(tiny_config)  # without the data, nobody knows them
     with pytest.raises(ConfigError, match="'zwei' is neither a class number nor a class name"):
-        schema.labels(tiny_config)
-    schema.number_labels(tiny_config, ["null", "eins", "zwei"])
-    assert schema.labels(tiny_config) == [2, 7, 1, 2, 7]
+        schema.sample_labels(tiny_config)
+    schema.resolve_label_numbers(tiny_config, ["null", "eins", "zwei"])
+    assert schema.sample_labels(tiny_config) == [2, 7, 1, 2, 7]
     tiny_config.sample.labels = "zwie"
     with pytest.raises(ConfigError, match=r"'zwie' is neither .* \(names are 'zwei', \.\.\.\)"):
-        schema.number_labels(tiny_config, ["null", "eins", "zwei"])
+        schema.resolve_label_numbers(tiny_config, ["null", "eins", "zwei"])
     with pytest.raises(ConfigError, match="this data set names none"):
-        schema.number_labels(tiny_config, ())
+        schema.resolve_label_numbers(tiny_config, ())

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from madformer_jax.config import schema
-from madformer_jax.config.shapes import sizes_of, vocabulary_of
+from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler
 from madformer_jax.models import madformer, vae
@@ -42,7 +42,7 @@ def wide(**changes):
     for name, value in changes.items():
         section, field = name.split(".") if "." in name else ("model", name)
         c[section][field] = value
-    c.sample.guidance = 2.0 if vocabulary_of(c) else 1.0
+    c.sample.guidance = 2.0 if vocabulary_size(c) else 1.0
     return c
 
 
@@ -55,7 +55,7 @@ def abstract(c):
     """The model, its parameters, latent blocks, timesteps and tokens of a batch."""
     model = madformer.build(c)
     params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
-    z = jax.ShapeDtypeStruct((c.train.batch, *sizes_of(c).block_shape), jnp.float32)
+    z = jax.ShapeDtypeStruct((c.train.batch, *derive_sizes(c).block_shape), jnp.float32)
     t = jax.ShapeDtypeStruct(z.shape[:2], jnp.int32)
     tokens = jax.ShapeDtypeStruct((c.train.batch, c.text.length), jnp.int32) if model.vocabulary else None
     return model, params, z, t, tokens
@@ -74,7 +74,7 @@ def test_training_costs_what_xla_counts(name):
     args = params, z, z, t, tokens
     assert counted(jax.grad(total), *args) == pytest.approx(flops.training_step(c).total, rel=0.02)
     if name in ("four blocks", "one block"):  # of the others it is a part of what has just been counted
-        assert counted(total, *args) == pytest.approx(c.train.batch * flops.forward(c).total, rel=0.02)
+        assert counted(total, *args) == pytest.approx(c.train.batch * flops.forward_pass(c).total, rel=0.02)
 
 
 SAMPLING = {
@@ -143,25 +143,25 @@ def test_passes_count_the_layers_of_every_switch(changes, condition, extension):
     for blocks in (1, 4, 16):
         c.model.blocks = blocks
         layers = blocks * (condition + 5 * c.model.diffusion_depth) + (blocks - 1) * extension
-        assert flops.passes(c) == pytest.approx(layers / (4 * blocks))
-        assert flops.passes_until(c, blocks - 1, 5) == flops.passes(c)
-    nfe, passes = flops.nfe(c), flops.passes(c)
+        assert flops.model_passes(c) == pytest.approx(layers / (4 * blocks))
+        assert flops.model_passes_until(c, blocks - 1, 5) == flops.model_passes(c)
+    nfe, passes = flops.nfe(c), flops.model_passes(c)
     c.model.classes, c.sample.guidance, c.sample.guidance_interval = 10, 2.0, (200, 600)
-    assert (flops.nfe(c), flops.passes(c)) == (2 * nfe, 2 * passes)
+    assert (flops.nfe(c), flops.model_passes(c)) == (2 * nfe, 2 * passes)
     c.sample.guidance = 1.0
-    assert (flops.nfe(c), flops.passes(c)) == (nfe, passes)
+    assert (flops.nfe(c), flops.model_passes(c)) == (nfe, passes)
 
 
 def test_passes_grow_by_the_extension_between_two_blocks():
     c = wide(depth=4, blocks=4)  # D = 1
     c.sample.steps = 2
-    found = [flops.passes_until(c, block, step) * 16 for block in range(4) for step in (1, 2)]
+    found = [flops.model_passes_until(c, block, step) * 16 for block in range(4) for step in (1, 2)]
     assert found == [4, 5, 13, 14, 22, 23, 31, 32]  # a condition costs 3, a step 1, an extension 4
 
 
 def test_peak_of_a_device_is_its_data_sheets():
     def of(kind, dtype):
-        return flops.peak(dtype, types.SimpleNamespace(device_kind=kind))
+        return flops.peak_rate(dtype, types.SimpleNamespace(device_kind=kind))
 
     assert of("TPU v5 lite", "bfloat16") == 197e12
     assert of("TPU v5", "bfloat16") == 459e12
@@ -173,7 +173,7 @@ def test_peak_of_a_device_is_its_data_sheets():
 
 
 def test_peak_of_a_cpu_is_a_measured_product():
-    measured = flops.peak("float32")
+    measured = flops.peak_rate("float32")
     assert measured == flops.matmul_rate("float32") > 1e8  # measured once
     cost = flops.Cost(unet=measured)
     assert flops.mfu(cost, 2.0, devices=2) == pytest.approx(0.25)

@@ -17,7 +17,7 @@ def estimated(**changes):
 
 def test_cycles_count_as_often_as_their_loop_runs():
     e = estimated()
-    kernel = tpu_time.KERNELS["block_attention_backward"]
+    kernel = tpu_time.KERNEL_COSTS["block_attention_backward"]
     attention = 0.5e-3 / kernel.rate + 2 * 4 * 512 * kernel.query / 1.5e9
     assert e.busy == pytest.approx(4 * 1e-3 + 4 * 0.5e-3 + 2e-3 + attention)
     assert e.figures()["share_of_peak"] == pytest.approx(0.004 / e.busy)
@@ -47,7 +47,7 @@ def test_the_tables_say_where_the_time_goes():
     assert phases["optimizer"].keys() == {"update"}
     places = {row.name: row.place for row in e.rows}
     assert places["fusion.1"] == "models/layers.py:30 query/dot_general"  # the caller of ours, not flax
-    report = tpu_time.text(e)
+    report = tpu_time.format_estimate(e)
     assert "AR layers, forward, products: models/layers.py:30 query/dot_general" in report
     assert "nothing is known of them: while.2, other" in report
     assert "to other slices" in report
@@ -77,6 +77,6 @@ def test_two_files_are_compared(tmp_path, capsys):
 
 
 def test_an_unknown_chip_is_no_estimate():
-    assert tpu_time.chip("TPU v1") is None
+    assert tpu_time.chip_spec("TPU v1") is None
     with pytest.raises(ValueError, match="TPU v1"):
         estimated(device_kind="TPU v1")

@@ -44,7 +44,9 @@ def _tars(path, monkeypatch):
 def _drawings(monkeypatch):
     png, rows = np.frombuffer(_png(5), np.uint8), np.zeros((1, len(pictures.Drawings.attributes)), np.int32)
     monkeypatch.setattr(pictures, "_caption", lambda number, row: "a word")
-    monkeypatch.setattr(pictures, "_open", lambda *given: [pictures._File(png, np.array([len(png)]), rows)])
+    monkeypatch.setattr(
+        pictures, "_load_pictures", lambda *given: [pictures._CacheFile(png, np.array([len(png)]), rows)]
+    )
     return pictures.Drawings(1, 32)
 
 
@@ -98,10 +100,10 @@ def test_no_index_gives_no_row_of_the_usual_shape(tmp_path, monkeypatch, kind):
         assert none.attributes.shape == (0, one.attributes.shape[1])
         assert none.attributes.dtype == one.attributes.dtype == np.int32
     if kind != "latents":  # of which images cannot be judged
-        first = images._digest(source, np.arange(1))
-        assert images._digest(source, np.arange(1)) == first != images._digest(source, np.zeros(0, int))
+        first = images._hash_records(source, np.arange(1))
+        assert images._hash_records(source, np.arange(1)) == first != images._hash_records(source, np.zeros(0, int))
         monkeypatch.setattr(source, "read", lambda indices: one._replace(labels=one.labels + 1), raising=False)
-        assert images._digest(source, np.arange(1)) != first
+        assert images._hash_records(source, np.arange(1)) != first
 
 
 @pytest.mark.parametrize("kind", ["npz", "npz files", "folder", "data:all", "blurred"])
@@ -125,23 +127,23 @@ def test_a_process_without_a_share_of_a_part_adds_no_row(tmp_path, monkeypatch, 
     data = images.open_images(c)
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    monkeypatch.setattr(shards, "gather", lambda arrays: arrays)
+    monkeypatch.setattr(shards, "allgather_rows", lambda arrays: arrays)
 
     def extract(x):
-        return registry.Outputs(np.zeros((len(x), 5), np.float32), None)
+        return registry.NetworkOutputs(np.zeros((len(x), 5), np.float32), None)
 
-    (found,) = images.look(data, extract, images.Unread(4, 0.0), [shards.Part(0, 1)])
+    (found,) = images.extract_missing_shards(data, extract, images.UnreadableImages(4, 0.0), [shards.Shard(0, 1)])
     assert {name: x.shape for name, x in found.items()} == {
-        "features": (0, 5), "profile": (0, 62), "labels": (0,), shards.UNREAD: (0,),
+        "features": (0, 5), "profile": (0, 62), "labels": (0,), shards.UNREADABLE_KEY: (0,),
     }  # fmt: skip
 
 
 def test_all_processes_raise_the_error_of_one(monkeypatch):
     theirs = {"errors": np.frombuffer(b"shard 3 is damaged.\n", np.uint8)}
-    monkeypatch.setattr(shards, "gather", lambda arrays: theirs)
+    monkeypatch.setattr(shards, "allgather_rows", lambda arrays: theirs)
     with pytest.raises(ConfigError, match="^shard 3 is damaged.$"):
-        shards.same_outcome(4)
+        shards.sync_errors(4)
     monkeypatch.undo()
-    assert shards.same_outcome(4) == 4
+    assert shards.sync_errors(4) == 4
     with pytest.raises(ConfigError, match="^here$"):
-        shards.same_outcome(ConfigError("here"))
+        shards.sync_errors(ConfigError("here"))

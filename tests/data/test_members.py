@@ -184,7 +184,7 @@ def test_what_is_said_is_said_of_a_kept_index_too(opened, tmp_path, caplog, monk
     opened({"0.png": 0, "0.json": b'{"label": "cat"}', "a.npy": b""})
     caplog.clear()
     listing.warn_once.cache_clear()
-    monkeypatch.setattr(tars, "_make", None)
+    monkeypatch.setattr(tars, "_build_index", None)
     assert tars.Tars(f"{tmp_path}/x.tar").names == ("cat",) and ".npy: 1 (" in caplog.text
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from madformer_jax.data import preprocess
 from tests.data import odd_images
 
-TABLE = preprocess.Table(odd_images.SIDE, 3, crop=True)
+TABLE = preprocess.Preprocessor(odd_images.SIDE, 3, crop=True)
 
 
 def plain(name: str) -> np.ndarray:
@@ -40,7 +40,7 @@ def test_each_orientation_is_the_one_that_exif_means(orientation, kind):
         1: stored, 2: stored[:, ::-1], 3: stored[::-1, ::-1], 4: stored[::-1], 5: stored.transpose(1, 0, 2),
         6: np.rot90(stored, -1), 7: stored[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(stored),
     }[orientation]  # fmt: skip
-    table = preprocess.Table(30, 3, crop=True)
+    table = preprocess.Preprocessor(30, 3, crop=True)
     np.testing.assert_array_equal(table.pixels(file.getvalue()), table.pixels(np.ascontiguousarray(shown)))
 
 

@@ -177,7 +177,7 @@ def test_memory_that_runs_out_is_said_of_the_image(numbered, monkeypatch):
     def full(table, images):
         raise MemoryError
 
-    monkeypatch.setattr(preprocess.Table, "batch", full)
+    monkeypatch.setattr(preprocess.Preprocessor, "batch", full)
     with pytest.raises(ConfigError, match=r"\.png: the memory does not suffice"):
         take(numbered, 1)
 
@@ -251,21 +251,21 @@ def alive(pid: int) -> bool:
 
 
 def test_describe_tells_what_the_model_gets(numbered):
-    info = pipeline.describe(numbered)
+    info = pipeline.dataset_info(numbered)
     assert info[:5] == (23, 3, (6, 6, 1), "images", ("0", "1", "2"))
     assert len(info.fingerprint) == 64
 
 
 def test_the_fingerprint_tells_other_records_from_moved_ones(numbered, tmp_path):
-    before = pipeline.describe(numbered).fingerprint
+    before = pipeline.dataset_info(numbered).fingerprint
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in "012":
         (tmp_path / name).rename(moved / name)
     numbered.data.path = f"{moved}/"
-    assert pipeline.describe(numbered).fingerprint == before
+    assert pipeline.dataset_info(numbered).fingerprint == before
     (moved / "0" / "000.png").rename(moved / "0" / "999.png")
-    assert pipeline.describe(numbered).fingerprint != before
+    assert pipeline.dataset_info(numbered).fingerprint != before
 
 
 def names(source: Source) -> list[str]:
@@ -286,12 +286,12 @@ def test_training_never_sees_what_is_held_out(numbered):
 def test_data_that_do_not_fit_the_model_are_refused(numbered, tmp_path):
     numbered.model.classes = 2
     with pytest.raises(ConfigError, match="model.classes=2 is too few.*3 classes"):
-        pipeline.describe(numbered)
+        pipeline.dataset_info(numbered)
     numbered.model.classes = 3
-    pipeline.describe(numbered)
+    pipeline.dataset_info(numbered)
     numbered.data.path = str(tmp_path / "0")
     with pytest.raises(ConfigError, match="model.classes=3 needs labels"):
-        pipeline.describe(numbered)
+        pipeline.dataset_info(numbered)
     numbered.model.classes = 0
     numbered.data.channels = 4
     with pytest.raises(ConfigError, match="data.channels=4: images have 1"):

@@ -51,7 +51,7 @@ def test_records_keep_their_split(config, out):
     c = prepared(config, out)
     c.data.split = "test"
     with pytest.raises(ConfigError, match="was prepared from split 'train', not 'test': ask for that one"):
-        pipeline.describe(c)
+        pipeline.dataset_info(c)
 
 
 def test_training_refuses_records_that_do_not_fit_its_config(config, out, tmp_path):
@@ -59,22 +59,22 @@ def test_training_refuses_records_that_do_not_fit_its_config(config, out, tmp_pa
     c = prepared(config, out)
     c.data.image_size = 32
     with pytest.raises(ConfigError, match="data.image_size=32, but .* were prepared with 16"):
-        pipeline.describe(c)
+        pipeline.dataset_info(c)
     config.prepare.kind, out = "latents", str(tmp_path / "latents")
     prepare.run(config, out, encoder=ENCODER)
     c = prepared(config, out)
     c.data.flip = True
     with pytest.raises(ConfigError, match="latents cannot be flipped"):
-        pipeline.describe(c)
+        pipeline.dataset_info(c)
     c.data.flip, c.codec.name = False, "pixel"
     with pytest.raises(ConfigError, match="codec.name='pixel'.* are VAE latents"):
-        pipeline.describe(c)
+        pipeline.dataset_info(c)
 
 
 @pytest.mark.parametrize("summed", [True, False], ids=["small", "large"])
 def test_damaged_shards_are_found_and_made_again(config, out, monkeypatch, summed):
     """Small sets are compared with their checksums at the start; of others each record when it is read."""
-    monkeypatch.setattr(records, "_SUMMED", 1 << 28 if summed else 0)
+    monkeypatch.setattr(records, "_MAX_CHECKSUM_BYTES", 1 << 28 if summed else 0)
     prepare.run(config, out)
     first, third = (os.path.join(out, f"shard-0000{k}-of-00005.arrayrecord") for k in (1, 3))
     flip(first, 30_000 if summed else 300)  # padding, or a record
@@ -83,7 +83,7 @@ def test_damaged_shards_are_found_and_made_again(config, out, monkeypatch, summe
     os.truncate(third, 100)
     os.remove(first)
     with pytest.raises(ConfigError, match="00001-of-00005.arrayrecord is missing or not .* bytes long"):
-        pipeline.describe(prepared(config, out))
+        pipeline.dataset_info(prepared(config, out))
     before = {file: os.stat(os.path.join(out, file)).st_ino for file in os.listdir(out)}
     assert prepare.run(config, out)["made"] == 2
     assert ids(config, out) == GOOD
@@ -94,7 +94,7 @@ def test_damaged_shards_are_found_and_made_again(config, out, monkeypatch, summe
 @pytest.mark.parametrize("late", [False, True])
 def test_a_flipped_byte_of_a_shard_is_never_another_record(config, out, monkeypatch, late):
     """Without the checksum of the whole: what is read is as it was, or nothing is; of storage that answers late, too."""
-    monkeypatch.setattr(records, "_SUMMED", 0)
+    monkeypatch.setattr(records, "_MAX_CHECKSUM_BYTES", 0)
     config.prepare.shard = 23
     prepare.run(config, out)
     shard = os.path.join(out, "shard-00000-of-00001.arrayrecord")
@@ -117,7 +117,7 @@ def test_a_flipped_byte_of_any_json_file_is_noticed(config, out):
     config.prepare.shard = 23
     prepare.run(config, out)
     refused = {
-        "manifest.json": lambda: pipeline.describe(prepared(config, out)),
+        "manifest.json": lambda: pipeline.dataset_info(prepared(config, out)),
         "plan.json": lambda: prepare.run(config, out),
         "shard-00000-of-00001.arrayrecord.json": lambda: records.read_sealed(path),
     }
@@ -162,7 +162,7 @@ def test_shards_of_storage_that_answers_late_are_read_at_the_same_time(config, o
             return self.reader.read(positions)
 
     monkeypatch.setattr(records, "ArrayRecordReader", Slow)
-    monkeypatch.setattr(records, "LATE", -1.0)
+    monkeypatch.setattr(records, "SLOW_SECONDS_PER_RECORD", -1.0)
     found = records.Records(out)
     wanted = found.read(np.arange(21)).arrays["image"]
     rows = np.array([3, 0, 2]), np.array([7, 5, 6])  # of the first shard and of the second
@@ -175,14 +175,14 @@ def test_an_unfinished_or_foreign_folder_is_refused(config, out, tmp_path):
     c = prepared(config, out)
     c.data.path = str(tmp_path)
     with pytest.raises(ConfigError, match="holds no manifest.json: make the records with --mode=prepare"):
-        pipeline.describe(c)
+        pipeline.dataset_info(c)
     records.write_sealed(tmp_path / "manifest.json", {"format": 99})
     with pytest.raises(ConfigError, match="is of format 99, not 2"):
-        pipeline.describe(c)
+        pipeline.dataset_info(c)
     for content in ('{"format"', "[1]", '{"format": 2}'):
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(ConfigError, match="manifest.json is damaged"):
-            pipeline.describe(c)
+            pipeline.dataset_info(c)
 
 
 def test_records_of_the_first_format_are_read(config, out, caplog):
@@ -195,7 +195,7 @@ def test_records_of_the_first_format_are_read(config, out, caplog):
     with open(path, "w") as file:
         json.dump(manifest, file)
     assert ids(config, out) == GOOD
-    info = pipeline.describe(prepared(config, out))
+    info = pipeline.dataset_info(prepared(config, out))
     assert info.names == ("0", "1") and info.codec == "" and len(info.fingerprint) == 64
     records.write_sealed(os.path.join(out, "plan.json"), {"format": 1})
     with pytest.raises(ConfigError, match=r"was prepared by another version \(format 1\): it may be read"):
@@ -204,21 +204,21 @@ def test_records_of_the_first_format_are_read(config, out, caplog):
     with open(path, "w") as file:
         json.dump(manifest, file)
     with pytest.raises(ConfigError, match="manifest.json is damaged"):
-        pipeline.describe(prepared(config, out))
+        pipeline.dataset_info(prepared(config, out))
 
 
 def test_the_fingerprint_outlives_a_shard_made_again_but_not_other_data(config, out, tmp_path):
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=ENCODER)
-    before = pipeline.describe(prepared(config, out))
+    before = pipeline.dataset_info(prepared(config, out))
     os.remove(os.path.join(out, "shard-00001-of-00005.arrayrecord"))
     prepare.run(
         config, out, encoder=ENCODER._replace(encode=lambda x: vae(1.01 * x))
     )  # another machine rounds otherwise
-    assert pipeline.describe(prepared(config, out)) == before and before.names == ("0", "1")
+    assert pipeline.dataset_info(prepared(config, out)) == before and before.names == ("0", "1")
     config.data.crop = False
     prepare.run(config, str(tmp_path / "other"), encoder=ENCODER)
-    assert pipeline.describe(prepared(config, str(tmp_path / "other"))).fingerprint != before.fingerprint
+    assert pipeline.dataset_info(prepared(config, str(tmp_path / "other"))).fingerprint != before.fingerprint
 
 
 # ---- a bucket, played by a folder: tests.support.cloud has a real one
@@ -247,13 +247,13 @@ def test_shards_of_a_bucket_are_copied_once(config, bucket, tmp_path, caplog):
 
 
 def test_shards_of_a_bucket_are_copied_at_once(config, bucket, monkeypatch):
-    real, all_five = records._copy, threading.Barrier(5)
+    real, all_five = records._copy_shard, threading.Barrier(5)
 
     def copy(*given):
         all_five.wait(10)  # comes back only if the others have begun too
         real(*given)
 
-    monkeypatch.setattr(records, "_copy", copy)
+    monkeypatch.setattr(records, "_copy_shard", copy)
     assert ids(config, bucket) == GOOD
 
 

@@ -89,18 +89,18 @@ def _in_tar(folder, caption):
 def test_a_byte_order_mark_is_not_part_of_a_prompt(mark, c, tmp_path):
     c.sample.n, c.sample.prompts = 2, str(tmp_path / "prompts.txt")
     (tmp_path / "prompts.txt").write_bytes(mark + "a red circle\r\n\ufeffa blue square\r\n".encode())
-    assert prompts.of(c) == ["a red circle", "a blue square"]
+    assert prompts.load(c) == ["a red circle", "a blue square"]
 
 
 def test_prompts_that_are_not_unicode_are_refused_in_one_line(c, tmp_path):
     c.sample.prompts = str(tmp_path / "prompts.txt")
     (tmp_path / "prompts.txt").write_bytes("a círculo".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"prompts\.txt is not UTF-8 text"):
-        prompts.of(c)
+        prompts.load(c)
     for given in (f"a circle {LONE}", os.fsdecode(b"a c\xedrculo")):
         c.sample.prompts = given
         with pytest.raises(ConfigError, match="is not valid Unicode") as error:
-            prompts.of(c)
+            prompts.load(c)
         str(error.value).encode()
 
 

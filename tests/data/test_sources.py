@@ -239,7 +239,7 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
     assert len(shades) == 5 and shades.classes == 7
     from madformer_jax.data import preprocess
 
-    table = preprocess.Table(4, 3, crop=True)
+    table = preprocess.Preprocessor(4, 3, crop=True)
     found = shades.read(np.array([4, 0, 2, 1, 3]))
     assert table.batch(found.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * found.labels).tolist()
     assert found.captions == [f"shade {label}" for label in found.labels]

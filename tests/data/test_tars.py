@@ -39,7 +39,7 @@ def write_tar(path, members: dict[str, bytes]) -> str:
 
 def shades(found: source.Source, *numbers: int) -> list[int]:
     images = found.read(np.array(numbers)).arrays["image"]
-    return preprocess.Table(4, 3, crop=True).batch(images).mean((1, 2, 3)).tolist()
+    return preprocess.Preprocessor(4, 3, crop=True).batch(images).mean((1, 2, 3)).tolist()
 
 
 def test_captions_come_as_tokens_with_what_is_said_in_their_place(tmp_path):
@@ -86,10 +86,10 @@ def test_sidecars_give_labels_and_captions(tmp_path):
 def test_the_index_is_made_once_and_again_when_a_tar_changes(tmp_path, cache, monkeypatch):
     path = write_tar(tmp_path / "x.tar", {"0.webp": image(10)})
     tars.Tars(path)
-    walk = tars._make
-    monkeypatch.setattr(tars, "_make", None)
+    walk = tars._build_index
+    monkeypatch.setattr(tars, "_build_index", None)
     assert shades(tars.Tars(path), 0) == [10]
-    monkeypatch.setattr(tars, "_make", walk)
+    monkeypatch.setattr(tars, "_build_index", walk)
     write_tar(tmp_path / "x.tar", {"0.webp": image(30), "1.webp": image(10)})
     assert shades(tars.Tars(path), 0, 1) == [30, 10]
 

@@ -20,7 +20,7 @@ def c(request, tmp_path):
     """A config with a tokenizer of 300 tokens of our own, or with tiktoken's ranks of bytes and a few words."""
     path = tmp_path / "tokenizer"
     if request.param == "json":
-        path.write_text(text.train(CAPTIONS, 300))
+        path.write_text(text.train_bpe(CAPTIONS, 300))
     else:
         ranks = [*(bytes([byte]) for byte in range(256)), b"re", b"red", b" p"]
         path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(word), rank) for rank, word in enumerate(ranks)))
@@ -35,7 +35,7 @@ def encode(c, *texts):
 
 
 def test_a_caption_is_begin_its_tokens_and_end(c):
-    found, texts = text.of(c), encode(c, *CAPTIONS, "", "¿x?")
+    found, texts = text.tokenizer_for_config(c), encode(c, *CAPTIONS, "", "¿x?")
     assert texts.tokens.dtype == texts.lengths.dtype == np.int32
     assert texts.tokens.max() == c.text.vocabulary  # "none" stands behind the tokenizer's
     for caption, row, length in zip([*CAPTIONS, "", "¿x?"], texts.tokens, texts.lengths):
@@ -52,7 +52,7 @@ def test_what_is_too_long_is_an_error_or_cut_by_a_setting(c):
     with pytest.raises(ConfigError, match="caption 1: 'a red planet with two moons' is .* tokens long, .*length=5"):
         encode(c, "a", CAPTIONS[0])
     c.text.truncate = True
-    cut, found = encode(c, CAPTIONS[0]), text.of(c)
+    cut, found = encode(c, CAPTIONS[0]), text.tokenizer_for_config(c)
     assert cut.lengths == 5 and cut.tokens[0, -1] == found.end
     c.text.length = 40
     np.testing.assert_array_equal(cut.tokens[0, :4], encode(c, CAPTIONS[0]).tokens[0, :4])
@@ -63,11 +63,11 @@ def test_another_vocabulary_than_the_tokenizers_is_told(c):
     with pytest.raises(
         ConfigError, match=f"vocabulary=7, but .* run from 0 to {given - 1}: set config.text.vocabulary={given}"
     ):
-        text.of(c)
+        text.tokenizer_for_config(c)
 
 
 def test_llama_3_counts_its_special_tokens_behind_the_ranks(c):
-    found = text.of(c)
+    found = text.tokenizer_for_config(c)
     if found.vocabulary > 300:
         assert (found.begin, found.end, found.vocabulary) == (259, 260, 259 + 256)
 
@@ -119,11 +119,11 @@ def test_a_vocabulary_with_gaps_reaches_to_its_highest_id(tmp_path):
     assert c.text.vocabulary == encode(c, *odd_captions.CAPTIONS).tokens.max() + 1 == entries + 50
     c.text.vocabulary = entries
     with pytest.raises(ConfigError, match=f"vocabulary={entries}, but .* 0 to {entries + 49}: .*={entries + 50}"):
-        text.of(c)
+        text.tokenizer_for_config(c)
 
 
 def test_chance_has_no_part_in_tokens(tmp_path):
-    spec = json.loads(text.train(CAPTIONS, 300))
+    spec = json.loads(text.train_bpe(CAPTIONS, 300))
     spec["model"]["dropout"] = 0.5
     (tmp_path / "dropout.json").write_text(json.dumps(spec))
     c = opened(tmp_path / "dropout.json")
@@ -178,7 +178,7 @@ def test_an_unknown_part_is_an_error_in_every_kind_of_model(tokenizer, tmp_path)
 
 def test_names_of_control_tokens_are_text(c):
     """No caption can end itself, whatever kind of tokenizer reads it."""
-    found = text.of(c)
+    found = text.tokenizer_for_config(c)
     for word in (text.BEGIN, text.END, "<|endoftext|>", "</s>"):
         row = encode(c, f"a red {word} planet")
         inner = row.tokens[0, 1 : row.lengths[0] - 1].tolist()
@@ -192,7 +192,7 @@ def test_names_of_control_tokens_are_text_to_tokenizers_of_others(tokenizer, tmp
     row = encode(c, "red </s> red")
     inner = row.tokens[0, 1 : row.lengths[0] - 1].tolist()
     assert not {0, 1, 2} & set(inner) if isinstance(tokenizer.model, tokenizers.models.Unigram) else 1 not in inner
-    assert "</s>" in text.of(c).decode(inner).replace(" ", "")
+    assert "</s>" in text.tokenizer_for_config(c).decode(inner).replace(" ", "")
 
 
 def test_a_control_token_that_cannot_be_spelt_is_refused(tmp_path):
@@ -209,16 +209,16 @@ def test_the_content_of_the_file_is_its_identity(tmp_path):
     path = tmp_path / "words.json"
     odd_captions.write_tokenizer(path, "plain")
     c, size = opened(path), path.stat().st_size
-    before = text.identity(c)
-    text.check_identity(c, before | {"step": 3}, 3, "runs/a")
-    text.check_identity(c, {"step": 3}, 3, "runs/a")
+    before = text.tokenizer_identity(c)
+    text.check_tokenizer_identity(c, before | {"step": 3}, 3, "runs/a")
+    text.check_tokenizer_identity(c, {"step": 3}, 3, "runs/a")
     path.write_text(path.read_text().replace('"red"', '"x"').replace('"two"', '"red"').replace('"x"', '"two"'))
     text.open_tokenizer.cache_clear()
     assert path.stat().st_size == size
     with pytest.raises(ConfigError, match=r"words.json' has changed since step 3 of runs/a: its SHA-256 was") as error:
-        text.check_identity(c, before, 3, "runs/a")
+        text.check_tokenizer_identity(c, before, 3, "runs/a")
     assert "\n" not in str(error.value)
-    assert text.identity(config_lib.base()) == {}  # of a model without captions
+    assert text.tokenizer_identity(config_lib.base()) == {}  # of a model without captions
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madformer_jax.diffusion import losses, schedule
-from madformer_jax.models.madformer import Outputs
+from madformer_jax.models.madformer import ModelOutputs
 
 
 def test_terms_are_mean_squared_errors_and_the_likelihood_of_the_next_token():
@@ -11,7 +11,9 @@ def test_terms_are_mean_squared_errors_and_the_likelihood_of_the_next_token():
     shape = (2, 4, 9, 3)
     eps, hidden, clean, z, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(5))
     logits, tokens = rng.normal(size=(2, 3, 5)).astype(np.float32), np.array([[0, 4, 2], [3, 1, 1]])
-    found = losses.terms(Outputs(*map(jnp.asarray, (eps, hidden, clean, logits))), z, noise, jnp.asarray(tokens))
+    found = losses.unweighted_terms(
+        ModelOutputs(*map(jnp.asarray, (eps, hidden, clean, logits))), z, noise, jnp.asarray(tokens)
+    )
     nll = [np.log(np.exp(logits[b, i]).sum()) - logits[b, i, tokens[b, i + 1]] for b in range(2) for i in range(2)]
     expected = {
         "image": ((eps - noise) ** 2).mean(),
@@ -22,7 +24,9 @@ def test_terms_are_mean_squared_errors_and_the_likelihood_of_the_next_token():
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5)
-    padded = losses.terms(Outputs(None, None, None, jnp.asarray(logits)), z, noise, tokens, np.array([1, 2]))
+    padded = losses.unweighted_terms(
+        ModelOutputs(None, None, None, jnp.asarray(logits)), z, noise, tokens, np.array([1, 2])
+    )
     np.testing.assert_allclose(padded["text"], nll[2], rtol=1e-5)  # one token of all is predicted
 
 
@@ -33,13 +37,13 @@ class _Constant:
 
     def apply(self, variables, z, noisy, t, tokens, lengths, *, terms, clean_t=None):
         self.terms, self.context, self.clean_t = terms, z, clean_t
-        return Outputs(jnp.zeros_like(z), None, None, None)
+        return ModelOutputs(jnp.zeros_like(z), None, None, None)
 
 
 def test_quartiles_hold_the_blocks_of_their_timesteps():
     z, key = jnp.zeros((3, 4, 5, 2)), jax.random.key(3)
     model = _Constant()
-    loss, metrics = losses.training_loss(model, {}, z, None, key, losses.Weights(hidden=0.0))
+    loss, metrics = losses.training_loss(model, {}, z, None, key, losses.LossWeights(hidden=0.0))
     assert model.terms == ("image",)
     t_key, noise_key = jax.random.split(key)
     t = np.asarray(jax.random.randint(t_key, (3, 4), 0, 1000))
@@ -55,7 +59,7 @@ def test_quartiles_hold_the_blocks_of_their_timesteps():
 def test_the_context_is_noised_at_timesteps_that_the_model_is_told():
     """The same noisy blocks and errors as without; what differs is what the blocks behind look back at."""
     z, key, model = jnp.full((50, 4, 30, 2), 0.5), jax.random.key(4), _Constant()
-    weights = losses.Weights(hidden=0.0)
+    weights = losses.LossWeights(hidden=0.0)
     loss, _ = losses.training_loss(model, {}, z, None, key, weights)
     assert model.context is z and model.clean_t is None
     noised, _ = losses.training_loss(model, {}, z, None, key, weights, context_noise=300)

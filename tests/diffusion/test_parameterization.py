@@ -57,7 +57,7 @@ def test_one_network_in_other_words_draws_the_same(solver, spacing):
             return sampler.sample(Fake(kind), {}, noise, tokens, solver=solver, spacing=spacing, steps=5, **settings)
 
         return [
-            [once(kind, **s) for kind in choices.PREDICTS]
+            [once(kind, **s) for kind in choices.PREDICTION_TYPES]
             for s in ({}, {"guidance": 2.0}, {"guidance": 2.0, "clip": 0.7})
         ]
 
@@ -68,7 +68,7 @@ def test_one_network_in_other_words_draws_the_same(solver, spacing):
     assert all(np.linalg.norm(a[0] - b[0]) > 0.01 for a, b in itertools.pairwise(drawn))
 
 
-@pytest.mark.parametrize("kind", choices.PREDICTS)
+@pytest.mark.parametrize("kind", choices.PREDICTION_TYPES)
 def test_the_weighting_of_v_makes_any_error_one_of_v(kind):
     rng = np.random.default_rng(1)
     z, noise, wrong = rng.normal(size=(3, 2, 4, 5, 3))
@@ -82,7 +82,7 @@ def test_the_weighting_of_v_makes_any_error_one_of_v(kind):
         x0 = parameterization.clean_estimate(kind, output, x, alpha, sigma)
         return alpha * (x - alpha * x0) / sigma - sigma * x0
 
-    scale = 1.0 if kind == "v" else parameterization.weight(kind, "v", alpha, sigma)
+    scale = 1.0 if kind == "v" else parameterization.loss_weight(kind, "v", alpha, sigma)
     np.testing.assert_allclose(v_of(right), alpha * noise - sigma * z, atol=1e-9)
     np.testing.assert_allclose(scale * wrong**2, (v_of(right + wrong) - v_of(right)) ** 2, rtol=1e-6)
-    assert parameterization.weight(kind, "output", alpha, sigma) is None
+    assert parameterization.loss_weight(kind, "output", alpha, sigma) is None

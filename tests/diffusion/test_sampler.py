@@ -54,7 +54,7 @@ def without_cache(model, params, noise, tokens, lengths, solver, spacing, steps,
 
     z, last_seen = np.zeros_like(noise), np.zeros_like(noise)
     for i in range(blocks):
-        state = solvers.Iterate(noise[:, i], np.zeros_like(noise[:, i]))
+        state = solvers.SolverState(noise[:, i], np.zeros_like(noise[:, i]))
         for k in range(steps):
             row = jax.tree.map(lambda r, k=k: r[k], table)
             # without the clean stream, blocks before are those of their last solver step
@@ -93,17 +93,17 @@ SWITCHES = {  # the four variants of the release, each alone, are in test_releas
     "block only": {"diffusion_attention": "block", **ONE_STAGE},
     "one program for each block": {"blocks": 2, "classes": 3, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
 }  # fmt: skip
-T = schedule.timesteps("dpmpp_2m", "trailing", 3).t  # 999, 666, 332
+T = schedule.solver_timesteps("dpmpp_2m", "trailing", 3).t  # 999, 666, 332
 GUIDED = {  # the others with classes have a constant scale
-    "no clean stream": guidance.scales(2.0, "linear", (0, 999), T),
-    "eight blocks, twice as high as wide, D = 1, x0": guidance.scales(3.0, "constant", (400, 700), T),
+    "no clean stream": guidance.guidance_scales(2.0, "linear", (0, 999), T),
+    "eight blocks, twice as high as wide, D = 1, x0": guidance.guidance_scales(3.0, "constant", (400, 700), T),
 }
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_cached_sampling_equals_full_recomputation(name):
     """And layers run as often as the paper counts: AR layers L times, diffusion layers L * steps times, the clean tower once
-    for each block but the last. `flops.passes` counts all of them.
+    for each block but the last. `flops.model_passes` counts all of them.
     """
     model, params = small(**SWITCHES[name])
     blocks, steps, calls, layers = model.blocks, 3, collections.Counter(), collections.Counter()
@@ -138,7 +138,9 @@ def test_cached_sampling_equals_full_recomputation(name):
     assert calls["__call__"] == 0
     c = small_config(**SWITCHES[name])
     c.sample.steps, c.sample.guidance = steps, 2.0 if scale else 1.0
-    assert (layers["pred"] + layers["clean"]) / len(noise) == pytest.approx(flops.passes(c) * c.model.depth * blocks)
+    assert (layers["pred"] + layers["clean"]) / len(noise) == pytest.approx(
+        flops.model_passes(c) * c.model.depth * blocks
+    )
 
 
 def test_guidance_of_one_runs_no_second_branch():

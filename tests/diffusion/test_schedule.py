@@ -9,7 +9,7 @@ from madformer_jax.diffusion import schedule
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 def test_as_many_evaluations_as_asked_for_and_each_step_ends_where_the_next_begins(solver, spacing):
     for n in [*range(1, 60), 95, 100, 250, 333, 499, 500]:
-        t, previous = schedule.timesteps(solver, spacing, n)
+        t, previous = schedule.solver_timesteps(solver, spacing, n)
         assert len(t) == n
         assert (np.diff(t) < 0).all()
         assert t[0] <= 999
@@ -20,7 +20,7 @@ def test_as_many_evaluations_as_asked_for_and_each_step_ends_where_the_next_begi
 def test_trailing_starts_at_pure_noise():
     for solver in ("ddim", "dpmpp_2m"):
         for n in (1, 7, 20):
-            assert schedule.timesteps(solver, "trailing", n).t[0] == 999
+            assert schedule.solver_timesteps(solver, "trailing", n).t[0] == 999
 
 
 def test_alphas_cumprod_equal_the_references(reference):
@@ -28,13 +28,13 @@ def test_alphas_cumprod_equal_the_references(reference):
 
 
 def test_a_few_timesteps_by_hand():
-    assert [schedule.timesteps("ddim", "trailing", n).t.tolist() for n in (1, 2, 4)] == [
+    assert [schedule.solver_timesteps("ddim", "trailing", n).t.tolist() for n in (1, 2, 4)] == [
         [999],
         [999, 499],
         [999, 749, 499, 249],
     ]
-    assert schedule.timesteps("ddim", "leading", 4).t.tolist() == [750, 500, 250, 0]
-    release = schedule.timesteps("dpmpp_2m", "leading", 250).t  # section 4: t = 750, 747 ... 3
+    assert schedule.solver_timesteps("ddim", "leading", 4).t.tolist() == [750, 500, 250, 0]
+    release = schedule.solver_timesteps("dpmpp_2m", "leading", 250).t  # section 4: t = 750, 747 ... 3
     assert (release[0], release[1], release[-1]) == (750, 747, 3)
 
 

@@ -23,7 +23,7 @@ def test_solvers_end_where_diffusers_ends(reference, solver, spacing):
         def step(state, row):
             return solvers.step(state, _eps(state.x, row.t), row), None
 
-        start = solvers.start(jnp.asarray(file["x_T"]))
+        start = solvers.initial_state(jnp.asarray(file["x_T"]))
         state, _ = jax.lax.scan(step, start, jax.tree.map(jnp.asarray, table))
         expected = file[f"{solver}/{spacing}/{n}/x_0"]
         assert np.linalg.norm(state.x - expected) < 1e-5 * np.linalg.norm(expected), n
@@ -33,8 +33,8 @@ def test_clip_bounds_the_clean_estimate():
     table = solvers.coefficients("ddim", "trailing", 2)
     row = jax.tree.map(lambda r: r[-1], table)
     x, eps = jnp.full((3,), 5.0), jnp.full((3,), -2.0)
-    assert float(solvers.step(solvers.start(x), eps, row).x.max()) > 1
-    np.testing.assert_allclose(solvers.step(solvers.start(x), eps, row, clip=1.0).x, 1.0, rtol=1e-6)
+    assert float(solvers.step(solvers.initial_state(x), eps, row).x.max()) > 1
+    np.testing.assert_allclose(solvers.step(solvers.initial_state(x), eps, row, clip=1.0).x, 1.0, rtol=1e-6)
 
 
 def test_unknown_names_are_refused():

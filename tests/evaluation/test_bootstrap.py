@@ -17,7 +17,7 @@ def _repeated(x, drawn):
 
 def test_replicates_of_a_mean_and_of_the_inception_score(random):
     values, logits = random.random(30), random.standard_normal((30, 4)) * 2
-    drawn = bootstrap.counts(30, replicates=8)
+    drawn = bootstrap.resample_counts(30, replicates=8)
     assert drawn.shape == (8, 30) and (drawn.sum(axis=1) == 30).all()
     expected = [_repeated(values, row).mean() for row in drawn]
     np.testing.assert_allclose(bootstrap.mean_replicates(values, drawn), expected)
@@ -31,8 +31,8 @@ def test_replicates_of_a_mean_and_of_the_inception_score(random):
 
 def test_replicates_of_the_kernel_distance_leave_out_repetitions(random, monkeypatch):
     x, y = random.standard_normal((25, 6)), random.standard_normal((17, 6))
-    monkeypatch.setattr(scores, "BLOCK", 8)
-    drawn = bootstrap.counts(25, replicates=3)
+    monkeypatch.setattr(scores, "TILE_ROWS", 8)
+    drawn = bootstrap.resample_counts(25, replicates=3)
     index = [np.repeat(np.arange(25), row.astype(int)) for row in drawn]
     expected = [scores.kernel(x[i], x[i])[i[:, None] != i].mean() - 2 * scores.kernel(x[i], y).mean() for i in index]
     np.testing.assert_allclose(bootstrap.kernel_replicates(x, y, drawn), expected)
@@ -47,13 +47,13 @@ def test_spread_of_the_frechet_distance_is_that_over_fresh_sets(random, n, d):
         return random.standard_normal((n, d)) * scale * 1.1 + 0.1
 
     truth = np.std([scores.frechet(fresh(), real) for _ in range(60)])
-    spreads = [np.std(bootstrap.frechet_replicates(fresh(), real, bootstrap.counts(n))) for _ in range(3)]
+    spreads = [np.std(bootstrap.frechet_replicates(fresh(), real, bootstrap.resample_counts(n))) for _ in range(3)]
     assert 0.75 * truth < np.mean(spreads) < 1.4 * truth
 
 
 def test_replicates_of_a_single_feature_are_exact(random):
     x, y = random.standard_normal((20, 1)) * 2 + 1, random.standard_normal((30, 1))
-    drawn = bootstrap.counts(20, replicates=5)
+    drawn = bootstrap.resample_counts(20, replicates=5)
     expected = [scores.frechet(_repeated(x, row), y) - np.var(y, ddof=1) for row in drawn]
     np.testing.assert_allclose(bootstrap.frechet_replicates(x, y, drawn), expected)
 

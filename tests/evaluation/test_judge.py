@@ -5,7 +5,7 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, scores, seams
-from madformer_jax.evaluation.memorization import Training
+from madformer_jax.evaluation.memorization import TrainingFeatures
 from madformer_jax.evaluation.reference_statistics import Reference
 
 
@@ -25,13 +25,13 @@ def _judge(found, network, **settings):
     real = random.standard_normal((30, 5)) + 0.3
     known = Reference({"n": 30}, "", scores.Gaussian.of(real), real, random.random(18))
     given = {"recognise": True, "grid": (2, 2), "shape": (8, 12)} | settings
-    return judge.judge(network, found, known, **given), known
+    return judge.compute_scores(network, found, known, **given), known
 
 
 def test_all_scores_have_their_name_their_value_and_an_interval(found):
     out, known = _judge(found, "inception", training=known_training())
     x, y = found["features"], known.features
-    steps = seams.steps_at_borders(found["profile"], (8, 12), 2, 2)
+    steps = seams.border_and_interior_steps(found["profile"], (8, 12), 2, 2)
     expected = {
         "FID": scores.frechet(x, y),
         "KID": scores.kernel_distance(x, y)[0],
@@ -44,14 +44,14 @@ def test_all_scores_have_their_name_their_value_and_an_interval(found):
     assert {name: score["value"] for name, score in out.items() if name in expected} == pytest.approx(expected)
     assert out.keys() - expected.keys() == {"memorisation"}
     assert out["KID"]["deviation"] == scores.kernel_distance(x, y)[1]
-    assert out["seam"]["real"] == seams.seam_score(seams.steps_at_borders(known.profile[None], (8, 12), 2, 2))
+    assert out["seam"]["real"] == seams.seam_score(seams.border_and_interior_steps(known.profile[None], (8, 12), 2, 2))
     for score in out.values():
         assert score["low"] < score["value"] < score["high"]
 
 
 def known_training():
     x, held_out = np.random.default_rng(2).standard_normal((2, 20, 5))
-    return Training(Reference({"n": 20}, "", scores.Gaussian.of(x), x, None, stored=20), held_out)
+    return TrainingFeatures(Reference({"n": 20}, "", scores.Gaussian.of(x), x, None, stored=20), held_out)
 
 
 def test_memorisation_says_how_many_images_were_searched(found):
@@ -84,7 +84,7 @@ def _result(value, **images):
 def test_table_shows_what_differs_and_the_mean_over_checkpoints():
     results = [_result(4.0, step=s, fingerprint=f"of {s}", steps=n, solver="ddim") for s in (1, 2) for n in (5, 10)]
     results[2]["scores"]["FID"]["value"] = 6.0
-    lines = judge.table(results + judge.means(results)).splitlines()
+    lines = judge.comparison_table(results + judge.mean_over_checkpoints(results)).splitlines()
     assert lines[0] == "| step | steps | FID |"
     assert lines[4] == "| 2 | 5 | 6 [3, 5] |"
     assert lines[6:] == ["| mean of 2 | 5 | 5 [4, 6] |", "| mean of 2 | 10 | 4 [4, 4] |"]
@@ -97,4 +97,4 @@ def test_table_refuses_scores_of_different_protocols(part, other):
     results = [_result(4.0, step=1), _result(4.0, step=2)]
     results[1]["protocol"][part] = other
     with pytest.raises(ConfigError, match=f"do not share a table: {part} "):
-        judge.table(results)
+        judge.comparison_table(results)

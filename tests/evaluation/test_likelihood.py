@@ -6,30 +6,32 @@ import numpy as np
 import pytest
 
 from madformer_jax.config import schema
-from madformer_jax.data.text import Texts
+from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.diffusion import losses
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import likelihood
 from madformer_jax.runtime import partitioning
 from tests.small import small
 
-SEEN = Texts(np.array([[0, 2, 3, 2, 3, 1], [0, 2, 2, 1, 1, 1]]), np.array([6, 4]))
+SEEN = TokenizedTexts(np.array([[0, 2, 3, 2, 3, 1], [0, 2, 2, 1, 1, 1]]), np.array([6, 4]))
 
 
 def test_a_unigram_model_mixes_shares_with_the_uniform_one():
-    held = Texts(np.array([[0, 3, 1, 4]]), np.array([3]))  # what stands behind is padding
+    held = TokenizedTexts(np.array([[0, 3, 1, 4]]), np.array([3]))  # what stands behind is padding
     # 2 2 2 2 3 3 1 1: eight tokens, three different ones
     share = {3: 2, 1: 2}
     expected = -sum(np.log2((share[token] + 3 / 5) / (8 + 3)) for token in (3, 1))
-    np.testing.assert_allclose(likelihood.of_ngrams(SEEN, held, 5, 1), [expected])
+    np.testing.assert_allclose(likelihood.ngram_bits(SEEN, held, 5, 1), [expected])
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_probabilities_of_what_may_follow_sum_to_one(order):
     for history in itertools.product(range(5), repeat=2):
-        start = likelihood.of_ngrams(SEEN, Texts(np.array([[0, *history]]), np.array([3])), 5, order)
-        longer = Texts(np.array([[0, *history, token] for token in range(5)]), np.full(5, 4))
-        np.testing.assert_allclose((2.0 ** -(likelihood.of_ngrams(SEEN, longer, 5, order) - start)).sum(), 1, rtol=1e-9)
+        start = likelihood.ngram_bits(SEEN, TokenizedTexts(np.array([[0, *history]]), np.array([3])), 5, order)
+        longer = TokenizedTexts(np.array([[0, *history, token] for token in range(5)]), np.full(5, 4))
+        np.testing.assert_allclose(
+            (2.0 ** -(likelihood.ngram_bits(SEEN, longer, 5, order) - start)).sum(), 1, rtol=1e-9
+        )
 
 
 def test_captions_are_identified_by_what_they_say_and_n_grams_are_counted_once(monkeypatch):
@@ -57,8 +59,8 @@ def test_captions_are_identified_by_what_they_say_and_n_grams_are_counted_once(m
     said["train"] = ["a red landscape"]
     assert likelihood.open_captions(c).protocol != found.protocol
     counted = []
-    monkeypatch.setattr(likelihood, "of_model", lambda model, params, texts, mesh: np.ones(len(texts.tokens)))
-    monkeypatch.setattr(likelihood, "of_ngrams", lambda *given: counted.append(given[-1]) or np.ones(2))
+    monkeypatch.setattr(likelihood, "model_bits", lambda model, params, texts, mesh: np.ones(len(texts.tokens)))
+    monkeypatch.setattr(likelihood, "ngram_bits", lambda *given: counted.append(given[-1]) or np.ones(2))
     assert found.scores(None, {}, None).keys() == found.scores(None, {}, None).keys() > {"bits"}
     assert counted == [1, 3]
     said["test"] = ["", " "]
@@ -78,10 +80,10 @@ def test_the_model_s_bits_are_its_loss_and_padding_counts_nothing():
     tokens, lengths = np.array([[1, 0, 2, 4], [2, 3, 1, 0], [4, 4, 0, 0]]), np.array([4, 3, 2])
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     with partitioning.scope(mesh):
-        bits = likelihood.of_model(model, params, Texts(tokens, lengths), mesh)
+        bits = likelihood.model_bits(model, params, TokenizedTexts(tokens, lengths), mesh)
         z = jnp.zeros((3, 4, 16, 3))
         apply = jax.jit(
             lambda p: model.apply({"params": p}, z, z, jnp.zeros((3, 4), jnp.int32), tokens, terms=("text",))
         )
-        loss = losses.terms(apply(params), z, z, tokens, lengths)["text"]
+        loss = losses.unweighted_terms(apply(params), z, z, tokens, lengths)["text"]
     np.testing.assert_allclose(bits.sum() / (lengths - 1).sum(), loss / np.log(2), rtol=1e-5)

@@ -5,7 +5,7 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import reference_statistics, scores
-from madformer_jax.evaluation.memorization import Training
+from madformer_jax.evaluation.memorization import TrainingFeatures
 
 
 def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_features_is_kept(tmp_path, monkeypatch):
@@ -30,8 +30,8 @@ def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_featur
     np.testing.assert_array_equal(found["features"], x)
     np.testing.assert_allclose(found["profile"], profile.mean(axis=0))
     assert found["counts"].tolist() == [*np.bincount(labels), 0]
-    monkeypatch.setattr(reference_statistics, "FEATURES", 12)
-    monkeypatch.setattr(scores, "BLOCK", 10)
+    monkeypatch.setattr(reference_statistics, "MAX_STORED_FEATURES", 12)
+    monkeypatch.setattr(scores, "TILE_ROWS", 10)
     few, same = save([16, 32]), save([3])
     kept = np.flatnonzero((x[:, None] == few["features"]).all(axis=2).any(axis=1))
     assert len(kept) == 12 and kept[-1] > 16
@@ -41,7 +41,7 @@ def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_featur
     np.testing.assert_allclose(few["sigma"], found["sigma"], rtol=1e-12)
     known = reference_statistics.load(str(tmp_path / "r.npz"))
     np.testing.assert_array_equal(known.features, x[kept])
-    every = np.concatenate(list(reference_statistics.tiles(known)))
+    every = np.concatenate(list(reference_statistics.feature_tiles(known)))
     np.testing.assert_array_equal(np.sort(every, axis=0), np.sort(x, axis=0))
     x[np.setdiff1d(np.arange(40), kept)[0]] = 0  # one that no other score compares with
     save([3])
@@ -50,11 +50,11 @@ def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_featur
 
 def test_copies_are_searched_for_among_all_images(tmp_path, monkeypatch, caplog):
     """Of a training set of which most scores keep a quarter; a file of an earlier version holds no more."""
-    monkeypatch.setattr(reference_statistics, "FEATURES", 10)
+    monkeypatch.setattr(reference_statistics, "MAX_STORED_FEATURES", 10)
     x, held_out = np.random.default_rng(0).standard_normal((2, 40, 5), np.float32)
     part = {"features": x, "labels": np.zeros(40, np.int32), "profile": np.zeros((1, 7)), "weight": np.array([40])}
     digest = reference_statistics.save(str(tmp_path / "all.npz"), {}, lambda: iter([part]), classes=0)
-    training = Training(reference_statistics.load(str(tmp_path / "all.npz")), held_out)
+    training = TrainingFeatures(reference_statistics.load(str(tmp_path / "all.npz")), held_out)
     assert reference_statistics.load(str(tmp_path / "all.npz")).digest == digest
     assert (training.searched, training.images) == (40, 40) and not caplog.records
     np.testing.assert_array_equal(training.nearest(x), 0)
@@ -62,7 +62,7 @@ def test_copies_are_searched_for_among_all_images(tmp_path, monkeypatch, caplog)
     np.testing.assert_allclose(training.typical, expected, rtol=1e-5)
     with np.load(tmp_path / "all.npz") as file:
         np.savez(tmp_path / "old.npz", **{name: file[name] for name in file.files if "others" not in name})
-    old = Training(reference_statistics.load(str(tmp_path / "old.npz")), held_out)
+    old = TrainingFeatures(reference_statistics.load(str(tmp_path / "old.npz")), held_out)
     assert (old.searched, old.images) == (10, 40) and "among 10 of 40 training images" in caplog.text
     assert (old.nearest(x) == 0).sum() == 10
     (tmp_path / "all.npz").write_bytes((tmp_path / "all.npz").read_bytes()[:-100])

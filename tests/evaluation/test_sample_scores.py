@@ -6,7 +6,7 @@ import pytest
 from madformer_jax.config import schema
 from madformer_jax.evaluation import sample_scores
 from madformer_jax.evaluation.networks import registry
-from madformer_jax.sampling.generation import Drawn
+from madformer_jax.sampling.generation import SampleBatch
 
 
 def test_the_attributes_that_pictures_have_are_read_batch_by_batch_and_scored(monkeypatch):
@@ -16,14 +16,16 @@ def test_the_attributes_that_pictures_have_are_read_batch_by_batch_and_scored(mo
     monkeypatch.setattr(sample_scores.reader, "read", lambda reads, images: images[:, 0, 0, :2].astype(np.int32))
     images = np.zeros((2, 8, 8, 3), np.uint8)
     images[:, 0, 0, :2] = [[1, 5], [2, 0]]
-    batches = [Drawn(np.array([i]), np.zeros(1, np.int32), images[i : i + 1], images[i : i + 1]) for i in range(2)]
+    batches = [
+        SampleBatch(np.array([i]), np.zeros(1, np.int32), images[i : i + 1], images[i : i + 1]) for i in range(2)
+    ]
 
     def extract(images):
-        return registry.Outputs(np.zeros((len(images), 3), np.float32), None)
+        return registry.NetworkOutputs(np.zeros((len(images), 3), np.float32), None)
 
-    found = sample_scores.look(batches, extract, reads=object())
-    assert "attributes" not in sample_scores.look(batches, extract)
+    found = sample_scores.extract_features(batches, extract, reads=object())
+    assert "attributes" not in sample_scores.extract_features(batches, extract)
     by = sample_scores.Judge(types.SimpleNamespace(name="classifier", about={}), extract, None, None, {})
-    score = sample_scores.scores(schema.base(), by, found, labelled=False)["attributes"]
+    score = sample_scores.compute_scores(schema.base(), by, found, labelled=False)["attributes"]
     assert score["value"] == pytest.approx(2 / 3)
     assert score["low"] <= score["value"] <= score["high"]

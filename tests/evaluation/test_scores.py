@@ -95,7 +95,7 @@ def test_blocks_do_not_change_precision_and_recall(random, monkeypatch):
     reach = [np.sort(np.linalg.norm(z[:, None] - z, axis=2), axis=1)[:, 3] for z in (x, y)]
     np.testing.assert_array_equal(whole[0], (distance <= reach[1] + 1e-12).any(axis=1))
     np.testing.assert_array_equal(whole[1], (distance <= reach[0][:, None] + 1e-12).any(axis=0))
-    monkeypatch.setattr(scores, "BLOCK", 7)
+    monkeypatch.setattr(scores, "TILE_ROWS", 7)
     for a, b in zip(whole, scores.inside_balls(x, y)):
         np.testing.assert_array_equal(a, b)
     assert scores.frechet(x, y) == pytest.approx(scores.frechet(x.astype(np.float32), y), rel=1e-5)

@@ -8,11 +8,11 @@ from etils import epath
 from madformer_jax.config import schema
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import shards
-from madformer_jax.evaluation.networks.registry import Outputs
+from madformer_jax.evaluation.networks.registry import NetworkOutputs
 
 
 def test_parts_that_are_there_are_not_missing_and_come_in_order(tmp_path):
-    collected = shards.Parts(epath.Path(tmp_path / "x"), n=7, size=3)
+    collected = shards.Shards(epath.Path(tmp_path / "x"), n=7, size=3)
     assert collected.missing() == [(0, 3), (3, 6), (6, 7)]
     for part in reversed(collected.missing()):
         collected.write(part, {"number": np.arange(*part)})
@@ -23,7 +23,7 @@ def test_parts_that_are_there_are_not_missing_and_come_in_order(tmp_path):
     with pytest.raises(ConfigError, match="part_0000003_0000006.npz is damaged"):
         collected.read()
     assert collected.missing() == [(3, 6)]
-    lacking = {"number": np.arange(2), shards.UNREAD: np.frombuffer(b"4.png (broken)\n", np.uint8)}
+    lacking = {"number": np.arange(2), shards.UNREADABLE_KEY: np.frombuffer(b"4.png (broken)\n", np.uint8)}
     collected.write(collected.missing()[0], lacking)
     assert collected.missing() == [(3, 6)]  # the image may be mended by now
     collected.remove()
@@ -36,15 +36,15 @@ def test_shares_cover_all_images_once(monkeypatch):
         for index in range(4):
             monkeypatch.setattr(jax, "process_index", lambda i=index: i)
             monkeypatch.setattr(jax, "process_count", lambda: 4)
-            rows += list(range(n))[shards.share(n)]
+            rows += list(range(n))[shards.process_slice(n)]
         assert rows == list(range(n))
 
 
 def test_no_image_gives_arrays_of_the_shape_of_the_others():
     def extract(images):
-        return Outputs(np.zeros((len(images), 5), np.float32), np.zeros((len(images), 3), np.float32))
+        return NetworkOutputs(np.zeros((len(images), 5), np.float32), np.zeros((len(images), 3), np.float32))
 
-    found = shards.look(extract, np.zeros((0, 4, 6, 1), np.uint8), np.zeros(0, np.int32))
+    found = shards.extract_features(extract, np.zeros((0, 4, 6, 1), np.uint8), np.zeros(0, np.int32))
     assert {name: x.shape for name, x in found.items()} == {
         "features": (0, 5), "logits": (0, 3), "labels": (0,), "profile": (0, 3 + 5),
     }  # fmt: skip
@@ -53,17 +53,17 @@ def test_no_image_gives_arrays_of_the_shape_of_the_others():
 def test_large_images_are_read_a_few_at_a_time():
     c = schema.base()
     c.data.image_size = 1024
-    assert shards.images_at_once(c) == 21
+    assert shards.read_batch_size(c) == 21
     c.data.image_size = 32
-    assert shards.images_at_once(c) == 256
+    assert shards.read_batch_size(c) == 256
 
 
 def test_items_are_made_ahead_and_in_order():
-    assert list(shards.ahead(iter(range(5)))) == list(range(5))
+    assert list(shards.prefetch(iter(range(5)))) == list(range(5))
 
     def broken():
         yield 1
         raise ConfigError("unreadable")
 
     with pytest.raises(ConfigError, match="unreadable"):
-        list(shards.ahead(broken()))
+        list(shards.prefetch(broken()))

@@ -19,7 +19,7 @@ def test_casting_once_changes_no_bit():
 
     @jax.jit
     def outputs(params):
-        held = inference_params.resident(model, params, 0)
+        held = inference_params.inference_params(model, params, 0)
         return [model.apply({"params": p}, z, z, t, jnp.array([[1], [2]])) for p in (params, held)]
 
     ours, held = outputs(params)
@@ -37,10 +37,10 @@ def test_layers_are_held_apart_where_no_loop_goes_over_them():
     def denoise(params):
         return model.apply({"params": params}, cache, condition, noisy, 5, 2, method="denoise")
 
-    held = inference_params.resident(model, params, 0)
+    held = inference_params.inference_params(model, params, 0)
     assert set(held["diffusion_layers"]["body"]) == {"0", "1"}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), denoise(held), denoise(params))
-    looped = inference_params.resident(small(scan_unroll=1, **one)[0], params, 0)
+    looped = inference_params.inference_params(small(scan_unroll=1, **one)[0], params, 0)
     assert jax.tree.structure(looped) == jax.tree.structure(params)
 
 
@@ -53,7 +53,7 @@ def test_parameters_that_fit_are_gathered_once():
 
     def gathers(memory):
         def denoise(params, noisy):
-            held = {"params": inference_params.resident(model, params, memory)}
+            held = {"params": inference_params.inference_params(model, params, memory)}
             cache = model.apply(held, 8, method="empty_cache")
             condition = jnp.zeros((8, 1, model.tokens, model.width))
             return model.apply(held, cache, condition, noisy, 5, 0, method="denoise")[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from madformer_jax.config.choices import TERMS
+from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer
 from madformer_jax.models.transformer import Streams
@@ -72,7 +72,7 @@ def test_a_term_of_weight_0_adds_no_computation():
         return jax.jit(loss).lower(params).cost_analysis()["flops"]
 
     def trained(**weights):
-        step = functools.partial(losses.training_loss, model, weights=losses.Weights(**weights))
+        step = functools.partial(losses.training_loss, model, weights=losses.LossWeights(**weights))
         _, metrics = jax.eval_shape(lambda p: step(p, z, None, jax.random.key(0)), params)
         assert not any(f"loss_{name}" in metrics for name, weight in weights.items() if not weight)
         return lowered_flops(lambda p: step(p, z, None, jax.random.key(0))[0])
@@ -98,15 +98,15 @@ def test_an_output_does_not_depend_on_which_others_are_asked_for(name):
     model, params = small(**(PLAIN | SUBSETS[name]))
     z, noisy, t, _ = inputs(model)
     tokens = jnp.array([[1, 0, 2], [2, 3, 1]]) if model.vocabulary else None
-    fields = dict(zip(TERMS, madformer.Outputs._fields, strict=True))
-    given = [term for term in TERMS if term != "text" or model.vocabulary]
+    fields = dict(zip(LOSS_TERMS, madformer.ModelOutputs._fields, strict=True))
+    given = [term for term in LOSS_TERMS if term != "text" or model.vocabulary]
 
     @jax.jit
     def forward(params):
         def outputs(*terms):
             return model.apply({"params": params}, z, noisy, t, tokens, terms=terms)._asdict()
 
-        return outputs(*TERMS), {term: outputs(term) for term in given}
+        return outputs(*LOSS_TERMS), {term: outputs(term) for term in given}
 
     everything, alone = forward(params)
     assert {field for field, x in everything.items() if x is not None} == {fields[term] for term in given}
@@ -126,7 +126,7 @@ def test_text_is_causal_and_padding_moves_nothing_at_all():
     def forward(params, tokens):
         def loss(params):
             outputs = model.apply({"params": params}, z, noisy, t, tokens, lengths, terms=("image", "text"))
-            return sum(losses.terms(outputs, z, noisy, tokens, lengths).values()), outputs
+            return sum(losses.unweighted_terms(outputs, z, noisy, tokens, lengths).values()), outputs
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -211,12 +211,12 @@ def test_axial_rope_turns_pairs_and_the_release_mixes_axes():
     assert cols[1, 0] == 3
     assert rows[2, 5] == 4
     x = jax.random.normal(jax.random.key(0), (4, 9, 16))
-    axial, release = (rope.rotary(rows, cols, head_size=16, side=6, variant=v) for v in ("axial", "release"))
+    axial, release = (rope.rotary_table(rows, cols, head_size=16, side=6, variant=v) for v in ("axial", "release"))
     pairs = jnp.square(x[..., :8]) + jnp.square(x[..., 8:])
-    turned = rope.rotate(x, axial)
+    turned = rope.apply_rope(x, axial)
     np.testing.assert_allclose(jnp.square(turned[..., :8]) + jnp.square(turned[..., 8:]), pairs, rtol=1e-4)
     frequencies = 100.0 ** -(np.linspace(0, 16, 4) / 16)
     angles = np.concatenate([rows[3, 2] * frequencies] * 2 + [cols[3, 2] * frequencies] * 2)
     y = np.asarray(x[3, 2])
     expected = y * np.cos(angles) + np.concatenate([-y[8:], y[:8]]) * np.sin(angles)
-    np.testing.assert_allclose(rope.rotate(x, release)[3, 2], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rope.apply_rope(x, release)[3, 2], expected, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from madformer_jax.config import schema
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer
@@ -37,12 +37,12 @@ def test_their_cost_is_counted_as_xla_counts_it():
     c.model.blocks, c.model.classes, c.sample.guidance, c.codec.patch = 8, 0, 1.0, 1
     c.model.unet_channels, c.model.unet_attention = (8, 16), (False, True)
     c.model.depth, c.model.diffusion_depth = 2, 1  # no scan, whose body XLA would count once
-    model, sizes = madformer.build(c), sizes_of(c)
+    model, sizes = madformer.build(c), derive_sizes(c)
     params = nn.meta.unbox(jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0)))
     z = jax.ShapeDtypeStruct((2, *sizes.block_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    forward = jax.jit(lambda p, z, t: model.apply({"params": p}, z, z, t, terms=losses.Weights(**c.loss).terms))
+    forward = jax.jit(lambda p, z, t: model.apply({"params": p}, z, z, t, terms=losses.LossWeights(**c.loss).terms))
     counted = forward.lower(params, z, t).cost_analysis()["flops"]
-    assert abs(counted / (2 * flops.forward(c).total) - 1) < 0.2, json.dumps(
+    assert abs(counted / (2 * flops.forward_pass(c).total) - 1) < 0.2, json.dumps(
         counted
     )  # element-wise work is counted too

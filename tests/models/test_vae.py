@@ -68,7 +68,7 @@ def test_encoding_and_decoding_equal_diffusers(arrays, small):
 def test_chunked_attention_and_passes_equal_the_whole(arrays, small, monkeypatch):
     model, _, params = small
     z = nhwc(arrays["mean"])
-    monkeypatch.setattr(vae, "MAX_SCORES", 96 * 25)  # 25 of 96 queries: a remainder
+    monkeypatch.setattr(vae, "MAX_ATTENTION_SCORES", 96 * 25)  # 25 of 96 queries: a remainder
     decoded = jax.jit(lambda z: vae.decode(model, params, z, at_once=1))(z)
     assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
     mean, _ = jax.jit(lambda x: vae.encode(model, params, x, at_once=1))(nhwc(arrays["image"]))
@@ -85,7 +85,7 @@ def test_bfloat16_is_close_and_returns_float32(arrays, small):
 
 def test_sampling_follows_the_posterior():
     mean, logvar = jnp.full((200, 8, 8, 4), 3.0, jnp.float16), jnp.full((200, 8, 8, 4), -2.0, jnp.float16)
-    z = vae.sample(mean, logvar, jax.random.key(0))
+    z = vae.sample_posterior(mean, logvar, jax.random.key(0))
     assert z.dtype == jnp.float32
     assert abs(z.mean() - 3) < 0.01
     assert abs(z.std() - np.exp(-1)) < 0.01
@@ -186,7 +186,7 @@ def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small, 
         assert jax.tree.all(jax.tree.map(np.array_equal, loaded_params, params))
     codec, key = codecs.vae(path, "float32", vae.SCALING_FACTOR), jax.random.key(1)
     mean, logvar = nhwc(arrays["mean"]), nhwc(arrays["logvar"])
-    z = 0.18215 * vae.sample(mean, logvar, key)
+    z = 0.18215 * vae.sample_posterior(mean, logvar, key)
     monkeypatch.setattr(codecs, "to_float", lambda image: image)  # the reference's is not of 8 bits
     image = {"image": nhwc(arrays["image"])}
     np.testing.assert_allclose(jax.jit(codec.encode)(codec.load(), image, key), z, atol=1e-5)

@@ -58,12 +58,12 @@ def workdir(tmp_path_factory, data):
 @pytest.fixture
 def fresh(workdir, tmp_path, data, monkeypatch):
     """The config, and an own folder for evaluations."""
-    monkeypatch.setattr(shards, "AT_ONCE", 8)
+    monkeypatch.setattr(shards, "MAX_BATCH", 8)
     (workdir / "evaluations").mkdir(exist_ok=True)
     (workdir / "evaluations").rename(tmp_path / "old")
     return config_of(data)
 
 
 def data_images(data, split):
-    found = images.of_source(config_of(data), split, shuffled=False)
+    found = images.from_source(config_of(data), split, shuffled=False)
     return found.read(np.arange(found.n))[0]

@@ -38,7 +38,7 @@ def test_every_part_is_measured_and_written_as_json(tmp_path, monkeypatch, capsy
     assert report["train"]["tflop"] == pytest.approx(flops.training_step(c).total / 1e12)
     assert report["sample"]["tflop"] == pytest.approx(flops.sampling(c, 6).total / 1e12)
     assert report["sample"]["nfe"] == pytest.approx(flops.nfe(c))
-    assert report["sample"]["passes"] == pytest.approx(flops.passes(c))
+    assert report["sample"]["passes"] == pytest.approx(flops.model_passes(c))
     table = capsys.readouterr().out
     assert all(
         name in table

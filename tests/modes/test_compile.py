@@ -24,7 +24,7 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     c.model.width, c.model.mlp_width = 32, 48
     c.mesh.fsdp = 8
     mesh = partitioning.make_mesh(1, 8, 1)
-    s = train_step.setup(c)
+    s = train_step.make_setup(c)
     _, state = train_step.create_state(s.model, s.tx, c.seed, mesh)
     sharding = partitioning.batch_sharding(mesh)
     batch = {
@@ -67,7 +67,7 @@ def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, m
 
 
 def too_much():
-    return aot.Program(
+    return aot.ProgramReport(
         1.0, False, {"parameters": 2**30}, {}, 20 * 2**30, round(15.75 * 2**30), aot.flops.Cost(), 0.0, []
     )
 
@@ -76,18 +76,18 @@ def too_much():
 def test_close_to_the_limit_the_program_is_compiled_as_a_run_compiles_it(limit, quick):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     x = jax.ShapeDtypeStruct((2**18,), jnp.float32, sharding=one)
-    program = aot._program(jax.jit(lambda x: 2 * x), (x,), {"x": x}, aot.flops.Cost(), limit)
+    program = aot._compile_program(jax.jit(lambda x: 2 * x), (x,), {"x": x}, aot.flops.Cost(), limit)
     assert program.quick == quick
     assert program.memory["inputs"] == program.memory["outputs"] == program.inputs["x"] == 2**20
     assert program.fits == (limit >= 2**21)  # a GPU's compiler does not say so
-    text = aot.text("step", program, 1)
+    text = aot.format_report("step", program, 1)
     assert (" at level O1" in text, "does not fit" in text) == (quick, not program.fits)
 
 
 def test_what_the_compiler_refuses_is_told_in_bytes():
     pytest.importorskip("libtpu")
     device = aot.aot.describe("v5e:2x2")[0]
-    assert aot.hbm(device) == round(15.75 * 2**30)
+    assert aot.usable_memory(device) == round(15.75 * 2**30)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_cached_latents_are_fed_without_the_vae():
     c.codec.name, c.data.source, c.data.image_size, c.data.channels = "vae", "arrayrecord", 64, 3
     schema.validate(c)
     mesh = partitioning.make_mesh(8, 1, 1)
-    batch, latents = aot._batch(c, mesh)
+    batch, latents = aot._abstract_batch(c, mesh)
     assert latents
     assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
         "mean": ((8, 8, 8, 4), jnp.float16),
@@ -143,4 +143,4 @@ def test_kernels_of_a_gpus_program():
   %c = f32[2]{0} fusion(%b), kind=kCustom, backend_config={"fusion_backend_config":{"kind":"__triton"}}
   %d = (f32[2]{0}, u8[0]{0}) custom-call(%x, %k), custom_call_target="__cublas$gemm"
 """
-    assert hlo.kernels(text) == {"__cublas$gemm": 2, "__cudnn$convForward": 1, "__triton": 1}
+    assert hlo.library_calls(text) == {"__cublas$gemm": 2, "__cudnn$convForward": 1, "__triton": 1}

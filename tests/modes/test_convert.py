@@ -112,7 +112,7 @@ def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
         "args": argparse.Namespace(**args),
     }
     torch.save(content, tmp_path / "0001000.pt")
-    found = release_config.of_checkpoint(tensors, state_dicts.read_state_dict(tmp_path / "0001000.pt").args)
+    found = release_config.infer_config(tensors, state_dicts.read_state_dict(tmp_path / "0001000.pt").args)
     expected = preset(meta)
     expected.model.unet_heads = 8  # the shapes do not say, so as released
     assert found.model == expected.model
@@ -211,7 +211,7 @@ def test_full_size_names_and_shapes(reference):
     shapes = {name: tuple(shape) for name, shape in reference("madformer_ffhq1024_state_dict.json").items()}
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # no memory behind them
     args = {"diff_depth": 14, "ar_len": 16, "block_size": 256, "pre_downsample_block_size": 1024, "image_size": 1024}
-    c = release_config.of_checkpoint(tensors, args)
+    c = release_config.infer_config(tensors, args)
     sizes = schema.validate(c)
     assert (c.model.width, c.model.heads, c.model.depth, c.model.mlp_width) == (1152, 18, 28, 4096)
     assert (sizes.latent, sizes.tokens, c.data.image_size) == (128, 256, 1024)

@@ -44,7 +44,7 @@ def model(tmp_path, one_device):
 
 def test_the_side_that_has_cost_less_goes_on(model):
     settings = [{"labels": ["dog", "cow"], "steps": steps, "seed": 4} for steps in (1, 3)]
-    first, *shown = demo.race([model, model], settings, "block")
+    first, *shown = demo.stream_side_by_side([model, model], settings, "block")
     assert [one.frame for one in first] == [None, None]
     costs = [[one.passes for one in sides] for sides in shown]
     assert costs[-1] == [1.75, 3.75] and len(shown) == 8  # four blocks each, of which three extend the cache
@@ -54,17 +54,17 @@ def test_the_side_that_has_cost_less_goes_on(model):
     for one, given in zip(shown[-1], settings):
         assert np.abs(one.frame.images.astype(int) - model.sample(**given)).max() <= 1
     with pytest.raises(ConfigError, match="'bird' is neither"):
-        next(demo.race([model], [{"labels": ["bird"]}], "block"))
+        next(demo.stream_side_by_side([model], [{"labels": ["bird"]}], "block"))
 
 
 def test_the_page_draws_on_both_sides(model):
     pytest.importorskip("gradio")
     from gradio_client import Client
 
-    served = demo.serve(demo.page({"a": model, "b": model}, 2), "127.0.0.1", 0)
+    served = demo.serve(demo.build_page({"a": model, "b": model}, 2), "127.0.0.1", 0)
     try:
         with pytest.raises(ConfigError, match=r"config.demo.port=\d+: .* choose another"):
-            demo.serve(demo.page({"a": model}, 2), "127.0.0.1", served.server_port)
+            demo.serve(demo.build_page({"a": model}, 2), "127.0.0.1", served.server_port)
         client = Client(served.local_url, verbose=False)
         job = client.submit("dog", 3, "block", "a", "ddim", 1, 1.0, "b", "ddim", 2, 1.0, api_name="/draw")
         job.result(timeout=120)
@@ -88,7 +88,7 @@ def client(monkeypatch, request, tmp_path, one_device):
     from gradio_client import Client
 
     names, words = request.param
-    served = demo.serve(demo.page({"a": saved(tmp_path / "run", names, words)}, 2), "127.0.0.1", 0)
+    served = demo.serve(demo.build_page({"a": saved(tmp_path / "run", names, words)}, 2), "127.0.0.1", 0)
     yield Client(served.local_url, verbose=False)
     served.close(verbose=False)
 
@@ -125,8 +125,8 @@ def test_the_list_of_classes_draws_the_class_that_it_names(client, monkeypatch, 
 def test_the_prompt_box_reads_no_file_and_opens_no_data(client, tmp_path, monkeypatch):
     """A path that exists and one that does not are the same kind of text; so are the directives of the command line."""
     asked = []
-    texts = prompts.texts
-    monkeypatch.setattr(prompts, "texts", lambda c: asked.append(prompts.of(c)) or texts(c))
+    texts = prompts.tokenize
+    monkeypatch.setattr(prompts, "tokenize", lambda c: asked.append(prompts.load(c)) or texts(c))
     (tmp_path / "s.txt").write_text("a secret planet")
     for given in (f"{tmp_path}/s.txt", f"{tmp_path}/m.txt", "data:test", "data:nothing", '["a", "b"]', "a; b.txt"):
         output = drawn(client, given, 3, "block")

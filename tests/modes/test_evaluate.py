@@ -82,8 +82,8 @@ def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir
 
 
 def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, workdir, monkeypatch, capsys):
-    made, make_draw = [], generation.make_draw
-    monkeypatch.setattr(generation, "make_draw", lambda c, *a: made.append(c.sample.steps) or make_draw(c, *a))
+    made, make_draw = [], generation.make_sample_fn
+    monkeypatch.setattr(generation, "make_sample_fn", lambda c, *a: made.append(c.sample.steps) or make_draw(c, *a))
     fresh.evaluate.grid = "steps=2,1; weights=raw,ema"
     fresh.evaluate.checkpoints = "last:2"
     results = evaluate.run(fresh, str(workdir))["results"]
@@ -94,7 +94,7 @@ def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, wor
     assert results[0]["scores"] == results[1]["scores"] != results[2]["scores"]
     out = capsys.readouterr().out.splitlines()
     assert "| step | weights | steps |" in out[0] and len(out) == 2 + 8 + 4 and "mean of 2" in out[-1]
-    monkeypatch.setattr(evaluate, "_draw_and_look", lambda *a: pytest.fail("drawn again"))
+    monkeypatch.setattr(evaluate, "_sample_and_extract", lambda *a: pytest.fail("drawn again"))
     for path in (workdir / "evaluations").glob("*.json"):  # as a version wrote them whose passes were NFE
         cost = (result := json.loads(path.read_text()))["cost"]
         path.write_text(json.dumps(result | {"cost": cost | {"passes": cost.pop("nfe")}}))
@@ -164,9 +164,9 @@ def _adm(workdir, path):
 
 
 def test_parts_are_removed_when_every_process_has_read_them(fresh, workdir, monkeypatch):
-    order, read, remove, sync = [], shards.Parts.read, shards.Parts.remove, partitioning.sync
-    monkeypatch.setattr(shards.Parts, "read", lambda self: order.append("read") or read(self))
-    monkeypatch.setattr(shards.Parts, "remove", lambda self: order.append("remove") or remove(self))
+    order, read, remove, sync = [], shards.Shards.read, shards.Shards.remove, partitioning.sync
+    monkeypatch.setattr(shards.Shards, "read", lambda self: order.append("read") or read(self))
+    monkeypatch.setattr(shards.Shards, "remove", lambda self: order.append("remove") or remove(self))
     monkeypatch.setattr(partitioning, "sync", lambda name: order.append("sync") or sync(name))
     fresh.evaluate.images = "data:all"
     evaluate.run(fresh, str(workdir))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.config.shapes import sizes_of
-from madformer_jax.data.text import Texts
+from madformer_jax.config.shapes import derive_sizes
+from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.evaluation import likelihood, sample_scores, shards
 from madformer_jax.evaluation.networks import attribute_classifier, classifier
 from madformer_jax.modes import evaluate
@@ -28,7 +28,7 @@ def _one_device(one_device):
 @pytest.mark.parametrize("what", ["noise", "weights of the codec"])
 def test_other_noise_and_other_weights_of_the_codec_are_judged_anew(fresh, workdir, tmp_path, monkeypatch, what):
     """Under the old paths."""
-    noise = np.random.default_rng(0).standard_normal((2, N, *sizes_of(fresh).block_shape))
+    noise = np.random.default_rng(0).standard_normal((2, N, *derive_sizes(fresh).block_shape))
     values = []
     for i in (0, 1, 1):
         if what == "noise":
@@ -84,8 +84,8 @@ def test_other_blocks_and_another_reader_of_attributes_are_judged_anew(fresh, wo
     found = []
     for blocks, weight in ((1, 0), (4, 0), (4, 1)):
         fresh.model.blocks = blocks
-        reads = attribute_classifier.Reader({"w": np.full(3, weight)}, [2], accuracy=0.5, held_out=8)
-        monkeypatch.setattr(sample_scores, "_open_reader", lambda *given, reads=reads: reads)
+        reads = attribute_classifier.AttributeClassifier({"w": np.full(3, weight)}, [2], accuracy=0.5, held_out=8)
+        monkeypatch.setattr(sample_scores, "_open_attribute_classifier", lambda *given, reads=reads: reads)
         fresh.evaluate.images = "data:all"
         found.append(evaluate.run(fresh, str(workdir))["results"][0])
     assert ["seam" in result["scores"] for result in found] == [False, True, True]
@@ -114,11 +114,11 @@ def test_other_captions_are_judged_anew(fresh, workdir, monkeypatch):
 
 
 def test_prompts_and_noise_are_read_once_for_all_settings_and_parts(fresh, workdir, tmp_path, monkeypatch):
-    np.save(tmp_path / "noise.npy", np.zeros((N, *sizes_of(fresh).block_shape), np.float32))
+    np.save(tmp_path / "noise.npy", np.zeros((N, *derive_sizes(fresh).block_shape), np.float32))
     fresh.sample.noise, fresh.evaluate.grid = str(tmp_path / "noise.npy"), "steps=1,2"
-    read, given_noise = [], generation.given_noise
-    monkeypatch.setattr(generation, "given_noise", lambda c: read.append("noise") or given_noise(c))
-    tokens = Texts(np.zeros((N, 1), np.int32), np.ones(N, np.int32))
+    read, given_noise = [], generation.open_noise
+    monkeypatch.setattr(generation, "open_noise", lambda c: read.append("noise") or given_noise(c))
+    tokens = TokenizedTexts(np.zeros((N, 1), np.int32), np.ones(N, np.int32))
     monkeypatch.setattr(generation.prompts, "texts", lambda c: read.append("prompts") or tokens)
     run = generation.batches
 
@@ -133,9 +133,9 @@ def test_prompts_and_noise_are_read_once_for_all_settings_and_parts(fresh, workd
 
 def test_two_evaluations_of_a_setting_at_the_same_time_both_have_the_result(fresh, workdir, monkeypatch):
     """The first one waits, as far as it may, until the second has written its parts, which it then removes."""
-    monkeypatch.setattr(shards, "POLL", 0.05)
+    monkeypatch.setattr(shards, "POLL_SECONDS", 0.05)
     fresh.evaluate.images = "data:all"
-    read, first, second, done = shards.Parts.read, threading.Event(), threading.Event(), threading.Event()
+    read, first, second, done = shards.Shards.read, threading.Event(), threading.Event(), threading.Event()
 
     def reads(self):
         if first.is_set():
@@ -146,7 +146,7 @@ def test_two_evaluations_of_a_setting_at_the_same_time_both_have_the_result(fres
             second.wait(1)
         return read(self)
 
-    monkeypatch.setattr(shards.Parts, "read", reads)
+    monkeypatch.setattr(shards.Shards, "read", reads)
 
     def run(event):
         try:

@@ -35,7 +35,7 @@ def untrained(tmp_path_factory):
     c, workdir = tiny.get_config("plain"), str(tmp_path_factory.mktemp("untrained"))
     c.mesh.fsdp, c.mesh.tensor = 4, 2
     mesh = partitioning.make_mesh(1, 4, 2)
-    s = train_step.setup(c)
+    s = train_step.make_setup(c)
     create, _ = train_step.create_state(s.model, s.tx, c.seed, mesh)
     state = create()
     arrays = {"params": state.params, "ema": jax.tree.map(lambda x: 1.5 * x, state.params), "opt": state.opt}
@@ -59,7 +59,7 @@ def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
     assert {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} >= {"ema", "meta"}
     assert not {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} & {"params", "opt", "data"}
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
-    target = generation.abstract_params(train_step.setup(plain).model, mesh)
+    target = generation.abstract_params(train_step.make_setup(plain).model, mesh)
     with checkpoint.Checkpoints(exported, read_only=True) as checkpoints:
         step, trees, _ = checkpoints.restore({"ema": target})
         assert checkpoints.meta(step) == {"step": 3, "data": {"names": ["cat"]}}
@@ -183,12 +183,12 @@ def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, mon
     """Moved to a machine that knows neither the workdir nor the tokenizer's old place, it draws the same; beside another one too."""
     c = tiny.get_config("plain")
     words = tmp_path / "words.json"
-    words.write_text(text.train(["a cat", "a dog"] * 9, 300))
+    words.write_text(text.train_bpe(["a cat", "a dog"] * 9, 300))
     c.text.tokenizer, c.text.length = str(words), 6
     c.text.vocabulary = text.open_tokenizer(str(words)).vocabulary
     c.sample.prompts = "a cat; a dog"
     with checkpoint.Checkpoints(str(tmp_path / "run")) as checkpoints:
-        meta = {"step": 3, **text.identity(c)}
+        meta = {"step": 3, **text.tokenizer_identity(c)}
         checkpoints.save(3, {"ema": small.random_params(madformer.build(c))}, None, meta)
     checkpoint.write_config(c, str(tmp_path / "run"))
     images = madformer_jax.load(str(tmp_path / "run")).sample(2)
@@ -197,12 +197,12 @@ def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, mon
     words.unlink()
     text.open_tokenizer.cache_clear()
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(text.train(["another"], 290))
+    (tmp_path / "tokenizer.json").write_text(text.train_bpe(["another"], 290))
     model = madformer_jax.load(str(moved))
     assert model.config.text.tokenizer == str(moved / "tokenizer.json")
     np.testing.assert_array_equal(model.sample(2), images)
     assert (images[0] != images[1]).any()
-    (moved / "tokenizer.json").write_text(text.train(["a bat", "a fog"] * 9, 300))
+    (moved / "tokenizer.json").write_text(text.train_bpe(["a bat", "a fog"] * 9, 300))
     text.open_tokenizer.cache_clear()
     with pytest.raises(ConfigError, match="has changed since step 3 of .*moved"):
         madformer_jax.load(str(moved))
@@ -211,4 +211,8 @@ def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, mon
 def test_ranks_of_tiktoken_stay_with_their_owner(tmp_path):
     ranks = tmp_path / "tokenizer.model"
     ranks.write_bytes(b"\n".join(base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)))
-    assert text.own_file(str(ranks)) is None and text.own_file("drawings") is None and text.own_file("") is None
+    assert (
+        text.exportable_file(str(ranks)) is None
+        and text.exportable_file("drawings") is None
+        and text.exportable_file("") is None
+    )

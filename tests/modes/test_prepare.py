@@ -41,14 +41,14 @@ def test_images_come_back_as_they_were_read(config, out):
 def _read(config, index):
     source = pipeline.sources.open_source(config)
     try:
-        return pipeline.table(config).batch(source.read(np.array([index])).arrays["image"])[0]
+        return pipeline.make_preprocessor(config).batch(source.read(np.array([index])).arrays["image"])[0]
     except ValueError:
         return None
 
 
 def test_corrupt_images_are_skipped_counted_and_listed(config, out):
     prepare.run(config, out)
-    manifest = records.manifest(out)
+    manifest = records.read_manifest(out)
     assert [os.path.basename(name) for name, _ in manifest["skipped"]] == ["0004.png", "0009.png"]
     assert all(reason for _, reason in manifest["skipped"])
     assert manifest["records"] == 21 and sum(shard["skipped"] for shard in manifest["shards"]) == 2
@@ -59,7 +59,7 @@ def test_more_corrupt_images_than_allowed_is_an_error(config, out):
     with pytest.raises(ConfigError, match=r"2 of 23 images are corrupt.*max_corrupt=0.05.*0009.png"):
         prepare.run(config, out)
     with pytest.raises(ConfigError, match="holds no manifest.json"):
-        pipeline.describe(prepared(config, out))
+        pipeline.dataset_info(prepared(config, out))
     config.prepare.max_corrupt = 0.1
     prepare.run(config, out)
     assert ids(config, out) == GOOD
@@ -77,7 +77,7 @@ def test_latents_hold_mean_and_logvar_of_every_image(config, out):
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=ENCODER)
     c = prepared(config, out)
-    assert pipeline.describe(c)[:4] == (21, 2, (2, 2, 4), "latents")
+    assert pipeline.dataset_info(c)[:4] == (21, 2, (2, 2, 4), "latents")
     arrays, labels, *_ = records.Records(out).read(np.arange(21))
     assert arrays.keys() == {"mean", "logvar"}
     assert arrays["mean"].dtype == np.float16 and arrays["mean"].shape == (21, 2, 2, 4)
@@ -121,7 +121,7 @@ def test_latents_that_are_not_finite_stop_it(config, out):
 def test_processes_share_the_shards(config, out):
     for p in (2, 0, 1):
         with pytest.raises(ConfigError, match="holds no manifest.json"):
-            records.manifest(out)
+            records.read_manifest(out)
         prepare.run(config, out, process_index=p, process_count=3)
     assert ids(config, out) == GOOD
 
@@ -193,7 +193,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(config, tmp_path):
 def test_another_vae_is_another_preparation(config, out):
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=ENCODER)
-    assert pipeline.describe(prepared(config, out)).codec == "abc"
+    assert pipeline.dataset_info(prepared(config, out)).codec == "abc"
     config.codec.path = "elsewhere/the-same"
     assert prepare.run(config, out, encoder=ENCODER)["made"] == 0
     with pytest.raises(ConfigError, match="made in another way: codec was .*abc.* and is .*def"):
@@ -207,7 +207,7 @@ def test_latents_are_scaled_by_the_factor_of_their_vae(config, out):
     """SDXL's VAE has that of another factor; the config must agree, in training and in sampling."""
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=SDXL)
-    assert records.manifest(out)["codec"] == {
+    assert records.read_manifest(out)["codec"] == {
         "weights": "abc", "dtype": "float32", "scaling_factor": 0.13025, "shift_factor": 0.0, "channels": 4,
         "downsampling": 8,
     }  # fmt: skip
@@ -215,9 +215,9 @@ def test_latents_are_scaled_by_the_factor_of_their_vae(config, out):
     with pytest.raises(
         ConfigError, match=r"scaling_factor=0.18215, but .* a VAE with 0.13025: set config.codec.scaling_factor=0.13025"
     ):
-        pipeline.describe(c)
+        pipeline.dataset_info(c)
     c.codec.scaling_factor = 0.13025
-    assert pipeline.describe(c).records == 21
+    assert pipeline.dataset_info(c).records == 21
 
 
 def test_latents_of_another_shape_are_refused(config, out):
@@ -226,22 +226,22 @@ def test_latents_of_another_shape_are_refused(config, out):
     encoder = ENCODER._replace(encode=lambda images: [np.concatenate([x] * 4, -1) for x in vae(images)])
     prepare.run(config, out, encoder=encoder)
     with pytest.raises(ConfigError, match=r"latents of 2 x 2 x 16 .* the model takes 2 x 2 x 4"):
-        pipeline.describe(prepared(config, out))
+        pipeline.dataset_info(prepared(config, out))
 
 
 def test_a_folder_without_the_factor_is_gone_on_with_and_keeps_its_fingerprint(config, out):
     """Of an earlier version."""
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=ENCODER)
-    before = pipeline.describe(prepared(config, out))
+    before = pipeline.dataset_info(prepared(config, out))
     for name in ("plan.json", "manifest.json"):
         content = records.read_sealed(os.path.join(out, name))
         content["codec"] = {key: content["codec"][key] for key in ("weights", "dtype")}
         records.write_sealed(os.path.join(out, name), content)
-    assert pipeline.describe(prepared(config, out)) == before
+    assert pipeline.dataset_info(prepared(config, out)) == before
     assert prepare.run(config, out, encoder=ENCODER)["made"] == 0
-    assert pipeline.describe(prepared(config, out)) == before
-    assert records.manifest(out)["codec"]["scaling_factor"] == 0.18215
+    assert pipeline.dataset_info(prepared(config, out)) == before
+    assert records.read_manifest(out)["codec"]["scaling_factor"] == 0.18215
     with pytest.raises(ConfigError, match="made in another way: codec"):
         prepare.run(config, out, encoder=SDXL)
 
@@ -289,7 +289,7 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     figures = prepare.run(c, str(tmp_path / "latents"))
     assert (figures["made"], figures["records"], figures["skipped"]) == (3, 19, 1)
     c = prepared(c, str(tmp_path / "latents"))
-    s = train_step.setup(c)
+    s = train_step.make_setup(c)
     mesh = partitioning.make_mesh(1, 1, 1)
     _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     batch = pipeline.train_iterator(c, batch=2)
@@ -301,16 +301,16 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     found = records.Records(str(tmp_path / "latents"))
     source = pipeline.sources.Folder(str(tmp_path / "images"))
     numbers = [i for i in range(20) if not source.name(i).endswith("0003.png")]
-    images = pipeline.table(c).batch(source.read(np.array(numbers)).arrays["image"])
-    weights = pipeline.describe(c).codec
-    assert codec.expecting(codec.build(c), weights).load().keys() == {
+    images = pipeline.make_preprocessor(c).batch(source.read(np.array(numbers)).arrays["image"])
+    weights = pipeline.dataset_info(c).codec
+    assert codec.require_weights(codec.build(c), weights).load().keys() == {
         "decoder",
         "encoder",
         "post_quant_conv",
         "quant_conv",
     }
     with pytest.raises(ConfigError, match="are not those that made the latents"):
-        codec.expecting(codec.build(c), weights[::-1]).load()
+        codec.require_weights(codec.build(c), weights[::-1]).load()
     encoder = codec.encoder(c, c.prepare.batch)
     blank = np.zeros((encoder.batch - 19, 64, 64, 3), np.uint8)
     mean, logvar = (x[:19] for x in encoder.encode(np.concatenate([images, blank])))

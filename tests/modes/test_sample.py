@@ -61,7 +61,7 @@ def test_images_lie_in_numbered_shards_beside_their_protocol(c, workdir):
     assert [part.labels.tolist() for part in parts] == [[2, 0, 2], [0, 2, 0], [2]]
     with Image.open(folder / "grid.png") as grid:
         assert grid.size == (3 * 32, 2 * 32)  # of 5
-        np.testing.assert_array_equal(np.asarray(grid)[32:, :64], generation.as_grid(parts[1].images[:2])[..., 0])
+        np.testing.assert_array_equal(np.asarray(grid)[32:, :64], generation.tile_grid(parts[1].images[:2])[..., 0])
     protocol = json.loads((folder / "protocol.json").read_text())
     assert (protocol["labels"], protocol["model"]["classes"], protocol["image"]) == ("2,0", 3, [32, 32, 1])
 
@@ -106,7 +106,7 @@ def test_a_damaged_shard_is_drawn_again_and_read_by_nobody(c, workdir):
 
 def test_whatever_decides_the_images_is_in_the_name(c, tmp_path):
     def name(step=6, weights="a", vae=""):
-        return sample._name(c, sample._protocol(c, step, weights, vae))
+        return sample._folder_name(c, sample._protocol(c, step, weights, vae))
 
     names = {name(), name(step=4), name(weights="b"), name(vae="c")}
     changes = {

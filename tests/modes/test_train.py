@@ -62,7 +62,7 @@ def count(patch):
 
     def batches(c, draw, params, codec_params, mesh, numbers, most=None):
         for number in numbers:
-            yield generation.Drawn(
+            yield generation.SampleBatch(
                 np.array([number]), np.zeros(1, np.int32), np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1)
             )
 
@@ -227,7 +227,7 @@ def test_kept_checkpoints(counting, plain, tmp_path):
 
 
 def test_one_training_a_workdir(plain, tmp_path):
-    with lock.hold(str(tmp_path)), pytest.raises(ConfigError, match=f"is written by process {os.getpid()}"):
+    with lock.acquire(str(tmp_path)), pytest.raises(ConfigError, match=f"is written by process {os.getpid()}"):
         train.run(plain, str(tmp_path))
 
 
@@ -285,8 +285,8 @@ def test_a_run_from_before_anything_was_held_out_saw_all_of_it(half, plain):
     ],
 )
 def test_a_changed_data_set_is_refused_and_nothing_is_touched(half, plain, monkeypatch, caplog, change, told):
-    real = pipeline.describe
-    monkeypatch.setattr(pipeline, "describe", lambda c: real(c)._replace(**change))
+    real = pipeline.dataset_info
+    monkeypatch.setattr(pipeline, "dataset_info", lambda c: real(c)._replace(**change))
     with pytest.raises(ConfigError, match=f"has changed since step 3 of .*{told}") as error:
         train.run(plain, str(half))
     assert "\n" not in str(error.value)
@@ -342,11 +342,11 @@ def test_training_starts_from_given_weights(half, plain, tmp_path, source):
 def test_weights_of_another_model_are_refused(half, plain, field, value, told, monkeypatch):
     plain.train.init_from = str(half)
     plain.update_from_flattened_dict({field: value})
-    s = train_step.setup(plain)
+    s = train_step.make_setup(plain)
     abstract = generation.abstract_params(s.model, train.partitioning.make_mesh(1, 1, 1))
     state = train_step.State(jnp.zeros(()), abstract, abstract, None)
     with pytest.raises(ConfigError, match=rf"config\.train\.init_from: .*{told}") as error:
-        train._given_weights(plain, state)
+        train._load_initial_weights(plain, state)
     assert "\n" not in str(error.value)
 
 
@@ -358,7 +358,9 @@ def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_pat
     plain.train.sample_every, plain.train.steps = 1, 4
     real, png = generation.batches, generation.write_png
     monkeypatch.setattr(
-        generation, "make_draw", lambda *given: lambda *given: (np.zeros((2, 32, 32, 1)), nan, np.array([True, False]))
+        generation,
+        "make_sample_fn",
+        lambda *given: lambda *given: (np.zeros((2, 32, 32, 1)), nan, np.array([True, False])),
     )
     nan = np.full((2, 8, 8, 16), np.nan)
     seen = []
@@ -373,7 +375,9 @@ def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_pat
     monkeypatch.setattr(
         generation, "write_png", lambda path, image: fail() if "000002" in path.name else png(path, image)
     )
-    monkeypatch.setattr(metric_writer.Report, "show", lambda self, *given: self._show(fail) if len(seen) == 3 else None)
+    monkeypatch.setattr(
+        metric_writer.MetricWriter, "show", lambda self, *given: self._show(fail) if len(seen) == 3 else None
+    )
     assert train.run(plain, str(tmp_path))["step"] == 4
     assert (
         "the samples of step 1 are left out: sampling gave values that are not finite: image 0 from block 1 on"
@@ -410,7 +414,7 @@ def test_a_profile_is_taken_of_the_steps_that_are_named(plain, tmp_path, monkeyp
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     plain.profile = steps
-    with train._profiling(plain, str(tmp_path), 0) as profile:
+    with train._make_profiler(plain, str(tmp_path), 0) as profile:
         for step in range(6):
             profile(step)
             calls.append(step)

@@ -49,7 +49,7 @@ def shown(page, which, number):
 
 def test_the_page_shows_every_frame_as_it_was():
     recordings = [recording(), recording("9 steps", steps=9)]
-    page = gallery_page.page("Title", "<about>", ["a", "</script>b"], recordings)
+    page = gallery_page.render("Title", "<about>", ["a", "</script>b"], recordings)
     assert page.count("</script>") == 2 and "&lt;about&gt;" in page  # a caption closes nothing
     for which, one in enumerate(recordings):
         for number in range(2):
@@ -58,20 +58,20 @@ def test_the_page_shows_every_frame_as_it_was():
 
 def test_a_page_stays_small_and_says_where_it_cannot():
     many = [recording(n=3, side=64, steps=20)]
-    whole = gallery_page.page("", "", ["a"] * 3, many)
-    small = gallery_page.page("", "", ["a"] * 3, many, largest=len(whole) // 3)
+    whole = gallery_page.render("", "", ["a"] * 3, many)
+    small = gallery_page.render("", "", ["a"] * 3, many, largest=len(whole) // 3)
     assert len(small) <= len(whole) // 3
     *_, last = shown(small, 0, 0)
     assert np.abs(last.astype(int) - many[0].images[-1, 0]).mean() < 60  # random pixels, compressed hard
     with pytest.raises(ConfigError, match="do not fit a page of 0.01 MB"):
-        gallery_page.page("", "", ["a"] * 3, many, largest=10_000)
+        gallery_page.render("", "", ["a"] * 3, many, largest=10_000)
 
 
 def test_a_grid_with_guidance_is_warned_of_without_label_dropout(caplog):
     c = tiny.get_config()
     c.train.label_dropout, c.sample.guidance = 0.0, 1.0
     c.evaluate.grid = "guidance=1,2;steps=1,3"
-    sampling_grid.warn(c, sampling_grid.grid(c))
+    sampling_grid.log_warnings(c, sampling_grid.expand_configs(c))
     assert [line[:31] for line in caplog.messages] == ["config.sample.guidance=2 with c"]
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from madformer_jax.reports import comparisons, results, tables
 from madformer_jax.reports.axes import Axis
-from madformer_jax.reports.results import Budget, Part, Point, Score
+from madformer_jax.reports.results import Budget, Point, ProtocolGroup, Score
 
 
 def part_of(curves, cost="solver_steps"):
@@ -14,7 +14,7 @@ def part_of(curves, cost="solver_steps"):
         )
         for d, seeds in curves.items() for seed, values in seeds.items() for steps, value in values.items()
     ]  # fmt: skip
-    return Part("", (Axis("model.diffusion_depth", tuple(curves)),), tuple(points), {})
+    return ProtocolGroup("", (Axis("model.diffusion_depth", tuple(curves)),), tuple(points), {})
 
 
 SMALL = {seed: {2: 5 + 0.1 * seed, 8: 4 + 0.1 * seed, 32: 3 + 0.1 * seed} for seed in range(3)}
@@ -29,7 +29,7 @@ def large(*by):
 
 
 def test_a_crossing_beyond_the_intervals_is_shown():
-    (found,) = comparisons.crossings(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
+    (found,) = comparisons.find_crossings(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
     assert (found.verdict, found.clear) == ("shown", (3, 3))
     assert (found.before.cost, found.after.cost) == (8, 32)
     assert found.at == pytest.approx(16)  # where the logarithm is half way
@@ -41,44 +41,46 @@ def test_pairing_by_seed_makes_the_interval_that_of_the_differences():
     """Each seed shifts both curves by ten times the difference: unpaired, nothing would be clear."""
     shifted = {s: {n: v + s for n, v in values.items()} for s, values in SMALL.items()}
     other = {s: {n: v + s for n, v in values.items()} for s, values in large(-0.1, 0.05, 0.1).items()}
-    (found,) = comparisons.crossings(part_of({1: shifted, 2: other}), "KID", "solver_steps")
+    (found,) = comparisons.find_crossings(part_of({1: shifted, 2: other}), "KID", "solver_steps")
     assert found.verdict == "shown"
 
 
 def test_means_that_cross_within_their_intervals_show_nothing():
-    (found,) = comparisons.crossings(part_of({1: SMALL, 2: large(-1, 0.005, 0.002)}), "KID", "solver_steps")
+    (found,) = comparisons.find_crossings(part_of({1: SMALL, 2: large(-1, 0.005, 0.002)}), "KID", "solver_steps")
     assert found.verdict == "means only"
     assert (found.before.cost, found.after.cost) == (2, 8)
 
 
 def test_one_seed_is_never_clear():
-    (found,) = comparisons.crossings(part_of({1: {0: SMALL[0]}, 2: {0: large(-1, 0, 1)[0]}}), "KID", "solver_steps")
+    (found,) = comparisons.find_crossings(
+        part_of({1: {0: SMALL[0]}, 2: {0: large(-1, 0, 1)[0]}}), "KID", "solver_steps"
+    )
     assert (found.verdict, found.clear) == ("means only", (0, 3))
 
 
 def test_curves_that_keep_their_order():
-    (found,) = comparisons.crossings(part_of({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", "solver_steps")
+    (found,) = comparisons.find_crossings(part_of({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", "solver_steps")
     assert (found.verdict, found.at) == ("none", None)
 
 
 def test_costs_that_differ_are_compared_where_both_curves_have_a_value():
     """A crossing at equal steps is none at equal passes: the second setting's steps cost twice as many."""
     part = part_of({1: SMALL, 2: large(-1, -0.5, 0.5)})
-    one, two = (comparisons.curve(part, (d,), "KID", "passes") for d in (1, 2))
-    assert [d.cost for d in comparisons.differences(one, two, -1)] == [4, 8, 16, 32]
-    (found,) = comparisons.crossings(part, "KID", "passes")
+    one, two = (comparisons.seed_curves(part, (d,), "KID", "passes") for d in (1, 2))
+    assert [d.cost for d in comparisons.paired_differences(one, two, -1)] == [4, 8, 16, 32]
+    (found,) = comparisons.find_crossings(part, "KID", "passes")
     assert (found.verdict, found.after.cost) == ("none", 32)
     assert found.after.by.mean == pytest.approx(0.5)  # 3.5, half way between the second's points, against 3
 
 
 def test_more_is_better_for_shares():
-    assert results.sign_of("recognised") == 1
-    assert results.sign_of("precision-classifier") == 1
-    assert results.sign_of("KID-classifier") == -1
+    assert results.score_sign("recognised") == 1
+    assert results.score_sign("precision-classifier") == 1
+    assert results.score_sign("KID-classifier") == -1
 
 
 def test_a_table_tells_who_is_better_where():
-    table = tables.of_crossings(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
+    table = tables.crossing_table(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
     assert table is not None
     ((pair, order, at, less, more),) = table.rows
     assert (pair, order, at) == ("D = 1 and D = 2", "changes\nclear on both sides", "16")

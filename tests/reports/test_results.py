@@ -22,7 +22,7 @@ def test_a_single_seed_has_no_interval():
 
 @pytest.mark.parametrize(("score", "sign"), [("attributes", 1), ("FD-attributes", -1), ("recall-attributes", 1)])
 def test_it_is_known_which_scores_are_the_better_ones(score, sign):
-    assert results.sign_of(score) == sign
+    assert results.score_sign(score) == sign
 
 
 def test_axes_are_what_varies_and_what_changes_with_it_follows(tmp_path):
@@ -32,7 +32,7 @@ def test_axes_are_what_varies_and_what_changes_with_it_follows(tmp_path):
         for d in (1, 2) for b in (1, 4) for s in (0, 1)
     }  # fmt: skip
     made_up.write(tmp_path, depths=(1, 2), blocks=(1, 4), seeds=(0, 1), steps=(2, 4), extra=extra)
-    (part,) = results.read(str(tmp_path)).parts
+    (part,) = results.load_results(str(tmp_path)).parts
     depth, blocks = part.axes
     assert (depth.field, depth.label, depth.values, depth.follows) == (
         "model.diffusion_depth",
@@ -47,7 +47,7 @@ def test_axes_are_what_varies_and_what_changes_with_it_follows(tmp_path):
 def test_a_setting_of_sampling_is_an_axis_too(tmp_path):
     sampled = ({}, {"sample.spacing": "leading"})
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2, 4), sampled=sampled)
-    (part,) = results.read(str(tmp_path)).parts
+    (part,) = results.load_results(str(tmp_path)).parts
     assert [axis.label for axis in part.axes] == ["D", "spacing"]
     assert part.settings == [(1, "leading"), (1, "trailing"), (2, "leading"), (2, "trailing")]
     assert "spacing" not in part.protocol["images"]
@@ -56,7 +56,7 @@ def test_a_setting_of_sampling_is_an_axis_too(tmp_path):
 def test_settings_of_sampling_may_vary_together(tmp_path):
     sampled = [{"sample.solver": a, "sample.spacing": b} for a, b in (("ddim", "trailing"), ("dpmpp_2m", "leading"))]
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), sampled=sampled)
-    (part,) = results.read(str(tmp_path)).parts
+    (part,) = results.load_results(str(tmp_path)).parts
     assert [(axis.field, axis.follows) for axis in part.axes[1:]] == [("sample.solver", ("sample.spacing",))]
 
 
@@ -73,13 +73,13 @@ def test_prompts_are_an_axis_with_all_that_follows_from_them(tmp_path):
                 "tokens": images["prompts"],
             }
         path.write_text(json.dumps(run))
-    (part,) = results.read(str(tmp_path)).parts
+    (part,) = results.load_results(str(tmp_path)).parts
     assert [axis.label for axis in part.axes] == ["D", "prompts"]
 
 
 def test_seconds_of_one_seed_are_those_of_all(tmp_path):
     made_up.write(tmp_path, depths=(2,), seeds=(0, 1), steps=(4,))
-    (part,) = results.read(str(tmp_path)).parts
+    (part,) = results.load_results(str(tmp_path)).parts
     assert [point.cost["seconds"] for point in part.points] == pytest.approx([0.002 + 4 * 0.003] * 2)
 
 
@@ -87,7 +87,7 @@ def test_what_is_missing_is_told(tmp_path):
     planned = [{"name": "later", "overrides": {"model.diffusion_depth": 4, "seed": 0}}]
     made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,), planned=planned)
     (tmp_path / "runs" / "begun").mkdir()
-    found = results.read(str(tmp_path))
+    found = results.load_results(str(tmp_path))
     assert [run["name"] for run in found.missing] == ["later"]
     assert found.parts[0].axes[0].values == (1,)  # an axis, although one value alone is there
 
@@ -104,14 +104,14 @@ def test_what_is_missing_is_told(tmp_path):
 def test_scores_of_different_protocols_are_refused(tmp_path, change, told):
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), extra={"d2l4s0": change})
     with pytest.raises(ConfigError, match="run d2l4s0") as error:
-        results.read(str(tmp_path))
+        results.load_results(str(tmp_path))
     assert told in str(error.value)
 
 
 def test_other_pictures_are_a_part_of_their_own(tmp_path):
     small = {"data.image_size": 16, "protocol": {"reference": "s" * 12, "image": {"size": 16}}}
     made_up.write(tmp_path, depths=(1, 2), seeds=(0, 1), steps=(2,), extra={"d1l4s1": small, "d2l4s1": small})
-    found = results.read(str(tmp_path))
+    found = results.load_results(str(tmp_path))
     assert [part.name for part in found.parts] == ["image size = 16", "image size = 256"]
     assert [axis.label for axis in found.parts[0].axes] == ["D"]
 
@@ -123,16 +123,16 @@ def test_runs_that_differ_in_what_is_not_swept_are_refused(tmp_path):
     run["config"]["optimizer.learning_rate"] = 1.0
     path.write_text(json.dumps(run))
     with pytest.raises(ConfigError, match="d1l4s0 and d2l4s0 differ in optimizer.learning_rate"):
-        results.read(str(tmp_path))
+        results.load_results(str(tmp_path))
 
 
 def test_a_folder_without_results_and_a_damaged_one_are_told(tmp_path):
     with pytest.raises(ConfigError, match="holds no runs"):
-        results.read(str(tmp_path))
+        results.load_results(str(tmp_path))
     made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,))
     (tmp_path / "runs" / "d1l4s0" / "result.json").write_text("{}")
     with pytest.raises(ConfigError, match="d1l4s0/result.json is damaged: it has no name"):
-        results.read(str(tmp_path))
+        results.load_results(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -150,5 +150,5 @@ def test_only_a_switch_is_named_as_one(field, base, other, label):
     axes = (Axis("model.width", (16, 24)), Axis(field, (base, other)))
     settings = [(16, base), (16, base), (24, base), (16, other)]  # a base and its ablations, no grid
     points = [results.Point(s, 0, results.Budget("steps", 1), "run", 0, {}, {}) for s in settings]
-    part = results.Part("", axes, tuple(points), {})
+    part = results.ProtocolGroup("", axes, tuple(points), {})
     assert part.label((16, other)) == label

@@ -17,12 +17,12 @@ from tests import paths, tiny
 
 def test_a_state_survives_other_numbers_of_devices(tmp_path):
     """8 -> 2 -> 1 -> 8 devices, over three kinds of mesh; bit for bit, and on today's mesh each time."""
-    s = train_step.setup(tiny.get_config("plain"))
+    s = train_step.make_setup(tiny.get_config("plain"))
 
     def on(*sizes):
         mesh = partitioning.make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))])
         _, abstract = train_step.create_state(s.model, s.tx, 0, mesh)
-        return {name: getattr(abstract, name) for name in checkpoint.ARRAYS}
+        return {name: getattr(abstract, name) for name in checkpoint.ARRAY_ITEMS}
 
     rng = np.random.default_rng(0)  # compiling the initial state would take longer than all else
     first = jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), on(2, 2, 2))
@@ -40,7 +40,7 @@ def test_a_state_survives_other_numbers_of_devices(tmp_path):
 
 def arrays(value):
     tree = {"w": jax.random.normal(jax.random.key(0), (256, 128)), "b": jnp.full((5,), value)}  # w does not compress
-    return dict.fromkeys(checkpoint.ARRAYS, tree)
+    return dict.fromkeys(checkpoint.ARRAY_ITEMS, tree)
 
 
 def targets():
@@ -50,7 +50,7 @@ def targets():
 
 
 def all_targets():
-    return dict.fromkeys(checkpoint.ARRAYS, targets()["params"])
+    return dict.fromkeys(checkpoint.ARRAY_ITEMS, targets()["params"])
 
 
 @pytest.fixture
@@ -99,7 +99,9 @@ def test_one_flipped_byte_in_any_file_is_noticed_before_it_is_used(workdir, capl
             caplog.clear()
             found, trees, data = checkpoints.restore(all_targets(), data=True)
             path.write_bytes(content)
-            assert {float(trees[name]["b"][0]) for name in checkpoint.ARRAYS} == {found} == {data["next_batch"]}, path
+            assert {float(trees[name]["b"][0]) for name in checkpoint.ARRAY_ITEMS} == {found} == {data["next_batch"]}, (
+                path
+            )
             if path.name in ("_CHECKPOINT_METADATA", "commit_success.txt"):
                 assert found == 2 and not caplog.text, path
             else:
@@ -277,7 +279,7 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(workdir, caplog
     def save():
         with checkpoint.Checkpoints(str(workdir), keep=5) as checkpoints:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-            checkpoints.save(3, dict.fromkeys(checkpoint.ARRAYS, many), {"next_batch": 3}, {"step": 3})
+            checkpoints.save(3, dict.fromkeys(checkpoint.ARRAY_ITEMS, many), {"next_batch": 3}, {"step": 3})
             checkpoints.wait()
 
     try:
@@ -299,7 +301,7 @@ def test_of_checkpoints_kept_for_ever_the_averages_stay(tmp_path):
             checkpoints.save(step, arrays(float(step)), {"next_batch": step}, {"step": step})
     items = {int(path.name): {item.name for item in path.iterdir()} for path in (tmp_path / "checkpoints").iterdir()}
     assert sorted(items) == [2, 4, 5]
-    assert items[5] > {*checkpoint.ARRAYS, "data", "meta"}
+    assert items[5] > {*checkpoint.ARRAY_ITEMS, "data", "meta"}
     assert items[2] == items[4] == items[5] - {"params", "opt", "data"}
     with checkpoint.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
         assert checkpoints.meta(2)["step"] == 2

@@ -58,31 +58,31 @@ STAT = f"{{0}}inactive_file {2 * MIB}\n{{0}}active_file {1 * MIB}\n{{0}}inactive
     ],
 )
 def test_free_memory_is_the_least_of_the_machine_and_its_control_groups(tmp_path, files, free):
-    assert memory.host_free(machine(tmp_path, MEMINFO | files)) == free * MIB
+    assert memory.host_free_bytes(machine(tmp_path, MEMINFO | files)) == free * MIB
 
 
 def test_this_machine_has_memory():
-    assert memory.host_free() > 0
+    assert memory.host_free_bytes() > 0
 
 
 def abstract(shape, mesh):
     boxed = {"kernel": nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), ("embed", "heads"))}
-    return partitioning.abstract(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))
+    return partitioning.abstract_arrays(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))
 
 
 def test_a_state_larger_than_the_machine_is_refused_with_what_is_needed_what_there_is_and_what_to_do(monkeypatch):
     mesh = partitioning.make_mesh(2, 2, 2)
     trees = {"parameters": abstract((1024, 4096), mesh), "optimizer": abstract((4096, 8192), mesh)}
     # eight devices hold a quarter each, all of it in this machine's memory: 2 * (16 + 128) MiB
-    monkeypatch.setattr(memory, "host_free", lambda: 288 * MIB - 1)
+    monkeypatch.setattr(memory, "host_free_bytes", lambda: 288 * MIB - 1)
     with pytest.raises(ConfigError) as error:
-        memory.require("training", mesh, **trees)
+        memory.check_state_fits("training", mesh, **trees)
     line = str(error.value)
     assert "\n" not in line
     for told in ("training needs 0.28 GiB (parameters 0.03, optimizer 0.25)", "0.28 GiB free", "config.mesh.fsdp"):
         assert told in line
-    monkeypatch.setattr(memory, "host_free", lambda: 288 * MIB)
-    memory.require("training", mesh, **trees)
+    monkeypatch.setattr(memory, "host_free_bytes", lambda: 288 * MIB)
+    memory.check_state_fits("training", mesh, **trees)
 
 
 def test_a_device_with_memory_of_its_own_is_asked_for_it(monkeypatch):
@@ -91,7 +91,7 @@ def test_a_device_with_memory_of_its_own_is_asked_for_it(monkeypatch):
     stats = {"bytes_limit": 5 * MIB, "bytes_in_use": MIB}
     device = type("Device", (), {"memory_stats": lambda self: stats, "device_kind": "TPU v5 lite"})()
     fake = type("Mesh", (), {"local_devices": [device]})()
-    memory.require("sampling", fake, parameters=tree)
+    memory.check_state_fits("sampling", fake, parameters=tree)
     stats["bytes_in_use"] += 1
     with pytest.raises(ConfigError, match=r"sampling needs 0\.00 GiB .* but a TPU v5 lite has"):
-        memory.require("sampling", fake, parameters=tree)
+        memory.check_state_fits("sampling", fake, parameters=tree)

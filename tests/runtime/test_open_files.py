@@ -50,4 +50,4 @@ def test_the_limit_is_raised_as_far_as_it_goes(limits):
 @pytest.mark.parametrize(("limit", "share"), [(64, 16), (256, 112), (1024, 400), (1 << 20, 400)])
 def test_a_reader_leaves_files_to_others(limits, limit, share):
     limits[0] = limit
-    assert open_files.share(400) == share
+    assert open_files.reader_limit(400) == share

@@ -37,7 +37,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_in_one_line(sizes):
 
 def test_slices_of_tpus_lie_along_data():
     pytest.importorskip("libtpu")
-    devices = topologies.describe("v5e:2x2@2")
+    devices = topologies.topology_devices("v5e:2x2@2")
     mesh = partitioning.make_mesh(-1, 4, 1, devices)
     assert [{x.slice_index for x in row.ravel()} for row in mesh.devices] == [{0}, {1}]
     mesh = partitioning.make_mesh(4, 1, 2, devices)
@@ -77,7 +77,7 @@ def test_dimensions_that_an_axis_does_not_divide_are_replicated_and_the_largest_
 def test_bytes_of_a_device_count_its_own_part_only():
     mesh = partitioning.make_mesh(2, 2, 2)
     tree = {"a": boxed((8, 12), "embed", "heads"), "b": boxed((10,), "norm")}
-    abstract = partitioning.abstract(nn.meta.unbox(tree), partitioning.shardings(tree, mesh))
+    abstract = partitioning.abstract_arrays(nn.meta.unbox(tree), partitioning.shardings(tree, mesh))
     assert partitioning.device_bytes(abstract) == 4 * (8 * 12 // 4 + 10)
 
 

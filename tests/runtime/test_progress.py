@@ -19,7 +19,7 @@ def lines(monkeypatch):
             twice.set()
 
     monkeypatch.setattr(logging, "info", info)
-    monkeypatch.setattr(progress, "EVERY", 0.01)
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.01)
     return said, twice
 
 
@@ -30,7 +30,7 @@ def test_the_first_call_is_told_while_it_lasts_and_the_others_are_not(lines):
         assert twice.wait(20)
         return x + 1
 
-    call = progress.compiling(program, "the step")
+    call = progress.log_compilation(program, "the step")
     assert call(1) == 2
     assert said[0] == "compiling the step"
     assert said[1].startswith("compiling the step: ") and said[1].endswith(" s so far")
@@ -43,7 +43,7 @@ def test_nothing_is_told_behind_an_error(lines):
     said, twice = lines
 
     def read():
-        with progress.told("reading"):
+        with progress.log_while("reading"):
             assert twice.wait(20)
             raise OSError
 

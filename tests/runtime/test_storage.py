@@ -23,7 +23,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
     with (
         pytest.raises(ConfigError, match="^file cannot be written: No space left on device.$"),
-        storage.errors("file cannot be written"),
+        storage.wrap_errors("file cannot be written"),
     ):
         storage.write(path, fail)
     assert path.read_text() == "old"
@@ -75,7 +75,7 @@ def test_what_may_pass_is_tried_again():
 
 
 def test_only_storage_errors_become_a_line():
-    with pytest.raises(ZeroDivisionError), storage.errors("x"):
+    with pytest.raises(ZeroDivisionError), storage.wrap_errors("x"):
         _ = 1 / 0
 
 
@@ -85,9 +85,9 @@ def test_the_name_of_a_folder_is_no_pattern(tmp_path, name):
         storage.write_text(tmp_path / folder / "part_2.json", folder)
     storage.write_text(tmp_path / name / "part_1.json", name)
     storage.write_text(tmp_path / name / "other.json", name)
-    found = storage.matching(tmp_path / name, "part_*.json")
+    found = storage.list_matching(tmp_path / name, "part_*.json")
     assert [(path.name, path.read_text()) for path in found] == [("part_1.json", name), ("part_2.json", name)]
-    assert storage.matching(tmp_path / name / "none", "*") == []
+    assert storage.list_matching(tmp_path / name / "none", "*") == []
 
 
 def test_a_leading_tilde_is_the_home_folder(monkeypatch):

@@ -2,12 +2,12 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.sampling import codec
 
 
 def test_blocks_and_positions_stand_in_raster_order(tiny_config):
-    sizes = sizes_of(tiny_config)  # 8 x 8 latent in 2 x 2 blocks
+    sizes = derive_sizes(tiny_config)  # 8 x 8 latent in 2 x 2 blocks
     z = np.arange(2 * 8 * 8 * 16).reshape(2, 8, 8, 16)
     blocks = np.asarray(codec.to_blocks(z, sizes))
     for i in range(2):

@@ -27,7 +27,7 @@ def noise_only(monkeypatch):
 
 def draw(c, numbers, params=None, decode=None, devices=1, most=None):
     """The images of a config with these numbers, on a mesh of so many devices."""
-    program = generation.make_draw(c, madformer.build(c), decode or codec.build(c).decode)
+    program = generation.make_sample_fn(c, madformer.build(c), decode or codec.build(c).decode)
     mesh = partitioning.make_mesh(-1, 1, 1, jax.devices()[:devices])
     drawn = list(generation.batches(c, program, params or {}, {}, mesh, numbers, most))
     assert program._cache_size() == 1
@@ -75,7 +75,7 @@ def test_each_image_has_its_prompt_in_whichever_batch(plain, monkeypatch):
     plain.text.vocabulary = text.open_tokenizer("drawings").vocabulary
     plain.sample.prompts = "a red planet; on pale blue sky ;red"
     drawn = np.concatenate([batch.latents[:, 0, 0, 0] for batch in draw(plain, range(5), devices=2)])
-    texts = prompts.texts(plain)
+    texts = prompts.tokenize(plain)
     np.testing.assert_array_equal(texts.lengths, [5, 6, 3, 5, 6])
     np.testing.assert_array_equal(drawn, 100 * texts.lengths + texts.tokens[:, 1])
 
@@ -85,19 +85,21 @@ def test_prompts_come_from_a_file_and_errors_are_told(plain, tmp_path):
     plain.text.vocabulary = text.open_tokenizer("drawings").vocabulary
     plain.sample.prompts = str(tmp_path / "prompts.txt")
     with pytest.raises(ConfigError, match="prompts.txt' cannot be read"):
-        prompts.of(plain)
+        prompts.load(plain)
     (tmp_path / "prompts.txt").write_text("a red planet; and more\n\nblue\n")
-    assert prompts.of(plain) == ["a red planet; and more", "blue"] * 2 + ["a red planet; and more"]
+    assert prompts.load(plain) == ["a red planet; and more", "blue"] * 2 + ["a red planet; and more"]
     with pytest.raises(ConfigError, match="config.sample.prompts: 'a red planet; and more' is .* tokens long"):
-        prompts.texts(plain)
+        prompts.tokenize(plain)
     plain.sample.prompts = " ;"
     with pytest.raises(ConfigError, match="holds no prompt"):
-        prompts.of(plain)
+        prompts.load(plain)
 
 
 def test_prompts_stand_below_their_pictures():
     images = np.full((3, 32, 32, 1), 90, np.uint8)
-    shown = prompts.below(images, ["a red planet", "", "a blue planet with two moons in a black sky, and a star"])
+    shown = prompts.add_caption_strips(
+        images, ["a red planet", "", "a blue planet with two moons in a black sky, and a star"]
+    )
     assert shown.dtype == np.uint8 and shown.shape[:3] == (3, shown.shape[1], 128)
     assert (shown[:, :128] == 90).all()
     dark = [int((row[128:] < 100).sum()) for row in shown]
@@ -114,12 +116,12 @@ def test_random_labels_do_not_depend_on_the_batch(plain, noise_only):
 
 def test_a_seed_and_guidance_are_arguments_of_the_program(plain, noise_only):
     plain.model.classes, plain.sample.guidance = 10, 2.0
-    program = generation.make_draw(plain, madformer.build(plain), codec.build(plain).decode)
+    program = generation.make_sample_fn(plain, madformer.build(plain), codec.build(plain).decode)
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     s, latents, scales = plain.sample, [], []
     values = ((0, 2.0, (0, 999), "constant"), (3, 2.0, (0, 500), "constant"), (3, 1.5, (0, 999), "linear"))
     for plain.seed, s.guidance, s.guidance_interval, s.guidance_schedule in values:
-        scales.append(generation.inputs_of(plain, None, None).guidance.tolist())
+        scales.append(generation.make_inputs(plain, None, None).guidance.tolist())
         latents += [batch.latents for batch in generation.batches(plain, program, {}, {}, mesh, range(2))]
     assert program._cache_size() == 1
     assert np.abs(latents[0] - latents[1]).max() > 1
@@ -180,27 +182,27 @@ def test_noise_that_does_not_fit_is_refused(plain, noise_only, tmp_path, content
 
 def test_a_grid_is_about_square_and_white_where_it_is_empty():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 2, 3, 1), np.uint8)
-    grid = generation.as_grid(images)
+    grid = generation.tile_grid(images)
     assert grid.shape == (4, 9, 1)
     np.testing.assert_array_equal(grid[::2, ::3, 0], [[0, 1, 2], [3, 4, 255]])
-    np.testing.assert_array_equal(generation.as_grid(images[:1])[..., 0], images[0, ..., 0])
+    np.testing.assert_array_equal(generation.tile_grid(images[:1])[..., 0], images[0, ..., 0])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_grid_is_scaled_down_to_what_it_may_be_wide(channels):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 12, channels), np.uint8)
-    small = generation.reduced(images, 12)  # three columns of 12 pixels
+    small = generation.downscale_for_grid(images, 12)  # three columns of 12 pixels
     assert small.shape == (5, 3, 4, channels)
-    assert generation.as_grid(small).shape == (6, 12, channels)
+    assert generation.tile_grid(small).shape == (6, 12, channels)
     expected = images[:, :6].reshape(5, 2, 3, 4, 3, channels).mean((2, 4))
     np.testing.assert_allclose(small[:, :2], expected, atol=0.6)
-    np.testing.assert_array_equal(generation.reduced(images, 36), images)
+    np.testing.assert_array_equal(generation.downscale_for_grid(images, 36), images)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "x*"])
 def test_shards_are_read_from_the_folder_that_is_named(tmp_path, name):
     for value, folder in enumerate(("a1", "xy", name)):
-        shard = generation.Drawn(*[np.full(1, value)] * len(generation.Drawn._fields))
+        shard = generation.SampleBatch(*[np.full(1, value)] * len(generation.SampleBatch._fields))
         generation.write_shard(tmp_path / folder / "shard-00000-of-00001.npz", shard)
     (found,) = generation.read_shards(tmp_path / name)
     assert found.images.tolist() == [2]
@@ -209,7 +211,7 @@ def test_shards_are_read_from_the_folder_that_is_named(tmp_path, name):
 def test_a_flipped_byte_of_a_shard_is_noticed(tmp_path):
     path = tmp_path / "shard.npz"
     rng = np.random.default_rng(0)
-    shard = generation.Drawn(
+    shard = generation.SampleBatch(
         np.arange(2),
         np.zeros(2, np.int32),
         rng.integers(0, 256, (2, 4, 4, 1), np.uint8),

@@ -10,7 +10,7 @@ from PIL import Image
 
 import madformer_jax
 from madformer_jax.cli import command_line
-from madformer_jax.config.shapes import sizes_of
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -73,7 +73,9 @@ def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
         np.testing.assert_array_equal(frame.images[:, *at], frames[2].images[:, *at])
     assert (frames[0].images[:, *at] != frames[2].images[:, *at]).any()
     assert (frames[2].images[:, 16:] == 128).all()  # nothing yet
-    np.save(tmp_path / "noise.npy", np.random.default_rng(0).standard_normal((2, *sizes_of(model.config).block_shape)))
+    np.save(
+        tmp_path / "noise.npy", np.random.default_rng(0).standard_normal((2, *derive_sizes(model.config).block_shape))
+    )
     *_, last = model.stream(**settings, noise=str(tmp_path / "noise.npy"))
     assert np.abs(last.images.astype(int) - model.sample(**settings, noise=str(tmp_path / "noise.npy"))).max() <= 1
     assert (last.images != images).any()
@@ -188,7 +190,7 @@ def test_prompts_of_python_are_drawn_as_they_are(tmp_path, one_device):
     for given in (str(tmp_path / "secret.txt"), str(tmp_path / "missing.txt"), "data:test", "a; b", '["a"]'):
         for value in (given, [given], (np.str_(given),)):
             settings = model._settings(None, {"prompts": value})
-            assert prompts.of(settings) == [given]
+            assert prompts.load(settings) == [given]
             assert settings.sample.n == 1
     frames = list(model.stream(prompts=["data:test", ""]))
     assert len(frames[-1].images) == 2
@@ -199,7 +201,7 @@ def test_prompts_of_python_are_drawn_as_they_are(tmp_path, one_device):
     with pytest.raises(ConfigError, match="3 must be a text"):
         model.sample(prompts=["a", 3])
     c.sample.prompts = '["a; b", "x.txt"]'  # on the command line
-    assert prompts.of(c) == ["a; b", "x.txt"]
+    assert prompts.load(c) == ["a; b", "x.txt"]
 
 
 def test_what_is_no_model_is_said(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def few(c: ConfigDict, workdir: str) -> dict[str, Any]:
     c = c.copy_and_resolve_references()
     c.evaluate.reference, c.evaluate.images = f"{workdir}/reference.npz", f"{workdir}/few.npz"
     c.evaluate.network_path = f"{workdir}/classifier.npz"
-    with mock.patch.object(shards, "AT_ONCE", 3):
+    with mock.patch.object(shards, "MAX_BATCH", 3):
         return evaluate.run(c, f"{workdir}/few")["results"][0]["scores"]
 
 
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
             mode.run(c, values.workdir)
         few(c, values.workdir)
         assert partitioning.all_failed()
-        partitioning.ALONE = 0.5
+        partitioning.PEER_TIMEOUT_SECONDS = 0.5
         assert jax.process_index() == 1 or not partitioning.all_failed()
     return status
 

@@ -42,9 +42,9 @@ class Stage:
         monkeypatch.setattr(mode.evaluate, "run", self.evaluate)
         monkeypatch.setattr(mode.reference, "run", self.reference)
         monkeypatch.setattr(mode, "_is_trained", lambda c, folder: os.path.exists(f"{folder}/trained"))
-        monkeypatch.setattr(mode, "_draw_grid", lambda job, run, steps: None)
+        monkeypatch.setattr(mode, "_write_sample_grid", lambda job, run, steps: None)
         monkeypatch.setattr(mode, "_remove_checkpoints", lambda c, folder: None)
-        monkeypatch.setattr(mode, "_free", lambda: None)
+        monkeypatch.setattr(mode, "_free_memory", lambda: None)
         monkeypatch.setattr(mode.time, "sleep", lambda seconds: seconds and pytest.fail("waits for nobody"))
 
     def train(self, c, folder, grids):
@@ -217,14 +217,14 @@ def test_the_published_results_are_those_of_their_sweep(name):
     file, variant = name.split(":")
     functions = runpy.run_path(str(ROOT / f"configs/sweeps/{file}.py"))
     definition, workdir = functions["sweep"](variant), str(ROOT / f"docs/results/{file}_{variant}")
-    base, evaluations = functions["get_config"](variant), sweep_file.evaluations(definition)
-    runs = sweep_folder.with_known_names(sweep_file.expand(definition, base), workdir)
+    base, evaluations = functions["get_config"](variant), sweep_file.expand_evaluations(definition)
+    runs = sweep_folder.reuse_folder_names(sweep_file.expand_runs(definition, base), workdir)
     assert {run.name for run in runs} == {path.parent.name for path in pathlib.Path(workdir).glob("runs/*/result.json")}
     assert all(sweep_folder.is_done(workdir, run, evaluations) for run in runs)
     plan = storage.read_json(f"{workdir}/sweep.json")
     assert plan["evaluations"] == [evaluation.describe() for evaluation in evaluations]
     for run in runs[:: len(runs) // 3]:
-        for evaluation in storage.read_json(f"{sweep_folder.folder(workdir, run)}/result.json")["evaluations"]:
+        for evaluation in storage.read_json(f"{sweep_folder.run_folder(workdir, run)}/result.json")["evaluations"]:
             run.config.sample.steps = evaluation["cost"]["solver_steps"]
             assert evaluation["cost"] == flops.image_cost(run.config)
 
@@ -256,7 +256,7 @@ def test_a_reader_of_attributes_is_made_for_the_runs_with_captions_and_found_by_
     )
 
     def evaluated(c, folder):
-        found.append(os.path.exists(judge_paths.reader_path(c, folder)))
+        found.append(os.path.exists(judge_paths.attribute_classifier_path(c, folder)))
         return stage.evaluate(c, folder)
 
     monkeypatch.setattr(mode.evaluate, "run", evaluated)
@@ -281,7 +281,7 @@ def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatc
     capsys.readouterr()
     (name, *_) = sorted(results(tmp_path))
     (tmp_path / "runs" / name / "result.json").unlink()
-    with lock.hold(sweep_folder.claim(str(tmp_path), name)):
+    with lock.acquire(sweep_folder.claim_path(str(tmp_path), name)):
         mode.run(c, str(tmp_path), file=File(TWO), dry_run=True)
     states = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[1:3]}
     assert states.pop(name).startswith("claimed by process")
@@ -343,14 +343,14 @@ def test_a_wrong_sweep_is_told_in_one_line_before_anything_is_done(c, stage, tmp
     ],
 )
 def test_a_name_does_not_depend_on_the_machine_or_on_what_is_reported(c, changes):
-    names = sweep_file.name_of(c), sweep_file.judge_of(c)
+    names = sweep_file.settings_hash(c), sweep_file.judge_hash(c)
     c.update_from_flattened_dict(changes)
-    assert (sweep_file.name_of(c), sweep_file.judge_of(c)) == names
+    assert (sweep_file.settings_hash(c), sweep_file.judge_hash(c)) == names
 
 
 def test_judges_keep_the_names_that_they_had():
     config = runpy.run_path(str(ROOT / "configs" / "sweeps" / "depth.py"))
-    names = [sweep_file.judge_of(config["get_config"](variant)) for variant in ("digits", "drawings")]
+    names = [sweep_file.judge_hash(config["get_config"](variant)) for variant in ("digits", "drawings")]
     assert names == ["5e94a9a66b69", "7c9c695d60c2"]
 
 
@@ -365,16 +365,16 @@ def test_judges_keep_the_names_that_they_had():
     ],
 )
 def test_a_name_depends_on_what_decides_results(c, changes):
-    name = sweep_file.name_of(c)
+    name = sweep_file.settings_hash(c)
     c.update_from_flattened_dict(changes)
-    assert sweep_file.name_of(c) != name
+    assert sweep_file.settings_hash(c) != name
 
 
 def test_the_last_checkpoints_depend_on_which_are_kept(c):
     c.evaluate.checkpoints = "last:2"
-    name = sweep_file.name_of(c)
+    name = sweep_file.settings_hash(c)
     c.train.keep_every = 2
-    assert sweep_file.name_of(c) != name
+    assert sweep_file.settings_hash(c) != name
 
 
 def test_a_run_is_not_trained_again_on_another_mesh(c, stage, tmp_path):
@@ -393,7 +393,7 @@ def test_a_run_that_an_earlier_version_named_is_found_by_its_config(c, stage, tm
         (folder / "result.json").write_text(json.dumps(result))
         if i:
             (folder / "result.json").unlink()
-            overridden = sweep_file.overridden(c, result["overrides"])
+            overridden = sweep_file.apply_overrides(c, result["overrides"])
             overridden.train.steps = result["training"]["steps"]
             (folder / "config.json").write_text(overridden.to_json())
         folder.rename(folder.with_name(f"old{i}"))
@@ -416,6 +416,6 @@ def test_a_curve_is_the_same_wherever_its_lines_were_cut():
         starts = (0, *ends)
         return [{"step": b, "loss": sum(range(a, b)) / (b - a), "mfu": 1} for a, b in zip(starts, ends)]
 
-    whole = sweep_folder.curve(lines(4, 8, 10), every=4)
+    whole = sweep_folder.loss_curve(lines(4, 8, 10), every=4)
     assert [point["step"] for point in whole] == [4, 8, 10]
-    assert sweep_folder.curve([*lines(3, 4, 8, 9, 10), {"step": 10, "scored": 3}], every=4) == whole
+    assert sweep_folder.loss_curve([*lines(3, 4, 8, 9, 10), {"step": 10, "scored": 3}], every=4) == whole

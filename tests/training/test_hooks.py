@@ -41,10 +41,12 @@ def c(tmp_path, one_device, monkeypatch):
     c.sample.n = c.sample.batch = 5  # less than are scored
     c.evaluate.network = "stub"
     monkeypatch.setitem(registry.NETWORKS, "stub", lambda path: STUB)
-    monkeypatch.setattr(registry, "extractor", lambda network: lambda images: registry.Outputs(pixels(images), None))
+    monkeypatch.setattr(
+        registry, "make_extractor", lambda network: lambda images: registry.NetworkOutputs(pixels(images), None)
+    )
     real = np.random.default_rng(0).normal(100, 50, (20, 4)).astype(np.float32)
     found = {"features": real, "labels": np.zeros(20, np.int32), "profile": np.zeros((1, 62)), "weight": np.ones(1)}
-    protocol = {"network": STUB.describe(), "image": pipeline.table(c).describe()}
+    protocol = {"network": STUB.describe(), "image": pipeline.make_preprocessor(c).describe()}
     reference_statistics.save(str(tmp_path / "reference.npz"), protocol, lambda: iter([found]), 0)
     real_state = train_step.create_state
 
@@ -62,7 +64,9 @@ def c(tmp_path, one_device, monkeypatch):
         weight = jax.tree.leaves(params)[0].ravel()[0]
         assert generation.batch_size(c, mesh, most) == 5 and len(numbers) <= c.sample.n
         for number in numbers:
-            yield generation.Drawn(np.array([number]), np.zeros(1, np.int32), image(number, weight)[None], np.zeros(1))
+            yield generation.SampleBatch(
+                np.array([number]), np.zeros(1, np.int32), image(number, weight)[None], np.zeros(1)
+            )
 
     monkeypatch.setattr(train_step, "create_state", create_state)
     monkeypatch.setattr(train_step, "make_step", lambda s, c: step)
@@ -96,7 +100,7 @@ def test_a_judge_that_breaks_does_not_end_training(c, tmp_path, monkeypatch, cap
         raise RuntimeError("no features\nof this")
 
     seen = []
-    monkeypatch.setattr(registry, "extractor", lambda network: extract)
+    monkeypatch.setattr(registry, "make_extractor", lambda network: extract)
     assert train.run(c, str(tmp_path))["step"] == 4
     assert seen == [2, 4]  # saved first
     assert "the scores of step 2 are left out: no features" in caplog.text
@@ -110,17 +114,17 @@ def test_a_notice_to_stop_is_heard_within_the_scores(c, tmp_path, monkeypatch):
     def extract(images):
         os.kill(os.getpid(), signal.SIGTERM)
         seen.append(len(images))
-        return registry.Outputs(pixels(images), None)
+        return registry.NetworkOutputs(pixels(images), None)
 
     seen = []
-    monkeypatch.setattr(registry, "extractor", lambda network: extract)
+    monkeypatch.setattr(registry, "make_extractor", lambda network: extract)
     assert train.run(c, str(tmp_path))["step"] == 2
     assert seen == [1] and "scored" not in told(tmp_path)[-1]
 
 
 def test_a_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
     (tmp_path / "reference.npz").unlink()
-    monkeypatch.setattr(pipeline, "describe", lambda c: pytest.fail("begun"))
+    monkeypatch.setattr(pipeline, "dataset_info", lambda c: pytest.fail("begun"))
     with pytest.raises(ConfigError, match="no reference at .*reference.npz: make it") as error:
         train.run(c, str(tmp_path))
     assert "\n" not in str(error.value)
@@ -130,11 +134,11 @@ def test_a_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
 def test_validation_divides_the_text_loss_by_the_tokens_of_all_batches():
     """Batches of 3 and 1 tokens, and one of empty captions, which counts for nothing."""
     found = [{"loss": 10.0, "loss_text": 2.0}, {"loss": 20.0, "loss_text": 6.0}, {"loss": 30.0, "loss_text": 0.0}]
-    mean = metric_writer._mean(hooks._text_over_tokens(found, [3, 1, 0], weight=0.5))
+    mean = metric_writer._mean_metrics(hooks._average_text_loss(found, [3, 1, 0], weight=0.5))
     assert mean["loss_text"] == 3.0
     assert mean["loss"] == pytest.approx((10 - 1 + 20 - 3 + 30 - 0) / 3 + 0.5 * 3.0)
     without = [{"loss": 1.0, "loss_q1": 2.0}]
-    assert hooks._text_over_tokens(without, [0], weight=0.5) is without
+    assert hooks._average_text_loss(without, [0], weight=0.5) is without
 
 
 def test_losses_on_held_out_images(c, tmp_path, monkeypatch):
@@ -177,10 +181,10 @@ def test_losses_on_held_out_images(c, tmp_path, monkeypatch):
     assert lines[1]["validation_loss"] - lines[0]["validation_loss"] == pytest.approx(4)  # averages grow by 2 a step
     assert figures["validation_loss"] == lines[1]["validation_loss"] and "loss" in figures
     np.testing.assert_array_equal(seen[:2], seen[2:])
-    key = jax.random.fold_in(jax.random.key(c.seed), hooks.VALIDATE)
+    key = jax.random.fold_in(jax.random.key(c.seed), hooks.VALIDATION_STREAM)
     noise = [float(jax.random.uniform(jax.random.fold_in(key, i))) for i in range(2)]
     assert lines[0]["validation_loss"] == pytest.approx(np.mean(seen[:2]) / 255 + 4 + np.mean(noise), rel=1e-5)
-    trained = {x.tobytes() for x in images.of_source(c, "train", shuffled=False).read(np.arange(4000)).images}
+    trained = {x.tobytes() for x in images.from_source(c, "train", shuffled=False).read(np.arange(4000)).images}
     assert not {x.tobytes() for batch in seen for x in batch} & trained
     c.evaluate.split = "none"
     with pytest.raises(ConfigError, match="none"):

@@ -16,7 +16,7 @@ def test_metrics_tell_each_step_once(tmp_path):
     """Lines behind the checkpoint that a run goes on from, and half a line, are taken out."""
     lines = [json.dumps({"step": step, "loss": float(step)}) for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
-    told = metric_writer.Report(tiny.get_config("plain"), str(tmp_path), 3, 1.0, 1)
+    told = metric_writer.MetricWriter(tiny.get_config("plain"), str(tmp_path), 3, 1.0, 1)
     assert told.figures == {"step": 3, "loss": 3.0}
 
     def reports():
@@ -43,7 +43,7 @@ def test_a_slow_disk_stalls_nothing_and_a_full_one_is_told(tmp_path, monkeypatch
         written.append(json.loads(line)["step"])
 
     monkeypatch.setattr(metric_writer.storage, "append_line", append)
-    told = metric_writer.Report(tiny.get_config("plain"), str(tmp_path), 0, 1.0, 1)
+    told = metric_writer.MetricWriter(tiny.get_config("plain"), str(tmp_path), 0, 1.0, 1)
     told._shows = False
     for step in (1, 2, 3):
         told.add(step, metrics)

@@ -12,7 +12,7 @@ import pytest
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.errors import ConfigError
-from madformer_jax.models.madformer import Outputs
+from madformer_jax.models.madformer import ModelOutputs
 from madformer_jax.modes import train
 from madformer_jax.runtime import checkpoint, partitioning
 from madformer_jax.sampling import codec
@@ -38,7 +38,7 @@ def batches(c, n):
 def on_mesh(c, sizes, n=4):
     """Losses and parameters, on the host, after n steps on a mesh of the first devices."""
     mesh = partitioning.make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))])
-    s = train_step.setup(c)
+    s = train_step.make_setup(c)
     _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
     params = small.random_params(s.model)
     state = train_step.State(
@@ -70,7 +70,7 @@ def test_a_mesh_trains_as_a_single_device_does(meshes):
 
 
 def test_state_is_split_over_fsdp_and_tensor():
-    s, mesh = train_step.setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
+    s, mesh = train_step.make_setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
     _, state = train_step.create_state(s.model, s.tx, 0, mesh)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     assert partitioning.device_bytes(state.params) < 0.5 * whole
@@ -88,14 +88,14 @@ def test_the_optimizers_state_has_the_names_of_older_checkpoints():
 def test_each_microbatch_draws_its_own_noise(plain):
     """The step in two microbatches is the mean over every other row, each with its own key, of the real loss."""
     plain.train.accumulate, seed = 2, 7
-    s = train_step.setup(plain)
+    s = train_step.make_setup(plain)
     params, (batch,) = small.random_params(s.model), batches(plain, 1)
     z = codec.to_blocks(s.codec.encode({}, batch, None), s.sizes)
 
     @jax.jit
     def gradient(z, key):
         loss_key = jax.random.split(key, 3)[2]
-        of = lambda p: losses.training_loss(s.model, p, z, None, loss_key, losses.Weights(**plain.loss))  # noqa: E731
+        of = lambda p: losses.training_loss(s.model, p, z, None, loss_key, losses.LossWeights(**plain.loss))  # noqa: E731
         grads, metrics = jax.grad(of, has_aux=True)(params)
         return grads, metrics["loss"]
 
@@ -118,13 +118,13 @@ class _Bigrams:
     predicts, vocabulary, none = "eps", 12, 12
 
     def apply(self, variables, z, noisy, t, tokens, lengths, *, terms):
-        return Outputs(None, None, None, variables["params"]["table"][tokens])
+        return ModelOutputs(None, None, None, variables["params"]["table"][tokens])
 
 
 def bigram_step(c, accumulate, mesh=(1, 1, 1)):
     """Text loss and gradient norm of a step on captions of 2 to 16 tokens, whose predictions differ in quality."""
     c.train.accumulate = accumulate
-    s = train_step.setup(c)._replace(model=_Bigrams())
+    s = train_step.make_setup(c)._replace(model=_Bigrams())
     rng = np.random.default_rng(3)
     params = {"table": rng.normal(size=(13, 12)).astype(np.float32)}
     batch = {
@@ -190,7 +190,7 @@ def of_two_parameters(c, loss, monkeypatch):
         return value, {"loss": value} | metrics | ({} if lengths is None else {"lengths": lengths})
 
     monkeypatch.setattr(train_step.losses, "training_loss", training_loss)
-    s = train_step.setup(c)
+    s = train_step.make_setup(c)
     params = {"a": jnp.array([0.5, -2.0, 3.0]), "b": jnp.array([[1.0, -1.5]])}
     return s, train_step.State(jnp.int32(0), params, params, s.tx.init(params))
 

@@ -34,7 +34,7 @@ def test_release_outputs_losses_and_gradients(variant):
 
     def loss(params):
         outputs = model.apply({"params": params}, z, file["noised"], file["t"])
-        terms = losses.terms(outputs, z, noise, None)
+        terms = losses.unweighted_terms(outputs, z, noise, None)
         return terms["image"] + 0.1 * terms["hidden"], (outputs, terms)
 
     (total, (outputs, terms)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

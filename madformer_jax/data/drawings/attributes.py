@@ -18,7 +18,7 @@ Attribute = tuple[str, tuple[str, ...]]  # its name, and what its values are cal
 # ---- colours
 
 # Samples of what English calls by these names, tuned on the styles' palettes; a colour is called as the nearest of them.
-_COLOURS = {
+_COLORS = {
     "white": "ffffff e2e8f0 f8f1e5 e8edf0", "light grey": "d4d4d4 ece8e2", "grey": "8c8c8c", "dark grey": "4a4a4a",
     "black": "1c1d24 2c222b 3b2f2f",
     "pale pink": "ffdbe0 f4e4ef f7e3d9", "pink": "ec8ab5 fda4af f0abfc e64980", "magenta": "c22a90 be185d",
@@ -35,10 +35,10 @@ _COLOURS = {
     "beige": "e6d6b8", "light brown": "c4956a", "brown": "8a5a34", "dark brown": "5a3a26",
 }  # fmt: skip
 _SKINS = {"light": "f5d0b0", "tan": "dda878", "brown": "a5683f", "dark": "6f4220"}
-_NAMES = {"colours": _COLOURS, "skins": _SKINS}
+_PALETTES = {"colours": _COLORS, "skins": _SKINS}
 
 
-def _lab(colour: str) -> np.ndarray:
+def _to_cielab(colour: str) -> np.ndarray:
     """CIELAB coordinates (3,) of an sRGB colour "rrggbb" under D65, where distance is near to difference for the eye."""
     rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
@@ -49,10 +49,13 @@ def _lab(colour: str) -> np.ndarray:
 
 
 @functools.cache
-def nearest(colour: str, names: str = "colours") -> str:
+def nearest_color_name(colour: str, names: str = "colours") -> str:
     """What a colour "#rrggbb" is called."""
-    here = _lab(colour.removeprefix("#"))
-    return min(_NAMES[names], key=lambda name: min(np.linalg.norm(_lab(x) - here) for x in _NAMES[names][name].split()))
+    here = _to_cielab(colour.removeprefix("#"))
+    return min(
+        _PALETTES[names],
+        key=lambda name: min(np.linalg.norm(_to_cielab(x) - here) for x in _PALETTES[names][name].split()),
+    )
 
 
 # ---- attributes
@@ -74,39 +77,39 @@ class Colour(NamedTuple):
     names: str = "colours"
 
 
-def _words(option: str, same: str = "", **others: str) -> Words:
+def _variant_words(option: str, same: str = "", **others: str) -> Words:
     """Variants that are called as dicebear calls them, and the others."""
     return Words(option, dict(zip(same.split(), same.split())) | others)
 
 
-_HATS = dict.fromkeys(("cap", "beanie", "animalEars", "bunnyEars"), "hatColor")
-_ACCENTED = dict.fromkeys(("curl", "antenna", "loop", "crest", "pellet", "tuft"), "accentColor")
-_OWN = dict.fromkeys(("jacket", "coat", "dress", "suit"), "jacketColor") | {"overalls": "pantsColor"}
+_HAT_COLORS = dict.fromkeys(("cap", "beanie", "animalEars", "bunnyEars"), "hatColor")
+_ACCENT_COLORS = dict.fromkeys(("curl", "antenna", "loop", "crest", "pellet", "tuft"), "accentColor")
+_OUTFIT_COLORS = dict.fromkeys(("jacket", "coat", "dress", "suit"), "jacketColor") | {"overalls": "pantsColor"}
 
 # style, in the order of the classes -> attribute -> where it comes from
 STYLES: dict[str, dict[str, Words | Colour]] = {
     "clay": {
         "colour": Colour("bodyColor"),
         "background": Colour("backgroundColor"),
-        "body": _words(
+        "body": _variant_words(
             "bodyVariant", "pear boulder loaf column gumdrop dollop slug egg blob bell cube",
             stack="snowman", squat="mound", lean="leaning egg",
         ),
-        "top": _words(
+        "top": _variant_words(
             "topVariant", "horns nub curl spikes loop peak swirl tuft",
             antenna="antennae", ears="round ears", crest="row of beads", pellet="bead", hornsSmall="small horns",
         ),
-        "top colour": Colour(None, "topVariant", _ACCENTED),
-        "pattern": _words(
+        "top colour": Colour(None, "topVariant", _ACCENT_COLORS),
+        "pattern": _variant_words(
             "patternVariant", "spiral buttons stitches patch coil freckles",
             prints="dents", pellets="pellets", checker="squares", zig="zigzag",
         ),
-        "eyes": _words(
+        "eyes": _variant_words(
             "eyesVariant", googly="googly eyes", even="round eyes", big="big eyes", tiny="tiny eyes", mono="one eye",
             trio="three eyes", side="sidelong eyes", outward="wandering eyes", inward="crossed eyes", dots="dot eyes",
             happy="happy eyes", wink="winking eye", down="lowered eyes", up="raised eyes", pinprick="pinprick pupils",
         ),
-        "mouth": _words(
+        "mouth": _variant_words(
             "mouthVariant", "smile frown pout smirk laugh",
             teeth="sharp teeth", o="round mouth", line="straight mouth", wavy="wavy mouth", open="open mouth",
             toothy="toothy smile", tongue="tongue", grin="buck teeth", zigzag="zigzag mouth", dot="tiny mouth",
@@ -117,47 +120,47 @@ STYLES: dict[str, dict[str, Words | Colour]] = {
     "critters": {
         "colour": Colour("bodyColor"),
         "background": Colour("backgroundColor"),
-        "body": _words(
+        "body": _variant_words(
             "bodyVariant", "dome block tower chimney blob peak bell wedge",
             squat="mound", round="ball", tilt="tilted dome", lean="leaning dome", wedgeInv="bucket", steps="staircase",
         ),
-        "top": _words(
+        "top": _variant_words(
             "topVariant", "horns spike antenna antennae spikes fin crown sprout nub bobble",
             hornsIn="curved horns", hornsSmall="small horns", earsRound="round ears", earsPointy="pointed ears",
             earsDroop="long ears",
         ),
         "top colour": Colour("accentColor", "topVariant"),
-        "pattern": _words(
+        "pattern": _variant_words(
             "patternVariant", "dots speckles bar bars spot stripes chevron",
             belly="pale belly", dotRow="row of dots", ring="circle",
         ),
-        "eyes": _words(
+        "eyes": _variant_words(
             "eyesVariant", round="round eyes", dots="dot eyes", bigPupils="wide pupils", sideeye="sidelong eyes",
             inward="crossed eyes", mono="one eye", uneven="uneven eyes", trio="three eyes", threeRow="three eyes in a row",
             four="four eyes", happy="happy eyes", closedLine="closed eyes", wink="winking eye", squint="squinting eyes",
             wide="wide eyes", sleepy="sleepy eyes", angry="angry eyes", monoSleepy="one sleepy eye", close="close-set eyes",
         ),
-        "mouth": _words(
+        "mouth": _variant_words(
             "mouthVariant", "smile laugh smirk frown",
             tinySmile="small smile", grin="open mouth", teeth="buck teeth", ooh="round mouth", line="straight mouth",
             wavy="wavy mouth", catMouth="cat mouth", zigzag="zigzag mouth", sad="pout", slant="slanted mouth",
             dot="tiny mouth", open="gaping mouth", tooth="single tooth", tongue="cheeky smile", blep="tongue",
         ),
-        "cheeks": _words("cheeksVariant", "freckles", blush="blush", blushBig="deep blush"),
+        "cheeks": _variant_words("cheeksVariant", "freckles", blush="blush", blushBig="deep blush"),
     },
     "planets": {
         "colour": Colour("planetColor"),
         "background": Colour("backgroundColor"),
-        "pattern": _words(
+        "pattern": _variant_words(
             "surfaceVariant", banded="bands", belted="belts", cratered="craters", swirl="swirls", cap="polar caps",
             spotted="storm", marbled="clouds", cracked="cracks", terra="continents", speckled="speckles",
         ),
-        "ring": _words("ringVariant", thin="thin ring", double="double ring", bold="broad ring"),
-        "moons": _words("moonsVariant", one="moon", two="two moons", tiny="tiny moon"),
+        "ring": _variant_words("ringVariant", thin="thin ring", double="double ring", bold="broad ring"),
+        "moons": _variant_words("moonsVariant", one="moon", two="two moons", tiny="tiny moon"),
     },
     "landscape": {
         "background": Colour("backgroundColor"),
-        "sun": _words("orbVariant", sun="sun", ring="hollow sun", glow="sun with a halo"),
+        "sun": _variant_words("orbVariant", sun="sun", ring="hollow sun", glow="sun with a halo"),
         "sun colour": Colour("orbColor", "orbVariant"),
         "far hills": Colour("hill1Color"),
         "middle hills": Colour("hill2Color"),
@@ -165,53 +168,53 @@ STYLES: dict[str, dict[str, Words | Colour]] = {
         "ground": Colour("hill4Color"),
     },
     "voxel-art": {
-        "colour": Colour("shirtColor", "outfitVariant", _OWN),
+        "colour": Colour("shirtColor", "outfitVariant", _OUTFIT_COLORS),
         "background": Colour("backgroundColor"),
-        "outfit": _words(
+        "outfit": _variant_words(
             "outfitVariant", "jacket overalls hoodie coat dress suit",
             plain="shirt", stripes="striped shirt", checker="shirt under a checkered jacket", tie="shirt with a tie",
         ),
         "skin": Colour("skinColor", names="skins"),
-        "top": _words(
+        "top": _variant_words(
             "topVariant", "mohawk buns ponytail bob braids cap beanie afro",
             short="short hair", spiky="spiky hair", bowl="bowl cut", sideSwept="swept hair", curly="curly hair",
             shoulderLength="shoulder-length hair", longStraight="long hair", longWavy="wavy hair", partedLong="parted hair",
             twinTails="twin tails", animalEars="animal ears", bunnyEars="bunny ears", halfShaved="half-shaved hair",
         ),
-        "top colour": Colour("hairColor", "topVariant", _HATS),
-        "eyes": _words(
+        "top colour": Colour("hairColor", "topVariant", _HAT_COLORS),
+        "eyes": _variant_words(
             "eyesVariant", open="round eyes", soft="soft eyes", happy="happy eyes", sleepy="sleepy eyes",
             side="sidelong eyes", closed="closed eyes", wide="wide eyes", star="starry eyes",
         ),
-        "mouth": _words(
+        "mouth": _variant_words(
             "mouthVariant", "smile tongue smirk laugh frown grin",
             bigSmile="toothy smile", flat="straight mouth", ooh="round mouth", wideSmile="wide smile",
         ),
-        "glasses": _words(
+        "glasses": _variant_words(
             "glassesVariant", round="round glasses", square="square glasses", shades="sunglasses", cat="cat-eye glasses",
             visor="visor",
         ),
-        "beard": _words("beardVariant", "goatee stubble", full="full beard", mustache="moustache"),
-        "cheeks": _words("cheeksVariant", "blush freckles", pixel="blush"),
+        "beard": _variant_words("beardVariant", "goatee stubble", full="full beard", mustache="moustache"),
+        "cheeks": _variant_words("cheeksVariant", "blush freckles", pixel="blush"),
     },
 }  # fmt: skip
 
 
-def _table() -> tuple[Attribute, ...]:
+def _build_attributes() -> tuple[Attribute, ...]:
     values: dict[str, list[str]] = {}
     for style in STYLES.values():
         for name, origin in style.items():
             values.setdefault(name, ["none"]).extend(
-                _NAMES[origin.names] if isinstance(origin, Colour) else origin.words.values()
+                _PALETTES[origin.names] if isinstance(origin, Colour) else origin.words.values()
             )
     return tuple((name, tuple(dict.fromkeys(found))) for name, found in values.items())
 
 
-ATTRIBUTES = _table()
-TABLE = hashlib.sha256(repr((STYLES, _NAMES)).encode()).hexdigest()  # says which words these are
+ATTRIBUTES = _build_attributes()
+TABLE_HASH = hashlib.sha256(repr((STYLES, _PALETTES)).encode()).hexdigest()  # says which words these are
 
 
-def read(style: str, options: Mapping[str, Any]) -> dict[str, str]:
+def from_options(style: str, options: Mapping[str, Any]) -> dict[str, str]:
     """The attributes of a drawing, without those that are "none", by the options that dicebear says were drawn.
 
     Raises:
@@ -226,15 +229,15 @@ def read(style: str, options: Mapping[str, Any]) -> dict[str, str]:
         variant = options.get(origin.part)
         option = origin.colour if variant is None else origin.others.get(variant, origin.colour)
         if option and (variant is not None or not origin.part):
-            found[name] = nearest(options[option][0], origin.names)
+            found[name] = nearest_color_name(options[option][0], origin.names)
     return found
 
 
-def numbers(found: Mapping[str, str]) -> np.ndarray:
+def to_indices(found: Mapping[str, str]) -> np.ndarray:
     """Attributes as numbers, int32 (A,), in the order of `ATTRIBUTES`."""
     return np.array([values.index(found.get(name, "none")) for name, values in ATTRIBUTES], np.int32)
 
 
-def words(row: np.ndarray) -> dict[str, str]:
+def from_indices(row: np.ndarray) -> dict[str, str]:
     """The attributes that a row of numbers (A,) says, without those that are "none"."""
     return {name: values[k] for (name, values), k in zip(ATTRIBUTES, row.tolist()) if k}

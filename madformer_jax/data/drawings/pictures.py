@@ -31,20 +31,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from madformer_jax.data.drawings import attributes, captions
-from madformer_jax.data.source import Examples, Part, Source, fingerprint, held_out, place
+from madformer_jax.data.source import Examples, Source, Subset, fingerprint, hash_fraction, test_mask
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
 
 STYLES = tuple(attributes.STYLES)
 SPLITS = ("train", "test", "composition", "all")
-SMALLEST = 16  # pixels: below, nobody sees what is drawn
-_SHARP = 64  # pixels: smaller pictures are drawn at a multiple of their size
-_FILE = 500  # pictures a file: what is drawn again after a kill, at most, by each process
-_FAILED = "config.data.source=drawings cannot keep its pictures in {}"
+MIN_SIZE = 16  # pixels: below, nobody sees what is drawn
+_MIN_RENDER_SIZE = 64  # pixels: smaller pictures are drawn at a multiple of their size
+_PICTURES_PER_FILE = 500  # pictures a file: what is drawn again after a kill, at most, by each process
+_CACHE_ERROR = "config.data.source=drawings cannot keep its pictures in {}"
 _PACKAGES = ("dicebear-core", "dicebear-styles", "resvg-py")
 
 # Of these two attributes of a style, training sees nine in ten of the combinations.
-PAIRS = {
+COMPOSITION_PAIRS = {
     "clay": ("colour", "body"),
     "critters": ("colour", "body"),
     "planets": ("colour", "pattern"),
@@ -73,19 +73,19 @@ def draw(seed: int, number: int, size: int) -> Drawing:
     from dicebear import Avatar
 
     name = STYLES[number % len(STYLES)]
-    avatar = Avatar(_style(name), {"seed": f"{seed}/{number}"}).to_json()
+    avatar = Avatar(_load_style(name), {"seed": f"{seed}/{number}"}).to_json()
     try:
-        words = attributes.read(name, avatar["options"])
+        words = attributes.from_options(name, avatar["options"])
     except KeyError as error:
         raise ConfigError(
-            f"config.data.source=drawings: {', '.join(map(' '.join, _versions().items()))} draw {error} in {name}, which has "
+            f"config.data.source=drawings: {', '.join(map(' '.join, _package_versions().items()))} draw {error} in {name}, which has "
             "no name here: install the versions of requirements.txt."
         ) from None
-    return Drawing(_png(avatar["svg"], size), words)
+    return Drawing(_render_png(avatar["svg"], size), words)
 
 
 @functools.cache
-def _style(name: str) -> Any:
+def _load_style(name: str) -> Any:
     from dicebear import Style
     from dicebear.validator import StyleValidator
 
@@ -98,10 +98,10 @@ def _style(name: str) -> Any:
         checker.validate = check
 
 
-def _png(svg: str, size: int) -> bytes:
+def _render_png(svg: str, size: int) -> bytes:
     import resvg_py
 
-    times = math.ceil(_SHARP / size)
+    times = math.ceil(_MIN_RENDER_SIZE / size)
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size * times, height=size * times, skip_system_fonts=True)
     with Image.open(io.BytesIO(png)) as image:
         opaque = image.convert("RGB")  # every style has a background
@@ -113,7 +113,7 @@ def _png(svg: str, size: int) -> bytes:
 # ---- the cache
 
 
-class _File(NamedTuple):
+class _CacheFile(NamedTuple):
     """What a file of the cache holds: `_FILE` pictures."""
 
     png: np.ndarray  # uint8, the PNGs one after the other
@@ -122,7 +122,7 @@ class _File(NamedTuple):
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     """Of the packages.
 
     Raises:
@@ -134,9 +134,9 @@ def _versions() -> dict[str, str]:
         raise ConfigError(f"config.data.source=drawings needs a package: pip install {error.name}.") from None
 
 
-def key(seed: int) -> str:
+def cache_key(seed: int) -> str:
     """Hash of all that decides the pictures and their attributes, but for their size."""
-    content = [seed, attributes.TABLE, _SHARP, _versions()]
+    content = [seed, attributes.TABLE_HASH, _MIN_RENDER_SIZE, _package_versions()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -146,20 +146,20 @@ def _path(folder: str, first: int) -> str:
 
 def _write(folder: str, numbers: range, seed: int, size: int) -> None:
     drawn = [draw(seed, number, size) for number in numbers]
-    content = _File(
+    content = _CacheFile(
         np.frombuffer(b"".join(one.png for one in drawn), np.uint8),
         np.cumsum([len(one.png) for one in drawn]),
-        np.stack([attributes.numbers(one.words) for one in drawn]),
+        np.stack([attributes.to_indices(one.words) for one in drawn]),
     )
     storage.write(_path(folder, numbers.start), lambda file: np.savez(file, **content._asdict()))
 
 
-def _read(folder: str, first: int) -> _File | None:
+def _read(folder: str, first: int) -> _CacheFile | None:
     """A file of the cache; None where there is none, or a damaged one: zip keeps checksums."""
     path = _path(folder, first)
     try:
         with np.load(path) as content:
-            return _File(*(content[name] for name in _File._fields))
+            return _CacheFile(*(content[name] for name in _CacheFile._fields))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -168,36 +168,36 @@ def _read(folder: str, first: int) -> _File | None:
 
 
 @functools.cache  # of each process
-def _open(seed: int, size: int, count: int) -> list[_File]:
+def _load_pictures(seed: int, size: int, count: int) -> list[_CacheFile]:
     """Pictures 0 to `count` - 1, and more to fill the last file; those that are not there are drawn."""
-    folder = os.path.join(storage.user_cache("drawings"), f"{key(seed)[:16]}-{size}")
-    with storage.errors(_FAILED.format(folder)):
+    folder = os.path.join(storage.user_cache("drawings"), f"{cache_key(seed)[:16]}-{size}")
+    with storage.wrap_errors(_CACHE_ERROR.format(folder)):
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be drawing them
-            found = {first: _read(folder, first) for first in range(0, count, _FILE)}
+            found = {first: _read(folder, first) for first in range(0, count, _PICTURES_PER_FILE)}
             missing = [first for first, file in found.items() if file is None]
             about: dict[str, Any] = {"desc": f"drawing {size} x {size}", "unit": "picture", "disable": not missing}
-            with tqdm(total=_FILE * len(missing), **about) as bar:
-                for first in _drawn(folder, missing, seed, size):
+            with tqdm(total=_PICTURES_PER_FILE * len(missing), **about) as bar:
+                for first in _draw_files(folder, missing, seed, size):
                     found[first] = _read(folder, first)
-                    bar.update(_FILE)
+                    bar.update(_PICTURES_PER_FILE)
     whole = [file for file in found.values() if file is not None]
     if len(whole) < len(found):
-        raise ConfigError(f"{_FAILED.format(folder)}: what was written is not what is read. Is the disk sound?")
+        raise ConfigError(f"{_CACHE_ERROR.format(folder)}: what was written is not what is read. Is the disk sound?")
     return whole
 
 
-def _drawn(folder: str, missing: list[int], seed: int, size: int) -> Iterator[int]:
+def _draw_files(folder: str, missing: list[int], seed: int, size: int) -> Iterator[int]:
     """Draws files, in processes if there are several, and yields the first number of each that is there."""
     processes = min(len(missing), os.cpu_count() or 1)
     if processes < 2:
         for first in missing:
-            _write(folder, range(first, first + _FILE), seed, size)
+            _write(folder, range(first, first + _PICTURES_PER_FILE), seed, size)
             yield first
         return
     output, theirs = os.pipe()
-    command = [sys.executable, "-m", __name__, folder, str(seed), str(size), str(_FILE)]
+    command = [sys.executable, "-m", __name__, folder, str(seed), str(size), str(_PICTURES_PER_FILE)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     drawing = [
         subprocess.Popen([*command, *map(str, missing[i::processes])], stdout=theirs, env=environment)
@@ -219,12 +219,12 @@ def _drawn(folder: str, missing: list[int], seed: int, size: int) -> Iterator[in
             process.wait()
 
 
-def _draw_in_process(folder: str, seed: int, size: int, count: int, *first: int) -> None:
+def _run_drawing_process(folder: str, seed: int, size: int, count: int, *first: int) -> None:
     """Draws files and says which are there, or in a line what went wrong; ends with the process that reads it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     try:
         for number in first:
-            with storage.errors(_FAILED.format(folder)):
+            with storage.wrap_errors(_CACHE_ERROR.format(folder)):
                 _write(folder, range(number, number + count), seed, size)
             print(f"{number}\n", end="", flush=True)  # in one write: others have the same pipe, which may be unbuffered
     except ConfigError as error:
@@ -249,14 +249,14 @@ class Drawings(Source):
         Raises:
           ConfigError: the packages are missing, pictures of that size would show nothing, or the cache cannot be written.
         """
-        if size < SMALLEST:
-            raise ConfigError(f"config.data.image_size={size} is too small for drawings: at least {SMALLEST}.")
+        if size < MIN_SIZE:
+            raise ConfigError(f"config.data.image_size={size} is too small for drawings: at least {MIN_SIZE}.")
         self._count, self._size, self._seed = count, size, seed
-        self.fingerprint = fingerprint([key(seed), str(count)])
+        self.fingerprint = fingerprint([cache_key(seed), str(count)])
         self._files()
 
-    def _files(self) -> list[_File]:
-        return _open(self._seed, self._size, self._count)  # not ours, so that workers get no copies
+    def _files(self) -> list[_CacheFile]:
+        return _load_pictures(self._seed, self._size, self._count)  # not ours, so that workers get no copies
 
     def __len__(self) -> int:
         return self._count
@@ -265,7 +265,7 @@ class Drawings(Source):
         files = self._files()
         images, rows = [], []
         for number in indices.tolist():
-            file, i = files[number // _FILE], number % _FILE
+            file, i = files[number // _PICTURES_PER_FILE], number % _PICTURES_PER_FILE
             images.append(file.png[file.ends[i - 1] if i else 0 : file.ends[i]].tobytes())
             rows.append(file.attributes[i])
         labels = (indices % len(STYLES)).astype(np.int32)
@@ -274,7 +274,10 @@ class Drawings(Source):
 
     def captions(self, indices: np.ndarray) -> list[str]:
         files = self._files()
-        return [_caption(number, files[number // _FILE].attributes[number % _FILE]) for number in indices.tolist()]
+        return [
+            _caption(number, files[number // _PICTURES_PER_FILE].attributes[number % _PICTURES_PER_FILE])
+            for number in indices.tolist()
+        ]
 
     def name(self, index: int) -> str:
         return f"drawing {self._seed}/{index}"
@@ -286,31 +289,31 @@ class Drawings(Source):
         others a picture is held out by the hash of its name.
         """
         rows = np.concatenate([file.attributes for file in self._files()])[: self._count]
-        found = held_out(
-            np.fromiter(map(place, map(self.name, range(self._count))), np.uint64, self._count), test_share
+        found = test_mask(
+            np.fromiter(map(hash_fraction, map(self.name, range(self._count))), np.uint64, self._count), test_share
         )
-        composed = [is_composition(STYLES[i % len(STYLES)], attributes.words(row)) for i, row in enumerate(rows)]
+        composed = [is_composition(STYLES[i % len(STYLES)], attributes.from_indices(row)) for i, row in enumerate(rows)]
         return np.where(composed, SPLITS.index("composition"), np.where(found, SPLITS.index("test"), 0))
 
 
 def _caption(number: int, row: np.ndarray) -> str:
     style, phrasing = number % len(STYLES), number // len(STYLES)
-    return captions.caption(STYLES[style], attributes.words(row), phrasing)
+    return captions.caption(STYLES[style], attributes.from_indices(row), phrasing)
 
 
-def asked(rows: np.ndarray) -> np.ndarray:
+def captioned_attributes(rows: np.ndarray) -> np.ndarray:
     """Of attributes (n, A) those that the captions name; the others are 0."""
     found = rows.copy()
     names = [name for name, _ in attributes.ATTRIBUTES]
     for row in found:
-        row[[names.index(name) for name in captions.unsaid(attributes.words(row))]] = 0
+        row[[names.index(name) for name in captions.unmentioned(attributes.from_indices(row))]] = 0
     return found
 
 
 def is_composition(style: str, words: dict[str, str]) -> bool:
     """Whether a drawing shows a combination that training never sees. A thing that is not there combines with nothing."""
-    pair = [words.get(name) for name in PAIRS[style]]
-    return None not in pair and place(f"{style}: {', '.join(map(str, pair))}") < COMPOSITION_SHARE * 2.0**64
+    pair = [words.get(name) for name in COMPOSITION_PAIRS[style]]
+    return None not in pair and hash_fraction(f"{style}: {', '.join(map(str, pair))}") < COMPOSITION_SHARE * 2.0**64
 
 
 def open_split(split: str, count: int, size: int, test_share: float) -> Source:
@@ -329,8 +332,8 @@ def open_split(split: str, count: int, size: int, test_share: float) -> Source:
         raise ConfigError(
             f"config.data.split={split!r} is empty: config.data.test_share={test_share} of config.data.drawings={count}."
         )
-    return Part(whole, numbers)
+    return Subset(whole, numbers)
 
 
 if __name__ == "__main__":
-    _draw_in_process(sys.argv[1], *map(int, sys.argv[2:]))
+    _run_drawing_process(sys.argv[1], *map(int, sys.argv[2:]))

@@ -20,15 +20,15 @@ from madformer_jax.evaluation.networks import fit
 
 Params = Mapping[str, Any]
 
-SIDE = 64  # of the pictures that it sees
+IMAGE_SIZE = 64  # of the pictures that it sees
 # channels and stride of each convolution; the first sees all pixels, since a mouth or a pattern is made of a few
 LAYERS = ((24, 1), (48, 2), (48, 1), (96, 2), (96, 1), (128, 2), (128, 1), (128, 2))
-DIMS = 256
+FEATURE_DIM = 256
 STEPS, BATCH, LEARNING_RATE = 4000, 64, 2e-3
-SHIFT = 3  # pixels, at most, of training pictures
+MAX_SHIFT = 3  # pixels, at most, of training pictures
 
 
-class Reader(NamedTuple):
+class AttributeClassifier(NamedTuple):
     """A trained reader with what it knows of itself."""
 
     params: Params
@@ -50,12 +50,12 @@ class Network(nn.Module):
         for i, (width, stride) in enumerate(LAYERS):
             x = nn.Conv(width, (3, 3), stride, precision="highest", name=f"conv{i}")(x)
             x = nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(x))
-        x = nn.Dense(DIMS, precision="highest", name="features")(x.reshape(len(x), -1))
+        x = nn.Dense(FEATURE_DIM, precision="highest", name="features")(x.reshape(len(x), -1))
         return x, nn.Dense(self.total, precision="highest", name="values")(nn.gelu(x))
 
 
 def _init(values: Sequence[int], key: Array) -> Params:
-    return Network(sum(values)).init(key, jnp.zeros((1, SIDE, SIDE, 3), jnp.uint8))["params"]
+    return Network(sum(values)).init(key, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8))["params"]
 
 
 def _logits(params: Params, images: Array, values: Sequence[int]) -> list[Array]:
@@ -65,32 +65,34 @@ def _logits(params: Params, images: Array, values: Sequence[int]) -> list[Array]
 
 
 @functools.partial(jax.jit, static_argnames="values")
-def _read(params: Params, images: Array, values: tuple[int, ...]) -> Array:
-    return jnp.stack([logits.argmax(axis=1) for logits in _logits(params, fit.resized(images, SIDE), values)], axis=1)
+def _predict(params: Params, images: Array, values: tuple[int, ...]) -> Array:
+    return jnp.stack(
+        [logits.argmax(axis=1) for logits in _logits(params, fit.resize(images, IMAGE_SIZE), values)], axis=1
+    )
 
 
-def features(params: Params, images: Array, values: Sequence[int]) -> Array:
+def extract_features(params: Params, images: Array, values: Sequence[int]) -> Array:
     """What it goes by, (B, DIMS), of pictures uint8 (B, H, W, 3) of any size: each centred and of one length."""
-    found, _ = Network(sum(values)).apply({"params": params}, fit.resized(images, SIDE))
+    found, _ = Network(sum(values)).apply({"params": params}, fit.resize(images, IMAGE_SIZE))
     found -= found.mean(axis=1, keepdims=True)
     return found / jnp.sqrt(jnp.mean(found**2, axis=1, keepdims=True) + 1e-6)
 
 
-def shrunk(images: np.ndarray) -> np.ndarray:
+def downscale(images: np.ndarray) -> np.ndarray:
     """Pictures uint8 (n, H, W, 3) at the size that the network sees, to be collected for `train` batch by batch."""
-    return np.asarray(fit.resized(jnp.asarray(images), SIDE))
+    return np.asarray(fit.resize(jnp.asarray(images), IMAGE_SIZE))
 
 
-def read(reader: Reader, images: np.ndarray) -> np.ndarray:
+def predict(reader: AttributeClassifier, images: np.ndarray) -> np.ndarray:
     """The attributes (n, A) int32 of pictures uint8 (n, H, W, 3) of any size."""
     found = []
     for at in range(0, len(images), BATCH):
         rows = np.arange(at, at + BATCH).clip(max=len(images) - 1)  # one compiled shape
-        found.append(np.asarray(_read(reader.params, images[rows], tuple(reader.values)))[: len(images) - at])
+        found.append(np.asarray(_predict(reader.params, images[rows], tuple(reader.values)))[: len(images) - at])
     return np.concatenate(found) if found else np.zeros((0, len(reader.values)), np.int32)
 
 
-def right(asked: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def count_matches(asked: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each picture, how many of the attributes (n, A) that are asked for it shows, and how many are; 0 asks for nothing."""
     return ((asked == read) & (asked > 0)).sum(axis=1), (asked > 0).sum(axis=1)
 
@@ -103,7 +105,7 @@ def train(
     values: Sequence[int],
     steps: int = STEPS,
     seed: int = 0,
-) -> Reader:
+) -> AttributeClassifier:
     """Trains a reader.
 
     Args:
@@ -123,7 +125,7 @@ def train(
         return sum(map(jnp.mean, errors), jnp.zeros(()))
 
     def batch(rows: np.ndarray, step: int, random: np.random.Generator) -> tuple[Any, ...]:
-        shifts = random.integers(-SHIFT, SHIFT + 1, (len(rows), 2))
+        shifts = random.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(rows), 2))
         shifted = [np.roll(image, shift, axis=(0, 1)) for image, shift in zip(images[rows], shifts)]
         return np.stack(shifted), attributes[rows]
 
@@ -131,21 +133,21 @@ def train(
         jax.jit(functools.partial(_init, values))(jax.random.key(seed)), loss, batch, len(images),
         size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="reader of attributes",
     )  # fmt: skip
-    reader = Reader(params, list(values), 0.0, len(held_images))
-    shown, asked = right(held_attributes, read(reader, held_images))
+    reader = AttributeClassifier(params, list(values), 0.0, len(held_images))
+    shown, asked = count_matches(held_attributes, predict(reader, held_images))
     return reader._replace(accuracy=float(shown.sum() / max(1, asked.sum())))
 
 
-def save(path: str, reader: Reader) -> None:
+def save(path: str, reader: AttributeClassifier) -> None:
     """Writes a reader to a file (`files.SUFFIXES`)."""
     fit.save(path, reader)
 
 
-def load(path: str) -> Reader:
+def load(path: str) -> AttributeClassifier:
     """The reader that `save` wrote.
 
     Raises:
       ConfigError: there is none at `path`, or it is damaged.
     """
     what = "reader of --mode=reference: it does not say its attributes"
-    return fit.load(path, Reader, what, lambda about: _init(about["values"], jax.random.key(0)))
+    return fit.load(path, AttributeClassifier, what, lambda about: _init(about["values"], jax.random.key(0)))

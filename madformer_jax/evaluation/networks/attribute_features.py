@@ -18,6 +18,6 @@ def open_network(path: str) -> Network:
     about = {"attributes": len(trained.values), "accuracy": trained.accuracy, "held_out": trained.held_out}
 
     def apply(params: Any, images: Array) -> tuple[Array, None]:
-        return model.features(params, images, trained.values), None
+        return model.extract_features(params, images, trained.values), None
 
-    return Network("attributes", about, model.DIMS, (3,), trained.params, apply)
+    return Network("attributes", about, model.FEATURE_DIM, (3,), trained.params, apply)

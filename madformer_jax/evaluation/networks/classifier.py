@@ -20,11 +20,15 @@ from madformer_jax.evaluation.networks import fit
 Array = jax.Array
 Params = Mapping[str, Any]
 
-SIDES = (32, 64)  # images are resized to the smaller one if they are no larger, else to the larger one
+IMAGE_SIZES = (32, 64)  # images are resized to the smaller one if they are no larger, else to the larger one
 WIDTHS = (32, 64, 128)  # channels at 16 x 16, 8 x 8, 4 x 4
-DIMS = 64  # features
+FEATURE_DIM = 64  # features
 STEPS, BATCH, LEARNING_RATE = 2000, 64, 2e-3
-TURN, SCALE, SHIFT = 0.15, 0.1, 0.07  # at most, of training images: radians, relative, share of the side
+MAX_ROTATION, MAX_SCALING, MAX_SHIFT = (
+    0.15,
+    0.1,
+    0.07,
+)  # at most, of training images: radians, relative, share of the side
 
 
 class Classifier(NamedTuple):
@@ -50,7 +54,7 @@ class Network(nn.Module):
             x = nn.Conv(width, (3, 3), stride, precision="highest", name=f"conv{i}")(x)
             x = nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(x))
         x = x.reshape(len(x), -1)
-        x = nn.Dense(DIMS, precision="highest", name="features")(x)
+        x = nn.Dense(FEATURE_DIM, precision="highest", name="features")(x)
         # of one length: otherwise a few images that the network is sure of decide a distance
         features = nn.LayerNorm(use_bias=False, use_scale=False, name="norm")(x)
         return features, nn.Dense(self.classes, precision="highest", name="classes")(nn.gelu(features))
@@ -59,7 +63,7 @@ class Network(nn.Module):
 @functools.partial(jax.jit, static_argnames=("classes", "channels"))
 def init(key: Array, classes: int, channels: int) -> Params:
     """Untrained parameters."""
-    return Network(classes).init(key, jnp.zeros((1, SIDES[0], SIDES[0], channels), jnp.uint8))["params"]
+    return Network(classes).init(key, jnp.zeros((1, IMAGE_SIZES[0], IMAGE_SIZES[0], channels), jnp.uint8))["params"]
 
 
 @functools.partial(jax.jit, static_argnames="classes")
@@ -71,11 +75,11 @@ def apply(params: Params, images: Array, classes: int) -> tuple[Array, Array]:
 @jax.jit
 def _resize(images: Array) -> Array:
     """Images (B, H, W, c) at one of `SIDES`: bilinear, antialiased, rounded to uint8."""
-    side = SIDES[0] if max(images.shape[1:3]) <= SIDES[0] else SIDES[1]
-    return fit.resized(images, side)
+    side = IMAGE_SIZES[0] if max(images.shape[1:3]) <= IMAGE_SIZES[0] else IMAGE_SIZES[1]
+    return fit.resize(images, side)
 
 
-def shrunk(images: np.ndarray) -> np.ndarray:
+def downscale(images: np.ndarray) -> np.ndarray:
     """Images uint8 (B, H, W, c) at the size that the network sees, to be collected for `train` batch by batch."""
     return np.asarray(_resize(images))
 
@@ -102,11 +106,11 @@ def train(
         raise ConfigError("the classifier needs labelled images of two classes or more: these have no labels.")
     if not len(held_images):
         raise ConfigError("the classifier needs held-out images to measure its accuracy: there are none.")
-    data, targets = shrunk(images), np.asarray(labels)
+    data, targets = downscale(images), np.asarray(labels)
     key = jax.random.key(seed)
 
     def loss(params: Params, batch: Array, targets: Array, key: Array) -> Array:
-        logits = Network(classes).apply({"params": params}, _moved(batch, key))[1]
+        logits = Network(classes).apply({"params": params}, _augment(batch, key))[1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     def batch(rows: np.ndarray, step: int, random: np.random.Generator) -> tuple[Any, ...]:
@@ -117,26 +121,26 @@ def train(
         size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="classifier",
     )  # fmt: skip
     right = [
-        _right(params, held_images[i : i + 256], held_labels[i : i + 256], classes)
+        _count_correct(params, held_images[i : i + 256], held_labels[i : i + 256], classes)
         for i in range(0, len(held_images), 256)
     ]
     return Classifier(params, classes, images.shape[-1], float(np.concatenate(right).mean()), len(held_images))
 
 
-def _right(params: Params, images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+def _count_correct(params: Params, images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     return np.asarray(apply(params, images, classes)[1]).argmax(axis=1) == labels
 
 
-def _moved(images: Array, key: Array) -> Array:
+def _augment(images: Array, key: Array) -> Array:
     """Images (B, s, s, c), float32 of 0..255, each turned, scaled and shifted a little; borders are repeated."""
     n, side = images.shape[0], images.shape[1]
     angle, scale, *shift = jnp.split(jax.random.uniform(key, (n, 4), jnp.float32, minval=-1, maxval=1), 4, axis=1)
-    angle, scale = angle[:, 0] * TURN, 1 + scale[:, 0] * SCALE
+    angle, scale = angle[:, 0] * MAX_ROTATION, 1 + scale[:, 0] * MAX_SCALING
     matrix = jnp.stack([jnp.cos(angle), -jnp.sin(angle), jnp.sin(angle), jnp.cos(angle)], axis=1).reshape(n, 2, 2)
     centre = (side - 1) / 2
     grid = jnp.stack(jnp.meshgrid(*[jnp.arange(side, dtype=jnp.float32)] * 2, indexing="ij")) - centre
     at = jnp.einsum("nij,jhw->nihw", matrix * scale[:, None, None], grid, precision="highest")
-    at = at + (jnp.concatenate(shift, axis=1) * SHIFT * side)[:, :, None, None] + centre
+    at = at + (jnp.concatenate(shift, axis=1) * MAX_SHIFT * side)[:, :, None, None] + centre
 
     def read(image: Array, at: Array) -> Array:  # (s, s), (2, s, s)
         return jax.scipy.ndimage.map_coordinates(image, list(at), order=1, mode="nearest")

@@ -15,4 +15,4 @@ def open_network(path: str) -> Network:
     trained = model.load(path)
     about = {"classes": trained.classes, "accuracy": trained.accuracy, "held_out": trained.held_out}
     apply = functools.partial(model.apply, classes=trained.classes)
-    return Network("classifier", about, model.DIMS, (trained.channels,), trained.params, apply)
+    return Network("classifier", about, model.FEATURE_DIM, (trained.channels,), trained.params, apply)

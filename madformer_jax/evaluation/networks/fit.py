@@ -18,7 +18,7 @@ from madformer_jax.runtime import storage
 from madformer_jax.weights import state_dicts
 
 
-def resized(images: Array, side: int) -> Array:
+def resize(images: Array, side: int) -> Array:
     """Images uint8 (B, H, W, c) as (B, side, side, c): bilinear, antialiased, rounded to uint8."""
     if images.shape[1:3] == (side, side):
         return images
@@ -71,7 +71,7 @@ def fit(
 
 def save(path: str, network: Any) -> None:
     """Writes a NamedTuple of `params` and what the network knows of itself to a file (`files.SUFFIXES`)."""
-    tensors = {name: np.asarray(x) for name, x in state_dicts.by_name(network.params).items()}
+    tensors = {name: np.asarray(x) for name, x in state_dicts.flatten(network.params).items()}
     state_dicts.write_state_dict(path, tensors, {name: x for name, x in network._asdict().items() if name != "params"})
 
 
@@ -96,7 +96,7 @@ def load(path: str, kind: Any, what: str, init: Callable[[Mapping[str, Any]], An
         raise ConfigError(f"{path} is no {what}.") from None
     shapes = jax.eval_shape(lambda: init(about))
     try:
-        return kind(params=state_dicts.as_tree(tensors, shapes, path), **about)
+        return kind(params=state_dicts.unflatten(tensors, shapes, path), **about)
     except ConfigError as error:
         raise ConfigError(
             f"{error} If an earlier version wrote it, remove it: --mode=reference makes it anew."

@@ -15,7 +15,7 @@ import numpy as np
 Array = jax.Array
 Params = Mapping[str, Any]
 
-SIDE = 299  # images are resized to it
+IMAGE_SIZE = 299  # images are resized to it
 EPS = 1e-3  # of every batch normalization
 PRECISION = "highest"  # float32 on a TPU too: with its own default scores would differ from those of other machines
 
@@ -67,7 +67,7 @@ def _max_pool(x: Array) -> Array:
     return nn.max_pool(x, (3, 3), strides=(2, 2))
 
 
-def _square(channels: int, name: str, size: int = 1, padding: int = 0, stride: int = 1) -> Conv:
+def _square_conv(channels: int, name: str, size: int = 1, padding: int = 0, stride: int = 1) -> Conv:
     return Conv(channels, (size, size), stride, (padding, padding), name=name)
 
 
@@ -78,11 +78,11 @@ class MixedA(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        five = _square(64, "branch5x5_2", 5, 2)(_square(48, "branch5x5_1")(x))
-        three = _square(96, "branch3x3dbl_2", 3, 1)(_square(64, "branch3x3dbl_1")(x))
-        three = _square(96, "branch3x3dbl_3", 3, 1)(three)
-        pool = _square(self.pool_channels, "branch_pool")(_average_pool(x))
-        return jnp.concatenate([_square(64, "branch1x1")(x), five, three, pool], axis=-1)
+        five = _square_conv(64, "branch5x5_2", 5, 2)(_square_conv(48, "branch5x5_1")(x))
+        three = _square_conv(96, "branch3x3dbl_2", 3, 1)(_square_conv(64, "branch3x3dbl_1")(x))
+        three = _square_conv(96, "branch3x3dbl_3", 3, 1)(three)
+        pool = _square_conv(self.pool_channels, "branch_pool")(_average_pool(x))
+        return jnp.concatenate([_square_conv(64, "branch1x1")(x), five, three, pool], axis=-1)
 
 
 class MixedB(nn.Module):
@@ -90,9 +90,9 @@ class MixedB(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        three = _square(384, "branch3x3", 3, stride=2)(x)
-        double = _square(96, "branch3x3dbl_2", 3, 1)(_square(64, "branch3x3dbl_1")(x))
-        double = _square(96, "branch3x3dbl_3", 3, stride=2)(double)
+        three = _square_conv(384, "branch3x3", 3, stride=2)(x)
+        double = _square_conv(96, "branch3x3dbl_2", 3, 1)(_square_conv(64, "branch3x3dbl_1")(x))
+        double = _square_conv(96, "branch3x3dbl_3", 3, stride=2)(double)
         return jnp.concatenate([three, double, _max_pool(x)], axis=-1)
 
 
@@ -110,13 +110,13 @@ class MixedC(nn.Module):
             return Conv(channels, (7, 1), padding=(3, 0), name=name)
 
         c = self.channels
-        seven = row(c, "branch7x7_2")(_square(c, "branch7x7_1")(x))
+        seven = row(c, "branch7x7_2")(_square_conv(c, "branch7x7_1")(x))
         seven = column(192, "branch7x7_3")(seven)
-        double = column(c, "branch7x7dbl_2")(_square(c, "branch7x7dbl_1")(x))
+        double = column(c, "branch7x7dbl_2")(_square_conv(c, "branch7x7dbl_1")(x))
         double = column(c, "branch7x7dbl_4")(row(c, "branch7x7dbl_3")(double))
         double = row(192, "branch7x7dbl_5")(double)
-        pool = _square(192, "branch_pool")(_average_pool(x))
-        return jnp.concatenate([_square(192, "branch1x1")(x), seven, double, pool], axis=-1)
+        pool = _square_conv(192, "branch_pool")(_average_pool(x))
+        return jnp.concatenate([_square_conv(192, "branch1x1")(x), seven, double, pool], axis=-1)
 
 
 class MixedD(nn.Module):
@@ -124,10 +124,10 @@ class MixedD(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        three = _square(320, "branch3x3_2", 3, stride=2)(_square(192, "branch3x3_1")(x))
-        seven = Conv(192, (1, 7), padding=(0, 3), name="branch7x7x3_2")(_square(192, "branch7x7x3_1")(x))
+        three = _square_conv(320, "branch3x3_2", 3, stride=2)(_square_conv(192, "branch3x3_1")(x))
+        seven = Conv(192, (1, 7), padding=(0, 3), name="branch7x7x3_2")(_square_conv(192, "branch7x7x3_1")(x))
         seven = Conv(192, (7, 1), padding=(3, 0), name="branch7x7x3_3")(seven)
-        seven = _square(192, "branch7x7x3_4", 3, stride=2)(seven)
+        seven = _square_conv(192, "branch7x7x3_4", 3, stride=2)(seven)
         return jnp.concatenate([three, seven, _max_pool(x)], axis=-1)
 
 
@@ -143,12 +143,12 @@ class MixedE(nn.Module):
             column = Conv(384, (3, 1), padding=(1, 0), name=f"{name}b")
             return [row(x), column(x)]
 
-        three = split(_square(384, "branch3x3_1")(x), "branch3x3_2")
-        double = _square(384, "branch3x3dbl_2", 3, 1)(_square(448, "branch3x3dbl_1")(x))
+        three = split(_square_conv(384, "branch3x3_1")(x), "branch3x3_2")
+        double = _square_conv(384, "branch3x3dbl_2", 3, 1)(_square_conv(448, "branch3x3dbl_1")(x))
         double = split(double, "branch3x3dbl_3")
         pooled = nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1))) if self.max_pool else _average_pool(x)
-        pool = _square(192, "branch_pool")(pooled)
-        return jnp.concatenate([_square(320, "branch1x1")(x), *three, *double, pool], axis=-1)
+        pool = _square_conv(192, "branch_pool")(pooled)
+        return jnp.concatenate([_square_conv(320, "branch1x1")(x), *three, *double, pool], axis=-1)
 
 
 class InceptionV3(nn.Module):
@@ -159,12 +159,12 @@ class InceptionV3(nn.Module):
         def mean(x: Array) -> Array:
             return x.mean(axis=(1, 2))
 
-        x = (resize(images.astype(jnp.float32), SIDE) - 128) / 128
-        x = _square(32, "Conv2d_1a_3x3", 3, stride=2)(x)
-        x = _square(64, "Conv2d_2b_3x3", 3, 1)(_square(32, "Conv2d_2a_3x3", 3)(x))
+        x = (resize(images.astype(jnp.float32), IMAGE_SIZE) - 128) / 128
+        x = _square_conv(32, "Conv2d_1a_3x3", 3, stride=2)(x)
+        x = _square_conv(64, "Conv2d_2b_3x3", 3, 1)(_square_conv(32, "Conv2d_2a_3x3", 3)(x))
         x = _max_pool(x)
         f64 = mean(x)
-        x = _max_pool(_square(192, "Conv2d_4a_3x3", 3)(_square(80, "Conv2d_3b_1x1")(x)))
+        x = _max_pool(_square_conv(192, "Conv2d_4a_3x3", 3)(_square_conv(80, "Conv2d_3b_1x1")(x)))
         f192 = mean(x)
         for name, pool_channels in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = MixedA(pool_channels, name=name)(x)

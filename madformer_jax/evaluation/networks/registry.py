@@ -16,10 +16,10 @@ NETWORKS: dict[str, Callable[[str], Network]] = {
     "attributes": attribute_features.open_network,  # FD-attributes, KID-attributes
     "classifier": classifier_features.open_network,  # FD-classifier, KID-classifier, and what class an image shows
 }
-BATCH = 16  # images a device at a time
+BATCH_PER_DEVICE = 16  # images a device at a time
 
 
-class Outputs(NamedTuple):
+class NetworkOutputs(NamedTuple):
     """What a network says of n images, on the host."""
 
     features: np.ndarray  # (n, d) float32
@@ -37,7 +37,7 @@ def open_network(name: str, path: str) -> Network:
     return NETWORKS[name](path)
 
 
-def extractor(network: Network) -> Callable[[np.ndarray], Outputs]:
+def make_extractor(network: Network) -> Callable[[np.ndarray], NetworkOutputs]:
     """A function from images uint8 (n, H, W, c), any n, to their `Outputs`, on all devices of this process.
 
     An image's features do not depend on the images beside it. The function raises ConfigError where the network does
@@ -49,13 +49,13 @@ def extractor(network: Network) -> Callable[[np.ndarray], Outputs]:
     params = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
     apply = jax.jit(network.apply)
 
-    def extract(images: np.ndarray) -> Outputs:
+    def extract(images: np.ndarray) -> NetworkOutputs:
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in network.channels:
             raise ConfigError(
                 f"images {images.dtype} {images.shape} are nothing for the network {network.name}: "
                 f"it takes uint8 (n, H, W, {' or '.join(map(str, network.channels))})."
             )
-        size = min(BATCH, -(-len(images) // len(devices))) * len(devices)
+        size = min(BATCH_PER_DEVICE, -(-len(images) // len(devices))) * len(devices)
         found, logits = [], []
         for first in range(0, len(images), size):
             part = images[first : first + size]
@@ -65,6 +65,6 @@ def extractor(network: Network) -> Callable[[np.ndarray], Outputs]:
             found.append(outputs[0][: len(part)])
             if outputs[1] is not None:
                 logits.append(outputs[1][: len(part)])
-        return Outputs(np.concatenate(found), np.concatenate(logits) if logits else None)
+        return NetworkOutputs(np.concatenate(found), np.concatenate(logits) if logits else None)
 
     return extract

@@ -17,9 +17,9 @@ from jax import Array
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention import cudnn, pallas_tpu
-from madformer_jax.ops.attention.qk_norm_rope import Projected, is_projected, turned
-from madformer_jax.ops.attention.tiling import squares
-from madformer_jax.ops.rope import Rotary
+from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree, is_projected
+from madformer_jax.ops.attention.tiling import tiling
+from madformer_jax.ops.rope import RotaryTable
 
 
 class KV(NamedTuple):
@@ -41,7 +41,7 @@ class QKV(NamedTuple):
         return KV(self.k, self.v)
 
 
-class Part(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention to some of the keys, which `_merge` joins with that to others; in float32.
 
     out (..., s, h): the values weighted with exp(score - top); top (..., s): the largest score; total (..., s): the sum of the
@@ -53,7 +53,7 @@ class Part(NamedTuple):
     total: Array
 
 
-def _attend_to(q: Array, k: Array, v: Array, seen: Array | None = None) -> Part:
+def _partial_attention(q: Array, k: Array, v: Array, seen: Array | None = None) -> PartialAttention:
     """Scaled queries (..., s, h) on keys and values (..., K, h); `seen` (..., 1, K) leaves keys out, never all of them."""
     scores = jnp.einsum("...sh,...kh->...sk", q, k, preferred_element_type=jnp.float32)
     if seen is not None:
@@ -61,17 +61,17 @@ def _attend_to(q: Array, k: Array, v: Array, seen: Array | None = None) -> Part:
     top = jax.lax.stop_gradient(scores.max(axis=-1))
     weights = jnp.exp(scores - top[..., None])
     out = jnp.einsum("...sk,...kh->...sh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return Part(out, top, weights.sum(axis=-1))
+    return PartialAttention(out, top, weights.sum(axis=-1))
 
 
-def _merge(a: Part, b: Part) -> Part:
+def _merge_partials(a: PartialAttention, b: PartialAttention) -> PartialAttention:
     """The attention to both parts' keys."""
     top = jnp.maximum(a.top, b.top)
     x, y = jnp.exp(a.top - top), jnp.exp(b.top - top)
-    return Part(a.out * x[..., None] + b.out * y[..., None], top, a.total * x + b.total * y)
+    return PartialAttention(a.out * x[..., None] + b.out * y[..., None], top, a.total * x + b.total * y)
 
 
-def _attend_down(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
+def _column_attention(q: Array, k: Array, v: Array, seen: Array | None = None) -> Array:
     """Attention of scaled queries (..., h, s) to keys (..., K, h) and values (..., h, K), (..., h, s); `seen` (..., K, 1).
 
     Keys stand down the columns of the scores: on a CPU sums and maxima of columns take whole registers, and neither product
@@ -87,18 +87,18 @@ def _attend_down(q: Array, k: Array, v: Array, seen: Array | None = None) -> Arr
     return (out / weights.sum(axis=-2, keepdims=True)).astype(v.dtype)
 
 
-def tokens_last(x: Array, implementation: str) -> Array:
+def with_kernel_layout(x: Array, implementation: str) -> Array:
     """X (B, S, H, h), and its gradient, in memory as (B, H, h, S) where that is what the kernel reads: a TPU's registers are
     128 wide, and half empty with heads of 64 along them.
     """
-    return jnp.moveaxis(_rows_last(x, implementation), -1, 1) if implementation == "pallas" else x
+    return jnp.moveaxis(_to_kernel_layout(x, implementation), -1, 1) if implementation == "pallas" else x
 
 
-def _normalised(part: Part, dtype: Any) -> Array:
+def _normalize(part: PartialAttention, dtype: Any) -> Array:
     return (part.out / part.total[..., None]).astype(dtype)
 
 
-def _seen(lengths: Array, words: int, others: int) -> Array:
+def _key_mask(lengths: Array, words: int, others: int) -> Array:
     """Which keys are seen, bool (B, words + others): the first are a text, of which `lengths` (B,) tokens are no padding."""
     return jnp.pad(jnp.arange(words) < lengths[:, None], ((0, 0), (0, others)), constant_values=True)
 
@@ -120,13 +120,13 @@ def attend(
     if causal or implementation == "cudnn":
         kernel: Literal["cudnn", "xla"] = "cudnn" if implementation == "cudnn" else "xla"
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=kernel)
-    if implementation in _PALLAS and (pallas_tpu.tile(q.shape[1]) or implementation != "pallas"):
-        images = pallas_tpu.images_in_a_row(len(q))
+    if implementation in _PALLAS_IMPLEMENTATIONS and (pallas_tpu.tile_size(q.shape[1]) or implementation != "pallas"):
+        images = pallas_tpu.images_per_row(len(q))
         rows = QKV(*(x.reshape(len(x) // images, images, *x.shape[1:]) for x in (q, k, v)))
-        return _pallas(rows, None, None, None, images, implementation).reshape(q.shape)
+        return _pallas_attention(rows, None, None, None, images, implementation).reshape(q.shape)
     # normalised after the product with v: on a CPU half the time of jax.nn's, which passes over the weights more often
     q, v = (x.transpose(0, 2, 3, 1) for x in (q * q.shape[-1] ** -0.5, v))
-    return _attend_down(q, k.swapaxes(1, 2), v).transpose(0, 3, 1, 2)
+    return _column_attention(q, k.swapaxes(1, 2), v).transpose(0, 3, 1, 2)
 
 
 @jax.named_scope("attention")
@@ -153,20 +153,20 @@ def block_attention(
     Returns:
       One output (B, blocks, s, H, h) for each stream, or as `images` has them.
     """
-    if implementation in _PALLAS:
-        return [_pallas(stream, context, text, lengths, images, implementation) for stream in streams]
-    streams, context = turned((streams, context))
-    at_once = {"reference": _reference, "cudnn": _cudnn}
+    if implementation in _PALLAS_IMPLEMENTATIONS:
+        return [_pallas_attention(stream, context, text, lengths, images, implementation) for stream in streams]
+    streams, context = apply_to_tree((streams, context))
+    at_once = {"reference": _reference_attention, "cudnn": _cudnn_attention}
     if implementation in at_once:
         return at_once[implementation](streams, context, text, lengths)
-    return [_blocks(stream, context, text, lengths) for stream in streams]
+    return [_tiled_attention(stream, context, text, lengths) for stream in streams]
 
 
-def _blocks(stream: QKV, context: KV | None, text: KV | None, lengths: Array | None) -> Array:
+def _tiled_attention(stream: QKV, context: KV | None, text: KV | None, lengths: Array | None) -> Array:
     """The diagonal as one attention of every block to itself and the text, the triangle below it as squares of 1, 2, 4, ...
     blocks: `_see_before`.
     """
-    q, k, v = _with_query(stream)
+    q, k, v = _require_query(stream)
     batch, blocks, _, heads, size = q.shape
 
     def ordered(x: Array) -> Array:
@@ -179,91 +179,99 @@ def _blocks(stream: QKV, context: KV | None, text: KV | None, lengths: Array | N
         shape = (batch, heads, blocks, text.k.shape[1], size)
         words = (jnp.broadcast_to(x.swapaxes(1, 2)[:, :, None], shape) for x in text)
         if lengths is not None:
-            seen = _seen(lengths, text.k.shape[1], k.shape[3])[:, None, None, None]
+            seen = _key_mask(lengths, text.k.shape[1], k.shape[3])[:, None, None, None]
         own = KV(*(jnp.concatenate(x, axis=3) for x in zip(words, own, strict=True)))
-    part = _attend_to(q, *own, seen)
+    part = _partial_attention(q, *own, seen)
     if context is not None and blocks > 1:
         missing = (1 << (blocks - 1).bit_length()) - context.k.shape[1]  # whole pairs to take keys from
         padding = ((0, 0), (0, 0), (0, max(0, missing)), (0, 0), (0, 0))
-        part = _see_before(part, q, KV(*(jnp.pad(ordered(x), padding) for x in context)))
-    return _normalised(part, v.dtype).transpose(0, 2, 3, 1, 4)
+        part = _add_context_attention(part, q, KV(*(jnp.pad(ordered(x), padding) for x in context)))
+    return _normalize(part, v.dtype).transpose(0, 2, 3, 1, 4)
 
 
-def _see_before(part: Part, q: Array, context: KV) -> Part:
+def _add_context_attention(part: PartialAttention, q: Array, context: KV) -> PartialAttention:
     """Adds what each block sees of the context blocks before it; q and context (B, H, blocks, s, h), part likewise.
 
     In pairs of m blocks, m = 1, 2, 4, ..., the second m blocks see all of the first m. The last pair may be cut off.
     """
     heads, blocks = q.shape[:2], q.shape[2]
-    for m, found in itertools.groupby(squares(blocks), key=lambda square: square.size):
+    for m, found in itertools.groupby(tiling(blocks), key=lambda square: square.size):
         groups = [(square.pairs, square.rows) for square in found]
         sizes = [count * (m + rows) for count, rows in groups]
         sizes += [blocks - sum(sizes)] if sum(sizes) < blocks else []
         # lax.split, because the gradient of x[a:b] is an array of zeros with a part filled
-        parts = [Part(*x) for x in zip(*(jax.lax.split(x, sizes, axis=2) for x in part), strict=True)]
+        parts = [PartialAttention(*x) for x in zip(*(jax.lax.split(x, sizes, axis=2) for x in part), strict=True)]
         for n, (queries, (count, rows)) in enumerate(zip(jax.lax.split(q, sizes, axis=2), groups, strict=False)):
             start = sum(sizes[:n])
-            first, second = (Part(*x) for x in zip(*(_halves(x, count, (m, rows)) for x in parts[n]), strict=True))
-            queries = _halves(queries, count, (m, rows))[1].reshape(*heads, count, -1, q.shape[-1])
+            first, second = (
+                PartialAttention(*x) for x in zip(*(_split_blocks(x, count, (m, rows)) for x in parts[n]), strict=True)
+            )
+            queries = _split_blocks(queries, count, (m, rows))[1].reshape(*heads, count, -1, q.shape[-1])
             keys, values = (
-                _halves(x[:, :, start : start + 2 * m * count], count, (m, m))[0].reshape(
+                _split_blocks(x[:, :, start : start + 2 * m * count], count, (m, m))[0].reshape(
                     *queries.shape[:3], -1, x.shape[-1]
                 )
                 for x in context
             )
-            seen = _attend_to(queries, keys, values)
-            second = _merge(second, Part(*(x.reshape(y.shape) for x, y in zip(seen, second, strict=True))))
+            seen = _partial_attention(queries, keys, values)
+            second = _merge_partials(
+                second, PartialAttention(*(x.reshape(y.shape) for x, y in zip(seen, second, strict=True)))
+            )
             both = (jnp.concatenate(x, axis=3) for x in zip(first, second, strict=True))
-            parts[n] = Part(*(x.reshape(y.shape) for x, y in zip(both, parts[n], strict=True)))
-        part = Part(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
+            parts[n] = PartialAttention(*(x.reshape(y.shape) for x, y in zip(both, parts[n], strict=True)))
+        part = PartialAttention(*(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True)))
     return part
 
 
-def _halves(x: Array, count: int, sizes: tuple[int, int]) -> Sequence[Array]:
+def _split_blocks(x: Array, count: int, sizes: tuple[int, int]) -> Sequence[Array]:
     """(B, H, blocks, ...) in `count` runs of blocks, each split in two: (B, H, count, size, ...)."""
     return jax.lax.split(x.reshape(*x.shape[:2], count, sum(sizes), *x.shape[3:]), sizes, axis=3)
 
 
-def _cudnn(streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Array | None) -> list[Array]:
+def _cudnn_attention(streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Array | None) -> list[Array]:
     """The streams side by side in each block, so that one call serves both; a stream that is shorter ends in zeros."""
     blocks = max(stream.k.shape[1] for stream in streams)
 
     def filled(x: Array) -> Array:
         return jnp.pad(x, [(0, 0), (0, blocks - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
 
-    q, k, v = (jnp.stack([filled(x) for x in parts], axis=2) for parts in zip(*map(_with_query, streams), strict=True))
+    q, k, v = (
+        jnp.stack([filled(x) for x in parts], axis=2) for parts in zip(*map(_require_query, streams), strict=True)
+    )
     source = None if context is None else tuple(map(filled, context))
-    out = cudnn.attend(q, (k, v), source, None if text is None else tuple(text), lengths)
+    out = cudnn.block_attention(q, (k, v), source, None if text is None else tuple(text), lengths)
     return [out[:, : stream.k.shape[1], n] for n, stream in enumerate(streams)]
 
 
-def _with_query(stream: QKV) -> tuple[Any, Any, Array]:
+def _require_query(stream: QKV) -> tuple[Any, Any, Array]:
     if stream.q is None:
         raise ValueError("a stream without queries can only be context")
     return stream.q, stream.k, stream.v
 
 
-def kept(kv: KV, implementation: str) -> KV:
+def to_cache_layout(kv: KV, implementation: str) -> KV:
     """Keys and values of all layers, (layers, B, n, s, H, h) or the text's (layers, B, T, H, h), as `cached_attention` reads them."""
     if implementation == "cudnn":
         return kv
-    if implementation in _PALLAS:
-        last = (_rows_last(x, "", 2) for x in kv)
-        return KV(*(last if kv.k.ndim == 6 else (pallas_tpu.filled(x, 1) for x in last)))
+    if implementation in _PALLAS_IMPLEMENTATIONS:
+        last = (_to_kernel_layout(x, "", 2) for x in kv)
+        return KV(*(last if kv.k.ndim == 6 else (pallas_tpu.pad_text_to_lanes(x, 1) for x in last)))
     k, v = (x.reshape(*x.shape[:2], -1, *x.shape[-2:]) for x in kv)
     return KV(k.transpose(0, 1, 3, 2, 4), v.transpose(0, 1, 3, 4, 2))
 
 
-def kept_along(implementation: str) -> tuple[int, int]:
+def cache_token_axes(implementation: str) -> tuple[int, int]:
     """Along which axes of image blocks' keys and values, as `kept` gives them, tokens stand; with cuDNN blocks do."""
     if implementation == "cudnn":
         return 2, 2
-    return (4, 4) if implementation in _PALLAS else (3, 4)
+    return (4, 4) if implementation in _PALLAS_IMPLEMENTATIONS else (3, 4)
 
 
-def lengths_kept(lengths: Array | None, text: Array, implementation: str) -> Array | None:
+def cache_lengths(lengths: Array | None, text: Array, implementation: str) -> Array | None:
     """The lengths of texts (B, T), which the TPU's kernel has to be told of all: `kept` fills them up."""
-    return jnp.full(len(text), text.shape[1]) if lengths is None and implementation in _PALLAS else lengths
+    return (
+        jnp.full(len(text), text.shape[1]) if lengths is None and implementation in _PALLAS_IMPLEMENTATIONS else lengths
+    )
 
 
 @jax.named_scope("attention")
@@ -291,12 +299,12 @@ def cached_attention(
     Returns:
       (B, 1, s, H, h).
     """
-    q, k, v = (x[:, 0] for x in _with_query(own))
-    if implementation in _PALLAS:
-        q, k, v = (_rows_last(x, implementation) for x in (q, k, v))
+    q, k, v = (x[:, 0] for x in _require_query(own))
+    if implementation in _PALLAS_IMPLEMENTATIONS:
+        q, k, v = (_to_kernel_layout(x, implementation) for x in (q, k, v))
         numbers = (jnp.asarray(x, jnp.int32) for x in (layer, block))
-        cached = partial(pallas_tpu.cached, interpret=implementation != "pallas")
-        return pallas_tpu.on_each_device(cached, q, (k, v), context, text, lengths, *numbers).transpose(0, 3, 1, 2)[
+        cached = partial(pallas_tpu.cached_attention, interpret=implementation != "pallas")
+        return pallas_tpu.shard_map_kernel(cached, q, (k, v), context, text, lengths, *numbers).transpose(0, 3, 1, 2)[
             :, None
         ]
 
@@ -305,7 +313,7 @@ def cached_attention(
 
     if implementation == "cudnn":
         context, text = (kv and of_layer(kv) for kv in (context, text))
-        return cudnn.cached(q, (k, v), context, text, block, lengths)[:, None]
+        return cudnn.cached_attention(q, (k, v), context, text, block, lengths)[:, None]
     tokens = q.shape[1]
     q, v = (x.transpose(0, 2, 3, 1) for x in (q * q.shape[-1] ** -0.5, v))
     itself = KV(k.swapaxes(1, 2), v)
@@ -320,21 +328,23 @@ def cached_attention(
         if text is not None:
             parts.insert(0, of_layer(text))
             if lengths is not None:
-                seen = _seen(lengths, text.k.shape[3], (i + 1) * tokens)[:, None, :, None]
+                seen = _key_mask(lengths, text.k.shape[3], (i + 1) * tokens)[:, None, :, None]
         ks, vs = zip(*parts, strict=True)
         k, v = jnp.concatenate(ks, axis=2), jnp.concatenate(vs, axis=3)
-        return _attend_down(q, k, v, seen).transpose(0, 3, 1, 2)[:, None]
+        return _column_attention(q, k, v, seen).transpose(0, 3, 1, 2)[:, None]
 
     if context is None or isinstance(block, int):
         return at(int(block) if context is not None else 0)
     return jax.lax.switch(block, [partial(at, i) for i in range(context.k.shape[3] // tokens + 1)])
 
 
-def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Array | None) -> list[Array]:
+def _reference_attention(
+    streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Array | None
+) -> list[Array]:
     """The dense mask over all keys, for tests: (blocks * s)^2 scores."""
     outputs = []
     for stream in streams:
-        q, k, v = _with_query(stream)
+        q, k, v = _require_query(stream)
         batch, blocks, tokens = q.shape[:3]
         i = jnp.repeat(jnp.arange(blocks), tokens)
         keys, values, masks = (
@@ -354,7 +364,7 @@ def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None, leng
         k, v, mask = (jnp.concatenate(x, axis=1) for x in (keys, values, masks))
         mask = mask[None]
         if text is not None and lengths is not None:
-            mask = mask & _seen(lengths, text.k.shape[1], k.shape[1] - text.k.shape[1])[:, None]
+            mask = mask & _key_mask(lengths, text.k.shape[1], k.shape[1] - text.k.shape[1])[:, None]
         out = jax.nn.dot_product_attention(q.reshape(batch, -1, *q.shape[3:]), k, v, mask=mask[:, None])
         outputs.append(out.reshape(q.shape))
     return outputs
@@ -362,44 +372,46 @@ def _reference(streams: Sequence[QKV], context: KV | None, text: KV | None, leng
 
 # ---- TPU: Pallas kernels, all blocks of a stream in one call
 
-_PALLAS = ("pallas", "pallas_interpret")
+_PALLAS_IMPLEMENTATIONS = ("pallas", "pallas_interpret")
 
 
-def images_in_a_row(implementation: str, batch: int) -> int:
+def images_per_row(implementation: str, batch: int) -> int:
     """How many images `block_attention` takes one after the other."""
-    return pallas_tpu.images_in_a_row(batch) if implementation in _PALLAS else 1
+    return pallas_tpu.images_per_row(batch) if implementation in _PALLAS_IMPLEMENTATIONS else 1
 
 
-def _rows_last(x: Array, implementation: str, batch_axes: int = 1) -> Array:
+def _to_kernel_layout(x: Array, implementation: str, batch_axes: int = 1) -> Array:
     """X (B, blocks, s, H, h) or (B, T, H, h), as the kernels take it: (B, H, h, tokens)."""
     rows = jnp.moveaxis(x.reshape(*x.shape[:batch_axes], -1, *x.shape[-2:]), -3, -1)
-    return pallas_tpu.laid_out(rows) if implementation == "pallas" else rows
+    return pallas_tpu.with_row_major_layout(rows) if implementation == "pallas" else rows
 
 
-def _pallas(
+def _pallas_attention(
     stream: QKV, context: KV | None, text: KV | None, lengths: Array | None, images: int, implementation: str
 ) -> Array:
-    q, k, v = _with_query(stream)
+    q, k, v = _require_query(stream)
     inside = context is not None and v is context.v  # own keys are in the context
 
     def last(x: Any) -> Any:
         if not is_projected(x):
-            return _rows_last(x, implementation)
-        return Projected(last(x.x), x.scale[:, None], Rotary(*(y.reshape(-1, y.shape[-1]).T for y in x.position)))
+            return _to_kernel_layout(x, implementation)
+        return ProjectedQK(
+            last(x.x), x.scale[:, None], RotaryTable(*(y.reshape(-1, y.shape[-1]).T for y in x.position))
+        )
 
     given = jax.tree.map(last, (q, None if inside else (k, v), context and tuple(context)), is_leaf=is_projected)
-    words = None if text is None else tuple(pallas_tpu.filled(last(x), images) for x in text)
+    words = None if text is None else tuple(pallas_tpu.pad_text_to_lanes(last(x), images) for x in text)
     length = 0 if text is None else text.k.shape[1] // images
     if length and lengths is None:
         lengths = jnp.full(len(v) * images, length)
     sizes = {"images": images, "tokens": v.shape[2], "words": length}
-    run = partial(pallas_tpu.attend, **sizes, interpret=implementation != "pallas")
-    out = pallas_tpu.on_each_device(run, *given, words, lengths)
-    out = pallas_tpu.laid_out(out) if implementation == "pallas" else out
+    run = partial(pallas_tpu.block_attention, **sizes, interpret=implementation != "pallas")
+    out = pallas_tpu.shard_map_kernel(run, *given, words, lengths)
+    out = pallas_tpu.with_row_major_layout(out) if implementation == "pallas" else out
     return out.transpose(0, 3, 1, 2).reshape(v.shape)
 
 
-def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:
+def choose_implementation(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:
     """The implementation that `config.model.attention` means on a platform (cpu, gpu, tpu) for blocks of `tokens` tokens.
 
     Raises:
@@ -407,12 +419,12 @@ def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:
     """
     if name == "cudnn" and platform != "gpu":
         raise ConfigError(f"config.model.attention='cudnn' needs an NVIDIA GPU; this is a {platform}: 'auto' fits it.")
-    if name == "cudnn" and not (cudnn.takes(head) and dtype == "bfloat16"):
+    if name == "cudnn" and not (cudnn.supports_head_size(head) and dtype == "bfloat16"):
         raise ConfigError(
-            f"config.model.attention='cudnn' needs heads of a multiple of 8 values, at most {cudnn.LARGEST}, in bfloat16; "
+            f"config.model.attention='cudnn' needs heads of a multiple of 8 values, at most {cudnn.MAX_HEAD_SIZE}, in bfloat16; "
             f"these have {head} in {dtype}: 'auto' fits them."
         )
-    if name == "pallas" and platform == "tpu" and not pallas_tpu.tile(tokens):
+    if name == "pallas" and platform == "tpu" and not pallas_tpu.tile_size(tokens):
         raise ConfigError(
             f"config.model.attention='pallas' needs blocks of a multiple of {pallas_tpu.LANES} tokens; these have {tokens}: 'auto' "
             "fits them."
@@ -421,12 +433,14 @@ def choose(name: str, platform: str, dtype: str, tokens: int, head: int) -> str:
         return "pallas_interpret"  # slow: the kernel's steps one by one
     if name != "auto":
         return name
-    if platform == "gpu" and dtype == "bfloat16" and cudnn.takes(head):
+    if platform == "gpu" and dtype == "bfloat16" and cudnn.supports_head_size(head):
         return "cudnn"
-    return "pallas" if platform == "tpu" and pallas_tpu.tile(tokens) else "blocks"
+    return "pallas" if platform == "tpu" and pallas_tpu.tile_size(tokens) else "blocks"
 
 
-def in_unet(implementation: str, heads: Sequence[int]) -> str:
+def unet_implementation(implementation: str, heads: Sequence[int]) -> str:
     """What the U-Net's attention runs, given the sizes of its heads in all stages."""
-    fits = implementation in _PALLAS or (implementation == "cudnn" and all(map(cudnn.takes, heads)))
+    fits = implementation in _PALLAS_IMPLEMENTATIONS or (
+        implementation == "cudnn" and all(map(cudnn.supports_head_size, heads))
+    )
     return implementation if fits else "blocks"

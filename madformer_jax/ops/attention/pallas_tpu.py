@@ -20,20 +20,20 @@ from jax.experimental.pallas import tpu
 from jax.sharding import PartitionSpec
 
 from madformer_jax.ops.attention import pallas_tpu_kernels
-from madformer_jax.ops.attention.pallas_tpu_kernels import LANES, Pair
-from madformer_jax.ops.attention.qk_norm_rope import Projected, is_projected
+from madformer_jax.ops.attention.pallas_tpu_kernels import LANES, KeyValuePair
+from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, is_projected
 from madformer_jax.runtime import partitioning
 
-KEPT = "attention"  # name of the kernel's output and sums in a policy of jax.checkpoint
-_FAST = 16 * 2**20  # bytes of fast memory that a kernel may have by default
+CHECKPOINT_NAME = "attention"  # name of the kernel's output and sums in a policy of jax.checkpoint
+_DEFAULT_VMEM_BYTES = 16 * 2**20  # bytes of fast memory that a kernel may have by default
 
 
-def tile(tokens: int) -> int | None:
+def tile_size(tokens: int) -> int | None:
     """Side of the kernel's square tiles of which a block of `tokens` tokens consists; None where no size fits."""
     return next((side for side in (256, LANES) if tokens % side == 0), None)
 
 
-def images_in_a_row(batch: int) -> int:
+def images_per_row(batch: int) -> int:
     """How many images of a batch stand one after the other in one row of tokens: all of a device's.
 
     A kernel's gradient sums over the tokens of all images, and a TPU copies them into a row where they are not in one.
@@ -43,20 +43,20 @@ def images_in_a_row(batch: int) -> int:
     return batch // parts if batch % parts == 0 else batch
 
 
-def laid_out(x: Array) -> Array:
+def with_row_major_layout(x: Array) -> Array:
     """X, and its gradient, in memory in the order of its axes, where the compiler's own choice would cost copies."""
     from jax.experimental.layout import Layout, with_layout_constraint
 
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def filled(text: Array, images: int) -> Array:
+def pad_text_to_lanes(text: Array, images: int) -> Array:
     """The text's keys (..., images * T), each image's filled up to whole registers."""
     x = text.reshape(*text.shape[:-1], images, -1)
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)]).reshape(*text.shape[:-1], -1)
 
 
-def on_each_device(function: Callable[..., Array], q: Any, *args: Any) -> Array:
+def shard_map_kernel(function: Callable[..., Array], q: Any, *args: Any) -> Array:
     """Runs a function of arrays (B, H, ...) on each device's own images and heads: the compiler cannot split a kernel.
 
     Arrays of five axes have those of the layers first; those of one have no heads; those of two, and numbers, are everybody's. Images
@@ -76,11 +76,11 @@ def on_each_device(function: Callable[..., Array], q: Any, *args: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def attend(
-    q: Projected | Array,
-    own: Pair | None,
-    context: Pair | None,
-    text: Pair | None,
+def block_attention(
+    q: ProjectedQK | Array,
+    own: KeyValuePair | None,
+    context: KeyValuePair | None,
+    text: KeyValuePair | None,
     lengths: Array | None,
     images: int,
     tokens: int,
@@ -101,14 +101,14 @@ def attend(
     Returns:
       As the array of q.
     """
-    return _saved(q, own, context, text, lengths, images, tokens, words, interpret)[0]
+    return _forward_with_residuals(q, own, context, text, lengths, images, tokens, words, interpret)[0]
 
 
-def cached(
+def cached_attention(
     q: Array,
-    own: Pair,
-    context: Pair | None,
-    text: Pair | None,
+    own: KeyValuePair,
+    context: KeyValuePair | None,
+    text: KeyValuePair | None,
     lengths: Array | None,
     layer: int | Array,
     block: int | Array,
@@ -123,60 +123,69 @@ def cached(
     """
     tokens = q.shape[3]
     seen = 0 if context is None else context[0].shape[4] / tokens / 2  # on average of all blocks
-    numbers = _numbers(layer, block, lengths, len(q))
+    numbers = _scalar_arguments(layer, block, lengths, len(q))
     words = 0 if text is None else text[0].shape[-1]
-    return _forward(q, _present(own, context, text), numbers, seen, 1, tokens, words, interpret)[0]
+    return _forward(q, _keys_by_kind(own, context, text), numbers, seen, 1, tokens, words, interpret)[0]
 
 
 def _forward(
-    q: Any, keys: dict[str, Pair], numbers: Array, seen: float, images: int, tokens: int, words: int, interpret: bool
+    q: Any,
+    keys: dict[str, KeyValuePair],
+    numbers: Array,
+    seen: float,
+    images: int,
+    tokens: int,
+    words: int,
+    interpret: bool,
 ) -> tuple[Array, Array]:
     """The output, as q, and the logarithms of the sums of weights, base 2, (B, H, 1, queries)."""
-    x = _array(q)
+    x = _raw_array(q)
     sums = jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32)
     results = jax.ShapeDtypeStruct(x.shape, x.dtype), sums
-    return _run(pallas_tpu_kernels.forward, numbers, (q, keys), results, 2, seen, images, tokens, words, interpret)
+    return _call_kernel(
+        pallas_tpu_kernels.forward, numbers, (q, keys), results, 2, seen, images, tokens, words, interpret
+    )
 
 
-def _saved(*args: Any) -> tuple[Array, Any]:
+def _forward_with_residuals(*args: Any) -> tuple[Array, Any]:
     q, own, context, text, lengths, images, tokens, words, interpret = args
-    keys = _present(own, context, text)
-    numbers = _numbers(0, 0, lengths, len(_array(q)) * images)
-    seen = _seen(_array(q), own, images, tokens)
+    keys = _keys_by_kind(own, context, text)
+    numbers = _scalar_arguments(0, 0, lengths, len(_raw_array(q)) * images)
+    seen = _mean_context_blocks(_raw_array(q), own, images, tokens)
     out, sums = _forward(q, keys, numbers, seen, images, tokens, words, interpret)
-    out, sums = _kept(out), _kept(sums)
+    out, sums = _checkpoint_residual(out), _checkpoint_residual(sums)
     return out, (q, keys, numbers, out, sums)
 
 
-def _seen(q: Array, own: Pair | None, images: int, tokens: int) -> float:
+def _mean_context_blocks(q: Array, own: KeyValuePair | None, images: int, tokens: int) -> float:
     """Context blocks that a block sees in training, on average."""
     return (q.shape[3] // images // tokens - 1) / 2 + (own is None)
 
 
-def _kept(x: Array) -> Array:
+def _checkpoint_residual(x: Array) -> Array:
     """X, which a policy keeps by name as whole numbers: of others jax.checkpoint would round a copy."""
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(checkpoint_name(bits, KEPT), x.dtype)
+    return jax.lax.bitcast_convert_type(checkpoint_name(bits, CHECKPOINT_NAME), x.dtype)
 
 
 def _backward(images: int, tokens: int, words: int, interpret: bool, saved: Any, d_out: Array) -> Any:
     q, keys, numbers, out, sums = saved
-    arrays = jax.tree.map(_array, (q, keys), is_leaf=is_projected)
+    arrays = jax.tree.map(_raw_array, (q, keys), is_leaf=is_projected)
     dq, d_keys = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     projected = sorted(kind for kind, (k, _) in keys.items() if is_projected(k))
-    places, lanes = 1 + len(projected), math.gcd(tile(tokens) or tokens, LANES)
+    places, lanes = 1 + len(projected), math.gcd(tile_size(tokens) or tokens, LANES)
     if is_projected(q):
         d_keys["scales"] = jax.ShapeDtypeStruct((*dq.shape[:3], images * places * lanes), jnp.float32)
-    seen = _seen(dq, keys.get("own"), images, tokens)
+    seen = _mean_context_blocks(dq, keys.get("own"), images, tokens)
     given = q, keys, out, d_out, sums
-    dq, d_keys = _run(
+    dq, d_keys = _call_kernel(
         pallas_tpu_kernels.backward, numbers, given, (dq, d_keys), 5, seen, images, tokens, words, interpret
     )
     if is_projected(q):
         d_scales = d_keys["scales"].reshape(*dq.shape[:3], images, places, lanes).sum((0, 1, 3, 5))
 
-        def gradient(place: int, dx: Array) -> Projected:
-            return Projected(dx, d_scales[:, place, None].astype(q.scale.dtype), None)  # type: ignore[arg-type]  # no gradient
+        def gradient(place: int, dx: Array) -> ProjectedQK:
+            return ProjectedQK(dx, d_scales[:, place, None].astype(q.scale.dtype), None)  # type: ignore[arg-type]  # no gradient
 
         dq = gradient(0, dq)
         for place, kind in enumerate(projected, 1):
@@ -185,26 +194,28 @@ def _backward(images: int, tokens: int, words: int, interpret: bool, saved: Any,
     return dq, *(d_keys.get(kind) for kind in ("own", "context", "text")), None
 
 
-def _array(given: Any) -> Array:
+def _raw_array(given: Any) -> Array:
     return given.x if is_projected(given) else given
 
 
-attend.defvjp(_saved, _backward)
+block_attention.defvjp(_forward_with_residuals, _backward)
 
 
-def _present(own: Pair | None, context: Pair | None, text: Pair | None) -> dict[str, Pair]:
+def _keys_by_kind(
+    own: KeyValuePair | None, context: KeyValuePair | None, text: KeyValuePair | None
+) -> dict[str, KeyValuePair]:
     """The keys and values that there are, by their kind."""
     given = {"own": own, "context": context, "text": text}
     return {kind: tuple(pair) for kind, pair in given.items() if pair is not None}
 
 
-def _numbers(layer: int | Array, block: int | Array, lengths: Array | None, images: int) -> Array:
+def _scalar_arguments(layer: int | Array, block: int | Array, lengths: Array | None, images: int) -> Array:
     """What the kernel reads as numbers, see `_sources`."""
     lengths = jnp.zeros(images, jnp.int32) if lengths is None else lengths
     return jnp.concatenate([jnp.stack([jnp.asarray(x, jnp.int32) for x in (layer, block)]), lengths.astype(jnp.int32)])
 
 
-def _run(
+def _call_kernel(
     kernel: Any,
     numbers: Array,
     given: tuple[Any, ...],
@@ -221,9 +232,9 @@ def _run(
     Dictionaries in `given` and `results` hold keys and values by their kind, all else is of queries. `seen`: context blocks, on
     average.
     """
-    keys: dict[str, Pair] = given[1]
-    batch, heads, size, rows = _array(given[0]).shape
-    side = tile(tokens) or tokens  # which no TPU takes, but its interpreter does
+    keys: dict[str, KeyValuePair] = given[1]
+    batch, heads, size, rows = _raw_array(given[0]).shape
+    side = tile_size(tokens) or tokens  # which no TPU takes, but its interpreter does
 
     def whole(x: Any) -> int:
         """Columns that an image has of an array; angles are the same for all images."""
@@ -250,7 +261,7 @@ def _run(
         return found if isinstance(tree, dict) else found["query"]
 
     widths = {kind: width(kind, v) for kind, (_, v) in keys.items()}
-    of_text = pallas_tpu_kernels.text_side(words)
+    of_text = pallas_tpu_kernels.text_tile_size(words)
     counted = {"context": seen * tokens, "text": -(-words // of_text) * of_text if words else 0}
     pairs = batch * heads * rows * sum(counted.get(kind, n) for kind, n in widths.items())
     scratch: list[Any] = [
@@ -276,7 +287,8 @@ def _run(
         ),
         out_shape=list(results),
         compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=max(fast, _FAST)
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=max(fast, _DEFAULT_VMEM_BYTES),
         ),
         cost_estimate=pl.CostEstimate(
             flops=round(2 * products * size * pairs),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-class Square(NamedTuple):
+class Tile(NamedTuple):
     """In each of `pairs` behind block `start`, `rows` blocks see all of the `size` blocks before them."""
 
     start: int
@@ -22,11 +22,11 @@ class Square(NamedTuple):
 
     def keys(self, x: Array) -> Array:
         """Of (B, blocks, s, H, h) what is seen, (B pairs, size s, H, h)."""
-        return _in_a_row(self._in_pairs(x)[:, :, : self.size])
+        return _flatten_tokens(self._in_pairs(x)[:, :, : self.size])
 
     def queries(self, x: Array) -> Array:
         """Of (B, blocks, s, H, ...) what sees it, (B pairs, rows s, H, ...)."""
-        return _in_a_row(self._in_pairs(x)[:, :, self.size :])
+        return _flatten_tokens(self._in_pairs(x)[:, :, self.size :])
 
     def put_keys(self, part: Array, x: Array) -> Array:
         """The inverse of `keys`: an array like x, zero elsewhere."""
@@ -45,17 +45,17 @@ class Square(NamedTuple):
         return jnp.pad(part, [(0, 0), (self.start, behind), *rest], constant_values=fill)
 
 
-def _in_a_row(x: Array) -> Array:
+def _flatten_tokens(x: Array) -> Array:
     """(B, count, blocks, s, ...) -> (B count, blocks s, ...)."""
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
-def squares(blocks: int) -> list[Square]:
+def tiling(blocks: int) -> list[Tile]:
     """What makes up the triangle of all j < i: every pair of blocks (i, j) lies in one of them."""
     found, size = [], 1
     while size < blocks:
         pairs, rest = divmod(blocks, 2 * size)
-        found += [Square(0, pairs, size, size)] if pairs else []
-        found += [Square(2 * size * pairs, 1, size, rest - size)] if rest > size else []
+        found += [Tile(0, pairs, size, size)] if pairs else []
+        found += [Tile(2 * size * pairs, 1, size, rest - size)] if rest > size else []
         size *= 2
     return found

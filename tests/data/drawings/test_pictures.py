@@ -27,11 +27,11 @@ FIRST_HUNDRED = "e445ff91f09f1d8bbdae6413dbb6cf6f150e2aba65ebc8a194b667f00279e2b
 def cache(tmp_path, monkeypatch):
     """An empty cache, of 5 pictures a file, which this process draws."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(pictures, "_FILE", 5)
+    monkeypatch.setattr(pictures, "_PICTURES_PER_FILE", 5)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    pictures._open.cache_clear()
+    pictures._load_pictures.cache_clear()
     yield tmp_path / "cache" / "madformer_jax" / "drawings"
-    pictures._open.cache_clear()
+    pictures._load_pictures.cache_clear()
 
 
 def make_config(split="train", count=5, size=32):
@@ -41,7 +41,7 @@ def make_config(split="train", count=5, size=32):
 
 
 def pixels(number: int, size: int) -> np.ndarray:
-    return preprocess.Table(size, 3, crop=True).pixels(pictures.draw(0, number, size).png)
+    return preprocess.Preprocessor(size, 3, crop=True).pixels(pictures.draw(0, number, size).png)
 
 
 def test_the_first_hundred_are_the_same_on_every_machine():
@@ -65,7 +65,7 @@ def test_pictures_of_other_seeds_and_numbers_differ():
 
 
 def test_all_styles_are_dedicated_to_the_public_domain():
-    assert {pictures._style(name).meta().license().name() for name in pictures.STYLES} == {"CC0 1.0"}
+    assert {pictures._load_style(name).meta().license().name() for name in pictures.STYLES} == {"CC0 1.0"}
 
 
 # ---- what is said of them
@@ -77,19 +77,19 @@ def test_attributes_are_what_dicebear_drew():
 
     for number in range(60):
         style = pictures.STYLES[number % 5]
-        options = Avatar(pictures._style(style), {"seed": f"0/{number}"}).to_json()["options"]
+        options = Avatar(pictures._load_style(style), {"seed": f"0/{number}"}).to_json()["options"]
         words = pictures.draw(0, number, 16).words
-        assert attributes.words(attributes.numbers(words)) == words
+        assert attributes.from_indices(attributes.to_indices(words)) == words
         for name, origin in attributes.STYLES[style].items():
             if isinstance(origin, attributes.Words):
                 assert words.get(name) == origin.words.get(options.get(origin.option))
-        assert words["background"] == attributes.nearest(options["backgroundColor"][0])
+        assert words["background"] == attributes.nearest_color_name(options["backgroundColor"][0])
     assert words.keys() <= {name for name, _ in attributes.ATTRIBUTES}
 
 
 def test_every_variant_and_colour_of_the_styles_has_a_name():
     for style, named in attributes.STYLES.items():
-        components, colours = pictures._style(style).components(), pictures._style(style).colors()
+        components, colours = pictures._load_style(style).components(), pictures._load_style(style).colors()
         for origin in named.values():
             if isinstance(origin, attributes.Words):
                 variants = components[origin.option.removesuffix("Variant")].variants()
@@ -98,7 +98,7 @@ def test_every_variant_and_colour_of_the_styles_has_a_name():
                 options = {origin.colour, *origin.others.values()} - {None}
                 assert {option.removesuffix("Color") for option in options} <= colours.keys()
     for colour, name in {"#ff0000": "red", "#1d4ed8": "blue", "#ffffff": "white", "#3cc0b0": "turquoise"}.items():
-        assert attributes.nearest(colour) == name
+        assert attributes.nearest_color_name(colour) == name
 
 
 def test_captions_say_all_attributes_and_no_others():
@@ -109,7 +109,7 @@ def test_captions_say_all_attributes_and_no_others():
         assert len(set(found)) == captions.PHRASINGS
         unseen = {"beard", "cheeks"} if number % 5 == 4 else set()
         unseen |= {"eyes"} if words.get("glasses") == "sunglasses" else set()
-        assert captions.unsaid(words) == unseen & words.keys()
+        assert captions.unmentioned(words) == unseen & words.keys()
         for text, (name, value) in itertools.product(found, words.items()):
             hidden = name in unseen
             assert hidden != all(part in text for part in value.split()), (text, name, value)
@@ -146,11 +146,13 @@ def test_splits_are_disjoint_and_combinations_held_out():
         part = sources.open_source(c)
         numbers[c.data.split] = {int(part.name(i).split("/")[-1]) for i in range(len(part))}
         found = part.read(np.arange(len(part)))
-        words = [attributes.words(row) for row in found.attributes]
+        words = [attributes.from_indices(row) for row in found.attributes]
         names = [part.names[label] for label in found.labels]
-        pairs[c.data.split] = {(k, *(w.get(name) for name in pictures.PAIRS[k])) for k, w in zip(names, words)}
+        pairs[c.data.split] = {
+            (k, *(w.get(name) for name in pictures.COMPOSITION_PAIRS[k])) for k, w in zip(names, words)
+        }
         for k, w in zip(names, words):  # by nothing but the pair
-            alone = {name: w[name] for name in pictures.PAIRS[k] if name in w}
+            alone = {name: w[name] for name in pictures.COMPOSITION_PAIRS[k] if name in w}
             assert pictures.is_composition(k, alone) == (c.data.split == "composition")
         assert part.attributes == whole.attributes == attributes.ATTRIBUTES
     assert sorted(itertools.chain(*numbers.values())) == list(range(60)) and all(numbers.values())
@@ -183,11 +185,11 @@ def test_processes_that_share_a_pipe_write_whole_lines(tmp_path):
 def test_pictures_are_read_as_they_are_drawn():
     source = sources.open_source(make_config("all", count=8))
     found = pickle.loads(pickle.dumps(source)).read(np.array([7, 2, 5]))
-    table = preprocess.Table(32, 3, crop=True)
+    table = preprocess.Preprocessor(32, 3, crop=True)
     np.testing.assert_array_equal(table.batch(found.arrays["image"]), [pixels(number, 32) for number in (7, 2, 5)])
     assert found.labels.tolist() == [2, 2, 0] and len(source) == 8 and source.names == pictures.STYLES
     words = [pictures.draw(0, number, 16).words for number in (7, 2, 5)]
-    assert [attributes.words(row) for row in found.attributes] == words
+    assert [attributes.from_indices(row) for row in found.attributes] == words
     assert found.captions == [captions.caption(pictures.STYLES[k % 5], w, k // 5) for k, w in zip((7, 2, 5), words)]
 
 
@@ -199,7 +201,7 @@ def test_several_processes_draw_what_is_missing_and_damaged(cache, caplog, monke
         file.seek(500)
         file.write(b"damage")
     os.truncate(files[2], 100)
-    pictures._open.cache_clear()
+    pictures._load_pictures.cache_clear()
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     found = pictures.Drawings(20, 16).read(np.arange(20))
     assert found.arrays == wanted.arrays and found.captions == wanted.captions
@@ -211,7 +213,7 @@ def test_several_processes_draw_what_is_missing_and_damaged(cache, caplog, monke
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_cache_that_cannot_be_written_is_told_in_a_line(cache, processes, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: processes)
-    folder = cache / f"{pictures.key(0)[:16]}-16"
+    folder = cache / f"{pictures.cache_key(0)[:16]}-16"
     (folder / "00000000.npz" / "in its way").mkdir(parents=True)
     with pytest.raises(
         ConfigError, match="cannot keep its pictures in .*: (Is a directory|Directory not empty)"
@@ -257,7 +259,7 @@ def test_a_missing_package_is_named(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    pictures._versions.cache_clear()
+    pictures._package_versions.cache_clear()
     with pytest.raises(ConfigError, match="needs a package: pip install dicebear-core"):
         sources.open_source(make_config())
 
@@ -269,16 +271,18 @@ def test_prompts_from_the_data_ask_for_the_attributes_that_their_captions_name()
     source = sources.open_source(c)
     found = source.read(np.arange(10))
     again = np.arange(13) % 10
-    assert prompts.of(c) == [found.captions[i] for i in again]
-    np.testing.assert_array_equal(prompts.asked(c), pictures.asked(found.attributes)[again])
+    assert prompts.load(c) == [found.captions[i] for i in again]
+    np.testing.assert_array_equal(
+        prompts.requested_attributes(c), pictures.captioned_attributes(found.attributes)[again]
+    )
     c.text.caption = "class"
-    assert prompts.asked(c) is None
+    assert prompts.requested_attributes(c) is None
     c.text.caption, c.sample.prompts = "caption", "a red planet"
-    assert prompts.asked(c) is None
+    assert prompts.requested_attributes(c) is None
 
 
 def test_nobody_asks_for_eyes_behind_sunglasses():
     given = {"eyes": "round eyes", "glasses": "sunglasses", "colour": "red"}
-    rows = np.stack([attributes.numbers(given), attributes.numbers(given | {"glasses": "visor"})])
-    hidden, seen = (attributes.words(row) for row in pictures.asked(rows))
+    rows = np.stack([attributes.to_indices(given), attributes.to_indices(given | {"glasses": "visor"})])
+    hidden, seen = (attributes.from_indices(row) for row in pictures.captioned_attributes(rows))
     assert hidden == {"glasses": "sunglasses", "colour": "red"} and seen == given | {"glasses": "visor"}

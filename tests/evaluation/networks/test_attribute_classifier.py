@@ -23,27 +23,29 @@ def test_a_reader_learns_the_attributes_of_pictures_and_comes_back_from_its_file
     held, rows = pictures(20, 1)
     trained = attribute_classifier.train(*pictures(64, 0), held, rows, VALUES, steps=40)
     assert trained.accuracy > 0.9 and trained.held_out == 20
-    found = attribute_classifier.read(trained, held)
-    shown, asked = attribute_classifier.right(rows, found)
+    found = attribute_classifier.predict(trained, held)
+    shown, asked = attribute_classifier.count_matches(rows, found)
     assert shown.sum() / asked.sum() == pytest.approx(trained.accuracy)
     attribute_classifier.save(str(tmp_path / "attributes.npz"), trained)
     again = attribute_classifier.load(str(tmp_path / "attributes.npz"))
-    np.testing.assert_array_equal(attribute_classifier.read(again, held), found)
+    np.testing.assert_array_equal(attribute_classifier.predict(again, held), found)
     assert again[1:] == trained[1:]
     network = registry.open_network(
         "attributes", str(tmp_path / "attributes.npz")
     )  # the same file as a network of features
-    x = registry.extractor(network)(held).features
+    x = registry.make_extractor(network)(held).features
     apart = np.square(x[:, None] - x[None]).mean(axis=-1)
     alike = (rows[:, None] == rows[None]).all(axis=-1) & ~np.eye(len(rows), dtype=bool)
     assert (
-        x.shape == (20, attribute_classifier.DIMS)
+        x.shape == (20, attribute_classifier.FEATURE_DIM)
         and apart[alike].mean() < 0.3 * apart[(rows[:, None] != rows[None]).any(axis=-1)].mean()
     )
 
 
 def test_none_is_not_asked_for():
-    shown, asked = attribute_classifier.right(np.array([[1, 0, 2], [0, 0, 0]]), np.array([[1, 3, 1], [1, 0, 0]]))
+    shown, asked = attribute_classifier.count_matches(
+        np.array([[1, 0, 2], [0, 0, 0]]), np.array([[1, 3, 1], [1, 0, 0]])
+    )
     assert shown.tolist() == [1, 0] and asked.tolist() == [2, 0]
 
 

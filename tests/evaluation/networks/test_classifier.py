@@ -29,7 +29,7 @@ def test_classes_are_learned_and_the_same_every_time(trained, tmp_path):
     assert trained.accuracy > 0.9
     images, labels = _stripes(90, 1)
     features, logits = classifier.apply(trained.params, images, classes=3)
-    assert features.shape == (90, classifier.DIMS)
+    assert features.shape == (90, classifier.FEATURE_DIM)
     assert np.mean(logits.argmax(axis=1) == labels) == trained.accuracy
     again = classifier.train(*_stripes(128, 0), *_stripes(90, 1), steps=20)
     assert fingerprint(again.params) == fingerprint(trained.params)
@@ -45,7 +45,7 @@ def test_classes_are_learned_and_the_same_every_time(trained, tmp_path):
 def test_images_of_any_size_are_resized(shape, side):
     images = np.full(shape, 200, np.uint8)
     images[:, : shape[1] // 2] = 0
-    small = classifier.shrunk(images)
+    small = classifier.downscale(images)
     assert small.shape == (2, side, side, shape[-1]) and small.dtype == np.uint8
     assert abs(small.mean() - images.mean()) < 2
 

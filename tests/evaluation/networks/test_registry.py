@@ -35,10 +35,10 @@ def test_inception_gives_what_fid_and_the_inception_score_are_of(monkeypatch):
 
 
 def test_batches_are_filled_up_and_cut(monkeypatch):
-    monkeypatch.setattr(registry, "BATCH", 2)
+    monkeypatch.setattr(registry, "BATCH_PER_DEVICE", 2)
     images = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 3), dtype=np.uint8)
     for n in (1, 16, 37):
-        outputs = registry.extractor(TOY)(images[:n])
+        outputs = registry.make_extractor(TOY)(images[:n])
         assert outputs.logits is None and outputs.features.dtype == np.float32
         np.testing.assert_allclose(outputs.features, images[:n].mean(axis=(1, 2)) * [1, 2, 3], rtol=1e-5)
 
@@ -51,7 +51,7 @@ def test_networks_have_a_table_and_a_hash():
         registry.open_network("dino", "")
     for wrong in (np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8)):
         with pytest.raises(ConfigError, match="toy"):
-            registry.extractor(TOY)(wrong)
+            registry.make_extractor(TOY)(wrong)
 
 
 def test_the_classifier_is_in_the_table(tmp_path):

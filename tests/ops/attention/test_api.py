@@ -10,9 +10,9 @@ from jax.experimental import topologies
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention import api, cudnn, pallas_tpu
 from madformer_jax.ops.attention.api import KV, QKV
-from madformer_jax.ops.attention.qk_norm_rope import Projected, turned
-from madformer_jax.ops.attention.tiling import squares
-from madformer_jax.ops.rope import Rotary
+from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
+from madformer_jax.ops.attention.tiling import tiling
+from madformer_jax.ops.rope import RotaryTable
 from madformer_jax.runtime import partitioning
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
@@ -22,9 +22,9 @@ def stream(seed, blocks, tokens=S):
     keys = jax.random.split(jax.random.key(seed), 7)
     q, k, v = (jax.random.normal(k, (B, blocks, tokens, H, SIZE)) for k in keys[:3])
     scales = (1 + 0.3 * jax.random.normal(k, (SIZE,)) for k in keys[3:5])
-    position = Rotary(*(jax.random.normal(k, (blocks, tokens, SIZE)) for k in keys[5:]))
+    position = RotaryTable(*(jax.random.normal(k, (blocks, tokens, SIZE)) for k in keys[5:]))
     # away from zero, where QK-norm makes much of each rounding
-    q, k = (Projected(x + jnp.sign(x), scale, position) for x, scale in zip((q, k), scales, strict=True))
+    q, k = (ProjectedQK(x + jnp.sign(x), scale, position) for x, scale in zip((q, k), scales, strict=True))
     return QKV(q, k, v)
 
 
@@ -49,8 +49,8 @@ def value_and_gradient(implementation, streams, source, words, lengths=None, *, 
     """Outputs and gradients; the weights of the sum make every output count differently."""
 
     def in_a_row(x):
-        if isinstance(x, Projected):
-            return Projected(in_a_row(x.x), x.scale, jax.lax.stop_gradient(x.position))
+        if isinstance(x, ProjectedQK):
+            return ProjectedQK(in_a_row(x.x), x.scale, jax.lax.stop_gradient(x.position))
         return x.reshape(B // images, -1, *x.shape[2:])
 
     def total(streams, words):
@@ -95,8 +95,8 @@ def _flash_gradient(q, k, v, lengths, out, logs, gradient):
 @pytest.fixture
 def no_cudnn(monkeypatch):
     """What `cudnn` runs, with products of XLA's in the place of cuDNN's calls."""
-    monkeypatch.setattr(cudnn, "flash", _flash)
-    monkeypatch.setattr(cudnn, "flash_gradient", _flash_gradient)
+    monkeypatch.setattr(cudnn, "flash_attention", _flash)
+    monkeypatch.setattr(cudnn, "flash_attention_backward", _flash_gradient)
 
 
 def assert_equal_trees(found, expected):
@@ -123,7 +123,7 @@ def test_squares_of_cudnn_equal_the_dense_mask(name, no_cudnn):
 def test_squares_hold_every_pair_of_blocks_once(blocks):
     seen = np.zeros((blocks, blocks), int)
     number = np.arange(blocks)[None, :, None]
-    for square in squares(blocks):
+    for square in tiling(blocks):
         for rows, keys in zip(square.queries(number), square.keys(number), strict=True):
             seen[np.ix_(rows, keys)] += 1
     np.testing.assert_array_equal(seen, np.tri(blocks, k=-1))
@@ -131,7 +131,7 @@ def test_squares_hold_every_pair_of_blocks_once(blocks):
 
 def kept(kv, implementation):
     """As the second of two layers."""
-    return api.kept(KV(*(jnp.stack([x + 1, x]) for x in kv)), implementation)
+    return api.to_cache_layout(KV(*(jnp.stack([x + 1, x]) for x in kv)), implementation)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "pallas_interpret"])
@@ -145,10 +145,10 @@ def test_padding_moves_nothing_at_all(implementation, no_cudnn):
     for gradient in found[1][1]:
         assert not np.where(padding, gradient, 0).any() and (gradient[:, 0] != 0).all()
     if implementation != "reference":
-        own = QKV(*(x[:, 2:3] for x in turned(streams[1])))
+        own = QKV(*(x[:, 2:3] for x in apply_to_tree(streams[1])))
 
         def read(words):
-            context, words = (kept(kv, implementation) for kv in (turned(streams[0].kv), words))
+            context, words = (kept(kv, implementation) for kv in (apply_to_tree(streams[0].kv), words))
             return api.cached_attention(own, context, words, 1, 2, lengths, implementation=implementation)
 
         cached = read(words)
@@ -173,7 +173,7 @@ PALLAS = CASES | {
 @pytest.mark.parametrize("images", [1, B])
 @pytest.mark.parametrize("name", PALLAS)
 def test_the_tpu_s_kernels_equal_the_dense_mask(name, images, monkeypatch):
-    monkeypatch.setattr(pallas_tpu, "tile", lambda tokens: 128 if tokens % 128 == 0 else None)
+    monkeypatch.setattr(pallas_tpu, "tile_size", lambda tokens: 128 if tokens % 128 == 0 else None)
     assert_equal_trees(value_and_gradient("pallas_interpret", *PALLAS[name], images=images), dense(name))
 
 
@@ -240,7 +240,7 @@ def test_the_tpu_s_kernels_compile_for_a_tpu(topology, accelerator, tokens, monk
 
     def projected(blocks):
         scale, angles = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64,), (blocks, 256, 64)))
-        return Projected(abstract(blocks, 256), scale, Rotary(angles, angles))
+        return ProjectedQK(abstract(blocks, 256), scale, RotaryTable(angles, angles))
 
     streams, words = [QKV(projected(n), projected(n), abstract(n, 256)) for n in (3, 4)], abstract(tokens)
     lengths = jax.ShapeDtypeStruct(words.shape[:1], jnp.int32) if tokens > 1 else None
@@ -262,16 +262,16 @@ def test_the_tpu_s_kernels_compile_for_a_tpu(topology, accelerator, tokens, monk
 
 
 def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
-    auto = functools.partial(api.choose, "auto", head=64)
+    auto = functools.partial(api.choose_implementation, "auto", head=64)
     assert auto("cpu", "bfloat16", 256) == auto("gpu", "float32", 256) == "blocks"
     assert auto("gpu", "bfloat16", 256) == "cudnn"
     assert auto("tpu", "bfloat16", 256) == auto("tpu", "float32", 128) == "pallas"
     assert auto("tpu", "bfloat16", 64) == "blocks"
-    assert api.choose("auto", "gpu", "bfloat16", 256, 12) == "blocks"
-    assert api.choose("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
-    assert api.choose("pallas", "cpu", "float32", 64, 64) == "pallas_interpret"
+    assert api.choose_implementation("auto", "gpu", "bfloat16", 256, 12) == "blocks"
+    assert api.choose_implementation("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
+    assert api.choose_implementation("pallas", "cpu", "float32", 64, 64) == "pallas_interpret"
     with pytest.raises(ConfigError, match="a multiple of 128 tokens; these have 64"):
-        api.choose("pallas", "tpu", "bfloat16", 64, 64)
+        api.choose_implementation("pallas", "tpu", "bfloat16", 64, 64)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -305,16 +305,16 @@ def test_the_cache_gives_what_training_gives(implementation, unfilled, no_cudnn)
     streams, words = [stream(0, L), stream(1, L)], text()
     context = streams[0].kv
     whole = api.block_attention(streams, context, words, implementation="blocks")
-    lengths = api.lengths_kept(None, words.k[..., 0, 0], implementation)
+    lengths = api.cache_lengths(None, words.k[..., 0, 0], implementation)
     words = kept(words, implementation)
-    slots = kept(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in turned(context))), implementation)
+    slots = kept(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in apply_to_tree(context))), implementation)
     one_block = functools.partial(api.cached_attention, implementation=implementation)
 
     @jax.jit
     def traced(own, layer, block):
         return one_block(own, slots, words, layer, block, lengths)
 
-    for n, own in enumerate(turned(streams)):
+    for n, own in enumerate(apply_to_tree(streams)):
         one = QKV(*(x[:, 2:3] for x in own))
         static = one_block(one, slots, words, 1, 2, lengths)
         np.testing.assert_allclose(static[:, 0], whole[n][:, 2], rtol=1e-4, atol=1e-5)
