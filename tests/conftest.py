@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import tiny
+
+# A shell starts a background command with SIGINT ignored, and nohup with SIGHUP: processes of the tests would inherit it.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Tracing makes many objects that live long: a twelfth of the tests' time went to looking at them.
 gc.set_threshold(100_000, 50, 50)

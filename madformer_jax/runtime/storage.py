@@ -197,6 +197,10 @@ def write_version(path: Path, content: bytes | None, version: bytes) -> bool:
         return store.write(name, content, if_equal=version).result().generation != b""
 
 
+# TensorStore retries 32 times by default, which takes many minutes for a bucket out of reach. `retry` asks again.
+_FEW_RETRIES = {"max_retries": 2, "initial_delay": "0.2s", "max_delay": "1s"}
+
+
 @contextlib.contextmanager
 def _store(path: Path) -> Iterator[tuple[Any, str]]:
     """TensorStore's view of a file: the store of its folder, and its name there. Errors are those of a file system."""
@@ -204,7 +208,8 @@ def _store(path: Path) -> Iterator[tuple[Any, str]]:
 
     folder, name = os.path.split(os.fspath(absolute(path)))
     try:
-        yield tensorstore.KvStore.open(kvstore(folder)).result(), name
+        context = tensorstore.Context({"s3_request_retries": _FEW_RETRIES, "gcs_request_retries": _FEW_RETRIES})
+        yield tensorstore.KvStore.open(kvstore(folder), context=context).result(), name
     except ValueError as error:
         raise OSError(errno.EIO if is_transient(error) else None, first_line(error).partition(" [")[0]) from error
 
