@@ -69,7 +69,7 @@ def _tfds():
 
 def _source(kind, path, monkeypatch):
     if kind == "part":
-        return sources.Part(sources.Folder(str(_folder(path))), np.array([2, 0]))
+        return sources.Subset(sources.Folder(str(_folder(path))), np.array([2, 0]))
     makers = {
         "digits": sources.Digits,
         "folder": lambda: sources.Folder(str(_folder(path))),

@@ -173,5 +173,5 @@ def test_a_folder_to_be_judged_follows_the_same_rules(pets):
     c.data.image_size, c.evaluate.images = 4, str(pets)
     assert images.open_images(c).n == 4
     c.evaluate.images = str(pets / "nowhere")
-    with pytest.raises(ConfigError, match="config.evaluate.images='.*nowhere' is not a folder"):
+    with pytest.raises(ConfigError, match="config.evaluate.images='.*nowhere' does not exist"):
         images.open_images(c)

@@ -16,6 +16,11 @@ def names(found: tars.Tars) -> list[str]:
     return [found.name(i).partition(".tar:")[2] for i in range(len(found))]
 
 
+@pytest.fixture(autouse=True)
+def _warnings_alone(caplog):
+    caplog.set_level("WARNING", "absl")
+
+
 @pytest.fixture
 def opened(tmp_path):
     """Opens a tar of these members; a number stands for an image of that grey value."""

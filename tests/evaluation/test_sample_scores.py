@@ -11,9 +11,11 @@ from madformer_jax.sampling.generation import SampleBatch
 
 def test_the_attributes_that_pictures_have_are_read_batch_by_batch_and_scored(monkeypatch):
     """Two of the three that are asked for; what nobody asks for does not count."""
-    monkeypatch.setattr(sample_scores.prompts, "asked", lambda c: np.array([[1, 0], [2, 1]]))
-    monkeypatch.setattr(sample_scores.judge, "judge", lambda *args, **settings: {})
-    monkeypatch.setattr(sample_scores.reader, "read", lambda reads, images: images[:, 0, 0, :2].astype(np.int32))
+    monkeypatch.setattr(sample_scores.prompts, "requested_attributes", lambda c: np.array([[1, 0], [2, 1]]))
+    monkeypatch.setattr(sample_scores.judge, "compute_scores", lambda *args, **settings: {})
+    monkeypatch.setattr(
+        sample_scores.attribute_classifier, "predict", lambda reads, images: images[:, 0, 0, :2].astype(np.int32)
+    )
     images = np.zeros((2, 8, 8, 3), np.uint8)
     images[:, 0, 0, :2] = [[1, 5], [2, 0]]
     batches = [

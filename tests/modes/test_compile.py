@@ -86,7 +86,7 @@ def test_close_to_the_limit_the_program_is_compiled_as_a_run_compiles_it(limit, 
 
 def test_what_the_compiler_refuses_is_told_in_bytes():
     pytest.importorskip("libtpu")
-    device = aot.aot.describe("v5e:2x2")[0]
+    device = aot.topologies.topology_devices("v5e:2x2")[0]
     assert aot.usable_memory(device) == round(15.75 * 2**30)
 
 
@@ -103,7 +103,7 @@ def test_a_topology_that_is_none_is_one_line(topology, words):
 
 
 def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(aot.aot.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(aot.topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'libtpu>="):
         aot.run(tiny.get_config(), None, "v5e:2x2")
 
@@ -124,16 +124,16 @@ def test_cached_latents_are_fed_without_the_vae():
 
 
 def test_gpus_to_compile_for(monkeypatch):
-    assert [aot.aot.platform(name) for name in ("h100", "h100:8", "v5e:4x4")] == ["gpu", "gpu", "tpu"]
+    assert [aot.topologies.platform(name) for name in ("h100", "h100:8", "v5e:4x4")] == ["gpu", "gpu", "tpu"]
     for name in ("h100:0", "h100:9", "h100:x"):
         with pytest.raises(ConfigError, match="h100:2 to h100:8"):
-            aot.aot.describe(name)
-    monkeypatch.setattr(aot.aot.importlib.util, "find_spec", lambda name: None)
+            aot.topologies.topology_devices(name)
+    monkeypatch.setattr(aot.topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jax\[cuda13\]'"):
         aot.run(tiny.get_config(), None, "h100")
-    assert aot.aot.gpu_memory() == 0.75 * 84_929_347_584
+    assert aot.topologies.gpu_memory_bytes() == 0.75 * 84_929_347_584
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    assert aot.aot.gpu_memory() == 0.5 * 84_929_347_584
+    assert aot.topologies.gpu_memory_bytes() == 0.5 * 84_929_347_584
 
 
 def test_kernels_of_a_gpus_program():

@@ -263,7 +263,7 @@ def test_without_pytorch_only_its_own_formats_need_it(tmp_path, reference):
     """A fresh process in which torch cannot be imported converts .npz and says what .pt needs."""
     state_dicts.write_state_dict(tmp_path / "release.npz", *released(reference))
     (tmp_path / "release.pt").write_bytes(b"PK")
-    script = "import sys; sys.modules['torch'] = None; from madformer_jax.main import main; sys.exit(main(sys.argv))"
+    script = "import sys; sys.modules['torch'] = None; from madformer_jax.cli.command_line import main; sys.exit(main(sys.argv))"
     results = [
         subprocess.run(
             [sys.executable, "-c", script, "--mode=convert", f"--config.convert.release={tmp_path / name}",

@@ -52,7 +52,7 @@ def test_the_noise_of_an_image_is_that_of_no_training_step(plain, noise_only):
     expected, of_step = (
         jax.random.normal(jax.random.fold_in(k, 1), (1, 64, 16)) for k in (jax.random.fold_in(key, 2**31), key)
     )
-    np.testing.assert_array_equal(codec.to_blocks(first.latents, generation.sizes_of(plain))[1], expected)
+    np.testing.assert_array_equal(codec.to_blocks(first.latents, generation.derive_sizes(plain))[1], expected)
     assert np.abs(expected - of_step).max() > 1
 
 
@@ -152,7 +152,7 @@ def test_given_noise_is_read_by_number_and_not_compiled_in(plain, noise_only, tm
     np.save(plain.sample.noise, noise)
     drawn = np.concatenate([batch.latents for batch in draw(plain, [3, 0, 4])])
     np.testing.assert_array_equal(
-        codec.to_blocks(drawn, generation.sizes_of(plain)), noise[[3, 0, 4]].astype(np.float32)
+        codec.to_blocks(drawn, generation.derive_sizes(plain)), noise[[3, 0, 4]].astype(np.float32)
     )
 
 

@@ -32,14 +32,14 @@ def few(c: ConfigDict, workdir: str) -> dict[str, Any]:
 def run(argv: list[str]) -> int:
     """Trains as `main.main` does; returns its status."""
     process, at, name = os.environ.get("MADFORMER_SIGNAL", "-1:-1:TERM").split(":")
-    add = train.Report.add
+    add = train.MetricWriter.add
 
-    def signalled(self: train.Report, step: int, metrics: Any) -> None:
+    def signalled(self: train.MetricWriter, step: int, metrics: Any) -> None:
         if (jax.process_index(), step) == (int(process), int(at)):
             os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
         add(self, step, metrics)
 
-    train.Report.add = signalled
+    train.MetricWriter.add = signalled
     status = command_line.main(argv)
     if status == 0 and "MADFORMER_SAMPLE" in os.environ:
         c, values = command_line.parse(argv)
