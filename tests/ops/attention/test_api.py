@@ -270,7 +270,7 @@ def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
     assert api.choose_implementation("auto", "gpu", "bfloat16", 256, 12) == "blocks"
     assert api.choose_implementation("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
     assert api.choose_implementation("pallas", "cpu", "float32", 64, 64) == "pallas_interpret"
-    with pytest.raises(ConfigError, match="a multiple of 128 tokens; these have 64"):
+    with pytest.raises(ConfigError, match="a multiple of 128 tokens, but the model has 64"):
         api.choose_implementation("pallas", "tpu", "bfloat16", 64, 64)
 
 
