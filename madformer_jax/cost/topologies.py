@@ -74,7 +74,9 @@ def topology_devices(topology: str) -> list[jax.Device]:
 
 def _tpu_devices(topology: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("--mode=compile needs libtpu, with or without a TPU: pip install 'libtpu>=0.0.42,<0.1' (Linux only).")
+        raise ConfigError(
+            "--mode=compile needs libtpu, with or without a TPU: pip install 'libtpu>=0.0.42,<0.1' (Linux only)."
+        )
     # Keeps libtpu from looking for chips of this machine.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -97,7 +99,9 @@ def _tpu_devices(topology: str) -> list[jax.Device]:
 def _gpu_devices(topology: str) -> list[jax.Device]:
     count = topology.partition(":")[2] or "1"
     if not count.isdecimal() or not 1 <= int(count) <= 8:
-        raise ConfigError(f"--topology={topology} does not name 1 to 8 GPUs. Use h100 for one, or h100:2 to h100:8 for several in one host.")
+        raise ConfigError(
+            f"--topology={topology} does not name 1 to 8 GPUs. Use h100 for one, or h100:2 to h100:8 for several in one host."
+        )
     if importlib.util.find_spec("jax_plugins") is None:
         raise ConfigError(
             "--topology=h100 needs JAX's CUDA plugin, with or without a GPU: pip install 'jax[cuda13]' (Linux only)."
