@@ -77,7 +77,7 @@ def main(topology: str) -> None:
     for name, products in KERNELS.items():
         (path,) = pathlib.Path(FOLDER.name).glob(f"*block_attention_{name}*[0-9]-final_bundles.txt")
         step, loops = cycles(path.read_text())
-        # One loop for each factor of UNROLL_FACTORS, the longest first. All other loops run once over the keys.
+        # One loop per factor of UNROLL_FACTORS, the longest first. Others run once over the keys.
         start = loops.index(max(loops))
         groups = dict(zip(pallas_tpu_kernels.UNROLL_FACTORS, loops[start:]))
         others = sum(loops) - sum(groups.values())

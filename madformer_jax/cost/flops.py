@@ -134,7 +134,7 @@ def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
             total += _resnet(side, before, channels)
             before = channels
         if stage + 1 < len(v.block_out_channels):
-            # Padded on one side: each of the side / 2 outputs has three taps, except for the last with two.
+            # Padded on one side: all side / 2 outputs have three taps, except for the last with two.
             total += 2.0 * (3 * (side // 2) - 1) ** 2 * channels**2
             side //= 2
     moments = 2 * v.latent_channels
@@ -166,7 +166,7 @@ def _vae_middle(side: int, channels: int) -> float:
 
 
 def _layer_matmuls(c: ConfigDict, tokens: float, keys_only: bool = False) -> float:
-    """Returns the FLOPs of the projections and SwiGLU of one layer, or of its keys and values only."""
+    """Returns the FLOPs of the dense layers of one decoder layer, or of its keys and values only."""
     d = c.model.width
     return tokens * (4.0 * d**2 if keys_only else 8.0 * d**2 + 6.0 * d * c.model.mlp_width)
 
@@ -270,7 +270,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     if vocabulary_size(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block in range(m.blocks):
-        # The clean tower and the downsampler run on a finished block if anything reads what they return.
+        # The clean tower and the downsampler run on a finished block if their output is read.
         extend_ar, extend_diffusion = (block < last and x for x in (stages.extend_ar, stages.extend_diffusion))
         embedded = block < last and (stages.condition or extend_ar)
         # The AR layers: the condition, then the finished block's keys and values.
@@ -281,7 +281,8 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
             towers += _layer_matmuls(c, s, True) - _layer_matmuls(c, s)
             scores -= _block_attention(c, block, False)
         cost += Cost(ar_layers=towers, attention=scores)
-        # The diffusion layers: every step, then the finished block, in the last layer only its keys and values.
+        # The diffusion layers: every step, then the finished block. The last layer computes only
+        # the keys and values of the latter.
         towers = steps * m.diffusion_depth * _layer_matmuls(c, s)
         scores = steps * m.diffusion_depth * _block_attention(c, block, block_only)
         if extend_diffusion:
@@ -304,9 +305,9 @@ def guidance_branches(c: ConfigDict) -> int:
 
 
 def nfe(c: ConfigDict) -> float:
-    """Returns the paper's NFE of an image (section 1): (N - D) / N + steps D / N per guidance branch.
+    """Returns the paper's NFE of an image (section 1).
 
-    The formula ignores the clean tower and the ablation switches. `model_passes` counts all layers
+    It is (N - D) / N + steps D / N for each guidance branch. The formula ignores the clean tower and the ablation switches. `model_passes` counts all layers
     that run.
     """
     m = c.model
@@ -361,7 +362,8 @@ def image_cost(c: ConfigDict) -> dict[str, float]:
 # ---- rates
 
 # Dense FLOP/s of one JAX device from the vendors' data sheets: part of `device_kind`, bfloat16, and
-# float32 as JAX computes it by default (TF32 on GPUs, bfloat16 products on TPUs). The first match counts.
+# float32 as JAX computes it by default (TF32 on GPUs, bfloat16 products on TPUs). The first match
+# counts.
 _PEAK_RATES: tuple[tuple[str, float, float], ...] = (
     ("TPU v4", 275e12, 275e12),
     ("TPU v5 lite", 197e12, 197e12),
@@ -416,5 +418,8 @@ def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> f
 
 
 def mfu(cost: Cost, seconds: float, devices: int = 1, dtype: str = "float32") -> float:
-    """Returns the model FLOPs utilization: the share of the devices' peak that `cost` in `seconds` reaches."""
+    """Returns the model FLOPs utilization (MFU) of doing `cost` in `seconds`.
+
+    It is the share of the peak rate of `devices` devices.
+    """
     return cost.total / (seconds * devices * peak_rate(dtype))

@@ -36,10 +36,11 @@ class ChipSpec(NamedTuple):
     link: float  # bytes/s out of a chip, over all its links
 
 
-# Specs by part of `device_kind`; the first match counts. The clock is the peak of the data sheet over
-# the products per cycle of the units that the cost model counts. On v4, these are the units of one of
-# the two cores of a chip. A product of 4096 or 8192 then reaches 87 to 96 % of the peak
-# (`python -m benchmarks.calibration`). Links are those of the data sheets, one way (1600 Gbit/s on v5e).
+# Specs by part of `device_kind`. The first match counts. The clock is the peak of the data sheet over
+# the products per cycle of the units that the cost model counts. On v4, these are the units of one
+# of the two cores of a chip. A product of 4096 or 8192 then reaches 87 to 96 % of the peak
+# (`python -m benchmarks.calibration`). Links are those of the data sheets, one way (1600 Gbit/s on
+# v5e).
 CHIP_SPECS: tuple[tuple[str, ChipSpec], ...] = (
     ("TPU v4", ChipSpec(2.1e9, 300e9)),
     ("TPU v5 lite", ChipSpec(1.5e9, 200e9)),
@@ -55,8 +56,9 @@ class KernelCost(NamedTuple):
     query: float  # further cycles per query of a head
 
 
-# By kernel name, for heads of 64 and tiles of 256, as `python -m benchmarks.kernels` prints for 16 and
-# for 4 blocks. Heads of 64 leave half of a multiplier empty in the products over them.
+# By kernel name, for heads of 64 and tiles of 256, fitted to the output of
+# `python -m benchmarks.kernels` for 16 and for 4 blocks. Heads of 64 leave half of a multiplier empty
+# in the products over them.
 KERNEL_COSTS = {"block_attention_forward": KernelCost(0.52, 2.2), "block_attention_backward": KernelCost(0.75, 4.5)}
 
 

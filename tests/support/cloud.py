@@ -67,7 +67,7 @@ def untrained_classifier(*args: object) -> classifier.Classifier:
 
 
 def run(folder: pathlib.Path) -> dict[str, object]:
-    """Runs all commands. Returns exit statuses by log name, object sizes by name, and unmet failures."""
+    """Returns exit statuses by log name, object sizes by name, and failures that did not occur."""
     with bucket.serve() as (store, environment):
         os.environ.update(environment)
         workdir = "--workdir=gs://bucket/run"

@@ -83,7 +83,7 @@ def _finished(out: str) -> int:
 
 
 def check(out: str) -> list[int]:
-    """Checks every checksum and label of a finished folder and returns its image numbers, sorted."""
+    """Checks all checksums and labels of a finished folder. Returns its image numbers, sorted."""
     manifest = json.loads((pathlib.Path(out) / records.MANIFEST).read_text())
     for shard in manifest["shards"]:
         content = (pathlib.Path(out) / shard["file"]).read_bytes()

@@ -463,7 +463,7 @@ def images_per_row(implementation: str, batch: int) -> int:
 
 
 def _to_kernel_layout(x: Array, implementation: str, batch_axes: int = 1) -> Array:
-    """Converts `(B, L, s, H, h)` or `(B, T, H, h)` to `(B, H, h, tokens)`, as the TPU kernels read it."""
+    """Converts `(B, L, s, H, h)` or `(B, T, H, h)` to `(B, H, h, tokens)` for the TPU kernels."""
     rows = jnp.moveaxis(x.reshape(*x.shape[:batch_axes], -1, *x.shape[-2:]), -3, -1)
     return pallas_tpu.with_row_major_layout(rows) if implementation == "pallas" else rows
 

@@ -54,7 +54,10 @@ def images_per_row(batch: int) -> int:
 
 
 def with_row_major_layout(x: Array) -> Array:
-    """Stores `x` and its gradient in row-major order, if the compiler's choice would cost copies."""
+    """Stores `x` and its gradient in row-major order.
+
+    The layout that the compiler would choose costs copies.
+    """
     from jax.experimental.layout import Layout, with_layout_constraint
 
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
@@ -67,8 +70,9 @@ def pad_text_to_lanes(text: Array, images: int) -> Array:
 
 
 def shard_map_kernel(function: Callable[..., Array], q: Any, *args: Any) -> Array:
-    """Runs a function on each device's own images and heads, since the compiler cannot split a kernel.
+    """Runs a function on each device's own images and heads.
 
+    The compiler cannot split a kernel over devices.
     Batch or heads are not split if their mesh axes do not divide them.
 
     Args:
@@ -280,7 +284,10 @@ def _call_kernel(
     side = tile_size(tokens) or tokens  # other sizes run in the interpreter only
 
     def image_width(x: Any) -> int:
-        """Returns the columns of one image in an array. Rotary tables are the same for all images."""
+        """Returns the columns of one image in an array.
+
+        Rotary tables are the same for all images.
+        """
         return x.shape[-1] // (images if len(x.shape) > 2 else 1)
 
     def window_width(kind: str, x: Any) -> int:

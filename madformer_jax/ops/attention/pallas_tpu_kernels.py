@@ -28,7 +28,8 @@ UNROLL_FACTORS = (4, 2, 1)  # tiles of keys; 8 would save 2 % of the time and do
 _MASKED_SCORE = -1e30  # score of a hidden key; -inf - -inf would be NaN
 _LN_2 = math.log(2)  # factor from the gradient of exp to that of a power of two
 
-# Keys and values. In training keys are `ProjectedQK` with a scale (h, 1) and a table (h, tokens of an image).
+# Keys and values. In training keys are `ProjectedQK` with a scale (h, 1) and a table (h, n) for the n
+# tokens of an image.
 KeyValuePair = tuple[Any, Any]
 
 
@@ -48,7 +49,7 @@ class _KeySource(NamedTuple):
         return _tile_slice(j, self.side)
 
     def scores(self, j: Any, q: Array) -> Array:
-        """Returns the scores `(side, queries)` of queries `(h, queries)` with the keys of tile j."""
+        """Returns the scores `(side, queries)` of queries `(h, queries)` in tile j."""
         scores = _matmul(self.k[:, self.tile(j)], q, (0, 0))
         if self.length is None:
             return scores
@@ -57,7 +58,7 @@ class _KeySource(NamedTuple):
 
 
 def text_tile_size(text_tokens: int) -> int:
-    """Returns the tile size of text keys, which is below `LANES` for a short text such as a class."""
+    """Returns the tile size of text keys, below `LANES` for a short text such as a class."""
     return LANES if text_tokens > LANES // 2 else -(-text_tokens // _BFLOAT16_SUBLANES) * _BFLOAT16_SUBLANES
 
 
@@ -148,7 +149,10 @@ def _prepare_keys(
 
 
 def _fold_tiles(count: Any, see: Callable[[Sequence[Any], Any], Any], state: Any) -> Any:
-    """Folds `see` over the tiles, unrolled by 4, 2 or 1 so that products and exponentials overlap."""
+    """Folds `see` over the tiles.
+
+    The loop is unrolled by 4, 2 or 1 so that products and exponentials overlap.
+    """
     if isinstance(count, int) and count == 1:  # a static index allows a tile of any size
         return see([0], state)
     first: Any = 0
@@ -234,9 +238,9 @@ def backward(
 ) -> None:
     """Computes the gradients of one tile of queries.
 
-    `accumulators` in VMEM sum the gradients of keys and values until the last queries that see them.
-    For projections, `d_keys["scales"]` `(h, n * lanes)` receives the gradients of the QK-norm scales of
-    queries and of keys, sorted by kind. They are summed except over the lanes.
+    `accumulators` in VMEM sum the gradients of keys and values up to the last queries that see
+    them. For projections, `d_keys["scales"]` `(h, n * lanes)` receives the gradients of the QK-norm
+    scales of queries and of keys, sorted by kind. They are summed except over the lanes.
     """
     size, side = dq.shape
     tiles, gradient, log_weights = tokens // side, d_out[...], lse[...]
