@@ -307,8 +307,8 @@ def guidance_branches(c: ConfigDict) -> int:
 def nfe(c: ConfigDict) -> float:
     """Returns the paper's NFE of an image (section 1).
 
-    It is (N - D) / N + steps D / N for each guidance branch. The formula ignores the clean tower and the ablation switches. `model_passes` counts all layers
-    that run.
+    It is (N - D) / N + steps D / N for each guidance branch. The formula ignores the clean tower and
+    the ablation switches. `model_passes` counts all layers that run.
     """
     m = c.model
     return guidance_branches(c) * (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth

@@ -67,7 +67,11 @@ def untrained_classifier(*args: object) -> classifier.Classifier:
 
 
 def run(folder: pathlib.Path) -> dict[str, object]:
-    """Returns exit statuses by log name, object sizes by name, and failures that did not occur."""
+    """Runs all commands.
+
+    Returns:
+      Exit statuses by the name of the log, object sizes by name, and failures that no request met.
+    """
     with bucket.serve() as (store, environment):
         os.environ.update(environment)
         workdir = "--workdir=gs://bucket/run"
