@@ -1,14 +1,13 @@
 """Analytic FLOPs of a config by component, passes of an image, and peak rates of devices.
 
-A multiply-add counts as 2. The count holds matrix products and convolutions as
-`models.madformer` and `diffusion.sampler` compute them, with the streams and passes of
-`models.plan`. It excludes element-wise work, products with the zero padding of a convolution, and
-what `model.remat` recomputes.
+The file has a little over 400 lines, because it mirrors the whole model. A multiply-add counts as
+2. The count holds matrix products and convolutions as `models.madformer` and `diffusion.sampler`
+compute them, with the streams and passes of `models.plan`. It excludes element-wise work, products
+with the zero padding of a convolution, and what `model.remat` recomputes.
 
-`training_step` gives the MFU of training, `sampling` and `model_passes` the cost of an image in
-results. `--mode=compile` and `--mode=benchmark` compare both with their measurements. A new layer
-needs its FLOPs here, and a case in tests/cost/test_flops.py. A new device needs a line in
-`_PEAK_RATES`.
+`modes.train` reports the MFU from `training_step`. Results hold the `image_cost` of sampling.
+`--mode=compile` and `--mode=benchmark` use both. A new layer needs its FLOPs here and a case in
+tests/cost/test_flops.py. A new device needs a line in `_PEAK_RATES`.
 """
 
 import dataclasses
@@ -84,11 +83,9 @@ def _time_embedding(c: ConfigDict) -> tuple[float, float]:
 
 
 def _downsampler(c: ConfigDict) -> tuple[float, float]:
-    """Returns the FLOPs of the downsampler for one block.
+    """Returns the FLOPs of the downsampler for one block, and those of its layers that read data.
 
-    Returns:
-      All FLOPs, and the FLOPs of the layers that read data. The backward pass computes no input
-      gradient for the latter.
+    The backward pass computes no input gradient for the latter.
     """
     m, sizes = c.model, derive_sizes(c)
     height, width = sizes.block_side, sizes.block_width
@@ -307,8 +304,8 @@ def guidance_branches(c: ConfigDict) -> int:
 def nfe(c: ConfigDict) -> float:
     """Returns the paper's NFE of an image (section 1).
 
-    It is (N - D) / N + steps D / N for each guidance branch. The formula ignores the clean tower and
-    the ablation switches. `model_passes` counts all layers that run.
+    It is (N - D) / N + steps D / N for each guidance branch. The formula ignores the clean tower
+    and the ablation switches. `model_passes` counts all layers that run.
     """
     m = c.model
     return guidance_branches(c) * (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth

@@ -1,5 +1,7 @@
 """Skip-causal attention in block form (section 3.2): masked scores are never computed.
 
+The file has over 400 lines so that all implementations are side by side.
+
 Query block i of either stream attends to the text, to the context blocks before i and to itself.
 The context is the clean stream, or the prediction stream if the model has no clean stream. The
 visible pairs of blocks are a diagonal and, below it, a triangle that `tiling` cuts into unmasked
@@ -7,7 +9,7 @@ attentions. Their results are merged.
 
 `models.transformer` calls `block_attention` in training and `cached_attention` in sampling, and
 `models.unet` calls `attend`. To add an implementation, add a branch to these three functions and to
-`choose_implementation`. The file has over 400 lines so that all forms are side by side.
+`choose_implementation`.
 
 Shapes: B images, L blocks, s tokens a block, H heads, h head size, T text tokens.
 """
