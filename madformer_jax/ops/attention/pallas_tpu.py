@@ -72,8 +72,8 @@ def pad_text_to_lanes(text: Array, images: int) -> Array:
 def shard_map_kernel(function: Callable[..., Array], q: Any, *args: Any) -> Array:
     """Runs a function on each device's own images and heads.
 
-    The compiler cannot split a kernel over devices.
-    Batch or heads are not split if their mesh axes do not divide them.
+    The compiler cannot split a kernel over devices. Batch or heads are not split if their mesh axes
+    do not divide them.
 
     Args:
       function: Function of `q` and `args` that returns an array like `q`.
