@@ -1,8 +1,10 @@
-"""How far the compiler's estimates are from the data sheet: five products and two convolutions of known size.
+"""Compares the compiler's time estimates for a TPU with the data sheet.
 
     python -m benchmarks.calibration v5e:2x2
 
-prints, for each, the estimated time and its share of the peak (docs/performance.md). It needs libtpu, no TPU, and a minute.
+compiles five matrix products and two convolutions of known size for the topology. It prints the
+estimated time of each and its share of the peak (docs/performance.md). It needs libtpu but no TPU,
+and takes a minute.
 """
 
 import sys
@@ -31,8 +33,8 @@ def main(topology: str) -> None:
         text = jax.jit(function).lower(*args).compile().as_text()
         e = tpu_time.estimate(text, device.device_kind, peak, work)
         kinds = {kind: 1e3 * sum(row.seconds for row in e.rows if row.kind == kind) for kind in tpu_time.KINDS}
-        apart = ", ".join(f"{kind} {ms:.3f}" for kind, ms in kinds.items() if ms)
-        print(f"{name:<40}{1e3 * e.busy:8.3f} ms ({apart}){work / peak / e.busy:7.1%} of the peak", flush=True)
+        by_kind = ", ".join(f"{kind} {ms:.3f}" for kind, ms in kinds.items() if ms)
+        print(f"{name:<40}{1e3 * e.busy:8.3f} ms ({by_kind}){work / peak / e.busy:7.1%} of the peak", flush=True)
 
     for m, k, n in PRODUCTS:
         show(f"product {m} x {k} x {n}", jnp.matmul, ((m, k), (k, n)), 2.0 * m * k * n)

@@ -1,6 +1,9 @@
-"""How fast the input pipeline reads here: cached latents, and images against Pillow alone. Run it on a quiet machine:
+"""Measures the speed of the input pipeline on this machine.
 
-python -m benchmarks.data_speed
+    python -m benchmarks.data_speed
+
+prints records per second for cached latents, and images per second for image files next to Pillow
+alone (docs/data.md). Run it on an idle machine.
 """
 
 import io
@@ -19,14 +22,14 @@ from madformer_jax.data import pipeline, preprocess
 from madformer_jax.modes import prepare
 from madformer_jax.sampling import codec
 
-WARM_UP = 10  # batches: what was read ahead is not taken for speed
+WARM_UP = 10  # batches, so that prefetched ones are not measured
 SECONDS = 5  # of each measurement
-THREADS = 2  # of a worker, as of the pipeline
+THREADS = 2  # of a worker, as in the pipeline
 BATCH = 16  # images
 
 
 def rate(config: ConfigDict, batch: int) -> float:
-    """Records a second that training would get."""
+    """Returns the records per second that training would get."""
     batches = pipeline.train_iterator(config, batch=batch)
     for _ in range(WARM_UP):
         next(batches)
@@ -40,7 +43,7 @@ def rate(config: ConfigDict, batch: int) -> float:
 
 
 def latents(folder: str, side: int, batch: int) -> None:
-    """5 000 records of random latents."""
+    """Prints the speed of reading cached latents of side x side from `folder`."""
 
     def encode(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shape = (len(images), side, side, 4)
@@ -53,11 +56,11 @@ def latents(folder: str, side: int, batch: int) -> None:
     c.data.source, c.data.path = "arrayrecord", folder
     for workers in (0, 1):
         c.data.workers = workers
-        print(f"latents {side} x {side} x 4, batch {batch}, {_where(c)}: {rate(c, batch):.0f} records/s", flush=True)
+        print(f"latents {side} x {side} x 4, batch {batch}, {_reader(c)}: {rate(c, batch):.0f} records/s", flush=True)
 
 
 def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, count: int) -> None:
-    """The pipeline against Pillow's own decoding, cropping and resizing of the same files, with as many threads."""
+    """Prints the speed of the pipeline and of Pillow alone on the same files and threads."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for i in range(count):
@@ -66,41 +69,42 @@ def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, c
     files = sorted(folder.iterdir())
     side = min(shape)
     left, top = (shape[0] - side) / 2, (shape[1] - side) / 2
-    table = preprocess.Preprocessor(size, 3, crop=True)
+    preprocessor = preprocess.Preprocessor(size, 3, crop=True)
 
-    def pillow(file: pathlib.Path) -> np.ndarray:
+    def decode_pillow(file: pathlib.Path) -> np.ndarray:
         image = Image.open(io.BytesIO(file.read_bytes()))
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
         return np.asarray(image)
 
-    def path(batch: list[pathlib.Path]) -> np.ndarray:
-        return np.stack([table.pixels(file.read_bytes()) for file in batch])
+    def decode_ours(batch: list[pathlib.Path]) -> np.ndarray:
+        return np.stack([preprocessor.pixels(file.read_bytes()) for file in batch])
 
-    def timed(run: Callable[[list[pathlib.Path]], object]) -> float:
-        done, began = 0, time.perf_counter()
+    def images_per_second(run: Callable[[list[pathlib.Path]], object]) -> float:
+        count, began = 0, time.perf_counter()
         while time.perf_counter() < began + SECONDS:
             run(files[:BATCH])
-            done += BATCH
-        return done / (time.perf_counter() - began)
+            count += BATCH
+        return count / (time.perf_counter() - began)
 
-    what = f"{kind} {shape[0]} x {shape[1]} to {size} x {size}"
-    alone, ours = timed(lambda batch: [pillow(file) for file in batch]), timed(path)
-    print(f"{what}, one thread: {ours:.0f} images/s, Pillow alone {alone:.0f}: {ours / alone:.0%}", flush=True)
+    label = f"{kind} {shape[0]} x {shape[1]} to {size} x {size}"
+    pillow = images_per_second(lambda batch: [decode_pillow(file) for file in batch])
+    ours = images_per_second(decode_ours)
+    print(f"{label}, one thread: {ours:.0f} images/s, Pillow alone {pillow:.0f}: {ours / pillow:.0%}", flush=True)
     with ThreadPoolExecutor(THREADS) as threads:
-        alone = timed(lambda batch: list(threads.map(pillow, batch)))
+        pillow = images_per_second(lambda batch: list(threads.map(decode_pillow, batch)))
     c = config_lib.base()
     c.data.source, c.data.path, c.data.image_size = "folder", str(folder), size
     for workers in (0, 1):
         c.data.workers = workers
         ours = rate(c, BATCH)
         print(
-            f"{what}, {_where(c)}: {ours:.0f} images/s, Pillow alone in {THREADS} threads {alone:.0f}: {ours / alone:.0%}",
+            f"{label}, {_reader(c)}: {ours:.0f} images/s, Pillow alone in {THREADS} threads {pillow:.0f}: {ours / pillow:.0%}",
             flush=True,
         )
 
 
-def _where(config: ConfigDict) -> str:
+def _reader(config: ConfigDict) -> str:
     return "one worker process" if config.data.workers else "in the training process"
 
 

@@ -1,8 +1,10 @@
-"""What a decoder layer of FFHQ-1024 takes on a TPU: the gradient of one, of some images, on one chip, estimated.
+"""Estimates the time of a decoder layer of FFHQ-1024 on one TPU chip.
 
     python -m benchmarks.decoder v5e:2x2 1
 
-Nothing is computed again and nothing moves between chips: what is left is the layer's own. It needs libtpu, and no TPU.
+compiles the gradient of one layer for 1 image and prints the estimate of `cost.tpu_time`
+(docs/performance.md). The layer is neither recomputed nor split over chips, so the estimate is the
+layer's own time. It needs libtpu but no TPU.
 """
 
 import sys
@@ -28,7 +30,7 @@ def main(topology: str, count: str) -> None:
     angles = rope.rotary_table(*rope.image_positions(4, 16), head_size=64, side=64, variant=m.rope)
     positions = {"clean": rope.RotaryTable(*(x[:15] for x in angles)), "pred": angles}
     mesh = partitioning.make_mesh(1, 1, 1, [device])
-    everywhere, key = partitioning.replicated(mesh), jax.random.key(0)
+    replicated, key = partitioning.replicated(mesh), jax.random.key(0)
 
     def total(params: Any, streams: Streams) -> jax.Array:
         out, _ = layer.apply(params, streams, positions, None, ())
@@ -39,13 +41,13 @@ def main(topology: str, count: str) -> None:
     )._replace(text=None)
     with partitioning.scope(mesh):
         boxed = jax.eval_shape(lambda x: layer.init(key, x, positions, None, ()), shapes)
-    given = partitioning.abstract_arrays(
-        (nn.meta.unbox(boxed), shapes), jax.tree.map(lambda _: everywhere, (nn.meta.unbox(boxed), shapes))
+    args = partitioning.abstract_arrays(
+        (nn.meta.unbox(boxed), shapes), jax.tree.map(lambda _: replicated, (nn.meta.unbox(boxed), shapes))
     )
     with partitioning.scope(mesh):
-        text = jax.jit(jax.grad(total, (0, 1)), out_shardings=everywhere).lower(*given).compile().as_text()
+        text = jax.jit(jax.grad(total, (0, 1)), out_shardings=replicated).lower(*args).compile().as_text()
     rows, d = 31 * 256, m.width
-    # L^2 pairs of blocks are seen
+    # Both streams together attend to L^2 = 256 pairs of blocks.
     work = images * 3 * (2.0 * rows * d * (4 * d + 3 * m.mlp_width) + 2 * 2.0 * 256 * 256**2 * d)
     print(
         tpu_time.format_estimate(tpu_time.estimate(text, device.device_kind, flops.peak_rate("bfloat16", device), work))

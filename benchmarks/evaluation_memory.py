@@ -1,7 +1,10 @@
-"""Peak memory of a reference and an evaluation of large images: `python -m benchmarks.evaluation_memory --folder=/tmp/large`.
+"""Measures the peak memory of a reference and an evaluation of large images.
 
-8 000 files of 1024 x 1024, sixteen pictures under many names, before a stand-in for Inception: a cheap network with as many
-features and classes, so that what is measured is all the rest.
+    python -m benchmarks.evaluation_memory --folder=DIR [--n=8000]
+
+writes n JPEG files of 1024 x 1024 to DIR, which are hard links to 16 pictures. It then runs
+--mode=reference and --mode=evaluate on them (docs/evaluation.md). A cheap network with as many
+features and classes replaces Inception, so the figures exclude the memory of the network.
 """
 
 import argparse
@@ -12,7 +15,7 @@ import resource
 from madformer_jax.runtime import malloc
 
 if __name__ == "__main__":
-    malloc.restart_with_tunables()  # as main does
+    malloc.restart_with_tunables()  # as the command line does
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax.numpy as jnp
@@ -31,21 +34,21 @@ SIDE, PICTURES, DIMS, CLASSES = 1024, 16, 2048, 1008
 
 
 def stand_in(path: str) -> Network:
-    """Every 64th pixel, turned at random."""
+    """Returns a network that multiplies every 64th pixel with random matrices."""
     random = np.random.default_rng(0)
     params = {"features": random.standard_normal((768, DIMS), np.float32) / 28}
     params["logits"] = random.standard_normal((DIMS, CLASSES), np.float32) / 45
 
     def apply(params: dict[str, Array], images: Array) -> tuple[Array, Array]:
         pixels = images[:, ::64, ::64].reshape(len(images), -1).astype(jnp.float32)
-        found = jnp.tanh((pixels / 128 - 1) @ params["features"])
-        return found, found @ params["logits"]
+        features = jnp.tanh((pixels / 128 - 1) @ params["features"])
+        return features, features @ params["logits"]
 
     return Network("inception", {}, DIMS, (3,), params, apply)
 
 
-def pictures(folder: pathlib.Path, n: int) -> None:
-    """Fills the folder with n files."""
+def write_pictures(folder: pathlib.Path, n: int) -> None:
+    """Writes n image files to the folder."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for i in range(n):
@@ -66,29 +69,29 @@ def settings(folder: pathlib.Path, n: int) -> ConfigDict:
 
 
 def peak() -> float:
-    """GiB that this process has held at most."""
+    """Returns the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def run(folder: pathlib.Path, n: int) -> None:
-    """Prints the peaks, without what is held once the network is there."""
+    """Prints the peaks of both modes, without the memory in use before them."""
     if not (folder / "pictures").exists():
-        pictures(folder / "pictures", n)
+        write_pictures(folder / "pictures", n)
     registry.NETWORKS["inception"] = stand_in
     registry.make_extractor(stand_in(""))(np.zeros((1, SIDE, SIDE, 3), np.uint8))
     before = peak()
     print(f"with the network: {before:.2f} GiB", flush=True)
     c = settings(folder, n)
     reference.run(c, str(folder))
-    print(f"reference of {n} images: {peak() - before:.2f} GiB more at most", flush=True)
+    print(f"reference of {n} images: {peak() - before:.2f} GiB above that", flush=True)
     evaluate.run(c, str(folder))
-    print(f"evaluation of {n} images: {peak() - before:.2f} GiB more at most", flush=True)
+    print(f"evaluation of {n} images: {peak() - before:.2f} GiB above that", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--n", type=int, default=8000)
     logging.set_verbosity(logging.ERROR)
-    given = parser.parse_args()
-    run(given.folder, given.n)
+    args = parser.parse_args()
+    run(args.folder, args.n)

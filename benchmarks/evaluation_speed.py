@@ -1,10 +1,12 @@
-"""Inception features a second, ours against torch-fidelity's network with the same weights and images.
+"""Measures Inception features per second, ours against torch-fidelity's network.
 
     pip install torch torch-fidelity
-    python -m benchmarks.evaluation_speed theirs 64 192      # side of the images, and how many
+    python -m benchmarks.evaluation_speed theirs 64 192
     python -m benchmarks.evaluation_speed ours 64 192
 
-The weights are drawn at random in the shapes of the checkpoint; the mean of the features, printed beside, is to be the same.
+The arguments are the implementation, the side of the images and their number (docs/evaluation.md).
+Both use the same random images and random weights in the shapes of the checkpoint. The printed mean
+of the features must agree.
 """
 
 import importlib.util
@@ -21,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 SHAPES = Path(__file__).parent.parent / "tests" / "reference" / "inception_fid_state_dict.json"
-BATCH = 32  # of theirs
+BATCH = 32  # images in a batch of torch-fidelity
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -44,7 +46,7 @@ def weights() -> dict[str, np.ndarray]:
 def theirs(images: np.ndarray) -> Callable[[], np.ndarray]:
     import torch
 
-    package = types.ModuleType("torch_fidelity")  # its own __init__ asks for torchvision
+    package = types.ModuleType("torch_fidelity")  # its __init__ imports torchvision
     package.__path__ = list(importlib.util.find_spec("torch_fidelity").submodule_search_locations)
     sys.modules["torch_fidelity"] = package
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -84,6 +86,6 @@ if __name__ == "__main__":
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        found = run()
+        features = run()
         times.append(time.perf_counter() - began)
-    print(f"{sys.argv[1]}: {n / min(times):.1f} images/s, mean feature {np.abs(found).mean():.6f}")
+    print(f"{sys.argv[1]}: {n / min(times):.1f} images/s, mean feature {np.abs(features).mean():.6f}")

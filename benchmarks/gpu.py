@@ -1,7 +1,10 @@
-"""What of ours has a form of its own on an NVIDIA GPU, compared there with float32 and timed: python -m benchmarks.gpu
+"""Compares attention and the model on an NVIDIA GPU with float32 references, and times attention.
 
-Relative errors |x - y| / |y| over all outputs and all gradients; milliseconds of a layer's attention of FFHQ-1024 (16 blocks of 256
-tokens, 18 heads of 64), the median of 20 calls, on random numbers. docs/performance.md has the figures.
+    python -m benchmarks.gpu
+
+prints relative errors |x - y| / |y| over all outputs and over all gradients. It then prints the
+median milliseconds of 20 calls of a layer's attention at FFHQ-1024 (16 blocks of 256 tokens, 18 heads
+of 64) on random numbers. docs/performance.md has the figures.
 """
 
 import functools
@@ -33,18 +36,20 @@ def stream(seed: int, batch: int, blocks: int, tokens: int, heads: int, size: in
     return QKV(*(random(3 * seed + i, batch, blocks, tokens, heads, size) for i in range(3)))
 
 
-def error(found: Any, expected: Any) -> float:
+def error(actual: Any, expected: Any) -> float:
+    """Returns the relative error over all leaves of two trees."""
     squares = [
         (np.sum((np.asarray(x, np.float64) - y) ** 2), np.sum(np.asarray(y, np.float64) ** 2))
-        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+        for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     ]
-    over, under = map(sum, zip(*squares, strict=True))
-    return float(np.sqrt(over / under))
+    error_sum, norm_sum = map(sum, zip(*squares, strict=True))
+    return float(np.sqrt(error_sum / norm_sum))
 
 
-def total(streams: list[QKV], words: KV | None, lengths: Any, weights: Any, implementation: str, context: bool) -> Any:
+def total(streams: list[QKV], text: KV | None, lengths: Any, weights: Any, implementation: str, context: bool) -> Any:
+    """Returns the weighted sum of the outputs of attention, and the outputs."""
     outputs = api.block_attention(
-        streams, streams[0].kv if context else None, words, lengths, implementation=implementation
+        streams, streams[0].kv if context else None, text, lengths, implementation=implementation
     )
     return sum(jnp.sum(x.astype(jnp.float32) * w) for x, w in zip(outputs, weights, strict=True)), outputs
 
@@ -54,55 +59,56 @@ def value_and_gradient(
 ) -> Any:
     streams, text = jax.tree.map(lambda x: x.astype(dtype), (streams, text))
     gradient = jax.value_and_grad(total, argnums=0 if text is None else (0, 1), has_aux=True)
-    (_, outputs), found = jax.jit(gradient, static_argnums=(4, 5))(
+    (_, outputs), gradients = jax.jit(gradient, static_argnums=(4, 5))(
         streams, text, lengths, weights, implementation, context
     )
-    return outputs, found
+    return outputs, gradients
 
 
 def attentions() -> None:
-    """Of training, of every implementation, against the dense mask in float32."""
+    """Prints the errors of attention in training against the dense mask in float32."""
     print("attention, error of outputs and gradients in bfloat16" + "".join(f"{x:>12}" for x in IMPLEMENTATIONS))
-    for name, blocks, words, lengths, context in (
+    for name, blocks, text_tokens, lengths, context in (
         ("one block", (1, 1), 0, None, True),
         ("4 blocks", (3, 4), 0, None, True),
         ("16 blocks, a class", (15, 16), 1, None, True),
         ("11 blocks, padded text", (10, 11), 40, np.array([7, 40], np.int32), True),
-        ("a block sees itself alone", (4, 4), 0, None, False),
+        ("no context", (4, 4), 0, None, False),
         ("one stream", (8,), 3, None, True),
     ):
         streams = [stream(n, 2, count, 64, 4, 64) for n, count in enumerate(blocks)]
-        text = KV(*(random(90 + i, 2, words, 4, 64) for i in range(2))) if words else None
+        text = KV(*(random(90 + i, 2, text_tokens, 4, 64) for i in range(2))) if text_tokens else None
         weights = [random(50 + n, *x.k.shape) for n, x in enumerate(streams)]
         streams, text = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams, text))
 
         run = functools.partial(value_and_gradient, streams, text, lengths, weights, context)
         with jax.default_matmul_precision("highest"):
             exact = run("reference", jnp.float32)
-        found = [run(x, jnp.bfloat16) for x in IMPLEMENTATIONS]
-        print(f"  {name:<51}" + "".join(f"  {error(x[0], exact[0]):.4f} {error(x[1], exact[1]):.4f}" for x in found))
+        results = [run(x, jnp.bfloat16) for x in IMPLEMENTATIONS]
+        print(f"  {name:<51}" + "".join(f"  {error(x[0], exact[0]):.4f} {error(x[1], exact[1]):.4f}" for x in results))
 
 
 def cached() -> None:
-    """Of sampling: what the cache gives is what training gives."""
-    streams, words = [stream(n, 2, 8, 64, 4, 64) for n in range(2)], KV(random(7, 2, 5, 4, 64), random(8, 2, 5, 4, 64))
+    """Prints the errors of attention with the cache against attention in training."""
+    streams = [stream(n, 2, 8, 64, 4, 64) for n in range(2)]
+    text = KV(random(7, 2, 5, 4, 64), random(8, 2, 5, 4, 64))
     with jax.default_matmul_precision("highest"):
-        exact = api.block_attention(streams, streams[0].kv, words, implementation="reference")[1]
-    own, *kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, words))
-    given = jax.tree.map(lambda x: x[None], kept)  # of one layer
+        exact = api.block_attention(streams, streams[0].kv, text, implementation="reference")[1]
+    qkv, *cached_kv = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, text))
+    one_layer = jax.tree.map(lambda x: x[None], cached_kv)
     for implementation in IMPLEMENTATIONS:
-        context, words = (api.to_cache_layout(x, implementation) for x in given)
-        read = jax.jit(
-            lambda own, block, c=context, w=words, x=implementation: api.cached_attention(
-                own, c, w, 0, block, implementation=x
+        context, cached_text = (api.to_cache_layout(x, implementation) for x in one_layer)
+        attend = jax.jit(
+            lambda qkv, block, c=context, t=cached_text, x=implementation: api.cached_attention(
+                qkv, c, t, 0, block, implementation=x
             )
         )
-        blocks = [read(QKV(*(x[:, i : i + 1] for x in own)), i)[:, 0] for i in range(8)]
+        blocks = [attend(QKV(*(x[:, i : i + 1] for x in qkv)), i)[:, 0] for i in range(8)]
         print(f"cache, {implementation}: {error(jnp.stack(blocks, axis=1), exact):.4f}")
 
 
 def model() -> None:
-    """A small model's loss and gradient: in float32 against the CPU's, and in bfloat16."""
+    """Prints the errors of loss and gradient of a small model against float32 on the CPU."""
 
     def run(dtype: str, implementation: str, device: str) -> Any:
         c = tiny.get_config()
@@ -130,14 +136,15 @@ def model() -> None:
         ("bfloat16", "cudnn", None),
     ):
         with jax.default_matmul_precision(precision):
-            found = run(dtype, implementation, "gpu")
+            result = run(dtype, implementation, "gpu")
         print(
-            f"model, {dtype}, {implementation}, precision {precision or 'of the platform'}: loss {error(found[0], exact[0]):.2e}, "
-            f"gradient {error(found[1], exact[1]):.2e}"
+            f"model, {dtype}, {implementation}, precision {precision or 'default'}: loss {error(result[0], exact[0]):.2e}, "
+            f"gradient {error(result[1], exact[1]):.2e}"
         )
 
 
 def median(function: Callable[..., Any], *args: Any) -> float:
+    """Returns the median milliseconds of 20 calls."""
     jax.block_until_ready(function(*args))
     times = []
     for _ in range(20):
@@ -148,7 +155,7 @@ def median(function: Callable[..., Any], *args: Any) -> float:
 
 
 def times(batch: int = 8) -> None:
-    """Of one layer at the size of FFHQ-1024."""
+    """Prints the times of attention of one layer at the size of FFHQ-1024."""
     streams = [stream(n, batch, 15 + n, 256, 18, 64) for n in range(2)]
     weights = [x.q for x in streams]
     streams = jax.tree.map(lambda x: x.astype(jnp.bfloat16), streams)
@@ -159,21 +166,23 @@ def times(batch: int = 8) -> None:
             lambda streams, x=implementation: api.block_attention(streams, streams[0].kv, None, implementation=x)
         )
         gradient = jax.jit(jax.grad(lambda s, x=implementation: total(s, None, None, weights, x, True)[0]))
-        ahead, both = median(forward, streams), median(gradient, streams)
+        forward_ms, both_ms = median(forward, streams), median(gradient, streams)
         print(
-            f"layer, batch {batch}, {implementation}: forward {ahead:.2f} ms ({flop / ahead / 1e9:.0f} TFLOP/s), "
-            f"with gradient {both:.2f} ms ({3.5 * flop / both / 1e9:.0f} TFLOP/s)"
+            f"layer, batch {batch}, {implementation}: forward {forward_ms:.2f} ms ({flop / forward_ms / 1e9:.0f} TFLOP/s), "
+            f"with gradient {both_ms:.2f} ms ({3.5 * flop / both_ms / 1e9:.0f} TFLOP/s)"
         )
-    own, slots = QKV(*(x[:, :1] for x in streams[1])), KV(*(x[None] for x in streams[0].kv))
+    qkv, slots = QKV(*(x[:, :1] for x in streams[1])), KV(*(x[None] for x in streams[0].kv))
     for implementation in IMPLEMENTATIONS:
-        read = jax.jit(
-            lambda own, context, block, x=implementation: api.cached_attention(
-                own, context, None, 0, block, implementation=x
+        attend = jax.jit(
+            lambda qkv, context, block, x=implementation: api.cached_attention(
+                qkv, context, None, 0, block, implementation=x
             )
         )
-        each = [median(read, own, api.to_cache_layout(slots, implementation), i) for i in (0, 7, 15)]
+        times_ms = [median(attend, qkv, api.to_cache_layout(slots, implementation), i) for i in (0, 7, 15)]
         print(
-            f"cache, batch {batch}, {implementation}, blocks 0, 7, 15: " + ", ".join(f"{x:.3f}" for x in each) + " ms"
+            f"cache, batch {batch}, {implementation}, blocks 0, 7, 15: "
+            + ", ".join(f"{x:.3f}" for x in times_ms)
+            + " ms"
         )
 
 

@@ -1,9 +1,10 @@
-"""What the kernels of attention take on a TPU: cycles of the compiler's own schedule, at FFHQ-1024's shape.
+"""Counts the scheduled cycles of the TPU attention kernels at the shape of FFHQ-1024.
 
     python -m benchmarks.kernels v5e:2x2
 
-A kernel has no estimate in a compiled program's text, but libtpu writes down its schedule, instruction by instruction: a line of it
-takes a cycle at least, what waits for memory more. It needs libtpu, no TPU, and a minute.
+The text of a compiled program has no estimate for a kernel, but libtpu dumps its schedule
+instruction by instruction. A line of it takes at least one cycle, and more if it waits for memory.
+`cost.tpu_time.KERNEL_COSTS` holds the results. It needs libtpu but no TPU, and takes a minute.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 FOLDER = tempfile.TemporaryDirectory()
 os.environ["LIBTPU_INIT_ARGS"] = (
-    f"--xla_jf_dump_to={FOLDER.name} --xla_jf_dump_llo_text=true"  # read as libtpu is loaded
+    f"--xla_jf_dump_to={FOLDER.name} --xla_jf_dump_llo_text=true"  # libtpu reads this when it is loaded
 )
 
 import jax  # noqa: E402
@@ -27,14 +28,17 @@ from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK  # noqa: E402
 from madformer_jax.ops.rope import RotaryTable  # noqa: E402
 
 BLOCKS, TOKENS, HEADS, SIZE = 16, 256, 18, 64
-KERNELS = {"forward": 2, "backward": 5}  # and the products that it takes of each query and key
-JUMPS = 4  # lines of a loop that stand without its marks, at most
+KERNELS = {"forward": 2, "backward": 5}  # matrix products of each query and key
+JUMPS = 4  # most lines of a loop in a row that lack its marks
 
 
 def cycles(schedule: str) -> tuple[int, list[int]]:
-    """Lines of a schedule in the loop over the grid, and in each loop within it; the marks > tell the depth."""
+    """Counts the lines of a schedule in the loop over the grid, and in each loop within it.
+
+    The number of `>` marks of a line is its depth.
+    """
     depths = [
-        len(found) for found in re.findall(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)", schedule, re.MULTILINE)
+        len(marks) for marks in re.findall(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)", schedule, re.MULTILINE)
     ]
     loops, gap = [0], 0
     for depth in depths:
@@ -63,28 +67,30 @@ def main(topology: str) -> None:
     def projected(blocks: int) -> ProjectedQK:
         return ProjectedQK(rows(blocks), array(SIZE, 1), RotaryTable(*[array(SIZE, blocks * TOKENS)] * 2))
 
-    def total(q: Any, own: Any, context: Any) -> Any:
-        return jnp.sum(pallas_tpu.block_attention(q, own, context, None, None, 1, TOKENS, 0, False).astype(jnp.float32))
+    def total(q: Any, self_kv: Any, context: Any) -> Any:
+        return jnp.sum(
+            pallas_tpu.block_attention(q, self_kv, context, None, None, 1, TOKENS, 0, False).astype(jnp.float32)
+        )
 
     shapes = projected(BLOCKS), *((projected(n), rows(n)) for n in (BLOCKS, BLOCKS - 1))
     jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
     for name, products in KERNELS.items():
         (path,) = pathlib.Path(FOLDER.name).glob(f"*block_attention_{name}*[0-9]-final_bundles.txt")
         step, loops = cycles(path.read_text())
-        # a loop over groups of tiles for each size of them, the longest first; all others go once over the keys
-        place = loops.index(max(loops))
-        groups = dict(zip(pallas_tpu_kernels.UNROLL_FACTORS, loops[place:]))
+        # One loop per factor of UNROLL_FACTORS, the longest first. Others run once over the keys.
+        start = loops.index(max(loops))
+        groups = dict(zip(pallas_tpu_kernels.UNROLL_FACTORS, loops[start:]))
         others = sum(loops) - sum(groups.values())
-        whole = BLOCKS * step + (BLOCKS - 1) * others
-        for seen in range(BLOCKS):  # tiles that a block sees, but its own, which is in the step
+        total_cycles = BLOCKS * step + (BLOCKS - 1) * others
+        for tiles in range(BLOCKS):  # context tiles of a block; its own tile is part of the step
             for size, lines in groups.items():
-                whole += seen // size * lines
-                seen %= size
+                total_cycles += tiles // size * lines
+                tiles %= size
         work = 2 * products * SIZE * TOKENS**2 * BLOCKS * (BLOCKS + 1) / 2
         print(
-            f"{name:<10}{step:6} cycles a step of the grid, {groups} for so many tiles at once, {others} a tile of keys once; "
-            f"{HEADS * whole / chip.clock * 1e3:.2f} ms for "
-            f"{HEADS} heads of {SIZE}, {work / peak / (whole / chip.clock):.1%} of the peak"
+            f"{name:<10}{step:6} cycles per step of the grid, {groups} by unrolled tiles, {others} once per tile of keys; "
+            f"{HEADS * total_cycles / chip.clock * 1e3:.2f} ms for "
+            f"{HEADS} heads of {SIZE}, {work / peak / (total_cycles / chip.clock):.1%} of the peak"
         )
 
 

@@ -1,6 +1,9 @@
-"""Peak host memory of creating and saving a sharded state: `python -m benchmarks.memory --folder=/tmp/memory`.
+"""Measures the peak host memory of creating and saving a sharded state.
 
-A model of 200 M parameters on 8 virtual devices, which are host memory here: parameters, averages and optimizer, 3.2 GB.
+    python -m benchmarks.memory --folder=DIR
+
+The model has 200 M parameters on 8 virtual devices, whose memory is host memory. Parameters, average
+and optimizer state are 3.2 GB (docs/scaling.md).
 """
 
 import argparse
@@ -10,7 +13,7 @@ import resource
 from madformer_jax.runtime import malloc
 
 if __name__ == "__main__":
-    malloc.restart_with_tunables()  # as main does
+    malloc.restart_with_tunables()  # as the command line does
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
@@ -27,12 +30,16 @@ from madformer_jax.training import train_step
 
 
 def peak() -> float:
-    """GB that this process has held at most."""
+    """Returns the peak memory of this process in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def run(folder: str) -> float:
-    """Prints the peak after each stage; returns the last over the state's size, without what Python and JAX take."""
+    """Prints the peak after each stage.
+
+    Returns:
+      The last peak less that of Python and JAX, in sizes of the state.
+    """
     c = schema.base()
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size, c.data.channels = 32, 4
@@ -64,7 +71,7 @@ def run(folder: str) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", required=True)
     logging.set_verbosity(logging.ERROR)
     run(parser.parse_args().folder)

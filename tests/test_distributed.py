@@ -156,6 +156,6 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
     assert aside == pytest.approx(expected_aside, rel=2e-3) and aside.items() >= {"step": STEPS, "scored": 13}.items()
     np.testing.assert_allclose(features, expected_features, rtol=1e-3, atol=1e-4)
     (path,) = (workdir / "few" / "evaluations").iterdir()
-    expected = {name: score["value"] for name, score in worker.few(settings(), str(alone)).items()}
+    expected = {name: score["value"] for name, score in worker.evaluate_few(settings(), str(alone)).items()}
     found = {name: score["value"] for name, score in json.loads(path.read_text())["scores"].items()}
     assert found == pytest.approx(expected, rel=2e-3)

@@ -1,8 +1,13 @@
-"""What a config costs: FLOPs of the matrix products and convolutions, by part, and the peak rates to hold them against.
+"""Analytic FLOPs of a config by component, passes of an image, and peak rates of devices.
 
-A multiply-add counts as 2. Element-wise work, and products with a convolution's zero padding, count as nothing; nor does
-what `model.remat` computes again. Everything else is counted as `models.madformer` and `diffusion.sampler` compute it: the
-streams and passes that `models.plan` says, and a block attends to what it sees.
+The file has a little over 400 lines, because it mirrors the whole model. A multiply-add counts as
+2. The count holds matrix products and convolutions as `models.madformer` and `diffusion.sampler`
+compute them, with the streams and passes of `models.plan`. It excludes element-wise work, products
+with the zero padding of a convolution, and what `model.remat` recomputes.
+
+`modes.train` reports the MFU from `training_step`. Results hold the `image_cost` of sampling.
+`--mode=compile` and `--mode=benchmark` use both. A new layer needs its FLOPs here and a case in
+tests/cost/test_flops.py. A new device needs a line in `_PEAK_RATES`.
 """
 
 import dataclasses
@@ -23,14 +28,14 @@ from madformer_jax.models.vae import AutoencoderKL
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """FLOPs by part."""
+    """FLOPs by component."""
 
     ar_layers: float = 0.0  # projections and SwiGLU of the image streams
     diffusion_layers: float = 0.0
-    attention: float = 0.0  # scores and weighted values of the image streams, in both kinds of layers
+    attention: float = 0.0  # scores and weighted values of the image streams, in all layers
     unet: float = 0.0  # down- and upsampler, with their own attention
     vae: float = 0.0
-    text: float = 0.0  # all of the text stream
+    text: float = 0.0  # everything of the text stream
 
     @property
     def total(self) -> float:
@@ -46,11 +51,11 @@ class Cost:
 # ---- convolutional networks, one block or image at a time
 
 
-SpatialSize = int | tuple[int, int]  # of a square, or height and width
+SpatialSize = int | tuple[int, int]  # side of a square, or height and width
 
 
 def _conv(side: SpatialSize, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
-    """A size x size convolution, padded by size // 2 on each side."""
+    """Returns the FLOPs of a size x size convolution with padding size // 2 on each side."""
     pad = size // 2
 
     def taps(length: int) -> int:
@@ -72,17 +77,20 @@ def _self_attention(positions: int, channels: int) -> float:
 
 
 def _time_embedding(c: ConfigDict) -> tuple[float, float]:
-    """Of one timestep: the first and the second linear layer."""
+    """Returns the FLOPs of the two linear layers that embed a timestep."""
     width = c.model.unet_time_width
     return 2.0 * (1 if c.model.time_embedding == "raw" else width) * width, 2.0 * width**2
 
 
 def _downsampler(c: ConfigDict) -> tuple[float, float]:
-    """Of one block: everything, and the part of it that reads data, in which the backward pass needs no input gradient."""
+    """Returns the FLOPs of the downsampler for one block, and those of its layers that read data.
+
+    The backward pass computes no input gradient for the latter.
+    """
     m, sizes = c.model, derive_sizes(c)
     height, width = sizes.block_side, sizes.block_width
-    seen = 3 * sizes.channels if m.neighbours else sizes.channels
-    first = _conv((height, width), seen, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
+    in_channels = 3 * sizes.channels if m.neighbours else sizes.channels
+    first = _conv((height, width), in_channels, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
     total, before = first + _time_embedding(c)[1], m.unet_channels[0]
     for stage, channels in enumerate(m.unet_channels):
         for _ in range(m.unet_layers):
@@ -96,7 +104,7 @@ def _downsampler(c: ConfigDict) -> tuple[float, float]:
 
 
 def _upsampler(c: ConfigDict) -> tuple[float, float]:
-    """As `_downsampler`."""
+    """Returns the FLOPs of the upsampler for one block, in the form of `_downsampler`."""
     m, sizes = c.model, derive_sizes(c)
     skips = [m.unet_channels[0]]
     for stage, channels in enumerate(m.unet_channels):
@@ -115,7 +123,7 @@ def _upsampler(c: ConfigDict) -> tuple[float, float]:
 
 
 def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
-    """Of one image of side x side pixels."""
+    """Returns the FLOPs of encoding an image of side x side pixels."""
     v = model or AutoencoderKL()
     total, before = _conv(side, v.in_channels, v.block_out_channels[0]), v.block_out_channels[0]
     for stage, channels in enumerate(v.block_out_channels):
@@ -123,7 +131,7 @@ def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
             total += _resnet(side, before, channels)
             before = channels
         if stage + 1 < len(v.block_out_channels):
-            # padded on one side: each of the side / 2 outputs has three taps, the last one two
+            # Padded on one side: all side / 2 outputs have three taps, except for the last with two.
             total += 2.0 * (3 * (side // 2) - 1) ** 2 * channels**2
             side //= 2
     moments = 2 * v.latent_channels
@@ -131,7 +139,7 @@ def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
 
 
 def vae_decode(side: int, model: AutoencoderKL | None = None) -> float:
-    """Of one image of side x side pixels."""
+    """Returns the FLOPs of decoding an image of side x side pixels."""
     v = model or AutoencoderKL()
     side //= v.reduction
     before = v.block_out_channels[-1]
@@ -155,7 +163,7 @@ def _vae_middle(side: int, channels: int) -> float:
 
 
 def _layer_matmuls(c: ConfigDict, tokens: float, keys_only: bool = False) -> float:
-    """Projections and SwiGLU of one layer; or only its keys and values."""
+    """Returns the FLOPs of the dense layers of one decoder layer, or of its keys and values only."""
     d = c.model.width
     return tokens * (4.0 * d**2 if keys_only else 8.0 * d**2 + 6.0 * d * c.model.mlp_width)
 
@@ -166,29 +174,41 @@ def _text_layer(c: ConfigDict, keys_only: bool) -> float:
 
 
 def _block_attention(c: ConfigDict, block: int, block_only: bool) -> float:
-    """Attention of one image block in one layer: the text, the blocks before it (unless `block_only`) and itself."""
+    """Returns the FLOPs of attention of one image block in one layer.
+
+    The block attends to the text, to itself and, unless `block_only`, to the blocks before it.
+    """
     s = derive_sizes(c).tokens
     keys = s * (1 if block_only else block + 1) + (c.text.length if vocabulary_size(c) else 0)
     return 4.0 * s * keys * c.model.width
 
 
 def _stage_cost(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[str, ...], clean_blocks: int) -> Cost:
-    """All blocks of `streams` through a stage; those that are not in `out` give only keys in the last layer."""
+    """Returns the cost of running all blocks of some streams through a stage.
+
+    Args:
+      c: The config.
+      name: "ar_layers" or "diffusion_layers".
+      streams: Names of the streams that enter.
+      out: Names of the streams that are used afterwards. In the last layer, others need only keys
+        and values.
+      clean_blocks: Blocks of the clean stream.
+    """
     diffusion = name == "diffusion_layers"
     layers = c.model.diffusion_depth if diffusion else c.model.depth - c.model.diffusion_depth
     cost = Cost()
     for stream in streams if layers else ():
-        ends = stream not in out
+        keys_only = stream not in out
         if stream == "text":
-            cost += Cost(text=(layers - 1) * _text_layer(c, False) + _text_layer(c, ends))
+            cost += Cost(text=(layers - 1) * _text_layer(c, False) + _text_layer(c, keys_only))
             continue
         blocks = clean_blocks if stream == "clean" else c.model.blocks
         tokens = blocks * derive_sizes(c).tokens
-        towers = (layers - 1) * _layer_matmuls(c, tokens) + _layer_matmuls(c, tokens, ends)
+        towers = (layers - 1) * _layer_matmuls(c, tokens) + _layer_matmuls(c, tokens, keys_only)
         scores = sum(
             _block_attention(c, i, diffusion and c.model.diffusion_attention == "block") for i in range(blocks)
         )
-        cost += Cost(**{name: towers}, attention=(layers - ends) * scores)
+        cost += Cost(**{name: towers}, attention=(layers - keys_only) * scores)
     return cost
 
 
@@ -196,12 +216,15 @@ def _stage_cost(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[s
 
 
 def forward_pass(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
-    """Of one image: the forward pass of training, without the codec; by default for the loss terms that have a weight."""
+    """Returns the cost of the training forward pass of one image, without the codec.
+
+    `terms` are the loss terms, by default those that have a weight.
+    """
     return _forward_cost(c, terms)[0]
 
 
 def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]:
-    """The cost, and the part of it whose input is data."""
+    """Returns the cost of a forward pass, and the FLOPs of the layers that read data."""
     m = c.model
     terms = tuple(name for name in LOSS_TERMS if c.loss[name]) if terms is None else terms
     p = training_plan(terms, ablation_switches(c))
@@ -215,9 +238,13 @@ def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, f
 
 
 def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
-    """Of one optimizer step of `train.batch` images: forward, backward at twice its cost less the gradients of the data.
+    """Returns the cost of one optimizer step of `train.batch` images.
 
-    encode: the VAE encodes images in the step; False for cached latents.
+    The backward pass costs twice the forward pass, less the gradients of the data.
+
+    Args:
+      c: The config.
+      encode: Whether the VAE encodes images in the step. False for cached latents.
     """
     cost, first = _forward_cost(c, None)
     cost = cost * 3 + Cost(unet=-first)
@@ -227,8 +254,11 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
 
 
 def sampling(c: ConfigDict, n: int = 1) -> Cost:
-    """Of n images with the config's solver steps and guidance: the AR layers and the clean tower once per block, the
-    diffusion layers at every step, the codec's decoder. Both branches run at every step, inside `guidance_interval` or not.
+    """Returns the cost of sampling n images with the config's solver steps and guidance.
+
+    The AR layers and the clean tower run once per block, the diffusion layers at every step, and the
+    decoder of the codec once. Both guidance branches run at every step, also outside of
+    `guidance_interval`.
     """
     m, steps, stages = c.model, c.sample.steps, sampling_plan(ablation_switches(c))
     s, last = derive_sizes(c).tokens, c.model.blocks - 1
@@ -237,19 +267,19 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     if vocabulary_size(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block in range(m.blocks):
-        # The clean tower and the downsampler run on a finished block if anything reads what they return.
+        # The clean tower and the downsampler run on a finished block if their output is read.
         extend_ar, extend_diffusion = (block < last and x for x in (stages.extend_ar, stages.extend_diffusion))
         embedded = block < last and (stages.condition or extend_ar)
         # The AR layers: the condition, then the finished block's keys and values.
         runs = stages.condition + extend_ar
         towers, scores = runs * ar * _layer_matmuls(c, s), runs * ar * _block_attention(c, block, False)
-        if (
-            extend_ar and ar and not extend_diffusion
-        ):  # nothing reads more of the last AR layer than its keys and values
+        if extend_ar and ar and not extend_diffusion:
+            # Only the keys and values of the last AR layer are read.
             towers += _layer_matmuls(c, s, True) - _layer_matmuls(c, s)
             scores -= _block_attention(c, block, False)
         cost += Cost(ar_layers=towers, attention=scores)
-        # the diffusion layers: every step, then the finished block, in the last layer only to its keys and values
+        # The diffusion layers: every step, then the finished block. The last layer computes only
+        # the keys and values of the latter.
         towers = steps * m.diffusion_depth * _layer_matmuls(c, s)
         scores = steps * m.diffusion_depth * _block_attention(c, block, block_only)
         if extend_diffusion:
@@ -264,14 +294,18 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
 
 
 def guidance_branches(c: ConfigDict) -> int:
-    """Branches of each solver step: 2 with guidance, whose interval and schedule skip no branch, else 1."""
+    """Returns the branches of each solver step: 2 with guidance, else 1.
+
+    The interval and the schedule of guidance skip no branch.
+    """
     return 2 if vocabulary_size(c) and c.sample.guidance != 1.0 else 1
 
 
 def nfe(c: ConfigDict) -> float:
-    """Returns the paper's NFE of an image (section 1), (N - D) / N + steps D / N, for each guidance branch.
+    """Returns the paper's NFE of an image (section 1).
 
-    The formula leaves out the clean tower and knows no ablation switch: `passes` counts what runs.
+    It is (N - D) / N + steps D / N for each guidance branch. The formula ignores the clean tower
+    and the ablation switches. `model_passes` counts all layers that run.
     """
     m = c.model
     return guidance_branches(c) * (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth
@@ -280,13 +314,16 @@ def nfe(c: ConfigDict) -> float:
 class LayerCalls(NamedTuple):
     """Decoder layers that sampling runs on one block, in each guidance branch."""
 
-    condition: int  # AR layers on the prediction stream, once a block
+    condition: int  # AR layers on the prediction stream, once per block
     step: int  # diffusion layers, at every solver step
     extension: int  # layers of the clean tower that extend the cache, once for every block but the last
 
 
 def layer_calls(c: ConfigDict) -> LayerCalls:
-    """Returns the layers that run, by the model's switches. A layer of which only keys and values are used counts as one."""
+    """Returns the layers that run, given the model's switches.
+
+    A layer of which only keys and values are used counts as a whole one.
+    """
     m, stages = c.model, sampling_plan(ablation_switches(c))
     ar = m.depth - m.diffusion_depth
     extension = stages.extend_ar * ar + stages.extend_diffusion * m.diffusion_depth
@@ -294,36 +331,43 @@ def layer_calls(c: ConfigDict) -> LayerCalls:
 
 
 def model_passes(c: ConfigDict) -> float:
-    """Returns the full-model passes of an image: all decoder layers that run on its blocks, divided by N L.
+    """Returns the full-model passes of an image: decoder layers that run on its blocks, over N L.
 
-    The text runs through the layers once, before the first block; it is no image block and counts in FLOPs alone.
+    The text runs through the layers once, before the first block. It counts in FLOPs only.
     """
     return model_passes_until(c, c.model.blocks - 1, c.sample.steps)
 
 
 def model_passes_until(c: ConfigDict, block: int, step: int) -> float:
-    """Returns the share of `passes` that has run after solver step `step` (from 1) of block `block` (from 0)."""
+    """Returns the part of `model_passes` that has run after a solver step.
+
+    Args:
+      c: The config.
+      block: Index of the block, from 0.
+      step: Number of the solver step, from 1.
+    """
     m, calls = c.model, layer_calls(c)
     layers = (block + 1) * calls.condition + (block * c.sample.steps + step) * calls.step + block * calls.extension
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 
 def image_cost(c: ConfigDict) -> dict[str, float]:
-    """Returns the cost of sampling an image under the names that results have for it."""
+    """Returns the cost of sampling an image, under the names that it has in results."""
     return {"solver_steps": c.sample.steps, "nfe": nfe(c), "passes": model_passes(c), "flops": sampling(c).total}
 
 
 # ---- rates
 
-# Dense FLOP/s of one JAX device from the makers' data sheets: part of `device_kind` -> (bfloat16, float32 as JAX computes
-# it by default: TF32 on GPUs, bfloat16 products on TPUs). The first entry that fits counts.
+# Dense FLOP/s of one JAX device from the vendors' data sheets: part of `device_kind`, bfloat16, and
+# float32 as JAX computes it by default (TF32 on GPUs, bfloat16 products on TPUs). The first match
+# counts.
 _PEAK_RATES: tuple[tuple[str, float, float], ...] = (
     ("TPU v4", 275e12, 275e12),
     ("TPU v5 lite", 197e12, 197e12),
     ("TPU v5e", 197e12, 197e12),
     ("TPU v5", 459e12, 459e12),  # v5p
     ("TPU v6", 918e12, 918e12),
-    ("TPU7x", 1153e12, 1153e12),  # half a chip is a device
+    ("TPU7x", 1153e12, 1153e12),  # a device is half a chip
     ("GB200", 2500e12, 1250e12),
     ("B200", 2250e12, 1125e12),
     ("H100 PCIe", 756e12, 378e12),
@@ -341,7 +385,11 @@ _PEAK_RATES: tuple[tuple[str, float, float], ...] = (
 
 
 def peak_rate(dtype: str = "float32", device: jax.Device | None = None) -> float:
-    """FLOP/s that one device can reach: of the data sheet, or where there is none (a CPU) of a measured matrix product."""
+    """Returns the peak FLOP/s of a device, by default the first local one.
+
+    The rate is that of the data sheet. For other devices, such as CPUs, it is that of a measured
+    matrix product.
+    """
     device = device or jax.local_devices()[0]
     for kind, bfloat16, float32 in _PEAK_RATES:
         if kind in device.device_kind:
@@ -351,7 +399,10 @@ def peak_rate(dtype: str = "float32", device: jax.Device | None = None) -> float
 
 @functools.cache
 def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:
-    """FLOP/s of a size x size matrix product on this machine, the best of `repeats`; half a second on a laptop."""
+    """Measures the FLOP/s of a size x size matrix product on this machine, the best of `repeats`.
+
+    Takes half a second on a laptop.
+    """
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
@@ -364,5 +415,8 @@ def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> f
 
 
 def mfu(cost: Cost, seconds: float, devices: int = 1, dtype: str = "float32") -> float:
-    """Share of the peak rate of `devices` devices that was reached by doing `cost` in `seconds`."""
+    """Returns the model FLOPs utilization (MFU) of doing `cost` in `seconds`.
+
+    It is the share of the peak rate of `devices` devices.
+    """
     return cost.total / (seconds * devices * peak_rate(dtype))

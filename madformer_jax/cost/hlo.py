@@ -1,4 +1,9 @@
-"""The text of a compiled program (HLO) as instructions, each with how often it runs and where in our source it comes from."""
+"""Parser of compiled programs (HLO text).
+
+`parse` reads instructions, each with its operation name and source line. `executions` says how often
+each instruction runs. `cost.tpu_time` and `--mode=compile` are the callers. Add another property of an
+instruction to `Instruction`.
+"""
 
 import collections
 import math
@@ -14,55 +19,56 @@ class Instruction(NamedTuple):
 
     name: str
     opcode: str
-    shape: str  # of the result, as the text has it
+    shape: str  # shape of the result, as text
     operands: str
-    rest: str  # attributes behind the operands
-    op_name: str  # JAX's path to it, "" where the compiler made it
-    frame: int  # of the stack that traced it, 0 for none
+    rest: str  # attributes after the operands
+    op_name: str  # JAX's path to the operation, "" if the compiler added it
+    frame: int  # stack frame that traced it, 0 if unknown
 
     @property
     def cycles(self) -> int | None:
-        """The compiler's estimate for one run; None where it has none."""
-        found = _CYCLES.search(self.rest)
-        return int(found[1]) if found else None
+        """The compiler's estimate of the cycles of one run, or None."""
+        match = _CYCLES.search(self.rest)
+        return int(match[1]) if match else None
 
 
 class Execution(NamedTuple):
-    """An instruction that runs by itself: no part of a fusion, but perhaps of a loop's body."""
+    """An instruction that runs by itself. It is not part of a fusion but may be in a loop."""
 
     instruction: Instruction
-    times: float  # in one call of the program
-    loop: bool  # inside a loop
+    times: float  # runs in one call of the program
+    loop: bool  # whether it is in a loop
 
 
 class Program(NamedTuple):
-    """A parsed text."""
+    """A parsed program."""
 
-    entry: str
+    entry: str  # name of the entry computation
     computations: dict[str, list[Instruction]]
-    places: dict[int, str]  # frame -> file:line of the innermost frame in our own source
-    begun: frozenset[str]  # channels of collectives that a fusion begins and others go on with and end
+    source_lines: dict[int, str]  # stack frame -> file:line of its innermost frame in the package
+    async_channels: frozenset[str]  # channels of collectives that one fusion begins and another ends
 
     def inner(self, instruction: Instruction) -> Iterator[Instruction]:
-        """What a fusion, an asynchronous start or a call consists of, fusions within it as well."""
+        """Yields the instructions of a fusion, an asynchronous start or a call, recursively."""
         for name in _CALLED_COMPUTATION.findall(instruction.rest):
-            for inside in self.computations.get(name, ()):
-                yield inside
-                yield from self.inner(inside)
+            for called in self.computations.get(name, ()):
+                yield called
+                yield from self.inner(called)
 
 
 class Collective(NamedTuple):
     """One instruction of a compiled program that moves data between devices."""
 
-    kind: str  # of COLLECTIVES
-    shape: tuple[int, ...]  # of its largest operand or result, on one device
-    bytes: int  # of that array, or of all that it moves together
-    times: float  # that it runs in one call of the program
-    loop: bool  # inside a loop
-    overlaps: bool = False  # begun and ended by two instructions, between which others run
+    kind: str  # one of COLLECTIVES
+    shape: tuple[int, ...]  # shape of its largest operand or result, on one device
+    bytes: int  # size of that array, or of all arrays that it moves together
+    times: float  # runs in one call of the program
+    loop: bool  # whether it is in a loop
+    overlaps: bool = False  # whether others can run between its start and its end
 
     @property
     def moved(self) -> float:
+        """Bytes in one call of the program."""
         return self.bytes * self.times
 
 
@@ -81,8 +87,13 @@ _ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
 _TABLE_TITLE = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)$")
 
 
-def parse(text: str, ours: str = "madformer_jax/") -> Program:
-    """Reads a program's text; `ours` is what the path of a file of our own contains."""
+def parse(text: str, package: str = "madformer_jax/") -> Program:
+    """Parses the text of a compiled program.
+
+    Args:
+      text: Result of `as_text()`.
+      package: Part of the path by which the package's own source files are recognized.
+    """
     computations: dict[str, list[Instruction]] = {}
     tables: dict[str, dict[int, str]] = {}
     entry, current, table = "", "", ""
@@ -96,9 +107,9 @@ def parse(text: str, ours: str = "madformer_jax/") -> Program:
             entry = current if header[1] else entry
         elif table and (row := re.match(r"(\d+) (.*)", line)):
             tables[table][int(row[1])] = row[2]
-        elif current and (found := _INSTRUCTION.match(line)):
-            name, shape, opcode, behind = found.groups()
-            operands, _, rest = behind.partition(")")
+        elif current and (match := _INSTRUCTION.match(line)):
+            name, shape, opcode, arguments = match.groups()
+            operands, _, rest = arguments.partition(")")
             op_name, frame = _OP_NAME.search(rest), _FRAME.search(rest)
             computations[current].append(
                 Instruction(
@@ -111,48 +122,48 @@ def parse(text: str, ours: str = "madformer_jax/") -> Program:
                     frame=int(frame[1]) if frame else 0,
                 )
             )
-    begun = {
+    async_channels = {
         _channel_id(x)
         for lines in computations.values()
         if any(_ASYNC_START in line.rest for line in lines)
         for x in lines
         if _collective_kind(x.opcode)
     }
-    return Program(entry, computations, _source_locations(tables, ours), frozenset(begun))
+    return Program(entry, computations, _source_lines(tables, package), frozenset(async_channels))
 
 
 def _channel_id(instruction: Instruction) -> str:
-    found = re.search(r"channel_id=(\d+)", instruction.rest)
-    return found[1] if found else ""
+    match = re.search(r"channel_id=(\d+)", instruction.rest)
+    return match[1] if match else ""
 
 
-def _source_locations(tables: dict[str, dict[int, str]], ours: str) -> dict[int, str]:
-    """See `Program.places`."""
+def _source_lines(tables: dict[str, dict[int, str]], package: str) -> dict[int, str]:
+    """Returns `Program.source_lines` from the tables of a program."""
     files, locations, frames = (tables.get(name, {}) for name in ("FileNames", "FileLocations", "StackFrames"))
 
     def number(row: str, field: str) -> int:
-        found = re.search(rf"{field}=(\d+)", row)
-        return int(found[1]) if found else 0
+        match = re.search(rf"{field}=(\d+)", row)
+        return int(match[1]) if match else 0
 
-    places: dict[int, str] = {}
+    source_lines: dict[int, str] = {}
     for frame in frames:
-        at, seen = frame, set[int]()
-        while at in frames and at not in seen:
-            seen.add(at)
-            location = locations.get(number(frames[at], "file_location_id"), "")
+        current, visited = frame, set[int]()
+        while current in frames and current not in visited:
+            visited.add(current)
+            location = locations.get(number(frames[current], "file_location_id"), "")
             file = files.get(number(location, "file_name_id"), "").strip('"')
-            if ours in file:
-                places[frame] = f"{file.rpartition(ours)[2]}:{number(location, 'line')}"
+            if package in file:
+                source_lines[frame] = f"{file.rpartition(package)[2]}:{number(location, 'line')}"
                 break
-            at = number(frames[at], "parent_frame_id")
-    return places
+            current = number(frames[current], "parent_frame_id")
+    return source_lines
 
 
 def executions(program: Program) -> Iterator[Execution]:
-    """Every instruction that runs by itself, with how often it does.
+    """Yields every instruction that runs by itself, with how often it runs.
 
-    A loop whose trip count is unknown counts once. Of a choice between two branches both count, one of which is mostly empty;
-    of a choice between more, each counts as its share.
+    A loop with an unknown trip count counts once. If a conditional has two branches, both count in
+    full, because one of them is mostly empty. If it has n > 2 branches, each counts as 1 / n.
     """
 
     def visit(name: str, times: float, loop: bool) -> Iterator[Execution]:
@@ -172,60 +183,64 @@ def executions(program: Program) -> Iterator[Execution]:
 
 
 def unbounded_loops(program: Program) -> list[str]:
-    """The loops whose trip count is unknown."""
+    """Returns the names of loops whose trip count is unknown."""
     loops = (x for lines in program.computations.values() for x in lines if x.opcode == "while")
     return [loop.name for loop in loops if _trip_count(program, loop) is None]
 
 
 def _trip_count(program: Program, loop: Instruction) -> int | None:
     known = _TRIP_COUNT.findall(loop.rest)
-    if not known:  # TPU: only the condition tells, which holds the counter against the one constant in it
+    if not known:  # on a TPU, the condition compares the counter with its only constant
         condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-        inside = program.computations.get(condition[1], []) if condition else []
-        known = [x.operands for x in inside if x.opcode == "constant" and _SCALAR_INTEGER.match(x.shape)]
+        instructions = program.computations.get(condition[1], []) if condition else []
+        known = [x.operands for x in instructions if x.opcode == "constant" and _SCALAR_INTEGER.match(x.shape)]
     return int(known[0]) if len(known) == 1 else None
 
 
-def inter_slice_bytes(run: Execution) -> float:
-    """Bytes that an instruction sends to other slices, over the data centre's network (libtpu's runtime for it is Megascale)."""
-    x = run.instruction
+def inter_slice_bytes(execution: Execution) -> float:
+    """Returns the bytes that an instruction sends to other slices over the data center's network.
+
+    Megascale is libtpu's runtime for this network.
+    """
+    x = execution.instruction
     if x.opcode != "send" or "megascale" not in x.rest:
         return 0.0
-    return run.times * max(array_bytes(*a) for a in _ARRAY.findall(x.shape))
+    return execution.times * max(array_bytes(*a) for a in _ARRAY.findall(x.shape))
 
 
-def collective(program: Program, run: Execution) -> Collective | None:
-    """The data that an instruction moves between devices; None for one that moves none, and for the end of one begun before.
+def collective(program: Program, execution: Execution) -> Collective | None:
+    """Returns the data that an instruction moves between devices.
 
-    A reduce-scatter that a backend has as a fused all-reduce with a slice counts as an all-reduce.
+    Returns None if it moves none, or if it ends a collective that another instruction began. An
+    all-reduce fused with a slice, as some backends compile a reduce-scatter, counts as an all-reduce.
     """
-    inside = [run.instruction, *program.inner(run.instruction)]
-    move = next((x for x in inside if _collective_kind(x.opcode)), None)
+    instructions = [execution.instruction, *program.inner(execution.instruction)]
+    move = next((x for x in instructions if _collective_kind(x.opcode)), None)
     if move is None:
         return None
-    begins = any(_ASYNC_START in x.rest for x in inside)
-    if _channel_id(move) in program.begun and not begins:
+    begins = any(_ASYNC_START in x.rest for x in instructions)
+    if _channel_id(move) in program.async_channels and not begins:
         return None
-    found = [
+    arrays = [
         [(array_bytes(*a), dimensions(a[1])) for a in _ARRAY.findall(text)] for text in (move.shape, move.operands)
     ]
-    size, shape = max(found[0] + found[1])
-    if not move.opcode.endswith("-start"):  # whose result lists operands as well; here several arrays may move together
-        size = max(sum(size for size, _ in arrays) for arrays in found)
-    overlaps = begins or any(x.opcode.endswith("-start") for x in (run.instruction, move))
-    return Collective(_collective_kind(move.opcode), shape, size, run.times, run.loop, overlaps)
+    size, shape = max(arrays[0] + arrays[1])
+    if not move.opcode.endswith("-start"):  # the result of a start lists operands as well
+        size = max(sum(size for size, _ in side) for side in arrays)
+    overlaps = begins or any(x.opcode.endswith("-start") for x in (execution.instruction, move))
+    return Collective(_collective_kind(move.opcode), shape, size, execution.times, execution.loop, overlaps)
 
 
 def library_calls(text: str) -> dict[str, int]:
-    """How many instructions of a GPU's program call each library, or are Triton's; by the targets' own names."""
-    found = re.findall(r'custom_call_target="(__[^"]+)"', text) + re.findall(r'"kind":"(__triton[^"]*)"', text)
-    return dict(sorted(collections.Counter(found).items()))
+    """Counts the instructions of a GPU program that call a library or Triton, by target name."""
+    targets = re.findall(r'custom_call_target="(__[^"]+)"', text) + re.findall(r'"kind":"(__triton[^"]*)"', text)
+    return dict(sorted(collections.Counter(targets).items()))
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a text, each with how often it runs."""
+    """Returns the collectives of a program, each with how often it runs."""
     program = parse(text)
-    return [x for run in executions(program) if (x := collective(program, run))]
+    return [x for execution in executions(program) if (x := collective(program, execution))]
 
 
 def _collective_kind(opcode: str) -> str:
@@ -233,7 +248,7 @@ def _collective_kind(opcode: str) -> str:
 
 
 def array_dimensions(text: str) -> list[tuple[int, ...]]:
-    """The dimensions of each array in a shape."""
+    """Returns the dimensions of each array in a shape, given as text."""
     return [dimensions(dims) for _, dims in _ARRAY.findall(text)]
 
 

@@ -1,4 +1,10 @@
-"""2-D rotary position embedding: the release's variant and the axial one (MADFormer, section 3.3)."""
+"""2-D rotary position embedding (RoPE): the release's variant and the axial one (section 3.3).
+
+`models.madformer` builds the tables. `attention.qk_norm_rope` applies them to queries and keys. Add
+a variant in `rotary_table` and to the choices of `config.model.rope`.
+
+Shapes: L blocks, s tokens a block, T text tokens, h head size.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -10,16 +16,24 @@ from jax import Array
 
 
 class RotaryTable(NamedTuple):
-    """Cosine and sine for a set of positions, each (..., head size)."""
+    """Cosines and sines of the rotation angles of a set of positions, each `(..., h)`."""
 
     cos: Array
     sin: Array
 
 
 def image_positions(grid: int, token_side: int, columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of all tokens on the image's token grid, each (L, s): blocks in raster order, tokens likewise.
+    """Returns the rows and columns of all tokens on the token grid of an image.
 
-    The grid has `grid` rows and `columns` (by default as many) columns of blocks, which together are square.
+    Blocks are in raster order, and so are the tokens within a block. The image is square.
+
+    Args:
+      grid: Rows of blocks.
+      token_side: Rows of tokens in a block.
+      columns: Columns of blocks, by default `grid`.
+
+    Returns:
+      Rows and columns, each `(L, s)`.
     """
     columns = columns or grid
     token_width = token_side * grid // columns
@@ -29,16 +43,20 @@ def image_positions(grid: int, token_side: int, columns: int | None = None) -> t
 
 
 def text_positions(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns of text tokens, each (T,): on the diagonal before the image's first corner."""
+    """Returns the rows and columns of text tokens, each `(T,)`.
+
+    Text lies on the diagonal that ends at the first corner of the image, at -T..-1.
+    """
     return np.arange(-length, 0), np.arange(-length, 0)
 
 
 def rotary_table(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, variant: str) -> RotaryTable:
-    """Cosines and sines of the angles of positions (rows, cols) on a token grid of `side` x `side`.
+    """Computes the rotary table of token positions on a grid of `side` x `side` tokens.
 
-    `release`: base b = (floor(8 side / pi) // 100 + 1) * 100, head_size / 4 frequencies b ** -(linspace(0, h, h/4) / h);
-    angles are [rows twice, columns twice]. `axial` orders the same angles so that a dimension and its partner
-    h/2 further turn by the same angle, which makes each pair a true rotation.
+    `release` has h / 4 frequencies b ** -(linspace(0, h, h / 4) / h) with the base
+    b = (floor(8 side / pi) // 100 + 1) * 100, and orders its angles as rows, rows, columns,
+    columns. `axial` orders the same angles as rows, columns, rows, columns. A dimension and its
+    partner, h / 2 further, then have the same angle, which makes each pair a true rotation.
     """
     base = (math.floor(8 * side / math.pi) // 100 + 1) * 100
     frequencies = float(base) ** -(np.linspace(0, head_size, head_size // 4) / head_size)
@@ -49,10 +67,18 @@ def rotary_table(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: in
 
 
 def apply_rope(x: Array, position: RotaryTable, axis: int = -1, dtype: Any = None) -> Array:
-    """X * cos + rotate_half(x) * sin over `axis`, for angles that broadcast against x; computed in float32, by default given as x."""
+    """Computes x * cos + rotate_half(x) * sin along an axis, in float32.
+
+    Args:
+      x: Queries or keys, whose `axis` has size h.
+      position: Table that broadcasts against `x`.
+      axis: Axis of the head dimensions.
+      dtype: Type of the result, by default that of `x`.
+    """
     (a, b), (cos_a, cos_b), (sin_a, sin_b) = (
         jax.lax.split(y.astype(jnp.float32), [y.shape[axis] // 2] * 2, axis=axis % y.ndim) for y in (x, *position)
     )
-    # each half rounded by itself: joined in float32, they are twice what a TPU writes and reads again
+    # Each half is rounded before they are joined. Joining them in float32 would double the memory
+    # that a TPU writes and reads again.
     halves = (y.astype(dtype or x.dtype) for y in (a * cos_a - b * sin_a, b * cos_b + a * sin_b))
     return jnp.concatenate(tuple(halves), axis=axis)

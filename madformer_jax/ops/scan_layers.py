@@ -1,7 +1,8 @@
-"""A loop over layers of one kind, whose gradient keeps what it needs in memory that nothing fills beforehand.
+"""A scan over layers of the same kind, with a gradient that needs less memory traffic.
 
-`jax.lax.scan` fills with zeros what it keeps for its gradient, before its first step: as much memory again is written, which on a
-TPU costs more than to keep it (docs/performance.md).
+`jax.lax.scan` fills its buffers for residuals with zeros before the first step. That writes as much
+memory again, which costs more on a TPU than storing the residuals (docs/performance.md). `run`
+stores them in uninitialized buffers instead. `models.transformer` runs its stages with it.
 """
 
 import functools
@@ -16,72 +17,75 @@ from jax.tree_util import Partial
 LayerFn = Callable[[Any, Any, Any], Any]
 
 
-def run(layer: LayerFn, params: Any, x: Any, given: Any, unroll: int) -> Any:
-    """The last of x = layer(params of layer n, x, given) for all n.
+def run(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> Any:
+    """Applies `x = layer(layer_params, x, shared)` for all layers and returns the last x.
 
     Args:
-      layer: what its gradient keeps and what it computes again is its own affair, by `jax.checkpoint`.
-      params: arrays (layers, ...).
-      given: what every layer gets; no gradient of it is taken.
-      unroll: layers in a step of the loop. Where that is all, there is no loop, and each layer keeps what it needs by itself.
+      layer: Function of one layer. Wrap it in `jax.checkpoint` to choose its residuals.
+      params: Arrays of all layers, each `(layers, ...)`.
+      x: Input of the first layer.
+      shared: Input of every layer. No gradient of it is taken.
+      unroll: Layers per step of the loop. If it covers all layers, no loop is compiled and each
+        layer keeps its own residuals.
     """
     if unroll >= len(jax.tree.leaves(params)[0]):
-        return _scan(layer, params, x, given, unroll)
-    return _scan_with_vjp(layer, params, x, given, unroll)
+        return _scan(layer, params, x, shared, unroll)
+    return _scan_with_vjp(layer, params, x, shared, unroll)
 
 
-def _scan(layer: LayerFn, params: Any, x: Any, given: Any, unroll: int) -> Any:
-    return jax.lax.scan(lambda x, p: (layer(p, x, given), None), x, params, unroll=unroll)[0]
+def _scan(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> Any:
+    return jax.lax.scan(lambda x, p: (layer(p, x, shared), None), x, params, unroll=unroll)[0]
 
 
 _scan_with_vjp = jax.custom_vjp(_scan, nondiff_argnums=(0, 4))
 
 
-def _forward(layer: LayerFn, params: Any, x: Any, given: Any, unroll: int) -> tuple[Any, Any]:
+def _forward(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> tuple[Any, Any]:
     layers = len(jax.tree.leaves(params)[0])
-    pull: Any = None
+    layer_vjp: Any = None
 
-    def one(p: Any, x: Any) -> tuple[Any, list[Array]]:
-        """A layer, and what its gradient needs besides its parameters and what every layer gets."""
-        nonlocal pull
-        y, back = jax.vjp(lambda p, x: layer(p, x, given), p, x)
-        needed, tree = jax.tree.flatten(back)
-        had = jax.tree.leaves((p, given))
-        new = {id(array): array for array in needed}
-        for array in had:
-            new.pop(id(array), None)
-        places = {id(array): place for place, array in enumerate([*had, *new.values()])}
-        pull = functools.partial(_apply_layer_vjp, tree, [places[id(array)] for array in needed])
-        return y, list(new.values())
+    def apply_layer(p: Any, x: Any) -> tuple[Any, list[Array]]:
+        """Returns the output of a layer and its residuals, without parameters and shared input."""
+        nonlocal layer_vjp
+        y, vjp = jax.vjp(lambda p, x: layer(p, x, shared), p, x)
+        needed, tree = jax.tree.flatten(vjp)
+        inputs = jax.tree.leaves((p, shared))
+        residuals = {id(array): array for array in needed}
+        for array in inputs:
+            residuals.pop(id(array), None)
+        index = {id(array): i for i, array in enumerate([*inputs, *residuals.values()])}
+        layer_vjp = functools.partial(_apply_layer_vjp, tree, [index[id(array)] for array in needed])
+        return y, list(residuals.values())
 
-    def step(carry: Any, at: Any) -> tuple[Any, None]:
-        (x, kept), (n, p) = carry, at
-        x, new = one(p, x)
-        return (x, [jax.lax.dynamic_update_index_in_dim(*both, n, 0) for both in zip(kept, new, strict=True)]), None
+    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+        (x, buffers), (n, p) = carry, inputs
+        x, residuals = apply_layer(p, x)
+        pairs = zip(buffers, residuals, strict=True)
+        return (x, [jax.lax.dynamic_update_index_in_dim(*pair, n, 0) for pair in pairs]), None
 
-    _, shapes = jax.eval_shape(lambda params, x: one(jax.tree.map(lambda y: y[0], params), x), params, x)
-    kept = [jax.lax.empty((layers, *found.shape), found.dtype) for found in shapes]
-    (x, kept), _ = jax.lax.scan(step, (x, kept), (jnp.arange(layers), params), unroll=unroll)
-    return x, (Partial(pull), params, given, kept)
+    _, shapes = jax.eval_shape(lambda params, x: apply_layer(jax.tree.map(lambda y: y[0], params), x), params, x)
+    buffers = [jax.lax.empty((layers, *shape.shape), shape.dtype) for shape in shapes]
+    (x, buffers), _ = jax.lax.scan(step, (x, buffers), (jnp.arange(layers), params), unroll=unroll)
+    return x, (Partial(layer_vjp), params, shared, buffers)
 
 
 def _apply_layer_vjp(
-    tree: Any, places: list[int], p: Any, given: Any, kept: list[Array], gradient: Any
+    tree: Any, indices: list[int], p: Any, shared: Any, residuals: list[Array], gradient: Any
 ) -> tuple[Any, Any]:
-    """The gradients of a layer's parameters and input."""
-    arrays = [*jax.tree.leaves((p, given)), *kept]
-    return jax.tree.unflatten(tree, [arrays[place] for place in places])(gradient)
+    """Returns the gradients of the parameters and of the input of a layer."""
+    arrays = [*jax.tree.leaves((p, shared)), *residuals]
+    return jax.tree.unflatten(tree, [arrays[i] for i in indices])(gradient)
 
 
 def _backward(layer: LayerFn, unroll: int, saved: Any, gradient: Any) -> tuple[Any, Any, None]:
-    pull, params, given, kept = saved
+    layer_vjp, params, shared, buffers = saved
 
-    def step(gradient: Any, at: Any) -> tuple[Any, Any]:
-        p, of_layer = at
-        d_params, gradient = pull(p, given, of_layer, gradient)
+    def step(gradient: Any, inputs: Any) -> tuple[Any, Any]:
+        p, residuals = inputs
+        d_params, gradient = layer_vjp(p, shared, residuals, gradient)
         return gradient, d_params
 
-    gradient, d_params = jax.lax.scan(step, gradient, (params, kept), reverse=True, unroll=unroll)
+    gradient, d_params = jax.lax.scan(step, gradient, (params, buffers), reverse=True, unroll=unroll)
     return d_params, gradient, None
 
 

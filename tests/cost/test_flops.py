@@ -30,7 +30,10 @@ SWITCHES = {
 
 
 def wide(**changes):
-    """A model so wide that element-wise work is below a percent, with attention a tenth; it is only traced, never run."""
+    """Returns a config so wide that element-wise work is below 1 % of the FLOPs.
+
+    Attention is about a tenth. The model is traced but never run.
+    """
     c = schema.base()
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size, c.data.channels = 64, 4
@@ -46,13 +49,16 @@ def wide(**changes):
     return c
 
 
-def counted(function, *args):
-    """XLA's count for the program of a function of abstract arrays; the body of a loop counts once, so none may run twice."""
+def xla_flops(function, *args):
+    """Returns XLA's FLOPs of a function.
+
+    XLA counts the body of a loop once, so no loop may run twice.
+    """
     return jax.jit(function).lower(*args).cost_analysis()["flops"]
 
 
 def abstract(c):
-    """The model, its parameters, latent blocks, timesteps and tokens of a batch."""
+    """Returns the model and abstract parameters, blocks, timesteps and tokens of a batch."""
     model = madformer.build(c)
     params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
     z = jax.ShapeDtypeStruct((c.train.batch, *derive_sizes(c).block_shape), jnp.float32)
@@ -62,7 +68,7 @@ def abstract(c):
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_training_costs_what_xla_counts(name):
+def test_training_flops_equal_the_count_of_xla(name):
     c = wide(**SWITCHES[name])
     model, params, z, t, tokens = abstract(c)
     terms = tuple(term for term, weight in c.loss.items() if weight)
@@ -72,9 +78,9 @@ def test_training_costs_what_xla_counts(name):
         return sum(jnp.sum(x**2) for x in outputs if x is not None)
 
     args = params, z, z, t, tokens
-    assert counted(jax.grad(total), *args) == pytest.approx(flops.training_step(c).total, rel=0.02)
-    if name in ("four blocks", "one block"):  # of the others it is a part of what has just been counted
-        assert counted(total, *args) == pytest.approx(c.train.batch * flops.forward_pass(c).total, rel=0.02)
+    assert xla_flops(jax.grad(total), *args) == pytest.approx(flops.training_step(c).total, rel=0.02)
+    if name in ("four blocks", "one block"):  # the other cases contain it in the gradient
+        assert xla_flops(total, *args) == pytest.approx(c.train.batch * flops.forward_pass(c).total, rel=0.02)
 
 
 SAMPLING = {
@@ -91,28 +97,28 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize("name", SAMPLING)
-def test_sampling_costs_what_xla_counts(name):
+def test_sampling_flops_equal_the_count_of_xla(name):
     c = wide(**SAMPLING[name])
     model, params, z, _, tokens = abstract(c)
-    draw = functools.partial(
+    sample = functools.partial(
         sampler.sample, model, solver="dpmpp_2m", spacing="trailing", steps=c.sample.steps, guidance=c.sample.guidance,
         unroll=True,
     )  # fmt: skip
-    assert counted(draw, params, z, tokens) == pytest.approx(flops.sampling(c, c.train.batch).total, rel=0.02)
+    assert xla_flops(sample, params, z, tokens) == pytest.approx(flops.sampling(c, c.train.batch).total, rel=0.02)
 
 
-def test_the_vae_costs_what_xla_counts():
+def test_vae_flops_equal_the_count_of_xla():
     model = vae.AutoencoderKL()
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     latent = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
     encode, decode = (functools.partial(f, model) for f in (vae.encode, vae.decode))
-    assert counted(encode, params, image) == pytest.approx(flops.vae_encode(64), rel=0.02)
-    assert counted(decode, params, latent) == pytest.approx(flops.vae_decode(64), rel=0.02)
+    assert xla_flops(encode, params, image) == pytest.approx(flops.vae_encode(64), rel=0.02)
+    assert xla_flops(decode, params, latent) == pytest.approx(flops.vae_decode(64), rel=0.02)
 
 
-def test_sampling_passes_are_those_of_the_formula():
-    """N - D layers once and D layers at every step, in passes of the whole model (section 1)."""
+def test_nfe_follows_the_formula_of_the_paper():
+    """N - D layers run once and D layers at every step, in passes of the model (section 1)."""
     c = wide(depth=4)
     c.sample.steps = 50
     assert flops.nfe(c) == pytest.approx(3 / 4 + 50 / 4)
@@ -137,7 +143,10 @@ def test_sampling_passes_are_those_of_the_formula():
     ],
 )
 def test_passes_count_the_layers_of_every_switch(changes, condition, extension):
-    """Of four layers: those of the condition in each block, of the extension in each but the last; all twice with guidance."""
+    """The condition counts in each block and the extension in each but the last.
+
+    Guidance doubles both.
+    """
     c = wide(depth=4, **changes)
     c.sample.steps = 5
     for blocks in (1, 4, 16):
@@ -152,27 +161,27 @@ def test_passes_count_the_layers_of_every_switch(changes, condition, extension):
     assert (flops.nfe(c), flops.model_passes(c)) == (nfe, passes)
 
 
-def test_passes_grow_by_the_extension_between_two_blocks():
+def test_passes_include_the_extension_between_two_blocks():
     c = wide(depth=4, blocks=4)  # D = 1
     c.sample.steps = 2
-    found = [flops.model_passes_until(c, block, step) * 16 for block in range(4) for step in (1, 2)]
-    assert found == [4, 5, 13, 14, 22, 23, 31, 32]  # a condition costs 3, a step 1, an extension 4
+    layers = [flops.model_passes_until(c, block, step) * 16 for block in range(4) for step in (1, 2)]
+    assert layers == [4, 5, 13, 14, 22, 23, 31, 32]  # condition 3, step 1, extension 4
 
 
-def test_peak_of_a_device_is_its_data_sheets():
-    def of(kind, dtype):
+def test_peak_rate_is_that_of_the_data_sheet():
+    def peak_of(kind, dtype):
         return flops.peak_rate(dtype, types.SimpleNamespace(device_kind=kind))
 
-    assert of("TPU v5 lite", "bfloat16") == 197e12
-    assert of("TPU v5", "bfloat16") == 459e12
-    assert of("TPU v4", "float32") == 275e12
-    assert of("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
-    assert of("NVIDIA H100 PCIe", "bfloat16") == 756e12
-    assert of("NVIDIA A100-SXM4-80GB", "float32") == 156e12
-    assert of("NVIDIA GB200", "bfloat16") > of("NVIDIA B200", "bfloat16")
+    assert peak_of("TPU v5 lite", "bfloat16") == 197e12
+    assert peak_of("TPU v5", "bfloat16") == 459e12
+    assert peak_of("TPU v4", "float32") == 275e12
+    assert peak_of("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert peak_of("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_of("NVIDIA A100-SXM4-80GB", "float32") == 156e12
+    assert peak_of("NVIDIA GB200", "bfloat16") > peak_of("NVIDIA B200", "bfloat16")
 
 
-def test_peak_of_a_cpu_is_a_measured_product():
+def test_peak_rate_of_a_cpu_is_measured():
     measured = flops.peak_rate("float32")
     assert measured == flops.matmul_rate("float32") > 1e8  # measured once
     cost = flops.Cost(unet=measured)

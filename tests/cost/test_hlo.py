@@ -1,4 +1,4 @@
-"""What is read from the text of a compiled program."""
+"""Tests of the parser of compiled programs, on a program written by hand."""
 
 from madformer_jax.cost import hlo
 
@@ -34,16 +34,19 @@ ENTRY %main.4 (x: bf16[8,16]) -> f32[] {
 """
 
 
-def test_collectives_in_loops_count_as_often_as_they_run():
+def test_collectives_in_loops_count_once_per_iteration():
     gather, permute, reduce = hlo.collectives(HLO)
     assert gather == hlo.Collective("all-gather", (8, 16), 256, 5, True, overlaps=True)
     assert gather.moved == 1280
-    assert permute == hlo.Collective("collective-permute", (4,), 16, 7, True)  # a TPU's loop
+    assert permute == hlo.Collective("collective-permute", (4,), 16, 7, True)  # a loop as TPU programs have it
     assert reduce == hlo.Collective("all-reduce", (100,), 400, 1, False)
 
 
-def test_a_collective_in_the_background_of_others_counts_once():
-    """On a TPU one fusion begins it, others compute while it goes on, and one ends it; arrays may move together."""
+def test_an_asynchronous_collective_counts_once():
+    """On a TPU one fusion begins a collective and another ends it. Others compute in between.
+
+    One collective may move several arrays.
+    """
     gather = "  %x{0} = bf16[8,16]{{1,0}} all-gather(%a), channel_id={1}, dimensions={{0}}"
     text = "\n".join(
         [

@@ -1,4 +1,4 @@
-"""Time from a program's text: step.hlo, in the form that libtpu writes, whose every second is known."""
+"""Tests of the time estimate on step.hlo, a program in libtpu's form with known times."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ def estimated(**changes):
     return tpu_time.estimate(HLO, **{"device_kind": "TPU v5 lite", "peak": PEAK, "flops": 0.004 * PEAK, **changes})
 
 
-def test_cycles_count_as_often_as_their_loop_runs():
+def test_cycles_are_multiplied_by_trip_counts():
     e = estimated()
     kernel = tpu_time.KERNEL_COSTS["block_attention_backward"]
     attention = 0.5e-3 / kernel.rate + 2 * 4 * 512 * kernel.query / 1.5e9
@@ -33,12 +33,12 @@ def test_collectives_wait_or_overlap():
     assert e.high == pytest.approx(e.waiting + e.overlapping + e.busy)
 
 
-def test_the_tables_say_where_the_time_goes():
+def test_tables_and_report_attribute_the_time():
     e = estimated()
     kinds, phases = e.table("kind"), e.table("phase")
     assert kinds["AR layers"] == pytest.approx({"products": 4e-3, "collectives": 8e-3})
     assert kinds["diffusion layers"] == pytest.approx({"copies": 2e-3})
-    assert kinds["optimizer"] == pytest.approx({"element-wise": 2e-3})  # a conversion is work
+    assert kinds["optimizer"] == pytest.approx({"element-wise": 2e-3})  # a conversion is element-wise
     assert kinds["U-Net"].keys() == {"collectives"}
     assert kinds["attention"].keys() == {"products"}
     assert phases["diffusion layers"].keys() == {"recomputed"}
@@ -46,14 +46,14 @@ def test_the_tables_say_where_the_time_goes():
     assert phases["AR layers"].keys() == {"forward"}
     assert phases["optimizer"].keys() == {"update"}
     places = {row.name: row.place for row in e.rows}
-    assert places["fusion.1"] == "models/layers.py:30 query/dot_general"  # the caller of ours, not flax
+    assert places["fusion.1"] == "models/layers.py:30 query/dot_general"  # the caller in the package, not flax
     report = tpu_time.format_estimate(e)
     assert "AR layers, forward, products: models/layers.py:30 query/dot_general" in report
-    assert "nothing is known of them: while.2, other" in report
+    assert "loops of unknown length (counted once): while.2, other" in report
     assert "to other slices" in report
 
 
-def test_two_files_are_compared(tmp_path, capsys):
+def test_command_compares_two_reports(tmp_path, capsys):
     program = {"time": estimated().figures(), "bytes": 2**30}
     before = {"fits": True, "topology": "v5e:4x4", "config": {"a.b": 1, "a.c": 2}}
     before |= {"training step": program, "sampler": {"time": None, "bytes": 1}}
@@ -66,7 +66,7 @@ def test_two_files_are_compared(tmp_path, capsys):
     assert tpu_time.main([*map(str, paths[:2])]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0] == "a.c: 2 -> 3"
-    assert out.splitlines()[2].split() == ["GiB", "a", "device", "1.00", "1.00"]
+    assert out.splitlines()[2].split() == ["GiB", "per", "device", "1.00", "1.00"]
     assert "sampler" not in out
     assert out.splitlines()[-1].split() == ["AR", "layers,", "products", "0.004", "0.001"]
     assert tpu_time.main([str(paths[0])]) == 2
@@ -76,7 +76,7 @@ def test_two_files_are_compared(tmp_path, capsys):
     assert "old.json lacks 'config'" in capsys.readouterr().err
 
 
-def test_an_unknown_chip_is_no_estimate():
+def test_unknown_chip_is_rejected():
     assert tpu_time.chip_spec("TPU v1") is None
     with pytest.raises(ValueError, match="TPU v1"):
         estimated(device_kind="TPU v1")

@@ -8,10 +8,10 @@ from madformer_jax.ops import scan_layers
 LAYERS, SIZE = 5, 4
 
 
-def layer(p, x, given):
-    shift, place = given
+def layer(p, x, shared):
+    shift, index = shared
     y = jnp.sin(x["a"] @ p["w"] + shift) * p["b"]
-    return {"a": x["a"] + y, "b": x["b"] + y[place] * y[place]}
+    return {"a": x["a"] + y, "b": x["b"] + y[index] * y[index]}
 
 
 @pytest.fixture
@@ -23,33 +23,33 @@ def arguments():
     return params, x, (jnp.full(SIZE, 0.5), jnp.asarray(1))
 
 
-@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("unroll", [1, 2, LAYERS])
-def test_a_loop_and_its_gradient_equal_one_layer_after_the_other(unroll, again, arguments):
-    params, x, given = arguments
-    used = jax.checkpoint(layer) if again else layer
+def test_scan_and_its_gradient_equal_unrolled_layers(unroll, remat, arguments):
+    params, x, shared = arguments
+    layer_fn = jax.checkpoint(layer) if remat else layer
 
-    def looped(params, x):
-        return scan_layers.run(used, params, x, given, unroll)
+    def scanned(params, x):
+        return scan_layers.run(layer_fn, params, x, shared, unroll)
 
-    def by_hand(params, x):
+    def unrolled(params, x):
         for n in range(LAYERS):
-            x = layer({name: p[n] for name, p in params.items()}, x, given)
+            x = layer({name: p[n] for name, p in params.items()}, x, shared)
         return x
 
     def gradient(function):
         return jax.jit(jax.value_and_grad(lambda *args: sum((y**2).sum() for y in function(*args).values()), (0, 1)))
 
-    found, expected = gradient(looped)(params, x), gradient(by_hand)(params, x)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    actual, expected = gradient(scanned)(params, x), gradient(unrolled)(params, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
-def test_a_layer_that_is_computed_again_keeps_its_input_alone(arguments):
-    """Neither the parameters, which are there, nor what every layer gets."""
+def test_rematerialized_layers_store_their_inputs_only(arguments):
+    """Residuals exclude the parameters and the shared input, which exist anyway."""
 
-    def kept(used):
-        _, (*_, arrays) = scan_layers._forward(used, *arguments, 1)
+    def residual_shapes(layer_fn):
+        _, (*_, arrays) = scan_layers._forward(layer_fn, *arguments, 1)
         return sorted(array.shape for array in arrays)
 
-    assert kept(jax.checkpoint(layer)) == [(LAYERS, 3, SIZE)]
-    assert len(kept(layer)) > 1
+    assert residual_shapes(jax.checkpoint(layer)) == [(LAYERS, 3, SIZE)]
+    assert len(residual_shapes(layer)) > 1

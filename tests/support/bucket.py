@@ -1,8 +1,9 @@
-"""A bucket on this machine: a small Google Cloud Storage, which TensorFlow and TensorStore reach as they reach the real one.
+"""A local emulation of a Google Cloud Storage bucket.
 
-Both ask https://*.googleapis.com through the proxy of the environment. That proxy is here, with a certificate of its own, and
-answers from memory. As in a bucket, an object appears when its upload ends, and nothing can be appended, sought while it is
-written, or renamed.
+TensorFlow and TensorStore send requests for https://*.googleapis.com through the proxy of the
+environment. `serve` starts that proxy, with its own certificate, and answers from memory. As in a real
+bucket, an object appears when its upload ends. Objects cannot be appended to, renamed, or seeked
+while they are written.
 """
 
 import contextlib
@@ -23,14 +24,18 @@ NAME = "bucket"
 
 
 class Bucket:
-    """Objects by name; `fail` answers the next requests to it with an HTTP status."""
+    """Objects by name.
+
+    Each entry of `fail` answers one request with an HTTP status: the next one for an object whose name
+    contains the first element.
+    """
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.generations: dict[str, int] = {}
         self.uploads: dict[str, tuple[str, bytes]] = {}
         self.lock = threading.Lock()
-        self.fail: list[tuple[str, int]] = []  # (part of an object's name, status)
+        self.fail: list[tuple[str, int]] = []  # part of an object's name, status
 
     def put(self, name: str, content: bytes) -> None:
         self.objects[name] = content
@@ -39,7 +44,7 @@ class Bucket:
     def size(self, name: str) -> int:
         return len(self.objects[name])
 
-    def about(self, name: str) -> dict[str, str]:
+    def metadata(self, name: str) -> dict[str, str]:
         return {
             "name": name, "size": str(self.size(name)), "generation": str(self.generations[name]),
             "updated": "2026-01-01T00:00:00.000Z",
@@ -48,7 +53,7 @@ class Bucket:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else every answer waits 40 ms for an acknowledgement
+    disable_nagle_algorithm = True  # otherwise every answer waits 40 ms for an acknowledgement
     bucket: Bucket
     tls: ssl.SSLContext
 
@@ -96,13 +101,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if match := re.fullmatch(
             r"(?:/upload)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+)(?:/rewriteTo/b/[^/]+/o/([^/]+))?)?)?", path
         ):
-            given, name, target = match[1], match[2], match[3]
-        elif match := re.fullmatch(r"/([^/]+)/(.+)", path):  # the XML interface, which reads
-            given, name, target = match[1], match[2], None
+            bucket_name, name, target = match[1], match[2], match[3]
+        elif match := re.fullmatch(r"/([^/]+)/(.+)", path):  # the XML API, used for reading only
+            bucket_name, name, target = match[1], match[2], None
             query["alt"] = "media"
         else:
             return self.answer(501)
-        if given != NAME:
+        if bucket_name != NAME:
             return self.answer(404, {"error": {"code": 404, "message": "The specified bucket does not exist."}})
         if name is None:
             return self.list(query) if path.endswith("/o") else self.answer(200, {"name": NAME, "location": "HERE"})
@@ -121,17 +126,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(200, {"done": True})
         if query.get("alt") == "media":
             return self.read(name, query)
-        return self.answer(200, bucket.about(name))
+        return self.answer(200, bucket.metadata(name))
 
     def read(self, name: str, query: dict[str, str]) -> None:
         content, generation = self.bucket.objects[name], str(self.bucket.generations[name])
         if query.get("ifGenerationNotMatch") == generation:
             return self.answer(304)
         headers = {"x-goog-generation": generation, "x-goog-hash": ""}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if not asked:
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if not byte_range:
             return self.answer(200, content, **headers)
-        first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+        first, last = int(byte_range[1]), min(int(byte_range[2] or len(content)), len(content) - 1)
         if first >= len(content):
             return self.answer(416)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
@@ -146,7 +151,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 continue
             cut = name.find(delimiter, len(prefix)) if delimiter else -1
             if cut < 0:
-                items.append(self.bucket.about(name))
+                items.append(self.bucket.metadata(name))
             elif (folder := name[: cut + 1]) not in prefixes:
                 prefixes.append(folder)
         self.answer(200, {"items": items, "prefixes": prefixes})
@@ -172,12 +177,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 200, Location=f"https://{host}/upload/storage/v1/b/{NAME}/o?uploadType=resumable&upload_id={number}"
             )
         bucket.put(name, body)
-        return self.answer(200, bucket.about(name))
+        return self.answer(200, bucket.metadata(name))
 
 
 @contextlib.contextmanager
 def serve() -> Iterator[tuple[Bucket, dict[str, str]]]:
-    """The bucket gs://bucket, and what has to stand in the environment of whoever uses it."""
+    """Serves the bucket gs://bucket. Yields it and the environment variables of its clients."""
     authority = trustme.CA()
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("www.googleapis.com", "storage.googleapis.com").configure_cert(tls)
@@ -195,9 +200,9 @@ def serve() -> Iterator[tuple[Bucket, dict[str, str]]]:
             {
                 "https_proxy": proxy, "HTTPS_PROXY": proxy, "no_proxy": "", "NO_PROXY": "",
                 "CURL_CA_BUNDLE": str(certificate), "TENSORSTORE_CA_BUNDLE": str(certificate),
-                "STORAGE_EMULATOR_HOST": proxy,  # google-cloud-storage then asks for no credentials
+                "STORAGE_EMULATOR_HOST": proxy,  # google-cloud-storage then needs no credentials
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token", "NO_GCE_CHECK": "true",
-                "GCS_READ_CACHE_BLOCK_SIZE_MB": "1",  # TensorFlow makes a buffer of this size, 64 MiB, for every file
+                "GCS_READ_CACHE_BLOCK_SIZE_MB": "1",  # TensorFlow allocates this size, by default 64 MiB, for every file
             },
         )  # fmt: skip
     server.shutdown()

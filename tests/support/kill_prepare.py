@@ -1,6 +1,8 @@
-"""Kills --mode=prepare at random moments and counts what it ends with; the tests run it small, this at full size:
+"""Kills --mode=prepare at random moments and checks the finished folder.
 
-python -m tests.support.kill_prepare
+    python -m tests.support.kill_prepare
+
+runs it at full size. tests/modes/test_prepare.py runs it with fewer images.
 """
 
 import hashlib
@@ -33,7 +35,11 @@ prepare.run(ConfigDict(json.loads(sys.argv[1])), sys.argv[2], process_index=0, p
 
 
 def make_images(folder: pathlib.Path, count: int, corrupt: Collection[int] = ()) -> None:
-    """Image i of class i % 2 has the red value i % 256 and the green value i // 256; corrupt ones are cut off."""
+    """Writes images of two classes that encode their number.
+
+    Image i has class i % 2, the red value i % 256 and the green value i // 256. The files of images in
+    `corrupt` are truncated.
+    """
     for i in range(count):
         path = folder / str(i % 2) / f"{i:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,11 +52,14 @@ def make_images(folder: pathlib.Path, count: int, corrupt: Collection[int] = ())
 
 
 def run(config: ConfigDict, out: str, kills: int, seed: int) -> int:
-    """Prepares in a process that is killed, `kills` times, then here; returns how often it was alive to be killed.
+    """Prepares in a process that is killed `kills` times, and then finishes in this process.
 
-    Each time it has to come as far as another finished shard first, or no number of kills would be a test.
+    Each kill waits for another finished shard, so that each run does some work.
+
+    Returns:
+      How often the process was alive when it was killed.
     """
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     killed = 0
     for _ in range(kills):
         finished = _finished(out)
@@ -59,7 +68,7 @@ def run(config: ConfigDict, out: str, kills: int, seed: int) -> int:
         process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stderr=subprocess.DEVNULL)
         while process.poll() is None and _finished(out) == finished:
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.02))
+        time.sleep(rng.uniform(0, 0.02))
         killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -74,7 +83,7 @@ def _finished(out: str) -> int:
 
 
 def check(out: str) -> list[int]:
-    """The numbers of the images in the finished folder, sorted, after comparing every checksum and label."""
+    """Checks all checksums and labels of a finished folder. Returns its image numbers, sorted."""
     manifest = json.loads((pathlib.Path(out) / records.MANIFEST).read_text())
     for shard in manifest["shards"]:
         content = (pathlib.Path(out) / shard["file"]).read_bytes()
@@ -94,12 +103,14 @@ def main() -> None:
         make_images(pathlib.Path(folder) / "images", IMAGES, corrupt)
         c = config_lib.base()
         c.data.source, c.data.path, c.data.image_size, c.data.split = "folder", f"{folder}/images", 8, "all"
-        c.model.blocks = c.model.unet_stride = 1  # which the command checks too
+        c.model.blocks = c.model.unet_stride = 1  # --mode=prepare validates these too
         c.prepare.shard = 20
         killed = run(c, f"{folder}/out", KILLS, seed=int(time.time()))
-        found = check(f"{folder}/out")
-    assert found == [i for i in range(IMAGES) if i not in corrupt]
-    print(f"killed {killed} times: {len(found)} records of {IMAGES} images, {CORRUPT} of them corrupt; checksums valid")
+        numbers = check(f"{folder}/out")
+    assert numbers == [i for i in range(IMAGES) if i not in corrupt]
+    print(
+        f"killed {killed} times: {len(numbers)} records of {IMAGES} images, {CORRUPT} of them corrupt; checksums valid"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Kills a sweep at random moments and shows that it ends in the same results.
+"""Kills a sweep at random moments and checks that its results are the same.
 
     python -m tests.support.sweep_kill --kills=3 --folder=/tmp/sweep_kill
 
-A tiny sweep is done by one process that nobody disturbs, and by two at once of which one or both get SIGKILL `kills` times, and
-are started again. Every result.json must be the same, byte for byte, and so must the report of both folders.
+One process runs a tiny sweep without interruption. Two concurrent processes run it again. One or both
+of them are killed with SIGKILL `kills` times and restarted. Every result.json and the report of both
+folders must be equal byte for byte.
 """
 
 import argparse
@@ -60,30 +61,30 @@ def main() -> None:
     shutil.rmtree(args.folder, ignore_errors=True)
     args.folder.mkdir(parents=True)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    file, whole, disturbed = args.folder / "widths.py", args.folder / "whole", args.folder / "disturbed"
-    tiny = pathlib.Path(__file__).with_name("tiny.py")
+    file, whole, killed = args.folder / "widths.py", args.folder / "whole", args.folder / "killed"
+    tiny = pathlib.Path(__file__).parent.parent / "tiny.py"
     names = {"tiny": str(tiny), "cache": str(args.folder / "cache"), "network": str(args.folder / "classifier.npz")}
     file.write_text(SWEEP.format(**names))
     began = time.monotonic()
     finish(start(file, whole))
     seconds = time.monotonic() - began
-    print(f"undisturbed: {seconds:.0f} s", flush=True)
+    print(f"without kills: {seconds:.0f} s", flush=True)
     rng = random.Random(args.seed)
-    processes = [start(file, disturbed), start(file, disturbed)]
+    processes = [start(file, killed), start(file, killed)]
     for kill in range(args.kills):
-        time.sleep(rng.uniform(0.06, 0.12) * seconds)  # less is left to do: the classifier is there
+        time.sleep(rng.uniform(0.06, 0.12) * seconds)  # the second sweep takes less time, since the classifier exists
         chosen = rng.choice(([0], [1], [0, 1]))
-        done = len(list(disturbed.glob("runs/*/result.json")))
+        done = len(list(killed.glob("runs/*/result.json")))
         print(f"kill {kill + 1}: {len(chosen)} of 2 processes, {done} runs done", flush=True)
         for i in chosen:
             processes[i].kill()
             processes[i].wait()
-            processes[i] = start(file, disturbed)
+            processes[i] = start(file, killed)
     finish(*processes)
-    for workdir in (whole, disturbed):
+    for workdir in (whole, killed):
         finish(start(file, workdir, "report"))
-    same = results(whole) == results(disturbed)
-    print(f"{len(results(whole))} files: {'the same, byte for byte' if same else 'NOT the same'}")
+    same = results(whole) == results(killed)
+    print(f"{len(results(whole))} files: {'equal' if same else 'NOT equal'}")
     sys.exit(not same)
 
 

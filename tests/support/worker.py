@@ -1,7 +1,10 @@
-"""main.py for a process that is to die, or to be told to stop, at a certain step: `python -m tests.support.worker ...`.
+"""Command line for a process that receives a signal at a certain training step.
 
-MADFORMER_SIGNAL="1:7:KILL" sends SIGKILL to process 1 when it has done step 7. With MADFORMER_SAMPLE the process samples and
-is judged as well once it has trained, which spares another start; and the processes fail, first all of them and then all but one.
+    MADFORMER_SIGNAL="1:7:KILL" python -m tests.support.worker ...
+
+takes the arguments of main.py. It sends SIGKILL to process 1 after step 7. tests/test_distributed.py runs
+it. If MADFORMER_SAMPLE is set, the process also samples and evaluates after training, which saves
+another start. The processes then fail, first all of them and then all but one.
 """
 
 import os
@@ -20,8 +23,11 @@ from madformer_jax.modes import evaluate, reference, sample, train
 from madformer_jax.runtime import partitioning
 
 
-def few(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Judges the images of a file in parts of three, of which a fourth process has no share; returns the scores."""
+def evaluate_few(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Evaluates the images of a file in batches of three and returns the scores.
+
+    The images are so few that a fourth process gets none of them.
+    """
     c = c.copy_and_resolve_references()
     c.evaluate.reference, c.evaluate.images = f"{workdir}/reference.npz", f"{workdir}/few.npz"
     c.evaluate.network_path = f"{workdir}/classifier.npz"
@@ -30,23 +36,23 @@ def few(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def run(argv: list[str]) -> int:
-    """Trains as `main.main` does; returns its status."""
-    process, at, name = os.environ.get("MADFORMER_SIGNAL", "-1:-1:TERM").split(":")
+    """Runs the command line and returns its exit status."""
+    process, signal_step, name = os.environ.get("MADFORMER_SIGNAL", "-1:-1:TERM").split(":")
     add = train.MetricWriter.add
 
-    def signalled(self: train.MetricWriter, step: int, metrics: Any) -> None:
-        if (jax.process_index(), step) == (int(process), int(at)):
+    def add_and_signal(self: train.MetricWriter, step: int, metrics: Any) -> None:
+        if (jax.process_index(), step) == (int(process), int(signal_step)):
             os.kill(os.getpid(), signal.Signals[f"SIG{name}"])
         add(self, step, metrics)
 
-    train.MetricWriter.add = signalled
+    train.MetricWriter.add = add_and_signal
     status = command_line.main(argv)
     if status == 0 and "MADFORMER_SAMPLE" in os.environ:
         c, values = command_line.parse(argv)
         schema.validate(c)
         for mode in (sample, reference, evaluate):
             mode.run(c, values.workdir)
-        few(c, values.workdir)
+        evaluate_few(c, values.workdir)
         assert partitioning.all_failed()
         partitioning.PEER_TIMEOUT_SECONDS = 0.5
         assert jax.process_index() == 1 or not partitioning.all_failed()

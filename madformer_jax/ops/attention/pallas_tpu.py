@@ -1,8 +1,14 @@
-"""Skip-causal attention on a TPU (MADFormer, section 3.2): one kernel for training and sampling, one for the gradient.
+"""Skip-causal attention on a TPU (section 3.2): calls of the Pallas kernels.
 
-Queries, keys and values have their tokens along the last axis, (B, H, h, tokens): a TPU's registers are 128 wide, and half empty with
-heads of 64 along them. A step of the kernel has a tile of one head's queries and all keys that they may see in fast memory; it goes
-over the tiles of those that they do see, so nothing else is computed. `images` stand one after the other along the tokens.
+`attention.api` calls `block_attention` in training and `cached_attention` in sampling. The kernels
+themselves are in `attention.pallas_tpu_kernels`.
+
+Queries, keys and values have their tokens along the last axis, `(B, H, h, tokens)`. Registers of a
+TPU have 128 lanes and would be half empty with heads of 64 along them. A row of tokens holds one or
+more images. A step of a kernel holds a tile of queries of one head and all keys that they may see
+in VMEM. It loops over the tiles of keys that they do see, so nothing else is computed.
+
+Shapes: B rows of `images` images, L blocks, H heads, h head size, T text tokens.
 """
 
 import functools
@@ -24,49 +30,63 @@ from madformer_jax.ops.attention.pallas_tpu_kernels import LANES, KeyValuePair
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, is_projected
 from madformer_jax.runtime import partitioning
 
-CHECKPOINT_NAME = "attention"  # name of the kernel's output and sums in a policy of jax.checkpoint
-_DEFAULT_VMEM_BYTES = 16 * 2**20  # bytes of fast memory that a kernel may have by default
+CHECKPOINT_NAME = "attention"  # name of the kernel's output and lse in policies of jax.checkpoint
+_DEFAULT_VMEM_BYTES = 16 * 2**20  # VMEM that a kernel may use by default
 
 
 def tile_size(tokens: int) -> int | None:
-    """Side of the kernel's square tiles of which a block of `tokens` tokens consists; None where no size fits."""
+    """Returns the side of the kernel's square tiles for blocks of `tokens` tokens.
+
+    Returns None if no tile size divides the block.
+    """
     return next((side for side in (256, LANES) if tokens % side == 0), None)
 
 
 def images_per_row(batch: int) -> int:
-    """How many images of a batch stand one after the other in one row of tokens: all of a device's.
+    """Returns how many images of a batch share a row of tokens: all images of a device.
 
-    A kernel's gradient sums over the tokens of all images, and a TPU copies them into a row where they are not in one.
+    The gradient of a dense layer's kernel sums over the tokens of all images. A TPU would copy them
+    into one row first if they were not in one.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else partitioning.batch_devices(mesh)
-    return batch // parts if batch % parts == 0 else batch
+    devices = 1 if mesh.empty else partitioning.batch_devices(mesh)
+    return batch // devices if batch % devices == 0 else batch
 
 
 def with_row_major_layout(x: Array) -> Array:
-    """X, and its gradient, in memory in the order of its axes, where the compiler's own choice would cost copies."""
+    """Stores `x` and its gradient in row-major order.
+
+    The layout that the compiler would choose costs copies.
+    """
     from jax.experimental.layout import Layout, with_layout_constraint
 
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def pad_text_to_lanes(text: Array, images: int) -> Array:
-    """The text's keys (..., images * T), each image's filled up to whole registers."""
+    """Pads text keys or values `(..., images * T)` so that T of each image is a multiple of 128."""
     x = text.reshape(*text.shape[:-1], images, -1)
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)]).reshape(*text.shape[:-1], -1)
 
 
 def shard_map_kernel(function: Callable[..., Array], q: Any, *args: Any) -> Array:
-    """Runs a function of arrays (B, H, ...) on each device's own images and heads: the compiler cannot split a kernel.
+    """Runs a function on each device's own images and heads.
 
-    Arrays of five axes have those of the layers first; those of one have no heads; those of two, and numbers, are everybody's. Images
-    or heads that their mesh axes do not divide are not split.
+    The compiler cannot split a kernel over devices. Batch or heads are not split if their mesh axes
+    do not divide them.
+
+    Args:
+      function: Function of `q` and `args` that returns an array like `q`.
+      q: Queries, `(B, H, ...)` of four axes, or a `ProjectedQK` of them.
+      *args: Trees of arrays. Arrays of four axes are split as `q`. Those of five axes have a leading
+        axis of layers, and those of one axis have a batch only. Scalars and arrays of two axes are
+        replicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(q, *args)
-    names = nn.logical_to_mesh_axes(("batch", "heads")) or ((), ())
-    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in names]
+    logical_axes = nn.logical_to_mesh_axes(("batch", "heads")) or ((), ())
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in logical_axes]
     sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
     shape = jax.tree.leaves(q)[0].shape
     batch, heads = (names if size % n == 0 else None for names, size, n in zip(axes, shape, sizes))
@@ -78,35 +98,39 @@ def shard_map_kernel(function: Callable[..., Array], q: Any, *args: Any) -> Arra
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def block_attention(
     q: ProjectedQK | Array,
-    own: KeyValuePair | None,
+    self_kv: KeyValuePair | None,
     context: KeyValuePair | None,
     text: KeyValuePair | None,
     lengths: Array | None,
     images: int,
     tokens: int,
-    words: int,
+    text_tokens: int,
     interpret: bool,
 ) -> Array:
-    """Attention of all blocks of a stream, in training.
+    """Computes attention of all blocks of a stream, in training.
 
     Args:
-      q: of (B, H, h, images * blocks * tokens), B rows of `images` images. Where it is an array, so are all keys.
-      own: keys and values of the stream, as q; None where the context has them.
-      context: keys and values whose blocks j < i query block i sees (j <= i without `own`); None: none.
-      text: (B, H, h, images * T), T a multiple of 128, both of them arrays.
-      lengths: how many of the T are seen, (B * images,); None without text.
-      tokens: of a block; a multiple of 128.
-      words: of the T that may be text at all; what fills them up is not computed.
+      q: Queries, `(B, H, h, images * L * tokens)`. Queries and keys are all projections or all
+        arrays.
+      self_kv: Keys and values of the stream, like `q`. None if the context holds them.
+      context: Keys and values, like `q`, or None. Query block i attends to its blocks j < i, or
+        j <= i without `self_kv`.
+      text: Keys and values, arrays `(B, H, h, images * T)` with T a multiple of 128, or None.
+      lengths: Visible text tokens of each image, `(B * images,)`. None without text.
+      images: Images in a row.
+      tokens: Tokens of a block, a multiple of 128.
+      text_tokens: Text tokens before padding to T. Padding is not computed.
+      interpret: Whether to run the kernel in Pallas' interpreter, on any platform.
 
     Returns:
-      As the array of q.
+      The output, shaped like the array of `q`.
     """
-    return _forward_with_residuals(q, own, context, text, lengths, images, tokens, words, interpret)[0]
+    return _forward_with_residuals(q, self_kv, context, text, lengths, images, tokens, text_tokens, interpret)[0]
 
 
 def cached_attention(
     q: Array,
-    own: KeyValuePair,
+    self_kv: KeyValuePair,
     context: KeyValuePair | None,
     text: KeyValuePair | None,
     lengths: Array | None,
@@ -114,156 +138,185 @@ def cached_attention(
     block: int | Array,
     interpret: bool,
 ) -> Array:
-    """Attention of one block's queries (B, H, h, tokens) in sampling, with the first `block` slots of the context filled.
+    """Computes attention of one block against the cache, in sampling.
 
     Args:
-      own: keys and values of the block, as q.
-      context: (layers, B, H, h, slots * tokens), finite where it is not filled, of which the kernel reads layer `layer`.
-      text: (layers, B, H, h, T), T a multiple of 128, of which the first `lengths` (B,) are seen.
+      q: Queries of the block, `(B, H, h, tokens)`.
+      self_kv: Keys and values of the block, like `q`.
+      context: Cached keys and values, each `(layers, B, H, h, slots * tokens)`, or None. Slots from
+        `block` on are ignored but must be finite.
+      text: Cached keys and values, each `(layers, B, H, h, T)` with T a multiple of 128, or None.
+      lengths: Visible text tokens of each image, `(B,)`. None without text.
+      layer: Index of the layer in the cache.
+      block: Number of filled slots.
+      interpret: Whether to run the kernel in Pallas' interpreter, on any platform.
+
+    Returns:
+      The output, shaped like `q`.
     """
     tokens = q.shape[3]
-    seen = 0 if context is None else context[0].shape[4] / tokens / 2  # on average of all blocks
-    numbers = _scalar_arguments(layer, block, lengths, len(q))
-    words = 0 if text is None else text[0].shape[-1]
-    return _forward(q, _keys_by_kind(own, context, text), numbers, seen, 1, tokens, words, interpret)[0]
+    mean_blocks = 0 if context is None else context[0].shape[4] / tokens / 2
+    scalars = _scalar_arguments(layer, block, lengths, len(q))
+    text_tokens = 0 if text is None else text[0].shape[-1]
+    keys = _keys_by_kind(self_kv, context, text)
+    return _forward(q, keys, scalars, mean_blocks, 1, tokens, text_tokens, interpret)[0]
 
 
 def _forward(
     q: Any,
     keys: dict[str, KeyValuePair],
-    numbers: Array,
-    seen: float,
+    scalars: Array,
+    mean_blocks: float,
     images: int,
     tokens: int,
-    words: int,
+    text_tokens: int,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """The output, as q, and the logarithms of the sums of weights, base 2, (B, H, 1, queries)."""
+    """Returns the output, shaped like `q`, and the base-2 log-sum-exp, `(B, H, 1, queries)`."""
     x = _raw_array(q)
-    sums = jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32)
-    results = jax.ShapeDtypeStruct(x.shape, x.dtype), sums
+    lse = jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32)
+    results = jax.ShapeDtypeStruct(x.shape, x.dtype), lse
     return _call_kernel(
-        pallas_tpu_kernels.forward, numbers, (q, keys), results, 2, seen, images, tokens, words, interpret
+        pallas_tpu_kernels.forward, scalars, (q, keys), results, 2, mean_blocks, images, tokens, text_tokens, interpret
     )
 
 
 def _forward_with_residuals(*args: Any) -> tuple[Array, Any]:
-    q, own, context, text, lengths, images, tokens, words, interpret = args
-    keys = _keys_by_kind(own, context, text)
-    numbers = _scalar_arguments(0, 0, lengths, len(_raw_array(q)) * images)
-    seen = _mean_context_blocks(_raw_array(q), own, images, tokens)
-    out, sums = _forward(q, keys, numbers, seen, images, tokens, words, interpret)
-    out, sums = _checkpoint_residual(out), _checkpoint_residual(sums)
-    return out, (q, keys, numbers, out, sums)
+    q, self_kv, context, text, lengths, images, tokens, text_tokens, interpret = args
+    keys = _keys_by_kind(self_kv, context, text)
+    scalars = _scalar_arguments(0, 0, lengths, len(_raw_array(q)) * images)
+    mean_blocks = _mean_context_blocks(_raw_array(q), self_kv, images, tokens)
+    out, lse = _forward(q, keys, scalars, mean_blocks, images, tokens, text_tokens, interpret)
+    out, lse = _checkpoint_residual(out), _checkpoint_residual(lse)
+    return out, (q, keys, scalars, out, lse)
 
 
-def _mean_context_blocks(q: Array, own: KeyValuePair | None, images: int, tokens: int) -> float:
-    """Context blocks that a block sees in training, on average."""
-    return (q.shape[3] // images // tokens - 1) / 2 + (own is None)
+def _mean_context_blocks(q: Array, self_kv: KeyValuePair | None, images: int, tokens: int) -> float:
+    """Returns the mean number of context blocks that a block attends to in training."""
+    return (q.shape[3] // images // tokens - 1) / 2 + (self_kv is None)
 
 
 def _checkpoint_residual(x: Array) -> Array:
-    """X, which a policy keeps by name as whole numbers: of others jax.checkpoint would round a copy."""
+    """Names `x` for policies of `jax.checkpoint`, as integers.
+
+    `jax.checkpoint` would round a copy of a floating-point array.
+    """
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(checkpoint_name(bits, CHECKPOINT_NAME), x.dtype)
 
 
-def _backward(images: int, tokens: int, words: int, interpret: bool, saved: Any, d_out: Array) -> Any:
-    q, keys, numbers, out, sums = saved
+def _backward(images: int, tokens: int, text_tokens: int, interpret: bool, saved: Any, d_out: Array) -> Any:
+    q, keys, scalars, out, lse = saved
     arrays = jax.tree.map(_raw_array, (q, keys), is_leaf=is_projected)
     dq, d_keys = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     projected = sorted(kind for kind, (k, _) in keys.items() if is_projected(k))
-    places, lanes = 1 + len(projected), math.gcd(tile_size(tokens) or tokens, LANES)
+    scale_count, lanes = 1 + len(projected), math.gcd(tile_size(tokens) or tokens, LANES)
     if is_projected(q):
-        d_keys["scales"] = jax.ShapeDtypeStruct((*dq.shape[:3], images * places * lanes), jnp.float32)
-    seen = _mean_context_blocks(dq, keys.get("own"), images, tokens)
-    given = q, keys, out, d_out, sums
+        d_keys["scales"] = jax.ShapeDtypeStruct((*dq.shape[:3], images * scale_count * lanes), jnp.float32)
+    mean_blocks = _mean_context_blocks(dq, keys.get("self"), images, tokens)
+    inputs = q, keys, out, d_out, lse
     dq, d_keys = _call_kernel(
-        pallas_tpu_kernels.backward, numbers, given, (dq, d_keys), 5, seen, images, tokens, words, interpret
-    )
+        pallas_tpu_kernels.backward, scalars, inputs, (dq, d_keys), 5, mean_blocks, images, tokens, text_tokens, interpret
+    )  # fmt: skip
     if is_projected(q):
-        d_scales = d_keys["scales"].reshape(*dq.shape[:3], images, places, lanes).sum((0, 1, 3, 5))
+        d_scales = d_keys["scales"].reshape(*dq.shape[:3], images, scale_count, lanes).sum((0, 1, 3, 5))
 
-        def gradient(place: int, dx: Array) -> ProjectedQK:
-            return ProjectedQK(dx, d_scales[:, place, None].astype(q.scale.dtype), None)  # type: ignore[arg-type]  # no gradient
+        def gradient(index: int, dx: Array) -> ProjectedQK:
+            return ProjectedQK(dx, d_scales[:, index, None].astype(q.scale.dtype), None)  # type: ignore[arg-type]  # no gradient
 
         dq = gradient(0, dq)
-        for place, kind in enumerate(projected, 1):
+        for index, kind in enumerate(projected, 1):
             dk, dv = d_keys[kind]
-            d_keys[kind] = gradient(place, dk), dv
-    return dq, *(d_keys.get(kind) for kind in ("own", "context", "text")), None
+            d_keys[kind] = gradient(index, dk), dv
+    return dq, *(d_keys.get(kind) for kind in ("self", "context", "text")), None
 
 
-def _raw_array(given: Any) -> Array:
-    return given.x if is_projected(given) else given
+def _raw_array(x: Any) -> Array:
+    return x.x if is_projected(x) else x
 
 
 block_attention.defvjp(_forward_with_residuals, _backward)
 
 
 def _keys_by_kind(
-    own: KeyValuePair | None, context: KeyValuePair | None, text: KeyValuePair | None
+    self_kv: KeyValuePair | None, context: KeyValuePair | None, text: KeyValuePair | None
 ) -> dict[str, KeyValuePair]:
-    """The keys and values that there are, by their kind."""
-    given = {"own": own, "context": context, "text": text}
-    return {kind: tuple(pair) for kind, pair in given.items() if pair is not None}
+    """Returns the keys and values that are not None, by their kind."""
+    pairs = {"self": self_kv, "context": context, "text": text}
+    return {kind: tuple(pair) for kind, pair in pairs.items() if pair is not None}
 
 
 def _scalar_arguments(layer: int | Array, block: int | Array, lengths: Array | None, images: int) -> Array:
-    """What the kernel reads as numbers, see `_sources`."""
+    """Returns the scalar arguments of a kernel, as `pallas_tpu_kernels._key_sources` reads them."""
     lengths = jnp.zeros(images, jnp.int32) if lengths is None else lengths
     return jnp.concatenate([jnp.stack([jnp.asarray(x, jnp.int32) for x in (layer, block)]), lengths.astype(jnp.int32)])
 
 
 def _call_kernel(
     kernel: Any,
-    numbers: Array,
-    given: tuple[Any, ...],
+    scalars: Array,
+    inputs: tuple[Any, ...],
     results: tuple[Any, ...],
     products: int,
-    seen: float,
+    mean_blocks: float,
     images: int,
     tokens: int,
-    words: int,
+    text_tokens: int,
     interpret: bool,
 ) -> Any:
-    """A kernel on the grid of rows, images, heads and tiles of queries; `products` of each query and key that it sees.
+    """Runs a kernel on the grid of rows, images, heads and tiles of queries.
 
-    Dictionaries in `given` and `results` hold keys and values by their kind, all else is of queries. `seen`: context blocks, on
-    average.
+    Args:
+      kernel: Function of `pallas_tpu_kernels`.
+      scalars: Result of `_scalar_arguments`.
+      inputs: Inputs of the kernel. The second is the dictionary of keys and values by kind. All
+        others belong to queries.
+      results: Shapes of the results. A dictionary holds those of keys and values by kind.
+      products: Matrix products of each pair of a query and a visible key, for the cost estimate.
+      mean_blocks: Mean number of context blocks that a block attends to, for the cost estimate.
+      images: See `block_attention`.
+      tokens: See `block_attention`.
+      text_tokens: See `block_attention`.
+      interpret: See `block_attention`.
     """
-    keys: dict[str, KeyValuePair] = given[1]
-    batch, heads, size, rows = _raw_array(given[0]).shape
-    side = tile_size(tokens) or tokens  # which no TPU takes, but its interpreter does
+    keys: dict[str, KeyValuePair] = inputs[1]
+    batch, heads, size, columns = _raw_array(inputs[0]).shape
+    side = tile_size(tokens) or tokens  # other sizes run in the interpreter only
 
-    def whole(x: Any) -> int:
-        """Columns that an image has of an array; angles are the same for all images."""
+    def image_width(x: Any) -> int:
+        """Returns the columns of one image in an array.
+
+        Rotary tables are the same for all images.
+        """
         return x.shape[-1] // (images if len(x.shape) > 2 else 1)
 
-    def width(kind: str, x: Any) -> int:
-        """Of what a step has: a tile of queries, the keys of their block, or of the image's all blocks or text."""
-        return min({"query": side, "own": tokens}.get(kind, whole(x)), whole(x))
+    def window_width(kind: str, x: Any) -> int:
+        """Returns the columns of an array that a step holds.
+
+        These are a tile of queries, the keys of their block, or all keys of the image or its text.
+        """
+        return min({"query": side, "self": tokens}.get(kind, image_width(x)), image_width(x))
 
     def spec(kind: str, x: Any) -> pl.BlockSpec:
-        count = whole(x) // width(kind, x)
+        count = image_width(x) // window_width(kind, x)
 
-        def at(row: Any, image: Any, head: Any, step: Any, numbers: Any) -> tuple[Any, ...]:
-            column = {"query": step, "own": jax.lax.div(step, tokens // side)}.get(kind, 0) if count > 1 else 0
+        def index_map(row: Any, image: Any, head: Any, step: Any, scalars: Any) -> tuple[Any, ...]:
+            column = {"query": step, "self": jax.lax.div(step, tokens // side)}.get(kind, 0) if count > 1 else 0
             if len(x.shape) == 2:
                 return 0, column
-            return (*([numbers[0]] if len(x.shape) == 5 else []), row, head, 0, image * count + column)
+            return (*([scalars[0]] if len(x.shape) == 5 else []), row, head, 0, image * count + column)
 
-        return pl.BlockSpec((*[None] * (len(x.shape) - 2), x.shape[-2], width(kind, x)), at)
+        return pl.BlockSpec((*[None] * (len(x.shape) - 2), x.shape[-2], window_width(kind, x)), index_map)
 
-    def of_kind(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    def map_with_kind(function: Callable[[str, Any], Any], tree: Any) -> Any:
         by_kind = tree if isinstance(tree, dict) else {"query": tree}
-        found = {kind: jax.tree.map(functools.partial(function, kind), part) for kind, part in by_kind.items()}
-        return found if isinstance(tree, dict) else found["query"]
+        mapped = {kind: jax.tree.map(functools.partial(function, kind), subtree) for kind, subtree in by_kind.items()}
+        return mapped if isinstance(tree, dict) else mapped["query"]
 
-    widths = {kind: width(kind, v) for kind, (_, v) in keys.items()}
-    of_text = pallas_tpu_kernels.text_tile_size(words)
-    counted = {"context": seen * tokens, "text": -(-words // of_text) * of_text if words else 0}
-    pairs = batch * heads * rows * sum(counted.get(kind, n) for kind, n in widths.items())
+    widths = {kind: window_width(kind, v) for kind, (_, v) in keys.items()}
+    text_tile = pallas_tpu_kernels.text_tile_size(text_tokens)
+    visible = {"context": mean_blocks * tokens, "text": -(-text_tokens // text_tile) * text_tile if text_tokens else 0}
+    pairs = batch * heads * columns * sum(visible.get(kind, n) for kind, n in widths.items())
     scratch: list[Any] = [
         {kind: tpu.VMEM((size, widths[kind]), k.x.dtype) for kind, (k, _) in keys.items() if is_projected(k)}
     ]
@@ -271,30 +324,30 @@ def _call_kernel(
         scratch.append({kind: (tpu.VMEM((size, n), jnp.float32),) * 2 for kind, n in widths.items()})
 
     def nbytes(kind: str, x: Any) -> int:
-        return x.shape[-2] * width(kind, x) * x.dtype.itemsize
+        return x.shape[-2] * window_width(kind, x) * x.dtype.itemsize
 
-    # two steps' arrays, the sums, and what a tile leaves there
-    fast = 2 * sum(sum(jax.tree.leaves(of_kind(nbytes, tree))) for tree in (*given, *results)) + 4 * 2**20
-    fast += sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(scratch))
+    # The arrays of two steps, 4 MiB for the temporaries of a tile, and the scratch memory.
+    vmem_bytes = 2 * sum(sum(jax.tree.leaves(map_with_kind(nbytes, tree))) for tree in (*inputs, *results)) + 4 * 2**20
+    vmem_bytes += sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(scratch))
     return pl.pallas_call(
-        functools.partial(kernel, tokens=tokens, words=words),
+        functools.partial(kernel, tokens=tokens, text_tokens=text_tokens),
         grid_spec=tpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, images, heads, rows // images // side),
-            in_specs=[of_kind(spec, tree) for tree in given],
-            out_specs=[of_kind(spec, tree) for tree in results],
+            grid=(batch, images, heads, columns // images // side),
+            in_specs=[map_with_kind(spec, tree) for tree in inputs],
+            out_specs=[map_with_kind(spec, tree) for tree in results],
             scratch_shapes=scratch,
         ),
         out_shape=list(results),
         compiler_params=tpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=max(fast, _DEFAULT_VMEM_BYTES),
+            vmem_limit_bytes=max(vmem_bytes, _DEFAULT_VMEM_BYTES),
         ),
         cost_estimate=pl.CostEstimate(
             flops=round(2 * products * size * pairs),
             transcendentals=round(pairs),
-            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((given, results))),
+            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((inputs, results))),
         ),
         interpret=interpret,
         name=f"block_attention_{kernel.__name__}",
-    )(numbers, *given)
+    )(scalars, *inputs)

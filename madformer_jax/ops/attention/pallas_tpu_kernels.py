@@ -1,7 +1,12 @@
-"""The kernels of attention on a TPU, forward and gradient: what one step of their grid does (`pallas.py` runs them).
+"""Pallas TPU kernels of attention, forward and backward: one step of their grid.
 
-A step has a tile of one head's queries (h, side), and all keys and values (h, n) that they may see, in fast memory. Queries and keys
-come in training as projections; QK-norm and RoPE happen here, since by themselves they would read and write memory four times.
+`attention.pallas_tpu` runs them and defines the grid. A step holds a tile of queries of one head,
+`(h, side)`, and all keys and values that they may see, `(h, n)`, in VMEM. In training, queries and
+keys are projections. QK-norm and RoPE run here, because separate operations would read and write
+memory four times.
+
+Keys and values come from up to three kinds of sources: the text, the context and the block itself
+("self"). Inputs, scratch memory and gradients are dictionaries by kind.
 """
 
 import functools
@@ -18,17 +23,21 @@ from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_qk_norm_
 from madformer_jax.ops.rope import RotaryTable
 
 LANES = 128
-_BFLOAT16_SUBLANES = 16  # of bfloat16 in a register
-UNROLL_FACTORS = (4, 2, 1)  # tiles of keys; 8 would take 0.02 less of the time, at twice the program
-_MASKED_SCORE = -1e30  # score of a key that is not seen; -inf less itself would be no number
-_LN_2 = math.log(2)  # the gradient of a score whose weight is a power of two, for that of one whose weight is exp
+_BFLOAT16_SUBLANES = 16  # rows of a bfloat16 register
+UNROLL_FACTORS = (4, 2, 1)  # tiles of keys; 8 would save 2 % of the time and double the program
+_MASKED_SCORE = -1e30  # score of a hidden key; -inf - -inf would be NaN
+_LN_2 = math.log(2)  # factor from the gradient of exp to that of a power of two
 
-# keys and values; in training keys are `Projected`, with a scale (h, 1) and angles (h, tokens of an image)
+# Keys and values. In training keys are `ProjectedQK` with a scale (h, 1) and a table (h, n) for the n
+# tokens of an image.
 KeyValuePair = tuple[Any, Any]
 
 
 class _KeySource(NamedTuple):
-    """Keys and values (h, ...) that a tile of queries sees: the first `count` tiles of `side`, but what stands behind `length`."""
+    """Keys and values `(h, ...)` that a tile of queries attends to.
+
+    The first `count` tiles of `side` keys are visible, except for keys from `length` on.
+    """
 
     k: Any
     v: Any
@@ -36,21 +45,21 @@ class _KeySource(NamedTuple):
     count: Any
     length: Any = None
 
-    def at(self, j: Any) -> Any:
+    def tile(self, j: Any) -> Any:
         return _tile_slice(j, self.side)
 
     def scores(self, j: Any, q: Array) -> Array:
-        """Of the queries (h, queries) with the keys of a tile, (side, queries)."""
-        found = _matmul(self.k[:, self.at(j)], q, (0, 0))
+        """Returns the scores `(side, queries)` of queries `(h, queries)` in tile j."""
+        scores = _matmul(self.k[:, self.tile(j)], q, (0, 0))
         if self.length is None:
-            return found
-        position = j * self.side + jax.lax.broadcasted_iota(jnp.int32, found.shape, 0)
-        return jnp.where(position < self.length, found, _MASKED_SCORE)
+            return scores
+        position = j * self.side + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+        return jnp.where(position < self.length, scores, _MASKED_SCORE)
 
 
-def text_tile_size(words: int) -> int:
-    """Keys in a tile of a text of so many tokens: a few, a class say, make no whole one."""
-    return LANES if words > LANES // 2 else -(-words // _BFLOAT16_SUBLANES) * _BFLOAT16_SUBLANES
+def text_tile_size(text_tokens: int) -> int:
+    """Returns the tile size of text keys, below `LANES` for a short text such as a class."""
+    return LANES if text_tokens > LANES // 2 else -(-text_tokens // _BFLOAT16_SUBLANES) * _BFLOAT16_SUBLANES
 
 
 def _tile_slice(j: Any, side: int) -> Any:
@@ -58,65 +67,93 @@ def _tile_slice(j: Any, side: int) -> Any:
 
 
 def _for_each_tile(x: Any, side: int, function: Callable[[Any], None]) -> None:
-    """Calls a function with the columns of each tile of x (h, n)."""
+    """Calls a function with the slice of the columns of each tile of `x` `(h, n)`."""
     side = math.gcd(side, x.shape[1])
     jax.lax.fori_loop(0, x.shape[1] // side, lambda j, _: function(_tile_slice(j, side)), None)
 
 
 def _key_sources(
-    keys: dict[str, KeyValuePair], numbers: Any, tokens: int, words: int, side: int
+    keys: dict[str, KeyValuePair], scalars: Any, tokens: int, text_tokens: int, side: int
 ) -> dict[str, _KeySource]:
-    """What the queries of this step see; `numbers` are the layer, the first block, and the length of each image's text."""
-    tiles, text = tokens // side, text_tile_size(words)
-    block = numbers[1] + jax.lax.div(pl.program_id(3), tiles)
-    length = numbers[2 + pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
-    seen: dict[str, tuple[Any, ...]] = {
-        "own": (side, tiles),
-        "context": (side, (block + ("own" not in keys)) * tiles),
-        "text": (text, jax.lax.div(length + LANES - 1, LANES) if text == LANES else 1, length),
+    """Returns the sources that the queries of this step attend to, by kind.
+
+    Args:
+      keys: Keys and values by kind.
+      scalars: Index of the layer, index of the first block, and the text length of each image.
+      tokens: Tokens of a block.
+      text_tokens: Text tokens before padding.
+      side: Side of a tile.
+    """
+    tiles, text_tile = tokens // side, text_tile_size(text_tokens)
+    block = scalars[1] + jax.lax.div(pl.program_id(3), tiles)
+    length = scalars[2 + pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
+    visible: dict[str, tuple[Any, ...]] = {
+        "self": (side, tiles),
+        "context": (side, (block + ("self" not in keys)) * tiles),
+        "text": (text_tile, jax.lax.div(length + LANES - 1, LANES) if text_tile == LANES else 1, length),
     }
-    return {kind: _KeySource(*pair, *seen[kind]) for kind, pair in keys.items()}
+    return {kind: _KeySource(*pair, *visible[kind]) for kind, pair in keys.items()}
 
 
 def _first_and_last_step(kind: str, tiles: int) -> tuple[Any, Any]:
-    """Whether a step is the first, and the last, to see these keys; a block's own are seen by the tiles of it alone."""
-    count = tiles if kind == "own" else pl.num_programs(3)
+    """Returns whether this step is the first and whether it is the last to see the same keys.
+
+    Only the tiles of a block see its own keys. All steps of an image see the context and the text.
+    """
+    count = tiles if kind == "self" else pl.num_programs(3)
     step = jax.lax.rem(pl.program_id(3), count)
     return step == 0, step == count - 1
 
 
-def _norm_rope_columns(x: Array, scale: Array, given: ProjectedQK, at: Any, factor: float = 1.0) -> Array:
-    """QK-norm and RoPE of columns `at` (h, n) of a projection; `factor` comes on top of the scale."""
-    return apply_qk_norm_rope(x, scale * factor, RotaryTable(*(angles[:, at] for angles in given.position)), axis=0)
+def _norm_rope_columns(x: Array, scale: Array, projected: ProjectedQK, columns: Any, factor: float = 1.0) -> Array:
+    """Applies QK-norm and RoPE to columns of a projection.
+
+    Args:
+      x: The columns, `(h, n)`.
+      scale: QK-norm scale.
+      projected: Projection whose rotary table is used.
+      columns: Slice of the columns in the table.
+      factor: Further factor of the scale.
+    """
+    table = RotaryTable(*(angles[:, columns] for angles in projected.position))
+    return apply_qk_norm_rope(x, scale * factor, table, axis=0)
 
 
 def _scaled_queries(q: Any) -> Array:
-    """Of a step, scaled for their scores."""
+    """Returns the queries of a step, scaled by `_query_scale`."""
     if is_projected(q):
         return _norm_rope_columns(q.x[...], q.scale[...], q, pl.ds(0, q.x.shape[1]), _query_scale(len(q.x)))
     return (q[...].astype(jnp.float32) * _query_scale(len(q))).astype(q.dtype)
 
 
 def _prepare_keys(
-    keys: dict[str, KeyValuePair], room: dict[str, Any], tiles: int, side: int
+    keys: dict[str, KeyValuePair], key_scratch: dict[str, Any], tiles: int, side: int
 ) -> dict[str, KeyValuePair]:
-    """Keys and values; those that are `Projected` are turned into keys in fast memory, at the first step that sees them."""
-    for kind, place in room.items():
+    """Returns keys and values, with QK-norm and RoPE applied to projected keys.
+
+    The first step that sees projected keys writes the result to `key_scratch`.
+    """
+    for kind, target in key_scratch.items():
         first, _ = _first_and_last_step(kind, tiles)
 
         @pl.when(first)
-        def _(given: ProjectedQK = keys[kind][0], place: Any = place) -> None:
-            def one(at: Any) -> None:
-                place[:, at] = _norm_rope_columns(given.x[:, at], given.scale[...], given, at)
+        def _(projected: ProjectedQK = keys[kind][0], target: Any = target) -> None:
+            def write_tile(columns: Any) -> None:
+                target[:, columns] = _norm_rope_columns(
+                    projected.x[:, columns], projected.scale[...], projected, columns
+                )
 
-            _for_each_tile(place, side, one)
+            _for_each_tile(target, side, write_tile)
 
-    return {kind: (room.get(kind, k), v) for kind, (k, v) in keys.items()}
+    return {kind: (key_scratch.get(kind, k), v) for kind, (k, v) in keys.items()}
 
 
 def _fold_tiles(count: Any, see: Callable[[Sequence[Any], Any], Any], state: Any) -> Any:
-    """`see` of all tiles, so many at a time as go: while one is multiplied, the others' weights are taken."""
-    if isinstance(count, int) and count == 1:  # whose place is known: a tile of any size may lie there
+    """Folds `see` over the tiles.
+
+    The loop is unrolled by 4, 2 or 1 so that products and exponentials overlap.
+    """
+    if isinstance(count, int) and count == 1:  # a static index allows a tile of any size
         return see([0], state)
     first: Any = 0
     for size in UNROLL_FACTORS:
@@ -131,78 +168,82 @@ def _fold_tiles(count: Any, see: Callable[[Sequence[Any], Any], Any], state: Any
 
 
 def _matmul(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-    """The product of two matrices, summed over an axis of each."""
+    """Multiplies two matrices, summed over an axis of each, in float32."""
     return jax.lax.dot_general(a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _query_scale(size: int) -> float:
-    """Of queries, for scores whose weights are powers of two."""
+    """Returns the factor of queries for which softmax weights are powers of two."""
     return size**-0.5 * math.log2(math.e)
 
 
 def forward(
-    numbers: Any,
+    scalars: Any,
     q: Any,
     keys: dict[str, KeyValuePair],
     out: Any,
-    sums: Any,
-    room: dict[str, Any],
+    lse: Any,
+    key_scratch: dict[str, Any],
     *,
     tokens: int,
-    words: int,
+    text_tokens: int,
 ) -> None:
-    """One tile of queries, as flash attention: weights of 2 to the power of the scores, less the largest so far."""
+    """Computes attention of one tile of queries, as flash attention does.
+
+    Weights are 2 to the power of the score minus the largest score so far. `lse` has base 2.
+    """
     size, side = out.shape
     queries = _scaled_queries(q)
-    keys = _prepare_keys(keys, room, tokens // side, side)
+    keys = _prepare_keys(keys, key_scratch, tokens // side, side)
     state = (
         jnp.zeros((size, side), jnp.float32),
         jnp.full((1, side), _MASKED_SCORE, jnp.float32),
         jnp.zeros((1, side), jnp.float32),
     )
 
-    for source in _key_sources(keys, numbers, tokens, words, side).values():
+    for source in _key_sources(keys, scalars, tokens, text_tokens, side).values():
 
         def see(tiles: Sequence[Any], state: tuple[Array, ...], source: _KeySource = source) -> tuple[Array, ...]:
-            weighted, top, total = state
+            weighted, maximum, denominator = state
             scores = [source.scores(j, queries) for j in tiles]
-            new = functools.reduce(jnp.maximum, (x.max(axis=0, keepdims=True) for x in scores), top)
-            old = jnp.exp2(top - new)
-            weighted, total = weighted * old, total * old
+            new_maximum = functools.reduce(jnp.maximum, (x.max(axis=0, keepdims=True) for x in scores), maximum)
+            correction = jnp.exp2(maximum - new_maximum)
+            weighted, denominator = weighted * correction, denominator * correction
             for j, x in zip(tiles, scores, strict=True):
-                weights, v = jnp.exp2(x - new), source.v[:, source.at(j)]
+                weights, v = jnp.exp2(x - new_maximum), source.v[:, source.tile(j)]
                 weighted += _matmul(v, weights.astype(v.dtype), (1, 0))
-                total += weights.sum(axis=0, keepdims=True)
-            return weighted, new, total
+                denominator += weights.sum(axis=0, keepdims=True)
+            return weighted, new_maximum, denominator
 
         state = _fold_tiles(source.count, see, state)
-    weighted, top, total = state
-    out[...] = (weighted / total).astype(out.dtype)
-    sums[...] = top + jnp.log2(total)
+    weighted, maximum, denominator = state
+    out[...] = (weighted / denominator).astype(out.dtype)
+    lse[...] = maximum + jnp.log2(denominator)
 
 
 def backward(
-    numbers: Any,
+    scalars: Any,
     q: Any,
     keys: dict[str, KeyValuePair],
     out: Any,
     d_out: Any,
-    sums: Any,
+    lse: Any,
     dq: Any,
     d_keys: dict[str, Any],
-    room: dict[str, Any],
-    totals: dict[str, KeyValuePair],
+    key_scratch: dict[str, Any],
+    accumulators: dict[str, KeyValuePair],
     *,
     tokens: int,
-    words: int,
+    text_tokens: int,
 ) -> None:
-    """One tile of queries; the gradients of keys and values are summed in fast memory until their last queries have come.
+    """Computes the gradients of one tile of queries.
 
-    d_keys["scales"] (h, n * 128) are the gradients of the scales of queries, and of keys in the order of their kinds' names, summed
-    but for the lanes.
+    `accumulators` in VMEM sum the gradients of keys and values up to the last queries that see
+    them. For projections, `d_keys["scales"]` `(h, n * lanes)` receives the gradients of the QK-norm
+    scales of queries and of keys, sorted by kind. They are summed except over the lanes.
     """
     size, side = dq.shape
-    tiles, gradient, logs = tokens // side, d_out[...], sums[...]
+    tiles, gradient, log_weights = tokens // side, d_out[...], lse[...]
     mean = (out[...].astype(jnp.float32) * gradient.astype(jnp.float32)).sum(axis=0, keepdims=True)
 
     if is_projected(q):
@@ -212,39 +253,43 @@ def backward(
         def _() -> None:
             d_scales[...] = jnp.zeros_like(d_scales)
 
-    def pull(given: ProjectedQK, at: Any, factor: float, place: int, d_turned: Array) -> Array:
-        """Gradient of the columns `at` of a projection, given that of what they were turned into."""
-        x = given.x[:, at]
-        scale = jnp.broadcast_to(given.scale[...], x.shape)
-        _, back = jax.vjp(lambda x, scale: _norm_rope_columns(x, scale, given, at, factor), x, scale)
-        dx, d_scale = back(d_turned.astype(x.dtype))
-        lanes = d_scales.shape[1] // (1 + len(room))
-        d_scales[:, pl.ds(place * lanes, lanes)] += sum(jnp.split(d_scale, side // lanes, axis=1))
+    def projection_gradient(projected: ProjectedQK, columns: Any, factor: float, index: int, dy: Array) -> Array:
+        """Returns the gradient of columns of a projection from that of queries or keys.
+
+        Adds the gradient of the scale to `d_scales`, at position `index`.
+        """
+        x = projected.x[:, columns]
+        scale = jnp.broadcast_to(projected.scale[...], x.shape)
+        _, vjp = jax.vjp(lambda x, scale: _norm_rope_columns(x, scale, projected, columns, factor), x, scale)
+        dx, d_scale = vjp(dy.astype(x.dtype))
+        lanes = d_scales.shape[1] // (1 + len(key_scratch))
+        d_scales[:, pl.ds(index * lanes, lanes)] += sum(jnp.split(d_scale, side // lanes, axis=1))
         return dx
 
     queries = _scaled_queries(q)
     d_queries = jnp.zeros((size, side), jnp.float32)
-    for kind, source in _key_sources(_prepare_keys(keys, room, tiles, side), numbers, tokens, words, side).items():
-        dk, dv = totals[kind]
+    prepared = _prepare_keys(keys, key_scratch, tiles, side)
+    for kind, source in _key_sources(prepared, scalars, tokens, text_tokens, side).items():
+        dk, dv = accumulators[kind]
         first, last = _first_and_last_step(kind, tiles)
 
         @pl.when(first)
-        def _(both: KeyValuePair = (dk, dv)) -> None:
-            def clear(at: Any) -> None:
-                for total in both:
-                    total[:, at] = jnp.zeros_like(total[:, at])
+        def _(pair: KeyValuePair = (dk, dv)) -> None:
+            def clear_tile(columns: Any) -> None:
+                for accumulator in pair:
+                    accumulator[:, columns] = jnp.zeros_like(accumulator[:, columns])
 
-            _for_each_tile(both[0], side, clear)
+            _for_each_tile(pair[0], side, clear_tile)
 
         def see(j: Sequence[Any], d_queries: Array, source: _KeySource = source, dk: Any = dk, dv: Any = dv) -> Array:
-            columns = [source.at(n) for n in j]
-            weights = [jnp.exp2(source.scores(n, queries) - logs) for n in j]
-            before = [_matmul(source.v[:, at], gradient, (0, 0)) - mean for at in columns]
-            d_scores = [(x * y).astype(queries.dtype) for x, y in zip(weights, before, strict=True)]
-            for at, of_tile, d_tile in zip(columns, weights, d_scores, strict=True):
-                dk[:, at] += _matmul(queries, d_tile, (1, 1))
-                dv[:, at] += _matmul(gradient, of_tile.astype(queries.dtype), (1, 1))
-                d_queries += _matmul(source.k[:, at], d_tile, (1, 0))
+            slices = [source.tile(n) for n in j]
+            weights = [jnp.exp2(source.scores(n, queries) - log_weights) for n in j]
+            d_weights = [_matmul(source.v[:, columns], gradient, (0, 0)) - mean for columns in slices]
+            d_scores = [(x * y).astype(queries.dtype) for x, y in zip(weights, d_weights, strict=True)]
+            for columns, tile_weights, d_tile in zip(slices, weights, d_scores, strict=True):
+                dk[:, columns] += _matmul(queries, d_tile, (1, 1))
+                dv[:, columns] += _matmul(gradient, tile_weights.astype(queries.dtype), (1, 1))
+                d_queries += _matmul(source.k[:, columns], d_tile, (1, 0))
             return d_queries
 
         d_queries = _fold_tiles(source.count, see, d_queries)
@@ -253,17 +298,19 @@ def backward(
         def _(kind: str = kind, dk: Any = dk, dv: Any = dv) -> None:
             dk_out, dv_out = d_keys[kind]
 
-            def give(at: Any) -> None:
-                dv_out[:, at] = dv[:, at].astype(dv_out.dtype)
-                gradient = dk[:, at] * _LN_2
-                if kind in room:
-                    gradient = pull(keys[kind][0], at, 1.0, 1 + sorted(room).index(kind), gradient)
-                dk_out[:, at] = gradient.astype(dk_out.dtype)
+            def write_tile(columns: Any) -> None:
+                dv_out[:, columns] = dv[:, columns].astype(dv_out.dtype)
+                gradient = dk[:, columns] * _LN_2
+                if kind in key_scratch:
+                    index = 1 + sorted(key_scratch).index(kind)
+                    gradient = projection_gradient(keys[kind][0], columns, 1.0, index, gradient)
+                dk_out[:, columns] = gradient.astype(dk_out.dtype)
 
-            _for_each_tile(dk, side, give)
+            _for_each_tile(dk, side, write_tile)
 
     d_queries *= _LN_2
-    scaled = (
-        pull(q, pl.ds(0, side), _query_scale(size), 0, d_queries) if is_projected(q) else d_queries * _query_scale(size)
-    )
+    if is_projected(q):
+        scaled = projection_gradient(q, pl.ds(0, side), _query_scale(size), 0, d_queries)
+    else:
+        scaled = d_queries * _query_scale(size)
     dq[...] = scaled.astype(dq.dtype)

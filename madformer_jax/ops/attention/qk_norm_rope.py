@@ -1,4 +1,8 @@
-"""From a projection to queries or keys: QK-norm and RoPE (MADFormer, section 3.3)."""
+"""QK-norm and RoPE, which turn projections into queries and keys (section 3.3).
+
+`models.transformer` passes queries and keys to attention as `ProjectedQK`. The TPU kernels apply
+QK-norm and RoPE where they read a projection. All other implementations call `apply_to_tree` first.
+"""
 
 from typing import Any, NamedTuple
 
@@ -12,34 +16,49 @@ QK_NORM_EPS = 1e-6
 
 
 class ProjectedQK(NamedTuple):
-    """Queries or keys to be, which the kernels of a TPU turn into them where they read them."""
+    """Projected queries or keys before QK-norm and RoPE.
 
-    x: Array  # (B, blocks, s, H, h), or (B, T, H, h) of the text; of some images in a row, all their blocks
-    scale: Array  # (h,), of QK-norm
-    position: RotaryTable  # of one image, (blocks, s, h) or (T, h)
+    Attributes:
+      x: Projection, `(B, L, s, H, h)` of an image stream or `(B, T, H, h)` of the text. If a row
+        holds several images, the blocks of all of them are along L.
+      scale: QK-norm scale, `(h,)`.
+      position: Rotary table of one image, `(L, s, h)`, or of the text, `(T, h)`.
+    """
+
+    x: Array
+    scale: Array
+    position: RotaryTable
 
 
 def apply_to_tree(tree: Any) -> Any:
-    """Every `Projected` in a tree as the queries or keys that it gives."""
+    """Replaces every `ProjectedQK` in a tree with its queries or keys."""
     return jax.tree.map(_apply_to_leaf, tree, is_leaf=is_projected)
 
 
-def is_projected(given: Any) -> bool:
-    return isinstance(given, ProjectedQK)
+def is_projected(x: Any) -> bool:
+    """Returns whether `x` is a `ProjectedQK`, as a predicate for tree leaves."""
+    return isinstance(x, ProjectedQK)
 
 
-def _apply_to_leaf(given: Any) -> Any:
-    if not is_projected(given):
-        return given
-    x, scale, position = given
-    rows = x.reshape(len(x), -1, *x.shape[-2:])  # as one axis: on a TPU each more is a copy
+def _apply_to_leaf(leaf: Any) -> Any:
+    if not is_projected(leaf):
+        return leaf
+    x, scale, position = leaf
+    rows = x.reshape(len(x), -1, *x.shape[-2:])  # one token axis: on a TPU each further axis is a copy
     angles = (y.reshape(-1, y.shape[-1]) for y in position)
-    at = RotaryTable(*(jnp.tile(y, (rows.shape[1] // len(y), 1))[:, None] for y in angles))
-    return apply_qk_norm_rope(rows, scale, at).reshape(x.shape)
+    tiled = RotaryTable(*(jnp.tile(y, (rows.shape[1] // len(y), 1))[:, None] for y in angles))
+    return apply_qk_norm_rope(rows, scale, tiled).reshape(x.shape)
 
 
 def apply_qk_norm_rope(x: Array, scale: Array, position: RotaryTable, axis: int = -1) -> Array:
-    """QK-norm over `axis`, then RoPE, of scales and angles that broadcast against x; computed in float32, rounded once."""
+    """Applies QK-norm and then RoPE along an axis, in float32 with one rounding at the end.
+
+    Args:
+      x: Projection, whose `axis` has size h.
+      scale: QK-norm scale that broadcasts against `x`.
+      position: Rotary table that broadcasts against `x`.
+      axis: Axis of the head dimensions.
+    """
     y = x.astype(jnp.float32)
     unit = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis, keepdims=True) + QK_NORM_EPS)
     return apply_rope(unit * scale.astype(jnp.float32), position, axis, x.dtype)

@@ -1,4 +1,9 @@
-"""The triangle of the context blocks before each block, in squares: attentions that need no mask (MADFormer, section 3.2)."""
+"""Tiling of the block-causal triangle into rectangles that need no mask (section 3.2).
+
+Query block i attends to the context blocks j < i. `tiling` cuts all these pairs (i, j) into tiles in
+which every query block attends to every key block. `attention.api` and `attention.cudnn` compute
+one unmasked attention per tile and merge the results.
+"""
 
 from typing import NamedTuple
 
@@ -7,55 +12,58 @@ from jax import Array
 
 
 class Tile(NamedTuple):
-    """In each of `pairs` behind block `start`, `rows` blocks see all of the `size` blocks before them."""
+    """A run of `pairs` equal groups of blocks, from block `start` on.
+
+    In each group the last `rows` blocks attend to all of the first `size` blocks.
+    """
 
     start: int
     pairs: int
     size: int
     rows: int
 
-    def _in_pairs(self, x: Array) -> Array:
-        """(B, blocks, ...) -> (B, pairs, size + rows, ...)."""
+    def _groups(self, x: Array) -> Array:
+        """Reshapes `(B, L, ...)` to `(B, pairs, size + rows, ...)`."""
         side = self.size + self.rows
         x = x[:, self.start : self.start + self.pairs * side]
         return x.reshape(x.shape[0], self.pairs, side, *x.shape[2:])
 
     def keys(self, x: Array) -> Array:
-        """Of (B, blocks, s, H, h) what is seen, (B pairs, size s, H, h)."""
-        return _flatten_tokens(self._in_pairs(x)[:, :, : self.size])
+        """Selects the key blocks of `(B, L, s, H, h)` as `(B * pairs, size * s, H, h)`."""
+        return _flatten_tokens(self._groups(x)[:, :, : self.size])
 
     def queries(self, x: Array) -> Array:
-        """Of (B, blocks, s, H, ...) what sees it, (B pairs, rows s, H, ...)."""
-        return _flatten_tokens(self._in_pairs(x)[:, :, self.size :])
+        """Selects the query blocks of `(B, L, s, H, ...)` as `(B * pairs, rows * s, H, ...)`."""
+        return _flatten_tokens(self._groups(x)[:, :, self.size :])
 
-    def put_keys(self, part: Array, x: Array) -> Array:
-        """The inverse of `keys`: an array like x, zero elsewhere."""
-        return self._put(part, x, self.size, (0, self.rows), 0.0)
+    def put_keys(self, values: Array, like: Array) -> Array:
+        """Inverts `keys`: returns an array shaped like `like` that is zero elsewhere."""
+        return self._put(values, like, self.size, (0, self.rows), 0.0)
 
-    def put_queries(self, part: Array, x: Array, fill: float = 0.0) -> Array:
-        """The inverse of `queries`: an array of x's shape and the part's type, `fill` elsewhere."""
-        return self._put(part, x, self.rows, (self.size, 0), fill)
+    def put_queries(self, values: Array, like: Array, fill: float = 0.0) -> Array:
+        """Inverts `queries`: returns an array shaped like `like` that is `fill` elsewhere."""
+        return self._put(values, like, self.rows, (self.size, 0), fill)
 
-    def _put(self, part: Array, x: Array, blocks: int, beside: tuple[int, int], fill: float) -> Array:
-        rest = [(0, 0)] * (x.ndim - 2)
-        part = part.reshape(x.shape[0], self.pairs, blocks, *x.shape[2:])
-        part = jnp.pad(part, [(0, 0), (0, 0), beside, *rest], constant_values=fill)
-        part = part.reshape(x.shape[0], -1, *x.shape[2:])
-        behind = x.shape[1] - self.start - part.shape[1]
-        return jnp.pad(part, [(0, 0), (self.start, behind), *rest], constant_values=fill)
+    def _put(self, values: Array, like: Array, blocks: int, padding: tuple[int, int], fill: float) -> Array:
+        rest = [(0, 0)] * (like.ndim - 2)
+        x = values.reshape(like.shape[0], self.pairs, blocks, *like.shape[2:])
+        x = jnp.pad(x, [(0, 0), (0, 0), padding, *rest], constant_values=fill)
+        x = x.reshape(like.shape[0], -1, *like.shape[2:])
+        remaining = like.shape[1] - self.start - x.shape[1]
+        return jnp.pad(x, [(0, 0), (self.start, remaining), *rest], constant_values=fill)
 
 
 def _flatten_tokens(x: Array) -> Array:
-    """(B, count, blocks, s, ...) -> (B count, blocks s, ...)."""
+    """Reshapes `(B, pairs, blocks, s, ...)` to `(B * pairs, blocks * s, ...)`."""
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
 def tiling(blocks: int) -> list[Tile]:
-    """What makes up the triangle of all j < i: every pair of blocks (i, j) lies in one of them."""
-    found, size = [], 1
+    """Returns tiles that hold every pair of blocks (i, j) with j < i exactly once."""
+    tiles, size = [], 1
     while size < blocks:
         pairs, rest = divmod(blocks, 2 * size)
-        found += [Tile(0, pairs, size, size)] if pairs else []
-        found += [Tile(2 * size * pairs, 1, size, rest - size)] if rest > size else []
+        tiles += [Tile(0, pairs, size, size)] if pairs else []
+        tiles += [Tile(2 * size * pairs, 1, size, rest - size)] if rest > size else []
         size *= 2
-    return found
+    return tiles

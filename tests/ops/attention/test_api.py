@@ -23,7 +23,7 @@ def stream(seed, blocks, tokens=S):
     q, k, v = (jax.random.normal(k, (B, blocks, tokens, H, SIZE)) for k in keys[:3])
     scales = (1 + 0.3 * jax.random.normal(k, (SIZE,)) for k in keys[3:5])
     position = RotaryTable(*(jax.random.normal(k, (blocks, tokens, SIZE)) for k in keys[5:]))
-    # away from zero, where QK-norm makes much of each rounding
+    # Away from zero, where QK-norm amplifies rounding errors.
     q, k = (ProjectedQK(x + jnp.sign(x), scale, position) for x, scale in zip((q, k), scales, strict=True))
     return QKV(q, k, v)
 
@@ -32,7 +32,7 @@ def text(seed=9):
     return KV(*(jax.random.normal(k, (B, T, H, SIZE)) for k in jax.random.split(jax.random.key(seed))))
 
 
-LENGTHS = np.array([2, 4])  # of the text; the rest of its T tokens is padding
+LENGTHS = np.array([2, 4])  # text tokens of each image; the rest of the T tokens is padding
 CASES = {
     "both streams": ([stream(0, L), stream(1, L)], "clean", None),
     "clean one block short": ([stream(0, L - 1), stream(1, L)], "clean", None),
@@ -45,46 +45,46 @@ CASES = {
 }
 
 
-def value_and_gradient(implementation, streams, source, words, lengths=None, *, images=1):
-    """Outputs and gradients; the weights of the sum make every output count differently."""
+def value_and_gradient(implementation, streams, source, text, lengths=None, *, images=1):
+    """Returns outputs and gradients of a sum in which every output has a different weight."""
 
-    def in_a_row(x):
+    def flatten_images(x):
         if isinstance(x, ProjectedQK):
-            return ProjectedQK(in_a_row(x.x), x.scale, jax.lax.stop_gradient(x.position))
+            return ProjectedQK(flatten_images(x.x), x.scale, jax.lax.stop_gradient(x.position))
         return x.reshape(B // images, -1, *x.shape[2:])
 
-    def total(streams, words):
-        given = [stream.v.shape for stream in streams]
-        streams = [QKV(*map(in_a_row, stream)) for stream in streams]
-        words = words and KV(*map(in_a_row, words))
+    def total(streams, text):
+        shapes = [stream.v.shape for stream in streams]
+        streams = [QKV(*map(flatten_images, stream)) for stream in streams]
+        text = text and KV(*map(flatten_images, text))
         context = streams[0].kv if source else None
-        outputs = api.block_attention(streams, context, words, lengths, implementation=implementation, images=images)
-        outputs = [x.reshape(shape) for x, shape in zip(outputs, given, strict=True)]
+        outputs = api.block_attention(streams, context, text, lengths, implementation=implementation, images=images)
+        outputs = [x.reshape(shape) for x, shape in zip(outputs, shapes, strict=True)]
         weights = [jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in outputs]
         return sum(jnp.sum(x * w) for x, w in zip(outputs, weights, strict=True)), outputs
 
-    return jax.jit(jax.value_and_grad(total, argnums=(0, 1) if words else 0, has_aux=True))(streams, words)
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1) if text else 0, has_aux=True))(streams, text)
 
 
-def _weights(q, k, lengths, logs=None):
-    """exp(scores - log-sums) in (B, S, K, H), and the log-sums."""
+def _weights(q, k, lengths, lse=None):
+    """Returns exp(scores - lse), `(B, S, K, H)`, and the lse."""
     scores = jnp.einsum("bshd,bkhd->bskh", q, k) * q.shape[-1] ** -0.5
     if lengths is not None:
         scores = jnp.where(jnp.arange(k.shape[1])[:, None] < lengths[:, None, None, None], scores, -jnp.inf)
-    logs = jax.nn.logsumexp(scores, axis=2) if logs is None else logs
-    return jnp.exp(scores - logs[:, :, None]), logs
+    lse = jax.nn.logsumexp(scores, axis=2) if lse is None else lse
+    return jnp.exp(scores - lse[:, :, None]), lse
 
 
 def _flash(q, k, v, lengths=None):
-    weights, logs = _weights(q, k, lengths)
-    return jnp.einsum("bskh,bkhd->bshd", weights, v), logs
+    weights, lse = _weights(q, k, lengths)
+    return jnp.einsum("bskh,bkhd->bshd", weights, v), lse
 
 
-def _flash_gradient(q, k, v, lengths, out, logs, gradient):
-    """As FlashAttention's backward pass, of which `out` and `logs` may know more keys than these."""
-    weights, _ = _weights(q, k, lengths, logs)
-    before = jnp.einsum("bshd,bkhd->bskh", gradient, v) - (gradient * out).sum(axis=-1)[:, :, None]
-    d_scores = weights * before * q.shape[-1] ** -0.5
+def _flash_gradient(q, k, v, lengths, out, lse, gradient):
+    """Computes FlashAttention's backward pass. `out` and `lse` may belong to more keys than `k`."""
+    weights, _ = _weights(q, k, lengths, lse)
+    d_weights = jnp.einsum("bshd,bkhd->bskh", gradient, v) - (gradient * out).sum(axis=-1)[:, :, None]
+    d_scores = weights * d_weights * q.shape[-1] ** -0.5
     return (
         jnp.einsum("bskh,bkhd->bshd", d_scores, k),
         jnp.einsum("bskh,bshd->bkhd", d_scores, q),
@@ -94,18 +94,18 @@ def _flash_gradient(q, k, v, lengths, out, logs, gradient):
 
 @pytest.fixture
 def no_cudnn(monkeypatch):
-    """What `cudnn` runs, with products of XLA's in the place of cuDNN's calls."""
+    """Replaces cuDNN's calls with XLA products."""
     monkeypatch.setattr(cudnn, "flash_attention", _flash)
     monkeypatch.setattr(cudnn, "flash_attention_backward", _flash_gradient)
 
 
-def assert_equal_trees(found, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+def assert_equal_trees(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
 
 
 @functools.cache
 def dense(name):
-    """A case by the dense mask, which is what every implementation is held against."""
+    """Returns the result of a case with the dense mask, the reference of every implementation."""
     return value_and_gradient("reference", *PALLAS[name])
 
 
@@ -115,70 +115,70 @@ def test_block_form_equals_the_dense_mask(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_squares_of_cudnn_equal_the_dense_mask(name, no_cudnn):
+def test_tiles_of_cudnn_equal_the_dense_mask(name, no_cudnn):
     assert_equal_trees(value_and_gradient("cudnn", *CASES[name]), dense(name))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 11, 16])
-def test_squares_hold_every_pair_of_blocks_once(blocks):
-    seen = np.zeros((blocks, blocks), int)
+def test_tiles_cover_every_pair_of_blocks_once(blocks):
+    count = np.zeros((blocks, blocks), int)
     number = np.arange(blocks)[None, :, None]
-    for square in tiling(blocks):
-        for rows, keys in zip(square.queries(number), square.keys(number), strict=True):
-            seen[np.ix_(rows, keys)] += 1
-    np.testing.assert_array_equal(seen, np.tri(blocks, k=-1))
+    for tile in tiling(blocks):
+        for rows, keys in zip(tile.queries(number), tile.keys(number), strict=True):
+            count[np.ix_(rows, keys)] += 1
+    np.testing.assert_array_equal(count, np.tri(blocks, k=-1))
 
 
-def kept(kv, implementation):
-    """As the second of two layers."""
+def to_cache(kv, implementation):
+    """Returns a cache of two layers, the second of which holds `kv`."""
     return api.to_cache_layout(KV(*(jnp.stack([x + 1, x]) for x in kv)), implementation)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "pallas_interpret"])
-def test_padding_moves_nothing_at_all(implementation, no_cudnn):
-    """Neither outputs nor gradients, and it gets no gradient; in the cache as in training."""
+def test_padding_changes_nothing(implementation, no_cudnn):
+    """Padding changes no output and no gradient, and gets no gradient, with the cache as well."""
     streams, source, words, lengths = CASES["padded text"]
     padding = (np.arange(T) >= lengths[:, None])[..., None, None]
     others = KV(*(jnp.where(padding, x + 3, x) for x in words))
-    found, other = (value_and_gradient(implementation, streams, source, x, lengths) for x in (words, others))
-    jax.tree.map(np.testing.assert_array_equal, found, other)
-    for gradient in found[1][1]:
+    expected, actual = (value_and_gradient(implementation, streams, source, x, lengths) for x in (words, others))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    for gradient in expected[1][1]:
         assert not np.where(padding, gradient, 0).any() and (gradient[:, 0] != 0).all()
     if implementation != "reference":
-        own = QKV(*(x[:, 2:3] for x in apply_to_tree(streams[1])))
+        qkv = QKV(*(x[:, 2:3] for x in apply_to_tree(streams[1])))
 
         def read(words):
-            context, words = (kept(kv, implementation) for kv in (apply_to_tree(streams[0].kv), words))
-            return api.cached_attention(own, context, words, 1, 2, lengths, implementation=implementation)
+            context, words = (to_cache(kv, implementation) for kv in (apply_to_tree(streams[0].kv), words))
+            return api.cached_attention(qkv, context, words, 1, 2, lengths, implementation=implementation)
 
         cached = read(words)
         np.testing.assert_array_equal(cached, read(others))
-        np.testing.assert_allclose(cached[:, 0], found[0][1][1][:, 2], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(cached[:, 0], expected[0][1][1][:, 2], rtol=1e-4, atol=1e-5)
 
 
-WHOLE = 256  # tokens of a block that is two tiles of the TPU's kernel, where a tile has 128
+LARGE = 256  # tokens of a block of two tiles, since the tests use tiles of 128
 
 
 def padded(kv):
-    """Keys of the text in two tiles of the kernel."""
+    """Pads the text to two tiles of the kernel."""
     return KV(*(jnp.pad(x, ((0, 0), (0, 130), (0, 0), (0, 0)), constant_values=0.5) for x in kv))
 
 
 PALLAS = CASES | {
-    "two tiles a block, text": ([stream(0, L - 1, WHOLE), stream(1, L, WHOLE)], "clean", padded(text()), LENGTHS + 127),
-    "two tiles a block, no context": ([stream(0, L, WHOLE)], None, None),
+    "two tiles a block, text": ([stream(0, L - 1, LARGE), stream(1, L, LARGE)], "clean", padded(text()), LENGTHS + 127),
+    "two tiles a block, no context": ([stream(0, L, LARGE)], None, None),
 }
 
 
 @pytest.mark.parametrize("images", [1, B])
 @pytest.mark.parametrize("name", PALLAS)
-def test_the_tpu_s_kernels_equal_the_dense_mask(name, images, monkeypatch):
+def test_tpu_kernels_equal_the_dense_mask(name, images, monkeypatch):
     monkeypatch.setattr(pallas_tpu, "tile_size", lambda tokens: 128 if tokens % 128 == 0 else None)
     assert_equal_trees(value_and_gradient("pallas_interpret", *PALLAS[name], images=images), dense(name))
 
 
-def test_the_tpu_s_kernels_equal_attention_of_all_keys():
-    """As in the U-Net: plain queries and keys, several images in a row."""
+def test_tpu_kernels_equal_full_attention():
+    """The U-Net runs them on plain queries and keys, with several images in a row."""
     q, k, v = (
         jnp.asarray(rng.normal(size=(B, 256, H, 8)), jnp.float32) for rng in map(np.random.default_rng, range(3))
     )
@@ -192,40 +192,39 @@ def test_the_tpu_s_kernels_equal_attention_of_all_keys():
     assert_equal_trees(run("pallas_interpret"), run("blocks"))
 
 
-def test_the_tpu_s_kernels_on_a_mesh_equal_the_dense_mask():
+def test_tpu_kernels_on_a_mesh_equal_the_dense_mask():
     mesh = partitioning.make_mesh(2, 1, 2, jax.devices()[:4])
     with partitioning.scope(mesh):
-        found = value_and_gradient("pallas_interpret", *CASES["padded text"])
-    assert_equal_trees(found, dense("padded text"))
+        actual = value_and_gradient("pallas_interpret", *CASES["padded text"])
+    assert_equal_trees(actual, dense("padded text"))
 
 
-def test_the_tpu_s_kernels_compute_and_count_no_tile_that_is_not_seen():
+def test_tpu_kernels_neither_compute_nor_count_hidden_tiles():
     streams = [stream(0, L - 1, 128), stream(1, L, 128)]
     clean = streams[0]
-    unseen = KV(
-        clean.k._replace(x=clean.k.x.at[:, 2].set(jnp.nan)), clean.v.at[:, 2].set(jnp.nan)
-    )  # by all but the last
+    # Only the last query block attends to context block 2.
+    hidden = KV(clean.k._replace(x=clean.k.x.at[:, 2].set(jnp.nan)), clean.v.at[:, 2].set(jnp.nan))
     attend = functools.partial(api.block_attention, implementation="pallas_interpret")
-    out = attend(streams[1:], unseen, None)[0]
+    out = attend(streams[1:], hidden, None)[0]
     assert jnp.isfinite(out[:, :3]).all() and jnp.isnan(out[:, 3]).all()
 
-    def counted(streams, context, words):
+    def estimated_flops(streams, context, words):
         program = str(jax.make_jaxpr(lambda: attend(streams, context, words))())
         return int(re.search(r"CostEstimate\(flops=(\d+)", program)[1])
 
     tile = B * H * 2 * 2 * SIZE * 128**2
-    assert counted(streams[1:], streams[0].kv, None) == tile * L * (L + 1) // 2
-    few = 16  # rows of a register, for the text's 5 tokens
-    assert counted(streams[1:], streams[0].kv, text()) == tile * L * (L + 1) // 2 + tile * L * few // 128
-    assert counted(streams[:1], streams[0].kv, None) == tile * L * (L - 1) // 2
-    assert counted(streams[1:], None, None) == tile * L
+    assert estimated_flops(streams[1:], streams[0].kv, None) == tile * L * (L + 1) // 2
+    few = 16  # sublanes of a register, which hold the 5 tokens of the text
+    assert estimated_flops(streams[1:], streams[0].kv, text()) == tile * L * (L + 1) // 2 + tile * L * few // 128
+    assert estimated_flops(streams[:1], streams[0].kv, None) == tile * L * (L - 1) // 2
+    assert estimated_flops(streams[1:], None, None) == tile * L
 
 
 @pytest.mark.parametrize("topology, accelerator, tokens", [("v5e:4x4", "v5litepod-16", 1), ("v5p:2x2x1", "v5p-8", 40)])
-def test_the_tpu_s_kernels_compile_for_a_tpu(topology, accelerator, tokens, monkeypatch):
-    """Forward and gradient at a quarter of FFHQ-1024's blocks, images and heads split over the chips."""
+def test_tpu_kernels_compile_for_a_tpu(topology, accelerator, tokens, monkeypatch):
+    """Compiles 4 of the 16 blocks of FFHQ-1024, with images and heads split over the chips."""
     pytest.importorskip("libtpu")
-    # what libtpu asks a TPU machine for
+    # libtpu otherwise queries the metadata server of a TPU machine.
     for name, value in {
         "ACCELERATOR_TYPE": accelerator,
         "WORKER_HOSTNAMES": "localhost",
@@ -261,7 +260,7 @@ def test_the_tpu_s_kernels_compile_for_a_tpu(topology, accelerator, tokens, monk
     assert "block_attention_forward" in text and "block_attention_backward" in text
 
 
-def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
+def test_auto_selects_the_kernel_of_the_platform_if_the_shape_allows():
     auto = functools.partial(api.choose_implementation, "auto", head=64)
     assert auto("cpu", "bfloat16", 256) == auto("gpu", "float32", 256) == "blocks"
     assert auto("gpu", "bfloat16", 256) == "cudnn"
@@ -270,7 +269,7 @@ def test_auto_takes_the_kernel_of_the_platform_where_the_shape_allows():
     assert api.choose_implementation("auto", "gpu", "bfloat16", 256, 12) == "blocks"
     assert api.choose_implementation("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
     assert api.choose_implementation("pallas", "cpu", "float32", 64, 64) == "pallas_interpret"
-    with pytest.raises(ConfigError, match="a multiple of 128 tokens; these have 64"):
+    with pytest.raises(ConfigError, match="a multiple of 128 tokens, but the model has 64"):
         api.choose_implementation("pallas", "tpu", "bfloat16", 64, 64)
 
 
@@ -281,9 +280,9 @@ def test_a_single_key_gets_all_the_weight_in_bfloat16_too(causal):
     def attend(*args):
         return api.attend(*args, causal=causal)
 
-    out, pull = jax.jit(functools.partial(jax.vjp, attend))(q, k, v)
+    out, vjp = jax.jit(functools.partial(jax.vjp, attend))(q, k, v)
     np.testing.assert_array_equal(out, v)
-    for gradient, expected in zip(pull(out), (jnp.zeros_like(q), jnp.zeros_like(k), v), strict=True):
+    for gradient, expected in zip(vjp(out), (jnp.zeros_like(q), jnp.zeros_like(k), v), strict=True):
         np.testing.assert_array_equal(gradient, expected)
 
 
@@ -301,23 +300,23 @@ def test_a_query_sees_earlier_context_blocks_and_itself_only():
 @pytest.mark.parametrize(
     "implementation, unfilled", [("blocks", jnp.nan), ("cudnn", 100.0), ("pallas_interpret", jnp.nan)]
 )
-def test_the_cache_gives_what_training_gives(implementation, unfilled, no_cudnn):
+def test_attention_with_the_cache_equals_training(implementation, unfilled, no_cudnn):
     streams, words = [stream(0, L), stream(1, L)], text()
     context = streams[0].kv
-    whole = api.block_attention(streams, context, words, implementation="blocks")
+    expected = api.block_attention(streams, context, words, implementation="blocks")
     lengths = api.cache_lengths(None, words.k[..., 0, 0], implementation)
-    words = kept(words, implementation)
-    slots = kept(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in apply_to_tree(context))), implementation)
+    words = to_cache(words, implementation)
+    slots = to_cache(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in apply_to_tree(context))), implementation)
     one_block = functools.partial(api.cached_attention, implementation=implementation)
 
     @jax.jit
-    def traced(own, layer, block):
-        return one_block(own, slots, words, layer, block, lengths)
+    def traced(qkv, layer, block):
+        return one_block(qkv, slots, words, layer, block, lengths)
 
-    for n, own in enumerate(apply_to_tree(streams)):
-        one = QKV(*(x[:, 2:3] for x in own))
-        static = one_block(one, slots, words, 1, 2, lengths)
-        np.testing.assert_allclose(static[:, 0], whole[n][:, 2], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(traced(one, 1, 2), static, rtol=1e-5, atol=1e-6)
-        first = QKV(*(x[:, :1] for x in own))
-        np.testing.assert_allclose(traced(first, 1, 0)[:, 0], whole[n][:, 0], rtol=1e-4, atol=1e-5)
+    for n, qkv in enumerate(apply_to_tree(streams)):
+        third = QKV(*(x[:, 2:3] for x in qkv))
+        static = one_block(third, slots, words, 1, 2, lengths)
+        np.testing.assert_allclose(static[:, 0], expected[n][:, 2], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(traced(third, 1, 2), static, rtol=1e-5, atol=1e-6)
+        first = QKV(*(x[:, :1] for x in qkv))
+        np.testing.assert_allclose(traced(first, 1, 0)[:, 0], expected[n][:, 0], rtol=1e-4, atol=1e-5)
