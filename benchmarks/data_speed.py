@@ -75,7 +75,7 @@ def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, c
         return np.asarray(image)
 
     def path(batch: list[pathlib.Path]) -> np.ndarray:
-        return np.stack([table.pixels(file.read_bytes()) for file in batch])
+        return np.stack([table.process(file.read_bytes()) for file in batch])
 
     def timed(run: Callable[[list[pathlib.Path]], object]) -> float:
         done, began = 0, time.perf_counter()

@@ -69,7 +69,7 @@ def _tfds():
 
 def _source(kind, path, monkeypatch):
     if kind == "part":
-        return sources.Part(sources.Folder(str(_folder(path))), np.array([2, 0]))
+        return sources.Subset(sources.Folder(str(_folder(path))), np.array([2, 0]))
     makers = {
         "digits": sources.Digits,
         "folder": lambda: sources.Folder(str(_folder(path))),
@@ -87,7 +87,7 @@ def test_no_index_gives_no_row_of_the_usual_shape(tmp_path, monkeypatch, kind):
     source = _source(kind, tmp_path, monkeypatch)
     none = source.read(np.zeros(0, np.int64))
     if kind in ("images", "latents"):
-        assert not source._readers._late  # no record takes no time, which says nothing of the storage
+        assert not source._readers._slow  # no record takes no time, which says nothing of the storage
     one = source.read(np.array([0]))
     assert none.arrays.keys() == one.arrays.keys()
     for name, array in one.arrays.items():

@@ -24,7 +24,7 @@ def keys(folder: sources.Folder, root) -> list[str]:
 
 def shades(folder: sources.Folder) -> list[int]:
     found = folder.read(np.arange(len(folder))).arrays["image"]
-    return preprocess.Preprocessor(1, 3, crop=True).batch(found)[:, 0, 0, 0].tolist()
+    return preprocess.Preprocessor(1, 3, crop=True).process_batch(found)[:, 0, 0, 0].tolist()
 
 
 @pytest.fixture

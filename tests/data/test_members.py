@@ -129,7 +129,7 @@ def test_numbers_among_names_are_odd(opened):
     found = opened(members | {"19.json": b'{"label": 7}'})
     assert found.names == ("a", "b") and found.read(np.arange(19)).labels.tolist() == [(i + 1) % 2 for i in range(19)]
     with pytest.raises(ConfigError, match="a label is the number 7, and most are names: 1 of 20 lack one"):
-        opened(members | {"19.json": b'{"label": 7}'}, most=0)
+        opened(members | {"19.json": b'{"label": 7}'}, max_unlabeled=0)
 
 
 def test_json_without_a_label_is_said(opened, caplog):
@@ -162,11 +162,11 @@ def test_one_odd_label_leaves_out_its_image_and_many_are_refused(opened, caplog,
     found = opened(members)
     assert len(found) == 19 and shades(found, *range(19)) == list(range(19)) and found.names == ("0", "1", "2")
     assert found.read(np.arange(19)).labels.tolist() == [i % 3 for i in range(19)]
-    assert names(found)[18] == "18.png" and found.held_out(1.0).shape == (19,)
+    assert names(found)[18] == "18.png" and found.test_mask(1.0).shape == (19,)
     (line,) = [r.getMessage() for r in caplog.records if "left out of the tars" not in r.getMessage()]
     assert f"x.tar:{stem}." in line and "1 of 20 lack one; they are left out" in line and "\n" not in line
     with pytest.raises(ConfigError, match=r"1 of 20 lack one, more than config\.data\.max_corrupt=0\.04"):
-        opened(members, most=0.04)
+        opened(members, max_unlabeled=0.04)
 
 
 def test_an_odd_label_among_images_without_one_is_ignored_and_said(opened, caplog):

@@ -177,7 +177,7 @@ def test_memory_that_runs_out_is_said_of_the_image(numbered, monkeypatch):
     def full(table, images):
         raise MemoryError
 
-    monkeypatch.setattr(preprocess.Preprocessor, "batch", full)
+    monkeypatch.setattr(preprocess.Preprocessor, "process_batch", full)
     with pytest.raises(ConfigError, match=r"\.png: the memory does not suffice"):
         take(numbered, 1)
 

@@ -50,7 +50,7 @@ def test_records_keep_their_split(config, out):
     assert 5 < len(kept) < 21
     c = prepared(config, out)
     c.data.split = "test"
-    with pytest.raises(ConfigError, match="was prepared from split 'train', not 'test': ask for that one"):
+    with pytest.raises(ConfigError, match="was prepared from split 'train', not 'test': set config.data.split=train"):
         pipeline.dataset_info(c)
 
 
@@ -104,7 +104,7 @@ def test_a_flipped_byte_of_a_shard_is_never_another_record(config, out, monkeypa
     for position in ends:
         flip(shard, position)
         reading = records.Records(out)
-        reading._readers._late = late
+        reading._readers._slow = late
         try:
             np.testing.assert_array_equal(reading.read(np.arange(21)).arrays["image"], wanted)
         except ConfigError:

@@ -241,7 +241,7 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
 
     table = preprocess.Preprocessor(4, 3, crop=True)
     found = shades.read(np.array([4, 0, 2, 1, 3]))
-    assert table.batch(found.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * found.labels).tolist()
+    assert table.process_batch(found.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * found.labels).tolist()
     assert found.captions == [f"shade {label}" for label in found.labels]
     assert sorted(found.labels) == list(range(5)) and shades.names == tuple("0123456")
     with pytest.raises(ConfigError, match="has no split 'test', only train, all"):

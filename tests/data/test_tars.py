@@ -39,7 +39,7 @@ def write_tar(path, members: dict[str, bytes]) -> str:
 
 def shades(found: source.Source, *numbers: int) -> list[int]:
     images = found.read(np.array(numbers)).arrays["image"]
-    return preprocess.Preprocessor(4, 3, crop=True).batch(images).mean((1, 2, 3)).tolist()
+    return preprocess.Preprocessor(4, 3, crop=True).process_batch(images).mean((1, 2, 3)).tolist()
 
 
 def test_captions_come_as_tokens_with_what_is_said_in_their_place(tmp_path):
@@ -130,18 +130,18 @@ def test_without_a_cache_it_reads_all_the_same(tmp_path, cache):
 
 def test_held_out_tars_stay_held_out_elsewhere(tmp_path):
     write_tar(tmp_path / "a" / "x" / "0.tar", {f"{i}.webp": b"" for i in range(100)})
-    before = tars.Tars(str(tmp_path / "a")).held_out(0.3)
+    before = tars.Tars(str(tmp_path / "a")).test_mask(0.3)
     assert 15 < before.sum() < 45
     (tmp_path / "a").rename(tmp_path / "b")
-    np.testing.assert_array_equal(tars.Tars(str(tmp_path / "b")).held_out(0.3), before)
+    np.testing.assert_array_equal(tars.Tars(str(tmp_path / "b")).test_mask(0.3), before)
 
 
 def test_what_is_held_out_does_not_depend_on_what_was_opened_before(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a" / "x" / "0.tar", {f"{i}.webp": b"" for i in range(100)})
-    whole, part = (tars.Tars(p).held_out(0.3) for p in (str(tmp_path / "a"), path))
+    whole, part = (tars.Tars(p).test_mask(0.3) for p in (str(tmp_path / "a"), path))
     assert (whole != part).any()  # by the names x/0.tar:... and 0.tar:...
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    np.testing.assert_array_equal(tars.Tars(path).held_out(0.3), part)
+    np.testing.assert_array_equal(tars.Tars(path).test_mask(0.3), part)
 
 
 def test_it_feeds_the_pipeline(tmp_path):

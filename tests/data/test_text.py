@@ -225,7 +225,7 @@ def test_the_content_of_the_file_is_its_identity(tmp_path):
     ("content", "words"),
     [
         (None, "cannot be read"),
-        (b"{}", "is no tokenizer.json"),
+        (b"{}", "is not a tokenizer.json"),
         (b"hello", "neither a tokenizer.json nor"),
         (b"YQ== 0\nYg== 2\n", "is damaged: ranks are missing"),
     ],

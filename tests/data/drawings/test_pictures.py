@@ -41,7 +41,7 @@ def make_config(split="train", count=5, size=32):
 
 
 def pixels(number: int, size: int) -> np.ndarray:
-    return preprocess.Preprocessor(size, 3, crop=True).pixels(pictures.draw(0, number, size).png)
+    return preprocess.Preprocessor(size, 3, crop=True).process(pictures.draw(0, number, size).png)
 
 
 def test_the_first_hundred_are_the_same_on_every_machine():
@@ -164,7 +164,7 @@ def test_splits_are_disjoint_and_combinations_held_out():
 
 
 def test_more_pictures_leave_the_others_in_their_split():
-    few, many = (pictures.Drawings(n, 16).parts(0.2) for n in (10, 20))
+    few, many = (pictures.Drawings(n, 16).split_indices(0.2) for n in (10, 20))
     np.testing.assert_array_equal(few, many[:10])
 
 
@@ -186,7 +186,9 @@ def test_pictures_are_read_as_they_are_drawn():
     source = sources.open_source(make_config("all", count=8))
     found = pickle.loads(pickle.dumps(source)).read(np.array([7, 2, 5]))
     table = preprocess.Preprocessor(32, 3, crop=True)
-    np.testing.assert_array_equal(table.batch(found.arrays["image"]), [pixels(number, 32) for number in (7, 2, 5)])
+    np.testing.assert_array_equal(
+        table.process_batch(found.arrays["image"]), [pixels(number, 32) for number in (7, 2, 5)]
+    )
     assert found.labels.tolist() == [2, 2, 0] and len(source) == 8 and source.names == pictures.STYLES
     words = [pictures.draw(0, number, 16).words for number in (7, 2, 5)]
     assert [attributes.from_indices(row) for row in found.attributes] == words
@@ -216,7 +218,7 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_line(cache, processes, monk
     folder = cache / f"{pictures.cache_key(0)[:16]}-16"
     (folder / "00000000.npz" / "in its way").mkdir(parents=True)
     with pytest.raises(
-        ConfigError, match="cannot keep its pictures in .*: (Is a directory|Directory not empty)"
+        ConfigError, match="cannot store its pictures in .*: (Is a directory|Directory not empty)"
     ) as caught:
         pictures.Drawings(10, 16)
     assert "\n" not in str(caught.value)
@@ -250,7 +252,7 @@ def test_wrong_use_is_told_in_a_line(monkeypatch):
     with pytest.raises(ConfigError, match="split='composition' is empty"):
         sources.open_source(make_config("composition", count=1))
     monkeypatch.setitem(attributes.STYLES["clay"], "body", attributes.Words("bodyVariant", {}))
-    with pytest.raises(ConfigError, match="draw 'squat' in clay, which has no name here: install"):
+    with pytest.raises(ConfigError, match="draw 'squat' in clay, which is unknown: install"):
         pictures.draw(0, 0, 16)
 
 
