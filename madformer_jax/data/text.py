@@ -31,7 +31,10 @@ _BEGIN_TOKENS = (BEGIN, "<|startoftext|>", "<s>", "<bos>", "[CLS]", "<|endoftext
 _END_TOKENS = (END, "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 _EMBEDDED_FILES = {"drawings": "drawings.tokenizer.json"}  # files of this package
 # Llama 3's pattern for splitting text into words before merging bytes.
-_LLAMA3_SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPECIAL_TOKEN_COUNT = 256  # Llama 3's special tokens, which follow its ranks; the first two are begin and end
 _UNKNOWN = -1  # the unknown token of a tokenizer that has none
 

@@ -20,7 +20,10 @@ def supported(flags: str, packages: Iterable[str] = tuple(LIBRARIES)) -> str:
 
 
 def _libraries(package: str) -> list[str]:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # data workers hide JAX (data/worker.py)
+        spec = None
     folders = (spec.submodule_search_locations or ()) if spec else ()
     return [path for folder in folders for path in glob.glob(os.path.join(folder, LIBRARIES[package]))]
 

@@ -1,4 +1,4 @@
-"""Images with odd metadata: read with the right pixels, or refused in one line."""
+"""Tests of images with unusual metadata: read with the right pixels, or refused in one line."""
 
 import io
 
@@ -52,7 +52,7 @@ def test_other_files_are_corrupt_for_a_reason_of_one_line(name):
     assert "\n" not in str(caught.value)
 
 
-def test_a_limit_on_pixels_is_the_tables_and_not_pillows(monkeypatch):
+def test_max_pixels_overrides_the_limit_of_pillow(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     image = odd_images.encode("PNG")
     assert TABLE._replace(max_pixels=1600).process(image).shape == (40, 40, 3)
@@ -60,6 +60,6 @@ def test_a_limit_on_pixels_is_the_tables_and_not_pillows(monkeypatch):
         TABLE._replace(max_pixels=1599).process(image)
 
 
-def test_the_limit_on_pixels_is_no_part_of_a_protocol():
+def test_max_pixels_is_not_part_of_the_description():
     assert TABLE.describe() == TABLE._replace(max_pixels=1).describe()
     assert set(TABLE.describe()) == {"size", "channels", "crop", "background", "resize"}
