@@ -49,7 +49,7 @@ class Selection(NamedTuple):
 SkippedRecords = dict[str, list[str]]  # number of a record that cannot be read -> [name, reason]
 
 
-def read_record(source: Source, table: preprocess.Preprocessor, number: int) -> Examples:
+def read_record(source: Source, preprocessor: preprocess.Preprocessor, number: int) -> Examples:
     """Reads a single record and decodes its image to uint8 (1, size, size, c).
 
     Raises:
@@ -57,14 +57,14 @@ def read_record(source: Source, table: preprocess.Preprocessor, number: int) -> 
       ConfigError: The memory does not suffice.
     """
     try:
-        return _decode_images(source.read(np.array([number])), table)
+        return _decode_images(source.read(np.array([number])), preprocessor)
     except MemoryError:
         raise ConfigError(f"{source.name(number)}: the memory does not suffice to read it.") from None
 
 
-def _decode_images(examples: Examples, table: preprocess.Preprocessor) -> Examples:
+def _decode_images(examples: Examples, preprocessor: preprocess.Preprocessor) -> Examples:
     if "image" in examples.arrays:
-        examples.arrays["image"] = table.process_batch(examples.arrays["image"])
+        examples.arrays["image"] = preprocessor.process_batch(examples.arrays["image"])
     return examples
 
 
@@ -86,12 +86,12 @@ class _BatchLoader:
     """
 
     def __init__(self, source: Source, config: ConfigDict):
-        self._source, self._config, self._table = source, config, make_preprocessor(config)
+        self._source, self._config, self._preprocessor = source, config, make_preprocessor(config)
 
     def __call__(self, selection: Selection) -> Batch:
         skipped: SkippedRecords = {}
         try:
-            arrays, labels, captions, _ = _decode_images(self._source.read(selection.record), self._table)
+            arrays, labels, captions, _ = _decode_images(self._source.read(selection.record), self._preprocessor)
         except (preprocess.CorruptImageError, OSError, MemoryError):
             rows = [self._read_next_readable(number, skipped) for number in selection.record.tolist()]
             arrays = {name: np.concatenate([row.arrays[name] for row in rows]) for name in rows[0].arrays}
@@ -109,7 +109,7 @@ class _BatchLoader:
         """Reads the first readable record from `number` on, adding those before it to `skipped`."""
         while True:
             try:
-                return read_record(self._source, self._table, number)
+                return read_record(self._source, self._preprocessor, number)
             except (preprocess.CorruptImageError, OSError) as error:
                 skipped[str(number)] = [self._source.name(number), first_line(error)]
             _check_skipped(self._config, skipped, len(self._source))
@@ -167,7 +167,7 @@ def dataset_info(config: ConfigDict) -> DatasetInfo:
 
 
 def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
-    table = make_preprocessor(config)
+    preprocessor = make_preprocessor(config)
     name, classes = config.data.source, config.model.classes
     if not len(source):
         raise ConfigError(f"config.data.source={name} is empty.")
@@ -187,9 +187,9 @@ def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
                 f"config.text.vocabulary={config.text.vocabulary} needs captions, and {source.name(0)} has none: see "
                 "docs/text.md on where to put them, or take the names of classes with config.text.caption=class."
             )
-    shape, codec = (table.size, table.size, table.channels), ""
+    shape, codec = (preprocessor.size, preprocessor.size, preprocessor.channels), ""
     if source.manifest is not None:
-        records.check_manifest(source.manifest, config, table)
+        records.check_manifest(source.manifest, config, preprocessor)
         shape, codec = tuple(source.manifest["shape"]), (source.manifest["codec"] or {}).get("weights", "")
     return DatasetInfo(len(source), source.classes, shape, source.kind, source.names, source.fingerprint, codec)
 

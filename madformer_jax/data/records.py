@@ -340,18 +340,18 @@ def _fingerprint(content: Mapping[str, Any]) -> str:
     return fingerprint([json.dumps(hashed, sort_keys=True), *(str(shard.records) for shard in _shards(content))])
 
 
-def check_manifest(manifest: Mapping[str, Any], config: ConfigDict, table: preprocess.Preprocessor) -> None:
+def check_manifest(manifest: Mapping[str, Any], config: ConfigDict, preprocessor: preprocess.Preprocessor) -> None:
     """Checks that prepared records fit the config that is about to train on them.
 
     Args:
       manifest: Manifest of the records.
       config: The whole config.
-      table: Preprocessing that `config` sets.
+      preprocessor: Preprocessing that `config` sets.
 
     Raises:
       ConfigError: The records were prepared with other settings than those of `config`.
     """
-    wanted = table.describe()
+    wanted = preprocessor.describe()
     for field, value in manifest["image"].items():  # an older manifest has fewer fields
         if wanted.get(field) != value:
             name = {"size": "image_size"}.get(field, field)

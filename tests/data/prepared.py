@@ -17,7 +17,7 @@ from tests.support import kill_prepare
 
 
 def make_config(folder: pathlib.Path) -> ConfigDict:
-    """Writes 23 images, two of them corrupt, and returns a config that prepares them in shards of 5."""
+    """Writes 23 images, two of them corrupt. Returns a config with shards of 5 images."""
     kill_prepare.make_images(folder / "images", 23, corrupt=(4, 9))
     c = config_lib.base()
     c.data.source, c.data.path, c.data.image_size = "folder", str(folder / "images"), 16

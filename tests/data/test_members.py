@@ -1,4 +1,4 @@
-"""Tests of unusual tars: names with dots, odd labels, hidden members, several streams per sample."""
+"""Tests of unusual tars: names with dots, odd labels, hidden members, several streams."""
 
 import json
 import os

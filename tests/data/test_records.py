@@ -92,7 +92,7 @@ def test_damaged_shards_are_detected_and_made_again(config, out, monkeypatch, sm
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_flipped_byte_of_a_shard_never_changes_a_record(config, out, monkeypatch, slow):
-    """Reads either the original records or raises an error, without a checksum of the whole shard."""
+    """Reads the original records or raises an error, without a checksum of the shard."""
     monkeypatch.setattr(records, "_MAX_CHECKSUM_BYTES", 0)
     config.prepare.shard = 23
     prepare.run(config, out)

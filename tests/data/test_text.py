@@ -17,7 +17,7 @@ CAPTIONS = ["a red planet with two moons", "a blue planet in a black sky", "a gr
 
 @pytest.fixture(params=["json", "ranks"])
 def c(request, tmp_path):
-    """Config with a trained tokenizer of 300 tokens, or with tiktoken's ranks of bytes and 3 words."""
+    """Config with a trained tokenizer of 300 tokens, or with tiktoken's ranks of 259 tokens."""
     path = tmp_path / "tokenizer"
     if request.param == "json":
         path.write_text(text.train_bpe(CAPTIONS, 300))
@@ -88,7 +88,7 @@ def test_a_part_that_the_tokenizer_does_not_know_is_an_error(tmp_path):
 
 
 def opened(path, tokenizer=None):
-    """Returns a config with the tokenizer at `path`. If `tokenizer` is given, it is saved there first."""
+    """Returns a config with the tokenizer at `path`, after saving `tokenizer` to it if not None."""
     if tokenizer is not None:
         tokenizer.save(str(path))
     c = config_lib.base()
@@ -200,7 +200,7 @@ def test_names_of_control_tokens_are_text_to_other_tokenizers(tokenizer, tmp_pat
     assert "</s>" in text.tokenizer_for_config(c).decode(inner).replace(" ", "")
 
 
-def test_a_control_token_that_cannot_be_spelt_is_refused(tmp_path):
+def test_a_control_token_that_cannot_be_spelled_is_refused(tmp_path):
     words = {"[UNK]": 0, "<s>": 1, "</s>": 2, "red": 3}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -55,7 +55,7 @@ def test_release_outputs_losses_and_gradients(variant):
     for name, expected in norms.items():
         if "_list.0." in name and not c.model.clean_stream:
             continue  # copies of the noisy tower, for a tower that this variant never runs
-        # A bias of the keys shifts all scores equally, so its gradient is rounding noise around zero.
+        # A bias of the keys shifts all scores equally, so its gradient is rounding noise.
         assert grad_norms[name] == pytest.approx(expected, rel=1e-3, abs=1e-8 * largest), name
 
 
