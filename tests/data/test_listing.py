@@ -43,7 +43,7 @@ ALL = ["cats/0.png", "cats/1.png", "dogs/0.png", "dogs/1.png"]
     [
         "cats/.ipynb_checkpoints/0-checkpoint.png", "cats/.thumbnails/large/0.png", "dogs/@eaDir/0.png/THUMB_M.jpg",
         "__MACOSX/cats/0.png", "__MACOSX/0.png", "cats/__MACOSX/0.png", "#recycle/0.png", "$RECYCLE.BIN/0.png",
-        "lost+folder/0.png", ".git/0.png", "System Volume Information/0.png", "cats/a/.b/c/0.png",
+        "lost+found/0.png", ".git/0.png", "System Volume Information/0.png", "cats/a/.b/c/0.png",
     ],
 )  # fmt: skip
 def test_hidden_and_system_folders_are_neither_images_nor_classes(pets, caplog, junk):

@@ -13,7 +13,7 @@ import pathlib, resource, sys
 from madformer_jax.data import records
 paths = [f"{sys.argv[1]}/{k}" for k in range(300)]
 for k, path in enumerate(paths):
-    writer = records.writer(path)
+    writer = records.open_writer(path)
     writer.write(str(k).encode())
     writer.close()
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
