@@ -78,7 +78,7 @@ def images(folder: pathlib.Path, kind: str, shape: tuple[int, int], size: int, c
         return np.asarray(image)
 
     def decode_ours(batch: list[pathlib.Path]) -> np.ndarray:
-        return np.stack([preprocessor.pixels(file.read_bytes()) for file in batch])
+        return np.stack([preprocessor.process(file.read_bytes()) for file in batch])
 
     def images_per_second(run: Callable[[list[pathlib.Path]], object]) -> float:
         count, began = 0, time.perf_counter()

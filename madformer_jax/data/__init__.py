@@ -1,0 +1,1 @@
+"""Data: sources, preprocessing, captions and the input pipeline (start with `pipeline`)."""

@@ -1,6 +1,8 @@
-"""Labels of samples in tars: what the sidecars of an image say, and the numbers of the classes.
+"""Labels of the samples in tars: reading them from sidecar files, and numbering the classes.
 
-A label is a number, or in a .json also the name of a class. Where most labels are names, the sorted names are the classes.
+`members` reads the label of each image, `tars` numbers the classes of the set. A label is a number,
+or in a .json also the name of a class. If most labels of a set are names, its classes are the
+sorted names.
 """
 
 import json
@@ -13,9 +15,9 @@ from madformer_jax.data import listing
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-MISSING, UNUSABLE = -1, -2  # in place of a class: there is no label; there is one that is not usable
-_FIRST_NAME = -3  # code of the first name; those that follow count down
-_MAX_CLASSES = 1_000_000  # more are not classes
+MISSING, UNUSABLE = -1, -2  # codes in place of a class
+_FIRST_NAME = -3  # code of the first class name; further names have -4, -5, ...
+_MAX_CLASSES = 1_000_000  # larger numbers are taken for something else than classes
 _NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")  # 1.0 is class 1
 
 
@@ -36,63 +38,73 @@ Label = int | ClassName | UnusableLabel | None
 _NamedContent = tuple[str, bytes]  # name for messages, content
 
 
-def read(cls: _NamedContent | None, beside: _NamedContent | None, left_out: listing.Exclusions) -> Label:
-    """Reads the label of an image from its .cls and its .json; either may be missing.
+def read(cls_file: _NamedContent | None, json_file: _NamedContent | None, exclusions: listing.Exclusions) -> Label:
+    """Reads the label of an image from its .cls and its .json file.
 
-    A number in the .cls wins over a name in the .json. Two different numbers are an odd label.
+    A number in the .cls wins over a name in the .json. Two different numbers are an unusable label.
+
+    Args:
+      cls_file: The .cls file; None if it does not exist.
+      json_file: The .json file; None if it does not exist.
+      exclusions: Receives the .json files whose label is missing or not used.
     """
-    by_cls = _parse_text(*cls) if cls else None
-    by_json = _parse_json(*beside) if beside else None
-    if beside and by_json is None:
-        left_out.add(".json members without a label", beside[0])
+    by_cls = _parse_text(*cls_file) if cls_file else None
+    by_json = _parse_json(*json_file) if json_file else None
+    if json_file and by_json is None:
+        exclusions.add(".json members without a label", json_file[0])
     if by_cls is None or (isinstance(by_cls, UnusableLabel) and isinstance(by_json, int)):
         return by_json
-    if cls and beside and isinstance(by_cls, int):
+    if cls_file and json_file and isinstance(by_cls, int):
         if isinstance(by_json, int) and by_cls != by_json:
-            return UnusableLabel(f"{cls[0]} says class {by_cls}, and {beside[0]} says {by_json}")
+            return UnusableLabel(f"{cls_file[0]} says class {by_cls}, and {json_file[0]} says {by_json}")
         if isinstance(by_json, ClassName | UnusableLabel):
-            left_out.add("labels in .json members beside a .cls", beside[0])
+            exclusions.add("labels in .json members beside a .cls", json_file[0])
     return by_cls
 
 
 class ClassIndex:
-    """Collects the labels of a set in little memory, and numbers the classes."""
+    """Labels of a set as integer codes, which are turned into classes once all labels are known."""
 
     def __init__(self) -> None:
-        self._names: dict[str, int] = {}  # in the order in which they came
-        self._numbers = self._named = 0  # images with such a label
-        self._odd = self._odd_name = self._odd_number = ""  # reason of the first one, if that kind is odd
+        self._names: dict[str, int] = {}  # class name -> position of its first occurrence
+        self._number_count = self._name_count = 0  # images whose label is a number, or a name
+        # Reasons of the first label of each kind, should that kind turn out to be unusable.
+        self._unusable = self._unusable_name = self._unusable_number = ""
 
     def add(self, label: Label) -> int:
-        """Takes the label of one image, and returns a code that `number` turns into its class."""
+        """Adds the label of one image, and returns its code for `assign_classes`."""
         if label is None:
             return MISSING
         if isinstance(label, UnusableLabel):
-            self._odd = self._odd or label.reason
+            self._unusable = self._unusable or label.reason
             return UNUSABLE
         if isinstance(label, int):
-            self._numbers += 1
-            self._odd_number = self._odd_number or f"a label is the number {label}, and most are names"
+            self._number_count += 1
+            self._unusable_number = self._unusable_number or f"a label is the number {label}, and most are names"
             return label
-        self._named += 1
-        self._odd_name = self._odd_name or f"{label.file} holds no class number but {label.text!r}"
+        self._name_count += 1
+        self._unusable_name = self._unusable_name or f"{label.file} holds no class number but {label.text!r}"
         return _FIRST_NAME - self._names.setdefault(label.text, len(self._names))
 
-    def number(self, codes: np.ndarray) -> tuple[np.ndarray, list[str], str]:
-        """Numbers the classes by name if most labels are names, else as the labels say.
+    def assign_classes(self, codes: np.ndarray) -> tuple[np.ndarray, list[str], str]:
+        """Turns codes into classes: by sorted name if most labels are names, else by their numbers.
+
+        Args:
+          codes: Codes returned by `add`.
 
         Returns:
-          The class of each image, or `NONE` or `ODD`; the names of the classes, empty if labels are numbers; and the reason
-          of an odd label, "" if there is none.
+          The class of each image, or `MISSING` or `UNUSABLE`; the names of the classes, empty if
+          labels are numbers; and why the first unusable label is unusable, "" if all are usable.
         """
         is_name, is_number = codes <= _FIRST_NAME, codes >= 0
-        if self._named <= self._numbers:
-            return np.where(is_name, UNUSABLE, codes), [], self._odd or self._odd_name
+        if self._name_count <= self._number_count:
+            return np.where(is_name, UNUSABLE, codes), [], self._unusable or self._unusable_name
         names = sorted(self._names)
         rank = np.empty(len(names), codes.dtype)
         rank[[self._names[name] for name in names]] = np.arange(len(names))
         classes = rank[np.where(is_name, _FIRST_NAME - codes, 0)]
-        return np.where(is_name, classes, np.where(is_number, UNUSABLE, codes)), names, self._odd or self._odd_number
+        classes = np.where(is_name, classes, np.where(is_number, UNUSABLE, codes))
+        return classes, names, self._unusable or self._unusable_number
 
 
 def _parse_text(name: str, content: bytes) -> int | UnusableLabel:
@@ -104,7 +116,7 @@ def _parse_text(name: str, content: bytes) -> int | UnusableLabel:
 
 
 def _parse_json(name: str, content: bytes) -> Label:
-    """Reads the field "label"; None where there is none."""
+    """Reads the field "label"; returns None if the file has no such field."""
     try:
         entry = json.loads(storage.decode_text(content, name))
     except ConfigError as error:

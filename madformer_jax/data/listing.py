@@ -1,7 +1,8 @@
-"""Lists a folder: the files that a person put there, and one log line about those that are left out.
+"""Listing of folders: the files that a user stored there, and one log line about the others.
 
-Images and tars are found here, for every source and for `evaluate.images`. Hidden names and the folders that systems make
-are left out. Linked folders are followed, each real folder once, so that loops end.
+Sources and `evaluate.images` find their images and tars here. Hidden names and system folders are
+left out; add further ones to `_SYSTEM_FOLDERS`. Links to folders are followed. Each real folder is
+read once, so that loops end.
 """
 
 import collections
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 from absl import logging
 
-# What Pillow decodes, by the suffixes in use. The list is fixed: the images of a folder do not depend on Pillow's version.
+# Suffixes of the formats that Pillow decodes. The list is fixed, so that the images of a folder do
+# not depend on Pillow's version.
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm",
     ".pgm", ".pbm",
@@ -32,7 +34,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # wo
 
 
 class Exclusions:
-    """Counts what a listing leaves out."""
+    """Counts of the entries that a listing leaves out, by kind, with a few examples."""
 
     def __init__(self) -> None:
         self._counts: collections.Counter[str] = collections.Counter()
@@ -45,11 +47,14 @@ class Exclusions:
             examples.append(path)
 
     def add_file(self, path: str) -> None:
-        """Adds a file under its suffix."""
+        """Counts a file under its suffix."""
         self.add(suffix(path) or "no suffix", path)
 
-    def line(self) -> str:
-        """Describes everything, as in ".heic: 3 (a.heic, b.heic, ...), links that lead nowhere: 1 (9.png)"."""
+    def summary(self) -> str:
+        """Returns the counts and examples of all kinds in one line.
+
+        Example: ".heic: 3 (a.heic, b.heic, ...), links that lead nowhere: 1 (9.png)".
+        """
         return printable(
             ", ".join(
                 f"{kind}: {count} ({', '.join(self._examples[kind])}{', ...' if count > _MAX_EXAMPLES else ''})"
@@ -58,44 +63,44 @@ class Exclusions:
         )
 
     def log(self, path: str) -> None:
-        """Logs the line once a process, if there is anything to say."""
+        """Logs the summary once per process, unless it is empty."""
         if self._counts:
-            warn_once(f"{printable(path)}: left out: {self.line()}")
+            warn_once(f"{printable(path)}: left out: {self.summary()}")
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Logs a warning, but not the same one again: a run opens its source several times."""
+    """Logs a warning unless this process logged it before: a run opens its source several times."""
     logging.warning("%s", message)
 
 
 class FolderEntries(NamedTuple):
-    """What one folder holds: sorted paths."""
+    """Entries of one folder as sorted paths."""
 
     folders: list[str]
-    linked: list[str]  # links to folders, except to one that the link lies in
+    linked: list[str]  # links to folders, except folders that contain the link
     files: list[str]
 
 
-def scan(folder: str, left_out: Exclusions) -> FolderEntries:
+def scan(folder: str, exclusions: Exclusions) -> FolderEntries:
     """Lists one folder.
 
     Raises:
-      OSError: It cannot be listed.
+      OSError: The folder cannot be listed.
     """
     level = FolderEntries([], [], [])
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if is_hidden(entry.name):
                 if not entry.is_symlink() and entry.is_dir():
-                    left_out.add("hidden or system folders", entry.path)
+                    exclusions.add("hidden or system folders", entry.path)
             elif entry.is_symlink():
                 if os.path.isfile(entry.path):
                     level.files.append(entry.path)
                 elif not os.path.isdir(entry.path):
-                    left_out.add("links that lead nowhere", entry.path)
+                    exclusions.add("links that lead nowhere", entry.path)
                 elif _is_within(os.path.realpath(entry.path), os.path.realpath(folder)):
-                    left_out.add("links to a folder around them", entry.path)
+                    exclusions.add("links to a folder around them", entry.path)
                 else:
                     level.linked.append(entry.path)
             elif entry.is_dir():
@@ -103,12 +108,14 @@ def scan(folder: str, left_out: Exclusions) -> FolderEntries:
             elif entry.is_file():
                 level.files.append(entry.path)
             else:
-                left_out.add("pipes, sockets or devices", entry.path)
+                exclusions.add("pipes, sockets or devices", entry.path)
     return level
 
 
-def list_files(path: str, left_out: Exclusions) -> list[str]:
-    """Lists all files below a folder, sorted. Files that are reached both directly and by a link keep their direct path.
+def list_files(path: str, exclusions: Exclusions) -> list[str]:
+    """Lists all files below a folder, sorted.
+
+    A file that is reached both directly and by a link is listed with its direct path.
 
     Raises:
       OSError: A folder cannot be listed.
@@ -122,10 +129,10 @@ def list_files(path: str, left_out: Exclusions) -> list[str]:
             folder = folders.pop()
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
-                left_out.add("links to a folder that is read already", folder)
+                exclusions.add("links to a folder that is read already", folder)
                 continue
             seen.add((status.st_dev, status.st_ino))
-            level = scan(folder, left_out)
+            level = scan(folder, exclusions)
             files += level.files
             folders += reversed(level.folders)
             links += level.linked
@@ -133,39 +140,42 @@ def list_files(path: str, left_out: Exclusions) -> list[str]:
 
 
 def filter_by_suffix(
-    files: Iterable[str], suffixes: Collection[str], silent: Collection[str], left_out: Exclusions
+    files: Iterable[str], suffixes: Collection[str], silent: Collection[str], exclusions: Exclusions
 ) -> list[str]:
-    """Keeps the files with one of `suffixes`. The others are counted, except those with one of `silent`."""
-    kept = []
+    """Returns the files with one of `suffixes`.
+
+    The others are added to `exclusions`, except those with one of the suffixes `silent`.
+    """
+    matching = []
     for file in files:
         if suffix(file) in suffixes:
-            kept.append(file)
+            matching.append(file)
         elif suffix(file) not in silent:
-            left_out.add_file(file)
-    return kept
+            exclusions.add_file(file)
+    return matching
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is hidden (`.thumbnails`, `._0.png`) or that of a folder that a system makes (`__MACOSX`)."""
+    """Returns whether a name is hidden (`.thumbnails`, `._0.png`) or of a system (`__MACOSX`)."""
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def suffix(path: str) -> str:
-    """The part of a file's name from its last dot on, in lower case."""
+    """Returns the suffix of a path with its dot, in lower case."""
     return os.path.splitext(path)[1].lower()
 
 
 def printable(name: str) -> str:
-    """A name for one line of text: line breaks, control characters and bytes that are not UTF-8 are escaped."""
-    return _UNPRINTABLE.sub(lambda match: _escaped(match[0]), name)
+    """Escapes line breaks, control characters and bytes that are not UTF-8."""
+    return _UNPRINTABLE.sub(lambda match: _escape(match[0]), name)
 
 
-def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # what Python makes of a byte that is not UTF-8
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # surrogateescape: a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def _is_within(folder: str, other: str) -> bool:
-    """Whether a real path is another's, or that of a folder around it."""
+    """Returns whether the real path `other` equals `folder` or lies in it."""
     return other == folder or other.startswith(folder.rstrip(os.sep) + os.sep)

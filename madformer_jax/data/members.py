@@ -1,8 +1,11 @@
-"""Reads one tar of source `webdataset`: its samples, without the images themselves.
+"""Members of one tar of source `webdataset`: finding its samples without reading the images.
 
-A member's suffix is what follows the last dot of its name; what lies before is its stem. An image belongs to the sample of
-its stem. Two cases follow webdataset, where a sample's name ends at the first dot: `0.seg.png` beside `0.jpg` is another
-stream of sample 0, not an image of its own; and `0.cls` is the label of `0.rgb.png`, if there is no image `0`.
+`tars` calls `samples` to build its index. The suffix of a member starts at the last dot of its
+name, and its stem is the name before it. An image belongs to the sample of its stem. Two cases
+follow webdataset, where the name of a sample ends at the first dot:
+
+  * `0.seg.png` beside `0.jpg` is another stream of sample 0, not an image of its own.
+  * `0.cls` is the label of `0.rgb.png` if image `0` does not exist.
 """
 
 import collections
@@ -17,9 +20,8 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
 _SIDECAR_SUFFIXES = (".cls", ".json", ".txt")
-_STREAM_NAME = re.compile(
-    r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*"
-)  # "seg", "left.depth"; not "0", " Smith", "05 at night"
+# Matches "seg" and "left.depth", but not "0", " Smith" or "05 at night".
+_STREAM_NAME = re.compile(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*")
 _COMPRESSION_MAGIC = {
     b"\x1f\x8b": "gzip",
     b"BZh": "bzip2",
@@ -30,23 +32,23 @@ _COMPRESSION_MAGIC = {
 
 
 class Sample(NamedTuple):
-    """An image of a tar."""
+    """An image of a tar with its label and caption."""
 
-    name: str  # of its member
-    offset: int  # of its bytes
-    size: int
+    name: str  # of the image's member
+    offset: int  # of the image's bytes in the tar
+    size: int  # of the image, in bytes
     label: labels.Label
     caption: str
 
 
 class _MemberName(NamedTuple):
-    """A member's name, split."""
+    """The parts of a member's name."""
 
     folder: str
     first: str  # up to the first dot
     middle: str  # between the first dot and the suffix
-    suffix: str  # in lower case
-    hidden: bool
+    suffix: str  # with its dot, in lower case
+    hidden: bool  # the name or a folder in it is hidden
 
     @property
     def stem(self) -> tuple[str, str]:
@@ -54,41 +56,46 @@ class _MemberName(NamedTuple):
 
     @property
     def sample(self) -> tuple[str, str]:
-        """The stem of the sample that the member belongs to by webdataset's rule."""
+        """Stem of the member's sample by webdataset's rule."""
         return self.folder, self.first
 
 
-def samples(path: str, left_out: listing.Exclusions) -> list[Sample]:
-    """Walks a tar. Its samples come in the order of their images.
+def samples(path: str, exclusions: listing.Exclusions) -> list[Sample]:
+    """Lists the samples of a tar, in the order of their images.
+
+    Args:
+      path: The tar.
+      exclusions: Receives the members that belong to no sample.
 
     Raises:
-      ConfigError: The tar is damaged, compressed or repeats a member, an image is a link, or a caption is not UTF-8.
+      ConfigError: The tar is damaged, compressed or repeats a member, an image is a link, or a
+        caption is not UTF-8.
       OSError: The tar cannot be read.
     """
-    images, sidecars = _read_members(path, left_out)
+    images, sidecars = _read_members(path, exclusions)
     for stem in _extra_streams(path, images):
         key, member = images.pop(stem)
-        left_out.add(f"{_dotted(key)} beside an image of the same sample", f"{path}:{member.name}")
-    found, used = [], set()
+        exclusions.add(f"{_stream_suffix(key)} beside an image of the same sample", f"{path}:{member.name}")
+    result, used = [], set()
     for stem, (key, member) in images.items():
         owners = [stem] if key.sample in images else [stem, key.sample]
-        texts: dict[str, tuple[str, bytes]] = {}
+        own_sidecars: dict[str, tuple[str, bytes]] = {}
         for suffix in _SIDECAR_SUFFIXES:
             owner = next((owner for owner in owners if (owner, suffix) in sidecars), None)
             if owner is not None:
-                texts[suffix] = sidecars[owner, suffix]
+                own_sidecars[suffix] = sidecars[owner, suffix]
                 used.add((owner, suffix))
-        label = labels.read(texts.get(".cls"), texts.get(".json"), left_out)
+        label = labels.read(own_sidecars.get(".cls"), own_sidecars.get(".json"), exclusions)
         caption = ""
-        if ".txt" in texts:
-            name, content = texts[".txt"]
+        if ".txt" in own_sidecars:
+            name, content = own_sidecars[".txt"]
             caption = text.strip_bom(storage.decode_text(content, name), name).strip()
-        found.append(Sample(member.name, member.offset_data, member.size, label, caption))
+        result.append(Sample(member.name, member.offset_data, member.size, label, caption))
     for unused in sorted(sidecars.keys() - used):
-        left_out.add(f"{unused[1]} members without an image", sidecars[unused][0])
-    if not found:
-        left_out.add("tars without an image", path)
-    return found
+        exclusions.add(f"{unused[1]} members without an image", sidecars[unused][0])
+    if not result:
+        exclusions.add("tars without an image", path)
+    return result
 
 
 _Stem = tuple[str, str]
@@ -96,7 +103,7 @@ _Images = dict[_Stem, tuple[_MemberName, tarfile.TarInfo]]
 _Sidecars = dict[tuple[_Stem, str], tuple[str, bytes]]  # stem and suffix -> name for messages, content
 
 
-def _read_members(path: str, left_out: listing.Exclusions) -> tuple[_Images, _Sidecars]:
+def _read_members(path: str, exclusions: listing.Exclusions) -> tuple[_Images, _Sidecars]:
     images: _Images = {}
     sidecars: _Sidecars = {}
     try:
@@ -107,7 +114,7 @@ def _read_members(path: str, left_out: listing.Exclusions) -> tuple[_Images, _Si
                 if member.isdir() or key.hidden:
                     continue
                 if not is_image and key.suffix not in _SIDECAR_SUFFIXES:
-                    left_out.add_file(name)
+                    exclusions.add_file(name)
                     continue
                 if not member.isreg() or member.issparse():
                     raise ConfigError(f"{name} is a link or not a plain file: pack the files themselves.")
@@ -129,42 +136,42 @@ def _read_members(path: str, left_out: listing.Exclusions) -> tuple[_Images, _Si
 
 
 def _split_name(name: str) -> _MemberName:
-    folder, base = posixpath.split(posixpath.normpath(name))  # "./0.png" and "0.cls" are of one sample
+    folder, base = posixpath.split(posixpath.normpath(name))  # "./0.png" and "0.cls" belong to one sample
     parts = [part for part in (*folder.split("/"), base) if part != ".."]
     stem, suffix = posixpath.splitext(base)
     first, _, middle = stem.partition(".")
     return _MemberName(folder, first, middle, suffix.lower(), any(map(listing.is_hidden, parts)))
 
 
-def _dotted(key: _MemberName) -> str:
+def _stream_suffix(key: _MemberName) -> str:
     return f".{key.middle}{key.suffix}"
 
 
 def _extra_streams(path: str, images: _Images) -> list[_Stem]:
-    """Finds the images that are further streams of a sample whose image has a plain name.
+    """Returns the stems of further streams of samples whose image has a plain name.
 
     Raises:
       ConfigError: All images of a sample are such streams.
     """
     streams = {stem: key for stem, (key, _) in images.items() if _STREAM_NAME.fullmatch(key.middle)}
-    counts = collections.Counter(map(_dotted, streams.values()))
+    counts = collections.Counter(map(_stream_suffix, streams.values()))
     seen: dict[_Stem, str] = {}
-    found = []
+    extra = []
     for stem, key in streams.items():
         if key.sample in images:
-            found.append(stem)
-        elif counts[_dotted(key)] > 1:  # of several samples: names such as "st.john.png" and "st.peter.png" are not
+            extra.append(stem)
+        elif counts[_stream_suffix(key)] > 1:  # a stream recurs in several samples, unlike the middle of "st.john.png"
             if key.sample in seen:
                 raise ConfigError(
                     f"{listing.printable(path)}: sample {listing.printable(key.first)!r} has two images, "
-                    f"{seen[key.sample]} and {_dotted(key)}: pack one of them, or name it without the middle part."
+                    f"{seen[key.sample]} and {_stream_suffix(key)}: pack one of them, or name it without the middle part."
                 )
-            seen[key.sample] = _dotted(key)
-    return found
+            seen[key.sample] = _stream_suffix(key)
+    return extra
 
 
 def _describe_fault(path: str, error: Exception) -> str:
-    """Says why a tar cannot be opened, to end a sentence that begins with its name."""
+    """Returns why a tar cannot be opened, as the end of a sentence that starts with its name."""
     with open(path, "rb") as file:
         start = file.read(8)
     if not start:

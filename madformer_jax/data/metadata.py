@@ -1,6 +1,7 @@
-"""Metadata of image files: the EXIF orientation, and files without the metadata that Pillow refuses.
+"""Metadata of image files: reading the EXIF orientation, and removing metadata that Pillow refuses.
 
-The pixels need no metadata, so damaged metadata never makes an image corrupt.
+`preprocess` uses it to decode files. Pixels need no metadata, so damaged metadata never makes an
+image corrupt. To support another file format, add a function to `_SPLITTERS`.
 """
 
 import struct
@@ -22,9 +23,12 @@ _ORIENTATION_TRANSPOSES = {
 
 
 def upright_transpose(image: Image.Image) -> Image.Transpose | None:
-    """Reads from a decoded image's EXIF orientation what turns it upright; None if nothing does.
+    """Returns the operation that turns a decoded image upright, read from its EXIF orientation.
 
-    The orientation may be a number of any type, or several, of which the first counts. Anything else counts as none.
+    The orientation may be a number of any type, or several, of which the first counts.
+
+    Returns:
+      None if the image is upright, or if its orientation is missing or damaged.
     """
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
@@ -40,39 +44,40 @@ class _Segment(NamedTuple):
 
     kind: str  # "pixels", "orientation" or "other"
     content: bytes
-    substitute: bytes = b""  # what takes the place of a part that is left out
+    substitute: bytes = b""  # written instead of `content` if the segment is left out
 
 
 def stripped_variants(content: bytes) -> Iterator[bytes]:
-    """Yields a file as it is, then with its orientation as the only metadata, then with none.
+    """Yields a file unchanged, then with only its orientation as metadata, then without metadata.
 
-    Pillow refuses a PNG with text or a colour profile above 1 MiB, and files with some damaged kinds of metadata.
+    Pillow refuses PNG files with text or a color profile above 1 MiB, and files with certain kinds
+    of damaged metadata.
     """
     yield content
     split = next((split for magic, split in _SPLITTERS.items() if content.startswith(magic)), None)
     if split is not None:
-        parts = list(split(content))
+        segments = list(split(content))
         for kinds in (("pixels", "orientation"), ("pixels",)):
-            yield b"".join(part.content if part.kind in kinds else part.substitute for part in parts)
+            yield b"".join(s.content if s.kind in kinds else s.substitute for s in segments)
 
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts
+_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of text chunks with EXIF
 
 
 def _split_png(content: bytes) -> Iterator[_Segment]:
     yield _Segment("pixels", _PNG_MAGIC)
     start = len(_PNG_MAGIC)
     while start < len(content):
-        end = len(content)  # of a file that is cut off
+        end = len(content)  # if the file is truncated
         if start + 12 <= end:
             end = min(end, start + 12 + struct.unpack(">I", content[start : start + 4])[0])
         chunk, kind = content[start:end], "pixels"
         if chunk[4:8] in _PNG_METADATA:
-            whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-            oriented = chunk[4:8] == b"eXIf" or chunk[8:].startswith(_PNG_ORIENTATION)
-            kind = "orientation" if whole and oriented else "other"
+            is_intact = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+            has_orientation = chunk[4:8] == b"eXIf" or chunk[8:].startswith(_PNG_ORIENTATION)
+            kind = "orientation" if is_intact and has_orientation else "other"
         yield _Segment(kind, chunk)
         start = end
 
@@ -86,7 +91,7 @@ def _split_jpeg(content: bytes) -> Iterator[_Segment]:
     start = len(_JPEG_MAGIC)
     while start + 4 <= len(content) and content[start] == 0xFF and content[start + 1] != _SCAN:
         marker, length = struct.unpack(">BH", content[start + 1 : start + 4])
-        kind = "pixels"  # APP14 is Adobe's and names the colour space
+        kind = "pixels"  # also for APP14, Adobe's segment, which names the color space
         if marker == _APP1:  # EXIF and XMP
             kind = "orientation"
         elif (_APP0 <= marker <= _APP15 and marker != _APP14) or marker == _COMMENT:
@@ -96,16 +101,9 @@ def _split_jpeg(content: bytes) -> Iterator[_Segment]:
     yield _Segment("pixels", content[start:])
 
 
-_TIFF_METADATA = {
-    700,
-    33723,
-    34377,
-    34665,
-    34675,
-    34853,
-    40965,
-}  # XMP, IPTC, Photoshop, Exif, ICC, GPS, Interoperability
-_TIFF_ENTRY_BYTES = 12  # bytes
+# Tags of XMP, IPTC, Photoshop, Exif, ICC, GPS and Interoperability.
+_TIFF_METADATA = {700, 33723, 34377, 34665, 34675, 34853, 40965}
+_TIFF_ENTRY_BYTES = 12
 
 
 def _split_tiff(content: bytes) -> Iterator[_Segment]:

@@ -1,9 +1,13 @@
-"""The input pipeline: source -> order -> batches of indices -> read and preprocess, with grain.
+"""Input pipeline, built with grain: source -> order -> batches of indices -> read, preprocess.
 
-Everything is a function of (config.seed, position), where position counts the records drawn since the start of
-training, over all processes. Records are shuffled anew each epoch; global batch k holds the positions
-[k * G, (k + 1) * G), of which process p of n takes the p-th of n equal runs. So global batch k is the same, row by row,
-for any number of processes or workers, and the iterator's whole state is k.
+Training calls `train_iterator` for batches and `dataset_info` for the facts of the data. Sources
+are in `sources`, the treatment of an image is in `preprocess`.
+
+Batches are a function of (config.seed, position), where position counts the records drawn since the
+start of training, over all processes. Each epoch is shuffled anew. Global batch k of G records
+holds the positions [k * G, (k + 1) * G). Process p of n takes the p-th of n equal parts of it.
+Global batch k is therefore the same, row by row, for any number of processes or workers, and k is
+the whole state of the iterator.
 """
 
 import functools
@@ -24,15 +28,15 @@ Batch = dict[str, Any]  # name -> array (b, ...)
 
 
 class DatasetInfo(NamedTuple):
-    """What start-up needs to know of the data."""
+    """Facts of a data set that do not require reading its records."""
 
     records: int
-    classes: int  # 0: unlabelled
-    image_shape: tuple[int, ...]  # (H, W, c) of one record as the model gets it; of cached latents (h, w, C)
-    kind: Kind  # what the records are
-    names: tuple[str, ...]  # of the classes; () if unlabelled
-    fingerprint: str  # of which records these are, in which order; the same wherever they lie
-    codec: str = ""  # weights.fingerprint of the VAE that made cached latents; "" where it is not known, or for images
+    classes: int  # 0: unlabeled
+    image_shape: tuple[int, ...]  # (H, W, c) of one preprocessed record; (h, w, C) for cached latents
+    kind: Kind
+    names: tuple[str, ...]  # of the classes; () if unlabeled
+    fingerprint: str  # identifies the records and their order, wherever the files are stored
+    codec: str = ""  # weights.fingerprint of the VAE that made cached latents; "" if unknown, or for images
 
 
 class Selection(NamedTuple):
@@ -42,26 +46,26 @@ class Selection(NamedTuple):
     flip: Any  # bool
 
 
-SkippedRecords = dict[str, list[str]]  # number of a record that cannot be read -> its name and the reason
+SkippedRecords = dict[str, list[str]]  # number of a record that cannot be read -> [name, reason]
 
 
-def read_record(source: Source, table: preprocess.Preprocessor, number: int) -> Examples:
-    """A record by itself; its image is decoded: uint8 (1, size, size, c).
+def read_record(source: Source, preprocessor: preprocess.Preprocessor, number: int) -> Examples:
+    """Reads a single record and decodes its image to uint8 (1, size, size, c).
 
     Raises:
-      preprocess.CorruptImageError, OSError: it cannot be read.
-      ConfigError: the memory does not suffice.
+      preprocess.CorruptImageError, OSError: The record cannot be read.
+      ConfigError: The memory does not suffice.
     """
     try:
-        return _decode_images(source.read(np.array([number])), table)
+        return _decode_images(source.read(np.array([number])), preprocessor)
     except MemoryError:
         raise ConfigError(f"{source.name(number)}: the memory does not suffice to read it.") from None
 
 
-def _decode_images(found: Examples, table: preprocess.Preprocessor) -> Examples:
-    if "image" in found.arrays:
-        found.arrays["image"] = table.batch(found.arrays["image"])
-    return found
+def _decode_images(examples: Examples, preprocessor: preprocess.Preprocessor) -> Examples:
+    if "image" in examples.arrays:
+        examples.arrays["image"] = preprocessor.process_batch(examples.arrays["image"])
+    return examples
 
 
 def _check_skipped(config: ConfigDict, skipped: SkippedRecords, count: int) -> None:
@@ -69,42 +73,43 @@ def _check_skipped(config: ConfigDict, skipped: SkippedRecords, count: int) -> N
         name, reason = list(skipped.values())[-1]
         raise ConfigError(
             f"{name} cannot be read ({reason}): {len(skipped)} of {count} records, more than config.data.max_corrupt="
-            f"{config.data.max_corrupt}. Mend or remove the files, or allow more."
+            f"{config.data.max_corrupt}. Repair or remove the files, or raise the limit."
         )
 
 
 class _BatchLoader:
     """Reads and preprocesses a batch.
 
-    For each record that cannot be read the next one that can be stands in, which is the same one whenever the batch is read
-    again; they are named in "skipped" (`Skipped` as JSON).
+    A record that cannot be read is replaced by the next readable record, which is the same one
+    whenever the batch is read again. Entry "skipped" of the batch lists the records that were
+    replaced (`SkippedRecords` as JSON).
     """
 
     def __init__(self, source: Source, config: ConfigDict):
-        self._source, self._config, self._table = source, config, make_preprocessor(config)
+        self._source, self._config, self._preprocessor = source, config, make_preprocessor(config)
 
-    def __call__(self, pick: Selection) -> Batch:
+    def __call__(self, selection: Selection) -> Batch:
         skipped: SkippedRecords = {}
         try:
-            arrays, labels, captions, _ = _decode_images(self._source.read(pick.record), self._table)
+            arrays, labels, captions, _ = _decode_images(self._source.read(selection.record), self._preprocessor)
         except (preprocess.CorruptImageError, OSError, MemoryError):
-            found = [self._readable(number, skipped) for number in pick.record.tolist()]
-            arrays = {name: np.concatenate([one.arrays[name] for one in found]) for name in found[0].arrays}
-            labels = np.concatenate([one.labels for one in found])
-            captions = [one.captions[0] for one in found]
+            rows = [self._read_next_readable(number, skipped) for number in selection.record.tolist()]
+            arrays = {name: np.concatenate([row.arrays[name] for row in rows]) for name in rows[0].arrays}
+            labels = np.concatenate([row.labels for row in rows])
+            captions = [row.captions[0] for row in rows]
         if "image" in arrays:
-            arrays["image"][pick.flip] = arrays["image"][pick.flip, :, ::-1]
+            arrays["image"][selection.flip] = arrays["image"][selection.flip, :, ::-1]
         batch = {**arrays, "label": labels}
         if self._config.text.vocabulary:
             texts = text.conditioning_texts(self._config, captions, labels, self._source.names)
-            batch |= text.encode(self._config, texts, lambda i: self._source.name(int(pick.record[i])))._asdict()
+            batch |= text.encode(self._config, texts, lambda i: self._source.name(int(selection.record[i])))._asdict()
         return {**batch, "skipped": json.dumps(skipped)} if skipped else batch
 
-    def _readable(self, number: int, skipped: SkippedRecords) -> Examples:
-        """The record, or the next one that can be read; those before it go into `skipped`."""
+    def _read_next_readable(self, number: int, skipped: SkippedRecords) -> Examples:
+        """Reads the first readable record from `number` on, adding those before it to `skipped`."""
         while True:
             try:
-                return read_record(self._source, self._table, number)
+                return read_record(self._source, self._preprocessor, number)
             except (preprocess.CorruptImageError, OSError) as error:
                 skipped[str(number)] = [self._source.name(number), first_line(error)]
             _check_skipped(self._config, skipped, len(self._source))
@@ -112,7 +117,10 @@ class _BatchLoader:
 
 
 def _copy_from_shared_memory(batch: Batch) -> Batch:
-    """The batch in memory of this process: grain frees what it shared as soon as its own array goes, views or not."""
+    """Copies a batch into the memory of this process.
+
+    grain frees shared memory as soon as its own array is collected, even if views of it exist.
+    """
     return {name: x if name == "skipped" else np.array(x) for name, x in batch.items()}
 
 
@@ -120,45 +128,46 @@ def _random_flip(record: int, rng: np.random.Generator) -> Selection:
     return Selection(record, bool(rng.random() < 0.5))
 
 
-def _stack_selections(picks: list[Selection]) -> Selection:
-    chosen, flips = zip(*picks)
-    return Selection(np.array(chosen), np.array(flips))
+def _stack_selections(selections: list[Selection]) -> Selection:
+    records, flips = zip(*selections)
+    return Selection(np.array(records), np.array(flips))
 
 
-def _without_flips(chosen: list[int]) -> Selection:
-    return Selection(np.array(chosen), np.zeros(len(chosen), bool))
+def _without_flips(records: list[int]) -> Selection:
+    return Selection(np.array(records), np.zeros(len(records), bool))
 
 
-def _process_rows(pick: Selection, first: int, count: int) -> Selection:
-    """One process's rows of a global batch."""
-    return Selection(*(x[first : first + count] for x in pick))
+def _process_rows(selection: Selection, first: int, count: int) -> Selection:
+    """Returns the rows of a global batch that belong to one process."""
+    return Selection(*(x[first : first + count] for x in selection))
 
 
 def make_preprocessor(config: ConfigDict) -> preprocess.Preprocessor:
-    """The preprocessing table that `config.data` sets.
+    """Builds the preprocessor that `config.data` describes.
 
     Raises:
-      ConfigError: images have 1 or 3 channels; the background is no colour.
+      ConfigError: The number of channels is not 1 or 3, or the background is not a color.
     """
     data = config.data
     if data.channels not in preprocess.CHANNELS:
-        raise ConfigError(f"config.data.channels={data.channels}: images have 1 (grey) or 3 (RGB).")
+        raise ConfigError(f"config.data.channels={data.channels}: images have 1 (gray) or 3 (RGB).")
     return preprocess.Preprocessor(
         data.image_size, data.channels, data.crop, preprocess.hex_color(data.background), data.max_pixels
     )
 
 
 def dataset_info(config: ConfigDict) -> DatasetInfo:
-    """Opens the source, reads nothing more than its index, and checks that it fits the config.
+    """Opens the source, reads only its index, and checks that it fits the config.
 
     Raises:
-      ConfigError: the source does not open, is empty, or has labels that the model has no class for.
+      ConfigError: The source does not open or is empty, its labels or captions do not fit the
+        model, or prepared records do not fit the config.
     """
     return _source_info(config, sources.open_source(config))
 
 
 def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
-    t = make_preprocessor(config)
+    preprocessor = make_preprocessor(config)
     name, classes = config.data.source, config.model.classes
     if not len(source):
         raise ConfigError(f"config.data.source={name} is empty.")
@@ -176,11 +185,11 @@ def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
         if not text.record_texts(config, source, np.array([0]))[0]:
             raise ConfigError(
                 f"config.text.vocabulary={config.text.vocabulary} needs captions, and {source.name(0)} has none: see "
-                "docs/text.md on where they lie, or take the names of classes with config.text.caption=class."
+                "docs/text.md on where to put them, or take the names of classes with config.text.caption=class."
             )
-    shape, codec = (t.size, t.size, t.channels), ""
+    shape, codec = (preprocessor.size, preprocessor.size, preprocessor.channels), ""
     if source.manifest is not None:
-        records.check_manifest(source.manifest, config, t)
+        records.check_manifest(source.manifest, config, preprocessor)
         shape, codec = tuple(source.manifest["shape"]), (source.manifest["codec"] or {}).get("weights", "")
     return DatasetInfo(len(source), source.classes, shape, source.kind, source.names, source.fingerprint, codec)
 
@@ -188,60 +197,73 @@ def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
 def train_iterator(
     config: ConfigDict, *, batch: int, process_index: int = 0, process_count: int = 1, validation: bool = False
 ) -> grain.DatasetIterator:
-    """Endless batches for training, shuffled anew each epoch; see the module's text for what is deterministic.
+    """Returns endless batches for training, shuffled anew each epoch.
+
+    Records that cannot be read are logged by name, and the next record replaces each. The docstring
+    of the module says what the batches depend on.
 
     Args:
-      config: the whole config; `data` and `seed` matter.
-      batch: records of this process in each step; the same for every process.
-      process_index, process_count: which of how many processes this is.
-      validation: not to train on: any split will do.
+      config: The whole config.
+      batch: Records of this process in each step; the same for every process.
+      process_index: Index of this process.
+      process_count: Number of processes.
+      validation: Allows held-out splits, for batches that are not trained on.
 
     Returns:
-      A grain iterator over {"image": uint8 (batch, H, W, c), "label": int32 (batch,)}, or of cached
-      latents {"mean", "logvar": float16 (batch, h, w, C), "label"}; with captions also "tokens": int32 (batch, T) and
-      "lengths": int32 (batch,). Its state,
-      {"next_batch": k}, is the same in every process and restores onto any number of processes and workers. Call
-      `close()` when done: it stops the workers.
+      A grain iterator over {"image": uint8 (batch, H, W, c), "label": int32 (batch,)}. Cached
+      latents have {"mean", "logvar": float16 (batch, h, w, C)} in place of "image". A model with
+      captions also gets {"tokens": int32 (batch, T), "lengths": int32 (batch,)}. The state of the
+      iterator, {"next_batch": k}, is the same in every process and restores onto any number of
+      processes and workers. Call `close()` at the end to stop the workers.
 
     Raises:
-      ConfigError: as `describe`; the split is held out; and, from `next`, when more than a share `data.max_corrupt` of the
-        records cannot be read. Up to then they are logged by name, and the next record stands in for each.
+      ConfigError: The data do not fit the config (see `dataset_info`), or the split is held out.
+        `next` raises it when more than the share `data.max_corrupt` of the records cannot be read.
     """
     if config.data.split in ("test", "composition") and not validation:
         raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
     source = sources.open_source(config)
     info = _source_info(config, source)
     order = grain.MapDataset.range(info.records).seed(config.seed).shuffle().repeat()
-    everywhere = batch * process_count
+    global_batch = batch * process_count
     if config.data.flip:
-        batches = order.random_map(_random_flip).batch(everywhere, batch_fn=_stack_selections)
+        batches = order.random_map(_random_flip).batch(global_batch, batch_fn=_stack_selections)
     else:
-        batches = order.batch(everywhere, batch_fn=_without_flips)
+        batches = order.batch(global_batch, batch_fn=_without_flips)
     batches = batches.map(functools.partial(_process_rows, first=process_index * batch, count=batch))
     return _BatchIterator(batches.map(_BatchLoader(source, config)), config, info.records)
 
 
-def _prefetching_iterator(batches: grain.MapDataset, workers: int, threads: int, waiting: int) -> grain.DatasetIterator:
-    """Reads `batches` ahead, in threads of this process or in worker processes, up to `waiting` of them in each."""
+def _prefetching_iterator(
+    batches: grain.MapDataset, workers: int, threads: int, batches_ahead: int
+) -> grain.DatasetIterator:
+    """Reads up to `batches_ahead` batches ahead, in threads or in each worker process."""
     malloc.retain_memory()
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=waiting)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batches_ahead)
     if not workers:
-        return iter(batches.to_iter_dataset(ahead))
+        return iter(batches.to_iter_dataset(options))
     worker.block_jax_in_workers()
-    if not flags.FLAGS.is_parsed():  # grain reads flags of its own; only absl.app parses them
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags, which only absl.app parses
         flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=waiting)
-    return iter(batches.to_iter_dataset(ahead).mp_prefetch(options, worker_init_fn=worker.init_worker))
+    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=batches_ahead)
+    return iter(batches.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=worker.init_worker))
 
 
 class _BatchIterator(grain.DatasetIterator):
-    """Iterator whose state is the number of the next batch, so that it restores onto any number of workers.
+    """Iterator over batches whose state is the number of the next batch.
 
-    As grain's experimental ElasticIterator, but for batches that are read as a whole.
+    The state restores onto any number of workers. The class resembles grain's experimental
+    ElasticIterator, but reads each batch as a whole.
     """
 
     def __init__(self, batches: grain.MapDataset, config: ConfigDict, count: int):
-        """Of batches that `_Load` reads from `count` records."""
+        """Initializes the iterator at batch 0.
+
+        Args:
+          batches: Batches made by `_BatchLoader`.
+          config: The whole config.
+          count: Number of records in the source.
+        """
         super().__init__()
         self._batches, self._config, self._count = batches, config, count
         self._next = 0
@@ -253,16 +275,16 @@ class _BatchIterator(grain.DatasetIterator):
         assert self._running is not None
         try:
             batch = next(self._running)
-        except ConfigError as error:  # grain appends a paragraph on its tracebacks
+        except ConfigError as error:  # grain appends a paragraph about its tracebacks
             raise ConfigError(str(error).partition("\n")[0]) from None
         self._next += 1
         if self._config.data.workers:
             batch = _copy_from_shared_memory(batch)
-        self._note(json.loads(batch.pop("skipped", "{}")))
+        self._log_skipped(json.loads(batch.pop("skipped", "{}")))
         return batch
 
-    def _note(self, skipped: SkippedRecords) -> None:
-        """Logs the records that could not be read, once each, and stops where they are too many."""
+    def _log_skipped(self, skipped: SkippedRecords) -> None:
+        """Logs each unreadable record once, and raises ConfigError if there are too many."""
         for number in skipped.keys() - self._skipped.keys():
             self._skipped[number] = skipped[number]
             name, reason = skipped[number]

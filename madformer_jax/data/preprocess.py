@@ -1,16 +1,17 @@
-"""The preprocessing table: what happens to an image between its file and the model.
+"""Preprocessing of images, from the encoded file to the input of the model.
 
-| step | what | why |
+Training, evaluation and `--mode=prepare` all preprocess images here. Add a step to
+`Preprocessor.process` and, if it changes pixels, to `Preprocessor.describe`.
+
+| step | operation | reason |
 |---|---|---|
-| decode | Pillow, whole image, first frame, EXIF orientation applied | no JPEG draft mode: same pixels for any size |
-| 8 bits | 16-bit grey is divided by 257; 16-bit colour keeps its upper byte (Pillow's reading) | white stays white |
-| colour | what is transparent shows `background`; then converted to RGB or grey | colours under alpha 0 are anybody's |
-| crop | the largest centred square, or none (`crop=False`: the image is squeezed) | |
-| resize | to size x size, bicubic, antialiased | what FID protocols use; LANCZOS costs 1.5 times as much and rings |
-| flip | left-right with probability 1/2, if asked for | drawn by the pipeline from (seed, position) |
-| range | uint8 -> float32, x / 127.5 - 1: [-1, 1] | on the device (`codec.to_float`): a quarter of the bytes go there |
-
-Training, reference statistics and `--mode=prepare` all go through this module.
+| decode | Pillow, first frame, EXIF orientation, no draft mode | same pixels for any size |
+| 8 bits | 16-bit gray / 257; upper byte of 16-bit color (Pillow) | white stays white |
+| color | composite over `background`, convert to RGB or gray | colors under alpha 0 are arbitrary |
+| crop | largest centered square; `crop=False` squeezes instead | |
+| resize | to size x size, bicubic, antialiased | as FID protocols; LANCZOS takes 1.5x and rings |
+| flip | left-right with probability 1/2, if enabled | by `pipeline`, from (seed, position) |
+| range | uint8 -> float32, x / 127.5 - 1: [-1, 1] | by `codec.to_float` on the device |
 """
 
 import io
@@ -25,91 +26,98 @@ from PIL import Image, ImageColor
 from madformer_jax.data import metadata
 from madformer_jax.errors import ConfigError
 
-# Pillow warns of odd metadata, two lines each time; an image is read or refused all the same.
+# Pillow warns about odd metadata. The warnings do not matter: an image is either read or refused.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _PIL_MODES = {1: "L", 3: "RGB"}
-CHANNELS = tuple(_PIL_MODES)  # that images can have
-MAX_PIXELS = 179_000_000  # about what Pillow decodes by default: 0.7 GB as RGB
+CHANNELS = tuple(_PIL_MODES)  # supported numbers of channels
+MAX_PIXELS = 179_000_000  # about Pillow's default limit: 0.7 GB as RGB
 
 
 class CorruptImageError(ValueError):
-    """An image that cannot be decoded; the message says why."""
+    """Error for an image that cannot be decoded. The message says why."""
 
 
 class Preprocessor(NamedTuple):
-    """The table's settings."""
+    """Settings of the preprocessing, and the functions that apply it."""
 
     size: int
-    channels: int  # 1: grey, 3: RGB
+    channels: int  # 1: gray, 3: RGB
     crop: bool
     background: str = "#ffffff"
-    max_pixels: int = MAX_PIXELS  # of a file; more is refused before anything is decoded
+    max_pixels: int = MAX_PIXELS  # larger files are refused before decoding
 
-    def pixels(self, image: bytes | np.ndarray) -> np.ndarray:
+    def process(self, image: bytes | np.ndarray) -> np.ndarray:
         """Decodes, crops and resizes one image.
 
         Args:
-          image: an encoded file, or uint8 (H, W, 1 or 3).
+          image: An encoded file, or uint8 (H, W, 1 or 3).
 
         Returns:
           uint8 (size, size, channels).
 
         Raises:
-          CorruptImageError: the file cannot be decoded, or has more than `max_pixels` pixels.
+          CorruptImageError: The file cannot be decoded, or has more than `max_pixels` pixels.
         """
         if isinstance(image, np.ndarray) and image.shape == (self.size, self.size, self.channels):
             return image
         try:
             if isinstance(image, np.ndarray):
-                decoded, turn = to_pil(image), None
+                decoded, transpose = to_pil(image), None
             else:
-                decoded, turn = _decode(image, self.max_pixels)
+                decoded, transpose = _decode(image, self.max_pixels)
             decoded = _flatten_alpha(_to_eight_bits(decoded), self.background)
-            decoded = self._resize(decoded if turn is None else decoded.transpose(turn))
-        except (MemoryError, CorruptImageError):  # a lack of memory is the machine's fault
+            decoded = self._resize(decoded if transpose is None else decoded.transpose(transpose))
+        except (MemoryError, CorruptImageError):  # a lack of memory does not make the image corrupt
             raise
-        except Exception as error:  # corrupt files raise about every type there is, from SyntaxError to struct.error
-            reason = re.sub(r" <_io\.BytesIO .*>", "", f"{type(error).__name__}: {error}")  # our file has no name
+        except Exception as error:  # corrupt files raise many types, from SyntaxError to struct.error
+            reason = re.sub(r" <_io\.BytesIO .*>", "", f"{type(error).__name__}: {error}")  # a BytesIO has no name
             raise CorruptImageError(reason) from error
         return np.asarray(decoded).reshape(self.size, self.size, self.channels)
 
-    def batch(self, images: Sequence[bytes | np.ndarray] | np.ndarray) -> np.ndarray:
-        """`pixels` of each, uint8 (b, size, size, channels); an array that is so already is returned itself."""
+    def process_batch(self, images: Sequence[bytes | np.ndarray] | np.ndarray) -> np.ndarray:
+        """Applies `process` to b images.
+
+        Returns:
+          uint8 (b, size, size, channels); `images` itself if it already has that shape.
+        """
         shape = (self.size, self.size, self.channels)
         if isinstance(images, np.ndarray) and images.shape[1:] == shape:
             return images
         out = np.empty((len(images), *shape), np.uint8)
         for i, image in enumerate(images):
-            out[i] = self.pixels(image)
+            out[i] = self.process(image)
         return out
 
     def _resize(self, image: Image.Image) -> Image.Image:
         mode = _PIL_MODES[self.channels]
-        image = image if image.mode == mode else image.convert(mode)  # Pillow copies even where nothing changes
+        image = image if image.mode == mode else image.convert(mode)  # `convert` always copies
         if image.size == (self.size, self.size):
             return image
         width, height = image.size
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
-        # resize and crop in one pass: only what the square needs is computed
+        # Resizing and cropping in one pass computes only the pixels of the square.
         box = (left, top, left + side, top + side) if self.crop else None
         return image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
 
     def describe(self) -> dict[str, Any]:
-        """The table as JSON, for manifests and for the protocol of a score. The limit on pixels changes no pixel."""
+        """Returns the settings that decide the pixels, for manifests and score protocols (JSON)."""
         settings = self._asdict()
-        del settings["max_pixels"]
+        del settings["max_pixels"]  # refuses images but changes no pixel
         return {**settings, "resize": "pillow-bicubic"}
 
 
 def to_pil(image: np.ndarray) -> Image.Image:
-    """Of uint8 (H, W, 1 or 3)."""
+    """Converts uint8 (H, W, 1 or 3) to a Pillow image."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def _decode(content: bytes, max_pixels: int) -> tuple[Image.Image, Image.Transpose | None]:
-    """Decodes a file and reads how to turn it upright.
+    """Decodes a file.
+
+    Returns:
+      The image as stored, and the operation that turns it upright (None if it is upright).
 
     Raises:
       CorruptImageError: The image has more than `max_pixels` pixels.
@@ -126,13 +134,13 @@ def _decode(content: bytes, max_pixels: int) -> tuple[Image.Image, Image.Transpo
         except Image.DecompressionBombError as error:
             raise CorruptImageError(f"{str(error).rstrip('.')}; see config.data.max_pixels.") from None
         except Exception as error:
-            failure = error  # the last one is about the pixels alone
+            failure = error  # the last variant has no metadata, so its error concerns the pixels
     assert failure is not None
     raise failure
 
 
 def _open(content: bytes, max_pixels: int) -> Image.Image:
-    # Pillow's own limit stays as a second guard, for frames and tiles. Its warning starts where ours refuses.
+    # Pillow's own limit also guards frames and tiles. It must not be below `max_pixels`.
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
     image = Image.open(io.BytesIO(content))  # reads the header only
@@ -145,16 +153,16 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more bits as 8 bits; other images as they are."""
+    """Converts gray images of more than 8 bits to 8 bits, and returns other images unchanged."""
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise ValueError(f"pixels of mode {image.mode} have no known range")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.uint32)
-    grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if "transparency" in image.info:  # one value that is transparent
-        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return grey
+    gray = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if "transparency" in image.info:  # the gray value that is transparent
+        gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return gray
 
 
 def _flatten_alpha(image: Image.Image, background: str) -> Image.Image:
@@ -166,15 +174,15 @@ def _flatten_alpha(image: Image.Image, background: str) -> Image.Image:
 
 
 def hex_color(text: str) -> str:
-    """A colour as Pillow knows it ("white", "#fff", "#ffffff") in the last form.
+    """Converts a color in any notation of Pillow ("white", "#fff", "#ffffff") to "#rrggbb".
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: `text` is not an opaque color.
     """
     try:
         rgb: tuple[int, ...] = ImageColor.getrgb(text)
     except ValueError:
         rgb = ()
     if len(rgb) != 3:
-        raise ConfigError(f'config.data.background={text!r} is no colour: give "#rrggbb", or a name like "white".')
+        raise ConfigError(f'config.data.background={text!r} is not a color: give "#rrggbb", or a name like "white".')
     return "#{:02x}{:02x}{:02x}".format(*rgb)

@@ -1,12 +1,14 @@
-"""Prepared data: ArrayRecord shards of images or VAE latents, and the manifest that vouches for them.
+"""Prepared data: ArrayRecord shards of images or VAE latents, and their manifest.
 
-A record is its label, the attributes where the source has some, and its arrays, as raw bytes in the layout of `dtype`, then
-the caption as UTF-8: reading one is `np.frombuffer`. Shards hold one record a chunk (group_size:1), uncompressed: noise-like
-float16 does not compress, and reading at random would pay for it (figures in docs/data.md). `--mode=prepare` writes them
-(`modes/prepare.py`).
+`modes/prepare.py` writes the shards, `sources.open_source` opens them as source `arrayrecord`.
 
-ArrayRecord keeps a hash of every chunk and compares it at reading, so that a changed byte of a record or of the index at
-the shard's end is an error, never another image. The JSON files hold a hash of themselves.
+A record has the byte layout of `dtype`: label, attributes if the source has them, and arrays. The
+caption follows as UTF-8. Shards are uncompressed and hold one record per chunk (group_size:1),
+because float16 latents hardly compress and larger chunks slow random access (figures in
+docs/data.md).
+
+ArrayRecord stores a hash of every chunk and verifies it at each read. A changed byte in a record or
+in the index of a shard therefore raises an error. The JSON files contain a hash of their content.
 """
 
 import collections
@@ -35,48 +37,57 @@ from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import open_files, storage
 
-FORMAT = 2  # of the manifest; 1 had no seals, no names of classes, and the VAE's path for its weights
+# Format of the manifest. Format 1 had no seals and no class names, and named the VAE by its path.
+FORMAT = 2
 MANIFEST = "manifest.json"
-MAX_OPEN = 400  # shards that a process holds open, if the system allows it. Reading goes on with more, slower
-SLOW_SECONDS_PER_RECORD = (
-    1e-3  # seconds a record, in the mean over a batch: more than any local disk takes; a bucket that is mounted, say
-)
-_MAX_CHECKSUM_BYTES = (
-    1 << 28
-)  # bytes: smaller sets are compared with their SHA-256 sums at every start, in well under a second
-_VAE_FACTS = ("scaling_factor", "shift_factor", "channels", "downsampling")  # facts of the manifest's codec
-_COPY_THREADS = 8  # shards copied from a bucket at once
+MAX_OPEN = 400  # open shards per process, if the system allows it; further shards are reopened
+# Mean seconds per record of a batch above which storage counts as slow. Local disks stay below it;
+# mounted buckets do not.
+SLOW_SECONDS_PER_RECORD = 1e-3
+# Smaller data sets are compared with their SHA-256 sums at every start, in well under a second.
+_MAX_CHECKSUM_BYTES = 1 << 28
+_VAE_FACTS = ("scaling_factor", "shift_factor", "channels", "downsampling")  # keys of the manifest's codec
+_COPY_THREADS = 8  # shards copied from a bucket at the same time
 
 
 class Shard(NamedTuple):
-    """One finished shard, as its own JSON file and the manifest tell of it."""
+    """A finished shard: its entry in the manifest and in its own JSON file."""
 
     file: str
-    records: int  # 0 if every image of it was skipped
+    records: int  # 0 if every image of the shard was skipped
     size: int  # bytes
     sha256: str
-    shape: list[int]  # of a record's arrays; [] without a record
-    skipped: Any  # name and reason of each; in the manifest, their number
+    shape: list[int]  # of a record's arrays; [] for a shard without records
+    skipped: Any  # names and reasons of skipped images; in the manifest, their number
 
 
 def dtype(kind: str, shape: tuple[int, ...], attributes: int = 0) -> np.dtype:
-    """Layout of a record: label, attributes, then "image" uint8 or "mean" and "logvar" float16, each of `shape`."""
-    about = [("label", "<i4"), *([("attributes", "<i4", (attributes,))] if attributes else [])]
+    """Returns the layout of a record: label, attributes, then its arrays.
+
+    Args:
+      kind: "images" for the array "image" (uint8), "latents" for "mean" and "logvar" (float16).
+      shape: Shape of each array.
+      attributes: Number of attributes.
+    """
+    header = [("label", "<i4"), *([("attributes", "<i4", (attributes,))] if attributes else [])]
     arrays = [("image", "u1")] if kind == "images" else [("mean", "<f2"), ("logvar", "<f2")]
-    return np.dtype([*about, *((name, of, shape) for name, of in arrays)])
+    return np.dtype([*header, *((name, scalar, shape) for name, scalar in arrays)])
 
 
 # ---- writing
 
 
 def open_writer(path: str) -> ArrayRecordWriter:
-    """A writer of shards; `write` takes the bytes of a record, `close` ends the file."""
+    """Opens a shard for writing. `write` takes the bytes of a record, `close` finishes the file."""
     return ArrayRecordWriter(path, "group_size:1,uncompressed")
 
 
 @contextlib.contextmanager
 def write_errors() -> Iterator[None]:
-    """What a writer raises, as the OSError that it is: a full disk shows at any `write`, or not before `close`."""
+    """Converts the errors of a writer to OSError.
+
+    A full disk may surface at `write` or only at `close`.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -88,31 +99,34 @@ def _seal(content: Mapping[str, Any]) -> str:
 
 
 def write_sealed(path: storage.Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file with a hash of its content in it."""
+    """Writes a JSON file that contains a hash of its content."""
     storage.write_json(path, {**content, "seal": _seal(content)})
 
 
 def read_sealed(path: storage.Path) -> dict[str, Any] | None:
-    """The content of a JSON file of ours; None where there is none.
+    """Reads a JSON file written by `write_sealed`.
+
+    Returns:
+      Its content, or None if the file does not exist.
 
     Raises:
-      ConfigError: it cannot be read, or is not as it was written.
+      ConfigError: The file cannot be read, or its content does not match its hash.
     """
     content = storage.read_json(path)
     if content is None:
         return None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} is damaged: it holds no JSON object.")
+        raise ConfigError(f"{path} is damaged: it does not contain a JSON object. Prepare the data again.")
     seal = content.pop("seal", None)
     if seal != _seal(content) and (seal is not None or content.get("format") != 1):
-        raise ConfigError(f"{path} is damaged: it is not as it was written. Prepare the data again.")
+        raise ConfigError(f"{path} is damaged: its content does not match its hash. Prepare the data again.")
     return content
 
 
 def is_complete(path: storage.Path, shard: Shard, checksum: bool = False) -> bool:
-    """Whether the file of a shard is there with its size and, if asked for, its checksum."""
-    there = epath.Path(path)
-    if not there.exists() or there.stat().length != shard.size:
+    """Returns whether the file of a shard exists with its size and, if asked, its checksum."""
+    file = epath.Path(path)
+    if not file.exists() or file.stat().length != shard.size:
         return False
     return not checksum or storage.sha256(path) == shard.sha256
 
@@ -121,10 +135,11 @@ def is_complete(path: storage.Path, shard: Shard, checksum: bool = False) -> boo
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
-    """The manifest of a prepared folder.
+    """Reads the manifest of a prepared folder.
 
     Raises:
-      ConfigError: there is none (not prepared, or not finished), or it is damaged or not ours.
+      ConfigError: The manifest does not exist because preparation did not run or did not finish, it
+        is damaged, or its format is unknown.
     """
     path = epath.Path(folder) / MANIFEST
     content = read_sealed(path)
@@ -144,12 +159,12 @@ def _shards(content: Mapping[str, Any]) -> list[Shard]:
 
 
 def _download_shards(folder: str, content: Mapping[str, Any]) -> str:
-    """Copies the shards of a bucket that are not there yet to the user's cache, and returns their local folder."""
+    """Copies the missing shards of a bucket to the user's cache, and returns the local folder."""
     local = os.path.join(storage.user_cache("records"), _seal(content)[:32])
     with storage.wrap_errors(f"{folder} cannot be copied to {local}"):
         os.makedirs(local, exist_ok=True)
         with open(os.path.join(local, "lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process of this machine may be copying
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process on this machine may be copying
             missing = [s for s in _shards(content) if not is_complete(os.path.join(local, s.file), s)]
             size, free = sum(shard.size for shard in missing), shutil.disk_usage(local).free
             if size > free:
@@ -166,8 +181,8 @@ def _download_shards(folder: str, content: Mapping[str, Any]) -> str:
 
 def _copy_shard(folder: str, local: str, shard: Shard) -> None:
     def put(file: IO[bytes]) -> None:
-        with (epath.Path(folder) / shard.file).open("rb") as there:
-            shutil.copyfileobj(there, file, 1 << 22)
+        with (epath.Path(folder) / shard.file).open("rb") as remote:
+            shutil.copyfileobj(remote, file, 1 << 22)
         file.flush()
         if not is_complete(file.name, shard, checksum=True):
             raise ConfigError(f"{folder}/{shard.file} is damaged: run --mode=prepare on its folder again.")
@@ -176,7 +191,7 @@ def _copy_shard(folder: str, local: str, shard: Shard) -> None:
 
 
 class _OpenShard:
-    """An open shard, for one thread at a time; its file is closed when nobody refers to it any more."""
+    """An open shard, used by one thread at a time. The file closes with the last reference."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -184,71 +199,75 @@ class _OpenShard:
 
 
 class _ShardReaders:
-    """Open shards, for several threads.
+    """Pool of open shards for several threads.
 
-    A reader that seeks and then reads takes a third of the time of one that is given the positions: that one hands them
-    to threads of its own. But it holds Python's lock while it waits, with which nothing else of the process runs: where
-    storage answers late, positions of the same shard are given together, and other shards are read at the same time.
+    ArrayRecord reads in two ways. `seek` and `read` takes a third of the time on local disks, but
+    holds the GIL while it waits. Reading a list of positions hands them to threads and releases the
+    GIL. The pool starts with the first way. It changes to the second one when storage turns out to
+    be slow, so that several shards are read at the same time.
     """
 
-    def __init__(self, paths: list[str], mend: str):
-        self._paths, self._mend, self._late = paths, mend, False
-        self._lock = threading.Lock()  # of `_open`
-        # of a whole batch, where storage is not late: two would wait for Python's lock by turns
-        self._batch = threading.Lock()
-        self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
+    def __init__(self, paths: list[str], repair_hint: str):
+        self._paths, self._repair_hint, self._slow = paths, repair_hint, False
+        self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()  # least recently used first
+        self._lock = threading.Lock()  # guards `_open`
+        # On fast storage only one batch is read at a time: two would compete for the GIL.
+        self._batch_lock = threading.Lock()
 
     def read(self, shards: list[int], positions: list[int]) -> list[bytes]:
         if not shards:
-            return []  # else the time for nothing would count as late
-        if self._late:
+            return []  # the time of an empty batch says nothing about the storage
+        if self._slow:
             rows: dict[int, list[int]] = {}
             for i, shard in enumerate(shards):
                 rows.setdefault(shard, []).append(i)
-            found: dict[int, bytes] = {}
-            for shard, mine in rows.items():
-                found |= zip(mine, self._read(shard, [positions[i] for i in mine]))
-            return [found[i] for i in range(len(shards))]
-        with self._batch:
-            began = time.perf_counter()
+            by_row: dict[int, bytes] = {}
+            for shard, shard_rows in rows.items():
+                by_row |= zip(shard_rows, self._read(shard, [positions[i] for i in shard_rows]))
+            return [by_row[i] for i in range(len(shards))]
+        with self._batch_lock:
+            start = time.perf_counter()
             records = [self._read(shard, [position])[0] for shard, position in zip(shards, positions)]
-            self._late |= time.perf_counter() - began > SLOW_SECONDS_PER_RECORD * len(records)
+            self._slow |= time.perf_counter() - start > SLOW_SECONDS_PER_RECORD * len(records)
         return records
 
     def _read(self, shard: int, positions: list[int]) -> list[bytes]:
-        """Records of a shard; of one position where storage is not late."""
+        """Reads records of one shard. Unless storage is slow, `positions` has one element."""
         with self._lock:
-            there = self._open[shard] = self._open.get(shard) or _OpenShard()
+            entry = self._open[shard] = self._open.get(shard) or _OpenShard()
             self._open.move_to_end(shard)
             while len(self._open) > open_files.reader_limit(MAX_OPEN):
                 self._open.popitem(last=False)
-        with there.lock:
+        with entry.lock:
             try:
-                if there.reader is None:
-                    there.reader = ArrayRecordReader(
+                if entry.reader is None:
+                    entry.reader = ArrayRecordReader(
                         self._paths[shard], "readahead_buffer_size:0,max_parallelism:0", file_reader_buffer_size=32768
                     )
-                if self._late:
-                    return list(there.reader.read(positions))
-                there.reader.seek(positions[0])
-                return [there.reader.read()]
-            except Exception as error:  # ArrayRecord raises its status as whatever Python type fits
+                if self._slow:
+                    return list(entry.reader.read(positions))
+                entry.reader.seek(positions[0])
+                return [entry.reader.read()]
+            except Exception as error:  # ArrayRecord maps its status codes to many Python types
                 raise ConfigError(
                     f"{self._paths[shard]} is damaged at record {', '.join(map(str, positions))} ({first_line(error)}): "
-                    f"{self._mend}."
+                    f"{self._repair_hint}."
                 ) from None
 
 
 class Records(Source):
-    """Random access to a prepared folder (source `arrayrecord`), a batch at a time."""
+    """Source `arrayrecord`: random access to a prepared folder."""
 
     manifest: Mapping[str, Any]
 
     def __init__(self, folder: str):
-        """Reads the manifest and checks that the shards are there with their sizes; those of a bucket are copied first.
+        """Reads the manifest and checks the shards. Shards in a bucket are copied first.
+
+        The check compares sizes, and for small data sets SHA-256 sums.
 
         Raises:
-          ConfigError: no manifest, or a shard is missing, of another size or, as far as it is read here, damaged.
+          ConfigError: The manifest does not exist, or a shard is missing, has another size or is
+            damaged.
         """
         self.manifest = content = read_manifest(folder)
         try:
@@ -256,30 +275,30 @@ class Records(Source):
             self.attributes = tuple((name, tuple(values)) for name, values in content.get("attributes", []))
             shards, shape = _shards(content), tuple(content["shape"])
             self.fingerprint = _fingerprint(content)
-        except (KeyError, TypeError) as error:  # of format 1, which is not sealed
+        except (KeyError, TypeError) as error:  # format 1 has no seal
             raise ConfigError(f"{folder}/{MANIFEST} is damaged ({error!r}): prepare the data again.") from None
-        self._mend = (
+        self._repair_hint = (
             "run --mode=prepare on its folder again" if content["format"] == FORMAT else "prepare the data again"
         )
         if storage.is_remote(folder):
-            folder, self._mend = _download_shards(folder, content), "remove the file, and it is copied again"
+            folder, self._repair_hint = _download_shards(folder, content), "remove the file, and it is copied again"
         self._paths = [os.path.join(folder, shard.file) for shard in shards]
-        summed = sum(shard.size for shard in shards) <= _MAX_CHECKSUM_BYTES
+        checksum = sum(shard.size for shard in shards) <= _MAX_CHECKSUM_BYTES
         for path, shard in zip(self._paths, shards):
             if not is_complete(path, shard):
-                raise ConfigError(f"{path} is missing or not {shard.size} bytes long: {self._mend}.")
-            if summed and not is_complete(path, shard, checksum=True):
-                raise ConfigError(f"{path} is damaged: {self._mend}.")
+                raise ConfigError(f"{path} is missing or not {shard.size} bytes long: {self._repair_hint}.")
+            if checksum and not is_complete(path, shard, checksum=True):
+                raise ConfigError(f"{path} is damaged: {self._repair_hint}.")
         self._ends = np.cumsum([shard.records for shard in shards])
         self._dtype = dtype(self.kind, shape, len(self.attributes))
-        self._readers = _ShardReaders(self._paths, self._mend)
+        self._readers = _ShardReaders(self._paths, self._repair_hint)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._readers = _ShardReaders(self._paths, self._mend)  # each process opens its own
+        self._readers = _ShardReaders(self._paths, self._repair_hint)  # each process opens its own
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -289,48 +308,58 @@ class Records(Source):
         return f"{self._paths[shard]} record {index - (self._ends[shard - 1] if shard else 0)}"
 
     def read(self, indices: np.ndarray) -> Examples:
-        """The records with these numbers; arrays are strided.
+        """Returns the records at `indices`; their arrays are strided views of one buffer.
 
         Raises:
-          ConfigError: names a shard that is damaged.
+          ConfigError: A shard is damaged. The message names it.
         """
-        size = self._dtype.itemsize  # what follows it is the caption
-        found = self._bytes(indices)
-        rows = np.frombuffer(bytearray().join([record[:size] for record in found]), self._dtype)
-        # Views of one buffer: an array for each field would double the time, nearly all of it in page faults.
+        size = self._dtype.itemsize  # the caption follows
+        encoded = self._read_bytes(indices)
+        rows = np.frombuffer(bytearray().join([record[:size] for record in encoded]), self._dtype)
+        # Copying each field to its own array would double the time, mostly in page faults.
         arrays = {name: rows[name] for name in self._dtype.names or ()}
         label, attributes = arrays.pop("label"), arrays.pop("attributes", None)
-        return Examples(arrays, label, [record[size:].decode() for record in found], attributes)
+        return Examples(arrays, label, [record[size:].decode() for record in encoded], attributes)
 
-    def _bytes(self, indices: np.ndarray) -> list[bytes]:
+    def _read_bytes(self, indices: np.ndarray) -> list[bytes]:
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
         return self._readers.read(shards.tolist(), (indices - starts[shards]).tolist())
 
 
 def _fingerprint(content: Mapping[str, Any]) -> str:
-    """Of what decides which records there are; a shard that was made anew may differ in its last bits."""
-    kept = {name: value for name, value in content.items() if name not in ("shards", "skipped")}
-    if kept.get("codec"):  # its other facts follow from the weights, and earlier versions did not write them
-        kept["codec"] = {name: value for name, value in kept["codec"].items() if name not in _VAE_FACTS}
-    return fingerprint([json.dumps(kept, sort_keys=True), *(str(shard.records) for shard in _shards(content))])
+    """Computes the fingerprint of prepared records from their manifest.
+
+    Checksums of shards are left out: a shard that is made again on another machine may differ in
+      its
+    last bits.
+    """
+    hashed = {name: value for name, value in content.items() if name not in ("shards", "skipped")}
+    if hashed.get("codec"):  # _VAE_FACTS follow from the weights, and earlier versions did not write them
+        hashed["codec"] = {name: value for name, value in hashed["codec"].items() if name not in _VAE_FACTS}
+    return fingerprint([json.dumps(hashed, sort_keys=True), *(str(shard.records) for shard in _shards(content))])
 
 
-def check_manifest(made: Mapping[str, Any], config: ConfigDict, table: preprocess.Preprocessor) -> None:
-    """Compares the manifest of prepared records with the config that is about to train on them.
+def check_manifest(manifest: Mapping[str, Any], config: ConfigDict, preprocessor: preprocess.Preprocessor) -> None:
+    """Checks that prepared records fit the config that is about to train on them.
+
+    Args:
+      manifest: Manifest of the records.
+      config: The whole config.
+      preprocessor: Preprocessing that `config` sets.
 
     Raises:
-      ConfigError: they were prepared in another way than `config` wants them.
+      ConfigError: The records were prepared with other settings than those of `config`.
     """
-    wanted, was = table.describe(), made["image"]
-    for field, value in was.items():  # an older manifest has fewer
+    wanted = preprocessor.describe()
+    for field, value in manifest["image"].items():  # an older manifest has fewer fields
         if wanted.get(field) != value:
             name = {"size": "image_size"}.get(field, field)
             raise ConfigError(
                 f"config.data.{name}={wanted.get(field)!r}, but the records of config.data.path={config.data.path!r} "
                 f"were prepared with {value!r}: set the same, or prepare again."
             )
-    if made["kind"] == "images":
+    if manifest["kind"] == "images":
         return
     if config.codec.name != "vae":
         raise ConfigError(
@@ -340,26 +369,26 @@ def check_manifest(made: Mapping[str, Any], config: ConfigDict, table: preproces
         raise ConfigError(
             "config.data.flip=True: latents cannot be flipped; use --mode=prepare --config.prepare.flip=True."
         )
-    sizes, shape = derive_sizes(config), tuple(made["shape"])
+    sizes, shape = derive_sizes(config), tuple(manifest["shape"])
     if shape and shape != (sizes.latent, sizes.latent, sizes.channels):
         raise ConfigError(
             f"config.data.path={config.data.path!r} holds latents of {' x '.join(map(str, shape))} values, and the model takes "
             f"{sizes.latent} x {sizes.latent} x {sizes.channels}: prepare them with Stable Diffusion's VAE or one like it."
         )
-    factor = made["codec"].get("scaling_factor")
+    factor = manifest["codec"].get("scaling_factor")
     if factor is None:
         logging.warning(
-            "%s does not say by what the VAE's latents are multiplied: config.codec.scaling_factor=%s is taken.",
+            "the manifest of %s has no scaling_factor: using config.codec.scaling_factor=%s.",
             config.data.path, config.codec.scaling_factor,
         )  # fmt: skip
     elif not math.isclose(factor, config.codec.scaling_factor):
         raise ConfigError(
             f"config.codec.scaling_factor={config.codec.scaling_factor}, but the latents of config.data.path="
-            f"{config.data.path!r} are of a VAE with {factor}: set config.codec.scaling_factor={factor}."
+            f"{config.data.path!r} come from a VAE with {factor}: set config.codec.scaling_factor={factor}."
         )
-    path = made["codec"].get("path", config.codec.path)  # of format 1
+    path = manifest["codec"].get("path", config.codec.path)  # only format 1 has it
     if path != config.codec.path:
         logging.warning(
-            "the latents were made with codec.path=%r and the config has %r: they must be the same VAE.",
+            "the latents were made with codec.path=%r, and the config has %r: both must name the same VAE.",
             path, config.codec.path,
         )  # fmt: skip

@@ -1,4 +1,8 @@
-"""What a data source is: random access to images or latents and their labels, the same interface whatever holds them."""
+"""The interface of data sources: random access to images or latents and their labels.
+
+`sources.open_source` opens a source, `pipeline` and `modes/prepare.py` read it. A new source is a
+class that implements `Source`; register it in `sources.open_source`.
+"""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -10,54 +14,71 @@ Kind = Literal["images", "latents"]
 
 
 class Examples(NamedTuple):
-    """Some records of a source, b of them, as it holds them."""
+    """b records of a source, in the form in which the source stores them."""
 
     arrays: dict[str, Any]  # "image": b encoded files, or uint8 (b, H, W, c); or "mean", "logvar": float16 (b, h, w, C)
     labels: np.ndarray  # int32 (b,)
-    captions: list[str]  # "" where there is none
-    attributes: np.ndarray | None = None  # int32 (b, A), of a source that has some
+    captions: list[str]  # "" for a record without a caption
+    attributes: np.ndarray | None = None  # int32 (b, A); None for a source without attributes
 
 
 class Source(Protocol):
-    """Random access to records. Picklable (each worker process gets a copy) and safe to read from several threads."""
+    """Random access to records.
+
+    Sources can be pickled, because each worker process gets a copy. Several threads may read at the
+    same time.
+    """
 
     kind: Kind = "images"
-    classes: int  # labels run from 0 to classes - 1; 0: unlabelled, every label is 0
-    names: tuple[str, ...]  # of the classes; () if unlabelled
-    fingerprint: str  # says which records these are, wherever they lie
-    attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()  # name of each, and what its values 0, 1, ... are called
+    classes: int  # labels run from 0 to classes - 1; 0: unlabeled, every label is 0
+    names: tuple[str, ...]  # of the classes; () if unlabeled
+    fingerprint: str  # identifies the records and their order, wherever the files are stored
+    attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()  # name of each, and the names of its values 0, 1, ...
     manifest: Mapping[str, Any] | None = None  # of prepared records; see `records`
 
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> Examples:
-        """The records with these numbers, an integer array (b,). Without a number, arrays of their usual shapes and 0 rows.
+        """Returns the records at `indices`, an integer array (b,).
+
+        For b = 0, arrays have their usual shapes with 0 rows.
 
         Raises:
-          OSError: a file cannot be read.
-          ConfigError: prepared records are damaged.
+          OSError: A file cannot be read.
+          ConfigError: Prepared records are damaged.
         """
 
     def captions(self, indices: np.ndarray) -> list[str]:
-        """Those of the records with these numbers; a source that need not read the images for them has its own way."""
+        """Returns the captions of the records at `indices`.
+
+        Sources that can do so without reading the images override this method.
+        """
         return self.read(indices).captions
 
     def name(self, index: int) -> str:
-        """Names this record for a message, in one line: its file."""
+        """Returns the name of a record for messages, such as its file, in one line."""
 
 
 def hash_fraction(name: str) -> int:
-    """A number below 2^64 that a record's name decides, evenly spread."""
+    """Hashes a record's name to a number in [0, 2^64), uniformly distributed."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8])
 
 
-def test_mask(places: np.ndarray, share: float) -> np.ndarray:
-    """Which records the split "test" gets, bool (n,): each by its own `place` (uint64), whatever else there is."""
-    return places < share * 2.0**64
+def test_mask(hashes: np.ndarray, share: float) -> np.ndarray:
+    """Returns which records belong to the split "test", bool (n,).
+
+    Each record is assigned by its own hash, so that adding or removing others changes nothing for
+    it.
+
+    Args:
+      hashes: `hash_fraction` of the records' names, uint64 (n,).
+      share: Expected share of the split.
+    """
+    return hashes < share * 2.0**64
 
 
 class Subset(Source):
-    """Some of the records of a source, under new numbers."""
+    """A selection of the records of a source, renumbered from 0."""
 
     def __init__(self, source: Source, numbers: np.ndarray):
         self.kind, self.classes, self.names, self.manifest = source.kind, source.classes, source.names, source.manifest
@@ -81,7 +102,7 @@ class Subset(Source):
 
 
 def fingerprint(names: Iterable[str]) -> str:
-    """SHA-256 of the number and the names of records, in order."""
+    """Computes the SHA-256 of the names of records, in order, and of their number."""
     digest, count = hashlib.sha256(), 0
     for name in names:
         digest.update(f"{name}\n".encode("utf-8", "surrogateescape"))

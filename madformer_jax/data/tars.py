@@ -1,12 +1,17 @@
-"""Source `webdataset`: images in tar shards, read at random where they lie, nothing unpacked.
+"""Source `webdataset`: random access to images in tar shards, without unpacking them.
 
-The members of a sample share the name up to its suffix: `0001.webp`, `0001.cls` (a class number), `0001.json` (its field
-"label"), `0001.txt` (a caption). `members` reads one tar, `labels` makes classes of its labels. The tars are walked once;
-the index is kept in the user's cache folder and made again when a tar's size or time changes.
+`sources.open_source` opens it. The members of a sample share their name up to the suffix:
+`0001.webp`, `0001.cls` (a class number), `0001.json` (with a field "label"), `0001.txt` (a
+caption). `members` reads one tar, and `labels` turns its labels into classes. The tars are read
+once to build an index in the user's cache folder. The index is rebuilt when the size or time of a
+tar changes.
 
-The index is one file: the number of rows, the rows (`_ROW`), their names and captions one after the other, a report (names
-of classes, what was left out; JSON, or nothing), and the SHA-256 of all that. It is mapped into memory, so that workers
-share it.
+The index is one file with these parts, mapped into memory so that workers share it:
+  1. the number of rows,
+  2. the rows (`_ROW_DTYPE`),
+  3. names and captions, one after the other,
+  4. a report as JSON (names of classes, what was left out), or nothing,
+  5. the SHA-256 of parts 1 to 4.
 """
 
 import hashlib
@@ -24,76 +29,89 @@ from madformer_jax.runtime import storage
 
 _INDEX_FORMAT = 3  # format of the cached index
 _ROW_DTYPE = np.dtype([
-    ("tar", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"),  # of the image's bytes
-    ("name", "<i8"), ("caption", "<i8"),  # where they begin in the text; each ends where the next one begins
-    ("place", "<u8"),  # source.place of the name
+    ("tar", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"),  # offset and size of the image's bytes
+    ("name", "<i8"), ("caption", "<i8"),  # start positions in the text; each ends where the next one starts
+    ("hash", "<u8"),  # `source.hash_fraction` of tar and name
 ])  # fmt: skip
 _COUNT_DTYPE = np.dtype("<i8")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class _Index(NamedTuple):
-    rows: np.ndarray  # _ROW (n + 1,): a row for each image, the last one only ends the text; label: see `labels`
-    text: np.ndarray  # uint8; behind the last row's caption begins the report
+    """The index of a set of tars, in memory."""
+
+    rows: np.ndarray  # _ROW_DTYPE (n + 1,): a row for each image, and one that only ends the text
+    text: np.ndarray  # uint8; the report starts at the caption of the last row
 
     def report(self) -> dict[str, Any]:
-        """See `_make`."""
+        """Returns the report that `_build_index` wrote; {} if it had nothing to report."""
         content = self.text[self.rows["caption"][-1] :].tobytes()
         return json.loads(content) if content else {}
 
 
 class Tars(Source):
-    """Random access to the images of a folder of tars, or of one."""
+    """Source `webdataset`: the images of a folder of tars, or of a single tar."""
 
-    def __init__(self, path: str, most: float = 0.05):
-        """Finds the tars below `path`, and indexes them unless that was done before. Log lines say what is left out.
+    def __init__(self, path: str, max_unlabeled: float = 0.05):
+        """Finds the tars below `path`, loads or builds their index, and logs what is left out.
 
         Args:
           path: A folder of tars, or a tar.
-          most: Share of the images that are left out because their label is missing or unusable; more is an error.
+          max_unlabeled: Largest share of images that may be left out because their label is missing
+            or unusable.
 
         Raises:
-          ConfigError: no tar or no image there, a tar is damaged or repeats a sample, or too many images lack a label.
+          ConfigError: There is no tar or no image, a tar is damaged or repeats a sample, or more
+            than `max_unlabeled` of the images have no usable label.
         """
-        left_out = listing.Exclusions()
+        exclusions = listing.Exclusions()
         with storage.wrap_errors(f"config.data.path={path!r} cannot be read"):
-            self._tars = _find_tars(path, left_out)
+            self._tars = _find_tars(path, exclusions)
             root = path if os.path.isdir(path) else os.path.dirname(path)
-            short = [tar.removeprefix(root).lstrip(os.sep) for tar in self._tars]  # the same wherever the tars lie
-            self._cache = _index_path(self._tars, short)
-            self._index, digest = _load_or_build_index(path, self._tars, short, self._cache)
+            # Names are relative: moving the folder changes neither the fingerprint nor the split.
+            names = [tar.removeprefix(root).lstrip(os.sep) for tar in self._tars]
+            self._cache = _index_path(self._tars, names)
+            self._index, digest = _load_or_build_index(path, self._tars, names, self._cache)
         report = self._index.report()
-        inside = report.get("left_out", "")
+        excluded_members = report.get("left_out", "")
         if not len(self._index.rows) - 1:
             raise ConfigError(
                 f"config.data.path={path!r} holds no image in its {len(self._tars)} tar files"
-                f"{f'; left out: {inside}' if inside else ''}."
+                f"{f'; left out: {excluded_members}' if excluded_members else ''}."
             )
-        left_out.log(path)
-        if inside:
-            listing.warn_once(f"{listing.printable(path)}: left out of the tars: {inside}")
-        found = self._index.rows["label"][:-1]
-        self._chosen: np.ndarray | None = None  # numbers of the rows that count; None: all
-        self._choose(found, most, report.get("odd", ""))
-        self.classes = max(int(found.max()) + 1, 0)
+        exclusions.log(path)
+        if excluded_members:
+            listing.warn_once(f"{listing.printable(path)}: left out of the tars: {excluded_members}")
+        classes = self._index.rows["label"][:-1]
+        self._selection: np.ndarray | None = None  # numbers of the rows that are used; None: all
+        self._drop_unlabeled(classes, max_unlabeled, report.get("odd", ""))
+        self.classes = max(int(classes.max()) + 1, 0)
         self.names = tuple(report.get("names") or map(str, range(self.classes)))
-        self.fingerprint = fingerprint([*short, digest])
+        self.fingerprint = fingerprint([*names, digest])
 
-    def _choose(self, found: np.ndarray, most: float, odd: str) -> None:
-        """Leaves out the images without a usable label, if others have one."""
-        lacking = np.flatnonzero(found < 0)
-        odd_count = int((found == labels.UNUSABLE).sum())
-        labelled = len(lacking) < len(found)
-        if not (odd_count or 0 < len(lacking) < len(found)):
+    def _drop_unlabeled(self, classes: np.ndarray, max_unlabeled: float, reason: str) -> None:
+        """Leaves out the images without a usable label, if others have one.
+
+        Args:
+          classes: Class of each image, or `labels.MISSING` or `labels.UNUSABLE`.
+          max_unlabeled: Largest share of images that may be left out.
+          reason: Why the first unusable label is unusable; "" if all are usable.
+        """
+        unlabeled = np.flatnonzero(classes < 0)
+        unusable_count = int((classes == labels.UNUSABLE).sum())
+        any_labeled = len(unlabeled) < len(classes)
+        if not (unusable_count or 0 < len(unlabeled) < len(classes)):
             return
-        first = odd or f'{self.name(int(lacking[0]))} has no label (.cls, or .json with "label"), and others have'
-        count = len(lacking) if labelled else odd_count
-        what = f"{first}: {count} of {len(found)} lack one"
-        if count > most * len(found):
-            raise ConfigError(f"{what}, more than config.data.max_corrupt={most}. Mend the labels, or remove them all.")
-        if labelled:
-            self._chosen = np.flatnonzero(found >= 0)
-        listing.warn_once(f"{what}; {'they are left out' if labelled else 'the labels are ignored'}")
+        first = reason or f'{self.name(int(unlabeled[0]))} has no label (.cls, or .json with "label"), and others have'
+        count = len(unlabeled) if any_labeled else unusable_count
+        problem = f"{first}: {count} of {len(classes)} lack one"
+        if count > max_unlabeled * len(classes):
+            raise ConfigError(
+                f"{problem}, more than config.data.max_corrupt={max_unlabeled}. Repair the labels, or remove them all."
+            )
+        if any_labeled:
+            self._selection = np.flatnonzero(classes >= 0)
+        listing.warn_once(f"{problem}; {'they are left out' if any_labeled else 'the labels are ignored'}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None} if os.path.exists(self._cache) else self.__dict__
@@ -104,54 +122,58 @@ class Tars(Source):
             self._index = _map_index(self._cache)
 
     def __len__(self) -> int:
-        return len(self._index.rows) - 1 if self._chosen is None else len(self._chosen)
+        return len(self._index.rows) - 1 if self._selection is None else len(self._selection)
 
-    def _numbers(self, indices: np.ndarray) -> np.ndarray:
-        return indices if self._chosen is None else self._chosen[indices]
+    def _row_numbers(self, indices: np.ndarray) -> np.ndarray:
+        return indices if self._selection is None else self._selection[indices]
 
     def read(self, indices: np.ndarray) -> Examples:
-        rows = self._index.rows[self._numbers(indices)]
-        images = [self._image(row) for row in rows]
+        rows = self._index.rows[self._row_numbers(indices)]
+        images = [self._read_image(row) for row in rows]
         return Examples({"image": images}, np.maximum(rows["label"], 0), self.captions(indices))
 
     def captions(self, indices: np.ndarray) -> list[str]:
-        numbers = self._numbers(indices)
+        numbers = self._row_numbers(indices)
         starts, ends = self._index.rows["caption"][numbers], self._index.rows["name"][numbers + 1]
         return [self._text(start, end) for start, end in zip(starts, ends)]
 
-    def _image(self, row: np.void) -> bytes:
+    def _read_image(self, row: np.void) -> bytes:
         with open(self._tars[row["tar"]], "rb", buffering=0) as file:
             return os.pread(file.fileno(), int(row["size"]), int(row["offset"]))
 
     def _text(self, start: int, end: int) -> str:
         return self._index.text[start:end].tobytes().decode("utf-8", "surrogateescape")
 
-    def held_out(self, share: float) -> np.ndarray:
-        return test_mask(self._index.rows["place"][self._numbers(np.arange(len(self)))], share)
+    def test_mask(self, share: float) -> np.ndarray:
+        return test_mask(self._index.rows["hash"][self._row_numbers(np.arange(len(self)))], share)
 
     def name(self, index: int) -> str:
-        row = self._index.rows[self._numbers(np.array(index))]
+        row = self._index.rows[self._row_numbers(np.array(index))]
         return listing.printable(f"{self._tars[row['tar']]}:{self._text(row['name'], row['caption'])}")
 
 
-def _find_tars(path: str, left_out: listing.Exclusions) -> list[str]:
+def _find_tars(path: str, exclusions: listing.Exclusions) -> list[str]:
     if os.path.isfile(path):
         return [path]
-    files = listing.list_files(path, left_out) if os.path.isdir(path) else []
-    found = listing.filter_by_suffix(files, (".tar",), (), left_out)
-    if not found:
-        others = left_out.line()
+    files = listing.list_files(path, exclusions) if os.path.isdir(path) else []
+    tars = listing.filter_by_suffix(files, (".tar",), (), exclusions)
+    if not tars:
+        others = exclusions.summary()
         raise ConfigError(
             f"config.data.path={path!r} holds no .tar file (compressed tars cannot be read at random)"
             f"{f'; left out: {others}' if others else ''}."
         )
-    return found
+    return tars
 
 
-def _index_path(tars: list[str], short: list[str]) -> str:
-    """Where the index is kept: of these tars as they are, and as they are called, which decides what is held out."""
+def _index_path(tars: list[str], names: list[str]) -> str:
+    """Returns the path of the cached index.
+
+    It depends on the sizes and times of the tars, and on their relative names, because the names
+    decide which samples are held out.
+    """
     key = hashlib.sha256(str(_INDEX_FORMAT).encode())
-    for tar, name in zip(tars, short):
+    for tar, name in zip(tars, names):
         stat = os.stat(tar)
         key.update(
             f"{os.path.abspath(tar)} {name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
@@ -159,20 +181,26 @@ def _index_path(tars: list[str], short: list[str]) -> str:
     return os.path.join(storage.user_cache("tars"), f"{key.hexdigest()}.index")
 
 
-def _load_or_build_index(path: str, tars: list[str], short: list[str], cache: str) -> tuple[_Index, str]:
-    """Opens the index of the tars, or makes it if the cache has no whole one.
+def _load_or_build_index(path: str, tars: list[str], names: list[str], cache: str) -> tuple[_Index, str]:
+    """Opens the cached index of the tars, or builds and caches it if it is missing or damaged.
+
+    Args:
+      path: The user's path of the tars, for log lines.
+      tars: Paths of the tars.
+      names: Their names relative to the root of the set.
+      cache: Path of the cached index.
 
     Returns:
       The index, and the checksum of its rows, names and captions.
     """
     if os.path.exists(cache) and os.path.getsize(cache) > _DIGEST_BYTES:
-        kept = np.memmap(cache, np.uint8, "r")
-        if hashlib.sha256(kept[:-_DIGEST_BYTES]).digest() == kept[-_DIGEST_BYTES:].tobytes():
+        cached = np.memmap(cache, np.uint8, "r")
+        if hashlib.sha256(cached[:-_DIGEST_BYTES]).digest() == cached[-_DIGEST_BYTES:].tobytes():
             index = _map_index(cache)
             return index, _checksum(index)
-        logging.warning("the index %s is damaged, and is made again", cache)
+        logging.warning("the index %s is damaged and is rebuilt", cache)
     logging.info("indexing %d tar shards of %s", len(tars), path)
-    index = _build_index(tars, short)
+    index = _build_index(tars, names)
     content = np.array(len(index.rows), _COUNT_DTYPE).tobytes() + index.rows.tobytes() + index.text.tobytes()
 
     def put(file: IO[bytes]) -> None:
@@ -182,13 +210,13 @@ def _load_or_build_index(path: str, tars: list[str], short: list[str], cache: st
     try:
         storage.write(cache, put)
     except OSError as error:
-        logging.warning("the index of the tars is not kept, and will be made again next time: %s", error)
+        logging.warning("the index of the tars cannot be cached and will be rebuilt next time: %s", error)
         return index, _checksum(index)
     return _map_index(cache), _checksum(index)
 
 
 def _checksum(index: _Index) -> str:
-    """Checksum of all but the report, as indexes of format 2 had it."""
+    """Computes the checksum of the index without its report, which format 2 did not have."""
     digest = hashlib.sha256(np.array(len(index.rows), _COUNT_DTYPE).tobytes())
     digest.update(np.ascontiguousarray(index.rows))
     digest.update(index.text[: index.rows["caption"][-1]])
@@ -205,22 +233,22 @@ def _map_index(cache: str) -> _Index:
     )
 
 
-def _build_index(tars: list[str], short: list[str]) -> _Index:
-    left_out, classes = listing.Exclusions(), labels.ClassIndex()
-    parts, text = [], bytearray()
+def _build_index(tars: list[str], names: list[str]) -> _Index:
+    exclusions, classes = listing.Exclusions(), labels.ClassIndex()
+    blocks, text = [], bytearray()
     for i, tar in enumerate(tars):
         rows = []
-        for sample in members.samples(tar, left_out):
+        for sample in members.samples(tar, exclusions):
             start = len(text)
             text += sample.name.encode("utf-8", "surrogateescape")
-            where = hash_fraction(f"{short[i]}:{sample.name}")
-            rows.append((i, classes.add(sample.label), sample.offset, sample.size, start, len(text), where))
+            name_hash = hash_fraction(f"{names[i]}:{sample.name}")
+            rows.append((i, classes.add(sample.label), sample.offset, sample.size, start, len(text), name_hash))
             text += sample.caption.encode("utf-8")
-        parts.append(np.array(rows, _ROW_DTYPE))
-    parts.append(np.array([(0, labels.MISSING, 0, 0, len(text), len(text), 0)], _ROW_DTYPE))
-    index = np.concatenate(parts)
-    index["label"], names, odd = classes.number(index["label"])
-    report = {"names": names, "odd": odd, "left_out": left_out.line()}
+        blocks.append(np.array(rows, _ROW_DTYPE))
+    blocks.append(np.array([(0, labels.MISSING, 0, 0, len(text), len(text), 0)], _ROW_DTYPE))
+    table = np.concatenate(blocks)
+    table["label"], class_names, reason = classes.assign_classes(table["label"])
+    report = {"names": class_names, "odd": reason, "left_out": exclusions.summary()}
     if any(report.values()):
         text += json.dumps(report).encode()
-    return _Index(index, np.frombuffer(bytes(text), np.uint8))
+    return _Index(table, np.frombuffer(bytes(text), np.uint8))

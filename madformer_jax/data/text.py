@@ -1,7 +1,9 @@
-"""Captions as tokens: a tokenizer's file, the tokenizer in it, and rows of tokens with their lengths.
+"""Tokenization of captions: tokenizer files, and rows of tokens with their lengths.
 
-A caption is a begin token, its own, and an end token; behind them stands padding up to T, which the model sees nothing of. Data
-workers tokenise: nothing here imports JAX.
+`pipeline` encodes captions here, `sampling/prompts.py` encodes prompts, and `--mode=tokenizer`
+trains a tokenizer. A row holds a begin token, the tokens of the caption, an end token, and padding
+up to T tokens, which the model does not see. A new kind of tokenizer file needs a loader that
+`open_tokenizer` calls. Data workers tokenize, so this module must not import JAX.
 """
 
 import base64
@@ -23,22 +25,26 @@ from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
 
-BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # of the tokenizers that we train; Llama 3's names
-_BEGIN_TOKENS = (BEGIN, "<|startoftext|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")  # what others call them
+BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # names in Llama 3, and in tokenizers that we train
+# Names in tokenizers of other sources. The first name that a tokenizer knows is used.
+_BEGIN_TOKENS = (BEGIN, "<|startoftext|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")
 _END_TOKENS = (END, "<|endoftext|>", "</s>", "<eos>", "[SEP]")
 _EMBEDDED_FILES = {"drawings": "drawings.tokenizer.json"}  # files of this package
-# How Llama 3 splits text into words before it merges bytes, and how many special tokens stand behind its ranks, the first two
-# of them begin and end.
-_LLAMA3_SPLIT_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPECIAL_TOKEN_COUNT = 256
+# Llama 3's pattern for splitting text into words before merging bytes.
+_LLAMA3_SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_SPECIAL_TOKEN_COUNT = 256  # Llama 3's special tokens, which follow its ranks; the first two are begin and end
 _UNKNOWN = -1  # the unknown token of a tokenizer that has none
 
 
 class Tokenizer(NamedTuple):
     """A tokenizer and the tokens that it reserves.
 
-    `encode` treats each text alone, adds no begin and end, pads and cuts nothing, and reads the
-    names of control tokens as ordinary text where the tokenizer can spell them.
+    `encode` treats each text separately. It adds no begin and end token and neither pads nor
+    truncates. It reads the names of control tokens as ordinary text if the tokenizer can spell
+    them.
     """
 
     encode: Callable[[list[str]], list[list[int]]]
@@ -53,7 +59,7 @@ class Tokenizer(NamedTuple):
 
 
 class TokenizedTexts(NamedTuple):
-    """Captions as the model reads them: arrays of NumPy, and later of JAX."""
+    """Captions as input of the model: NumPy arrays, and JAX arrays on the device."""
 
     tokens: Any  # int32 (b, T)
     lengths: Any  # int32 (b,), from 1 to T
@@ -61,26 +67,30 @@ class TokenizedTexts(NamedTuple):
 
 @functools.cache
 def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a file: a tokenizer.json of Hugging Face, or tiktoken's ranks (Llama 3's tokenizer.model).
+    """Opens a tokenizer.json of Hugging Face, or tiktoken's ranks (Llama 3's tokenizer.model).
 
     Args:
-      name: a path, one in a bucket too; or "drawings" for the one that comes with this package.
+      name: A path, also in a bucket; or "drawings" for the tokenizer embedded in this package.
 
     Raises:
-      ConfigError: the file is not there, of no known kind or damaged, or has no tokens for begin and end.
+      ConfigError: The file does not exist, is of an unknown kind or damaged, or has no begin or end
+        token.
     """
     content = _read_file(name)
     is_json = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
-    found = _load_tokenizer_json(name, content) if is_json else _load_tiktoken_ranks(name, content)
-    return found._replace(sha256=hashlib.sha256(content).hexdigest())
+    tokenizer = _load_tokenizer_json(name, content) if is_json else _load_tiktoken_ranks(name, content)
+    return tokenizer._replace(sha256=hashlib.sha256(content).hexdigest())
 
 
 def exportable_file(name: str) -> str | None:
-    """The content of a user's tokenizer.json, to be kept with a model; None for this package's, and for tiktoken's ranks, which
-    may not be given away freely.
+    """Returns the content of a user's tokenizer.json, to be exported with a model.
+
+    Returns:
+      None for an embedded tokenizer, and for tiktoken's ranks, whose license restricts
+      distribution.
 
     Raises:
-      ConfigError: as `open_tokenizer`.
+      ConfigError: See `open_tokenizer`.
     """
     if not name or name in _EMBEDDED_FILES or open_tokenizer(name).ranks:
         return None
@@ -99,46 +109,45 @@ def _load_tokenizer_json(name: str, content: bytes) -> Tokenizer:
 
     spec = storage.decode_text(content, f"config.text.tokenizer={name!r}")
     try:
-        found = tokenizers.Tokenizer.from_str(json.dumps(_context_free_spec(json.loads(spec))))
-    except Exception as error:  # it raises bare Exceptions
-        raise ConfigError(f"config.text.tokenizer={name!r} is no tokenizer.json: {first_line(error)}.") from None
-    found.encode_special_tokens = True
-    begin, end = (
-        _find_control_token(found, name, "begin", _BEGIN_TOKENS),
-        _find_control_token(found, name, "end", _END_TOKENS),
-    )
-    added = {i: token.content for i, token in found.get_added_tokens_decoder().items() if token.special}
-    model = json.loads(found.to_str())["model"]
-    unknown = model["unk_id"] if "unk_id" in model else found.token_to_id(model["unk_token"])
+        model = tokenizers.Tokenizer.from_str(json.dumps(_context_free_spec(json.loads(spec))))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ConfigError(f"config.text.tokenizer={name!r} is not a tokenizer.json: {first_line(error)}.") from None
+    model.encode_special_tokens = True
+    begin = _find_control_token(model, name, "begin", _BEGIN_TOKENS)
+    end = _find_control_token(model, name, "end", _END_TOKENS)
+    added = {i: token.content for i, token in model.get_added_tokens_decoder().items() if token.special}
+    model_spec = json.loads(model.to_str())["model"]
+    unknown = model_spec["unk_id"] if "unk_id" in model_spec else model.token_to_id(model_spec["unk_token"])
     unknown = _UNKNOWN if unknown is None else unknown
 
     def encode(texts: list[str]) -> list[list[int]]:
         try:
-            return [row.ids for row in found.encode_batch(texts, add_special_tokens=False)]
-        except Exception:  # bare; the text has an unknown part, and the model has no token for it
+            return [row.ids for row in model.encode_batch(texts, add_special_tokens=False)]
+        except Exception:  # a bare Exception: a text has an unknown part, and the model has no unknown token
             return [[unknown]] if len(texts) == 1 else [encode([text])[0] for text in texts]
 
-    control = added | {i: str(found.id_to_token(i)) for i in (begin, end)}
+    control = added | {i: str(model.id_to_token(i)) for i in (begin, end)}
     control.pop(unknown, None)
-    vocabulary = max(found.get_vocab().values()) + 1
-    return Tokenizer(encode, found.decode, vocabulary, begin, end, control, unknown, "")
+    vocabulary = max(model.get_vocab().values()) + 1
+    return Tokenizer(encode, model.decode, vocabulary, begin, end, control, unknown, "")
 
 
-def _find_control_token(found: Any, name: str, what: str, known: Sequence[str]) -> int:
-    """Returns the token of the first word of `known` that the tokenizer has one for."""
-    for word in known:
-        token: int | None = found.token_to_id(word)
+def _find_control_token(model: Any, name: str, role: str, words: Sequence[str]) -> int:
+    """Returns the token of the first of `words` that the tokenizer knows."""
+    for word in words:
+        token: int | None = model.token_to_id(word)
         if token is not None:
             return token
-    raise ConfigError(f"config.text.tokenizer={name!r} has no token for {what}: none of {', '.join(known)}.")
+    raise ConfigError(f"config.text.tokenizer={name!r} has no token for {role}: none of {', '.join(words)}.")
 
 
 def _context_free_spec(spec: dict[str, Any]) -> dict[str, Any]:
-    """Returns the content of a tokenizer.json with everything off that makes tokens depend on more than the text.
+    """Changes the content of a tokenizer.json so that tokens depend on the text alone.
 
-    Padding and truncation depend on the batch, dropout on chance. Names of control tokens are text:
-    the model of a Unigram tokenizer holds them as pieces, and they get a score below any other
-    spelling. A BPE model drops what it does not know, unless it has an unknown token.
+    Padding and truncation, which depend on the batch, and random dropout are disabled. Names of
+    control tokens must be read as text. A Unigram model lists them among its pieces, so their score
+    is set below that of any other spelling. A BPE model drops unknown text unless it has an unknown
+    token, so it gets one.
     """
     model = dict(spec["model"])
     added = [dict(token) for token in spec.get("added_tokens", [])]
@@ -167,18 +176,18 @@ def _load_tiktoken_ranks(name: str, content: bytes) -> Tokenizer:
             f"config.text.tokenizer={name!r} is neither a tokenizer.json nor tiktoken's ranks: {first_line(error)}."
         ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ConfigError(f"config.text.tokenizer={name!r} is damaged: ranks are missing or twice there.")
-    found = tiktoken.Encoding(
+        raise ConfigError(f"config.text.tokenizer={name!r} is damaged: ranks are missing or repeated.")
+    encoding = tiktoken.Encoding(
         os.path.basename(name), pat_str=_LLAMA3_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )
     count = len(ranks)
     return Tokenizer(
-        found.encode_ordinary_batch,
-        lambda tokens: found.decode([token for token in tokens if token < count]),
+        encoding.encode_ordinary_batch,
+        lambda tokens: encoding.decode([token for token in tokens if token < count]),
         vocabulary=count + _SPECIAL_TOKEN_COUNT,
         begin=count,
         end=count + 1,
-        control={},  # ordinary encoding never yields one
+        control={},  # ordinary encoding never returns control tokens
         unknown=None,
         sha256="",
         ranks=True,
@@ -186,59 +195,72 @@ def _load_tiktoken_ranks(name: str, content: bytes) -> Tokenizer:
 
 
 def train_bpe(captions: Iterable[str], vocabulary: int) -> str:
-    """A byte-level BPE of so many tokens, begin and end among them, as the content of a tokenizer.json.
+    """Trains a byte-level BPE tokenizer. The same captions give the same file.
 
-    It knows every byte, and the same captions give the same file.
+    Args:
+      captions: Texts to train on.
+      vocabulary: Number of tokens, including begin and end.
+
+    Returns:
+      The content of a tokenizer.json.
     """
-    from tokenizers import Tokenizer as Tokens
+    import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    found: Any = Tokens(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is the same at the start
-    found.decoder = decoders.ByteLevel()
+    tokenizer: Any = tokenizers.Tokenizer(models.BPE())
+    # The space gives the first word of a text the same tokens as elsewhere.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[BEGIN, END], initial_alphabet=alphabet, show_progress=False
     )
-    found.train_from_iterator(captions, trainer)
-    return str(found.to_str())
+    tokenizer.train_from_iterator(captions, trainer)
+    return str(tokenizer.to_str())
 
 
 # ---- for a config
 
 
 def tokenizer_for_config(c: ConfigDict) -> Tokenizer:
-    """The tokenizer of `config.text`.
+    """Opens the tokenizer of `config.text`.
 
     Raises:
-      ConfigError: none is named, its vocabulary is not `text.vocabulary`, or as `open_tokenizer`.
+      ConfigError: `text.tokenizer` is empty, its vocabulary differs from `text.vocabulary`, or the
+        file cannot be used (see `open_tokenizer`).
     """
     if not c.text.tokenizer:
         raise ConfigError(
             "config.text.tokenizer is empty: name the file that turns captions into tokens (docs/text.md)."
         )
-    found = open_tokenizer(c.text.tokenizer)
-    if found.vocabulary != c.text.vocabulary:
+    tokenizer = open_tokenizer(c.text.tokenizer)
+    if tokenizer.vocabulary != c.text.vocabulary:
         raise ConfigError(
-            f"config.text.vocabulary={c.text.vocabulary}, but the tokens of config.text.tokenizer={c.text.tokenizer!r} run from 0 "
-            f"to {found.vocabulary - 1}: set config.text.vocabulary={found.vocabulary}."
+            f"config.text.vocabulary={c.text.vocabulary}, but the tokens of config.text.tokenizer="
+            f"{c.text.tokenizer!r} run from 0 to {tokenizer.vocabulary - 1}: "
+            f"set config.text.vocabulary={tokenizer.vocabulary}."
         )
-    return found
+    return tokenizer
 
 
 def tokenizer_identity(c: ConfigDict) -> dict[str, str]:
-    """Returns the checksum of the tokenizer's file, as a checkpoint stores it; empty without captions."""
+    """Returns the entry that identifies the tokenizer in a checkpoint; {} without captions."""
     return {"tokenizer": tokenizer_for_config(c).sha256} if c.text.vocabulary else {}
 
 
 def check_tokenizer_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, workdir: str) -> None:
-    """Compares the tokenizer's file with that of a checkpoint. Checkpoints of older versions name none.
+    """Checks that the tokenizer's file is the one that a checkpoint was trained with.
+
+    Checkpoints of older versions name no tokenizer and pass.
 
     Args:
-      meta: What the checkpoint of `step` in `workdir` says of itself.
+      c: The whole config.
+      meta: Metadata of the checkpoint.
+      step: Step of the checkpoint, for the message.
+      workdir: Folder of the run, for the message.
 
     Raises:
-      ConfigError: The file's content has changed.
+      ConfigError: The content of the file has changed.
     """
     for name, sha256 in tokenizer_identity(c).items():
         if meta.get(name, sha256) != sha256:
@@ -249,14 +271,15 @@ def check_tokenizer_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, 
 
 
 def strip_bom(text: str, name: str) -> str:
-    """Removes byte-order marks before a text.
+    """Removes byte-order marks at the start of a text.
 
     Args:
       text: A caption, a prompt or the name of a class.
-      name: What the error names: the file that the text comes from.
+      name: Origin of the text for the message, such as its file.
 
     Raises:
-      ConfigError: The text is not valid Unicode: it holds half of a surrogate pair, or bytes that were not UTF-8.
+      ConfigError: The text is not valid Unicode: it holds half of a surrogate pair, or bytes that
+        were not UTF-8.
     """
     try:
         text.encode()
@@ -265,50 +288,62 @@ def strip_bom(text: str, name: str) -> str:
     return text.lstrip("\ufeff")
 
 
-def conditioning_texts(c: ConfigDict, given: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """What is said of images: their captions, or as `text.caption` wants it the names of their classes; "" for nothing."""
+def conditioning_texts(c: ConfigDict, captions: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Returns the texts that condition images: captions or class names, by `text.caption`.
+
+    Args:
+      c: The whole config.
+      captions: Captions of the images; not used with `text.caption=class`.
+      labels: Classes of the images, int (b,).
+      names: Names of the classes; may be empty.
+
+    Returns:
+      A text for each image, "" if it has none.
+    """
     if c.text.caption == "caption":
-        return list(given)
+        return list(captions)
     return [names[label] if names else "" for label in labels.tolist()]
 
 
 def record_texts(c: ConfigDict, source: Source, numbers: np.ndarray) -> list[str]:
-    """`captions` of records of a source, without their images where it can."""
+    """Returns the conditioning texts of records, if possible without reading their images."""
     if c.text.caption == "class":
         return conditioning_texts(c, (), source.read(numbers).labels, source.names)
     return source.captions(numbers)
 
 
 def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> TokenizedTexts:
-    """Texts as `config.text` wants them; an empty one is the token "none".
+    """Tokenizes texts as `config.text` says. An empty text becomes the null token.
 
     Args:
-      names: what a person calls text i, in an error.
+      c: The whole config.
+      texts: The texts.
+      names: Returns the name of text i for messages.
 
     Raises:
-      ConfigError: a text is longer than `text.length` and `text.truncate` is False, the tokenizer does not know a part of it or
-        reads a part as a control token, or as `clean`.
+      ConfigError: A text is longer than `text.length` and `text.truncate` is False, the tokenizer
+        does not know a part of it or reads a part as a control token, or it is not valid Unicode.
     """
-    found, length, none = tokenizer_for_config(c), c.text.length, c.text.vocabulary
+    tokenizer, length, null_token = tokenizer_for_config(c), c.text.length, c.text.vocabulary
     texts = [strip_bom(text, names(i)) for i, text in enumerate(texts)]
-    rows = np.full((len(texts), length), found.end, np.int32)  # padding: any token will do
+    rows = np.full((len(texts), length), tokenizer.end, np.int32)  # the model does not see the padding
     lengths = np.ones(len(texts), np.int32)
-    for i, ids in enumerate(found.encode(texts)):
+    for i, ids in enumerate(tokenizer.encode(texts)):
         if not texts[i].strip():
-            rows[i, 0] = none
+            rows[i, 0] = null_token
             continue
-        if found.unknown is not None and found.unknown in ids:
+        if tokenizer.unknown is not None and tokenizer.unknown in ids:
             raise ConfigError(f"{names(i)}: {texts[i]!r} has a part that the tokenizer does not know.")
-        if control := found.control.keys() & ids:
-            words = ", ".join(sorted(found.control[i] for i in control))
+        if control := tokenizer.control.keys() & ids:
+            words = ", ".join(sorted(tokenizer.control[i] for i in control))
             raise ConfigError(
                 f"{names(i)}: {texts[i]!r} holds {words}, which the tokenizer knows as a control token alone. Remove it."
             )
         if len(ids) > length - 2 and not c.text.truncate:
             raise ConfigError(
-                f"{names(i)}: {texts[i]!r} is {len(ids) + 2} tokens long, begin and end counted, more than config.text.length="
-                f"{length}: shorten it, or cut what is too long by config.text.truncate=True."
+                f"{names(i)}: {texts[i]!r} is {len(ids) + 2} tokens long, including begin and end, more than "
+                f"config.text.length={length}: shorten it, or set config.text.truncate=True."
             )
-        ids = [found.begin, *ids[: length - 2], found.end]
+        ids = [tokenizer.begin, *ids[: length - 2], tokenizer.end]
         rows[i, : len(ids)], lengths[i] = ids, len(ids)
     return TokenizedTexts(rows, lengths)

@@ -1,9 +1,11 @@
-"""Keeps JAX out of grain's worker processes, and workers out of the way when training dies.
+"""grain's worker processes: kept free of JAX, and stopped when training dies.
 
-Importing grain imports JAX where it is installed, and a spawned process first imports the parent's main module, which
-imports it again. So a grain worker gets this module as its main module instead: run as `__mp_main__`, it refuses
-`import jax` before anything else is imported. grain then uses its fallbacks, which our pipeline's plain dicts of arrays
-are made for.
+`pipeline` calls `block_jax_in_workers` and passes `init_worker` to grain.
+
+grain imports JAX if it is installed, and a spawned process imports the parent's main module, which
+imports JAX as well. A grain worker therefore gets this module as its main module. Run as
+`__mp_main__`, it refuses `import jax` before anything else is imported. grain then uses its
+fallbacks without JAX, which support the pipeline's batches because they are plain dicts of arrays.
 """
 
 import importlib.machinery
@@ -22,7 +24,7 @@ from madformer_jax.runtime import malloc
 
 
 class _JaxImportBlocker:
-    """Import hook to which JAX does not exist."""
+    """Import hook that makes every import of JAX fail."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> None:
         if name.partition(".")[0] in ("jax", "jaxlib"):
@@ -35,7 +37,7 @@ _spawn_lock = threading.Lock()
 
 
 class _WorkerProcess(multiprocessing.context.SpawnProcess):
-    """A spawned process; if grain starts it, this module stands in for its main module."""
+    """A spawned process. If grain starts it, its main module is this one."""
 
     def start(self) -> None:
         if not self.name.startswith("grain-"):
@@ -43,7 +45,7 @@ class _WorkerProcess(multiprocessing.context.SpawnProcess):
         main: Any = sys.modules["__main__"]
         with _spawn_lock:
             spec = main.__spec__
-            main.__spec__ = importlib.machinery.ModuleSpec(__name__, None)  # what multiprocessing passes to the child
+            main.__spec__ = importlib.machinery.ModuleSpec(__name__, None)  # multiprocessing passes it to the child
             try:
                 super().start()
             finally:
@@ -51,7 +53,7 @@ class _WorkerProcess(multiprocessing.context.SpawnProcess):
 
 
 def block_jax_in_workers() -> None:
-    """From now on, workers that grain starts in this process cannot import JAX."""
+    """Prevents workers that grain starts from this process from importing JAX."""
     multiprocessing.get_context("spawn").Process = _WorkerProcess  # type: ignore[misc]
 
 
@@ -63,7 +65,10 @@ def _exit_with_parent() -> None:
 
 
 def init_worker(index: int, count: int) -> None:
-    """Grain's `worker_init_fn`: Ctrl-C is the parent's to handle, and a killed parent leaves no orphans."""
+    """Initializes a worker (grain's `worker_init_fn`).
+
+    The worker ignores Ctrl-C, which the parent handles, and exits when the parent is killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     malloc.retain_memory()
     threading.Thread(target=_exit_with_parent, daemon=True, name="exit-with-parent").start()
@@ -74,7 +79,7 @@ if __name__ == "__mp_main__":
     from absl import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # else each worker warns that it has no JAX profiler
+    logging.set_verbosity(logging.ERROR)  # hides each worker's warning that it has no JAX profiler
     import grain  # noqa: F401
 
     logging.set_verbosity(verbosity)

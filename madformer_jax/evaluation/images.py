@@ -129,7 +129,7 @@ def _read(source: Source, table: preprocess.Preprocessor, numbers: np.ndarray, r
     """The images with these numbers, which are those records of the source."""
     try:
         found = source.read(records)
-        return ImageBatch(table.batch(found.arrays["image"]), found.labels, numbers)
+        return ImageBatch(table.process_batch(found.arrays["image"]), found.labels, numbers)
     except (preprocess.CorruptImageError, OSError) as error:
         if len(numbers) > 1:
             images, labels, read, unread = zip(

@@ -202,7 +202,7 @@ def _load_drawings(c: ConfigDict, split: str, count: int) -> tuple[np.ndarray, n
     pixels, rows = [], []
     for first in range(0, min(len(source), MAX_TRAINING_IMAGES), shards.MAX_BATCH):
         found = source.read(np.arange(first, min(len(source), MAX_TRAINING_IMAGES, first + shards.MAX_BATCH)))
-        pixels.append(attribute_classifier.downscale(table.batch(found.arrays["image"])))
+        pixels.append(attribute_classifier.downscale(table.process_batch(found.arrays["image"])))
         rows.append(pictures.captioned_attributes(np.asarray(found.attributes)))
     return np.concatenate(pixels), np.concatenate(rows)
 

@@ -22,7 +22,7 @@ def supported(flags: str, packages: Iterable[str] = tuple(LIBRARIES)) -> str:
 def _libraries(package: str) -> list[str]:
     try:
         spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # a data worker, which must not import JAX
+    except ModuleNotFoundError:  # data workers hide JAX (data/worker.py)
         spec = None
     folders = (spec.submodule_search_locations or ()) if spec else ()
     return [path for folder in folders for path in glob.glob(os.path.join(folder, LIBRARIES[package]))]

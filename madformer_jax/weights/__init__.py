@@ -1,0 +1,1 @@
+"""Weights of other frameworks: files, conversion and fingerprints."""

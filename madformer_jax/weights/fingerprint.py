@@ -1,4 +1,4 @@
-"""What weights are, as a short text: the same for the same values, wherever they lie and over however many devices."""
+"""Fingerprints of weights: short texts that depend on the values alone, not on files or devices."""
 
 import hashlib
 from typing import Any
@@ -10,9 +10,13 @@ from madformer_jax.runtime import partitioning
 
 
 def fingerprint(params: Any, mesh: jax.sharding.Mesh | None = None) -> str:
-    """Sixteen hex digits of the SHA-256 of a tree's names, shapes and values; one array at a time comes to the host.
+    """Computes 16 hex digits of the SHA-256 of a tree's names, shapes and values.
 
-    Without a mesh every process holds the whole tree.
+    One array at a time is copied to the host.
+
+    Args:
+      params: Tree of arrays.
+      mesh: Mesh over which the arrays are sharded; None if every process holds the whole tree.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:

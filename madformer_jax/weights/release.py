@@ -1,4 +1,8 @@
-"""The release's weights to ours and back, every tensor accounted for."""
+"""Conversion of weights between the authors' PyTorch release and this package.
+
+`modes/convert.py` calls `from_release` and `to_release`. Both check that every tensor is used.
+`release_config` converts the configs. A new module of the model needs an entry in `_tensor_source`.
+"""
 
 import functools
 import json
@@ -19,7 +23,7 @@ from madformer_jax.weights import state_dicts
 from madformer_jax.weights.tensor_layout import from_torch, to_torch
 
 _TOWERS = {"tower_clean": 0, "tower_pred": 1}
-_TOWER = {  # ours -> the release's, in a decoder layer; {t} is the number of the tower
+_TOWER = {  # our name -> the release's, in a decoder layer; {t} is the number of the tower
     "attention_norm": "input_layernorm_list.{t}",
     "query": "self_attn.qkv_list.{t}",  # the release holds query, key and value as one matrix
     "key": "self_attn.qkv_list.{t}",
@@ -33,7 +37,7 @@ _TOWER = {  # ours -> the release's, in a decoder layer; {t} is the number of th
     "down": "mlp_list.{t}.down_proj",
 }
 _QKV = ("query", "key", "value")
-_UNET = {  # ours -> the release's, in a ResNet or attention block
+_UNET = {  # our name -> the release's, in a ResNet or attention block
     "norm1": "norm1",
     "conv1": "conv1",
     "time": "time_emb_proj",
@@ -50,26 +54,25 @@ _LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 class _TensorSource(NamedTuple):
-    """Where one of our leaves comes from: a tensor for each layer it is stacked over, and which third of it."""
+    """The release's tensors from which one of our parameters is made."""
 
-    names: tuple[str, ...]
-    part: int | None  # 0, 1, 2: query, key, value of a joint matrix; None: all of it
+    names: tuple[str, ...]  # one tensor per layer if the parameter is stacked over layers, else one
+    qkv_index: int | None  # 0, 1, 2: the third of a joint QKV matrix; None: the whole tensor
     stacked: bool
 
 
 def _tensor_source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, diffusion_depth: int) -> _TensorSource:
-    """The release's tensors behind the leaf at `path` of our parameters."""
+    """Returns the release's tensors from which the parameter at `path` is made."""
     if path == ("boi",):
         return _TensorSource(("boi_block",), None, False)
     leaf = _LEAF[path[-1]]
     if path[0] in ("ar_layers", "diffusion_layers"):
-        first, count = (
-            (0, depth - diffusion_depth) if path[0] == "ar_layers" else (depth - diffusion_depth, diffusion_depth)
-        )
+        ar_depth = depth - diffusion_depth
+        first, count = (0, ar_depth) if path[0] == "ar_layers" else (ar_depth, diffusion_depth)
         layers = range(first, first + count - 1) if path[1] == "body" else [first + count - 1]
         name = _TOWER[path[3]].format(t=_TOWERS[path[2]])
-        part = _QKV.index(path[3]) if path[3] in _QKV else None
-        return _TensorSource(tuple(f"blocks.{layer}.{name}.{leaf}" for layer in layers), part, path[1] == "body")
+        qkv_index = _QKV.index(path[3]) if path[3] in _QKV else None
+        return _TensorSource(tuple(f"blocks.{layer}.{name}.{leaf}" for layer in layers), qkv_index, path[1] == "body")
     sampler, side = path[0], "down" if path[0] == "downsampler" else "up"
     module = path[1]
     if module in ("conv_in", "conv_out"):
@@ -94,20 +97,20 @@ def _from_torch(tensor: np.ndarray, name: str) -> np.ndarray:
 
 
 def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]]:
-    """Our parameters' paths with their shapes and sources.
+    """Returns the shape and the source of each of our parameters, by path.
 
     Raises:
-      ConfigError: the release has no such model.
+      ConfigError: The release does not have such a model.
     """
     if vocabulary_size(c) or c.model.param_sets != "separate":
         raise ConfigError(
-            "the release's weights have no text tower and no shared towers: model.classes and text.vocabulary must be 0 and "
-            "model.param_sets 'separate'."
+            "the release's weights have no text tower and no shared towers: model.classes and text.vocabulary must "
+            "be 0 and model.param_sets 'separate'."
         )
     return _cached_layout(c.to_json())
 
 
-@functools.lru_cache(maxsize=1)  # tracing the model takes a second or two
+@functools.lru_cache(maxsize=1)  # tracing the model takes 1 to 2 s
 def _cached_layout(config: str) -> dict[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]]:
     model = madformer.build(ConfigDict(json.loads(config)))
     params = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))
@@ -120,59 +123,65 @@ def _cached_layout(config: str) -> dict[tuple[str, ...], tuple[tuple[int, ...], 
 def _expected_shapes(
     layout: Mapping[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]],
 ) -> dict[str, tuple[int, ...]]:
-    """The release's names and shapes of a layout."""
+    """Returns the names and shapes of the release's tensors for a layout."""
     shapes: dict[str, tuple[int, ...]] = {}
     for shape, source in layout.values():
         for name in source.names:
-            leaf = np.broadcast_to(np.float32(0), shape[1:] if source.stacked else shape)  # no memory behind it
+            leaf = np.broadcast_to(np.float32(0), shape[1:] if source.stacked else shape)  # allocates no memory
             torch_shape = _to_torch(leaf, name).shape
-            shapes[name] = torch_shape if source.part is None else (3 * torch_shape[0], *torch_shape[1:])
+            shapes[name] = torch_shape if source.qkv_index is None else (3 * torch_shape[0], *torch_shape[1:])
     return shapes
 
 
 def release_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the release's state_dict for a config.
+    """Returns the names and shapes of the release's state_dict for a config.
 
     Raises:
-      ConfigError: the release has no such model.
+      ConfigError: The release does not have such a model.
     """
     return _expected_shapes(_layout(config))
 
 
 def from_release(
-    state_dict: Mapping[str, np.ndarray], config: ConfigDict, what: str = "the release's weights"
+    state_dict: Mapping[str, np.ndarray], config: ConfigDict, origin: str = "the release's weights"
 ) -> dict[str, Any]:
-    """Parameters for `config` (see `release_config.preset`) from a state_dict of the PyTorch release, name -> array.
+    """Converts a state_dict of the PyTorch release to our parameters.
 
-    Without the clean stream the clean towers (`*_list.0.*`), which that variant of the release carries but never runs,
-    are left out.
+    The release's variant without a clean stream contains clean towers (`*_list.0.*`) that it never
+    runs. They are dropped.
+
+    Args:
+      state_dict: Name -> array.
+      config: Config of the model (see `release_config.preset`).
+      origin: Name of the file or the model, for messages.
 
     Raises:
-      ConfigError: tensors are missing, left over or of another shape; each is named, with `what` before them.
+      ConfigError: Tensors are missing, unexpected or have another shape. The message names each.
     """
     layout = _layout(config)
     if not config.model.clean_stream:
         state_dict = {name: x for name, x in state_dict.items() if "_list.0." not in name}
-    state_dicts.check_tensors(_expected_shapes(layout), state_dict, what)
+    state_dicts.check_tensors(_expected_shapes(layout), state_dict, origin)
 
     def leaf(source: _TensorSource) -> np.ndarray:
         tensors = [np.asarray(state_dict[name], np.float32) for name in source.names]
-        if source.part is not None:
-            tensors = [np.split(x, 3)[source.part] for x in tensors]
-        parts = [_from_torch(x, name) for x, name in zip(tensors, source.names, strict=True)]
-        # always a copy: one view would keep the whole mapped file in memory
-        return np.stack(parts) if source.stacked else np.array(parts[0], order="C")
+        if source.qkv_index is not None:
+            tensors = [np.split(x, 3)[source.qkv_index] for x in tensors]
+        layers = [_from_torch(x, name) for x, name in zip(tensors, source.names, strict=True)]
+        # Always a copy, because a single view would keep the whole mapped file in memory.
+        return np.stack(layers) if source.stacked else np.array(layers[0], order="C")
 
     return unflatten_dict({path: leaf(source) for path, (_, source) in layout.items()})
 
 
 def to_release(params: Mapping[str, Any], config: ConfigDict) -> dict[str, np.ndarray]:
-    """The release's state_dict for parameters of `config`; the inverse of `from_release`.
+    """Converts our parameters to a state_dict of the release; the inverse of `from_release`.
 
-    Without the clean stream the clean towers, which that variant never runs, are written as copies of the noisy ones.
+    The release's variant without a clean stream contains clean towers that it never runs. They are
+    written as copies of the noisy towers.
 
     Raises:
-      ConfigError: the release has no such model, or the parameters are not those of `config`.
+      ConfigError: The release does not have such a model, or the parameters do not fit `config`.
     """
     layout = _layout(config)
     flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(dict(params)).items()}
@@ -181,14 +190,14 @@ def to_release(params: Mapping[str, Any], config: ConfigDict) -> dict[str, np.nd
         {"/".join(path): leaf for path, leaf in flat.items()},
         "the parameters",
     )
-    parts: dict[str, dict[int | None, np.ndarray]] = {}
+    pieces: dict[str, dict[int | None, np.ndarray]] = {}  # name -> index in the QKV matrix -> tensor
     for path, (_, source) in layout.items():
         leaves = flat[path] if source.stacked else flat[path][None]
         for name, x in zip(source.names, leaves, strict=True):
-            parts.setdefault(name, {})[source.part] = _to_torch(x, name)
+            pieces.setdefault(name, {})[source.qkv_index] = _to_torch(x, name)
     state_dict = {
         name: np.ascontiguousarray(p[None] if None in p else np.concatenate([p[0], p[1], p[2]]))
-        for name, p in parts.items()
+        for name, p in pieces.items()
     }
     if not config.model.clean_stream:
         state_dict |= {name.replace("_list.1.", "_list.0."): x for name, x in state_dict.items() if "_list.1." in name}

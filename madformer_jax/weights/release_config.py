@@ -1,4 +1,9 @@
-"""The PyTorch release's choices as a config, from its arguments or a checkpoint of it, and a config as its arguments."""
+"""Conversion between configs and the training arguments of the authors' PyTorch release.
+
+`modes/convert.py` calls `infer_config` to derive a config from a checkpoint of the release, and
+`release_args` to write arguments for the release's scripts. If the release's behavior differs from
+our default, set its choice in `as_release`.
+"""
 
 import math
 import re
@@ -14,19 +19,23 @@ from madformer_jax.errors import ConfigError
 
 
 def preset(meta: dict[str, Any]) -> ConfigDict:
-    """The release's model and training choices for the sizes in `meta`, the release's argument names.
+    """Builds a config from the release's arguments.
 
-    `meta` is the JSON beside the reference arrays or the `args` namespace of a release checkpoint as a dict: hidden_size,
-    num_heads, depth, diff_depth, intermediate_size, unet_block_out_channels, unet_num_layers_per_block,
-    unet_transformer_layers_per_block, unet_resnet_groups, unet_num_heads, unet_time_emb_dim, block_size,
-    pre_downsample_block_size, ar_len, latent_channels, lambda_hidden, and the variant, either as
-    `variant` = baseline | clear_clean | clear_cond | denoising_mlp or as boolean fields of those names.
+    The codec is `pixel` with patch 1, so that `data.image_size` is the side of the latent. Set
+    `codec` and `data` to use images.
 
-    The latents are fed through a `pixel` codec with patch 1, so `data.image_size` is the side of the latent; set
-    `codec` and `data` for images.
+    Args:
+      meta: The release's arguments: the JSON beside the reference arrays, or the `args` namespace
+        of a release checkpoint as a dict. Sizes: hidden_size, num_heads, depth, diff_depth,
+        intermediate_size, unet_block_out_channels, unet_num_layers_per_block,
+        unet_transformer_layers_per_block, unet_resnet_groups, unet_num_heads, unet_time_emb_dim,
+        block_size, pre_downsample_block_size, ar_len. Optional: latent_channels, lambda_hidden, and
+        the variant, as `variant` = baseline | clear_clean | clear_cond | denoising_mlp or as
+        boolean fields of those names.
 
     Raises:
-      ConfigError: a size is missing or the variant is unknown.
+      ConfigError: A size is missing, the variant is unknown, or the U-Net has stages of unequal
+        length.
     """
 
     def variant(name: str) -> bool:
@@ -62,7 +71,7 @@ def preset(meta: dict[str, Any]) -> ConfigDict:
     c.model.clean_stream = not variant("clear_clean")
     c.model.ar_condition = not variant("clear_cond")
     c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
-    # without the AR condition the release's hidden loss is 0, whatever its weight
+    # Without the AR condition the release's hidden loss is 0, whatever its weight.
     c.loss.hidden = float(meta.get("lambda_hidden", 0.1)) if c.model.ar_condition else 0.0
     c.codec.name, c.codec.patch = "pixel", 1
     c.data.image_size = math.isqrt(positions * c.model.blocks)
@@ -70,32 +79,36 @@ def preset(meta: dict[str, Any]) -> ConfigDict:
 
 
 def as_release(c: ConfigDict) -> None:
-    """Sets the release's choices where new training defaults to something sounder."""
+    """Replaces defaults that differ from the release by the release's choices."""
     c.model.rope = "release"
     c.model.time_embedding = "raw"
     c.model.clean_timestep = "noisy"
-    c.model.hidden_from = (
-        "noisy"  # its condition is a view into the stream to which the noisy blocks are added in place
-    )
+    # The release's condition is a view into the stream, to which it adds the noisy blocks in place.
+    c.model.hidden_from = "noisy"
     c.train.ema_warmup = False
     c.sample.weights = "raw"
     c.sample.spacing = "leading"
     c.sample.steps = 250
 
 
-RELEASE_VAE = "stabilityai/sd-vae-ft-mse@31f26fdeee1355a5c34592e401dd41e45d25a493"  # pinned: the same weights tomorrow
+# The revision is pinned, so that the weights never change.
+RELEASE_VAE = "stabilityai/sd-vae-ft-mse@31f26fdeee1355a5c34592e401dd41e45d25a493"
 
 
 def infer_config(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], codec_path: str = "") -> ConfigDict:
-    """The config of a release checkpoint.
+    """Derives the config of a release checkpoint.
+
+    The model is for images, encoded by a VAE, if `args` contains `image_size` or `codec_path` is
+    given. Otherwise it is for latents.
 
     Args:
-      tensors: its state_dict. The sizes that the release reads from a JSON file of its own follow from the shapes.
-      args: its training arguments. With an `image_size` in them, the model is for images behind the release's VAE.
-      codec_path: the VAE to use in place of the one on the hub; with it, the model is for images as well.
+      tensors: State_dict of the checkpoint. The sizes that the release reads from a JSON file are
+        inferred from the shapes.
+      args: Training arguments of the checkpoint.
+      codec_path: Path of the VAE; "" uses `RELEASE_VAE`.
 
     Raises:
-      ConfigError: a tensor or an argument is missing, or the model is one that we do not have.
+      ConfigError: A tensor or an argument is missing, or the model is not supported.
     """
     if args.get("patch_size", 1) != 1 or not args.get("square_block", True):
         raise ConfigError("the release's arguments have patch_size other than 1 or square_block=False: not supported.")
@@ -103,7 +116,7 @@ def infer_config(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], cod
     try:
         sizes = _infer_sizes(tensors)
     except KeyError as error:
-        raise ConfigError(f"no checkpoint of the release: {error.args[0]} is missing.") from None
+        raise ConfigError(f"not a checkpoint of the release: tensor {error.args[0]} is missing.") from None
     c = preset(sizes | {renamed.get(name, name): value for name, value in args.items()})
     if codec_path or "image_size" in args:
         c.codec.name, c.codec.path = "vae", codec_path or RELEASE_VAE
@@ -112,7 +125,11 @@ def infer_config(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], cod
 
 
 def _infer_sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the shapes say of the release's sizes; group and head counts of the U-Net, which they do not, as released."""
+    """Infers the release's sizes from the shapes of its tensors.
+
+    Shapes do not contain the numbers of groups and heads of the U-Net, which are those of the
+    release.
+    """
 
     def count(pattern: str) -> int:
         return len({match[0] for name in tensors if (match := re.match(pattern, name))})
@@ -138,10 +155,13 @@ def _infer_sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def release_args(c: ConfigDict) -> dict[str, Any]:
-    """The release's arguments for a config: the inverse of `preset`, with what the release's scripts read besides.
+    """Returns the release's arguments for a config: the inverse of `preset`.
+
+    The result also contains the further arguments that the release's scripts read.
 
     Raises:
-      ConfigError: the release has no such model; the settings in which it differs are named.
+      ConfigError: The release does not have such a model. The message names the settings that
+        differ.
     """
     m, sizes = c.model, derive_sizes(c)
     stages = len(m.unet_channels)
@@ -172,12 +192,13 @@ def release_args(c: ConfigDict) -> dict[str, Any]:
         "lambda_hidden_loss": c.loss.hidden,
         "model_config_path": None,
     } | ({"image_size": c.data.image_size} if c.codec.name == "vae" else {})
-    free = {"attention", "dtype", "remat", "scan_unroll", "hidden_from"}  # how it is computed or trained
-    theirs = preset(args).model
+    # Settings of computation or training, which do not change the exported model.
+    ignored = {"attention", "dtype", "remat", "scan_unroll", "hidden_from"}
+    release = preset(args).model
     different = [
-        f"model.{name}={m[name]!r} (release: {theirs[name]!r})"
+        f"model.{name}={m[name]!r} (release: {release[name]!r})"
         for name in sorted(m)
-        if name not in free and m[name] != theirs[name]
+        if name not in ignored and m[name] != release[name]
     ]
     if different:
         raise ConfigError(f"the release's code cannot run this model: {', '.join(different)}.")

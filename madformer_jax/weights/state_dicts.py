@@ -1,7 +1,13 @@
-"""Checkpoint files of other frameworks as plain numpy: safe reading, atomic writing, the check that all tensors fit.
+"""Checkpoint files of other frameworks as numpy arrays: safe reading, atomic writing, checks.
 
-Formats by suffix: .pt, .pth and .bin (PyTorch, an optional extra), .safetensors, .npz. A file holds one state_dict
-(name -> tensor) or, as the release writes it, two under "model" and "ema" beside the training arguments "args".
+`modes/convert.py`, `modes/export.py` and the networks of the evaluation use it. Formats by suffix
+are .pt, .pth and .bin (PyTorch, an optional extra), .safetensors and .npz. A file holds one
+state_dict (name -> tensor). Files of the release hold "model", "ema" and the training arguments
+"args". A new format needs a reader in `read_state_dict`, a writer in `write_state_dict` and its
+suffix in `SUFFIXES`.
+
+`save_params` and `load_params` store parameters of networks that are not trained as Orbax
+checkpoints.
 """
 
 import argparse
@@ -30,63 +36,74 @@ from madformer_jax.runtime import storage
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 SUFFIXES = (*TORCH_SUFFIXES, ".safetensors", ".npz")
-_ARGS_KEY = "args"  # where .safetensors (metadata) and .npz (an entry) keep the arguments, as JSON
+_ARGS_KEY = "args"  # key of the arguments; as JSON in the metadata of .safetensors and in an entry of .npz
 
 
 class StateDict(NamedTuple):
-    """What a checkpoint file holds for one model."""
+    """Content of a checkpoint file for one model."""
 
     tensors: dict[str, np.ndarray]
     args: dict[str, Any] | None  # the release's training arguments
-    weights: str  # which set of weights was taken: "ema", "model", or "" where the file holds just one
+    weights: str  # set of weights that was read: "ema", "model", or "" if the file holds only one
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of nested dicts, by their names from the top, joined by dots."""
+    """Flattens nested dicts. Keys are joined by dots."""
     return {".".join(path): x for path, x in flatten_dict(tree).items()}
 
 
-def unflatten(tensors: Mapping[str, np.ndarray], shapes: Any, what: str) -> Any:
-    """What `by_name` made flat, compared with a tree of `shapes` first; see `check_tensors` for `what` and the errors."""
-    check_tensors({name: x.shape for name, x in flatten(shapes).items()}, tensors, what)
+def unflatten(tensors: Mapping[str, np.ndarray], shapes: Any, origin: str) -> Any:
+    """Restores nested dicts from the result of `flatten`, after checking the tensors.
+
+    Args:
+      tensors: Arrays by joined key.
+      shapes: Tree of the expected shapes.
+      origin: Name of the file or the model, for messages.
+
+    Raises:
+      ConfigError: The tensors do not fit (see `check_tensors`).
+    """
+    check_tensors({name: x.shape for name, x in flatten(shapes).items()}, tensors, origin)
     return unflatten_dict({tuple(name.split(".")): x for name, x in tensors.items()})
 
 
-def check_tensors(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray], what: str) -> None:
-    """Checks that `given` holds exactly the tensors of `expected`; `what` names the file or the model in the error.
+def check_tensors(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray], origin: str) -> None:
+    """Checks that `tensors` has exactly the names and shapes of `expected`.
+
+    Args:
+      expected: Name -> shape.
+      tensors: Name -> array.
+      origin: Name of the file or the model, for messages.
 
     Raises:
-      ConfigError: names every missing, extra and mis-shaped tensor.
+      ConfigError: A tensor is missing, unexpected or mis-shaped. The message names each.
     """
-    missing = [name for name in expected if name not in given]
-    extra = [name for name in given if name not in expected]
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected]
     misshaped = [
-        f"{name} {tuple(given[name].shape)} instead of {tuple(shape)}"
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
-        if name in given and tuple(given[name].shape) != tuple(shape)
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape)
     ]
     faults = [
         f"{len(names)} {kind} ({', '.join(names)})"
-        for kind, names in (
-            ("missing", missing),
-            ("extra", extra),
-            ("mis-shaped", misshaped),
-        )
+        for kind, names in (("missing", missing), ("extra", extra), ("mis-shaped", misshaped))
         if names
     ]
     if faults:
-        raise ConfigError(f"{what}: the tensors do not fit the model: {'; '.join(faults)}.")
+        raise ConfigError(f"{origin}: the tensors do not fit the model: {'; '.join(faults)}.")
 
 
 def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDict:
-    """Reads one state_dict; no code in the file is ever run, and large .pt files are mapped rather than loaded.
+    """Reads one state_dict. Code in the file is never run, and large .pt files are memory-mapped.
 
     Args:
-      path: a file with one of `SUFFIXES`.
-      weights: "ema" or "model" where the file holds both; "" takes the EMA where there is one.
+      path: A file with one of `SUFFIXES`.
+      weights: "ema" or "model" to choose between the two sets of a file; "" prefers the EMA.
 
     Raises:
-      ConfigError: no such file, truncated or of another kind, not only tensors and plain values in it, no such weights.
+      ConfigError: The file does not exist, is truncated or of another kind, holds objects other
+        than tensors and plain values, or lacks the chosen weights.
     """
     if storage.is_remote(path):
         raise ConfigError(
@@ -113,20 +130,20 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
 
 
 def read_npz(path: storage.Path) -> StateDict:
-    """What `write_state_dict` has written as .npz, be it in a bucket: small enough to be read into memory.
+    """Reads an .npz file written by `write_state_dict`, also from a bucket, into memory.
 
     Raises:
-      ConfigError: no such file, truncated or of another kind.
+      ConfigError: The file does not exist, is truncated or of another kind.
     """
-    there = epath.Path(path)
+    file = epath.Path(path)
     with storage.wrap_errors(f"{path} cannot be read"):
         try:
-            content = storage.retry(there.read_bytes)
+            content = storage.retry(file.read_bytes)
         except FileNotFoundError:
             raise ConfigError(f"{path}: no such file.") from None
-    tensors = _read_npz(there, io.BytesIO(content))
+    tensors = _read_npz(file, io.BytesIO(content))
     args = tensors.pop(_ARGS_KEY, None)
-    return StateDict(_plain_arrays(tensors, there), args, "")
+    return StateDict(_plain_arrays(tensors, file), args, "")
 
 
 def write_state_dict(
@@ -134,23 +151,27 @@ def write_state_dict(
     tensors: Mapping[str, np.ndarray],
     args: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a state_dict in the format of the suffix; the file appears whole or not at all.
+    """Writes a state_dict atomically, in the format of the suffix.
 
-    With `args`, a .pt file has the release's layout {"model": ..., "args": ...}.
+    Args:
+      path: A file with one of `SUFFIXES`.
+      tensors: Name -> array.
+      args: Training arguments. With them a .pt file has the release's layout
+        {"model": ..., "args": ...}.
 
     Raises:
-      ConfigError: unknown suffix, or PyTorch is missing for a PyTorch file.
+      ConfigError: The suffix is unknown, or a PyTorch file is requested and PyTorch is not
+        installed.
     """
     suffix = epath.Path(path).suffix
     _check_suffix(epath.Path(path))
-    # safetensors writes the memory behind a strided array as if it were contiguous
+    # safetensors writes the memory of a strided array as if it were contiguous.
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
 
     def put(file: IO[bytes]) -> None:
         if suffix == ".npz":
-            entries = {} if args is None else {_ARGS_KEY: np.array(json.dumps(dict(args)))}
-            everything: dict[str, Any] = arrays | entries
-            np.savez(file, **everything)
+            entries: dict[str, Any] = {} if args is None else {_ARGS_KEY: np.array(json.dumps(dict(args)))}
+            np.savez(file, **(arrays | entries))
         elif suffix == ".safetensors":
             metadata = {"format": "pt"} | ({} if args is None else {_ARGS_KEY: json.dumps(dict(args))})
             safetensors.numpy.save_file(arrays, file.name, metadata=metadata)
@@ -162,8 +183,11 @@ def write_state_dict(
 
 
 def save_params(folder: str | os.PathLike[str], params: Mapping[str, Any]) -> None:
-    """Writes a tree of arrays as an Orbax checkpoint with checksums in `folder`/params; an older one is replaced."""
-    import orbax.checkpoint as ocp  # slow to import, and only networks that are not trained are kept this way
+    """Writes a tree of arrays to `folder`/params as an Orbax checkpoint with checksums.
+
+    An older checkpoint is replaced.
+    """
+    import orbax.checkpoint as ocp  # slow to import, and rarely needed
 
     from madformer_jax.runtime import checksums
 
@@ -174,34 +198,34 @@ def save_params(folder: str | os.PathLike[str], params: Mapping[str, Any]) -> No
 
 
 def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tree of numpy arrays written by `save_params`, its checksums compared first.
+    """Reads the tree of numpy arrays written by `save_params`, after verifying its checksums.
 
     Raises:
-      ConfigError: there is none, or it is damaged.
+      ConfigError: The checkpoint does not exist or is damaged.
     """
     import orbax.checkpoint as ocp
 
     from madformer_jax.runtime import checksums
 
     if not has_params(folder):
-        raise ConfigError(f"{folder}: no params folder in it; --mode=convert writes one.")
+        raise ConfigError(f"{folder} has no folder params: write it with --mode=convert.")
     path = _params_path(folder)
     storage.check_arrays_path(folder, write=False)
     with storage.wrap_errors(f"{folder} cannot be read"):
         try:
             if not checksums.verify_files(path):
-                logging.info("%s was written before there were checksums: it is taken as it is", path)
+                logging.info("%s was written before there were checksums and is not verified", path)
         except checksums.DamagedError as error:
             raise ConfigError(f"{folder} is damaged: {error}; make it again with --mode=convert.") from None
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(path)
-    except Exception as error:  # Orbax, TensorStore and JSON each raise their own
+    except Exception as error:  # Orbax, TensorStore and JSON raise their own types
         raise _unreadable_error(pathlib.Path(folder), "an Orbax checkpoint", error) from None
 
 
 def has_params(folder: str | os.PathLike[str]) -> bool:
-    """Whether `save_params` has written to `folder`."""
+    """Returns whether `save_params` has written to `folder`."""
     return _params_path(folder).exists()
 
 
@@ -216,14 +240,16 @@ def _check_suffix(path: pathlib.PurePath) -> None:
 
 def _plain_arrays(content: Mapping[str, Any], path: pathlib.PurePath) -> dict[str, np.ndarray]:
     arrays = {str(name): _to_numpy(value) for name, value in content.items()}
-    wrong = [name for name, array in arrays.items() if array is None]
-    if wrong or not arrays:
-        raise ConfigError(f"{path} holds no state_dict: {', '.join(wrong[:8]) or 'nothing at all'} is no tensor.")
+    others = [name for name, array in arrays.items() if array is None]
+    if others:
+        raise ConfigError(f"{path} holds no state_dict: not a tensor: {', '.join(others[:8])}.")
+    if not arrays:
+        raise ConfigError(f"{path} holds no state_dict: it is empty.")
     return {name: array for name, array in arrays.items() if array is not None}
 
 
 def _to_numpy(value: Any) -> np.ndarray | None:
-    """A numpy array or a torch tensor as numpy array, sharing memory; None for anything else."""
+    """Converts a torch tensor to a numpy array that shares its memory; None for other objects."""
     if isinstance(value, np.ndarray):
         return value
     torch = sys.modules.get("torch")
@@ -249,7 +275,7 @@ def _read_npz(path: pathlib.PurePath, archive: IO[bytes] | None = None) -> dict[
 
 
 def _restore_bfloat16(array: np.ndarray) -> np.ndarray:
-    """Numpy stores a bfloat16 array as two-byte voids."""
+    """Restores a bfloat16 array, which numpy stores as two-byte voids."""
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
@@ -275,15 +301,10 @@ def _import_torch(path: str | os.PathLike[str]) -> ModuleType:
 def _read_torch(path: pathlib.Path) -> dict[str, Any]:
     torch = _import_torch(path)
     try:
-        # Namespace is the one class beyond tensors and plain values: the release keeps its arguments in one
+        # The release stores its arguments in a Namespace. Other classes are refused.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(
-                path,
-                map_location="cpu",
-                weights_only=True,
-                mmap=zipfile.is_zipfile(path) or None,
-            )
-    except Exception as error:  # a broken pickle raises almost any kind
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except Exception as error:  # a broken pickle raises almost any type
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:
             raise ConfigError(
@@ -291,7 +312,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, Any]:
             ) from None
         raise _unreadable_error(path, "a PyTorch checkpoint", error) from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, no state_dict.")
+        raise ConfigError(f"{path} holds no state_dict but an object of type {type(content).__name__}.")
     if isinstance(content.get(_ARGS_KEY), argparse.Namespace):
         content[_ARGS_KEY] = vars(content[_ARGS_KEY])
     return content
@@ -305,13 +326,10 @@ def _write_torch(
 ) -> None:
     torch = _import_torch(path)
 
-    def tensor_of(array: np.ndarray) -> Any:
+    def to_tensor(array: np.ndarray) -> Any:
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_dlpack(array)
 
-    model = {name: tensor_of(array) for name, array in arrays.items()}
-    torch.save(
-        model if args is None else {"model": model, _ARGS_KEY: argparse.Namespace(**args)},
-        file,
-    )
+    model = {name: to_tensor(array) for name, array in arrays.items()}
+    torch.save(model if args is None else {"model": model, _ARGS_KEY: argparse.Namespace(**args)}, file)

@@ -1,4 +1,7 @@
-"""Tensors between PyTorch's layout and ours: convolutions OIHW and HWIO, matrices (out, in) and (in, out)."""
+"""Conversion of tensors between the layouts of PyTorch and Flax.
+
+PyTorch stores convolutions as OIHW and matrices as (out, in). Flax stores HWIO and (in, out).
+"""
 
 import numpy as np
 
@@ -12,5 +15,5 @@ def to_torch(tensor: np.ndarray) -> np.ndarray:
 
 
 def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that `to_torch` gives, with no memory behind it."""
+    """Returns the shape that `to_torch` would return, without allocating memory."""
     return to_torch(np.broadcast_to(np.float32(0), shape)).shape

@@ -1,4 +1,4 @@
-"""Captions and tokenizers as other people's tools write them."""
+"""Unusual caption files and tokenizers: byte-order marks, invalid Unicode, padding, gaps."""
 
 import codecs
 import json
@@ -24,10 +24,10 @@ def write_captions(folder: Path, kind: str) -> None:
     """Writes a folder of five images with captions.
 
     Args:
-      folder: Is made.
-      kind: "jsonl", "txt" or "beside", for the three forms of captions. A suffix "_bom" puts a
-        byte-order mark before each file, "_mark" one before each caption, "_surrogate" half of a
-        surrogate pair into the fourth caption, "_latin" a byte that is not UTF-8.
+      folder: Folder to create.
+      kind: "jsonl", "txt" or "beside", for the three forms of captions. Suffix "_bom" puts a
+        byte-order mark before each file, and "_mark" before each caption. Suffix "_surrogate" puts
+        half of a surrogate pair into the fourth caption, and "_latin" a byte that is not UTF-8.
     """
     folder.mkdir(parents=True)
     form, _, oddity = kind.partition("_")
@@ -59,9 +59,9 @@ def write_tokenizer(path: Path, kind: str) -> None:
     """Writes a tokenizer.json that knows the words of the captions.
 
     Args:
-      path: Of the file.
-      kind: "plain"; "pad_longest" or "pad_12", which pad; "trunc_4", which cuts; "gap", whose words
-        have ids from 54 on; or "bom", with a byte-order mark before it.
+      path: File to write.
+      kind: "plain"; "pad_longest" or "pad_12" with padding; "trunc_4" with truncation; "gap", whose
+        words have ids from 54 on; or "bom", with a byte-order mark.
     """
     vocabulary = {"<s>": 0, "</s>": 1, "[PAD]": 2, "[UNK]": 3}
     for word in dict.fromkeys(" ".join(CAPTIONS).split()):

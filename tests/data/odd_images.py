@@ -1,4 +1,4 @@
-"""Image files as other people's programs write them: odd EXIF, large metadata, wrong suffixes, bombs."""
+"""Image files with unusual EXIF, large metadata, wrong suffixes or too many pixels."""
 
 import io
 import struct
@@ -23,22 +23,22 @@ def encode(kind: str, **options) -> bytes:
 
 
 def entry(tag: int, kind: int, count: int, value: bytes) -> bytes:
-    """An entry of an EXIF directory; `value` is 4 bytes, an offset if it does not fit."""
+    """Returns an entry of an EXIF directory. `value` is 4 bytes: the value, or its offset."""
     return struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
 
 
 def exif(*entries: bytes, extra: bytes = b"") -> bytes:
-    """EXIF of one directory. `extra` begins at 14 bytes and 12 an entry."""
+    """Returns EXIF with one directory of n entries. `extra` starts at byte 14 + 12 n."""
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4) + extra
 
 
 def after(entries: int) -> bytes:
-    """The offset of `extra`, as a value."""
+    """Returns the offset of `extra` as the value of an entry."""
     return struct.pack("<I", 14 + 12 * entries)
 
 
 def jpeg(segment: bytes, marker: int = 0xE1) -> bytes:
-    """A JPEG with one more segment of metadata."""
+    """Returns a JPEG with an additional segment of metadata."""
     plain = encode("JPEG", quality=95)
     return plain[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(segment) + 2) + segment + plain[2:]
 
@@ -49,21 +49,21 @@ def png_chunk(name: bytes, content: bytes, checksum: int | None = None) -> bytes
 
 
 def png(*chunks: bytes) -> bytes:
-    """A PNG with more chunks before its pixels."""
+    """Returns a PNG with additional chunks before its pixels."""
     plain = encode("PNG")
     start = plain.index(b"IDAT") - 4
     return plain[:start] + b"".join(chunks) + plain[start:]
 
 
 def png_of_text(compressed: bool, international: bool = False) -> bytes:
-    """A PNG with 2 MiB of text, as ComfyUI and other programs write their workflow."""
+    """Returns a PNG with 2 MiB of text, like the workflows that ComfyUI writes."""
     info = PngImagePlugin.PngInfo()
     (info.add_itxt if international else info.add_text)("workflow", "x" * (2 << 20), zip=compressed)
     return encode("PNG", pnginfo=info)
 
 
 def empty_png(width: int, height: int) -> bytes:
-    """A PNG of many pixels whose file is small; only its header is right."""
+    """Returns a small PNG file whose header declares many pixels."""
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
 
@@ -71,7 +71,7 @@ def empty_png(width: int, height: int) -> bytes:
 SIX = entry(_ORIENTATION, _SHORT, 1, b"\x06\0")  # a quarter turn clockwise shows the image upright
 XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta> caption \xa8\xff </x:xmpmeta>"
 
-# name -> file; orientation 6
+# name -> file with orientation 6
 TURNED = {
     "plain.jpg": jpeg(b"Exif\0\0" + exif(SIX)),
     "header twice.jpg": jpeg(b"Exif\0\0Exif\0\0" + exif(SIX)),
@@ -100,7 +100,7 @@ TURNED = {
     "odd.webp": encode("WEBP", lossless=True, exif=b"Exif\0\0" + exif(SIX, entry(0x213, _ASCII, 2, b"1"))),
 }
 
-# name -> file; as the picture lies
+# name -> file whose pixels are stored upright
 UPRIGHT = {
     "plain.jpg": jpeg(b"Exif\0\0" + exif(entry(_ORIENTATION, _SHORT, 1, b"\1\0"))),
     "xmp not utf-8.jpg": jpeg(XMP),
@@ -133,7 +133,7 @@ UPRIGHT = {
     "first of two.png": encode("PNG", save_all=True, append_images=[Image.new("RGB", (SIDE, SIDE))]),
 }
 
-# name -> file, and the words of the reason
+# name -> file, words of the reason
 CORRUPT = {
     "empty.png": (b"", "cannot identify image file"),
     "drawing.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot identify image file"),

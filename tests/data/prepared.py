@@ -1,4 +1,7 @@
-"""Images to prepare, a stand-in for the VAE, and what a prepared folder then holds: for the tests of both sides."""
+"""Helpers for tests of prepared data: source images, a stand-in for the VAE, and expected content.
+
+`tests/modes/test_prepare.py` tests writing, `tests/data/test_records.py` tests reading.
+"""
 
 import os
 import pathlib
@@ -14,7 +17,7 @@ from tests.support import kill_prepare
 
 
 def make_config(folder: pathlib.Path) -> ConfigDict:
-    """23 images, two of them corrupt, in shards of 5."""
+    """Writes 23 images, two of them corrupt. Returns a config with shards of 5 images."""
     kill_prepare.make_images(folder / "images", 23, corrupt=(4, 9))
     c = config_lib.base()
     c.data.source, c.data.path, c.data.image_size = "folder", str(folder / "images"), 16
@@ -25,7 +28,7 @@ def make_config(folder: pathlib.Path) -> ConfigDict:
 
 
 def vae(images):
-    """A stand-in for the VAE: 16 x 16 pixels become 2 x 2 positions, each (red mean, 1, 2, 3)."""
+    """Encodes 16 x 16 pixels as 2 x 2 positions, each (mean of red, mean of blue, 2, 3)."""
     mean = np.ones((len(images), 2, 2, 4), np.float32) * [0, 1, 2, 3]
     mean[..., 0] = images[..., 0].reshape(-1, 2, 8, 2, 8).mean((2, 4))
     mean[..., 1] = images[..., 2].reshape(-1, 2, 8, 2, 8).mean((2, 4))
@@ -36,15 +39,16 @@ ENCODER = codec.Encoder(vae, batch=3, weights="abc")
 
 
 def prepared(config, out):
+    """Returns a config that reads the prepared folder `out`."""
     c = ml_collections.ConfigDict(config.to_dict())
     c.data.source, c.data.path = "arrayrecord", out
     return c
 
 
 def ids(config, out) -> list[int]:
-    """Numbers of the images that a prepared folder holds, in order."""
-    found = sources.open_source(prepared(config, out))
-    images, labels, *_ = found.read(np.arange(len(found)))
+    """Returns the numbers of the images in a prepared folder, in order."""
+    source = sources.open_source(prepared(config, out))
+    images, labels, *_ = source.read(np.arange(len(source)))
     numbers = images["image"][:, 0, 0, 0] + 256 * images["image"][:, 0, 0, 1].astype(int)
     assert (labels == numbers % 2).all()
     return numbers.tolist()
@@ -54,6 +58,7 @@ GOOD = [i for i in [*range(0, 23, 2), *range(1, 23, 2)] if i not in (4, 9)]  # t
 
 
 def flip(path: str, position: int) -> None:
+    """Flips the lowest bit of a byte of a file."""
     with open(path, "r+b") as file:
         file.seek(position)
         byte = file.read(1)

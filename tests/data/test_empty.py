@@ -1,4 +1,7 @@
-"""Every source and every set of images that exist, read without an index: a process may have no share of a part."""
+"""Tests of reading 0 records from every source and every set of images.
+
+This happens when a process has no share of a shard.
+"""
 
 import io
 import tarfile
@@ -45,7 +48,7 @@ def _drawings(monkeypatch):
     png, rows = np.frombuffer(_png(5), np.uint8), np.zeros((1, len(pictures.Drawings.attributes)), np.int32)
     monkeypatch.setattr(pictures, "_caption", lambda number, row: "a word")
     monkeypatch.setattr(
-        pictures, "_load_pictures", lambda *given: [pictures._CacheFile(png, np.array([len(png)]), rows)]
+        pictures, "_load_pictures", lambda *args: [pictures._CacheFile(png, np.array([len(png)]), rows)]
     )
     return pictures.Drawings(1, 32)
 
@@ -60,15 +63,15 @@ def _records(path, kind):
 
 
 def _tfds():
-    found = object.__new__(sources.Tfds)
+    source = object.__new__(sources.Tfds)
     row = {"image": _png(1), "label": 2, "caption": b"a word"}
-    found._rows, found.classes, found._image, found._caption = [row], 3, "image", "caption"
-    found._name, found._split = "made_up", "train"
-    return found
+    source._rows, source.classes, source._image, source._caption = [row], 3, "image", "caption"
+    source._name, source._split = "made_up", "train"
+    return source
 
 
 def _source(kind, path, monkeypatch):
-    if kind == "part":
+    if kind == "subset":
         return sources.Subset(sources.Folder(str(_folder(path))), np.array([2, 0]))
     makers = {
         "digits": sources.Digits,
@@ -82,33 +85,34 @@ def _source(kind, path, monkeypatch):
     return makers[kind]()
 
 
-@pytest.mark.parametrize("kind", ["digits", "folder", "part", "webdataset", "drawings", "images", "latents", "tfds"])
-def test_no_index_gives_no_row_of_the_usual_shape(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["digits", "folder", "subset", "webdataset", "drawings", "images", "latents", "tfds"])
+def test_reading_no_records_returns_arrays_of_the_usual_shape(tmp_path, monkeypatch, kind):
     source = _source(kind, tmp_path, monkeypatch)
-    none = source.read(np.zeros(0, np.int64))
+    empty = source.read(np.zeros(0, np.int64))
     if kind in ("images", "latents"):
-        assert not source._readers._late  # no record takes no time, which says nothing of the storage
-    one = source.read(np.array([0]))
-    assert none.arrays.keys() == one.arrays.keys()
-    for name, array in one.arrays.items():
-        assert len(none.arrays[name]) == 0
+        assert not source._readers._slow  # the time of an empty batch says nothing about the storage
+    single = source.read(np.array([0]))
+    assert empty.arrays.keys() == single.arrays.keys()
+    for name, array in single.arrays.items():
+        assert len(empty.arrays[name]) == 0
         if isinstance(array, np.ndarray):
-            assert (none.arrays[name].shape[1:], none.arrays[name].dtype) == (array.shape[1:], array.dtype)
-    assert none.captions == source.captions(np.zeros(0, np.int64)) == []
-    assert none.labels.shape == (0,) and none.labels.dtype == one.labels.dtype == np.int32
-    if one.attributes is not None:
-        assert none.attributes.shape == (0, one.attributes.shape[1])
-        assert none.attributes.dtype == one.attributes.dtype == np.int32
-    if kind != "latents":  # of which images cannot be judged
+            assert (empty.arrays[name].shape[1:], empty.arrays[name].dtype) == (array.shape[1:], array.dtype)
+    assert empty.captions == source.captions(np.zeros(0, np.int64)) == []
+    assert empty.labels.shape == (0,) and empty.labels.dtype == single.labels.dtype == np.int32
+    if single.attributes is not None:
+        assert empty.attributes.shape == (0, single.attributes.shape[1])
+        assert empty.attributes.dtype == single.attributes.dtype == np.int32
+    if kind != "latents":  # evaluation does not read latents
         first = images._hash_records(source, np.arange(1))
         assert images._hash_records(source, np.arange(1)) == first != images._hash_records(source, np.zeros(0, int))
-        monkeypatch.setattr(source, "read", lambda indices: one._replace(labels=one.labels + 1), raising=False)
+        relabeled = single._replace(labels=single.labels + 1)
+        monkeypatch.setattr(source, "read", lambda indices: relabeled, raising=False)
         assert images._hash_records(source, np.arange(1)) != first
 
 
 @pytest.mark.parametrize("kind", ["npz", "npz files", "folder", "data:all", "blurred"])
-def test_a_process_without_a_share_of_a_part_adds_no_row(tmp_path, monkeypatch, kind):
-    """The first of four processes, of a part of one image; what it adds must fit what the others add."""
+def test_a_process_without_a_share_of_a_shard_adds_no_row(tmp_path, monkeypatch, kind):
+    """Arrays of the first of four processes, for a shard of one image, fit those of the others."""
     c = tiny.get_config("plain")
     c.evaluate.images = str(tmp_path / "x")
     pixels = np.zeros((4, 32, 32, 1), np.uint8)

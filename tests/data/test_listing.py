@@ -1,4 +1,4 @@
-"""Folders as other people's programs leave them: which files are images, and the line about those left out."""
+"""Tests of listing folders with links, hidden names and files that are not images."""
 
 import os
 
@@ -23,8 +23,8 @@ def keys(folder: sources.Folder, root) -> list[str]:
 
 
 def shades(folder: sources.Folder) -> list[int]:
-    found = folder.read(np.arange(len(folder))).arrays["image"]
-    return preprocess.Preprocessor(1, 3, crop=True).batch(found)[:, 0, 0, 0].tolist()
+    encoded = folder.read(np.arange(len(folder))).arrays["image"]
+    return preprocess.Preprocessor(1, 3, crop=True).process_batch(encoded)[:, 0, 0, 0].tolist()
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ ALL = ["cats/0.png", "cats/1.png", "dogs/0.png", "dogs/1.png"]
 )  # fmt: skip
 def test_hidden_and_system_folders_are_neither_images_nor_classes(pets, caplog, junk):
     save(pets / junk)
-    found = sources.Folder(str(pets))
-    assert keys(found, pets) == ALL and found.names == ("cats", "dogs")
+    folder = sources.Folder(str(pets))
+    assert keys(folder, pets) == ALL and folder.names == ("cats", "dogs")
     assert "left out: hidden or system folders: 1 (" in caplog.text
 
 
@@ -65,10 +65,17 @@ def test_linked_folders_are_followed(pets, tmp_path_factory):
     (pets / "cats" / "more").symlink_to(elsewhere)
     (pets / "birds").symlink_to(elsewhere / "x")
     (pets / "dogs" / "2.png").symlink_to(elsewhere / "x" / "7.png")
-    found = sources.Folder(str(pets))
-    assert keys(found, pets) == ["birds/7.png", "cats/0.png", "cats/1.png", "cats/more/x/7.png", *ALL[2:], "dogs/2.png"]
-    assert found.read(np.arange(7)).labels.tolist() == [0, 1, 1, 1, 2, 2, 2]
-    assert shades(found) == [7, 0, 1, 7, 2, 3, 7]
+    folder = sources.Folder(str(pets))
+    assert keys(folder, pets) == [
+        "birds/7.png",
+        "cats/0.png",
+        "cats/1.png",
+        "cats/more/x/7.png",
+        *ALL[2:],
+        "dogs/2.png",
+    ]
+    assert folder.read(np.arange(7)).labels.tolist() == [0, 1, 1, 1, 2, 2, 2]
+    assert shades(folder) == [7, 0, 1, 7, 2, 3, 7]
 
 
 @pytest.mark.parametrize("link", ["cats/up", "cats/deep/up", "self"])
@@ -76,13 +83,13 @@ def test_linked_folders_are_followed(pets, tmp_path_factory):
 def test_loops_end_and_are_named(pets, caplog, link, target):
     (pets / link).parent.mkdir(exist_ok=True)
     (pets / link).symlink_to(pets / target)
-    found = sources.Folder(str(pets))
-    assert keys(found, pets) == ALL and found.names == ("cats", "dogs")
+    folder = sources.Folder(str(pets))
+    assert keys(folder, pets) == ALL and folder.names == ("cats", "dogs")
     assert f"links to a folder around them: 1 ({pets}/{link})" in caplog.text
 
 
 def test_many_links_to_one_folder_are_read_once(tmp_path, caplog):
-    """Each of 20 folders links twice to the next: 2^20 paths."""
+    """Lists 20 folders that each link twice to the next, which makes 2^20 paths."""
     for i in range(20):
         save(tmp_path / "far" / str(i) / "0.png")
         for name in "ab":
@@ -122,9 +129,9 @@ def test_what_pillow_reads_is_read(tmp_path, suffix):
         save(tmp_path / f"1.{suffix}", 200)
     except (OSError, KeyError, ValueError):
         pytest.skip(f"this Pillow does not write {suffix}")
-    found = sources.Folder(str(tmp_path))
-    assert keys(found, tmp_path) == ["0.png", f"1.{suffix}"]
-    np.testing.assert_allclose(shades(found), [30, 200], atol=2)
+    folder = sources.Folder(str(tmp_path))
+    assert keys(folder, tmp_path) == ["0.png", f"1.{suffix}"]
+    np.testing.assert_allclose(shades(folder), [30, 200], atol=2)
 
 
 def test_other_files_are_counted_by_suffix(pets, caplog):
@@ -145,16 +152,16 @@ def test_a_folder_of_other_files_alone_is_refused_with_their_suffixes(tmp_path):
 @pytest.mark.parametrize("name", ["a\nb.png", "c d%20.png", "\U0001f600.png", "a\u2028b.png", "v1.0.png", "[x]*?.png"])
 def test_odd_names_are_read_and_shown_in_one_line(tmp_path, name):
     save(tmp_path / "cats, big" / name, 5)
-    found = sources.Folder(str(tmp_path))
-    assert shades(found) == [5] and found.names == ("cats, big",)
-    assert len(found.name(0).splitlines()) == 1
+    folder = sources.Folder(str(tmp_path))
+    assert shades(folder) == [5] and folder.names == ("cats, big",)
+    assert len(folder.name(0).splitlines()) == 1
 
 
 def test_names_that_are_not_utf_8(tmp_path):
     os.makedirs(tmp_path / "cats")
     save(os.fsencode(tmp_path / "cats") + b"/\xfe.png", 5)
-    found = sources.Folder(str(tmp_path))
-    assert shades(found) == [5] and found.name(0) == f"{tmp_path}/cats/\\xfe.png"
+    folder = sources.Folder(str(tmp_path))
+    assert shades(folder) == [5] and folder.name(0) == f"{tmp_path}/cats/\\xfe.png"
     save(os.fsencode(tmp_path) + b"/bad\xff/0.png")
     with pytest.raises(ConfigError, match=r"the class 'bad\\xff' has .* a byte that is not UTF-8 in its name: rename"):
         sources.Folder(str(tmp_path))
@@ -167,7 +174,7 @@ def test_a_class_with_a_line_break_is_refused(pets):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_to_be_judged_follows_the_same_rules(pets):
+def test_a_folder_to_be_evaluated_follows_the_same_rules(pets):
     save(pets / "cats" / ".thumbnails" / "0.png")
     c = config_lib.base()
     c.data.image_size, c.evaluate.images = 4, str(pets)

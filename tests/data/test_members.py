@@ -1,4 +1,4 @@
-"""Tars as other people's programs write them: names with dots, odd labels, hidden members, several streams a sample."""
+"""Tests of unusual tars: names with dots, odd labels, hidden members, several streams."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from madformer_jax.errors import ConfigError
 from tests.data.test_tars import cache, image, shades, write_tar  # noqa: F401  cache: a fixture
 
 
-def names(found: tars.Tars) -> list[str]:
-    return [found.name(i).partition(".tar:")[2] for i in range(len(found))]
+def names(source: tars.Tars) -> list[str]:
+    return [source.name(i).partition(".tar:")[2] for i in range(len(source))]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def _warnings_alone(caplog):
 
 @pytest.fixture
 def opened(tmp_path):
-    """Opens a tar of these members; a number stands for an image of that grey value."""
+    """Returns a function that opens a tar of members; a number is an image of that gray value."""
 
     def make(members, **options) -> tars.Tars:
         content = {name: image(x, "PNG") if isinstance(x, int) else x for name, x in members.items()}
@@ -48,28 +48,28 @@ def opened(tmp_path):
     ],
 )
 def test_every_image_is_a_sample(opened, caplog, members):
-    found = opened({name: i for i, name in enumerate(members)})
-    assert shades(found, *range(len(found))) == list(range(len(members)))
-    assert not caplog.text and all("\n" not in name for name in names(found))
+    source = opened({name: i for i, name in enumerate(members)})
+    assert shades(source, *range(len(source))) == list(range(len(members)))
+    assert not caplog.text and all("\n" not in name for name in names(source))
 
 
-def test_other_streams_of_a_sample_are_left_out_by_name(opened, tmp_path, caplog):
+def test_other_streams_of_a_sample_are_left_out_and_logged(opened, tmp_path, caplog):
     members = {}
     for i in range(3):
         members |= {f"{i}.jpg": 10 * i, f"{i}.seg.png": 99, f"{i}.left.depth.tif": 99, f"{i}.cls": b"%d" % i}
         members |= {f"{i}.npy": b"?", f"{i}.crop.json": b"{}"}
-    found = opened(members)
-    assert shades(found, 0, 1, 2) == [0, 10, 20] and found.read(np.arange(3)).labels.tolist() == [0, 1, 2]
+    source = opened(members)
+    assert shades(source, 0, 1, 2) == [0, 10, 20] and source.read(np.arange(3)).labels.tolist() == [0, 1, 2]
     (line,) = [record.getMessage() for record in caplog.records]
-    where = f"{tmp_path}/x.tar:"
+    tar = f"{tmp_path}/x.tar:"
     assert line.startswith(f"{tmp_path}/x.tar: left out of the tars: ")
-    for part in (
-        f".seg.png beside an image of the same sample: 3 ({where}0.seg.png, {where}1.seg.png, ...)",
-        f".left.depth.tif beside an image of the same sample: 3 ({where}0.left.depth.tif",
-        f".npy: 3 ({where}0.npy",
-        f".json members without an image: 3 ({where}0.crop.json",
+    for entry in (
+        f".seg.png beside an image of the same sample: 3 ({tar}0.seg.png, {tar}1.seg.png, ...)",
+        f".left.depth.tif beside an image of the same sample: 3 ({tar}0.left.depth.tif",
+        f".npy: 3 ({tar}0.npy",
+        f".json members without an image: 3 ({tar}0.crop.json",
     ):
-        assert part in line
+        assert entry in line
 
 
 def test_several_streams_without_a_plain_name_are_refused(opened):
@@ -86,8 +86,8 @@ def test_sidecars_belong_to_the_stem_or_else_to_the_sample(opened):
         "v1.1.json": b'{"label": 2}',
         "v1.1.txt": b"b",
     }
-    found = opened(members | {"7.rgb.png": 2, "7.cls": b"1", "7.txt": b"c"})
-    read = found.read(np.arange(3))
+    source = opened(members | {"7.rgb.png": 2, "7.cls": b"1", "7.txt": b"c"})
+    read = source.read(np.arange(3))
     assert read.labels.tolist() == [3, 2, 1] and read.captions == ["a", "b", "c"]
 
 
@@ -98,9 +98,9 @@ def test_the_label_of_another_image_is_not_taken(opened):
 
 @pytest.mark.parametrize(("first", "second"), [("./", ""), ("", "./"), ("a/", "./a/"), ("./a/./", "a//")])
 def test_prefixes_of_the_same_folder_are_one(opened, first, second):
-    found = opened({f"{first}0.png": 5, f"{second}0.cls": b"1", f"{second}0.txt": b"a cat"})
-    assert found.read(np.arange(1)).labels.tolist() == [1] and found.captions(np.arange(1)) == ["a cat"]
-    assert names(found) == [f"{first}0.png"]  # which decides what is held out
+    source = opened({f"{first}0.png": 5, f"{second}0.cls": b"1", f"{second}0.txt": b"a cat"})
+    assert source.read(np.arange(1)).labels.tolist() == [1] and source.captions(np.arange(1)) == ["a cat"]
+    assert names(source) == [f"{first}0.png"]  # the name as stored decides the split
 
 
 @pytest.mark.parametrize(
@@ -113,41 +113,41 @@ def test_prefixes_of_the_same_folder_are_one(opened, first, second):
 def test_numbers_are_read_as_they_are_written(opened, kind, content):
     text = json.dumps({"label": content}) if kind == "json" else content
     for mark in ("", "\ufeff") if kind == "json" else ("",):
-        found = opened({"0.png": 0, f"0.{kind}": (mark + text).encode()})
-        assert found.classes == 2 and found.read(np.arange(1)).labels.tolist() == [1]
+        source = opened({"0.png": 0, f"0.{kind}": (mark + text).encode()})
+        assert source.classes == 2 and source.read(np.arange(1)).labels.tolist() == [1]
 
 
 def test_names_in_json_are_classes(opened):
     labels = ["dog", "cat", "tench, Tinca tinca", "cat "]
-    found = opened(
+    source = opened(
         {f"{i}.png": i for i in range(4)}
         | {f"{i}.json": json.dumps({"label": x}).encode() for i, x in enumerate(labels)}
     )
-    assert found.names == ("cat", "dog", "tench, Tinca tinca") and found.classes == 3
-    assert found.read(np.arange(4)).labels.tolist() == [1, 0, 2, 0]
+    assert source.names == ("cat", "dog", "tench, Tinca tinca") and source.classes == 3
+    assert source.read(np.arange(4)).labels.tolist() == [1, 0, 2, 0]
 
 
 def test_numbers_among_names_are_odd(opened):
     members = {f"{i}.png": i for i in range(20)} | {
         f"{i}.json": b'{"label": "%s"}' % b"ba"[i % 2 :][:1] for i in range(19)
     }
-    found = opened(members | {"19.json": b'{"label": 7}'})
-    assert found.names == ("a", "b") and found.read(np.arange(19)).labels.tolist() == [(i + 1) % 2 for i in range(19)]
+    source = opened(members | {"19.json": b'{"label": 7}'})
+    assert source.names == ("a", "b") and source.read(np.arange(19)).labels.tolist() == [(i + 1) % 2 for i in range(19)]
     with pytest.raises(ConfigError, match="a label is the number 7, and most are names: 1 of 20 lack one"):
-        opened(members | {"19.json": b'{"label": 7}'}, most=0)
+        opened(members | {"19.json": b'{"label": 7}'}, max_unlabeled=0)
 
 
-def test_json_without_a_label_is_said(opened, caplog):
-    found = opened(
+def test_json_without_a_label_is_logged(opened, caplog):
+    source = opened(
         {"0.png": 0, "0.json": b'[{"bbox": [1, 2]}]', "1.png": 1, "1.json": b"3", "2.png": 2, "2.json": b'{"w": 1}'}
     )
-    assert found.classes == 0 and shades(found, 0, 1, 2) == [0, 1, 2]
+    assert source.classes == 0 and shades(source, 0, 1, 2) == [0, 1, 2]
     assert ".json members without a label: 3 (" in caplog.text
 
 
-def test_a_name_beside_a_number_is_said(opened, caplog):
-    found = opened({"0.png": 0, "0.json": b'{"label": "cat"}', "0.cls": b"1"})
-    assert found.classes == 2 and "labels in .json members beside a .cls: 1 (" in caplog.text
+def test_a_name_beside_a_number_is_logged(opened, caplog):
+    source = opened({"0.png": 0, "0.json": b'{"label": "cat"}', "0.cls": b"1"})
+    assert source.classes == 2 and "labels in .json members beside a .cls: 1 (" in caplog.text
 
 
 ODD = {
@@ -164,17 +164,17 @@ def test_one_odd_label_leaves_out_its_image_and_many_are_refused(opened, caplog,
     members = {f"{stem}.png": 99, f"{stem}{suffix}": ODD[odd]}
     for i in range(19):
         members |= {f"{i}.png": i, f"{i}.cls": b"%d" % (i % 3)}
-    found = opened(members)
-    assert len(found) == 19 and shades(found, *range(19)) == list(range(19)) and found.names == ("0", "1", "2")
-    assert found.read(np.arange(19)).labels.tolist() == [i % 3 for i in range(19)]
-    assert names(found)[18] == "18.png" and found.held_out(1.0).shape == (19,)
+    source = opened(members)
+    assert len(source) == 19 and shades(source, *range(19)) == list(range(19)) and source.names == ("0", "1", "2")
+    assert source.read(np.arange(19)).labels.tolist() == [i % 3 for i in range(19)]
+    assert names(source)[18] == "18.png" and source.test_mask(1.0).shape == (19,)
     (line,) = [r.getMessage() for r in caplog.records if "left out of the tars" not in r.getMessage()]
     assert f"x.tar:{stem}." in line and "1 of 20 lack one; they are left out" in line and "\n" not in line
     with pytest.raises(ConfigError, match=r"1 of 20 lack one, more than config\.data\.max_corrupt=0\.04"):
-        opened(members, most=0.04)
+        opened(members, max_unlabeled=0.04)
 
 
-def test_an_odd_label_among_images_without_one_is_ignored_and_said(opened, caplog):
+def test_an_odd_label_among_unlabeled_images_is_ignored_and_logged(opened, caplog):
     members = {f"{i}.png": i for i in range(20)} | {"0.cls": b"cat"}
     assert len(opened(members)) == 20 and opened(members).classes == 0
     assert "x.tar:0.cls holds no class number: 1 of 20 lack one; the labels are ignored" in caplog.text
@@ -185,7 +185,7 @@ def test_two_numbers_that_differ_are_refused(opened):
         opened({"0.png": 0, "0.cls": b"1", "0.json": b'{"label": 2}'})
 
 
-def test_what_is_said_is_said_of_a_kept_index_too(opened, tmp_path, caplog, monkeypatch):
+def test_log_lines_are_repeated_for_a_cached_index(opened, tmp_path, caplog, monkeypatch):
     opened({"0.png": 0, "0.json": b'{"label": "cat"}', "a.npy": b""})
     caplog.clear()
     listing.warn_once.cache_clear()
@@ -194,7 +194,7 @@ def test_what_is_said_is_said_of_a_kept_index_too(opened, tmp_path, caplog, monk
 
 
 def test_an_ordinary_set_keeps_its_fingerprint(tmp_path):
-    """Runs compare it: the one of this set was made by the release before suffixes decided."""
+    """Compares with a fingerprint made by the version before suffixes decided what is an image."""
     members = {
         "a/0.webp": b"x",
         "a/0.cls": b"4\n",
@@ -202,16 +202,16 @@ def test_an_ordinary_set_keeps_its_fingerprint(tmp_path):
         "b/1.json": b'{"label": 2}',
         "b/1.txt": " grün ".encode(),
     }
-    found = tars.Tars(write_tar(tmp_path / "x.tar", members))
-    assert found.fingerprint == "082e6d71d8b3ed3d20875869c2f5b33248115c58fefb99e6be417e5313ab614d"
+    source = tars.Tars(write_tar(tmp_path / "x.tar", members))
+    assert source.fingerprint == "082e6d71d8b3ed3d20875869c2f5b33248115c58fefb99e6be417e5313ab614d"
 
 
 @pytest.mark.parametrize("name", ["._0.tar", ".ipynb_checkpoints/0-checkpoint.tar", "__MACOSX/._0.tar", "@eaDir/0.tar"])
 def test_hidden_tars_are_not_read(tmp_path, name):
     write_tar(tmp_path / "set" / "0.TAR", {"0.png": image(3, "PNG")})
     write_tar(tmp_path / "set" / name, {"1.png": b""})
-    found = tars.Tars(str(tmp_path / "set"))
-    assert shades(found, 0) == [3] and len(found) == 1
+    source = tars.Tars(str(tmp_path / "set"))
+    assert shades(source, 0) == [3] and len(source) == 1
 
 
 def test_hidden_members_are_not_read(opened):
@@ -219,7 +219,7 @@ def test_hidden_members_are_not_read(opened):
     assert names(opened({"./0.png": 0, "../1.png": 1} | dict.fromkeys(hidden, 9))) == ["./0.png", "../1.png"]
 
 
-def test_other_files_beside_tars_and_empty_tars_are_said(tmp_path, caplog):
+def test_other_files_beside_tars_and_empty_tars_are_logged(tmp_path, caplog):
     write_tar(tmp_path / "0.tar", {"0.png": image(1, "PNG")})
     write_tar(tmp_path / "1.tar", {})
     (tmp_path / "2.tar.gz").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""The input pipeline: order, sharding, checkpoints, workers."""
+"""Tests of the input pipeline: order, sharding, checkpoints, workers."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ from madformer_jax.errors import ConfigError
 
 @pytest.fixture
 def numbered(tmp_path):
-    """Config of 23 grey images, each of its own shade, brighter on the right; label = shade // 100."""
+    """Config of 23 gray images of different shades, brighter on the right; label = shade // 100."""
     for i in range(23):
         pixels = np.full((6, 6), 10 * i, np.uint8)
         pixels[:, 3:] += 5
@@ -43,9 +43,9 @@ def take(config, n, batch=4, **options):
 
 
 def assert_same(got, wanted):
-    for one, other in zip(got, wanted, strict=True):
-        for key in one.keys() | other.keys():
-            np.testing.assert_array_equal(one[key], other[key])
+    for batch, expected in zip(got, wanted, strict=True):
+        for key in batch.keys() | expected.keys():
+            np.testing.assert_array_equal(batch[key], expected[key])
 
 
 def test_batches_have_the_promised_form(numbered):
@@ -125,11 +125,11 @@ def test_workers_change_nothing_and_states_move_between_them(numbered):
 
 
 def test_threads_and_batches_ahead_are_those_of_the_config(numbered, monkeypatch):
-    whole, given, options = take(numbered, 3), [], pipeline.grain.ReadOptions
-    monkeypatch.setattr(pipeline.grain, "ReadOptions", lambda **kwargs: given.append(kwargs) or options(**kwargs))
+    whole, calls, options = take(numbered, 3), [], pipeline.grain.ReadOptions
+    monkeypatch.setattr(pipeline.grain, "ReadOptions", lambda **kwargs: calls.append(kwargs) or options(**kwargs))
     numbered.data.threads, numbered.data.batches_ahead = 3, 4
     assert_same(take(numbered, 3), whole)
-    assert given == [{"num_threads": 3, "prefetch_buffer_size": 4}]
+    assert calls == [{"num_threads": 3, "prefetch_buffer_size": 4}]
 
 
 def damage(config, *numbers: int) -> list[str]:
@@ -146,14 +146,14 @@ def test_the_next_record_stands_in_for_a_corrupt_one(numbered, workers, caplog):
     names = damage(numbered, 11, 12)
     numbered.data.workers = workers
     with caplog.at_level("WARNING", logger="absl"):
-        found = take(numbered, 12)
-    seen = [i for batch in whole for i in ids(batch)]
-    assert [i for batch in found for i in ids(batch)] == [13 if i in (11, 12) else i for i in seen]
-    told = [line for line in caplog.messages if "passed over" in line]
-    assert len(told) == 2 and all(any(name in line for line in told) for name in names)
+        batches = take(numbered, 12)
+    undamaged = [i for batch in whole for i in ids(batch)]
+    assert [i for batch in batches for i in ids(batch)] == [13 if i in (11, 12) else i for i in undamaged]
+    warnings = [line for line in caplog.messages if "passed over" in line]
+    assert len(warnings) == 2 and all(any(name in line for line in warnings) for name in names)
     resumed = pipeline.train_iterator(numbered, batch=4)
     resumed.set_state({"next_batch": 7})
-    assert_same(itertools.islice(resumed, 5), found[7:])
+    assert_same(itertools.islice(resumed, 5), batches[7:])
     resumed.close()
 
 
@@ -165,25 +165,25 @@ def test_too_many_corrupt_records_stop_training_by_name(numbered):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_gone_is_passed_over_too(numbered, monkeypatch):
+def test_a_deleted_file_is_replaced_by_the_next_record(numbered, monkeypatch):
     source = sources.open_source(numbered)
-    os.unlink(source.name(22))  # after the folder was listed; the first record is next to the last
+    os.unlink(source.name(22))  # after listing the folder; the next record is the first one
     monkeypatch.setattr(sources, "open_source", lambda config: source)
     seen = {i for batch in take(numbered, 6) for i in ids(batch)}
     assert seen == set(range(22))
 
 
-def test_memory_that_runs_out_is_said_of_the_image(numbered, monkeypatch):
-    def full(table, images):
+def test_lack_of_memory_is_reported_with_the_image(numbered, monkeypatch):
+    def out_of_memory(table, images):
         raise MemoryError
 
-    monkeypatch.setattr(preprocess.Preprocessor, "batch", full)
+    monkeypatch.setattr(preprocess.Preprocessor, "process_batch", out_of_memory)
     with pytest.raises(ConfigError, match=r"\.png: the memory does not suffice"):
         take(numbered, 1)
 
 
 class Modules(Source):
-    """A source that reports what its process has imported, as labels."""
+    """A source whose labels say which modules its process has imported."""
 
     classes, names, fingerprint = 4, tuple("abcd"), ""
 
@@ -210,7 +210,6 @@ def test_workers_never_import_jax(numbered, monkeypatch):
 
 
 def test_killed_training_leaves_no_workers(numbered, tmp_path):
-    """The workers of a process that is killed go away by themselves."""
     import os
     import signal
     import subprocess
@@ -250,13 +249,13 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_describe_tells_what_the_model_gets(numbered):
+def test_dataset_info_describes_the_input_of_the_model(numbered):
     info = pipeline.dataset_info(numbered)
     assert info[:5] == (23, 3, (6, 6, 1), "images", ("0", "1", "2"))
     assert len(info.fingerprint) == 64
 
 
-def test_the_fingerprint_tells_other_records_from_moved_ones(numbered, tmp_path):
+def test_the_fingerprint_changes_with_the_records_but_not_with_their_folder(numbered, tmp_path):
     before = pipeline.dataset_info(numbered).fingerprint
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -272,7 +271,7 @@ def names(source: Source) -> list[str]:
     return [source.name(i) for i in range(len(source))]
 
 
-def test_training_never_sees_what_is_held_out(numbered):
+def test_training_never_sees_held_out_records(numbered):
     numbered.data.test_share = 0.3
     numbered.data.split = "train"
     seen = {i for batch in take(numbered, 20) for i in ids(batch)}

@@ -1,4 +1,4 @@
-"""The preprocessing table."""
+"""Tests of image preprocessing."""
 
 import io
 import struct
@@ -25,33 +25,40 @@ def photo() -> np.ndarray:
 
 
 def test_equals_pillows_own_resize_then_crop(photo):
-    got = preprocess.Preprocessor(20, 3, crop=True).pixels(encode(photo))
+    got = preprocess.Preprocessor(20, 3, crop=True).process(encode(photo))
     wanted = np.asarray(Image.fromarray(photo).resize((30, 20), Image.Resampling.BICUBIC))[:, 5:25]
     assert got.shape == (20, 20, 3) and got.dtype == np.uint8
-    assert np.abs(got.astype(int) - wanted).max() <= 1  # one pass rounds once less
+    assert np.abs(got.astype(int) - wanted).max() <= 1  # a single pass rounds once less
 
 
 def test_without_crop_the_image_is_squeezed(photo):
-    got = preprocess.Preprocessor(20, 3, crop=False).pixels(photo)
+    got = preprocess.Preprocessor(20, 3, crop=False).process(photo)
     np.testing.assert_array_equal(got, Image.fromarray(photo).resize((20, 20), Image.Resampling.BICUBIC))
 
 
 def test_an_image_of_the_right_size_keeps_its_pixels(photo):
     square = photo[:, :40]
-    np.testing.assert_array_equal(preprocess.Preprocessor(40, 3, crop=True).pixels(encode(square)), square)
-    np.testing.assert_array_equal(preprocess.Preprocessor(40, 3, crop=True).pixels(square), square)
+    np.testing.assert_array_equal(preprocess.Preprocessor(40, 3, crop=True).process(encode(square)), square)
+    np.testing.assert_array_equal(preprocess.Preprocessor(40, 3, crop=True).process(square), square)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "CMYK", "1"])
-def test_every_mode_becomes_the_asked_channels(photo, mode, channels):
+def test_every_mode_is_converted_to_the_channels_of_the_config(photo, mode, channels):
     file = io.BytesIO()
     Image.fromarray(photo).convert(mode).save(file, "TIFF")
-    assert preprocess.Preprocessor(16, channels, crop=True).pixels(file.getvalue()).shape == (16, 16, channels)
+    assert preprocess.Preprocessor(16, channels, crop=True).process(file.getvalue()).shape == (16, 16, channels)
 
 
 def png(depth: int, kind: int, rows: np.ndarray, *extra: tuple[bytes, bytes]) -> bytes:
-    """A PNG file of raw samples; rows (H, W, values) of `depth` bits, `kind` 0: grey, 2: RGB, 3: palette, 4: LA, 6: RGBA."""
+    """Returns a PNG file of raw samples.
+
+    Args:
+      depth: Bits per sample.
+      kind: Color type: 0 gray, 2 RGB, 3 palette, 4 LA, 6 RGBA.
+      rows: Samples (H, W, values).
+      *extra: Further chunks, (name, content).
+    """
     head = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], depth, kind, 0, 0, 0)
     data = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in rows)
     chunks = [(b"IHDR", head), *extra, (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
@@ -64,10 +71,10 @@ def png(depth: int, kind: int, rows: np.ndarray, *extra: tuple[bytes, bytes]) ->
 def test_16_bits_are_scaled_not_cut_off(channels):
     values = np.array([[0, 128, 129, 257 * 100, 65535 - 128, 65535]])[..., None]
     table = preprocess.Preprocessor(1, channels, crop=False)
-    grey = [table.pixels(png(16, 0, values[:, i : i + 1]))[0, 0].tolist() for i in range(6)]
-    assert grey == [[k] * channels for k in (0, 0, 1, 100, 255, 255)]
+    gray = [table.process(png(16, 0, values[:, i : i + 1]))[0, 0].tolist() for i in range(6)]
+    assert gray == [[k] * channels for k in (0, 0, 1, 100, 255, 255)]
     for kind, values in (2, [[[0, 257 * 100, 65535]]]), (6, [[[0, 257 * 100, 65535, 65535]]]):
-        assert preprocess.Preprocessor(1, 3, crop=False).pixels(png(16, kind, np.array(values))).tolist() == [
+        assert preprocess.Preprocessor(1, 3, crop=False).process(png(16, kind, np.array(values))).tolist() == [
             [[0, 100, 255]]
         ]
 
@@ -83,11 +90,11 @@ PALETTE = (b"PLTE", bytes([200, 0, 0, 0, 200, 0])), (b"tRNS", bytes([0, 255]))
         png(8, 3, np.array([[[0], [1]]]), *PALETTE),
         png(8, 2, np.array([[[200, 0, 0], [0, 200, 0]]]), (b"tRNS", struct.pack(">HHH", 200, 0, 0))),
     ],
-    ids=["RGBA", "RGBA of 16 bits", "palette", "one colour"],
+    ids=["RGBA", "RGBA of 16 bits", "palette", "one color"],
 )
-def test_what_is_transparent_shows_the_background(file):
+def test_transparent_pixels_show_the_background(file):
     for background in ("#ffffff", "#102030"):
-        got = preprocess.Preprocessor(2, 3, crop=False, background=background).pixels(file)  # 2 x 1 squeezed to 2 x 2
+        got = preprocess.Preprocessor(2, 3, crop=False, background=background).process(file)  # 2 x 1 squeezed to 2 x 2
         assert got[0].tolist() == [list(bytes.fromhex(background[1:])), [0, 200, 0]]
 
 
@@ -98,19 +105,19 @@ def test_what_is_transparent_shows_the_background(file):
         png(8, 0, np.array([[[200], [100]]]), (b"tRNS", struct.pack(">H", 200))),
         png(16, 0, np.array([[[51400], [25700]]]), (b"tRNS", struct.pack(">H", 51400))),
     ],
-    ids=["LA", "one grey", "one grey of 16 bits"],
+    ids=["LA", "one gray", "one gray of 16 bits"],
 )
-def test_so_it_is_with_grey(file):
-    got = preprocess.Preprocessor(2, 1, crop=False, background="#303030").pixels(file)
+def test_transparent_gray_pixels_show_the_background(file):
+    got = preprocess.Preprocessor(2, 1, crop=False, background="#303030").process(file)
     assert got[0, :, 0].tolist() == [0x30, 100]
 
 
-def test_half_transparent_is_a_mixture():
+def test_half_transparent_pixels_are_blended():
     file = png(8, 6, np.array([[[0, 0, 0, 127]]]))
-    assert abs(int(preprocess.Preprocessor(1, 3, crop=False).pixels(file)[0, 0, 0]) - 128) <= 1
+    assert abs(int(preprocess.Preprocessor(1, 3, crop=False).process(file)[0, 0, 0]) - 128) <= 1
 
 
-def test_colours_have_one_form():
+def test_colors_are_converted_to_hex():
     assert (
         preprocess.hex_color("white")
         == preprocess.hex_color("#fff")
@@ -118,7 +125,7 @@ def test_colours_have_one_form():
         == preprocess.Preprocessor(1, 1, True).background
     )
     for wrong in ("whight", "", "#12345", "#ffffff80"):
-        with pytest.raises(ConfigError, match="config.data.background='.*' is no colour"):
+        with pytest.raises(ConfigError, match="config.data.background='.*' is not a color"):
             preprocess.hex_color(wrong)
 
 
@@ -126,34 +133,34 @@ def test_pixels_without_a_known_range_are_corrupt(photo):
     file = io.BytesIO()
     Image.fromarray(photo[..., 0].astype(np.float32)).save(file, "TIFF")
     with pytest.raises(preprocess.CorruptImageError, match="mode F have no known range"):
-        preprocess.Preprocessor(4, 1, crop=True).pixels(file.getvalue())
+        preprocess.Preprocessor(4, 1, crop=True).process(file.getvalue())
 
 
-def test_memory_that_runs_out_is_no_corrupt_image(photo, monkeypatch):
-    def full(*args):
+def test_lack_of_memory_does_not_make_an_image_corrupt(photo, monkeypatch):
+    def out_of_memory(*args):
         raise MemoryError
 
-    monkeypatch.setattr(preprocess, "_open", full)
+    monkeypatch.setattr(preprocess, "_open", out_of_memory)
     with pytest.raises(MemoryError):
-        preprocess.Preprocessor(4, 3, crop=True).pixels(encode(photo))
+        preprocess.Preprocessor(4, 3, crop=True).process(encode(photo))
 
 
 def test_exif_orientation_is_applied(photo):
     exif = Image.Exif()
-    exif[0x0112] = 3  # turned by half
-    turned = preprocess.Preprocessor(20, 3, crop=False).pixels(encode(photo, exif=exif))
-    np.testing.assert_array_equal(turned, preprocess.Preprocessor(20, 3, crop=False).pixels(photo[::-1, ::-1].copy()))
+    exif[0x0112] = 3  # rotated by 180 degrees
+    upright = preprocess.Preprocessor(20, 3, crop=False).process(encode(photo, exif=exif))
+    np.testing.assert_array_equal(upright, preprocess.Preprocessor(20, 3, crop=False).process(photo[::-1, ::-1].copy()))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_a_truncated_file_is_corrupt_not_grey(photo, kind):
+def test_a_truncated_file_is_corrupt(photo, kind):
     file = encode(photo, kind)
     with pytest.raises(preprocess.CorruptImageError):
-        preprocess.Preprocessor(20, 3, crop=True).pixels(file[: len(file) // 2])
+        preprocess.Preprocessor(20, 3, crop=True).process(file[: len(file) // 2])
 
 
 @pytest.mark.parametrize("file", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_a_file_that_is_no_image_is_corrupt(file):
+def test_a_file_that_is_not_an_image_is_corrupt(file):
     with pytest.raises(preprocess.CorruptImageError) as error:
-        preprocess.Preprocessor(20, 3, crop=True).pixels(file)
+        preprocess.Preprocessor(20, 3, crop=True).process(file)
     assert " object at " not in str(error.value)

@@ -1,4 +1,4 @@
-"""Source arrayrecord: what --mode=prepare wrote, read as it is or not at all."""
+"""Tests of source arrayrecord: prepared records are read unchanged, or an error is raised."""
 
 import json
 import os
@@ -46,11 +46,10 @@ def test_records_are_shuffled_flipped_and_resumed_like_any_source(config, out):
 def test_records_keep_their_split(config, out):
     config.data.split, config.data.test_share = "train", 0.3
     prepare.run(config, out)
-    kept = set(ids(config, out))
-    assert 5 < len(kept) < 21
+    assert 5 < len(set(ids(config, out))) < 21
     c = prepared(config, out)
     c.data.split = "test"
-    with pytest.raises(ConfigError, match="was prepared from split 'train', not 'test': ask for that one"):
+    with pytest.raises(ConfigError, match="was prepared from split 'train', not 'test': set config.data.split=train"):
         pipeline.dataset_info(c)
 
 
@@ -71,14 +70,14 @@ def test_training_refuses_records_that_do_not_fit_its_config(config, out, tmp_pa
         pipeline.dataset_info(c)
 
 
-@pytest.mark.parametrize("summed", [True, False], ids=["small", "large"])
-def test_damaged_shards_are_found_and_made_again(config, out, monkeypatch, summed):
-    """Small sets are compared with their checksums at the start; of others each record when it is read."""
-    monkeypatch.setattr(records, "_MAX_CHECKSUM_BYTES", 1 << 28 if summed else 0)
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+def test_damaged_shards_are_detected_and_made_again(config, out, monkeypatch, small):
+    """Checks small sets by checksum when they are opened, and large ones when a record is read."""
+    monkeypatch.setattr(records, "_MAX_CHECKSUM_BYTES", 1 << 28 if small else 0)
     prepare.run(config, out)
     first, third = (os.path.join(out, f"shard-0000{k}-of-00005.arrayrecord") for k in (1, 3))
-    flip(first, 30_000 if summed else 300)  # padding, or a record
-    with pytest.raises(ConfigError, match="00001-of-00005.arrayrecord is damaged" + ("" if summed else " at record")):
+    flip(first, 30_000 if small else 300)  # padding, or a record
+    with pytest.raises(ConfigError, match="00001-of-00005.arrayrecord is damaged" + ("" if small else " at record")):
         ids(config, out)
     os.truncate(third, 100)
     os.remove(first)
@@ -91,29 +90,29 @@ def test_damaged_shards_are_found_and_made_again(config, out, monkeypatch, summe
     assert [file for file in made if file.endswith("record")] == [os.path.basename(third)]
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_flipped_byte_of_a_shard_is_never_another_record(config, out, monkeypatch, late):
-    """Without the checksum of the whole: what is read is as it was, or nothing is; of storage that answers late, too."""
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_flipped_byte_of_a_shard_never_changes_a_record(config, out, monkeypatch, slow):
+    """Reads the original records or raises an error, without a checksum of the shard."""
     monkeypatch.setattr(records, "_MAX_CHECKSUM_BYTES", 0)
     config.prepare.shard = 23
     prepare.run(config, out)
     shard = os.path.join(out, "shard-00000-of-00001.arrayrecord")
     wanted = records.Records(out).read(np.arange(21)).arrays["image"]
-    ends = [*range(0, 5000, 61), *range(65530, 66000, 13)]  # the records; the index, which stands at the end
-    found = 0
-    for position in ends:
+    positions = [*range(0, 5000, 61), *range(65530, 66000, 13)]  # the records, and the index at the end
+    detected = 0
+    for position in positions:
         flip(shard, position)
-        reading = records.Records(out)
-        reading._readers._late = late
+        source = records.Records(out)
+        source._readers._slow = slow
         try:
-            np.testing.assert_array_equal(reading.read(np.arange(21)).arrays["image"], wanted)
+            np.testing.assert_array_equal(source.read(np.arange(21)).arrays["image"], wanted)
         except ConfigError:
-            found += 1
+            detected += 1
         flip(shard, position)
-    assert found > 0.7 * len(ends)  # the others are padding
+    assert detected > 0.7 * len(positions)  # the others are padding
 
 
-def test_a_flipped_byte_of_any_json_file_is_noticed(config, out):
+def test_a_flipped_byte_of_any_json_file_is_detected(config, out):
     config.prepare.shard = 23
     prepare.run(config, out)
     refused = {
@@ -127,7 +126,7 @@ def test_a_flipped_byte_of_any_json_file_is_noticed(config, out):
             content = file.read()
         for position in range(0, len(content), 37):
             flip(path, position)
-            if not content[position : position + 1].isspace():  # one blank is as good as another
+            if not content[position : position + 1].isspace():  # JSON allows any white space
                 with pytest.raises(ConfigError):
                     use()
             flip(path, position)
@@ -145,29 +144,29 @@ def test_more_shards_than_may_be_open_are_read(config, out, monkeypatch):
     assert (batch.labels == np.array(GOOD)[order] % 2).all()
 
 
-def test_shards_of_storage_that_answers_late_are_read_at_the_same_time(config, out, monkeypatch):
-    """By two threads, each in a shard of its own; once the first batch was late, and in the order that was asked for."""
+def test_shards_on_slow_storage_are_read_at_the_same_time(config, out, monkeypatch):
+    """Two threads read different shards at the same time once the first batch was slow."""
     prepare.run(config, out)
-    together, real = threading.Barrier(2, timeout=20), records.ArrayRecordReader
+    both, real = threading.Barrier(2, timeout=20), records.ArrayRecordReader
 
     class Slow:
-        def __init__(self, *given, **settings):
-            self.reader = real(*given, **settings)
+        def __init__(self, *args, **kwargs):
+            self.reader = real(*args, **kwargs)
             self.seek = self.reader.seek
 
         def read(self, positions=None):
             if positions is None:
                 return self.reader.read()
-            together.wait()  # as long as it takes the other one to come
+            both.wait()  # passes only if the other thread is reading too
             return self.reader.read(positions)
 
     monkeypatch.setattr(records, "ArrayRecordReader", Slow)
     monkeypatch.setattr(records, "SLOW_SECONDS_PER_RECORD", -1.0)
-    found = records.Records(out)
-    wanted = found.read(np.arange(21)).arrays["image"]
-    rows = np.array([3, 0, 2]), np.array([7, 5, 6])  # of the first shard and of the second
+    source = records.Records(out)
+    wanted = source.read(np.arange(21)).arrays["image"]
+    rows = np.array([3, 0, 2]), np.array([7, 5, 6])  # of the first and of the second shard
     with ThreadPoolExecutor(2) as threads:
-        for numbers, batch in zip(rows, threads.map(found.read, rows)):
+        for numbers, batch in zip(rows, threads.map(source.read, rows)):
             np.testing.assert_array_equal(batch.arrays["image"], wanted[numbers])
 
 
@@ -186,7 +185,7 @@ def test_an_unfinished_or_foreign_folder_is_refused(config, out, tmp_path):
 
 
 def test_records_of_the_first_format_are_read(config, out, caplog):
-    """No seal, no names of classes, no background; the VAE by its path; an empty shard has no file."""
+    """Format 1 has no seal, class names or background, and no file for an empty shard."""
     prepare.run(config, out, encoder=ENCODER)
     path = os.path.join(out, "manifest.json")
     manifest = records.read_sealed(path) | {"format": 1, "names": "hash of the files", "codec": None}
@@ -221,7 +220,7 @@ def test_the_fingerprint_outlives_a_shard_made_again_but_not_other_data(config, 
     assert pipeline.dataset_info(prepared(config, str(tmp_path / "other"))).fingerprint != before.fingerprint
 
 
-# ---- a bucket, played by a folder: tests.support.cloud has a real one
+# ---- buckets, simulated by a folder (tests.support.cloud has a real one)
 
 
 @pytest.fixture
@@ -249,21 +248,21 @@ def test_shards_of_a_bucket_are_copied_once(config, bucket, tmp_path, caplog):
 def test_shards_of_a_bucket_are_copied_at_once(config, bucket, monkeypatch):
     real, all_five = records._copy_shard, threading.Barrier(5)
 
-    def copy(*given):
-        all_five.wait(10)  # comes back only if the others have begun too
-        real(*given)
+    def copy(*args):
+        all_five.wait(10)  # passes only if the other copies have started too
+        real(*args)
 
     monkeypatch.setattr(records, "_copy_shard", copy)
     assert ids(config, bucket) == GOOD
 
 
-def test_what_a_bucket_holds_damaged_is_not_used(config, bucket):
+def test_damaged_shards_of_a_bucket_are_not_used(config, bucket):
     flip(os.path.join(bucket, "shard-00003-of-00005.arrayrecord"), 300)
     with pytest.raises(ConfigError, match=f"{bucket}/shard-00003-of-00005.arrayrecord is damaged: run --mode=prepare"):
         ids(config, bucket)
 
 
-def test_a_small_disk_is_said_before_anything_is_copied(config, bucket, tmp_path, monkeypatch):
+def test_a_small_disk_is_reported_before_anything_is_copied(config, bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ConfigError, match="its shards need 0.0 GB in .*, where 0.0 GB are free: let XDG_CACHE_HOME"):
         ids(config, bucket)

@@ -1,4 +1,4 @@
-"""Captions of folders as other people's tools write them: read, or refused in one line."""
+"""Tests of unusual caption files: read, or refused in one line."""
 
 import codecs
 import io
@@ -97,14 +97,14 @@ def test_prompts_that_are_not_unicode_are_refused_in_one_line(c, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("a círculo".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"prompts\.txt is not UTF-8 text"):
         prompts.load(c)
-    for given in (f"a circle {LONE}", os.fsdecode(b"a c\xedrculo")):
-        c.sample.prompts = given
+    for prompt in (f"a circle {LONE}", os.fsdecode(b"a c\xedrculo")):
+        c.sample.prompts = prompt
         with pytest.raises(ConfigError, match="is not valid Unicode") as error:
             prompts.load(c)
         str(error.value).encode()
 
 
-def test_encoding_refuses_what_is_not_unicode_and_drops_a_byte_order_mark():
+def test_encoding_refuses_invalid_unicode_and_drops_a_byte_order_mark():
     c = config_lib.base()
     c.text.tokenizer, c.text.length = "drawings", 20
     c.text.vocabulary = text.open_tokenizer("drawings").vocabulary

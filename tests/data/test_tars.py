@@ -1,4 +1,4 @@
-"""Source webdataset: tars read at random."""
+"""Tests of source webdataset."""
 
 import io
 import json
@@ -37,29 +37,28 @@ def write_tar(path, members: dict[str, bytes]) -> str:
     return str(path)
 
 
-def shades(found: source.Source, *numbers: int) -> list[int]:
-    images = found.read(np.array(numbers)).arrays["image"]
-    return preprocess.Preprocessor(4, 3, crop=True).batch(images).mean((1, 2, 3)).tolist()
+def shades(dataset: source.Source, *numbers: int) -> list[int]:
+    images = dataset.read(np.array(numbers)).arrays["image"]
+    return preprocess.Preprocessor(4, 3, crop=True).process_batch(images).mean((1, 2, 3)).tolist()
 
 
-def test_captions_come_as_tokens_with_what_is_said_in_their_place(tmp_path):
-    """Those of the .txt files; without one, the token "none"."""
+def test_captions_are_tokenized_and_missing_ones_are_the_null_token(tmp_path):
     members = {f"{i}.webp": image(10 * i) for i in range(3)} | {"0.txt": b"a red planet", "2.txt": b"on pale blue"}
     c = config_lib.base()
     c.data.source, c.data.path, c.data.split = "webdataset", write_tar(tmp_path / "x.tar", members), "all"
     c.data.image_size, c.seed = 4, 1
-    found = text.open_tokenizer("drawings")
-    c.text.tokenizer, c.text.vocabulary, c.text.length = "drawings", found.vocabulary, 6
+    tokenizer = text.open_tokenizer("drawings")
+    c.text.tokenizer, c.text.vocabulary, c.text.length = "drawings", tokenizer.vocabulary, 6
     iterator = pipeline.train_iterator(c, batch=3)
     batch = next(iterator)
     iterator.close()
-    said = []
+    captions = []
     for tokens, length, shade in zip(batch["tokens"], batch["lengths"], batch["image"].mean((1, 2, 3))):
         assert tokens.dtype == np.int32 and tokens.shape == (6,)
-        is_none = tokens[0] == found.vocabulary
-        assert length == 1 if is_none else (tokens[0], tokens[length - 1]) == (found.begin, found.end)
-        said.append((round(shade / 10), "" if is_none else found.decode(tokens[1 : length - 1]).strip()))
-    assert sorted(said) == [(0, "a red planet"), (1, ""), (2, "on pale blue")]
+        is_null = tokens[0] == tokenizer.vocabulary
+        assert length == 1 if is_null else (tokens[0], tokens[length - 1]) == (tokenizer.begin, tokenizer.end)
+        captions.append((round(shade / 10), "" if is_null else tokenizer.decode(tokens[1 : length - 1]).strip()))
+    assert sorted(captions) == [(0, "a red planet"), (1, ""), (2, "on pale blue")]
 
 
 def test_images_alone_as_ffhq_is_published(tmp_path):
@@ -77,10 +76,10 @@ def test_sidecars_give_labels_and_captions(tmp_path):
         "a/0.cls": b"4\n", "a/0.webp": image(40), "b/0.jpg": image(50, "JPEG"), "b/0.txt": " grün ".encode(),
         "b/0.json": json.dumps({"label": 2, "width": 6}).encode(), "notes.md": b"?", "._c.webp": b"mac",
     }  # fmt: skip
-    found = tars.Tars(write_tar(tmp_path / "x.tar", members))
-    read = found.read(np.arange(2))
-    assert shades(found, 0, 1) == [40, 50] and read.labels.tolist() == [4, 2] and read.captions == ["", "grün"]
-    assert len(found) == 2 and found.classes == 5
+    dataset = tars.Tars(write_tar(tmp_path / "x.tar", members))
+    read = dataset.read(np.arange(2))
+    assert shades(dataset, 0, 1) == [40, 50] and read.labels.tolist() == [4, 2] and read.captions == ["", "grün"]
+    assert len(dataset) == 2 and dataset.classes == 5
 
 
 def test_the_index_is_made_once_and_again_when_a_tar_changes(tmp_path, cache, monkeypatch):
@@ -102,8 +101,8 @@ def test_a_damaged_index_is_made_again(tmp_path, cache):
     whole = file.read_bytes()
     for damaged in (b"", whole[:5], whole[:-1], *(_flipped(whole, i) for i in range(0, len(whole), 7))):
         file.write_bytes(damaged)
-        found = tars.Tars(path)
-        assert file.read_bytes() == whole and found.fingerprint == wanted and shades(found, 1, 0) == [20, 10]
+        dataset = tars.Tars(path)
+        assert file.read_bytes() == whole and dataset.fingerprint == wanted and shades(dataset, 1, 0) == [20, 10]
 
 
 def _flipped(content: bytes, i: int) -> bytes:
@@ -111,49 +110,49 @@ def _flipped(content: bytes, i: int) -> bytes:
 
 
 def test_a_worker_gets_the_index_by_name(tmp_path, cache):
-    """One long caption costs its own length, and nothing of the index is sent."""
+    """Pickles no part of the index, and a long caption takes only its own length in the index."""
     members = {f"{i}.webp": image(i) for i in range(200)} | {"7.txt": b"long " * 2000}
-    found = tars.Tars(write_tar(tmp_path / "x.tar", members))
-    assert len(pickle.dumps(found)) < 2000
+    dataset = tars.Tars(write_tar(tmp_path / "x.tar", members))
+    assert len(pickle.dumps(dataset)) < 2000
     (file,) = (cache / "madformer_jax" / "tars").iterdir()
     assert file.stat().st_size < 30_000
-    copy = pickle.loads(pickle.dumps(found))
+    copy = pickle.loads(pickle.dumps(dataset))
     assert copy.read(np.array([6, 7])).captions == ["", "long " * 1999 + "long"]
     assert shades(copy, 9) == [9] and copy.name(8) == f"{tmp_path}/x.tar:8.webp"
 
 
-def test_without_a_cache_it_reads_all_the_same(tmp_path, cache):
+def test_tars_are_read_without_a_cache_folder(tmp_path, cache):
     cache.write_text("a file where the folder should be")
-    found = tars.Tars(write_tar(tmp_path / "x.tar", {"0.webp": image(10), "0.txt": b"a cat"}))
-    assert pickle.loads(pickle.dumps(found)).read(np.array([0])).captions == ["a cat"]
+    dataset = tars.Tars(write_tar(tmp_path / "x.tar", {"0.webp": image(10), "0.txt": b"a cat"}))
+    assert pickle.loads(pickle.dumps(dataset)).read(np.array([0])).captions == ["a cat"]
 
 
-def test_held_out_tars_stay_held_out_elsewhere(tmp_path):
+def test_the_split_does_not_depend_on_the_folder(tmp_path):
     write_tar(tmp_path / "a" / "x" / "0.tar", {f"{i}.webp": b"" for i in range(100)})
-    before = tars.Tars(str(tmp_path / "a")).held_out(0.3)
+    before = tars.Tars(str(tmp_path / "a")).test_mask(0.3)
     assert 15 < before.sum() < 45
     (tmp_path / "a").rename(tmp_path / "b")
-    np.testing.assert_array_equal(tars.Tars(str(tmp_path / "b")).held_out(0.3), before)
+    np.testing.assert_array_equal(tars.Tars(str(tmp_path / "b")).test_mask(0.3), before)
 
 
-def test_what_is_held_out_does_not_depend_on_what_was_opened_before(tmp_path, monkeypatch):
+def test_the_split_does_not_depend_on_cached_indexes(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a" / "x" / "0.tar", {f"{i}.webp": b"" for i in range(100)})
-    whole, part = (tars.Tars(p).held_out(0.3) for p in (str(tmp_path / "a"), path))
-    assert (whole != part).any()  # by the names x/0.tar:... and 0.tar:...
+    of_folder, of_tar = (tars.Tars(p).test_mask(0.3) for p in (str(tmp_path / "a"), path))
+    assert (of_folder != of_tar).any()  # by the names x/0.tar:... and 0.tar:...
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    np.testing.assert_array_equal(tars.Tars(path).held_out(0.3), part)
+    np.testing.assert_array_equal(tars.Tars(path).test_mask(0.3), of_tar)
 
 
-def test_it_feeds_the_pipeline(tmp_path):
+def test_tars_feed_the_pipeline(tmp_path):
     c = config_lib.base()
     for t in range(2):
         write_tar(tmp_path / f"{t}.tar", {f"{i}.webp": image(10 * i + 100 * t) for i in range(5)})
     c.data.source, c.data.path, c.data.image_size = "webdataset", str(tmp_path), 4
     c.data.split = "all"
     iterator = pipeline.train_iterator(c, batch=10)
-    found = next(iterator)["image"][:, 0, 0, 0]
+    values = next(iterator)["image"][:, 0, 0, 0]
     iterator.close()
-    assert sorted(found) == [0, 10, 20, 30, 40, 100, 110, 120, 130, 140]
+    assert sorted(values) == [0, 10, 20, 30, 40, 100, 110, 120, 130, 140]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +196,7 @@ def test_repeated_members_and_links_are_refused(tmp_path):
             tars.Tars(path)
 
 
-def test_what_is_no_tar_is_refused(tmp_path):
+def test_files_that_are_not_tars_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no \.tar file"):
         tars.Tars(str(tmp_path))
     path = write_tar(tmp_path / "x.tar", {"0.webp": bytes(5000)})

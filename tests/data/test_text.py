@@ -1,4 +1,4 @@
-"""Tokenizers: files of two kinds, one trained on captions, and the errors of a user."""
+"""Tests of tokenizers: both kinds of files, training on captions, and error messages."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ CAPTIONS = ["a red planet with two moons", "a blue planet in a black sky", "a gr
 
 @pytest.fixture(params=["json", "ranks"])
 def c(request, tmp_path):
-    """A config with a tokenizer of 300 tokens of our own, or with tiktoken's ranks of bytes and a few words."""
+    """Config with a trained tokenizer of 300 tokens, or with tiktoken's ranks of 259 tokens."""
     path = tmp_path / "tokenizer"
     if request.param == "json":
         path.write_text(text.train_bpe(CAPTIONS, 300))
@@ -35,41 +35,41 @@ def encode(c, *texts):
 
 
 def test_a_caption_is_begin_its_tokens_and_end(c):
-    found, texts = text.tokenizer_for_config(c), encode(c, *CAPTIONS, "", "¿x?")
+    tokenizer, texts = text.tokenizer_for_config(c), encode(c, *CAPTIONS, "", "¿x?")
     assert texts.tokens.dtype == texts.lengths.dtype == np.int32
-    assert texts.tokens.max() == c.text.vocabulary  # "none" stands behind the tokenizer's
+    assert texts.tokens.max() == c.text.vocabulary  # the null token follows the tokenizer's
     for caption, row, length in zip([*CAPTIONS, "", "¿x?"], texts.tokens, texts.lengths):
         if not caption:
             assert row[0] == c.text.vocabulary and length == 1
             continue
-        assert row[0] == found.begin and row[length - 1] == found.end and found.begin != found.end
-        assert found.decode(row[1 : length - 1].tolist()).strip() == caption
+        assert row[0] == tokenizer.begin and row[length - 1] == tokenizer.end and tokenizer.begin != tokenizer.end
+        assert tokenizer.decode(row[1 : length - 1].tolist()).strip() == caption
     assert texts.lengths[0] < len(CAPTIONS[0])  # some bytes are merged
 
 
-def test_what_is_too_long_is_an_error_or_cut_by_a_setting(c):
+def test_long_captions_are_an_error_unless_truncated(c):
     c.text.length = 5
     with pytest.raises(ConfigError, match="caption 1: 'a red planet with two moons' is .* tokens long, .*length=5"):
         encode(c, "a", CAPTIONS[0])
     c.text.truncate = True
-    cut, found = encode(c, CAPTIONS[0]), text.tokenizer_for_config(c)
-    assert cut.lengths == 5 and cut.tokens[0, -1] == found.end
+    truncated, tokenizer = encode(c, CAPTIONS[0]), text.tokenizer_for_config(c)
+    assert truncated.lengths == 5 and truncated.tokens[0, -1] == tokenizer.end
     c.text.length = 40
-    np.testing.assert_array_equal(cut.tokens[0, :4], encode(c, CAPTIONS[0]).tokens[0, :4])
+    np.testing.assert_array_equal(truncated.tokens[0, :4], encode(c, CAPTIONS[0]).tokens[0, :4])
 
 
-def test_another_vocabulary_than_the_tokenizers_is_told(c):
-    given, c.text.vocabulary = c.text.vocabulary, 7
+def test_a_vocabulary_that_differs_from_the_tokenizers_is_refused(c):
+    size, c.text.vocabulary = c.text.vocabulary, 7
     with pytest.raises(
-        ConfigError, match=f"vocabulary=7, but .* run from 0 to {given - 1}: set config.text.vocabulary={given}"
+        ConfigError, match=f"vocabulary=7, but .* run from 0 to {size - 1}: set config.text.vocabulary={size}"
     ):
         text.tokenizer_for_config(c)
 
 
 def test_llama_3_counts_its_special_tokens_behind_the_ranks(c):
-    found = text.tokenizer_for_config(c)
-    if found.vocabulary > 300:
-        assert (found.begin, found.end, found.vocabulary) == (259, 260, 259 + 256)
+    tokenizer = text.tokenizer_for_config(c)
+    if tokenizer.vocabulary > 300:
+        assert (tokenizer.begin, tokenizer.end, tokenizer.vocabulary) == (259, 260, 259 + 256)
 
 
 def test_a_part_that_the_tokenizer_does_not_know_is_an_error(tmp_path):
@@ -84,11 +84,11 @@ def test_a_part_that_the_tokenizer_does_not_know_is_an_error(tmp_path):
         encode(c, "red slug")
 
 
-# ---- tokenizers of others
+# ---- tokenizers of other sources
 
 
 def opened(path, tokenizer=None):
-    """A config with the tokenizer, which is written first."""
+    """Returns a config with the tokenizer at `path`, after saving `tokenizer` to it if not None."""
     if tokenizer is not None:
         tokenizer.save(str(path))
     c = config_lib.base()
@@ -99,7 +99,7 @@ def opened(path, tokenizer=None):
 
 @pytest.mark.parametrize("kind", ["plain", "pad_longest", "pad_12", "trunc_4", "gap", "bom"])
 def test_tokens_of_a_caption_depend_on_nothing_else(tmp_path, kind):
-    """Whatever is switched on in the file, and whatever else is in the batch."""
+    """Ignores settings of the file such as padding, and the other captions of the batch."""
     odd_captions.write_tokenizer(tmp_path / "plain.json", "plain")
     odd_captions.write_tokenizer(tmp_path / f"{kind}.json", kind)
     plain, c = opened(tmp_path / "plain.json"), opened(tmp_path / f"{kind}.json")
@@ -122,7 +122,7 @@ def test_a_vocabulary_with_gaps_reaches_to_its_highest_id(tmp_path):
         text.tokenizer_for_config(c)
 
 
-def test_chance_has_no_part_in_tokens(tmp_path):
+def test_tokens_are_deterministic(tmp_path):
     spec = json.loads(text.train_bpe(CAPTIONS, 300))
     spec["model"]["dropout"] = 0.5
     (tmp_path / "dropout.json").write_text(json.dumps(spec))
@@ -141,7 +141,12 @@ def unigram(unk_id=0, alphabet="▁abcderil</>s"):
 
 
 def letters(unk=None, inside=True):
-    """A BPE without merges that knows a few letters; its control tokens are in its model or beside it."""
+    """Returns a BPE without merges that knows a few letters.
+
+    Args:
+      unk: Its unknown token.
+      inside: Whether its control tokens are part of the model.
+    """
     control = ["<s>", "</s>"] * inside
     words = {word: i for i, word in enumerate([*control, *"red</s>"])}
     model = tokenizers.Tokenizer(tokenizers.models.BPE(words, [], unk_token=unk))
@@ -177,17 +182,17 @@ def test_an_unknown_part_is_an_error_in_every_kind_of_model(tokenizer, tmp_path)
 
 
 def test_names_of_control_tokens_are_text(c):
-    """No caption can end itself, whatever kind of tokenizer reads it."""
-    found = text.tokenizer_for_config(c)
+    """Checks that no caption can end itself."""
+    tokenizer = text.tokenizer_for_config(c)
     for word in (text.BEGIN, text.END, "<|endoftext|>", "</s>"):
         row = encode(c, f"a red {word} planet")
         inner = row.tokens[0, 1 : row.lengths[0] - 1].tolist()
-        assert not {found.begin, found.end} & set(inner)
-        assert found.decode(inner).strip() == f"a red {word} planet"
+        assert not {tokenizer.begin, tokenizer.end} & set(inner)
+        assert tokenizer.decode(inner).strip() == f"a red {word} planet"
 
 
 @pytest.mark.parametrize("tokenizer", [unigram(), letters()], ids=["unigram", "bpe"])
-def test_names_of_control_tokens_are_text_to_tokenizers_of_others(tokenizer, tmp_path):
+def test_names_of_control_tokens_are_text_to_other_tokenizers(tokenizer, tmp_path):
     c = opened(tmp_path / "tokenizer.json", tokenizer)
     row = encode(c, "red </s> red")
     inner = row.tokens[0, 1 : row.lengths[0] - 1].tolist()
@@ -195,7 +200,7 @@ def test_names_of_control_tokens_are_text_to_tokenizers_of_others(tokenizer, tmp
     assert "</s>" in text.tokenizer_for_config(c).decode(inner).replace(" ", "")
 
 
-def test_a_control_token_that_cannot_be_spelt_is_refused(tmp_path):
+def test_a_control_token_that_cannot_be_spelled_is_refused(tmp_path):
     words = {"[UNK]": 0, "<s>": 1, "</s>": 2, "red": 3}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -205,7 +210,7 @@ def test_a_control_token_that_cannot_be_spelt_is_refused(tmp_path):
 
 
 def test_the_content_of_the_file_is_its_identity(tmp_path):
-    """Of a file of equal size too. A checkpoint of an older version, which names none, is taken as it is."""
+    """Detects a change that keeps the size, and accepts older checkpoints without the entry."""
     path = tmp_path / "words.json"
     odd_captions.write_tokenizer(path, "plain")
     c, size = opened(path), path.stat().st_size
@@ -218,19 +223,19 @@ def test_the_content_of_the_file_is_its_identity(tmp_path):
     with pytest.raises(ConfigError, match=r"words.json' has changed since step 3 of runs/a: its SHA-256 was") as error:
         text.check_tokenizer_identity(c, before, 3, "runs/a")
     assert "\n" not in str(error.value)
-    assert text.tokenizer_identity(config_lib.base()) == {}  # of a model without captions
+    assert text.tokenizer_identity(config_lib.base()) == {}  # a model without captions
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (None, "cannot be read"),
-        (b"{}", "is no tokenizer.json"),
+        (b"{}", "is not a tokenizer.json"),
         (b"hello", "neither a tokenizer.json nor"),
         (b"YQ== 0\nYg== 2\n", "is damaged: ranks are missing"),
     ],
 )
-def test_a_file_that_is_no_tokenizer_is_told(tmp_path, content, words):
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, content, words):
     path = tmp_path / "file"
     if content is not None:
         path.write_bytes(content)
@@ -240,6 +245,5 @@ def test_a_file_that_is_no_tokenizer_is_told(tmp_path, content, words):
 
 
 def test_the_embedded_tokenizer_knows_the_words_of_drawings():
-    found = text.open_tokenizer("drawings")
-    (tokens,) = found.encode(["a light purple critter shaped like a mound, on pale orange"])
+    (tokens,) = text.open_tokenizer("drawings").encode(["a light purple critter shaped like a mound, on pale orange"])
     assert len(tokens) == 12

@@ -200,7 +200,7 @@ def test_cached_latents_need_no_vae_and_are_scaled_as_the_config_says():
     cached = {"mean": jnp.ones((1, 8, 8, 4)), "logvar": jnp.full((1, 8, 8, 4), -30.0)}
     np.testing.assert_allclose(codec.encode({}, cached, jax.random.key(0)), 0.13025, rtol=1e-4)
     for use in (codec.load, lambda: codec.encode({}, {"image": jnp.ones((1, 8, 8, 3))}, jax.random.key(0))):
-        with pytest.raises(ConfigError, match="/nowhere: no such folder"):
+        with pytest.raises(ConfigError, match="/nowhere is neither a folder"):
             use()
 
 
@@ -230,7 +230,7 @@ def test_faults_of_a_folder_are_one_line_that_names_them(tmp_path, arrays, small
         return str(caught.value)
 
     assert "config.codec.path is empty" in error("")
-    assert "no such folder" in error(str(tmp_path / "none"))
+    assert "neither a folder" in error(str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     assert "config.json" in error(str(tmp_path / "empty"))
 

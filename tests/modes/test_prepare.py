@@ -41,7 +41,7 @@ def test_images_come_back_as_they_were_read(config, out):
 def _read(config, index):
     source = pipeline.sources.open_source(config)
     try:
-        return pipeline.make_preprocessor(config).batch(source.read(np.array([index])).arrays["image"])[0]
+        return pipeline.make_preprocessor(config).process_batch(source.read(np.array([index])).arrays["image"])[0]
     except ValueError:
         return None
 
@@ -301,7 +301,7 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     found = records.Records(str(tmp_path / "latents"))
     source = pipeline.sources.Folder(str(tmp_path / "images"))
     numbers = [i for i in range(20) if not source.name(i).endswith("0003.png")]
-    images = pipeline.make_preprocessor(c).batch(source.read(np.array(numbers)).arrays["image"])
+    images = pipeline.make_preprocessor(c).process_batch(source.read(np.array(numbers)).arrays["image"])
     weights = pipeline.dataset_info(c).codec
     assert codec.require_weights(codec.build(c), weights).load().keys() == {
         "decoder",

@@ -222,5 +222,5 @@ def test_a_vae_can_be_given_where_a_config_names_none(tmp_path, one_device):
     with pytest.raises(ConfigError, match="config.codec.path is empty"):
         madformer_jax.load(str(tmp_path))
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ConfigError, match="mine is no VAE folder"):
+    with pytest.raises(ConfigError, match="mine is not a VAE folder"):
         madformer_jax.load(str(tmp_path), codec=str(tmp_path / "mine"))

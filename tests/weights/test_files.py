@@ -1,4 +1,4 @@
-"""Checkpoint files: nothing in them runs, every fault is one line that names the file or the tensor, bits are kept."""
+"""Tests of checkpoint files: no code in them runs, values are exact, errors take one line."""
 
 import argparse
 import os
@@ -100,14 +100,9 @@ def test_failed_write_leaves_the_old_file(tmp_path, tensors):
 
 def test_check_names_every_tensor_that_does_not_fit():
     expected = {"a": (2, 3), "b": (1,), "c": (4,), "d": ()}
-    given = {
-        "a": np.zeros((3, 2)),
-        "c": np.zeros(4),
-        "e": np.zeros(1),
-        "f": np.zeros(1),
-    }
+    tensors = {"a": np.zeros((3, 2)), "c": np.zeros(4), "e": np.zeros(1), "f": np.zeros(1)}
     with pytest.raises(ConfigError) as error:
-        state_dicts.check_tensors(expected, given, "m.pt")
+        state_dicts.check_tensors(expected, tensors, "m.pt")
     assert_one_line(
         error,
         "m.pt",
@@ -166,17 +161,10 @@ def test_release_checkpoint_gives_ema_model_and_args(tmp_path, legacy):
     }
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     assert zipfile.is_zipfile(path) != legacy
-    for asked, value, taken in (
-        ("", 1, "ema"),
-        ("ema", 1, "ema"),
-        ("model", 0, "model"),
-    ):
-        read = state_dicts.read_state_dict(path, asked)
+    for weights, value, expected in (("", 1, "ema"), ("ema", 1, "ema"), ("model", 0, "model")):
+        read = state_dicts.read_state_dict(path, weights)
         np.testing.assert_array_equal(read.tensors["a"], [value] * 2)
-        assert (read.weights, read.args) == (
-            taken,
-            {"diff_depth": 14, "clear_cond": False},
-        )
+        assert (read.weights, read.args) == (expected, {"diff_depth": 14, "clear_cond": False})
 
     del content["ema"]
     torch.save(content, path)

@@ -1,3 +1,5 @@
+"""Tests of converting weights and configs of the release, against its reference arrays."""
+
 import json
 
 import jax
@@ -15,8 +17,8 @@ from madformer_jax.weights.release_config import preset
 VARIANTS = ("baseline", "clear_cond", "clear_clean", "denoising_mlp")
 
 
-def relative(found, expected) -> float:
-    return float(np.linalg.norm(np.asarray(found) - expected) / np.linalg.norm(expected))
+def relative(value, expected) -> float:
+    return float(np.linalg.norm(np.asarray(value) - expected) / np.linalg.norm(expected))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -49,12 +51,12 @@ def test_release_outputs_losses_and_gradients(variant):
 
     norms = {name: float(file[f"gradnorm/{name}"]) for name in release.to_release(params, c)}
     largest = max(norms.values())
-    found = {name: float(np.linalg.norm(g)) for name, g in release.to_release(grads, c).items()}
+    grad_norms = {name: float(np.linalg.norm(g)) for name, g in release.to_release(grads, c).items()}
     for name, expected in norms.items():
         if "_list.0." in name and not c.model.clean_stream:
             continue  # copies of the noisy tower, for a tower that this variant never runs
-        # A bias of the keys shifts all scores alike: its gradient is rounding noise around zero.
-        assert found[name] == pytest.approx(expected, rel=1e-3, abs=1e-8 * largest), name
+        # A bias of the keys shifts all scores equally, so its gradient is rounding noise.
+        assert grad_norms[name] == pytest.approx(expected, rel=1e-3, abs=1e-8 * largest), name
 
 
 def test_noised_blocks_of_the_reference_are_ours(variant):
@@ -63,7 +65,7 @@ def test_noised_blocks_of_the_reference_are_ours(variant):
     assert relative(noisy, file["noised"]) < 1e-5
 
 
-def test_there_and_back_is_exact(variant):
+def test_conversion_to_ours_and_back_is_exact(variant):
     _, c, state_dict, params = variant
     back = release.to_release(params, c)
     assert back.keys() == state_dict.keys()
@@ -156,9 +158,9 @@ def test_tensors_that_do_not_fit_are_named(variant):
         ({"blocks.1.gate": np.zeros(3)}, "blocks.1.gate"),
         ({name: np.zeros((2, 3))}, "mis-shaped"),
     ):
-        given = {k: v for k, v in (state_dict | change).items() if v is not None}
+        tensors = {k: v for k, v in (state_dict | change).items() if v is not None}
         with pytest.raises(ConfigError, match=word) as error:
-            release.from_release(given, c)
+            release.from_release(tensors, c)
         assert "\n" not in str(error.value)
         assert next(iter(change)) in str(error.value)
 

@@ -1,0 +1,1 @@
+"""Source `drawings`: pictures, their attributes and their captions."""

@@ -1,9 +1,17 @@
-"""What can be seen on a drawing, as numbers with English names: one table for all styles of the source `drawings`.
+"""Attributes of drawings: visible properties with English names, one table for all styles.
 
-dicebear says of every picture which options were drawn ("topVariant": "hornsIn", "bodyColor": "#7dd3fc"). An attribute takes
-one of them, or the colour that this variant is painted in, and gives it a plain name; two variants that look alike share one.
-Value 0 is "none": the picture has no such thing. Left out is what can hardly be seen at 64 x 64 (nose, brows, shoes,
-trousers, stars, shapes of hills) and what is no thing (shifts and turns).
+`pictures` computes the attributes of each picture, `captions` puts them into a sentence, and the
+attribute classifier is trained on them. Add an attribute to `STYLES`; this changes `TABLE_HASH`, so
+that all pictures are drawn again.
+
+dicebear reports the options of every picture ("topVariant": "hornsIn", "bodyColor": "#7dd3fc"). An
+attribute is the plain name of a variant, or of the color in which the variant is painted. Variants
+that look alike share a name. Value 0 is "none": the picture lacks the thing. The table leaves out
+details that are hardly visible at 64 x 64 (nose, brows, shoes, trousers, stars, shapes of hills)
+and shifts and rotations.
+
+`TABLE_HASH` covers the names in `STYLES`, `Words` and `Colour`, so these keep their British
+spelling.
 """
 
 import functools
@@ -13,11 +21,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Attribute = tuple[str, tuple[str, ...]]  # its name, and what its values are called
+Attribute = tuple[str, tuple[str, ...]]  # name of the attribute, names of its values
 
-# ---- colours
+# ---- colors
 
-# Samples of what English calls by these names, tuned on the styles' palettes; a colour is called as the nearest of them.
+# Sample colors for each English name, tuned on the palettes of the styles. A color gets the name of
+# the nearest sample.
 _COLORS = {
     "white": "ffffff e2e8f0 f8f1e5 e8edf0", "light grey": "d4d4d4 ece8e2", "grey": "8c8c8c", "dark grey": "4a4a4a",
     "black": "1c1d24 2c222b 3b2f2f",
@@ -38,9 +47,9 @@ _SKINS = {"light": "f5d0b0", "tan": "dda878", "brown": "a5683f", "dark": "6f4220
 _PALETTES = {"colours": _COLORS, "skins": _SKINS}
 
 
-def _to_cielab(colour: str) -> np.ndarray:
-    """CIELAB coordinates (3,) of an sRGB colour "rrggbb" under D65, where distance is near to difference for the eye."""
-    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+def _to_cielab(color: str) -> np.ndarray:
+    """Converts an sRGB color "rrggbb" to CIELAB (3,) under D65, where distances are perceptual."""
+    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
     xyz = np.array(to_xyz) @ linear / [0.95047, 1, 1.08883]
@@ -49,12 +58,17 @@ def _to_cielab(colour: str) -> np.ndarray:
 
 
 @functools.cache
-def nearest_color_name(colour: str, names: str = "colours") -> str:
-    """What a colour "#rrggbb" is called."""
-    here = _to_cielab(colour.removeprefix("#"))
+def nearest_color_name(color: str, names: str = "colours") -> str:
+    """Returns the English name of a color "#rrggbb".
+
+    Args:
+      color: The color.
+      names: Palette to choose from: "colours" or "skins".
+    """
+    lab = _to_cielab(color.removeprefix("#"))
     return min(
         _PALETTES[names],
-        key=lambda name: min(np.linalg.norm(_to_cielab(x) - here) for x in _PALETTES[names][name].split()),
+        key=lambda name: min(np.linalg.norm(_to_cielab(x) - lab) for x in _PALETTES[names][name].split()),
     )
 
 
@@ -62,23 +76,29 @@ def nearest_color_name(colour: str, names: str = "colours") -> str:
 
 
 class Words(NamedTuple):
-    """An attribute that is a variant of an option, by what it is called."""
+    """An attribute that names the variant of an option."""
 
     option: str
-    words: dict[str, str]
+    words: dict[str, str]  # variant -> name
 
 
 class Colour(NamedTuple):
-    """An attribute that is the colour of a part: `colour`, or the one that `others` has for the part's variant."""
+    """An attribute that names the color of a part."""
 
-    colour: str | None  # its option; None: only some variants have a colour of their own
-    part: str = ""  # the option of the part, without which there is no colour
-    others: Mapping[str, str] = {}
-    names: str = "colours"
+    colour: str | None  # option that holds the color; None: only the variants in `others` have a color
+    part: str = ""  # option of the part; without the part the attribute is "none". "": the part always exists
+    others: Mapping[str, str] = {}  # variant of the part -> option that holds its color instead
+    names: str = "colours"  # palette
 
 
 def _variant_words(option: str, same: str = "", **others: str) -> Words:
-    """Variants that are called as dicebear calls them, and the others."""
+    """Builds the names of an option's variants.
+
+    Args:
+      option: The option.
+      same: Variants that keep dicebear's name, separated by blanks.
+      **others: Names of the other variants.
+    """
     return Words(option, dict(zip(same.split(), same.split())) | others)
 
 
@@ -86,7 +106,7 @@ _HAT_COLORS = dict.fromkeys(("cap", "beanie", "animalEars", "bunnyEars"), "hatCo
 _ACCENT_COLORS = dict.fromkeys(("curl", "antenna", "loop", "crest", "pellet", "tuft"), "accentColor")
 _OUTFIT_COLORS = dict.fromkeys(("jacket", "coat", "dress", "suit"), "jacketColor") | {"overalls": "pantsColor"}
 
-# style, in the order of the classes -> attribute -> where it comes from
+# style (in the order of the classes) -> attribute -> the options that it is derived from
 STYLES: dict[str, dict[str, Words | Colour]] = {
     "clay": {
         "colour": Colour("bodyColor"),
@@ -207,37 +227,40 @@ def _build_attributes() -> tuple[Attribute, ...]:
             values.setdefault(name, ["none"]).extend(
                 _PALETTES[origin.names] if isinstance(origin, Colour) else origin.words.values()
             )
-    return tuple((name, tuple(dict.fromkeys(found))) for name, found in values.items())
+    return tuple((name, tuple(dict.fromkeys(words))) for name, words in values.items())
 
 
 ATTRIBUTES = _build_attributes()
-TABLE_HASH = hashlib.sha256(repr((STYLES, _PALETTES)).encode()).hexdigest()  # says which words these are
+TABLE_HASH = hashlib.sha256(repr((STYLES, _PALETTES)).encode()).hexdigest()  # identifies the table in cache keys
 
 
 def from_options(style: str, options: Mapping[str, Any]) -> dict[str, str]:
-    """The attributes of a drawing, without those that are "none", by the options that dicebear says were drawn.
+    """Computes the attributes of a drawing from the options that dicebear reports.
+
+    Returns:
+      Name and value of each attribute that is not "none".
 
     Raises:
-      KeyError: a variant is none of ours: another version of the styles.
+      KeyError: A variant is not in `STYLES`, because the installed styles have another version.
     """
-    found = {}
+    words = {}
     for name, origin in STYLES[style].items():
         if isinstance(origin, Words):
             if (variant := options.get(origin.option)) is not None:
-                found[name] = origin.words[variant]
+                words[name] = origin.words[variant]
             continue
         variant = options.get(origin.part)
         option = origin.colour if variant is None else origin.others.get(variant, origin.colour)
         if option and (variant is not None or not origin.part):
-            found[name] = nearest_color_name(options[option][0], origin.names)
-    return found
+            words[name] = nearest_color_name(options[option][0], origin.names)
+    return words
 
 
-def to_indices(found: Mapping[str, str]) -> np.ndarray:
-    """Attributes as numbers, int32 (A,), in the order of `ATTRIBUTES`."""
-    return np.array([values.index(found.get(name, "none")) for name, values in ATTRIBUTES], np.int32)
+def to_indices(words: Mapping[str, str]) -> np.ndarray:
+    """Converts attributes to indices of their values, int32 (A,), in the order of `ATTRIBUTES`."""
+    return np.array([values.index(words.get(name, "none")) for name, values in ATTRIBUTES], np.int32)
 
 
 def from_indices(row: np.ndarray) -> dict[str, str]:
-    """The attributes that a row of numbers (A,) says, without those that are "none"."""
+    """Converts indices (A,) to the attributes that are not "none"; inverts `to_indices`."""
     return {name: values[k] for (name, values), k in zip(ATTRIBUTES, row.tolist()) if k}

@@ -1,20 +1,14 @@
-"""A plain English sentence for a drawing, made of its attributes and nothing else."""
+"""Captions of drawings: plain English sentences built from the attributes alone.
+
+`pictures` builds the caption of each picture, and `unmentioned` says which attributes it omits. Add
+a phrasing to `caption` and raise `PHRASINGS`.
+"""
 
 from collections.abc import Mapping
 
 PHRASINGS = 3
 
-_MENTION_ORDER = (
-    "top",
-    "pattern",
-    "ring",
-    "moons",
-    "sun",
-    "glasses",
-    "cheeks",
-    "eyes",
-    "mouth",
-)  # in the order they are named
+_MENTION_ORDER = ("top", "pattern", "ring", "moons", "sun", "glasses", "cheeks", "eyes", "mouth")
 _ADJECTIVES = {
     "small", "curved", "round", "pointed", "long", "short", "spiky", "swept", "curly", "wavy", "parted", "shoulder-length",
     "half-shaved", "hollow",
@@ -23,33 +17,34 @@ _UNCOUNTABLE = ("hair", "blush", "antennae")
 
 
 def caption(style: str, words: Mapping[str, str], phrasing: int) -> str:
-    """The sentence.
+    """Builds the caption of a drawing.
 
     Args:
-      style: the drawing's class.
-      words: its attributes without those that are "none".
-      phrasing: which of `PHRASINGS` ways to say it.
+      style: Class of the drawing.
+      words: Its attributes without those that are "none".
+      phrasing: Selects one of `PHRASINGS` sentence patterns, modulo `PHRASINGS`.
     """
-    seen = [name for name in _MENTION_ORDER if name in words and name not in unmentioned(words)]
-    parts = [_attribute_phrase(name, words) for name in seen]
-    listed = ", ".join(parts[:-2] + [" and ".join(parts[-2:])])
-    have = f" with {listed}" if listed else ""
-    what, where = _subject(style, words), _setting(style, words)
+    mentioned = [name for name in _MENTION_ORDER if name in words and name not in unmentioned(words)]
+    phrases = [_attribute_phrase(name, words) for name in mentioned]
+    enumeration = ", ".join(phrases[:-2] + [" and ".join(phrases[-2:])])
+    details = f" with {enumeration}" if enumeration else ""
+    subject, setting = _subject(style, words), _setting(style, words)
     match phrasing % PHRASINGS:
         case 0:
-            return f"{what}{have}, {where}"
+            return f"{subject}{details}, {setting}"
         case 1:
-            return f"{where}, {what}{have}"
+            return f"{setting}, {subject}{details}"
         case _:
-            return f"{what} {where}{',' if have else ''}{have}"
+            return f"{subject} {setting}{',' if details else ''}{details}"
 
 
 def unmentioned(words: Mapping[str, str]) -> set[str]:
-    """The attributes that the sentence does not name, since nobody sees them at 64 x 64: eyes behind sunglasses, and beards and
-    blush on the small face of a blocky person.
+    """Returns the attributes that a caption omits because they are not visible at 64 x 64.
+
+    These are eyes behind sunglasses, and beards and blush on the small face of a blocky person.
     """
-    unseen = {"beard", "cheeks"} if "outfit" in words else set()
-    return (unseen | ({"eyes"} if words.get("glasses") == "sunglasses" else set())) & words.keys()
+    invisible = {"beard", "cheeks"} if "outfit" in words else set()
+    return (invisible | ({"eyes"} if words.get("glasses") == "sunglasses" else set())) & words.keys()
 
 
 def _subject(style: str, words: Mapping[str, str]) -> str:
@@ -65,22 +60,25 @@ def _subject(style: str, words: Mapping[str, str]) -> str:
 
 
 def _setting(style: str, words: Mapping[str, str]) -> str:
-    colour = words["background"]
+    color = words["background"]
     if style == "planets":
-        return f"in {_with_article(colour + ' sky')}"
-    return f"under {_with_article(colour + ' sky')}" if style == "landscape" else f"on {colour}"
+        return f"in {_with_article(color + ' sky')}"
+    return f"under {_with_article(color + ' sky')}" if style == "landscape" else f"on {color}"
 
 
 def _attribute_phrase(name: str, words: Mapping[str, str]) -> str:
-    """An attribute in its colour, which stands behind an adjective: "short brown hair", but "brown bunny ears"."""
+    """Builds the phrase of an attribute with its color.
+
+    The color follows an adjective and precedes a noun: "short brown hair", but "brown bunny ears".
+    """
     first, _, rest = words[name].partition(" ")
-    colour = words.get(f"{name} colour", "")
-    order = [first, colour, rest] if first in _ADJECTIVES else [colour, first, rest]
+    color = words.get(f"{name} colour", "")
+    order = [first, color, rest] if first in _ADJECTIVES else [color, first, rest]
     return _with_article(" ".join(filter(None, order)))
 
 
 def _with_article(noun: str) -> str:
-    """A noun with its article, where it takes one."""
+    """Puts the indefinite article before a noun phrase, unless it takes none."""
     head = noun.split(" with ")[0].split(" under ")[0].split(" in ")[0].split(" of ")[0]
     if (head.endswith("s") and not head.endswith("ss")) or head.endswith(_UNCOUNTABLE) or head.endswith("teeth"):
         return noun

@@ -1,12 +1,16 @@
-"""The source `drawings`: pictures that the package dicebear draws, as many as wanted and at any size.
+"""Source `drawings`: any number of pictures of any size, drawn by the package dicebear.
 
-Picture i is a function of (seed, i) alone, and the same at every size: of style i mod 5 (the class), with what dicebear draws
-for the seed "seed/i". Below 64 x 64 it is drawn larger and averaged, which keeps thin lines where they are.
+`sources.open_source` calls `open_split`. The names of what is visible are in `attributes`, the
+sentences in `captions`.
 
-A picture costs 4 ms at 64 x 64 and 22 ms at 256 x 256, so they are drawn once, by as many processes as there are
-cores, into the user's cache. A file there holds a hundred of each style as PNG, and their attributes; it appears whole or not
-at all, so that what a killed drawing made is kept, and several runs may share it. Drawing processes run this file and import
-no JAX.
+Picture i depends on (seed, i) alone and shows the same at every size. Its style, which is its
+class, is i mod 5. The rest is what dicebear draws for the seed "seed/i". Below 64 x 64 it is drawn
+larger and averaged, which keeps thin lines at their positions.
+
+A picture takes 4 ms at 64 x 64 and 22 ms at 256 x 256. Pictures are therefore drawn once into the
+user's cache, by one process per core. A cache file holds 100 pictures of each style as PNG and
+their attributes. It is written atomically, so that several runs can share the cache, and a killed
+run loses at most one file per process. Drawing processes run this module and must not import JAX.
 """
 
 import fcntl
@@ -37,13 +41,13 @@ from madformer_jax.runtime import storage
 
 STYLES = tuple(attributes.STYLES)
 SPLITS = ("train", "test", "composition", "all")
-MIN_SIZE = 16  # pixels: below, nobody sees what is drawn
-_MIN_RENDER_SIZE = 64  # pixels: smaller pictures are drawn at a multiple of their size
-_PICTURES_PER_FILE = 500  # pictures a file: what is drawn again after a kill, at most, by each process
-_CACHE_ERROR = "config.data.source=drawings cannot keep its pictures in {}"
+MIN_SIZE = 16  # pixels; smaller pictures are not recognizable
+_MIN_RENDER_SIZE = 64  # pixels; smaller pictures are drawn at a multiple of their size
+_PICTURES_PER_FILE = 500
+_CACHE_ERROR = "config.data.source=drawings cannot store its pictures in {}"
 _PACKAGES = ("dicebear-core", "dicebear-styles", "resvg-py")
 
-# Of these two attributes of a style, training sees nine in ten of the combinations.
+# Pairs of attributes by style. Training sees only 90 % of the combinations of the two.
 COMPOSITION_PAIRS = {
     "clay": ("colour", "body"),
     "critters": ("colour", "body"),
@@ -61,14 +65,14 @@ class Drawing(NamedTuple):
     """One picture."""
 
     png: bytes
-    words: dict[str, str]  # its attributes, without those that are "none"
+    words: dict[str, str]  # attributes, without those that are "none"
 
 
 def draw(seed: int, number: int, size: int) -> Drawing:
-    """Picture `number`, of size x size pixels.
+    """Draws picture `number` with size x size pixels.
 
     Raises:
-      ConfigError: the packages are of a version that draws other things.
+      ConfigError: The installed packages draw a variant that `attributes` does not know.
     """
     from dicebear import Avatar
 
@@ -78,8 +82,8 @@ def draw(seed: int, number: int, size: int) -> Drawing:
         words = attributes.from_options(name, avatar["options"])
     except KeyError as error:
         raise ConfigError(
-            f"config.data.source=drawings: {', '.join(map(' '.join, _package_versions().items()))} draw {error} in {name}, which has "
-            "no name here: install the versions of requirements.txt."
+            f"config.data.source=drawings: {', '.join(map(' '.join, _package_versions().items()))} draw {error} in {name}, "
+            "which is unknown: install the versions of requirements.txt."
         ) from None
     return Drawing(_render_png(avatar["svg"], size), words)
 
@@ -90,23 +94,24 @@ def _load_style(name: str) -> Any:
     from dicebear.validator import StyleValidator
 
     definition = (importlib.resources.files("dicebear_styles") / f"{name}.json").read_text("utf-8")
-    checker: Any = StyleValidator
-    check, checker.validate = checker.validate, lambda data: None  # what comes with a package; it takes 3 s a process
+    validator: Any = StyleValidator
+    # Validation takes 3 s per process, and the definitions of the package are valid.
+    validate, validator.validate = validator.validate, lambda data: None
     try:
         return Style(json.loads(definition))
     finally:
-        checker.validate = check
+        validator.validate = validate
 
 
 def _render_png(svg: str, size: int) -> bytes:
     import resvg_py
 
-    times = math.ceil(_MIN_RENDER_SIZE / size)
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size * times, height=size * times, skip_system_fonts=True)
+    scale = math.ceil(_MIN_RENDER_SIZE / size)
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size * scale, height=size * scale, skip_system_fonts=True)
     with Image.open(io.BytesIO(png)) as image:
         opaque = image.convert("RGB")  # every style has a background
     out = io.BytesIO()
-    opaque.reduce(times).save(out, "PNG")
+    opaque.reduce(scale).save(out, "PNG")
     return out.getvalue()
 
 
@@ -114,19 +119,19 @@ def _render_png(svg: str, size: int) -> bytes:
 
 
 class _CacheFile(NamedTuple):
-    """What a file of the cache holds: `_FILE` pictures."""
+    """Content of a cache file (npz) of n = `_PICTURES_PER_FILE` pictures."""
 
-    png: np.ndarray  # uint8, the PNGs one after the other
-    ends: np.ndarray  # int64 (n,), where each ends
+    png: np.ndarray  # uint8, the PNG files one after the other
+    ends: np.ndarray  # int64 (n,), end of each PNG file
     attributes: np.ndarray  # int32 (n, A)
 
 
 @functools.cache
 def _package_versions() -> dict[str, str]:
-    """Of the packages.
+    """Returns the versions of the packages that decide the pictures.
 
     Raises:
-      ConfigError: one is not there.
+      ConfigError: A package is not installed.
     """
     try:
         return {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -135,7 +140,7 @@ def _package_versions() -> dict[str, str]:
 
 
 def cache_key(seed: int) -> str:
-    """Hash of all that decides the pictures and their attributes, but for their size."""
+    """Hashes everything that decides the pictures and their attributes, except their size."""
     content = [seed, attributes.TABLE_HASH, _MIN_RENDER_SIZE, _package_versions()]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -145,17 +150,17 @@ def _path(folder: str, first: int) -> str:
 
 
 def _write(folder: str, numbers: range, seed: int, size: int) -> None:
-    drawn = [draw(seed, number, size) for number in numbers]
+    drawings = [draw(seed, number, size) for number in numbers]
     content = _CacheFile(
-        np.frombuffer(b"".join(one.png for one in drawn), np.uint8),
-        np.cumsum([len(one.png) for one in drawn]),
-        np.stack([attributes.to_indices(one.words) for one in drawn]),
+        np.frombuffer(b"".join(drawing.png for drawing in drawings), np.uint8),
+        np.cumsum([len(drawing.png) for drawing in drawings]),
+        np.stack([attributes.to_indices(drawing.words) for drawing in drawings]),
     )
     storage.write(_path(folder, numbers.start), lambda file: np.savez(file, **content._asdict()))
 
 
 def _read(folder: str, first: int) -> _CacheFile | None:
-    """A file of the cache; None where there is none, or a damaged one: zip keeps checksums."""
+    """Reads a cache file; returns None if it does not exist or a checksum (zip) does not match."""
     path = _path(folder, first)
     try:
         with np.load(path) as content:
@@ -163,70 +168,78 @@ def _read(folder: str, first: int) -> _CacheFile | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        logging.warning("%s is damaged (%s), and is drawn again", path, first_line(error))
+        logging.warning("%s is damaged (%s) and is drawn again", path, first_line(error))
         return None
 
 
-@functools.cache  # of each process
+@functools.cache
 def _load_pictures(seed: int, size: int, count: int) -> list[_CacheFile]:
-    """Pictures 0 to `count` - 1, and more to fill the last file; those that are not there are drawn."""
+    """Loads the pictures 0 to `count` - 1 and those that fill the last file.
+
+    Pictures that are not in the cache are drawn.
+    """
     folder = os.path.join(storage.user_cache("drawings"), f"{cache_key(seed)[:16]}-{size}")
     with storage.wrap_errors(_CACHE_ERROR.format(folder)):
         os.makedirs(folder, exist_ok=True)
         with open(os.path.join(folder, "lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be drawing them
-            found = {first: _read(folder, first) for first in range(0, count, _PICTURES_PER_FILE)}
-            missing = [first for first, file in found.items() if file is None]
-            about: dict[str, Any] = {"desc": f"drawing {size} x {size}", "unit": "picture", "disable": not missing}
-            with tqdm(total=_PICTURES_PER_FILE * len(missing), **about) as bar:
+            files = {first: _read(folder, first) for first in range(0, count, _PICTURES_PER_FILE)}
+            missing = [first for first, file in files.items() if file is None]
+            options: dict[str, Any] = {"desc": f"drawing {size} x {size}", "unit": "picture", "disable": not missing}
+            with tqdm(total=_PICTURES_PER_FILE * len(missing), **options) as bar:
                 for first in _draw_files(folder, missing, seed, size):
-                    found[first] = _read(folder, first)
+                    files[first] = _read(folder, first)
                     bar.update(_PICTURES_PER_FILE)
-    whole = [file for file in found.values() if file is not None]
-    if len(whole) < len(found):
-        raise ConfigError(f"{_CACHE_ERROR.format(folder)}: what was written is not what is read. Is the disk sound?")
-    return whole
+    readable = [file for file in files.values() if file is not None]
+    if len(readable) < len(files):
+        raise ConfigError(f"{_CACHE_ERROR.format(folder)}: files are damaged right after writing. Check the disk.")
+    return readable
 
 
 def _draw_files(folder: str, missing: list[int], seed: int, size: int) -> Iterator[int]:
-    """Draws files, in processes if there are several, and yields the first number of each that is there."""
+    """Draws files, in several processes if possible, and yields the first number of each."""
     processes = min(len(missing), os.cpu_count() or 1)
     if processes < 2:
         for first in missing:
             _write(folder, range(first, first + _PICTURES_PER_FILE), seed, size)
             yield first
         return
-    output, theirs = os.pipe()
+    output, child_output = os.pipe()
     command = [sys.executable, "-m", __name__, folder, str(seed), str(size), str(_PICTURES_PER_FILE)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    drawing = [
-        subprocess.Popen([*command, *map(str, missing[i::processes])], stdout=theirs, env=environment)
+    children = [
+        subprocess.Popen([*command, *map(str, missing[i::processes])], stdout=child_output, env=environment)
         for i in range(processes)
     ]
-    os.close(theirs)
+    os.close(child_output)
     try:
         with open(output) as lines:
             for line in map(str.strip, lines):
                 if not line.isdecimal():
                     raise ConfigError(line)
                 yield int(line)
-        for process in drawing:
-            if process.wait():
-                raise ConfigError(f"config.data.source=drawings: a drawing process ended ({process.returncode}).")
+        for child in children:
+            if child.wait():
+                raise ConfigError(
+                    f"config.data.source=drawings: a drawing process failed (status {child.returncode}). Run it again."
+                )
     finally:
-        for process in drawing:
-            process.terminate()
-            process.wait()
+        for child in children:
+            child.terminate()
+            child.wait()
 
 
 def _run_drawing_process(folder: str, seed: int, size: int, count: int, *first: int) -> None:
-    """Draws files and says which are there, or in a line what went wrong; ends with the process that reads it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    """Draws files and prints the first number of each, or an error in one line.
+
+    The process exits when its parent, which reads the lines, is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     try:
         for number in first:
             with storage.wrap_errors(_CACHE_ERROR.format(folder)):
                 _write(folder, range(number, number + count), seed, size)
-            print(f"{number}\n", end="", flush=True)  # in one write: others have the same pipe, which may be unbuffered
+            print(f"{number}\n", end="", flush=True)  # a single write, because processes share the pipe
     except ConfigError as error:
         print(error, flush=True)
     except BrokenPipeError:
@@ -237,17 +250,18 @@ def _run_drawing_process(folder: str, seed: int, size: int, count: int, *first: 
 
 
 class Drawings(Source):
-    """The pictures 0 to count - 1."""
+    """Source `drawings`: the pictures 0 to count - 1, of all splits."""
 
     classes = len(STYLES)
     names = STYLES
     attributes = attributes.ATTRIBUTES
 
     def __init__(self, count: int, size: int, seed: int = 0):
-        """Draws what is not in the cache yet.
+        """Draws the pictures that are not in the cache.
 
         Raises:
-          ConfigError: the packages are missing, pictures of that size would show nothing, or the cache cannot be written.
+          ConfigError: A package is not installed, `size` is below `MIN_SIZE`, or the cache cannot
+            be written.
         """
         if size < MIN_SIZE:
             raise ConfigError(f"config.data.image_size={size} is too small for drawings: at least {MIN_SIZE}.")
@@ -256,7 +270,7 @@ class Drawings(Source):
         self._files()
 
     def _files(self) -> list[_CacheFile]:
-        return _load_pictures(self._seed, self._size, self._count)  # not ours, so that workers get no copies
+        return _load_pictures(self._seed, self._size, self._count)  # not an attribute, which workers would copy
 
     def __len__(self) -> int:
         return self._count
@@ -282,18 +296,18 @@ class Drawings(Source):
     def name(self, index: int) -> str:
         return f"drawing {self._seed}/{index}"
 
-    def parts(self, test_share: float) -> np.ndarray:
-        """The split of each picture, (count,) of indices into `SPLITS`.
+    def split_indices(self, test_share: float) -> np.ndarray:
+        """Returns the split of each picture as indices into `SPLITS`, int (count,).
 
-        A combination of the two attributes in `PAIRS` is held out by its own hash, and every picture of it with it; of the
-        others a picture is held out by the hash of its name.
+        The hash of a combination of the attributes in `COMPOSITION_PAIRS` decides whether all its
+        pictures belong to the split "composition". Other pictures are assigned by the hash of their
+        name.
         """
         rows = np.concatenate([file.attributes for file in self._files()])[: self._count]
-        found = test_mask(
-            np.fromiter(map(hash_fraction, map(self.name, range(self._count))), np.uint64, self._count), test_share
-        )
+        hashes = np.fromiter(map(hash_fraction, map(self.name, range(self._count))), np.uint64, self._count)
+        in_test = test_mask(hashes, test_share)
         composed = [is_composition(STYLES[i % len(STYLES)], attributes.from_indices(row)) for i, row in enumerate(rows)]
-        return np.where(composed, SPLITS.index("composition"), np.where(found, SPLITS.index("test"), 0))
+        return np.where(composed, SPLITS.index("composition"), np.where(in_test, SPLITS.index("test"), 0))
 
 
 def _caption(number: int, row: np.ndarray) -> str:
@@ -302,32 +316,35 @@ def _caption(number: int, row: np.ndarray) -> str:
 
 
 def captioned_attributes(rows: np.ndarray) -> np.ndarray:
-    """Of attributes (n, A) those that the captions name; the others are 0."""
-    found = rows.copy()
+    """Returns a copy of attributes (n, A) in which those that the captions omit are 0."""
+    mentioned = rows.copy()
     names = [name for name, _ in attributes.ATTRIBUTES]
-    for row in found:
+    for row in mentioned:
         row[[names.index(name) for name in captions.unmentioned(attributes.from_indices(row))]] = 0
-    return found
+    return mentioned
 
 
 def is_composition(style: str, words: dict[str, str]) -> bool:
-    """Whether a drawing shows a combination that training never sees. A thing that is not there combines with nothing."""
+    """Returns whether a drawing shows a combination of attributes that training never sees.
+
+    A drawing that lacks one of the two attributes of its style shows no combination.
+    """
     pair = [words.get(name) for name in COMPOSITION_PAIRS[style]]
     return None not in pair and hash_fraction(f"{style}: {', '.join(map(str, pair))}") < COMPOSITION_SHARE * 2.0**64
 
 
 def open_split(split: str, count: int, size: int, test_share: float) -> Source:
-    """The pictures of a split.
+    """Opens the pictures of a split.
 
     Raises:
-      ConfigError: no such split, or it is empty; and as `Drawings`.
+      ConfigError: The split is unknown or empty, or pictures cannot be drawn (see `Drawings`).
     """
     if split not in SPLITS:
         raise ConfigError(f"config.data.split={split!r} is unknown: drawings have {', '.join(SPLITS)}.")
     whole = Drawings(count, size)
     if split == "all":
         return whole
-    numbers = np.flatnonzero(whole.parts(test_share) == SPLITS.index(split))
+    numbers = np.flatnonzero(whole.split_indices(test_share) == SPLITS.index(split))
     if not len(numbers):
         raise ConfigError(
             f"config.data.split={split!r} is empty: config.data.test_share={test_share} of config.data.drawings={count}."

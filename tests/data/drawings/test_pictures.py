@@ -1,4 +1,4 @@
-"""The source `drawings`: the same pictures at every size and on every machine, and what is said of them is true."""
+"""Tests of source `drawings`: pictures, their attributes and captions, splits and the cache."""
 
 import hashlib
 import importlib.metadata
@@ -19,13 +19,13 @@ from madformer_jax.modes import prepare
 from madformer_jax.sampling import prompts
 from tests.data.prepared import prepared
 
-# of dicebear-core 10.7.0, dicebear-styles 10.6.0 and resvg-py 0.5.0
+# SHA-256 with dicebear-core 10.7.0, dicebear-styles 10.6.0 and resvg-py 0.5.0.
 FIRST_HUNDRED = "e445ff91f09f1d8bbdae6413dbb6cf6f150e2aba65ebc8a194b667f00279e2b8"
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache, of 5 pictures a file, which this process draws."""
+    """Uses an empty cache with 5 pictures per file, which this process draws."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(pictures, "_PICTURES_PER_FILE", 5)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
@@ -41,7 +41,7 @@ def make_config(split="train", count=5, size=32):
 
 
 def pixels(number: int, size: int) -> np.ndarray:
-    return preprocess.Preprocessor(size, 3, crop=True).pixels(pictures.draw(0, number, size).png)
+    return preprocess.Preprocessor(size, 3, crop=True).process(pictures.draw(0, number, size).png)
 
 
 def test_the_first_hundred_are_the_same_on_every_machine():
@@ -50,7 +50,7 @@ def test_the_first_hundred_are_the_same_on_every_machine():
 
 
 def test_every_size_shows_the_same_pictures():
-    """Mean absolute difference after averaging the larger one, in 255ths."""
+    """Compares pictures after averaging the larger one. The limit is in units of 1/255."""
     for number in range(10):
         at = {size: pixels(number, size).astype(np.float32) for size in (32, 64, 128, 256)}
         for small, large in itertools.combinations(at, 2):
@@ -68,11 +68,11 @@ def test_all_styles_are_dedicated_to_the_public_domain():
     assert {pictures._load_style(name).meta().license().name() for name in pictures.STYLES} == {"CC0 1.0"}
 
 
-# ---- what is said of them
+# ---- attributes and captions
 
 
 def test_attributes_are_what_dicebear_drew():
-    """Every option whose variants or colours have names is among them, and says what the picture's does."""
+    """Compares the attributes with the options of the picture that have names."""
     from dicebear import Avatar
 
     for number in range(60):
@@ -87,51 +87,51 @@ def test_attributes_are_what_dicebear_drew():
     assert words.keys() <= {name for name, _ in attributes.ATTRIBUTES}
 
 
-def test_every_variant_and_colour_of_the_styles_has_a_name():
+def test_every_variant_and_color_of_the_styles_has_a_name():
     for style, named in attributes.STYLES.items():
-        components, colours = pictures._load_style(style).components(), pictures._load_style(style).colors()
+        components, colors = pictures._load_style(style).components(), pictures._load_style(style).colors()
         for origin in named.values():
             if isinstance(origin, attributes.Words):
                 variants = components[origin.option.removesuffix("Variant")].variants()
                 assert origin.words.keys() == variants.keys()
             else:
                 options = {origin.colour, *origin.others.values()} - {None}
-                assert {option.removesuffix("Color") for option in options} <= colours.keys()
-    for colour, name in {"#ff0000": "red", "#1d4ed8": "blue", "#ffffff": "white", "#3cc0b0": "turquoise"}.items():
-        assert attributes.nearest_color_name(colour) == name
+                assert {option.removesuffix("Color") for option in options} <= colors.keys()
+    for color, name in {"#ff0000": "red", "#1d4ed8": "blue", "#ffffff": "white", "#3cc0b0": "turquoise"}.items():
+        assert attributes.nearest_color_name(color) == name
 
 
-def test_captions_say_all_attributes_and_no_others():
-    """Each value that is not "none" stands in the sentence, but those that nobody sees."""
+def test_captions_mention_all_visible_attributes_and_no_others():
+    """Checks that each value but "none" is in the sentence, except invisible ones."""
     for number in range(100):
         words = pictures.draw(0, number, 16).words
-        found = [captions.caption(pictures.STYLES[number % 5], words, k) for k in range(captions.PHRASINGS)]
-        assert len(set(found)) == captions.PHRASINGS
-        unseen = {"beard", "cheeks"} if number % 5 == 4 else set()
-        unseen |= {"eyes"} if words.get("glasses") == "sunglasses" else set()
-        assert captions.unmentioned(words) == unseen & words.keys()
-        for text, (name, value) in itertools.product(found, words.items()):
-            hidden = name in unseen
-            assert hidden != all(part in text for part in value.split()), (text, name, value)
-        assert "none" not in found[0]
+        texts = [captions.caption(pictures.STYLES[number % 5], words, k) for k in range(captions.PHRASINGS)]
+        assert len(set(texts)) == captions.PHRASINGS
+        invisible = {"beard", "cheeks"} if number % 5 == 4 else set()
+        invisible |= {"eyes"} if words.get("glasses") == "sunglasses" else set()
+        assert captions.unmentioned(words) == invisible & words.keys()
+        for text, (name, value) in itertools.product(texts, words.items()):
+            is_mentioned = all(word in text for word in value.split())
+            assert is_mentioned == (name not in invisible), (text, name, value)
+        assert "none" not in texts[0]
 
 
 def test_a_caption_in_each_phrasing():
     words = {"colour": "purple", "body": "slug", "top": "horns", "eyes": "googly eyes", "mouth": "open mouth"}
     words["background"] = "pale yellow"
     monster = "a purple clay monster shaped like a slug"
-    have = "with horns, googly eyes and an open mouth"
+    details = "with horns, googly eyes and an open mouth"
     assert [captions.caption("clay", words, k) for k in range(3)] == [
-        f"{monster} {have}, on pale yellow",
-        f"on pale yellow, {monster} {have}",
-        f"{monster} on pale yellow, {have}",
+        f"{monster} {details}, on pale yellow",
+        f"on pale yellow, {monster} {details}",
+        f"{monster} on pale yellow, {details}",
     ]
     words = {"colour": "orange", "background": "dark blue"}
     assert captions.caption("planets", words, 2) == "an orange planet in a dark blue sky"
     words |= {"skin": "tan", "outfit": "hoodie", "top": "short hair", "top colour": "brown", "eyes": "soft eyes"}
     words |= {"glasses": "sunglasses", "beard": "goatee", "cheeks": "freckles"}
-    seen = "a blocky person with tan skin in an orange hoodie with short brown hair and sunglasses, on dark blue"
-    assert captions.caption("voxel-art", words, 0) == seen
+    expected = "a blocky person with tan skin in an orange hoodie with short brown hair and sunglasses, on dark blue"
+    assert captions.caption("voxel-art", words, 0) == expected
 
 
 # ---- splits
@@ -143,18 +143,18 @@ def test_splits_are_disjoint_and_combinations_held_out():
     whole = sources.open_source(c)
     numbers, pairs = {}, {}
     for c.data.split in ("train", "test", "composition"):
-        part = sources.open_source(c)
-        numbers[c.data.split] = {int(part.name(i).split("/")[-1]) for i in range(len(part))}
-        found = part.read(np.arange(len(part)))
-        words = [attributes.from_indices(row) for row in found.attributes]
-        names = [part.names[label] for label in found.labels]
+        subset = sources.open_source(c)
+        numbers[c.data.split] = {int(subset.name(i).split("/")[-1]) for i in range(len(subset))}
+        examples = subset.read(np.arange(len(subset)))
+        words = [attributes.from_indices(row) for row in examples.attributes]
+        names = [subset.names[label] for label in examples.labels]
         pairs[c.data.split] = {
             (k, *(w.get(name) for name in pictures.COMPOSITION_PAIRS[k])) for k, w in zip(names, words)
         }
-        for k, w in zip(names, words):  # by nothing but the pair
-            alone = {name: w[name] for name in pictures.COMPOSITION_PAIRS[k] if name in w}
-            assert pictures.is_composition(k, alone) == (c.data.split == "composition")
-        assert part.attributes == whole.attributes == attributes.ATTRIBUTES
+        for k, w in zip(names, words):  # the pair alone decides
+            pair = {name: w[name] for name in pictures.COMPOSITION_PAIRS[k] if name in w}
+            assert pictures.is_composition(k, pair) == (c.data.split == "composition")
+        assert subset.attributes == whole.attributes == attributes.ATTRIBUTES
     assert sorted(itertools.chain(*numbers.values())) == list(range(60)) and all(numbers.values())
     assert not pairs["composition"] & (pairs["train"] | pairs["test"])
     assert len(numbers["test"]) < 25 and len(numbers["composition"]) < 15
@@ -164,59 +164,61 @@ def test_splits_are_disjoint_and_combinations_held_out():
 
 
 def test_more_pictures_leave_the_others_in_their_split():
-    few, many = (pictures.Drawings(n, 16).parts(0.2) for n in (10, 20))
+    few, many = (pictures.Drawings(n, 16).split_indices(0.2) for n in (10, 20))
     np.testing.assert_array_equal(few, many[:10])
 
 
 # ---- the cache
 
 
-@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="pipes that keep writes apart are Linux's")
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="only Linux has pipes that separate writes")
 def test_processes_that_share_a_pipe_write_whole_lines(tmp_path):
-    """One write a line even where Python does not buffer: two processes once mixed theirs."""
-    output, theirs = os.pipe2(os.O_DIRECT)  # what one read gives is one write
+    """Checks that a line is a single write even if Python does not buffer."""
+    output, child_output = os.pipe2(os.O_DIRECT)  # each read returns a single write
     command = [sys.executable, "-m", pictures.__name__, str(tmp_path), "0", "16", "1", "0"]
-    subprocess.run(command, stdout=theirs, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=True)
+    subprocess.run(command, stdout=child_output, env=os.environ | {"PYTHONUNBUFFERED": "1"}, check=True)
     assert os.read(output, 100) == b"0\n"
     os.close(output)
-    os.close(theirs)
+    os.close(child_output)
 
 
 def test_pictures_are_read_as_they_are_drawn():
     source = sources.open_source(make_config("all", count=8))
-    found = pickle.loads(pickle.dumps(source)).read(np.array([7, 2, 5]))
+    examples = pickle.loads(pickle.dumps(source)).read(np.array([7, 2, 5]))
     table = preprocess.Preprocessor(32, 3, crop=True)
-    np.testing.assert_array_equal(table.batch(found.arrays["image"]), [pixels(number, 32) for number in (7, 2, 5)])
-    assert found.labels.tolist() == [2, 2, 0] and len(source) == 8 and source.names == pictures.STYLES
+    np.testing.assert_array_equal(
+        table.process_batch(examples.arrays["image"]), [pixels(number, 32) for number in (7, 2, 5)]
+    )
+    assert examples.labels.tolist() == [2, 2, 0] and len(source) == 8 and source.names == pictures.STYLES
     words = [pictures.draw(0, number, 16).words for number in (7, 2, 5)]
-    assert [attributes.from_indices(row) for row in found.attributes] == words
-    assert found.captions == [captions.caption(pictures.STYLES[k % 5], w, k // 5) for k, w in zip((7, 2, 5), words)]
+    assert [attributes.from_indices(row) for row in examples.attributes] == words
+    assert examples.captions == [captions.caption(pictures.STYLES[k % 5], w, k // 5) for k, w in zip((7, 2, 5), words)]
 
 
 def test_several_processes_draw_what_is_missing_and_damaged(cache, caplog, monkeypatch):
     wanted = pictures.Drawings(20, 16).read(np.arange(20))
     files = sorted(cache.glob("*/*.npz"))
-    kept = [files[k].stat().st_ino for k in (0, 3)]
+    undamaged = [files[k].stat().st_ino for k in (0, 3)]
     with open(files[1], "r+b") as file:
         file.seek(500)
         file.write(b"damage")
     os.truncate(files[2], 100)
     pictures._load_pictures.cache_clear()
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    found = pictures.Drawings(20, 16).read(np.arange(20))
-    assert found.arrays == wanted.arrays and found.captions == wanted.captions
+    examples = pictures.Drawings(20, 16).read(np.arange(20))
+    assert examples.arrays == wanted.arrays and examples.captions == wanted.captions
     assert caplog.text.count("is damaged") == 2
-    assert sorted(cache.glob("*/*")) == sorted([*files, files[0].with_name("lock")])  # no half file
-    assert [files[k].stat().st_ino for k in (0, 3)] == kept
+    assert sorted(cache.glob("*/*")) == sorted([*files, files[0].with_name("lock")])  # no temporary file
+    assert [files[k].stat().st_ino for k in (0, 3)] == undamaged
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_cache_that_cannot_be_written_is_told_in_a_line(cache, processes, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_an_error_in_one_line(cache, processes, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: processes)
     folder = cache / f"{pictures.cache_key(0)[:16]}-16"
     (folder / "00000000.npz" / "in its way").mkdir(parents=True)
     with pytest.raises(
-        ConfigError, match="cannot keep its pictures in .*: (Is a directory|Directory not empty)"
+        ConfigError, match="cannot store its pictures in .*: (Is a directory|Directory not empty)"
     ) as caught:
         pictures.Drawings(10, 16)
     assert "\n" not in str(caught.value)
@@ -230,10 +232,10 @@ def test_prepared_drawings_keep_attributes_and_captions(tmp_path):
     c.model.blocks = c.model.unet_stride = 1
     c.prepare.shard, c.prepare.flip = 3, True
     prepare.run(c, str(tmp_path / "out"))
-    found, drawn = sources.open_source(prepared(c, str(tmp_path / "out"))), sources.open_source(c)
-    assert found.attributes == drawn.attributes and found.names == drawn.names
+    source, original = sources.open_source(prepared(c, str(tmp_path / "out"))), sources.open_source(c)
+    assert source.attributes == original.attributes and source.names == original.names
     numbers = np.arange(5).repeat(2)
-    records, wanted = found.read(np.arange(10)), drawn.read(numbers)
+    records, wanted = source.read(np.arange(10)), original.read(numbers)
     np.testing.assert_array_equal(records.attributes, wanted.attributes)
     assert records.captions == wanted.captions and records.labels.tolist() == numbers.tolist()
     np.testing.assert_array_equal(records.arrays["image"][4], pixels(2, 16))
@@ -242,7 +244,7 @@ def test_prepared_drawings_keep_attributes_and_captions(tmp_path):
 # ---- errors
 
 
-def test_wrong_use_is_told_in_a_line(monkeypatch):
+def test_wrong_settings_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="split='tset' is unknown: drawings have train, test, composition, all"):
         sources.open_source(make_config("tset"))
     with pytest.raises(ConfigError, match="image_size=8 is too small for drawings: at least 16"):
@@ -250,7 +252,7 @@ def test_wrong_use_is_told_in_a_line(monkeypatch):
     with pytest.raises(ConfigError, match="split='composition' is empty"):
         sources.open_source(make_config("composition", count=1))
     monkeypatch.setitem(attributes.STYLES["clay"], "body", attributes.Words("bodyVariant", {}))
-    with pytest.raises(ConfigError, match="draw 'squat' in clay, which has no name here: install"):
+    with pytest.raises(ConfigError, match="draw 'squat' in clay, which is unknown: install"):
         pictures.draw(0, 0, 16)
 
 
@@ -264,16 +266,16 @@ def test_a_missing_package_is_named(monkeypatch):
         sources.open_source(make_config())
 
 
-def test_prompts_from_the_data_ask_for_the_attributes_that_their_captions_name():
+def test_prompts_from_the_data_request_the_attributes_of_their_captions():
     c = make_config("all", count=10)
     c.text.tokenizer, c.text.vocabulary, c.text.length = "drawings", 835, 44
     c.sample.prompts, c.sample.n = "data:all", 13
     source = sources.open_source(c)
-    found = source.read(np.arange(10))
-    again = np.arange(13) % 10
-    assert prompts.load(c) == [found.captions[i] for i in again]
+    examples = source.read(np.arange(10))
+    numbers = np.arange(13) % 10
+    assert prompts.load(c) == [examples.captions[i] for i in numbers]
     np.testing.assert_array_equal(
-        prompts.requested_attributes(c), pictures.captioned_attributes(found.attributes)[again]
+        prompts.requested_attributes(c), pictures.captioned_attributes(examples.attributes)[numbers]
     )
     c.text.caption = "class"
     assert prompts.requested_attributes(c) is None
@@ -281,8 +283,8 @@ def test_prompts_from_the_data_ask_for_the_attributes_that_their_captions_name()
     assert prompts.requested_attributes(c) is None
 
 
-def test_nobody_asks_for_eyes_behind_sunglasses():
-    given = {"eyes": "round eyes", "glasses": "sunglasses", "colour": "red"}
-    rows = np.stack([attributes.to_indices(given), attributes.to_indices(given | {"glasses": "visor"})])
-    hidden, seen = (attributes.from_indices(row) for row in pictures.captioned_attributes(rows))
-    assert hidden == {"glasses": "sunglasses", "colour": "red"} and seen == given | {"glasses": "visor"}
+def test_eyes_behind_sunglasses_are_not_requested():
+    words = {"eyes": "round eyes", "glasses": "sunglasses", "colour": "red"}
+    rows = np.stack([attributes.to_indices(words), attributes.to_indices(words | {"glasses": "visor"})])
+    sunglasses, visor = (attributes.from_indices(row) for row in pictures.captioned_attributes(rows))
+    assert sunglasses == {"glasses": "sunglasses", "colour": "red"} and visor == words | {"glasses": "visor"}
