@@ -6,7 +6,7 @@ from madformer_jax.reports.results import Budget, Point, ProtocolGroup, Score
 
 
 def part_of(curves, cost="solver_steps"):
-    """A part of D = 1, 2, ... from {D: {seed: {steps: score}}}, whose passes are D times the steps."""
+    """A group of D = 1, 2, ... from {D: {seed: {steps: score}}}, whose passes are D times the steps."""
     points = [
         Point(
             (d,), seed, Budget("steps", steps), f"{d}-{seed}", 0,
@@ -32,9 +32,9 @@ def test_a_crossing_beyond_the_intervals_is_shown():
     (found,) = comparisons.find_crossings(part_of({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
     assert (found.verdict, found.clear) == ("shown", (3, 3))
     assert (found.before.cost, found.after.cost) == (8, 32)
-    assert found.at == pytest.approx(16)  # where the logarithm is half way
-    assert found.before.by.mean == pytest.approx(0.5)  # by which the first is better
-    assert found.before.by.high - found.before.by.mean == pytest.approx(4.302653 * 0.01 / 3**0.5)
+    assert found.equal_cost == pytest.approx(16)  # where the logarithm is half way
+    assert found.before.improvement.mean == pytest.approx(0.5)  # by which the first is better
+    assert found.before.improvement.high - found.before.improvement.mean == pytest.approx(4.302653 * 0.01 / 3**0.5)
 
 
 def test_pairing_by_seed_makes_the_interval_that_of_the_differences():
@@ -60,17 +60,17 @@ def test_one_seed_is_never_clear():
 
 def test_curves_that_keep_their_order():
     (found,) = comparisons.find_crossings(part_of({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", "solver_steps")
-    assert (found.verdict, found.at) == ("none", None)
+    assert (found.verdict, found.equal_cost) == ("none", None)
 
 
 def test_costs_that_differ_are_compared_where_both_curves_have_a_value():
     """A crossing at equal steps is none at equal passes: the second setting's steps cost twice as many."""
-    part = part_of({1: SMALL, 2: large(-1, -0.5, 0.5)})
-    one, two = (comparisons.seed_curves(part, (d,), "KID", "passes") for d in (1, 2))
+    group = part_of({1: SMALL, 2: large(-1, -0.5, 0.5)})
+    one, two = (comparisons.seed_curves(group, (d,), "KID", "passes") for d in (1, 2))
     assert [d.cost for d in comparisons.paired_differences(one, two, -1)] == [4, 8, 16, 32]
-    (found,) = comparisons.find_crossings(part, "KID", "passes")
+    (found,) = comparisons.find_crossings(group, "KID", "passes")
     assert (found.verdict, found.after.cost) == ("none", 32)
-    assert found.after.by.mean == pytest.approx(0.5)  # 3.5, half way between the second's points, against 3
+    assert found.after.improvement.mean == pytest.approx(0.5)  # 3.5, half way between the second's points, against 3
 
 
 def test_more_is_better_for_shares():

@@ -44,10 +44,10 @@ def test_the_page_holds_everything_and_fetches_nothing(folder):
     for run in (folder / "runs").iterdir():
         assert run.name in page
     for text in (
-        "solver steps an image",
-        "full-model passes an image",
-        "GFLOPs an image",
-        "seconds an image",
+        "solver steps per image",
+        "full-model passes per image",
+        "GFLOPs per image",
+        "seconds per image",
         "reference",
     ):
         assert text in page, text

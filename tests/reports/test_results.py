@@ -32,32 +32,32 @@ def test_axes_are_what_varies_and_what_changes_with_it_follows(tmp_path):
         for d in (1, 2) for b in (1, 4) for s in (0, 1)
     }  # fmt: skip
     made_up.write(tmp_path, depths=(1, 2), blocks=(1, 4), seeds=(0, 1), steps=(2, 4), extra=extra)
-    (part,) = results.load_results(str(tmp_path)).parts
-    depth, blocks = part.axes
-    assert (depth.field, depth.label, depth.values, depth.follows) == (
+    (group,) = results.load_results(str(tmp_path)).groups
+    depth, blocks = group.axes
+    assert (depth.field, depth.label, depth.values, depth.dependent_fields) == (
         "model.diffusion_depth",
         "D",
         (1, 2),
         ("model.width",),
     )
-    assert (blocks.label, blocks.follows) == ("L", ("train.steps",))
-    assert [point.seed for point in part.at((2, 4), part.budgets[0])] == [0, 1]
+    assert (blocks.label, blocks.dependent_fields) == ("L", ("train.steps",))
+    assert [point.seed for point in group.points_at((2, 4), group.budgets[0])] == [0, 1]
 
 
 def test_a_setting_of_sampling_is_an_axis_too(tmp_path):
     sampled = ({}, {"sample.spacing": "leading"})
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2, 4), sampled=sampled)
-    (part,) = results.load_results(str(tmp_path)).parts
-    assert [axis.label for axis in part.axes] == ["D", "spacing"]
-    assert part.settings == [(1, "leading"), (1, "trailing"), (2, "leading"), (2, "trailing")]
-    assert "spacing" not in part.protocol["images"]
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert [axis.label for axis in group.axes] == ["D", "spacing"]
+    assert group.settings == [(1, "leading"), (1, "trailing"), (2, "leading"), (2, "trailing")]
+    assert "spacing" not in group.protocol["images"]
 
 
 def test_settings_of_sampling_may_vary_together(tmp_path):
     sampled = [{"sample.solver": a, "sample.spacing": b} for a, b in (("ddim", "trailing"), ("dpmpp_2m", "leading"))]
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), sampled=sampled)
-    (part,) = results.load_results(str(tmp_path)).parts
-    assert [(axis.field, axis.follows) for axis in part.axes[1:]] == [("sample.solver", ("sample.spacing",))]
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert [(axis.field, axis.dependent_fields) for axis in group.axes[1:]] == [("sample.solver", ("sample.spacing",))]
 
 
 def test_prompts_are_an_axis_with_all_that_follows_from_them(tmp_path):
@@ -73,14 +73,14 @@ def test_prompts_are_an_axis_with_all_that_follows_from_them(tmp_path):
                 "tokens": images["prompts"],
             }
         path.write_text(json.dumps(run))
-    (part,) = results.load_results(str(tmp_path)).parts
-    assert [axis.label for axis in part.axes] == ["D", "prompts"]
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert [axis.label for axis in group.axes] == ["D", "prompts"]
 
 
 def test_seconds_of_one_seed_are_those_of_all(tmp_path):
     made_up.write(tmp_path, depths=(2,), seeds=(0, 1), steps=(4,))
-    (part,) = results.load_results(str(tmp_path)).parts
-    assert [point.cost["seconds"] for point in part.points] == pytest.approx([0.002 + 4 * 0.003] * 2)
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert [point.cost["seconds"] for point in group.points] == pytest.approx([0.002 + 4 * 0.003] * 2)
 
 
 def test_what_is_missing_is_told(tmp_path):
@@ -89,7 +89,7 @@ def test_what_is_missing_is_told(tmp_path):
     (tmp_path / "runs" / "begun").mkdir()
     found = results.load_results(str(tmp_path))
     assert [run["name"] for run in found.missing] == ["later"]
-    assert found.parts[0].axes[0].values == (1,)  # an axis, although one value alone is there
+    assert found.groups[0].axes[0].values == (1,)  # an axis, although one value alone is there
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_other_pictures_are_a_part_of_their_own(tmp_path):
     small = {"data.image_size": 16, "protocol": {"reference": "s" * 12, "image": {"size": 16}}}
     made_up.write(tmp_path, depths=(1, 2), seeds=(0, 1), steps=(2,), extra={"d1l4s1": small, "d2l4s1": small})
     found = results.load_results(str(tmp_path))
-    assert [part.name for part in found.parts] == ["image size = 16", "image size = 256"]
-    assert [axis.label for axis in found.parts[0].axes] == ["D"]
+    assert [group.name for group in found.groups] == ["image size = 16", "image size = 256"]
+    assert [axis.label for axis in found.groups[0].axes] == ["D"]
 
 
 def test_runs_that_differ_in_what_is_not_swept_are_refused(tmp_path):
@@ -150,5 +150,5 @@ def test_only_a_switch_is_named_as_one(field, base, other, label):
     axes = (Axis("model.width", (16, 24)), Axis(field, (base, other)))
     settings = [(16, base), (16, base), (24, base), (16, other)]  # a base and its ablations, no grid
     points = [results.Point(s, 0, results.Budget("steps", 1), "run", 0, {}, {}) for s in settings]
-    part = results.ProtocolGroup("", axes, tuple(points), {})
-    assert part.label((16, other)) == label
+    group = results.ProtocolGroup("", axes, tuple(points), {})
+    assert group.label((16, other)) == label

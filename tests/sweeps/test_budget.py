@@ -74,11 +74,11 @@ def test_a_codec_is_no_part_of_a_training_s_flops(c):
     [
         ("nfe", 0.2, "0.2 nfe are out of reach: the nearest is 1, with 1 steps"),
         ("passes", 0.2, "0.2 passes are out of reach: the nearest is 1.75, with 1 steps"),
-        ("hours", 1, "'hours' is no kind"),
+        ("hours", 1, "'hours' is not a kind"),
     ],
 )
 def test_a_budget_out_of_reach_is_told(c, kind, amount, message):
     with pytest.raises(ConfigError, match=message):
         budget.solver_steps(c, kind, amount)
-    with pytest.raises(ConfigError, match="is no kind: one of steps, images, flops"):
+    with pytest.raises(ConfigError, match="is not a kind: use one of steps, images, flops"):
         budget.train_steps(c, "passes", 1)

@@ -252,7 +252,7 @@ def test_a_reader_of_attributes_is_made_for_the_runs_with_captions_and_found_by_
     runs = [{"text.caption": caption, "sample.prompts": prompts} for caption, prompts in captions]
     made, found = [], []
     monkeypatch.setattr(
-        mode.reference, "make_reader", lambda c, path: made.append(path) or storage.write_text(path, "")
+        mode.reference, "make_attribute_classifier", lambda c, path: made.append(path) or storage.write_text(path, "")
     )
 
     def evaluated(c, folder):
@@ -271,7 +271,7 @@ def test_an_array_s_process_starts_at_its_own_run(c, stage, tmp_path, monkeypatc
 
 
 def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mode.listing.flops, "peak", lambda dtype: 1e9)
+    monkeypatch.setattr(mode.listing.flops, "peak_rate", lambda dtype: 1e9)
     mode.run(c, str(tmp_path / "none"), file=File(TWO), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[1:3]] == ["open", "open"]
@@ -299,10 +299,10 @@ def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatc
         (TWO._replace(runs=[{"model.width": "x"}]), "must be of type int"),
         (TWO._replace(runs=[{"model.width": 16}, {"seed": 0}]), "the same run twice"),
         (TWO._replace(runs=[{"model.width": 15}]), "config.model.width=15"),
-        (TWO._replace(train_budget=("hours", 1)), "'hours' is no kind"),
+        (TWO._replace(train_budget=("hours", 1)), "'hours' is not a kind"),
         (TWO._replace(sample_budgets={}), "no evaluations"),
         (TWO._replace(sample_budgets={"steps": (4000,)}), "out of reach"),
-        (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is none of a sampling's settings"),
+        (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is not a setting of sampling"),
         (TWO._replace(evaluations=[{"sample.spacing": "trialing"}]), "config.sample.spacing='trialing' is unknown"),
         (
             TWO._replace(runs=[{"model.classes": 0}]),
