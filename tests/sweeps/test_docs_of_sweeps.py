@@ -1,4 +1,4 @@
-"""docs/testbed.md: what it says about adding a switch is done as it stands there."""
+"""The example in docs/testbed.md that adds a switch and a sweep works when applied literally."""
 
 import os
 import pathlib
