@@ -259,7 +259,7 @@ def test_a_vae_that_no_model_can_use_is_refused_before_anything_is_written(confi
 def test_a_runs_folder_is_refused(config, out, name):
     os.makedirs(os.path.join(out, name))
     with pytest.raises(
-        ConfigError, match=f"holds a run .{name.split('/')[0]}.: give --mode=prepare a folder of its own"
+        ConfigError, match=f"holds a run .{name.split('/')[0]}.: use a separate folder for --mode=prepare"
     ):
         prepare.run(config, out)
 
