@@ -1,6 +1,6 @@
 """Base configs of the sweeps in this folder. This file is not a sweep.
 
-digits, drawings        take minutes a run on two CPU cores, with fewer steps and images than configs/NAME.py
+digits, drawings        take minutes a run on two CPU cores: fewer steps and images than configs/NAME.py
 ffhq1024, imagenet256   have the steps and images of configs/NAME.py, as in the paper (docs/testbed.md)
 """
 

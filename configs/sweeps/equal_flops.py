@@ -2,8 +2,8 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/equal_flops.py:digits --workdir=runs/equal_flops_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. The training budget is that of the base config. D does
-not change the FLOPs of a training step, so that all runs of a width train for the same number of steps.
+Variants: digits, drawings, ffhq1024, imagenet256. The training budget is that of the base config. D
+does not change the FLOPs of a training step, so that all runs of a width train for the same number of steps.
 size.py is the same sweep with equal steps for all widths. Sampling budgets are full-model passes for
 each guidance branch; they count every layer that runs (`flops.model_passes`).
 """

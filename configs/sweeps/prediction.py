@@ -1,4 +1,4 @@
-"""The prediction type: noise, v or clean latent, each with the loss of its own output and with that of v.
+"""The prediction type: noise, v or clean latent, with the loss of each output or that of v.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/prediction.py:digits --workdir=runs/prediction_digits
 

@@ -2,9 +2,9 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/size.py:digits --workdir=runs/size_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. The head size, the ratio of the MLP and the U-Net stay
-the same. Sampling budgets are full-model passes for each guidance branch; they count every layer that
-runs (`flops.model_passes`).
+Variants: digits, drawings, ffhq1024, imagenet256. The head size, the ratio of the MLP and the
+U-Net stay the same. Sampling budgets are full-model passes for each guidance branch; they count every
+layer that runs (`flops.model_passes`).
 """
 
 from typing import Any

@@ -111,7 +111,10 @@ def training_step(c: ConfigDict) -> Figures:
 
 
 def sampling(c: ConfigDict) -> Figures:
-    """Measures sampling one batch of latents: `sample.batch`, rounded up to a multiple of the devices."""
+    """Measures sampling a batch of latents.
+
+    Its size is `sample.batch`, rounded up to a multiple of the devices.
+    """
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, batch = madformer.build(c), generation.batch_size(c, mesh, c.sample.batch)
     init = functools.partial(madformer.init, model)
@@ -155,7 +158,10 @@ _BATCHES_READ_AHEAD, _BATCHES_TIMED = 10, 50
 
 
 def _compile(function: Any, *args: Any) -> tuple[Any, float]:
-    """Returns the compiled program and the seconds of compilation, near 0 if the compilation cache has it."""
+    """Returns the compiled program and the seconds of compilation.
+
+    They are near 0 if the compilation cache has the program.
+    """
     began = time.perf_counter()
     program = function.lower(*args).compile()
     return program, time.perf_counter() - began

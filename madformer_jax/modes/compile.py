@@ -5,8 +5,8 @@
 Compiles the training step and the sampler ahead of time; nothing is run and no array is made. libtpu
 (the extra `aot`) compiles for any TPU topology that it knows. JAX's CUDA plugin compiles for h100 or
 h100:8 without autotuning, which needs the device; for GPUs the report has memory only. The limit is the
-compiler's own. Exit status 1 means that a program does not fit. `cost.tpu_time` estimates the time. With
-a workdir, all figures also go to its compile.json.
+compiler's own. Exit status 1 means that a program does not fit. `cost.tpu_time` estimates the time.
+With a workdir, all figures also go to its compile.json.
 """
 
 import contextlib
@@ -182,7 +182,10 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, 
 
 
 def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
-    """Returns the function that estimates a program's time, or None if `compile.time` is off or it cannot."""
+    """Returns a function that estimates a program's time.
+
+    Returns None if `compile.time` is off or the clock rate of the device is unknown.
+    """
     device = mesh.devices.flat[0]
     if not c.compile.time:
         return None
@@ -196,7 +199,10 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
 
 
 def _abstract_codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
-    """Returns the codec with abstract weights; a VAE has the shapes of Stable Diffusion's, not of `codec.path`."""
+    """Returns the codec with abstract weights.
+
+    A VAE has the shapes of Stable Diffusion's VAE, regardless of `codec.path`.
+    """
     if c.codec.name != "vae":
         return codec.build(c)
     network = vae.AutoencoderKL(dtype=jnp.dtype(c.codec.dtype))
@@ -236,8 +242,8 @@ def _compile_program(
 ) -> ProgramReport:
     """Compiles a function and reports on the program.
 
-    If no time is estimated, a TPU program is first compiled at level O1, which is faster. It is compiled
-    again as in a run if it comes close to the limit.
+    If no time is estimated, a TPU program is first compiled at level O1, which is faster. If it comes
+    close to the limit, it is compiled again as in a run.
     """
     began = time.perf_counter()
     lowered = function.lower(*args)
@@ -274,7 +280,7 @@ def _compile_program(
     )
 
 
-# XLA's level O1 compiles in a third of the time. Its estimate of time is useless: the same matrix products
+# XLA's level O1 compiles in a third of the time. It is good for memory only: the same matrix products
 # take up to four times the cycles. A run compiles at O2, which keeps gathered parameters of more layers
 # in memory (FFHQ-1024 on v5e:4x4: 8.1 GiB instead of 6.5). So O1 only decides well below the limit.
 _QUICK_OPTIONS = {"optimization_level": 19}

@@ -35,7 +35,7 @@ PLAN_FILE = "plan.json"
 
 
 class Decoded(NamedTuple):
-    """A decoded image of the source; `pixels` is None if the image is corrupt, for the given `reason`."""
+    """A decoded image of the source. If it is corrupt, `pixels` is None and `reason` says why."""
 
     name: str
     pixels: np.ndarray | None
@@ -66,8 +66,8 @@ def run(
       Figures of this process: shards, made (shards that did not exist before), records, skipped, bytes.
 
     Raises:
-      ConfigError: The source does not open, or too many images are corrupt. Or the folder holds a run or
-        shards that were made in another way, or it cannot be written.
+      ConfigError: The source does not open, or too many images are corrupt. Or the folder holds a run
+        or shards that were made in another way, or it cannot be written.
     """
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count

@@ -63,7 +63,8 @@ def run(
       The names of the runs under "runs", or the name of the run that was asked to stop under "stopped".
 
     Raises:
-      ConfigError: The sweep is wrong, and nothing was done. Or some runs failed, and all others are done.
+      ConfigError: The sweep is wrong, and nothing was done. Or some runs failed, and all others are
+        done.
     """
     definition = sweep_file.load_sweep(file)
     name = os.path.splitext(os.path.basename(str(file.module.__file__)))[0]
@@ -154,7 +155,11 @@ def _free_memory() -> None:
 
 
 def _do_run(job: Job, run: Run) -> bool:
-    """Trains and evaluates a run and writes its result; returns False if the training was asked to stop."""
+    """Trains and evaluates a run and writes its result.
+
+    Returns:
+      False if the training was asked to stop.
+    """
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
     if not _is_trained(run.config, folder):
@@ -245,7 +250,7 @@ def _run_result(
 
 
 def _phase_seconds(lines: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the content of a run's seconds.json: seconds of the training, and of an image in each evaluation."""
+    """Returns seconds.json of a run: seconds of the training, and of an image in each evaluation."""
     return {
         "training": sweep_folder.training_seconds(lines),
         "evaluations": [result["cost"]["seconds"] for result in results],
@@ -253,7 +258,10 @@ def _phase_seconds(lines: Sequence[dict[str, Any]], results: Sequence[dict[str, 
 
 
 def _remove_checkpoints(c: ConfigDict, folder: str) -> None:
-    """Removes the checkpoints that no evaluation needs; a later command may add budgets to the others."""
+    """Removes the checkpoints that no evaluation needs.
+
+    The others stay, since a later command may add budgets.
+    """
     with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
         steps = checkpoints.steps
     for step in set(steps) - set(sampling_grid.select_checkpoints(c.evaluate.checkpoints, steps)):

@@ -150,7 +150,7 @@ def _drop_frames(recording: Recording, stride: int) -> Recording:
 
 
 def _change_boxes(images: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (top, left, height, width) of the rectangle that changes at each frame, in any of the images.
+    """Yields (top, left, height, width) of the rectangle that changes at each frame.
 
     Args:
       images: uint8 `(F, n, h, w, c)`. The first frame changes as a whole.

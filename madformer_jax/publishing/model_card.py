@@ -72,7 +72,10 @@ def _usage_example(c: ConfigDict, names: Sequence[str]) -> str:
 
 
 def _score_table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """Returns a table with a row for each evaluation. The JSON of --mode=evaluate has the full protocol."""
+    """Returns a table with a row for each evaluation.
+
+    The JSON files of --mode=evaluate have the full protocols.
+    """
     scores = list(dict.fromkeys(name for result in evaluations for name in result["scores"]))
     settings = [result["protocol"]["images"] | {"n": result["protocol"]["n"]} for result in evaluations]
     shown = [*_SETTING_COLUMNS, *(["labels"] if any(x.get("labels") for x in settings) else [])]

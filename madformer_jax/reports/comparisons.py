@@ -22,7 +22,7 @@ class PairedDifference(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 if the first setting is better, -1 if the second is, 0 if the interval includes 0 or does not exist."""
+        """1 if the first setting is clearly better, -1 if the second is, 0 if neither is clear."""
         low, high = self.improvement.low, self.improvement.high
         return 0 if low is None or high is None else (low > 0) - (high < 0)
 

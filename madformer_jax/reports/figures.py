@@ -176,7 +176,7 @@ def heat_map(group: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget
 
 
 def _panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
-    """Splits the settings into panels: one for each combination of values of the axes other than `axis`.
+    """Splits the settings into panels, one for each combination of values of the other axes.
 
     Yields:
       The suffix of the file name, the suffix of the title, and (label, setting) pairs.
@@ -228,7 +228,7 @@ def _plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, 
 
 
 def _label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
-    """Places the labels at the right edge, in the order of the ends of the lines and without overlap."""
+    """Places the labels at the right edge without overlap, in the order of the lines."""
     axes.get_ylim()  # makes matplotlib compute the final limits
     to_axes = axes.transData + axes.transAxes.inverted()
     placed = sorted((float(to_axes.transform((x, y))[1]), i) for i, (_, x, y, _) in enumerate(ends))

@@ -12,7 +12,9 @@ Cell = str | Estimate
 
 
 class Table(NamedTuple):
-    """A table of a report. The first line of a text cell matters most; the page prints the others small.
+    """A table of a report.
+
+    The page prints the first line of a text cell in full size and the others small.
 
     Attributes:
       title: The heading.
@@ -34,7 +36,7 @@ class Table(NamedTuple):
 
 
 def format_number(x: float) -> str:
-    """Formats a number with four significant digits, and with an exponent only if it is very small or large."""
+    """Formats a number with four significant digits; only extreme values get an exponent."""
     if not math.isfinite(x):
         return str(x)
     if x == int(x) and abs(x) < 1e6:

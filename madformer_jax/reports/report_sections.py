@@ -1,7 +1,7 @@
 """The sections of a report, in order, shared by the page and the Markdown file.
 
-`modes.report` calls `build_sections`; `html.render` and `to_markdown` write the sections. To add a table
-or figure, add it to `_main_sections` (always visible) or `_detail_sections`.
+`modes.report` calls `build_sections`; `html.render` and `to_markdown` write the sections. To add a
+table or figure, add it to `_main_sections` (always visible) or `_detail_sections`.
 """
 
 import itertools

@@ -40,7 +40,10 @@ def load_strips(results: Results, group: ProtocolGroup) -> list[tuple[Budget, li
 
 
 def _sampling_key(run: Mapping[str, Any], index: int) -> tuple[Any, ...]:
-    """Returns the settings that decide the images of an evaluation; two budgets may lead to the same."""
+    """Returns the settings that decide the images of an evaluation.
+
+    Budgets of two kinds may lead to equal settings.
+    """
     evaluation = run["evaluations"][index]
     return overrides_key(evaluation["overrides"]), evaluation["cost"]["solver_steps"]
 

@@ -208,7 +208,7 @@ def _command_flags(fields: dict[str, Any]) -> str:
 
 
 def crossing_table(group: ProtocolGroup, score: str, cost: str) -> Table | None:
-    """Returns which setting of each pair is better at which cost; None if no settings are comparable."""
+    """Returns which setting of each pair is better at which cost; None without comparable pairs."""
     crossings = find_crossings(group, score, cost)
     if not crossings:
         return None

@@ -3,12 +3,12 @@
 `modes.sweep` writes these files. `listing` and the reports read them.
 
 sweep.json               the plan: question, budgets, and the name and overrides of every run
-judges/HASH/             classifier, reference and attribute classifier of a data set, shared by all runs on it
-claims/NAME/lock.json    the process that works on a run, a judge or a timing, with its heartbeat
+judges/HASH/             classifiers and reference of a data set, shared by all runs on it
+claims/NAME/lock.json    the process that works on a run, judge or timing, with its heartbeat
 runs/NAME/               workdir of a training and of its evaluations, and:
           result.json    the result of a finished run; interruptions do not change its bytes
-          grid.png       samples, a row for each evaluation in `grid_rows` of the result (first seed only)
-          seconds.json   seconds that training and evaluations took, with whatever else the machine did
+          grid.png       samples of the first seed, a row for each of the result's `grid_rows`
+          seconds.json   seconds of training and evaluations on a possibly busy machine
           timing.json    seconds of sampling an image, measured by --measure on an idle machine
 """
 

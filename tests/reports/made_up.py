@@ -1,4 +1,4 @@
-"""Writes a made-up folder of a sweep: curves of different D cross, and all settings have the same seeds."""
+"""Writes a made-up folder of a sweep, in which curves of different D cross."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""--mode=sweep: claims, resumption and results of runs. Trainings and evaluations are cheap stand-ins."""
+"""--mode=sweep: claims, resumption and results of runs, with stand-ins for the slow modes."""
 
 import json
 import os
@@ -132,7 +132,7 @@ def test_a_killed_sweep_resumes_to_the_same_results(c, stage, tmp_path):
 
 
 def test_two_processes_share_a_folder(c, stage, tmp_path, monkeypatch):
-    """While one process trains the first run, the other completes the second and then waits for the first."""
+    """While one process trains the first run, the other completes the second and then waits."""
 
     class WaitError(Exception):
         pass
