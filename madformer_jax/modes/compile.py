@@ -361,7 +361,8 @@ def format_report(name: str, p: ProgramReport, devices: int) -> str:
         for kind in hlo.COLLECTIVES:
             collectives = [x for x in p.collectives if x.kind == kind]
             if collectives:
-                loops, calls = sum(x.loop for x in collectives), sum(x.times for x in collectives)
+                loops = sum(x.loop for x in collectives)
+                calls = sum(x.times for x in collectives)
                 moved = sum(x.moved for x in collectives) / GIB
                 lines.append(
                     f"  {kind:<24}{moved:9.3f} GiB per device; {calls:.0f} calls of {len(collectives)} instructions, "

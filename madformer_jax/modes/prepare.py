@@ -2,8 +2,8 @@
 
     python -m madformer_jax.main --config=... --mode=prepare --workdir=DIR --config.prepare.kind=latents
 
-Shard k holds the images [k * n, (k + 1) * n) of the source, in order, without those that do not decode.
-A shard is first written to a temporary file and then renamed. A JSON file next to it marks it as
+Shard k holds the images [k * n, (k + 1) * n) of the source, in order, without corrupt images. A shard
+is first written to a temporary file, so that it appears as a whole. A JSON file next to it marks it as
 finished. After a kill, the same command makes only the unfinished shards. Process p of n makes the
 shards p, p + n, p + 2 n and so on. The last process writes manifest.json, without which no training
 starts. On a complete folder, the command compares all checksums and makes damaged shards again.

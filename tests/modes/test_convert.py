@@ -263,7 +263,7 @@ def test_only_pt_files_need_pytorch(tmp_path, reference):
     """A process without torch converts .npz and names the package that .pt needs."""
     state_dicts.write_state_dict(tmp_path / "release.npz", *released(reference))
     (tmp_path / "release.pt").write_bytes(b"PK")
-    script = "import sys; sys.modules['torch'] = None; from madformer_jax.main import main; sys.exit(main(sys.argv))"
+    script = "import sys; sys.modules['torch'] = None; from madformer_jax.cli.command_line import main; sys.exit(main(sys.argv))"
     results = [
         subprocess.run(
             [sys.executable, "-c", script, "--mode=convert", f"--config.convert.release={tmp_path / name}",
