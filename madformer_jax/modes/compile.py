@@ -362,10 +362,10 @@ def format_report(name: str, p: ProgramReport, devices: int) -> str:
             collectives = [x for x in p.collectives if x.kind == kind]
             if collectives:
                 loops = sum(x.loop for x in collectives)
-                calls = sum(x.times for x in collectives)
+                executions = sum(x.times for x in collectives)
                 moved = sum(x.moved for x in collectives) / GIB
                 lines.append(
-                    f"  {kind:<24}{moved:9.3f} GiB per device; {calls:.0f} calls of {len(collectives)} instructions, "
+                    f"  {kind:<24}{moved:9.3f} GiB per device; {executions:.0f} calls of {len(collectives)} instructions, "
                     f"{loops} of them in loops"
                 )
     return "\n".join([*lines, *([tpu_time.format_estimate(p.time)] if p.time else [])])

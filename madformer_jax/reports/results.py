@@ -73,41 +73,24 @@ class Score(NamedTuple):
 
 
 class Point(NamedTuple):
-    """The scores of one trained model at one budget.
+    """The scores of one trained model at one budget."""
 
-    Attributes:
-      setting: The value of each axis.
-      seed: Seed of the training.
-      budget: The sampling budget.
-      run: Name of the run.
-      evaluation_index: Index among the run's evaluations.
-      cost: Costs of an image; keys of `COSTS`.
-      scores: Name -> score.
-    """
-
-    setting: tuple[Any, ...]
-    seed: int
+    setting: tuple[Any, ...]  # the value of each axis
+    seed: int  # of the training
     budget: Budget
-    run: str
-    evaluation_index: int
-    cost: Mapping[str, float]
-    scores: Mapping[str, Score]
+    run: str  # name of the run
+    evaluation_index: int  # index among the run's evaluations
+    cost: Mapping[str, float]  # of an image; keys of `COSTS`
+    scores: Mapping[str, Score]  # name -> score
 
 
 class ProtocolGroup(NamedTuple):
-    """The points that share a protocol, and so are comparable.
+    """The points that share a protocol, and so are comparable."""
 
-    Attributes:
-      name: The difference from the other groups, such as "image size = 32"; empty for a single group.
-      axes: The axes with the values that the group has.
-      points: The points, sorted by setting, seed and budget.
-      protocol: The shared protocol.
-    """
-
-    name: str
-    axes: tuple[Axis, ...]
-    points: tuple[Point, ...]
-    protocol: Mapping[str, Any]
+    name: str  # difference from the other groups, such as "image size = 32"; empty for a single group
+    axes: tuple[Axis, ...]  # with the values that the group has
+    points: tuple[Point, ...]  # sorted by setting, seed and budget
+    protocol: Mapping[str, Any]  # shared by all points
 
     @property
     def varying_axes(self) -> list[Axis]:
@@ -169,23 +152,14 @@ def _ablation_label(label: str, value: Any) -> str:
 
 
 class Results(NamedTuple):
-    """The results in a sweep's folder.
+    """The results in a sweep's folder."""
 
-    Attributes:
-      name: Name of the sweep file.
-      variant: The variant of the sweep file.
-      question: The question that the sweep answers.
-      runs: The content of each result.json and its "folder", sorted by setting and seed.
-      groups: The points, grouped by protocol.
-      missing: The runs of the plan that have no result yet.
-    """
-
-    name: str
+    name: str  # of the sweep file
     variant: str
     question: str
-    runs: tuple[Mapping[str, Any], ...]
+    runs: tuple[Mapping[str, Any], ...]  # content of each result.json and its "folder", sorted by setting and seed
     groups: tuple[ProtocolGroup, ...]
-    missing: tuple[Mapping[str, Any], ...]
+    missing: tuple[Mapping[str, Any], ...]  # runs of the plan without a result
 
 
 # ---- means over seeds
