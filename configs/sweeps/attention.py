@@ -1,4 +1,4 @@
-"""Attention over the whole sequence in the diffusion layers, or within a block: the paper's Table 5.
+"""Attention of the diffusion layers over the whole sequence or within a block (the paper's Table 5).
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/attention.py:digits --workdir=runs/attention_digits
 
@@ -16,7 +16,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 def sweep(variant: str = "digits") -> Sweep:
     return Sweep(
-        question="Must the diffusion layers see the blocks before?",
+        question="Must the diffusion layers attend to earlier blocks?",
         runs=grid({"model.diffusion_attention": ("sequence", "block")}, seeds=3),
         sample_budgets={"steps": (4, get_config(variant).sample.steps)},
     )

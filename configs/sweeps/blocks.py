@@ -1,8 +1,11 @@
-"""L, the blocks of an image, at growing resolutions: the paper's Table 2 and its finding that blocks help as resolution grows.
+"""L, the blocks of an image, at several resolutions (the paper's Table 2).
+
+The paper finds that blocks help as the resolution grows.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/blocks.py:drawings --workdir=runs/blocks_drawings
 
-Variants: drawings, the same pictures at 32, 64 and 128 px; digits, ffhq1024, imagenet256 at their own resolution.
+Variants: drawings (the same images at 32, 64 and 128 px), and digits, ffhq1024 and imagenet256 at
+their own resolution.
 """
 
 from typing import Any
@@ -12,7 +15,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import fields
 from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
 
-STEPS = {32: 600, 64: 600, 128: 300}  # side of the drawings -> of training: a step at 128 px costs four times as much
+STEPS = {32: 600, 64: 600, 128: 300}  # image size -> training steps; a step at 128 px costs four times as much
 
 
 def get_config(variant: str = "drawings") -> ConfigDict:
@@ -22,7 +25,7 @@ def get_config(variant: str = "drawings") -> ConfigDict:
 def sweep(variant: str = "drawings") -> Sweep:
     c = get_config(variant)
     sides: list[dict[str, Any]] = [{}]
-    if variant == "drawings":  # what another resolution changes: the patch, and the U-Net's stages
+    if variant == "drawings":  # the patch and the U-Net's stages change with the resolution
         others = [fields.flat(config_beside(__file__, "../drawings.py", f"side={side}")) for side in STEPS]
         swept = sorted({name for other in others for name in other if other[name] != others[0][name]})
         sides = [
@@ -32,7 +35,7 @@ def sweep(variant: str = "drawings") -> Sweep:
         ]
     points = grid({"model.blocks": (1, 4, 16)}, seeds=3)
     return Sweep(
-        question="Do more blocks help, and the more the higher the resolution?",
+        question="Do more blocks help, and do they help more at higher resolutions?",
         runs=[{**side, **point} for point in points for side in sides],
         sample_budgets={"steps": (c.sample.steps,)},
     )

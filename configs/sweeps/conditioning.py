@@ -1,8 +1,9 @@
-"""What the diffusion layers are told of the blocks before: the paper's Table 3.
+"""Conditioning of the diffusion layers on earlier blocks (the paper's Table 3).
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/conditioning.py:digits --workdir=runs/conditioning_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. What a switch takes away takes its loss term with it, as in the release.
+Variants: digits, drawings, ffhq1024, imagenet256. Turning off a stream or the AR condition also
+turns off its loss term, as in the authors' release.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ def sweep(variant: str = "digits") -> Sweep:
         {"model.ar_condition": True, "model.clean_stream": False, "loss.hidden": c.loss.hidden, "loss.clean": 0.0},
     ]
     return Sweep(
-        question="What do the clean blocks and the AR condition bring?",
+        question="Do the clean stream and the AR condition improve the samples?",
         runs=[{**point, "seed": seed} for seed in range(3) for point in points],
         sample_budgets={"steps": (4, c.sample.steps)},
     )

@@ -1,8 +1,9 @@
-"""Noise on the clean blocks in training: do errors add up over blocks, do borders show, and does noise help?
+"""Noise on the clean blocks during training, as a remedy for errors that accumulate over blocks.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/context_noise.py:digits --workdir=runs/context_noise_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. Look at the seam score beside the distances, against that of real images.
+Variants: digits, drawings, ffhq1024, imagenet256. Compare the seam score with that of real images:
+visible borders between blocks raise it.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 def sweep(variant: str = "digits") -> Sweep:
     return Sweep(
-        question="Do errors add up over the blocks, and does noise on the context help?",
+        question="Do errors accumulate over the blocks, and does noise on the context help?",
         runs=grid({"model.blocks": (4, 16), "train.context_noise": (0, 100, 300)}, seeds=3),
         sample_budgets={"steps": (get_config(variant).sample.steps,)},
     )

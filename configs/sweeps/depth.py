@@ -1,9 +1,12 @@
-"""D, the layers of N that run at every solver step: the paper's Table 1 and Figure 4, with intervals.
+"""D, the diffusion layers: those of the N layers that run at every solver step.
+
+This is the paper's Table 1 and Figure 4, with intervals.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=runs/depth_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. All runs train for equal steps. Equal solver steps are cheaper for a small
-D; at equal NFE, the paper's count of model passes, it takes more steps. Both are drawn.
+Variants: digits, drawings, ffhq1024, imagenet256. All runs train for the same number of steps. The
+sampling budgets are solver steps and NFE, the paper's count of model passes. A solver step is cheaper
+with a small D, so that the same NFE allows more steps.
 """
 
 from ml_collections import ConfigDict

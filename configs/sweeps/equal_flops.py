@@ -1,10 +1,11 @@
-"""D and width at equal training FLOPs: a small model for long, or a large one briefly?
+"""D and width at equal training FLOPs: small models train for more steps than large ones.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/equal_flops.py:digits --workdir=runs/equal_flops_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. The budget is what the base needs for its steps. D alone does not change
-the FLOPs of a training step, so that runs of one width train for equal steps (size.py trains all widths for equal steps).
-Sampling budgets are full-model passes, which count every layer that runs (`flops.model_passes`), for each guidance branch.
+Variants: digits, drawings, ffhq1024, imagenet256. The training budget is that of the base config. D
+does not change the FLOPs of a training step, so that all runs of a width train for the same number of steps.
+size.py is the same sweep with equal steps for all widths. Sampling budgets are full-model passes for
+each guidance branch; they count every layer that runs (`flops.model_passes`).
 """
 
 import pathlib
@@ -26,7 +27,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 def sweep(variant: str = "digits") -> Sweep:
     c = get_config(variant)
     return Sweep(
-        question="Which D and which width are best when training costs the same?",
+        question="Which D and which width are best at equal training FLOPs?",
         runs=[{**point, "seed": seed} for seed in range(3) for point in points(c)],
         train_budget=("flops", budget.training_flops(c)),
         sample_budgets={"passes": [passes * flops.guidance_branches(c) for passes in (4, 16)]},

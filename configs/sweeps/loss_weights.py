@@ -1,4 +1,4 @@
-"""The weight of the hidden term, lambda_hidden: the paper's Table 6, and more of it.
+"""The weight of the hidden loss, lambda_hidden (the paper's Table 6, with more values).
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/loss_weights.py:digits --workdir=runs/loss_weights_digits
 
@@ -16,7 +16,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 def sweep(variant: str = "digits") -> Sweep:
     return Sweep(
-        question="Does the loss on the AR condition help, and how much of it?",
+        question="Does the hidden loss on the AR condition help, and at which weight?",
         runs=grid({"loss.hidden": (0.0, 0.1, 1.0)}, seeds=3),
         sample_budgets={"steps": (4, get_config(variant).sample.steps)},
     )

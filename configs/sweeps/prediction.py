@@ -1,4 +1,4 @@
-"""What the network predicts: the noise, v, or the clean latent, with errors counted as they are or all as of v.
+"""The prediction type: noise, v or clean latent, with the loss of each output or that of v.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/prediction.py:digits --workdir=runs/prediction_digits
 
@@ -17,11 +17,11 @@ def get_config(variant: str = "digits") -> ConfigDict:
 def sweep(variant: str = "digits") -> Sweep:
     points = [("eps", "output"), ("eps", "v"), ("v", "v"), ("x0", "output"), ("x0", "v")]
     return Sweep(
-        question="Which output is easiest to learn: the noise, v or the clean latent?",
+        question="Which prediction type is best: the noise, v or the clean latent?",
         runs=[
-            {"model.predicts": predicts, "loss.weighting": weighting, "seed": seed}
+            {"model.predicts": prediction_type, "loss.weighting": weighting, "seed": seed}
             for seed in range(3)
-            for predicts, weighting in points
+            for prediction_type, weighting in points
         ],
         sample_budgets={"steps": (4, get_config(variant).sample.steps)},
     )

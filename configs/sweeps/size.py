@@ -1,9 +1,10 @@
-"""D against the width of the model, at equal training steps: does the best D move with size?
+"""D and the width of the model, at equal training steps.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/size.py:digits --workdir=runs/size_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. Heads keep their size, SwiGLU its ratio; the U-Net stays.
-Sampling budgets are full-model passes, which count every layer that runs (`flops.model_passes`), for each guidance branch.
+Variants: digits, drawings, ffhq1024, imagenet256. The head size, the ratio of the MLP and the
+U-Net stay the same. Sampling budgets are full-model passes for each guidance branch; they count every
+layer that runs (`flops.model_passes`).
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 
 def points(c: ConfigDict) -> list[dict[str, Any]]:
-    """Two thirds, all and five thirds of the heads, each with D = N / 4, N / 2 and N."""
+    """Returns overrides for 2/3, 1 and 5/3 times the heads, each with D = N / 4, N / 2 and N."""
     m = c.model
     return [
         {

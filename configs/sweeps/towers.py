@@ -1,4 +1,4 @@
-"""Parameters of the clean and the noisy stream, separate or shared: the paper's Table 4.
+"""Separate or shared parameters of the clean and the prediction stream (the paper's Table 4).
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/towers.py:digits --workdir=runs/towers_digits
 
@@ -16,7 +16,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 def sweep(variant: str = "digits") -> Sweep:
     return Sweep(
-        question="Do the two streams need parameters of their own?",
+        question="Do the two streams need separate parameters?",
         runs=grid({"model.param_sets": ("separate", "shared")}, seeds=3),
         sample_budgets={"steps": (4, get_config(variant).sample.steps)},
     )

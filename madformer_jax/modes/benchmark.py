@@ -1,4 +1,10 @@
-"""--mode=benchmark: what training, sampling and the input pipeline of a config cost here, measured."""
+"""--mode=benchmark: measures training, sampling and the input pipeline of a config on this machine.
+
+    python -m madformer_jax.main --config=configs/digits.py --mode=benchmark --workdir=DIR
+
+`modes.sweep` calls `sampling` for budgets in seconds. To add a part, add its function to `run` and the
+labels of its figures to `_ROW_FORMATS`.
+"""
 
 import dataclasses
 import functools
@@ -31,19 +37,27 @@ Figures = dict[str, float]
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Measures the parts in `benchmark.parts`, prints a table, writes workdir/benchmark.json, and returns what that holds.
+    """Measures the parts in `benchmark.parts`, prints a table and writes workdir/benchmark.json.
 
-    Training and sampling use random latents: they need neither data nor a VAE, and their figures leave the VAE out.
+    Training and sampling use random latents. They need neither data nor a VAE, and their figures leave
+    the VAE out.
+
+    Args:
+      c: The config.
+      workdir: The folder of benchmark.json.
+
+    Returns:
+      The content of benchmark.json.
 
     Raises:
-      ConfigError: a setting is wrong, a part is unknown, or the data do not open.
+      ConfigError: A setting is wrong, a part is unknown, or the data do not open.
     """
     config_lib.validate(c)
     measure = {"train": training_step, "sample": sampling, "data": input_pipeline}
     parts = [name.strip() for name in c.benchmark.parts.split(",")]
     for name in parts:
         if name not in measure:
-            raise ConfigError(f"config.benchmark.parts: {name!r} is no part: some of {', '.join(measure)}.")
+            raise ConfigError(f"config.benchmark.parts: {name!r} is not a part: use any of {', '.join(measure)}.")
     report: dict[str, Any] = {
         "device": jax.local_devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -64,7 +78,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def training_step(c: ConfigDict) -> Figures:
-    """Of the training step, optimizer and averages included."""
+    """Measures the training step with optimizer and averages."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     sizes, batch = derive_sizes(c), c.train.batch
     identity = codec.Codec(dict, lambda params, batch, key: batch["latent"], lambda params, z: z)
@@ -87,17 +101,20 @@ def training_step(c: ConfigDict) -> Figures:
         program, compiling = _compile(step, abstract, data, {}, seed)
         state = create()
 
-        def once() -> None:
+        def run_step() -> None:
             nonlocal state
             state, metrics = program(state, data, {}, seed)
             jax.block_until_ready((state, metrics))
 
-        seconds = _median_seconds(once, c)
+        seconds = _median_seconds(run_step, c)
     return _summarize(c, flops.training_step(c, encode=False), batch, seconds, compiling, program)
 
 
 def sampling(c: ConfigDict) -> Figures:
-    """Of drawing one batch of latents: `sample.batch`, or as many more as make it a multiple of the devices."""
+    """Measures sampling a batch of latents.
+
+    Its size is `sample.batch`, rounded up to a multiple of the devices.
+    """
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, batch = madformer.build(c), generation.batch_size(c, mesh, c.sample.batch)
     init = functools.partial(madformer.init, model)
@@ -122,12 +139,12 @@ def sampling(c: ConfigDict) -> Figures:
 
 
 def input_pipeline(c: ConfigDict) -> Figures:
-    """Of this process's share of the batches, read and preprocessed as fast as they come."""
+    """Measures the seconds to read and preprocess this process's share of a batch."""
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     share, shares = partitioning.batch_share(mesh, c.train.batch)
     batch = c.train.batch // shares
     data = pipeline.train_iterator(c, batch=batch, process_index=share, process_count=shares)
-    for _ in range(_BATCHES_READ_AHEAD):  # so that what was read ahead is not taken for speed
+    for _ in range(_BATCHES_READ_AHEAD):  # batches that were read ahead would look too fast
         next(data)
     began = time.perf_counter()
     for _ in range(_BATCHES_TIMED):
@@ -141,25 +158,29 @@ _BATCHES_READ_AHEAD, _BATCHES_TIMED = 10, 50
 
 
 def _compile(function: Any, *args: Any) -> tuple[Any, float]:
-    """The compiled program and the seconds that took; next to none when it comes from the cache of compiled programs."""
+    """Returns the compiled program and the seconds of compilation.
+
+    They are near 0 if the compilation cache has the program.
+    """
     began = time.perf_counter()
     program = function.lower(*args).compile()
     return program, time.perf_counter() - began
 
 
-def _median_seconds(once: Callable[[], Any], c: ConfigDict) -> float:
-    """Median seconds of `benchmark.steps` calls after `benchmark.warmup`."""
+def _median_seconds(function: Callable[[], Any], c: ConfigDict) -> float:
+    """Returns the median seconds of `benchmark.steps` calls after `benchmark.warmup` calls."""
     times = []
     for _ in range(c.benchmark.warmup + c.benchmark.steps):
         began = time.perf_counter()
-        once()
+        function()
         times.append(time.perf_counter() - began)
     return statistics.median(times[c.benchmark.warmup :])
 
 
 def _summarize(c: ConfigDict, cost: flops.Cost, batch: int, seconds: float, compiling: float, program: Any) -> Figures:
+    """Computes the figures of a compiled program from its median seconds and its cost."""
     memory = program.memory_analysis()
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "compile_seconds": compiling,
         "seconds": seconds,
@@ -167,7 +188,7 @@ def _summarize(c: ConfigDict, cost: flops.Cost, batch: int, seconds: float, comp
         "tflop": cost.total / 1e12,
         "tflops": cost.total / seconds / 1e12,
         "mfu": flops.mfu(cost, seconds, jax.device_count(), c.model.dtype),
-        # of one device: what goes in and is not donated, what comes out, and what is needed in between
+        # of one device: inputs, outputs without those that reuse donated inputs, and temporaries
         "program_gib": (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -175,28 +196,28 @@ def _summarize(c: ConfigDict, cost: flops.Cost, batch: int, seconds: float, comp
             + memory.temp_size_in_bytes
         )
         / 2**30,
-        "process_gib": resident / 2**30,  # the most that this process has held so far
+        "process_gib": peak_bytes / 2**30,  # peak resident memory of this process so far
     }
 
 
-_ROW_FORMATS = {  # figure -> (how it is called, format)
+_ROW_FORMATS = {  # figure -> (label, format)
     "compile_seconds": ("compile time", "{:.1f} s"),
     "seconds": ("step", "{:.4g} s"),
-    "seconds_per_image": ("an image", "{:.4g} s"),
+    "seconds_per_image": ("per image", "{:.4g} s"),
     "images_per_second": ("images/s", "{:.4g}"),
-    "nfe": ("NFE an image", "{:.4g}"),
-    "passes": ("passes an image", "{:.4g}"),
-    "tflop": ("TFLOP a step", "{:.4g}"),
+    "nfe": ("NFE per image", "{:.4g}"),
+    "passes": ("passes per image", "{:.4g}"),
+    "tflop": ("TFLOP per step", "{:.4g}"),
     "tflops": ("TFLOP/s", "{:.4g}"),
     "mfu": ("MFU", "{:.1%}"),
-    "program_gib": ("memory of the program", "{:.2f} GiB"),
-    "process_gib": ("most memory of the process", "{:.2f} GiB"),
+    "program_gib": ("program memory", "{:.2f} GiB"),
+    "process_gib": ("peak process memory", "{:.2f} GiB"),
 }
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report of `run` as text."""
-    head = "{devices} x {device}, {dtype}, attention {attention}, peak {peak_tflops:.4g} TFLOP/s a device"
+    """Formats the report of `run` as text."""
+    head = "{devices} x {device}, {dtype}, attention {attention}, peak {peak_tflops:.4g} TFLOP/s per device"
     parts = [name for name, figures in report.items() if isinstance(figures, dict)]
     lines = [head.format(**report), " " * 28 + "".join(f"{name:>14}" for name in parts)]
     for figure, (name, form) in _ROW_FORMATS.items():

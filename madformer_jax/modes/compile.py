@@ -1,11 +1,12 @@
-"""--mode=compile: what a config needs on a TPU topology or on H100s, found out by compiling for it on a machine without one.
+"""--mode=compile: memory and estimated time of a config on TPUs or GPUs, without the devices.
 
     python -m madformer_jax.main --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
 
-libtpu (the extra `aot`) compiles for any topology that it knows, JAX's plugin for CUDA for h100 or h100:8, without its
-autotuning, which needs the device, and without a time; nothing is run and no array is made. Sizes are those of
-the compiled programs, the limit is the compiler's own: exit status 1 tells that a program does not fit. Time is an estimate from
-the same programs, compiled as a run compiles them; all figures go to compile.json of the workdir as well, where there is one.
+Compiles the training step and the sampler ahead of time; nothing is run and no array is made. libtpu
+(the extra `aot`) compiles for any TPU topology that it knows. JAX's CUDA plugin compiles for h100 or
+h100:8 without autotuning, which needs the device; for GPUs the report has memory only. The limit is the
+compiler's own. Exit status 1 means that a program does not fit. `cost.tpu_time` estimates the time.
+With a workdir, all figures also go to its compile.json.
 """
 
 import contextlib
@@ -34,23 +35,37 @@ from madformer_jax.training import train_step
 GIB = 2**30
 
 
-Estimator = Callable[[str], tpu_time.Estimate]  # of a compiled program's text
+Estimator = Callable[[str], tpu_time.Estimate]  # HLO text of a compiled program -> its time
 
 
 class ProgramReport(NamedTuple):
-    """What is known of a program for one device; without `memory` the compiler refused it."""
+    """Figures of a compiled program, per device.
 
-    seconds: float  # to compile
-    quick: bool  # at XLA's level O1, not as a run compiles it
-    inputs: dict[str, int]  # bytes by kind, as the shardings say
-    memory: dict[str, int]  # bytes of the compiled program by kind
-    needed: int  # bytes in all
-    limit: int  # bytes that there are
-    cost: flops.Cost  # analytic, of all devices
-    xla_flops: float  # XLA's count for one device, in which the body of a loop counts once
+    Attributes:
+      seconds: Seconds of compilation.
+      quick_compile: Whether it was compiled at XLA's level O1, unlike in a run.
+      inputs: Bytes of each kind of input, from the shardings.
+      memory: Bytes of the compiled program by kind; empty if the compiler refused the program.
+      required_bytes: Total bytes that the program needs.
+      limit_bytes: Bytes that a program may use.
+      cost: Analytic FLOPs of all devices.
+      xla_flops: XLA's FLOPs of one device; the body of a loop counts once.
+      collectives: Communication between devices.
+      time: The estimated time, if estimated.
+      kernels: Number of library calls and hand-written kernels, by name.
+    """
+
+    seconds: float
+    quick_compile: bool
+    inputs: dict[str, int]
+    memory: dict[str, int]
+    required_bytes: int
+    limit_bytes: int
+    cost: flops.Cost
+    xla_flops: float
     collectives: list[hlo.Collective]
-    time: tpu_time.Estimate | None = None  # where it was asked for
-    kernels: dict[str, int] | None = None  # calls into libraries and of hand-written kernels, by name
+    time: tpu_time.Estimate | None = None
+    kernels: dict[str, int] | None = None
 
     @property
     def compiled(self) -> bool:
@@ -58,20 +73,24 @@ class ProgramReport(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        return (
-            self.compiled and self.needed <= self.limit
-        )  # a TPU's compiler refuses what is too large, a GPU's does not
+        # The TPU compiler refuses programs that are too large, the GPU compiler does not.
+        return self.compiled and self.required_bytes <= self.limit_bytes
 
 
 def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
-    """Compiles the training step and the sampler for `topology`, and prints what they need.
+    """Compiles the training step and the sampler for a topology and prints reports.
+
+    Args:
+      c: The config.
+      workdir: The folder of compile.json, or None.
+      topology: The devices, such as "v5e:4x4" or "h100:8".
 
     Returns:
-      The bytes, the seconds to compile and the estimated time of each (None where it is not asked for), and whether all of it
-      fits.
+      For each program its bytes, seconds of compilation and estimated time (None if not estimated),
+      and under "fits" whether both fit.
 
     Raises:
-      ConfigError: a setting is wrong, or what compiles for the topology is missing or does not know it.
+      ConfigError: A setting is wrong, or the compiler for the topology is missing or does not know it.
     """
     config_lib.validate(c)
     devices, platform = topologies.topology_devices(topology), topologies.platform(topology)
@@ -80,7 +99,7 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
     model = madformer.build(c, platform)
     print(
         f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_format_mesh(dict(mesh.shape))}; "
-        f"attention {model.attention}, remat {c.model.remat}, {c.train.accumulate} microbatches a step"
+        f"attention {model.attention}, remat {c.model.remat}, {c.train.accumulate} microbatches per step"
     )
     figures: dict[str, Any] = {"fits": True, "topology": topology, "config": fields.flat(c)}
     for name, build in {"training step": training_step, "sampler": sampling}.items():
@@ -88,7 +107,12 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
         program = build(c, model, mesh, limit, platform)
         print(format_report(name, program, len(devices)), flush=True)
         time = program.time and program.time.figures()
-        figures[name] = {"bytes": program.needed, "seconds": program.seconds, "fits": program.fits, "time": time}
+        figures[name] = {
+            "bytes": program.required_bytes,
+            "seconds": program.seconds,
+            "fits": program.fits,
+            "time": time,
+        }
         figures[name]["kernels"] = program.kernels
         figures["fits"] &= program.fits
     if workdir:
@@ -97,12 +121,12 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
 
 
 def usable_memory(device: jax.Device) -> int:
-    """Bytes of a device that a program may use, which the compiler tells when asked for too much."""
+    """Returns the bytes of a device that a program may use, from the compiler's out-of-memory error."""
     sharding = partitioning.replicated(Mesh(np.array([device]), ("x",)))
     double = jax.jit(lambda x: 2 * x, in_shardings=sharding, out_shardings=sharding)
     _, refused = _compile(double.lower(jax.ShapeDtypeStruct((2**20, 2**20), jnp.float32)), {})
     if refused is None or refused[1] is None:
-        raise RuntimeError(f"the compiler does not tell how much memory a {device.device_kind} has")
+        raise RuntimeError(f"cannot find out how much memory a {device.device_kind} has: the compiler reports no limit")
     return refused[1]
 
 
@@ -110,7 +134,10 @@ def usable_memory(device: jax.Device) -> int:
 
 
 def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> ProgramReport:
-    """The training step; its batch is cached latents for `data.source=arrayrecord` with a VAE, else images."""
+    """Compiles the training step.
+
+    The batch consists of cached latents for `data.source=arrayrecord` with a VAE, else of images.
+    """
     partitioning.check_batch(mesh, c.train.batch, c.train.accumulate)
     images = _abstract_codec(c, mesh)
     s = train_step.Setup(model, images, derive_sizes(c), train_step.optimizer(c))
@@ -135,7 +162,7 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
 
 
 def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> ProgramReport:
-    """Drawing one batch of `sample.batch` images, the codec's decoder included."""
+    """Compiles the sampler of one batch of `sample.batch` images, with the codec's decoder."""
     images = _abstract_codec(c, mesh)
     codec_params = images.load()
     params = generation.abstract_params(model, mesh)
@@ -143,31 +170,39 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, 
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
     inputs = {"parameters": params} | ({"VAE": codec_params} if codec_params else {})
     with partitioning.scope(mesh):
-        draw = generation.make_sample_fn(c, model, images.decode, limit)
-        words = None
+        sample_fn = generation.make_sample_fn(c, model, images.decode, limit)
+        texts = None
         if c.text.vocabulary:
-            words = TokenizedTexts(
+            texts = TokenizedTexts(
                 jax.ShapeDtypeStruct((batch, c.text.length), jnp.int32, sharding=numbers.sharding), numbers
             )
-        args = (params, codec_params, generation.make_inputs(c, numbers, numbers, text=words))
+        args = (params, codec_params, generation.make_inputs(c, numbers, numbers, text=texts))
         cost = flops.sampling(c, batch)
-        return _compile_program(draw, args, inputs, cost, limit, _estimator(c, mesh, cost), platform)
+        return _compile_program(sample_fn, args, inputs, cost, limit, _estimator(c, mesh, cost), platform)
 
 
 def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
-    """What estimates the time of a program's text; None where none is asked for, or none can be."""
+    """Returns a function that estimates a program's time.
+
+    Returns None if `compile.time` is off or the clock rate of the device is unknown.
+    """
     device = mesh.devices.flat[0]
     if not c.compile.time:
         return None
     if not tpu_time.chip_spec(device.device_kind):
-        logging.warning("time is not estimated: there is no clock for %s (estimate.CHIPS)", device.device_kind)
+        logging.warning(
+            "time is not estimated: the clock rate of %s is unknown (add it to cost/tpu_time.py)", device.device_kind
+        )
         return None
     peak = flops.peak_rate(c.model.dtype, device)
     return lambda text: tpu_time.estimate(text, device.device_kind, peak, cost.total / mesh.size)
 
 
 def _abstract_codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
-    """The config's codec with abstract weights: those of Stable Diffusion's VAE, whatever `codec.path` says."""
+    """Returns the codec with abstract weights.
+
+    A VAE has the shapes of Stable Diffusion's VAE, regardless of `codec.path`.
+    """
     if c.codec.name != "vae":
         return codec.build(c)
     network = vae.AutoencoderKL(dtype=jnp.dtype(c.codec.dtype))
@@ -179,7 +214,7 @@ def _abstract_codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
 
 
 def _abstract_batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], bool]:
-    """A batch as the input pipeline makes it, and whether it is cached latents."""
+    """Returns an abstract batch of the input pipeline, and whether it consists of cached latents."""
     latents = c.codec.name == "vae" and c.data.source == "arrayrecord"
     sizes, side = derive_sizes(c), c.data.image_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.uint8)}
@@ -205,6 +240,11 @@ def _compile_program(
     estimator: Estimator | None = None,
     platform: str = "tpu",
 ) -> ProgramReport:
+    """Compiles a function and reports on the program.
+
+    If no time is estimated, a TPU program is first compiled at level O1, which is faster. If it comes
+    close to the limit, it is compiled again as in a run.
+    """
     began = time.perf_counter()
     lowered = function.lower(*args)
     quick = estimator is None and platform == "tpu"
@@ -213,24 +253,24 @@ def _compile_program(
         memory = _memory_by_kind(compiled)
         quick = refused is None and sum(memory.values()) < _QUICK_FIT_FRACTION * limit
         if not quick:
-            logging.info("it is close to the limit or above it: compiling once more, as a run does")
+            logging.info("memory is close to the limit or above it: compiling again at the optimization level of a run")
     if not quick:
         compiled, refused = _compile(lowered, _NO_AUTOTUNE_OPTIONS if platform == "gpu" else {})
         memory = _memory_by_kind(compiled)
     seconds = time.perf_counter() - began
-    given = {name: partitioning.device_bytes(tree) for name, tree in inputs.items()}
+    input_bytes = {name: partitioning.device_bytes(tree) for name, tree in inputs.items()}
     if refused is not None:
-        return ProgramReport(seconds, quick, given, {}, refused[0], limit, cost, 0.0, [])
+        return ProgramReport(seconds, quick, input_bytes, {}, refused[0], limit, cost, 0.0, [])
     xla = compiled.cost_analysis() or {}
     xla = xla[0] if isinstance(xla, list) else xla
     text = compiled.as_text()
-    needed, estimated = sum(memory.values()), estimator(text) if estimator else None
+    required, estimated = sum(memory.values()), estimator(text) if estimator else None
     return ProgramReport(
         seconds,
         quick,
-        given,
+        input_bytes,
         memory,
-        needed,
+        required,
         limit,
         cost,
         xla.get("flops", 0.0),
@@ -240,29 +280,29 @@ def _compile_program(
     )
 
 
-# XLA's level O1 compiles in a third of the time, and is for memory only: it gives the same products up to four times the cycles.
-# What a run compiles, at O2, keeps more layers' gathered parameters at hand (FFHQ-1024 on v5e:4x4: 8.1 GiB for 6.5), hence the
-# distance from the limit within which O1 has no say.
+# XLA's level O1 compiles in a third of the time. It is good for memory only: the same matrix products
+# take up to four times the cycles. A run compiles at O2, which keeps gathered parameters of more layers
+# in memory (FFHQ-1024 on v5e:4x4: 8.1 GiB instead of 6.5). So O1 only decides well below the limit.
 _QUICK_OPTIONS = {"optimization_level": 19}
 _QUICK_FIT_FRACTION = 0.7
 _NO_AUTOTUNE_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
 def _memory_by_kind(compiled: Any) -> dict[str, int]:
-    """Bytes that a compiled program needs, by kind; none without a program."""
+    """Returns the bytes that a compiled program needs by kind; empty if it is None."""
     if compiled is None:
         return {}
     m = compiled.memory_analysis()
     return {
         "inputs": m.argument_size_in_bytes,
-        "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,  # but what takes the place of a donated input
+        "outputs": m.output_size_in_bytes - m.alias_size_in_bytes,  # without those that reuse a donated input
         "temporaries": m.temp_size_in_bytes,
         "program": m.generated_code_size_in_bytes,
     }
 
 
 def _compile(lowered: Any, options: dict[str, Any]) -> tuple[Any, tuple[int, int | None] | None]:
-    """The compiled program, or None and the bytes (needed, available) with which the compiler refused it."""
+    """Returns the compiled program, or None and the (needed, available) bytes if it does not fit."""
     try:
         with _disable_compilation_cache():
             return lowered.compile(compiler_options=options), None
@@ -285,8 +325,8 @@ def _parse_bytes(match: re.Match[str]) -> int:
 
 @contextlib.contextmanager
 def _disable_compilation_cache() -> Iterator[None]:
-    """What is asked for is the time to compile."""
-    settings: Any = jax.config  # whose type does not know its fields
+    """Disables the compilation cache, so that the measured seconds are those of compilation."""
+    settings: Any = jax.config  # its type does not declare its fields
     before = settings.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -299,32 +339,34 @@ def _disable_compilation_cache() -> Iterator[None]:
 
 
 def format_report(name: str, p: ProgramReport, devices: int) -> str:
-    """The report on one program, as text."""
+    """Formats the report on one program as text."""
     rows = [(kind, size) for kind, size in p.inputs.items()]
     rows += [(kind, size) for kind, size in p.memory.items() if kind != "inputs"]
     lines = [
-        f"\n{name}, {'compiled in' if p.compiled else 'refused after'} {p.seconds:.0f} s{' at level O1' if p.quick else ''}"
+        f"\n{name}, {'compiled in' if p.compiled else 'refused after'} {p.seconds:.0f} s{' at level O1' if p.quick_compile else ''}"
     ]
-    lines += [f"  {kind:<24}{size / GIB:9.3f} GiB a device" for kind, size in rows]
-    share = f"{p.needed / GIB:9.3f} GiB of {p.limit / GIB:.2f}"
-    verdict = "fits" if p.fits else f"does not fit: {(p.needed - p.limit) / GIB:.2f} GiB too much"
-    lines.append(f"  {'in all':<24}{share}: {verdict}")
+    lines += [f"  {kind:<24}{size / GIB:9.3f} GiB per device" for kind, size in rows]
+    share = f"{p.required_bytes / GIB:9.3f} GiB of {p.limit_bytes / GIB:.2f}"
+    verdict = "fits" if p.fits else f"does not fit: {(p.required_bytes - p.limit_bytes) / GIB:.2f} GiB too much"
+    lines.append(f"  {'total':<24}{share}: {verdict}")
     lines.append(
-        f"  {'FLOPs, analytic':<24}{p.cost.total / 1e12:9.2f} TFLOP, {p.cost.total / devices / 1e12:.2f} a device"
+        f"  {'FLOPs, analytic':<24}{p.cost.total / 1e12:9.2f} TFLOP, {p.cost.total / devices / 1e12:.2f} per device"
     )
     if p.compiled:
         lines.append(
-            f"  {'FLOPs, XLA':<24}{p.xla_flops / 1e12:9.2f} TFLOP a device, the body of each loop counted once"
+            f"  {'FLOPs, XLA':<24}{p.xla_flops / 1e12:9.2f} TFLOP per device, the body of each loop counted once"
         )
         for kernel, calls in (p.kernels or {}).items():
             lines.append(f"  {kernel:<24}{calls:9} instructions")
         for kind in hlo.COLLECTIVES:
-            of_kind = [x for x in p.collectives if x.kind == kind]
-            if of_kind:
-                loops = sum(x.loop for x in of_kind)
+            collectives = [x for x in p.collectives if x.kind == kind]
+            if collectives:
+                loops = sum(x.loop for x in collectives)
+                executions = sum(x.times for x in collectives)
+                moved = sum(x.moved for x in collectives) / GIB
                 lines.append(
-                    f"  {kind:<24}{sum(x.moved for x in of_kind) / GIB:9.3f} GiB a device; {sum(x.times for x in of_kind):.0f} "
-                    f"calls of {len(of_kind)} instructions, {loops} of them in loops"
+                    f"  {kind:<24}{moved:9.3f} GiB per device; {executions:.0f} calls of {len(collectives)} instructions, "
+                    f"{loops} of them in loops"
                 )
     return "\n".join([*lines, *([tpu_time.format_estimate(p.time)] if p.time else [])])
 

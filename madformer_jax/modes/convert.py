@@ -1,6 +1,9 @@
-"""--mode=convert: files of other frameworks to ours and back.
+"""--mode=convert: converts checkpoints of the authors' release, VAEs and Inception networks.
 
-python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
+    python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
+
+`weights.release`, `weights.vae_weights` and `inception_weights` map the tensors. To add a conversion,
+add a field to `config.convert` and its function to `run`.
 """
 
 import pathlib
@@ -22,18 +25,23 @@ from madformer_jax.weights.release_config import release_args
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """--mode=convert: one of the files that `config.convert` names.
+    """Converts the file that `config.convert` names.
 
-    release: the release's checkpoint to a workdir that --mode=sample takes; its model is that of the file's arguments, and
-      of the given config where the file has none.
-    vae, inception: to the Orbax folders workdir/vae (for `config.codec.path`) and workdir/inception.
-    to_release: the workdir's newest checkpoint to a file that the release's code loads.
+    release: converts a checkpoint of the authors' release to a workdir for --mode=sample. The model
+      follows from the arguments in the file, or from the config if the file has no arguments.
+    vae, inception: converts to the Orbax folders workdir/vae (for `config.codec.path`) and
+      workdir/inception.
+    to_release: converts the newest checkpoint of the workdir to a file that the release's code loads.
+
+    Args:
+      c: The config; exactly one field of `convert` names a file.
+      workdir: The folder that is written, or read for `to_release`.
 
     Returns:
-      Where the result lies, and for a model which weights and how many tensors there are.
+      The path of the result; for a model also the weights and the number of tensors.
 
     Raises:
-      ConfigError: a file cannot be read or a tensor does not fit; nothing is written then.
+      ConfigError: A file cannot be read or a tensor does not fit. Nothing is written.
     """
     jobs = {
         "release": _convert_release,
@@ -53,7 +61,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 def _convert_release(c: ConfigDict, workdir: str) -> dict[str, Any]:
     path = c.convert.release
     if checkpoint.exists(workdir):
-        raise ConfigError(f"--workdir={workdir} already holds a checkpoint: give another one.")
+        raise ConfigError(f"--workdir={workdir} already holds a checkpoint: use another folder.")
     content = state_dicts.read_state_dict(path, c.convert.weights)
     if content.args is not None:
         try:
@@ -63,10 +71,10 @@ def _convert_release(c: ConfigDict, workdir: str) -> dict[str, Any]:
     config_lib.validate(c)
     item = "ema" if content.weights == "ema" else "params"
     c.sample.weights = "ema" if item == "ema" else "raw"
-    c.convert.release = ""  # done: the workdir's config is for what comes next
+    c.convert.release = ""  # the workdir's config must not convert again
     params = from_release(content.tensors, c, path)
     taken, count = content.weights or "only", len(content.tensors)
-    del content  # the file's pages, before the checkpoint's own buffers come
+    del content  # frees the memory of the file before the checkpoint needs its buffers
     checkpoint.write_config(c, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(0, {item: params}, None, {"converted_from": pathlib.Path(path).name, "weights": taken})

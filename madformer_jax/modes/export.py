@@ -1,8 +1,11 @@
-"""--mode=export: the averaged weights alone, as a workdir of their own to sample from and to publish.
+"""--mode=export: the averaged weights as a workdir of their own, to sample from and to publish.
 
-workdir/export/ is what the Hugging Face hub takes: config.json, model.safetensors, README.md (the model card, with the scores that
---mode=evaluate found), grid.png, the tokenizer.json of captions, if it is none of this package's; and checkpoints/, from which every
-mode reads. Its config.json names no path, no mesh and no other setting of this machine (`config.portable`).
+    python -m madformer_jax.main --mode=export --workdir=runs/digits
+
+workdir/export holds the files of a model on the Hugging Face hub: config.json, model.safetensors,
+README.md (the model card with the scores of --mode=evaluate), grid.png, and tokenizer.json unless the
+tokenizer is part of this package. Every mode reads its checkpoints/. Its config.json names no path, no
+mesh and no other setting of this machine (`schema.portable`).
 """
 
 import math
@@ -23,15 +26,20 @@ from madformer_jax.weights import state_dicts
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Writes workdir/export with config.json and the EMA weights of the newest checkpoint: a quarter of its size.
+    """Writes workdir/export with the EMA weights of the newest checkpoint, a quarter of its size.
 
-    Any mesh and any number of processes do. The folder may be moved; `--mode=sample --workdir=.../export` reads it.
+    Works with any mesh and any number of processes. The folder can be moved.
+
+    Args:
+      c: The config of the run.
+      workdir: The folder of the run.
 
     Returns:
       The step and the folder.
 
     Raises:
-      ConfigError: there is no checkpoint, it does not fit the config or has no averages, or the disk is full.
+      ConfigError: No checkpoint exists, it does not fit the config or has no averages, or the disk is
+        full.
     """
     config_lib.validate(c)
     storage.check_arrays_path(workdir, write=True)
@@ -41,55 +49,56 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     target = generation.abstract_params(madformer.build(c), mesh)
     with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         step, restored, _ = checkpoints.restore({"ema": target})
-        meta = checkpoints.meta(step)  # class names, among others
+        meta = checkpoints.meta(step)  # includes the class names
     exported = f"{workdir.rstrip('/')}/export"
     published = config_lib.portable(c)
     published.sample.weights, published.sample.step = "ema", -1
-    words = text.exportable_file(c.text.tokenizer)
+    tokenizer = text.exportable_file(c.text.tokenizer)
     with lock.acquire(exported):
         _remove_later_checkpoints(checkpoint.folder(exported), step)
         with checkpoint.Checkpoints(exported) as checkpoints:
             checkpoint.write_config(published, exported)
             checkpoints.save(step, restored, None, meta)
-        whole = partitioning.to_host(restored["ema"], mesh)
+        host_params = partitioning.to_host(restored["ema"], mesh)
         if jax.process_index() == 0:
             with storage.wrap_errors(f"{exported} cannot be written"):
-                _write_hub_files(published, workdir, exported, step, whole, meta)
+                _write_hub_files(published, workdir, exported, step, host_params, meta)
                 _blank_success_marks(checkpoint.folder(exported) / str(step))
-                if words is not None:
-                    storage.write_text(f"{exported}/{config_lib.TOKENIZER_FILE}", words)
-    logging.info("exported the ema weights of step %d to %s", step, exported)
+                if tokenizer is not None:
+                    storage.write_text(f"{exported}/{config_lib.TOKENIZER_FILE}", tokenizer)
+    logging.info("exported the EMA weights of step %d to %s", step, exported)
     return {"step": step, "export": exported}
 
 
 def _remove_later_checkpoints(folder: epath.Path, step: int) -> None:
-    """Removes the checkpoints of the step and of later ones: of an earlier export, perhaps of another training.
+    """Removes checkpoints of this step and of later steps, which an earlier export has left.
 
-    First it takes from each what says that it is whole: in a bucket Orbax's mark, elsewhere the name.
+    They may belong to another training. Each is first marked as incomplete, so that a kill leaves no
+    damaged checkpoint: by deleting Orbax's success mark in a bucket, and by renaming it elsewhere.
     """
     if jax.process_index() == 0 and folder.exists():
         with storage.wrap_errors(f"{folder} cannot be written"):
             for old in [path for path in folder.iterdir() if path.name.isdigit() and int(path.name) >= step]:
-                gone = old
+                target = old
                 if storage.is_remote(old):
                     (old / "commit_success.txt").unlink(missing_ok=True)
                 else:
-                    gone = folder / f"removed_{old.name}"
-                    gone.rmtree(missing_ok=True)
-                    old.rename(gone)
-                gone.rmtree()
+                    target = folder / f"removed_{old.name}"
+                    target.rmtree(missing_ok=True)
+                    old.rename(target)
+                target.rmtree()
     partitioning.sync("clear")
 
 
 def _blank_success_marks(folder: epath.Path) -> None:
-    """Removes the path of the export from Orbax's marks of success, of which only the name counts."""
+    """Empties Orbax's success marks, which contain the path of the export. Only their names matter."""
     for mark in [item / "commit_success.txt" for item in (folder, *folder.iterdir())]:
         if mark.exists():
             storage.write_text(mark, "")
 
 
 def _write_hub_files(c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any]) -> None:
-    """What the hub shows and other programs read."""
+    """Writes model.safetensors, grid.png and README.md."""
     tensors = state_dicts.flatten(params)
     names = meta.get("data", {}).get("names", [])
     if not storage.is_remote(exported):  # safetensors writes local files
@@ -97,9 +106,13 @@ def _write_hub_files(c: ConfigDict, workdir: str, exported: str, step: int, para
     grid = _find_sample_grid(workdir, step)
     if grid is not None:
         storage.write_bytes(f"{exported}/grid.png", grid.read_bytes())
-    found = [storage.read_json(path) for path in storage.list_matching(epath.Path(workdir) / "evaluations", "*.json")]
-    of_these = {"step": step, "weights": "ema"}
-    results = [x for x in found if of_these.items() <= x["protocol"]["images"].items()]
+    files = storage.list_matching(epath.Path(workdir) / "evaluations", "*.json")
+    exported_model = {"step": step, "weights": "ema"}
+    results = [
+        result
+        for result in map(storage.read_json, files)
+        if exported_model.items() <= result["protocol"]["images"].items()
+    ]
     parameters = sum(math.prod(x.shape) for x in tensors.values())
     storage.write_text(
         f"{exported}/README.md", model_card.render(c, step, parameters, results, grid is not None, names)
@@ -107,7 +120,7 @@ def _write_hub_files(c: ConfigDict, workdir: str, exported: str, step: int, para
 
 
 def _find_sample_grid(workdir: str, step: int) -> epath.Path | None:
-    """A picture of samples of the step: of --mode=sample if there is one, else of the training."""
+    """Returns a grid of samples of the step, preferably of --mode=sample, else of the training."""
     samples = epath.Path(workdir) / "samples"
-    found = [folder / "grid.png" for folder in storage.list_matching(samples, f"step_{step:06d}_ema_*")]
-    return next((path for path in (*found, samples / f"step_{step:06d}_ema.png") if path.exists()), None)
+    grids = [folder / "grid.png" for folder in storage.list_matching(samples, f"step_{step:06d}_ema_*")]
+    return next((path for path in (*grids, samples / f"step_{step:06d}_ema.png") if path.exists()), None)

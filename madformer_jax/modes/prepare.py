@@ -1,12 +1,13 @@
-"""--mode=prepare: any source becomes ArrayRecord shards of images or VAE latents in the workdir.
+"""--mode=prepare: writes a data source as ArrayRecord shards of images or VAE latents.
 
     python -m madformer_jax.main --config=... --mode=prepare --workdir=DIR --config.prepare.kind=latents
 
-Shard k holds the images [k * n, (k + 1) * n) of the source, in its order, minus those that do not decode. A shard is
-written beside its place, or locally where that is in a bucket, and appears whole; then a JSON file beside it says that it
-is finished. So whatever is killed at whatever moment, running the same command again makes the unfinished shards and no
-other. Process p of n makes each n-th shard; the last one to finish writes manifest.json, without which no training starts.
-Run again on a folder that is complete, it compares all checksums and makes damaged shards anew.
+Shard k holds the images [k * n, (k + 1) * n) of the source, in order, without corrupt images. A shard
+is first written to a temporary file, so that it appears as a whole. A JSON file next to it marks it as
+finished. After a kill, the same command makes only the unfinished shards. Process p of n makes the
+shards p, p + n, p + 2 n and so on. The last process writes manifest.json, without which no training
+starts. On a complete folder, the command compares all checksums and makes damaged shards again.
+`data.records` defines the files and reads them.
 """
 
 import collections
@@ -34,7 +35,7 @@ PLAN_FILE = "plan.json"
 
 
 class Decoded(NamedTuple):
-    """One image of the source, or why there is none."""
+    """A decoded image of the source. If it is corrupt, `pixels` is None and `reason` says why."""
 
     name: str
     pixels: np.ndarray | None
@@ -52,24 +53,25 @@ def run(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> dict[str, Any]:
-    """Prepares the data of `config.data` as `config.prepare` says; goes on where an earlier run was stopped.
+    """Prepares the data of `config.data` according to `config.prepare`; resumes a stopped preparation.
 
     Args:
-      config: the whole config; `data`, `prepare` and, for latents, `codec` matter.
-      workdir: where the shards go.
-      encoder: for latents; by default the VAE of `config.codec` on all devices.
-      process_index, process_count: which of how many processes this is; by default JAX's.
+      config: The config; `data`, `prepare` and, for latents, `codec` matter.
+      workdir: The folder of the shards.
+      encoder: The encoder for latents; by default the VAE of `config.codec` on all devices.
+      process_index: Index of this process; by default JAX's.
+      process_count: Number of processes; by default JAX's.
 
     Returns:
-      Figures of this process: shards, made (those that were not there yet), records, skipped, bytes.
+      Figures of this process: shards, made (shards that did not exist before), records, skipped, bytes.
 
     Raises:
-      ConfigError: the source does not open; the folder is a run's, holds shards made in another way or cannot be written; or
-        too many images are corrupt.
+      ConfigError: The source does not open, or too many images are corrupt. Or the folder holds a run
+        or shards that were made in another way, or it cannot be written.
     """
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
-    if jax.process_count() > 1:  # none waits for another before its last shard, and what is finished is kept
+    if jax.process_count() > 1:  # processes do not wait for each other, and finished shards stay
         preemption.exit_on_sigterm()
     folder = epath.Path(workdir)
     source = sources.open_source(config)
@@ -78,7 +80,9 @@ def run(
     with storage.wrap_errors(f"--workdir={workdir} cannot be written"):
         for name in ("config.json", "checkpoints"):
             if (folder / name).exists():
-                raise ConfigError(f"--workdir={workdir} holds a run ({name}): give --mode=prepare a folder of its own.")
+                raise ConfigError(
+                    f"--workdir={workdir} holds a run ({name}): use a separate folder for --mode=prepare."
+                )
         with lock.acquire(workdir):
             encoder = (
                 (encoder or codec.encoder(config, config.prepare.batch)) if config.prepare.kind == "latents" else None
@@ -96,7 +100,7 @@ def run(
                 decode = functools.partial(_decode, source, table)
                 shards |= _make_shards(config, folder, plan, todo, decode, encoder, [*shards.values()], bar)
             if jax.process_count() > 1:
-                partitioning.sync("prepare")  # a process that leaves early would be taken for a dead one
+                partitioning.sync("prepare")  # JAX would take a process that leaves early for a dead one
             _write_manifest(config, folder, plan)
     return {
         "shards": len(shards), "made": len(todo), "records": sum(shard.records for shard in shards.values()),
@@ -111,7 +115,7 @@ def _check_source(config: ConfigDict, source: Source) -> None:
     if source.kind != "images":
         raise ConfigError(f"config.data.path={config.data.path!r} holds latents: --mode=prepare needs images.")
     if not len(source):
-        raise ConfigError(f"config.data.source={config.data.source} is empty.")
+        raise ConfigError(f"config.data.source={config.data.source} has no images.")
     if config.model.classes and not source.classes:
         logging.warning(
             "config.model.classes=%d, but config.data.source=%s has no labels: training needs them, or model.classes=0",
@@ -122,7 +126,7 @@ def _check_source(config: ConfigDict, source: Source) -> None:
 def _make_plan(
     config: ConfigDict, source: Source, table: preprocess.Preprocessor, encoder: codec.Encoder | None
 ) -> dict[str, Any]:
-    """Everything that decides the content of the shards."""
+    """Returns everything that decides the content of the shards."""
     p = config.prepare
     return {
         "format": records.FORMAT,
@@ -134,7 +138,7 @@ def _make_plan(
         "split": config.data.split,
         "images": len(source),
         "classes": source.classes,
-        "names": list(source.names),  # of the classes
+        "names": list(source.names),  # class names
         "files": source.fingerprint,
         "shard": p.shard,
         "shards": -(-len(source) // p.shard),
@@ -143,6 +147,11 @@ def _make_plan(
 
 
 def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
+    """Writes the plan, or checks that the folder's plan is the same.
+
+    Raises:
+      ConfigError: The folder was prepared in another way or by another version.
+    """
     before = records.read_sealed(folder / PLAN_FILE)
     if before is None:
         records.write_sealed(folder / PLAN_FILE, plan)
@@ -150,16 +159,16 @@ def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
     written = before.get("codec")
     if before.get("format") != records.FORMAT:
         raise ConfigError(
-            f"{folder} was prepared by another version (format {before.get('format')}): it may be read, but not gone on with. "
-            "Name another folder."
+            f"{folder} was prepared by another version (format {before.get('format')}): it may be read, but not continued. "
+            "Use another folder."
         )
-    if written and plan["codec"]:  # an earlier version wrote fewer facts of the VAE
+    if written and plan["codec"]:  # earlier versions stored fewer properties of the VAE
         before["codec"] = plan["codec"] | written
     different = [f"{key} was {before.get(key)!r} and is {plan[key]!r}" for key in plan if before.get(key) != plan[key]]
     if different:
         raise ConfigError(
             f"{folder} holds shards that were made in another way: {'; '.join(different)}. "
-            "Name another folder, or delete this one."
+            "Use another folder, or delete this one."
         )
     if written != plan["codec"]:
         records.write_sealed(folder / PLAN_FILE, plan)
@@ -168,22 +177,25 @@ def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
 def _find_finished_shards(
     folder: epath.Path, plan: dict[str, Any], mine: Sequence[int], bar: Any
 ) -> dict[int, records.Shard]:
-    """Those of the shards `mine` that are made and whole; where the folder was complete, as their checksums tell."""
-    there = {path.name for path in folder.iterdir()}
-    complete, made = records.MANIFEST in there, {}
+    """Returns the shards of `mine` that are finished and intact.
+
+    If the folder is complete, it compares checksums, too.
+    """
+    files = {path.name for path in folder.iterdir()}
+    complete, made = records.MANIFEST in files, {}
     if complete:
         logging.info("%s is complete: comparing checksums", folder)
     for k in mine:
-        if f"{_shard_file(plan, k)}.json" not in there:
+        if f"{_shard_file(plan, k)}.json" not in files:
             continue
         try:
             shard = _read_shard_summary(folder, plan, k)
-            whole = records.is_complete(folder / shard.file, shard, checksum=complete)
+            intact = records.is_complete(folder / shard.file, shard, checksum=complete)
         except ConfigError as error:
             logging.warning("%s", error)
-            whole = False
-        if not whole:
-            logging.warning("%s is missing or damaged, and is made again", folder / _shard_file(plan, k))
+            intact = False
+        if not intact:
+            logging.warning("%s is missing or damaged: making it again", folder / _shard_file(plan, k))
             continue
         made[k] = shard
         bar.update(len(_shard_indices(plan, k)))
@@ -200,10 +212,10 @@ def _make_shards(
     before: list[records.Shard],
     bar: Any,
 ) -> dict[int, records.Shard]:
-    """Makes the shards `todo`; `before` are those that were there."""
+    """Makes the shards `todo`. `before` lists the shards that were finished earlier."""
     batch = encoder.batch if encoder else config.prepare.batch
     made: dict[int, records.Shard] = {}
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes and resizes without the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow releases the GIL
         decoded = decode([i for k in todo for i in _shard_indices(plan, k)], threads, batch)
         for k in todo:
             images = itertools.islice(decoded, len(_shard_indices(plan, k)))
@@ -228,22 +240,22 @@ def _done_path(folder: epath.Path, plan: dict[str, Any], k: int) -> epath.Path:
 def _read_shard_summary(folder: epath.Path, plan: dict[str, Any], k: int) -> records.Shard:
     content = records.read_sealed(_done_path(folder, plan, k))
     if content is None:
-        raise ConfigError(f"{_done_path(folder, plan, k)} is gone: run --mode=prepare again.")
+        raise ConfigError(f"{_done_path(folder, plan, k)} is missing: run --mode=prepare again.")
     return records.Shard(**content)
 
 
 def _decode(
     source: Source, table: preprocess.Preprocessor, indices: Sequence[int], threads: ThreadPoolExecutor, batch: int
 ) -> Iterator[Decoded]:
-    """The images of `indices`, in order, decoded ahead by the threads."""
+    """Yields the images of `indices` in order. The threads decode up to two batches ahead."""
 
     def decode(index: int) -> Decoded:
         name = source.name(index)
         try:
-            found = pipeline.read_record(source, table, index)
-            attributes = () if found.attributes is None else found.attributes[0]
-            return Decoded(name, found.arrays["image"][0], int(found.labels[0]), found.captions[0], attributes)
-        except OSError as error:  # the disk's fault, not the image's: nothing to skip
+            record = pipeline.read_record(source, table, index)
+            attributes = () if record.attributes is None else record.attributes[0]
+            return Decoded(name, record.arrays["image"][0], int(record.labels[0]), record.captions[0], attributes)
+        except OSError as error:  # the disk is at fault, not the image: do not skip it
             raise ConfigError(f"{name} cannot be read: {error}") from error
         except preprocess.CorruptImageError as error:
             return Decoded(name, None, reason=first_line(error))
@@ -266,20 +278,20 @@ def _write_shard(
     batch: int,
     bar: Any,
 ) -> records.Shard:
-    """Makes one shard, durably, and describes it."""
+    """Writes one shard and returns its summary."""
     name = _shard_file(plan, k)
     if not storage.is_remote(folder):
-        for part in storage.list_matching(folder, f".{name}.*.part"):  # of a process that was killed
-            part.unlink()
+        for leftover in storage.list_matching(folder, f".{name}.*.part"):  # of a killed process
+            leftover.unlink()
     shard = records.Shard(name, 0, 0, "", [], [])
 
-    def put(file: IO[bytes]) -> None:
+    def write_records(file: IO[bytes]) -> None:
         nonlocal shard
         writer = records.open_writer(file.name)
         count, shape, skipped = 0, [], []
         chunks = iter(lambda: list(itertools.islice(decoded, batch)), [])
         encoded = ((chunk, _image_arrays(chunk, plan, encoder)) for chunk in chunks)
-        # in pairs, so that devices encode the next batch while this one is written
+        # In pairs: the devices encode the next batch while this one is written.
         for (images, fields), _ in itertools.pairwise(itertools.chain(encoded, [([], [])])):
             skipped += [[image.name, image.reason] for image in images if image.pixels is None]
             good = [image for image in images if image.pixels is not None]
@@ -302,14 +314,15 @@ def _write_shard(
             skipped=skipped,
         )
 
-    storage.write(folder / name, put)
+    storage.write(folder / name, write_records)
     return shard
 
 
 def _image_arrays(images: list[Decoded], plan: dict[str, Any], encoder: codec.Encoder | None) -> list[dict[str, Any]]:
-    """The arrays of the images that decoded, and of their flipped copies; latents are still being computed.
+    """Returns the arrays of the decoded images and of their flipped copies.
 
-    Every call encodes a full batch, so that the encoder is compiled once.
+    Latents may still be in computation on the devices. Every call encodes a full batch, so that the
+    encoder is compiled only once.
     """
     good = [image.pixels for image in images if image.pixels is not None]
     if not good:
@@ -326,10 +339,10 @@ def _flipped_copies(pixels: np.ndarray, plan: dict[str, Any]) -> list[np.ndarray
 
 
 def _pack_records(images: list[Decoded], fields: list[dict[str, Any]], plan: dict[str, Any]) -> np.ndarray:
-    """Records (images, 1, or 2 with flipped copies) in the layout of `records.dtype`.
+    """Returns records `(images, copies)` in the layout of `records.dtype`; 2 copies with flips, else 1.
 
     Raises:
-      ConfigError: names an image whose latents are not finite.
+      ConfigError: The latents of an image are not finite.
     """
     arrays = [{name: np.asarray(x)[: len(images)] for name, x in copy.items()} for copy in fields]
     shape = next(iter(arrays[0].values())).shape[1:]
@@ -344,7 +357,7 @@ def _pack_records(images: list[Decoded], fields: list[dict[str, Any]], plan: dic
         if bad.any():
             name = images[int(np.argmax(bad))].name
             raise ConfigError(
-                f"{name}: its latents are not finite in float16; check the VAE, or encode in float32 (config.codec.dtype)."
+                f"{name}: its latents are not finite in float16: check the VAE, or encode in float32 (config.codec.dtype)."
             )
     return rows
 
@@ -355,15 +368,15 @@ def _check_corrupt(config: ConfigDict, plan: dict[str, Any], shards: list[record
         name, reason = skipped[-1]
         raise ConfigError(
             f"{len(skipped)} of {plan['images']} images are corrupt, more than config.prepare.max_corrupt="
-            f"{config.prepare.max_corrupt}; the last is {name} ({reason}). Mend the source, or allow more and run again."
+            f"{config.prepare.max_corrupt}; the last is {name} ({reason}). Repair the source, or allow more and run again."
         )
 
 
 def _write_manifest(config: ConfigDict, folder: epath.Path, plan: dict[str, Any]) -> None:
-    """Writes the manifest if every shard is there."""
-    there = {path.name for path in folder.iterdir()}
-    if not all(f"{_shard_file(plan, k)}.json" in there for k in range(plan["shards"])):
-        logging.info("%s: other processes still make shards; the last one writes the manifest.", folder)
+    """Writes the manifest if every shard is finished."""
+    files = {path.name for path in folder.iterdir()}
+    if not all(f"{_shard_file(plan, k)}.json" in files for k in range(plan["shards"])):
+        logging.info("%s: other processes are still making shards; the last one writes the manifest", folder)
         return
     shards = [_read_shard_summary(folder, plan, k) for k in range(plan["shards"])]
     skipped = [image for shard in shards for image in shard.skipped]

@@ -1,9 +1,10 @@
-"""--mode=report: the tables, figures and page of a sweep, from the results that --mode=sweep has written so far.
+"""--mode=report: tables, figures and a page from the finished runs of a sweep.
 
     python -m madformer_jax.main --mode=report --workdir=runs/depth
 
-Writes to workdir/report: index.html, which holds everything, tables.md, results.csv, and figures/, each as SVG and PNG. The
-same results give the same bytes.
+Writes index.html (self-contained), tables.md, results.csv and figures/ (SVG and PNG) to
+workdir/report. Equal results give equal bytes. To add to the report, see
+`reports.report_sections`.
 """
 
 import os
@@ -18,25 +19,30 @@ from madformer_jax.runtime import storage
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Writes the report; returns its path, and how many runs it has and lacks. The config is that of no run and not read.
+    """Writes the report of a sweep.
+
+    Args:
+      c: Not used: each result holds its own config.
+      workdir: The sweep's folder.
+
+    Returns:
+      The path of the page and the numbers of finished and of missing runs.
 
     Raises:
-      ConfigError: there are no results, or they do not compare; nothing is written then.
+      ConfigError: There are no results, or they are not comparable. Nothing is written.
     """
-    found = results.load_results(workdir)
-    sections = report_sections.build_sections(found)
+    loaded = results.load_results(workdir)
+    sections = report_sections.build_sections(loaded)
     files: dict[str, bytes] = {
-        "index.html": html.render(found, sections).encode(),
-        "tables.md": report_sections.to_markdown(found, sections).encode(),
-        "results.csv": tables.to_csv(found).encode(),
+        "index.html": html.render(loaded, sections).encode(),
+        "tables.md": report_sections.to_markdown(loaded, sections).encode(),
+        "results.csv": tables.to_csv(loaded).encode(),
     }
-    for panel in (
-        p for section in sections for item in section.items if isinstance(item, Figures) for p in item.panels
-    ):
+    for panel in (p for section in sections for x in section.items if isinstance(x, Figures) for p in x.panels):
         files[f"figures/{panel.name}.svg"], files[f"figures/{panel.name}.png"] = panel.svg, panel.png
     folder = os.path.join(workdir, "report")
     for name, content in files.items():
         storage.write_bytes(os.path.join(folder, name), content)
     path = os.path.join(folder, "index.html")
-    logging.info("wrote %s: %s", path, report_sections.status(found))
-    return {"report": path, "runs": len(found.runs), "missing": len(found.missing)}
+    logging.info("wrote %s: %s", path, report_sections.status(loaded))
+    return {"report": path, "runs": len(loaded.runs), "missing": len(loaded.missing)}

@@ -1,8 +1,8 @@
-"""--mode=tokenizer: a byte-level BPE of `text.vocabulary` tokens, trained on the captions of the config's data.
+"""--mode=tokenizer: trains a byte-level BPE tokenizer on the captions of the config's data.
 
     python -m madformer_jax.main --config=... --mode=tokenizer --workdir=DIR --config.text.vocabulary=512
 
-Writes DIR/tokenizer.json. The same captions give the same file.
+Writes DIR/tokenizer.json. Equal captions give equal bytes. `data.text` trains and opens tokenizers.
 """
 
 import time
@@ -19,44 +19,51 @@ from madformer_jax.data import sources, text
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-MAX_CAPTIONS = 200_000  # of more, as many are taken, evenly over all
-MIN_VOCABULARY = 258  # tokens: every byte, begin and end
+MAX_CAPTIONS = 200_000  # larger data sets are subsampled evenly to this number
+MIN_VOCABULARY = 258  # every byte, the begin and the end token
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains the tokenizer; returns its path, its number of tokens and those of the longest caption.
+    """Trains the tokenizer.
+
+    Args:
+      c: The config; `data` and `text.vocabulary` matter.
+      workdir: The folder of tokenizer.json.
+
+    Returns:
+      The path, the size of the vocabulary, and the number of tokens of the longest caption.
 
     Raises:
-      ConfigError: a setting is wrong, or the source does not open or has no captions.
+      ConfigError: A setting is wrong, or the source does not open or has no captions.
     """
     began = time.monotonic()
     c = c.copy_and_resolve_references()
-    c.text.length = max(3, c.text.length)  # found out here
+    c.text.length = max(3, c.text.length)  # passes validation; the length that the captions need is logged below
     config_lib.validate(c)
     if c.text.vocabulary < MIN_VOCABULARY:
         raise ConfigError(
-            f"config.text.vocabulary={c.text.vocabulary}: --mode=tokenizer makes one of {MIN_VOCABULARY} tokens at least."
+            f"config.text.vocabulary={c.text.vocabulary} is too small for --mode=tokenizer: use at least {MIN_VOCABULARY}."
         )
     captions = _read_captions(c)
     if not captions:
-        raise ConfigError(f"config.data.source={c.data.source} has no captions: see docs/text.md on where they lie.")
+        raise ConfigError(f"config.data.source={c.data.source} has no captions: docs/text.md says how to add them.")
     path = epath.Path(workdir) / "tokenizer.json"
     if jax.process_index() == 0:
         with storage.wrap_errors(f"{path} cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_text(path, text.train_bpe(captions, c.text.vocabulary))
-    found = text.open_tokenizer(str(path))
-    longest = 2 + max(map(len, found.encode(captions)))
+    tokenizer = text.open_tokenizer(str(path))
+    longest = 2 + max(map(len, tokenizer.encode(captions)))
     logging.info(
-        "wrote %s from %d captions in %.1f s: config.text.tokenizer=%s, config.text.vocabulary=%d; the longest caption is %d "
-        "tokens, begin and end counted (config.text.length)",
-        path, len(captions), time.monotonic() - began, path, found.vocabulary, longest,
+        "wrote %s from %d captions in %.1f s: use it with config.text.tokenizer=%s and config.text.vocabulary=%d. The longest "
+        "caption has %d tokens with begin and end (config.text.length).",
+        path, len(captions), time.monotonic() - began, path, tokenizer.vocabulary, longest,
     )  # fmt: skip
-    return {"path": str(path), "vocabulary": found.vocabulary, "longest": longest}
+    return {"path": str(path), "vocabulary": tokenizer.vocabulary, "longest": longest}
 
 
 def _read_captions(c: ConfigDict) -> list[str]:
-    """Those of the config's split that are not empty."""
+    """Returns the captions of the config's split that are not empty, at most `MAX_CAPTIONS`."""
     source = sources.open_source(c)
     if c.text.caption == "class":
         return list(source.names)

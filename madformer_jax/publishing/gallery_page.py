@@ -1,7 +1,8 @@
-"""Recorded frames of images coming into being as one HTML file, which needs no server: two settings side by side at equal cost.
+"""The gallery page: frames of sampling as one HTML file, two settings side by side at equal cost.
 
-From one frame to the next only the block that is being made changes, so a frame is stored as the rectangle that changed. The
-rectangles of an image make one sheet, a WebP; the page's script (gallery.html) lays them over each other.
+`modes.gallery` records the frames and calls `render`. The page needs no server. Between two frames only
+the current block changes, so a frame is stored as the rectangle that changed. The rectangles of an
+image form one sprite sheet, a WebP file. The script in gallery.html draws them over each other.
 """
 
 import base64
@@ -19,32 +20,45 @@ import numpy as np
 from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 
-MAX_BYTES = 3_000_000  # bytes of a page, above which it is too slow to open from afar
-MAX_IMAGE_SIDE = 128  # pixels of an image on the page, at most: larger ones are averaged down
+MAX_BYTES = 3_000_000  # size of a page; larger ones load slowly from a web server
+MAX_IMAGE_SIDE = 128  # pixels of an image on the page; larger images are averaged down
 
-# How sheets become smaller, tried in turn: the quality of WebP (None: no loss), and of how many steps within a block one is kept.
+# (quality of WebP or None for lossless, stride of the frames within a block), tried in turn.
 _COMPRESSION_LEVELS = ((None, 1), (90, 1), (75, 1), (75, 2), (60, 4), (50, 8), (50, 1000))
 
 
 class Frame(NamedTuple):
-    """Where a drawing stands, and what it has cost."""
+    """Progress and cost of sampling at a frame.
 
-    block: int  # 1..L
-    step: int  # 1..steps, of the solver, in this block
-    passes: float  # full-model passes over an image, see `flops.model_passes`
+    Attributes:
+      block: The current block, 1 to L.
+      step: Solver steps done in this block, at least 1.
+      passes: Full-model passes so far, per image (`flops.model_passes`).
+      seconds: Seconds so far, per image.
+    """
+
+    block: int
+    step: int
+    passes: float
     seconds: float
 
 
 class Recording(NamedTuple):
-    """The same images coming into being at one setting."""
+    """The frames of sampling n images with one setting.
+
+    Attributes:
+      name: Name of the setting.
+      frames: Progress and cost of each of F frames.
+      images: The images at each frame, uint8 `(F, n, h, w, c)`.
+    """
 
     name: str
-    frames: list[Frame]  # F
-    images: np.ndarray  # (F, n, h, w, c) uint8
+    frames: list[Frame]
+    images: np.ndarray
 
 
 class SheetBox(NamedTuple):
-    """A rectangle of an image, and where it lies on the image's sheet."""
+    """A rectangle of an image and its position on the sprite sheet."""
 
     top: int
     left: int
@@ -55,35 +69,41 @@ class SheetBox(NamedTuple):
 
 
 def render(
-    title: str, about: str, captions: Sequence[str], recordings: Sequence[Recording], largest: int = MAX_BYTES
+    title: str, description: str, captions: Sequence[str], recordings: Sequence[Recording], max_bytes: int = MAX_BYTES
 ) -> str:
-    """The page. Its pictures are exact where that fits, else compressed with loss, else with fewer frames within a block.
+    """Returns the page as HTML.
+
+    The images are lossless if they fit. Otherwise they are compressed with loss, and then the page also
+    gets fewer frames within a block.
 
     Args:
-      captions: of the n images that every recording has.
-      largest: bytes of the page.
+      title: Title of the page.
+      description: Text below the title.
+      captions: Captions of the n images that every recording has.
+      recordings: The frames of each setting.
+      max_bytes: Largest size of the page.
 
     Raises:
-      ConfigError: it does not fit.
+      ConfigError: The page does not fit.
     """
-    empty = _render_html(title, about, captions, [])
+    empty = _render_html(title, description, captions, [])
     for quality, stride in _COMPRESSION_LEVELS:
-        room, told = largest - len(empty.encode()), []
+        bytes_left, data = max_bytes - len(empty.encode()), []
         for recording in recordings:
-            told.append(_recording_data(_drop_frames(recording, stride), quality, room))
-            room -= len(json.dumps(told[-1]))
-            if room < 0:
+            data.append(_recording_data(_drop_frames(recording, stride), quality, bytes_left))
+            bytes_left -= len(json.dumps(data[-1]))
+            if bytes_left < 0:
                 break
         else:
-            return _render_html(title, about, captions, told)
+            return _render_html(title, description, captions, data)
     raise ConfigError(
-        f"{len(recordings)} settings of {len(captions)} images do not fit a page of {largest / 1e6:g} MB: choose fewer settings "
+        f"{len(recordings)} settings of {len(captions)} images do not fit a page of {max_bytes / 1e6:g} MB: choose fewer settings "
         "(config.gallery.grid) or images (config.gallery.n)."
     )
 
 
 def downscale(images: np.ndarray) -> np.ndarray:
-    """uint8 images (n, H, W, c) with at most `SIDE` pixels a side, averaged."""
+    """Averages uint8 images `(n, H, W, c)` down to at most `MAX_IMAGE_SIDE` pixels a side."""
     factor = math.ceil(max(images.shape[1:3]) / MAX_IMAGE_SIDE)
     if factor == 1:
         return images
@@ -91,23 +111,26 @@ def downscale(images: np.ndarray) -> np.ndarray:
     return np.stack(pictures).reshape(len(images), *pictures[0].shape[:2], images.shape[-1])
 
 
-def _render_html(title: str, about: str, captions: Sequence[str], told: Sequence[dict[str, Any]]) -> str:
+def _render_html(title: str, description: str, captions: Sequence[str], data: Sequence[dict[str, Any]]) -> str:
     template = (importlib.resources.files(__package__) / "gallery.html").read_text(encoding="utf-8")
-    content = json.dumps({"captions": list(captions), "recordings": told}).replace("<", "\\u003c")
-    for name, text in (("title", html.escape(title)), ("about", html.escape(about)), ("content", content)):
+    content = json.dumps({"captions": list(captions), "recordings": data}).replace("<", "\\u003c")
+    for name, text in (("title", html.escape(title)), ("description", html.escape(description)), ("content", content)):
         template = template.replace(f"[[{name}]]", text)
     return template
 
 
-def _recording_data(recording: Recording, quality: int | None, room: int) -> dict[str, Any]:
-    """What the page's script reads of a recording; sheets that pass `room` bytes are left off."""
+def _recording_data(recording: Recording, quality: int | None, bytes_left: int) -> dict[str, Any]:
+    """Returns the data of a recording for the script of the page.
+
+    Stops adding sheets once they exceed `bytes_left`: the caller then tries a smaller quality.
+    """
     boxes = _pack_boxes(list(_change_boxes(recording.images)))
     sheets: list[str] = []
     for number in range(recording.images.shape[1]):
         content = _encode_webp(_sprite_sheet(recording.images[:, number], boxes), quality)
         sheets.append("data:image/webp;base64," + base64.b64encode(content).decode())
-        room -= len(sheets[-1])
-        if room < 0:
+        bytes_left -= len(sheets[-1])
+        if bytes_left < 0:
             break
     return {
         "name": recording.name,
@@ -119,15 +142,19 @@ def _recording_data(recording: Recording, quality: int | None, room: int) -> dic
 
 
 def _drop_frames(recording: Recording, stride: int) -> Recording:
-    """Of the frames within a block, each `stride`-th; the last one of a block always."""
+    """Keeps every `stride`-th frame within a block and the last frame of each block."""
     frames = recording.frames
-    last = {frame.block: i for i, frame in enumerate(frames)}  # of each block
-    kept = [i for i, frame in enumerate(frames) if frame.step % stride == 0 or i == last[frame.block]]
-    return recording._replace(frames=[frames[i] for i in kept], images=recording.images[kept])
+    last = {frame.block: i for i, frame in enumerate(frames)}  # block -> its last frame
+    selected = [i for i, frame in enumerate(frames) if frame.step % stride == 0 or i == last[frame.block]]
+    return recording._replace(frames=[frames[i] for i in selected], images=recording.images[selected])
 
 
 def _change_boxes(images: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Top, left, height and width of what changes in any image (F, n, h, w, c) at each frame; at the first, all."""
+    """Yields (top, left, height, width) of the rectangle that changes at each frame.
+
+    Args:
+      images: uint8 `(F, n, h, w, c)`. The first frame changes as a whole.
+    """
     yield 0, 0, *images.shape[2:4]
     for before, after in itertools.pairwise(images):
         changed = (before != after).any((0, 3))
@@ -139,23 +166,23 @@ def _change_boxes(images: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _pack_boxes(changes: Sequence[tuple[int, int, int, int]]) -> list[SheetBox]:
-    """Places rectangles on a sheet, row after row, in a square about."""
-    wide = max(max(w for *_, w in changes), math.isqrt(sum(h * w for *_, h, w in changes)))
-    boxes, top, left, tall = [], 0, 0, 0
+    """Places rectangles on a nearly square sprite sheet, row by row."""
+    sheet_width = max(max(w for *_, w in changes), math.isqrt(sum(h * w for *_, h, w in changes)))
+    boxes, top, left, row_height = [], 0, 0, 0
     for change in changes:
         height, width = change[2:]
-        if left + width > wide:
-            top, left, tall = top + tall, 0, 0
+        if left + width > sheet_width:
+            top, left, row_height = top + row_height, 0, 0
         boxes.append(SheetBox(*change, top, left))
-        left, tall = left + width, max(tall, height)
+        left, row_height = left + width, max(row_height, height)
     return boxes
 
 
 def _sprite_sheet(images: np.ndarray, boxes: Sequence[SheetBox]) -> np.ndarray:
-    """The rectangles of one image's frames (F, h, w, c) side by side."""
-    tall = max(b.sheet_top + b.height for b in boxes)
-    wide = max(b.sheet_left + b.width for b in boxes)
-    sheet = np.zeros((tall, wide, images.shape[-1]), np.uint8)
+    """Copies the changed rectangles of an image's frames `(F, h, w, c)` to their places on a sheet."""
+    height = max(b.sheet_top + b.height for b in boxes)
+    width = max(b.sheet_left + b.width for b in boxes)
+    sheet = np.zeros((height, width, images.shape[-1]), np.uint8)
     for image, b in zip(images, boxes, strict=True):
         sheet[b.sheet_top : b.sheet_top + b.height, b.sheet_left : b.sheet_left + b.width] = image[
             b.top : b.top + b.height, b.left : b.left + b.width
@@ -165,6 +192,6 @@ def _sprite_sheet(images: np.ndarray, boxes: Sequence[SheetBox]) -> np.ndarray:
 
 def _encode_webp(image: np.ndarray, quality: int | None) -> bytes:
     file = io.BytesIO()
-    how = {"lossless": True} if quality is None else {"quality": quality}
-    preprocess.to_pil(image).convert("RGB").save(file, "webp", method=4, **how)
+    options = {"lossless": True} if quality is None else {"quality": quality}
+    preprocess.to_pil(image).convert("RGB").save(file, "webp", method=4, **options)
     return file.getvalue()

@@ -1,4 +1,7 @@
-"""The model card of an export: README.md as the Hugging Face hub shows it, from what a workdir knows."""
+"""The model card of an export: README.md for the Hugging Face hub.
+
+`modes.export` calls `render` with the config, the evaluations and the class names of a workdir.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,36 +22,37 @@ def render(
     grid: bool,
     names: Sequence[str] = (),
 ) -> str:
-    """The card in Markdown.
+    """Returns the model card in Markdown.
 
     Args:
-      c: the run's config.
-      step: the one that is published.
-      parameters: how many the model has.
-      evaluations: results of --mode=evaluate on images of this step.
-      grid: whether there is a picture `grid.png` beside it.
-      names: Names of the classes in order; empty if the data name none.
+      c: The config of the run.
+      step: The training step that is published.
+      parameters: Number of parameters of the model.
+      evaluations: Results of --mode=evaluate on images of this step.
+      grid: Whether the export has a file grid.png of samples.
+      names: Names of the classes in order; empty if the data do not name them.
     """
     m, s = c.model, c.sample
-    kind = "captions" if c.text.vocabulary else f"{m.classes} classes" if m.classes else "nothing"
+    kind = "captions" if c.text.vocabulary else f"{m.classes} classes" if m.classes else ""
+    condition = f", conditional on {kind}," if kind else ""
     task = "text-to-image" if c.text.vocabulary else "unconditional-image-generation"
     lines = [
         "---", "library_name: madformer_jax", f"pipeline_tag: {task}",
         "tags: [madformer, jax, image-generation]", "---", "",
         "# A MADFormer", "",
-        f"Draws images of {c.data.image_size} x {c.data.image_size} pixels, conditional on {kind}, by mixed autoregression and "
+        f"Generates images of {c.data.image_size} x {c.data.image_size} pixels{condition} with mixed autoregression and "
         "diffusion ([arXiv 2506.07999](https://arxiv.org/abs/2506.07999)).", "",
         *(["![samples](grid.png)", ""] if grid else []),
         "| | |", "|---|---|",
         f"| parameters | {parameters:,} |",
-        f"| layers N, of them diffusion layers D | {m.depth}, {m.diffusion_depth} |",
+        f"| layers N, diffusion layers D | {m.depth}, {m.diffusion_depth} |",
         f"| blocks L | {m.blocks} |",
         f"| width, heads | {m.width}, {m.heads} |",
         *([f"| classes | {_escape_cell(class_labels.summary(range(m.classes), names))} |"] if m.classes and names else []),
-        f"| predicts | {m.predicts} |",
+        f"| prediction type | {m.predicts} |",
         f"| codec | {c.codec.name}" + (f", patches of {c.codec.patch}" if c.codec.name == "pixel" else "") + " |",
-        f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps of {c.train.batch} |",
-        f"| sampled by default | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",
+        f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps, batch size {c.train.batch} |",
+        f"| default sampling | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",
         "```python", "import madformer_jax", "", 'model = madformer_jax.load("PATH or owner/name")',
         f"images = model.sample({_usage_example(c, names)})", "```", "",
     ]  # fmt: skip
@@ -68,15 +72,18 @@ def _usage_example(c: ConfigDict, names: Sequence[str]) -> str:
 
 
 def _score_table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    """A row for each setting; the protocol in full is in the JSON of --mode=evaluate."""
+    """Returns a table with a row for each evaluation.
+
+    The JSON files of --mode=evaluate have the full protocols.
+    """
     scores = list(dict.fromkeys(name for result in evaluations for name in result["scores"]))
-    about = [result["protocol"]["images"] | {"n": result["protocol"]["n"]} for result in evaluations]
-    shown = [*_SETTING_COLUMNS, *(["labels"] if any(one.get("labels") for one in about) else [])]
+    settings = [result["protocol"]["images"] | {"n": result["protocol"]["n"]} for result in evaluations]
+    shown = [*_SETTING_COLUMNS, *(["labels"] if any(x.get("labels") for x in settings) else [])]
     rows = []
-    for result, one in zip(evaluations, about, strict=True):
-        if labels := one.get("labels"):
-            one["labels"] = class_labels.summary([int(k) for k in labels.split(",")], names)
-        cells = [str(one.get(name, "")) for name in shown]
+    for result, setting in zip(evaluations, settings, strict=True):
+        if labels := setting.get("labels"):
+            setting["labels"] = class_labels.summary([int(k) for k in labels.split(",")], names)
+        cells = [str(setting.get(name, "")) for name in shown]
         for name in scores:
             score = result["scores"].get(name)
             cells.append(f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]" if score else "")
@@ -87,5 +94,5 @@ def _score_table(evaluations: Sequence[Mapping[str, Any]], names: Sequence[str])
 
 
 def _escape_cell(text: str) -> str:
-    """Returns a text that stays in its cell of a Markdown table."""
+    """Escapes text for a cell of a Markdown table."""
     return text.replace("|", "\\|")

@@ -1,24 +1,31 @@
-"""What a sweep varied: the axes of its results."""
+"""The axes of a sweep: the fields that vary between its runs and between its evaluations.
+
+`results.load_results` finds the axes of a sweep with `training_axes` and `sampling_axes`. To give a
+field the paper's symbol in tables and figures, add it to `_SYMBOLS`.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from madformer_jax.config import fields
 
-SEED_FIELD, STEPS_FIELD = (
-    "seed",
-    "sample.steps",
-)  # what varies without being an axis: the repetition, and what the budget decides
-# the paper's
+# Fields that vary but are not axes: the seed repeats a run, and the budget decides the solver steps.
+SEED_FIELD, STEPS_FIELD = "seed", "sample.steps"
 _SYMBOLS = {"diffusion_depth": "D", "blocks": "L", "depth": "N", "ar_condition": "AR condition", "hidden": "λ hidden"}
 
 
 class Axis(NamedTuple):
-    """A field that a sweep varies."""
+    """A field that a sweep varies.
+
+    Attributes:
+      field: Name of the field in the config.
+      values: Its values, sorted.
+      dependent_fields: Fields whose values follow from those of `field`, such as "train.steps".
+    """
 
     field: str
-    values: tuple[Any, ...]  # in order
-    follows: tuple[str, ...] = ()  # fields that change with it: "train.steps"
+    values: tuple[Any, ...]
+    dependent_fields: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -27,30 +34,40 @@ class Axis(NamedTuple):
 
 
 def value_of(run: Mapping[str, Any], evaluation: Mapping[str, Any], field: str) -> Any:
-    """Of a field in one evaluation of a run, {} for the training alone; None where the config has no such field."""
-    for given in (evaluation.get("overrides", {}), run["overrides"]):
-        if field in given:
-            return given[field]
+    """Returns the value of a field in an evaluation of a run, or None if the config lacks the field.
+
+    Args:
+      run: The content of a result.json.
+      evaluation: One of the run's evaluations, or {} for the training.
+      field: Name of the field.
+    """
+    for overrides in (evaluation.get("overrides", {}), run["overrides"]):
+        if field in overrides:
+            return overrides[field]
     return run["config"].get(field)
 
 
 def training_axes(runs: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[str, Any]]) -> list[Axis]:
-    """Of the runs that are there and those still to come."""
+    """Returns the axes of the trainings, both the finished and the planned ones."""
     overrides = [*(fields.flat(run["overrides"]) for run in planned), *(run["overrides"] for run in runs)]
-    names = list(dict.fromkeys(name for given in overrides for name in given if name != SEED_FIELD))
+    names = list(dict.fromkeys(name for run in overrides for name in run if name != SEED_FIELD))
     default = {name: run["config"].get(name) for name in names for run in runs if name not in run["overrides"]}
-    return _varying_axes([{name: given.get(name, default.get(name)) for name in names} for given in overrides])
+    return _varying_axes([{name: run.get(name, default.get(name)) for name in names} for run in overrides])
 
 
 def sampling_axes(runs: Sequence[Mapping[str, Any]]) -> list[Axis]:
-    """Of the settings at which each trained model is judged."""
+    """Returns the axes of the evaluations of each trained model."""
     pairs = [(run, evaluation) for run in runs for evaluation in run["evaluations"]]
     names = dict.fromkeys(name for _, evaluation in pairs for name in evaluation["overrides"] if name != STEPS_FIELD)
     return _varying_axes([{name: value_of(run, evaluation, name) for name in names} for run, evaluation in pairs])
 
 
 def _varying_axes(rows: Sequence[Mapping[str, Any]]) -> list[Axis]:
-    """The fields that differ between rows; one that others decide follows them."""
+    """Returns the fields that differ between rows.
+
+    A field whose value follows from that of an axis, or from those of all axes so far, is not an axis
+    of its own: it becomes a dependent field.
+    """
     axes: list[Axis] = []
     for name in rows[0] if rows else ():
         values = tuple(sorted({row[name] for row in rows}, key=sort_key))
@@ -62,16 +79,17 @@ def _varying_axes(rows: Sequence[Mapping[str, Any]]) -> list[Axis]:
         if i is None:
             axes.append(Axis(name, values))
         else:
-            axes[i] = axes[i]._replace(follows=(*axes[i].follows, name))
+            axes[i] = axes[i]._replace(dependent_fields=(*axes[i].dependent_fields, name))
     return axes
 
 
 def _determines(rows: Sequence[Mapping[str, Any]], axes: Sequence[Axis], name: str) -> bool:
+    """Returns whether the values of the axes determine the value of a field in all rows."""
     keys = [tuple(row[axis.field] for axis in axes) for row in rows]
     return bool(axes) and len({(*key, row[name]) for key, row in zip(keys, rows)}) == len(set(keys))
 
 
 def sort_key(value: Any) -> tuple[bool, float, str]:
-    """A key that sorts numbers by value, and then all else by name."""
+    """Returns a key that sorts numbers by value, followed by everything else by name."""
     number = isinstance(value, int | float)
     return not number, float(value) if number else 0.0, str(value)

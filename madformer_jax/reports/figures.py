@@ -1,7 +1,9 @@
-"""The figures of a sweep, each a small panel as SVG and as PNG; equal data give equal bytes.
+"""The figures of a report: small panels as SVG and PNG. Equal data give equal bytes.
 
-A panel is drawn for a column of some 360 pixels, so that it is legible on a phone; labels stand at the lines. Ordered values
-take their colours from viridis without its light end, names from Okabe and Ito.
+`report_sections` chooses the panels: `cost_curves`, `axis_plots` and `heat_map`. A panel fits a column
+of about 360 pixels, so that it is legible on a phone. Labels stand beside the lines instead of in a
+legend. Numeric values take their colors from viridis without its light end, other values from the
+palette of Okabe and Ito.
 """
 
 import io
@@ -30,42 +32,57 @@ _STYLE: dict[Any, Any] = {
 }  # fmt: skip
 _CATEGORY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito
 _MARKERS = "osD^vPX"
-_PANEL_INCHES = (4.1, 3.1)  # inches
-_MIN_LABEL_GAP = 0.075  # between labels, of the height
+_PANEL_INCHES = (4.1, 3.1)
+_MIN_LABEL_GAP = 0.075  # between two labels, as a share of the height
 
 
 class Panel(NamedTuple):
-    """A figure."""
+    """A figure.
 
-    name: str  # of its files
-    alt: str  # what it shows, in words
+    Attributes:
+      name: Name of its files, without the suffix.
+      alt: Alternative text.
+      svg: The SVG file.
+      png: The PNG file.
+    """
+
+    name: str
+    alt: str
     svg: bytes
     png: bytes
 
 
 class Series(NamedTuple):
-    """Means over seeds at some places."""
+    """A labeled line: means over seeds at positions on the x axis."""
 
     label: str
     x: tuple[float, ...]
     y: tuple[Estimate, ...]
 
 
-# ---- the panels of a part
+# ---- the panels of a protocol group
 
 
-def cost_curves(part: ProtocolGroup, score: str, cost: str, axis: Axis | None = None) -> list[Panel]:
-    """The paper's Figure 4: a score against a cost, a curve for each value of an axis, a panel for each setting of the others.
+def cost_curves(group: ProtocolGroup, score: str, cost: str, axis: Axis | None = None) -> list[Panel]:
+    """Plots a score against a cost, as in the paper's Figure 4.
 
-    Without an axis one panel has all settings. A cost that was not measured has no panel.
+    Args:
+      group: The points.
+      score: Name of the score.
+      cost: A key of `COSTS`.
+      axis: If given, a panel has a curve for each value of this axis, and each setting of the other
+        axes has its own panel. If None, one panel has a curve for each setting.
+
+    Returns:
+      The panels. They are missing if the cost was not measured or has only one value.
     """
     panels = []
     unit, label = (1e9, "GFLOPs") if cost == "flops" else (1.0, COSTS[cost])
-    for suffix, title, group in _panel_groups(part, axis):
+    for suffix, title, settings in _panel_groups(group, axis):
         lines = []
-        for name, setting in group:
+        for name, setting in settings:
             values: dict[float, dict[int, float]] = {}
-            for point in part.at(setting):
+            for point in group.points_at(setting):
                 if cost in point.cost and score in point.scores:
                     values.setdefault(point.cost[cost] / unit, {})[point.seed] = point.scores[score].value
             if values:
@@ -74,50 +91,58 @@ def cost_curves(part: ProtocolGroup, score: str, cost: str, axis: Axis | None = 
 
         def draw(axes: Axes, lines: Sequence[Series] = lines) -> None:
             axes.set_xscale("log")
-            _set_x_ticks(axes, sorted({x for one in lines for x in one.x}), cost == "solver_steps")
-            axes.set_xlabel(f"{label} an image")
+            _set_x_ticks(axes, sorted({x for line in lines for x in line.x}), cost == "solver_steps")
+            axes.set_xlabel(f"{label} per image")
             _plot_series(axes, lines, _series_colors(lines, axis), joined=True)
 
-        if any(len(one.x) > 1 for one in lines):
+        if any(len(line.x) > 1 for line in lines):
             heading = f"{score_heading(score)}{title}"
             panels.append(
-                _make_panel(_file_name(part, score, cost, suffix), f"{heading}, against {label}", heading, draw, lines)
+                _make_panel(_file_name(group, score, cost, suffix), f"{heading}, against {label}", heading, draw, lines)
             )
     return panels
 
 
-def axis_plots(part: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
-    """A score against the values of an axis, a line for each budget, a panel for each kind of budget and setting of the others."""
+def axis_plots(group: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
+    """Plots a score against the values of an axis.
+
+    A panel has a line for each budget of a kind. Each kind of budget and each setting of the other axes
+    has its own panel.
+    """
     panels = []
-    for (suffix, title, group), budgets in itertools.product(_panel_groups(part, axis), part.kinds):
+    for (suffix, title, settings), budgets in itertools.product(_panel_groups(group, axis), group.budgets_by_kind):
         lines = []
         for budget in budgets:
-            found = {}
-            for place, (_, setting) in enumerate(group):
-                if values := [p.scores[score].value for p in part.at(setting, budget) if score in p.scores]:
-                    found[float(place)] = estimate(values)
-            lines.append(Series(str(budget) if len(budgets) > 1 else "", tuple(found), tuple(found.values())))
-        names = [str(setting[part.axes.index(axis)]) for _, setting in group]
+            means = {}
+            for position, (_, setting) in enumerate(settings):
+                if values := [p.scores[score].value for p in group.points_at(setting, budget) if score in p.scores]:
+                    means[float(position)] = estimate(values)
+            lines.append(Series(str(budget) if len(budgets) > 1 else "", tuple(means), tuple(means.values())))
+        names = [str(setting[group.axes.index(axis)]) for _, setting in settings]
 
         def draw(axes: Axes, lines: Sequence[Series] = lines, names: Sequence[str] = names) -> None:
             axes.set_xticks(range(len(names)), names)
             axes.set_xlim(-0.4, len(names) - 0.6)
             axes.set_xlabel(axis.label)
-            _plot_series(axes, [one for one in lines if one.x], _sequential_colors(len(lines)), joined=is_ordered(axis))
+            _plot_series(
+                axes, [line for line in lines if line.x], _sequential_colors(len(lines)), joined=is_ordered(axis)
+            )
 
-        if any(len(one.x) > 1 for one in lines):
+        if any(len(line.x) > 1 for line in lines):
             heading = f"{score_heading(score)}{title}" + (f", at {budgets[0]}" if len(budgets) == 1 else "")
-            name = _file_name(part, score, "by", axis.label, suffix, budgets[0].kind if len(part.kinds) > 1 else "")
+            name = _file_name(
+                group, score, "by", axis.label, suffix, budgets[0].kind if len(group.budgets_by_kind) > 1 else ""
+            )
             panels.append(_make_panel(name, f"{heading}, by {axis.label}", heading, draw, lines))
     return panels
 
 
-def heat_map(part: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget: Budget) -> Panel:
-    """A heat map over the two axes of a part that has no more."""
-    i, j = part.axes.index(rows), part.axes.index(columns)
+def heat_map(group: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget: Budget) -> Panel:
+    """Plots a score as a heat map over the two axes of a group, at one budget."""
+    i, j = group.axes.index(rows), group.axes.index(columns)
     cells: dict[tuple[Any, Any], Estimate] = {}
-    for setting in part.settings:
-        if values := [p.scores[score].value for p in part.at(setting, budget) if score in p.scores]:
+    for setting in group.settings:
+        if values := [p.scores[score].value for p in group.points_at(setting, budget) if score in p.scores]:
             cells[setting[i], setting[j]] = estimate(values)
     means = np.array([[cells[r, c].mean if (r, c) in cells else np.nan for c in columns.values] for r in rows.values])
 
@@ -128,15 +153,15 @@ def heat_map(part: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget:
         )
         norm = mpl.colors.Normalize(np.nanmin(means), np.nanmax(means) or 1)
         axes.pcolormesh(np.ma.masked_invalid(means), cmap=shades, norm=norm, edgecolors="white", linewidth=2)
-        for (r, c), found in cells.items():
+        for (r, c), cell in cells.items():
             y, x = rows.values.index(r), columns.values.index(c)
-            red, green, blue, _ = shades(norm(found.mean))
+            red, green, blue, _ = shades(norm(cell.mean))
             ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
             axes.text(
-                x + 0.5, y + 0.54, format_number(found.mean), ha="center", va="bottom", color=ink, fontweight="bold"
+                x + 0.5, y + 0.54, format_number(cell.mean), ha="center", va="bottom", color=ink, fontweight="bold"
             )
-            if found.high is not None:
-                half = f"± {format_number(found.high - found.mean)}"
+            if cell.high is not None:
+                half = f"± {format_number(cell.high - cell.mean)}"
                 axes.text(x + 0.5, y + 0.46, half, ha="center", va="top", color=ink, fontsize=8)
         axes.set_xticks(np.arange(len(columns.values)) + 0.5, list(map(str, columns.values)))
         axes.set_yticks(np.arange(len(rows.values)) + 0.5, list(map(str, rows.values)))
@@ -147,21 +172,25 @@ def heat_map(part: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget:
 
     heading = f"{score_heading(score)}, at {budget}"
     alt = f"{heading}: {rows.label} against {columns.label}"
-    return _make_panel(_file_name(part, score, "heat", f"{budget.kind}-{budget.asked:g}"), alt, heading, draw)
+    return _make_panel(_file_name(group, score, "heat", f"{budget.kind}-{budget.amount:g}"), alt, heading, draw)
 
 
-def _panel_groups(part: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
-    """(suffix of a file, of a title, [(label, setting)]) for each setting of the axes beside one."""
+def _panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
+    """Splits the settings into panels, one for each combination of values of the other axes.
+
+    Yields:
+      The suffix of the file name, the suffix of the title, and (label, setting) pairs.
+    """
     if axis is None:
-        yield "", "", [(part.label(setting), setting) for setting in part.settings]
+        yield "", "", [(group.label(setting), setting) for setting in group.settings]
         return
-    at = part.axes.index(axis)
-    others = [i for i, other in enumerate(part.axes) if i != at and len(other.values) > 1]
+    at = group.axes.index(axis)
+    others = [i for i, other in enumerate(group.axes) if i != at and len(other.values) > 1]
     groups: dict[Any, list[Any]] = {}
-    for setting in part.settings:
+    for setting in group.settings:
         groups.setdefault(tuple(setting[i] for i in others), []).append(setting)
     for key, settings in groups.items():
-        names = [f"{part.axes[i].label} = {value}" for i, value in zip(others, key)]
+        names = [f"{group.axes[i].label} = {value}" for i, value in zip(others, key)]
         labels = [(f"{axis.label} = {setting[at]}", setting) for setting in settings]
         yield "-".join(names), "".join(f", {name}" for name in names), labels
 
@@ -169,55 +198,61 @@ def _panel_groups(part: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str,
 # ---- drawing
 
 
-def _plot_series(axes: Axes, lines: Sequence[Series], colours: Sequence[Any], *, joined: bool) -> None:
-    """Every seed's value, the mean and its interval; a little apart, so that intervals do not hide each other."""
-    _set_y_scale(axes, [v for one in lines for y in one.y for v in y.values])
+def _plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, joined: bool) -> None:
+    """Draws the value of every seed, the means and their intervals.
+
+    Lines are shifted sideways a little, so that their intervals do not hide each other.
+    """
+    _set_y_scale(axes, [v for line in lines for y in line.y for v in y.values])
     log = axes.get_xscale() == "log"
-    every = [x for one in lines for x in one.x]
-    width = math.log(max(every) / min(every)) if log else max(every) - min(every)
+    xs = [x for line in lines for x in line.x]
+    width = math.log(max(xs) / min(xs)) if log else max(xs) - min(xs)
     ends = []
-    for i, (one, colour) in enumerate(zip(lines, colours)):
+    for i, (line, color) in enumerate(zip(lines, colors)):
         shift = 0.012 * width * (i - (len(lines) - 1) / 2)
-        x = [at * math.exp(shift) if log else at + shift for at in one.x]
-        mean = [y.mean for y in one.y]
+        x = [at * math.exp(shift) if log else at + shift for at in line.x]
+        mean = [y.mean for y in line.y]
         axes.plot(
-            x, mean, color=colour, linewidth=1.4 if joined else 0, marker="" if joined else "_", markersize=11, zorder=2
+            x, mean, color=color, linewidth=1.4 if joined else 0, marker="" if joined else "_", markersize=11, zorder=2
         )
-        for at, y in zip(x, one.y):
+        for at, y in zip(x, line.y):
             if y.low is not None and y.high is not None:
-                axes.plot([at, at], [y.low, y.high], color=colour, linewidth=0.9, zorder=3)
+                axes.plot([at, at], [y.low, y.high], color=color, linewidth=0.9, zorder=3)
             axes.plot(
-                [at] * len(y.values), y.values, linestyle="", marker=_MARKERS[i % 7], markersize=4, markerfacecolor=colour,
+                [at] * len(y.values), y.values, linestyle="", marker=_MARKERS[i % 7], markersize=4, markerfacecolor=color,
                 markeredgecolor="white", markeredgewidth=0.4, zorder=4,
             )  # fmt: skip
-        ends.append((one.label, x[-1], mean[-1], colour))
+        ends.append((line.label, x[-1], mean[-1], color))
     if any(label for label, *_ in ends):
         _label_line_ends(axes, ends)
 
 
 def _label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
-    """Labels at the right edge, in the order of the lines' ends and no closer than is legible."""
-    axes.get_ylim()  # lets the axes take their final scale
+    """Places the labels at the right edge without overlap, in the order of the lines."""
+    axes.get_ylim()  # makes matplotlib compute the final limits
     to_axes = axes.transData + axes.transAxes.inverted()
     placed = sorted((float(to_axes.transform((x, y))[1]), i) for i, (_, x, y, _) in enumerate(ends))
     heights: list[float] = []
     for height, _ in placed:
         heights.append(max(height, heights[-1] + _MIN_LABEL_GAP) if heights else max(height, 0.0))
-    over = max(0.0, heights[-1] - 1.0)
+    overflow = max(0.0, heights[-1] - 1.0)
     for k in range(len(heights) - 1, -1, -1):
         limit = 1.0 if k == len(heights) - 1 else heights[k + 1] - _MIN_LABEL_GAP
-        heights[k] = min(heights[k], limit) if over else heights[k]
+        heights[k] = min(heights[k], limit) if overflow else heights[k]
     for (_, i), height in zip(placed, heights):
-        label, x, y, colour = ends[i]
+        label, x, y, color = ends[i]
         axes.annotate(
-            label, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", color=_darken(colour), va="center",
+            label, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", color=_darken(color), va="center",
             fontweight="bold", fontsize=9, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "linestyle": ":", "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "linestyle": ":", "shrinkA": 1, "shrinkB": 3},
         )  # fmt: skip
 
 
 def _set_y_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where the values span more than a factor of 8; an interval may leave the panel below, a point not."""
+    """Chooses a logarithmic scale if the values span more than a factor of 8.
+
+    The limits then hold all points; an interval may extend below the panel.
+    """
     low, high = min(values), max(values)
     if low > 0 and high > 8 * low:
         axes.set_yscale("log")
@@ -228,7 +263,7 @@ def _set_y_scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _set_x_ticks(axes: Axes, values: Sequence[float], exact: bool) -> None:
-    """The values themselves where they are whole and few, else round numbers."""
+    """Puts the ticks at the values if these are exact and few, else at round numbers."""
     ticks = values if exact and len(values) <= 7 else _round_ticks(values[0], values[-1])
     axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -236,17 +271,17 @@ def _set_x_ticks(axes: Axes, values: Sequence[float], exact: bool) -> None:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... from low to high, or every power of ten where those are too many."""
+    """Returns at most seven ticks from low to high: 1, 2, 5, 10 and so on, or fewer per decade."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        found = [float(f"{step}e{d}") for d, step in itertools.product(decades, steps)]
-        if len(found := [x for x in found if low * 0.999 <= x <= high * 1.001]) <= 7:
+        ticks = [float(f"{step}e{d}") for d, step in itertools.product(decades, steps)]
+        if len(ticks := [x for x in ticks if low * 0.999 <= x <= high * 1.001]) <= 7:
             break
-    return found
+    return ticks
 
 
 def is_ordered(axis: Axis) -> bool:
-    """Whether its values are numbers."""
+    """Returns whether the values of an axis are numbers."""
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in axis.values)
 
 
@@ -260,22 +295,21 @@ def _sequential_colors(n: int) -> list[Any]:
     return [mpl.colormaps["viridis"](x) for x in np.linspace(0.78, 0.0, n)] if n > 1 else [_CATEGORY_COLORS[0]]
 
 
-def _darken(colour: Any) -> Any:
-    """A colour dark enough for letters on white."""
-    rgb = np.array(mpl.colors.to_rgb(colour))
+def _darken(color: Any) -> Any:
+    """Returns the color, darkened if needed to be legible as text on white."""
+    rgb = np.array(mpl.colors.to_rgb(color))
     bright = float(rgb @ (0.3, 0.59, 0.11))
     return tuple(rgb * min(1.0, 0.45 / bright) if bright else rgb)
 
 
 def _make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Series] = ()) -> Panel:
-    """A figure with room for the labels of the lines."""
+    """Draws a figure that leaves room for the labels of the lines."""
     with mpl.rc_context():
-        mpl.rcdefaults()  # whatever a user's matplotlibrc says
+        mpl.rcdefaults()  # ignores the user's matplotlibrc
         mpl.rcParams.update(_STYLE)
         figure = Figure(_PANEL_INCHES)
-        right = (
-            1 - (0.25 + 0.078 * max((len(one.label) for one in lines), default=0)) / _PANEL_INCHES[0]
-        )  # room for the labels
+        label_inches = 0.25 + 0.078 * max((len(line.label) for line in lines), default=0)
+        right = 1 - label_inches / _PANEL_INCHES[0]
         axes = figure.add_axes((0.14, 0.15, max(0.4, right - 0.14), 0.73))
         axes.set_title(title)
         draw(axes)
@@ -285,7 +319,7 @@ def _make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], l
     return Panel(name, alt, svg.getvalue(), png.getvalue())
 
 
-def _file_name(part: ProtocolGroup, *words: str) -> str:
-    """A file's name out of words."""
-    joined = "-".join(filter(None, (part.name, *words)))
+def _file_name(group: ProtocolGroup, *words: str) -> str:
+    """Joins words to the name of a file."""
+    joined = "-".join(filter(None, (group.name, *words)))
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in joined.replace(" = ", "")).lower()

@@ -1,4 +1,7 @@
-"""What a table of a report is, how its figures are written, and its Markdown."""
+"""The table type of a report, the format of its numbers, and its Markdown.
+
+`tables` builds `Table`s, `html` and `report_sections.to_markdown` write them.
+"""
 
 import math
 from typing import NamedTuple
@@ -9,19 +12,31 @@ Cell = str | Estimate
 
 
 class Table(NamedTuple):
-    """Rows of cells, and what belongs to them. A text's lines below its first are less important."""
+    """A table of a report.
+
+    The page prints the first line of a text cell in full size and the others small.
+
+    Attributes:
+      title: The heading.
+      header: Names of the columns.
+      rows: The cells.
+      best: (row, column) of the best mean among the rows that are compared.
+      note: A remark below the table.
+      command: Shell command that reproduces one cell.
+      command_caption: Description of that cell.
+    """
 
     title: str
-    head: tuple[str, ...]
+    header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    best: frozenset[tuple[int, int]] = frozenset()  # (row, column) of the best mean of each group that compares
+    best: frozenset[tuple[int, int]] = frozenset()
     note: str = ""
-    command: str = ""  # that makes one cell
-    gives: str = ""  # which
+    command: str = ""
+    command_caption: str = ""
 
 
 def format_number(x: float) -> str:
-    """Four significant digits, without an exponent where there is room."""
+    """Formats a number with four significant digits; only extreme values get an exponent."""
     if not math.isfinite(x):
         return str(x)
     if x == int(x) and abs(x) < 1e6:
@@ -31,14 +46,13 @@ def format_number(x: float) -> str:
     return f"{x:.{min(6, max(0, 3 - math.floor(math.log10(abs(x)))))}f}"
 
 
-def format_interval(found: Estimate) -> str:
-    return (
-        "" if found.low is None or found.high is None else f"[{format_number(found.low)}, {format_number(found.high)}]"
-    )
+def format_interval(x: Estimate) -> str:
+    """Formats the interval of an estimate; empty for a single seed."""
+    return "" if x.low is None or x.high is None else f"[{format_number(x.low)}, {format_number(x.high)}]"
 
 
 def format_cell(x: Cell) -> str:
-    """A cell in one line: the mean, its interval, every seed's value."""
+    """Formats a cell in one line: mean, interval, and the value of every seed."""
     if isinstance(x, str):
         return x.replace("\n", "; ")
     points = f"({', '.join(map(format_number, x.values))})" if len(x.values) > 1 else ""
@@ -46,13 +60,13 @@ def format_cell(x: Cell) -> str:
 
 
 def score_heading(score: str) -> str:
-    """A score's name, and the direction in which it is better."""
+    """Returns the name of a score with an arrow in the direction that is better."""
     return f"{score} {'↑' if score_sign(score) > 0 else '↓'}"
 
 
 def table_to_markdown(table: Table) -> str:
-    """The best means are bold."""
-    lines = ["| " + " | ".join(table.head) + " |", "| " + " | ".join("---" for _ in table.head) + " |"]
+    """Writes a table as Markdown, with the best means in bold."""
+    lines = ["| " + " | ".join(table.header) + " |", "| " + " | ".join("---" for _ in table.header) + " |"]
     for i, row in enumerate(table.rows):
         cells = [f"**{format_cell(x)}**" if (i, j) in table.best else format_cell(x) for j, x in enumerate(row)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -60,5 +74,5 @@ def table_to_markdown(table: Table) -> str:
     if table.note:
         out += [table.note, ""]
     if table.command:
-        out += [f"{table.gives}:", "", "```bash", table.command, "```", ""]
+        out += [f"{table.command_caption}:", "", "```bash", table.command, "```", ""]
     return "\n".join(out)

@@ -1,4 +1,7 @@
-"""A report as one HTML file that holds everything and runs nothing: no script, nothing from elsewhere."""
+"""The report as one self-contained HTML file, without scripts and without external resources.
+
+`modes.report` calls `render`. A new kind of item in `report_sections` needs a case in `_render_item`.
+"""
 
 import base64
 import html
@@ -56,13 +59,15 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def render(results: Results, sections: Sequence[Section]) -> str:
-    """The page."""
+    """Returns the page."""
     title = _escape(report_sections.heading(results))
-    links = "".join(f'<a href="#s{i}">{_escape(one.title)}</a>' for i, one in enumerate(sections) if not one.folded)
+    links = "".join(
+        f'<a href="#s{i}">{_escape(section.title)}</a>' for i, section in enumerate(sections) if not section.folded
+    )
     question = f'<p class="question">{_escape(results.question)}</p>' if results.question else ""
     legend = (
-        "A figure is the mean over training seeds, with its 95 % t-interval and every seed's value below; the best mean is blue. "
-        "↓: less is better, ↑: more is."
+        "Each number is a mean over training seeds. Below it: its 95 % t-interval and the value of every seed. "
+        "The best mean is blue. ↓: lower is better. ↑: higher is better."
     )
     body = "\n".join(_render_section(i, section) for i, section in enumerate(sections))
     return (
@@ -96,25 +101,25 @@ def _render_item(item: Item) -> str:
 
 
 def _render_table(table: Table) -> str:
-    head = "".join(f"<th{_label_class(j)}>{_escape(name)}</th>" for j, name in enumerate(table.head))
+    head = "".join(f"<th{_label_class(j)}>{_escape(name)}</th>" for j, name in enumerate(table.header))
     rows = [
         "".join(_render_cell(x, j, (i, j) in table.best) for j, x in enumerate(row)) for i, row in enumerate(table.rows)
     ]
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     note = f'<p class="note">{_escape(table.note)}</p>' if table.note else ""
-    made = (
-        f'<p class="note">{_escape(table.gives)}:</p><pre>{_render_command(table.command)}</pre>'
+    command = (
+        f'<p class="note">{_escape(table.command_caption)}:</p><pre>{_render_command(table.command)}</pre>'
         if table.command
         else ""
     )
     return (
         f'<h3>{_escape(table.title)}</h3>\n<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
-        f"</tbody></table></div>\n{note}{made}"
+        f"</tbody></table></div>\n{note}{command}"
     )
 
 
 def _render_command(lines: str) -> str:
-    """Commands that wrap between their flags."""
+    """Formats shell commands so that they wrap only between flags."""
     words = ([f"<span>{html.escape(word)}</span>" for word in line.split(" ")] for line in lines.split("\n"))
     return "".join(f"<div>{' '.join(line)}</div>" for line in words)
 
@@ -127,7 +132,7 @@ def _render_cell(x: Cell, column: int, best: bool) -> str:
     if isinstance(x, str):
         first, *others = x.split("\n")
         words = ' class="words"' if column and len(first) > 30 else _label_class(column)
-        return f"<td{words}>{_escape(first)}{''.join(f'<small>{_escape(one)}</small>' for one in others)}</td>"
+        return f"<td{words}>{_escape(first)}{''.join(f'<small>{_escape(line)}</small>' for line in others)}</td>"
     mean = f"<b>{_escape(format_number(x.mean))}</b>" if best else _escape(format_number(x.mean))
     points = " ".join(map(format_number, x.values)) if len(x.values) > 1 else ""
     small = "".join(f"<small>{_escape(line)}</small>" for line in (format_interval(x), points) if line)
@@ -149,7 +154,10 @@ def _render_facts(facts: FactTable) -> str:
 
 
 def _inline_svg(panel: Panel) -> str:
-    """A panel's SVG as part of a page: without its head, its size and names that no other panel could have again."""
+    """Returns the SVG of a panel for use within a page.
+
+    Removes the XML header, the fixed size, and ids that would occur in several panels.
+    """
     svg = panel.svg.decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|QuadMesh)_?\d+"', "", svg)
@@ -159,5 +167,5 @@ def _inline_svg(panel: Panel) -> str:
 
 
 def _escape(x: str) -> str:
-    """For HTML; a minus is one, and what stands in backticks is code."""
+    """Escapes text for HTML, with typographic minus signs and with code for text in backticks."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", re.sub(r"(?<![\w.=-])-(?=\d)", "−", html.escape(x)))

@@ -1,4 +1,8 @@
-"""What a report holds, in order: the same for the page and for the Markdown file."""
+"""The sections of a report, in order, shared by the page and the Markdown file.
+
+`modes.report` calls `build_sections`; `html.render` and `to_markdown` write the sections. To add a
+table or figure, add it to `_main_sections` (always visible) or `_detail_sections`.
+"""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -11,8 +15,8 @@ from madformer_jax.reports.formatting import Table, table_to_markdown
 from madformer_jax.reports.results import COSTS, Budget, ProtocolGroup, Results, protocol_hash
 from madformer_jax.reports.sample_strips import Strip
 
-_EXPANDED_SCORES = 2  # scores that are read without unfolding them
-_PAIR_COSTS = ("solver_steps", "passes")  # costs against which the first score's pairs are
+_EXPANDED_SCORES = 2  # number of scores that the page shows expanded
+_PAIR_COSTS = ("solver_steps", "passes")  # costs in the pairwise tables of the first score under Findings
 
 
 class Figures(NamedTuple):
@@ -37,7 +41,7 @@ class FactTable(NamedTuple):
 
 
 class CollapsedTables(NamedTuple):
-    """What is shown when it is asked for."""
+    """Tables that the page shows only after a click."""
 
     title: str
     tables: tuple[Table, ...]
@@ -47,7 +51,7 @@ Item = Table | Figures | Samples | FactTable | CollapsedTables
 
 
 class Section(NamedTuple):
-    """A heading and what stands under it."""
+    """A heading and the items below it. The page shows a folded section only after a click."""
 
     title: str
     items: tuple[Item, ...]
@@ -55,88 +59,94 @@ class Section(NamedTuple):
 
 
 def build_sections(results: Results) -> list[Section]:
-    """All of a report.
+    """Returns the sections of a report.
 
     Raises:
-      ConfigError: a grid of samples cannot be read.
+      ConfigError: A grid of samples cannot be read.
     """
-    first = [_main_sections(results, part) for part in results.parts]  # of all parts, before more of any
-    then = [_detail_sections(results, part) for part in results.parts]
+    main = [_main_sections(results, group) for group in results.groups]
+    details = [_detail_sections(results, group) for group in results.groups]
     return [
-        *itertools.chain(*first, *then),
+        *itertools.chain(*main, *details),
         Section("Runs", (tables.run_table(results), _version_facts(results)), True),
     ]
 
 
-def _section_title(part: ProtocolGroup, title: str) -> str:
-    return f"{title}, {part.name}" if part.name else title
+def _section_title(group: ProtocolGroup, title: str) -> str:
+    return f"{title}, {group.name}" if group.name else title
 
 
-def _main_sections(results: Results, part: ProtocolGroup) -> Iterable[Section]:
-    if orders := tables.order_change_table(part, part.scores[:_EXPANDED_SCORES]):
-        pairs = (tables.crossing_table(part, part.scores[0], cost) for cost in _PAIR_COSTS)
-        yield Section(_section_title(part, "Findings"), (orders, *(table for table in pairs if table)))
-    yield Section(_section_title(part, "Tables"), tuple(tables.axis_tables(results, part)))
+def _main_sections(results: Results, group: ProtocolGroup) -> Iterable[Section]:
+    if orders := tables.order_change_table(group, group.scores[:_EXPANDED_SCORES]):
+        pairs = (tables.crossing_table(group, group.scores[0], cost) for cost in _PAIR_COSTS)
+        yield Section(_section_title(group, "Findings"), (orders, *(table for table in pairs if table)))
+    yield Section(_section_title(group, "Tables"), tuple(tables.axis_tables(results, group)))
 
 
-def _detail_sections(results: Results, part: ProtocolGroup) -> Iterable[Section]:
-    for i, score in enumerate(part.scores):
+def _detail_sections(results: Results, group: ProtocolGroup) -> Iterable[Section]:
+    for i, score in enumerate(group.scores):
         costs = list(COSTS) if i < _EXPANDED_SCORES else ["solver_steps"]
-        folded = i >= (_EXPANDED_SCORES if len(results.parts) == 1 else 1)
-        yield Section(_section_title(part, score), tuple(_score_section(results, part, score, costs)), folded)
-    if found := sample_strips.load_strips(results, part):
-        yield Section(_section_title(part, "Samples"), tuple(Samples(budget, tuple(rows)) for budget, rows in found))
-    yield Section(_section_title(part, "Costs"), (tables.cost_table(part), tables.training_table(results, part)), True)
-    facts = tuple((name, str(value)) for name, value in fields.flat(part.protocol).items())
+        folded = i >= (_EXPANDED_SCORES if len(results.groups) == 1 else 1)
+        yield Section(_section_title(group, score), tuple(_score_section(results, group, score, costs)), folded)
+    if strips := sample_strips.load_strips(results, group):
+        yield Section(_section_title(group, "Samples"), tuple(Samples(budget, tuple(rows)) for budget, rows in strips))
     yield Section(
-        _section_title(part, "Protocol"),
-        (FactTable(f"Protocol {protocol_hash(part.protocol)}, of every score", facts),),
+        _section_title(group, "Costs"), (tables.cost_table(group), tables.training_table(results, group)), True
+    )
+    facts = tuple((name, str(value)) for name, value in fields.flat(group.protocol).items())
+    yield Section(
+        _section_title(group, "Protocol"),
+        (FactTable(f"Protocol {protocol_hash(group.protocol)}, shared by all scores", facts),),
         True,
     )
 
 
-def _score_section(results: Results, part: ProtocolGroup, score: str, costs: Sequence[str]) -> list[Item]:
-    varied = part.varied
-    grid, many = part.is_grid, len(part.budgets) > 1
+def _score_section(results: Results, group: ProtocolGroup, score: str, costs: Sequence[str]) -> list[Item]:
+    varied = group.varying_axes
+    grid, several_budgets = group.is_grid, len(group.budgets) > 1
     against = [
-        p for cost in costs for p in figures.cost_curves(part, score, cost, varied[0] if varied and grid else None)
+        p for cost in costs for p in figures.cost_curves(group, score, cost, varied[0] if varied and grid else None)
     ]
     by: list[Panel] = []
     maps: list[Panel] = []
     for axis in varied if grid else ():
-        if figures.is_ordered(axis) or not many:
-            by += figures.axis_plots(part, score, axis)
+        if figures.is_ordered(axis) or not several_budgets:
+            by += figures.axis_plots(group, score, axis)
         elif axis != varied[0]:
-            against += figures.cost_curves(part, score, "solver_steps", axis)
+            against += figures.cost_curves(group, score, "solver_steps", axis)
     if len(varied) == 2 and grid and all(map(figures.is_ordered, varied)):
-        maps = [figures.heat_map(part, score, varied[0], varied[1], budget) for budget in part.budgets]
+        maps = [figures.heat_map(group, score, varied[0], varied[1], budget) for budget in group.budgets]
     items: list[Item] = [
         Figures(title, tuple(panels))
-        for title, panels in (("Against the cost of an image", against), ("By value", by), ("Both at once", maps))
+        for title, panels in (
+            ("Score against the cost of an image", against),
+            ("Score by setting", by),
+            ("Score by two settings", maps),
+        )
         if panels
     ]
-    items += tables.budget_tables(results, part, score)
-    if best := tables.best_settings(part, score):
+    items += tables.budget_tables(results, group, score)
+    if best := tables.best_settings(group, score):
         items.append(best)
-    rest = [cost for cost in costs if score != part.scores[0] or cost not in _PAIR_COSTS]
-    if orders := tuple(table for cost in rest if (table := tables.crossing_table(part, score, cost))):
-        items.append(CollapsedTables(f"Order of each pair by {score}", orders))
+    rest = [cost for cost in costs if score != group.scores[0] or cost not in _PAIR_COSTS]
+    if orders := tuple(table for cost in rest if (table := tables.crossing_table(group, score, cost))):
+        items.append(CollapsedTables(f"Pairwise comparison by {score}", orders))
     return items
 
 
 def _version_facts(results: Results) -> FactTable:
-    """Of the runs: several values of one where they were made by several."""
-    found: dict[str, dict[str, None]] = {}
+    """Lists the versions of the packages that made the runs."""
+    values: dict[str, dict[str, None]] = {}
     for run in results.runs:
         for name, version in run.get("versions", {}).items():
-            found.setdefault(name, {})[str(version)] = None
-    return FactTable("Versions", tuple((name, ", ".join(sorted(versions))) for name, versions in found.items()))
+            values.setdefault(name, {})[str(version)] = None
+    return FactTable("Versions", tuple((name, ", ".join(sorted(versions))) for name, versions in values.items()))
 
 
-def to_markdown(results: Results, found: Iterable[Section]) -> str:
-    """The tables, as Markdown."""
+def to_markdown(results: Results, sections: Iterable[Section]) -> str:
+    """Writes the tables as Markdown."""
     lines = [f"# {heading(results)}", "", f"{results.question}\n" if results.question else "", f"{status(results)}\n"]
-    for section in found:
+    for section in sections:
         inside = [text for item in section.items if (text := _item_to_markdown(item))]
         lines += [f"## {section.title}", "", *inside] if inside else []
     return "\n".join(lines).replace("\n\n\n", "\n\n")
@@ -157,7 +167,7 @@ def heading(results: Results) -> str:
 
 
 def status(results: Results) -> str:
-    """How much of the sweep is there, and what is missing."""
+    """Returns a sentence on finished and missing runs, and on costs that were not measured."""
     seeds = len({run["seed"] for run in results.runs})
     total = len(results.runs) + len(results.missing)
     text = f"{len(results.runs)} of {total} runs, {seeds} training seed{'s' if seeds > 1 else ''}."
@@ -167,9 +177,6 @@ def status(results: Results) -> str:
             for run in results.missing
         ]
         text += f" Missing: {', '.join(names)}."
-    unmeasured = [p for part in results.parts for p in part.points if "seconds" not in p.cost]
-    if unmeasured:
-        text += (
-            " Seconds an image are not measured for all settings: `--mode=sweep --measure` does, on a quiet machine."
-        )
+    if any("seconds" not in point.cost for group in results.groups for point in group.points):
+        text += " Seconds per image are not measured for all settings: run `--mode=sweep --measure` on an idle machine."
     return text

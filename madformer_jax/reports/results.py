@@ -1,7 +1,8 @@
-"""The results of a sweep, read back: what it varied, its points, and means over training seeds with their intervals.
+"""The results of a sweep: its axes, its points, and means over training seeds with intervals.
 
-A folder of a sweep holds runs/<hash>/result.json, one for each training, with timing.json beside it where its seconds were
-measured, and sweep.json, the plan, which tells what is missing.
+`load_results` reads runs/*/result.json and timing.json of a sweep's folder, and finds missing runs with
+sweep.json (`sweeps.sweep_folder` describes the files). `tables`, `figures` and `sample_strips` use the
+`Results`. If larger values of a new score are better, add the score to `HIGHER_IS_BETTER`.
 """
 
 import functools
@@ -24,36 +25,33 @@ from madformer_jax.runtime import storage
 from madformer_jax.sweeps import sweep_folder
 from madformer_jax.sweeps.budget import SAMPLE_BUDGET_KINDS
 
-COSTS = {
+COSTS = {  # of an image: key -> label
     "solver_steps": "solver steps",
     "nfe": "NFE",
     "passes": "full-model passes",
     "flops": "FLOPs",
     "seconds": "seconds",
-}  # an image
+}
 HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "attributes")
-_SHARED_PROTOCOL_KEYS = ("n", "reference", "network", "image", "scores")  # of a protocol
-_PER_RUN_KEYS = ("step", "fingerprint", "seed", "steps")  # of a protocol's images: what is another one in every run
-_PROMPT_KEYS = ("asked", "tokens")  # of a protocol's images: what follows from its "prompts"
-_UNITS = {  # of budgets: one and many
+_SHARED_PROTOCOL_KEYS = ("n", "reference", "network", "image", "scores")  # keys of a protocol
+_PER_RUN_KEYS = ("step", "fingerprint", "seed", "steps")  # keys of protocol["images"] that differ between runs
+_PROMPT_KEYS = ("asked", "tokens")  # keys of protocol["images"] that follow from its "prompts"
+_UNITS = {  # unit of a budget, singular and plural
     "steps": ("step", "steps"),
     "nfe": ("NFE", "NFE"),
     "passes": ("pass", "passes"),
     "flops": ("FLOPs", "FLOPs"),
     "seconds": ("second", "seconds"),
 }
-_SEPARATED_SECTIONS = (
-    "data.",
-    "codec.",
-    "evaluate.",
-)  # sections whose fields change what is compared: never in one table
+# Scores of runs that differ in a field of these sections are not comparable: they get separate tables.
+_SEPARATED_SECTIONS = ("data.", "codec.", "evaluate.")
 
 
 class Budget(NamedTuple):
-    """What the sampling of an image was given."""
+    """A sampling budget of one image. `kind` is one of `budget.SAMPLE_BUDGET_KINDS`."""
 
-    kind: str  # of `budget.SAMPLE_BUDGET_KINDS`
-    asked: float
+    kind: str
+    amount: float
 
     @property
     def unit(self) -> str:
@@ -61,13 +59,13 @@ class Budget(NamedTuple):
 
     def __str__(self) -> str:
         if self.kind == "flops":
-            return f"{self.asked / 1e9:.4g} GFLOPs"
-        one, many = _UNITS[self.kind]
-        return f"{self.asked:.4g} {one if self.asked == 1 else many}"
+            return f"{self.amount / 1e9:.4g} GFLOPs"
+        singular, plural = _UNITS[self.kind]
+        return f"{self.amount:.4g} {singular if self.amount == 1 else plural}"
 
 
 class Score(NamedTuple):
-    """A score of one set of images, and its bootstrap interval where it has one."""
+    """A score of one set of images, with its bootstrap interval if it has one."""
 
     value: float
     low: float | None = None
@@ -75,64 +73,68 @@ class Score(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One trained model, sampled at one budget."""
+    """The scores of one trained model at one budget."""
 
     setting: tuple[Any, ...]  # the value of each axis
     seed: int  # of the training
     budget: Budget
-    run: str
-    place: int  # among the run's evaluations
-    cost: Mapping[str, float]  # of an image, in COSTS
-    scores: Mapping[str, Score]
+    run: str  # name of the run
+    evaluation_index: int  # index among the run's evaluations
+    cost: Mapping[str, float]  # of an image; keys of `COSTS`
+    scores: Mapping[str, Score]  # name -> score
 
 
 class ProtocolGroup(NamedTuple):
-    """The points of one protocol: what may stand in one table."""
+    """The points that share a protocol, and so are comparable."""
 
-    name: str  # of what sets it apart: "image size = 32"; "" where the whole sweep is one
-    axes: tuple[Axis, ...]
-    points: tuple[Point, ...]  # by setting, seed, budget
-    protocol: Mapping[str, Any]
+    name: str  # difference from the other groups, such as "image size = 32"; empty for a single group
+    axes: tuple[Axis, ...]  # with the values that the group has
+    points: tuple[Point, ...]  # sorted by setting, seed and budget
+    protocol: Mapping[str, Any]  # shared by all points
 
     @property
-    def varied(self) -> list[Axis]:
-        """The axes that have several values here, D first: Figure 4 has a curve for each."""
-        there = [axis for axis in self.axes if len(axis.values) > 1]
-        return sorted(there, key=lambda axis: axis.field != "model.diffusion_depth")
+    def varying_axes(self) -> list[Axis]:
+        """The axes with several values, D first: the paper's Figure 4 has a curve for each D."""
+        varying = [axis for axis in self.axes if len(axis.values) > 1]
+        return sorted(varying, key=lambda axis: axis.field != "model.diffusion_depth")
 
     @property
     def settings(self) -> list[tuple[Any, ...]]:
         return list(dict.fromkeys(point.setting for point in self.points))
 
     @property
-    def kinds(self) -> list[list[Budget]]:
-        """The budgets of each kind."""
+    def budgets_by_kind(self) -> list[list[Budget]]:
+        """The budgets, sorted, in a list for each kind."""
         budgets = sorted({point.budget for point in self.points})
         kinds = [[b for b in budgets if b.kind == kind] for kind in SAMPLE_BUDGET_KINDS]
         return [kind for kind in kinds if kind]
 
     @property
     def budgets(self) -> list[Budget]:
-        return [budget for kind in self.kinds for budget in kind]
+        return [budget for kind in self.budgets_by_kind for budget in kind]
 
     @property
     def scores(self) -> list[str]:
-        """Names, kernel distances first: they are unbiased at any number of images."""
+        """Names of the scores, kernel distances first: those are unbiased at any number of images."""
         names = dict.fromkeys(name for point in self.points for name in point.scores)
         ranks = ("KID", "FID", "FD", "recognised", "precision", "recall", "IS", "seam")
         return sorted(names, key=lambda name: (sort_position(name.partition("-")[0], ranks), name))
 
-    def at(self, setting: tuple[Any, ...], budget: Budget | None = None) -> list[Point]:
-        """The points of a setting, at one budget or at all."""
+    def points_at(self, setting: tuple[Any, ...], budget: Budget | None = None) -> list[Point]:
+        """Returns the points of a setting at one budget, or at all budgets."""
         return [p for p in self.points if p.setting == setting and budget in (None, p.budget)]
 
     @property
     def is_grid(self) -> bool:
-        """Whether every value of an axis comes with every value of the others."""
+        """True if every combination of values of the axes is present."""
         return len(self.settings) == math.prod(len(axis.values) for axis in self.axes)
 
     def label(self, setting: tuple[Any, ...]) -> str:
-        """Its values; where the settings are no grid but a base and its ablations, those that are not the base's."""
+        """Returns the name of a setting in tables and figures.
+
+        It lists the values of the axes. If the settings are a base and its ablations instead of a grid,
+        it lists only the values that differ from the base.
+        """
         names = []
         for i, (axis, value) in enumerate(zip(self.axes, setting)):
             if self.is_grid and len(axis.values) > 1:
@@ -143,28 +145,28 @@ class ProtocolGroup(NamedTuple):
 
 
 def _ablation_label(label: str, value: Any) -> str:
-    """Returns the name of a setting that differs from the base: a switch that is on or off, or any other value."""
-    if isinstance(value, bool):  # 1 == True and 0 == False, but neither is a switch
+    """Returns the name of a value that differs from the base."""
+    if isinstance(value, bool):  # not `value in (True, False)`: the numbers 1 and 0 equal them
         return label if value else f"no {label}"
     return f"{label} = {value}"
 
 
 class Results(NamedTuple):
-    """All that a sweep's folder holds."""
+    """The results in a sweep's folder."""
 
-    name: str
+    name: str  # of the sweep file
     variant: str
     question: str
-    runs: tuple[Mapping[str, Any], ...]  # the content of each result.json and its "folder", by setting and seed
-    parts: tuple[ProtocolGroup, ...]
-    missing: tuple[Mapping[str, Any], ...]  # of the plan's runs
+    runs: tuple[Mapping[str, Any], ...]  # content of each result.json and its "folder", sorted by setting and seed
+    groups: tuple[ProtocolGroup, ...]
+    missing: tuple[Mapping[str, Any], ...]  # runs of the plan without a result
 
 
 # ---- means over seeds
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, with the interval that holds it in 95 of 100 repetitions; a single seed has none."""
+    """A mean over seeds with its 95 % t-interval. A single seed has no interval."""
 
     values: tuple[float, ...]
     mean: float
@@ -173,7 +175,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """The mean of values with Student's t interval: mean -+ t(0.975, n - 1) s / sqrt(n)."""
+    """Returns the mean of n values with Student's t-interval: mean +- t(0.975, n - 1) s / sqrt(n)."""
     x = tuple(values)
     mean = math.fsum(x) / len(x)
     if len(x) == 1:
@@ -183,15 +185,15 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 @functools.cache
-def _student_t_quantile(freedom: int) -> float:
-    """What Student's t with so many degrees of freedom stays below in 97.5 of 100 draws."""
-    from scipy import special  # a second to import
+def _student_t_quantile(degrees_of_freedom: int) -> float:
+    """Returns the 97.5 % quantile of Student's t distribution."""
+    from scipy import special  # the import takes a second
 
-    return float(special.stdtrit(freedom, 0.975))
+    return float(special.stdtrit(degrees_of_freedom, 0.975))
 
 
 def score_sign(score: str) -> int:
-    """1 where a larger score is the better one, else -1."""
+    """Returns 1 if larger values of a score are better, else -1."""
     return 1 if score.partition("-")[0] in HIGHER_IS_BETTER else -1
 
 
@@ -199,19 +201,19 @@ def score_sign(score: str) -> int:
 
 
 def load_results(workdir: str) -> Results:
-    """The results of a sweep's folder.
+    """Reads the results in a sweep's folder.
 
     Raises:
-      ConfigError: there are none, a file is damaged, or the runs differ in more than what the sweep varies.
+      ConfigError: The folder has no results, a file is damaged, or the runs are not comparable.
     """
     plan = storage.read_json(os.path.join(workdir, "sweep.json")) or {}
     runs = _load_runs(workdir)
     if not runs:
-        raise ConfigError(f"{workdir} holds no runs/*/result.json: --mode=sweep makes them.")
+        raise ConfigError(f"{workdir} holds no runs/*/result.json: run --mode=sweep with this workdir first.")
     sweeps = sorted({(run["sweep"], run["variant"]) for run in runs})
     if len(sweeps) > 1:
         raise ConfigError(
-            f"{workdir} holds results of several sweeps, {sweeps[0]} and {sweeps[1]}: give each its folder."
+            f"{workdir} holds results of several sweeps, {sweeps[0]} and {sweeps[1]}: move each to a folder of its own."
         )
     trained, sampled = axes_lib.training_axes(runs, plan.get("runs", ())), axes_lib.sampling_axes(runs)
     _check_same_settings(runs, trained)
@@ -223,11 +225,11 @@ def load_results(workdir: str) -> Results:
             run["name"],
         )
     )
-    apart = [axis for axis in axes if axis.field.startswith(_SEPARATED_SECTIONS)]
-    parts = _group_by_protocol(runs, axes, apart)
-    there = {run["name"] for run in runs}
-    missing = tuple(run for run in plan.get("runs", ()) if run["name"] not in there)
-    return Results(*sweeps[0], plan.get("question", ""), tuple(runs), tuple(parts), missing)
+    separating = [axis for axis in axes if axis.field.startswith(_SEPARATED_SECTIONS)]
+    groups = _group_by_protocol(runs, axes, separating)
+    finished = {run["name"] for run in runs}
+    missing = tuple(run for run in plan.get("runs", ()) if run["name"] not in finished)
+    return Results(*sweeps[0], plan.get("question", ""), tuple(runs), tuple(groups), missing)
 
 
 def _load_runs(workdir: str) -> list[dict[str, Any]]:
@@ -238,21 +240,22 @@ def _load_runs(workdir: str) -> list[dict[str, Any]]:
     for folder in folders:
         path = folder / "result.json"
         run = sweep_folder.read_result(path)
-        if run is None:  # of a run that goes on
+        if run is None:  # the run is not finished
             continue
         needed = ("name", "sweep", "variant", "seed", "overrides", "config", "training", "evaluations")
-        if not isinstance(run, dict) or (lost := [name for name in needed if name not in run]):
-            raise ConfigError(f"{path} is damaged: it has no {lost[0] if isinstance(run, dict) else 'fields'}.")
+        if not isinstance(run, dict) or (absent := [name for name in needed if name not in run]):
+            raise ConfigError(f"{path} is damaged: it has no {absent[0] if isinstance(run, dict) else 'fields'}.")
         run["folder"] = folder
         run["timing"] = storage.read_json(folder / "timing.json") or {}
         run["config"] = default | fields.flat(run["config"])
-        for held in (run, *run["evaluations"]):
-            held["overrides"] = fields.flat(held["overrides"])  # whose sequences are tuples
+        for owner in (run, *run["evaluations"]):
+            owner["overrides"] = fields.flat(owner["overrides"])  # turns lists into tuples
         runs.append(run)
     return runs
 
 
 def sort_position(value: Any, values: Sequence[Any]) -> int:
+    """Returns the index of a value; unknown values come last."""
     return values.index(value) if value in values else len(values)
 
 
@@ -260,7 +263,13 @@ def sort_position(value: Any, values: Sequence[Any]) -> int:
 
 
 def _check_same_settings(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> None:
-    """Whether what decides a training is the same in all runs, but for what the sweep varies; train fields in those of a setting."""
+    """Checks that the runs differ only in fields that the sweep varies.
+
+    Fields of `train` may differ between settings, since a budget decides them, but not within one.
+
+    Raises:
+      ConfigError: Two runs differ in another field that decides results.
+    """
     swept = {name for run in runs for name in run["overrides"]}
     first: dict[Any, Mapping[str, Any]] = {}
     for run in runs:
@@ -274,29 +283,35 @@ def _check_same_settings(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]
                 if counts and value != other["config"].get(name):
                     raise ConfigError(
                         f"runs {other['name']} and {run['name']} differ in {name}: {other['config'].get(name)!r} against "
-                        f"{value!r}, which the sweep does not vary. Report each from a folder of its own."
+                        f"{value!r}, which the sweep does not vary. Report them from separate folders."
                     )
 
 
 def _group_by_protocol(
-    runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], apart: Sequence[Axis]
+    runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis], separating: Sequence[Axis]
 ) -> list[ProtocolGroup]:
+    """Collects the points of the runs in one group for each combination of values of `separating`.
+
+    Raises:
+      ConfigError: Scores within a group have different protocols, or two runs have the same point.
+    """
+
     def trained(run: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(value_of(run, {}, axis.field) for axis in axes)
 
-    timings = {  # of one seed, good for all
-        (trained(run), overrides_key(one["overrides"])): one
+    timings = {  # measured for one seed, valid for all
+        (trained(run), overrides_key(timing["overrides"])): timing
         for run in runs
-        for one in run["timing"].get("evaluations", ())
+        for timing in run["timing"].get("evaluations", ())
     }
-    inside = [axis for axis in axes if axis not in apart]
-    varied = [field for axis in inside for field in (axis.field, *axis.follows)]
+    inside = [axis for axis in axes if axis not in separating]
+    varied = [field for axis in inside for field in (axis.field, *axis.dependent_fields)]
     swept = {field.rpartition(".")[2] for field in varied if field.startswith("sample.")}
     points: dict[tuple[Any, ...], list[Point]] = {}
     protocols: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
-        for place, evaluation in enumerate(run["evaluations"]):
-            key = tuple(value_of(run, evaluation, axis.field) for axis in apart)
+        for i, evaluation in enumerate(run["evaluations"]):
+            key = tuple(value_of(run, evaluation, axis.field) for axis in separating)
             protocol = _shared_protocol(evaluation["protocol"], swept)
             _check_same_protocol(protocols.setdefault(key, protocol), protocol, run["name"])
             cost = {name: float(evaluation["cost"][name]) for name in COSTS if name != "seconds"}
@@ -305,26 +320,26 @@ def _group_by_protocol(
             points.setdefault(key, []).append(
                 Point(
                     tuple(value_of(run, evaluation, axis.field) for axis in inside), run["seed"],
-                    Budget(evaluation["budget"]["kind"], evaluation["budget"]["asked"]), run["name"], place, cost,
+                    Budget(evaluation["budget"]["kind"], evaluation["budget"]["asked"]), run["name"], i, cost,
                     {name: _parse_score(x) for name, x in evaluation["scores"].items()},
                 )
             )  # fmt: skip
-    parts = []
+    groups = []
     for key in sorted(points, key=lambda key: [sort_key(x) for x in key]):
-        name = ", ".join(f"{axis.label} = {value}" for axis, value in zip(apart, key))
-        found = _sort_points(points[key], inside)
-        _check_unique_points(found)
-        parts.append(ProtocolGroup(name, tuple(_restrict_axes(inside, found)), tuple(found), protocols[key]))
-    return parts
+        name = ", ".join(f"{axis.label} = {value}" for axis, value in zip(separating, key))
+        ordered = _sort_points(points[key], inside)
+        _check_unique_points(ordered)
+        groups.append(ProtocolGroup(name, tuple(_restrict_axes(inside, ordered)), tuple(ordered), protocols[key]))
+    return groups
 
 
 def overrides_key(overrides: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The same for equal overrides."""
+    """Returns a hashable key that is equal for equal overrides."""
     return tuple(sorted((name, repr(value)) for name, value in fields.flat(overrides).items()))
 
 
 def _sort_points(points: Iterable[Point], axes: Sequence[Axis]) -> list[Point]:
-    def place(point: Point) -> Any:
+    def key(point: Point) -> Any:
         return (
             [sort_position(x, axis.values) for x, axis in zip(point.setting, axes)],
             point.seed,
@@ -332,38 +347,34 @@ def _sort_points(points: Iterable[Point], axes: Sequence[Axis]) -> list[Point]:
             point.run,
         )
 
-    return sorted(points, key=place)
+    return sorted(points, key=key)
 
 
 def _restrict_axes(axes: Sequence[Axis], points: Sequence[Point]) -> Iterable[Axis]:
-    """The axes with the values that a part has."""
+    """Yields the axes with only those values that occur in the points."""
     for i, axis in enumerate(axes):
-        there = {point.setting[i] for point in points}
-        yield axis._replace(values=tuple(value for value in axis.values if value in there))
+        present = {point.setting[i] for point in points}
+        yield axis._replace(values=tuple(value for value in axis.values if value in present))
 
 
-def _parse_score(given: Any) -> Score:
-    return (
-        Score(given["value"], given.get("low"), given.get("high"))
-        if isinstance(given, Mapping)
-        else Score(float(given))
-    )
+def _parse_score(x: Any) -> Score:
+    return Score(x["value"], x.get("low"), x.get("high")) if isinstance(x, Mapping) else Score(float(x))
 
 
 def _shared_protocol(protocol: Mapping[str, Any], swept: Collection[str]) -> dict[str, Any]:
-    """What scores must share to stand in one column."""
+    """Returns the part of a protocol that scores in one column must share."""
     varied = (*_PER_RUN_KEYS, *swept, *(_PROMPT_KEYS if "prompts" in swept else ()))
     images = {name: x for name, x in protocol["images"].items() if name not in varied}
     return {**{name: protocol.get(name) for name in _SHARED_PROTOCOL_KEYS}, "images": images}
 
 
-def _check_same_protocol(ours: Mapping[str, Any], other: Mapping[str, Any], run: str) -> None:
-    a, b = fields.flat(ours), fields.flat(other)
+def _check_same_protocol(expected: Mapping[str, Any], protocol: Mapping[str, Any], run: str) -> None:
+    a, b = fields.flat(expected), fields.flat(protocol)
     for name in a | b:
         if a.get(name) != b.get(name):
             raise ConfigError(
                 f"scores of different protocols do not share a column: {name} {a.get(name)!r} against {b.get(name)!r} of run "
-                f"{run}. Evaluate all runs alike, or report them from folders of their own."
+                f"{run}. Evaluate all runs alike, or report them from separate folders."
             )
 
 
@@ -373,11 +384,11 @@ def _check_unique_points(points: Sequence[Point]) -> None:
         key = (point.setting, point.seed, point.budget)
         if key in seen:
             raise ConfigError(
-                f"runs {seen[key]} and {point.run} are of the same setting, seed and budget ({point.budget}): remove one of them."
+                f"runs {seen[key]} and {point.run} have the same setting, seed and budget ({point.budget}): remove one of them."
             )
         seen[key] = point.run
 
 
 def protocol_hash(protocol: Mapping[str, Any]) -> str:
-    """Of a part's protocol: the same for scores that compare."""
+    """Returns a hash of a protocol, which is equal for comparable scores."""
     return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,4 +1,8 @@
-"""Samples of a sweep side by side: a picture for each budget, a row for each setting, the same noise in a column."""
+"""Rows of samples for the report: one picture for each budget and setting.
+
+`report_sections` shows the strips of a budget below each other. Images in a column start from the same
+noise. The strips are cut from the grid.png of each run.
+"""
 
 import io
 from collections.abc import Mapping
@@ -12,36 +16,40 @@ from madformer_jax.runtime import storage
 
 
 class Strip(NamedTuple):
-    """The first images of a setting at a budget, in a row."""
+    """The first samples of a setting at a budget, in a row."""
 
     label: str
     png: bytes
 
 
-def load_strips(results: Results, part: ProtocolGroup) -> list[tuple[Budget, list[Strip]]]:
-    """For each budget the row of each setting whose grid has one.
+def load_strips(results: Results, group: ProtocolGroup) -> list[tuple[Budget, list[Strip]]]:
+    """Returns, for each budget, the strips of the settings that have samples.
 
     Raises:
-      ConfigError: a grid cannot be read.
+      ConfigError: A grid.png cannot be read.
     """
     grids = {run["name"]: run for run in results.runs if run.get("grid")}
-    found: dict[Budget, list[Strip]] = {}
-    for point in part.points:
+    strips: dict[Budget, list[Strip]] = {}
+    for point in group.points:
         if run := grids.get(point.run):
-            drawn = [_sampling_key(run, place) for place in run["grid_rows"]]
-            if (key := _sampling_key(run, point.place)) in drawn:
-                png = _crop_row(run["folder"] / run["grid"], drawn.index(key), len(drawn))
-                found.setdefault(point.budget, []).append(Strip(part.label(point.setting), png))
-    return [(budget, found[budget]) for budget in part.budgets if budget in found]
+            rows = [_sampling_key(run, i) for i in run["grid_rows"]]
+            if (key := _sampling_key(run, point.evaluation_index)) in rows:
+                png = _crop_row(run["folder"] / run["grid"], rows.index(key), len(rows))
+                strips.setdefault(point.budget, []).append(Strip(group.label(point.setting), png))
+    return [(budget, strips[budget]) for budget in group.budgets if budget in strips]
 
 
-def _sampling_key(run: Mapping[str, Any], place: int) -> tuple[Any, ...]:
-    """What decides the images of one of a run's evaluations: budgets of two kinds may come to the same."""
-    evaluation = run["evaluations"][place]
+def _sampling_key(run: Mapping[str, Any], index: int) -> tuple[Any, ...]:
+    """Returns the settings that decide the images of an evaluation.
+
+    Budgets of two kinds may lead to equal settings.
+    """
+    evaluation = run["evaluations"][index]
     return overrides_key(evaluation["overrides"]), evaluation["cost"]["solver_steps"]
 
 
 def _crop_row(path: epath.Path, row: int, rows: int) -> bytes:
+    """Returns one of the `rows` rows of an image file as PNG."""
     with storage.wrap_errors(f"{path} cannot be read"), Image.open(io.BytesIO(path.read_bytes())) as grid:
         height = grid.height // rows
         strip = grid.crop((0, row * height, grid.width, (row + 1) * height))

@@ -1,4 +1,9 @@
-"""Budgets: what is held equal where runs are compared, and the steps that follow from it."""
+"""Budgets of training and sampling, and the numbers of steps that use them up.
+
+`sweep_file` derives `train.steps` of a run with `train_steps`. `modes.sweep` derives the solver steps
+of an evaluation with `solver_steps`. To add a kind of budget, extend `TRAIN_BUDGET_KINDS` or
+`SAMPLE_BUDGET_KINDS` and the cost that belongs to it (`train_steps`, `sampling_cost`).
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,12 +15,12 @@ from madformer_jax.errors import ConfigError
 
 TRAIN_BUDGET_KINDS = ("steps", "images", "flops")
 SAMPLE_BUDGET_KINDS = ("steps", "nfe", "passes", "flops", "seconds")
-MAX_SOLVER_STEPS = 999  # solver steps: limits.py
-TOLERANCE = 0.5  # share by which an achieved budget may miss the one that was asked for: steps are whole numbers
+MAX_SOLVER_STEPS = 999  # upper limit of `sample.steps` (config/validation.py)
+TOLERANCE = 0.5  # largest relative miss of a budget: steps are whole numbers
 
 
 class Timing(NamedTuple):
-    """Seconds of drawing an image: `fixed` and `per_step` of the solver."""
+    """Seconds that sampling an image takes, as a linear function of the solver steps."""
 
     fixed: float
     per_step: float
@@ -25,42 +30,48 @@ class Timing(NamedTuple):
 
 
 def training_flops(c: ConfigDict) -> float:
-    """Of a whole training, without the codec, which no choice of a sweep changes."""
+    """Returns the FLOPs of a whole training, without those of the codec, which no sweep changes."""
     return flops.training_step(c, encode=False).total * c.train.steps
 
 
 def train_steps(c: ConfigDict, kind: str, amount: float) -> int:
-    """Training steps of this config that use up a budget, at least one.
+    """Returns the training steps that use up a budget, at least one.
+
+    Args:
+      c: The config of the run; its own `train.steps` is ignored.
+      kind: One of `TRAIN_BUDGET_KINDS`.
+      amount: The budget in units of `kind`.
 
     Raises:
-      ConfigError: there is no such kind, or not even one step fits.
+      ConfigError: The kind is unknown, or a single step costs far more than the budget.
     """
-    step = {"steps": 1.0, "images": c.train.batch, "flops": flops.training_step(c, encode=False).total}
+    step_cost = {"steps": 1.0, "images": c.train.batch, "flops": flops.training_step(c, encode=False).total}
     if kind not in TRAIN_BUDGET_KINDS:
-        raise ConfigError(f"train_budget: {kind!r} is no kind: one of {', '.join(TRAIN_BUDGET_KINDS)}.")
-    return _check_tolerance("train_budget", kind, amount, max(1, round(amount / step[kind])), lambda n: n * step[kind])
+        raise ConfigError(f"train_budget: {kind!r} is not a kind: use one of {', '.join(TRAIN_BUDGET_KINDS)}.")
+    steps = max(1, round(amount / step_cost[kind]))
+    return _check_tolerance("train_budget", kind, amount, steps, lambda n: n * step_cost[kind])
 
 
 def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None = None) -> int:
-    """Solver steps with which drawing an image by this config comes nearest to a budget.
+    """Returns the solver steps at which the cost of an image comes nearest to a budget.
 
     Args:
-      c: the config; its own `sample.steps` does not count.
-      kind: of `SAMPLING`, of one image: "nfe" is the paper's count, "passes" counts every layer that runs (`flops`); both
-        count each branch of a guided step.
-      amount: how much of it.
-      timing: measured, for seconds.
+      c: The config of the evaluation; its own `sample.steps` is ignored.
+      kind: One of `SAMPLE_BUDGET_KINDS`. "nfe" is the paper's count, "passes" counts every layer that
+        runs (`flops.model_passes`). Both count each branch of a guided step.
+      amount: The budget of one image in units of `kind`.
+      timing: The measured seconds; needed if `kind` is "seconds".
 
     Raises:
-      ConfigError: there is no such kind, or no number of steps comes near.
+      ConfigError: The kind is unknown, or no number of steps comes near the budget.
     """
     if kind not in SAMPLE_BUDGET_KINDS:
-        raise ConfigError(f"sample_budgets: {kind!r} is no kind: one of {', '.join(SAMPLE_BUDGET_KINDS)}.")
+        raise ConfigError(f"sample_budgets: {kind!r} is not a kind: use one of {', '.join(SAMPLE_BUDGET_KINDS)}.")
 
     def cost(steps: int) -> float:
         return sampling_cost(c, kind, steps, timing)
 
-    low, high = 1, MAX_SOLVER_STEPS  # the last that costs no more lies in [low, high), if there is one
+    low, high = 1, MAX_SOLVER_STEPS  # bisection: the largest affordable number lies in [low, high)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= amount else (low, middle)
@@ -69,20 +80,20 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
 
 
 def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = None) -> float:
-    """What drawing an image by `steps` solver steps costs."""
+    """Returns the cost of sampling an image with `steps` solver steps, in units of `kind`."""
     if kind == "steps":
         return steps
     if kind == "seconds":
-        assert timing is not None  # nobody asks before it is measured
+        assert timing is not None  # callers measure before they ask for seconds
         return timing.seconds(steps)
     c = c.copy_and_resolve_references()
     c.sample.steps = steps
     return flops.image_cost(c)[kind]
 
 
-def _check_tolerance(what: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:
+def _check_tolerance(name: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:
     if abs(cost(steps) - amount) > TOLERANCE * amount:
         raise ConfigError(
-            f"{what}: {amount:g} {kind} are out of reach: the nearest is {cost(steps):.4g}, with {steps} steps."
+            f"{name}: {amount:g} {kind} are out of reach: the nearest is {cost(steps):.4g}, with {steps} steps."
         )
     return steps

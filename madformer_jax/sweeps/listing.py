@@ -1,4 +1,4 @@
-"""The list of a sweep's runs, with what they cost."""
+"""The table that `--mode=sweep --dry_run` prints: the runs of a sweep with their cost and status."""
 
 import os
 import statistics
@@ -12,54 +12,53 @@ from madformer_jax.sweeps import budget, sweep_file, sweep_folder
 from madformer_jax.sweeps.sweep_file import Run
 from madformer_jax.sweeps.sweep_folder import Job
 
-ASSUMED_UTILIZATION = 0.5  # share of the peak rate that is assumed where no run of the sweep has been measured
+ASSUMED_UTILIZATION = 0.5  # share of the peak rate, assumed while no run of the sweep is finished
 
 
 def run_table(job: Job) -> str:
-    """The runs, what they cost, and the minutes that those which are not done may take."""
+    """Formats the runs, their cost, their status and the estimated hours of those that remain."""
     training_rate, sampling_rate, source = _flop_rates(job)
-    lines, minutes = [("run", "overrides", "steps", "training PFLOP", "sampling PFLOP", "minutes", "state")], 0.0
+    lines, remaining = [("run", "overrides", "steps", "training PFLOP", "sampling PFLOP", "minutes", "state")], 0.0
     for run in job.runs:
         training = budget.training_flops(run.config)
         sampling = run.config.evaluate.n * sum(_sampling_flops(job, run))
-        takes = (training / training_rate + sampling / sampling_rate) / 60
-        state = sweep_folder.run_status(job.workdir, run, job.evaluations)
-        minutes += 0 if state == "done" else takes
+        minutes = (training / training_rate + sampling / sampling_rate) / 60
+        status = sweep_folder.run_status(job.workdir, run, job.evaluations)
+        remaining += 0 if status == "done" else minutes
         overrides = ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in run.overrides.items())
-        costs = f"{training / 1e15:.4g}", f"{sampling / 1e15:.4g}", f"{takes:.3g}"
-        lines.append((run.name, overrides, str(run.config.train.steps), *costs, state))
+        costs = f"{training / 1e15:.4g}", f"{sampling / 1e15:.4g}", f"{minutes:.3g}"
+        lines.append((run.name, overrides, str(run.config.train.steps), *costs, status))
     widths = [max(map(len, column)) for column in zip(*lines)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     rows.append(
-        f"{len(job.runs)} runs, about {minutes / 60:.3g} h of one process for those that are not done, compiling left out, at "
+        f"{len(job.runs)} runs; those that are not done take one process about {remaining / 60:.3g} h without compilation, at "
         f"{training_rate / 1e9:.4g} GFLOP/s in training and {sampling_rate / 1e9:.4g} in sampling ({source})."
     )
     return "\n".join(rows)
 
 
 def _sampling_flops(job: Job, run: Run) -> Iterator[float]:
-    """Of an image of each evaluation, equal ones once; budgets of seconds are not known before they are measured."""
+    """Yields the FLOPs of an image for each distinct evaluation of a run.
+
+    Budgets in seconds are left out: their steps are unknown before the seconds are measured.
+    """
     for overrides in job.definition.evaluations:
         c = sweep_file.apply_overrides(run.config, overrides)
-        mine = [e for e in job.evaluations if e.overrides == overrides and e.kind != "seconds"]
-        for steps in {budget.solver_steps(c, e.kind, e.asked) for e in mine}:
+        evaluations = [e for e in job.evaluations if e.overrides == overrides and e.kind != "seconds"]
+        for steps in {budget.solver_steps(c, e.kind, e.amount) for e in evaluations}:
             yield budget.sampling_cost(c, "flops", steps)
 
 
 def _flop_rates(job: Job) -> tuple[float, float, str]:
-    """FLOP/s of training and of sampling, and where they are from."""
+    """Returns the FLOP/s of training and of sampling, and a description of their source."""
     training, sampling = [], []
     for run in job.runs:
         folder = sweep_folder.run_folder(job.workdir, run)
-        told, result = (storage.read_json(os.path.join(folder, f"{name}.json")) for name in ("seconds", "result"))
-        if told and result:
-            training.append(result["training"]["flops"] / told["training"])
-            sampling += [e["cost"]["flops"] / s for e, s in zip(result["evaluations"], told["evaluations"])]
+        seconds, result = (storage.read_json(os.path.join(folder, f"{name}.json")) for name in ("seconds", "result"))
+        if seconds and result:
+            training.append(result["training"]["flops"] / seconds["training"])
+            sampling += [e["cost"]["flops"] / s for e, s in zip(result["evaluations"], seconds["evaluations"])]
     if training:
-        return (
-            statistics.median(training),
-            statistics.median(sampling),
-            f"medians of {len(training)} runs that are done",
-        )
+        return statistics.median(training), statistics.median(sampling), f"medians of {len(training)} finished runs"
     rate = ASSUMED_UTILIZATION * jax.device_count() * flops.peak_rate(job.runs[0].config.model.dtype)
     return rate, rate, f"assumed: {ASSUMED_UTILIZATION:.0%} of the peak"

@@ -1,6 +1,8 @@
-"""What a sweep is: the trainings and the evaluations that a file of configs/sweeps asks for.
+"""The definition of a sweep, and the runs and evaluations that follow from it.
 
-Such a file has two functions. `get_config(variant)` returns the base; `sweep(variant)` returns a `Sweep`.
+A sweep file (configs/sweeps/*.py) has two functions: `get_config(variant)` returns the base config and
+`sweep(variant)` returns a `Sweep`. The file imports `Sweep`, `grid` and `config_beside` from here.
+`modes.sweep` calls `load_sweep`, `expand_runs` and `expand_evaluations`.
 """
 
 import hashlib
@@ -21,78 +23,102 @@ from madformer_jax.sweeps import budget
 
 Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth": 2}
 
-# The budget gives the steps, and evaluate.n the number of images.
+# Fields that a sweep sets itself: steps follow from the budget, the number of images from evaluate.n.
 _SWEEP_FIELDS = ("sample.n", "sample.steps", "evaluate.grid")
-# They decide which steps evaluate.checkpoints="last:5" names.
+# Fields that decide which steps evaluate.checkpoints="last:5" selects.
 _CHECKPOINT_FIELDS = ("train.checkpoint_every", "train.keep", "train.keep_every")
 
 
 class Sweep(NamedTuple):
-    """Trainings, and how each trained model is judged."""
+    """The trainings of a sweep and the evaluations of each trained model.
 
-    question: str  # that it answers, in one sentence
-    runs: Sequence[Overrides]  # of the base, one training each; `grid` makes them
-    sample_budgets: Mapping[
-        str, Sequence[float]
-    ]  # kind (`budget.SAMPLE_BUDGET_KINDS`) -> amounts, at each of which images are judged
-    evaluations: Sequence[Overrides] = ({},)  # of `sample`, each judged at every budget
-    train_budget: tuple[str, float] | None = (
-        None  # kind (`budget.TRAIN_BUDGET_KINDS`) and amount, equal for all; None: `train.steps`
-    )
+    Attributes:
+      question: The question that the sweep answers, in one sentence.
+      runs: Overrides of the base config, one training each. `grid` builds them.
+      sample_budgets: Amounts for each kind of budget (`budget.SAMPLE_BUDGET_KINDS`). Every model is
+        evaluated at each of them.
+      evaluations: Overrides of `sample.*`. Each is evaluated at every sampling budget.
+      train_budget: Kind (`budget.TRAIN_BUDGET_KINDS`) and amount that all trainings use up. If None,
+        each run trains for `train.steps`.
+    """
+
+    question: str
+    runs: Sequence[Overrides]
+    sample_budgets: Mapping[str, Sequence[float]]
+    evaluations: Sequence[Overrides] = ({},)
+    train_budget: tuple[str, float] | None = None
 
 
 class Evaluation(NamedTuple):
-    """One judgement of a trained model."""
+    """One evaluation of a trained model: overrides of `sample.*` at an amount of a kind of budget."""
 
     overrides: Overrides
     kind: str
-    asked: float
+    amount: float
 
     def describe(self) -> dict[str, Any]:
-        return {"overrides": dict(self.overrides), "budget": {"kind": self.kind, "asked": self.asked}}
+        return {"overrides": dict(self.overrides), "budget": {"kind": self.kind, "asked": self.amount}}
 
 
 class Run(NamedTuple):
-    """One training."""
+    """One training.
 
-    name: str  # of its folder: a hash of its settings, or the name that an earlier version gave to the same settings
+    Attributes:
+      name: Name of the run's folder: `settings_hash`, or the name that an earlier version gave to the
+        same settings.
+      overrides: The overrides of the base config.
+      config: The whole config.
+    """
+
+    name: str
     overrides: dict[str, Any]
     config: ConfigDict
 
     @property
-    def point(self) -> dict[str, Any]:
-        """The overrides without the seed, which repeats a point."""
+    def overrides_without_seed(self) -> dict[str, Any]:
+        """The overrides that the repetitions with other seeds share."""
         return {field: value for field, value in self.overrides.items() if field != "seed"}
 
 
 def grid(axes: Mapping[str, Sequence[Any]], seeds: int = 1) -> list[dict[str, Any]]:
-    """Every combination of the values of fields, for each of the first `seeds` seeds; all points of a seed come together."""
+    """Returns overrides for every combination of values and every seed.
+
+    Args:
+      axes: The values of each field, as in `{"model.blocks": (1, 4)}`.
+      seeds: The number of seeds. All combinations with seed 0 come first.
+    """
     points = [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
     return [{**point, "seed": seed} for seed in range(seeds) for point in points]
 
 
 def config_beside(file: str, name: str, variant: str | None = None) -> ConfigDict:
-    """What get_config of another config file returns, whose name is relative to that of `file`."""
+    """Returns the config of another config file.
+
+    Args:
+      file: Path of the calling file, `__file__`.
+      name: Path of the other file, relative to the folder of `file`.
+      variant: The argument of its get_config, if any.
+    """
     get_config = runpy.run_path(os.path.join(os.path.dirname(file), name))["get_config"]
     return get_config() if variant is None else get_config(variant)
 
 
 class ConfigFile(Protocol):
-    """A config file that has been run."""
+    """An executed config file."""
 
     @property
     def module(self) -> types.ModuleType: ...
 
     @property
     def args(self) -> tuple[str, ...]:
-        """Of its functions: the variant, if one was given."""
+        """The arguments of its functions: the variant, if the command line names one."""
 
 
 def load_sweep(file: ConfigFile) -> Sweep:
-    """The sweep of a config file.
+    """Returns the sweep that a config file defines.
 
     Raises:
-      ConfigError: it has none, or one that is wrong.
+      ConfigError: The file has no function `sweep`, or the function fails or returns no Sweep.
     """
     function = getattr(file.module, "sweep", None)
     if not callable(function):
@@ -100,21 +126,21 @@ def load_sweep(file: ConfigFile) -> Sweep:
             f"{file.module.__file__} has no function sweep(): --mode=sweep needs a file as in configs/sweeps."
         )
     try:
-        found = function(*file.args)
+        sweep = function(*file.args)
     except ConfigError:
         raise
-    except Exception as error:  # it is code, which may raise anything
+    except Exception as error:  # the user's code may raise anything
         raise ConfigError(f"{file.module.__file__}: sweep(): {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(found, Sweep):
-        raise ConfigError(f"{file.module.__file__}: sweep() returned a {type(found).__name__}, not a Sweep.")
-    return found
+    if not isinstance(sweep, Sweep):
+        raise ConfigError(f"{file.module.__file__}: sweep() returned a {type(sweep).__name__}, not a Sweep.")
+    return sweep
 
 
 def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
-    """Its runs, in order.
+    """Returns the runs of a sweep, in order.
 
     Raises:
-      ConfigError: there are none, two are the same, or one's settings or budget are wrong.
+      ConfigError: The sweep has no runs, two runs are equal, or a setting or budget is wrong.
     """
     if not sweep.runs:
         raise ConfigError("the sweep has no runs.")
@@ -127,41 +153,41 @@ def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
         name = settings_hash(c)
         if name in runs:
             raise ConfigError(
-                f"the sweep has the same run twice: {runs[name].overrides} and {dict(overrides)} differ in nothing that decides "
-                "a result. Remove one of them."
+                f"the sweep has the same run twice: {runs[name].overrides} and {dict(overrides)} give equal results. "
+                "Remove one of them."
             )
         runs[name] = Run(name, dict(overrides), c)
     return list(runs.values())
 
 
 def expand_evaluations(sweep: Sweep) -> list[Evaluation]:
-    """The same for every run, in order.
+    """Returns the evaluations of every run, in order.
 
     Raises:
-      ConfigError: there are none, or one sets what is not of `sample`.
+      ConfigError: The sweep has no evaluations, or one sets a field outside of `sample`.
     """
-    found = [
+    evaluations = [
         Evaluation(overrides, kind, amount)
         for overrides in sweep.evaluations
         for kind, amounts in sweep.sample_budgets.items()
         for amount in amounts
     ]
-    if not found:
+    if not evaluations:
         raise ConfigError("the sweep has no evaluations: give it sample_budgets.")
     for field in itertools.chain(*sweep.evaluations):
         if not field.startswith("sample.") or field in ("sample.steps", "sample.n"):
             raise ConfigError(
-                f"evaluations: {field} is none of a sampling's settings: give those of `sample` but for steps, which "
-                "follow from the budget, and n, which is evaluate.n."
+                f"evaluations: {field} is not a setting of sampling: use fields of `sample`, except sample.steps "
+                "(it follows from the budget) and sample.n (it is evaluate.n)."
             )
-    return found
+    return evaluations
 
 
 def apply_overrides(base: ConfigDict, overrides: Overrides) -> ConfigDict:
-    """A copy of a config with other values.
+    """Returns a copy of a config with other values.
 
     Raises:
-      ConfigError: there is no such field, or a value is of another type.
+      ConfigError: A field does not exist, or a value has another type.
     """
     c = base.copy_and_resolve_references()
     values = fields.flat(base)
@@ -174,32 +200,32 @@ def apply_overrides(base: ConfigDict, overrides: Overrides) -> ConfigDict:
 
 
 def changed_settings(values: fields.Section) -> dict[str, Any]:
-    """Returns the fields that decide the results of a run, where they differ from the defaults.
+    """Returns the fields that decide the results of a run and differ from the defaults.
 
     Args:
-      values: A config, or what a workdir or a result has stored of one.
+      values: A config, or its stored form in a workdir or a result.
     """
     defaults = fields.flat(config_lib.base())
-    found = identity.identifying_fields(fields.flat(values), defaults)
-    if found["evaluate.checkpoints"].startswith("last:"):
-        found |= {name: fields.flat(values).get(name, defaults[name]) for name in _CHECKPOINT_FIELDS}
-    return {name: value for name, value in found.items() if value != defaults[name] and name not in _SWEEP_FIELDS}
+    settings = identity.identifying_fields(fields.flat(values), defaults)
+    if settings["evaluate.checkpoints"].startswith("last:"):
+        settings |= {name: fields.flat(values).get(name, defaults[name]) for name in _CHECKPOINT_FIELDS}
+    return {name: value for name, value in settings.items() if value != defaults[name] and name not in _SWEEP_FIELDS}
 
 
 def settings_hash(values: fields.Section) -> str:
-    """Returns a hash of `settings`."""
+    """Returns a hash of `changed_settings`, which names the folder of a run."""
     return hashlib.sha256(json.dumps(changed_settings(values), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def judge_hash(c: ConfigDict) -> str:
-    """Returns a hash of what decides classifier and reference."""
+    """Returns a hash of the settings that decide a judge: its classifier and its reference."""
     values, defaults = fields.flat(c.data), config_lib.base().data
-    found = {
+    settings = {
         name: x
         for name, x in values.items()
         if identity.affects_results(f"data.{name}") and name not in ("split", "flip")
     }
-    # These decide nothing. Their defaults were in the hash before, so that judges keep their names.
-    found |= {name: defaults[name] for name in ("threads", "batches_ahead", "max_corrupt")}
-    found |= {"network": c.evaluate.network, "evaluated": c.evaluate.split}
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+    # These do not matter. Earlier versions hashed their defaults, and judges have to keep their names.
+    settings |= {name: defaults[name] for name in ("threads", "batches_ahead", "max_corrupt")}
+    settings |= {"network": c.evaluate.network, "evaluated": c.evaluate.split}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

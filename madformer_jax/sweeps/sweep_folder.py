@@ -1,13 +1,15 @@
-"""A sweep's folder: what is written there, and the state of its runs.
+"""The folder of a sweep: its files, and the status of its runs.
+
+`modes.sweep` writes these files. `listing` and the reports read them.
 
 sweep.json               the plan: question, budgets, and the name and overrides of every run
-judges/HASH/             classifier, reference and reader of captions' attributes of a data set, made once for all runs on it
-claims/NAME/lock.json    the process that works on a run, a judge or a timing, with its sign of life
-runs/NAME/               workdir of a training and of its evaluations, and
-          result.json    what came out of it: there when the run is done; the same bytes however often it was interrupted
-          grid.png       samples, a row for each evaluation in `grid_rows` of the result; of the first seed of each point
-          seconds.json   how long training and evaluations took, whatever else the machine did
-          timing.json    seconds of drawing an image on a quiet machine, where they were measured
+judges/HASH/             classifiers and reference of a data set, shared by all runs on it
+claims/NAME/lock.json    the process that works on a run, judge or timing, with its heartbeat
+runs/NAME/               workdir of a training and of its evaluations, and:
+          result.json    the result of a finished run; interruptions do not change its bytes
+          grid.png       samples of the first seed, a row for each of the result's `grid_rows`
+          seconds.json   seconds of training and evaluations on a possibly busy machine
+          timing.json    seconds of sampling an image, measured by --measure on an idle machine
 """
 
 import json
@@ -25,11 +27,12 @@ from madformer_jax.runtime import lock, storage, stored_config
 from madformer_jax.sweeps import sweep_file
 from madformer_jax.sweeps.sweep_file import Evaluation, Run, Sweep
 
-CURVE_DIGITS = 6  # of a figure of the curve: means of steps are added up in another order after an interruption
+# Significant digits of a loss curve. After an interruption, means are summed in another order.
+CURVE_DIGITS = 6
 
 
 class Job(NamedTuple):
-    """A sweep in a folder."""
+    """A sweep, expanded, and its folder."""
 
     name: str
     variant: str
@@ -38,9 +41,9 @@ class Job(NamedTuple):
     evaluations: list[Evaluation]
     workdir: str
 
-    def first(self, run: Run) -> Run:
-        """The run with the first seed at the same point."""
-        return next(other for other in self.runs if other.point == run.point)
+    def first_seed_run(self, run: Run) -> Run:
+        """Returns the run with the first seed and otherwise equal overrides."""
+        return next(other for other in self.runs if other.overrides_without_seed == run.overrides_without_seed)
 
 
 def run_folder(workdir: str, run: Run) -> str:
@@ -50,7 +53,7 @@ def run_folder(workdir: str, run: Run) -> str:
 def reuse_folder_names(runs: Iterable[Run], workdir: str) -> list[Run]:
     """Returns the runs, each with the name of the folder that already holds a run of the same settings.
 
-    Names by which earlier versions knew a run thus stay valid: what is trained is compared by its stored config.
+    Earlier versions named runs in other ways. Comparing the stored configs keeps their names valid.
     """
     root = epath.Path(workdir) / "runs"
     with storage.wrap_errors(f"{root} cannot be read"):
@@ -67,40 +70,40 @@ def reuse_folder_names(runs: Iterable[Run], workdir: str) -> list[Run]:
 
 
 def claim_path(workdir: str, name: str) -> str:
-    """Where a process says that it works on something."""
+    """Returns the folder of the lock that claims a run, a judge or a timing."""
     return os.path.join(workdir, "claims", name)
 
 
 def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
-    """Whether a run's result is there, with all of these evaluations."""
+    """Returns whether the result of a run exists and has exactly these evaluations."""
     result = read_result(os.path.join(run_folder(workdir, run), "result.json"))
     if result is None:
         return False
-    there = [{name: found[name] for name in ("overrides", "budget")} for found in result["evaluations"]]
-    return there == json.loads(
-        json.dumps([evaluation.describe() for evaluation in evaluations])
-    )  # tuples are lists there
+    stored = [{name: x[name] for name in ("overrides", "budget")} for x in result["evaluations"]]
+    # The round trip turns tuples into lists, as in the file.
+    return stored == json.loads(json.dumps([evaluation.describe() for evaluation in evaluations]))
 
 
 def read_result(path: epath.PathLike) -> Any:
-    """Returns the content of a result.json, None where there is none.
+    """Returns the content of a result.json, or None if the file does not exist.
 
-    Results without "nfe" are from before `flops.model_passes` counted every layer: their "passes", in costs and budgets, are NFE.
+    Results without "nfe" are older than `flops.model_passes`, which counts every layer that runs. Their
+    "passes", in costs and in budgets, are NFE.
     """
     result = storage.read_json(path)
     for evaluation in result.get("evaluations", ()) if isinstance(result, dict) else ():
-        cost, asked = evaluation["cost"], evaluation["budget"]
+        cost, budget = evaluation["cost"], evaluation["budget"]
         if "nfe" not in cost:
             sampled = fields.flat(evaluation["overrides"]) | {"sample.steps": cost["solver_steps"]}
             c = stored_config.config_from_saved(fields.flat(result["config"]) | sampled, os.fspath(path))
             passes = {"nfe": cost["passes"], "passes": flops.model_passes(c)}
             evaluation["cost"] = {"solver_steps": cost["solver_steps"], **passes, "flops": cost["flops"]}
-            asked["kind"] = "nfe" if asked["kind"] == "passes" else asked["kind"]
+            budget["kind"] = "nfe" if budget["kind"] == "passes" else budget["kind"]
     return result
 
 
 def run_status(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str:
-    """done, open, or who works on it."""
+    """Returns "done", "open" or "claimed by ..." with the process that works on the run."""
     if is_done(workdir, run, evaluations):
         return "done"
     holder = lock.holder(claim_path(workdir, run.name))
@@ -108,6 +111,7 @@ def run_status(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str
 
 
 def plan_json(job: Job) -> dict[str, Any]:
+    """Returns the content of sweep.json."""
     s = job.definition
     return {
         "sweep": job.name,
@@ -119,14 +123,16 @@ def plan_json(job: Job) -> dict[str, Any]:
     }
 
 
-# ---- what a training has told
+# ---- metrics of a training
 
 
 def loss_curve(lines: Iterable[Mapping[str, Any]], every: int) -> list[dict[str, float]]:
-    """The losses of metrics.jsonl: means over windows of `every` steps, wherever its lines were cut by interruptions.
+    """Averages the losses of metrics.jsonl over windows of `every` steps.
+
+    An interruption may end a line of metrics.jsonl early; the windows do not depend on that.
 
     Returns:
-      For each window its last step and each loss of its steps.
+      The last step and the mean losses of each window.
     """
     windows: dict[int, list[tuple[int, Mapping[str, Any]]]] = {}
     before = 0
@@ -134,21 +140,22 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], every: int) -> list[dict[str,
         if "loss" in line:
             windows.setdefault(-(-line["step"] // every), []).append((line["step"] - before, line))
             before = line["step"]
-    return [{"step": found[-1][1]["step"], **_window_means(found)} for found in windows.values()]
+    return [{"step": rows[-1][1]["step"], **_window_means(rows)} for rows in windows.values()]
 
 
-def _window_means(found: list[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
-    names = sorted({name for _, line in found for name in line if name.startswith("loss")})
+def _window_means(rows: list[tuple[int, Mapping[str, Any]]]) -> dict[str, float]:
+    """Averages each loss over (number of steps, metrics) pairs, weighted by the number of steps."""
+    names = sorted({name for _, line in rows for name in line if name.startswith("loss")})
     out = {}
     for name in names:
-        there = [(n, line[name]) for n, line in found if name in line]
-        mean = math.fsum(n * value for n, value in there) / sum(n for n, _ in there)
+        values = [(n, line[name]) for n, line in rows if name in line]
+        mean = math.fsum(n * value for n, value in values) / sum(n for n, _ in values)
         out[name] = float(f"{mean:.{CURVE_DIGITS}g}")
     return out
 
 
 def training_seconds(lines: Iterable[Mapping[str, Any]]) -> float:
-    """Of the steps in metrics.jsonl; compiling, saving and drawing are not in it."""
+    """Returns the seconds of the steps in metrics.jsonl, without compiling, saving and sampling."""
     seconds, before = 0.0, 0
     for line in lines:
         if line.get("steps_per_second"):
@@ -158,7 +165,7 @@ def training_seconds(lines: Iterable[Mapping[str, Any]]) -> float:
 
 
 def package_versions() -> dict[str, str]:
-    """Of what decides the figures."""
+    """Returns the versions of the packages that decide the results, and the JAX platform."""
     from importlib import metadata
 
     names = ("madformer-jax", "jax", "jaxlib", "flax", "optax", "numpy")

@@ -1,0 +1,1 @@
+"""Deprecated names, kept for one release for sweep files of users. Use `madformer_jax.sweeps`."""

@@ -19,7 +19,7 @@ TIMED = {"compile_seconds", "seconds", "images_per_second", "tflop", "tflops", "
 
 
 def test_every_part_is_measured_and_written_as_json(tmp_path, monkeypatch, capsys):
-    """On two devices, which share an odd `sample.batch` as a sampling does: filled up."""
+    """Two devices share an odd `sample.batch`, which is rounded up as in sampling."""
     devices = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *a: devices)
     c = tiny.get_config("plain")
@@ -42,19 +42,22 @@ def test_every_part_is_measured_and_written_as_json(tmp_path, monkeypatch, capsy
     table = capsys.readouterr().out
     assert all(
         name in table
-        for name in ("compile time", "images/s", "MFU", "NFE an image", "passes an image", "memory of the program")
+        for name in ("compile time", "images/s", "MFU", "NFE per image", "passes per image", "program memory")
     )
 
 
-def test_an_unknown_part_is_one_line(tiny_config, tmp_path):
+def test_an_unknown_part_is_an_error(tiny_config, tmp_path):
     tiny_config.benchmark.parts = "train,fid"
-    with pytest.raises(ConfigError, match="'fid' is no part: some of train, sample, data"):
+    with pytest.raises(ConfigError, match="'fid' is not a part: use any of train, sample, data"):
         benchmark.run(tiny_config, str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
-def test_training_logs_its_speed_and_traces_the_steps_asked_for(tmp_path):
-    """In a process of its own: the profiler does not bear what other tests have loaded. Which steps: test_train.py."""
+def test_training_logs_its_speed_and_traces_the_profiled_steps(tmp_path):
+    """Runs in a separate process: the profiler conflicts with modules of other tests.
+
+    test_train.py tests which steps are traced.
+    """
     settings = {"train.steps": 4, "train.checkpoint_every": 4, "profile": "2:3", "sample.n": 1}
     done = subprocess.run(
         [sys.executable, "-m", "madformer_jax.main", "--config=tests/tiny.py:plain", f"--workdir={tmp_path}"]

@@ -15,9 +15,9 @@ from tests import tiny
 
 
 def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
-    """The stacked parameters of the scanned layers are never whole: what is gathered of them is one layer, in a loop.
+    """The stacked parameters of scanned layers are gathered one layer at a time, inside a loop.
 
-    A stage's last layer and the U-Net stand outside the scan, and their parameters are gathered there, once each.
+    A stage's last layer and the U-Net are outside of the scan. Their parameters are gathered once.
     """
     c = tiny.get_config("plain")
     c.model.depth, c.model.diffusion_depth = 8, 3  # 4 and 2 layers are scanned
@@ -34,13 +34,13 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
     with partitioning.scope(mesh):
         step = jax.jit(train_step.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
-        quick = {"xla_backend_optimization_level": 0}  # of no matter to what is gathered where
+        quick = {"xla_backend_optimization_level": 0}  # does not change what is gathered
         text = step.lower(state, batch, {}, np.uint32(0)).compile(compiler_options=quick).as_text()
     gathers = [x for x in hlo.collectives(text) if x.kind == "all-gather"]
     bodies = [state.params[stage]["body"] for stage in ("ar_layers", "diffusion_layers")]
     kernels = [x.shape for x in jax.tree.leaves(bodies) if x.ndim == 3]
 
-    def key(shape):  # whatever the order of the dimensions
+    def key(shape):  # ignores the order of the dimensions
         return tuple(sorted(n for n in shape if n > 1))
 
     inside, outside = ({key(x.shape) for x in gathers if x.loop == loop} for loop in (True, False))
@@ -50,7 +50,7 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     assert {x.times for x in gathers if x.loop and key(x.shape) in layers} == {4, 2}
 
 
-def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, monkeypatch):
+def test_exit_status_says_whether_programs_fit_a_topology(capsys, monkeypatch):
     pytest.importorskip("libtpu")
     args = ["main", "--mode=compile", "--topology=v5e:2x2", "--config=tests/tiny.py:plain", "--config.mesh.data=4"]
     args += ["--config.model.attention=blocks"]
@@ -60,31 +60,31 @@ def test_a_topology_is_compiled_for_and_the_verdict_is_the_exit_status(capsys, m
     assert report.count("GiB of 15.75: fits") == 2
     assert "all-reduce" in report
     assert report.count("time, estimated") == report.count(" of the peak") == 2
-    monkeypatch.setattr(aot, "sampling", lambda *_: too_much())
-    monkeypatch.setattr(aot, "training_step", lambda *_: too_much())
+    monkeypatch.setattr(aot, "sampling", lambda *_: oversized_program())
+    monkeypatch.setattr(aot, "training_step", lambda *_: oversized_program())
     assert command_line.main(args) == 1
     assert "does not fit: 4.25 GiB too much" in capsys.readouterr().out
 
 
-def too_much():
+def oversized_program():
     return aot.ProgramReport(
         1.0, False, {"parameters": 2**30}, {}, 20 * 2**30, round(15.75 * 2**30), aot.flops.Cost(), 0.0, []
     )
 
 
 @pytest.mark.parametrize(("limit", "quick"), [(2**24, True), (2**21, False), (2**20, False)])
-def test_close_to_the_limit_the_program_is_compiled_as_a_run_compiles_it(limit, quick):
+def test_programs_close_to_the_limit_are_compiled_again_as_in_a_run(limit, quick):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     x = jax.ShapeDtypeStruct((2**18,), jnp.float32, sharding=one)
     program = aot._compile_program(jax.jit(lambda x: 2 * x), (x,), {"x": x}, aot.flops.Cost(), limit)
-    assert program.quick == quick
+    assert program.quick_compile == quick
     assert program.memory["inputs"] == program.memory["outputs"] == program.inputs["x"] == 2**20
-    assert program.fits == (limit >= 2**21)  # a GPU's compiler does not say so
+    assert program.fits == (limit >= 2**21)  # a GPU's compiler does not refuse the program
     text = aot.format_report("step", program, 1)
     assert (" at level O1" in text, "does not fit" in text) == (quick, not program.fits)
 
 
-def test_what_the_compiler_refuses_is_told_in_bytes():
+def test_usable_memory_follows_from_the_compiler_error():
     pytest.importorskip("libtpu")
     device = aot.topologies.topology_devices("v5e:2x2")[0]
     assert aot.usable_memory(device) == round(15.75 * 2**30)
@@ -94,7 +94,7 @@ def test_what_the_compiler_refuses_is_told_in_bytes():
     ("topology", "words"),
     [("", "needs --topology"), ("v5e:3x3", "v5e:3x3"), ("h200", "libtpu cannot compile for --topology=h200")],
 )
-def test_a_topology_that_is_none_is_one_line(topology, words):
+def test_an_unknown_topology_is_one_line(topology, words):
     if topology:
         pytest.importorskip("libtpu")
     with pytest.raises(ConfigError, match=words) as error:
@@ -102,13 +102,13 @@ def test_a_topology_that_is_none_is_one_line(topology, words):
     assert "\n" not in str(error.value)
 
 
-def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+def test_a_missing_libtpu_names_the_package(monkeypatch):
     monkeypatch.setattr(aot.topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'libtpu>="):
         aot.run(tiny.get_config(), None, "v5e:2x2")
 
 
-def test_cached_latents_are_fed_without_the_vae():
+def test_a_batch_of_cached_latents_needs_no_vae():
     c = tiny.get_config()
     c.codec.name, c.data.source, c.data.image_size, c.data.channels = "vae", "arrayrecord", 64, 3
     schema.validate(c)
@@ -123,7 +123,7 @@ def test_cached_latents_are_fed_without_the_vae():
     assert madformer.build(c, "cpu").attention == "blocks"
 
 
-def test_gpus_to_compile_for(monkeypatch):
+def test_gpu_topologies(monkeypatch):
     assert [aot.topologies.platform(name) for name in ("h100", "h100:8", "v5e:4x4")] == ["gpu", "gpu", "tpu"]
     for name in ("h100:0", "h100:9", "h100:x"):
         with pytest.raises(ConfigError, match="h100:2 to h100:8"):
@@ -136,7 +136,7 @@ def test_gpus_to_compile_for(monkeypatch):
     assert aot.topologies.gpu_memory_bytes() == 0.5 * 84_929_347_584
 
 
-def test_kernels_of_a_gpus_program():
+def test_library_calls_of_a_gpu_program():
     text = """
   %a = (f32[2]{0}, u8[0]{0}) custom-call(%x, %k), custom_call_target="__cudnn$convForward"
   %b = (f32[2]{0}, u8[0]{0}) custom-call(%x, %k), custom_call_target="__cublas$gemm"

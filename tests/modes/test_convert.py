@@ -1,4 +1,4 @@
-"""--mode=convert from file to workdir and back, as a user runs it."""
+"""--mode=convert on the command line, from file to workdir and back."""
 
 import argparse
 import importlib.util
@@ -42,7 +42,7 @@ def error(capsys):
 
 
 def released(reference, variant="baseline"):
-    """State_dict and arguments of a reference checkpoint."""
+    """Returns the state_dict and the arguments of a reference checkpoint."""
     file = reference(f"madformer_{variant}.npz")
     tensors = {name.removeprefix("param/"): file[name] for name in file.files if name.startswith("param/")}
     return tensors, json.loads(str(file["meta"]))
@@ -55,8 +55,8 @@ def write(path, tensors, args):
     return path
 
 
-def test_converted_checkpoint_draws_the_release_s_samples(tmp_path, reference):
-    """Of the variant that a config of defaults would not draw; all four are drawn in tests/diffusion/test_sampler.py."""
+def test_converted_checkpoint_reproduces_release_samples(tmp_path, reference):
+    """Tests the variant that needs a non-default config. tests/diffusion/test_sampler.py tests all four."""
     variant = "denoising_mlp"
     file = reference(f"madformer_{variant}.npz")
     suffix = "pt" if importlib.util.find_spec("torch") else "npz"
@@ -77,7 +77,7 @@ def test_converted_checkpoint_draws_the_release_s_samples(tmp_path, reference):
 @pytest.mark.parametrize(
     ("variant", "suffix"), [("baseline", "pt"), ("clear_cond", "safetensors"), ("clear_clean", "npz")]
 )
-def test_there_and_back_keeps_every_bit(tmp_path, reference, variant, suffix):
+def test_round_trip_keeps_every_bit(tmp_path, reference, variant, suffix):
     tensors, args = released(reference, variant)
     release, back = write(tmp_path / f"release.{suffix}", tensors, args), tmp_path / f"back.{suffix}"
     workdir = f"--workdir={tmp_path / 'run'}"
@@ -86,13 +86,13 @@ def test_there_and_back_keeps_every_bit(tmp_path, reference, variant, suffix):
     content = state_dicts.read_state_dict(back)
     assert content.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        if variant != "clear_clean" or "_list.0." not in name:  # its clean towers are never run
+        if variant != "clear_clean" or "_list.0." not in name:  # its clean tower is never run
             np.testing.assert_array_equal(content.tensors[name], tensor)
     assert preset(content.args).model == preset(args).model
 
 
-def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
-    """Its arguments hold no width, depth or channels; EMA beside the raw weights; behind the VAE."""
+def test_checkpoint_of_the_release_s_training(tmp_path, reference):
+    """It has EMA and raw weights for VAE latents, and no width, depth or channels in its arguments."""
     torch = pytest.importorskip("torch")
     tensors, meta = released(reference)
     names = ("diff_depth", "ar_len", "block_size", "pre_downsample_block_size", "spatial_len")
@@ -131,7 +131,7 @@ def test_checkpoint_as_the_release_s_training_writes_it(tmp_path, reference):
         )
 
 
-def test_without_arguments_the_given_config_s_model_is_taken(tmp_path, reference):
+def test_a_file_without_arguments_uses_the_config(tmp_path, reference):
     tensors, meta = released(reference)
     release = write(tmp_path / "release.npz", tensors, None)
     (tmp_path / "c.py").write_text(
@@ -150,12 +150,12 @@ def test_without_arguments_the_given_config_s_model_is_taken(tmp_path, reference
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_does_not_fit_is_named_in_one_line_and_nothing_is_written(tmp_path, reference, suffix, error):
+def test_tensors_that_do_not_fit_are_one_line_and_write_nothing(tmp_path, reference, suffix, error):
     tensors, meta = released(reference)
     workdir = tmp_path / "run"
     release = tmp_path / f"release.{suffix}"
     command = "--mode=convert", f"--config.convert.release={release}", f"--workdir={workdir}"
-    assert str(release) in error(*command)  # not there
+    assert str(release) in error(*command)  # the file does not exist
 
     wrong = dict(tensors)
     del wrong["blocks.3.self_attn.q_norm_list.1.weight"]
@@ -182,7 +182,7 @@ def test_what_does_not_fit_is_named_in_one_line_and_nothing_is_written(tmp_path,
     assert not workdir.exists()
 
 
-def test_wrong_use_is_told_in_one_line(tmp_path, reference, error):
+def test_wrong_flags_are_one_line(tmp_path, reference, error):
     workdir = f"--workdir={tmp_path / 'run'}"
     assert "given: none" in error("--mode=convert", workdir)
     assert "given: release, vae" in error(
@@ -207,9 +207,9 @@ def test_a_model_that_the_release_cannot_run_is_not_written(tmp_path):
 
 
 def test_full_size_names_and_shapes(reference):
-    """The release's own model: sizes found from the shapes alone, every tensor expected."""
+    """The sizes of the release's model follow from its shapes, and every tensor is expected."""
     shapes = {name: tuple(shape) for name, shape in reference("madformer_ffhq1024_state_dict.json").items()}
-    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # no memory behind them
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}  # takes no memory
     args = {"diff_depth": 14, "ar_len": 16, "block_size": 256, "pre_downsample_block_size": 1024, "image_size": 1024}
     c = release_config.infer_config(tensors, args)
     sizes = schema.validate(c)
@@ -259,8 +259,8 @@ class Evil:
         return os.mkdir, (str(self.marker),)
 
 
-def test_without_pytorch_only_its_own_formats_need_it(tmp_path, reference):
-    """A fresh process in which torch cannot be imported converts .npz and says what .pt needs."""
+def test_only_pt_files_need_pytorch(tmp_path, reference):
+    """A process without torch converts .npz and names the package that .pt needs."""
     state_dicts.write_state_dict(tmp_path / "release.npz", *released(reference))
     (tmp_path / "release.pt").write_bytes(b"PK")
     script = "import sys; sys.modules['torch'] = None; from madformer_jax.cli.command_line import main; sys.exit(main(sys.argv))"

@@ -31,7 +31,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """A workdir with one checkpoint, step 3, whose averages differ from its parameters; and the averages."""
+    """A workdir with a checkpoint of step 3, and its averages, which differ from the parameters."""
     c, workdir = tiny.get_config("plain"), str(tmp_path_factory.mktemp("untrained"))
     c.mesh.fsdp, c.mesh.tensor = 4, 2
     mesh = partitioning.make_mesh(1, 4, 2)
@@ -47,14 +47,14 @@ def untrained(tmp_path_factory):
 
 @pytest.fixture
 def run(untrained, tmp_path):
-    """A copy of it, and the averages."""
+    """A copy of the untrained workdir, and its averages."""
     return shutil.copytree(untrained[0], tmp_path / "run"), untrained[1]
 
 
-def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
+def test_an_export_holds_only_the_averages_and_can_be_sampled(plain, run):
     (workdir, ema), exported = run, str(run[0] / "export")
     plain.sample.weights = "raw"
-    plain.mesh.data, plain.mesh.fsdp = 2, 4  # another mesh than that of the save
+    plain.mesh.data, plain.mesh.fsdp = 2, 4  # not the mesh of the save
     export.run(plain, str(workdir))
     assert {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} >= {"ema", "meta"}
     assert not {p.name for p in (checkpoint.folder(exported) / "3").iterdir()} & {"params", "opt", "data"}
@@ -66,25 +66,25 @@ def test_an_export_holds_the_averages_alone_and_is_sampled_from(plain, run):
     assert step == 3
     jax.tree.map(np.testing.assert_array_equal, trees["ema"], ema)
 
-    tensors, about, _ = state_dicts.read_state_dict(f"{exported}/model.safetensors")
-    assert about == {"step": 3, "names": ["cat"]}
+    tensors, metadata, _ = state_dicts.read_state_dict(f"{exported}/model.safetensors")
+    assert metadata == {"step": 3, "names": ["cat"]}
     assert {name: x.tolist() for name, x in tensors.items()} == {
         ".".join(name): x.tolist() for name, x in flatten_dict(ema).items()
     }
 
-    args = ["main", "--mode=sample", f"--workdir={exported}", "--config.sample.n=3"]  # its own config.json will do
+    args = ["main", "--mode=sample", f"--workdir={exported}", "--config.sample.n=3"]  # uses the export's config.json
     assert command_line.main(args) == 0
     (folder,) = (workdir / "export" / "samples").glob("step_000003_ema_*_n3_*")
     images = next(generation.read_shards(folder)).images
     assert len(images) == 3
-    shutil.rmtree(run[0] / "export" / "checkpoints")  # as a hub may have it
+    shutil.rmtree(run[0] / "export" / "checkpoints")  # as on a hub without checkpoints
     model = madformer_jax.load(exported)
     assert model.labels == ("cat",)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), ema)
 
 
-def test_an_export_has_nothing_of_the_machine(plain, run, tmp_path):
-    """No file names a folder of the user; the mesh, the cache and the step have their defaults."""
+def test_an_export_names_no_path_or_setting_of_the_machine(plain, run, tmp_path):
+    """No file names a folder of the user. The mesh, the cache and the step have their defaults."""
     secret = tmp_path / "users" / "jane" / "secret"
     local = {
         "codec.path": f"{secret}/vae",
@@ -118,8 +118,8 @@ def test_an_export_keeps_the_hub_id_of_its_vae():
     assert schema.portable(c).codec.path == c.codec.path
 
 
-def test_an_export_of_a_mesh_of_eight_is_loaded_on_one_device(plain, run, monkeypatch):
-    """By its own config, and by one that names the mesh, as exports of earlier versions do."""
+def test_an_export_from_eight_devices_loads_on_one(plain, run, monkeypatch):
+    """Its config.json names no mesh. Those of earlier versions do, and load as well."""
     exported = run[0] / "export"
     export.run(plain, str(run[0]))
     devices = jax.devices()[:1]
@@ -132,13 +132,13 @@ def test_an_export_of_a_mesh_of_eight_is_loaded_on_one_device(plain, run, monkey
     assert madformer_jax.load(str(exported)).config.mesh.fsdp == 1
 
 
-def test_training_does_not_go_on_from_an_export(plain, run):
+def test_training_cannot_resume_from_an_export(plain, run):
     export.run(plain, str(run[0]))
     with pytest.raises(ConfigError, match="step 3 holds no params, opt, data, only ema"):
         train.run(plain, str(run[0] / "export"))
 
 
-def test_a_second_export_takes_the_place_of_the_first(plain, run):
+def test_a_second_export_replaces_the_first(plain, run):
     export.run(plain, str(run[0]))
     assert "## Scores" not in (run[0] / "export" / "README.md").read_text()
     (run[0] / "samples").mkdir()
@@ -165,7 +165,7 @@ def test_a_second_export_takes_the_place_of_the_first(plain, run):
     assert json.loads((run[0] / "export" / "config.json").read_text())["sample"]["weights"] == "ema"
 
 
-def test_an_export_of_another_training_has_its_weights_though_the_step_is_the_same_or_an_earlier_one(plain, run):
+def test_an_export_of_another_training_replaces_equal_and_later_steps(plain, run):
     workdir, ema = run
     exported = str(workdir / "export")
     export.run(plain, str(workdir))
@@ -179,8 +179,11 @@ def test_an_export_of_another_training_has_its_weights_though_the_step_is_the_sa
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(madformer_jax.load(exported).params), other)
 
 
-def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, monkeypatch):
-    """Moved to a machine that knows neither the workdir nor the tokenizer's old place, it draws the same; beside another one too."""
+def test_an_export_includes_the_tokenizer(tmp_path, one_device, monkeypatch):
+    """The moved export samples equal images without the workdir and the original tokenizer.
+
+    A different tokenizer in the working directory does not matter.
+    """
     c = tiny.get_config("plain")
     words = tmp_path / "words.json"
     words.write_text(text.train_bpe(["a cat", "a dog"] * 9, 300))
@@ -208,7 +211,7 @@ def test_the_tokenizer_of_captions_goes_with_an_export(tmp_path, one_device, mon
         madformer_jax.load(str(moved))
 
 
-def test_ranks_of_tiktoken_stay_with_their_owner(tmp_path):
+def test_other_tokenizers_are_not_exported(tmp_path):
     ranks = tmp_path / "tokenizer.model"
     ranks.write_bytes(b"\n".join(base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)))
     assert (

@@ -1,4 +1,4 @@
-"""--mode=prepare: every good image once, whatever is killed."""
+"""--mode=prepare writes every good image once, even if it is killed."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def out(tmp_path):
     return str(tmp_path / "out")
 
 
-def test_images_come_back_as_they_were_read(config, out):
+def test_prepared_images_equal_those_of_the_source(config, out):
     prepare.run(config, out)
     assert ids(config, out) == GOOD
     read = [pixels for i in range(23) if (pixels := _read(config, i)) is not None]
@@ -98,7 +98,7 @@ def test_every_batch_to_the_encoder_has_one_size(config, out):
     assert sizes == {(3, 16, 16, 3)}
 
 
-def test_flipped_copies_stand_beside_their_originals(config, out):
+def test_flipped_copies_follow_their_originals(config, out):
     config.prepare.kind, config.prepare.flip = "latents", True
     prepare.run(config, out, encoder=ENCODER)
     arrays, labels, *_ = records.Records(out).read(np.arange(42))
@@ -108,7 +108,7 @@ def test_flipped_copies_stand_beside_their_originals(config, out):
     np.testing.assert_array_equal(labels[::2], labels[1::2])
 
 
-def test_latents_that_are_not_finite_stop_it(config, out):
+def test_latents_that_are_not_finite_are_an_error(config, out):
     config.prepare.kind = "latents"
     with pytest.raises(ConfigError, match=r"0006.png: its latents are not finite"):
         prepare.run(
@@ -148,7 +148,7 @@ def test_finished_shards_are_not_made_again(config, out):
         assert again == ((was.st_ino, was.st_mtime_ns) != (now.st_ino, now.st_mtime_ns)), file
 
 
-def test_another_preparation_into_the_same_folder_is_refused(config, out, tmp_path):
+def test_other_settings_in_the_same_folder_are_refused(config, out, tmp_path):
     prepare.run(config, out)
     config.data.crop = False
     with pytest.raises(ConfigError, match="made in another way: image was .*'crop': True"):
@@ -159,7 +159,7 @@ def test_another_preparation_into_the_same_folder_is_refused(config, out, tmp_pa
         prepare.run(config, out)
 
 
-def test_killed_at_random_it_still_ends_with_every_good_image_once(config, out, tmp_path):
+def test_after_kills_every_good_image_is_present_once(config, out, tmp_path):
     corrupt = (3, 77, 150)
     kill_prepare.make_images(tmp_path / "many", 200, corrupt)
     config.data.path, config.prepare.shard = str(tmp_path / "many"), 4
@@ -168,16 +168,16 @@ def test_killed_at_random_it_still_ends_with_every_good_image_once(config, out, 
     assert not [file for file in os.listdir(out) if file.endswith(".part")]
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_was_finished(config, out):
+def test_a_full_disk_is_one_line_and_keeps_finished_files(config, out):
     config.data.image_size, config.prepare.shard = 64, 12
-    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, kept[1]))  # bytes; a shard takes 130 000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # bytes; a shard takes 130 000
     try:
         with pytest.raises(ConfigError, match=f"--workdir={out} cannot be written: File too large"):
             prepare.run(config, out)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert sorted(os.listdir(out)) == ["plan.json"]
     prepare.run(config, out)
@@ -204,7 +204,7 @@ SDXL = ENCODER._replace(scaling_factor=0.13025)
 
 
 def test_latents_are_scaled_by_the_factor_of_their_vae(config, out):
-    """SDXL's VAE has that of another factor; the config must agree, in training and in sampling."""
+    """SDXL's VAE has another scaling factor. The config of the training must have the same."""
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=SDXL)
     assert records.read_manifest(out)["codec"] == {
@@ -221,7 +221,7 @@ def test_latents_are_scaled_by_the_factor_of_their_vae(config, out):
 
 
 def test_latents_of_another_shape_are_refused(config, out):
-    """As those of a VAE with 16 channels, or with half the downsampling."""
+    """A VAE with 16 channels or with half the downsampling makes such latents."""
     config.prepare.kind = "latents"
     encoder = ENCODER._replace(encode=lambda images: [np.concatenate([x] * 4, -1) for x in vae(images)])
     prepare.run(config, out, encoder=encoder)
@@ -229,8 +229,8 @@ def test_latents_of_another_shape_are_refused(config, out):
         pipeline.dataset_info(prepared(config, out))
 
 
-def test_a_folder_without_the_factor_is_gone_on_with_and_keeps_its_fingerprint(config, out):
-    """Of an earlier version."""
+def test_a_folder_without_the_scaling_factor_keeps_its_fingerprint(config, out):
+    """Earlier versions did not store the factor. Such a folder is continued."""
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=ENCODER)
     before = pipeline.dataset_info(prepared(config, out))
@@ -246,7 +246,7 @@ def test_a_folder_without_the_factor_is_gone_on_with_and_keeps_its_fingerprint(c
         prepare.run(config, out, encoder=SDXL)
 
 
-def test_a_vae_that_no_model_can_use_is_refused_before_anything_is_written(config, out, tmp_path, monkeypatch):
+def test_an_unusable_vae_is_refused_before_writing(config, out, tmp_path, monkeypatch):
     network = vae_weights.from_config({"block_out_channels": [4, 4, 4, 8], "norm_num_groups": 2, "latent_channels": 16})
     monkeypatch.setattr(vae_weights, "load", lambda path, dtype: (network, {}))
     config.prepare.kind = "latents"
@@ -259,16 +259,16 @@ def test_a_vae_that_no_model_can_use_is_refused_before_anything_is_written(confi
 def test_a_runs_folder_is_refused(config, out, name):
     os.makedirs(os.path.join(out, name))
     with pytest.raises(
-        ConfigError, match=f"holds a run .{name.split('/')[0]}.: give --mode=prepare a folder of its own"
+        ConfigError, match=f"holds a run .{name.split('/')[0]}.: use a separate folder for --mode=prepare"
     ):
         prepare.run(config, out)
 
 
-# ---- the whole way
+# ---- end to end
 
 
 def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, one_device):
-    """--mode=prepare with the VAE's files in a folder; what it wrote fits the step, and is what the VAE says."""
+    """The latents of a VAE in a folder fit the training step and equal the encoder's output."""
     vae_config = {"block_out_channels": [4, 4, 4, 8], "layers_per_block": 1, "norm_num_groups": 2}
     rng = np.random.default_rng(0)
     shapes = vae_weights.shapes(vae_weights.from_config(vae_config))

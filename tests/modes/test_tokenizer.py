@@ -19,19 +19,19 @@ def c(tmp_path):
     return c
 
 
-def test_a_tokenizer_of_the_data_is_written_and_tells_the_longest_caption(c, tmp_path):
-    found = tokenizer.run(c, str(tmp_path / "words"))
-    assert found["path"] == str(tmp_path / "words" / "tokenizer.json")
-    c.text.tokenizer, c.text.vocabulary, c.text.length = found["path"], found["vocabulary"], found["longest"]
+def test_tokenizer_is_trained_on_captions_and_reports_the_longest(c, tmp_path):
+    result = tokenizer.run(c, str(tmp_path / "words"))
+    assert result["path"] == str(tmp_path / "words" / "tokenizer.json")
+    c.text.tokenizer, c.text.vocabulary, c.text.length = result["path"], result["vocabulary"], result["longest"]
     texts = text.encode(c, ["a red planet with two moons"], str)
-    assert texts.lengths == found["longest"]
-    assert tokenizer.run(c, str(tmp_path / "again"))["longest"] == found["longest"]
+    assert texts.lengths == result["longest"]
+    assert tokenizer.run(c, str(tmp_path / "again"))["longest"] == result["longest"]
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "words" / "tokenizer.json").read_bytes()
 
 
-def test_data_without_captions_and_too_few_tokens_are_told(c, tmp_path):
+def test_missing_captions_and_a_small_vocabulary_are_errors(c, tmp_path):
     c.text.vocabulary = 100
-    with pytest.raises(ConfigError, match="vocabulary=100: --mode=tokenizer makes one of 258 tokens at least"):
+    with pytest.raises(ConfigError, match="vocabulary=100 is too small for --mode=tokenizer: use at least 258"):
         tokenizer.run(c, str(tmp_path / "words"))
     c.text.vocabulary = 300
     (tmp_path / "captions.txt").unlink()

@@ -1,4 +1,4 @@
-"""The page of images coming into being: what its script lays over each other is what was recorded."""
+"""The gallery page: its script shows exactly the recorded frames."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ from tests.small import random_params
 
 
 def recording(name="4 steps", n=2, side=16, steps=3):
-    """Four blocks, each of which changes at every step."""
+    """Returns a recording of four blocks, each of which changes at every step."""
     rng = np.random.default_rng(0)
     images, frames = np.full((4 * steps, n, side, side, 3), 128, np.uint8), []
     for i in range(4 * steps):
@@ -34,40 +34,40 @@ def recording(name="4 steps", n=2, side=16, steps=3):
     return Recording(name, frames, images)
 
 
-def shown(page, which, number):
-    """The frames of an image as the page's script draws them."""
+def shown_frames(page, setting, number):
+    """Yields the frames of an image as the script of the page draws them."""
     content = json.loads(re.search(r'id="content">(.*?)</script>', page, re.DOTALL)[1])
-    told = content["recordings"][which]
+    data = content["recordings"][setting]
     sheet = np.asarray(
-        Image.open(io.BytesIO(base64.b64decode(told["sheets"][number].partition(",")[2]))).convert("RGB")
+        Image.open(io.BytesIO(base64.b64decode(data["sheets"][number].partition(",")[2]))).convert("RGB")
     )
-    canvas = np.zeros((*told["size"], 3), np.uint8)
-    for top, left, height, width, y, x in told["boxes"]:
+    canvas = np.zeros((*data["size"], 3), np.uint8)
+    for top, left, height, width, y, x in data["boxes"]:
         canvas[top : top + height, left : left + width] = sheet[y : y + height, x : x + width]
         yield canvas.copy()
 
 
-def test_the_page_shows_every_frame_as_it_was():
+def test_the_page_shows_every_recorded_frame():
     recordings = [recording(), recording("9 steps", steps=9)]
     page = gallery_page.render("Title", "<about>", ["a", "</script>b"], recordings)
-    assert page.count("</script>") == 2 and "&lt;about&gt;" in page  # a caption closes nothing
-    for which, one in enumerate(recordings):
+    assert page.count("</script>") == 2 and "&lt;about&gt;" in page  # a caption cannot close the script
+    for setting, original in enumerate(recordings):
         for number in range(2):
-            np.testing.assert_array_equal(list(shown(page, which, number)), one.images[:, number])
+            np.testing.assert_array_equal(list(shown_frames(page, setting, number)), original.images[:, number])
 
 
-def test_a_page_stays_small_and_says_where_it_cannot():
+def test_a_page_is_compressed_to_its_limit_or_refused():
     many = [recording(n=3, side=64, steps=20)]
     whole = gallery_page.render("", "", ["a"] * 3, many)
-    small = gallery_page.render("", "", ["a"] * 3, many, largest=len(whole) // 3)
+    small = gallery_page.render("", "", ["a"] * 3, many, max_bytes=len(whole) // 3)
     assert len(small) <= len(whole) // 3
-    *_, last = shown(small, 0, 0)
+    *_, last = shown_frames(small, 0, 0)
     assert np.abs(last.astype(int) - many[0].images[-1, 0]).mean() < 60  # random pixels, compressed hard
     with pytest.raises(ConfigError, match="do not fit a page of 0.01 MB"):
-        gallery_page.render("", "", ["a"] * 3, many, largest=10_000)
+        gallery_page.render("", "", ["a"] * 3, many, max_bytes=10_000)
 
 
-def test_a_grid_with_guidance_is_warned_of_without_label_dropout(caplog):
+def test_guidance_without_label_dropout_logs_a_warning(caplog):
     c = tiny.get_config()
     c.train.label_dropout, c.sample.guidance = 0.0, 1.0
     c.evaluate.grid = "guidance=1,2;steps=1,3"
@@ -75,7 +75,7 @@ def test_a_grid_with_guidance_is_warned_of_without_label_dropout(caplog):
     assert [line[:31] for line in caplog.messages] == ["config.sample.guidance=2 with c"]
 
 
-def test_the_mode_records_a_model(tmp_path, one_device):
+def test_the_gallery_mode_records_a_model(tmp_path, one_device):
     c = tiny.get_config("plain")
     c.gallery.grid = "weights=ema,raw"
     with pytest.raises(ConfigError, match="one page shows one set of weights"):
@@ -90,5 +90,5 @@ def test_the_mode_records_a_model(tmp_path, one_device):
     assert '"captions": ["cat", "dog"]' in content and "steps 1" in content and "steps 3" in content
     images = madformer_jax.load(str(tmp_path)).sample(labels=["cat", "dog"], steps=3)
     for number in range(2):
-        *_, last = shown(content, 1, number)
+        *_, last = shown_frames(content, 1, number)
         np.testing.assert_array_equal(last, np.repeat(images[number], 3, axis=-1))

@@ -6,7 +6,7 @@ from tests import tiny
 NAMES = ["1", "10", "a|b", "tench, Tinca tinca", *"cdefgh"]
 
 
-def test_a_card_calls_classes_by_their_names():
+def test_a_card_lists_class_names():
     images = {"solver": "ddim", "spacing": "trailing", "steps": 4, "guidance": 1.0, "labels": "3,0,3"}
     result = {"protocol": {"n": 50, "reference": "abc", "images": images}, "scores": {}}
     text = model_card.render(tiny.get_config(), 7, 100, [result], grid=False, names=NAMES)

@@ -1,4 +1,4 @@
-"""A folder as --mode=sweep leaves it, made up: curves that cross for D, the same seeds everywhere."""
+"""Writes a made-up folder of a sweep, in which curves of different D cross."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ PROTOCOL = {
 
 
 def score(depth: int, steps: int, seed: int, blocks: int = 4) -> float:
-    """A distance: a large D has the lower floor and falls more slowly."""
+    """Returns a distance. A large D has a lower floor but needs more steps."""
     noise = 0.15 * math.sin(12.9898 * (seed + 1) + 78.233 * depth + 3.7 * blocks)
     return 0.02 / depth**0.4 * (1 + 0.1 * abs(math.log2(blocks / 4))) * (1 + noise) + 0.1 * depth / steps**1.4
 
@@ -35,9 +35,10 @@ def write(
     measured: bool = True,
     scores: Sequence[str] = ("KID-classifier", "FD-classifier", "recognised"),
 ) -> list[str]:
-    """Writes runs, plan and grids; returns the names of the runs.
+    """Writes runs, plan and grids, and returns the names of the runs.
 
-    extra: other overrides of a run, by name, and "protocol" for another one of its scores.
+    `extra` maps the name of a run to further overrides. Its key "protocol" changes the protocol of the
+    run's scores.
     """
     plan = []
     for depth, block, seed in itertools.product(depths, blocks, seeds):

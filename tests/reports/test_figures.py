@@ -4,9 +4,9 @@ from madformer_jax.reports import figures, results
 from tests.reports import made_up
 
 
-def part_of(folder, **settings):
+def load_group(folder, **settings):
     made_up.write(folder, seeds=(0, 1), scores=("KID-classifier",), **settings)
-    return results.load_results(str(folder)).parts[0]
+    return results.load_results(str(folder)).groups[0]
 
 
 def texts(panel):
@@ -14,8 +14,8 @@ def texts(panel):
 
 
 def test_a_heat_map_has_every_cells_mean(tmp_path):
-    part = part_of(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(64,))
-    panel = figures.heat_map(part, "KID-classifier", *part.axes, part.budgets[0])
+    group = load_group(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(64,))
+    panel = figures.heat_map(group, "KID-classifier", *group.axes, group.budgets[0])
     assert panel.name == "kid-classifier-heat-steps-64"
     for depth in (1, 8):
         for blocks in (1, 4):
@@ -24,21 +24,21 @@ def test_a_heat_map_has_every_cells_mean(tmp_path):
 
 
 def test_a_curve_for_each_depth_and_a_panel_for_each_number_of_blocks(tmp_path):
-    part = part_of(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(2, 64))
-    panels = figures.cost_curves(part, "KID-classifier", "passes", part.axes[0])
+    group = load_group(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(2, 64))
+    panels = figures.cost_curves(group, "KID-classifier", "passes", group.axes[0])
     assert [panel.name for panel in panels] == ["kid-classifier-passes-l1", "kid-classifier-passes-l4"]
-    assert {"KID-classifier ↓, L = 4", "D = 1", "D = 8", "full-model passes an image"} <= set(texts(panels[1]))
+    assert {"KID-classifier ↓, L = 4", "D = 1", "D = 8", "full-model passes per image"} <= set(texts(panels[1]))
     assert b"<dc:date>" not in panels[0].svg
 
 
 def test_a_cost_that_was_not_measured_has_no_panel(tmp_path):
-    part = part_of(tmp_path, depths=(1, 8), steps=(2, 64), measured=False)
-    assert figures.cost_curves(part, "KID-classifier", "seconds", part.axes[0]) == []
+    group = load_group(tmp_path, depths=(1, 8), steps=(2, 64), measured=False)
+    assert figures.cost_curves(group, "KID-classifier", "seconds", group.axes[0]) == []
 
 
 def test_one_budget_has_a_figure_by_value_and_none_by_cost(tmp_path):
-    part = part_of(tmp_path, depths=(1, 8), steps=(2,))
-    assert figures.cost_curves(part, "KID-classifier", "solver_steps", part.axes[0]) == []
-    (panel,) = figures.axis_plots(part, "KID-classifier", part.axes[0])
+    group = load_group(tmp_path, depths=(1, 8), steps=(2,))
+    assert figures.cost_curves(group, "KID-classifier", "solver_steps", group.axes[0]) == []
+    (panel,) = figures.axis_plots(group, "KID-classifier", group.axes[0])
     assert panel.name == "kid-classifier-by-d"
     assert {"1", "8", "D", "KID-classifier ↓, at 2 steps"} <= set(texts(panel))

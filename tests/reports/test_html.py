@@ -12,7 +12,7 @@ from tests.reports import made_up
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two settings, two budgets, two seeds, a report."""
+    """A folder with two settings, two budgets, two seeds and a report."""
     folder = tmp_path_factory.mktemp("sweep")
     made_up.write(folder, depths=(1, 8), seeds=(0, 1), steps=(2, 64), scores=("KID-classifier",))
     report.run(schema.base(), str(folder))
@@ -24,7 +24,7 @@ def content(folder):
 
 
 def test_equal_results_give_equal_bytes(folder, tmp_path):
-    """Copied in another order, other names of folders, keys in another order, by another process' dictionary."""
+    """The order of folders, their names and the order of keys do not matter."""
     for i, path in enumerate(sorted((folder / "runs").iterdir(), reverse=True)):
         shutil.copytree(path, tmp_path / "runs" / f"copy{i}")
         result = tmp_path / "runs" / f"copy{i}" / "result.json"
@@ -36,7 +36,7 @@ def test_equal_results_give_equal_bytes(folder, tmp_path):
     assert [name for name in ours if ours[name] != others[name]] == []
 
 
-def test_the_page_holds_everything_and_fetches_nothing(folder):
+def test_the_page_is_self_contained(folder):
     page = (folder / "report" / "index.html").read_text()
     assert "<script" not in page
     assert not re.findall(r"https?:|url\((?!#)|@import|<link|src=\"(?!data:)|href=\"(?!#)", page)
@@ -44,10 +44,10 @@ def test_the_page_holds_everything_and_fetches_nothing(folder):
     for run in (folder / "runs").iterdir():
         assert run.name in page
     for text in (
-        "solver steps an image",
-        "full-model passes an image",
-        "GFLOPs an image",
-        "seconds an image",
+        "solver steps per image",
+        "full-model passes per image",
+        "GFLOPs per image",
+        "seconds per image",
         "reference",
     ):
         assert text in page, text
@@ -55,15 +55,15 @@ def test_the_page_holds_everything_and_fetches_nothing(folder):
     assert "width=device-width" in page
 
 
-def test_names_in_a_page_are_its_own_or_mean_the_same(folder):
-    """An id that several inlined figures have must be of the same thing in all of them."""
+def test_ids_in_a_page_are_unique_or_equivalent(folder):
+    """An id that occurs in several inlined figures must name equal elements."""
     page = (folder / "report" / "index.html").read_text()
     found = {}
     for name, what in re.findall(r'<(?:path|clipPath|g) id="([^"]+)"([^>]*>(?:\s*<rect[^>]*>)?)', page):
         assert found.setdefault(name, what) == what
 
 
-def test_tables_in_the_papers_form_with_a_command_under_each(folder):
+def test_tables_have_the_papers_form_and_a_command(folder):
     text = (folder / "report" / "tables.md").read_text()
     table = text[text.index("### D, at 64 steps") :]
     assert table.split("\n")[2] == "| D | KID-classifier ↓ | solver steps | NFE | passes |"

@@ -21,46 +21,46 @@ def test_a_single_seed_has_no_interval():
 
 
 @pytest.mark.parametrize(("score", "sign"), [("attributes", 1), ("FD-attributes", -1), ("recall-attributes", 1)])
-def test_it_is_known_which_scores_are_the_better_ones(score, sign):
+def test_score_sign(score, sign):
     assert results.score_sign(score) == sign
 
 
-def test_axes_are_what_varies_and_what_changes_with_it_follows(tmp_path):
-    """A width that D decides, steps that D and L decide together."""
+def test_dependent_fields_are_not_axes(tmp_path):
+    """D decides the width; D and L together decide the training steps."""
     extra = {
         f"d{d}l{b}s{s}": {"model.width": 8 * d, "train.steps": 600 * d + b}
         for d in (1, 2) for b in (1, 4) for s in (0, 1)
     }  # fmt: skip
     made_up.write(tmp_path, depths=(1, 2), blocks=(1, 4), seeds=(0, 1), steps=(2, 4), extra=extra)
-    (part,) = results.load_results(str(tmp_path)).parts
-    depth, blocks = part.axes
-    assert (depth.field, depth.label, depth.values, depth.follows) == (
+    (group,) = results.load_results(str(tmp_path)).groups
+    depth, blocks = group.axes
+    assert (depth.field, depth.label, depth.values, depth.dependent_fields) == (
         "model.diffusion_depth",
         "D",
         (1, 2),
         ("model.width",),
     )
-    assert (blocks.label, blocks.follows) == ("L", ("train.steps",))
-    assert [point.seed for point in part.at((2, 4), part.budgets[0])] == [0, 1]
+    assert (blocks.label, blocks.dependent_fields) == ("L", ("train.steps",))
+    assert [point.seed for point in group.points_at((2, 4), group.budgets[0])] == [0, 1]
 
 
-def test_a_setting_of_sampling_is_an_axis_too(tmp_path):
+def test_a_sampling_setting_is_an_axis(tmp_path):
     sampled = ({}, {"sample.spacing": "leading"})
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2, 4), sampled=sampled)
-    (part,) = results.load_results(str(tmp_path)).parts
-    assert [axis.label for axis in part.axes] == ["D", "spacing"]
-    assert part.settings == [(1, "leading"), (1, "trailing"), (2, "leading"), (2, "trailing")]
-    assert "spacing" not in part.protocol["images"]
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert [axis.label for axis in group.axes] == ["D", "spacing"]
+    assert group.settings == [(1, "leading"), (1, "trailing"), (2, "leading"), (2, "trailing")]
+    assert "spacing" not in group.protocol["images"]
 
 
-def test_settings_of_sampling_may_vary_together(tmp_path):
+def test_sampling_settings_may_vary_together(tmp_path):
     sampled = [{"sample.solver": a, "sample.spacing": b} for a, b in (("ddim", "trailing"), ("dpmpp_2m", "leading"))]
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), sampled=sampled)
-    (part,) = results.load_results(str(tmp_path)).parts
-    assert [(axis.field, axis.follows) for axis in part.axes[1:]] == [("sample.solver", ("sample.spacing",))]
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert [(axis.field, axis.dependent_fields) for axis in group.axes[1:]] == [("sample.solver", ("sample.spacing",))]
 
 
-def test_prompts_are_an_axis_with_all_that_follows_from_them(tmp_path):
+def test_prompts_are_an_axis_with_dependent_fields(tmp_path):
     sampled = [{"sample.prompts": f"data:{split}"} for split in ("test", "composition")]
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), sampled=sampled)
     for path in tmp_path.glob("runs/*/result.json"):
@@ -73,27 +73,27 @@ def test_prompts_are_an_axis_with_all_that_follows_from_them(tmp_path):
                 "tokens": images["prompts"],
             }
         path.write_text(json.dumps(run))
-    (part,) = results.load_results(str(tmp_path)).parts
-    assert [axis.label for axis in part.axes] == ["D", "prompts"]
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert [axis.label for axis in group.axes] == ["D", "prompts"]
 
 
-def test_seconds_of_one_seed_are_those_of_all(tmp_path):
+def test_seconds_of_one_seed_apply_to_all(tmp_path):
     made_up.write(tmp_path, depths=(2,), seeds=(0, 1), steps=(4,))
-    (part,) = results.load_results(str(tmp_path)).parts
-    assert [point.cost["seconds"] for point in part.points] == pytest.approx([0.002 + 4 * 0.003] * 2)
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert [point.cost["seconds"] for point in group.points] == pytest.approx([0.002 + 4 * 0.003] * 2)
 
 
-def test_what_is_missing_is_told(tmp_path):
+def test_missing_runs_are_listed(tmp_path):
     planned = [{"name": "later", "overrides": {"model.diffusion_depth": 4, "seed": 0}}]
     made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,), planned=planned)
     (tmp_path / "runs" / "begun").mkdir()
     found = results.load_results(str(tmp_path))
     assert [run["name"] for run in found.missing] == ["later"]
-    assert found.parts[0].axes[0].values == (1,)  # an axis, although one value alone is there
+    assert found.groups[0].axes[0].values == (1,)  # an axis, although only one value has results
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"protocol": {"n": 100}}, "do not share a column: n 500 against 100"),
         ({"protocol": {"reference": "another"}}, "reference 'rrrr"),
@@ -101,22 +101,22 @@ def test_what_is_missing_is_told(tmp_path):
         ({"protocol": {"images": {"weights": "raw"}}}, "images.weights 'ema' against 'raw'"),
     ],
 )
-def test_scores_of_different_protocols_are_refused(tmp_path, change, told):
+def test_scores_of_different_protocols_are_refused(tmp_path, change, message):
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), extra={"d2l4s0": change})
     with pytest.raises(ConfigError, match="run d2l4s0") as error:
         results.load_results(str(tmp_path))
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_other_pictures_are_a_part_of_their_own(tmp_path):
+def test_other_image_sizes_are_a_separate_group(tmp_path):
     small = {"data.image_size": 16, "protocol": {"reference": "s" * 12, "image": {"size": 16}}}
     made_up.write(tmp_path, depths=(1, 2), seeds=(0, 1), steps=(2,), extra={"d1l4s1": small, "d2l4s1": small})
     found = results.load_results(str(tmp_path))
-    assert [part.name for part in found.parts] == ["image size = 16", "image size = 256"]
-    assert [axis.label for axis in found.parts[0].axes] == ["D"]
+    assert [group.name for group in found.groups] == ["image size = 16", "image size = 256"]
+    assert [axis.label for axis in found.groups[0].axes] == ["D"]
 
 
-def test_runs_that_differ_in_what_is_not_swept_are_refused(tmp_path):
+def test_runs_that_differ_in_other_fields_are_refused(tmp_path):
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,))
     path = tmp_path / "runs" / "d2l4s0" / "result.json"
     run = json.loads(path.read_text())
@@ -126,7 +126,7 @@ def test_runs_that_differ_in_what_is_not_swept_are_refused(tmp_path):
         results.load_results(str(tmp_path))
 
 
-def test_a_folder_without_results_and_a_damaged_one_are_told(tmp_path):
+def test_missing_and_damaged_results_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="holds no runs"):
         results.load_results(str(tmp_path))
     made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,))
@@ -145,10 +145,10 @@ def test_a_folder_without_results_and_a_damaged_one_are_told(tmp_path):
         ("model.neighbours", False, True, "neighbours"),
     ],
 )
-def test_only_a_switch_is_named_as_one(field, base, other, label):
-    """0 and 1 equal False and True, and are numbers."""
+def test_only_booleans_are_labeled_as_switches(field, base, other, label):
+    """The numbers 0 and 1 equal False and True, but are not switches."""
     axes = (Axis("model.width", (16, 24)), Axis(field, (base, other)))
-    settings = [(16, base), (16, base), (24, base), (16, other)]  # a base and its ablations, no grid
+    settings = [(16, base), (16, base), (24, base), (16, other)]  # a base and its ablations
     points = [results.Point(s, 0, results.Budget("steps", 1), "run", 0, {}, {}) for s in settings]
-    part = results.ProtocolGroup("", axes, tuple(points), {})
-    assert part.label((16, other)) == label
+    group = results.ProtocolGroup("", axes, tuple(points), {})
+    assert group.label((16, other)) == label

@@ -5,16 +5,16 @@ from madformer_jax.reports.results import Estimate
 from tests.reports import made_up
 
 
-def of(folder, **settings):
+def load(folder, **settings):
     made_up.write(folder, seeds=(0, 1), scores=("KID-classifier",), **settings)
     found = results.load_results(str(folder))
-    return found, found.parts[0]
+    return found, found.groups[0]
 
 
 def test_a_grid_is_a_table_for_each_axis_and_compares_within_the_others(tmp_path):
-    found, part = of(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(2, 64))
-    by_depth, by_blocks = tables.axis_tables(found, part)
-    assert by_depth.head[:2] == ("L", "D")
+    found, group = load(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(2, 64))
+    by_depth, by_blocks = tables.axis_tables(found, group)
+    assert by_depth.header[:2] == ("L", "D")
     assert [row[:2] for row in by_depth.rows] == [("1", "1"), ("1", "8"), ("4", "1"), ("4", "8")]
     assert by_depth.best == {(1, 2), (3, 2)}  # the larger D, at the larger budget, for each L
     assert [row[:2] for row in by_blocks.rows] == [("1", "1"), ("1", "4"), ("8", "1"), ("8", "4")]
@@ -26,16 +26,16 @@ def test_ablations_of_a_base_are_one_table(tmp_path):
         for d, field in ((1, "clean_stream"), (2, "ar_condition"))
         for s in (0, 1)
     }
-    found, part = of(tmp_path, depths=(1, 2, 4), steps=(2,), extra=off)
-    (table,) = tables.axis_tables(found, part)
-    assert table.head[:2] == ("clean stream", "AR condition")
+    found, group = load(tmp_path, depths=(1, 2, 4), steps=(2,), extra=off)
+    (table,) = tables.axis_tables(found, group)
+    assert table.header[:2] == ("clean stream", "AR condition")
     assert [row[:2] for row in table.rows] == [("False", "True"), ("True", "False"), ("True", "True")]
-    assert [part.label(setting) for setting in part.settings] == ["no clean stream", "no AR condition", "base"]
+    assert [group.label(setting) for setting in group.settings] == ["no clean stream", "no AR condition", "base"]
 
 
 def test_the_best_at_each_budget_and_by_how_much(tmp_path):
-    _, part = of(tmp_path, depths=(1, 8), steps=(2, 64))
-    table = tables.best_settings(part, "KID-classifier")
+    _, group = load(tmp_path, depths=(1, 8), steps=(2, 64))
+    table = tables.best_settings(group, "KID-classifier")
     assert table is not None
     assert [row[:2] for row in table.rows] == [("2 steps", "D = 1"), ("64 steps", "D = 8")]
     by = table.rows[0][4]
@@ -44,13 +44,13 @@ def test_the_best_at_each_budget_and_by_how_much(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("x", "told"),
+    ("x", "text"),
     [(0.0, "0"), (20.0, "20"), (20.236, "20.24"), (0.012345, "0.01235"), (-0.000123, "-0.000123"), (3e-6, "3.000e-06")],
 )
-def test_numbers_have_four_digits(x, told):
-    assert formatting.format_number(x) == told
+def test_numbers_have_four_digits(x, text):
+    assert formatting.format_number(x) == text
 
 
-def test_a_cell_tells_the_mean_its_interval_and_every_value():
+def test_a_cell_has_the_mean_its_interval_and_every_value():
     assert formatting.format_cell(Estimate((1.0, 2.0), 1.5, 0.5, 2.5)) == "1.500 [0.5000, 2.500] (1, 2)"
     assert formatting.format_cell(Estimate((1.25,), 1.25, None, None)) == "1.250"

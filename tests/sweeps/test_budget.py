@@ -1,4 +1,4 @@
-"""Steps that follow from budgets, against counting by hand."""
+"""Steps that follow from budgets, compared with counts by hand."""
 
 import pytest
 
@@ -62,11 +62,11 @@ def test_solver_steps_of_other_budgets(c):
     assert budget.solver_steps(c, "seconds", 0.52, Timing(fixed=0.1, per_step=0.1)) == 4
 
 
-def test_a_codec_is_no_part_of_a_training_s_flops(c):
+def test_training_flops_leave_out_the_codec(c):
     before = budget.training_flops(c)
     c.codec.name = "vae"
     assert budget.training_flops(c) < flops.training_step(c).total * c.train.steps
-    assert before != budget.training_flops(c)  # other latents, all the same
+    assert before != budget.training_flops(c)  # the latents have another shape
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_a_codec_is_no_part_of_a_training_s_flops(c):
     [
         ("nfe", 0.2, "0.2 nfe are out of reach: the nearest is 1, with 1 steps"),
         ("passes", 0.2, "0.2 passes are out of reach: the nearest is 1.75, with 1 steps"),
-        ("hours", 1, "'hours' is no kind"),
+        ("hours", 1, "'hours' is not a kind"),
     ],
 )
-def test_a_budget_out_of_reach_is_told(c, kind, amount, message):
+def test_a_budget_out_of_reach_is_an_error(c, kind, amount, message):
     with pytest.raises(ConfigError, match=message):
         budget.solver_steps(c, kind, amount)
-    with pytest.raises(ConfigError, match="is no kind: one of steps, images, flops"):
+    with pytest.raises(ConfigError, match="is not a kind: use one of steps, images, flops"):
         budget.train_steps(c, "passes", 1)

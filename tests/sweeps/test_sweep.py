@@ -1,4 +1,4 @@
-"""What a sweep's file says, and who does its runs: trainings and evaluations are stand-ins that cost nothing."""
+"""--mode=sweep: claims, resumption and results of runs, with stand-ins for the slow modes."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TWO = Sweep("Which width?", grid({"model.width": (16, 24)}), {"steps": (1, 4)}, 
 
 
 class File:
-    """A config file in memory."""
+    """A sweep file in memory."""
 
     def __init__(self, definition):
         self.module, self.args = types.ModuleType("widths"), ()
@@ -33,7 +33,7 @@ class File:
 
 
 class Stage:
-    """The modes that a sweep calls, as stand-ins that do what they are told on the way."""
+    """Stand-ins for the modes that a sweep calls. `on_the_way` runs at the start of each."""
 
     def __init__(self, monkeypatch):
         self.trained, self.evaluated, self.on_the_way = [], [], lambda what: None
@@ -45,7 +45,9 @@ class Stage:
         monkeypatch.setattr(mode, "_write_sample_grid", lambda job, run, steps: None)
         monkeypatch.setattr(mode, "_remove_checkpoints", lambda c, folder: None)
         monkeypatch.setattr(mode, "_free_memory", lambda: None)
-        monkeypatch.setattr(mode.time, "sleep", lambda seconds: seconds and pytest.fail("waits for nobody"))
+        monkeypatch.setattr(
+            mode.time, "sleep", lambda seconds: seconds and pytest.fail("waits, but no other process works on a run")
+        )
 
     def train(self, c, folder, grids):
         assert not grids
@@ -93,7 +95,7 @@ def results(folder):
     return {path.parent.name: path.read_bytes() for path in pathlib.Path(folder).glob("runs/*/result.json")}
 
 
-def test_each_run_is_trained_and_judged_once(c, stage, tmp_path):
+def test_each_run_is_trained_and_evaluated_once(c, stage, tmp_path):
     done = mode.run(c, str(tmp_path), file=File(TWO))
     assert stage.trained == [16, 24]
     assert stage.evaluated == [(16, "steps=1,4"), (24, "steps=1,4")]
@@ -111,7 +113,7 @@ def test_each_run_is_trained_and_judged_once(c, stage, tmp_path):
     assert len(stage.trained) == 2
 
 
-def test_a_sweep_that_is_killed_goes_on_to_the_same_results(c, stage, tmp_path):
+def test_a_killed_sweep_resumes_to_the_same_results(c, stage, tmp_path):
     mode.run(c, str(tmp_path / "whole"), file=File(TWO))
     stage.trained.clear()
     for at in ("reference", "training", "evaluation", "evaluation"):
@@ -130,7 +132,7 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same_results(c, stage, tmp_path):
 
 
 def test_two_processes_share_a_folder(c, stage, tmp_path, monkeypatch):
-    """While one trains the first run, the other does the second and then waits for the first."""
+    """While one process trains the first run, the other completes the second and then waits."""
 
     class WaitError(Exception):
         pass
@@ -155,15 +157,15 @@ def test_two_processes_share_a_folder(c, stage, tmp_path, monkeypatch):
 
 
 def test_a_training_that_is_asked_to_stop_ends_the_sweep(c, stage, tmp_path):
-    """In its last step too."""
+    """Even if the request comes in its last step."""
     stage.end = {"stopped": True}
     assert "stopped" in mode.run(c, str(tmp_path), file=File(TWO))
     assert stage.trained == [16]
     assert not stage.evaluated
 
 
-def test_a_run_that_fails_leaves_the_others_to_be_done(c, stage, tmp_path, monkeypatch):
-    """Unless it fails in one of several processes alone."""
+def test_other_runs_are_completed_after_one_fails(c, stage, tmp_path, monkeypatch):
+    """A failure in only one of several JAX processes ends the sweep instead."""
 
     def diverges(what):
         if what == "training" and not stage.trained:
@@ -175,13 +177,15 @@ def test_a_run_that_fails_leaves_the_others_to_be_done(c, stage, tmp_path, monke
         mode.run(c, str(tmp_path / "all"), file=File(TWO))
     assert len(results(tmp_path / "all")) == 1
     stage.trained.clear()
-    monkeypatch.setattr(partitioning, "all_failed", lambda: False)  # the others train, and wait for this process
+    monkeypatch.setattr(
+        partitioning, "all_failed", lambda: False
+    )  # the other processes go on training and wait for this one
     with pytest.raises(ConfigError, match="^the loss is not finite"):
         mode.run(c, str(tmp_path / "alone"), file=File(TWO))
     assert not results(tmp_path / "alone")
 
 
-def test_more_budgets_are_judged_without_training_again(c, stage, tmp_path):
+def test_added_budgets_need_no_new_training(c, stage, tmp_path):
     mode.run(c, str(tmp_path), file=File(TWO))
     more = TWO._replace(sample_budgets={"steps": (1, 4), "nfe": (8,)})
     mode.run(c, str(tmp_path), file=File(more))
@@ -189,8 +193,8 @@ def test_more_budgets_are_judged_without_training_again(c, stage, tmp_path):
     assert stage.evaluated[2:] == [(16, "steps=1,4,8"), (24, "steps=1,4,8")]
 
 
-def test_a_sweep_whose_budgets_were_called_passes_is_done(c, stage, tmp_path):
-    """Of a version whose passes left out the clean tower: they are NFE, and no run is trained or judged again."""
+def test_results_of_old_passes_budgets_are_read_as_nfe(c, stage, tmp_path):
+    """Passes of an earlier version left out the clean tower. They are NFE, and no run is repeated."""
     definition = TWO._replace(sample_budgets={"nfe": (8,)})
     mode.run(c, str(tmp_path), file=File(definition))
     for path in tmp_path.glob("runs/*/result.json"):
@@ -206,14 +210,14 @@ def test_a_sweep_whose_budgets_were_called_passes_is_done(c, stage, tmp_path):
     (evaluation,) = sweep_folder.read_result(tmp_path / "runs" / old / "result.json")["evaluations"]
     assert evaluation["budget"] == {"kind": "nfe", "asked": 8}
     assert evaluation["cost"] == {"solver_steps": 8, "nfe": 1.0, "passes": 8.0, "flops": 1e6}  # one block, D = N
-    passes = definition._replace(sample_budgets={"passes": (8,)})  # another budget, in the same folder
+    passes = definition._replace(sample_budgets={"passes": (8,)})  # a budget of another kind in the same folder
     mode.run(c, str(tmp_path), file=File(passes))
     assert not stage.trained and len(stage.evaluated) == 2
 
 
 @pytest.mark.parametrize("name", ["depth:digits", "depth:drawings", "conditioning:digits", "blocks:drawings"])
-def test_the_published_results_are_those_of_their_sweep(name):
-    """No run of a finished sweep is trained or judged again, and its costs are what the config says."""
+def test_the_published_results_match_their_sweep_files(name):
+    """No run of a published sweep would be repeated, and the stored costs follow from the configs."""
     file, variant = name.split(":")
     functions = runpy.run_path(str(ROOT / f"configs/sweeps/{file}.py"))
     definition, workdir = functions["sweep"](variant), str(ROOT / f"docs/results/{file}_{variant}")
@@ -229,48 +233,48 @@ def test_the_published_results_are_those_of_their_sweep(name):
             assert evaluation["cost"] == flops.image_cost(run.config)
 
 
-def test_seconds_are_measured_by_the_run_that_needs_them(c, stage, tmp_path, monkeypatch):
-    """The run with the default seed is named as its point is, whose seconds these are."""
+def test_seconds_are_measured_when_a_budget_needs_them(c, stage, tmp_path, monkeypatch):
+    """The first run has the default seed, so its name is also that of the timing of all seeds."""
     c.seed = 0
     monkeypatch.setattr(mode.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps, "batch": 1})
     mode.run(c, str(tmp_path), file=File(TWO._replace(sample_budgets={"seconds": (0.4,)})))
     assert stage.evaluated == [(16, "steps=4"), (24, "steps=4")]
 
 
-def test_a_given_judge_that_does_not_open_is_told_before_training(c, stage, tmp_path):
+def test_a_missing_reference_is_an_error_before_training(c, stage, tmp_path):
     c.evaluate.reference = str(tmp_path / "none.npz")
     with pytest.raises(ConfigError, match="no reference at .*none.npz"):
         mode.run(c, str(tmp_path), file=File(TWO))
     assert not stage.trained
 
 
-def test_a_reader_of_attributes_is_made_for_the_runs_with_captions_and_found_by_them(c, stage, tmp_path, monkeypatch):
-    """The first run has none, and makes the judge."""
+def test_runs_with_captions_get_an_attribute_classifier(c, stage, tmp_path, monkeypatch):
+    """The first run has no captions and makes the judge without an attribute classifier."""
     c.model.classes = 0
     c.data.source, c.text.vocabulary, c.text.length, c.text.tokenizer = "drawings", 835, 40, "drawings"
     captions = [("class", "a"), ("caption", "a"), ("caption", "b")]
     runs = [{"text.caption": caption, "sample.prompts": prompts} for caption, prompts in captions]
-    made, found = [], []
+    made, exists = [], []
     monkeypatch.setattr(
         mode.reference, "make_attribute_classifier", lambda c, path: made.append(path) or storage.write_text(path, "")
     )
 
     def evaluated(c, folder):
-        found.append(os.path.exists(judge_paths.attribute_classifier_path(c, folder)))
+        exists.append(os.path.exists(judge_paths.attribute_classifier_path(c, folder)))
         return stage.evaluate(c, folder)
 
     monkeypatch.setattr(mode.evaluate, "run", evaluated)
     mode.run(c, str(tmp_path), file=File(TWO._replace(runs=runs, evaluations=[{}])))
-    assert len(made) == 1 and found == [False, True, True]
+    assert len(made) == 1 and exists == [False, True, True]
 
 
-def test_an_array_s_process_starts_at_its_own_run(c, stage, tmp_path, monkeypatch):
+def test_a_process_of_a_job_array_starts_at_its_index(c, stage, tmp_path, monkeypatch):
     monkeypatch.setenv("MADFORMER_INDEX", "3")
     mode.run(c, str(tmp_path), file=File(TWO))
     assert stage.trained == [24, 16]
 
 
-def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(mode.listing.flops, "peak_rate", lambda dtype: 1e9)
     mode.run(c, str(tmp_path / "none"), file=File(TWO), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
@@ -299,10 +303,10 @@ def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatc
         (TWO._replace(runs=[{"model.width": "x"}]), "must be of type int"),
         (TWO._replace(runs=[{"model.width": 16}, {"seed": 0}]), "the same run twice"),
         (TWO._replace(runs=[{"model.width": 15}]), "config.model.width=15"),
-        (TWO._replace(train_budget=("hours", 1)), "'hours' is no kind"),
+        (TWO._replace(train_budget=("hours", 1)), "'hours' is not a kind"),
         (TWO._replace(sample_budgets={}), "no evaluations"),
         (TWO._replace(sample_budgets={"steps": (4000,)}), "out of reach"),
-        (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is none of a sampling's settings"),
+        (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is not a setting of sampling"),
         (TWO._replace(evaluations=[{"sample.spacing": "trialing"}]), "config.sample.spacing='trialing' is unknown"),
         (
             TWO._replace(runs=[{"model.classes": 0}]),
@@ -311,70 +315,11 @@ def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatc
         (None, "returned a NoneType, not a Sweep"),
     ],
 )
-def test_a_wrong_sweep_is_told_in_one_line_before_anything_is_done(c, stage, tmp_path, definition, message):
+def test_a_wrong_sweep_is_one_line_before_any_work(c, stage, tmp_path, definition, message):
     with pytest.raises(ConfigError, match=message) as error:
         mode.run(c, str(tmp_path / "none"), file=File(definition))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"data.path": "elsewhere", "data.threads": 8, "data.batches_ahead": 5, "data.max_corrupt": 0.5},
-        {"platform": "cpu", "compilation_cache": "auto", "profile": "0:1", "mesh.data": 2, "mesh.fsdp": 4},
-        {"model.attention": "reference", "model.remat": "full", "model.scan_unroll": 2},
-        {
-            "train.checkpoint_every": 3,
-            "train.keep": 9,
-            "train.keep_every": 3,
-            "train.log_every": 1,
-            "train.judge": True,
-        },
-        {
-            "sample.batch": 3,
-            "sample.shard": 3,
-            "sample.grid": 3,
-            "sample.film": "webp",
-            "sample.n": 7,
-            "sample.steps": 9,
-        },
-        {"demo.port": 1, "gallery.n": 2, "benchmark.steps": 2, "compile.time": False, "prepare.batch": 3},
-    ],
-)
-def test_a_name_does_not_depend_on_the_machine_or_on_what_is_reported(c, changes):
-    names = sweep_file.settings_hash(c), sweep_file.judge_hash(c)
-    c.update_from_flattened_dict(changes)
-    assert (sweep_file.settings_hash(c), sweep_file.judge_hash(c)) == names
-
-
-def test_judges_keep_the_names_that_they_had():
-    config = runpy.run_path(str(ROOT / "configs" / "sweeps" / "depth.py"))
-    names = [sweep_file.judge_hash(config["get_config"](variant)) for variant in ("digits", "drawings")]
-    assert names == ["5e94a9a66b69", "7c9c695d60c2"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"seed": 1},
-        {"model.dtype": "bfloat16"},
-        {"text.tokenizer": "a.json"},
-        {"train.init_from": "a"},
-        {"evaluate.n": 9},
-    ],
-)
-def test_a_name_depends_on_what_decides_results(c, changes):
-    name = sweep_file.settings_hash(c)
-    c.update_from_flattened_dict(changes)
-    assert sweep_file.settings_hash(c) != name
-
-
-def test_the_last_checkpoints_depend_on_which_are_kept(c):
-    c.evaluate.checkpoints = "last:2"
-    name = sweep_file.settings_hash(c)
-    c.train.keep_every = 2
-    assert sweep_file.settings_hash(c) != name
 
 
 def test_a_run_is_not_trained_again_on_another_mesh(c, stage, tmp_path):
@@ -384,8 +329,8 @@ def test_a_run_is_not_trained_again_on_another_mesh(c, stage, tmp_path):
     assert len(stage.trained) == 2
 
 
-def test_a_run_that_an_earlier_version_named_is_found_by_its_config(c, stage, tmp_path):
-    """Finished runs by their results, and one that was stopped by the config of its checkpoints."""
+def test_run_folders_of_earlier_versions_are_found_by_config(c, stage, tmp_path):
+    """A finished run is found by its result, a stopped one by the config of its checkpoints."""
     mode.run(c, str(tmp_path), file=File(TWO))
     for i, folder in enumerate(sorted((tmp_path / "runs").iterdir())):
         result = json.loads((folder / "result.json").read_text())
@@ -400,22 +345,3 @@ def test_a_run_that_an_earlier_version_named_is_found_by_its_config(c, stage, tm
     done = mode.run(c, str(tmp_path), file=File(TWO))
     assert sorted(done["runs"]) == ["old0", "old1"]
     assert len(stage.trained) == 2
-
-
-def test_seeds_come_one_after_the_other():
-    assert grid({"a": (1, 2)}, seeds=2) == [
-        {"a": 1, "seed": 0},
-        {"a": 2, "seed": 0},
-        {"a": 1, "seed": 1},
-        {"a": 2, "seed": 1},
-    ]
-
-
-def test_a_curve_is_the_same_wherever_its_lines_were_cut():
-    def lines(*ends):
-        starts = (0, *ends)
-        return [{"step": b, "loss": sum(range(a, b)) / (b - a), "mfu": 1} for a, b in zip(starts, ends)]
-
-    whole = sweep_folder.loss_curve(lines(4, 8, 10), every=4)
-    assert [point["step"] for point in whole] == [4, 8, 10]
-    assert sweep_folder.loss_curve([*lines(3, 4, 8, 9, 10), {"step": 10, "scored": 3}], every=4) == whole
