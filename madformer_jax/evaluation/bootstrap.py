@@ -1,10 +1,10 @@
 """Bootstrap intervals of the scores: each score is recomputed on images drawn with replacement.
 
 `judge` calls `resample_counts`, the `..._replicates` function of a score, and `interval`. The
-`..._replicates` functions return the replicates up to a constant. The generated images are resampled and
-the reference is fixed, because it belongs to the protocol. Recall is a mean over real images, so for
-recall the real images are resampled. A replicate is a row of weights for the same features, so no
-features are copied. A new score needs a `..._replicates` function here.
+`..._replicates` functions return the replicates up to a constant. The generated images are
+resampled and the reference is fixed, because it belongs to the protocol. Recall is a mean over real
+images, so for recall the real images are resampled. A replicate is a row of weights for the same
+features, so no features are copied. A new score needs a `..._replicates` function here.
 """
 
 from typing import Any, NamedTuple
@@ -25,16 +25,17 @@ class Interval(NamedTuple):
 
 
 def resample_counts(n: int, replicates: int = REPLICATES, seed: int = 2020) -> np.ndarray:
-    """Draws how often each of n images occurs in each replicate: (replicates, n) float64. Each row sums to n."""
+    """Draws how often each of n images occurs in each replicate: (replicates, n) float64."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates).astype(np.float64)
 
 
 def interval(score: float, replicates: np.ndarray) -> Interval:
     """Computes the 95 % interval of a score from its replicates (r,).
 
-    The interval is the score plus the 2.5 % and 97.5 % quantiles of the replicates' deviations from their
-    mean. Deviations from the score would be biased: a resample has fewer different images, which raises a
-    distance. Infinite replicates are left out of the mean. The interval of an infinite score is the score.
+    The interval is the score plus the 2.5 % and 97.5 % quantiles of the replicates' deviations from
+    their mean. Deviations from the score would be biased: a resample has fewer different images,
+    which raises a distance. Infinite replicates are left out of the mean. The interval of an
+    infinite score is the score.
     """
     finite = np.isfinite(replicates)
     if not np.isfinite(score) or not finite.any():
@@ -46,7 +47,7 @@ def interval(score: float, replicates: np.ndarray) -> Interval:
 
 
 def mean_replicates(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Computes replicates (r,) of the mean of one value per image (n,), for example of precision."""
+    """Computes replicates (r,) of the mean of one value per image (n,), for example precision."""
     return counts @ np.asarray(values, np.float64) / len(values)
 
 
@@ -64,14 +65,14 @@ def ratio_replicates(numerator: np.ndarray, denominator: np.ndarray, counts: np.
 def frechet_replicates(generated: np.ndarray, real: np.ndarray | Gaussian, counts: np.ndarray) -> np.ndarray:
     """Computes replicates (r,) of the Frechet distance, up to a constant.
 
-    Let C be the matrix of the cross term, with one row per image. A replicate changes C^T C. This function
-    keeps only the diagonal of the change in the eigenbasis of C^T C, which is exact to first order. All
-    replicates then cost one distance and one product (r, n) x (n, d).
+    Let C be the matrix of the cross term, with one row per image. A replicate changes C^T C. This
+    function keeps only the diagonal of the change in the eigenbasis of C^T C, which is exact to
+    first order. All replicates then cost one distance and one product (r, n) x (n, d).
 
-    The approximation is also closer to the true deviation than exact replicates, in which repeated images
-    lower the rank. With 100 features of decaying scale and 60, 200 and 1,000 images, the standard deviation
-    over fresh sets is 0.097, 0.044 and 0.019. The approximation gives 0.121, 0.049 and 0.017, exact
-    replicates give 0.189, 0.066 and 0.018.
+    The approximation is also closer to the true deviation than exact replicates, in which repeated
+    images lower the rank. With 100 features of decaying scale and 60, 200 and 1,000 images, the
+    standard deviation over fresh sets is 0.097, 0.044 and 0.019. The approximation gives 0.121,
+    0.049 and 0.017, exact replicates give 0.189, 0.066 and 0.018.
 
     Args:
       generated: Features (n, d) of the generated images.
@@ -100,8 +101,8 @@ def _rotate_to_eigenbasis(x: np.ndarray) -> np.ndarray:
 def kernel_replicates(generated: np.ndarray, real: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Computes replicates (r,) of the kernel distance over all images, up to a constant.
 
-    Pairs of an image with itself or with its repetition are left out. Every kernel value is computed once,
-    tile by tile.
+    Pairs of an image with itself or with its repetition are left out. Every kernel value is
+    computed once, tile by tile.
 
     Args:
       generated: Features (n, d) of the generated images.

@@ -1,8 +1,8 @@
 """Sets of existing images to score: a data source, a folder of images, or .npz files.
 
-`modes.evaluate` opens the set that `evaluate.images` names, and `modes.reference` opens the data source.
-Images are read in batches by index. A new kind of set is a function that returns an `ImageSet` and a
-branch in `open_images`.
+`modes.evaluate` opens the set that `evaluate.images` names, and `modes.reference` opens the data
+source. Images are read in batches by index. A new kind of set is a function that returns an
+`ImageSet` and a branch in `open_images`.
 """
 
 import hashlib
@@ -76,7 +76,9 @@ def extract_missing_shards(
     unreadable: UnreadableImages,
     missing: Sequence[shards.Shard],
 ) -> Iterator[shards.Arrays]:
-    """Yields the arrays of each missing shard. Each process reads a slice of a shard and prefetches the next one.
+    """Yields the arrays of each missing shard.
+
+    Each process reads a slice of a shard and prefetches its slice of the next one.
 
     Args:
       data: The images.
@@ -110,7 +112,8 @@ def from_source(c: ConfigDict, split: str, shuffled: bool, config_field: str = "
     Args:
       c: The config.
       split: The split, instead of `data.split`.
-      shuffled: If True, indices follow a fixed random order, so that the first n images are a random sample.
+      shuffled: If True, indices follow a fixed random order, so that the first n images are a
+        random sample.
       config_field: Config field that requests the split, for the error.
 
     Raises:
@@ -202,7 +205,7 @@ def open_images(c: ConfigDict) -> ImageSet:
 
 
 def _npz_paths(name: str) -> list[str]:
-    """Returns the .npz file or the sorted .npz files of the folder `name`. Empty for a folder of images."""
+    """Returns the sorted .npz files that `name` denotes; empty for a folder of images."""
     if not os.path.isdir(name):
         if os.path.isfile(name) and name.endswith(".npz"):
             return [name]
@@ -225,13 +228,13 @@ def _from_image_folder(c: ConfigDict, path: str) -> ImageSet:
 
 
 class _NpzReader:
-    """Reader of the array `images` or `arr_0` of a .npz file that holds only the requested rows in memory.
+    """Reader of single rows of the array `images` or `arr_0` of a .npz file.
 
     Attributes:
       shape: Shape (n, H, W, c) of the array.
       checksum: CRC-32 of the array.
-      labels: The array `labels`, or None if the file has no labels. In files of guided-diffusion, which have
-        `arr_0`, it is `arr_1`.
+      labels: The array `labels`, or None if the file has no labels. In files of guided-diffusion,
+        which have `arr_0`, it is `arr_1`.
     """
 
     def __init__(self, path: str):
@@ -302,7 +305,8 @@ def _read_labels(archive: zipfile.ZipFile, path: str, name: str, shape: tuple[in
         return None
     with archive.open(name) as file:
         actual_shape, _, dtype = _npy_header(file)
-    if name == "arr_1.npy" and (actual_shape != shape or dtype.kind not in "iu"):  # an unnamed array may be anything
+    # An array without a name can be anything.
+    if name == "arr_1.npy" and (actual_shape != shape or dtype.kind not in "iu"):
         logging.warning(
             "%s: arr_1 is %s %s, not one class per image: it is not read as labels", path, dtype, actual_shape
         )
@@ -363,8 +367,8 @@ def _degrade(images: ImageSet, degradation: str) -> ImageSet:
 
     Args:
       images: The images.
-      degradation: "noise:16" adds noise of standard deviation 16 of 255, "blur:1.5" blurs with a radius of 1.5
-        pixels, "" returns the images unchanged.
+      degradation: "noise:16" adds noise of standard deviation 16 of 255, "blur:1.5" blurs with a
+        radius of 1.5 pixels, "" returns the images unchanged.
 
     Raises:
       ConfigError: The degradation has another form.

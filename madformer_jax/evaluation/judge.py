@@ -1,8 +1,8 @@
 """All scores of a set of images against a reference, with intervals, and tables of several results.
 
-`sample_scores` calls `compute_scores`, and `modes.evaluate` prints `comparison_table`. To add a score,
-write it in `scores`, its replicates in `bootstrap`, and an entry in `compute_scores`. A setting that
-changes its value belongs in `SCORE_SETTINGS`, which is part of every protocol.
+`sample_scores` calls `compute_scores`, and `modes.evaluate` prints `comparison_table`. To add a
+score, write it in `scores`, its replicates in `bootstrap`, and an entry in `compute_scores`. A
+setting that changes its value belongs in `SCORE_SETTINGS`, which is part of every protocol.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ SCORE_SETTINGS = {
     "like": "torch-fidelity 0.4.0", "splits": SPLITS, "subsets": SUBSETS, "subset_size": SUBSET_SIZE, "k": NEIGHBOR_RANK, "seed": SEED,
 }  # fmt: skip
 
-Score = dict[str, float]  # value, low, high; some scores have further entries, for example deviation
+Score = dict[str, float]  # value, low, high, and further entries such as deviation
 
 
 def check_size(n: int, reference: Reference) -> None:
-    """Checks that n images and the reference are large enough for the scores; see `check_counts`."""
+    """Checks that there are enough images for the scores; see `check_counts`."""
     check_counts(n, SPLITS if reference.features is None else len(reference.features))
 
 
@@ -36,7 +36,8 @@ def check_counts(n: int, m: int) -> None:
       m: Number of images of the reference.
 
     Raises:
-      ConfigError: There are too few images for the inception score or too few for precision and recall.
+      ConfigError: There are too few images for the inception score or too few for precision and
+        recall.
     """
     if n < SPLITS:
         raise ConfigError(
@@ -60,10 +61,11 @@ def compute_scores(
 
     Args:
       network: Name of the feature network.
-      arrays: Arrays of `shards.extract_features`: features (n, d), logits (n, classes) if the network has
-        classes, labels (n,) and profile (n, .).
+      arrays: Arrays of `shards.extract_features`: features (n, d), logits (n, classes) if the
+        network has classes, labels (n,) and profile (n, .).
       reference: Statistics of the real images.
-      recognize: Whether to compute the fraction of images that the network classifies as their label.
+      recognize: Whether to compute the fraction of images that the network classifies as their
+        label.
       grid: Rows and columns of blocks.
       shape: Height and width of an image.
       training: The training images, for the memorization score.
@@ -184,7 +186,8 @@ def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> list[dict[str
     """Averages the scores of each setting over its checkpoints.
 
     Returns:
-      A result for each setting with several checkpoints. The interval of a score is its range over checkpoints.
+      A result for each setting with several checkpoints. The interval of a score is its range over
+      checkpoints.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:

@@ -1,7 +1,7 @@
 """Paths of a run's reference and feature networks.
 
-Paths in the config take precedence over the default paths in the workdir. The modes and the command line
-call these functions. A network that --mode=reference trains needs an entry in `_WEIGHT_FILES`.
+Paths in the config take precedence over the default paths in the workdir. The modes and the command
+line call these functions. A network that --mode=reference trains needs an entry in `_WEIGHT_FILES`.
 """
 
 import os
@@ -17,7 +17,7 @@ def reference_path(c: ConfigDict, workdir: str) -> str:
 
 
 def attribute_classifier_path(c: ConfigDict, workdir: str) -> str:
-    """Returns the path of the attribute classifier, which scores how well samples match their captions.
+    """Returns the path of the attribute classifier, which scores the agreement with captions.
 
     It is the feature network if that is `attributes`, otherwise a file next to the reference.
     """
@@ -27,6 +27,9 @@ def attribute_classifier_path(c: ConfigDict, workdir: str) -> str:
 
 
 def network_path(c: ConfigDict, workdir: str) -> str:
-    """Returns the path of the feature network's weights, which --mode=reference or --mode=convert writes."""
+    """Returns the path of the feature network's weights.
+
+    --mode=reference or --mode=convert writes them.
+    """
     name = c.evaluate.network
     return c.evaluate.network_path or os.path.join(workdir, _WEIGHT_FILES.get(name, name))

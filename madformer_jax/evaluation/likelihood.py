@@ -1,11 +1,12 @@
-"""Bits per token of held-out captions under a model, compared with n-gram models of the same tokens.
+"""Bits per token of held-out captions, of a model and of n-gram models.
 
 `modes.evaluate` calls it for models with a text loss (`loss.text`).
 
-The n-gram models are fitted on the training captions with Witten-Bell smoothing (1991). Let c(h, w) be
-how often token w followed the n - 1 tokens h, c(h) its sum over w, and t(h) the number of different
-tokens that followed h. Then p(w | h) = (c(h, w) + t(h) p(w | h')) / (c(h) + t(h)), where h' is h without
-its first token. Below the unigram, p is 1 / vocabulary. `NGRAM_NAMES` lists the orders.
+The n-gram models are fitted on the training captions with Witten-Bell smoothing (1991). Let c(h, w)
+be how often token w followed the n - 1 tokens h, c(h) its sum over w, and t(h) the number of
+different tokens that followed h. Then p(w | h) = (c(h, w) + t(h) p(w | h')) / (c(h) + t(h)), where
+h' is h without its first token. Below the unigram, p is 1 / vocabulary. `NGRAM_NAMES` lists the
+orders.
 """
 
 import collections
@@ -35,7 +36,7 @@ _BATCH_SIZE = 100
 
 
 class CaptionLikelihood:
-    """Scores of a model on the captions of `evaluate.split`, with n-gram models of the training captions.
+    """Bits per token of the captions of `evaluate.split`, of a model and of n-gram models.
 
     Attributes:
       protocol: JSON that identifies the captions.
@@ -79,7 +80,8 @@ def open_captions(c: ConfigDict) -> CaptionLikelihood | None:
     """Opens the captions for the bits per token.
 
     Returns:
-      The captions. None if the model has no text loss, or if `evaluate.split` is the training split.
+      The captions. None if the model has no text loss, or if `evaluate.split` is the training
+      split.
 
     Raises:
       ConfigError: See `CaptionLikelihood`.
@@ -117,7 +119,7 @@ def _hash_texts(texts: TokenizedTexts) -> str:
 
 
 def _load_texts(c: ConfigDict, split: str, max_captions: int) -> TokenizedTexts:
-    """Loads at most `max_captions` captions, spread evenly over a split. Empty captions are left out."""
+    """Loads at most `max_captions` captions, evenly from a split, without empty ones."""
     source = _open_source(c, split)
     count = min(len(source), max_captions)
     captions = text.record_texts(c, source, np.arange(count) * len(source) // max(1, count))
@@ -134,7 +136,8 @@ def model_bits(model: MADFormer, params: Any, texts: TokenizedTexts, mesh: jax.s
 
     @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
     def bits(params: Any, tokens: Array, lengths: Array) -> Array:
-        z = jnp.zeros((len(tokens), model.blocks, side * columns, channels))  # text tokens do not attend to it
+        # Text tokens do not attend to the latents.
+        z = jnp.zeros((len(tokens), model.blocks, side * columns, channels))
         t = jnp.zeros(z.shape[:2], jnp.int32)
         logits = model.apply({"params": params}, z, z, t, tokens, lengths, terms=("text",)).text
         nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
@@ -142,13 +145,14 @@ def model_bits(model: MADFormer, params: Any, texts: TokenizedTexts, mesh: jax.s
 
     batches = []
     for first in range(0, len(texts.tokens), _BATCH_SIZE):
-        rows = np.arange(first, first + _BATCH_SIZE).clip(max=len(texts.tokens) - 1)  # one compiled shape
+        # All batches have one compiled shape.
+        rows = np.arange(first, first + _BATCH_SIZE).clip(max=len(texts.tokens) - 1)
         batches.append(np.asarray(bits(params, texts.tokens[rows], texts.lengths[rows])))
     return np.concatenate(batches)[: len(texts.tokens)].astype(np.float64)
 
 
 def ngram_bits(training: TokenizedTexts, held_out: TokenizedTexts, vocabulary: int, order: int) -> np.ndarray:
-    """Computes the bits of each held-out caption (n,) under an n-gram model of the training captions.
+    """Computes the bits of each held-out caption (n,) under an n-gram model.
 
     Args:
       training: Captions that the n-gram model is fitted on.

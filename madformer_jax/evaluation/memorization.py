@@ -1,4 +1,6 @@
-"""The memorization score: how close generated images are to training images, relative to held-out images.
+"""The memorization score: distances of generated images to their nearest training images.
+
+The distances are relative to those of held-out real images.
 
 `sample_scores` opens `TrainingFeatures`, and `judge` computes the score from them.
 """
@@ -34,7 +36,7 @@ class TrainingFeatures:
             )  # fmt: skip
 
     def distances(self, images: np.ndarray) -> np.ndarray:
-        """Computes the distance of each image (n, d) to its nearest training image; see `nearest_distances`."""
+        """Computes the distances of images (n, d) to the training set; see `nearest_distances`."""
         with progress.log_while(f"searching {self.searched} training images"):
             return nearest_distances(images, reference_statistics.feature_tiles(self._training))
 
@@ -65,7 +67,8 @@ def nearest_distances(images: np.ndarray, tiles: Iterable[np.ndarray]) -> np.nda
     for tile in tiles:
         y = scores.validate_features(tile, "training", minimum=1, purpose="distances")
         scores.check_same_features(x, y)
-        # Distances between points far from the origin lose digits. Any center near the features avoids this.
+        # Distances between points far from the origin lose digits. A center near the features
+        # avoids this.
         center = y.mean(axis=0, dtype=np.float64) if center is None else center
         for j in scores.row_slices(len(y)):
             for i in scores.row_slices(len(x)):
@@ -77,17 +80,17 @@ def nearest_distances(images: np.ndarray, tiles: Iterable[np.ndarray]) -> np.nda
                 squares[i] = np.minimum(squares[i], minimum)
     if center is None:
         raise ConfigError("0 training images are too few for distances: give 1 or more.")
-    # Squared distances of different tiles round differently. The final distances are recomputed exactly.
+    # Squared distances of different tiles round differently, so the distances are recomputed.
     return np.concatenate(
         [np.linalg.norm(x[i].astype(np.float64) - nearest[i], axis=1) for i in scores.row_slices(len(x))]
     )
 
 
 def memorization_ratio(generated: np.ndarray, held_out: np.ndarray) -> float:
-    """Computes the mean distance of generated images divided by the mean distance of held-out images.
+    """Divides the mean distance of generated images by the mean distance of held-out images.
 
-    The ratio is about 1 if generated images differ from the training images as much as real images do. It is
-    0 for copies of training images.
+    The ratio is about 1 if generated images differ from the training images as much as real images
+    do. It is 0 for copies of training images.
 
     Args:
       generated: Distances (n,) of generated images to their nearest training images.

@@ -1,13 +1,15 @@
-"""The reference file of --mode=reference: statistics of real images and the protocol that made them.
+"""The reference file of --mode=reference: statistics of real images and their protocol.
 
-`modes.reference` writes it and `sample_scores` loads it. The file is a .npz archive with these arrays:
+`modes.reference` writes it and `sample_scores` loads it. The file is a .npz archive with these
+arrays:
 
   mu, sigma: Mean (d,) and covariance (d, d) over n - 1 of all features.
   features, labels: Up to `MAX_STORED_FEATURES` feature vectors (m, d) and their classes (m,).
   counts: Number of images of each class.
   profile: Mean of `seams.difference_profiles`.
   protocol: JSON.
-  others_000000, ...: The remaining feature vectors. Only the memorization score reads them, one array at a time.
+  others_000000, ...: The remaining feature vectors. Only the memorization score reads them, one
+  array at a time.
 
 The files of ADM (guided-diffusion) have only `mu` and `sigma`; `load` accepts them.
 """
@@ -34,7 +36,7 @@ _EXTRA_PREFIX = "others_"
 class Reference(NamedTuple):
     """Statistics of a set of images."""
 
-    protocol: Mapping[str, Any]  # source, image, network, n; files without a protocol have fewer entries
+    protocol: Mapping[str, Any]  # source, image, network, n; fewer in foreign files
     digest: str  # of the whole content
     gaussian: Gaussian
     features: np.ndarray | None  # (m, d) float32; None if the file holds only statistics
@@ -45,7 +47,7 @@ class Reference(NamedTuple):
 
     @property
     def frechet_input(self) -> np.ndarray | Gaussian:
-        """The features if all of them are in memory, because they are exact; otherwise the Gaussian."""
+        """The features if all of them are in memory, which is exact; otherwise the Gaussian."""
         complete = self.features is not None and self.protocol.get("n") == len(self.features)
         return self.features if self.features is not None and complete else self.gaussian
 
@@ -56,8 +58,8 @@ def save(path: str, protocol: Mapping[str, Any], batches: Callable[[], Iterator[
     Args:
       path: The file.
       protocol: Description of the images and the network, JSON.
-      batches: Starts a new pass over the arrays of `shards.extract_features`: features (m, d), labels (m,),
-        the mean profile (1, .), and its weight (1,).
+      batches: Starts a new pass over the arrays of `shards.extract_features`: features (m, d),
+        labels (m,), the mean profile (1, .), and its weight (1,).
       classes: Number of classes of the source; 0 if it is unlabeled.
 
     Returns:
@@ -113,13 +115,16 @@ def save(path: str, protocol: Mapping[str, Any], batches: Callable[[], Iterator[
 
 
 def _append_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:
-    """Appends an array to an archive in the format of `np.savez`, which needs all arrays in memory."""
+    """Appends an array in the format of `np.savez`, which would need all arrays in memory."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def _merge_small_batches(batches: Iterator[Arrays]) -> Iterator[np.ndarray]:
-    """Yields features of at least `TILE_ROWS` images at a time. A product for each small batch would be slow."""
+    """Yields features of at least `TILE_ROWS` images at a time.
+
+    A matrix product for each small batch would be slow.
+    """
     pending: list[np.ndarray] = []
     for batch in batches:
         pending.append(batch["features"])

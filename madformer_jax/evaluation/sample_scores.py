@@ -1,7 +1,7 @@
 """Scoring of a model's samples: opening the reference and networks, feature extraction, and scores.
 
-`modes.evaluate`, `modes.sweep` and the scores during training (`training.hooks.Scores`) use it. A score
-that needs more than the arrays of `shards.extract_features` is added in `compute_scores`.
+`modes.evaluate`, `modes.sweep` and the scores during training (`training.hooks.Scores`) use it. A
+score that needs more than the arrays of `shards.extract_features` is added in `compute_scores`.
 """
 
 import time
@@ -42,7 +42,8 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
     """Opens the reference and the networks that `config.evaluate` names, to score n images.
 
     Raises:
-      ConfigError: The reference or the network's weights are missing or do not fit, or n is too small.
+      ConfigError: The reference or the network's weights are missing or do not fit, or n is too
+        small.
     """
     path = judge_paths.reference_path(c, workdir)
     reference = reference_statistics.load(path)
@@ -51,7 +52,8 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
     image = pipeline.make_preprocessor(c).describe()
     reference_statistics.check_compatible(reference, path, network.describe(), image)
     training, s = None, derive_sizes(c)
-    inputs: dict[str, Any] = {"seam": {"blocks": [s.grid, s.columns]}}  # further inputs of single scores
+    # Further inputs of single scores.
+    inputs: dict[str, Any] = {"seam": {"blocks": [s.grid, s.columns]}}
     if c.evaluate.training:
         training_reference = open_training(c, reference)
         reference_statistics.check_compatible(training_reference, c.evaluate.training, network.describe(), image)
@@ -93,7 +95,10 @@ def open_training(c: ConfigDict, reference: Reference | None = None) -> Referenc
 
 
 def _open_attribute_classifier(c: ConfigDict, workdir: str) -> AttributeClassifier | None:
-    """Loads the attribute classifier. None if no prompt names attributes, or if the file does not exist."""
+    """Loads the attribute classifier, or returns None if no prompt names attributes.
+
+    If the file does not exist, it logs a warning and returns None.
+    """
     path = judge_paths.attribute_classifier_path(c, workdir)
     if prompts.requested_attributes(c) is None:
         return None
@@ -116,8 +121,8 @@ def extract_features(
       classifier: Predicts the attributes of the samples.
 
     Returns:
-      The arrays of `shards.extract_features`, `attributes` (n, A) if a classifier is given, and `seconds`
-      (batches, 2): the sampling time and the number of images of each batch.
+      The arrays of `shards.extract_features`, `attributes` (n, A) if a classifier is given, and
+      `seconds` (batches, 2): the sampling time and the number of images of each batch.
     """
     collected: list[shards.Arrays] = []
     seconds = []

@@ -1,7 +1,7 @@
-"""Parsing of `evaluate.checkpoints` and `evaluate.grid`: which checkpoints to sample with which settings.
+"""Parsing of `evaluate.checkpoints` and `evaluate.grid`: which checkpoints and settings to sample.
 
-`modes.evaluate`, `modes.gallery` and `modes.sweep` use it. A sampling field that the grid can vary needs
-an entry in `FIELDS`.
+`modes.evaluate`, `modes.gallery` and `modes.sweep` use it. A sampling field that the grid can vary
+needs an entry in `FIELDS`.
 """
 
 import itertools
@@ -35,9 +35,9 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def expand_configs(c: ConfigDict) -> list[ConfigDict]:
-    """Returns a copy of the config for each combination of `evaluate.grid`, with `sample.n` = `evaluate.n`.
+    """Returns a copy of the config for each combination of `evaluate.grid`.
 
-    "steps=5,20;guidance=1,2" is a grid of four combinations. "" is the config's own setting.
+    The copies have `sample.n` = `evaluate.n`.     "steps=5,20;guidance=1,2" is a grid of four combinations. "" is the config's own setting.
 
     Raises:
       ConfigError: A field is not in `FIELDS`, or a value has the wrong type.

@@ -1,8 +1,8 @@
 """Scores of generated images against real images, as pure functions of feature arrays.
 
 `judge` calls them and adds the intervals of `bootstrap`. Values and conventions equal those of
-torch-fidelity 0.4.0. Feature arrays are (n, d) of any float type; the computation is in float64, tile by
-tile. A new score is a function here and an entry in `judge.compute_scores`.
+torch-fidelity 0.4.0. Feature arrays are (n, d) of any float type; the computation is in float64,
+tile by tile. A new score is a function here and an entry in `judge.compute_scores`.
 
 | score | function | convention |
 |---|---|---|
@@ -19,7 +19,7 @@ import numpy as np
 from madformer_jax.errors import ConfigError
 
 TILE_ROWS = 2048  # rows and columns of the distance matrix that are in memory at a time
-RELATIVE_TIE_TOLERANCE = 1e-12  # relative to squared norms; larger than the rounding errors of float64
+RELATIVE_TIE_TOLERANCE = 1e-12  # of squared norms; larger than the rounding errors of float64
 
 
 class Gaussian(NamedTuple):
@@ -48,7 +48,7 @@ class Gaussian(NamedTuple):
 
     @classmethod
     def from_covariance(cls, mean: np.ndarray, covariance: np.ndarray, name: str = "statistics") -> "Gaussian":
-        """Returns the Gaussian with a mean (d,) and a covariance (d, d), the `mu` and `sigma` of a reference file.
+        """Returns the Gaussian of a mean (d,) and a covariance (d, d), as in reference files.
 
         Args:
           mean: Mean (d,).
@@ -78,16 +78,17 @@ class Gaussian(NamedTuple):
 def frechet(generated: np.ndarray | Gaussian, real: np.ndarray | Gaussian) -> float:
     """Computes the Frechet distance of two Gaussians (FID, arXiv 1706.08500).
 
-    The distance is |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2). With S = R^T R the last trace is the sum
-    of the singular values of R1 R2^T. This avoids the square root of a matrix, and for n < d images the
-    problem is n x n.
+    The distance is |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2). With S = R^T R the last trace is
+    the sum of the singular values of R1 R2^T. This avoids the square root of a matrix, and for n <
+    d images the problem is n x n.
 
     Args:
       generated: Features (n, d) of the generated images, or their Gaussian.
       real: The same of the real images.
 
     Raises:
-      ConfigError: There are less than two images, features are not finite, or the numbers of features differ.
+      ConfigError: There are less than two images, features are not finite, or the numbers of
+        features differ.
     """
     a, b = _as_gaussian(generated, "generated"), _as_gaussian(real, "real")
     check_same_features(a.root, b.root)
@@ -111,7 +112,8 @@ def kernel_distance(
       The mean and the standard deviation over the subsets.
 
     Raises:
-      ConfigError: There are less than two images, features are not finite, or the numbers of features differ.
+      ConfigError: There are less than two images, features are not finite, or the numbers of
+        features differ.
     """
     x = validate_features(generated, "generated", minimum=2, purpose="the kernel distance")
     y = validate_features(real, "real", minimum=2, purpose="the kernel distance")
@@ -124,7 +126,8 @@ def kernel_distance(
     random = np.random.RandomState(seed)
     distances = []
     for _ in range(subsets):
-        a = x[random.choice(len(x), size, replace=False)].astype(np.float64)  # in the order of torch-fidelity
+        # The order of the random numbers is that of torch-fidelity.
+        a = x[random.choice(len(x), size, replace=False)].astype(np.float64)
         b = y[random.choice(len(y), size, replace=False)].astype(np.float64)
         within = sum((kernel(z, z).sum() - kernel_diagonal(z).sum()) / (size * (size - 1)) for z in (a, b))
         distances.append(within - 2 * kernel(a, b).mean())
@@ -197,9 +200,9 @@ def entropy(p: np.ndarray) -> np.ndarray:
 def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
     """Computes improved precision and recall (arXiv 1904.06991).
 
-    Each image has a ball up to its k-th nearest neighbor in its own set. The ball includes its border.
-    Precision is the fraction of generated images inside a ball of a real image. Recall is the fraction of
-    real images inside a ball of a generated image.
+    Each image has a ball up to its k-th nearest neighbor in its own set. The ball includes its
+    border. Precision is the fraction of generated images inside a ball of a real image. Recall is
+    the fraction of real images inside a ball of a generated image.
 
     Args:
       generated: Features (n, d) of the generated images.
@@ -207,7 +210,8 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tup
       k: Rank of the neighbor.
 
     Raises:
-      ConfigError: There are at most k images, features are not finite, or the numbers of features differ.
+      ConfigError: There are at most k images, features are not finite, or the numbers of features
+        differ.
     """
     generated_inside, real_inside = inside_balls(generated, real, k)
     return float(generated_inside.mean()), float(real_inside.mean())
@@ -219,18 +223,20 @@ def inside_balls(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[n
     Memory holds the features and one tile of distances.
 
     Returns:
-      Whether each generated image is inside a ball of a real image, (n,) bool, and whether each real image
-      is inside a ball of a generated image, (m,) bool.
+      Whether each generated image is inside a ball of a real image, (n,) bool, and whether each
+      real image is inside a ball of a generated image, (m,) bool.
 
     Raises:
-      ConfigError: There are at most k images, features are not finite, or the numbers of features differ.
+      ConfigError: There are at most k images, features are not finite, or the numbers of features
+        differ.
     """
     if k < 1:
         raise ConfigError(f"precision and recall with the k={k}-th neighbor: k must be 1 or more.")
     x = validate_features(generated, "generated", minimum=k + 1, purpose=f"balls to the {k}-th neighbor")
     y = validate_features(real, "real", minimum=k + 1, purpose=f"balls to the {k}-th neighbor")
     check_same_features(x, y)
-    center = y.mean(axis=0, dtype=np.float64)  # Distances between points far from the origin lose digits.
+    # Distances between points far from the origin lose digits.
+    center = y.mean(axis=0, dtype=np.float64)
     radius_x, radius_y = _knn_squared_radius(x - center, k), _knn_squared_radius(y - center, k)
     in_y, in_x = np.zeros(len(x), bool), np.zeros(len(y), bool)
     for i in row_slices(len(x)):
@@ -247,8 +253,9 @@ def squared_distances(x: np.ndarray, y: np.ndarray, tolerance: float = 0.0) -> n
     Args:
       x: Rows (n, d).
       y: Rows (m, d).
-      tolerance: Subtracted from the distances, relative to the squared norms. A matrix product rounds equal
-        distances differently. With a tolerance, points on the border of a ball stay inside it.
+      tolerance: Subtracted from the distances, relative to the squared norms. A matrix product
+        rounds equal distances differently. With a tolerance, points on the border of a ball stay
+        inside it.
     """
     sums = np.einsum("nd,nd->n", x, x)[:, None] + np.einsum("nd,nd->n", y, y)
     return (1 - tolerance) * sums - 2 * (x @ y.T)

@@ -1,7 +1,7 @@
 """The seam score: how much more neighboring pixels differ across block borders than inside blocks.
 
-Block-wise generation can leave visible seams that feature distances do not detect. `shards` computes
-`difference_profiles` of each image, and `judge` computes the score.
+Block-wise generation can leave visible seams that feature distances do not detect. `shards`
+computes `difference_profiles` of each image, and `judge` computes the score.
 """
 
 import numpy as np
@@ -16,13 +16,14 @@ def difference_profiles(images: np.ndarray) -> np.ndarray:
       images: Images uint8 (n, H, W, c).
 
     Returns:
-      Profiles (n, H - 1 + W - 1) float32: the differences across horizontal lines, then across vertical lines.
+      Profiles (n, H - 1 + W - 1) float32: the differences across horizontal lines, then across
+      vertical lines.
     """
     return np.stack([_difference_profile(image) for image in images])
 
 
 def _difference_profile(image: np.ndarray) -> np.ndarray:
-    """Computes the profile of one image in integers, which is exact and 9 times faster than in floats."""
+    """Computes the profile of one image. Integers are exact and 9 times faster than floats."""
     height, width, channels = image.shape
     down = _absolute_differences(image[1:], image[:-1]).reshape(height - 1, -1).sum(axis=1, dtype=np.uint32)
     right = _absolute_differences(image[:, 1:], image[:, :-1]).reshape(height, -1).sum(axis=0, dtype=np.uint32)
@@ -37,7 +38,7 @@ def _absolute_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def border_and_interior_steps(profiles: np.ndarray, shape: tuple[int, int], rows: int, columns: int) -> np.ndarray:
-    """Computes the mean absolute differences of neighboring pixels at block borders and inside blocks.
+    """Computes mean absolute differences of neighboring pixels at block borders and elsewhere.
 
     Args:
       profiles: Profiles (n, H - 1 + W - 1) of `difference_profiles`.
@@ -50,7 +51,8 @@ def border_and_interior_steps(profiles: np.ndarray, shape: tuple[int, int], rows
     """
     lines = [np.arange(1, side) for side in shape]
     border = np.concatenate([line % (side // count) == 0 for line, side, count in zip(lines, shape, (rows, columns))])
-    pairs = np.repeat([shape[1], shape[0]], [len(line) for line in lines])  # pixel pairs across each line
+    # Number of pixel pairs across each line.
+    pairs = np.repeat([shape[1], shape[0]], [len(line) for line in lines])
     return np.stack([np.average(profiles[:, x], axis=1, weights=pairs[x]) for x in (border, ~border)], axis=1)
 
 
@@ -61,6 +63,7 @@ def seam_score(steps: np.ndarray) -> float:
       steps: Differences (n, 2) of `border_and_interior_steps`.
 
     Returns:
-      The score, about 1 without seams. It is 1 for constant images and infinite for differences at borders only.
+      The score, about 1 without seams. It is 1 for constant images and infinite for differences at
+      borders only.
     """
     return float(scores.ratio(*np.mean(steps, axis=0)))

@@ -1,9 +1,9 @@
 """Per-image features of a set of images, in shards on disk, extracted by all processes.
 
-`modes.evaluate` and `modes.reference` use it. Each process extracts a slice of each shard, and the first
-process writes the shard. A killed run continues at the first missing shard. Memory holds one batch of
-images. `exclusive_lock` keeps two jobs from working on the same folder. `extract_features` determines
-the arrays of a shard; add further per-image arrays there.
+`modes.evaluate` and `modes.reference` use it. Each process extracts a slice of each shard, and the
+first process writes the shard. A killed run continues at the first missing shard. Memory holds one
+batch of images. `exclusive_lock` keeps two jobs from working on the same folder. `extract_features`
+determines the arrays of a shard; add further per-image arrays there.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ class Shards:
 
 @contextlib.contextmanager
 def exclusive_lock(folder: epath.Path) -> Iterator[None]:
-    """Locks a folder of shards for all processes of this job. Waits while another job holds the lock.
+    """Locks a folder of shards for this job. Waits while another job holds the lock.
 
     Raises:
       ConfigError: The folder cannot be written.
@@ -142,7 +142,8 @@ def _remove_empty(folder: epath.Path) -> None:
     """Removes a local folder if it is empty. Buckets have no folders."""
     if not storage.is_remote(folder):
         with contextlib.suppress(OSError):
-            os.rmdir(folder)  # `epath.Path.rmdir` would also remove files that another job writes meanwhile.
+            # `epath.Path.rmdir` would also remove files that another job writes meanwhile.
+            os.rmdir(folder)
 
 
 def _parse_npz(content: bytes) -> Arrays:
@@ -151,7 +152,7 @@ def _parse_npz(content: bytes) -> Arrays:
 
 
 def read_batch_size(c: ConfigDict) -> int:
-    """Returns the number of images to read at a time: 64 MiB of pixels, at most `MAX_BATCH` images."""
+    """Returns the number of images to read at a time: 64 MiB of pixels, at most `MAX_BATCH`."""
     return max(1, min(MAX_BATCH, 2**26 // (c.data.image_size**2 * c.data.channels)))
 
 
@@ -225,8 +226,8 @@ def extract_features(extract: Callable[[np.ndarray], NetworkOutputs], images: np
       labels: Their classes (n,).
 
     Returns:
-      `features` (n, d), `profile` of `seams.difference_profiles`, `labels` (n,) and, if the network has
-      classes, `logits` (n, classes).
+      `features` (n, d), `profile` of `seams.difference_profiles`, `labels` (n,) and, if the network
+      has classes, `logits` (n, classes).
     """
     if not len(images):
         # The shapes of the empty arrays come from a dummy image.

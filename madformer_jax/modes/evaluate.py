@@ -2,10 +2,10 @@
 
     python -m madformer_jax.main --workdir=runs/digits --mode=evaluate --config.evaluate.n=1000
 
-Each checkpoint and setting has a result file workdir/evaluations/<hash of its protocol>.json. Existing
-results are not computed again, and a killed run continues at its first missing shard. `modes.sweep` and
-the command line call `run`. The scores themselves are in `evaluation.sample_scores` and
-`evaluation.judge`.
+Each checkpoint and setting has a result file workdir/evaluations/<hash of its protocol>.json.
+Existing results are not computed again, and a killed run continues at its first missing shard.
+`modes.sweep` and the command line call `run`. The scores themselves are in
+`evaluation.sample_scores` and `evaluation.judge`.
 """
 
 import functools
@@ -61,8 +61,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       `{"results": [...]}` with the content of each result file.
 
     Raises:
-      ConfigError: A setting, the reference, the images or a checkpoint is wrong or missing. The error comes
-        before any sampling.
+      ConfigError: A setting, the reference, the images or a checkpoint is wrong or missing. The
+        error comes before any sampling.
     """
     check(c)
     if c.evaluate.images:
@@ -78,7 +78,8 @@ def check(c: ConfigDict) -> None:
     """Checks the config and its grid without reading files.
 
     Raises:
-      ConfigError: A setting of the config or of its grid is invalid, or does not apply to the images.
+      ConfigError: A setting of the config or of its grid is invalid, or does not apply to the
+        images.
     """
     config_lib.validate(c)
     if c.evaluate.degrade and not c.evaluate.images:
@@ -95,8 +96,8 @@ def check_before_training(c: ConfigDict, workdir: str) -> None:
     """Checks before training that `train.judge` will be able to score the trained model.
 
     Raises:
-      ConfigError: `check` fails, the reference or its network can neither be opened nor made, there are too
-        few images, or the noise or a prompt of a setting does not fit.
+      ConfigError: `check` fails, the reference or its network can neither be opened nor made, there
+        are too few images, or the noise or a prompt of a setting does not fit.
     """
     check(c)
     training = images.from_source(c, "train", shuffled=False, config_field="train.judge")
@@ -133,7 +134,7 @@ def _judge_images(c: ConfigDict, workdir: str, scorer: sample_scores.Judge) -> d
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
-    """Returns the results of all settings of the first checkpoint, then of the next one, and so on."""
+    """Returns a result for each checkpoint and setting. The settings vary fastest."""
     grid = sampling_grid.expand_configs(c)
     sampling_grid.log_warnings(c, grid)
     checkpoint.require(workdir)
@@ -245,7 +246,8 @@ def _load_or_make_result(
         return stored
     folder = epath.Path(workdir) / "evaluations" / key
     with shards.exclusive_lock(folder):
-        stored = _load_result(c, path)  # Another job may have written it while this one waited for the lock.
+        # Another job may have written it while this job waited for the lock.
+        stored = _load_result(c, path)
         if stored is not None:
             return stored
         collected = shards.Shards(folder, c.evaluate.n, size)
@@ -255,7 +257,8 @@ def _load_or_make_result(
 def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
     """Loads a result, or returns None if the file does not exist.
 
-    Costs that follow from the config are recomputed, because an earlier version may have counted differently.
+    Costs that follow from the config are recomputed, because an earlier version may have counted
+    differently.
     """
     result = shards.read_json(path)
     if result is not None and "cost" in result:
@@ -283,7 +286,8 @@ def _make_result(
             bar.update(shard.n)
     partitioning.sync(path)
     arrays = collected.read()
-    partitioning.sync(f"read {path}")  # The first process removes the shards only after all have read them.
+    # The first process removes the shards only after all processes have read them.
+    partitioning.sync(f"read {path}")
     protocol["n"] = len(arrays["labels"])  # less than evaluate.n if images are unreadable
     scores = sample_scores.compute_scores(c, scorer, arrays, labeled=labeled) | extra_scores()
     result: dict[str, Any] = {"protocol": protocol, "scores": scores}

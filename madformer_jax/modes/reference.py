@@ -3,9 +3,9 @@
     python -m madformer_jax.main --config=... --mode=reference --workdir=DIR [--config.evaluate.split=test]
 
 Writes `evaluate.reference`, by default DIR/reference.npz. With `evaluate.network=classifier` or
-`attributes` it first trains the network, unless its file exists. A killed run continues at its first
-missing shard. Several processes share the images. `modes.sweep` also calls `run`. Training of a new
-network on the data set is added in `run`, and its checks in `check`.
+`attributes` it first trains the network, unless its file exists. A killed run continues at its
+first missing shard. Several processes share the images. `modes.sweep` also calls `run`. Training of
+a new network on the data set is added in `run`, and its checks in `check`.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import prompts
 
 MAX_TRAINING_IMAGES = 50_000  # for the classifier and for the attribute classifier
-TRAIN_MULTIPLIER = 3  # The attribute classifier trains on 3 times the config's drawings, because it overfits on fewer.
+# The attribute classifier trains on 3 times the config's drawings, because it overfits on fewer.
+TRAIN_MULTIPLIER = 3
 HOLD_OUT_STRIDE = 10  # Every tenth image is held out if the source has no test split.
 
 
@@ -43,8 +44,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       The path of the reference and its protocol.
 
     Raises:
-      ConfigError: A setting is wrong, or the source does not open, has no labels for the classifier, or has
-        too few images.
+      ConfigError: A setting is wrong, or the source does not open, has no labels for the
+        classifier, or has too few images.
     """
     data = check(c, workdir)
     weights_path = judge_paths.network_path(c, workdir)
@@ -76,7 +77,8 @@ def _extract_missing_shards(
 ) -> images.UnreadableImages:
     """Writes the missing shards and returns the unreadable images.
 
-    A shard of a reference holds the mean profile of its images and its weight, instead of all profiles.
+    A shard of a reference holds the mean profile of its images and its weight, instead of all
+    profiles.
     """
     missing, unreadable = collected.missing(), images.UnreadableImages(data.n, c.data.max_corrupt)
     extracted = images.extract_missing_shards(data, registry.make_extractor(network), unreadable, missing)
@@ -99,8 +101,8 @@ def check(c: ConfigDict, workdir: str) -> images.ImageSet:
       The images of the reference.
 
     Raises:
-      ConfigError: A setting is wrong, the images do not open or are too few, or the network can neither be
-        opened nor trained.
+      ConfigError: A setting is wrong, the images do not open or are too few, or the network can
+        neither be opened nor trained.
     """
     config_lib.validate(c)
     name = c.evaluate.network
@@ -146,10 +148,12 @@ class _Examples(NamedTuple):
 def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
     """Returns the training and the test images of the classifier.
 
-    They are the splits "train" and "test". If the source has no test split, every tenth image is held out.
+    They are the splits "train" and "test". If the source has no test split, every tenth image is
+    held out.
 
     Raises:
-      ConfigError: A split does not open, the images have less than two classes, or none are held out.
+      ConfigError: A split does not open, the images have less than two classes, or none are held
+        out.
     """
     if c.data.source.startswith("tfds:") or c.data.source == "arrayrecord" or not c.data.test_share:
         source = images.from_source(c, c.data.split, shuffled=True, config_field="evaluate.network")
@@ -163,7 +167,7 @@ def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
     if train.images.classes < 2:
         classes = "one class" if train.images.classes else "none"
         raise ConfigError(
-            "config.evaluate.network=classifier needs labelled images of two classes or more, and "
+            "config.evaluate.network=classifier needs labeled images of two classes or more, and "
             f"config.data.source={c.data.source} has {classes}: use evaluate.network=inception."
         )
     if not len(test.numbers):
@@ -190,7 +194,10 @@ def _train_classifier(c: ConfigDict, path: str) -> None:
 
 
 def make_attribute_classifier(c: ConfigDict, path: str) -> None:
-    """Trains the attribute classifier and writes it to `path` in the first process, unless the file exists."""
+    """Trains the attribute classifier and writes it, unless the file exists.
+
+    Only the first process does so.
+    """
     if jax.process_index() or epath.Path(path).exists():
         return
     train, test = (
@@ -210,8 +217,8 @@ def _load_drawings(c: ConfigDict, split: str, count: int) -> tuple[np.ndarray, n
     """Loads those of the first `count` drawings that belong to a split.
 
     Returns:
-      Pictures uint8 (n, s, s, 3) at the input size of the attribute classifier, and the attributes (n, A) that
-      their captions name.
+      Pictures uint8 (n, s, s, 3) at the input size of the attribute classifier, and the attributes
+      (n, A) that their captions name.
     """
     c = c.copy_and_resolve_references()
     c.data.split, c.data.drawings = split, count

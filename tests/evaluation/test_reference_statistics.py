@@ -49,7 +49,7 @@ def test_statistics_do_not_depend_on_the_batches_and_a_fixed_sample_of_features_
 
 
 def test_all_training_images_are_searched_for_copies(tmp_path, monkeypatch, caplog):
-    """The array `features` holds a quarter of the training set. Files of earlier versions hold nothing else."""
+    """`features` holds a quarter of the images. Files of earlier versions hold nothing else."""
     monkeypatch.setattr(reference_statistics, "MAX_STORED_FEATURES", 10)
     x, held_out = np.random.default_rng(0).standard_normal((2, 40, 5), np.float32)
     batch = {"features": x, "labels": np.zeros(40, np.int32), "profile": np.zeros((1, 7)), "weight": np.array([40])}

@@ -10,7 +10,7 @@ from madformer_jax.sampling.generation import SampleBatch
 
 
 def test_attributes_are_predicted_batch_by_batch_and_scored(monkeypatch):
-    """Two of the three requested attributes match. Attributes that are not requested do not count."""
+    """Two of the three requested attributes match. Other attributes do not count."""
     monkeypatch.setattr(sample_scores.prompts, "requested_attributes", lambda c: np.array([[1, 0], [2, 1]]))
     monkeypatch.setattr(sample_scores.judge, "compute_scores", lambda *args, **settings: {})
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of --mode=evaluate: a workdir with an untrained model and an untrained classifier."""
+"""Fixtures for the tests of --mode=evaluate, with an untrained model and classifier."""
 
 import jax
 import numpy as np

@@ -95,7 +95,8 @@ def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, wor
     out = capsys.readouterr().out.splitlines()
     assert "| step | weights | steps |" in out[0] and len(out) == 2 + 8 + 4 and "mean of 2" in out[-1]
     monkeypatch.setattr(evaluate, "_sample_and_extract", lambda *a: pytest.fail("drawn again"))
-    for path in (workdir / "evaluations").glob("*.json"):  # Earlier versions wrote the NFE as passes.
+    # Earlier versions wrote the NFE as passes.
+    for path in (workdir / "evaluations").glob("*.json"):
         cost = (result := json.loads(path.read_text()))["cost"]
         path.write_text(json.dumps(result | {"cost": cost | {"passes": cost.pop("nfe")}}))
     assert evaluate.run(fresh, str(workdir))["results"] == results
@@ -317,7 +318,7 @@ def test_bad_input_is_an_error_of_one_line_before_sampling(fresh, workdir, tmp_p
 
 def test_the_classifier_needs_labeled_images(fresh, data, tmp_path):
     fresh.data.path = str(data / "class0")
-    with pytest.raises(ConfigError, match="needs labelled images"):
+    with pytest.raises(ConfigError, match="needs labeled images"):
         reference_mode.run(fresh, str(tmp_path))
 
 

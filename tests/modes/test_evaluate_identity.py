@@ -1,4 +1,4 @@
-"""Identity of results: changed inputs under an old name give a new result, and nothing is computed twice."""
+"""Identity of results: changed inputs give a new result, and nothing is computed twice."""
 
 import os
 import threading
@@ -65,7 +65,7 @@ def test_changed_images_give_a_new_result(fresh, workdir, data, tmp_path, kind):
 
 
 def test_changed_labels_give_a_new_result(fresh, workdir, data, tmp_path):
-    """The labels of a guided-diffusion file, `arr_1`, are all correct, then half correct, then all wrong."""
+    """The labels `arr_1` are all correct, then half correct, then all wrong."""
     images, half = data_images(data, "all")[:N], np.arange(N) % 2
     logits = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[1]
     right = np.asarray(logits).argmax(axis=1)
@@ -132,7 +132,7 @@ def test_prompts_and_noise_are_read_once_for_all_settings_and_shards(fresh, work
 
 
 def test_two_concurrent_evaluations_return_the_same_result(fresh, workdir, monkeypatch):
-    """The first waits, if the lock lets it, until the second has written the shards that the first then removes."""
+    """Without the lock, the first would remove shards that the second has written."""
     monkeypatch.setattr(shards, "POLL_SECONDS", 0.05)
     fresh.evaluate.images = "data:all"
     read, first, second, done = shards.Shards.read, threading.Event(), threading.Event(), threading.Event()

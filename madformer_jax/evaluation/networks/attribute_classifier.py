@@ -1,9 +1,9 @@
 """A convolutional classifier of the attributes of drawings, and a feature network.
 
-`modes.reference` trains it, `sample_scores` predicts the attributes of samples with it, and `registry`
-opens it as a feature network. Its features separate pictures that a classifier of a few styles
-confuses. Value 0 of an attribute means "not named". The file also holds the accuracy on held-out
-pictures.
+`modes.reference` trains it, `sample_scores` predicts the attributes of samples with it, and
+`registry` opens it as a feature network. Its features separate pictures that a classifier of a few
+styles confuses. Value 0 of an attribute means "not named". The file also holds the accuracy on
+held-out pictures.
 """
 
 import functools
@@ -24,7 +24,8 @@ from madformer_jax.evaluation.networks.network import Network
 Params = Mapping[str, Any]
 
 IMAGE_SIZE = 64
-# Channels and stride of each convolution. The first keeps the resolution because mouths and patterns are small.
+# Channels and stride of each convolution. The first keeps the resolution because mouths and
+# patterns are small.
 LAYERS = ((24, 1), (48, 2), (48, 1), (96, 2), (96, 1), (128, 2), (128, 1), (128, 2))
 FEATURE_DIM = 256
 STEPS, BATCH, LEARNING_RATE = 4000, 64, 2e-3
@@ -36,7 +37,7 @@ class AttributeClassifier(NamedTuple):
 
     params: Params
     values: list[int]  # number of values of each attribute
-    accuracy: float  # fraction of the named attributes of held-out pictures that it predicts correctly
+    accuracy: float  # fraction of correct predictions of named attributes, held-out pictures
     held_out: int  # number of held-out pictures
 
 
@@ -87,7 +88,7 @@ def extract_features(params: Params, images: Array, values: Sequence[int]) -> Ar
 
 
 def downscale(images: np.ndarray) -> np.ndarray:
-    """Resizes pictures uint8 (n, H, W, 3) to the input size, so that `train` can hold all of them."""
+    """Resizes pictures uint8 (n, H, W, 3) to the input size, so that they fit in memory."""
     return np.asarray(fit.resize(jnp.asarray(images), IMAGE_SIZE))
 
 

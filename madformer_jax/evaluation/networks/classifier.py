@@ -43,8 +43,8 @@ class Classifier(NamedTuple):
 class ConvNet(nn.Module):
     """Convolutional network with one hidden feature layer.
 
-    It maps images uint8 (B, s, s, c), with s in `IMAGE_SIZES`, to features (B, FEATURE_DIM) and logits
-    (B, classes), both float32.
+    It maps images uint8 (B, s, s, c), with s in `IMAGE_SIZES`, to features (B, FEATURE_DIM) and
+    logits (B, classes), both float32.
     """
 
     classes: int
@@ -71,7 +71,7 @@ def init(key: Array, classes: int, channels: int) -> Params:
 
 @functools.partial(jax.jit, static_argnames="classes")
 def apply(params: Params, images: Array, classes: int) -> tuple[Array, Array]:
-    """Computes features (B, FEATURE_DIM) and logits (B, classes) of images uint8 (B, H, W, c) of any size."""
+    """Computes features (B, FEATURE_DIM) and logits (B, classes) of images uint8 (B, H, W, c)."""
     return ConvNet(classes).apply({"params": params}, _resize(images))
 
 
@@ -83,7 +83,7 @@ def _resize(images: Array) -> Array:
 
 
 def downscale(images: np.ndarray) -> np.ndarray:
-    """Resizes images uint8 (B, H, W, c) to the input size, so that `train` can hold all of them."""
+    """Resizes images uint8 (B, H, W, c) to the input size, so that they fit in memory."""
     return np.asarray(_resize(images))
 
 
@@ -113,7 +113,7 @@ def train(
     """
     classes = int(labels.max(initial=-1)) + 1
     if len(np.unique(labels)) < 2:
-        raise ConfigError("the classifier needs labelled images of two classes or more: these have no labels.")
+        raise ConfigError("the classifier needs labeled images of two classes or more: these have no labels.")
     if not len(held_images):
         raise ConfigError("the classifier needs held-out images to measure its accuracy: there are none.")
     data, targets = downscale(images), np.asarray(labels)

@@ -1,7 +1,7 @@
 """Training, saving and loading of small networks that judge images of a data set.
 
-`classifier` and `attribute_classifier` share these functions. A third network that is trained on the
-data set should use them too.
+`classifier` and `attribute_classifier` share these functions. A third network that is trained on
+the data set should use them too.
 """
 
 import functools
@@ -46,8 +46,8 @@ def fit(
     Args:
       params: Initial parameters. Their buffers are donated.
       loss: Computes the loss from the parameters and the arrays that `batch` returns.
-      batch: Returns the arrays of a step. Its arguments are the indices of the examples, (size,), the
-        step, and a random generator. Examples are shuffled again after each pass over them.
+      batch: Returns the arrays of a step. Its arguments are the indices of the examples, (size,),
+        the step, and a random generator. Examples are shuffled again after each pass over them.
       examples: Number of training examples.
       size: Examples per step.
       steps: Number of optimizer steps.
@@ -93,7 +93,8 @@ def load(path: str, kind: Any, description: str, init: Callable[[Mapping[str, An
     Args:
       path: The file.
       kind: Type of the NamedTuple.
-      description: Name of the file's kind and of the metadata that a wrong file lacks, for the error.
+      description: Name of the file's kind and of the metadata that a wrong file lacks, for the
+        error.
       init: Returns untrained parameters for the metadata. Only their shapes are used.
 
     Raises:

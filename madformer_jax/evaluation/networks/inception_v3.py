@@ -1,8 +1,8 @@
-"""Inception-v3 for the Frechet distance: the TensorFlow network that pytorch-fid and torch-fidelity use.
+"""Inception-v3 for the Frechet distance, the TensorFlow network of pytorch-fid and torch-fidelity.
 
-It differs from torchvision's network in three points. Average pools exclude the padding, Mixed_7c uses
-a max pool, and the classifier has 1008 classes. The path of a parameter is its name in the PyTorch
-checkpoints. `inception_weights.open_network` opens it for the scores.
+It differs from torchvision's network in three points. Average pools exclude the padding, Mixed_7c
+uses a max pool, and the classifier has 1008 classes. The path of a parameter is its name in the
+PyTorch checkpoints. `inception_weights.open_network` opens it for the scores.
 """
 
 from collections.abc import Mapping

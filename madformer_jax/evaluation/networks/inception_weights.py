@@ -60,7 +60,8 @@ def save(folder: str, source: str) -> None:
     state_dicts.save_params(folder, load(source))
 
 
-_BATCH_COUNT = "num_batches_tracked"  # a training counter that inference ignores; the published file lacks it
+# A training counter that inference ignores. The published file lacks it.
+_BATCH_COUNT = "num_batches_tracked"
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -77,7 +78,8 @@ def from_torch(state_dict: Mapping[str, np.ndarray], what: str = "Inception") ->
       what: Name of the file, for the error.
 
     Raises:
-      ConfigError: Tensors are missing, unexpected or of the wrong shape. The message names each of them.
+      ConfigError: Tensors are missing, unexpected or of the wrong shape. The message names each of
+        them.
     """
     expected = shapes()
     counts = {name: np.zeros(()) for name in expected if name.endswith(_BATCH_COUNT)}

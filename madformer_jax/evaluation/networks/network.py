@@ -22,7 +22,8 @@ class Network(NamedTuple):
     feature_dim: int  # d
     channels: tuple[int, ...]  # numbers of image channels that it accepts
     params: Mapping[str, Any]
-    # Pure: (params, images uint8 (B, H, W, c)) -> features (B, d), logits (B, classes) or None, float32.
+    # Pure function of params and images uint8 (B, H, W, c). It returns features (B, d) and logits
+    # (B, classes) or None, both float32.
     apply: Callable[[Any, Array], tuple[Array, Array | None]]
 
     def describe(self) -> dict[str, Any]:

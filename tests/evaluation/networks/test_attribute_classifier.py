@@ -8,7 +8,7 @@ VALUES = (3, 2)
 
 
 def pictures(n, seed):
-    """Returns noisy pictures with a red, green or dark left half (attribute 0) and a white or dark right half."""
+    """Returns noisy pictures whose left half has attribute 0 and whose right half has attribute 1."""
     rng = np.random.default_rng(seed)
     rows = np.stack([rng.integers(0, count, n) for count in VALUES], axis=1).astype(np.int32)
     images = rng.integers(0, 60, (n, 64, 64, 3))

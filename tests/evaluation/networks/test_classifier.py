@@ -9,7 +9,7 @@ from madformer_jax.weights.fingerprint import fingerprint
 
 
 def _stripes(n, seed):
-    """Returns noisy images uint8 (n, 32, 32, 3) with horizontal (0), vertical (1) or no (2) stripes."""
+    """Returns noisy images (n, 32, 32, 3) with horizontal (0), vertical (1) or no (2) stripes."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 3, n)
     wave = np.sin(np.arange(32) * 0.8 + random.uniform(0, 6, (n, 1)))
