@@ -1,4 +1,4 @@
-"""All scores of a set of images against a reference, with intervals, and tables of several results.
+"""All scores of a set of images with their intervals, and tables of several results.
 
 `sample_scores` calls `compute_scores`, and `modes.evaluate` prints `comparison_table`. To add a
 score, write it in `scores`, its replicates in `bootstrap`, and an entry in `compute_scores`. A
@@ -17,7 +17,8 @@ from madformer_jax.evaluation.reference_statistics import Reference
 
 SPLITS, SUBSETS, SUBSET_SIZE, NEIGHBOR_RANK, SEED = 10, 100, 1000, 3, 2020
 SCORE_SETTINGS = {
-    "like": "torch-fidelity 0.4.0", "splits": SPLITS, "subsets": SUBSETS, "subset_size": SUBSET_SIZE, "k": NEIGHBOR_RANK, "seed": SEED,
+    "like": "torch-fidelity 0.4.0", "splits": SPLITS, "subsets": SUBSETS, "subset_size": SUBSET_SIZE,
+    "k": NEIGHBOR_RANK, "seed": SEED,
 }  # fmt: skip
 
 Score = dict[str, float]  # value, low, high, and further entries such as deviation

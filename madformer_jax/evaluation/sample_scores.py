@@ -1,4 +1,4 @@
-"""Scoring of a model's samples: opening the reference and networks, feature extraction, and scores.
+"""Scores of a model's samples, from the reference and networks of a run.
 
 `modes.evaluate`, `modes.sweep` and the scores during training (`training.hooks.Scores`) use it. A
 score that needs more than the arrays of `shards.extract_features` is added in `compute_scores`.
@@ -69,7 +69,8 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
         weights = fingerprint(attributes.params)
         inputs["attributes"] = {"weights": weights, "accuracy": attributes.accuracy, "held_out": attributes.held_out}
     protocol = {
-        "n": n, "reference": reference.digest, "network": network.describe(), "image": image, "scores": judge.SCORE_SETTINGS, **inputs,
+        "n": n, "reference": reference.digest, "network": network.describe(), "image": image,
+        "scores": judge.SCORE_SETTINGS, **inputs,
     }  # fmt: skip
     return Judge(network, registry.make_extractor(network), reference, training, protocol, attributes)
 

@@ -37,7 +37,8 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
 def expand_configs(c: ConfigDict) -> list[ConfigDict]:
     """Returns a copy of the config for each combination of `evaluate.grid`.
 
-    The copies have `sample.n` = `evaluate.n`.     "steps=5,20;guidance=1,2" is a grid of four combinations. "" is the config's own setting.
+    The copies have `sample.n` = `evaluate.n`. "steps=5,20;guidance=1,2" is a grid of four
+    combinations. "" is the config's own setting.
 
     Raises:
       ConfigError: A field is not in `FIELDS`, or a value has the wrong type.

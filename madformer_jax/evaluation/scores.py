@@ -9,7 +9,7 @@ tile by tile. A new score is a function here and an entry in `judge.compute_scor
 | FID, or FD on other features | `frechet` | Gaussians with covariances over n - 1, no epsilon |
 | KID | `kernel_distance` | kernel (x.y / d + 1)^3, unbiased, over subsets |
 | IS | `inception_score` | logits without bias, shuffled, over splits |
-| precision, recall | `precision_recall` | balls up to the k-th neighbor, without the center (arXiv 1904.06991) |
+| precision, recall | `precision_recall` | balls up to the k-th neighbor (arXiv 1904.06991) |
 """
 
 from typing import NamedTuple

@@ -1,11 +1,12 @@
 """--mode=reference: statistics of a data set that scores compare with.
 
-    python -m madformer_jax.main --config=... --mode=reference --workdir=DIR [--config.evaluate.split=test]
+    python -m madformer_jax.main --config=... --mode=reference --workdir=DIR
 
-Writes `evaluate.reference`, by default DIR/reference.npz. With `evaluate.network=classifier` or
-`attributes` it first trains the network, unless its file exists. A killed run continues at its
-first missing shard. Several processes share the images. `modes.sweep` also calls `run`. Training of
-a new network on the data set is added in `run`, and its checks in `check`.
+Writes the reference of `evaluate.split` to `evaluate.reference`, by default DIR/reference.npz. With
+`evaluate.network=classifier` or `attributes` it first trains the network, unless its file exists. A
+killed run continues at its first missing shard. Several processes share the images. `modes.sweep`
+also calls `run`. Training of a new network on the data set is added in `run`, and its checks in
+`check`.
 """
 
 import hashlib

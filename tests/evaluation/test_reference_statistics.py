@@ -24,12 +24,12 @@ def test_statistics_do_not_depend_on_the_batches_and_a_fixed_sample_of_features_
         with np.load(tmp_path / "r.npz") as file:
             return dict(file)
 
-    found = save([16, 16, 32])
-    np.testing.assert_allclose(found["mu"], x.mean(axis=0, dtype=np.float64), rtol=1e-12)
-    np.testing.assert_allclose(found["sigma"], np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
-    np.testing.assert_array_equal(found["features"], x)
-    np.testing.assert_allclose(found["profile"], profile.mean(axis=0))
-    assert found["counts"].tolist() == [*np.bincount(labels), 0]
+    whole = save([16, 16, 32])
+    np.testing.assert_allclose(whole["mu"], x.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(whole["sigma"], np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
+    np.testing.assert_array_equal(whole["features"], x)
+    np.testing.assert_allclose(whole["profile"], profile.mean(axis=0))
+    assert whole["counts"].tolist() == [*np.bincount(labels), 0]
     monkeypatch.setattr(reference_statistics, "MAX_STORED_FEATURES", 12)
     monkeypatch.setattr(scores, "TILE_ROWS", 10)
     few, same = save([16, 32]), save([3])
@@ -38,7 +38,7 @@ def test_statistics_do_not_depend_on_the_batches_and_a_fixed_sample_of_features_
     np.testing.assert_array_equal(few["features"], x[stored])
     np.testing.assert_array_equal(few["labels"], labels[stored])
     np.testing.assert_array_equal(few["features"], same["features"])
-    np.testing.assert_allclose(few["sigma"], found["sigma"], rtol=1e-12)
+    np.testing.assert_allclose(few["sigma"], whole["sigma"], rtol=1e-12)
     known = reference_statistics.load(str(tmp_path / "r.npz"))
     np.testing.assert_array_equal(known.features, x[stored])
     every = np.concatenate(list(reference_statistics.feature_tiles(known)))

@@ -44,8 +44,8 @@ def test_zero_images_give_empty_arrays_of_the_usual_shapes():
     def extract(images):
         return NetworkOutputs(np.zeros((len(images), 5), np.float32), np.zeros((len(images), 3), np.float32))
 
-    found = shards.extract_features(extract, np.zeros((0, 4, 6, 1), np.uint8), np.zeros(0, np.int32))
-    assert {name: x.shape for name, x in found.items()} == {
+    arrays = shards.extract_features(extract, np.zeros((0, 4, 6, 1), np.uint8), np.zeros(0, np.int32))
+    assert {name: x.shape for name, x in arrays.items()} == {
         "features": (0, 5), "logits": (0, 3), "labels": (0,), "profile": (0, 3 + 5),
     }  # fmt: skip
 

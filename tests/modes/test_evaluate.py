@@ -32,18 +32,18 @@ def _file(workdir):
 
 
 def test_reference_holds_the_test_split_and_how_it_was_made(workdir, data):
-    found = reference_statistics.load(str(workdir / "reference.npz"))
+    reference = reference_statistics.load(str(workdir / "reference.npz"))
     with np.load(workdir / "reference.npz") as file:
         n, counts = len(file["features"]), file["counts"]
         np.testing.assert_allclose(file["mu"], file["features"].mean(axis=0), rtol=1e-5)
         np.testing.assert_allclose(file["sigma"], np.cov(file["features"], rowvar=False), rtol=1e-4, atol=1e-8)
     assert 8 < n < 32 and counts.sum() == n and len(counts) == 2
-    assert found.protocol["n"] == n and found.protocol["split"] == "test"
-    assert found.protocol["network"]["name"] == "classifier" and found.protocol["image"]["size"] == 32
+    assert reference.protocol["n"] == n and reference.protocol["split"] == "test"
+    assert reference.protocol["network"]["name"] == "classifier" and reference.protocol["image"]["size"] == 32
     assert not list((workdir / "references").glob("*"))
     images = data_images(data, "test")
     features = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[0]
-    np.testing.assert_allclose(np.sort(features, axis=0), np.sort(found.features, axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.sort(features, axis=0), np.sort(reference.features, axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir, monkeypatch, capsys):
@@ -179,9 +179,15 @@ def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
     fresh.evaluate.images = "data:all"
     expected = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
     fresh.evaluate.reference = str(tmp_path / "adm.npz")
-    found = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
-    assert found["FD-classifier"]["value"] == pytest.approx(expected["FD-classifier"]["value"], rel=1e-3)
-    assert set(expected) - set(found) == {"KID-classifier", "precision-classifier", "recall-classifier"}
+    actual = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
+    assert actual["FD-classifier"]["value"] == pytest.approx(
+        expected["FD-classifier"]["value"], rel=1e-3
+    )
+    assert set(expected) - set(actual) == {
+        "KID-classifier",
+        "precision-classifier",
+        "recall-classifier",
+    }
 
 
 def test_copies_of_training_images_lower_the_memorization_score(fresh, workdir, tmp_path):
