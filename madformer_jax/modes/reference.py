@@ -184,10 +184,10 @@ def _train_classifier(c: ConfigDict, path: str) -> None:
     if jax.process_index():
         return
     train, test = _split_examples(c)
-    (train_images, labels), (held_images, held_labels) = (
+    (train_images, labels), (held_out_images, held_out_labels) = (
         _load_examples(data, numbers[:MAX_TRAINING_IMAGES], c.data.max_corrupt) for data, numbers in (train, test)
     )
-    trained = classifier.train(train_images, labels, held_images, held_labels)
+    trained = classifier.train(train_images, labels, held_out_images, held_out_labels)
     classifier.save(path, trained)
     logging.info(
         "the classifier is right on %.2f %% of %d held-out images: %s", 100 * trained.accuracy, trained.held_out, path

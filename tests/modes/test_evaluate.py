@@ -180,9 +180,7 @@ def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
     expected = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
     fresh.evaluate.reference = str(tmp_path / "adm.npz")
     actual = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
-    assert actual["FD-classifier"]["value"] == pytest.approx(
-        expected["FD-classifier"]["value"], rel=1e-3
-    )
+    assert actual["FD-classifier"]["value"] == pytest.approx(expected["FD-classifier"]["value"], rel=1e-3)
     assert set(expected) - set(actual) == {
         "KID-classifier",
         "precision-classifier",

@@ -118,8 +118,8 @@ def count_matches(requested: np.ndarray, predicted: np.ndarray) -> tuple[np.ndar
 def train(
     images: np.ndarray,
     attributes: np.ndarray,
-    held_images: np.ndarray,
-    held_attributes: np.ndarray,
+    held_out_images: np.ndarray,
+    held_out_attributes: np.ndarray,
     values: Sequence[int],
     steps: int = STEPS,
     seed: int = 0,
@@ -129,8 +129,8 @@ def train(
     Args:
       images: Training pictures uint8 (n, IMAGE_SIZE, IMAGE_SIZE, 3), from `downscale`.
       attributes: Their attributes int32 (n, A).
-      held_images: Held-out pictures, to measure the accuracy.
-      held_attributes: Their attributes.
+      held_out_images: Held-out pictures, to measure the accuracy.
+      held_out_attributes: Their attributes.
       values: Number of values of each attribute.
       steps: Number of optimizer steps.
       seed: Seed of the initialization, the shuffling and the augmentation.
@@ -141,7 +141,7 @@ def train(
     Raises:
       ConfigError: There are no training pictures or no held-out pictures.
     """
-    if not len(images) or not len(held_images):
+    if not len(images) or not len(held_out_images):
         raise ConfigError("the attribute classifier needs pictures to learn from, and others to measure its accuracy.")
 
     def loss(params: Params, batch: Array, rows: Array) -> Array:
@@ -158,8 +158,8 @@ def train(
         jax.jit(functools.partial(_init, values))(jax.random.key(seed)), loss, batch, len(images),
         size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="attribute classifier",
     )  # fmt: skip
-    classifier = AttributeClassifier(params, list(values), 0.0, len(held_images))
-    matching, named = count_matches(held_attributes, predict(classifier, held_images))
+    classifier = AttributeClassifier(params, list(values), 0.0, len(held_out_images))
+    matching, named = count_matches(held_out_attributes, predict(classifier, held_out_images))
     return classifier._replace(accuracy=float(matching.sum() / max(1, named.sum())))
 
 

@@ -90,8 +90,8 @@ def downscale(images: np.ndarray) -> np.ndarray:
 def train(
     images: np.ndarray,
     labels: np.ndarray,
-    held_images: np.ndarray,
-    held_labels: np.ndarray,
+    held_out_images: np.ndarray,
+    held_out_labels: np.ndarray,
     steps: int = STEPS,
     seed: int = 0,
 ) -> Classifier:
@@ -100,8 +100,8 @@ def train(
     Args:
       images: Training images uint8 (n, H, W, 1 or 3), preferably from `downscale`.
       labels: Their classes (n,), from 0.
-      held_images: Held-out images, to measure the accuracy.
-      held_labels: Their classes.
+      held_out_images: Held-out images, to measure the accuracy.
+      held_out_labels: Their classes.
       steps: Number of optimizer steps.
       seed: Seed of the initialization, the shuffling and the augmentation.
 
@@ -114,7 +114,7 @@ def train(
     classes = int(labels.max(initial=-1)) + 1
     if len(np.unique(labels)) < 2:
         raise ConfigError("the classifier needs labeled images of two classes or more: these have no labels.")
-    if not len(held_images):
+    if not len(held_out_images):
         raise ConfigError("the classifier needs held-out images to measure its accuracy: there are none.")
     data, targets = downscale(images), np.asarray(labels)
     key = jax.random.key(seed)
@@ -131,10 +131,10 @@ def train(
         size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="classifier",
     )  # fmt: skip
     correct = [
-        _is_correct(params, held_images[i : i + 256], held_labels[i : i + 256], classes)
-        for i in range(0, len(held_images), 256)
+        _is_correct(params, held_out_images[i : i + 256], held_out_labels[i : i + 256], classes)
+        for i in range(0, len(held_out_images), 256)
     ]
-    return Classifier(params, classes, images.shape[-1], float(np.concatenate(correct).mean()), len(held_images))
+    return Classifier(params, classes, images.shape[-1], float(np.concatenate(correct).mean()), len(held_out_images))
 
 
 def _is_correct(params: Params, images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

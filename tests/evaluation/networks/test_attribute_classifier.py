@@ -20,18 +20,18 @@ def pictures(n, seed):
 
 def test_attributes_are_learned_and_the_file_restores_the_classifier(monkeypatch, tmp_path):
     monkeypatch.setattr(attribute_classifier, "BATCH", 8)
-    held_images, rows = pictures(20, 1)
-    trained = attribute_classifier.train(*pictures(64, 0), held_images, rows, VALUES, steps=40)
+    held_out_images, rows = pictures(20, 1)
+    trained = attribute_classifier.train(*pictures(64, 0), held_out_images, rows, VALUES, steps=40)
     assert trained.accuracy > 0.9 and trained.held_out == 20
-    predicted = attribute_classifier.predict(trained, held_images)
+    predicted = attribute_classifier.predict(trained, held_out_images)
     matching, requested = attribute_classifier.count_matches(rows, predicted)
     assert matching.sum() / requested.sum() == pytest.approx(trained.accuracy)
     attribute_classifier.save(str(tmp_path / "attributes.npz"), trained)
     restored = attribute_classifier.load(str(tmp_path / "attributes.npz"))
-    np.testing.assert_array_equal(attribute_classifier.predict(restored, held_images), predicted)
+    np.testing.assert_array_equal(attribute_classifier.predict(restored, held_out_images), predicted)
     assert restored[1:] == trained[1:]
     network = registry.open_network("attributes", str(tmp_path / "attributes.npz"))
-    x = registry.make_extractor(network)(held_images).features
+    x = registry.make_extractor(network)(held_out_images).features
     distance = np.square(x[:, None] - x[None]).mean(axis=-1)
     alike = (rows[:, None] == rows[None]).all(axis=-1) & ~np.eye(len(rows), dtype=bool)
     assert (
