@@ -122,7 +122,7 @@ def test_prompts_and_noise_are_read_once_for_all_settings_and_shards(fresh, work
     monkeypatch.setattr(generation.prompts, "texts", lambda c: read.append("prompts") or tokens)
     run = generation.batches
 
-    def without_tokens(*args, given, **more):  # This model has no text.
+    def without_tokens(*args, given, **more):  # which this model would not take
         return run(*args, given=given._replace(texts=None), **more)
 
     monkeypatch.setattr(generation, "batches", without_tokens)
