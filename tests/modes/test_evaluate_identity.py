@@ -119,7 +119,7 @@ def test_prompts_and_noise_are_read_once_for_all_settings_and_shards(fresh, work
     read, given_noise = [], generation.open_noise
     monkeypatch.setattr(generation, "open_noise", lambda c: read.append("noise") or given_noise(c))
     tokens = TokenizedTexts(np.zeros((N, 1), np.int32), np.ones(N, np.int32))
-    monkeypatch.setattr(generation.prompts, "texts", lambda c: read.append("prompts") or tokens)
+    monkeypatch.setattr(generation.prompts, "tokenize", lambda c: read.append("prompts") or tokens)
     run = generation.batches
 
     def without_tokens(*args, given, **more):  # which this model would not take
