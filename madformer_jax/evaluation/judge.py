@@ -1,4 +1,9 @@
-"""All scores of a set of images against a reference, each with its interval, and the table of several sets."""
+"""All scores of a set of images with their intervals, and tables of several results.
+
+`sample_scores` calls `compute_scores`, and `modes.evaluate` prints `comparison_table`. To add a
+score, write it in `scores`, its replicates in `bootstrap`, and an entry in `compute_scores`. A
+setting that changes its value belongs in `SCORE_SETTINGS`, which is part of every protocol.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,30 +17,32 @@ from madformer_jax.evaluation.reference_statistics import Reference
 
 SPLITS, SUBSETS, SUBSET_SIZE, NEIGHBOR_RANK, SEED = 10, 100, 1000, 3, 2020
 SCORE_SETTINGS = {
-    "like": "torch-fidelity 0.4.0", "splits": SPLITS, "subsets": SUBSETS, "subset_size": SUBSET_SIZE, "k": NEIGHBOR_RANK, "seed": SEED,
+    "like": "torch-fidelity 0.4.0", "splits": SPLITS, "subsets": SUBSETS, "subset_size": SUBSET_SIZE,
+    "k": NEIGHBOR_RANK, "seed": SEED,
 }  # fmt: skip
 
-Score = dict[str, float]  # value, low, high; deviation where the convention has one
+Score = dict[str, float]  # value, low, high, and further entries such as deviation
 
 
 def check_size(n: int, reference: Reference) -> None:
-    """See `check_counts`."""
+    """Checks that there are enough images for the scores; see `check_counts`."""
     check_counts(n, SPLITS if reference.features is None else len(reference.features))
 
 
 def check_counts(n: int, m: int) -> None:
-    """Refuses, before anything is drawn, fewer images than the scores need.
+    """Checks that there are enough images for the scores, before images are sampled.
 
     Args:
-      n: Images that are judged.
-      m: Images of the reference.
+      n: Number of images to score.
+      m: Number of images of the reference.
 
     Raises:
-      ConfigError: less than ten images, which have no inception score, or a reference of less than the balls need.
+      ConfigError: There are too few images for the inception score or too few for precision and
+        recall.
     """
     if n < SPLITS:
         raise ConfigError(
-            f"config.evaluate.n={n} images are too few for a covariance and {SPLITS} splits: {SPLITS} or more."
+            f"config.evaluate.n={n} images are too few for a covariance and {SPLITS} splits: set {SPLITS} or more."
         )
     if m <= NEIGHBOR_RANK:
         raise ConfigError(f"a reference of {m} images is too small: it needs more than {NEIGHBOR_RANK}.")
@@ -43,61 +50,71 @@ def check_counts(n: int, m: int) -> None:
 
 def compute_scores(
     network: str,
-    found: Mapping[str, np.ndarray],
+    arrays: Mapping[str, np.ndarray],
     reference: Reference,
     *,
-    recognise: bool,
+    recognize: bool,
     grid: tuple[int, int],
     shape: tuple[int, int],
     training: TrainingFeatures | None = None,
 ) -> dict[str, Score]:
-    """The scores by name; those of another network than FID's carry its name.
+    """Computes all scores of a set of images.
 
     Args:
-      network: its name.
-      found: what `parts.look` found: features (n, d), logits (n, classes) if any, labels (n,), profile (n, .).
-      reference: what to compare with.
-      recognise: whether the labels are those asked for and the network's classes the same.
-      grid, shape: rows and columns of blocks, height and width of an image.
-      training: the training images, to look for copies of them.
+      network: Name of the feature network.
+      arrays: Arrays of `shards.extract_features`: features (n, d), logits (n, classes) if the
+        network has classes, labels (n,) and profile (n, .).
+      reference: Statistics of the real images.
+      recognize: Whether to compute the fraction of images that the network classifies as their
+        label.
+      grid: Rows and columns of blocks.
+      shape: Height and width of an image.
+      training: The training images, for the memorization score.
+
+    Returns:
+      The scores by name. With a network other than Inception the names end in the network's name.
 
     Raises:
-      ConfigError: features are not finite.
+      ConfigError: Features are not finite.
     """
-    x, y = found["features"], reference.features
-    drawn = bootstrap.resample_counts(len(x))
+    x, y = arrays["features"], reference.features
+    counts = bootstrap.resample_counts(len(x))
     names = ["FID", "KID", "IS", "precision", "recall"]
     if network != "inception":
         names = [f"{name}-{network}" for name in ("FD", *names[1:])]
     out = {
-        names[0]: _with_interval(scores.frechet(x, reference.of), bootstrap.frechet_replicates(x, reference.of, drawn))
+        names[0]: _with_interval(
+            scores.frechet(x, reference.frechet_input),
+            bootstrap.frechet_replicates(x, reference.frechet_input, counts),
+        )
     }
     if y is not None:
         mean, deviation = scores.kernel_distance(x, y, SUBSETS, SUBSET_SIZE, SEED)
-        out[names[1]] = _with_interval(mean, bootstrap.kernel_replicates(x, y, drawn), deviation)
-    if "logits" in found:
-        mean, deviation = scores.inception_score(found["logits"], SPLITS, SEED)
+        out[names[1]] = _with_interval(mean, bootstrap.kernel_replicates(x, y, counts), deviation)
+    if "logits" in arrays:
+        mean, deviation = scores.inception_score(arrays["logits"], SPLITS, SEED)
         out[names[2]] = _with_interval(
-            mean, bootstrap.inception_replicates(found["logits"], drawn, SPLITS, SEED), deviation
+            mean, bootstrap.inception_replicates(arrays["logits"], counts, SPLITS, SEED), deviation
         )
     if y is not None:
         for name, inside in zip(names[3:], scores.inside_balls(x, y, NEIGHBOR_RANK)):
             out[name] = _mean_score(inside)
-    if recognise:
-        out["recognised"] = _mean_score(found["logits"].argmax(axis=1) == found["labels"])
+    if recognize:
+        out["recognised"] = _mean_score(arrays["logits"].argmax(axis=1) == arrays["labels"])
     if sum(grid) > 2:
-        steps = seams.border_and_interior_steps(found["profile"], shape, *grid)
+        steps = seams.border_and_interior_steps(arrays["profile"], shape, *grid)
         out["seam"] = _with_interval(
-            seams.seam_score(steps), bootstrap.ratio_replicates(steps[:, 0], steps[:, 1], drawn)
+            seams.seam_score(steps), bootstrap.ratio_replicates(steps[:, 0], steps[:, 1], counts)
         )
         if reference.profile is not None:
             real = seams.seam_score(seams.border_and_interior_steps(reference.profile[None], shape, *grid))
             out["seam"]["real"] = real
     if training is not None:
-        near, typical = training.nearest(x), training.typical
+        distances, held_out = training.distances(x), training.held_out_distances
         out["memorisation"] = {
             **_with_interval(
-                memorization_ratio(near, typical), bootstrap.mean_replicates(near, drawn) / typical.mean()
+                memorization_ratio(distances, held_out),
+                bootstrap.mean_replicates(distances, counts) / held_out.mean(),
             ),
             "searched": training.searched,
             "training": training.images,
@@ -110,37 +127,44 @@ def _with_interval(value: float, replicates: np.ndarray, deviation: float | None
     return score if deviation is None else {**score, "deviation": deviation}
 
 
-def ratio_of_sums(above: np.ndarray, below: np.ndarray) -> Score:
-    """The sum of one value an image (n,) over that of another."""
-    value = float(scores.ratio(above.sum(), below.sum()))
-    return _with_interval(value, bootstrap.ratio_replicates(above, below, bootstrap.resample_counts(len(above))))
+def ratio_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Score:
+    """Returns the ratio of two sums over images, with an interval.
+
+    Args:
+      numerator: One value per image (n,).
+      denominator: One value per image (n,).
+    """
+    value = float(scores.ratio(numerator.sum(), denominator.sum()))
+    counts = bootstrap.resample_counts(len(numerator))
+    return _with_interval(value, bootstrap.ratio_replicates(numerator, denominator, counts))
 
 
 def _mean_score(values: np.ndarray) -> Score:
+    """Returns the mean of one value from 0 to 1 per image (n,), with an interval inside [0, 1]."""
     score = _with_interval(
         float(np.mean(values)), bootstrap.mean_replicates(values, bootstrap.resample_counts(len(values)))
     )
     return {name: min(max(x, 0.0), 1.0) for name, x in score.items()}
 
 
-# ---- tables
-
-_MAX_CELL_WIDTH = 40  # characters of a cell; a list of prompts would be pages
+_MAX_CELL_WIDTH = 40  # characters; longer values, for example prompts, are cut
 
 
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Several results of --mode=evaluate side by side, in Markdown, with what their images differ in.
+    """Returns a Markdown table of results of --mode=evaluate, one row each.
+
+    The columns are the settings in which the images differ, the scores, and the costs.
 
     Raises:
-      ConfigError: their protocols differ in more than the images, so that their scores are not comparable.
+      ConfigError: The protocols differ in more than the images, so the scores are not comparable.
     """
     first = results[0]["protocol"]
     for result in results[1:]:
-        for part in ("reference", "network", "image", "scores", "n"):
-            ours, other = result["protocol"][part], first[part]
-            if ours != other:
+        for field in ("reference", "network", "image", "scores", "n"):
+            value, first_value = result["protocol"][field], first[field]
+            if value != first_value:
                 raise ConfigError(
-                    f"scores of different protocols do not share a table: {part} {ours!r} against {other!r}."
+                    f"scores of different protocols do not share a table: {field} {value!r} against {first_value!r}."
                 )
     settings = [flatten_keys(result["protocol"]["images"]) for result in results]
     fields = [name for name in dict.fromkeys(name for s in settings for name in s) if _has_differences(settings, name)]
@@ -160,7 +184,12 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each setting with results of several checkpoints the mean of each score, from the lowest to the highest of them."""
+    """Averages the scores of each setting over its checkpoints.
+
+    Returns:
+      A result for each setting with several checkpoints. The interval of a score is its range over
+      checkpoints.
+    """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         images = {name: x for name, x in result["protocol"]["images"].items() if name not in ("step", "fingerprint")}
@@ -178,7 +207,7 @@ def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> list[dict[str
 
 
 def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, their keys joined by dots."""
+    """Flattens nested mappings. Keys are joined by dots."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
         out |= flatten_keys(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}

@@ -1,4 +1,8 @@
-"""What `evaluate.checkpoints` and `evaluate.grid` ask for: the checkpoints, and the settings at which each is drawn."""
+"""Parsing of `evaluate.checkpoints` and `evaluate.grid`: which checkpoints and settings to sample.
+
+`modes.evaluate`, `modes.gallery` and `modes.sweep` use it. A sampling field that the grid can vary
+needs an entry in `FIELDS`.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,7 +20,7 @@ def _parse_interval(text: str) -> tuple[int, ...]:
     return int(low), int(high)
 
 
-# of `sample`: how a value is read, and what it looks like
+# Fields of `sample` that a grid can vary: parser and description of a value.
 FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "solver": (str, "str"),
     "spacing": (str, "str"),
@@ -31,69 +35,73 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def expand_configs(c: ConfigDict) -> list[ConfigDict]:
-    """The config once for each combination of `evaluate.grid`, with `sample.n` = `evaluate.n`.
+    """Returns a copy of the config for each combination of `evaluate.grid`.
 
-    The grid is as "steps=5,20;guidance=1,2": every combination of the values; "" is the config's own setting.
+    The copies have `sample.n` = `evaluate.n`. "steps=5,20;guidance=1,2" is a grid of four
+    combinations. "" is the config's own setting.
 
     Raises:
-      ConfigError: a field is none of a sampling's, or a value is not of its type.
+      ConfigError: A field is not in `FIELDS`, or a value has the wrong type.
     """
     axes: list[list[tuple[str, Any]]] = []
-    for part in filter(None, c.evaluate.grid.split(";")):
-        name, _, values = part.partition("=")
+    for axis in filter(None, c.evaluate.grid.split(";")):
+        name, _, values = axis.partition("=")
         name = name.strip()
         if name not in FIELDS or not values:
             raise ConfigError(
-                f"config.evaluate.grid: {part!r} is no setting: it is made of {', '.join(FIELDS)} with their values, "
+                f"config.evaluate.grid: {axis!r} is not a setting: use {', '.join(FIELDS)} with values, "
                 "as in steps=5,20;guidance=1,2."
             )
-        read, kind = FIELDS[name]
+        parse, kind = FIELDS[name]
         try:
-            axes.append([(name, read(value.strip())) for value in values.split(",")])
+            axes.append([(name, parse(value.strip())) for value in values.split(",")])
         except ValueError:
-            raise ConfigError(f"config.evaluate.grid: {part!r}: {name} takes {kind} values.") from None
+            raise ConfigError(f"config.evaluate.grid: {axis!r}: {name} takes {kind} values.") from None
     settings = []
     for combination in itertools.product(*axes):
-        one = c.copy_and_resolve_references()
-        one.sample.n = c.evaluate.n
-        one.sample.update(dict(combination))
-        settings.append(one)
+        setting = c.copy_and_resolve_references()
+        setting.sample.n = c.evaluate.n
+        setting.sample.update(dict(combination))
+        settings.append(setting)
     return settings
 
 
 def log_warnings(c: ConfigDict, grid: Sequence[ConfigDict]) -> None:
-    """Logs what is probably a mistake in the settings of a grid, each line once; main.py shows those of the config itself."""
+    """Logs probable mistakes in the settings of a grid, each once.
+
+    The command line already logs the warnings of the config itself.
+    """
     lines = dict.fromkeys(line for setting in grid for line in validation.sampling_warnings(setting))
     for line in lines:
         if line not in validation.sampling_warnings(c):
             logging.warning("%s", line)
 
 
-def select_checkpoints(wanted: str, there: Sequence[int]) -> list[int]:
-    """The checkpoints that `evaluate.checkpoints` names among those that are there.
+def select_checkpoints(selection: str, available: Sequence[int]) -> list[int]:
+    """Returns the steps of the checkpoints that `evaluate.checkpoints` selects.
 
     Args:
-      wanted: "newest", "last:5", or steps, as in "1000,2000".
-      there: all complete steps.
+      selection: "newest", "last:5", or steps, as in "1000,2000".
+      available: Steps of all complete checkpoints.
 
     Raises:
-      ConfigError: a step is not there, or the text is none of these.
+      ConfigError: A checkpoint does not exist, or the selection has another form.
     """
-    known = sorted(there)
-    kind, _, count = wanted.partition(":")
+    steps = sorted(available)
+    kind, _, count = selection.partition(":")
     try:
-        if kind == "last" or wanted == "newest":
+        if kind == "last" or selection == "newest":
             number = int(count or 1)
-            if not 1 <= number <= len(known):
-                raise ConfigError(f"config.evaluate.checkpoints={wanted!r}: there are {len(known)}: {known}.")
-            return known[-number:]
-        chosen = [int(step) for step in wanted.split(",")]
+            if not 1 <= number <= len(steps):
+                raise ConfigError(f"config.evaluate.checkpoints={selection!r}: there are {len(steps)}: {steps}.")
+            return steps[-number:]
+        selected = [int(step) for step in selection.split(",")]
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"config.evaluate.checkpoints={wanted!r} must be 'newest', 'last:5' or steps, as in '1000,2000'."
+            f"config.evaluate.checkpoints={selection!r} must be 'newest', 'last:5' or steps, as in '1000,2000'."
         ) from None
-    if missing := [step for step in chosen if step not in known]:
-        raise ConfigError(f"config.evaluate.checkpoints: there is no step {missing[0]}, only {known}.")
-    return chosen
+    if missing := [step for step in selected if step not in steps]:
+        raise ConfigError(f"config.evaluate.checkpoints: there is no step {missing[0]}, only {steps}.")
+    return selected

@@ -1,13 +1,15 @@
-"""Scores of generated against real images, as pure functions of their feature arrays.
+"""Scores of generated images against real images, as pure functions of feature arrays.
 
-Conventions are those of torch-fidelity 0.4.0, number for number. Arrays are (n, d), any float type, computed in float64 and in parts.
+`judge` calls them and adds the intervals of `bootstrap`. Values and conventions equal those of
+torch-fidelity 0.4.0. Feature arrays are (n, d) of any float type; the computation is in float64,
+tile by tile. A new score is a function here and an entry in `judge.compute_scores`.
 
-| score | function | exactly |
+| score | function | convention |
 |---|---|---|
 | FID, or FD on other features | `frechet` | Gaussians with covariances over n - 1, no epsilon |
 | KID | `kernel_distance` | kernel (x.y / d + 1)^3, unbiased, over subsets |
-| IS | `inception_score` | of logits without bias, shuffled, over splits |
-| precision, recall | `precision_recall` | balls that reach the k-th neighbour, itself not counted (arXiv 1904.06991) |
+| IS | `inception_score` | logits without bias, shuffled, over splits |
+| precision, recall | `precision_recall` | balls up to the k-th neighbor (arXiv 1904.06991) |
 """
 
 from typing import NamedTuple
@@ -16,64 +18,77 @@ import numpy as np
 
 from madformer_jax.errors import ConfigError
 
-TILE_ROWS = 2048  # images whose distances to as many others are in memory at a time
-RELATIVE_TIE_TOLERANCE = (
-    1e-12  # relative to squared norms: above what float64 rounds, below any difference that is meant
-)
+TILE_ROWS = 2048  # rows and columns of the distance matrix that are in memory at a time
+RELATIVE_TIE_TOLERANCE = 1e-12  # of squared norms; larger than the rounding errors of float64
 
 
 class Gaussian(NamedTuple):
-    """Mean and covariance of features; the covariance (d, d) as `root.T @ root`, which is small for few images."""
+    """Mean and covariance of features. The covariance (d, d) is `root.T @ root`."""
 
     mean: np.ndarray  # (d,)
-    root: np.ndarray  # (r, d), r at most d or the number of images
+    root: np.ndarray  # (r, d), where r is at most d and at most the number of images
 
     @classmethod
-    def of(cls, features: np.ndarray, what: str = "images") -> "Gaussian":
-        """The Gaussian of features (n, d).
+    def from_features(cls, features: np.ndarray, name: str = "images") -> "Gaussian":
+        """Computes the Gaussian of features (n, d).
+
+        Args:
+          features: Features (n, d).
+          name: Name of the set of images, for the error.
 
         Raises:
-          ConfigError: less than two images, or features that are not finite; `what` names the set there.
+          ConfigError: There are less than two images, or features are not finite.
         """
-        x = validate_features(features, what, at_least=2, needed_for="a covariance")
+        x = validate_features(features, name, minimum=2, purpose="a covariance")
         mean, d = x.mean(axis=0, dtype=np.float64), x.shape[1]
         if len(x) <= d:
             return cls(mean, (x - mean) / np.sqrt(len(x) - 1))
-        centred = (x[block] - mean for block in row_slices(len(x)))
-        return cls.from_covariance(mean, sum(((z.T @ z) for z in centred), np.zeros((d, d))) / (len(x) - 1), what)
+        centered = (x[rows] - mean for rows in row_slices(len(x)))
+        return cls.from_covariance(mean, sum(((z.T @ z) for z in centered), np.zeros((d, d))) / (len(x) - 1), name)
 
     @classmethod
-    def from_covariance(cls, mean: np.ndarray, covariance: np.ndarray, what: str = "statistics") -> "Gaussian":
-        """The Gaussian of a mean (d,) and a covariance (d, d), as in the `mu`, `sigma` of reference files.
+    def from_covariance(cls, mean: np.ndarray, covariance: np.ndarray, name: str = "statistics") -> "Gaussian":
+        """Returns the Gaussian of a mean (d,) and a covariance (d, d), as in reference files.
+
+        Args:
+          mean: Mean (d,).
+          covariance: Covariance (d, d).
+          name: Name of the statistics, for the error.
 
         Raises:
-          ConfigError: the shapes do not fit, or the matrix is no covariance.
+          ConfigError: The shapes do not fit, or the matrix is not a covariance.
         """
         mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
         if mean.ndim != 1 or covariance.shape != mean.shape * 2:
             raise ConfigError(
-                f"{what}: mean {mean.shape} and covariance {covariance.shape} do not fit: they must be (d,) and (d, d)."
+                f"{name}: mean {mean.shape} and covariance {covariance.shape} do not fit: they must be (d,) and (d, d)."
             )
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ConfigError(f"{what}: mean or covariance is not finite: compute the statistics anew.")
+            raise ConfigError(f"{name}: mean or covariance is not finite: compute the statistics anew.")
         size = np.abs(covariance).max(initial=0.0)
         values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
         if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-3 * size or values.min(initial=0.0) < -1e-3 * size:
-            raise ConfigError(f"{what}: the matrix is no covariance (not symmetric, or with negative eigenvalues).")
+            raise ConfigError(
+                f"{name}: the matrix is not a covariance (not symmetric, or with negative eigenvalues): "
+                "compute the statistics anew."
+            )
         return cls(mean, np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
 
 
 def frechet(generated: np.ndarray | Gaussian, real: np.ndarray | Gaussian) -> float:
-    """The Frechet distance |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2) of two Gaussians (FID, arXiv 1706.08500).
+    """Computes the Frechet distance of two Gaussians (FID, arXiv 1706.08500).
 
-    With S = R^T R the last trace is the sum of the singular values of R1 R2^T: no square root of a matrix, and for n
-    images with more features than that an n x n problem.
+    The distance is |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2). With S = R^T R the last trace is
+    the sum of the singular values of R1 R2^T. This avoids the square root of a matrix, and for n <
+    d images the problem is n x n.
 
     Args:
-      generated, real: features (n, d), or the Gaussian of features that are not at hand.
+      generated: Features (n, d) of the generated images, or their Gaussian.
+      real: The same of the real images.
 
     Raises:
-      ConfigError: less than two images, features that are not finite, or of two networks.
+      ConfigError: There are less than two images, features are not finite, or the numbers of
+        features differ.
     """
     a, b = _as_gaussian(generated, "generated"), _as_gaussian(real, "real")
     check_same_features(a.root, b.root)
@@ -84,28 +99,35 @@ def frechet(generated: np.ndarray | Gaussian, real: np.ndarray | Gaussian) -> fl
 def kernel_distance(
     generated: np.ndarray, real: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> tuple[float, float]:
-    """Mean and deviation over subsets of the unbiased squared kernel distance (KID, arXiv 1801.01401).
+    """Computes the unbiased squared kernel distance over subsets (KID, arXiv 1801.01401).
 
     Args:
-      generated, real: features (n, d).
-      subsets: how many are drawn, each without replacement.
-      subset_size: images of each set in a subset; sets that have less of them are taken whole.
+      generated: Features (n, d) of the generated images.
+      real: Features (m, d) of the real images.
+      subsets: Number of subsets, each drawn without replacement.
+      subset_size: Images of each set in a subset, at most n and m.
+      seed: Seed of the subsets.
+
+    Returns:
+      The mean and the standard deviation over the subsets.
 
     Raises:
-      ConfigError: less than two images, features that are not finite, or of two networks.
+      ConfigError: There are less than two images, features are not finite, or the numbers of
+        features differ.
     """
-    x = validate_features(generated, "generated", at_least=2, needed_for="the kernel distance")
-    y = validate_features(real, "real", at_least=2, needed_for="the kernel distance")
+    x = validate_features(generated, "generated", minimum=2, purpose="the kernel distance")
+    y = validate_features(real, "real", minimum=2, purpose="the kernel distance")
     check_same_features(x, y)
     size = min(subset_size, len(x), len(y))
     if size < 2 or subsets < 1:
         raise ConfigError(
-            f"kernel distance over {subsets} subsets of {size}: it needs one subset of two images at least."
+            f"kernel distance over {subsets} subsets of {size}: it needs at least one subset of two images."
         )
     random = np.random.RandomState(seed)
     distances = []
     for _ in range(subsets):
-        a = x[random.choice(len(x), size, replace=False)].astype(np.float64)  # the order of the draws is the convention
+        # The order of the random numbers is that of torch-fidelity.
+        a = x[random.choice(len(x), size, replace=False)].astype(np.float64)
         b = y[random.choice(len(y), size, replace=False)].astype(np.float64)
         within = sum((kernel(z, z).sum() - kernel_diagonal(z).sum()) / (size * (size - 1)) for z in (a, b))
         distances.append(within - 2 * kernel(a, b).mean())
@@ -113,149 +135,184 @@ def kernel_distance(
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """KID's polynomial kernel of each of (n, d) with each of (m, d): (n, m)."""
+    """Computes the polynomial kernel of KID between rows (n, d) and rows (m, d): (n, m)."""
     base = x @ y.T / x.shape[1] + 1
-    return base * base * base  # a power is 20 times as slow
+    return base * base * base  # `base**3` is 20 times slower.
 
 
 def kernel_diagonal(x: np.ndarray) -> np.ndarray:
-    """The diagonal of `kernel(x, x)`: (n,)."""
+    """Computes the diagonal of `kernel(x, x)`: (n,)."""
     return (np.einsum("nd,nd->n", x, x) / x.shape[1] + 1) ** 3
 
 
 def inception_score(logits: np.ndarray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
-    """Mean and deviation over splits of exp(mean KL(p(y|x) || p(y))) (IS, arXiv 1606.03498).
+    """Computes the inception score exp(mean KL(p(y|x) || p(y))) over splits (IS, arXiv 1606.03498).
 
     Args:
-      logits: (n, classes), those without the bias of the last layer.
-      splits: parts into which the shuffled images are cut.
+      logits: Logits (n, classes) without the bias of the last layer.
+      splits: Number of splits of the shuffled images.
+      seed: Seed of the shuffling.
+
+    Returns:
+      The mean and the standard deviation over the splits.
 
     Raises:
-      ConfigError: fewer images than splits, or logits that are not finite.
+      ConfigError: There are fewer images than splits, or logits are not finite.
     """
     values = []
-    for part in split_logits(logits, splits, seed):
-        log_p = log_softmax(part)
+    for split in split_logits(logits, splits, seed):
+        log_p = log_softmax(split)
         p = np.exp(log_p)
         values.append(np.exp(np.mean(np.sum(p * log_p, axis=1)) + entropy(p.mean(axis=0))))
     return float(np.mean(values)), float(np.std(values))
 
 
 def split_logits(logits: np.ndarray, splits: int, seed: int) -> list[np.ndarray]:
-    """The parts of logits (n, classes) over which the inception score goes.
+    """Shuffles logits (n, classes) and splits them for the inception score.
 
     Raises:
-      ConfigError: fewer images than splits, or logits that are not finite.
+      ConfigError: There are fewer images than splits, or logits are not finite.
     """
-    x = validate_features(
-        logits, "logits", at_least=max(1, splits), needed_for=f"an inception score over {splits} splits"
-    )
+    x = validate_features(logits, "logits", minimum=max(1, splits), purpose=f"an inception score over {splits} splits")
     if splits < 1:
-        raise ConfigError(f"inception score over {splits} splits: it needs one at least.")
+        raise ConfigError(f"inception score over {splits} splits: it needs at least one.")
     x = x[np.random.RandomState(seed).permutation(len(x))].astype(np.float64)
     return [x[i * len(x) // splits : (i + 1) * len(x) // splits] for i in range(splits)]
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Returns `above / below` of arrays that are not negative: 1 where both are 0, infinite where only `below` is."""
-    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
-    return np.divide(above, below, out=np.where(above > 0, np.inf, 1.0), where=below > 0)
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divides arrays of nonnegative numbers: 0 / 0 is 1, and x / 0 is infinite."""
+    numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    return np.divide(numerator, denominator, out=np.where(numerator > 0, np.inf, 1.0), where=denominator > 0)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of the class probabilities of logits (n, classes)."""
+    """Computes the logarithms of the class probabilities of logits (n, classes)."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def entropy(p: np.ndarray) -> np.ndarray:
-    """Entropy in nats of probabilities (..., classes)."""
+    """Computes the entropy, in nats, of probabilities (..., classes)."""
     return -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """The share of generated images inside a real ball, and of real images inside a generated one (arXiv 1904.06991).
+    """Computes improved precision and recall (arXiv 1904.06991).
 
-    An image's ball reaches to its k-th nearest neighbour in its own set, and includes its border.
+    Each image has a ball up to its k-th nearest neighbor in its own set. The ball includes its
+    border. Precision is the fraction of generated images inside a ball of a real image. Recall is
+    the fraction of real images inside a ball of a generated image.
+
+    Args:
+      generated: Features (n, d) of the generated images.
+      real: Features (m, d) of the real images.
+      k: Rank of the neighbor.
 
     Raises:
-      ConfigError: no more than k images, features that are not finite, or of two networks.
+      ConfigError: There are at most k images, features are not finite, or the numbers of features
+        differ.
     """
-    precise, recalled = inside_balls(generated, real, k)
-    return float(precise.mean()), float(recalled.mean())
+    generated_inside, real_inside = inside_balls(generated, real, k)
+    return float(generated_inside.mean()), float(real_inside.mean())
 
 
 def inside_balls(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Which generated images are inside a real ball, (n,) bool, and which real ones inside a generated ball, (m,) bool.
+    """Computes which images are inside a ball of the other set; see `precision_recall`.
 
-    Goes over pairs of blocks: memory is bounded by the features' own. Errors as in `precision_recall`.
+    Memory holds the features and one tile of distances.
+
+    Returns:
+      Whether each generated image is inside a ball of a real image, (n,) bool, and whether each
+      real image is inside a ball of a generated image, (m,) bool.
+
+    Raises:
+      ConfigError: There are at most k images, features are not finite, or the numbers of features
+        differ.
     """
     if k < 1:
-        raise ConfigError(f"precision and recall with the k={k}-th neighbour: k must be 1 or more.")
-    x = validate_features(generated, "generated", at_least=k + 1, needed_for=f"balls to the {k}-th neighbour")
-    y = validate_features(real, "real", at_least=k + 1, needed_for=f"balls to the {k}-th neighbour")
+        raise ConfigError(f"precision and recall with the k={k}-th neighbor: k must be 1 or more.")
+    x = validate_features(generated, "generated", minimum=k + 1, purpose=f"balls to the {k}-th neighbor")
+    y = validate_features(real, "real", minimum=k + 1, purpose=f"balls to the {k}-th neighbor")
     check_same_features(x, y)
-    centre = y.mean(axis=0, dtype=np.float64)  # distances of what is far from the origin would lose digits
-    reach_x, reach_y = _knn_squared_radius(x - centre, k), _knn_squared_radius(y - centre, k)
+    # Distances between points far from the origin lose digits.
+    center = y.mean(axis=0, dtype=np.float64)
+    radius_x, radius_y = _knn_squared_radius(x - center, k), _knn_squared_radius(y - center, k)
     in_y, in_x = np.zeros(len(x), bool), np.zeros(len(y), bool)
     for i in row_slices(len(x)):
         for j in row_slices(len(y)):
-            squares = squared_distances(x[i] - centre, y[j] - centre, allowance=RELATIVE_TIE_TOLERANCE)
-            in_y[i] |= (squares <= reach_y[j]).any(axis=1)
-            in_x[j] |= (squares <= reach_x[i, None]).any(axis=0)
+            distances = squared_distances(x[i] - center, y[j] - center, tolerance=RELATIVE_TIE_TOLERANCE)
+            in_y[i] |= (distances <= radius_y[j]).any(axis=1)
+            in_x[j] |= (distances <= radius_x[i, None]).any(axis=0)
     return in_y, in_x
 
 
-def squared_distances(x: np.ndarray, y: np.ndarray, allowance: float = 0.0) -> np.ndarray:
-    """Squared Euclidean distances of each of (n, d) to each of (m, d): (n, m).
+def squared_distances(x: np.ndarray, y: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
+    """Computes the squared Euclidean distances between rows (n, d) and rows (m, d): (n, m).
 
-    A matrix product rounds the same pair differently at different places; `allowance`, relative to the squared norms,
-    is taken off, so that what is equal stays so for `<=`: a neighbour that two sets share is on the border of a ball.
+    Args:
+      x: Rows (n, d).
+      y: Rows (m, d).
+      tolerance: Subtracted from the distances, relative to the squared norms. A matrix product
+        rounds equal distances differently. With a tolerance, points on the border of a ball stay
+        inside it.
     """
     sums = np.einsum("nd,nd->n", x, x)[:, None] + np.einsum("nd,nd->n", y, y)
-    return (1 - allowance) * sums - 2 * (x @ y.T)
+    return (1 - tolerance) * sums - 2 * (x @ y.T)
 
 
 def _knn_squared_radius(x: np.ndarray, k: int) -> np.ndarray:
-    """Squared distance of each of (n, d) to its k-th nearest neighbour: (n,)."""
+    """Computes the squared distance of each row (n, d) to its k-th nearest neighbor: (n,)."""
     nearest = np.full((len(x), k), np.inf)
     for i in row_slices(len(x)):
         for j in row_slices(len(x)):
-            squares = squared_distances(x[i], x[j])
+            distances = squared_distances(x[i], x[j])
             if i == j:
-                np.fill_diagonal(squares, np.inf)  # itself
-            nearest[i] = np.partition(np.concatenate([nearest[i], squares], axis=1), k - 1, axis=1)[:, :k]
+                np.fill_diagonal(distances, np.inf)  # A row is not its own neighbor.
+            nearest[i] = np.partition(np.concatenate([nearest[i], distances], axis=1), k - 1, axis=1)[:, :k]
     return nearest.max(axis=1)
 
 
 def row_slices(n: int) -> list[slice]:
-    """Slices that cut n images into parts of `BLOCK`."""
+    """Returns slices of at most `TILE_ROWS` rows that cover n rows."""
     return [slice(start, min(start + TILE_ROWS, n)) for start in range(0, n, TILE_ROWS)]
 
 
-def _as_gaussian(features: np.ndarray | Gaussian, what: str) -> Gaussian:
-    return features if isinstance(features, Gaussian) else Gaussian.of(features, what)
+def _as_gaussian(features: np.ndarray | Gaussian, name: str) -> Gaussian:
+    return features if isinstance(features, Gaussian) else Gaussian.from_features(features, name)
 
 
-def validate_features(features: np.ndarray, what: str, at_least: int, needed_for: str) -> np.ndarray:
-    """Features (n, d) as an array.
+def validate_features(features: np.ndarray, name: str, minimum: int, purpose: str) -> np.ndarray:
+    """Checks features and returns them as an array (n, d).
+
+    Args:
+      features: Features (n, d).
+      name: Name of the set of images, for the error.
+      minimum: Smallest number of images.
+      purpose: Name of the computation that needs so many images, for the error.
 
     Raises:
-      ConfigError: they are no matrix, not finite or less than `at_least`; `what` and `needed_for` go into the message.
+      ConfigError: The features are not a matrix, not finite, or less than `minimum`.
     """
     x = np.asarray(features)
     if x.ndim != 2 or not x.shape[1]:
-        raise ConfigError(f"{what} features have shape {x.shape}: they must be (images, features).")
-    if len(x) < at_least:
-        raise ConfigError(f"{len(x)} {what} images are too few for {needed_for}: give {at_least} or more.")
-    broken = int(len(x) - np.isfinite(x).all(axis=1).sum())
-    if broken:
-        raise ConfigError(f"{what} features of {broken} of {len(x)} images are not finite: look at images and weights.")
+        raise ConfigError(f"{name} features have shape {x.shape}: they must be (images, features).")
+    if len(x) < minimum:
+        raise ConfigError(f"{len(x)} {name} images are too few for {purpose}: give {minimum} or more.")
+    not_finite = int(len(x) - np.isfinite(x).all(axis=1).sum())
+    if not_finite:
+        raise ConfigError(
+            f"{name} features of {not_finite} of {len(x)} images are not finite: check the images and the network's weights."
+        )
     return x
 
 
 def check_same_features(x: np.ndarray, y: np.ndarray) -> None:
-    """Raises ConfigError when generated (n, d) and real (m, d) features are of networks of different sizes."""
+    """Checks that generated and real images have the same number of features.
+
+    Raises:
+      ConfigError: The numbers of features differ.
+    """
     if x.shape[1] != y.shape[1]:
         raise ConfigError(
             f"generated images have {x.shape[1]} features, real ones {y.shape[1]}: they are of different networks."

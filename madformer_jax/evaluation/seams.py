@@ -1,4 +1,8 @@
-"""Seams between blocks: what block-wise generation can do wrong, and what no distance of features shows."""
+"""The seam score: how much more neighboring pixels differ across block borders than inside blocks.
+
+Block-wise generation can leave visible seams that feature distances do not detect. `shards`
+computes `difference_profiles` of each image, and `judge` computes the score.
+"""
 
 import numpy as np
 
@@ -6,19 +10,20 @@ from madformer_jax.evaluation import scores
 
 
 def difference_profiles(images: np.ndarray) -> np.ndarray:
-    """How much neighbouring pixels differ on the two sides of each line through the image.
+    """Computes the mean absolute difference of neighboring pixels across each line between pixels.
 
     Args:
-      images: uint8 (n, H, W, c).
+      images: Images uint8 (n, H, W, c).
 
     Returns:
-      (n, H - 1 + W - 1) float32: mean absolute difference across each horizontal line, then across each vertical one.
+      Profiles (n, H - 1 + W - 1) float32: the differences across horizontal lines, then across
+      vertical lines.
     """
     return np.stack([_difference_profile(image) for image in images])
 
 
 def _difference_profile(image: np.ndarray) -> np.ndarray:
-    """In integers, which takes a ninth of the time of floats and is exact."""
+    """Computes the profile of one image. Integers are exact and 9 times faster than floats."""
     height, width, channels = image.shape
     down = _absolute_differences(image[1:], image[:-1]).reshape(height - 1, -1).sum(axis=1, dtype=np.uint32)
     right = _absolute_differences(image[:, 1:], image[:, :-1]).reshape(height, -1).sum(axis=0, dtype=np.uint32)
@@ -27,31 +32,38 @@ def _difference_profile(image: np.ndarray) -> np.ndarray:
 
 
 def _absolute_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    steps = np.maximum(a, b)
-    steps -= np.minimum(a, b)
-    return steps
+    difference = np.maximum(a, b)
+    difference -= np.minimum(a, b)
+    return difference
 
 
 def border_and_interior_steps(profiles: np.ndarray, shape: tuple[int, int], rows: int, columns: int) -> np.ndarray:
-    """The steps across borders of blocks and inside blocks.
+    """Computes mean absolute differences of neighboring pixels at block borders and elsewhere.
 
     Args:
-      profiles: (n, H - 1 + W - 1), of `profile`.
-      shape: (H, W).
-      rows, columns: of blocks in an image; together at least three.
+      profiles: Profiles (n, H - 1 + W - 1) of `difference_profiles`.
+      shape: Height and width (H, W) of an image.
+      rows: Number of rows of blocks. `rows + columns` is at least 3, so that borders exist.
+      columns: Number of columns of blocks.
 
     Returns:
-      (n, 2) float64: mean absolute difference of neighbours on two sides of a border, and in one block, of each image.
+      Differences (n, 2) float64 of each image: across borders, and inside blocks.
     """
     lines = [np.arange(1, side) for side in shape]
-    border = np.concatenate([line % (side // parts) == 0 for line, side, parts in zip(lines, shape, (rows, columns))])
-    pairs = np.repeat([shape[1], shape[0]], [len(line) for line in lines])  # of pixels on a line
+    border = np.concatenate([line % (side // count) == 0 for line, side, count in zip(lines, shape, (rows, columns))])
+    # Number of pixel pairs across each line.
+    pairs = np.repeat([shape[1], shape[0]], [len(line) for line in lines])
     return np.stack([np.average(profiles[:, x], axis=1, weights=pairs[x]) for x in (border, ~border)], axis=1)
 
 
 def seam_score(steps: np.ndarray) -> float:
-    """Mean step across borders over mean step inside blocks, of `steps_at_borders` (n, 2): about 1 without seams.
+    """Computes the mean difference at borders divided by the mean difference inside blocks.
 
-    Images without any step have no seam either: 1; with steps at borders only it is infinite.
+    Args:
+      steps: Differences (n, 2) of `border_and_interior_steps`.
+
+    Returns:
+      The score, about 1 without seams. It is 1 for constant images and infinite for differences at
+      borders only.
     """
     return float(scores.ratio(*np.mean(steps, axis=0)))

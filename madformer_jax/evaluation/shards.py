@@ -1,7 +1,9 @@
-"""What is found out of many images, in parts on disk: a killed run goes on, and memory holds one batch of images.
+"""Per-image features of a set of images, in shards on disk, extracted by all processes.
 
-Every process takes its share of each part; the first one writes it. Only what is small per image is kept. One job at a time
-works on a folder of parts: see `alone`.
+`modes.evaluate` and `modes.reference` use it. Each process extracts a slice of each shard, and the
+first process writes the shard. A killed run continues at the first missing shard. Memory holds one
+batch of images. `exclusive_lock` keeps two jobs from working on the same folder. `extract_features`
+determines the arrays of a shard; add further per-image arrays there.
 """
 
 import contextlib
@@ -28,9 +30,9 @@ from madformer_jax.runtime import lock, progress, storage
 Arrays = dict[str, np.ndarray]
 T = TypeVar("T")
 
-MAX_BATCH = 256  # small images of a part: what a kill loses at most
-POLL_SECONDS = 2.0  # seconds between two looks whether a folder is free
-UNREADABLE_KEY = "unread"  # the array that tells, as text, of images that cannot be read
+MAX_BATCH = 256  # images of a shard: a kill loses at most their features
+POLL_SECONDS = 2.0  # interval at which `exclusive_lock` tries to get the lock
+UNREADABLE_KEY = "unread"  # array with a text line for each unreadable image
 
 
 class Shard(NamedTuple):
@@ -45,70 +47,78 @@ class Shard(NamedTuple):
 
 
 class Shards:
-    """The parts of n images in a folder of files; the same in every process."""
+    """The shards of n images in a folder, one file each. Every process has the same object."""
 
     def __init__(self, folder: epath.Path, n: int, size: int):
+        """Divides n images into shards of `size` images."""
         self._folder = folder
-        self._parts = [Shard(first, min(first + size, n)) for first in range(0, n, size)]
+        self._shards = [Shard(first, min(first + size, n)) for first in range(0, n, size)]
 
     def missing(self) -> list[Shard]:
-        """The parts that are not there yet, damaged, or lack images, which may be mended now; as the first process sees them."""
-        there = np.array([jax.process_index() == 0 and self._whole(part) for part in self._parts])
-        there = multihost_utils.broadcast_one_to_all(there) if jax.process_count() > 1 else there
-        return [part for part, found in zip(self._parts, there) if not found]
+        """Returns the shards without a valid file, as the first process sees them.
 
-    def write(self, part: Shard, arrays: Arrays) -> None:
-        """Writes what was found in a part."""
+        A shard with unreadable images counts as missing, because the images may have been repaired.
+        """
+        complete = np.array([jax.process_index() == 0 and self._is_complete(shard) for shard in self._shards])
+        complete = multihost_utils.broadcast_one_to_all(complete) if jax.process_count() > 1 else complete
+        return [shard for shard, is_complete in zip(self._shards, complete) if not is_complete]
+
+    def write(self, shard: Shard, arrays: Arrays) -> None:
+        """Writes the arrays of a shard. Only the first process writes."""
         if jax.process_index() == 0:
-            storage.write(self._path(part), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+            storage.write(self._path(shard), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
-    def each(self) -> Iterator[Arrays]:
-        """All parts in order, one in memory at a time.
+    def iterate(self) -> Iterator[Arrays]:
+        """Yields the arrays of each shard, in order.
 
         Raises:
-          ConfigError: a part is damaged.
+          ConfigError: A shard is damaged.
         """
-        for part in self._parts:
-            path = self._path(part)
+        for shard in self._shards:
+            path = self._path(shard)
             try:
                 yield _parse_npz(path.read_bytes())
-            except Exception as error:  # a broken archive raises almost any kind
+            except Exception as error:  # A damaged archive raises many types of errors.
                 raise ConfigError(f"{path} is damaged: run again ({type(error).__name__}).") from None
 
     def read(self) -> Arrays:
-        """All parts, each array with their rows in order. Errors as in `each`."""
-        found: dict[str, list[np.ndarray]] = {}
-        for arrays in self.each():
+        """Returns the arrays of all shards, concatenated in order.
+
+        Raises:
+          ConfigError: A shard is damaged.
+        """
+        collected: dict[str, list[np.ndarray]] = {}
+        for arrays in self.iterate():
             for name, array in arrays.items():
-                found.setdefault(name, []).append(array)
-        return {name: np.concatenate(arrays) for name, arrays in found.items()}
+                collected.setdefault(name, []).append(array)
+        return {name: np.concatenate(arrays) for name, arrays in collected.items()}
 
     def remove(self) -> None:
-        """Removes the parts, once what they were for is written."""
+        """Removes the shards and their folder. Call it after the result is written."""
         if jax.process_index() == 0 and self._folder.exists():
             for path in self._folder.iterdir():
                 if lock.FILE_NAME not in path.name:
                     path.unlink(missing_ok=True)
             _remove_empty(self._folder)
 
-    def _whole(self, part: Shard) -> bool:
-        path = self._path(part)
+    def _is_complete(self, shard: Shard) -> bool:
+        path = self._path(shard)
         if not path.exists():
             return False
         content = path.read_bytes()
         try:
             return not _parse_npz(content).get(UNREADABLE_KEY, np.zeros(0)).size
-        except Exception as error:  # a broken archive raises almost any kind
-            logging.warning("%s is damaged (%s): done again", path, type(error).__name__)
+        except Exception as error:  # A damaged archive raises many types of errors.
+            logging.warning("%s is damaged (%s) and is computed again", path, type(error).__name__)
             return False
 
-    def _path(self, part: Shard) -> epath.Path:
-        return self._folder / f"part_{part.first:07d}_{part.stop:07d}.npz"
+    def _path(self, shard: Shard) -> epath.Path:
+        return self._folder / f"part_{shard.first:07d}_{shard.stop:07d}.npz"
 
 
 @contextlib.contextmanager
 def exclusive_lock(folder: epath.Path) -> Iterator[None]:
-    """Holds a folder of parts, for all processes of this job. Waits while another job holds it.
+    """Locks a folder of shards for this job. Waits while another job holds the lock.
 
     Raises:
       ConfigError: The folder cannot be written.
@@ -129,10 +139,11 @@ def exclusive_lock(folder: epath.Path) -> Iterator[None]:
 
 
 def _remove_empty(folder: epath.Path) -> None:
-    """Removes a folder unless something is in it. A bucket has no folders."""
+    """Removes a local folder if it is empty. Buckets have no folders."""
     if not storage.is_remote(folder):
         with contextlib.suppress(OSError):
-            os.rmdir(folder)  # that of epath removes what comes into the folder meanwhile
+            # `epath.Path.rmdir` would also remove files that another job writes meanwhile.
+            os.rmdir(folder)
 
 
 def _parse_npz(content: bytes) -> Arrays:
@@ -141,39 +152,41 @@ def _parse_npz(content: bytes) -> Arrays:
 
 
 def read_batch_size(c: ConfigDict) -> int:
-    """Images of a part that are read together: 64 MiB of pixels, and no more than `AT_ONCE`."""
+    """Returns the number of images to read at a time: 64 MiB of pixels, at most `MAX_BATCH`."""
     return max(1, min(MAX_BATCH, 2**26 // (c.data.image_size**2 * c.data.channels)))
 
 
 def process_slice(n: int) -> slice:
-    """The run of n rows that falls to this process."""
+    """Returns the slice of n rows that this process handles."""
     index, count = jax.process_index(), jax.process_count()
     return slice(n * index // count, n * (index + 1) // count)
 
 
 def allgather_rows(arrays: Arrays) -> Arrays:
-    """All processes' rows of each array, in the order of the processes; their numbers of rows may differ."""
+    """Concatenates each array over all processes, in their order. Numbers of rows may differ."""
     if jax.process_count() == 1:
         return arrays
     rows = len(next(iter(arrays.values())))
     counts = multihost_utils.process_allgather(np.array(rows))
-    most = int(counts.max())
+    max_rows = int(counts.max())
     out = {}
     for name, array in arrays.items():
-        padded = np.pad(array, [(0, most - rows)] + [(0, 0)] * (array.ndim - 1))
-        # as bytes: JAX would make float32 of float64
-        every = multihost_utils.process_allgather(np.frombuffer(padded.tobytes(), np.uint8))
-        every = every.reshape(-1).tobytes()
-        whole = np.frombuffer(every, array.dtype).reshape(len(counts), most, *array.shape[1:])
-        out[name] = np.concatenate([x[:count] for x, count in zip(whole, counts)])
+        padded = np.pad(array, [(0, max_rows - rows)] + [(0, 0)] * (array.ndim - 1))
+        # JAX would convert float64 to float32, so the arrays are exchanged as bytes.
+        gathered_bytes = multihost_utils.process_allgather(np.frombuffer(padded.tobytes(), np.uint8))
+        gathered_bytes = gathered_bytes.reshape(-1).tobytes()
+        gathered = np.frombuffer(gathered_bytes, array.dtype).reshape(len(counts), max_rows, *array.shape[1:])
+        out[name] = np.concatenate([x[:count] for x, count in zip(gathered, counts)])
     return out
 
 
 def read_json(path: storage.Path) -> Any:
-    """Returns `storage.read_json` of the first process to every process: the others may see another state of the file.
+    """Reads a JSON file in the first process and returns its content in every process.
+
+    Other processes may see another state of the file, for example on a network file system.
 
     Raises:
-      ConfigError: As `storage.read_json`.
+      ConfigError: The file cannot be read, see `storage.read_json`.
     """
     if jax.process_count() == 1:
         return storage.read_json(path)
@@ -188,12 +201,12 @@ def read_json(path: storage.Path) -> Any:
 
 
 def sync_errors(outcome: T | ConfigError) -> T:
-    """Returns what this process has found, unless it or another process has an error instead.
+    """Returns `outcome`, or raises in every process if it is an error in any process.
 
-    A process that raised alone would leave the others waiting in their next exchange.
+    If only one process raised, the others would wait forever at the next collective.
 
     Raises:
-      ConfigError: The first error, in every process.
+      ConfigError: This process's error, or the first error of another process.
     """
     error = outcome if isinstance(outcome, ConfigError) else None
     text = f"{error}\n".encode("utf-8", "surrogateescape") if error else b""
@@ -205,24 +218,35 @@ def sync_errors(outcome: T | ConfigError) -> T:
 
 
 def extract_features(extract: Callable[[np.ndarray], NetworkOutputs], images: np.ndarray, labels: np.ndarray) -> Arrays:
-    """What is kept of images uint8 (n, H, W, c) and their labels (n,)."""
-    if not len(images):  # of a process without a share, or of files that cannot be read
-        one = extract_features(extract, np.zeros((1, *images.shape[1:]), images.dtype), np.zeros(1, np.int32))
-        return {name: array[:0] for name, array in one.items()}
+    """Computes the arrays of a shard from its images.
+
+    Args:
+      extract: Computes a network's outputs, see `registry.make_extractor`.
+      images: Images uint8 (n, H, W, c). n is 0 if this process has no slice of the shard.
+      labels: Their classes (n,).
+
+    Returns:
+      `features` (n, d), `profile` of `seams.difference_profiles`, `labels` (n,) and, if the network
+      has classes, `logits` (n, classes).
+    """
+    if not len(images):
+        # The shapes of the empty arrays come from a dummy image.
+        dummy = extract_features(extract, np.zeros((1, *images.shape[1:]), images.dtype), np.zeros(1, np.int32))
+        return {name: array[:0] for name, array in dummy.items()}
     outputs = extract(images)
-    found = {
+    arrays = {
         "features": outputs.features,
         "profile": seams.difference_profiles(images),
         "labels": labels.astype(np.int32),
     }
-    return found if outputs.logits is None else {**found, "logits": outputs.logits}
+    return arrays if outputs.logits is None else {**arrays, "logits": outputs.logits}
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:
-    """The same items; the next one is made in a thread while the last is used."""
+    """Yields the items. A thread computes the next item while the caller uses the current one."""
     end: Any = object()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next, items, end)
-        while (item := waiting.result()) is not end:
-            waiting = pool.submit(next, items, end)
+        future = pool.submit(next, items, end)
+        while (item := future.result()) is not end:
+            future = pool.submit(next, items, end)
             yield item

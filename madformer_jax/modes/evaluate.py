@@ -1,9 +1,11 @@
-"""--mode=evaluate: scores of a workdir's checkpoints, or of images that exist, against a reference.
+"""--mode=evaluate: scores of a workdir's checkpoints, or of existing images, against a reference.
 
     python -m madformer_jax.main --workdir=runs/digits --mode=evaluate --config.evaluate.n=1000
 
-Each setting's result is a file workdir/evaluations/<hash of its protocol>.json; what is there is not computed again, and a
-killed run goes on where it was.
+Each checkpoint and setting has a result file workdir/evaluations/<hash of its protocol>.json.
+Existing results are not computed again, and a killed run continues at its first missing shard.
+`modes.sweep` and the command line call `run`. The scores themselves are in
+`evaluation.sample_scores` and `evaluation.judge`.
 """
 
 import functools
@@ -34,6 +36,7 @@ from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.weights.fingerprint import fingerprint
 
+# Fields of `sample` that determine the images.
 SAMPLE_PROTOCOL_FIELDS = (
     "weights",
     "solver",
@@ -46,16 +49,20 @@ SAMPLE_PROTOCOL_FIELDS = (
     "labels",
     "label_sampling",
     "noise",
-)  # of `sample`: what decides images
+)
 
 ShardExtractor = Callable[[Sequence[shards.Shard]], Iterator[shards.Arrays]]
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Scores what the config names, writes a file for each result, prints the table, and returns the results.
+    """Scores the images or checkpoints that the config names, and prints a table.
+
+    Returns:
+      `{"results": [...]}` with the content of each result file.
 
     Raises:
-      ConfigError: a setting, the reference, the images or a checkpoint is wrong or missing; nothing is drawn then.
+      ConfigError: A setting, the reference, the images or a checkpoint is wrong or missing. The
+        error comes before any sampling.
     """
     check(c)
     if c.evaluate.images:
@@ -68,34 +75,35 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def check(c: ConfigDict) -> None:
-    """Refuses what can be seen to be wrong before there is anything to judge.
+    """Checks the config and its grid without reading files.
 
     Raises:
-      ConfigError: a setting of the config or of its grid cannot be, or is of the other kind of images and would be passed over.
+      ConfigError: A setting of the config or of its grid is invalid, or does not apply to the
+        images.
     """
     config_lib.validate(c)
     if c.evaluate.degrade and not c.evaluate.images:
-        raise ConfigError("config.evaluate.degrade spoils images that exist: name them in evaluate.images.")
+        raise ConfigError("config.evaluate.degrade applies to existing images only: name them in evaluate.images.")
     if c.evaluate.grid and c.evaluate.images:
         raise ConfigError(
-            "config.evaluate.grid draws from checkpoints, and evaluate.images are there already: set one."
+            "config.evaluate.grid samples from checkpoints, and evaluate.images names existing images: set one."
         )
     for setting in sampling_grid.expand_configs(c):
         config_lib.validate(setting)
 
 
 def check_before_training(c: ConfigDict, workdir: str) -> None:
-    """Refuses, before a model is trained, what `train.judge` would end in when it is.
+    """Checks before training that `train.judge` will be able to score the trained model.
 
     Raises:
-      ConfigError: As `check`. The reference or its network can neither be opened nor made. There are fewer images than are
-        judged. The noise or a prompt of a setting does not fit.
+      ConfigError: `check` fails, the reference or its network can neither be opened nor made, there
+        are too few images, or the noise or a prompt of a setting does not fit.
     """
     check(c)
-    training = images.from_source(c, "train", shuffled=False, asked="train.judge")
+    training = images.from_source(c, "train", shuffled=False, config_field="train.judge")
     if training.n < c.evaluate.n:
         raise ConfigError(
-            f"config.evaluate.n={c.evaluate.n}: train.judge judges as many real images of split 'train', and there are only "
+            f"config.evaluate.n={c.evaluate.n}: train.judge scores as many real images of split 'train', and there are only "
             f"{training.n}: set a smaller config.evaluate.n."
         )
     if epath.Path(judge_paths.reference_path(c, workdir)).exists():
@@ -111,49 +119,52 @@ def check_before_training(c: ConfigDict, workdir: str) -> None:
     likelihood.check(c)
 
 
-def _judge_images(c: ConfigDict, workdir: str, by: sample_scores.Judge) -> dict[str, Any]:
+def _judge_images(c: ConfigDict, workdir: str, scorer: sample_scores.Judge) -> dict[str, Any]:
+    """Returns the result of the existing images that `evaluate.images` names."""
     data = images.open_images(c)
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
 
-    look = functools.partial(
-        images.extract_missing_shards, data, by.extract, images.UnreadableImages(c.evaluate.n, c.data.max_corrupt)
+    extract = functools.partial(
+        images.extract_missing_shards, data, scorer.extract, images.UnreadableImages(c.evaluate.n, c.data.max_corrupt)
     )
-    about = data.about | {"content": data.digest(c.evaluate.n), "labelled": bool(data.classes)}
-    return _load_or_make_result(c, workdir, by, about, shards.read_batch_size(c), look, labelled=bool(data.classes))
+    labeled = bool(data.classes)
+    metadata = data.protocol | {"content": data.digest(c.evaluate.n), "labelled": labeled}
+    return _load_or_make_result(c, workdir, scorer, metadata, shards.read_batch_size(c), extract, labeled=labeled)
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
-    """A result for each checkpoint and setting, in this order."""
+    """Returns a result for each checkpoint and setting. The settings vary fastest."""
     grid = sampling_grid.expand_configs(c)
     sampling_grid.log_warnings(c, grid)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
-    by = sample_scores.open_judge(c, workdir, c.evaluate.n)
+    scorer = sample_scores.open_judge(c, workdir, c.evaluate.n)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
     target = generation.abstract_params(model, mesh)
     memory.check_state_fits("evaluation", mesh, parameters=target)
-    noise = generation.open_noise(grid[0])  # of all settings
-    digest = generation.hash_noise(noise) or ""
-    texts = {asked: prompts.tokenize(setting) for asked, setting in _unique_prompt_configs(grid).items()}
-    described = {
-        asked: prompts.describe(setting, texts[asked]) for asked, setting in _unique_prompt_configs(grid).items()
-    }
+    noise = generation.open_noise(grid[0])  # `sample.noise` is the same in all settings
+    noise_digest = generation.hash_noise(noise) or ""
+    unique_prompts = _unique_prompt_configs(grid)
+    texts = {name: prompts.tokenize(setting) for name, setting in unique_prompts.items()}
+    prompt_metadata = {name: prompts.describe(setting, texts[name]) for name, setting in unique_prompts.items()}
     captions = likelihood.open_captions(c)
-    declared = {} if captions is None else {"bits": captions.protocol}
+    extra_protocol = {} if captions is None else {"bits": captions.protocol}
     programs: dict[Any, generation.SampleFn] = {}
     results: dict[tuple[int, int], dict[str, Any]] = {}
     with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
         steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoints.steps)
         codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
-        decoded = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
+        codec_metadata = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
         for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
             _, params = checkpoints.restore_weights(weights, target, step)
             text.check_tokenizer_identity(c, checkpoints.meta(step), step, workdir)
-            about = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | decoded
-            # The captions' scores depend on the weights alone.
-            likely = functools.cache(functools.partial(captions.scores, model, params, mesh)) if captions else dict
+            metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | codec_metadata
+            # The captions' scores depend on the weights only, so all settings share them.
+            extra_scores = (
+                functools.cache(functools.partial(captions.scores, model, params, mesh)) if captions else dict
+            )
             for i, setting in enumerate(grid):
                 if setting.sample.weights != weights:
                     continue
@@ -168,71 +179,87 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                         step,
                         class_labels.summary(config_lib.sample_labels(setting), names),
                     )
-                drawn = json.loads(s.to_json()) | {"noise": digest, "labels": chosen}  # as a file has it
+                # Through JSON, so that the values equal those of a result file.
+                settings = json.loads(s.to_json()) | {"noise": noise_digest, "labels": chosen}
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
-                    drawn_by = generation.make_sample_fn(setting, model, images_codec.decode)
-                    programs[program] = progress.log_compilation(drawn_by, f"the sampling program of {s.steps} steps")
+                    sample_fn = generation.make_sample_fn(setting, model, images_codec.decode)
+                    programs[program] = progress.log_compilation(sample_fn, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
                     generation.batches, setting, programs[program], params, codec_params, mesh, most=s.n, given=given
                 )
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(
-                    setting, workdir, by, about | {name: drawn[name] for name in SAMPLE_PROTOCOL_FIELDS} | described[s.prompts],
+                    setting, workdir, scorer,
+                    metadata | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS} | prompt_metadata[s.prompts],
                     size * -(-shards.MAX_BATCH // size),
-                    functools.partial(map, functools.partial(_sample_and_extract, draw, by)), labelled=bool(c.model.classes),
-                    more=likely, declared=declared,
+                    functools.partial(map, functools.partial(_sample_and_extract, draw, scorer)),
+                    labeled=bool(c.model.classes), extra_scores=extra_scores, extra_protocol=extra_protocol,
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
 
 
 def _unique_prompt_configs(grid: Sequence[ConfigDict]) -> dict[str, ConfigDict]:
-    """One of the settings for each value of `sample.prompts`."""
+    """Returns one setting for each value of `sample.prompts`."""
     return {setting.sample.prompts: setting for setting in grid}
 
 
 def _sample_and_extract(
-    draw: Callable[[range], Iterator[generation.SampleBatch]], by: sample_scores.Judge, part: shards.Shard
+    draw: Callable[[range], Iterator[generation.SampleBatch]], scorer: sample_scores.Judge, shard: shards.Shard
 ) -> shards.Arrays:
-    return sample_scores.extract_features(interruptible(draw(range(part.first, part.stop))), by.extract, by.reader)
+    """Samples the images of a shard and extracts their features."""
+    batches = interruptible(draw(range(shard.first, shard.stop)))
+    return sample_scores.extract_features(batches, scorer.extract, scorer.attribute_classifier)
 
 
 def _load_or_make_result(
     c: ConfigDict,
     workdir: str,
-    by: sample_scores.Judge,
-    about: Mapping[str, Any],
+    scorer: sample_scores.Judge,
+    metadata: Mapping[str, Any],
     size: int,
-    look: ShardExtractor,
+    extract: ShardExtractor,
     *,
-    labelled: bool,
-    more: Callable[[], dict[str, judge.Score]] = dict,
-    declared: Mapping[str, Any] | None = None,
+    labeled: bool,
+    extra_scores: Callable[[], dict[str, judge.Score]] = dict,
+    extra_protocol: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the result of one set of images: read from its file, or made part by part.
+    """Loads the result of a set of images from its file, or computes and writes it.
 
     Args:
-      about: What identifies the images.
-      more: Computes further scores.
-      declared: What identifies the inputs of those.
+      c: The config of the images.
+      workdir: The folder of the results.
+      scorer: The reference and the networks.
+      metadata: JSON that identifies the images.
+      size: Images of a shard.
+      extract: Yields the arrays of each missing shard.
+      labeled: Whether the labels are classes of the data.
+      extra_scores: Computes further scores.
+      extra_protocol: JSON that identifies the inputs of the further scores.
     """
-    protocol = {**by.protocol, **(declared or {}), "images": dict(about)}
+    protocol = {**scorer.protocol, **(extra_protocol or {}), "images": dict(metadata)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = os.path.join(workdir, "evaluations", f"{key}.json")
     stored = _load_result(c, path)
     if stored is not None:
-        logging.info("%s is there already", path)
+        logging.info("%s exists already", path)
         return stored
     folder = epath.Path(workdir) / "evaluations" / key
     with shards.exclusive_lock(folder):
-        stored = _load_result(c, path)  # another process may have written it meanwhile
+        # Another job may have written it while this job waited for the lock.
+        stored = _load_result(c, path)
         if stored is not None:
             return stored
-        return _make_result(c, path, protocol, shards.Shards(folder, c.evaluate.n, size), by, look, labelled, more)
+        collected = shards.Shards(folder, c.evaluate.n, size)
+        return _make_result(c, path, protocol, collected, scorer, extract, labeled, extra_scores)
 
 
 def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
-    """Reads a result, with what follows from the config as this version counts it; None if there is none."""
+    """Loads a result, or returns None if the file does not exist.
+
+    Costs that follow from the config are recomputed, because an earlier version may have counted
+    differently.
+    """
     result = shards.read_json(path)
     if result is not None and "cost" in result:
         result["cost"] |= flops.image_cost(c)
@@ -244,26 +271,28 @@ def _make_result(
     path: str,
     protocol: dict[str, Any],
     collected: shards.Shards,
-    by: sample_scores.Judge,
-    look: ShardExtractor,
-    labelled: bool,
-    more: Callable[[], dict[str, judge.Score]],
+    scorer: sample_scores.Judge,
+    extract: ShardExtractor,
+    labeled: bool,
+    extra_scores: Callable[[], dict[str, judge.Score]],
 ) -> dict[str, Any]:
-    """Looks at the missing parts, and writes the result."""
+    """Extracts the missing shards, computes the scores, and writes the result."""
     missing = collected.missing()
     with tqdm(
-        total=sum(p.n for p in missing), desc="evaluating", unit="image", disable=jax.process_index() != 0
+        total=sum(shard.n for shard in missing), desc="evaluating", unit="image", disable=jax.process_index() != 0
     ) as bar:
-        for part, arrays in interruptible(zip(missing, look(missing))):
-            collected.write(part, arrays)
-            bar.update(part.n)
+        for shard, shard_arrays in interruptible(zip(missing, extract(missing))):
+            collected.write(shard, shard_arrays)
+            bar.update(shard.n)
     partitioning.sync(path)
-    found = collected.read()
-    partitioning.sync(f"read {path}")  # before the first process removes the parts
-    protocol["n"] = len(found["labels"])  # less than evaluate.n where images cannot be read
-    result = {"protocol": protocol, "scores": sample_scores.compute_scores(c, by, found, labelled=labelled) | more()}
-    if "seconds" in found:
-        result["cost"] = _sampling_cost(c, found["seconds"])
+    arrays = collected.read()
+    # The first process removes the shards only after all processes have read them.
+    partitioning.sync(f"read {path}")
+    protocol["n"] = len(arrays["labels"])  # less than evaluate.n if images are unreadable
+    scores = sample_scores.compute_scores(c, scorer, arrays, labeled=labeled) | extra_scores()
+    result: dict[str, Any] = {"protocol": protocol, "scores": scores}
+    if "seconds" in arrays:
+        result["cost"] = _sampling_cost(c, arrays["seconds"])
     if jax.process_index() == 0:
         storage.write_json(path, result)
         collected.remove()
@@ -272,5 +301,5 @@ def _make_result(
 
 
 def _sampling_cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
-    """What an image costs; the median over batches leaves out those that compiled."""
+    """Returns the cost of an image. The median over batches ignores the batches that compiled."""
     return flops.image_cost(c) | {"seconds": float(np.median(seconds[:, 0] / seconds[:, 1]))}

@@ -194,8 +194,8 @@ class Scores(SamplingHook):
         self._judge = judge
 
     def _use(self, step: int, batches: Iterator[generation.SampleBatch]) -> None:
-        found = sample_scores.extract_features(batches, self._judge.extract, self._judge.reader)
-        labelled = bool(self._c.model.classes)
+        found = sample_scores.extract_features(batches, self._judge.extract, self._judge.attribute_classifier)
+        labeled = bool(self._c.model.classes)
         self._studio.report.score(
-            step, self._n, sample_scores.compute_scores(self._c, self._judge, found, labelled=labelled)
+            step, self._n, sample_scores.compute_scores(self._c, self._judge, found, labeled=labeled)
         )

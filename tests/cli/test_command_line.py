@@ -185,7 +185,7 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
         (["--config.evaluate.n=9"], "config.evaluate.n=9 images are too few"),
         (["--config.evaluate.training=missing.npz"], "no reference at missing.npz"),
         (["--config.sample.noise=missing.npy"], "config.sample.noise=missing.npy cannot be read"),
-        (FOLDER + ["--config.data.path={tmp}/flat"], "needs labelled images"),
+        (FOLDER + ["--config.data.path={tmp}/flat"], "needs labeled images"),
         (FOLDER + ["--config.data.path={tmp}/one"], "two classes or more"),
         (
             FOLDER + ["--config.data.path={tmp}/two", "--config.data.test_share=0"],

@@ -1,4 +1,4 @@
-"""Seams and memorisation on images with a known answer."""
+"""Seam and memorization scores of images with a known answer."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def test_seam_score_counts_steps_at_borders():
     ramp[1, :, 6:] += 4  # a step of 5 instead of 1 between the two columns of blocks
     profiles = seams.difference_profiles(ramp)
     steps = seams.border_and_interior_steps(profiles, (8, 12), rows=1, columns=2)
-    inside = (8 * 10) / (8 * 10 + 7 * 12)  # rows do not differ
+    inside = (8 * 10) / (8 * 10 + 7 * 12)  # equal rows
     np.testing.assert_allclose(steps, [[1, inside], [5, inside]], rtol=1e-6)
     assert seams.seam_score(steps) == pytest.approx(3 / inside)
     across_rows = seams.border_and_interior_steps(profiles, (8, 12), rows=2, columns=1)

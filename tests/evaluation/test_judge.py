@@ -1,4 +1,4 @@
-"""The judge's scores beside those of the library, and the table that refuses."""
+"""All scores of a set of images against the score functions, and tables of results."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from madformer_jax.evaluation.reference_statistics import Reference
 
 
 @pytest.fixture(scope="module")
-def found():
+def arrays():
     random = np.random.default_rng(0)
     return {
         "features": random.standard_normal((40, 5)),
@@ -20,59 +20,61 @@ def found():
     }
 
 
-def _judge(found, network, **settings):
+def _compute_scores(arrays, network, **settings):
     random = np.random.default_rng(1)
     real = random.standard_normal((30, 5)) + 0.3
-    known = Reference({"n": 30}, "", scores.Gaussian.of(real), real, random.random(18))
-    given = {"recognise": True, "grid": (2, 2), "shape": (8, 12)} | settings
-    return judge.compute_scores(network, found, known, **given), known
+    reference = Reference({"n": 30}, "", scores.Gaussian.from_features(real), real, random.random(18))
+    settings = {"recognize": True, "grid": (2, 2), "shape": (8, 12)} | settings
+    return judge.compute_scores(network, arrays, reference, **settings), reference
 
 
-def test_all_scores_have_their_name_their_value_and_an_interval(found):
-    out, known = _judge(found, "inception", training=known_training())
-    x, y = found["features"], known.features
-    steps = seams.border_and_interior_steps(found["profile"], (8, 12), 2, 2)
+def test_all_scores_have_their_name_their_value_and_an_interval(arrays):
+    out, reference = _compute_scores(arrays, "inception", training=_training())
+    x, y = arrays["features"], reference.features
+    steps = seams.border_and_interior_steps(arrays["profile"], (8, 12), 2, 2)
     expected = {
         "FID": scores.frechet(x, y),
         "KID": scores.kernel_distance(x, y)[0],
-        "IS": scores.inception_score(found["logits"])[0],
+        "IS": scores.inception_score(arrays["logits"])[0],
         "precision": scores.precision_recall(x, y)[0],
         "recall": scores.precision_recall(x, y)[1],
-        "recognised": np.mean(found["logits"].argmax(1) == found["labels"]),
+        "recognised": np.mean(arrays["logits"].argmax(1) == arrays["labels"]),
         "seam": seams.seam_score(steps),
     }
     assert {name: score["value"] for name, score in out.items() if name in expected} == pytest.approx(expected)
     assert out.keys() - expected.keys() == {"memorisation"}
     assert out["KID"]["deviation"] == scores.kernel_distance(x, y)[1]
-    assert out["seam"]["real"] == seams.seam_score(seams.border_and_interior_steps(known.profile[None], (8, 12), 2, 2))
+    assert out["seam"]["real"] == seams.seam_score(
+        seams.border_and_interior_steps(reference.profile[None], (8, 12), 2, 2)
+    )
     for score in out.values():
         assert score["low"] < score["value"] < score["high"]
 
 
-def known_training():
+def _training():
     x, held_out = np.random.default_rng(2).standard_normal((2, 20, 5))
-    return TrainingFeatures(Reference({"n": 20}, "", scores.Gaussian.of(x), x, None, stored=20), held_out)
+    return TrainingFeatures(Reference({"n": 20}, "", scores.Gaussian.from_features(x), x, None, stored=20), held_out)
 
 
-def test_memorisation_says_how_many_images_were_searched(found):
-    score = _judge(found, "inception", training=known_training())[0]["memorisation"]
+def test_memorization_score_has_the_number_of_searched_images(arrays):
+    score = _compute_scores(arrays, "inception", training=_training())[0]["memorisation"]
     assert (score["searched"], score["training"]) == (20, 20)
 
 
 @pytest.mark.parametrize(("across", "inside", "expected"), [(0, 0, 1), (2, 0, np.inf), (0, 2, 0)])
-def test_seams_of_constant_images_have_an_interval(found, across, inside, expected):
-    """An image without a step has no seam; with steps at borders alone the score is infinite."""
+def test_seams_of_constant_images_have_an_interval(arrays, across, inside, expected):
+    """The score of constant images is 1. With differences at borders only it is infinite."""
     border = np.concatenate([np.arange(1, side) % (side // 2) == 0 for side in (8, 12)])
     profile = np.tile(np.where(border, across, inside), (40, 1))
-    seam = _judge(found | {"profile": profile}, "inception")[0]["seam"]
+    seam = _compute_scores(arrays | {"profile": profile}, "inception")[0]["seam"]
     assert [seam[name] for name in ("value", "low", "high")] == [expected] * 3
-    profile[1:] = 0  # a few replicates are of constant images alone, and a few are infinite
-    seam = _judge(found | {"profile": profile}, "inception")[0]["seam"]
+    profile[1:] = 0  # Some replicates contain constant images only, and some are infinite.
+    seam = _compute_scores(arrays | {"profile": profile}, "inception")[0]["seam"]
     assert seam["low"] <= seam["value"] <= seam["high"]
 
 
-def test_scores_of_other_features_carry_their_name(found):
-    out, _ = _judge(found, "classifier", recognise=False, grid=(1, 1))
+def test_scores_of_another_network_end_in_its_name(arrays):
+    out, _ = _compute_scores(arrays, "classifier", recognize=False, grid=(1, 1))
     assert list(out) == [f"{name}-classifier" for name in ("FD", "KID", "IS", "precision", "recall")]
 
 
@@ -91,10 +93,10 @@ def test_table_shows_what_differs_and_the_mean_over_checkpoints():
 
 
 @pytest.mark.parametrize(
-    "part, other", [("n", 20), ("reference", "b"), ("network", {"weights": "v"}), ("scores", {"k": 5})]
+    "field, other", [("n", 20), ("reference", "b"), ("network", {"weights": "v"}), ("scores", {"k": 5})]
 )
-def test_table_refuses_scores_of_different_protocols(part, other):
+def test_table_refuses_scores_of_different_protocols(field, other):
     results = [_result(4.0, step=1), _result(4.0, step=2)]
-    results[1]["protocol"][part] = other
-    with pytest.raises(ConfigError, match=f"do not share a table: {part} "):
+    results[1]["protocol"][field] = other
+    with pytest.raises(ConfigError, match=f"do not share a table: {field} "):
         judge.comparison_table(results)

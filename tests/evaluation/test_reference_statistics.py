@@ -1,4 +1,4 @@
-"""The statistics of a reference, taken part by part."""
+"""Reference statistics, computed batch by batch."""
 
 import numpy as np
 import pytest
@@ -8,71 +8,71 @@ from madformer_jax.evaluation import reference_statistics, scores
 from madformer_jax.evaluation.memorization import TrainingFeatures
 
 
-def test_statistics_of_parts_are_those_of_the_whole_and_a_fixed_choice_of_features_is_kept(tmp_path, monkeypatch):
+def test_statistics_do_not_depend_on_the_batches_and_a_fixed_sample_of_features_is_stored(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     x, labels = 100 + random.standard_normal((40, 5), np.float32), random.integers(0, 3, 40, np.int32)
     profile = random.random((40, 7))
 
     def save(ends):
-        def each():
+        def batches():
             for first, end in zip([0, *ends], [*ends, 40]):
                 mean = profile[first:end].sum(axis=0, keepdims=True) / max(1, end - first)
                 rows = {"features": x[first:end], "labels": labels[first:end]}
                 yield rows | {"profile": mean, "weight": np.array([end - first])}
 
-        reference_statistics.save(str(tmp_path / "r.npz"), {"split": "test"}, each, classes=4)
+        reference_statistics.save(str(tmp_path / "r.npz"), {"split": "test"}, batches, classes=4)
         with np.load(tmp_path / "r.npz") as file:
             return dict(file)
 
-    found = save([16, 16, 32])
-    np.testing.assert_allclose(found["mu"], x.mean(axis=0, dtype=np.float64), rtol=1e-12)
-    np.testing.assert_allclose(found["sigma"], np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
-    np.testing.assert_array_equal(found["features"], x)
-    np.testing.assert_allclose(found["profile"], profile.mean(axis=0))
-    assert found["counts"].tolist() == [*np.bincount(labels), 0]
+    whole = save([16, 16, 32])
+    np.testing.assert_allclose(whole["mu"], x.mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(whole["sigma"], np.cov(x.astype(np.float64), rowvar=False), rtol=1e-10)
+    np.testing.assert_array_equal(whole["features"], x)
+    np.testing.assert_allclose(whole["profile"], profile.mean(axis=0))
+    assert whole["counts"].tolist() == [*np.bincount(labels), 0]
     monkeypatch.setattr(reference_statistics, "MAX_STORED_FEATURES", 12)
     monkeypatch.setattr(scores, "TILE_ROWS", 10)
     few, same = save([16, 32]), save([3])
-    kept = np.flatnonzero((x[:, None] == few["features"]).all(axis=2).any(axis=1))
-    assert len(kept) == 12 and kept[-1] > 16
-    np.testing.assert_array_equal(few["features"], x[kept])
-    np.testing.assert_array_equal(few["labels"], labels[kept])
+    stored = np.flatnonzero((x[:, None] == few["features"]).all(axis=2).any(axis=1))
+    assert len(stored) == 12 and stored[-1] > 16
+    np.testing.assert_array_equal(few["features"], x[stored])
+    np.testing.assert_array_equal(few["labels"], labels[stored])
     np.testing.assert_array_equal(few["features"], same["features"])
-    np.testing.assert_allclose(few["sigma"], found["sigma"], rtol=1e-12)
+    np.testing.assert_allclose(few["sigma"], whole["sigma"], rtol=1e-12)
     known = reference_statistics.load(str(tmp_path / "r.npz"))
-    np.testing.assert_array_equal(known.features, x[kept])
+    np.testing.assert_array_equal(known.features, x[stored])
     every = np.concatenate(list(reference_statistics.feature_tiles(known)))
     np.testing.assert_array_equal(np.sort(every, axis=0), np.sort(x, axis=0))
-    x[np.setdiff1d(np.arange(40), kept)[0]] = 0  # one that no other score compares with
+    x[np.setdiff1d(np.arange(40), stored)[0]] = 0  # an image that is not in `features`
     save([3])
     assert reference_statistics.load(str(tmp_path / "r.npz")).digest != known.digest
 
 
-def test_copies_are_searched_for_among_all_images(tmp_path, monkeypatch, caplog):
-    """Of a training set of which most scores keep a quarter; a file of an earlier version holds no more."""
+def test_all_training_images_are_searched_for_copies(tmp_path, monkeypatch, caplog):
+    """`features` holds a quarter of the images. Files of earlier versions hold nothing else."""
     monkeypatch.setattr(reference_statistics, "MAX_STORED_FEATURES", 10)
     x, held_out = np.random.default_rng(0).standard_normal((2, 40, 5), np.float32)
-    part = {"features": x, "labels": np.zeros(40, np.int32), "profile": np.zeros((1, 7)), "weight": np.array([40])}
-    digest = reference_statistics.save(str(tmp_path / "all.npz"), {}, lambda: iter([part]), classes=0)
+    batch = {"features": x, "labels": np.zeros(40, np.int32), "profile": np.zeros((1, 7)), "weight": np.array([40])}
+    digest = reference_statistics.save(str(tmp_path / "all.npz"), {}, lambda: iter([batch]), classes=0)
     training = TrainingFeatures(reference_statistics.load(str(tmp_path / "all.npz")), held_out)
     assert reference_statistics.load(str(tmp_path / "all.npz")).digest == digest
     assert (training.searched, training.images) == (40, 40) and not caplog.records
-    np.testing.assert_array_equal(training.nearest(x), 0)
+    np.testing.assert_array_equal(training.distances(x), 0)
     expected = np.linalg.norm(held_out[:, None] - x, axis=2).min(axis=1)
-    np.testing.assert_allclose(training.typical, expected, rtol=1e-5)
+    np.testing.assert_allclose(training.held_out_distances, expected, rtol=1e-5)
     with np.load(tmp_path / "all.npz") as file:
         np.savez(tmp_path / "old.npz", **{name: file[name] for name in file.files if "others" not in name})
     old = TrainingFeatures(reference_statistics.load(str(tmp_path / "old.npz")), held_out)
-    assert (old.searched, old.images) == (10, 40) and "among 10 of 40 training images" in caplog.text
-    assert (old.nearest(x) == 0).sum() == 10
+    assert (old.searched, old.images) == (10, 40) and "covers 10 of 40 training images" in caplog.text
+    assert (old.distances(x) == 0).sum() == 10
     (tmp_path / "all.npz").write_bytes((tmp_path / "all.npz").read_bytes()[:-100])
     with pytest.raises(ConfigError, match="all.npz is damaged or has changed"):
-        training.nearest(x)
+        training.distances(x)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):
-    part = {"features": np.float32([[1, 2], [np.nan, 3]]), "labels": np.zeros(2, np.int32)}
-    part |= {"profile": np.zeros((1, 3)), "weight": np.array([2])}
+    batch = {"features": np.float32([[1, 2], [np.nan, 3]]), "labels": np.zeros(2, np.int32)}
+    batch |= {"profile": np.zeros((1, 3)), "weight": np.array([2])}
     with pytest.raises(ConfigError, match="1 of 2 images are not finite"):
-        reference_statistics.save(str(tmp_path / "r.npz"), {}, lambda: iter([part]), classes=0)
+        reference_statistics.save(str(tmp_path / "r.npz"), {}, lambda: iter([batch]), classes=0)
     assert not (tmp_path / "r.npz").exists()

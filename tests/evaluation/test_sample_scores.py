@@ -9,12 +9,14 @@ from madformer_jax.evaluation.networks import registry
 from madformer_jax.sampling.generation import SampleBatch
 
 
-def test_the_attributes_that_pictures_have_are_read_batch_by_batch_and_scored(monkeypatch):
-    """Two of the three that are asked for; what nobody asks for does not count."""
+def test_attributes_are_predicted_batch_by_batch_and_scored(monkeypatch):
+    """Two of the three requested attributes match. Other attributes do not count."""
     monkeypatch.setattr(sample_scores.prompts, "requested_attributes", lambda c: np.array([[1, 0], [2, 1]]))
     monkeypatch.setattr(sample_scores.judge, "compute_scores", lambda *args, **settings: {})
     monkeypatch.setattr(
-        sample_scores.attribute_classifier, "predict", lambda reads, images: images[:, 0, 0, :2].astype(np.int32)
+        sample_scores.attribute_classifier,
+        "predict",
+        lambda classifier, images: images[:, 0, 0, :2].astype(np.int32),
     )
     images = np.zeros((2, 8, 8, 3), np.uint8)
     images[:, 0, 0, :2] = [[1, 5], [2, 0]]
@@ -25,9 +27,9 @@ def test_the_attributes_that_pictures_have_are_read_batch_by_batch_and_scored(mo
     def extract(images):
         return registry.NetworkOutputs(np.zeros((len(images), 3), np.float32), None)
 
-    found = sample_scores.extract_features(batches, extract, reads=object())
+    arrays = sample_scores.extract_features(batches, extract, classifier=object())
     assert "attributes" not in sample_scores.extract_features(batches, extract)
-    by = sample_scores.Judge(types.SimpleNamespace(name="classifier", about={}), extract, None, None, {})
-    score = sample_scores.compute_scores(schema.base(), by, found, labelled=False)["attributes"]
+    scorer = sample_scores.Judge(types.SimpleNamespace(name="classifier", metadata={}), extract, None, None, {})
+    score = sample_scores.compute_scores(schema.base(), scorer, arrays, labeled=False)["attributes"]
     assert score["value"] == pytest.approx(2 / 3)
     assert score["low"] <= score["value"] <= score["high"]

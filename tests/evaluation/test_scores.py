@@ -1,4 +1,4 @@
-"""Scores against torch-fidelity 0.4.0, and by their rules on arrays with a known answer."""
+"""Scores against torch-fidelity 0.4.0, and on arrays with a known answer."""
 
 import json
 
@@ -24,7 +24,9 @@ def test_scores_equal_torch_fidelity(reference, case):
     isc = scores.inception_score(logits)
     precision, recall = scores.precision_recall(generated, real)
     distance = expected["frechet_inception_distance"]
-    assert scores.frechet(generated, real) == pytest.approx(distance, rel=1e-7)  # their mean is float32
+    assert scores.frechet(generated, real) == pytest.approx(
+        distance, rel=1e-7
+    )  # torch-fidelity computes the mean in float32
     assert kid == pytest.approx([expected[f"kernel_inception_distance_{x}"] for x in ("mean", "std")], rel=5e-6)
     assert isc == pytest.approx([expected[f"inception_score_{x}"] for x in ("mean", "std")], rel=1e-10)
     assert (precision, recall) == pytest.approx((expected["precision"], expected["recall"]), rel=1e-7)
@@ -33,9 +35,9 @@ def test_scores_equal_torch_fidelity(reference, case):
 def test_distance_of_gaussians_with_a_known_answer(random):
     mean, scale = random.standard_normal(5), random.random(5)
     covariance = np.diag(scale**2)
-    turned = np.linalg.qr(random.standard_normal((5, 5)))[0]
-    a = Gaussian.from_covariance(turned @ mean, turned @ covariance @ turned.T)
-    b = Gaussian.from_covariance(np.zeros(5), turned @ (9 * covariance) @ turned.T)
+    rotation = np.linalg.qr(random.standard_normal((5, 5)))[0]
+    a = Gaussian.from_covariance(rotation @ mean, rotation @ covariance @ rotation.T)
+    b = Gaussian.from_covariance(np.zeros(5), rotation @ (9 * covariance) @ rotation.T)
     assert scores.frechet(a, b) == pytest.approx(np.sum(mean**2) + np.sum((2 * scale) ** 2), rel=1e-10)
 
 
@@ -43,7 +45,7 @@ def test_distance_of_gaussians_with_a_known_answer(random):
 def test_distance_of_features_is_that_of_their_statistics(random, n1, n2, d):
     x, y = random.standard_normal((n1, d)) * 3 + 5, random.standard_normal((n2, d))
     s1, s2 = (np.cov(z, rowvar=False).reshape(d, d) for z in (x, y))
-    # the root's two forms: eigenvalues of the product, exact only to the root of float64's precision
+    # Eigenvalues of the product are exact only to the square root of float64's precision.
     cross = np.sqrt(np.maximum(np.linalg.eigvals(s1 @ s2).real, 0)).sum()
     means = np.sum((x.mean(0) - y.mean(0)) ** 2)
     expected = means + np.trace(s1) + np.trace(s2) - 2 * cross
@@ -77,8 +79,8 @@ def test_subsets_are_no_larger_than_the_smaller_set(random):
     assert whole == pytest.approx((rule(y, y + 1), 0), abs=1e-9)
 
 
-def test_balls_have_their_border_and_not_their_centre():
-    real = np.array([[0.0], [1], [2], [3], [1000]])  # radii to the second neighbour: 2, 1, 1, 2, 998
+def test_balls_include_their_border_and_not_their_center():
+    real = np.array([[0.0], [1], [2], [3], [1000]])  # radii to the second neighbor: 2, 1, 1, 2, 998
     generated = np.array([[-2.0], [-2.1], [5], [5.1], [2000], [0]])
     precision, recall = scores.precision_recall(generated, real, k=2)
     assert precision == 4 / 6  # -2.1 and 2000 are outside; 5.1 is in the ball of 1000
@@ -87,23 +89,25 @@ def test_balls_have_their_border_and_not_their_centre():
     assert scores.precision_recall(far, real[:, [0, 0]] * [1, 0] + 1e5, k=2) == (precision, recall)
 
 
-def test_blocks_do_not_change_precision_and_recall(random, monkeypatch):
+def test_tiles_do_not_change_precision_and_recall(random, monkeypatch):
     x, y = random.standard_normal((50, 6)), random.standard_normal((41, 6)) * 0.8
     y[:5] = x[:5]  # copies: ties at the borders
     whole = scores.inside_balls(x, y)
     distance = np.linalg.norm(x[:, None] - y, axis=2)
-    reach = [np.sort(np.linalg.norm(z[:, None] - z, axis=2), axis=1)[:, 3] for z in (x, y)]
-    np.testing.assert_array_equal(whole[0], (distance <= reach[1] + 1e-12).any(axis=1))
-    np.testing.assert_array_equal(whole[1], (distance <= reach[0][:, None] + 1e-12).any(axis=0))
+    radius = [np.sort(np.linalg.norm(z[:, None] - z, axis=2), axis=1)[:, 3] for z in (x, y)]
+    np.testing.assert_array_equal(whole[0], (distance <= radius[1] + 1e-12).any(axis=1))
+    np.testing.assert_array_equal(whole[1], (distance <= radius[0][:, None] + 1e-12).any(axis=0))
     monkeypatch.setattr(scores, "TILE_ROWS", 7)
     for a, b in zip(whole, scores.inside_balls(x, y)):
         np.testing.assert_array_equal(a, b)
     assert scores.frechet(x, y) == pytest.approx(scores.frechet(x.astype(np.float32), y), rel=1e-5)
 
 
-def test_inception_score_of_sure_and_of_equal_logits():
-    sure = np.eye(5)[np.arange(1000) % 5] * 2000  # exp of it overflows, and the other classes' share underflows to 0
-    assert scores.inception_score(sure, splits=1) == pytest.approx((5, 0))
+def test_inception_score_of_confident_and_of_equal_logits():
+    confident = (
+        np.eye(5)[np.arange(1000) % 5] * 2000
+    )  # The exponential overflows, and the probabilities of other classes underflow.
+    assert scores.inception_score(confident, splits=1) == pytest.approx((5, 0))
     assert scores.inception_score(np.zeros((20, 7))) == pytest.approx((1, 0))
 
 
@@ -127,15 +131,15 @@ X = np.arange(24.0).reshape(6, 4) ** 2
         (lambda: scores.kernel_distance(X, X, subset_size=1), "subsets of 1"),
         (lambda: scores.inception_score(X), "10 splits"),
         (lambda: scores.inception_score(_nan(X), splits=2), "not finite"),
-        (lambda: scores.precision_recall(X[:3], X), "3-th neighbour: give 4"),
+        (lambda: scores.precision_recall(X[:3], X), "3-th neighbor: give 4"),
         (lambda: scores.precision_recall(X, _nan(X)), "not finite"),
         (lambda: Gaussian.from_covariance(X[0], X), "do not fit"),
-        (lambda: Gaussian.from_covariance(X[0], -np.eye(4)), "no covariance"),
-        (lambda: Gaussian.from_covariance(X[0], np.triu(np.ones((4, 4)))), "no covariance"),
+        (lambda: Gaussian.from_covariance(X[0], -np.eye(4)), "not a covariance"),
+        (lambda: Gaussian.from_covariance(X[0], np.triu(np.ones((4, 4)))), "not a covariance"),
         (lambda: Gaussian.from_covariance(X[0], np.full((4, 4), np.inf)), "not finite"),
     ],
 )
-def test_bad_features_are_told_in_one_line(call, message):
+def test_errors_of_bad_features_have_one_line(call, message):
     with pytest.raises(ConfigError, match=message) as error:
         call()
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Parts on disk, and the processes' shares of them."""
+"""Shards on disk, and the slices of the processes."""
 
 import jax
 import numpy as np
@@ -11,11 +11,11 @@ from madformer_jax.evaluation import shards
 from madformer_jax.evaluation.networks.registry import NetworkOutputs
 
 
-def test_parts_that_are_there_are_not_missing_and_come_in_order(tmp_path):
+def test_existing_shards_are_not_missing_and_are_read_in_order(tmp_path):
     collected = shards.Shards(epath.Path(tmp_path / "x"), n=7, size=3)
     assert collected.missing() == [(0, 3), (3, 6), (6, 7)]
-    for part in reversed(collected.missing()):
-        collected.write(part, {"number": np.arange(*part)})
+    for shard in reversed(collected.missing()):
+        collected.write(shard, {"number": np.arange(*shard)})
     assert collected.missing() == []
     np.testing.assert_array_equal(collected.read()["number"], np.arange(7))
     (broken,) = (tmp_path / "x").glob("part_0000003*")
@@ -25,12 +25,12 @@ def test_parts_that_are_there_are_not_missing_and_come_in_order(tmp_path):
     assert collected.missing() == [(3, 6)]
     lacking = {"number": np.arange(2), shards.UNREADABLE_KEY: np.frombuffer(b"4.png (broken)\n", np.uint8)}
     collected.write(collected.missing()[0], lacking)
-    assert collected.missing() == [(3, 6)]  # the image may be mended by now
+    assert collected.missing() == [(3, 6)]  # The image may have been repaired.
     collected.remove()
     assert not (tmp_path / "x").exists()
 
 
-def test_shares_cover_all_images_once(monkeypatch):
+def test_process_slices_cover_all_images_once(monkeypatch):
     for n in (1, 3, 8):
         rows = []
         for index in range(4):
@@ -40,17 +40,17 @@ def test_shares_cover_all_images_once(monkeypatch):
         assert rows == list(range(n))
 
 
-def test_no_image_gives_arrays_of_the_shape_of_the_others():
+def test_zero_images_give_empty_arrays_of_the_usual_shapes():
     def extract(images):
         return NetworkOutputs(np.zeros((len(images), 5), np.float32), np.zeros((len(images), 3), np.float32))
 
-    found = shards.extract_features(extract, np.zeros((0, 4, 6, 1), np.uint8), np.zeros(0, np.int32))
-    assert {name: x.shape for name, x in found.items()} == {
+    arrays = shards.extract_features(extract, np.zeros((0, 4, 6, 1), np.uint8), np.zeros(0, np.int32))
+    assert {name: x.shape for name, x in arrays.items()} == {
         "features": (0, 5), "logits": (0, 3), "labels": (0,), "profile": (0, 3 + 5),
     }  # fmt: skip
 
 
-def test_large_images_are_read_a_few_at_a_time():
+def test_large_images_are_read_in_small_batches():
     c = schema.base()
     c.data.image_size = 1024
     assert shards.read_batch_size(c) == 21
@@ -58,7 +58,7 @@ def test_large_images_are_read_a_few_at_a_time():
     assert shards.read_batch_size(c) == 256
 
 
-def test_items_are_made_ahead_and_in_order():
+def test_prefetched_items_keep_their_order_and_errors():
     assert list(shards.prefetch(iter(range(5)))) == list(range(5))
 
     def broken():

@@ -1,4 +1,4 @@
-"""A workdir to be judged, of an untrained model and an untrained classifier: for the tests of --mode=evaluate."""
+"""Fixtures for the tests of --mode=evaluate, with an untrained model and classifier."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def config_of(data):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Forty pictures of two classes."""
+    """A folder with forty images of two classes."""
     folder, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for i in range(40):
         path = folder / f"class{i % 2}" / f"{i}.png"
@@ -57,7 +57,7 @@ def workdir(tmp_path_factory, data):
 
 @pytest.fixture
 def fresh(workdir, tmp_path, data, monkeypatch):
-    """The config, and an own folder for evaluations."""
+    """A config, and an empty folder for evaluations in the workdir."""
     monkeypatch.setattr(shards, "MAX_BATCH", 8)
     (workdir / "evaluations").mkdir(exist_ok=True)
     (workdir / "evaluations").rename(tmp_path / "old")
@@ -65,5 +65,5 @@ def fresh(workdir, tmp_path, data, monkeypatch):
 
 
 def data_images(data, split):
-    found = images.from_source(config_of(data), split, shuffled=False)
-    return found.read(np.arange(found.n))[0]
+    image_set = images.from_source(config_of(data), split, shuffled=False)
+    return image_set.read(np.arange(image_set.n)).images

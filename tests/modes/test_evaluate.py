@@ -1,4 +1,4 @@
-"""--mode=reference and --mode=evaluate, with an untrained model and classifier: what is compared here are the numbers."""
+"""--mode=reference and --mode=evaluate with an untrained model and classifier."""
 
 import json
 import shutil
@@ -32,18 +32,18 @@ def _file(workdir):
 
 
 def test_reference_holds_the_test_split_and_how_it_was_made(workdir, data):
-    found = reference_statistics.load(str(workdir / "reference.npz"))
+    reference = reference_statistics.load(str(workdir / "reference.npz"))
     with np.load(workdir / "reference.npz") as file:
         n, counts = len(file["features"]), file["counts"]
         np.testing.assert_allclose(file["mu"], file["features"].mean(axis=0), rtol=1e-5)
         np.testing.assert_allclose(file["sigma"], np.cov(file["features"], rowvar=False), rtol=1e-4, atol=1e-8)
     assert 8 < n < 32 and counts.sum() == n and len(counts) == 2
-    assert found.protocol["n"] == n and found.protocol["split"] == "test"
-    assert found.protocol["network"]["name"] == "classifier" and found.protocol["image"]["size"] == 32
+    assert reference.protocol["n"] == n and reference.protocol["split"] == "test"
+    assert reference.protocol["network"]["name"] == "classifier" and reference.protocol["image"]["size"] == 32
     assert not list((workdir / "references").glob("*"))
     images = data_images(data, "test")
     features = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[0]
-    np.testing.assert_allclose(np.sort(features, axis=0), np.sort(found.features, axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.sort(features, axis=0), np.sort(reference.features, axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir, monkeypatch, capsys):
@@ -59,7 +59,7 @@ def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir
     monkeypatch.setattr(generation, "batches", lambda *a, **k: drawn.append([*a[5]]) or batches(*a, **k))
 
     def dies(file, **arrays):
-        """Half way through the third part."""
+        """Fails while it writes the third shard."""
         if len(drawn) == 3:
             file.write(b"PK")
             raise KeyboardInterrupt
@@ -70,8 +70,8 @@ def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir
         with pytest.raises(KeyboardInterrupt):
             evaluate.run(fresh, str(workdir))
     (half,) = (workdir / "evaluations").glob("*/part_0000008_*.npz")
-    half.write_bytes(half.read_bytes()[:1000])  # as a machine without power leaves it
-    (half.parent / ".part_0000016_0000020.npz.0123abcd.part").write_bytes(b"PK")  # as a kill leaves it
+    half.write_bytes(half.read_bytes()[:1000])  # as after a power failure
+    (half.parent / ".part_0000016_0000020.npz.0123abcd.part").write_bytes(b"PK")  # as after a kill
     evaluate.run(fresh, str(workdir))
     first, *rest = [[*range(8)], [*range(8, 16)], [*range(16, 20)]]
     assert drawn == [first, *rest, *rest]
@@ -95,7 +95,8 @@ def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, wor
     out = capsys.readouterr().out.splitlines()
     assert "| step | weights | steps |" in out[0] and len(out) == 2 + 8 + 4 and "mean of 2" in out[-1]
     monkeypatch.setattr(evaluate, "_sample_and_extract", lambda *a: pytest.fail("drawn again"))
-    for path in (workdir / "evaluations").glob("*.json"):  # as a version wrote them whose passes were NFE
+    # Earlier versions wrote the NFE as passes.
+    for path in (workdir / "evaluations").glob("*.json"):
         cost = (result := json.loads(path.read_text()))["cost"]
         path.write_text(json.dumps(result | {"cost": cost | {"passes": cost.pop("nfe")}}))
     assert evaluate.run(fresh, str(workdir))["results"] == results
@@ -163,7 +164,7 @@ def _adm(workdir, path):
         np.savez(path, mu=file["mu"], sigma=file["sigma"])
 
 
-def test_parts_are_removed_when_every_process_has_read_them(fresh, workdir, monkeypatch):
+def test_shards_are_removed_when_every_process_has_read_them(fresh, workdir, monkeypatch):
     order, read, remove, sync = [], shards.Shards.read, shards.Shards.remove, partitioning.sync
     monkeypatch.setattr(shards.Shards, "read", lambda self: order.append("read") or read(self))
     monkeypatch.setattr(shards.Shards, "remove", lambda self: order.append("remove") or remove(self))
@@ -178,12 +179,16 @@ def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
     fresh.evaluate.images = "data:all"
     expected = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
     fresh.evaluate.reference = str(tmp_path / "adm.npz")
-    found = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
-    assert found["FD-classifier"]["value"] == pytest.approx(expected["FD-classifier"]["value"], rel=1e-3)
-    assert set(expected) - set(found) == {"KID-classifier", "precision-classifier", "recall-classifier"}
+    actual = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
+    assert actual["FD-classifier"]["value"] == pytest.approx(expected["FD-classifier"]["value"], rel=1e-3)
+    assert set(expected) - set(actual) == {
+        "KID-classifier",
+        "precision-classifier",
+        "recall-classifier",
+    }
 
 
-def test_copies_of_training_images_are_seen(fresh, workdir, tmp_path):
+def test_copies_of_training_images_lower_the_memorization_score(fresh, workdir, tmp_path):
     training = fresh.copy_and_resolve_references()
     training.evaluate.split, training.evaluate.reference = "train", str(tmp_path / "train.npz")
     reference_mode.run(training, str(workdir))
@@ -269,7 +274,7 @@ def _broken(c, workdir, tmp_path):
         (_set("checkpoints", "7"), "no step 7, only"),
         (_set("checkpoints", "best"), "must be 'newest'"),
         (_set("checkpoints", "last:3"), "there are 2"),
-        (_set("grid", "step=1"), "is no setting"),
+        (_set("grid", "step=1"), "is not a setting"),
         (_set("grid", "steps=few"), "steps takes int"),
         (_set("grid", "solver=euler"), "sample.solver='euler' is unknown"),
         (_set("grid", "guidance_interval=200"), "guidance_interval takes low:high"),
@@ -306,7 +311,7 @@ def _broken(c, workdir, tmp_path):
         (_images(images=np.zeros((5, 32, 32, 1), np.uint8)), "there are only 5 images"),
     ],
 )
-def test_bad_input_is_told_in_one_line_before_anything_is_drawn(fresh, workdir, tmp_path, monkeypatch, change, message):
+def test_bad_input_is_an_error_of_one_line_before_sampling(fresh, workdir, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(generation, "batches", None)
     change(fresh, workdir, tmp_path)
     with pytest.raises(ConfigError, match=message) as error:
@@ -315,17 +320,17 @@ def test_bad_input_is_told_in_one_line_before_anything_is_drawn(fresh, workdir, 
     assert not (workdir / "evaluations").exists()
 
 
-def test_images_without_labels_are_nothing_for_the_classifier(fresh, data, tmp_path):
+def test_the_classifier_needs_labeled_images(fresh, data, tmp_path):
     fresh.data.path = str(data / "class0")
-    with pytest.raises(ConfigError, match="needs labelled images"):
+    with pytest.raises(ConfigError, match="needs labeled images"):
         reference_mode.run(fresh, str(tmp_path))
 
 
-def test_a_network_of_other_channels_is_refused_before_anything_is_made(fresh, workdir, tmp_path):
+def test_a_network_of_other_channels_is_refused_before_anything_is_written(fresh, workdir, tmp_path):
     fresh.data.channels, fresh.evaluate.reference = 3, str(tmp_path / "other.npz")
     with pytest.raises(ConfigError, match="channels=3: the network .*classifier.npz takes images of 1: set that"):
         reference_mode.run(fresh, str(workdir))
     fresh.data.channels, fresh.data.source, fresh.evaluate.network = 1, "drawings", "attributes"
-    with pytest.raises(ConfigError, match="channels=1: the reader of attributes needs pictures of 3"):
+    with pytest.raises(ConfigError, match="channels=1: the attribute classifier needs pictures of 3"):
         reference_mode.run(fresh, str(workdir))
     assert not list(workdir.glob("references/*"))

@@ -1,4 +1,4 @@
-"""What identifies a score: whatever decides it, under its old name, gives another result; and nothing is computed or read twice."""
+"""Identity of results: changed inputs give a new result, and nothing is computed twice."""
 
 import os
 import threading
@@ -25,13 +25,13 @@ def _one_device(one_device):
     pass
 
 
-@pytest.mark.parametrize("what", ["noise", "weights of the codec"])
-def test_other_noise_and_other_weights_of_the_codec_are_judged_anew(fresh, workdir, tmp_path, monkeypatch, what):
-    """Under the old paths."""
+@pytest.mark.parametrize("changed", ["noise", "weights of the codec"])
+def test_changed_noise_and_codec_weights_give_a_new_result(fresh, workdir, tmp_path, monkeypatch, changed):
+    """The paths stay the same."""
     noise = np.random.default_rng(0).standard_normal((2, N, *derive_sizes(fresh).block_shape))
     values = []
     for i in (0, 1, 1):
-        if what == "noise":
+        if changed == "noise":
             np.save(tmp_path / "noise.npy", noise[i])
             fresh.sample.noise = str(tmp_path / "noise.npy")
         else:
@@ -47,8 +47,8 @@ def _decode(params, z):
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder", "data"])
-def test_other_images_under_the_old_names_are_judged_anew(fresh, workdir, data, tmp_path, kind):
-    """The files have their old sizes and times too."""
+def test_changed_images_give_a_new_result(fresh, workdir, data, tmp_path, kind):
+    """The names, sizes and times of the files stay the same."""
     fresh.evaluate.images = {"npz": str(tmp_path / "x.npz"), "folder": str(tmp_path / "x"), "data": "data:all"}[kind]
     fresh.data.path = str(tmp_path / "x")
     values = []
@@ -64,8 +64,8 @@ def test_other_images_under_the_old_names_are_judged_anew(fresh, workdir, data, 
     assert values[0] != values[1]
 
 
-def test_other_labels_of_the_same_images_are_judged_anew(fresh, workdir, data, tmp_path):
-    """`arr_1` of a file of guided-diffusion's, of which the labels are a half right and then all wrong."""
+def test_changed_labels_give_a_new_result(fresh, workdir, data, tmp_path):
+    """The labels `arr_1` are all correct, then half correct, then all wrong."""
     images, half = data_images(data, "all")[:N], np.arange(N) % 2
     logits = classifier.apply(classifier.load(workdir / "classifier.npz").params, images, classes=2)[1]
     right = np.asarray(logits).argmax(axis=1)
@@ -75,25 +75,25 @@ def test_other_labels_of_the_same_images_are_judged_anew(fresh, workdir, data, t
         np.savez(tmp_path / "x.npz", arr_0=images, arr_1=labels)
         values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["recognised"]["value"])
     assert values == [1, 0.5, 0]
-    fresh.model.classes = 0  # labels say nothing without classes
+    fresh.model.classes = 0  # Without classes the labels are ignored.
     assert "recognised" not in evaluate.run(fresh, str(workdir))["results"][0]["scores"]
 
 
-def test_other_blocks_and_another_reader_of_attributes_are_judged_anew(fresh, workdir, monkeypatch):
-    """The reader has its old accuracy, and the images are the same ones."""
-    found = []
+def test_changed_blocks_and_attribute_classifier_give_a_new_result(fresh, workdir, monkeypatch):
+    """The accuracy of the attribute classifier and the images stay the same."""
+    results = []
     for blocks, weight in ((1, 0), (4, 0), (4, 1)):
         fresh.model.blocks = blocks
-        reads = attribute_classifier.AttributeClassifier({"w": np.full(3, weight)}, [2], accuracy=0.5, held_out=8)
-        monkeypatch.setattr(sample_scores, "_open_attribute_classifier", lambda *given, reads=reads: reads)
+        opened = attribute_classifier.AttributeClassifier({"w": np.full(3, weight)}, [2], accuracy=0.5, held_out=8)
+        monkeypatch.setattr(sample_scores, "_open_attribute_classifier", lambda *args, opened=opened: opened)
         fresh.evaluate.images = "data:all"
-        found.append(evaluate.run(fresh, str(workdir))["results"][0])
-    assert ["seam" in result["scores"] for result in found] == [False, True, True]
-    assert found[1]["protocol"] != found[2]["protocol"]
+        results.append(evaluate.run(fresh, str(workdir))["results"][0])
+    assert ["seam" in result["scores"] for result in results] == [False, True, True]
+    assert results[1]["protocol"] != results[2]["protocol"]
     assert len(list((workdir / "evaluations").glob("*.json"))) == 3
 
 
-def test_other_captions_are_judged_anew(fresh, workdir, monkeypatch):
+def test_changed_captions_give_a_new_result(fresh, workdir, monkeypatch):
     opened = []
 
     class Captions:
@@ -113,7 +113,7 @@ def test_other_captions_are_judged_anew(fresh, workdir, monkeypatch):
     assert opened == ["test", "composition", "test"]
 
 
-def test_prompts_and_noise_are_read_once_for_all_settings_and_parts(fresh, workdir, tmp_path, monkeypatch):
+def test_prompts_and_noise_are_read_once_for_all_settings_and_shards(fresh, workdir, tmp_path, monkeypatch):
     np.save(tmp_path / "noise.npy", np.zeros((N, *derive_sizes(fresh).block_shape), np.float32))
     fresh.sample.noise, fresh.evaluate.grid = str(tmp_path / "noise.npy"), "steps=1,2"
     read, given_noise = [], generation.open_noise
@@ -126,13 +126,13 @@ def test_prompts_and_noise_are_read_once_for_all_settings_and_parts(fresh, workd
         return run(*args, given=given._replace(texts=None), **more)
 
     monkeypatch.setattr(generation, "batches", without_tokens)
-    results = evaluate.run(fresh, str(workdir))["results"]  # three parts each
+    results = evaluate.run(fresh, str(workdir))["results"]  # three shards each
     assert read == ["noise", "prompts"]
     assert all("tokens" in result["protocol"]["images"] for result in results)
 
 
-def test_two_evaluations_of_a_setting_at_the_same_time_both_have_the_result(fresh, workdir, monkeypatch):
-    """The first one waits, as far as it may, until the second has written its parts, which it then removes."""
+def test_two_concurrent_evaluations_return_the_same_result(fresh, workdir, monkeypatch):
+    """Without the lock, the first would remove shards that the second has written."""
     monkeypatch.setattr(shards, "POLL_SECONDS", 0.05)
     fresh.evaluate.images = "data:all"
     read, first, second, done = shards.Shards.read, threading.Event(), threading.Event(), threading.Event()

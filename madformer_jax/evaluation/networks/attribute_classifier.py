@@ -1,7 +1,9 @@
-"""A convolutional network that reads attributes from pictures: for each of them its value, or "none".
+"""A convolutional classifier of the attributes of drawings, and a feature network.
 
-`train` makes one from pictures whose attributes are known, always the same one from the same pictures. What it is worth is its
-accuracy on pictures that it has not seen, kept with it.
+`modes.reference` trains it, `sample_scores` predicts the attributes of samples with it, and
+`registry` opens it as a feature network. Its features separate pictures that a classifier of a few
+styles confuses. Value 0 of an attribute means "not named". The file also holds the accuracy on
+held-out pictures.
 """
 
 import functools
@@ -17,32 +19,36 @@ from jax import Array
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.networks import fit
+from madformer_jax.evaluation.networks.network import Network
 
 Params = Mapping[str, Any]
 
-IMAGE_SIZE = 64  # of the pictures that it sees
-# channels and stride of each convolution; the first sees all pixels, since a mouth or a pattern is made of a few
+IMAGE_SIZE = 64
+# Channels and stride of each convolution. The first keeps the resolution because mouths and
+# patterns are small.
 LAYERS = ((24, 1), (48, 2), (48, 1), (96, 2), (96, 1), (128, 2), (128, 1), (128, 2))
 FEATURE_DIM = 256
 STEPS, BATCH, LEARNING_RATE = 4000, 64, 2e-3
-MAX_SHIFT = 3  # pixels, at most, of training pictures
+MAX_SHIFT = 3  # augmentation of training pictures, in pixels
 
 
 class AttributeClassifier(NamedTuple):
-    """A trained reader with what it knows of itself."""
+    """A trained attribute classifier and its metadata. The fields are written to its file."""
 
     params: Params
-    values: list[int]  # how many each attribute has
-    accuracy: float  # share of the attributes of held-out pictures that it reads right; "none" counts for nothing
-    held_out: int  # number of pictures
+    values: list[int]  # number of values of each attribute
+    accuracy: float  # fraction of correct predictions of named attributes, held-out pictures
+    held_out: int  # number of held-out pictures
 
 
-class Network(nn.Module):
-    """Pictures (B, SIDE, SIDE, 3), uint8, to features (B, DIMS) and the logits of all attributes' values in a row, (B, sum of
-    values).
+class ConvNet(nn.Module):
+    """Convolutional network with one hidden feature layer.
+
+    It maps pictures uint8 (B, IMAGE_SIZE, IMAGE_SIZE, 3) to features (B, FEATURE_DIM) and to the
+    concatenated logits of all attributes, (B, sum of values).
     """
 
-    total: int
+    total: int  # sum of values
 
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, Array]:
@@ -55,13 +61,13 @@ class Network(nn.Module):
 
 
 def _init(values: Sequence[int], key: Array) -> Params:
-    return Network(sum(values)).init(key, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8))["params"]
+    return ConvNet(sum(values)).init(key, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8))["params"]
 
 
 def _logits(params: Params, images: Array, values: Sequence[int]) -> list[Array]:
-    """Of each attribute, (B, its values)."""
-    together = Network(sum(values)).apply({"params": params}, images)[1]
-    return jnp.split(together, np.cumsum(values)[:-1], axis=1)
+    """Returns the logits of each attribute, (B, its values)."""
+    logits = ConvNet(sum(values)).apply({"params": params}, images)[1]
+    return jnp.split(logits, np.cumsum(values)[:-1], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames="values")
@@ -72,52 +78,71 @@ def _predict(params: Params, images: Array, values: tuple[int, ...]) -> Array:
 
 
 def extract_features(params: Params, images: Array, values: Sequence[int]) -> Array:
-    """What it goes by, (B, DIMS), of pictures uint8 (B, H, W, 3) of any size: each centred and of one length."""
-    found, _ = Network(sum(values)).apply({"params": params}, fit.resize(images, IMAGE_SIZE))
-    found -= found.mean(axis=1, keepdims=True)
-    return found / jnp.sqrt(jnp.mean(found**2, axis=1, keepdims=True) + 1e-6)
+    """Computes normalized features (B, FEATURE_DIM) of pictures uint8 (B, H, W, 3) of any size.
+
+    Each picture's features have mean 0 and variance 1.
+    """
+    features, _ = ConvNet(sum(values)).apply({"params": params}, fit.resize(images, IMAGE_SIZE))
+    features -= features.mean(axis=1, keepdims=True)
+    return features / jnp.sqrt(jnp.mean(features**2, axis=1, keepdims=True) + 1e-6)
 
 
 def downscale(images: np.ndarray) -> np.ndarray:
-    """Pictures uint8 (n, H, W, 3) at the size that the network sees, to be collected for `train` batch by batch."""
+    """Resizes pictures uint8 (n, H, W, 3) to the input size, so that they fit in memory."""
     return np.asarray(fit.resize(jnp.asarray(images), IMAGE_SIZE))
 
 
-def predict(reader: AttributeClassifier, images: np.ndarray) -> np.ndarray:
-    """The attributes (n, A) int32 of pictures uint8 (n, H, W, 3) of any size."""
-    found = []
-    for at in range(0, len(images), BATCH):
-        rows = np.arange(at, at + BATCH).clip(max=len(images) - 1)  # one compiled shape
-        found.append(np.asarray(_predict(reader.params, images[rows], tuple(reader.values)))[: len(images) - at])
-    return np.concatenate(found) if found else np.zeros((0, len(reader.values)), np.int32)
+def predict(classifier: AttributeClassifier, images: np.ndarray) -> np.ndarray:
+    """Returns the attributes int32 (n, A) of pictures uint8 (n, H, W, 3) of any size."""
+    predicted = []
+    for first in range(0, len(images), BATCH):
+        rows = np.arange(first, first + BATCH).clip(max=len(images) - 1)  # one compiled shape
+        values = _predict(classifier.params, images[rows], tuple(classifier.values))
+        predicted.append(np.asarray(values)[: len(images) - first])
+    return np.concatenate(predicted) if predicted else np.zeros((0, len(classifier.values)), np.int32)
 
 
-def count_matches(asked: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each picture, how many of the attributes (n, A) that are asked for it shows, and how many are; 0 asks for nothing."""
-    return ((asked == read) & (asked > 0)).sum(axis=1), (asked > 0).sum(axis=1)
+def count_matches(requested: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts the requested attributes of each picture that were predicted.
+
+    Args:
+      requested: Attribute values (n, A). 0 requests nothing.
+      predicted: Attribute values (n, A) that `predict` returned.
+
+    Returns:
+      The number of matching attributes and the number of requested attributes, each (n,).
+    """
+    return ((requested == predicted) & (requested > 0)).sum(axis=1), (requested > 0).sum(axis=1)
 
 
 def train(
     images: np.ndarray,
     attributes: np.ndarray,
-    held_images: np.ndarray,
-    held_attributes: np.ndarray,
+    held_out_images: np.ndarray,
+    held_out_attributes: np.ndarray,
     values: Sequence[int],
     steps: int = STEPS,
     seed: int = 0,
 ) -> AttributeClassifier:
-    """Trains a reader.
+    """Trains an attribute classifier. The result is deterministic on one machine.
 
     Args:
-      images, attributes: uint8 (n, SIDE, SIDE, 3), as `shrunk` gives them, and int32 (n, A).
-      held_images, held_attributes: others, to measure the accuracy.
-      values: how many values each attribute has.
+      images: Training pictures uint8 (n, IMAGE_SIZE, IMAGE_SIZE, 3), from `downscale`.
+      attributes: Their attributes int32 (n, A).
+      held_out_images: Held-out pictures, to measure the accuracy.
+      held_out_attributes: Their attributes.
+      values: Number of values of each attribute.
+      steps: Number of optimizer steps.
+      seed: Seed of the initialization, the shuffling and the augmentation.
+
+    Returns:
+      The classifier with its accuracy on the held-out pictures.
 
     Raises:
-      ConfigError: there are no pictures on one of the two sides.
+      ConfigError: There are no training pictures or no held-out pictures.
     """
-    if not len(images) or not len(held_images):
-        raise ConfigError("a reader of attributes needs pictures to learn from, and others to measure its accuracy.")
+    if not len(images) or not len(held_out_images):
+        raise ConfigError("the attribute classifier needs pictures to learn from, and others to measure its accuracy.")
 
     def loss(params: Params, batch: Array, rows: Array) -> Array:
         logits = _logits(params, batch, values)
@@ -131,23 +156,40 @@ def train(
 
     params = fit.fit(
         jax.jit(functools.partial(_init, values))(jax.random.key(seed)), loss, batch, len(images),
-        size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="reader of attributes",
+        size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="attribute classifier",
     )  # fmt: skip
-    reader = AttributeClassifier(params, list(values), 0.0, len(held_images))
-    shown, asked = count_matches(held_attributes, predict(reader, held_images))
-    return reader._replace(accuracy=float(shown.sum() / max(1, asked.sum())))
+    classifier = AttributeClassifier(params, list(values), 0.0, len(held_out_images))
+    matching, named = count_matches(held_out_attributes, predict(classifier, held_out_images))
+    return classifier._replace(accuracy=float(matching.sum() / max(1, named.sum())))
 
 
-def save(path: str, reader: AttributeClassifier) -> None:
-    """Writes a reader to a file (`files.SUFFIXES`)."""
-    fit.save(path, reader)
+def save(path: str, classifier: AttributeClassifier) -> None:
+    """Writes an attribute classifier to a file; see `fit.save`."""
+    fit.save(path, classifier)
 
 
 def load(path: str) -> AttributeClassifier:
-    """The reader that `save` wrote.
+    """Reads the attribute classifier that `save` wrote.
 
     Raises:
-      ConfigError: there is none at `path`, or it is damaged.
+      ConfigError: The file is missing or damaged.
     """
-    what = "reader of --mode=reference: it does not say its attributes"
-    return fit.load(path, AttributeClassifier, what, lambda about: _init(about["values"], jax.random.key(0)))
+    description = "attribute classifier of --mode=reference: it does not say its attributes"
+    return fit.load(
+        path, AttributeClassifier, description, lambda metadata: _init(metadata["values"], jax.random.key(0))
+    )
+
+
+def open_network(path: str) -> Network:
+    """Opens the attribute classifier that --mode=reference wrote to `path` as a feature network.
+
+    Raises:
+      ConfigError: The file is missing or damaged.
+    """
+    trained = load(path)
+    metadata = {"attributes": len(trained.values), "accuracy": trained.accuracy, "held_out": trained.held_out}
+
+    def apply(params: Any, images: Array) -> tuple[Array, None]:
+        return extract_features(params, images, trained.values), None
+
+    return Network("attributes", metadata, FEATURE_DIM, (3,), trained.params, apply)

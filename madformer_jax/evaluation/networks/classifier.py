@@ -1,7 +1,8 @@
-"""A small convolutional classifier: features of images, and their classes, where there are no Inception weights.
+"""A small convolutional classifier of a data set's images, for scores without Inception weights.
 
-`train` makes one in a minute or two from the labelled images themselves, always the same one from the same images; the layer
-before the last gives the features. What it is worth is its accuracy on images that it has not seen, kept with it.
+`modes.reference` trains it on the labeled images, which takes one or two minutes, and `registry`
+opens it. The layer before the last gives the features. The file also holds the accuracy on held-out
+images.
 """
 
 import functools
@@ -16,33 +17,35 @@ import optax
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.networks import fit
+from madformer_jax.evaluation.networks.network import Network
 
 Array = jax.Array
 Params = Mapping[str, Any]
 
-IMAGE_SIZES = (32, 64)  # images are resized to the smaller one if they are no larger, else to the larger one
+IMAGE_SIZES = (32, 64)  # input sizes: 32 for images up to 32 x 32, otherwise 64
 WIDTHS = (32, 64, 128)  # channels at 16 x 16, 8 x 8, 4 x 4
-FEATURE_DIM = 64  # features
+FEATURE_DIM = 64
 STEPS, BATCH, LEARNING_RATE = 2000, 64, 2e-3
-MAX_ROTATION, MAX_SCALING, MAX_SHIFT = (
-    0.15,
-    0.1,
-    0.07,
-)  # at most, of training images: radians, relative, share of the side
+# Augmentation of training images: radians, relative size, fraction of the side.
+MAX_ROTATION, MAX_SCALING, MAX_SHIFT = 0.15, 0.1, 0.07
 
 
 class Classifier(NamedTuple):
-    """A trained classifier with what it knows of itself."""
+    """A trained classifier and its metadata. The fields are written to its file."""
 
     params: Params
     classes: int
     channels: int  # of the images, 1 or 3
     accuracy: float  # on held-out images
-    held_out: int  # number of those
+    held_out: int  # number of held-out images
 
 
-class Network(nn.Module):
-    """Images (B, s, s, c), uint8, s one of `SIDES`, to (features (B, DIMS), logits (B, classes)), float32."""
+class ConvNet(nn.Module):
+    """Convolutional network with one hidden feature layer.
+
+    It maps images uint8 (B, s, s, c), with s in `IMAGE_SIZES`, to features (B, FEATURE_DIM) and
+    logits (B, classes), both float32.
+    """
 
     classes: int
 
@@ -55,62 +58,69 @@ class Network(nn.Module):
             x = nn.gelu(nn.GroupNorm(8, name=f"norm{i}")(x))
         x = x.reshape(len(x), -1)
         x = nn.Dense(FEATURE_DIM, precision="highest", name="features")(x)
-        # of one length: otherwise a few images that the network is sure of decide a distance
+        # Without normalization a few confidently classified images would dominate the distances.
         features = nn.LayerNorm(use_bias=False, use_scale=False, name="norm")(x)
         return features, nn.Dense(self.classes, precision="highest", name="classes")(nn.gelu(features))
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "channels"))
 def init(key: Array, classes: int, channels: int) -> Params:
-    """Untrained parameters."""
-    return Network(classes).init(key, jnp.zeros((1, IMAGE_SIZES[0], IMAGE_SIZES[0], channels), jnp.uint8))["params"]
+    """Returns untrained parameters."""
+    return ConvNet(classes).init(key, jnp.zeros((1, IMAGE_SIZES[0], IMAGE_SIZES[0], channels), jnp.uint8))["params"]
 
 
 @functools.partial(jax.jit, static_argnames="classes")
 def apply(params: Params, images: Array, classes: int) -> tuple[Array, Array]:
-    """(Features (B, DIMS), logits (B, classes)) of uint8 images (B, H, W, c) of any size."""
-    return Network(classes).apply({"params": params}, _resize(images))
+    """Computes features (B, FEATURE_DIM) and logits (B, classes) of images uint8 (B, H, W, c)."""
+    return ConvNet(classes).apply({"params": params}, _resize(images))
 
 
 @jax.jit
 def _resize(images: Array) -> Array:
-    """Images (B, H, W, c) at one of `SIDES`: bilinear, antialiased, rounded to uint8."""
+    """Resizes images (B, H, W, c) to one of `IMAGE_SIZES`."""
     side = IMAGE_SIZES[0] if max(images.shape[1:3]) <= IMAGE_SIZES[0] else IMAGE_SIZES[1]
     return fit.resize(images, side)
 
 
 def downscale(images: np.ndarray) -> np.ndarray:
-    """Images uint8 (B, H, W, c) at the size that the network sees, to be collected for `train` batch by batch."""
+    """Resizes images uint8 (B, H, W, c) to the input size, so that they fit in memory."""
     return np.asarray(_resize(images))
 
 
 def train(
     images: np.ndarray,
     labels: np.ndarray,
-    held_images: np.ndarray,
-    held_labels: np.ndarray,
+    held_out_images: np.ndarray,
+    held_out_labels: np.ndarray,
     steps: int = STEPS,
     seed: int = 0,
 ) -> Classifier:
-    """Trains a classifier; the same arrays, steps and seed give the same one on the same machine.
+    """Trains a classifier. The result is deterministic on one machine.
 
     Args:
-      images, labels: uint8 (n, H, W, 1 or 3), best through `shrunk`, and their classes (n,) from 0.
-      held_images, held_labels: others of the same kind, to measure the accuracy.
+      images: Training images uint8 (n, H, W, 1 or 3), preferably from `downscale`.
+      labels: Their classes (n,), from 0.
+      held_out_images: Held-out images, to measure the accuracy.
+      held_out_labels: Their classes.
+      steps: Number of optimizer steps.
+      seed: Seed of the initialization, the shuffling and the augmentation.
+
+    Returns:
+      The classifier with its accuracy on the held-out images.
 
     Raises:
-      ConfigError: less than two classes: nothing to learn; or no held-out image.
+      ConfigError: The images have less than two classes, or there are no held-out images.
     """
     classes = int(labels.max(initial=-1)) + 1
     if len(np.unique(labels)) < 2:
-        raise ConfigError("the classifier needs labelled images of two classes or more: these have no labels.")
-    if not len(held_images):
+        raise ConfigError("the classifier needs labeled images of two classes or more: these have no labels.")
+    if not len(held_out_images):
         raise ConfigError("the classifier needs held-out images to measure its accuracy: there are none.")
     data, targets = downscale(images), np.asarray(labels)
     key = jax.random.key(seed)
 
     def loss(params: Params, batch: Array, targets: Array, key: Array) -> Array:
-        logits = Network(classes).apply({"params": params}, _augment(batch, key))[1]
+        logits = ConvNet(classes).apply({"params": params}, _augment(batch, key))[1]
         return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
     def batch(rows: np.ndarray, step: int, random: np.random.Generator) -> tuple[Any, ...]:
@@ -120,44 +130,63 @@ def train(
         init(key, classes, images.shape[-1]), loss, batch, len(data),
         size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="classifier",
     )  # fmt: skip
-    right = [
-        _count_correct(params, held_images[i : i + 256], held_labels[i : i + 256], classes)
-        for i in range(0, len(held_images), 256)
+    correct = [
+        _is_correct(params, held_out_images[i : i + 256], held_out_labels[i : i + 256], classes)
+        for i in range(0, len(held_out_images), 256)
     ]
-    return Classifier(params, classes, images.shape[-1], float(np.concatenate(right).mean()), len(held_images))
+    return Classifier(params, classes, images.shape[-1], float(np.concatenate(correct).mean()), len(held_out_images))
 
 
-def _count_correct(params: Params, images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+def _is_correct(params: Params, images: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     return np.asarray(apply(params, images, classes)[1]).argmax(axis=1) == labels
 
 
 def _augment(images: Array, key: Array) -> Array:
-    """Images (B, s, s, c), float32 of 0..255, each turned, scaled and shifted a little; borders are repeated."""
+    """Rotates, scales and shifts each image (B, s, s, c) at random. Returns float32 values 0..255.
+
+    Border pixels are repeated outside the image.
+    """
     n, side = images.shape[0], images.shape[1]
     angle, scale, *shift = jnp.split(jax.random.uniform(key, (n, 4), jnp.float32, minval=-1, maxval=1), 4, axis=1)
     angle, scale = angle[:, 0] * MAX_ROTATION, 1 + scale[:, 0] * MAX_SCALING
     matrix = jnp.stack([jnp.cos(angle), -jnp.sin(angle), jnp.sin(angle), jnp.cos(angle)], axis=1).reshape(n, 2, 2)
-    centre = (side - 1) / 2
-    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(side, dtype=jnp.float32)] * 2, indexing="ij")) - centre
-    at = jnp.einsum("nij,jhw->nihw", matrix * scale[:, None, None], grid, precision="highest")
-    at = at + (jnp.concatenate(shift, axis=1) * MAX_SHIFT * side)[:, :, None, None] + centre
+    center = (side - 1) / 2
+    grid = jnp.stack(jnp.meshgrid(*[jnp.arange(side, dtype=jnp.float32)] * 2, indexing="ij")) - center
+    coordinates = jnp.einsum("nij,jhw->nihw", matrix * scale[:, None, None], grid, precision="highest")
+    coordinates = coordinates + (jnp.concatenate(shift, axis=1) * MAX_SHIFT * side)[:, :, None, None] + center
 
-    def read(image: Array, at: Array) -> Array:  # (s, s), (2, s, s)
-        return jax.scipy.ndimage.map_coordinates(image, list(at), order=1, mode="nearest")
+    def interpolate(image: Array, coordinates: Array) -> Array:  # (s, s), (2, s, s)
+        return jax.scipy.ndimage.map_coordinates(image, list(coordinates), order=1, mode="nearest")
 
-    return jax.vmap(jax.vmap(read, in_axes=(-1, None), out_axes=-1))(images.astype(jnp.float32), at)
+    return jax.vmap(jax.vmap(interpolate, in_axes=(-1, None), out_axes=-1))(images.astype(jnp.float32), coordinates)
 
 
 def save(path: str, classifier: Classifier) -> None:
-    """Writes a classifier to a file (`files.SUFFIXES`)."""
+    """Writes a classifier to a file; see `fit.save`."""
     fit.save(path, classifier)
 
 
 def load(path: str) -> Classifier:
-    """The classifier that `save` wrote.
+    """Reads the classifier that `save` wrote.
 
     Raises:
-      ConfigError: there is none at `path`, or it is damaged.
+      ConfigError: The file is missing or damaged.
     """
-    what = "classifier of --mode=reference: it does not say its classes"
-    return fit.load(path, Classifier, what, lambda about: init(jax.random.key(0), about["classes"], about["channels"]))
+    return fit.load(
+        path,
+        Classifier,
+        "classifier of --mode=reference: it does not say its classes",
+        lambda metadata: init(jax.random.key(0), metadata["classes"], metadata["channels"]),
+    )
+
+
+def open_network(path: str) -> Network:
+    """Opens the classifier that --mode=reference wrote to `path` as a feature network.
+
+    Raises:
+      ConfigError: The file is missing or damaged.
+    """
+    trained = load(path)
+    metadata = {"classes": trained.classes, "accuracy": trained.accuracy, "held_out": trained.held_out}
+    predict = functools.partial(apply, classes=trained.classes)
+    return Network("classifier", metadata, FEATURE_DIM, (trained.channels,), trained.params, predict)

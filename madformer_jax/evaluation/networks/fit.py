@@ -1,5 +1,7 @@
-"""What the networks share that we train on a data set, `classifier` and `reader`: the size they see pictures at, how they are
-trained, and their file.
+"""Training, saving and loading of small networks that judge images of a data set.
+
+`classifier` and `attribute_classifier` share these functions. A third network that is trained on
+the data set should use them too.
 """
 
 import functools
@@ -19,12 +21,12 @@ from madformer_jax.weights import state_dicts
 
 
 def resize(images: Array, side: int) -> Array:
-    """Images uint8 (B, H, W, c) as (B, side, side, c): bilinear, antialiased, rounded to uint8."""
+    """Resizes images uint8 (B, H, W, c) to (B, side, side, c): bilinear, antialiased, rounded."""
     if images.shape[1:3] == (side, side):
         return images
     shape = (images.shape[0], side, side, images.shape[3])
-    large = jax.image.resize(images.astype(jnp.float32), shape, "linear", precision="highest")
-    return jnp.clip(jnp.round(large), 0, 255).astype(jnp.uint8)
+    resized = jax.image.resize(images.astype(jnp.float32), shape, "linear", precision="highest")
+    return jnp.clip(jnp.round(resized), 0, 255).astype(jnp.uint8)
 
 
 def fit(
@@ -39,22 +41,29 @@ def fit(
     seed: int,
     name: str,
 ) -> Any:
-    """Parameters after so many steps of AdamW, with a warmup and a cosine decay; those given are used up.
+    """Trains a network with AdamW, linear warmup and cosine decay.
 
     Args:
-      loss: of parameters and what `batch` gives.
-      batch: of the numbers of its examples, (size,), of the step, and of what it may draw from at random. Examples are shuffled
-        anew each time all have been seen.
-      examples: how many there are.
-      rate: the highest learning rate.
-      name: of the network, in the log.
+      params: Initial parameters. Their buffers are donated.
+      loss: Computes the loss from the parameters and the arrays that `batch` returns.
+      batch: Returns the arrays of a step. Its arguments are the indices of the examples, (size,),
+        the step, and a random generator. Examples are shuffled again after each pass over them.
+      examples: Number of training examples.
+      size: Examples per step.
+      steps: Number of optimizer steps.
+      rate: Peak learning rate.
+      seed: Seed of the shuffling and of the generator.
+      name: Name of the network in the log.
+
+    Returns:
+      The trained parameters.
     """
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, rate, steps // 10, steps), weight_decay=0.05)
     state = jax.jit(optimizer.init)(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, *given: Any) -> tuple[Any, Any, Array]:
-        value, gradients = jax.value_and_grad(loss)(params, *given)
+    def step(params: Any, state: Any, *arrays: Any) -> tuple[Any, Any, Array]:
+        value, gradients = jax.value_and_grad(loss)(params, *arrays)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
@@ -70,33 +79,37 @@ def fit(
 
 
 def save(path: str, network: Any) -> None:
-    """Writes a NamedTuple of `params` and what the network knows of itself to a file (`files.SUFFIXES`)."""
+    """Writes a NamedTuple of `params` and JSON metadata to a file.
+
+    The suffix of `path` selects the format, see `state_dicts.write_state_dict`.
+    """
     tensors = {name: np.asarray(x) for name, x in state_dicts.flatten(network.params).items()}
     state_dicts.write_state_dict(path, tensors, {name: x for name, x in network._asdict().items() if name != "params"})
 
 
-def load(path: str, kind: Any, what: str, init: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """What `save` wrote.
+def load(path: str, kind: Any, description: str, init: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """Reads a file that `save` wrote.
 
     Args:
-      kind: the NamedTuple.
-      what: the error calls it, with what its file lacks.
-      init: from that, untrained parameters; only their shapes are used.
+      path: The file.
+      kind: Type of the NamedTuple.
+      description: Name of the file's kind and of the metadata that a wrong file lacks, for the
+        error.
+      init: Returns untrained parameters for the metadata. Only their shapes are used.
 
     Raises:
-      ConfigError: there is none at `path`, or it is damaged.
+      ConfigError: The file is missing or damaged, or has no metadata.
     """
-    read = (
-        state_dicts.read_npz if storage.is_remote(path) else state_dicts.read_state_dict
-    )  # which copies nothing from a bucket
+    # `read_npz` reads a remote file in place; `read_state_dict` would copy it first.
+    read = state_dicts.read_npz if storage.is_remote(path) else state_dicts.read_state_dict
     tensors, args, _ = read(path)
     try:
-        about = {name: (args or {})[name] for name in kind._fields if name != "params"}
+        metadata = {name: (args or {})[name] for name in kind._fields if name != "params"}
     except KeyError:
-        raise ConfigError(f"{path} is no {what}.") from None
-    shapes = jax.eval_shape(lambda: init(about))
+        raise ConfigError(f"{path} is not a {description}.") from None
+    shapes = jax.eval_shape(lambda: init(metadata))
     try:
-        return kind(params=state_dicts.unflatten(tensors, shapes, path), **about)
+        return kind(params=state_dicts.unflatten(tensors, shapes, path), **metadata)
     except ConfigError as error:
         raise ConfigError(
             f"{error} If an earlier version wrote it, remove it: --mode=reference makes it anew."

@@ -1,7 +1,8 @@
-"""Inception-v3 for the Frechet distance: the network of the TensorFlow original, as in pytorch-fid and torch-fidelity.
+"""Inception-v3 for the Frechet distance, the TensorFlow network of pytorch-fid and torch-fidelity.
 
-It differs from torchvision's: average pools leave the padding out of the mean, Mixed_7c pools by maximum, and there are
-1008 classes. A parameter's path is its name in their checkpoints.
+It differs from torchvision's network in three points. Average pools exclude the padding, Mixed_7c
+uses a max pool, and the classifier has 1008 classes. The path of a parameter is its name in the
+PyTorch checkpoints. `inception_weights.open_network` opens it for the scores.
 """
 
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ import numpy as np
 Array = jax.Array
 Params = Mapping[str, Any]
 
-IMAGE_SIZE = 299  # images are resized to it
-EPS = 1e-3  # of every batch normalization
-PRECISION = "highest"  # float32 on a TPU too: with its own default scores would differ from those of other machines
+IMAGE_SIZE = 299
+EPS = 1e-3  # of the batch normalizations
+PRECISION = "highest"  # The default precision of TPUs would change the scores.
 
 
 class Features(NamedTuple):
@@ -26,13 +27,13 @@ class Features(NamedTuple):
     f64: Array
     f192: Array
     f768: Array
-    f2048: Array  # what FID means by default
-    logits_unbiased: Array  # of which the inception score takes the softmax
+    f2048: Array  # the features of FID
+    logits_unbiased: Array  # without the bias of the last layer, for the inception score
     logits: Array
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch normalization by stored statistics, ReLU."""
+    """Convolution without bias, batch normalization with stored statistics, and ReLU."""
 
     channels: int
     size: tuple[int, int]
@@ -47,7 +48,7 @@ class Conv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalization by the stored mean and variance, names as in PyTorch."""
+    """Batch normalization with stored mean and variance, with the parameter names of PyTorch."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -72,7 +73,7 @@ def _square_conv(channels: int, name: str, size: int = 1, padding: int = 0, stri
 
 
 class MixedA(nn.Module):
-    """Mixed_5b to 5d, at 35 x 35."""
+    """Mixed_5b to Mixed_5d, at 35 x 35."""
 
     pool_channels: int
 
@@ -86,7 +87,7 @@ class MixedA(nn.Module):
 
 
 class MixedB(nn.Module):
-    """Mixed_6a, 35 x 35 to 17 x 17."""
+    """Mixed_6a, from 35 x 35 to 17 x 17."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -97,9 +98,9 @@ class MixedB(nn.Module):
 
 
 class MixedC(nn.Module):
-    """Mixed_6b to 6e, at 17 x 17, with 7 x 7 convolutions as pairs of 1 x 7 and 7 x 1."""
+    """Mixed_6b to Mixed_6e, at 17 x 17, with 7 x 7 convolutions as pairs of 1 x 7 and 7 x 1."""
 
-    channels: int  # between the convolutions
+    channels: int  # of the inner convolutions
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -120,7 +121,7 @@ class MixedC(nn.Module):
 
 
 class MixedD(nn.Module):
-    """Mixed_7a, 17 x 17 to 8 x 8."""
+    """Mixed_7a, from 17 x 17 to 8 x 8."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -132,9 +133,9 @@ class MixedD(nn.Module):
 
 
 class MixedE(nn.Module):
-    """Mixed_7b and 7c, at 8 x 8."""
+    """Mixed_7b and Mixed_7c, at 8 x 8."""
 
-    max_pool: bool  # Mixed_7c, as the original had it; average otherwise
+    max_pool: bool  # True for Mixed_7c, as in the TensorFlow network; otherwise an average pool
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -152,7 +153,7 @@ class MixedE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Images (B, H, W, 3) with values 0..255, uint8 or float, to `Features`."""
+    """Maps images (B, H, W, 3) with values 0..255, uint8 or float, to `Features`."""
 
     @nn.compact
     def __call__(self, images: Array) -> Features:
@@ -180,7 +181,7 @@ class InceptionV3(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Scores of the 1008 classes without and with the bias."""
+    """Logits of the 1008 classes, without and with the bias."""
 
     @nn.compact
     def __call__(self, x: Array) -> tuple[Array, Array]:
@@ -191,21 +192,31 @@ class Classifier(nn.Module):
 
 
 def resize(images: Array, side: int) -> Array:
-    """Bilinear resize of (B, H, W, c) as TensorFlow 1 did it, without half-pixel centres and without antialiasing.
+    """Resizes (B, H, W, c) bilinearly like TensorFlow 1: no half-pixel centers, no antialiasing.
 
-    Scores depend on it: this is torch-fidelity's resize; pytorch-fid's has half-pixel centres.
+    Scores depend on it. torch-fidelity does the same; pytorch-fid uses half-pixel centers.
     """
     for axis in (1, 2):
         length = images.shape[axis]
         position = np.arange(side, dtype=np.float32) * np.float32(length / side)
         low = np.minimum(position.astype(np.int32), length - 1)
         high = np.minimum(low + 1, length - 1)
-        share = (position - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        fraction = (position - low).reshape([-1 if i == axis else 1 for i in range(4)])
         below = images.take(low, axis)
-        images = below + (images.take(high, axis) - below) * share
+        images = below + (images.take(high, axis) - below) * fraction
     return images
 
 
 def features(params: Params, images: Array) -> Features:
-    """`Features` of images (B, H, W, 3) with values 0..255; pure and jittable."""
+    """Computes `Features` of images (B, H, W, 3) with values 0..255."""
     return InceptionV3().apply({"params": params}, images)
+
+
+def fid_outputs(params: Params, images: Array) -> tuple[Array, Array]:
+    """Returns the features of FID (B, 2048) and the logits of the inception score (B, 1008).
+
+    Grayscale images (B, H, W, 1) become RGB images with three equal channels.
+    """
+    rgb = jnp.broadcast_to(images, (*images.shape[:3], 3))
+    outputs = features(params, rgb)
+    return outputs.f2048, outputs.logits_unbiased

@@ -1,4 +1,8 @@
-"""Inception's weights: the checkpoints of the original's PyTorch ports and Orbax folders of ours."""
+"""Weights of Inception-v3: PyTorch checkpoint files and Orbax folders.
+
+`registry` opens the network with these weights. `modes.convert` converts a PyTorch checkpoint to an
+Orbax folder.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -10,15 +14,35 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from madformer_jax.evaluation.networks.inception_v3 import IMAGE_SIZE, InceptionV3, Params
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation.networks.inception_v3 import IMAGE_SIZE, InceptionV3, Params, fid_outputs
+from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.weights import state_dicts, tensor_layout
 
 
-def load(path: str) -> dict[str, Any]:
-    """Parameters from the original's checkpoint file (see `files.SUFFIXES`) or a folder written by `save`.
+def open_network(path: str) -> Network:
+    """Opens the network of FID with the weights at `path`, a file or a folder as in `load`.
 
     Raises:
-      ConfigError: there is none at `path`, or its tensors do not fit.
+      ConfigError: The weights are missing or do not fit.
+    """
+    try:
+        params = load(path)
+    except ConfigError:
+        if epath.Path(path).exists():
+            raise
+        raise ConfigError(
+            f"there are no Inception weights at {path}: make them with --mode=convert --config.convert.inception=FILE, or name "
+            "them in config.evaluate.network_path."
+        ) from None
+    return Network("inception", {}, 2048, (1, 3), params, fid_outputs)
+
+
+def load(path: str) -> dict[str, Any]:
+    """Loads parameters from a checkpoint file (see `state_dicts.SUFFIXES`) or a folder of `save`.
+
+    Raises:
+      ConfigError: The file or folder is missing, or its tensors do not fit.
     """
     if epath.Path(path).is_dir():
         params = state_dicts.load_params(path)
@@ -28,28 +52,34 @@ def load(path: str) -> dict[str, Any]:
 
 
 def save(folder: str, source: str) -> None:
-    """Writes the parameters of `source` (as for `load`) as an Orbax folder.
+    """Writes the parameters of `source`, a file or folder as in `load`, to an Orbax folder.
 
     Raises:
-      ConfigError: as for `load`; nothing is written then.
+      ConfigError: `load` fails. Nothing is written in that case.
     """
     state_dicts.save_params(folder, load(source))
 
 
-_BATCH_COUNT = "num_batches_tracked"  # of training; says nothing about the network, and the published file lacks it
+# A training counter that inference ignores. The published file lacks it.
+_BATCH_COUNT = "num_batches_tracked"
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the PyTorch checkpoints."""
-    found = {_torch_name(path): tensor_layout.torch_shape(leaf.shape) for path, leaf in _abstract_params().items()}
-    return found | {_batch_count_name(path): () for path in _abstract_params() if path[-1] == "running_var"}
+    """Returns the names and shapes of the tensors of a PyTorch checkpoint."""
+    names = {_torch_name(path): tensor_layout.torch_shape(leaf.shape) for path, leaf in _abstract_params().items()}
+    return names | {_batch_count_name(path): () for path in _abstract_params() if path[-1] == "running_var"}
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], what: str = "Inception") -> dict[str, Any]:
-    """Parameters (float32 numpy) from a PyTorch state_dict.
+    """Converts a PyTorch state_dict to parameters, float32 NumPy arrays.
+
+    Args:
+      state_dict: The tensors by name.
+      what: Name of the file, for the error.
 
     Raises:
-      ConfigError: names every tensor that is missing, left over or mis-shaped; `what` names the file there.
+      ConfigError: Tensors are missing, unexpected or of the wrong shape. The message names each of
+        them.
     """
     expected = shapes()
     counts = {name: np.zeros(()) for name in expected if name.endswith(_BATCH_COUNT)}
@@ -62,7 +92,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], what: str = "Inception") ->
 
 
 def to_torch(params: Params) -> dict[str, np.ndarray]:
-    """The PyTorch state_dict of parameters; the inverse of `from_torch`."""
+    """Converts parameters to a PyTorch state_dict; the inverse of `from_torch`."""
     state_dict = {}
     for path, leaf in flatten_dict(params).items():
         state_dict[_torch_name(path)] = tensor_layout.to_torch(np.asarray(leaf))
@@ -71,7 +101,7 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
     return state_dict
 
 
-@functools.lru_cache(maxsize=1)  # tracing the network takes seconds
+@functools.lru_cache(maxsize=1)  # Tracing the network takes seconds.
 def _abstract_params() -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)
     return flatten_dict(jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"])

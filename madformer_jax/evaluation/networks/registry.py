@@ -1,4 +1,8 @@
-"""Features of images by a network of the table below. Another network is a file like `inception.py` and a line here."""
+"""The feature networks by name, and feature extraction on all devices of a process.
+
+`modes.reference` and `sample_scores.open_judge` call it. To add a network, write a module with a
+function `open_network(path) -> Network` and list it in `NETWORKS`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,29 +12,29 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import attribute_features, classifier_features, inception_features
+from madformer_jax.evaluation.networks import attribute_classifier, classifier, inception_weights
 from madformer_jax.evaluation.networks.network import Network
 
 NETWORKS: dict[str, Callable[[str], Network]] = {
-    "inception": inception_features.open_network,  # FID, KID, IS
-    "attributes": attribute_features.open_network,  # FD-attributes, KID-attributes
-    "classifier": classifier_features.open_network,  # FD-classifier, KID-classifier, and what class an image shows
+    "inception": inception_weights.open_network,  # FID, KID, IS
+    "attributes": attribute_classifier.open_network,  # FD-attributes, KID-attributes
+    "classifier": classifier.open_network,  # FD-classifier, KID-classifier, recognised
 }
-BATCH_PER_DEVICE = 16  # images a device at a time
+BATCH_PER_DEVICE = 16
 
 
 class NetworkOutputs(NamedTuple):
-    """What a network says of n images, on the host."""
+    """Outputs of a network for n images, on the host."""
 
     features: np.ndarray  # (n, d) float32
-    logits: np.ndarray | None  # (n, classes) float32
+    logits: np.ndarray | None  # (n, classes) float32; None if the network has no classes
 
 
 def open_network(name: str, path: str) -> Network:
-    """The network of the table called `name` with the weights at `path`.
+    """Opens the network `name` with the weights at `path`.
 
     Raises:
-      ConfigError: the name is unknown, or the weights are not there or do not fit.
+      ConfigError: The name is unknown, or the weights are missing or do not fit.
     """
     if name not in NETWORKS:
         raise ConfigError(f"config.evaluate.network={name!r} is unknown: one of {', '.join(map(repr, NETWORKS))}.")
@@ -38,33 +42,33 @@ def open_network(name: str, path: str) -> Network:
 
 
 def make_extractor(network: Network) -> Callable[[np.ndarray], NetworkOutputs]:
-    """A function from images uint8 (n, H, W, c), any n, to their `Outputs`, on all devices of this process.
+    """Returns a function from images uint8 (n, H, W, c) to their `NetworkOutputs`.
 
-    An image's features do not depend on the images beside it. The function raises ConfigError where the network does
-    not take images of c channels.
+    It runs on all devices of this process and accepts any n. An image's features do not depend on
+    the other images of its batch. It raises ConfigError if the network does not accept the images.
     """
     devices = jax.local_devices()
     mesh = Mesh(np.array(devices), "images", axis_types=(AxisType.Auto,))
-    split = NamedSharding(mesh, PartitionSpec("images"))
+    batch_sharding = NamedSharding(mesh, PartitionSpec("images"))
     params = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
     apply = jax.jit(network.apply)
 
     def extract(images: np.ndarray) -> NetworkOutputs:
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in network.channels:
             raise ConfigError(
-                f"images {images.dtype} {images.shape} are nothing for the network {network.name}: "
+                f"the network {network.name} cannot read images {images.dtype} {images.shape}: "
                 f"it takes uint8 (n, H, W, {' or '.join(map(str, network.channels))})."
             )
         size = min(BATCH_PER_DEVICE, -(-len(images) // len(devices))) * len(devices)
-        found, logits = [], []
+        features, logits = [], []
         for first in range(0, len(images), size):
-            part = images[first : first + size]
-            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            with jax.set_mesh(mesh):  # its own, whatever mesh the images were drawn on
-                outputs = jax.device_get(apply(params, jax.device_put(filled, split)))
-            found.append(outputs[0][: len(part)])
+            batch = images[first : first + size]
+            padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+            with jax.set_mesh(mesh):  # the caller may have set the mesh of the model
+                outputs = jax.device_get(apply(params, jax.device_put(padded, batch_sharding)))
+            features.append(outputs[0][: len(batch)])
             if outputs[1] is not None:
-                logits.append(outputs[1][: len(part)])
-        return NetworkOutputs(np.concatenate(found), np.concatenate(logits) if logits else None)
+                logits.append(outputs[1][: len(batch)])
+        return NetworkOutputs(np.concatenate(features), np.concatenate(logits) if logits else None)
 
     return extract

@@ -1,4 +1,4 @@
-"""The classifier that is trained where there are no Inception weights."""
+"""The classifier that is trained on the data set."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from madformer_jax.weights.fingerprint import fingerprint
 
 
 def _stripes(n, seed):
-    """Noisy stripes across (0), along (1) or none (2), with a random phase, uint8 (n, 32, 32, 3)."""
+    """Returns noisy images (n, 32, 32, 3) with horizontal (0), vertical (1) or no (2) stripes."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 3, n)
     wave = np.sin(np.arange(32) * 0.8 + random.uniform(0, 6, (n, 1)))
@@ -24,7 +24,7 @@ def trained():
     return classifier.train(*_stripes(128, 0), *_stripes(90, 1), steps=20)
 
 
-def test_classes_are_learned_and_the_same_every_time(trained, tmp_path):
+def test_training_learns_the_classes_and_is_deterministic(trained, tmp_path):
     assert (trained.classes, trained.channels, trained.held_out) == (3, 3, 90)
     assert trained.accuracy > 0.9
     images, labels = _stripes(90, 1)
@@ -50,7 +50,7 @@ def test_images_of_any_size_are_resized(shape, side):
     assert abs(small.mean() - images.mean()) < 2
 
 
-def test_what_is_not_labelled_or_not_a_classifier_is_refused(trained, tmp_path):
+def test_unlabeled_images_and_wrong_files_are_refused(trained, tmp_path):
     images, labels = _stripes(6, 0)
     with pytest.raises(ConfigError, match="no labels"):
         classifier.train(images, labels * 0, images, labels)

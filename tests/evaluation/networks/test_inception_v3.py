@@ -13,7 +13,7 @@ from madformer_jax.weights import state_dicts
 
 @pytest.fixture(scope="module")
 def state(reference):
-    """Weights by the rule of the reference arrays, gain 2."""
+    """Random weights that the reference arrays were computed with."""
     tensors = {}
     for name, shape in reference("inception_fid_state_dict.json").items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -43,14 +43,14 @@ def test_every_feature_equals_torch_fidelity(reference, params):
         assert np.linalg.norm(value - expected) / np.linalg.norm(expected) < 1e-4, name
 
 
-def test_resize_has_no_half_pixel_centres():
+def test_resize_has_no_half_pixel_centers():
     ramp = np.arange(4, dtype=np.float32)[None, :, None, None] + np.zeros((1, 4, 2, 1), np.float32)
     resized = inception_v3.resize(ramp, 8)
     np.testing.assert_array_equal(resized[0, :, 0, 0], [0, 0.5, 1, 1.5, 2, 2.5, 3, 3])
     np.testing.assert_array_equal(inception_v3.resize(ramp[:, :2], 2), ramp[:, :2])
 
 
-def test_names_and_shapes_and_conversion_there_and_back(reference, state, params):
+def test_names_and_shapes_and_round_trip(reference, state, params):
     expected = {name: tuple(shape) for name, shape in reference("inception_fid_state_dict.json").items()}
     assert inception_weights.shapes() == expected
     back = inception_weights.to_torch(params)
@@ -59,7 +59,7 @@ def test_names_and_shapes_and_conversion_there_and_back(reference, state, params
         np.testing.assert_array_equal(back[name], tensor)
 
 
-def test_published_file_without_batch_counts_is_taken(tmp_path, state, params):
+def test_published_file_without_batch_counts_is_loaded(tmp_path, state, params):
     published = {name: x for name, x in state.items() if not name.endswith("num_batches_tracked")}
     state_dicts.write_state_dict(tmp_path / "inception.safetensors", published)
     loaded = inception_weights.load(str(tmp_path / "inception.safetensors"))

@@ -1,4 +1,4 @@
-"""Features of images through the table of networks."""
+"""Feature extraction with the networks of the registry."""
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ def _sums(params, images):
 TOY = Network("toy", {"made": "here"}, 3, (3,), {"w": np.float32([1, 2, 3])}, _sums)
 
 
-def test_inception_gives_what_fid_and_the_inception_score_are_of(monkeypatch):
+def test_inception_returns_the_features_of_fid_and_unbiased_logits(monkeypatch):
     def outputs(params, images):
-        assert images.shape == (2, 8, 8, 3)  # grey as RGB
+        assert images.shape == (2, 8, 8, 3)  # grayscale images become RGB
         return model.Features(*(params["w"] + i for i in range(6)))
 
     monkeypatch.setattr(model, "features", outputs)
@@ -34,7 +34,7 @@ def test_inception_gives_what_fid_and_the_inception_score_are_of(monkeypatch):
     assert model.Features._fields[3:5] == ("f2048", "logits_unbiased")
 
 
-def test_batches_are_filled_up_and_cut(monkeypatch):
+def test_batches_are_padded_and_cut(monkeypatch):
     monkeypatch.setattr(registry, "BATCH_PER_DEVICE", 2)
     images = np.random.default_rng(0).integers(0, 256, (37, 4, 4, 3), dtype=np.uint8)
     for n in (1, 16, 37):
@@ -43,7 +43,7 @@ def test_batches_are_filled_up_and_cut(monkeypatch):
         np.testing.assert_allclose(outputs.features, images[:n].mean(axis=(1, 2)) * [1, 2, 3], rtol=1e-5)
 
 
-def test_networks_have_a_table_and_a_hash():
+def test_networks_have_names_and_fingerprints():
     assert TOY.describe() == {"name": "toy", "weights": fingerprint(TOY.params), "dims": 3, "made": "here"}
     other = {"w": np.float32([1, 2, 3.0001])}
     assert len({fingerprint(x) for x in (TOY.params, other, {"v": other["w"]}, {"w": other["w"][None]})}) == 4
@@ -54,7 +54,7 @@ def test_networks_have_a_table_and_a_hash():
             registry.make_extractor(TOY)(wrong)
 
 
-def test_the_classifier_is_in_the_table(tmp_path):
+def test_the_classifier_is_registered(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
     params = classifier.init(jax.random.key(0), classes=2, channels=1)
     classifier.save(tmp_path / "classifier.npz", classifier.Classifier(params, 2, 1, accuracy=0.75, held_out=8))
