@@ -159,7 +159,7 @@ def test_a_page_is_served_behind_a_proxy(proxy, tmp_path):
     code = (
         "import urllib.request\n"
         "from madformer_jax.modes import demo\n"
-        "gr = demo._gradio()\n"
+        "gr = demo._import_gradio()\n"
         "with gr.Blocks() as blocks: gr.Markdown('the page')\n"
         "served = demo.serve(blocks, '127.0.0.1', 0)\n"
         "open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open\n"

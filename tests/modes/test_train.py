@@ -60,7 +60,7 @@ def count(patch):
 
         return step
 
-    def batches(c, draw, params, codec_params, mesh, numbers, most=None):
+    def batches(c, draw, params, codec_params, mesh, numbers, max_batch=None):
         for number in numbers:
             yield generation.SampleBatch(
                 np.array([number]), np.zeros(1, np.int32), np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1)
@@ -376,7 +376,9 @@ def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_pat
         generation, "write_png", lambda path, image: fail() if "000002" in path.name else png(path, image)
     )
     monkeypatch.setattr(
-        metric_writer.MetricWriter, "show", lambda self, *given: self._show(fail) if len(seen) == 3 else None
+        metric_writer.MetricWriter,
+        "log_image",
+        lambda self, *args: self._submit_to_tensorboard(fail) if len(seen) == 3 else None,
     )
     assert train.run(plain, str(tmp_path))["step"] == 4
     assert (

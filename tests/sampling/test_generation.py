@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -25,11 +26,11 @@ def noise_only(monkeypatch):
     monkeypatch.setattr(generation.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
 
 
-def draw(c, numbers, params=None, decode=None, devices=1, most=None):
-    """The images of a config with these numbers, on a mesh of so many devices."""
+def draw(c, numbers, params=None, decode=None, devices=1, max_batch=None):
+    """Draws the images with these numbers on a mesh of `devices` devices."""
     program = generation.make_sample_fn(c, madformer.build(c), decode or codec.build(c).decode)
     mesh = partitioning.make_mesh(-1, 1, 1, jax.devices()[:devices])
-    drawn = list(generation.batches(c, program, params or {}, {}, mesh, numbers, most))
+    drawn = list(generation.batches(c, program, params or {}, {}, mesh, numbers, max_batch))
     assert program._cache_size() == 1
     return drawn
 
@@ -52,7 +53,7 @@ def test_the_noise_of_an_image_is_that_of_no_training_step(plain, noise_only):
     expected, of_step = (
         jax.random.normal(jax.random.fold_in(k, 1), (1, 64, 16)) for k in (jax.random.fold_in(key, 2**31), key)
     )
-    np.testing.assert_array_equal(codec.to_blocks(first.latents, generation.sizes_of(plain))[1], expected)
+    np.testing.assert_array_equal(codec.to_blocks(first.latents, derive_sizes(plain))[1], expected)
     assert np.abs(expected - of_step).max() > 1
 
 
@@ -61,7 +62,7 @@ def test_a_batch_is_a_multiple_of_the_devices_and_of_one_shape(plain, noise_only
     drawn = draw(plain, range(5), devices=4)
     assert [batch.numbers.tolist() for batch in drawn] == [[0, 1, 2, 3], [4]]
     assert [batch.labels.tolist() for batch in drawn] == [[7, 2, 4, 7], [2]]
-    assert [len(batch.images) for batch in draw(plain, range(3), most=1)] == [1, 1, 1]
+    assert [len(batch.images) for batch in draw(plain, range(3), max_batch=1)] == [1, 1, 1]
 
 
 def test_each_image_has_its_prompt_in_whichever_batch(plain, monkeypatch):
@@ -109,7 +110,7 @@ def test_prompts_stand_below_their_pictures():
 def test_random_labels_do_not_depend_on_the_batch(plain, noise_only):
     plain.model.classes, plain.sample.label_sampling = 10, "random"
     few = np.concatenate([batch.labels for batch in draw(plain, range(5))])
-    (many,) = draw(plain, [4, 1, 3], devices=4, most=4)
+    (many,) = draw(plain, [4, 1, 3], devices=4, max_batch=4)
     np.testing.assert_array_equal(many.labels, few[[4, 1, 3]])
     assert few.tolist() != [0, 1, 2, 3, 4]
 
@@ -151,9 +152,7 @@ def test_given_noise_is_read_by_number_and_not_compiled_in(plain, noise_only, tm
     plain.sample.noise = str(tmp_path / "noise.npy")
     np.save(plain.sample.noise, noise)
     drawn = np.concatenate([batch.latents for batch in draw(plain, [3, 0, 4])])
-    np.testing.assert_array_equal(
-        codec.to_blocks(drawn, generation.sizes_of(plain)), noise[[3, 0, 4]].astype(np.float32)
-    )
+    np.testing.assert_array_equal(codec.to_blocks(drawn, derive_sizes(plain)), noise[[3, 0, 4]].astype(np.float32))
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ def c(tmp_path, one_device, monkeypatch):
         params, ema = (jax.tree.map(lambda x, k=k: x + k, tree) for k, tree in ((1, state.params), (2, state.ema)))
         return train_step.State(state.step + 1, params, ema, state.opt), metrics
 
-    def batches(c, draw, params, codec_params, mesh, numbers, most=None):
+    def batches(c, draw, params, codec_params, mesh, numbers, max_batch=None):
         weight = jax.tree.leaves(params)[0].ravel()[0]
-        assert generation.batch_size(c, mesh, most) == 5 and len(numbers) <= c.sample.n
+        assert generation.batch_size(c, mesh, max_batch) == 5 and len(numbers) <= c.sample.n
         for number in numbers:
             yield generation.SampleBatch(
                 np.array([number]), np.zeros(1, np.int32), image(number, weight)[None], np.zeros(1)

@@ -44,7 +44,7 @@ def test_a_slow_disk_stalls_nothing_and_a_full_one_is_told(tmp_path, monkeypatch
 
     monkeypatch.setattr(metric_writer.storage, "append_line", append)
     told = metric_writer.MetricWriter(tiny.get_config("plain"), str(tmp_path), 0, 1.0, 1)
-    told._shows = False
+    told._tensorboard_works = False
     for step in (1, 2, 3):
         told.add(step, metrics)
         told.write()
