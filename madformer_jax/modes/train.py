@@ -28,7 +28,8 @@ from madformer_jax.runtime import checkpoint, lock, memory, partitioning, progre
 from madformer_jax.runtime.preemption import Preemption
 from madformer_jax.sampling import codec, generation
 from madformer_jax.training import hooks, train_step
-from madformer_jax.training.metric_writer import DivergedError, MetricWriter
+from madformer_jax.training.checkpoint_saver import CheckpointSaver
+from madformer_jax.training.metric_writer import MetricWriter
 
 
 def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class Tools(NamedTuple):
     hooks: list[tuple[hooks.Hook, int]]  # each with its interval in steps; 0: only at the end
     profile: Callable[[int], Any]
     preemption: Preemption
-    saver: "CheckpointSaver"
+    saver: CheckpointSaver
 
 
 def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resources:
@@ -136,8 +137,8 @@ def _open_tools(
     hook_list = _make_hooks(c, workdir, r, metric_writer, grids)
     profile = stack.enter_context(_make_profiler(c, workdir, step))
     preemption = stack.enter_context(Preemption())
-    saver = CheckpointSaver(c, workdir, r.checkpoints, metric_writer, r.info, r.check_lock)
-    stack.enter_context(saver)
+    inputs = {"data": _dataset_record(r.info), **text.tokenizer_identity(c)}
+    saver = stack.enter_context(CheckpointSaver(c, workdir, r.checkpoints, metric_writer, inputs, r.check_lock))
     stack.enter_context(partitioning.scope(r.mesh))
     return Tools(step_fn, metric_writer, hook_list, profile, preemption, saver)
 
@@ -341,72 +342,3 @@ def _make_profiler(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[
         yield profile
     finally:
         profile(sys.maxsize)  # ends a trace that is still being recorded
-
-
-# ---- checkpoints
-
-
-class CheckpointSaver:
-    """Saves the state of the last finished step, when called and when an error ends the loop.
-
-    A context manager around the loop. The loop sets `finished` = (step, state, position of the
-    data) after each step.
-    """
-
-    def __init__(
-        self,
-        c: ConfigDict,
-        workdir: str,
-        checkpoints: checkpoint.Checkpoints,
-        metric_writer: MetricWriter,
-        info: pipeline.DatasetInfo,
-        check_lock: Callable[[], None],
-    ):
-        self.finished: tuple[int, train_step.State, dict[str, Any]] | None = None
-        self._c, self._workdir, self._checkpoints = c, workdir, checkpoints
-        self._metric_writer, self._check_lock = metric_writer, check_lock
-        self._inputs = {"data": _dataset_record(info), **text.tokenizer_identity(c)}
-
-    def __call__(self) -> None:
-        """Reports, and starts to save.
-
-        Raises:
-          DivergedError: The state is not finite; it is not saved.
-        """
-        self._metric_writer.write()
-        self._metric_writer.flush()  # The metrics of a checkpoint must be on disk before it.
-        self._save()
-
-    def _save(self) -> None:
-        assert self.finished is not None  # The loop has run a step.
-        step, state, position = self.finished
-        self._check_lock()
-        checkpoint.write_config(self._c, self._workdir)  # A config is saved only after it worked.
-        arrays = {name: getattr(state, name) for name in checkpoint.ARRAY_ITEMS}
-        self._checkpoints.save(step, arrays, position, {"step": step, **self._inputs})
-
-    def wait(self) -> None:
-        """Waits until the last save is on disk."""
-        self._checkpoints.wait()
-
-    def __enter__(self) -> "CheckpointSaver":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, DivergedError):
-            self.wait()
-            last = self._checkpoints.last
-            good = f"step {last} of {self._workdir}" if last is not None else "none yet"
-            raise ConfigError(f"{error}; the last good checkpoint: {good}.") from None
-        # All processes save together, and the others do not know of the error in this one.
-        if not isinstance(error, Exception) or self.finished is None or jax.process_count() > 1:
-            return
-        step = self.finished[0]
-        try:
-            self._metric_writer.check_finite()
-            self._save()
-            self.wait()
-        except Exception as problem:
-            logging.error("step %d could not be saved: %s", step, storage.cause_message(problem))
-        else:
-            logging.info("step %d, the last before an error, is saved", step)
