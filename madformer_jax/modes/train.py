@@ -312,10 +312,9 @@ def _check_shapes(saved: dict[str, tuple[int, ...]], target: Any) -> None:
     expected = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
     for name in sorted(saved.keys() | expected.keys()):
         if saved.get(name) != expected.get(name):
-            here, there = (arrays.get(name, "of nothing") for arrays in (expected, saved))
             raise ConfigError(
-                f"{name} has the shape {there} there and {here} here: "
-                "config.model, config.codec and config.data.channels must fit the given weights."
+                f"{name} has the shape {saved.get(name)} in the weights and {expected.get(name)} in the model: "
+                "config.model, config.codec and config.data.channels must fit the weights."
             )
 
 

@@ -191,10 +191,13 @@ class Model:
             yield frame
 
     def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
+        """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
         coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
         static = flops.guidance_branches(c) == 2, s.clip, sampler.clean_timestep(self._model, coefficients)
-        begin, condition, step, extend, show = self._program(("blocks", *static), lambda: self._block_programs(*static))
+        begin, condition, step, cache_clean, decode = self._program(
+            ("blocks", *static), lambda: self._block_programs(*static)
+        )
         rows = list(zip(solvers.step_rows(coefficients), generation.guidance_scales(c)))
         file_noise = generation.open_noise(c)
         if file_noise is None:
@@ -207,10 +210,10 @@ class Model:
             c_i, cache = condition(cache, pred, block)
             state = solvers.initial_state(noise[:, block : block + 1])
             for k, row in enumerate(rows, 1):
-                state, own = step(cache, c_i, state, *row, block)
+                state, own_kv = step(cache, c_i, state, *row, block)
                 if k == s.steps or every == "step":
-                    shown = state.x if k == s.steps else state.x0
-                    images, finite = jax.device_get(show(z.at[:, block].set(shown[:, 0])))
+                    current = state.x if k == s.steps else state.x0
+                    images, finite = jax.device_get(decode(z.at[:, block].set(current[:, 0])))
                     if not finite:
                         raise ConfigError(
                             f"sampling gave values that are not finite in block {block + 1}: the weights may have diverged, or "
@@ -219,7 +222,7 @@ class Model:
                     yield Frame(images, block, k, flops.model_passes_until(c, block, k), time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])
             if block + 1 < sizes.blocks:
-                cache, pred = extend(cache, state.x, own, block)
+                cache, pred = cache_clean(cache, state.x, own_kv, block)
 
     def _block_programs(self, *static: Any) -> tuple[Any, ...]:
         """Returns the programs that draw a block, and one that decodes blocks to uint8 images.
@@ -232,17 +235,18 @@ class Model:
         sizes = derive_sizes(self.config)
         params = self._program("inference params", self._inference_params)
 
-        def part(name: str) -> Any:
+        def block_program(name: str) -> Any:
             def run(params: Any, *args: Any) -> Any:
                 return getattr(sampler.BlockSteps(self._model, params, *static), name)(*args)
 
             return self._jitted(run, params)
 
-        def show(codec_params: Any, z: Any) -> Any:
+        def decode(codec_params: Any, z: Any) -> Any:
             pixels = self._codec.decode(codec_params, codec.from_blocks(z, sizes))
             return generation.to_uint8(pixels), jnp.isfinite(pixels).all()
 
-        return (*map(part, ("begin", "condition", "step", "extend")), self._jitted(show, self._codec_params))
+        methods = ("begin", "condition", "step", "extend")
+        return (*map(block_program, methods), self._jitted(decode, self._codec_params))
 
     def _inference_params(self) -> Any:
         """Returns the parameters in the layout for sampling, shared by all programs."""
@@ -301,7 +305,7 @@ def _to_field_type(name: str, value: Any, reference: Any) -> Any:
 def _unknown_setting_message(name: str, value: Any, known: Sequence[str]) -> str:
     similar = difflib.get_close_matches(name, known, 1)
     hint = f"Did you mean {similar[0]!r}?" if similar else f"The settings are {', '.join(known)}."
-    return f"{name}={reprlib.repr(value)}: there is no such setting of sampling. {hint}"
+    return f"{name}={reprlib.repr(value)}: {name!r} is not a setting of sampling. {hint}"
 
 
 @numerics.scoped
@@ -325,7 +329,7 @@ def load(path: str, codec: str = "") -> Model:
     file = f"{path.rstrip('/')}/config.json"
     saved = storage.read_json(file)
     if saved is None:
-        raise ConfigError(f"there is no {file}: give the workdir of a training, an export or a converted release.")
+        raise ConfigError(f"{file} does not exist: give the workdir of a training, an export or a converted release.")
     c = stored_config.config_from_saved(saved, file)
     if codec:
         c.codec.path = codec
@@ -353,9 +357,11 @@ def _download_from_hub(name: str) -> str:
         import huggingface_hub
     except ImportError:
         raise ConfigError(
-            f"there is no folder {name}; to take it from the Hugging Face hub: pip install huggingface_hub."
+            f"the folder {name} does not exist; to download it from the Hugging Face hub: pip install huggingface_hub."
         ) from None
     try:
         return str(huggingface_hub.snapshot_download(name))
     except Exception as error:  # The network, the hub and the disk each raise errors of their own.
-        raise ConfigError(f"there is no folder {name}, and the Hugging Face hub says: {first_line(error)}.") from None
+        raise ConfigError(
+            f"the folder {name} does not exist, and the Hugging Face hub says: {first_line(error)}."
+        ) from None

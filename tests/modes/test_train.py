@@ -339,7 +339,7 @@ def test_training_starts_from_the_weights_of_init_from(half, plain, tmp_path, so
     ("field", "value", "message"),
     [
         ("model.rope", "release", r"holds another model: config\.model\.rope was 'axial' and is 'release'"),
-        ("codec.patch", 8, r"boi has the shape \(64, 16\) there and \(16, 16\) here"),
+        ("codec.patch", 8, r"boi has the shape \(64, 16\) in the weights and \(16, 16\) in the model"),
         ("train.init_from", "nowhere", "nowhere does not exist"),
     ],
 )

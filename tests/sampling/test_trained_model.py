@@ -94,7 +94,7 @@ def test_wrong_settings_raise_one_line_before_drawing(model):
         ({"labels": True}, "must be a class number"),
         ({"labels": [0, 1, 2], "n": 2}, "there are 3 of them for n=2 images"),
         ({"labels": "cat,dog", "n": 1}, "there are 2 of them for n=1 images"),
-        ({"label": 3}, "label=3: there is no such setting of sampling. Did you mean 'labels'?"),
+        ({"label": 3}, "label=3: 'label' is not a setting of sampling. Did you mean 'labels'?"),
         ({"Seed": 3}, "Did you mean 'seed'?"),
         ({"n": 1.5}, "n=1.5 must be a whole number"),
         ({"n": 0}, "config.sample.n=0"),
@@ -111,7 +111,7 @@ def test_wrong_settings_raise_one_line_before_drawing(model):
         ({"steps": 1, "solver": "ddim", "spacing": "leading"}, "starts at t = 0 and returns noise"),
         ({"prompts": 3}, "prompts=3 must be a text"),
         ({"prompts": ["a red planet"]}, "needs a model that reads captions"),
-        ({"stepz": 3}, "no such setting"),
+        ({"stepz": 3}, "is not a setting of sampling"),
         ({"steps": 0}, "steps"),
         ({"guidance": "much"}, "guidance='much'"),
         ({"weights": "raw"}, "chosen when it was loaded"),
@@ -206,10 +206,10 @@ def test_prompts_of_python_are_literal(tmp_path, one_device):
 
 
 def test_missing_model_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"there is no .*config.json: give the workdir"):
+    with pytest.raises(ConfigError, match=r"config.json does not exist: give the workdir"):
         madformer_jax.load(str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match="there is no folder owner/model; .* pip install huggingface_hub"):
+    with pytest.raises(ConfigError, match="the folder owner/model does not exist; .* pip install huggingface_hub"):
         madformer_jax.load("owner/model")
 
 
