@@ -9,12 +9,7 @@ __version__ = "0.1.0"
 
 
 def load(path: str, codec: str = "") -> "Model":
-    """Loads a trained model to draw with (`trained_model.load`).
-
-    Args:
-      path: A workdir, an export, a converted release, or a repository of the Hugging Face hub.
-      codec: Folder or hub id of the VAE, if the config names no VAE or should use another one.
-    """
-    from madformer_jax.sampling import trained_model  # imported here because --help must not wait for JAX
+    """Loads a trained model of a workdir, an export, a converted release or a repository of the hub, to sample from (`api.load`)."""
+    from madformer_jax.sampling import trained_model  # JAX with it, which --help does without
 
     return trained_model.load(path, codec)

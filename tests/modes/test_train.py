@@ -1,7 +1,7 @@
 """Tests of --mode=train.
 
-Most tests replace the training step, which tests/training/test_train_step.py tests, by one that only
-counts. The file has over 400 lines because all tests share the runs of its fixtures.
+Most tests replace the training step, which tests/training/test_train_step.py tests, by one that
+only counts. The file has over 400 lines because all tests share the runs of its fixtures.
 """
 
 import json
