@@ -63,8 +63,8 @@ def settings(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") ->
 
 
 def marked(workdir: pathlib.Path) -> Callable[..., None]:
-    """`aside.Grid.do`, which leaves a file while it draws."""
-    mark, draw = pathlib.Path(f"{workdir}.drawing"), hooks.SampleGrid.do
+    """Returns `hooks.SampleGrid.run` so that a file exists while it draws."""
+    mark, draw = pathlib.Path(f"{workdir}.drawing"), hooks.SampleGrid.run
 
     def marking(self: hooks.SampleGrid, *given: Any) -> None:
         mark.touch()
@@ -85,7 +85,7 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int
     os.dup2(log, 2)
     status = 1
     try:
-        hooks.SampleGrid.do = marked(workdir)
+        hooks.SampleGrid.run = marked(workdir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         status = command_line.main(settings(workdir, cache, mode))
     except BaseException:

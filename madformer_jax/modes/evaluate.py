@@ -186,7 +186,14 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                     sample_fn = generation.make_sample_fn(setting, model, images_codec.decode)
                     programs[program] = progress.log_compilation(sample_fn, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
-                    generation.batches, setting, programs[program], params, codec_params, mesh, most=s.n, given=given
+                    generation.batches,
+                    setting,
+                    programs[program],
+                    params,
+                    codec_params,
+                    mesh,
+                    max_batch=s.n,
+                    conditions=given,
                 )
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(

@@ -1,8 +1,9 @@
-"""--mode=gallery: a page of images coming into being, two settings side by side, which needs no server and no Python.
+"""--mode=gallery: a page that shows how images are drawn at two settings side by side.
 
     python -m madformer_jax.main --mode=gallery --workdir=runs/digits --config.gallery.grid="steps=4,20"
 
-Writes workdir/gallery/index.html from the newest checkpoint, or from `sample.step`.
+Writes workdir/gallery/index.html from the newest checkpoint, or from `sample.step`. The page needs
+no server and no Python. `publishing.gallery_page` has its layout.
 """
 
 import os
@@ -24,10 +25,14 @@ from madformer_jax.sampling import prompts, trained_model
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Records `gallery.n` images at every setting of `gallery.grid` and writes the page; returns its path.
+    """Records `gallery.n` images at every setting of `gallery.grid` and writes the page.
+
+    Returns:
+      The path of the page.
 
     Raises:
-      ConfigError: a setting is wrong, there is no checkpoint or it does not fit, or the page would be too large.
+      ConfigError: A setting is wrong, the workdir has no checkpoint, the checkpoint does not fit
+        the config, or the page would be too large.
     """
     config_lib.validate(c)
     if jax.process_count() > 1:
@@ -46,19 +51,22 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         config_lib.resolve_label_numbers(setting, model.labels)
     recordings = [_record(model, setting, name) for setting, name in zip(grid, _setting_names(grid))]
     m = c.model
-    about = (
+    description = (
         f"MADFormer draws an image block after block: N = {m.depth} layers, of which D = {m.diffusion_depth} run at every solver "
-        f"step, L = {m.blocks} blocks. Both sides show the same noise; at each place of the slider both have cost the same. "
+        f"step, L = {m.blocks} blocks. Both sides show the same noise. At each position of the slider both have cost the same. "
         "Passes are full-model passes of an image. They count every layer that runs, the clean tower's among them."
     )
     path = os.path.join(workdir, "gallery", "index.html")
-    page = gallery_page.render("How the images come into being", about, _captions(grid[0], model.labels), recordings)
+    page = gallery_page.render(
+        "How the images come into being", description, _captions(grid[0], model.labels), recordings
+    )
     storage.write_text(path, page)
     logging.info("wrote %d images at %d settings: %s", c.gallery.n, len(grid), path)
     return {"page": path}
 
 
 def _grid_configs(c: ConfigDict) -> list[ConfigDict]:
+    """Returns the config of each setting of `gallery.grid`."""
     c = c.copy_and_resolve_references()
     c.evaluate.n = c.gallery.n
     c.evaluate.grid = c.gallery.grid or f"steps={max(1, c.sample.steps // 5)},{c.sample.steps}"
@@ -66,13 +74,14 @@ def _grid_configs(c: ConfigDict) -> list[ConfigDict]:
 
 
 def _setting_names(grid: list[ConfigDict]) -> list[str]:
-    """What tells the settings apart."""
-    told = ("solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "weights")
-    differ = [name for name in told if len({str(c.sample[name]) for c in grid}) > 1] or ["steps"]
+    """Returns a name for each setting from the fields in which they differ."""
+    fields = ("solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "weights")
+    differ = [name for name in fields if len({str(c.sample[name]) for c in grid}) > 1] or ["steps"]
     return [", ".join(f"{name} {c.sample[name]}" for name in differ) for c in grid]
 
 
 def _captions(c: ConfigDict, names: tuple[str, ...]) -> list[str]:
+    """Returns the prompt, the class or the number of each image."""
     if c.text.vocabulary:
         return prompts.load(c)
     labels = config_lib.sample_labels(c)
@@ -80,9 +89,9 @@ def _captions(c: ConfigDict, names: tuple[str, ...]) -> list[str]:
 
 
 def _record(model: trained_model.Model, c: ConfigDict, name: str) -> Recording:
-    """Every solver step of the images, timed once all is compiled."""
-    for _ in model.frames(c, "step"):
+    """Records every solver step of the images, after a run that compiles the programs."""
+    for _ in model.stream_config(c, "step"):
         pass
-    found = list(model.frames(c, "step"))
-    frames = [gallery_page.Frame(f.block + 1, f.step, f.passes, f.seconds / c.sample.n) for f in found]
-    return Recording(name, frames, np.stack([gallery_page.downscale(f.images) for f in found]))
+    drawn = list(model.stream_config(c, "step"))
+    frames = [gallery_page.Frame(f.block + 1, f.step, f.passes, f.seconds / c.sample.n) for f in drawn]
+    return Recording(name, frames, np.stack([gallery_page.downscale(f.images) for f in drawn]))

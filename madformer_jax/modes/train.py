@@ -1,18 +1,21 @@
-"""--mode=train: trains a model, going on from its newest checkpoint, and draws samples.
+"""--mode=train: trains a model from its newest checkpoint or from new weights.
 
-The loop, and below it what goes with the loop: going on or starting anew, reporting, drawing, saving.
+`run` prepares the data, the devices and the model (`_prepare`), restores or creates the state
+(`_restore_or_initialize`) and steps to `train.steps` (`_loop`). Work between steps, such as sample
+grids and scores, is a `hooks.Hook`: add yours in `_make_hooks`.
 """
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from madformer_jax.config import fields, validation
@@ -25,110 +28,172 @@ from madformer_jax.runtime import checkpoint, lock, memory, partitioning, progre
 from madformer_jax.runtime.preemption import Preemption
 from madformer_jax.sampling import codec, generation
 from madformer_jax.training import hooks, train_step
-from madformer_jax.training.metric_writer import DivergedError, MetricWriter
+from madformer_jax.training.checkpoint_saver import CheckpointSaver
+from madformer_jax.training.metric_writer import MetricWriter
 
 
 def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
-    """Trains to `train.steps`, going on from the newest checkpoint in `workdir`.
+    """Trains to `train.steps`, from the newest checkpoint in `workdir` if it has one.
 
     Args:
-      c: the config.
-      workdir: where everything is written.
-      grids: whether to draw samples, at the end and every `train.sample_every` steps.
+      c: The config.
+      workdir: Folder of checkpoints, metrics and samples.
+      grids: Draw samples at the end and every `train.sample_every` steps.
 
     Returns:
-      The last report: the step, and the means since the report before. With "stopped" where it was asked to stop, be it in
-      the last step.
+      The last report: the step, and the means since the report before it. If the run was asked to
+      stop, be it during the last step, "stopped" is True.
 
     Raises:
-      ConfigError: a setting, the data, the workdir or a checkpoint is wrong, somebody else trains there, or the loss is no
-        longer finite.
+      ConfigError: A setting, the data, the workdir or a checkpoint is wrong. Another process trains
+        in the workdir. The loss is no longer finite.
+    """
+    with contextlib.ExitStack() as stack:
+        resources = _prepare(c, workdir, stack)
+        state = _restore_or_initialize(c, workdir, resources)
+        tools = _open_tools(c, workdir, resources, int(state.step), grids, stack)
+        _loop(c, workdir, resources, tools, state)
+    return tools.metric_writer.figures | ({"stopped": True} if tools.preemption.reached() else {})
+
+
+class Resources(NamedTuple):
+    """Everything that a run opens before it has a state."""
+
+    judge: sample_scores.Judge | None  # None without scores in training
+    info: pipeline.DatasetInfo
+    mesh: Mesh
+    process_index: int  # of the processes that read different rows of a batch
+    process_count: int
+    setup: train_step.Setup
+    create_state: Callable[[], train_step.State]
+    abstract_state: train_step.State
+    step_flops: float
+    codec_params: Any  # empty if cached latents need none
+    check_lock: Callable[[], None]
+    data: Any  # the iterator of training batches
+    checkpoints: checkpoint.Checkpoints
+
+
+class Tools(NamedTuple):
+    """Everything that the loop calls."""
+
+    step_fn: Callable[..., tuple[train_step.State, dict[str, Any]]]
+    metric_writer: MetricWriter
+    hooks: list[tuple[hooks.Hook, int]]  # each with its interval in steps; 0: only at the end
+    profile: Callable[[int], Any]
+    preemption: Preemption
+    saver: CheckpointSaver
+
+
+def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resources:
+    """Checks the config and opens data, devices, model, workdir and checkpoints.
+
+    Args:
+      stack: Closes what is opened.
     """
     config_lib.validate(c)
     storage.check_arrays_path(workdir, write=True)
     judge = sample_scores.open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
-    with contextlib.ExitStack() as stack:
-        # data, devices, model
-        with progress.log_while("opening the data"):
-            info = pipeline.dataset_info(c)
-        config_lib.resolve_label_numbers(c, info.names)
-        mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-        share, shares = partitioning.batch_share(mesh, c.train.batch, c.train.accumulate)
-        s = train_step.make_setup(c)
-        s = s._replace(codec=codec.require_weights(s.codec, info.codec))
-        create, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
-        cost = flops.training_step(c, encode=info.kind == "images").total
+    with progress.log_while("opening the data"):
+        info = pipeline.dataset_info(c)
+    config_lib.resolve_label_numbers(c, info.names)
+    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    index, count = partitioning.batch_share(mesh, c.train.batch, c.train.accumulate)
+    setup = train_step.make_setup(c)
+    setup = setup._replace(codec=codec.require_weights(setup.codec, info.codec))
+    create, abstract = train_step.create_state(setup.model, setup.tx, c.seed, mesh)
+    step_flops = flops.training_step(c, encode=info.kind == "images").total
+    memory.check_state_fits("training", mesh, parameters=abstract.params, averages=abstract.ema, optimizer=abstract.opt)
+    codec_params = jax.device_put(setup.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
+    check_lock = stack.enter_context(lock.acquire(workdir))
+    checkpoint.check_config(c, workdir)
+    _log_run_summary(c, info, setup, step_flops, mesh.size)
+    data = pipeline.train_iterator(c, batch=c.train.batch // count, process_index=index, process_count=count)
+    stack.callback(data.close)
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, c.train.keep, c.train.keep_every, state=abstract))
+    return Resources(
+        judge, info, mesh, index, count, setup, create, abstract, step_flops, codec_params, check_lock, data, checkpoints
+    )  # fmt: skip
 
-        # state: that of the newest checkpoint, or a new one
-        memory.check_state_fits(
-            "training", mesh, parameters=abstract.params, averages=abstract.ema, optimizer=abstract.opt
-        )
-        codec_params = jax.device_put(s.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
-        check_lock = stack.enter_context(lock.acquire(workdir))
-        checkpoint.check_config(c, workdir)
-        _log_run_summary(c, info, s, cost, mesh.size)
-        data = pipeline.train_iterator(c, batch=c.train.batch // shares, process_index=share, process_count=shares)
-        stack.callback(data.close)
-        checkpoints = stack.enter_context(
-            checkpoint.Checkpoints(workdir, c.train.keep, c.train.keep_every, state=abstract)
-        )
-        if checkpoint.exists(workdir):
-            state = _resume(c, workdir, checkpoints, abstract, data, info)
-        else:
-            state = _load_initial_weights(c, create()) if c.train.init_from else create()
-        step, steps, seed = int(state.step), c.train.steps, np.uint32(c.seed)
 
-        # the step, and what goes with it
-        out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
-        program = jax.jit(train_step.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
-        step_fn = progress.log_compilation(program, "the training step")
-        report = stack.enter_context(contextlib.closing(MetricWriter(c, workdir, step, cost, mesh.size)))
-        left = memory.device_capacity() - partitioning.device_bytes(abstract)
-        draw = progress.log_compilation(
-            generation.make_sample_fn(c, s.model, s.codec.decode, left), "the sampling program"
-        )
-        studio = hooks.TrainContext(s, draw, codec_params, mesh, report)
-        asides: list[tuple[hooks.Hook, int]] = []
-        if grids:
-            asides.append((hooks.SampleGrid(c, studio, workdir), c.train.sample_every))
-        if judge:
-            asides.append((hooks.Scores(c, studio, judge), c.train.evaluate_every))
-        if c.train.validate_every:
-            asides.append((hooks.Validation(c, studio, share, shares), c.train.validate_every))
-        profile = stack.enter_context(_make_profiler(c, workdir, step))
-        stopping = stack.enter_context(Preemption())
-        save = stack.enter_context(CheckpointSaver(c, workdir, checkpoints, report, info, check_lock))
-        stack.enter_context(partitioning.scope(mesh))
+def _restore_or_initialize(c: ConfigDict, workdir: str, r: Resources) -> train_step.State:
+    """Returns the state of the newest checkpoint, or a new one.
 
-        # loop
-        while step < steps:
-            profile(step)
-            read = next(data)
-            if save.finished is None:  # all that is read at the start is in order: from here on files are written
-                partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
-                report.begin(step, c, sum(x.size for x in jax.tree.leaves(state.params)), read.get("image"))
-            batch = partitioning.global_batch(read, mesh)
-            state, metrics = step_fn(state, batch, codec_params, seed)
-            step += 1
-            save.finished = (step, state, data.get_state())
-            report.add(step, metrics)
-            if step % c.train.log_every == 0:
-                report.write()
-            if step % c.train.checkpoint_every == 0 or step == steps:
-                save()
-            for one, every in asides:
-                if every and step % every == 0 and step < steps:
-                    save.wait()  # should drawing end the process, then not for good
-                    one.do(step, state, stopping.reached)
-            if stopping.reached():
-                save()
-                break
-        save.wait()
-        for one, _ in asides if step == steps and not stopping.reached() else ():
-            one.do(step, state, stopping.reached)
-        if stopping.reached():
-            logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
-    return report.figures | ({"stopped": True} if stopping.reached() else {})
+    A new state has the weights of `train.init_from` if that is set.
+    """
+    if checkpoint.exists(workdir):
+        return _resume(c, workdir, r.checkpoints, r.abstract_state, r.data, r.info)
+    return _load_initial_weights(c, r.create_state()) if c.train.init_from else r.create_state()
+
+
+def _open_tools(
+    c: ConfigDict, workdir: str, r: Resources, step: int, grids: bool, stack: contextlib.ExitStack
+) -> Tools:
+    """Makes the training program and opens what runs beside it, from `step` on."""
+    out_shardings = (jax.tree.map(lambda x: x.sharding, r.abstract_state), partitioning.replicated(r.mesh))
+    program = jax.jit(train_step.make_step(r.setup, c), donate_argnums=0, out_shardings=out_shardings)
+    step_fn = progress.log_compilation(program, "the training step")
+    metric_writer = stack.enter_context(contextlib.closing(MetricWriter(c, workdir, step, r.step_flops, r.mesh.size)))
+    hook_list = _make_hooks(c, workdir, r, metric_writer, grids)
+    profile = stack.enter_context(_make_profiler(c, workdir, step))
+    preemption = stack.enter_context(Preemption())
+    inputs = {"data": _dataset_record(r.info), **text.tokenizer_identity(c)}
+    saver = stack.enter_context(CheckpointSaver(c, workdir, r.checkpoints, metric_writer, inputs, r.check_lock))
+    stack.enter_context(partitioning.scope(r.mesh))
+    return Tools(step_fn, metric_writer, hook_list, profile, preemption, saver)
+
+
+def _make_hooks(
+    c: ConfigDict, workdir: str, r: Resources, metric_writer: MetricWriter, grids: bool
+) -> list[tuple[hooks.Hook, int]]:
+    """Makes the hooks that the config asks for, each with its interval in steps."""
+    free = memory.device_capacity() - partitioning.device_bytes(r.abstract_state)
+    sample_fn = progress.log_compilation(
+        generation.make_sample_fn(c, r.setup.model, r.setup.codec.decode, free), "the sampling program"
+    )
+    context = hooks.TrainContext(r.setup, sample_fn, r.codec_params, r.mesh, metric_writer)
+    result: list[tuple[hooks.Hook, int]] = []
+    if grids:
+        result.append((hooks.SampleGrid(c, context, workdir), c.train.sample_every))
+    if r.judge:
+        result.append((hooks.Scores(c, context, r.judge), c.train.evaluate_every))
+    if c.train.validate_every:
+        result.append((hooks.Validation(c, context, r.process_index, r.process_count), c.train.validate_every))
+    return result
+
+
+def _loop(c: ConfigDict, workdir: str, r: Resources, tools: Tools, state: train_step.State) -> None:
+    """Steps to `train.steps` or until the run is asked to stop, and saves."""
+    metric_writer, preemption, saver = tools.metric_writer, tools.preemption, tools.saver
+    step, steps, seed = int(state.step), c.train.steps, np.uint32(c.seed)
+    while step < steps:
+        tools.profile(step)
+        rows = next(r.data)
+        if saver.finished is None:  # The inputs could be read: from here on, the run writes files.
+            partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
+            parameters = sum(x.size for x in jax.tree.leaves(state.params))
+            metric_writer.log_start(step, c, parameters, rows.get("image"))
+        batch = partitioning.global_batch(rows, r.mesh)
+        state, metrics = tools.step_fn(state, batch, r.codec_params, seed)
+        step += 1
+        saver.finished = (step, state, r.data.get_state())
+        metric_writer.add(step, metrics)
+        if step % c.train.log_every == 0:
+            metric_writer.write()
+        if step % c.train.checkpoint_every == 0 or step == steps:
+            saver()
+        for hook, every in tools.hooks:
+            if every and step % every == 0 and step < steps:
+                saver.wait()  # If the hook ends the process, its step must not be lost.
+                hook.run(step, state, preemption.reached)
+        if preemption.reached():
+            saver()
+            break
+    saver.wait()
+    for hook, _ in tools.hooks if step == steps and not preemption.reached() else ():
+        hook.run(step, state, preemption.reached)
+    if preemption.reached():
+        logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
 
 
 # ---- start
@@ -152,10 +217,11 @@ def _resume(
     data: Any,
     info: pipeline.DatasetInfo,
 ) -> train_step.State:
-    """The state of the newest checkpoint, with `data` set to go on behind it.
+    """Returns the state of the newest checkpoint, and sets `data` to the batch after it.
 
     Raises:
-      ConfigError: nothing can be restored, the data set or the tokenizer has changed, or the run is further than `train.steps`.
+      ConfigError: No checkpoint can be restored, the data set or the tokenizer has changed, or the
+        run has been trained for more than `train.steps`.
     """
     targets = {name: getattr(abstract, name) for name in checkpoint.ARRAY_ITEMS}
     step, trees, position = checkpoints.restore(targets, data=True)
@@ -175,12 +241,22 @@ def _resume(
 
 
 def _dataset_record(info: pipeline.DatasetInfo) -> dict[str, Any]:
-    """What a checkpoint says of the data."""
+    """Returns the identity of the data set that is saved with a checkpoint."""
     return {"records": info.records, "fingerprint": info.fingerprint, "names": list(info.names)}
 
 
 def _check_data(workdir: str, step: int, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Raises ConfigError where the data set is not the one that the run has seen so far: every index would mean another image."""
+    """Checks that the data set is the one that the run has seen so far.
+
+    In another one, every index of the iterator would mean another image.
+
+    Args:
+      before: The record in the checkpoint, or None if it has none.
+      now: The record of the data set that is open.
+
+    Raises:
+      ConfigError: The records differ.
+    """
     if before is None:
         logging.warning(
             "step %d of %s does not say which data it has seen: the data set is not compared", step, workdir
@@ -191,21 +267,23 @@ def _check_data(workdir: str, step: int, before: dict[str, Any] | None, now: dic
     if before["names"] != now["names"]:
         gone, new = (sorted(set(a["names"]) - set(b["names"])) for a, b in ((before, now), (now, before)))
         changes = [f"no longer {', '.join(gone)}"] * bool(gone) + [f"now {', '.join(new)}"] * bool(new)
-        what = f"its classes ({'; '.join(changes) or 'in another order'})"
+        difference = f"its classes ({'; '.join(changes) or 'in another order'})"
     elif before["records"] != now["records"]:
-        what = f"its records ({before['records']} then, {now['records']} now)"
+        difference = f"its records ({before['records']} then, {now['records']} now)"
     else:
-        what = f"which records these {now['records']} are, or what they hold"
+        difference = f"which records these {now['records']} are, or what they hold"
     raise ConfigError(
-        f"the data set has changed since step {step} of {workdir}: {what}. Bring the old one back, or use another --workdir."
+        f"the data set has changed since step {step} of {workdir}: {difference}. Bring the old one back, or use another --workdir."
     )
 
 
 def _load_initial_weights(c: ConfigDict, state: train_step.State) -> train_step.State:
-    """The new state with the weights of `train.init_from`, the averages where it has them, as parameters and as averages.
+    """Replaces the parameters and averages of a new state by the weights of `train.init_from`.
+
+    These are its averages if it has some, else its parameters.
 
     Raises:
-      ConfigError: there are none, or the model is another one.
+      ConfigError: The folder has no weights, or they are of another model.
     """
     source = c.train.init_from
     target = partitioning.abstract_arrays(state.params, jax.tree.map(lambda x: x.sharding, state.params))
@@ -213,40 +291,44 @@ def _load_initial_weights(c: ConfigDict, state: train_step.State) -> train_step.
         checkpoint.require(source)
         if different := checkpoint.differences(c, source, ("model",)):
             raise ConfigError(f"{source} holds another model: {'; '.join(different)}.")
-        with checkpoint.Checkpoints(source, read_only=True) as given:
-            found = {item: shapes for item in ("ema", "params") if (shapes := given.shapes(item))}
-            item = next(iter(found), "params")
-            _check_shapes(found.get(item, {}), target)
-            step, trees, _ = given.restore({item: target})
+        with checkpoint.Checkpoints(source, read_only=True) as checkpoints:
+            shapes = {item: arrays for item in ("ema", "params") if (arrays := checkpoints.shapes(item))}
+            item = next(iter(shapes), "params")
+            _check_shapes(shapes.get(item, {}), target)
+            step, trees, _ = checkpoints.restore({item: target})
     except ConfigError as error:
         raise ConfigError(f"config.train.init_from: {error}") from error
     logging.info("starting from the %s of step %d of %s", item, step, source)
     return state._replace(params=trees[item], ema=jax.tree.map(jnp.copy, trees[item]))
 
 
-def _check_shapes(found: dict[str, tuple[int, ...]], target: Any) -> None:
-    """Raises ConfigError where arrays are not those of the target."""
+def _check_shapes(saved: dict[str, tuple[int, ...]], target: Any) -> None:
+    """Checks that saved arrays have the names and shapes of the target.
+
+    Raises:
+      ConfigError: An array is missing, unknown or of another shape.
+    """
     leaves, _ = jax.tree.flatten_with_path(target)
-    wanted = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+    expected = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
             raise ConfigError(
-                f"{name} has the shape {found.get(name, 'of nothing')} there and {wanted.get(name, 'of nothing')} here: "
-                "config.model, config.codec and config.data.channels must fit the given weights."
+                f"{name} has the shape {saved.get(name)} in the weights and {expected.get(name)} in the model: "
+                "config.model, config.codec and config.data.channels must fit the weights."
             )
 
 
 @contextlib.contextmanager
 def _make_profiler(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int], Any]]:
-    """A function of the step that is about to run, which writes the trace that `profile` asks for."""
+    """Yields a function to call with each step before it runs, which traces those in `profile`."""
     steps = validation.profiled_steps(c)
     if steps is None:
         yield lambda step: None
         return
     first, last = steps
     if first < step:
-        logging.warning("profile: step %d is behind; no trace is written", first)
-    from clu import periodic_actions  # which loads TensorFlow
+        logging.warning("profile: step %d is already trained; no trace is written", first)
+    from clu import periodic_actions  # imported here because it loads TensorFlow
 
     profile = periodic_actions.Profile(
         logdir=f"{workdir}/profile",
@@ -258,67 +340,4 @@ def _make_profiler(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[
     try:
         yield profile
     finally:
-        profile(sys.maxsize)  # ends a trace that runs
-
-
-# ---- checkpoints
-
-
-class CheckpointSaver:
-    """Saves the state of the last finished step: when called, and where an error ends the loop before it was saved.
-
-    A context manager around the loop, which sets `finished` = (step, state, position of the data) behind each step.
-    """
-
-    def __init__(
-        self,
-        c: ConfigDict,
-        workdir: str,
-        checkpoints: checkpoint.Checkpoints,
-        report: MetricWriter,
-        info: pipeline.DatasetInfo,
-        check_lock: Callable[[], None],
-    ):
-        self.finished: tuple[int, train_step.State, dict[str, Any]] | None = None
-        self._c, self._workdir, self._checkpoints, self._report = c, workdir, checkpoints, report
-        self._check_lock, self._inputs = check_lock, {"data": _dataset_record(info), **text.tokenizer_identity(c)}
-
-    def __call__(self) -> None:
-        """Reports, and starts to save; nothing is saved that is not finite."""
-        self._report.write()
-        self._report.settle()  # no checkpoint is without what led to it
-        self._save()
-
-    def _save(self) -> None:
-        assert self.finished is not None  # the loop has run a step
-        step, state, position = self.finished
-        self._check_lock()
-        checkpoint.write_config(self._c, self._workdir)  # now that it has shown that it works
-        arrays = {name: getattr(state, name) for name in checkpoint.ARRAY_ITEMS}
-        self._checkpoints.save(step, arrays, position, {"step": step, **self._inputs})
-
-    def wait(self) -> None:
-        """Until the last save is on disk."""
-        self._checkpoints.wait()
-
-    def __enter__(self) -> "CheckpointSaver":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, DivergedError):
-            self.wait()
-            last = self._checkpoints.last
-            good = f"step {last} of {self._workdir}" if last is not None else "none yet"
-            raise ConfigError(f"{error}; the last good checkpoint: {good}.") from None
-        # Several processes save together, and the others do not know of this one's error.
-        if not isinstance(error, Exception) or self.finished is None or jax.process_count() > 1:
-            return
-        step = self.finished[0]
-        try:
-            self._report.check()
-            self._save()
-            self.wait()
-        except Exception as problem:
-            logging.error("step %d could not be saved: %s", step, storage.cause_message(problem))
-        else:
-            logging.info("step %d, the last before an error, is saved", step)
+        profile(sys.maxsize)  # ends a trace that is still being recorded

@@ -1,4 +1,8 @@
-"""Image to latent to blocks and back: the only place where each happens."""
+"""Conversions between images, latents and blocks.
+
+Training encodes with a `Codec`, sampling decodes with one, and `modes.prepare` encodes with an
+`Encoder`. Add a codec as a function that returns a `Codec`, and choose it in `build`.
+"""
 
 import functools
 import json
@@ -22,36 +26,40 @@ from madformer_jax.weights.fingerprint import fingerprint
 
 
 def to_blocks(z: Any, sizes: Sizes) -> Array:
-    """Latent (B, h, w, C) -> blocks (B, L, positions, C): blocks in raster order, a block's positions likewise."""
+    """Splits latents (B, h, w, C) into blocks (B, L, positions, C), both in raster order."""
     p, q = sizes.block_side, sizes.block_width
     return rearrange(z, "b (i p) (j q) c -> b (i j) (p q) c", p=p, q=q)
 
 
 def from_blocks(blocks: Array, sizes: Sizes) -> Array:
-    """The inverse of `to_blocks`."""
+    """Joins blocks (B, L, positions, C) to latents (B, h, w, C); the inverse of `to_blocks`."""
     return rearrange(blocks, "b (i j) (p q) c -> b (i p) (j q) c", i=sizes.grid, p=sizes.block_side)
 
 
 def to_float(image: Any) -> Array:
-    """uint8 -> float32 in [-1, 1], any shape: x / 127.5 - 1, both steps rounded as IEEE says.
+    """Converts uint8, any shape, to float32 in [-1, 1]: x / 127.5 - 1, both steps rounded.
 
-    XLA makes a product with the inverse of a division by a constant, and four of five results would differ in their last bit
-    from a division's. In base 256, x / 255 is the digit x for ever: the first two are exact, and a product gives enough of
-    the others, whichever way it is reassociated or fused.
+    XLA replaces a division by a constant by a product with its inverse, which changes the last bit
+    of four in five results. In base 256, x / 255 is the digit x repeated forever. The first two
+    digits are exact, and a product gives enough of the others, however XLA reassociates or fuses
+    it.
     """
-    digits = jnp.asarray(image).astype(jnp.float32) * (257 / 2**15)  # of 2 x / 255
+    digits = jnp.asarray(image).astype(jnp.float32) * (257 / 2**15)  # first two digits of 2 x / 255
     return digits + digits * (2**-16 + 2**-32) - 1
 
 
 class Codec(NamedTuple):
-    """Image <-> latent.
+    """Functions that convert between images and latents.
 
-    load: () -> params, the weights, which are read when this is first called: not all who have a codec need them.
-    encode: (params, batch of the input pipeline, key) -> z (B, h, w, C).
-      Images are uint8 and become floats here. Cached latents need no params: {} will do.
-    decode: (params, z) -> images (B, H, W, c) in [-1, 1].
+    The weights are an argument of both conversions, so that a jitted program takes them as an
+    input.
 
-    Params are an argument of both, so that a jitted program takes them as one.
+    Attributes:
+      load: () -> params. Reads the weights at the first call, because not every user of a codec
+        needs them.
+      encode: (params, batch of the input pipeline, key) -> z (B, h, w, C). Converts images from
+        uint8. For cached latents, params may be {}.
+      decode: (params, z) -> images (B, H, W, c) in [-1, 1].
     """
 
     load: Callable[[], Any]
@@ -60,7 +68,7 @@ class Codec(NamedTuple):
 
 
 def pixel(patch: int) -> Codec:
-    """Space-to-depth: a square of `patch` x `patch` pixels becomes the channels of one latent position."""
+    """Returns the codec that moves `patch` x `patch` pixels to the channels of one position."""
 
     def encode(params: Any, batch: Mapping[str, Array], key: Array) -> Array:
         return rearrange(to_float(batch["image"]), "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
@@ -72,20 +80,21 @@ def pixel(patch: int) -> Codec:
 
 
 def build(c: ConfigDict) -> Codec:
-    """The codec of a validated config."""
+    """Returns the codec of a validated config."""
     return vae(c.codec.path, c.codec.dtype, c.codec.scaling_factor) if c.codec.name == "vae" else pixel(c.codec.patch)
 
 
 def describe(c: ConfigDict, weights: str) -> dict[str, Any]:
-    """The codec's settings, for a protocol: the fingerprint of its weights in place of where they lie."""
+    """Returns the codec's settings for a protocol, which names its weights by their fingerprint."""
     return json.loads(c.codec.to_json()) | {"path": weights}
 
 
 def load_vae(path: str, dtype: str) -> tuple[AutoencoderKL, Params]:
-    """Reads a VAE whose latents a model can take.
+    """Reads a VAE and checks that a model can read its latents.
 
     Raises:
-      ConfigError: There are no weights, they do not fit, or the latents are of another shape than Stable Diffusion's.
+      ConfigError: The folder has no weights, they do not fit, or the latents have another shape
+        than Stable Diffusion's.
     """
     model, params = vae_weights.load(path, dtype)
     if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
@@ -97,10 +106,15 @@ def load_vae(path: str, dtype: str) -> tuple[AutoencoderKL, Params]:
 
 
 def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
-    """Image <-> latent of the VAE, scaled, with weights from wherever `weights.vae.load` finds them.
+    """Returns the codec of a VAE, whose latents are scaled.
 
-    Its functions raise ConfigError, and so does tracing them, if there are no weights, or if they do not fit, are of another
-    kind than Stable Diffusion's or have another scaling factor.
+    Its functions, and tracing them, raise ConfigError if the weights are missing or do not fit, if
+    the VAE is of another kind than Stable Diffusion's, or if it has another scaling factor.
+
+    Args:
+      path: Folder or hub id of the VAE (`vae_weights.load`).
+      dtype: Dtype of its computations.
+      scaling_factor: Factor of the latents.
     """
 
     def load() -> tuple[AutoencoderKL, Params]:
@@ -116,14 +130,15 @@ def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
 
 
 class Encoder(NamedTuple):
-    """A VAE that encodes images for --mode=prepare, and the facts of it that whoever reads the latents must know."""
+    """A VAE that encodes images for --mode=prepare, and facts that readers of its latents need."""
 
-    encode: Callable[[Any], tuple[Any, Any]]  # images uint8 (batch, H, W, c) -> mean, logvar (batch, h, w, C)
-    batch: int  # images that it takes at once
-    weights: str  # their fingerprint
+    # images uint8 (batch, H, W, c) -> mean, logvar (batch, h, w, C)
+    encode: Callable[[Any], tuple[Any, Any]]
+    batch: int  # images per call
+    weights: str  # fingerprint of the weights
     dtype: str = "float32"
     scaling_factor: float = SCALING_FACTOR
-    shift_factor: float = 0.0  # a VAE with another one is refused
+    shift_factor: float = 0.0  # VAEs with another value are refused
     channels: int = VAE_CHANNELS
     downsampling: int = VAE_DOWNSAMPLING
 
@@ -133,14 +148,14 @@ class Encoder(NamedTuple):
 
 
 def encoder(c: ConfigDict, batch: int) -> Encoder:
-    """Makes the encoder of the VAE at `codec.path` over all devices of this process.
+    """Makes the encoder of the VAE at `codec.path`, spread over all devices of this process.
 
     Args:
       c: The config.
-      batch: Images that it takes at once; more where the devices do not divide them.
+      batch: Images per call, rounded up to a multiple of the devices.
 
     Raises:
-      ConfigError: As `load_vae`.
+      ConfigError: See `load_vae`.
     """
     model, params = load_vae(c.codec.path, c.codec.dtype)
     weights, devices = fingerprint(params), len(jax.local_devices())
@@ -157,16 +172,22 @@ def encoder(c: ConfigDict, batch: int) -> Encoder:
 
 
 def require_weights(codec: Codec, weights: str) -> Codec:
-    """The codec, whose `load` raises ConfigError unless its weights are those (`weights.fingerprint`) that made cached latents.
+    """Returns a codec whose `load` checks that its weights made the cached latents.
 
-    With weights "", of images or of latents whose VAE is not known, it is the same codec.
+    Args:
+      codec: The codec.
+      weights: Fingerprint of the weights that made the latents. "" for images, or if it is not
+        known: the codec is returned as it is.
+
+    Raises:
+      ConfigError: `load` of the result raises it if the weights differ.
     """
 
     def load() -> Any:
         params = codec.load()
-        if (found := fingerprint(params)) != weights:
+        if (loaded := fingerprint(params)) != weights:
             raise ConfigError(
-                f"config.codec.path: its weights ({found}) are not those that made the latents of config.data.path "
+                f"config.codec.path: its weights ({loaded}) are not those that made the latents of config.data.path "
                 f"({weights}): give the VAE that prepared them."
             )
         return params
@@ -175,7 +196,7 @@ def require_weights(codec: Codec, weights: str) -> Codec:
 
 
 def from_network(load: Callable[[], tuple[AutoencoderKL, Params]], scaling_factor: float) -> Codec:
-    """The codec of a network and its weights, or their abstract shapes."""
+    """Returns the codec of a network and its weights, which may be abstract shapes."""
     loaded = functools.cache(load)
 
     def encode(params: Params, batch: Mapping[str, Array], key: Array) -> Array:

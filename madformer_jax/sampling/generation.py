@@ -1,4 +1,8 @@
-"""Images for a config from the sampler: in batches, as grids, as files."""
+"""Images of a config: drawn in batches, joined to grids and written to files.
+
+`modes.sample`, `modes.evaluate`, `modes.sweep`, the hooks of training and `trained_model.Model`
+draw with `make_sample_fn` and `batches`.
+"""
 
 import functools
 import hashlib
@@ -29,33 +33,37 @@ from madformer_jax.runtime import partitioning, storage
 from madformer_jax.runtime.memory import device_capacity
 from madformer_jax.sampling import codec, prompts
 
-# ---- images for a config: in training's grids, in --mode=sample and in evaluation
+# ---- drawing
 
-# What the seed's key is folded with for images, before their number. Training folds the key with its step, below 2^31.
+# Folded into the seed's key for images, before their number. Training folds in its step, which is
+# below 2^31.
 SAMPLE_STREAM = 1 << 31
 
 
 class Inputs(NamedTuple):
-    """What one batch is drawn from: arguments of the program, so that none of their values compiles it anew."""
+    """Inputs of one batch: arguments of the program, so that new values do not recompile it."""
 
-    numbers: Array  # (b,) int32, of the images
+    numbers: Array  # (b,) int32, numbers of the images
     labels: Any  # (b,) int32; 0 for a model without classes
-    noise: Array | None  # (b, L, positions, C), or None for the seed's
+    noise: Array | None  # (b, L, positions, C), or None for the noise of the seed
     seed: Any  # () uint32
-    guidance: Any  # (steps,) float32; not read where the config says 1, which runs no second branch
-    text: TokenizedTexts | None = None  # (b, T) and (b,), the prompts of a model that reads captions
+    guidance: Any  # (steps,) float32; unused if `sample.guidance` is 1, which runs no second branch
+    text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
 
 
 class SampleConditions(NamedTuple):
-    """What the config says of each of its `sample.n` images. Reading it takes minutes where they are many: read it once."""
+    """Labels, noise and prompts of the `sample.n` images of a config.
+
+    Reading them can take minutes, so read them once for a config.
+    """
 
     labels: np.ndarray  # (n,) int32; 0 for a model without classes
-    noise: np.ndarray | None  # (n, L, positions, C), left on disk; None where the seed gives the noise
+    noise: np.ndarray | None  # (n, L, positions, C), memory-mapped; None for the noise of the seed
     texts: TokenizedTexts | None  # (n, T) and (n,); None for a model without captions
 
 
 class SampleBatch(NamedTuple):
-    """Finished images, on the host."""
+    """Finished images on the host."""
 
     numbers: np.ndarray  # (b,) int64
     labels: np.ndarray  # (b,) int32; 0 for a model without classes
@@ -63,17 +71,25 @@ class SampleBatch(NamedTuple):
     latents: np.ndarray  # (b, h, w, C) float32
 
 
-# (params, codec params, inputs) -> images uint8 (b, H, W, c), latents (b, h, w, C), whether all values are finite (b,)
+# (params, codec params, inputs)
+# -> images uint8 (b, H, W, c), latents (b, h, w, C), finite bool (b,)
 SampleFn = Callable[[Any, Any, Inputs], tuple[Array, Array, Array]]
 
 
 def make_sample_fn(
     c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Array], memory: int | None = None
 ) -> SampleFn:
-    """The jitted program that draws a batch.
+    """Returns the jitted program that draws a batch.
 
-    The noise of an image depends on the seed and its number alone: not on the batch or the process that draws it. `memory` is what
-    a device has for it, in bytes, which decides how the parameters are held (`resident`); by default `memory.device_capacity`.
+    The noise of an image depends on the seed and on its number alone, not on the batch or the
+    process that draws it.
+
+    Args:
+      c: The config.
+      model: The network.
+      decode: (codec params, latents) -> pixels.
+      memory: Bytes that a device has for the program, which decide how `inference_params` holds the
+        parameters. By default `memory.device_capacity`.
     """
     sizes, settings = derive_sizes(c), c.sample
     memory = device_capacity() if memory is None else memory
@@ -105,73 +121,87 @@ def make_sample_fn(
 
 
 def seeded_noise(seed: Any, numbers: Array, shape: tuple[int, ...]) -> Array:
-    """The noise (n, *shape) of the images with these numbers."""
+    """Returns the noise (n, *shape) of the images with these numbers."""
     key = jax.random.fold_in(jax.random.key(seed), SAMPLE_STREAM)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
 def to_uint8(pixels: Array) -> Array:
-    """Pixels in [-1, 1], any shape, as uint8."""
+    """Converts pixels in [-1, 1], any shape, to uint8."""
     return jnp.round(jnp.clip(pixels * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def make_inputs(
     c: ConfigDict, numbers: Any, labels: Any, noise: Any = None, text: TokenizedTexts | None = None
 ) -> Inputs:
-    """`Inputs` with the config's seed and guidance; the arrays may be abstract."""
+    """Makes `Inputs` with the seed and guidance of the config. The arrays may be abstract."""
     return Inputs(numbers, labels, noise, np.int64(c.seed).astype(np.uint32), guidance_scales(c), text)
 
 
 def guidance_scales(c: ConfigDict) -> np.ndarray:
-    """See `guidance.guidance_scales`."""
+    """Returns the guidance scale of each solver step of the config, float32 (steps,)."""
     s = c.sample
     t = schedule.solver_timesteps(s.solver, s.spacing, s.steps).t
     return guidance.guidance_scales(s.guidance, s.guidance_schedule, s.guidance_interval, t)
 
 
-def batch_size(c: ConfigDict, mesh: jax.sharding.Mesh, most: int | None = None) -> int:
-    """Images that one run of the program draws: `most`, by default the config's batch, as a multiple of the mesh's parts."""
-    parts = partitioning.batch_devices(mesh)
-    return math.ceil(min(c.sample.batch, most or c.sample.n) / parts) * parts
+def batch_size(c: ConfigDict, mesh: jax.sharding.Mesh, max_batch: int | None = None) -> int:
+    """Returns the number of images that one run of the program draws.
+
+    It is the smaller of `sample.batch` and `max_batch` (by default `sample.n`), rounded up to a
+    multiple of the devices that share a batch.
+    """
+    devices = partitioning.batch_devices(mesh)
+    return math.ceil(min(c.sample.batch, max_batch or c.sample.n) / devices) * devices
 
 
 def batches(
     c: ConfigDict,
-    draw: SampleFn,
+    sample_fn: SampleFn,
     params: Any,
     codec_params: Any,
     mesh: jax.sharding.Mesh,
     numbers: Sequence[int] | np.ndarray,
-    most: int | None = None,
-    given: SampleConditions | None = None,
+    max_batch: int | None = None,
+    conditions: SampleConditions | None = None,
 ) -> Iterator[SampleBatch]:
-    """Draws the images with these numbers, below `sample.n`, in batches of one compiled shape; nothing is kept.
+    """Draws images in batches of one compiled shape.
 
-    Every process gives the same numbers, takes part in every batch and gets all of it. A batch holds `most` images where that is
-    given and less than the config's `sample.batch`. Whoever calls this several times for a config reads `given_by` once.
+    Every process passes the same numbers, takes part in every batch and gets all of it.
+
+    Args:
+      c: The config.
+      sample_fn: The program of `make_sample_fn`.
+      params: The parameters of the model.
+      codec_params: The parameters of the codec.
+      mesh: The mesh.
+      numbers: Numbers of the images, below `sample.n`.
+      max_batch: See `batch_size`.
+      conditions: The result of `read_conditions`, for callers that draw from a config repeatedly.
 
     Raises:
-      ConfigError: at once, if the given noise or a prompt does not fit; and where a latent or a pixel is not finite, with image
-        and block.
+      ConfigError: The noise or a prompt cannot be used; raised at once. Or a latent or a pixel is
+        not finite; the message names the image and the block.
     """
-    size, sharding = batch_size(c, mesh, most), partitioning.batch_sharding(mesh)
-    labels, noise, texts = given or read_conditions(c)
+    size, sharding = batch_size(c, mesh, max_batch), partitioning.batch_sharding(mesh)
+    labels, noise, texts = conditions or read_conditions(c)
 
-    def spread(x: np.ndarray) -> Array:
+    def shard(x: np.ndarray) -> Array:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
     def run(chosen: np.ndarray) -> SampleBatch:
-        filled = np.pad(chosen, (0, size - len(chosen)), mode="edge")  # one shape; what fills it up is cut off again
-        rows = None if noise is None else spread(np.asarray(noise[filled], np.float32))
-        words = None if texts is None else TokenizedTexts(*(spread(x[filled]) for x in texts))
-        inputs = make_inputs(c, spread(filled.astype(np.int32)), spread(labels[filled]), rows, words)
-        images, z, finite = (x[: len(chosen)] for x in partitioning.to_host(draw(params, codec_params, inputs), mesh))
+        padded = np.pad(chosen, (0, size - len(chosen)), mode="edge")
+        batch_noise = None if noise is None else shard(np.asarray(noise[padded], np.float32))
+        text = None if texts is None else TokenizedTexts(*(shard(x[padded]) for x in texts))
+        inputs = make_inputs(c, shard(padded.astype(np.int32)), shard(labels[padded]), batch_noise, text)
+        outputs = partitioning.to_host(sample_fn(params, codec_params, inputs), mesh)
+        images, z, finite = (x[: len(chosen)] for x in outputs)
         if not finite.all():
             raise ConfigError(_non_finite_message(c, chosen, z, finite))
         return SampleBatch(chosen, labels[chosen], images, z)
 
-    return (run(np.asarray(numbers[at : at + size], np.int64)) for at in range(0, len(numbers), size))
+    return (run(np.asarray(numbers[i : i + size], np.int64)) for i in range(0, len(numbers), size))
 
 
 def _non_finite_message(c: ConfigDict, numbers: np.ndarray, z: np.ndarray, finite: np.ndarray) -> str:
@@ -188,24 +218,24 @@ def _non_finite_message(c: ConfigDict, numbers: np.ndarray, z: np.ndarray, finit
 
 
 def read_conditions(c: ConfigDict) -> SampleConditions:
-    """Reads what the config says of each of its images.
+    """Reads the labels, the noise and the prompts of the images of a config.
 
     Raises:
-      ConfigError: A label, the given noise or a prompt does not fit.
+      ConfigError: A label, the noise or a prompt cannot be used.
     """
     return SampleConditions(read_labels(c), open_noise(c), prompts.tokenize(c))
 
 
 def read_labels(c: ConfigDict) -> np.ndarray:
-    """The class of each image, int32 (n,); 0 for a model without classes."""
+    """Returns the class of each image, int32 (n,); 0 for a model without classes."""
     return np.array(config_lib.sample_labels(c) or [0] * c.sample.n, np.int32)
 
 
 def open_noise(c: ConfigDict) -> np.ndarray | None:
-    """The file `sample.noise`, left on disk; None where the seed gives the noise.
+    """Opens the file `sample.noise` as a memory map. Returns None if it is not set.
 
     Raises:
-      ConfigError: it is no .npy file of finite floats (n, L, positions, C).
+      ConfigError: It is not a .npy file of finite floats (n, L, positions, C).
     """
     path, shape = c.sample.noise, (c.sample.n, *derive_sizes(c).block_shape)
     if not path:
@@ -221,48 +251,48 @@ def open_noise(c: ConfigDict) -> np.ndarray | None:
         raise ConfigError(
             f"config.sample.noise={path} is of shape {noise.shape}: it must be {shape} (n, L, positions, C)."
         )
-    for number, rows in enumerate(noise):
-        if not np.isfinite(rows).all():
+    for number, image_noise in enumerate(noise):
+        if not np.isfinite(image_noise).all():
             raise ConfigError(f"config.sample.noise={path} is not finite at image {number}.")
     return noise
 
 
 def config_noise_digest(c: ConfigDict) -> str | None:
-    """The SHA-256 of the values in `sample.noise`, for a protocol; None where the seed gives the noise.
+    """Returns the SHA-256 of the values in `sample.noise`, for a protocol; None if it is not set.
 
     Raises:
-      ConfigError: as `given_noise`.
+      ConfigError: See `open_noise`.
     """
     return hash_noise(open_noise(c))
 
 
 def hash_noise(noise: np.ndarray | None) -> str | None:
-    """The SHA-256 of noise as float32; None for None."""
+    """Returns the SHA-256 of noise as float32, or None for None."""
     if noise is None:
         return None
     digest = hashlib.sha256()
-    for rows in noise:
-        digest.update(rows.astype(np.float32).tobytes())
+    for image_noise in noise:
+        digest.update(image_noise.astype(np.float32).tobytes())
     return digest.hexdigest()
 
 
-# ---- files: shards of finished images, and grids
+# ---- files
 
 
 class DamagedError(Exception):
-    """A file is not what was written."""
+    """The content of a file is not what was written."""
 
 
-def write_shard(path: storage.Path, drawn: SampleBatch) -> None:
+def write_shard(path: storage.Path, batch: SampleBatch) -> None:
     """Writes images as an .npz archive of the four arrays."""
-    storage.write(path, lambda file: np.savez(file, **drawn._asdict()))
+    storage.write(path, lambda file: np.savez(file, **batch._asdict()))
 
 
 def read_shard(path: storage.Path) -> SampleBatch | None:
-    """What `write_shard` wrote, every byte of it checked; None where there is no file.
+    """Reads and verifies a file of `write_shard`. Returns None if the file does not exist.
 
     Raises:
-      DamagedError: the file is not whole.
+      DamagedError: The file is incomplete or changed.
     """
     try:
         content = storage.retry(epath.Path(path).read_bytes)
@@ -271,15 +301,15 @@ def read_shard(path: storage.Path) -> SampleBatch | None:
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             return SampleBatch(**{name: file[name] for name in file.files})
-    except Exception as error:  # numpy and zipfile each raise many kinds
+    except Exception as error:  # NumPy and zipfile raise many kinds.
         raise DamagedError(f"{path} is damaged ({first_line(error)})") from None
 
 
 def read_shards(folder: storage.Path) -> Iterator[SampleBatch]:
-    """The images of a folder that --mode=sample has written, shard by shard.
+    """Reads the images of a folder that --mode=sample has written, shard by shard.
 
     Raises:
-      ConfigError: shards are missing or damaged.
+      ConfigError: Shards are missing or damaged.
     """
     with storage.wrap_errors(f"{folder} cannot be read"):
         paths = storage.list_matching(folder, "shard-*-of-*.npz")
@@ -297,7 +327,14 @@ def read_shards(folder: storage.Path) -> Iterator[SampleBatch]:
 
 
 def tile_grid(images: np.ndarray) -> np.ndarray:
-    """uint8 images (n, H, W, c) side by side, as many in a row as make it about square: (rows H, columns W, c)."""
+    """Joins images to an approximately square grid, which is padded with white.
+
+    Args:
+      images: uint8 (n, H, W, c).
+
+    Returns:
+      uint8 (rows H, columns W, c).
+    """
     columns = math.ceil(math.sqrt(len(images)))
     empty = -len(images) % columns
     filled = np.pad(images, ((0, empty), (0, 0), (0, 0), (0, 0)), constant_values=255)
@@ -305,8 +342,16 @@ def tile_grid(images: np.ndarray) -> np.ndarray:
 
 
 def downscale_for_grid(images: np.ndarray, side: int) -> np.ndarray:
-    """uint8 images (n, H, W, c), each averaged over squares of k x k pixels, k the least with which `as_grid` of them is at most
-    `side` pixels wide and high: (n, ceil(H / k), ceil(W / k), c).
+    """Downscales images so that their `tile_grid` is at most `side` pixels wide and high.
+
+    Each image is averaged over squares of k x k pixels, with the smallest k that suffices.
+
+    Args:
+      images: uint8 (n, H, W, c).
+      side: Pixels.
+
+    Returns:
+      uint8 (n, ceil(H / k), ceil(W / k), c).
     """
     k = math.ceil(max(images.shape[1:3]) / max(1, side // math.ceil(math.sqrt(len(images)))))
     if k == 1:
@@ -316,23 +361,23 @@ def downscale_for_grid(images: np.ndarray, side: int) -> np.ndarray:
 
 
 def tile_rows(images: np.ndarray) -> np.ndarray:
-    """uint8 images (rows, columns, H, W, c) side by side: (rows H, columns W, c)."""
+    """Joins uint8 images (rows, columns, H, W, c) to a picture (rows H, columns W, c)."""
     return rearrange(images, "row column h w c -> (row h) (column w) c")
 
 
 def write_png(path: storage.Path, image: np.ndarray) -> None:
-    """Writes uint8 (H, W, 1 or 3) so that the file is whole or not there."""
+    """Writes a picture, uint8 (H, W, 1 or 3), atomically as a PNG."""
     storage.write(path, lambda file: preprocess.to_pil(image).save(file, format="png"))
 
 
 def abstract_params(model: MADFormer, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes and shardings of the model's parameters: the target of a restore.
+    """Returns the shapes and shardings of the model's parameters, the target of a restore.
 
     Raises:
-      ConfigError: the mesh does not split the layers evenly.
+      ConfigError: The mesh does not split the layers evenly.
     """
     partitioning.check_tensor(mesh, model.heads, model.mlp_width)
-    key = jax.random.key(0)  # out here: the mesh may be one to compile for, on which nothing runs
+    key = jax.random.key(0)  # Outside of the scope: the mesh may have no devices that can run.
     with partitioning.scope(mesh):
         boxed = jax.eval_shape(functools.partial(madformer.init, model), key)
     return partitioning.abstract_arrays(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))

@@ -1,4 +1,7 @@
-"""What a model that reads captions is told to draw, and pictures with their prompts below them."""
+"""Prompts: reading, tokenizing and describing them, and showing them below images.
+
+Every mode that draws reads `sample.prompts` here. Add another kind of source to `load`.
+"""
 
 import hashlib
 import json
@@ -18,52 +21,54 @@ from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-_DATA_PREFIX = "data:"  # and a split: its captions
-_MIN_IMAGE_WIDTH = 128  # pixels: smaller pictures are shown larger, so that there is room for words
+_DATA_PREFIX = "data:"  # followed by the split whose captions are the prompts
+_MIN_IMAGE_WIDTH = 128  # pixels; smaller images are enlarged, so that words fit below them
 _FONT_SIZE, _LINE_HEIGHT = 11, 13  # pixels
 
 
 def load(c: ConfigDict) -> list[str]:
-    """The prompt of each of the `sample.n` images: those of `sample.prompts` in turn. Empty for a model without captions.
+    """Returns the prompt of each of the `sample.n` images.
+
+    Images take those of `sample.prompts` in turn. The list is empty for a model without captions.
 
     Raises:
-      ConfigError: there is none, or the file or the split that holds them cannot be read.
+      ConfigError: No prompt is set, or the file or the split of the prompts cannot be read.
     """
     if not c.text.vocabulary:
         return []
-    given, n = c.sample.prompts, c.sample.n
-    literal = fields.json_list(given)
+    value, n = c.sample.prompts, c.sample.n
+    literal = fields.json_list(value)
     if literal is not None:
-        found = [_literal(prompt) for prompt in literal]
-    elif given.startswith(_DATA_PREFIX):
+        prompts = [_literal(prompt) for prompt in literal]
+    elif value.startswith(_DATA_PREFIX):
         source, numbers = _dataset_records(c)
-        found = text.record_texts(c, source, numbers)
-    elif given.endswith(".txt"):
-        with storage.wrap_errors(f"config.sample.prompts={given!r} cannot be read"):
-            found = storage.read_text(given).split("\n")  # a prompt may hold U+2028, at which splitlines would cut
+        prompts = text.record_texts(c, source, numbers)
+    elif value.endswith(".txt"):
+        with storage.wrap_errors(f"config.sample.prompts={value!r} cannot be read"):
+            prompts = storage.read_text(value).split("\n")  # splitlines would split at U+2028
     else:
-        found = given.split(";")
-    found = [text.strip_bom(prompt, "config.sample.prompts") for prompt in found]
+        prompts = value.split(";")
+    prompts = [text.strip_bom(prompt, "config.sample.prompts") for prompt in prompts]
     if literal is None:
-        found = [prompt.strip() for prompt in found if prompt.strip()]
-    if not found:
+        prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
         raise ConfigError(
-            f"config.sample.prompts={given!r} holds no prompt: say what to draw, as in 'a red planet; a blue planet', or name a "
+            f"config.sample.prompts={value!r} holds no prompt: say what to draw, as in 'a red planet; a blue planet', or name a "
             ".txt file with one a line, or the captions of a split as 'data:test'."
         )
-    return [found[i % len(found)] for i in range(n)]
+    return [prompts[i % len(prompts)] for i in range(n)]
 
 
 def from_python(value: Any) -> str:
-    """Returns prompts of a Python caller or of the demo as a value of `sample.prompts`.
+    """Converts prompts of a Python caller or of the demo to a value of `sample.prompts`.
 
-    The value is a JSON list, whose texts are drawn as they are: none of them names a file or a split.
+    The value is a JSON list. Its texts are literal: none of them names a file or a split.
 
     Args:
       value: One prompt, or a sequence of prompts.
 
     Raises:
-      ConfigError: The value is neither.
+      ConfigError: The value is neither a text nor a sequence of texts.
     """
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Iterable) or isinstance(items, Mapping | Set | bytes):
@@ -78,7 +83,7 @@ def _literal(prompt: Any) -> str:
 
 
 def _dataset_records(c: ConfigDict) -> tuple[Source, np.ndarray]:
-    """The source of the split that `sample.prompts` names, and which of its records."""
+    """Returns the source that `sample.prompts` names, and the numbers of the records to use."""
     c = c.copy_and_resolve_references()
     c.data.split = c.sample.prompts.removeprefix(_DATA_PREFIX)
     source = sources.open_source(c)
@@ -86,12 +91,15 @@ def _dataset_records(c: ConfigDict) -> tuple[Source, np.ndarray]:
 
 
 def uses_drawing_captions(c: ConfigDict) -> bool:
-    """Whether a model reads the captions of drawings, of which every attribute is known that they name."""
+    """Returns True if the model reads captions of the drawings, whose attributes are known."""
     return bool(c.text.vocabulary) and c.text.caption == "caption" and c.data.source == "drawings"
 
 
 def requested_attributes(c: ConfigDict) -> np.ndarray | None:
-    """The attributes that the prompts ask for, int32 (n, A), 0 for none; None where they are no captions of drawings."""
+    """Returns the attributes that the prompts name, int32 (n, A), 0 for those not named.
+
+    Returns None if the prompts are not captions of the drawings data set.
+    """
     if not uses_drawing_captions(c) or not c.sample.prompts.startswith(_DATA_PREFIX):
         return None
     source, numbers = _dataset_records(c)
@@ -100,17 +108,22 @@ def requested_attributes(c: ConfigDict) -> np.ndarray | None:
 
 
 def tokenize(c: ConfigDict) -> text.TokenizedTexts | None:
-    """The prompts of all images as tokens; None for a model without captions.
+    """Tokenizes the prompts of all images. Returns None for a model without captions.
 
     Raises:
-      ConfigError: as `of` and `text.encode`.
+      ConfigError: See `load` and `text.encode`.
     """
     prompts = load(c)
     return text.encode(c, prompts, lambda i: "config.sample.prompts") if prompts else None
 
 
 def describe(c: ConfigDict, tokens: text.TokenizedTexts | None = None) -> dict[str, Any]:
-    """What of the text decides images, for a protocol; nothing without captions. `tokens`: the result of `texts`, if known."""
+    """Returns the prompts and a hash of their tokens for a protocol; {} without captions.
+
+    Args:
+      c: The config.
+      tokens: The result of `tokenize`, if it is known.
+    """
     tokens = tokens or tokenize(c)
     if tokens is None:
         return {}
@@ -122,14 +135,19 @@ def describe(c: ConfigDict, tokens: text.TokenizedTexts | None = None) -> dict[s
 
 
 def add_caption_strips(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """Images uint8 (n, H, W, c), each with its prompt in a strip of white below it: (n, H', W', 3).
+    """Adds a white strip with its prompt below each image. Small images are enlarged.
 
-    Small ones are shown larger. As they are where there are no prompts.
+    Args:
+      images: uint8 (n, H, W, c).
+      prompts: The prompts of the images, or none.
+
+    Returns:
+      uint8 (n, H', W', 3); the images themselves if `prompts` is empty.
     """
     if not prompts:
         return images
-    times = math.ceil(_MIN_IMAGE_WIDTH / images.shape[2])
-    height, width = (times * side for side in images.shape[1:3])
+    scale = math.ceil(_MIN_IMAGE_WIDTH / images.shape[2])
+    height, width = (scale * side for side in images.shape[1:3])
     font = ImageFont.load_default(_FONT_SIZE)
     wrapped = [_wrap_lines(prompt, width, font) for prompt in prompts]
     strip = _LINE_HEIGHT * max(map(len, wrapped)) + 4
@@ -148,7 +166,7 @@ def add_caption_strips(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray
 
 
 def _wrap_lines(prompt: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-    """The prompt in lines of at most `width` pixels, as far as its words allow."""
+    """Wraps a prompt into lines of at most `width` pixels. A longer word has a line of its own."""
     lines = [""]
     for word in prompt.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,7 @@
-"""What a training run tells of its steps."""
+"""The metrics of a training run: log lines, workdir/metrics.jsonl and TensorBoard's files.
+
+`modes.train` adds the metrics of each step, and the hooks write their scores and pictures.
+"""
 
 import contextlib
 import json
@@ -20,8 +23,8 @@ from madformer_jax.runtime import storage
 from madformer_jax.sampling import generation
 
 MAX_LOGGED_IMAGES = 64  # training images in TensorBoard
-MAX_GRID_SIDE = 2048  # pixels: the most a grid of images is wide and high, in TensorBoard and in a training's samples
-MAX_PENDING_WRITES = 20  # writings that may wait for a slow bucket; then the training does
+MAX_GRID_SIDE = 2048  # pixels; largest width and height of an image grid
+MAX_PENDING_WRITES = 20  # beyond this many, training waits for a slow bucket
 
 
 class DivergedError(ConfigError):
@@ -29,15 +32,26 @@ class DivergedError(ConfigError):
 
 
 class MetricWriter:
-    """What a run tells of its steps: lines in the log and in workdir/metrics.jsonl, and TensorBoard's files.
+    """Writes the metrics of a run to the log, to workdir/metrics.jsonl and to TensorBoard's files.
 
-    Files are written by a thread, one after the other: what cannot be written is raised by a later call. metrics.jsonl tells
-    each step once, and its scores once, in a line of their own: what it says of steps that are done again is taken out at the
-    start.
+    A thread writes the files in order, so a failed write is raised by a later call. metrics.jsonl
+    has one line for each report and one for its scores. At the start, the lines of steps that will
+    be trained again are removed.
     """
 
     def __init__(self, c: ConfigDict, workdir: str, step: int, cost: float, devices: int):
-        """cost: floating-point operations of a step."""
+        """Opens metrics.jsonl at a step.
+
+        Args:
+          c: The config.
+          workdir: Folder of the files.
+          step: Number of the step that training continues from.
+          cost: Floating-point operations of a step.
+          devices: Number of devices in the mesh.
+
+        Raises:
+          ConfigError: metrics.jsonl cannot be written.
+        """
         self.figures: dict[str, Any] = {"step": step}
         self._steps, self._batch = c.train.steps, c.train.batch
         self._skip = c.optimizer.skip
@@ -47,46 +61,49 @@ class MetricWriter:
         if self._writes:
             with storage.wrap_errors(f"{self._path} cannot be written"):
                 self.figures |= _truncate_metrics(self._path, step)
-        self._pending: list[tuple[int, dict[str, Any]]] = []  # on the device
+        self._pending: list[tuple[int, dict[str, Any]]] = []  # (step, metrics), still on the device
         self._checked: list[tuple[int, dict[str, Any]]] = []
         self._warm, self._since, self._since_step = False, time.monotonic(), step
         self._board: Any = None
-        self._shows = self._writes
+        self._tensorboard_works = self._writes
         self._thread = ThreadPoolExecutor(1, "report")
         self._queue: list[Future[None]] = []
 
-    def begin(self, step: int, c: ConfigDict, parameters: int, images: np.ndarray | None) -> None:
-        """Tells TensorBoard what trains: the config, the number of parameters, and images uint8 (n, H, W, c)."""
+    def log_start(self, step: int, c: ConfigDict, parameters: int, images: np.ndarray | None) -> None:
+        """Writes the config and training images to TensorBoard.
+
+        Args:
+          step: Number of the step.
+          c: The config.
+          parameters: Number of parameters.
+          images: uint8 (n, H, W, c), or None if the data are latents.
+        """
 
         def write(board: Any) -> None:
             board.write_texts(step, {"config": f"```json\n{c.to_json(indent=2)}\n```"})
             board.write_scalars(step, {"parameters": parameters})
             if images is not None:
-                board.write_images(
-                    step,
-                    {
-                        "training_images": generation.tile_grid(
-                            generation.downscale_for_grid(images[:MAX_LOGGED_IMAGES], MAX_GRID_SIDE)
-                        )[None]
-                    },
-                )
+                small = generation.downscale_for_grid(images[:MAX_LOGGED_IMAGES], MAX_GRID_SIDE)
+                board.write_images(step, {"training_images": generation.tile_grid(small)[None]})
 
-        self._show(write)
+        self._submit_to_tensorboard(write)
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes in the metrics of one more step, as they come from the device."""
+        """Adds the metrics of a step, which may still be computed on the device."""
         self._pending.append((step, metrics))
-        if len(self._pending) > 1:  # at most two steps in flight: a notice to stop is heard, and no queue grows
+        if len(self._pending) > 1:  # At most two steps in flight: a notice to stop is heard soon.
             jax.block_until_ready(self._pending[-2])
-        if not self._warm:  # the first step compiled; it is left out of the rates
+        if not self._warm:  # The first step includes compilation and is left out of the rates.
             jax.block_until_ready(metrics)
             self._warm, self._since, self._since_step = True, time.monotonic(), step
 
-    def check(self) -> None:
-        """Tells of skipped steps; finite gradients keep a finite state finite.
+    def check_finite(self) -> None:
+        """Checks the steps since the last check, and logs those that were skipped.
+
+        Finite gradients keep a finite state finite, so the loss and the gradient norm suffice.
 
         Raises:
-          DivergedError: a step since the last check was not finite, and not skipped.
+          DivergedError: The loss or the gradient of a step is not finite, and it was not skipped.
         """
         pending, self._pending = self._pending, []
         for (step, _), metrics in zip(pending, jax.device_get([metrics for _, metrics in pending])):
@@ -96,24 +113,24 @@ class MetricWriter:
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise DivergedError(
                     f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}: training has diverged. "
-                    "Go on with a lower optimizer.learning_rate or optimizer.clip; in another workdir, optimizer.skip=3 bears such "
+                    "Go on with a lower optimizer.learning_rate or optimizer.clip; in another workdir, optimizer.skip=3 skips such "
                     "steps"
                 )
             self._checked.append((step, metrics))
 
     def write(self) -> None:
-        """Reports the means since the last report; checks them first.
+        """Checks the metrics since the last report and writes their means.
 
         Raises:
-          ConfigError: metrics.jsonl cannot be written, or as `check`.
+          DivergedError: See `check_finite`.
+          ConfigError: metrics.jsonl cannot be written.
         """
-        self.check()
+        self.check_finite()
         if not self._checked:
             return
         step, mean = self._checked[-1][0], _mean_metrics([metrics for _, metrics in self._checked])
-        rate = (step - self._since_step) / (
-            time.monotonic() - self._since
-        )  # 0 where only the step that compiled was run
+        # The rate is 0 if only the step that compiled was run.
+        rate = (step - self._since_step) / (time.monotonic() - self._since)
         speed = {"steps_per_second": rate, "images_per_second": self._batch * rate}
         speed |= {"tflops": self._cost * rate / 1e12, "mfu": self._cost * rate / self._peak}
         self.figures = {"step": step} | mean | speed
@@ -128,23 +145,33 @@ class MetricWriter:
             _format_duration((self._steps - step) / rate) if rate else "unknown",
         )  # fmt: skip
         self._append(self.figures)
-        self._show(lambda board: board.write_scalars(step, mean | speed))
+        self._submit_to_tensorboard(lambda board: board.write_scalars(step, mean | speed))
 
-    def score(self, step: int, n: int, scores: Mapping[str, Mapping[str, float]]) -> None:
-        """Reports the scores of n samples of a step that `write` has told of: value, low, high by name.
+    def write_scores(self, step: int, n: int, scores: Mapping[str, Mapping[str, float]]) -> None:
+        """Writes the scores of a step's samples.
+
+        Args:
+          step: Number of the step, which `write` has reported.
+          n: Number of samples.
+          scores: "value", "low" and "high" of each score by its name.
 
         Raises:
           ConfigError: metrics.jsonl cannot be written.
         """
         values = {name: score["value"] for name, score in scores.items()}
-        told = [f"{name} {s['value']:.4g} [{s['low']:.4g}, {s['high']:.4g}]" for name, s in scores.items()]
-        logging.info("step %d, %d samples: %s", step, n, "  ".join(told))
+        parts = [f"{name} {s['value']:.4g} [{s['low']:.4g}, {s['high']:.4g}]" for name, s in scores.items()]
+        logging.info("step %d, %d samples: %s", step, n, "  ".join(parts))
         self.figures = self.figures | {"scored": n} | values
         self._append({"step": step, "scored": n} | values)
-        self._show(lambda board: board.write_scalars(step, values))
+        self._submit_to_tensorboard(lambda board: board.write_scalars(step, values))
 
-    def validate(self, step: int, n: int, metrics: list[dict[str, Any]]) -> None:
-        """Reports the mean losses on n held-out images, by the names of the training's behind "validation_".
+    def write_validation(self, step: int, n: int, metrics: list[dict[str, Any]]) -> None:
+        """Writes the mean losses on held-out images, with the prefix "validation_".
+
+        Args:
+          step: Number of the step.
+          n: Number of images.
+          metrics: Metrics of each batch.
 
         Raises:
           ConfigError: metrics.jsonl cannot be written.
@@ -156,7 +183,7 @@ class MetricWriter:
         )  # fmt: skip
         self.figures = self.figures | mean
         self._append({"step": step, "validated": n} | mean)
-        self._show(lambda board: board.write_scalars(step, mean))
+        self._submit_to_tensorboard(lambda board: board.write_scalars(step, mean))
 
     def _append(self, figures: dict[str, Any]) -> None:
         def append() -> None:
@@ -164,24 +191,25 @@ class MetricWriter:
                 storage.append_line(self._path, json.dumps(figures))
 
         if self._writes:
-            self._later(append)
+            self._submit(append)
 
-    def _later(self, act: Callable[[], None]) -> None:
-        self._queue.append(self._thread.submit(act))
+    def _submit(self, write: Callable[[], None]) -> None:
+        """Queues a write, and raises the error of an earlier one."""
+        self._queue.append(self._thread.submit(write))
         while self._queue and (self._queue[0].done() or len(self._queue) > MAX_PENDING_WRITES):
             self._queue.pop(0).result()
 
-    def settle(self) -> None:
-        """Until all is written.
+    def flush(self) -> None:
+        """Waits until everything is written.
 
         Raises:
-          ConfigError: metrics.jsonl cannot be.
+          ConfigError: metrics.jsonl cannot be written.
         """
         while self._queue:
             self._queue.pop(0).result()
 
-    def keep(self, path: storage.Path, image: np.ndarray) -> None:
-        """Writes a picture, uint8 (H, W, c), as a PNG; where that fails, it is told, and the run goes on."""
+    def save_png(self, path: storage.Path, image: np.ndarray) -> None:
+        """Writes a picture, uint8 (H, W, c), as a PNG. An error is logged and the run continues."""
 
         def write() -> None:
             try:
@@ -190,34 +218,37 @@ class MetricWriter:
                 logging.error("%s cannot be written: %s", path, storage.cause_message(error))
 
         if self._writes:
-            self._later(write)
+            self._submit(write)
 
-    def show(self, step: int, name: str, image: np.ndarray) -> None:
-        """Puts a picture, uint8 (H, W, c), into TensorBoard."""
-        self._show(lambda board: board.write_images(step, {name: image[None]}))
+    def log_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a picture, uint8 (H, W, c), to TensorBoard."""
+        self._submit_to_tensorboard(lambda board: board.write_images(step, {name: image[None]}))
 
-    def _show(self, write: Callable[[Any], None]) -> None:
-        if self._shows:
-            self._later(lambda: self._to_board(write))
+    def _submit_to_tensorboard(self, write: Callable[[Any], None]) -> None:
+        if self._tensorboard_works:
+            self._submit(lambda: self._write_tensorboard(write))
 
-    def _to_board(self, write: Callable[[Any], None]) -> None:
-        """TensorBoard is not worth a run: what goes wrong there is told once, and metrics.jsonl has the figures."""
-        if not self._shows:
+    def _write_tensorboard(self, write: Callable[[Any], None]) -> None:
+        """Writes to TensorBoard.
+
+        The first error is logged and ends all writing to it. metrics.jsonl still has the figures.
+        """
+        if not self._tensorboard_works:
             return
         try:
             if self._board is None:
-                from clu import metric_writers  # which loads TensorFlow: four seconds, in the one process that writes
+                from clu import metric_writers  # loads TensorFlow, which takes four seconds
 
                 self._board = metric_writers.create_default_writer(self._workdir)
             write(self._board)
-            self._board.flush()  # a process that is killed leaves its last report too
-        except Exception as error:  # TensorFlow's file systems each raise their own
+            self._board.flush()  # A process that is killed must leave its last report.
+        except Exception as error:  # Each of TensorFlow's file systems raises errors of its own.
             logging.error("TensorBoard gets nothing more from here on: %s", storage.cause_message(error))
-            self._shows = False
+            self._tensorboard_works = False
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time within is not the training's."""
+    def pause_timer(self) -> Iterator[None]:
+        """Leaves the time within the context out of the rates."""
         began = time.monotonic()
         try:
             yield
@@ -225,37 +256,45 @@ class MetricWriter:
             self._since += time.monotonic() - began
 
     def close(self) -> None:
-        """Raises as `settle`."""
+        """Writes what is queued and ends the thread.
+
+        Raises:
+          ConfigError: metrics.jsonl cannot be written.
+        """
         try:
-            self.settle()
+            self.flush()
         finally:
             self._thread.shutdown()
-            if self._shows and self._board is not None:
+            if self._tensorboard_works and self._board is not None:
                 self._board.close()
 
 
 def _truncate_metrics(path: epath.Path, step: int) -> dict[str, Any]:
-    """Takes out the lines of metrics.jsonl behind `step`, and half a line that a killed process left.
+    """Removes the lines of metrics.jsonl after `step`, and half a line that a killed process left.
 
     Returns:
-      The report of `step`, where there is one, with its scores.
+      The report of `step` with its scores; empty without one.
     """
     lines = path.read_text().splitlines() if path.exists() else []
-    kept: list[str] = []
-    told: dict[str, Any] = {}
+    remaining: list[str] = []
+    report: dict[str, Any] = {}
     for line in lines:
         with contextlib.suppress(ValueError):
             figures = json.loads(line)
             if figures["step"] <= step:
-                kept.append(line)
-                told |= figures if figures["step"] == step else {}
-    if kept != lines:
-        storage.write_text(path, "".join(f"{line}\n" for line in kept))
-    return told
+                remaining.append(line)
+                report |= figures if figures["step"] == step else {}
+    if remaining != lines:
+        storage.write_text(path, "".join(f"{line}\n" for line in remaining))
+    return report
 
 
 def _mean_metrics(fetched: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over steps; a quarter of the timesteps that no block fell into counts for nothing."""
+    """Averages metrics over steps.
+
+    The loss of a quarter of the timesteps is NaN for steps in which no block fell into it. They are
+    left out of its mean.
+    """
     values = {name: np.array([m[name] for m in fetched], np.float64) for name in fetched[0]}
     quarters = [name for name in values if name.startswith("loss_q")]
     for name in quarters:

@@ -1,4 +1,8 @@
-"""Training: state, optimizer, step."""
+"""The training state, the optimizer and the training step.
+
+`modes.train` builds the step from a config; `modes.compile` and `modes.benchmark` compile it alone.
+Add schedules to `learning_rate`.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,19 +25,23 @@ from madformer_jax.sampling import codec
 
 
 class State(NamedTuple):
-    """All that training carries from step to step; arrays are sharded as `partitioning.RULES` says."""
+    """The state of training between steps. Its arrays are sharded by `partitioning.RULES`."""
 
     step: Array  # () int32, steps done
     params: Any  # float32
     ema: Any  # float32, exponential moving average of params
-    opt: Any  # the optimizer's
+    opt: Any  # state of the optimizer
 
 
 def learning_rate(c: ConfigDict) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up over `warmup` of the steps, then constant, cosine, or WSD, which stays constant
-    until the last `decay` of the steps and there falls as 0.5 ** (6 r), r from 0 to 1 (the release's).
+    """Returns the learning rate as a function of the step.
 
-    Optax's own linear warm-up and cosine differ from these in the last bit, and old runs go on bit for bit.
+    A linear warm-up over `warmup` of the steps is followed by a constant rate, a cosine, or WSD
+    (authors' release). WSD is constant until the last `decay` of the steps, in which it falls as
+    0.5 ** (6 r), r from 0 to 1.
+
+    Optax's linear warm-up and cosine differ from these in the last bit. They are not used because
+    old runs must continue bit for bit.
     """
     o, steps = c.optimizer, c.train.steps
     warmup = max(1, round(o.warmup * steps))
@@ -51,7 +59,10 @@ def learning_rate(c: ConfigDict) -> optax.Schedule:
 
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm; steps whose gradients are not finite are skipped, up to `skip` in a row."""
+    """Returns AdamW after clipping by the global norm.
+
+    With `skip`, up to that many steps in a row whose gradients are not finite are skipped.
+    """
     o = c.optimizer
     adamw = optax.adamw(learning_rate(c), b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)
     tx = optax.chain(optax.clip_by_global_norm(o.clip), adamw) if o.clip else adamw
@@ -61,12 +72,15 @@ def optimizer(c: ConfigDict) -> optax.GradientTransformation:
 def create_state(
     model: MADFormer, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[[], State], State]:
-    """A function that creates the state of step 0, already sharded, and the abstract state with its shardings.
+    """Prepares the state of step 0.
 
-    No device holds more than its shards, and the host holds nothing.
+    Creating it needs no memory on the host, and on each device no more than its shards.
+
+    Returns:
+      A function that creates the sharded state, and the abstract state with its shardings.
 
     Raises:
-      ConfigError: the mesh does not split the layers evenly.
+      ConfigError: The mesh does not split the layers evenly.
     """
     partitioning.check_tensor(mesh, model.heads, model.mlp_width)
 
@@ -79,7 +93,8 @@ def create_state(
         abstract = jax.eval_shape(boxed, key)
     shardings = partitioning.shardings(abstract, mesh)
 
-    # It runs once: on a CPU, compiling it well takes four times as long as compiling it at all (48.7 s against 12.8 s, digits).
+    # The program runs once. On a CPU, compiling it without optimization takes a quarter of the time
+    # (12.8 s instead of 48.7 s for digits).
     quick = {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else None
 
     def create() -> State:
@@ -91,16 +106,16 @@ def create_state(
 
 # ---- step
 
-# (state, batch, codec params, seed) -> (state, metrics). The seed, () uint32, is an argument so that one program serves every seed.
+# (state, batch, codec params, seed) -> (state, metrics). The seed, () uint32, is an argument so
+# that one program serves every seed.
 StepFn = Callable[[State, dict[str, Array], Any, Any], tuple[State, dict[str, Array]]]
-
 
 # (params, batch, codec params, key[, text_tokens]) -> (loss, metrics), see `losses.training_loss`
 LossFn = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 class Setup(NamedTuple):
-    """What a training step is made of."""
+    """The model, codec, sizes and optimizer of a training step."""
 
     model: MADFormer
     codec: codec.Codec
@@ -109,11 +124,18 @@ class Setup(NamedTuple):
 
 
 def make_setup(c: ConfigDict) -> Setup:
+    """Builds the setup of a validated config."""
     return Setup(madformer.build(c), codec.build(c), derive_sizes(c), optimizer(c))
 
 
 def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
-    """The loss of a batch, of which a share `dropout` of labels or captions is replaced by "none"; pure."""
+    """Returns the pure loss function of a batch.
+
+    Args:
+      s: The setup of the config.
+      c: The config.
+      dropout: Share of labels or captions that the null token replaces.
+    """
     weights, context_noise = losses.LossWeights(**c.loss), c.train.context_noise
 
     def loss(
@@ -134,7 +156,7 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
 
 
 def _split_keys(key: Array) -> Array:
-    """Splits the key of a batch into those that draw latents, dropped texts, and timesteps with noise."""
+    """Splits the key of a batch into keys for latents, for dropout, and for timesteps and noise."""
     return jax.random.split(key, 3)
 
 
@@ -144,21 +166,21 @@ def _dropout_mask(key: Array, dropout: float, rows: int) -> Array:
 
 
 def _caption_lengths(lengths: Array, dropped: Array) -> Array:
-    """Returns the lengths of captions (b,), where a dropped one is a single null token."""
+    """Returns the lengths of captions (b,). A dropped caption is a single null token."""
     return jnp.where(dropped[:, 0], 1, lengths)
 
 
 def _mean_text_tokens(lengths: Array, keys: Array, dropout: float) -> Array:
-    """Counts the predicted tokens of a batch in microbatches, after dropout, as the mean per microbatch.
+    """Returns the mean number of predicted tokens per microbatch, after dropout.
 
     Args:
       lengths: Tokens of each caption, (microbatches, b).
-      keys: The key of each microbatch, as its loss gets it.
+      keys: The key of each microbatch, which its loss gets too.
       dropout: Share of captions that are dropped.
     """
 
-    def count(part: tuple[Array, Array]) -> Array:
-        lengths, key = part
+    def count(microbatch: tuple[Array, Array]) -> Array:
+        lengths, key = microbatch
         return losses.count_predicted_tokens(
             _caption_lengths(lengths, _dropout_mask(_split_keys(key)[1], dropout, len(lengths)))
         )
@@ -167,35 +189,43 @@ def _mean_text_tokens(lengths: Array, keys: Array, dropout: float) -> Array:
 
 
 def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> StepFn:
-    """The training step; pure, to be jitted with the state donated.
+    """Returns the pure training step, to be jitted with the state donated.
 
-    The randomness of step n is a function of (seed, n) alone. `platform` (cpu, gpu, tpu) is where it will run, by default
-    JAX's backend.
+    The randomness of step n is a function of (seed, n) alone.
+
+    Args:
+      s: The setup of the config.
+      c: The config.
+      platform: cpu, gpu or tpu, on which the step will run. By default JAX's backend.
     """
-    parts, target, warm, skip = c.train.accumulate, c.train.ema_decay, c.train.ema_warmup, c.optimizer.skip
+    accumulate, max_decay, ema_warmup, skip = (
+        c.train.accumulate, c.train.ema_decay, c.train.ema_warmup, c.optimizer.skip
+    )  # fmt: skip
     schedule = learning_rate(c)
     dropout = c.train.label_dropout
     gradient = jax.grad(make_loss(s, c, dropout), has_aux=True)
 
     def step(state: State, batch: dict[str, Array], codec_params: Any, seed: Any) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        if parts == 1:
+        if accumulate == 1:
             grads, metrics = gradient(state.params, batch, codec_params, key)
         else:
-            # rows are dealt out in turn, so that every microbatch stays spread over the devices
-            micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-            keys = jax.random.split(key, parts)
-            counts = (_mean_text_tokens(micro["lengths"], keys, dropout),) if "lengths" in micro else ()
+            # Consecutive rows go to different microbatches, which stay spread over the devices.
+            microbatches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            keys = jax.random.split(key, accumulate)
+            lengths = microbatches.get("lengths")
+            text_tokens = () if lengths is None else (_mean_text_tokens(lengths, keys, dropout),)
 
-            def add(total: Any, part: tuple[Any, Array]) -> tuple[Any, dict[str, Array]]:
-                grads, metrics = gradient(state.params, part[0], codec_params, part[1], *counts)
+            def add(total: Any, inputs: tuple[Any, Array]) -> tuple[Any, dict[str, Array]]:
+                microbatch, key = inputs
+                grads, metrics = gradient(state.params, microbatch, codec_params, key, *text_tokens)
                 return jax.tree.map(jnp.add, total, grads), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            # XLA for CPU makes gradients of convolutions fast outside of loops only
-            unroll = parts if (platform or jax.default_backend()) == "cpu" else 1
-            grads, metrics = jax.lax.scan(add, zeros, (micro, keys), unroll=unroll)
-            grads = jax.tree.map(lambda g: g / parts, grads)
+            # XLA for CPU compiles fast gradients of convolutions only outside of loops.
+            unroll = accumulate if (platform or jax.default_backend()) == "cpu" else 1
+            grads, metrics = jax.lax.scan(add, zeros, (microbatches, keys), unroll=unroll)
+            grads = jax.tree.map(lambda g: g / accumulate, grads)
             metrics = {name: jnp.nanmean(values) for name, values in metrics.items()}
         with jax.named_scope("optimizer"):
             return update(state, grads, metrics)
@@ -203,11 +233,13 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> StepFn:
     def update(state: State, grads: Any, metrics: dict[str, Array]) -> tuple[State, dict[str, Array]]:
         updates, opt_state = s.tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(target, (1 + state.step) / (10 + state.step)) if warm else target
-        # optax.incremental_update adds in the other order: a quarter of its last bits differ from those of old runs
+        decay = jnp.minimum(max_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else max_decay
+        # optax.incremental_update adds in the other order. A quarter of its results differ in the
+        # last bit, and old runs must continue bit for bit.
         ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        taken = state.step - state.opt.total_notfinite if skip else state.step  # steps, as the optimizer counts them
-        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(taken)}
+        # The optimizer does not count steps that it skips.
+        optimizer_step = state.step - state.opt.total_notfinite if skip else state.step
+        metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(optimizer_step)}
         if skip:
             metrics["skipped"] = opt_state.notfinite_count
         return State(state.step + 1, params, ema, opt_state), metrics

@@ -1,4 +1,4 @@
-"""The page to draw with: two sides at equal cost, and the page itself over HTTP."""
+"""Tests of the demo: two sides at equal cost, and the page over HTTP."""
 
 import itertools
 import os
@@ -25,7 +25,7 @@ from tests.small import random_params
 
 
 def saved(workdir, names, words=False):
-    """A model of named classes, or of captions."""
+    """Saves and loads a model of named classes or of captions."""
     c = tiny.get_config("plain")
     c.model.classes, c.model.blocks = len(names), 4
     if words:
@@ -42,17 +42,17 @@ def model(tmp_path, one_device):
     return saved(tmp_path / "one", ["cat", "dog", "cow"])
 
 
-def test_the_side_that_has_cost_less_goes_on(model):
+def test_cheaper_side_draws_first(model):
     settings = [{"labels": ["dog", "cow"], "steps": steps, "seed": 4} for steps in (1, 3)]
-    first, *shown = demo.stream_side_by_side([model, model], settings, "block")
-    assert [one.frame for one in first] == [None, None]
-    costs = [[one.passes for one in sides] for sides in shown]
-    assert costs[-1] == [1.75, 3.75] and len(shown) == 8  # four blocks each, of which three extend the cache
+    first, *states = demo.stream_side_by_side([model, model], settings, "block")
+    assert [side.frame for side in first] == [None, None]
+    costs = [[side.passes for side in sides] for sides in states]
+    assert costs[-1] == [1.75, 3.75] and len(states) == 8  # four blocks each; three extend the cache
     for before, after in zip([[0.0, 0.0], *costs], costs):
         moved = int(before[1] != after[1])
         assert before[moved] <= before[1 - moved] or before[1 - moved] == (1.75, 3.75)[1 - moved]
-    for one, given in zip(shown[-1], settings):
-        assert np.abs(one.frame.images.astype(int) - model.sample(**given)).max() <= 1
+    for side, side_settings in zip(states[-1], settings):
+        assert np.abs(side.frame.images.astype(int) - model.sample(**side_settings)).max() <= 1
     with pytest.raises(ConfigError, match="'bird' is neither"):
         next(demo.stream_side_by_side([model], [{"labels": ["bird"]}], "block"))
 
@@ -68,10 +68,10 @@ def test_the_page_draws_on_both_sides(model):
         client = Client(served.local_url, verbose=False)
         job = client.submit("dog", 3, "block", "a", "ddim", 1, 1.0, "b", "ddim", 2, 1.0, api_name="/draw")
         job.result(timeout=120)
-        told = [output[2:] for output in job.outputs()]
-        assert told[0] == ("compiling ...", "compiling ...") and len(told) == 9
-        assert "block **4** of 4, step 1; an image so far: **1.75** full-model passes" in told[-1][0]
-        assert "**2.75** full-model passes" in told[-1][1]
+        captions = [output[2:] for output in job.outputs()]
+        assert captions[0] == ("compiling ...", "compiling ...") and len(captions) == 9
+        assert "block **4** of 4, step 1; an image so far: **1.75** full-model passes" in captions[-1][0]
+        assert "**2.75** full-model passes" in captions[-1][1]
         with pytest.raises(Exception, match="config.seed=8589934592"):
             client.predict("dog", 2**33, "block", "a", "ddim", 1, 1.0, "b", "ddim", 2, 1.0, api_name="/draw")
     finally:
@@ -83,7 +83,7 @@ SIDES = ("a", "ddim", 1, 1.0, "a", "ddim", 2, 1.0)
 
 @pytest.fixture
 def client(monkeypatch, request, tmp_path, one_device):
-    """A page of a model over HTTP, served and asked behind a proxy that does not answer."""
+    """A client of the page of a model."""
     pytest.importorskip("gradio")
     from gradio_client import Client
 
@@ -105,45 +105,45 @@ def pixels(output):
 
 
 @pytest.mark.parametrize("client", [(["2", "0", "all", "1", "0", "x, y"], False)], indirect=True)
-def test_the_list_of_classes_draws_the_class_that_it_names(client, monkeypatch, tmp_path):
-    asked = []
+def test_entries_of_the_class_list_draw_their_class(client, monkeypatch, tmp_path):
+    calls = []
     stream = trained_model.Model.stream
     monkeypatch.setattr(
-        trained_model.Model, "stream", lambda self, **given: asked.append(given) or stream(self, **given)
+        trained_model.Model, "stream", lambda self, **settings: calls.append(settings) or stream(self, **settings)
     )
-    (what,) = [one for one in client.config["components"] if one["props"].get("label") == "class"]
-    entries = [entry[1] for entry in what["props"]["choices"]]
+    (dropdown,) = [x for x in client.config["components"] if x["props"].get("label") == "class"]
+    entries = [entry[1] for entry in dropdown["props"]["choices"]]
     assert entries == ["all", "2", "0 (#1)", "all (#2)", "1", "0 (#4)", "x, y"]
     images = []
     for k, entry in enumerate(entries[1:]):
         images.append(pixels(drawn(client, entry, 3, "block")))
-        assert asked[-1]["labels"] == [k]
+        assert calls[-1]["labels"] == [k]
     assert all((a != b).any() for a, b in itertools.combinations(images, 2))
 
 
 @pytest.mark.parametrize("client", [((), True)], indirect=True)
-def test_the_prompt_box_reads_no_file_and_opens_no_data(client, tmp_path, monkeypatch):
-    """A path that exists and one that does not are the same kind of text; so are the directives of the command line."""
-    asked = []
-    texts = prompts.tokenize
-    monkeypatch.setattr(prompts, "tokenize", lambda c: asked.append(prompts.load(c)) or texts(c))
+def test_prompt_box_reads_no_file_and_opens_no_data(client, tmp_path, monkeypatch):
+    """Paths and the directives of the command line are literal prompts."""
+    read = []
+    tokenize = prompts.tokenize
+    monkeypatch.setattr(prompts, "tokenize", lambda c: read.append(prompts.load(c)) or tokenize(c))
     (tmp_path / "s.txt").write_text("a secret planet")
-    for given in (f"{tmp_path}/s.txt", f"{tmp_path}/m.txt", "data:test", "data:nothing", '["a", "b"]', "a; b.txt"):
-        output = drawn(client, given, 3, "block")
+    for prompt in (f"{tmp_path}/s.txt", f"{tmp_path}/m.txt", "data:test", "data:nothing", '["a", "b"]', "a; b.txt"):
+        output = drawn(client, prompt, 3, "block")
         assert "block **4** of 4" in output[2]
-        assert all(one == [given] * 2 for one in asked)
-        asked.clear()
+        assert all(x == [prompt] * 2 for x in read)
+        read.clear()
     drawn(client, "a red planet\n\n a; b ", 3, "block")
-    assert asked[-1] == ["a red planet", "a; b"]
-    for given, words in (("", "holds no prompt"), ("a\nb\nc", "prompts: there are 3 of them for n=2 images")):
-        with pytest.raises(Exception, match=words):
-            drawn(client, given, 3, "block")
+    assert read[-1] == ["a red planet", "a; b"]
+    for text_box, message in (("", "holds no prompt"), ("a\nb\nc", "prompts: there are 3 of them for n=2 images")):
+        with pytest.raises(Exception, match=message):
+            drawn(client, text_box, 3, "block")
     answers = [httpx.get(f"{client.src}gradio_api/file={tmp_path}/{name}.txt", trust_env=False) for name in "sm"]
     assert [answer.status_code for answer in answers] == [403, 403] and "secret" not in answers[0].text
 
 
 @pytest.mark.parametrize("client", [(["cat", "dog"], False)], indirect=True)
-def test_an_empty_seed_is_chosen_and_shown(client):
+def test_empty_seed_is_chosen_and_shown(client):
     first, second = (drawn(client, "dog", None, "block") for _ in range(2))
     seed, other = (int(re.match(r"seed \*\*(\d+)\*\*; block", output[2])[1]) for output in (first, second))
     assert seed != other and first[3].startswith(f"seed **{seed}**")
@@ -153,8 +153,8 @@ def test_an_empty_seed_is_chosen_and_shown(client):
 
 
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5h://127.0.0.1:9"])
-def test_a_page_is_served_behind_a_proxy(proxy, tmp_path):
-    """In a process of its own: gradio makes a client of HTTP as it is imported."""
+def test_page_is_served_behind_a_proxy(proxy, tmp_path):
+    """Runs in a process of its own, because gradio makes an HTTP client when it is imported."""
     pytest.importorskip("gradio")
     code = (
         "import urllib.request\n"
@@ -181,14 +181,14 @@ def test_a_page_is_served_behind_a_proxy(proxy, tmp_path):
         ("a..b", 0, "config.demo.host='a..b' is not an address"),
     ],
 )
-def test_an_address_of_another_machine_is_refused_at_once(host, port, words):
+def test_address_of_another_machine_is_refused_at_once(host, port, words):
     began = time.monotonic()
     with pytest.raises(ConfigError, match=re.escape(words)) as error:
         demo._check_address(host, port)
     assert "\n" not in str(error.value) and time.monotonic() - began < 10
 
 
-def test_another_model_must_draw_the_same(model, tmp_path, capsys):
+def test_other_model_must_have_the_same_classes(model, tmp_path, capsys):
     pytest.importorskip("gradio")
     saved(tmp_path / "other", ["red", "blue"])
     args = ["main", "--mode=demo", f"--workdir={tmp_path / 'one'}", f"--config.demo.other={tmp_path / 'other'}"]

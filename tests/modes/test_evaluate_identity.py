@@ -122,8 +122,8 @@ def test_prompts_and_noise_are_read_once_for_all_settings_and_shards(fresh, work
     monkeypatch.setattr(generation.prompts, "tokenize", lambda c: read.append("prompts") or tokens)
     run = generation.batches
 
-    def without_tokens(*args, given, **more):  # which this model would not take
-        return run(*args, given=given._replace(texts=None), **more)
+    def without_tokens(*args, conditions, **more):  # which this model would not take
+        return run(*args, conditions=conditions._replace(texts=None), **more)
 
     monkeypatch.setattr(generation, "batches", without_tokens)
     results = evaluate.run(fresh, str(workdir))["results"]  # three shards each

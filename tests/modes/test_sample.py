@@ -28,7 +28,7 @@ def c():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A workdir with checkpoints of two steps, whose data name their classes."""
+    """A workdir with checkpoints of two steps and class names."""
     workdir, c = tmp_path_factory.mktemp("sample"), tiny.get_config("plain")
     c.model.classes = 3
     params = random_params(madformer.build(c))
@@ -42,12 +42,12 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def workdir(trained, tmp_path, one_device, monkeypatch):
-    """A copy of it, and a sampler that returns its noise: what is tested here is not about the model."""
+    """A copy of `trained`, with a sampler that returns its noise."""
     monkeypatch.setattr(generation.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_images_lie_in_numbered_shards_beside_their_protocol(c, workdir):
+def test_images_are_in_numbered_shards_with_a_protocol(c, workdir):
     c.sample.labels = "2,0"
     figures = sample.run(c, str(workdir))
     (folder,) = (workdir / "samples").iterdir()
@@ -56,25 +56,25 @@ def test_images_lie_in_numbered_shards_beside_their_protocol(c, workdir):
     assert sorted(path.name for path in folder.iterdir()) == [
         "grid.png", "protocol.json", *(f"shard-0000{k}-of-00003.npz" for k in range(3))
     ]  # fmt: skip
-    parts = list(generation.read_shards(folder))
-    assert [part.numbers.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert [part.labels.tolist() for part in parts] == [[2, 0, 2], [0, 2, 0], [2]]
+    shards = list(generation.read_shards(folder))
+    assert [shard.numbers.tolist() for shard in shards] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [shard.labels.tolist() for shard in shards] == [[2, 0, 2], [0, 2, 0], [2]]
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (3 * 32, 2 * 32)  # of 5
-        np.testing.assert_array_equal(np.asarray(grid)[32:, :64], generation.tile_grid(parts[1].images[:2])[..., 0])
+        assert grid.size == (3 * 32, 2 * 32)  # 5 images
+        np.testing.assert_array_equal(np.asarray(grid)[32:, :64], generation.tile_grid(shards[1].images[:2])[..., 0])
     protocol = json.loads((folder / "protocol.json").read_text())
     assert (protocol["labels"], protocol["model"]["classes"], protocol["image"]) == ("2,0", 3, [32, 32, 1])
 
 
-def test_an_interrupted_sampling_goes_on_by_number(c, workdir, monkeypatch):
+def test_interrupted_sampling_continues(c, workdir, monkeypatch):
     whole = sample.run(c, str(workdir))["folder"]
     expected = {path.name: path.read_bytes() for path in (workdir / "samples").glob("*/shard-*")}
     shutil.rmtree(whole)
 
-    def killed(path, drawn):
-        if drawn.numbers[0] == 3:
+    def killed(path, batch):
+        if batch.numbers[0] == 3:
             raise KeyboardInterrupt
-        write(path, drawn)
+        write(path, batch)
 
     write = generation.write_shard
     monkeypatch.setattr(generation, "write_shard", killed)
@@ -90,7 +90,7 @@ def test_an_interrupted_sampling_goes_on_by_number(c, workdir, monkeypatch):
     assert sample.run(c, str(workdir))["drawn"] == 0
 
 
-def test_a_damaged_shard_is_drawn_again_and_read_by_nobody(c, workdir):
+def test_damaged_shard_is_not_read_and_is_drawn_again(c, workdir):
     folder = pathlib.Path(sample.run(c, str(workdir))["folder"])
     path = folder / "shard-00001-of-00003.npz"
     whole = path.read_bytes()
@@ -104,7 +104,7 @@ def test_a_damaged_shard_is_drawn_again_and_read_by_nobody(c, workdir):
         list(generation.read_shards(folder))
 
 
-def test_whatever_decides_the_images_is_in_the_name(c, tmp_path):
+def test_every_setting_that_changes_the_images_changes_the_folder(c, tmp_path):
     def name(step=6, weights="a", vae=""):
         return sample._folder_name(c, sample._protocol(c, step, weights, vae))
 
@@ -119,18 +119,18 @@ def test_whatever_decides_the_images_is_in_the_name(c, tmp_path):
         c.update_from_flattened_dict({field: value})
         names.add(name())
         assert len(names) == i, field
-    c.sample.batch, c.sample.grid, c.mesh.fsdp, c.data.path = 3, 2, 2, "elsewhere"  # how, not what, is drawn
+    c.sample.batch, c.sample.grid, c.mesh.fsdp, c.data.path = 3, 2, 2, "elsewhere"  # These do not change the images.
     assert name() in names
     c.data.channels, c.sample.noise = 1, str(tmp_path / "noise.npy")
     for value in (0.0, 1.0):
         np.save(c.sample.noise, np.full((8, 1, 64, 16), value))
         names.add(name())
     assert len(names) == 4 + len(changes) + 2
-    c.seed += 1  # of which the labels are drawn, where the noise is given
+    c.seed += 1  # Even with given noise, the seed determines random labels.
     assert name() not in names and "_leading3_w2linear_t5-600_noise-noise_n8_" in name()
 
 
-def test_a_run_that_was_trained_anew_is_sampled_elsewhere(c, workdir):
+def test_retrained_model_is_sampled_to_another_folder(c, workdir):
     first = sample.run(c, str(workdir))["folder"]
     shutil.rmtree(workdir / "checkpoints" / "6")
     shutil.copytree(workdir / "checkpoints" / "4", workdir / "checkpoints" / "6")
@@ -138,7 +138,7 @@ def test_a_run_that_was_trained_anew_is_sampled_elsewhere(c, workdir):
     assert len(list((workdir / "samples").iterdir())) == 2
 
 
-def test_a_step_can_be_chosen_and_a_fallback_is_told_at_the_end(c, workdir, caplog):
+def test_step_can_be_chosen_and_fallback_is_logged_last(c, workdir, caplog):
     c.sample.step = 4
     assert sample.run(c, str(workdir))["step"] == 4
     c.sample.step = 5
@@ -153,7 +153,7 @@ def test_a_step_can_be_chosen_and_a_fallback_is_told_at_the_end(c, workdir, capl
     assert "these images are of step 4: the newest checkpoint, of step 6, is damaged" in caplog.messages[-1]
 
 
-def test_labels_may_be_names_of_the_checkpoint_s_classes(c, workdir):
+def test_labels_may_be_class_names(c, workdir):
     c.sample.labels = "dog, 0,cat"
     folder = sample.run(c, str(workdir))["folder"]
     assert next(generation.read_shards(folder)).labels.tolist() == [1, 0, 0]
@@ -164,7 +164,7 @@ def test_labels_may_be_names_of_the_checkpoint_s_classes(c, workdir):
         sample.run(c, str(workdir))
 
 
-def test_what_does_not_fit_is_refused_in_a_line_before_anything_is_written(c, workdir):
+def test_errors_are_one_line_before_anything_is_written(c, workdir):
     c.data.image_size = 64
     with pytest.raises(ConfigError, match=r"config\.data\.image_size was 32 and is 64"):
         sample.run(c, str(workdir))

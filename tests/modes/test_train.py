@@ -1,4 +1,8 @@
-"""The loop. Most tests put a step that only counts in the place of the real one, which is tested in tests/training/test_train_step.py."""
+"""Tests of --mode=train.
+
+Most tests replace the training step, which tests/training/test_train_step.py tests, by one that
+only counts. The file has over 400 lines because all tests share the runs of its fixtures.
+"""
 
 import json
 import logging
@@ -27,14 +31,14 @@ BROKEN, real_batches = "it broke", generation.batches
 
 @pytest.fixture
 def plain():
-    c = tiny.get_config("plain")  # no test here is about the model
+    c = tiny.get_config("plain")
     c.sample.n = c.sample.batch = 2
     return c
 
 
 @pytest.fixture(scope="module")
 def created_once():
-    """The state of step 0 is created by one program for the whole module."""
+    """Creates the state of step 0 once for the whole module."""
     real, made = train_step.create_state, {}
 
     def create_state(model, tx, seed, mesh):
@@ -49,7 +53,7 @@ def created_once():
 
 
 def count(patch):
-    """Puts in a step that adds 1 to every parameter and average, and samples that cost nothing."""
+    """Patches the step to add 1 to every parameter and average, and the samples to be zeros."""
 
     def make_step(s, c, platform=None):
         def step(state, batch, codec_params, seed):
@@ -60,7 +64,7 @@ def count(patch):
 
         return step
 
-    def batches(c, draw, params, codec_params, mesh, numbers, most=None):
+    def batches(c, sample_fn, params, codec_params, mesh, numbers, max_batch=None):
         for number in numbers:
             yield generation.SampleBatch(
                 np.array([number]), np.zeros(1, np.int32), np.zeros((1, 4, 4, 1), np.uint8), np.zeros(1)
@@ -76,7 +80,7 @@ def counting(monkeypatch):
 
 
 class Data:
-    """The data iterator, with something that happens before a batch."""
+    """A data iterator that calls a function before a batch."""
 
     def __init__(self, real, at, act):
         self.set_state, self.get_state, self.close = real.set_state, real.get_state, real.close
@@ -90,7 +94,7 @@ class Data:
 
 @pytest.fixture(scope="module")
 def runs(created_once, tmp_path_factory):
-    """One that came to its end, "whole", and one that was told to stop at step 3 of 6, "half"; steps only count."""
+    """Workdirs of a finished run, "whole", and of one stopped at step 3 of 6, "half"."""
     folder, devices = tmp_path_factory.mktemp("runs"), jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *a: devices)
@@ -108,10 +112,10 @@ def half(counting, runs, tmp_path):
 
 def before_batch(patch, at, act):
     real = pipeline.train_iterator
-    patch.setattr(pipeline, "train_iterator", lambda *args, **given: Data(real(*args, **given), at, act))
+    patch.setattr(pipeline, "train_iterator", lambda *args, **kwargs: Data(real(*args, **kwargs), at, act))
 
 
-def fail(*args, **given):
+def fail(*args, **kwargs):
     raise OSError(28, BROKEN)
 
 
@@ -127,14 +131,14 @@ def assert_same_end(c, a, b):
     jax.tree.map(np.testing.assert_array_equal, final(c, a), final(c, b))
 
 
-# ---- ends, and goes on
+# ---- stopping and resuming
 
 
-def test_a_run_told_to_stop_goes_on_bit_for_bit(plain, tmp_path, monkeypatch):
-    """With the real step and real samples; SIGTERM comes while batch 3 is fetched."""
-    made = []
+def test_stopped_run_continues_bit_for_bit(plain, tmp_path, monkeypatch):
+    """Uses the real step and real samples. SIGTERM comes while batch 3 is fetched."""
+    steps = []
     real = train_step.make_step
-    monkeypatch.setattr(train_step, "make_step", lambda s, c: made.append(real(s, c)) or made[0])  # compiled once
+    monkeypatch.setattr(train_step, "make_step", lambda s, c: steps.append(real(s, c)) or steps[0])  # compiles once
     figures = train.run(plain, str(tmp_path / "whole"))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
@@ -145,15 +149,15 @@ def test_a_run_told_to_stop_goes_on_bit_for_bit(plain, tmp_path, monkeypatch):
     assert train.run(plain, str(tmp_path / "parts")).keys() == figures.keys()
     assert_same_end(plain, tmp_path / "parts", tmp_path / "whole")
     assert sorted(p.name for p in (tmp_path / "whole" / "samples").iterdir()) == ["step_000006_ema.png"]
-    told = reports(tmp_path / "whole")
-    assert [line["step"] for line in told] == [2, 4, 6]
-    assert told[-1] == figures
+    lines = reports(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines[-1] == figures
     assert figures["loss"] > 0 and figures["images_per_second"] > 0
     assert [line["step"] for line in reports(tmp_path / "parts")] == [2, 3, 4, 6]
 
 
 @pytest.mark.parametrize("step", [3, 6])  # of 6
-def test_ctrl_c_is_a_notice_to_stop_and_the_second_one_the_end(counting, plain, tmp_path, monkeypatch, capfd, step):
+def test_first_ctrl_c_saves_and_stops_and_second_kills(counting, plain, tmp_path, monkeypatch, capfd, step):
     plain.seed, handlers = 7, []
 
     def interrupt():
@@ -162,16 +166,16 @@ def test_ctrl_c_is_a_notice_to_stop_and_the_second_one_the_end(counting, plain, 
 
     before = signal.getsignal(signal.SIGINT)
     before_batch(monkeypatch, step, interrupt)
-    monkeypatch.setattr(generation, "batches", lambda *given, **more: pytest.fail("draws"))
-    found = train.run(plain, str(tmp_path))
-    assert (found["step"], found["stopped"], found["seed"], saved(tmp_path)[-1]) == (step, True, 7, step)
+    monkeypatch.setattr(generation, "batches", lambda *args, **kwargs: pytest.fail("draws"))
+    figures = train.run(plain, str(tmp_path))
+    assert (figures["step"], figures["stopped"], figures["seed"], saved(tmp_path)[-1]) == (step, True, 7, step)
     assert (handlers, signal.getsignal(signal.SIGINT)) == ([signal.SIG_DFL], before)
     assert "Ctrl-C again leaves at once" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("broken", ["data", "metrics"])
-def test_an_error_leaves_the_last_finished_step_behind(counting, plain, tmp_path, runs, broken):
-    # a thread writes the metrics: what it says is heard at the next save at the latest
+def test_error_saves_the_last_finished_step(counting, plain, tmp_path, runs, broken):
+    # A thread writes the metrics. Its error is raised at the next save at the latest.
     plain.train.log_every, plain.train.checkpoint_every = 1, 4 if broken == "data" else 3
     with pytest.MonkeyPatch.context() as patch:
         if broken == "data":
@@ -189,7 +193,7 @@ def test_an_error_leaves_the_last_finished_step_behind(counting, plain, tmp_path
     assert_same_end(plain, tmp_path / "parts", runs / "whole")
 
 
-def test_a_start_that_fails_binds_nobody(counting, plain, tmp_path):
+def test_failed_start_does_not_fix_the_config(counting, plain, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         before_batch(patch, 1, fail)
         with pytest.raises(OSError, match=BROKEN):
@@ -200,7 +204,7 @@ def test_a_start_that_fails_binds_nobody(counting, plain, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["train"]["batch"] == 4
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(counting, plain, tmp_path, monkeypatch):
+def test_non_finite_loss_stops_the_run_and_is_never_saved(counting, plain, tmp_path, monkeypatch):
     finite = train_step.make_step
 
     def make_step(s, c):
@@ -217,7 +221,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(counting, pl
     assert [line["step"] for line in reports(tmp_path)] == [2, 4]
 
 
-def test_kept_checkpoints(counting, plain, tmp_path):
+def test_old_checkpoints_are_deleted(counting, plain, tmp_path):
     plain.train.checkpoint_every, plain.train.keep, plain.train.keep_every = 1, 1, 2
     plain.train.steps = 5
     train.run(plain, str(tmp_path))
@@ -226,12 +230,12 @@ def test_kept_checkpoints(counting, plain, tmp_path):
     assert train.run(plain, str(tmp_path))["step"] == 6
 
 
-def test_one_training_a_workdir(plain, tmp_path):
+def test_second_training_in_a_workdir_is_refused(plain, tmp_path):
     with lock.acquire(str(tmp_path)), pytest.raises(ConfigError, match=f"is written by process {os.getpid()}"):
         train.run(plain, str(tmp_path))
 
 
-# ---- what may and may not change
+# ---- changed configs and data
 
 
 def test_steps_accumulation_and_rate_may_change_and_the_schedule_follows(half, plain, caplog):
@@ -262,10 +266,10 @@ def test_a_workdir_of_another_config_is_refused_by_field(half, plain, field, val
     assert "\n" not in str(error.value)
     plain = tiny.get_config("plain")
     plain.train.log_every, plain.sample.n, plain.mesh.fsdp, plain.data.workers = 1, 3, 2, 1
-    checkpoint.check_config(plain, str(half))  # cadence, sampling and mesh are free
+    checkpoint.check_config(plain, str(half))  # These fields may change.
 
 
-def test_a_run_from_before_anything_was_held_out_saw_all_of_it(half, plain):
+def test_run_older_than_held_out_splits_resumes_on_all_images(half, plain):
     old = json.loads((half / "config.json").read_text())
     del old["data"]["test_share"]
     (half / "config.json").write_text(json.dumps(old))
@@ -276,7 +280,7 @@ def test_a_run_from_before_anything_was_held_out_saw_all_of_it(half, plain):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"names": ("7", "8")}, r"its classes \(no longer 0, 1, 2, 3, 4, 5, 6, 9\)"),
         ({"names": tuple("1023456789")}, r"its classes \(in another order\)"),
@@ -284,10 +288,10 @@ def test_a_run_from_before_anything_was_held_out_saw_all_of_it(half, plain):
         ({"fingerprint": "other"}, "which records these 4000 are"),
     ],
 )
-def test_a_changed_data_set_is_refused_and_nothing_is_touched(half, plain, monkeypatch, caplog, change, told):
+def test_changed_data_set_is_refused_and_nothing_is_written(half, plain, monkeypatch, caplog, change, message):
     real = pipeline.dataset_info
     monkeypatch.setattr(pipeline, "dataset_info", lambda c: real(c)._replace(**change))
-    with pytest.raises(ConfigError, match=f"has changed since step 3 of .*{told}") as error:
+    with pytest.raises(ConfigError, match=f"has changed since step 3 of .*{message}") as error:
         train.run(plain, str(half))
     assert "\n" not in str(error.value)
     assert saved(half) == [2, 3]
@@ -295,7 +299,7 @@ def test_a_changed_data_set_is_refused_and_nothing_is_touched(half, plain, monke
     assert "step 3 of runs/old does not say which data it has seen" in caplog.text
 
 
-def test_a_run_goes_on_with_the_tokenizer_that_it_began_with(counting, plain, tmp_path):
+def test_changed_tokenizer_is_refused(counting, plain, tmp_path):
     words = tmp_path / "words.json"
     odd_captions.write_tokenizer(words, "plain")
     plain.text.tokenizer, plain.text.length = str(words), 12
@@ -305,20 +309,20 @@ def test_a_run_goes_on_with_the_tokenizer_that_it_began_with(counting, plain, tm
     odd_captions.write_captions(tmp_path / "images", "jsonl_bom")
     train.run(plain, str(tmp_path / "run"), grids=False)
     plain.train.steps = 4
-    kept = words.read_text()
-    words.write_text(kept.replace('"red"', '"x"').replace('"two"', '"red"').replace('"x"', '"two"'))
+    original = words.read_text()
+    words.write_text(original.replace('"red"', '"x"').replace('"two"', '"red"').replace('"x"', '"two"'))
     text.open_tokenizer.cache_clear()
     with pytest.raises(ConfigError, match=r"words\.json' has changed since step 2 of .*run: its SHA-256 was") as error:
         train.run(plain, str(tmp_path / "run"), grids=False)
     assert "\n" not in str(error.value) and saved(tmp_path / "run") == [2]
-    words.write_text(kept)
+    words.write_text(original)
     text.open_tokenizer.cache_clear()
     assert train.run(plain, str(tmp_path / "run"), grids=False)["step"] == 4
 
 
 @pytest.mark.parametrize("source", ["run", "export"])
-def test_training_starts_from_given_weights(half, plain, tmp_path, source):
-    given = final(plain, half)[1]["ema"]
+def test_training_starts_from_the_weights_of_init_from(half, plain, tmp_path, source):
+    ema = final(plain, half)[1]["ema"]
     if source == "export":
         export.run(plain, str(half))
         shutil.rmtree(half / "checkpoints")
@@ -328,24 +332,24 @@ def test_training_starts_from_given_weights(half, plain, tmp_path, source):
     _, trees, data = final(plain, tmp_path / "new")
     assert data == {"next_batch": 1}
     for tree in (trees["params"], trees["ema"]):
-        jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, old + 1), tree, given)
+        jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, old + 1), tree, ema)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("model.rope", "release", r"holds another model: config\.model\.rope was 'axial' and is 'release'"),
-        ("codec.patch", 8, r"boi has the shape \(64, 16\) there and \(16, 16\) here"),
+        ("codec.patch", 8, r"boi has the shape \(64, 16\) in the weights and \(16, 16\) in the model"),
         ("train.init_from", "nowhere", "nowhere does not exist"),
     ],
 )
-def test_weights_of_another_model_are_refused(half, plain, field, value, told, monkeypatch):
+def test_weights_of_another_model_are_refused(half, plain, field, value, message, monkeypatch):
     plain.train.init_from = str(half)
     plain.update_from_flattened_dict({field: value})
     s = train_step.make_setup(plain)
     abstract = generation.abstract_params(s.model, train.partitioning.make_mesh(1, 1, 1))
     state = train_step.State(jnp.zeros(()), abstract, abstract, None)
-    with pytest.raises(ConfigError, match=rf"config\.train\.init_from: .*{told}") as error:
+    with pytest.raises(ConfigError, match=rf"config\.train\.init_from: .*{message}") as error:
         train._load_initial_weights(plain, state)
     assert "\n" not in str(error.value)
 
@@ -353,22 +357,24 @@ def test_weights_of_another_model_are_refused(half, plain, field, value, told, m
 # ---- samples
 
 
-def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_path, monkeypatch, caplog):
-    """At step 1 a picture is not finite, at step 2 the disk is full, at step 3 TensorBoard fails."""
+def test_errors_in_a_grid_do_not_end_the_run(counting, plain, tmp_path, monkeypatch, caplog):
+    """At step 1 a sample is not finite, at step 2 the disk is full, at step 3 TensorBoard fails."""
     plain.train.sample_every, plain.train.steps = 1, 4
     real, png = generation.batches, generation.write_png
     monkeypatch.setattr(
         generation,
         "make_sample_fn",
-        lambda *given: lambda *given: (np.zeros((2, 32, 32, 1)), nan, np.array([True, False])),
+        lambda *args: lambda *args: (np.zeros((2, 32, 32, 1)), nan, np.array([True, False])),
     )
     nan = np.full((2, 8, 8, 16), np.nan)
     seen = []
 
-    def batches(c, draw, params, *given, **more):
+    def batches(c, sample_fn, params, *args, **kwargs):
         seen.append(saved(tmp_path) if (tmp_path / "checkpoints").exists() else [])
         return (
-            real_batches(c, draw, params, *given, **more) if len(seen) == 1 else real(c, draw, params, *given, **more)
+            real_batches(c, sample_fn, params, *args, **kwargs)
+            if len(seen) == 1
+            else real(c, sample_fn, params, *args, **kwargs)
         )
 
     monkeypatch.setattr(generation, "batches", batches)
@@ -376,7 +382,9 @@ def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_pat
         generation, "write_png", lambda path, image: fail() if "000002" in path.name else png(path, image)
     )
     monkeypatch.setattr(
-        metric_writer.MetricWriter, "show", lambda self, *given: self._show(fail) if len(seen) == 3 else None
+        metric_writer.MetricWriter,
+        "log_image",
+        lambda self, *args: self._submit_to_tensorboard(fail) if len(seen) == 3 else None,
     )
     assert train.run(plain, str(tmp_path))["step"] == 4
     assert (
@@ -386,16 +394,16 @@ def test_nothing_that_goes_wrong_in_a_grid_ends_the_run(counting, plain, tmp_pat
     assert f"step_000002_ema.png cannot be written: {BROKEN}" in caplog.text
     assert f"TensorBoard gets nothing more from here on: {BROKEN}" in caplog.text
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == ["step_000003_ema.png", "step_000004_ema.png"]
-    assert seen == [[], [2], [2], [2, 4]]  # saved first
+    assert seen == [[], [2], [2], [2, 4]]  # Each step is saved before its grid.
     assert [line["step"] for line in reports(tmp_path)] == [2, 4]
 
 
-def test_a_notice_to_stop_is_heard_within_a_grid(counting, plain, tmp_path, monkeypatch):
+def test_stop_signal_ends_a_grid_between_batches(counting, plain, tmp_path, monkeypatch):
     plain.train.sample_every, plain.sample.n, plain.sample.batch = 1, 9, 1
     real, drawn = generation.batches, []
 
-    def batches(*given, **more):
-        for batch in real(*given, **more):
+    def batches(*args, **kwargs):
+        for batch in real(*args, **kwargs):
             drawn.append(int(batch.numbers[0]))
             if len(drawn) == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -409,7 +417,7 @@ def test_a_notice_to_stop_is_heard_within_a_grid(counting, plain, tmp_path, monk
 
 
 @pytest.mark.parametrize("steps", ["2:3", "5:5"])
-def test_a_profile_is_taken_of_the_steps_that_are_named(plain, tmp_path, monkeypatch, steps):
+def test_profile_traces_the_named_steps(plain, tmp_path, monkeypatch, steps):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
@@ -421,8 +429,8 @@ def test_a_profile_is_taken_of_the_steps_that_are_named(plain, tmp_path, monkeyp
     assert calls == {"2:3": [0, 1, "start", 2, 3, "stop", 4, 5], "5:5": [0, 1, 2, 3, 4, "start", 5, "stop"]}[steps]
 
 
-def test_a_microbatch_that_the_devices_do_not_divide_is_refused(plain, tmp_path, monkeypatch):
-    monkeypatch.undo()  # all eight devices
+def test_microbatch_not_divisible_by_the_devices_is_refused(plain, tmp_path, monkeypatch):
+    monkeypatch.undo()  # back to all eight devices
     plain.mesh.data, plain.train.accumulate = 8, 2
     with pytest.raises(ConfigError, match="a microbatch of 4 images"):
         train.run(plain, str(tmp_path))

@@ -6,7 +6,7 @@ from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.sampling import codec
 
 
-def test_blocks_and_positions_stand_in_raster_order(tiny_config):
+def test_blocks_and_positions_are_in_raster_order(tiny_config):
     sizes = derive_sizes(tiny_config)  # 8 x 8 latent in 2 x 2 blocks
     z = np.arange(2 * 8 * 8 * 16).reshape(2, 8, 8, 16)
     blocks = np.asarray(codec.to_blocks(z, sizes))
@@ -19,25 +19,25 @@ def test_blocks_and_positions_stand_in_raster_order(tiny_config):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["alone", "in a program"])
-def test_pixels_become_the_floats_of_a_division(wrap):
-    """Every bit of them, whatever XLA makes of the expression: old runs go on as they began."""
+def test_float_pixels_equal_a_division(wrap):
+    """Compares every bit, so that old runs continue bit for bit."""
     pixels = np.arange(256, dtype=np.uint8)
-    got = np.asarray(wrap(codec.to_float)(pixels))
-    assert got.dtype == np.float32
-    np.testing.assert_array_equal(got, pixels / np.float32(127.5) - np.float32(1))
+    floats = np.asarray(wrap(codec.to_float)(pixels))
+    assert floats.dtype == np.float32
+    np.testing.assert_array_equal(floats, pixels / np.float32(127.5) - np.float32(1))
 
 
-def test_pixels_come_back_exactly(tiny_config):
+def test_pixel_codec_is_lossless(tiny_config):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), np.uint8)
-    made = codec.build(tiny_config)
-    z = made.encode(made.load(), {"image": images}, jax.random.key(0))
+    pixel_codec = codec.build(tiny_config)
+    z = pixel_codec.encode(pixel_codec.load(), {"image": images}, jax.random.key(0))
     assert z.shape == (3, 8, 8, 16)
-    np.testing.assert_array_equal(made.decode(made.load(), z), codec.to_float(images))
+    np.testing.assert_array_equal(pixel_codec.decode(pixel_codec.load(), z), codec.to_float(images))
 
 
-def test_a_square_of_pixels_becomes_the_channels_of_its_position():
-    made, images = codec.pixel(2), np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
-    z = np.asarray(made.encode({}, {"image": images}, jax.random.key(0)))
+def test_patch_of_pixels_becomes_the_channels_of_a_position():
+    pixel_codec, images = codec.pixel(2), np.random.default_rng(0).integers(0, 256, (2, 4, 6, 3), np.uint8)
+    z = np.asarray(pixel_codec.encode({}, {"image": images}, jax.random.key(0)))
     assert z.shape == (2, 2, 3, 12)
     for p in range(2):
         for q in range(2):

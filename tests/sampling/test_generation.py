@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
@@ -21,21 +22,22 @@ def plain():
 
 @pytest.fixture
 def noise_only(monkeypatch):
-    """A sampler that returns its noise: for what is not about the model, and compiles at once."""
+    """Replaces the sampler by one that returns its noise."""
     monkeypatch.setattr(generation.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
 
 
-def draw(c, numbers, params=None, decode=None, devices=1, most=None):
-    """The images of a config with these numbers, on a mesh of so many devices."""
+def draw(c, numbers, params=None, decode=None, devices=1, max_batch=None):
+    """Draws the images with these numbers on a mesh of `devices` devices."""
     program = generation.make_sample_fn(c, madformer.build(c), decode or codec.build(c).decode)
     mesh = partitioning.make_mesh(-1, 1, 1, jax.devices()[:devices])
-    drawn = list(generation.batches(c, program, params or {}, {}, mesh, numbers, most))
+    result = list(generation.batches(c, program, params or {}, {}, mesh, numbers, max_batch))
     assert program._cache_size() == 1
-    return drawn
+    return result
 
 
 def test_images_do_not_depend_on_the_batch(plain):
-    params = jax.tree.map(lambda x: 0.1 * x, random_params(madformer.build(plain)))  # tame: nothing magnifies rounding
+    # With small parameters, the model does not magnify rounding.
+    params = jax.tree.map(lambda x: 0.1 * x, random_params(madformer.build(plain)))
     few = draw(plain, range(5), params)
     assert [batch.numbers.tolist() for batch in few] == [[0, 1], [2, 3], [4]]
     plain.sample.batch = 5
@@ -46,26 +48,26 @@ def test_images_do_not_depend_on_the_batch(plain):
     assert np.abs(latents[0] - latents[1]).max() > 0.1
 
 
-def test_the_noise_of_an_image_is_that_of_no_training_step(plain, noise_only):
+def test_noise_of_images_differs_from_that_of_training_steps(plain, noise_only):
     (first, *_) = draw(plain, range(5))
     key = jax.random.key(plain.seed)
     expected, of_step = (
         jax.random.normal(jax.random.fold_in(k, 1), (1, 64, 16)) for k in (jax.random.fold_in(key, 2**31), key)
     )
-    np.testing.assert_array_equal(codec.to_blocks(first.latents, generation.derive_sizes(plain))[1], expected)
+    np.testing.assert_array_equal(codec.to_blocks(first.latents, derive_sizes(plain))[1], expected)
     assert np.abs(expected - of_step).max() > 1
 
 
-def test_a_batch_is_a_multiple_of_the_devices_and_of_one_shape(plain, noise_only):
+def test_batches_have_one_shape_and_are_multiples_of_the_devices(plain, noise_only):
     plain.model.classes, plain.sample.labels = 10, "7,2,4"
     drawn = draw(plain, range(5), devices=4)
     assert [batch.numbers.tolist() for batch in drawn] == [[0, 1, 2, 3], [4]]
     assert [batch.labels.tolist() for batch in drawn] == [[7, 2, 4, 7], [2]]
-    assert [len(batch.images) for batch in draw(plain, range(3), most=1)] == [1, 1, 1]
+    assert [len(batch.images) for batch in draw(plain, range(3), max_batch=1)] == [1, 1, 1]
 
 
-def test_each_image_has_its_prompt_in_whichever_batch(plain, monkeypatch):
-    """In turn; given to the sampler as tokens and lengths."""
+def test_prompts_do_not_depend_on_the_batch(plain, monkeypatch):
+    """Images take the prompts in turn, as tokens and lengths."""
 
     def lengths_in_the_noise(model, params, noise, tokens, *, lengths, **settings):
         return jnp.zeros_like(noise) + (100 * lengths + tokens[:, 1])[:, None, None, None]
@@ -80,7 +82,7 @@ def test_each_image_has_its_prompt_in_whichever_batch(plain, monkeypatch):
     np.testing.assert_array_equal(drawn, 100 * texts.lengths + texts.tokens[:, 1])
 
 
-def test_prompts_come_from_a_file_and_errors_are_told(plain, tmp_path):
+def test_prompts_are_read_from_a_file(plain, tmp_path):
     plain.text.tokenizer, plain.text.length = "drawings", 4
     plain.text.vocabulary = text.open_tokenizer("drawings").vocabulary
     plain.sample.prompts = str(tmp_path / "prompts.txt")
@@ -95,7 +97,7 @@ def test_prompts_come_from_a_file_and_errors_are_told(plain, tmp_path):
         prompts.load(plain)
 
 
-def test_prompts_stand_below_their_pictures():
+def test_prompts_are_shown_below_their_images():
     images = np.full((3, 32, 32, 1), 90, np.uint8)
     shown = prompts.add_caption_strips(
         images, ["a red planet", "", "a blue planet with two moons in a black sky, and a star"]
@@ -109,12 +111,12 @@ def test_prompts_stand_below_their_pictures():
 def test_random_labels_do_not_depend_on_the_batch(plain, noise_only):
     plain.model.classes, plain.sample.label_sampling = 10, "random"
     few = np.concatenate([batch.labels for batch in draw(plain, range(5))])
-    (many,) = draw(plain, [4, 1, 3], devices=4, most=4)
+    (many,) = draw(plain, [4, 1, 3], devices=4, max_batch=4)
     np.testing.assert_array_equal(many.labels, few[[4, 1, 3]])
     assert few.tolist() != [0, 1, 2, 3, 4]
 
 
-def test_a_seed_and_guidance_are_arguments_of_the_program(plain, noise_only):
+def test_seed_and_guidance_are_arguments_of_the_program(plain, noise_only):
     plain.model.classes, plain.sample.guidance = 10, 2.0
     program = generation.make_sample_fn(plain, madformer.build(plain), codec.build(plain).decode)
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
@@ -128,32 +130,30 @@ def test_a_seed_and_guidance_are_arguments_of_the_program(plain, noise_only):
     assert scales == [[2, 2], [1, 2], [1, 1.5]]  # at t = 999, 499
 
 
-def test_values_that_are_not_finite_are_told_by_image_and_block(plain, monkeypatch):
+def test_error_names_image_and_block_of_non_finite_latents(plain, monkeypatch):
     plain.model.blocks = 4
 
-    def spoilt(model, params, noise, tokens, **settings):
+    def non_finite(model, params, noise, tokens, **settings):
         return noise.at[1, 2, 0, 3].set(np.inf)
 
-    monkeypatch.setattr(generation.sampler, "sample", spoilt)
+    monkeypatch.setattr(generation.sampler, "sample", non_finite)
     with pytest.raises(ConfigError, match=r"not finite: image 4 from block 3 on\. .*sample\.guidance=1\.0"):
         draw(plain, [0, 4])
-    assert [len(batch.numbers) for batch in draw(plain, [0])] == [1]  # only what fills up the batch is spoilt
+    assert [len(batch.numbers) for batch in draw(plain, [0])] == [1]  # Padding is not checked.
 
 
-def test_pixels_that_are_not_finite_are_told_by_image(plain, noise_only):
+def test_error_names_the_image_of_non_finite_pixels(plain, noise_only):
     pixel = codec.build(plain)
     with pytest.raises(ConfigError, match=r"not finite: the decoder's pixels of image 3\."):
         draw(plain, [2, 3], decode=lambda params, z: pixel.decode(params, z).at[1, 5].set(np.nan))
 
 
-def test_given_noise_is_read_by_number_and_not_compiled_in(plain, noise_only, tmp_path):
+def test_noise_of_a_file_is_read_by_image_number(plain, noise_only, tmp_path):
     noise = np.random.default_rng(0).normal(size=(5, 1, 64, 16))
     plain.sample.noise = str(tmp_path / "noise.npy")
     np.save(plain.sample.noise, noise)
     drawn = np.concatenate([batch.latents for batch in draw(plain, [3, 0, 4])])
-    np.testing.assert_array_equal(
-        codec.to_blocks(drawn, generation.derive_sizes(plain)), noise[[3, 0, 4]].astype(np.float32)
-    )
+    np.testing.assert_array_equal(codec.to_blocks(drawn, derive_sizes(plain)), noise[[3, 0, 4]].astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_given_noise_is_read_by_number_and_not_compiled_in(plain, noise_only, tm
         (b"no array", "cannot be read"),
     ],
 )
-def test_noise_that_does_not_fit_is_refused(plain, noise_only, tmp_path, content, complaint):
+def test_invalid_noise_is_refused(plain, noise_only, tmp_path, content, complaint):
     path = tmp_path / "noise.npy"
     plain.sample.noise = str(path)
     with path.open("wb") as file:
@@ -180,7 +180,7 @@ def test_noise_that_does_not_fit_is_refused(plain, noise_only, tmp_path, content
     assert "\n" not in str(error.value)
 
 
-def test_a_grid_is_about_square_and_white_where_it_is_empty():
+def test_grid_is_about_square_and_padded_with_white():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((5, 2, 3, 1), np.uint8)
     grid = generation.tile_grid(images)
     assert grid.shape == (4, 9, 1)
@@ -189,7 +189,7 @@ def test_a_grid_is_about_square_and_white_where_it_is_empty():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_is_scaled_down_to_what_it_may_be_wide(channels):
+def test_grid_is_scaled_down_to_the_maximum_width(channels):
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 12, channels), np.uint8)
     small = generation.downscale_for_grid(images, 12)  # three columns of 12 pixels
     assert small.shape == (5, 3, 4, channels)
@@ -200,15 +200,15 @@ def test_a_grid_is_scaled_down_to_what_it_may_be_wide(channels):
 
 
 @pytest.mark.parametrize("name", ["a[1]", "x*"])
-def test_shards_are_read_from_the_folder_that_is_named(tmp_path, name):
+def test_shards_are_read_from_folders_with_glob_characters(tmp_path, name):
     for value, folder in enumerate(("a1", "xy", name)):
         shard = generation.SampleBatch(*[np.full(1, value)] * len(generation.SampleBatch._fields))
         generation.write_shard(tmp_path / folder / "shard-00000-of-00001.npz", shard)
-    (found,) = generation.read_shards(tmp_path / name)
-    assert found.images.tolist() == [2]
+    (shard,) = generation.read_shards(tmp_path / name)
+    assert shard.images.tolist() == [2]
 
 
-def test_a_flipped_byte_of_a_shard_is_noticed(tmp_path):
+def test_flipped_bits_of_a_shard_are_detected(tmp_path):
     path = tmp_path / "shard.npz"
     rng = np.random.default_rng(0)
     shard = generation.SampleBatch(
@@ -218,13 +218,14 @@ def test_a_flipped_byte_of_a_shard_is_noticed(tmp_path):
         np.ones((2, 2, 2, 4), np.float32),
     )
     generation.write_shard(path, shard)
-    content, noticed = path.read_bytes(), 0
+    content, detected = path.read_bytes(), 0
     jax.tree.map(np.testing.assert_array_equal, generation.read_shard(path), shard)
-    for at in range(0, len(content), 5):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 16]) + content[at + 1 :])
+    for i in range(0, len(content), 5):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 16]) + content[i + 1 :])
         try:
-            jax.tree.map(np.testing.assert_array_equal, generation.read_shard(path), shard)  # dates of the archive, say
+            # Some bits, such as those of dates, do not matter.
+            jax.tree.map(np.testing.assert_array_equal, generation.read_shard(path), shard)
         except generation.DamagedError:
-            noticed += 1
-    assert noticed > 100
+            detected += 1
+    assert detected > 100
     assert generation.read_shard(tmp_path / "none.npz") is None

@@ -1,4 +1,4 @@
-"""The Python interface: a trained model as an object."""
+"""Tests of the Python interface to a trained model."""
 
 import json
 import pathlib
@@ -43,11 +43,12 @@ def test_a_model_draws_the_images_of_mode_sample(tmp_path, one_device):
     np.testing.assert_array_equal(images, shard.images)
     assert (model.sample(3, labels=["dog", "cat"], seed=6) != images).any()
     with Image.open(f"{folder}/film.webp") as film, Image.open(f"{folder}/grid.png") as grid:
-        assert (film.n_frames, film.size) == (2, (4 * grid.width, 4 * grid.height))  # one block of two steps, enlarged
+        # One block of two steps; images of a film are enlarged.
+        assert (film.n_frames, film.size) == (2, (4 * grid.width, 4 * grid.height))
         film.seek(1)
         shown = np.asarray(film.convert("L")).reshape(grid.height, 4, grid.width, 4).mean(axis=(1, 3))
-        assert np.abs(shown - np.asarray(grid)).mean() < 8  # but for its compression
-    assert len(model._programs) == 1  # another seed is no other program
+        assert np.abs(shown - np.asarray(grid)).mean() < 8  # The film has lossy compression.
+    assert len(model._programs) == 1  # Another seed needs no other program.
 
 
 @pytest.fixture
@@ -67,12 +68,12 @@ def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
     assert np.abs(frames[-1].images.astype(int) - images).max() <= 1
     cost = model.cost(steps=3, guidance=1.7)
     assert frames[-1].passes == pytest.approx(cost.passes)
-    assert cost.passes == pytest.approx(cost.nfe + 2 * 3 / 4)  # the clean tower, in both branches
-    at = slice(16), slice(16)  # of the first block
+    assert cost.passes == pytest.approx(cost.nfe + 2 * 3 / 4)  # plus the clean tower in both branches
+    first_block = slice(16), slice(16)
     for frame in frames[3:]:
-        np.testing.assert_array_equal(frame.images[:, *at], frames[2].images[:, *at])
-    assert (frames[0].images[:, *at] != frames[2].images[:, *at]).any()
-    assert (frames[2].images[:, 16:] == 128).all()  # nothing yet
+        np.testing.assert_array_equal(frame.images[:, *first_block], frames[2].images[:, *first_block])
+    assert (frames[0].images[:, *first_block] != frames[2].images[:, *first_block]).any()
+    assert (frames[2].images[:, 16:] == 128).all()  # not drawn yet
     np.save(
         tmp_path / "noise.npy", np.random.default_rng(0).standard_normal((2, *derive_sizes(model.config).block_shape))
     )
@@ -84,7 +85,7 @@ def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
     np.testing.assert_array_equal(whole[-1].images, frames[-1].images)
 
 
-def test_a_wrong_setting_is_one_line_before_anything_is_drawn(model):
+def test_wrong_settings_raise_one_line_before_drawing(model):
     for settings, message in (
         ({"labels": [3]}, "3 is not a class"),
         ({"labels": ["cow"]}, "'cow' is neither"),
@@ -93,7 +94,7 @@ def test_a_wrong_setting_is_one_line_before_anything_is_drawn(model):
         ({"labels": True}, "must be a class number"),
         ({"labels": [0, 1, 2], "n": 2}, "there are 3 of them for n=2 images"),
         ({"labels": "cat,dog", "n": 1}, "there are 2 of them for n=1 images"),
-        ({"label": 3}, "label=3: there is no such setting of sampling. Did you mean 'labels'?"),
+        ({"label": 3}, "label=3: 'label' is not a setting of sampling. Did you mean 'labels'?"),
         ({"Seed": 3}, "Did you mean 'seed'?"),
         ({"n": 1.5}, "n=1.5 must be a whole number"),
         ({"n": 0}, "config.sample.n=0"),
@@ -110,7 +111,7 @@ def test_a_wrong_setting_is_one_line_before_anything_is_drawn(model):
         ({"steps": 1, "solver": "ddim", "spacing": "leading"}, "starts at t = 0 and returns noise"),
         ({"prompts": 3}, "prompts=3 must be a text"),
         ({"prompts": ["a red planet"]}, "needs a model that reads captions"),
-        ({"stepz": 3}, "no such setting"),
+        ({"stepz": 3}, "is not a setting of sampling"),
         ({"steps": 0}, "steps"),
         ({"guidance": "much"}, "guidance='much'"),
         ({"weights": "raw"}, "chosen when it was loaded"),
@@ -121,7 +122,7 @@ def test_a_wrong_setting_is_one_line_before_anything_is_drawn(model):
         assert "\n" not in str(error.value)
 
 
-def test_numbers_of_numpy_and_texts_of_numbers_are_settings(model):
+def test_numpy_numbers_and_texts_of_numbers_are_accepted(model):
     plain = model.sample(labels=[1], steps=2, seed=3, guidance=2.0)
     other = model.sample(
         np.int64(1),
@@ -137,7 +138,7 @@ def test_numbers_of_numpy_and_texts_of_numbers_are_settings(model):
     assert len(model.sample(2, labels=range(3), steps=2, label_sampling="random")) == 2
 
 
-def test_a_class_is_drawn_by_its_name_even_if_it_is_a_number(tmp_path, one_device, capsys):
+def test_class_names_that_are_numbers_are_still_names(tmp_path, one_device, capsys):
     c = tiny.get_config("plain")
     c.model.classes, c.sample.n = 12, 1
     names = [str(k) for k in (1, 10, 11, 12, *range(2, 10))]
@@ -160,14 +161,14 @@ def test_a_class_is_drawn_by_its_name_even_if_it_is_a_number(tmp_path, one_devic
         assert (protocol["labels"], protocol["classes"]) == (str(number), {str(number): names[number]})
 
 
-def test_a_model_says_what_it_is(model):
+def test_repr_describes_the_model(model):
     assert repr(model) == (
         "<madformer_jax.Model: 32 x 32 x 1 images; 3 classes: cat, dog, 7; 2 layers, 1 of them diffusion layers; 4 blocks; "
         "24,296 parameters>"
     )
 
 
-def test_guidance_without_label_dropout_is_warned_of_once(model, caplog):
+def test_guidance_without_label_dropout_warns_once(model, caplog):
     model.config.train.label_dropout = 0.0
     for _ in range(2):
         model.cost(steps=2, guidance=3.0)
@@ -180,17 +181,17 @@ def test_guidance_without_label_dropout_is_warned_of_once(model, caplog):
     assert not caplog.messages
 
 
-def test_prompts_of_python_are_drawn_as_they_are(tmp_path, one_device):
-    """None of them names a file or a split, so that a page can pass on what a visitor writes."""
+def test_prompts_of_python_are_literal(tmp_path, one_device):
+    """No prompt names a file or a split, so that a page can pass on the text of a visitor."""
     c = tiny.get_config("plain")
     c.text.tokenizer, c.text.length, c.sample.n = "drawings", 40, 2
     c.text.vocabulary = text.open_tokenizer("drawings").vocabulary
     (tmp_path / "secret.txt").write_text("hunter two")
     model = madformer_jax.load(saved(c, tmp_path))
-    for given in (str(tmp_path / "secret.txt"), str(tmp_path / "missing.txt"), "data:test", "a; b", '["a"]'):
-        for value in (given, [given], (np.str_(given),)):
+    for prompt in (str(tmp_path / "secret.txt"), str(tmp_path / "missing.txt"), "data:test", "a; b", '["a"]'):
+        for value in (prompt, [prompt], (np.str_(prompt),)):
             settings = model._settings(None, {"prompts": value})
-            assert prompts.load(settings) == [given]
+            assert prompts.load(settings) == [prompt]
             assert settings.sample.n == 1
     frames = list(model.stream(prompts=["data:test", ""]))
     assert len(frames[-1].images) == 2
@@ -200,24 +201,26 @@ def test_prompts_of_python_are_drawn_as_they_are(tmp_path, one_device):
         model.sample(prompts=[])
     with pytest.raises(ConfigError, match="3 must be a text"):
         model.sample(prompts=["a", 3])
-    c.sample.prompts = '["a; b", "x.txt"]'  # on the command line
+    c.sample.prompts = '["a; b", "x.txt"]'  # the value of --config.sample.prompts
     assert prompts.load(c) == ["a; b", "x.txt"]
 
 
-def test_what_is_no_model_is_said(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match=r"there is no .*config.json: give the workdir"):
+def test_missing_model_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"config.json does not exist: give the workdir"):
         madformer_jax.load(str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
-    with pytest.raises(ConfigError, match="there is no folder owner/model; .* pip install huggingface_hub"):
+    with pytest.raises(ConfigError, match="the folder owner/model does not exist; .* pip install huggingface_hub"):
         madformer_jax.load("owner/model")
 
 
-def test_a_vae_can_be_given_where_a_config_names_none(tmp_path, one_device):
-    """The folder of an export's own VAE means nothing elsewhere."""
+def test_codec_argument_replaces_the_vae_of_the_config(tmp_path, one_device):
+    """The path of the VAE in a config of another user is ignored."""
     c = tiny.get_config()
     c.codec.name, c.codec.path, c.data.image_size, c.data.channels = "vae", str(tmp_path / "theirs"), 32, 3
     saved(c, tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text()) | {"seed": 5}  # no longer ours
+    content = json.loads((tmp_path / "config.json").read_text()) | {
+        "seed": 5
+    }  # no longer the config that this user wrote
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="config.codec.path is empty"):
         madformer_jax.load(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Scores in training. The step only counts, the judge's features are pixels: nothing is compiled but the counting."""
+"""Tests of scores and validation in training, with a step that only counts and pixels as features."""
 
 import json
 import os
@@ -25,7 +25,7 @@ STUB = Network("stub", {}, 4, (1,), {"w": np.zeros(1)}, lambda params, images: (
 
 
 def pixels(images):
-    """Features (n, 4)."""
+    """Returns features (n, 4)."""
     return images.reshape(len(images), -1)[:, :4].astype(np.float32)
 
 
@@ -35,23 +35,23 @@ def image(number, weight):
 
 @pytest.fixture
 def c(tmp_path, one_device, monkeypatch):
-    """A run of 4 steps, saved and scored at 2 and 4; averages grow by 2 a step, parameters by 1."""
+    """A run of 4 steps, saved and scored at 2 and 4. A step adds 2 to averages, 1 to parameters."""
     c = tiny.get_config("plain")
     c.train.steps, c.train.evaluate_every, c.train.evaluate_n = 4, 2, N
-    c.sample.n = c.sample.batch = 5  # less than are scored
+    c.sample.n = c.sample.batch = 5  # fewer than N
     c.evaluate.network = "stub"
     monkeypatch.setitem(registry.NETWORKS, "stub", lambda path: STUB)
     monkeypatch.setattr(
         registry, "make_extractor", lambda network: lambda images: registry.NetworkOutputs(pixels(images), None)
     )
     real = np.random.default_rng(0).normal(100, 50, (20, 4)).astype(np.float32)
-    found = {"features": real, "labels": np.zeros(20, np.int32), "profile": np.zeros((1, 62)), "weight": np.ones(1)}
+    rows = {"features": real, "labels": np.zeros(20, np.int32), "profile": np.zeros((1, 62)), "weight": np.ones(1)}
     protocol = {"network": STUB.describe(), "image": pipeline.make_preprocessor(c).describe()}
-    reference_statistics.save(str(tmp_path / "reference.npz"), protocol, lambda: iter([found]), 0)
+    reference_statistics.save(str(tmp_path / "reference.npz"), protocol, lambda: iter([rows]), 0)
     real_state = train_step.create_state
 
-    def create_state(*given):
-        abstract = real_state(*given)[1]
+    def create_state(*args):
+        abstract = real_state(*args)[1]
         zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), abstract)
         return lambda: zeros, abstract
 
@@ -60,9 +60,9 @@ def c(tmp_path, one_device, monkeypatch):
         params, ema = (jax.tree.map(lambda x, k=k: x + k, tree) for k, tree in ((1, state.params), (2, state.ema)))
         return train_step.State(state.step + 1, params, ema, state.opt), metrics
 
-    def batches(c, draw, params, codec_params, mesh, numbers, most=None):
+    def batches(c, sample_fn, params, codec_params, mesh, numbers, max_batch=None):
         weight = jax.tree.leaves(params)[0].ravel()[0]
-        assert generation.batch_size(c, mesh, most) == 5 and len(numbers) <= c.sample.n
+        assert generation.batch_size(c, mesh, max_batch) == 5 and len(numbers) <= c.sample.n
         for number in numbers:
             yield generation.SampleBatch(
                 np.array([number]), np.zeros(1, np.int32), image(number, weight)[None], np.zeros(1)
@@ -74,14 +74,14 @@ def c(tmp_path, one_device, monkeypatch):
     return c
 
 
-def told(workdir):
+def metric_lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_averages_are_scored_behind_their_checkpoint_and_at_the_end(c, tmp_path):
+def test_averages_are_scored_after_their_checkpoint_and_at_the_end(c, tmp_path):
     figures = train.run(c, str(tmp_path))
     real = reference_statistics.load(str(tmp_path / "reference.npz")).features
-    lines = told(tmp_path)
+    lines = metric_lines(tmp_path)
     assert [(line["step"], "loss" in line, line.get("scored")) for line in lines] == [
         (2, True, None), (2, False, N), (4, True, None), (4, False, N),
     ]  # fmt: skip
@@ -93,24 +93,25 @@ def test_averages_are_scored_behind_their_checkpoint_and_at_the_end(c, tmp_path)
     assert train.run(c, str(tmp_path)).items() >= {"FD-stub": lines[3]["FD-stub"], "loss": figures["loss"]}.items()
 
 
-def test_a_judge_that_breaks_does_not_end_training(c, tmp_path, monkeypatch, caplog):
+def test_error_in_scoring_does_not_end_training(c, tmp_path, monkeypatch, caplog):
     def extract(images):
-        with checkpoint.Checkpoints(str(tmp_path), read_only=True) as there:
-            seen.append(there.steps[-1])
+        with checkpoint.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+            seen.append(checkpoints.steps[-1])
         raise RuntimeError("no features\nof this")
 
     seen = []
     monkeypatch.setattr(registry, "make_extractor", lambda network: extract)
     assert train.run(c, str(tmp_path))["step"] == 4
-    assert seen == [2, 4]  # saved first
+    assert seen == [2, 4]  # Each step is saved before it is scored.
     assert "the scores of step 2 are left out: no features" in caplog.text
-    assert ["scored" in line for line in told(tmp_path)] == [False, False]
-    monkeypatch.setattr(partitioning, "all_failed", lambda: False)  # the other processes wait for this one's features
+    assert ["scored" in line for line in metric_lines(tmp_path)] == [False, False]
+    # Other processes without the error would wait for the features of this one.
+    monkeypatch.setattr(partitioning, "all_failed", lambda: False)
     with pytest.raises(RuntimeError, match="no features"):
         train.run(c, str(tmp_path))
 
 
-def test_a_notice_to_stop_is_heard_within_the_scores(c, tmp_path, monkeypatch):
+def test_stop_signal_ends_scoring_between_batches(c, tmp_path, monkeypatch):
     def extract(images):
         os.kill(os.getpid(), signal.SIGTERM)
         seen.append(len(images))
@@ -119,12 +120,12 @@ def test_a_notice_to_stop_is_heard_within_the_scores(c, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(registry, "make_extractor", lambda network: extract)
     assert train.run(c, str(tmp_path))["step"] == 2
-    assert seen == [1] and "scored" not in told(tmp_path)[-1]
+    assert seen == [1] and "scored" not in metric_lines(tmp_path)[-1]
 
 
-def test_a_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
+def test_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
     (tmp_path / "reference.npz").unlink()
-    monkeypatch.setattr(pipeline, "dataset_info", lambda c: pytest.fail("begun"))
+    monkeypatch.setattr(pipeline, "dataset_info", lambda c: pytest.fail("started"))
     with pytest.raises(ConfigError, match="no reference at .*reference.npz: make it") as error:
         train.run(c, str(tmp_path))
     assert "\n" not in str(error.value)
@@ -132,18 +133,18 @@ def test_a_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
 
 
 def test_validation_divides_the_text_loss_by_the_tokens_of_all_batches():
-    """Batches of 3 and 1 tokens, and one of empty captions, which counts for nothing."""
-    found = [{"loss": 10.0, "loss_text": 2.0}, {"loss": 20.0, "loss_text": 6.0}, {"loss": 30.0, "loss_text": 0.0}]
-    mean = metric_writer._mean_metrics(hooks._average_text_loss(found, [3, 1, 0], weight=0.5))
+    """Uses batches of 3, 1 and 0 predicted tokens; the last one has no weight."""
+    metrics = [{"loss": 10.0, "loss_text": 2.0}, {"loss": 20.0, "loss_text": 6.0}, {"loss": 30.0, "loss_text": 0.0}]
+    mean = metric_writer._mean_metrics(hooks._average_text_loss(metrics, [3, 1, 0], weight=0.5))
     assert mean["loss_text"] == 3.0
     assert mean["loss"] == pytest.approx((10 - 1 + 20 - 3 + 30 - 0) / 3 + 0.5 * 3.0)
     without = [{"loss": 1.0, "loss_q1": 2.0}]
     assert hooks._average_text_loss(without, [0], weight=0.5) is without
 
 
-def test_losses_on_held_out_images(c, tmp_path, monkeypatch):
-    """Of the averages, on the same images with the same noise each time, none of which training sees."""
-    c.train.evaluate_every, c.train.validate_every, c.train.validate_n = 0, 2, 12  # two batches of 8
+def test_validation_uses_held_out_images_and_fixed_noise(c, tmp_path, monkeypatch):
+    """Validates the averages on the same images with the same noise each time."""
+    c.train.evaluate_every, c.train.validate_every, c.train.validate_n = 0, 2, 12  # 2 batches of 8
     seen = []
 
     def make_loss(s, c, dropout):
@@ -173,12 +174,13 @@ def test_losses_on_held_out_images(c, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "train_iterator", open_data)
     monkeypatch.setattr(train_step, "make_loss", make_loss)
     figures = train.run(c, str(tmp_path), grids=False)
-    lines = [line for line in told(tmp_path) if "validated" in line]
+    lines = [line for line in metric_lines(tmp_path) if "validated" in line]
     assert [(line["step"], line["validated"]) for line in lines] == [
         (2, 16),
         (4, 16),
     ] and "validation_loss_q1" not in figures
-    assert lines[1]["validation_loss"] - lines[0]["validation_loss"] == pytest.approx(4)  # averages grow by 2 a step
+    # Each of the two steps between adds 2 to the averages.
+    assert lines[1]["validation_loss"] - lines[0]["validation_loss"] == pytest.approx(4)
     assert figures["validation_loss"] == lines[1]["validation_loss"] and "loss" in figures
     np.testing.assert_array_equal(seen[:2], seen[2:])
     key = jax.random.fold_in(jax.random.key(c.seed), hooks.VALIDATION_STREAM)

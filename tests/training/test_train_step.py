@@ -1,4 +1,4 @@
-"""The training step: on meshes, in microbatches, its optimizer and its averages."""
+"""Tests of the training step: meshes, microbatches, optimizer and averages."""
 
 import itertools
 import json
@@ -27,16 +27,16 @@ def plain():
 
 def batches(c, n):
     data = pipeline.train_iterator(c, batch=c.train.batch)
-    found = [next(data) for _ in range(n)]
+    result = [next(data) for _ in range(n)]
     data.close()
-    return found
+    return result
 
 
-# ---- of the whole model
+# ---- the whole model
 
 
 def on_mesh(c, sizes, n=4):
-    """Losses and parameters, on the host, after n steps on a mesh of the first devices."""
+    """Returns losses and parameters after n steps on a mesh of the first devices."""
     mesh = partitioning.make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))])
     s = train_step.make_setup(c)
     _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
@@ -45,23 +45,23 @@ def on_mesh(c, sizes, n=4):
         np.int32(0), params, params, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.opt)
     )
     state = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract)
-    found = []
+    losses = []
     with partitioning.scope(mesh):
         out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), None)
         step = jax.jit(train_step.make_step(s, c), out_shardings=out_shardings)
         for batch in batches(c, n):
             state, metrics = step(state, partitioning.global_batch(batch, mesh), {}, np.uint32(c.seed))
-            found.append(float(metrics["loss"]))
-    return found, np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
+            losses.append(float(metrics["loss"]))
+    return losses, np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
 
 
 @pytest.mark.parametrize("meshes", [[(2, 2, 2)], [(8, 1, 1), (1, 8, 1)]], ids=["all axes", "one axis"])
-def test_a_mesh_trains_as_a_single_device_does(meshes):
-    """The model with everything in it over all axes at once; its plainest over one alone."""
+def test_mesh_trains_like_a_single_device(meshes):
+    """Shards a full model over all axes at once, and a plain one over a single axis."""
     c = tiny.get_config("" if meshes == [(2, 2, 2)] else "plain")
     if c.model.depth > 1:
         c.model.unet_channels, c.model.unet_attention = (8, 16), (False, True)
-        c.model.blocks = 2  # half the attention to compile
+        c.model.blocks = 2  # compiles faster
     losses, params = on_mesh(c, (1, 1, 1))
     for mesh in meshes:
         sharded_losses, sharded = on_mesh(c, mesh)
@@ -78,15 +78,15 @@ def test_state_is_split_over_fsdp_and_tensor():
         assert jax.tree.map(lambda x: x.sharding.spec, tree) == jax.tree.map(lambda x: x.sharding.spec, state.params)
 
 
-def test_the_optimizers_state_has_the_names_of_older_checkpoints():
-    """Another structure would keep old runs from going on."""
+def test_optimizer_state_has_the_names_of_older_checkpoints():
+    """With another structure, old runs could not be resumed."""
     state = train_step.optimizer(tiny.get_config()).init({"w": jnp.zeros(3)})
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
     assert names == ["[1][0].count", "[1][0].mu['w']", "[1][0].nu['w']", "[1][2].count"]
 
 
 def test_each_microbatch_draws_its_own_noise(plain):
-    """The step in two microbatches is the mean over every other row, each with its own key, of the real loss."""
+    """Compares the step in two microbatches with the mean of the losses of every other row."""
     plain.train.accumulate, seed = 2, 7
     s = train_step.make_setup(plain)
     params, (batch,) = small.random_params(s.model), batches(plain, 1)
@@ -103,17 +103,17 @@ def test_each_microbatch_draws_its_own_noise(plain):
     parts = [gradient(z[i::2], keys[i]) for i in range(2)]
     grads = jax.tree.map(lambda a, b: (a + b) / 2, parts[0][0], parts[1][0])
     state = train_step.State(jnp.int32(0), params, params, s.tx.init(params))
-    step = jax.jit(train_step.make_step(s, plain, "tpu"))  # in a loop: half of it to compile
+    step = jax.jit(train_step.make_step(s, plain, "tpu"))  # The loop of a TPU compiles faster.
     _, metrics = step(state, batch, {}, np.uint32(seed))
     np.testing.assert_allclose(metrics["loss"], (parts[0][1] + parts[1][1]) / 2, rtol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-5)
 
 
-# ---- of captions
+# ---- captions
 
 
 class _Bigrams:
-    """Stands in for the model: the logits of a token are the row of the token before it."""
+    """A fake model whose logits are the row of the previous token."""
 
     predicts, vocabulary, none = "eps", 12, 12
 
@@ -122,7 +122,7 @@ class _Bigrams:
 
 
 def bigram_step(c, accumulate, mesh=(1, 1, 1)):
-    """Text loss and gradient norm of a step on captions of 2 to 16 tokens, whose predictions differ in quality."""
+    """Returns text loss, gradient norm and expected loss of a step on captions of 2 to 17 tokens."""
     c.train.accumulate = accumulate
     s = train_step.make_setup(c)._replace(model=_Bigrams())
     rng = np.random.default_rng(3)
@@ -149,7 +149,7 @@ def bigram_step(c, accumulate, mesh=(1, 1, 1)):
 
 @pytest.fixture
 def captions(plain):
-    """A config whose loss is the text's alone."""
+    """A config with the text loss only."""
     plain.loss.image, plain.loss.hidden, plain.loss.text, plain.train.label_dropout = 0.0, 0.0, 1.0, 0.0
     return plain
 
@@ -169,21 +169,21 @@ def test_the_text_loss_is_the_same_on_a_mesh(captions, accumulate):
 
 
 def test_microbatches_count_the_tokens_that_dropout_leaves(captions):
-    """A dropped caption is one null token, of which nothing is predicted."""
+    """A dropped caption is one null token, after which nothing is predicted."""
     captions.train.label_dropout = 1.0
     for accumulate in (1, 2):
         assert bigram_step(captions, accumulate)[:2] == (0.0, 0.0)
     lengths, keys = np.arange(2, 18).reshape(2, 8), jax.random.split(jax.random.key(0), 2)
-    dropped = [np.asarray(jax.random.bernoulli(jax.random.split(key, 3)[1], 0.5, (8, 1)))[:, 0] for key in keys]
-    expected = sum(np.sum((row - 1)[~gone]) for row, gone in zip(lengths, dropped)) / 2
+    masks = [np.asarray(jax.random.bernoulli(jax.random.split(key, 3)[1], 0.5, (8, 1)))[:, 0] for key in keys]
+    expected = sum(np.sum((row - 1)[~dropped]) for row, dropped in zip(lengths, masks)) / 2
     assert train_step._mean_text_tokens(jnp.asarray(lengths), keys, 0.5) == expected < np.sum(lengths - 1) / 2
 
 
-# ---- of two parameters
+# ---- a model of two parameters
 
 
 def of_two_parameters(c, loss, monkeypatch):
-    """Setup and state of a model of two parameters with this loss of (params, z, tokens), which also gives metrics."""
+    """Returns setup and state of a model with two parameters and a loss of (params, z, tokens)."""
 
     def training_loss(model, params, z, tokens, key, weights, context_noise, lengths, text_tokens):
         value, metrics = loss(params, z, tokens)
@@ -196,7 +196,8 @@ def of_two_parameters(c, loss, monkeypatch):
 
 
 def squares(params, z, tokens):
-    middle = z[:, :, z.shape[2] // 2]  # few enough values that the order of their sum is below the tolerance
+    # With few values, the order of summation changes less than the tolerance.
+    middle = z[:, :, z.shape[2] // 2]
     return sum(jnp.mean(jnp.square(p)) for p in jax.tree.leaves(params)) * jnp.mean(jnp.square(middle)), {}
 
 
@@ -216,15 +217,14 @@ def test_ema_warms_up_towards_its_target(plain, monkeypatch):
     plain.train.ema_decay = 0.15
     s, state = of_two_parameters(plain, squares, monkeypatch)
     step, ema = jax.jit(train_step.make_step(s, plain)), state.ema
-    for decay, batch in zip(
-        (1 / 10, 0.15, 0.15), batches(plain, 3)
-    ):  # (1 + step) / (10 + step), until it meets the target
+    decays = (1 / 10, 0.15, 0.15)  # (1 + step) / (10 + step), at most the target
+    for decay, batch in zip(decays, batches(plain, 3)):
         state, _ = step(state, batch, {}, np.uint32(0))
         ema = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, ema, state.params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state.ema, ema)
 
 
-def test_a_dropped_caption_is_one_token_none(monkeypatch):
+def test_dropped_caption_is_one_null_token(monkeypatch):
     c = tiny.get_config()
     c.model.classes, c.text.vocabulary, c.text.length, c.train.label_dropout = 0, 300, 4, 0.5
     s, state = of_two_parameters(c, lambda params, z, tokens: (params["a"].sum(), {"tokens": tokens}), monkeypatch)
@@ -254,7 +254,7 @@ def test_one_program_serves_every_seed(monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_labels_are_dropped_in_their_share_and_become_none(share, monkeypatch):
+def test_share_of_labels_becomes_the_null_token(share, monkeypatch):
     c = tiny.get_config()
     c.train.label_dropout = share
 
@@ -264,14 +264,14 @@ def test_labels_are_dropped_in_their_share_and_become_none(share, monkeypatch):
     s, state = of_two_parameters(c, seen, monkeypatch)
     labels = np.arange(2000, dtype=np.int32) % 10
     batch = {"image": np.zeros((2000, 32, 32, 1), np.uint8), "label": labels}
-    step, found = jax.jit(train_step.make_step(s, c)), []
+    step, tokens = jax.jit(train_step.make_step(s, c)), []
     for _ in range(2):
         state, metrics = step(state, batch, {}, np.uint32(0))
-        found.append(np.asarray(metrics["tokens"])[:, 0])
-    dropped = np.array(found) == 10  # the label behind the ten classes
-    np.testing.assert_array_equal(np.where(dropped, labels, found), [labels, labels])
+        tokens.append(np.asarray(metrics["tokens"])[:, 0])
+    dropped = np.array(tokens) == 10  # the null token
+    np.testing.assert_array_equal(np.where(dropped, labels, tokens), [labels, labels])
     assert abs(dropped.mean() - share) <= 4 * np.sqrt(share * (1 - share) / 4000)
-    assert (dropped[0] == dropped[1]).all() == (share in (0, 1))  # others in each step
+    assert (dropped[0] == dropped[1]).all() == (share in (0, 1))  # Each step drops other labels.
 
 
 # ---- optimizer
@@ -290,8 +290,8 @@ def test_learning_rate_schedules(plain):
     np.testing.assert_allclose(train_step.learning_rate(c)(999), 2.0)
 
 
-def test_optax_has_no_warm_up_to_the_last_bit(plain):
-    """Why `learning_rate` has its own: with Optax's, runs would not go on as they began."""
+def test_warm_up_of_optax_differs_in_the_last_bit(plain):
+    """With the warm-up of Optax, old runs would not continue bit for bit."""
     plain.train.steps, plain.optimizer.warmup, plain.optimizer.schedule = 1000, 0.01, "constant"
     steps = jnp.arange(10)
     ours = jax.vmap(train_step.learning_rate(plain))(steps)
@@ -312,8 +312,8 @@ def test_gradients_are_clipped_by_their_global_norm(plain):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
 
 
-def test_weight_decay_is_adamws(plain):
-    """Decoupled, scaled by the rate, on every parameter: p - rate * (m / (sqrt(v) + 1e-8) + decay * p)."""
+def test_weight_decay_is_that_of_adamw(plain):
+    """Every parameter changes by -rate * (m / (sqrt(v) + 1e-8) + decay * p)."""
     o = plain.optimizer
     o.clip, o.weight_decay, o.schedule, o.warmup, o.learning_rate = 0.0, 0.3, "constant", 0.0, 0.01
     tx, p = train_step.optimizer(plain), np.array([1.0, -2.0, 0.5])
@@ -329,14 +329,14 @@ def test_weight_decay_is_adamws(plain):
 
 
 @pytest.mark.parametrize("skip", [0, 2, 6])
-def test_steps_that_are_not_finite_are_skipped_and_told(plain, skip, tmp_path, one_device, monkeypatch, caplog):
-    """The three steps behind the first two are spoilt: two in a row are borne with skip = 2, the third ends the run."""
+def test_non_finite_steps_are_skipped_and_logged(plain, skip, tmp_path, one_device, monkeypatch, caplog):
+    """Steps 2 to 4 are not finite. With skip = 2, the third of them ends the run."""
     plain.optimizer.skip, plain.train.log_every, plain.optimizer.schedule = skip, 1, "cosine"
     seen = []
 
     def loss(model, params, z, tokens, key, *_):
-        spoilt = jnp.isin(jax.random.key_data(key)[-1], jnp.array(bad, jnp.uint32))
-        value = sum(jnp.sum(x**2) for x in jax.tree.leaves(params)) * jnp.where(spoilt, jnp.nan, 1.0)
+        non_finite = jnp.isin(jax.random.key_data(key)[-1], jnp.array(bad, jnp.uint32))
+        value = sum(jnp.sum(x**2) for x in jax.tree.leaves(params)) * jnp.where(non_finite, jnp.nan, 1.0)
         return value, {"loss": value}
 
     def key_of(step):
@@ -347,7 +347,7 @@ def test_steps_that_are_not_finite_are_skipped_and_told(plain, skip, tmp_path, o
     monkeypatch.setattr(losses, "training_loss", loss)
     real = checkpoint.Checkpoints.save
     monkeypatch.setattr(
-        checkpoint.Checkpoints, "save", lambda self, step, *given: seen.append(step) or real(self, step, *given)
+        checkpoint.Checkpoints, "save", lambda self, step, *args: seen.append(step) or real(self, step, *args)
     )
     if skip < 3:
         with pytest.raises(ConfigError, match=f"step {3 if skip == 0 else 5}: training has diverged"):
@@ -358,10 +358,9 @@ def test_steps_that_are_not_finite_are_skipped_and_told(plain, skip, tmp_path, o
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 6]
         assert lines[2]["loss"] == pytest.approx(lines[1]["loss"], rel=0.1)
-        rates = [
-            float(train_step.learning_rate(plain)(step)) for step in (0, 1, 2)
-        ]  # the schedule knows of no skipped step
+        # The schedule does not count skipped steps.
+        rates = [float(train_step.learning_rate(plain)(step)) for step in (0, 1, 2)]
         assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
-    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert [line[-12:] for line in told] == [f"({k} in a row)" for k in range(1, min(skip, 3) + 1)]
+    messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert [line[-12:] for line in messages] == [f"({k} in a row)" for k in range(1, min(skip, 3) + 1)]
     assert all(step <= (4 if skip == 2 else 2) for step in seen) or skip == 6

@@ -1,0 +1,91 @@
+"""Saving of checkpoints during training, also when an error ends it.
+
+`modes.train` opens a `CheckpointSaver` around its loop. `runtime.checkpoint` has the format.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import checkpoint, storage
+from madformer_jax.training import train_step
+from madformer_jax.training.metric_writer import DivergedError, MetricWriter
+
+
+class CheckpointSaver:
+    """Saves the state of the last finished step, when called and when an error ends the loop.
+
+    A context manager around the loop. The loop sets `finished` = (step, state, position of the
+    data) after each step.
+    """
+
+    def __init__(
+        self,
+        c: ConfigDict,
+        workdir: str,
+        checkpoints: checkpoint.Checkpoints,
+        metric_writer: MetricWriter,
+        inputs: dict[str, Any],
+        check_lock: Callable[[], None],
+    ):
+        """Initializes the saver.
+
+        Args:
+          c: The config.
+          workdir: Folder of the run.
+          checkpoints: The checkpoints of the workdir.
+          metric_writer: The writer, which is flushed before each save.
+          inputs: Identity of the data and the tokenizer, saved with each checkpoint.
+          check_lock: Raises if another process has taken over the workdir.
+        """
+        self.finished: tuple[int, train_step.State, dict[str, Any]] | None = None
+        self._c, self._workdir, self._checkpoints = c, workdir, checkpoints
+        self._metric_writer, self._inputs, self._check_lock = metric_writer, inputs, check_lock
+
+    def __call__(self) -> None:
+        """Reports, and starts to save.
+
+        Raises:
+          DivergedError: The state is not finite; it is not saved.
+        """
+        self._metric_writer.write()
+        self._metric_writer.flush()  # The metrics of a checkpoint must be on disk before it.
+        self._save()
+
+    def _save(self) -> None:
+        assert self.finished is not None  # The loop has run a step.
+        step, state, position = self.finished
+        self._check_lock()
+        checkpoint.write_config(self._c, self._workdir)  # A config is saved only after it worked.
+        arrays = {name: getattr(state, name) for name in checkpoint.ARRAY_ITEMS}
+        self._checkpoints.save(step, arrays, position, {"step": step, **self._inputs})
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk."""
+        self._checkpoints.wait()
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, DivergedError):
+            self.wait()
+            last = self._checkpoints.last
+            good = f"step {last} of {self._workdir}" if last is not None else "none yet"
+            raise ConfigError(f"{error}; the last good checkpoint: {good}.") from None
+        # All processes save together, and the others do not know of the error in this one.
+        if not isinstance(error, Exception) or self.finished is None or jax.process_count() > 1:
+            return
+        step = self.finished[0]
+        try:
+            self._metric_writer.check_finite()
+            self._save()
+            self.wait()
+        except Exception as problem:
+            logging.error("step %d could not be saved: %s", step, storage.cause_message(problem))
+        else:
+            logging.info("step %d, the last before an error, is saved", step)

@@ -1,0 +1,41 @@
+"""Tests of opening a trained model."""
+
+import jax
+import numpy as np
+import pytest
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.models import madformer
+from madformer_jax.runtime import checkpoint
+from madformer_jax.sampling.opening import TrainedModel
+from madformer_jax.weights import state_dicts
+from tests import tiny
+from tests.small import random_params
+
+
+def assert_same(params, expected):
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_step_of_a_run_and_an_export_without_checkpoints_open(tmp_path, one_device):
+    c = tiny.get_config("plain")
+    params = random_params(madformer.build(c))
+    with checkpoint.Checkpoints(str(tmp_path), keep=2) as checkpoints:
+        for step in (4, 6):
+            ema = jax.tree.map(lambda x, step=step: step * x, params)
+            checkpoints.save(step, {"ema": ema}, None, {"step": step, "data": {"names": ["cat", "dog"]}})
+    newest = TrainedModel.open(c, str(tmp_path))
+    assert (newest.step, newest.newest_step, newest.class_names) == (6, 6, ["cat", "dog"])
+    older = TrainedModel.open(c, str(tmp_path), step=4, check_memory_for="sampling")
+    assert (older.step, older.newest_step) == (4, 6)
+    assert_same(older.params, jax.tree.map(lambda x: 4 * x, params))
+    assert older.load_codec_params() == {}  # Pixels have no weights.
+    export = tmp_path / "export"
+    export.mkdir()
+    tensors = state_dicts.flatten(jax.device_get(params))
+    state_dicts.write_state_dict(f"{export}/model.safetensors", tensors, {"step": 4, "names": ["cat"]})
+    exported = TrainedModel.open(c, str(export))
+    assert (exported.step, exported.newest_step, exported.class_names) == (4, None, ["cat"])
+    assert_same(exported.params, params)
+    with pytest.raises(ConfigError, match="nothing"):
+        TrainedModel.open(c, str(tmp_path / "nothing"))
