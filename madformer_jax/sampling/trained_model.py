@@ -228,7 +228,7 @@ class Model:
             pixels = self._codec.decode(codec_params, codec.from_blocks(z, sizes))
             return generation.to_uint8(pixels), jnp.isfinite(pixels).all()
 
-        return (*map(part, ("begin", "condition", "step", "extend")), self._jitted(show, self._codec_params))
+        return (*map(part, ("begin", "condition", "step", "cache_clean")), self._jitted(show, self._codec_params))
 
     def _resident(self) -> Any:
         """The parameters as `drawing.make_draw` has them, made once and not in each part."""
