@@ -88,8 +88,9 @@ class Tower(nn.Module):
           queries: If False, computes keys and values only.
 
         Returns:
-          Queries, keys and values, each `(images, ..., H, h)`. Queries and keys are `ProjectedQK`,
-          before QK-norm and RoPE.
+          Queries, keys and values of all images in a row, `(rows, blocks, s, H, h)` of an image
+          stream and `(rows, tokens, H, h)` of the text. Queries and keys are `ProjectedQK`, before
+          QK-norm and RoPE.
         """
         y = self.attention_norm(x)
         size = self.width // self.heads
@@ -106,7 +107,7 @@ class Tower(nn.Module):
 
         Args:
           x: Hidden states `(rows, S, d)`.
-          attended: Result of the attention `(images, ..., H, h)`.
+          attended: Result of the attention, with as many values as x.
 
         Returns:
           New hidden states `(rows, S, d)`.
@@ -169,22 +170,22 @@ class DecoderLayer(nn.Module):
             return apply_to_tree(projected) if name == "text" else projected
 
         qkv = {name: project(name, x) for name, x in inputs.items()}
-        image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
+        image_streams = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
         text = qkv.get("text")
         # Without the clean stream the prediction stream attends to its own earlier blocks.
         source = qkv.get("clean", None if "clean" in self.towers else qkv.get("pred"))
         context = None if source is None or self.block_only else source.kv
         attended: dict[str, Array] = {}
-        if image:
+        if image_streams:
             outputs = api.block_attention(
-                [qkv[name] for name in image],
+                [qkv[name] for name in image_streams],
                 context,
                 None if text is None else text.kv,
                 lengths,
                 implementation=self.attention,
-                images=images[image[0]],
+                images=images[image_streams[0]],
             )
-            attended.update(zip(image, outputs, strict=True))
+            attended.update(zip(image_streams, outputs, strict=True))
         if text is not None and text.q is not None:
             q, k, v = (x.reshape(len(x) * images["text"], -1, *x.shape[2:]) for x in (text.q, *text.kv))
             attended["text"] = api.attend(q, k, v, causal=True)
