@@ -34,7 +34,7 @@ def main(topology: str, count: str) -> None:
 
     def total(params: Any, streams: Streams) -> jax.Array:
         out, _ = layer.apply(params, streams, positions, None, ())
-        return sum((jnp.square(x.astype(jnp.float32)).mean() for x in out.present.values()), jnp.zeros(()))
+        return sum((jnp.square(x.astype(jnp.float32)).mean() for x in out.as_dict.values()), jnp.zeros(()))
 
     shapes = Streams(
         *(jax.ShapeDtypeStruct((1, images * n * 256, m.width), jnp.bfloat16) for n in (0, 15, 16))

@@ -228,12 +228,12 @@ def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, f
     m = c.model
     terms = tuple(name for name in LOSS_TERMS if c.loss[name]) if terms is None else terms
     p = training_plan(terms, ablation_switches(c))
-    cost = _stage_cost(c, "ar_layers", p.ar, p.between, p.clean_blocks)
-    cost += _stage_cost(c, "diffusion_layers", p.diffusion, p.out, p.clean_blocks)
-    if "text" in p.out:
+    cost = _stage_cost(c, "ar_layers", p.ar_inputs, p.ar_outputs, p.clean_blocks)
+    cost += _stage_cost(c, "diffusion_layers", p.diffusion_inputs, p.diffusion_outputs, p.clean_blocks)
+    if "text" in p.diffusion_outputs:
         cost += Cost(text=2.0 * c.text.length * m.width * vocabulary_size(c))
     (down, down_first), (up, up_first) = _downsampler(c), _upsampler(c)
-    downs, ups = m.blocks * len(p.down), m.blocks * len(p.up)
+    downs, ups = m.blocks * len(p.downsampled), m.blocks * len(p.upsampled)
     return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first
 
 
@@ -267,8 +267,10 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     if vocabulary_size(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block in range(m.blocks):
-        # The clean tower and the downsampler run on a finished block if their output is read.
-        extend_ar, extend_diffusion = (block < last and x for x in (stages.extend_ar, stages.extend_diffusion))
+        # The clean tower and the downsampler run on a finished block if anything reads what they return.
+        extend_ar, extend_diffusion = (
+            block < last and x for x in (stages.cache_clean_ar, stages.cache_clean_diffusion)
+        )
         embedded = block < last and (stages.condition or extend_ar)
         # The AR layers: the condition, then the finished block's keys and values.
         runs = stages.condition + extend_ar
@@ -326,7 +328,7 @@ def layer_calls(c: ConfigDict) -> LayerCalls:
     """
     m, stages = c.model, sampling_plan(ablation_switches(c))
     ar = m.depth - m.diffusion_depth
-    extension = stages.extend_ar * ar + stages.extend_diffusion * m.diffusion_depth
+    extension = stages.cache_clean_ar * ar + stages.cache_clean_diffusion * m.diffusion_depth
     return LayerCalls(stages.condition * ar, m.diffusion_depth, extension)
 
 

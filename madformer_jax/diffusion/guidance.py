@@ -1,4 +1,9 @@
-"""The scale of classifier-free guidance at each solver step: constant or growing, everywhere or in an interval of timesteps."""
+"""Scales of classifier-free guidance for each solver step.
+
+The scale is constant or grows over the steps, at all timesteps or in an interval of them.
+`sampling.generation` computes the scales, and `sampler.BlockSteps.step` mixes the two predictions
+with them. A new schedule is a branch of `guidance_scales`.
+"""
 
 from collections.abc import Sequence
 
@@ -6,18 +11,20 @@ import numpy as np
 
 
 def guidance_scales(scale: float, schedule: str, interval: Sequence[int], t: np.ndarray) -> np.ndarray:
-    """The scale w of each solver step, (steps,) float32; 1 is the conditional branch alone.
+    """Returns the guidance scale w of each solver step, (steps,) float32.
+
+    A scale of 1 uses the conditional prediction alone.
 
     Args:
       scale: w of `constant`, and of the last step of `linear`.
-      schedule: `constant`; or `linear` in the number of the step, from 1 at the first (most noise) to `scale` at the last
-        (arXiv 2404.13040). Muse and MAR grow theirs from 1 as well, but over the tokens that they finish one after the
-        other, which would be our blocks, not over the solver steps of each.
-      interval: the lowest and the highest timestep with guidance (arXiv 2404.07724); w is 1 at all others.
-      t: (steps,), timestep of each step.
+      schedule: `constant` or `linear`. `linear` grows in the step number from 1 at the first step,
+        which has the most noise, to `scale` at the last (arXiv 2404.13040). Muse and MAR grow their
+        scale over the tokens they finish, which would be blocks here and not solver steps.
+      interval: Lowest and highest timestep with guidance (arXiv 2404.07724). w is 1 at all others.
+      t: Timestep of each step, `(steps,)`.
 
     Raises:
-      ValueError: the schedule is unknown.
+      ValueError: The schedule is unknown.
     """
     if schedule == "constant":
         w = np.full(len(t), scale)

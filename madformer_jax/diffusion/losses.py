@@ -1,4 +1,9 @@
-"""The four terms of the training loss (MADFormer, section 3.4)."""
+"""The four terms of the training loss: image, hidden, clean and text (MADFormer, section 3.4).
+
+`training.train_step` differentiates `training_loss`. A new term is a field of `LossWeights`, a
+branch of `unweighted_terms` and a name in `config.choices.LOSS_TERMS`. Shapes use the letters of the
+legend in `models.madformer`.
+"""
 
 from typing import Any, NamedTuple
 
@@ -14,21 +19,22 @@ from madformer_jax.models.madformer import MADFormer, ModelOutputs
 
 
 class LossWeights(NamedTuple):
-    """lambda of each term; a term of weight 0 is not computed."""
+    """Weight lambda of each term (`config.loss`); a term of weight 0 is not computed."""
 
     image: float = 1.0
     hidden: float = 0.1
     clean: float = 0.0
     text: float = 0.0
-    weighting: str = "output"  # how an error of the image counts: as it is, or as one of v (`predicts.weight`)
+    weighting: str = "output"  # image errors count as those of the output, or of v (`parameterization.loss_weight`)
 
     @property
     def terms(self) -> tuple[str, ...]:
+        """Names of the terms that have a weight."""
         return tuple(name for name in LOSS_TERMS if getattr(self, name))
 
 
 def count_predicted_tokens(lengths: Array) -> Array:
-    """Counts the tokens that the text term predicts: those of each text but the first."""
+    """Counts the tokens that the text term predicts: all tokens of each text except the first."""
     return jnp.sum(lengths - 1)
 
 
@@ -40,16 +46,23 @@ def unweighted_terms(
     lengths: Array | None = None,
     text_tokens: Array | None = None,
 ) -> dict[str, Array]:
-    """The unweighted terms that the outputs allow: mean squared errors, and the negative log-likelihood of the text.
+    """Computes the unweighted terms for which an output exists.
+
+    Image, hidden and clean are mean squared errors, and text is a mean negative log-likelihood.
 
     Args:
-      outputs: of the model.
-      z: clean latent blocks (B, L, positions, C).
-      target: what the image output is compared with (`predicts.target`), of the same shape; of eps the noise.
-      tokens: (B, T); the text term predicts each token from those before it.
-      lengths: (B,) tokens of each text; the padding behind them is not predicted. By default all T are text.
-      text_tokens: () divisor of the text's negative log-likelihood; by default the number of predicted tokens. A microbatch
-        gets the mean number over all microbatches: the mean of their terms is then the term of the whole batch.
+      outputs: Outputs of the model.
+      z: Clean latent blocks `(B, L, positions, C)`.
+      target: Target of the image output, of the same shape (`parameterization.target`).
+      tokens: Text tokens `(B, T)`. The text term predicts each token from those before it.
+      lengths: Number of tokens of each text, `(B,)`. Padding behind them is not predicted. By
+        default all T tokens are text.
+      text_tokens: Divisor of the text's negative log-likelihood, a scalar. By default the number of
+        predicted tokens. Microbatches pass the mean number over all microbatches, so that the mean
+        of their terms is the term of the whole batch.
+
+    Returns:
+      The terms by name, each a scalar.
     """
     losses = {}
     if outputs.image is not None:
@@ -57,7 +70,8 @@ def unweighted_terms(
     if outputs.hidden is not None:
         losses["hidden"] = jnp.mean((outputs.hidden - z) ** 2)
     if outputs.clean is not None:
-        context = slice(0, max(1, z.shape[1] - 1))  # the release leaves out the last block, which is nobody's context
+        # The release leaves out the last block, which no other block attends to.
+        context = slice(0, max(1, z.shape[1] - 1))
         losses["clean"] = jnp.mean((outputs.clean[:, context] - z[:, context]) ** 2)
     if outputs.text is not None and tokens is not None:
         nll = optax.softmax_cross_entropy_with_integer_labels(outputs.text[:, :-1], tokens[:, 1:])
@@ -81,32 +95,38 @@ def training_loss(
     lengths: Array | None = None,
     text_tokens: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """The weighted loss of one batch, with a timestep of its own for each block.
+    """Computes the weighted loss of one batch, with a separate timestep for each block.
 
     Args:
-      z: clean latent blocks (B, L, positions, C).
-      tokens: text tokens (B, T), or None for an unconditional model.
-      key: draws the timesteps and the noise.
-      context_noise: the clean blocks, which are the context of those behind them, are noised each at a timestep of its own
-        from 0 to this one, which the model is told; 0 leaves them clean.
-      lengths: (B,) tokens of each text, the padding behind them left out; None: all T are text.
-      text_tokens: see `terms`.
+      model: The model.
+      params: Its parameters.
+      z: Clean latent blocks `(B, L, positions, C)`.
+      tokens: Text tokens `(B, T)`, or None for an unconditional model.
+      key: Random key of the timesteps and the noise.
+      weights: Weights of the terms.
+      context_noise: Highest timestep of noise on the clean blocks, which later blocks attend to.
+        Each block draws its timestep from 0 to this one, and the model receives it. 0 leaves the
+        blocks clean.
+      lengths: Number of tokens of each text, `(B,)`. By default all T tokens are text.
+      text_tokens: See `unweighted_terms`.
 
     Returns:
-      The loss, and metrics: every term (`loss_image`, ...) and the image term by quarter of the timesteps (`loss_q1` ..
-      `loss_q4`, from little to much noise; NaN where no block fell into the quarter).
+      The loss and the metrics. Metrics hold every term (`loss_image`, ...), and the image term by
+      quarter of the timesteps, from little to much noise (`loss_q1` to `loss_q4`). A quarter without
+      blocks is NaN.
     """
     t_key, noise_key = jax.random.split(key)
     t = jax.random.randint(t_key, z.shape[:2], 0, NUM_TIMESTEPS, jnp.int32)
     noise = jax.random.normal(noise_key, z.shape, jnp.float32)
-    context, told = _add_context_noise(z, jax.random.fold_in(key, 2), context_noise) if context_noise else (z, {})
-    outputs = model.apply(
-        {"params": params}, context, add_noise(z, noise, t), t, tokens, lengths, terms=weights.terms, **told
-    )
+    context, clean_t = z, None
+    if context_noise:
+        context, clean_t = _add_context_noise(z, jax.random.fold_in(key, 2), context_noise)
+    noisy = add_noise(z, noise, t)
+    outputs = model.apply({"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=weights.terms)
     alpha, sigma = alpha_sigma(t)
-    target = parameterization.target(model.predicts, z, noise, alpha, sigma)
+    target = parameterization.target(model.prediction_type, z, noise, alpha, sigma)
     losses = unweighted_terms(outputs, z, target, tokens, lengths, text_tokens)
-    scale = parameterization.loss_weight(model.predicts, weights.weighting, alpha, sigma)
+    scale = parameterization.loss_weight(model.prediction_type, weights.weighting, alpha, sigma)
     if outputs.image is not None and scale is not None:
         losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)
     loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros((), jnp.float32))
@@ -119,8 +139,8 @@ def training_loss(
     return loss, metrics
 
 
-def _add_context_noise(z: Array, key: Array, most: int) -> tuple[Array, dict[str, Array]]:
-    """Clean blocks with noise at timesteps from 0 to `most`, and the model's argument that tells them."""
+def _add_context_noise(z: Array, key: Array, max_timestep: int) -> tuple[Array, Array]:
+    """Adds noise at random timesteps 0..max_timestep; returns noisy blocks and timesteps."""
     t_key, noise_key = jax.random.split(key)
-    t = jax.random.randint(t_key, z.shape[:2], 0, most + 1, jnp.int32)
-    return add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t), {"clean_t": t}
+    t = jax.random.randint(t_key, z.shape[:2], 0, max_timestep + 1, jnp.int32)
+    return add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t), t

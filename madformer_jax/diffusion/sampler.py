@@ -1,7 +1,9 @@
-"""Block-autoregressive sampling with the KV cache (MADFormer, section 4).
+"""Block-autoregressive sampling with a key-value cache (MADFormer, section 4).
 
-For block i: the AR layers once, then the diffusion layers at every solver step, then the clean tower once on the finished
-block (`Parts`). In `sample` all blocks run in one loop of one program.
+For each block the AR layers run once, the diffusion layers run at every solver step, and the clean
+tower runs once on the finished block. `sample` runs all blocks in one loop of one program for
+`sampling.generation`. `sampling.trained_model` calls the steps of `BlockSteps` one by one, to show
+an image while it forms. Shapes use the letters of the legend in `models.madformer`.
 """
 
 from typing import Any, NamedTuple
@@ -16,29 +18,32 @@ from madformer_jax.models.madformer import MADFormer
 
 
 class BlockSteps(NamedTuple):
-    """What a block goes through, each a pure function. `guided` runs every one twice: with the text, and behind it with "none"."""
+    """The steps of sampling one block, each a pure function.
+
+    If `guided`, conditional rows are followed by null-token rows in one batch.
+    """
 
     model: MADFormer
     params: Any
     guided: bool
-    clip: float  # bound of the clean estimate; 0: none
-    clean_t: int  # the timestep that finished blocks are given
+    clip_x0: float  # bound of the clean estimate; 0 for none
+    clean_timestep: int  # timestep of finished blocks, see the function `clean_timestep`
 
     def begin(self, noise: Array, tokens: Array | None, lengths: Array | None) -> tuple[ModelCache, Array]:
-        """An empty cache with the text in it, and what the first block is predicted from."""
+        """Returns a cache with the text only, and the first block's prediction stream."""
         rows = (1 + self.guided) * len(noise)
         cache = self._call("empty_cache", rows)
         if tokens is not None:
-            none = [jnp.full_like(tokens, self.model.none)] if self.guided else []
-            if lengths is not None:  # "none" is one token
+            null_tokens = [jnp.full_like(tokens, self.model.null_token)] if self.guided else []
+            if lengths is not None:  # the null text is one token long
                 lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)] if self.guided else [lengths])
-            cache = self._call("read_text", cache, jnp.concatenate([tokens, *none]), lengths)
-        if self.model.neighbours:
-            cache = cache._replace(finished=jnp.zeros_like(noise))
+            cache = self._call("cache_text", cache, jnp.concatenate([tokens, *null_tokens]), lengths)
+        if self.model.unet_context:
+            cache = cache._replace(finished_blocks=jnp.zeros_like(noise))
         return cache, self._call("begin", rows)
 
     def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
-        """The AR layers: c of the block."""
+        """Runs the AR layers; returns the block's condition and the cache."""
         return self._call("condition", cache, pred, block)
 
     def step(
@@ -50,30 +55,56 @@ class BlockSteps(NamedTuple):
         w: Any,
         block: int | Array,
     ) -> tuple[solvers.SolverState, Any]:
-        """One solver step, and the noisy block's own keys and values where there is no clean stream."""
-        output, own = self._call("denoise", cache, condition, state.x, row.t, block)
-        if self.guided:
-            with_tokens, without = jnp.split(output, 2)
-            output = without + w * (with_tokens - without)
-        moved = solvers.step(state, output, row, self.clip, self.model.predicts)
-        return moved, None if self.model.clean_stream else own
+        """Runs one solver step.
 
-    def extend(self, cache: ModelCache, z: Array, own: Any, block: int | Array) -> tuple[ModelCache, Array]:
-        """The cache with the finished block in it, and what the next one is predicted from."""
-        c = self._call("embed_clean", cache, z, self.clean_t, block)
-        if self.model.neighbours:
+        Args:
+          cache: The cache with all earlier blocks.
+          condition: The block's condition.
+          state: The solver's state, of B blocks.
+          row: Coefficients of the step.
+          w: Guidance scale of the step.
+          block: Index of the block.
+
+        Returns:
+          The new state. In a model without the clean stream also the noisy block's keys and values,
+          for `cache_clean`, otherwise None.
+        """
+        output, kv = self._call("denoise", cache, condition, state.x, row.t, block)
+        if self.guided:
+            conditional, unconditional = jnp.split(output, 2)
+            output = unconditional + w * (conditional - unconditional)
+        state = solvers.step(state, output, row, self.clip_x0, self.model.prediction_type)
+        return state, None if self.model.clean_stream else kv
+
+    def cache_clean(self, cache: ModelCache, z: Array, kv: Any, block: int | Array) -> tuple[ModelCache, Array]:
+        """Adds a finished block to the cache.
+
+        Args:
+          cache: The cache with all earlier blocks.
+          z: The finished latent block `(B, 1, positions, C)`.
+          kv: Keys and values of its last solver step, see `step`.
+          block: Index of the block.
+
+        Returns:
+          The cache, and the next block's prediction stream.
+        """
+        c = self._call("embed_clean", cache, z, self.clean_timestep, block)
+        if self.model.unet_context:
             cache = write_finished_block(cache, z, block)
         c = jnp.concatenate([c] * (1 + self.guided))
         if not self.model.clean_stream:
-            return self._call("remember", cache, own, block), c
-        return self._call("extend", cache, c, block), c
+            return self._call("cache_noisy", cache, kv, block), c
+        return self._call("cache_clean", cache, c, block), c
 
     def _call(self, method: str, *args: Any) -> Any:
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
 def clean_timestep(model: MADFormer, coefficients: solvers.Coefficients) -> int:
-    """The timestep that finished blocks are given: 0, or that of the last solver step."""
+    """Returns the timestep with which finished blocks are embedded.
+
+    It is that of the last solver step if `model.clean_timestep` is "noisy", and otherwise 0.
+    """
     return int(coefficients.t[-1]) if model.clean_timestep == "noisy" else 0
 
 
@@ -88,62 +119,70 @@ def sample(
     spacing: str,
     steps: int,
     guidance: float | Array = 1.0,
-    clip: float = 0.0,
+    clip_x0: float = 0.0,
     unroll: bool = False,
 ) -> Array:
-    """Latent blocks from noise, one block after the other. Pure; everything behind the star but the guidance is static under jit.
+    """Generates latent blocks from noise, one block after the other.
+
+    The function is pure. Keyword arguments other than `guidance` are static under jit.
 
     Args:
-      noise: (B, L, positions, C), standard normal.
-      tokens: text tokens (B, T) of a conditional model; `model.none` means none.
-      lengths: tokens of each text, (B,); what stands behind them is padding. By default all T are text.
-      solver, spacing, steps: see `solvers.coefficients`.
-      guidance: scale w of classifier-free guidance, out = out_none + w (out_tokens - out_none), the same in eps, v and x0;
-        or one for each step (steps,), see `guidance.guidance_scales`. The number 1 runs no second branch; an array, whose values the
-        program does not know, always does.
-      clip: bound of the predicted clean latent; 0 for none.
-      unroll: one copy of the program for each block instead of a loop (for counting its cost).
+      model: The model.
+      params: Its parameters, see `models.inference_params`.
+      noise: Standard normal noise `(B, L, positions, C)`.
+      tokens: Text tokens `(B, T)` of a conditional model. `model.null_token` stands for no text.
+      lengths: Number of tokens of each text, `(B,)`; the rest is padding. By default all T tokens
+        are text.
+      solver: See `solvers.coefficients`.
+      spacing: See `solvers.coefficients`.
+      steps: Number of solver steps of each block.
+      guidance: Scale w of classifier-free guidance, or one scale per step `(steps,)`, see
+        `guidance.guidance_scales`. The output is unconditional + w (conditional - unconditional),
+        for eps, v and x0 alike. The Python number 1 skips the unconditional rows. An array never
+        skips them, because the program does not know its values.
+      clip_x0: Bound of the predicted clean latent; 0 for none.
+      unroll: Compiles one copy of the program per block in place of a loop, to count its cost.
 
     Returns:
-      Latent blocks (B, L, positions, C).
+      Latent blocks `(B, L, positions, C)`.
     """
     coefficients = solvers.coefficients(solver, spacing, steps)
     blocks = noise.shape[1]
     guided = tokens is not None and (isinstance(guidance, Array) or guidance != 1.0)
-    parts = BlockSteps(model, params, guided, clip, clean_timestep(model, coefficients))
+    block_steps = BlockSteps(model, params, guided, clip_x0, clean_timestep(model, coefficients))
 
-    def one_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:
+    def sample_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:
         cache, pred = carry
-        condition, cache = parts.condition(cache, pred, block)
+        condition, cache = block_steps.condition(cache, pred, block)
 
         def solver_step(
-            state: solvers.SolverState, at: tuple[solvers.Coefficients, Array]
+            state: solvers.SolverState, row_and_scale: tuple[solvers.Coefficients, Array]
         ) -> tuple[solvers.SolverState, None]:
-            row, w = at
-            return parts.step(cache, condition, state, row, w, block)[0], None
+            row, w = row_and_scale
+            return block_steps.step(cache, condition, state, row, w, block)[0], None
 
         scales = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (steps,))
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
         state = solvers.initial_state(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
-        # The last step stands alone: its keys and values go to the cache when there is no clean stream.
+        # The last step is outside the scan because `cache_clean` may need its keys and values.
         state, _ = jax.lax.scan(solver_step, state, jax.tree.map(lambda r: r[:-1], rows), unroll=steps if unroll else 1)
-        last, w = jax.tree.map(lambda r: r[-1], rows)
-        state, own = parts.step(cache, condition, state, last, w, block)
+        last_row, w = jax.tree.map(lambda r: r[-1], rows)
+        state, kv = block_steps.step(cache, condition, state, last_row, w, block)
         z = state.x
 
-        def extend(cache: ModelCache, pred: Array) -> tuple[ModelCache, Array]:
-            return parts.extend(cache, z, own, block)
+        def cache_clean(cache: ModelCache, pred: Array) -> tuple[ModelCache, Array]:
+            return block_steps.cache_clean(cache, z, kv, block)
 
         if isinstance(block, int):
-            return (extend(cache, pred) if block + 1 < blocks else carry), z
-        return jax.lax.cond(block + 1 < blocks, extend, lambda *same: same, cache, pred), z
+            return (cache_clean(cache, pred) if block + 1 < blocks else carry), z
+        return jax.lax.cond(block + 1 < blocks, cache_clean, lambda *same: same, cache, pred), z
 
-    carry = parts.begin(noise, tokens, lengths)
+    carry = block_steps.begin(noise, tokens, lengths)
     if blocks == 1 or unroll:
-        drawn = []
+        finished = []
         for block in range(blocks):
-            carry, z = one_block(carry, block)
-            drawn.append(z)
-        return jnp.concatenate(drawn, axis=1)
-    _, z = jax.lax.scan(one_block, carry, jnp.arange(blocks))
+            carry, z = sample_block(carry, block)
+            finished.append(z)
+        return jnp.concatenate(finished, axis=1)
+    _, z = jax.lax.scan(sample_block, carry, jnp.arange(blocks))
     return jnp.swapaxes(z[:, :, 0], 0, 1)

@@ -1,4 +1,8 @@
-"""The noise schedule: DDPM linear betas, q(x_t | x_0) and the timesteps of a solver (MADFormer, sections 3.4 and 4)."""
+"""Noise schedule: DDPM linear betas, q(x_t | x_0) and the timesteps of a solver.
+
+`losses` adds noise with it (MADFormer, section 3.4), and `solvers` takes its timesteps from it
+(section 4). A new spacing is a branch of `solver_timesteps`.
+"""
 
 from typing import NamedTuple
 
@@ -11,38 +15,49 @@ BETA_START, BETA_END = 1e-4, 2e-2
 
 
 def alphas_cumprod() -> np.ndarray:
-    """alpha_bar_t for t = 0 .. 999, float64 from betas rounded to float32, as PyTorch computes them."""
+    """Returns alpha_bar_t for t = 0..999, float64, from betas rounded to float32 as in PyTorch."""
     betas = np.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=np.float32)
     return np.cumprod(1.0 - betas.astype(np.float64))
 
 
 def alpha_sigma(t: Array) -> tuple[Array, Array]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) of timesteps (B, L), each (B, L, 1, 1)."""
+    """Returns sqrt(alpha_bar) and sqrt(1 - alpha_bar), each (B, L, 1, 1), of timesteps (B, L)."""
     alpha_bar = jnp.asarray(alphas_cumprod(), jnp.float32)[t][..., None, None]
     return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
 
 
 def add_noise(z: Array, noise: Array, t: Array) -> Array:
-    """q(z_t | z): alpha z + sigma noise, for z (B, L, positions, C) and t (B, L)."""
+    """Returns alpha z + sigma noise, a sample of q(z_t | z).
+
+    Args:
+      z: Clean latent blocks `(B, L, positions, C)`.
+      noise: Standard normal noise of the same shape.
+      t: Timestep of each block, `(B, L)`.
+    """
     alpha, sigma = alpha_sigma(t)
     return alpha * z + sigma * noise
 
 
 class SolverTimesteps(NamedTuple):
-    """What a solver visits, in order: step k goes from t[k] to previous[k]; -1 is the clean end."""
+    """Timesteps of a solver: step k goes from t[k] to previous[k], where -1 is the clean latent."""
 
-    t: np.ndarray
-    previous: np.ndarray
+    t: np.ndarray  # (steps,)
+    previous: np.ndarray  # (steps,)
 
 
 def solver_timesteps(solver: str, spacing: str, steps: int) -> SolverTimesteps:
-    """The `steps` timesteps of a solver; every step is done, and it ends where the next one starts.
+    """Returns the timesteps of a solver.
 
-    `leading` and `linspace` follow diffusers, where DPM-Solver++ lays one more point than DDIM and leaves out t = 0;
-    `trailing` starts at t = 999 for both.
+    `leading` and `linspace` follow diffusers: for DPM-Solver++ they compute one more timestep than
+    for DDIM and drop t = 0. `trailing` starts at t = 999 for both solvers.
+
+    Args:
+      solver: `ddim` or `dpmpp_2m`.
+      spacing: `trailing`, `leading` or `linspace`.
+      steps: Number of solver steps.
 
     Raises:
-      ValueError: the spacing is unknown.
+      ValueError: The spacing is unknown.
     """
     extra = 1 if solver == "dpmpp_2m" else 0
     if spacing == "trailing":

@@ -1,4 +1,8 @@
-"""The keys and values that sampling keeps (MADFormer, section 4): an explicit argument and result."""
+"""The key-value cache of sampling, an explicit argument and result (MADFormer, section 4).
+
+`decoding.Decoding` fills the cache and the decoder layers in `transformer` read it. Arrays have the
+layout of the attention implementation, see `ops.attention.api.to_cache_layout`.
+"""
 
 from typing import NamedTuple
 
@@ -10,34 +14,45 @@ from madformer_jax.ops.attention.api import KV
 
 
 class StageCache(NamedTuple):
-    """Of the layers of a stage, as `attention.kept` gives them: of the image context, of the text; None where there are none."""
+    """Keys and values of the layers of one stage."""
 
-    context: KV | None
-    text: KV | None
+    context: KV | None  # of the finished blocks; None if nothing reads them
+    text: KV | None  # None for an unconditional model, and before `cache_text`
 
 
 class ModelCache(NamedTuple):
-    """Of what has been read or generated, of the two stages."""
+    """Everything that sampling has read or generated so far."""
 
     ar: StageCache
     diffusion: StageCache
-    lengths: Array | None = None  # (B,) tokens of the text, where it is padded
-    finished: Array | None = None  # (B, L, positions, C) the generated blocks, where the U-Net sees its neighbours
+    lengths: Array | None = None  # (B,) number of text tokens, if the text is padded
+    finished_blocks: Array | None = None  # (B, L, positions, C), if the U-Net reads neighbors
 
 
-def write_block(cache: StageCache, own: KV | None, block: int | Array, implementation: str) -> StageCache:
-    """Puts the keys and values of one block (layers, B, 1, s, H, h) into its slot of the context."""
-    if cache.context is None or own is None:
+def write_block(cache: StageCache, kv: KV | None, block: int | Array, implementation: str) -> StageCache:
+    """Writes the keys and values of one block into its slot of the context.
+
+    Args:
+      cache: The cache of a stage.
+      kv: Keys and values `(layers, B, 1, s, H, h)`, or None if the stage has no layers.
+      block: Index of the block.
+      implementation: Attention implementation, which decides the layout.
+
+    Returns:
+      The cache with the block. A cache without context is returned unchanged.
+    """
+    if cache.context is None or kv is None:
         return cache
-    own = api.to_cache_layout(own, implementation)
+    kv = api.to_cache_layout(kv, implementation)
     written = (
         jax.lax.dynamic_update_slice_in_dim(x, y, block * y.shape[axis], axis)
-        for x, y, axis in zip(cache.context, own, api.cache_token_axes(implementation), strict=True)
+        for x, y, axis in zip(cache.context, kv, api.cache_token_axes(implementation), strict=True)
     )
     return cache._replace(context=KV(*written))
 
 
 def write_finished_block(cache: ModelCache, z: Array, block: int | Array) -> ModelCache:
-    """Keeps a generated block (B, 1, positions, C), where the U-Net sees its neighbours."""
-    assert cache.finished is not None
-    return cache._replace(finished=jax.lax.dynamic_update_slice_in_dim(cache.finished, z, block, axis=1))
+    """Stores a generated block (B, 1, positions, C) for the U-Net's neighbor context."""
+    assert cache.finished_blocks is not None
+    blocks = jax.lax.dynamic_update_slice_in_dim(cache.finished_blocks, z, block, axis=1)
+    return cache._replace(finished_blocks=blocks)

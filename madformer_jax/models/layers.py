@@ -1,4 +1,9 @@
-"""What the networks are made of: linear layers, convolutions, norms, SiLU, the ResNet block, with their logical axes."""
+"""Building blocks of the networks: linear layers, convolutions, norms, SiLU and the ResNet block.
+
+`transformer`, `unet` and `vae` are made of them. Every parameter has logical axes, which
+`runtime.partitioning.RULES` maps to the axes of the mesh. A new kind of parameter needs logical axes
+from those rules.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -9,35 +14,51 @@ import jax
 import numpy as np
 from jax import Array
 
-GROUP_NORM_EPS = 1e-6  # of the block U-Net (MADFormer, section 3.1) and the VAE
+GROUP_NORM_EPS = 1e-6  # in the block U-Net (MADFormer, section 3.1) and in the VAE
 
 
 def _uniform_init(scale: float, mode: Literal["fan_in", "fan_avg"]) -> nn.initializers.Initializer:
-    """Uniform weights of variance scale / fan, traced once for each shape: Flax asks for it whenever it reads a parameter."""
+    """Returns an initializer of uniform weights with variance scale / fan.
+
+    It is jitted because Flax traces the initializer whenever it reads a parameter.
+    """
     return jax.jit(nn.initializers.variance_scaling(scale, mode, "uniform"), static_argnums=(1, 2))
 
 
 XAVIER_INIT = _uniform_init(1, "fan_avg")
-XAVIER_QKV_INIT = _uniform_init(1 / 2, "fan_in")  # for d -> d, as a third of one matrix d -> 3 d
-_CONV_INIT = _uniform_init(1 / 3, "fan_in")  # PyTorch's
+XAVIER_QKV_INIT = _uniform_init(1 / 2, "fan_in")  # for each d x d third of a d x 3 d matrix
+_CONV_INIT = _uniform_init(1 / 3, "fan_in")  # the default of PyTorch
 NORM_SCALE_INIT = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
 
 
 def all_gather_kernel(kernel: Array, axes: Sequence[str | None]) -> Array:
-    """A kernel, already of the type it is multiplied in, as a product takes it: whole but for what is split over "tensor".
+    """Gathers a kernel before its product; only the split over the mesh axis "tensor" remains.
 
-    Left alone, the partitioner of a TPU does not gather a kernel that is split along the axis that is summed over: it makes a
-    loop of thin products of each, four times as slow (docs/performance.md). Its gradient is summed and split again.
+    Without it, XLA's partitioner for TPUs turns a product with a kernel that is split along the
+    contracted axis into a loop of thin products, which takes four times as long
+    (docs/performance.md). The gradient is summed and split again.
+
+    Args:
+      kernel: The kernel, already in the type of the product.
+      axes: Its logical axes.
     """
-    used = {"embed": None, "conv_out": "conv_used"}
-    return nn.with_logical_constraint(kernel, tuple(used.get(axis or "", axis) for axis in axes))
+    gathered_axes = {"embed": None, "conv_out": "conv_used"}
+    return nn.with_logical_constraint(kernel, tuple(gathered_axes.get(axis or "", axis) for axis in axes))
 
 
 def flattened_dot_general(
     x: Array, kernel: Array, dimension_numbers: Any, *, axes: tuple[str, str], **settings: Any
 ) -> Array:
-    """X (..., d) times a matrix, as one product of matrices: with more axes to sum over, XLA on CPU copies the operands of the
-    kernel's gradient into another order first.
+    """Multiplies x (..., d) by a matrix as one product of two matrices.
+
+    With more axes to contract, XLA on CPU first transposes the operands of the kernel's gradient.
+
+    Args:
+      x: Input `(..., d)`.
+      kernel: Matrix `(d, f)`.
+      dimension_numbers: Ignored. Flax passes them.
+      axes: Logical axes of the kernel.
+      **settings: Further arguments of `jax.lax.dot_general`.
     """
     kernel = all_gather_kernel(kernel, axes)
     rows = x.reshape(-1, x.shape[-1])
@@ -46,21 +67,26 @@ def flattened_dot_general(
 
 @jax.checkpoint
 def silu(x: Array) -> Array:
-    """SiLU, x sigmoid(x); its gradient takes the sigmoid again, which costs less than to keep it."""
+    """Computes SiLU, x sigmoid(x).
+
+    The gradient recomputes the sigmoid, which costs less than to store it.
+    """
     return nn.silu(x)
 
 
 @jax.custom_vjp
 def swiglu(gate: Array, up: Array) -> Array:
-    """SwiGLU's silu(gate) up. Its gradients are written once, where they arise: a TPU's compiler takes them anew in each of the four
-    products that read them.
+    """Computes SwiGLU's silu(gate) up.
+
+    The backward pass materializes both gradients. The compiler for TPUs would otherwise recompute
+    them in each of the four products that read them.
     """
     return nn.silu(gate) * up
 
 
-def _swiglu_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    _, pull = jax.vjp(lambda gate, up: nn.silu(gate) * up, *saved)
-    return jax.lax.optimization_barrier(pull(gradient))
+def _swiglu_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    _, vjp = jax.vjp(lambda gate, up: nn.silu(gate) * up, *residuals)
+    return jax.lax.optimization_barrier(vjp(gradient))
 
 
 swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
@@ -76,7 +102,17 @@ def dense(
     precision: Any = None,
     name: str | None = None,
 ) -> nn.Dense:
-    """A linear layer, by default with Xavier's weights, and zero bias; `axes` are its logical axes."""
+    """Returns a linear layer.
+
+    Args:
+      features: Size of the output.
+      axes: Logical axes of the kernel.
+      dtype: Type of the computation.
+      bias: Whether the layer has a bias, which is initialized to 0.
+      init: Initializer of the kernel, by default Xavier uniform.
+      precision: Precision of the product, see `jax.lax.dot_general`.
+      name: Name of the layer.
+    """
     return nn.Dense(
         features,
         use_bias=bias,
@@ -99,7 +135,10 @@ def conv(
     precision: Any = None,
     name: str | None = None,
 ) -> nn.Conv:
-    """A size x size convolution, by default padded by (size - 1) / 2 on both sides (PyTorch's, also when strided)."""
+    """Returns a size x size convolution.
+
+    By default it pads (size - 1) / 2 positions on both sides, also when strided, as in PyTorch.
+    """
     axes = (None, None, "conv_in", "conv_out")
 
     def convolve(x: Array, kernel: Array, *args: Any, **settings: Any) -> Array:
@@ -123,23 +162,33 @@ def conv(
 
 
 def _convolve_2x2(x: Array, kernel: Array, precision: Any) -> Array:
-    """A padded 3 x 3 convolution of 2 x 2 positions, (n, 2, 2, c) -> (n, 2, 2, f), as one product of matrices.
+    """Computes a padded 3 x 3 convolution of 2 x 2 positions as one product of matrices.
 
-    Each position sees all four. XLA on CPU takes ten times as long for the convolution.
+    Every output position depends on all four inputs. XLA on CPU takes ten times as long for the
+    convolution.
+
+    Args:
+      x: Input `(n, 2, 2, c)`.
+      kernel: Kernel `(3, 3, c, f)`.
+      precision: Precision of the product.
+
+    Returns:
+      Output `(n, 2, 2, f)`.
     """
     n, _, _, channels = x.shape
-    step = np.array([[1, 0], [2, 1]])  # [from, to] -> place in the kernel
-    matrix = kernel[step[:, None, :, None], step[None, :, None, :]]  # (from y, from x, to y, to x, c, f)
+    tap = np.array([[1, 0], [2, 1]])  # tap[input, output]: index in the kernel along one axis
+    matrix = kernel[tap[:, None, :, None], tap[None, :, None, :]]  # (input y, input x, output y, output x, c, f)
     matrix = matrix.transpose(0, 1, 4, 2, 3, 5).reshape(4 * channels, -1)
     return jax.lax.dot(x.reshape(n, 4 * channels), matrix, precision=precision).reshape(n, 2, 2, -1)
 
 
 def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
+    """Returns an RMSNorm with learned scale."""
     return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=NORM_SCALE_INIT)
 
 
 def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
-    """With the variance in two passes, which loses nothing where the mean is large."""
+    """Returns a GroupNorm that computes the variance in two passes, exact also for large means."""
     return nn.GroupNorm(
         groups,
         epsilon=GROUP_NORM_EPS,
@@ -152,13 +201,16 @@ def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
 
 
 class ResNetBlock(nn.Module):
-    """GroupNorm, SiLU, conv, + Linear(SiLU(time)) where there is a time, GroupNorm, SiLU, conv, + shortcut."""
+    """ResNet block: twice GroupNorm, SiLU and convolution, with a shortcut around both.
+
+    If a time embedding is passed, Linear(SiLU(time)) is added after the first convolution.
+    """
 
     channels: int
     groups: int
     dtype: Any
     kernel: int = 3
-    shortcut: str = "shortcut"  # name of its 1 x 1 convolution, where the channels differ
+    shortcut: str = "shortcut"  # name of the shortcut's 1 x 1 convolution, which exists if the channels change
 
     @nn.compact
     def __call__(self, x: Array, time: Array | None = None) -> Array:

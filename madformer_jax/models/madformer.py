@@ -1,7 +1,24 @@
-"""MADFormer: AR layers once per block, diffusion layers at every denoising step (arXiv 2506.07999, sections 1 and 3).
+"""MADFormer: an autoregressive transformer over image blocks whose last layers denoise.
 
-One set of layers, two schedules. `__call__` runs all blocks at once, for training. `read_text`, `condition`, `denoise` and
-`extend` run block by block against an explicit cache, for sampling; they compute the same numbers.
+The model and its training forward (arXiv 2506.07999, sections 1 and 3). The first N - D layers, the
+AR layers, run once per block and give its condition. The last D layers, the diffusion layers, run at
+every denoising step. `MADFormer.__call__` runs all blocks at once, for training. Its base class
+`decoding.Decoding` runs the same layers block by block against a cache, for sampling.
+
+`diffusion.losses` calls the training forward and `diffusion.sampler` the sampling methods. A new
+switch is a field of `MADFormer` that `build` reads from the config. If the switch adds or removes a
+stream, `plan` must know it as well.
+
+Dimensions:
+  B: images (rows of a batch).
+  L: blocks of an image, in raster order.
+  n: blocks in one call, L in training and 1 in sampling.
+  positions: latent positions of a block, flattened.
+  C: channels of the latent.
+  s: tokens of a block.
+  T: text tokens.
+  d: width of the transformer.
+  H, h: attention heads and the size of a head, d = H h.
 """
 
 import math
@@ -15,28 +32,30 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
-from madformer_jax.models.cache import ModelCache, StageCache, write_block
+from madformer_jax.models.decoding import Decoding
 from madformer_jax.models.layers import dense
-from madformer_jax.models.plan import AblationSwitches, sampling_plan, training_plan
+from madformer_jax.models.plan import AblationSwitches, training_plan
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
 from madformer_jax.ops import rope
 from madformer_jax.ops.attention import api
-from madformer_jax.ops.attention.api import KV
 from madformer_jax.ops.rope import RotaryTable
 
 
 class ModelOutputs(NamedTuple):
-    """What the terms of the loss compare; None where the term was not asked for."""
+    """Outputs that the loss terms compare with data; None if no requested term needs the output."""
 
-    image: Array | None  # (B, L, positions, C) what `predicts` says of the noisy blocks: eps, v or x0
-    hidden: Array | None  # (B, L, positions, C) the AR condition, upsampled
-    clean: Array | None  # (B, L, positions, C) the clean stream, upsampled
-    text: Array | None  # (B, T, vocabulary) logits of the next token; of no meaning behind the text's last one
+    image: Array | None  # (B, L, positions, C): eps, v or x0 of the noisy blocks (`prediction_type`)
+    hidden: Array | None  # (B, L, positions, C): the AR condition, upsampled
+    clean: Array | None  # (B, L, positions, C): the clean stream, upsampled
+    text: Array | None  # (B, T, vocabulary): next-token logits; those at a text's last token are unused
 
 
-class MADFormer(nn.Module):
-    """The model. Fields are plain values; names as in the config (`config.base`), sizes as in `sizes.Sizes`."""
+class MADFormer(Decoding):
+    """The MADFormer model.
+
+    Fields are named as in `config.model`, and sizes as in `config.shapes.Sizes`.
+    """
 
     width: int
     heads: int
@@ -48,17 +67,17 @@ class MADFormer(nn.Module):
     block_side: int
     token_side: int
     channels: int
-    unet: Any  # fields shared by Downsampler and Upsampler, but the type of the computation
-    neighbours: bool
-    predicts: str
+    unet: Any  # fields that Downsampler and Upsampler share, except dtype
+    unet_context: bool  # the U-Net also reads the positions left of and above each position
+    prediction_type: str
     rope: str
     clean_timestep: str
     hidden_from: str
     clean_stream: bool
     ar_condition: bool
-    shared: bool
-    block_only: bool
-    vocabulary: int
+    shared_towers: bool
+    block_only: bool  # diffusion layers do not attend to other blocks (Table 5)
+    vocabulary: int  # 0 for an unconditional model
     text_length: int
     attention: str
     dtype: Any
@@ -67,15 +86,17 @@ class MADFormer(nn.Module):
 
     @property
     def blocks(self) -> int:
+        """L, the number of blocks of an image."""
         return self.grid * self.columns
 
     @property
-    def none(self) -> int:
-        """The token of a conditional model that stands for no class and no caption, the vocabulary's last."""
+    def null_token(self) -> int:
+        """Token for "no class" or "no caption" in a conditional model, the vocabulary's last."""
         return self.vocabulary - 1
 
     @property
-    def switches(self) -> AblationSwitches:
+    def ablation_switches(self) -> AblationSwitches:
+        """The switches that decide which streams and stages exist."""
         return AblationSwitches(
             blocks=self.blocks,
             text=bool(self.vocabulary),
@@ -97,6 +118,7 @@ class MADFormer(nn.Module):
 
     @property
     def tokens(self) -> int:
+        """s, the number of tokens of a block."""
         return math.prod(self.token_shape)
 
     def setup(self) -> None:
@@ -109,7 +131,9 @@ class MADFormer(nn.Module):
             jnp.float32,
         )
         towers = {
-            name: "image" if self.shared else name for name in ("clean", "pred") if self.clean_stream or name == "pred"
+            name: "image" if self.shared_towers else name
+            for name in ("clean", "pred")
+            if self.clean_stream or name == "pred"
         }
         if self.vocabulary:
             towers["text"] = "text"
@@ -128,47 +152,11 @@ class MADFormer(nn.Module):
             "towers": towers,
             "attention": self.attention,
         }
-        ar, diffusion = self.depth - self.diffusion_depth, self.diffusion_depth
-        self.ar_layers = LayerStack(ar, {**layer, "block_only": False}, self.remat, self.unroll)
-        self.diffusion_layers = LayerStack(diffusion, {**layer, "block_only": self.block_only}, self.remat, self.unroll)
-
-    def _image_positions(self) -> RotaryTable:
-        rows, cols = rope.image_positions(self.grid, self.token_side, self.columns)
-        side = self.grid * self.token_side
-        return rope.rotary_table(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
-
-    def _text_positions(self) -> RotaryTable:
-        rows, cols = rope.text_positions(self.text_length)
-        side = self.grid * self.token_side
-        return rope.rotary_table(rows, cols, head_size=self.width // self.heads, side=side, variant=self.rope)
-
-    def _down(self, z: Array, t: Array, beside: Array | None) -> tuple[Array, list[Array]]:
-        """Blocks (B, n, positions, C) with timesteps (B, n) and what is `_beside` them -> tokens (B, n, s, d), skips (B * n, ...)."""
-        if beside is not None:
-            z = jnp.concatenate([z, beside], axis=-1)
-        tokens, skips = self.downsampler(z.reshape(-1, *self.block_shape[:2], z.shape[-1]), t.reshape(-1))
-        return self._constrain(tokens.reshape(*t.shape, -1, self.width)), skips
-
-    def _beside(self, z: Array) -> Array:
-        """Of all blocks (B, L, positions, C) what stands left of each position and above it, (B, L, positions, 2 C); zero but
-        where that is in another block, which is finished before.
-        """
-        height, width, channels = self.block_shape
-        blocks = z.reshape(len(z), -1, self.columns, height, width, channels)
-        left = jnp.zeros_like(blocks).at[:, :, 1:, :, 0].set(blocks[:, :, :-1, :, -1])
-        above = jnp.zeros_like(blocks).at[:, 1:, :, 0].set(blocks[:, :-1, :, -1])
-        return jnp.concatenate([left, above], axis=-1).reshape(*z.shape[:3], -1)
-
-    def _up(self, h: Array, t: Array, skips: list[Array]) -> Array:
-        """Tokens (B, n, s, d), timesteps (B, n) and skips -> blocks (B, n, positions, C)."""
-        x = self.upsampler(h.reshape(-1, *self.token_shape, self.width), t.reshape(-1), skips)
-        return x.reshape(*t.shape, -1, self.channels)
-
-    def _constrain(self, h: Array) -> Array:
-        return nn.with_logical_constraint(h, ("batch", "blocks", "tokens", "embed"))
-
-    def _boi(self, batch: int) -> Array:
-        return jnp.broadcast_to(self.boi.astype(self.dtype), (batch, 1, *self.boi.shape))
+        ar_depth, diffusion_depth = self.depth - self.diffusion_depth, self.diffusion_depth
+        self.ar_layers = LayerStack(ar_depth, {**layer, "block_only": False}, self.remat, self.unroll)
+        self.diffusion_layers = LayerStack(
+            diffusion_depth, {**layer, "block_only": self.block_only}, self.remat, self.unroll
+        )
 
     def __call__(
         self,
@@ -181,170 +169,157 @@ class MADFormer(nn.Module):
         clean_t: Array | None = None,
         terms: tuple[str, ...] = LOSS_TERMS,
     ) -> ModelOutputs:
-        """The forward pass of training, all blocks at once (section 3.4). What no term in `terms` needs is not computed.
+        """Computes the outputs that the loss terms need, for all blocks at once (section 3.4).
 
         Args:
-          z, noisy: clean and noisy latent blocks, (B, L, positions, C) float32.
-          t: timestep of each noisy block, (B, L) integers 0..999.
-          tokens: text tokens (B, T) integers, where the model is conditional; a class, or `none`.
-          lengths: tokens of each text, (B,) integers from 1 to T; what stands behind them is padding, which changes nothing.
-            By default all T are text.
-          clean_t: timestep given to the clean blocks (B, L); by default what `clean_timestep` says: t or zero.
-          terms: terms of the loss that are wanted, of `TERMS`.
+          z: Clean latent blocks `(B, L, positions, C)`, float32.
+          noisy: Noisy latent blocks of the same shape.
+          t: Timestep of each noisy block, `(B, L)` integers 0..999.
+          tokens: Text tokens or a class, `(B, T)` integers, for a conditional model. `null_token`
+            stands for no text.
+          lengths: Number of tokens of each text, `(B,)` integers 1..T. Padding behind them changes
+            no output. By default all T tokens are text.
+          clean_t: Timestep of each clean block, `(B, L)`. By default t if the field
+            `clean_timestep` is "noisy", and otherwise 0.
+          terms: Requested terms of the loss, of `LOSS_TERMS`. Other outputs are not computed.
+
+        Returns:
+          The outputs of the requested terms.
         """
         if clean_t is None:
             clean_t = t if self.clean_timestep == "noisy" else jnp.zeros_like(t)
-        # whatever the switches, all parameters are made
-        p = training_plan(terms, self.switches._replace(ar_condition=True) if self.is_initializing() else self.switches)
+        switches = self.ablation_switches
+        if self.is_initializing():  # creates all parameters, whatever the switch
+            switches = switches._replace(ar_condition=True)
+        plan = training_plan(terms, switches)
 
-        # All blocks, clean and noisy, in one pass: half the convolutions to compile.
-        given = {"clean": (z, clean_t), "noisy": (noisy, t)}
+        # One downsampler pass for clean and noisy blocks halves the convolutions to compile.
+        unet_inputs = {"clean": (z, clean_t), "noisy": (noisy, t)}
         embedded: dict[str, Array] = {}
         skips: list[Array] = []
-        if p.down:
-            both, times = (jnp.concatenate(x, axis=1) for x in zip(*(given[name] for name in p.down), strict=True))
-            beside = jnp.tile(self._beside(z), (1, len(p.down), 1, 1)) if self.neighbours else None
-            h, skips = self._down(both, times, beside)
-            embedded = dict(zip(p.down, jnp.split(h, len(p.down), axis=1), strict=True))
+        if plan.downsampled:
+            latents, timesteps = (
+                jnp.concatenate(x, axis=1) for x in zip(*(unet_inputs[name] for name in plan.downsampled), strict=True)
+            )
+            context = None
+            if self.unet_context:
+                context = jnp.tile(self._neighbor_context(z), (1, len(plan.downsampled), 1, 1))
+            h, skips = self._downsample(latents, timesteps, context)
+            embedded = dict(zip(plan.downsampled, jnp.split(h, len(plan.downsampled), axis=1), strict=True))
 
         image = self._image_positions()
-        positions = {"clean": RotaryTable(*(x[: p.clean_blocks] for x in image)), "pred": image}
+        positions = {"clean": RotaryTable(*(x[: plan.clean_blocks] for x in image)), "pred": image}
         if self.vocabulary:
             positions["text"] = self._text_positions()
-        before = [embedded["clean"][:, :-1]] if "clean" in p.down else []
+        # The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
+        previous = [embedded["clean"][:, :-1]] if "clean" in plan.downsampled else []
         streams = Streams(
-            text=self.embedding(tokens) if "text" in p.ar else None,
-            clean=embedded["clean"][:, : p.clean_blocks] if "clean" in p.ar else None,
-            pred=jnp.concatenate([self._boi(len(z)), *before], axis=1) if "pred" in p.ar else None,  # p_i = c_(i-1)
+            text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
+            clean=embedded["clean"][:, : plan.clean_blocks] if "clean" in plan.ar_inputs else None,
+            pred=jnp.concatenate([self._boi_tokens(len(z)), *previous], axis=1) if "pred" in plan.ar_inputs else None,
         )
-        if p.ar:
-            streams = self.ar_layers(streams, positions, p.between, lengths)
+        if plan.ar_inputs:
+            streams = self.ar_layers(streams, positions, plan.ar_outputs, lengths)
         condition = pred = streams.pred
-        if "noisy" in p.down:
+        if "noisy" in plan.downsampled:
             x = embedded["noisy"]
             pred = x if condition is None or not self.ar_condition else condition + x
         if self.hidden_from == "noisy":
             condition = pred
-        if p.diffusion:
-            streams = self.diffusion_layers(streams._replace(pred=pred).only(p.diffusion), positions, p.out, lengths)
+        if plan.diffusion_inputs:
+            streams = streams._replace(pred=pred).select(plan.diffusion_inputs)
+            streams = self.diffusion_layers(streams, positions, plan.diffusion_outputs, lengths)
 
-        # And all blocks back in one pass, each with the skip states of the blocks that it is to look like.
-        back: dict[str, tuple[Any, Array, str]] = {
+        # One upsampler pass for all outputs. Each reads the skips of the blocks it reconstructs.
+        unet_outputs: dict[str, tuple[Any, Array, str]] = {
             "hidden": (condition, clean_t, "clean"),
             "image": (streams.pred, t, "noisy"),
             "clean": (streams.clean, clean_t, "clean"),
         }
         outputs: dict[str, Array] = {}
-        if p.up:
-            tokens_back, t_back, like = zip(*(back[name] for name in p.up), strict=True)
-            if like != p.down:
-                skips = [self._choose(x, len(z), p.down, like) for x in skips]
-            blocks = self._up(jnp.concatenate(tokens_back, axis=1), jnp.concatenate(t_back, axis=1), skips)
-            outputs = dict(zip(p.up, jnp.split(blocks, len(p.up), axis=1), strict=True))
+        if plan.upsampled:
+            hidden, t_hidden, sources = zip(*(unet_outputs[name] for name in plan.upsampled), strict=True)
+            if sources != plan.downsampled:
+                skips = [self._select_skips(x, len(z), plan.downsampled, sources) for x in skips]
+            blocks = self._upsample(jnp.concatenate(hidden, axis=1), jnp.concatenate(t_hidden, axis=1), skips)
+            outputs = dict(zip(plan.upsampled, jnp.split(blocks, len(plan.upsampled), axis=1), strict=True))
         return ModelOutputs(
             image=outputs.get("image"),
             hidden=outputs.get("hidden"),
             clean=outputs.get("clean"),
-            text=self.text_head(streams.text) if "text" in p.out else None,
+            text=self.text_head(streams.text) if "text" in plan.diffusion_outputs else None,
         )
 
-    def _choose(self, x: Array, batch: int, parts: tuple[str, ...], wanted: tuple[str, ...]) -> Array:
-        """Of skip states (B * parts * L, ...) those of the parts `wanted`, in that order: (B * wanted * L, ...)."""
-        split = x.reshape(batch, len(parts), self.blocks, *x.shape[1:])
-        return jnp.concatenate([split[:, parts.index(name)] for name in wanted], axis=1).reshape(-1, *x.shape[1:])
+    # Parts that training and sampling share
 
-    # Sampling: one block at a time. Where the cache's batch is a multiple of the block's (guidance), the block is repeated.
+    def _downsample(self, z: Array, t: Array, context: Array | None) -> tuple[Array, list[Array]]:
+        """Embeds latent blocks with the block U-Net (section 3.1).
 
-    def empty_cache(self, batch: int) -> ModelCache:
-        """A cache with no block in it, for `batch` images (twice as many with guidance)."""
-        shape = (batch, self.blocks - 1, self.tokens, self.heads, self.width // self.heads)
+        Args:
+          z: Latent blocks `(B, n, positions, C)`.
+          t: Timesteps `(B, n)`.
+          context: The neighbors of each position (`_neighbor_context`), or None without them.
 
-        def empty(layers: int, slots: bool) -> StageCache:
-            if not layers or self.blocks == 1 or not slots:
-                return StageCache(None, None)
-            x = jnp.zeros((layers, *shape), self.dtype)
-            return StageCache(api.to_cache_layout(KV(x, x), self.attention), None)
-
-        stages = sampling_plan(self.switches)
-        return ModelCache(
-            empty(self.depth - self.diffusion_depth, stages.condition or stages.extend_ar),
-            empty(self.diffusion_depth, not self.block_only),
-        )
-
-    def read_text(self, cache: ModelCache, tokens: Array, lengths: Array | None = None) -> ModelCache:
-        """Runs the text tower on tokens (B, T), of which `lengths` (B,) are text, and puts its keys and values into the cache."""
-        position = self._text_positions()
-        text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, position, 0)
-        _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, position, 0)
-        ar, diffusion = (own and api.to_cache_layout(own, self.attention) for own in (ar, diffusion))
-        lengths = api.cache_lengths(lengths, tokens, self.attention)
-        return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
-
-    def begin(self, batch: int) -> Array:
-        """The first block's prediction stream, BOI: (B, 1, s, d)."""
-        return self._boi(batch)
-
-    def embed_clean(self, cache: ModelCache, z: Array, t: Array, block: int | Array) -> Array:
-        """A generated block (B, 1, positions, C), embedded with timestep t (a scalar): (B, 1, s, d)."""
-        return self._down(z, jnp.full(z.shape[:2], t), self._finished_beside(cache, block))[0]
-
-    def _finished_beside(self, cache: ModelCache, block: int | Array) -> Array | None:
-        if cache.finished is None:
-            return None
-        return jax.lax.dynamic_slice_in_dim(self._beside(cache.finished), block, 1, axis=1)
-
-    def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
-        """The AR layers' condition for block `block` from the embedding of the block before, both (B, 1, s, d).
-
-        Zero without the AR condition. Without the clean stream the cache takes this pass's keys and values.
+        Returns:
+          Tokens `(B, n, s, d)` and the skip states `(B * n, height, width, channels)`.
         """
-        if not sampling_plan(self.switches).condition:
-            return jnp.zeros_like(pred), cache
-        pred, own = self.ar_layers.step("pred", pred, cache.ar, self._position(block), block, cache.lengths)
-        if not self.clean_stream:
-            cache = cache._replace(ar=write_block(cache.ar, own, block, self.attention))
-        return pred, cache
+        if context is not None:
+            z = jnp.concatenate([z, context], axis=-1)
+        tokens, skips = self.downsampler(z.reshape(-1, *self.block_shape[:2], z.shape[-1]), t.reshape(-1))
+        tokens = tokens.reshape(*t.shape, -1, self.width)
+        return nn.with_logical_constraint(tokens, ("batch", "blocks", "tokens", "embed")), skips
 
-    def denoise(
-        self, cache: ModelCache, condition: Array, noisy: Array, t: Array, block: int | Array
-    ) -> tuple[Array, KV | None]:
-        """What the model predicts of a noisy block (B, 1, positions, C) at timestep t (a scalar); the diffusion layers only.
+    def _upsample(self, h: Array, t: Array, skips: list[Array]) -> Array:
+        """Maps tokens (B, n, s, d) with timesteps (B, n) to latent blocks (B, n, positions, C)."""
+        x = self.upsampler(h.reshape(-1, *self.token_shape, self.width), t.reshape(-1), skips)
+        return x.reshape(*t.shape, -1, self.channels)
 
-        Returns it, (cache batch, 1, positions, C), with the layers' own keys and values, which `remember` takes.
+    def _select_skips(self, x: Array, batch: int, names: tuple[str, ...], selected: tuple[str, ...]) -> Array:
+        """Selects skip states from (B * names * L, ...), in order: (B * selected * L, ...)."""
+        split = x.reshape(batch, len(names), self.blocks, *x.shape[1:])
+        return jnp.concatenate([split[:, names.index(name)] for name in selected], axis=1).reshape(-1, *x.shape[1:])
+
+    def _neighbor_context(self, z: Array) -> Array:
+        """Returns the values left of and above each position that belong to other blocks.
+
+        Those blocks are finished before. All other values are 0. This is not in the paper.
+
+        Args:
+          z: All blocks of an image, `(B, L, positions, C)`.
+
+        Returns:
+          `(B, L, positions, 2 C)`, the left neighbors first.
         """
-        x, skips = self._down(noisy, jnp.full(noisy.shape[:2], t), self._finished_beside(cache, block))
-        repeats = condition.shape[0] // noisy.shape[0]
-        x, *skips = (jnp.tile(y, (repeats,) + (1,) * (y.ndim - 1)) for y in (x, *skips))
-        pred, own = self.diffusion_layers.step(
-            "pred", condition + x, cache.diffusion, self._position(block), block, cache.lengths
-        )
-        return self._up(pred, jnp.full(x.shape[:2], t), skips), own
+        height, width, channels = self.block_shape
+        blocks = z.reshape(len(z), -1, self.columns, height, width, channels)
+        left = jnp.zeros_like(blocks).at[:, :, 1:, :, 0].set(blocks[:, :, :-1, :, -1])
+        above = jnp.zeros_like(blocks).at[:, 1:, :, 0].set(blocks[:, :-1, :, -1])
+        return jnp.concatenate([left, above], axis=-1).reshape(*z.shape[:3], -1)
 
-    def remember(self, cache: ModelCache, own: KV | None, block: int | Array) -> ModelCache:
-        """Without the clean stream: caches the diffusion layers' keys and values of the last solver step."""
-        return cache._replace(diffusion=write_block(cache.diffusion, own, block, self.attention))
+    def _boi_tokens(self, batch: int) -> Array:
+        """Returns the learned begin-of-image tokens, (B, 1, s, d)."""
+        return jnp.broadcast_to(self.boi.astype(self.dtype), (batch, 1, *self.boi.shape))
 
-    def extend(self, cache: ModelCache, clean: Array, block: int | Array) -> ModelCache:
-        """Runs the clean tower on a generated block, embedded (B, 1, s, d), and caches its keys and values.
+    def _image_positions(self) -> RotaryTable:
+        """Returns the rotary table of the image tokens, (L, s, h)."""
+        return self._rotary_table(*rope.image_positions(self.grid, self.token_side, self.columns))
 
-        Layers whose keys and values nothing reads do not run (`plan.sampling_plan`).
-        """
-        stages, position = sampling_plan(self.switches), self._position(block)
-        if not stages.extend_ar:
-            return cache
-        clean, own = self.ar_layers.step("clean", clean, cache.ar, position, block, cache.lengths)
-        cache = cache._replace(ar=write_block(cache.ar, own, block, self.attention))
-        if not stages.extend_diffusion:
-            return cache
-        _, own = self.diffusion_layers.step("clean", clean, cache.diffusion, position, block, cache.lengths)
-        return cache._replace(diffusion=write_block(cache.diffusion, own, block, self.attention))
+    def _text_positions(self) -> RotaryTable:
+        """Returns the rotary table of the text tokens, (T, h)."""
+        return self._rotary_table(*rope.text_positions(self.text_length))
 
-    def _position(self, block: int | Array) -> RotaryTable:
-        return RotaryTable(*(x[block][None] for x in self._image_positions()))
+    def _rotary_table(self, rows: Any, columns: Any) -> RotaryTable:
+        side = self.grid * self.token_side
+        return rope.rotary_table(rows, columns, head_size=self.width // self.heads, side=side, variant=self.rope)
 
 
 def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
-    """The model of a validated config; `platform` (cpu, gpu, tpu) is where it will run, by default JAX's backend."""
+    """Builds the model of a validated config.
+
+    Args:
+      c: The config.
+      platform: Platform that the model will run on (cpu, gpu or tpu), by default JAX's backend.
+    """
     m, sizes = c.model, derive_sizes(c)
     implementation = api.choose_implementation(
         m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens, m.width // m.heads
@@ -359,7 +334,9 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "time_embedding": m.time_embedding,
         "stride": m.unet_stride,
         "kernel": m.unet_kernel,
-        "attend": api.unet_implementation(implementation, [x // m.unet_heads for x in m.unet_channels]),
+        "attention_implementation": api.unet_implementation(
+            implementation, [x // m.unet_heads for x in m.unet_channels]
+        ),
     }
     return MADFormer(
         width=m.width,
@@ -373,14 +350,14 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         token_side=sizes.token_side,
         channels=sizes.channels,
         unet=unet,
-        neighbours=m.neighbours,
-        predicts=m.predicts,
+        unet_context=m.neighbours,
+        prediction_type=m.predicts,
         rope=m.rope,
         clean_timestep=m.clean_timestep,
         hidden_from=m.hidden_from,
         clean_stream=m.clean_stream,
         ar_condition=m.ar_condition,
-        shared=m.param_sets == "shared",
+        shared_towers=m.param_sets == "shared",
         block_only=m.diffusion_attention == "block",
         vocabulary=vocabulary_size(c),
         text_length=c.text.length,
@@ -392,7 +369,10 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
 
 
 def init(model: MADFormer, key: Array) -> Any:
-    """Fresh float32 parameters, boxed with their logical axes (`flax.linen.meta.unbox` strips them)."""
+    """Returns fresh float32 parameters, boxed with their logical axes.
+
+    `flax.linen.meta.unbox` removes the boxes.
+    """
     z = jnp.zeros((1, model.blocks, math.prod(model.block_shape[:2]), model.channels))
     t = jnp.zeros((1, model.blocks), jnp.int32)
     tokens = jnp.zeros((1, model.text_length), jnp.int32) if model.vocabulary else None

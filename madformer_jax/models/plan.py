@@ -1,7 +1,8 @@
-"""Streams and passes of the block U-Net in training (MADFormer, section 3.4), and the stages that run in sampling (section 4).
+"""Plans of the streams, stages and U-Net passes that a model runs in training and in sampling.
 
-The model runs what `plan` and `sampling_plan` say, and `flops` counts it: the terms of the loss and the ablation switches
-decide nowhere else.
+`madformer.MADFormer` and `decoding.Decoding` run what the plans contain, and `cost.flops` counts it.
+No other module decides from the loss terms and the ablation switches what to compute, so a switch
+that adds or removes a stream belongs here (MADFormer, sections 3.4 and 4).
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from madformer_jax.config.shapes import vocabulary_size
 
 
 class AblationSwitches(NamedTuple):
-    """What of a model decides which streams it has; names as in `config.model`."""
+    """Properties of a model that decide which streams it has, named as in `config.model`."""
 
     blocks: int
     text: bool  # the model is conditional
@@ -23,68 +24,77 @@ class AblationSwitches(NamedTuple):
 
 
 class TrainingPlan(NamedTuple):
-    """Names of the streams of each stage (of `transformer.Streams`) and of the U-Net's passes over all blocks.
+    """Streams of each stage (`transformer.Streams`), and passes of the U-Net over all blocks.
 
-    A stream that enters a stage and does not leave it gives keys and values to the others, and ends in the last layer.
+    A stream that enters a stage and does not leave it ends in the stage's last layer, where it still
+    gives keys and values to the other streams.
     """
 
-    ar: tuple[str, ...]  # streams into the AR layers
-    between: tuple[str, ...]  # out of them; `pred` is the condition now
-    diffusion: tuple[str, ...]  # into the diffusion layers; `pred` is the noisy blocks, with the condition added
-    out: tuple[str, ...]  # out of them
-    clean_blocks: int  # blocks of the clean stream
-    down: tuple[str, ...]  # blocks that the U-Net embeds, of "clean", "noisy"
-    up: tuple[str, ...]  # what it gives back, of "hidden", "image", "clean"
+    ar_inputs: tuple[str, ...]  # streams that enter the AR layers
+    ar_outputs: tuple[str, ...]  # streams that leave them; `pred` is then the condition
+    diffusion_inputs: tuple[str, ...]  # `pred` is here the noisy blocks plus the condition
+    diffusion_outputs: tuple[str, ...]
+    clean_blocks: int  # number of blocks of the clean stream
+    downsampled: tuple[str, ...]  # blocks that the U-Net embeds, of "clean", "noisy"
+    upsampled: tuple[str, ...]  # outputs of the U-Net, of "hidden", "image", "clean"
 
 
 def training_plan(terms: tuple[str, ...], switches: AblationSwitches) -> TrainingPlan:
-    """What the wanted terms of the loss, of `TERMS`, need; a term for which the model has no stream is not there."""
+    """Returns the streams and passes that loss terms need.
+
+    Args:
+      terms: Requested terms, of `LOSS_TERMS`. A term whose stream the model lacks is ignored.
+      switches: The model's switches.
+    """
     s = switches
     image, hidden = "image" in terms, "hidden" in terms
     clean, text = "clean" in terms and s.clean_stream, "text" in terms and s.text
     noisy = image or (hidden and s.hidden_from == "noisy")
-    # The last clean block is seen by nobody but itself: without an output of its own it need not exist.
+    # No other block attends to the last clean block, so it exists for the clean term alone.
     clean_blocks = (s.blocks if clean else s.blocks - 1) if s.clean_stream else 0
-    has = {"text": s.text, "clean": clean_blocks > 0, "pred": True}
+    exists = {"text": s.text, "clean": clean_blocks > 0, "pred": True}
 
-    def those(**wanted: bool) -> tuple[str, ...]:
-        return tuple(name for name, is_wanted in wanted.items() if is_wanted and has[name])
+    def streams(**needed: bool) -> tuple[str, ...]:
+        return tuple(name for name, is_needed in needed.items() if is_needed and exists[name])
 
-    out = those(text=text, clean=clean, pred=image)
-    diffusion = those(text=bool(out), clean=clean or (image and not s.block_only), pred=image)
+    diffusion_outputs = streams(text=text, clean=clean, pred=image)
+    diffusion_inputs = streams(text=bool(diffusion_outputs), clean=clean or (image and not s.block_only), pred=image)
     condition = (s.ar_condition and (image or hidden)) or (hidden and s.hidden_from == "condition")
-    between = those(text="text" in diffusion, clean="clean" in diffusion, pred=condition)
-    goes_on = "clean" in between or condition  # else the image's streams need no AR layers
-    ar = those(text=bool(between), clean=goes_on, pred=condition)
+    ar_outputs = streams(text="text" in diffusion_inputs, clean="clean" in diffusion_inputs, pred=condition)
+    ar_inputs = streams(text=bool(ar_outputs), clean="clean" in ar_outputs or condition, pred=condition)
 
-    read = "clean" in ar or ("pred" in ar and s.blocks > 1)  # p_i = c_(i-1)
+    # The prediction stream starts from the clean blocks too, p_i = c_(i-1).
+    reads_clean = "clean" in ar_inputs or ("pred" in ar_inputs and s.blocks > 1)
     return TrainingPlan(
-        ar=ar,
-        between=between,
-        diffusion=diffusion,
-        out=out,
+        ar_inputs=ar_inputs,
+        ar_outputs=ar_outputs,
+        diffusion_inputs=diffusion_inputs,
+        diffusion_outputs=diffusion_outputs,
         clean_blocks=clean_blocks,
-        down=("clean",) * (read or hidden or clean) + ("noisy",) * noisy,
-        up=("hidden",) * hidden + ("image",) * image + ("clean",) * clean,
+        downsampled=("clean",) * (reads_clean or hidden or clean) + ("noisy",) * noisy,
+        upsampled=("hidden",) * hidden + ("image",) * image + ("clean",) * clean,
     )
 
 
 class SamplingPlan(NamedTuple):
-    """Stages that run in sampling beside the diffusion layers, which run at every solver step."""
+    """Stages that sampling runs in addition to the diffusion layers at every solver step."""
 
-    condition: bool  # the AR layers on the prediction stream, once a block
-    extend_ar: bool  # the clean tower's AR layers on every finished block but the last
-    extend_diffusion: bool  # its diffusion layers, likewise
+    condition: bool  # AR layers on the prediction stream, once per block
+    cache_clean_ar: bool  # AR layers of the clean tower, on every finished block but the last
+    cache_clean_diffusion: bool  # diffusion layers of the clean tower, likewise
 
 
 def sampling_plan(switches: AblationSwitches) -> SamplingPlan:
     """Returns the stages whose results the diffusion layers read."""
     s = switches
-    extend_diffusion = s.clean_stream and not s.block_only
-    return SamplingPlan(s.ar_condition, s.clean_stream and (s.ar_condition or extend_diffusion), extend_diffusion)
+    cache_clean_diffusion = s.clean_stream and not s.block_only
+    return SamplingPlan(
+        s.ar_condition, s.clean_stream and (s.ar_condition or cache_clean_diffusion), cache_clean_diffusion
+    )
 
 
 def ablation_switches(c: ConfigDict) -> AblationSwitches:
+    """Returns the switches of a config, equal to `MADFormer.ablation_switches` of its model."""
     m = c.model
     return AblationSwitches(
         blocks=m.blocks,

@@ -1,4 +1,10 @@
-"""Decoder layer and stage: towers, RMSNorm, QK-norm, SwiGLU (MADFormer, section 3.3)."""
+"""Decoder layers and stages: towers, RMSNorm, QK-norm, SwiGLU (MADFormer, section 3.3).
+
+A tower holds the parameters of one stream in a layer. The streams meet in the layer's joint
+attention. `madformer.MADFormer` has two `LayerStack`s, its AR layers and its diffusion layers. It
+calls them for all blocks at once in training and through `step` in sampling. A new kind of layer
+goes into `Tower`. Shapes use the letters of the legend in `models.madformer`.
+"""
 
 import math
 from collections.abc import Mapping
@@ -21,22 +27,24 @@ ATTENTION_NORM_EPS = 1e-5
 
 
 class Streams(NamedTuple):
-    """What the decoder layers carry; a stream that is absent, or no longer needed, is None."""
+    """Hidden states that the decoder layers carry; an absent or finished stream is None."""
 
     text: Array | None = None  # (B, T, d)
-    clean: Array | None = None  # (B, blocks, s, d)
-    pred: Array | None = None  # (B, blocks, s, d), the prediction (later noisy) stream
+    clean: Array | None = None  # (B, L, s, d)
+    pred: Array | None = None  # (B, L, s, d): the prediction stream, in the diffusion layers the noisy blocks
 
     @property
-    def present(self) -> dict[str, Array]:
+    def as_dict(self) -> dict[str, Array]:
+        """The streams that are not None, by name."""
         return {name: x for name, x in self._asdict().items() if x is not None}
 
-    def only(self, names: tuple[str, ...]) -> "Streams":
-        return Streams(**{name: x for name, x in self.present.items() if name in names})
+    def select(self, names: tuple[str, ...]) -> "Streams":
+        """Returns the streams with these names; all others become None."""
+        return Streams(**{name: x for name, x in self.as_dict.items() if name in names})
 
 
 class NormScale(nn.Module):
-    """The scale of a norm that is computed elsewhere, (size,)."""
+    """Learned scale (size,) of a norm that `ops.attention.qk_norm_rope` computes."""
 
     size: int
 
@@ -46,7 +54,10 @@ class NormScale(nn.Module):
 
 
 class Tower(nn.Module):
-    """One stream's parameters in a decoder layer; the attention between `qkv` and `finish` is joint."""
+    """Parameters of one stream in a decoder layer.
+
+    The layer's joint attention runs between `qkv` and `output_and_mlp`.
+    """
 
     width: int
     heads: int
@@ -68,8 +79,18 @@ class Tower(nn.Module):
         self.down = dense(d, ("mlp", "embed"), dtype, bias=False)
 
     def qkv(self, x: Array, position: RotaryTable, implementation: str = "", queries: bool = True) -> QKV:
-        """X (B, S, d) of images in a row, each at positions (..., h) -> what gives queries (unless only keys and values are wanted)
-        and keys, and values, each (B, ..., H, h), in memory as `implementation` of attention reads them.
+        """Projects a stream to queries, keys and values.
+
+        Args:
+          x: Hidden states `(rows, S, d)`. A row holds the tokens of one or more images.
+          position: Rotary table `(..., h)` of one image.
+          implementation: Attention implementation, which decides the layout in memory.
+          queries: If False, computes keys and values only.
+
+        Returns:
+          Queries, keys and values of all images in a row, `(rows, blocks, s, H, h)` of an image
+          stream and `(rows, tokens, H, h)` of the text. Queries and keys are `ProjectedQK`, before
+          QK-norm and RoPE.
         """
         y = self.attention_norm(x)
         size = self.width // self.heads
@@ -81,18 +102,27 @@ class Tower(nn.Module):
         q = ProjectedQK(heads(self.query(y)), self.query_norm(), position) if queries else None
         return QKV(q, ProjectedQK(heads(self.key(y)), self.key_norm(), position), heads(self.value(y)))
 
-    def finish(self, x: Array, attended: Array) -> Array:
-        """Output projection and SwiGLU, each with its residual: x (B, S, d), attended (B, ..., H, h)."""
+    def output_and_mlp(self, x: Array, attended: Array) -> Array:
+        """Applies the output projection and SwiGLU, each with its residual.
+
+        Args:
+          x: Hidden states `(rows, S, d)`.
+          attended: Result of the attention, with as many values as x.
+
+        Returns:
+          New hidden states `(rows, S, d)`.
+        """
         x = x + self.out(attended.reshape(x.shape))
         y = self.mlp_norm(x)
         return x + self.down(swiglu(self.gate(y), self.up(y)))
 
 
 class DecoderLayer(nn.Module):
-    """Joint attention of all streams between their towers.
+    """A decoder layer: each stream's tower, with joint attention between the streams.
 
-    `towers` maps a stream's name to the name of the tower that serves it; `block_only` restricts image blocks to
-    themselves and the text (paper Table 5).
+    Attributes:
+      towers: Maps the name of a stream to the name of its tower. Streams may share a tower.
+      block_only: Restricts image blocks to themselves and the text (Table 5).
     """
 
     width: int
@@ -112,45 +142,54 @@ class DecoderLayer(nn.Module):
     def _qkv(self, name: str, *args: Any) -> QKV:
         return self.tower[self.towers[name]].qkv(*args)
 
-    def _finish(self, name: str, x: Array, attended: Array) -> Array:
-        x = self.tower[self.towers[name]].finish(x, attended)
+    def _output_and_mlp(self, name: str, x: Array, attended: Array) -> Array:
+        x = self.tower[self.towers[name]].output_and_mlp(x, attended)
         return nn.with_logical_constraint(x, ("batch", "tokens", "embed"))
 
     def __call__(
         self, streams: Streams, positions: Mapping[str, RotaryTable], lengths: Array | None, keys_only: tuple[str, ...]
     ) -> tuple[Streams, None]:
-        """All blocks at once, of one image or more in each row of tokens, (rows, S, d). Streams named in `keys_only` give keys and
-        values to the others and end here.
+        """Runs the layer on all blocks, for training.
 
-        Text ends after `lengths` (B,) tokens, by default after all; the padding behind it is computed, and seen by nobody.
+        Args:
+          streams: Hidden states, each `(rows, S, d)`. A row holds the tokens of one or more images.
+          positions: Rotary table of each stream, of one image.
+          lengths: Number of text tokens of each image, `(B,)`. By default all T tokens are text.
+            Padding is computed, but no other token attends to it.
+          keys_only: Streams that end here. They give keys and values to the other streams.
+
+        Returns:
+          The streams that continue, and None, the second result that `nn.scan` requires.
         """
-        given = streams.present
-        images = {name: x.shape[1] // math.prod(positions[name].cos.shape[:-1]) for name, x in given.items()}
+        inputs = streams.as_dict
+        images = {name: x.shape[1] // math.prod(positions[name].cos.shape[:-1]) for name, x in inputs.items()}
 
-        def qkv_of(name: str, x: Array) -> QKV:
-            found = self._qkv(name, x, positions[name], "" if name == "text" else self.attention, name not in keys_only)
-            return apply_to_tree(found) if name == "text" else found
+        def project(name: str, x: Array) -> QKV:
+            implementation = "" if name == "text" else self.attention
+            projected = self._qkv(name, x, positions[name], implementation, name not in keys_only)
+            return apply_to_tree(projected) if name == "text" else projected
 
-        qkv = {name: qkv_of(name, x) for name, x in given.items()}
-        image = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
+        qkv = {name: project(name, x) for name, x in inputs.items()}
+        image_streams = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]
         text = qkv.get("text")
+        # Without the clean stream the prediction stream attends to its own earlier blocks.
         source = qkv.get("clean", None if "clean" in self.towers else qkv.get("pred"))
         context = None if source is None or self.block_only else source.kv
         attended: dict[str, Array] = {}
-        if image:
+        if image_streams:
             outputs = api.block_attention(
-                [qkv[name] for name in image],
+                [qkv[name] for name in image_streams],
                 context,
                 None if text is None else text.kv,
                 lengths,
                 implementation=self.attention,
-                images=images[image[0]],
+                images=images[image_streams[0]],
             )
-            attended.update(zip(image, outputs, strict=True))
+            attended.update(zip(image_streams, outputs, strict=True))
         if text is not None and text.q is not None:
             q, k, v = (x.reshape(len(x) * images["text"], -1, *x.shape[2:]) for x in (text.q, *text.kv))
             attended["text"] = api.attend(q, k, v, causal=True)
-        return Streams(**{name: self._finish(name, given[name], attended[name]) for name in attended}), None
+        return Streams(**{name: self._output_and_mlp(name, inputs[name], x) for name, x in attended.items()}), None
 
     def step(
         self,
@@ -161,27 +200,40 @@ class DecoderLayer(nn.Module):
         block: int | Array,
         lengths: Array | None,
     ) -> tuple[Streams, KV]:
-        """One stream alone, in sampling: a block (B, s, d) against layer `layer` of the stage's cache, or the text (B, T, d)
-        against itself.
+        """Runs the layer on one stream, for sampling.
 
-        Returns the stream and its own keys and values, for the cache.
+        A block attends to the cache and itself, the text to itself.
+
+        Args:
+          streams: The stream, a block `(B, s, d)` or the text `(B, T, d)`.
+          layer: Index of the layer in the stage's cache.
+          cache: The stage's cache.
+          position: Rotary table of the block or the text.
+          block: Index of the block.
+          lengths: Number of text tokens, `(B,)`, if the text is padded.
+
+        Returns:
+          The stream, and its keys and values for the cache.
         """
-        ((name, x),) = streams.present.items()
-        own = apply_to_tree(self._qkv(name, x, position, "" if name == "text" else self.attention))
-        assert own.q is not None
+        ((name, x),) = streams.as_dict.items()
+        qkv = apply_to_tree(self._qkv(name, x, position, "" if name == "text" else self.attention))
+        assert qkv.q is not None
         if name == "text":
-            attended = api.attend(own.q, own.k, own.v, causal=True)
+            attended = api.attend(qkv.q, qkv.k, qkv.v, causal=True)
         else:
             context = None if self.block_only else cache.context
             attended = api.cached_attention(
-                own, context, cache.text, layer, block, lengths, implementation=self.attention
+                qkv, context, cache.text, layer, block, lengths, implementation=self.attention
             )
-        return Streams(**{name: self._finish(name, x, attended)}), own.kv
+        return Streams(**{name: self._output_and_mlp(name, x, attended)}), qkv.kv
 
 
 def _flatten_tokens(streams: Streams, images: int = 1) -> Streams:
-    """The tokens of all blocks, of `images` images, in a row, as the layers take them: on a TPU each axis more is a copy."""
-    return Streams(**{name: x.reshape(len(x) // images, -1, x.shape[-1]) for name, x in streams.present.items()})
+    """Flattens the tokens of all blocks of `images` images into one row, (rows, S, d).
+
+    The layers take two token axes less, because on a TPU each further axis costs a copy.
+    """
+    return Streams(**{name: x.reshape(len(x) // images, -1, x.shape[-1]) for name, x in streams.as_dict.items()})
 
 
 _SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(pallas_tpu.CHECKPOINT_NAME)
@@ -195,12 +247,15 @@ REMAT_POLICIES = {
 
 
 class LayerStack(nn.Module):
-    """A run of decoder layers: a scan over all but the last, which stands alone so that streams can end in it."""
+    """The decoder layers of one stage.
+
+    A scan runs all layers but the last. The last layer is separate so that streams can end in it.
+    """
 
     layers: int
     layer: Mapping[str, Any]  # fields of DecoderLayer
-    remat: str
-    unroll: int
+    remat: str  # "none" or a key of REMAT_POLICIES
+    unroll: int  # layers that one iteration of the scan runs
 
     def setup(self) -> None:
         if self.layers > 1:
@@ -223,29 +278,40 @@ class LayerStack(nn.Module):
         out: tuple[str, ...],
         lengths: Array | None = None,
     ) -> Streams:
-        """All blocks at once; streams that are not named in `out` end in the last layer."""
-        given = streams.present
-        streams = _flatten_tokens(streams, api.images_per_row(self.layer["attention"], len(next(iter(given.values())))))
-        ends = tuple(name for name in streams.present if name not in out)
+        """Runs all layers on all blocks, for training.
+
+        Args:
+          streams: Hidden states, `(B, L, s, d)` of images and `(B, T, d)` of text.
+          positions: Rotary table of each stream.
+          out: Streams to return. The other streams end in the last layer.
+          lengths: Number of text tokens of each image, `(B,)`. By default all T tokens are text.
+
+        Returns:
+          The streams named in `out`.
+        """
+        inputs = streams.as_dict
+        batch = len(next(iter(inputs.values())))
+        streams = _flatten_tokens(streams, api.images_per_row(self.layer["attention"], batch))
+        keys_only = tuple(name for name in streams.as_dict if name not in out)
         if self.is_initializing():
             if self.layers > 1:
                 streams, _ = self.body(streams, positions, lengths, ())
             if self.layers:
-                streams, _ = self.last(streams, positions, lengths, ends)
+                streams, _ = self.last(streams, positions, lengths, keys_only)
         elif self.layers:
             common = positions, lengths
             if self.layers > 1:
                 body = nn.meta.unbox(self.body.variables["params"])
                 streams = scan_layers.run(self._layer(()), body, streams, common, self.unroll)
-            streams = self._layer(ends)(nn.meta.unbox(self.last.variables["params"]), streams, common)
-        return Streams(**{name: x.reshape(given[name].shape) for name, x in streams.only(out).present.items()})
+            streams = self._layer(keys_only)(nn.meta.unbox(self.last.variables["params"]), streams, common)
+        return Streams(**{name: x.reshape(inputs[name].shape) for name, x in streams.select(out).as_dict.items()})
 
     def _layer(self, keys_only: tuple[str, ...]) -> scan_layers.LayerFn:
-        """A layer as a function of its parameters, whose gradient computes again what `remat` says."""
+        """Returns a layer as a function of its parameters, rematerialized by the policy `remat`."""
         layer = DecoderLayer(**self.layer, parent=None)
 
-        def run(params: Any, streams: Streams, given: tuple[Any, Any]) -> Streams:
-            return layer.apply({"params": params}, streams, *given, keys_only)[0]
+        def run(params: Any, streams: Streams, common: tuple[Any, Any]) -> Streams:
+            return layer.apply({"params": params}, streams, *common, keys_only)[0]
 
         if self.remat == "none":
             return run
@@ -260,37 +326,50 @@ class LayerStack(nn.Module):
         block: int | Array,
         lengths: Array | None = None,
     ) -> tuple[Array, KV | None]:
-        """The stream `name` alone, x (B, 1, s, d), against the cache; returns it with the layers' own keys and values
-        (layers, B, ..., H, h), None where there are no layers.
+        """Runs all layers on one stream, for sampling.
+
+        Args:
+          name: Name of the stream.
+          x: A block `(B, 1, s, d)` or the text `(B, T, d)`.
+          cache: The stage's cache.
+          position: Rotary table of the block or the text.
+          block: Index of the block.
+          lengths: Number of text tokens, `(B,)`, if the text is padded.
+
+        Returns:
+          The stream, and the keys and values of all layers, `(layers, B, ..., H, h)`, or None if the
+          stage has no layers.
         """
-        streams, own = _flatten_tokens(Streams(**{name: x})), []
+        streams, stacked_kv = _flatten_tokens(Streams(**{name: x})), []
         decoder_layer = DecoderLayer(**self.layer, parent=None)
 
-        def run(streams: Streams, at: tuple[Any, int | Array]) -> tuple[Streams, KV]:
-            params, layer = at
+        def run(streams: Streams, layer_params: tuple[Any, int | Array]) -> tuple[Streams, KV]:
+            params, layer = layer_params
             variables = {"params": params}
             return decoder_layer.apply(variables, streams, layer, cache, position, block, lengths, method="step")
 
-        alone = []
+        unrolled = []  # parameters of the layers that run without a loop
         if self.layers > 1:
             body = nn.meta.unbox(self.body.variables["params"])
-            if "0" in body:  # as `apart` gives them
-                alone = [body[str(layer)] for layer in range(self.layers - 1)]
+            if "0" in body:  # from `unstack_layers`
+                unrolled = [body[str(layer)] for layer in range(self.layers - 1)]
             else:
                 streams, kv = jax.lax.scan(run, streams, (body, jnp.arange(self.layers - 1)), unroll=self.unroll)
-                own.append(kv)
+                stacked_kv.append(kv)
         if self.layers:
-            alone.append(nn.meta.unbox(self.last.variables["params"]))
-        for layer, params in enumerate(alone, self.layers - len(alone)):
+            unrolled.append(nn.meta.unbox(self.last.variables["params"]))
+        for layer, params in enumerate(unrolled, self.layers - len(unrolled)):
             streams, kv = run(streams, (params, layer))
-            own.append(jax.tree.map(lambda x: x[None], kv))
-        every = KV(*map(jnp.concatenate, zip(*own, strict=True))) if own else None
-        return streams.present[name].reshape(x.shape), every
+            stacked_kv.append(jax.tree.map(lambda x: x[None], kv))
+        kv_of_layers = KV(*map(jnp.concatenate, zip(*stacked_kv, strict=True))) if stacked_kv else None
+        return streams.as_dict[name].reshape(x.shape), kv_of_layers
 
 
 def unstack_layers(params: Any, unroll: int) -> Any:
-    """The parameters of a `LayerStack`, each layer's by themselves where no loop goes over them: sampling would cut them out of
-    their stack again in every solver step.
+    """Splits parameters of a `LayerStack` into one tree per layer, if the scan is unrolled.
+
+    Sampling would otherwise slice them out of their stack in every solver step. A scan that loops
+    keeps the stack.
     """
     if "body" not in params or unroll < (layers := len(jax.tree.leaves(params["body"])[0])):
         return params

@@ -1,7 +1,11 @@
-"""The block U-Net: every latent block on its own into tokens and back (MADFormer, section 3.1).
+"""The block U-Net, which maps each latent block to tokens and back (MADFormer, section 3.1).
 
-The layout of `diffusers` blocks: ResNet blocks with a time embedding, self-attention in the deeper stage, a strided
-convolution between stages going down and nearest-neighbour upsampling with a convolution going up. NHWC throughout.
+`madformer.MADFormer` embeds blocks with `Downsampler` and reconstructs them with `Upsampler`. Both
+follow the layout of `diffusers`: ResNet blocks with a time embedding, and optional self-attention in
+each stage (`attention`). Between stages a strided convolution goes down, and nearest-neighbor
+upsampling with a convolution goes up. Arrays are NHWC.
+
+Shapes: n blocks of p x p positions with C channels become p' x p' tokens of width d.
 """
 
 import functools
@@ -19,10 +23,10 @@ from madformer_jax.ops.attention import api
 
 
 class TimeEmbedding(nn.Module):
-    """Timestep 0..999 (n,) -> (n, width): Linear, SiLU, Linear without bias, of the raw number or of sinusoids of it."""
+    """Embeds timesteps 0..999, (n,) -> (n, width), by Linear, SiLU, Linear without biases."""
 
     width: int
-    kind: str  # raw (release) | sinusoidal
+    kind: str  # input of the first layer: "raw", the number itself (release), or "sinusoidal"
     dtype: Any
 
     @nn.compact
@@ -33,7 +37,8 @@ class TimeEmbedding(nn.Module):
             frequencies = jnp.exp(-math.log(10_000) * jnp.arange(self.width // 2) / (self.width // 2))
             angles = t[:, None] * frequencies
             x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        # exactly: bfloat16, in which a TPU multiplies float32 by default, does not tell neighbouring raw timesteps apart
+        # Highest precision, because bfloat16 products, a TPU's default, round neighboring raw
+        # timesteps to one value.
         init = nn.initializers.normal(0.02) if self.kind == "raw" else XAVIER_INIT
         linear = functools.partial(
             dense, self.width, ("time_in", "time"), jnp.float32, bias=False, init=init, precision="highest"
@@ -42,12 +47,12 @@ class TimeEmbedding(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """GroupNorm, self-attention over the block's positions, residual."""
+    """GroupNorm and self-attention over the positions of a block, with a residual."""
 
     groups: int
     heads: int
     dtype: Any
-    attend: str = "blocks"  # implementation of `attention.attend`
+    implementation: str = "blocks"  # see `ops.attention.api.attend`
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -59,12 +64,12 @@ class AttentionBlock(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        attended = api.attend(q, k, v, implementation=self.attend).reshape(x.shape)
+        attended = api.attend(q, k, v, implementation=self.implementation).reshape(x.shape)
         return x + dense(channels, ("conv_in", "conv_out"), self.dtype, name="out")(attended)
 
 
 class Downsampler(nn.Module):
-    """Latent blocks (n, p, p, C) and timesteps (n,) -> tokens (n, p', p', d) and the skip states."""
+    """Maps latent blocks (n, p, p, C), timesteps (n,) to tokens (n, p', p', d), skip states."""
 
     width: int
     channels: Sequence[int]
@@ -75,22 +80,23 @@ class Downsampler(nn.Module):
     time_width: int
     time_embedding: str
     stride: int
-    kernel: int  # of all convolutions but those between two stages
+    kernel: int  # size of all convolutions except those between stages
     dtype: Any
-    attend: str = "blocks"  # implementation of `attention.attend`
+    attention_implementation: str = "blocks"  # see `ops.attention.api.attend`
 
     @nn.compact
     def __call__(self, z: Array, t: Array) -> tuple[Array, list[Array]]:
         time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
         x = conv(self.channels[0], self.kernel, self.dtype, name="conv_in")(z.astype(self.dtype))
         skips = [x]
+        attention_block = functools.partial(
+            AttentionBlock, self.groups, self.heads, self.dtype, self.attention_implementation
+        )
         for stage, channels in enumerate(self.channels):
             for i in range(self.layers):
                 x = ResNetBlock(channels, self.groups, self.dtype, self.kernel, name=f"resnet_{stage}_{i}")(x, time)
                 if self.attention[stage]:
-                    x = AttentionBlock(self.groups, self.heads, self.dtype, self.attend, name=f"attention_{stage}_{i}")(
-                        x
-                    )
+                    x = attention_block(name=f"attention_{stage}_{i}")(x)
                 skips.append(x)
             if stage + 1 < len(self.channels):
                 x = conv(channels, 3, self.dtype, stride=self.stride, name=f"down_{stage}")(x)
@@ -99,10 +105,10 @@ class Downsampler(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Tokens (n, p', p', d), timesteps (n,) and the skip states of `Downsampler` -> latent blocks (n, p, p, C)."""
+    """Maps tokens (n, p', p', d), timesteps (n,) and skip states to latent blocks (n, p, p, C)."""
 
     out_channels: int
-    channels: Sequence[int]  # as in Downsampler: the stages are run in reverse
+    channels: Sequence[int]  # in the order of Downsampler; the stages run in reverse
     layers: int
     attention: Sequence[bool]
     groups: int
@@ -110,28 +116,29 @@ class Upsampler(nn.Module):
     time_width: int
     time_embedding: str
     stride: int
-    kernel: int  # of all convolutions but those between two stages
+    kernel: int  # size of all convolutions except those between stages
     dtype: Any
-    attend: str = "blocks"  # implementation of `attention.attend`
+    attention_implementation: str = "blocks"  # see `ops.attention.api.attend`
 
     @nn.compact
     def __call__(self, h: Array, t: Array, skips: Sequence[Array]) -> Array:
         time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
         skips = list(skips)
         x = conv(self.channels[-1], self.kernel, self.dtype, name="conv_in")(h)
+        attention_block = functools.partial(
+            AttentionBlock, self.groups, self.heads, self.dtype, self.attention_implementation
+        )
         stages = len(self.channels)
         for stage in range(stages):
-            channels, attends = self.channels[stages - 1 - stage], self.attention[stages - 1 - stage]
+            channels, has_attention = self.channels[stages - 1 - stage], self.attention[stages - 1 - stage]
             for i in range(self.layers + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = ResNetBlock(channels, self.groups, self.dtype, self.kernel, name=f"resnet_{stage}_{i}")(x, time)
-                if attends:
-                    x = AttentionBlock(self.groups, self.heads, self.dtype, self.attend, name=f"attention_{stage}_{i}")(
-                        x
-                    )
+                if has_attention:
+                    x = attention_block(name=f"attention_{stage}_{i}")(x)
             if stage + 1 < stages:
                 n, height, width, _ = x.shape
                 x = jax.image.resize(x, (n, self.stride * height, self.stride * width, channels), "nearest")
                 x = conv(channels, 3, self.dtype, name=f"up_{stage}")(x)
-        # float32 whatever the dtype: a solver divides the error of eps by sqrt(alpha_bar), 0.006 at t = 999
+        # Always float32: solvers divide the error of eps by sqrt(alpha_bar), 0.006 at t = 999.
         return conv(self.out_channels, self.kernel, jnp.float32, precision="highest", name="conv_out")(x)

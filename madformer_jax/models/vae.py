@@ -1,7 +1,8 @@
-"""AutoencoderKL, the image <-> latent network of Stable Diffusion, in channels-last layout.
+"""AutoencoderKL, the VAE of Stable Diffusion, in channels-last layout.
 
-Module names follow diffusers', so that a parameter's path is its name in a diffusers checkpoint. Latents here are those
-of the network itself; `codec` multiplies them by `scaling_factor`.
+`sampling.codec` encodes and decodes batches with it, and `weights.vae_weights` converts checkpoints.
+Modules are named as in diffusers, so that the path of a parameter is its name in a diffusers
+checkpoint. Latents here are unscaled. `sampling.codec` multiplies them by `scaling_factor`.
 """
 
 import functools
@@ -21,9 +22,9 @@ from madformer_jax.runtime import partitioning
 Array = jax.Array
 Params = Mapping[str, Any]
 
-# attention scores held at once, 64 MiB: a 512 x 512 image is done in one go, 1024 x 1024 in 16 chunks of queries
+# Attention scores in memory, 64 MiB: 1 chunk of queries for a 512 x 512 image, 16 for 1024 x 1024.
 MAX_ATTENTION_SCORES = 2**24
-# pixels a pass of `encode` and `decode`: the activations of one 1024 x 1024 image fit 8 GiB in float32
+# Pixels in one pass of `encode` and `decode`. Float32 activations of 1024 x 1024 pixels fit 8 GiB.
 MAX_PIXELS_PER_PASS = 1024 * 1024
 
 
@@ -32,7 +33,10 @@ def _resnet_block(channels: int, groups: int, dtype: jnp.dtype, name: str) -> Re
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, one head; exact for any size without a positions x positions matrix."""
+    """Self-attention over all positions with one head.
+
+    Chunks of queries bound the memory, and the result is exact for any image size.
+    """
 
     groups: int
     dtype: jnp.dtype
@@ -51,13 +55,13 @@ class Attention(nn.Module):
             scores = jnp.einsum("bc,bkc->bk", query, k, preferred_element_type=jnp.float32)
             return jnp.einsum("bk,bkc->bc", jax.nn.softmax(scores * channels**-0.5).astype(v.dtype), v)
 
-        queries = max(1, MAX_ATTENTION_SCORES // (batch * height * width))
-        h = jax.lax.map(attend, q.swapaxes(0, 1), batch_size=queries).swapaxes(0, 1)
+        chunk = max(1, MAX_ATTENTION_SCORES // (batch * height * width))
+        h = jax.lax.map(attend, q.swapaxes(0, 1), batch_size=chunk).swapaxes(0, 1)
         return x + linear("to_out_0")(h).reshape(x.shape)
 
 
 class Stage(nn.Module):
-    """ResNet blocks of one resolution, then a convolution that halves or doubles it."""
+    """ResNet blocks of one resolution, and a convolution that halves or doubles the resolution."""
 
     channels: int
     layers: int
@@ -77,7 +81,7 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution with stride 2, padded below and on the right only."""
+    """3 x 3 convolution with stride 2, padded at the bottom and on the right only."""
 
     channels: int
     dtype: jnp.dtype
@@ -89,7 +93,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Every pixel as a square of four, then a 3x3 convolution."""
+    """Nearest-neighbor upsampling by 2 and a 3 x 3 convolution."""
 
     channels: int
     dtype: jnp.dtype
@@ -100,7 +104,7 @@ class Upsample(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResNet block, attention, ResNet block at the lowest resolution."""
+    """ResNet block, attention and ResNet block at the lowest resolution."""
 
     channels: int
     groups: int
@@ -114,9 +118,9 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to the mean and log-variance channels, before quant_conv."""
+    """Maps images to mean and log-variance channels, before quant_conv."""
 
-    channels: tuple[int, ...]  # of the stages, from full resolution down
+    channels: tuple[int, ...]  # of each stage, from the highest resolution to the lowest
     out_channels: int
     layers: int
     groups: int
@@ -134,9 +138,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents after post_quant_conv to images."""
+    """Maps latents after post_quant_conv to images."""
 
-    channels: tuple[int, ...]  # of the stages, from full resolution down
+    channels: tuple[int, ...]  # of each stage, from the highest resolution to the lowest
     out_channels: int
     layers: int
     groups: int
@@ -154,10 +158,13 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The Stable Diffusion VAE, 83.65 M parameters by default; fields are named as in diffusers' config.json.
+    """The VAE of Stable Diffusion, by default with 83.65 M parameters.
+
+    Fields are named as in config.json of diffusers.
 
     Attributes:
-      dtype: of the computation; parameters, GroupNorm's statistics, attention scores and results are float32.
+      dtype: Type of the computation. Parameters, statistics of GroupNorm, attention scores and
+        results are float32.
     """
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -178,71 +185,103 @@ class AutoencoderKL(nn.Module):
 
     @property
     def reduction(self) -> int:
-        """Pixels along a latent position's side."""
+        """Side of a latent position in pixels."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     def encode(self, images: Array) -> tuple[Array, Array]:
-        """Images (B, H, W, c) in [-1, 1] to the posterior's mean and log-variance, (B, H/8, W/8, C) each, float32."""
+        """Encodes images.
+
+        Args:
+          images: Images `(B, H, W, c)` in [-1, 1].
+
+        Returns:
+          Mean and log-variance of the posterior, each `(B, H / 8, W / 8, C)`, float32.
+        """
         mean, logvar = jnp.split(self.quant_conv(self.encoder(images)).astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(logvar, -30.0, 20.0)  # bounds of diffusers: keep the variance finite
+        return mean, jnp.clip(logvar, -30.0, 20.0)  # the bounds of diffusers, which keep the variance finite
 
     def decode(self, z: Array) -> Array:
-        """Unscaled latents (B, h, w, C) to images (B, 8 h, 8 w, c), float32, about [-1, 1]."""
+        """Decodes unscaled latents (B, h, w, C) to images (B, 8 h, 8 w, c), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
     def __call__(self, images: Array) -> Array:
-        """Images decoded from their own posterior's mean; touches every parameter."""
+        """Reconstructs images from the posterior mean; `init` creates all parameters with it."""
         return self.decode(self.encode(images)[0])
 
 
-@functools.lru_cache(maxsize=2)  # tracing the model takes a second or two
+@functools.lru_cache(maxsize=2)  # tracing the model takes 1 to 2 seconds
 def abstract_params(model: AutoencoderKL) -> Any:
-    """Shapes of the parameters."""
+    """Returns shapes and types of the parameters."""
     image = jax.ShapeDtypeStruct((1, model.reduction, model.reduction, model.in_channels), jnp.float32)
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
 
 
-# ---- whole batches
+# Batches of any size
 
 
-def encode(model: AutoencoderKL, params: Params, images: Array, at_once: int | None = None) -> tuple[Array, Array]:
-    """`AutoencoderKL.encode` of any batch, on each device at most `at_once` images at a time; pure and jittable.
+def encode(model: AutoencoderKL, params: Params, images: Array, max_images: int | None = None) -> tuple[Array, Array]:
+    """Runs `AutoencoderKL.encode` on a batch of any size; pure and jittable.
 
-    By default as many as `MAX_PIXELS` holds.
+    Args:
+      model: The VAE.
+      params: Its parameters.
+      images: Images `(B, H, W, c)` in [-1, 1].
+      max_images: Images in one pass on each device, by default what `MAX_PIXELS_PER_PASS` allows.
+
+    Returns:
+      Mean and log-variance of the posterior.
     """
-    at_once = at_once or max(1, MAX_PIXELS_PER_PASS // (images.shape[1] * images.shape[2]))
-    return _map_chunks(functools.partial(_apply, model, params, "encode"), images, at_once)
+    max_images = max_images or max(1, MAX_PIXELS_PER_PASS // (images.shape[1] * images.shape[2]))
+    return _map_chunks(functools.partial(_apply, model, params, "encode"), images, max_images)
 
 
-def decode(model: AutoencoderKL, params: Params, z: Array, at_once: int | None = None) -> Array:
-    """`AutoencoderKL.decode` of any batch, on each device at most `at_once` images at a time; pure and jittable.
+def decode(model: AutoencoderKL, params: Params, z: Array, max_images: int | None = None) -> Array:
+    """Runs `AutoencoderKL.decode` on a batch of any size; pure and jittable.
 
-    By default as many as `MAX_PIXELS` holds: one 1024 x 1024 image takes 4.6 GiB in float32.
+    A 1024 x 1024 image takes 4.6 GiB in float32.
+
+    Args:
+      model: The VAE.
+      params: Its parameters.
+      z: Unscaled latents `(B, h, w, C)`.
+      max_images: Images in one pass on each device, by default what `MAX_PIXELS_PER_PASS` allows.
+
+    Returns:
+      Images `(B, 8 h, 8 w, c)`.
     """
-    at_once = at_once or max(1, MAX_PIXELS_PER_PASS // (z.shape[1] * z.shape[2] * model.reduction**2))
-    return _map_chunks(functools.partial(_apply, model, params, "decode"), z, at_once)
+    max_images = max_images or max(1, MAX_PIXELS_PER_PASS // (z.shape[1] * z.shape[2] * model.reduction**2))
+    return _map_chunks(functools.partial(_apply, model, params, "decode"), z, max_images)
 
 
 def _apply(model: AutoencoderKL, params: Params, method: str, x: Array) -> Any:
-    """The VAE is whole on every device: a mesh splits images, never its kernels."""
+    """Calls a method of the VAE without sharding its kernels; a mesh splits the images only."""
     with nn.logical_axis_rules(()):
         return model.apply({"params": params}, x, method=method)
 
 
-def _map_chunks(f: Callable[[Array], Any], x: Array, at_once: int) -> Any:
-    """f(x) by a loop over equal parts of the batch, each of which takes as many rows from every device."""
+def _map_chunks(f: Callable[[Array], Any], x: Array, max_images: int) -> Any:
+    """Computes f(x) in a loop over chunks with an equal number of rows from every device."""
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.gcd(len(x), 1 if mesh.empty else partitioning.batch_devices(mesh))
     rows = len(x) // devices
-    share = max(n for n in range(1, min(at_once, rows) + 1) if rows % n == 0)
-    if share == rows:
+    chunk = max(n for n in range(1, min(max_images, rows) + 1) if rows % n == 0)
+    if chunk == rows:
         return f(x)
-    passes = rearrange(x, "(d p s) ... -> p (d s) ...", d=devices, s=share)
-    passes = nn.with_logical_constraint(passes, (None, "batch") + (None,) * (x.ndim - 1))
-    return jax.tree.map(lambda y: rearrange(y, "p (d s) ... -> (d p s) ...", d=devices), jax.lax.map(f, passes))
+    chunks = rearrange(x, "(d p s) ... -> p (d s) ...", d=devices, s=chunk)
+    chunks = nn.with_logical_constraint(chunks, (None, "batch") + (None,) * (x.ndim - 1))
+    return jax.tree.map(lambda y: rearrange(y, "p (d s) ... -> (d p s) ...", d=devices), jax.lax.map(f, chunks))
 
 
 def sample_posterior(mean: Array, logvar: Array, key: Array) -> Array:
-    """Draws latents from the posterior, unscaled, float32; mean and logvar are of one shape and any float type."""
+    """Draws unscaled latents from the posterior.
+
+    Args:
+      mean: Mean of the posterior, of any float type.
+      logvar: Log-variance, of the same shape.
+      key: Random key.
+
+    Returns:
+      Latents of that shape, float32.
+    """
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)

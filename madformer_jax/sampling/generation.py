@@ -109,7 +109,7 @@ def make_sample_fn(
             spacing=settings.spacing,
             steps=settings.steps,
             guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
-            clip=settings.clip,
+            clip_x0=settings.clip,
         )
         z = codec.from_blocks(blocks, sizes)
         with jax.named_scope("codec"):

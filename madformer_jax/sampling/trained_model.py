@@ -245,7 +245,7 @@ class Model:
             pixels = self._codec.decode(codec_params, codec.from_blocks(z, sizes))
             return generation.to_uint8(pixels), jnp.isfinite(pixels).all()
 
-        methods = ("begin", "condition", "step", "extend")
+        methods = ("begin", "condition", "step", "cache_clean")
         return (*map(block_program, methods), self._jitted(decode, self._codec_params))
 
     def _inference_params(self) -> Any:

@@ -148,7 +148,7 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
         if s.model.vocabulary:
             tokens, lengths = batch.get("tokens", batch["label"][:, None]), batch.get("lengths")
             drop = _dropout_mask(drop_key, dropout, len(z))
-            tokens = jnp.where(drop, s.model.none, tokens)
+            tokens = jnp.where(drop, s.model.null_token, tokens)
             lengths = None if lengths is None else _caption_lengths(lengths, drop)
         return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens)
 

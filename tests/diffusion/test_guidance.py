@@ -6,7 +6,7 @@ from madformer_jax.diffusion import guidance, schedule
 T = schedule.solver_timesteps("ddim", "trailing", 5).t  # 999, 799, 599, 399, 199
 
 
-def test_the_interval_holds_both_its_ends_and_all_other_steps_are_the_conditional_branch():
+def test_interval_includes_both_ends_and_other_steps_have_scale_1():
     np.testing.assert_array_equal(guidance.guidance_scales(3.0, "constant", (399, 799), T), [1, 3, 3, 3, 1])
     np.testing.assert_array_equal(guidance.guidance_scales(3.0, "constant", (400, 798), T), [1, 1, 3, 1, 1])
     np.testing.assert_array_equal(guidance.guidance_scales(3.0, "linear", (0, 799), T), [1, 1.5, 2, 2.5, 3])
@@ -14,7 +14,7 @@ def test_the_interval_holds_both_its_ends_and_all_other_steps_are_the_conditiona
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_an_interval_around_all_steps_is_none_bit_for_bit(schedule):
+def test_interval_around_all_steps_changes_no_bit(schedule):
     everywhere, around = (guidance.guidance_scales(1.7, schedule, interval, T) for interval in ((0, 999), (199, 999)))
     assert everywhere.dtype == np.float32
     np.testing.assert_array_equal(everywhere, around)
@@ -22,7 +22,7 @@ def test_an_interval_around_all_steps_is_none_bit_for_bit(schedule):
         np.testing.assert_array_equal(everywhere, np.float32([1.7] * 5))
 
 
-def test_a_linear_schedule_ends_at_the_scale_whether_it_rises_or_falls_or_is_one_step():
+def test_linear_schedule_goes_from_1_to_the_scale():
     for scale, steps in ((2.0, 1), (2.0, 2), (0.0, 3), (7.5, 50)):
         w = guidance.guidance_scales(scale, "linear", (0, 999), np.full(steps, 500))
         assert w[-1] == scale and (steps == 1 or w[0] == 1)

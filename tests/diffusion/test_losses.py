@@ -6,12 +6,12 @@ from madformer_jax.diffusion import losses, schedule
 from madformer_jax.models.madformer import ModelOutputs
 
 
-def test_terms_are_mean_squared_errors_and_the_likelihood_of_the_next_token():
+def test_terms_are_mean_squared_errors_and_next_token_log_likelihood():
     rng = np.random.default_rng(0)
     shape = (2, 4, 9, 3)
     eps, hidden, clean, z, noise = (rng.normal(size=shape).astype(np.float32) for _ in range(5))
     logits, tokens = rng.normal(size=(2, 3, 5)).astype(np.float32), np.array([[0, 4, 2], [3, 1, 1]])
-    found = losses.unweighted_terms(
+    computed = losses.unweighted_terms(
         ModelOutputs(*map(jnp.asarray, (eps, hidden, clean, logits))), z, noise, jnp.asarray(tokens)
     )
     nll = [np.log(np.exp(logits[b, i]).sum()) - logits[b, i, tokens[b, i + 1]] for b in range(2) for i in range(2)]
@@ -21,28 +21,28 @@ def test_terms_are_mean_squared_errors_and_the_likelihood_of_the_next_token():
         "clean": ((clean - z) ** 2)[:, :3].mean(),
         "text": np.mean(nll),
     }
-    assert found.keys() == expected.keys()
+    assert computed.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+        np.testing.assert_allclose(computed[name], value, rtol=1e-5)
     padded = losses.unweighted_terms(
         ModelOutputs(None, None, None, jnp.asarray(logits)), z, noise, tokens, np.array([1, 2])
     )
-    np.testing.assert_allclose(padded["text"], nll[2], rtol=1e-5)  # one token of all is predicted
+    np.testing.assert_allclose(padded["text"], nll[2], rtol=1e-5)  # a single token is predicted
 
 
-class _Constant:
-    """Stands in for the model: predicts no noise at all."""
+class ZeroModel:
+    """A fake model that predicts no noise and records its arguments."""
 
-    predicts = "eps"
+    prediction_type = "eps"
 
     def apply(self, variables, z, noisy, t, tokens, lengths, *, terms, clean_t=None):
         self.terms, self.context, self.clean_t = terms, z, clean_t
         return ModelOutputs(jnp.zeros_like(z), None, None, None)
 
 
-def test_quartiles_hold_the_blocks_of_their_timesteps():
+def test_quarter_losses_average_the_blocks_in_their_timesteps():
     z, key = jnp.zeros((3, 4, 5, 2)), jax.random.key(3)
-    model = _Constant()
+    model = ZeroModel()
     loss, metrics = losses.training_loss(model, {}, z, None, key, losses.LossWeights(hidden=0.0))
     assert model.terms == ("image",)
     t_key, noise_key = jax.random.split(key)
@@ -56,9 +56,9 @@ def test_quartiles_hold_the_blocks_of_their_timesteps():
         )
 
 
-def test_the_context_is_noised_at_timesteps_that_the_model_is_told():
-    """The same noisy blocks and errors as without; what differs is what the blocks behind look back at."""
-    z, key, model = jnp.full((50, 4, 30, 2), 0.5), jax.random.key(4), _Constant()
+def test_context_noise_passes_its_timesteps_to_the_model():
+    """Noisy blocks and errors are as without context noise; only clean blocks change."""
+    z, key, model = jnp.full((50, 4, 30, 2), 0.5), jax.random.key(4), ZeroModel()
     weights = losses.LossWeights(hidden=0.0)
     loss, _ = losses.training_loss(model, {}, z, None, key, weights)
     assert model.context is z and model.clean_t is None

@@ -16,7 +16,7 @@ from madformer_jax.weights import release
 from madformer_jax.weights.release_config import preset
 from tests.small import small, small_config
 
-# What the reference drew with each variant; denoising_mlp's DDIM samples are in tests/modes/test_convert.py.
+# Reference samples of each variant. tests/modes/test_convert.py has denoising_mlp's DDIM samples.
 RELEASE = {
     "baseline": ("ddim8", "ddim", "leading"),
     "clear_cond": ("dpm8", "dpmpp_2m", "linspace"),
@@ -33,14 +33,14 @@ def test_release_samples(reference, variant):
     name, solver, spacing = RELEASE[variant]
     np.testing.assert_array_equal(solvers.coefficients(solver, spacing, 8).t, file[f"sample/{name}_timesteps"])
     draw = jax.jit(functools.partial(sampler.sample, madformer.build(c), solver=solver, spacing=spacing, steps=8))
-    found, expected = draw(params, file["sample/init_noise"]), file[f"sample/{name}"]
-    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+    samples, expected = draw(params, file["sample/init_noise"]), file[f"sample/{name}"]
+    assert np.linalg.norm(samples - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 def without_cache(model, params, noise, tokens, lengths, solver, spacing, steps, guidance=1.0):
-    """Block-autoregressive sampling in which every step recomputes everything, with the forward pass of training.
+    """Samples block by block, with a full training forward at every step in place of the cache.
 
-    A step whose scale is 1 knows the conditional branch alone.
+    A step with guidance scale 1 computes the conditional prediction only.
     """
     scales = np.broadcast_to(guidance, steps)
     table = solvers.coefficients(solver, spacing, steps)
@@ -52,28 +52,29 @@ def without_cache(model, params, noise, tokens, lengths, solver, spacing, steps,
         clean = jnp.full((batch, blocks), clean_t)
         return model.apply({"params": params}, z, noisy, t, tokens, lengths, clean_t=clean, terms=("image",)).image
 
-    z, last_seen = np.zeros_like(noise), np.zeros_like(noise)
+    z, last_inputs = np.zeros_like(noise), np.zeros_like(noise)
     for i in range(blocks):
         state = solvers.SolverState(noise[:, i], np.zeros_like(noise[:, i]))
         for k in range(steps):
             row = jax.tree.map(lambda r, k=k: r[k], table)
-            # without the clean stream, blocks before are those of their last solver step
-            noisy, t = last_seen.copy(), np.full((batch, blocks), table.t[-1])
+            # Without the clean stream, later blocks attend to a block's last noisy input.
+            noisy, t = last_inputs.copy(), np.full((batch, blocks), table.t[-1])
             noisy[:, i], t[:, i] = state.x, row.t
             out = np.asarray(output_of(z, noisy, t, tokens, lengths))[:, i]
             if tokens is not None and scales[k] != 1.0:
-                one = None if lengths is None else np.ones_like(lengths)
-                none = np.asarray(output_of(z, noisy, t, np.full_like(tokens, model.none), one))[:, i]
-                out = none + scales[k] * (out - none)
+                null_lengths = None if lengths is None else np.ones_like(lengths)
+                null_tokens = np.full_like(tokens, model.null_token)
+                unconditional = np.asarray(output_of(z, noisy, t, null_tokens, null_lengths))[:, i]
+                out = unconditional + scales[k] * (out - unconditional)
             if k == steps - 1:
-                last_seen[:, i] = state.x
-            state = solvers.step(state, out, row, predicts=model.predicts)
+                last_inputs[:, i] = state.x
+            state = solvers.step(state, out, row, prediction_type=model.prediction_type)
         z[:, i] = state.x
     return z
 
 
 ONE_STAGE = {"unet_channels": (4,), "unet_attention": (False,)}
-SWITCHES = {  # the four variants of the release, each alone, are in test_release_samples
+SWITCHES = {  # test_release_samples has the four variants of the release
     "all streams": {},
     "release options, shared": {
         "rope": "release", "time_embedding": "raw", "clean_timestep": "noisy", "param_sets": "shared",
@@ -102,8 +103,10 @@ GUIDED = {  # the others with classes have a constant scale
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_cached_sampling_equals_full_recomputation(name):
-    """And layers run as often as the paper counts: AR layers L times, diffusion layers L * steps times, the clean tower once
-    for each block but the last. `flops.model_passes` counts all of them.
+    """Checks samples and the number of layer calls.
+
+    AR layers run L times, diffusion layers L * steps times, and the clean tower once for each block
+    but the last, as in the paper. `flops.model_passes` must count all of them.
     """
     model, params = small(**SWITCHES[name])
     blocks, steps, calls, layers = model.blocks, 3, collections.Counter(), collections.Counter()
@@ -111,16 +114,14 @@ def test_cached_sampling_equals_full_recomputation(name):
     tokens = np.array([[2, 4, 1, 0], [0, 3, 5, 2]])[:, : model.text_length] if model.vocabulary else None
     settings = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": steps}
     lengths = np.array([3, 2]) if model.text_length > 1 else None
-    scale = (
-        {"guidance": GUIDED.get(name, 2.0)} if tokens is not None else {}
-    )  # an argument of the program, as in `drawing`
+    scale = {"guidance": GUIDED.get(name, 2.0)} if tokens is not None else {}
     draw = functools.partial(sampler.sample, model, unroll=name == "one program for each block", **settings)
 
     def count(run, args, kwargs, context):
         if isinstance(context.module, madformer.MADFormer):
             jax.debug.callback(functools.partial(calls.update, [context.method_name]))
         if isinstance(context.module, DecoderLayer) and context.method_name == "step":
-            rows = {stream: len(x) for stream, x in args[0].present.items()}
+            rows = {stream: len(x) for stream, x in args[0].as_dict.items()}
             jax.debug.callback(functools.partial(layers.update, rows))
         return run(*args, **kwargs)
 
@@ -129,12 +130,12 @@ def test_cached_sampling_equals_full_recomputation(name):
     jax.effects_barrier()
     expected = without_cache(model, params, noise, tokens, lengths, **settings, **scale)
     assert np.linalg.norm(expected) > 1
-    # block by block, against the block's own size: single values may be near zero where others are near 300
+    # Errors are relative to the norm of each block, because single values range from 0 to 300.
     error, size = (np.linalg.norm(x, axis=(2, 3)) for x in (cached - expected, expected))
     assert (error < 2e-5 * size).all()
     assert calls["condition"] == blocks
     assert calls["denoise"] == blocks * steps
-    assert calls["extend" if model.clean_stream else "remember"] == blocks - 1
+    assert calls["cache_clean" if model.clean_stream else "cache_noisy"] == blocks - 1
     assert calls["__call__"] == 0
     c = small_config(**SWITCHES[name])
     c.sample.steps, c.sample.guidance = steps, 2.0 if scale else 1.0
@@ -143,7 +144,7 @@ def test_cached_sampling_equals_full_recomputation(name):
     )
 
 
-def test_guidance_of_one_runs_no_second_branch():
+def test_guidance_scale_1_skips_the_unconditional_rows():
     model, params = small(classes=3, blocks=1, depth=2, diffusion_depth=2, **ONE_STAGE)
     noise, tokens = jnp.ones((2, 1, 64, 3)), jnp.array([[1], [2]])
 

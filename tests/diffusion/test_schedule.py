@@ -7,7 +7,7 @@ from madformer_jax.diffusion import schedule
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
-def test_as_many_evaluations_as_asked_for_and_each_step_ends_where_the_next_begins(solver, spacing):
+def test_number_of_steps_and_each_step_ends_where_the_next_begins(solver, spacing):
     for n in [*range(1, 60), 95, 100, 250, 333, 499, 500]:
         t, previous = schedule.solver_timesteps(solver, spacing, n)
         assert len(t) == n
@@ -27,7 +27,7 @@ def test_alphas_cumprod_equal_the_references(reference):
     np.testing.assert_allclose(schedule.alphas_cumprod(), reference("samplers.npz")["alphas_cumprod"], rtol=1e-5)
 
 
-def test_a_few_timesteps_by_hand():
+def test_timesteps_of_a_few_steps():
     assert [schedule.solver_timesteps("ddim", "trailing", n).t.tolist() for n in (1, 2, 4)] == [
         [999],
         [999, 499],
@@ -38,7 +38,7 @@ def test_a_few_timesteps_by_hand():
     assert (release[0], release[1], release[-1]) == (750, 747, 3)
 
 
-def test_noise_is_put_on_each_block_by_its_own_timestep():
+def test_add_noise_uses_the_timestep_of_each_block():
     rng = np.random.default_rng(1)
     z, noise = rng.normal(size=(2, 2, 3, 1)), rng.normal(size=(2, 2, 3, 1))
     t = np.array([[0, 999], [500, 17]])

@@ -12,7 +12,7 @@ def _eps(x, t):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
-def test_solvers_end_where_diffusers_ends(reference, solver, spacing):
+def test_solvers_equal_diffusers(reference, solver, spacing):
     file = reference("samplers.npz")
     counts = sorted({int(name.split("/")[2]) for name in file.files if name.startswith(f"{solver}/{spacing}/")})
     assert len(counts) > 4
@@ -29,15 +29,15 @@ def test_solvers_end_where_diffusers_ends(reference, solver, spacing):
         assert np.linalg.norm(state.x - expected) < 1e-5 * np.linalg.norm(expected), n
 
 
-def test_clip_bounds_the_clean_estimate():
+def test_clip_x0_bounds_the_clean_estimate():
     table = solvers.coefficients("ddim", "trailing", 2)
     row = jax.tree.map(lambda r: r[-1], table)
     x, eps = jnp.full((3,), 5.0), jnp.full((3,), -2.0)
     assert float(solvers.step(solvers.initial_state(x), eps, row).x.max()) > 1
-    np.testing.assert_allclose(solvers.step(solvers.initial_state(x), eps, row, clip=1.0).x, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(solvers.step(solvers.initial_state(x), eps, row, clip_x0=1.0).x, 1.0, rtol=1e-6)
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_raise():
     with pytest.raises(ValueError, match="euler"):
         solvers.coefficients("euler", "trailing", 4)
     with pytest.raises(ValueError, match="karras"):

@@ -15,7 +15,7 @@ from madformer_jax.runtime import partitioning
 from tests.small import small
 
 FLAT = {"depth": 2, "diffusion_depth": 1}  # one layer in each stage: no scan to compile
-PLAIN = FLAT | {"unet_channels": (4,), "unet_attention": (False,)}  # and the plainest block U-Net
+PLAIN = FLAT | {"unet_channels": (4,), "unet_attention": (False,)}  # with the smallest block U-Net
 
 
 def inputs(model):
@@ -27,7 +27,7 @@ def inputs(model):
 
 
 def eps_of(model):
-    """(params, z, noisy, t, tokens) -> predicted noise, compiled."""
+    """Returns a compiled function (params, z, noisy, t, tokens) -> predicted noise."""
     return jax.jit(lambda params, *args: model.apply({"params": params}, *args, terms=("image",)).image)
 
 
@@ -46,18 +46,18 @@ CAUSAL = {
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_changing_a_block_leaves_earlier_outputs_alone(name):
+def test_changing_a_block_leaves_earlier_outputs_unchanged(name):
     model, params = small(**(FLAT | CAUSAL[name]))
     z, *others = inputs(model)
     forward, j = eps_of(model), 1
     before, after = forward(params, z, *others), forward(params, z.at[:, j].add(1.0), *others)
     np.testing.assert_array_equal(before[:, : j + 1], after[:, : j + 1])
-    if model.ar_condition or (model.clean_stream and not model.block_only):  # else no clean block is read
+    if model.ar_condition or (model.clean_stream and not model.block_only):  # otherwise no clean block is read
         assert all(float(jnp.abs(before[:, i] - after[:, i]).max()) > 1e-6 for i in range(j + 1, model.blocks))
 
 
 def test_one_block_and_all_layers_is_plain_diffusion():
-    """L = 1, D = N: no clean block is read, so the noise alone decides."""
+    """L = 1 and D = N: the output does not depend on clean blocks."""
     model, params = small(blocks=1, depth=2, diffusion_depth=2)
     z, *others = inputs(model)
     forward = eps_of(model)
@@ -71,7 +71,7 @@ def test_a_term_of_weight_0_adds_no_computation():
     def lowered_flops(loss):
         return jax.jit(loss).lower(params).cost_analysis()["flops"]
 
-    def trained(**weights):
+    def loss_flops(**weights):
         step = functools.partial(losses.training_loss, model, weights=losses.LossWeights(**weights))
         _, metrics = jax.eval_shape(lambda p: step(p, z, None, jax.random.key(0)), params)
         assert not any(f"loss_{name}" in metrics for name, weight in weights.items() if not weight)
@@ -80,10 +80,10 @@ def test_a_term_of_weight_0_adds_no_computation():
     def eps_alone(p):
         return jnp.mean((model.apply({"params": p}, z, noisy, t, terms=("image",)).image - noisy) ** 2)
 
-    image, hidden, clean = trained(hidden=0.0), trained(hidden=0.1), trained(hidden=0.0, clean=0.1)
+    image, hidden, clean = loss_flops(hidden=0.0), loss_flops(hidden=0.1), loss_flops(hidden=0.0, clean=0.1)
     assert image < 1.01 * lowered_flops(eps_alone)  # 1 %: drawing the noise and the metrics
-    assert min(hidden, clean) > 1.05 * image  # an upsampler pass each
-    assert trained(hidden=0.1, clean=0.1) > 1.05 * max(hidden, clean)
+    assert min(hidden, clean) > 1.05 * image  # one upsampler pass each
+    assert loss_flops(hidden=0.1, clean=0.1) > 1.05 * max(hidden, clean)
 
 
 SUBSETS = {
@@ -94,30 +94,30 @@ SUBSETS = {
 
 
 @pytest.mark.parametrize("name", SUBSETS)
-def test_an_output_does_not_depend_on_which_others_are_asked_for(name):
+def test_outputs_do_not_depend_on_the_other_requested_terms(name):
     model, params = small(**(PLAIN | SUBSETS[name]))
     z, noisy, t, _ = inputs(model)
     tokens = jnp.array([[1, 0, 2], [2, 3, 1]]) if model.vocabulary else None
     fields = dict(zip(LOSS_TERMS, madformer.ModelOutputs._fields, strict=True))
-    given = [term for term in LOSS_TERMS if term != "text" or model.vocabulary]
+    available = [term for term in LOSS_TERMS if term != "text" or model.vocabulary]
 
     @jax.jit
     def forward(params):
         def outputs(*terms):
             return model.apply({"params": params}, z, noisy, t, tokens, terms=terms)._asdict()
 
-        return outputs(*LOSS_TERMS), {term: outputs(term) for term in given}
+        return outputs(*LOSS_TERMS), {term: outputs(term) for term in available}
 
-    everything, alone = forward(params)
-    assert {field for field, x in everything.items() if x is not None} == {fields[term] for term in given}
-    for term in given:
+    together, alone = forward(params)
+    assert {field for field, x in together.items() if x is not None} == {fields[term] for term in available}
+    for term in available:
         field = fields[term]
-        np.testing.assert_allclose(alone[term][field], everything[field], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(alone[term][field], together[field], rtol=1e-4, atol=1e-5)
         assert {f for f, x in alone[term].items() if x is not None} == {field}
 
 
-def test_text_is_causal_and_padding_moves_nothing_at_all():
-    """A token moves no logits before it; what stands behind a caption moves neither loss nor gradient."""
+def test_text_is_causal_and_padding_changes_nothing():
+    """A token changes no earlier logits, and padding changes neither the loss nor the gradient."""
     model, params = small(**PLAIN, classes=5, text_length=4)
     z, noisy, t, _ = inputs(model)
     tokens, lengths = jnp.array([[1, 0, 2, 4], [2, 3, 1, 0]]), jnp.array([2, 4])
@@ -143,18 +143,18 @@ def test_text_is_causal_and_padding_moves_nothing_at_all():
 
 def test_one_token_without_padding_is_a_class():
     model, params = small(**PLAIN, classes=3)
-    given = inputs(model)
+    arguments = inputs(model)
 
     @jax.jit
     def both(params):
-        apply = functools.partial(model.apply, {"params": params}, *given, terms=("image",))
+        apply = functools.partial(model.apply, {"params": params}, *arguments, terms=("image",))
         return apply().image, apply(jnp.ones(2, jnp.int32)).image
 
     np.testing.assert_allclose(*both(params), rtol=1e-5, atol=1e-6)
 
 
-def test_how_layers_are_run_changes_no_gradient():
-    """Of a stage: a scan over two layers, and one alone."""
+def test_unrolling_and_rematerialization_change_no_gradient():
+    """Compares the gradients of one stage, a scan over two layers and a separate one."""
     results = []
     for changes in ({}, {"scan_unroll": 2, "remat": "dots"}, {"remat": "attention"}, {"remat": "full"}):
         model, params = small(depth=3, diffusion_depth=3, blocks=1, **changes)
@@ -174,21 +174,23 @@ def test_how_layers_are_run_changes_no_gradient():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), results[0], other)
 
 
-def test_images_that_stand_in_a_row_for_the_tpu_s_kernel_do_not_meet():
-    """Four, on two devices two in a row each, with texts of different lengths."""
-    other = dict(PLAIN, classes=3, text_length=3)
-    (model, params), (in_a_row, _) = small(**other), small(**other, attention="pallas")
+def test_images_in_one_row_of_the_tpu_kernel_do_not_attend_to_each_other():
+    """Runs four images on two devices, two in a row each, with texts of different lengths."""
+    changes = dict(PLAIN, classes=3, text_length=3)
+    (model, params), (pallas_model, _) = small(**changes), small(**changes, attention="pallas")
     shape = (4, model.blocks, model.block_side**2, model.channels)
     z, noisy = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
     t, tokens = jnp.arange(16).reshape(4, 4) * 60, jnp.arange(12).reshape(4, 3) % 4
     args, lengths = (z, noisy, t, tokens), jnp.array([1, 3, 2, 3])
     expected = jax.jit(functools.partial(model.apply, terms=("image",)))({"params": params}, *args, lengths).image
     with partitioning.scope(partitioning.make_mesh(2, 1, 1, jax.devices()[:2])):
-        found = jax.jit(functools.partial(in_a_row.apply, terms=("image",)))({"params": params}, *args, lengths).image
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        outputs = jax.jit(functools.partial(pallas_model.apply, terms=("image",)))(
+            {"params": params}, *args, lengths
+        ).image
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_computes_what_float32_computes():
+def test_bfloat16_is_close_to_float32():
     model, params = small(**FLAT)
     half, _ = small(**FLAT, dtype="bfloat16")
     full, short = (eps_of(m)(params, *inputs(model)) for m in (model, half))
@@ -205,7 +207,7 @@ def test_parameters_are_float32_and_boxed_with_their_logical_axes():
         assert leaf.value.dtype == jnp.float32
 
 
-def test_axial_rope_turns_pairs_and_the_release_mixes_axes():
+def test_axial_rope_rotates_pairs_and_release_rope_mixes_axes():
     rows, cols = rope.image_positions(grid=2, token_side=3)
     assert rows[1, 0] == 0
     assert cols[1, 0] == 3
@@ -213,8 +215,8 @@ def test_axial_rope_turns_pairs_and_the_release_mixes_axes():
     x = jax.random.normal(jax.random.key(0), (4, 9, 16))
     axial, release = (rope.rotary_table(rows, cols, head_size=16, side=6, variant=v) for v in ("axial", "release"))
     pairs = jnp.square(x[..., :8]) + jnp.square(x[..., 8:])
-    turned = rope.apply_rope(x, axial)
-    np.testing.assert_allclose(jnp.square(turned[..., :8]) + jnp.square(turned[..., 8:]), pairs, rtol=1e-4)
+    rotated = rope.apply_rope(x, axial)
+    np.testing.assert_allclose(jnp.square(rotated[..., :8]) + jnp.square(rotated[..., 8:]), pairs, rtol=1e-4)
     frequencies = 100.0 ** -(np.linspace(0, 16, 4) / 16)
     angles = np.concatenate([rows[3, 2] * frequencies] * 2 + [cols[3, 2] * frequencies] * 2)
     y = np.asarray(x[3, 2])

@@ -1,4 +1,4 @@
-"""What exists for which terms and switches; that the model computes it is in test_madformer, that it costs it in test_flops."""
+"""Plans for all terms and switches; test_madformer and test_flops check the model and its cost."""
 
 import itertools
 
@@ -22,30 +22,31 @@ CASES = [
 ]
 
 
-def test_the_terms_that_a_model_can_give_come_out_and_no_others():
+def test_outputs_are_the_requested_terms_that_the_model_has():
     for terms, s, p in CASES:
-        given = {"image": "image"} | ({"clean": "clean"} if s.clean_stream else {})
-        assert {given[name] for name in p.up if name != "hidden"} | {"hidden"} & set(p.up) == {
-            term for term in terms if term in (*given.values(), "hidden")
-        }
-        assert ("text" in p.out) == ("text" in terms and s.text)
+        available = {"image", "hidden"} | ({"clean"} if s.clean_stream else set())
+        assert set(p.upsampled) == available & set(terms)
+        assert ("text" in p.diffusion_outputs) == ("text" in terms and s.text)
 
 
-def test_every_stream_leaves_where_it_is_needed_and_comes_from_somewhere():
+def test_streams_are_inputs_before_they_are_outputs():
     for terms, s, p in CASES:
-        assert set(p.between) <= set(p.ar) and set(p.out) <= set(p.diffusion), (terms, s)
-        assert set(p.diffusion) - {"pred"} == set(p.between) - {"pred"}, (terms, s)
-        assert bool(p.ar) == bool(p.between) and bool(p.diffusion) == bool(p.out), (terms, s)
-        reads = "clean" in p.ar or ("pred" in p.ar and s.blocks > 1)
-        assert ("clean" in p.down) == (reads or "hidden" in p.up or "clean" in p.up), (terms, s)
-        noisy_hidden = "hidden" in p.up and s.hidden_from == "noisy"
-        assert ("noisy" in p.down) == ("pred" in p.diffusion or noisy_hidden), (terms, s)
-        if "hidden" in p.up:
-            assert "pred" in p.between or (s.hidden_from == "noisy" and "noisy" in p.down), (terms, s)
-        assert ("clean" in p.ar) <= (p.clean_blocks > 0) <= s.clean_stream, (terms, s)
+        assert set(p.ar_outputs) <= set(p.ar_inputs) and set(p.diffusion_outputs) <= set(p.diffusion_inputs), (terms, s)
+        assert set(p.diffusion_inputs) - {"pred"} == set(p.ar_outputs) - {"pred"}, (terms, s)
+        assert bool(p.ar_inputs) == bool(p.ar_outputs) and bool(p.diffusion_inputs) == bool(p.diffusion_outputs), (
+            terms,
+            s,
+        )
+        reads = "clean" in p.ar_inputs or ("pred" in p.ar_inputs and s.blocks > 1)
+        assert ("clean" in p.downsampled) == (reads or "hidden" in p.upsampled or "clean" in p.upsampled), (terms, s)
+        noisy_hidden = "hidden" in p.upsampled and s.hidden_from == "noisy"
+        assert ("noisy" in p.downsampled) == ("pred" in p.diffusion_inputs or noisy_hidden), (terms, s)
+        if "hidden" in p.upsampled:
+            assert "pred" in p.ar_outputs or (s.hidden_from == "noisy" and "noisy" in p.downsampled), (terms, s)
+        assert ("clean" in p.ar_inputs) <= (p.clean_blocks > 0) <= s.clean_stream, (terms, s)
 
 
-def test_another_term_takes_nothing_away_and_no_term_needs_nothing():
+def test_plans_grow_with_the_terms_and_are_empty_without_terms():
     for terms, s, p in CASES:
         for fewer in itertools.combinations(terms, max(0, len(terms) - 1)):
             assert all(set(x) <= set(y) for x, y in zip(_names(training_plan(fewer, s)), _names(p), strict=True)), (
@@ -59,18 +60,18 @@ def _names(p: TrainingPlan) -> list[tuple[str, ...]]:
     return [x for x in p if isinstance(x, tuple)]
 
 
-def test_without_the_hidden_term_the_upsampler_runs_for_the_noise_alone():
+def test_upsampler_runs_once_without_the_hidden_term():
     p = training_plan(("image",), EVERYTHING)
-    assert p.up == ("image",) and p.down == ("clean", "noisy")
-    assert p.diffusion == ("text", "clean", "pred") and p.out == ("pred",)
-    assert p.clean_blocks == 3  # the last one is nobody's context
-    assert training_plan(("image", "hidden"), EVERYTHING) == p._replace(up=("hidden", "image"))
+    assert p.upsampled == ("image",) and p.downsampled == ("clean", "noisy")
+    assert p.diffusion_inputs == ("text", "clean", "pred") and p.diffusion_outputs == ("pred",)
+    assert p.clean_blocks == 3  # no other block attends to the last one
+    assert training_plan(("image", "hidden"), EVERYTHING) == p._replace(upsampled=("hidden", "image"))
     assert training_plan(("image", "clean"), EVERYTHING).clean_blocks == 4
 
 
-def test_switches_of_a_config_are_those_of_its_model():
+def test_switches_of_a_config_equal_those_of_its_model():
     c = schema.base()
     for changes in ({}, {"classes": 3, "ar_condition": False}, {"diffusion_attention": "block", "blocks": 16}):
         c.model.update(changes | {"hidden_from": "noisy"})
-        assert ablation_switches(c) == madformer.build(c, "cpu").switches
+        assert ablation_switches(c) == madformer.build(c, "cpu").ablation_switches
     assert ablation_switches(c) == AblationSwitches(16, True, True, False, "noisy", True)

@@ -1,4 +1,4 @@
-"""What must not be rounded to bfloat16: by a TPU, which does so to float32 products by default, or by a bfloat16 model."""
+"""Products that stay float32 on a TPU, whose default is bfloat16, and in bfloat16 models."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +12,12 @@ from madformer_jax.models import unet
 
 
 def is_program(param: Any) -> bool:
-    """Whether a parameter of an equation is a program: a closed jaxpr has `eqns` as well."""
+    """Returns whether a parameter of an equation is a jaxpr, open or closed."""
     return hasattr(param, "eqns")
 
 
 def products(jaxpr: Any) -> Iterator[Any]:
-    """Matrix products and convolutions of a program, those of inner programs too."""
+    """Yields the matrix products and convolutions of a jaxpr and of its inner jaxprs."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             yield eqn
@@ -38,8 +38,8 @@ def products_of(module: Any, *args: Any) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ["raw", "sinusoidal"])
 def test_time_embedding_is_exact(kind):
-    found = products_of(unet.TimeEmbedding(6, kind, jnp.bfloat16), jnp.arange(3))
-    assert len(found) == 2 and all(map(is_exact, found))
+    matrix_products = products_of(unet.TimeEmbedding(6, kind, jnp.bfloat16), jnp.arange(3))
+    assert len(matrix_products) == 2 and all(map(is_exact, matrix_products))
 
 
 def test_last_convolution_of_a_bfloat16_upsampler_is_exact():
@@ -56,5 +56,5 @@ def test_last_convolution_of_a_bfloat16_upsampler_is_exact():
 @pytest.mark.parametrize("module", [inception_v3.Conv(4, (1, 7)), inception_v3.Classifier()])
 def test_inception_is_exact(module):
     shape = (2, 8, 8, 3) if isinstance(module, inception_v3.Conv) else (2, 3)
-    (found,) = products_of(module, jnp.ones(shape))
-    assert is_exact(found)
+    (product,) = products_of(module, jnp.ones(shape))
+    assert is_exact(product)

@@ -22,7 +22,7 @@ REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
 
 
 def seeded(shapes, gain):
-    """Weights by the rule of the reference arrays: a function of each tensor's name and shape."""
+    """Returns the weights of the reference arrays, a function of each tensor's name and shape."""
     state = {}
     for name, shape in shapes.items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -65,13 +65,13 @@ def test_encoding_and_decoding_equal_diffusers(arrays, small):
     assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
 
 
-def test_chunked_attention_and_passes_equal_the_whole(arrays, small, monkeypatch):
+def test_chunked_attention_and_passes_change_nothing(arrays, small, monkeypatch):
     model, _, params = small
     z = nhwc(arrays["mean"])
     monkeypatch.setattr(vae, "MAX_ATTENTION_SCORES", 96 * 25)  # 25 of 96 queries: a remainder
-    decoded = jax.jit(lambda z: vae.decode(model, params, z, at_once=1))(z)
+    decoded = jax.jit(lambda z: vae.decode(model, params, z, max_images=1))(z)
     assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
-    mean, _ = jax.jit(lambda x: vae.encode(model, params, x, at_once=1))(nhwc(arrays["image"]))
+    mean, _ = jax.jit(lambda x: vae.encode(model, params, x, max_images=1))(nhwc(arrays["image"]))
     assert distance(mean, z) < 1e-4
 
 
@@ -91,7 +91,7 @@ def test_sampling_follows_the_posterior():
     assert abs(z.std() - np.exp(-1)) < 0.01
 
 
-def test_full_model_takes_exactly_the_published_names_and_shapes():
+def test_full_model_has_the_published_names_and_shapes():
     reference = json.loads((REFERENCE / "sd_vae_state_dict.json").read_text())
     model = vae_weights.from_config(reference["config"])
     assert vae_weights.shapes(model) == {name: tuple(shape) for name, shape in reference["shapes"].items()}
@@ -100,7 +100,7 @@ def test_full_model_takes_exactly_the_published_names_and_shapes():
     assert (model.reduction, model.latent_channels) == (VAE_DOWNSAMPLING, VAE_CHANNELS)
 
 
-def test_conversion_there_and_back_keeps_every_bit(small):
+def test_conversion_round_trip_keeps_every_bit(small):
     model, state, params = small
     back = vae_weights.to_diffusers_vae(params)
     assert back.keys() == state.keys() == vae_weights.shapes(model).keys()
@@ -109,7 +109,7 @@ def test_conversion_there_and_back_keeps_every_bit(small):
 
 
 @pytest.mark.parametrize("as_convolution", [False, True])
-def test_old_names_of_the_attention_are_understood(small, as_convolution):
+def test_old_names_of_the_attention_are_converted(small, as_convolution):
     model, state, params = small
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
@@ -124,7 +124,7 @@ def test_old_names_of_the_attention_are_understood(small, as_convolution):
     assert jax.tree.all(jax.tree.map(np.array_equal, converted, params))
 
 
-def test_wrong_tensors_are_all_named(small):
+def test_error_names_all_wrong_tensors(small):
     model, state, _ = small
     wrong = dict(state)
     del wrong["quant_conv.bias"]
@@ -136,7 +136,7 @@ def test_wrong_tensors_are_all_named(small):
         assert word in str(error.value)
 
 
-def test_unsupported_config_is_refused():
+def test_unsupported_config_raises():
     with pytest.raises(ConfigError, match="down_block_types"):
         vae_weights.from_config({"block_out_channels": [8], "down_block_types": ["AttnDownEncoderBlock2D"]})
 
@@ -150,23 +150,23 @@ def test_decoding_1024_pixels_at_full_size_fits_8_gib():
     assert needed < 8 * 2**30
 
 
-def test_a_sharded_batch_is_decoded_in_passes_without_moving_images(small):
+def test_sharded_batch_is_decoded_in_passes_without_moving_images(small):
     model, _, params = small
     mesh = partitioning.make_mesh(4, 1, -1)
     sharding = partitioning.batch_sharding(mesh)
     z = jax.device_put(np.random.default_rng(0).standard_normal((24, 2, 3, 4)).astype(np.float32), sharding)
     with partitioning.scope(mesh):
-        program = jax.jit(lambda z: vae.decode(model, params, z, at_once=4)).lower(z).compile()
+        program = jax.jit(lambda z: vae.decode(model, params, z, max_images=4)).lower(z).compile()
     text = program.as_text()
     assert "all-gather" not in text
     assert "all-to-all" not in text
-    assert "f32[3,16,24,32]" in text  # 6 images on each of 4 devices, at most 4 at once: two passes of 3
+    assert "f32[3,16,24,32]" in text  # 6 images on each of 4 devices, at most 4 in a pass: two passes of 3
     decoded = program(z)
     assert decoded.sharding.is_equivalent_to(sharding, 4)
     np.testing.assert_allclose(decoded, jax.jit(lambda z: vae.decode(model, params, z, 24))(np.asarray(z)), atol=2e-5)
 
 
-# ---- files
+# Files
 
 
 def write_folder(folder, model, state, config_json, name="diffusion_pytorch_model.safetensors"):
@@ -187,7 +187,7 @@ def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small, 
     codec, key = codecs.vae(path, "float32", vae.SCALING_FACTOR), jax.random.key(1)
     mean, logvar = nhwc(arrays["mean"]), nhwc(arrays["logvar"])
     z = 0.18215 * vae.sample_posterior(mean, logvar, key)
-    monkeypatch.setattr(codecs, "to_float", lambda image: image)  # the reference's is not of 8 bits
+    monkeypatch.setattr(codecs, "to_float", lambda image: image)  # the reference image does not have 8 bits
     image = {"image": nhwc(arrays["image"])}
     np.testing.assert_allclose(jax.jit(codec.encode)(codec.load(), image, key), z, atol=1e-5)
     np.testing.assert_allclose(codec.encode({}, {"mean": mean, "logvar": logvar}, key), z, atol=1e-6)
@@ -195,7 +195,7 @@ def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small, 
     assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
 
 
-def test_cached_latents_need_no_vae_and_are_scaled_as_the_config_says():
+def test_cached_latents_need_no_vae_and_are_scaled_by_the_config():
     codec = codecs.vae("/nowhere", "float32", 0.13025)
     cached = {"mean": jnp.ones((1, 8, 8, 4)), "logvar": jnp.full((1, 8, 8, 4), -30.0)}
     np.testing.assert_allclose(codec.encode({}, cached, jax.random.key(0)), 0.13025, rtol=1e-4)
@@ -204,7 +204,7 @@ def test_cached_latents_need_no_vae_and_are_scaled_as_the_config_says():
             use()
 
 
-def test_a_vae_of_another_scaling_factor_is_refused(tmp_path, arrays, small):
+def test_vae_with_another_scaling_factor_raises(tmp_path, arrays, small):
     model, state, _ = small
     text = json.dumps(json.loads(str(arrays["config"])) | {"scaling_factor": 0.13025})
     folder = write_folder(tmp_path / "vae", model, state, text)
@@ -220,7 +220,7 @@ def test_torch_weights_in_a_folder(tmp_path, arrays, small):
     assert jax.tree.all(jax.tree.map(np.array_equal, vae_weights.load(folder)[1], params))
 
 
-def test_faults_of_a_folder_are_one_line_that_names_them(tmp_path, arrays, small):
+def test_errors_of_a_folder_are_one_line(tmp_path, arrays, small):
     model, state, _ = small
 
     def error(path):
@@ -254,22 +254,22 @@ def test_faults_of_a_folder_are_one_line_that_names_them(tmp_path, arrays, small
         codecs.vae(folder, "float32", vae.SCALING_FACTOR).load()
 
 
-def test_hub_id_where_the_hub_can_and_cannot_be_reached(tmp_path, arrays, small, monkeypatch):
+def test_hub_id_with_and_without_a_reachable_hub(tmp_path, arrays, small, monkeypatch):
     model, state, params = small
     folder = write_folder(tmp_path / "vae", model, state, str(arrays["config"]))
     hub = types.ModuleType("huggingface_hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
-    asked = []
+    requests = []
 
     def download(hub_id, file, revision):
-        asked.append((hub_id, revision))
+        requests.append((hub_id, revision))
         return f"{folder}/{file}"
 
     hub.hf_hub_download = download
     assert jax.tree.all(jax.tree.map(np.array_equal, vae_weights.load("someone/a-vae")[1], params))
     vae_weights.load("someone/a-vae@31f26fd")
-    assert dict.fromkeys(asked) == {("someone/a-vae", None): None, ("someone/a-vae", "31f26fd"): None}
+    assert dict.fromkeys(requests) == {("someone/a-vae", None): None, ("someone/a-vae", "31f26fd"): None}
 
     def unreachable(hub_id, file, revision):
         raise OSError("no route to host\nand much more")

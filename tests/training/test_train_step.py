@@ -115,9 +115,9 @@ def test_each_microbatch_draws_its_own_noise(plain):
 class _Bigrams:
     """A fake model whose logits are the row of the previous token."""
 
-    predicts, vocabulary, none = "eps", 12, 12
+    prediction_type, vocabulary, null_token = "eps", 12, 12
 
-    def apply(self, variables, z, noisy, t, tokens, lengths, *, terms):
+    def apply(self, variables, z, noisy, t, tokens, lengths, *, clean_t, terms):
         return ModelOutputs(None, None, None, variables["params"]["table"][tokens])
 
 

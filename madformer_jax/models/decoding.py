@@ -1,0 +1,149 @@
+"""Sampling methods of MADFormer: one block at a time against an explicit cache (section 4).
+
+`diffusion.sampler.BlockSteps` calls these methods by name through `model.apply`. They compute the
+same numbers as the training forward, `madformer.MADFormer.__call__`. For each block the order is
+`condition`, then `denoise` at every solver step, then `embed_clean` and `cache_clean` on the
+finished block. A model without the clean stream runs `cache_noisy` in place of `cache_clean`.
+
+Shapes use the letters of the legend in `models.madformer`. With guidance the cache holds 2 B rows.
+The U-Net then embeds B noisy blocks, and `denoise` repeats them.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from madformer_jax.models.cache import ModelCache, StageCache, write_block
+from madformer_jax.models.plan import sampling_plan
+from madformer_jax.ops.attention import api
+from madformer_jax.ops.attention.api import KV
+from madformer_jax.ops.rope import RotaryTable
+
+
+class Decoding(nn.Module):
+    """Sampling methods of `MADFormer`, which inherits them and defines all fields and layers."""
+
+    def empty_cache(self, batch: int) -> ModelCache:
+        """Returns a cache without blocks, for `batch` images (twice as many with guidance)."""
+        shape = (batch, self.blocks - 1, self.tokens, self.heads, self.width // self.heads)
+
+        def empty(layers: int, is_read: bool) -> StageCache:
+            if not layers or self.blocks == 1 or not is_read:
+                return StageCache(None, None)
+            x = jnp.zeros((layers, *shape), self.dtype)
+            return StageCache(api.to_cache_layout(KV(x, x), self.attention), None)
+
+        plan = sampling_plan(self.ablation_switches)
+        return ModelCache(
+            empty(self.depth - self.diffusion_depth, plan.condition or plan.cache_clean_ar),
+            empty(self.diffusion_depth, not self.block_only),
+        )
+
+    def cache_text(self, cache: ModelCache, tokens: Array, lengths: Array | None = None) -> ModelCache:
+        """Runs the text tower and caches its keys and values.
+
+        Args:
+          cache: The cache to extend.
+          tokens: Text tokens `(B, T)`.
+          lengths: Number of tokens of each text, `(B,)`. By default all T tokens are text.
+
+        Returns:
+          The cache with the text.
+        """
+        positions = self._text_positions()
+        text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, positions, 0)
+        _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, positions, 0)
+        ar, diffusion = (kv and api.to_cache_layout(kv, self.attention) for kv in (ar, diffusion))
+        lengths = api.cache_lengths(lengths, tokens, self.attention)
+        return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
+
+    def begin(self, batch: int) -> Array:
+        """Returns the first block's prediction stream, the begin-of-image tokens (B, 1, s, d)."""
+        return self._boi_tokens(batch)
+
+    def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
+        """Runs the AR layers on the prediction stream.
+
+        Args:
+          cache: The cache with the text and all earlier blocks.
+          pred: Embedding of the previous block, `(B, 1, s, d)`, or `begin` for the first block.
+          block: Index of the block to predict.
+
+        Returns:
+          The block's condition `(B, 1, s, d)`, which is 0 if `ar_condition` is off, and the cache.
+          The cache changes only in a model without the clean stream. It then takes the keys and
+          values of this pass.
+        """
+        if not sampling_plan(self.ablation_switches).condition:
+            return jnp.zeros_like(pred), cache
+        pred, kv = self.ar_layers.step("pred", pred, cache.ar, self._block_positions(block), block, cache.lengths)
+        if not self.clean_stream:
+            cache = cache._replace(ar=write_block(cache.ar, kv, block, self.attention))
+        return pred, cache
+
+    def denoise(
+        self, cache: ModelCache, condition: Array, noisy: Array, t: Array, block: int | Array
+    ) -> tuple[Array, KV | None]:
+        """Predicts eps, v or x0 of a noisy block; runs the diffusion layers only.
+
+        Args:
+          cache: The cache with the text and all earlier blocks.
+          condition: The block's condition `(rows, 1, s, d)`, where rows is a multiple of B.
+          noisy: The noisy latent block `(B, 1, positions, C)`.
+          t: Its timestep, a scalar.
+          block: Index of the block.
+
+        Returns:
+          The prediction `(rows, 1, positions, C)`, and the block's keys and values in the diffusion
+          layers, for `cache_noisy`.
+        """
+        x, skips = self._downsample(noisy, jnp.full(noisy.shape[:2], t), self._finished_context(cache, block))
+        repeats = condition.shape[0] // noisy.shape[0]
+        x, *skips = (jnp.tile(y, (repeats,) + (1,) * (y.ndim - 1)) for y in (x, *skips))
+        pred, kv = self.diffusion_layers.step(
+            "pred", condition + x, cache.diffusion, self._block_positions(block), block, cache.lengths
+        )
+        return self._upsample(pred, jnp.full(x.shape[:2], t), skips), kv
+
+    def embed_clean(self, cache: ModelCache, z: Array, t: Array, block: int | Array) -> Array:
+        """Embeds a finished block (B, 1, positions, C) with timestep t, a scalar: (B, 1, s, d)."""
+        tokens: Array = self._downsample(z, jnp.full(z.shape[:2], t), self._finished_context(cache, block))[0]
+        return tokens
+
+    def cache_clean(self, cache: ModelCache, clean: Array, block: int | Array) -> ModelCache:
+        """Runs the clean tower on a finished block and caches its keys and values.
+
+        Layers whose keys and values nothing reads do not run (`plan.sampling_plan`).
+
+        Args:
+          cache: The cache to extend.
+          clean: The embedded block `(B, 1, s, d)`, see `embed_clean`.
+          block: Index of the block.
+
+        Returns:
+          The cache with the block.
+        """
+        plan, positions = sampling_plan(self.ablation_switches), self._block_positions(block)
+        if not plan.cache_clean_ar:
+            return cache
+        clean, kv = self.ar_layers.step("clean", clean, cache.ar, positions, block, cache.lengths)
+        cache = cache._replace(ar=write_block(cache.ar, kv, block, self.attention))
+        if not plan.cache_clean_diffusion:
+            return cache
+        _, kv = self.diffusion_layers.step("clean", clean, cache.diffusion, positions, block, cache.lengths)
+        return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.attention))
+
+    def cache_noisy(self, cache: ModelCache, kv: KV | None, block: int | Array) -> ModelCache:
+        """Caches keys and values of a block's last solver step, in models without clean stream."""
+        return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.attention))
+
+    def _finished_context(self, cache: ModelCache, block: int | Array) -> Array | None:
+        """Returns the block's neighbors in finished blocks (B, 1, positions, 2 C), or None."""
+        if cache.finished_blocks is None:
+            return None
+        return jax.lax.dynamic_slice_in_dim(self._neighbor_context(cache.finished_blocks), block, 1, axis=1)
+
+    def _block_positions(self, block: int | Array) -> RotaryTable:
+        """Returns the rotary table of one block, (1, s, h)."""
+        return RotaryTable(*(x[block][None] for x in self._image_positions()))
