@@ -258,8 +258,8 @@ SAMPLING = """
     --workdir={run} --mode=sample --config.sample.guidance=inf
     --workdir={run} --mode=sample --config.sample.guidance=1e9
     --workdir={run} --mode=sample --config.sample.guidance=-1
-    --workdir={run} --mode=sample --config.sample.clip=-1
-    --workdir={run} --mode=sample --config.sample.clip=nan
+    --workdir={run} --mode=sample --config.sample.clip_x0=-1
+    --workdir={run} --mode=sample --config.sample.clip_x0=nan
     --workdir={run} --mode=sample --config.sample.labels=3
     --workdir={run} --mode=sample --config.sample.labels=cat
     --workdir={run} --mode=sample --config.sample.weights=best

@@ -31,9 +31,9 @@ _FREE_FILE = Fact.RUN | Fact.MACHINE | Fact.RESUME
 _TABLE: dict[str, dict[Fact, str]] = {
     "": {_FIXED: "seed", _LOCAL: "platform compilation_cache profile"},
     "model": {
-        _FIXED: "width heads depth diffusion_depth mlp_width blocks unet_channels unet_layers unet_attention unet_groups "
-        "unet_heads unet_time_width unet_stride unet_kernel neighbours predicts rope time_embedding clean_timestep hidden_from "
-        "clean_stream ar_condition param_sets diffusion_attention classes dtype",
+        _FIXED: "width heads depth diffusion_depth mlp_width blocks unet_channels unet_layers unet_attention "
+        "unet_groups unet_heads unet_time_width unet_stride unet_kernel unet_context prediction_type rope time_embedding "
+        "clean_timestep hidden_from clean_stream ar_condition param_sets diffusion_attention classes dtype",
         _LOCAL: "attention remat scan_unroll",
     },
     "text": {_FIXED: "vocabulary length caption", _FREE: "truncate", _FILE: "tokenizer"},
@@ -55,7 +55,7 @@ _TABLE: dict[str, dict[Fact, str]] = {
     "optimizer": {_FIXED: "b1 b2 weight_decay clip skip", _FREE: "learning_rate schedule warmup decay"},
     "sample": {
         _FREE: "step n solver spacing steps guidance guidance_schedule guidance_interval prompts labels label_sampling weights "
-        "clip",
+        "clip_x0",
         _NEUTRAL: "batch shard grid film",
         _FREE_FILE: "noise",
     },

@@ -44,8 +44,8 @@ def base() -> ConfigDict:
     c.model.unet_time_width = 128
     c.model.unet_stride = 2  # of the convolution between two stages; 1 keeps a token for every latent position
     c.model.unet_kernel = 3  # or 1 (not the paper's): positions meet in the transformer alone (docs/text.md)
-    c.model.neighbours = False  # True (not the paper's): a block's U-Net sees what stands left of it and above it
-    c.model.predicts = "eps"  # the output for a noisy block: its noise, v or x0 (docs/training.md)
+    c.model.unet_context = False  # True (not the paper's): a block's U-Net sees what stands left of it and above it
+    c.model.prediction_type = "eps"  # the output for a noisy block: its noise, v or x0 (docs/training.md)
     c.model.rope = "axial"  # "axial": each axis turns its own half of a head; "release": the release's mixing
     c.model.time_embedding = "sinusoidal"  # or "raw" (release): the timestep itself as one number 0..999
     c.model.clean_timestep = "zero"  # timestep given to clean blocks; "noisy" (release): that of the noisy block
@@ -159,7 +159,7 @@ def base() -> ConfigDict:
     c.sample.label_sampling = "balanced"  # these in turn; or "random": each image's drawn from the seed
     c.sample.weights = "ema"  # ema | raw
     c.sample.noise = ""  # .npy file of the initial noise (n, L, positions, C) in place of the seed's
-    c.sample.clip = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
+    c.sample.clip_x0 = 0.0  # bound of the predicted clean latent; 0: off (1 for pixels)
 
     c.evaluate = ConfigDict()  # --mode=reference and --mode=evaluate (docs/evaluation.md)
     c.evaluate.network = "classifier"  # whose features are compared: classifier | attributes | inception

@@ -13,7 +13,7 @@ from madformer_jax.errors import ConfigError
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "platform": ("", "cpu", "gpu", "tpu"),
     "model.unet_kernel": (1, 3),
-    "model.predicts": PREDICTION_TYPES,
+    "model.prediction_type": PREDICTION_TYPES,
     "model.rope": ("axial", "release"),
     "model.time_embedding": ("sinusoidal", "raw"),
     "model.clean_timestep": ("zero", "noisy"),
@@ -104,7 +104,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.grid": (1, math.inf),
     "sample.steps": (1, 999),
     "sample.guidance": (0, 1000),
-    "sample.clip": (0, math.inf),
+    "sample.clip_x0": (0, math.inf),
     "evaluate.n": (1, math.inf),
     "benchmark.warmup": (0, math.inf),
     "benchmark.steps": (1, math.inf),
@@ -290,11 +290,11 @@ def warnings(c: ConfigDict) -> list[str]:
     """Returns a line for each setting that is allowed and probably a mistake."""
     lines = sampling_warnings(c)
     values, channels = derive_sizes(c).channels, c.model.unet_channels[0]
-    if channels < values and c.model.predicts != "x0":
+    if channels < values and c.model.prediction_type != "x0":
         lines.append(
             f"config.model.unet_channels[0]={channels} is less than the {values} values of a latent position: the noise predicted "
             f"from {channels} channels cannot fill them all, and its loss stays above {1 - channels / values:.2f}; use {values} "
-            "or more, or config.model.predicts=x0."
+            "or more, or config.model.prediction_type=x0."
         )
     return lines
 

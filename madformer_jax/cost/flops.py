@@ -81,7 +81,7 @@ def _downsampler(c: ConfigDict) -> tuple[float, float]:
     """Of one block: everything, and the part of it that reads data, in which the backward pass needs no input gradient."""
     m, sizes = c.model, derive_sizes(c)
     height, width = sizes.block_side, sizes.block_width
-    seen = 3 * sizes.channels if m.neighbours else sizes.channels
+    seen = 3 * sizes.channels if m.unet_context else sizes.channels
     first = _conv((height, width), seen, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
     total, before = first + _time_embedding(c)[1], m.unet_channels[0]
     for stage, channels in enumerate(m.unet_channels):

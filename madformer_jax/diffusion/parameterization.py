@@ -1,4 +1,4 @@
-"""What the network's output stands for: the noise eps, the velocity v, or the clean latent x0 (`model.predicts`).
+"""What the network's output stands for: the noise eps, the velocity v, or the clean latent x0 (`model.prediction_type`).
 
 With the noisy latent x = alpha z + sigma noise (alpha^2 + sigma^2 = 1) all three say the same, v = alpha noise - sigma z
 (Salimans & Ho, arXiv 2202.00512). They differ in what a network of limited size can represent, and in how an error of it counts.

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.config import class_labels
+from madformer_jax.config import aliases, class_labels
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.data import text
@@ -46,7 +46,7 @@ SAMPLE_PROTOCOL_FIELDS = (
     "labels",
     "label_sampling",
     "noise",
-)  # of `sample`: what decides images
+)  # of `sample`, by the names that they had first: what decides images
 
 ShardExtractor = Callable[[Sequence[shards.Shard]], Iterator[shards.Arrays]]
 
@@ -168,7 +168,10 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                         step,
                         class_labels.summary(config_lib.sample_labels(setting), names),
                     )
-                drawn = json.loads(s.to_json()) | {"noise": digest, "labels": chosen}  # as a file has it
+                drawn = aliases.first_names(json.loads(s.to_json()), "sample.") | {
+                    "noise": digest,
+                    "labels": chosen,
+                }  # as a file has it
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
                     drawn_by = generation.make_sample_fn(setting, model, images_codec.decode)

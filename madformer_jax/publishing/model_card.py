@@ -45,7 +45,7 @@ def render(
         f"| blocks L | {m.blocks} |",
         f"| width, heads | {m.width}, {m.heads} |",
         *([f"| classes | {_escape_cell(class_labels.summary(range(m.classes), names))} |"] if m.classes and names else []),
-        f"| predicts | {m.predicts} |",
+        f"| prediction_type | {m.prediction_type} |",
         f"| codec | {c.codec.name}" + (f", patches of {c.codec.patch}" if c.codec.name == "pixel" else "") + " |",
         f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps of {c.train.batch} |",
         f"| sampled by default | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",

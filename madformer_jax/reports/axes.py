@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from madformer_jax.config import fields
+from madformer_jax.config import aliases, fields
 
 SEED_FIELD, STEPS_FIELD = (
     "seed",
@@ -36,7 +36,8 @@ def value_of(run: Mapping[str, Any], evaluation: Mapping[str, Any], field: str) 
 
 def training_axes(runs: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[str, Any]]) -> list[Axis]:
     """Of the runs that are there and those still to come."""
-    overrides = [*(fields.flat(run["overrides"]) for run in planned), *(run["overrides"] for run in runs)]
+    plan = (aliases.current_names(fields.flat(run["overrides"]), "sweep.json") for run in planned)
+    overrides = [*plan, *(run["overrides"] for run in runs)]
     names = list(dict.fromkeys(name for given in overrides for name in given if name != SEED_FIELD))
     default = {name: run["config"].get(name) for name in names for run in runs if name not in run["overrides"]}
     return _varying_axes([{name: given.get(name, default.get(name)) for name in names} for given in overrides])

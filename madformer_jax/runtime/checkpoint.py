@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from madformer_jax.config import fields, identity
+from madformer_jax.config import aliases, fields, identity
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checksums, malloc, orbax_logging, provenance, storage
 from madformer_jax.runtime.partitioning import sync
@@ -50,11 +50,11 @@ def folder(workdir: str) -> epath.Path:
 
 
 def read_config(workdir: str) -> dict[str, Any] | None:
-    """The config that the workdir was made with, as nested plain values; None for a fresh one."""
+    """Returns the config that the workdir was made with, as nested plain values; None for a fresh workdir."""
     content = storage.read_json(path := epath.Path(workdir) / "config.json")
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{path} is damaged: it holds no config.")
-    return content
+    return None if content is None else aliases.current_names(content, str(path))
 
 
 def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()) -> None:

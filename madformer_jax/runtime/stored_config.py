@@ -8,7 +8,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, identity, validation
+from madformer_jax.config import aliases, fields, identity, validation
 from madformer_jax.config.schema import TOKENIZER_FILE, base, portable
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import provenance, storage
@@ -30,7 +30,7 @@ def config_from_saved(saved: Any, path: str, trusted: bool | None = None) -> Con
     """
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is damaged: it holds no config.")
-    c, known = fields.flat(saved), fields.flat(base())
+    c, known = aliases.current_names(fields.flat(saved), path), fields.flat(base())
     c.pop("model.text_length", None)  # of older configs, in which it could only be 1
     try:
         fields.check(known | c, known)

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels, fields, validation
+from madformer_jax.config import aliases, class_labels, fields, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
@@ -82,7 +82,7 @@ class Model:
         Args:
           n: Number of images; by default as many as there are labels or prompts, or one.
           settings: `labels`, class numbers (integers) or class names (texts), or `prompts`, texts that are drawn as they are;
-            images take them in turn. And `seed`, and the fields of `config.sample`: guidance, steps, solver, spacing, clip.
+            images take them in turn. And `seed`, and the fields of `config.sample`: guidance, steps, solver, spacing, clip_x0.
 
         Returns:
           uint8 (n, H, W, c).
@@ -93,7 +93,7 @@ class Model:
         c = self._settings(n, settings)
         s = c.sample
         draw = self._program(
-            ("draw", s.solver, s.spacing, s.steps, s.clip, s.guidance == 1.0),
+            ("draw", s.solver, s.spacing, s.steps, s.clip_x0, s.guidance == 1.0),
             lambda: generation.make_sample_fn(c, self._model, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
@@ -128,7 +128,7 @@ class Model:
           ConfigError: A setting is unknown or wrong, or there are more labels or prompts than images.
         """
         c = self.config.copy_and_resolve_references()
-        for name, value in given.items():
+        for name, value in aliases.current_names(given, "a setting of sampling", "sample.").items():
             if name in _FIXED_FIELDS:
                 raise ConfigError(f"{name}={value!r}: the weights of a model were chosen when it was loaded.")
             if name == "seed":
@@ -181,7 +181,7 @@ class Model:
     def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
         coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
-        what = flops.guidance_branches(c) == 2, s.clip, sampler.clean_timestep(self._model, coefficients)
+        what = flops.guidance_branches(c) == 2, s.clip_x0, sampler.clean_timestep(self._model, coefficients)
         begin, condition, step, extend, show = self._program(("parts", *what), lambda: self._parts(*what))
         rows = list(zip(solvers.step_rows(coefficients), generation.guidance_scales(c)))
         given = generation.open_noise(c)
@@ -202,7 +202,7 @@ class Model:
                     if not finite:
                         raise ConfigError(
                             f"sampling gave values that are not finite in block {block + 1}: the weights may have diverged, or "
-                            f"guidance={s.guidance} with clip={s.clip} is too strong."
+                            f"guidance={s.guidance} with clip_x0={s.clip_x0} is too strong."
                         )
                     yield Frame(images, block, k, flops.model_passes_until(c, block, k), time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, identity
+from madformer_jax.config import aliases, fields, identity
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.sweeps import budget
@@ -107,7 +107,12 @@ def load_sweep(file: ConfigFile) -> Sweep:
         raise ConfigError(f"{file.module.__file__}: sweep(): {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(found, Sweep):
         raise ConfigError(f"{file.module.__file__}: sweep() returned a {type(found).__name__}, not a Sweep.")
-    return found
+    source = f"{file.module.__file__}: sweep()"
+    runs, evaluations = (
+        [aliases.current_names(overrides, source) for overrides in several]
+        for several in (found.runs, found.evaluations)
+    )
+    return found._replace(runs=runs, evaluations=evaluations)
 
 
 def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
@@ -164,12 +169,12 @@ def apply_overrides(base: ConfigDict, overrides: Overrides) -> ConfigDict:
       ConfigError: there is no such field, or a value is of another type.
     """
     c = base.copy_and_resolve_references()
-    values = fields.flat(base)
+    values, changes = fields.flat(base), aliases.current_names(overrides, "the sweep's overrides")
     try:
-        fields.check(values | dict(overrides), values)
+        fields.check(values | changes, values)
     except ConfigError as error:
         raise ConfigError(f"the sweep's overrides {dict(overrides)}: {error}") from None
-    c.update_from_flattened_dict(dict(overrides))
+    c.update_from_flattened_dict(changes)
     return c
 
 
@@ -180,15 +185,17 @@ def changed_settings(values: fields.Section) -> dict[str, Any]:
       values: A config, or what a workdir or a result has stored of one.
     """
     defaults = fields.flat(config_lib.base())
-    found = identity.identifying_fields(fields.flat(values), defaults)
+    stored = aliases.current_names(fields.flat(values), "a stored config")
+    found = identity.identifying_fields(stored, defaults)
     if found["evaluate.checkpoints"].startswith("last:"):
-        found |= {name: fields.flat(values).get(name, defaults[name]) for name in _CHECKPOINT_FIELDS}
+        found |= {name: stored.get(name, defaults[name]) for name in _CHECKPOINT_FIELDS}
     return {name: value for name, value in found.items() if value != defaults[name] and name not in _SWEEP_FIELDS}
 
 
 def settings_hash(values: fields.Section) -> str:
-    """Returns a hash of `settings`."""
-    return hashlib.sha256(json.dumps(changed_settings(values), sort_keys=True).encode()).hexdigest()[:12]
+    """Returns a hash of `changed_settings`, under the names that the fields had first."""
+    named = aliases.first_names(changed_settings(values))
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def judge_hash(c: ConfigDict) -> str:

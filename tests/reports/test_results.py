@@ -142,7 +142,7 @@ def test_a_folder_without_results_and_a_damaged_one_are_told(tmp_path):
         ("train.context_noise", 100, 0, "context noise = 0"),
         ("sample.guidance", 2.0, 1.0, "guidance = 1.0"),
         ("model.ar_condition", True, False, "no AR condition"),
-        ("model.neighbours", False, True, "neighbours"),
+        ("model.unet_context", False, True, "unet context"),
     ],
 )
 def test_only_a_switch_is_named_as_one(field, base, other, label):
