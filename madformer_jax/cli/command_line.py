@@ -22,7 +22,6 @@ import glob
 import importlib
 import inspect
 import logging as python_logging
-import re
 import shlex
 import types
 from collections.abc import Iterator, Sequence
@@ -31,8 +30,8 @@ from typing import Any, NamedTuple
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from madformer_jax.cli import help
-from madformer_jax.config import aliases, fields, validation
+from madformer_jax.cli import field_flags, help
+from madformer_jax.config import fields, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.runtime import open_files, storage, xla_flags
 
@@ -63,12 +62,12 @@ def _parse_with_file(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues,
     """As `parse`, and the config file, where there is one."""
     values = _define_flags()
     try:
-        rest = _use_current_names(values(list(argv), known_only=True))  # only --config.field=value is left
+        rest = field_flags.use_current_names(values(list(argv), known_only=True))  # only --config.field=value is left
         _check_flags(values)
         config, file = (
             (_load_workdir_config(values), None) if values.config is None else _load_config_file(values.config)
         )
-        _check_fields(rest)
+        field_flags.check(rest)
         values.remove_flag_values({"config": None})
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
         rest = values(rest)
@@ -136,29 +135,6 @@ def _check_flags(values: flags.FlagValues) -> None:
             )
     elif values.dry_run or values.measure:
         raise ConfigError(f"--dry_run and --measure are for --mode=sweep; the mode is {values.mode}.")
-
-
-_FIELD_FLAG = re.compile(r"(--?(?:no)?config\.)([^=]*)")
-
-
-def _use_current_names(argv: Sequence[str]) -> list[str]:
-    """Returns a command line whose flags --config.field have the current names of the fields."""
-
-    def rename(flag: re.Match[str]) -> str:
-        return flag[1] + aliases.current_name(flag[2], "the command line")
-
-    return [*argv[:1], *(_FIELD_FLAG.sub(rename, arg, count=1) if _FIELD_FLAG.match(arg) else arg for arg in argv[1:])]
-
-
-def _check_fields(argv: Sequence[str]) -> None:
-    """Every --config.field must exist: ml_collections' own words are several lines."""
-    known = fields.flat(config_lib.base())
-    for arg in argv[1:]:
-        field = _FIELD_FLAG.match(arg)
-        if field and field[2] not in known:
-            inside = any(name.startswith(f"{field[2]}.") for name in known)
-            hint = "name one of its fields." if inside else fields.suggestion(field[2], known)
-            raise ConfigError(f"--config.{field[2]}: there is no such field: {hint}")
 
 
 def _load_workdir_config(values: flags.FlagValues) -> ConfigDict:

@@ -405,8 +405,8 @@ def test_xla_is_given_its_flag_on_a_cpu_that_knows_it_only(monkeypatch):
 def test_wrong_settings_are_told_before_jax_is_imported(tmp_path):
     """In a process of its own, as a user runs it."""
     code = (
-        "import sys; from madformer_jax import main; "
-        f"status = main.main(['main', '{DIGITS}', '--workdir={tmp_path}', '--config.model.blocks=6']); "
+        "import sys; from madformer_jax.cli import command_line; "
+        f"status = command_line.main(['main', '{DIGITS}', '--workdir={tmp_path}', '--config.model.blocks=6']); "
         "assert 'jax' not in sys.modules; sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

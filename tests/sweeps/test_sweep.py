@@ -271,7 +271,7 @@ def test_an_array_s_process_starts_at_its_own_run(c, stage, tmp_path, monkeypatc
 
 
 def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mode.listing.flops, "peak", lambda dtype: 1e9)
+    monkeypatch.setattr(mode.run_table.flops, "peak_rate", lambda dtype: 1e9)
     mode.run(c, str(tmp_path / "none"), file=File(TWO), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[1:3]] == ["open", "open"]
