@@ -1,7 +1,8 @@
-"""The configuration schema: every field with its default. What a field may hold is in limits.py.
+"""Schema of configs: every field with its default, and functions on whole configs.
 
-A config is read once, at the edge: modules below take plain values. `base()` holds every field that exists, with the
-default for new training; `weights.release_config` has the PyTorch release's choices for the same model.
+Config files and the command line start from `base`, whose defaults suit new training;
+`weights.release_config` has the settings of the PyTorch release. To add a field, add it to `base`, its
+facts to `identity`, and its choices or range to `validation`. To rename a field, see `aliases`.
 """
 
 import os
@@ -15,13 +16,13 @@ from madformer_jax.config import class_labels, fields, identity, validation
 from madformer_jax.config.shapes import SCALING_FACTOR, Sizes, derive_sizes
 from madformer_jax.errors import ConfigError
 
-TOKENIZER_FILE = "tokenizer.json"  # as text.tokenizer of an export's config.json: the file that lies beside it
+TOKENIZER_FILE = "tokenizer.json"  # as text.tokenizer in an export's config.json: the file next to it
 
 
 def base() -> ConfigDict:
-    """Every field of a config with its default: the sound choice for new training where the release is odd.
+    """Returns a locked config with every field at its default.
 
-    A new field needs a line in `identity`, and its choices or range in `limits`.
+    The comment behind a field is its description in --help and in docs/reference.md.
     """
     c = ConfigDict()
     c.seed = 0
@@ -202,43 +203,47 @@ def base() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
-    return c.lock()  # a misspelt field is an error, in a config file too
+    return c.lock()  # so that a config file cannot set a misspelled field
 
 
 def differences(c: ConfigDict) -> dict[str, Any]:
-    """The fields in which a config differs from the defaults, with its values: {"model.width": 96}."""
+    """Returns the fields that are not at their defaults, with their values: {"model.width": 96}."""
     defaults = fields.flat(base())
     return {name: value for name, value in fields.flat(c).items() if name not in defaults or value != defaults[name]}
 
 
 def portable(c: ConfigDict) -> ConfigDict:
-    """Returns a copy without what belongs to this machine: its defaults, and for a tokenizer's file the one beside config.json."""
-    found, defaults = c.copy_and_resolve_references(), fields.flat(base())
+    """Returns a copy that is valid on any machine.
+
+    Fields that are local to this machine have their defaults. The tokenizer's file is the one next to
+    config.json.
+    """
+    copy, defaults = c.copy_and_resolve_references(), fields.flat(base())
     for name in identity.machine_specific_fields(fields.flat(c), defaults):
-        found.update_from_flattened_dict({name: TOKENIZER_FILE if name == "text.tokenizer" else defaults[name]})
-    return found
+        copy.update_from_flattened_dict({name: TOKENIZER_FILE if name == "text.tokenizer" else defaults[name]})
+    return copy
 
 
 def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> dict[str, int]:
     """Reads a config file's argument, as in `ffhq1024.py:D=7,tiny`.
 
     Args:
-      text: what stands behind the colon; "" for none.
-      numbers: the names that take a number, with their defaults.
-      words: the names that stand alone.
+      text: The text after the colon; "" if the argument has none.
+      numbers: Names that take a number, with their defaults.
+      words: Names without a value.
 
     Returns:
-      The value of each name; of `words`, 1 for those that are there and 0 for the others.
+      The value of each name. A name of `words` has the value 1 if `text` contains it, else 0.
 
     Raises:
-      ConfigError: a name is unknown or its value no number.
+      ConfigError: A name is unknown, or its value is not a number.
     """
     chosen = numbers | dict.fromkeys(words, 0)
     for part in text.split(",") if text else ():
-        name, given, value = part.partition("=")
+        name, equals, value = part.partition("=")
         if name in numbers and value.isdecimal():
             chosen[name] = int(value)
-        elif name in words and not given:
+        elif name in words and not equals:
             chosen[name] = 1
         else:
             known = ", ".join([*(f"{name}=<number>" for name in numbers), *words])
@@ -247,10 +252,13 @@ def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> 
 
 
 def as_tiny(c: ConfigDict) -> None:
-    """Shrinks a large config to a few steps of a small model on the embedded digits, D and L in proportion.
+    """Shrinks a config to a few steps of a small model on the embedded digits, with the same share of diffusion layers.
+
+    Args:
+      c: The config, which is changed.
 
     Raises:
-      ConfigError: there is no such D.
+      ConfigError: D is not from 1 to N.
     """
     validation.check_depth(c)
     share = c.model.diffusion_depth / c.model.depth
@@ -259,10 +267,10 @@ def as_tiny(c: ConfigDict) -> None:
     c.model.width, c.model.heads, c.model.mlp_width = 64, 4, 128
     c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (16, 32), 1, 32
     c.model.classes = min(c.model.classes, 10)
-    if c.text.vocabulary:  # the digits' names
+    if c.text.vocabulary:  # captions are the names of the digits
         c.text.tokenizer, c.text.vocabulary, c.text.length, c.text.caption = "drawings", 835, 4, "class"
         c.sample.prompts = "0;1;2;3;4;5;6;7;8;9"
-    c.codec.name, c.codec.patch = "pixel", 2  # no VAE is needed
+    c.codec.name, c.codec.patch = "pixel", 2  # which needs no VAE
     c.data.source, c.data.image_size, c.data.channels = "digits", 32, 1
     c.train.steps, c.train.log_every, c.train.sample_every = 20, 5, 0
     c.train.batch = c.sample.n = c.sample.batch = 16
@@ -270,18 +278,18 @@ def as_tiny(c: ConfigDict) -> None:
     c.evaluate.network, c.evaluate.n = "classifier", 16
 
 
-def split_config_flag(given: str) -> tuple[str, str, str]:
-    """Path, colon and variant of --config=FILE:variant; a path may hold colons."""
-    ends = [i for i, character in enumerate(given) if character == ":"] + [len(given)]
-    end = next((i for i in ends if os.path.isfile(given[:i])), ends[0])
-    return given[:end], given[end : end + 1], given[end + 1 :]
+def split_config_flag(value: str) -> tuple[str, str, str]:
+    """Splits FILE:variant of --config into path, colon and variant. The path may contain colons."""
+    ends = [i for i, character in enumerate(value) if character == ":"] + [len(value)]
+    end = next((i for i in ends if os.path.isfile(value[:i])), ends[0])
+    return value[:end], value[end : end + 1], value[end + 1 :]
 
 
 def validate(c: ConfigDict) -> Sizes:
     """Checks a whole config and returns its sizes.
 
     Raises:
-      ConfigError: one line on the first setting that is wrong.
+      ConfigError: Names the first wrong setting.
     """
     fields.check(c, base())
     validation.check(c)
