@@ -5,6 +5,7 @@ A new package, or a new arrow between two packages, needs a line in `LAYERS`.
 
 import ast
 import collections
+import functools
 import graphlib
 import pathlib
 import subprocess
@@ -45,6 +46,7 @@ LAYERS = {
 PARTS = {"data.drawings": "data", "evaluation.networks": "evaluation", "ops.attention": "ops"}
 
 
+@functools.cache
 def modules() -> dict[str, pathlib.Path]:
     """Returns the file of each module."""
     return {
@@ -53,6 +55,7 @@ def modules() -> dict[str, pathlib.Path]:
     }
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """Returns for each module those of ours that it imports anywhere, in functions too."""
     files = modules()
