@@ -80,7 +80,7 @@ def _parse_with_file(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues,
             raise
         raise ConfigError(" ".join(str(error).split())) from error
     if len(rest) > 1:
-        raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
+        raise ConfigError(f"{rest[1]!r} is not a flag: flags look like --name=value.")
     stored_config.expand_paths(values.config)
     return values.config, values, file
 

@@ -1,4 +1,4 @@
-"""Fields of a config: their defaults, what they may hold, and what they mean for a run.
+"""Fields of a config: defaults, allowed values, and effects on a run.
 
 Config files start from `base` here, and may call `variant` and `as_tiny`; modules of the package use `schema`.
 """

@@ -52,7 +52,7 @@ def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
 
 
 def check(text: str, classes: int) -> list[Any] | None:
-    """Checks what can be checked before class names are known.
+    """Checks labels as far as possible before the class names are known.
 
     Returns:
       The items of a JSON list; None if the value is not one.
@@ -102,7 +102,7 @@ def format_numbers(text: str) -> str:
 
 
 def display_name(number: int, names: Sequence[str]) -> str:
-    """Returns what a person calls a class: its name, or "class 3" if the data name none."""
+    """Returns the name of a class, or "class 3" if the data have no class names."""
     return names[number] if number < len(names) else f"class {number}"
 
 

@@ -51,7 +51,7 @@ def check(c: Section, like: Section) -> None:
         if name in sections:
             raise ConfigError(f"config.{name}={value!r} must be a section with fields of its own.")
         if name not in known:
-            raise ConfigError(f"config.{name} is no field: {suggestion(name, known)}")
+            raise ConfigError(f"config.{name} is not a field: {suggestion(name, known)}")
         if not _has_type_of(value, known[name]):
             kind = type(known[name]).__name__
             kind += f" of {type(known[name][0]).__name__}" if kind == "tuple" else ""

@@ -115,7 +115,7 @@ def _contains_arrays(folder: str, write: bool) -> bool:
 
 
 def list_matching(folder: Path, pattern: str) -> list[epath.Path]:
-    """Sorted paths in a folder whose names match a pattern; empty if there is no such folder.
+    """Returns the sorted paths in a folder whose names match a pattern; empty if the folder does not exist.
 
     `glob` on a path would read characters of the folder's own name as a pattern.
     """

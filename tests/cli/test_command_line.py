@@ -46,7 +46,7 @@ def error_of(capsys, *args):
         (["--config.data.image_size=-8"], "config.data.image_size=-8 is out of range"),
         (["--mode=trian"], "mode"),
         (["--wrkdir=here"], "wrkdir"),
-        (["train"], "'train' is no flag"),
+        (["train"], "'train' is not a flag"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(capsys, tmp_path, args, told):
@@ -192,7 +192,7 @@ def test_another_platform_than_the_config_expects_is_an_error(capsys, tmp_path):
         ("def get_config(variant): return base()", "needs a variant"),
         ("def get_config():\n c = base()\n c.train.steps = 'many'\n return c", "steps"),
         ("def get_config():\n c = base().unlock()\n del c.train.steps\n return c", "config.train.steps is missing"),
-        ("def get_config():\n c = base().unlock()\n c.train.more = 1\n return c", "config.train.more is no field"),
+        ("def get_config():\n c = base().unlock()\n c.train.more = 1\n return c", "config.train.more is not a field"),
         ("def get_config():\n c = base()\n c.seed = None\n return c", "seed"),
         (
             "from ml_collections import ConfigDict\nget_config = ConfigDict",
@@ -229,7 +229,7 @@ def test_a_wrong_variant_is_told(capsys, tmp_path, config, told):
         ("{", "holds no JSON"),
         ("[1, 2]", "holds no config"),
         ('{"model": {"width": "wide"}}', "config.model.width='wide' must be of type int"),
-        ('{"model": {"widht": 3}}', "config.model.widht is no field: did you mean config.model.width?"),
+        ('{"model": {"widht": 3}}', "config.model.widht is not a field: did you mean config.model.width?"),
     ],
 )
 def test_a_broken_config_of_a_workdir_is_named(capsys, tmp_path, content, told):

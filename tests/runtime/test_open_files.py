@@ -13,11 +13,11 @@ import pathlib, resource, sys
 from madformer_jax.data import records
 paths = [f"{sys.argv[1]}/{k}" for k in range(300)]
 for k, path in enumerate(paths):
-    writer = records.writer(path)
+    writer = records.open_writer(path)
     writer.write(str(k).encode())
     writer.close()
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-readers = records._Readers(paths, "")
+readers = records._ShardReaders(paths, "")
 assert [int(x) for x in readers.read([*range(300)], [0] * 300)] == [*range(300)]
 pathlib.Path(sys.argv[1], "more").touch()  # others can open files
 """

@@ -295,7 +295,7 @@ def test_a_dry_run_lists_and_does_nothing(c, stage, tmp_path, capsys, monkeypatc
     ("definition", "message"),
     [
         (TWO._replace(runs=[]), "no runs"),
-        (TWO._replace(runs=[{"model.widht": 3}]), "config.model.widht is no field: did you mean config.model.width"),
+        (TWO._replace(runs=[{"model.widht": 3}]), "config.model.widht is not a field: did you mean config.model.width"),
         (TWO._replace(runs=[{"model.width": "x"}]), "must be of type int"),
         (TWO._replace(runs=[{"model.width": 16}, {"seed": 0}]), "the same run twice"),
         (TWO._replace(runs=[{"model.width": 15}]), "config.model.width=15"),
