@@ -14,7 +14,10 @@ from typing import Any
 
 
 class Fact(enum.Flag):
-    """Statement about a field. Facts combine: the file of initial noise decides images and is local to a machine."""
+    """Statement about a field.
+
+    Facts combine: the file of initial noise decides images and is local to a machine.
+    """
 
     RUN = enum.auto()  # decides weights, images or scores
     RESUME = enum.auto()  # may change when a run is resumed

@@ -65,7 +65,10 @@ def acquire(workdir: str) -> Iterator[Callable[[], None]]:
 
 
 def holder(workdir: str) -> str | None:
-    """Returns a description of the holder of the workdir; None if nobody holds it or the holder on this machine has ended."""
+    """Returns a description of the holder of the workdir.
+
+    None if nobody holds it or the holder on this machine has ended.
+    """
     with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         there, _ = _read_lock(epath.Path(workdir) / FILE_NAME)
     here = there is not None and there.get("machine") == _machine_id()
@@ -155,7 +158,10 @@ def _encode(content: dict[str, Any]) -> bytes:
 
 
 def _read_lock(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
-    """Returns the content of the lock and its version; None if it does not exist, empty if it is damaged."""
+    """Returns the content of the lock and its version.
+
+    None if it does not exist, empty if it is damaged.
+    """
     content, version = storage.retry(lambda: storage.read_version(path))
     if content is None:
         return None, version

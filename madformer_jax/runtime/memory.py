@@ -75,7 +75,10 @@ def host_free_bytes(root: str = "/") -> int:
 
 
 def _cgroup_free_bytes(top: pathlib.Path) -> Iterator[int]:
-    """Yields the free bytes of each control group (version 1 or 2) of this process. Page cache counts as free."""
+    """Yields the free bytes of each control group (version 1 or 2) of this process.
+
+    Page cache counts as free.
+    """
     groups = top / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, kinds, path = line.split(":", 2)

@@ -118,7 +118,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_devices(mesh: Mesh | AbstractMesh) -> int:
-    """Returns the number of parts into which a batch is split; the batch must be a multiple of it."""
+    """Returns the number of parts into which a batch is split.
+
+    The batch must be a multiple of it.
+    """
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -248,7 +251,10 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
 
 @functools.cache
 def _gather(mesh: Mesh) -> Any:
-    """Returns a jitted function that replicates a tree; cached, so that it compiles once for each shape."""
+    """Returns a jitted function that replicates a tree.
+
+    Cached, so that it compiles once for each shape.
+    """
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 

@@ -15,7 +15,10 @@ from madformer_jax.runtime import storage
 
 
 def record(content: Mapping[str, Any]) -> None:
-    """Records a config that a run of this user has written. Nothing is recorded if the cache is not writable."""
+    """Records a config that a run of this user has written.
+
+    Nothing is recorded if the cache is not writable.
+    """
     path = _path(content)
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -202,7 +202,10 @@ def write_version(path: Path, content: bytes | None, version: bytes) -> bool:
 
 @contextlib.contextmanager
 def _store(path: Path) -> Iterator[tuple[Any, str]]:
-    """Opens a file in TensorStore and yields the store of its folder and its name. Errors are raised as OSError."""
+    """Opens a file in TensorStore and yields the store of its folder and its name.
+
+    Errors are raised as OSError.
+    """
     import tensorstore  # slow to import
 
     folder, name = os.path.split(os.fspath(absolute(path)))
@@ -232,7 +235,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Appends a line to a text file, which is created if needed. In a bucket the whole object is rewritten."""
+    """Appends a line to a text file, which is created if needed.
+
+    In a bucket the whole object is rewritten.
+    """
     if is_remote(path):
         remote = epath.Path(path)
         write_text(path, (remote.read_text() if remote.exists() else "") + text + "\n")
