@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     c.model.depth = 4  # N
     c.model.diffusion_depth = 2  # D
     c.model.mlp_width = 256
-    c.model.predicts = "x0"  # clean strokes where eps and v leave grain and grey blocks (docs/training.md)
+    c.model.prediction_type = "x0"  # clean strokes where eps and v leave grain and grey blocks (docs/training.md)
     c.model.blocks = 4  # L: 4 x 4 latent positions a block, each a token
     c.model.unet_channels = (64,)
     c.model.unet_attention = (False,)
@@ -45,5 +45,5 @@ def get_config() -> ConfigDict:
     c.sample.n = c.sample.batch = c.sample.grid = 100
     c.sample.steps = 20
     c.sample.guidance = 2.0
-    c.sample.clip = 1.0
+    c.sample.clip_x0 = 1.0
     return c

@@ -30,8 +30,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.codec.name = "pixel"
     c.codec.patch = patch
 
-    c.model.predicts = "x0"  # a position holds more values than the U-Net has channels (docs/training.md)
-    c.model.neighbours = True  # borders between blocks show half as much (docs/training.md)
+    c.model.prediction_type = "x0"  # a position holds more values than the U-Net has channels (docs/training.md)
+    c.model.unet_context = True  # borders between blocks show half as much (docs/training.md)
     c.model.width = 192
     c.model.heads = 6
     c.model.depth = 4  # N
@@ -55,7 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sample.n = c.sample.batch = c.sample.grid = 50
     c.sample.steps = 40  # at 20 borders between blocks show a little more
     c.sample.guidance = 1.5
-    c.sample.clip = 1.0
+    c.sample.clip_x0 = 1.0
     if chosen["text"]:
         c.model.classes = 0
         c.text.tokenizer, c.text.vocabulary = "drawings", 835

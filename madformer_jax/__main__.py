@@ -1,10 +1,10 @@
-"""`python -m madformer_jax`, and the command `madformer`: main.py as the program."""
+"""Entry point of `python -m madformer_jax` and of the command `madformer`, which runs main.py."""
 
 import runpy
 
 
 def main() -> None:
-    """Runs the command line of the process, and ends it."""
+    """Runs the command line of this process and exits."""
     runpy.run_module("madformer_jax.main", run_name="__main__", alter_sys=True)
 
 

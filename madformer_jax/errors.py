@@ -1,18 +1,18 @@
-"""What a user did wrong, in one line."""
+"""Errors that a user can correct, and helpers for one-line messages. Every package may import this module."""
 
 import os
 
 
 class ConfigError(ValueError):
-    """A wrong setting or wrong input, told in one line: what is wrong, what was given, what to do."""
+    """Wrong setting or input. The message has one line: what is wrong, the value, what to do."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """Returns the first line of an exception's message, or the name of its type."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def leave(*_: object) -> None:
-    """What Ctrl-C does before anything has begun; a handler of SIGINT."""
+    """Ends the process at once; the handler of SIGINT until a mode runs."""
     os.write(2, b"interrupted before anything was begun\n")
     os._exit(130)

@@ -1,12 +1,13 @@
-"""Kills training and sampling at random moments and shows that nothing is lost.
+"""Kills training and sampling at random moments and checks that nothing is lost.
 
     python -m tests.kill --runs=20 --terms=5 --samples=5 --folder=/tmp/kill
 
-Each of `runs` trainings gets SIGKILL at a random moment, by turns in a save, in a sample grid and between; the first `terms` of them
-go on and get SIGTERM or SIGINT, by turns, at another. Each is then started again, and must end with the state, bit for bit, of a run
-that nobody disturbed, and with each step once in metrics.jsonl. Each of `samples` runs of --mode=sample gets SIGKILL too, and must
-end with the images, each once, of an undisturbed one. Runs are forked from this process, which has imported everything and not yet
-touched JAX's devices.
+Each of `runs` trainings gets SIGKILL at a random moment: in turn during a save, during a sample grid, or
+between them. The first `terms` of them continue and get SIGTERM or SIGINT at another moment. Each is then
+started again. It must end with exactly the state of an undisturbed run, and with each step once in
+metrics.jsonl. Each of `samples` runs of --mode=sample gets SIGKILL too, and must end with the images of an
+undisturbed run, each once. Runs are forked from this process, which has imported all modules but has not
+initialized JAX's devices.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def settings(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") ->
         "--config.train.log_every=1",
         "--config.train.checkpoint_every=4",
         "--config.train.sample_every=6",
-        "--config.sample.steps=100",  # long enough to be met
+        "--config.sample.steps=100",  # long enough to be hit by a signal
         "--config.sample.batch=2",
         "--config.sample.grid=6",
         "--config.sample.shard=2",
@@ -62,20 +63,20 @@ def settings(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") ->
     ]
 
 
-def marked(workdir: pathlib.Path) -> Callable[..., None]:
-    """Returns `hooks.SampleGrid.run` so that a file exists while it draws."""
+def with_mark(workdir: pathlib.Path) -> Callable[..., None]:
+    """Returns `SampleGrid.run` that keeps a file while it draws."""
     mark, draw = pathlib.Path(f"{workdir}.drawing"), hooks.SampleGrid.run
 
-    def marking(self: hooks.SampleGrid, *given: Any) -> None:
+    def draw_with_mark(self: hooks.SampleGrid, *given: Any) -> None:
         mark.touch()
         draw(self, *given)
         mark.unlink()
 
-    return marking
+    return draw_with_mark
 
 
 def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int:
-    """Starts a run in a process of its own, its output in workdir.log."""
+    """Starts a run in a forked process, which writes its output to workdir.log. Returns its process id."""
     pathlib.Path(f"{workdir}.drawing").unlink(missing_ok=True)
     process = os.fork()
     if process:
@@ -85,7 +86,7 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int
     os.dup2(log, 2)
     status = 1
     try:
-        hooks.SampleGrid.run = marked(workdir)
+        hooks.SampleGrid.run = with_mark(workdir)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         status = command_line.main(settings(workdir, cache, mode))
     except BaseException:
@@ -97,7 +98,11 @@ def fork(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> int
 
 
 def finish(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> float:
-    """Runs to the end; returns the seconds that took."""
+    """Completes a run and returns how many seconds it took.
+
+    Raises:
+      SystemExit: The run has failed.
+    """
     began = time.monotonic()
     _, status = os.waitpid(fork(workdir, cache, mode), 0)
     if status:
@@ -108,7 +113,7 @@ def finish(workdir: pathlib.Path, cache: pathlib.Path, mode: str = "train") -> f
 def interrupt(
     process: int, number: int, due: Callable[[], bool], delay: float, moment: Callable[[], bool]
 ) -> dict[str, Any]:
-    """Sends a signal `delay` seconds after `due` holds, then at the first `moment`; tells what it met."""
+    """Sends a signal at the first `moment` at least `delay` seconds after `due` holds. Returns a report."""
     since = None
     while since is None or time.monotonic() < since + delay or not moment():
         since = time.monotonic() if since is None and due() else since
@@ -124,23 +129,23 @@ def interrupt(
 def disturb(
     workdir: pathlib.Path, cache: pathlib.Path, name: signal.Signals, turn: str, first: int, chance: random.Random
 ) -> dict[str, Any]:
-    """Trains from step `first` at most until a signal comes at this turn, at a random moment behind a random step."""
+    """Trains until a signal at a random moment of kind `turn`, after a random step from `first` on."""
     log = pathlib.Path(f"{workdir}.log")
-    told = log.stat().st_size if log.exists() else 0
+    offset = log.stat().st_size if log.exists() else 0
     step, delay = chance.randrange(first, STEPS - 4), chance.uniform(0, 0.3)
 
-    def behind() -> bool:
-        done = re.findall(rb" step (\d+)/", log.read_bytes()[told:]) if log.exists() else []
+    def is_due() -> bool:
+        done = re.findall(rb" step (\d+)/", log.read_bytes()[offset:]) if log.exists() else []
         return not step or any(int(n) >= step for n in done)
 
-    def met() -> str:
+    def current_turn() -> str:
         if list((workdir / "checkpoints").glob("*tmp*")):
             return "in a save"
         return "in a grid" if pathlib.Path(f"{workdir}.drawing").exists() else "between"
 
     process = fork(workdir, cache)
     report = {"run": workdir.name, "signal": name.name, "turn": turn, "behind_step": step}
-    report |= interrupt(process, name, behind, delay, lambda: met() == turn)
+    report |= interrupt(process, name, is_due, delay, lambda: current_turn() == turn)
     steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
     report["newest_step"] = max(steps, default=0)
     print(json.dumps(report), flush=True)
@@ -148,7 +153,7 @@ def disturb(
 
 
 def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, Any], Any]:
-    """Step, arrays and data state of the newest checkpoint of a run with config `c`."""
+    """Returns step, arrays and data state of the newest checkpoint of a run with config `c`."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     s = train_step.make_setup(c)
     _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
@@ -158,22 +163,22 @@ def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, Any], An
 
 
 def drawn(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers and images of the only finished --mode=sample."""
+    """Returns numbers and images of the only finished sampling."""
     (folder,) = (path.parent for path in (workdir / "samples").glob("*/grid.png"))
     shards = list(generation.read_shards(folder))
     return np.concatenate([s.numbers for s in shards]), np.concatenate([s.images for s in shards])
 
 
 def run(folder: pathlib.Path, runs: int, terms: int, samples: int, seed: int) -> list[dict[str, Any]]:
-    """All of it; one report a signal.
+    """Runs all trainings and samplings, and returns a report for each signal.
 
     Raises:
-      AssertionError: a run did not come to the same end, or took longer than `GRACE` to exit.
+      AssertionError: A run ended with another state, or took longer than `GRACE` seconds to exit.
     """
     logging.set_verbosity(logging.ERROR)
     folder.mkdir(parents=True, exist_ok=True)
     cache, chance = folder / "cache", random.Random(seed)
-    seconds = finish(folder / "whole", cache)  # and fills the cache of compiled programs
+    seconds = finish(folder / "whole", cache)  # also fills the cache of compiled programs
     print(f"undisturbed: {seconds:.1f} s", flush=True)
     reports = []
     for i in range(runs):
@@ -191,18 +196,18 @@ def run(folder: pathlib.Path, runs: int, terms: int, samples: int, seed: int) ->
     for i in range(runs):
         workdir = folder / f"run_{i}"
         jax.tree.map(np.testing.assert_array_equal, final(c, workdir), expected)
-        told = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        assert told == list(range(1, STEPS + 1)), (workdir, told)
+        steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, STEPS + 1)), (workdir, steps)
     for report in reports:
         assert report["signal"] == "SIGKILL" or report.get("exit_seconds", 0) <= GRACE, report
     return reports
 
 
 def disturb_sampling(folder: pathlib.Path, i: int, cache: pathlib.Path, chance: random.Random) -> dict[str, Any]:
-    """Kills --mode=sample behind a random shard and starts it again.
+    """Kills --mode=sample after a random shard and starts it again.
 
     Raises:
-      AssertionError: images are missing, come twice or are others than those of an undisturbed run.
+      AssertionError: The images are not those of an undisturbed run, each once.
     """
     if not i:
         finish(folder / "whole", cache, "sample")

@@ -1,8 +1,8 @@
-"""Command lines that people type, 400 of them: status 0, or status 2 after one line, and nothing lost, left or half-written.
+"""400 command lines that people may type: status 0, or status 2 after one line, and no file lost or half-written.
 
-Most of this file is that table.
-A line is what stands behind `python -m madformer_jax.main`; {names} are files and folders of `world`. Where it has no --config
-or --workdir it gets `tests.tiny`'s and a folder that does not exist.
+Most lines of this file are the table of command lines.
+A line has the arguments of `python -m madformer_jax.main`; {names} are files and folders of `world`. A line
+without --config or --workdir gets that of `tests.tiny` and a folder that does not exist.
 """
 
 import hashlib
@@ -258,8 +258,8 @@ SAMPLING = """
     --workdir={run} --mode=sample --config.sample.guidance=inf
     --workdir={run} --mode=sample --config.sample.guidance=1e9
     --workdir={run} --mode=sample --config.sample.guidance=-1
-    --workdir={run} --mode=sample --config.sample.clip=-1
-    --workdir={run} --mode=sample --config.sample.clip=nan
+    --workdir={run} --mode=sample --config.sample.clip_x0=-1
+    --workdir={run} --mode=sample --config.sample.clip_x0=nan
     --workdir={run} --mode=sample --config.sample.labels=3
     --workdir={run} --mode=sample --config.sample.labels=cat
     --workdir={run} --mode=sample --config.sample.weights=best

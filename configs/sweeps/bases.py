@@ -25,7 +25,7 @@ def get_config(variant: str) -> ConfigDict:
     if variant == "drawings":  # as small as digits, and without guidance, which doubles the cost of an image
         c.model.width, c.model.heads, c.model.mlp_width = 96, 3, 256
         c.model.unet_channels = (64,)
-        c.model.neighbours = False  # the paper's U-Net
+        c.model.unet_context = False  # the paper's U-Net
         c.sample.steps = 20
         c.sample.guidance = 1.0
         c.evaluate.network = "attributes"  # distances of the classifier hardly differ between runs

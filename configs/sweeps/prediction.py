@@ -19,7 +19,7 @@ def sweep(variant: str = "digits") -> Sweep:
     return Sweep(
         question="Which prediction type is best: the noise, v or the clean latent?",
         runs=[
-            {"model.predicts": prediction_type, "loss.weighting": weighting, "seed": seed}
+            {"model.prediction_type": prediction_type, "loss.weighting": weighting, "seed": seed}
             for seed in range(3)
             for prediction_type, weighting in points
         ],

@@ -1,9 +1,11 @@
-"""The one entry point: flags, mode dispatch, and the one place that turns an error into a line and a status.
+"""Command line: reads flags, runs a mode, and turns errors into one line and an exit status.
 
-python -m madformer_jax --config=configs/digits.py --workdir=runs/digits [--mode=train] [--config.field=value]
+    python -m madformer_jax --config=configs/digits.py --workdir=runs/digits [--mode=train] [--config.field=value]
 
---help tells of the modes, --mode=NAME --help of the fields that matter to one. Status 0, or 2 after one line on standard
-error, or 130 after an interrupt; --mode=compile has 1 for what does not fit. What is no user's or system's fault is a traceback.
+`cli.help` writes the pages of --help. The status is 0; 2 after an error that a user can correct, with one
+line on standard error; 130 after an interrupt; or 1 if --mode=compile finds that the job does not fit.
+Other errors are bugs and have a traceback. A new mode is a module in `modes`; a new flag belongs in
+`_define_flags`.
 """
 
 import os
@@ -13,25 +15,22 @@ import sys
 from madformer_jax.errors import ConfigError, first_line, leave
 from madformer_jax.runtime import console, stored_config
 
-# clu imports TensorFlow to write TensorBoard files; errors, jaxlib's among them, are shown
+# clu imports TensorFlow to write TensorBoard files; errors are still shown, jaxlib's too
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # which is announced
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow prints a notice
 
-import contextlib
 import glob
 import importlib
 import inspect
-import logging as python_logging
-import re
 import shlex
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from madformer_jax.cli import help
+from madformer_jax.cli import field_flags, help, log
 from madformer_jax.config import fields, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.runtime import open_files, storage, xla_flags
@@ -42,33 +41,37 @@ FLAGS_VARIABLE = "MADFORMER_FLAGS"  # flags for every command, as in XLA_FLAGS
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
-    """The config, with its overrides, and the flags of a command line (argv[0] is the program).
+    """Returns the config, with its overrides, and the flags of a command line.
 
-    Without --config the workdir's own config.json is taken; a conversion and a report need neither.
+    Without --config, the config is that of the workdir's config.json. --mode=convert and --mode=report need
+    neither.
+
+    Args:
+      argv: The arguments; argv[0] is the program.
 
     Raises:
-      ConfigError: a flag, a field or a value is wrong, in one line.
+      ConfigError: A flag, a field or a value is wrong.
     """
     return _parse_with_file(argv)[:2]
 
 
 class _ConfigFile(NamedTuple):
-    """A config file that has been run."""
+    """Config file that has been executed."""
 
     module: types.ModuleType
-    args: tuple[str, ...]  # of its functions: the variant, if one was given
+    args: tuple[str, ...]  # arguments of its functions: the variant, if --config has one
 
 
 def _parse_with_file(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues, _ConfigFile | None]:
-    """As `parse`, and the config file, where there is one."""
+    """Returns the results of `parse`, and the config file or None."""
     values = _define_flags()
     try:
-        rest = values(list(argv), known_only=True)  # all but --config.field=value
+        rest = field_flags.use_current_names(values(list(argv), known_only=True))  # only --config.field=value is left
         _check_flags(values)
         config, file = (
             (_load_workdir_config(values), None) if values.config is None else _load_config_file(values.config)
         )
-        _check_fields(rest)
+        field_flags.check(rest)
         values.remove_flag_values({"config": None})
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
         rest = values(rest)
@@ -77,7 +80,7 @@ def _parse_with_file(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues,
             raise
         raise ConfigError(" ".join(str(error).split())) from error
     if len(rest) > 1:
-        raise ConfigError(f"{rest[1]!r} is no flag: flags look like --name=value.")
+        raise ConfigError(f"{rest[1]!r} is not a flag: flags look like --name=value.")
     stored_config.expand_paths(values.config)
     return values.config, values, file
 
@@ -104,10 +107,10 @@ def _define_flags() -> flags.FlagValues:
 
 
 def _help_page(argv: Sequence[str]) -> str | None:
-    """The page that --help asks for; None without it.
+    """Returns the page of --help; None if the command line does not have that flag.
 
     Raises:
-      ConfigError: there is no such mode.
+      ConfigError: The mode does not exist.
     """
     values = _define_flags()
     try:
@@ -138,33 +141,28 @@ def _check_flags(values: flags.FlagValues) -> None:
         raise ConfigError(f"--dry_run and --measure are for --mode=sweep; the mode is {values.mode}.")
 
 
-def _check_fields(argv: Sequence[str]) -> None:
-    """Every --config.field must exist: ml_collections' own words are several lines."""
-    known = fields.flat(config_lib.base())
-    for arg in argv[1:]:
-        field = re.match(r"--?(?:no)?config\.([^=]*)", arg)
-        if field and field[1] not in known:
-            inside = any(name.startswith(f"{field[1]}.") for name in known)
-            hint = "name one of its fields." if inside else fields.suggestion(field[1], known)
-            raise ConfigError(f"--config.{field[1]}: there is no such field: {hint}")
-
-
 def _load_workdir_config(values: flags.FlagValues) -> ConfigDict:
     path = os.path.join(values.workdir or "", "config.json")
     saved = storage.read_json(path) if values.workdir else None
     if saved is not None:
-        several = values.distributed or values.coordinator  # whose records may differ, and their configs must not
+        several = (
+            values.distributed or values.coordinator
+        )  # all processes must read the same config, whatever each has recorded
         return stored_config.config_from_saved(saved, path, trusted=False if several else None)
     if values.mode in ("convert", "report"):
         return config_lib.base()
     raise ConfigError("--config is missing: name a config file, for example --config=configs/digits.py.")
 
 
-def _load_config_file(given: str) -> tuple[ConfigDict, _ConfigFile]:
-    """Runs get_config of FILE or FILE:variant."""
-    path, colon, variant = config_lib.split_config_flag(storage.expand(given))
+def _load_config_file(flag: str) -> tuple[ConfigDict, _ConfigFile]:
+    """Runs get_config of a value of --config, FILE or FILE:variant.
+
+    Raises:
+      ConfigError: The file does not exist, fails, or returns a wrong config.
+    """
+    path, colon, variant = config_lib.split_config_flag(storage.expand(flag))
     if not os.path.isfile(path):
-        raise ConfigError(f"--config={given}: there is no file {path!r}{help.config_location_hint(path)}.")
+        raise ConfigError(f"--config={flag}: there is no file {path!r}{help.config_location_hint(path)}.")
     module = sys.modules["config_file"] = types.ModuleType("config_file")
     module.__file__ = path
     try:
@@ -172,25 +170,27 @@ def _load_config_file(given: str) -> tuple[ConfigDict, _ConfigFile]:
             exec(compile(file.read(), path, "exec"), module.__dict__)
         get_config = getattr(module, "get_config", None)
         if not callable(get_config):
-            raise ConfigError(f"--config={given}: {path} has no function get_config().")
+            raise ConfigError(f"--config={flag}: {path} has no function get_config().")
         args = (variant,) if colon else ()
         try:
             inspect.signature(get_config).bind(*args)
         except TypeError:
             takes = f"takes no variant: --config={path}" if colon else f"needs a variant: --config={path}:VARIANT"
-            raise ConfigError(f"--config={given}: it {takes}.") from None
+            raise ConfigError(f"--config={flag}: it {takes}.") from None
         config = get_config(*args)
     except ConfigError:
         raise
-    except (Exception, SystemExit) as error:  # a config file is code, which may raise anything, and end the process
-        raise ConfigError(f"--config={given}: {type(error).__name__}: {first_line(error)}") from error
+    except (Exception, SystemExit) as error:  # a config file is code that may raise anything or exit
+        raise ConfigError(f"--config={flag}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(config, ConfigDict):
-        raise ConfigError(f"--config={given}: get_config() returned a {type(config).__name__}, not a ConfigDict.")
+        raise ConfigError(f"--config={flag}: get_config() returned a {type(config).__name__}, not a ConfigDict.")
     try:
         fields.check(config, config_lib.base())
     except ConfigError as error:
-        raise ConfigError(f"--config={given}: {error}") from None
-    return config.lock(), _ConfigFile(module, args)
+        raise ConfigError(f"--config={flag}: {error}") from None
+    plain = config_lib.base()
+    plain.update_from_flattened_dict(fields.flat(config))
+    return plain, _ConfigFile(module, args)
 
 
 # ---- the process
@@ -199,29 +199,32 @@ def _load_config_file(given: str) -> tuple[ConfigDict, _ConfigFile]:
 def _start_jax(platform: str) -> None:
     """Starts JAX's backend.
 
+    Args:
+      platform: The expected platform; "" for any.
+
     Raises:
-      ConfigError: it does not start, or is none of `platform`, where that is not "".
+      ConfigError: The backend does not start, or is another platform.
     """
     import jax
 
     from madformer_jax.runtime import numerics
 
     numerics.apply_globally()
-    held = (
+    advice = (
         "check that the accelerator is free (a dead process may hold it; on TPU see /tmp/libtpu_lockfile) and that jax is "
         "installed for it"
     )
     try:
-        found = jax.default_backend()
-    except Exception as error:  # of JAX, its assertions among them, and of any plugin
+        backend = jax.default_backend()
+    except Exception as error:  # JAX and its plugins raise errors of any type
         asked = os.environ.get("JAX_PLATFORMS", "")
-        raise ConfigError(f"JAX_PLATFORMS={asked!r} does not start ({first_line(error)}): {held}.") from error
-    if platform and found != platform:
-        raise ConfigError(f"config.platform={platform!r}, but JAX runs on {found!r}: {held}.")
+        raise ConfigError(f"JAX_PLATFORMS={asked!r} does not start ({first_line(error)}): {advice}.") from error
+    if platform and backend != platform:
+        raise ConfigError(f"config.platform={platform!r}, but JAX runs on {backend!r}: {advice}.")
 
 
 def _set_compilation_cache(setting: str, workdir: str | None) -> None:
-    """Sets the folder of compiled programs. For "auto" JAX_COMPILATION_CACHE_DIR comes before the user's cache."""
+    """Sets the folder of compiled programs. "auto" is JAX_COMPILATION_CACHE_DIR or else the user's cache."""
     import jax
 
     if setting == "off":
@@ -238,9 +241,9 @@ _ACCELERATOR_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9
 
 
 def _disable_ynnpack(platform: str) -> None:
-    """XLA's YNNPACK kernels for CPU are slower than what they replace, gradients of convolutions six times (docs/performance.md).
+    """Disables XLA's YNNPACK kernels on CPU, whose gradients of convolutions are six times slower (docs/performance.md).
 
-    Not with an accelerator, where the flag is of no use; and XLA ends a process that gives it a flag it does not know.
+    With an accelerator the flag is useless. XLA ends a process that sets an unknown flag.
     """
     asked = platform or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
     on_cpu = asked == "cpu" if asked else not any(map(glob.glob, _ACCELERATOR_DEVICES))
@@ -250,7 +253,7 @@ def _disable_ynnpack(platform: str) -> None:
 
 
 def _score_summary(config: ConfigDict, workdir: str) -> str:
-    """How good a trained model is, in a sentence, with what real images of the training set score beside it."""
+    """Returns a sentence with the score of a trained model and that of real training images."""
     from etils import epath
 
     from madformer_jax.evaluation import judge_paths
@@ -260,62 +263,30 @@ def _score_summary(config: ConfigDict, workdir: str) -> str:
     c.evaluate.images, c.evaluate.checkpoints = "", "newest"
     if not epath.Path(judge_paths.reference_path(c, workdir)).exists():
         reference.run(c, workdir)
-    found = [evaluate.run(c, workdir)["results"][0]["scores"]]
+    scores = [evaluate.run(c, workdir)["results"][0]["scores"]]
     c.evaluate.images, c.evaluate.grid = "data:train", ""
-    found.append(evaluate.run(c, workdir)["results"][0]["scores"])
-    name = next(iter(found[0]))
-    drawn, real = (f"{one[name]['value']:.2f} [{one[name]['low']:.2f}, {one[name]['high']:.2f}]" for one in found)
+    scores.append(evaluate.run(c, workdir)["results"][0]["scores"])
+    name = next(iter(scores[0]))
+    drawn, real = (f"{s[name]['value']:.2f} [{s[name]['low']:.2f}, {s[name]['high']:.2f}]" for s in scores)
     return (
         f"{name} of {c.evaluate.n} samples: {drawn}; of as many real training images: {real} (0: as the held-out ones)."
     )
 
 
-# ---- the log
-
-
-def _log_to_stderr() -> None:
-    """Our own log lines and everybody's warnings, on standard error."""
-    flags.FLAGS.mark_as_parsed()  # absl's own, which keep their defaults; else it warns that it logs so early
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.set_stderrthreshold("info")
-    handler = logging.get_absl_handler()
-    handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the package
-    handler.addFilter(lambda record: record.levelno >= python_logging.WARNING or record.pathname.startswith(ours))
-
-
-@contextlib.contextmanager
-def _log_config_first(config: ConfigDict) -> Iterator[None]:
-    """Logs what a config is above the first line that comes within: a command that is refused prints its error alone."""
-    handler = logging.get_absl_handler()
-    settings = ", ".join(f"{name}={value!r}" for name, value in config_lib.differences(config).items())
-
-    def above(record: python_logging.LogRecord) -> bool:
-        handler.removeFilter(above)  # the last of the filters: it sees only what will be printed
-        logging.info("settings other than the defaults: %s", settings or "none")
-        for line in validation.warnings(config):
-            logging.warning("%s", line)
-        return True
-
-    handler.addFilter(above)
-    try:
-        yield
-    finally:
-        handler.removeFilter(above)
-
-
-# ---- all of it
+# ---- running a command
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs one command line.
+    """Runs a command line.
+
+    Args:
+      argv: The arguments; argv[0] is the program.
 
     Returns:
       The exit status.
 
     Raises:
-      ConfigError: what is wrong with it.
+      ConfigError: The command line, a file or a setting is wrong.
     """
     page = _help_page(argv)
     if page:
@@ -330,7 +301,7 @@ def run(argv: Sequence[str]) -> int:
 
         partitioning.distributed_init(values.coordinator, values.num_processes, values.process_id)
     _set_compilation_cache(config.compilation_cache, values.workdir)
-    if values.mode not in ("compile", "report"):  # which need no device
+    if values.mode not in ("compile", "report"):  # these need no device
         _start_jax(config.platform)
     module = importlib.import_module(f"madformer_jax.modes.{values.mode}")
     extra: dict[str, Any] = {}
@@ -339,14 +310,14 @@ def run(argv: Sequence[str]) -> int:
     elif values.mode == "sweep":
         extra = {"file": file, "dry_run": values.dry_run, "measure": values.measure}
     if signal.getsignal(signal.SIGINT) is leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on there are things to put away
-    with _log_config_first(config):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on, modes clean up after an interrupt
+    with log.config_first(config):
         if values.mode == "train" and config.train.judge:
             from madformer_jax.modes import evaluate
 
             evaluate.check_before_training(config, values.workdir)
         result = module.run(config, values.workdir, **extra)
-    # A training that was asked to stop leaves at once: the next start judges it.
+    # A training that was asked to stop exits at once; the next start evaluates it.
     if values.mode == "train" and result.get("step") == config.train.steps and "stopped" not in result:
         scores = _score_summary(config, values.workdir) if config.train.judge else ""
         import jax
@@ -360,7 +331,7 @@ def _insert_environment_flags(argv: Sequence[str]) -> list[str]:
     """Inserts the flags of the variable MADFORMER_FLAGS before those of a command line, which override them.
 
     Raises:
-      ConfigError: The variable has a quote that is not closed.
+      ConfigError: The variable has an unclosed quote.
     """
     try:
         return [*argv[:1], *shlex.split(os.environ.get(FLAGS_VARIABLE, "")), *argv[1:]]
@@ -369,8 +340,8 @@ def _insert_environment_flags(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns the exit status, after one line where it is not 0."""
-    _log_to_stderr()
+    """Runs a command line, by default that of the process, and returns the exit status."""
+    log.to_stderr()
     try:
         return run(_insert_environment_flags(sys.argv if argv is None else argv))
     except KeyboardInterrupt:
@@ -385,14 +356,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _error_line(error: Exception) -> str | None:
-    """What a user can do something about, in one line; None where it is a fault of ours."""
+    """Returns the message of an error that a user can correct, in one line; None for a bug."""
     if isinstance(error, ConfigError):
         return " ".join(str(error).split())
     if storage.is_error(error):
         return f"a file cannot be read or written: {first_line(error)}"
     if isinstance(error, MemoryError):
         return f"this machine's memory is too small ({first_line(error)}): try a smaller image, model or batch."
-    if "RESOURCE_EXHAUSTED" in str(error):  # of XLA, under several names
+    if "RESOURCE_EXHAUSTED" in str(error):  # raised by XLA in errors of several types
         return (
             f"the device's memory is full ({first_line(error)}): try a smaller train.batch, sample.batch or model, "
             "train.accumulate, model.remat=full, or more devices along config.mesh.fsdp."

@@ -1,4 +1,8 @@
-"""What --help prints: the modes, and the fields that matter to one, read from the modes' and config.py's own lines."""
+"""Pages of --help, docs/reference.md, and the text after a training.
+
+Modes are described by the first sentence of their modules, and fields by their comments in
+`config.schema.base`. Add a mode's sections of fields to `_SECTIONS`.
+"""
 
 import ast
 import functools
@@ -17,7 +21,8 @@ from madformer_jax.runtime import console
 _COMMAND = "python -m madformer_jax"
 _WIDTH = 118
 
-# Beside the section of its own name. What decides the shapes of a model comes from its workdir, behind the training.
+# Sections on the page of a mode, besides the section of its own name. After training, the workdir's config
+# decides the shapes of a model, so those pages do not list the model's fields.
 _SECTIONS = {
     "train": ("model", "text", "loss", "codec", "data", "optimizer", "sample", "mesh"),
     "sample": ("mesh",),
@@ -44,46 +49,47 @@ Train on the embedded digits and draw samples, then draw more of some of them, a
 
 @functools.cache
 def mode_summaries() -> dict[str, str]:
-    """Mode -> what it does, the first sentence of its file."""
+    """Returns mode -> first sentence of the docstring of its module."""
     names = [module.name for module in pkgutil.iter_modules(modes.__path__)]
-    found = {}
+    summaries = {}
     for mode in sorted(names, key=lambda name: (name != "train", name)):
         source = (importlib.resources.files(modes) / f"{mode}.py").read_text()
         first = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
-        found[mode] = " ".join(first.removeprefix(f"--mode={mode}: ").split()).partition(". ")[0].rstrip(".")
-    return found
+        summaries[mode] = " ".join(first.removeprefix(f"--mode={mode}: ").split()).partition(". ")[0].rstrip(".")
+    return summaries
 
 
 def field_comments() -> dict[str, str]:
-    """Field or section -> the comment behind it in `config.base`, in its order; "" where there is none."""
+    """Returns field or section -> its comment in `schema.base`, in the order there; "" without a comment."""
     source = inspect.getsource(schema.base)
-    lines, found = source.splitlines(), {}
+    lines, comments = source.splitlines(), {}
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("c."):
             behind = "\n".join(lines[node.lineno - 1 : node.end_lineno]).partition("  # ")[2]
-            found[ast.unparse(node.targets[0]).removeprefix("c.")] = behind.partition("\n")[0]
-    return found
+            comments[ast.unparse(node.targets[0]).removeprefix("c.")] = behind.partition("\n")[0]
+    return comments
 
 
 def page(mode: str | None) -> str:
-    """The help on all modes, or on one and its fields."""
+    """Returns the help page of a mode, or of all modes for None."""
     return _overview_page() if mode is None else _mode_page(mode)
 
 
 def reference_page() -> str:
-    """docs/reference.md: every field with its default, its comment and what it may hold."""
-    defaults, told = fields.flat(schema.base()), field_comments()
+    """Returns docs/reference.md: every field with its default, its comment and its allowed values."""
+    defaults, comments = fields.flat(schema.base()), field_comments()
     lines = [
         "# Every field", "",
-        "Set as `--config.field=value`. Made by `python -m madformer_jax.cli.help` from `config.py` and `limits.py`.",
+        "Set as `--config.field=value`. Made by `python -m madformer_jax.cli.help` from `config/schema.py` and "
+        "`config/validation.py`.",
     ]  # fmt: skip
     section = None
-    for name in (name for name in told if name in defaults):
+    for name in (name for name in comments if name in defaults):
         if (head := name.rpartition(".")[0]) != section:
             section = head
-            about = f": {told[head]}" if told.get(head) else ""
+            about = f": {comments[head]}" if comments.get(head) else ""
             lines += ["", f"## {head or 'The run'}{about}", "", "| field | default | |", "|---|---|---|"]
-        what = [told.get(name, "")]
+        what = [comments.get(name, "")]
         if name in validation.CHOICES:
             what.append("one of " + ", ".join(f"`{choice}`" if choice else '""' for choice in validation.CHOICES[name]))
         elif name in validation.RANGES:
@@ -95,7 +101,13 @@ def reference_page() -> str:
 
 
 def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
-    """What a training has made, how good it is, and what to try next."""
+    """Returns the text after a training: its files, its scores, and commands to try next.
+
+    Args:
+      c: The config.
+      workdir: Folder of the run.
+      scores: A sentence on the quality of the model; "" if it was not evaluated.
+    """
     chosen = ["--config.sample.labels=[0, 1]", "--config.sample.guidance=2"] if c.model.classes else []
 
     def command(mode: str, *arguments: str) -> str:
@@ -119,7 +131,7 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
 
 
 def config_location_hint(path: str) -> str:
-    """For a path like `configs/digits.py` that does not exist here: where the project's own config files are."""
+    """Returns the end of a message on a missing file like `configs/digits.py`: the place of the project's configs."""
     if os.path.normpath(path).partition("/")[0] != "configs":
         return ""
     checkout = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -132,9 +144,9 @@ def config_location_hint(path: str) -> str:
 
 
 def _overview_page() -> str:
-    found = mode_summaries()
-    wide = max(map(len, found))
-    lines = [f"  {mode:{wide}}  {what}" for mode, what in found.items()]
+    summaries = mode_summaries()
+    width = max(map(len, summaries))
+    lines = [f"  {mode:{width}}  {summary}" for mode, summary in summaries.items()]
     return "\n".join(
         [
             f"usage: {_COMMAND} --mode=MODE --config=FILE --workdir=DIR [--config.FIELD=VALUE ...]", "",
@@ -147,7 +159,7 @@ def _overview_page() -> str:
 
 
 def _mode_page(mode: str) -> str:
-    told, values = field_comments(), fields.flat(schema.base())
+    comments, values = field_comments(), fields.flat(schema.base())
     sections = [s for s in (mode, *_SECTIONS.get(mode, ())) if any(name.startswith(f"{s}.") for name in values)]
     lines = [
         f"--mode={mode}: {mode_summaries()[mode]}.",
@@ -155,12 +167,15 @@ def _mode_page(mode: str) -> str:
         "Fields and their defaults, which a config file or the workdir may change:",
     ]
     for section in ("", *sections):
-        own = [name for name in told if name in values and name.rpartition(".")[0] == section]
+        own = [name for name in comments if name in values and name.rpartition(".")[0] == section]
         heads = [f"--config.{name}={_format_value(values[name])}" for name in own]
         wide = min(44, max(map(len, heads)))
-        lines += ["", f"{section or 'all modes'}{':' if told.get(section) else ''} {told.get(section, '')}".rstrip()]
+        lines += [
+            "",
+            f"{section or 'all modes'}{':' if comments.get(section) else ''} {comments.get(section, '')}".rstrip(),
+        ]
         for name, head in zip(own, heads):
-            wrapped = textwrap.wrap(told.get(name, ""), _WIDTH - wide - 4) or [""]
+            wrapped = textwrap.wrap(comments.get(name, ""), _WIDTH - wide - 4) or [""]
             first = (
                 f"  {head:{wide}}  {wrapped[0]}" if len(head) <= wide or not wrapped[0] else f"  {head}  {wrapped[0]}"
             )

@@ -1,5 +1,8 @@
-"""Values that several modules know by name: terms of the loss, prediction types, weightings."""
+"""Names that several modules share: terms of the loss, prediction types, weightings of the loss.
 
-LOSS_TERMS = ("image", "hidden", "clean", "text")  # of the loss; each needs one output of the model
-PREDICTION_TYPES = ("eps", "v", "x0")  # `model.predicts`
+`validation.CHOICES` lists them as values of fields. Add a term of the loss here and in `diffusion.losses`.
+"""
+
+LOSS_TERMS = ("image", "hidden", "clean", "text")  # weights in `config.loss`; each term needs one output of the model
+PREDICTION_TYPES = ("eps", "v", "x0")  # `model.prediction_type`
 LOSS_WEIGHTINGS = ("output", "v")  # `loss.weighting`

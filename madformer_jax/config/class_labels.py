@@ -1,8 +1,9 @@
-"""Class labels as users write them: `config.sample.labels`, `Model.sample(labels=...)` and the demo's list.
+"""Class labels as users write them: `config.sample.labels`, `Model.sample(labels=...)`, the demo.
 
-An integer is always a class number. A text is a class name first and a class number second. `sample.labels` holds labels
-separated by commas, or a JSON list: '["2", 7]' draws the class named 2, then class number 7. The JSON form is the one that
-`Model.sample` writes, and the form that `sample.labels` has once names are resolved.
+An integer is always a class number. A text is a class name first and a class number second.
+`sample.labels` holds labels separated by commas, or a JSON list: '["2", 7]' draws the class named 2,
+then class number 7. `Model.sample` writes the JSON form, and `sample.labels` has it once names are
+resolved.
 """
 
 import difflib
@@ -19,7 +20,7 @@ from madformer_jax.errors import ConfigError
 
 _NUMBER = re.compile(r"[+-]?[0-9]+")
 _FIELD = "config.sample.labels"
-_MAX_SHOWN = 8  # labels that a message repeats at most
+_MAX_SHOWN = 8  # labels in a message, at most
 
 
 def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
@@ -51,7 +52,7 @@ def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
 
 
 def check(text: str, classes: int) -> list[Any] | None:
-    """Checks what can be checked before class names are known.
+    """Checks labels as far as possible before the class names are known.
 
     Returns:
       The items of a JSON list; None if the value is not one.
@@ -101,18 +102,18 @@ def format_numbers(text: str) -> str:
 
 
 def display_name(number: int, names: Sequence[str]) -> str:
-    """Returns what a person calls a class: its name, or "class 3" if the data name none."""
+    """Returns the name of a class, or "class 3" if the data have no class names."""
     return names[number] if number < len(names) else f"class {number}"
 
 
 def summary(numbers: Sequence[int], names: Sequence[str]) -> str:
-    """Returns the names of classes for a line of a log, each once and the first few only."""
+    """Returns the names of the first few distinct classes for a line of the log."""
     distinct = [display_name(k, names) for k in dict.fromkeys(numbers)]
     return ", ".join(distinct[:_MAX_SHOWN]) + ", ..." * (len(distinct) > _MAX_SHOWN)
 
 
 def distinct_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """Returns names that differ from each other and from `taken`: those that do not are followed by their number."""
+    """Returns names that differ from each other and from `taken`, by adding class numbers to repeated names."""
     repeated = {text for text in names if names.count(text) > 1} | set(taken)
     return [f"{text} (#{k})" if text in repeated else text for k, text in enumerate(names)]
 

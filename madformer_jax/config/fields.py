@@ -1,4 +1,8 @@
-"""A config's fields under flat names, as in {"model.width": 96}, and whether they are those of another config."""
+"""Flat names of config fields, as in {"model.width": 96}, and checks of names and types.
+
+Modules that compare, hash or store configs use `flat`. The command line and the readers of stored
+configs call `check`; `validation` checks the values.
+"""
 
 import difflib
 import json
@@ -13,7 +17,12 @@ Section: TypeAlias = Mapping[str, Any] | ConfigDict
 
 
 def flat(c: Section, prefix: str = "") -> dict[str, Any]:
-    """Field -> value; sequences are tuples."""
+    """Returns field -> value of a config or a section, with lists turned into tuples.
+
+    Args:
+      c: The config or section, which may be nested.
+      prefix: Text before each name.
+    """
     fields: dict[str, Any] = {}
     for name, value in c.items():
         if isinstance(value, Mapping | ConfigDict):
@@ -24,30 +33,30 @@ def flat(c: Section, prefix: str = "") -> dict[str, Any]:
 
 
 def suggestion(name: str, known: Mapping[str, Any]) -> str:
-    """A hint at the field that may be meant, to end a sentence."""
+    """Returns the end of an error message: the most similar field, or the names of all sections."""
     near = difflib.get_close_matches(name, known, 1)
     sections = ", ".join(sorted({field.partition(".")[0] for field in known if "." in field}))
     return f"did you mean config.{near[0]}?" if near else f"the sections are {sections}."
 
 
 def check(c: Section, like: Section) -> None:
-    """Whether a config has the fields of another, each of its type, and no more.
+    """Checks that a config has exactly the fields of another config, with values of the same types.
 
     Raises:
-      ConfigError: names the first field that is wrong.
+      ConfigError: Names the first wrong field.
     """
-    given, known = flat(c), flat(like)
+    values, known = flat(c), flat(like)
     sections = {".".join(parts[:n]) for parts in (field.split(".") for field in known) for n in range(1, len(parts))}
-    for name, value in given.items():
+    for name, value in values.items():
         if name in sections:
             raise ConfigError(f"config.{name}={value!r} must be a section with fields of its own.")
         if name not in known:
-            raise ConfigError(f"config.{name} is no field: {suggestion(name, known)}")
+            raise ConfigError(f"config.{name} is not a field: {suggestion(name, known)}")
         if not _has_type_of(value, known[name]):
             kind = type(known[name]).__name__
             kind += f" of {type(known[name][0]).__name__}" if kind == "tuple" else ""
             raise ConfigError(f"config.{name}={value!r} must be of type {kind}.")
-    missing = [name for name in known if name not in given]
+    missing = [name for name in known if name not in values]
     if missing:
         raise ConfigError(
             f"config.{missing[0]} is missing: a config file starts from config.base(), which has every field."
@@ -55,7 +64,7 @@ def check(c: Section, like: Section) -> None:
 
 
 def _has_type_of(value: Any, like: Any) -> bool:
-    """Whether a value is of the type of another; a float may be given as an integer."""
+    """Returns whether two values have the same type. An integer also counts as a float."""
     if isinstance(value, bool) or isinstance(like, bool):
         return isinstance(value, bool) and isinstance(like, bool)
     if isinstance(like, tuple):

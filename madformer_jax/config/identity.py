@@ -1,8 +1,9 @@
-"""Facts about every config field: does it decide results, may it change on resume, does it belong to the machine.
+"""Facts about every config field: whether it decides results, may change on resume, or is local to a machine.
 
-This table is the only place that says what identifies a run. `runtime.checkpoint` compares what may not change, `testbed.sweep`
-names a run by what decides its results, and `modes.export` and `config.restored` set what belongs to a machine to its default.
-A new field of `config.base` needs a line here.
+This table alone says what identifies a run. `runtime.checkpoint` compares the fields that may not
+change, `sweeps.sweep_file` names a run by the fields that decide its results, and `modes.export` and
+`runtime.stored_config` reset the fields that are local to a machine. A new field of `schema.base`
+needs an entry here.
 """
 
 import enum
@@ -13,27 +14,30 @@ from typing import Any
 
 
 class Fact(enum.Flag):
-    """A statement about a field. Facts combine: the path of the initial noise decides images and belongs to a machine."""
+    """Statement about a field.
+
+    Facts combine: the file of initial noise decides images and is local to a machine.
+    """
 
     RUN = enum.auto()  # decides weights, images or scores
-    RESUME = enum.auto()  # may change when a run goes on
-    MACHINE = enum.auto()  # is a path, an address or a matter of speed and memory: it means nothing on another machine
+    RESUME = enum.auto()  # may change when a run is resumed
+    MACHINE = enum.auto()  # a path, an address, or a setting of speed and memory, meaningless on another machine
 
 
 _FIXED = Fact.RUN
 _FREE = Fact.RUN | Fact.RESUME
-_NEUTRAL = Fact.RESUME  # decides no result, and other machines may have it
-_LOCAL = Fact.MACHINE | Fact.RESUME  # decides no result: the same images or weights may lie elsewhere
+_NEUTRAL = Fact.RESUME  # decides no result and is valid on other machines
+_LOCAL = Fact.MACHINE | Fact.RESUME  # decides no result: another machine may keep the same files elsewhere
 _FILE = Fact.RUN | Fact.MACHINE
 _FREE_FILE = Fact.RUN | Fact.MACHINE | Fact.RESUME
 
-# section -> facts -> its fields
+# Section -> facts -> names of fields
 _TABLE: dict[str, dict[Fact, str]] = {
     "": {_FIXED: "seed", _LOCAL: "platform compilation_cache profile"},
     "model": {
-        _FIXED: "width heads depth diffusion_depth mlp_width blocks unet_channels unet_layers unet_attention unet_groups "
-        "unet_heads unet_time_width unet_stride unet_kernel neighbours predicts rope time_embedding clean_timestep hidden_from "
-        "clean_stream ar_condition param_sets diffusion_attention classes dtype",
+        _FIXED: "width heads depth diffusion_depth mlp_width blocks unet_channels unet_layers unet_attention "
+        "unet_groups unet_heads unet_time_width unet_stride unet_kernel unet_context prediction_type rope time_embedding "
+        "clean_timestep hidden_from clean_stream ar_condition param_sets diffusion_attention classes dtype",
         _LOCAL: "attention remat scan_unroll",
     },
     "text": {_FIXED: "vocabulary length caption", _FREE: "truncate", _FILE: "tokenizer"},
@@ -44,7 +48,7 @@ _TABLE: dict[str, dict[Fact, str]] = {
         _NEUTRAL: "max_corrupt max_pixels",
         _LOCAL: "path workers threads batches_ahead",
     },
-    "prepare": {_NEUTRAL: "kind shard batch max_corrupt flip"},  # the plan of prepared records has its own comparison
+    "prepare": {_NEUTRAL: "kind shard batch max_corrupt flip"},  # modes.prepare compares its own plan
     "train": {
         _FIXED: "batch ema_decay ema_warmup context_noise label_dropout",
         _FREE: "steps accumulate",
@@ -55,7 +59,7 @@ _TABLE: dict[str, dict[Fact, str]] = {
     "optimizer": {_FIXED: "b1 b2 weight_decay clip skip", _FREE: "learning_rate schedule warmup decay"},
     "sample": {
         _FREE: "step n solver spacing steps guidance guidance_schedule guidance_interval prompts labels label_sampling weights "
-        "clip",
+        "clip_x0",
         _NEUTRAL: "batch shard grid film",
         _FREE_FILE: "noise",
     },
@@ -79,14 +83,13 @@ FACTS: dict[str, Fact] = {
     for name in names.split()
 }
 
-HUB_ID = re.compile(
-    r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?"
-)  # of the Hugging Face hub: owner/name or owner/name@revision
+# owner/name or owner/name@revision on the Hugging Face hub
+HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?")
 EMBEDDED_TOKENIZERS = ("drawings",)
-DATA_PREFIX = "data:"  # of sample.prompts and evaluate.images: a split of the config's data set
+DATA_PREFIX = "data:"  # before a split, as value of sample.prompts and evaluate.images
 _TEXT_FILE = re.compile(r"\.txt\s*($|[,;])")
 
-# Values that name no file, of fields that may hold a path.
+# Fields that may hold a path -> whether a value is valid on any machine.
 _PORTABLE: dict[str, Callable[[str], bool]] = {
     "codec.path": lambda value: HUB_ID.fullmatch(value) is not None and not os.path.exists(value),
     "evaluate.grid": lambda value: not _TEXT_FILE.search(value),  # it may vary sample.prompts
@@ -103,16 +106,16 @@ def affects_results(name: str) -> bool:
 
 
 def may_change_on_resume(name: str) -> bool:
-    """Returns whether a field may change when a run goes on."""
+    """Returns whether a field may change when a run is resumed."""
     return Fact.RESUME in _facts(name)
 
 
 def _facts(name: str) -> Fact:
-    return FACTS.get(name, Fact.RUN)  # a field without a line may decide everything
+    return FACTS.get(name, Fact.RUN)  # a field without an entry may decide results
 
 
 def identifying_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what identifies a run: the fields that decide results, with their values.
+    """Returns the fields that identify a run, because they decide its results, with their values.
 
     Args:
       values: A flat config, or only its fields that are not at their defaults.
@@ -122,10 +125,10 @@ def identifying_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -
 
 
 def machine_specific_fields(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a flat config whose values mean nothing, or something else, on another machine.
+    """Returns the fields of a flat config whose values are not valid on another machine.
 
-    They are those of the machine that are not at their defaults. The id of a hub, the name of an embedded tokenizer and the split
-    of a data set are no path, and stay.
+    A value at its default is valid anywhere. So are hub ids, names of embedded tokenizers and splits of
+    the config's data set, in fields that may hold a path.
     """
     return {
         name: values[name]

@@ -1,4 +1,7 @@
-"""Sizes that follow from a config: latent, blocks, tokens (MADFormer, section 2)."""
+"""Sizes of the latent, its blocks and their tokens, derived from a config (MADFormer, Section 2).
+
+`schema.validate`, the models, the codecs and the cost estimates call `derive_sizes`.
+"""
 
 import math
 from typing import NamedTuple
@@ -9,12 +12,12 @@ from madformer_jax.errors import ConfigError
 
 
 class Sizes(NamedTuple):
-    """Sizes that follow from a config; the only place where they are computed."""
+    """Sizes that follow from a config, computed by `derive_sizes`."""
 
     latent: int  # side of the latent, in positions
-    channels: int  # of the latent
+    channels: int  # C, channels of the latent
     blocks: int  # L
-    grid: int  # rows of blocks: sqrt(L), or sqrt(L / 2) where L is twice a square and blocks are higher than wide
+    grid: int  # rows of blocks: sqrt(L), or sqrt(L / 2) if L is twice a square and blocks are upright
     block_side: int  # latent positions along a block's height
     positions: int  # latent positions in a block
     token_side: int  # tokens along a block's height
@@ -22,41 +25,44 @@ class Sizes(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Blocks along the image's width."""
+        """Number of blocks along the width of the image."""
         return self.blocks // self.grid
 
     @property
     def block_width(self) -> int:
-        """Latent positions along a block's width."""
+        """Number of latent positions along the width of a block."""
         return self.positions // self.block_side
 
     @property
     def token_width(self) -> int:
-        """Tokens along a block's width."""
+        """Number of tokens along the width of a block."""
         return self.tokens // self.token_side
 
     @property
     def block_shape(self) -> tuple[int, int, int]:
-        """(L, positions, C) of one image as latent blocks."""
+        """Shape (L, positions, C) of one image as latent blocks."""
         return self.blocks, self.positions, self.channels
 
 
-# Of the Stable Diffusion VAE
+# The Stable Diffusion VAE
 VAE_DOWNSAMPLING, VAE_CHANNELS = 8, 4
 SCALING_FACTOR = 0.18215  # makes the latents' variance about 1
 
 
 def vocabulary_size(c: ConfigDict) -> int:
-    """Tokens that the model knows: the classes or the tokenizer's, and a last one for "none"; 0 for an unconditional model."""
+    """Returns the number of condition tokens of the model; 0 for an unconditional model.
+
+    They are the classes or the tokens of the tokenizer, and a last token that stands for no condition.
+    """
     known: int = c.text.vocabulary or c.model.classes
     return known + 1 if known else 0
 
 
 def derive_sizes(c: ConfigDict) -> Sizes:
-    """Derives `Sizes`.
+    """Derives the sizes of a config.
 
     Raises:
-      ConfigError: image, latent, blocks and U-Net stride do not divide one another.
+      ConfigError: Image, latent, blocks and U-Net stride do not divide one another.
     """
     m, side = c.model, c.data.image_size
     if c.codec.name == "vae":
@@ -68,7 +74,7 @@ def derive_sizes(c: ConfigDict) -> Sizes:
             f"config.data.image_size={side} is not a multiple of {reduction}, the {c.codec.name} codec's reduction."
         )
     latent = side // reduction
-    # rows x columns of blocks: n x n, or n x 2 n, which is how the paper's L = 8 can tile a square
+    # Blocks tile the latent as n x n or n x 2n; the second is how the paper's L = 8 can tile a square.
     grid = math.isqrt(max(m.blocks, 0))
     grid = grid if grid**2 == m.blocks else math.isqrt(max(m.blocks, 0) // 2)
     columns = m.blocks // grid if grid else 0

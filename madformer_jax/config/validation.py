@@ -1,4 +1,8 @@
-"""What the fields of a config may hold: choices, ranges, and what must fit together. The fields themselves: config.py."""
+"""Allowed values of config fields: choices, ranges, paths, and combinations of fields.
+
+`schema.validate` calls `check`; `cli.help` lists `CHOICES` and `RANGES` in docs/reference.md. Add the
+choices or the range of a new field of `schema.base` here.
+"""
 
 import math
 import unicodedata
@@ -13,7 +17,7 @@ from madformer_jax.errors import ConfigError
 CHOICES: dict[str, tuple[str | int, ...]] = {
     "platform": ("", "cpu", "gpu", "tpu"),
     "model.unet_kernel": (1, 3),
-    "model.predicts": PREDICTION_TYPES,
+    "model.prediction_type": PREDICTION_TYPES,
     "model.rope": ("axial", "release"),
     "model.time_embedding": ("sinusoidal", "raw"),
     "model.clean_timestep": ("zero", "noisy"),
@@ -38,7 +42,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "convert.weights": ("", "ema", "model"),
 }
 
-# field -> smallest and largest value
+# Field -> smallest and largest value
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
     "model.width": (1, math.inf),
@@ -104,7 +108,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.grid": (1, math.inf),
     "sample.steps": (1, 999),
     "sample.guidance": (0, 1000),
-    "sample.clip": (0, math.inf),
+    "sample.clip_x0": (0, math.inf),
     "evaluate.n": (1, math.inf),
     "benchmark.warmup": (0, math.inf),
     "benchmark.steps": (1, math.inf),
@@ -123,18 +127,22 @@ PATHS = (
     "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
     "train.init_from", "demo.other",
 )  # fmt: skip
-_BUCKET_SCHEMES = ("gs", "s3", "az", "hf")  # of epath
-_MAX_INT32 = 2**31 - 1  # of an integer; JAX's are of 32 bits
+_BUCKET_SCHEMES = ("gs", "s3", "az", "hf")  # schemes that epath knows
+_MAX_INT32 = 2**31 - 1  # JAX's integers have 32 bits
 
 
 def check_path(name: str, path: str) -> None:
-    """Refuses a value that cannot be meant as a path.
+    """Checks that a value can be a path.
 
-    Any character of a file name is accepted, but no control characters, which the one line of a message cannot hold, and
-    no bytes that are not UTF-8 (surrogates in Python), which most libraries refuse.
+    Control characters are refused because messages have one line. Bytes that are not UTF-8 (surrogates
+    in Python) are refused because most libraries do not support them.
+
+    Args:
+      name: Flag or field, for the message.
+      path: The value.
 
     Raises:
-      ConfigError: Names the flag or field.
+      ConfigError: The value is not a path, or is not supported.
     """
     scheme, remote, _ = path.partition("://")
     if remote and scheme not in _BUCKET_SCHEMES:
@@ -150,7 +158,7 @@ def check(c: ConfigDict) -> None:
     """Checks the values of a config that has all fields.
 
     Raises:
-      ConfigError: one line on the first setting that is wrong.
+      ConfigError: Names the first wrong setting.
     """
     given = fields.flat(c)
     for field, choices in CHOICES.items():
@@ -223,7 +231,11 @@ def check(c: ConfigDict) -> None:
 
 
 def _check_text(c: ConfigDict) -> None:
-    """Refuses captions without a vocabulary, and half of what they need."""
+    """Checks the fields of captions, which need a vocabulary.
+
+    Raises:
+      ConfigError: A setting is wrong.
+    """
     vocabulary, length = c.text.vocabulary, c.text.length
     if vocabulary and c.model.classes:
         raise ConfigError(
@@ -247,11 +259,15 @@ def _check_text(c: ConfigDict) -> None:
 
 
 def _check_sampling(c: ConfigDict) -> None:
-    """Refuses labels that no class can have, and a solver step that has no noise to remove."""
+    """Checks labels, and that the solver starts at a timestep with noise.
+
+    Raises:
+      ConfigError: A setting is wrong.
+    """
     s = c.sample
     if s.labels and not c.model.classes:
         raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
-    class_labels.check(s.labels, c.model.classes)  # names are known with the data
+    class_labels.check(s.labels, c.model.classes)  # class names are resolved later, with the data
     if s.solver == "ddim" and s.spacing != "trailing" and s.steps == 1:
         raise ConfigError(
             f"config.sample.steps=1 with solver='ddim' and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
@@ -260,7 +276,11 @@ def _check_sampling(c: ConfigDict) -> None:
 
 
 def check_depth(c: ConfigDict) -> None:
-    """Refuses a number of diffusion layers that the model cannot have."""
+    """Checks the number of diffusion layers D against the number of layers N.
+
+    Raises:
+      ConfigError: D is not from 1 to N.
+    """
     m = c.model
     if not 1 <= m.diffusion_depth <= m.depth:
         raise ConfigError(
@@ -269,10 +289,10 @@ def check_depth(c: ConfigDict) -> None:
 
 
 def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
-    """The first and last step of `profile`; None where nothing is profiled.
+    """Returns the first and last step of `profile`, or None if nothing is profiled.
 
     Raises:
-      ConfigError: it is no range of steps, or training never comes there.
+      ConfigError: The value is not a range of steps, or training ends before them.
     """
     if not c.profile:
         return None
@@ -287,20 +307,20 @@ def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
 
 
 def warnings(c: ConfigDict) -> list[str]:
-    """Returns a line for each setting that is allowed and probably a mistake."""
+    """Returns a warning for each setting that is allowed but probably a mistake."""
     lines = sampling_warnings(c)
     values, channels = derive_sizes(c).channels, c.model.unet_channels[0]
-    if channels < values and c.model.predicts != "x0":
+    if channels < values and c.model.prediction_type != "x0":
         lines.append(
             f"config.model.unet_channels[0]={channels} is less than the {values} values of a latent position: the noise predicted "
             f"from {channels} channels cannot fill them all, and its loss stays above {1 - channels / values:.2f}; use {values} "
-            "or more, or config.model.predicts=x0."
+            "or more, or config.model.prediction_type=x0."
         )
     return lines
 
 
 def sampling_warnings(c: ConfigDict) -> list[str]:
-    """Returns those lines of `doubts` that concern how images are drawn."""
+    """Returns the warnings of `warnings` that concern sampling."""
     if c.sample.guidance == 1 or c.train.label_dropout > 0:
         return []
     return [

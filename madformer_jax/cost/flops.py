@@ -89,7 +89,7 @@ def _downsampler(c: ConfigDict) -> tuple[float, float]:
     """
     m, sizes = c.model, derive_sizes(c)
     height, width = sizes.block_side, sizes.block_width
-    in_channels = 3 * sizes.channels if m.neighbours else sizes.channels
+    in_channels = 3 * sizes.channels if m.unet_context else sizes.channels
     first = _conv((height, width), in_channels, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
     total, before = first + _time_embedding(c)[1], m.unet_channels[0]
     for stage, channels in enumerate(m.unet_channels):

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from madformer_jax.config import fields
+from madformer_jax.config import aliases, fields
 from madformer_jax.cost import hlo
 from madformer_jax.errors import ConfigError, first_line
 
@@ -247,7 +247,10 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     Raises:
       KeyError: A report lacks a figure.
     """
-    settings = [{"topology": f["topology"]} | fields.flat(f["config"]) for f in (before, after)]
+    settings = [
+        {"topology": f["topology"]} | aliases.current_names(fields.flat(f["config"]), "a stored config")
+        for f in (before, after)
+    ]
     lines = [
         f"{name}: {settings[0].get(name)!r} -> {settings[1].get(name)!r}"
         for name in dict.fromkeys([*settings[0], *settings[1]])

@@ -23,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.config import class_labels
+from madformer_jax.config import aliases, class_labels
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.data import text
@@ -179,8 +179,9 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                         step,
                         class_labels.summary(config_lib.sample_labels(setting), names),
                     )
-                # Through JSON, so that the values equal those of a result file.
-                settings = json.loads(s.to_json()) | {"noise": noise_digest, "labels": chosen}
+                # Through JSON, so that the values equal those of a result file; under the fields' first names.
+                settings = aliases.first_names(json.loads(s.to_json()), "sample.")
+                settings |= {"noise": noise_digest, "labels": chosen}
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
                     sample_fn = generation.make_sample_fn(setting, model, images_codec.decode)

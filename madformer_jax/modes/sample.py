@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.config import class_labels
+from madformer_jax.config import aliases, class_labels
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
@@ -136,7 +136,7 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
     """Returns everything that determines the images and their shards."""
     s, noise = c.sample, generation.config_noise_digest(c)
     sample_fields = (
-        "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "clip", "labels",
+        "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "labels",
         "label_sampling", "n", "shard",
     )  # fmt: skip
     return {
@@ -144,10 +144,11 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
         "seed": c.seed if noise is None or s.label_sampling == "random" else None,
         "noise": noise,
         **{name: s[name] for name in sample_fields},
+        "clip": s.clip_x0,
         "labels": class_labels.format_numbers(s.labels),
         **prompts.describe(c),
         "fingerprint": weights,
-        "model": json.loads(c.model.to_json()),
+        "model": aliases.first_names(json.loads(c.model.to_json()), "model."),
         "image": [c.data.image_size, c.data.image_size, c.data.channels],
         "codec": codec.describe(c, codec_weights),
     }

@@ -31,7 +31,7 @@ from madformer_jax.models import madformer
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
 from madformer_jax.sampling import codec, generation, prompts
-from madformer_jax.sweeps import budget, listing, sweep_file, sweep_folder
+from madformer_jax.sweeps import budget, run_table, sweep_file, sweep_folder
 from madformer_jax.sweeps.budget import Timing
 from madformer_jax.sweeps.sweep_file import Evaluation, Run
 from madformer_jax.sweeps.sweep_folder import Job
@@ -79,7 +79,7 @@ def run(
         evaluate.check(_evaluation_config(run.config, overrides, [run.config.sample.steps]))
     storage.check_arrays_path(workdir, write=True)
     if dry_run:
-        console.print_text(listing.run_table(job))
+        console.print_text(run_table.run_table(job))
         return {}
     if jax.process_index() == 0:
         with storage.wrap_errors(f"--workdir={workdir} cannot be written"):

@@ -49,7 +49,7 @@ def render(
         f"| blocks L | {m.blocks} |",
         f"| width, heads | {m.width}, {m.heads} |",
         *([f"| classes | {_escape_cell(class_labels.summary(range(m.classes), names))} |"] if m.classes and names else []),
-        f"| prediction type | {m.predicts} |",
+        f"| prediction type | {m.prediction_type} |",
         f"| codec | {c.codec.name}" + (f", patches of {c.codec.patch}" if c.codec.name == "pixel" else "") + " |",
         f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps, batch size {c.train.batch} |",
         f"| default sampling | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",

@@ -7,7 +7,7 @@ field the paper's symbol in tables and figures, add it to `_SYMBOLS`.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from madformer_jax.config import fields
+from madformer_jax.config import aliases, fields
 
 # Fields that vary but are not axes: the seed repeats a run, and the budget decides the solver steps.
 SEED_FIELD, STEPS_FIELD = "seed", "sample.steps"
@@ -49,7 +49,8 @@ def value_of(run: Mapping[str, Any], evaluation: Mapping[str, Any], field: str) 
 
 def training_axes(runs: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[str, Any]]) -> list[Axis]:
     """Returns the axes of the trainings, both the finished and the planned ones."""
-    overrides = [*(fields.flat(run["overrides"]) for run in planned), *(run["overrides"] for run in runs)]
+    plan = (aliases.current_names(fields.flat(run["overrides"]), "sweep.json") for run in planned)
+    overrides = [*plan, *(run["overrides"] for run in runs)]
     names = list(dict.fromkeys(name for run in overrides for name in run if name != SEED_FIELD))
     default = {name: run["config"].get(name) for name in names for run in runs if name not in run["overrides"]}
     return _varying_axes([{name: run.get(name, default.get(name)) for name in names} for run in overrides])

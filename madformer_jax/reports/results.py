@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from madformer_jax.config import fields, identity
+from madformer_jax.config import aliases, fields, identity
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.reports import axes as axes_lib
@@ -306,7 +306,7 @@ def _group_by_protocol(
     }
     inside = [axis for axis in axes if axis not in separating]
     varied = [field for axis in inside for field in (axis.field, *axis.dependent_fields)]
-    swept = {field.rpartition(".")[2] for field in varied if field.startswith("sample.")}
+    swept = {aliases.first_name(field).rpartition(".")[2] for field in varied if field.startswith("sample.")}
     points: dict[tuple[Any, ...], list[Point]] = {}
     protocols: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
@@ -335,7 +335,8 @@ def _group_by_protocol(
 
 def overrides_key(overrides: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns a hashable key that is equal for equal overrides."""
-    return tuple(sorted((name, repr(value)) for name, value in fields.flat(overrides).items()))
+    named = aliases.current_names(fields.flat(overrides), "stored overrides")
+    return tuple(sorted((name, repr(value)) for name, value in named.items()))
 
 
 def _sort_points(points: Iterable[Point], axes: Sequence[Axis]) -> list[Point]:

@@ -1,9 +1,9 @@
 """Checkpoints of a run: parameters, EMA, optimizer and data iterator in one atomic Orbax step.
 
-A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data` and `meta`.
-Sampling reads one item of it; `--mode=export` writes a workdir that holds `ema` and `meta` alone. Arrays are restored
-into abstract targets that carry today's shardings, never those of the file: any mesh and any number of processes do.
-Every item has the checksums of its files, which are compared before any of it is used.
+A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data` and
+`meta`. Training saves and restores all of them; sampling reads one; `--mode=export` writes `ema` and
+`meta`. Arrays are restored with the shardings of the current mesh, so that a run may continue on any
+mesh. The checksums of an item's files are verified before it is used.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from madformer_jax.config import fields, identity
+from madformer_jax.config import aliases, fields, identity
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checksums, malloc, orbax_logging, provenance, storage
 from madformer_jax.runtime.partitioning import sync
@@ -31,18 +31,10 @@ ARRAY_ITEMS = ("params", "ema", "opt")
 T = TypeVar("T")
 
 LEARNING_RATE_FIELDS = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup", "optimizer.decay")
-ON_OFF_FIELDS = (
-    "optimizer.clip",
-    "optimizer.skip",
-)  # 0 or not is what the optimizer's state depends on; the number is free
-MODEL_FIELDS = (
-    "model",
-    "codec",
-    "text.vocabulary",
-    "text.length",
-    "data.image_size",
-    "data.channels",
-)  # what decides the shapes of its weights and images
+# The optimizer's state depends on whether these are 0, not on their values.
+ON_OFF_FIELDS = ("optimizer.clip", "optimizer.skip")
+# Sections and fields that decide the shapes of weights and images.
+MODEL_FIELDS = ("model", "codec", "text.vocabulary", "text.length", "data.image_size", "data.channels")
 
 
 def folder(workdir: str) -> epath.Path:
@@ -50,20 +42,18 @@ def folder(workdir: str) -> epath.Path:
 
 
 def read_config(workdir: str) -> dict[str, Any] | None:
-    """The config that the workdir was made with, as nested plain values; None for a fresh one."""
+    """Returns the config that the workdir was made with, as nested plain values; None for a fresh workdir."""
     content = storage.read_json(path := epath.Path(workdir) / "config.json")
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{path} is damaged: it holds no config.")
-    return content
+    return None if content is None else aliases.current_names(content, str(path))
 
 
 def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()) -> None:
-    """Compares a config with that of the workdir's checkpoints. A field that only one of them has is not compared.
-
-    Without a checkpoint any config fits: a start that failed binds nobody.
+    """Checks that a config may continue the run of a workdir; see `differences`.
 
     Raises:
-      ConfigError: Fields differ; the error names them with both values. See `differences`.
+      ConfigError: Fields differ. The message has both values of each.
     """
     if different := differences(config, workdir, sections):
         raise ConfigError(
@@ -72,12 +62,14 @@ def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = (
 
 
 def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()) -> list[str]:
-    """Lists the fields that differ from those of the workdir's checkpoints and may not change when a run goes on.
+    """Lists the fields that differ from the workdir's config and may not change when its run is resumed.
+
+    Fields that only one config has are ignored. Without a checkpoint any config may start the run.
 
     Args:
-      config: Today's config.
+      config: The current config.
       workdir: The folder of the run.
-      sections: Sections or fields to compare; by default all.
+      sections: Sections or fields to compare; empty for all.
     """
     stored = read_config(workdir) if exists(workdir) else None
     before, now = fields.flat(stored or {}), fields.flat(json.loads(config.to_json()))
@@ -93,10 +85,10 @@ def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()
 
 
 def write_config(config: ConfigDict, workdir: str) -> None:
-    """Makes the workdir and writes `config.json` into it, once for all processes.
+    """Creates the workdir and writes `config.json`, in process 0.
 
     Raises:
-      ConfigError: the workdir cannot be written.
+      ConfigError: The workdir cannot be written.
     """
     provenance.record(json.loads(config.to_json()))  # on the machine of each process
     if jax.process_index() == 0:
@@ -105,10 +97,10 @@ def write_config(config: ConfigDict, workdir: str) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, saved in the background; a context manager that waits for the last one."""
+    """Checkpoints of a workdir, saved in the background. A context manager that waits for the last save."""
 
     def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False, state: Any = None):
-        """State: the arrays that will be saved, or their shapes; what is being written of them is then held to a few per cent."""
+        """Opens the checkpoints; `state` (arrays or shapes) bounds the memory of a save to a few per cent."""
         self.path = folder(workdir)
         rules: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if keep_every:
@@ -174,28 +166,28 @@ class Checkpoints:
 
     @property
     def last(self) -> int | None:
-        """The newest complete step."""
+        """Newest complete step."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """All complete steps."""
+        """All complete steps in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, arrays: dict[str, Any], data: dict[str, Any] | None, meta: dict[str, Any]) -> None:
-        """Starts to save; returns as soon as the arrays may be overwritten. A step that is there is left alone.
+        """Starts a save, and returns as soon as the arrays may be overwritten. An existing step is kept.
 
         Args:
-          step: steps done.
-          arrays: trees by item name, of `ARRAYS`.
-          data: the data iterator's state, the same in every process.
-          meta: what a reader should know: plain values.
+          step: Number of training steps done.
+          arrays: Item of `ARRAY_ITEMS` -> tree.
+          data: State of the data iterator, the same in every process.
+          meta: JSON for readers of the checkpoint: data set, class names, tokenizer.
 
         Raises:
-          ConfigError: this checkpoint or the one before could not be written (a full disk, say).
+          ConfigError: This checkpoint or the previous one could not be written.
         """
         with self._errors("written"):
-            self._manager.wait_until_finished()  # also raises what went wrong in the background
+            self._manager.wait_until_finished()  # raises errors of the previous save
             if step in self._manager.all_steps():
                 return
             self._started, self._step = time.monotonic(), step
@@ -204,17 +196,17 @@ class Checkpoints:
             if data is not None:
                 items["data"] = ocp.args.JsonSave(data)
             items["meta"] = ocp.args.JsonSave(meta)
-            malloc.trim()  # what compiling has left
+            malloc.trim()  # memory that compiling has freed
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
             malloc.trim()
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
+        """Waits until the last save is on disk."""
         with self._errors("written"):
             self._manager.wait_until_finished()
 
     def _thin(self) -> None:
-        """Of complete checkpoints that are kept for ever, leaves what is evaluated; what cannot be removed now is the next time."""
+        """Reduces old checkpoints that are kept for ever to the items that are evaluated, or tries again later."""
         if not self._thins:
             return
         for step in sorted({*self.steps[: -self._keep]} - self._thinned):
@@ -226,31 +218,31 @@ class Checkpoints:
                     raise
                 logging.error("step %d could not be thinned to its averages: %s", step, storage.cause_message(error))
             else:
-                self._thinned.add(step)  # a bucket is not asked about it again
+                self._thinned.add(step)  # saves requests to a bucket
 
     def check(self) -> None:
-        """Raises ConfigError where a save in the background has failed."""
+        """Raises ConfigError if a save in the background has failed."""
         with self._errors("written"):
             self._manager.check_for_errors()
 
     def restore(
         self, targets: dict[str, Any], data: bool = False, step: int | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any] | None]:
-        """Restores items of the newest checkpoint that is whole, or of `step`.
+        """Restores items of the newest intact checkpoint, or of `step`.
 
-        An older one is taken only where data is missing or not what was written, with a line in the log: compare the step
-        with `last` to say so. What may pass is tried again; any other error ends it.
+        Damaged checkpoints are logged and skipped: compare the step with `last`. Transient errors are
+        retried.
 
         Args:
-          targets: abstract trees with shardings, by item name.
-          data: whether to read the data iterator's state too.
-          step: the only checkpoint to try; by default all, from the newest on.
+          targets: Item -> abstract tree with shardings.
+          data: Whether to restore the state of the data iterator too.
+          step: The only checkpoint to try; None for all, from the newest on.
 
         Returns:
-          (step, trees by item name, data state or None).
+          (step, item -> tree, data state or None).
 
         Raises:
-          ConfigError: there is no checkpoint, none is whole, none has the item, or storage does not answer.
+          ConfigError: No checkpoint is intact or has the items, or storage fails.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
@@ -276,20 +268,20 @@ class Checkpoints:
         raise ConfigError(f"no checkpoint in {self.path} can be restored: {problem}.")
 
     def restore_weights(self, weights: str, target: Any, step: int = -1) -> tuple[int, Any]:
-        """The step, and the parameters that `sample.weights` names, of the newest checkpoint or of `step`; see `restore`."""
+        """Returns a step and the parameters that `sample.weights` names; -1 for the newest. See `restore`."""
         item = "ema" if weights == "ema" else "params"
         step, trees, _ = self.restore({item: target}, step=None if step < 0 else step)
         return step, trees[item]
 
     def class_names(self, step: int) -> list[str]:
-        """Of the data that the step's model was trained on; empty where they name none. Raises as `meta`."""
+        """Returns the class names of the training data; empty if the data name no classes. See `meta`."""
         return list(self.meta(step).get("data", {}).get("names", ()))
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What `save` was told that a reader should know.
+        """Returns the `meta` of `save`.
 
         Raises:
-          ConfigError: it is missing or damaged.
+          ConfigError: It is missing or damaged.
         """
         folder = self.path / str(step) / "meta"
         with storage.wrap_errors(f"{folder} cannot be read"):
@@ -303,17 +295,17 @@ class Checkpoints:
         return content
 
     def shapes(self, item: str) -> dict[str, tuple[int, ...]] | None:
-        """Name -> shape of the arrays of an item of the newest step; None where it has no such item."""
+        """Returns name -> shape of the arrays of an item of the newest step; None if the step lacks the item."""
         with self._errors("read"):
             tree = self._manager.item_metadata(self._manager.latest_step()).get(item)
         return None if tree is None else checksums.array_shapes(tree.tree)
 
     def _together(self, step: int, act: Callable[[], T]) -> T:
-        """What `act` returns; where it fails in any process, it fails in all.
+        """Calls `act`, and raises an error in all processes if it fails in any of them.
 
         Raises:
-          DamagedError: in none worse.
-          ConfigError: any other error, in one line.
+          DamagedError: It has failed with this error only.
+          ConfigError: It has failed with another error.
         """
         result: list[T] = []
         problem: Exception | None = None
@@ -332,10 +324,10 @@ class Checkpoints:
         raise ConfigError(f"the checkpoint of step {step} in {self.path} cannot {wrong}: {cause}.") from problem
 
     def _check(self, step: int, items: dict[str, Any]) -> bool:
-        """Compares the checksums of `items`, each process its share; returns whether there are any.
+        """Verifies the checksums of `items`, each process its share; returns whether all items have checksums.
 
         Raises:
-          DamagedError: an item or a file is missing, or is not what was written.
+          DamagedError: An item or a file is missing or damaged.
         """
         folder = self.path / str(step)
         there = {path.name for path in storage.retry(lambda: list(folder.iterdir()))}
@@ -349,7 +341,7 @@ class Checkpoints:
         return all(summed)
 
     def _read(self, step: int, items: dict[str, Any], summed: bool) -> Any:
-        """Restores; where no checksums vouch for the files, what cannot be decoded counts as damaged."""
+        """Restores items. Without checksums (`summed`), files that cannot be decoded count as damaged."""
         try:
             return storage.retry(lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
         except Exception as error:
@@ -364,33 +356,37 @@ class Checkpoints:
             raise checksums.DamagedError(f"step {step}: {storage.cause_message(error)}") from error
 
     def drop_after(self, step: int) -> None:
-        """Moves the checkpoints newer than `step` that `restore` could not use out of the way."""
+        """Renames the damaged checkpoints after `step`, so that their steps can be saved again."""
         for newer in sorted(s for s in self._unusable if s > step):
             if jax.process_index() == 0:
-                aside = self.path / f"broken_{newer}"
+                target = self.path / f"broken_{newer}"
                 with storage.wrap_errors(f"{self.path} cannot be written"):
-                    aside.rmtree(missing_ok=True)
-                    (self.path / str(newer)).rename(aside)
-                logging.warning("moved the checkpoint of step %d to %s", newer, aside)
+                    target.rmtree(missing_ok=True)
+                    (self.path / str(newer)).rename(target)
+                logging.warning("moved the checkpoint of step %d to %s", newer, target)
         sync("drop_after")
         self._manager.reload()
 
 
 def _copy_limits(state: Any) -> dict[str, Any]:
-    """Orbax's limit on what one item copies at a time while it is written: 1/32 of the state, but any array as a whole."""
+    """Returns Orbax's limit on concurrent copies of an item: 1/32 of the state, but at least 1.5 times the largest array."""
     sizes = [x.size * x.dtype.itemsize for x in jax.tree.leaves(state)]
     return {"save_concurrent_gb": max(sum(sizes) / 32, 1.5 * max(sizes)) / 1e9} if sizes else {}
 
 
 def exists(workdir: str) -> bool:
-    """Whether the workdir has a finished checkpoint, without touching JAX's devices."""
+    """Returns whether the workdir has a finished checkpoint. JAX's devices are not initialized."""
     with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         path = folder(workdir)
         return path.exists() and bool(ocp.utils.checkpoint_steps(path))
 
 
 def require(workdir: str) -> None:
-    """Raises ConfigError where a workdir has no checkpoint."""
+    """Checks that a workdir has a checkpoint.
+
+    Raises:
+      ConfigError: It has none.
+    """
     with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         if not epath.Path(workdir).exists():
             raise ConfigError(f"--workdir={workdir} does not exist: train first, or give another one.")

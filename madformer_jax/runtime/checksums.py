@@ -1,6 +1,7 @@
-"""Checksums of the files of a checkpoint's item, written into its folder before Orbax makes the step count as finished.
+"""Checksums of the files of a checkpoint's items, for `runtime.checkpoint`.
 
-A step thus has them or is unfinished, whenever the process dies. Items written before there were any have none and pass.
+They are written into the folder of an item before Orbax marks the step as finished, so that a finished
+step always has them. Items of versions without checksums have none and are accepted.
 """
 
 import errno
@@ -16,20 +17,21 @@ from etils import epath
 from madformer_jax.runtime import storage
 
 FILE_NAME = "checksums.json"
-_COMMIT_METADATA = "_CHECKPOINT_METADATA"  # Orbax notes the time of its commit there, and reads none of it back
+_COMMIT_METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of its commit to it later
 _THREADS = 4  # hashing does not hold the interpreter's lock
 Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
 Verify = Callable[[ocp.CheckpointHandler, epath.Path], None]  # (handler, folder of an item that it has written)
 
 
 class DamagedError(Exception):
-    """A file is missing or not what was written."""
+    """A file is missing or its content has changed."""
 
 
 def with_checksums(handler: Handler, verify: Verify | None = None) -> Handler:
-    """Makes a handler add checksums to each item that it writes: in its last act, in the background, in process 0 alone.
+    """Makes a handler add checksums to each item that it writes, in the background, in process 0.
 
-    Orbax looks arguments up by the handler's exact type: a subclass would have to repeat its registrations.
+    The handler is patched because Orbax looks arguments up by its exact type, so that a subclass would
+    have to repeat its registrations.
 
     Args:
       handler: Handler of one item.
@@ -51,12 +53,12 @@ def with_checksums(handler: Handler, verify: Verify | None = None) -> Handler:
 
 
 def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the arrays of a tree, or of what Orbax says of a stored one."""
+    """Returns name -> shape of the arrays of a tree, or of Orbax's metadata of a stored tree."""
     return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep="/", keep_empty_nodes=False).items()}
 
 
 def verify_arrays(handler: Any, directory: epath.Path, shapes: dict[str, tuple[int, ...]] | None) -> None:
-    """Opens all arrays of an item that has just been written, and compares their names and shapes.
+    """Checks names and shapes of all arrays of an item that has just been written, by opening them.
 
     Raises:
       OSError: An array is missing or has another shape.
@@ -67,14 +69,20 @@ def verify_arrays(handler: Any, directory: epath.Path, shapes: dict[str, tuple[i
 
 
 def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
-    """Compares the files of an item with their checksums; of `parts` processes, each takes its own.
+    """Compares the files of an item with their checksums.
+
+    Errors of the file system are raised after some retries.
+
+    Args:
+      folder: Folder of the item.
+      part: Share of the files to compare.
+      parts: Number of shares, one for each process.
 
     Returns:
-      Whether it has checksums.
+      True if the item has checksums.
 
     Raises:
-      DamagedError: names the file.
-      whatever the file system raises, after some trials.
+      DamagedError: A file is missing or has changed.
     """
     called = f"{folder.parent.name}/{folder.name}"
     try:
@@ -102,8 +110,8 @@ def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
 
 
 def _list_files(folder: epath.Path) -> list[str]:
-    """Names of all files below a folder. TensorStore lists a bucket in one request; a walk takes two for each file."""
+    """Returns the names of all files below a folder. TensorStore lists a bucket in one request."""
     store = tensorstore.KvStore.open(storage.kvstore(folder)).result()
     names = [key.decode() for key in store.list().result()]
-    # In a bucket, folders may be objects: "" is this one.
+    # In a bucket, folders may be objects, and "" is this folder.
     return sorted(name for name in names if name not in ("", _COMMIT_METADATA) and not name.endswith("/"))

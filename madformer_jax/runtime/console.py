@@ -1,4 +1,4 @@
-"""Text for a person: printed, and quoted for a shell."""
+"""Printing text for people, and quoting for a shell."""
 
 import os
 import shlex
@@ -6,14 +6,14 @@ import sys
 
 
 def print_text(text: str) -> None:
-    """Prints text. If nobody reads standard output any more (`--help | head`), nothing is printed from here on."""
+    """Prints text. A closed standard output (`--help | head`) is ignored from then on."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python prints an error at exit
 
 
 def shell_quote(argument: str) -> str:
-    """`--name=value` as it is pasted into a shell."""
+    """Returns an argument `--name=value` quoted for a shell."""
     name, equals, value = argument.partition("=")
     return f"{name}{equals}{shlex.quote(value)}"

@@ -1,7 +1,8 @@
-"""One writer a workdir: a file `lock.json` in it that tells who writes, and that it still lives.
+"""Lock of a workdir, so that one job writes to it: the file `lock.json`, which its holder renews.
 
-On the machine that wrote it a lock is stale when its process is gone. From elsewhere (another machine, a container, a bucket)
-it is stale when it does not change while we watch: clocks are not compared.
+Training, sweeps and preparing data hold it. On the machine of its holder a lock is stale when the
+process has ended. Elsewhere (another machine, a container, a bucket) it is stale when it does not
+change for `STALE_SECONDS`; clocks are not compared.
 """
 
 import contextlib
@@ -24,25 +25,25 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
 FILE_NAME = "lock.json"
-HEARTBEAT_SECONDS = 15.0  # seconds between two signs of life
-STALE_SECONDS = 90.0  # seconds without one after which a process elsewhere is taken for dead
+HEARTBEAT_SECONDS = 15.0  # between two renewals
+STALE_SECONDS = 90.0  # without a renewal, after which a process elsewhere counts as dead
 
 
 class LockedError(ConfigError):
-    """Somebody else has the workdir."""
+    """Another process holds the workdir."""
 
 
 @contextlib.contextmanager
 def acquire(workdir: str) -> Iterator[Callable[[], None]]:
-    """Holds the workdir for this job, by its process 0; the others wait for its answer.
+    """Holds the lock of a workdir for this job. Process 0 takes the lock, and the others wait for it.
 
     Yields:
-      A function that raises ConfigError where somebody else has taken the lock meanwhile (this process was stopped for
-      minutes, say): to be called before anything is written.
+      A function to call before each write. It raises LockedError if another process has taken over the
+      lock meanwhile, for example because this process was suspended for minutes.
 
     Raises:
-      HeldError: another process writes there: its host, pid and since when.
-      ConfigError: the workdir cannot be written.
+      LockedError: Another process holds the lock. The message has its host, process id and start.
+      ConfigError: The workdir cannot be written.
     """
     if jax.process_count() == 1:
         with _acquire_file(epath.Path(workdir) / FILE_NAME) as check:
@@ -64,7 +65,10 @@ def acquire(workdir: str) -> Iterator[Callable[[], None]]:
 
 
 def holder(workdir: str) -> str | None:
-    """Who holds the workdir, as far as can be told at once; None where nobody does, or a process of this machine that is gone."""
+    """Returns a description of the holder of the workdir.
+
+    None if nobody holds it or the holder on this machine has ended.
+    """
     with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         there, _ = _read_lock(epath.Path(workdir) / FILE_NAME)
     here = there is not None and there.get("machine") == _machine_id()
@@ -106,7 +110,7 @@ def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
                 if other(holder):
                     return
                 storage.write_version(path, _encode(mine), version)
-            except Exception as error:  # a full disk, a bucket away for a moment: the next one may do
+            except Exception as error:  # the next renewal may succeed
                 logging.warning("the lock %s cannot be renewed: %s", path, storage.cause_message(error))
 
     def check() -> None:
@@ -124,17 +128,17 @@ def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
     finally:
         left.set()
         thread.join()
-        with contextlib.suppress(Exception):  # what is left is recognised as stale
+        with contextlib.suppress(Exception):  # a file that remains is recognized as stale
             holder, version = _read_lock(path)
             if not other(holder):
                 storage.write_version(path, None, version)
 
 
 def _write_lock(path: epath.Path, mine: dict[str, Any]) -> None:
-    """Writes the lock in place of none or of a stale one.
+    """Writes the lock, or replaces a stale one. Only one of several simultaneous processes succeeds.
 
     Raises:
-      HeldError: Another process holds it. Of several that come at the same moment, one gets the lock.
+      LockedError: Another process holds the lock.
     """
     while True:
         holder, version = _read_lock(path)
@@ -154,7 +158,10 @@ def _encode(content: dict[str, Any]) -> bytes:
 
 
 def _read_lock(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
-    """The lock, None if there is none and empty if it is damaged, and its version."""
+    """Returns the content of the lock and its version.
+
+    None if it does not exist, empty if it is damaged.
+    """
     content, version = storage.retry(lambda: storage.read_version(path))
     if content is None:
         return None, version
@@ -166,7 +173,7 @@ def _read_lock(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
 
 
 def _is_alive(path: epath.Path, there: dict[str, Any]) -> bool:
-    if "token" not in there:  # damaged: who lives renews it
+    if "token" not in there:  # damaged: a live holder would renew it
         return False
     if there.get("machine") == _machine_id():
         return _process_exists(there)
@@ -180,7 +187,7 @@ def _is_alive(path: epath.Path, there: dict[str, Any]) -> bool:
     while time.monotonic() < until:
         time.sleep(min(1.0, STALE_SECONDS / 10))
         now, _ = _read_lock(path)
-        if now is None:  # it has finished
+        if now is None:  # the holder has finished
             return False
         if now != there:
             return True
@@ -188,7 +195,7 @@ def _is_alive(path: epath.Path, there: dict[str, Any]) -> bool:
 
 
 def _process_exists(there: dict[str, Any]) -> bool:
-    """Whether the process of a lock of this machine is there."""
+    """Returns whether the holder of a lock of this machine still runs."""
     return there.get("started", "") == _process_start_time(there.get("pid", 0)) != ""
 
 
@@ -197,16 +204,16 @@ def _describe_holder(there: dict[str, Any]) -> str:
 
 
 def _machine_id() -> str:
-    """Where process numbers mean the same: this boot of this machine, in this container."""
+    """Returns an id of the namespace of process ids: machine, boot and container."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
 def _process_start_time(pid: int) -> str:
-    """When a process began, in ticks since the boot: numbers are used again. "" where there is none such."""
+    """Returns the start of a process in ticks since the boot, because ids are reused; "" if it does not run."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()

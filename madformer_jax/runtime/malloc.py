@@ -1,4 +1,4 @@
-"""The C library's allocator (glibc's; nothing happens where there is another): docs/performance.md, docs/scaling.md."""
+"""Settings of glibc's allocator (docs/performance.md, docs/scaling.md). With other C libraries they do nothing."""
 
 import ctypes
 import os
@@ -8,9 +8,9 @@ TUNABLES = "glibc.malloc.hugetlb=1"
 
 
 def restart_with_tunables() -> None:
-    """Starts this process anew with `TUNABLES`, which are read at the start only, unless it has settings of its own.
+    """Restarts this process with `TUNABLES`, which glibc reads at the start, unless the user has set tunables.
 
-    Large pages for large arrays take a tenth off a training step on a CPU.
+    Huge pages for large arrays make a training step on a CPU ten per cent faster.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = TUNABLES
@@ -18,17 +18,17 @@ def restart_with_tunables() -> None:
 
 
 def trim() -> None:
-    """Gives back to the system what threads have freed, of which they keep a share each."""
+    """Returns freed memory to the system, of which each thread keeps some."""
     _call_glibc("malloc_trim", 0)
 
 
 def retain_memory() -> None:
-    """Lets the memory of past batches be kept for the next ones, where data is read.
+    """Keeps the memory of freed batches for the next ones, in processes that read data.
 
-    By default it goes back to the system at once, and fresh pages then cost more than the reading itself: a worker that
-    reads 256 KiB records is twice as fast with this (docs/data.md).
+    By default it returns to the system at once, and new pages cost more than reading: a worker that reads
+    256 KiB records is twice as fast with this setting (docs/data.md).
     """
-    _call_glibc("mallopt", _M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum
     _call_glibc("mallopt", _M_TRIM_THRESHOLD, 256 * 2**20)
 
 
@@ -36,9 +36,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def _call_glibc(name: str, *args: int) -> None:
-    """Calls a function of glibc, where that is the C library."""
+    """Calls a function of glibc, if that is the C library."""
     try:
         function = getattr(ctypes.CDLL(None), name)
-    except (AttributeError, OSError, TypeError):  # another one; Windows has none
+    except (AttributeError, OSError, TypeError):  # another C library
         return
     function(*args)

@@ -1,4 +1,7 @@
-"""Whether a state fits into memory, looked at before any of it is made."""
+"""Checks that parameters and optimizer state fit into memory, before they are allocated.
+
+Training, sampling and evaluation call `check_state_fits`.
+"""
 
 import os
 import pathlib
@@ -15,36 +18,37 @@ GIB = 2**30
 
 
 def check_state_fits(purpose: str, mesh: Mesh, **trees: Any) -> None:
-    """Refuses what cannot fit: the devices of this process must hold `trees`, and more while they compute.
+    """Checks that trees of arrays fit into the devices of this process.
 
     Args:
-      purpose: what for, as the message begins: "training", "sampling".
-      trees: abstract arrays with shardings, by what they are: parameters, optimizer, ...
+      purpose: First word of the message: "training", "sampling".
+      mesh: The device mesh.
+      **trees: Abstract arrays with shardings, by their name in the message, as in `parameters=`.
 
     Raises:
-      ConfigError: it says what is needed, what there is, and what to change.
+      ConfigError: They do not fit. The message says what is needed and what is free.
     """
     devices = mesh.local_devices
     stats = devices[0].memory_stats() or {}
     needed = {name: partitioning.device_bytes(tree) for name, tree in trees.items()}
     if "bytes_limit" in stats:
         free, place = stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"a {devices[0].device_kind}"
-    else:  # devices that live in the host's memory, and share it
+    else:  # CPU devices share the memory of the host
         free, place = host_free_bytes(), "this machine"
         needed = {name: size * len(devices) for name, size in needed.items()}
     check_bytes(purpose, needed, free, place)
 
 
 def device_capacity() -> int:
-    """Bytes of a device of this process; 0 on a CPU, whose devices share one memory."""
+    """Returns the bytes of a device of this process; 0 on a CPU, whose devices share one memory."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
 def check_bytes(purpose: str, needed: dict[str, int], free: int, place: str) -> None:
-    """Compares bytes.
+    """Checks that the needed bytes are free; see `check_state_fits`.
 
     Raises:
-      ConfigError: more is needed than is free.
+      ConfigError: More is needed than is free.
     """
     total = sum(needed.values())
     if total > free:
@@ -57,9 +61,9 @@ def check_bytes(purpose: str, needed: dict[str, int], free: int, place: str) -> 
 
 
 def host_free_bytes(root: str = "/") -> int:
-    """Bytes that this process can still take without swapping: of the machine and of the control groups it is in.
+    """Returns the bytes that this process can allocate without swapping, within its control groups.
 
-    Where the system does not tell what is free (it is no Linux), all that it has.
+    Systems other than Linux do not report free memory; there it returns the memory of the machine.
     """
     top = pathlib.Path(root)
     info = top / "proc/meminfo"
@@ -71,7 +75,10 @@ def host_free_bytes(root: str = "/") -> int:
 
 
 def _cgroup_free_bytes(top: pathlib.Path) -> Iterator[int]:
-    """Bytes left in each control group (version 1 or 2) that limits this process; the page cache in it can be had back."""
+    """Yields the free bytes of each control group (version 1 or 2) of this process.
+
+    Page cache counts as free.
+    """
     groups = top / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, kinds, path = line.split(":", 2)
@@ -85,7 +92,7 @@ def _cgroup_free_bytes(top: pathlib.Path) -> Iterator[int]:
             continue
         group = pathlib.PurePosixPath(path.lstrip("/"))
         for folder in (top / base / part for part in (group, *group.parents)):
-            if not (folder / limit).exists():  # outside of a container, or the root
+            if not (folder / limit).exists():  # outside of a container, or the root group
                 continue
             bound = (folder / limit).read_text().strip()
             if bound != "max":

@@ -1,7 +1,8 @@
-"""The JAX settings that all programs of this package are traced and run with.
+"""JAX settings that all programs of this package are traced and run with.
 
-Optax and Flax fail under some settings, such as strict dtype promotion, and others would change the numbers. So the package
-sets them itself: `pin` for a process of the command line, `scope` inside a program that imports the package.
+Optax and Flax fail under some settings, such as strict dtype promotion, and others would change the
+numbers. So the package sets them itself: the command line calls `apply_globally`, and functions for
+Python callers use `scope` or `scoped`.
 """
 
 import contextlib
@@ -19,8 +20,8 @@ SETTINGS = {
     "jax_enable_x64": False,
     "jax_numpy_rank_promotion": "allow",
     "jax_numpy_dtype_promotion": "standard",
-    "jax_debug_nans": False,  # the loss of a quarter of the timesteps without a block is NaN
-    "jax_debug_infs": False,  # a text or a context that attention does not see weighs minus infinity
+    "jax_debug_nans": False,  # the logged loss of a quarter of the timesteps is NaN if no block falls into it
+    "jax_debug_infs": False,  # masked scores of attention are minus infinity
     "jax_transfer_guard": "allow",
 }
 

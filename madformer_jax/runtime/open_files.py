@@ -1,12 +1,10 @@
-"""The system's limit on the number of files that a process holds open (`ulimit -n`)."""
+"""Limit on the number of open files of a process (`ulimit -n`)."""
 
 import resource
 
 from madformer_jax.errors import ConfigError
 
-MIN_LIMIT = (
-    64  # below, a run ends in an error of some library: JAX, Orbax and the standard streams take about half of these
-)
+MIN_LIMIT = 64  # JAX, Orbax and the standard streams need about half of these
 
 
 def limit() -> int:
@@ -18,7 +16,7 @@ def raise_limit() -> None:
     """Raises the limit as far as the system lets a user.
 
     Raises:
-      ConfigError: This is still not enough to run.
+      ConfigError: The limit is still below `MIN_LIMIT`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
@@ -30,5 +28,5 @@ def raise_limit() -> None:
 
 
 def reader_limit(most: int) -> int:
-    """Returns how many files one reader may hold open: `most`, or less if the limit is low and others need the rest."""
+    """Returns how many files one reader may hold open: `most`, or fewer if the limit is low."""
     return max(1, min(most, limit() // 2 - MIN_LIMIT // 4))

@@ -1,4 +1,4 @@
-"""What Orbax and its event loop log, kept out of the log: each of their errors comes to us as an exception as well."""
+"""Suppression of log lines of Orbax, whose errors reach `runtime.checkpoint` as exceptions."""
 
 import functools
 import logging as python_logging
@@ -13,7 +13,7 @@ _ORBAX_PATH = os.path.join("orbax", "checkpoint")
 
 
 def suppress() -> None:
-    """Keeps what Orbax and its event loop log out of the log: each of their errors comes to us as an exception as well."""
+    """Removes log lines of Orbax and of its event loop, whose errors are also raised as exceptions."""
     for logger in (logging.get_absl_logger(), python_logging.getLogger("asyncio")):
         if _is_not_orbax not in logger.filters:
             logger.addFilter(_is_not_orbax)
@@ -22,7 +22,7 @@ def suppress() -> None:
 
 
 def _show_unless_late(show: Callable[[Any], Any], unraisable: Any) -> None:
-    """Shows what nobody could catch, but not the other reads and writes of Orbax that end after a first one has failed."""
+    """Shows an exception that could not be raised, unless it is a late error of Orbax after a first one."""
     code = getattr(unraisable.object, "cr_code", None)
     late = str(unraisable.exc_value) == "Event loop is closed" or (code is not None and _ORBAX_PATH in code.co_filename)
     if not late:

@@ -1,8 +1,8 @@
-"""Where arrays live: the device mesh, one table from logical axes to mesh axes, and several processes.
+"""Device mesh, sharding of parameters and batches, and multi-process jobs.
 
-Every parameter and the main activations name their axes (`nn.with_logical_partitioning`, `nn.with_logical_constraint`).
-`RULES` says which mesh axis a logical axis is split over; changing the strategy is changing that table. Training,
-sampling and evaluation share it.
+Parameters and the main activations name their axes (`nn.with_logical_partitioning`,
+`nn.with_logical_constraint`). `RULES` maps logical axes to mesh axes; change it to shard differently.
+Training, sampling and evaluation use the same rules.
 """
 
 import collections
@@ -54,12 +54,14 @@ _failure_ids = itertools.count()
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """The device mesh; one of the three sizes may be -1 and takes the devices that are left.
+    """Returns the device mesh. One of the three sizes may be -1 and takes the remaining devices.
 
-    Slices of TPUs, which a data centre's network joins, lie along `data`: what is gathered stays within a slice.
+    TPU slices, which are joined by the network of a data center, lie along `data`, so that parameters are
+    gathered within a slice.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
+      ConfigError: The product of the sizes is not the number of devices, or `data` is not a multiple of
+        the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -84,10 +86,10 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | Non
 
 
 def check_tensor(mesh: Mesh | AbstractMesh, heads: int, mlp_width: int) -> None:
-    """Refuses to split layers unevenly: a part of them would silently be computed on every device.
+    """Checks that layers split evenly; otherwise every device would compute parts of them redundantly.
 
     Raises:
-      ConfigError: the devices along "tensor" do not divide the heads or the MLP's hidden width.
+      ConfigError: The devices along "tensor" do not divide the heads or the MLP's hidden width.
     """
     tensor = mesh.shape["tensor"]
     for name, size in {"heads": heads, "mlp_width": mlp_width}.items():
@@ -100,35 +102,40 @@ def check_tensor(mesh: Mesh | AbstractMesh, heads: int, mlp_width: int) -> None:
 
 @contextlib.contextmanager
 def scope(mesh: Mesh) -> Iterator[None]:
-    """Makes the mesh and `RULES` known to the logical constraints inside a model while it is traced, under `numerics.scope`."""
+    """Sets the mesh, the axis rules and `numerics.scope` while a model is traced."""
     with numerics.scope(), jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array whose first axis is the batch."""
+    """Returns the sharding of an array whose first axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def batch_devices(mesh: Mesh | AbstractMesh) -> int:
-    """Number of parts into which a batch is split; batches must be a multiple of it."""
+    """Returns the number of parts into which a batch is split.
+
+    The batch must be a multiple of it.
+    """
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def shardings(boxed: Any, mesh: Mesh) -> Any:
-    """NamedShardings of a tree by `RULES`.
+    """Returns the shardings of a tree by `RULES`.
 
     Args:
-      boxed: abstract arrays (from `jax.eval_shape`) in flax's boxes of logical axis names; without a box: replicated.
-      mesh: from `make_mesh`.
+      boxed: Abstract arrays (of `jax.eval_shape`) in Flax boxes with logical axis names. Arrays without a box
+        are replicated.
+      mesh: The mesh of `make_mesh`.
 
     Returns:
-      The unboxed tree with a NamedSharding for each array. A dimension that its mesh axes do not divide is replicated,
-      which is logged.
+      The unboxed tree with a NamedSharding for each array. A dimension that is not divisible by its mesh
+      axes is replicated, with a line in the log.
     """
     logical = nn.get_partition_spec(boxed)
     specs = nn.logical_to_mesh(logical, RULES)
@@ -161,20 +168,20 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def abstract_arrays(tree: Any, sharding: Any) -> Any:
-    """The target of a restore: shapes and types of `tree` with today's shardings."""
+    """Returns abstract arrays with the shapes and types of a tree, and other shardings: the target of a restore."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes on one device of a tree of arrays, or abstract arrays, that carry shardings."""
+    """Returns the bytes on one device of a tree of arrays, or abstract arrays, with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def log_overview(params: Any, state: Any, path: storage.Path) -> None:
-    """Logs the number of parameters of each part and what a device holds; each parameter has a line in the file `path`.
+    """Logs the parameters of each part and the memory on a device, and lists all parameters in a file.
 
     Raises:
-      ConfigError: the file cannot be written.
+      ConfigError: The file cannot be written.
     """
     parts: collections.Counter[str] = collections.Counter()
     lines = []
@@ -195,7 +202,11 @@ def log_overview(params: Any, state: Any, path: storage.Path) -> None:
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
-    """Raises ConfigError where the devices along data and fsdp do not divide a microbatch of batch / accumulate images."""
+    """Checks that a microbatch is a multiple of the devices along "data" and "fsdp".
+
+    Raises:
+      ConfigError: It is not.
+    """
     micro, parts = batch // accumulate, batch_devices(mesh)
     if micro % parts == 0:
         return
@@ -208,12 +219,12 @@ def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
 
 
 def batch_share(mesh: Mesh, batch: int, accumulate: int = 1) -> tuple[int, int]:
-    """(index, count): which of `count` equal shares of each global batch this process reads.
+    """Returns (index, count): this process reads share `index` of `count` equal shares of each global batch.
 
-    Processes that differ only along "tensor" need the same images and share an index.
+    Processes that differ only along "tensor" need the same images and have the same index.
 
     Raises:
-      ConfigError: as `check_batch`, or the mesh cuts a process in two.
+      ConfigError: See `check_batch`; or the mesh splits the batch unevenly over processes.
     """
     check_batch(mesh, batch, accumulate)
     parts = batch_devices(mesh)
@@ -228,37 +239,40 @@ def batch_share(mesh: Mesh, batch: int, accumulate: int = 1) -> tuple[int, int]:
 
 
 def global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """One global array, split over the mesh, from each process's own rows."""
+    """Returns global arrays, split over the mesh, made of the rows of each process."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:
-    """Numpy copies of global arrays, whole on every process."""
+    """Returns NumPy copies of whole global arrays on every process."""
     return jax.device_get(tree if jax.process_count() == 1 else _gather(mesh)(tree))
 
 
 @functools.cache
 def _gather(mesh: Mesh) -> Any:
-    """Compiled once for a tree's shapes, however often it is called."""
+    """Returns a jitted function that replicates a tree.
+
+    Cached, so that it compiles once for each shape.
+    """
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def sync(name: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has called this function."""
     multihost_utils.sync_global_devices(name)
 
 
 def all_failed() -> bool:
-    """Whether every process has come here with an error, of whatever kind: then all may go on.
+    """Returns whether all processes have failed and called this function, so that all may continue.
 
-    One that fails alone must not: it would take the others' next exchange for one of its own, or they wait for it for ever.
+    A process that failed alone must end: its collectives would no longer match those of the others.
     """
     if jax.process_count() == 1:
         return True
     from orbax.checkpoint import multihost  # slow to import, and --mode=compile needs none
 
-    try:  # over the network of the coordinator: devices may be busy with what this process has left
+    try:  # over the coordinator's network, because devices may still be busy
         multihost.get_barrier_sync_fn()(key=f"failed {next(_failure_ids)}", timeout_ms=int(1000 * PEER_TIMEOUT_SECONDS))
     except RuntimeError as error:
         logging.error("this process has failed alone, and ends: the others wait for it (%s)", first_line(error)[:80])
@@ -267,17 +281,17 @@ def all_failed() -> bool:
 
 
 def distributed_init(coordinator: str, num_processes: int, process_id: int, timeout: int = 300) -> None:
-    """Joins the other processes; call it before anything else touches JAX.
+    """Joins the other processes of a job. Call it before any other use of JAX.
 
     Args:
-      coordinator: host:port of process 0; "" finds it, and the two numbers, in the cluster's own environment (TPU pod,
-        Slurm, Open MPI).
-      num_processes: of the whole job; -1 with an empty coordinator.
-      process_id: of this process, 0 to num_processes - 1; -1 with an empty coordinator.
-      timeout: seconds to wait for the others.
+      coordinator: host:port of process 0; "" takes it and the two numbers from the environment of the
+        cluster (TPU pod, Slurm, Open MPI).
+      num_processes: Number of processes of the job; -1 with an empty coordinator.
+      process_id: Number of this process, 0 to num_processes - 1; -1 with an empty coordinator.
+      timeout: Seconds to wait for the others, after which this process exits with status 2.
 
     Raises:
-      ConfigError: flags are missing or no cluster was found. Processes that do not come end this one with status 2.
+      ConfigError: Flags are missing, or no cluster was found.
     """
     if coordinator and not 0 <= process_id < num_processes:
         raise ConfigError(
@@ -292,7 +306,7 @@ def distributed_init(coordinator: str, num_processes: int, process_id: int, time
     if coordinator:
         settings = {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
 
-    def give_up() -> None:  # JAX itself ends a late process with a C++ stack trace; this comes before it
+    def give_up() -> None:  # before JAX ends the process with a C++ stack trace
         print(
             f"error: not all of {count} processes came within {timeout} s {where}: check that the same command runs on "
             "every host, that --process_id differs on each, and that the coordinator's port is reachable.",
@@ -312,6 +326,6 @@ def distributed_init(coordinator: str, num_processes: int, process_id: int, time
         ) from error
     finally:
         watchdog.cancel()
-    if jax.process_count() == 1:  # nobody is to be told: it ends at once where it does not train, as any other
+    if jax.process_count() == 1:  # without peers, SIGTERM may end the process at once
         preemption.exit_on_sigterm()
     logging.info("process %d of %d, %d devices", jax.process_index(), jax.process_count(), jax.device_count())

@@ -1,4 +1,7 @@
-"""Notice that a run is to stop: from the machine that is about to be taken away, or from a person."""
+"""Signals that ask a run to stop, from a cluster that takes the machine away or from a user.
+
+Training and other long modes check `Preemption.reached` between steps, or wrap work in `interruptible`.
+"""
 
 import itertools
 import os
@@ -13,27 +16,26 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
-# JAX's sync point names the number of the call at which all processes stop: none may come twice.
+# JAX's sync point identifies calls by number, so each number may occur once.
 _call_ids = itertools.count(1)
 
 
 class Preemption:
-    """Hears SIGTERM, SIGHUP, the cluster's notice through JAX's sync point, and Ctrl-C (SIGINT); a second Ctrl-C ends the process.
+    """Context manager that catches SIGTERM, SIGHUP, SIGINT (Ctrl-C) and the cluster's notice to JAX.
 
-    SIGHUP comes when a terminal is closed. A process that ignores it (`nohup`) goes on to ignore it.
-
-    A context manager; `reached()` says, in all processes at the same call, that it is time to save and leave.
+    `reached` then returns True in all processes at the same call. A second Ctrl-C ends the process.
+    SIGHUP is sent when a terminal is closed; a process that ignores it (`nohup`) continues to ignore it.
     """
 
     def __init__(self) -> None:
-        # With several processes, JAX's own notifier takes SIGTERM and tells the others.
-        self._alone = jax.process_count() == 1
+        # With several processes, JAX's own notifier handles SIGTERM and informs the others.
+        self._single_process = jax.process_count() == 1
         self._noticed = threading.Event()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
         self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
-        if self._alone:
+        if self._single_process:
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._notice)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._terminate)
@@ -53,13 +55,13 @@ class Preemption:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.write(
             2, b"stopping behind this step; Ctrl-C again leaves at once, without saving\n"
-        )  # a log may be locked here
+        )  # not the log, which may be locked in a signal handler
         os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self) -> bool:
-        """Whether to save and leave; once true, it stays so. Every process calls it equally often."""
+        """Returns whether to save and exit. Every process must call it equally often."""
         if (
-            not self._alone
+            not self._single_process
             and not self._noticed.is_set()
             and multihost_utils.reached_preemption_sync_point(next(_call_ids))
         ):
@@ -68,18 +70,18 @@ class Preemption:
 
 
 def exit_on_sigterm() -> None:
-    """SIGTERM ends this process at once: `jax.distributed.initialize` has given the signal to JAX's notifier, which only notes it."""
+    """Lets SIGTERM end this process, though `jax.distributed.initialize` has installed JAX's notifier for it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def interruptible(items: Iterable[T]) -> Iterator[T]:
-    """The items, for work that the same command goes on with; every process takes equally many.
+    """Yields items of work that the same command can resume. Every process must take equally many.
 
-    A signal ends a single process there and then. Several do not hear SIGTERM, which JAX's notifier takes, and one that
-    ended alone would leave the others waiting: they end together, between two items.
+    A signal ends a single process at once. With several processes, all end together between two items,
+    because those that remained would wait for ever.
 
     Raises:
-      KeyboardInterrupt: they are to stop.
+      KeyboardInterrupt: The processes are asked to stop.
     """
     if jax.process_count() == 1:
         yield from items

@@ -1,4 +1,4 @@
-"""Says of what takes long that it goes on: a program that compiles, a data set that is listed."""
+"""Log lines during long operations, such as compiling a program or listing a data set."""
 
 import contextlib
 import threading
@@ -9,29 +9,29 @@ from typing import Any
 import jax
 from absl import logging
 
-INTERVAL_SECONDS = 10.0  # seconds
+INTERVAL_SECONDS = 10.0
 
 
 @contextlib.contextmanager
 def log_while(what: str) -> Iterator[None]:
-    """Logs every `EVERY` seconds for how long `what` has been under way."""
-    began, over = time.monotonic(), threading.Event()
+    """Logs every `INTERVAL_SECONDS` how long an operation has taken so far."""
+    began, finished = time.monotonic(), threading.Event()
 
-    def tell() -> None:
-        while not over.wait(INTERVAL_SECONDS):
+    def log() -> None:
+        while not finished.wait(INTERVAL_SECONDS):
             logging.info("%s: %.0f s so far", what, time.monotonic() - began)
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=log, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        finished.set()
         thread.join()
 
 
 def log_compilation(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """The jitted function, of which the first call, which compiles it, is told while it lasts and when it is done."""
+    """Returns a jitted function whose first call, which compiles it, is logged."""
     compiled = False
 
     def call(*args: Any) -> Any:

@@ -1,7 +1,7 @@
-"""A record of the config files that this user's own runs have written.
+"""Record of the config files that runs of this user have written.
 
-A workdir may come from a stranger. `config.restored` takes paths from the config.json of a folder only if that file is in the record:
-the same values were written here before. The record holds one empty file per config, named by a hash of its content.
+A workdir may come from a stranger. `runtime.stored_config` takes paths from a config.json only if this
+record contains it. The record is a folder with one empty file per config, named by a hash of its content.
 """
 
 import contextlib
@@ -15,7 +15,10 @@ from madformer_jax.runtime import storage
 
 
 def record(content: Mapping[str, Any]) -> None:
-    """Notes that a run of this user has written a config. Without a cache that can be written, nothing is noted."""
+    """Records a config that a run of this user has written.
+
+    Nothing is recorded if the cache is not writable.
+    """
     path = _path(content)
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(path), exist_ok=True)

@@ -1,7 +1,8 @@
-"""Files of ours on any file system: written whole or not at all, and what a file system raises as one line.
+"""Reading and writing files on local disks and in buckets, with errors of one line.
 
-A path is a name or an `epath.Path`: a local one, or one in a bucket (gs://, s3://), which can neither seek nor append while
-it is written. Whoever writes a file, in whatever room, writes it here.
+A path is a string or an `epath.Path`, local or in a bucket (gs://, s3://); objects in a bucket can
+neither seek nor append while they are written. Every module that writes a file does it with these
+functions, so that a file appears whole or not at all.
 """
 
 import codecs
@@ -30,19 +31,20 @@ T = TypeVar("T")
 
 
 def user_cache(kind: str) -> str:
-    """Folder in the user's cache for one kind of our files."""
+    """Returns the folder of the user's cache for one kind of files of this package."""
     return os.path.join(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "madformer_jax", kind)
 
 
 def is_remote(path: Path) -> bool:
-    """Whether a path lies in a bucket."""
+    """Returns whether a path is in a bucket."""
     return "://" in os.fspath(path)
 
 
 def expand(path: Path) -> str:
     """Replaces a leading `~` of a user's path by the home folder, as a shell does.
 
-    Call it once, where a user's path comes in. Below, `~` is a name like any other: `./~` becomes `~` as an `epath.Path`.
+    Call it once, where a user's path enters the program. Elsewhere `~` is an ordinary name: `./~` becomes
+    `~` as an `epath.Path`.
 
     Raises:
       ConfigError: The home folder is unknown.
@@ -57,12 +59,12 @@ def expand(path: Path) -> str:
 
 
 def absolute(path: Path) -> epath.Path:
-    """Turns a path into the address that is valid in any folder. (`epath.Path.absolute` makes a local path of gs://.)"""
+    """Returns an absolute path. (`epath.Path.absolute` turns gs:// into a local path.)"""
     return epath.Path(path if is_remote(path) else os.path.abspath(os.fspath(path)))
 
 
 def kvstore(path: Path) -> dict[str, str] | str:
-    """TensorStore's specification of the folder at a path; every character of the path stands for itself."""
+    """Returns TensorStore's specification of a folder, with all special characters escaped."""
     folder = os.fspath(absolute(path))
     if not is_remote(folder):
         return {"driver": "file", "path": f"{folder.rstrip('/')}/"}
@@ -71,13 +73,13 @@ def kvstore(path: Path) -> dict[str, str] | str:
 
 
 def check_arrays_path(path: Path, write: bool) -> None:
-    """Refuses a folder whose arrays Orbax and TensorStore would look for at another address.
+    """Checks that Orbax and TensorStore find the arrays of a folder at its own address.
 
     Orbax uses a path that it writes to as a glob pattern and as an unquoted URL. TensorStore reads a backslash as a slash.
 
     Args:
-      path: Folder of a checkpoint, or one above it.
-      write: Whether arrays are written there. To read them, fewer characters are refused.
+      path: Folder of a checkpoint, or one of its parents.
+      write: Whether arrays are written there. Reading supports more characters.
 
     Raises:
       ConfigError: Names the characters.
@@ -113,7 +115,7 @@ def _contains_arrays(folder: str, write: bool) -> bool:
 
 
 def list_matching(folder: Path, pattern: str) -> list[epath.Path]:
-    """Sorted paths in a folder whose names match a pattern; empty if there is no such folder.
+    """Returns the sorted paths in a folder whose names match a pattern; empty if the folder does not exist.
 
     `glob` on a path would read characters of the folder's own name as a pattern.
     """
@@ -129,20 +131,21 @@ def list_matching(folder: Path, pattern: str) -> list[epath.Path]:
 
 
 def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
-    """Writes a file so that it appears whole or not at all; its folder is made.
+    """Writes a file so that it appears whole or not at all. Its folder is created.
+
+    Errors of the file system are raised as they are; `wrap_errors` turns them into one line.
 
     Args:
-      path: where; what is there is replaced.
-      put: is called with a local binary file, which can seek and has a `name`, and writes the content.
-
-    Raises:
-      whatever the file system or `put` raises (`errors` makes a line of it).
+      path: The file, which is replaced if it exists.
+      put: Writes the content to a local binary file, which can seek and has a `name`.
     """
     if not is_remote(path):
         local = os.path.abspath(os.fspath(path))
         folder, name = os.path.split(local)
         os.makedirs(folder, exist_ok=True)
-        part = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.part")  # others may write the same
+        part = os.path.join(
+            folder, f".{name}.{uuid.uuid4().hex[:8]}.part"
+        )  # unique, as other processes may write the same file
         try:
             with open(part, "wb") as file:
                 put(file)
@@ -163,7 +166,7 @@ def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
 def _upload(local: str, path: epath.Path) -> None:
     """Copies a local file to an object in a bucket.
 
-    Leaving `open` publishes the object, also after an exception: the copy gets its name only when it is whole.
+    Closing a file publishes the object, even after an exception. So the copy is renamed when it is whole.
     """
     size, part = os.path.getsize(local), path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
@@ -179,7 +182,7 @@ def _upload(local: str, path: epath.Path) -> None:
 
 
 def read_version(path: Path) -> tuple[bytes | None, bytes]:
-    """Returns the content of a small file, None if there is none, and a mark of this version for `write_version`."""
+    """Returns the content of a small file, or None if it does not exist, and its version for `write_version`."""
     with _store(path) as (store, name):
         found = store.read(name).result()
     return (None if found.state == "missing" else found.value), found.stamp.generation
@@ -188,10 +191,10 @@ def read_version(path: Path) -> tuple[bytes | None, bytes]:
 def write_version(path: Path, content: bytes | None, version: bytes) -> bool:
     """Writes or, for None, removes a file if nobody has written it since `read_version`. Its folder must exist.
 
-    This is atomic on local disks and in gs://. In s3:// two writers of the same moment may both succeed.
+    This is atomic on local disks and in gs://. In s3:// two simultaneous writers may both succeed.
 
     Returns:
-      Whether it was written: False if another version is there.
+      True if the file was written, False if its version has changed.
     """
     with _store(path) as (store, name):
         return store.write(name, content, if_equal=version).result().generation != b""
@@ -203,7 +206,10 @@ _FEW_RETRIES = {"max_retries": 2, "initial_delay": "0.2s", "max_delay": "1s"}
 
 @contextlib.contextmanager
 def _store(path: Path) -> Iterator[tuple[Any, str]]:
-    """TensorStore's view of a file: the store of its folder, and its name there. Errors are those of a file system."""
+    """Opens a file in TensorStore and yields the store of its folder and its name.
+
+    Errors are raised as OSError.
+    """
     import tensorstore  # slow to import
 
     folder, name = os.path.split(os.fspath(absolute(path)))
@@ -215,7 +221,7 @@ def _store(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """See `write`."""
+    """Writes bytes as a file; see `write`."""
 
     def put(file: IO[bytes]) -> None:
         file.write(content)
@@ -224,36 +230,39 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """See `write`."""
+    """Writes text as a file; see `write`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """See `write`."""
+    """Writes JSON as a file; see `write`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def append_line(path: Path, text: str) -> None:
-    """Adds a line to a text file, which it makes where there is none. In a bucket the whole object is written anew."""
+    """Appends a line to a text file, which is created if needed.
+
+    In a bucket the whole object is rewritten.
+    """
     if is_remote(path):
-        there = epath.Path(path)
-        write_text(path, (there.read_text() if there.exists() else "") + text + "\n")
+        remote = epath.Path(path)
+        write_text(path, (remote.read_text() if remote.exists() else "") + text + "\n")
         return
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
         torn = b""
-        if end:  # a process that died may have left half a line
+        if end:  # a killed process may have left half a line
             file.seek(end - 1)
             torn = b"" if file.read(1) == b"\n" else b"\n"
         file.write(torn + text.encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; None where there is none.
+    """Returns the content of a JSON file; None if the file does not exist.
 
     Raises:
-      ConfigError: it cannot be read, or holds no JSON.
+      ConfigError: The file cannot be read, or is not JSON.
     """
     with wrap_errors(f"{path} cannot be read"):
         try:
@@ -271,7 +280,7 @@ def read_json(path: Path) -> Any:
 def decode_text(content: bytes, name: str) -> str:
     """Decodes the content of a text file: UTF-8, with or without a byte-order mark.
 
-    Every text file that a user brings is decoded here: captions, prompts, class names, labels, tokenizers.
+    All text files of users are decoded here: captions, prompts, class names, labels, tokenizers.
 
     Args:
       content: Bytes of the whole file, of one member of an archive, or of one record.
@@ -294,14 +303,14 @@ def read_text(path: Path) -> str:
 
     Raises:
       ConfigError: The content is not UTF-8.
-      OSError: The file cannot be read; buckets raise errors of their own (see `errors`).
+      OSError: The file cannot be read; buckets raise errors of other types (see `wrap_errors`).
     """
     text = decode_text(epath.Path(path).read_bytes(), os.fspath(path))
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file."""
+    """Returns the SHA-256 checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
         while part := file.read(1 << 20):
@@ -318,15 +327,15 @@ def _sync_folder(path: str) -> None:
         os.close(folder)
 
 
-# ---- what goes wrong
+# ---- errors
 
-# Modules whose exceptions are a file system's, beside OSError: those behind gs:// are none.
+# Modules whose exceptions come from a file system without being OSError, such as those of gs://.
 _ERROR_MODULES = ("tensorflow.python.framework.errors", "gcsfs", "google", "aiohttp", "botocore", "fsspec")
 _TRANSIENT_ERRNOS = {
     errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED,
     errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH,
 }  # fmt: skip
-# TensorStore names a status in its text, TensorFlow in its type, HTTP by number.
+# TensorStore names a status in its message, TensorFlow in the type, HTTP by a number.
 _TRANSIENT_PATTERN = re.compile(
     r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED"
     r"|UnavailableError|DeadlineExceededError|AbortedError|ResourceExhaustedError|EIO|ESTALE|EAGAIN|ETIMEDOUT)\b"
@@ -339,12 +348,12 @@ _SYSTEM_MESSAGES = (
 
 
 def is_error(error: BaseException) -> bool:
-    """Whether an exception comes from a file system."""
+    """Returns whether an exception comes from a file system."""
     return isinstance(error, OSError) or any(k.__module__.startswith(_ERROR_MODULES) for k in type(error).__mro__)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help."""
+    """Returns whether the operation may succeed if it is repeated."""
     if isinstance(error, OSError) and (
         error.errno in _TRANSIENT_ERRNOS or isinstance(error, (ConnectionError, TimeoutError))
     ):
@@ -355,7 +364,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def cause_message(error: BaseException | None) -> str:
-    """The line of an exception that tells most: that of the system, where there is one."""
+    """Returns the most informative line of an exception: the message of the system, if it has one."""
     if error is None:
         return "unknown"
     text = str(error).partition(" See full TensorStore details")[0]
@@ -369,7 +378,7 @@ def cause_message(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def wrap_errors(what: str) -> Iterator[None]:
-    """Turns what a file system raises, of whatever kind, into a ConfigError of one line: `what`, then the cause."""
+    """Turns errors of any file system into a ConfigError of one line: `what`, then the cause."""
     try:
         yield
     except Exception as error:
@@ -379,7 +388,7 @@ def wrap_errors(what: str) -> Iterator[None]:
 
 
 def retry(call: Callable[[], T], waits: tuple[float, ...] = (0.2, 1.0, 5.0)) -> T:
-    """What `call` returns; it is called again after each of `waits` seconds where storage fails in a way that may pass."""
+    """Calls a function, and again after each of `waits` seconds if a transient error of storage occurs."""
     for wait in waits:
         try:
             return call()

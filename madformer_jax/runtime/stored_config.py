@@ -1,4 +1,7 @@
-"""The config of a folder, as its config.json holds it, and paths of a config as this machine has them."""
+"""Configs that are read from a config.json, and expansion of the paths in a config.
+
+The command line and `sampling.trained_model.load` read the configs of workdirs and exports here.
+"""
 
 import os
 from collections.abc import Mapping
@@ -8,30 +11,31 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, identity, validation
+from madformer_jax.config import aliases, fields, identity, validation
 from madformer_jax.config.schema import TOKENIZER_FILE, base, portable
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import provenance, storage
 
 
 def config_from_saved(saved: Any, path: str, trusted: bool | None = None) -> ConfigDict:
-    """Returns the config of a folder from the content of its config.json. Missing fields have their defaults.
+    """Returns the config in a config.json. Missing fields have their defaults.
 
-    A stranger's file chooses no path, no device and no address: fields of the machine have their defaults unless this user wrote
-    the file. The compilation cache has its default in any case, because the programs in it are executed.
+    Fields that are local to a machine have their defaults unless this user wrote the file, so that a
+    stranger's file cannot choose paths, devices or addresses. The compilation cache always has its default,
+    because the programs in it are executed.
 
     Args:
-      saved: The content.
-      path: The file's name.
-      trusted: Whether this user wrote the file; None looks it up (`runtime.provenance`).
+      saved: Content of the file.
+      path: Path of the file.
+      trusted: Whether this user wrote the file; None for a look-up in `runtime.provenance`.
 
     Raises:
       ConfigError: The content is not a config of this package.
     """
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is damaged: it holds no config.")
-    c, known = fields.flat(saved), fields.flat(base())
-    c.pop("model.text_length", None)  # of older configs, in which it could only be 1
+    c, known = aliases.current_names(fields.flat(saved), path), fields.flat(base())
+    c.pop("model.text_length", None)  # a field of older configs that could only be 1
     try:
         fields.check(known | c, known)
     except ConfigError as error:
@@ -62,7 +66,7 @@ def _log_ignored(path: str, values: Mapping[str, Any]) -> None:
 
 
 def expand_paths(c: ConfigDict) -> None:
-    """Expands `~` in all fields that are paths. Call it at the edge: once for a config that a user has given.
+    """Expands `~` in all fields that are paths. Call it once for a config that a user has given.
 
     Raises:
       ConfigError: The home folder is unknown.

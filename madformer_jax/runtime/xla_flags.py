@@ -1,4 +1,4 @@
-"""The XLA flags that installed libraries know. XLA ends a process whose XLA_FLAGS holds an unknown flag."""
+"""XLA flags that the installed libraries know. XLA ends a process whose XLA_FLAGS has an unknown flag."""
 
 import glob
 import importlib.util
@@ -29,7 +29,7 @@ def _libraries(package: str) -> list[str]:
 
 
 def _contains_flag(path: str, flag: str) -> bool:
-    """Whether a library holds the flag's name as a string of its own, not as a removed field of a protocol buffer."""
+    """Returns whether a library contains the name of a flag as a string, not as a removed protocol-buffer field."""
     name = flag.removeprefix("--").partition("=")[0]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(f"\0{name}\0".encode()) >= 0

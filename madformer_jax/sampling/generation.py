@@ -109,7 +109,7 @@ def make_sample_fn(
             spacing=settings.spacing,
             steps=settings.steps,
             guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
-            clip_x0=settings.clip,
+            clip_x0=settings.clip_x0,
         )
         z = codec.from_blocks(blocks, sizes)
         with jax.named_scope("codec"):
@@ -213,7 +213,7 @@ def _non_finite_message(c: ConfigDict, numbers: np.ndarray, z: np.ndarray, finit
         where = f"the decoder's pixels of image {numbers[np.argmin(finite)]}"
     return (
         f"sampling gave values that are not finite: {where}. The weights may have diverged (try an earlier checkpoint), or "
-        f"sample.guidance={c.sample.guidance} with sample.clip={c.sample.clip} is too strong."
+        f"sample.guidance={c.sample.guidance} with sample.clip_x0={c.sample.clip_x0} is too strong."
     )
 
 

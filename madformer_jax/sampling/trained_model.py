@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels, fields, validation
+from madformer_jax.config import aliases, class_labels, fields, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
@@ -89,7 +89,7 @@ class Model:
         Args:
           n: Number of images. By default one for each label or prompt, or one.
           settings: `seed`, and the fields of `config.sample`: guidance, steps, solver, spacing,
-            clip. `labels` are class numbers (integers) or class names (texts). `prompts` are texts,
+            clip_x0. `labels` are class numbers (integers) or class names (texts). `prompts` are texts,
             none of which names a file or a split. Images take labels and prompts in turn.
 
         Returns:
@@ -101,7 +101,7 @@ class Model:
         c = self._settings(n, settings)
         s = c.sample
         sample_fn = self._program(
-            ("draw", s.solver, s.spacing, s.steps, s.clip, s.guidance == 1.0),
+            ("draw", s.solver, s.spacing, s.steps, s.clip_x0, s.guidance == 1.0),
             lambda: generation.make_sample_fn(c, self._model, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
@@ -140,7 +140,7 @@ class Model:
             images.
         """
         c = self.config.copy_and_resolve_references()
-        for name, value in settings.items():
+        for name, value in aliases.current_names(settings, "a setting of sampling", "sample.").items():
             if name in _FIXED_FIELDS:
                 raise ConfigError(f"{name}={value!r}: the weights of a model were chosen when it was loaded.")
             if name == "seed":
@@ -194,7 +194,7 @@ class Model:
         """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
         coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
-        static = flops.guidance_branches(c) == 2, s.clip, sampler.clean_timestep(self._model, coefficients)
+        static = flops.guidance_branches(c) == 2, s.clip_x0, sampler.clean_timestep(self._model, coefficients)
         begin, condition, step, cache_clean, decode = self._program(
             ("blocks", *static), lambda: self._block_programs(*static)
         )
@@ -217,7 +217,7 @@ class Model:
                     if not finite:
                         raise ConfigError(
                             f"sampling gave values that are not finite in block {block + 1}: the weights may have diverged, or "
-                            f"guidance={s.guidance} with clip={s.clip} is too strong."
+                            f"guidance={s.guidance} with clip_x0={s.clip_x0} is too strong."
                         )
                     yield Frame(images, block, k, flops.model_passes_until(c, block, k), time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])

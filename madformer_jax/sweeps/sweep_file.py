@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, identity
+from madformer_jax.config import aliases, fields, identity
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.sweeps import budget
@@ -133,7 +133,12 @@ def load_sweep(file: ConfigFile) -> Sweep:
         raise ConfigError(f"{file.module.__file__}: sweep(): {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(sweep, Sweep):
         raise ConfigError(f"{file.module.__file__}: sweep() returned a {type(sweep).__name__}, not a Sweep.")
-    return sweep
+    source = f"{file.module.__file__}: sweep()"
+    runs, evaluations = (
+        [aliases.current_names(overrides, source) for overrides in several]
+        for several in (sweep.runs, sweep.evaluations)
+    )
+    return sweep._replace(runs=runs, evaluations=evaluations)
 
 
 def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
@@ -190,12 +195,12 @@ def apply_overrides(base: ConfigDict, overrides: Overrides) -> ConfigDict:
       ConfigError: A field does not exist, or a value has another type.
     """
     c = base.copy_and_resolve_references()
-    values = fields.flat(base)
+    values, changes = fields.flat(base), aliases.current_names(overrides, "the sweep's overrides")
     try:
-        fields.check(values | dict(overrides), values)
+        fields.check(values | changes, values)
     except ConfigError as error:
         raise ConfigError(f"the sweep's overrides {dict(overrides)}: {error}") from None
-    c.update_from_flattened_dict(dict(overrides))
+    c.update_from_flattened_dict(changes)
     return c
 
 
@@ -206,15 +211,20 @@ def changed_settings(values: fields.Section) -> dict[str, Any]:
       values: A config, or its stored form in a workdir or a result.
     """
     defaults = fields.flat(config_lib.base())
-    settings = identity.identifying_fields(fields.flat(values), defaults)
+    stored = aliases.current_names(fields.flat(values), "a stored config")
+    settings = identity.identifying_fields(stored, defaults)
     if settings["evaluate.checkpoints"].startswith("last:"):
-        settings |= {name: fields.flat(values).get(name, defaults[name]) for name in _CHECKPOINT_FIELDS}
+        settings |= {name: stored.get(name, defaults[name]) for name in _CHECKPOINT_FIELDS}
     return {name: value for name, value in settings.items() if value != defaults[name] and name not in _SWEEP_FIELDS}
 
 
 def settings_hash(values: fields.Section) -> str:
-    """Returns a hash of `changed_settings`, which names the folder of a run."""
-    return hashlib.sha256(json.dumps(changed_settings(values), sort_keys=True).encode()).hexdigest()[:12]
+    """Returns a hash of `changed_settings`, under the first names of the fields.
+
+    It names the folder of a run.
+    """
+    named = aliases.first_names(changed_settings(values))
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def judge_hash(c: ConfigDict) -> str:

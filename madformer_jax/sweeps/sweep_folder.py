@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from madformer_jax.config import fields
+from madformer_jax.config import aliases, fields
 from madformer_jax.cost import flops
 from madformer_jax.runtime import lock, storage, stored_config
 from madformer_jax.sweeps import sweep_file
@@ -91,6 +91,8 @@ def read_result(path: epath.PathLike) -> Any:
     "passes", in costs and in budgets, are NFE.
     """
     result = storage.read_json(path)
+    if isinstance(result, dict):
+        result = _rename_fields(result, os.fspath(path))
     for evaluation in result.get("evaluations", ()) if isinstance(result, dict) else ():
         cost, budget = evaluation["cost"], evaluation["budget"]
         if "nfe" not in cost:
@@ -100,6 +102,19 @@ def read_result(path: epath.PathLike) -> Any:
             evaluation["cost"] = {"solver_steps": cost["solver_steps"], **passes, "flops": cost["flops"]}
             budget["kind"] = "nfe" if budget["kind"] == "passes" else budget["kind"]
     return result
+
+
+def _rename_fields(result: dict[str, Any], path: str) -> dict[str, Any]:
+    """Returns a result with the current names of the fields in its config and in its overrides."""
+    named: dict[str, Any] = {
+        name: aliases.current_names(result[name], path) for name in ("config", "overrides") if name in result
+    }
+    if "evaluations" in result:
+        named["evaluations"] = [
+            evaluation | {"overrides": aliases.current_names(evaluation["overrides"], path)}
+            for evaluation in result["evaluations"]
+        ]
+    return result | named
 
 
 def run_status(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str:

@@ -1,4 +1,6 @@
-"""The place of compiled programs, which are executed: the user chooses it, a loaded folder does not."""
+"""Folder of compiled programs: the user chooses it, a loaded workdir must not, because they are executed."""
+
+import os
 
 import os
 

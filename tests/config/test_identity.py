@@ -1,4 +1,4 @@
-"""What identifies a run, and what belongs to the machine."""
+"""Fields that identify a run, and fields that are local to a machine."""
 
 import json
 

@@ -120,7 +120,7 @@ def test_settings_that_contradict_each_other_are_named(tiny_config, changes, wor
         ({"loss.image": None}, "must be of type float"),
         ({"model.unet_channels": (8, "16")}, r"config.model.unet_channels=\(8, '16'\) must be of type tuple of int"),
         ({"model.unet_channels": 8}, "must be of type tuple of int"),
-        ({"train.stps": 3}, "config.train.stps is no field: did you mean config.train.steps"),
+        ({"train.stps": 3}, "config.train.stps is not a field: did you mean config.train.steps"),
         ({"model": 3}, "config.model=3 must be a section"),
     ],
 )

@@ -84,10 +84,10 @@ SWITCHES = {  # test_release_samples has the four variants of the release
     "no clean stream, no condition": {
         "clean_stream": False, "ar_condition": False, "depth": 2, "diffusion_depth": 1, **ONE_STAGE,
     },
-    "D = N, v": {"predicts": "v", "depth": 3, "diffusion_depth": 3, **ONE_STAGE},
-    "one block, x0": {"predicts": "x0", "blocks": 1, "depth": 2, "diffusion_depth": 2, **ONE_STAGE},
+    "D = N, v": {"prediction_type": "v", "depth": 3, "diffusion_depth": 3, **ONE_STAGE},
+    "one block, x0": {"prediction_type": "x0", "blocks": 1, "depth": 2, "diffusion_depth": 2, **ONE_STAGE},
     "eight blocks, twice as high as wide, D = 1, x0": {
-        "blocks": 8, "unet_stride": 1, "classes": 3, "depth": 3, "diffusion_depth": 1, "predicts": "x0", "neighbours": True,
+        "blocks": 8, "unet_stride": 1, "classes": 3, "depth": 3, "diffusion_depth": 1, "prediction_type": "x0", "unet_context": True,
     },
     "captions with padding": {"classes": 6, "text_length": 4, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
     "a TPU's kernels": {"classes": 3, "attention": "pallas", "depth": 3, "diffusion_depth": 2, **ONE_STAGE},

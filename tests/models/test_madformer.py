@@ -40,7 +40,7 @@ CAUSAL = {
     "block only, no condition": {"classes": 3, "diffusion_attention": "block", "ar_condition": False},
     "no clean stream, no condition": {"clean_stream": False, "ar_condition": False},
     "D = N": {"diffusion_depth": 2},
-    "sixteen blocks, neighbours": {"blocks": 16, "unet_stride": 1, "classes": 3, "neighbours": True},
+    "sixteen blocks, neighbours": {"blocks": 16, "unet_stride": 1, "classes": 3, "unet_context": True},
     "1 x 1 convolutions": {"unet_kernel": 1},
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_every_setting_that_changes_the_images_changes_the_folder(c, tmp_path):
 
     names = {name(), name(step=4), name(weights="b"), name(vae="c")}
     changes = {
-        "seed": 1, "sample.labels": "1", "sample.clip": 2.0, "sample.solver": "ddim", "sample.spacing": "leading",
+        "seed": 1, "sample.labels": "1", "sample.clip_x0": 2.0, "sample.solver": "ddim", "sample.spacing": "leading",
         "sample.steps": 3, "sample.guidance": 2.0, "sample.guidance_schedule": "linear", "sample.guidance_interval": (5, 600),
         "sample.label_sampling": "random", "sample.weights": "raw", "sample.n": 8, "sample.shard": 4,
         "model.clean_timestep": "noisy", "codec.dtype": "bfloat16", "data.channels": 3,

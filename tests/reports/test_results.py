@@ -142,7 +142,7 @@ def test_missing_and_damaged_results_are_errors(tmp_path):
         ("train.context_noise", 100, 0, "context noise = 0"),
         ("sample.guidance", 2.0, 1.0, "guidance = 1.0"),
         ("model.ar_condition", True, False, "no AR condition"),
-        ("model.neighbours", False, True, "neighbours"),
+        ("model.unet_context", False, True, "unet context"),
     ],
 )
 def test_only_booleans_are_labeled_as_switches(field, base, other, label):

@@ -1,4 +1,4 @@
-"""What several processes do together is also in tests/test_distributed.py, with real ones and real signals."""
+"""Preemption in one process; tests/test_distributed.py tests several processes with real signals."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""What takes long is told while it lasts."""
+"""Log lines during long operations."""
 
 import threading
 

@@ -275,7 +275,7 @@ def test_a_process_of_a_job_array_starts_at_its_index(c, stage, tmp_path, monkey
 
 
 def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mode.listing.flops, "peak_rate", lambda dtype: 1e9)
+    monkeypatch.setattr(mode.run_table.flops, "peak_rate", lambda dtype: 1e9)
     mode.run(c, str(tmp_path / "none"), file=File(TWO), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[1:3]] == ["open", "open"]
@@ -299,7 +299,7 @@ def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
     ("definition", "message"),
     [
         (TWO._replace(runs=[]), "no runs"),
-        (TWO._replace(runs=[{"model.widht": 3}]), "config.model.widht is no field: did you mean config.model.width"),
+        (TWO._replace(runs=[{"model.widht": 3}]), "config.model.widht is not a field: did you mean config.model.width"),
         (TWO._replace(runs=[{"model.width": "x"}]), "must be of type int"),
         (TWO._replace(runs=[{"model.width": 16}, {"seed": 0}]), "the same run twice"),
         (TWO._replace(runs=[{"model.width": 15}]), "config.model.width=15"),
