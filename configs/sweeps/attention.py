@@ -1,4 +1,4 @@
-"""Attention over the whole sequence in the diffusion layers, or within a block: the paper's Table 5.
+"""Attention of the diffusion layers over the whole sequence or within a block: Table 5 of the paper.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/attention.py:digits --workdir=runs/attention_digits
 

@@ -1,7 +1,7 @@
-"""What the sweeps of this folder start from; no sweep itself.
+"""Base configs of the sweeps in this folder. This file is not a sweep itself.
 
-digits, drawings        the `cpu` variants: minutes a run on two cores, with fewer steps and images than configs/NAME.py
-ffhq1024, imagenet256   the `paper` variants, with the steps and images of configs/NAME.py (docs/testbed.md)
+digits, drawings        minutes a run on two cores, with fewer steps and images than configs/NAME.py
+ffhq1024, imagenet256   the models of the paper, with the steps and images of configs/NAME.py
 """
 
 from ml_collections import ConfigDict
@@ -16,17 +16,17 @@ def get_config(variant: str) -> ConfigDict:
     if variant not in ("digits", "drawings", "ffhq1024", "imagenet256"):
         raise ConfigError(f"--config: variant {variant!r} is unknown: digits, drawings, ffhq1024 or imagenet256.")
     c = config_beside(__file__, f"../{variant}.py")
-    c.train.judge = False  # a sweep judges by itself
+    c.train.judge = False  # the sweep evaluates its runs itself
     if variant in _STEPS:
         c.train.steps = _STEPS[variant]
         c.train.log_every, c.train.checkpoint_every, c.train.sample_every = 50, 200, 0
         c.sample.batch = 100
         c.evaluate.n = 500
-    if variant == "drawings":  # as small as digits, and without the guidance, which doubles the cost of a picture
+    if variant == "drawings":  # as small as digits, without guidance, which doubles the cost
         c.model.width, c.model.heads, c.model.mlp_width = 96, 3, 256
         c.model.unet_channels = (64,)
-        c.model.neighbours = False  # the paper's U-Net
+        c.model.unet_context = False  # the paper's U-Net
         c.sample.steps = 20
         c.sample.guidance = 1.0
-        c.evaluate.network = "attributes"  # the classifier's distance hardly moves
+        c.evaluate.network = "attributes"  # FD-classifier hardly differs between models
     return c

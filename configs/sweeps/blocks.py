@@ -1,8 +1,9 @@
-"""L, the blocks of an image, at growing resolutions: the paper's Table 2 and its finding that blocks help as resolution grows.
+"""L, the blocks of an image, at growing resolutions: Table 2 of the paper, whose finding is that blocks help there.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/blocks.py:drawings --workdir=runs/blocks_drawings
 
-Variants: drawings, the same pictures at 32, 64 and 128 px; digits, ffhq1024, imagenet256 at their own resolution.
+Variants: drawings (the same pictures at 32, 64 and 128 px); digits, ffhq1024 and imagenet256 at
+their own resolution.
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import fields
 from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
 
-STEPS = {32: 600, 64: 600, 128: 300}  # side of the drawings -> of training: a step at 128 px costs four times as much
+STEPS = {32: 600, 64: 600, 128: 300}  # image side -> training steps; a step at 128 px costs four times as much
 
 
 def get_config(variant: str = "drawings") -> ConfigDict:
@@ -22,7 +23,7 @@ def get_config(variant: str = "drawings") -> ConfigDict:
 def sweep(variant: str = "drawings") -> Sweep:
     c = get_config(variant)
     sides: list[dict[str, Any]] = [{}]
-    if variant == "drawings":  # what another resolution changes: the patch, and the U-Net's stages
+    if variant == "drawings":  # another resolution changes the patch and the U-Net stages
         others = [fields.flat(config_beside(__file__, "../drawings.py", f"side={side}")) for side in STEPS]
         swept = sorted({name for other in others for name in other if other[name] != others[0][name]})
         sides = [

@@ -1,8 +1,9 @@
-"""What the diffusion layers are told of the blocks before: the paper's Table 3.
+"""Diffusion layers with and without the clean stream and the AR condition: Table 3 of the paper.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/conditioning.py:digits --workdir=runs/conditioning_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. What a switch takes away takes its loss term with it, as in the release.
+Variants: digits, drawings, ffhq1024, imagenet256. A run without a stream or condition also trains
+without its loss term, as in the release.
 """
 
 from ml_collections import ConfigDict

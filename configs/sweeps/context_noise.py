@@ -2,7 +2,8 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/context_noise.py:digits --workdir=runs/context_noise_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. Look at the seam score beside the distances, against that of real images.
+Variants: digits, drawings, ffhq1024, imagenet256. Read the seam score beside the distances and
+compare it with that of real images.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
-"""D, the layers of N that run at every solver step: the paper's Table 1 and Figure 4, with intervals.
+"""D, the layers of N that run at every solver step: Table 1 and Figure 4 of the paper, with intervals.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=runs/depth_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. All runs train for equal steps. Equal solver steps are cheaper for a small
-D; at equal NFE, the paper's count of model passes, it takes more steps. Both are drawn.
+Variants: digits, drawings, ffhq1024, imagenet256. All runs train for the same number
+of steps. A solver step is cheaper with a small D, so a small D takes more steps at equal NFE (the
+cost by the formula of the paper). The sweep samples at equal steps and at equal NFE.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,12 @@
-"""D and width at equal training FLOPs: a small model for long, or a large one briefly?
+"""D and width at equal training FLOPs: train a small model longer, or a large one for fewer steps?
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/equal_flops.py:digits --workdir=runs/equal_flops_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. The budget is what the base needs for its steps. D alone does not change
-the FLOPs of a training step, so that runs of one width train for equal steps (size.py trains all widths for equal steps).
-Sampling budgets are full-model passes, which count every layer that runs (`flops.model_passes`), for each guidance branch.
+Variants: digits, drawings, ffhq1024, imagenet256. The budget is the FLOPs that the base needs
+for its steps. D does not change the FLOPs of a training step, so runs of one width train for the
+same number of steps. (size.py trains all widths for the same number of steps.) Sampling budgets are
+full-model passes for each guidance branch. They count every layer that runs
+(`flops.model_passes`).
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""The weight of the hidden term, lambda_hidden: the paper's Table 6, and more of it.
+"""Weight of the hidden loss term, lambda_hidden: Table 6 of the paper and one larger value.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/loss_weights.py:digits --workdir=runs/loss_weights_digits
 

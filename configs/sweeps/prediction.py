@@ -1,4 +1,4 @@
-"""What the network predicts: the noise, v, or the clean latent, with errors counted as they are or all as of v.
+"""Prediction type: the noise, v or the clean latent, with its own error or with the error of v.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/prediction.py:digits --workdir=runs/prediction_digits
 
@@ -19,9 +19,9 @@ def sweep(variant: str = "digits") -> Sweep:
     return Sweep(
         question="Which output is easiest to learn: the noise, v or the clean latent?",
         runs=[
-            {"model.predicts": predicts, "loss.weighting": weighting, "seed": seed}
+            {"model.prediction_type": prediction_type, "loss.weighting": weighting, "seed": seed}
             for seed in range(3)
-            for predicts, weighting in points
+            for prediction_type, weighting in points
         ],
         sample_budgets={"steps": (4, get_config(variant).sample.steps)},
     )

@@ -2,8 +2,9 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/size.py:digits --workdir=runs/size_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. Heads keep their size, SwiGLU its ratio; the U-Net stays.
-Sampling budgets are full-model passes, which count every layer that runs (`flops.model_passes`), for each guidance branch.
+Variants: digits, drawings, ffhq1024, imagenet256. The head size, the ratio of SwiGLU and the U-Net
+do not change. Sampling budgets are full-model passes for each guidance branch. They count every
+layer that runs (`flops.model_passes`).
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 
 def points(c: ConfigDict) -> list[dict[str, Any]]:
-    """Two thirds, all and five thirds of the heads, each with D = N / 4, N / 2 and N."""
+    """Returns 2/3, all and 5/3 of the heads, each with D = N / 4, N / 2 and N."""
     m = c.model
     return [
         {

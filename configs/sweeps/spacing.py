@@ -1,9 +1,9 @@
-"""Timesteps of the solver at few steps: leading (the release's for DDIM) against trailing (ours), for each D.
+"""Solver timesteps at few steps, for each D: leading (the release with DDIM) or trailing (our default).
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/spacing.py:digits --workdir=runs/spacing_digits
 
-Variants: digits, drawings, ffhq1024, imagenet256. The trainings are those of depth.py: a copy of its folders `runs` and
-`judges` in the workdir is taken up, and only sampled from.
+Variants: digits, drawings, ffhq1024, imagenet256. The trainings are those of depth.py. Copy its
+folders `runs` and `judges` into the workdir to sample from them without training again.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 def sweep(variant: str = "digits") -> Sweep:
     layers = get_config(variant).model.depth
     return Sweep(
-        question="Is the advantage of a small D at few steps one of the timesteps' spacing?",
+        question="Is the advantage of a small D at few steps due to the spacing of the timesteps?",
         runs=grid({"model.diffusion_depth": [layers * k // 4 for k in (1, 2, 3, 4)]}, seeds=3),
         evaluations=[{"sample.solver": "ddim", "sample.spacing": spacing} for spacing in ("leading", "trailing")],
         sample_budgets={"steps": (2, 4, 8, 16)},

@@ -1,4 +1,4 @@
-"""Parameters of the clean and the noisy stream, separate or shared: the paper's Table 4.
+"""Separate or shared parameters of the clean and the noisy stream: Table 4 of the paper.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/towers.py:digits --workdir=runs/towers_digits
 
