@@ -1,4 +1,4 @@
-"""docs/testbed.md: what it says about adding a switch is done as it stands there."""
+"""Tests that the switch and the sweep in docs/testbed.md work as they are written there."""
 
 import os
 import pathlib
@@ -12,15 +12,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 CHECK = """
 from types import SimpleNamespace
 import jax, jax.numpy as jnp
-from madformer_jax import main
+from madformer_jax.cli import command_line
 from madformer_jax.diffusion import losses
-from madformer_jax.models.madformer import Outputs
-main.run(["main", "--mode=sweep", "--config=configs/sweeps/error.py", "--workdir=unused", "--dry_run"])
+from madformer_jax.models.madformer import ModelOutputs
+command_line.run(["main", "--mode=sweep", "--config=configs/sweeps/error.py", "--workdir=unused", "--dry_run"])
 z = jnp.ones((2, 4, 4, 1))
-outputs = Outputs(image=z + 3, hidden=None, clean=None, text=None)
-model = SimpleNamespace(predicts="x0", apply=lambda *args, **kwargs: outputs)
+outputs = ModelOutputs(image=z + 3, hidden=None, clean=None, text=None)
+model = SimpleNamespace(predicts="x0", prediction_type="x0", apply=lambda *args, **kwargs: outputs)
 for error in ("squared", "absolute"):
-    weights = losses.Weights(hidden=0.0, error=error)
+    weights = losses.LossWeights(hidden=0.0, error=error)
     print(error, losses.training_loss(model, {}, z, None, jax.random.key(0), weights)[0])
 """
 
