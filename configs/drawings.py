@@ -1,10 +1,12 @@
-"""Colour drawings, conditional on their style or on a caption, in pixel space: 64 x 64, trains on a CPU.
+"""Color drawings of 64 x 64 pixels in pixel space, conditional on a style or a caption; trains on a CPU.
 
     python -m madformer_jax.main --config=configs/drawings.py --workdir=runs/drawings
 
-The pictures are drawn by the PyPI package dicebear-core, once, into the user's cache; nothing is downloaded. The variants
-side=32, 64, 128 and 256 show the same pictures at other sizes, with as many tokens a block; `text` draws what a sentence says
-(docs/text.md).
+The PyPI package dicebear-core draws the pictures once, into the user's cache. Nothing else is
+downloaded. Variants, after a colon:
+
+side=32, 64, 128 or 256   the same pictures at another size, with the same number of tokens a block
+text                      a model that reads captions (docs/text.md)
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +14,8 @@ from ml_collections import ConfigDict
 from madformer_jax import config
 from madformer_jax.errors import ConfigError
 
-# side -> pixels of a latent position's side, stages of the U-Net; each stage but the first halves a block's side, to 4 x 4 tokens
+# Image side -> patch side, number of U-Net stages. Each stage after the first halves the side of a
+# block, so that every variant has 4 x 4 tokens a block.
 _SIDES = {32: (4, 1), 64: (8, 1), 128: (8, 2), 256: (16, 2)}
 
 
@@ -53,15 +56,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c.optimizer.decay = 0.4
 
     c.sample.n = c.sample.batch = c.sample.grid = 50
-    c.sample.steps = 40  # at 20 borders between blocks show a little more
+    c.sample.steps = 40  # with 20 steps the borders between blocks show a little more
     c.sample.guidance = 1.5
     c.sample.clip_x0 = 1.0
     if chosen["text"]:
         c.model.classes = 0
         c.text.tokenizer, c.text.vocabulary = "drawings", 835
-        c.text.length = 40  # the longest caption has 38
-        c.loss.text = 0.002  # more makes its tower predict words, and pictures miss what they ask for (docs/text.md)
+        c.text.length = 40  # the longest caption has 38 tokens
+        c.loss.text = 0.002  # a larger weight spends the text tower on predicting words (docs/text.md)
         c.sample.prompts = "data:test"
-        c.model.unet_kernel = 1  # a third more steps in the same time (docs/text.md)
+        c.model.unet_kernel = 1  # allows a third more steps in the same time (docs/text.md)
         c.train.steps = 5000
     return c

@@ -2,12 +2,16 @@
 
     python -m madformer_jax.main --config=configs/imagenet256.py:D=14,L=4 --workdir=gs://bucket/imagenet_d14
 
-What stands behind the colon, any of it: D=7, 14, 21 or 28 diffusion layers of 28 (14 by default); L=1, 4, 8 (2 x 4) or 16 blocks (4);
-`text` for a model that reads the name of the class as its caption, of 2.14 B parameters with the 128 256 tokens of Llama 3's
-tokenizer, whose file is --config.text.tokenizer=FILE (docs/text.md); `tiny` for a few small layers on the embedded digits, which
-runs anywhere in minutes. It trains on VAE latents that --mode=prepare has cached (docs/data.md).
+Variants, after the colon and separated by commas:
 
-It fits a TPU v5e:4x4 or v5p:2x2x1, and what is larger (docs/scaling.md).
+D=7, 14, 21 or 28   diffusion layers of N = 28; the default is 14
+L=1, 4, 8 or 16     blocks; 8 means 2 x 4 blocks; the default is 4
+text                a model whose caption is the name of the class (docs/text.md): 2.14 B parameters
+                    with the 128,256 tokens of Llama 3's tokenizer; give --config.text.tokenizer=FILE
+tiny                a few small layers on the embedded digits, which run anywhere in minutes
+
+It trains on VAE latents that --mode=prepare has cached (docs/data.md). It fits a TPU v5e:4x4 or
+v5p:2x2x1 and anything larger (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict
@@ -20,21 +24,21 @@ IMAGES, EPOCHS = 1_281_167, 50  # paper: 250 k steps
 
 def get_config(variant: str = "") -> ConfigDict:
     chosen = config.variant(variant, {"D": 14, "L": 4}, ("text", "tiny"))
-    c = config.base()  # whose width, heads, depth, U-Net and AdamW are the release's for FFHQ
+    c = config.base()  # its width, heads, depth, U-Net and AdamW are the release's for FFHQ
     c.model.diffusion_depth = chosen["D"]
     c.model.blocks = chosen["L"]
-    c.model.unet_stride = 1  # a token for every latent position: 256 in a block at L = 4, as the release's defaults
+    c.model.unet_stride = 1  # one token for each latent position: 256 a block at L = 4, as in the release
     c.model.classes = 0 if chosen["text"] else 1000
     c.model.dtype = "bfloat16"
     c.loss.image, c.loss.hidden, c.loss.clean = 5.0, 0.1, 0.1  # paper
     if chosen["text"]:
         c.text.vocabulary = 128_256  # paper
-        c.text.length, c.text.caption = 16, "class"  # ours: the paper says nothing of either
+        c.text.length, c.text.caption = 16, "class"  # ours: the paper states neither
         c.loss.text = 1.0  # paper
         c.sample.prompts = "data:train"
 
     c.data.source = "arrayrecord"
-    c.data.test_share = 0.0  # trained on all images, and compared with them, as the paper does
+    c.data.test_share = 0.0  # as in the paper: trains on all images and compares with them
     c.data.image_size = 256
     c.codec.path = release_config.RELEASE_VAE
 

@@ -1,26 +1,26 @@
 # shellcheck shell=bash
-# Shared by the launch scripts; sourced, never run.
+# Functions that the launch scripts share. Source this file; do not run it.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DRY_RUN=${DRY_RUN:-0}
 
-# One line about a wrong or missing setting, exit status 2.
+# die MESSAGE: prints one line about a wrong or missing setting and exits with status 2.
 die() {
   printf '%s: %s\n' "${0##*/}" "$1" >&2
   exit 2
 }
 
-# A line about progress, with the time, for whoever reads the terminal the next morning.
+# say MESSAGE: prints a line about progress with the time.
 say() {
   printf '%s  %s\n' "$(date '+%F %T')" "$1" >&2
 }
 
-# require VALUE FLAG VARIABLE: the setting must have been given.
+# require VALUE FLAG VARIABLE: exits unless VALUE is set.
 require() {
   [[ -n $1 ]] || die "no $2: give $2=... or set $3 (--help lists all settings)."
 }
 
-# The arguments as one line that a shell reads back as the same arguments.
+# quote ARGUMENTS: prints one line that a shell reads back as the same arguments.
 quote() {
   local word line=
   for word in "$@"; do
@@ -29,7 +29,7 @@ quote() {
   printf '%s\n' "${line# }"
 }
 
-# pause SECONDS: as `sleep`, but traps run at once, and a signal to the sleep itself does not end a script with `set -e`.
+# pause SECONDS: sleeps, but runs traps at once. A signal to the sleep does not end a script with `set -e`.
 PAUSE=
 pause() {
   sleep "$1" >/dev/null 2>&1 &
@@ -37,18 +37,18 @@ pause() {
   if wait "$PAUSE"; then PAUSE=; else end_pause; fi
 }
 
-# Ends the `sleep` of a pause that a signal cut short.
+# Ends the `sleep` of a pause that a signal interrupted.
 end_pause() {
   [[ -z $PAUSE ]] || kill "$PAUSE" 2>/dev/null || true
   PAUSE=
 }
 
-# Runs a command; --dry-run prints it instead.
+# run COMMAND: runs a command, or prints it with --dry-run.
 run() {
   if ((DRY_RUN)); then quote "$@"; else "$@"; fi
 }
 
-# pack FILE: the committed tree as a tar archive, so that every host runs the same known code.
+# pack FILE: writes the committed tree as a tar archive, so that every host runs the same code.
 pack() {
   if [[ -n $(git -C "$ROOT" status --porcelain --untracked-files=no) ]]; then
     say "uncommitted changes in $ROOT are not copied: only what is committed runs."
@@ -56,7 +56,7 @@ pack() {
   run git -C "$ROOT" archive --format=tar.gz --output="$1" HEAD
 }
 
-# Without main.py's arguments, or with a workdir that dies with the machine, there is nothing to start or to resume.
+# check_main_arguments ARGUMENTS: requires arguments for main.py with a workdir that outlives the hosts.
 check_main_arguments() {
   local argument workdir=
   (($#)) || die "no arguments for main.py: give them after --, as in -- --config=configs/ffhq1024.py --workdir=gs://..."
@@ -66,7 +66,7 @@ check_main_arguments() {
   [[ $workdir == gs://* ]] || die "--workdir=$workdir must be on gs://: all hosts write to it, and it outlives them."
 }
 
-# Jobs that share a workdir do so in a sweep alone.
+# check_sweep ARGUMENTS: requires --mode=sweep, because only the jobs of a sweep share a workdir.
 check_sweep() {
   local argument
   for argument in "$@"; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training on TPUs in a GKE cluster through XPK. docs/launch.md has the whole path.
+# Trains on TPUs in a GKE cluster through XPK. docs/launch.md describes every step.
 set -euo pipefail
 
 usage() {
@@ -18,15 +18,15 @@ settings (flag, or environment variable)
   --project=PROJECT  XPK_PROJECT
   --zone=ZONE        XPK_ZONE      such as us-west4-a
   --type=TYPE        XPK_TYPE      create, run: TPU type, such as v5litepod-16, v5p-8, v6e-16
-  --slices=N                       create, run: so many of them, joined by the data centre's network; default 1
-  --name=NAME        XPK_WORKLOAD  run, logs, stop: of the workload
+  --slices=N                       create, run: number of slices, joined by the data-center network; default 1
+  --name=NAME        XPK_WORKLOAD  run, logs, stop: name of the workload
   --spot             XPK_SPOT=1    create: preemptible capacity
-  --reservation=NAME XPK_RESERVATION  create: reserved capacity; neither of the two: on demand
+  --reservation=NAME XPK_RESERVATION  create: reserved capacity; without --spot and --reservation: on demand
   --array=N                        run: N workloads NAME-0, NAME-1, ..., each on a slice, that share the runs of --mode=sweep
-  --image=IMAGE      XPK_IMAGE     run: base image, default python:3.11-slim; with what the project needs it starts faster
+  --image=IMAGE      XPK_IMAGE     run: base image, default python:3.11-slim; an image with the packages starts faster
   --dry-run                        print the commands instead of running them
 
-main.py gets --distributed besides the arguments given. --workdir must be on gs://.
+main.py also gets --distributed. --workdir must be on gs://.
 USAGE
 }
 
@@ -36,7 +36,7 @@ source "$HERE/common.sh"
 
 CLUSTER=${XPK_CLUSTER:-} PROJECT=${XPK_PROJECT:-} ZONE=${XPK_ZONE:-} TYPE=${XPK_TYPE:-} NAME=${XPK_WORKLOAD:-}
 SPOT=${XPK_SPOT:-0} RESERVATION=${XPK_RESERVATION:-} IMAGE=${XPK_IMAGE:-python:3.11-slim} ARRAY='' SLICES=1
-# More often than any run is preempted. A run that fails at once uses them up and then counts as failed.
+# More restarts than any run needs for preemptions. A run that fails at once uses them up and then counts as failed.
 RESTARTS=50
 
 xpk_on_cluster() {
@@ -51,12 +51,12 @@ create() {
 }
 
 start() {
-  TREE=/nonexistent # named in the printed commands of --dry-run, never made
+  TREE=/nonexistent # appears only in the printed commands of --dry-run
   if ((!DRY_RUN)); then
     TREE=$(mktemp -d)
     trap 'rm -rf "$TREE"' EXIT
   fi
-  # XPK copies the whole folder into an image: the committed tree, not runs/ and .git.
+  # XPK copies a whole folder into an image, so it gets the committed tree without runs/ and .git.
   pack "$TREE/tree.tar.gz"
   run tar -xzf "$TREE/tree.tar.gz" -C "$TREE"
   run rm "$TREE/tree.tar.gz"
@@ -68,12 +68,12 @@ start() {
   for ((i = 0; i < ARRAY; i++)); do workload "$NAME-$i" "MADFORMER_INDEX=$i" "$@"; done
 }
 
-# workload NAME VARIABLE=VALUE arguments
+# workload NAME VARIABLE=VALUE ARGUMENTS: creates a workload.
 workload() {
   local name=$1 variable=$2
   shift 2
-  # XPK runs this in a shell and reports success whatever it returns, unless --restart-on-user-code-failure; exec makes
-  # SIGTERM reach host.sh, which returns 143 then: a run that was saved and stopped is started again.
+  # XPK runs this command in a shell. It ignores the exit status without --restart-on-user-code-failure. With exec,
+  # SIGTERM reaches host.sh, which then returns 143, so a saved and stopped run is started again.
   xpk_on_cluster workload create --workload="$name" --tpu-type="$TYPE" --num-slices="$SLICES" \
     --base-docker-image="$IMAGE" --script-dir="$TREE" \
     --max-restarts="$RESTARTS" --restart-on-user-code-failure --termination-grace-period-seconds=120 \
@@ -126,7 +126,7 @@ require "$CLUSTER" --cluster XPK_CLUSTER
 require "$PROJECT" --project XPK_PROJECT
 require "$ZONE" --zone XPK_ZONE
 case $VERB in create | run) require "$TYPE" --type XPK_TYPE ;; esac
-[[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices=$SLICES is no number of slices."
+[[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "--slices=$SLICES is not a number of slices: give a whole number above 0."
 case $VERB in run | logs | stop) require "$NAME" --name XPK_WORKLOAD ;; esac
 
 case $VERB in
@@ -134,7 +134,7 @@ case $VERB in
   run)
     check_main_arguments "$@"
     if [[ -n $ARRAY ]]; then
-      [[ $ARRAY =~ ^[1-9][0-9]*$ ]] || die "--array=$ARRAY is no number of workloads."
+      [[ $ARRAY =~ ^[1-9][0-9]*$ ]] || die "--array=$ARRAY is not a number of workloads: give a whole number above 0."
       check_sweep "$@"
     fi
     start "$@"

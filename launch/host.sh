@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What happens on one host of a pod. tpu.sh and gke_xpk.sh call it on all hosts; it runs by hand as well.
+# Installs, starts and stops main.py on one host of a pod. tpu.sh and gke_xpk.sh run it on all hosts.
 set -euo pipefail
 
 usage() {
@@ -8,14 +8,14 @@ usage: launch/host.sh VERB [-- main.py arguments]
 
   install              virtual environment .venv with the project, JAX for TPU and the hub
   start -- ARGUMENTS   main.py in the background, output to ~/.madformer/log; refuses while one runs
-  status               idle | running | done | failed N | interrupted; asked with -- ARGUMENTS, idle as
-                       well where the last run had others
-  stop                 SIGTERM, so that the run saves; SIGKILL after 90 s
+  status               idle | running | done | failed N | interrupted; with -- ARGUMENTS also idle
+                       if the last run had other arguments
+  stop                 sends SIGTERM, so that the run saves, and SIGKILL after 90 s
   run -- ARGUMENTS     main.py in the foreground
-  container -- ARGUMENTS   as run, after installing the same with pip (GKE)
+  container -- ARGUMENTS   installs the project with pip, then as run (GKE)
 
-A run that was told to stop (SIGTERM) exits with status 143, whatever main.py returns, so that
-nobody takes a saved but unfinished training for a finished one.
+A run that got SIGTERM exits with status 143, whatever main.py returns. A saved but unfinished
+training is therefore never reported as done.
 
 environment: MADFORMER_STATE (default ~/.madformer), MADFORMER_COMMAND (default: python -m madformer_jax.main)
 USAGE
@@ -26,9 +26,9 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/common.sh"
 cd "$ROOT"
 STATE=${MADFORMER_STATE:-$HOME/.madformer}
-PROJECT='.[tpu,hub]' # the hub for the VAE that the paper's configs name
-ASKED= # the arguments that status is asked about, quoted; none: whatever they were
-GRACE=${MADFORMER_GRACE:-90} # the run promises to save and exit within 30 s
+PROJECT='.[tpu,hub]' # the paper's configs fetch their VAE from the hub
+ASKED= # the quoted arguments whose status is requested; empty means any arguments
+GRACE=${MADFORMER_GRACE:-90} # a run saves and exits within 30 s
 
 # Runs a command and passes SIGTERM, SIGINT and SIGHUP on as SIGTERM. Returns its exit status, or 143 after a signal.
 supervise() {
@@ -56,8 +56,8 @@ main_py() {
   supervise "${command[@]}" "$@"
 }
 
-# The whole life of a background run. It holds the lock, as do its children: a process that is left over and holds
-# the TPU counts as running.
+# Runs main.py in the background and writes its last status. It and its children hold the lock, so a leftover process
+# that holds the TPU counts as running.
 background() {
   local code=0
   main_py "$@" || code=$?
@@ -81,7 +81,7 @@ status() {
   elif [[ -n $ASKED && $(cat "$STATE/command" 2>/dev/null) != "$ASKED" ]]; then
     word=idle
   elif [[ $word == running ]]; then
-    word=interrupted # no process and no last word: the host was restarted or the run was killed
+    word=interrupted # no process and no last status: the host restarted or the run was killed
   fi
   echo "madformer $(hostname) $word"
 }
@@ -93,9 +93,9 @@ start() {
     echo "host.sh: a run is already going on $(hostname); stop it first (launch/tpu.sh stop)." >&2
     exit 1
   fi
-  echo running >"$STATE/status" # first: what the run before has left is never taken for this one's
+  echo running >"$STATE/status" # written first, so that the status of the previous run is never read as this one's
   quote "$@" >"$STATE/command"
-  # A session of its own, so that it outlives ssh; the lock passes on through descriptor 9.
+  # A session of its own outlives ssh. The run inherits the lock through descriptor 9.
   setsid nohup bash "$HERE/host.sh" background -- "$@" >>"$STATE/log" 2>&1 </dev/null &
   echo "$!" >"$STATE/pid"
   status
@@ -115,7 +115,7 @@ stop() {
 }
 
 install() {
-  # TPU images bring Python 3.10, JAX wants 3.11 or newer: uv fetches one.
+  # TPU images have Python 3.10 and JAX needs 3.11 or newer, so uv fetches one.
   PATH=$HOME/.local/bin:$PATH
   command -v uv >/dev/null || python3 -m pip install --quiet --user 'uv>=0.5,<1'
   uv venv --quiet --allow-existing --python 3.11 .venv
@@ -135,7 +135,7 @@ case $verb in
     ;;
   run) main_py "$@" ;;
   container)
-    # As process 1 of a container, this script gets only the signals that it traps.
+    # Process 1 of a container receives only the signals that it traps.
     supervise python3 -m pip install --quiet --editable "$PROJECT"
     main_py "$@"
     ;;

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Several processes on this machine that train together over loopback: the multi-host code without a pod.
+# Starts several processes on this machine that train together over loopback, to try the multi-host code.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
 usage: launch/local.sh N [--port=PORT] [--grace=SECONDS] [--dry-run] -- main.py arguments
 
-Starts N processes of main.py that know each other through --coordinator, --num_processes and --process_id.
+Starts N processes of main.py, joined through --coordinator, --num_processes and --process_id.
 Every line of output carries the number of its process. Ctrl-C, SIGTERM and SIGHUP go to all processes as SIGTERM; the
 script waits for them and exits with status 130, 143 or 129. When a process fails, the others get SIGTERM, and the script
 exits with the status of the failed one. Processes that still run after --grace (default 60) seconds get SIGKILL.
@@ -48,7 +48,7 @@ COMMAND=(${MADFORMER_COMMAND:-python -u -m madformer_jax.main})
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
 PIDS=() RESULT=0 DEADLINE=
-# stop STATUS: the first reason to stop is the one that counts.
+# stop STATUS: sends SIGTERM to all processes. The first status is the exit status of the script.
 stop() {
   ((RESULT)) || RESULT=$1
   [[ -n $DEADLINE ]] || DEADLINE=$((SECONDS + GRACE))
@@ -67,7 +67,7 @@ for ((i = 0; i < N; i++)); do
     PIDS[i]=$!
   fi
 done
-((!RESULT)) || stop "$RESULT" # a signal that came while they were being started
+((!RESULT)) || stop "$RESULT" # a signal that arrived during the start
 
 while ((${#PIDS[@]})); do
   for i in "${!PIDS[@]}"; do
@@ -81,7 +81,7 @@ while ((${#PIDS[@]})); do
     fi
   done
   if [[ -n $DEADLINE ]] && ((SECONDS >= DEADLINE && ${#PIDS[@]})); then
-    kill -KILL "${PIDS[@]}" 2>/dev/null || true # one that waits for a dead peer does not hear SIGTERM
+    kill -KILL "${PIDS[@]}" 2>/dev/null || true # a process that waits for a dead peer ignores SIGTERM
   fi
   pause 0.1
 done

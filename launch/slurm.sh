@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Submits launch/slurm.sbatch: training on GPUs of one or more Slurm nodes.
+# Submits launch/slurm.sbatch, which trains on GPUs of one or more Slurm nodes.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
 usage: launch/slurm.sh --nodes=N --gpus=GPUS_PER_NODE [--per-node] [--array=N] [--name=NAME] [--dry-run] -- main.py arguments
 
-One process per GPU, or with --per-node one per node that drives all its GPUs. Run it with the virtual environment
-active that the job shall use. Partition, account, time limit, CPUs and memory come from sbatch's own variables:
+Starts one process per GPU, or with --per-node one per node that drives all its GPUs. Activate the virtual
+environment of the job first. Partition, account, time limit, CPUs and memory come from sbatch's own variables:
 SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_CPUS_PER_GPU, SBATCH_MEM_PER_GPU. Output goes to
 NAME-JOBID.log; NAME is madformer by default.
 
 Two minutes before the time limit the run saves and the job queues again; it goes on from its workdir until
 main.py is done. --workdir must be on a file system that all nodes share.
 
---array=N submits N such jobs with the same arguments, for --mode=sweep: they share its runs between them. Output goes to
+--array=N submits N such jobs with the same arguments, for --mode=sweep. The jobs share its runs. Output goes to
 NAME-JOBID_INDEX.log.
 USAGE
 }
@@ -52,12 +52,12 @@ export MADFORMER_DEVICES=
 TASKS=$GPUS
 if ((PER_NODE)); then
   TASKS=1
-  # JAX's Slurm support takes one GPU per process unless told which ones.
+  # JAX's Slurm support uses one GPU per process unless this variable lists others.
   MADFORMER_DEVICES=$(seq -s, 0 $((GPUS - 1)))
 fi
 JOBS=(--output=%x-%j.log)
 if [[ -n $ARRAY ]]; then
-  [[ $ARRAY =~ ^[1-9][0-9]*$ ]] || die "--array=$ARRAY is no number of jobs."
+  [[ $ARRAY =~ ^[1-9][0-9]*$ ]] || die "--array=$ARRAY is not a number of jobs: give a whole number above 0."
   check_sweep "$@"
   JOBS=(--array=0-$((ARRAY - 1)) --output=%x-%A_%a.log)
 fi

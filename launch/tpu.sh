@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Training on a Cloud TPU pod through queued resources. docs/launch.md has the whole path.
+# Trains on a Cloud TPU pod through queued resources. docs/launch.md describes every step.
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
 usage: launch/tpu.sh VERB [settings] [-- main.py arguments]
 
-  create    ask for the TPU and wait until it is ACTIVE
+  create    request the TPU and wait until it is ACTIVE
   install   copy the committed tree to all hosts and install the project there
   run       start main.py on all hosts, in the background; refuses while one of them still runs
   status    one line per host: idle, running, done, failed N, interrupted
   logs      follow the log of host 0, or of --worker=N|all
-  stop      SIGTERM on all hosts: the run saves and exits
+  stop      send SIGTERM on all hosts: the run saves and exits
   resume    create, install and run whatever is missing, then watch until the run is done:
-            a preempted TPU is deleted and requested again, and the same command started;
-            what another command has left is not taken for it
-  delete    give the TPU back
+            a preempted TPU is deleted and requested again, and the same command is started;
+            the result of another command is ignored
+  delete    release the TPU
 
 settings (flag, or environment variable)
-  --name=NAME        TPU_NAME      of the queued resource and of its node
+  --name=NAME        TPU_NAME      name of the queued resource and of its node
   --project=PROJECT  TPU_PROJECT
   --zone=ZONE        TPU_ZONE      such as us-west4-a
   --type=TYPE        TPU_TYPE      create, resume: accelerator type, such as v5litepod-16, v5p-8, v6e-16
@@ -26,10 +26,10 @@ settings (flag, or environment variable)
   --spot             TPU_SPOT=1    create, resume: cheap and preemptible
   --setup=COMMAND    TPU_SETUP     install, resume: shell command run on all hosts at the end, such as copying data
   --worker=N|all                   logs: which host
-  --poll=SECONDS                   create, resume: time between two looks, default 60
+  --poll=SECONDS                   create, resume: time between two checks, default 60
   --dry-run                        print the commands instead of running them
 
-main.py gets --distributed besides the arguments given. --workdir must be on gs://.
+main.py also gets --distributed. --workdir must be on gs://.
 USAGE
 }
 
@@ -40,9 +40,9 @@ source "$HERE/common.sh"
 NAME=${TPU_NAME:-} PROJECT=${TPU_PROJECT:-} ZONE=${TPU_ZONE:-} TYPE=${TPU_TYPE:-} RUNTIME=${TPU_RUNTIME:-}
 SPOT=${TPU_SPOT:-0} SETUP=${TPU_SETUP:-} WORKER=0 POLL=60
 ARGUMENTS=()
-HOST='bash madformer_jax/launch/host.sh' # as the hosts see it, from the home folder
+HOST='bash madformer_jax/launch/host.sh' # path on the hosts, from the home folder
 SCRATCH=
-# What --dry-run pretends: it asks nobody.
+# The state that --dry-run assumes, since it asks no host.
 REQUESTED=0 STARTED=0
 
 parse() {
@@ -85,14 +85,14 @@ check_type() {
   esac
 }
 
-# tpu GROUP VERB ARGUMENTS: gcloud on our project and zone.
+# tpu GROUP VERB ARGUMENTS: runs gcloud on the project and zone.
 tpu() {
   local group=$1 verb=$2
   shift 2
   run gcloud compute tpus "$group" "$verb" "$@" --project="$PROJECT" --zone="$ZONE" --quiet
 }
 
-# A command on all hosts at once; one that runs on a single host of a pod waits for the others for ever.
+# on_all_hosts COMMAND: runs a command on all hosts at once. On a single host it would wait for the others for ever.
 on_all_hosts() {
   tpu tpu-vm ssh "$NAME" --worker=all --command="$1"
 }
@@ -109,8 +109,8 @@ delete() {
   tpu queued-resources delete "$NAME" --force
 }
 
-# Sets STATE: that of the queued resource; NONE if there is none; that of the node if that is not READY;
-# UNKNOWN when gcloud does not answer.
+# Sets STATE to the state of the queued resource, or of its node if the node is not READY. NONE means that no request
+# exists; UNKNOWN means that gcloud does not answer.
 look() {
   if ((DRY_RUN)); then
     tpu queued-resources describe "$NAME" --format='value(state.state)'
@@ -120,14 +120,14 @@ look() {
   if ! STATE=$(tpu queued-resources describe "$NAME" --format='value(state.state)' 2>"$SCRATCH/error"); then
     if grep -q NOT_FOUND "$SCRATCH/error"; then STATE=NONE; else STATE=UNKNOWN; fi
   elif [[ $STATE == ACTIVE ]]; then
-    # A preempted node can be told earlier from the node than from the queued resource.
+    # The node shows a preemption earlier than the queued resource does.
     STATE=$(tpu tpu-vm describe "$NAME" --format='value(state)' 2>"$SCRATCH/error") || STATE=UNKNOWN
     [[ $STATE == READY ]] && STATE=ACTIVE
   fi
   [[ $STATE != UNKNOWN ]] || say "gcloud does not answer: $(tail -n 1 "$SCRATCH/error")"
 }
 
-# Logs a state when it differs from the last one.
+# note MESSAGE: logs a message if it differs from the last one.
 LAST=
 note() {
   [[ $1 == "$LAST" ]] || say "$1"
@@ -152,7 +152,7 @@ create() {
 
 install() {
   local archive=$SCRATCH/madformer_jax.tar.gz
-  # Packed once: after a preemption the run goes on with the code that it began with.
+  # Packed once, so that the run continues with the same code after a preemption.
   [[ -e $archive ]] || pack "$archive" || return
   tpu tpu-vm scp "$archive" "$NAME:madformer_jax.tar.gz" --worker=all || return
   on_all_hosts "mkdir -p madformer_jax && tar -xzf madformer_jax.tar.gz -C madformer_jax && $HOST install" || return
@@ -168,17 +168,17 @@ stop() {
   on_all_hosts "! [ -d madformer_jax ] || $HOST stop"
 }
 
-# With arguments for main.py, what another command has left on a host counts as idle.
+# If ARGUMENTS are set, a host with the result of another command counts as idle.
 status() {
   local ours=
   ((${#ARGUMENTS[@]} == 0)) || ours=" -- $(quote "${ARGUMENTS[@]}" --distributed)"
-  # On a fresh machine there is no host.sh yet.
+  # A fresh machine has no host.sh yet.
   on_all_hosts "if [ -d madformer_jax ]; then $HOST status$ours; else echo madformer \"\$(hostname)\" idle; fi"
 }
 
-# Sets HOSTS, what the hosts are doing together: unreachable, failed, interrupted, idle, running or done.
-# A host that was interrupted makes its peers fail, and one that is killed by a maintenance event lets its peers
-# finish early after a save; so interrupted wins over failed, and idle (a new machine) over running and done.
+# Sets HOSTS to the joint state of the hosts: unreachable, failed, interrupted, idle, running or done. An interrupted
+# host makes its peers fail, so interrupted wins over failed. A host that maintenance kills lets its peers finish early
+# after a save, so idle (a new machine) wins over running and done.
 ask_hosts() {
   if ((DRY_RUN)); then
     status
@@ -197,7 +197,7 @@ ask_hosts() {
   HOSTS=unreachable
 }
 
-# Not while any host still runs: the new processes would wait for ever for the ones that refuse to start.
+# Starts all hosts unless one still runs: the new processes would wait for ever for the hosts that refuse to start.
 run_all() {
   ask_hosts
   if [[ $HOSTS == unreachable ]]; then
@@ -228,12 +228,12 @@ resume() {
             exit 1
             ;;
           idle | interrupted)
-            # Any of these can be cut short by the next preemption: the next look decides.
+            # The next preemption can interrupt any of these commands. The next check decides.
             if ! { stop && install && start; }; then say "could not start on all hosts; trying again"; fi
             ;;
         esac
         ;;
-      PREEMPTED | SUSPENDED | FAILED | TERMINATED) # these keep their quota until deleted
+      PREEMPTED | SUSPENDED | FAILED | TERMINATED) # these states keep their quota until deleted
         delete || say "could not delete $NAME yet; trying again"
         ;;
     esac
@@ -263,7 +263,7 @@ main() {
   case $verb in create | resume) check_type ;; esac
   case $verb in run | resume) check_main_arguments ${ARGUMENTS[@]+"${ARGUMENTS[@]}"} ;; esac
   if ((DRY_RUN)); then
-    SCRATCH=/nonexistent # named in the printed commands, never made
+    SCRATCH=/nonexistent # appears only in printed commands
   else
     SCRATCH=$(mktemp -d)
     trap 'end_pause; rm -rf "$SCRATCH"' EXIT

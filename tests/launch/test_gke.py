@@ -27,7 +27,7 @@ def test_gke_joins_slices(cloud: Cloud, verb: str) -> None:
     assert option(cloud.calls[0], "--num-slices") == "2"
     refused = cloud.run("gke_xpk.sh", verb, *setting[:-1], "--slices=two", "--", *MAIN)
     assert refused.returncode != 0
-    assert "--slices=two is no number of slices" in refused.stderr
+    assert "--slices=two is not a number of slices" in refused.stderr
 
 
 def test_gke_run_gives_time_to_save_and_restarts(cloud: Cloud) -> None:

@@ -52,7 +52,7 @@ def test_help_prints_usage(cloud: Cloud, script: str) -> None:
         ),
         ("slurm.sh", ["--gpus=8", "--", "--config=c"], "--nodes"),
         ("slurm.sh", ["--nodes=1", "--gpus=1", "--array=2", "--", "--config=c"], "--mode=sweep"),
-        ("slurm.sh", ["--nodes=1", "--gpus=1", "--array=0-7", "--", "--mode=sweep"], "--array=0-7 is no number"),
+        ("slurm.sh", ["--nodes=1", "--gpus=1", "--array=0-7", "--", "--mode=sweep"], "--array=0-7 is not a number"),
         ("slurm.sh", ["--nodes=2", "--", "--config=c"], "--gpus"),
         ("slurm.sh", ["--nodes=2", "--gpus=8"], "no arguments for main.py"),
         ("slurm.sbatch", ["--config=c"], "not in a Slurm job"),
