@@ -10,7 +10,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_every_mode_works_in_a_bucket(tmp_path):
-    """Trains, is killed in a save, goes on, exports, samples, judges, prepares; in a process that may fork (see tests/support/cloud.py)."""
+    """Trains, is killed while it saves, resumes, exports, samples, evaluates and prepares.
+
+    All of it runs in a process that may fork (see tests/support/cloud.py).
+    """
     command = [sys.executable, "-m", "tests.support.cloud", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": QUICK}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -392,7 +392,9 @@ def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
         rows = []
         for c.sample.steps in steps:
             sample_fn = generation.make_sample_fn(c, model, images_codec.decode)
-            batches = generation.batches(c, sample_fn, params, codec_params, mesh, range(GRID_COLUMNS), max_batch=c.sample.n)
+            batches = generation.batches(
+                c, sample_fn, params, codec_params, mesh, range(GRID_COLUMNS), max_batch=c.sample.n
+            )
             rows.append(np.concatenate([batch.images for batch in batches])[:GRID_COLUMNS])
     if jax.process_index() == 0:
         generation.write_png(os.path.join(folder, "grid.png"), generation.tile_rows(np.stack(rows)))

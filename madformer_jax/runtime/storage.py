@@ -171,6 +171,7 @@ def _upload(local: str, path: epath.Path) -> None:
     size, part = os.path.getsize(local), path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         with open(local, "rb") as content, part.open("wb") as target:
+            target.write(b"")  # without a write, an empty file makes no object
             shutil.copyfileobj(content, target, 1 << 22)
         if (arrived := part.stat().length) != size:
             raise OSError(errno.EIO, f"{arrived} of {size} bytes arrived", os.fspath(path))
@@ -251,10 +252,9 @@ def append_line(path: Path, text: str) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "a+b") as file:
         end = file.seek(0, os.SEEK_END)
-        torn = b""
-        if end:  # a killed process may have left half a line
+        if end:
             file.seek(end - 1)
-            torn = b"" if file.read(1) == b"\n" else b"\n"
+        torn = b"\n" if end and file.read(1) != b"\n" else b""  # a killed process may have left half a line
         file.write(torn + text.encode() + b"\n")
 
 

@@ -2,8 +2,6 @@
 
 import os
 
-import os
-
 import jax
 import pytest
 

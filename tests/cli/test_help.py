@@ -22,7 +22,7 @@ def test_help_names_every_mode_and_the_fields_of_one(capsys):
         told = {line.split()[0]: line for line in lines if line.startswith("  ")}
         assert told.keys() >= {"train", "sample", "evaluate", "prepare"}
         assert told["export"].endswith(
-            "the averaged weights alone, as a workdir of their own to sample from and to publish"
+            "the averaged weights as a workdir of their own, to sample from and to publish"
         )
     assert command_line.main(["main", "--mode=sample", "--help"]) == 0
     text = capsys.readouterr().out

@@ -208,7 +208,7 @@ def test_a_report_has_current_names(c, tmp_path):
     (tmp_path / "runs" / "b" / "result.json").write_text(json.dumps(changed))
     found = results.load_results(str(tmp_path))
     assert [run["overrides"]["model.prediction_type"] for run in found.runs] == ["v", "x0"]
-    assert [axis.field for axis in found.parts[0].axes] == ["model.prediction_type", "sample.clip_x0"]
+    assert [axis.field for axis in found.groups[0].axes] == ["model.prediction_type", "sample.clip_x0"]
     assert results.overrides_key({"sample.clip": 1.0}) == results.overrides_key({"sample.clip_x0": 1.0})  # timing.json
     planned = [{"overrides": {"model.predicts": "x0"}}, {"overrides": {"model.prediction_type": "v"}}]
     assert axes.training_axes([], planned) == [axes.Axis("model.prediction_type", ("v", "x0"))]
@@ -224,7 +224,7 @@ def test_two_files_of_mode_compile_are_compared_by_current_names():
     before, after = (
         {"topology": "v5e:1", "config": {name: "x0"}} for name in ("model.predicts", "model.prediction_type")
     )
-    assert tpu_time.compare(before, after) == "nothing differs, and no program has its time in both files."
+    assert tpu_time.compare(before, after) == "The settings are equal, and no program has an estimated time in both files."
 
 
 # ---- protocols
