@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     c.model.depth = 4  # N
     c.model.diffusion_depth = 2  # D
     c.model.mlp_width = 256
-    c.model.prediction_type = "x0"  # clean strokes where eps and v leave grain and grey blocks (docs/training.md)
-    c.model.blocks = 4  # L: 4 x 4 latent positions a block, each a token
+    c.model.prediction_type = "x0"  # eps and v leave grain and gray blocks at this size (docs/training.md)
+    c.model.blocks = 4  # L: each block has 4 x 4 latent positions, one token each
     c.model.unet_channels = (64,)
     c.model.unet_attention = (False,)
     c.model.unet_layers = 1

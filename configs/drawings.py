@@ -33,8 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.codec.name = "pixel"
     c.codec.patch = patch
 
-    c.model.prediction_type = "x0"  # a position holds more values than the U-Net has channels (docs/training.md)
-    c.model.unet_context = True  # borders between blocks show half as much (docs/training.md)
+    c.model.prediction_type = "x0"  # a latent position has more values than the U-Net has channels (docs/training.md)
+    c.model.unet_context = True  # halves the visible borders between blocks (docs/training.md)
     c.model.width = 192
     c.model.heads = 6
     c.model.depth = 4  # N

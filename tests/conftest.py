@@ -43,7 +43,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 
 # the longest: none is to be left for the end
-_FIRST = ("test_commands.py", "test_distributed.py", "test_kill.py", "test_train.py")
+_FIRST = ("test_commands.py", "test_train_step.py", "test_distributed.py", "test_kill.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -123,7 +123,7 @@ def _help_page(argv: Sequence[str]) -> str | None:
 def _check_flags(values: flags.FlagValues) -> None:
     if not values.workdir and values.mode != "compile":
         raise ConfigError(
-            "--workdir is missing: name the folder of the run, for example --workdir=runs/digits (--help tells more)."
+            "--workdir is missing: name the folder of the run, for example --workdir=runs/digits (see --help)."
         )
     if values.workdir:
         validation.check_path("--workdir", values.workdir)

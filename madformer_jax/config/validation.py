@@ -198,8 +198,8 @@ def check(c: ConfigDict) -> None:
     _check_text(c)
     if c.train.context_noise and m.clean_timestep == "noisy":
         raise ConfigError(
-            f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model must be "
-            "told the timestep of its context."
+            f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model needs "
+            "the timestep of its context."
         )
     if not any(c.loss[term] for term in LOSS_TERMS):
         raise ConfigError("all weights in config.loss are 0: nothing would be trained.")

@@ -291,7 +291,7 @@ class Checkpoints:
                 raise ConfigError(f"{folder} is damaged: {error}.") from None
             content = storage.read_json(folder / "metadata")
         if not isinstance(content, dict):
-            raise ConfigError(f"{folder} is damaged: it tells nothing.")
+            raise ConfigError(f"{folder} is damaged: its metadata is missing.")
         return content
 
     def shapes(self, item: str) -> dict[str, tuple[int, ...]] | None:

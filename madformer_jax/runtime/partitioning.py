@@ -142,18 +142,18 @@ def shardings(boxed: Any, mesh: Mesh) -> Any:
     undivided: list[tuple[int, str]] = []  # bytes of each array on a device, and what does not divide
 
     def fit(path: Any, array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> NamedSharding:
-        axes, told = list(spec), ""
+        axes, problem = list(spec), ""
         for i, axis in enumerate(axes):
             names = (axis,) if isinstance(axis, str) else axis or ()
             parts = math.prod(mesh.shape[name] for name in names)
             if array.shape[i] % parts:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                told = f"{name}, dimension {i} of {array.shape}; config.mesh.{' x '.join(names)} = {parts}"
-                told += f" where {math.gcd(array.shape[i], parts)} would do"
+                problem = f"{name}, dimension {i} of {array.shape}; config.mesh.{' x '.join(names)} = {parts}"
+                problem += f" where {math.gcd(array.shape[i], parts)} would do"
                 axes[i] = None
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        if told:
-            undivided.append((device_bytes(abstract_arrays(array, sharding)), told))
+        if problem:
+            undivided.append((device_bytes(abstract_arrays(array, sharding)), problem))
         return sharding
 
     fitted = jax.tree_util.tree_map_with_path(fit, nn.meta.unbox(boxed), specs)
@@ -192,8 +192,8 @@ def log_overview(params: Any, state: Any, path: storage.Path) -> None:
     if jax.process_index() == 0:
         with storage.wrap_errors(f"{path} cannot be written"):
             storage.write_text(path, "".join(f"{line}\n" for line in lines))
-    told = ", ".join(f"{name} {size:,}" for name, size in parts.items())
-    logging.info("%s parameters: %s; each one: %s", f"{parts.total():,}", told, path)
+    sizes = ", ".join(f"{name} {size:,}" for name, size in parts.items())
+    logging.info("%s parameters: %s; each one: %s", f"{parts.total():,}", sizes, path)
     mib = 2**20
     logging.info(
         "on each device: parameters %.1f MiB, parameters, averages and optimizer %.1f MiB",
