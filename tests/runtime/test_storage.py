@@ -182,7 +182,8 @@ assert not storage.write_version(path, b"two", missing)
 content, version = storage.read_version(path)
 assert content == b"one" and storage.write_version(path, b"three", version)
 assert not storage.write_version(path, b"four", version)
+storage.write_bytes("gs://bucket/empty", b"")
 """
     with bucket_of_tests.serve() as (store, environment):
         subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=True, timeout=60)
-        assert store.objects == {"a b#/lock.json": b"three"}
+        assert store.objects == {"a b#/lock.json": b"three", "empty": b""}
