@@ -1,4 +1,4 @@
-"""Several real processes on loopback do what one process does, though one of them dies and one is told to stop."""
+"""Several real processes on loopback do what one does, though one dies and one is asked to stop."""
 
 import json
 import os
@@ -112,7 +112,11 @@ def alone(tmp_path, monkeypatch):
 
 
 def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_once(tmp_path, alone):
-    """Of two processes one is killed at step 5, of the next two one alone hears SIGTERM; four end the run and sample."""
+    """The run passes through three groups of processes.
+
+    Two processes start it, and one of them is killed at step 5. Two more resume it, and one of them
+    receives SIGTERM. Four finish it and sample.
+    """
     workdir = tmp_path / "run"
     status, output = start(2, workdir, MADFORMER_SIGNAL="1:5:KILL")
     assert status == 128 + 9, output

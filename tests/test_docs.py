@@ -29,7 +29,7 @@ def commands(page, marked=True):
 
 
 def of_ours(words):
-    """What follows the program's name, where a command runs it; None for others."""
+    """Returns the arguments of a command that runs the program, or None for other commands."""
     for i, word in enumerate(words):
         if word in ("madformer_jax.main", "madformer_jax") and words[i - 1] == "-m":
             return words[i + 1 :]

@@ -526,7 +526,7 @@ class World:
         return status, [line for line in lines if not re.match(log, line)]
 
     def refused(self, line: str, found: tuple[int | str, list[str]], before: dict[str, str]) -> list[str]:
-        """What is wrong with how a line was refused."""
+        """Returns a list of what is wrong with how a line was refused."""
         status, lines = found
         wrong = [] if status == 2 else [f"{line}: status {status}"]
         wrong += [] if len(lines) == 1 and lines[0].startswith("error: ") else [f"{line}: {lines}"]

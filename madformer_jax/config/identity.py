@@ -16,7 +16,8 @@ from typing import Any
 class Fact(enum.Flag):
     """Statement about a field.
 
-    Facts combine: the file of initial noise decides images and is local to a machine.
+    A field may have several facts. Example: `sample.noise`, a file of initial noise, decides images
+    (RUN) and is a path of one machine (MACHINE).
     """
 
     RUN = enum.auto()  # decides weights, images or scores
@@ -27,7 +28,8 @@ class Fact(enum.Flag):
 _FIXED = Fact.RUN
 _FREE = Fact.RUN | Fact.RESUME
 _NEUTRAL = Fact.RESUME  # decides no result and is valid on other machines
-_LOCAL = Fact.MACHINE | Fact.RESUME  # decides no result: another machine may keep the same files elsewhere
+# decides no result: a path, an address, or a setting of speed and memory of one machine
+_LOCAL = Fact.MACHINE | Fact.RESUME
 _FILE = Fact.RUN | Fact.MACHINE
 _FREE_FILE = Fact.RUN | Fact.MACHINE | Fact.RESUME
 
@@ -89,7 +91,8 @@ EMBEDDED_TOKENIZERS = ("drawings",)
 DATA_PREFIX = "data:"  # before a split, as value of sample.prompts and evaluate.images
 _TEXT_FILE = re.compile(r"\.txt\s*($|[,;])")
 
-# Fields that may hold a path -> whether a value is valid on any machine.
+# For fields that may hold a path: a function that says whether a value is valid on any machine.
+# It overrides MACHINE.
 _PORTABLE: dict[str, Callable[[str], bool]] = {
     "codec.path": lambda value: HUB_ID.fullmatch(value) is not None and not os.path.exists(value),
     "evaluate.grid": lambda value: not _TEXT_FILE.search(value),  # it may vary sample.prompts

@@ -78,7 +78,7 @@ class FolderEntries(NamedTuple):
     """Entries of one folder as sorted paths."""
 
     folders: list[str]
-    linked: list[str]  # links to folders, except folders that contain the link
+    linked: list[str]  # links to folders; a link to one of its own parent folders is left out
     files: list[str]
 
 
@@ -115,7 +115,8 @@ def scan(folder: str, exclusions: Exclusions) -> FolderEntries:
 def list_files(path: str, exclusions: Exclusions) -> list[str]:
     """Lists all files below a folder, sorted.
 
-    A file that is reached both directly and by a link is listed with its direct path.
+    Files of a folder that is reached both directly and by a link to the folder are listed once,
+    with the direct path. A link to a file is listed beside the file.
 
     Raises:
       OSError: A folder cannot be listed.
@@ -156,7 +157,10 @@ def filter_by_suffix(
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a name is hidden (`.thumbnails`, `._0.png`) or of a system (`__MACOSX`)."""
+    """Returns whether a name is hidden or belongs to the operating system.
+
+    Examples: `.thumbnails` and `._0.png`; `__MACOSX`.
+    """
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 

@@ -1,9 +1,10 @@
 """Block-autoregressive sampling with a key-value cache (MADFormer, section 4).
 
 For each block the AR layers run once, the diffusion layers run at every solver step, and the clean
-tower runs once on the finished block. `sample` runs all blocks in one loop of one program for
-`sampling.generation`. `sampling.trained_model` calls the steps of `BlockSteps` one by one, to show
-an image while it forms. Shapes use the letters of the legend in `models.madformer`.
+tower runs once on the finished block, except after the last one. `sample` runs all blocks in one
+loop of one program for `sampling.generation`. `sampling.trained_model` calls the steps of
+`BlockSteps` one by one, to show an image while it forms. Shapes use the letters of the legend in
+`models.madformer`.
 """
 
 from typing import Any, NamedTuple
@@ -141,7 +142,8 @@ def sample(
         for eps, v and x0 alike. The Python number 1 skips the unconditional rows. An array never
         skips them, because the program does not know its values.
       clip_x0: Bound of the predicted clean latent; 0 for none.
-      unroll: Compiles one copy of the program per block in place of a loop, to count its cost.
+      unroll: Compiles one copy of the program per block and solver step in place of loops, to count
+        its cost.
 
     Returns:
       Latent blocks `(B, L, positions, C)`.

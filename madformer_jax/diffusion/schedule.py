@@ -39,10 +39,10 @@ def add_noise(z: Array, noise: Array, t: Array) -> Array:
 
 
 class SolverTimesteps(NamedTuple):
-    """Timesteps of a solver: step k goes from t[k] to previous[k], where -1 is the clean latent."""
+    """Timesteps of a solver: step k goes from t[k] to next_t[k], where -1 is the clean latent."""
 
     t: np.ndarray  # (steps,)
-    previous: np.ndarray  # (steps,)
+    next_t: np.ndarray  # (steps,)
 
 
 def solver_timesteps(solver: str, spacing: str, steps: int) -> SolverTimesteps:

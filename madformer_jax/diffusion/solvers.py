@@ -48,19 +48,20 @@ def coefficients(solver: str, spacing: str, steps: int) -> Coefficients:
     Raises:
       ValueError: The solver or the spacing is unknown.
     """
-    t, previous = schedule.solver_timesteps(solver, spacing, steps)
+    t, next_t = schedule.solver_timesteps(solver, spacing, steps)
     alpha_bar = np.append(schedule.alphas_cumprod(), 1.0)  # index -1 is the clean latent
     alpha, sigma = np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t])
-    next_alpha, next_sigma = np.sqrt(alpha_bar[previous]), np.sqrt(1 - alpha_bar[previous])
+    next_alpha, next_sigma = np.sqrt(alpha_bar[next_t]), np.sqrt(1 - alpha_bar[next_t])
     x_weight = next_sigma / sigma
     x0_weight = next_alpha - alpha * x_weight
     previous_x0_weight = np.zeros(steps)
     if solver == "dpmpp_2m":
-        log_snr = np.log(alpha / sigma)
-        # h of steps 0 .. steps - 2. The last step is first order: its log SNR ends at infinity.
-        width = np.diff(log_snr)
+        half_log_snr = np.log(alpha / sigma)  # lambda of DPM-Solver
+        # Increase of lambda in each step but the last. The last step is first order: its lambda
+        # ends at infinity.
+        lambda_increase = np.diff(half_log_snr)
         for k in range(1, steps - 1):
-            correction = x0_weight[k] * width[k] / (2 * width[k - 1])
+            correction = x0_weight[k] * lambda_increase[k] / (2 * lambda_increase[k - 1])
             x0_weight[k] += correction
             previous_x0_weight[k] = -correction
     elif solver != "ddim":

@@ -1,8 +1,11 @@
 """All scores of a set of images with their intervals, and tables of several results.
 
-`sample_scores` calls `compute_scores`, and `modes.evaluate` prints `comparison_table`. To add a
-score, write it in `scores`, its replicates in `bootstrap`, and an entry in `compute_scores`. A
-setting that changes its value belongs in `SCORE_SETTINGS`, which is part of every protocol.
+`sample_scores` calls `compute_scores`, and `modes.evaluate` prints `comparison_table`. The judge
+itself (network and reference) is `sample_scores.Judge`.
+
+To add a score, write it in `scores`, its replicates in `bootstrap`, and an entry in
+`compute_scores`. A setting that changes its value belongs in `SCORE_SETTINGS`, which is part of
+every protocol.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,7 +75,8 @@ def compute_scores(
       training: The training images, for the memorization score.
 
     Returns:
-      The scores by name. With a network other than Inception the names end in the network's name.
+      The scores by name. With a network other than Inception, FID becomes FD, and FD, KID, IS,
+      precision and recall end in "-" and the network's name.
 
     Raises:
       ConfigError: Features are not finite.
@@ -99,6 +103,7 @@ def compute_scores(
     if y is not None:
         for name, inside in zip(names[3:], scores.inside_balls(x, y, NEIGHBOR_RANK)):
             out[name] = _mean_score(inside)
+    # Results store the names "recognised" and "memorisation", so both keep their spelling.
     if recognize:
         out["recognised"] = _mean_score(arrays["logits"].argmax(axis=1) == arrays["labels"])
     if sum(grid) > 2:

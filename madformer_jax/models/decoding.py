@@ -2,8 +2,9 @@
 
 `diffusion.sampler.BlockSteps` calls these methods by name through `model.apply`. They compute the
 same numbers as the training forward, `madformer.MADFormer.__call__`. For each block the order is
-`condition`, then `denoise` at every solver step, then `embed_clean` and `cache_clean` on the
-finished block. A model without the clean stream runs `cache_noisy` in place of `cache_clean`.
+`condition`, then `denoise` at every solver step, then, except after the last block, `embed_clean`
+and `cache_clean` on the finished block. A model without the clean stream runs `cache_noisy` in
+place of `cache_clean`.
 
 Shapes use the letters of the legend in `models.madformer`. With guidance the cache holds 2 B rows.
 The U-Net then embeds B noisy blocks, and `denoise` repeats them.
@@ -25,7 +26,7 @@ class Decoding(nn.Module):
     """Sampling methods of `MADFormer`, which inherits them and defines all fields and layers."""
 
     def empty_cache(self, batch: int) -> ModelCache:
-        """Returns a cache without blocks, for `batch` images (twice as many with guidance)."""
+        """Returns a cache without blocks, of `batch` rows: one per image, or two with guidance."""
         shape = (batch, self.blocks - 1, self.tokens, self.heads, self.width // self.heads)
 
         def empty(layers: int, is_read: bool) -> StageCache:

@@ -2,7 +2,7 @@
 
 The model and its training forward (arXiv 2506.07999, sections 1 and 3). The first N - D layers, the
 AR layers, run once per block and give its condition. The last D layers, the diffusion layers, run at
-every denoising step. `MADFormer.__call__` runs all blocks at once, for training. Its base class
+every solver step. `MADFormer.__call__` runs all blocks at once, for training. Its base class
 `decoding.Decoding` runs the same layers block by block against a cache, for sampling.
 
 `diffusion.losses` calls the training forward and `diffusion.sampler` the sampling methods. A new
@@ -12,7 +12,8 @@ stream, `plan` must know it as well.
 Dimensions:
   B: images (rows of a batch).
   L: blocks of an image, in raster order.
-  n: blocks in one call, L in training and 1 in sampling.
+  n: blocks in one call: 1 in sampling; in training L for each kind of block (clean, noisy) or
+    output that shares the call.
   positions: latent positions of a block, flattened.
   C: channels of the latent.
   s: tokens of a block.
@@ -46,7 +47,9 @@ class ModelOutputs(NamedTuple):
     """Outputs that the loss terms compare with data; None if no requested term needs the output."""
 
     image: Array | None  # (B, L, positions, C): eps, v or x0 of the noisy blocks (`prediction_type`)
-    hidden: Array | None  # (B, L, positions, C): the AR condition, upsampled
+    # (B, L, positions, C): the AR condition, upsampled; if `hidden_from` is "noisy", the condition
+    # plus the noisy block
+    hidden: Array | None
     clean: Array | None  # (B, L, positions, C): the clean stream, upsampled
     text: Array | None  # (B, T, vocabulary): next-token logits; those at a text's last token are unused
 
@@ -54,7 +57,9 @@ class ModelOutputs(NamedTuple):
 class MADFormer(Decoding):
     """The MADFormer model.
 
-    Fields are named as in `config.model`, and sizes as in `config.shapes.Sizes`.
+    Most fields are named as in `config.model`, and sizes as in `config.shapes.Sizes`. `build` maps
+    the others: `param_sets`, `diffusion_attention` and `scan_unroll`, the vocabulary and the text
+    length.
     """
 
     width: int
@@ -62,10 +67,10 @@ class MADFormer(Decoding):
     depth: int
     diffusion_depth: int
     mlp_width: int
-    grid: int
-    columns: int
-    block_side: int
-    token_side: int
+    grid: int  # rows of blocks
+    columns: int  # columns of blocks
+    block_side: int  # latent positions along a block's height
+    token_side: int  # tokens along a block's height
     channels: int
     unet: Any  # fields that Downsampler and Upsampler share, except dtype
     unet_context: bool  # the U-Net also reads the positions left of and above each position
@@ -280,9 +285,11 @@ class MADFormer(Decoding):
         return jnp.concatenate([split[:, names.index(name)] for name in selected], axis=1).reshape(-1, *x.shape[1:])
 
     def _neighbor_context(self, z: Array) -> Array:
-        """Returns the values left of and above each position that belong to other blocks.
+        """Returns the values of other blocks left of and above each position.
 
-        Those blocks are finished before. All other values are 0. This is not in the paper.
+        The first column and row of each block get the adjacent values of the blocks left of and
+        above it. Both blocks come earlier in raster order. At all other positions, and at the
+        border of the image, the values are 0. This is not in the paper.
 
         Args:
           z: All blocks of an image, `(B, L, positions, C)`.

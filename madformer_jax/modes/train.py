@@ -41,8 +41,8 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
       grids: Draw samples at the end and every `train.sample_every` steps.
 
     Returns:
-      The last report: the step, and the means since the report before it. If the run was asked to
-      stop, be it during the last step, "stopped" is True.
+      The last report: the step, and the means since the report before it. "stopped" is True if the
+      run was asked to stop, also if that was during its last step.
 
     Raises:
       ConfigError: A setting, the data, the workdir or a checkpoint is wrong. Another process trains
@@ -62,7 +62,8 @@ class Resources(NamedTuple):
     judge: sample_scores.Judge | None  # None without scores in training
     info: pipeline.DatasetInfo
     mesh: Mesh
-    process_index: int  # of the processes that read different rows of a batch
+    # index of this process among those that read different rows of a batch, and their number
+    process_index: int
     process_count: int
     setup: train_step.Setup
     create_state: Callable[[], train_step.State]
@@ -280,7 +281,7 @@ def _check_data(workdir: str, step: int, before: dict[str, Any] | None, now: dic
 def _load_initial_weights(c: ConfigDict, state: train_step.State) -> train_step.State:
     """Replaces the parameters and averages of a new state by the weights of `train.init_from`.
 
-    These are its averages if it has some, else its parameters.
+    The weights are the averages that `init_from` holds, or its parameters if it has no averages.
 
     Raises:
       ConfigError: The folder has no weights, or they are of another model.
@@ -320,7 +321,10 @@ def _check_shapes(saved: dict[str, tuple[int, ...]], target: Any) -> None:
 
 @contextlib.contextmanager
 def _make_profiler(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[[int], Any]]:
-    """Yields a function to call with each step before it runs, which traces those in `profile`."""
+    """Yields a function to call with each step before it runs.
+
+    The function records a trace of the steps that `config.profile` names.
+    """
     steps = validation.profiled_steps(c)
     if steps is None:
         yield lambda step: None

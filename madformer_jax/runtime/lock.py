@@ -1,8 +1,9 @@
-"""Lock of a workdir, so that one job writes to it: the file `lock.json`, which its holder renews.
+"""Lock of a folder, so that one job writes to it: the file `lock.json`, which its holder renews.
 
-Training, sweeps and preparing data hold it. On the machine of its holder a lock is stale when the
-process has ended. Elsewhere (another machine, a container, a bucket) it is stale when it does not
-change for `STALE_SECONDS`; clocks are not compared.
+Training, runs of a sweep, `--mode=prepare`, `--mode=export` and the evaluation of shards hold it.
+On the machine of its holder a lock is stale when the process has ended. Elsewhere (another machine,
+a container, a bucket) it is stale when it does not change for `STALE_SECONDS`; clocks are not
+compared.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ def acquire(workdir: str) -> Iterator[Callable[[], None]]:
 def holder(workdir: str) -> str | None:
     """Returns a description of the holder of the workdir.
 
-    None if nobody holds it or the holder on this machine has ended.
+    Returns None if nobody holds it, or if its holder was on this machine and has ended.
     """
     with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         there, _ = _read_lock(epath.Path(workdir) / FILE_NAME)
@@ -118,7 +119,8 @@ def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
             holder, _ = _read_lock(path)
         if holder is not None and other(holder):
             raise LockedError(
-                f"{path.parent} was taken over by {_describe_holder(holder)} while this process stood still."
+                f"{path.parent} was taken over by {_describe_holder(holder)} while this process was suspended or could "
+                "not renew its lock."
             )
 
     thread = threading.Thread(target=beat, name="lock", daemon=True)
@@ -160,7 +162,7 @@ def _encode(content: dict[str, Any]) -> bytes:
 def _read_lock(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
     """Returns the content of the lock and its version.
 
-    None if it does not exist, empty if it is damaged.
+    The content is None if the file does not exist, and empty if the file is damaged.
     """
     content, version = storage.retry(lambda: storage.read_version(path))
     if content is None:

@@ -35,8 +35,8 @@ from madformer_jax.sampling import codec, prompts
 
 # ---- drawing
 
-# Folded into the seed's key for images, before their number. Training folds in its step, which is
-# below 2^31.
+# Folded into the key of the seed before an image number, so that images and training steps never
+# share a key: steps are below 2^31.
 SAMPLE_STREAM = 1 << 31
 
 
@@ -68,11 +68,11 @@ class SampleBatch(NamedTuple):
     numbers: np.ndarray  # (b,) int64
     labels: np.ndarray  # (b,) int32; 0 for a model without classes
     images: np.ndarray  # (b, H, W, c) uint8
-    latents: np.ndarray  # (b, h, w, C) float32
+    latents: np.ndarray  # (b, side, side, C) float32
 
 
 # (params, codec params, inputs)
-# -> images uint8 (b, H, W, c), latents (b, h, w, C), finite bool (b,)
+# -> images uint8 (b, H, W, c), latents (b, side, side, C), finite bool (b,)
 SampleFn = Callable[[Any, Any, Inputs], tuple[Array, Array, Array]]
 
 
@@ -181,8 +181,8 @@ def batches(
       conditions: The result of `read_conditions`, for callers that draw from a config repeatedly.
 
     Raises:
-      ConfigError: The noise or a prompt cannot be used; raised at once. Or a latent or a pixel is
-        not finite; the message names the image and the block.
+      ConfigError: The noise or a prompt cannot be used (raised by the call itself), or a latent or
+        pixel is not finite (raised while iterating; the message names the image).
     """
     size, sharding = batch_size(c, mesh, max_batch), partitioning.batch_sharding(mesh)
     labels, noise, texts = conditions or read_conditions(c)

@@ -37,15 +37,15 @@ def learning_rate(c: ConfigDict) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
     A linear warm-up over `warmup` of the steps is followed by a constant rate, a cosine, or WSD
-    (authors' release). WSD is constant until the last `decay` of the steps, in which it falls as
-    0.5 ** (6 r), r from 0 to 1.
+    (authors' release). WSD (warm-up, stable, decay) is constant until the last part `decay` of the
+    steps. There it falls as 0.5 ** (6 r), where r goes from 0 to 1.
 
     Optax's linear warm-up and cosine differ from these in the last bit. They are not used because
     old runs must continue bit for bit.
     """
     o, steps = c.optimizer, c.train.steps
     warmup = max(1, round(o.warmup * steps))
-    last = max(1.0, o.decay * steps)
+    decay_steps = max(1.0, o.decay * steps)
 
     def cosine(step: Array) -> Array:
         return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)))
@@ -53,7 +53,9 @@ def learning_rate(c: ConfigDict) -> optax.Schedule:
     fall = {
         "constant": optax.constant_schedule(1.0),
         "cosine": cosine,
-        "wsd": optax.exponential_decay(1.0, last, 0.5**6, transition_begin=steps - last, end_value=0.5**6),
+        "wsd": optax.exponential_decay(
+            1.0, decay_steps, 0.5**6, transition_begin=steps - decay_steps, end_value=0.5**6
+        ),
     }[o.schedule]
     return lambda step: o.learning_rate * jnp.minimum(1.0, (step + 1) / warmup) * fall(step)
 
@@ -72,9 +74,9 @@ def optimizer(c: ConfigDict) -> optax.GradientTransformation:
 def create_state(
     model: MADFormer, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[[], State], State]:
-    """Prepares the state of step 0.
+    """Returns a function that creates the state of step 0, and the abstract state.
 
-    Creating it needs no memory on the host, and on each device no more than its shards.
+    Creating the state needs no memory on the host, and on each device no more than its shards.
 
     Returns:
       A function that creates the sharded state, and the abstract state with its shardings.
@@ -241,7 +243,7 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> StepFn:
         optimizer_step = state.step - state.opt.total_notfinite if skip else state.step
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(optimizer_step)}
         if skip:
-            metrics["skipped"] = opt_state.notfinite_count
+            metrics["skipped"] = opt_state.notfinite_count  # skipped steps in a row, up to this one
         return State(state.step + 1, params, ema, opt_state), metrics
 
     return step

@@ -125,7 +125,7 @@ def test_settings_that_contradict_each_other_are_named(tiny_config, changes, wor
     ],
 )
 def test_fields_of_a_wrong_kind_are_named(tiny_config, changes, words):
-    """As a config file or an old config.json may have them."""
+    """A config file or an old config.json may have such fields."""
     content = json.loads(tiny_config.to_json())
     for name, value in changes.items():
         section, _, field = name.rpartition(".")

@@ -9,12 +9,12 @@ from madformer_jax.diffusion import schedule
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
 def test_number_of_steps_and_each_step_ends_where_the_next_begins(solver, spacing):
     for n in [*range(1, 60), 95, 100, 250, 333, 499, 500]:
-        t, previous = schedule.solver_timesteps(solver, spacing, n)
+        t, next_t = schedule.solver_timesteps(solver, spacing, n)
         assert len(t) == n
         assert (np.diff(t) < 0).all()
         assert t[0] <= 999
         assert t[-1] >= 0
-        np.testing.assert_array_equal(previous, [*t[1:], -1])
+        np.testing.assert_array_equal(next_t, [*t[1:], -1])
 
 
 def test_trailing_starts_at_pure_noise():

@@ -1,4 +1,4 @@
-"""What launch/host.sh installs, against stand-ins for uv, pip and Python that record their calls."""
+"""Installation by launch/host.sh, with stand-ins for uv, pip and Python that record their calls."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What holds of all launch scripts."""
+"""Properties of all launch scripts."""
 
 import shlex
 import shutil

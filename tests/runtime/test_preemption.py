@@ -13,7 +13,10 @@ from madformer_jax.runtime.preemption import Preemption, interruptible
 
 @pytest.fixture
 def told_at(monkeypatch):
-    """Two processes, which JAX tells to stop at calls of its sync point: a list of those, and one of the numbers they had."""
+    """Simulates two processes that JAX stops at calls of its sync point.
+
+    Returns the list of the calls that stop them, and the list of the numbers passed to all calls.
+    """
     at, numbers = [], []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
@@ -38,7 +41,7 @@ def test_processes_end_between_two_items_and_give_no_number_twice(told_at):
 
 
 def test_ctrl_c_in_one_of_several_processes_is_a_notice_to_all(told_at, monkeypatch):
-    """As SIGTERM, which JAX's notifier hears; the handler that stood before is back afterwards."""
+    """It becomes SIGTERM, which JAX's notifier hears. The earlier handler is back afterwards."""
     heard, before = [], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(os, "kill", lambda process, number: heard.append(number))
     for i in interruptible(range(3)):

@@ -10,7 +10,7 @@ from madformer_jax.runtime import progress
 
 @pytest.fixture
 def lines(monkeypatch):
-    """What is logged, and an event once something was told twice."""
+    """The lines logged, and an event that is set once two of them report progress."""
     said, twice = [], threading.Event()
 
     def info(text, *args):

@@ -12,9 +12,9 @@ from jax import Array
 
 
 class Tile(NamedTuple):
-    """A run of `pairs` equal groups of blocks, from block `start` on.
+    """`pairs` adjacent groups of `size + rows` blocks each, from block `start` on.
 
-    In each group the last `rows` blocks attend to all of the first `size` blocks.
+    In each group, the last `rows` blocks attend to all of the first `size` blocks.
     """
 
     start: int
