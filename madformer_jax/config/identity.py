@@ -44,7 +44,7 @@ _TABLE: dict[str, dict[Fact, str]] = {
     },
     "text": {_FIXED: "vocabulary length caption", _FREE: "truncate", _FILE: "tokenizer"},
     "loss": {_FIXED: "image hidden clean text weighting"},
-    "codec": {_FIXED: "name patch scaling_factor dtype", _LOCAL: "path"},
+    "codec": {_FIXED: "name patch latent_channels downsampling scaling_factor shift_factor dtype", _LOCAL: "path"},
     "data": {
         _FIXED: "source drawings split test_share image_size channels crop background flip",
         _NEUTRAL: "max_corrupt max_pixels",

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels, fields, identity, validation
-from madformer_jax.config.shapes import SCALING_FACTOR, Sizes, derive_sizes
+from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.errors import ConfigError
 
 TOKENIZER_FILE = "tokenizer.json"  # as text.tokenizer in an export's config.json: the file next to it
@@ -82,14 +82,19 @@ def base() -> ConfigDict:
     c.loss.weighting = "output"  # weight of the image's error: 1; or "v": as if the model predicted v
 
     c.codec = ConfigDict()
-    c.codec.name = "vae"  # image <-> latent: "vae" (AutoencoderKL) or "pixel" (space-to-depth, no learned part)
+    c.codec.name = "vae"  # image <-> latent: AutoencoderKL; or "pixel" (space-to-depth), or "external" (docs/data.md)
     c.codec.patch = 2  # pixel: side of the square of pixels that becomes one latent position
     c.codec.path = ""  # vae: a diffusers folder, a hub id or an Orbax folder made by --mode=convert
-    c.codec.scaling_factor = SCALING_FACTOR  # vae: factor of its latents; a VAE with another factor is refused
+    c.codec.latent_channels = 4  # vae, external: C, channels of the latent; 16 for SD3 and FLUX
+    c.codec.downsampling = 8  # vae, external: side of a latent position in pixels
+    c.codec.scaling_factor = (
+        0.0  # the model sees (latent - shift_factor) * this; 0: both factors as the VAE's config.json
+    )
+    c.codec.shift_factor = 0.0  # vae, external; see scaling_factor
     c.codec.dtype = "float32"  # type of the VAE's computation
 
     c.data = ConfigDict()
-    c.data.source = "digits"  # digits | drawings | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
+    c.data.source = "digits"  # digits | drawings | folder | npy | tfds:<name> | webdataset | arrayrecord (docs/data.md)
     c.data.path = ""  # folder of images, tars or records; tfds: its data_dir
     c.data.drawings = 20_000  # number of drawings, over all splits
     # train | test (never seen in training) | all | composition (drawings); tfds and prepared records have their own
@@ -193,7 +198,7 @@ def base() -> ConfigDict:
     c.demo.port = 7860  # 0: any free port
 
     c.convert = ConfigDict()  # --mode=convert; set one of the first four
-    c.convert.release = ""  # checkpoint of the PyTorch release to convert to the workdir
+    c.convert.release = ""  # checkpoint of the PyTorch release, or its hub id with a revision (docs/weights.md)
     c.convert.vae = ""  # diffusers folder or hub id to convert to workdir/vae
     c.convert.inception = ""  # checkpoint of FID's Inception network to convert to workdir/inception
     c.convert.to_release = ""  # file to write from the workdir's newest checkpoint

@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "model.remat": ("none", "dots", "attention", "full"),
     "text.caption": ("caption", "class"),
     "loss.weighting": LOSS_WEIGHTINGS,
-    "codec.name": ("pixel", "vae"),
+    "codec.name": ("pixel", "vae", "external"),
     "codec.dtype": ("float32", "bfloat16"),
     "prepare.kind": ("images", "latents"),
     "optimizer.schedule": ("wsd", "cosine", "constant"),
@@ -65,7 +65,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "gallery.n": (1, 64),
     "demo.n": (1, 64),
     "demo.port": (0, 65535),
-    "codec.scaling_factor": (1e-6, math.inf),
+    "codec.latent_channels": (1, math.inf),
+    "codec.downsampling": (1, 1 << 15),
+    "codec.scaling_factor": (0, math.inf),
     "data.drawings": (1, math.inf),
     "data.image_size": (1, 1 << 15),
     "data.channels": (1, math.inf),
@@ -228,6 +230,21 @@ def check(c: ConfigDict) -> None:
             )
     profiled_steps(c)
     _check_sampling(c)
+    _check_codec(c)
+
+
+def _check_codec(c: ConfigDict) -> None:
+    """Checks the sizes of a VAE and the scale of its latents.
+
+    Raises:
+      ConfigError: A setting is wrong.
+    """
+    if c.codec.name == "vae" and c.codec.downsampling.bit_count() != 1:
+        raise ConfigError(f"config.codec.downsampling={c.codec.downsampling} must be a power of 2 for a VAE.")
+    if c.codec.shift_factor and not c.codec.scaling_factor:
+        raise ConfigError(
+            f"config.codec.shift_factor={c.codec.shift_factor} needs config.codec.scaling_factor: 0 takes both from the VAE."
+        )
 
 
 def _check_text(c: ConfigDict) -> None:
