@@ -10,7 +10,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config.shapes import derive_sizes
+from madformer_jax.config.shapes import SCALING_FACTOR, derive_sizes
 from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 
@@ -64,8 +64,9 @@ def check_manifest(manifest: Mapping[str, Any], config: ConfigDict, preprocessor
     facts = manifest["codec"]
     if "scaling_factor" not in facts:
         logging.warning(
-            "the manifest of %s does not say the scale of its latents: it must be that of config.codec.", path
-        )
+            "the manifest of %s has no scaling_factor: using config.codec.scaling_factor=%s.",
+            path, config.codec.scaling_factor or SCALING_FACTOR,
+        )  # fmt: skip
     elif config.codec.scaling_factor:
         for name in ("scaling_factor", "shift_factor"):
             if not math.isclose(facts.get(name, 0.0), config.codec[name]):

@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from madformer_jax.config.shapes import SCALING_FACTOR
 from madformer_jax.data import compatibility, preprocess, sources, text, worker
 from madformer_jax.data.source import Examples, Kind, Source
 from madformer_jax.errors import ConfigError, first_line
@@ -38,7 +39,7 @@ class DatasetInfo(NamedTuple):
     names: tuple[str, ...]  # of the classes; () if unlabeled
     fingerprint: str  # identifies the records and their order, wherever the files are stored
     codec: str = ""  # weights.fingerprint of the VAE that made cached latents; "" if unknown, or for images
-    scale: tuple[float, float] | None = None  # scaling and shift factor of this VAE; None if unknown
+    scale: tuple[float, float] | None = None  # scaling and shift factor of this VAE; None for other data
 
 
 class Selection(NamedTuple):
@@ -201,7 +202,7 @@ def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
         raise ConfigError(
             f"config.codec.name='external' needs latents, and config.data.source={name} holds images: use source npy."
         )
-    scale = (facts["scaling_factor"], facts.get("shift_factor", 0.0)) if "scaling_factor" in facts else None
+    scale = (facts.get("scaling_factor", SCALING_FACTOR), facts.get("shift_factor", 0.0)) if facts else None
     return DatasetInfo(
         len(source), source.classes, shape, source.kind, source.names, source.fingerprint, facts.get("weights", ""), scale
     )  # fmt: skip

@@ -142,17 +142,17 @@ def resolve_scale(c: ConfigDict, prepared: tuple[float, float] | None) -> None:
 
     Args:
       c: The config, which is changed.
-      prepared: Scaling and shift factor of the VAE that made prepared latents; None if unknown.
+      prepared: Scaling and shift factor of the VAE that made prepared latents; None for other data.
 
     Raises:
       ConfigError: The VAE's config.json cannot be read.
     """
     if c.codec.name == "pixel" or c.codec.scaling_factor:
         return
-    if c.codec.name == "external":
-        scale = external_scale(c)
-    elif prepared:
+    if prepared:
         scale = Scale(*prepared)
+    elif c.codec.name == "external":
+        scale = external_scale(c)
     else:
         model = vae_weights.load_config(c.codec.path)
         scale = Scale(model.scaling_factor, model.shift_factor)
