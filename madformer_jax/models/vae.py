@@ -27,6 +27,7 @@ from madformer_jax.runtime import partitioning
 Array = jax.Array
 Params = Mapping[str, Any]
 
+FLOAT32 = jnp.dtype("float32")
 # Attention scores in memory, 64 MiB: 1 chunk of queries for a 512 x 512 image, 16 for 1024 x 1024.
 MAX_ATTENTION_SCORES = 2**24
 # Pixels in one pass of `encode` and `decode`. Float32 activations of 1024 x 1024 pixels fit 8 GiB.
@@ -187,7 +188,7 @@ class AutoencoderKL(nn.Module):
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = FLOAT32
 
     def setup(self) -> None:
         channels, layers = tuple(self.block_out_channels), self.layers_per_block
@@ -228,7 +229,7 @@ def abstract_params(model: AutoencoderKL) -> Any:
     return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
 
 
-def typical_vae(latent_channels: int, downsampling: int, dtype: jnp.dtype = jnp.float32) -> AutoencoderKL:
+def typical_vae(latent_channels: int, downsampling: int, dtype: jnp.dtype = FLOAT32) -> AutoencoderKL:
     """Returns a VAE of the usual widths, for estimates of cost and memory without its config.json.
 
     Args:

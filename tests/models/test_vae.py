@@ -102,7 +102,7 @@ def test_chunked_attention_and_passes_change_nothing(arrays, small, monkeypatch)
 
 def test_bfloat16_is_close_and_returns_float32(arrays, small):
     model, _, params = small
-    half = model.clone(dtype=jnp.bfloat16)
+    half = model.clone(dtype=jnp.dtype("bfloat16"))
     decoded = jax.jit(lambda z: vae.decode(half, params, z))(nhwc(arrays["mean"]))
     assert decoded.dtype == jnp.float32
     assert 1e-4 < distance(decoded, nhwc(arrays["decoded"])) < 0.05
@@ -227,7 +227,7 @@ def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small, 
         assert loaded == model
         assert jax.tree.all(jax.tree.map(np.array_equal, loaded_params, params))
     codec, key = codecs.build(codec_config(path)), jax.random.key(1)
-    mean, logvar = nhwc(arrays["mean"]), nhwc(arrays["logvar"])
+    mean, logvar = (jnp.asarray(nhwc(arrays[name])) for name in ("mean", "logvar"))
     z = 0.18215 * vae.sample_posterior(mean, logvar, key)
     monkeypatch.setattr(codecs, "to_float", lambda image: image)  # the reference image does not have 8 bits
     image = {"image": nhwc(arrays["image"])}
