@@ -226,7 +226,8 @@ class AutoencoderKL(nn.Module):
 def abstract_params(model: AutoencoderKL) -> Any:
     """Returns shapes and types of the parameters."""
     image = jax.ShapeDtypeStruct((1, model.reduction, model.reduction, model.in_channels), jnp.float32)
-    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+    with nn.logical_axis_rules(()):  # a mesh that is in use does not shard shapes
+        return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
 
 
 def typical_vae(latent_channels: int, downsampling: int, dtype: jnp.dtype = FLOAT32) -> AutoencoderKL:

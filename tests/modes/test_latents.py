@@ -47,9 +47,9 @@ def test_a_model_of_16_channels_with_a_shift_trains_exports_and_samples(c, tmp_p
     assert (c.codec.scaling_factor, c.codec.shift_factor) == (1.5305, 0.0609)
     s, mesh = train_step.make_setup(c), partitioning.make_mesh(1, 1, 1)
     batch = {"image": np.zeros((2, 32, 32, 3), np.uint8), "label": np.zeros(2, np.int32)}
-    state = train_step.create_state(s.model, s.tx, c.seed, mesh)[1]
+    state, vae = train_step.create_state(s.model, s.tx, c.seed, mesh)[1], s.codec.load()
     with partitioning.scope(mesh):
-        metrics = jax.eval_shape(train_step.make_step(s, c), state, batch, s.codec.load(), np.uint32(0))[1]
+        metrics = jax.eval_shape(train_step.make_step(s, c), state, batch, vae, np.uint32(0))[1]
     assert metrics["loss"].shape == ()
 
     with checkpoint.Checkpoints(run) as checkpoints:
@@ -58,7 +58,7 @@ def test_a_model_of_16_channels_with_a_shift_trains_exports_and_samples(c, tmp_p
     monkeypatch.setattr(generation.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
     (shard,) = generation.read_shards(sample.run(c, export.run(c, run)["export"])["folder"])
     assert shard.latents.shape == (2, 4, 4, 16)
-    decoded = codec.build(c).decode(s.codec.load(), shard.latents)
+    decoded = codec.build(c).decode(vae, shard.latents)
     assert np.abs(generation.to_uint8(decoded).astype(int) - shard.images).max() <= 1
 
     auto.codec.path = write_vae(tmp_path / "other", "flux")
