@@ -46,7 +46,8 @@ _TABLE: dict[str, dict[Fact, str]] = {
     "loss": {_FIXED: "image hidden clean text weighting"},
     "codec": {_FIXED: "name patch scaling_factor dtype", _LOCAL: "path"},
     "data": {
-        _FIXED: "source drawings split test_share image_size channels crop background flip",
+        _FIXED: "source image_column label_column caption_column drawings split test_share image_size channels crop background "
+        "flip",
         _NEUTRAL: "max_corrupt max_pixels",
         _LOCAL: "path workers threads batches_ahead",
     },

@@ -89,10 +89,15 @@ def base() -> ConfigDict:
     c.codec.dtype = "float32"  # type of the VAE's computation
 
     c.data = ConfigDict()
-    c.data.source = "digits"  # digits | drawings | folder | tfds:<name> | webdataset | arrayrecord (docs/data.md)
-    c.data.path = ""  # folder of images, tars or records; tfds: its data_dir
+    c.data.source = (
+        "digits"  # digits | drawings | folder | webdataset | hf:<name> | tfds:<name> | arrayrecord (docs/data.md)
+    )
+    c.data.path = ""  # folder of images, tars or records; tfds: its data_dir; hf without a name: file or folder
+    c.data.image_column = ""  # hf: column of the images; "": found by its type
+    c.data.label_column = ""  # hf: column of the classes; "": found by its type, or its name (label, class)
+    c.data.caption_column = ""  # hf: column of the captions; "": found by its name (caption, text, title, prompt)
     c.data.drawings = 20_000  # number of drawings, over all splits
-    # train | test (never seen in training) | all | composition (drawings); tfds and prepared records have their own
+    # train | test (never seen in training) | all | composition (drawings); tfds, hf and prepared records may have others
     c.data.split = "train"
     c.data.test_share = (
         0.05  # held-out share of folder, webdataset and drawings, by a hash of each name; digits hold out a fifth

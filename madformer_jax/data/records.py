@@ -1,6 +1,6 @@
 """Prepared data: ArrayRecord shards of images or VAE latents, and their manifest.
 
-`modes/prepare.py` writes the shards, `sources.open_source` opens them as source `arrayrecord`.
+`modes/prepare.py` writes the shards. `Records` reads them as source `arrayrecord`.
 
 A record has the byte layout of `dtype`: label, attributes if the source has them, and arrays. The
 caption follows as UTF-8. Shards are uncompressed and hold one record per chunk (group_size:1),
@@ -258,7 +258,19 @@ class _ShardReaders:
 class Records(Source):
     """Source `arrayrecord`: random access to a prepared folder."""
 
+    splits = ()
+    reads_buckets = True
     manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, data: ConfigDict, name: str) -> "Records":
+        source = cls(data.path)
+        if (split := source.manifest["split"]) != data.split:
+            raise ConfigError(
+                f"{data.path} was prepared from split {split!r}, not {data.split!r}: set config.data.split={split}, or "
+                f"prepare split {data.split!r} and give its folder as config.data.path."
+            )
+        return source
 
     def __init__(self, folder: str):
         """Reads the manifest and checks the shards. Shards in a bucket are copied first.

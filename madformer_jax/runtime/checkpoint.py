@@ -73,8 +73,6 @@ def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()
     """
     stored = read_config(workdir) if exists(workdir) else None
     before, now = fields.flat(stored or {}), fields.flat(json.loads(config.to_json()))
-    if "data.test_share" not in before and before.get("data.source") in ("digits", "folder", "webdataset"):
-        before["data.split"] = "all"  # nothing was held out then, whatever it was called
     return [
         f"config.{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(before.keys() & now.keys())

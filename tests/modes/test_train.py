@@ -269,16 +269,6 @@ def test_a_workdir_of_another_config_is_refused_by_field(half, plain, field, val
     checkpoint.check_config(plain, str(half))  # These fields may change.
 
 
-def test_run_older_than_held_out_splits_resumes_on_all_images(half, plain):
-    old = json.loads((half / "config.json").read_text())
-    del old["data"]["test_share"]
-    (half / "config.json").write_text(json.dumps(old))
-    with pytest.raises(ConfigError, match=r"config\.data\.split was 'all' and is 'train'"):
-        train.run(plain, str(half))
-    plain.data.split = "all"
-    checkpoint.check_config(plain, str(half))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -243,7 +243,7 @@ def test_seconds_are_measured_when_a_budget_needs_them(c, stage, tmp_path, monke
 
 def test_a_missing_reference_is_an_error_before_training(c, stage, tmp_path):
     c.evaluate.reference = str(tmp_path / "none.npz")
-    with pytest.raises(ConfigError, match="no reference at .*none.npz"):
+    with pytest.raises(ConfigError, match="the reference .*none.npz does not exist"):
         mode.run(c, str(tmp_path), file=File(TWO))
     assert not stage.trained
 
@@ -256,7 +256,7 @@ def test_runs_with_captions_get_an_attribute_classifier(c, stage, tmp_path, monk
     runs = [{"text.caption": caption, "sample.prompts": prompts} for caption, prompts in captions]
     made, exists = [], []
     monkeypatch.setattr(
-        mode.reference, "make_attribute_classifier", lambda c, path: made.append(path) or storage.write_text(path, "")
+        mode.reference, "train_network", lambda c, kind, path: made.append(path) or storage.write_text(path, "")
     )
 
     def evaluated(c, folder):
