@@ -89,9 +89,7 @@ def base() -> ConfigDict:
     c.codec.dtype = "float32"  # type of the VAE's computation
 
     c.data = ConfigDict()
-    c.data.source = (
-        "digits"  # digits | drawings | folder | webdataset | hf:<name> | tfds:<name> | arrayrecord (docs/data.md)
-    )
+    c.data.source = "digits"  # digits | drawings | folder | webdataset | hf | tfds:<name> | arrayrecord (docs/data.md)
     c.data.path = ""  # folder of images, tars or records; tfds: its data_dir; hf without a name: file or folder
     c.data.image_column = ""  # hf: column of the images; "": found by its type
     c.data.label_column = ""  # hf: column of the classes; "": found by its type, or its name (label, class)

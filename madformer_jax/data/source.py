@@ -34,6 +34,7 @@ class Source(Protocol):
     splits: tuple[str, ...] = ("train", "test")  # see `split_indices`; () if `open` reads only the records of a split
     held_out: tuple[str, ...] = ("test", "composition")  # splits that training refuses
     takes_name: bool = False  # whether `data.source` may be "source:name"
+    kinds: tuple[Kind, ...] = ("images",)  # that data sets of the source may have
     reads_buckets: bool = False  # whether `data.path` may lie in a bucket
     attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()  # name of each, and the names of its values 0, 1, ...
 

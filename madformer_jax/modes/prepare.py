@@ -159,8 +159,7 @@ def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
     written = before.get("codec")
     if before.get("format") != records.FORMAT:
         raise ConfigError(
-            f"{folder} was prepared by another version (format {before.get('format')}): it may be read, but not continued. "
-            "Use another folder."
+            f"{folder} was prepared by another version (format {before.get('format')}): use another folder."
         )
     if written and plan["codec"]:  # earlier versions stored fewer properties of the VAE
         before["codec"] = plan["codec"] | written

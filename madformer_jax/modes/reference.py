@@ -108,7 +108,7 @@ def check(c: ConfigDict, workdir: str) -> images.ImageSet:
         raise ConfigError(
             f"config.evaluate.network={kind.name} needs pictures whose attributes are known, config.data.source="
             f"{' or '.join(name for name, source in sources.SOURCES.items() if source.attributes)}, and it is "
-            f"{c.data.source}: use classifier or inception."
+            f"{c.data.source}: use another network."
         )
     learns_attributes = any(network.learns == "attributes" for network in learning)
     if learns_attributes and c.data.channels != 3:

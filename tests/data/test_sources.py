@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from madformer_jax.cli import help
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import pipeline, source, sources
 from madformer_jax.data.sources import open_source
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation.networks import registry
 from madformer_jax.sampling import prompts
 from tests import tiny
 
@@ -295,3 +297,9 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
     assert sorted(examples.labels) == list(range(5)) and shades.names == tuple("0123456")
     with pytest.raises(ConfigError, match="has no split 'test', only train, all"):
         open_("tfds:shades", tmp_path, "test")
+
+
+def test_the_fields_comments_name_every_source_and_network():
+    comments = help.field_comments()
+    assert all(name in comments["data.source"] for name in sources.SOURCES)
+    assert all(name in comments["evaluate.network"] for name in registry.NETWORKS)
