@@ -164,16 +164,20 @@ def _read_labels(title: str, column: Any, feature: Any) -> tuple[np.ndarray, tup
     import pyarrow.compute as pc
 
     if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        names = sorted(set(pc.unique(column).to_pylist()) - {None, ""})
-        column = pc.index_in(column, value_set=pyarrow.array(names, column.type))
+        column = column.cast(pyarrow.large_binary())  # may hold what is not UTF-8
+        contents = sorted(set(pc.unique(column).to_pylist()) - {None, b""})
+        names = [storage.decode_text(content, title) for content in contents]
+        column = pc.index_in(column, value_set=pyarrow.array(contents, column.type))
     else:
         names = list(getattr(feature, "names", None) or ())
-    classes = np.asarray(pc.fill_null(column.cast(pyarrow.int64()), labels.MISSING))
-    count = len(names) or int(classes.max(initial=-1)) + 1
-    if classes.max(initial=-1) >= min(count, labels.MAX_CLASSES):
-        raise ConfigError(
-            f"{title}: a label is {classes.max()}: classes count from 0 and are below {labels.MAX_CLASSES}."
-        )
+    try:
+        classes = np.asarray(pc.fill_null(column.cast(pyarrow.int64()), labels.MISSING))
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"{title}: labels are not classes: {first_line(error)}.") from None
+    largest = int(classes.max(initial=-1))
+    count = len(names) or largest + 1
+    if largest >= (limit := min(count, labels.MAX_CLASSES)):
+        raise ConfigError(f"{title}: a label is {largest}: classes count from 0 and are below {limit}.")
     classes = np.where(classes < 0, labels.MISSING, classes).astype(np.int32)
     return classes, tuple(map(listing.printable, names)) or tuple(map(str, range(count)))
 

@@ -209,6 +209,32 @@ def test_a_set_whose_labels_are_all_missing_is_unlabeled(tmp_path):
     assert source.classes == 0 and source.names == () and source.read(np.arange(4)).labels.tolist() == [0] * 4
 
 
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        ([0, 5, 1], "int64", None),
+        ([0, 2_000_000, 1], "int64", "a label is 2000000: classes count from 0 and are below 1000000"),
+        ([0, 2**64 - 1, 1], "uint64", "labels are not classes"),
+        ([b"a", b"\xff", b"b"], "string", "is not UTF-8 text"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, kind, message):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array(labels, "binary" if kind == "string" else kind)
+    if kind == "string":  # an invalid string, which Arrow does not check
+        column = pyarrow.Array.from_buffers(pyarrow.string(), 3, column.buffers())
+    table = pyarrow.table({"image": rows(3)["image"], "label": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    if message is None:
+        assert sources.open_source(config(tmp_path / "a.parquet")).classes == 6
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        sources.open_source(config(tmp_path / "a.parquet"))
+    assert "\n" not in str(caught.value)
+
+
 def test_columns_are_found_or_named(tmp_path):
     content = rows(4) | {"caption": ["a"] * 4, "thumb": rows(4)["image"][::-1], "coarse": [1] * 4, "id": [9] * 4}
     table = make(content, thumb=datasets.Image(), coarse=datasets.ClassLabel(num_classes=2))
