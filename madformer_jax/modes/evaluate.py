@@ -128,18 +128,18 @@ def check_before_training(c: ConfigDict, workdir: str) -> None:
     likelihood.check(c)
 
 
-def _judge_images(c: ConfigDict, workdir: str, scorer: Judge) -> dict[str, Any]:
+def _judge_images(c: ConfigDict, workdir: str, judge: Judge) -> dict[str, Any]:
     """Returns the result of the existing images that `evaluate.images` names."""
     data = images.open_images(c)
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
 
     extract = functools.partial(
-        images.extract_missing_shards, data, scorer.extract, images.UnreadableImages(c.evaluate.n, c.data.max_corrupt)
+        images.extract_missing_shards, data, judge.extract, images.UnreadableImages(c.evaluate.n, c.data.max_corrupt)
     )
     labeled = bool(data.classes)
     metadata = data.protocol | {"content": data.digest(c.evaluate.n), "labelled": labeled}
-    return _load_or_make_result(c, workdir, scorer, metadata, shards.read_batch_size(c), extract, labeled=labeled)
+    return _load_or_make_result(c, workdir, judge, metadata, shards.read_batch_size(c), extract, labeled=labeled)
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     sampling_grid.log_warnings(c, grid)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
-    scorer = open_judge(c, workdir, c.evaluate.n)
+    judge = open_judge(c, workdir, c.evaluate.n)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, images_codec = madformer.build(c), codec.build(c)
     target = generation.abstract_params(model, mesh)
@@ -207,10 +207,10 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 )
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(
-                    setting, workdir, scorer,
+                    setting, workdir, judge,
                     metadata | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS} | prompt_metadata[s.prompts],
                     size * -(-shards.MAX_BATCH // size),
-                    functools.partial(map, functools.partial(_sample_and_extract, draw, scorer)),
+                    functools.partial(map, functools.partial(_sample_and_extract, draw, judge)),
                     labeled=bool(c.model.classes), extra_scores=extra_scores, extra_protocol=extra_protocol,
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
@@ -222,17 +222,17 @@ def _unique_prompt_configs(grid: Sequence[ConfigDict]) -> dict[str, ConfigDict]:
 
 
 def _sample_and_extract(
-    draw: Callable[[range], Iterator[generation.SampleBatch]], scorer: Judge, shard: shards.Shard
+    draw: Callable[[range], Iterator[generation.SampleBatch]], judge: Judge, shard: shards.Shard
 ) -> shards.Arrays:
     """Samples the images of a shard and extracts their features."""
     batches = interruptible(draw(range(shard.first, shard.stop)))
-    return sample_scores.extract_features(batches, scorer.extract, scorer.attribute_classifier)
+    return sample_scores.extract_features(batches, judge.extract, judge.attribute_classifier)
 
 
 def _load_or_make_result(
     c: ConfigDict,
     workdir: str,
-    scorer: Judge,
+    judge: Judge,
     metadata: Mapping[str, Any],
     size: int,
     extract: ShardExtractor,
@@ -246,7 +246,7 @@ def _load_or_make_result(
     Args:
       c: The config of the images.
       workdir: The folder of the results.
-      scorer: The reference and the networks.
+      judge: The reference and the networks.
       metadata: JSON that identifies the images.
       size: Images of a shard.
       extract: Yields the arrays of each missing shard.
@@ -254,7 +254,7 @@ def _load_or_make_result(
       extra_scores: Computes further scores.
       extra_protocol: JSON that identifies the inputs of the further scores.
     """
-    protocol = {**scorer.protocol, **(extra_protocol or {}), "images": dict(metadata)}
+    protocol = {**judge.protocol, **(extra_protocol or {}), "images": dict(metadata)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = os.path.join(workdir, "evaluations", f"{key}.json")
     stored = _load_result(c, path)
@@ -268,7 +268,7 @@ def _load_or_make_result(
         if stored is not None:
             return stored
         collected = shards.Shards(folder, c.evaluate.n, size)
-        return _make_result(c, path, protocol, collected, scorer, extract, labeled, extra_scores)
+        return _make_result(c, path, protocol, collected, judge, extract, labeled, extra_scores)
 
 
 def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
@@ -288,7 +288,7 @@ def _make_result(
     path: str,
     protocol: dict[str, Any],
     collected: shards.Shards,
-    scorer: Judge,
+    judge: Judge,
     extract: ShardExtractor,
     labeled: bool,
     extra_scores: Callable[[], dict[str, score_summary.Score]],
@@ -306,7 +306,7 @@ def _make_result(
     # The first process removes the shards only after all processes have read them.
     partitioning.sync(f"read {path}")
     protocol["n"] = len(arrays["labels"])  # less than evaluate.n if images are unreadable
-    scores = sample_scores.compute_scores(c, scorer, arrays, labeled=labeled) | extra_scores()
+    scores = sample_scores.compute_scores(c, judge, arrays, labeled=labeled) | extra_scores()
     result: dict[str, Any] = {"protocol": protocol, "scores": scores}
     if "seconds" in arrays:
         result["cost"] = _sampling_cost(c, arrays["seconds"])
