@@ -51,7 +51,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     weights_path = judge_paths.network_path(c, workdir)
     with shards.exclusive_lock(epath.Path(workdir) / "references" / "networks"):
         for kind, path in _learning_networks(c, workdir).items():
-            train_network(c, kind, path)
+            _train_network(c, kind, path)
         partitioning.sync("classifier")
     network = registry.open_network(c.evaluate.network, weights_path)
     protocol = {**data.protocol, "image": pipeline.make_preprocessor(c).describe(), "network": network.describe()}
@@ -189,7 +189,7 @@ def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
     return train, test
 
 
-def train_network(c: ConfigDict, kind: type[Network], path: str) -> None:
+def _train_network(c: ConfigDict, kind: type[Network], path: str) -> None:
     """Trains a network on the data set and writes it to `path`, unless the file exists.
 
     Only the first process does so.
@@ -204,6 +204,11 @@ def train_network(c: ConfigDict, kind: type[Network], path: str) -> None:
     else:
         training, held_out = _load_attributes(c, "train", kind, TRAIN_MULTIPLIER), _load_attributes(c, "test", kind)
     kind.train(path, training, held_out)
+
+
+def make_attribute_classifier(c: ConfigDict, path: str) -> None:
+    """Trains the attribute classifier and writes it to `path`, unless the file exists."""
+    _train_network(c, AttributeNetwork, path)
 
 
 def _load_attributes(c: ConfigDict, split: str, kind: type[Network], factor: int = 1) -> TrainingSet:

@@ -27,7 +27,6 @@ from ml_collections import ConfigDict
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, judge_paths, sampling_grid, score_summary
-from madformer_jax.evaluation.networks.attribute_classifier import AttributeNetwork
 from madformer_jax.models import madformer
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
@@ -203,12 +202,10 @@ def _evaluate(job: Job, run: Run, base: ConfigDict) -> list[dict[str, Any]]:
     keys = [(job.definition.evaluations.index(e.overrides), _solver_steps(job, run, e)) for e in job.evaluations]
     for i, overrides in enumerate(job.definition.evaluations):
         steps = sorted({steps for j, steps in keys if j == i})
-        results = evaluate.run(_evaluation_config(base, overrides, steps), sweep_folder.run_folder(job.workdir, run))[
-            "results"
-        ]
-        by_settings |= zip(
-            ((i, n) for n in steps), score_summary.mean_over_checkpoints(results) or results, strict=True
-        )
+        folder = sweep_folder.run_folder(job.workdir, run)
+        results = evaluate.run(_evaluation_config(base, overrides, steps), folder)["results"]
+        means = score_summary.mean_over_checkpoints(results) or results
+        by_settings |= zip(((i, n) for n in steps), means, strict=True)
     return [by_settings[key] for key in keys]
 
 
@@ -322,9 +319,7 @@ def _judge_config(c: ConfigDict, workdir: str, folder: str) -> ConfigDict:
     # Not part of the judge above: a run without captions may have made that one.
     if prompts.names_attributes(c):
         classifier = judge_paths.attribute_classifier_path(c, judge_folder)
-        _make_once(
-            workdir, f"judge_{name}", classifier, lambda: reference.train_network(c, AttributeNetwork, classifier)
-        )
+        _make_once(workdir, f"judge_{name}", classifier, lambda: reference.make_attribute_classifier(c, classifier))
     c.evaluate.reference, c.evaluate.network_path = path, judge_paths.network_path(c, judge_folder)
     return c
 

@@ -256,7 +256,7 @@ def test_runs_with_captions_get_an_attribute_classifier(c, stage, tmp_path, monk
     runs = [{"text.caption": caption, "sample.prompts": prompts} for caption, prompts in captions]
     made, exists = [], []
     monkeypatch.setattr(
-        mode.reference, "train_network", lambda c, kind, path: made.append(path) or storage.write_text(path, "")
+        mode.reference, "make_attribute_classifier", lambda c, path: made.append(path) or storage.write_text(path, "")
     )
 
     def evaluated(c, folder):
