@@ -27,24 +27,27 @@ from PIL import Image
 
 from madformer_jax.config import schema
 from madformer_jax.evaluation.networks import registry
-from madformer_jax.evaluation.networks.network import Network
+from madformer_jax.evaluation.networks.inception import Inception
 from madformer_jax.modes import evaluate, reference
 
 SIDE, PICTURES, DIMS, CLASSES = 1024, 16, 2048, 1008
 
 
-def stand_in(path: str) -> Network:
-    """Returns a network that multiplies every 64th pixel with random matrices."""
-    random = np.random.default_rng(0)
-    params = {"features": random.standard_normal((768, DIMS), np.float32) / 28}
-    params["logits"] = random.standard_normal((DIMS, CLASSES), np.float32) / 45
+class StandIn(Inception):
+    """A network that multiplies every 64th pixel with random matrices."""
 
-    def apply(params: dict[str, Array], images: Array) -> tuple[Array, Array]:
+    channels = (3,)
+
+    @classmethod
+    def open(cls, path: str) -> "StandIn":
+        random = np.random.default_rng(0)
+        params = {"features": random.standard_normal((768, DIMS), np.float32) / 28}
+        return cls(params | {"logits": random.standard_normal((DIMS, CLASSES), np.float32) / 45})
+
+    def apply(self, params: dict[str, Array], images: Array) -> tuple[Array, Array]:
         pixels = images[:, ::64, ::64].reshape(len(images), -1).astype(jnp.float32)
         features = jnp.tanh((pixels / 128 - 1) @ params["features"])
         return features, features @ params["logits"]
-
-    return Network("inception", {}, DIMS, (3,), params, apply)
 
 
 def write_pictures(folder: pathlib.Path, n: int) -> None:
@@ -77,8 +80,8 @@ def run(folder: pathlib.Path, n: int) -> None:
     """Prints the peaks of both modes, without the memory in use before them."""
     if not (folder / "pictures").exists():
         write_pictures(folder / "pictures", n)
-    registry.NETWORKS["inception"] = stand_in
-    registry.make_extractor(stand_in(""))(np.zeros((1, SIDE, SIDE, 3), np.uint8))
+    registry.NETWORKS["inception"] = StandIn
+    registry.make_extractor(StandIn.open(""))(np.zeros((1, SIDE, SIDE, 3), np.uint8))
     before = peak()
     print(f"with the network: {before:.2f} GiB", flush=True)
     c = settings(folder, n)

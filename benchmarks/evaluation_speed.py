@@ -70,11 +70,10 @@ def ours(images: np.ndarray) -> Callable[[], np.ndarray]:
     from madformer_jax.cli import command_line
 
     command_line._disable_ynnpack("cpu")
-    from madformer_jax.evaluation.networks import inception_v3, inception_weights, registry
-    from madformer_jax.evaluation.networks.network import Network
+    from madformer_jax.evaluation.networks import inception_weights, registry
+    from madformer_jax.evaluation.networks.inception import Inception
 
-    net = Network("inception", {}, 2048, (1, 3), inception_weights.from_torch(weights()), inception_v3.fid_outputs)
-    extract = registry.make_extractor(net)
+    extract = registry.make_extractor(Inception(inception_weights.from_torch(weights())))
     return lambda: extract(images).features
 
 

@@ -30,14 +30,14 @@ LAYERS = {
     "cost": "config models",
     "diffusion": "config models",
     "weights": "config models runtime",
-    "sampling": "config cost data data.drawings diffusion models runtime weights",
+    "sampling": "config cost data diffusion models runtime weights",
     "evaluation.networks": "runtime weights",
     "evaluation": "config data evaluation.networks models runtime sampling weights",
     "training": "config cost data diffusion evaluation models runtime sampling",
     "sweeps": "config cost runtime",
     "reports": "config runtime sweeps",
     "publishing": "config data",
-    "modes": "config cost data data.drawings evaluation evaluation.networks models publishing reports runtime sampling sweeps "
+    "modes": "config cost data evaluation evaluation.networks models publishing reports runtime sampling sweeps "
     "training weights",
     "cli": "config evaluation modes runtime",
     "": "cli runtime sampling",

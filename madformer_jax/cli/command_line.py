@@ -162,7 +162,7 @@ def _load_config_file(flag: str) -> tuple[ConfigDict, _ConfigFile]:
     """
     path, colon, variant = config_lib.split_config_flag(storage.expand(flag))
     if not os.path.isfile(path):
-        raise ConfigError(f"--config={flag}: there is no file {path!r}{help.config_location_hint(path)}.")
+        raise ConfigError(f"--config={flag}: {path!r} does not exist{help.config_location_hint(path)}.")
     module = sys.modules["config_file"] = types.ModuleType("config_file")
     module.__file__ = path
     try:

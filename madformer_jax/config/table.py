@@ -163,12 +163,16 @@ SECTIONS: dict[str, Section] = {
         dtype=Field("float32", "type of the VAE's computation", choices=("float32", "bfloat16")),
     ),
     "data": _section("",
-        source=Field("digits", "digits, drawings, folder, npy, tfds:<name>, webdataset or arrayrecord (docs/data.md)"),
-        path=Field("", "folder of images, tars or records; tfds: its data_dir", PATH | MACHINE),
+        source=Field("digits", "digits, drawings, folder, npy, webdataset, hf, tfds:<name> or arrayrecord (docs/data.md)"),
+        path=Field(
+            "", "folder of images, tars or records; tfds: its data_dir; hf without a name: file or folder", PATH | MACHINE),
+        image_column=Field("", 'hf: column of the images; "": found by its type'),
+        label_column=Field("", 'hf: column of the classes; "": found by its type, or its name (label, class)'),
+        caption_column=Field("", 'hf: column of the captions; "": found by its name (caption, text, title, prompt)'),
         drawings=Field(20_000, "number of drawings, over all splits", low=1),
         split=Field(
             "train", "train, test (never seen in training), all, or composition (drawings); "
-            "tfds and prepared records have their own"),
+            "tfds, hf and prepared records may have others"),
         test_share=Field(
             0.05, "held-out share of folder, webdataset and drawings, by a hash of each name; digits hold out a fifth",
             low=0, high=1),

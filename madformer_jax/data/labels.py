@@ -1,12 +1,14 @@
 """Labels of the samples in tars: reading them from sidecar files, and numbering the classes.
 
-`members` reads the label of each image, `tars` numbers the classes of the set. A label is a number,
+`members` reads the label of each image, `tars` numbers the classes of the set. `tars` and
+`hugging_face` leave out images without a label by `labeled_rows`. A label is a number,
 or in a .json also the name of a class. If most labels of a set are names, its classes are the
 sorted names.
 """
 
 import json
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from madformer_jax.runtime import storage
 
 MISSING, UNUSABLE = -1, -2  # codes in place of a class
 _FIRST_NAME = -3  # code of the first class name; further names have -4, -5, ...
-_MAX_CLASSES = 1_000_000  # larger numbers are taken for something else than classes
+MAX_CLASSES = 1_000_000  # larger numbers are taken for something else than classes
 _NUMBER = re.compile(r"([+-]?[0-9]{1,18})(\.0*)?")  # 1.0 is class 1
 
 
@@ -107,6 +109,33 @@ class ClassIndex:
         return classes, names, self._unusable or self._unusable_number
 
 
+def labeled_rows(classes: np.ndarray, max_unlabeled: float, reason: Callable[[int], str]) -> np.ndarray | None:
+    """Returns the numbers of the images with a class, or None if none is left out.
+
+    If no image has a class, the set is unlabeled and all are used. What is left out is logged.
+
+    Args:
+      classes: Class of each image (n,), or `MISSING` or `UNUSABLE`.
+      max_unlabeled: Largest share of images that may be left out, `data.max_corrupt`.
+      reason: Returns why an image has no class, given the number of the first such image.
+
+    Raises:
+      ConfigError: Too many images have no class while others have one, or an unusable one.
+    """
+    unlabeled, unusable_count = np.flatnonzero(classes < 0), int((classes == UNUSABLE).sum())
+    any_labeled = len(unlabeled) < len(classes)
+    if not (unusable_count or 0 < len(unlabeled) < len(classes)):
+        return None
+    count = len(unlabeled) if any_labeled else unusable_count
+    problem = f"{reason(int(unlabeled[0]))}: {count} of {len(classes)} lack one"
+    if count > max_unlabeled * len(classes):
+        raise ConfigError(
+            f"{problem}, more than config.data.max_corrupt={max_unlabeled}. Repair the labels, or remove them all."
+        )
+    listing.warn_once(f"{problem}; {'they are left out' if any_labeled else 'the labels are ignored'}")
+    return np.flatnonzero(classes >= 0) if any_labeled else None
+
+
 def _parse_text(name: str, content: bytes) -> int | UnusableLabel:
     try:
         text = storage.decode_text(content, name)
@@ -143,8 +172,6 @@ def _parse_number(name: str, text: str) -> int | UnusableLabel:
     if not match:
         return UnusableLabel(f"{name} holds no class number")
     value = int(match[1])
-    if not 0 <= value < _MAX_CLASSES:
-        return UnusableLabel(
-            f"{name}: class {value} is out of range: classes count from 0 and are below {_MAX_CLASSES}"
-        )
+    if not 0 <= value < MAX_CLASSES:
+        return UnusableLabel(f"{name}: class {value} is out of range: classes count from 0 and are below {MAX_CLASSES}")
     return value

@@ -15,7 +15,7 @@ import re
 import tarfile
 from typing import NamedTuple
 
-from madformer_jax.data import labels, listing, text
+from madformer_jax.data import labels, listing
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -89,7 +89,7 @@ def samples(path: str, exclusions: listing.Exclusions) -> list[Sample]:
         caption = ""
         if ".txt" in own_sidecars:
             name, content = own_sidecars[".txt"]
-            caption = text.strip_bom(storage.decode_text(content, name), name).strip()
+            caption = storage.decode_text(content, name).strip()
         result.append(Sample(member.name, member.offset_data, member.size, label, caption))
     for unused in sorted(sidecars.keys() - used):
         exclusions.add(f"{unused[1]} members without an image", sidecars[unused][0])

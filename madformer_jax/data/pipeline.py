@@ -233,7 +233,7 @@ def train_iterator(
       ConfigError: The data do not fit the config (see `dataset_info`), or the split is held out.
         `next` raises it when more than the share `data.max_corrupt` of the records cannot be read.
     """
-    if config.data.split in ("test", "composition") and not validation:
+    if config.data.split in sources.source_class(config).held_out and not validation:
         raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
     source = sources.open_source(config)
     info = _source_info(config, source)

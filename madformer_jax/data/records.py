@@ -1,6 +1,6 @@
 """Prepared data: ArrayRecord shards of images or VAE latents, and their manifest.
 
-`modes/prepare.py` writes the shards, `sources.open_source` opens them as source `arrayrecord`.
+`modes/prepare.py` writes the shards. `Records` reads them as source `arrayrecord`.
 
 A record has the byte layout of `dtype`: label, attributes if the source has them, and arrays. The
 caption follows as UTF-8. Shards are uncompressed and hold one record per chunk (group_size:1),
@@ -28,6 +28,7 @@ import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
+from ml_collections import ConfigDict
 
 from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
@@ -251,7 +252,19 @@ class _ShardReaders:
 class Records(Source):
     """Source `arrayrecord`: random access to a prepared folder."""
 
+    splits, kinds = (), ("images", "latents")
+    reads_buckets = True
     manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, data: ConfigDict, name: str) -> "Records":
+        source = cls(data.path)
+        if (split := source.manifest["split"]) != data.split:
+            raise ConfigError(
+                f"{data.path} was prepared from split {split!r}, not {data.split!r}: set config.data.split={split}, or "
+                f"prepare split {data.split!r} and give its folder as config.data.path."
+            )
+        return source
 
     def __init__(self, folder: str):
         """Reads the manifest and checks the shards. Shards in a bucket are copied first.
@@ -319,8 +332,7 @@ def _fingerprint(content: Mapping[str, Any]) -> str:
     """Computes the fingerprint of prepared records from their manifest.
 
     Checksums of shards are left out: a shard that is made again on another machine may differ in
-      its
-    last bits.
+    its last bits.
     """
     hashed = {name: value for name, value in content.items() if name not in ("shards", "skipped")}
     if hashed.get("codec"):  # _VAE_FACTS follow from the weights

@@ -1,6 +1,6 @@
 """Captions of a folder of images: `captions.jsonl`, `captions.txt`, or a .txt file per image.
 
-`sources.Folder` calls `read_captions`. Add further list formats to `CAPTION_LISTS` and
+`folder.Folder` calls `read_captions`. Add further list formats to `CAPTION_LISTS` and
 `_read_caption_list`.
 """
 
@@ -36,7 +36,8 @@ def read_captions(path: str, keys: Sequence[str]) -> list[str]:
         kinds = [*map(os.path.basename, lists), *(["a .txt file beside an image"] if text_files else [])]
         raise ConfigError(f"config.data.path={path!r} has captions in {' and in '.join(kinds)}: keep one of them.")
     if text_files:
-        return [_read_caption_file(os.path.join(path, text_files[key])) if key in text_files else "" for key in keys]
+        files = [os.path.join(path, text_files[key]) if key in text_files else "" for key in keys]
+        return [storage.read_text(file).strip() if file else "" for file in files]
     if not lists:
         return [""] * len(keys)
     known, captions = set(keys), dict[str, str]()
@@ -69,7 +70,3 @@ def _read_caption_list(path: str) -> Iterator[tuple[str, str, str]]:
             if not is_valid:
                 raise ConfigError(f'{position} is not of the form {{"file_name": "a/0.png", "text": "a caption"}}.')
         yield position, name.strip(), text.strip_bom(caption.strip(), position).strip()
-
-
-def _read_caption_file(path: str) -> str:
-    return text.strip_bom(storage.read_text(path), path).strip()

@@ -1,7 +1,8 @@
 """The interface of data sources: random access to images or latents and their labels.
 
 `sources.open_source` opens a source, `pipeline` and `modes/prepare.py` read it. A new source is a
-class that implements `Source`; register it in `sources.open_source`.
+class that implements `Source`; add a line for it to `sources.SOURCES`. Modules of other packages ask
+a source for its facts and never compare its name.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from ml_collections import ConfigDict
 
 Kind = Literal["images", "latents"]
 
@@ -26,15 +28,39 @@ class Source(Protocol):
     """Random access to records.
 
     Sources can be pickled, because each worker process gets a copy. Several threads may read at the
-    same time.
+    same time. The first group of fields and `open`, `enlarge` belong to the class.
     """
+
+    splits: tuple[str, ...] = ("train", "test")  # see `split_indices`; () if `open` reads only the records of a split
+    held_out: tuple[str, ...] = ("test", "composition")  # splits that training refuses
+    takes_name: bool = False  # whether `data.source` may be "source:name"
+    kinds: tuple[Kind, ...] = ("images",)  # that data sets of the source may have
+    reads_buckets: bool = False  # whether `data.path` may lie in a bucket
+    attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()  # name of each, and the names of its values 0, 1, ...
 
     kind: Kind = "images"
     classes: int  # labels run from 0 to classes - 1; 0: unlabeled, every label is 0
     names: tuple[str, ...]  # of the classes; () if unlabeled
     fingerprint: str  # identifies the records and their order, wherever the files are stored
-    attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()  # name of each, and the names of its values 0, 1, ...
     manifest: Mapping[str, Any] | None = None  # of prepared records; see `records`
+
+    @classmethod
+    def open(cls, data: ConfigDict, name: str) -> "Source":
+        """Opens the records of all splits, or of `data.split` if the data set has splits of its own.
+
+        Args:
+          data: The section `config.data`.
+          name: Text after the colon in `data.source`, "" without a colon.
+
+        Raises:
+          ConfigError: The data set does not exist or cannot be read, or a package is missing.
+        """
+        raise TypeError(f"{cls.__name__} is not in `sources.SOURCES`.")
+
+    @classmethod
+    def enlarge(cls, data: ConfigDict, factor: int) -> None:
+        """Changes `data` so that the source has `factor` times as many records, if it can make them."""
+        return
 
     def __len__(self) -> int: ...
 
@@ -55,8 +81,34 @@ class Source(Protocol):
         """
         return self.read(indices).captions
 
+    def captioned_attributes(self, indices: np.ndarray) -> np.ndarray | None:
+        """Returns the attributes of records, int32 (b, A), with 0 for those that the captions omit.
+
+        None for a source without attributes.
+        """
+        return self.read(indices).attributes
+
     def name(self, index: int) -> str:
         """Returns the name of a record for messages, such as its file, in one line."""
+
+    def key(self, index: int) -> str:
+        """Returns the name of a record that `split_indices` hashes.
+
+        It must not depend on where the data set is stored.
+        """
+        return self.name(index)
+
+    def split_indices(self, test_share: float) -> np.ndarray:
+        """Returns the split of each record as an index into `splits`, int (n,).
+
+        Each record is assigned by the hash of its `key`, so that adding or removing others changes
+        nothing for it.
+
+        Args:
+          test_share: Expected share of the split "test".
+        """
+        hashes = np.fromiter(map(hash_fraction, map(self.key, range(len(self)))), np.uint64, len(self))
+        return test_mask(hashes, test_share).astype(int)
 
 
 def hash_fraction(name: str) -> int:
@@ -67,11 +119,8 @@ def hash_fraction(name: str) -> int:
 def test_mask(hashes: np.ndarray, share: float) -> np.ndarray:
     """Returns which records belong to the split "test", bool (n,).
 
-    Each record is assigned by its own hash, so that adding or removing others changes nothing for
-    it.
-
     Args:
-      hashes: `hash_fraction` of the records' names, uint64 (n,).
+      hashes: `hash_fraction` of the records' keys, uint64 (n,).
       share: Expected share of the split.
     """
     return hashes < share * 2.0**64
@@ -79,6 +128,8 @@ def test_mask(hashes: np.ndarray, share: float) -> np.ndarray:
 
 class Subset(Source):
     """A selection of the records of a source, renumbered from 0."""
+
+    splits = ()
 
     def __init__(self, source: Source, numbers: np.ndarray):
         self.kind, self.classes, self.names, self.manifest = source.kind, source.classes, source.names, source.manifest
@@ -96,6 +147,9 @@ class Subset(Source):
 
     def captions(self, indices: np.ndarray) -> list[str]:
         return self._source.captions(self._numbers[indices])
+
+    def captioned_attributes(self, indices: np.ndarray) -> np.ndarray | None:
+        return self._source.captioned_attributes(self._numbers[indices])
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._numbers[index]))

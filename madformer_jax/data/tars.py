@@ -1,6 +1,6 @@
 """Source `webdataset`: random access to images in tar shards, without unpacking them.
 
-`sources.open_source` opens it. The members of a sample share their name up to the suffix:
+The members of a sample share their name up to the suffix:
 `0001.webp`, `0001.cls` (a class number), `0001.json` (with a field "label"), `0001.txt` (a
 caption). `members` reads one tar, and `labels` turns its labels into classes. The tars are read
 once to build an index in the user's cache folder. The index is rebuilt when the size or time of a
@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from madformer_jax.data import labels, listing, members
 from madformer_jax.data.source import Examples, Source, fingerprint, hash_fraction, test_mask
@@ -50,7 +51,11 @@ class _Index(NamedTuple):
 
 
 class Tars(Source):
-    """Source `webdataset`: the images of a folder of tars, or of a single tar."""
+    """The images of a folder of tars, or of a single tar."""
+
+    @classmethod
+    def open(cls, data: ConfigDict, name: str) -> "Tars":
+        return cls(data.path, data.max_corrupt)
 
     def __init__(self, path: str, max_unlabeled: float = 0.05):
         """Finds the tars below `path`, loads or builds their index, and logs what is left out.
@@ -84,34 +89,15 @@ class Tars(Source):
             listing.warn_once(f"{listing.printable(path)}: left out of the tars: {excluded_members}")
         classes = self._index.rows["label"][:-1]
         self._selection: np.ndarray | None = None  # numbers of the rows that are used; None: all
-        self._drop_unlabeled(classes, max_unlabeled, report.get("odd", ""))
+        reason = report.get("odd", "")
+        self._selection = labels.labeled_rows(
+            classes,
+            max_unlabeled,
+            lambda row: reason or f'{self.name(row)} has no label (.cls, or .json with "label"), and others have',
+        )
         self.classes = max(int(classes.max()) + 1, 0)
         self.names = tuple(report.get("names") or map(str, range(self.classes)))
         self.fingerprint = fingerprint([*names, digest])
-
-    def _drop_unlabeled(self, classes: np.ndarray, max_unlabeled: float, reason: str) -> None:
-        """Leaves out the images without a usable label, if others have one.
-
-        Args:
-          classes: Class of each image, or `labels.MISSING` or `labels.UNUSABLE`.
-          max_unlabeled: Largest share of images that may be left out.
-          reason: Why the first unusable label is unusable; "" if all are usable.
-        """
-        unlabeled = np.flatnonzero(classes < 0)
-        unusable_count = int((classes == labels.UNUSABLE).sum())
-        any_labeled = len(unlabeled) < len(classes)
-        if not (unusable_count or 0 < len(unlabeled) < len(classes)):
-            return
-        first = reason or f'{self.name(int(unlabeled[0]))} has no label (.cls, or .json with "label"), and others have'
-        count = len(unlabeled) if any_labeled else unusable_count
-        problem = f"{first}: {count} of {len(classes)} lack one"
-        if count > max_unlabeled * len(classes):
-            raise ConfigError(
-                f"{problem}, more than config.data.max_corrupt={max_unlabeled}. Repair the labels, or remove them all."
-            )
-        if any_labeled:
-            self._selection = np.flatnonzero(classes >= 0)
-        listing.warn_once(f"{problem}; {'they are left out' if any_labeled else 'the labels are ignored'}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None} if os.path.exists(self._cache) else self.__dict__
@@ -144,8 +130,9 @@ class Tars(Source):
     def _text(self, start: int, end: int) -> str:
         return self._index.text[start:end].tobytes().decode("utf-8", "surrogateescape")
 
-    def test_mask(self, share: float) -> np.ndarray:
-        return test_mask(self._index.rows["hash"][self._row_numbers(np.arange(len(self)))], share)
+    def split_indices(self, test_share: float) -> np.ndarray:
+        hashes = self._index.rows["hash"][self._row_numbers(np.arange(len(self)))]
+        return test_mask(hashes, test_share).astype(int)
 
     def name(self, index: int) -> str:
         row = self._index.rows[self._row_numbers(np.array(index))]

@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from madformer_jax.config.table import EMBEDDED_TOKENIZERS
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
@@ -29,7 +30,7 @@ BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"  # names in Llama 3, and in 
 # Names in tokenizers of other sources. The first name that a tokenizer knows is used.
 _BEGIN_TOKENS = (BEGIN, "<|startoftext|>", "<s>", "<bos>", "[CLS]", "<|endoftext|>")
 _END_TOKENS = (END, "<|endoftext|>", "</s>", "<eos>", "[SEP]")
-_EMBEDDED_FILES = {"drawings": "drawings.tokenizer.json"}  # files of this package
+_EMBEDDED_FILES = {name: f"{name}.tokenizer.json" for name in EMBEDDED_TOKENIZERS}  # in this package
 # Llama 3's pattern for splitting text into words before merging bytes.
 _LLAMA3_SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -16,7 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from PIL import ImageFilter
 
-from madformer_jax.data import listing, pipeline, preprocess, sources
+from madformer_jax.data import folder, listing, pipeline, preprocess, sources
 from madformer_jax.data.source import Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.evaluation import shards
@@ -119,10 +119,8 @@ def from_source(c: ConfigDict, split: str, shuffled: bool, config_field: str = "
     Raises:
       ConfigError: The source does not open, is empty, or holds latents.
     """
-    c = c.copy_and_resolve_references()
-    c.data.split = split
     try:
-        source = sources.open_source(c)
+        source = sources.open_source(c, split)
     except ConfigError as error:
         raise ConfigError(f"config.{config_field} asks for split {split!r}: {error}") from None
     if source.kind != "images":
@@ -219,7 +217,7 @@ def _npz_paths(name: str) -> list[str]:
 
 
 def _from_image_folder(c: ConfigDict, path: str) -> ImageSet:
-    source, preprocessor = sources.Folder(path, "evaluate.images"), pipeline.make_preprocessor(c)
+    source, preprocessor = folder.Folder(path, "evaluate.images"), pipeline.make_preprocessor(c)
     protocol = {"folder": os.path.basename(os.path.abspath(path)), "fingerprint": source.fingerprint}
     return ImageSet(
         protocol, len(source), 0, lambda numbers: _read(source, preprocessor, numbers, numbers),

@@ -1,232 +1,107 @@
-"""All scores of a set of images with their intervals, and tables of several results.
+"""`Judge`: the reference and the feature networks that score every set of images of a run.
 
-`sample_scores` calls `compute_scores`, and `modes.evaluate` prints `comparison_table`. The judge
-itself (network and reference) is `sample_scores.Judge`.
-
-To add a score, write it in `scores`, its replicates in `bootstrap`, and an entry in
-`compute_scores`. A setting that changes its value belongs in `SCORE_SETTINGS`, which is part of
-every protocol.
+`modes.evaluate`, `modes.sweep` and `modes.train` open it, `sample_scores` and `score_summary` compute
+scores with it.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
 
+from madformer_jax.config.shapes import derive_sizes
+from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import bootstrap, scores, seams
-from madformer_jax.evaluation.memorization import TrainingFeatures, memorization_ratio
+from madformer_jax.evaluation import judge_paths, reference_statistics, score_summary
+from madformer_jax.evaluation.memorization import TrainingFeatures
+from madformer_jax.evaluation.networks import attribute_classifier, registry
+from madformer_jax.evaluation.networks.attribute_classifier import AttributeClassifier
+from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.evaluation.reference_statistics import Reference
-
-SPLITS, SUBSETS, SUBSET_SIZE, NEIGHBOR_RANK, SEED = 10, 100, 1000, 3, 2020
-SCORE_SETTINGS = {
-    "like": "torch-fidelity 0.4.0", "splits": SPLITS, "subsets": SUBSETS, "subset_size": SUBSET_SIZE,
-    "k": NEIGHBOR_RANK, "seed": SEED,
-}  # fmt: skip
-
-Score = dict[str, float]  # value, low, high, and further entries such as deviation
+from madformer_jax.sampling import prompts
+from madformer_jax.weights.fingerprint import fingerprint
 
 
-def check_size(n: int, reference: Reference) -> None:
-    """Checks that there are enough images for the scores; see `check_counts`."""
-    check_counts(n, SPLITS if reference.features is None else len(reference.features))
+class Judge(NamedTuple):
+    """The reference and the networks that score every set of images of a run."""
+
+    network: Network
+    extract: Callable[[np.ndarray], registry.NetworkOutputs]
+    reference: Reference
+    training: TrainingFeatures | None  # for the memorization score
+    protocol: dict[str, Any]  # the protocol of a score, without its images
+    attribute_classifier: AttributeClassifier | None = None  # if the prompts name attributes
 
 
-def check_counts(n: int, m: int) -> None:
-    """Checks that there are enough images for the scores, before images are sampled.
-
-    Args:
-      n: Number of images to score.
-      m: Number of images of the reference.
+def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
+    """Opens the reference and the networks that `config.evaluate` names, to score n images.
 
     Raises:
-      ConfigError: There are too few images for the inception score or too few for precision and
-        recall.
+      ConfigError: The reference or the network's weights are missing or do not fit, or n is too
+        small.
     """
-    if n < SPLITS:
+    path = judge_paths.reference_path(c, workdir)
+    reference = reference_statistics.load(path)
+    score_summary.check_size(n, reference)
+    network = registry.open_network(c.evaluate.network, judge_paths.network_path(c, workdir))
+    image = pipeline.make_preprocessor(c).describe()
+    reference_statistics.check_compatible(reference, path, network.describe(), image)
+    training, s = None, derive_sizes(c)
+    # Further inputs of single scores.
+    inputs: dict[str, Any] = {"seam": {"blocks": [s.grid, s.columns]}}
+    if c.evaluate.training:
+        training_reference = open_training(c, reference)
+        reference_statistics.check_compatible(training_reference, c.evaluate.training, network.describe(), image)
+        if reference.features is None:
+            raise ConfigError(
+                f"config.evaluate.training needs a reference with features, and {path} has none: make it with "
+                "--mode=reference, or leave config.evaluate.training empty."
+            )
+        training = TrainingFeatures(training_reference, reference.features)
+        inputs["training"] = training_reference.digest
+    attributes = _open_attribute_classifier(c, workdir)
+    if attributes is not None:
+        weights = fingerprint(attributes.params)
+        inputs["attributes"] = {"weights": weights, "accuracy": attributes.accuracy, "held_out": attributes.held_out}
+    protocol = {
+        "n": n, "reference": reference.digest, "network": network.describe(), "image": image,
+        "scores": score_summary.SCORE_SETTINGS, **inputs,
+    }  # fmt: skip
+    return Judge(network, registry.make_extractor(network), reference, training, protocol, attributes)
+
+
+def open_training(c: ConfigDict, reference: Reference | None = None) -> Reference:
+    """Loads the reference file of the training images, `config.evaluate.training`.
+
+    Args:
+      c: The config.
+      reference: The reference of the other scores, which must be a different one.
+
+    Raises:
+      ConfigError: The file is missing or damaged, has no features, or is `reference`.
+    """
+    training = reference_statistics.load(c.evaluate.training)
+    if training.features is None or (reference is not None and training.digest == reference.digest):
+        problem = "has no features" if training.features is None else "is the reference itself"
         raise ConfigError(
-            f"config.evaluate.n={n} images are too few for a covariance and {SPLITS} splits: set {SPLITS} or more."
+            f"config.evaluate.training={c.evaluate.training!r} {problem}: make one of the training images, "
+            "--mode=reference with evaluate.split=train and another evaluate.reference."
         )
-    if m <= NEIGHBOR_RANK:
-        raise ConfigError(f"a reference of {m} images is too small: it needs more than {NEIGHBOR_RANK}.")
+    return training
 
 
-def compute_scores(
-    network: str,
-    arrays: Mapping[str, np.ndarray],
-    reference: Reference,
-    *,
-    recognize: bool,
-    grid: tuple[int, int],
-    shape: tuple[int, int],
-    training: TrainingFeatures | None = None,
-) -> dict[str, Score]:
-    """Computes all scores of a set of images.
+def _open_attribute_classifier(c: ConfigDict, workdir: str) -> AttributeClassifier | None:
+    """Loads the attribute classifier, or returns None if no prompt names attributes.
 
-    Args:
-      network: Name of the feature network.
-      arrays: Arrays of `shards.extract_features`: features (n, d), logits (n, classes) if the
-        network has classes, labels (n,) and profile (n, .).
-      reference: Statistics of the real images.
-      recognize: Whether to compute the fraction of images that the network classifies as their
-        label.
-      grid: Rows and columns of blocks.
-      shape: Height and width of an image.
-      training: The training images, for the memorization score.
-
-    Returns:
-      The scores by name. With a network other than Inception, FID becomes FD, and FD, KID, IS,
-      precision and recall end in "-" and the network's name.
-
-    Raises:
-      ConfigError: Features are not finite.
+    If the file does not exist, it logs a warning and returns None.
     """
-    x, y = arrays["features"], reference.features
-    counts = bootstrap.resample_counts(len(x))
-    names = ["FID", "KID", "IS", "precision", "recall"]
-    if network != "inception":
-        names = [f"{name}-{network}" for name in ("FD", *names[1:])]
-    out = {
-        names[0]: _with_interval(
-            scores.frechet(x, reference.frechet_input),
-            bootstrap.frechet_replicates(x, reference.frechet_input, counts),
-        )
-    }
-    if y is not None:
-        mean, deviation = scores.kernel_distance(x, y, SUBSETS, SUBSET_SIZE, SEED)
-        out[names[1]] = _with_interval(mean, bootstrap.kernel_replicates(x, y, counts), deviation)
-    if "logits" in arrays:
-        mean, deviation = scores.inception_score(arrays["logits"], SPLITS, SEED)
-        out[names[2]] = _with_interval(
-            mean, bootstrap.inception_replicates(arrays["logits"], counts, SPLITS, SEED), deviation
-        )
-    if y is not None:
-        for name, inside in zip(names[3:], scores.inside_balls(x, y, NEIGHBOR_RANK)):
-            out[name] = _mean_score(inside)
-    # Results store the names "recognised" and "memorisation", so both keep their spelling.
-    if recognize:
-        out["recognised"] = _mean_score(arrays["logits"].argmax(axis=1) == arrays["labels"])
-    if sum(grid) > 2:
-        steps = seams.border_and_interior_steps(arrays["profile"], shape, *grid)
-        out["seam"] = _with_interval(
-            seams.seam_score(steps), bootstrap.ratio_replicates(steps[:, 0], steps[:, 1], counts)
-        )
-        if reference.profile is not None:
-            real = seams.seam_score(seams.border_and_interior_steps(reference.profile[None], shape, *grid))
-            out["seam"]["real"] = real
-    if training is not None:
-        distances, held_out = training.distances(x), training.held_out_distances
-        out["memorisation"] = {
-            **_with_interval(
-                memorization_ratio(distances, held_out),
-                bootstrap.mean_replicates(distances, counts) / held_out.mean(),
-            ),
-            "searched": training.searched,
-            "training": training.images,
-        }
-    return out
-
-
-def _with_interval(value: float, replicates: np.ndarray, deviation: float | None = None) -> Score:
-    score = {"value": value, **bootstrap.interval(value, replicates)._asdict()}
-    return score if deviation is None else {**score, "deviation": deviation}
-
-
-def ratio_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Score:
-    """Returns the ratio of two sums over images, with an interval.
-
-    Args:
-      numerator: One value per image (n,).
-      denominator: One value per image (n,).
-    """
-    value = float(scores.ratio(numerator.sum(), denominator.sum()))
-    counts = bootstrap.resample_counts(len(numerator))
-    return _with_interval(value, bootstrap.ratio_replicates(numerator, denominator, counts))
-
-
-def _mean_score(values: np.ndarray) -> Score:
-    """Returns the mean of one value from 0 to 1 per image (n,), with an interval inside [0, 1]."""
-    score = _with_interval(
-        float(np.mean(values)), bootstrap.mean_replicates(values, bootstrap.resample_counts(len(values)))
-    )
-    return {name: min(max(x, 0.0), 1.0) for name, x in score.items()}
-
-
-_MAX_CELL_WIDTH = 40  # characters; longer values, for example prompts, are cut
-
-
-def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a Markdown table of results of --mode=evaluate, one row each.
-
-    The columns are the settings in which the images differ, the scores, and the costs.
-
-    Raises:
-      ConfigError: The protocols differ in more than the images, so the scores are not comparable.
-    """
-    first = results[0]["protocol"]
-    for result in results[1:]:
-        for field in ("reference", "network", "image", "scores", "n"):
-            value, first_value = result["protocol"][field], first[field]
-            if value != first_value:
-                raise ConfigError(
-                    f"scores of different protocols do not share a table: {field} {value!r} against {first_value!r}."
-                )
-    settings = [flatten_keys(result["protocol"]["images"]) for result in results]
-    fields = [name for name in dict.fromkeys(name for s in settings for name in s) if _has_differences(settings, name)]
-    costs = [
-        name
-        for name in ("solver_steps", "nfe", "passes", "seconds")
-        if any(r.get("cost", {}).get(name) for r in results)
-    ]
-    names = list(dict.fromkeys(name for result in results for name in result["scores"]))
-    lines = [[*(fields or ["images"]), *names, *costs]]
-    for result, setting in zip(results, settings):
-        row = [_format_value(setting.get(name)) for name in fields] or ["all"]
-        row += [_format_score(result["scores"].get(name)) for name in names]
-        lines.append(row + [_format_value(result.get("cost", {}).get(name)) for name in costs])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Averages the scores of each setting over its checkpoints.
-
-    Returns:
-      A result for each setting with several checkpoints. The interval of a score is its range over
-      checkpoints.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for result in results:
-        images = {name: x for name, x in result["protocol"]["images"].items() if name not in ("step", "fingerprint")}
-        groups.setdefault(repr(sorted(images.items())), []).append(result)
-    out = []
-    for group in groups.values():
-        if len(group) == 1:
-            continue
-        first = group[0]
-        images = {**first["protocol"]["images"], "step": f"mean of {len(group)}"}
-        values = {name: [result["scores"][name]["value"] for result in group] for name in first["scores"]}
-        spread = {name: {"value": float(np.mean(x)), "low": min(x), "high": max(x)} for name, x in values.items()}
-        out.append({**first, "protocol": {**first["protocol"], "images": images}, "scores": spread})
-    return out
-
-
-def flatten_keys(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens nested mappings. Keys are joined by dots."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= flatten_keys(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return out
-
-
-def _has_differences(settings: Sequence[Mapping[str, Any]], name: str) -> bool:
-    return "fingerprint" not in name and name != "prompts" and len({repr(s.get(name)) for s in settings}) > 1
-
-
-def _format_value(value: Any) -> str:
-    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _MAX_CELL_WIDTH else f"{text[: _MAX_CELL_WIDTH - 3]}..."
-
-
-def _format_score(score: Score | None) -> str:
-    return "" if score is None else f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]"
+    path = judge_paths.attribute_classifier_path(c, workdir)
+    if prompts.requested_attributes(c) is None:
+        return None
+    if not epath.Path(path).exists():
+        logging.warning("%s does not exist, so attributes are not scored: --mode=reference writes it", path)
+        return None
+    return attribute_classifier.load(path)

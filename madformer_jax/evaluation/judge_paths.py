@@ -1,14 +1,15 @@
 """Paths of a run's reference and feature networks.
 
 Paths in the config take precedence over the default paths in the workdir. The modes and the command
-line call these functions. A network that --mode=reference trains needs an entry in `_WEIGHT_FILES`.
+line call these functions.
 """
 
 import os
 
 from ml_collections import ConfigDict
 
-_WEIGHT_FILES = {"classifier": "classifier.npz", "attributes": "attributes.npz"}
+from madformer_jax.evaluation.networks import registry
+from madformer_jax.evaluation.networks.attribute_classifier import AttributeNetwork
 
 
 def reference_path(c: ConfigDict, workdir: str) -> str:
@@ -19,11 +20,12 @@ def reference_path(c: ConfigDict, workdir: str) -> str:
 def attribute_classifier_path(c: ConfigDict, workdir: str) -> str:
     """Returns the path of the attribute classifier, which scores the agreement with captions.
 
-    It is the feature network if that is `attributes`, otherwise a file next to the reference.
+    It is the feature network if that is the attribute classifier, otherwise a file next to the
+    reference.
     """
-    if c.evaluate.network == "attributes":
+    if registry.network_class(c.evaluate.network) is AttributeNetwork:
         return network_path(c, workdir)
-    return os.path.join(os.path.dirname(reference_path(c, workdir)), _WEIGHT_FILES["attributes"])
+    return os.path.join(os.path.dirname(reference_path(c, workdir)), AttributeNetwork.weights_file)
 
 
 def network_path(c: ConfigDict, workdir: str) -> str:
@@ -31,5 +33,5 @@ def network_path(c: ConfigDict, workdir: str) -> str:
 
     --mode=reference or --mode=convert writes them.
     """
-    name = c.evaluate.network
-    return c.evaluate.network_path or os.path.join(workdir, _WEIGHT_FILES.get(name, name))
+    weights_file = registry.network_class(c.evaluate.network).weights_file
+    return c.evaluate.network_path or os.path.join(workdir, weights_file)

@@ -26,7 +26,7 @@ from madformer_jax.data import sources, text
 from madformer_jax.data.source import Source
 from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import judge
+from madformer_jax.evaluation import score_summary
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
 
@@ -58,13 +58,15 @@ class CaptionLikelihood:
             "vocabulary": self._vocabulary,
         }
 
-    def scores(self, model: MADFormer, params: Any, mesh: jax.sharding.Mesh) -> dict[str, judge.Score]:
+    def scores(self, model: MADFormer, params: Any, mesh: jax.sharding.Mesh) -> dict[str, score_summary.Score]:
         """Computes bits per token of the model and of the n-gram models.
 
         The begin token is given and the end token is predicted. An image counts as one token.
         """
         caption_bits = {"bits": model_bits(model, params, self._held_out, mesh), **self._ngram_bits}
-        out = {name: judge.ratio_of_sums(bits, self._held_out.lengths - 1) for name, bits in caption_bits.items()}
+        out = {
+            name: score_summary.ratio_of_sums(bits, self._held_out.lengths - 1) for name, bits in caption_bits.items()
+        }
         logging.info("captions: %s", ", ".join(f"{name} {score['value']:.3f}" for name, score in out.items()))
         return out
 

@@ -143,7 +143,9 @@ def load(path: str) -> Reference:
     """
     file = epath.Path(path)
     if not file.exists():
-        raise ConfigError(f"there is no reference at {path}: make it with --mode=reference, or set evaluate.reference.")
+        raise ConfigError(
+            f"the reference {path} does not exist: make it with --mode=reference, or set evaluate.reference."
+        )
     try:
         with file.open("rb") as content, np.load(content, allow_pickle=False) as archive:
             names = [name for name in archive.files if name.startswith(_EXTRA_PREFIX)]

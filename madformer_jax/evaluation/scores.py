@@ -2,14 +2,14 @@
 
 `judge` calls them and adds the intervals of `bootstrap`. Values and conventions equal those of
 torch-fidelity 0.4.0. Feature arrays are (n, d) of any float type; the computation is in float64,
-tile by tile. A new score is a function here and an entry in `judge.compute_scores`.
+tile by tile. A new score is a function here and an entry in `score_summary.compute_scores`.
 
 | score | function | convention |
 |---|---|---|
 | FID, or FD on other features | `frechet` | Gaussians with covariances over n - 1, no epsilon |
 | KID | `kernel_distance` | kernel (x.y / d + 1)^3, unbiased, over subsets |
 | IS | `inception_score` | logits without bias, shuffled, over splits |
-| precision, recall | `precision_recall` | balls up to the k-th neighbor (arXiv 1904.06991) |
+| precision, recall | `inside_balls` | balls up to the k-th neighbor (arXiv 1904.06991) |
 """
 
 from typing import NamedTuple
@@ -197,30 +197,17 @@ def entropy(p: np.ndarray) -> np.ndarray:
     return -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
 
 
-def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Computes improved precision and recall (arXiv 1904.06991).
+def inside_balls(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Computes which images are inside a ball of the other set, for precision and recall (arXiv 1904.06991).
 
     Each image has a ball up to its k-th nearest neighbor in its own set. The ball includes its
-    border. Precision is the fraction of generated images inside a ball of a real image. Recall is
-    the fraction of real images inside a ball of a generated image.
+    border. The mean of the first array is the precision, that of the second the recall. Memory
+    holds the features and one tile of distances.
 
     Args:
       generated: Features (n, d) of the generated images.
       real: Features (m, d) of the real images.
       k: Rank of the neighbor.
-
-    Raises:
-      ConfigError: There are at most k images, features are not finite, or the numbers of features
-        differ.
-    """
-    generated_inside, real_inside = inside_balls(generated, real, k)
-    return float(generated_inside.mean()), float(real_inside.mean())
-
-
-def inside_balls(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """Computes which images are inside a ball of the other set; see `precision_recall`.
-
-    Memory holds the features and one tile of distances.
 
     Returns:
       Whether each generated image is inside a ball of a real image, (n,) bool, and whether each

@@ -26,6 +26,7 @@ from madformer_jax.config import fields
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops, hlo, topologies, tpu_time
+from madformer_jax.data import sources
 from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.models import madformer, vae
 from madformer_jax.runtime import partitioning, storage
@@ -136,7 +137,7 @@ def usable_memory(device: jax.Device) -> int:
 def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> ProgramReport:
     """Compiles the training step.
 
-    The batch consists of cached latents for `data.source=arrayrecord` with a VAE, else of images.
+    The batch consists of cached latents if the source may hold them and the codec is a VAE, else of images.
     """
     partitioning.check_batch(mesh, c.train.batch, c.train.accumulate)
     images = _abstract_codec(c, mesh)
@@ -216,7 +217,7 @@ def _abstract_codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
 
 def _abstract_batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], bool]:
     """Returns an abstract batch of the input pipeline, and whether it consists of cached latents."""
-    latents = c.codec.name == "external" or (c.codec.name == "vae" and c.data.source in ("arrayrecord", "npy"))
+    latents = c.codec.name != "pixel" and "latents" in sources.source_class(c).kinds
     sizes, side = derive_sizes(c), c.data.image_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.uint8)}
     if latents:

@@ -5,7 +5,7 @@
 Each checkpoint and setting has a result file workdir/evaluations/<hash of its protocol>.json.
 Existing results are not computed again, and a killed run continues at its first missing shard.
 `modes.sweep` and the command line call `run`. The scores themselves are in
-`evaluation.sample_scores` and `evaluation.judge`.
+`evaluation.sample_scores` and `evaluation.score_summary`.
 """
 
 import functools
@@ -28,7 +28,16 @@ from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import images, judge, judge_paths, likelihood, sample_scores, sampling_grid, shards
+from madformer_jax.evaluation import (
+    images,
+    judge_paths,
+    likelihood,
+    sample_scores,
+    sampling_grid,
+    score_summary,
+    shards,
+)
+from madformer_jax.evaluation.judge import Judge, open_judge, open_training
 from madformer_jax.models import madformer
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import checkpoint, memory, partitioning, progress, storage
@@ -66,11 +75,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     check(c)
     if c.evaluate.images:
-        results = [_judge_images(c, workdir, sample_scores.open_judge(c, workdir, c.evaluate.n))]
+        results = [_judge_images(c, workdir, open_judge(c, workdir, c.evaluate.n))]
     else:
         results = _judge_checkpoints(c, workdir)
     if jax.process_index() == 0:
-        print(judge.comparison_table([*results, *judge.mean_over_checkpoints(results)]))
+        print(score_summary.comparison_table([*results, *score_summary.mean_over_checkpoints(results)]))
     return {"results": results}
 
 
@@ -107,11 +116,11 @@ def check_before_training(c: ConfigDict, workdir: str) -> None:
             f"{training.n}: set a smaller config.evaluate.n."
         )
     if epath.Path(judge_paths.reference_path(c, workdir)).exists():
-        sample_scores.open_judge(c, workdir, c.evaluate.n)
+        open_judge(c, workdir, c.evaluate.n)
     else:
-        judge.check_counts(c.evaluate.n, reference_mode.check(c, workdir).n)
+        score_summary.check_counts(c.evaluate.n, reference_mode.check(c, workdir).n)
         if c.evaluate.training:
-            sample_scores.open_training(c)
+            open_training(c)
     grid = sampling_grid.expand_configs(c)
     generation.open_noise(grid[0])
     for setting in _unique_prompt_configs(grid).values():
@@ -119,18 +128,18 @@ def check_before_training(c: ConfigDict, workdir: str) -> None:
     likelihood.check(c)
 
 
-def _judge_images(c: ConfigDict, workdir: str, scorer: sample_scores.Judge) -> dict[str, Any]:
+def _judge_images(c: ConfigDict, workdir: str, judge: Judge) -> dict[str, Any]:
     """Returns the result of the existing images that `evaluate.images` names."""
     data = images.open_images(c)
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
 
     extract = functools.partial(
-        images.extract_missing_shards, data, scorer.extract, images.UnreadableImages(c.evaluate.n, c.data.max_corrupt)
+        images.extract_missing_shards, data, judge.extract, images.UnreadableImages(c.evaluate.n, c.data.max_corrupt)
     )
     labeled = bool(data.classes)
     metadata = data.protocol | {"content": data.digest(c.evaluate.n), "labelled": labeled}
-    return _load_or_make_result(c, workdir, scorer, metadata, shards.read_batch_size(c), extract, labeled=labeled)
+    return _load_or_make_result(c, workdir, judge, metadata, shards.read_batch_size(c), extract, labeled=labeled)
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
@@ -139,7 +148,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     sampling_grid.log_warnings(c, grid)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
-    scorer = sample_scores.open_judge(c, workdir, c.evaluate.n)
+    judge = open_judge(c, workdir, c.evaluate.n)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     codec.adopt_scale(c, workdir)
     model, images_codec = madformer.build(c), codec.build(c)
@@ -199,10 +208,10 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 )
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(
-                    setting, workdir, scorer,
+                    setting, workdir, judge,
                     metadata | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS} | prompt_metadata[s.prompts],
                     size * -(-shards.MAX_BATCH // size),
-                    functools.partial(map, functools.partial(_sample_and_extract, draw, scorer)),
+                    functools.partial(map, functools.partial(_sample_and_extract, draw, judge)),
                     labeled=bool(c.model.classes), extra_scores=extra_scores, extra_protocol=extra_protocol,
                 )  # fmt: skip
     return [results[step, i] for step in steps for i in range(len(grid))]
@@ -214,23 +223,23 @@ def _unique_prompt_configs(grid: Sequence[ConfigDict]) -> dict[str, ConfigDict]:
 
 
 def _sample_and_extract(
-    draw: Callable[[range], Iterator[generation.SampleBatch]], scorer: sample_scores.Judge, shard: shards.Shard
+    draw: Callable[[range], Iterator[generation.SampleBatch]], judge: Judge, shard: shards.Shard
 ) -> shards.Arrays:
     """Samples the images of a shard and extracts their features."""
     batches = interruptible(draw(range(shard.first, shard.stop)))
-    return sample_scores.extract_features(batches, scorer.extract, scorer.attribute_classifier)
+    return sample_scores.extract_features(batches, judge.extract, judge.attribute_classifier)
 
 
 def _load_or_make_result(
     c: ConfigDict,
     workdir: str,
-    scorer: sample_scores.Judge,
+    judge: Judge,
     metadata: Mapping[str, Any],
     size: int,
     extract: ShardExtractor,
     *,
     labeled: bool,
-    extra_scores: Callable[[], dict[str, judge.Score]] = dict,
+    extra_scores: Callable[[], dict[str, score_summary.Score]] = dict,
     extra_protocol: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Loads the result of a set of images from its file, or computes and writes it.
@@ -238,7 +247,7 @@ def _load_or_make_result(
     Args:
       c: The config of the images.
       workdir: The folder of the results.
-      scorer: The reference and the networks.
+      judge: The reference and the networks.
       metadata: JSON that identifies the images.
       size: Images of a shard.
       extract: Yields the arrays of each missing shard.
@@ -246,7 +255,7 @@ def _load_or_make_result(
       extra_scores: Computes further scores.
       extra_protocol: JSON that identifies the inputs of the further scores.
     """
-    protocol = {**scorer.protocol, **(extra_protocol or {}), "images": dict(metadata)}
+    protocol = {**judge.protocol, **(extra_protocol or {}), "images": dict(metadata)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = os.path.join(workdir, "evaluations", f"{key}.json")
     stored = shards.read_json(path)
@@ -260,7 +269,7 @@ def _load_or_make_result(
         if stored is not None:
             return stored
         collected = shards.Shards(folder, c.evaluate.n, size)
-        return _make_result(c, path, protocol, collected, scorer, extract, labeled, extra_scores)
+        return _make_result(c, path, protocol, collected, judge, extract, labeled, extra_scores)
 
 
 def _make_result(
@@ -268,10 +277,10 @@ def _make_result(
     path: str,
     protocol: dict[str, Any],
     collected: shards.Shards,
-    scorer: sample_scores.Judge,
+    judge: Judge,
     extract: ShardExtractor,
     labeled: bool,
-    extra_scores: Callable[[], dict[str, judge.Score]],
+    extra_scores: Callable[[], dict[str, score_summary.Score]],
 ) -> dict[str, Any]:
     """Extracts the missing shards, computes the scores, and writes the result."""
     missing = collected.missing()
@@ -286,7 +295,7 @@ def _make_result(
     # The first process removes the shards only after all processes have read them.
     partitioning.sync(f"read {path}")
     protocol["n"] = len(arrays["labels"])  # less than evaluate.n if images are unreadable
-    scores = sample_scores.compute_scores(c, scorer, arrays, labeled=labeled) | extra_scores()
+    scores = sample_scores.compute_scores(c, judge, arrays, labeled=labeled) | extra_scores()
     result: dict[str, Any] = {"protocol": protocol, "scores": scores}
     if "seconds" in arrays:
         result["cost"] = _sampling_cost(c, arrays["seconds"])

@@ -2,11 +2,10 @@
 
     python -m madformer_jax.main --config=... --mode=reference --workdir=DIR
 
-Writes the reference of `evaluate.split` to `evaluate.reference`, by default DIR/reference.npz. With
-`evaluate.network=classifier` or `attributes` it first trains the network, unless its file exists. A
+Writes the reference of `evaluate.split` to `evaluate.reference`, by default DIR/reference.npz. It
+first trains a network that learns from the data set (`Network.learns`), unless its file exists. A
 killed run continues at its first missing shard. Several processes share the images. `modes.sweep`
-also calls `run`. Training of a new network on the data set is added in `run`, and its checks in
-`check`.
+also calls `run`.
 """
 
 import hashlib
@@ -22,18 +21,18 @@ from tqdm import tqdm
 
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import pipeline, sources
-from madformer_jax.data.drawings import pictures
-from madformer_jax.data.drawings.attributes import ATTRIBUTES
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, judge_paths, reference_statistics, shards
-from madformer_jax.evaluation.networks import attribute_classifier, classifier, registry
-from madformer_jax.evaluation.networks.network import Network
+from madformer_jax.evaluation.networks import fit, registry
+from madformer_jax.evaluation.networks.attribute_classifier import AttributeNetwork
+from madformer_jax.evaluation.networks.network import Network, TrainingSet
 from madformer_jax.runtime import partitioning
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import prompts
 
-MAX_TRAINING_IMAGES = 50_000  # for the classifier and for the attribute classifier
-# The attribute classifier trains on 3 times the config's drawings, because it overfits on fewer.
+MAX_TRAINING_IMAGES = 50_000  # of a network that learns from the data set
+# A network that learns attributes trains on 3 times the config's images, if the source can make
+# more of them, because it overfits on fewer.
 TRAIN_MULTIPLIER = 3
 HOLD_OUT_STRIDE = 10  # Every tenth image is held out if the source has no test split.
 
@@ -51,10 +50,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     data = check(c, workdir)
     weights_path = judge_paths.network_path(c, workdir)
     with shards.exclusive_lock(epath.Path(workdir) / "references" / "networks"):
-        if c.evaluate.network == "classifier" and not epath.Path(weights_path).exists():
-            _train_classifier(c, weights_path)
-        if c.evaluate.network == "attributes" or prompts.uses_drawing_captions(c):
-            make_attribute_classifier(c, judge_paths.attribute_classifier_path(c, workdir))
+        for kind, path in _learning_networks(c, workdir).items():
+            _train_network(c, kind, path)
         partitioning.sync("classifier")
     network = registry.open_network(c.evaluate.network, weights_path)
     protocol = {**data.protocol, "image": pipeline.make_preprocessor(c).describe(), "network": network.describe()}
@@ -106,29 +103,42 @@ def check(c: ConfigDict, workdir: str) -> images.ImageSet:
         neither be opened nor trained.
     """
     config_lib.validate(c)
-    name = c.evaluate.network
-    weights_path = judge_paths.network_path(c, workdir)
-    attributes_path = judge_paths.attribute_classifier_path(c, workdir)
-    if name == "attributes" and c.data.source != "drawings":
+    kind, learning = registry.network_class(c.evaluate.network), _learning_networks(c, workdir)
+    if kind.learns == "attributes" and not sources.source_class(c).attributes:
         raise ConfigError(
-            "config.evaluate.network=attributes needs pictures whose attributes are known, config.data.source=drawings, and it "
-            f"is {c.data.source}: use classifier or inception."
+            f"config.evaluate.network={kind.name} needs pictures whose attributes are known, config.data.source="
+            f"{' or '.join(name for name, source in sources.SOURCES.items() if source.attributes)}, and it is "
+            f"{c.data.source}: use another network."
         )
-    needs_attributes = name == "attributes" or prompts.uses_drawing_captions(c)
-    if needs_attributes and c.data.channels != 3:
+    learns_attributes = any(network.learns == "attributes" for network in learning)
+    if learns_attributes and c.data.channels != 3:
         raise ConfigError(f"config.data.channels={c.data.channels}: the attribute classifier needs pictures of 3.")
     data = images.from_source(c, c.evaluate.split, shuffled=False, config_field="evaluate.split")
     if data.n < 2:
         raise ConfigError(f"a reference of {data.n} images is too small: a covariance needs at least two.")
-    if needs_attributes and epath.Path(attributes_path).exists():
-        attribute_classifier.load(attributes_path)
-    elif needs_attributes:  # Its accuracy is measured on held-out pictures.
-        pictures.open_split("test", c.data.drawings, c.data.image_size, c.data.test_share)
-    if name not in ("classifier", "attributes") or epath.Path(weights_path).exists():
-        _check_channels(c, registry.open_network(name, weights_path), weights_path)
-    elif name == "classifier":
-        _split_examples(c)
+    for network, path in learning.items():
+        if epath.Path(path).exists():
+            _check_channels(c, network.open(path), path)
+        elif network.learns == "attributes":  # Its accuracy is measured on held-out pictures.
+            sources.open_source(c, "test")
+        else:
+            _split_examples(c)
+    if kind not in learning:
+        weights_path = judge_paths.network_path(c, workdir)
+        _check_channels(c, kind.open(weights_path), weights_path)
     return data
+
+
+def _learning_networks(c: ConfigDict, workdir: str) -> dict[type[Network], str]:
+    """Returns the networks that learn from the data set, and the paths of their weights.
+
+    They are the feature network, if it learns, and the attribute classifier, if captions name attributes.
+    """
+    kind = registry.network_class(c.evaluate.network)
+    paths = {kind: judge_paths.network_path(c, workdir)} if kind.learns else {}
+    if prompts.names_attributes(c):
+        paths[AttributeNetwork] = judge_paths.attribute_classifier_path(c, workdir)
+    return paths
 
 
 def _check_channels(c: ConfigDict, network: Network, path: str) -> None:
@@ -140,14 +150,14 @@ def _check_channels(c: ConfigDict, network: Network, path: str) -> None:
 
 
 class _Examples(NamedTuple):
-    """Training or test images of the classifier."""
+    """Training or test images of a network that learns labels."""
 
     images: images.ImageSet
     numbers: np.ndarray  # indices in `images`
 
 
 def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
-    """Returns the training and the test images of the classifier.
+    """Returns the training and the test images of a network that learns labels.
 
     They are the splits "train" and "test". If the source has no test split, every tenth image is
     held out.
@@ -156,7 +166,7 @@ def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
       ConfigError: A split does not open, the images have less than two classes, or none are held
         out.
     """
-    if c.data.source.startswith("tfds:") or c.data.source == "arrayrecord" or not c.data.test_share:
+    if not sources.source_class(c).splits or not c.data.test_share:
         source = images.from_source(c, c.data.split, shuffled=True, config_field="evaluate.network")
         is_test = np.arange(source.n) % HOLD_OUT_STRIDE == HOLD_OUT_STRIDE - 1
         train, test = _Examples(source, np.flatnonzero(~is_test)), _Examples(source, np.flatnonzero(is_test))
@@ -168,77 +178,69 @@ def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
     if train.images.classes < 2:
         classes = "one class" if train.images.classes else "none"
         raise ConfigError(
-            "config.evaluate.network=classifier needs labeled images of two classes or more, and "
+            f"config.evaluate.network={c.evaluate.network} needs labeled images of two classes or more, and "
             f"config.data.source={c.data.source} has {classes}: use evaluate.network=inception."
         )
     if not len(test.numbers):
         raise ConfigError(
-            f"config.evaluate.network=classifier needs held-out images, and {train.images.n} images are too few to hold some "
-            "out: give more, or use evaluate.network=inception."
+            f"config.evaluate.network={c.evaluate.network} needs held-out images, and {train.images.n} images are too few to hold "
+            "some out: give more, or use evaluate.network=inception."
         )
     return train, test
 
 
-def _train_classifier(c: ConfigDict, path: str) -> None:
-    """Trains and tests the classifier and writes it, in the first process."""
-    if jax.process_index():
-        return
-    train, test = _split_examples(c)
-    (train_images, labels), (held_out_images, held_out_labels) = (
-        _load_examples(data, numbers[:MAX_TRAINING_IMAGES], c.data.max_corrupt) for data, numbers in (train, test)
-    )
-    trained = classifier.train(train_images, labels, held_out_images, held_out_labels)
-    classifier.save(path, trained)
-    logging.info(
-        "the classifier is right on %.2f %% of %d held-out images: %s", 100 * trained.accuracy, trained.held_out, path
-    )
-
-
-def make_attribute_classifier(c: ConfigDict, path: str) -> None:
-    """Trains the attribute classifier and writes it, unless the file exists.
+def _train_network(c: ConfigDict, kind: type[Network], path: str) -> None:
+    """Trains a network on the data set and writes it to `path`, unless the file exists.
 
     Only the first process does so.
     """
     if jax.process_index() or epath.Path(path).exists():
         return
-    train, test = (
-        _load_drawings(c, "train", TRAIN_MULTIPLIER * c.data.drawings),
-        _load_drawings(c, "test", c.data.drawings),
-    )
-    values = [len(names) for _, names in ATTRIBUTES]
-    trained = attribute_classifier.train(*train, *test, values)
-    attribute_classifier.save(path, trained)
-    logging.info(
-        "the attribute classifier is right on %.2f %% of the attributes that the captions of %d held-out drawings name: %s",
-        100 * trained.accuracy, trained.held_out, path,
-    )  # fmt: skip
+    if kind.learns == "labels":
+        training, held_out = (
+            _load_labeled(data, numbers[:MAX_TRAINING_IMAGES], kind, c.data.max_corrupt)
+            for data, numbers in _split_examples(c)
+        )
+    else:
+        training, held_out = _load_attributes(c, "train", kind, TRAIN_MULTIPLIER), _load_attributes(c, "test", kind)
+    kind.train(path, training, held_out)
 
 
-def _load_drawings(c: ConfigDict, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Loads those of the first `count` drawings that belong to a split.
+def make_attribute_classifier(c: ConfigDict, path: str) -> None:
+    """Trains the attribute classifier and writes it to `path`, unless the file exists."""
+    _train_network(c, AttributeNetwork, path)
 
-    Returns:
-      Pictures uint8 (n, s, s, 3) at the input size of the attribute classifier, and the attributes
-      (n, A) that their captions name.
+
+def _load_attributes(c: ConfigDict, split: str, kind: type[Network], factor: int = 1) -> TrainingSet:
+    """Loads the images of a split, at the input size of a network, and the attributes that their captions name.
+
+    Args:
+      c: The config.
+      split: The split.
+      kind: The network.
+      factor: Factor of the number of images, if the source can make more.
     """
     c = c.copy_and_resolve_references()
-    c.data.split, c.data.drawings = split, count
-    source, preprocessor = sources.open_source(c), pipeline.make_preprocessor(c)
+    sources.source_class(c).enlarge(c.data, factor)
+    source, preprocessor = sources.open_source(c, split), pipeline.make_preprocessor(c)
     pixels, attributes = [], []
     n = min(len(source), MAX_TRAINING_IMAGES)
     for first in range(0, n, shards.MAX_BATCH):
-        batch = source.read(np.arange(first, min(n, first + shards.MAX_BATCH)))
-        pixels.append(attribute_classifier.downscale(preprocessor.process_batch(batch.arrays["image"])))
-        attributes.append(pictures.captioned_attributes(np.asarray(batch.attributes)))
-    return np.concatenate(pixels), np.concatenate(attributes)
+        numbers = np.arange(first, min(n, first + shards.MAX_BATCH))
+        batch = preprocessor.process_batch(source.read(numbers).arrays["image"])
+        pixels.append(np.asarray(fit.resize(batch, kind.input_sizes)))
+        attributes.append(np.asarray(source.captioned_attributes(numbers)))
+    values = tuple(len(names) for _, names in source.attributes)
+    return TrainingSet(np.concatenate(pixels), np.concatenate(attributes), values)
 
 
-def _load_examples(data: images.ImageSet, numbers: np.ndarray, max_corrupt: float) -> tuple[np.ndarray, np.ndarray]:
-    """Loads images by index, at the input size of the classifier, and their labels.
+def _load_labeled(data: images.ImageSet, numbers: np.ndarray, kind: type[Network], max_corrupt: float) -> TrainingSet:
+    """Loads images by index, at the input size of a network, and their labels.
 
     Args:
       data: The images.
       numbers: Indices of the images to load.
+      kind: The network.
       max_corrupt: Largest fraction of unreadable images.
 
     Raises:
@@ -248,6 +250,6 @@ def _load_examples(data: images.ImageSet, numbers: np.ndarray, max_corrupt: floa
     pixels, labels, unreadable = [], [], images.UnreadableImages(len(numbers), max_corrupt)
     for batch in shards.prefetch(data.read(indices) for indices in batches):
         unreadable.add(batch.unreadable)
-        pixels.append(classifier.downscale(batch.images))
+        pixels.append(np.asarray(fit.resize(batch.images, kind.input_sizes)))
         labels.append(batch.labels)
-    return np.concatenate(pixels), np.concatenate(labels)
+    return TrainingSet(np.concatenate(pixels), np.concatenate(labels), (data.classes,))

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import judge, judge_paths, sample_scores, sampling_grid
+from madformer_jax.evaluation import judge, judge_paths, sampling_grid, score_summary
 from madformer_jax.models import madformer
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
@@ -202,10 +202,10 @@ def _evaluate(job: Job, run: Run, base: ConfigDict) -> list[dict[str, Any]]:
     keys = [(job.definition.evaluations.index(e.overrides), _solver_steps(job, run, e)) for e in job.evaluations]
     for i, overrides in enumerate(job.definition.evaluations):
         steps = sorted({steps for j, steps in keys if j == i})
-        results = evaluate.run(_evaluation_config(base, overrides, steps), sweep_folder.run_folder(job.workdir, run))[
-            "results"
-        ]
-        by_settings |= zip(((i, n) for n in steps), judge.mean_over_checkpoints(results) or results, strict=True)
+        folder = sweep_folder.run_folder(job.workdir, run)
+        results = evaluate.run(_evaluation_config(base, overrides, steps), folder)["results"]
+        means = score_summary.mean_over_checkpoints(results) or results
+        by_settings |= zip(((i, n) for n in steps), means, strict=True)
     return [by_settings[key] for key in keys]
 
 
@@ -297,8 +297,8 @@ def _exists(path: str) -> bool:
 def _judge_config(c: ConfigDict, workdir: str, folder: str) -> ConfigDict:
     """Returns the config of a run with the paths of its judge.
 
-    Makes the judge first if the config does not name a reference. Drawings with captions get an
-    attribute classifier, too.
+    Makes the judge first if the config does not name a reference. A model whose captions name
+    attributes gets an attribute classifier, too.
 
     Args:
       c: The config of the run.
@@ -310,14 +310,14 @@ def _judge_config(c: ConfigDict, workdir: str, folder: str) -> ConfigDict:
     """
     c = c.copy_and_resolve_references()
     if c.evaluate.reference:
-        sample_scores.open_judge(c, folder, c.evaluate.n)
+        judge.open_judge(c, folder, c.evaluate.n)
         return c
     name = sweep_file.judge_hash(c)
     judge_folder = os.path.join(workdir, "judges", name)
     path = judge_paths.reference_path(c, judge_folder)
     _make_once(workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), judge_folder))
     # Not part of the judge above: a run without captions may have made that one.
-    if prompts.uses_drawing_captions(c):
+    if prompts.names_attributes(c):
         classifier = judge_paths.attribute_classifier_path(c, judge_folder)
         _make_once(workdir, f"judge_{name}", classifier, lambda: reference.make_attribute_classifier(c, classifier))
     c.evaluate.reference, c.evaluate.network_path = path, judge_paths.network_path(c, judge_folder)

@@ -23,7 +23,7 @@ from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.data import pipeline, text
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import sample_scores
+from madformer_jax.evaluation.judge import Judge, open_judge
 from madformer_jax.runtime import checkpoint, lock, memory, partitioning, progress, storage
 from madformer_jax.runtime.preemption import Preemption
 from madformer_jax.sampling import codec, generation
@@ -59,7 +59,7 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
 class Resources(NamedTuple):
     """Everything that a run opens before it has a state."""
 
-    judge: sample_scores.Judge | None  # None without scores in training
+    judge: Judge | None  # None without scores in training
     info: pipeline.DatasetInfo
     mesh: Mesh
     # index of this process among those that read different rows of a batch, and their number
@@ -94,7 +94,7 @@ def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resour
     """
     config_lib.validate(c)
     storage.check_arrays_path(workdir, write=True)
-    judge = sample_scores.open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
+    judge = open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
     with progress.log_while("opening the data"):
         info = pipeline.dataset_info(c)
     config_lib.resolve_label_numbers(c, info.names)

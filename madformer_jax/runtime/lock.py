@@ -34,6 +34,9 @@ class LockedError(ConfigError):
     """Another process holds the workdir."""
 
 
+_OUTCOMES = (None, LockedError, ConfigError)  # of process 0, which sends the index to the other processes
+
+
 @contextlib.contextmanager
 def acquire(workdir: str) -> Iterator[Callable[[], None]]:
     """Holds the lock of a workdir for this job. Process 0 takes the lock, and the others wait for it.
@@ -51,17 +54,16 @@ def acquire(workdir: str) -> Iterator[Callable[[], None]]:
             yield check
         return
     with contextlib.ExitStack() as stack:
-        check, problem = _no_check, None
+        check, failure = _no_check, None
         if jax.process_index() == 0:
             try:
                 check = stack.enter_context(_acquire_file(epath.Path(workdir) / FILE_NAME))
             except ConfigError as error:
-                problem = error
-        grade = 0 if problem is None else 1 if isinstance(problem, LockedError) else 2
-        grade = int(multihost_utils.broadcast_one_to_all(np.array(grade)))
-        if grade:
-            kind = LockedError if grade == 1 else ConfigError
-            raise problem or kind(f"--workdir={workdir} is not to be had: process 0 says why.")
+                failure = error
+        outcome = 0 if failure is None else 1 if isinstance(failure, LockedError) else 2
+        error_type = _OUTCOMES[int(multihost_utils.broadcast_one_to_all(np.array(outcome)))]
+        if error_type is not None:
+            raise failure or error_type(f"--workdir={workdir} cannot be locked: see the message of process 0.")
         yield check
 
 
@@ -71,9 +73,10 @@ def holder(workdir: str) -> str | None:
     Returns None if nobody holds it, or if its holder was on this machine and has ended.
     """
     with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
-        there, _ = _read_lock(epath.Path(workdir) / FILE_NAME)
-    here = there is not None and there.get("machine") == _machine_id()
-    return None if there is None or (here and not _process_exists(there)) else _describe_holder(there)
+        owner, _ = _read_lock(epath.Path(workdir) / FILE_NAME)
+    if owner is None or (owner.get("machine") == _machine_id() and not _process_exists(owner)):
+        return None
+    return _describe_holder(owner)
 
 
 def _no_check() -> None:
@@ -98,17 +101,17 @@ def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
         if not storage.is_remote(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         _write_lock(path, mine)
-    left = threading.Event()
+    released = threading.Event()
 
-    def other(holder: dict[str, Any] | None) -> bool:
+    def is_taken_over(holder: dict[str, Any] | None) -> bool:
         return holder is not None and holder.get("token") != mine["token"]
 
     def beat() -> None:
-        while not left.wait(HEARTBEAT_SECONDS):
+        while not released.wait(HEARTBEAT_SECONDS):
             mine["beat"] += 1
             try:
                 holder, version = _read_lock(path)
-                if other(holder):
+                if is_taken_over(holder):
                     return
                 storage.write_version(path, _encode(mine), version)
             except Exception as error:  # the next renewal may succeed
@@ -117,7 +120,7 @@ def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
     def check() -> None:
         with storage.wrap_errors(f"{path} cannot be read"):
             holder, _ = _read_lock(path)
-        if holder is not None and other(holder):
+        if holder is not None and is_taken_over(holder):
             raise LockedError(
                 f"{path.parent} was taken over by {_describe_holder(holder)} while this process was suspended or could "
                 "not renew its lock."
@@ -128,11 +131,11 @@ def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
     try:
         yield check
     finally:
-        left.set()
+        released.set()
         thread.join()
         with contextlib.suppress(Exception):  # a file that remains is recognized as stale
             holder, version = _read_lock(path)
-            if not other(holder):
+            if not is_taken_over(holder):
                 storage.write_version(path, None, version)
 
 
@@ -174,15 +177,15 @@ def _read_lock(path: epath.Path) -> tuple[dict[str, Any] | None, bytes]:
     return holder if isinstance(holder, dict) else {}, version
 
 
-def _is_alive(path: epath.Path, there: dict[str, Any]) -> bool:
-    if "token" not in there:  # damaged: a live holder would renew it
+def _is_alive(path: epath.Path, holder: dict[str, Any]) -> bool:
+    if "token" not in holder:  # damaged: a live holder would renew it
         return False
-    if there.get("machine") == _machine_id():
-        return _process_exists(there)
+    if holder.get("machine") == _machine_id():
+        return _process_exists(holder)
     logging.info(
         "%s may be written by %s: looking for a sign of life, %.0f s at most",
         path.parent,
-        _describe_holder(there),
+        _describe_holder(holder),
         STALE_SECONDS,
     )
     until = time.monotonic() + STALE_SECONDS
@@ -191,18 +194,18 @@ def _is_alive(path: epath.Path, there: dict[str, Any]) -> bool:
         now, _ = _read_lock(path)
         if now is None:  # the holder has finished
             return False
-        if now != there:
+        if now != holder:
             return True
     return False
 
 
-def _process_exists(there: dict[str, Any]) -> bool:
+def _process_exists(holder: dict[str, Any]) -> bool:
     """Returns whether the holder of a lock of this machine still runs."""
-    return there.get("started", "") == _process_start_time(there.get("pid", 0)) != ""
+    return holder.get("started", "") == _process_start_time(holder.get("pid", 0)) != ""
 
 
-def _describe_holder(there: dict[str, Any]) -> str:
-    return f"process {there.get('pid', '?')} on {there.get('host', '?')} since {there.get('since', '?')}"
+def _describe_holder(holder: dict[str, Any]) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('since', '?')}"
 
 
 def _machine_id() -> str:

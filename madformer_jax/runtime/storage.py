@@ -5,7 +5,6 @@ neither seek nor append while they are written. Every module that writes a file 
 functions, so that a file appears whole or not at all.
 """
 
-import codecs
 import contextlib
 import errno
 import fnmatch
@@ -287,13 +286,13 @@ def decode_text(content: bytes, name: str) -> str:
       name: What the error names: a path, or `archive:member`.
 
     Returns:
-      The text, without the byte-order mark.
+      The text, without byte-order marks at its start.
 
     Raises:
       ConfigError: The content is not UTF-8.
     """
     try:
-        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return content.decode("utf-8").lstrip("\ufeff")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not UTF-8 text ({error}). Convert it to UTF-8.") from None
 

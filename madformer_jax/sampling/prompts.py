@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from madformer_jax.config import fields
 from madformer_jax.data import sources, text
-from madformer_jax.data.drawings import pictures
 from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
@@ -84,27 +83,25 @@ def _literal(prompt: Any) -> str:
 
 def _dataset_records(c: ConfigDict) -> tuple[Source, np.ndarray]:
     """Returns the source that `sample.prompts` names, and the numbers of the records to use."""
-    c = c.copy_and_resolve_references()
-    c.data.split = c.sample.prompts.removeprefix(_DATA_PREFIX)
-    source = sources.open_source(c)
+    source = sources.open_source(c, c.sample.prompts.removeprefix(_DATA_PREFIX))
     return source, np.arange(min(c.sample.n, len(source)))
 
 
-def uses_drawing_captions(c: ConfigDict) -> bool:
-    """Returns True if the model reads captions of the drawings, whose attributes are known."""
-    return bool(c.text.vocabulary) and c.text.caption == "caption" and c.data.source == "drawings"
+def names_attributes(c: ConfigDict) -> bool:
+    """Returns whether the model reads captions that name attributes, which its source knows."""
+    return bool(c.text.vocabulary) and c.text.caption == "caption" and bool(sources.source_class(c).attributes)
 
 
 def requested_attributes(c: ConfigDict) -> np.ndarray | None:
     """Returns the attributes that the prompts name, int32 (n, A), 0 for those not named.
 
-    Returns None if the prompts are not captions of the drawings data set.
+    Returns None if the prompts are not captions of a data set whose attributes are known.
     """
-    if not uses_drawing_captions(c) or not c.sample.prompts.startswith(_DATA_PREFIX):
+    if not names_attributes(c) or not c.sample.prompts.startswith(_DATA_PREFIX):
         return None
     source, numbers = _dataset_records(c)
-    rows = source.read(numbers).attributes
-    return None if rows is None else pictures.captioned_attributes(rows)[np.arange(c.sample.n) % len(numbers)]
+    rows = source.captioned_attributes(numbers)
+    return None if rows is None else rows[np.arange(c.sample.n) % len(numbers)]
 
 
 def tokenize(c: ConfigDict) -> text.TokenizedTexts | None:

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.evaluation import sample_scores
+from madformer_jax.evaluation.judge import Judge
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sampling import generation, prompts
 from madformer_jax.training import train_step
@@ -224,7 +225,7 @@ class Scores(SamplingHook):
 
     description = "scores"
 
-    def __init__(self, c: ConfigDict, context: TrainContext, judge: sample_scores.Judge):
+    def __init__(self, c: ConfigDict, context: TrainContext, judge: Judge):
         c = c.copy_and_resolve_references()
         c.sample.n = c.train.evaluate_n
         super().__init__(c, context, c.sample.n)

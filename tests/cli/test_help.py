@@ -45,7 +45,7 @@ def test_where_the_configs_are_is_said(monkeypatch, capsys, tmp_path):
     checkout = os.getcwd()
     monkeypatch.chdir(tmp_path)
     line = error_of(capsys, DIGITS, "--workdir=run")[1]
-    assert f"there is no file 'configs/digits.py' in {tmp_path}. Use --config={checkout}/configs/digits.py." in line
+    assert f"'configs/digits.py' does not exist in {tmp_path}. Use --config={checkout}/configs/digits.py." in line
     monkeypatch.setattr(help, "__file__", f"{tmp_path}/site-packages/madformer_jax/cli/help.py")
     line = error_of(capsys, DIGITS, "--workdir=run")[1]
     assert "The project's configs are not part of an installed package: run the command in a checkout" in line

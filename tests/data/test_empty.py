@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.data import sources, tars
+from madformer_jax.data import digits, folder, sources, tars, tfds
 from madformer_jax.data.drawings import pictures
+from madformer_jax.data.source import Subset
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, shards
 from madformer_jax.evaluation.networks import registry
@@ -63,7 +64,7 @@ def _records(path, kind):
 
 
 def _tfds():
-    source = object.__new__(sources.Tfds)
+    source = object.__new__(tfds.Tfds)
     row = {"image": _png(1), "label": 2, "caption": b"a word"}
     source._rows, source.classes, source._image, source._caption = [row], 3, "image", "caption"
     source._name, source._split = "made_up", "train"
@@ -72,10 +73,10 @@ def _tfds():
 
 def _source(kind, path, monkeypatch):
     if kind == "subset":
-        return sources.Subset(sources.Folder(str(_folder(path))), np.array([2, 0]))
+        return Subset(folder.Folder(str(_folder(path))), np.array([2, 0]))
     makers = {
-        "digits": sources.Digits,
-        "folder": lambda: sources.Folder(str(_folder(path))),
+        "digits": digits.Digits,
+        "folder": lambda: folder.Folder(str(_folder(path))),
         "webdataset": lambda: _tars(path, monkeypatch),
         "drawings": lambda: _drawings(monkeypatch),
         "images": lambda: _records(path, "images"),

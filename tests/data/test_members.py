@@ -167,7 +167,7 @@ def test_one_odd_label_leaves_out_its_image_and_many_are_refused(opened, caplog,
     source = opened(members)
     assert len(source) == 19 and shades(source, *range(19)) == list(range(19)) and source.names == ("0", "1", "2")
     assert source.read(np.arange(19)).labels.tolist() == [i % 3 for i in range(19)]
-    assert names(source)[18] == "18.png" and source.test_mask(1.0).shape == (19,)
+    assert names(source)[18] == "18.png" and source.split_indices(1.0).shape == (19,)
     (line,) = [r.getMessage() for r in caplog.records if "left out of the tars" not in r.getMessage()]
     assert f"x.tar:{stem}." in line and "1 of 20 lack one; they are left out" in line and "\n" not in line
     with pytest.raises(ConfigError, match=r"1 of 20 lack one, more than config\.data\.max_corrupt=0\.04"):

@@ -129,18 +129,18 @@ def test_tars_are_read_without_a_cache_folder(tmp_path, cache):
 
 def test_the_split_does_not_depend_on_the_folder(tmp_path):
     write_tar(tmp_path / "a" / "x" / "0.tar", {f"{i}.webp": b"" for i in range(100)})
-    before = tars.Tars(str(tmp_path / "a")).test_mask(0.3)
+    before = tars.Tars(str(tmp_path / "a")).split_indices(0.3)
     assert 15 < before.sum() < 45
     (tmp_path / "a").rename(tmp_path / "b")
-    np.testing.assert_array_equal(tars.Tars(str(tmp_path / "b")).test_mask(0.3), before)
+    np.testing.assert_array_equal(tars.Tars(str(tmp_path / "b")).split_indices(0.3), before)
 
 
 def test_the_split_does_not_depend_on_cached_indexes(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "a" / "x" / "0.tar", {f"{i}.webp": b"" for i in range(100)})
-    of_folder, of_tar = (tars.Tars(p).test_mask(0.3) for p in (str(tmp_path / "a"), path))
+    of_folder, of_tar = (tars.Tars(p).split_indices(0.3) for p in (str(tmp_path / "a"), path))
     assert (of_folder != of_tar).any()  # by the names x/0.tar:... and 0.tar:...
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    np.testing.assert_array_equal(tars.Tars(path).test_mask(0.3), of_tar)
+    np.testing.assert_array_equal(tars.Tars(path).split_indices(0.3), of_tar)
 
 
 def test_tars_feed_the_pipeline(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 from madformer_jax.config import schema
 from madformer_jax.evaluation import sample_scores
+from madformer_jax.evaluation.judge import Judge
 from madformer_jax.evaluation.networks import registry
 from madformer_jax.sampling.generation import SampleBatch
 
@@ -12,7 +13,7 @@ from madformer_jax.sampling.generation import SampleBatch
 def test_attributes_are_predicted_batch_by_batch_and_scored(monkeypatch):
     """Two of the three requested attributes match. Other attributes do not count."""
     monkeypatch.setattr(sample_scores.prompts, "requested_attributes", lambda c: np.array([[1, 0], [2, 1]]))
-    monkeypatch.setattr(sample_scores.judge, "compute_scores", lambda *args, **settings: {})
+    monkeypatch.setattr(sample_scores.score_summary, "compute_scores", lambda *args, **settings: {})
     monkeypatch.setattr(
         sample_scores.attribute_classifier,
         "predict",
@@ -29,7 +30,7 @@ def test_attributes_are_predicted_batch_by_batch_and_scored(monkeypatch):
 
     arrays = sample_scores.extract_features(batches, extract, classifier=object())
     assert "attributes" not in sample_scores.extract_features(batches, extract)
-    scorer = sample_scores.Judge(types.SimpleNamespace(name="classifier", metadata={}), extract, None, None, {})
-    score = sample_scores.compute_scores(schema.base(), scorer, arrays, labeled=False)["attributes"]
+    judge = Judge(types.SimpleNamespace(name="classifier", metadata={}), extract, None, None, {})
+    score = sample_scores.compute_scores(schema.base(), judge, arrays, labeled=False)["attributes"]
     assert score["value"] == pytest.approx(2 / 3)
     assert score["low"] <= score["value"] <= score["high"]

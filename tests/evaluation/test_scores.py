@@ -10,6 +10,10 @@ from madformer_jax.evaluation import scores
 from madformer_jax.evaluation.scores import Gaussian
 
 
+def precision_recall(generated, real, k=3):
+    return tuple(inside.mean() for inside in scores.inside_balls(generated, real, k))
+
+
 @pytest.fixture
 def random():
     return np.random.default_rng(0)
@@ -22,7 +26,7 @@ def test_scores_equal_torch_fidelity(reference, case):
     expected = json.loads(str(arrays[f"{case}/values"]))
     kid = scores.kernel_distance(generated, real, subset_size=expected["kid_subset_size"])
     isc = scores.inception_score(logits)
-    precision, recall = scores.precision_recall(generated, real)
+    precision, recall = precision_recall(generated, real)
     distance = expected["frechet_inception_distance"]
     assert scores.frechet(generated, real) == pytest.approx(
         distance, rel=1e-7
@@ -57,12 +61,12 @@ def test_distance_of_features_is_that_of_their_statistics(random, n1, n2, d):
 def test_identical_sets(random):
     x = random.standard_normal((30, 8)).astype(np.float32)
     assert scores.frechet(x, x) == pytest.approx(0, abs=1e-12)
-    assert scores.precision_recall(x, x) == (1, 1)
+    assert precision_recall(x, x) == (1, 1)
     shuffled = random.permutation(x)
-    assert scores.precision_recall(x, shuffled) == (1, 1)
+    assert precision_recall(x, shuffled) == (1, 1)
     wide = random.standard_normal((30, 300))
     one = np.repeat(wide[:1], 7, axis=0)
-    assert scores.precision_recall(one, np.tile(wide, (5, 1))) == (1, 1 / 30)  # balls of radius 0
+    assert precision_recall(one, np.tile(wide, (5, 1))) == (1, 1 / 30)  # balls of radius 0
     assert scores.kernel_distance(x, shuffled, subsets=3)[0] < 0  # unbiased: below 0 for copies
 
 
@@ -82,11 +86,11 @@ def test_subsets_are_no_larger_than_the_smaller_set(random):
 def test_balls_include_their_border_and_not_their_center():
     real = np.array([[0.0], [1], [2], [3], [1000]])  # radii to the second neighbor: 2, 1, 1, 2, 998
     generated = np.array([[-2.0], [-2.1], [5], [5.1], [2000], [0]])
-    precision, recall = scores.precision_recall(generated, real, k=2)
+    precision, recall = precision_recall(generated, real, k=2)
     assert precision == 4 / 6  # -2.1 and 2000 are outside; 5.1 is in the ball of 1000
     assert recall == 1  # 2000's ball reaches to 5
     far = generated[:, [0, 0]] * [1, 0] + 1e5
-    assert scores.precision_recall(far, real[:, [0, 0]] * [1, 0] + 1e5, k=2) == (precision, recall)
+    assert precision_recall(far, real[:, [0, 0]] * [1, 0] + 1e5, k=2) == (precision, recall)
 
 
 def test_tiles_do_not_change_precision_and_recall(random, monkeypatch):
@@ -131,8 +135,8 @@ X = np.arange(24.0).reshape(6, 4) ** 2
         (lambda: scores.kernel_distance(X, X, subset_size=1), "subsets of 1"),
         (lambda: scores.inception_score(X), "10 splits"),
         (lambda: scores.inception_score(_nan(X), splits=2), "not finite"),
-        (lambda: scores.precision_recall(X[:3], X), "3-th neighbor: give 4"),
-        (lambda: scores.precision_recall(X, _nan(X)), "not finite"),
+        (lambda: precision_recall(X[:3], X), "3-th neighbor: give 4"),
+        (lambda: precision_recall(X, _nan(X)), "not finite"),
         (lambda: Gaussian.from_covariance(X[0], X), "do not fit"),
         (lambda: Gaussian.from_covariance(X[0], -np.eye(4)), "not a covariance"),
         (lambda: Gaussian.from_covariance(X[0], np.triu(np.ones((4, 4)))), "not a covariance"),

@@ -263,7 +263,7 @@ def _broken(c, workdir, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (_set("reference", "{tmp}/none.npz"), "no reference at .*none.npz: make it with --mode=reference"),
+        (_set("reference", "{tmp}/none.npz"), "the reference .*none.npz does not exist: make it with --mode=reference"),
         (_set("network", "dino"), "'dino' is unknown: one of 'inception', 'attributes', 'classifier'"),
         (_set("network_path", "{tmp}/none.npz"), "no such file"),
         (_set("n", 9), "n=9 images are too few"),

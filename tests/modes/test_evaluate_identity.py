@@ -10,7 +10,7 @@ from PIL import Image
 
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data.text import TokenizedTexts
-from madformer_jax.evaluation import likelihood, sample_scores, shards
+from madformer_jax.evaluation import judge, likelihood, shards
 from madformer_jax.evaluation.networks import attribute_classifier, classifier
 from madformer_jax.modes import evaluate
 from madformer_jax.sampling import codec, generation
@@ -85,7 +85,7 @@ def test_changed_blocks_and_attribute_classifier_give_a_new_result(fresh, workdi
     for blocks, weight in ((1, 0), (4, 0), (4, 1)):
         fresh.model.blocks = blocks
         opened = attribute_classifier.AttributeClassifier({"w": np.full(3, weight)}, [2], accuracy=0.5, held_out=8)
-        monkeypatch.setattr(sample_scores, "_open_attribute_classifier", lambda *args, opened=opened: opened)
+        monkeypatch.setattr(judge, "_open_attribute_classifier", lambda *args, opened=opened: opened)
         fresh.evaluate.images = "data:all"
         results.append(evaluate.run(fresh, str(workdir))["results"][0])
     assert ["seam" in result["scores"] for result in results] == [False, True, True]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax.data import pipeline, records
+from madformer_jax.data import folder, pipeline, records
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import prepare
 from madformer_jax.runtime import partitioning
@@ -295,7 +295,7 @@ def test_from_a_folder_of_images_to_a_training_step_on_their_latents(tmp_path, o
     assert metrics["loss"].shape == ()
 
     found = records.Records(str(tmp_path / "latents"))
-    source = pipeline.sources.Folder(str(tmp_path / "images"))
+    source = folder.Folder(str(tmp_path / "images"))
     numbers = [i for i in range(20) if not source.name(i).endswith("0003.png")]
     images = pipeline.make_preprocessor(c).process_batch(source.read(np.array(numbers)).arrays["image"])
     weights = pipeline.dataset_info(c).codec

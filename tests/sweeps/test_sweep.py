@@ -221,7 +221,7 @@ def test_seconds_are_measured_when_a_budget_needs_them(c, stage, tmp_path, monke
 
 def test_a_missing_reference_is_an_error_before_training(c, stage, tmp_path):
     c.evaluate.reference = str(tmp_path / "none.npz")
-    with pytest.raises(ConfigError, match="no reference at .*none.npz"):
+    with pytest.raises(ConfigError, match="the reference .*none.npz does not exist"):
         mode.run(c, str(tmp_path), file=File(TWO))
     assert not stage.trained
 

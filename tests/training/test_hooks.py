@@ -21,7 +21,17 @@ from madformer_jax.training import hooks, metric_writer, train_step
 from tests import tiny
 
 N = 12
-STUB = Network("stub", {}, 4, (1,), {"w": np.zeros(1)}, lambda params, images: (images, None))
+
+
+class Stub(Network):
+    """A network that `make_extractor` is replaced for."""
+
+    name, weights_file, input_sizes, feature_layer, feature_dim = "stub", "stub.npz", (), "", 4
+    channels, params = (1,), {"w": np.zeros(1)}
+
+    @classmethod
+    def open(cls, path):
+        return cls()
 
 
 def pixels(images):
@@ -40,13 +50,13 @@ def c(tmp_path, one_device, monkeypatch):
     c.train.steps, c.train.evaluate_every, c.train.evaluate_n = 4, 2, N
     c.sample.n = c.sample.batch = 5  # fewer than N
     c.evaluate.network = "stub"
-    monkeypatch.setitem(registry.NETWORKS, "stub", lambda path: STUB)
+    monkeypatch.setitem(registry.NETWORKS, "stub", Stub)
     monkeypatch.setattr(
         registry, "make_extractor", lambda network: lambda images: registry.NetworkOutputs(pixels(images), None)
     )
     real = np.random.default_rng(0).normal(100, 50, (20, 4)).astype(np.float32)
     rows = {"features": real, "labels": np.zeros(20, np.int32), "profile": np.zeros((1, 62)), "weight": np.ones(1)}
-    protocol = {"network": STUB.describe(), "image": pipeline.make_preprocessor(c).describe()}
+    protocol = {"network": Stub().describe(), "image": pipeline.make_preprocessor(c).describe()}
     reference_statistics.save(str(tmp_path / "reference.npz"), protocol, lambda: iter([rows]), 0)
     real_state = train_step.create_state
 
@@ -126,7 +136,7 @@ def test_stop_signal_ends_scoring_between_batches(c, tmp_path, monkeypatch):
 def test_missing_reference_is_refused_at_the_start(c, tmp_path, monkeypatch):
     (tmp_path / "reference.npz").unlink()
     monkeypatch.setattr(pipeline, "dataset_info", lambda c: pytest.fail("started"))
-    with pytest.raises(ConfigError, match="no reference at .*reference.npz: make it") as error:
+    with pytest.raises(ConfigError, match="the reference .*reference.npz does not exist: make it") as error:
         train.run(c, str(tmp_path))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Source `drawings`: any number of pictures of any size, drawn by the package dicebear.
 
-`sources.open_source` calls `open_split`. The names of what is visible are in `attributes`, the
+The names of what is visible are in `attributes`, the
 sentences in `captions`.
 
 Picture i depends on (seed, i) alone and shows the same at every size. Its style, which is its
@@ -31,16 +31,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
 from madformer_jax.data.drawings import attributes, captions
-from madformer_jax.data.source import Examples, Source, Subset, fingerprint, hash_fraction, test_mask
+from madformer_jax.data.source import Examples, Source, fingerprint, hash_fraction
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
 
 STYLES = tuple(attributes.STYLES)
-SPLITS = ("train", "test", "composition", "all")
 MIN_SIZE = 16  # pixels; smaller pictures are not recognizable
 _MIN_RENDER_SIZE = 64  # pixels; smaller pictures are drawn at a multiple of their size
 _PICTURES_PER_FILE = 500
@@ -250,11 +250,20 @@ def _run_drawing_process(folder: str, seed: int, size: int, count: int, *first: 
 
 
 class Drawings(Source):
-    """Source `drawings`: the pictures 0 to count - 1, of all splits."""
+    """The pictures 0 to count - 1, of all splits."""
 
+    splits = ("train", "test", "composition")
     classes = len(STYLES)
     names = STYLES
     attributes = attributes.ATTRIBUTES
+
+    @classmethod
+    def open(cls, data: ConfigDict, name: str) -> "Drawings":
+        return cls(data.drawings, data.image_size)
+
+    @classmethod
+    def enlarge(cls, data: ConfigDict, factor: int) -> None:
+        data.drawings *= factor
 
     def __init__(self, count: int, size: int, seed: int = 0):
         """Draws the pictures that are not in the cache.
@@ -275,39 +284,40 @@ class Drawings(Source):
     def __len__(self) -> int:
         return self._count
 
+    def _attributes(self, indices: np.ndarray) -> np.ndarray:
+        files = self._files()
+        rows = [files[i // _PICTURES_PER_FILE].attributes[i % _PICTURES_PER_FILE] for i in indices.tolist()]
+        return np.array(rows, np.int32).reshape(len(rows), len(self.attributes))
+
     def read(self, indices: np.ndarray) -> Examples:
         files = self._files()
-        images, rows = [], []
+        images = []
         for number in indices.tolist():
             file, i = files[number // _PICTURES_PER_FILE], number % _PICTURES_PER_FILE
             images.append(file.png[file.ends[i - 1] if i else 0 : file.ends[i]].tobytes())
-            rows.append(file.attributes[i])
         labels = (indices % len(STYLES)).astype(np.int32)
-        table = np.array(rows, np.int32).reshape(len(rows), len(self.attributes))
-        return Examples({"image": images}, labels, list(map(_caption, indices.tolist(), rows)), table)
+        return Examples({"image": images}, labels, self.captions(indices), self._attributes(indices))
 
     def captions(self, indices: np.ndarray) -> list[str]:
-        files = self._files()
-        return [
-            _caption(number, files[number // _PICTURES_PER_FILE].attributes[number % _PICTURES_PER_FILE])
-            for number in indices.tolist()
-        ]
+        return list(map(_caption, indices.tolist(), self._attributes(indices)))
+
+    def captioned_attributes(self, indices: np.ndarray) -> np.ndarray:
+        return captioned_attributes(self._attributes(indices))
 
     def name(self, index: int) -> str:
         return f"drawing {self._seed}/{index}"
 
     def split_indices(self, test_share: float) -> np.ndarray:
-        """Returns the split of each picture as indices into `SPLITS`, int (count,).
+        """Returns the split of each picture as an index into `splits`, int (count,).
 
         The hash of a combination of the attributes in `COMPOSITION_PAIRS` decides whether all its
         pictures belong to the split "composition". Other pictures are assigned by the hash of their
         name.
         """
-        rows = np.concatenate([file.attributes for file in self._files()])[: self._count]
-        hashes = np.fromiter(map(hash_fraction, map(self.name, range(self._count))), np.uint64, self._count)
-        in_test = test_mask(hashes, test_share)
+        in_test = super().split_indices(test_share)
+        rows = self._attributes(np.arange(len(self)))
         composed = [is_composition(STYLES[i % len(STYLES)], attributes.from_indices(row)) for i, row in enumerate(rows)]
-        return np.where(composed, SPLITS.index("composition"), np.where(in_test, SPLITS.index("test"), 0))
+        return np.where(composed, self.splits.index("composition"), in_test)
 
 
 def _caption(number: int, row: np.ndarray) -> str:
@@ -331,25 +341,6 @@ def is_composition(style: str, words: dict[str, str]) -> bool:
     """
     pair = [words.get(name) for name in COMPOSITION_PAIRS[style]]
     return None not in pair and hash_fraction(f"{style}: {', '.join(map(str, pair))}") < COMPOSITION_SHARE * 2.0**64
-
-
-def open_split(split: str, count: int, size: int, test_share: float) -> Source:
-    """Opens the pictures of a split.
-
-    Raises:
-      ConfigError: The split is unknown or empty, or pictures cannot be drawn (see `Drawings`).
-    """
-    if split not in SPLITS:
-        raise ConfigError(f"config.data.split={split!r} is unknown: drawings have {', '.join(SPLITS)}.")
-    whole = Drawings(count, size)
-    if split == "all":
-        return whole
-    numbers = np.flatnonzero(whole.split_indices(test_share) == SPLITS.index(split))
-    if not len(numbers):
-        raise ConfigError(
-            f"config.data.split={split!r} is empty: config.data.test_share={test_share} of config.data.drawings={count}."
-        )
-    return Subset(whole, numbers)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """A small convolutional classifier of a data set's images, for scores without Inception weights.
 
-`modes.reference` trains it on the labeled images, which takes one or two minutes, and `registry`
-opens it. The layer before the last gives the features. The file also holds the accuracy on held-out
-images.
+`modes.reference` trains it on the labeled images, which takes one or two minutes. The layer before
+the last gives the features. The file also holds the accuracy on held-out images.
 """
 
 import functools
@@ -14,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.networks import fit
-from madformer_jax.evaluation.networks.network import Network
+from madformer_jax.evaluation.networks.network import Network, TrainingSet
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -72,19 +72,7 @@ def init(key: Array, classes: int, channels: int) -> Params:
 @functools.partial(jax.jit, static_argnames="classes")
 def apply(params: Params, images: Array, classes: int) -> tuple[Array, Array]:
     """Computes features (B, FEATURE_DIM) and logits (B, classes) of images uint8 (B, H, W, c)."""
-    return ConvNet(classes).apply({"params": params}, _resize(images))
-
-
-@jax.jit
-def _resize(images: Array) -> Array:
-    """Resizes images (B, H, W, c) to one of `IMAGE_SIZES`."""
-    side = IMAGE_SIZES[0] if max(images.shape[1:3]) <= IMAGE_SIZES[0] else IMAGE_SIZES[1]
-    return fit.resize(images, side)
-
-
-def downscale(images: np.ndarray) -> np.ndarray:
-    """Resizes images uint8 (B, H, W, c) to the input size, so that they fit in memory."""
-    return np.asarray(_resize(images))
+    return ConvNet(classes).apply({"params": params}, fit.resize(images, IMAGE_SIZES))
 
 
 def train(
@@ -98,7 +86,7 @@ def train(
     """Trains a classifier. The result is deterministic on one machine.
 
     Args:
-      images: Training images uint8 (n, H, W, 1 or 3), preferably from `downscale`.
+      images: Training images uint8 (n, H, W, 1 or 3), preferably from `fit.resize`.
       labels: Their classes (n,), from 0.
       held_out_images: Held-out images, to measure the accuracy.
       held_out_labels: Their classes.
@@ -116,7 +104,7 @@ def train(
         raise ConfigError("the classifier needs labeled images of two classes or more: these have no labels.")
     if not len(held_out_images):
         raise ConfigError("the classifier needs held-out images to measure its accuracy: there are none.")
-    data, targets = downscale(images), np.asarray(labels)
+    data, targets = np.asarray(fit.resize(images, IMAGE_SIZES)), np.asarray(labels)
     key = jax.random.key(seed)
 
     def loss(params: Params, batch: Array, targets: Array, key: Array) -> Array:
@@ -180,13 +168,28 @@ def load(path: str) -> Classifier:
     )
 
 
-def open_network(path: str) -> Network:
-    """Opens the classifier that --mode=reference wrote to `path` as a feature network.
+class ClassifierNetwork(Network):
+    """Feature network `classifier`."""
 
-    Raises:
-      ConfigError: The file is missing or damaged.
-    """
-    trained = load(path)
-    metadata = {"classes": trained.classes, "accuracy": trained.accuracy, "held_out": trained.held_out}
-    predict = functools.partial(apply, classes=trained.classes)
-    return Network("classifier", metadata, FEATURE_DIM, (trained.channels,), trained.params, predict)
+    name, weights_file, learns = "classifier", "classifier.npz", "labels"
+    input_sizes, feature_layer, feature_dim = IMAGE_SIZES, "norm", FEATURE_DIM
+
+    @classmethod
+    def open(cls, path: str) -> "ClassifierNetwork":
+        return cls(load(path))
+
+    def __init__(self, trained: Classifier):
+        self.params, self.channels, self._classes = trained.params, (trained.channels,), trained.classes
+        self.metadata = {"classes": trained.classes, "accuracy": trained.accuracy, "held_out": trained.held_out}
+
+    def apply(self, params: Any, images: Array) -> tuple[Array, Array]:
+        return apply(params, images, self._classes)
+
+    @classmethod
+    def train(cls, path: str, training: TrainingSet, held_out: TrainingSet) -> None:
+        trained = train(training.images, training.targets, held_out.images, held_out.targets)
+        save(path, trained)
+        logging.info(
+            "the classifier is right on %.2f %% of %d held-out images: %s",
+            100 * trained.accuracy, trained.held_out, path,
+        )  # fmt: skip

@@ -20,8 +20,13 @@ from madformer_jax.runtime import storage
 from madformer_jax.weights import state_dicts
 
 
-def resize(images: Array, side: int) -> Array:
-    """Resizes images uint8 (B, H, W, c) to (B, side, side, c): bilinear, antialiased, rounded."""
+@functools.partial(jax.jit, static_argnames="sizes")
+def resize(images: Array, sizes: tuple[int, ...]) -> Array:
+    """Resizes images uint8 (B, H, W, c) to (B, s, s, c): bilinear, antialiased, rounded.
+
+    s is the smallest of the ascending `sizes` that the images fit in, or the last.
+    """
+    side = next((side for side in sizes if max(images.shape[1:3]) <= side), sizes[-1])
     if images.shape[1:3] == (side, side):
         return images
     shape = (images.shape[0], side, side, images.shape[3])

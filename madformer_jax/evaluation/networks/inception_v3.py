@@ -2,7 +2,7 @@
 
 It differs from torchvision's network in three points. Average pools exclude the padding, Mixed_7c
 uses a max pool, and the classifier has 1008 classes. The path of a parameter is its name in the
-PyTorch checkpoints. `inception_weights.open_network` opens it for the scores.
+PyTorch checkpoints. `inception.Inception` opens it for the scores.
 """
 
 from collections.abc import Mapping
@@ -210,13 +210,3 @@ def resize(images: Array, side: int) -> Array:
 def features(params: Params, images: Array) -> Features:
     """Computes `Features` of images (B, H, W, 3) with values 0..255."""
     return InceptionV3().apply({"params": params}, images)
-
-
-def fid_outputs(params: Params, images: Array) -> tuple[Array, Array]:
-    """Returns the features of FID (B, 2048) and the logits of the inception score (B, 1008).
-
-    Grayscale images (B, H, W, 1) become RGB images with three equal channels.
-    """
-    rgb = jnp.broadcast_to(images, (*images.shape[:3], 3))
-    outputs = features(params, rgb)
-    return outputs.f2048, outputs.logits_unbiased

@@ -1,7 +1,7 @@
 """Weights of Inception-v3: PyTorch checkpoint files and Orbax folders.
 
-`registry` opens the network with these weights. `modes.convert` converts a PyTorch checkpoint to an
-Orbax folder.
+`inception.Inception` opens the network with these weights. `modes.convert` converts a PyTorch
+checkpoint to an Orbax folder.
 """
 
 import functools
@@ -14,28 +14,8 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks.inception_v3 import IMAGE_SIZE, InceptionV3, Params, fid_outputs
-from madformer_jax.evaluation.networks.network import Network
+from madformer_jax.evaluation.networks.inception_v3 import IMAGE_SIZE, InceptionV3, Params
 from madformer_jax.weights import state_dicts, tensor_layout
-
-
-def open_network(path: str) -> Network:
-    """Opens the network of FID with the weights at `path`, a file or a folder as in `load`.
-
-    Raises:
-      ConfigError: The weights are missing or do not fit.
-    """
-    try:
-        params = load(path)
-    except ConfigError:
-        if epath.Path(path).exists():
-            raise
-        raise ConfigError(
-            f"there are no Inception weights at {path}: make them with --mode=convert --config.convert.inception=FILE, or name "
-            "them in config.evaluate.network_path."
-        ) from None
-    return Network("inception", {}, 2048, (1, 3), params, fid_outputs)
 
 
 def load(path: str) -> dict[str, Any]:

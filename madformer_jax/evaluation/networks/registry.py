@@ -1,7 +1,7 @@
 """The feature networks by name, and feature extraction on all devices of a process.
 
-`modes.reference` and `sample_scores.open_judge` call it. To add a network, write a module with a
-function `open_network(path) -> Network` and list it in `NETWORKS`.
+`modes.reference` and `judge.open_judge` call it. To add a network, write a module with a class that
+implements `Network`, and add a line for it to `NETWORKS`.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,15 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import attribute_classifier, classifier, inception_weights
+from madformer_jax.evaluation.networks.attribute_classifier import AttributeNetwork
+from madformer_jax.evaluation.networks.classifier import ClassifierNetwork
+from madformer_jax.evaluation.networks.inception import Inception
 from madformer_jax.evaluation.networks.network import Network
 
-NETWORKS: dict[str, Callable[[str], Network]] = {
-    "inception": inception_weights.open_network,  # FID, KID, IS
-    "attributes": attribute_classifier.open_network,  # FD-attributes, KID-attributes
-    "classifier": classifier.open_network,  # FD-classifier, KID-classifier, recognised
+NETWORKS: dict[str, type[Network]] = {
+    "inception": Inception,  # FID, KID, IS
+    "attributes": AttributeNetwork,  # FD-attributes, KID-attributes
+    "classifier": ClassifierNetwork,  # FD-classifier, KID-classifier, recognised
 }
 BATCH_PER_DEVICE = 16
 
@@ -30,15 +32,24 @@ class NetworkOutputs(NamedTuple):
     logits: np.ndarray | None  # (n, classes) float32; None if the network has no classes
 
 
+def network_class(name: str) -> type[Network]:
+    """Returns the class of a network, whose fields require no weights.
+
+    Raises:
+      ConfigError: The name is unknown.
+    """
+    if name not in NETWORKS:
+        raise ConfigError(f"config.evaluate.network={name!r} is unknown: one of {', '.join(map(repr, NETWORKS))}.")
+    return NETWORKS[name]
+
+
 def open_network(name: str, path: str) -> Network:
     """Opens the network `name` with the weights at `path`.
 
     Raises:
       ConfigError: The name is unknown, or the weights are missing or do not fit.
     """
-    if name not in NETWORKS:
-        raise ConfigError(f"config.evaluate.network={name!r} is unknown: one of {', '.join(map(repr, NETWORKS))}.")
-    return NETWORKS[name](path)
+    return network_class(name).open(path)
 
 
 def make_extractor(network: Network) -> Callable[[np.ndarray], NetworkOutputs]:

@@ -245,7 +245,7 @@ def test_prepared_drawings_keep_attributes_and_captions(tmp_path):
 
 
 def test_wrong_settings_are_refused(monkeypatch):
-    with pytest.raises(ConfigError, match="split='tset' is unknown: drawings have train, test, composition, all"):
+    with pytest.raises(ConfigError, match="split='tset' is unknown: one of train, test, composition, all"):
         sources.open_source(make_config("tset"))
     with pytest.raises(ConfigError, match="image_size=8 is too small for drawings: at least 16"):
         sources.open_source(make_config(size=8))
@@ -276,6 +276,9 @@ def test_prompts_from_the_data_request_the_attributes_of_their_captions():
     assert prompts.load(c) == [examples.captions[i] for i in numbers]
     np.testing.assert_array_equal(
         prompts.requested_attributes(c), pictures.captioned_attributes(examples.attributes)[numbers]
+    )
+    np.testing.assert_array_equal(
+        source.captioned_attributes(np.arange(10)), pictures.captioned_attributes(examples.attributes)
     )
     c.text.caption = "class"
     assert prompts.requested_attributes(c) is None

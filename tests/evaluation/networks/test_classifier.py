@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import classifier
+from madformer_jax.evaluation.networks import classifier, fit
 from madformer_jax.weights.fingerprint import fingerprint
 
 
@@ -45,7 +45,7 @@ def test_training_learns_the_classes_and_is_deterministic(trained, tmp_path):
 def test_images_of_any_size_are_resized(shape, side):
     images = np.full(shape, 200, np.uint8)
     images[:, : shape[1] // 2] = 0
-    small = classifier.downscale(images)
+    small = np.asarray(fit.resize(images, classifier.IMAGE_SIZES))
     assert small.shape == (2, side, side, shape[-1]) and small.dtype == np.uint8
     assert abs(small.mean() - images.mean()) < 2
 
