@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 from jax import Array
+from jaxtyping import Float, Int
 
 from madformer_jax.ops.attention import api
 from madformer_jax.ops.attention.api import KV
@@ -25,11 +26,11 @@ class ModelCache(NamedTuple):
 
     ar: StageCache
     diffusion: StageCache
-    lengths: Array | None = None  # (B,) number of text tokens, if the text is padded
-    finished_blocks: Array | None = None  # (B, L, positions, C), if the U-Net reads neighbors
+    lengths: Int[Array, " B"] | None = None  # number of text tokens, if the text is padded
+    finished_blocks: Float[Array, "B L positions C"] | None = None  # if the U-Net reads neighbors
 
 
-def write_block(cache: StageCache, kv: KV | None, block: int | Array, implementation: str) -> StageCache:
+def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], implementation: str) -> StageCache:
     """Writes the keys and values of one block into its slot of the context.
 
     Args:
@@ -51,8 +52,10 @@ def write_block(cache: StageCache, kv: KV | None, block: int | Array, implementa
     return cache._replace(context=KV(*written))
 
 
-def write_finished_block(cache: ModelCache, z: Array, block: int | Array) -> ModelCache:
-    """Stores a generated block (B, 1, positions, C) for the U-Net's neighbor context."""
+def write_finished_block(
+    cache: ModelCache, z: Float[Array, "B 1 positions C"], block: int | Int[Array, ""]
+) -> ModelCache:
+    """Stores a generated block for the U-Net's neighbor context."""
     assert cache.finished_blocks is not None
     blocks = jax.lax.dynamic_update_slice_in_dim(cache.finished_blocks, z, block, axis=1)
     return cache._replace(finished_blocks=blocks)

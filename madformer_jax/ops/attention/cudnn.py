@@ -9,17 +9,18 @@ and lse, as ring attention does, so that nothing is computed twice.
 h head size, T text tokens.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn rounds the lse and drops its gradient
+from jaxtyping import Float, Int, PyTree
 
 from madformer_jax.ops.attention.tiling import tiling
 
 KeyValuePair = tuple[Array, Array]  # keys and values
+Partial = tuple[Float[Array, "*rows H h"], Float[Array, "*rows H"]]  # output and lse
+_Residuals = tuple[Array, KeyValuePair, KeyValuePair | None, KeyValuePair | None, Array | None, Array, Array]
 MAX_HEAD_SIZE = 128
 
 
@@ -28,17 +29,22 @@ def supports_head_size(head: int) -> bool:
     return head % 8 == 0 and head <= MAX_HEAD_SIZE
 
 
-def flash_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> tuple[Array, Array]:
+def flash_attention(
+    q: Float[Array, "B S H h"],
+    k: Float[Array, "B K H h"],
+    v: Float[Array, "B K H h"],
+    lengths: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B S H h"], Float[Array, "B S H"]]:
     """Computes softmax(q k^T / sqrt(h)) v and the log-sum-exp of the scores.
 
     Args:
-      q: Queries, `(B, S, H, h)`.
-      k: Keys, `(B, K, H, h)`.
-      v: Values, `(B, K, H, h)`.
-      lengths: Number of leading keys that each image attends to, `(B,)`. None for all.
+      q: Queries.
+      k: Keys.
+      v: Values.
+      lengths: Number of leading keys that each image attends to. None for all.
 
     Returns:
-      The output, `(B, S, H, h)`, and the float32 lse, `(B, S, H)`.
+      The output, and the lse in float32.
     """
     q_lengths, mask_type = _padding_mask(q, lengths)
     out, lse = cudnn.dot_product_attention(
@@ -49,8 +55,14 @@ def flash_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) 
 
 
 def flash_attention_backward(
-    q: Array, k: Array, v: Array, lengths: Array | None, out: Array, lse: Array, gradient: Array
-) -> tuple[Array, Array, Array]:
+    q: Float[Array, "B S H h"],
+    k: Float[Array, "B K H h"],
+    v: Float[Array, "B K H h"],
+    lengths: Int[Array, " B"] | None,
+    out: Float[Array, "B S H h"],
+    lse: Float[Array, "B S H"],
+    gradient: Float[Array, "B S H h"],
+) -> tuple[Float[Array, "B S H h"], Float[Array, "B K H h"], Float[Array, "B K H h"]]:
     """Computes the gradients of q, k and v.
 
     `out` and `lse` have the form of `flash_attention`. They may belong to more keys than `k` holds.
@@ -58,7 +70,7 @@ def flash_attention_backward(
     unused = jnp.zeros(0, q.dtype)
     q_lengths, mask_type = _padding_mask(q, lengths)
     sequence_lengths = (unused, unused) if lengths is None else (q_lengths, lengths)
-    gradients: Any = cudnn._dot_product_attention_bwd_p_wrapper.bind(
+    gradients = cudnn._dot_product_attention_bwd_p_wrapper.bind(
         q, k, v, unused, *sequence_lengths, unused, unused, unused, unused,
         lse.swapaxes(1, 2), out, gradient,
         scale=_softmax_scale(q), seed=42, dropout_rate=0.0, variadic_args=(False, False), mask_type=mask_type,
@@ -67,44 +79,47 @@ def flash_attention_backward(
     return gradients[0], gradients[1], gradients[2]
 
 
-def _padding_mask(q: Array, lengths: Array | None) -> tuple[Array | None, cudnn.MaskType]:
-    """Returns cuDNN's query lengths, `(B,)`, and mask type for keys of these lengths."""
+def _padding_mask(
+    q: Float[Array, "B S H h"], lengths: Int[Array, " B"] | None
+) -> tuple[Int[Array, " B"] | None, cudnn.MaskType]:
+    """Returns cuDNN's query lengths and mask type for keys of these lengths."""
     if lengths is None:
         return None, cudnn.MaskType.NO_MASK
     return jnp.full(q.shape[0], q.shape[1], jnp.int32), cudnn.MaskType.PADDING
 
 
-def _softmax_scale(q: Array) -> float:
+def _softmax_scale(q: Float[Array, "B S H h"]) -> float:
     return float(q.shape[-1]) ** -0.5
 
 
 @jax.custom_vjp
 def block_attention(
-    q: Array, self_kv: KeyValuePair, context: KeyValuePair | None, text: KeyValuePair | None, lengths: Array | None
-) -> Array:
+    q: Float[Array, "B L n s H h"],
+    self_kv: KeyValuePair,
+    context: KeyValuePair | None,
+    text: KeyValuePair | None,
+    lengths: Int[Array, " B"] | None,
+) -> Float[Array, "B L n s H h"]:
     """Computes attention of every block to the text, the context blocks before it and itself.
 
     Args:
-      q: Queries, `(B, L, n, s, H, h)`.
-      self_kv: Keys and values of the same shape. A stream attends to its own.
+      q: Queries.
+      self_kv: Keys and values, each shaped like `q`. A stream attends to its own.
       context: Keys and values, each `(B, L, s, H, h)`, or None.
       text: Keys and values, each `(B, T, H, h)`, or None.
-      lengths: Number of text tokens without padding, `(B,)`. None for all.
-
-    Returns:
-      The output, shaped like `q`.
+      lengths: Number of text tokens without padding. None for all.
     """
     return _forward(q, self_kv, context, text, lengths)[0]
 
 
 def _diagonal_keys(
-    self_kv: KeyValuePair, text: KeyValuePair | None, lengths: Array | None
-) -> tuple[Array, Array, Array | None]:
+    self_kv: KeyValuePair, text: KeyValuePair | None, lengths: Int[Array, " B"] | None
+) -> tuple[Float[Array, "rows keys H h"], Float[Array, "rows keys H h"], Int[Array, " rows"] | None]:
     """Joins the keys and values of each block with those of the text.
 
     Returns:
-      Keys and values, each `(B * L * n, s + T, H, h)`, and the number of them that are no padding,
-      `(B * L * n,)`, or None for all.
+      Keys and values of rows = B * L * n blocks, and the number of them that are not padding, or
+      None for all.
     """
     batch, blocks, streams, tokens, heads, size = self_kv[0].shape
     keys_values = list(self_kv)
@@ -120,8 +135,12 @@ def _diagonal_keys(
 
 
 def _forward(
-    q: Array, self_kv: KeyValuePair, context: KeyValuePair | None, text: KeyValuePair | None, lengths: Array | None
-) -> Any:
+    q: Float[Array, "B L n s H h"],
+    self_kv: KeyValuePair,
+    context: KeyValuePair | None,
+    text: KeyValuePair | None,
+    lengths: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B L n s H h"], _Residuals]:
     batch, blocks, streams, tokens, *heads = q.shape
     in_block = q.reshape(batch, blocks, streams * tokens, *heads)
     k, v, kv_lengths = _diagonal_keys(self_kv, text, lengths)
@@ -135,7 +154,7 @@ def _forward(
     return out.reshape(q.shape), (q, self_kv, context, text, lengths, out, lse)
 
 
-def merge_partials(partials: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+def merge_partials(partials: list[Partial]) -> Partial:
     """Merges results of `flash_attention` on disjoint keys into the result on all keys.
 
     A partial result without keys has an lse of -inf.
@@ -146,7 +165,7 @@ def merge_partials(partials: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     return jnp.asarray(out, partials[0][0].dtype), merged
 
 
-def _backward(saved: Any, gradient: Array) -> Any:
+def _backward(saved: _Residuals, gradient: Float[Array, "B L n s H h"]) -> tuple[PyTree[Array], ...]:
     q, self_kv, context, text, lengths, out, lse = saved
     tokens, heads = q.shape[3], q.shape[4:]
     in_block, d_out = q.reshape(out.shape), gradient.reshape(out.shape)
@@ -174,7 +193,7 @@ def _backward(saved: Any, gradient: Array) -> Any:
     return _sum_in_float32(dqs).reshape(q.shape), d_self, d_context, d_text, None
 
 
-def _sum_in_float32(arrays: list[Array]) -> Array:
+def _sum_in_float32(arrays: list[Float[Array, "*shape"]]) -> Float[Array, "*shape"]:
     return sum((x.astype(jnp.float32) for x in arrays[1:]), arrays[0].astype(jnp.float32)).astype(arrays[0].dtype)
 
 
@@ -182,26 +201,23 @@ block_attention.defvjp(_forward, _backward)
 
 
 def cached_attention(
-    q: Array,
+    q: Float[Array, "B s H h"],
     self_kv: KeyValuePair,
     context: KeyValuePair | None,
     text: KeyValuePair | None,
-    block: int | Array,
-    lengths: Array | None,
-) -> Array:
+    block: int | Int[Array, ""],
+    lengths: Int[Array, " B"] | None,
+) -> Float[Array, "B s H h"]:
     """Computes attention of one block against the cache, in sampling.
 
     Args:
-      q: Queries of the block, `(B, s, H, h)`.
+      q: Queries of the block.
       self_kv: Keys and values of the block, each `(B, s, H, h)`.
       context: Cached keys and values, each `(B, slots, s, H, h)`, or None. Slots from `block` on are
         ignored but must be finite.
       text: Keys and values, each `(B, T, H, h)`, or None.
       block: Number of filled slots.
-      lengths: Number of text tokens without padding, `(B,)`. None for all.
-
-    Returns:
-      The output, `(B, s, H, h)`.
+      lengths: Number of text tokens without padding. None for all.
     """
     k, v, kv_lengths = _diagonal_keys(tuple(x[:, None, None] for x in self_kv), text, lengths)  # type: ignore[arg-type]
     diagonal = flash_attention(q, k, v, kv_lengths)

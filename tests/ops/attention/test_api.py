@@ -32,7 +32,7 @@ def text(seed=9):
     return KV(*(jax.random.normal(k, (B, T, H, SIZE)) for k in jax.random.split(jax.random.key(seed))))
 
 
-LENGTHS = np.array([2, 4])  # text tokens of each image; the rest of the T tokens is padding
+LENGTHS = jnp.array([2, 4])  # text tokens of each image; the rest of the T tokens is padding
 CASES = {
     "both streams": ([stream(0, L), stream(1, L)], "clean", None),
     "clean one block short": ([stream(0, L - 1), stream(1, L)], "clean", None),
@@ -122,7 +122,7 @@ def test_tiles_of_cudnn_equal_the_dense_mask(name, no_cudnn):
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 11, 16])
 def test_tiles_cover_every_pair_of_blocks_once(blocks):
     count = np.zeros((blocks, blocks), int)
-    number = np.arange(blocks)[None, :, None]
+    number = jnp.arange(blocks)[None, :, None]
     for tile in tiling(blocks):
         for rows, keys in zip(tile.queries(number), tile.keys(number), strict=True):
             count[np.ix_(rows, keys)] += 1
