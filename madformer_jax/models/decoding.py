@@ -18,8 +18,7 @@ from jaxtyping import Float, Int, Num
 
 from madformer_jax.models.cache import ModelCache, StageCache, write_block
 from madformer_jax.models.plan import sampling_plan
-from madformer_jax.ops.attention import api
-from madformer_jax.ops.attention.api import KV
+from madformer_jax.ops.attention.base import KV
 from madformer_jax.ops.rope import RotaryTable
 
 
@@ -34,7 +33,7 @@ class Decoding(nn.Module):
             if not layers or self.blocks == 1 or not is_read:
                 return StageCache(None, None)
             x = jnp.zeros((layers, *shape), self.dtype)
-            return StageCache(api.to_cache_layout(KV(x, x), self.attention), None)
+            return StageCache(self.attention.to_cache_layout(KV(x, x)), None)
 
         plan = sampling_plan(self.ablation_switches)
         return ModelCache(
@@ -58,8 +57,8 @@ class Decoding(nn.Module):
         positions = self._text_positions()
         text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, positions, 0)
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, positions, 0)
-        ar, diffusion = (kv and api.to_cache_layout(kv, self.attention) for kv in (ar, diffusion))
-        lengths = api.cache_lengths(lengths, tokens, self.attention)
+        ar, diffusion = (kv and self.attention.to_cache_layout(kv) for kv in (ar, diffusion))
+        lengths = self.attention.cache_lengths(lengths, tokens)
         return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
 
     def begin(self, batch: int) -> Float[Array, "{batch} 1 s d"]:

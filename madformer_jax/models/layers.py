@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -34,7 +35,9 @@ _CONV_INIT = _uniform_init(1 / 3, "fan_in")  # the default of PyTorch
 NORM_SCALE_INIT = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
 
 
-def all_gather_kernel(kernel: Float[Array, "*shape"], axes: Sequence[str | None]) -> Float[Array, "*shape"]:
+def all_gather_kernel(
+    kernel: Float[Array, "*shape"], axes: Sequence[str | None] | PartitionSpec
+) -> Float[Array, "*shape"]:
     """Gathers a kernel before its product; only the split over the mesh axis "tensor" remains.
 
     Without it, XLA's partitioner for TPUs turns a product with a kernel that is split along the

@@ -44,6 +44,7 @@ from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
 from madformer_jax.ops import rope
 from madformer_jax.ops.attention import api
+from madformer_jax.ops.attention.base import Attention
 from madformer_jax.ops.rope import RotaryTable
 
 
@@ -87,7 +88,7 @@ class MADFormer(Decoding):
     block_only: bool  # diffusion layers do not attend to other blocks (Table 5)
     vocabulary: int  # 0 for an unconditional model
     text_length: int
-    attention: str
+    attention: Attention
     dtype: DTypeLike
     remat: str
     unroll: int
@@ -340,9 +341,8 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
       platform: Platform that the model will run on (cpu, gpu or tpu), by default JAX's backend.
     """
     m, sizes = c.model, derive_sizes(c)
-    implementation = api.choose_implementation(
-        m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens, m.width // m.heads
-    )
+    device = platform or jax.default_backend()
+    attention = api.choose(m.attention, device, m.dtype, m.width // m.heads, sizes.tokens)
     unet = {
         "channels": tuple(m.unet_channels),
         "layers": m.unet_layers,
@@ -353,9 +353,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "time_embedding": m.time_embedding,
         "stride": m.unet_stride,
         "kernel": m.unet_kernel,
-        "attention_implementation": api.unet_implementation(
-            implementation, [x // m.unet_heads for x in m.unet_channels]
-        ),
+        "implementation": attention,
     }
     return MADFormer(
         width=m.width,
@@ -380,7 +378,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         block_only=m.diffusion_attention == "block",
         vocabulary=vocabulary_size(c),
         text_length=c.text.length,
-        attention=implementation,
+        attention=attention,
         dtype=jnp.dtype(m.dtype),
         remat=m.remat,
         unroll=m.scan_unroll,

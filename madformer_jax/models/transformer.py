@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from madformer_jax.models.cache import StageCache
 from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, Params, dense, rms_norm, swiglu
 from madformer_jax.ops import scan_layers
-from madformer_jax.ops.attention import api, pallas_tpu
-from madformer_jax.ops.attention.api import KV, QKV
+from madformer_jax.ops.attention import pallas_tpu
+from madformer_jax.ops.attention.base import KV, QKV, Attention, causal_attention
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.rope import RotaryTable
 
@@ -52,7 +52,7 @@ class NormScale(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, " {self.size}"]:
-        return self.param("scale", NORM_SCALE_INIT, (self.size,), jnp.float32)
+        return jnp.asarray(self.param("scale", NORM_SCALE_INIT, (self.size,), jnp.float32))
 
 
 class Tower(nn.Module):
@@ -81,14 +81,18 @@ class Tower(nn.Module):
         self.down = dense(d, ("mlp", "embed"), dtype, bias=False)
 
     def qkv(
-        self, x: Float[Array, "rows S d"], position: RotaryTable, implementation: str = "", queries: bool = True
+        self,
+        x: Float[Array, "rows S d"],
+        position: RotaryTable,
+        attention: Attention | None = None,
+        queries: bool = True,
     ) -> QKV:
         """Projects a stream to queries, keys and values.
 
         Args:
           x: Hidden states. A row holds the tokens of one or more images.
           position: Rotary table `(..., h)` of one image.
-          implementation: Attention implementation, which decides the layout in memory.
+          attention: Implementation that decides the layout in memory, or None for the default.
           queries: If False, computes keys and values only.
 
         Returns:
@@ -100,7 +104,8 @@ class Tower(nn.Module):
         size = self.width // self.heads
 
         def heads(projection: Float[Array, "rows S d"]) -> Float[Array, "rows *tokens H h"]:
-            rows = api.with_kernel_layout(projection.reshape(*x.shape[:2], self.heads, size), implementation)
+            rows = projection.reshape(*x.shape[:2], self.heads, size)
+            rows = attention.with_kernel_layout(rows) if attention else rows
             return rows.reshape(len(x), -1, *position.cos.shape[1:-1], self.heads, size)
 
         q = ProjectedQK(heads(self.query(y)), self.query_norm(), position) if queries else None
@@ -135,7 +140,7 @@ class DecoderLayer(nn.Module):
     dtype: DTypeLike
     towers: Mapping[str, str]
     block_only: bool
-    attention: str
+    attention: Attention
 
     def setup(self) -> None:
         self.tower = {
@@ -175,8 +180,8 @@ class DecoderLayer(nn.Module):
         images = {name: x.shape[1] // math.prod(positions[name].cos.shape[:-1]) for name, x in inputs.items()}
 
         def project(name: str, x: Float[Array, "rows S d"]) -> QKV:
-            implementation = "" if name == "text" else self.attention
-            projected = self._qkv(name, x, positions[name], implementation, name not in keys_only)
+            attention = None if name == "text" else self.attention
+            projected = self._qkv(name, x, positions[name], attention, name not in keys_only)
             return apply_to_tree(projected) if name == "text" else projected
 
         qkv = {name: project(name, x) for name, x in inputs.items()}
@@ -187,18 +192,18 @@ class DecoderLayer(nn.Module):
         context = None if source is None or self.block_only else source.kv
         attended: dict[str, Array] = {}
         if image_streams:
-            outputs = api.block_attention(
-                [qkv[name] for name in image_streams],
-                context,
-                None if text is None else text.kv,
-                lengths,
-                implementation=self.attention,
-                images=images[image_streams[0]],
-            )
+            with jax.named_scope("attention"):
+                outputs = self.attention.block_attention(
+                    [qkv[name] for name in image_streams],
+                    context,
+                    None if text is None else text.kv,
+                    lengths,
+                    images=images[image_streams[0]],
+                )
             attended.update(zip(image_streams, outputs, strict=True))
         if text is not None and text.q is not None:
             q, k, v = (x.reshape(len(x) * images["text"], -1, *x.shape[2:]) for x in (text.q, *text.kv))
-            attended["text"] = api.attend(q, k, v, causal=True)
+            attended["text"] = causal_attention(q, k, v)
         return Streams(**{name: self._output_and_mlp(name, inputs[name], x) for name, x in attended.items()}), None
 
     def step(
@@ -226,15 +231,14 @@ class DecoderLayer(nn.Module):
           The stream, and its keys and values for the cache.
         """
         ((name, x),) = streams.as_dict.items()
-        qkv = apply_to_tree(self._qkv(name, x, position, "" if name == "text" else self.attention))
+        qkv = apply_to_tree(self._qkv(name, x, position, None if name == "text" else self.attention))
         assert qkv.q is not None
         if name == "text":
-            attended = api.attend(qkv.q, qkv.k, qkv.v, causal=True)
+            attended = causal_attention(qkv.q, qkv.k, qkv.v)
         else:
             context = None if self.block_only else cache.context
-            attended = api.cached_attention(
-                qkv, context, cache.text, layer, block, lengths, implementation=self.attention
-            )
+            with jax.named_scope("attention"):
+                attended = self.attention.cached_attention(qkv, context, cache.text, layer, block, lengths)
         return Streams(**{name: self._output_and_mlp(name, x, attended)}), qkv.kv
 
 
@@ -301,7 +305,7 @@ class LayerStack(nn.Module):
         """
         inputs = streams.as_dict
         batch = len(next(iter(inputs.values())))
-        streams = _flatten_tokens(streams, api.images_per_row(self.layer["attention"], batch))
+        streams = _flatten_tokens(streams, self.layer["attention"].images_per_row(batch))
         keys_only = tuple(name for name in streams.as_dict if name not in out)
         if self.is_initializing():
             if self.layers > 1:

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Num
 
 from madformer_jax.models.layers import XAVIER_INIT, ResNetBlock, conv, dense, group_norm
-from madformer_jax.ops.attention import api
+from madformer_jax.ops.attention.base import Attention
 
 
 class TimeEmbedding(nn.Module):
@@ -54,7 +54,7 @@ class AttentionBlock(nn.Module):
     groups: int
     heads: int
     dtype: DTypeLike
-    implementation: str = "blocks"  # see `ops.attention.api.attend`
+    attention: Attention
 
     @nn.compact
     def __call__(self, x: Float[Array, "n height width channels"]) -> Float[Array, "n height width channels"]:
@@ -66,7 +66,7 @@ class AttentionBlock(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        attended = api.attend(q, k, v, implementation=self.implementation).reshape(x.shape)
+        attended = self.attention.attend(q, k, v).reshape(x.shape)
         return x + dense(channels, ("conv_in", "conv_out"), self.dtype, name="out")(attended)
 
 
@@ -84,7 +84,7 @@ class Downsampler(nn.Module):
     stride: int
     kernel: int  # size of all convolutions except those between stages
     dtype: DTypeLike
-    attention_implementation: str = "blocks"  # see `ops.attention.api.attend`
+    implementation: Attention  # of `attention`
 
     @nn.compact
     def __call__(
@@ -93,9 +93,7 @@ class Downsampler(nn.Module):
         time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
         x = conv(self.channels[0], self.kernel, self.dtype, name="conv_in")(z.astype(self.dtype))
         skips = [x]
-        attention_block = functools.partial(
-            AttentionBlock, self.groups, self.heads, self.dtype, self.attention_implementation
-        )
+        attention_block = functools.partial(AttentionBlock, self.groups, self.heads, self.dtype, self.implementation)
         for stage, channels in enumerate(self.channels):
             for i in range(self.layers):
                 x = ResNetBlock(channels, self.groups, self.dtype, self.kernel, name=f"resnet_{stage}_{i}")(x, time)
@@ -122,7 +120,7 @@ class Upsampler(nn.Module):
     stride: int
     kernel: int  # size of all convolutions except those between stages
     dtype: DTypeLike
-    attention_implementation: str = "blocks"  # see `ops.attention.api.attend`
+    implementation: Attention  # of `attention`
 
     @nn.compact
     def __call__(
@@ -134,9 +132,7 @@ class Upsampler(nn.Module):
         time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
         skips = list(skips)
         x = conv(self.channels[-1], self.kernel, self.dtype, name="conv_in")(h)
-        attention_block = functools.partial(
-            AttentionBlock, self.groups, self.heads, self.dtype, self.attention_implementation
-        )
+        attention_block = functools.partial(AttentionBlock, self.groups, self.heads, self.dtype, self.implementation)
         stages = len(self.channels)
         for stage in range(stages):
             channels, has_attention = self.channels[stages - 1 - stage], self.attention[stages - 1 - stage]

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 LayerFn = Callable[[PyTree, PyTree, PyTree], PyTree]
 
 
-def run(layer: LayerFn, params: PyTree[Array], x: PyTree[Array], shared: PyTree, unroll: int) -> PyTree[Array]:
+def run(layer: LayerFn, params: PyTree, x: PyTree[Array], shared: PyTree, unroll: int) -> PyTree[Array]:
     """Applies `x = layer(layer_params, x, shared)` for all layers and returns the last x.
 
     Args:
@@ -33,16 +33,14 @@ def run(layer: LayerFn, params: PyTree[Array], x: PyTree[Array], shared: PyTree,
     return _scan_with_vjp(layer, params, x, shared, unroll)
 
 
-def _scan(layer: LayerFn, params: PyTree[Array], x: PyTree[Array], shared: PyTree, unroll: int) -> PyTree[Array]:
+def _scan(layer: LayerFn, params: PyTree, x: PyTree[Array], shared: PyTree, unroll: int) -> PyTree[Array]:
     return jax.lax.scan(lambda x, p: (layer(p, x, shared), None), x, params, unroll=unroll)[0]
 
 
 _scan_with_vjp = jax.custom_vjp(_scan, nondiff_argnums=(0, 4))
 
 
-def _forward(
-    layer: LayerFn, params: PyTree[Array], x: PyTree[Array], shared: PyTree, unroll: int
-) -> tuple[PyTree, PyTree]:
+def _forward(layer: LayerFn, params: PyTree, x: PyTree[Array], shared: PyTree, unroll: int) -> tuple[PyTree, PyTree]:
     layers = len(jax.tree.leaves(params)[0])
     layer_vjp: Callable[..., PyTree] | None = None
 

@@ -5,17 +5,24 @@ runs log2(L) + 1 calls of cuDNN without a causal mask. cuDNN returns the log-sum
 partial result, by which the results are merged. The backward pass gives each call the merged output
 and lse, as ring attention does, so that nothing is computed twice.
 
-`attention.api` calls this module. Shapes: B images, L blocks, n streams, s tokens a block, H heads,
-h head size, T text tokens.
+Shapes use the letters of `attention.base`; n streams.
 """
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import Array
-from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn rounds the lse and drops its gradient
 from jaxtyping import Float, Int, PyTree
 
+from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, require_query, select_layer
+from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 
 KeyValuePair = tuple[Array, Array]  # keys and values
@@ -27,6 +34,38 @@ MAX_HEAD_SIZE = 128
 def supports_head_size(head: int) -> bool:
     """Returns whether cuDNN supports this head size on every GPU that has bfloat16."""
     return head % 8 == 0 and head <= MAX_HEAD_SIZE
+
+
+class PrivateFunctions(NamedTuple):
+    """Private functions of JAX that call cuDNN, since `jax.nn` rounds the lse and drops its gradient."""
+
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., Sequence[Array]]
+    mask_types: Any  # an enumeration
+    layout: int
+
+
+def private_functions() -> PrivateFunctions:
+    """Returns the private functions of this JAX. No other function names them."""
+    module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    backward = module._dot_product_attention_bwd_p_wrapper.bind
+    return PrivateFunctions(module.dot_product_attention, backward, module.MaskType, module.AttentionLayout.BTNH.value)
+
+
+@functools.cache
+def is_available() -> bool:
+    """Returns whether this JAX has the private functions that this module calls. Warns once if not."""
+    x, lse = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 64, 1), jnp.float32)
+    try:
+        inspect.signature(private_functions().forward).bind(x, x, x, **_forward_settings(x, None))
+        jax.eval_shape(lambda x, lse: flash_attention_backward(x, x, x, None, x, lse, x), x, lse)
+    except Exception as error:
+        logging.warning(
+            "attention runs without cuDNN, slower: JAX %s has other private functions (%s: %s)",
+            jax.__version__, type(error).__name__, error,
+        )  # fmt: skip
+        return False
+    return True
 
 
 def flash_attention(
@@ -46,11 +85,7 @@ def flash_attention(
     Returns:
       The output, and the lse in float32.
     """
-    q_lengths, mask_type = _padding_mask(q, lengths)
-    out, lse = cudnn.dot_product_attention(
-        q, k, v, q_seqlen=q_lengths, kv_seqlen=lengths, scale=_softmax_scale(q), mask_type=mask_type,
-        return_residual=True,
-    )  # fmt: skip
+    out, lse = private_functions().forward(q, k, v, **_forward_settings(q, lengths))
     return out, lse.swapaxes(1, 2)
 
 
@@ -67,28 +102,37 @@ def flash_attention_backward(
 
     `out` and `lse` have the form of `flash_attention`. They may belong to more keys than `k` holds.
     """
-    unused = jnp.zeros(0, q.dtype)
+    unused, functions = jnp.zeros(0, q.dtype), private_functions()
     q_lengths, mask_type = _padding_mask(q, lengths)
     sequence_lengths = (unused, unused) if lengths is None else (q_lengths, lengths)
-    gradients = cudnn._dot_product_attention_bwd_p_wrapper.bind(
+    gradients = functions.backward(
         q, k, v, unused, *sequence_lengths, unused, unused, unused, unused,
         lse.swapaxes(1, 2), out, gradient,
         scale=_softmax_scale(q), seed=42, dropout_rate=0.0, variadic_args=(False, False), mask_type=mask_type,
-        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None,
+        layout=functions.layout, sliding_window_length=None,
     )  # fmt: skip
     return gradients[0], gradients[1], gradients[2]
 
 
+def _forward_settings(q: Array | jax.ShapeDtypeStruct, lengths: Int[Array, " B"] | None) -> dict[str, Any]:
+    q_lengths, mask_type = _padding_mask(q, lengths)
+    return {
+        "q_seqlen": q_lengths, "kv_seqlen": lengths, "scale": _softmax_scale(q), "mask_type": mask_type,
+        "return_residual": True,
+    }  # fmt: skip
+
+
 def _padding_mask(
-    q: Float[Array, "B S H h"], lengths: Int[Array, " B"] | None
-) -> tuple[Int[Array, " B"] | None, cudnn.MaskType]:
+    q: Array | jax.ShapeDtypeStruct, lengths: Int[Array, " B"] | None
+) -> tuple[Int[Array, " B"] | None, Any]:
     """Returns cuDNN's query lengths and mask type for keys of these lengths."""
+    mask_types = private_functions().mask_types
     if lengths is None:
-        return None, cudnn.MaskType.NO_MASK
-    return jnp.full(q.shape[0], q.shape[1], jnp.int32), cudnn.MaskType.PADDING
+        return None, mask_types.NO_MASK
+    return jnp.full(q.shape[0], q.shape[1], jnp.int32), mask_types.PADDING
 
 
-def _softmax_scale(q: Float[Array, "B S H h"]) -> float:
+def _softmax_scale(q: Array | jax.ShapeDtypeStruct) -> float:
     return float(q.shape[-1]) ** -0.5
 
 
@@ -227,3 +271,64 @@ def cached_attention(
     filled = jnp.full(q.shape[0], jnp.maximum(block, 1) * q.shape[1], jnp.int32)
     out, lse = flash_attention(q, k, v, filled)
     return merge_partials([diagonal, (out, jnp.where(jnp.asarray(block) > 0, lse, -jnp.inf))])[0]
+
+
+class CudnnAttention(Attention):
+    """Attention with cuDNN, on GPUs. Cached keys and values are `(layers, B, slots, s, H, h)`."""
+
+    name = "cudnn"
+    requirements = (
+        f"an NVIDIA GPU, bfloat16, a head size that is a multiple of 8 and at most {MAX_HEAD_SIZE}, and a JAX whose "
+        "cuDNN functions are known"
+    )
+    cache_token_axes = 2, 2
+
+    def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
+        return device == "gpu" and dtype == "bfloat16" and supports_head_size(head_dim) and is_available()
+
+    def block_attention(
+        self,
+        streams: Sequence[QKV],
+        context: KV | None,
+        text: KV | None,
+        lengths: Int[Array, " images"] | None = None,
+        *,
+        images: int = 1,
+    ) -> list[Float[Array, "B _ s H h"]]:
+        # Stacks the streams so that one call serves both. Shorter streams are padded with zeros.
+        streams, context = apply_to_tree((streams, context))
+        blocks = max(stream.v.shape[1] for stream in streams)
+
+        def pad_blocks(x: Float[Array, "B _ s H h"]) -> Float[Array, "B _ s H h"]:
+            return jnp.pad(x, [(0, 0), (0, blocks - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+        q, k, v = (
+            jnp.stack([pad_blocks(x) for x in arrays], axis=2)
+            for arrays in zip(*map(require_query, streams), strict=True)
+        )
+        padded = None if context is None else tuple(map(pad_blocks, context))
+        out = block_attention(q, (k, v), padded, None if text is None else tuple(text), lengths)
+        return [out[:, : stream.v.shape[1], n] for n, stream in enumerate(streams)]
+
+    def cached_attention(
+        self,
+        qkv: QKV,
+        context: KV | None,
+        text: KV | None,
+        layer: int | Int[Array, ""],
+        block: int | Int[Array, ""],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Block:
+        q, k, v = (x[:, 0] for x in require_query(qkv))
+        context, text = (kv and select_layer(kv, layer) for kv in (context, text))
+        return cached_attention(q, (k, v), context, text, block, lengths)[:, None]
+
+    def to_cache_layout(self, kv: KV) -> KV:
+        return kv
+
+    def attend(
+        self, q: Float[Array, "B S H h"], k: Float[Array, "B K H h"], v: Float[Array, "B K H h"]
+    ) -> Float[Array, "B S H h"]:
+        if k.shape[1] == 1 or not supports_head_size(q.shape[-1]):
+            return super().attend(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")

@@ -1,6 +1,6 @@
 """Skip-causal attention on a TPU (section 3.2): calls of the Pallas kernels.
 
-`attention.api` calls `block_attention` in training and `cached_attention` in sampling. The kernels
+`attention.pallas` calls `block_attention` in training and `cached_attention` in sampling. The kernels
 themselves are in `attention.pallas_tpu_kernels`.
 
 Queries, keys and values have their tokens along the last axis, `(B, H, h, tokens)`. Registers of a
@@ -26,8 +26,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int, PyTree, Shaped
 
 from madformer_jax.ops.attention import pallas_tpu_kernels
-from madformer_jax.ops.attention.pallas_tpu_kernels import LANES, Index, KeyValuePair, Projectable
-from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, is_projected
+from madformer_jax.ops.attention.pallas_tpu_kernels import LANES, Index, KeyValuePair
+from madformer_jax.ops.attention.qk_norm_rope import Projectable, ProjectedQK, is_projected
 from madformer_jax.runtime import partitioning
 
 CHECKPOINT_NAME = "attention"  # name of the kernel's output and lse in policies of jax.checkpoint

@@ -12,7 +12,7 @@ Keys and values come from up to three kinds of sources: the text, the context an
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jaxtyping import Float, PyTree
 
-from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_qk_norm_rope, is_projected
+from madformer_jax.ops.attention.qk_norm_rope import Projectable, ProjectedQK, apply_qk_norm_rope, is_projected
 from madformer_jax.ops.rope import RotaryTable
 
 LANES = 128
@@ -29,9 +29,7 @@ UNROLL_FACTORS = (4, 2, 1)  # tiles of keys; 8 would save 2 % of the time and do
 _MASKED_SCORE = -1e30  # score of a hidden key; -inf - -inf would be NaN
 _LN_2 = math.log(2)  # factor from the gradient of exp to that of a power of two
 
-# An array outside a kernel and a `Ref` within. In training queries and keys are a `ProjectedQK` of them, with
-# a scale (h, 1) and a table (h, n) for the n tokens of an image.
-Projectable = Any
+# In training keys are a `ProjectedQK` with a scale (h, 1) and a table (h, n) for the n tokens of an image.
 KeyValuePair = tuple[Projectable, Projectable]  # keys and values
 Index = int | Array
 Columns = slice | pl.Slice

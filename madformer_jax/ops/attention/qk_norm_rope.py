@@ -4,7 +4,7 @@
 QK-norm and RoPE where they read a projection. All other implementations call `apply_to_tree` first.
 """
 
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ class ProjectedQK(NamedTuple):
     x: Float[Array, "B *tokens H h"]
     scale: Float[Array, " h"]
     position: RotaryTable
+
+
+Projectable = Any  # an array or a `ProjectedQK`; within a TPU kernel, of `jax.Ref`s
 
 
 def apply_to_tree(tree: _Tree) -> _Tree:

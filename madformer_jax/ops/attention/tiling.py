@@ -1,7 +1,7 @@
 """Tiling of the block-causal triangle into rectangles that need no mask (section 3.2).
 
 Query block i attends to the context blocks j < i. `tiling` cuts all these pairs (i, j) into tiles in
-which every query block attends to every key block. `attention.api` and `attention.cudnn` compute
+which every query block attends to every key block. `attention.xla_blocks` and `attention.cudnn` compute
 one unmasked attention per tile and merge the results.
 """
 
