@@ -19,6 +19,7 @@ from madformer_jax.cost import flops, topologies, tpu_time
 from madformer_jax.models import transformer
 from madformer_jax.models.transformer import Streams
 from madformer_jax.ops import rope
+from madformer_jax.ops.attention.pallas import PallasAttention
 from madformer_jax.runtime import partitioning
 
 
@@ -26,7 +27,7 @@ def main(topology: str, count: str) -> None:
     c, images = ffhq1024.get_config(), int(count)
     m, device = c.model, topologies.topology_devices(topology)[0]
     towers = {"clean": "clean", "pred": "pred"}
-    layer = transformer.DecoderLayer(m.width, m.heads, m.mlp_width, jnp.bfloat16, towers, False, "pallas")
+    layer = transformer.DecoderLayer(m.width, m.heads, m.mlp_width, jnp.bfloat16, towers, False, PallasAttention())
     angles = rope.rotary_table(*rope.image_positions(4, 16), head_size=64, side=64, variant=m.rope)
     positions = {"clean": rope.RotaryTable(*(x[:15] for x in angles)), "pred": angles}
     mesh = partitioning.make_mesh(1, 1, 1, [device])

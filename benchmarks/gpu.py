@@ -21,11 +21,11 @@ import numpy as np
 from madformer_jax.config import schema
 from madformer_jax.diffusion import losses
 from madformer_jax.models import madformer
-from madformer_jax.ops.attention import api
-from madformer_jax.ops.attention.api import KV, QKV
+from madformer_jax.ops.attention.api import IMPLEMENTATIONS
+from madformer_jax.ops.attention.base import KV, QKV
 from tests import tiny
 
-IMPLEMENTATIONS = ("cudnn", "blocks")
+NAMES = ("cudnn", "blocks")
 
 
 def random(seed: int, *shape: int) -> jax.Array:
@@ -48,9 +48,8 @@ def error(actual: Any, expected: Any) -> float:
 
 def total(streams: list[QKV], text: KV | None, lengths: Any, weights: Any, implementation: str, context: bool) -> Any:
     """Returns the weighted sum of the outputs of attention, and the outputs."""
-    outputs = api.block_attention(
-        streams, streams[0].kv if context else None, text, lengths, implementation=implementation
-    )
+    attention = IMPLEMENTATIONS[implementation]
+    outputs = attention.block_attention(streams, streams[0].kv if context else None, text, lengths)
     return sum(jnp.sum(x.astype(jnp.float32) * w) for x, w in zip(outputs, weights, strict=True)), outputs
 
 
@@ -93,15 +92,14 @@ def cached() -> None:
     streams = [stream(n, 2, 8, 64, 4, 64) for n in range(2)]
     text = KV(random(7, 2, 5, 4, 64), random(8, 2, 5, 4, 64))
     with jax.default_matmul_precision("highest"):
-        exact = api.block_attention(streams, streams[0].kv, text, implementation="reference")[1]
+        exact = IMPLEMENTATIONS["reference"].block_attention(streams, streams[0].kv, text)[1]
     qkv, *cached_kv = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (streams[1], streams[0].kv, text))
     one_layer = jax.tree.map(lambda x: x[None], cached_kv)
-    for implementation in IMPLEMENTATIONS:
-        context, cached_text = (api.to_cache_layout(x, implementation) for x in one_layer)
+    for implementation in NAMES:
+        attention = IMPLEMENTATIONS[implementation]
+        context, cached_text = (attention.to_cache_layout(x) for x in one_layer)
         attend = jax.jit(
-            lambda qkv, block, c=context, t=cached_text, x=implementation: api.cached_attention(
-                qkv, c, t, 0, block, implementation=x
-            )
+            lambda qkv, block, c=context, t=cached_text, x=attention: x.cached_attention(qkv, c, t, 0, block)
         )
         blocks = [attend(QKV(*(x[:, i : i + 1] for x in qkv)), i)[:, 0] for i in range(8)]
         print(f"cache, {implementation}: {error(jnp.stack(blocks, axis=1), exact):.4f}")
@@ -161,10 +159,9 @@ def times(batch: int = 8) -> None:
     streams = jax.tree.map(lambda x: x.astype(jnp.bfloat16), streams)
     pairs = 256**2 * sum(sum(range(1, x.k.shape[1] + 1)) for x in streams)
     flop = 4.0 * batch * 18 * 64 * pairs
-    for implementation in IMPLEMENTATIONS:
-        forward = jax.jit(
-            lambda streams, x=implementation: api.block_attention(streams, streams[0].kv, None, implementation=x)
-        )
+    for implementation in NAMES:
+        attention = IMPLEMENTATIONS[implementation]
+        forward = jax.jit(lambda streams, x=attention: x.block_attention(streams, streams[0].kv, None))
         gradient = jax.jit(jax.grad(lambda s, x=implementation: total(s, None, None, weights, x, True)[0]))
         forward_ms, both_ms = median(forward, streams), median(gradient, streams)
         print(
@@ -172,13 +169,10 @@ def times(batch: int = 8) -> None:
             f"with gradient {both_ms:.2f} ms ({3.5 * flop / both_ms / 1e9:.0f} TFLOP/s)"
         )
     qkv, slots = QKV(*(x[:, :1] for x in streams[1])), KV(*(x[None] for x in streams[0].kv))
-    for implementation in IMPLEMENTATIONS:
-        attend = jax.jit(
-            lambda qkv, context, block, x=implementation: api.cached_attention(
-                qkv, context, None, 0, block, implementation=x
-            )
-        )
-        times_ms = [median(attend, qkv, api.to_cache_layout(slots, implementation), i) for i in (0, 7, 15)]
+    for implementation in NAMES:
+        attention = IMPLEMENTATIONS[implementation]
+        attend = jax.jit(lambda qkv, context, block, x=attention: x.cached_attention(qkv, context, None, 0, block))
+        times_ms = [median(attend, qkv, attention.to_cache_layout(slots), i) for i in (0, 7, 15)]
         print(
             f"cache, batch {batch}, {implementation}, blocks 0, 7, 15: "
             + ", ".join(f"{x:.3f}" for x in times_ms)

@@ -1,3 +1,5 @@
+from beartype import BeartypeConf, beartype
+
 from madformer_jax.runtime import xla_flags
 
 # XLA flags for programs that run for a moment: compiled in a third of the time, and without YNNPACK, as in main.py.
@@ -6,3 +8,5 @@ QUICK = xla_flags.supported(
     "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
     ("jaxlib",),
 )
+
+typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float

@@ -1,16 +1,16 @@
 """The key-value cache of sampling, an explicit argument and result (MADFormer, section 4).
 
 `decoding.Decoding` fills the cache and the decoder layers in `transformer` read it. Arrays have the
-layout of the attention implementation, see `ops.attention.api.to_cache_layout`.
+layout of the attention implementation, see `ops.attention.base.Attention.to_cache_layout`.
 """
 
 from typing import NamedTuple
 
 import jax
 from jax import Array
+from jaxtyping import Float, Int
 
-from madformer_jax.ops.attention import api
-from madformer_jax.ops.attention.api import KV
+from madformer_jax.ops.attention.base import KV, Attention
 
 
 class StageCache(NamedTuple):
@@ -25,34 +25,36 @@ class ModelCache(NamedTuple):
 
     ar: StageCache
     diffusion: StageCache
-    lengths: Array | None = None  # (B,) number of text tokens, if the text is padded
-    finished_blocks: Array | None = None  # (B, L, positions, C), if the U-Net reads neighbors
+    lengths: Int[Array, " B"] | None = None  # number of text tokens, if the text is padded
+    finished_blocks: Float[Array, "B L positions C"] | None = None  # if the U-Net reads neighbors
 
 
-def write_block(cache: StageCache, kv: KV | None, block: int | Array, implementation: str) -> StageCache:
+def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], attention: Attention) -> StageCache:
     """Writes the keys and values of one block into its slot of the context.
 
     Args:
       cache: The cache of a stage.
       kv: Keys and values `(layers, B, 1, s, H, h)`, or None if the stage has no layers.
       block: Index of the block.
-      implementation: Attention implementation, which decides the layout.
+      attention: Implementation that decides the layout.
 
     Returns:
       The cache with the block. A cache without context is returned unchanged.
     """
     if cache.context is None or kv is None:
         return cache
-    kv = api.to_cache_layout(kv, implementation)
+    kv = attention.to_cache_layout(kv)
     written = (
         jax.lax.dynamic_update_slice_in_dim(x, y, block * y.shape[axis], axis)
-        for x, y, axis in zip(cache.context, kv, api.cache_token_axes(implementation), strict=True)
+        for x, y, axis in zip(cache.context, kv, attention.cache_token_axes, strict=True)
     )
     return cache._replace(context=KV(*written))
 
 
-def write_finished_block(cache: ModelCache, z: Array, block: int | Array) -> ModelCache:
-    """Stores a generated block (B, 1, positions, C) for the U-Net's neighbor context."""
+def write_finished_block(
+    cache: ModelCache, z: Float[Array, "B 1 positions C"], block: int | Int[Array, ""]
+) -> ModelCache:
+    """Stores a generated block for the U-Net's neighbor context."""
     assert cache.finished_blocks is not None
     blocks = jax.lax.dynamic_update_slice_in_dim(cache.finished_blocks, z, block, axis=1)
     return cache._replace(finished_blocks=blocks)

@@ -14,11 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int, Num
 
 from madformer_jax.models.cache import ModelCache, StageCache, write_block
 from madformer_jax.models.plan import sampling_plan
-from madformer_jax.ops.attention import api
-from madformer_jax.ops.attention.api import KV
+from madformer_jax.ops.attention.base import KV
 from madformer_jax.ops.rope import RotaryTable
 
 
@@ -33,7 +33,7 @@ class Decoding(nn.Module):
             if not layers or self.blocks == 1 or not is_read:
                 return StageCache(None, None)
             x = jnp.zeros((layers, *shape), self.dtype)
-            return StageCache(api.to_cache_layout(KV(x, x), self.attention), None)
+            return StageCache(self.attention.to_cache_layout(KV(x, x)), None)
 
         plan = sampling_plan(self.ablation_switches)
         return ModelCache(
@@ -41,13 +41,15 @@ class Decoding(nn.Module):
             empty(self.diffusion_depth, not self.block_only),
         )
 
-    def cache_text(self, cache: ModelCache, tokens: Array, lengths: Array | None = None) -> ModelCache:
+    def cache_text(
+        self, cache: ModelCache, tokens: Int[Array, "B T"], lengths: Int[Array, " B"] | None = None
+    ) -> ModelCache:
         """Runs the text tower and caches its keys and values.
 
         Args:
           cache: The cache to extend.
-          tokens: Text tokens `(B, T)`.
-          lengths: Number of tokens of each text, `(B,)`. By default all T tokens are text.
+          tokens: Text tokens.
+          lengths: Number of tokens of each text. By default all T tokens are text.
 
         Returns:
           The cache with the text.
@@ -55,24 +57,26 @@ class Decoding(nn.Module):
         positions = self._text_positions()
         text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, positions, 0)
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, positions, 0)
-        ar, diffusion = (kv and api.to_cache_layout(kv, self.attention) for kv in (ar, diffusion))
-        lengths = api.cache_lengths(lengths, tokens, self.attention)
+        ar, diffusion = (kv and self.attention.to_cache_layout(kv) for kv in (ar, diffusion))
+        lengths = self.attention.cache_lengths(lengths, tokens)
         return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
 
-    def begin(self, batch: int) -> Array:
-        """Returns the first block's prediction stream, the begin-of-image tokens (B, 1, s, d)."""
+    def begin(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
+        """Returns the first block's prediction stream, the begin-of-image tokens."""
         return self._boi_tokens(batch)
 
-    def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
+    def condition(
+        self, cache: ModelCache, pred: Float[Array, "B 1 s d"], block: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 s d"], ModelCache]:
         """Runs the AR layers on the prediction stream.
 
         Args:
           cache: The cache with the text and all earlier blocks.
-          pred: Embedding of the previous block, `(B, 1, s, d)`, or `begin` for the first block.
+          pred: Embedding of the previous block, or `begin` for the first block.
           block: Index of the block to predict.
 
         Returns:
-          The block's condition `(B, 1, s, d)`, which is 0 if `ar_condition` is off, and the cache.
+          The block's condition, which is 0 if `ar_condition` is off, and the cache.
           The cache changes only in a model without the clean stream. It then takes the keys and
           values of this pass.
         """
@@ -84,20 +88,25 @@ class Decoding(nn.Module):
         return pred, cache
 
     def denoise(
-        self, cache: ModelCache, condition: Array, noisy: Array, t: Array, block: int | Array
-    ) -> tuple[Array, KV | None]:
+        self,
+        cache: ModelCache,
+        condition: Float[Array, "rows 1 s d"],
+        noisy: Float[Array, "B 1 positions C"],
+        t: int | Num[Array, ""],
+        block: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "rows 1 positions C"], KV | None]:
         """Predicts eps, v or x0 of a noisy block; runs the diffusion layers only.
 
         Args:
           cache: The cache with the text and all earlier blocks.
-          condition: The block's condition `(rows, 1, s, d)`, where rows is a multiple of B.
-          noisy: The noisy latent block `(B, 1, positions, C)`.
-          t: Its timestep, a scalar.
+          condition: The block's condition, where rows is a multiple of B.
+          noisy: The noisy latent block.
+          t: Its timestep.
           block: Index of the block.
 
         Returns:
-          The prediction `(rows, 1, positions, C)`, and the block's keys and values in the diffusion
-          layers, for `cache_noisy`.
+          The prediction, and the block's keys and values in the diffusion layers, for
+          `cache_noisy`.
         """
         x, skips = self._downsample(noisy, jnp.full(noisy.shape[:2], t), self._finished_context(cache, block))
         repeats = condition.shape[0] // noisy.shape[0]
@@ -107,19 +116,25 @@ class Decoding(nn.Module):
         )
         return self._upsample(pred, jnp.full(x.shape[:2], t), skips), kv
 
-    def embed_clean(self, cache: ModelCache, z: Array, t: Array, block: int | Array) -> Array:
-        """Embeds a finished block (B, 1, positions, C) with timestep t, a scalar: (B, 1, s, d)."""
+    def embed_clean(
+        self,
+        cache: ModelCache,
+        z: Float[Array, "B 1 positions C"],
+        t: int | Num[Array, ""],
+        block: int | Int[Array, ""],
+    ) -> Float[Array, "B 1 s d"]:
+        """Embeds a finished block with timestep t."""
         tokens: Array = self._downsample(z, jnp.full(z.shape[:2], t), self._finished_context(cache, block))[0]
         return tokens
 
-    def cache_clean(self, cache: ModelCache, clean: Array, block: int | Array) -> ModelCache:
+    def cache_clean(self, cache: ModelCache, clean: Float[Array, "B 1 s d"], block: int | Int[Array, ""]) -> ModelCache:
         """Runs the clean tower on a finished block and caches its keys and values.
 
         Layers whose keys and values nothing reads do not run (`plan.sampling_plan`).
 
         Args:
           cache: The cache to extend.
-          clean: The embedded block `(B, 1, s, d)`, see `embed_clean`.
+          clean: The embedded block, see `embed_clean`.
           block: Index of the block.
 
         Returns:
@@ -135,16 +150,18 @@ class Decoding(nn.Module):
         _, kv = self.diffusion_layers.step("clean", clean, cache.diffusion, positions, block, cache.lengths)
         return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.attention))
 
-    def cache_noisy(self, cache: ModelCache, kv: KV | None, block: int | Array) -> ModelCache:
+    def cache_noisy(self, cache: ModelCache, kv: KV | None, block: int | Int[Array, ""]) -> ModelCache:
         """Caches keys and values of a block's last solver step, in models without clean stream."""
         return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.attention))
 
-    def _finished_context(self, cache: ModelCache, block: int | Array) -> Array | None:
-        """Returns the block's neighbors in finished blocks (B, 1, positions, 2 C), or None."""
+    def _finished_context(
+        self, cache: ModelCache, block: int | Int[Array, ""]
+    ) -> Float[Array, "B 1 positions _"] | None:
+        """Returns the block's neighbors in finished blocks, or None."""
         if cache.finished_blocks is None:
             return None
         return jax.lax.dynamic_slice_in_dim(self._neighbor_context(cache.finished_blocks), block, 1, axis=1)
 
-    def _block_positions(self, block: int | Array) -> RotaryTable:
+    def _block_positions(self, block: int | Int[Array, ""]) -> RotaryTable:
         """Returns the rotary table of one block, (1, s, h)."""
         return RotaryTable(*(x[block][None] for x in self._image_positions()))

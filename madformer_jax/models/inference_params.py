@@ -13,9 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from madformer_jax.models import madformer
-from madformer_jax.models.layers import all_gather_kernel
+from madformer_jax.models.layers import Params, all_gather_kernel
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.models.transformer import unstack_layers
 
@@ -27,7 +28,7 @@ _STAGES = ("ar_layers", "diffusion_layers")
 _FLOAT32_NAMES = ("linear_1", "linear_2", "text_head")  # `unet.TimeEmbedding` and the head of the text logits
 
 
-def inference_params(model: MADFormer, params: Any, memory: int) -> Any:
+def inference_params(model: MADFormer, params: Params, memory: int) -> Params:
     """Casts, gathers and unstacks parameters for sampling.
 
     Every kernel is cast once and not at each use, which changes no bit of the samples. Layers are
@@ -51,7 +52,7 @@ def inference_params(model: MADFormer, params: Any, memory: int) -> Any:
     return {name: unstack_layers(x, model.unroll) if name in _STAGES else x for name, x in cast.items()}
 
 
-def _cast_param(dtype: Any, path: tuple[Any, ...], x: Any) -> Any:
+def _cast_param(dtype: DTypeLike, path: tuple[Any, ...], x: ArrayLike) -> ArrayLike:
     """Casts a parameter to `dtype`, unless its layer computes in float32."""
     names = [key.key for key in path]
     is_float32 = any(name in _FLOAT32_NAMES or "norm" in name for name in names)

@@ -6,14 +6,18 @@ from those rules.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Float
 
+Params = Mapping[str, Any]  # arrays by the names of modules and parameters, nested
 GROUP_NORM_EPS = 1e-6  # in the block U-Net (MADFormer, section 3.1) and in the VAE
 
 
@@ -31,7 +35,9 @@ _CONV_INIT = _uniform_init(1 / 3, "fan_in")  # the default of PyTorch
 NORM_SCALE_INIT = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
 
 
-def all_gather_kernel(kernel: Array, axes: Sequence[str | None]) -> Array:
+def all_gather_kernel(
+    kernel: Float[Array, "*shape"], axes: Sequence[str | None] | PartitionSpec
+) -> Float[Array, "*shape"]:
     """Gathers a kernel before its product; only the split over the mesh axis "tensor" remains.
 
     Without it, XLA's partitioner for TPUs turns a product with a kernel that is split along the
@@ -47,15 +53,20 @@ def all_gather_kernel(kernel: Array, axes: Sequence[str | None]) -> Array:
 
 
 def flattened_dot_general(
-    x: Array, kernel: Array, dimension_numbers: Any, *, axes: tuple[str, str], **settings: Any
-) -> Array:
-    """Multiplies x (..., d) by a matrix as one product of two matrices.
+    x: Float[Array, "*rows d"],
+    kernel: Float[Array, "d f"],
+    dimension_numbers: Any,
+    *,
+    axes: tuple[str, str],
+    **settings: Any,
+) -> Float[Array, "*rows f"]:
+    """Multiplies x by a matrix as one product of two matrices.
 
     With more axes to contract, XLA on CPU first transposes the operands of the kernel's gradient.
 
     Args:
-      x: Input `(..., d)`.
-      kernel: Matrix `(d, f)`.
+      x: Input.
+      kernel: Matrix.
       dimension_numbers: Ignored. Flax passes them.
       axes: Logical axes of the kernel.
       **settings: Further arguments of `jax.lax.dot_general`.
@@ -66,7 +77,7 @@ def flattened_dot_general(
 
 
 @jax.checkpoint
-def silu(x: Array) -> Array:
+def silu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Computes SiLU, x sigmoid(x).
 
     The gradient recomputes the sigmoid, which costs less than to store it.
@@ -75,7 +86,7 @@ def silu(x: Array) -> Array:
 
 
 @jax.custom_vjp
-def swiglu(gate: Array, up: Array) -> Array:
+def swiglu(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Computes SwiGLU's silu(gate) up.
 
     The backward pass materializes both gradients. The compiler for TPUs would otherwise recompute
@@ -95,11 +106,11 @@ swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 def dense(
     features: int,
     axes: tuple[str, str],
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     bias: bool = True,
     init: nn.initializers.Initializer = XAVIER_INIT,
-    precision: Any = None,
+    precision: str | None = None,
     name: str | None = None,
 ) -> nn.Dense:
     """Returns a linear layer.
@@ -128,11 +139,11 @@ def dense(
 def conv(
     features: int,
     size: int,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     stride: int = 1,
     padding: int | Sequence[tuple[int, int]] | None = None,
-    precision: Any = None,
+    precision: str | None = None,
     name: str | None = None,
 ) -> nn.Conv:
     """Returns a size x size convolution.
@@ -141,7 +152,9 @@ def conv(
     """
     axes = (None, None, "conv_in", "conv_out")
 
-    def convolve(x: Array, kernel: Array, *args: Any, **settings: Any) -> Array:
+    def convolve(
+        x: Float[Array, "n height width c"], kernel: Float[Array, "size size c f"], *args: Any, **settings: Any
+    ) -> Float[Array, "n height_out width_out f"]:
         kernel = all_gather_kernel(kernel, axes)
         if x.shape[1:3] == (2, 2) and (size, stride, padding) == (3, 1, None):
             return _convolve_2x2(x, kernel, settings["precision"])
@@ -161,19 +174,13 @@ def conv(
     )
 
 
-def _convolve_2x2(x: Array, kernel: Array, precision: Any) -> Array:
+def _convolve_2x2(
+    x: Float[Array, "n 2 2 c"], kernel: Float[Array, "3 3 c f"], precision: jax.lax.Precision | None
+) -> Float[Array, "n 2 2 f"]:
     """Computes a padded 3 x 3 convolution of 2 x 2 positions as one product of matrices.
 
     Every output position depends on all four inputs. XLA on CPU takes ten times as long for the
     convolution.
-
-    Args:
-      x: Input `(n, 2, 2, c)`.
-      kernel: Kernel `(3, 3, c, f)`.
-      precision: Precision of the product.
-
-    Returns:
-      Output `(n, 2, 2, f)`.
     """
     n, _, _, channels = x.shape
     tap = np.array([[1, 0], [2, 1]])  # tap[input, output]: index in the kernel along one axis
@@ -182,12 +189,12 @@ def _convolve_2x2(x: Array, kernel: Array, precision: Any) -> Array:
     return jax.lax.dot(x.reshape(n, 4 * channels), matrix, precision=precision).reshape(n, 2, 2, -1)
 
 
-def rms_norm(eps: float, dtype: Any) -> nn.RMSNorm:
+def rms_norm(eps: float, dtype: DTypeLike) -> nn.RMSNorm:
     """Returns an RMSNorm with learned scale."""
     return nn.RMSNorm(epsilon=eps, dtype=dtype, scale_init=NORM_SCALE_INIT)
 
 
-def group_norm(groups: int, dtype: Any, name: str) -> nn.GroupNorm:
+def group_norm(groups: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
     """Returns a GroupNorm that computes the variance in two passes, exact also for large means."""
     return nn.GroupNorm(
         groups,
@@ -208,12 +215,14 @@ class ResNetBlock(nn.Module):
 
     channels: int
     groups: int
-    dtype: Any
+    dtype: DTypeLike
     kernel: int = 3
     shortcut: str = "shortcut"  # name of the shortcut's 1 x 1 convolution, which exists if the channels change
 
     @nn.compact
-    def __call__(self, x: Array, time: Array | None = None) -> Array:
+    def __call__(
+        self, x: Float[Array, "n height width c"], time: Float[Array, "n time_width"] | None = None
+    ) -> Float[Array, "n height width {self.channels}"]:
         convolution = functools.partial(conv, self.channels, self.kernel, self.dtype)
         h = convolution(name="conv1")(silu(group_norm(self.groups, self.dtype, "norm1")(x)))
         if time is not None:

@@ -23,35 +23,39 @@ Dimensions:
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int, Num, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.models.decoding import Decoding
-from madformer_jax.models.layers import dense
+from madformer_jax.models.layers import Params, dense
 from madformer_jax.models.plan import AblationSwitches, training_plan
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, Upsampler
 from madformer_jax.ops import rope
 from madformer_jax.ops.attention import api
+from madformer_jax.ops.attention.base import Attention
 from madformer_jax.ops.rope import RotaryTable
 
 
 class ModelOutputs(NamedTuple):
     """Outputs that the loss terms compare with data; None if no requested term needs the output."""
 
-    image: Array | None  # (B, L, positions, C): eps, v or x0 of the noisy blocks (`prediction_type`)
-    # (B, L, positions, C): the AR condition, upsampled; if `hidden_from` is "noisy", the condition
-    # plus the noisy block
-    hidden: Array | None
-    clean: Array | None  # (B, L, positions, C): the clean stream, upsampled
-    text: Array | None  # (B, T, vocabulary): next-token logits; those at a text's last token are unused
+    image: Float[Array, "B L positions C"] | None  # eps, v or x0 of the noisy blocks (`prediction_type`)
+    # The AR condition, upsampled; if `hidden_from` is "noisy", the condition plus the noisy block.
+    hidden: Float[Array, "B L positions C"] | None
+    clean: Float[Array, "B L positions C"] | None  # the clean stream, upsampled
+    text: Float[Array, "B T vocabulary"] | None  # next-token logits; those at a text's last token are unused
 
 
 class MADFormer(Decoding):
@@ -72,7 +76,7 @@ class MADFormer(Decoding):
     block_side: int  # latent positions along a block's height
     token_side: int  # tokens along a block's height
     channels: int
-    unet: Any  # fields that Downsampler and Upsampler share, except dtype
+    unet: Mapping[str, Any]  # fields that Downsampler and Upsampler share, except dtype
     unet_context: bool  # the U-Net also reads the positions left of and above each position
     prediction_type: str
     rope: str
@@ -84,8 +88,8 @@ class MADFormer(Decoding):
     block_only: bool  # diffusion layers do not attend to other blocks (Table 5)
     vocabulary: int  # 0 for an unconditional model
     text_length: int
-    attention: str
-    dtype: Any
+    attention: Attention
+    dtype: DTypeLike
     remat: str
     unroll: int
 
@@ -165,26 +169,25 @@ class MADFormer(Decoding):
 
     def __call__(
         self,
-        z: Array,
-        noisy: Array,
-        t: Array,
-        tokens: Array | None = None,
-        lengths: Array | None = None,
+        z: Float[Array, "B L positions C"],
+        noisy: Float[Array, "B L positions C"],
+        t: Int[Array, "B L"],
+        tokens: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
         *,
-        clean_t: Array | None = None,
+        clean_t: Int[Array, "B L"] | None = None,
         terms: tuple[str, ...] = LOSS_TERMS,
     ) -> ModelOutputs:
         """Computes the outputs that the loss terms need, for all blocks at once (section 3.4).
 
         Args:
-          z: Clean latent blocks `(B, L, positions, C)`, float32.
-          noisy: Noisy latent blocks of the same shape.
-          t: Timestep of each noisy block, `(B, L)` integers 0..999.
-          tokens: Text tokens or a class, `(B, T)` integers, for a conditional model. `null_token`
-            stands for no text.
-          lengths: Number of tokens of each text, `(B,)` integers 1..T. Padding behind them changes
-            no output. By default all T tokens are text.
-          clean_t: Timestep of each clean block, `(B, L)`. By default t if the field
+          z: Clean latent blocks, float32.
+          noisy: Noisy latent blocks.
+          t: Timestep of each noisy block, 0..999.
+          tokens: Text tokens or a class, for a conditional model. `null_token` stands for no text.
+          lengths: Number of tokens of each text, 1..T. Padding behind them changes no output. By
+            default all T tokens are text.
+          clean_t: Timestep of each clean block. By default t if the field
             `clean_timestep` is "noisy", and otherwise 0.
           terms: Requested terms of the loss, of `LOSS_TERMS`. Other outputs are not computed.
 
@@ -257,16 +260,18 @@ class MADFormer(Decoding):
 
     # Parts that training and sampling share
 
-    def _downsample(self, z: Array, t: Array, context: Array | None) -> tuple[Array, list[Array]]:
+    def _downsample(
+        self, z: Float[Array, "B n positions C"], t: Num[Array, "B n"], context: Float[Array, "B n positions _"] | None
+    ) -> tuple[Float[Array, "B n s d"], list[Float[Array, "{z.shape[0]*z.shape[1]} _ _ _"]]]:
         """Embeds latent blocks with the block U-Net (section 3.1).
 
         Args:
-          z: Latent blocks `(B, n, positions, C)`.
-          t: Timesteps `(B, n)`.
+          z: Latent blocks.
+          t: Timesteps.
           context: The neighbors of each position (`_neighbor_context`), or None without them.
 
         Returns:
-          Tokens `(B, n, s, d)` and the skip states `(B * n, height, width, channels)`.
+          Tokens and the skip states `(B * n, height, width, channels)`.
         """
         if context is not None:
             z = jnp.concatenate([z, context], axis=-1)
@@ -274,17 +279,25 @@ class MADFormer(Decoding):
         tokens = tokens.reshape(*t.shape, -1, self.width)
         return nn.with_logical_constraint(tokens, ("batch", "blocks", "tokens", "embed")), skips
 
-    def _upsample(self, h: Array, t: Array, skips: list[Array]) -> Array:
-        """Maps tokens (B, n, s, d) with timesteps (B, n) to latent blocks (B, n, positions, C)."""
+    def _upsample(
+        self, h: Float[Array, "B n s d"], t: Num[Array, "B n"], skips: list[Float[Array, "_ _ _ _"]]
+    ) -> Float[Array, "B n positions C"]:
+        """Maps tokens to latent blocks."""
         x = self.upsampler(h.reshape(-1, *self.token_shape, self.width), t.reshape(-1), skips)
         return x.reshape(*t.shape, -1, self.channels)
 
-    def _select_skips(self, x: Array, batch: int, names: tuple[str, ...], selected: tuple[str, ...]) -> Array:
+    def _select_skips(
+        self,
+        x: Float[Array, "_ height width channels"],
+        batch: int,
+        names: tuple[str, ...],
+        selected: tuple[str, ...],
+    ) -> Float[Array, "_ height width channels"]:
         """Selects skip states from (B * names * L, ...), in order: (B * selected * L, ...)."""
         split = x.reshape(batch, len(names), self.blocks, *x.shape[1:])
         return jnp.concatenate([split[:, names.index(name)] for name in selected], axis=1).reshape(-1, *x.shape[1:])
 
-    def _neighbor_context(self, z: Array) -> Array:
+    def _neighbor_context(self, z: Float[Array, "B L positions C"]) -> Float[Array, "B L positions 2*C"]:
         """Returns the values of other blocks left of and above each position.
 
         The first column and row of each block get the adjacent values of the blocks left of and
@@ -292,10 +305,10 @@ class MADFormer(Decoding):
         border of the image, the values are 0. This is not in the paper.
 
         Args:
-          z: All blocks of an image, `(B, L, positions, C)`.
+          z: All blocks of an image.
 
         Returns:
-          `(B, L, positions, 2 C)`, the left neighbors first.
+          The left neighbors, then those above.
         """
         height, width, channels = self.block_shape
         blocks = z.reshape(len(z), -1, self.columns, height, width, channels)
@@ -303,8 +316,8 @@ class MADFormer(Decoding):
         above = jnp.zeros_like(blocks).at[:, 1:, :, 0].set(blocks[:, :-1, :, -1])
         return jnp.concatenate([left, above], axis=-1).reshape(*z.shape[:3], -1)
 
-    def _boi_tokens(self, batch: int) -> Array:
-        """Returns the learned begin-of-image tokens, (B, 1, s, d)."""
+    def _boi_tokens(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
+        """Returns the learned begin-of-image tokens."""
         return jnp.broadcast_to(self.boi.astype(self.dtype), (batch, 1, *self.boi.shape))
 
     def _image_positions(self) -> RotaryTable:
@@ -315,7 +328,7 @@ class MADFormer(Decoding):
         """Returns the rotary table of the text tokens, (T, h)."""
         return self._rotary_table(*rope.text_positions(self.text_length))
 
-    def _rotary_table(self, rows: Any, columns: Any) -> RotaryTable:
+    def _rotary_table(self, rows: Int[np.ndarray, "*tokens"], columns: Int[np.ndarray, "*tokens"]) -> RotaryTable:
         side = self.grid * self.token_side
         return rope.rotary_table(rows, columns, head_size=self.width // self.heads, side=side, variant=self.rope)
 
@@ -328,9 +341,8 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
       platform: Platform that the model will run on (cpu, gpu or tpu), by default JAX's backend.
     """
     m, sizes = c.model, derive_sizes(c)
-    implementation = api.choose_implementation(
-        m.attention, platform or jax.default_backend(), m.dtype, sizes.tokens, m.width // m.heads
-    )
+    device = platform or jax.default_backend()
+    attention = api.choose(m.attention, device, m.dtype, m.width // m.heads, sizes.tokens)
     unet = {
         "channels": tuple(m.unet_channels),
         "layers": m.unet_layers,
@@ -341,9 +353,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "time_embedding": m.time_embedding,
         "stride": m.unet_stride,
         "kernel": m.unet_kernel,
-        "attention_implementation": api.unet_implementation(
-            implementation, [x // m.unet_heads for x in m.unet_channels]
-        ),
+        "implementation": attention,
     }
     return MADFormer(
         width=m.width,
@@ -368,14 +378,14 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         block_only=m.diffusion_attention == "block",
         vocabulary=vocabulary_size(c),
         text_length=c.text.length,
-        attention=implementation,
+        attention=attention,
         dtype=jnp.dtype(m.dtype),
         remat=m.remat,
         unroll=m.scan_unroll,
     )
 
 
-def init(model: MADFormer, key: Array) -> Any:
+def init(model: MADFormer, key: PRNGKeyArray) -> Params:
     """Returns fresh float32 parameters, boxed with their logical axes.
 
     `flax.linen.meta.unbox` removes the boxes.

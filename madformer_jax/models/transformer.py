@@ -14,12 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 from madformer_jax.models.cache import StageCache
-from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, dense, rms_norm, swiglu
+from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, Params, dense, rms_norm, swiglu
 from madformer_jax.ops import scan_layers
-from madformer_jax.ops.attention import api, pallas_tpu
-from madformer_jax.ops.attention.api import KV, QKV
+from madformer_jax.ops.attention import pallas_tpu
+from madformer_jax.ops.attention.base import KV, QKV, Attention, causal_attention
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.rope import RotaryTable
 
@@ -29,9 +31,9 @@ ATTENTION_NORM_EPS = 1e-5
 class Streams(NamedTuple):
     """Hidden states that the decoder layers carry; an absent or finished stream is None."""
 
-    text: Array | None = None  # (B, T, d)
-    clean: Array | None = None  # (B, L, s, d)
-    pred: Array | None = None  # (B, L, s, d): the prediction stream, in the diffusion layers the noisy blocks
+    text: Float[Array, "B T d"] | None = None
+    clean: Float[Array, "B L s d"] | None = None
+    pred: Float[Array, "B L s d"] | None = None  # the prediction stream, in the diffusion layers the noisy blocks
 
     @property
     def as_dict(self) -> dict[str, Array]:
@@ -44,13 +46,13 @@ class Streams(NamedTuple):
 
 
 class NormScale(nn.Module):
-    """Learned scale (size,) of a norm that `ops.attention.qk_norm_rope` computes."""
+    """Learned scale of a norm that `ops.attention.qk_norm_rope` computes."""
 
     size: int
 
     @nn.compact
-    def __call__(self) -> Array:
-        return self.param("scale", NORM_SCALE_INIT, (self.size,), jnp.float32)
+    def __call__(self) -> Float[Array, " {self.size}"]:
+        return jnp.asarray(self.param("scale", NORM_SCALE_INIT, (self.size,), jnp.float32))
 
 
 class Tower(nn.Module):
@@ -62,7 +64,7 @@ class Tower(nn.Module):
     width: int
     heads: int
     mlp_width: int
-    dtype: Any
+    dtype: DTypeLike
 
     def setup(self) -> None:
         d, dtype = self.width, self.dtype
@@ -78,13 +80,19 @@ class Tower(nn.Module):
         self.up = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
         self.down = dense(d, ("mlp", "embed"), dtype, bias=False)
 
-    def qkv(self, x: Array, position: RotaryTable, implementation: str = "", queries: bool = True) -> QKV:
+    def qkv(
+        self,
+        x: Float[Array, "rows S d"],
+        position: RotaryTable,
+        attention: Attention | None = None,
+        queries: bool = True,
+    ) -> QKV:
         """Projects a stream to queries, keys and values.
 
         Args:
-          x: Hidden states `(rows, S, d)`. A row holds the tokens of one or more images.
+          x: Hidden states. A row holds the tokens of one or more images.
           position: Rotary table `(..., h)` of one image.
-          implementation: Attention implementation, which decides the layout in memory.
+          attention: Implementation that decides the layout in memory, or None for the default.
           queries: If False, computes keys and values only.
 
         Returns:
@@ -95,22 +103,23 @@ class Tower(nn.Module):
         y = self.attention_norm(x)
         size = self.width // self.heads
 
-        def heads(projection: Array) -> Array:
-            rows = api.with_kernel_layout(projection.reshape(*x.shape[:2], self.heads, size), implementation)
+        def heads(projection: Float[Array, "rows S d"]) -> Float[Array, "rows *tokens H h"]:
+            rows = projection.reshape(*x.shape[:2], self.heads, size)
+            rows = attention.with_kernel_layout(rows) if attention else rows
             return rows.reshape(len(x), -1, *position.cos.shape[1:-1], self.heads, size)
 
         q = ProjectedQK(heads(self.query(y)), self.query_norm(), position) if queries else None
         return QKV(q, ProjectedQK(heads(self.key(y)), self.key_norm(), position), heads(self.value(y)))
 
-    def output_and_mlp(self, x: Array, attended: Array) -> Array:
+    def output_and_mlp(self, x: Float[Array, "rows S d"], attended: Float[Array, "..."]) -> Float[Array, "rows S d"]:
         """Applies the output projection and SwiGLU, each with its residual.
 
         Args:
-          x: Hidden states `(rows, S, d)`.
+          x: Hidden states.
           attended: Result of the attention, with as many values as x.
 
         Returns:
-          New hidden states `(rows, S, d)`.
+          New hidden states.
         """
         x = x + self.out(attended.reshape(x.shape))
         y = self.mlp_norm(x)
@@ -128,10 +137,10 @@ class DecoderLayer(nn.Module):
     width: int
     heads: int
     mlp_width: int
-    dtype: Any
+    dtype: DTypeLike
     towers: Mapping[str, str]
     block_only: bool
-    attention: str
+    attention: Attention
 
     def setup(self) -> None:
         self.tower = {
@@ -142,19 +151,25 @@ class DecoderLayer(nn.Module):
     def _qkv(self, name: str, *args: Any) -> QKV:
         return self.tower[self.towers[name]].qkv(*args)
 
-    def _output_and_mlp(self, name: str, x: Array, attended: Array) -> Array:
+    def _output_and_mlp(
+        self, name: str, x: Float[Array, "rows S d"], attended: Float[Array, "..."]
+    ) -> Float[Array, "rows S d"]:
         x = self.tower[self.towers[name]].output_and_mlp(x, attended)
         return nn.with_logical_constraint(x, ("batch", "tokens", "embed"))
 
     def __call__(
-        self, streams: Streams, positions: Mapping[str, RotaryTable], lengths: Array | None, keys_only: tuple[str, ...]
+        self,
+        streams: Streams,
+        positions: Mapping[str, RotaryTable],
+        lengths: Int[Array, " B"] | None,
+        keys_only: tuple[str, ...],
     ) -> tuple[Streams, None]:
         """Runs the layer on all blocks, for training.
 
         Args:
           streams: Hidden states, each `(rows, S, d)`. A row holds the tokens of one or more images.
           positions: Rotary table of each stream, of one image.
-          lengths: Number of text tokens of each image, `(B,)`. By default all T tokens are text.
+          lengths: Number of text tokens of each image. By default all T tokens are text.
             Padding is computed, but no other token attends to it.
           keys_only: Streams that end here. They give keys and values to the other streams.
 
@@ -164,9 +179,9 @@ class DecoderLayer(nn.Module):
         inputs = streams.as_dict
         images = {name: x.shape[1] // math.prod(positions[name].cos.shape[:-1]) for name, x in inputs.items()}
 
-        def project(name: str, x: Array) -> QKV:
-            implementation = "" if name == "text" else self.attention
-            projected = self._qkv(name, x, positions[name], implementation, name not in keys_only)
+        def project(name: str, x: Float[Array, "rows S d"]) -> QKV:
+            attention = None if name == "text" else self.attention
+            projected = self._qkv(name, x, positions[name], attention, name not in keys_only)
             return apply_to_tree(projected) if name == "text" else projected
 
         qkv = {name: project(name, x) for name, x in inputs.items()}
@@ -177,28 +192,28 @@ class DecoderLayer(nn.Module):
         context = None if source is None or self.block_only else source.kv
         attended: dict[str, Array] = {}
         if image_streams:
-            outputs = api.block_attention(
-                [qkv[name] for name in image_streams],
-                context,
-                None if text is None else text.kv,
-                lengths,
-                implementation=self.attention,
-                images=images[image_streams[0]],
-            )
+            with jax.named_scope("attention"):
+                outputs = self.attention.block_attention(
+                    [qkv[name] for name in image_streams],
+                    context,
+                    None if text is None else text.kv,
+                    lengths,
+                    images=images[image_streams[0]],
+                )
             attended.update(zip(image_streams, outputs, strict=True))
         if text is not None and text.q is not None:
             q, k, v = (x.reshape(len(x) * images["text"], -1, *x.shape[2:]) for x in (text.q, *text.kv))
-            attended["text"] = api.attend(q, k, v, causal=True)
+            attended["text"] = causal_attention(q, k, v)
         return Streams(**{name: self._output_and_mlp(name, inputs[name], x) for name, x in attended.items()}), None
 
     def step(
         self,
         streams: Streams,
-        layer: int | Array,
+        layer: int | Int[Array, ""],
         cache: StageCache,
         position: RotaryTable,
-        block: int | Array,
-        lengths: Array | None,
+        block: int | Int[Array, ""],
+        lengths: Int[Array, " B"] | None,
     ) -> tuple[Streams, KV]:
         """Runs the layer on one stream, for sampling.
 
@@ -210,21 +225,20 @@ class DecoderLayer(nn.Module):
           cache: The stage's cache.
           position: Rotary table of the block or the text.
           block: Index of the block.
-          lengths: Number of text tokens, `(B,)`, if the text is padded.
+          lengths: Number of text tokens, if the text is padded.
 
         Returns:
           The stream, and its keys and values for the cache.
         """
         ((name, x),) = streams.as_dict.items()
-        qkv = apply_to_tree(self._qkv(name, x, position, "" if name == "text" else self.attention))
+        qkv = apply_to_tree(self._qkv(name, x, position, None if name == "text" else self.attention))
         assert qkv.q is not None
         if name == "text":
-            attended = api.attend(qkv.q, qkv.k, qkv.v, causal=True)
+            attended = causal_attention(qkv.q, qkv.k, qkv.v)
         else:
             context = None if self.block_only else cache.context
-            attended = api.cached_attention(
-                qkv, context, cache.text, layer, block, lengths, implementation=self.attention
-            )
+            with jax.named_scope("attention"):
+                attended = self.attention.cached_attention(qkv, context, cache.text, layer, block, lengths)
         return Streams(**{name: self._output_and_mlp(name, x, attended)}), qkv.kv
 
 
@@ -276,7 +290,7 @@ class LayerStack(nn.Module):
         streams: Streams,
         positions: Mapping[str, RotaryTable],
         out: tuple[str, ...],
-        lengths: Array | None = None,
+        lengths: Int[Array, " B"] | None = None,
     ) -> Streams:
         """Runs all layers on all blocks, for training.
 
@@ -284,14 +298,14 @@ class LayerStack(nn.Module):
           streams: Hidden states, `(B, L, s, d)` of images and `(B, T, d)` of text.
           positions: Rotary table of each stream.
           out: Streams to return. The other streams end in the last layer.
-          lengths: Number of text tokens of each image, `(B,)`. By default all T tokens are text.
+          lengths: Number of text tokens of each image. By default all T tokens are text.
 
         Returns:
           The streams named in `out`.
         """
         inputs = streams.as_dict
         batch = len(next(iter(inputs.values())))
-        streams = _flatten_tokens(streams, api.images_per_row(self.layer["attention"], batch))
+        streams = _flatten_tokens(streams, self.layer["attention"].images_per_row(batch))
         keys_only = tuple(name for name in streams.as_dict if name not in out)
         if self.is_initializing():
             if self.layers > 1:
@@ -310,7 +324,7 @@ class LayerStack(nn.Module):
         """Returns a layer as a function of its parameters, rematerialized by the policy `remat`."""
         layer = DecoderLayer(**self.layer, parent=None)
 
-        def run(params: Any, streams: Streams, common: tuple[Any, Any]) -> Streams:
+        def run(params: Params, streams: Streams, common: tuple[Mapping[str, RotaryTable], Array | None]) -> Streams:
             return layer.apply({"params": params}, streams, *common, keys_only)[0]
 
         if self.remat == "none":
@@ -320,12 +334,12 @@ class LayerStack(nn.Module):
     def step(
         self,
         name: str,
-        x: Array,
+        x: Float[Array, "B *tokens d"],
         cache: StageCache,
         position: RotaryTable,
-        block: int | Array,
-        lengths: Array | None = None,
-    ) -> tuple[Array, KV | None]:
+        block: int | Int[Array, ""],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B *tokens d"], KV | None]:
         """Runs all layers on one stream, for sampling.
 
         Args:
@@ -334,7 +348,7 @@ class LayerStack(nn.Module):
           cache: The stage's cache.
           position: Rotary table of the block or the text.
           block: Index of the block.
-          lengths: Number of text tokens, `(B,)`, if the text is padded.
+          lengths: Number of text tokens, if the text is padded.
 
         Returns:
           The stream, and the keys and values of all layers, `(layers, B, ..., H, h)`, or None if the
@@ -343,7 +357,7 @@ class LayerStack(nn.Module):
         streams, stacked_kv = _flatten_tokens(Streams(**{name: x})), []
         decoder_layer = DecoderLayer(**self.layer, parent=None)
 
-        def run(streams: Streams, layer_params: tuple[Any, int | Array]) -> tuple[Streams, KV]:
+        def run(streams: Streams, layer_params: tuple[Params, int | Array]) -> tuple[Streams, KV]:
             params, layer = layer_params
             variables = {"params": params}
             return decoder_layer.apply(variables, streams, layer, cache, position, block, lengths, method="step")
@@ -365,7 +379,7 @@ class LayerStack(nn.Module):
         return streams.as_dict[name].reshape(x.shape), kv_of_layers
 
 
-def unstack_layers(params: Any, unroll: int) -> Any:
+def unstack_layers(params: Params, unroll: int) -> Params:
     """Splits parameters of a `LayerStack` into one tree per layer, if the scan is unrolled.
 
     Sampling would otherwise slice them out of their stack in every solver step. A scan that loops

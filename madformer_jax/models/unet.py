@@ -5,32 +5,34 @@ follow the layout of `diffusers`: ResNet blocks with a time embedding, and optio
 each stage (`attention`). Between stages a strided convolution goes down, and nearest-neighbor
 upsampling with a convolution goes up. Arrays are NHWC.
 
-Shapes: n blocks of p x p positions with C channels become p' x p' tokens of width d.
+Shapes: n blocks of height x width positions with C channels become token_height x token_width tokens
+of width d.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Num
 
 from madformer_jax.models.layers import XAVIER_INIT, ResNetBlock, conv, dense, group_norm
-from madformer_jax.ops.attention import api
+from madformer_jax.ops.attention.base import Attention
 
 
 class TimeEmbedding(nn.Module):
-    """Embeds timesteps 0..999, (n,) -> (n, width), by Linear, SiLU, Linear without biases."""
+    """Embeds timesteps 0..999 by Linear, SiLU, Linear without biases."""
 
     width: int
     kind: str  # input of the first layer: "raw", the number itself (release), or "sinusoidal"
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, t: Array) -> Array:
+    def __call__(self, t: Num[Array, " n"]) -> Float[Array, "n {self.width}"]:
         if self.kind == "raw":
             x = t[:, None].astype(jnp.float32)
         else:
@@ -51,11 +53,11 @@ class AttentionBlock(nn.Module):
 
     groups: int
     heads: int
-    dtype: Any
-    implementation: str = "blocks"  # see `ops.attention.api.attend`
+    dtype: DTypeLike
+    attention: Attention
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "n height width channels"]) -> Float[Array, "n height width channels"]:
         n, height, width, channels = x.shape
         y = group_norm(self.groups, self.dtype, "norm")(x)
         q, k, v = (
@@ -64,12 +66,12 @@ class AttentionBlock(nn.Module):
             )
             for name in ("query", "key", "value")
         )
-        attended = api.attend(q, k, v, implementation=self.implementation).reshape(x.shape)
+        attended = self.attention.attend(q, k, v).reshape(x.shape)
         return x + dense(channels, ("conv_in", "conv_out"), self.dtype, name="out")(attended)
 
 
 class Downsampler(nn.Module):
-    """Maps latent blocks (n, p, p, C), timesteps (n,) to tokens (n, p', p', d), skip states."""
+    """Maps latent blocks and timesteps to tokens and skip states."""
 
     width: int
     channels: Sequence[int]
@@ -81,17 +83,17 @@ class Downsampler(nn.Module):
     time_embedding: str
     stride: int
     kernel: int  # size of all convolutions except those between stages
-    dtype: Any
-    attention_implementation: str = "blocks"  # see `ops.attention.api.attend`
+    dtype: DTypeLike
+    implementation: Attention  # of `attention`
 
     @nn.compact
-    def __call__(self, z: Array, t: Array) -> tuple[Array, list[Array]]:
+    def __call__(
+        self, z: Float[Array, "n height width C"], t: Num[Array, " n"]
+    ) -> tuple[Float[Array, "n token_height token_width {self.width}"], list[Float[Array, "n _ _ _"]]]:
         time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
         x = conv(self.channels[0], self.kernel, self.dtype, name="conv_in")(z.astype(self.dtype))
         skips = [x]
-        attention_block = functools.partial(
-            AttentionBlock, self.groups, self.heads, self.dtype, self.attention_implementation
-        )
+        attention_block = functools.partial(AttentionBlock, self.groups, self.heads, self.dtype, self.implementation)
         for stage, channels in enumerate(self.channels):
             for i in range(self.layers):
                 x = ResNetBlock(channels, self.groups, self.dtype, self.kernel, name=f"resnet_{stage}_{i}")(x, time)
@@ -105,7 +107,7 @@ class Downsampler(nn.Module):
 
 
 class Upsampler(nn.Module):
-    """Maps tokens (n, p', p', d), timesteps (n,) and skip states to latent blocks (n, p, p, C)."""
+    """Maps tokens, timesteps and skip states to latent blocks."""
 
     out_channels: int
     channels: Sequence[int]  # in the order of Downsampler; the stages run in reverse
@@ -117,17 +119,20 @@ class Upsampler(nn.Module):
     time_embedding: str
     stride: int
     kernel: int  # size of all convolutions except those between stages
-    dtype: Any
-    attention_implementation: str = "blocks"  # see `ops.attention.api.attend`
+    dtype: DTypeLike
+    implementation: Attention  # of `attention`
 
     @nn.compact
-    def __call__(self, h: Array, t: Array, skips: Sequence[Array]) -> Array:
+    def __call__(
+        self,
+        h: Float[Array, "n token_height token_width d"],
+        t: Num[Array, " n"],
+        skips: Sequence[Float[Array, "n _ _ _"]],
+    ) -> Float[Array, "n height width {self.out_channels}"]:
         time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
         skips = list(skips)
         x = conv(self.channels[-1], self.kernel, self.dtype, name="conv_in")(h)
-        attention_block = functools.partial(
-            AttentionBlock, self.groups, self.heads, self.dtype, self.attention_implementation
-        )
+        attention_block = functools.partial(AttentionBlock, self.groups, self.heads, self.dtype, self.implementation)
         stages = len(self.channels)
         for stage in range(stages):
             channels, has_attention = self.channels[stages - 1 - stage], self.attention[stages - 1 - stage]

@@ -75,7 +75,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         logging.info(
             "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d steps guided; attention %s",
             s.n, s.weights, step, s.n - len(numbers), np.sum(generation.guidance_scales(c) != 1), s.steps,
-            trained.network.attention,
+            trained.network.attention.name,
         )  # fmt: skip
         if s.labels:
             logging.info("classes of these images: %s", class_labels.summary(config_lib.sample_labels(c), names))

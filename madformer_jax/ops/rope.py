@@ -7,22 +7,26 @@ Shapes: L blocks, s tokens a block, T text tokens, h head size.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
 
 
 class RotaryTable(NamedTuple):
-    """Cosines and sines of the rotation angles of a set of positions, each `(..., h)`."""
+    """Cosines and sines of the rotation angles of a set of positions."""
 
-    cos: Array
-    sin: Array
+    cos: Float[Array, "... h"]
+    sin: Float[Array, "... h"]
 
 
-def image_positions(grid: int, token_side: int, columns: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def image_positions(
+    grid: int, token_side: int, columns: int | None = None
+) -> tuple[Int[np.ndarray, "L s"], Int[np.ndarray, "L s"]]:
     """Returns the rows and columns of all tokens on the token grid of an image.
 
     Blocks are in raster order, and so are the tokens within a block. The image is square.
@@ -42,7 +46,7 @@ def image_positions(grid: int, token_side: int, columns: int | None = None) -> t
     return block_row[:, None] * token_side + row, block_col[:, None] * token_width + col
 
 
-def text_positions(length: int) -> tuple[np.ndarray, np.ndarray]:
+def text_positions(length: int) -> tuple[Int[np.ndarray, " T"], Int[np.ndarray, " T"]]:
     """Returns the rows and columns of text tokens, each `(T,)`.
 
     Text lies on the diagonal that ends at the first corner of the image, at -T..-1.
@@ -50,7 +54,14 @@ def text_positions(length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(-length, 0), np.arange(-length, 0)
 
 
-def rotary_table(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: int, variant: str) -> RotaryTable:
+def rotary_table(
+    rows: Int[np.ndarray, "*positions"],
+    cols: Int[np.ndarray, "*positions"],
+    *,
+    head_size: int,
+    side: int,
+    variant: str,
+) -> RotaryTable:
     """Computes the rotary table of token positions on a grid of `side` x `side` tokens.
 
     `release` has h / 4 frequencies b ** -(linspace(0, h, h / 4) / h) with the base
@@ -66,7 +77,9 @@ def rotary_table(rows: np.ndarray, cols: np.ndarray, *, head_size: int, side: in
     return RotaryTable(jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32))
 
 
-def apply_rope(x: Array, position: RotaryTable, axis: int = -1, dtype: Any = None) -> Array:
+def apply_rope(
+    x: Float[Array, "*shape"], position: RotaryTable, axis: int = -1, dtype: DTypeLike | None = None
+) -> Float[Array, "*shape"]:
     """Computes x * cos + rotate_half(x) * sin along an axis, in float32.
 
     Args:

@@ -7,17 +7,17 @@ stores them in uninitialized buffers instead. `models.transformer` runs its stag
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import Partial
+from jax.tree_util import Partial, PyTreeDef
+from jaxtyping import PyTree
 
-LayerFn = Callable[[Any, Any, Any], Any]
+LayerFn = Callable[[PyTree, PyTree, PyTree], PyTree]
 
 
-def run(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> Any:
+def run(layer: LayerFn, params: PyTree, x: PyTree[Array], shared: PyTree, unroll: int) -> PyTree[Array]:
     """Applies `x = layer(layer_params, x, shared)` for all layers and returns the last x.
 
     Args:
@@ -33,18 +33,18 @@ def run(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> Any:
     return _scan_with_vjp(layer, params, x, shared, unroll)
 
 
-def _scan(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> Any:
+def _scan(layer: LayerFn, params: PyTree, x: PyTree[Array], shared: PyTree, unroll: int) -> PyTree[Array]:
     return jax.lax.scan(lambda x, p: (layer(p, x, shared), None), x, params, unroll=unroll)[0]
 
 
 _scan_with_vjp = jax.custom_vjp(_scan, nondiff_argnums=(0, 4))
 
 
-def _forward(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> tuple[Any, Any]:
+def _forward(layer: LayerFn, params: PyTree, x: PyTree[Array], shared: PyTree, unroll: int) -> tuple[PyTree, PyTree]:
     layers = len(jax.tree.leaves(params)[0])
-    layer_vjp: Any = None
+    layer_vjp: Callable[..., PyTree] | None = None
 
-    def apply_layer(p: Any, x: Any) -> tuple[Any, list[Array]]:
+    def apply_layer(p: PyTree, x: PyTree) -> tuple[PyTree, list[Array]]:
         """Returns the output of a layer and its residuals, without parameters and shared input."""
         nonlocal layer_vjp
         y, vjp = jax.vjp(lambda p, x: layer(p, x, shared), p, x)
@@ -57,7 +57,7 @@ def _forward(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> t
         layer_vjp = functools.partial(_apply_layer_vjp, tree, [index[id(array)] for array in needed])
         return y, list(residuals.values())
 
-    def step(carry: Any, inputs: Any) -> tuple[Any, None]:
+    def step(carry: PyTree, inputs: PyTree) -> tuple[PyTree, None]:
         (x, buffers), (n, p) = carry, inputs
         x, residuals = apply_layer(p, x)
         pairs = zip(buffers, residuals, strict=True)
@@ -70,17 +70,17 @@ def _forward(layer: LayerFn, params: Any, x: Any, shared: Any, unroll: int) -> t
 
 
 def _apply_layer_vjp(
-    tree: Any, indices: list[int], p: Any, shared: Any, residuals: list[Array], gradient: Any
-) -> tuple[Any, Any]:
+    tree: PyTreeDef, indices: list[int], p: PyTree, shared: PyTree, residuals: list[Array], gradient: PyTree
+) -> tuple[PyTree, PyTree]:
     """Returns the gradients of the parameters and of the input of a layer."""
     arrays = [*jax.tree.leaves((p, shared)), *residuals]
     return jax.tree.unflatten(tree, [arrays[i] for i in indices])(gradient)
 
 
-def _backward(layer: LayerFn, unroll: int, saved: Any, gradient: Any) -> tuple[Any, Any, None]:
+def _backward(layer: LayerFn, unroll: int, saved: PyTree, gradient: PyTree) -> tuple[PyTree, PyTree, None]:
     layer_vjp, params, shared, buffers = saved
 
-    def step(gradient: Any, inputs: Any) -> tuple[Any, Any]:
+    def step(gradient: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
         p, residuals = inputs
         d_params, gradient = layer_vjp(p, shared, residuals, gradient)
         return gradient, d_params

@@ -8,12 +8,14 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import Array
+from jaxtyping import Float, Num, PRNGKeyArray, UInt8
 from ml_collections import ConfigDict
 
 from madformer_jax.config.shapes import SCALING_FACTOR, Sizes
@@ -24,20 +26,23 @@ from madformer_jax.runtime import checkpoint, partitioning
 from madformer_jax.weights import vae_weights
 from madformer_jax.weights.fingerprint import fingerprint
 
+AnyArray = TypeVar("AnyArray", Array, np.ndarray)
+Batch = Mapping[str, Any]  # arrays of the input pipeline, by name
 
-def to_blocks(z: Any, sizes: Sizes) -> Array:
-    """Splits latents (B, h, w, C) into blocks (B, L, positions, C), both in raster order."""
+
+def to_blocks(z: Num[AnyArray, "B height width C"], sizes: Sizes) -> Num[AnyArray, "B L positions C"]:
+    """Splits latents into blocks, both in raster order."""
     p, q = sizes.block_side, sizes.block_width
     return rearrange(z, "b (i p) (j q) c -> b (i j) (p q) c", p=p, q=q)
 
 
-def from_blocks(blocks: Array, sizes: Sizes) -> Array:
-    """Joins blocks (B, L, positions, C) to latents (B, h, w, C); the inverse of `to_blocks`."""
+def from_blocks(blocks: Num[AnyArray, "B L positions C"], sizes: Sizes) -> Num[AnyArray, "B height width C"]:
+    """Joins blocks to latents; the inverse of `to_blocks`."""
     return rearrange(blocks, "b (i j) (p q) c -> b (i p) (j q) c", i=sizes.grid, p=sizes.block_side)
 
 
-def to_float(image: Any) -> Array:
-    """Converts uint8, any shape, to float32 in [-1, 1]: x / 127.5 - 1, both steps rounded.
+def to_float(image: UInt8[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+    """Converts uint8 to float32 in [-1, 1]: x / 127.5 - 1, both steps rounded.
 
     XLA replaces a division by a constant by a product with its inverse, which changes the last bit
     of four in five results. In base 256, x / 255 is the digit x repeated forever. The first two
@@ -57,23 +62,23 @@ class Codec(NamedTuple):
     Attributes:
       load: () -> params. Reads the weights at the first call, because not every user of a codec
         needs them.
-      encode: (params, batch of the input pipeline, key) -> z (B, h, w, C). Converts images from
-        uint8. For cached latents, params may be {}.
-      decode: (params, z) -> images (B, H, W, c) in [-1, 1].
+      encode: (params, batch of the input pipeline, key) -> z. Converts images from uint8. For cached
+        latents, params may be {}.
+      decode: (params, z) -> images in [-1, 1].
     """
 
-    load: Callable[[], Any]
-    encode: Callable[[Any, Mapping[str, Array], Array], Array]
-    decode: Callable[[Any, Array], Array]
+    load: Callable[[], Params]
+    encode: Callable[[Params, Batch, PRNGKeyArray], Float[Array, "B height width C"]]
+    decode: Callable[[Params, Float[Array, "B height width C"]], Float[Array, "B H W c"]]
 
 
 def pixel(patch: int) -> Codec:
     """Returns the codec that moves `patch` x `patch` pixels to the channels of one position."""
 
-    def encode(params: Any, batch: Mapping[str, Array], key: Array) -> Array:
+    def encode(params: Params, batch: Batch, key: PRNGKeyArray | None) -> Float[Array, "B height width C"]:
         return rearrange(to_float(batch["image"]), "b (h p) (w q) c -> b h w (p q c)", p=patch, q=patch)
 
-    def decode(params: Any, z: Array) -> Array:
+    def decode(params: Params, z: Float[Array, "B height width C"]) -> Float[Array, "B H W c"]:
         return rearrange(z, "b h w (p q c) -> b (h p) (w q) c", p=patch, q=patch)
 
     return Codec(dict, encode, decode)
@@ -174,8 +179,10 @@ def external_scale(c: ConfigDict) -> Scale:
 class Encoder(NamedTuple):
     """A VAE that encodes images for --mode=prepare, and facts that readers of its latents need."""
 
-    # images uint8 (batch, H, W, c) -> mean, logvar (batch, h, w, C)
-    encode: Callable[[Any], tuple[Any, Any]]
+    # images -> mean, logvar
+    encode: Callable[
+        [UInt8[np.ndarray, "B H W c"]], tuple[Float[Array, "B height width C"], Float[Array, "B height width C"]]
+    ]
     batch: int  # images per call
     weights: str  # fingerprint of the weights
     dtype: str = "float32"
@@ -206,7 +213,9 @@ def encoder(c: ConfigDict, batch: int) -> Encoder:
     params = jax.device_put(params, partitioning.replicated(mesh))
     program = jax.jit(lambda params, images: vae_model.encode(model, params, to_float(images)), out_shardings=rows)
 
-    def encode(images: Any) -> tuple[Any, Any]:
+    def encode(
+        images: UInt8[np.ndarray, "B H W c"],
+    ) -> tuple[Float[Array, "B height width C"], Float[Array, "B height width C"]]:
         with partitioning.scope(mesh):
             return program(params, jax.device_put(images, rows))
 
@@ -227,7 +236,7 @@ def require_weights(codec: Codec, weights: str) -> Codec:
       ConfigError: `load` of the result raises it if the weights differ.
     """
 
-    def load() -> Any:
+    def load() -> Params:
         params = codec.load()
         if (loaded := fingerprint(params)) != weights:
             raise ConfigError(
@@ -251,13 +260,13 @@ def from_network(load: Callable[[], tuple[AutoencoderKL, Params]], scale: Scale)
     def latent_scale() -> Scale:
         return scale if scale.factor else Scale(loaded()[0].scaling_factor, loaded()[0].shift_factor)
 
-    def encode(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+    def encode(params: Params, batch: Batch, key: PRNGKeyArray) -> Float[Array, "B height width C"]:
         if "mean" in batch:
             return latent_scale().apply(_draw_cached(batch, key))
         mean, logvar = vae_model.encode(loaded()[0], params, to_float(batch["image"]))
         return latent_scale().apply(vae_model.sample_posterior(mean, logvar, key))
 
-    def decode(params: Params, z: Array) -> Array:
+    def decode(params: Params, z: Float[Array, "B height width C"]) -> Float[Array, "B H W c"]:
         return vae_model.decode(loaded()[0], params, latent_scale().invert(z))
 
     return Codec(lambda: loaded()[1], encode, decode)

@@ -83,7 +83,9 @@ def test_model_bits_equal_the_loss_and_ignore_padding():
         bits = likelihood.model_bits(model, params, TokenizedTexts(tokens, lengths), mesh)
         z = jnp.zeros((3, 4, 16, 3))
         apply = jax.jit(
-            lambda p: model.apply({"params": p}, z, z, jnp.zeros((3, 4), jnp.int32), tokens, terms=("text",))
+            lambda p: model.apply(
+                {"params": p}, z, z, jnp.zeros((3, 4), jnp.int32), jnp.asarray(tokens), terms=("text",)
+            )
         )
         loss = losses.unweighted_terms(apply(params), z, z, tokens, lengths)["text"]
     np.testing.assert_allclose(bits.sum() / (lengths - 1).sum(), loss / np.log(2), rtol=1e-5)

@@ -29,6 +29,7 @@ def test_casting_once_changes_no_bit():
 def test_layers_are_unstacked_if_no_loop_runs_over_them():
     changes = {"depth": 3, "diffusion_depth": 3, "unet_channels": (4,), "unet_attention": (False,)}
     model, params = small(scan_unroll=2, **changes)
+    params = jax.tree.map(jnp.asarray, params)  # no jit below converts them
     rng = np.random.default_rng(0)
     noisy, condition = (jnp.asarray(rng.standard_normal((2, 1, 16, n)), jnp.float32) for n in (3, model.width))
     cache = model.apply({"params": params}, 2, method="empty_cache")

@@ -1,6 +1,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jaxtyping import TypeCheckError
 
 from madformer_jax.models import layers
 
@@ -13,3 +15,8 @@ def test_convolution_of_2x2_positions_is_the_padded_convolution():
     padded = np.pad(np.asarray(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
     expected = sum(padded[:, i : i + 2, j : j + 2] @ kernel[i, j] for i in range(3) for j in range(3))
     np.testing.assert_allclose(conv.apply({"params": params}, x), expected, atol=1e-5)
+
+
+def test_the_tests_check_the_shapes_of_annotations():
+    with pytest.raises(TypeCheckError, match="parameter 'up'"):
+        layers.swiglu(jnp.ones(2), jnp.ones(3))

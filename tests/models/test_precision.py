@@ -9,6 +9,7 @@ import pytest
 
 from madformer_jax.evaluation.networks import inception_v3
 from madformer_jax.models import unet
+from madformer_jax.ops.attention.xla_blocks import XlaBlocks
 
 
 def is_program(param: Any) -> bool:
@@ -46,7 +47,7 @@ def test_last_convolution_of_a_bfloat16_upsampler_is_exact():
     x, skips = jnp.ones((2, 4, 4, 5), jnp.bfloat16), [jnp.ones((2, 4, 4, 8), jnp.bfloat16)] * 2
     upsampler = unet.Upsampler(
         3, (8,), layers=1, attention=(False,), groups=2, heads=2, time_width=6, time_embedding="raw", stride=2, kernel=3,
-        dtype=jnp.bfloat16,
+        dtype=jnp.bfloat16, implementation=XlaBlocks(),
     )  # fmt: skip
     *_, before, last = products_of(upsampler, x, jnp.arange(2), skips)
     assert last.outvars[0].aval.shape[-1] == 3 and is_exact(last)

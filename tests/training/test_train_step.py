@@ -242,7 +242,7 @@ def test_dropped_caption_is_one_null_token(monkeypatch):
 def test_one_program_serves_every_seed(monkeypatch):
     c = tiny.get_config()
     s, state = of_two_parameters(c, lambda params, z, tokens: (params["a"].sum(), {"tokens": tokens}), monkeypatch)
-    batch, programs = {"image": np.zeros((200, 32, 32, 1), np.float32), "label": np.zeros(200, np.int32)}, []
+    batch, programs = {"image": np.zeros((200, 32, 32, 1), np.uint8), "label": np.zeros(200, np.int32)}, []
     for c.seed in (0, 1):
         lowered = jax.jit(train_step.make_step(s, c)).lower(state, batch, {}, np.uint32(c.seed))
         programs.append(lowered.as_text())

@@ -35,7 +35,7 @@ def test_release_outputs_losses_and_gradients(variant):
     model, z, noise = madformer.build(c), jnp.asarray(file["clean"]), jnp.asarray(file["noise"])
 
     def loss(params):
-        outputs = model.apply({"params": params}, z, file["noised"], file["t"])
+        outputs = model.apply({"params": params}, z, *(jnp.asarray(file[name]) for name in ("noised", "t")))
         terms = losses.unweighted_terms(outputs, z, noise, None)
         return terms["image"] + 0.1 * terms["hidden"], (outputs, terms)
 

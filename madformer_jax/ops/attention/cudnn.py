@@ -5,21 +5,29 @@ runs log2(L) + 1 calls of cuDNN without a causal mask. cuDNN returns the log-sum
 partial result, by which the results are merged. The backward pass gives each call the merged output
 and lse, as ring attention does, so that nothing is computed twice.
 
-`attention.api` calls this module. Shapes: B images, L blocks, n streams, s tokens a block, H heads,
-h head size, T text tokens.
+Shapes use the letters of `attention.base`; n streams.
 """
 
-from typing import Any
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import Array
-from jax._src.cudnn import fused_attention_stablehlo as cudnn  # jax.nn rounds the lse and drops its gradient
+from jaxtyping import Float, Int, PyTree
 
+from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, require_query, select_layer
+from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 
 KeyValuePair = tuple[Array, Array]  # keys and values
+Partial = tuple[Float[Array, "*rows H h"], Float[Array, "*rows H"]]  # output and lse
+_Residuals = tuple[Array, KeyValuePair, KeyValuePair | None, KeyValuePair | None, Array | None, Array, Array]
 MAX_HEAD_SIZE = 128
 
 
@@ -28,83 +36,134 @@ def supports_head_size(head: int) -> bool:
     return head % 8 == 0 and head <= MAX_HEAD_SIZE
 
 
-def flash_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> tuple[Array, Array]:
+class PrivateFunctions(NamedTuple):
+    """Private functions of JAX that call cuDNN, since `jax.nn` rounds the lse and drops its gradient."""
+
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., Sequence[Array]]
+    mask_types: Any  # an enumeration
+    layout: int
+
+
+def private_functions() -> PrivateFunctions:
+    """Returns the private functions of this JAX. No other function names them."""
+    module = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    backward = module._dot_product_attention_bwd_p_wrapper.bind
+    return PrivateFunctions(module.dot_product_attention, backward, module.MaskType, module.AttentionLayout.BTNH.value)
+
+
+@functools.cache
+def is_available() -> bool:
+    """Returns whether this JAX has the private functions that this module calls. Warns once if not."""
+    x, lse = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 64, 1), jnp.float32)
+    try:
+        inspect.signature(private_functions().forward).bind(x, x, x, **_forward_settings(x, None))
+        jax.eval_shape(lambda x, lse: flash_attention_backward(x, x, x, None, x, lse, x), x, lse)
+    except Exception as error:
+        logging.warning(
+            "attention runs without cuDNN, slower: JAX %s has other private functions (%s: %s)",
+            jax.__version__, type(error).__name__, error,
+        )  # fmt: skip
+        return False
+    return True
+
+
+def flash_attention(
+    q: Float[Array, "B S H h"],
+    k: Float[Array, "B K H h"],
+    v: Float[Array, "B K H h"],
+    lengths: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B S H h"], Float[Array, "B S H"]]:
     """Computes softmax(q k^T / sqrt(h)) v and the log-sum-exp of the scores.
 
     Args:
-      q: Queries, `(B, S, H, h)`.
-      k: Keys, `(B, K, H, h)`.
-      v: Values, `(B, K, H, h)`.
-      lengths: Number of leading keys that each image attends to, `(B,)`. None for all.
+      q: Queries.
+      k: Keys.
+      v: Values.
+      lengths: Number of leading keys that each image attends to. None for all.
 
     Returns:
-      The output, `(B, S, H, h)`, and the float32 lse, `(B, S, H)`.
+      The output, and the lse in float32.
     """
-    q_lengths, mask_type = _padding_mask(q, lengths)
-    out, lse = cudnn.dot_product_attention(
-        q, k, v, q_seqlen=q_lengths, kv_seqlen=lengths, scale=_softmax_scale(q), mask_type=mask_type,
-        return_residual=True,
-    )  # fmt: skip
+    out, lse = private_functions().forward(q, k, v, **_forward_settings(q, lengths))
     return out, lse.swapaxes(1, 2)
 
 
 def flash_attention_backward(
-    q: Array, k: Array, v: Array, lengths: Array | None, out: Array, lse: Array, gradient: Array
-) -> tuple[Array, Array, Array]:
+    q: Float[Array, "B S H h"],
+    k: Float[Array, "B K H h"],
+    v: Float[Array, "B K H h"],
+    lengths: Int[Array, " B"] | None,
+    out: Float[Array, "B S H h"],
+    lse: Float[Array, "B S H"],
+    gradient: Float[Array, "B S H h"],
+) -> tuple[Float[Array, "B S H h"], Float[Array, "B K H h"], Float[Array, "B K H h"]]:
     """Computes the gradients of q, k and v.
 
     `out` and `lse` have the form of `flash_attention`. They may belong to more keys than `k` holds.
     """
-    unused = jnp.zeros(0, q.dtype)
+    unused, functions = jnp.zeros(0, q.dtype), private_functions()
     q_lengths, mask_type = _padding_mask(q, lengths)
     sequence_lengths = (unused, unused) if lengths is None else (q_lengths, lengths)
-    gradients: Any = cudnn._dot_product_attention_bwd_p_wrapper.bind(
+    gradients = functions.backward(
         q, k, v, unused, *sequence_lengths, unused, unused, unused, unused,
         lse.swapaxes(1, 2), out, gradient,
         scale=_softmax_scale(q), seed=42, dropout_rate=0.0, variadic_args=(False, False), mask_type=mask_type,
-        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None,
+        layout=functions.layout, sliding_window_length=None,
     )  # fmt: skip
     return gradients[0], gradients[1], gradients[2]
 
 
-def _padding_mask(q: Array, lengths: Array | None) -> tuple[Array | None, cudnn.MaskType]:
-    """Returns cuDNN's query lengths, `(B,)`, and mask type for keys of these lengths."""
+def _forward_settings(q: Array | jax.ShapeDtypeStruct, lengths: Int[Array, " B"] | None) -> dict[str, Any]:
+    q_lengths, mask_type = _padding_mask(q, lengths)
+    return {
+        "q_seqlen": q_lengths, "kv_seqlen": lengths, "scale": _softmax_scale(q), "mask_type": mask_type,
+        "return_residual": True,
+    }  # fmt: skip
+
+
+def _padding_mask(
+    q: Array | jax.ShapeDtypeStruct, lengths: Int[Array, " B"] | None
+) -> tuple[Int[Array, " B"] | None, Any]:
+    """Returns cuDNN's query lengths and mask type for keys of these lengths."""
+    mask_types = private_functions().mask_types
     if lengths is None:
-        return None, cudnn.MaskType.NO_MASK
-    return jnp.full(q.shape[0], q.shape[1], jnp.int32), cudnn.MaskType.PADDING
+        return None, mask_types.NO_MASK
+    return jnp.full(q.shape[0], q.shape[1], jnp.int32), mask_types.PADDING
 
 
-def _softmax_scale(q: Array) -> float:
+def _softmax_scale(q: Array | jax.ShapeDtypeStruct) -> float:
     return float(q.shape[-1]) ** -0.5
 
 
 @jax.custom_vjp
 def block_attention(
-    q: Array, self_kv: KeyValuePair, context: KeyValuePair | None, text: KeyValuePair | None, lengths: Array | None
-) -> Array:
+    q: Float[Array, "B L n s H h"],
+    self_kv: KeyValuePair,
+    context: KeyValuePair | None,
+    text: KeyValuePair | None,
+    lengths: Int[Array, " B"] | None,
+) -> Float[Array, "B L n s H h"]:
     """Computes attention of every block to the text, the context blocks before it and itself.
 
     Args:
-      q: Queries, `(B, L, n, s, H, h)`.
-      self_kv: Keys and values of the same shape. A stream attends to its own.
+      q: Queries.
+      self_kv: Keys and values, each shaped like `q`. A stream attends to its own.
       context: Keys and values, each `(B, L, s, H, h)`, or None.
       text: Keys and values, each `(B, T, H, h)`, or None.
-      lengths: Number of text tokens without padding, `(B,)`. None for all.
-
-    Returns:
-      The output, shaped like `q`.
+      lengths: Number of text tokens without padding. None for all.
     """
     return _forward(q, self_kv, context, text, lengths)[0]
 
 
 def _diagonal_keys(
-    self_kv: KeyValuePair, text: KeyValuePair | None, lengths: Array | None
-) -> tuple[Array, Array, Array | None]:
+    self_kv: KeyValuePair, text: KeyValuePair | None, lengths: Int[Array, " B"] | None
+) -> tuple[Float[Array, "rows keys H h"], Float[Array, "rows keys H h"], Int[Array, " rows"] | None]:
     """Joins the keys and values of each block with those of the text.
 
     Returns:
-      Keys and values, each `(B * L * n, s + T, H, h)`, and the number of them that are no padding,
-      `(B * L * n,)`, or None for all.
+      Keys and values of rows = B * L * n blocks, and the number of them that are not padding, or
+      None for all.
     """
     batch, blocks, streams, tokens, heads, size = self_kv[0].shape
     keys_values = list(self_kv)
@@ -120,8 +179,12 @@ def _diagonal_keys(
 
 
 def _forward(
-    q: Array, self_kv: KeyValuePair, context: KeyValuePair | None, text: KeyValuePair | None, lengths: Array | None
-) -> Any:
+    q: Float[Array, "B L n s H h"],
+    self_kv: KeyValuePair,
+    context: KeyValuePair | None,
+    text: KeyValuePair | None,
+    lengths: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B L n s H h"], _Residuals]:
     batch, blocks, streams, tokens, *heads = q.shape
     in_block = q.reshape(batch, blocks, streams * tokens, *heads)
     k, v, kv_lengths = _diagonal_keys(self_kv, text, lengths)
@@ -135,7 +198,7 @@ def _forward(
     return out.reshape(q.shape), (q, self_kv, context, text, lengths, out, lse)
 
 
-def merge_partials(partials: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+def merge_partials(partials: list[Partial]) -> Partial:
     """Merges results of `flash_attention` on disjoint keys into the result on all keys.
 
     A partial result without keys has an lse of -inf.
@@ -146,7 +209,7 @@ def merge_partials(partials: list[tuple[Array, Array]]) -> tuple[Array, Array]:
     return jnp.asarray(out, partials[0][0].dtype), merged
 
 
-def _backward(saved: Any, gradient: Array) -> Any:
+def _backward(saved: _Residuals, gradient: Float[Array, "B L n s H h"]) -> tuple[PyTree[Array], ...]:
     q, self_kv, context, text, lengths, out, lse = saved
     tokens, heads = q.shape[3], q.shape[4:]
     in_block, d_out = q.reshape(out.shape), gradient.reshape(out.shape)
@@ -174,7 +237,7 @@ def _backward(saved: Any, gradient: Array) -> Any:
     return _sum_in_float32(dqs).reshape(q.shape), d_self, d_context, d_text, None
 
 
-def _sum_in_float32(arrays: list[Array]) -> Array:
+def _sum_in_float32(arrays: list[Float[Array, "*shape"]]) -> Float[Array, "*shape"]:
     return sum((x.astype(jnp.float32) for x in arrays[1:]), arrays[0].astype(jnp.float32)).astype(arrays[0].dtype)
 
 
@@ -182,26 +245,23 @@ block_attention.defvjp(_forward, _backward)
 
 
 def cached_attention(
-    q: Array,
+    q: Float[Array, "B s H h"],
     self_kv: KeyValuePair,
     context: KeyValuePair | None,
     text: KeyValuePair | None,
-    block: int | Array,
-    lengths: Array | None,
-) -> Array:
+    block: int | Int[Array, ""],
+    lengths: Int[Array, " B"] | None,
+) -> Float[Array, "B s H h"]:
     """Computes attention of one block against the cache, in sampling.
 
     Args:
-      q: Queries of the block, `(B, s, H, h)`.
+      q: Queries of the block.
       self_kv: Keys and values of the block, each `(B, s, H, h)`.
       context: Cached keys and values, each `(B, slots, s, H, h)`, or None. Slots from `block` on are
         ignored but must be finite.
       text: Keys and values, each `(B, T, H, h)`, or None.
       block: Number of filled slots.
-      lengths: Number of text tokens without padding, `(B,)`. None for all.
-
-    Returns:
-      The output, `(B, s, H, h)`.
+      lengths: Number of text tokens without padding. None for all.
     """
     k, v, kv_lengths = _diagonal_keys(tuple(x[:, None, None] for x in self_kv), text, lengths)  # type: ignore[arg-type]
     diagonal = flash_attention(q, k, v, kv_lengths)
@@ -211,3 +271,64 @@ def cached_attention(
     filled = jnp.full(q.shape[0], jnp.maximum(block, 1) * q.shape[1], jnp.int32)
     out, lse = flash_attention(q, k, v, filled)
     return merge_partials([diagonal, (out, jnp.where(jnp.asarray(block) > 0, lse, -jnp.inf))])[0]
+
+
+class CudnnAttention(Attention):
+    """Attention with cuDNN, on GPUs. Cached keys and values are `(layers, B, slots, s, H, h)`."""
+
+    name = "cudnn"
+    requirements = (
+        f"an NVIDIA GPU, bfloat16, a head size that is a multiple of 8 and at most {MAX_HEAD_SIZE}, and a JAX whose "
+        "cuDNN functions are known"
+    )
+    cache_token_axes = 2, 2
+
+    def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
+        return device == "gpu" and dtype == "bfloat16" and supports_head_size(head_dim) and is_available()
+
+    def block_attention(
+        self,
+        streams: Sequence[QKV],
+        context: KV | None,
+        text: KV | None,
+        lengths: Int[Array, " images"] | None = None,
+        *,
+        images: int = 1,
+    ) -> list[Float[Array, "B _ s H h"]]:
+        # Stacks the streams so that one call serves both. Shorter streams are padded with zeros.
+        streams, context = apply_to_tree((streams, context))
+        blocks = max(stream.v.shape[1] for stream in streams)
+
+        def pad_blocks(x: Float[Array, "B _ s H h"]) -> Float[Array, "B _ s H h"]:
+            return jnp.pad(x, [(0, 0), (0, blocks - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+        q, k, v = (
+            jnp.stack([pad_blocks(x) for x in arrays], axis=2)
+            for arrays in zip(*map(require_query, streams), strict=True)
+        )
+        padded = None if context is None else tuple(map(pad_blocks, context))
+        out = block_attention(q, (k, v), padded, None if text is None else tuple(text), lengths)
+        return [out[:, : stream.v.shape[1], n] for n, stream in enumerate(streams)]
+
+    def cached_attention(
+        self,
+        qkv: QKV,
+        context: KV | None,
+        text: KV | None,
+        layer: int | Int[Array, ""],
+        block: int | Int[Array, ""],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> Block:
+        q, k, v = (x[:, 0] for x in require_query(qkv))
+        context, text = (kv and select_layer(kv, layer) for kv in (context, text))
+        return cached_attention(q, (k, v), context, text, block, lengths)[:, None]
+
+    def to_cache_layout(self, kv: KV) -> KV:
+        return kv
+
+    def attend(
+        self, q: Float[Array, "B S H h"], k: Float[Array, "B K H h"], v: Float[Array, "B K H h"]
+    ) -> Float[Array, "B S H h"]:
+        if k.shape[1] == 1 or not supports_head_size(q.shape[-1]):
+            return super().attend(q, k, v)
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")

@@ -1,6 +1,6 @@
 """Skip-causal attention on a TPU (section 3.2): calls of the Pallas kernels.
 
-`attention.api` calls `block_attention` in training and `cached_attention` in sampling. The kernels
+`attention.pallas` calls `block_attention` in training and `cached_attention` in sampling. The kernels
 themselves are in `attention.pallas_tpu_kernels`.
 
 Queries, keys and values have their tokens along the last axis, `(B, H, h, tokens)`. Registers of a
@@ -14,23 +14,24 @@ Shapes: B rows of `images` images, L blocks, H heads, h head size, T text tokens
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import Array
+from jax import Array, Ref
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 from jax.sharding import PartitionSpec
+from jaxtyping import Float, Int, PyTree, Shaped
 
 from madformer_jax.ops.attention import pallas_tpu_kernels
-from madformer_jax.ops.attention.pallas_tpu_kernels import LANES, KeyValuePair
-from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, is_projected
+from madformer_jax.ops.attention.pallas_tpu_kernels import LANES, Index, KeyValuePair
+from madformer_jax.ops.attention.qk_norm_rope import Projectable, ProjectedQK, is_projected
 from madformer_jax.runtime import partitioning
 
 CHECKPOINT_NAME = "attention"  # name of the kernel's output and lse in policies of jax.checkpoint
+_Shaped = Array | jax.ShapeDtypeStruct
 _DEFAULT_VMEM_BYTES = 16 * 2**20  # VMEM that a kernel may use by default
 
 
@@ -53,7 +54,7 @@ def images_per_row(batch: int) -> int:
     return batch // devices if batch % devices == 0 else batch
 
 
-def with_row_major_layout(x: Array) -> Array:
+def with_row_major_layout(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Stores `x` and its gradient in row-major order.
 
     The layout that the compiler would choose costs copies.
@@ -63,13 +64,15 @@ def with_row_major_layout(x: Array) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def pad_text_to_lanes(text: Array, images: int) -> Array:
-    """Pads text keys or values `(..., images * T)` so that T of each image is a multiple of 128."""
+def pad_text_to_lanes(text: Float[Array, "*rows h _"], images: int) -> Float[Array, "*rows h _"]:
+    """Pads text keys or values so that T of each image is a multiple of 128."""
     x = text.reshape(*text.shape[:-1], images, -1)
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % LANES)]).reshape(*text.shape[:-1], -1)
 
 
-def shard_map_kernel(function: Callable[..., Array], q: Any, *args: Any) -> Array:
+def shard_map_kernel(
+    function: Callable[..., Array], q: Projectable, *args: PyTree[Array]
+) -> Float[Array, "B H h columns"]:
     """Runs a function on each device's own images and heads.
 
     The compiler cannot split a kernel over devices. Batch or heads are not split if their mesh axes
@@ -97,16 +100,16 @@ def shard_map_kernel(function: Callable[..., Array], q: Any, *args: Any) -> Arra
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def block_attention(
-    q: ProjectedQK | Array,
+    q: ProjectedQK | Float[Array, "B H h columns"],
     self_kv: KeyValuePair | None,
     context: KeyValuePair | None,
     text: KeyValuePair | None,
-    lengths: Array | None,
+    lengths: Int[Array, " rows"] | None,
     images: int,
     tokens: int,
     text_tokens: int,
     interpret: bool,
-) -> Array:
+) -> Float[Array, "B H h columns"]:
     """Computes attention of all blocks of a stream, in training.
 
     Args:
@@ -129,30 +132,27 @@ def block_attention(
 
 
 def cached_attention(
-    q: Array,
+    q: Float[Array, "B H h tokens"],
     self_kv: KeyValuePair,
     context: KeyValuePair | None,
     text: KeyValuePair | None,
-    lengths: Array | None,
-    layer: int | Array,
-    block: int | Array,
+    lengths: Int[Array, " B"] | None,
+    layer: int | Int[Array, ""],
+    block: int | Int[Array, ""],
     interpret: bool,
-) -> Array:
+) -> Float[Array, "B H h tokens"]:
     """Computes attention of one block against the cache, in sampling.
 
     Args:
-      q: Queries of the block, `(B, H, h, tokens)`.
+      q: Queries of the block.
       self_kv: Keys and values of the block, like `q`.
       context: Cached keys and values, each `(layers, B, H, h, slots * tokens)`, or None. Slots from
         `block` on are ignored but must be finite.
       text: Cached keys and values, each `(layers, B, H, h, T)` with T a multiple of 128, or None.
-      lengths: Visible text tokens of each image, `(B,)`. None without text.
+      lengths: Visible text tokens of each image. None without text.
       layer: Index of the layer in the cache.
       block: Number of filled slots.
       interpret: Whether to run the kernel in Pallas' interpreter, on any platform.
-
-    Returns:
-      The output, shaped like `q`.
     """
     tokens = q.shape[3]
     mean_blocks = 0 if context is None else context[0].shape[4] / tokens / 2
@@ -163,16 +163,16 @@ def cached_attention(
 
 
 def _forward(
-    q: Any,
+    q: Projectable,
     keys: dict[str, KeyValuePair],
-    scalars: Array,
+    scalars: Int[Array, " scalars"],
     mean_blocks: float,
     images: int,
     tokens: int,
     text_tokens: int,
     interpret: bool,
-) -> tuple[Array, Array]:
-    """Returns the output, shaped like `q`, and the base-2 log-sum-exp, `(B, H, 1, queries)`."""
+) -> tuple[Float[Array, "B H h queries"], Float[Array, "B H 1 queries"]]:
+    """Returns the output and the base-2 log-sum-exp."""
     x = _raw_array(q)
     lse = jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32)
     results = jax.ShapeDtypeStruct(x.shape, x.dtype), lse
@@ -181,8 +181,17 @@ def _forward(
     )
 
 
-def _forward_with_residuals(*args: Any) -> tuple[Array, Any]:
-    q, self_kv, context, text, lengths, images, tokens, text_tokens, interpret = args
+def _forward_with_residuals(
+    q: ProjectedQK | Array,
+    self_kv: KeyValuePair | None,
+    context: KeyValuePair | None,
+    text: KeyValuePair | None,
+    lengths: Array | None,
+    images: int,
+    tokens: int,
+    text_tokens: int,
+    interpret: bool,
+) -> tuple[Array, PyTree]:
     keys = _keys_by_kind(self_kv, context, text)
     scalars = _scalar_arguments(0, 0, lengths, len(_raw_array(q)) * images)
     mean_blocks = _mean_context_blocks(_raw_array(q), self_kv, images, tokens)
@@ -191,12 +200,14 @@ def _forward_with_residuals(*args: Any) -> tuple[Array, Any]:
     return out, (q, keys, scalars, out, lse)
 
 
-def _mean_context_blocks(q: Array, self_kv: KeyValuePair | None, images: int, tokens: int) -> float:
+def _mean_context_blocks(
+    q: Array | jax.ShapeDtypeStruct, self_kv: KeyValuePair | None, images: int, tokens: int
+) -> float:
     """Returns the mean number of context blocks that a block attends to in training."""
     return (q.shape[3] // images // tokens - 1) / 2 + (self_kv is None)
 
 
-def _checkpoint_residual(x: Array) -> Array:
+def _checkpoint_residual(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Names `x` for policies of `jax.checkpoint`, as integers.
 
     `jax.checkpoint` would round a copy of a floating-point array.
@@ -205,7 +216,9 @@ def _checkpoint_residual(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(checkpoint_name(bits, CHECKPOINT_NAME), x.dtype)
 
 
-def _backward(images: int, tokens: int, text_tokens: int, interpret: bool, saved: Any, d_out: Array) -> Any:
+def _backward(
+    images: int, tokens: int, text_tokens: int, interpret: bool, saved: PyTree, d_out: Float[Array, "B H h columns"]
+) -> tuple[PyTree, ...]:
     q, keys, scalars, out, lse = saved
     arrays = jax.tree.map(_raw_array, (q, keys), is_leaf=is_projected)
     dq, d_keys = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
@@ -231,7 +244,7 @@ def _backward(images: int, tokens: int, text_tokens: int, interpret: bool, saved
     return dq, *(d_keys.get(kind) for kind in ("self", "context", "text")), None
 
 
-def _raw_array(x: Any) -> Array:
+def _raw_array(x: PyTree) -> Array | jax.ShapeDtypeStruct:
     return x.x if is_projected(x) else x
 
 
@@ -246,24 +259,26 @@ def _keys_by_kind(
     return {kind: tuple(pair) for kind, pair in pairs.items() if pair is not None}
 
 
-def _scalar_arguments(layer: int | Array, block: int | Array, lengths: Array | None, images: int) -> Array:
+def _scalar_arguments(
+    layer: int | Int[Array, ""], block: int | Int[Array, ""], lengths: Int[Array, " images"] | None, images: int
+) -> Int[Array, " 2+{images}"]:
     """Returns the scalar arguments of a kernel, as `pallas_tpu_kernels._key_sources` reads them."""
     lengths = jnp.zeros(images, jnp.int32) if lengths is None else lengths
     return jnp.concatenate([jnp.stack([jnp.asarray(x, jnp.int32) for x in (layer, block)]), lengths.astype(jnp.int32)])
 
 
 def _call_kernel(
-    kernel: Any,
-    scalars: Array,
-    inputs: tuple[Any, ...],
-    results: tuple[Any, ...],
+    kernel: Callable[..., None],
+    scalars: Int[Array, " scalars"],
+    inputs: tuple[PyTree[Array], ...],
+    results: tuple[PyTree[jax.ShapeDtypeStruct], ...],
     products: int,
     mean_blocks: float,
     images: int,
     tokens: int,
     text_tokens: int,
     interpret: bool,
-) -> Any:
+) -> PyTree[Array]:
     """Runs a kernel on the grid of rows, images, heads and tiles of queries.
 
     Args:
@@ -283,24 +298,24 @@ def _call_kernel(
     batch, heads, size, columns = _raw_array(inputs[0]).shape
     side = tile_size(tokens) or tokens  # other sizes run in the interpreter only
 
-    def image_width(x: Any) -> int:
+    def image_width(x: _Shaped) -> int:
         """Returns the columns of one image in an array.
 
         Rotary tables are the same for all images.
         """
         return x.shape[-1] // (images if len(x.shape) > 2 else 1)
 
-    def window_width(kind: str, x: Any) -> int:
+    def window_width(kind: str, x: _Shaped) -> int:
         """Returns the columns of an array that a step holds.
 
         These are a tile of queries, the keys of their block, or all keys of the image or its text.
         """
         return min({"query": side, "self": tokens}.get(kind, image_width(x)), image_width(x))
 
-    def spec(kind: str, x: Any) -> pl.BlockSpec:
+    def spec(kind: str, x: _Shaped) -> pl.BlockSpec:
         count = image_width(x) // window_width(kind, x)
 
-        def index_map(row: Any, image: Any, head: Any, step: Any, scalars: Any) -> tuple[Any, ...]:
+        def index_map(row: Array, image: Array, head: Array, step: Array, scalars: Ref) -> tuple[Index, ...]:
             column = {"query": step, "self": jax.lax.div(step, tokens // side)}.get(kind, 0) if count > 1 else 0
             if len(x.shape) == 2:
                 return 0, column
@@ -308,7 +323,7 @@ def _call_kernel(
 
         return pl.BlockSpec((*[None] * (len(x.shape) - 2), x.shape[-2], window_width(kind, x)), index_map)
 
-    def map_with_kind(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    def map_with_kind(function: Callable[[str, Array | jax.ShapeDtypeStruct], object], tree: PyTree) -> PyTree:
         by_kind = tree if isinstance(tree, dict) else {"query": tree}
         mapped = {kind: jax.tree.map(functools.partial(function, kind), subtree) for kind, subtree in by_kind.items()}
         return mapped if isinstance(tree, dict) else mapped["query"]
@@ -317,13 +332,13 @@ def _call_kernel(
     text_tile = pallas_tpu_kernels.text_tile_size(text_tokens)
     visible = {"context": mean_blocks * tokens, "text": -(-text_tokens // text_tile) * text_tile if text_tokens else 0}
     pairs = batch * heads * columns * sum(visible.get(kind, n) for kind, n in widths.items())
-    scratch: list[Any] = [
+    scratch: list[PyTree] = [
         {kind: tpu.VMEM((size, widths[kind]), k.x.dtype) for kind, (k, _) in keys.items() if is_projected(k)}
     ]
     if kernel is pallas_tpu_kernels.backward:
         scratch.append({kind: (tpu.VMEM((size, n), jnp.float32),) * 2 for kind, n in widths.items()})
 
-    def nbytes(kind: str, x: Any) -> int:
+    def nbytes(kind: str, x: _Shaped) -> int:
         return x.shape[-2] * window_width(kind, x) * x.dtype.itemsize
 
     # The arrays of two steps, 4 MiB for the temporaries of a tile, and the scratch memory.

@@ -12,14 +12,15 @@ Keys and values come from up to three kinds of sources: the text, the context an
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, Ref
 from jax.experimental import pallas as pl
+from jaxtyping import Float, PyTree
 
-from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_qk_norm_rope, is_projected
+from madformer_jax.ops.attention.qk_norm_rope import Projectable, ProjectedQK, apply_qk_norm_rope, is_projected
 from madformer_jax.ops.rope import RotaryTable
 
 LANES = 128
@@ -28,28 +29,29 @@ UNROLL_FACTORS = (4, 2, 1)  # tiles of keys; 8 would save 2 % of the time and do
 _MASKED_SCORE = -1e30  # score of a hidden key; -inf - -inf would be NaN
 _LN_2 = math.log(2)  # factor from the gradient of exp to that of a power of two
 
-# Keys and values. In training keys are `ProjectedQK` with a scale (h, 1) and a table (h, n) for the n
-# tokens of an image.
-KeyValuePair = tuple[Any, Any]
+# In training keys are a `ProjectedQK` with a scale (h, 1) and a table (h, n) for the n tokens of an image.
+KeyValuePair = tuple[Projectable, Projectable]  # keys and values
+Index = int | Array
+Columns = slice | pl.Slice
 
 
 class _KeySource(NamedTuple):
     """Keys and values `(h, ...)` that a tile of queries attends to.
 
-    The first `count` tiles of `side` keys are visible, except for keys from `length` on.
+    The first `tiles` tiles of `side` keys are visible, except for keys from `length` on.
     """
 
-    k: Any
-    v: Any
+    k: Ref
+    v: Ref
     side: int
-    count: Any
-    length: Any = None
+    tiles: Index
+    length: Index | None = None
 
-    def tile(self, j: Any) -> Any:
+    def tile(self, j: Index) -> Columns:
         return _tile_slice(j, self.side)
 
-    def scores(self, j: Any, q: Array) -> Array:
-        """Returns the scores `(side, queries)` of queries `(h, queries)` in tile j."""
+    def scores(self, j: Index, q: Float[Array, "h queries"]) -> Float[Array, "_ queries"]:
+        """Returns the scores of queries with the keys of tile j."""
         scores = _matmul(self.k[:, self.tile(j)], q, (0, 0))
         if self.length is None:
             return scores
@@ -62,18 +64,18 @@ def text_tile_size(text_tokens: int) -> int:
     return LANES if text_tokens > LANES // 2 else -(-text_tokens // _BFLOAT16_SUBLANES) * _BFLOAT16_SUBLANES
 
 
-def _tile_slice(j: Any, side: int) -> Any:
+def _tile_slice(j: Index, side: int) -> Columns:
     return pl.ds(j * side if isinstance(j, int) else pl.multiple_of(j * side, side), side)
 
 
-def _for_each_tile(x: Any, side: int, function: Callable[[Any], None]) -> None:
+def _for_each_tile(x: Ref, side: int, function: Callable[[Columns], None]) -> None:
     """Calls a function with the slice of the columns of each tile of `x` `(h, n)`."""
     side = math.gcd(side, x.shape[1])
     jax.lax.fori_loop(0, x.shape[1] // side, lambda j, _: function(_tile_slice(j, side)), None)
 
 
 def _key_sources(
-    keys: dict[str, KeyValuePair], scalars: Any, tokens: int, text_tokens: int, side: int
+    keys: dict[str, KeyValuePair], scalars: Ref, tokens: int, text_tokens: int, side: int
 ) -> dict[str, _KeySource]:
     """Returns the sources that the queries of this step attend to, by kind.
 
@@ -87,7 +89,7 @@ def _key_sources(
     tiles, text_tile = tokens // side, text_tile_size(text_tokens)
     block = scalars[1] + jax.lax.div(pl.program_id(3), tiles)
     length = scalars[2 + pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
-    visible: dict[str, tuple[Any, ...]] = {
+    visible: dict[str, tuple[int, Index] | tuple[int, Index, Array]] = {
         "self": (side, tiles),
         "context": (side, (block + ("self" not in keys)) * tiles),
         "text": (text_tile, jax.lax.div(length + LANES - 1, LANES) if text_tile == LANES else 1, length),
@@ -95,7 +97,7 @@ def _key_sources(
     return {kind: _KeySource(*pair, *visible[kind]) for kind, pair in keys.items()}
 
 
-def _first_and_last_step(kind: str, tiles: int) -> tuple[Any, Any]:
+def _first_and_last_step(kind: str, tiles: int) -> tuple[Array, Array]:
     """Returns whether this step is the first and whether it is the last to see the same keys.
 
     Only the tiles of a block see its own keys. All steps of an image see the context and the text.
@@ -105,11 +107,13 @@ def _first_and_last_step(kind: str, tiles: int) -> tuple[Any, Any]:
     return step == 0, step == count - 1
 
 
-def _norm_rope_columns(x: Array, scale: Array, projected: ProjectedQK, columns: Any, factor: float = 1.0) -> Array:
+def _norm_rope_columns(
+    x: Float[Array, "h n"], scale: Float[Array, "h _"], projected: ProjectedQK, columns: Columns, factor: float = 1.0
+) -> Float[Array, "h n"]:
     """Applies QK-norm and RoPE to columns of a projection.
 
     Args:
-      x: The columns, `(h, n)`.
+      x: The columns.
       scale: QK-norm scale.
       projected: Projection whose rotary table is used.
       columns: Slice of the columns in the table.
@@ -119,7 +123,7 @@ def _norm_rope_columns(x: Array, scale: Array, projected: ProjectedQK, columns: 
     return apply_qk_norm_rope(x, scale * factor, table, axis=0)
 
 
-def _scaled_queries(q: Any) -> Array:
+def _scaled_queries(q: Projectable) -> Float[Array, "h queries"]:
     """Returns the queries of a step, scaled by `_query_scale`."""
     if is_projected(q):
         return _norm_rope_columns(q.x[...], q.scale[...], q, pl.ds(0, q.x.shape[1]), _query_scale(len(q.x)))
@@ -127,7 +131,7 @@ def _scaled_queries(q: Any) -> Array:
 
 
 def _prepare_keys(
-    keys: dict[str, KeyValuePair], key_scratch: dict[str, Any], tiles: int, side: int
+    keys: dict[str, KeyValuePair], key_scratch: dict[str, Ref], tiles: int, side: int
 ) -> dict[str, KeyValuePair]:
     """Returns keys and values, with QK-norm and RoPE applied to projected keys.
 
@@ -137,8 +141,8 @@ def _prepare_keys(
         first, _ = _first_and_last_step(kind, tiles)
 
         @pl.when(first)
-        def _(projected: ProjectedQK = keys[kind][0], target: Any = target) -> None:
-            def write_tile(columns: Any) -> None:
+        def _(projected: ProjectedQK = keys[kind][0], target: Ref = target) -> None:
+            def write_tile(columns: Columns) -> None:
                 target[:, columns] = _norm_rope_columns(
                     projected.x[:, columns], projected.scale[...], projected, columns
                 )
@@ -148,18 +152,18 @@ def _prepare_keys(
     return {kind: (key_scratch.get(kind, k), v) for kind, (k, v) in keys.items()}
 
 
-def _fold_tiles(count: Any, see: Callable[[Sequence[Any], Any], Any], state: Any) -> Any:
+def _fold_tiles(count: Index, see: Callable[[Sequence[Index], PyTree], PyTree], state: PyTree) -> PyTree:
     """Folds `see` over the tiles.
 
     The loop is unrolled by 4, 2 or 1 so that products and exponentials overlap.
     """
     if isinstance(count, int) and count == 1:  # a static index allows a tile of any size
         return see([0], state)
-    first: Any = 0
+    first: Index = 0
     for size in UNROLL_FACTORS:
         groups = jax.lax.div(count - first, size)
 
-        def group(j: Any, state: Any, first: Any = first, size: int = size) -> Any:
+        def group(j: Index, state: PyTree, first: Index = first, size: int = size) -> PyTree:
             return see([first + size * j + n for n in range(size)], state)
 
         state = jax.lax.fori_loop(0, groups, group, state)
@@ -167,7 +171,7 @@ def _fold_tiles(count: Any, see: Callable[[Sequence[Any], Any], Any], state: Any
     return state
 
 
-def _matmul(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+def _matmul(a: Float[Array, "_ _"], b: Float[Array, "_ _"], axes: tuple[int, int]) -> Float[Array, "_ _"]:
     """Multiplies two matrices, summed over an axis of each, in float32."""
     return jax.lax.dot_general(a, b, ((axes[:1], axes[1:]), ((), ())), preferred_element_type=jnp.float32)
 
@@ -178,12 +182,12 @@ def _query_scale(size: int) -> float:
 
 
 def forward(
-    scalars: Any,
-    q: Any,
+    scalars: Ref,
+    q: Projectable,
     keys: dict[str, KeyValuePair],
-    out: Any,
-    lse: Any,
-    key_scratch: dict[str, Any],
+    out: Ref,
+    lse: Ref,
+    key_scratch: dict[str, Ref],
     *,
     tokens: int,
     text_tokens: int,
@@ -203,7 +207,7 @@ def forward(
 
     for source in _key_sources(keys, scalars, tokens, text_tokens, side).values():
 
-        def see(tiles: Sequence[Any], state: tuple[Array, ...], source: _KeySource = source) -> tuple[Array, ...]:
+        def see(tiles: Sequence[Index], state: tuple[Array, ...], source: _KeySource = source) -> tuple[Array, ...]:
             weighted, maximum, denominator = state
             scores = [source.scores(j, queries) for j in tiles]
             new_maximum = functools.reduce(jnp.maximum, (x.max(axis=0, keepdims=True) for x in scores), maximum)
@@ -215,22 +219,22 @@ def forward(
                 denominator += weights.sum(axis=0, keepdims=True)
             return weighted, new_maximum, denominator
 
-        state = _fold_tiles(source.count, see, state)
+        state = _fold_tiles(source.tiles, see, state)
     weighted, maximum, denominator = state
     out[...] = (weighted / denominator).astype(out.dtype)
     lse[...] = maximum + jnp.log2(denominator)
 
 
 def backward(
-    scalars: Any,
-    q: Any,
+    scalars: Ref,
+    q: Projectable,
     keys: dict[str, KeyValuePair],
-    out: Any,
-    d_out: Any,
-    lse: Any,
-    dq: Any,
-    d_keys: dict[str, Any],
-    key_scratch: dict[str, Any],
+    out: Ref,
+    d_out: Ref,
+    lse: Ref,
+    dq: Ref,
+    d_keys: dict[str, Projectable],
+    key_scratch: dict[str, Ref],
     accumulators: dict[str, KeyValuePair],
     *,
     tokens: int,
@@ -253,7 +257,9 @@ def backward(
         def _() -> None:
             d_scales[...] = jnp.zeros_like(d_scales)
 
-    def projection_gradient(projected: ProjectedQK, columns: Any, factor: float, index: int, dy: Array) -> Array:
+    def projection_gradient(
+        projected: ProjectedQK, columns: Columns, factor: float, index: int, dy: Float[Array, "h n"]
+    ) -> Float[Array, "h n"]:
         """Returns the gradient of columns of a projection from that of queries or keys.
 
         Adds the gradient of the scale to `d_scales`, at position `index`.
@@ -275,13 +281,13 @@ def backward(
 
         @pl.when(first)
         def _(pair: KeyValuePair = (dk, dv)) -> None:
-            def clear_tile(columns: Any) -> None:
+            def clear_tile(columns: Columns) -> None:
                 for accumulator in pair:
                     accumulator[:, columns] = jnp.zeros_like(accumulator[:, columns])
 
             _for_each_tile(pair[0], side, clear_tile)
 
-        def see(j: Sequence[Any], d_queries: Array, source: _KeySource = source, dk: Any = dk, dv: Any = dv) -> Array:
+        def see(j: Sequence[Index], d_queries: Array, source: _KeySource = source, dk: Ref = dk, dv: Ref = dv) -> Array:
             slices = [source.tile(n) for n in j]
             weights = [jnp.exp2(source.scores(n, queries) - log_weights) for n in j]
             d_weights = [_matmul(source.v[:, columns], gradient, (0, 0)) - mean for columns in slices]
@@ -292,13 +298,13 @@ def backward(
                 d_queries += _matmul(source.k[:, columns], d_tile, (1, 0))
             return d_queries
 
-        d_queries = _fold_tiles(source.count, see, d_queries)
+        d_queries = _fold_tiles(source.tiles, see, d_queries)
 
         @pl.when(last)
-        def _(kind: str = kind, dk: Any = dk, dv: Any = dv) -> None:
+        def _(kind: str = kind, dk: Ref = dk, dv: Ref = dv) -> None:
             dk_out, dv_out = d_keys[kind]
 
-            def write_tile(columns: Any) -> None:
+            def write_tile(columns: Columns) -> None:
                 dv_out[:, columns] = dv[:, columns].astype(dv_out.dtype)
                 gradient = dk[:, columns] * _LN_2
                 if kind in key_scratch:

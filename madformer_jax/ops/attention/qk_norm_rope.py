@@ -4,15 +4,17 @@
 QK-norm and RoPE where they read a projection. All other implementations call `apply_to_tree` first.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, PyTree
 
 from madformer_jax.ops.rope import RotaryTable, apply_rope
 
 QK_NORM_EPS = 1e-6
+_Tree = TypeVar("_Tree")
 
 
 class ProjectedQK(NamedTuple):
@@ -21,26 +23,29 @@ class ProjectedQK(NamedTuple):
     Attributes:
       x: Projection, `(B, L, s, H, h)` of an image stream or `(B, T, H, h)` of the text. If a row
         holds several images, the blocks of all of them are along L.
-      scale: QK-norm scale, `(h,)`.
+      scale: QK-norm scale.
       position: Rotary table of one image, `(L, s, h)`, or of the text, `(T, h)`.
     """
 
-    x: Array
-    scale: Array
+    x: Float[Array, "B *tokens H h"]
+    scale: Float[Array, " h"]
     position: RotaryTable
 
 
-def apply_to_tree(tree: Any) -> Any:
+Projectable = Any  # an array or a `ProjectedQK`; within a TPU kernel, of `jax.Ref`s
+
+
+def apply_to_tree(tree: _Tree) -> _Tree:
     """Replaces every `ProjectedQK` in a tree with its queries or keys."""
     return jax.tree.map(_apply_to_leaf, tree, is_leaf=is_projected)
 
 
-def is_projected(x: Any) -> bool:
+def is_projected(x: PyTree) -> TypeGuard[ProjectedQK]:
     """Returns whether `x` is a `ProjectedQK`, as a predicate for tree leaves."""
     return isinstance(x, ProjectedQK)
 
 
-def _apply_to_leaf(leaf: Any) -> Any:
+def _apply_to_leaf(leaf: PyTree) -> PyTree:
     if not is_projected(leaf):
         return leaf
     x, scale, position = leaf
@@ -50,7 +55,9 @@ def _apply_to_leaf(leaf: Any) -> Any:
     return apply_qk_norm_rope(rows, scale, tiled).reshape(x.shape)
 
 
-def apply_qk_norm_rope(x: Array, scale: Array, position: RotaryTable, axis: int = -1) -> Array:
+def apply_qk_norm_rope(
+    x: Float[Array, "*shape"], scale: Float[Array, "..."], position: RotaryTable, axis: int = -1
+) -> Float[Array, "*shape"]:
     """Applies QK-norm and then RoPE along an axis, in float32 with one rounding at the end.
 
     Args:

@@ -1,7 +1,7 @@
 """Tiling of the block-causal triangle into rectangles that need no mask (section 3.2).
 
 Query block i attends to the context blocks j < i. `tiling` cuts all these pairs (i, j) into tiles in
-which every query block attends to every key block. `attention.api` and `attention.cudnn` compute
+which every query block attends to every key block. `attention.xla_blocks` and `attention.cudnn` compute
 one unmasked attention per tile and merge the results.
 """
 
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Shaped
 
 
 class Tile(NamedTuple):
@@ -22,29 +23,38 @@ class Tile(NamedTuple):
     size: int
     rows: int
 
-    def _groups(self, x: Array) -> Array:
-        """Reshapes `(B, L, ...)` to `(B, pairs, size + rows, ...)`."""
+    def _groups(self, x: Shaped[Array, "B L *rest"]) -> Shaped[Array, "B pairs side *rest"]:
+        """Reshapes blocks to groups of side = size + rows blocks."""
         side = self.size + self.rows
         x = x[:, self.start : self.start + self.pairs * side]
         return x.reshape(x.shape[0], self.pairs, side, *x.shape[2:])
 
-    def keys(self, x: Array) -> Array:
-        """Selects the key blocks of `(B, L, s, H, h)` as `(B * pairs, size * s, H, h)`."""
+    def keys(self, x: Shaped[Array, "B L s *rest"]) -> Shaped[Array, "B*{self.pairs} {self.size}*s *rest"]:
+        """Selects the key blocks, those of each group in one row."""
         return _flatten_tokens(self._groups(x)[:, :, : self.size])
 
-    def queries(self, x: Array) -> Array:
-        """Selects the query blocks of `(B, L, s, H, ...)` as `(B * pairs, rows * s, H, ...)`."""
+    def queries(self, x: Shaped[Array, "B L s *rest"]) -> Shaped[Array, "B*{self.pairs} {self.rows}*s *rest"]:
+        """Selects the query blocks, those of each group in one row."""
         return _flatten_tokens(self._groups(x)[:, :, self.size :])
 
-    def put_keys(self, values: Array, like: Array) -> Array:
+    def put_keys(self, values: Shaped[Array, "_ _ *rest"], like: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
         """Inverts `keys`: returns an array shaped like `like` that is zero elsewhere."""
         return self._put(values, like, self.size, (0, self.rows), 0.0)
 
-    def put_queries(self, values: Array, like: Array, fill: float = 0.0) -> Array:
+    def put_queries(
+        self, values: Shaped[Array, "_ _ *rest"], like: Shaped[Array, "*shape"], fill: float = 0.0
+    ) -> Shaped[Array, "*shape"]:
         """Inverts `queries`: returns an array shaped like `like` that is `fill` elsewhere."""
         return self._put(values, like, self.rows, (self.size, 0), fill)
 
-    def _put(self, values: Array, like: Array, blocks: int, padding: tuple[int, int], fill: float) -> Array:
+    def _put(
+        self,
+        values: Shaped[Array, "_ _ *rest"],
+        like: Shaped[Array, "*shape"],
+        blocks: int,
+        padding: tuple[int, int],
+        fill: float,
+    ) -> Shaped[Array, "*shape"]:
         rest = [(0, 0)] * (like.ndim - 2)
         x = values.reshape(like.shape[0], self.pairs, blocks, *like.shape[2:])
         x = jnp.pad(x, [(0, 0), (0, 0), padding, *rest], constant_values=fill)
@@ -53,8 +63,8 @@ class Tile(NamedTuple):
         return jnp.pad(x, [(0, 0), (self.start, remaining), *rest], constant_values=fill)
 
 
-def _flatten_tokens(x: Array) -> Array:
-    """Reshapes `(B, pairs, blocks, s, ...)` to `(B * pairs, blocks * s, ...)`."""
+def _flatten_tokens(x: Shaped[Array, "B pairs blocks s *rest"]) -> Shaped[Array, "B*pairs blocks*s *rest"]:
+    """Joins the blocks of each group in one row."""
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2] * x.shape[3], *x.shape[4:])
 
 

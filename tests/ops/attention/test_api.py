@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from madformer_jax.config.validation import CHOICES
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention import api, cudnn, pallas_tpu
-from madformer_jax.ops.attention.api import KV, QKV
+from madformer_jax.ops.attention.base import KV, QKV, causal_attention
+from madformer_jax.ops.attention.pallas import PallasAttention
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 from madformer_jax.ops.rope import RotaryTable
 from madformer_jax.runtime import partitioning
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
+IMPLEMENTATIONS = api.IMPLEMENTATIONS | {"pallas_interpret": PallasAttention(interpret=True)}
 
 
 def stream(seed, blocks, tokens=S):
@@ -32,7 +35,7 @@ def text(seed=9):
     return KV(*(jax.random.normal(k, (B, T, H, SIZE)) for k in jax.random.split(jax.random.key(seed))))
 
 
-LENGTHS = np.array([2, 4])  # text tokens of each image; the rest of the T tokens is padding
+LENGTHS = jnp.array([2, 4])  # text tokens of each image; the rest of the T tokens is padding
 CASES = {
     "both streams": ([stream(0, L), stream(1, L)], "clean", None),
     "clean one block short": ([stream(0, L - 1), stream(1, L)], "clean", None),
@@ -58,7 +61,7 @@ def value_and_gradient(implementation, streams, source, text, lengths=None, *, i
         streams = [QKV(*map(flatten_images, stream)) for stream in streams]
         text = text and KV(*map(flatten_images, text))
         context = streams[0].kv if source else None
-        outputs = api.block_attention(streams, context, text, lengths, implementation=implementation, images=images)
+        outputs = IMPLEMENTATIONS[implementation].block_attention(streams, context, text, lengths, images=images)
         outputs = [x.reshape(shape) for x, shape in zip(outputs, shapes, strict=True)]
         weights = [jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in outputs]
         return sum(jnp.sum(x * w) for x, w in zip(outputs, weights, strict=True)), outputs
@@ -122,7 +125,7 @@ def test_tiles_of_cudnn_equal_the_dense_mask(name, no_cudnn):
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 11, 16])
 def test_tiles_cover_every_pair_of_blocks_once(blocks):
     count = np.zeros((blocks, blocks), int)
-    number = np.arange(blocks)[None, :, None]
+    number = jnp.arange(blocks)[None, :, None]
     for tile in tiling(blocks):
         for rows, keys in zip(tile.queries(number), tile.keys(number), strict=True):
             count[np.ix_(rows, keys)] += 1
@@ -131,7 +134,7 @@ def test_tiles_cover_every_pair_of_blocks_once(blocks):
 
 def to_cache(kv, implementation):
     """Returns a cache of two layers, the second of which holds `kv`."""
-    return api.to_cache_layout(KV(*(jnp.stack([x + 1, x]) for x in kv)), implementation)
+    return IMPLEMENTATIONS[implementation].to_cache_layout(KV(*(jnp.stack([x + 1, x]) for x in kv)))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "pallas_interpret"])
@@ -149,7 +152,7 @@ def test_padding_changes_nothing(implementation, no_cudnn):
 
         def read(words):
             context, words = (to_cache(kv, implementation) for kv in (apply_to_tree(streams[0].kv), words))
-            return api.cached_attention(qkv, context, words, 1, 2, lengths, implementation=implementation)
+            return IMPLEMENTATIONS[implementation].cached_attention(qkv, context, words, 1, 2, lengths)
 
         cached = read(words)
         np.testing.assert_array_equal(cached, read(others))
@@ -185,7 +188,7 @@ def test_tpu_kernels_equal_full_attention():
 
     def run(implementation):
         def total(*args):
-            return (api.attend(*args, implementation=implementation) ** 2).sum()
+            return (IMPLEMENTATIONS[implementation].attend(*args) ** 2).sum()
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
 
@@ -204,7 +207,7 @@ def test_tpu_kernels_neither_compute_nor_count_hidden_tiles():
     clean = streams[0]
     # Only the last query block attends to context block 2.
     hidden = KV(clean.k._replace(x=clean.k.x.at[:, 2].set(jnp.nan)), clean.v.at[:, 2].set(jnp.nan))
-    attend = functools.partial(api.block_attention, implementation="pallas_interpret")
+    attend = PallasAttention(interpret=True).block_attention
     out = attend(streams[1:], hidden, None)[0]
     assert jnp.isfinite(out[:, :3]).all() and jnp.isnan(out[:, 3]).all()
 
@@ -245,7 +248,7 @@ def test_tpu_kernels_compile_for_a_tpu(topology, accelerator, tokens, monkeypatc
     lengths = jax.ShapeDtypeStruct(words.shape[:1], jnp.int32) if tokens > 1 else None
 
     def total(streams, words, lengths):
-        outputs = api.block_attention(streams, streams[0].kv, words, lengths, implementation="pallas")
+        outputs = PallasAttention().block_attention(streams, streams[0].kv, words, lengths)
         return sum(jnp.sum(x.astype(jnp.float32)) for x in outputs)
 
     with partitioning.scope(mesh):
@@ -261,16 +264,51 @@ def test_tpu_kernels_compile_for_a_tpu(topology, accelerator, tokens, monkeypatc
 
 
 def test_auto_selects_the_kernel_of_the_platform_if_the_shape_allows():
-    auto = functools.partial(api.choose_implementation, "auto", head=64)
-    assert auto("cpu", "bfloat16", 256) == auto("gpu", "float32", 256) == "blocks"
-    assert auto("gpu", "bfloat16", 256) == "cudnn"
-    assert auto("tpu", "bfloat16", 256) == auto("tpu", "float32", 128) == "pallas"
-    assert auto("tpu", "bfloat16", 64) == "blocks"
-    assert api.choose_implementation("auto", "gpu", "bfloat16", 256, 12) == "blocks"
-    assert api.choose_implementation("blocks", "tpu", "bfloat16", 256, 64) == "blocks"
-    assert api.choose_implementation("pallas", "cpu", "float32", 64, 64) == "pallas_interpret"
-    with pytest.raises(ConfigError, match="a multiple of 128 tokens, but the model has 64"):
-        api.choose_implementation("pallas", "tpu", "bfloat16", 64, 64)
+    def auto(*case):
+        return api.choose("auto", *case).name
+
+    assert auto("cpu", "bfloat16", 64, 256) == auto("gpu", "float32", 64, 256) == "blocks"
+    assert auto("gpu", "bfloat16", 64, 256) == "cudnn"
+    assert auto("tpu", "bfloat16", 64, 256) == auto("tpu", "float32", 64, 128) == "pallas"
+    assert auto("tpu", "bfloat16", 64, 64) == auto("gpu", "bfloat16", 12, 256) == "blocks"
+    assert api.choose("blocks", "tpu", "bfloat16", 64, 256).name == "blocks"
+    assert api.choose("pallas", "tpu", "bfloat16", 64, 256) == PallasAttention()
+    assert api.choose("pallas", "cpu", "float32", 64, 64) == PallasAttention(interpret=True)
+    for name, case, words in (
+        ("pallas", ("tpu", "bfloat16", 64, 64), "a multiple of 128 tokens, but the model has blocks of 64"),
+        ("cudnn", ("cpu", "bfloat16", 64, 64), "needs an NVIDIA GPU.* on cpu"),
+        ("cudnn", ("gpu", "bfloat16", 12, 64), "at most 128.* heads of 12"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            api.choose(name, *case)
+
+
+def test_the_choices_of_the_config_are_the_implementations():
+    assert set(CHOICES["model.attention"]) == {"auto", *api.IMPLEMENTATIONS}
+
+
+@pytest.mark.parametrize("change", ["missing", "another argument", "another result"])
+def test_a_jax_with_other_private_functions_runs_without_cudnn_and_says_so_once(change, monkeypatch, caplog):
+    functions = cudnn.private_functions()
+
+    def changed():
+        if change == "missing":
+            raise AttributeError("no attribute '_dot_product_attention_bwd_p_wrapper'")
+        if change == "another argument":
+            return functions._replace(forward=lambda q, k, v, *, lengths: None)
+        return functions._replace(backward=lambda *args, **settings: ())
+
+    monkeypatch.setattr(cudnn, "private_functions", changed)
+    cudnn.is_available.cache_clear()
+    try:
+        for _ in range(2):
+            assert api.choose("auto", "gpu", "bfloat16", 64, 256).name == "blocks"
+        with pytest.raises(ConfigError, match="config.model.attention='cudnn' needs"):
+            api.choose("cudnn", "gpu", "bfloat16", 64, 256)
+        (record,) = caplog.records
+        assert "runs without cuDNN" in record.getMessage() and jax.__version__ in record.getMessage()
+    finally:
+        cudnn.is_available.cache_clear()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -278,7 +316,7 @@ def test_a_single_key_gets_all_the_weight_in_bfloat16_too(causal):
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 1, 4, 8), jnp.bfloat16) for i in range(3))
 
     def attend(*args):
-        return api.attend(*args, causal=causal)
+        return causal_attention(*args) if causal else api.IMPLEMENTATIONS["blocks"].attend(*args)
 
     out, vjp = jax.jit(functools.partial(jax.vjp, attend))(q, k, v)
     np.testing.assert_array_equal(out, v)
@@ -289,9 +327,10 @@ def test_a_single_key_gets_all_the_weight_in_bfloat16_too(causal):
 def test_a_query_sees_earlier_context_blocks_and_itself_only():
     streams = [stream(0, L), stream(1, L)]
     context = streams[0].kv
-    before = api.block_attention(streams, context, None, implementation="blocks")
+    blocks = api.IMPLEMENTATIONS["blocks"]
+    before = blocks.block_attention(streams, context, None)
     changed = KV(context.k._replace(x=context.k.x.at[:, 2].add(1.0)), context.v.at[:, 2].add(1.0))
-    after = api.block_attention(streams, changed, None, implementation="blocks")
+    after = blocks.block_attention(streams, changed, None)
     for x, y in zip(before, after, strict=True):
         np.testing.assert_array_equal(x[:, :3], y[:, :3])
         assert float(jnp.abs(x[:, 3] - y[:, 3]).max()) > 1e-3
@@ -303,11 +342,12 @@ def test_a_query_sees_earlier_context_blocks_and_itself_only():
 def test_attention_with_the_cache_equals_training(implementation, unfilled, no_cudnn):
     streams, words = [stream(0, L), stream(1, L)], text()
     context = streams[0].kv
-    expected = api.block_attention(streams, context, words, implementation="blocks")
-    lengths = api.cache_lengths(None, words.k[..., 0, 0], implementation)
+    attention = IMPLEMENTATIONS[implementation]
+    expected = IMPLEMENTATIONS["blocks"].block_attention(streams, context, words)
+    lengths = attention.cache_lengths(None, jnp.zeros((B, T), int))
     words = to_cache(words, implementation)
     slots = to_cache(KV(*(x[:, : L - 1].at[:, 2:].set(unfilled) for x in apply_to_tree(context))), implementation)
-    one_block = functools.partial(api.cached_attention, implementation=implementation)
+    one_block = attention.cached_attention
 
     @jax.jit
     def traced(qkv, layer, block):
