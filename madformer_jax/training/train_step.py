@@ -39,25 +39,18 @@ def learning_rate(c: ConfigDict) -> optax.Schedule:
     A linear warm-up over `warmup` of the steps is followed by a constant rate, a cosine, or WSD
     (authors' release). WSD (warm-up, stable, decay) is constant until the last part `decay` of the
     steps. There it falls as 0.5 ** (6 r), where r goes from 0 to 1.
-
-    Optax's linear warm-up and cosine differ from these in the last bit. They are not used because
-    old runs must continue bit for bit.
     """
     o, steps = c.optimizer, c.train.steps
-    warmup = max(1, round(o.warmup * steps))
-    decay_steps = max(1.0, o.decay * steps)
-
-    def cosine(step: Array) -> Array:
-        return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)))
-
-    fall = {
-        "constant": optax.constant_schedule(1.0),
-        "cosine": cosine,
-        "wsd": optax.exponential_decay(
-            1.0, decay_steps, 0.5**6, transition_begin=steps - decay_steps, end_value=0.5**6
-        ),
+    rate, warmup = o.learning_rate, max(1, round(o.warmup * steps))
+    remaining = max(1, steps - warmup)
+    decay_steps = min(remaining, max(1, o.decay * steps))
+    warm_up = optax.linear_schedule(rate / warmup, rate, max(1, warmup - 1))
+    schedule = {
+        "constant": optax.constant_schedule(rate),
+        "cosine": optax.cosine_decay_schedule(rate, remaining),
+        "wsd": optax.exponential_decay(rate, decay_steps, 0.5**6, remaining - decay_steps, end_value=rate * 0.5**6),
     }[o.schedule]
-    return lambda step: o.learning_rate * jnp.minimum(1.0, (step + 1) / warmup) * fall(step)
+    return optax.join_schedules([warm_up, schedule], [warmup])
 
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
@@ -236,9 +229,7 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> StepFn:
         updates, opt_state = s.tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(max_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else max_decay
-        # optax.incremental_update adds in the other order. A quarter of its results differ in the
-        # last bit, and old runs must continue bit for bit.
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
         # The optimizer does not count steps that it skips.
         optimizer_step = state.step - state.opt.total_notfinite if skip else state.step
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(optimizer_step)}
