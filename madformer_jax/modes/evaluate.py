@@ -26,14 +26,13 @@ from tqdm import tqdm
 from madformer_jax.config import aliases, class_labels
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
-from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, judge, judge_paths, likelihood, sample_scores, sampling_grid, shards
-from madformer_jax.models import madformer
 from madformer_jax.modes import reference as reference_mode
-from madformer_jax.runtime import checkpoint, memory, partitioning, progress, storage
+from madformer_jax.runtime import checkpoint, partitioning, progress, storage
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights.fingerprint import fingerprint
 
 # Fields of `sample` that determine the images.
@@ -140,10 +139,6 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     scorer = sample_scores.open_judge(c, workdir, c.evaluate.n)
-    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    model, images_codec = madformer.build(c), codec.build(c)
-    target = generation.abstract_params(model, mesh)
-    memory.check_state_fits("evaluation", mesh, parameters=target)
     noise = generation.open_noise(grid[0])  # `sample.noise` is the same in all settings
     noise_digest = generation.hash_noise(noise) or ""
     unique_prompts = _unique_prompt_configs(grid)
@@ -153,13 +148,16 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     extra_protocol = {} if captions is None else {"bits": captions.protocol}
     programs: dict[Any, generation.SampleFn] = {}
     results: dict[tuple[int, int], dict[str, Any]] = {}
-    with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoints.steps)
-        codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
-        codec_metadata = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
-        for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
-            _, params = checkpoints.restore_weights(weights, target, step)
-            text.check_tokenizer_identity(c, checkpoints.meta(step), step, workdir)
+    steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoint.complete_steps(workdir))
+    settings_by_weights = {setting.sample.weights: setting for setting in grid}
+    codec_params: Any = None
+    for step, weights in itertools.product(steps, sorted(settings_by_weights)):
+        trained = TrainedModel.open(settings_by_weights[weights], workdir, step, check_memory_for="evaluation")
+        model, params, mesh, names = trained.network, trained.params, trained.mesh, trained.class_names
+        with partitioning.scope(mesh):
+            if codec_params is None:
+                codec_params = trained.load_codec_params()
+            codec_metadata = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
             metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | codec_metadata
             # The captions' scores depend on the weights only, so all settings share them.
             extra_scores = (
@@ -168,7 +166,6 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
             for i, setting in enumerate(grid):
                 if setting.sample.weights != weights:
                     continue
-                names = checkpoints.class_names(step)
                 config_lib.resolve_label_numbers(setting, names)
                 s = setting.sample
                 given = generation.SampleConditions(generation.read_labels(setting), noise, texts[s.prompts])
@@ -184,7 +181,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 settings |= {"noise": noise_digest, "labels": chosen}
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
-                    sample_fn = generation.make_sample_fn(setting, model, images_codec.decode)
+                    sample_fn = generation.make_sample_fn(setting, model, trained.codec.decode)
                     programs[program] = progress.log_compilation(sample_fn, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
                     generation.batches,

@@ -18,10 +18,9 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
-from madformer_jax.models import madformer
 from madformer_jax.publishing import model_card
 from madformer_jax.runtime import checkpoint, lock, partitioning, storage
-from madformer_jax.sampling import generation
+from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights import state_dicts
 
 
@@ -45,21 +44,20 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     storage.check_arrays_path(workdir, write=True)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
-    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    target = generation.abstract_params(madformer.build(c), mesh)
-    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        step, restored, _ = checkpoints.restore({"ema": target})
-        meta = checkpoints.meta(step)  # includes the class names
-    exported = f"{workdir.rstrip('/')}/export"
     published = config_lib.portable(c)
     published.sample.weights, published.sample.step = "ema", -1
+    c = c.copy_and_resolve_references()
+    c.sample.weights = "ema"
+    trained = TrainedModel.open(c, workdir, step=-1)
+    step, meta, params = trained.step, trained.meta, trained.params
+    exported = f"{workdir.rstrip('/')}/export"
     tokenizer = text.exportable_file(c.text.tokenizer)
     with lock.acquire(exported):
         _remove_later_checkpoints(checkpoint.folder(exported), step)
         with checkpoint.Checkpoints(exported) as checkpoints:
             checkpoint.write_config(published, exported)
-            checkpoints.save(step, restored, None, meta)
-        host_params = partitioning.to_host(restored["ema"], mesh)
+            checkpoints.save(step, {"ema": params}, None, meta)
+        host_params = partitioning.to_host(params, trained.mesh)
         if jax.process_index() == 0:
             with storage.wrap_errors(f"{exported} cannot be written"):
                 _write_hub_files(published, workdir, exported, step, host_params, meta)

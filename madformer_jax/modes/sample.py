@@ -102,7 +102,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             )
     if s.film:
         with storage.wrap_errors(f"{folder} cannot be written"):
-            _write_film(c, folder / "film.webp", trained_model.Model(c, params, codec_params=codec_params))
+            _write_film(c, folder / "film.webp", trained_model.Model(c, trained, codec_params))
     seconds = time.monotonic() - began
     return {"folder": str(folder), "step": step, "n": s.n, "drawn": len(numbers), "seconds": seconds}
 

@@ -49,15 +49,15 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
         in the workdir. The loss is no longer finite.
     """
     with contextlib.ExitStack() as stack:
-        resources = _prepare(c, workdir, stack)
-        state = _restore_or_initialize(c, workdir, resources)
-        tools = _open_tools(c, workdir, resources, int(state.step), grids, stack)
-        _loop(c, workdir, resources, tools, state)
-    return tools.metric_writer.figures | ({"stopped": True} if tools.preemption.reached() else {})
+        prepared = _prepare(c, workdir, stack)
+        state = _restore_or_initialize(c, workdir, prepared)
+        calls = _open_loop_calls(c, workdir, prepared, int(state.step), grids, stack)
+        _loop(c, workdir, prepared, calls, state)
+    return calls.metric_writer.figures | ({"stopped": True} if calls.preemption.reached() else {})
 
 
-class Resources(NamedTuple):
-    """Everything that a run opens before it has a state."""
+class PreparedRun(NamedTuple):
+    """Everything that a run opens before it has a state: data, devices, model and checkpoints."""
 
     judge: sample_scores.Judge | None  # None without scores in training
     info: pipeline.DatasetInfo
@@ -75,8 +75,8 @@ class Resources(NamedTuple):
     checkpoints: checkpoint.Checkpoints
 
 
-class Tools(NamedTuple):
-    """Everything that the loop calls."""
+class LoopCalls(NamedTuple):
+    """Everything that the loop calls: the step, hooks, writers and the profiler."""
 
     step_fn: Callable[..., tuple[train_step.State, dict[str, Any]]]
     metric_writer: MetricWriter
@@ -86,7 +86,7 @@ class Tools(NamedTuple):
     saver: CheckpointSaver
 
 
-def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resources:
+def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> PreparedRun:
     """Checks the config and opens data, devices, model, workdir and checkpoints.
 
     Args:
@@ -112,12 +112,12 @@ def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resour
     data = pipeline.train_iterator(c, batch=c.train.batch // count, process_index=index, process_count=count)
     stack.callback(data.close)
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, c.train.keep, c.train.keep_every, state=abstract))
-    return Resources(
+    return PreparedRun(
         judge, info, mesh, index, count, setup, create, abstract, step_flops, codec_params, check_lock, data, checkpoints
     )  # fmt: skip
 
 
-def _restore_or_initialize(c: ConfigDict, workdir: str, r: Resources) -> train_step.State:
+def _restore_or_initialize(c: ConfigDict, workdir: str, r: PreparedRun) -> train_step.State:
     """Returns the state of the newest checkpoint, or a new one.
 
     A new state has the weights of `train.init_from` if that is set.
@@ -127,9 +127,9 @@ def _restore_or_initialize(c: ConfigDict, workdir: str, r: Resources) -> train_s
     return _load_initial_weights(c, r.create_state()) if c.train.init_from else r.create_state()
 
 
-def _open_tools(
-    c: ConfigDict, workdir: str, r: Resources, step: int, grids: bool, stack: contextlib.ExitStack
-) -> Tools:
+def _open_loop_calls(
+    c: ConfigDict, workdir: str, r: PreparedRun, step: int, grids: bool, stack: contextlib.ExitStack
+) -> LoopCalls:
     """Makes the training program and opens what runs beside it, from `step` on."""
     out_shardings = (jax.tree.map(lambda x: x.sharding, r.abstract_state), partitioning.replicated(r.mesh))
     program = jax.jit(train_step.make_step(r.setup, c), donate_argnums=0, out_shardings=out_shardings)
@@ -141,11 +141,11 @@ def _open_tools(
     inputs = {"data": _dataset_record(r.info), **text.tokenizer_identity(c)}
     saver = stack.enter_context(CheckpointSaver(c, workdir, r.checkpoints, metric_writer, inputs, r.check_lock))
     stack.enter_context(partitioning.scope(r.mesh))
-    return Tools(step_fn, metric_writer, hook_list, profile, preemption, saver)
+    return LoopCalls(step_fn, metric_writer, hook_list, profile, preemption, saver)
 
 
 def _make_hooks(
-    c: ConfigDict, workdir: str, r: Resources, metric_writer: MetricWriter, grids: bool
+    c: ConfigDict, workdir: str, r: PreparedRun, metric_writer: MetricWriter, grids: bool
 ) -> list[tuple[hooks.Hook, int]]:
     """Makes the hooks that the config asks for, each with its interval in steps."""
     free = memory.device_capacity() - partitioning.device_bytes(r.abstract_state)
@@ -163,19 +163,19 @@ def _make_hooks(
     return result
 
 
-def _loop(c: ConfigDict, workdir: str, r: Resources, tools: Tools, state: train_step.State) -> None:
+def _loop(c: ConfigDict, workdir: str, r: PreparedRun, calls: LoopCalls, state: train_step.State) -> None:
     """Steps to `train.steps` or until the run is asked to stop, and saves."""
-    metric_writer, preemption, saver = tools.metric_writer, tools.preemption, tools.saver
+    metric_writer, preemption, saver = calls.metric_writer, calls.preemption, calls.saver
     step, steps, seed = int(state.step), c.train.steps, np.uint32(c.seed)
     while step < steps:
-        tools.profile(step)
+        calls.profile(step)
         rows = next(r.data)
         if saver.finished is None:  # The inputs could be read: from here on, the run writes files.
             partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
             parameters = sum(x.size for x in jax.tree.leaves(state.params))
             metric_writer.log_start(step, c, parameters, rows.get("image"))
         batch = partitioning.global_batch(rows, r.mesh)
-        state, metrics = tools.step_fn(state, batch, r.codec_params, seed)
+        state, metrics = calls.step_fn(state, batch, r.codec_params, seed)
         step += 1
         saver.finished = (step, state, r.data.get_state())
         metric_writer.add(step, metrics)
@@ -183,7 +183,7 @@ def _loop(c: ConfigDict, workdir: str, r: Resources, tools: Tools, state: train_
             metric_writer.write()
         if step % c.train.checkpoint_every == 0 or step == steps:
             saver()
-        for hook, every in tools.hooks:
+        for hook, every in calls.hooks:
             if every and step % every == 0 and step < steps:
                 saver.wait()  # If the hook ends the process, its step must not be lost.
                 hook.run(step, state, preemption.reached)
@@ -191,7 +191,7 @@ def _loop(c: ConfigDict, workdir: str, r: Resources, tools: Tools, state: train_
             saver()
             break
     saver.wait()
-    for hook, _ in tools.hooks if step == steps and not preemption.reached() else ():
+    for hook, _ in calls.hooks if step == steps and not preemption.reached() else ():
         hook.run(step, state, preemption.reached)
     if preemption.reached():
         logging.info("asked to stop: step %d is saved; the same command goes on from there", step)

@@ -273,10 +273,6 @@ class Checkpoints:
         step, trees, _ = self.restore({item: target}, step=None if step < 0 else step)
         return step, trees[item]
 
-    def class_names(self, step: int) -> list[str]:
-        """Returns the class names of the training data; empty if the data name no classes. See `meta`."""
-        return list(self.meta(step).get("data", {}).get("names", ()))
-
     def meta(self, step: int) -> dict[str, Any]:
         """Returns the `meta` of `save`.
 
@@ -379,6 +375,14 @@ def exists(workdir: str) -> bool:
     with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         path = folder(workdir)
         return path.exists() and bool(ocp.utils.checkpoint_steps(path))
+
+
+def complete_steps(workdir: str) -> list[int]:
+    """Returns the steps of a workdir's complete checkpoints in ascending order."""
+    if not exists(workdir):
+        return []
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.steps
 
 
 def require(workdir: str) -> None:

@@ -1,7 +1,7 @@
 """Opening a trained model: its weights, codec and class names, from a workdir or an export.
 
-`modes.sample` and `trained_model` open models with `TrainedModel.open`. Other modes that need the
-weights of one step should do so too.
+`TrainedModel.open` is the one way to open a trained model. `modes.sample`, `modes.evaluate`,
+`modes.sweep`, `modes.export` and `trained_model` call it.
 """
 
 import os
@@ -28,7 +28,7 @@ class TrainedModel:
     network: MADFormer
     params: Any  # sharded over the mesh
     codec: codec.Codec
-    class_names: list[str]  # empty if the data have none
+    meta: dict[str, Any]  # of the checkpoint: data set, class names, tokenizer
     step: int  # -1 for an export without a step
     newest_step: int | None  # of all checkpoints, whole or damaged; None without checkpoints
 
@@ -55,17 +55,22 @@ class TrainedModel:
         tensors = os.path.join(workdir, "model.safetensors")
         if not checkpoint.exists(workdir) and os.path.exists(tensors):
             params, metadata = _load_safetensors(tensors, target)
-            names = list(metadata.get("names", ()))
-            return cls(mesh, network, params, codec.build(c), names, int(metadata.get("step", -1)), None)
+            meta = {"data": {"names": list(metadata.get("names", ()))}}
+            return cls(mesh, network, params, codec.build(c), meta, int(metadata.get("step", -1)), None)
         checkpoint.require(workdir)
         with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
             newest = checkpoints.last
             step, params = checkpoints.restore_weights(
                 c.sample.weights, target, c.sample.step if step is None else step
             )
-            names = checkpoints.class_names(step)
-            text.check_tokenizer_identity(c, checkpoints.meta(step), step, workdir)
-        return cls(mesh, network, params, codec.build(c), names, step, newest)
+            meta = checkpoints.meta(step)
+            text.check_tokenizer_identity(c, meta, step, workdir)
+        return cls(mesh, network, params, codec.build(c), meta, step, newest)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names of the training data; empty if the data name no classes."""
+        return list(self.meta.get("data", {}).get("names", ()))
 
     def load_codec_params(self) -> Any:
         """Loads the codec's weights onto all devices of the mesh.

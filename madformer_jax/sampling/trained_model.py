@@ -26,7 +26,6 @@ from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.models import madformer
 from madformer_jax.models.inference_params import inference_params
 from madformer_jax.runtime import memory, numerics, partitioning, storage, stored_config
 from madformer_jax.sampling import codec, generation, prompts
@@ -58,15 +57,12 @@ class Model:
     """
 
     @numerics.scoped
-    def __init__(self, config: ConfigDict, params: Any, labels: Sequence[str] = (), codec_params: Any = None):
+    def __init__(self, config: ConfigDict, trained: TrainedModel, codec_params: Any = None):
         self.config = config  # the config of the training; defaults of `sample` and `stream`
-        self.params = params
-        self.labels = tuple(labels)  # names of the classes; empty if the data have none
-        self._mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        self._model, self._codec = madformer.build(config), codec.build(config)
-        if codec_params is None:
-            codec_params = jax.device_put(self._codec.load(), partitioning.replicated(self._mesh))
-        self._codec_params = codec_params
+        self.params = trained.params
+        self.labels = tuple(trained.class_names)  # empty if the data have none
+        self._mesh, self._model, self._codec = trained.mesh, trained.network, trained.codec
+        self._codec_params = trained.load_codec_params() if codec_params is None else codec_params
         self._programs: dict[Any, Any] = {}
         self._warnings: set[str] = set()
 
@@ -347,8 +343,7 @@ def load_workdir(c: ConfigDict, path: str) -> Model:
     Raises:
       ConfigError: The folder has no model, or it is damaged.
     """
-    trained = TrainedModel.open(c, path)
-    return Model(c, trained.params, trained.class_names)
+    return Model(c, TrainedModel.open(c, path))
 
 
 def _download_from_hub(name: str) -> str:
