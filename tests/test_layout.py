@@ -38,8 +38,8 @@ LAYERS = {
     "reports": "config runtime sweeps",
     "publishing": "config data",
     "testbed": "sweeps",  # deprecated
-    "modes": "config cost data data.drawings evaluation evaluation.networks models publishing reports runtime sampling sweeps "
-    "training weights",
+    "modes": "config cost data data.drawings diffusion evaluation evaluation.networks models publishing reports runtime "
+    "sampling sweeps training weights",
     "cli": "config evaluation modes runtime",
     "": "cli runtime sampling",
 }

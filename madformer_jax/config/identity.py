@@ -52,18 +52,19 @@ _TABLE: dict[str, dict[Fact, str]] = {
     },
     "prepare": {_NEUTRAL: "kind shard batch max_corrupt flip"},  # modes.prepare compares its own plan
     "train": {
-        _FIXED: "batch ema_decay ema_warmup context_noise label_dropout",
+        _FIXED: "batch ema_decay ema_warmup ema_snapshots context_noise label_dropout",
         _FREE: "steps accumulate",
         _NEUTRAL: "log_every sample_every checkpoint_every evaluate_every evaluate_n validate_every validate_n judge keep "
         "keep_every",
+        _LOCAL: "log_to",
         _FREE_FILE: "init_from",
     },
     "optimizer": {_FIXED: "b1 b2 weight_decay clip skip", _FREE: "learning_rate schedule warmup decay"},
     "sample": {
         _FREE: "step n solver spacing steps guidance guidance_schedule guidance_interval prompts labels label_sampling weights "
-        "clip_x0",
+        "clip_x0 ema guide_step",
         _NEUTRAL: "batch shard grid film",
-        _FREE_FILE: "noise",
+        _FREE_FILE: "noise guide",
     },
     "evaluate": {
         _FREE: "network split n checkpoints grid degrade",

@@ -121,9 +121,13 @@ def base() -> ConfigDict:
     c.train.accumulate = 1  # microbatches whose gradients are averaged into one step
     c.train.ema_decay = 0.9999
     c.train.ema_warmup = True  # decay min(target, (1 + step) / (10 + step)); False (release): constant
+    c.train.ema_snapshots = 0  # steps between stored power-function averages, for sample.ema; 0: off (docs/training.md)
     c.train.context_noise = 0  # largest timestep of the noise on clean blocks; 0: no noise
     c.train.label_dropout = 0.1  # share of labels or captions that are dropped, for guidance
     c.train.log_every = 50
+    c.train.log_to = (
+        "tensorboard"  # where metrics go beside metrics.jsonl: tensorboard, trackio, wandb; "": nowhere else
+    )
     c.train.sample_every = 0  # steps between sample grids; 0: only at the end
     c.train.checkpoint_every = 1000
     c.train.evaluate_every = 0  # steps between scores of samples (docs/evaluation.md), and at the end; 0: never
@@ -133,7 +137,7 @@ def base() -> ConfigDict:
     c.train.judge = False  # at the end, run --mode=reference and --mode=evaluate, and score real images for comparison
     c.train.keep = 3  # number of newest checkpoints to keep
     c.train.keep_every = 0  # also keep for ever the averages of checkpoints at multiples of this step; 0: off
-    c.train.init_from = ""  # workdir or export whose weights a new run starts from
+    c.train.init_from = ""  # workdir or export whose weights a new run starts from, as far as they fit
 
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 3e-4
@@ -165,6 +169,13 @@ def base() -> ConfigDict:
     c.sample.labels = ""  # "": all classes; or names and numbers: "cat,7"; or a JSON list: '["2", 7]'
     c.sample.label_sampling = "balanced"  # labels in turn; or "random": drawn for each image from the seed
     c.sample.weights = "ema"  # ema | raw
+    c.sample.ema = (
+        0.0  # width sigma_rel of a power-function average, 0.05 for example; 0: the average of train.ema_decay
+    )
+    c.sample.guide = (
+        ""  # workdir of a smaller or earlier model that guides in place of the null label (docs/sampling.md)
+    )
+    c.sample.guide_step = -1  # step of the guide's checkpoint; -1: the newest
     c.sample.noise = ""  # .npy file of the initial noise (n, L, positions, C) instead of the seed's
     c.sample.clip_x0 = 0.0  # bound on the absolute values of the predicted x0; 0: off (use 1 for pixels)
 

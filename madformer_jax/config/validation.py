@@ -94,6 +94,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.validate_n": (1, math.inf),
     "train.keep": (1, math.inf),
     "train.keep_every": (0, math.inf),
+    "train.ema_snapshots": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),
     "optimizer.b1": (0, 1),
     "optimizer.b2": (0, 1),
@@ -109,6 +110,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.steps": (1, 999),
     "sample.guidance": (0, 1000),
     "sample.clip_x0": (0, math.inf),
+    "sample.ema": (0, 0.28),  # a uniform average has the width 0.289
+    "sample.guide_step": (-1, math.inf),
     "evaluate.n": (1, math.inf),
     "benchmark.warmup": (0, math.inf),
     "benchmark.steps": (1, math.inf),
@@ -122,11 +125,13 @@ _UNCONDITIONAL = {
 }
 
 PATHS = (
-    "compilation_cache", "codec.path", "data.path", "text.tokenizer", "sample.noise", "convert.release", "convert.vae",
+    "compilation_cache", "codec.path", "data.path", "text.tokenizer", "sample.noise", "sample.guide",
+    "convert.release", "convert.vae",
     "convert.inception",
     "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
     "train.init_from", "demo.other",
 )  # fmt: skip
+TRACKERS = ("tensorboard", "trackio", "wandb")  # choices of train.log_to
 _BUCKET_SCHEMES = ("gs", "s3", "az", "hf")  # schemes that epath knows
 _MAX_INT32 = 2**31 - 1  # JAX's integers have 32 bits
 
@@ -208,7 +213,7 @@ def check(c: ConfigDict) -> None:
             f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
         )
     for field, neutral in _UNCONDITIONAL.items():
-        known = m.classes if field == "sample.label_sampling" else vocabulary_size(c)
+        known = m.classes if field == "sample.label_sampling" else vocabulary_size(c) or c.sample.guide
         if given[field] != neutral and not known:
             raise ConfigError(
                 f"config.{field}={given[field]} needs a class-conditional model (model.classes), or one that reads captions "
@@ -220,12 +225,16 @@ def check(c: ConfigDict) -> None:
             f"config.sample.guidance_interval={interval} must be the lowest and the highest timestep with guidance, from 0 to "
             "999, as in (200, 600)."
         )
-    for field, what in (("keep_every", "kept"), ("evaluate_every", "scored")):
+    for field, what in (("keep_every", "kept"), ("evaluate_every", "scored"), ("ema_snapshots", "snapshots")):
         if c.train[field] % c.train.checkpoint_every:
             raise ConfigError(
                 f"config.train.{field}={c.train[field]} is not a multiple of config.train.checkpoint_every="
                 f"{c.train.checkpoint_every}: only steps that are saved can be {what}."
             )
+    if unknown := {name.strip() for name in c.train.log_to.split(",") if name.strip()} - set(TRACKERS):
+        raise ConfigError(
+            f"config.train.log_to={c.train.log_to!r}: {min(unknown)!r} is unknown: names of {', '.join(TRACKERS)}, with commas."
+        )
     profiled_steps(c)
     _check_sampling(c)
 
@@ -267,6 +276,12 @@ def _check_sampling(c: ConfigDict) -> None:
     s = c.sample
     if s.labels and not c.model.classes:
         raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
+    if s.ema and not c.train.ema_snapshots:
+        raise ConfigError(
+            f"config.sample.ema={s.ema:g} needs a training with config.train.ema_snapshots: this one stored no snapshots."
+        )
+    if s.ema and s.weights != "ema":
+        raise ConfigError(f"config.sample.ema={s.ema:g} is an average: it needs config.sample.weights='ema'.")
     class_labels.check(s.labels, c.model.classes)  # class names are resolved later, with the data
     if s.solver == "ddim" and s.spacing != "trailing" and s.steps == 1:
         raise ConfigError(
@@ -321,7 +336,9 @@ def warnings(c: ConfigDict) -> list[str]:
 
 def sampling_warnings(c: ConfigDict) -> list[str]:
     """Returns the warnings of `warnings` that concern sampling."""
-    if c.sample.guidance == 1 or c.train.label_dropout > 0:
+    if c.sample.guide and c.sample.guidance == 1:
+        return [f"config.sample.guide={c.sample.guide} has no effect with config.sample.guidance=1: try 2."]
+    if c.sample.guidance == 1 or c.train.label_dropout > 0 or c.sample.guide:
         return []
     return [
         f"config.sample.guidance={c.sample.guidance:g} with config.train.label_dropout=0: the model never trained without a "

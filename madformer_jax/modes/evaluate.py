@@ -29,7 +29,7 @@ from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import images, judge, judge_paths, likelihood, sample_scores, sampling_grid, shards
 from madformer_jax.modes import reference as reference_mode
-from madformer_jax.runtime import checkpoint, partitioning, progress, storage
+from madformer_jax.runtime import checkpoint, partitioning, progress, storage, stored_config
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.sampling.opening import TrainedModel
@@ -149,11 +149,11 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     programs: dict[Any, generation.SampleFn] = {}
     results: dict[tuple[int, int], dict[str, Any]] = {}
     steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoint.complete_steps(workdir))
-    settings_by_weights = {setting.sample.weights: setting for setting in grid}
+    settings_by_weights = {(setting.sample.weights, setting.sample.ema): setting for setting in grid}
     codec_params: Any = None
     for step, weights in itertools.product(steps, sorted(settings_by_weights)):
         trained = TrainedModel.open(settings_by_weights[weights], workdir, step, check_memory_for="evaluation")
-        model, params, mesh, names = trained.network, trained.params, trained.mesh, trained.class_names
+        params, mesh, names = trained.params, trained.mesh, trained.class_names
         with partitioning.scope(mesh):
             if codec_params is None:
                 codec_params = trained.load_codec_params()
@@ -161,10 +161,10 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
             metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | codec_metadata
             # The captions' scores depend on the weights only, so all settings share them.
             extra_scores = (
-                functools.cache(functools.partial(captions.scores, model, params, mesh)) if captions else dict
+                functools.cache(functools.partial(captions.scores, trained.network, params, mesh)) if captions else dict
             )
             for i, setting in enumerate(grid):
-                if setting.sample.weights != weights:
+                if (setting.sample.weights, setting.sample.ema) != weights:
                     continue
                 config_lib.resolve_label_numbers(setting, names)
                 s = setting.sample
@@ -179,15 +179,16 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 # Through JSON, so that the values equal those of a result file; under the fields' first names.
                 settings = aliases.first_names(json.loads(s.to_json()), "sample.")
                 settings |= {"noise": noise_digest, "labels": chosen}
+                network, sampled_params = trained.sampled(setting)
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
-                    sample_fn = generation.make_sample_fn(setting, model, trained.codec.decode)
+                    sample_fn = generation.make_sample_fn(setting, network, trained.codec.decode)
                     programs[program] = progress.log_compilation(sample_fn, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
                     generation.batches,
                     setting,
                     programs[program],
-                    params,
+                    sampled_params,
                     codec_params,
                     mesh,
                     max_batch=s.n,
@@ -196,7 +197,10 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(
                     setting, workdir, scorer,
-                    metadata | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS} | prompt_metadata[s.prompts],
+                    metadata
+                    | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS}
+                    | prompt_metadata[s.prompts]
+                    | trained.protocol(setting),
                     size * -(-shards.MAX_BATCH // size),
                     functools.partial(map, functools.partial(_sample_and_extract, draw, scorer)),
                     labeled=bool(c.model.classes), extra_scores=extra_scores, extra_protocol=extra_protocol,
@@ -267,7 +271,7 @@ def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
     """
     result = shards.read_json(path)
     if result is not None and "cost" in result:
-        result["cost"] |= flops.image_cost(c)
+        result["cost"] |= flops.image_cost(c, stored_config.guide_config(c))
     return result
 
 
@@ -307,4 +311,6 @@ def _make_result(
 
 def _sampling_cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
     """Returns the cost of an image. The median over batches ignores the batches that compiled."""
-    return flops.image_cost(c) | {"seconds": float(np.median(seconds[:, 0] / seconds[:, 1]))}
+    return flops.image_cost(c, stored_config.guide_config(c)) | {
+        "seconds": float(np.median(seconds[:, 0] / seconds[:, 1]))
+    }

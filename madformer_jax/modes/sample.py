@@ -67,7 +67,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     config_lib.resolve_label_numbers(c, names)
     with partitioning.scope(mesh):
         codec_params = trained.load_codec_params()
-        protocol = _protocol(c, step, fingerprint(params, mesh), fingerprint(codec_params, mesh))
+        protocol = _protocol(c, step, fingerprint(params, mesh), fingerprint(codec_params, mesh)) | trained.protocol(c)
         folder = epath.Path(workdir) / "samples" / _folder_name(c, protocol)
         missing = _missing_shards(c, folder)
         numbers = np.concatenate([_shard_image_numbers(c, k) for k in missing] or [np.arange(0)])
@@ -78,10 +78,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         )  # fmt: skip
         if s.labels:
             logging.info("classes of these images: %s", class_labels.summary(config_lib.sample_labels(c), names))
+        network, sampled_params = trained.sampled(c)
         sample_fn = progress.log_compilation(
-            generation.make_sample_fn(c, trained.network, trained.codec.decode), "the sampling program"
+            generation.make_sample_fn(c, network, trained.codec.decode), "the sampling program"
         )
-        batches = interruptible(generation.batches(c, sample_fn, params, codec_params, mesh, numbers))
+        batches = interruptible(generation.batches(c, sample_fn, sampled_params, codec_params, mesh, numbers))
         with storage.wrap_errors(f"{folder} cannot be written"):
             if jax.process_index() == 0:
                 storage.write_json(folder / "protocol.json", protocol | _class_names(c, names))

@@ -257,10 +257,11 @@ def _phase_seconds(lines: Sequence[dict[str, Any]], results: Sequence[dict[str, 
 def _remove_checkpoints(c: ConfigDict, folder: str) -> None:
     """Removes the checkpoints that no evaluation needs.
 
-    The others stay, since a later command may add budgets.
+    The others stay, since a later command may add budgets. Snapshots of averages stay, too.
     """
     steps = checkpoint.complete_steps(folder)
-    for step in set(steps) - set(sampling_grid.select_checkpoints(c.evaluate.checkpoints, steps)):
+    snapshots = {step for step in steps if c.train.ema_snapshots and step % c.train.ema_snapshots == 0}
+    for step in set(steps) - set(sampling_grid.select_checkpoints(c.evaluate.checkpoints, steps)) - snapshots:
         (checkpoint.folder(folder) / str(step)).rmtree()
 
 
@@ -384,9 +385,10 @@ def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
         codec_params = trained.load_codec_params()
         rows = []
         for c.sample.steps in steps:
-            sample_fn = generation.make_sample_fn(c, trained.network, trained.codec.decode)
+            network, params = trained.sampled(c)
+            sample_fn = generation.make_sample_fn(c, network, trained.codec.decode)
             batches = generation.batches(
-                c, sample_fn, trained.params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.sample.n
+                c, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.sample.n
             )
             rows.append(np.concatenate([batch.images for batch in batches])[:GRID_COLUMNS])
     if jax.process_index() == 0:

@@ -7,6 +7,7 @@ import pytest
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint
+from madformer_jax.sampling import opening
 from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights import state_dicts
 from tests import tiny
@@ -39,3 +40,18 @@ def test_a_step_of_a_run_and_an_export_without_checkpoints_open(tmp_path, one_de
     assert_same(exported.params, params)
     with pytest.raises(ConfigError, match="nothing"):
         TrainedModel.open(c, str(tmp_path / "nothing"))
+
+
+def test_a_guide_of_another_kind_is_refused(tmp_path, one_device):
+    c, guide = tiny.get_config("plain"), tiny.get_config("plain")
+    guide.codec.patch, guide.model.classes = 8, 2
+    checkpoint.write_config(guide, str(tmp_path))
+    c.sample.guide = str(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"cannot guide .*model\.classes is 2 there and 0 here; .*codec\.patch is 8"
+    ) as error:
+        opening.open_guide(c)
+    assert "\n" not in str(error.value)
+    c.sample.guide = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"config\.sample\.guide=.*config\.json does not exist"):
+        opening.open_guide(c)
