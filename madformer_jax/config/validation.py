@@ -276,10 +276,6 @@ def _check_sampling(c: ConfigDict) -> None:
     s = c.sample
     if s.labels and not c.model.classes:
         raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
-    if s.ema and not c.train.ema_snapshots:
-        raise ConfigError(
-            f"config.sample.ema={s.ema:g} needs a training with config.train.ema_snapshots: this one stored no snapshots."
-        )
     if s.ema and s.weights != "ema":
         raise ConfigError(f"config.sample.ema={s.ema:g} is an average: it needs config.sample.weights='ema'.")
     class_labels.check(s.labels, c.model.classes)  # class names are resolved later, with the data

@@ -172,7 +172,8 @@ def _folder_name(c: ConfigDict, protocol: dict[str, Any]) -> str:
     low, high = s.guidance_interval
     guidance = f"w{s.guidance:g}" + "linear" * (s.guidance_schedule == "linear")
     guidance += f"_t{low}-{high}" * ((low, high) != (0, 999))
-    kind = f"{s.weights}_{s.solver}_{s.spacing}{s.steps}_{guidance}"
+    guidance += "guide" * bool(s.guide)
+    kind = f"{s.weights}{s.ema or ''}_{s.solver}_{s.spacing}{s.steps}_{guidance}"
     return f"step_{protocol['step']:06d}_{kind}_{origin}_n{s.n}_{digest}"
 
 

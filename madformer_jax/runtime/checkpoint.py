@@ -1,10 +1,9 @@
 """Checkpoints of a run: parameters, EMA, optimizer and data iterator in one atomic Orbax step.
 
-A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data`, `meta`
-and, with `train.ema_snapshots`, `power_ema`.
-Training saves and restores all of them; sampling reads one; `--mode=export` writes `ema` and
-`meta`. Arrays are restored with the shardings of the current mesh, so that a run may continue on any
-mesh. The checksums of an item's files are verified before it is used.
+A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data`,
+`meta` and, with `train.ema_snapshots`, `power_ema`. Training saves and restores all of them; sampling
+reads one; `--mode=export` writes `ema` and `meta`. Arrays are restored with the shardings of the
+current mesh, so that a run may continue on any mesh. Checksums of files are verified before use.
 """
 
 import contextlib
@@ -108,14 +107,9 @@ class Checkpoints:
     def __init__(
         self, workdir: str, keep: int = 1, keep_every: Sequence[int] = (), read_only: bool = False, state: Any = None
     ):
-        """Opens the checkpoints.
+        """Opens the checkpoints. `state` (arrays or shapes) bounds the memory of a save to a few per cent.
 
-        Args:
-          workdir: The folder of the run.
-          keep: Number of newest checkpoints to keep.
-          keep_every: The averages of checkpoints at multiples of any of these steps are kept for ever.
-          read_only: Whether nothing is saved.
-          state: Arrays or shapes, which bound the memory of a save to a few per cent.
+        The newest `keep` are kept. The averages at multiples of any step in `keep_every` are kept for ever.
         """
         self.path = folder(workdir)
         rules: list[policies.PreservationPolicy] = [policies.LatestN(keep), *map(policies.EveryNSteps, keep_every)]
@@ -280,12 +274,6 @@ class Checkpoints:
             trees = {name: restored[name] for name in targets}
             return candidate, trees, restored["data"] if data else None
         raise ConfigError(f"no checkpoint in {self.path} can be restored: {problem}.")
-
-    def restore_weights(self, weights: str, target: Any, step: int = -1) -> tuple[int, Any]:
-        """Returns a step and the parameters that `sample.weights` names; -1 for the newest. See `restore`."""
-        item = "ema" if weights == "ema" else "params"
-        step, trees, _ = self.restore({item: target}, step=None if step < 0 else step)
-        return step, trees[item]
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns the `meta` of `save`.

@@ -91,7 +91,12 @@ def make_sample_fn(
       decode: (codec params, latents) -> pixels.
       memory: Bytes that a device has for the program, which decide how `inference_params` holds the
         parameters. By default `memory.device_capacity`.
+
+    Raises:
+      ConfigError: The config has a guide, and the network has none.
     """
+    if c.sample.guide and c.sample.guidance != 1.0 and not isinstance(model, GuidedPair):
+        raise ConfigError(f"config.sample.guide={c.sample.guide}: this mode measures one model. Leave the guide out.")
     sizes, settings = derive_sizes(c), c.sample
     memory = device_capacity() if memory is None else memory
 

@@ -77,7 +77,9 @@ class TrainedModel:
             if c.sample.ema:
                 step, params = _combine_snapshots(c, checkpoints, target, step)
             else:
-                step, params = checkpoints.restore_weights(c.sample.weights, target, step)
+                item = "ema" if c.sample.weights == "ema" else "params"
+                step, trees, _ = checkpoints.restore({item: target}, step=None if step < 0 else step)
+                params = trees[item]
             meta = checkpoints.meta(step)
             text.check_tokenizer_identity(c, meta, step, workdir)
         return cls(mesh, network, params, codec.build(c), meta, step, newest, open_guide(c))
@@ -152,8 +154,12 @@ def _combine_snapshots(c: ConfigDict, checkpoints: checkpoint.Checkpoints, targe
     Snapshots are read one after the other, so that three sets of parameters are in memory.
 
     Raises:
-      ConfigError: A snapshot is missing or damaged.
+      ConfigError: The training stored no snapshots, or one is missing or damaged.
     """
+    if not c.train.ema_snapshots:
+        raise ConfigError(
+            f"config.sample.ema={c.sample.ema:g} needs a training with config.train.ema_snapshots: this one stored no snapshots."
+        )
     targets = {"power_ema": dict.fromkeys(ema.PROFILES, target)}
     step, trees, _ = checkpoints.restore(targets, step=None if step < 0 else step)
     steps = [s for s in checkpoints.steps if s < step and s % c.train.ema_snapshots == 0] + [step]

@@ -12,8 +12,8 @@ from madformer_jax.diffusion.autoguidance import GuidedPair
 from tests.diffusion.test_sampler import without_cache
 from tests.small import small
 
-SETTINGS = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 3}
-ONE_STAGE = {"unet_channels": (4,), "unet_attention": (False,)}
+SETTINGS = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": 2}
+LAYERS = {"depth": 2, "diffusion_depth": 1, "unet_channels": (4,), "unet_attention": (False,)}
 
 
 class Mixed:
@@ -34,8 +34,8 @@ class Mixed:
 @pytest.mark.parametrize(
     ("changes", "guide_changes"),
     [
-        ({"classes": 3, "unet_context": True}, {"classes": 3, "width": 8, "depth": 3, "diffusion_depth": 1}),
-        ({"clean_stream": False, **ONE_STAGE}, {"clean_stream": False, "mlp_width": 12}),
+        ({"classes": 3, "unet_context": True, **LAYERS}, {"classes": 3, "width": 8, **LAYERS}),
+        ({"clean_stream": False, **LAYERS}, {"clean_stream": False, "mlp_width": 12, **LAYERS, "depth": 1}),
     ],
     ids=["labels, a smaller guide", "unconditional, without the clean stream"],
 )
@@ -46,11 +46,6 @@ def test_guided_sampling_equals_full_recomputation_of_both_models(changes, guide
     noise = rng.standard_normal((2, 4, 16, 3), np.float32)
     tokens = np.array([[0], [2]], np.int32) if "classes" in changes else None
     draw = jax.jit(functools.partial(sampler.sample, pair, **SETTINGS))
-    samples = draw(both, noise, tokens, guidance=np.full(3, w, np.float32))
+    samples = draw(both, noise, tokens, guidance=np.full(2, w, np.float32))
     expected = without_cache(Mixed(model, guide, w), both, noise.copy(), tokens, None, *SETTINGS.values())
     assert np.linalg.norm(samples - expected) < 1e-4 * np.linalg.norm(expected)
-    # A scale of 1 is the model alone, and 0 is the guide alone.
-    for scale, network, own in ((1.0, model, params), (0.0, guide, guide_params)):
-        alone = jax.jit(functools.partial(sampler.sample, network, **SETTINGS))(own, noise, tokens)
-        mixed = draw(both, noise, tokens, guidance=np.full(3, scale, np.float32))
-        assert np.linalg.norm(mixed - alone) < 1e-4 * np.linalg.norm(alone)

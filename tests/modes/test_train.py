@@ -167,7 +167,10 @@ def test_stopped_run_continues_bit_for_bit(plain, tmp_path, monkeypatch):
     combined = TrainedModel.open(plain, str(tmp_path / "parts"))
     assert combined.step == 6
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), combined.params, averages["wide"])
-    plain.sample.ema, plain.sample.step = 0.2, 5
+    plain.train.ema_snapshots = 0
+    with pytest.raises(ConfigError, match="config.sample.ema=0.1 needs a training with config.train.ema_snapshots"):
+        TrainedModel.open(plain, str(tmp_path / "parts"))
+    plain.train.ema_snapshots, plain.sample.ema, plain.sample.step = 2, 0.2, 5
     with pytest.raises(ConfigError, match="no checkpoint of step 5 .* only of 2, 4, 6"):
         TrainedModel.open(plain, str(tmp_path / "parts"))
 

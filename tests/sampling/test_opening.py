@@ -48,7 +48,7 @@ def test_a_guide_of_another_kind_is_refused(tmp_path, one_device):
     checkpoint.write_config(guide, str(tmp_path))
     c.sample.guide = str(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"cannot guide .*model\.classes is 2 there and 0 here; .*codec\.patch is 8"
+        ConfigError, match=r"cannot guide .*codec\.patch is 8 there and 4 here; .*model\.classes is 2"
     ) as error:
         opening.open_guide(c)
     assert "\n" not in str(error.value)
