@@ -306,6 +306,6 @@ def test_of_checkpoints_kept_for_ever_the_averages_stay(tmp_path):
     with checkpoint.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
         assert checkpoints.meta(2)["step"] == 2
         assert float(checkpoints.restore({"ema": targets()["params"]}, step=2)[1]["ema"]["b"][0]) == 2
-        with pytest.raises(ConfigError, match="step 2 holds no params, only ema, meta"):
+        with pytest.raises(ConfigError, match="step 2 holds no params, only ema, power_ema, meta"):
             checkpoints.restore({"params": {}}, step=2)
         assert checkpoints.restore(targets(), data=True)[::2] == (5, {"next_batch": 5})

@@ -71,10 +71,10 @@ def test_mesh_trains_like_a_single_device(meshes):
 
 def test_state_is_split_over_fsdp_and_tensor():
     s, mesh = train_step.make_setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
-    _, state = train_step.create_state(s.model, s.tx, 0, mesh)
+    _, state = train_step.create_state(s.model, s.tx, 0, mesh, power_ema=True)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     assert partitioning.device_bytes(state.params) < 0.5 * whole
-    for tree in (state.ema, state.opt[1][0].mu, state.opt[1][0].nu):
+    for tree in (state.ema, *state.power_ema.values(), state.opt[1][0].mu, state.opt[1][0].nu):
         assert jax.tree.map(lambda x: x.sharding.spec, tree) == jax.tree.map(lambda x: x.sharding.spec, state.params)
 
 
