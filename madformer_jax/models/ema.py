@@ -51,19 +51,22 @@ class Combination(NamedTuple):
 def combine(steps: Sequence[int], width: float) -> Combination:
     """Returns the weights of snapshots that come nearest to the average of a width at the last step.
 
-    The least-squares solution of algorithm 3 in appendix C.
+    They are the least-squares solution of algorithm 3 in appendix C. Their sum is held at 1, so that
+    parameters that do not move keep their values even if there are few snapshots.
 
     Args:
       steps: Step of each snapshot, ascending. Each snapshot holds the averages of `PROFILES`.
       width: sigma_rel of the average that is wanted.
     """
     gammas = np.array([exponent(profile) for profile in PROFILES.values()])
-    t, gamma = np.repeat(np.asarray(steps, np.float64), len(gammas)), np.tile(gammas, len(steps))
-    wanted_t, wanted_gamma = np.array(t[-1:]), np.array([exponent(width)])
+    t, gamma = np.repeat(np.asarray(steps) / steps[-1], len(gammas)), np.tile(gammas, len(steps))
+    wanted = np.ones(1), np.array([exponent(width)])
     gram = _inner_products(t, gamma, t, gamma)
-    right = _inner_products(t, gamma, wanted_t, wanted_gamma)
-    weights = np.linalg.lstsq(gram, right, rcond=None)[0]
-    norm = _inner_products(wanted_t, wanted_gamma, wanted_t, wanted_gamma)
+    right = _inner_products(t, gamma, *wanted)
+    ones = np.ones((len(t), 1))
+    system = np.block([[gram, ones], [ones.T, np.zeros((1, 1))]])  # with a Lagrange multiplier
+    weights = np.linalg.lstsq(system, np.append(right, [[1.0]], axis=0), rcond=None)[0][:-1]
+    norm = _inner_products(*wanted, *wanted)
     residual = norm - 2 * right.T @ weights + weights.T @ gram @ weights
     error = float(np.sqrt(max(0.0, residual.item()) / norm.item()))
     return Combination(weights.reshape(len(steps), len(gammas)), error)

@@ -70,4 +70,5 @@ def test_a_combination_of_snapshots_is_the_tracked_average(walk, width, toleranc
 def test_the_error_says_when_snapshots_are_too_few():
     errors = [ema.combine(range(400 // n, 401, 400 // n), 0.15).error for n in (1, 4, 20)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.01
-    assert ema.combine([400], 0.02).error > 0.3
+    few = ema.combine([400], 0.02)
+    assert few.error > 0.3 and few.weights.sum() == pytest.approx(1)
