@@ -58,9 +58,9 @@ def _restore_target(metadata: Any, params: Any) -> Any:
     replicated = partitioning.replicated(next(iter(own.values())).sharding.mesh)
 
     def abstract(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        like = own.get(_name(path))
-        fits = like is not None and like.shape == tuple(x.shape)
-        return jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=like.sharding if fits else replicated)
+        shape, like = tuple(x.shape), own.get(_name(path))
+        sharding = replicated if like is None or like.shape != shape else like.sharding
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(abstract, metadata)
 
