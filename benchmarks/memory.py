@@ -62,7 +62,7 @@ def run(folder: str) -> float:
         f"created: peak {created:.2f} GB, {(created - before) / size:.2f} x the state and {before:.2f} GB", flush=True
     )
     with checkpoint.Checkpoints(folder, state=abstract) as checkpoints:
-        arrays = {name: getattr(state, name) for name in checkpoint.ARRAY_ITEMS}
+        arrays = checkpoint.array_items(state)
         checkpoints.save(1, arrays, {"next_batch": 1}, {"step": 1})
         checkpoints.wait()
     saved = peak()

@@ -156,9 +156,9 @@ def final(c: ConfigDict, workdir: pathlib.Path) -> tuple[int, dict[str, Any], An
     """Returns step, arrays and data state of the newest checkpoint of a run with config `c`."""
     mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
     s = train_step.make_setup(c)
-    _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
+    _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh, c.train.ema_snapshots > 0)
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
-        step, trees, data = checkpoints.restore({n: getattr(abstract, n) for n in checkpoint.ARRAY_ITEMS}, data=True)
+        step, trees, data = checkpoints.restore(checkpoint.array_items(abstract), data=True)
     return step, jax.device_get(trees), data
 
 

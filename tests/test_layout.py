@@ -37,7 +37,7 @@ LAYERS = {
     "sweeps": "config cost runtime",
     "reports": "config runtime sweeps",
     "publishing": "config data",
-    "modes": "config cost data evaluation evaluation.networks models publishing reports runtime sampling sweeps "
+    "modes": "config cost data diffusion evaluation evaluation.networks models publishing reports runtime sampling sweeps "
     "training weights",
     "cli": "config evaluation modes runtime",
     "": "cli runtime sampling",

@@ -203,9 +203,13 @@ SECTIONS: dict[str, Section] = {
         steps=Field(1000, "steps of the whole training", RESUME, low=1),
         accumulate=Field(1, "microbatches whose gradients are averaged into one step", RESUME, low=1),
         ema_decay=Field(0.9999, "decay of the averaged weights", low=0, high=1),
+        ema_snapshots=Field(
+            0, "steps between stored power-function averages, for sample.ema; 0: off (docs/training.md)", low=0),
         ema_warmup=Field(True, "decay min(target, (1 + step) / (10 + step)); False (release): constant"),
         context_noise=Field(0, "largest timestep of the noise on clean blocks; 0: no noise", low=0, high=999),
         label_dropout=Field(0.1, "share of labels or captions that are dropped, for guidance", low=0, high=1),
+        log_to=Field(
+            "tensorboard", 'where metrics go beside metrics.jsonl: tensorboard, trackio, wandb; "": nowhere else', MACHINE),
         log_every=Field(50, "steps between log lines", NEUTRAL, low=1),
         sample_every=Field(0, "steps between sample grids; 0: only at the end", NEUTRAL, low=0),
         checkpoint_every=Field(1000, "steps between checkpoints", NEUTRAL, low=1),
@@ -219,7 +223,7 @@ SECTIONS: dict[str, Section] = {
         keep=Field(3, "number of newest checkpoints to keep", NEUTRAL, low=1),
         keep_every=Field(
             0, "also keep for ever the averages of checkpoints at multiples of this step; 0: off", NEUTRAL, low=0),
-        init_from=Field("", "workdir or export whose weights a new run starts from", PATH | RESUME),
+        init_from=Field("", "workdir or export whose weights a new run starts from, as far as they fit", PATH | RESUME),
     ),
     "optimizer": _section("AdamW",
         learning_rate=Field(3e-4, "highest learning rate", RESUME, low=0),
@@ -259,6 +263,13 @@ SECTIONS: dict[str, Section] = {
             "balanced", 'labels in turn; or "random": drawn for each image from the seed', RESUME,
             choices=("balanced", "random")),
         weights=Field("ema", "averaged or raw weights", RESUME, choices=("ema", "raw")),
+        ema=Field(
+            0.0, "width sigma_rel of a power-function average, 0.05 for example; 0: the average of train.ema_decay", RESUME,
+            low=0, high=0.28),  # a uniform average has the width 0.289
+        guide=Field(
+            "", "workdir of a smaller or earlier model that guides in place of the null label (docs/sampling.md)",
+            PATH | RESUME),
+        guide_step=Field(-1, "step of the guide's checkpoint; -1: the newest", RESUME, low=-1),
         noise=Field("", ".npy file of the initial noise (n, L, positions, C) instead of the seed's", PATH | RESUME),
         clip_x0=Field(
             0.0, "bound on the absolute values of the predicted x0; 0: off (use 1 for pixels)", RESUME, low=0),

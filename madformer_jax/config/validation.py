@@ -22,6 +22,7 @@ _UNCONDITIONAL = {
     "sample.label_sampling": "balanced",
 }
 
+TRACKERS = ("tensorboard", "trackio", "wandb")  # choices of train.log_to
 _BUCKET_SCHEMES = ("gs", "s3", "az", "hf")  # schemes that epath knows
 _MAX_INT32 = 2**31 - 1  # JAX's integers have 32 bits
 
@@ -110,7 +111,7 @@ def check(c: ConfigDict) -> None:
             f"config.train.batch={c.train.batch} is not a multiple of config.train.accumulate={c.train.accumulate}."
         )
     for field, neutral in _UNCONDITIONAL.items():
-        known = m.classes if field == "sample.label_sampling" else vocabulary_size(c)
+        known = m.classes if field == "sample.label_sampling" else vocabulary_size(c) or c.sample.guide
         if given[field] != neutral and not known:
             raise ConfigError(
                 f"config.{field}={given[field]} needs a class-conditional model (model.classes), or one that reads captions "
@@ -122,12 +123,16 @@ def check(c: ConfigDict) -> None:
             f"config.sample.guidance_interval={interval} must be the lowest and the highest timestep with guidance, from 0 to "
             "999, as in (200, 600)."
         )
-    for field, what in (("keep_every", "kept"), ("evaluate_every", "scored")):
+    for field, what in (("keep_every", "kept"), ("evaluate_every", "scored"), ("ema_snapshots", "snapshots")):
         if c.train[field] % c.train.checkpoint_every:
             raise ConfigError(
                 f"config.train.{field}={c.train[field]} is not a multiple of config.train.checkpoint_every="
                 f"{c.train.checkpoint_every}: only steps that are saved can be {what}."
             )
+    if unknown := {name.strip() for name in c.train.log_to.split(",") if name.strip()} - set(TRACKERS):
+        raise ConfigError(
+            f"config.train.log_to={c.train.log_to!r}: {min(unknown)!r} is unknown: names of {', '.join(TRACKERS)}, with commas."
+        )
     profiled_steps(c)
     _check_sampling(c)
     _check_codec(c)
@@ -184,6 +189,8 @@ def _check_sampling(c: ConfigDict) -> None:
     s = c.sample
     if s.labels and not c.model.classes:
         raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
+    if s.ema and s.weights != "ema":
+        raise ConfigError(f"config.sample.ema={s.ema:g} is an average: it needs config.sample.weights='ema'.")
     class_labels.check(s.labels, c.model.classes)  # class names are resolved later, with the data
     if s.solver == "ddim" and s.spacing != "trailing" and s.steps == 1:
         raise ConfigError(
@@ -238,7 +245,9 @@ def warnings(c: ConfigDict) -> list[str]:
 
 def sampling_warnings(c: ConfigDict) -> list[str]:
     """Returns the warnings of `warnings` that concern sampling."""
-    if c.sample.guidance == 1 or c.train.label_dropout > 0:
+    if c.sample.guide and c.sample.guidance == 1:
+        return [f"config.sample.guide={c.sample.guide} has no effect with config.sample.guidance=1: try 2."]
+    if c.sample.guidance == 1 or c.train.label_dropout > 0 or c.sample.guide:
         return []
     return [
         f"config.sample.guidance={c.sample.guidance:g} with config.train.label_dropout=0: the model never trained without a "

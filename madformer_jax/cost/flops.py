@@ -304,9 +304,10 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
 def guidance_branches(c: ConfigDict) -> int:
     """Returns the branches of each solver step: 2 with guidance, else 1.
 
-    The interval and the schedule of guidance skip no branch.
+    The interval and the schedule of guidance skip no branch. With `sample.guide` the second branch is
+    another model, whose cost its own config says.
     """
-    return 2 if vocabulary_size(c) and c.sample.guidance != 1.0 else 1
+    return 2 if vocabulary_size(c) and c.sample.guidance != 1.0 and not c.sample.guide else 1
 
 
 def nfe(c: ConfigDict) -> float:
@@ -359,9 +360,20 @@ def model_passes_until(c: ConfigDict, block: int, step: int) -> float:
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 
-def image_cost(c: ConfigDict) -> dict[str, float]:
-    """Returns the cost of sampling an image, under the names that it has in results."""
-    return {"solver_steps": c.sample.steps, "nfe": nfe(c), "passes": model_passes(c), "flops": sampling(c).total}
+def image_cost(c: ConfigDict, guide: ConfigDict | None = None) -> dict[str, float]:
+    """Returns the cost of sampling an image, under the names that it has in results.
+
+    Args:
+      c: The config.
+      guide: The config of the model of `sample.guide` (`stored_config.guide_config`). Its passes are added,
+        each a pass of the guide's own layers.
+    """
+    cost = {"solver_steps": c.sample.steps, "nfe": nfe(c), "passes": model_passes(c), "flops": sampling(c).total}
+    if guide is None or c.sample.guidance == 1.0:
+        return cost
+    guide_flops = dataclasses.replace(sampling(guide), vae=0.0).total  # images are decoded once
+    added = {"solver_steps": 0, "nfe": nfe(guide), "passes": model_passes(guide), "flops": guide_flops}
+    return {name: cost[name] + added[name] for name in cost}
 
 
 # ---- rates

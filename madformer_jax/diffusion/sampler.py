@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.diffusion import solvers
+from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.models.cache import ModelCache, write_finished_block
 from madformer_jax.models.madformer import MADFormer
 
@@ -21,10 +22,11 @@ from madformer_jax.models.madformer import MADFormer
 class BlockSteps(NamedTuple):
     """The steps of sampling one block, each a pure function.
 
-    If `guided`, conditional rows are followed by null-token rows in one batch.
+    If `guided`, the rows of a prediction are followed by guiding rows: those of the null token, in one
+    batch with the conditional rows, or those of the guide of a `GuidedPair`.
     """
 
-    model: MADFormer
+    model: MADFormer | GuidedPair
     params: Any
     guided: bool
     clip_x0: float  # bound of the clean estimate; 0 for none
@@ -32,12 +34,12 @@ class BlockSteps(NamedTuple):
 
     def begin(self, noise: Array, tokens: Array | None, lengths: Array | None) -> tuple[ModelCache, Array]:
         """Returns a cache with the text only, and the first block's prediction stream."""
-        rows = (1 + self.guided) * len(noise)
+        rows = (1 + self._null_rows) * len(noise)
         cache = self._call("empty_cache", rows)
         if tokens is not None:
-            null_tokens = [jnp.full_like(tokens, self.model.null_token)] if self.guided else []
+            null_tokens = [jnp.full_like(tokens, self.model.null_token)] if self._null_rows else []
             if lengths is not None:  # the null text is one token long
-                lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)] if self.guided else [lengths])
+                lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)] if self._null_rows else [lengths])
             cache = self._call("cache_text", cache, jnp.concatenate([tokens, *null_tokens]), lengths)
         if self.model.unet_context:
             cache = cache._replace(finished_blocks=jnp.zeros_like(noise))
@@ -92,16 +94,22 @@ class BlockSteps(NamedTuple):
         c = self._call("embed_clean", cache, z, self.clean_timestep, block)
         if self.model.unet_context:
             cache = write_finished_block(cache, z, block)
-        c = jnp.concatenate([c] * (1 + self.guided))
+        if self._null_rows:
+            c = jnp.concatenate([c, c])
         if not self.model.clean_stream:
             return self._call("cache_noisy", cache, kv, block), c
         return self._call("cache_clean", cache, c, block), c
+
+    @property
+    def _null_rows(self) -> bool:
+        """Whether the guiding rows are those of the null token."""
+        return self.guided and not isinstance(self.model, GuidedPair)
 
     def _call(self, method: str, *args: Any) -> Any:
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
-def clean_timestep(model: MADFormer, coefficients: solvers.Coefficients) -> int:
+def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int:
     """Returns the timestep with which finished blocks are embedded.
 
     It is that of the last solver step if `model.clean_timestep` is "noisy", and otherwise 0.
@@ -110,7 +118,7 @@ def clean_timestep(model: MADFormer, coefficients: solvers.Coefficients) -> int:
 
 
 def sample(
-    model: MADFormer,
+    model: MADFormer | GuidedPair,
     params: Any,
     noise: Array,
     tokens: Array | None = None,
@@ -128,7 +136,7 @@ def sample(
     The function is pure. Keyword arguments other than `guidance` are static under jit.
 
     Args:
-      model: The model.
+      model: The model, or a model with its guide. The guide then takes the place of the null token.
       params: Its parameters, see `models.inference_params`.
       noise: Standard normal noise `(B, L, positions, C)`.
       tokens: Text tokens `(B, T)` of a conditional model. `model.null_token` stands for no text.
@@ -150,7 +158,8 @@ def sample(
     """
     coefficients = solvers.coefficients(solver, spacing, steps)
     blocks = noise.shape[1]
-    guided = tokens is not None and (isinstance(guidance, Array) or guidance != 1.0)
+    has_guide = tokens is not None or isinstance(model, GuidedPair)
+    guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
     block_steps = BlockSteps(model, params, guided, clip_x0, clean_timestep(model, coefficients))
 
     def sample_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:

@@ -30,6 +30,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "guidance_interval": (_parse_interval, "low:high"),
     "label_sampling": (str, "str"),
     "weights": (str, "str"),
+    "ema": (float, "float"),
     "prompts": (str, "str"),
 }
 

@@ -142,11 +142,16 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     partitioning.check_batch(mesh, c.train.batch, c.train.accumulate)
     images = _abstract_codec(c, mesh)
     s = train_step.Setup(model, images, derive_sizes(c), train_step.optimizer(c))
-    _, state = train_step.create_state(s.model, s.tx, c.seed, mesh)
+    _, state = train_step.create_state(s.model, s.tx, c.seed, mesh, c.train.ema_snapshots > 0)
     batch, latents = _abstract_batch(c, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
     step = jax.jit(train_step.make_step(s, c, platform), donate_argnums=0, out_shardings=out_shardings)
-    inputs = {"parameters": state.params, "averages (EMA)": state.ema, "optimizer": state.opt, "batch": batch}
+    inputs = {
+        "parameters": state.params,
+        "averages (EMA)": (state.ema, state.power_ema),
+        "optimizer": state.opt,
+        "batch": batch,
+    }
     codec_params = {} if latents else images.load()
     inputs |= {"VAE": codec_params} if codec_params else {}
     cost = flops.training_step(c, encode=not latents)

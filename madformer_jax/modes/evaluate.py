@@ -26,7 +26,6 @@ from tqdm import tqdm
 from madformer_jax.config import aliases, class_labels
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
-from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import (
     images,
@@ -38,11 +37,11 @@ from madformer_jax.evaluation import (
     shards,
 )
 from madformer_jax.evaluation.judge import Judge, open_judge, open_training
-from madformer_jax.models import madformer
 from madformer_jax.modes import reference as reference_mode
-from madformer_jax.runtime import checkpoint, memory, partitioning, progress, storage
+from madformer_jax.runtime import checkpoint, partitioning, progress, storage, stored_config
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights.fingerprint import fingerprint
 
 # Fields of `sample` that determine the images.
@@ -144,16 +143,12 @@ def _judge_images(c: ConfigDict, workdir: str, judge: Judge) -> dict[str, Any]:
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     """Returns a result for each checkpoint and setting. The settings vary fastest."""
+    codec.adopt_scale(c, workdir)
     grid = sampling_grid.expand_configs(c)
     sampling_grid.log_warnings(c, grid)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     judge = open_judge(c, workdir, c.evaluate.n)
-    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    codec.adopt_scale(c, workdir)
-    model, images_codec = madformer.build(c), codec.build(c)
-    target = generation.abstract_params(model, mesh)
-    memory.check_state_fits("evaluation", mesh, parameters=target)
     noise = generation.open_noise(grid[0])  # `sample.noise` is the same in all settings
     noise_digest = generation.hash_noise(noise) or ""
     unique_prompts = _unique_prompt_configs(grid)
@@ -163,22 +158,24 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     extra_protocol = {} if captions is None else {"bits": captions.protocol}
     programs: dict[Any, generation.SampleFn] = {}
     results: dict[tuple[int, int], dict[str, Any]] = {}
-    with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoints.steps)
-        codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
-        codec_metadata = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
-        for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
-            _, params = checkpoints.restore_weights(weights, target, step)
-            text.check_tokenizer_identity(c, checkpoints.meta(step), step, workdir)
+    steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoint.complete_steps(workdir))
+    settings_by_weights = {(setting.sample.weights, setting.sample.ema): setting for setting in grid}
+    codec_params: Any = None
+    for step, weights in itertools.product(steps, sorted(settings_by_weights)):
+        trained = TrainedModel.open(settings_by_weights[weights], workdir, step, check_memory_for="evaluation")
+        params, mesh, names = trained.params, trained.mesh, trained.class_names
+        with partitioning.scope(mesh):
+            if codec_params is None:
+                codec_params = trained.load_codec_params()
+            codec_metadata = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
             metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | codec_metadata
             # The captions' scores depend on the weights only, so all settings share them.
             extra_scores = (
-                functools.cache(functools.partial(captions.scores, model, params, mesh)) if captions else dict
+                functools.cache(functools.partial(captions.scores, trained.network, params, mesh)) if captions else dict
             )
             for i, setting in enumerate(grid):
-                if setting.sample.weights != weights:
+                if (setting.sample.weights, setting.sample.ema) != weights:
                     continue
-                names = checkpoints.class_names(step)
                 config_lib.resolve_label_numbers(setting, names)
                 s = setting.sample
                 given = generation.SampleConditions(generation.read_labels(setting), noise, texts[s.prompts])
@@ -192,15 +189,16 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 # Through JSON, so that the values equal those of a result file; under the fields' first names.
                 settings = aliases.first_names(json.loads(s.to_json()), "sample.")
                 settings |= {"noise": noise_digest, "labels": chosen}
+                network, sampled_params = trained.sampled(setting)
                 program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
                 if program not in programs:
-                    sample_fn = generation.make_sample_fn(setting, model, images_codec.decode)
+                    sample_fn = generation.make_sample_fn(setting, network, trained.codec.decode)
                     programs[program] = progress.log_compilation(sample_fn, f"the sampling program of {s.steps} steps")
                 draw = functools.partial(
                     generation.batches,
                     setting,
                     programs[program],
-                    params,
+                    sampled_params,
                     codec_params,
                     mesh,
                     max_batch=s.n,
@@ -209,7 +207,10 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(
                     setting, workdir, judge,
-                    metadata | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS} | prompt_metadata[s.prompts],
+                    metadata
+                    | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS}
+                    | prompt_metadata[s.prompts]
+                    | trained.protocol(setting),
                     size * -(-shards.MAX_BATCH // size),
                     functools.partial(map, functools.partial(_sample_and_extract, draw, judge)),
                     labeled=bool(c.model.classes), extra_scores=extra_scores, extra_protocol=extra_protocol,
@@ -308,4 +309,6 @@ def _make_result(
 
 def _sampling_cost(c: ConfigDict, seconds: np.ndarray) -> dict[str, Any]:
     """Returns the cost of an image. The median over batches ignores the batches that compiled."""
-    return flops.image_cost(c) | {"seconds": float(np.median(seconds[:, 0] / seconds[:, 1]))}
+    return flops.image_cost(c, stored_config.guide_config(c)) | {
+        "seconds": float(np.median(seconds[:, 0] / seconds[:, 1]))
+    }

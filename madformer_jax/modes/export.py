@@ -18,15 +18,14 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
-from madformer_jax.models import madformer
 from madformer_jax.publishing import model_card
 from madformer_jax.runtime import checkpoint, lock, partitioning, storage
-from madformer_jax.sampling import generation
+from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights import state_dicts
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Writes workdir/export with the EMA weights of the newest checkpoint, a quarter of its size.
+    """Writes workdir/export with the averages of the newest checkpoint, or those of `sample.ema`.
 
     Works with any mesh and any number of processes. The folder can be moved.
 
@@ -45,24 +44,23 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     storage.check_arrays_path(workdir, write=True)
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
-    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    target = generation.abstract_params(madformer.build(c), mesh)
-    with checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
-        step, restored, _ = checkpoints.restore({"ema": target})
-        meta = checkpoints.meta(step)  # includes the class names
-    exported = f"{workdir.rstrip('/')}/export"
     published = config_lib.portable(c)
-    published.sample.weights, published.sample.step = "ema", -1
+    published.sample.weights, published.sample.step, published.sample.ema = "ema", -1, 0.0
+    c = c.copy_and_resolve_references()
+    c.sample.weights = "ema"
+    trained = TrainedModel.open(c, workdir, step=-1)
+    step, meta, params = trained.step, trained.meta, trained.params
+    exported = f"{workdir.rstrip('/')}/export"
     tokenizer = text.exportable_file(c.text.tokenizer)
     with lock.acquire(exported):
         _remove_later_checkpoints(checkpoint.folder(exported), step)
         with checkpoint.Checkpoints(exported) as checkpoints:
             checkpoint.write_config(published, exported)
-            checkpoints.save(step, restored, None, meta)
-        host_params = partitioning.to_host(restored["ema"], mesh)
+            checkpoints.save(step, {"ema": params}, None, meta)
+        host_params = partitioning.to_host(params, trained.mesh)
         if jax.process_index() == 0:
             with storage.wrap_errors(f"{exported} cannot be written"):
-                _write_hub_files(published, workdir, exported, step, host_params, meta)
+                _write_hub_files(published, workdir, exported, step, host_params, meta, c.sample.ema)
                 _blank_success_marks(checkpoint.folder(exported) / str(step))
                 if tokenizer is not None:
                     storage.write_text(f"{exported}/{config_lib.TOKENIZER_FILE}", tokenizer)
@@ -97,13 +95,15 @@ def _blank_success_marks(folder: epath.Path) -> None:
             storage.write_text(mark, "")
 
 
-def _write_hub_files(c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any]) -> None:
-    """Writes model.safetensors, grid.png and README.md."""
+def _write_hub_files(
+    c: ConfigDict, workdir: str, exported: str, step: int, params: Any, meta: dict[str, Any], ema: float
+) -> None:
+    """Writes model.safetensors, grid.png and README.md, with the results of the average that is exported."""
     tensors = state_dicts.flatten(params)
     names = meta.get("data", {}).get("names", [])
     if not storage.is_remote(exported):  # safetensors writes local files
         state_dicts.write_state_dict(f"{exported}/model.safetensors", tensors, {"step": step, "names": names})
-    grid = _find_sample_grid(workdir, step)
+    grid = _find_sample_grid(workdir, step, ema)
     if grid is not None:
         storage.write_bytes(f"{exported}/grid.png", grid.read_bytes())
     files = storage.list_matching(epath.Path(workdir) / "evaluations", "*.json")
@@ -111,7 +111,9 @@ def _write_hub_files(c: ConfigDict, workdir: str, exported: str, step: int, para
     results = [
         result
         for result in map(storage.read_json, files)
-        if exported_model.items() <= result["protocol"]["images"].items()
+        if exported_model.items() <= (protocol := result["protocol"]["images"]).items()
+        and protocol.get("ema", 0.0) == ema
+        and "guide" not in protocol
     ]
     parameters = sum(math.prod(x.shape) for x in tensors.values())
     storage.write_text(
@@ -119,8 +121,9 @@ def _write_hub_files(c: ConfigDict, workdir: str, exported: str, step: int, para
     )
 
 
-def _find_sample_grid(workdir: str, step: int) -> epath.Path | None:
+def _find_sample_grid(workdir: str, step: int, ema: float) -> epath.Path | None:
     """Returns a grid of samples of the step, preferably of --mode=sample, else of the training."""
     samples = epath.Path(workdir) / "samples"
-    grids = [folder / "grid.png" for folder in storage.list_matching(samples, f"step_{step:06d}_ema_*")]
-    return next((path for path in (*grids, samples / f"step_{step:06d}_ema.png") if path.exists()), None)
+    grids = [folder / "grid.png" for folder in storage.list_matching(samples, f"step_{step:06d}_ema{ema or ''}_*")]
+    training = [] if ema else [samples / f"step_{step:06d}_ema.png"]
+    return next((path for path in (*grids, *training) if path.exists()), None)

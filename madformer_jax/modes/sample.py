@@ -68,7 +68,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     config_lib.resolve_label_numbers(c, names)
     with partitioning.scope(mesh):
         codec_params = trained.load_codec_params()
-        protocol = _protocol(c, step, fingerprint(params, mesh), fingerprint(codec_params, mesh))
+        protocol = _protocol(c, step, fingerprint(params, mesh), fingerprint(codec_params, mesh)) | trained.protocol(c)
         folder = epath.Path(workdir) / "samples" / _folder_name(c, protocol)
         missing = _missing_shards(c, folder)
         numbers = np.concatenate([_shard_image_numbers(c, k) for k in missing] or [np.arange(0)])
@@ -79,10 +79,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         )  # fmt: skip
         if s.labels:
             logging.info("classes of these images: %s", class_labels.summary(config_lib.sample_labels(c), names))
+        network, sampled_params = trained.sampled(c)
         sample_fn = progress.log_compilation(
-            generation.make_sample_fn(c, trained.network, trained.codec.decode), "the sampling program"
+            generation.make_sample_fn(c, network, trained.codec.decode), "the sampling program"
         )
-        batches = interruptible(generation.batches(c, sample_fn, params, codec_params, mesh, numbers))
+        batches = interruptible(generation.batches(c, sample_fn, sampled_params, codec_params, mesh, numbers))
         with storage.wrap_errors(f"{folder} cannot be written"):
             if jax.process_index() == 0:
                 storage.write_json(folder / "protocol.json", protocol | _class_names(c, names))
@@ -105,7 +106,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             )
     if s.film:
         with storage.wrap_errors(f"{folder} cannot be written"):
-            _write_film(c, folder / "film.webp", trained_model.Model(c, params, codec_params=codec_params))
+            _write_film(c, folder / "film.webp", trained_model.Model(c, trained, codec_params))
     seconds = time.monotonic() - began
     return {"folder": str(folder), "step": step, "n": s.n, "drawn": len(numbers), "seconds": seconds}
 
@@ -184,7 +185,8 @@ def _folder_name(c: ConfigDict, protocol: dict[str, Any]) -> str:
     low, high = s.guidance_interval
     guidance = f"w{s.guidance:g}" + "linear" * (s.guidance_schedule == "linear")
     guidance += f"_t{low}-{high}" * ((low, high) != (0, 999))
-    kind = f"{s.weights}_{s.solver}_{s.spacing}{s.steps}_{guidance}"
+    guidance += "guide" * bool(s.guide)
+    kind = f"{s.weights}{s.ema or ''}_{s.solver}_{s.spacing}{s.steps}_{guidance}"
     return f"step_{protocol['step']:06d}_{kind}_{origin}_n{s.n}_{digest}"
 
 

@@ -27,10 +27,10 @@ from ml_collections import ConfigDict
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, judge_paths, sampling_grid, score_summary
-from madformer_jax.models import madformer
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
-from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.sampling import generation, prompts
+from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.sweeps import budget, run_table, sweep_file, sweep_folder
 from madformer_jax.sweeps.budget import Timing
 from madformer_jax.sweeps.sweep_file import Evaluation, Run
@@ -180,10 +180,7 @@ def _do_run(job: Job, run: Run) -> bool:
 
 
 def _is_trained(c: ConfigDict, folder: str) -> bool:
-    if not checkpoint.exists(folder):
-        return False
-    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-        return checkpoints.last == c.train.steps
+    return checkpoint.complete_steps(folder)[-1:] == [c.train.steps]
 
 
 def _solver_steps(job: Job, run: Run, evaluation: Evaluation) -> int:
@@ -260,11 +257,11 @@ def _phase_seconds(lines: Sequence[dict[str, Any]], results: Sequence[dict[str, 
 def _remove_checkpoints(c: ConfigDict, folder: str) -> None:
     """Removes the checkpoints that no evaluation needs.
 
-    The others stay, since a later command may add budgets.
+    The others stay, since a later command may add budgets. Snapshots of averages stay, too.
     """
-    with checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-        steps = checkpoints.steps
-    for step in set(steps) - set(sampling_grid.select_checkpoints(c.evaluate.checkpoints, steps)):
+    steps = checkpoint.complete_steps(folder)
+    snapshots = {step for step in steps if c.train.ema_snapshots and step % c.train.ema_snapshots == 0}
+    for step in set(steps) - set(sampling_grid.select_checkpoints(c.evaluate.checkpoints, steps)) - snapshots:
         (checkpoint.folder(folder) / str(step)).rmtree()
 
 
@@ -382,18 +379,16 @@ def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
     c = sweep_file.apply_overrides(run.config, job.definition.evaluations[0])
     c.sample.n = c.evaluate.n
     folder = sweep_folder.run_folder(job.workdir, run)
-    mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    model, images_codec = madformer.build(c), codec.build(c)
-    target = generation.abstract_params(model, mesh)
-    with partitioning.scope(mesh), checkpoint.Checkpoints(folder, read_only=True) as checkpoints:
-        step, params = checkpoints.restore_weights(c.sample.weights, target)
-        config_lib.resolve_label_numbers(c, checkpoints.class_names(step))
-        codec_params = jax.device_put(images_codec.load(), partitioning.replicated(mesh))
+    trained = TrainedModel.open(c, folder, step=-1)
+    config_lib.resolve_label_numbers(c, trained.class_names)
+    with partitioning.scope(trained.mesh):
+        codec_params = trained.load_codec_params()
         rows = []
         for c.sample.steps in steps:
-            sample_fn = generation.make_sample_fn(c, model, images_codec.decode)
+            network, params = trained.sampled(c)
+            sample_fn = generation.make_sample_fn(c, network, trained.codec.decode)
             batches = generation.batches(
-                c, sample_fn, params, codec_params, mesh, range(GRID_COLUMNS), max_batch=c.sample.n
+                c, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.sample.n
             )
             rows.append(np.concatenate([batch.images for batch in batches])[:GRID_COLUMNS])
     if jax.process_index() == 0:

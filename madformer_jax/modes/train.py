@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -22,12 +21,14 @@ from madformer_jax.config import fields, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.data import pipeline, text
+from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.judge import Judge, open_judge
 from madformer_jax.runtime import checkpoint, lock, memory, partitioning, progress, storage
 from madformer_jax.runtime.preemption import Preemption
 from madformer_jax.sampling import codec, generation
-from madformer_jax.training import hooks, train_step
+from madformer_jax.sampling.opening import open_guide
+from madformer_jax.training import hooks, initial_weights, trackers, train_step
 from madformer_jax.training.checkpoint_saver import CheckpointSaver
 from madformer_jax.training.metric_writer import MetricWriter
 
@@ -49,15 +50,15 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
         in the workdir. The loss is no longer finite.
     """
     with contextlib.ExitStack() as stack:
-        resources = _prepare(c, workdir, stack)
-        state = _restore_or_initialize(c, workdir, resources)
-        tools = _open_tools(c, workdir, resources, int(state.step), grids, stack)
-        _loop(c, workdir, resources, tools, state)
-    return tools.metric_writer.figures | ({"stopped": True} if tools.preemption.reached() else {})
+        prepared = _prepare(c, workdir, stack)
+        state = _restore_or_initialize(c, workdir, prepared)
+        calls = _open_loop_calls(c, workdir, prepared, int(state.step), grids, stack)
+        _loop(c, workdir, prepared, calls, state)
+    return calls.metric_writer.figures | ({"stopped": True} if calls.preemption.reached() else {})
 
 
-class Resources(NamedTuple):
-    """Everything that a run opens before it has a state."""
+class PreparedRun(NamedTuple):
+    """Everything that a run opens before it has a state: data, devices, model and checkpoints."""
 
     judge: Judge | None  # None without scores in training
     info: pipeline.DatasetInfo
@@ -75,8 +76,8 @@ class Resources(NamedTuple):
     checkpoints: checkpoint.Checkpoints
 
 
-class Tools(NamedTuple):
-    """Everything that the loop calls."""
+class LoopCalls(NamedTuple):
+    """Everything that the loop calls: the step, hooks, writers and the profiler."""
 
     step_fn: Callable[..., tuple[train_step.State, dict[str, Any]]]
     metric_writer: MetricWriter
@@ -86,13 +87,14 @@ class Tools(NamedTuple):
     saver: CheckpointSaver
 
 
-def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resources:
+def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> PreparedRun:
     """Checks the config and opens data, devices, model, workdir and checkpoints.
 
     Args:
       stack: Closes what is opened.
     """
     config_lib.validate(c)
+    trackers.check_installed(c)
     storage.check_arrays_path(workdir, write=True)
     judge = open_judge(c, workdir, c.train.evaluate_n) if c.train.evaluate_every else None
     with progress.log_while("opening the data"):
@@ -103,34 +105,36 @@ def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resour
     index, count = partitioning.batch_share(mesh, c.train.batch, c.train.accumulate)
     setup = train_step.make_setup(c)
     setup = setup._replace(codec=codec.require_weights(setup.codec, info.codec))
-    create, abstract = train_step.create_state(setup.model, setup.tx, c.seed, mesh)
+    create, abstract = train_step.create_state(setup.model, setup.tx, c.seed, mesh, c.train.ema_snapshots > 0)
     step_flops = flops.training_step(c, encode=info.kind == "images").total
-    memory.check_state_fits("training", mesh, parameters=abstract.params, averages=abstract.ema, optimizer=abstract.opt)
+    averages = abstract.ema, abstract.power_ema
+    memory.check_state_fits("training", mesh, parameters=abstract.params, averages=averages, optimizer=abstract.opt)
     codec_params = jax.device_put(setup.codec.load() if info.kind == "images" else {}, partitioning.replicated(mesh))
     check_lock = stack.enter_context(lock.acquire(workdir))
     checkpoint.check_config(c, workdir)
     _log_run_summary(c, info, setup, step_flops, mesh.size)
     data = pipeline.train_iterator(c, batch=c.train.batch // count, process_index=index, process_count=count)
     stack.callback(data.close)
-    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, c.train.keep, c.train.keep_every, state=abstract))
-    return Resources(
+    keep_every = [every for every in (c.train.keep_every, c.train.ema_snapshots) if every]
+    checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, c.train.keep, keep_every, state=abstract))
+    return PreparedRun(
         judge, info, mesh, index, count, setup, create, abstract, step_flops, codec_params, check_lock, data, checkpoints
     )  # fmt: skip
 
 
-def _restore_or_initialize(c: ConfigDict, workdir: str, r: Resources) -> train_step.State:
+def _restore_or_initialize(c: ConfigDict, workdir: str, r: PreparedRun) -> train_step.State:
     """Returns the state of the newest checkpoint, or a new one.
 
-    A new state has the weights of `train.init_from` if that is set.
+    A new state has the weights of `train.init_from`, as far as they fit, if that is set.
     """
     if checkpoint.exists(workdir):
         return _resume(c, workdir, r.checkpoints, r.abstract_state, r.data, r.info)
-    return _load_initial_weights(c, r.create_state()) if c.train.init_from else r.create_state()
+    return initial_weights.load(c, r.create_state()) if c.train.init_from else r.create_state()
 
 
-def _open_tools(
-    c: ConfigDict, workdir: str, r: Resources, step: int, grids: bool, stack: contextlib.ExitStack
-) -> Tools:
+def _open_loop_calls(
+    c: ConfigDict, workdir: str, r: PreparedRun, step: int, grids: bool, stack: contextlib.ExitStack
+) -> LoopCalls:
     """Makes the training program and opens what runs beside it, from `step` on."""
     out_shardings = (jax.tree.map(lambda x: x.sharding, r.abstract_state), partitioning.replicated(r.mesh))
     program = jax.jit(train_step.make_step(r.setup, c), donate_argnums=0, out_shardings=out_shardings)
@@ -142,18 +146,21 @@ def _open_tools(
     inputs = {"data": _dataset_record(r.info), **text.tokenizer_identity(c)}
     saver = stack.enter_context(CheckpointSaver(c, workdir, r.checkpoints, metric_writer, inputs, r.check_lock))
     stack.enter_context(partitioning.scope(r.mesh))
-    return Tools(step_fn, metric_writer, hook_list, profile, preemption, saver)
+    return LoopCalls(step_fn, metric_writer, hook_list, profile, preemption, saver)
 
 
 def _make_hooks(
-    c: ConfigDict, workdir: str, r: Resources, metric_writer: MetricWriter, grids: bool
+    c: ConfigDict, workdir: str, r: PreparedRun, metric_writer: MetricWriter, grids: bool
 ) -> list[tuple[hooks.Hook, int]]:
     """Makes the hooks that the config asks for, each with its interval in steps."""
     free = memory.device_capacity() - partitioning.device_bytes(r.abstract_state)
+    guide = open_guide(c) if c.sample.guidance != 1.0 else None
+    network = r.setup.model if guide is None else GuidedPair(r.setup.model, guide.network)
     sample_fn = progress.log_compilation(
-        generation.make_sample_fn(c, r.setup.model, r.setup.codec.decode, free), "the sampling program"
+        generation.make_sample_fn(c, network, r.setup.codec.decode, free), "the sampling program"
     )
-    context = hooks.TrainContext(r.setup, sample_fn, r.codec_params, r.mesh, metric_writer)
+    guide_params = None if guide is None else guide.params
+    context = hooks.TrainContext(r.setup, sample_fn, r.codec_params, r.mesh, metric_writer, guide_params)
     result: list[tuple[hooks.Hook, int]] = []
     if grids:
         result.append((hooks.SampleGrid(c, context, workdir), c.train.sample_every))
@@ -164,19 +171,19 @@ def _make_hooks(
     return result
 
 
-def _loop(c: ConfigDict, workdir: str, r: Resources, tools: Tools, state: train_step.State) -> None:
+def _loop(c: ConfigDict, workdir: str, r: PreparedRun, calls: LoopCalls, state: train_step.State) -> None:
     """Steps to `train.steps` or until the run is asked to stop, and saves."""
-    metric_writer, preemption, saver = tools.metric_writer, tools.preemption, tools.saver
+    metric_writer, preemption, saver = calls.metric_writer, calls.preemption, calls.saver
     step, steps, seed = int(state.step), c.train.steps, np.uint32(c.seed)
     while step < steps:
-        tools.profile(step)
+        calls.profile(step)
         rows = next(r.data)
         if saver.finished is None:  # The inputs could be read: from here on, the run writes files.
             partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
             parameters = sum(x.size for x in jax.tree.leaves(state.params))
             metric_writer.log_start(step, c, parameters, rows.get("image"))
         batch = partitioning.global_batch(rows, r.mesh)
-        state, metrics = tools.step_fn(state, batch, r.codec_params, seed)
+        state, metrics = calls.step_fn(state, batch, r.codec_params, seed)
         step += 1
         saver.finished = (step, state, r.data.get_state())
         metric_writer.add(step, metrics)
@@ -184,7 +191,7 @@ def _loop(c: ConfigDict, workdir: str, r: Resources, tools: Tools, state: train_
             metric_writer.write()
         if step % c.train.checkpoint_every == 0 or step == steps:
             saver()
-        for hook, every in tools.hooks:
+        for hook, every in calls.hooks:
             if every and step % every == 0 and step < steps:
                 saver.wait()  # If the hook ends the process, its step must not be lost.
                 hook.run(step, state, preemption.reached)
@@ -192,7 +199,7 @@ def _loop(c: ConfigDict, workdir: str, r: Resources, tools: Tools, state: train_
             saver()
             break
     saver.wait()
-    for hook, _ in tools.hooks if step == steps and not preemption.reached() else ():
+    for hook, _ in calls.hooks if step == steps and not preemption.reached() else ():
         hook.run(step, state, preemption.reached)
     if preemption.reached():
         logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
@@ -225,8 +232,7 @@ def _resume(
       ConfigError: No checkpoint can be restored, the data set or the tokenizer has changed, or the
         run has been trained for more than `train.steps`.
     """
-    targets = {name: getattr(abstract, name) for name in checkpoint.ARRAY_ITEMS}
-    step, trees, position = checkpoints.restore(targets, data=True)
+    step, trees, position = checkpoints.restore(checkpoint.array_items(abstract), data=True)
     meta = checkpoints.meta(step)
     _check_data(workdir, step, meta["data"], _dataset_record(info))
     text.check_tokenizer_identity(c, meta, step, workdir)
@@ -272,47 +278,6 @@ def _check_data(workdir: str, step: int, before: dict[str, Any], now: dict[str, 
     raise ConfigError(
         f"the data set has changed since step {step} of {workdir}: {difference}. Bring the old one back, or use another --workdir."
     )
-
-
-def _load_initial_weights(c: ConfigDict, state: train_step.State) -> train_step.State:
-    """Replaces the parameters and averages of a new state by the weights of `train.init_from`.
-
-    The weights are the averages that `init_from` holds, or its parameters if it has no averages.
-
-    Raises:
-      ConfigError: The folder has no weights, or they are of another model.
-    """
-    source = c.train.init_from
-    target = partitioning.abstract_arrays(state.params, jax.tree.map(lambda x: x.sharding, state.params))
-    try:
-        checkpoint.require(source)
-        if different := checkpoint.differences(c, source, ("model",)):
-            raise ConfigError(f"{source} holds another model: {'; '.join(different)}.")
-        with checkpoint.Checkpoints(source, read_only=True) as checkpoints:
-            shapes = {item: arrays for item in ("ema", "params") if (arrays := checkpoints.shapes(item))}
-            item = next(iter(shapes), "params")
-            _check_shapes(shapes.get(item, {}), target)
-            step, trees, _ = checkpoints.restore({item: target})
-    except ConfigError as error:
-        raise ConfigError(f"config.train.init_from: {error}") from error
-    logging.info("starting from the %s of step %d of %s", item, step, source)
-    return state._replace(params=trees[item], ema=jax.tree.map(jnp.copy, trees[item]))
-
-
-def _check_shapes(saved: dict[str, tuple[int, ...]], target: Any) -> None:
-    """Checks that saved arrays have the names and shapes of the target.
-
-    Raises:
-      ConfigError: An array is missing, unknown or of another shape.
-    """
-    leaves, _ = jax.tree.flatten_with_path(target)
-    expected = {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
-    for name in sorted(saved.keys() | expected.keys()):
-        if saved.get(name) != expected.get(name):
-            raise ConfigError(
-                f"{name} has the shape {saved.get(name)} in the weights and {expected.get(name)} in the model: "
-                "config.model, config.codec and config.data.channels must fit the weights."
-            )
 
 
 @contextlib.contextmanager

@@ -1,16 +1,16 @@
 """Checkpoints of a run: parameters, EMA, optimizer and data iterator in one atomic Orbax step.
 
-A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data` and
-`meta`. Training saves and restores all of them; sampling reads one; `--mode=export` writes `ema` and
-`meta`. Arrays are restored with the shardings of the current mesh, so that a run may continue on any
-mesh. The checksums of an item's files are verified before it is used.
+A workdir holds `config.json` and `checkpoints/<step>/` with the items `params`, `ema`, `opt`, `data`,
+`meta` and, with `train.ema_snapshots`, `power_ema`. Training saves and restores all of them; sampling
+reads one; `--mode=export` writes `ema` and `meta`. Arrays are restored with the shardings of the
+current mesh, so that a run may continue on any mesh. Checksums of files are verified before use.
 """
 
 import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -27,14 +27,19 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checksums, malloc, orbax_logging, provenance, storage
 from madformer_jax.runtime.partitioning import sync
 
-ARRAY_ITEMS = ("params", "ema", "opt")
+ARRAY_ITEMS = ("params", "ema", "opt", "power_ema")
 T = TypeVar("T")
 
 LEARNING_RATE_FIELDS = ("optimizer.learning_rate", "optimizer.schedule", "optimizer.warmup", "optimizer.decay")
-# The optimizer's state depends on whether these are 0, not on their values.
-ON_OFF_FIELDS = ("optimizer.clip", "optimizer.skip")
+# The state depends on whether these are 0, not on their values.
+ON_OFF_FIELDS = ("optimizer.clip", "optimizer.skip", "train.ema_snapshots")
 # Sections and fields that decide the shapes of weights and images.
 MODEL_FIELDS = ("model", "codec", "text.vocabulary", "text.length", "data.image_size", "data.channels")
+
+
+def array_items(state: Any) -> dict[str, Any]:
+    """Returns item -> tree of a training state, without items that have no arrays."""
+    return {name: tree for name in ARRAY_ITEMS if jax.tree.leaves(tree := getattr(state, name))}
 
 
 def folder(workdir: str) -> epath.Path:
@@ -99,12 +104,15 @@ def write_config(config: ConfigDict, workdir: str) -> None:
 class Checkpoints:
     """Checkpoints of a workdir, saved in the background. A context manager that waits for the last save."""
 
-    def __init__(self, workdir: str, keep: int = 1, keep_every: int = 0, read_only: bool = False, state: Any = None):
-        """Opens the checkpoints; `state` (arrays or shapes) bounds the memory of a save to a few per cent."""
+    def __init__(
+        self, workdir: str, keep: int = 1, keep_every: Sequence[int] = (), read_only: bool = False, state: Any = None
+    ):
+        """Opens the checkpoints. `state` (arrays or shapes) bounds the memory of a save to a few per cent.
+
+        The newest `keep` are kept. The averages at multiples of any step in `keep_every` are kept for ever.
+        """
         self.path = folder(workdir)
-        rules: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
-        if keep_every:
-            rules.append(policies.EveryNSteps(keep_every))
+        rules: list[policies.PreservationPolicy] = [policies.LatestN(keep), *map(policies.EveryNSteps, keep_every)]
         self._keep, self._thins = keep, bool(keep_every) and not read_only
         self._thinned: set[int] = set()
         self._started = 0.0
@@ -267,16 +275,6 @@ class Checkpoints:
             return candidate, trees, restored["data"] if data else None
         raise ConfigError(f"no checkpoint in {self.path} can be restored: {problem}.")
 
-    def restore_weights(self, weights: str, target: Any, step: int = -1) -> tuple[int, Any]:
-        """Returns a step and the parameters that `sample.weights` names; -1 for the newest. See `restore`."""
-        item = "ema" if weights == "ema" else "params"
-        step, trees, _ = self.restore({item: target}, step=None if step < 0 else step)
-        return step, trees[item]
-
-    def class_names(self, step: int) -> list[str]:
-        """Returns the class names of the training data; empty if the data name no classes. See `meta`."""
-        return list(self.meta(step).get("data", {}).get("names", ()))
-
     def meta(self, step: int) -> dict[str, Any]:
         """Returns the `meta` of `save`.
 
@@ -294,11 +292,11 @@ class Checkpoints:
             raise ConfigError(f"{folder} is damaged: its metadata is missing.")
         return content
 
-    def shapes(self, item: str) -> dict[str, tuple[int, ...]] | None:
-        """Returns name -> shape of the arrays of an item of the newest step; None if the step lacks the item."""
+    def metadata(self, item: str) -> Any:
+        """Returns the tree of an item of the newest step, with shapes and types; None if the step lacks the item."""
         with self._errors("read"):
             tree = self._manager.item_metadata(self._manager.latest_step()).get(item)
-        return None if tree is None else checksums.array_shapes(tree.tree)
+        return None if tree is None else tree.tree
 
     def _together(self, step: int, act: Callable[[], T]) -> T:
         """Calls `act`, and raises an error in all processes if it fails in any of them.
@@ -365,6 +363,14 @@ def exists(workdir: str) -> bool:
     with storage.wrap_errors(f"--workdir={workdir} cannot be read"):
         path = folder(workdir)
         return path.exists() and bool(ocp.utils.checkpoint_steps(path))
+
+
+def complete_steps(workdir: str) -> list[int]:
+    """Returns the steps of a workdir's complete checkpoints in ascending order."""
+    if not exists(workdir):
+        return []
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        return checkpoints.steps
 
 
 def require(workdir: str) -> None:

@@ -55,6 +55,34 @@ def config_from_saved(saved: Any, path: str, trusted: bool | None = None) -> Con
     return config
 
 
+def guide_config(c: ConfigDict) -> ConfigDict | None:
+    """Returns the config of the model of `sample.guide`; None if the config names none.
+
+    It draws with the settings, the mesh and the codec of `c`, without guidance of its own. Its own are the
+    model and the choice of weights.
+
+    Raises:
+      ConfigError: The folder has no config.
+    """
+    if not c.sample.guide:
+        return None
+    path = f"{c.sample.guide.rstrip('/')}/config.json"
+    saved = storage.read_json(path)
+    if saved is None:
+        raise ConfigError(
+            f"config.sample.guide={c.sample.guide}: {path} does not exist: give the workdir of a training."
+        )
+    guide = config_from_saved(saved, path)
+    weights, ema = guide.sample.weights, guide.sample.ema
+    guide.sample, guide.mesh = c.sample.copy_and_resolve_references(), c.mesh.copy_and_resolve_references()
+    guide.codec.path, guide.codec.dtype = c.codec.path, c.codec.dtype
+    guide.sample.update({
+        "weights": weights, "ema": ema, "step": c.sample.guide_step, "guide": "", "guidance": 1.0,
+        "guidance_schedule": "constant", "guidance_interval": base().sample.guidance_interval,
+    })  # fmt: skip
+    return guide
+
+
 def _log_ignored(path: str, values: Mapping[str, Any]) -> None:
     given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != TOKENIZER_FILE)
     if given:

@@ -25,6 +25,7 @@ from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import preprocess
 from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.diffusion import guidance, sampler, schedule
+from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.inference_params import inference_params
@@ -77,7 +78,7 @@ SampleFn = Callable[[Any, Any, Inputs], tuple[Array, Array, Array]]
 
 
 def make_sample_fn(
-    c: ConfigDict, model: MADFormer, decode: Callable[[Any, Array], Array], memory: int | None = None
+    c: ConfigDict, model: MADFormer | GuidedPair, decode: Callable[[Any, Array], Array], memory: int | None = None
 ) -> SampleFn:
     """Returns the jitted program that draws a batch.
 
@@ -86,11 +87,16 @@ def make_sample_fn(
 
     Args:
       c: The config.
-      model: The network.
+      model: The network, or the network with its guide. The parameters are then a pair, too.
       decode: (codec params, latents) -> pixels.
       memory: Bytes that a device has for the program, which decide how `inference_params` holds the
         parameters. By default `memory.device_capacity`.
+
+    Raises:
+      ConfigError: The config has a guide, and the network has none.
     """
+    if c.sample.guide and c.sample.guidance != 1.0 and not isinstance(model, GuidedPair):
+        raise ConfigError(f"config.sample.guide={c.sample.guide}: this mode measures one model. Leave the guide out.")
     sizes, settings = derive_sizes(c), c.sample
     memory = device_capacity() if memory is None else memory
 
@@ -101,7 +107,7 @@ def make_sample_fn(
         tokens, lengths = inputs.text or (classes, None)
         blocks = sampler.sample(
             model,
-            inference_params(model, params, memory),
+            sampling_params(model, params, memory),
             noise,
             tokens,
             lengths=lengths,
@@ -118,6 +124,13 @@ def make_sample_fn(
         return to_uint8(pixels), z, finite
 
     return draw
+
+
+def sampling_params(model: MADFormer | GuidedPair, params: Any, memory: int) -> Any:
+    """Returns `inference_params` of a network, or of a network and its guide, which share the memory."""
+    if isinstance(model, GuidedPair):
+        return tuple(inference_params(network, x, memory // 2) for network, x in zip(model, params))
+    return inference_params(model, params, memory)
 
 
 def seeded_noise(seed: Any, numbers: Array, shape: tuple[int, ...]) -> Array:

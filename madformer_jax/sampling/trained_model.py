@@ -25,9 +25,9 @@ from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler, solvers
+from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.models import madformer
-from madformer_jax.models.inference_params import inference_params
+from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import memory, numerics, partitioning, storage, stored_config
 from madformer_jax.sampling import codec, generation, prompts
 from madformer_jax.sampling.opening import TrainedModel
@@ -58,15 +58,13 @@ class Model:
     """
 
     @numerics.scoped
-    def __init__(self, config: ConfigDict, params: Any, labels: Sequence[str] = (), codec_params: Any = None):
+    def __init__(self, config: ConfigDict, trained: TrainedModel, codec_params: Any = None):
         self.config = config  # the config of the training; defaults of `sample` and `stream`
-        self.params = params
-        self.labels = tuple(labels)  # names of the classes; empty if the data have none
-        self._mesh = partitioning.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        self._model, self._codec = madformer.build(config), codec.build(config)
-        if codec_params is None:
-            codec_params = jax.device_put(self._codec.load(), partitioning.replicated(self._mesh))
-        self._codec_params = codec_params
+        self.params = trained.params
+        self.labels = tuple(trained.class_names)  # empty if the data have none
+        self._mesh, self._codec, self._trained = trained.mesh, trained.codec, trained
+        self._guide_config = stored_config.guide_config(config) if trained.guide else None
+        self._codec_params = trained.load_codec_params() if codec_params is None else codec_params
         self._programs: dict[Any, Any] = {}
         self._warnings: set[str] = set()
 
@@ -100,13 +98,14 @@ class Model:
         """
         c = self._settings(n, settings)
         s = c.sample
+        network, params = self._trained.sampled(c)
         sample_fn = self._program(
             ("draw", s.solver, s.spacing, s.steps, s.clip_x0, s.guidance == 1.0),
-            lambda: generation.make_sample_fn(c, self._model, self._codec.decode),
+            lambda: generation.make_sample_fn(c, network, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
             batches = generation.batches(
-                c, sample_fn, self.params, self._codec_params, self._mesh, range(s.n), max_batch=s.n
+                c, sample_fn, params, self._codec_params, self._mesh, range(s.n), max_batch=s.n
             )
             return np.concatenate([batch.images for batch in batches])
 
@@ -129,7 +128,7 @@ class Model:
         """Returns the cost of an image; solver steps and guidance default to the config's."""
         settings = {"steps": steps, "guidance": guidance}
         c = self._settings(1, {name: value for name, value in settings.items() if value is not None})
-        cost = flops.image_cost(c)
+        cost = flops.image_cost(c, self._guide_settings(c))
         return SamplingCost(cost["passes"], cost["flops"], cost["nfe"])
 
     def _settings(self, n: int | None, settings: Mapping[str, Any]) -> ConfigDict:
@@ -194,10 +193,13 @@ class Model:
         """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
         coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
-        static = flops.guidance_branches(c) == 2, s.clip_x0, sampler.clean_timestep(self._model, coefficients)
+        network, params = self._trained.sampled(c)
+        guided = isinstance(network, GuidedPair) or flops.guidance_branches(c) == 2
+        static = guided, s.clip_x0, sampler.clean_timestep(network, coefficients)
         begin, condition, step, cache_clean, decode = self._program(
-            ("blocks", *static), lambda: self._block_programs(*static)
+            ("blocks", *static), lambda: self._block_programs(network, params, *static)
         )
+        costs = [x for x in (c, self._guide_settings(c)) if x is not None]
         rows = list(zip(solvers.step_rows(coefficients), generation.guidance_scales(c)))
         file_noise = generation.open_noise(c)
         if file_noise is None:
@@ -219,25 +221,40 @@ class Model:
                             f"sampling gave values that are not finite in block {block + 1}: the weights may have diverged, or "
                             f"guidance={s.guidance} with clip_x0={s.clip_x0} is too strong."
                         )
-                    yield Frame(images, block, k, flops.model_passes_until(c, block, k), time.monotonic() - began)
+                    passes = sum(flops.model_passes_until(x, block, k) for x in costs)
+                    yield Frame(images, block, k, passes, time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])
             if block + 1 < sizes.blocks:
                 cache, pred = cache_clean(cache, state.x, own_kv, block)
 
-    def _block_programs(self, *static: Any) -> tuple[Any, ...]:
+    def _guide_settings(self, c: ConfigDict) -> ConfigDict | None:
+        """Returns the guide's config with the solver of `c`; None if no guide draws with `c`."""
+        if self._guide_config is None or c.sample.guidance == 1.0:
+            return None
+        guide = self._guide_config.copy_and_resolve_references()
+        guide.sample.solver, guide.sample.spacing, guide.sample.steps = (
+            c.sample.solver,
+            c.sample.spacing,
+            c.sample.steps,
+        )
+        return guide
+
+    def _block_programs(self, network: MADFormer | GuidedPair, params: Any, *static: Any) -> tuple[Any, ...]:
         """Returns the programs that draw a block, and one that decodes blocks to uint8 images.
 
         Each is compiled once for all blocks and steps.
 
         Args:
+          network: The model, or the model and its guide.
+          params: The parameters.
           static: The fields of `sampler.BlockSteps` after the model and the parameters.
         """
         sizes = derive_sizes(self.config)
-        params = self._program("inference params", self._inference_params)
+        params = self._program(("inference params", type(network)), lambda: self._inference_params(network, params))
 
         def block_program(name: str) -> Any:
             def run(params: Any, *args: Any) -> Any:
-                return getattr(sampler.BlockSteps(self._model, params, *static), name)(*args)
+                return getattr(sampler.BlockSteps(network, params, *static), name)(*args)
 
             return self._jitted(run, params)
 
@@ -248,12 +265,11 @@ class Model:
         methods = ("begin", "condition", "step", "cache_clean")
         return (*map(block_program, methods), self._jitted(decode, self._codec_params))
 
-    def _inference_params(self) -> Any:
+    def _inference_params(self, network: MADFormer | GuidedPair, params: Any) -> Any:
         """Returns the parameters in the layout for sampling, shared by all programs."""
+        convert = functools.partial(generation.sampling_params, network, memory=memory.device_capacity())
         with partitioning.scope(self._mesh):
-            return jax.jit(functools.partial(inference_params, self._model, memory=memory.device_capacity()))(
-                self.params
-            )
+            return jax.jit(convert)(params)
 
     def _jitted(self, function: Any, params: Any) -> Any:
         """Compiles a function whose first argument is `params`."""
@@ -266,7 +282,7 @@ class Model:
         return run
 
 
-_FIXED_FIELDS = ("weights", "step")
+_FIXED_FIELDS = ("weights", "step", "ema", "guide", "guide_step")
 
 # Convert the Python value of a setting to the text in its field.
 _ARGUMENT_CONVERTERS: dict[str, Callable[[Any], str]] = {
@@ -347,8 +363,7 @@ def load_workdir(c: ConfigDict, path: str) -> Model:
     Raises:
       ConfigError: The folder has no model, or it is damaged.
     """
-    trained = TrainedModel.open(c, path)
-    return Model(c, trained.params, trained.class_names)
+    return Model(c, TrainedModel.open(c, path))
 
 
 def _download_from_hub(name: str) -> str:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import stored_config
 
 TRAIN_BUDGET_KINDS = ("steps", "images", "flops")
 SAMPLE_BUDGET_KINDS = ("steps", "nfe", "passes", "flops", "seconds")
@@ -88,7 +89,7 @@ def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = 
         return timing.seconds(steps)
     c = c.copy_and_resolve_references()
     c.sample.steps = steps
-    return flops.image_cost(c)[kind]
+    return flops.image_cost(c, stored_config.guide_config(c))[kind]
 
 
 def _check_tolerance(name: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:

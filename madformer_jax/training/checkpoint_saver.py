@@ -61,7 +61,7 @@ class CheckpointSaver:
         step, state, position = self.finished
         self._check_lock()
         checkpoint.write_config(self._c, self._workdir)  # A config is saved only after it worked.
-        arrays = {name: getattr(state, name) for name in checkpoint.ARRAY_ITEMS}
+        arrays = checkpoint.array_items(state)
         self._checkpoints.save(step, arrays, position, {"step": step, **self._inputs})
 
     def wait(self) -> None:

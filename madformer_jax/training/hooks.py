@@ -41,6 +41,7 @@ class TrainContext(NamedTuple):
     codec_params: Any  # empty if training on cached latents needs none
     mesh: Mesh
     metric_writer: MetricWriter
+    guide_params: Any = None  # of the model of `sample.guide`, if it draws too
 
 
 class Hook(abc.ABC):
@@ -187,6 +188,8 @@ class SamplingHook(Hook):
     def _sample_batches(self, state: train_step.State, stop: Callable[[], bool]) -> Iterator[generation.SampleBatch]:
         c, mesh, n, drawn = self._c, self._context.mesh, self._n, 0
         weights, codec_params, sample_fn = self._weights(state), self._codec_params(), self._context.sample_fn
+        if self._context.guide_params is not None:
+            weights = weights, self._context.guide_params
         for batch in generation.batches(c, sample_fn, weights, codec_params, mesh, range(n), max_batch=n):
             yield batch
             drawn += len(batch.images)

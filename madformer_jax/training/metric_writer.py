@@ -1,4 +1,4 @@
-"""The metrics of a training run: log lines, workdir/metrics.jsonl and TensorBoard's files.
+"""The metrics of a training run: log lines, workdir/metrics.jsonl and the trackers of `train.log_to`.
 
 `modes.train` adds the metrics of each step, and the hooks write their scores and pictures.
 """
@@ -21,8 +21,10 @@ from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 from madformer_jax.sampling import generation
+from madformer_jax.training import trackers
+from madformer_jax.training.trackers import Tracker
 
-MAX_LOGGED_IMAGES = 64  # training images in TensorBoard
+MAX_LOGGED_IMAGES = 64  # training images that are shown
 MAX_GRID_SIDE = 2048  # pixels; largest width and height of an image grid
 MAX_PENDING_WRITES = 20  # beyond this many, training waits for a slow bucket
 
@@ -32,7 +34,7 @@ class DivergedError(ConfigError):
 
 
 class MetricWriter:
-    """Writes the metrics of a run to the log, to workdir/metrics.jsonl and to TensorBoard's files.
+    """Writes the metrics of a run to the log, to workdir/metrics.jsonl and to trackers.
 
     A thread writes the files in order, so a failed write is raised by a later call. metrics.jsonl
     has one line for each report and one for its scores. At the start, the lines of steps that will
@@ -64,13 +66,14 @@ class MetricWriter:
         self._pending: list[tuple[int, dict[str, Any]]] = []  # (step, metrics), still on the device
         self._checked: list[tuple[int, dict[str, Any]]] = []
         self._warm, self._since, self._since_step = False, time.monotonic(), step
-        self._board: Any = None
-        self._tensorboard_works = self._writes
+        self._config = c
+        self._tracker_names = trackers.names(c) if self._writes else []  # without those that have failed
+        self._trackers: dict[str, Tracker] = {}  # opened at their first write, in the thread
         self._thread = ThreadPoolExecutor(1, "report")
         self._queue: list[Future[None]] = []
 
     def log_start(self, step: int, c: ConfigDict, parameters: int, images: np.ndarray | None) -> None:
-        """Writes the config and training images to TensorBoard.
+        """Writes the config and training images to the trackers.
 
         Args:
           step: Number of the step.
@@ -79,14 +82,14 @@ class MetricWriter:
           images: uint8 (n, H, W, c), or None if the data are latents.
         """
 
-        def write(board: Any) -> None:
-            board.write_texts(step, {"config": f"```json\n{c.to_json(indent=2)}\n```"})
-            board.write_scalars(step, {"parameters": parameters})
+        def write(tracker: Tracker) -> None:
+            tracker.write_config(step, c)
+            tracker.write_scalars(step, {"parameters": parameters})
             if images is not None:
                 small = generation.downscale_for_grid(images[:MAX_LOGGED_IMAGES], MAX_GRID_SIDE)
-                board.write_images(step, {"training_images": generation.tile_grid(small)[None]})
+                tracker.write_image(step, "training_images", generation.tile_grid(small))
 
-        self._submit_to_tensorboard(write)
+        self._submit_to_trackers(write)
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
         """Adds the metrics of a step, which may still be computed on the device."""
@@ -145,7 +148,7 @@ class MetricWriter:
             _format_duration((self._steps - step) / rate) if rate else "unknown",
         )  # fmt: skip
         self._append(self.figures)
-        self._submit_to_tensorboard(lambda board: board.write_scalars(step, mean | speed))
+        self._submit_to_trackers(lambda tracker: tracker.write_scalars(step, mean | speed))
 
     def write_scores(self, step: int, n: int, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Writes the scores of a step's samples.
@@ -163,7 +166,7 @@ class MetricWriter:
         logging.info("step %d, %d samples: %s", step, n, "  ".join(parts))
         self.figures = self.figures | {"scored": n} | values
         self._append({"step": step, "scored": n} | values)
-        self._submit_to_tensorboard(lambda board: board.write_scalars(step, values))
+        self._submit_to_trackers(lambda tracker: tracker.write_scalars(step, values))
 
     def write_validation(self, step: int, n: int, metrics: list[dict[str, Any]]) -> None:
         """Writes the mean losses on held-out images, with the prefix "validation_".
@@ -183,7 +186,7 @@ class MetricWriter:
         )  # fmt: skip
         self.figures = self.figures | mean
         self._append({"step": step, "validated": n} | mean)
-        self._submit_to_tensorboard(lambda board: board.write_scalars(step, mean))
+        self._submit_to_trackers(lambda tracker: tracker.write_scalars(step, mean))
 
     def _append(self, figures: dict[str, Any]) -> None:
         def append() -> None:
@@ -221,30 +224,28 @@ class MetricWriter:
             self._submit(write)
 
     def log_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes a picture, uint8 (H, W, c), to TensorBoard."""
-        self._submit_to_tensorboard(lambda board: board.write_images(step, {name: image[None]}))
+        """Writes a picture, uint8 (H, W, c), to the trackers."""
+        self._submit_to_trackers(lambda tracker: tracker.write_image(step, name, image))
 
-    def _submit_to_tensorboard(self, write: Callable[[Any], None]) -> None:
-        if self._tensorboard_works:
-            self._submit(lambda: self._write_tensorboard(write))
+    def _submit_to_trackers(self, write: Callable[[Tracker], None]) -> None:
+        if self._tracker_names:
+            self._submit(lambda: self._write_to_trackers(write))
 
-    def _write_tensorboard(self, write: Callable[[Any], None]) -> None:
-        """Writes to TensorBoard.
+    def _write_to_trackers(self, write: Callable[[Tracker], None]) -> None:
+        """Writes to each tracker.
 
-        The first error is logged and ends all writing to it. metrics.jsonl still has the figures.
+        The first error of a tracker is logged and ends all writing to it. metrics.jsonl still has
+        the figures.
         """
-        if not self._tensorboard_works:
-            return
-        try:
-            if self._board is None:
-                from clu import metric_writers  # loads TensorFlow, which takes four seconds
-
-                self._board = metric_writers.create_default_writer(self._workdir)
-            write(self._board)
-            self._board.flush()  # A process that is killed must leave its last report.
-        except Exception as error:  # Each of TensorFlow's file systems raises errors of its own.
-            logging.error("TensorBoard gets nothing more from here on: %s", storage.cause_message(error))
-            self._tensorboard_works = False
+        for name in list(self._tracker_names):
+            kind = trackers.TRACKERS[name]
+            try:
+                if name not in self._trackers:
+                    self._trackers[name] = kind(self._config, self._workdir)
+                write(self._trackers[name])
+            except Exception as error:  # Trackers and TensorFlow's file systems raise errors of their own.
+                logging.error("%s gets nothing more from here on: %s", kind.title, storage.cause_message(error))
+                self._tracker_names.remove(name)
 
     @contextlib.contextmanager
     def pause_timer(self) -> Iterator[None]:
@@ -265,8 +266,9 @@ class MetricWriter:
             self.flush()
         finally:
             self._thread.shutdown()
-            if self._tensorboard_works and self._board is not None:
-                self._board.close()
+            for name in self._tracker_names:
+                if name in self._trackers:
+                    self._trackers[name].close()
 
 
 def _truncate_metrics(path: epath.Path, step: int) -> dict[str, Any]:

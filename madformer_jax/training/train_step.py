@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.diffusion import losses
-from madformer_jax.models import madformer
+from madformer_jax.models import ema, madformer
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
 from madformer_jax.sampling import codec
@@ -31,6 +31,7 @@ class State(NamedTuple):
     params: Any  # float32
     ema: Any  # float32, exponential moving average of params
     opt: Any  # state of the optimizer
+    power_ema: dict[str, Any] | None = None  # float32, the averages of `ema.PROFILES`; None without ema_snapshots
 
 
 def learning_rate(c: ConfigDict) -> optax.Schedule:
@@ -39,25 +40,18 @@ def learning_rate(c: ConfigDict) -> optax.Schedule:
     A linear warm-up over `warmup` of the steps is followed by a constant rate, a cosine, or WSD
     (authors' release). WSD (warm-up, stable, decay) is constant until the last part `decay` of the
     steps. There it falls as 0.5 ** (6 r), where r goes from 0 to 1.
-
-    Optax's linear warm-up and cosine differ from these in the last bit. They are not used because
-    old runs must continue bit for bit.
     """
     o, steps = c.optimizer, c.train.steps
-    warmup = max(1, round(o.warmup * steps))
-    decay_steps = max(1.0, o.decay * steps)
-
-    def cosine(step: Array) -> Array:
-        return 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)))
-
-    fall = {
-        "constant": optax.constant_schedule(1.0),
-        "cosine": cosine,
-        "wsd": optax.exponential_decay(
-            1.0, decay_steps, 0.5**6, transition_begin=steps - decay_steps, end_value=0.5**6
-        ),
+    rate, warmup = o.learning_rate, max(1, round(o.warmup * steps))
+    remaining = max(1, steps - warmup)
+    decay_steps = min(remaining, max(1, o.decay * steps))
+    warm_up = optax.linear_schedule(rate / warmup, rate, max(1, warmup - 1))
+    schedule = {
+        "constant": optax.constant_schedule(rate),
+        "cosine": optax.cosine_decay_schedule(rate, remaining),
+        "wsd": optax.exponential_decay(rate, decay_steps, 0.5**6, remaining - decay_steps, end_value=rate * 0.5**6),
     }[o.schedule]
-    return lambda step: o.learning_rate * jnp.minimum(1.0, (step + 1) / warmup) * fall(step)
+    return optax.join_schedules([warm_up, schedule], [warmup])
 
 
 def optimizer(c: ConfigDict) -> optax.GradientTransformation:
@@ -72,11 +66,12 @@ def optimizer(c: ConfigDict) -> optax.GradientTransformation:
 
 
 def create_state(
-    model: MADFormer, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh
+    model: MADFormer, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh, power_ema: bool = False
 ) -> tuple[Callable[[], State], State]:
     """Returns a function that creates the state of step 0, and the abstract state.
 
-    Creating the state needs no memory on the host, and on each device no more than its shards.
+    Creating the state needs no memory on the host, and on each device no more than its shards. With
+    `power_ema` it holds the averages of `ema.PROFILES`.
 
     Returns:
       A function that creates the sharded state, and the abstract state with its shardings.
@@ -88,7 +83,9 @@ def create_state(
 
     def boxed(key: Array) -> State:
         params = madformer.init(model, key)
-        return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
+        averages = [jax.tree.map(jnp.copy, params) for _ in range(1 + power_ema * len(ema.PROFILES))]
+        power = dict(zip(ema.PROFILES, averages[1:])) or None
+        return State(jnp.zeros((), jnp.int32), params, averages[0], tx.init(params), power)
 
     key = jax.random.key(seed)
     with partitioning.scope(mesh):
@@ -236,14 +233,15 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> StepFn:
         updates, opt_state = s.tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(max_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else max_decay
-        # optax.incremental_update adds in the other order. A quarter of its results differ in the
-        # last bit, and old runs must continue bit for bit.
-        ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        average = optax.incremental_update(params, state.ema, 1 - decay)
+        power = state.power_ema and {
+            name: ema.update(tree, params, ema.PROFILES[name], state.step + 1) for name, tree in state.power_ema.items()
+        }
         # The optimizer does not count steps that it skips.
         optimizer_step = state.step - state.opt.total_notfinite if skip else state.step
         metrics |= {"grad_norm": optax.global_norm(grads), "learning_rate": schedule(optimizer_step)}
         if skip:
             metrics["skipped"] = opt_state.notfinite_count  # skipped steps in a row, up to this one
-        return State(state.step + 1, params, ema, opt_state), metrics
+        return State(state.step + 1, params, average, opt_state, power), metrics
 
     return step

@@ -20,7 +20,8 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.modes import export, train
 from madformer_jax.runtime import checkpoint, lock, storage
 from madformer_jax.sampling import generation
-from madformer_jax.training import metric_writer, train_step
+from madformer_jax.sampling.opening import TrainedModel
+from madformer_jax.training import initial_weights, metric_writer, train_step
 from tests import tiny
 from tests.data import odd_captions
 from tests.kill import final
@@ -38,14 +39,14 @@ def plain():
 
 @pytest.fixture(scope="module")
 def created_once():
-    """Creates the state of step 0 once for the whole module."""
+    """Creates the state of step 0 once for the whole module, and once with power-function averages."""
     real, made = train_step.create_state, {}
 
-    def create_state(model, tx, seed, mesh):
-        if not made:
-            create, abstract = real(model, tx, seed, mesh)
-            made["state"], made["abstract"] = jax.device_get(create()), abstract
-        return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), *made.values()), made["abstract"]
+    def create_state(model, tx, seed, mesh, power_ema=False):
+        if power_ema not in made:
+            create, abstract = real(model, tx, seed, mesh, power_ema)
+            made[power_ema] = jax.device_get(create()), abstract
+        return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), *made[power_ema]), made[power_ema][1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "create_state", create_state)
@@ -136,7 +137,7 @@ def assert_same_end(c, a, b):
 
 def test_stopped_run_continues_bit_for_bit(plain, tmp_path, monkeypatch):
     """Uses the real step and real samples. SIGTERM comes while batch 3 is fetched."""
-    steps = []
+    plain.train.keep, plain.train.ema_snapshots, steps = 1, 2, []
     real = train_step.make_step
     monkeypatch.setattr(train_step, "make_step", lambda s, c: steps.append(real(s, c)) or steps[0])  # compiles once
     figures = train.run(plain, str(tmp_path / "whole"))
@@ -154,6 +155,24 @@ def test_stopped_run_continues_bit_for_bit(plain, tmp_path, monkeypatch):
     assert lines[-1] == figures
     assert figures["loss"] > 0 and figures["images_per_second"] > 0
     assert [line["step"] for line in reports(tmp_path / "parts")] == [2, 3, 4, 6]
+    # Old snapshots hold averages only, and the combination of all for a stored width is the stored average.
+    assert {path.name for path in (tmp_path / "parts" / "checkpoints" / "2").iterdir() if path.is_dir()} == {
+        "ema",
+        "power_ema",
+        "meta",
+    }
+    assert saved(tmp_path / "parts") == [2, 4, 6]
+    averages = final(plain, tmp_path / "parts")[1]["power_ema"]
+    plain.sample.ema = 0.1
+    combined = TrainedModel.open(plain, str(tmp_path / "parts"))
+    assert combined.step == 6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), combined.params, averages["wide"])
+    plain.train.ema_snapshots = 0
+    with pytest.raises(ConfigError, match="config.sample.ema=0.1 needs a training with config.train.ema_snapshots"):
+        TrainedModel.open(plain, str(tmp_path / "parts"))
+    plain.train.ema_snapshots, plain.sample.ema, plain.sample.step = 2, 0.2, 5
+    with pytest.raises(ConfigError, match="no checkpoint of step 5 .* only of 2, 4, 6"):
+        TrainedModel.open(plain, str(tmp_path / "parts"))
 
 
 @pytest.mark.parametrize("step", [3, 6])  # of 6
@@ -323,22 +342,39 @@ def test_training_starts_from_the_weights_of_init_from(half, plain, tmp_path, so
         jax.tree.map(lambda new, old: np.testing.assert_array_equal(new, old + 1), tree, ema)
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("model.rope", "release", r"holds another model: config\.model\.rope was 'axial' and is 'release'"),
-        ("codec.patch", 8, r"boi has the shape \(64, 16\) in the weights and \(16, 16\) in the model"),
-        ("train.init_from", "nowhere", "nowhere does not exist"),
-    ],
-)
-def test_weights_of_another_model_are_refused(half, plain, field, value, message, monkeypatch):
-    plain.train.init_from = str(half)
-    plain.update_from_flattened_dict({field: value})
+def test_weights_that_fit_are_taken_and_the_others_are_named(half, plain, monkeypatch, caplog):
+    """The new model has other blocks, other pixels in a patch and classes."""
+    stored = final(plain, half)[1]["ema"]
+    plain.train.init_from, plain.codec.patch, plain.model.blocks, plain.model.classes = str(half), 8, 4, 3
     s = train_step.make_setup(plain)
-    abstract = generation.abstract_params(s.model, train.partitioning.make_mesh(1, 1, 1))
-    state = train_step.State(jnp.zeros(()), abstract, abstract, None)
+    mesh = train.partitioning.make_mesh(1, 1, 1)
+    shapes = generation.abstract_params(s.model, mesh)
+    new = jax.tree.map(lambda x: jax.device_put(jnp.full(x.shape, 7.0), x.sharding), shapes)
+    state = initial_weights.load(plain, train_step.State(jnp.zeros(()), new, new, None))
+    fitting, own = 0, dict(jax.tree_util.tree_leaves_with_path(stored))
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        fits = path in own and own[path].shape == x.shape
+        np.testing.assert_array_equal(x, own[path] if fits else np.full(x.shape, 7.0))
+        fitting += fits
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema)
+    lines = [r.getMessage() for r in caplog.records if "init_from: " in r.getMessage()]
+    assert "init_from: boi does not fit: (64, 16) in the weights, (4, 16) in the model" in lines
+    assert "init_from: embedding/embedding does not fit: no array in the weights, (4, 16) in the model" in lines
+    assert sum("does not fit" in line for line in lines) == len(jax.tree.leaves(new)) - fitting
+    assert any("config.codec.patch was 4 and is 8" in line for line in lines)
+    assert fitting > len(jax.tree.leaves(new)) / 2
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("nowhere", "nowhere does not exist"), ("half", "no array of .*half has the name and the shape")],
+)
+def test_weights_of_which_none_fits_are_refused(half, plain, source, message):
+    plain.train.init_from = str(half) if source == "half" else source
+    mesh = train.partitioning.make_mesh(1, 1, 1)
+    other = {"other": jax.device_put(jnp.zeros(3), train.partitioning.replicated(mesh))}
     with pytest.raises(ConfigError, match=rf"config\.train\.init_from: .*{message}") as error:
-        train._load_initial_weights(plain, state)
+        initial_weights.load(plain, train_step.State(jnp.zeros(()), other, other, None))
     assert "\n" not in str(error.value)
 
 
@@ -372,7 +408,7 @@ def test_errors_in_a_grid_do_not_end_the_run(counting, plain, tmp_path, monkeypa
     monkeypatch.setattr(
         metric_writer.MetricWriter,
         "log_image",
-        lambda self, *args: self._submit_to_tensorboard(fail) if len(seen) == 3 else None,
+        lambda self, *args: self._submit_to_trackers(fail) if len(seen) == 3 else None,
     )
     assert train.run(plain, str(tmp_path))["step"] == 4
     assert (

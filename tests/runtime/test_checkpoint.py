@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import checkpoint, partitioning, storage
+from madformer_jax.runtime import checkpoint, checksums, partitioning, storage
 from madformer_jax.training import train_step
 from tests import paths, tiny
 
@@ -22,7 +22,7 @@ def test_a_state_survives_other_numbers_of_devices(tmp_path):
     def on(*sizes):
         mesh = partitioning.make_mesh(*sizes, jax.devices()[: int(np.prod(sizes))])
         _, abstract = train_step.create_state(s.model, s.tx, 0, mesh)
-        return {name: getattr(abstract, name) for name in checkpoint.ARRAY_ITEMS}
+        return checkpoint.array_items(abstract)
 
     rng = np.random.default_rng(0)  # compiling the initial state would take longer than all else
     first = jax.tree.map(lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding), on(2, 2, 2))
@@ -235,7 +235,7 @@ def test_under_any_name_a_checkpoint_is_whole_or_refused_at_once(tmp_path, saved
         return
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
         assert float(checkpoints.restore(targets())[1]["params"]["b"][0]) == 1
-        assert checkpoints.shapes("ema") == {"w": (256, 128), "b": (5,)}
+        assert checksums.array_shapes(checkpoints.metadata("ema")) == {"w": (256, 128), "b": (5,)}
 
 
 def test_a_save_that_cannot_be_restored_does_not_count(workdir, monkeypatch, caplog):
@@ -287,7 +287,7 @@ def test_a_full_disk_is_one_line_and_costs_no_earlier_checkpoint(workdir, caplog
 
 
 def test_of_checkpoints_kept_for_ever_the_averages_stay(tmp_path):
-    with checkpoint.Checkpoints(str(tmp_path), keep=1, keep_every=2) as checkpoints:
+    with checkpoint.Checkpoints(str(tmp_path), keep=1, keep_every=[2]) as checkpoints:
         for step in range(1, 6):
             checkpoints.save(step, arrays(float(step)), {"next_batch": step}, {"step": step})
     items = {int(path.name): {item.name for item in path.iterdir()} for path in (tmp_path / "checkpoints").iterdir()}
@@ -297,6 +297,6 @@ def test_of_checkpoints_kept_for_ever_the_averages_stay(tmp_path):
     with checkpoint.Checkpoints(str(tmp_path), read_only=True) as checkpoints:
         assert checkpoints.meta(2)["step"] == 2
         assert float(checkpoints.restore({"ema": targets()["params"]}, step=2)[1]["ema"]["b"][0]) == 2
-        with pytest.raises(ConfigError, match="step 2 holds no params, only ema, meta"):
+        with pytest.raises(ConfigError, match="step 2 holds no params, only ema, power_ema, meta"):
             checkpoints.restore({"params": {}}, step=2)
         assert checkpoints.restore(targets(), data=True)[::2] == (5, {"next_batch": 5})

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import madformer
+from madformer_jax.models import ema, madformer
+from madformer_jax.modes import export
 from madformer_jax.runtime import checkpoint
+from madformer_jax.sampling import opening
 from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights import state_dicts
 from tests import tiny
@@ -39,3 +41,51 @@ def test_a_step_of_a_run_and_an_export_without_checkpoints_open(tmp_path, one_de
     assert_same(exported.params, params)
     with pytest.raises(ConfigError, match="nothing"):
         TrainedModel.open(c, str(tmp_path / "nothing"))
+
+
+def test_a_guide_of_another_kind_is_refused(tmp_path, one_device):
+    c, guide = tiny.get_config("plain"), tiny.get_config("plain")
+    guide.codec.patch, guide.model.classes = 8, 2
+    checkpoint.write_config(guide, str(tmp_path))
+    c.sample.guide = str(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"cannot guide .*codec\.patch is 8 there and 4 here; .*model\.classes is 2"
+    ) as error:
+        opening.open_guide(c)
+    assert "\n" not in str(error.value)
+    c.sample.guide = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"config\.sample\.guide=.*config\.json does not exist"):
+        opening.open_guide(c)
+
+
+def test_snapshots_combine_to_the_average_of_a_width_that_an_export_keeps(tmp_path, one_device, caplog):
+    """The parameters of step t are t times an array, so that each average is its profile's mean step."""
+    c = tiny.get_config("plain")
+    c.train.ema_snapshots, c.sample.ema = 20, 0.15
+    params, steps = random_params(madformer.build(c)), range(20, 101, 20)
+    with checkpoint.Checkpoints(str(tmp_path), keep_every=[20]) as checkpoints:
+        for step in steps:
+            trees = {
+                name: jax.tree.map(lambda x, w=width, t=step: np.float32(mean_step(w, t)) * x, params)
+                for name, width in ema.PROFILES.items()
+            }
+            checkpoints.save(step, {"ema": params, "power_ema": trees}, None, {"step": step})
+    checkpoint.write_config(c, str(tmp_path))
+    expected = jax.tree.map(lambda x: mean_step(0.15, 100) * x, params)
+    with caplog.at_level("INFO", logger="absl"):
+        trained = TrainedModel.open(c, str(tmp_path))
+    assert trained.step == 100 and "5 snapshots up to step 100" in caplog.text
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.01), trained.params, expected)
+    assert trained.protocol(c) == {"ema": 0.15}
+    exported = export.run(c, str(tmp_path))["export"]
+    c.sample.ema = 0.0
+    assert_same(TrainedModel.open(c, exported).params, trained.params)
+    c.sample.ema = 0.05
+    with pytest.raises(ConfigError, match="holds no power_ema, only ema, meta"):
+        TrainedModel.open(c, exported)
+
+
+def mean_step(width, t):
+    """The mean of the profile of relative width `width` at step t."""
+    gamma = ema.exponent(width)
+    return (gamma + 1) / (gamma + 2) * t

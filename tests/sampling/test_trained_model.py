@@ -52,6 +52,29 @@ def test_a_model_draws_the_images_of_mode_sample(tmp_path, one_device):
     assert len(model._programs) == 1  # Another seed needs no other program.
 
 
+def test_a_guide_draws_in_samples_and_streams_and_counts_in_costs(tmp_path, one_device):
+    guide = tiny.get_config("plain")
+    guide.model.classes, guide.model.mlp_width, guide.train.ema_decay = 3, 8, 0.5
+    c = tiny.get_config("plain")
+    c.model.classes, c.sample.n, c.sample.guidance, c.seed = 3, 2, 3.0, 1
+    c.sample.guide = saved(guide, tmp_path / "guide")
+    workdir = saved(c, tmp_path / "run")
+    model = madformer_jax.load(workdir)
+    images = model.sample(2)
+    *_, last = model.stream(2)
+    assert np.abs(last.images.astype(int) - images).max() <= 1
+    folder = pathlib.Path(sample.run(c, workdir)["folder"])
+    np.testing.assert_array_equal(next(generation.read_shards(folder)).images, images)
+    protocol = json.loads((folder / "protocol.json").read_text())
+    assert protocol["guide"]["step"] == 6 and protocol["guide"]["fingerprint"] != protocol["fingerprint"]
+    alone = model.sample(2, guidance=1)
+    assert (alone != images).any()
+    # Both models run all of their layers once at each of two steps; only one image is decoded.
+    both, one = model.cost(), model.cost(guidance=1)
+    assert (both.nfe, one.nfe) == (4, 2) and both.passes == last.passes == 2 * one.passes
+    assert one.flops < both.flops < 2 * one.flops
+
+
 @pytest.fixture
 def model(tmp_path, one_device):
     c = tiny.get_config()

@@ -71,10 +71,10 @@ def test_mesh_trains_like_a_single_device(meshes):
 
 def test_state_is_split_over_fsdp_and_tensor():
     s, mesh = train_step.make_setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
-    _, state = train_step.create_state(s.model, s.tx, 0, mesh)
+    _, state = train_step.create_state(s.model, s.tx, 0, mesh, power_ema=True)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.params))
     assert partitioning.device_bytes(state.params) < 0.5 * whole
-    for tree in (state.ema, state.opt[1][0].mu, state.opt[1][0].nu):
+    for tree in (state.ema, *state.power_ema.values(), state.opt[1][0].mu, state.opt[1][0].nu):
         assert jax.tree.map(lambda x: x.sharding.spec, tree) == jax.tree.map(lambda x: x.sharding.spec, state.params)
 
 
@@ -290,15 +290,11 @@ def test_learning_rate_schedules(plain):
     np.testing.assert_allclose(train_step.learning_rate(c)(999), 2.0)
 
 
-def test_warm_up_of_optax_differs_in_the_last_bit(plain):
-    """With the warm-up of Optax, old runs would not continue bit for bit."""
-    plain.train.steps, plain.optimizer.warmup, plain.optimizer.schedule = 1000, 0.01, "constant"
-    steps = jnp.arange(10)
-    ours = jax.vmap(train_step.learning_rate(plain))(steps)
-    rate = plain.optimizer.learning_rate
-    theirs = jax.vmap(optax.linear_schedule(rate / 10, rate, 9))(steps)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-    assert (ours != theirs).any()
+def test_wsd_decays_to_the_end_even_if_the_warm_up_reaches_into_its_decay(plain):
+    o, plain.train.steps = plain.optimizer, 100
+    o.learning_rate, o.warmup, o.decay, o.schedule = 1.0, 0.5, 0.8, "wsd"
+    rate = train_step.learning_rate(plain)
+    np.testing.assert_allclose([rate(49), rate(50), rate(75), rate(100)], [1, 1, 0.5**3, 0.5**6], rtol=1e-5)
 
 
 def test_gradients_are_clipped_by_their_global_norm(plain):

@@ -1,0 +1,79 @@
+"""Autoguidance: a smaller or earlier model guides in place of the null label.
+
+Source: Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself" (arXiv 2406.02507).
+The guided prediction is guide + w (model - guide). `sampling.opening.TrainedModel.sampled` pairs a
+model with its guide. `sampler.BlockSteps` then runs the pair as if it were one model whose
+predictions have the rows of the guide behind those of the model.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from madformer_jax.models.cache import ModelCache
+from madformer_jax.models.madformer import MADFormer
+
+
+class PairCache(NamedTuple):
+    """The caches of both models, and the finished blocks, which are the same for both."""
+
+    model: ModelCache
+    guide: ModelCache
+    finished_blocks: Array | None = None  # (B, L, positions, C), if the U-Net of one of them reads neighbors
+
+
+class GuidedPair(NamedTuple):
+    """A model and its guide, with the decoding methods of `MADFormer` on pairs of arrays.
+
+    Its parameters are the pair of both parameters. Blocks, latents and conditions of both must agree.
+    """
+
+    model: MADFormer
+    guide: MADFormer
+
+    @property
+    def unet_context(self) -> bool:
+        return self.model.unet_context or self.guide.unet_context
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns what both models have in common, such as `prediction_type`."""
+        return getattr(self.model, name)
+
+    def apply(self, variables: Any, *args: Any, method: str) -> Any:
+        """Calls a decoding method of both models, as `flax.linen.Module.apply` does for one."""
+        params, guide_params = variables["params"]
+
+        def model(*args: Any) -> Any:
+            return self.model.apply({"params": params}, *args, method=method)
+
+        def guide(*args: Any) -> Any:
+            return self.guide.apply({"params": guide_params}, *args, method=method)
+
+        if method == "empty_cache":
+            return PairCache(model(*args), guide(*args))
+        if method == "begin":
+            return model(*args), guide(*args)
+        cache, *rest = args  # The caches of both have no finished blocks between two calls.
+        caches = [
+            own._replace(finished_blocks=cache.finished_blocks if network.unet_context else None)
+            for own, network in ((cache.model, self.model), (cache.guide, self.guide))
+        ]
+        if method == "cache_text":
+            return _replace(cache, model(caches[0], *rest), guide(caches[1], *rest))
+        if method == "embed_clean":
+            return model(caches[0], *rest), guide(caches[1], *rest)
+        (own, guiding), *rest = rest  # a pair of arrays, and arguments that both share
+        outputs = model(caches[0], own, *rest), guide(caches[1], guiding, *rest)
+        if method == "condition":
+            (own, first), (guiding, second) = outputs
+            return (own, guiding), _replace(cache, first, second)
+        if method == "denoise":
+            (own, first), (guiding, second) = outputs
+            return jnp.concatenate([own, guiding]), (first, second)
+        return _replace(cache, *outputs)  # cache_clean and cache_noisy
+
+
+def _replace(cache: PairCache, model: ModelCache, guide: ModelCache) -> PairCache:
+    """Returns the cache with new caches of both models, without their copies of the finished blocks."""
+    return cache._replace(model=model._replace(finished_blocks=None), guide=guide._replace(finished_blocks=None))
