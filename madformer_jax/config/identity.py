@@ -36,6 +36,7 @@ _FREE_FILE = Fact.RUN | Fact.MACHINE | Fact.RESUME
 # Section -> facts -> names of fields
 _TABLE: dict[str, dict[Fact, str]] = {
     "": {_FIXED: "seed", _LOCAL: "platform compilation_cache profile"},
+    "seeds": {_FIXED: "init data", _FREE: "sample"},
     "model": {
         _FIXED: "width heads depth diffusion_depth mlp_width blocks unet_channels unet_layers unet_attention "
         "unet_groups unet_heads unet_time_width unet_stride unet_kernel unet_context prediction_type rope time_embedding "

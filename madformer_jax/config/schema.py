@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels, fields, identity, validation
+from madformer_jax.config import class_labels, fields, identity, seeds, validation
 from madformer_jax.config.shapes import SCALING_FACTOR, Sizes, derive_sizes
 from madformer_jax.errors import ConfigError
 
@@ -25,10 +25,15 @@ def base() -> ConfigDict:
     The comment behind a field is its description in --help and in docs/reference.md.
     """
     c = ConfigDict()
-    c.seed = 0
+    c.seed = 0  # of all randomness, except where `seeds` has another
     c.platform = ""  # required platform: "cpu", "gpu" or "tpu"; "": the one that JAX finds
     c.compilation_cache = "auto"  # folder of compiled programs, or "auto", "workdir", "off" (docs/performance.md)
     c.profile = ""  # "100:103": write a profiler trace of these training steps to workdir/profile
+
+    c.seeds = ConfigDict()  # seeds of single sources of randomness; -1: that of `seed`
+    c.seeds.init = -1  # initial weights
+    c.seeds.data = -1  # order of the data, and noise of training and validation
+    c.seeds.sample = -1  # noise and labels of samples
 
     c.model = ConfigDict()
     c.model.width = 1152  # d
@@ -317,7 +322,7 @@ def sample_labels(c: ConfigDict) -> list[int]:
     """
     chosen = class_labels.parse(c.sample.labels, c.model.classes)
     if chosen and c.sample.label_sampling == "random":
-        return random.Random(c.seed).choices(chosen, k=c.sample.n)
+        return random.Random(seeds.of(c, "sample")).choices(chosen, k=c.sample.n)
     return [chosen[i % len(chosen)] for i in range(c.sample.n)] if chosen else []
 
 

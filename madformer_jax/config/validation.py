@@ -45,6 +45,9 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
 # Field -> smallest and largest value
 RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**32 - 1),
+    "seeds.init": (-1, 2**32 - 1),
+    "seeds.data": (-1, 2**32 - 1),
+    "seeds.sample": (-1, 2**32 - 1),
     "model.width": (1, math.inf),
     "model.heads": (1, math.inf),
     "model.depth": (1, math.inf),
@@ -171,7 +174,7 @@ def check(c: ConfigDict) -> None:
     for field, value in given.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.{field}={value} must be a finite number.")
-        if isinstance(value, int) and field != "seed" and abs(value) > _MAX_INT32:
+        if isinstance(value, int) and not field.startswith("seed") and abs(value) > _MAX_INT32:
             raise ConfigError(f"config.{field}={value} is out of range: it must be at most {_MAX_INT32}.")
     for field in PATHS:
         check_path(f"config.{field}", given[field])

@@ -23,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.config import aliases, class_labels
+from madformer_jax.config import aliases, class_labels, seeds
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.data import text
@@ -160,7 +160,11 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
         for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
             _, params = checkpoints.restore_weights(weights, target, step)
             text.check_tokenizer_identity(c, checkpoints.meta(step), step, workdir)
-            metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | codec_metadata
+            metadata = {
+                "step": step,
+                "fingerprint": fingerprint(params, mesh),
+                "seed": seeds.of(c, "sample"),
+            } | codec_metadata
             # The captions' scores depend on the weights only, so all settings share them.
             extra_scores = (
                 functools.cache(functools.partial(captions.scores, model, params, mesh)) if captions else dict
