@@ -241,6 +241,7 @@ def _run_result(
             "flops": budget.training_flops(c),
             "final_loss": curve[-1]["loss"],
             "curve": curve,
+            **sweep_folder.held_out_losses(lines),
         },
         "evaluations": evaluations,
         "grid": "grid.png" if rows else None,

@@ -7,6 +7,7 @@ import pytest
 from madformer_jax.cli import command_line
 from madformer_jax.config import schema
 from madformer_jax.modes import report
+from madformer_jax.reports import formatting
 from tests.reports import made_up
 
 
@@ -65,9 +66,9 @@ def test_ids_in_a_page_are_unique_or_equivalent(folder):
 
 def test_tables_have_the_papers_form_and_a_command(folder):
     text = (folder / "report" / "tables.md").read_text()
-    table = text[text.index("### D, at 64 steps") :]
+    table = text[text.index("### D, at 64 steps (digits, 256 px, n = 500)") :]
     assert table.split("\n")[2] == "| D | KID-classifier ↓ | solver steps | NFE | passes |"
-    assert f"KID-classifier {made_up.score(1, 64, 0):.5f}: D = 1 at 64 steps, seed 0:" in table
+    assert f"KID-classifier {formatting.format_number(made_up.score(1, 64, 0))}: D = 1 at 64 steps, seed 0:" in table
     assert table[table.index("```bash\n") :].split("\n")[1:4] == [
         "python -m madformer_jax.main --workdir=runs/cell --config=configs/sweeps/depth.py:cpu --config.seed=0 "
         "--config.train.steps=600 --config.model.diffusion_depth=1",
