@@ -43,17 +43,22 @@ class Answer(NamedTuple):
         if self.improvement is None:
             return f"{head} There are no results for it."
         x = self.improvement
-        interval = format_interval(x) or "no interval: one seed"
-        share = f", {abs(x.mean / self.worse_mean):.0%} of the other setting's mean" if self.worse_mean else ""
+        interval = format_interval(x) or "(one seed: no interval)"
+        share = f", {x.mean / abs(self.worse_mean):.0%} of the other mean" if self.worse_mean else ""
         steps = f", at {self.steps[0]} against {self.steps[1]} solver steps" if self.steps else ""
-        verb = "better" if x.mean >= 0 else "worse"
-        return f"{head} Its {self.endpoint} is {verb} by {format_number(abs(x.mean))}{share} (improvement {interval}){steps}."
+        return f"{head} Improvement of {self.endpoint}: {format_number(x.mean)} {interval}{share}{steps}."
 
 
 def answers(results: Results) -> list[Answer]:
     """Returns the answers to the claims of a sweep's protocol; empty without a protocol."""
     protocol = results.protocol
     return [_answer(results, protocol, claim) for claim in protocol["claims"]] if protocol else []
+
+
+def endpoint_label(name: str) -> str:
+    """Returns the name of an endpoint in text."""
+    labels = {"loss_image": "training image loss", "held_out_loss_image": "held-out image loss"}
+    return labels.get(name, name)
 
 
 def endpoint_scores(group: ProtocolGroup, protocol: Mapping[str, Any] | None) -> list[str]:
@@ -82,7 +87,7 @@ def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, A
             continue
         improvement, mean = estimate(values, alpha), sum(worse.values()) / len(worse)
         verdict = _verdict(improvement, protocol["margin"] * abs(mean))
-        return Answer(claim, verdict, name.replace("_", " "), improvement, mean, steps, group)
+        return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, group)
     return Answer(claim, "open", endpoint)
 
 

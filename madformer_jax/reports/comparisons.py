@@ -45,21 +45,24 @@ class Difference(NamedTuple):
     steps: tuple[int, int] | None = None
 
 
-def contrasts(group: ProtocolGroup) -> list[tuple[Setting, Setting]]:
+def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Setting]]:
     """Returns (setting, baseline) pairs.
 
     In a grid, the baseline has the first value of an axis and equal values of the others. Otherwise it is
     the base: the most frequent value of each axis.
+
+    Args:
+      group: The points.
+      score: If given, settings without this score are left out. L = 1 has no seam score, for example.
     """
-    settings = group.settings
+    settings = [s for s in group.settings if not score or any(score in p.scores for p in group.points_at(s))]
+    pairs = []
     if group.is_grid:
-        return [
-            (s, base)
-            for i, axis in enumerate(group.axes)
-            for s in settings
-            if s != (base := (*s[:i], axis.values[0], *s[i + 1 :]))
-        ]
-    base = tuple(statistics.mode(s[i] for s in settings) for i in range(len(group.axes)))
+        for i, s in itertools.product(range(len(group.axes)), settings):
+            baseline = next(b for b in settings if (*b[:i], *b[i + 1 :]) == (*s[:i], *s[i + 1 :]))
+            pairs += [(s, baseline)] if s != baseline else []
+        return pairs
+    base = tuple(statistics.mode(s[i] for s in group.settings) for i in range(len(group.axes)))
     return [(s, base) for s in settings if s != base] if base in settings else []
 
 
@@ -83,7 +86,7 @@ def at_best_steps(group: ProtocolGroup, score: str, budgets: Iterable[Budget]) -
     """Returns the differences of all contrasts at each budget. Holm's procedure covers all of them together."""
     keys: list[tuple[Budget, Setting, Setting, tuple[int, int]]] = []
     samples: list[list[float]] = []
-    for budget, (setting, baseline) in itertools.product(budgets, contrasts(group)):
+    for budget, (setting, baseline) in itertools.product(budgets, contrasts(group, score)):
         a, b = (best_within(group, s, score, budget) for s in (setting, baseline))
         if a and b and (values := paired(a.values, b.values)):
             keys.append((budget, setting, baseline, (a.steps, b.steps)))

@@ -16,8 +16,8 @@ from madformer_jax.reports.figures import (
     Series,
     data_suffix,
     file_name,
-    label_line_ends,
     make_panel,
+    plot_series,
     safe_name,
     sequential_colors,
     set_x_ticks,
@@ -28,7 +28,7 @@ from madformer_jax.reports.results import Budget, ProtocolGroup
 
 
 def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]) -> Panel | None:
-    """Plots the difference of each setting to its baseline against the budget, with simultaneous bands.
+    """Plots the difference of each setting to its baseline against the budget, with simultaneous intervals.
 
     Args:
       group: The points.
@@ -38,7 +38,7 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
     Returns:
       The panel; None if fewer than two budgets have a difference.
     """
-    pairs = comparisons.contrasts(group)
+    pairs = comparisons.contrasts(group, score)
     lines = []
     for pair in pairs:
         rows = comparisons.along_budgets(group, score, budgets, pair, len(pairs))
@@ -53,25 +53,15 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
         set_x_ticks(axes, sorted({x for line in lines for x in line.x}), True)
         axes.set_xlabel(f"budget of an image, {budgets[0].unit}")
         axes.axhline(0, color=INK, linewidth=0.8)
-        colors = CATEGORY_COLORS if not group.is_grid else sequential_colors(len(lines))
-        for line, color in zip(lines, colors):
-            means = [y.mean for y in line.y]
-            axes.plot(line.x, means, color=color, marker="o", markersize=4)
-            if all(y.low is not None for y in line.y):
-                low, high = ([getattr(y, end) for y in line.y] for end in ("low", "high"))
-                axes.fill_between(line.x, low, high, color=color, alpha=0.18, linewidth=0)
-        axes.margins(x=0.03)
-        # A band of few seeds is wide: the limits show the means and their surroundings.
-        means = [y.mean for line in lines for y in line.y] + [0.0]
-        room = 0.8 * (max(means) - min(means))
-        axes.set_ylim(min(means) - room, max(means) + room)
-        label_line_ends(axes, [(line.label, line.x[-1], line.y[-1].mean, c) for line, c in zip(lines, colors)])
+        plot_series(axes, lines, sequential_colors(len(lines)) if group.is_grid else CATEGORY_COLORS, joined=True)
 
     baselines = {group.label(base) for _, base in pairs}
     minus = f" minus {baselines.pop()}" if len(baselines) == 1 else " minus the baseline"
     heading = f"{score_heading(score)}{minus}{data_suffix(group)}"
     name = file_name(group, score, "difference", budgets[0].kind)
-    return make_panel(name, f"{heading}, with bands against the budget".replace("\n", ", "), heading, draw, lines)
+    return make_panel(
+        name, f"{heading}, with simultaneous intervals against the budget".replace("\n", ", "), heading, draw, lines
+    )
 
 
 def difference_rows(name: str, title: str, rows: Sequence[tuple[str, Estimate]]) -> Panel:

@@ -98,7 +98,7 @@ def cost_curves(group: ProtocolGroup, score: str, cost: str, axis: Axis | None =
             axes.set_xscale("log")
             set_x_ticks(axes, sorted({x for line in lines for x in line.x}), cost == "solver_steps")
             axes.set_xlabel(f"{label} per image")
-            _plot_series(axes, lines, _series_colors(lines, axis), joined=True)
+            plot_series(axes, lines, _series_colors(lines, axis), joined=True)
 
         if any(len(line.x) > 1 for line in lines):
             heading = f"{score_heading(score)}{title}{data_suffix(group)}"
@@ -135,7 +135,7 @@ def axis_plots(group: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
             axes.set_xticks(range(len(names)), names)
             axes.set_xlim(-0.4, len(names) - 0.6)
             axes.set_xlabel(axis.label)
-            _plot_series(
+            plot_series(
                 axes, [line for line in lines if line.x], sequential_colors(len(lines)), joined=is_ordered(axis)
             )
 
@@ -210,7 +210,7 @@ def _panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str
 # ---- drawing
 
 
-def _plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, joined: bool) -> None:
+def plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, joined: bool) -> None:
     """Draws the value of every seed, the means and their intervals.
 
     Lines are shifted sideways a little, so that their intervals do not hide each other.
@@ -236,10 +236,10 @@ def _plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, 
             )  # fmt: skip
         ends.append((line.label, x[-1], mean[-1], color))
     if any(label for label, *_ in ends):
-        label_line_ends(axes, ends)
+        _label_line_ends(axes, ends)
 
 
-def label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
+def _label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) -> None:
     """Places the labels at the right edge without overlap, in the order of the lines."""
     axes.get_ylim()  # makes matplotlib compute the final limits
     to_axes = axes.transData + axes.transAxes.inverted()

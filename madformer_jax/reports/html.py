@@ -72,13 +72,17 @@ def render(results: Results, sections: Sequence[Section]) -> str:
         "Each number is a mean over training seeds. Below it: its 95 % t-interval and the value of every seed. "
         "The best mean of compared rows and a clear difference are blue. ↓: lower is better. ↑: higher is better."
     )
-    body = "\n".join(_render_section(i, section) for i, section in enumerate(sections))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{question}\n<p>{_escape(report_sections.status(results))}</p>\n"
-        f'<p class="note">{_escape(legend)}</p>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n'
+    answer, *body = (_render_section(i, section) for i, section in enumerate(sections))
+    status = f"<p>{_escape(report_sections.status(results))}</p>"
+    parts = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>',
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{question}",
+        f'{answer}\n<h2>How to read this page</h2>\n{status}\n<p class="note">{_escape(legend)}</p>\n<nav>{links}</nav>',
+        *body,
+        "</body>\n</html>\n",
     )
+    return "\n".join(parts)
 
 
 def _render_section(i: int, section: Section) -> str:

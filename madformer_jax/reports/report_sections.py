@@ -20,7 +20,10 @@ from madformer_jax.sweeps import protocol
 
 _EXPANDED_SCORES = 2  # number of scores with figures against every cost
 _READ_DOTS = "Dots are training seeds, lines their means, bars the 95 % t-interval of one mean."
-_READ_BANDS = "Bands are simultaneous: at most 5 % of such figures leave 0 anywhere if nothing differs."
+_READ_DIFFERENCES = (
+    "In figures of differences the bars are simultaneous: where nothing differs, at most 5 % of such figures have a bar "
+    "without 0."
+)
 
 
 class Text(NamedTuple):
@@ -86,8 +89,10 @@ def _answer_section(results: Results) -> Section:
     found = answers_lib.answers(results)
     panels = [panel for group in results.groups for panel in _answer_panels(results, group)]
     items: list[Item] = [Text(tuple(answer.sentence for answer in found))] if found else []
+    if results.protocol and results.protocol["written"] == protocol.AFTER:
+        items.append(Text(("The protocol was written after the results, so these answers are exploratory.",)))
     if panels:
-        items.append(Figures("", tuple(panels), f"{_READ_DOTS} {_READ_BANDS}"))
+        items.append(Figures("", tuple(panels), f"{_READ_DOTS} {_READ_DIFFERENCES}"))
     if results.protocol:
         seeds = len({run["seed"] for run in results.runs})
         items.append(
@@ -103,8 +108,10 @@ def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
         differences = comparisons.of_losses(results, group, endpoint)
         rows = [(f"{group.label(d.setting)} minus {group.label(d.baseline)}", d.estimate) for d in differences]
         if rows:
-            title = f"{endpoint.replace('_', ' ')} ↓, differences\n{group.data}"
-            yield difference_figures.difference_rows(f"{group.name}-{endpoint}-differences", title, rows)
+            title = f"{answers_lib.endpoint_label(endpoint)} ↓, differences\n{group.data}"
+            yield difference_figures.difference_rows(
+                "-".join(filter(None, (group.name, endpoint, "differences"))), title, rows
+            )
         return
     scores = answers_lib.endpoint_scores(group, results.protocol)[:1]
     for score, budgets in itertools.product(scores, group.budgets_by_kind[-1:]):
@@ -205,7 +212,8 @@ def _item_to_markdown(item: Item) -> str:
 
 
 def heading(results: Results) -> str:
-    return f"Sweep {results.name}" + (f", {results.variant}" if results.variant else "")
+    data = "; ".join(dict.fromkeys(group.data for group in results.groups))
+    return f"Sweep {results.name}" + (f", {results.variant}" if results.variant else "") + f" ({data})"
 
 
 def status(results: Results) -> str:
