@@ -44,9 +44,10 @@ class Answer(NamedTuple):
             return f"{head} There are no results for it."
         x = self.improvement
         interval = format_interval(x) or "(one seed: no interval)"
-        share = f", {x.mean / abs(self.worse_mean):.0%} of the other mean" if self.worse_mean else ""
+        share = x.mean / abs(self.worse_mean) if self.worse_mean else 0.0
+        percent = f", {share:.0%} of the other mean" if abs(share) >= 0.005 else ""
         steps = f", at {self.steps[0]} against {self.steps[1]} solver steps" if self.steps else ""
-        return f"{head} Improvement of {self.endpoint}: {format_number(x.mean)} {interval}{share}{steps}."
+        return f"{head} Improvement of {self.endpoint}: {format_number(x.mean)} {interval}{percent}{steps}."
 
 
 def answers(results: Results) -> list[Answer]:

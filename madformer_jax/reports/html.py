@@ -56,7 +56,8 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu San
 .strip img { display: block; width: 100%; image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .15rem 1rem; font-size: .85rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.4rem; } th, td { padding-right: .7rem; } }
+@media (max-width: 30rem) { td.label { white-space: normal; min-width: 6rem; max-width: 8rem; }
+  body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.4rem; } th, td { padding-right: .7rem; } }
 @media print { .scroll { overflow: visible; } }
 """
 

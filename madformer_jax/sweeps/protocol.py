@@ -81,8 +81,11 @@ def _claim_text(claim: Mapping[str, Any]) -> str:
     if claim["at"]:
         kind, amount = claim["at"]
         places.append(f"best step count within {amount:g} {kind}")
+    better, worse = claim["better"], claim["worse"]
+    same = {name for name in better if better[name] == worse.get(name, object())}
     sides = [
-        ", ".join(f"{name} = {value}" for name, value in claim[side].items()) or "base" for side in ("better", "worse")
+        ", ".join(f"{name} = {value}" for name, value in side.items() if name not in same) or "base"
+        for side in (better, worse)
     ]
     return f"{claim['text']} ({sides[0]} against {sides[1]}{''.join(f'; {place}' for place in places)})"
 

@@ -5,7 +5,9 @@ import runpy
 
 import pytest
 
-from madformer_jax.sweeps import sweep_file, sweep_folder
+from madformer_jax.config import fields
+from madformer_jax.errors import ConfigError
+from madformer_jax.sweeps import budget, sweep_file, sweep_folder
 from madformer_jax.sweeps.sweep_file import Sweep, grid
 from tests import tiny
 
@@ -106,3 +108,40 @@ def test_sweep_files_may_import_the_old_name_for_one_release(tmp_path, caplog):
     definition = runpy.run_path(str(path))["sweep"]()
     assert isinstance(definition, Sweep) and len(definition.runs) == 2
     assert "import from madformer_jax.sweeps.sweep_file" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "configs/sweeps").glob("*.py") if path.stem != "bases")
+)
+def test_the_claims_of_a_sweep_file_name_two_of_its_settings(name):
+    """Every file has a protocol, and a report can find both sides of each claim and its budget."""
+    functions = runpy.run_path(str(ROOT / f"configs/sweeps/{name}.py"))
+    variants = [v for v in ("cpu", "cpu32", "cpu64", "cpu_eps", "digits") if _is_variant(functions, v)]
+    assert variants
+    for variant in variants:
+        definition, base = functions["sweep"](variant), functions["get_config"](variant)
+        runs = [{k: v for k, v in run.items() if k != "seed"} for run in definition.runs]
+        configs = [fields.flat(sweep_file.apply_overrides(base, run)) for run in runs]
+        for claim in definition.protocol.claims:
+            for side in (claim.better, claim.worse):
+                trained = {k: v for k, v in side.items() if not k.startswith("sample.")}
+                wanted = fields.flat(sweep_file.apply_overrides(base, trained))
+                assert any(all(c[k] == wanted[k] for run in runs for k in run) for c in configs), claim.text
+
+
+def _is_variant(functions, variant):
+    try:
+        functions["get_config"](variant)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_a_switch_that_saves_flops_has_an_arm_of_equal_flops():
+    functions = runpy.run_path(str(ROOT / "configs/sweeps/ablations.py"))
+    base, definition = functions["get_config"]("cpu"), functions["sweep"]("cpu")
+    assert len(definition.runs) == 45
+    (steps,) = {run["train.steps"] for run in definition.runs if "train.steps" in run}
+    equal = sweep_file.apply_overrides(base, functions["NO_AR_CONDITION"] | {"train.steps": steps})
+    assert budget.training_flops(equal) == pytest.approx(budget.training_flops(base), rel=1e-3)
+    assert steps / base.train.steps == pytest.approx(1.49, abs=0.01)
