@@ -28,14 +28,16 @@ def sweep(variant: str = "cpu") -> Sweep:
     without: list[tuple[str, dict[str, Any]]] = [  # the claim that the base is better, and the other arm
         ("The AR condition lowers the loss", NO_AR_CONDITION),
         ("The AR condition lowers the loss at equal training FLOPs", NO_AR_CONDITION | {"train.steps": equal_steps}),
-        ("The clean stream lowers the loss", {"model.clean_stream": False}),
+        ("The clean stream lowers the loss", {"model.clean_stream": False, "loss.clean": 0.0}),
         ("Separate parameters of the two streams lower the loss", {"model.param_sets": "shared"}),
         ("Attention to earlier blocks in the diffusion layers lowers the loss", {"model.diffusion_attention": "block"}),
         ("A hidden loss of weight 0.1 lowers the loss against none", {"loss.hidden": 0.0}),
         ("A hidden loss of weight 0.1 lowers the loss against 0.01", {"loss.hidden": 0.01}),
     ]
-    clean = {"loss.clean": 0.1}
-    arms: list[dict[str, Any]] = [{}, *(overrides for _, overrides in without), clean]
+    base_clean = {"loss.clean": c.loss.clean}
+    other_clean = {"loss.clean": 0.0 if c.loss.clean else 0.1}
+    with_clean, no_clean = (base_clean, other_clean) if c.loss.clean else (other_clean, base_clean)
+    arms: list[dict[str, Any]] = [{}, *(overrides for _, overrides in without), other_clean]
     return Sweep(
         question="Which parts of the model lower the loss of held-out images?",
         runs=[{**arm, "seed": seed} for seed in range(SEEDS) for arm in arms],
@@ -45,7 +47,7 @@ def sweep(variant: str = "cpu") -> Sweep:
             secondary="KID",
             claims=[
                 *(Claim(text, {}, overrides) for text, overrides in without),
-                Claim("A clean loss of weight 0.1 lowers the loss", clean, {}),
+                Claim("A clean loss of weight 0.1 lowers the loss", with_clean, no_clean),
             ],
             refuted_if="the simultaneous interval of a claim lies below an improvement of 2 %",
             margin=0.02,

@@ -43,7 +43,7 @@ class Answer(NamedTuple):
         if self.improvement is None:
             return f"{head} There are no results for it."
         x = self.improvement
-        interval = format_interval(x) or "(one seed: no interval)"
+        interval = format_interval(x) or "(no interval: one seed)"
         share = x.mean / abs(self.worse_mean) if self.worse_mean else 0.0
         percent = f", {share:.0%} of the other mean" if abs(share) >= 0.005 else ""
         steps = f", at {self.steps[0]} against {self.steps[1]} solver steps" if self.steps else ""

@@ -8,7 +8,7 @@ from madformer_jax.reports.axes import Axis
 from madformer_jax.reports.intervals import Estimate
 from madformer_jax.reports.results import Budget, Point, ProtocolGroup, Score
 
-SIMULATIONS = 300
+SIMULATIONS = 200
 BUDGETS = [Budget("nfe", amount) for amount in (2, 4, 8)]
 
 
