@@ -6,7 +6,7 @@ table or figure, add it to `_answer_section` (first on the page), `_main_section
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from madformer_jax.config import fields
@@ -71,13 +71,26 @@ def build_sections(results: Results) -> list[Section]:
     Raises:
       ConfigError: A grid of samples cannot be read.
     """
+    answer = _answer_section(results)
+    shown = {panel.name for item in answer.items if isinstance(item, Figures) for panel in item.panels}
     main = [_main_sections(results, group) for group in results.groups]
     details = [_detail_sections(results, group) for group in results.groups]
     return [
-        _answer_section(results),
-        *itertools.chain(*main, *details),
+        answer,
+        *(_without_panels(section, shown) for section in itertools.chain(*main, *details)),
         Section("Runs", (tables.run_table(results), _version_facts(results)), True),
     ]
+
+
+def _without_panels(section: Section, names: Collection[str]) -> Section:
+    """Returns a section without the panels of these names, which the page has already shown."""
+    items: list[Item] = []
+    for item in section.items:
+        if isinstance(item, Figures):
+            item = item._replace(panels=tuple(panel for panel in item.panels if panel.name not in names))
+        if not isinstance(item, Figures) or item.panels:
+            items.append(item)
+    return section._replace(items=tuple(items))
 
 
 def _section_title(group: ProtocolGroup, title: str) -> str:
