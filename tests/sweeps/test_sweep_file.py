@@ -116,10 +116,12 @@ def test_sweep_files_may_import_the_old_name_for_one_release(tmp_path, caplog):
 def test_the_claims_of_a_sweep_file_name_two_of_its_settings(name):
     """Every file has a protocol, and a report can find both sides of each claim and its budget."""
     functions = runpy.run_path(str(ROOT / f"configs/sweeps/{name}.py"))
-    variants = [v for v in ("cpu", "cpu32", "cpu64", "cpu_eps", "digits") if _is_variant(functions, v)]
-    assert variants
-    for variant in variants:
-        definition, base = functions["sweep"](variant), functions["get_config"](variant)
+    for variant in ((), ("cpu32",), ("cpu64",), ("cpu_eps",), ("digits",)):
+        try:
+            definition, base = functions["sweep"](*variant), functions["get_config"](*variant)
+        except (ConfigError, TypeError):  # the file has no such variant
+            assert variant
+            continue
         runs = [{k: v for k, v in run.items() if k != "seed"} for run in definition.runs]
         configs = [fields.flat(sweep_file.apply_overrides(base, run)) for run in runs]
         for claim in definition.protocol.claims:
@@ -127,14 +129,6 @@ def test_the_claims_of_a_sweep_file_name_two_of_its_settings(name):
                 trained = {k: v for k, v in side.items() if not k.startswith("sample.")}
                 wanted = fields.flat(sweep_file.apply_overrides(base, trained))
                 assert any(all(c[k] == wanted[k] for run in runs for k in run) for c in configs), claim.text
-
-
-def _is_variant(functions, variant):
-    try:
-        functions["get_config"](variant)
-    except ConfigError:
-        return False
-    return True
 
 
 def test_a_switch_that_saves_flops_has_an_arm_of_equal_flops():
