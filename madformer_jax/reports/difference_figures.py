@@ -71,7 +71,7 @@ def difference_rows(name: str, title: str, rows: Sequence[tuple[str, Estimate]])
 
     def draw(axes: Axes) -> None:
         axes.grid(False)
-        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
         for y, (label, x) in enumerate(reversed(rows)):
             color = CATEGORY_COLORS[1 if x.sign else 0]
             if x.low is not None and x.high is not None:

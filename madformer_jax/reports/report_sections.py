@@ -20,10 +20,9 @@ from madformer_jax.sweeps import protocol
 
 _EXPANDED_SCORES = 2  # number of scores with figures against every cost
 _READ_DOTS = "Dots are training seeds, lines their means, bars the 95 % t-interval of one mean."
-_READ_DIFFERENCES = (
-    "In figures of differences the bars are simultaneous: where nothing differs, at most 5 % of such figures have a bar "
-    "without 0."
-)
+_SIMULTANEOUS = "where nothing differs, at most 5 % of such figures have a bar without 0."
+_READ_DIFFERENCES = f"In figures of differences the bars are simultaneous: {_SIMULTANEOUS}"
+_READ_ROWS = f"Dots are mean differences over paired seeds. Bars are simultaneous: {_SIMULTANEOUS}"
 
 
 class Text(NamedTuple):
@@ -105,7 +104,8 @@ def _answer_section(results: Results) -> Section:
     if results.protocol and results.protocol["written"] == protocol.AFTER:
         items.append(Text(("The protocol was written after the results, so these answers are exploratory.",)))
     if panels:
-        items.append(Figures("", tuple(panels), f"{_READ_DOTS} {_READ_DIFFERENCES}"))
+        is_loss = results.protocol is not None and "loss" in results.protocol["primary"]
+        items.append(Figures("", tuple(panels), _READ_ROWS if is_loss else f"{_READ_DOTS} {_READ_DIFFERENCES}"))
     if results.protocol:
         seeds = len({run["seed"] for run in results.runs})
         items.append(
