@@ -37,7 +37,6 @@ LAYERS = {
     "sweeps": "config cost runtime",
     "reports": "config runtime sweeps",
     "publishing": "config data",
-    "testbed": "sweeps",  # deprecated
     "modes": "config cost data data.drawings evaluation evaluation.networks models publishing reports runtime sampling sweeps "
     "training weights",
     "cli": "config evaluation modes runtime",
@@ -142,7 +141,7 @@ def test_the_top_of_the_package_has_only_its_entry_points():
     files = {path.name for path in (ROOT / PACKAGE).iterdir() if path.is_file()}
     assert files == {"__init__.py", "__main__.py", "main.py", "errors.py", "py.typed"}
     for folder in (ROOT / PACKAGE).iterdir():
-        if folder.is_dir() and folder.name not in ("__pycache__", "testbed"):
+        if folder.is_dir() and folder.name != "__pycache__":
             assert any(path.name != "__init__.py" for path in folder.rglob("*.py")), f"{folder} holds no module"
 
 

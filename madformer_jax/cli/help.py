@@ -1,13 +1,13 @@
 """Pages of --help, docs/reference.md, and the text after a training.
 
-Modes are described by the first sentence of their modules, and fields by their comments in
-`config.schema.base`. Add a mode's sections of fields to `_SECTIONS`.
+Modes are described by the first sentence of their modules, and fields by `config.table`.
+Add a mode's sections of fields to `_SECTIONS`.
 """
 
 import ast
 import functools
 import importlib.resources
-import inspect
+import math
 import os
 import pkgutil
 import textwrap
@@ -15,11 +15,12 @@ import textwrap
 from ml_collections import ConfigDict
 
 from madformer_jax import modes
-from madformer_jax.config import fields, schema, validation
+from madformer_jax.config.table import SECTIONS, Fact, Field
 from madformer_jax.runtime import console
 
 _COMMAND = "python -m madformer_jax"
 _WIDTH = 118
+_SHOWN_FACTS = {"resume": Fact.RESUME, "machine": Fact.LOCAL}
 
 # Sections on the page of a mode, besides the section of its own name. After training, the workdir's config
 # decides the shapes of a model, so those pages do not list the model's fields.
@@ -59,45 +60,37 @@ def mode_summaries() -> dict[str, str]:
     return summaries
 
 
-def field_comments() -> dict[str, str]:
-    """Returns field or section -> its comment in `schema.base`, in the order there; "" without a comment."""
-    source = inspect.getsource(schema.base)
-    lines, comments = source.splitlines(), {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("c."):
-            behind = "\n".join(lines[node.lineno - 1 : node.end_lineno]).partition("  # ")[2]
-            comments[ast.unparse(node.targets[0]).removeprefix("c.")] = behind.partition("\n")[0]
-    return comments
-
-
 def page(mode: str | None) -> str:
     """Returns the help page of a mode, or of all modes for None."""
     return _overview_page() if mode is None else _mode_page(mode)
 
 
 def reference_page() -> str:
-    """Returns docs/reference.md: every field with its default, its comment and its allowed values."""
-    defaults, comments = fields.flat(schema.base()), field_comments()
+    """Returns docs/reference.md: every field with its default, its description and its facts."""
     lines = [
         "# Every field", "",
-        "Set as `--config.field=value`. Made by `python -m madformer_jax.cli.help` from `config/schema.py` and "
-        "`config/validation.py`.",
+        "Set as `--config.field=value`. Made by `python -m madformer_jax.cli.help` from `config/table.py`.", "",
+        "*resume*: the field may change when a run is resumed. *machine*: it is a path or a setting of",
+        "one machine. Exports leave such a field out, and another user's config.json cannot set it.",
     ]  # fmt: skip
-    section = None
-    for name in (name for name in comments if name in defaults):
-        if (head := name.rpartition(".")[0]) != section:
-            section = head
-            about = f": {comments[head]}" if comments.get(head) else ""
-            lines += ["", f"## {head or 'The run'}{about}", "", "| field | default | |", "|---|---|---|"]
-        what = [comments.get(name, "")]
-        if name in validation.CHOICES:
-            what.append("one of " + ", ".join(f"`{choice}`" if choice else '""' for choice in validation.CHOICES[name]))
-        elif name in validation.RANGES:
-            low, high = validation.RANGES[name]
-            what.append(f"from {low:g}" + (f" to {high:g}" if high < float("inf") else ""))
-        text = "; ".join(filter(None, what)).replace("|", ",").replace("<", "&lt;")
-        lines.append(f"| `{name}` | `{defaults[name]!r}` | {text} |")
+    for section, (doc, fields) in SECTIONS.items():
+        title = f"## {section or 'The run'}{': ' if doc else ''}{doc}"
+        lines += ["", title, "", "| field | default | | facts |", "|---|---|---|---|"]
+        for name, field in fields.items():
+            marks = [mark for mark, fact in _SHOWN_FACTS.items() if fact in field.facts]
+            cells = f"{section}.{name}".lstrip("."), repr(field.default), _describe(field, "`"), ", ".join(marks)
+            lines.append("| `{}` | `{}` | {} | {} |".format(*cells))
     return "\n".join(lines) + "\n"
+
+
+def _describe(field: Field, quote: str = "") -> str:
+    """Returns the description of a field, followed by its choices or its range."""
+    text = field.doc
+    if field.choices:
+        text += "; one of " + ", ".join('""' if choice == "" else f"{quote}{choice}{quote}" for choice in field.choices)
+    elif field.has_range:
+        text += f"; from {field.low:.10g}" + (f" to {field.high:.10g}" if field.high < math.inf else "")
+    return text.replace("<", "&lt;") if quote else text
 
 
 def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
@@ -159,27 +152,22 @@ def _overview_page() -> str:
 
 
 def _mode_page(mode: str) -> str:
-    comments, values = field_comments(), fields.flat(schema.base())
-    sections = [s for s in (mode, *_SECTIONS.get(mode, ())) if any(name.startswith(f"{s}.") for name in values)]
     lines = [
         f"--mode={mode}: {mode_summaries()[mode]}.",
         "",
         "Fields and their defaults, which a config file or the workdir may change:",
     ]
-    for section in ("", *sections):
-        own = [name for name in comments if name in values and name.rpartition(".")[0] == section]
-        heads = [f"--config.{name}={_format_value(values[name])}" for name in own]
-        wide = min(44, max(map(len, heads)))
-        lines += [
-            "",
-            f"{section or 'all modes'}{':' if comments.get(section) else ''} {comments.get(section, '')}".rstrip(),
+    for section in ("", *(s for s in (mode, *_SECTIONS.get(mode, ())) if s in SECTIONS)):
+        doc, fields = SECTIONS[section]
+        heads = [
+            f"--config.{section}{section and '.'}{name}={_format_value(field.default)}"
+            for name, field in fields.items()
         ]
-        for name, head in zip(own, heads):
-            wrapped = textwrap.wrap(comments.get(name, ""), _WIDTH - wide - 4) or [""]
-            first = (
-                f"  {head:{wide}}  {wrapped[0]}" if len(head) <= wide or not wrapped[0] else f"  {head}  {wrapped[0]}"
-            )
-            lines += [first.rstrip(), *(" " * (wide + 4) + rest for rest in wrapped[1:])]
+        wide = min(44, max(map(len, heads)))
+        lines += ["", f"{section or 'all modes'}{': ' if doc else ''}{doc}"]
+        for head, field in zip(heads, fields.values()):
+            first, *rest = textwrap.wrap(_describe(field), _WIDTH - wide - 4)
+            lines += [f"  {head:{wide}}  {first}", *(" " * (wide + 4) + line for line in rest)]
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Former names of config fields, which still work and log one warning each.
 
-To rename a field, change it in `schema.base`, `identity` and `validation`, and add a line to `RENAMED` here. Everything that
+To rename a field, change it in `table`, and add a line to `RENAMED` here. Everything that
 reads fields by name passes through `current_names`: the command line, config files, the overrides of a sweep, arguments of
 `Model.sample`, and the configs that workdirs, exports and results have stored. Hashes that name runs, samplings and
 evaluations are computed over `first_names`, so that a renamed field does not change them.

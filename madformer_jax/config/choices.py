@@ -1,6 +1,6 @@
 """Names that several modules share: terms of the loss, prediction types, weightings of the loss.
 
-`validation.CHOICES` lists them as values of fields. Add a term of the loss here and in `diffusion.losses`.
+`config.table` lists them as values of fields. Add a term of the loss here and in `diffusion.losses`.
 """
 
 LOSS_TERMS = ("image", "hidden", "clean", "text")  # weights in `config.loss`; each term needs one output of the model

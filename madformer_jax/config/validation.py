@@ -1,121 +1,19 @@
-"""Allowed values of config fields: choices, ranges, paths, and combinations of fields.
+"""Checks of the values of a config: each field against `config.table`, and rules between fields.
 
-`schema.validate` calls `check`; `cli.help` lists `CHOICES` and `RANGES` in docs/reference.md. Add the
-choices or the range of a new field of `schema.base` here.
+`schema.validate` calls `check`. A new rule between several fields is a function here.
 """
 
 import math
 import unicodedata
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels, fields
-from madformer_jax.config.choices import LOSS_TERMS, LOSS_WEIGHTINGS, PREDICTION_TYPES
+from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
+from madformer_jax.config.table import FIELDS, PATH, Field
 from madformer_jax.errors import ConfigError
-
-CHOICES: dict[str, tuple[str | int, ...]] = {
-    "platform": ("", "cpu", "gpu", "tpu"),
-    "model.unet_kernel": (1, 3),
-    "model.prediction_type": PREDICTION_TYPES,
-    "model.rope": ("axial", "release"),
-    "model.time_embedding": ("sinusoidal", "raw"),
-    "model.clean_timestep": ("zero", "noisy"),
-    "model.hidden_from": ("condition", "noisy"),
-    "model.param_sets": ("separate", "shared"),
-    "model.diffusion_attention": ("sequence", "block"),
-    "model.attention": ("auto", "reference", "blocks", "cudnn", "pallas"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "dots", "attention", "full"),
-    "text.caption": ("caption", "class"),
-    "loss.weighting": LOSS_WEIGHTINGS,
-    "codec.name": ("pixel", "vae"),
-    "codec.dtype": ("float32", "bfloat16"),
-    "prepare.kind": ("images", "latents"),
-    "optimizer.schedule": ("wsd", "cosine", "constant"),
-    "sample.film": ("", "webp"),
-    "sample.solver": ("ddim", "dpmpp_2m"),
-    "sample.spacing": ("trailing", "leading", "linspace"),
-    "sample.guidance_schedule": ("constant", "linear"),
-    "sample.label_sampling": ("balanced", "random"),
-    "sample.weights": ("ema", "raw"),
-    "convert.weights": ("", "ema", "model"),
-}
-
-# Field -> smallest and largest value
-RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**32 - 1),
-    "seeds.init": (-1, 2**32 - 1),
-    "seeds.data": (-1, 2**32 - 1),
-    "seeds.sample": (-1, 2**32 - 1),
-    "model.width": (1, math.inf),
-    "model.heads": (1, math.inf),
-    "model.depth": (1, math.inf),
-    "model.mlp_width": (1, math.inf),
-    "model.unet_layers": (1, math.inf),
-    "model.unet_groups": (1, math.inf),
-    "model.unet_heads": (1, math.inf),
-    "model.unet_time_width": (2, math.inf),
-    "model.unet_stride": (1, 2),
-    "model.classes": (0, math.inf),
-    "text.vocabulary": (0, math.inf),
-    "text.length": (1, math.inf),
-    "model.scan_unroll": (1, math.inf),
-    "loss.image": (0, math.inf),
-    "loss.hidden": (0, math.inf),
-    "loss.clean": (0, math.inf),
-    "loss.text": (0, math.inf),
-    "gallery.n": (1, 64),
-    "demo.n": (1, 64),
-    "demo.port": (0, 65535),
-    "codec.scaling_factor": (1e-6, math.inf),
-    "data.drawings": (1, math.inf),
-    "data.image_size": (1, 1 << 15),
-    "data.channels": (1, math.inf),
-    "data.test_share": (0, 1),
-    "data.max_corrupt": (0, 1),
-    "data.max_pixels": (1, math.inf),
-    "data.workers": (0, math.inf),
-    "data.threads": (1, math.inf),
-    "data.batches_ahead": (1, math.inf),
-    "prepare.shard": (1, math.inf),
-    "prepare.batch": (1, math.inf),
-    "prepare.max_corrupt": (0, 1),
-    "optimizer.skip": (0, math.inf),
-    "train.batch": (1, math.inf),
-    "train.steps": (1, math.inf),
-    "train.accumulate": (1, math.inf),
-    "train.ema_decay": (0, 1),
-    "train.context_noise": (0, 999),
-    "train.label_dropout": (0, 1),
-    "train.log_every": (1, math.inf),
-    "train.sample_every": (0, math.inf),
-    "train.checkpoint_every": (1, math.inf),
-    "train.evaluate_every": (0, math.inf),
-    "train.evaluate_n": (10, math.inf),
-    "train.validate_every": (0, math.inf),
-    "train.validate_n": (1, math.inf),
-    "train.keep": (1, math.inf),
-    "train.keep_every": (0, math.inf),
-    "optimizer.learning_rate": (0, math.inf),
-    "optimizer.b1": (0, 1),
-    "optimizer.b2": (0, 1),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.clip": (0, math.inf),
-    "optimizer.warmup": (0, 1),
-    "optimizer.decay": (0, 1),
-    "sample.step": (-1, math.inf),
-    "sample.n": (1, math.inf),
-    "sample.batch": (1, math.inf),
-    "sample.shard": (1, math.inf),
-    "sample.grid": (1, math.inf),
-    "sample.steps": (1, 999),
-    "sample.guidance": (0, 1000),
-    "sample.clip_x0": (0, math.inf),
-    "evaluate.n": (1, math.inf),
-    "benchmark.warmup": (0, math.inf),
-    "benchmark.steps": (1, math.inf),
-}
 
 _UNCONDITIONAL = {
     "sample.guidance": 1.0,
@@ -124,12 +22,6 @@ _UNCONDITIONAL = {
     "sample.label_sampling": "balanced",
 }
 
-PATHS = (
-    "compilation_cache", "codec.path", "data.path", "text.tokenizer", "sample.noise", "convert.release", "convert.vae",
-    "convert.inception",
-    "convert.to_release", "evaluate.network_path", "evaluate.reference", "evaluate.images", "evaluate.training",
-    "train.init_from", "demo.other",
-)  # fmt: skip
 _BUCKET_SCHEMES = ("gs", "s3", "az", "hf")  # schemes that epath knows
 _MAX_INT32 = 2**31 - 1  # JAX's integers have 32 bits
 
@@ -157,6 +49,25 @@ def check_path(name: str, path: str) -> None:
         raise ConfigError(f"{name}={path!r}: {wrong[0]!r} is not supported in a path. Rename the file or folder.")
 
 
+def _check_value(name: str, value: Any, field: Field) -> None:
+    """Checks a value against the table's line for its field.
+
+    Raises:
+      ConfigError: It is none of the choices, out of range, or not a path.
+    """
+    if field.choices and value not in field.choices:
+        raise ConfigError(f"{name}={value!r} is unknown: one of {', '.join(map(repr, field.choices))}.")
+    if field.has_range and not field.low <= value <= field.high:
+        bound = f"at least {field.low}" if field.high == math.inf else f"from {field.low} to {field.high}"
+        raise ConfigError(f"{name}={value} is out of range: it must be {bound}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value} must be a finite number.")
+    if isinstance(value, int) and field.high == math.inf and abs(value) > _MAX_INT32:
+        raise ConfigError(f"{name}={value} is out of range: it must be at most {_MAX_INT32}.")
+    if PATH in field.facts:
+        check_path(name, value)
+
+
 def check(c: ConfigDict) -> None:
     """Checks the values of a config that has all fields.
 
@@ -164,20 +75,8 @@ def check(c: ConfigDict) -> None:
       ConfigError: Names the first wrong setting.
     """
     given = fields.flat(c)
-    for field, choices in CHOICES.items():
-        if given[field] not in choices:
-            raise ConfigError(f"config.{field}={given[field]!r} is unknown: one of {', '.join(map(repr, choices))}.")
-    for field, (low, high) in RANGES.items():
-        if not low <= given[field] <= high:
-            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise ConfigError(f"config.{field}={given[field]} is out of range: it must be {bound}.")
-    for field, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"config.{field}={value} must be a finite number.")
-        if isinstance(value, int) and not field.startswith("seed") and abs(value) > _MAX_INT32:
-            raise ConfigError(f"config.{field}={value} is out of range: it must be at most {_MAX_INT32}.")
-    for field in PATHS:
-        check_path(f"config.{field}", given[field])
+    for name, row in FIELDS.items():
+        _check_value(f"config.{name}", given[name], row)
     check_depth(c)
     m = c.model
     if m.width % m.heads or (m.width // m.heads) % 4:

@@ -37,8 +37,7 @@ from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import open_files, storage
 
-# Format of the manifest. Format 1 had no seals and no class names, and named the VAE by its path.
-FORMAT = 2
+FORMAT = 2  # format of the plan and the manifest
 MANIFEST = "manifest.json"
 MAX_OPEN = 400  # open shards per process, if the system allows it; further shards are reopened
 # Mean seconds per record of a batch above which storage counts as slow. Local disks stay below it;
@@ -118,7 +117,7 @@ def read_sealed(path: storage.Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is damaged: it does not contain a JSON object. Prepare the data again.")
     seal = content.pop("seal", None)
-    if seal != _seal(content) and (seal is not None or content.get("format") != 1):
+    if seal != _seal(content):
         raise ConfigError(f"{path} is damaged: its content does not match its hash. Prepare the data again.")
     return content
 
@@ -147,10 +146,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
         raise ConfigError(
             f"{folder!r} holds no {MANIFEST}: make the records with --mode=prepare, or run it again if it was stopped."
         )
-    if content.get("format") not in (1, FORMAT):
+    if content.get("format") != FORMAT:
         raise ConfigError(f"{path} is of format {content.get('format')}, not {FORMAT}: prepare the data again.")
-    if content["format"] == 1:
-        content["names"] = [str(label) for label in range(content["classes"])]
     return content
 
 
@@ -270,16 +267,11 @@ class Records(Source):
             damaged.
         """
         self.manifest = content = read_manifest(folder)
-        try:
-            self.kind, self.classes, self.names = content["kind"], content["classes"], tuple(content["names"])
-            self.attributes = tuple((name, tuple(values)) for name, values in content.get("attributes", []))
-            shards, shape = _shards(content), tuple(content["shape"])
-            self.fingerprint = _fingerprint(content)
-        except (KeyError, TypeError) as error:  # format 1 has no seal
-            raise ConfigError(f"{folder}/{MANIFEST} is damaged ({error!r}): prepare the data again.") from None
-        self._repair_hint = (
-            "run --mode=prepare on its folder again" if content["format"] == FORMAT else "prepare the data again"
-        )
+        self.kind, self.classes, self.names = content["kind"], content["classes"], tuple(content["names"])
+        self.attributes = tuple((name, tuple(values)) for name, values in content.get("attributes", []))
+        shards, shape = _shards(content), tuple(content["shape"])
+        self.fingerprint = _fingerprint(content)
+        self._repair_hint = "run --mode=prepare on its folder again"
         if storage.is_remote(folder):
             folder, self._repair_hint = _download_shards(folder, content), "remove the file, and it is copied again"
         self._paths = [os.path.join(folder, shard.file) for shard in shards]
@@ -335,7 +327,7 @@ def _fingerprint(content: Mapping[str, Any]) -> str:
     last bits.
     """
     hashed = {name: value for name, value in content.items() if name not in ("shards", "skipped")}
-    if hashed.get("codec"):  # _VAE_FACTS follow from the weights, and earlier versions did not write them
+    if hashed.get("codec"):  # _VAE_FACTS follow from the weights
         hashed["codec"] = {name: value for name, value in hashed["codec"].items() if name not in _VAE_FACTS}
     return fingerprint([json.dumps(hashed, sort_keys=True), *(str(shard.records) for shard in _shards(content))])
 
@@ -352,7 +344,7 @@ def check_manifest(manifest: Mapping[str, Any], config: ConfigDict, preprocessor
       ConfigError: The records were prepared with other settings than those of `config`.
     """
     wanted = preprocessor.describe()
-    for field, value in manifest["image"].items():  # an older manifest has fewer fields
+    for field, value in manifest["image"].items():
         if wanted.get(field) != value:
             name = {"size": "image_size"}.get(field, field)
             raise ConfigError(
@@ -375,20 +367,9 @@ def check_manifest(manifest: Mapping[str, Any], config: ConfigDict, preprocessor
             f"config.data.path={config.data.path!r} holds latents of {' x '.join(map(str, shape))} values, and the model takes "
             f"{sizes.latent} x {sizes.latent} x {sizes.channels}: prepare them with Stable Diffusion's VAE or one like it."
         )
-    factor = manifest["codec"].get("scaling_factor")
-    if factor is None:
-        logging.warning(
-            "the manifest of %s has no scaling_factor: using config.codec.scaling_factor=%s.",
-            config.data.path, config.codec.scaling_factor,
-        )  # fmt: skip
-    elif not math.isclose(factor, config.codec.scaling_factor):
+    factor = manifest["codec"]["scaling_factor"]
+    if not math.isclose(factor, config.codec.scaling_factor):
         raise ConfigError(
             f"config.codec.scaling_factor={config.codec.scaling_factor}, but the latents of config.data.path="
             f"{config.data.path!r} come from a VAE with {factor}: set config.codec.scaling_factor={factor}."
         )
-    path = manifest["codec"].get("path", config.codec.path)  # only format 1 has it
-    if path != config.codec.path:
-        logging.warning(
-            "the latents were made with codec.path=%r, and the config has %r: both must name the same VAE.",
-            path, config.codec.path,
-        )  # fmt: skip

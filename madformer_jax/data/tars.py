@@ -216,7 +216,7 @@ def _load_or_build_index(path: str, tars: list[str], names: list[str], cache: st
 
 
 def _checksum(index: _Index) -> str:
-    """Computes the checksum of the index without its report, which format 2 did not have."""
+    """Computes the checksum of the index without its report."""
     digest = hashlib.sha256(np.array(len(index.rows), _COUNT_DTYPE).tobytes())
     digest.update(np.ascontiguousarray(index.rows))
     digest.update(index.text[: index.rows["caption"][-1]])

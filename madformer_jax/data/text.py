@@ -251,8 +251,6 @@ def tokenizer_identity(c: ConfigDict) -> dict[str, str]:
 def check_tokenizer_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, workdir: str) -> None:
     """Checks that the tokenizer's file is the one that a checkpoint was trained with.
 
-    Checkpoints of older versions name no tokenizer and pass.
-
     Args:
       c: The whole config.
       meta: Metadata of the checkpoint.
@@ -263,7 +261,7 @@ def check_tokenizer_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, 
       ConfigError: The content of the file has changed.
     """
     for name, sha256 in tokenizer_identity(c).items():
-        if meta.get(name, sha256) != sha256:
+        if meta[name] != sha256:
             raise ConfigError(
                 f"config.text.tokenizer={c.text.tokenizer!r} has changed since step {step} of {workdir}: its SHA-256 was "
                 f"{meta[name][:12]}... and is {sha256[:12]}.... Bring the old file back, or train in another --workdir."

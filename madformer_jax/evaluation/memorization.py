@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterable
 
 import numpy as np
-from absl import logging
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import reference_statistics, scores
@@ -29,11 +28,6 @@ class TrainingFeatures:
         self._training, self._held_out = training, held_out
         self.searched = training.stored
         self.images = int(training.protocol.get("n", self.searched))
-        if self.searched < self.images:
-            logging.warning(
-                "memorization: the search covers %d of %d training images because an earlier version made the reference; "
-                "make it again with --mode=reference to search all", self.searched, self.images,
-            )  # fmt: skip
 
     def distances(self, images: np.ndarray) -> np.ndarray:
         """Computes the distances of images (n, d) to the training set; see `nearest_distances`."""

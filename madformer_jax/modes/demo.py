@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels, seeds, validation
+from madformer_jax.config import class_labels, seeds, table
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import checkpoint
@@ -28,7 +28,7 @@ from madformer_jax.sampling import generation, prompts, trained_model
 
 _IMAGE_SIDE = 384  # pixels; smaller pictures are enlarged towards it
 _ALL_CLASSES = "all"  # entry in the list of classes
-_SEEDS = 2**32  # number of valid seeds (`config.validation`)
+_SEEDS = 2**32  # number of valid seeds (`config.table`)
 _CSS = ".drawn img {image-rendering: pixelated}"
 
 
@@ -138,7 +138,7 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
                     steps = sample.steps if side else max(1, sample.steps // 5)
                     controls += [
                         gr.Dropdown(names, value=names[-1 if side else 0], label="model", visible=len(names) > 1),
-                        gr.Dropdown(list(validation.CHOICES["sample.solver"]), value=sample.solver, label="solver"),
+                        gr.Dropdown(list(table.FIELDS["sample.solver"].choices), value=sample.solver, label="solver"),
                         gr.Slider(1, 100, value=steps, step=1, label="solver steps"),
                         gr.Slider(0, 8, value=sample.guidance, step=0.1, label="guidance"),
                     ]

@@ -252,30 +252,18 @@ def _load_or_make_result(
     protocol = {**scorer.protocol, **(extra_protocol or {}), "images": dict(metadata)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = os.path.join(workdir, "evaluations", f"{key}.json")
-    stored = _load_result(c, path)
+    stored = shards.read_json(path)
     if stored is not None:
         logging.info("%s exists already", path)
         return stored
     folder = epath.Path(workdir) / "evaluations" / key
     with shards.exclusive_lock(folder):
         # Another job may have written it while this job waited for the lock.
-        stored = _load_result(c, path)
+        stored = shards.read_json(path)
         if stored is not None:
             return stored
         collected = shards.Shards(folder, c.evaluate.n, size)
         return _make_result(c, path, protocol, collected, scorer, extract, labeled, extra_scores)
-
-
-def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
-    """Loads a result, or returns None if the file does not exist.
-
-    Costs that follow from the config are recomputed, because an earlier version may have counted
-    differently.
-    """
-    result = shards.read_json(path)
-    if result is not None and "cost" in result:
-        result["cost"] |= flops.image_cost(c)
-    return result
 
 
 def _make_result(

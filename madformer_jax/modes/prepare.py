@@ -150,28 +150,18 @@ def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
     """Writes the plan, or checks that the folder's plan is the same.
 
     Raises:
-      ConfigError: The folder was prepared in another way or by another version.
+      ConfigError: The folder was prepared in another way.
     """
     before = records.read_sealed(folder / PLAN_FILE)
     if before is None:
         records.write_sealed(folder / PLAN_FILE, plan)
         return
-    written = before.get("codec")
-    if before.get("format") != records.FORMAT:
-        raise ConfigError(
-            f"{folder} was prepared by another version (format {before.get('format')}): it may be read, but not continued. "
-            "Use another folder."
-        )
-    if written and plan["codec"]:  # earlier versions stored fewer properties of the VAE
-        before["codec"] = plan["codec"] | written
     different = [f"{key} was {before.get(key)!r} and is {plan[key]!r}" for key in plan if before.get(key) != plan[key]]
     if different:
         raise ConfigError(
             f"{folder} holds shards that were made in another way: {'; '.join(different)}. "
             "Use another folder, or delete this one."
         )
-    if written != plan["codec"]:
-        records.write_sealed(folder / PLAN_FILE, plan)
 
 
 def _find_finished_shards(

@@ -227,7 +227,7 @@ def _resume(
     targets = {name: getattr(abstract, name) for name in checkpoint.ARRAY_ITEMS}
     step, trees, position = checkpoints.restore(targets, data=True)
     meta = checkpoints.meta(step)
-    _check_data(workdir, step, meta.get("data"), _dataset_record(info))
+    _check_data(workdir, step, meta["data"], _dataset_record(info))
     text.check_tokenizer_identity(c, meta, step, workdir)
     if step > c.train.steps:
         raise ConfigError(f"config.train.steps={c.train.steps}, but {workdir} has been trained for {step} steps.")
@@ -246,23 +246,18 @@ def _dataset_record(info: pipeline.DatasetInfo) -> dict[str, Any]:
     return {"records": info.records, "fingerprint": info.fingerprint, "names": list(info.names)}
 
 
-def _check_data(workdir: str, step: int, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+def _check_data(workdir: str, step: int, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Checks that the data set is the one that the run has seen so far.
 
     In another one, every index of the iterator would mean another image.
 
     Args:
-      before: The record in the checkpoint, or None if it has none.
+      before: The record in the checkpoint.
       now: The record of the data set that is open.
 
     Raises:
       ConfigError: The records differ.
     """
-    if before is None:
-        logging.warning(
-            "step %d of %s does not say which data it has seen: the data set is not compared", step, workdir
-        )
-        return
     if before == now:
         return
     if before["names"] != now["names"]:

@@ -73,8 +73,6 @@ def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()
     """
     stored = read_config(workdir) if exists(workdir) else None
     before, now = fields.flat(stored or {}), fields.flat(json.loads(config.to_json()))
-    if "data.test_share" not in before and before.get("data.source") in ("digits", "folder", "webdataset"):
-        before["data.split"] = "all"  # nothing was held out then, whatever it was called
     return [
         f"config.{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(before.keys() & now.keys())
@@ -256,8 +254,8 @@ class Checkpoints:
         problem = ""
         for candidate in steps if step is None else [step]:
             try:
-                summed = self._together(candidate, functools.partial(self._check, candidate, items))
-                restored = self._together(candidate, functools.partial(self._read, candidate, items, summed))
+                self._together(candidate, functools.partial(self._check, candidate, items))
+                restored = self._together(candidate, functools.partial(self._read, candidate, items))
             except checksums.DamagedError as error:
                 problem = str(error)
                 logging.error("the checkpoint of step %d in %s cannot be used: %s", candidate, self.path, error)
@@ -323,8 +321,8 @@ class Checkpoints:
         wrong = "be read" if problem is None or storage.is_error(problem) else "be restored into this config's arrays"
         raise ConfigError(f"the checkpoint of step {step} in {self.path} cannot {wrong}: {cause}.") from problem
 
-    def _check(self, step: int, items: dict[str, Any]) -> bool:
-        """Verifies the checksums of `items`, each process its share; returns whether all items have checksums.
+    def _check(self, step: int, items: dict[str, Any]) -> None:
+        """Verifies the checksums of `items`, each process its share.
 
         Raises:
           DamagedError: An item or a file is missing or damaged.
@@ -335,25 +333,11 @@ class Checkpoints:
             found = [name for name in (*ARRAY_ITEMS, "data", "meta") if name in there]
             raise checksums.DamagedError(f"step {step} holds no {', '.join(missing)}, only {', '.join(found)}")
         share = jax.process_index(), jax.process_count()
-        summed = [checksums.verify_files(folder / name, *share) for name in {*items, "meta"} & there]
-        if not all(summed):
-            logging.info("step %d in %s was written before there were checksums: it is taken as it is", step, self.path)
-        return all(summed)
+        for name in {*items, "meta"} & there:
+            checksums.verify_files(folder / name, *share)
 
-    def _read(self, step: int, items: dict[str, Any], summed: bool) -> Any:
-        """Restores items. Without checksums (`summed`), files that cannot be decoded count as damaged."""
-        try:
-            return storage.retry(lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
-        except Exception as error:
-            missing = isinstance(error, FileNotFoundError)
-            if (
-                summed
-                or storage.is_transient(error)
-                or (storage.is_error(error) and not missing)
-                or isinstance(error, MemoryError)
-            ):
-                raise
-            raise checksums.DamagedError(f"step {step}: {storage.cause_message(error)}") from error
+    def _read(self, step: int, items: dict[str, Any]) -> Any:
+        return storage.retry(lambda: self._manager.restore(step, args=ocp.args.Composite(**items)))
 
     def drop_after(self, step: int) -> None:
         """Renames the damaged checkpoints after `step`, so that their steps can be saved again."""

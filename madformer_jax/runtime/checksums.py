@@ -1,7 +1,7 @@
 """Checksums of the files of a checkpoint's items, for `runtime.checkpoint`.
 
 They are written into the folder of an item before Orbax marks the step as finished, so that a finished
-step always has them. Items of versions without checksums have none and are accepted.
+step always has them.
 """
 
 import errno
@@ -68,7 +68,7 @@ def verify_arrays(handler: Any, directory: epath.Path, shapes: dict[str, tuple[i
         raise OSError(errno.EIO, "the arrays that were written cannot be read back", str(directory))
 
 
-def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
+def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> None:
     """Compares the files of an item with their checksums.
 
     Errors of the file system are raised after some retries.
@@ -78,17 +78,14 @@ def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
       part: Share of the files to compare.
       parts: Number of shares, one for each process.
 
-    Returns:
-      True if the item has checksums.
-
     Raises:
-      DamagedError: A file is missing or has changed.
+      DamagedError: A file or the checksums are missing, or a file has changed.
     """
     called = f"{folder.parent.name}/{folder.name}"
     try:
         text = storage.retry((folder / FILE_NAME).read_bytes)
     except FileNotFoundError:
-        return False
+        raise DamagedError(f"{called}/{FILE_NAME} is missing") from None
     try:
         expected: dict[str, str] = json.loads(text)["sha256"]
         names = sorted(expected)[part::parts]
@@ -106,7 +103,6 @@ def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> bool:
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         for _ in pool.map(compare, names):
             pass
-    return True
 
 
 def _list_files(folder: epath.Path) -> list[str]:

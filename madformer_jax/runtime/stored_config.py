@@ -11,8 +11,9 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.config import aliases, fields, identity, validation
+from madformer_jax.config import aliases, fields, identity
 from madformer_jax.config.schema import TOKENIZER_FILE, base, portable
+from madformer_jax.config.table import FIELDS, PATH
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import provenance, storage
 
@@ -35,7 +36,6 @@ def config_from_saved(saved: Any, path: str, trusted: bool | None = None) -> Con
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is damaged: it holds no config.")
     c, known = aliases.current_names(fields.flat(saved), path), fields.flat(base())
-    c.pop("model.text_length", None)  # a field of older configs that could only be 1
     try:
         fields.check(known | c, known)
     except ConfigError as error:
@@ -71,8 +71,6 @@ def expand_paths(c: ConfigDict) -> None:
     Raises:
       ConfigError: The home folder is unknown.
     """
-    prompts = ("sample.prompts",) if c.sample.prompts.endswith(".txt") else ()
-    for field in (*validation.PATHS, *prompts):
-        section, _, name = field.rpartition(".")
-        owner = c[section] if section else c
-        owner[name] = storage.expand(owner[name])
+    is_file = {"sample.prompts": c.sample.prompts.endswith(".txt")}
+    paths = {name: value for name, value in fields.flat(c).items() if PATH in FIELDS[name].facts or is_file.get(name)}
+    c.update_from_flattened_dict({name: storage.expand(value) for name, value in paths.items()})

@@ -15,7 +15,7 @@ from madformer_jax.errors import ConfigError
 
 TRAIN_BUDGET_KINDS = ("steps", "images", "flops")
 SAMPLE_BUDGET_KINDS = ("steps", "nfe", "passes", "flops", "seconds")
-MAX_SOLVER_STEPS = 999  # upper limit of `sample.steps` (config/validation.py)
+MAX_SOLVER_STEPS = 999  # upper limit of `sample.steps` (config/table.py)
 TOLERANCE = 0.5  # largest relative miss of a budget: steps are whole numbers
 
 

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from madformer_jax.config import aliases, fields
-from madformer_jax.cost import flops
-from madformer_jax.runtime import lock, storage, stored_config
+from madformer_jax.config import aliases
+from madformer_jax.runtime import lock, storage
 from madformer_jax.sweeps import sweep_file
 from madformer_jax.sweeps.sweep_file import Evaluation, Run, Sweep
 
@@ -85,23 +84,9 @@ def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
 
 
 def read_result(path: epath.PathLike) -> Any:
-    """Returns the content of a result.json, or None if the file does not exist.
-
-    Results without "nfe" are older than `flops.model_passes`, which counts every layer that runs. Their
-    "passes", in costs and in budgets, are NFE.
-    """
+    """Returns the content of a result.json, or None if the file does not exist."""
     result = storage.read_json(path)
-    if isinstance(result, dict):
-        result = _rename_fields(result, os.fspath(path))
-    for evaluation in result.get("evaluations", ()) if isinstance(result, dict) else ():
-        cost, budget = evaluation["cost"], evaluation["budget"]
-        if "nfe" not in cost:
-            sampled = fields.flat(evaluation["overrides"]) | {"sample.steps": cost["solver_steps"]}
-            c = stored_config.config_from_saved(fields.flat(result["config"]) | sampled, os.fspath(path))
-            passes = {"nfe": cost["passes"], "passes": flops.model_passes(c)}
-            evaluation["cost"] = {"solver_steps": cost["solver_steps"], **passes, "flops": cost["flops"]}
-            budget["kind"] = "nfe" if budget["kind"] == "passes" else budget["kind"]
-    return result
+    return _rename_fields(result, os.fspath(path)) if isinstance(result, dict) else result
 
 
 def _rename_fields(result: dict[str, Any], path: str) -> dict[str, Any]:

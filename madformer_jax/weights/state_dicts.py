@@ -27,7 +27,6 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
-from absl import logging
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -213,8 +212,7 @@ def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
     storage.check_arrays_path(folder, write=False)
     with storage.wrap_errors(f"{folder} cannot be read"):
         try:
-            if not checksums.verify_files(path):
-                logging.info("%s was written before there were checksums and is not verified", path)
+            checksums.verify_files(path)
         except checksums.DamagedError as error:
             raise ConfigError(f"{folder} is damaged: {error}; make it again with --mode=convert.") from None
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from madformer_jax.config.identity import HUB_ID
+from madformer_jax.config.table import HUB_ID
 from madformer_jax.errors import ConfigError
 from madformer_jax.models.vae import AutoencoderKL, Params, abstract_params
 from madformer_jax.runtime import storage

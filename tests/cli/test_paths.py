@@ -3,7 +3,8 @@
 import pytest
 
 from madformer_jax.cli import command_line
-from madformer_jax.config import fields, schema, validation
+from madformer_jax.config import fields, schema
+from madformer_jax.config.table import FIELDS, PATH
 from tests import paths
 from tests.cli.test_command_line import DIGITS, error_of
 
@@ -26,7 +27,7 @@ def test_a_leading_tilde_is_expanded_wherever_a_path_is_given(monkeypatch, tmp_p
         "from madformer_jax import config\n"
         "def get_config(text=''):\n c = config.base()\n c.data.path, c.data.source = '~/data', text\n return c\n"
     )
-    given = {name: f"~/{name}" for name in (*validation.PATHS, "sample.prompts")}
+    given = {name: f"~/{name}" for name, field in FIELDS.items() if PATH in field.facts}
     given |= {"data.path": "", "sample.prompts": "~/prompts.txt"}
     args = [f"--config.{name}={path}" for name, path in given.items() if path]
     c, values = command_line.parse(["main", "--config=~/a:b.py:folder", "--workdir=~/run", *args])

@@ -1,14 +1,18 @@
 """Fields that identify a run, and fields that are local to a machine."""
 
 import json
+import os
+import pathlib
 
 import pytest
 
-from madformer_jax.cli import command_line
-from madformer_jax.config import fields, identity, schema
-from madformer_jax.config.identity import FACTS
+from madformer_jax.cli import command_line, help
+from madformer_jax.config import fields, identity, schema, table
+from madformer_jax.config.table import FIELDS, Fact, Field
 from madformer_jax.data import text
-from madformer_jax.runtime import provenance, stored_config
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import checkpoint, provenance, stored_config
+from madformer_jax.sweeps import sweep_file
 
 LOCAL = {  # what a stranger's config.json may name
     "codec.path": "/home/them/vae",
@@ -36,15 +40,39 @@ LOCAL = {  # what a stranger's config.json may name
 }
 
 
-def test_every_field_has_its_facts():
-    """A new field of `config.base` needs a line in `identity`, and a removed one has none."""
-    assert FACTS.keys() == fields.flat(schema.base()).keys()
+def test_one_line_adds_a_field_everywhere(monkeypatch, tmp_path):
+    line = Field("down", "direction of the test", table.RESUME, choices=("down", "up"))
+    path = Field("", "file of the test", table.PATH)
+    for name, field in (("order", line), ("file", path)):
+        monkeypatch.setitem(table.SECTIONS["loss"].fields, name, field)
+        monkeypatch.setitem(FIELDS, f"loss.{name}", field)
+    row = "| `loss.order` | `'down'` | direction of the test; one of `down`, `up` | resume |"
+    assert row in help.reference_page() and "--config.loss.order=down" in help.page("train")
+    config_file = f"--config={pathlib.Path(__file__).parents[2]}/configs/digits.py"
+    c, _ = command_line.parse(
+        ["main", config_file, f"--workdir={tmp_path}", "--config.loss.order=up", "--config.loss.file=~/a"]
+    )
+    assert (c.loss.order, c.loss.file) == ("up", os.path.expanduser("~/a"))
+    before, c.loss.order = sweep_file.settings_hash(c), "down"
+    assert sweep_file.settings_hash(c) != before
+    assert schema.portable(c).loss.file == ""
+    checkpoint.write_config(c, str(tmp_path))
+    monkeypatch.setattr(checkpoint, "exists", lambda workdir: True)
+    c.loss.order, c.loss.file = "up", "b"
+    assert checkpoint.differences(c, str(tmp_path)) == [
+        f"config.loss.file was {os.path.expanduser('~/a')!r} and is 'b'"
+    ]
+    c.loss.order = "left"
+    with pytest.raises(ConfigError, match="config.loss.order='left' is unknown: one of 'down', 'up'"):
+        schema.validate(c)
 
 
-@pytest.mark.parametrize("name", FACTS)
-def test_the_facts_of_a_field_agree(name):
-    assert FACTS[name], "neither decides results nor may change"
-    assert identity.affects_results(name) or identity.may_change_on_resume(name), "what decides nothing may change"
+def test_what_decides_nothing_may_change():
+    assert Fact.RESUME in Fact.NEUTRAL and Fact.RESUME in Fact.MACHINE
+    names = ("train.log_every", "data.workers", "data.path", "mesh.data")
+    assert not any(map(identity.affects_results, names)) and all(map(identity.may_change_on_resume, names))
+    assert identity.affects_results("text.tokenizer") and not identity.may_change_on_resume("text.tokenizer")
+    assert identity.affects_results("train.init_from") and identity.may_change_on_resume("train.init_from")
 
 
 def test_a_field_without_facts_identifies_a_run():
@@ -52,7 +80,7 @@ def test_a_field_without_facts_identifies_a_run():
 
 
 def test_embedded_tokenizers_are_known_by_name():
-    assert set(identity.EMBEDDED_TOKENIZERS) == text._EMBEDDED_FILES.keys()
+    assert set(table.EMBEDDED_TOKENIZERS) == text._EMBEDDED_FILES.keys()
 
 
 @pytest.fixture

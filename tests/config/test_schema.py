@@ -4,6 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from madformer_jax.config import schema, validation
+from madformer_jax.config.table import FIELDS
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import stored_config
 
@@ -66,7 +67,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, wo
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("field", [*validation.CHOICES, *validation.RANGES])
+@pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.choices or field.has_range])
 def test_every_choice_and_range_is_checked(tiny_config, field):
     *path, name = field.split(".")
     section = tiny_config

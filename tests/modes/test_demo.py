@@ -31,8 +31,9 @@ def saved(workdir, names, words=False):
     if words:
         c.model.classes, c.text.tokenizer, c.text.length, c.sample.n = 0, "drawings", 77, 2
         c.text.vocabulary = text.open_tokenizer("drawings").vocabulary
+    meta = {"step": 6, "data": {"names": names}, **text.tokenizer_identity(c)}
     with checkpoint.Checkpoints(str(workdir)) as checkpoints:
-        checkpoints.save(6, {"ema": random_params(madformer.build(c))}, None, {"step": 6, "data": {"names": names}})
+        checkpoints.save(6, {"ema": random_params(madformer.build(c))}, None, meta)
     checkpoint.write_config(c, str(workdir))
     return madformer_jax.load(str(workdir))
 

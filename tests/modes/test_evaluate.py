@@ -95,10 +95,6 @@ def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, wor
     out = capsys.readouterr().out.splitlines()
     assert "| step | weights | steps |" in out[0] and len(out) == 2 + 8 + 4 and "mean of 2" in out[-1]
     monkeypatch.setattr(evaluate, "_sample_and_extract", lambda *a: pytest.fail("drawn again"))
-    # Earlier versions wrote the NFE as passes.
-    for path in (workdir / "evaluations").glob("*.json"):
-        cost = (result := json.loads(path.read_text()))["cost"]
-        path.write_text(json.dumps(result | {"cost": cost | {"passes": cost.pop("nfe")}}))
     assert evaluate.run(fresh, str(workdir))["results"] == results
     assert "| solver_steps | nfe | passes | seconds |" in capsys.readouterr().out
 

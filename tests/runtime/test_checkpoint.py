@@ -127,15 +127,6 @@ def test_a_step_without_its_checksums_is_not_finished(workdir, monkeypatch):
     assert_goes_on_from(workdir, 2)
 
 
-def test_a_checkpoint_from_before_there_were_checksums_loads(workdir, caplog):
-    for path in (workdir / "checkpoints" / "2").rglob("checksums.json"):
-        path.unlink()
-    caplog.set_level(logging.INFO)
-    with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
-        assert checkpoints.restore(all_targets())[0] == 2
-    assert [r.message for r in caplog.records if "before there were checksums" in r.message]
-
-
 def test_what_passes_is_tried_again_and_what_stays_ends_it(workdir, monkeypatch, caplog):
     """And no good checkpoint is taken for a broken one."""
     failures: list[OSError] = []

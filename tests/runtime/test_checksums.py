@@ -1,5 +1,3 @@
-import logging
-
 import numpy as np
 import pytest
 
@@ -26,12 +24,3 @@ def test_one_flipped_byte_in_converted_weights_is_noticed(tmp_path):
             with pytest.raises(ConfigError, match=r"vae is damaged: vae/params/.*make it again with --mode=convert.$"):
                 state_dicts.load_params(tmp_path / "vae")
         path.write_bytes(content)
-
-
-def test_weights_converted_before_there_were_checksums_load(tmp_path, caplog):
-    params = {"kernel": np.ones((3, 2), np.float32)}
-    state_dicts.save_params(tmp_path, params)
-    (tmp_path / "params" / "checksums.json").unlink()
-    caplog.set_level(logging.INFO)
-    np.testing.assert_array_equal(state_dicts.load_params(tmp_path)["kernel"], params["kernel"])
-    assert "before there were checksums" in caplog.text

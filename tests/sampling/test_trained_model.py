@@ -24,8 +24,9 @@ NAMES = ["cat", "dog", "7"]
 
 
 def saved(c, workdir, names=NAMES):
+    meta = {"step": 6, "data": {"names": names}, **text.tokenizer_identity(c)}
     with checkpoint.Checkpoints(str(workdir)) as checkpoints:
-        checkpoints.save(6, {"ema": random_params(madformer.build(c))}, None, {"step": 6, "data": {"names": names}})
+        checkpoints.save(6, {"ema": random_params(madformer.build(c))}, None, meta)
     checkpoint.write_config(c, str(workdir))
     return str(workdir)
 

@@ -194,28 +194,6 @@ def test_added_budgets_need_no_new_training(c, stage, tmp_path):
     assert stage.evaluated[2:] == [(16, "steps=1,4,8"), (24, "steps=1,4,8")]
 
 
-def test_results_of_old_passes_budgets_are_read_as_nfe(c, stage, tmp_path):
-    """Passes of an earlier version left out the clean tower. They are NFE, and no run is repeated."""
-    definition = TWO._replace(sample_budgets={"nfe": (8,)})
-    mode.run(c, str(tmp_path), file=File(definition))
-    for path in tmp_path.glob("runs/*/result.json"):
-        result = json.loads(path.read_text())
-        (evaluation,) = result["evaluations"]
-        evaluation["budget"]["kind"] = "passes"
-        evaluation["cost"] = {"solver_steps": 8, "passes": evaluation["cost"]["nfe"], "flops": 1e6}
-        path.write_text(json.dumps(result))
-    stage.trained.clear(), stage.evaluated.clear()
-    mode.run(c, str(tmp_path), file=File(definition))
-    assert not stage.trained and not stage.evaluated
-    (old, _) = sorted(results(tmp_path))
-    (evaluation,) = sweep_folder.read_result(tmp_path / "runs" / old / "result.json")["evaluations"]
-    assert evaluation["budget"] == {"kind": "nfe", "asked": 8}
-    assert evaluation["cost"] == {"solver_steps": 8, "nfe": 1.0, "passes": 8.0, "flops": 1e6}  # one block, D = N
-    passes = definition._replace(sample_budgets={"passes": (8,)})  # a budget of another kind in the same folder
-    mode.run(c, str(tmp_path), file=File(passes))
-    assert not stage.trained and len(stage.evaluated) == 2
-
-
 @pytest.mark.parametrize("name", ["depth:digits", "depth:drawings", "conditioning:digits", "blocks:drawings"])
 def test_the_published_results_match_their_sweep_files(name):
     """No run of a published sweep would be repeated, and the stored costs follow from the configs."""

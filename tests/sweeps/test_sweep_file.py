@@ -8,7 +8,7 @@ import pytest
 from madformer_jax.config import fields
 from madformer_jax.errors import ConfigError
 from madformer_jax.sweeps import budget, sweep_file, sweep_folder
-from madformer_jax.sweeps.sweep_file import Sweep, grid
+from madformer_jax.sweeps.sweep_file import grid
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -97,17 +97,6 @@ def test_a_loss_curve_does_not_depend_on_interruptions():
     whole = sweep_folder.loss_curve(lines(4, 8, 10), every=4)
     assert [point["step"] for point in whole] == [4, 8, 10]
     assert sweep_folder.loss_curve([*lines(3, 4, 8, 9, 10), {"step": 10, "scored": 3}], every=4) == whole
-
-
-def test_sweep_files_may_import_the_old_name_for_one_release(tmp_path, caplog):
-    path = tmp_path / "old.py"
-    path.write_text(
-        "from madformer_jax.testbed.sweep import Sweep, config_beside, grid\n\n"
-        "def sweep():\n    return Sweep('Which width?', grid({'model.width': (16, 24)}), {'steps': (4,)})\n"
-    )
-    definition = runpy.run_path(str(path))["sweep"]()
-    assert isinstance(definition, Sweep) and len(definition.runs) == 2
-    assert "import from madformer_jax.sweeps.sweep_file" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,4 @@ def load(path: str, kind: Any, description: str, init: Callable[[Mapping[str, An
     except KeyError:
         raise ConfigError(f"{path} is not a {description}.") from None
     shapes = jax.eval_shape(lambda: init(metadata))
-    try:
-        return kind(params=state_dicts.unflatten(tensors, shapes, path), **metadata)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error} If an earlier version wrote it, remove it: --mode=reference makes it anew."
-        ) from None
+    return kind(params=state_dicts.unflatten(tensors, shapes, path), **metadata)
