@@ -225,9 +225,7 @@ def _run_result(
     evaluations = []
     for evaluation, result in zip(job.evaluations, results, strict=True):
         cost = {name: value for name, value in result["cost"].items() if name != "seconds"}
-        evaluations.append(
-            evaluation.describe() | {"cost": cost, "scores": result["scores"], "protocol": result["protocol"]}
-        )
+        evaluations.append(evaluation.describe() | {"cost": cost} | {x: result[x] for x in ("scores", "protocol")})
     return {
         "name": run.name,
         "sweep": job.name,
