@@ -44,9 +44,7 @@ class Sizes(NamedTuple):
         return self.blocks, self.positions, self.channels
 
 
-# The Stable Diffusion VAE
-VAE_DOWNSAMPLING, VAE_CHANNELS = 8, 4
-SCALING_FACTOR = 0.18215  # makes the latents' variance about 1
+SCALING_FACTOR = 0.18215  # of Stable Diffusion's VAE: makes the latents' variance about 1
 
 
 def vocabulary_size(c: ConfigDict) -> int:
@@ -65,10 +63,10 @@ def derive_sizes(c: ConfigDict) -> Sizes:
       ConfigError: Image, latent, blocks and U-Net stride do not divide one another.
     """
     m, side = c.model, c.data.image_size
-    if c.codec.name == "vae":
-        reduction, channels = VAE_DOWNSAMPLING, VAE_CHANNELS
-    else:
+    if c.codec.name == "pixel":
         reduction, channels = c.codec.patch, c.data.channels * c.codec.patch**2
+    else:
+        reduction, channels = c.codec.downsampling, c.codec.latent_channels
     if side < 1 or reduction < 1 or side % reduction:
         raise ConfigError(
             f"config.data.image_size={side} is not a multiple of {reduction}, the {c.codec.name} codec's reduction."

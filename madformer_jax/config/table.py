@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from madformer_jax.config.choices import LOSS_WEIGHTINGS, PREDICTION_TYPES
-from madformer_jax.config.shapes import SCALING_FACTOR
 
 # owner/name or owner/name@revision on the Hugging Face hub
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?")
@@ -154,17 +153,22 @@ SECTIONS: dict[str, Section] = {
             "output", 'weight of the image\'s error: 1; or "v": as if the model predicted v', choices=LOSS_WEIGHTINGS),
     ),
     "codec": _section("image <-> latent",
-        name=Field("vae", '"vae" (AutoencoderKL) or "pixel" (space-to-depth, no learned part)', choices=("pixel", "vae")),
+        name=Field(
+            "vae", '"vae" (AutoencoderKL), "pixel" (space-to-depth, no learned part) or "external" (docs/data.md)',
+            choices=("pixel", "vae", "external")),
         patch=Field(2, "pixel: side of the square of pixels that becomes one latent position"),
         path=Field(
             "", "vae: a diffusers folder, a hub id or an Orbax folder made by --mode=convert", PATH | MACHINE,
             is_portable=_is_hub_id),
+        latent_channels=Field(4, "vae, external: C, channels of the latent; 16 for SD3 and FLUX", low=1),
+        downsampling=Field(8, "vae, external: side of a latent position in pixels", low=1, high=1 << 15),
         scaling_factor=Field(
-            SCALING_FACTOR, "vae: factor of its latents; a VAE with another factor is refused", low=1e-6),
+            0.0, "the model sees (latent - shift_factor) * this; 0: both factors as the VAE's config.json", low=0),
+        shift_factor=Field(0.0, "vae, external; see scaling_factor"),
         dtype=Field("float32", "type of the VAE's computation", choices=("float32", "bfloat16")),
     ),
     "data": _section("",
-        source=Field("digits", "digits, drawings, folder, tfds:<name>, webdataset or arrayrecord (docs/data.md)"),
+        source=Field("digits", "digits, drawings, folder, npy, tfds:<name>, webdataset or arrayrecord (docs/data.md)"),
         path=Field("", "folder of images, tars or records; tfds: its data_dir", PATH | MACHINE),
         drawings=Field(20_000, "number of drawings, over all splits", low=1),
         split=Field(
@@ -291,7 +295,7 @@ SECTIONS: dict[str, Section] = {
         port=Field(7860, "port to serve at; 0: any free port", MACHINE, low=0, high=65535),
     ),
     "convert": _section("--mode=convert; set one of the first four",
-        release=Field("", "checkpoint of the PyTorch release to convert to the workdir", PATH | MACHINE),
+        release=Field("", "checkpoint of the PyTorch release, or its hub id with a revision (docs/weights.md)", PATH | MACHINE),
         vae=Field("", "diffusers folder or hub id to convert to workdir/vae", PATH | MACHINE),
         inception=Field("", "checkpoint of FID's Inception network to convert to workdir/inception", PATH | MACHINE),
         to_release=Field("", "file to write from the workdir's newest checkpoint", PATH | MACHINE),

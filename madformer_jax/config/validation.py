@@ -130,6 +130,21 @@ def check(c: ConfigDict) -> None:
             )
     profiled_steps(c)
     _check_sampling(c)
+    _check_codec(c)
+
+
+def _check_codec(c: ConfigDict) -> None:
+    """Checks the sizes of a VAE and the scale of its latents.
+
+    Raises:
+      ConfigError: A setting is wrong.
+    """
+    if c.codec.name == "vae" and c.codec.downsampling.bit_count() != 1:
+        raise ConfigError(f"config.codec.downsampling={c.codec.downsampling} must be a power of 2 for a VAE.")
+    if c.codec.shift_factor and not c.codec.scaling_factor:
+        raise ConfigError(
+            f"config.codec.shift_factor={c.codec.shift_factor} needs config.codec.scaling_factor: 0 takes both from the VAE."
+        )
 
 
 def _check_text(c: ConfigDict) -> None:

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.models.plan import ablation_switches, sampling_plan, training_plan
-from madformer_jax.models.vae import AutoencoderKL
+from madformer_jax.models.vae import AutoencoderKL, typical_vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,8 @@ def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
             total += 2.0 * (3 * (side // 2) - 1) ** 2 * channels**2
             side //= 2
     moments = 2 * v.latent_channels
-    return total + _vae_middle(side, before) + _conv(side, before, moments) + _conv(side, moments, moments, 1)
+    quant = _conv(side, moments, moments, 1) if v.use_quant_conv else 0.0
+    return total + _vae_middle(side, before, v) + _conv(side, before, moments) + quant
 
 
 def vae_decode(side: int, model: AutoencoderKL | None = None) -> float:
@@ -143,8 +144,8 @@ def vae_decode(side: int, model: AutoencoderKL | None = None) -> float:
     v = model or AutoencoderKL()
     side //= v.reduction
     before = v.block_out_channels[-1]
-    total = _conv(side, v.latent_channels, v.latent_channels, 1) + _conv(side, v.latent_channels, before)
-    total += _vae_middle(side, before)
+    total = _conv(side, v.latent_channels, before) + _vae_middle(side, before, v)
+    total += _conv(side, v.latent_channels, v.latent_channels, 1) if v.use_post_quant_conv else 0.0
     for stage, channels in enumerate(reversed(v.block_out_channels)):
         for _ in range(v.layers_per_block + 1):
             total += _resnet(side, before, channels)
@@ -155,8 +156,13 @@ def vae_decode(side: int, model: AutoencoderKL | None = None) -> float:
     return total + _conv(side, before, v.out_channels)
 
 
-def _vae_middle(side: int, channels: int) -> float:
-    return 2 * _resnet(side, channels, channels) + _self_attention(side**2, channels)
+def _vae(c: ConfigDict) -> AutoencoderKL:
+    return typical_vae(c.codec.latent_channels, c.codec.downsampling)
+
+
+def _vae_middle(side: int, channels: int, v: AutoencoderKL) -> float:
+    attention = _self_attention(side**2, channels) if v.mid_block_add_attention else 0.0
+    return 2 * _resnet(side, channels, channels) + attention
 
 
 # ---- decoder layers
@@ -249,7 +255,7 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     cost, first = _forward_cost(c, None)
     cost = cost * 3 + Cost(unet=-first)
     if encode and c.codec.name == "vae":
-        cost += Cost(vae=vae_encode(c.data.image_size))
+        cost += Cost(vae=vae_encode(c.data.image_size, _vae(c)))
     return cost * c.train.batch
 
 
@@ -290,7 +296,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         cost += Cost(diffusion_layers=towers, attention=scores, unet=steps * _upsampler(c)[0])
         unguided += Cost(unet=(steps + embedded) * _downsampler(c)[0])
     if c.codec.name == "vae":
-        unguided += Cost(vae=vae_decode(c.data.image_size))
+        unguided += Cost(vae=vae_decode(c.data.image_size, _vae(c)))
     branches = guidance_branches(c)
     return (cost * branches + unguided) * n
 

@@ -12,6 +12,7 @@ the whole state of the iterator.
 
 import functools
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -20,7 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from madformer_jax.config import seeds
-from madformer_jax.data import preprocess, records, sources, text, worker
+from madformer_jax.data import compatibility, preprocess, sources, text, worker
 from madformer_jax.data.source import Examples, Kind, Source
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import malloc
@@ -38,6 +39,7 @@ class DatasetInfo(NamedTuple):
     names: tuple[str, ...]  # of the classes; () if unlabeled
     fingerprint: str  # identifies the records and their order, wherever the files are stored
     codec: str = ""  # weights.fingerprint of the VAE that made cached latents; "" if unknown, or for images
+    scale: tuple[float, float] | None = None  # scaling and shift factor of this VAE; None for other data
 
 
 class Selection(NamedTuple):
@@ -188,11 +190,22 @@ def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
                 f"config.text.vocabulary={config.text.vocabulary} needs captions, and {source.name(0)} has none: see "
                 "docs/text.md on where to put them, or take the names of classes with config.text.caption=class."
             )
-    shape, codec = (preprocessor.size, preprocessor.size, preprocessor.channels), ""
+    shape: tuple[int, ...] = (preprocessor.size, preprocessor.size, preprocessor.channels)
+    facts: Mapping[str, Any] = {}
     if source.manifest is not None:
-        records.check_manifest(source.manifest, config, preprocessor)
-        shape, codec = tuple(source.manifest["shape"]), (source.manifest["codec"] or {}).get("weights", "")
-    return DatasetInfo(len(source), source.classes, shape, source.kind, source.names, source.fingerprint, codec)
+        compatibility.check_manifest(source.manifest, config, preprocessor)
+        shape, facts = tuple(source.manifest["shape"]), source.manifest["codec"] or {}
+    elif source.kind == "latents":
+        shape = source.read(np.arange(0)).arrays["mean"].shape[1:]
+        compatibility.check_latents(config, shape)
+    if source.kind == "images" and config.codec.name == "external":
+        raise ConfigError(
+            f"config.codec.name='external' needs latents, and config.data.source={name} holds images: use source npy."
+        )
+    scale = (facts["scaling_factor"], facts.get("shift_factor", 0.0)) if facts else None
+    return DatasetInfo(
+        len(source), source.classes, shape, source.kind, source.names, source.fingerprint, facts.get("weights", ""), scale
+    )  # fmt: skip
 
 
 def train_iterator(

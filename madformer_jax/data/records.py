@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import math
 import os
 import shutil
 import threading
@@ -29,10 +28,7 @@ import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
-from ml_collections import ConfigDict
 
-from madformer_jax.config.shapes import derive_sizes
-from madformer_jax.data import preprocess
 from madformer_jax.data.source import Examples, Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import open_files, storage
@@ -330,46 +326,3 @@ def _fingerprint(content: Mapping[str, Any]) -> str:
     if hashed.get("codec"):  # _VAE_FACTS follow from the weights
         hashed["codec"] = {name: value for name, value in hashed["codec"].items() if name not in _VAE_FACTS}
     return fingerprint([json.dumps(hashed, sort_keys=True), *(str(shard.records) for shard in _shards(content))])
-
-
-def check_manifest(manifest: Mapping[str, Any], config: ConfigDict, preprocessor: preprocess.Preprocessor) -> None:
-    """Checks that prepared records fit the config that is about to train on them.
-
-    Args:
-      manifest: Manifest of the records.
-      config: The whole config.
-      preprocessor: Preprocessing that `config` sets.
-
-    Raises:
-      ConfigError: The records were prepared with other settings than those of `config`.
-    """
-    wanted = preprocessor.describe()
-    for field, value in manifest["image"].items():
-        if wanted.get(field) != value:
-            name = {"size": "image_size"}.get(field, field)
-            raise ConfigError(
-                f"config.data.{name}={wanted.get(field)!r}, but the records of config.data.path={config.data.path!r} "
-                f"were prepared with {value!r}: set the same, or prepare again."
-            )
-    if manifest["kind"] == "images":
-        return
-    if config.codec.name != "vae":
-        raise ConfigError(
-            f"config.codec.name={config.codec.name!r}: the records of {config.data.path!r} are VAE latents."
-        )
-    if config.data.flip:
-        raise ConfigError(
-            "config.data.flip=True: latents cannot be flipped; use --mode=prepare --config.prepare.flip=True."
-        )
-    sizes, shape = derive_sizes(config), tuple(manifest["shape"])
-    if shape and shape != (sizes.latent, sizes.latent, sizes.channels):
-        raise ConfigError(
-            f"config.data.path={config.data.path!r} holds latents of {' x '.join(map(str, shape))} values, and the model takes "
-            f"{sizes.latent} x {sizes.latent} x {sizes.channels}: prepare them with Stable Diffusion's VAE or one like it."
-        )
-    factor = manifest["codec"]["scaling_factor"]
-    if not math.isclose(factor, config.codec.scaling_factor):
-        raise ConfigError(
-            f"config.codec.scaling_factor={config.codec.scaling_factor}, but the latents of config.data.path="
-            f"{config.data.path!r} come from a VAE with {factor}: set config.codec.scaling_factor={factor}."
-        )

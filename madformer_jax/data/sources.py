@@ -1,4 +1,4 @@
-"""The sources `digits`, `folder` and `tfds`, and `open_source`, which opens the source of a config.
+"""The sources `digits`, `folder`, `npy` and `tfds`, and `open_source`, which opens the source of a config.
 
 `pipeline`, `evaluation/images.py` and `modes/prepare.py` call `open_source`; register new sources
 there. Sources return encoded images, and `preprocess` decodes and resizes them.
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.data import listing, records, sidecars, tars, text
+from madformer_jax.data import listing, preprocess, records, sidecars, tars, text
 from madformer_jax.data.drawings import pictures
 from madformer_jax.data.source import Examples, Source, Subset, fingerprint, hash_fraction, test_mask
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
 
 SPLITS = ("train", "test", "all")  # of the sources without splits of their own
@@ -68,6 +68,9 @@ class Folder(Source):
     its number while its images are elsewhere. `listing` decides which files and subfolders count.
     """
 
+    content = "image"
+    suffixes: tuple[str, ...] = listing.IMAGE_SUFFIXES
+
     def __init__(self, path: str, field: str = "data.path"):
         """Lists the folder and logs what is left out.
 
@@ -85,22 +88,22 @@ class Folder(Source):
         exclusions = listing.Exclusions()
         with storage.wrap_errors(f"{setting} cannot be listed"):
             top = listing.scan(path, exclusions)
-            flat = _filter_images(top.files, exclusions)
+            flat = self._filter(top.files, exclusions)
             folders = {os.path.basename(folder): folder for folder in top.folders + top.linked}
             by_class = {
-                name: _filter_images(listing.list_files(folders[name], exclusions), exclusions)
+                name: self._filter(listing.list_files(folders[name], exclusions), exclusions)
                 for name in sorted(folders)
             }
         empty = [name for name in by_class if not by_class[name]]
         if flat and len(empty) < len(by_class):
             raise ConfigError(
-                f"{setting} holds images both beside and in subfolders: "
+                f"{setting} holds {self.content}s both beside and in subfolders: "
                 "move them all into subfolders (one per class), or all out of them."
             )
         if not flat and len(empty) == len(by_class):
             others = exclusions.summary()
             raise ConfigError(
-                f"{setting} holds no image: looked for {', '.join(listing.IMAGE_SUFFIXES)}"
+                f"{setting} holds no {self.content}: looked for {', '.join(self.suffixes)}"
                 f"{f'; left out: {others}' if others else ''}."
             )
         exclusions.log(path)
@@ -111,13 +114,16 @@ class Folder(Source):
         if self.names:
             _check_class_names(setting, self.names)
             if empty:
-                listing.warn_once(f"{listing.printable(path)}: classes without an image: {', '.join(empty)}")
+                listing.warn_once(f"{listing.printable(path)}: classes without an {self.content}: {', '.join(empty)}")
             self._labels[:] = np.repeat(np.arange(len(by_class)), [len(files) for files in by_class.values()])
         # Relative paths, so that moving the folder changes neither the fingerprint nor the split.
         self._keys = [file.removeprefix(path).lstrip(os.sep) for file in self._files]
         with storage.wrap_errors(f"the captions of {setting} cannot be read"):
             self._captions = sidecars.read_captions(path, self._keys)
         self.fingerprint = fingerprint(self._keys)
+
+    def _filter(self, files: list[str], exclusions: listing.Exclusions) -> list[str]:
+        return listing.filter_by_suffix(files, self.suffixes, sidecars.CAPTION_SUFFIXES, exclusions)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -147,8 +153,47 @@ class Folder(Source):
         return test_mask(np.fromiter(map(hash_fraction, self._keys), np.uint64, len(self)), share)
 
 
-def _filter_images(files: list[str], exclusions: listing.Exclusions) -> list[str]:
-    return listing.filter_by_suffix(files, listing.IMAGE_SUFFIXES, sidecars.CAPTION_SUFFIXES, exclusions)
+class LatentFolder(Folder):
+    """Source `npy`: latents of any encoder, a .npy file (h, w, C) of floats for each image, otherwise as `folder`."""
+
+    kind = "latents"
+    content = "array"
+    suffixes = (".npy",)
+
+    def __init__(self, path: str):
+        """Lists the folder and reads the first file, whose shape all others must have.
+
+        Raises:
+          ConfigError: See `Folder`; or the first file cannot be read.
+        """
+        super().__init__(path)
+        try:
+            self._shape = _load_latent(self._files[0], None).shape
+        except (OSError, preprocess.CorruptImageError) as error:
+            raise ConfigError(f"config.data.path: {self.name(0)} cannot be read: {first_line(error)}") from None
+
+    def read(self, indices: np.ndarray) -> Examples:
+        latents = np.zeros((len(indices), *self._shape), np.float32)
+        for row, index in enumerate(indices.tolist()):
+            latents[row] = _load_latent(self._files[index], self._shape)
+        return Examples({"mean": latents}, self._labels[indices], self.captions(indices))
+
+
+def _load_latent(path: str, shape: tuple[int, ...] | None) -> np.ndarray:
+    """Reads a latent and checks that it is finite and has a shape.
+
+    Raises:
+      preprocess.CorruptImageError: It is not such an array.
+    """
+    try:
+        latent = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise preprocess.CorruptImageError(first_line(error)) from None
+    if latent.dtype.kind != "f" or latent.ndim != 3 or not np.isfinite(latent).all():
+        raise preprocess.CorruptImageError(f"it must hold finite floats (h, w, C), not {latent.dtype} {latent.shape}")
+    if shape not in (None, latent.shape):
+        raise preprocess.CorruptImageError(f"its shape is {latent.shape}, and that of the first file {shape}")
+    return latent
 
 
 def _check_class_names(setting: str, names: Sequence[str]) -> None:
@@ -251,6 +296,7 @@ def open_source(config: ConfigDict) -> Source:
     builders: dict[str, Callable[[], Digits | Folder | tars.Tars]] = {
         "digits": Digits,
         "folder": lambda: Folder(data.path),
+        "npy": lambda: LatentFolder(data.path),
         "webdataset": lambda: tars.Tars(data.path, data.max_corrupt),
     }
     if data.source not in builders:

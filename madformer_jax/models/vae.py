@@ -1,8 +1,12 @@
-"""AutoencoderKL, the VAE of Stable Diffusion, in channels-last layout.
+"""AutoencoderKL, the VAE of Stable Diffusion, SDXL, SD3 and FLUX, in channels-last layout.
 
 `sampling.codec` encodes and decodes batches with it, and `weights.vae_weights` converts checkpoints.
 Modules are named as in diffusers, so that the path of a parameter is its name in a diffusers
-checkpoint. Latents here are unscaled. `sampling.codec` multiplies them by `scaling_factor`.
+checkpoint. Latents here are unscaled. `sampling.codec` subtracts `shift_factor` and multiplies by
+`scaling_factor`.
+
+Dimensions: B images, H x W pixels, c channels of an image; h x w positions and C channels of a
+latent, h = H / `reduction`; d channels of a layer.
 """
 
 import functools
@@ -14,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jaxtyping import Float
 
 from madformer_jax.config.shapes import SCALING_FACTOR
 from madformer_jax.models.layers import ResNetBlock, conv, dense, group_norm
@@ -22,6 +27,7 @@ from madformer_jax.runtime import partitioning
 Array = jax.Array
 Params = Mapping[str, Any]
 
+FLOAT32 = jnp.dtype("float32")
 # Attention scores in memory, 64 MiB: 1 chunk of queries for a 512 x 512 image, 16 for 1024 x 1024.
 MAX_ATTENTION_SCORES = 2**24
 # Pixels in one pass of `encode` and `decode`. Float32 activations of 1024 x 1024 pixels fit 8 GiB.
@@ -42,7 +48,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B h w d"]) -> Float[Array, "B h w d"]:
         batch, height, width, channels = x.shape
 
         def linear(name: str) -> nn.Dense:
@@ -70,7 +76,7 @@ class Stage(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B h w d_in"]) -> Float[Array, "B h_out w_out d"]:
         for i in range(self.layers):
             x = _resnet_block(self.channels, self.groups, self.dtype, f"resnets_{i}")(x)
         if self.resample == "down":
@@ -87,7 +93,7 @@ class Downsample(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B h w d"]) -> Float[Array, "B h//2 w//2 d"]:
         padding = ((0, 1), (0, 1))
         return conv(self.channels, 3, self.dtype, stride=2, padding=padding, name="conv")(x)
 
@@ -99,21 +105,23 @@ class Upsample(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B h w d"]) -> Float[Array, "B 2*h 2*w d"]:
         return conv(self.channels, 3, self.dtype, name="conv")(x.repeat(2, axis=1).repeat(2, axis=2))
 
 
 class MidBlock(nn.Module):
-    """ResNet block, attention and ResNet block at the lowest resolution."""
+    """ResNet block, attention if asked for, and ResNet block at the lowest resolution."""
 
     channels: int
     groups: int
+    attention: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B h w d"]) -> Float[Array, "B h w d"]:
         x = _resnet_block(self.channels, self.groups, self.dtype, "resnets_0")(x)
-        x = Attention(self.groups, self.dtype, name="attentions_0")(x)
+        if self.attention:
+            x = Attention(self.groups, self.dtype, name="attentions_0")(x)
         return _resnet_block(self.channels, self.groups, self.dtype, "resnets_1")(x)
 
 
@@ -124,15 +132,16 @@ class Encoder(nn.Module):
     out_channels: int
     layers: int
     groups: int
+    mid_attention: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W c"]) -> Float[Array, "B h w moments"]:
         x = conv(self.channels[0], 3, self.dtype, name="conv_in")(x)
         for i, channels in enumerate(self.channels):
             resample = "down" if i < len(self.channels) - 1 else ""
             x = Stage(channels, self.layers, self.groups, resample, self.dtype, name=f"down_blocks_{i}")(x)
-        x = MidBlock(self.channels[-1], self.groups, self.dtype, name="mid_block")(x)
+        x = MidBlock(self.channels[-1], self.groups, self.mid_attention, self.dtype, name="mid_block")(x)
         x = nn.silu(group_norm(self.groups, self.dtype, "conv_norm_out")(x))
         return conv(self.out_channels, 3, self.dtype, name="conv_out")(x)
 
@@ -144,12 +153,13 @@ class Decoder(nn.Module):
     out_channels: int
     layers: int
     groups: int
+    mid_attention: bool
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, z: Array) -> Array:
+    def __call__(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W c"]:
         x = conv(self.channels[-1], 3, self.dtype, name="conv_in")(z)
-        x = MidBlock(self.channels[-1], self.groups, self.dtype, name="mid_block")(x)
+        x = MidBlock(self.channels[-1], self.groups, self.mid_attention, self.dtype, name="mid_block")(x)
         for i, channels in enumerate(reversed(self.channels)):
             resample = "up" if i < len(self.channels) - 1 else ""
             x = Stage(channels, self.layers, self.groups, resample, self.dtype, name=f"up_blocks_{i}")(x)
@@ -158,7 +168,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The VAE of Stable Diffusion, by default with 83.65 M parameters.
+    """The VAE of latent diffusion models, by default that of Stable Diffusion with 83.65 M parameters.
 
     Fields are named as in config.json of diffusers.
 
@@ -174,37 +184,40 @@ class AutoencoderKL(nn.Module):
     latent_channels: int = 4
     norm_num_groups: int = 32
     scaling_factor: float = SCALING_FACTOR
-    dtype: jnp.dtype = jnp.float32
+    shift_factor: float = 0.0
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    dtype: jnp.dtype = FLOAT32
 
     def setup(self) -> None:
-        channels, layers, groups = tuple(self.block_out_channels), self.layers_per_block, self.norm_num_groups
-        self.encoder = Encoder(channels, 2 * self.latent_channels, layers, groups, self.dtype)
-        self.decoder = Decoder(channels, self.out_channels, layers + 1, groups, self.dtype)
-        self.quant_conv = conv(2 * self.latent_channels, 1, self.dtype)
-        self.post_quant_conv = conv(self.latent_channels, 1, self.dtype)
+        channels, layers = tuple(self.block_out_channels), self.layers_per_block
+        settings = self.norm_num_groups, self.mid_block_add_attention, self.dtype
+        self.encoder = Encoder(channels, 2 * self.latent_channels, layers, *settings)
+        self.decoder = Decoder(channels, self.out_channels, layers + 1, *settings)
+        if self.use_quant_conv:
+            self.quant_conv = conv(2 * self.latent_channels, 1, self.dtype)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = conv(self.latent_channels, 1, self.dtype)
 
     @property
     def reduction(self) -> int:
         """Side of a latent position in pixels."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    def encode(self, images: Array) -> tuple[Array, Array]:
-        """Encodes images.
-
-        Args:
-          images: Images `(B, H, W, c)` in [-1, 1].
-
-        Returns:
-          Mean and log-variance of the posterior, each `(B, H / 8, W / 8, C)`, float32.
-        """
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(images)).astype(jnp.float32), 2, axis=-1)
+    def encode(self, images: Float[Array, "B H W c"]) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+        """Encodes images in [-1, 1] to mean and log-variance of the posterior, float32."""
+        moments = self.encoder(images)
+        moments = self.quant_conv(moments) if self.use_quant_conv else moments
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)  # the bounds of diffusers, which keep the variance finite
 
-    def decode(self, z: Array) -> Array:
-        """Decodes unscaled latents (B, h, w, C) to images (B, 8 h, 8 w, c), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
+    def decode(self, z: Float[Array, "B h w C"]) -> Float[Array, "B H W c"]:
+        """Decodes unscaled latents to images, about [-1, 1], float32."""
+        z = self.post_quant_conv(z) if self.use_post_quant_conv else z
+        return self.decoder(z).astype(jnp.float32)
 
-    def __call__(self, images: Array) -> Array:
+    def __call__(self, images: Float[Array, "B H W c"]) -> Float[Array, "B H W c"]:
         """Reconstructs images from the posterior mean; `init` creates all parameters with it."""
         return self.decode(self.encode(images)[0])
 
@@ -213,19 +226,36 @@ class AutoencoderKL(nn.Module):
 def abstract_params(model: AutoencoderKL) -> Any:
     """Returns shapes and types of the parameters."""
     image = jax.ShapeDtypeStruct((1, model.reduction, model.reduction, model.in_channels), jnp.float32)
-    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+    with nn.logical_axis_rules(()):  # a mesh that is in use does not shard shapes
+        return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+
+
+def typical_vae(latent_channels: int, downsampling: int, dtype: jnp.dtype = FLOAT32) -> AutoencoderKL:
+    """Returns a VAE of the usual widths, for estimates of cost and memory without its config.json.
+
+    Args:
+      latent_channels: C.
+      downsampling: Side of a latent position in pixels, a power of 2. 8 gives the widths of Stable
+        Diffusion, SDXL, SD3 and FLUX.
+      dtype: Type of the computation.
+    """
+    stages = downsampling.bit_length()
+    widths = (*AutoencoderKL.block_out_channels, *[AutoencoderKL.block_out_channels[-1]] * stages)[:stages]
+    return AutoencoderKL(block_out_channels=widths, latent_channels=latent_channels, dtype=dtype)
 
 
 # Batches of any size
 
 
-def encode(model: AutoencoderKL, params: Params, images: Array, max_images: int | None = None) -> tuple[Array, Array]:
+def encode(
+    model: AutoencoderKL, params: Params, images: Float[Array, "B H W c"], max_images: int | None = None
+) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
     """Runs `AutoencoderKL.encode` on a batch of any size; pure and jittable.
 
     Args:
       model: The VAE.
       params: Its parameters.
-      images: Images `(B, H, W, c)` in [-1, 1].
+      images: Images in [-1, 1].
       max_images: Images in one pass on each device, by default what `MAX_PIXELS_PER_PASS` allows.
 
     Returns:
@@ -235,7 +265,9 @@ def encode(model: AutoencoderKL, params: Params, images: Array, max_images: int 
     return _map_chunks(functools.partial(_apply, model, params, "encode"), images, max_images)
 
 
-def decode(model: AutoencoderKL, params: Params, z: Array, max_images: int | None = None) -> Array:
+def decode(
+    model: AutoencoderKL, params: Params, z: Float[Array, "B h w C"], max_images: int | None = None
+) -> Float[Array, "B H W c"]:
     """Runs `AutoencoderKL.decode` on a batch of any size; pure and jittable.
 
     A 1024 x 1024 image takes 4.6 GiB in float32.
@@ -243,11 +275,8 @@ def decode(model: AutoencoderKL, params: Params, z: Array, max_images: int | Non
     Args:
       model: The VAE.
       params: Its parameters.
-      z: Unscaled latents `(B, h, w, C)`.
+      z: Unscaled latents.
       max_images: Images in one pass on each device, by default what `MAX_PIXELS_PER_PASS` allows.
-
-    Returns:
-      Images `(B, 8 h, 8 w, c)`.
     """
     max_images = max_images or max(1, MAX_PIXELS_PER_PASS // (z.shape[1] * z.shape[2] * model.reduction**2))
     return _map_chunks(functools.partial(_apply, model, params, "decode"), z, max_images)
@@ -272,16 +301,9 @@ def _map_chunks(f: Callable[[Array], Any], x: Array, max_images: int) -> Any:
     return jax.tree.map(lambda y: rearrange(y, "p (d s) ... -> (d p s) ...", d=devices), jax.lax.map(f, chunks))
 
 
-def sample_posterior(mean: Array, logvar: Array, key: Array) -> Array:
-    """Draws unscaled latents from the posterior.
-
-    Args:
-      mean: Mean of the posterior, of any float type.
-      logvar: Log-variance, of the same shape.
-      key: Random key.
-
-    Returns:
-      Latents of that shape, float32.
-    """
+def sample_posterior(
+    mean: Float[Array, "B h w C"], logvar: Float[Array, "B h w C"], key: Array
+) -> Float[Array, "B h w C"]:
+    """Draws unscaled latents, float32, from a posterior of any float type."""
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     return mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32)

@@ -201,21 +201,22 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
 def _abstract_codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
     """Returns the codec with abstract weights.
 
-    A VAE has the shapes of Stable Diffusion's VAE, regardless of `codec.path`.
+    A VAE has the usual widths, regardless of `codec.path`.
     """
     if c.codec.name != "vae":
         return codec.build(c)
-    network = vae.AutoencoderKL(dtype=jnp.dtype(c.codec.dtype))
+    network = vae.typical_vae(c.codec.latent_channels, c.codec.downsampling, jnp.dtype(c.codec.dtype))
     params = vae.abstract_params(network)
     everywhere = jax.tree.map(lambda _: partitioning.replicated(mesh), params)
     return codec.from_network(
-        lambda: (network, partitioning.abstract_arrays(params, everywhere)), c.codec.scaling_factor
+        lambda: (network, partitioning.abstract_arrays(params, everywhere)),
+        codec.Scale(c.codec.scaling_factor, c.codec.shift_factor),
     )
 
 
 def _abstract_batch(c: ConfigDict, mesh: Mesh) -> tuple[dict[str, jax.ShapeDtypeStruct], bool]:
     """Returns an abstract batch of the input pipeline, and whether it consists of cached latents."""
-    latents = c.codec.name == "vae" and c.data.source == "arrayrecord"
+    latents = c.codec.name == "external" or (c.codec.name == "vae" and c.data.source in ("arrayrecord", "npy"))
     sizes, side = derive_sizes(c), c.data.image_size
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((side, side, c.data.channels), jnp.uint8)}
     if latents:

@@ -6,6 +6,7 @@
 add a field to `config.convert` and its function to `run`.
 """
 
+import os
 import pathlib
 from typing import Any
 
@@ -15,20 +16,24 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config.table import HUB_ID
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.networks import inception_weights
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, console, storage
-from madformer_jax.weights import release_config, state_dicts, vae_weights
+from madformer_jax.weights import hub, release_config, state_dicts, vae_weights
 from madformer_jax.weights.release import from_release, to_release
 from madformer_jax.weights.release_config import release_args
+
+RELEASE_FILE = "ckpts.pt"  # the checkpoint in the authors' repository JunhaoC/MADFormer-FFHQ
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Converts the file that `config.convert` names.
 
-    release: converts a checkpoint of the authors' release to a workdir for --mode=sample. The model
-      follows from the arguments in the file, or from the config if the file has no arguments.
+    release: converts a checkpoint of the authors' release to a workdir for --mode=sample. It is a file,
+      or OWNER/NAME@REVISION or OWNER/NAME@REVISION:FILE on the Hugging Face hub. The model follows
+      from the arguments in the file, or from the config if the file has no arguments.
     vae, inception: converts to the Orbax folders workdir/vae (for `config.codec.path`) and
       workdir/inception.
     to_release: converts the newest checkpoint of the workdir to a file that the release's code loads.
@@ -59,9 +64,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def _convert_release(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    path = c.convert.release
     if checkpoint.exists(workdir):
         raise ConfigError(f"--workdir={workdir} already holds a checkpoint: use another folder.")
+    path, repository = _find_release_file(c.convert.release)
     content = state_dicts.read_state_dict(path, c.convert.weights)
     if content.args is not None:
         try:
@@ -77,9 +82,31 @@ def _convert_release(c: ConfigDict, workdir: str) -> dict[str, Any]:
     del content  # frees the memory of the file before the checkpoint needs its buffers
     checkpoint.write_config(c, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
-        checkpoints.save(0, {item: params}, None, {"converted_from": pathlib.Path(path).name, "weights": taken})
+        origin = repository or pathlib.Path(path).name
+        checkpoints.save(0, {item: params}, None, {"converted_from": origin, "weights": taken})
     logging.info("converted the %s weights of %s, %d tensors, to %s", taken, path, count, workdir)
     return {"path": workdir, "weights": taken, "tensors": count}
+
+
+def _find_release_file(release: str) -> tuple[str, str]:
+    """Returns the path of a checkpoint, downloaded if it lies on the hub, and its hub id ("" for a local file).
+
+    Raises:
+      ConfigError: The hub id names no revision, or the file cannot be downloaded.
+    """
+    repository, _, file = release.partition(":")
+    match = HUB_ID.fullmatch(repository)
+    if not match or os.path.exists(release) or (pathlib.PurePath(release).suffix in state_dicts.SUFFIXES and not file):
+        return release, ""
+    if not match[2]:
+        raise ConfigError(
+            f"config.convert.release={release!r} is not a file, and as a hub id it needs a revision, which pins its "
+            f"weights: {repository}@REVISION, a commit of huggingface.co/{repository}/commits/main."
+        )
+    file = file or RELEASE_FILE
+    subject = f"config.convert.release={release!r} is not a file, and as a hub id it"
+    (path,) = hub.download(subject, match[1], match[2], [(file,)])
+    return str(path), f"{repository}:{file}"
 
 
 def _write_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:

@@ -141,6 +141,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     scorer = sample_scores.open_judge(c, workdir, c.evaluate.n)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    codec.adopt_scale(c, workdir)
     model, images_codec = madformer.build(c), codec.build(c)
     target = generation.abstract_params(model, mesh)
     memory.check_state_fits("evaluation", mesh, parameters=target)

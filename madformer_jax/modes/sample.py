@@ -7,6 +7,7 @@ An interrupted run continues from its finished shards. workdir/samples/NAME/ has
   shard-00000-of-00004.npz   the first `sample.shard` images with their numbers, labels and latents
   grid.png                   the first `sample.grid` images
   film.webp                  the images while they are drawn, if `sample.film` asks for it
+  latents.npy                the latents (n, h, w, C) as the encoder gave them, float32, for codec `external`
 
 A new setting that changes the images must be added to `_protocol`.
 """
@@ -95,6 +96,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             images = _first_images(c, folder)
             grid = generation.tile_grid(prompts.add_caption_strips(images, prompts.load(c)[: len(images)]))
             generation.write_png(folder / "grid.png", grid)
+            if c.codec.name == "external":
+                _write_latents(c, folder)
         logging.info("wrote %d images in %d shards and grid.png to %s", s.n, _shard_count(c), folder)
         if trained.newest_step != step and s.step < 0:
             logging.warning(
@@ -105,6 +108,16 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             _write_film(c, folder / "film.webp", trained_model.Model(c, params, codec_params=codec_params))
     seconds = time.monotonic() - began
     return {"folder": str(folder), "step": step, "n": s.n, "drawn": len(numbers), "seconds": seconds}
+
+
+def _write_latents(c: ConfigDict, folder: epath.Path) -> None:
+    """Writes the latents of all shards without the scale that the model sees."""
+    latents = np.concatenate([shard.latents for shard in generation.read_shards(folder)])
+    latents = codec.external_scale(c).invert(latents)
+    storage.write(folder / "latents.npy", lambda file: np.save(file, latents))
+    logging.info(
+        "wrote the latents %s to %s; grid.png shows their first channels", latents.shape, folder / "latents.npy"
+    )
 
 
 def _write_film(c: ConfigDict, path: epath.Path, model: trained_model.Model) -> None:

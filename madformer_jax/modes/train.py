@@ -98,6 +98,7 @@ def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Resour
     with progress.log_while("opening the data"):
         info = pipeline.dataset_info(c)
     config_lib.resolve_label_numbers(c, info.names)
+    codec.resolve_scale(c, info.scale)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     index, count = partitioning.batch_share(mesh, c.train.batch, c.train.accumulate)
     setup = train_step.make_setup(c)

@@ -73,6 +73,8 @@ def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()
     """
     stored = read_config(workdir) if exists(workdir) else None
     before, now = fields.flat(stored or {}), fields.flat(json.loads(config.to_json()))
+    if not now.get("codec.scaling_factor"):  # it stands for the factors of the VAE; pixels have none
+        before = {name: x for name, x in before.items() if name not in ("codec.scaling_factor", "codec.shift_factor")}
     return [
         f"config.{name} was {before[name]!r} and is {now[name]!r}"
         for name in sorted(before.keys() & now.keys())

@@ -16,11 +16,11 @@ from einops import rearrange
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.config.shapes import SCALING_FACTOR, VAE_CHANNELS, VAE_DOWNSAMPLING, Sizes
+from madformer_jax.config.shapes import SCALING_FACTOR, Sizes
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae as vae_model
 from madformer_jax.models.vae import AutoencoderKL, Params
-from madformer_jax.runtime import partitioning
+from madformer_jax.runtime import checkpoint, partitioning
 from madformer_jax.weights import vae_weights
 from madformer_jax.weights.fingerprint import fingerprint
 
@@ -79,54 +79,96 @@ def pixel(patch: int) -> Codec:
     return Codec(dict, encode, decode)
 
 
+class Scale(NamedTuple):
+    """Scale of latents: the model sees (latent - shift) * factor."""
+
+    factor: float
+    shift: float
+
+    def apply(self, z: Array) -> Array:
+        return (z - self.shift) * self.factor if self.shift else self.factor * z
+
+    def invert(self, z: Any) -> Any:
+        return z / self.factor + self.shift if self.shift else z / self.factor
+
+
 def build(c: ConfigDict) -> Codec:
     """Returns the codec of a validated config."""
-    return vae(c.codec.path, c.codec.dtype, c.codec.scaling_factor) if c.codec.name == "vae" else pixel(c.codec.patch)
+    if c.codec.name == "pixel":
+        return pixel(c.codec.patch)
+    if c.codec.name == "external":
+        return external(external_scale(c), c.data.channels)
+    return from_network(lambda: load_vae(c), Scale(c.codec.scaling_factor, c.codec.shift_factor))
 
 
 def describe(c: ConfigDict, weights: str) -> dict[str, Any]:
-    """Returns the codec's settings for a protocol, which names its weights by their fingerprint."""
-    return json.loads(c.codec.to_json()) | {"path": weights}
+    """Returns the codec's settings for a protocol, which names its weights by their fingerprint.
+
+    Protocols are hashed. Fields that earlier versions did not have are therefore left out at their defaults.
+    """
+    settings = json.loads(c.codec.to_json()) | {"path": weights}
+    settings["scaling_factor"] = c.codec.scaling_factor or SCALING_FACTOR
+    added = {"latent_channels": 4, "downsampling": 8, "shift_factor": 0.0}
+    return {name: value for name, value in settings.items() if name not in added or value != added[name]}
 
 
-def load_vae(path: str, dtype: str) -> tuple[AutoencoderKL, Params]:
-    """Reads a VAE and checks that a model can read its latents.
+def load_vae(c: ConfigDict) -> tuple[AutoencoderKL, Params]:
+    """Reads the VAE at `codec.path` and checks that it fits the config.
 
     Raises:
-      ConfigError: The folder has no weights, they do not fit, or the latents have another shape
-        than Stable Diffusion's.
+      ConfigError: The folder has no weights, they do not fit, or the VAE has other sizes or another scale than the
+        config.
     """
-    model, params = vae_weights.load(path, dtype)
-    if (model.reduction, model.latent_channels) != (VAE_DOWNSAMPLING, VAE_CHANNELS):
-        raise ConfigError(
-            f"config.codec.path={path!r} has {model.latent_channels} latent channels at 1/{model.reduction} of the "
-            f"side; a VAE with {VAE_CHANNELS} at 1/{VAE_DOWNSAMPLING} is needed."
-        )
+    model, params = vae_weights.load(c.codec.path, c.codec.dtype)
+    actual: dict[str, float] = {
+        "codec.latent_channels": model.latent_channels,
+        "codec.downsampling": model.reduction,
+        "data.channels": model.in_channels,
+    }
+    if c.codec.scaling_factor:
+        actual |= {"codec.scaling_factor": model.scaling_factor, "codec.shift_factor": model.shift_factor}
+    for field, value in actual.items():
+        section, _, name = field.partition(".")
+        if not math.isclose(c[section][name], value):
+            raise ConfigError(
+                f"config.{field}={c[section][name]}, but the VAE at config.codec.path={c.codec.path!r} has {value}: set "
+                "that, or choose the VAE that the model was trained with."
+            )
     return model, params
 
 
-def vae(path: str, dtype: str, scaling_factor: float) -> Codec:
-    """Returns the codec of a VAE, whose latents are scaled.
-
-    Its functions, and tracing them, raise ConfigError if the weights are missing or do not fit, if
-    the VAE is of another kind than Stable Diffusion's, or if it has another scaling factor.
+def resolve_scale(c: ConfigDict, prepared: tuple[float, float] | None) -> None:
+    """Replaces a `codec.scaling_factor` of 0 by the factors of the latents, for a training to store.
 
     Args:
-      path: Folder or hub id of the VAE (`vae_weights.load`).
-      dtype: Dtype of its computations.
-      scaling_factor: Factor of the latents.
+      c: The config, which is changed.
+      prepared: Scaling and shift factor of the VAE that made prepared latents; None for other data.
+
+    Raises:
+      ConfigError: The VAE's config.json cannot be read.
     """
+    if c.codec.name == "pixel" or c.codec.scaling_factor:
+        return
+    if prepared:
+        scale = Scale(*prepared)
+    elif c.codec.name == "external":
+        scale = external_scale(c)
+    else:
+        model = vae_weights.load_config(c.codec.path)
+        scale = Scale(model.scaling_factor, model.shift_factor)
+    c.codec.scaling_factor, c.codec.shift_factor = scale
 
-    def load() -> tuple[AutoencoderKL, Params]:
-        model, params = load_vae(path, dtype)
-        if not math.isclose(model.scaling_factor, scaling_factor):
-            raise ConfigError(
-                f"config.codec.scaling_factor={scaling_factor}, but the VAE at config.codec.path={path!r} says "
-                f"{model.scaling_factor}: set that, or choose the VAE that the model was trained with."
-            )
-        return model, params
 
-    return from_network(load, scaling_factor)
+def adopt_scale(c: ConfigDict, workdir: str) -> None:
+    """Replaces a `codec.scaling_factor` of 0 by the factors of a workdir, so that a VAE of another scale is refused."""
+    stored = (checkpoint.read_config(workdir) or {}).get("codec", {})
+    if c.codec.name != "pixel" and not c.codec.scaling_factor and stored.get("scaling_factor"):
+        c.codec.scaling_factor, c.codec.shift_factor = stored["scaling_factor"], stored.get("shift_factor", 0.0)
+
+
+def external_scale(c: ConfigDict) -> Scale:
+    """Returns the scale of the latents of codec `external`."""
+    return Scale(c.codec.scaling_factor or 1.0, c.codec.shift_factor)
 
 
 class Encoder(NamedTuple):
@@ -138,9 +180,9 @@ class Encoder(NamedTuple):
     weights: str  # fingerprint of the weights
     dtype: str = "float32"
     scaling_factor: float = SCALING_FACTOR
-    shift_factor: float = 0.0  # VAEs with another value are refused
-    channels: int = VAE_CHANNELS
-    downsampling: int = VAE_DOWNSAMPLING
+    shift_factor: float = 0.0
+    channels: int = 4
+    downsampling: int = 8
 
     def describe(self) -> dict[str, Any]:
         """Returns the facts, for the manifest of prepared latents."""
@@ -157,7 +199,7 @@ def encoder(c: ConfigDict, batch: int) -> Encoder:
     Raises:
       ConfigError: See `load_vae`.
     """
-    model, params = load_vae(c.codec.path, c.codec.dtype)
+    model, params = load_vae(c)
     weights, devices = fingerprint(params), len(jax.local_devices())
     mesh = partitioning.make_mesh(-1, 1, 1, jax.local_devices())
     rows = partitioning.batch_sharding(mesh)
@@ -168,7 +210,9 @@ def encoder(c: ConfigDict, batch: int) -> Encoder:
         with partitioning.scope(mesh):
             return program(params, jax.device_put(images, rows))
 
-    return Encoder(encode, math.ceil(batch / devices) * devices, weights, c.codec.dtype, model.scaling_factor)
+    batch = math.ceil(batch / devices) * devices
+    scale = model.scaling_factor, model.shift_factor
+    return Encoder(encode, batch, weights, c.codec.dtype, *scale, model.latent_channels, model.reduction)
 
 
 def require_weights(codec: Codec, weights: str) -> Codec:
@@ -195,18 +239,49 @@ def require_weights(codec: Codec, weights: str) -> Codec:
     return codec._replace(load=functools.cache(load)) if weights else codec
 
 
-def from_network(load: Callable[[], tuple[AutoencoderKL, Params]], scaling_factor: float) -> Codec:
-    """Returns the codec of a network and its weights, which may be abstract shapes."""
+def from_network(load: Callable[[], tuple[AutoencoderKL, Params]], scale: Scale) -> Codec:
+    """Returns the codec of a network and its weights, which may be abstract shapes.
+
+    Args:
+      load: Returns the network and its weights. It is called at the first use of either.
+      scale: Scale of the latents; a factor of 0 stands for the network's.
+    """
     loaded = functools.cache(load)
 
+    def latent_scale() -> Scale:
+        return scale if scale.factor else Scale(loaded()[0].scaling_factor, loaded()[0].shift_factor)
+
     def encode(params: Params, batch: Mapping[str, Array], key: Array) -> Array:
-        if "mean" in batch:  # cached latents
-            mean, logvar = batch["mean"], batch["logvar"]
-        else:
-            mean, logvar = vae_model.encode(loaded()[0], params, to_float(batch["image"]))
-        return scaling_factor * vae_model.sample_posterior(mean, logvar, key)
+        if "mean" in batch:
+            return latent_scale().apply(_draw_cached(batch, key))
+        mean, logvar = vae_model.encode(loaded()[0], params, to_float(batch["image"]))
+        return latent_scale().apply(vae_model.sample_posterior(mean, logvar, key))
 
     def decode(params: Params, z: Array) -> Array:
-        return vae_model.decode(loaded()[0], params, z / scaling_factor)
+        return vae_model.decode(loaded()[0], params, latent_scale().invert(z))
 
     return Codec(lambda: loaded()[1], encode, decode)
+
+
+def external(scale: Scale, channels: int) -> Codec:
+    """Returns the codec for latents of an encoder that is not part of this project.
+
+    It decodes latents to a preview: each of the first `channels` channels, divided by 3, is a color.
+    """
+
+    def encode(params: Any, batch: Mapping[str, Array], key: Array) -> Array:
+        return scale.apply(_draw_cached(batch, key))
+
+    def decode(params: Any, z: Array) -> Array:
+        preview = z[..., :channels]
+        return jnp.pad(preview, [(0, 0)] * 3 + [(0, channels - preview.shape[-1])], mode="edge") / 3
+
+    return Codec(dict, encode, decode)
+
+
+def _draw_cached(batch: Mapping[str, Array], key: Array) -> Array:
+    """Returns the unscaled latents of a batch: draws from their posterior, or the means if they have no variance."""
+    mean = jnp.asarray(batch["mean"])
+    if "logvar" not in batch:
+        return mean.astype(jnp.float32)
+    return vae_model.sample_posterior(mean, jnp.asarray(batch["logvar"]), key)

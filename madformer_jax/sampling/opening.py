@@ -37,7 +37,8 @@ class TrainedModel:
         """Restores the weights of `sample.weights` from checkpoints or from model.safetensors.
 
         Args:
-          c: A validated config. Its mesh and codec may differ from those of the workdir.
+          c: A validated config. Its mesh and codec may differ from those of the workdir. A
+            `codec.scaling_factor` of 0 becomes that of the workdir.
           workdir: Folder of a run, of an export or of a converted release.
           step: The step, or -1 for the newest whole checkpoint. By default `sample.step`.
           check_memory_for: The purpose, such as "sampling", for the error if the weights do not fit
@@ -47,6 +48,7 @@ class TrainedModel:
           ConfigError: The folder has no model, or the model is damaged, does not fit the config or
             the memory, or was trained with another tokenizer.
         """
+        codec.adopt_scale(c, workdir)
         mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         network = madformer.build(c)
         target = generation.abstract_params(network, mesh)

@@ -27,8 +27,9 @@ from madformer_jax.sweeps.protocol import Protocol
 
 Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth": 2}
 
-# Fields that a sweep sets itself: steps follow from the budget, the number of images from evaluate.n.
-_SWEEP_FIELDS = ("sample.n", "sample.steps", "evaluate.grid")
+# Fields that other fields decide: steps follow from the budget, the number of images from evaluate.n, the scale of latents
+# from the VAE.
+_DERIVED_FIELDS = ("sample.n", "sample.steps", "evaluate.grid", "codec.scaling_factor", "codec.shift_factor")
 # Fields that decide which steps evaluate.checkpoints="last:5" selects.
 _CHECKPOINT_FIELDS = ("train.checkpoint_every", "train.keep", "train.keep_every")
 
@@ -223,7 +224,7 @@ def changed_settings(values: fields.Section) -> dict[str, Any]:
     settings = identity.identifying_fields(stored, defaults)
     if settings["evaluate.checkpoints"].startswith("last:"):
         settings |= {name: stored.get(name, defaults[name]) for name in _CHECKPOINT_FIELDS}
-    return {name: value for name, value in settings.items() if value != defaults[name] and name not in _SWEEP_FIELDS}
+    return {name: value for name, value in settings.items() if value != defaults[name] and name not in _DERIVED_FIELDS}
 
 
 def settings_hash(values: fields.Section) -> str:

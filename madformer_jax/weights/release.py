@@ -120,26 +120,19 @@ def _cached_layout(config: str) -> dict[tuple[str, ...], tuple[tuple[int, ...], 
     }
 
 
-def _expected_shapes(
-    layout: Mapping[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]],
-) -> dict[str, tuple[int, ...]]:
-    """Returns the names and shapes of the release's tensors for a layout."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shape, source in layout.values():
-        for name in source.names:
-            leaf = np.broadcast_to(np.float32(0), shape[1:] if source.stacked else shape)  # allocates no memory
-            torch_shape = _to_torch(leaf, name).shape
-            shapes[name] = torch_shape if source.qkv_index is None else (3 * torch_shape[0], *torch_shape[1:])
-    return shapes
-
-
 def release_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:
     """Returns the names and shapes of the release's state_dict for a config.
 
     Raises:
       ConfigError: The release does not have such a model.
     """
-    return _expected_shapes(_layout(config))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for shape, source in _layout(config).values():
+        for name in source.names:
+            leaf = np.broadcast_to(np.float32(0), shape[1:] if source.stacked else shape)  # allocates no memory
+            torch_shape = _to_torch(leaf, name).shape
+            shapes[name] = torch_shape if source.qkv_index is None else (3 * torch_shape[0], *torch_shape[1:])
+    return shapes
 
 
 def from_release(
@@ -158,10 +151,9 @@ def from_release(
     Raises:
       ConfigError: Tensors are missing, unexpected or have another shape. The message names each.
     """
-    layout = _layout(config)
     if not config.model.clean_stream:
         state_dict = {name: x for name, x in state_dict.items() if "_list.0." not in name}
-    state_dicts.check_tensors(_expected_shapes(layout), state_dict, origin)
+    state_dicts.check_tensors(release_shapes(config), state_dict, origin)
 
     def leaf(source: _TensorSource) -> np.ndarray:
         tensors = [np.asarray(state_dict[name], np.float32) for name in source.names]
@@ -171,7 +163,7 @@ def from_release(
         # Always a copy, because a single view would keep the whole mapped file in memory.
         return np.stack(layers) if source.stacked else np.array(layers[0], order="C")
 
-    return unflatten_dict({path: leaf(source) for path, (_, source) in layout.items()})
+    return unflatten_dict({path: leaf(source) for path, (_, source) in _layout(config).items()})
 
 
 def to_release(params: Mapping[str, Any], config: ConfigDict) -> dict[str, np.ndarray]:

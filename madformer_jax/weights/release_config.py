@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from madformer_jax.config.schema import base
-from madformer_jax.config.shapes import VAE_DOWNSAMPLING, derive_sizes
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.errors import ConfigError
 
 
@@ -120,7 +120,8 @@ def infer_config(tensors: Mapping[str, np.ndarray], args: Mapping[str, Any], cod
     c = preset(sizes | {renamed.get(name, name): value for name, value in args.items()})
     if codec_path or "image_size" in args:
         c.codec.name, c.codec.path = "vae", codec_path or RELEASE_VAE
-        c.data.image_size, c.data.channels = c.data.image_size * VAE_DOWNSAMPLING, 3
+        c.codec.latent_channels = c.data.channels
+        c.data.image_size, c.data.channels = c.data.image_size * c.codec.downsampling, 3
     return c
 
 

@@ -4,7 +4,9 @@
 `models/vae.py`. Settings of a diffusers config that it supports are checked in `from_config`.
 """
 
+import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,18 +20,19 @@ from madformer_jax.config.table import HUB_ID
 from madformer_jax.errors import ConfigError
 from madformer_jax.models.vae import AutoencoderKL, Params, abstract_params
 from madformer_jax.runtime import storage
-from madformer_jax.weights import state_dicts
+from madformer_jax.weights import hub, state_dicts
 from madformer_jax.weights.tensor_layout import from_torch, to_torch, torch_shape
 
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_PIPELINE_FOLDER = "vae"  # the VAE's folder in a diffusers pipeline
 
 
 def load(path: str, dtype: str | jnp.dtype = jnp.float32) -> tuple[AutoencoderKL, Params]:
     """Loads the VAE.
 
     Args:
-      path: A diffusers folder, a folder written by `save`, or a Hugging Face hub id (owner/name or
-        owner/name@revision).
+      path: A diffusers folder of a VAE or of a pipeline, a folder written by `save`, or a Hugging
+        Face hub id of one (owner/name or owner/name@revision).
       dtype: Type in which the model computes.
 
     Returns:
@@ -40,6 +43,15 @@ def load(path: str, dtype: str | jnp.dtype = jnp.float32) -> tuple[AutoencoderKL
     """
     model, params, _ = _load(path, dtype)
     return model, params
+
+
+def load_config(path: str) -> AutoencoderKL:
+    """Loads the model without its parameters.
+
+    Raises:
+      ConfigError: See `load`.
+    """
+    return _read_config(path)[0]
 
 
 def save(path: str, source: str) -> None:
@@ -58,6 +70,19 @@ def save(path: str, source: str) -> None:
 
 
 def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dict[str, Any]]:
+    model, config, folder, weight_files = _read_config(path, dtype)
+    if weight_files:
+        state_dict = state_dicts.read_state_dict(weight_files[0]).tensors
+        return model, from_diffusers_vae(state_dict, model, str(weight_files[0])), config
+    params = state_dicts.load_params(folder)
+    state_dicts.check_tensors(shapes(model), to_diffusers_vae(params), path)
+    return model, params, config
+
+
+def _read_config(
+    path: str, dtype: str | jnp.dtype = jnp.float32
+) -> tuple[AutoencoderKL, dict[str, Any], epath.Path, list[epath.Path]]:
+    """Returns the model, its config.json, the folder of that file, and the files of the weights."""
     if not path:
         raise ConfigError(
             "config.codec.path is empty: give the VAE's folder or hub id (such as stabilityai/sd-vae-ft-mse, or with @revision)."
@@ -68,55 +93,30 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
             config = json.loads(config_file.read_text())
         except ValueError as error:
             raise ConfigError(f"{config_file} is not valid JSON ({error}).") from None
-    model = from_config(config, dtype)
-    if weight_files:
-        state_dict = state_dicts.read_state_dict(weight_files[0]).tensors
-        return model, from_diffusers_vae(state_dict, model, str(weight_files[0])), config
-    params = state_dicts.load_params(path)
-    state_dicts.check_tensors(shapes(model), to_diffusers_vae(params), path)
-    return model, params, config
+    if not isinstance(config, dict):
+        raise ConfigError(f"{config_file} is not the config of a VAE: it holds no JSON object.")
+    return from_config(config, dtype), config, config_file.parent, weight_files
 
 
 def _locate_files(path: str) -> list[epath.Path]:
     """Returns the paths of config.json and, except for an Orbax folder, of the weights."""
-    folder = epath.Path(path)
-    if folder.is_dir():
+    folders = [epath.Path(path), epath.Path(path) / _PIPELINE_FOLDER]
+    for folder in folders:
         weight_files = [folder / name for name in _WEIGHT_FILES if (folder / name).exists()]
-        if not (folder / "config.json").exists() or not (weight_files or state_dicts.has_params(path)):
-            raise ConfigError(
-                f"{path} is not a VAE folder: it needs config.json and one of {', '.join(_WEIGHT_FILES)}."
-            )
-        return [folder / "config.json", *weight_files]
+        if (folder / "config.json").exists() and (weight_files or state_dicts.has_params(folder)):
+            return [folder / "config.json", *weight_files]
+    if folders[0].is_dir():
+        raise ConfigError(f"{path} is not a VAE folder: it needs config.json and one of {', '.join(_WEIGHT_FILES)}.")
     if match := HUB_ID.fullmatch(path):
-        return _download(*match.groups())
+        choices = [
+            (f"{place}config.json", f"{place}{name}")
+            for place in ("", f"{_PIPELINE_FOLDER}/")
+            for name in _WEIGHT_FILES
+        ]
+        return hub.download(
+            f"config.codec.path={path!r} is not a folder, and as a hub id it", match[1], match[2], choices
+        )
     raise ConfigError(f"{path} is neither a folder nor a hub id (owner/name or owner/name@revision).")
-
-
-def _download(hub_id: str, revision: str | None) -> list[epath.Path]:
-    """Downloads config.json and the weights of a hub repository to the hub's own cache.
-
-    Args:
-      hub_id: Repository, owner/name.
-      revision: Revision; None for the newest.
-    """
-    message = (
-        f"VAE {hub_id!r}{f' at {revision}' if revision else ''} is not a folder, and as a hub id it cannot be "
-        "downloaded"
-    )
-    remedy = "download the folder by other means and give its path"
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ConfigError(f"{message}: pip install huggingface_hub, or {remedy}.") from None
-    problem: Exception | None = None
-    for name in _WEIGHT_FILES:
-        try:
-            paths = [huggingface_hub.hf_hub_download(hub_id, file, revision=revision) for file in ("config.json", name)]
-            return [epath.Path(path) for path in paths]
-        except Exception as error:  # the hub, its HTTP library and the system raise their own types
-            problem = problem or error
-    reason = str(problem).strip().split("\n")[0] or type(problem).__name__
-    raise ConfigError(f"{message} ({reason}): {remedy}.")
 
 
 # Names of attention layers in diffusers before 0.15 -> their names since.
@@ -124,32 +124,59 @@ _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_
 
 
 def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32) -> AutoencoderKL:
-    """Builds the model of a diffusers config.json.
+    """Builds the model of a diffusers config.json. Missing fields are those of Stable Diffusion.
 
     Raises:
-      ConfigError: The config requires a feature that the Stable Diffusion VAE does not have.
+      ConfigError: A field has a wrong value, or one that `AutoencoderKL` does not support. The message
+        names it.
     """
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items() if x is not None}
+    values = {name: given.get(name, default) for name, default in _FIELDS.items()}
+    for name, default in _FIELDS.items():
+        _check_field(name, values[name], default)
+    model = AutoencoderKL(**values, dtype=jnp.dtype(dtype))
+    stages, groups = len(model.block_out_channels), model.norm_num_groups
     supported = {
+        "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * len(config.get("block_out_channels", (0,) * 4)),
-        "up_block_types": ["UpDecoderBlock2D"] * len(config.get("block_out_channels", (0,) * 4)),
-        "mid_block_add_attention": True,
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "shift_factor": None,
+        "down_block_types": ("DownEncoderBlock2D",) * stages,
+        "up_block_types": ("UpDecoderBlock2D",) * stages,
         "latents_mean": None,
         "latents_std": None,
     }
     for name, value in supported.items():
-        if name in config and config[name] != value:
+        if given.get(name, value) != value:
             raise ConfigError(f"VAE config {name}={config[name]!r} is not supported: only {value!r}.")
-    fields = [
-        name
-        for name in AutoencoderKL.__dataclass_fields__
-        if name in config and name not in ("dtype", "name", "parent")
-    ]
-    values = {name: tuple(config[name]) if isinstance(config[name], list) else config[name] for name in fields}
-    return AutoencoderKL(**values, dtype=jnp.dtype(dtype))
+    if any(channels % groups for channels in model.block_out_channels):
+        raise ConfigError(
+            f"VAE config block_out_channels={list(model.block_out_channels)} must be multiples of norm_num_groups={groups}."
+        )
+    return model
+
+
+# Fields of config.json that `AutoencoderKL` has, with the defaults of Stable Diffusion
+_FIELDS = {
+    field.name: field.default
+    for field in dataclasses.fields(AutoencoderKL)
+    if field.name not in ("dtype", "name", "parent")
+}
+
+
+def _check_field(name: str, value: Any, default: Any) -> None:
+    """Checks that a field has the type of its default and is positive, except for `shift_factor`.
+
+    Raises:
+      ConfigError: It has not.
+    """
+    kinds = {bool: "true or false", int: "a positive integer", float: "a positive number", tuple: "positive integers"}
+    if isinstance(default, tuple):
+        valid = isinstance(value, tuple) and value and all(type(x) is int and x > 0 for x in value)
+    elif isinstance(default, float):
+        valid = type(value) in (int, float) and math.isfinite(value) and (value > 0 or name == "shift_factor")
+    else:
+        valid = type(value) is type(default) and (value > 0 or isinstance(default, bool))
+    if not valid:
+        raise ConfigError(f"VAE config {name}={value!r} is wrong: it must be {kinds[type(default)]}.")
 
 
 def shapes(model: AutoencoderKL) -> dict[str, tuple[int, ...]]:

@@ -20,6 +20,7 @@ from madformer_jax.runtime import stored_config
         ("model.heads", 3, "head size"),
         ("model.unet_groups", 3, "multiples of"),
         ("codec.patch", 5, "not a multiple of 5"),
+        ("codec.shift_factor", 0.1, "shift_factor=0.1 needs config.codec.scaling_factor"),
         ("sample.labels", "[3, 10]", "10 is not a class"),
         ("sample.labels", "[3.5]", "3.5 must be a class name"),
         ("sample.steps", 0, "out of range"),

@@ -107,14 +107,17 @@ def test_sampling_flops_equal_the_count_of_xla(name):
     assert xla_flops(sample, params, z, tokens) == pytest.approx(flops.sampling(c, c.train.batch).total, rel=0.02)
 
 
-def test_vae_flops_equal_the_count_of_xla():
-    model = vae.AutoencoderKL()
+@pytest.mark.parametrize("convs", [True, False], ids=["with quant convolutions and attention", "without"])
+def test_vae_flops_equal_the_count_of_xla(convs):
+    model = vae.typical_vae(4, 8) if convs else vae.typical_vae(16, 4)
+    model = model.clone(use_quant_conv=convs, use_post_quant_conv=convs, mid_block_add_attention=convs)
     image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    latent = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
+    side = 64 // model.reduction
+    latent = jax.ShapeDtypeStruct((1, side, side, model.latent_channels), jnp.float32)
     encode, decode = (functools.partial(f, model) for f in (vae.encode, vae.decode))
-    assert xla_flops(encode, params, image) == pytest.approx(flops.vae_encode(64), rel=0.02)
-    assert xla_flops(decode, params, latent) == pytest.approx(flops.vae_decode(64), rel=0.02)
+    assert xla_flops(encode, params, image) == pytest.approx(flops.vae_encode(64, model), rel=0.02)
+    assert xla_flops(decode, params, latent) == pytest.approx(flops.vae_decode(64, model), rel=0.02)
 
 
 def test_nfe_follows_the_formula_of_the_paper():

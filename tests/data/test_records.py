@@ -65,7 +65,7 @@ def test_training_refuses_records_that_do_not_fit_its_config(config, out, tmp_pa
     with pytest.raises(ConfigError, match="latents cannot be flipped"):
         pipeline.dataset_info(c)
     c.data.flip, c.codec.name = False, "pixel"
-    with pytest.raises(ConfigError, match="codec.name='pixel'.* are VAE latents"):
+    with pytest.raises(ConfigError, match="codec.name='pixel', but .* holds latents"):
         pipeline.dataset_info(c)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from madformer_jax.config.shapes import VAE_CHANNELS, VAE_DOWNSAMPLING
+from madformer_jax.config import schema
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import vae
 from madformer_jax.runtime import partitioning
@@ -39,6 +39,13 @@ def distance(x, reference):
     return np.linalg.norm(np.asarray(x) - reference) / np.linalg.norm(reference)
 
 
+def codec_config(path, **settings):
+    c = schema.base()
+    c.codec.path = path
+    c.codec.update(settings)
+    return c
+
+
 def nhwc(x):
     return np.asarray(x).transpose(0, 2, 3, 1)
 
@@ -56,13 +63,31 @@ def small(arrays):
     return model, state, vae_weights.from_diffusers_vae(state, model)
 
 
-def test_encoding_and_decoding_equal_diffusers(arrays, small):
-    model, _, params = small
-    mean, logvar = jax.jit(lambda x: vae.encode(model, params, x))(nhwc(arrays["image"]))
-    decoded = jax.jit(lambda z: vae.decode(model, params, z))(nhwc(arrays["mean"]))
-    assert distance(mean, nhwc(arrays["mean"])) < 1e-4
-    assert distance(logvar, nhwc(arrays["logvar"])) < 1e-4
-    assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
+@pytest.mark.parametrize("form", ["sd", "sdxl", "sd3", "flux", "deep", "shallow"])
+def test_each_form_equals_diffusers_from_its_folder(form, tmp_path, monkeypatch):
+    """Posterior, scaled latents and images agree to 1e-5. The config takes scale and shift from config.json."""
+    with np.load(REFERENCE / f"vae_{form}.npz") as file:
+        reference = dict(file)
+    state = {name.removeprefix("param/"): x for name, x in reference.items() if name.startswith("param/")}
+    config = json.loads(str(reference["config"]))
+    folder = write_folder(tmp_path / "vae", state, json.dumps(config))
+    c = codec_config(folder, latent_channels=config["latent_channels"])
+    c.codec.downsampling = 2 ** (len(config["block_out_channels"]) - 1)
+    model, params = codecs.load_vae(c)
+    mean, logvar = jax.jit(lambda x: vae.encode(model, params, x))(nhwc(reference["image"]))
+    assert distance(mean, nhwc(reference["mean"])) < 1e-5
+    assert distance(logvar, nhwc(reference["logvar"])) < 1e-5
+
+    codec, latent = codecs.build(c), nhwc(reference["latent"])
+    certain = {"mean": nhwc(reference["mean"]), "logvar": np.full(mean.shape, -60.0, np.float32)}
+    assert distance(codec.encode({}, certain, jax.random.key(0)), latent) < 1e-5
+    assert distance(jax.jit(codec.decode)(codec.load(), latent), nhwc(reference["decoded"])) < 1e-5
+
+    c.codec.latent_channels += 1
+    with pytest.raises(
+        ConfigError, match=f"latent_channels={c.codec.latent_channels}, but the VAE at .* has {mean.shape[3]}"
+    ):
+        codecs.build(c).load()
 
 
 def test_chunked_attention_and_passes_change_nothing(arrays, small, monkeypatch):
@@ -77,7 +102,7 @@ def test_chunked_attention_and_passes_change_nothing(arrays, small, monkeypatch)
 
 def test_bfloat16_is_close_and_returns_float32(arrays, small):
     model, _, params = small
-    half = model.clone(dtype=jnp.bfloat16)
+    half = model.clone(dtype=jnp.dtype("bfloat16"))
     decoded = jax.jit(lambda z: vae.decode(half, params, z))(nhwc(arrays["mean"]))
     assert decoded.dtype == jnp.float32
     assert 1e-4 < distance(decoded, nhwc(arrays["decoded"])) < 0.05
@@ -95,9 +120,8 @@ def test_full_model_has_the_published_names_and_shapes():
     reference = json.loads((REFERENCE / "sd_vae_state_dict.json").read_text())
     model = vae_weights.from_config(reference["config"])
     assert vae_weights.shapes(model) == {name: tuple(shape) for name, shape in reference["shapes"].items()}
-    assert model == vae.AutoencoderKL()
-    assert model.scaling_factor == reference["scaling_factor"] == vae.SCALING_FACTOR
-    assert (model.reduction, model.latent_channels) == (VAE_DOWNSAMPLING, VAE_CHANNELS)
+    assert model == vae.AutoencoderKL() == vae.typical_vae(4, 8)
+    assert model.scaling_factor == reference["scaling_factor"]
 
 
 def test_conversion_round_trip_keeps_every_bit(small):
@@ -136,9 +160,27 @@ def test_error_names_all_wrong_tensors(small):
         assert word in str(error.value)
 
 
-def test_unsupported_config_raises():
-    with pytest.raises(ConfigError, match="down_block_types"):
-        vae_weights.from_config({"block_out_channels": [8], "down_block_types": ["AttnDownEncoderBlock2D"]})
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("_class_name", "AutoencoderDC"),
+        ("act_fn", "gelu"),
+        ("down_block_types", ["AttnDownEncoderBlock2D"] * 4),
+        ("up_block_types", ["UpDecoderBlock2D"] * 3),
+        ("latents_mean", [0.0] * 16),
+        ("block_out_channels", [4, 9]),
+        ("block_out_channels", 8),
+        ("layers_per_block", 0),
+        ("latent_channels", "16"),
+        ("use_quant_conv", 1),
+        ("scaling_factor", -1.0),
+        ("shift_factor", float("nan")),
+    ],
+)
+def test_a_wrong_or_unsupported_field_is_named_in_one_line(field, value):
+    with pytest.raises(ConfigError, match=f"^VAE config {field}=.* (must be|is not supported)") as error:
+        vae_weights.from_config({"block_out_channels": [4, 4, 4, 4], "norm_num_groups": 2, field: value})
+    assert "\n" not in str(error.value)
 
 
 def test_decoding_1024_pixels_at_full_size_fits_8_gib():
@@ -169,7 +211,7 @@ def test_sharded_batch_is_decoded_in_passes_without_moving_images(small):
 # Files
 
 
-def write_folder(folder, model, state, config_json, name="diffusion_pytorch_model.safetensors"):
+def write_folder(folder, state, config_json, name="diffusion_pytorch_model.safetensors"):
     folder.mkdir()
     (folder / "config.json").write_text(config_json)
     state_dicts.write_state_dict(folder / name, state)
@@ -178,14 +220,14 @@ def write_folder(folder, model, state, config_json, name="diffusion_pytorch_mode
 
 def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small, monkeypatch):
     model, state, params = small
-    folder = write_folder(tmp_path / "diffusers", model, state, str(arrays["config"]))
+    folder = write_folder(tmp_path / "diffusers", state, str(arrays["config"]))
     vae_weights.save(str(tmp_path / "orbax"), folder)
     for path in (folder, str(tmp_path / "orbax")):
         loaded, loaded_params = vae_weights.load(path)
         assert loaded == model
         assert jax.tree.all(jax.tree.map(np.array_equal, loaded_params, params))
-    codec, key = codecs.vae(path, "float32", vae.SCALING_FACTOR), jax.random.key(1)
-    mean, logvar = nhwc(arrays["mean"]), nhwc(arrays["logvar"])
+    codec, key = codecs.build(codec_config(path)), jax.random.key(1)
+    mean, logvar = (jnp.asarray(nhwc(arrays[name])) for name in ("mean", "logvar"))
     z = 0.18215 * vae.sample_posterior(mean, logvar, key)
     monkeypatch.setattr(codecs, "to_float", lambda image: image)  # the reference image does not have 8 bits
     image = {"image": nhwc(arrays["image"])}
@@ -196,7 +238,7 @@ def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small, 
 
 
 def test_cached_latents_need_no_vae_and_are_scaled_by_the_config():
-    codec = codecs.vae("/nowhere", "float32", 0.13025)
+    codec = codecs.build(codec_config("/nowhere", scaling_factor=0.13025))
     cached = {"mean": jnp.ones((1, 8, 8, 4)), "logvar": jnp.full((1, 8, 8, 4), -30.0)}
     np.testing.assert_allclose(codec.encode({}, cached, jax.random.key(0)), 0.13025, rtol=1e-4)
     for use in (codec.load, lambda: codec.encode({}, {"image": jnp.ones((1, 8, 8, 3))}, jax.random.key(0))):
@@ -205,23 +247,23 @@ def test_cached_latents_need_no_vae_and_are_scaled_by_the_config():
 
 
 def test_vae_with_another_scaling_factor_raises(tmp_path, arrays, small):
-    model, state, _ = small
+    _, state, _ = small
     text = json.dumps(json.loads(str(arrays["config"])) | {"scaling_factor": 0.13025})
-    folder = write_folder(tmp_path / "vae", model, state, text)
-    codecs.vae(folder, "float32", 0.13025).load()
-    with pytest.raises(ConfigError, match=r"scaling_factor=0\.18215, but the VAE .* says 0\.13025"):
-        codecs.vae(folder, "float32", 0.18215).load()
+    folder = write_folder(tmp_path / "vae", state, text)
+    codecs.load_vae(codec_config(folder, scaling_factor=0.13025))
+    with pytest.raises(ConfigError, match=r"scaling_factor=0\.18215, but the VAE .* has 0\.13025"):
+        codecs.load_vae(codec_config(folder, scaling_factor=0.18215))
 
 
 def test_torch_weights_in_a_folder(tmp_path, arrays, small):
     pytest.importorskip("torch")
-    model, state, params = small
-    folder = write_folder(tmp_path / "vae", model, state, str(arrays["config"]), "diffusion_pytorch_model.bin")
+    _, state, params = small
+    folder = write_folder(tmp_path / "vae", state, str(arrays["config"]), "diffusion_pytorch_model.bin")
     assert jax.tree.all(jax.tree.map(np.array_equal, vae_weights.load(folder)[1], params))
 
 
 def test_errors_of_a_folder_are_one_line(tmp_path, arrays, small):
-    model, state, _ = small
+    _, state, _ = small
 
     def error(path):
         with pytest.raises(ConfigError) as caught:
@@ -234,7 +276,7 @@ def test_errors_of_a_folder_are_one_line(tmp_path, arrays, small):
     (tmp_path / "empty").mkdir()
     assert "config.json" in error(str(tmp_path / "empty"))
 
-    folder = write_folder(tmp_path / "short", model, state, str(arrays["config"]))
+    folder = write_folder(tmp_path / "short", state, str(arrays["config"]))
     file = tmp_path / "short" / "diffusion_pytorch_model.safetensors"
     with file.open("r+b") as f:
         f.truncate(file.stat().st_size // 2)
@@ -249,14 +291,14 @@ def test_errors_of_a_folder_are_one_line(tmp_path, arrays, small):
     shallow = json.dumps({"block_out_channels": [32, 64], "norm_num_groups": 32})
     other = vae_weights.from_config(json.loads(shallow))
     zeros = {name: np.zeros(shape, np.float32) for name, shape in vae_weights.shapes(other).items()}
-    folder = write_folder(tmp_path / "other", other, zeros, shallow)
-    with pytest.raises(ConfigError, match="1/2 of the side"):
-        codecs.vae(folder, "float32", vae.SCALING_FACTOR).load()
+    folder = write_folder(tmp_path / "other", zeros, shallow)
+    with pytest.raises(ConfigError, match="config.codec.downsampling=8, but the VAE .* has 2: set that"):
+        codecs.load_vae(codec_config(folder))
 
 
 def test_hub_id_with_and_without_a_reachable_hub(tmp_path, arrays, small, monkeypatch):
-    model, state, params = small
-    folder = write_folder(tmp_path / "vae", model, state, str(arrays["config"]))
+    _, state, params = small
+    folder = write_folder(tmp_path / "vae", state, str(arrays["config"]))
     hub = types.ModuleType("huggingface_hub")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from madformer_jax.config import schema
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.networks import inception_weights
 from madformer_jax.modes import convert
+from madformer_jax.runtime import checkpoint
 from madformer_jax.sampling import generation
 from madformer_jax.weights import release, release_config, state_dicts, vae_weights
 from madformer_jax.weights.release_config import preset
@@ -239,6 +241,38 @@ def test_vae_and_inception_become_folders(tmp_path, reference, error):
     assert all(np.array_equal(back[name], x) for name, x in state.items() if "num_batches" not in name)
 
     assert "inception.npz" in error(*command, f"--config.convert.release={tmp_path / 'inception.npz'}")
+
+
+@pytest.mark.parametrize(("given", "file"), [("", "ckpts.pt"), (":raw/0001.npz", "raw/0001.npz")])
+def test_a_hub_id_with_a_revision_is_downloaded_and_converted(tmp_path, reference, monkeypatch, given, file):
+    path = write(tmp_path / "release.npz", *released(reference))
+    requests = []
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub := types.ModuleType("huggingface_hub"))
+    hub.hf_hub_download = lambda *args, **settings: requests.append((args, settings)) or str(path)
+    monkeypatch.setattr(convert, "from_release", lambda tensors, c, origin: {"boi": tensors["boi_block"][0]})
+    c, workdir = schema.base(), str(tmp_path / "run")
+    c.convert.release = f"JunhaoC/MADFormer-FFHQ@0a1b2c3{given}"
+    assert convert.run(c, workdir)["path"] == workdir
+    assert requests == [(("JunhaoC/MADFormer-FFHQ", file), {"revision": "0a1b2c3"})]
+    meta = checkpoint.Checkpoints(workdir, read_only=True).meta(0)
+    assert meta["converted_from"] == f"JunhaoC/MADFormer-FFHQ@0a1b2c3:{file}"
+
+
+def test_a_hub_id_without_network_or_revision_says_what_to_fetch(tmp_path, error, monkeypatch):
+    def unreachable(*args, **settings):
+        raise OSError("no route to host\nand much more")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub := types.ModuleType("huggingface_hub"))
+    hub.hf_hub_download = unreachable
+    workdir = f"--workdir={tmp_path / 'run'}"
+    line = error("--mode=convert", "--config.convert.release=JunhaoC/MADFormer-FFHQ@0a1b2c3", workdir)
+    for words in ("no route to host", "download ckpts.pt of huggingface.co/JunhaoC/MADFormer-FFHQ at revision 0a1b2c3"):
+        assert words in line
+    assert "needs a revision" in error("--mode=convert", "--config.convert.release=JunhaoC/MADFormer-FFHQ", workdir)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    line = error("--mode=convert", "--config.convert.release=JunhaoC/MADFormer-FFHQ@0a1b2c3", workdir)
+    assert "pip install huggingface_hub" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_malicious_checkpoint_does_not_run(tmp_path, error):

@@ -204,7 +204,7 @@ SDXL = ENCODER._replace(scaling_factor=0.13025)
 
 
 def test_latents_are_scaled_by_the_factor_of_their_vae(config, out):
-    """SDXL's VAE has another scaling factor. The config of the training must have the same."""
+    """A training takes the factor of the manifest, or its config must have the same."""
     config.prepare.kind = "latents"
     prepare.run(config, out, encoder=SDXL)
     assert records.read_manifest(out)["codec"] == {
@@ -212,12 +212,14 @@ def test_latents_are_scaled_by_the_factor_of_their_vae(config, out):
         "downsampling": 8,
     }  # fmt: skip
     c = prepared(config, out)
+    codec.resolve_scale(c, pipeline.dataset_info(c).scale)
+    assert (c.codec.scaling_factor, c.codec.shift_factor) == (0.13025, 0.0)
+    assert pipeline.dataset_info(c).records == 21
+    c.codec.scaling_factor = 0.18215
     with pytest.raises(
         ConfigError, match=r"scaling_factor=0.18215, but .* a VAE with 0.13025: set config.codec.scaling_factor=0.13025"
     ):
         pipeline.dataset_info(c)
-    c.codec.scaling_factor = 0.13025
-    assert pipeline.dataset_info(c).records == 21
 
 
 def test_latents_of_another_shape_are_refused(config, out):
@@ -244,7 +246,7 @@ def test_an_unusable_vae_is_refused_before_writing(config, out, tmp_path, monkey
     network = vae_weights.from_config({"block_out_channels": [4, 4, 4, 8], "norm_num_groups": 2, "latent_channels": 16})
     monkeypatch.setattr(vae_weights, "load", lambda path, dtype: (network, {}))
     config.prepare.kind = "latents"
-    with pytest.raises(ConfigError, match="has 16 latent channels at 1/8 of the side; a VAE with 4 at 1/8 is needed"):
+    with pytest.raises(ConfigError, match="config.codec.latent_channels=4, but the VAE at .* has 16: set that"):
         prepare.run(config, out)
     assert not os.listdir(out)
 
