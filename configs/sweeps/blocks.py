@@ -1,11 +1,12 @@
-"""L, the blocks of an image, at several resolutions (the paper's Table 2).
+"""L, the blocks of an image, as the number of tokens grows (the paper's Table 2).
 
-The paper finds that blocks help as the resolution grows.
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/blocks.py:cpu32 --workdir=runs/blocks_cpu32
 
-    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/blocks.py:drawings --workdir=runs/blocks_drawings
+Variants: cpu32 and cpu64, drawings of that size with a patch of 4, so that 64 px have four times the
+tokens of 32 px; drawings (published: the patch grows with the size); ffhq1024 and imagenet256.
 
-Variants: drawings (the same images at 32, 64 and 128 px), and digits, ffhq1024 and imagenet256 at
-their own resolution.
+With L = 1 the N - D autoregressive layers see the class alone. The fair baseline of L = 1 is therefore
+D = N, plain diffusion. All runs of a variant have equal training FLOPs.
 """
 
 from typing import Any
@@ -13,29 +14,85 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from madformer_jax.config import fields
-from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
+from madformer_jax.cost import flops
+from madformer_jax.sweeps import budget
+from madformer_jax.sweeps.protocol import AFTER, Claim, Protocol
+from madformer_jax.sweeps.sweep_file import Sweep, apply_overrides, config_beside, grid
 
-STEPS = {32: 600, 64: 600, 128: 300}  # image size -> training steps; a step at 128 px costs four times as much
+BLOCKS = (1, 4, 16)
+PUBLISHED_STEPS = {
+    32: 600,
+    64: 600,
+    128: 300,
+}  # image size -> training steps; a step at 128 px costs four times as much
 
 
-def get_config(variant: str = "drawings") -> ConfigDict:
-    return config_beside(__file__, "bases.py", variant)
+def get_config(variant: str = "cpu32") -> ConfigDict:
+    side = variant.removeprefix("cpu")
+    if side not in ("32", "64"):
+        return config_beside(__file__, "bases.py", variant)
+    c = config_beside(__file__, "bases.py", "drawings")
+    c.data.image_size, c.codec.patch = int(side), 4
+    c.evaluate.n = 1000
+    c.train.steps = {"32": 600, "64": 300}[side]
+    return c
 
 
-def sweep(variant: str = "drawings") -> Sweep:
+def sweep(variant: str = "cpu32") -> Sweep:
     c = get_config(variant)
-    sides: list[dict[str, Any]] = [{}]
-    if variant == "drawings":  # the patch and the U-Net's stages change with the resolution
-        others = [fields.flat(config_beside(__file__, "../drawings.py", f"side={side}")) for side in STEPS]
-        swept = sorted({name for other in others for name in other if other[name] != others[0][name]})
-        sides = [
-            {name: other[name] for name in swept}
-            | {"model.unet_channels": c.model.unet_channels * len(other["model.unet_channels"]), "train.steps": steps}
-            for other, steps in zip(others, STEPS.values())
-        ]
-    points = grid({"model.blocks": (1, 4, 16)}, seeds=3)
+    if variant == "drawings":
+        return _published(c)
+    half, whole = c.model.depth // 2, c.model.depth
+    paper = not variant.startswith("cpu")
+    steps = (25, 50, 100, 250) if paper else (4, 8, 16, 32)
+    split = apply_overrides(c, {"model.blocks": BLOCKS[-1], "model.diffusion_depth": half, "sample.steps": steps[2]})
+    cost = flops.image_cost(split)["flops"]  # of an image at the third step count
+    plain = {"model.blocks": 1, "model.diffusion_depth": whole}
+    return Sweep(
+        question="Do blocks beat plain diffusion (L = 1, D = N) at equal FLOPs?",
+        runs=grid({"model.blocks": BLOCKS, "model.diffusion_depth": (half, whole)}, seeds=3),
+        train_budget=("flops", budget.training_flops(c)),
+        sample_budgets={"steps": steps},
+        protocol=Protocol(
+            primary="KID",
+            secondary="FD",
+            claims=[
+                Claim(
+                    f"L = {blocks} with D = N / 2 is better than L = 1 with D = N",
+                    {"model.blocks": blocks, "model.diffusion_depth": half}, plain, ("flops", cost),
+                )
+                for blocks in BLOCKS[1:]
+            ],
+            refuted_if="L = 1 with D = N is as good as L = 4 and L = 16 at every size: no claim is shown at any size",
+        ),
+    )  # fmt: skip
+
+
+def _published(c: ConfigDict) -> Sweep:
+    """Returns the sweep of the published results: the patch and the U-Net's stages change with the size."""
+    others = [fields.flat(config_beside(__file__, "../drawings.py", f"side={side}")) for side in PUBLISHED_STEPS]
+    swept = sorted({name for other in others for name in other if other[name] != others[0][name]})
+    sides: list[dict[str, Any]] = [
+        {name: other[name] for name in swept}
+        | {"model.unet_channels": c.model.unet_channels * len(other["model.unet_channels"]), "train.steps": steps}
+        for other, steps in zip(others, PUBLISHED_STEPS.values())
+    ]
+    points = grid({"model.blocks": BLOCKS}, seeds=3)
     return Sweep(
         question="Do more blocks help, and do they help more at higher resolutions?",
         runs=[{**side, **point} for point in points for side in sides],
         sample_budgets={"steps": (c.sample.steps,)},
-    )
+        protocol=Protocol(
+            primary="KID",
+            secondary="FD",
+            claims=[
+                Claim(
+                    f"At {side} px L = 16 is better than L = 1",
+                    {"model.blocks": 16}, {"model.blocks": 1}, ("steps", c.sample.steps), {"data.image_size": side},
+                )
+                for side in PUBLISHED_STEPS
+            ],
+            refuted_if="an interval lies on the other side of 0",
+            written=AFTER,
+        ),
+    )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels, fields, identity, validation
+from madformer_jax.config import class_labels, fields, identity, seeds, validation
 from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.config.table import SECTIONS
 from madformer_jax.errors import ConfigError
@@ -132,7 +132,7 @@ def sample_labels(c: ConfigDict) -> list[int]:
     """
     chosen = class_labels.parse(c.sample.labels, c.model.classes)
     if chosen and c.sample.label_sampling == "random":
-        return random.Random(c.seed).choices(chosen, k=c.sample.n)
+        return random.Random(seeds.of(c, "sample")).choices(chosen, k=c.sample.n)
     return [chosen[i % len(chosen)] for i in range(c.sample.n)] if chosen else []
 
 

@@ -75,11 +75,16 @@ def _names_no_text_file(value: str) -> bool:
 # fmt: off
 SECTIONS: dict[str, Section] = {
     "": _section("",
-        seed=Field(0, "seed of the weights, the order of the data, and all noise", low=0, high=2**32 - 1),
+        seed=Field(0, "seed of all randomness, except where `seeds` has another", low=0, high=2**32 - 1),
         platform=Field("", 'required platform; "": the one that JAX finds', MACHINE, choices=("", "cpu", "gpu", "tpu")),
         compilation_cache=Field(
             "auto", 'folder of compiled programs, or "auto", "workdir", "off" (docs/performance.md)', PATH | MACHINE),
         profile=Field("", '"100:103": write a profiler trace of these training steps to workdir/profile', MACHINE),
+    ),
+    "seeds": _section("seeds of single sources of randomness; -1: that of `seed`",
+        init=Field(-1, "initial weights", low=-1, high=2**32 - 1),
+        data=Field(-1, "order of the data, and noise of training and validation", low=-1, high=2**32 - 1),
+        sample=Field(-1, "noise and labels of samples", RESUME, low=-1, high=2**32 - 1),
     ),
     "model": _section("",
         width=Field(1152, "d, width of the transformer", low=1),

@@ -3,7 +3,7 @@
 Training calls `train_iterator` for batches and `dataset_info` for the facts of the data. Sources
 are in `sources`, the treatment of an image is in `preprocess`.
 
-Batches are a function of (config.seed, position), where position counts the records drawn since the
+Batches are a function of (seed of the data, position), where position counts the records drawn since the
 start of training, over all processes. Each epoch is shuffled anew. Global batch k of G records
 holds the positions [k * G, (k + 1) * G). Process p of n takes the p-th of n equal parts of it.
 Global batch k is therefore the same, row by row, for any number of processes or workers, and k is
@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
+from madformer_jax.config import seeds
 from madformer_jax.data import compatibility, preprocess, sources, text, worker
 from madformer_jax.data.source import Examples, Kind, Source
 from madformer_jax.errors import ConfigError, first_line
@@ -237,7 +238,7 @@ def train_iterator(
         raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
     source = sources.open_source(config)
     info = _source_info(config, source)
-    order = grain.MapDataset.range(info.records).seed(config.seed).shuffle().repeat()
+    order = grain.MapDataset.range(info.records).seed(seeds.of(config, "data")).shuffle().repeat()
     global_batch = batch * process_count
     if config.data.flip:
         batches = order.random_map(_random_flip).batch(global_batch, batch_fn=_stack_selections)

@@ -23,6 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config import seeds
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.data import pipeline
@@ -83,10 +84,10 @@ def training_step(c: ConfigDict) -> Figures:
     sizes, batch = derive_sizes(c), c.train.batch
     identity = codec.Codec(dict, lambda params, batch, key: batch["latent"], lambda params, z: z)
     s = train_step.Setup(madformer.build(c), identity, sizes, train_step.optimizer(c))
-    create, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
+    create, abstract = train_step.create_state(s.model, s.tx, seeds.of(c, "init"), mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
     step = jax.jit(train_step.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
-    rng, seed = np.random.default_rng(c.seed), np.uint32(c.seed)
+    rng, seed = np.random.default_rng(c.seed), np.uint32(seeds.of(c, "data"))
     _, shares = partitioning.batch_share(mesh, batch, c.train.accumulate)
     rows = batch // shares
     local = {
@@ -123,7 +124,9 @@ def sampling(c: ConfigDict) -> Figures:
         boxed = jax.eval_shape(init, jax.random.key(0))
     shardings = partitioning.shardings(boxed, mesh)
     with partitioning.scope(mesh):
-        params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(jax.random.key(c.seed))
+        params = jax.jit(lambda key: nn.meta.unbox(init(key)), out_shardings=shardings)(
+            jax.random.key(seeds.of(c, "init"))
+        )
         labels, length = np.zeros(batch, np.int32), c.text.length
         texts = TokenizedTexts(np.zeros((batch, length), np.int32), labels + length) if c.text.vocabulary else None
         numbers, labels, texts = jax.tree.map(

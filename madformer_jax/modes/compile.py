@@ -22,7 +22,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields
+from madformer_jax.config import fields, seeds
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops, hlo, topologies, tpu_time
@@ -142,7 +142,7 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     partitioning.check_batch(mesh, c.train.batch, c.train.accumulate)
     images = _abstract_codec(c, mesh)
     s = train_step.Setup(model, images, derive_sizes(c), train_step.optimizer(c))
-    _, state = train_step.create_state(s.model, s.tx, c.seed, mesh, c.train.ema_snapshots > 0)
+    _, state = train_step.create_state(s.model, s.tx, seeds.of(c, "init"), mesh, c.train.ema_snapshots > 0)
     batch, latents = _abstract_batch(c, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
     step = jax.jit(train_step.make_step(s, c, platform), donate_argnums=0, out_shardings=out_shardings)
@@ -158,7 +158,7 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     with partitioning.scope(mesh):
         return _compile_program(
             step,
-            (state, batch, codec_params, np.uint32(c.seed)),
+            (state, batch, codec_params, np.uint32(seeds.of(c, "data"))),
             inputs,
             cost,
             limit,

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels, table
+from madformer_jax.config import class_labels, seeds, table
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import checkpoint
@@ -125,7 +125,9 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
         )
         with gr.Row():
             condition = _condition_input(gr, first, n)
-            seed = gr.Number(first.config.seed, label="seed (empty: a new one each time)", precision=0, minimum=0)
+            seed = gr.Number(
+                seeds.of(first.config, "sample"), label="seed (empty: a new one each time)", precision=0, minimum=0
+            )
             every = gr.Radio(["block", "step"], value="block", label="show every")
         with gr.Row():
             draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")

@@ -23,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.config import aliases, class_labels
+from madformer_jax.config import aliases, class_labels, seeds
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
@@ -168,7 +168,11 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
             if codec_params is None:
                 codec_params = trained.load_codec_params()
             codec_metadata = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
-            metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | codec_metadata
+            metadata = {
+                "step": step,
+                "fingerprint": fingerprint(params, mesh),
+                "seed": seeds.of(c, "sample"),
+            } | codec_metadata
             # The captions' scores depend on the weights only, so all settings share them.
             extra_scores = (
                 functools.cache(functools.partial(captions.scores, trained.network, params, mesh)) if captions else dict

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.config import aliases, class_labels
+from madformer_jax.config import aliases, class_labels, seeds
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
@@ -155,7 +155,7 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
     )  # fmt: skip
     return {
         "step": step,
-        "seed": c.seed if noise is None or s.label_sampling == "random" else None,
+        "seed": seeds.of(c, "sample") if noise is None or s.label_sampling == "random" else None,
         "noise": noise,
         **{name: s[name] for name in sample_fields},
         "clip": s.clip_x0,
@@ -180,7 +180,7 @@ def _class_names(c: ConfigDict, names: list[str]) -> dict[str, Any]:
 def _folder_name(c: ConfigDict, protocol: dict[str, Any]) -> str:
     """Returns the folder's name: the main settings and a hash of the protocol."""
     s = c.sample
-    origin = f"noise-{epath.Path(s.noise).stem}" if s.noise else f"seed{c.seed}"
+    origin = f"noise-{epath.Path(s.noise).stem}" if s.noise else f"seed{seeds.of(c, 'sample')}"
     digest = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:8]
     low, high = s.guidance_interval
     guidance = f"w{s.guidance:g}" + "linear" * (s.guidance_schedule == "linear")

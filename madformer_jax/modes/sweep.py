@@ -222,9 +222,7 @@ def _run_result(
     evaluations = []
     for evaluation, result in zip(job.evaluations, results, strict=True):
         cost = {name: value for name, value in result["cost"].items() if name != "seconds"}
-        evaluations.append(
-            evaluation.describe() | {"cost": cost, "scores": result["scores"], "protocol": result["protocol"]}
-        )
+        evaluations.append(evaluation.describe() | {"cost": cost} | {x: result[x] for x in ("scores", "protocol")})
     return {
         "name": run.name,
         "sweep": job.name,
@@ -238,6 +236,7 @@ def _run_result(
             "flops": budget.training_flops(c),
             "final_loss": curve[-1]["loss"],
             "curve": curve,
+            **sweep_folder.held_out_losses(lines),
         },
         "evaluations": evaluations,
         "grid": "grid.png" if rows else None,

@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, validation
+from madformer_jax.config import fields, seeds, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.data import pipeline, text
@@ -105,7 +105,9 @@ def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Prepar
     index, count = partitioning.batch_share(mesh, c.train.batch, c.train.accumulate)
     setup = train_step.make_setup(c)
     setup = setup._replace(codec=codec.require_weights(setup.codec, info.codec))
-    create, abstract = train_step.create_state(setup.model, setup.tx, c.seed, mesh, c.train.ema_snapshots > 0)
+    create, abstract = train_step.create_state(
+        setup.model, setup.tx, seeds.of(c, "init"), mesh, c.train.ema_snapshots > 0
+    )
     step_flops = flops.training_step(c, encode=info.kind == "images").total
     averages = abstract.ema, abstract.power_ema
     memory.check_state_fits("training", mesh, parameters=abstract.params, averages=averages, optimizer=abstract.opt)
@@ -174,7 +176,7 @@ def _make_hooks(
 def _loop(c: ConfigDict, workdir: str, r: PreparedRun, calls: LoopCalls, state: train_step.State) -> None:
     """Steps to `train.steps` or until the run is asked to stop, and saves."""
     metric_writer, preemption, saver = calls.metric_writer, calls.preemption, calls.saver
-    step, steps, seed = int(state.step), c.train.steps, np.uint32(c.seed)
+    step, steps, seed = int(state.step), c.train.steps, np.uint32(seeds.of(c, "data"))
     while step < steps:
         calls.profile(step)
         rows = next(r.data)

@@ -1,136 +1,226 @@
-"""Pairwise comparison of settings: which one is better at which cost, and whether their order changes.
+"""Differences between settings, paired by seed: at the best step count within a budget, along curves, and of losses.
 
-`tables.crossing_table` and `tables.order_change_table` show the result of `find_crossings`. The paper
-makes this comparison for D in its finding 2 (Figure 4); here it comes with t-intervals over seeds.
+`answers`, `tables` and `figures` show them. Each function corrects for the number of comparisons that it returns
+(`intervals`), so "clear" means that an interval excludes 0 although several were looked at.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from madformer_jax.reports.results import Estimate, ProtocolGroup, estimate, score_sign
+from madformer_jax.reports import intervals
+from madformer_jax.reports.intervals import Estimate
+from madformer_jax.reports.results import Budget, ProtocolGroup, Results, score_sign
 
-SeedCurves = Mapping[int, Sequence[tuple[float, float]]]  # seed -> (cost, score) pairs, sorted by cost
+Setting = tuple[Any, ...]
+# Fields that change what the loss measures. Settings that differ in one of them have no common loss.
+_TARGET_FIELDS = (
+    "model.blocks", "model.prediction_type", "loss.weighting", "codec.patch", "train.context_noise",
+)  # fmt: skip
+_TOLERANCE = 1e-9  # of a budget, for rounding
 
 
-class PairedDifference(NamedTuple):
-    """Improvement of the first of two settings over the second at a cost, paired by seed."""
+class Best(NamedTuple):
+    """A setting at its best step count within a budget."""
 
-    cost: float
-    improvement: Estimate
+    steps: int
+    values: Mapping[int, float]  # seed -> score
 
-    @property
-    def sign(self) -> int:
-        """1 if the first setting is clearly better, -1 if the second is, 0 if neither is clear."""
-        low, high = self.improvement.low, self.improvement.high
-        return 0 if low is None or high is None else (low > 0) - (high < 0)
+
+class Difference(NamedTuple):
+    """A setting minus another, in units of a score or loss.
+
+    Attributes:
+      setting: The value of each axis.
+      baseline: The same for the other setting.
+      estimate: Mean difference over the seeds that both have, with a simultaneous interval.
+      steps: The solver steps of both; None for a loss.
+    """
+
+    setting: Setting
+    baseline: Setting
+    estimate: Estimate
+    steps: tuple[int, int] | None = None
+
+
+def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Setting]]:
+    """Returns (setting, baseline) pairs.
+
+    In a grid, the baseline has the first value of an axis and equal values of the others. Otherwise it is
+    the base: the most frequent value of each axis.
+
+    Args:
+      group: The points.
+      score: If given, settings without this score are left out. L = 1 has no seam score, for example.
+    """
+    settings = [s for s in group.settings if not score or any(score in p.scores for p in group.points_at(s))]
+    pairs = []
+    if group.is_grid:
+        for i, s in itertools.product(range(len(group.axes)), settings):
+            baseline = next(b for b in settings if (*b[:i], *b[i + 1 :]) == (*s[:i], *s[i + 1 :]))
+            pairs += [(s, baseline)] if s != baseline else []
+        return pairs
+    base = tuple(statistics.mode(s[i] for s in group.settings) for i in range(len(group.axes)))
+    return [(s, base) for s in settings if s != base] if base in settings else []
+
+
+def best_within(group: ProtocolGroup, setting: Setting, score: str, budget: Budget) -> Best | None:
+    """Returns a setting at the step count of its best mean score, among those that cost at most the budget.
+
+    The same step count serves all seeds. It is chosen on the data that are reported, alike for all settings.
+    """
+    kind = "solver_steps" if budget.kind == "steps" else budget.kind
+    by_steps: dict[int, dict[int, float]] = {}
+    for point in group.points_at(setting):
+        if score in point.scores and kind in point.cost and point.cost[kind] <= budget.amount * (1 + _TOLERANCE):
+            by_steps.setdefault(int(point.cost["solver_steps"]), {})[point.seed] = point.scores[score].value
+    most = max(map(len, by_steps.values()), default=0)  # every candidate has all seeds
+    candidates = [Best(steps, values) for steps, values in sorted(by_steps.items()) if len(values) == most]
+    sign = score_sign(score)
+    return max(candidates, key=lambda best: sign * statistics.fmean(best.values.values()), default=None)
+
+
+def at_best_steps(group: ProtocolGroup, score: str, budgets: Iterable[Budget]) -> dict[Budget, list[Difference]]:
+    """Returns the differences of all contrasts at each budget. Holm's procedure covers all of them together."""
+    keys: list[tuple[Budget, Setting, Setting, tuple[int, int]]] = []
+    samples: list[list[float]] = []
+    for budget, (setting, baseline) in itertools.product(budgets, contrasts(group, score)):
+        a, b = (best_within(group, s, score, budget) for s in (setting, baseline))
+        if a and b and (values := paired(a.values, b.values)):
+            keys.append((budget, setting, baseline, (a.steps, b.steps)))
+            samples.append(values)
+    out: dict[Budget, list[Difference]] = {}
+    for (budget, setting, baseline, steps), x in zip(keys, intervals.holm(samples)):
+        out.setdefault(budget, []).append(Difference(setting, baseline, x, steps))
+    return out
+
+
+def along_budgets(
+    group: ProtocolGroup, score: str, budgets: Sequence[Budget], pair: tuple[Setting, Setting], tests: int
+) -> list[tuple[Budget, Difference]]:
+    """Returns the difference of a pair at each budget, with a simultaneous band over the budgets.
+
+    Args:
+      group: The points.
+      score: Name of the score.
+      budgets: Budgets of one kind, in order.
+      pair: A setting and its baseline.
+      tests: Number of pairs whose bands must hold together.
+    """
+    rows: list[tuple[Budget, tuple[int, int], dict[int, float]]] = []
+    for budget in budgets:
+        a, b = (best_within(group, s, score, budget) for s in pair)
+        if a and b and (seeds := a.values.keys() & b.values.keys()):
+            rows.append((budget, (a.steps, b.steps), {s: a.values[s] - b.values[s] for s in sorted(seeds)}))
+    shared = sorted(set.intersection(*(set(values) for _, _, values in rows))) if rows else []
+    if not shared:
+        return []
+    band = intervals.max_t([[values[seed] for seed in shared] for _, _, values in rows], tests)
+    return [(budget, Difference(*pair, x, steps)) for (budget, steps, _), x in zip(rows, band)]
 
 
 class Crossing(NamedTuple):
-    """Comparison of two settings as the cost grows.
+    """Comparison of two settings as the budget grows.
 
     Attributes:
-      first: The value of each axis in the first setting.
-      second: The same for the second setting.
-      verdict: "shown" if the order changes and intervals exclude 0 on both sides. "means only" if the
-        means change order but an interval includes 0. "none" if the order never changes.
-      equal_cost: Cost at which the mean difference is 0; None if the order never changes.
-      before: A difference at lower cost: the last clear one if shown, else the largest of the means.
-      after: A difference at higher cost, chosen likewise.
-      clear: Number of costs at which the interval excludes 0, and number of all costs.
+      pair: The two settings.
+      verdict: "shown" if one is clearly better at a smaller and the other at a larger budget. "means only" if only
+        the means change order. "none" if they do not.
+      clear: Number of budgets with a clear difference, and of all budgets.
+      before: The clear difference at the smallest budget, else the difference there.
+      after: The same at the largest budget.
     """
 
-    first: tuple[Any, ...]
-    second: tuple[Any, ...]
+    pair: tuple[Setting, Setting]
     verdict: str
-    equal_cost: float | None
-    before: PairedDifference
-    after: PairedDifference
     clear: tuple[int, int]
+    before: tuple[Budget, Difference]
+    after: tuple[Budget, Difference]
 
 
-def seed_curves(group: ProtocolGroup, setting: tuple[Any, ...], score: str, cost: str) -> SeedCurves:
-    """Returns the curve of a setting for each seed, without points whose cost was not measured."""
-    curves: dict[int, dict[float, float]] = {}
-    for point in group.points_at(setting):
-        if cost in point.cost and score in point.scores:
-            curves.setdefault(point.seed, {})[point.cost[cost]] = point.scores[score].value
-    return {seed: sorted(values.items()) for seed, values in curves.items()}
+def find_crossings(group: ProtocolGroup, score: str, budgets: Sequence[Budget]) -> list[Crossing]:
+    """Compares every two settings that differ in exactly one axis at several budgets of one kind.
 
-
-def paired_differences(first: SeedCurves, second: SeedCurves, sign: int) -> list[PairedDifference]:
-    """Returns the improvement of the first setting at every cost at which either has a point.
-
-    Costs outside of the other setting's curves are left out. Between two points of a curve the score is
-    linear in the logarithm of the cost.
-
-    Args:
-      first: The curves of the first setting.
-      second: The curves of the second setting.
-      sign: 1 if a larger score is better, else -1.
+    The bands of all pairs hold together: at most 5 % of tables of settings without differences show any
+    clear difference.
     """
-    costs = sorted({x for c in (first, second) for points in c.values() for x, _ in points})
+    pairs = [(a, b) for a, b in itertools.combinations(group.settings, 2) if sum(x != y for x, y in zip(a, b)) == 1]
     out = []
-    for cost in costs:
-        pairs = [
-            (interpolate(first[s], cost), interpolate(second[s], cost)) for s in sorted(first.keys() & second.keys())
-        ]
-        improvements = [sign * (a - b) for a, b in pairs if a is not None and b is not None]
-        if improvements:
-            out.append(PairedDifference(cost, estimate(improvements)))
+    for pair in pairs:
+        rows = along_budgets(group, score, budgets, pair, len(pairs))
+        if len(rows) > 1:
+            clear = [row for row in rows if row[1].estimate.sign]
+            signs = {row[1].estimate.sign for row in clear}
+            means = {row[1].estimate.mean > 0 for row in rows if row[1].estimate.mean}
+            verdict = "shown" if len(signs) == 2 else "means only" if len(means) == 2 else "none"
+            out.append(Crossing(pair, verdict, (len(clear), len(rows)), (clear or rows)[0], (clear or rows)[-1]))
     return out
 
 
-def interpolate(points: Sequence[tuple[float, float]], cost: float) -> float | None:
-    """Returns the score of a curve at a cost, or None outside of the curve."""
-    if not points[0][0] <= cost <= points[-1][0]:
-        return None
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 <= cost < x1:
-            share = math.log(cost / x0) / math.log(x1 / x0)
-            return y0 + share * (y1 - y0)
-    return points[-1][1]
+# ---- losses
 
 
-def find_crossings(group: ProtocolGroup, score: str, cost: str) -> list[Crossing]:
-    """Compares every two settings that differ in exactly one axis and share at least two costs."""
+def training_losses(run: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the losses of a run: name -> mean over the last quarter of the training steps.
+
+    The curve of a result has a mean for each window of steps. A held-out loss, if the run measured it,
+    has the prefix "held_out_".
+    """
+    curve = run["training"]["curve"]
+    rows = [row for row in curve if row["step"] > 0.75 * curve[-1]["step"]]
+    names = [name for name in rows[-1] if name.startswith("loss")]
+    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
+    return means | {f"held_out_{name}": value for name, value in run["training"].get("held_out", {}).items()}
+
+
+def losses(results: Results, group: ProtocolGroup, name: str) -> dict[Setting, dict[int, float]]:
+    """Returns a loss of each setting and seed (`training_losses`); empty if no run has it."""
+    runs = {run["name"]: run for run in results.runs}
+    found: dict[Setting, dict[int, float]] = {}
+    for point in group.points:
+        if point.seed not in found.get(point.setting, {}):
+            value = training_losses(runs[point.run]).get(name)
+            if value is not None:
+                found.setdefault(point.setting, {})[point.seed] = value
+    return found
+
+
+def comparable_losses(group: ProtocolGroup, pair: tuple[Setting, Setting]) -> bool:
+    """Returns whether the losses of two settings measure the same target."""
+    changed = [axis for axis, a, b in zip(group.axes, *pair) if a != b]
+    return not any(name in _TARGET_FIELDS for axis in changed for name in (axis.field, *axis.dependent_fields))
+
+
+def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Difference]:
+    """Returns the differences of a loss for all contrasts with a common target, under Holm's procedure."""
+    found = losses(results, group, name)
+    pairs = [p for p in contrasts(group) if comparable_losses(group, p) and all(s in found for s in p)]
+    samples = [(pair, paired(found[pair[0]], found[pair[1]])) for pair in pairs]
+    samples = [(pair, values) for pair, values in samples if values]
+    return [Difference(*pair, x) for (pair, _), x in zip(samples, intervals.holm([values for _, values in samples]))]
+
+
+def of_quarters(results: Results, group: ProtocolGroup) -> list[tuple[Difference, ...]]:
+    """Returns, for each contrast, the differences of the image loss in the four quarters of the timesteps.
+
+    Their bands over the quarters hold together for all contrasts.
+    """
+    quarters = [losses(results, group, f"loss_q{i}") for i in (1, 2, 3, 4)]
+    pairs = [
+        pair
+        for pair in contrasts(group)
+        if comparable_losses(group, pair) and all(s in quarter for quarter in quarters for s in pair)
+    ]
     out = []
-    for a, b in itertools.combinations(group.settings, 2):
-        if sum(x != y for x, y in zip(a, b)) == 1:
-            differences = paired_differences(
-                seed_curves(group, a, score, cost), seed_curves(group, b, score, cost), score_sign(score)
-            )
-            if len(differences) > 1:
-                out.append(_classify_crossing(a, b, differences))
+    for a, b in pairs:
+        samples = [paired(quarter[a], quarter[b]) for quarter in quarters]
+        if all(samples):
+            out.append(tuple(Difference(a, b, x) for x in intervals.max_t(samples, len(pairs))))
     return out
 
 
-def _classify_crossing(
-    first: tuple[Any, ...], second: tuple[Any, ...], differences: Sequence[PairedDifference]
-) -> Crossing:
-    clear_indices = [i for i, d in enumerate(differences) if d.sign]
-    clear = len(clear_indices), len(differences)
-    for i, j in itertools.pairwise(clear_indices):
-        if differences[i].sign != differences[j].sign:
-            cost = _sign_change_cost(differences[i : j + 1])
-            return Crossing(first, second, "shown", cost, differences[i], differences[j], clear)
-    cost = _sign_change_cost(differences)
-    if cost is None:
-        return Crossing(first, second, "none", None, differences[0], differences[-1], clear)
-    before = [d for d in differences if d.cost < cost]
-    after = [d for d in differences if d.cost >= cost]
-    side = math.copysign(1, before[-1].improvement.mean)
-    return Crossing(
-        first, second, "means only", cost,
-        max(before, key=lambda d: side * d.improvement.mean), max(after, key=lambda d: -side * d.improvement.mean), clear,
-    )  # fmt: skip
-
-
-def _sign_change_cost(differences: Sequence[PairedDifference]) -> float | None:
-    """Returns the cost at which the mean difference first changes its sign, or None."""
-    for a, b in itertools.pairwise(differences):
-        if a.improvement.mean * b.improvement.mean < 0:
-            share = a.improvement.mean / (a.improvement.mean - b.improvement.mean)
-            return a.cost * (b.cost / a.cost) ** share
-    return None
+def paired(a: Mapping[int, float], b: Mapping[int, float]) -> list[float]:
+    """Returns a - b for the seeds that both have."""
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]

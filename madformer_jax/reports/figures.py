@@ -1,9 +1,10 @@
 """The figures of a report: small panels as SVG and PNG. Equal data give equal bytes.
 
-`report_sections` chooses the panels: `cost_curves`, `axis_plots` and `heat_map`. A panel fits a column
+`report_sections` chooses the panels: `cost_curves`, `axis_plots` and `heat_map`. `difference_figures`
+has those of differences. A panel fits a column
 of about 360 pixels, so that it is legible on a phone. Labels stand beside the lines instead of in a
-legend. Numeric values take their colors from viridis without its light end, other values from the
-palette of Okabe and Ito.
+legend. Backgrounds are transparent, and inks and colors have a middle lightness, so that a figure is
+legible on white and on black. `html` replaces `INK` by the color of the page's text.
 """
 
 import io
@@ -20,17 +21,20 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from madformer_jax.reports.axes import Axis
 from madformer_jax.reports.formatting import format_number, score_heading
-from madformer_jax.reports.results import COSTS, Budget, Estimate, ProtocolGroup, estimate
+from madformer_jax.reports.intervals import Estimate
+from madformer_jax.reports.results import COSTS, Budget, Point, ProtocolGroup, score_estimate
 
+INK = "#787878"  # of text and axes; equally far from white and from black
+_RULE = "#78787855"
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "madformer", "svg.fonttype": "none", "font.size": 9.5, "font.family": ["DejaVu Sans"],
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8a8a8a", "axes.labelcolor": "#333333",
-    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlecolor": "#222222",
-    "axes.titlepad": 9, "xtick.color": "#8a8a8a", "ytick.color": "#8a8a8a", "xtick.labelcolor": "#444444",
-    "ytick.labelcolor": "#444444", "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7, "axes.axisbelow": True, "figure.facecolor": "white",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlecolor": INK,
+    "axes.titlepad": 9, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "axes.grid.axis": "y", "grid.color": _RULE,
+    "grid.linewidth": 0.7, "axes.axisbelow": True,
 }  # fmt: skip
-_CATEGORY_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito
+CATEGORY_COLORS = ("#3d85c9", "#d0662a", "#1f9678", "#c0629a", "#8a7bd0", "#b08a1e", "#787878")
+_ORDERED_COLORS = ("#3f7fe0", "#17988a", "#bf8a16", "#d4546c")  # from the smallest to the largest value
 _MARKERS = "osD^vPX"
 _PANEL_INCHES = (4.1, 3.1)
 _MIN_LABEL_GAP = 0.075  # between two labels, as a share of the height
@@ -81,24 +85,31 @@ def cost_curves(group: ProtocolGroup, score: str, cost: str, axis: Axis | None =
     for suffix, title, settings in _panel_groups(group, axis):
         lines = []
         for name, setting in settings:
-            values: dict[float, dict[int, float]] = {}
+            points: dict[float, dict[int, Point]] = {}
             for point in group.points_at(setting):
                 if cost in point.cost and score in point.scores:
-                    values.setdefault(point.cost[cost] / unit, {})[point.seed] = point.scores[score].value
-            if values:
-                x = tuple(sorted(values))
-                lines.append(Series(name, x, tuple(estimate(values[at].values()) for at in x)))
+                    points.setdefault(point.cost[cost] / unit, {})[point.seed] = point
+            if points:
+                x = tuple(sorted(points))
+                means = [score_estimate(points[at].values(), score) for at in x]
+                lines.append(Series(name, x, tuple(y for y in means if y is not None)))
 
         def draw(axes: Axes, lines: Sequence[Series] = lines) -> None:
             axes.set_xscale("log")
-            _set_x_ticks(axes, sorted({x for line in lines for x in line.x}), cost == "solver_steps")
+            set_x_ticks(axes, sorted({x for line in lines for x in line.x}), cost == "solver_steps")
             axes.set_xlabel(f"{label} per image")
-            _plot_series(axes, lines, _series_colors(lines, axis), joined=True)
+            plot_series(axes, lines, _series_colors(lines, axis), joined=True)
 
         if any(len(line.x) > 1 for line in lines):
-            heading = f"{score_heading(score)}{title}"
+            heading = f"{score_heading(score)}{title}{data_suffix(group)}"
             panels.append(
-                _make_panel(_file_name(group, score, cost, suffix), f"{heading}, against {label}", heading, draw, lines)
+                make_panel(
+                    file_name(group, score, cost, suffix),
+                    f"{heading}, against {label}".replace("\n", ", "),
+                    heading,
+                    draw,
+                    lines,
+                )
             )
     return panels
 
@@ -115,8 +126,8 @@ def axis_plots(group: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
         for budget in budgets:
             means = {}
             for position, (_, setting) in enumerate(settings):
-                if values := [p.scores[score].value for p in group.points_at(setting, budget) if score in p.scores]:
-                    means[float(position)] = estimate(values)
+                if (mean := score_estimate(group.points_at(setting, budget), score)) is not None:
+                    means[float(position)] = mean
             lines.append(Series(str(budget) if len(budgets) > 1 else "", tuple(means), tuple(means.values())))
         names = [str(setting[group.axes.index(axis)]) for _, setting in settings]
 
@@ -124,16 +135,17 @@ def axis_plots(group: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
             axes.set_xticks(range(len(names)), names)
             axes.set_xlim(-0.4, len(names) - 0.6)
             axes.set_xlabel(axis.label)
-            _plot_series(
-                axes, [line for line in lines if line.x], _sequential_colors(len(lines)), joined=is_ordered(axis)
+            plot_series(
+                axes, [line for line in lines if line.x], sequential_colors(len(lines)), joined=is_ordered(axis)
             )
 
         if any(len(line.x) > 1 for line in lines):
             heading = f"{score_heading(score)}{title}" + (f", at {budgets[0]}" if len(budgets) == 1 else "")
-            name = _file_name(
+            heading += data_suffix(group)
+            name = file_name(
                 group, score, "by", axis.label, suffix, budgets[0].kind if len(group.budgets_by_kind) > 1 else ""
             )
-            panels.append(_make_panel(name, f"{heading}, by {axis.label}", heading, draw, lines))
+            panels.append(make_panel(name, f"{heading}, by {axis.label}".replace("\n", ", "), heading, draw, lines))
     return panels
 
 
@@ -142,8 +154,8 @@ def heat_map(group: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget
     i, j = group.axes.index(rows), group.axes.index(columns)
     cells: dict[tuple[Any, Any], Estimate] = {}
     for setting in group.settings:
-        if values := [p.scores[score].value for p in group.points_at(setting, budget) if score in p.scores]:
-            cells[setting[i], setting[j]] = estimate(values)
+        if (mean := score_estimate(group.points_at(setting, budget), score)) is not None:
+            cells[setting[i], setting[j]] = mean
     means = np.array([[cells[r, c].mean if (r, c) in cells else np.nan for c in columns.values] for r in rows.values])
 
     def draw(axes: Axes) -> None:
@@ -152,7 +164,7 @@ def heat_map(group: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget
             "shades", mpl.colormaps["viridis"](np.linspace(0.15, 1, 64))
         )
         norm = mpl.colors.Normalize(np.nanmin(means), np.nanmax(means) or 1)
-        axes.pcolormesh(np.ma.masked_invalid(means), cmap=shades, norm=norm, edgecolors="white", linewidth=2)
+        axes.pcolormesh(np.ma.masked_invalid(means), cmap=shades, norm=norm, edgecolors="none")
         for (r, c), cell in cells.items():
             y, x = rows.values.index(r), columns.values.index(c)
             red, green, blue, _ = shades(norm(cell.mean))
@@ -170,9 +182,9 @@ def heat_map(group: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget
         axes.set_xlabel(columns.label)
         axes.set_ylabel(rows.label)
 
-    heading = f"{score_heading(score)}, at {budget}"
-    alt = f"{heading}: {rows.label} against {columns.label}"
-    return _make_panel(_file_name(group, score, "heat", f"{budget.kind}-{budget.amount:g}"), alt, heading, draw)
+    heading = f"{score_heading(score)}, at {budget}{data_suffix(group)}"
+    alt = f"{heading}: {rows.label} against {columns.label}".replace("\n", ", ")
+    return make_panel(file_name(group, score, "heat", f"{budget.kind}-{budget.amount:g}"), alt, heading, draw)
 
 
 def _panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
@@ -198,7 +210,7 @@ def _panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str
 # ---- drawing
 
 
-def _plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, joined: bool) -> None:
+def plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, joined: bool) -> None:
     """Draws the value of every seed, the means and their intervals.
 
     Lines are shifted sideways a little, so that their intervals do not hide each other.
@@ -220,7 +232,7 @@ def _plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, 
                 axes.plot([at, at], [y.low, y.high], color=color, linewidth=0.9, zorder=3)
             axes.plot(
                 [at] * len(y.values), y.values, linestyle="", marker=_MARKERS[i % 7], markersize=4, markerfacecolor=color,
-                markeredgecolor="white", markeredgewidth=0.4, zorder=4,
+                markeredgewidth=0, zorder=4,
             )  # fmt: skip
         ends.append((line.label, x[-1], mean[-1], color))
     if any(label for label, *_ in ends):
@@ -242,7 +254,7 @@ def _label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) 
     for (_, i), height in zip(placed, heights):
         label, x, y, color = ends[i]
         axes.annotate(
-            label, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", color=_darken(color), va="center",
+            label, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", color=color, va="center",
             fontweight="bold", fontsize=9, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "linestyle": ":", "shrinkA": 1, "shrinkB": 3},
         )  # fmt: skip
@@ -262,7 +274,7 @@ def _set_y_scale(axes: Axes, values: Sequence[float]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}" if abs(y) > 1e-12 else "0"))
 
 
-def _set_x_ticks(axes: Axes, values: Sequence[float], exact: bool) -> None:
+def set_x_ticks(axes: Axes, values: Sequence[float], exact: bool) -> None:
     """Puts the ticks at the values if these are exact and few, else at round numbers."""
     ticks = values if exact and len(values) <= 7 else _round_ticks(values[0], values[-1])
     axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
@@ -287,22 +299,21 @@ def is_ordered(axis: Axis) -> bool:
 
 def _series_colors(lines: Sequence[Series], axis: Axis | None) -> Sequence[Any]:
     if axis is not None and is_ordered(axis):
-        return _sequential_colors(len(lines))
-    return [_CATEGORY_COLORS[i % len(_CATEGORY_COLORS)] for i in range(len(lines))]
+        return sequential_colors(len(lines))
+    return [CATEGORY_COLORS[i % len(CATEGORY_COLORS)] for i in range(len(lines))]
 
 
-def _sequential_colors(n: int) -> list[Any]:
-    return [mpl.colormaps["viridis"](x) for x in np.linspace(0.78, 0.0, n)] if n > 1 else [_CATEGORY_COLORS[0]]
+def sequential_colors(n: int) -> list[Any]:
+    shades = mpl.colors.LinearSegmentedColormap.from_list("ordered", _ORDERED_COLORS)
+    return [mpl.colors.to_hex(shades(x)) for x in np.linspace(0, 1, n)] if n > 1 else [CATEGORY_COLORS[0]]
 
 
-def _darken(color: Any) -> Any:
-    """Returns the color, darkened if needed to be legible as text on white."""
-    rgb = np.array(mpl.colors.to_rgb(color))
-    bright = float(rgb @ (0.3, 0.59, 0.11))
-    return tuple(rgb * min(1.0, 0.45 / bright) if bright else rgb)
+def data_suffix(group: ProtocolGroup) -> str:
+    """Returns the end of a title: name and size of the images."""
+    return f"\n{group.data}" if group.data else ""
 
 
-def _make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Series] = ()) -> Panel:
+def make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Series] = ()) -> Panel:
     """Draws a figure that leaves room for the labels of the lines."""
     with mpl.rc_context():
         mpl.rcdefaults()  # ignores the user's matplotlibrc
@@ -310,16 +321,21 @@ def _make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], l
         figure = Figure(_PANEL_INCHES)
         label_inches = 0.25 + 0.078 * max((len(line.label) for line in lines), default=0)
         right = 1 - label_inches / _PANEL_INCHES[0]
-        axes = figure.add_axes((0.14, 0.15, max(0.4, right - 0.14), 0.73))
-        axes.set_title(title)
+        axes = figure.add_axes((0.14, 0.15, max(0.4, right - 0.14), 0.7))
+        axes.set_title(title, x=-0.12 if lines else 0)
         draw(axes)
         svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-        figure.savefig(png, format="png", dpi=160, metadata={"Software": None})
+        figure.savefig(
+            svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
+        figure.savefig(png, format="png", transparent=True, dpi=160, metadata={"Software": None})
     return Panel(name, alt, svg.getvalue(), png.getvalue())
 
 
-def _file_name(group: ProtocolGroup, *words: str) -> str:
+def file_name(group: ProtocolGroup, *words: str) -> str:
     """Joins words to the name of a file."""
-    joined = "-".join(filter(None, (group.name, *words)))
+    return safe_name("-".join(filter(None, (group.name, *words))))
+
+
+def safe_name(joined: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in joined.replace(" = ", "")).lower()

@@ -6,9 +6,18 @@
 import math
 from typing import NamedTuple
 
-from madformer_jax.reports.results import Estimate, score_sign
+from madformer_jax.reports.intervals import Estimate
+from madformer_jax.reports.results import score_sign
 
-Cell = str | Estimate
+
+class Annotated(NamedTuple):
+    """An estimate with a remark in place of the values of the seeds."""
+
+    estimate: Estimate
+    note: str
+
+
+Cell = str | Estimate | Annotated
 
 
 class Table(NamedTuple):
@@ -20,7 +29,7 @@ class Table(NamedTuple):
       title: The heading.
       header: Names of the columns.
       rows: The cells.
-      best: (row, column) of the best mean among the rows that are compared.
+      best: (row, column) of the cells in bold: the best mean of compared rows, or a clear difference.
       note: A remark below the table.
       command: Shell command that reproduces one cell.
       command_caption: Description of that cell.
@@ -36,14 +45,14 @@ class Table(NamedTuple):
 
 
 def format_number(x: float) -> str:
-    """Formats a number with four significant digits; only extreme values get an exponent."""
+    """Formats a number with three significant digits; only extreme values get an exponent."""
     if not math.isfinite(x):
         return str(x)
     if x == int(x) and abs(x) < 1e6:
         return str(int(x))
-    if not 1e-4 <= abs(x) < 1e6:
-        return f"{x:.3e}"
-    return f"{x:.{min(6, max(0, 3 - math.floor(math.log10(abs(x)))))}f}"
+    if not 1e-5 <= abs(x) < 1e6:
+        return f"{x:.2e}"
+    return f"{x:.{min(7, max(0, 2 - math.floor(math.log10(abs(x)))))}f}"
 
 
 def format_interval(x: Estimate) -> str:
@@ -55,6 +64,10 @@ def format_cell(x: Cell) -> str:
     """Formats a cell in one line: mean, interval, and the value of every seed."""
     if isinstance(x, str):
         return x.replace("\n", "; ")
+    if isinstance(x, Annotated):
+        return "; ".join(
+            filter(None, (f"{format_number(x.estimate.mean)} {format_interval(x.estimate)}".strip(), x.note))
+        )
     points = f"({', '.join(map(format_number, x.values))})" if len(x.values) > 1 else ""
     return " ".join(filter(None, (format_number(x.mean), format_interval(x), points)))
 

@@ -9,25 +9,28 @@ import re
 from collections.abc import Sequence
 
 from madformer_jax.reports import report_sections
-from madformer_jax.reports.figures import Panel
-from madformer_jax.reports.formatting import Cell, Table, format_interval, format_number
-from madformer_jax.reports.report_sections import CollapsedTables, FactTable, Figures, Item, Samples, Section
+from madformer_jax.reports.figures import INK, Panel
+from madformer_jax.reports.formatting import Annotated, Cell, Table, format_interval, format_number
+from madformer_jax.reports.report_sections import FactTable, Figures, Item, Samples, Section, Text
 from madformer_jax.reports.results import Results
 
 _CSS = """
-:root { color-scheme: light; --ink: #1c1c1c; --soft: #5c5c5c; --rule: #dcdcdc; --tint: #f5f6f8; --accent: #0b4f8a; }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1c1c1c; --soft: #5c5c5c; --rule: #dcdcdc; --tint: #f5f6f8;
+  --accent: #0b4f8a; }
+@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e6e6e6; --soft: #a3a8ad; --rule: #353a40;
+  --tint: #1e2227; --accent: #7cb7ee; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 74rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 74rem; padding: 1.5rem 1rem 4rem; color: var(--ink); background: var(--paper);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2, summary { font-size: 1.25rem; font-weight: 700; line-height: 1.3; }
 h2 { margin: 2.6rem 0 .6rem; padding-top: .7rem; border-top: 2px solid var(--ink); }
 summary { margin: 1.4rem 0 .6rem; padding-top: .7rem; border-top: 1px solid var(--rule); cursor: pointer; }
-.inner summary { font-size: 1rem; border: 0; padding: 0; color: var(--accent); }
 code { white-space: nowrap; font: .88em ui-monospace, "DejaVu Sans Mono", monospace; }
 h3 { font-size: 1rem; margin: 1.8rem 0 .5rem; }
 p { max-width: 46rem; margin: .5rem 0; }
 .question { font-size: 1.1rem; color: var(--soft); }
+.answer { font-size: 1.05rem; }
 .note { font-size: .85rem; color: var(--soft); }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1rem; margin: 1rem 0; font-size: .9rem; }
 a { color: var(--accent); }
@@ -39,7 +42,7 @@ tbody tr + tr > * { border-top: 1px solid var(--rule); }
 td.words { white-space: normal; min-width: 9rem; max-width: 17rem; }
 td small { display: block; color: var(--soft); font-size: .76rem; }
 td b { color: var(--accent); }
-td.label, th.label { position: sticky; left: 0; background: #fff; padding-right: 1.2rem; font-weight: 600; }
+td.label, th.label { position: sticky; left: 0; background: var(--paper); padding-right: 1.2rem; font-weight: 600; }
 pre { background: var(--tint); padding: .6rem .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-width: 60rem;
   font: .78rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 pre div { padding-left: 2em; text-indent: -2em; } pre span { display: inline-block; text-indent: 0; }
@@ -53,7 +56,8 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu San
 .strip img { display: block; width: 100%; image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .15rem 1rem; font-size: .85rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.4rem; } th, td { padding-right: .7rem; } }
+@media (max-width: 30rem) { td.label { white-space: normal; min-width: 6rem; max-width: 8rem; }
+  body { padding: 1rem .8rem 3rem; } h1 { font-size: 1.4rem; } th, td { padding-right: .7rem; } }
 @media print { .scroll { overflow: visible; } }
 """
 
@@ -67,15 +71,19 @@ def render(results: Results, sections: Sequence[Section]) -> str:
     question = f'<p class="question">{_escape(results.question)}</p>' if results.question else ""
     legend = (
         "Each number is a mean over training seeds. Below it: its 95 % t-interval and the value of every seed. "
-        "The best mean is blue. ↓: lower is better. ↑: higher is better."
+        "The best mean of compared rows and a clear difference are blue. ↓: lower is better. ↑: higher is better."
     )
-    body = "\n".join(_render_section(i, section) for i, section in enumerate(sections))
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{question}\n<p>{_escape(report_sections.status(results))}</p>\n"
-        f'<p class="note">{_escape(legend)}</p>\n<nav>{links}</nav>\n{body}\n</body>\n</html>\n'
+    answer, *body = (_render_section(i, section) for i, section in enumerate(sections))
+    status = f"<p>{_escape(report_sections.status(results))}</p>"
+    parts = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>',
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{question}",
+        f'{answer}\n<h2>How to read this page</h2>\n{status}\n<p class="note">{_escape(legend)}</p>\n<nav>{links}</nav>',
+        *body,
+        "</body>\n</html>\n",
     )
+    return "\n".join(parts)
 
 
 def _render_section(i: int, section: Section) -> str:
@@ -86,17 +94,18 @@ def _render_section(i: int, section: Section) -> str:
 
 
 def _render_item(item: Item) -> str:
+    if isinstance(item, Text):
+        return "".join(f'<p class="answer">{_escape(paragraph)}</p>' for paragraph in item.paragraphs)
     if isinstance(item, Table):
         return _render_table(item)
     if isinstance(item, Figures):
         kind = "panels two" if len(item.panels) in (2, 4) else "panels"
         panels = "".join(f"<figure>{_inline_svg(panel)}</figure>" for panel in item.panels)
-        return f'<h3>{_escape(item.title)}</h3>\n<div class="{kind}">{panels}</div>'
+        title = f"<h3>{_escape(item.title)}</h3>\n" if item.title else ""
+        caption = f'<p class="note">{_escape(item.caption)}</p>' if item.caption else ""
+        return f'{title}<div class="{kind}">{panels}</div>{caption}'
     if isinstance(item, Samples):
         return _render_samples(item)
-    if isinstance(item, CollapsedTables):
-        inside = "\n".join(map(_render_table, item.tables))
-        return f'<details class="inner"><summary>{_escape(item.title)}</summary>\n{inside}</details>'
     return _render_facts(item)
 
 
@@ -133,6 +142,11 @@ def _render_cell(x: Cell, column: int, best: bool) -> str:
         first, *others = x.split("\n")
         words = ' class="words"' if column and len(first) > 30 else _label_class(column)
         return f"<td{words}>{_escape(first)}{''.join(f'<small>{_escape(line)}</small>' for line in others)}</td>"
+    if isinstance(x, Annotated):
+        mean = format_number(x.estimate.mean)
+        lines = (format_interval(x.estimate), x.note)
+        small = "".join(f"<small>{_escape(line)}</small>" for line in lines if line)
+        return f"<td>{f'<b>{_escape(mean)}</b>' if best else _escape(mean)}{small}</td>"
     mean = f"<b>{_escape(format_number(x.mean))}</b>" if best else _escape(format_number(x.mean))
     points = " ".join(map(format_number, x.values)) if len(x.values) > 1 else ""
     small = "".join(f"<small>{_escape(line)}</small>" for line in (format_interval(x), points) if line)
@@ -163,6 +177,7 @@ def _inline_svg(panel: Panel) -> str:
     svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|xtick|ytick|QuadMesh)_?\d+"', "", svg)
     size = re.search(r'viewBox="[^"]*"', svg)
     opening = f'<svg {size[0] if size else ""} role="img" aria-label="{_escape(panel.alt)}">'
+    svg = re.sub(rf"(fill|stroke): {INK}(?=[;\"])", r"\1: var(--soft)", svg)
     return opening + svg[svg.index(">") + 1 :].replace("\n", "")
 
 

@@ -1,29 +1,42 @@
 """The sections of a report, in order, shared by the page and the Markdown file.
 
 `modes.report` calls `build_sections`; `html.render` and `to_markdown` write the sections. To add a
-table or figure, add it to `_main_sections` (always visible) or `_detail_sections`.
+table or figure, add it to `_answer_section` (first on the page), `_main_sections` (always visible) or
+`_detail_sections`.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from madformer_jax.config import fields
-from madformer_jax.reports import figures, sample_strips, tables
+from madformer_jax.reports import answers as answers_lib
+from madformer_jax.reports import comparisons, difference_figures, figures, sample_strips, tables
 from madformer_jax.reports.figures import Panel
 from madformer_jax.reports.formatting import Table, table_to_markdown
 from madformer_jax.reports.results import COSTS, Budget, ProtocolGroup, Results, protocol_hash
 from madformer_jax.reports.sample_strips import Strip
+from madformer_jax.sweeps import protocol
 
-_EXPANDED_SCORES = 2  # number of scores that the page shows expanded
-_PAIR_COSTS = ("solver_steps", "passes")  # costs in the pairwise tables of the first score under Findings
+_EXPANDED_SCORES = 2  # number of scores with figures against every cost
+_READ_DOTS = "Dots are training seeds, lines their means, bars the 95 % t-interval of one mean."
+_SIMULTANEOUS = "where nothing differs, at most 5 % of such figures have a bar without 0."
+_READ_DIFFERENCES = f"In figures of differences the bars are simultaneous: {_SIMULTANEOUS}"
+_READ_ROWS = f"Dots are mean differences over paired seeds. Bars are simultaneous: {_SIMULTANEOUS}"
+
+
+class Text(NamedTuple):
+    """Paragraphs."""
+
+    paragraphs: tuple[str, ...]
 
 
 class Figures(NamedTuple):
-    """Panels side by side."""
+    """Panels side by side, and a sentence on how to read them."""
 
     title: str
     panels: tuple[Panel, ...]
+    caption: str = ""
 
 
 class Samples(NamedTuple):
@@ -40,14 +53,7 @@ class FactTable(NamedTuple):
     rows: tuple[tuple[str, str], ...]
 
 
-class CollapsedTables(NamedTuple):
-    """Tables that the page shows only after a click."""
-
-    title: str
-    tables: tuple[Table, ...]
-
-
-Item = Table | Figures | Samples | FactTable | CollapsedTables
+Item = Text | Table | Figures | Samples | FactTable
 
 
 class Section(NamedTuple):
@@ -64,30 +70,89 @@ def build_sections(results: Results) -> list[Section]:
     Raises:
       ConfigError: A grid of samples cannot be read.
     """
+    answer = _answer_section(results)
+    shown = {panel.name for item in answer.items if isinstance(item, Figures) for panel in item.panels}
     main = [_main_sections(results, group) for group in results.groups]
     details = [_detail_sections(results, group) for group in results.groups]
     return [
-        *itertools.chain(*main, *details),
+        answer,
+        *(_without_panels(section, shown) for section in itertools.chain(*main, *details)),
         Section("Runs", (tables.run_table(results), _version_facts(results)), True),
     ]
+
+
+def _without_panels(section: Section, names: Collection[str]) -> Section:
+    """Returns a section without the panels of these names, which the page has already shown."""
+    items: list[Item] = []
+    for item in section.items:
+        if isinstance(item, Figures):
+            item = item._replace(panels=tuple(panel for panel in item.panels if panel.name not in names))
+        if not isinstance(item, Figures) or item.panels:
+            items.append(item)
+    return section._replace(items=tuple(items))
 
 
 def _section_title(group: ProtocolGroup, title: str) -> str:
     return f"{title}, {group.name}" if group.name else title
 
 
+def _answer_section(results: Results) -> Section:
+    """Returns the answer to the sweep's question, with the figures that show it, and the protocol."""
+    found = answers_lib.answers(results)
+    panels = [panel for group in results.groups for panel in _answer_panels(results, group)]
+    items: list[Item] = [Text(tuple(answer.sentence for answer in found))] if found else []
+    if results.protocol and results.protocol["written"] == protocol.AFTER:
+        items.append(Text(("The protocol was written after the results, so these answers are exploratory.",)))
+    if panels:
+        is_loss = results.protocol is not None and "loss" in results.protocol["primary"]
+        items.append(Figures("", tuple(panels), _READ_ROWS if is_loss else f"{_READ_DOTS} {_READ_DIFFERENCES}"))
+    if results.protocol:
+        seeds = len({run["seed"] for run in results.runs})
+        items.append(
+            FactTable("Protocol of the sweep", tuple(protocol.facts(results.protocol, results.question, seeds)))
+        )
+    return Section("Answer", tuple(items))
+
+
+def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
+    """Yields the figures of the primary endpoint."""
+    endpoint = results.protocol["primary"] if results.protocol else ""
+    if "loss" in endpoint:
+        differences = comparisons.of_losses(results, group, endpoint)
+        rows = [(f"{group.label(d.setting)} minus {group.label(d.baseline)}", d.estimate) for d in differences]
+        if rows:
+            title = f"{answers_lib.endpoint_label(endpoint)} ↓, differences\n{group.data}"
+            yield difference_figures.difference_rows(
+                "-".join(filter(None, (group.name, endpoint, "differences"))), title, rows
+            )
+        return
+    scores = answers_lib.endpoint_scores(group, results.protocol)[:1]
+    for score, budgets in itertools.product(scores, group.budgets_by_kind[-1:]):
+        cost = "solver_steps" if budgets[0].kind == "steps" else budgets[0].kind
+        axis = group.varying_axes[0] if group.varying_axes and group.is_grid else None
+        if len(budgets) > 1:
+            yield from figures.cost_curves(group, score, cost, axis)
+            if band := difference_figures.difference_bands(group, score, budgets):
+                yield band
+        elif axis is not None:
+            yield from figures.axis_plots(group, score, axis)
+
+
 def _main_sections(results: Results, group: ProtocolGroup) -> Iterable[Section]:
-    if orders := tables.order_change_table(group, group.scores[:_EXPANDED_SCORES]):
-        pairs = (tables.crossing_table(group, group.scores[0], cost) for cost in _PAIR_COSTS)
-        yield Section(_section_title(group, "Findings"), (orders, *(table for table in pairs if table)))
-    yield Section(_section_title(group, "Tables"), tuple(tables.axis_tables(results, group)))
+    endpoints = answers_lib.endpoint_scores(group, results.protocol)
+    compared = [table for score in endpoints for table in tables.difference_tables(group, score)]
+    compared += tables.loss_tables(results, group)
+    if compared:
+        yield Section(_section_title(group, "Differences"), tuple(compared))
+    if crossed := [table for score in endpoints for table in tables.crossing_tables(group, score)]:
+        yield Section(_section_title(group, "Order by budget"), tuple(crossed), True)
+    yield Section(_section_title(group, "Scores"), tuple(tables.axis_tables(results, group)))
 
 
 def _detail_sections(results: Results, group: ProtocolGroup) -> Iterable[Section]:
     for i, score in enumerate(group.scores):
         costs = list(COSTS) if i < _EXPANDED_SCORES else ["solver_steps"]
-        folded = i >= (_EXPANDED_SCORES if len(results.groups) == 1 else 1)
-        yield Section(_section_title(group, score), tuple(_score_section(results, group, score, costs)), folded)
+        yield Section(_section_title(group, score), tuple(_score_section(results, group, score, costs)), True)
     if strips := sample_strips.load_strips(results, group):
         yield Section(_section_title(group, "Samples"), tuple(Samples(budget, tuple(rows)) for budget, rows in strips))
     yield Section(
@@ -117,7 +182,7 @@ def _score_section(results: Results, group: ProtocolGroup, score: str, costs: Se
     if len(varied) == 2 and grid and all(map(figures.is_ordered, varied)):
         maps = [figures.heat_map(group, score, varied[0], varied[1], budget) for budget in group.budgets]
     items: list[Item] = [
-        Figures(title, tuple(panels))
+        Figures(title, tuple(panels), _READ_DOTS)
         for title, panels in (
             ("Score against the cost of an image", against),
             ("Score by setting", by),
@@ -126,11 +191,8 @@ def _score_section(results: Results, group: ProtocolGroup, score: str, costs: Se
         if panels
     ]
     items += tables.budget_tables(results, group, score)
-    if best := tables.best_settings(group, score):
-        items.append(best)
-    rest = [cost for cost in costs if score != group.scores[0] or cost not in _PAIR_COSTS]
-    if orders := tuple(table for cost in rest if (table := tables.crossing_table(group, score, cost))):
-        items.append(CollapsedTables(f"Pairwise comparison by {score}", orders))
+    if score not in answers_lib.endpoint_scores(group, results.protocol):
+        items += tables.difference_tables(group, score)
     return items
 
 
@@ -153,17 +215,18 @@ def to_markdown(results: Results, sections: Iterable[Section]) -> str:
 
 
 def _item_to_markdown(item: Item) -> str:
+    if isinstance(item, Text):
+        return "".join(f"- {paragraph}\n" for paragraph in item.paragraphs)
     if isinstance(item, Table):
         return table_to_markdown(item)
-    if isinstance(item, CollapsedTables):
-        return "\n".join([table_to_markdown(table) for table in item.tables])
     if isinstance(item, FactTable):
         return "\n".join([f"### {item.title}", "", *(f"- {name}: {value}" for name, value in item.rows), ""])
     return ""
 
 
 def heading(results: Results) -> str:
-    return f"Sweep {results.name}" + (f", {results.variant}" if results.variant else "")
+    data = "; ".join(dict.fromkeys(group.data for group in results.groups))
+    return f"Sweep {results.name}" + (f", {results.variant}" if results.variant else "") + f" ({data})"
 
 
 def status(results: Results) -> str:

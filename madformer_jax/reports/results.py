@@ -5,7 +5,6 @@ sweep.json (`sweeps.sweep_folder` describes the files). `tables`, `figures` and 
 `Results`. If larger values of a new score are better, add the score to `HIGHER_IS_BETTER`.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -21,6 +20,7 @@ from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.reports import axes as axes_lib
 from madformer_jax.reports.axes import Axis, sort_key, value_of
+from madformer_jax.reports.intervals import Estimate, estimate
 from madformer_jax.runtime import storage
 from madformer_jax.sweeps import sweep_folder
 from madformer_jax.sweeps.budget import SAMPLE_BUDGET_KINDS
@@ -33,6 +33,7 @@ COSTS = {  # of an image: key -> label
     "seconds": "seconds",
 }
 HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "attributes")
+SHARES = ("precision", "recall", "recognised", "attributes")  # scores within [0, 1]
 _SHARED_PROTOCOL_KEYS = ("n", "reference", "network", "image", "scores")  # keys of a protocol
 _PER_RUN_KEYS = ("step", "fingerprint", "seed", "steps")  # keys of protocol["images"] that differ between runs
 _PROMPT_KEYS = ("asked", "tokens")  # keys of protocol["images"] that follow from its "prompts"
@@ -70,6 +71,7 @@ class Score(NamedTuple):
     value: float
     low: float | None = None
     high: float | None = None
+    real: float | None = None  # the score of real images at the same n, if it was stored
 
 
 class Point(NamedTuple):
@@ -91,6 +93,8 @@ class ProtocolGroup(NamedTuple):
     axes: tuple[Axis, ...]  # with the values that the group has
     points: tuple[Point, ...]  # sorted by setting, seed and budget
     protocol: Mapping[str, Any]  # shared by all points
+    data: str = ""  # name and size of the images, such as "digits, 32 px"
+    key: Mapping[str, Any] = {}  # the fields that separate this group from others, with their values
 
     @property
     def varying_axes(self) -> list[Axis]:
@@ -160,41 +164,26 @@ class Results(NamedTuple):
     runs: tuple[Mapping[str, Any], ...]  # content of each result.json and its "folder", sorted by setting and seed
     groups: tuple[ProtocolGroup, ...]
     missing: tuple[Mapping[str, Any], ...]  # runs of the plan without a result
+    protocol: Mapping[str, Any] | None  # content of `sweeps.protocol.Protocol`, or None if the sweep has none
 
 
-# ---- means over seeds
-
-
-class Estimate(NamedTuple):
-    """A mean over seeds with its 95 % t-interval. A single seed has no interval."""
-
-    values: tuple[float, ...]
-    mean: float
-    low: float | None
-    high: float | None
-
-
-def estimate(values: Iterable[float]) -> Estimate:
-    """Returns the mean of n values with Student's t-interval: mean +- t(0.975, n - 1) s / sqrt(n)."""
-    x = tuple(values)
-    mean = math.fsum(x) / len(x)
-    if len(x) == 1:
-        return Estimate(x, mean, None, None)
-    half = _student_t_quantile(len(x) - 1) * statistics.stdev(x) / math.sqrt(len(x))
-    return Estimate(x, mean, mean - half, mean + half)
-
-
-@functools.cache
-def _student_t_quantile(degrees_of_freedom: int) -> float:
-    """Returns the 97.5 % quantile of Student's t distribution."""
-    from scipy import special  # the import takes a second
-
-    return float(special.stdtrit(degrees_of_freedom, 0.975))
+# ---- scores
 
 
 def score_sign(score: str) -> int:
     """Returns 1 if larger values of a score are better, else -1."""
     return 1 if score.partition("-")[0] in HIGHER_IS_BETTER else -1
+
+
+def score_estimate(points: Iterable[Point], score: str) -> Estimate | None:
+    """Returns the mean of a score over seeds; the interval of a share stays within [0, 1]."""
+    values = [point.scores[score].value for point in points if score in point.scores]
+    if not values:
+        return None
+    x = estimate(values)
+    if x.low is None or x.high is None or score.partition("-")[0] not in SHARES:
+        return x
+    return x._replace(low=max(0.0, x.low), high=min(1.0, x.high))
 
 
 # ---- reading
@@ -229,7 +218,7 @@ def load_results(workdir: str) -> Results:
     groups = _group_by_protocol(runs, axes, separating)
     finished = {run["name"] for run in runs}
     missing = tuple(run for run in plan.get("runs", ()) if run["name"] not in finished)
-    return Results(*sweeps[0], plan.get("question", ""), tuple(runs), tuple(groups), missing)
+    return Results(*sweeps[0], plan.get("question", ""), tuple(runs), tuple(groups), missing, plan.get("protocol"))
 
 
 def _load_runs(workdir: str) -> list[dict[str, Any]]:
@@ -309,11 +298,13 @@ def _group_by_protocol(
     swept = {aliases.first_name(field).rpartition(".")[2] for field in varied if field.startswith("sample.")}
     points: dict[tuple[Any, ...], list[Point]] = {}
     protocols: dict[tuple[Any, ...], dict[str, Any]] = {}
+    data: dict[tuple[Any, ...], str] = {}
     for run in runs:
         for i, evaluation in enumerate(run["evaluations"]):
             key = tuple(value_of(run, evaluation, axis.field) for axis in separating)
             protocol = _shared_protocol(evaluation["protocol"], swept)
             _check_same_protocol(protocols.setdefault(key, protocol), protocol, run["name"])
+            data[key] = f"{run['config']['data.source']}, {run['config']['data.image_size']} px"
             cost = {name: float(evaluation["cost"][name]) for name in COSTS if name != "seconds"}
             if timing := timings.get((trained(run), overrides_key(evaluation["overrides"]))):
                 cost["seconds"] = timing["fixed"] + timing["per_step"] * cost["solver_steps"]
@@ -329,7 +320,9 @@ def _group_by_protocol(
         name = ", ".join(f"{axis.label} = {value}" for axis, value in zip(separating, key))
         ordered = _sort_points(points[key], inside)
         _check_unique_points(ordered)
-        groups.append(ProtocolGroup(name, tuple(_restrict_axes(inside, ordered)), tuple(ordered), protocols[key]))
+        restricted = tuple(_restrict_axes(inside, ordered))
+        fields_of_key = {axis.field: value for axis, value in zip(separating, key)}
+        groups.append(ProtocolGroup(name, restricted, tuple(ordered), protocols[key], data[key], fields_of_key))
     return groups
 
 
@@ -359,7 +352,7 @@ def _restrict_axes(axes: Sequence[Axis], points: Sequence[Point]) -> Iterable[Ax
 
 
 def _parse_score(x: Any) -> Score:
-    return Score(x["value"], x.get("low"), x.get("high")) if isinstance(x, Mapping) else Score(float(x))
+    return Score(x["value"], x.get("low"), x.get("high"), x.get("real")) if isinstance(x, Mapping) else Score(float(x))
 
 
 def _shared_protocol(protocol: Mapping[str, Any], swept: Collection[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tables of a report: scores, best settings, crossings and costs; and all points as CSV.
+"""The tables of a report: scores, differences, crossings, losses and costs; and all points as CSV.
 
 `report_sections` arranges the tables. Below each table of scores is a command that reproduces one of
 its cells.
@@ -10,31 +10,34 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from madformer_jax.reports import comparisons
 from madformer_jax.reports.axes import Axis
-from madformer_jax.reports.comparisons import Crossing, PairedDifference, find_crossings
-from madformer_jax.reports.formatting import Cell, Table, format_interval, format_number, score_heading
+from madformer_jax.reports.comparisons import Crossing, Difference, Setting
+from madformer_jax.reports.formatting import Annotated, Cell, Table, format_interval, format_number, score_heading
+from madformer_jax.reports.intervals import Estimate, estimate
 from madformer_jax.reports.results import (
     COSTS,
     Budget,
-    Estimate,
     Point,
     ProtocolGroup,
     Results,
-    estimate,
     protocol_hash,
+    score_estimate,
     score_sign,
 )
 
-Setting = tuple[Any, ...]
 _COST_COLUMNS = {
     "solver_steps": "solver steps",
     "nfe": "NFE",
     "passes": "passes",
-}  # costs in the last columns of a table of scores
-_PAIRED_NOTE = (
-    "Differences are means over the seeds that both settings have, with their t-intervals. "
-    "Between its points a curve is linear in the logarithm of the cost. Clear: the interval does not include 0."
-)
+}  # the last columns of a table of scores
+_CLEAR_NOTE = "Bold: the interval excludes 0. At most 5 % of such tables show a bold cell where nothing differs"
+_HOLM_NOTE = f"Differences are means over paired seeds. {_CLEAR_NOTE} (Holm, over all cells of the table)."
+
+
+def _title(group: ProtocolGroup, title: str) -> str:
+    """Returns the heading of a table, with the data and the number of images."""
+    return f"{title} ({group.data}, n = {group.protocol.get('n')})" if group.data else title
 
 
 # ---- scores
@@ -53,13 +56,15 @@ def axis_tables(results: Results, group: ProtocolGroup) -> list[Table]:
         if len(varied) < 2 or not group.is_grid:
             label = ", ".join(axes[i].label for i in varied) or "Scores"
             tables.append(
-                _score_table(results, group, f"{label}, at {budget}", group.settings, range(len(axes)), budget)
+                _score_table(
+                    results, group, _title(group, f"{label}, at {budget}"), group.settings, range(len(axes)), budget
+                )
             )
             continue
         for i in varied:
             order = [*(j for j in varied if j != i), i]
             settings = sorted(group.settings, key=lambda s: [axes[j].values.index(s[j]) for j in order])
-            title = f"{axes[i].label}, at {budget}"
+            title = _title(group, f"{axes[i].label}, at {budget}")
             tables.append(_score_table(results, group, title, settings, order, budget, len(order) - 1))
     return tables
 
@@ -91,11 +96,12 @@ def _score_table(
     rows, values = [], []
     for setting in settings:
         at = group.points_at(setting, budget)
-        values.append([_estimate_score(at, name) for name in names])
+        values.append([score_estimate(at, name) for name in names])
         labels = [str(setting[group.axes.index(axis)]) for axis in shown]
         costs = [format_number(at[0].cost[name]) if at and name in at[0].cost else "" for name in _COST_COLUMNS]
         rows.append((*labels, *(x or "" for x in values[-1]), *costs))
     groups = [row[:shared_columns] for row in rows]
+    rows.append(_real_row(group, names, len(shown)))
     best = {
         (i, len(shown) + j)
         for j, name in enumerate(names)
@@ -115,6 +121,16 @@ def _score_table(
     )
 
 
+def _real_row(group: ProtocolGroup, names: Sequence[str], labels: int) -> tuple[str, ...]:
+    """Returns the row of real images at the same n, as far as the results hold their scores."""
+    cells = []
+    for name in names:
+        real = [p.scores[name].real for p in group.points if name in p.scores]
+        value = next((x for x in real if x is not None), None)
+        cells.append("not stored" if value is None else format_number(value))
+    return ("real images", *[""] * (labels - 1), *cells, *[""] * len(_COST_COLUMNS))
+
+
 def budget_tables(results: Results, group: ProtocolGroup, score: str) -> list[Table]:
     """Returns tables of one score, settings by budgets, for each kind with several budgets."""
     return [_budget_table(results, group, score, budgets) for budgets in group.budgets_by_kind if len(budgets) > 1]
@@ -122,7 +138,7 @@ def budget_tables(results: Results, group: ProtocolGroup, score: str) -> list[Ta
 
 def _budget_table(results: Results, group: ProtocolGroup, score: str, budgets: Sequence[Budget]) -> Table:
     values = [
-        [_estimate_score(group.points_at(setting, budget), score) for budget in budgets] for setting in group.settings
+        [score_estimate(group.points_at(setting, budget), score) for budget in budgets] for setting in group.settings
     ]
     axes = len(group.axes)
     rows = [(*map(str, setting), *(x or "" for x in row)) for setting, row in zip(group.settings, values)]
@@ -131,13 +147,8 @@ def _budget_table(results: Results, group: ProtocolGroup, score: str, budgets: S
     }
     head = (*(axis.label for axis in group.axes), *map(str, budgets))
     first = next(p for p in group.points if score in p.scores and p.budget in budgets)
-    title = f"{score_heading(score)} by {budgets[0].unit}"
+    title = _title(group, f"{score_heading(score)} by {budgets[0].unit}")
     return Table(title, head, tuple(rows), frozenset(best), "", *_reproduce_command(results, group, first, score))
-
-
-def _estimate_score(points: Sequence[Point], score: str) -> Estimate | None:
-    values = [point.scores[score].value for point in points if score in point.scores]
-    return estimate(values) if values else None
 
 
 def _best_row(column: Sequence[Estimate | None], sign: int) -> list[int]:
@@ -148,35 +159,6 @@ def _best_row(column: Sequence[Estimate | None], sign: int) -> list[int]:
 
 def _dependent_axes_note(axis: Axis) -> str:
     return f", with {', '.join(f'`{name}`' for name in axis.dependent_fields)}" if axis.dependent_fields else ""
-
-
-def best_settings(group: ProtocolGroup, score: str) -> Table | None:
-    """Returns the best setting at each budget and its lead over the second best, paired by seed."""
-    rows = []
-    for budget in group.budgets:
-        means = [(setting, _estimate_score(group.points_at(setting, budget), score)) for setting in group.settings]
-        ranked = [(score_sign(score) * x.mean, -i, setting, x) for i, (setting, x) in enumerate(means) if x is not None]
-        if len(ranked) > 1:
-            (_, _, best, x), (_, _, second, _) = sorted(ranked, reverse=True)[:2]
-            lead = _paired_lead(group, best, second, budget, score)
-            rows.append((str(budget), group.label(best), format_number(x.mean), group.label(second), lead or ""))
-    if not rows:
-        return None
-    note = "The lead is a mean over paired seeds. If its interval includes 0, either setting may be the better one."
-    return Table(
-        f"{score_heading(score)}: best setting at each budget",
-        ("budget", "best", "mean", "second best", "lead"),
-        tuple(rows),
-        note=note,
-    )
-
-
-def _paired_lead(group: ProtocolGroup, best: Setting, second: Setting, budget: Budget, score: str) -> Estimate | None:
-    a, b = (
-        {p.seed: p.scores[score].value for p in group.points_at(s, budget) if score in p.scores} for s in (best, second)
-    )
-    leads = [score_sign(score) * (a[seed] - b[seed]) for seed in sorted(a.keys() & b.keys())]
-    return estimate(leads) if leads else None
 
 
 # ---- the command of a cell
@@ -204,30 +186,107 @@ def _command_flags(fields: dict[str, Any]) -> str:
     return "".join(f" --config.{name}={shlex.quote(str(value))}" for name, value in fields.items())
 
 
-# ---- crossings and costs
+# ---- differences
 
 
-def crossing_table(group: ProtocolGroup, score: str, cost: str) -> Table | None:
-    """Returns which setting of each pair is better at which cost; None without comparable pairs."""
-    crossings = find_crossings(group, score, cost)
-    if not crossings:
-        return None
-    unit, label = (1e9, "GFLOPs") if cost == "flops" else (1.0, COSTS[cost])
+def difference_tables(group: ProtocolGroup, score: str) -> list[Table]:
+    """Returns the differences to the baselines at the best step count within each budget, a table for each kind."""
+    tables = []
+    for budgets in group.budgets_by_kind:
+        found = comparisons.at_best_steps(group, score, budgets)
+        rows = _difference_rows(group, [found.get(budget, []) for budget in budgets])
+        if rows:
+            title = _title(group, f"{score_heading(score)}: differences at the best step count within each budget")
+            note = (
+                f"{_HOLM_NOTE} Each setting uses the step count with its best mean within the budget; both are shown."
+            )
+            tables.append(Table(title, ("difference", *map(str, budgets)), *_bold_clear(rows), note=note))
+    return tables
 
-    def better(c: Crossing, d: PairedDifference) -> str:
-        cost = format_number(d.cost / unit)
-        if not d.improvement.mean:
-            return f"neither\nat {cost}"
-        winner, lead = (c.first, d.improvement) if d.improvement.mean > 0 else (c.second, _negate(d.improvement))
-        return f"{group.label(winner)} by {format_number(lead.mean)}\n{format_interval(lead)} at {cost}"
 
-    rows = []
-    for c in crossings:
-        pair = f"{group.label(c.first)} and {group.label(c.second)}"
-        equal_at = format_number(c.equal_cost / unit) if c.equal_cost else ""
-        rows.append((pair, _verdict_text(c), equal_at, better(c, c.before), better(c, c.after)))
-    head = ("pair", "order", "equal at", "better at lower cost", "better at higher cost")
-    return Table(f"{score}: pairwise comparison by {label} per image", head, tuple(rows), note=_PAIRED_NOTE)
+def _difference_rows(group: ProtocolGroup, columns: Sequence[Sequence[Difference]]) -> list[list[Cell]]:
+    """Returns a row for each contrast: its label and its difference in each column."""
+    rows: dict[str, list[Cell]] = {}
+    for j, column in enumerate(columns):
+        for d in column:
+            label = f"{group.label(d.setting)} minus {group.label(d.baseline)}"
+            cells = rows.setdefault(label, [label, *[""] * len(columns)])
+            cells[1 + j] = Annotated(d.estimate, f"{d.steps[0]} and {d.steps[1]} steps" if d.steps else "")
+    return list(rows.values())
+
+
+def _bold_clear(rows: Sequence[Sequence[Cell]]) -> tuple[tuple[tuple[Cell, ...], ...], frozenset[tuple[int, int]]]:
+    clear = {
+        (i, j)
+        for i, row in enumerate(rows)
+        for j, cell in enumerate(row)
+        if isinstance(cell, Annotated) and cell.estimate.sign
+    }
+    return tuple(map(tuple, rows)), frozenset(clear)
+
+
+def loss_tables(results: Results, group: ProtocolGroup) -> list[Table]:
+    """Returns the image loss of each setting with its differences, held out and of training, and by quarter."""
+    tables = []
+    for name, title in (("held_out_loss_image", "Held-out image loss"), ("loss_image", "Image loss of training")):
+        differences = comparisons.of_losses(results, group, name)
+        if differences:
+            found = comparisons.losses(results, group, name)
+            by_setting = {d.setting: d for d in differences}
+            rows: list[list[Cell]] = []
+            for setting, values in found.items():
+                d = by_setting.get(setting)
+                change: Cell = Annotated(d.estimate, _percent(d, found)) if d else "baseline"
+                rows.append([group.label(setting), estimate(values.values()), change])
+            note = f"{_HOLM_NOTE} Losses of training are means over the last quarter of the steps."
+            header = ("setting", "loss", "difference to the baseline")
+            tables.append(Table(f"{title} ({group.data})", header, *_bold_clear(rows), note=note))
+    if quarters := comparisons.of_quarters(results, group):
+        rows = [row for q in quarters for row in _difference_rows(group, [[d] for d in q])]
+        columns = ("difference", "q1: least noise", "q2", "q3", "q4: most noise")
+        note = f"{_CLEAR_NOTE} (max-t over the quarters, Bonferroni over the rows)."
+        tables.append(
+            Table(f"Image loss by quarter of the timesteps ({group.data})", columns, *_bold_clear(rows), note=note)
+        )
+    return tables
+
+
+def _percent(d: Difference, losses: dict[Setting, dict[int, float]]) -> str:
+    base = losses[d.baseline].values()
+    return f"{d.estimate.mean / (sum(base) / len(base)):+.1%}"
+
+
+def crossing_tables(group: ProtocolGroup, score: str) -> list[Table]:
+    """Returns which setting of each pair is better at which budget, a table for each kind with several budgets."""
+    tables = []
+    for budgets in group.budgets_by_kind:
+        if crossings := comparisons.find_crossings(group, score, budgets):
+            rows = []
+            for c in crossings:
+                pair = " and ".join(map(group.label, c.pair))
+                rows.append((pair, _verdict_text(c), _better(group, score, c.before), _better(group, score, c.after)))
+            title = _title(
+                group, f"{score_heading(score)}: which setting wins as the budget of {budgets[0].unit} grows"
+            )
+            head = ("pair", "order", "smallest budget", "largest budget")
+            note = (
+                f"Each setting counts with its best step count within the budget. Clear: the band excludes 0 (max-t "
+                f"over {len(budgets)} budgets, Bonferroni over {len(crossings)} pairs), so that at most 5 % of such "
+                "tables show a clear difference where nothing differs. Shown are the clear differences at the smallest "
+                "and the largest budget, else those at the two ends."
+            )
+            tables.append(Table(title, head, tuple(rows), note=note))
+    return tables
+
+
+def _better(group: ProtocolGroup, score: str, at: tuple[Budget, Difference]) -> str:
+    budget, d = at
+    sign = score_sign(score)
+    if not d.estimate.mean:
+        return f"neither\nat {budget}"
+    winner = d.setting if sign * d.estimate.mean > 0 else d.baseline
+    lead = d.estimate if d.estimate.mean > 0 else _negate(d.estimate)
+    return f"{group.label(winner)} by {format_number(lead.mean)}\n{format_interval(lead)} at {budget}"
 
 
 def _negate(x: Estimate) -> Estimate:
@@ -236,29 +295,15 @@ def _negate(x: Estimate) -> Estimate:
 
 
 def _verdict_text(c: Crossing) -> str:
-    if c.verdict == "none":
-        return f"does not change\nclear at {c.clear[0]} of {c.clear[1]}"
-    return "changes\nclear on both sides" if c.verdict == "shown" else "changes\nby the means alone"
+    text = {
+        "shown": "changes, clear on both sides",
+        "means only": "changes by the means alone",
+        "none": "does not change",
+    }
+    return f"{text[c.verdict]}\nclear at {c.clear[0]} of {c.clear[1]}"
 
 
-def order_change_table(group: ProtocolGroup, scores: Sequence[str]) -> Table | None:
-    """Returns how many pairs of settings change their order as the cost grows, by cost and score."""
-    rows = []
-    for cost, label in COSTS.items():
-        cells = []
-        for score in scores:
-            verdicts = [c.verdict for c in find_crossings(group, score, cost)]
-            if verdicts:
-                clear, means = verdicts.count("shown"), verdicts.count("means only")
-                cells.append(f"{clear} of {len(verdicts)} clearly" + (f"\n{means} by the means alone" if means else ""))
-        if cells:
-            rows.append((label, *cells))
-    note = (
-        "The number of pairs of settings whose order changes. Clearly: one setting is better at a lower cost and the "
-        "other at a higher cost, and neither 95 % interval (paired by seed) includes 0."
-    )
-    title = "Which setting wins as the budget grows"
-    return Table(title, ("cost per image", *scores), tuple(rows), note=note) if rows else None
+# ---- costs
 
 
 def cost_table(group: ProtocolGroup) -> Table:
@@ -272,7 +317,7 @@ def cost_table(group: ProtocolGroup) -> Table:
         rows.append((*map(str, setting), *cells))
     head = (*(axis.label for axis in group.axes), *map(str, group.budgets))
     return Table(
-        "Cost per image",
+        _title(group, "Cost per image"),
         head,
         tuple(rows),
         note="In order: solver steps; NFE (the paper's count); full-model passes (every layer that runs, those of the clean "
@@ -298,7 +343,7 @@ def training_table(results: Results, group: ProtocolGroup) -> Table:
         loss = estimate(training["final_loss"] for training in trainings)
         rows[(*map(str, setting), *cells, loss)] = None
     head = (*(axis.label for axis in group.axes), "steps", "images", "FLOPs", "final loss")
-    return Table("Training", head, tuple(rows))
+    return Table(f"Training ({group.data})", head, tuple(rows))
 
 
 def run_table(results: Results) -> Table:
@@ -347,6 +392,6 @@ def to_csv(results: Results) -> str:
                         *p.budget,
                         *(p.cost.get(c, "") for c in COSTS),
                     ]
-                    + [name, *("" if x is None else x for x in score), protocol_hash(group.protocol)]
+                    + [name, *("" if x is None else x for x in score[:3]), protocol_hash(group.protocol)]
                 )
     return file.getvalue()

@@ -21,6 +21,7 @@ from jax import Array
 from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config import seeds
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import preprocess
 from madformer_jax.data.text import TokenizedTexts
@@ -149,7 +150,7 @@ def make_inputs(
     c: ConfigDict, numbers: Any, labels: Any, noise: Any = None, text: TokenizedTexts | None = None
 ) -> Inputs:
     """Makes `Inputs` with the seed and guidance of the config. The arrays may be abstract."""
-    return Inputs(numbers, labels, noise, np.int64(c.seed).astype(np.uint32), guidance_scales(c), text)
+    return Inputs(numbers, labels, noise, np.int64(seeds.of(c, "sample")).astype(np.uint32), guidance_scales(c), text)
 
 
 def guidance_scales(c: ConfigDict) -> np.ndarray:

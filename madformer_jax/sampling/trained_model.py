@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import aliases, class_labels, fields, validation
+from madformer_jax.config import aliases, class_labels, fields, seeds, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
@@ -143,7 +143,7 @@ class Model:
             if name in _FIXED_FIELDS:
                 raise ConfigError(f"{name}={value!r}: the weights of a model were chosen when it was loaded.")
             if name == "seed":
-                c.seed = _to_field_type(name, value, c.seed)
+                c.seed, c.seeds.sample = _to_field_type(name, value, c.seed), -1
             elif name in c.sample:
                 c.sample[name] = (
                     _ARGUMENT_CONVERTERS[name](value)
@@ -203,7 +203,9 @@ class Model:
         rows = list(zip(solvers.step_rows(coefficients), generation.guidance_scales(c)))
         file_noise = generation.open_noise(c)
         if file_noise is None:
-            noise = generation.seeded_noise(np.uint32(c.seed), jnp.arange(s.n, dtype=jnp.int32), sizes.block_shape)
+            noise = generation.seeded_noise(
+                np.uint32(seeds.of(c, "sample")), jnp.arange(s.n, dtype=jnp.int32), sizes.block_shape
+            )
         else:
             noise = jnp.asarray(file_noise, jnp.float32)
         classes = np.array(config_lib.sample_labels(c), np.int32)[:, None] if m.classes else None

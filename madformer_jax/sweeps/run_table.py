@@ -16,7 +16,7 @@ ASSUMED_UTILIZATION = 0.5  # share of the peak rate, assumed while no run of the
 
 
 def run_table(job: Job) -> str:
-    """Formats the runs, their cost, their status and the estimated hours of those that remain."""
+    """Formats the protocol, the runs, their cost, their status and the estimated hours of those that remain."""
     training_rate, sampling_rate, source = _flop_rates(job)
     lines, remaining = [("run", "overrides", "steps", "training PFLOP", "sampling PFLOP", "minutes", "state")], 0.0
     for run in job.runs:
@@ -34,7 +34,10 @@ def run_table(job: Job) -> str:
         f"{len(job.runs)} runs; those that are not done take one process about {remaining / 60:.3g} h without compilation, at "
         f"{training_rate / 1e9:.4g} GFLOP/s in training and {sampling_rate / 1e9:.4g} in sampling ({source})."
     )
-    return "\n".join(rows)
+    definition = job.definition
+    seeds = len({run.config.seed for run in job.runs})
+    protocol = definition.protocol.lines(definition.question, seeds) + [""] if definition.protocol else []
+    return "\n".join(protocol + rows)
 
 
 def _sampling_flops(job: Job, run: Run) -> Iterator[float]:

@@ -1,7 +1,8 @@
 """The definition of a sweep, and the runs and evaluations that follow from it.
 
 A sweep file (configs/sweeps/*.py) has two functions: `get_config(variant)` returns the base config and
-`sweep(variant)` returns a `Sweep`. The file imports `Sweep`, `grid` and `config_beside` from here.
+`sweep(variant)` returns a `Sweep`. The file imports `Sweep`, `grid` and `config_beside` from here, and
+`Protocol` and `Claim` from `sweeps.protocol`.
 `modes.sweep` calls `load_sweep`, `expand_runs` and `expand_evaluations`.
 """
 
@@ -12,7 +13,8 @@ import os
 import runpy
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
+from typing import Protocol as Interface
 
 from ml_collections import ConfigDict
 
@@ -20,6 +22,8 @@ from madformer_jax.config import aliases, fields, identity
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.sweeps import budget
+from madformer_jax.sweeps import protocol as protocol_lib
+from madformer_jax.sweeps.protocol import Protocol
 
 Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth": 2}
 
@@ -41,6 +45,7 @@ class Sweep(NamedTuple):
       evaluations: Overrides of `sample.*`. Each is evaluated at every sampling budget.
       train_budget: Kind (`budget.TRAIN_BUDGET_KINDS`) and amount that all trainings use up. If None,
         each run trains for `train.steps`.
+      protocol: What the sweep decides, stated before it runs.
     """
 
     question: str
@@ -48,6 +53,7 @@ class Sweep(NamedTuple):
     sample_budgets: Mapping[str, Sequence[float]]
     evaluations: Sequence[Overrides] = ({},)
     train_budget: tuple[str, float] | None = None
+    protocol: Protocol | None = None
 
 
 class Evaluation(NamedTuple):
@@ -104,7 +110,7 @@ def config_beside(file: str, name: str, variant: str | None = None) -> ConfigDic
     return get_config() if variant is None else get_config(variant)
 
 
-class ConfigFile(Protocol):
+class ConfigFile(Interface):
     """An executed config file."""
 
     @property
@@ -150,6 +156,8 @@ def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
     """
     if not sweep.runs:
         raise ConfigError("the sweep has no runs.")
+    if sweep.protocol is not None:
+        protocol_lib.check(sweep.protocol)
     runs: dict[str, Run] = {}
     for overrides in sweep.runs:
         c = apply_overrides(base, overrides)

@@ -2,7 +2,7 @@
 
 `modes.sweep` writes these files. `listing` and the reports read them.
 
-sweep.json               the plan: question, budgets, and the name and overrides of every run
+sweep.json               the plan: question, protocol, budgets, and the name and overrides of every run
 judges/HASH/             classifiers and reference of a data set, shared by all runs on it
 claims/NAME/lock.json    the process that works on a run, judge or timing, with its heartbeat
 runs/NAME/               workdir of a training and of its evaluations, and:
@@ -117,6 +117,7 @@ def plan_json(job: Job) -> dict[str, Any]:
         "sweep": job.name,
         "variant": job.variant,
         "question": s.question,
+        "protocol": s.protocol and s.protocol.describe(),
         "train_budget": s.train_budget and {"kind": s.train_budget[0], "asked": s.train_budget[1]},
         "evaluations": [evaluation.describe() for evaluation in job.evaluations],
         "runs": [{"name": run.name, "overrides": run.overrides} for run in job.runs],
@@ -152,6 +153,19 @@ def _window_means(rows: list[tuple[int, Mapping[str, Any]]]) -> dict[str, float]
         mean = math.fsum(n * value for n, value in values) / sum(n for n, _ in values)
         out[name] = float(f"{mean:.{CURVE_DIGITS}g}")
     return out
+
+
+def held_out_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns {"held_out": {"loss_image": ...}} of the last validation (`train.validate_every`); {} without one."""
+    validations = [line for line in lines if "validated" in line]
+    if not validations:
+        return {}
+    losses = {
+        name.removeprefix("validation_"): float(f"{value:.{CURVE_DIGITS}g}")
+        for name, value in validations[-1].items()
+        if name.startswith("validation_loss")
+    }
+    return {"held_out": losses}
 
 
 def training_seconds(lines: Iterable[Mapping[str, Any]]) -> float:

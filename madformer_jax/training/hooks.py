@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from madformer_jax.config import seeds
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.evaluation import sample_scores
@@ -128,7 +129,7 @@ class Validation(Hook):
 
     def _run(self, step: int, state: train_step.State, stop: Callable[[], bool]) -> None:
         c, mesh, weights, codec_params = self._c, self._context.mesh, self._weights(state), self._codec_params()
-        key = jax.random.fold_in(jax.random.key(c.seed), VALIDATION_STREAM)
+        key = jax.random.fold_in(jax.random.key(seeds.of(c, "data")), VALIDATION_STREAM)
         batch_metrics: list[dict[str, Any]] = []
         counts: list[int] = []
         data = pipeline.train_iterator(c, **self._share, validation=True)

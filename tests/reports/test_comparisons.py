@@ -1,16 +1,16 @@
 import pytest
 
-from madformer_jax.reports import comparisons, results, tables
+from madformer_jax.reports import comparisons, intervals, results, tables
 from madformer_jax.reports.axes import Axis
 from madformer_jax.reports.results import Budget, Point, ProtocolGroup, Score
 
 
-def make_group(curves, cost="solver_steps"):
-    """Returns a group from {D: {seed: {steps: score}}}. The passes are D times the steps."""
+def make_group(curves):
+    """Returns a group from {D: {seed: {steps: score}}}. The NFE are D times the steps."""
     points = [
         Point(
             (d,), seed, Budget("steps", steps), f"{d}-{seed}", 0,
-            {"solver_steps": steps, "passes": d * steps, "flops": 1e9 * d * steps}, {"KID": Score(value)},
+            {"solver_steps": steps, "nfe": d * steps}, {"KID": Score(value)},
         )
         for d, seeds in curves.items() for seed, values in seeds.items() for steps, value in values.items()
     ]  # fmt: skip
@@ -18,6 +18,7 @@ def make_group(curves, cost="solver_steps"):
 
 
 SMALL = {seed: {2: 5 + 0.1 * seed, 8: 4 + 0.1 * seed, 32: 3 + 0.1 * seed} for seed in range(3)}
+STEPS = [Budget("steps", n) for n in (2, 8, 32)]
 
 
 def large(*by):
@@ -28,51 +29,48 @@ def large(*by):
     }
 
 
-def test_a_crossing_outside_of_the_intervals_is_shown():
-    (found,) = comparisons.find_crossings(make_group({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
-    assert (found.verdict, found.clear) == ("shown", (3, 3))
-    assert (found.before.cost, found.after.cost) == (8, 32)
-    assert found.equal_cost == pytest.approx(16)  # halfway in the logarithm
-    assert found.before.improvement.mean == pytest.approx(0.5)  # the lead of the first setting
-    assert found.before.improvement.high - found.before.improvement.mean == pytest.approx(4.302653 * 0.01 / 3**0.5)
+def test_a_setting_stops_at_its_best_step_count_within_the_budget():
+    """D = 1 gets worse after 8 steps. It is not forced to spend a budget of 32 NFE."""
+    worse_later = {seed: {2: 5.0, 8: 4.0 + 0.1 * seed, 32: 9.0} for seed in range(3)}
+    group = make_group({1: worse_later, 4: SMALL})
+    best = comparisons.best_within(group, (1,), "KID", Budget("nfe", 32))
+    assert best.steps == 8
+    assert best.values == {0: 4.0, 1: 4.1, 2: 4.2}
+    assert comparisons.best_within(group, (4,), "KID", Budget("nfe", 32)).steps == 8  # 32 steps cost 128
+    assert comparisons.best_within(group, (4,), "KID", Budget("nfe", 7)) is None
 
 
-def test_pairing_by_seed_makes_the_interval_that_of_the_differences():
+def test_differences_are_paired_by_seed_and_corrected_for_their_number():
     """Each seed shifts both curves by ten times the difference. Unpaired intervals would include 0."""
     shifted = {s: {n: v + s for n, v in values.items()} for s, values in SMALL.items()}
     other = {s: {n: v + s for n, v in values.items()} for s, values in large(-0.1, 0.05, 0.1).items()}
-    (found,) = comparisons.find_crossings(make_group({1: shifted, 2: other}), "KID", "solver_steps")
-    assert found.verdict == "shown"
+    found = comparisons.at_best_steps(make_group({1: shifted, 2: other}), "KID", STEPS)
+    assert [[d.estimate.sign for d in found[budget]] for budget in STEPS] == [[1], [-1], [-1]]
+    first = found[STEPS[0]][0].estimate
+    assert first.high - first.mean > 1.2 * (intervals.estimate(first.values).high - first.mean)
 
 
-def test_means_that_cross_within_their_intervals_show_nothing():
-    (found,) = comparisons.find_crossings(make_group({1: SMALL, 2: large(-1, 0.005, 0.002)}), "KID", "solver_steps")
-    assert found.verdict == "means only"
-    assert (found.before.cost, found.after.cost) == (2, 8)
+def test_a_crossing_outside_of_the_bands_is_shown():
+    (found,) = comparisons.find_crossings(make_group({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", STEPS)
+    assert (found.verdict, found.clear) == ("shown", (3, 3))
+    assert (found.before[0].amount, found.after[0].amount) == (2, 32)
+    assert found.before[1].estimate.mean == pytest.approx(-1.0)  # the first setting minus the second
+
+
+def test_means_that_cross_within_their_bands_show_nothing():
+    (found,) = comparisons.find_crossings(make_group({1: SMALL, 2: large(-1, 0.005, 0.002)}), "KID", STEPS)
+    assert (found.verdict, found.clear) == ("means only", (1, 3))
 
 
 def test_one_seed_is_never_clear():
-    (found,) = comparisons.find_crossings(
-        make_group({1: {0: SMALL[0]}, 2: {0: large(-1, 0, 1)[0]}}), "KID", "solver_steps"
-    )
+    group = make_group({1: {0: SMALL[0]}, 2: {0: large(-1, 0, 1)[0]}})
+    (found,) = comparisons.find_crossings(group, "KID", STEPS)
     assert (found.verdict, found.clear) == ("means only", (0, 3))
 
 
-def test_curves_that_keep_their_order():
-    (found,) = comparisons.find_crossings(make_group({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", "solver_steps")
-    assert (found.verdict, found.equal_cost) == ("none", None)
-
-
-def test_costs_that_differ_are_compared_where_both_curves_have_a_value():
-    """Curves that cross by steps do not by passes: the second setting's steps cost twice as much."""
-    group = make_group({1: SMALL, 2: large(-1, -0.5, 0.5)})
-    one, two = (comparisons.seed_curves(group, (d,), "KID", "passes") for d in (1, 2))
-    assert [d.cost for d in comparisons.paired_differences(one, two, -1)] == [4, 8, 16, 32]
-    (found,) = comparisons.find_crossings(group, "KID", "passes")
-    assert (found.verdict, found.after.cost) == ("none", 32)
-    assert found.after.improvement.mean == pytest.approx(
-        0.5
-    )  # 3.5, interpolated between the points of the second setting, minus 3
+def test_curves_that_keep_their_order_do_not_cross():
+    (found,) = comparisons.find_crossings(make_group({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", STEPS)
+    assert found.verdict == "none"
 
 
 def test_higher_is_better_for_shares():
@@ -81,10 +79,37 @@ def test_higher_is_better_for_shares():
     assert results.score_sign("KID-classifier") == -1
 
 
-def test_a_crossing_table_names_the_better_setting_at_each_cost():
-    table = tables.crossing_table(make_group({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID", "solver_steps")
-    assert table is not None
-    ((pair, order, at, less, more),) = table.rows
-    assert (pair, order, at) == ("D = 1 and D = 2", "changes\nclear on both sides", "16")
-    assert less == "D = 1 by 0.5000\n[0.4752, 0.5248] at 8"
-    assert more == "D = 2 by 0.5000\n[0.4752, 0.5248] at 32"
+def test_a_crossing_table_names_the_better_setting_at_each_budget():
+    (table,) = tables.crossing_tables(make_group({1: SMALL, 2: large(-1, -0.5, 0.5)}), "KID")
+    ((pair, order, less, more),) = table.rows
+    assert (pair, order) == ("D = 1 and D = 2", "changes, clear on both sides\nclear at 3 of 3")
+    assert less.startswith("D = 1 by 1\n[") and less.endswith("at 2 steps")
+    assert more.startswith("D = 2 by 0.500\n[") and more.endswith("at 32 steps")
+
+
+def test_ablations_are_compared_with_the_base_and_a_grid_with_its_first_value():
+    axes = (Axis("model.clean_stream", (False, True)), Axis("model.blocks", (1, 4)))
+
+    def group(*settings):
+        points = [Point(s, 0, Budget("steps", 1), "run", 0, {}, {}) for s in settings]
+        return ProtocolGroup("", axes, tuple(points), {})
+
+    base = (True, 4)
+    assert comparisons.contrasts(group((False, 4), base, (True, 1))) == [((False, 4), base), ((True, 1), base)]
+    grid = group((False, 1), (False, 4), (True, 1), (True, 4))
+    assert comparisons.contrasts(grid) == [
+        ((True, 1), (False, 1)), ((True, 4), (False, 4)), ((False, 4), (False, 1)), ((True, 4), (True, 1)),
+    ]  # fmt: skip
+
+
+def test_losses_of_other_targets_are_not_compared():
+    blocks, depth = Axis("model.blocks", (1, 4)), Axis("model.diffusion_depth", (1, 2))
+    group = ProtocolGroup("", (blocks, depth), (), {})
+    assert comparisons.comparable_losses(group, ((1, 1), (1, 2)))
+    assert not comparisons.comparable_losses(group, ((1, 1), (4, 1)))
+
+
+def test_losses_are_means_over_the_last_quarter_of_the_steps():
+    curve = [{"step": step, "loss_image": step / 100} for step in (200, 400, 600, 700, 800)]
+    run = {"training": {"curve": curve, "held_out": {"loss_image": 0.5}}}
+    assert comparisons.training_losses(run) == {"loss_image": 7.5, "held_out_loss_image": 0.5}

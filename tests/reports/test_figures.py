@@ -1,6 +1,6 @@
 import re
 
-from madformer_jax.reports import figures, results
+from madformer_jax.reports import figures, formatting, results
 from tests.reports import made_up
 
 
@@ -20,14 +20,16 @@ def test_a_heat_map_has_every_cells_mean(tmp_path):
     for depth in (1, 8):
         for blocks in (1, 4):
             mean = sum(made_up.score(depth, 64, seed, blocks) for seed in (0, 1)) / 2
-            assert f"{mean:.5f}" in texts(panel)
+            assert formatting.format_number(mean) in texts(panel)
 
 
 def test_a_curve_for_each_depth_and_a_panel_for_each_number_of_blocks(tmp_path):
     group = load_group(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(2, 64))
     panels = figures.cost_curves(group, "KID-classifier", "passes", group.axes[0])
     assert [panel.name for panel in panels] == ["kid-classifier-passes-l1", "kid-classifier-passes-l4"]
-    assert {"KID-classifier ↓, L = 4", "D = 1", "D = 8", "full-model passes per image"} <= set(texts(panels[1]))
+    assert {"KID-classifier ↓, L = 4", "D = 1", "D = 8", "full-model passes per image", "digits, 256 px"} <= set(
+        texts(panels[1])
+    )
     assert b"<dc:date>" not in panels[0].svg
 
 

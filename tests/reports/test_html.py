@@ -1,4 +1,5 @@
 import json
+import pathlib
 import re
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 from madformer_jax.cli import command_line
 from madformer_jax.config import schema
 from madformer_jax.modes import report
+from madformer_jax.reports import formatting, results, tables
 from tests.reports import made_up
 
 
@@ -65,9 +67,9 @@ def test_ids_in_a_page_are_unique_or_equivalent(folder):
 
 def test_tables_have_the_papers_form_and_a_command(folder):
     text = (folder / "report" / "tables.md").read_text()
-    table = text[text.index("### D, at 64 steps") :]
+    table = text[text.index("### D, at 64 steps (digits, 256 px, n = 500)") :]
     assert table.split("\n")[2] == "| D | KID-classifier ↓ | solver steps | NFE | passes |"
-    assert f"KID-classifier {made_up.score(1, 64, 0):.5f}: D = 1 at 64 steps, seed 0:" in table
+    assert f"KID-classifier {formatting.format_number(made_up.score(1, 64, 0))}: D = 1 at 64 steps, seed 0:" in table
     assert table[table.index("```bash\n") :].split("\n")[1:4] == [
         "python -m madformer_jax.main --workdir=runs/cell --config=configs/sweeps/depth.py:cpu --config.seed=0 "
         "--config.train.steps=600 --config.model.diffusion_depth=1",
@@ -89,3 +91,24 @@ def test_an_error_is_a_line_and_writes_nothing(tmp_path, capsys):
     assert command_line.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 2
     assert "d1l4s0/grid.png cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
+
+
+RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
+
+
+@pytest.mark.parametrize("name", ["depth_digits", "depth_drawings", "blocks_drawings", "conditioning_digits"])
+def test_the_committed_scores_are_those_of_the_committed_results(name):
+    assert (
+        tables.to_csv(results.load_results(str(RESULTS / name))) == (RESULTS / name / "report/results.csv").read_text()
+    )
+
+
+def test_a_committed_report_is_made_again_from_its_results(tmp_path):
+    """The bytes of figures depend on the version of matplotlib, so only their names are compared."""
+    source = RESULTS / "conditioning_digits"
+    (tmp_path / "runs").symlink_to(source / "runs")
+    shutil.copy(source / "sweep.json", tmp_path)
+    report.run(schema.base(), str(tmp_path))
+    made, committed = content(tmp_path), content(source)
+    assert made.keys() == committed.keys()
+    assert made["tables.md"] == committed["tables.md"]

@@ -4,20 +4,31 @@ import math
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.reports import results
+from madformer_jax.reports import intervals, results
 from madformer_jax.reports.axes import Axis
 from tests.reports import made_up
 
 
 def test_interval_of_a_mean_is_students():
-    found = results.estimate([1.0, 2.0, 6.0])
+    found = intervals.estimate([1.0, 2.0, 6.0])
     half = 4.302653 * math.sqrt(7.0) / math.sqrt(3)  # t(0.975, 2) of a printed table; the variance is 7
     assert found.mean == pytest.approx(3.0)
     assert (found.low, found.high) == pytest.approx((3.0 - half, 3.0 + half), rel=1e-6)
 
 
 def test_a_single_seed_has_no_interval():
-    assert results.estimate([2.0]) == results.Estimate((2.0,), 2.0, None, None)
+    assert intervals.estimate([2.0]) == intervals.Estimate((2.0,), 2.0, None, None)
+
+
+def test_the_interval_of_a_share_stays_within_0_and_1():
+    def mean(score):
+        points = [
+            results.Point((), i, results.Budget("steps", 1), "", 0, {}, {score: results.Score(x)})
+            for i, x in enumerate((0.8, 1.0))
+        ]
+        return results.score_estimate(points, score)
+
+    assert mean("recall-classifier").high == 1.0 < mean("KID-classifier").high
 
 
 @pytest.mark.parametrize(("score", "sign"), [("attributes", 1), ("FD-attributes", -1), ("recall-attributes", 1)])

@@ -15,9 +15,9 @@ def test_a_grid_is_a_table_for_each_axis_and_compares_within_the_others(tmp_path
     found, group = load(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(2, 64))
     by_depth, by_blocks = tables.axis_tables(found, group)
     assert by_depth.header[:2] == ("L", "D")
-    assert [row[:2] for row in by_depth.rows] == [("1", "1"), ("1", "8"), ("4", "1"), ("4", "8")]
+    assert [row[:2] for row in by_depth.rows[:-1]] == [("1", "1"), ("1", "8"), ("4", "1"), ("4", "8")]
     assert by_depth.best == {(1, 2), (3, 2)}  # the larger D, at the larger budget, for each L
-    assert [row[:2] for row in by_blocks.rows] == [("1", "1"), ("1", "4"), ("8", "1"), ("8", "4")]
+    assert [row[:2] for row in by_blocks.rows[:-1]] == [("1", "1"), ("1", "4"), ("8", "1"), ("8", "4")]
 
 
 def test_ablations_of_a_base_are_one_table(tmp_path):
@@ -29,28 +29,37 @@ def test_ablations_of_a_base_are_one_table(tmp_path):
     found, group = load(tmp_path, depths=(1, 2, 4), steps=(2,), extra=off)
     (table,) = tables.axis_tables(found, group)
     assert table.header[:2] == ("clean stream", "AR condition")
-    assert [row[:2] for row in table.rows] == [("False", "True"), ("True", "False"), ("True", "True")]
+    assert [row[:2] for row in table.rows] == [
+        ("False", "True"), ("True", "False"), ("True", "True"), ("real images", ""),
+    ]  # fmt: skip
     assert [group.label(setting) for setting in group.settings] == ["no clean stream", "no AR condition", "base"]
 
 
-def test_the_best_at_each_budget_and_by_how_much(tmp_path):
+def test_differences_have_the_steps_of_both_settings(tmp_path):
     _, group = load(tmp_path, depths=(1, 8), steps=(2, 64))
-    table = tables.best_settings(group, "KID-classifier")
-    assert table is not None
-    assert [row[:2] for row in table.rows] == [("2 steps", "D = 1"), ("64 steps", "D = 8")]
-    by = table.rows[0][4]
-    assert isinstance(by, Estimate)
-    assert by.values == pytest.approx([made_up.score(8, 2, seed) - made_up.score(1, 2, seed) for seed in (0, 1)])
+    (table,) = tables.difference_tables(group, "KID-classifier")
+    ((label, few, many),) = table.rows
+    assert label == "D = 8 minus D = 1"
+    assert (few.note, many.note) == ("2 and 2 steps", "64 and 64 steps")
+    assert few.estimate.values == pytest.approx(
+        [made_up.score(8, 2, seed) - made_up.score(1, 2, seed) for seed in (0, 1)]
+    )
+
+
+def test_the_row_of_real_images_says_what_is_not_stored(tmp_path):
+    found, group = load(tmp_path, depths=(1, 8), steps=(2,))
+    (table,) = tables.axis_tables(found, group)
+    assert table.rows[-1][:2] == ("real images", "not stored")
 
 
 @pytest.mark.parametrize(
     ("x", "text"),
-    [(0.0, "0"), (20.0, "20"), (20.236, "20.24"), (0.012345, "0.01235"), (-0.000123, "-0.000123"), (3e-6, "3.000e-06")],
+    [(0.0, "0"), (20.0, "20"), (20.236, "20.2"), (0.012345, "0.0123"), (-0.000123, "-0.000123"), (3e-6, "3.00e-06")],
 )
-def test_numbers_have_four_digits(x, text):
+def test_numbers_have_three_digits(x, text):
     assert formatting.format_number(x) == text
 
 
 def test_a_cell_has_the_mean_its_interval_and_every_value():
-    assert formatting.format_cell(Estimate((1.0, 2.0), 1.5, 0.5, 2.5)) == "1.500 [0.5000, 2.500] (1, 2)"
-    assert formatting.format_cell(Estimate((1.25,), 1.25, None, None)) == "1.250"
+    assert formatting.format_cell(Estimate((1.0, 2.0), 1.5, 0.5, 2.5)) == "1.50 [0.500, 2.50] (1, 2)"
+    assert formatting.format_cell(Estimate((1.25,), 1.25, None, None)) == "1.25"

@@ -15,6 +15,7 @@ from madformer_jax.evaluation import judge_paths
 from madformer_jax.modes import sweep as mode
 from madformer_jax.runtime import lock, partitioning, storage
 from madformer_jax.sweeps import sweep_file, sweep_folder
+from madformer_jax.sweeps.protocol import Claim, Protocol
 from madformer_jax.sweeps.sweep_file import Sweep, grid
 from tests import tiny
 
@@ -205,6 +206,7 @@ def test_the_published_results_match_their_sweep_files(name):
     assert all(sweep_folder.is_done(workdir, run, evaluations) for run in runs)
     plan = storage.read_json(f"{workdir}/sweep.json")
     assert plan["evaluations"] == [evaluation.describe() for evaluation in evaluations]
+    assert plan["protocol"] == json.loads(json.dumps(definition.protocol.describe()))
     for run in runs[:: len(runs) // 3]:
         for evaluation in storage.read_json(f"{sweep_folder.run_folder(workdir, run)}/result.json")["evaluations"]:
             run.config.sample.steps = evaluation["cost"]["solver_steps"]
@@ -270,6 +272,25 @@ def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
     assert list(states.values()) == ["done"]
 
 
+def test_a_dry_run_begins_with_the_protocol(c, stage, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mode.run_table.flops, "peak_rate", lambda dtype: 1e9)
+    claim = Claim("a wide model is better", {"model.width": 24}, {"model.width": 16}, ("steps", 4))
+    definition = TWO._replace(protocol=Protocol("KID", "FD", [claim], "the interval lies below 0"))
+    mode.run(c, str(tmp_path), file=File(definition), dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        "question: Which width?", "primary endpoint: KID", "secondary endpoint: FD",
+        "claim 1: a wide model is better (model.width = 24 against model.width = 16; best step count within 4 steps)",
+    ]  # fmt: skip
+    assert "refuted if: the interval lies below 0" in lines
+
+
+def test_a_held_out_loss_is_part_of_the_result():
+    lines = [{"step": 2, "loss": 0.1}, {"step": 2, "validated": 8, "validation_loss_image": 0.3, "validation_n": 1}]
+    assert sweep_folder.held_out_losses(lines) == {"held_out": {"loss_image": 0.3}}
+    assert sweep_folder.held_out_losses(lines[:1]) == {}
+
+
 # ---- the definition
 
 
@@ -290,6 +311,8 @@ def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
             TWO._replace(runs=[{"model.classes": 0}]),
             r"config.sample.guidance_interval=\(0, 900\) needs a class-conditional",
         ),
+        (TWO._replace(protocol=Protocol("KID", "FD", [], "")), "no claims"),
+        (TWO._replace(protocol=Protocol("KID", "FD", [Claim("x", {}, {})], "")), "needs a sampling budget"),
         (None, "returned a NoneType, not a Sweep"),
     ],
 )

@@ -5,7 +5,9 @@ import runpy
 
 import pytest
 
-from madformer_jax.sweeps import sweep_file, sweep_folder
+from madformer_jax.config import fields
+from madformer_jax.errors import ConfigError
+from madformer_jax.sweeps import budget, sweep_file, sweep_folder
 from madformer_jax.sweeps.sweep_file import grid
 from tests import tiny
 
@@ -95,3 +97,34 @@ def test_a_loss_curve_does_not_depend_on_interruptions():
     whole = sweep_folder.loss_curve(lines(4, 8, 10), every=4)
     assert [point["step"] for point in whole] == [4, 8, 10]
     assert sweep_folder.loss_curve([*lines(3, 4, 8, 9, 10), {"step": 10, "scored": 3}], every=4) == whole
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "configs/sweeps").glob("*.py") if path.stem != "bases")
+)
+def test_the_claims_of_a_sweep_file_name_two_of_its_settings(name):
+    """Every file has a protocol, and a report can find both sides of each claim and its budget."""
+    functions = runpy.run_path(str(ROOT / f"configs/sweeps/{name}.py"))
+    for variant in ((), ("cpu32",), ("cpu64",), ("cpu_eps",), ("digits",)):
+        try:
+            definition, base = functions["sweep"](*variant), functions["get_config"](*variant)
+        except (ConfigError, TypeError):  # the file has no such variant
+            assert variant
+            continue
+        runs = [{k: v for k, v in run.items() if k != "seed"} for run in definition.runs]
+        configs = [fields.flat(sweep_file.apply_overrides(base, run)) for run in runs]
+        for claim in definition.protocol.claims:
+            for side in (claim.better, claim.worse):
+                trained = {k: v for k, v in side.items() if not k.startswith("sample.")}
+                wanted = fields.flat(sweep_file.apply_overrides(base, trained))
+                assert any(all(c[k] == wanted[k] for run in runs for k in run) for c in configs), claim.text
+
+
+def test_a_switch_that_saves_flops_has_an_arm_of_equal_flops():
+    functions = runpy.run_path(str(ROOT / "configs/sweeps/ablations.py"))
+    base, definition = functions["get_config"]("cpu"), functions["sweep"]("cpu")
+    assert len(definition.runs) == 45
+    (steps,) = {run["train.steps"] for run in definition.runs if "train.steps" in run}
+    equal = sweep_file.apply_overrides(base, functions["NO_AR_CONDITION"] | {"train.steps": steps})
+    assert budget.training_flops(equal) == pytest.approx(budget.training_flops(base), rel=1e-3)
+    assert steps / base.train.steps == pytest.approx(1.49, abs=0.01)

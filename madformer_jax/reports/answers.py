@@ -1,0 +1,130 @@
+"""The answer to a sweep's protocol: each claim is shown, refuted or open.
+
+The intervals of all claims hold together (Bonferroni): with probability 95 % none misses its true
+difference. Unlike Holm's, they also bound how small a difference is, which a refutation needs.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from madformer_jax.reports import comparisons
+from madformer_jax.reports.comparisons import Setting
+from madformer_jax.reports.formatting import format_interval, format_number
+from madformer_jax.reports.intervals import ALPHA, Estimate, estimate
+from madformer_jax.reports.results import Budget, ProtocolGroup, Results, score_sign
+
+
+class Answer(NamedTuple):
+    """The answer to one claim.
+
+    Attributes:
+      claim: The claim, as in sweep.json.
+      verdict: "shown", "refuted" or "open".
+      endpoint: Name of the score or loss.
+      improvement: How much better the claimed setting is, with a simultaneous interval; None without
+        results.
+      worse_mean: Mean of the other setting.
+      steps: Solver steps of both settings; None for a loss.
+      group: The points that were compared; None without results.
+    """
+
+    claim: Mapping[str, Any]
+    verdict: str
+    endpoint: str
+    improvement: Estimate | None = None
+    worse_mean: float = 0.0
+    steps: tuple[int, int] | None = None
+    group: ProtocolGroup | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, the claim and its evidence."""
+        head = f"{self.verdict.capitalize()}: {self.claim['text']}."
+        if self.improvement is None:
+            return f"{head} There are no results for it."
+        x = self.improvement
+        interval = format_interval(x) or "(no interval: one seed)"
+        share = x.mean / abs(self.worse_mean) if self.worse_mean else 0.0
+        percent = f", {share:.0%} of the other mean" if abs(share) >= 0.005 else ""
+        steps = f", at {self.steps[0]} against {self.steps[1]} solver steps" if self.steps else ""
+        return f"{head} Improvement of {self.endpoint}: {format_number(x.mean)} {interval}{percent}{steps}."
+
+
+def answers(results: Results) -> list[Answer]:
+    """Returns the answers to the claims of a sweep's protocol; empty without a protocol."""
+    protocol = results.protocol
+    return [_answer(results, protocol, claim) for claim in protocol["claims"]] if protocol else []
+
+
+def endpoint_label(name: str) -> str:
+    """Returns the name of an endpoint in text."""
+    labels = {"loss_image": "training image loss", "held_out_loss_image": "held-out image loss"}
+    return labels.get(name, name)
+
+
+def endpoint_scores(group: ProtocolGroup, protocol: Mapping[str, Any] | None) -> list[str]:
+    """Returns the names of the endpoints among a group's scores; without a protocol, of the first two scores."""
+    if protocol is None:
+        return group.scores[:2]
+    words = (protocol["primary"], protocol["secondary"])
+    names = [name for word in words for name in group.scores if name.partition("-")[0] == word]
+    return names + [name for name in group.scores[:2] if name not in names]
+
+
+def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, Any]) -> Answer:
+    endpoint, alpha = protocol["primary"], ALPHA / len(protocol["claims"])
+    for group in results.groups:
+        if any(group.key.get(name) != value for name, value in claim["where"].items()):
+            continue
+        settings = [_find_setting(results, group, claim[side]) for side in ("better", "worse")]
+        if None in settings:
+            continue
+        found = _endpoint_values(results, group, endpoint, claim["at"], [s for s in settings if s is not None])
+        if found is None:
+            continue
+        name, better, worse, steps = found
+        values = [score_sign(name) * x for x in comparisons.paired(better, worse)]
+        if not values:
+            continue
+        improvement, mean = estimate(values, alpha), sum(worse.values()) / len(worse)
+        verdict = _verdict(improvement, protocol["margin"] * abs(mean))
+        return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, group)
+    return Answer(claim, "open", endpoint)
+
+
+def _verdict(improvement: Estimate, margin: float) -> str:
+    if improvement.low is None or improvement.high is None:
+        return "open"
+    return "shown" if improvement.low > 0 else "refuted" if improvement.high < margin else "open"
+
+
+def _find_setting(results: Results, group: ProtocolGroup, overrides: Mapping[str, Any]) -> Setting | None:
+    """Returns the setting of a group that a sweep's overrides describe, or None.
+
+    A field that they leave out has the value of the base config.
+    """
+    names = [axis.field for axis in group.axes]
+    base = {name: run["config"].get(name) for name in names for run in results.runs if name not in run["overrides"]}
+    setting = tuple(_as_stored(overrides.get(name, base.get(name))) for name in names)
+    return setting if setting in group.settings else None
+
+
+def _as_stored(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Values = Mapping[int, float]  # seed -> score
+
+
+def _endpoint_values(
+    results: Results, group: ProtocolGroup, endpoint: str, at: Iterable[Any] | None, pair: list[Setting]
+) -> tuple[str, Values, Values, tuple[int, int] | None] | None:
+    """Returns the endpoint's name, its values for both settings, and their solver steps; None without values."""
+    if at is None:
+        found = comparisons.losses(results, group, endpoint)
+        return (endpoint, found[pair[0]], found[pair[1]], None) if all(s in found for s in pair) else None
+    name = next((name for name in group.scores if name.partition("-")[0] == endpoint), None)
+    if name is None:
+        return None
+    a, b = (comparisons.best_within(group, s, name, Budget(*at)) for s in pair)
+    return (name, a.values, b.values, (a.steps, b.steps)) if a and b else None

@@ -1,0 +1,108 @@
+"""The protocol of a sweep: what is asked, how it is measured, and what would refute it.
+
+A sweep file states the protocol before the sweep runs. `--dry_run` prints it, sweep.json keeps it, and
+the report answers its claims (`reports.answers`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.sweeps import budget
+
+BEFORE, AFTER = "before the results", "after the results"
+
+
+class Claim(NamedTuple):
+    """A statement that one setting is better than another in the primary endpoint.
+
+    Attributes:
+      text: The statement, in one sentence.
+      better: Overrides of the setting that is claimed to be better; {} is the sweep's base.
+      worse: The same for the other setting.
+      at: Kind and amount of a sampling budget (`budget.SAMPLE_BUDGET_KINDS`). Each setting counts with
+        its best step count within the budget. None for a loss, which needs no samples.
+      where: Fields that choose one of several tables, such as {"data.image_size": 64}.
+    """
+
+    text: str
+    better: Mapping[str, Any]
+    worse: Mapping[str, Any]
+    at: tuple[str, float] | None = None
+    where: Mapping[str, Any] = {}
+
+
+class Protocol(NamedTuple):
+    """What a sweep decides.
+
+    Attributes:
+      primary: The endpoint of the claims: the first word of a score ("KID") or a loss ("loss_image",
+        "held_out_loss_image").
+      secondary: The endpoint that is reported beside it.
+      claims: The statements. Their intervals hold together, so that each further claim widens all.
+      refuted_if: What would refute the claims, in words.
+      margin: Smallest improvement that counts, as a share of the mean of the worse setting. A claim is
+        refuted if its interval lies below the margin.
+      written: When the protocol was written, `BEFORE` or `AFTER`.
+    """
+
+    primary: str
+    secondary: str
+    claims: Sequence[Claim]
+    refuted_if: str
+    margin: float = 0.0
+    written: str = BEFORE
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the protocol for sweep.json."""
+        return self._asdict() | {"claims": [claim._asdict() for claim in self.claims]}
+
+    def lines(self, question: str, seeds: int) -> list[str]:
+        """Returns the protocol as lines of text."""
+        return [f"{name}: {value}" for name, value in facts(self.describe(), question, seeds)]
+
+
+def facts(protocol: Mapping[str, Any], question: str, seeds: int) -> list[tuple[str, str]]:
+    """Returns the name and the text of each part of a protocol, as stored in sweep.json."""
+    margin = f"; a claim counts from {protocol['margin']:.0%} on" if protocol["margin"] else ""
+    return [
+        ("question", question),
+        ("primary endpoint", protocol["primary"] + margin),
+        ("secondary endpoint", protocol["secondary"]),
+        *((f"claim {i}", _claim_text(claim)) for i, claim in enumerate(protocol["claims"], 1)),
+        ("refuted if", protocol["refuted_if"]),
+        ("seeds", str(seeds)),
+        ("written", protocol["written"]),
+    ]
+
+
+def _claim_text(claim: Mapping[str, Any]) -> str:
+    places = [f"{name} = {value}" for name, value in claim["where"].items()]
+    if claim["at"]:
+        kind, amount = claim["at"]
+        places.append(f"best step count within {amount:g} {kind}")
+    better, worse = claim["better"], claim["worse"]
+    same = {name for name in better if better[name] == worse.get(name, object())}
+    sides = [
+        ", ".join(f"{name} = {value}" for name, value in side.items() if name not in same) or "base"
+        for side in (better, worse)
+    ]
+    return f"{claim['text']} ({sides[0]} against {sides[1]}{''.join(f'; {place}' for place in places)})"
+
+
+def check(protocol: Protocol) -> None:
+    """Checks a protocol.
+
+    Raises:
+      ConfigError: It has no claims, or a claim has an unknown kind of budget or none where one is needed.
+    """
+    if not protocol.claims:
+        raise ConfigError("the sweep's protocol has no claims: state one, or leave the protocol out.")
+    for claim in protocol.claims:
+        is_loss = "loss" in protocol.primary
+        if (claim.at is None) != is_loss:
+            need = "no budget: remove `at`" if is_loss else "a sampling budget: set `at`"
+            raise ConfigError(f"claim {claim.text!r}: the endpoint {protocol.primary} needs {need}.")
+        if claim.at and claim.at[0] not in budget.SAMPLE_BUDGET_KINDS:
+            kinds = ", ".join(budget.SAMPLE_BUDGET_KINDS)
+            raise ConfigError(f"claim {claim.text!r}: {claim.at[0]!r} is not a kind of budget: use one of {kinds}.")

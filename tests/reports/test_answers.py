@@ -1,0 +1,72 @@
+"""The answers to a protocol, from made-up results."""
+
+import json
+
+import pytest
+
+from madformer_jax.modes import report
+from madformer_jax.reports import answers, results
+from madformer_jax.sweeps.protocol import Claim, Protocol
+from tests.reports import made_up
+
+SMALL, LARGE = {"model.diffusion_depth": 1}, {"model.diffusion_depth": 8}
+CLAIMS = [
+    Claim("a small D wins at few steps", SMALL, LARGE, ("steps", 2)),
+    Claim("a small D wins at many steps", SMALL, LARGE, ("steps", 64)),
+    Claim("D = 2 has results", {"model.diffusion_depth": 2}, LARGE, ("steps", 64)),
+]
+
+
+def load(folder, protocol, seeds=(0, 1, 2)):
+    made_up.write(folder, depths=(1, 8), seeds=seeds, steps=(2, 64), scores=("KID-classifier",))
+    path = folder / "sweep.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"protocol": protocol.describe()}))
+    return results.load_results(str(folder))
+
+
+def test_claims_are_shown_refuted_or_open(tmp_path):
+    found = answers.answers(load(tmp_path, Protocol("KID", "FD", CLAIMS, "never")))
+    assert [answer.verdict for answer in found] == ["shown", "refuted", "open"]
+    assert found[0].steps == (2, 2)
+    differences = [made_up.score(8, 2, seed) - made_up.score(1, 2, seed) for seed in (0, 1, 2)]
+    assert found[0].improvement.mean == pytest.approx(sum(differences) / 3)
+    assert found[2].sentence == "Open: D = 2 has results. There are no results for it."
+
+
+def test_more_claims_widen_every_interval(tmp_path):
+    one, three = (
+        answers.answers(load(tmp_path / str(n), Protocol("KID", "FD", CLAIMS[:n], "never")))[0].improvement
+        for n in (1, 3)
+    )
+    assert one.mean == three.mean
+    assert three.high > one.high
+
+
+def test_an_improvement_below_the_margin_refutes(tmp_path):
+    """The interval may include 0, but it must lie below the margin."""
+    loaded = load(tmp_path, Protocol("loss_image", "KID", [Claim("D matters", SMALL, LARGE)], "never", margin=0.02))
+    for run in loaded.runs:
+        noise = 1e-3 * run["seed"] * (run["overrides"]["model.diffusion_depth"] - 1) / 7
+        run["training"]["curve"] = [{"step": 600, "loss_image": 1.0 + noise}]
+    (found,) = answers.answers(loaded)
+    assert found.improvement.low < 0 < found.improvement.high < 0.02
+    assert found.verdict == "refuted"
+    (open_,) = answers.answers(loaded._replace(protocol=loaded.protocol | {"margin": 0.0}))
+    assert open_.verdict == "open"
+
+
+def test_one_seed_leaves_a_claim_open(tmp_path):
+    (found, *_) = answers.answers(load(tmp_path, Protocol("KID", "FD", CLAIMS[:1], "never"), seeds=(0,)))
+    assert found.verdict == "open"
+    assert "(no interval: one seed)" in found.sentence
+
+
+def test_the_report_begins_with_the_answer(tmp_path):
+    load(tmp_path, Protocol("KID", "FD", CLAIMS[:2], "both intervals include 0"))
+    report.run(None, str(tmp_path))
+    lines = (tmp_path / "report" / "tables.md").read_text().splitlines()
+    shown = next(i for i, line in enumerate(lines) if line.startswith("- Shown: a small D wins at few steps"))
+    assert lines[shown + 1].startswith("- Refuted: a small D wins at many steps")
+    assert shown < 10 and "- refuted if: both intervals include 0" in lines
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.index("Shown: a small D") < page.index("<svg") < page.index("<table")
