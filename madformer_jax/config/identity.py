@@ -44,6 +44,7 @@ _TABLE: dict[str, dict[Fact, str]] = {
     },
     "text": {_FIXED: "vocabulary length caption", _FREE: "truncate", _FILE: "tokenizer"},
     "loss": {_FIXED: "image hidden clean text weighting"},
+    "diffusion": {_FIXED: "path time_sampling shift"},
     "codec": {_FIXED: "name patch scaling_factor dtype", _LOCAL: "path"},
     "data": {
         _FIXED: "source drawings split test_share image_size channels crop background flip",

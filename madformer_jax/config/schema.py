@@ -79,7 +79,12 @@ def base() -> ConfigDict:
     c.loss.hidden = 0.1
     c.loss.clean = 0.0
     c.loss.text = 0.0
-    c.loss.weighting = "output"  # weight of the image's error: 1; or "v": as if the model predicted v
+    c.loss.weighting = "output"  # weight of the image's error: 1; "v": as if the model predicted v; or "min_snr"
+
+    c.diffusion = ConfigDict()  # the noise path (docs/training.md)
+    c.diffusion.path = "ddpm"  # ddpm (release) | flow | cosine
+    c.diffusion.time_sampling = "uniform"  # of training timesteps; or "logit_normal" (flow, cosine)
+    c.diffusion.shift = 1.0  # flow, cosine: moves timesteps to more noise, for larger images; 1: no shift
 
     c.codec = ConfigDict()
     c.codec.name = "vae"  # image <-> latent: "vae" (AutoencoderKL) or "pixel" (space-to-depth, no learned part)
@@ -155,8 +160,8 @@ def base() -> ConfigDict:
     c.sample.shard = 256  # images in a file, the most that are drawn again after a kill
     c.sample.grid = 64  # the first images, shown in the PNG of a sampling and of a training's step
     c.sample.film = ""  # "webp": write an animation of the denoising of the grid's images (--mode=sample)
-    c.sample.solver = "dpmpp_2m"  # ddim | dpmpp_2m
-    c.sample.spacing = "trailing"  # trailing | leading | linspace
+    c.sample.solver = "dpmpp_2m"  # ddim | dpmpp_2m | euler | heun | ancestral (docs/sampling.md)
+    c.sample.spacing = "trailing"  # trailing | leading | linspace (ddpm only)
     c.sample.steps = 50
     c.sample.guidance = 1.0  # classifier-free guidance scale; 1: off
     c.sample.guidance_schedule = "constant"  # or "linear": from 1 at the first solver step to the scale at the last

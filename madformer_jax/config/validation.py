@@ -10,7 +10,14 @@ import unicodedata
 from ml_collections import ConfigDict
 
 from madformer_jax.config import class_labels, fields
-from madformer_jax.config.choices import LOSS_TERMS, LOSS_WEIGHTINGS, PREDICTION_TYPES
+from madformer_jax.config.choices import (
+    LOSS_TERMS,
+    LOSS_WEIGHTINGS,
+    NOISE_PATHS,
+    PREDICTION_TYPES,
+    SOLVERS,
+    TIME_SAMPLINGS,
+)  # fmt: skip
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.errors import ConfigError
 
@@ -29,12 +36,14 @@ CHOICES: dict[str, tuple[str | int, ...]] = {
     "model.remat": ("none", "dots", "attention", "full"),
     "text.caption": ("caption", "class"),
     "loss.weighting": LOSS_WEIGHTINGS,
+    "diffusion.path": tuple(NOISE_PATHS),
+    "diffusion.time_sampling": TIME_SAMPLINGS,
     "codec.name": ("pixel", "vae"),
     "codec.dtype": ("float32", "bfloat16"),
     "prepare.kind": ("images", "latents"),
     "optimizer.schedule": ("wsd", "cosine", "constant"),
     "sample.film": ("", "webp"),
-    "sample.solver": ("ddim", "dpmpp_2m"),
+    "sample.solver": tuple(SOLVERS),
     "sample.spacing": ("trailing", "leading", "linspace"),
     "sample.guidance_schedule": ("constant", "linear"),
     "sample.label_sampling": ("balanced", "random"),
@@ -62,6 +71,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "loss.hidden": (0, math.inf),
     "loss.clean": (0, math.inf),
     "loss.text": (0, math.inf),
+    "diffusion.shift": (0.01, 100),
     "gallery.n": (1, 64),
     "demo.n": (1, 64),
     "demo.port": (0, 65535),
@@ -106,7 +116,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sample.batch": (1, math.inf),
     "sample.shard": (1, math.inf),
     "sample.grid": (1, math.inf),
-    "sample.steps": (1, 999),
+    "sample.steps": (1, 10_000),  # 999 on the ddpm path
     "sample.guidance": (0, 1000),
     "sample.clip_x0": (0, math.inf),
     "evaluate.n": (1, math.inf),
@@ -259,7 +269,7 @@ def _check_text(c: ConfigDict) -> None:
 
 
 def _check_sampling(c: ConfigDict) -> None:
-    """Checks labels, and that the solver starts at a timestep with noise.
+    """Checks labels, and that the noise path has the timesteps of the solver and of training.
 
     Raises:
       ConfigError: A setting is wrong.
@@ -268,11 +278,31 @@ def _check_sampling(c: ConfigDict) -> None:
     if s.labels and not c.model.classes:
         raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
     class_labels.check(s.labels, c.model.classes)  # class names are resolved later, with the data
-    if s.solver == "ddim" and s.spacing != "trailing" and s.steps == 1:
+    d = c.diffusion
+    if d.path == "ddpm" and (d.time_sampling != "uniform" or d.shift != 1):
         raise ConfigError(
-            f"config.sample.steps=1 with solver='ddim' and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
+            f"config.diffusion.time_sampling={d.time_sampling!r} with config.diffusion.shift={d.shift:g} needs a continuous "
+            "path: set config.diffusion.path=flow or cosine."
+        )
+    if d.path != "ddpm" and s.spacing != "trailing":
+        raise ConfigError(
+            f"config.sample.spacing={s.spacing!r} needs config.diffusion.path='ddpm': use trailing for {d.path!r}."
+        )
+    if s.steps > max_solver_steps(c):
+        raise ConfigError(
+            f"config.sample.steps={s.steps} is out of range: it must be from 1 to {max_solver_steps(c)} for "
+            f"config.diffusion.path={d.path!r}."
+        )
+    if s.solver != "dpmpp_2m" and s.spacing != "trailing" and s.steps == 1:
+        raise ConfigError(
+            f"config.sample.steps=1 with solver={s.solver!r} and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
             "config.sample.spacing=trailing, or 2 steps or more."
         )
+
+
+def max_solver_steps(c: ConfigDict) -> int:
+    """Returns the upper limit of `sample.steps`: the ddpm path has 1000 timesteps, others have no such limit."""
+    return 999 if c.diffusion.path == "ddpm" else int(RANGES["sample.steps"][1])
 
 
 def check_depth(c: ConfigDict) -> None:

@@ -33,7 +33,7 @@ from madformer_jax.models import madformer
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import checkpoint, memory, partitioning, progress, storage
 from madformer_jax.runtime.preemption import interruptible
-from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.sampling import codec, generation, prompts, solving
 from madformer_jax.weights.fingerprint import fingerprint
 
 # Fields of `sample` that determine the images.
@@ -160,7 +160,8 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
         for step, weights in itertools.product(steps, sorted({setting.sample.weights for setting in grid})):
             _, params = checkpoints.restore_weights(weights, target, step)
             text.check_tokenizer_identity(c, checkpoints.meta(step), step, workdir)
-            metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed} | codec_metadata
+            metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": c.seed}
+            metadata |= codec_metadata | solving.path_protocol(c)
             # The captions' scores depend on the weights only, so all settings share them.
             extra_scores = (
                 functools.cache(functools.partial(captions.scores, model, params, mesh)) if captions else dict

@@ -275,7 +275,7 @@ def _check_same_settings(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]
     for run in runs:
         setting = tuple(value_of(run, {}, axis.field) for axis in axes)
         for other, sections in (
-            (runs[0], ("model.", "loss.", "optimizer.")),
+            (runs[0], ("model.", "loss.", "diffusion.", "optimizer.")),
             (first.setdefault(setting, run), ("train.",)),
         ):
             for name, value in run["config"].items():
