@@ -22,11 +22,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from tests import tiny
+
+# Shapes and types in the signatures of these packages are checked in the tests, and only there.
+jaxtyping.install_import_hook(["madformer_jax.diffusion"], "beartype.beartype")
 
 # A shell starts a background command with SIGINT ignored, and nohup with SIGHUP: processes of the tests would inherit it.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

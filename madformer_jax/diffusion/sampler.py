@@ -34,7 +34,7 @@ class BlockSteps(NamedTuple):
     solver: Solver
     guided: bool
     clip_x0: float  # bound of the clean estimate; 0 for none
-    clean_timestep: float  # timestep of finished blocks, see the function `clean_timestep`
+    clean_timestep: int | float  # timestep of finished blocks, see the function `clean_timestep`
 
     def begin(
         self,
@@ -123,12 +123,12 @@ class BlockSteps(NamedTuple):
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
-def clean_timestep(model: MADFormer, coefficients: solvers.Coefficients) -> float:
+def clean_timestep(model: MADFormer, coefficients: solvers.Coefficients) -> int | float:
     """Returns the timestep with which finished blocks are embedded.
 
     It is that of the last evaluation if `model.clean_timestep` is "noisy", and otherwise 0.
     """
-    timestep: float = coefficients.level.t[-1].item()
+    timestep: int | float = coefficients.level.t[-1].item()
     return timestep if model.clean_timestep == "noisy" else 0
 
 

@@ -70,7 +70,7 @@ class Schedule(abc.ABC):
         """Draws timesteps uniformly from 0 to a largest one, for noise on the context."""
 
     @abc.abstractmethod
-    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Real[np.ndarray, " steps+1"]:
+    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Real[np.ndarray, " {steps}+1"]:
         """Returns the timesteps of a solver, whose step k goes from entry k to entry k + 1.
 
         The last entry is `clean`.
@@ -139,7 +139,7 @@ class DDPM(Schedule):
     def uniform_timesteps(self, key: Array, shape: tuple[int, ...], max_timestep: int) -> Int[Array, "..."]:
         return jax.random.randint(key, shape, 0, max_timestep + 1, self.dtype)
 
-    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Int[np.ndarray, " steps+1"]:
+    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Int[np.ndarray, " {steps}+1"]:
         """Returns the timesteps of a solver, see `Schedule.solver_timesteps`.
 
         `leading` and `linspace` follow diffusers. `trailing` starts at t = 999. With `skip_zero`, as
@@ -177,7 +177,7 @@ class ContinuousSchedule(Schedule):
     def uniform_timesteps(self, key: Array, shape: tuple[int, ...], max_timestep: int) -> Float[Array, "..."]:
         return jax.random.uniform(key, shape, maxval=max_timestep)
 
-    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Float[np.ndarray, " steps+1"]:
+    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Float[np.ndarray, " {steps}+1"]:
         """Returns evenly spaced timesteps from 999 to the clean end, shifted."""
         if spacing != "trailing":
             raise ValueError(f"a continuous path has no spacing {spacing!r}: use trailing")
@@ -232,4 +232,4 @@ DEFAULT = DDPM()  # path of the release
 
 def _numpy_of(x: Any) -> ModuleType:
     """Returns NumPy for a NumPy array, and otherwise jax.numpy."""
-    return np if isinstance(x, np.ndarray | np.generic) else jnp
+    return np if isinstance(x, np.ndarray) else jnp

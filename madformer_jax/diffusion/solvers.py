@@ -67,7 +67,7 @@ class Solver(abc.ABC):
     skip_zero: ClassVar[bool] = False  # see `DDPM.solver_timesteps`
 
     @abc.abstractmethod
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " steps+1"]) -> Coefficients:
+    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
         """Returns the coefficients of the evaluations in float64.
 
         Args:
@@ -118,7 +118,7 @@ class Solver(abc.ABC):
 class DDIM(Solver):
     """DDIM: keeps the estimates of z and of the noise, and moves to the next noise level."""
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " steps+1"]) -> Coefficients:
+    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
         now, after = _step_levels(schedule, t)
         x_weight = after.sigma / now.sigma
         return _rows(schedule, t[:-1], x_weight, after.alpha - now.alpha * x_weight)
@@ -129,7 +129,7 @@ class DPMSolverPP2M(Solver):
 
     skip_zero = True
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " steps+1"]) -> Coefficients:
+    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
         now, after = _step_levels(schedule, t)
         x_weight = after.sigma / now.sigma
         x0_weight = after.alpha - now.alpha * x_weight
@@ -147,7 +147,7 @@ class DPMSolverPP2M(Solver):
 class Euler(Solver):
     """Euler steps along the velocity v; the last one goes to the clean estimate."""
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " steps+1"]) -> Coefficients:
+    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
         length, x_slope, x0_slope = _velocity_steps(schedule, t)
         x_weight, x0_weight = 1 + length * x_slope[:-1], length * x0_slope[:-1]
         return _rows(schedule, t[:-1], np.append(x_weight, 0), np.append(x0_weight, 1))
@@ -163,7 +163,7 @@ class Heun(Solver):
 
     evaluations_per_step = 2
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " steps+1"]) -> Coefficients:
+    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
         length, x_slope, x0_slope = _velocity_steps(schedule, t)
         evaluations = self.evaluations(len(t) - 1)
         weights = np.zeros((4, evaluations))  # of x, x0, previous x0 and previous x
@@ -196,7 +196,7 @@ class Ancestral(Solver):
 
     stochastic = True
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " steps+1"]) -> Coefficients:
+    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
         now, after = _step_levels(schedule, t)
         alpha = now.alpha / after.alpha  # of q(x_t | x_s), whose variance is the next line
         variance = np.maximum(now.sigma**2 - (alpha * after.sigma) ** 2, 0)

@@ -179,7 +179,7 @@ class MADFormer(Decoding):
         Args:
           z: Clean latent blocks `(B, L, positions, C)`, float32.
           noisy: Noisy latent blocks of the same shape.
-          t: Timestep of each noisy block, `(B, L)` integers 0..999.
+          t: Timestep of each noisy block, `(B, L)` integers or floats from 0 to 999.
           tokens: Text tokens or a class, `(B, T)` integers, for a conditional model. `null_token`
             stands for no text.
           lengths: Number of tokens of each text, `(B,)` integers 1..T. Padding behind them changes

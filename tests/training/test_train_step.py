@@ -69,6 +69,13 @@ def test_mesh_trains_like_a_single_device(meshes):
         assert np.linalg.norm(sharded - params) <= 1e-5 * np.linalg.norm(params)
 
 
+def test_the_loss_of_flow_falls(plain):
+    plain.diffusion.path, plain.diffusion.time_sampling, plain.diffusion.shift = "flow", "logit_normal", 2.0
+    plain.model.prediction_type, plain.optimizer.learning_rate, plain.train.steps = "v", 3e-3, 60
+    losses, _ = on_mesh(plain, (1, 1, 1), n=60)
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
 def test_state_is_split_over_fsdp_and_tensor():
     s, mesh = train_step.make_setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
     _, state = train_step.create_state(s.model, s.tx, 0, mesh)
