@@ -110,6 +110,11 @@ class Schedule(abc.ABC):
         return alpha * z + sigma * noise
 
 
+def numpy_of(x: Any) -> ModuleType:
+    """Returns NumPy for a NumPy array, and otherwise jax.numpy."""
+    return np if isinstance(x, np.ndarray) else jnp
+
+
 def alphas_cumprod() -> Float[np.ndarray, "1000"]:
     """Returns alpha_bar_t for t = 0..999, float64, from betas rounded to float32 as in PyTorch."""
     betas = np.linspace(1e-4, 2e-2, NUM_TIMESTEPS, dtype=np.float32)
@@ -128,7 +133,7 @@ class DDPM(Schedule):
             raise ValueError("the DDPM path has uniform timesteps without a shift")
 
     def alpha_sigma(self, t: Int[AnyArray, " *shape"]) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
-        xp = _numpy_of(t)
+        xp = numpy_of(t)
         table = xp.asarray(np.append(alphas_cumprod(), 1.0), float if xp is np else jnp.float32)
         alpha_bar = table[t]  # index -1 is the clean latent
         return xp.sqrt(alpha_bar), xp.sqrt(1 - alpha_bar)
@@ -197,7 +202,7 @@ class Flow(ContinuousSchedule):
         return (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS, (t + 0.5) / NUM_TIMESTEPS
 
     def velocity(self, alpha: AnyArray, sigma: AnyArray) -> tuple[AnyArray, AnyArray]:
-        one = _numpy_of(alpha).ones_like(alpha)
+        one = numpy_of(alpha).ones_like(alpha)
         return one, one
 
     def velocity_time(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
@@ -214,7 +219,7 @@ class Cosine(ContinuousSchedule):
     def alpha_sigma(
         self, t: Real[AnyArray, " *shape"]
     ) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
-        xp, s = _numpy_of(t), 0.008
+        xp, s = numpy_of(t), 0.008
         rate = math.pi / 2 / (1 + s)
         u, rest = (t + 0.5) / NUM_TIMESTEPS, (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS
         scale = math.cos(rate * s)
@@ -228,8 +233,3 @@ def make(path: str = "ddpm", time_sampling: str = "uniform", shift: float = 1.0)
 
 
 DEFAULT = DDPM()  # path of the release
-
-
-def _numpy_of(x: Any) -> ModuleType:
-    """Returns NumPy for a NumPy array, and otherwise jax.numpy."""
-    return np if isinstance(x, np.ndarray) else jnp

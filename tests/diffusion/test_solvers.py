@@ -1,6 +1,10 @@
+import pathlib
+import re
+
 import numpy as np
 import pytest
 
+import madformer_jax.diffusion
 from madformer_jax.config import choices
 from madformer_jax.diffusion import schedule, solvers
 
@@ -156,22 +160,42 @@ def test_ancestral_samples_have_the_mean_and_the_variance_of_the_data(path):
     assert standardized.std() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("path", [DDPM, FLOW, COSINE], ids=lambda path: type(path).__name__)
-def test_each_ancestral_step_ends_on_the_path_of_a_known_image(path):
-    """With the true image as estimate, x_s is alpha_s z + sigma_s noise after any number of steps."""
+def check_marginals(solver, path):
+    """With the true image as estimate, x_s must be alpha_s z + sigma_s noise after every step."""
     rng = np.random.default_rng(2)
     t = path.solver_timesteps("trailing", 5)
     x = rng.standard_normal((20000, 1))
-    table = solvers.make("ancestral").table(path, t)
     start, z = path.level(t[:1]), 0.7
     state = solvers.SolverState(start.alpha * z + start.sigma * x, x)
-    for k, row in enumerate(solvers.evaluation_rows(table)):
-        state, _ = solvers.make("ancestral").step(
+    for k, row in enumerate(solvers.evaluation_rows(solver.table(path, t))):
+        state, _ = solver.step(
             lambda x, level: (np.full_like(x, z), None), state, row, lambda: rng.standard_normal(x.shape)
         )
         level = path.level(t[k + 1 : k + 2])
         assert state.x.mean() == pytest.approx(level.alpha * z, abs=0.02)
         assert state.x.std() == pytest.approx(level.sigma, abs=0.02)
+
+
+@pytest.mark.parametrize("path", [DDPM, FLOW, COSINE], ids=lambda path: type(path).__name__)
+def test_each_ancestral_step_ends_on_the_path_of_a_known_image(path):
+    check_marginals(solvers.make("ancestral"), path)
+
+
+def test_the_solver_and_the_path_in_the_docs_work_as_written(tmp_path, monkeypatch):
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    (code,) = re.findall(r"```python\n(import math.*?)```", text, re.DOTALL)
+    (diff,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
+    context = [line[1:] for line in diff.splitlines() if line.startswith(" ")]
+    assert all(line in pathlib.Path(choices.__file__).read_text().splitlines() for line in context)
+    assert len(diff.splitlines()) - len(context) == 2 and len(code.splitlines()) < 30
+    (tmp_path / "examples.py").write_text(code)
+    monkeypatch.setattr(madformer_jax.diffusion, "__path__", [*madformer_jax.diffusion.__path__, str(tmp_path)])
+    for names in (choices.NOISE_PATHS, choices.SOLVERS):
+        monkeypatch.setitem(names, *re.findall(r'\+.*"(\w+)".* "(examples:\w+)"', diff)[names is choices.SOLVERS])
+    half_noise, trig = solvers.make("half_noise"), schedule.make("trig")
+    check_marginals(half_noise, trig)
+    x = run(solvers.make("heun"), trig.solver_timesteps("trailing", 40), trig, X_T, gaussian_denoiser)
+    np.testing.assert_allclose(x, gaussian_image(trig, 999), rtol=0.01, atol=0.01)
 
 
 def test_euler_is_ddim_on_the_flow_path_but_not_on_others():
