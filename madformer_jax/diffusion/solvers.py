@@ -12,9 +12,9 @@
 `sampler.BlockSteps.step` calls `Solver.step` for every row. The last step of any solver ends at the
 clean latent and has one evaluation.
 
-To add a solver, write a subclass of `Solver` with `table`, and `init` and `step` if its update is not
-the linear one, and add its name to `config.choices.SOLVERS`. Costs, budgets and interfaces follow from
-`evaluations_per_step`.
+To add a solver, write a subclass of `Solver` with its `table` and add a line to `config.choices.SOLVERS`.
+Override `step` if the update is not linear in what `SolverState` holds. Costs, budgets and interfaces
+follow from `evaluations_per_step`.
 """
 
 import abc
@@ -44,7 +44,7 @@ class Coefficients(NamedTuple):
     x0_weight: Any
     previous_x0_weight: Any = None
     previous_x_weight: Any = None
-    noise_weight: Any = None
+    noise_weight: Any = None  # of stochastic solvers
 
 
 class SolverState(NamedTuple):
@@ -52,7 +52,7 @@ class SolverState(NamedTuple):
 
     x: Array  # the sample
     x0: Array  # clean estimate of the latest evaluation
-    previous_x: Array | None = None  # the sample before it, in solvers that read it
+    previous_x: Array  # the sample before that evaluation
 
 
 # (x, noise level) -> clean estimate, and keys and values of the evaluation for `Solver.step` to pass on
@@ -63,7 +63,6 @@ class Solver(abc.ABC):
     """A solver. It has no fields; its state is a pytree and its coefficients are rows of a table."""
 
     evaluations_per_step: ClassVar[int] = 1  # rows of each step but the last, which has one
-    stochastic: ClassVar[bool] = False  # `step` calls `normal`
     skip_zero: ClassVar[bool] = False  # see `DDPM.solver_timesteps`
 
     @abc.abstractmethod
@@ -91,8 +90,8 @@ class Solver(abc.ABC):
         return (steps - 1) * self.evaluations_per_step + 1
 
     def init(self, noise: Float[AnyArray, " *shape"]) -> SolverState:
-        """Returns the state before the first evaluation, whose previous estimate has weight 0."""
-        return SolverState(noise, jnp.zeros_like(noise))
+        """Returns the state before the first evaluation, which gives the past no weight."""
+        return SolverState(noise, jnp.zeros_like(noise), jnp.zeros_like(noise))
 
     def step(
         self, denoise: Denoise, state: SolverState, row: Coefficients, normal: Callable[[], Array]
@@ -112,7 +111,11 @@ class Solver(abc.ABC):
         x = row.x_weight * state.x + row.x0_weight * x0
         if row.previous_x0_weight is not None:
             x = x + row.previous_x0_weight * state.x0
-        return SolverState(x, x0), kv
+        if row.previous_x_weight is not None:
+            x = x + row.previous_x_weight * state.previous_x
+        if row.noise_weight is not None:
+            x = x + row.noise_weight * normal()
+        return SolverState(x, x0, state.x), kv
 
 
 class DDIM(Solver):
@@ -181,20 +184,9 @@ class Heun(Solver):
             previous_x_weight=previous_x_weight,
         )
 
-    def init(self, noise: Float[AnyArray, " *shape"]) -> SolverState:
-        return super().init(noise)._replace(previous_x=jnp.zeros_like(noise))
-
-    def step(
-        self, denoise: Denoise, state: SolverState, row: Coefficients, normal: Callable[[], Array]
-    ) -> tuple[SolverState, Any]:
-        after, kv = super().step(denoise, state, row, normal)
-        return SolverState(after.x + row.previous_x_weight * state.previous_x, after.x0, state.x), kv
-
 
 class Ancestral(Solver):
     """Samples x_s from q(x_s | x_t, x0) with the clean estimate x0, for the next timestep s < t."""
-
-    stochastic = True
 
     def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
         now, after = _step_levels(schedule, t)
@@ -203,12 +195,6 @@ class Ancestral(Solver):
         x_weight = alpha * (after.sigma / now.sigma) ** 2
         noise_weight = np.sqrt(variance) * after.sigma / now.sigma
         return _rows(schedule, t[:-1], x_weight, after.alpha - now.alpha * x_weight, noise_weight=noise_weight)
-
-    def step(
-        self, denoise: Denoise, state: SolverState, row: Coefficients, normal: Callable[[], Array]
-    ) -> tuple[SolverState, Any]:
-        after, kv = super().step(denoise, state, row, normal)
-        return after._replace(x=after.x + row.noise_weight * normal()), kv
 
 
 def make(name: str) -> Solver:

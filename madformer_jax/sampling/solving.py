@@ -34,4 +34,4 @@ def path_protocol(c: ConfigDict) -> dict[str, Any]:
 
 def depends_on_seed(c: ConfigDict) -> bool:
     """Returns whether the seed decides the images, if labels and the initial noise are given."""
-    return solvers.make(c.sample.solver).stochastic
+    return coefficients(c).noise_weight is not None

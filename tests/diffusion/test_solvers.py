@@ -166,7 +166,7 @@ def check_marginals(solver, path):
     t = path.solver_timesteps("trailing", 5)
     x = rng.standard_normal((20000, 1))
     start, z = path.level(t[:1]), 0.7
-    state = solvers.SolverState(start.alpha * z + start.sigma * x, x)
+    state = solvers.SolverState(start.alpha * z + start.sigma * x, x, x)
     for k, row in enumerate(solvers.evaluation_rows(solver.table(path, t))):
         state, _ = solver.step(
             lambda x, level: (np.full_like(x, z), None), state, row, lambda: rng.standard_normal(x.shape)
