@@ -29,7 +29,7 @@ from jax import Array
 from jaxtyping import Float, Real
 
 from madformer_jax.config import choices
-from madformer_jax.diffusion.schedule import AnyArray, NoiseLevel, Schedule
+from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
 
 
 class Coefficients(NamedTuple):
@@ -89,7 +89,7 @@ class Solver(abc.ABC):
         """Returns the evaluations of the network in a number of steps."""
         return (steps - 1) * self.evaluations_per_step + 1
 
-    def init(self, noise: Float[AnyArray, " *shape"]) -> SolverState:
+    def init(self, noise: Float[Array, " *shape"]) -> SolverState:
         """Returns the state before the first evaluation, which gives the past no weight."""
         return SolverState(noise, jnp.zeros_like(noise), jnp.zeros_like(noise))
 

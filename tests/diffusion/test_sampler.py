@@ -57,7 +57,7 @@ def without_cache(model, params, noise, tokens, lengths, keys, solver, spacing, 
 
     z, last_inputs = np.zeros_like(noise), np.zeros_like(noise)
     for i in range(blocks):
-        state = solver.init(noise[:, i])
+        state = solver.init(jnp.asarray(noise[:, i]))
         for row, scale in zip(rows, scales):
 
             def denoise(x, level, scale=scale, i=i):
