@@ -4,8 +4,8 @@ On every path a timestep t goes from 0 (little noise) to 999 (almost only noise)
 and guidance intervals and `train.context_noise` are given in t. `losses` draws timesteps and noise
 from a schedule (MADFormer, section 3.4), and `solvers` computes its coefficients from it (section 4).
 
-To add a path, write a subclass of `Schedule` (a continuous one needs `alpha_sigma` alone) and add its
-name to `config.choices.NOISE_PATHS`.
+To add a path, write a subclass of `ContinuousSchedule` and add a line to `config.choices.NOISE_PATHS`.
+It needs `alpha_sigma`, and `velocity` with `velocity_time` unless alpha^2 + sigma^2 = 1.
 """
 
 import abc

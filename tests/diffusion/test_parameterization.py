@@ -7,6 +7,7 @@ import pytest
 
 from madformer_jax.config import choices
 from madformer_jax.diffusion import parameterization, sampler, schedule
+from madformer_jax.models.cache import ModelCache
 from madformer_jax.models.madformer import MADFormer
 
 
@@ -23,16 +24,16 @@ class FakeModel:
         return getattr(self, method)(*args)
 
     def empty_cache(self, batch):
-        return jnp.zeros((batch, 1, 1, 1))
+        return ModelCache(jnp.zeros((batch, 1, 1, 1)), None)
 
     def cache_text(self, cache, tokens, lengths):
-        return cache + 0.3 * tokens[:, :, None, None]
+        return cache._replace(ar=cache.ar + 0.3 * tokens[:, :, None, None])
 
     def begin(self, batch):
         return jnp.zeros((batch, 1, 5, 2))
 
     def condition(self, cache, pred, block):
-        return jnp.tanh(pred) + cache, cache
+        return jnp.tanh(pred) + cache.ar, cache
 
     def embed_clean(self, cache, z, t, block):
         return z
@@ -50,8 +51,7 @@ class FakeModel:
 @pytest.mark.parametrize(
     ("path", "solver", "spacing"),
     [
-        ("ddpm", "ddim", "leading"), ("ddpm", "dpmpp_2m", "linspace"), ("ddpm", "heun", "trailing"),
-        ("flow", "heun", "trailing"), ("flow", "ancestral", "trailing"), ("cosine", "dpmpp_2m", "trailing"),
+        ("ddpm", "ddim", "leading"), ("ddpm", "dpmpp_2m", "linspace"), ("flow", "heun", "trailing"),
         ("cosine", "euler", "trailing"),
     ],
 )  # fmt: skip
