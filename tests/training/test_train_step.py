@@ -12,7 +12,7 @@ import pytest
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.errors import ConfigError
-from madformer_jax.models.madformer import ModelOutputs
+from madformer_jax.models.madformer import MADFormer, ModelOutputs
 from madformer_jax.modes import train
 from madformer_jax.runtime import checkpoint, partitioning
 from madformer_jax.sampling import codec
@@ -122,6 +122,7 @@ def test_each_microbatch_draws_its_own_noise(plain):
 class _Bigrams:
     """A fake model whose logits are the row of the previous token."""
 
+    __class__ = MADFormer  # for the checks of types
     prediction_type, vocabulary, null_token = "eps", 12, 12
 
     def apply(self, variables, z, noisy, t, tokens, lengths, *, clean_t, terms):
