@@ -103,11 +103,11 @@ class Schedule(abc.ABC):
         return NoiseLevel(t, alpha, sigma, *self.velocity(alpha, sigma))
 
     def add_noise(
-        self, z: Float[AnyArray, "B L positions C"], noise: Float[AnyArray, "B L positions C"], t: Real[AnyArray, "B L"]
-    ) -> Float[AnyArray, "B L positions C"]:
+        self, z: Float[Array, "B L positions C"], noise: Float[Array, "B L positions C"], t: Real[Array, "B L"]
+    ) -> Float[Array, "B L positions C"]:
         """Returns alpha z + sigma noise, a sample of q(z_t | z), with a timestep for each block."""
-        alpha, sigma = self.alpha_sigma(t[..., None, None])
-        return alpha * z + sigma * noise
+        level = self.level(t[..., None, None])
+        return level.alpha * z + level.sigma * noise
 
 
 def numpy_of(x: Any) -> ModuleType:

@@ -54,7 +54,7 @@ def test_add_noise_uses_the_timestep_of_each_block():
     z, noise = rng.normal(size=(2, 2, 3, 1)), rng.normal(size=(2, 2, 3, 1))
     t = np.array([[0, 999], [500, 17]])
     betas = np.linspace(1e-4, 2e-2, 1000)
-    noisy = DDPM.add_noise(z, noise, jnp.asarray(t))
+    noisy = DDPM.add_noise(jnp.asarray(z), jnp.asarray(noise), jnp.asarray(t))
     for b in range(2):
         for i in range(2):
             alpha_bar = np.prod(1 - betas[: t[b, i] + 1])
