@@ -121,6 +121,7 @@ def alphas_cumprod() -> Float[np.ndarray, "1000"]:
     return np.cumprod(1.0 - betas.astype(np.float64))
 
 
+@dataclasses.dataclass(frozen=True)  # so that __post_init__ is called
 class DDPM(Schedule):
     """The path of the release: integers 0..999 with linear betas from 1e-4 to 2e-2 (section 3.4)."""
 

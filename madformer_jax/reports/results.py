@@ -34,13 +34,8 @@ COSTS = {  # of an image: key -> label
 }
 HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "attributes")
 _SHARED_PROTOCOL_KEYS = ("n", "reference", "network", "image", "scores")  # keys of a protocol
-_PER_RUN_KEYS = (
-    "step",
-    "fingerprint",
-    "seed",
-    "steps",
-    "diffusion",
-)  # keys of protocol["images"] that differ between runs
+# keys of protocol["images"] that differ between runs
+_PER_RUN_KEYS = ("step", "fingerprint", "seed", "steps", "diffusion")
 _PROMPT_KEYS = ("asked", "tokens")  # keys of protocol["images"] that follow from its "prompts"
 _UNITS = {  # unit of a budget, singular and plural
     "steps": ("step", "steps"),
