@@ -71,9 +71,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         folder = epath.Path(workdir) / "samples" / _folder_name(c, protocol)
         missing = _missing_shards(c, folder)
         numbers = np.concatenate([_shard_image_numbers(c, k) for k in missing] or [np.arange(0)])
+        scales = solving.guidance_scales(c)
         logging.info(
-            "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d steps guided; attention %s",
-            s.n, s.weights, step, s.n - len(numbers), np.sum(solving.guidance_scales(c) != 1), s.steps,
+            "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d evaluations guided; attention %s",
+            s.n, s.weights, step, s.n - len(numbers), np.sum(scales != 1), len(scales),
             trained.network.attention,
         )  # fmt: skip
         if s.labels:
