@@ -30,7 +30,9 @@ from ml_collections import ConfigDict
 from tests import tiny
 
 # Types and shapes of all calls in these packages are checked. No module above imports one of them.
-install_import_hook(["madformer_jax.models", "madformer_jax.ops", "madformer_jax.sampling.codec"], "tests.typecheck")
+install_import_hook(
+    [f"madformer_jax.{name}" for name in ("diffusion", "models", "ops", "sampling.codec")], "tests.typecheck"
+)
 
 # A shell starts a background command with SIGINT ignored, and nohup with SIGHUP: processes of the tests would inherit it.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

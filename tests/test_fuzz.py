@@ -251,7 +251,7 @@ SAMPLING = """
     --workdir={run} --mode=sample --config.sample.grid=0
     --workdir={run} --mode=sample --config.sample.steps=0
     --workdir={run} --mode=sample --config.sample.steps=1000
-    --workdir={run} --mode=sample --config.sample.solver=euler
+    --workdir={run} --mode=sample --config.sample.solver=karras
     --workdir={run} --mode=sample --config.sample.spacing=wide
     --workdir={run} --mode=sample --config.sample.guidance=2
     --workdir={run} --mode=sample --config.sample.guidance=nan

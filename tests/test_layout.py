@@ -27,7 +27,7 @@ LAYERS = {
     "data.drawings": "data runtime",
     "data": "config data.drawings runtime",
     "models": "config ops ops.attention runtime",
-    "cost": "config models",
+    "cost": "config diffusion models",
     "diffusion": "config models",
     "weights": "config models runtime",
     "sampling": "config cost data diffusion models runtime weights",

@@ -25,7 +25,7 @@ _SHOWN_FACTS = {"resume": Fact.RESUME, "machine": Fact.LOCAL}
 # Sections on the page of a mode, besides the section of its own name. After training, the workdir's config
 # decides the shapes of a model, so those pages do not list the model's fields.
 _SECTIONS = {
-    "train": ("model", "text", "loss", "codec", "data", "optimizer", "sample", "mesh"),
+    "train": ("model", "text", "loss", "diffusion", "codec", "data", "optimizer", "sample", "mesh"),
     "sample": ("mesh",),
     "evaluate": ("sample", "data", "mesh"),
     "reference": ("evaluate", "data"),

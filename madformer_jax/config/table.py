@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from madformer_jax.config.choices import LOSS_WEIGHTINGS, PREDICTION_TYPES
+from madformer_jax.config.choices import LOSS_WEIGHTINGS, NOISE_PATHS, PREDICTION_TYPES, SOLVERS, TIME_SAMPLINGS
 
 # owner/name or owner/name@revision on the Hugging Face hub
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?")
@@ -150,7 +150,15 @@ SECTIONS: dict[str, Section] = {
         clean=Field(0.0, "error of the clean stream's output", low=0),
         text=Field(0.0, "cross-entropy of the caption's tokens", low=0),
         weighting=Field(
-            "output", 'weight of the image\'s error: 1; or "v": as if the model predicted v', choices=LOSS_WEIGHTINGS),
+            "output", 'weight of the image\'s error: 1; "v": as if the model predicted v; or "min_snr"',
+            choices=LOSS_WEIGHTINGS),
+    ),
+    "diffusion": _section("noise path (docs/training.md)",
+        path=Field("ddpm", "noise path; ddpm is that of the release", choices=tuple(NOISE_PATHS)),
+        time_sampling=Field("uniform", "distribution of the training timesteps; logit_normal needs flow or cosine",
+            choices=TIME_SAMPLINGS),
+        shift=Field(
+            1.0, "flow, cosine: moves timesteps to more noise, for larger images; 1: no shift", low=0.01, high=100),
     ),
     "codec": _section("image <-> latent",
         name=Field(
@@ -252,9 +260,11 @@ SECTIONS: dict[str, Section] = {
         film=Field(
             "", '"webp": write an animation of the denoising of the grid\'s images (--mode=sample)', NEUTRAL,
             choices=("", "webp")),
-        solver=Field("dpmpp_2m", "DPM-Solver++ (2M) or DDIM", RESUME, choices=("ddim", "dpmpp_2m")),
-        spacing=Field("trailing", "spacing of the timesteps", RESUME, choices=("trailing", "leading", "linspace")),
-        steps=Field(50, "solver steps of a block", RESUME, low=1, high=999),
+        solver=Field("dpmpp_2m", "solver of the reverse process (docs/sampling.md)", RESUME, choices=tuple(SOLVERS)),
+        spacing=Field(
+            "trailing", "spacing of the timesteps; leading and linspace: ddpm only", RESUME,
+            choices=("trailing", "leading", "linspace")),
+        steps=Field(50, "solver steps of a block, at most 999 on the ddpm path", RESUME, low=1, high=10_000),
         guidance=Field(1.0, "classifier-free guidance scale; 1: off", RESUME, low=0, high=1000),
         guidance_schedule=Field(
             "constant", 'or "linear": from 1 at the first solver step to the scale at the last', RESUME,

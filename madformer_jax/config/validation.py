@@ -181,7 +181,7 @@ def _check_text(c: ConfigDict) -> None:
 
 
 def _check_sampling(c: ConfigDict) -> None:
-    """Checks labels, and that the solver starts at a timestep with noise.
+    """Checks labels, and that the noise path has the timesteps of the solver and of training.
 
     Raises:
       ConfigError: A setting is wrong.
@@ -192,11 +192,31 @@ def _check_sampling(c: ConfigDict) -> None:
     if s.ema and s.weights != "ema":
         raise ConfigError(f"config.sample.ema={s.ema:g} is an average: it needs config.sample.weights='ema'.")
     class_labels.check(s.labels, c.model.classes)  # class names are resolved later, with the data
-    if s.solver == "ddim" and s.spacing != "trailing" and s.steps == 1:
+    d = c.diffusion
+    if d.path == "ddpm" and (d.time_sampling != "uniform" or d.shift != 1):
         raise ConfigError(
-            f"config.sample.steps=1 with solver='ddim' and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
+            f"config.diffusion.time_sampling={d.time_sampling!r} with config.diffusion.shift={d.shift:g} needs a continuous "
+            "path: set config.diffusion.path=flow or cosine."
+        )
+    if d.path != "ddpm" and s.spacing != "trailing":
+        raise ConfigError(
+            f"config.sample.spacing={s.spacing!r} needs config.diffusion.path='ddpm': use trailing for {d.path!r}."
+        )
+    if s.steps > max_solver_steps(c):
+        raise ConfigError(
+            f"config.sample.steps={s.steps} is out of range: it must be from 1 to {max_solver_steps(c)} for "
+            f"config.diffusion.path={d.path!r}."
+        )
+    if s.solver != "dpmpp_2m" and s.spacing != "trailing" and s.steps == 1:
+        raise ConfigError(
+            f"config.sample.steps=1 with solver={s.solver!r} and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
             "config.sample.spacing=trailing, or 2 steps or more."
         )
+
+
+def max_solver_steps(c: ConfigDict) -> int:
+    """Returns the upper limit of `sample.steps`: the ddpm path has 1000 timesteps, others have no such limit."""
+    return 999 if c.diffusion.path == "ddpm" else int(FIELDS["sample.steps"].high)
 
 
 def check_depth(c: ConfigDict) -> None:

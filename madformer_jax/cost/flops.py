@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
+from madformer_jax.diffusion import solvers
 from madformer_jax.models.plan import ablation_switches, sampling_plan, training_plan
 from madformer_jax.models.vae import AutoencoderKL, typical_vae
 
@@ -262,11 +263,11 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
 def sampling(c: ConfigDict, n: int = 1) -> Cost:
     """Returns the cost of sampling n images with the config's solver steps and guidance.
 
-    The AR layers and the clean tower run once per block, the diffusion layers at every step, and the
-    decoder of the codec once. Both guidance branches run at every step, also outside of
-    `guidance_interval`.
+    The AR layers and the clean tower run once per block, the diffusion layers at every evaluation of
+    the solver, and the decoder of the codec once. Both guidance branches run at every evaluation,
+    also outside of `guidance_interval`.
     """
-    m, steps, stages = c.model, c.sample.steps, sampling_plan(ablation_switches(c))
+    m, evaluations, stages = c.model, solver_evaluations(c), sampling_plan(ablation_switches(c))
     s, last = derive_sizes(c).tokens, c.model.blocks - 1
     ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
@@ -286,15 +287,15 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
             towers += _layer_matmuls(c, s, True) - _layer_matmuls(c, s)
             scores -= _block_attention(c, block, False)
         cost += Cost(ar_layers=towers, attention=scores)
-        # The diffusion layers: every step, then the finished block. The last layer computes only
+        # The diffusion layers: every evaluation, then the finished block. The last layer computes only
         # the keys and values of the latter.
-        towers = steps * m.diffusion_depth * _layer_matmuls(c, s)
-        scores = steps * m.diffusion_depth * _block_attention(c, block, block_only)
+        towers = evaluations * m.diffusion_depth * _layer_matmuls(c, s)
+        scores = evaluations * m.diffusion_depth * _block_attention(c, block, block_only)
         if extend_diffusion:
             towers += (m.diffusion_depth - 1) * _layer_matmuls(c, s) + _layer_matmuls(c, s, True)
             scores += (m.diffusion_depth - 1) * _block_attention(c, block, False)
-        cost += Cost(diffusion_layers=towers, attention=scores, unet=steps * _upsampler(c)[0])
-        unguided += Cost(unet=(steps + embedded) * _downsampler(c)[0])
+        cost += Cost(diffusion_layers=towers, attention=scores, unet=evaluations * _upsampler(c)[0])
+        unguided += Cost(unet=(evaluations + embedded) * _downsampler(c)[0])
     if c.codec.name == "vae":
         unguided += Cost(vae=vae_decode(c.data.image_size, _vae(c)))
     branches = guidance_branches(c)
@@ -302,7 +303,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
 
 
 def guidance_branches(c: ConfigDict) -> int:
-    """Returns the branches of each solver step: 2 with guidance, else 1.
+    """Returns the branches of each evaluation: 2 with guidance, else 1.
 
     The interval and the schedule of guidance skip no branch. With `sample.guide` the second branch is
     another model, whose cost its own config says.
@@ -310,21 +311,26 @@ def guidance_branches(c: ConfigDict) -> int:
     return 2 if vocabulary_size(c) and c.sample.guidance != 1.0 and not c.sample.guide else 1
 
 
+def solver_evaluations(c: ConfigDict) -> int:
+    """Returns the evaluations of the network in the solver steps of a block, in each guidance branch."""
+    return solvers.make(c.sample.solver).evaluations(c.sample.steps)
+
+
 def nfe(c: ConfigDict) -> float:
     """Returns the paper's NFE of an image (section 1).
 
-    It is (N - D) / N + steps D / N for each guidance branch. The formula ignores the clean tower
+    It is (N - D) / N + evaluations D / N for each guidance branch. The formula ignores the clean tower
     and the ablation switches. `model_passes` counts all layers that run.
     """
     m = c.model
-    return guidance_branches(c) * (m.depth - m.diffusion_depth + c.sample.steps * m.diffusion_depth) / m.depth
+    return guidance_branches(c) * (m.depth - m.diffusion_depth + solver_evaluations(c) * m.diffusion_depth) / m.depth
 
 
 class LayerCalls(NamedTuple):
     """Decoder layers that sampling runs on one block, in each guidance branch."""
 
     condition: int  # AR layers on the prediction stream, once per block
-    step: int  # diffusion layers, at every solver step
+    evaluation: int  # diffusion layers, at every evaluation of the solver
     extension: int  # layers of the clean tower that extend the cache, once for every block but the last
 
 
@@ -355,8 +361,9 @@ def model_passes_until(c: ConfigDict, block: int, step: int) -> float:
       block: Index of the block, from 0.
       step: Number of the solver step, from 1.
     """
-    m, calls = c.model, layer_calls(c)
-    layers = (block + 1) * calls.condition + (block * c.sample.steps + step) * calls.step + block * calls.extension
+    m, calls, evaluations = c.model, layer_calls(c), solver_evaluations(c)
+    done = min(step * solvers.make(c.sample.solver).evaluations_per_step, evaluations)
+    layers = (block + 1) * calls.condition + (block * evaluations + done) * calls.evaluation + block * calls.extension
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 

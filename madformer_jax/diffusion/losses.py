@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jaxtyping import Float, Int, Real
 
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.diffusion import parameterization
-from madformer_jax.diffusion.schedule import NUM_TIMESTEPS, add_noise, alpha_sigma
+from madformer_jax.diffusion import schedule as schedules
+from madformer_jax.diffusion.schedule import AnyArray, Schedule
 from madformer_jax.models.madformer import MADFormer, ModelOutputs
+
+QUARTER = schedules.NUM_TIMESTEPS // 4  # timesteps in each of the metrics loss_q1 to loss_q4
 
 
 class LossWeights(NamedTuple):
@@ -25,7 +29,7 @@ class LossWeights(NamedTuple):
     hidden: float = 0.1
     clean: float = 0.0
     text: float = 0.0
-    weighting: str = "output"  # image errors count as those of the output, or of v (`parameterization.loss_weight`)
+    weighting: str = "output"  # weight of the image's error (`parameterization.loss_weight`)
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -33,19 +37,19 @@ class LossWeights(NamedTuple):
         return tuple(name for name in LOSS_TERMS if getattr(self, name))
 
 
-def count_predicted_tokens(lengths: Array) -> Array:
+def count_predicted_tokens(lengths: Int[AnyArray, "..."]) -> Int[Array, ""]:
     """Counts the tokens that the text term predicts: all tokens of each text except the first."""
     return jnp.sum(lengths - 1)
 
 
 def unweighted_terms(
     outputs: ModelOutputs,
-    z: Array,
-    target: Array,
-    tokens: Array | None,
-    lengths: Array | None = None,
-    text_tokens: Array | None = None,
-) -> dict[str, Array]:
+    z: Float[AnyArray, "B L positions C"],
+    target: Float[AnyArray, "B L positions C"],
+    tokens: Int[AnyArray, "B T"] | None,
+    lengths: Int[AnyArray, " B"] | None = None,
+    text_tokens: Real[AnyArray, ""] | None = None,
+) -> dict[str, Float[Array, ""]]:
     """Computes the unweighted terms for which an output exists.
 
     Image, hidden and clean are mean squared errors, and text is a mean negative log-likelihood.
@@ -87,14 +91,15 @@ def unweighted_terms(
 def training_loss(
     model: MADFormer,
     params: Any,
-    z: Array,
-    tokens: Array | None,
+    z: Float[Array, "B L positions C"],
+    tokens: Int[AnyArray, "B T"] | None,
     key: Array,
     weights: LossWeights,
     context_noise: int = 0,
-    lengths: Array | None = None,
-    text_tokens: Array | None = None,
-) -> tuple[Array, dict[str, Array]]:
+    lengths: Int[AnyArray, " B"] | None = None,
+    text_tokens: Real[AnyArray, ""] | None = None,
+    schedule: Schedule = schedules.DEFAULT,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the weighted loss of one batch, with a separate timestep for each block.
 
     Args:
@@ -109,6 +114,7 @@ def training_loss(
         blocks clean.
       lengths: Number of tokens of each text, `(B,)`. By default all T tokens are text.
       text_tokens: See `unweighted_terms`.
+      schedule: The noise path.
 
     Returns:
       The loss and the metrics. Metrics hold every term (`loss_image`, ...), and the image term by
@@ -116,31 +122,33 @@ def training_loss(
       blocks is NaN.
     """
     t_key, noise_key = jax.random.split(key)
-    t = jax.random.randint(t_key, z.shape[:2], 0, NUM_TIMESTEPS, jnp.int32)
+    t = schedule.training_timesteps(t_key, z.shape[:2])
     noise = jax.random.normal(noise_key, z.shape, jnp.float32)
     context, clean_t = z, None
     if context_noise:
-        context, clean_t = _add_context_noise(z, jax.random.fold_in(key, 2), context_noise)
-    noisy = add_noise(z, noise, t)
+        context, clean_t = _add_context_noise(schedule, z, jax.random.fold_in(key, 2), context_noise)
+    level = schedule.level(t[..., None, None])
+    noisy = level.alpha * z + level.sigma * noise
     outputs = model.apply({"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=weights.terms)
-    alpha, sigma = alpha_sigma(t)
-    target = parameterization.target(model.prediction_type, z, noise, alpha, sigma)
+    target = parameterization.target(model.prediction_type, z, noise, level)
     losses = unweighted_terms(outputs, z, target, tokens, lengths, text_tokens)
-    scale = parameterization.loss_weight(model.prediction_type, weights.weighting, alpha, sigma)
+    scale = parameterization.loss_weight(model.prediction_type, weights.weighting, level)
     if outputs.image is not None and scale is not None:
         losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)
     loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros((), jnp.float32))
     metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
     if outputs.image is not None:
-        errors, quarter = jnp.mean((outputs.image - target) ** 2, axis=(2, 3)), t // (NUM_TIMESTEPS // 4)
+        errors, quarter = jnp.mean((outputs.image - target) ** 2, axis=(2, 3)), t // QUARTER
         errors = errors if scale is None else errors * scale[..., 0, 0]
         for q in range(4):
             metrics[f"loss_q{q + 1}"] = jnp.mean(errors, where=quarter == q)
     return loss, metrics
 
 
-def _add_context_noise(z: Array, key: Array, max_timestep: int) -> tuple[Array, Array]:
+def _add_context_noise(
+    schedule: Schedule, z: Float[Array, "B L positions C"], key: Array, max_timestep: int
+) -> tuple[Float[Array, "B L positions C"], Real[Array, "B L"]]:
     """Adds noise at random timesteps 0..max_timestep; returns noisy blocks and timesteps."""
     t_key, noise_key = jax.random.split(key)
-    t = jax.random.randint(t_key, z.shape[:2], 0, max_timestep + 1, jnp.int32)
-    return add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t), t
+    t = schedule.uniform_timesteps(t_key, z.shape[:2], max_timestep)
+    return schedule.add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t), t

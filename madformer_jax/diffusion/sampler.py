@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jaxtyping import Float, Int
 
-from madformer_jax.diffusion import solvers
+from madformer_jax.diffusion import parameterization, solvers
+from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.autoguidance import GuidedPair
+from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
+from madformer_jax.diffusion.solvers import Solver
 from madformer_jax.models.cache import ModelCache, write_finished_block
 from madformer_jax.models.madformer import MADFormer
 
@@ -28,11 +33,17 @@ class BlockSteps(NamedTuple):
 
     model: MADFormer | GuidedPair
     params: Any
+    solver: Solver
     guided: bool
     clip_x0: float  # bound of the clean estimate; 0 for none
-    clean_timestep: int  # timestep of finished blocks, see the function `clean_timestep`
+    clean_timestep: int | float  # timestep of finished blocks, see the function `clean_timestep`
 
-    def begin(self, noise: Array, tokens: Array | None, lengths: Array | None) -> tuple[ModelCache, Array]:
+    def begin(
+        self,
+        noise: Float[Array, "B L positions C"],
+        tokens: Int[Array, "B T"] | None,
+        lengths: Int[Array, " B"] | None,
+    ) -> tuple[ModelCache, Float[Array, "rows 1 s d"]]:
         """Returns a cache with the text only, and the first block's prediction stream."""
         rows = (1 + self._null_rows) * len(noise)
         cache = self._call("empty_cache", rows)
@@ -57,27 +68,38 @@ class BlockSteps(NamedTuple):
         row: solvers.Coefficients,
         w: Any,
         block: int | Array,
+        keys: Array | None = None,
     ) -> tuple[solvers.SolverState, Any]:
-        """Runs one solver step.
+        """Runs one evaluation of the network and updates the sample.
 
         Args:
           cache: The cache with all earlier blocks.
           condition: The block's condition.
           state: The solver's state, of B blocks.
-          row: Coefficients of the step.
-          w: Guidance scale of the step.
+          row: Coefficients of the evaluation.
+          w: Guidance scale of the evaluation.
           block: Index of the block.
+          keys: Random key of each image, `(B,)`, for stochastic solvers.
 
         Returns:
           The new state. In a model without the clean stream also the noisy block's keys and values,
           for `cache_clean`, otherwise None.
         """
-        output, kv = self._call("denoise", cache, condition, state.x, row.t, block)
-        if self.guided:
-            conditional, unconditional = jnp.split(output, 2)
-            output = unconditional + w * (conditional - unconditional)
-        state = solvers.step(state, output, row, self.clip_x0, self.model.prediction_type)
-        return state, None if self.model.clean_stream else kv
+        model = self.model
+
+        def denoise(x: Array, level: NoiseLevel) -> tuple[Array, Any]:
+            output, kv = self._call("denoise", cache, condition, x, level.t, block)
+            if self.guided:
+                conditional, unconditional = jnp.split(output, 2)
+                output = unconditional + w * (conditional - unconditional)
+            x0: Any = parameterization.clean_estimate(model.prediction_type, output, x, level)
+            x0 = jnp.clip(x0, -self.clip_x0, self.clip_x0) if self.clip_x0 else x0
+            return x0, None if model.clean_stream else kv
+
+        def normal() -> Array:
+            return _step_noise(keys, block, row.index, state.x.shape[1:])
+
+        return self.solver.step(denoise, state, row, normal)
 
     def cache_clean(self, cache: ModelCache, z: Array, kv: Any, block: int | Array) -> tuple[ModelCache, Array]:
         """Adds a finished block to the cache.
@@ -85,7 +107,7 @@ class BlockSteps(NamedTuple):
         Args:
           cache: The cache with all earlier blocks.
           z: The finished latent block `(B, 1, positions, C)`.
-          kv: Keys and values of its last solver step, see `step`.
+          kv: Keys and values of its last evaluation, see `step`.
           block: Index of the block.
 
         Returns:
@@ -109,28 +131,46 @@ class BlockSteps(NamedTuple):
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
-def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int:
+def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int | float:
     """Returns the timestep with which finished blocks are embedded.
 
-    It is that of the last solver step if `model.clean_timestep` is "noisy", and otherwise 0.
+    It is that of the last evaluation if `model.clean_timestep` is "noisy", and otherwise 0.
     """
-    return int(coefficients.t[-1]) if model.clean_timestep == "noisy" else 0
+    timestep: int | float = coefficients.level.t[-1].item()
+    return timestep if model.clean_timestep == "noisy" else 0
+
+
+def _step_noise(keys: Array | None, block: int | Array, index: Any, shape: tuple[int, ...]) -> Array:
+    """Draws the noise of an evaluation for each image: a function of its key, the block and the index.
+
+    Raises:
+      ValueError: There are no keys.
+    """
+    if keys is None:
+        raise ValueError("a stochastic solver needs the random keys of the images")
+
+    def draw(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, block), index), shape, jnp.float32)
+
+    return jax.vmap(draw)(keys)
 
 
 def sample(
     model: MADFormer | GuidedPair,
     params: Any,
-    noise: Array,
-    tokens: Array | None = None,
-    lengths: Array | None = None,
+    noise: Float[Array, "B L positions C"],
+    tokens: Int[Array, "B T"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    keys: Array | None = None,
     *,
     solver: str,
     spacing: str,
     steps: int,
-    guidance: float | Array = 1.0,
+    schedule: Schedule = schedules.DEFAULT,
+    guidance: float | np.ndarray | Array = 1.0,
     clip_x0: float = 0.0,
     unroll: bool = False,
-) -> Array:
+) -> Float[Array, "B L positions C"]:
     """Generates latent blocks from noise, one block after the other.
 
     The function is pure. Keyword arguments other than `guidance` are static under jit.
@@ -142,11 +182,13 @@ def sample(
       tokens: Text tokens `(B, T)` of a conditional model. `model.null_token` stands for no text.
       lengths: Number of tokens of each text, `(B,)`; the rest is padding. By default all T tokens
         are text.
-      solver: See `solvers.coefficients`.
-      spacing: See `solvers.coefficients`.
+      keys: Random key of each image, `(B,)`. Stochastic solvers need them.
+      solver: A name of `choices.SOLVERS`.
+      spacing: See `Schedule.solver_timesteps`.
       steps: Number of solver steps of each block.
-      guidance: Scale w of classifier-free guidance, or one scale per step `(steps,)`, see
-        `guidance.guidance_scales`. The output is unconditional + w (conditional - unconditional),
+      schedule: The noise path.
+      guidance: Scale w of classifier-free guidance, or one scale per evaluation `(evaluations,)`,
+        see `guidance.guidance_scales`. The output is unconditional + w (conditional - unconditional),
         for eps, v and x0 alike. The Python number 1 skips the unconditional rows. An array never
         skips them, because the program does not know its values.
       clip_x0: Bound of the predicted clean latent; 0 for none.
@@ -156,29 +198,32 @@ def sample(
     Returns:
       Latent blocks `(B, L, positions, C)`.
     """
-    coefficients = solvers.coefficients(solver, spacing, steps)
+    method = solvers.make(solver)
+    coefficients = method.coefficients(schedule, spacing, steps)
+    evaluations = method.evaluations(steps)
     blocks = noise.shape[1]
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
-    block_steps = BlockSteps(model, params, guided, clip_x0, clean_timestep(model, coefficients))
+    block_steps = BlockSteps(model, params, method, guided, clip_x0, clean_timestep(model, coefficients))
 
     def sample_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:
         cache, pred = carry
         condition, cache = block_steps.condition(cache, pred, block)
 
-        def solver_step(
+        def evaluate(
             state: solvers.SolverState, row_and_scale: tuple[solvers.Coefficients, Array]
         ) -> tuple[solvers.SolverState, None]:
             row, w = row_and_scale
-            return block_steps.step(cache, condition, state, row, w, block)[0], None
+            return block_steps.step(cache, condition, state, row, w, block, keys)[0], None
 
-        scales = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (steps,))
+        scales = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (evaluations,))
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
-        state = solvers.initial_state(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
-        # The last step is outside the scan because `cache_clean` may need its keys and values.
-        state, _ = jax.lax.scan(solver_step, state, jax.tree.map(lambda r: r[:-1], rows), unroll=steps if unroll else 1)
+        state = method.init(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
+        # The last evaluation is outside the scan because `cache_clean` may need its keys and values.
+        first_rows = jax.tree.map(lambda r: r[:-1], rows)
+        state, _ = jax.lax.scan(evaluate, state, first_rows, unroll=evaluations if unroll else 1)
         last_row, w = jax.tree.map(lambda r: r[-1], rows)
-        state, kv = block_steps.step(cache, condition, state, last_row, w, block)
+        state, kv = block_steps.step(cache, condition, state, last_row, w, block, keys)
         z = state.x
 
         def cache_clean(cache: ModelCache, pred: Array) -> tuple[ModelCache, Array]:

@@ -1,72 +1,235 @@
-"""Noise schedule: DDPM linear betas, q(x_t | x_0) and the timesteps of a solver.
+"""Noise paths: x_t = alpha(t) z + sigma(t) noise, timesteps of training and timesteps of a solver.
 
-`losses` adds noise with it (MADFormer, section 3.4), and `solvers` takes its timesteps from it
-(section 4). A new spacing is a branch of `solver_timesteps`.
+On every path a timestep t goes from 0 (little noise) to 999 (almost only noise). The network reads t,
+and guidance intervals and `train.context_noise` are given in t. `losses` draws timesteps and noise
+from a schedule (MADFormer, section 3.4), and `solvers` computes its coefficients from it (section 4).
+
+To add a path, write a subclass of `ContinuousSchedule` and add a line to `config.choices.NOISE_PATHS`.
+It needs `alpha_sigma`, and `velocity` with `velocity_time` unless alpha^2 + sigma^2 = 1.
 """
 
-from typing import NamedTuple
+import abc
+import dataclasses
+import math
+import pkgutil
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Int, Real
+
+from madformer_jax.config import choices
 
 NUM_TIMESTEPS = 1000
-BETA_START, BETA_END = 1e-4, 2e-2
+MAX_TIMESTEP = NUM_TIMESTEPS - 1
+
+AnyArray = Array | np.ndarray
 
 
-def alphas_cumprod() -> np.ndarray:
+class NoiseLevel(NamedTuple):
+    """Noise at timesteps: x = alpha z + sigma noise, v = v_noise noise - v_clean z.
+
+    The fields have one shape, or shapes that broadcast.
+    """
+
+    t: Any
+    alpha: Any
+    sigma: Any
+    v_noise: Any
+    v_clean: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule(abc.ABC):
+    """A noise path; hashable, so that it can be static under jit.
+
+    Methods on timesteps take JAX arrays (float32 results) or NumPy arrays (float64 results).
+    """
+
+    time_sampling: str = "uniform"  # distribution of the training timesteps, `choices.TIME_SAMPLINGS`
+    shift: float = 1.0  # moves timesteps of training and solver to more noise if above 1
+
+    clean: ClassVar[float]  # the timestep of the clean latent, alpha = 1 and sigma = 0
+    dtype: ClassVar[Any] = jnp.float32  # of timesteps
+
+    @abc.abstractmethod
+    def alpha_sigma(
+        self, t: Real[AnyArray, " *shape"]
+    ) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
+        """Returns alpha and sigma at timesteps."""
+
+    @abc.abstractmethod
+    def training_timesteps(self, key: Array, shape: tuple[int, ...]) -> Real[Array, "..."]:
+        """Draws the timesteps of noisy blocks in training."""
+
+    @abc.abstractmethod
+    def uniform_timesteps(self, key: Array, shape: tuple[int, ...], max_timestep: int) -> Real[Array, "..."]:
+        """Draws timesteps uniformly from 0 to a largest one, for noise on the context."""
+
+    @abc.abstractmethod
+    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Real[np.ndarray, " {steps}+1"]:
+        """Returns the timesteps of a solver, whose step k goes from entry k to entry k + 1.
+
+        The last entry is `clean`.
+
+        Args:
+          spacing: `trailing`, `leading` or `linspace`.
+          steps: Number of solver steps.
+          skip_zero: See `DDPM.solver_timesteps`.
+
+        Raises:
+          ValueError: The path does not have the spacing.
+        """
+
+    def velocity(self, alpha: AnyArray, sigma: AnyArray) -> tuple[AnyArray, AnyArray]:
+        """Returns the weights a and b of v = a noise - b z, with a alpha + b sigma = 1.
+
+        v is the velocity dx / dtau of the path in the time tau of `velocity_time`. If
+        alpha^2 + sigma^2 = 1, as by default, tau is the angle atan(sigma / alpha) (Salimans & Ho,
+        arXiv 2202.00512). Any other path has a time with a alpha + b sigma = 1 too.
+        """
+        return alpha, sigma
+
+    def velocity_time(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        """Returns the time tau of `velocity`; it is 0 at the clean latent."""
+        return np.arctan2(sigma, alpha)
+
+    def level(self, t: Real[AnyArray, "..."]) -> NoiseLevel:
+        """Returns the noise level at timesteps."""
+        alpha, sigma = self.alpha_sigma(t)
+        return NoiseLevel(t, alpha, sigma, *self.velocity(alpha, sigma))
+
+    def add_noise(
+        self, z: Float[Array, "B L positions C"], noise: Float[Array, "B L positions C"], t: Real[Array, "B L"]
+    ) -> Float[Array, "B L positions C"]:
+        """Returns alpha z + sigma noise, a sample of q(z_t | z), with a timestep for each block."""
+        level = self.level(t[..., None, None])
+        return level.alpha * z + level.sigma * noise
+
+
+def numpy_of(x: Any) -> ModuleType:
+    """Returns NumPy for a NumPy array, and otherwise jax.numpy."""
+    return np if isinstance(x, np.ndarray) else jnp
+
+
+def alphas_cumprod() -> Float[np.ndarray, "1000"]:
     """Returns alpha_bar_t for t = 0..999, float64, from betas rounded to float32 as in PyTorch."""
-    betas = np.linspace(BETA_START, BETA_END, NUM_TIMESTEPS, dtype=np.float32)
+    betas = np.linspace(1e-4, 2e-2, NUM_TIMESTEPS, dtype=np.float32)
     return np.cumprod(1.0 - betas.astype(np.float64))
 
 
-def alpha_sigma(t: Array) -> tuple[Array, Array]:
-    """Returns sqrt(alpha_bar) and sqrt(1 - alpha_bar), each (B, L, 1, 1), of timesteps (B, L)."""
-    alpha_bar = jnp.asarray(alphas_cumprod(), jnp.float32)[t][..., None, None]
-    return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+@dataclasses.dataclass(frozen=True)  # so that __post_init__ is called
+class DDPM(Schedule):
+    """The path of the release: integers 0..999 with linear betas from 1e-4 to 2e-2 (section 3.4)."""
+
+    clean = -1
+    dtype = jnp.int32
+
+    def __post_init__(self) -> None:
+        if (self.time_sampling, self.shift) != ("uniform", 1.0):
+            raise ValueError("the DDPM path has uniform timesteps without a shift")
+
+    def alpha_sigma(self, t: Int[AnyArray, " *shape"]) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
+        xp = numpy_of(t)
+        table = xp.asarray(np.append(alphas_cumprod(), 1.0), float if xp is np else jnp.float32)
+        alpha_bar = table[t]  # index -1 is the clean latent
+        return xp.sqrt(alpha_bar), xp.sqrt(1 - alpha_bar)
+
+    def training_timesteps(self, key: Array, shape: tuple[int, ...]) -> Int[Array, "..."]:
+        return self.uniform_timesteps(key, shape, MAX_TIMESTEP)
+
+    def uniform_timesteps(self, key: Array, shape: tuple[int, ...], max_timestep: int) -> Int[Array, "..."]:
+        return jax.random.randint(key, shape, 0, max_timestep + 1, self.dtype)
+
+    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Int[np.ndarray, " {steps}+1"]:
+        """Returns the timesteps of a solver, see `Schedule.solver_timesteps`.
+
+        `leading` and `linspace` follow diffusers. `trailing` starts at t = 999. With `skip_zero`, as
+        diffusers has it for DPM-Solver++, `leading` and `linspace` compute one more timestep and drop
+        t = 0.
+        """
+        count = steps + skip_zero
+        if spacing == "trailing":
+            t = np.round(np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps)) - 1
+        elif spacing == "leading":
+            t = (np.arange(count) * (NUM_TIMESTEPS // count))[::-1]
+        elif spacing == "linspace":
+            t = np.round(np.linspace(0, MAX_TIMESTEP, count))[::-1]
+        else:
+            raise ValueError(f"spacing {spacing!r} is unknown: trailing, leading or linspace")
+        return np.append(t[:steps], self.clean).astype(np.int32)
 
 
-def add_noise(z: Array, noise: Array, t: Array) -> Array:
-    """Returns alpha z + sigma noise, a sample of q(z_t | z).
+class ContinuousSchedule(Schedule):
+    """A path in continuous time u = (t + 0.5) / 1000, from 0 (the clean latent) to 1 (noise).
 
-    Args:
-      z: Clean latent blocks `(B, L, positions, C)`.
-      noise: Standard normal noise of the same shape.
-      t: Timestep of each block, `(B, L)`.
+    Timesteps are floats from 0 to 999. So u keeps a distance of 0.0005 from its ends, at which eps or
+    x0 cannot be computed from x. The resolution shift s maps u to s u / (1 + (s - 1) u) (Esser et
+    al., arXiv 2403.03206, equation 23).
     """
-    alpha, sigma = alpha_sigma(t)
-    return alpha * z + sigma * noise
+
+    clean = -0.5
+
+    def training_timesteps(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Draws timesteps: u is uniform or the sigmoid of a standard normal, then shifted."""
+        logit_normal = self.time_sampling == "logit_normal"
+        u = jax.nn.sigmoid(jax.random.normal(key, shape)) if logit_normal else jax.random.uniform(key, shape)
+        return MAX_TIMESTEP * self._shifted(u)
+
+    def uniform_timesteps(self, key: Array, shape: tuple[int, ...], max_timestep: int) -> Float[Array, "..."]:
+        return jax.random.uniform(key, shape, maxval=max_timestep)
+
+    def solver_timesteps(self, spacing: str, steps: int, skip_zero: bool = False) -> Float[np.ndarray, " {steps}+1"]:
+        """Returns evenly spaced timesteps from 999 to the clean end, shifted."""
+        if spacing != "trailing":
+            raise ValueError(f"a continuous path has no spacing {spacing!r}: use trailing")
+        u = self._shifted(np.arange(steps, -1, -1) / steps)
+        return self.clean + (MAX_TIMESTEP - self.clean) * u
+
+    def _shifted(self, u: Any) -> Any:
+        return self.shift * u / (1 + (self.shift - 1) * u)
 
 
-class SolverTimesteps(NamedTuple):
-    """Timesteps of a solver: step k goes from t[k] to next_t[k], where -1 is the clean latent."""
+class Flow(ContinuousSchedule):
+    """Rectified flow: x = (1 - u) z + u noise, v = dx / du = noise - z (Liu et al., arXiv 2209.03003)."""
 
-    t: np.ndarray  # (steps,)
-    next_t: np.ndarray  # (steps,)
+    def alpha_sigma(
+        self, t: Real[AnyArray, " *shape"]
+    ) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
+        return (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS, (t + 0.5) / NUM_TIMESTEPS
+
+    def velocity(self, alpha: AnyArray, sigma: AnyArray) -> tuple[AnyArray, AnyArray]:
+        one = numpy_of(alpha).ones_like(alpha)
+        return one, one
+
+    def velocity_time(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        return sigma
 
 
-def solver_timesteps(solver: str, spacing: str, steps: int) -> SolverTimesteps:
-    """Returns the timesteps of a solver.
+class Cosine(ContinuousSchedule):
+    """Nichol & Dhariwal's path: alpha_bar = f(u) / f(0), f(u) = cos^2(pi / 2 (u + s) / (1 + s)), s = 0.008.
 
-    `leading` and `linspace` follow diffusers: for DPM-Solver++ they compute one more timestep than
-    for DDIM and drop t = 0. `trailing` starts at t = 999 for both solvers.
-
-    Args:
-      solver: `ddim` or `dpmpp_2m`.
-      spacing: `trailing`, `leading` or `linspace`.
-      steps: Number of solver steps.
-
-    Raises:
-      ValueError: The spacing is unknown.
+    Source: arXiv 2102.09672, equation 17, in continuous time. Differences of squared cosines are
+    products of sines, so that alpha and sigma are exact in float32 near both ends.
     """
-    extra = 1 if solver == "dpmpp_2m" else 0
-    if spacing == "trailing":
-        t = np.round(np.arange(NUM_TIMESTEPS, 0, -NUM_TIMESTEPS / steps))[:steps] - 1
-    elif spacing == "leading":
-        t = (np.arange(steps + extra) * (NUM_TIMESTEPS // (steps + extra)))[::-1][:steps]
-    elif spacing == "linspace":
-        t = np.round(np.linspace(0, NUM_TIMESTEPS - 1, steps + extra))[::-1][:steps]
-    else:
-        raise ValueError(f"spacing {spacing!r} is unknown: trailing, leading or linspace")
-    t = t.astype(np.int32)
-    return SolverTimesteps(t, np.append(t[1:], -1).astype(np.int32))
+
+    def alpha_sigma(
+        self, t: Real[AnyArray, " *shape"]
+    ) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
+        xp, s = numpy_of(t), 0.008
+        rate = math.pi / 2 / (1 + s)
+        u, rest = (t + 0.5) / NUM_TIMESTEPS, (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS
+        scale = math.cos(rate * s)
+        return xp.sin(rate * rest) / scale, xp.sqrt(xp.sin(rate * u) * xp.sin(rate * (u + 2 * s))) / scale
+
+
+def make(path: str = "ddpm", time_sampling: str = "uniform", shift: float = 1.0) -> Schedule:
+    """Returns the schedule of the fields of `config.diffusion`."""
+    schedule: type[Schedule] = pkgutil.resolve_name(f"madformer_jax.diffusion.{choices.NOISE_PATHS[path]}")
+    return schedule(time_sampling, shift)
+
+
+DEFAULT = DDPM()  # path of the release

@@ -183,7 +183,7 @@ class MADFormer(Decoding):
         Args:
           z: Clean latent blocks, float32.
           noisy: Noisy latent blocks.
-          t: Timestep of each noisy block, 0..999.
+          t: Timestep of each noisy block, from 0 to 999.
           tokens: Text tokens or a class, for a conditional model. `null_token` stands for no text.
           lengths: Number of tokens of each text, 1..T. Padding behind them changes no output. By
             default all T tokens are text.

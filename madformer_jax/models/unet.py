@@ -25,7 +25,7 @@ from madformer_jax.ops.attention.base import Attention
 
 
 class TimeEmbedding(nn.Module):
-    """Embeds timesteps 0..999 by Linear, SiLU, Linear without biases."""
+    """Embeds timesteps, numbers from 0 to 999, by Linear, SiLU, Linear without biases."""
 
     width: int
     kind: str  # input of the first layer: "raw", the number itself (release), or "sinusoidal"
@@ -145,5 +145,5 @@ class Upsampler(nn.Module):
                 n, height, width, _ = x.shape
                 x = jax.image.resize(x, (n, self.stride * height, self.stride * width, channels), "nearest")
                 x = conv(channels, 3, self.dtype, name=f"up_{stage}")(x)
-        # Always float32: solvers divide the error of eps by sqrt(alpha_bar), 0.006 at t = 999.
+        # Always float32: solvers divide the error of eps by alpha, 0.006 or less at t = 999.
         return conv(self.out_channels, self.kernel, jnp.float32, precision="highest", name="conv_out")(x)

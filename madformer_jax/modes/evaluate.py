@@ -40,7 +40,7 @@ from madformer_jax.evaluation.judge import Judge, open_judge, open_training
 from madformer_jax.modes import reference as reference_mode
 from madformer_jax.runtime import checkpoint, partitioning, progress, storage, stored_config
 from madformer_jax.runtime.preemption import interruptible
-from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.sampling import codec, generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights.fingerprint import fingerprint
 
@@ -172,7 +172,8 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 "step": step,
                 "fingerprint": fingerprint(params, mesh),
                 "seed": seeds.of(c, "sample"),
-            } | codec_metadata
+            }
+            metadata |= codec_metadata | solving.path_protocol(c)
             # The captions' scores depend on the weights only, so all settings share them.
             extra_scores = (
                 functools.cache(functools.partial(captions.scores, trained.network, params, mesh)) if captions else dict

@@ -33,7 +33,7 @@ from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checkpoint, partitioning, progress, storage
 from madformer_jax.runtime.preemption import interruptible
-from madformer_jax.sampling import codec, generation, prompts, trained_model
+from madformer_jax.sampling import codec, generation, prompts, solving, trained_model
 from madformer_jax.sampling.generation import SampleBatch
 from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights.fingerprint import fingerprint
@@ -72,9 +72,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         folder = epath.Path(workdir) / "samples" / _folder_name(c, protocol)
         missing = _missing_shards(c, folder)
         numbers = np.concatenate([_shard_image_numbers(c, k) for k in missing] or [np.arange(0)])
+        scales = solving.guidance_scales(c)
         logging.info(
-            "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d steps guided; attention %s",
-            s.n, s.weights, step, s.n - len(numbers), np.sum(generation.guidance_scales(c) != 1), s.steps,
+            "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d evaluations guided; attention %s",
+            s.n, s.weights, step, s.n - len(numbers), np.sum(scales != 1), len(scales),
             trained.network.attention.name,
         )  # fmt: skip
         if s.labels:
@@ -155,7 +156,9 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
     )  # fmt: skip
     return {
         "step": step,
-        "seed": seeds.of(c, "sample") if noise is None or s.label_sampling == "random" else None,
+        "seed": seeds.of(c, "sample")
+        if noise is None or s.label_sampling == "random" or solving.depends_on_seed(c)
+        else None,
         "noise": noise,
         **{name: s[name] for name in sample_fields},
         "clip": s.clip_x0,
@@ -163,6 +166,7 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
         **prompts.describe(c),
         "fingerprint": weights,
         "model": aliases.first_names(json.loads(c.model.to_json()), "model."),
+        **solving.path_protocol(c),
         "image": [c.data.image_size, c.data.image_size, c.data.channels],
         "codec": codec.describe(c, codec_weights),
     }

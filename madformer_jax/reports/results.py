@@ -35,7 +35,8 @@ COSTS = {  # of an image: key -> label
 HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "attributes")
 SHARES = ("precision", "recall", "recognised", "attributes")  # scores within [0, 1]
 _SHARED_PROTOCOL_KEYS = ("n", "reference", "network", "image", "scores")  # keys of a protocol
-_PER_RUN_KEYS = ("step", "fingerprint", "seed", "steps")  # keys of protocol["images"] that differ between runs
+# keys of protocol["images"] that differ between runs
+_PER_RUN_KEYS = ("step", "fingerprint", "seed", "steps", "diffusion")
 _PROMPT_KEYS = ("asked", "tokens")  # keys of protocol["images"] that follow from its "prompts"
 _UNITS = {  # unit of a budget, singular and plural
     "steps": ("step", "steps"),
@@ -264,7 +265,7 @@ def _check_same_settings(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]
     for run in runs:
         setting = tuple(value_of(run, {}, axis.field) for axis in axes)
         for other, sections in (
-            (runs[0], ("model.", "loss.", "optimizer.")),
+            (runs[0], ("model.", "loss.", "diffusion.", "optimizer.")),
             (first.setdefault(setting, run), ("train.",)),
         ):
             for name, value in run["config"].items():

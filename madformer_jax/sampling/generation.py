@@ -25,7 +25,7 @@ from madformer_jax.config import seeds
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import preprocess
 from madformer_jax.data.text import TokenizedTexts
-from madformer_jax.diffusion import guidance, sampler, schedule
+from madformer_jax.diffusion import sampler, schedule
 from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
@@ -33,7 +33,7 @@ from madformer_jax.models.inference_params import inference_params
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.runtime.memory import device_capacity
-from madformer_jax.sampling import codec, prompts
+from madformer_jax.sampling import codec, prompts, solving
 
 # ---- drawing
 
@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
     labels: Any  # (b,) int32; 0 for a model without classes
     noise: Array | None  # (b, L, positions, C), or None for the noise of the seed
     seed: Any  # () uint32
-    guidance: Any  # (steps,) float32; unused if `sample.guidance` is 1, which runs no second branch
+    guidance: Any  # (evaluations,) float32; unused if `sample.guidance` is 1, which runs no second branch
     text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
 
 
@@ -98,12 +98,13 @@ def make_sample_fn(
     """
     if c.sample.guide and c.sample.guidance != 1.0 and not isinstance(model, GuidedPair):
         raise ConfigError(f"config.sample.guide={c.sample.guide}: this mode measures one model. Leave the guide out.")
-    sizes, settings = derive_sizes(c), c.sample
+    sizes, settings, path = derive_sizes(c), c.sample, schedule.make(**c.diffusion)
     memory = device_capacity() if memory is None else memory
 
     @jax.jit
     def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:
-        noise = seeded_noise(inputs.seed, inputs.numbers, sizes.block_shape) if inputs.noise is None else inputs.noise
+        keys = image_keys(inputs.seed, inputs.numbers)
+        noise = keyed_noise(keys, sizes.block_shape) if inputs.noise is None else inputs.noise
         classes = inputs.labels[:, None] if model.vocabulary else None
         tokens, lengths = inputs.text or (classes, None)
         blocks = sampler.sample(
@@ -112,9 +113,11 @@ def make_sample_fn(
             noise,
             tokens,
             lengths=lengths,
+            keys=keys,
             solver=settings.solver,
             spacing=settings.spacing,
             steps=settings.steps,
+            schedule=path,
             guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
             clip_x0=settings.clip_x0,
         )
@@ -134,10 +137,14 @@ def sampling_params(model: MADFormer | GuidedPair, params: Any, memory: int) -> 
     return inference_params(model, params, memory)
 
 
-def seeded_noise(seed: Any, numbers: Array, shape: tuple[int, ...]) -> Array:
-    """Returns the noise (n, *shape) of the images with these numbers."""
+def image_keys(seed: Any, numbers: Array) -> Array:
+    """Returns the random keys (n,) of the images with these numbers."""
     key = jax.random.fold_in(jax.random.key(seed), SAMPLE_STREAM)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(numbers)
+
+
+def keyed_noise(keys: Array, shape: tuple[int, ...]) -> Array:
+    """Returns the initial noise (n, *shape) of images with these random keys."""
     return jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(keys)
 
 
@@ -150,14 +157,8 @@ def make_inputs(
     c: ConfigDict, numbers: Any, labels: Any, noise: Any = None, text: TokenizedTexts | None = None
 ) -> Inputs:
     """Makes `Inputs` with the seed and guidance of the config. The arrays may be abstract."""
-    return Inputs(numbers, labels, noise, np.int64(seeds.of(c, "sample")).astype(np.uint32), guidance_scales(c), text)
-
-
-def guidance_scales(c: ConfigDict) -> np.ndarray:
-    """Returns the guidance scale of each solver step of the config, float32 (steps,)."""
-    s = c.sample
-    t = schedule.solver_timesteps(s.solver, s.spacing, s.steps).t
-    return guidance.guidance_scales(s.guidance, s.guidance_schedule, s.guidance_interval, t)
+    seed = np.int64(seeds.of(c, "sample")).astype(np.uint32)
+    return Inputs(numbers, labels, noise, seed, solving.guidance_scales(c), text)
 
 
 def batch_size(c: ConfigDict, mesh: jax.sharding.Mesh, max_batch: int | None = None) -> int:

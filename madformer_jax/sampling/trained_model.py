@@ -29,7 +29,7 @@ from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import memory, numerics, partitioning, storage, stored_config
-from madformer_jax.sampling import codec, generation, prompts
+from madformer_jax.sampling import codec, generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
 
 
@@ -192,30 +192,31 @@ class Model:
     def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
         """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
-        coefficients = solvers.coefficients(s.solver, s.spacing, s.steps)
+        solver, coefficients = solvers.make(s.solver), solving.coefficients(c)
         network, params = self._trained.sampled(c)
         guided = isinstance(network, GuidedPair) or flops.guidance_branches(c) == 2
-        static = guided, s.clip_x0, sampler.clean_timestep(network, coefficients)
+        static = s.solver, guided, s.clip_x0, sampler.clean_timestep(network, coefficients)
         begin, condition, step, cache_clean, decode = self._program(
             ("blocks", *static), lambda: self._block_programs(network, params, *static)
         )
         costs = [x for x in (c, self._guide_settings(c)) if x is not None]
-        rows = list(zip(solvers.step_rows(coefficients), generation.guidance_scales(c)))
+        rows = list(zip(solvers.evaluation_rows(coefficients), solving.guidance_scales(c)))
+        keys = generation.image_keys(np.uint32(seeds.of(c, "sample")), jnp.arange(s.n, dtype=jnp.int32))
         file_noise = generation.open_noise(c)
         if file_noise is None:
-            noise = generation.seeded_noise(
-                np.uint32(seeds.of(c, "sample")), jnp.arange(s.n, dtype=jnp.int32), sizes.block_shape
-            )
+            noise = generation.keyed_noise(keys, sizes.block_shape)
         else:
             noise = jnp.asarray(file_noise, jnp.float32)
         classes = np.array(config_lib.sample_labels(c), np.int32)[:, None] if m.classes else None
         z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.tokenize(c) or (classes, None)))
         for block in range(sizes.blocks):
             c_i, cache = condition(cache, pred, block)
-            state = solvers.initial_state(noise[:, block : block + 1])
-            for k, row in enumerate(rows, 1):
-                state, own_kv = step(cache, c_i, state, *row, block)
-                if k == s.steps or every == "step":
+            state = solver.init(noise[:, block : block + 1])
+            for i, row in enumerate(rows, 1):
+                state, own_kv = step(cache, c_i, state, *row, block, keys)
+                k, rest = divmod(i, solver.evaluations_per_step)
+                k = s.steps if i == len(rows) else k
+                if k == s.steps or (every == "step" and not rest):
                     current = state.x if k == s.steps else state.x0
                     images, finite = jax.device_get(decode(z.at[:, block].set(current[:, 0])))
                     if not finite:
@@ -234,14 +235,13 @@ class Model:
         if self._guide_config is None or c.sample.guidance == 1.0:
             return None
         guide = self._guide_config.copy_and_resolve_references()
-        guide.sample.solver, guide.sample.spacing, guide.sample.steps = (
-            c.sample.solver,
-            c.sample.spacing,
-            c.sample.steps,
-        )
+        for name in ("solver", "spacing", "steps"):
+            guide.sample[name] = c.sample[name]
         return guide
 
-    def _block_programs(self, network: MADFormer | GuidedPair, params: Any, *static: Any) -> tuple[Any, ...]:
+    def _block_programs(
+        self, network: MADFormer | GuidedPair, params: Any, solver: str, *static: Any
+    ) -> tuple[Any, ...]:
         """Returns the programs that draw a block, and one that decodes blocks to uint8 images.
 
         Each is compiled once for all blocks and steps.
@@ -249,14 +249,15 @@ class Model:
         Args:
           network: The model, or the model and its guide.
           params: The parameters.
-          static: The fields of `sampler.BlockSteps` after the model and the parameters.
+          solver: Name of the solver.
+          static: The fields of `sampler.BlockSteps` after the solver.
         """
         sizes = derive_sizes(self.config)
         params = self._program(("inference params", type(network)), lambda: self._inference_params(network, params))
 
         def block_program(name: str) -> Any:
             def run(params: Any, *args: Any) -> Any:
-                return getattr(sampler.BlockSteps(network, params, *static), name)(*args)
+                return getattr(sampler.BlockSteps(network, params, solvers.make(solver), *static), name)(*args)
 
             return self._jitted(run, params)
 

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from madformer_jax.config import validation
 from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import stored_config
 
 TRAIN_BUDGET_KINDS = ("steps", "images", "flops")
 SAMPLE_BUDGET_KINDS = ("steps", "nfe", "passes", "flops", "seconds")
-MAX_SOLVER_STEPS = 999  # upper limit of `sample.steps` (config/table.py)
 TOLERANCE = 0.5  # largest relative miss of a budget: steps are whole numbers
 
 
@@ -72,7 +72,7 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
     def cost(steps: int) -> float:
         return sampling_cost(c, kind, steps, timing)
 
-    low, high = 1, MAX_SOLVER_STEPS  # bisection: the largest affordable number lies in [low, high)
+    low, high = 1, validation.max_solver_steps(c)  # bisection: the largest affordable number lies in [low, high)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= amount else (low, middle)

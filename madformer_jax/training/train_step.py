@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.diffusion import losses
+from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.models import ema, madformer
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
@@ -136,6 +137,7 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
       dropout: Share of labels or captions that the null token replaces.
     """
     weights, context_noise = losses.LossWeights(**c.loss), c.train.context_noise
+    path = schedules.make(**c.diffusion)
 
     def loss(
         params: Any, batch: dict[str, Array], codec_params: Any, key: Array, text_tokens: Array | None = None
@@ -149,7 +151,9 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
             drop = _dropout_mask(drop_key, dropout, len(z))
             tokens = jnp.where(drop, s.model.null_token, tokens)
             lengths = None if lengths is None else _caption_lengths(lengths, drop)
-        return losses.training_loss(s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens)
+        return losses.training_loss(
+            s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens, path
+        )
 
     return loss
 

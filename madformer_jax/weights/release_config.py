@@ -195,11 +195,12 @@ def release_args(c: ConfigDict) -> dict[str, Any]:
     } | ({"image_size": c.data.image_size} if c.codec.name == "vae" else {})
     # Settings of computation or training, which do not change the exported model.
     ignored = {"attention", "dtype", "remat", "scan_unroll", "hidden_from"}
-    release = preset(args).model
+    release = preset(args)
     different = [
-        f"model.{name}={m[name]!r} (release: {release[name]!r})"
-        for name in sorted(m)
-        if name not in ignored and m[name] != release[name]
+        f"{section}.{name}={c[section][name]!r} (release: {release[section][name]!r})"
+        for section in ("model", "diffusion")
+        for name in sorted(c[section])
+        if name not in ignored and c[section][name] != release[section][name]
     ]
     if different:
         raise ConfigError(f"the release's code cannot run this model: {', '.join(different)}.")

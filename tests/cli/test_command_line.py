@@ -41,7 +41,7 @@ def error_of(capsys, *args):
         (["--config.model.blocks=6"], "config.model.blocks=6 does not tile a 8 x 8 latent"),
         (["--config.model.diffusion_depth=9"], "config.model.diffusion_depth=9"),
         (["--config.sample.labels=12"], "12 is not a class"),
-        (["--config.sample.solver=euler"], "config.sample.solver='euler' is unknown"),
+        (["--config.sample.solver=karras"], "config.sample.solver='karras' is unknown"),
         (["--config.data.image_size=1000000000"], "config.data.image_size=1000000000 is out of range"),
         (["--config.data.image_size=-8"], "config.data.image_size=-8 is out of range"),
         (["--mode=trian"], "mode"),
@@ -107,7 +107,7 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
     ("args", "told"),
     [
         (["--config.evaluate.degrade=blur:1"], "config.evaluate.degrade"),
-        (["--config.evaluate.grid=solver=euler"], "config.sample.solver='euler' is unknown"),
+        (["--config.evaluate.grid=solver=karras"], "config.sample.solver='karras' is unknown"),
         (["--config.evaluate.reference=LICENSE"], "LICENSE cannot be read"),
         (["--config.evaluate.network=dino"], "config.evaluate.network='dino' is unknown"),
         (["--config.evaluate.network=inception"], "inception does not exist: make the weights of Inception"),

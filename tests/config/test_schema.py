@@ -97,6 +97,13 @@ def test_every_choice_and_range_is_checked(tiny_config, field):
             {"sample.solver": "ddim", "sample.spacing": "linspace", "sample.steps": 1},
             "starts at t = 0 and returns noise",
         ),
+        (
+            {"sample.steps": 1000},
+            "config.sample.steps=1000 is out of range: it must be from 1 to 999 for config.diffusion",
+        ),
+        ({"diffusion.path": "flow", "sample.spacing": "leading"}, "needs config.diffusion.path='ddpm': use trailing"),
+        ({"diffusion.shift": 3.0}, "config.diffusion.shift=3 needs a continuous path"),
+        ({"diffusion.time_sampling": "logit_normal"}, "set config.diffusion.path=flow or cosine"),
         ({"model.classes": 0, "text.vocabulary": 300, "text.length": 2}, "so 3 at least"),
         ({"loss.image": 0.0, "loss.hidden": 0.0}, "all weights in config.loss are 0"),
         ({"model.unet_attention": (True, False)}, "one entry for each stage"),

@@ -93,6 +93,7 @@ SAMPLING = {
     "one block": {"blocks": 1},
     "neighbours": {"unet_context": True, "blocks": 4},
     "1 x 1 convolutions": {"unet_kernel": 1},
+    "Heun": {"sample.solver": "heun", "sample.steps": 3},
 }
 
 
@@ -101,7 +102,7 @@ def test_sampling_flops_equal_the_count_of_xla(name):
     c = wide(**SAMPLING[name])
     model, params, z, _, tokens = abstract(c)
     sample = functools.partial(
-        sampler.sample, model, solver="dpmpp_2m", spacing="trailing", steps=c.sample.steps, guidance=c.sample.guidance,
+        sampler.sample, model, solver=c.sample.solver, spacing="trailing", steps=c.sample.steps, guidance=c.sample.guidance,
         unroll=True,
     )  # fmt: skip
     assert xla_flops(sample, params, z, tokens) == pytest.approx(flops.sampling(c, c.train.batch).total, rel=0.02)
@@ -162,6 +163,18 @@ def test_passes_count_the_layers_of_every_switch(changes, condition, extension):
     assert (flops.nfe(c), flops.model_passes(c)) == (2 * nfe, 2 * passes)
     c.sample.guidance = 1.0
     assert (flops.nfe(c), flops.model_passes(c)) == (nfe, passes)
+
+
+def test_cost_follows_the_evaluations_of_the_solver():
+    """Heun evaluates twice in each step but the last."""
+    c = wide(depth=4, blocks=4)  # D = 1
+    c.sample.steps = 7
+    seven = {name: x for name, x in flops.image_cost(c).items() if name != "solver_steps"}
+    c.sample.solver, c.sample.steps = "heun", 4
+    heun = flops.image_cost(c)
+    assert heun.pop("solver_steps") == 4 and heun == seven
+    layers = [flops.model_passes_until(c, 0, step) * 16 for step in (1, 2, 3, 4)]
+    assert layers == [5, 7, 9, 10]  # condition 3, evaluation 1
 
 
 def test_passes_include_the_extension_between_two_blocks():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from madformer_jax.diffusion import losses, schedule
-from madformer_jax.models.madformer import ModelOutputs
+from madformer_jax.models.madformer import MADFormer, ModelOutputs
 
 
 def test_terms_are_mean_squared_errors_and_next_token_log_likelihood():
@@ -33,10 +33,11 @@ def test_terms_are_mean_squared_errors_and_next_token_log_likelihood():
 class ZeroModel:
     """A fake model that predicts no noise and records its arguments."""
 
+    __class__ = MADFormer  # for the checks of types
     prediction_type = "eps"
 
     def apply(self, variables, z, noisy, t, tokens, lengths, *, terms, clean_t=None):
-        self.terms, self.context, self.clean_t = terms, z, clean_t
+        self.terms, self.context, self.clean_t, self.noisy, self.t = terms, z, clean_t, noisy, t
         return ModelOutputs(jnp.zeros_like(z), None, None, None)
 
 
@@ -65,7 +66,24 @@ def test_context_noise_passes_its_timesteps_to_the_model():
     noised, _ = losses.training_loss(model, {}, z, None, key, weights, context_noise=300)
     assert loss == noised
     assert 0 <= model.clean_t.min() < 20 and 280 < model.clean_t.max() <= 300
-    alpha, sigma = schedule.alpha_sigma(model.clean_t)
+    alpha, sigma = schedule.DEFAULT.alpha_sigma(model.clean_t[..., None, None])
     noise = np.asarray((model.context - alpha * z) / sigma)
     np.testing.assert_allclose(noise.std(), 1, atol=0.03)
     assert abs(np.corrcoef(noise[0, 0].ravel(), noise[0, 1].ravel())[0, 1]) < 0.5
+
+
+def test_flow_trains_on_its_path_and_its_velocity():
+    z, key, model = jnp.full((50, 4, 30, 2), 0.5), jax.random.key(4), ZeroModel()
+    model.prediction_type, weights = "v", losses.LossWeights(hidden=0.0)
+    path = schedule.make("flow", "logit_normal", 3.0)
+    loss, metrics = losses.training_loss(model, {}, z, None, key, weights, context_noise=300, schedule=path)
+    u = (model.t + 0.5)[..., None, None] / 1000
+    noise = (model.noisy - (1 - u) * z) / u
+    np.testing.assert_allclose(noise.std(), 1, atol=0.03)
+    np.testing.assert_allclose(loss, ((noise - z) ** 2).mean(), rtol=1e-3)
+    assert model.t.mean() > 600 and model.clean_t.dtype == model.t.dtype == jnp.float32
+    assert model.clean_t.max() <= 300
+    inside = (model.t >= 750) & (model.t < 1000)
+    np.testing.assert_allclose(
+        metrics["loss_q4"], np.asarray((noise - z) ** 2).mean((2, 3))[np.asarray(inside)].mean(), rtol=1e-3
+    )

@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from madformer_jax.cost import flops
-from madformer_jax.diffusion import guidance, sampler, schedule, solvers
+from madformer_jax.diffusion import guidance, parameterization, sampler, schedule, solvers
 from madformer_jax.models import madformer
 from madformer_jax.models.transformer import DecoderLayer
 from madformer_jax.weights import release
@@ -31,45 +31,56 @@ def test_release_samples(reference, variant):
     c = preset(json.loads(str(file["meta"])))
     params = release.from_release({n.removeprefix("param/"): file[n] for n in file.files if n.startswith("param/")}, c)
     name, solver, spacing = RELEASE[variant]
-    np.testing.assert_array_equal(solvers.coefficients(solver, spacing, 8).t, file[f"sample/{name}_timesteps"])
+    coefficients = solvers.make(solver).coefficients(schedule.DEFAULT, spacing, 8)
+    np.testing.assert_array_equal(coefficients.level.t, file[f"sample/{name}_timesteps"])
     draw = jax.jit(functools.partial(sampler.sample, madformer.build(c), solver=solver, spacing=spacing, steps=8))
     samples, expected = draw(params, file["sample/init_noise"]), file[f"sample/{name}"]
     assert np.linalg.norm(samples - expected) < 1e-3 * np.linalg.norm(expected)
 
 
-def without_cache(model, params, noise, tokens, lengths, solver, spacing, steps, guidance=1.0):
-    """Samples block by block, with a full training forward at every step in place of the cache.
+def without_cache(model, params, noise, tokens, lengths, keys, solver, spacing, steps, path, guidance=1.0):
+    """Samples block by block, with a full training forward at every evaluation in place of the cache.
 
-    A step with guidance scale 1 computes the conditional prediction only.
+    An evaluation with guidance scale 1 computes the conditional prediction only.
     """
-    scales = np.broadcast_to(guidance, steps)
-    table = solvers.coefficients(solver, spacing, steps)
-    clean_t = int(table.t[-1]) if model.clean_timestep == "noisy" else 0
+    solver = solvers.make(solver)
+    rows = solvers.evaluation_rows(solver.coefficients(path, spacing, steps))
+    scales = np.broadcast_to(guidance, len(rows))
+    last_t = rows[-1].level.t
+    clean_t = last_t if model.clean_timestep == "noisy" else 0
     batch, blocks = noise.shape[:2]
 
     @jax.jit
     def output_of(z, noisy, t, tokens, lengths):
-        clean = jnp.full((batch, blocks), clean_t)
+        clean = jnp.full((batch, blocks), clean_t, path.dtype)
         return model.apply({"params": params}, z, noisy, t, tokens, lengths, clean_t=clean, terms=("image",)).image
 
     z, last_inputs = np.zeros_like(noise), np.zeros_like(noise)
     for i in range(blocks):
-        state = solvers.SolverState(noise[:, i], np.zeros_like(noise[:, i]))
-        for k in range(steps):
-            row = jax.tree.map(lambda r, k=k: r[k], table)
-            # Without the clean stream, later blocks attend to a block's last noisy input.
-            noisy, t = last_inputs.copy(), np.full((batch, blocks), table.t[-1])
-            noisy[:, i], t[:, i] = state.x, row.t
-            out = np.asarray(output_of(z, noisy, t, tokens, lengths))[:, i]
-            if tokens is not None and scales[k] != 1.0:
-                null_lengths = None if lengths is None else np.ones_like(lengths)
-                null_tokens = np.full_like(tokens, model.null_token)
-                unconditional = np.asarray(output_of(z, noisy, t, null_tokens, null_lengths))[:, i]
-                out = unconditional + scales[k] * (out - unconditional)
-            if k == steps - 1:
-                last_inputs[:, i] = state.x
-            state = solvers.step(state, out, row, prediction_type=model.prediction_type)
-        z[:, i] = state.x
+        state = solver.init(jnp.asarray(noise[:, i]))
+        for row, scale in zip(rows, scales):
+
+            def denoise(x, level, scale=scale, i=i):
+                # Without the clean stream, later blocks attend to a block's last noisy input.
+                noisy, t = last_inputs.copy(), np.full((batch, blocks), last_t)
+                noisy[:, i], t[:, i] = x, level.t
+                out = np.asarray(output_of(z, noisy, t, tokens, lengths))[:, i]
+                if tokens is not None and scale != 1.0:
+                    null_lengths = None if lengths is None else np.ones_like(lengths)
+                    null_tokens = np.full_like(tokens, model.null_token)
+                    unconditional = np.asarray(output_of(z, noisy, t, null_tokens, null_lengths))[:, i]
+                    out = unconditional + scale * (out - unconditional)
+                return parameterization.clean_estimate(model.prediction_type, out, np.asarray(x), level), None
+
+            def normal(row=row, i=i):
+                fold = jax.random.fold_in
+                return np.stack(
+                    [jax.random.normal(fold(fold(key, i), row.index), noise[0, i][None].shape)[0] for key in keys]
+                )
+
+            last = state.x
+            state, _ = solver.step(denoise, state, row, normal)
+        last_inputs[:, i], z[:, i] = last, state.x
     return z
 
 
@@ -94,10 +105,20 @@ SWITCHES = {  # test_release_samples has the four variants of the release
     "block only": {"diffusion_attention": "block", **ONE_STAGE},
     "one program for each block": {"blocks": 2, "classes": 3, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
 }  # fmt: skip
-T = schedule.solver_timesteps("dpmpp_2m", "trailing", 3).t  # 999, 666, 332
+DDPM, FLOW, COSINE = (schedule.make(path) for path in ("ddpm", "flow", "cosine"))
+T = DDPM.solver_timesteps("trailing", 3)[:-1]  # 999, 666, 332
 GUIDED = {  # the others with classes have a constant scale
-    "no clean stream": guidance.guidance_scales(2.0, "linear", (0, 999), T),
+    "no clean stream": guidance.guidance_scales(2.0, "linear", (0, 999), T.repeat(2)[1:]),  # of Heun
     "eight blocks, twice as high as wide, D = 1, x0": guidance.guidance_scales(3.0, "constant", (400, 700), T),
+}
+SOLVED = {  # the others are solved with dpmpp_2m on the DDPM path
+    "release options, shared": ("heun", FLOW),
+    "no clean stream": ("heun", DDPM),
+    "no clean stream, no condition": ("ancestral", FLOW),
+    "D = N, v": ("euler", FLOW),
+    "one block, x0": ("ancestral", DDPM),
+    "captions with padding": ("dpmpp_2m", COSINE),
+    "one program for each block": ("heun", COSINE),
 }
 
 
@@ -105,17 +126,20 @@ GUIDED = {  # the others with classes have a constant scale
 def test_cached_sampling_equals_full_recomputation(name):
     """Checks samples and the number of layer calls.
 
-    AR layers run L times, diffusion layers L * steps times, and the clean tower once for each block
-    but the last, as in the paper. `flops.model_passes` must count all of them.
+    AR layers run L times, diffusion layers L times at every evaluation, and the clean tower once for
+    each block but the last, as in the paper. `flops.model_passes` must count all of them.
     """
     model, params = small(**SWITCHES[name])
     blocks, steps, calls, layers = model.blocks, 3, collections.Counter(), collections.Counter()
     noise = np.random.default_rng(2).standard_normal((2, blocks, 64 // blocks, model.channels), np.float32)
     tokens = np.array([[2, 4, 1, 0], [0, 3, 5, 2]])[:, : model.text_length] if model.vocabulary else None
-    settings = {"solver": "dpmpp_2m", "spacing": "trailing", "steps": steps}
+    solver, path = SOLVED.get(name, ("dpmpp_2m", DDPM))
+    settings = {"solver": solver, "spacing": "trailing", "steps": steps}
+    keys = jax.random.split(jax.random.key(7), 2)
     lengths = np.array([3, 2]) if model.text_length > 1 else None
     scale = {"guidance": GUIDED.get(name, 2.0)} if tokens is not None else {}
-    draw = functools.partial(sampler.sample, model, unroll=name == "one program for each block", **settings)
+    unroll = name == "one program for each block"
+    draw = functools.partial(sampler.sample, model, unroll=unroll, schedule=path, **settings)
 
     def count(run, args, kwargs, context):
         if isinstance(context.module, madformer.MADFormer):
@@ -126,22 +150,32 @@ def test_cached_sampling_equals_full_recomputation(name):
         return run(*args, **kwargs)
 
     with nn.intercept_methods(count):
-        cached = np.asarray(jax.jit(draw)(params, noise, tokens, lengths, **scale))
+        cached = np.asarray(jax.jit(draw)(params, noise, tokens, lengths, keys, **scale))
     jax.effects_barrier()
-    expected = without_cache(model, params, noise, tokens, lengths, **settings, **scale)
+    expected = without_cache(model, params, noise, tokens, lengths, keys, path=path, **settings, **scale)
     assert np.linalg.norm(expected) > 1
     # Errors are relative to the norm of each block, because single values range from 0 to 300.
     error, size = (np.linalg.norm(x, axis=(2, 3)) for x in (cached - expected, expected))
     assert (error < 2e-5 * size).all()
     assert calls["condition"] == blocks
-    assert calls["denoise"] == blocks * steps
+    assert calls["denoise"] == blocks * (2 * steps - 1 if solver == "heun" else steps)
     assert calls["cache_clean" if model.clean_stream else "cache_noisy"] == blocks - 1
     assert calls["__call__"] == 0
     c = small_config(**SWITCHES[name])
-    c.sample.steps, c.sample.guidance = steps, 2.0 if scale else 1.0
+    c.sample.solver, c.sample.steps, c.sample.guidance = solver, steps, 2.0 if scale else 1.0
     assert (layers["pred"] + layers["clean"]) / len(noise) == pytest.approx(
         flops.model_passes(c) * c.model.depth * blocks
     )
+
+
+def test_clip_x0_bounds_the_clean_estimate():
+    """The last evaluation of a solver ends at the clean estimate."""
+    model, params = small(blocks=1, depth=1, diffusion_depth=1, **ONE_STAGE)
+    draw = functools.partial(sampler.sample, model, params, solver="ddim", spacing="trailing", steps=1)
+    noise = jnp.full((1, 1, 64, 3), 5.0)
+    free, clipped = (np.asarray(jax.jit(functools.partial(draw, clip_x0=bound))(noise)) for bound in (0.0, 1.0))
+    assert np.abs(free).max() > 1
+    np.testing.assert_allclose(clipped, np.clip(free, -1, 1), rtol=1e-5)
 
 
 def test_guidance_scale_1_skips_the_unconditional_rows():

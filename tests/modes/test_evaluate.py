@@ -272,7 +272,7 @@ def _broken(c, workdir, tmp_path):
         (_set("checkpoints", "last:3"), "there are 2"),
         (_set("grid", "step=1"), "is not a setting"),
         (_set("grid", "steps=few"), "steps takes int"),
-        (_set("grid", "solver=euler"), "sample.solver='euler' is unknown"),
+        (_set("grid", "solver=karras"), "sample.solver='karras' is unknown"),
         (_set("grid", "guidance_interval=200"), "guidance_interval takes low:high"),
         (_set("grid", "guidance_interval=0:600"), r"guidance_interval=\(0, 600\) needs a class-conditional model"),
         (_set("images", "data:some"), "'some' is unknown"),

@@ -88,6 +88,20 @@ def test_prompts_are_an_axis_with_dependent_fields(tmp_path):
     assert [axis.label for axis in group.axes] == ["D", "prompts"]
 
 
+def test_runs_on_different_noise_paths_share_a_column(tmp_path):
+    extra = {f"d{d}l4s0": {"diffusion.path": path} for d, path in ((1, "ddpm"), (2, "flow"))}
+    made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,), extra=extra)
+    for path in tmp_path.glob("runs/*/result.json"):
+        run = json.loads(path.read_text())
+        if run["overrides"]["diffusion.path"] == "flow":
+            for evaluation in run["evaluations"]:
+                evaluation["protocol"]["images"]["diffusion"] = {"path": "flow"}
+            path.write_text(json.dumps(run))
+    (group,) = results.load_results(str(tmp_path)).groups
+    (axis,) = group.axes
+    assert {axis.field, *axis.dependent_fields} == {"model.diffusion_depth", "diffusion.path"}
+
+
 def test_seconds_of_one_seed_apply_to_all(tmp_path):
     made_up.write(tmp_path, depths=(2,), seeds=(0, 1), steps=(4,))
     (group,) = results.load_results(str(tmp_path)).groups

@@ -55,6 +55,18 @@ def test_solver_steps_of_passes_leave_room_for_the_clean_tower(c, changes, passe
     assert budget.solver_steps(c, "passes", passes) == steps
 
 
+def test_solver_steps_follow_from_the_evaluations_and_the_path(c):
+    """Heun's last step has one evaluation, and a continuous path has more than 999 steps."""
+    c.sample.solver = "heun"
+    assert budget.solver_steps(c, "nfe", (2 + 19) / 3) == 10
+    c.sample.solver, c.diffusion.path = "euler", "flow"
+    assert budget.solver_steps(c, "nfe", (2 + 3000) / 3) == 3000
+    c.diffusion.path = "ddpm"
+    assert budget.solver_steps(c, "steps", 900) == 900
+    with pytest.raises(ConfigError, match="with 999 steps"):
+        budget.solver_steps(c, "steps", 3000)
+
+
 def test_solver_steps_of_other_budgets(c):
     assert budget.solver_steps(c, "steps", 7) == 7
     c.sample.steps = 9

@@ -12,7 +12,7 @@ import pytest
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import losses
 from madformer_jax.errors import ConfigError
-from madformer_jax.models.madformer import ModelOutputs
+from madformer_jax.models.madformer import MADFormer, ModelOutputs
 from madformer_jax.modes import train
 from madformer_jax.runtime import checkpoint, partitioning
 from madformer_jax.sampling import codec
@@ -69,6 +69,13 @@ def test_mesh_trains_like_a_single_device(meshes):
         assert np.linalg.norm(sharded - params) <= 1e-5 * np.linalg.norm(params)
 
 
+def test_the_loss_of_flow_falls(plain):
+    plain.diffusion.path, plain.diffusion.time_sampling, plain.diffusion.shift = "flow", "logit_normal", 2.0
+    plain.model.prediction_type, plain.optimizer.learning_rate, plain.train.steps = "v", 3e-3, 60
+    losses, _ = on_mesh(plain, (1, 1, 1), n=60)
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
 def test_state_is_split_over_fsdp_and_tensor():
     s, mesh = train_step.make_setup(tiny.get_config()), partitioning.make_mesh(1, 4, 2)
     _, state = train_step.create_state(s.model, s.tx, 0, mesh, power_ema=True)
@@ -115,6 +122,7 @@ def test_each_microbatch_draws_its_own_noise(plain):
 class _Bigrams:
     """A fake model whose logits are the row of the previous token."""
 
+    __class__ = MADFormer  # for the checks of types
     prediction_type, vocabulary, null_token = "eps", 12, 12
 
     def apply(self, variables, z, noisy, t, tokens, lengths, *, clean_t, terms):
@@ -185,7 +193,7 @@ def test_microbatches_count_the_tokens_that_dropout_leaves(captions):
 def of_two_parameters(c, loss, monkeypatch):
     """Returns setup and state of a model with two parameters and a loss of (params, z, tokens)."""
 
-    def training_loss(model, params, z, tokens, key, weights, context_noise, lengths, text_tokens):
+    def training_loss(model, params, z, tokens, key, weights, context_noise, lengths, text_tokens, schedule):
         value, metrics = loss(params, z, tokens)
         return value, {"loss": value} | metrics | ({} if lengths is None else {"lengths": lengths})
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from madformer_jax.config import schema
-from madformer_jax.diffusion import losses, schedule
+from madformer_jax.diffusion import losses
+from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.weights import release
-from madformer_jax.weights.release_config import preset
+from madformer_jax.weights.release_config import preset, release_args
 
 VARIANTS = ("baseline", "clear_cond", "clear_clean", "denoising_mlp")
 
@@ -61,7 +62,7 @@ def test_release_outputs_losses_and_gradients(variant):
 
 def test_noised_blocks_of_the_reference_are_ours(variant):
     file = variant[0]
-    noisy = schedule.add_noise(jnp.asarray(file["clean"]), jnp.asarray(file["noise"]), jnp.asarray(file["t"]))
+    noisy = schedules.DEFAULT.add_noise(jnp.asarray(file["clean"]), jnp.asarray(file["noise"]), jnp.asarray(file["t"]))
     assert relative(noisy, file["noised"]) < 1e-5
 
 
@@ -170,3 +171,11 @@ def test_models_that_the_release_lacks_are_refused(variant):
     c.model.classes = 3
     with pytest.raises(ConfigError, match="classes"):
         release.from_release({}, c)
+
+
+def test_a_noise_path_that_the_release_lacks_is_refused(reference):
+    c = preset(json.loads(str(reference("madformer_baseline.npz")["meta"])))
+    assert release_args(c)["depth"] == 4
+    c.diffusion.path = "flow"
+    with pytest.raises(ConfigError, match=r"cannot run this model: diffusion\.path='flow' \(release: 'ddpm'\)\."):
+        release_args(c)
