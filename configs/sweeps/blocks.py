@@ -27,11 +27,7 @@ def sweep(variant: str = "drawings") -> Sweep:
     sides: list[dict[str, Any]] = [{}]
     if variant == "drawings":  # the patch and the U-Net's stages change with the resolution
         others = [fields.flat(config_beside(__file__, "../drawings.py", f"side={side}")) for side in STEPS]
-        swept = sorted(
-            name
-            for name in others[0]
-            if name.startswith(("data.", "codec.", "model.")) and any(o[name] != others[0][name] for o in others)
-        )
+        swept = sorted({name for other in others for name in other if other[name] != others[0][name]})
         sides = [
             {name: other[name] for name in swept}
             | {"model.unet_channels": c.model.unet_channels * len(other["model.unet_channels"]), "train.steps": steps}
