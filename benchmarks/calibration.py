@@ -3,7 +3,7 @@
     python -m benchmarks.calibration v5e:2x2
 
 compiles five matrix products and two convolutions of known size for the topology. It prints the
-estimated time of each and its share of the peak (docs/performance.md). It needs libtpu but no TPU,
+estimated time of each and its share of the peak (docs/engineering_log.md). It needs libtpu but no TPU,
 and takes a minute.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gathering v5e:4x4 [--split]
 
 compiles the gradient of eight SwiGLU layers of FFHQ-1024 and prints the estimate of `cost.tpu_time`
-and the collectives (docs/performance.md). With --split, the partitioner decides what to gather
+and the collectives (docs/engineering_log.md). With --split, the partitioner decides what to gather
 instead of `layers.all_gather_kernel`. It needs libtpu but no TPU.
 """
 

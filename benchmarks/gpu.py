@@ -4,7 +4,7 @@
 
 prints relative errors |x - y| / |y| over all outputs and over all gradients. It then prints the
 median milliseconds of 20 calls of a layer's attention at FFHQ-1024 (16 blocks of 256 tokens, 18 heads
-of 64) on random numbers. docs/performance.md has the figures.
+of 64) on random numbers. docs/engineering_log.md has the figures.
 """
 
 import functools

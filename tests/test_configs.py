@@ -46,6 +46,13 @@ def test_drawings_have_as_many_tokens_a_block_at_every_size(side):
     assert not validation.warnings(c)
 
 
+def test_the_sample_grid_of_the_first_command_is_full_and_has_a_class_per_column():
+    c = read("drawings.py")
+    columns = math.isqrt(c.sample.n)
+    assert c.sample.n == c.sample.grid == columns**2 and columns % c.model.classes == 0
+    assert c.train.judge and c.evaluate.n % c.sample.n == 0
+
+
 def test_drawings_from_captions_have_the_tokenizer_of_the_package():
     c = read("drawings.py:side=32,text")
     assert text.tokenizer_for_config(c).vocabulary == c.text.vocabulary and not c.model.classes

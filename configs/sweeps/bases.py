@@ -17,7 +17,8 @@ _STEPS = {"cpu": 640, "digits": 800, "drawings": 600}
 def get_config(variant: str) -> ConfigDict:
     if variant not in ("cpu", "digits", "drawings", "ffhq1024", "imagenet256"):
         raise ConfigError(f"--config: variant {variant!r} is unknown: cpu, digits, drawings, ffhq1024 or imagenet256.")
-    c = config_beside(__file__, f"../{'digits' if variant == 'cpu' else variant}.py")
+    file = "digits" if variant == "cpu" else variant
+    c = config_beside(__file__, f"../{file}.py", "side=64" if variant == "drawings" else None)
     c.train.judge = False  # the sweep evaluates its runs itself
     if variant in _STEPS:
         c.train.steps = _STEPS[variant]
@@ -32,6 +33,7 @@ def get_config(variant: str) -> ConfigDict:
         c.model.width, c.model.heads, c.model.mlp_width = 96, 3, 256
         c.model.unet_channels = (64,)
         c.model.unet_context = False  # the paper's U-Net
+        c.sample.n = c.sample.grid = 50
         c.sample.steps = 20
         c.sample.guidance = 1.0
         c.evaluate.network = "attributes"  # distances of the classifier hardly differ between runs

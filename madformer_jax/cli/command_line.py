@@ -241,7 +241,7 @@ _ACCELERATOR_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9
 
 
 def _disable_ynnpack(platform: str) -> None:
-    """Disables XLA's YNNPACK kernels on CPU, whose gradients of convolutions are six times slower (docs/performance.md).
+    """Disables XLA's YNNPACK kernels on CPU, whose gradients of convolutions are six times slower (docs/engineering_log.md).
 
     With an accelerator the flag is useless. XLA ends a process that sets an unknown flag.
     """

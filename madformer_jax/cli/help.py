@@ -117,7 +117,7 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
         steps = f"{max(1, c.sample.steps // 5)},{c.sample.steps}"
         why = "What to try next: draw more, see what fewer solver steps cost in quality, and watch pictures come into being:"
         return "\n".join(
-            [made, scores, why, draw, command("evaluate", f"--config.evaluate.grid=steps={steps}"), command("gallery")]
+            [made, scores, why, draw, command("evaluate", f"--config.evaluate.grid=steps={steps}"), command("demo")]
         )
     why = "What to try next: draw more, make statistics of held-out images, and judge the model by them:"
     return "\n".join([made, why, draw, command("reference"), command("evaluate")])

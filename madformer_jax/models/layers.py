@@ -42,7 +42,7 @@ def all_gather_kernel(
 
     Without it, XLA's partitioner for TPUs turns a product with a kernel that is split along the
     contracted axis into a loop of thin products, which takes four times as long
-    (docs/performance.md). The gradient is summed and split again.
+    (docs/engineering_log.md). The gradient is summed and split again.
 
     Args:
       kernel: The kernel, already in the type of the product.

@@ -1,7 +1,7 @@
 """A scan over layers of the same kind, with a gradient that needs less memory traffic.
 
 `jax.lax.scan` fills its buffers for residuals with zeros before the first step. That writes as much
-memory again, which costs more on a TPU than storing the residuals (docs/performance.md). `run`
+memory again, which costs more on a TPU than storing the residuals (docs/engineering_log.md). `run`
 stores them in uninitialized buffers instead. `models.transformer` runs its stages with it.
 """
 

@@ -1,4 +1,4 @@
-"""Settings of glibc's allocator (docs/performance.md, docs/scaling.md). With other C libraries they do nothing."""
+"""Settings of glibc's allocator (docs/engineering_log.md, docs/scaling.md). With other C libraries they do nothing."""
 
 import ctypes
 import os
