@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,6 +77,37 @@ def test_a_guide_draws_in_samples_and_streams_and_counts_in_costs(tmp_path, one_
     assert one.flops < both.flops < 2 * one.flops
 
 
+def test_loading_chooses_the_weights_or_refuses_in_one_line(tmp_path, one_device):
+    c = tiny.get_config("plain")
+    raw = random_params(madformer.build(c))
+    with checkpoint.Checkpoints(str(tmp_path / "run"), 2) as checkpoints:
+        for step in (3, 6):
+            ema = jax.tree.map(lambda x, step=step: x * step, raw)
+            checkpoints.save(step, {"ema": ema, "params": raw}, None, {"step": step, "data": {"names": []}})
+    checkpoint.write_config(c, str(tmp_path / "run"))
+    run = str(tmp_path / "run")
+    averaged, earlier, other = (
+        madformer_jax.load(run, **x) for x in ({}, {"step": 3}, {"weights": "raw", "step": "3"})
+    )
+    assert not _same(averaged.params, earlier.params) and not _same(earlier.params, other.params)
+    assert _same(other.params, raw)
+    for settings, message in (
+        ({"weight": "raw"}, "weight='raw': 'weight' is not a setting of loading. Did you mean 'weights'?"),
+        ({"weights": "best"}, "config.sample.weights='best'"),
+        ({"step": 4}, "step 4"),
+        ({"ema": 0.05}, "needs a training with config.train.ema_snapshots"),
+        ({"guide": tmp_path / "none"}, "none/config.json does not exist"),
+        ({"guidance": 2.0}, "'guidance' is not a setting of loading"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)) as error:
+            madformer_jax.load(run, **settings)
+        assert "\n" not in str(error.value)
+
+
+def _same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
 @pytest.fixture
 def model(tmp_path, one_device):
     c = tiny.get_config()
@@ -113,6 +146,8 @@ def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
 
 
 def test_wrong_settings_raise_one_line_before_drawing(model):
+    with pytest.raises(ConfigError, match="use `sample`, not `sample_latents`"):
+        model.sample_latents()
     for settings, message in (
         ({"labels": [3]}, "3 is not a class"),
         ({"labels": ["cow"]}, "'cow' is neither"),
@@ -138,10 +173,12 @@ def test_wrong_settings_raise_one_line_before_drawing(model):
         ({"steps": 1, "solver": "ddim", "spacing": "leading"}, "starts at t = 0 and returns noise"),
         ({"prompts": 3}, "prompts=3 must be a text"),
         ({"prompts": ["a red planet"]}, "needs a model that reads captions"),
+        ({"evry": "step"}, "Did you mean 'every'?"),
         ({"stepz": 3}, "is not a setting of sampling"),
         ({"steps": 0}, "steps"),
         ({"guidance": "much"}, "guidance='much'"),
-        ({"weights": "raw"}, "chosen when it was loaded"),
+        ({"weights": "raw"}, r"load\(path, weights='raw'\)"),
+        ({"film": "webp"}, "'film' is not a setting of sampling"),
         ({"every": "pixel"}, "'block' or 'step'"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
