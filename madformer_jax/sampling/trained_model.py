@@ -71,7 +71,8 @@ class Model:
     """A trained model, as `load` returns it.
 
     The first call with a number of images, a solver, a `clip_x0` or guidance on or off compiles a program,
-    which can take a minute. `sample` also compiles for each number of steps. Other settings compile nothing.
+    which can take a minute. `sample` also compiles for a new number of steps, spacing or noise file. Seeds,
+    labels, prompts and guidance scales compile nothing.
 
     Attributes:
       config: The config of the training, with the settings of `load`. Its section `sample` has the defaults
@@ -419,27 +420,7 @@ def _unknown_setting_message(name: str, value: Any, purpose: str, known: Sequenc
 
 @numerics.scoped
 def load(path: str, codec: str = "", **settings: Any) -> Model:
-    """Loads a trained model to draw with.
-
-    The mesh and the paths of a config.json that another user has written are ignored
-    (docs/weights.md).
-
-    Args:
-      path: Workdir of --mode=train or --mode=convert, or an export, locally or at gs://. Or the
-        repository "owner/name" of the Hugging Face hub, which needs huggingface_hub and a network.
-      codec: Folder or hub id of the VAE, if the config names no VAE or should use another one.
-      settings: The weights to load. The default of each is that of the folder's config.
-        step: Step of the checkpoint; -1 is the newest.
-        weights: "ema" (averaged) or "raw".
-        ema: Width sigma_rel of a power-function average, 0.05 for example, if the training stored
-          snapshots (`train.ema_snapshots`); 0 is the average of `train.ema_decay`.
-        guide: Workdir or export of a smaller or earlier model, which guides in place of the null label
-          (docs/sampling.md).
-        guide_step: Step of the guide's checkpoint; -1 is the newest.
-
-    Raises:
-      ConfigError: The folder has no model, it is damaged, or a setting is wrong.
-    """
+    """Loads a trained model to draw with. `madformer_jax.load` has the arguments and errors."""
     path = storage.expand(path)
     if not os.path.exists(path) and not storage.is_remote(path) and path.count("/") == 1:
         path = _download_from_hub(path)
