@@ -111,24 +111,25 @@ class Model:
         Args:
           n: Number of images. By default one for each label or prompt, or one.
           settings: The settings below. The default of each is that of `config`.
-            seed: A whole number. The same seed and settings give the same images.
-            labels: Class numbers (integers) or class names (texts), which the images take in turn.
-            label_sampling: "balanced", or "random": labels are drawn for each image from the seed.
-            prompts: Texts, which the images take in turn. None of them names a file or a split.
-            solver: "ddim", "dpmpp_2m", "euler", "heun" or "ancestral" (docs/sampling.md).
-            steps: Solver steps of a block.
-            spacing: "trailing", or on the path `ddpm` also "leading" or "linspace".
-            guidance: Guidance scale; 1 is off. If `load` was given a guide, the guide takes the place of
+
+            - seed: A whole number. The same seed and settings give the same images.
+            - labels: Class numbers (integers) or class names (texts), which the images take in turn.
+            - label_sampling: "balanced", or "random": labels are drawn for each image from the seed.
+            - prompts: Texts, which the images take in turn. None of them names a file or a split.
+            - solver: "ddim", "dpmpp_2m", "euler", "heun" or "ancestral" (docs/sampling.md).
+            - steps: Solver steps of a block.
+            - spacing: "trailing", or on the path `ddpm` also "leading" or "linspace".
+            - guidance: Guidance scale; 1 is off. If `load` was given a guide, the guide takes the place of
               the null label.
-            guidance_schedule: "constant" or "linear".
-            guidance_interval: The lowest and the highest timestep with guidance.
-            clip_x0: Bound on the absolute values of the predicted x0; 0 is off.
-            noise: A .npy file of the initial noise (n, L, positions, C), in place of the seed's.
-            batch: Images drawn at once, which bounds the memory.
+            - guidance_schedule: "constant" or "linear".
+            - guidance_interval: The lowest and the highest timestep with guidance.
+            - clip_x0: Bound on the absolute values of the predicted x0; 0 is off.
+            - noise: A .npy file of the initial noise (n, L, positions, C), in place of the seed's.
+            - batch: Images drawn at once, which bounds the memory.
 
         Returns:
           uint8 (n, H, W, c). For codec `external`, previews: the first channels of the latents as colors.
-          `sample_latents` returns these latents.
+            `sample_latents` returns these latents.
 
         Raises:
           ConfigError: A setting is wrong, or a value is not finite.

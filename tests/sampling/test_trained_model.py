@@ -12,13 +12,14 @@ from PIL import Image
 
 import madformer_jax
 from madformer_jax.cli import command_line
+from madformer_jax.config import choices, schema
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import sample
 from madformer_jax.runtime import checkpoint
-from madformer_jax.sampling import generation, prompts
+from madformer_jax.sampling import generation, prompts, trained_model
 from tests import tiny
 from tests.small import random_params
 
@@ -223,6 +224,19 @@ def test_class_names_that_are_numbers_are_still_names(tmp_path, one_device, caps
         assert next(generation.read_shards(folder)).labels.tolist() == [number]
         protocol = json.loads((folder / "protocol.json").read_text())
         assert (protocol["labels"], protocol["classes"]) == (str(number), {str(number): names[number]})
+
+
+def test_docstrings_list_every_setting_and_solver():
+    for function, names in (
+        (madformer_jax.load, trained_model._LOAD_FIELDS),
+        (
+            trained_model.Model.sample,
+            set(schema.base().sample) - {"n", *trained_model._LOAD_FIELDS, *trained_model._FILE_FIELDS},
+        ),
+    ):
+        missing = [name for name in names if f"- {name}: " not in function.__doc__]
+        assert not missing, f"{function.__name__}: {missing}"
+    assert all(f'"{solver}"' in trained_model.Model.sample.__doc__ for solver in choices.SOLVERS)
 
 
 def test_repr_describes_the_model(model):
