@@ -17,11 +17,13 @@ from jaxtyping import Float, Int
 
 from madformer_jax.diffusion import parameterization, solvers
 from madformer_jax.diffusion import schedule as schedules
-from madformer_jax.diffusion.autoguidance import GuidedPair
+from madformer_jax.diffusion.autoguidance import GuidedPair, PairCache
 from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
 from madformer_jax.diffusion.solvers import Solver
 from madformer_jax.models.cache import ModelCache, write_finished_block
 from madformer_jax.models.madformer import MADFormer
+
+Cache = ModelCache | PairCache
 
 
 class BlockSteps(NamedTuple):
@@ -43,7 +45,7 @@ class BlockSteps(NamedTuple):
         noise: Float[Array, "B L positions C"],
         tokens: Int[Array, "B T"] | None,
         lengths: Int[Array, " B"] | None,
-    ) -> tuple[ModelCache, Float[Array, "rows 1 s d"]]:
+    ) -> tuple[Cache, Float[Array, "rows 1 s d"]]:
         """Returns a cache with the text only, and the first block's prediction stream."""
         rows = (1 + self._null_rows) * len(noise)
         cache = self._call("empty_cache", rows)
@@ -56,13 +58,13 @@ class BlockSteps(NamedTuple):
             cache = cache._replace(finished_blocks=jnp.zeros_like(noise))
         return cache, self._call("begin", rows)
 
-    def condition(self, cache: ModelCache, pred: Array, block: int | Array) -> tuple[Array, ModelCache]:
+    def condition(self, cache: Cache, pred: Array, block: int | Array) -> tuple[Array, Cache]:
         """Runs the AR layers; returns the block's condition and the cache."""
         return self._call("condition", cache, pred, block)
 
     def step(
         self,
-        cache: ModelCache,
+        cache: Cache,
         condition: Array,
         state: solvers.SolverState,
         row: solvers.Coefficients,
@@ -101,7 +103,7 @@ class BlockSteps(NamedTuple):
 
         return self.solver.step(denoise, state, row, normal)
 
-    def cache_clean(self, cache: ModelCache, z: Array, kv: Any, block: int | Array) -> tuple[ModelCache, Array]:
+    def cache_clean(self, cache: Cache, z: Array, kv: Any, block: int | Array) -> tuple[Cache, Array]:
         """Adds a finished block to the cache.
 
         Args:
@@ -206,7 +208,7 @@ def sample(
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
     block_steps = BlockSteps(model, params, method, guided, clip_x0, clean_timestep(model, coefficients))
 
-    def sample_block(carry: tuple[ModelCache, Array], block: int | Array) -> tuple[tuple[ModelCache, Array], Array]:
+    def sample_block(carry: tuple[Cache, Array], block: int | Array) -> tuple[tuple[Cache, Array], Array]:
         cache, pred = carry
         condition, cache = block_steps.condition(cache, pred, block)
 
@@ -226,7 +228,7 @@ def sample(
         state, kv = block_steps.step(cache, condition, state, last_row, w, block, keys)
         z = state.x
 
-        def cache_clean(cache: ModelCache, pred: Array) -> tuple[ModelCache, Array]:
+        def cache_clean(cache: Cache, pred: Array) -> tuple[Cache, Array]:
             return block_steps.cache_clean(cache, z, kv, block)
 
         if isinstance(block, int):

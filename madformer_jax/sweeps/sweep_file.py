@@ -243,6 +243,7 @@ def judge_hash(c: ConfigDict) -> str:
         name: x
         for name, x in values.items()
         if identity.affects_results(f"data.{name}") and name not in ("split", "flip")
+        if x or not name.endswith("_column")  # a name of the time before these fields stays
     }
     # These do not matter. Earlier versions hashed their defaults, and judges have to keep their names.
     settings |= {name: defaults[name] for name in ("threads", "batches_ahead", "max_corrupt")}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from madformer_jax.cli import help
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config.table import FIELDS
 from madformer_jax.data import pipeline, source, sources
 from madformer_jax.data.sources import open_source
 from madformer_jax.errors import ConfigError
@@ -299,7 +299,6 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
         open_("tfds:shades", tmp_path, "test")
 
 
-def test_the_fields_comments_name_every_source_and_network():
-    comments = help.field_comments()
-    assert all(name in comments["data.source"] for name in sources.SOURCES)
-    assert all(name in comments["evaluate.network"] for name in registry.NETWORKS)
+def test_the_descriptions_name_every_source_and_network():
+    assert all(name in FIELDS["data.source"].doc for name in sources.SOURCES)
+    assert all(name in FIELDS["evaluate.network"].doc for name in registry.NETWORKS)

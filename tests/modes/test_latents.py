@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -59,7 +60,7 @@ def test_a_model_of_16_channels_with_a_shift_trains_exports_and_samples(c, tmp_p
     monkeypatch.setattr(generation.sampler, "sample", lambda model, params, noise, tokens, **settings: noise)
     (shard,) = generation.read_shards(sample.run(c, export.run(c, run)["export"])["folder"])
     assert shard.latents.shape == (2, 4, 4, 16)
-    decoded = codec.build(c).decode(vae, shard.latents)
+    decoded = codec.build(c).decode(vae, jnp.asarray(shard.latents))
     assert np.abs(generation.to_uint8(decoded).astype(int) - shard.images).max() <= 1
 
     auto.codec.path = write_vae(tmp_path / "other", "flux")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from madformer_jax.config.validation import CHOICES
+from madformer_jax.config.table import FIELDS
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention import api, cudnn, pallas_tpu
 from madformer_jax.ops.attention.base import KV, QKV, causal_attention
@@ -284,7 +284,7 @@ def test_auto_selects_the_kernel_of_the_platform_if_the_shape_allows():
 
 
 def test_the_choices_of_the_config_are_the_implementations():
-    assert set(CHOICES["model.attention"]) == {"auto", *api.IMPLEMENTATIONS}
+    assert set(FIELDS["model.attention"].choices) == {"auto", *api.IMPLEMENTATIONS}
 
 
 @pytest.mark.parametrize("change", ["missing", "another argument", "another result"])
