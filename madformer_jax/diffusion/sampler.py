@@ -20,10 +20,12 @@ from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.autoguidance import GuidedPair, PairCache
 from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
 from madformer_jax.diffusion.solvers import Solver
-from madformer_jax.models.cache import ModelCache, write_finished_block
+from madformer_jax.models.cache import ModelCache
 from madformer_jax.models.madformer import MADFormer
 
 Cache = ModelCache | PairCache
+Tokens = Float[Array, "rows 1 s d"]
+Stream = Tokens | tuple[Tokens, Tokens]  # of a model, or of a model and its guide
 
 
 class BlockSteps(NamedTuple):
@@ -45,7 +47,7 @@ class BlockSteps(NamedTuple):
         noise: Float[Array, "B L positions C"],
         tokens: Int[Array, "B T"] | None,
         lengths: Int[Array, " B"] | None,
-    ) -> tuple[Cache, Float[Array, "rows 1 s d"]]:
+    ) -> tuple[Cache, Stream]:
         """Returns a cache with the text only, and the first block's prediction stream."""
         rows = (1 + self._null_rows) * len(noise)
         cache = self._call("empty_cache", rows)
@@ -58,14 +60,14 @@ class BlockSteps(NamedTuple):
             cache = cache._replace(finished_blocks=jnp.zeros_like(noise))
         return cache, self._call("begin", rows)
 
-    def condition(self, cache: Cache, pred: Array, block: int | Array) -> tuple[Array, Cache]:
+    def condition(self, cache: Cache, pred: Stream, block: int | Array) -> tuple[Stream, Cache]:
         """Runs the AR layers; returns the block's condition and the cache."""
         return self._call("condition", cache, pred, block)
 
     def step(
         self,
         cache: Cache,
-        condition: Array,
+        condition: Stream,
         state: solvers.SolverState,
         row: solvers.Coefficients,
         w: Any,
@@ -103,7 +105,7 @@ class BlockSteps(NamedTuple):
 
         return self.solver.step(denoise, state, row, normal)
 
-    def cache_clean(self, cache: Cache, z: Array, kv: Any, block: int | Array) -> tuple[Cache, Array]:
+    def cache_clean(self, cache: Cache, z: Array, kv: Any, block: int | Array) -> tuple[Cache, Stream]:
         """Adds a finished block to the cache.
 
         Args:
@@ -116,8 +118,9 @@ class BlockSteps(NamedTuple):
           The cache, and the next block's prediction stream.
         """
         c = self._call("embed_clean", cache, z, self.clean_timestep, block)
-        if self.model.unet_context:
-            cache = write_finished_block(cache, z, block)
+        if cache.finished_blocks is not None:
+            finished = jax.lax.dynamic_update_slice_in_dim(cache.finished_blocks, z, block, axis=1)
+            cache = cache._replace(finished_blocks=finished)
         if self._null_rows:
             c = jnp.concatenate([c, c])
         if not self.model.clean_stream:
@@ -208,7 +211,7 @@ def sample(
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
     block_steps = BlockSteps(model, params, method, guided, clip_x0, clean_timestep(model, coefficients))
 
-    def sample_block(carry: tuple[Cache, Array], block: int | Array) -> tuple[tuple[Cache, Array], Array]:
+    def sample_block(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], Array]:
         cache, pred = carry
         condition, cache = block_steps.condition(cache, pred, block)
 
@@ -228,7 +231,7 @@ def sample(
         state, kv = block_steps.step(cache, condition, state, last_row, w, block, keys)
         z = state.x
 
-        def cache_clean(cache: Cache, pred: Array) -> tuple[Cache, Array]:
+        def cache_clean(cache: Cache, pred: Stream) -> tuple[Cache, Stream]:
             return block_steps.cache_clean(cache, z, kv, block)
 
         if isinstance(block, int):

@@ -49,12 +49,3 @@ def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], a
         for x, y, axis in zip(cache.context, kv, attention.cache_token_axes, strict=True)
     )
     return cache._replace(context=KV(*written))
-
-
-def write_finished_block(
-    cache: ModelCache, z: Float[Array, "B 1 positions C"], block: int | Int[Array, ""]
-) -> ModelCache:
-    """Stores a generated block for the U-Net's neighbor context."""
-    assert cache.finished_blocks is not None
-    blocks = jax.lax.dynamic_update_slice_in_dim(cache.finished_blocks, z, block, axis=1)
-    return cache._replace(finished_blocks=blocks)
