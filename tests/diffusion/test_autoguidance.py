@@ -20,8 +20,7 @@ class Mixed:
     """The training forward of guide + w (model - guide), for `without_cache`."""
 
     def __init__(self, model, guide, w):
-        self._networks, self._w = (model, guide), w
-        self.prediction_type, self.clean_timestep = model.prediction_type, model.clean_timestep
+        self._networks, self._w, self.config = (model, guide), w, model.config
 
     def apply(self, variables, *args, **kwargs):
         first, second = (
