@@ -1,4 +1,4 @@
-"""The prediction type: noise, v or clean latent, with the loss of each output or that of v.
+"""The prediction type: noise, v or clean latent on the ddpm path, and the velocity on the flow path.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/prediction.py:cpu_tuning --workdir=runs/prediction_tuning
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/prediction.py:cpu --workdir=runs/prediction_cpu
@@ -15,8 +15,11 @@ from madformer_jax.sweeps.sweep_file import Sweep, config_beside
 
 TUNING_SEED = 100
 FACTORS = (0.5, 1.0, 2.0)  # of the base's learning rate
-ARMS = (("eps", "output"), ("v", "v"), ("x0", "output"), ("x0", "v"))
-LEARNING_RATES: dict[tuple[str, str], float] = {}  # arm -> factor that tuning found best; 1 where it is absent
+ARMS = (
+    ("eps", "output", "ddpm"), ("v", "v", "ddpm"), ("x0", "output", "ddpm"), ("x0", "v", "ddpm"), ("v", "output", "flow"),
+)  # fmt: skip
+FIELDS = ("model.prediction_type", "loss.weighting", "diffusion.path")  # of an arm
+LEARNING_RATES: dict[tuple[str, ...], float] = {}  # arm -> factor that tuning found best; 1 where it is absent
 
 
 def get_config(variant: str = "cpu") -> ConfigDict:
@@ -30,22 +33,15 @@ def get_config(variant: str = "cpu") -> ConfigDict:
 def sweep(variant: str = "cpu") -> Sweep:
     c = get_config(variant)
     tuning = variant == "cpu_tuning"
-    x0 = {"model.prediction_type": "x0", "loss.weighting": "output"}
-    eps = {"model.prediction_type": "eps", "loss.weighting": "output"}
-    v = {"model.prediction_type": "v", "loss.weighting": "v"}
+    eps, v, x0, _, flow = (dict(zip(FIELDS, arm)) for arm in ARMS)
     steps = (4, 16) if variant.startswith("cpu") else (4, c.sample.steps)
     return Sweep(
-        question="Which prediction type is best: the noise, v or the clean latent?",
+        question="Which target is best: the noise, v, the clean latent, or the velocity of rectified flow?",
         runs=[
-            {
-                "model.prediction_type": prediction_type,
-                "loss.weighting": weighting,
-                "optimizer.learning_rate": factor * c.optimizer.learning_rate,
-                "seed": seed,
-            }
+            {**dict(zip(FIELDS, arm)), "optimizer.learning_rate": factor * c.optimizer.learning_rate, "seed": seed}
             for seed in ((TUNING_SEED,) if tuning else range(3))
-            for prediction_type, weighting in ARMS
-            for factor in (FACTORS if tuning else (LEARNING_RATES.get((prediction_type, weighting), 1.0),))
+            for arm in ARMS
+            for factor in (FACTORS if tuning else (LEARNING_RATES.get(arm, 1.0),))
         ],
         sample_budgets={"steps": steps},
         protocol=None
@@ -56,6 +52,7 @@ def sweep(variant: str = "cpu") -> Sweep:
             claims=[
                 Claim("The clean latent is better than the noise", x0, eps, ("steps", steps[-1])),
                 Claim("The clean latent is better than v", x0, v, ("steps", steps[-1])),
+                Claim("Rectified flow is better than the clean latent", flow, x0, ("steps", steps[-1])),
             ],
             refuted_if="an interval lies on the other side of 0",
         ),

@@ -1,4 +1,4 @@
-"""What identifies a run: which fields decide results, may change on resume, or are local to a machine.
+"""Identity of a run: the fields that decide results, may change on resume, or are local to a machine.
 
 `config.table` has these facts of every field. `runtime.checkpoint` compares the fields that may not change,
 `sweeps.sweep_file` names a run by the fields that decide its results, and `modes.export` and

@@ -93,7 +93,7 @@ class Decoding(nn.Module):
         cache: ModelCache,
         condition: Float[Array, "rows 1 s d"],
         noisy: Float[Array, "B 1 positions C"],
-        t: int | Num[Array, ""],
+        t: float | Num[Array, ""],
         block: int | Int[Array, ""],
     ) -> tuple[Float[Array, "rows 1 positions C"], KV | None]:
         """Predicts eps, v or x0 of a noisy block; runs the diffusion layers only.
@@ -121,7 +121,7 @@ class Decoding(nn.Module):
         self,
         cache: ModelCache,
         z: Float[Array, "B 1 positions C"],
-        t: int | Num[Array, ""],
+        t: float | Num[Array, ""],
         block: int | Int[Array, ""],
     ) -> Float[Array, "B 1 s d"]:
         """Embeds a finished block with timestep t."""

@@ -175,7 +175,7 @@ def conv(
 
 
 def _convolve_2x2(
-    x: Float[Array, "n 2 2 c"], kernel: Float[Array, "3 3 c f"], precision: jax.lax.Precision | None
+    x: Float[Array, "n 2 2 c"], kernel: Float[Array, "3 3 c f"], precision: jax.lax.PrecisionLike
 ) -> Float[Array, "n 2 2 f"]:
     """Computes a padded 3 x 3 convolution of 2 x 2 positions as one product of matrices.
 

@@ -151,11 +151,11 @@ class MADFormer(Decoding):
         self,
         z: Float[Array, "B L positions C"],
         noisy: Float[Array, "B L positions C"],
-        t: Int[Array, "B L"],
+        t: Num[Array, "B L"],
         tokens: Int[Array, "B T"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         *,
-        clean_t: Int[Array, "B L"] | None = None,
+        clean_t: Num[Array, "B L"] | None = None,
         terms: tuple[str, ...] = LOSS_TERMS,
     ) -> ModelOutputs:
         """Computes the outputs that the loss terms need, for all blocks at once (section 3.4).

@@ -17,7 +17,8 @@ from madformer_jax.reports.results import Budget, ProtocolGroup, Results, score_
 Setting = tuple[Any, ...]
 # Fields that change what the loss measures. Settings that differ in one of them have no common loss.
 _TARGET_FIELDS = (
-    "model.blocks", "model.prediction_type", "loss.weighting", "codec.patch", "train.context_noise",
+    "model.blocks", "model.prediction_type", "loss.weighting", "diffusion.path", "diffusion.time_sampling",
+    "diffusion.shift", "codec.patch", "train.context_noise",
 )  # fmt: skip
 _TOLERANCE = 1e-9  # of a budget, for rounding
 

@@ -33,7 +33,7 @@ class Claim(NamedTuple):
 
 
 class Protocol(NamedTuple):
-    """What a sweep decides.
+    """The endpoints and claims of a sweep.
 
     Attributes:
       primary: The endpoint of the claims: the first word of a score ("KID") or a loss ("loss_image",
