@@ -119,8 +119,11 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
         return "\n".join(
             [made, scores, why, draw, command("evaluate", f"--config.evaluate.grid=steps={steps}"), command("demo")]
         )
-    why = "What to try next: draw more, make statistics of held-out images, and judge the model by them:"
-    return "\n".join([made, why, draw, command("reference"), command("evaluate")])
+    why = (
+        "What to try next: draw more, make statistics of held-out images, judge the model by them, and watch pictures come "
+        "into being:"
+    )
+    return "\n".join([made, why, draw, command("reference"), command("evaluate"), command("demo")])
 
 
 def config_location_hint(path: str) -> str:

@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,20 @@ from madformer_jax.sampling import generation, prompts, trained_model
 _IMAGE_SIDE = 384  # pixels; smaller pictures are enlarged towards it
 _ALL_CLASSES = "all"  # entry in the list of classes
 _SEEDS = 2**32  # number of valid seeds (`config.table`)
-_CSS = ".drawn img {image-rendering: pixelated}"
+# Both sides stay next to each other on a phone.
+_CSS = """
+.drawn img {image-rendering: pixelated}
+.pair {flex-wrap: nowrap !important}
+.pair > * {min-width: 0 !important}
+@media (max-width: 40rem) {.pair {gap: .5rem !important} .pair .block {padding: .4rem !important}
+  .drawn .icon-button-wrapper {display: none}}
+"""
+_COMPILING = "The first pictures with a model, a solver and guidance (on or off) take longer."
+_EQUAL_COST = (
+    "Both sides draw images block by block from the same seed. **Equal cost** means that both have done about the same amount "
+    "of work for an image, whatever their numbers of steps: the side that has done less draws next. When one side is finished, "
+    "the other goes on alone. The work is counted in passes. A pass is the work of running all layers once on the whole image."
+)
 
 
 class PaneState(NamedTuple):
@@ -37,6 +50,7 @@ class PaneState(NamedTuple):
 
     frame: trained_model.Frame | None  # None before the first frame
     seconds: float  # spent on drawing this side
+    compiling: bool = False  # whether its programs have yet to be compiled
 
     @property
     def passes(self) -> float:
@@ -74,9 +88,9 @@ def stream_side_by_side(
 ) -> Iterator[list[PaneState]]:
     """Draws on all sides and yields their states after each frame.
 
-    The side that has cost the fewest passes draws the next frame. The first states are empty.
-    Before the second ones, all programs are compiled, so that the drawing is timed without
-    compilation.
+    The side that has cost the fewest passes draws the next frame. The first states are empty and
+    name the sides whose programs are new. Before the second ones, these programs are compiled, so
+    that the drawing is timed without compilation.
 
     Args:
       models: The model of each side.
@@ -87,11 +101,15 @@ def stream_side_by_side(
       ConfigError: A setting is wrong, or a value is not finite.
     """
     streams = [model.stream(every=every, **side_settings) for model, side_settings in zip(models, settings)]
-    states = [PaneState(None, 0.0) for _ in models]
+    states = [
+        PaneState(None, 0.0, not model.stream_is_compiled(**side_settings))
+        for model, side_settings in zip(models, settings)
+    ]
     yield list(states)
     for model, side_settings in zip(models, settings):
-        for _ in model.stream(**{**side_settings, "steps": 2}):
-            pass
+        if not model.stream_is_compiled(**side_settings):  # The second block's first step has run all programs.
+            steps = model.stream(every="step", **side_settings)
+            next((frame for frame in steps if frame.block), None)
     running = set(range(len(models)))
     while running:
         side = min(running, key=lambda i: states[i].passes)
@@ -119,22 +137,18 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
     )
     with gr.Blocks(title="MADFormer", analytics_enabled=False) as blocks:
         gr.Markdown(
-            "# One transformer, part autoregressive, part diffusion\nAn image is drawn block by block. The side that has cost "
-            "fewer passes draws first, so that both have always cost about the same. "
-            f"Passes count every layer that runs, including the clean tower.\n\n{description}"
+            f"# One transformer, part autoregressive, part diffusion\n{_EQUAL_COST}{_size_note(models.values())}\n\n{description}"
         )
         with gr.Row():
             condition = _condition_input(gr, first, n)
-            seed = gr.Number(
-                seeds.of(first.config, "sample"), label="seed (empty: a new one each time)", precision=0, minimum=0
-            )
+            seed = gr.Number(seeds.of(first.config, "sample"), label="seed (empty: a new one)", precision=0, minimum=0)
             every = gr.Radio(["block", "step"], value="block", label="show every")
-        with gr.Row():
+        with gr.Row(elem_classes="pair"):
             draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
         controls, pictures, costs = [], [], []
-        with gr.Row():
+        with gr.Row(elem_classes="pair"):
             for side in range(2):
-                with gr.Column(min_width=280):
+                with gr.Column(min_width=0):
                     steps = sample.steps if side else max(1, sample.steps // 5)
                     controls += [
                         gr.Dropdown(names, value=names[-1 if side else 0], label="model", visible=len(names) > 1),
@@ -145,6 +159,8 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
                     pictures.append(
                         gr.Image(
                             label="left" if side == 0 else "right",
+                            show_label=False,
+                            buttons=["download", "fullscreen"],
                             format="png",
                             interactive=False,
                             elem_classes="drawn",
@@ -273,6 +289,14 @@ def _check_comparable(first: trained_model.Model, second: trained_model.Model) -
         )
 
 
+def _size_note(models: Iterable[trained_model.Model]) -> str:
+    """Returns a sentence for models whose passes differ in work; "" if they do not."""
+    sizes = {tuple(c.model[name] for name in ("depth", "width", "mlp_width")) for c in (x.config for x in models)}
+    return " These models differ in size, and a pass of the larger one is more work: compare seconds." * (
+        len(sizes) > 1
+    )
+
+
 def _display_name(path: str) -> str:
     return os.path.basename(path.rstrip("/")) or path
 
@@ -318,7 +342,7 @@ def _cost_caption(model: trained_model.Model, state: PaneState) -> str:
     """Returns a line with the progress and the cost of a side."""
     frame = state.frame
     if frame is None:
-        return "compiling ..."
+        return f"compiling ... {_COMPILING}" if state.compiling else "starting ..."
     n, blocks = len(frame.images), model.config.model.blocks
     return (
         f"block **{frame.block + 1}** of {blocks}, step {frame.step}; an image so far: **{frame.passes:.2f}** full-model passes, "

@@ -53,8 +53,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     m = c.model
     description = (
         f"MADFormer draws an image block after block: N = {m.depth} layers, of which D = {m.diffusion_depth} run at every solver "
-        f"step, L = {m.blocks} blocks. Both sides show the same noise. At each position of the slider both have cost the same. "
-        "Passes are full-model passes of an image. They count every layer that runs, the clean tower's among them."
+        f"step, L = {m.blocks} blocks. Both sides start from the same noise. At each position of the slider, both have spent the "
+        "same amount of work on an image, or are finished. The work is counted in passes. A pass is the work of running all "
+        "layers once on the whole image."
     )
     path = os.path.join(workdir, "gallery", "index.html")
     page = gallery_page.render(

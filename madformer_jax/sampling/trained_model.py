@@ -2,7 +2,8 @@
 
 `modes.demo`, `modes.gallery` and the film of `modes.sample` draw through `Model` too. Arguments of
 `Model.sample` are the fields of `config.sample`; add a conversion to `_ARGUMENT_CONVERTERS` if the
-Python value of a field differs from its text.
+Python value of a field differs from its text. Over 400 lines, since the docstrings
+are the reference of docs/api.md.
 """
 
 import difflib
@@ -28,40 +29,63 @@ from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models.madformer import MADFormer
-from madformer_jax.runtime import memory, numerics, partitioning, storage, stored_config
+from madformer_jax.runtime import checkpoint, memory, numerics, partitioning, storage, stored_config
 from madformer_jax.sampling import codec, generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
 
 
 class Frame(NamedTuple):
-    """Partly drawn images."""
+    """Partly drawn images.
 
-    images: np.ndarray  # uint8 (n, H, W, c): finished blocks, estimate of the current one, gray
-    block: int  # index of the current block, from 0
-    step: int  # solver steps done in the current block
-    passes: float  # full-model passes of an image so far (`flops.model_passes`)
-    seconds: float  # since the first frame was requested
+    Attributes:
+      images: uint8 (n, H, W, c): the finished blocks, an estimate of the current one, and gray for the
+        others. For codec `external`, previews (see `Model.sample`).
+      block: Index of the current block, from 0.
+      step: Solver steps done in the current block, from 1.
+      passes: Passes of an image so far. They count every layer that runs, and those of a guide.
+      seconds: Seconds since the first frame was requested.
+    """
+
+    images: np.ndarray
+    block: int
+    step: int
+    passes: float
+    seconds: float
 
 
 class SamplingCost(NamedTuple):
-    """The cost of drawing an image."""
+    """The cost of drawing an image, in both guidance branches.
 
-    passes: float  # full-model passes of every layer that runs, in all guidance branches
+    Attributes:
+      passes: Runs of all layers on the whole image. They count every layer that runs, and those of a guide.
+      flops: Floating-point operations, with those of the codec.
+      nfe: The paper's count (section 1), without the clean tower.
+    """
+
+    passes: float
     flops: float
-    nfe: float  # the paper's count, without the clean tower, in all guidance branches
+    nfe: float
 
 
 class Model:
     """A trained model, as `load` returns it.
 
-    One program is compiled for each input shape and each static setting.
+    The first call with a number of images, a solver, a `clip_x0` or guidance on or off compiles a program,
+    which can take a minute. `sample` also compiles for a new number of steps, spacing or noise file. Seeds,
+    labels, prompts and guidance scales compile nothing.
+
+    Attributes:
+      config: The config of the training, with the settings of `load`. Its section `sample` has the defaults
+        of the settings below.
+      params: The parameters, as a tree of arrays.
+      labels: The class names, in the order of their numbers; empty if the data have none.
     """
 
     @numerics.scoped
     def __init__(self, config: ConfigDict, trained: TrainedModel, codec_params: Any = None):
-        self.config = config  # the config of the training; defaults of `sample` and `stream`
+        self.config = config
         self.params = trained.params
-        self.labels = tuple(trained.class_names)  # empty if the data have none
+        self.labels = tuple(trained.class_names)
         self._mesh, self._codec, self._trained = trained.mesh, trained.codec, trained
         self._guide_config = stored_config.guide_config(config) if trained.guide else None
         self._codec_params = trained.load_codec_params() if codec_params is None else codec_params
@@ -86,17 +110,56 @@ class Model:
 
         Args:
           n: Number of images. By default one for each label or prompt, or one.
-          settings: `seed`, and the fields of `config.sample`: guidance, steps, solver, spacing,
-            clip_x0. `labels` are class numbers (integers) or class names (texts). `prompts` are texts,
-            none of which names a file or a split. Images take labels and prompts in turn.
+          settings: The settings below. The default of each is that of `config`.
+
+            - seed: A whole number. The same seed and settings give the same images.
+            - labels: Class numbers (integers) or class names (texts), which the images take in turn.
+            - label_sampling: "balanced", or "random": labels are drawn for each image from the seed.
+            - prompts: Texts, which the images take in turn. None of them names a file or a split.
+            - solver: "ddim", "dpmpp_2m", "euler", "heun" or "ancestral" (docs/sampling.md).
+            - steps: Solver steps of a block.
+            - spacing: "trailing", or on the path `ddpm` also "leading" or "linspace".
+            - guidance: Guidance scale; 1 is off. If `load` was given a guide, the guide takes the place of
+              the null label.
+            - guidance_schedule: "constant" or "linear".
+            - guidance_interval: The lowest and the highest timestep with guidance.
+            - clip_x0: Bound on the absolute values of the predicted x0; 0 is off.
+            - noise: A .npy file of the initial noise (n, L, positions, C), in place of the seed's.
+            - batch: Images drawn at once, which bounds the memory.
 
         Returns:
-          uint8 (n, H, W, c).
+          uint8 (n, H, W, c). For codec `external`, previews: the first channels of the latents as colors.
+            `sample_latents` returns these latents.
 
         Raises:
           ConfigError: A setting is wrong, or a value is not finite.
         """
+        return self._draw(self._settings(n, settings), "images")
+
+    @numerics.scoped
+    def sample_latents(self, n: int | None = None, **settings: Any) -> np.ndarray:
+        """Draws the latents of the images of `sample`, for a decoder of your own (docs/data.md).
+
+        Args:
+          n: See `sample`.
+          settings: See `sample`.
+
+        Returns:
+          float32 (n, h, w, C), in the scale of the files that the model was trained on.
+
+        Raises:
+          ConfigError: The codec is not `external`, a setting is wrong, or a value is not finite.
+        """
         c = self._settings(n, settings)
+        if c.codec.name != "external":
+            raise ConfigError(
+                f"config.codec.name={c.codec.name!r} decodes latents itself: use `sample`, not `sample_latents`."
+            )
+        latents: np.ndarray = codec.external_scale(c).invert(self._draw(c, "latents"))
+        return latents
+
+    def _draw(self, c: ConfigDict, field: str) -> np.ndarray:
+        """Draws the images of a config and returns a field of `generation.SampleBatch`."""
         s = c.sample
         network, params = self._trained.sampled(c)
         sample_fn = self._program(
@@ -107,7 +170,7 @@ class Model:
             batches = generation.batches(
                 c, sample_fn, params, self._codec_params, self._mesh, range(s.n), max_batch=s.n
             )
-            return np.concatenate([batch.images for batch in batches])
+            return np.concatenate([getattr(batch, field) for batch in batches])
 
     def stream(self, n: int | None = None, every: str = "block", **settings: Any) -> Iterator[Frame]:
         """Yields images while they are drawn. The last frame has the images of `sample`.
@@ -115,24 +178,37 @@ class Model:
         Args:
           n: See `sample`.
           every: "block" yields a frame after each finished block, "step" after each solver step.
-          settings: See `sample`.
+          settings: See `sample`. `batch` has no effect, since all images are drawn at once.
 
         Raises:
           ConfigError: A setting is wrong, or a value is not finite.
         """
         if every not in ("block", "step"):
             raise ConfigError(f"every={every!r} must be 'block' or 'step'.")
-        return self.stream_config(self._settings(n, settings), every)
+        return self.stream_config(self._settings(n, settings, ("every",)), every)
 
     def cost(self, steps: int | None = None, guidance: float | None = None) -> SamplingCost:
-        """Returns the cost of an image; solver steps and guidance default to the config's."""
+        """Returns the cost of an image with the solver of `config`.
+
+        Args:
+          steps: Solver steps of a block; by default those of `config`.
+          guidance: Guidance scale; by default that of `config`. All scales but 1 cost the same.
+
+        Raises:
+          ConfigError: A setting is wrong.
+        """
         settings = {"steps": steps, "guidance": guidance}
         c = self._settings(1, {name: value for name, value in settings.items() if value is not None})
         cost = flops.image_cost(c, self._guide_settings(c))
         return SamplingCost(cost["passes"], cost["flops"], cost["nfe"])
 
-    def _settings(self, n: int | None, settings: Mapping[str, Any]) -> ConfigDict:
+    def _settings(self, n: int | None, settings: Mapping[str, Any], others: Sequence[str] = ()) -> ConfigDict:
         """Returns the config with the settings of a call.
+
+        Args:
+          n: Number of images, or None.
+          settings: The settings by name.
+          others: Names of the call's other arguments, which an error may suggest.
 
         Raises:
           ConfigError: A setting is unknown or wrong, or there are more labels or prompts than
@@ -140,20 +216,21 @@ class Model:
         """
         c = self.config.copy_and_resolve_references()
         for name, value in aliases.current_names(settings, "a setting of sampling", "sample.").items():
-            if name in _FIXED_FIELDS:
-                raise ConfigError(f"{name}={value!r}: the weights of a model were chosen when it was loaded.")
+            if name in _LOAD_FIELDS:
+                raise ConfigError(
+                    f"{name}={value!r}: the weights of a model are chosen when it is loaded: load(path, {name}={value!r})."
+                )
             if name == "seed":
                 c.seed, c.seeds.sample = _to_field_type(name, value, c.seed), -1
-            elif name in c.sample:
+            elif name in c.sample and name not in _FILE_FIELDS:
                 c.sample[name] = (
                     _ARGUMENT_CONVERTERS[name](value)
                     if name in _ARGUMENT_CONVERTERS
                     else _to_field_type(name, value, c.sample[name])
                 )
             else:
-                raise ConfigError(
-                    _unknown_setting_message(name, value, [x for x in ("seed", *c.sample) if x not in _FIXED_FIELDS])
-                )
+                known = [x for x in ("seed", *others, *c.sample) if x not in _LOAD_FIELDS + _FILE_FIELDS]
+                raise ConfigError(_unknown_setting_message(name, value, "sampling", known))
         c.sample.n = 1 if n is None else _to_field_type("n", n, 1)
         config_lib.validate(c)
         config_lib.resolve_label_numbers(c, self.labels)
@@ -189,15 +266,29 @@ class Model:
         while (frame := next_frame()) is not None:
             yield frame
 
+    def stream_is_compiled(self, n: int | None = None, **settings: Any) -> bool:
+        """Returns whether `stream` has run with these settings, up to those that compile nothing.
+
+        Raises:
+          ConfigError: A setting is wrong.
+        """
+        c = self._settings(n, settings)
+        return ("blocks", c.sample.n, *self._static_settings(c)) in self._programs
+
+    def _static_settings(self, c: ConfigDict) -> tuple[Any, ...]:
+        """Returns the settings that are compiled into the programs of `stream`."""
+        network, _ = self._trained.sampled(c)
+        guided = isinstance(network, GuidedPair) or flops.guidance_branches(c) == 2
+        return c.sample.solver, guided, c.sample.clip_x0, sampler.clean_timestep(network, solving.coefficients(c))
+
     def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
         """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
         solver, coefficients = solvers.make(s.solver), solving.coefficients(c)
         network, params = self._trained.sampled(c)
-        guided = isinstance(network, GuidedPair) or flops.guidance_branches(c) == 2
-        static = s.solver, guided, s.clip_x0, sampler.clean_timestep(network, coefficients)
+        static = self._static_settings(c)
         begin, condition, step, cache_clean, decode = self._program(
-            ("blocks", *static), lambda: self._block_programs(network, params, *static)
+            ("blocks", s.n, *static), lambda: self._block_programs(network, params, *static)
         )
         costs = [x for x in (c, self._guide_settings(c)) if x is not None]
         rows = list(zip(solvers.evaluation_rows(coefficients), solving.guidance_scales(c)))
@@ -285,7 +376,8 @@ class Model:
         return run
 
 
-_FIXED_FIELDS = ("weights", "step", "ema", "guide", "guide_step")
+_LOAD_FIELDS = ("step", "weights", "ema", "guide", "guide_step")  # choose the weights of a model
+_FILE_FIELDS = ("shard", "grid", "film")  # concern files that --mode=sample writes
 
 # Convert the Python value of a setting to the text in its field.
 _ARGUMENT_CONVERTERS: dict[str, Callable[[Any], str]] = {
@@ -321,27 +413,15 @@ def _to_field_type(name: str, value: Any, reference: Any) -> Any:
         raise ConfigError(f"{name}={reprlib.repr(value)} must be {kind}.") from None
 
 
-def _unknown_setting_message(name: str, value: Any, known: Sequence[str]) -> str:
+def _unknown_setting_message(name: str, value: Any, purpose: str, known: Sequence[str]) -> str:
     similar = difflib.get_close_matches(name, known, 1)
     hint = f"Did you mean {similar[0]!r}?" if similar else f"The settings are {', '.join(known)}."
-    return f"{name}={reprlib.repr(value)}: {name!r} is not a setting of sampling. {hint}"
+    return f"{name}={reprlib.repr(value)}: {name!r} is not a setting of {purpose}. {hint}"
 
 
 @numerics.scoped
-def load(path: str, codec: str = "") -> Model:
-    """Loads a trained model to draw with.
-
-    The mesh and the paths of a config.json that another user has written are ignored
-    (docs/weights.md).
-
-    Args:
-      path: Workdir of --mode=train or --mode=convert, or an export, locally or at gs://. Or the
-        repository "owner/name" of the Hugging Face hub, which needs huggingface_hub and a network.
-      codec: Folder or hub id of the VAE, if the config names no VAE or should use another one.
-
-    Raises:
-      ConfigError: The folder has no model, or it is damaged.
-    """
+def load(path: str, codec: str = "", **settings: Any) -> Model:
+    """Loads a trained model to draw with. `madformer_jax.load` has the arguments and errors."""
     path = storage.expand(path)
     if not os.path.exists(path) and not storage.is_remote(path) and path.count("/") == 1:
         path = _download_from_hub(path)
@@ -352,6 +432,14 @@ def load(path: str, codec: str = "") -> Model:
     c = stored_config.config_from_saved(saved, file)
     if codec:
         c.codec.path = codec
+    for name, value in settings.items():
+        if name not in _LOAD_FIELDS:
+            raise ConfigError(_unknown_setting_message(name, value, "loading", ("path", "codec", *_LOAD_FIELDS)))
+        if name in ("step", "weights", "ema") and not checkpoint.exists(path):
+            raise ConfigError(
+                f"{name}={value!r}: {path} is an export, which holds one set of weights. Leave {name} out."
+            )
+        c.sample[name] = _to_field_type(name, value, c.sample[name])
     stored_config.expand_paths(c)
     config_lib.validate(c)
     return load_workdir(c, path)

@@ -233,7 +233,8 @@ def test_two_files_of_mode_compile_are_compared_by_current_names():
 
 
 def test_a_sampling_keeps_its_folder():
-    c, _ = command_line.parse(["main", f"--config={ROOT}/configs/drawings.py", "--workdir=runs/x"])
+    drawings = f"--config={ROOT}/configs/drawings.py:side=64"
+    c, _ = command_line.parse(["main", drawings, "--workdir=runs/x", "--config.sample.n=50"])
     protocol = sample._protocol(c, 3, "w", "v")
     assert protocol["clip"] == 1.0 and protocol["model"]["predicts"] == "x0" and protocol["model"]["neighbours"]
     assert sample._folder_name(c, protocol) == "step_000003_ema_dpmpp_2m_trailing40_w1.5_seed0_n50_a83e8dc4"

@@ -22,7 +22,7 @@ class CreatedError(Exception):
 
 
 def initial_seed(c, workdir, monkeypatch):
-    def create(model, tx, seed, mesh):
+    def create(model, tx, seed, *others):
         raise CreatedError(seed)
 
     monkeypatch.setattr(train.train_step, "create_state", create)

@@ -46,7 +46,7 @@ def model(tmp_path, one_device):
 def test_cheaper_side_draws_first(model):
     settings = [{"labels": ["dog", "cow"], "steps": steps, "seed": 4} for steps in (1, 3)]
     first, *states = demo.stream_side_by_side([model, model], settings, "block")
-    assert [side.frame for side in first] == [None, None]
+    assert [(side.frame, side.compiling) for side in first] == [(None, True)] * 2
     costs = [[side.passes for side in sides] for sides in states]
     assert costs[-1] == [1.75, 3.75] and len(states) == 8  # four blocks each; three extend the cache
     for before, after in zip([[0.0, 0.0], *costs], costs):
@@ -54,6 +54,10 @@ def test_cheaper_side_draws_first(model):
         assert before[moved] <= before[1 - moved] or before[1 - moved] == (1.75, 3.75)[1 - moved]
     for side, side_settings in zip(states[-1], settings):
         assert np.abs(side.frame.images.astype(int) - model.sample(**side_settings)).max() <= 1
+    # Other seeds, labels and steps compile nothing; another kind of guidance does.
+    for guidance, compiling in ((1.0, False), (2.0, True)):
+        other = {"labels": ["cat", "cat"], "steps": 2, "seed": 5, "guidance": guidance}
+        assert [next(demo.stream_side_by_side([model], [other], "block"))[0].compiling] == [compiling]
     with pytest.raises(ConfigError, match="'bird' is neither"):
         next(demo.stream_side_by_side([model], [{"labels": ["bird"]}], "block"))
 
@@ -70,9 +74,12 @@ def test_the_page_draws_on_both_sides(model):
         job = client.submit("dog", 3, "block", "a", "ddim", 1, 1.0, "b", "ddim", 2, 1.0, api_name="/draw")
         job.result(timeout=120)
         captions = [output[2:] for output in job.outputs()]
-        assert captions[0] == ("compiling ...", "compiling ...") and len(captions) == 9
+        assert captions[0] == (demo._cost_caption(model, demo.PaneState(None, 0.0, True)),) * 2 and len(captions) == 9
         assert "block **4** of 4, step 1; an image so far: **1.75** full-model passes" in captions[-1][0]
         assert "**2.75** full-model passes" in captions[-1][1]
+        job = client.submit("cat", 4, "block", "a", "ddim", 1, 1.0, "b", "ddim", 3, 1.0, api_name="/draw")
+        job.result(timeout=120)
+        assert job.outputs()[0][2:] == ("starting ...", "starting ...")
         with pytest.raises(Exception, match="config.seed=8589934592"):
             client.predict("dog", 2**33, "block", "a", "ddim", 1, 1.0, "b", "ddim", 2, 1.0, api_name="/draw")
     finally:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import madformer_jax
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import export, sample, train
@@ -90,6 +91,9 @@ def test_a_folder_of_latents_trains_a_model_whose_samples_are_latents(latents, t
     assert drawn.shape == (2, 4, 4, 5)
     np.testing.assert_allclose((drawn - 3) * 2, shard.latents, atol=1e-5)
     assert shard.images.shape == (2, 4, 4, 3)  # the preview
+    model = madformer_jax.load(run)
+    np.testing.assert_array_equal(model.sample_latents(2), drawn)
+    np.testing.assert_array_equal(model.sample(2), shard.images)
 
 
 def test_latents_keep_their_classes_and_values(latents):

@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,13 +12,14 @@ from PIL import Image
 
 import madformer_jax
 from madformer_jax.cli import command_line
+from madformer_jax.config import choices, schema
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import text
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import madformer
 from madformer_jax.modes import sample
 from madformer_jax.runtime import checkpoint
-from madformer_jax.sampling import generation, prompts
+from madformer_jax.sampling import generation, prompts, trained_model
 from tests import tiny
 from tests.small import random_params
 
@@ -75,6 +78,37 @@ def test_a_guide_draws_in_samples_and_streams_and_counts_in_costs(tmp_path, one_
     assert one.flops < both.flops < 2 * one.flops
 
 
+def test_loading_chooses_the_weights_or_refuses_in_one_line(tmp_path, one_device):
+    c = tiny.get_config("plain")
+    raw = random_params(madformer.build(c))
+    with checkpoint.Checkpoints(str(tmp_path / "run"), 2) as checkpoints:
+        for step in (3, 6):
+            ema = jax.tree.map(lambda x, step=step: x * step, raw)
+            checkpoints.save(step, {"ema": ema, "params": raw}, None, {"step": step, "data": {"names": []}})
+    checkpoint.write_config(c, str(tmp_path / "run"))
+    run = str(tmp_path / "run")
+    averaged, earlier, other = (
+        madformer_jax.load(run, **x) for x in ({}, {"step": 3}, {"weights": "raw", "step": "3"})
+    )
+    assert not _same(averaged.params, earlier.params) and not _same(earlier.params, other.params)
+    assert _same(other.params, raw)
+    for settings, message in (
+        ({"weight": "raw"}, "weight='raw': 'weight' is not a setting of loading. Did you mean 'weights'?"),
+        ({"weights": "best"}, "config.sample.weights='best'"),
+        ({"step": 4}, "step 4"),
+        ({"ema": 0.05}, "needs a training with config.train.ema_snapshots"),
+        ({"guide": tmp_path / "none"}, "none/config.json does not exist"),
+        ({"guidance": 2.0}, "'guidance' is not a setting of loading"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)) as error:
+            madformer_jax.load(run, **settings)
+        assert "\n" not in str(error.value)
+
+
+def _same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
 @pytest.fixture
 def model(tmp_path, one_device):
     c = tiny.get_config()
@@ -113,6 +147,8 @@ def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
 
 
 def test_wrong_settings_raise_one_line_before_drawing(model):
+    with pytest.raises(ConfigError, match="use `sample`, not `sample_latents`"):
+        model.sample_latents()
     for settings, message in (
         ({"labels": [3]}, "3 is not a class"),
         ({"labels": ["cow"]}, "'cow' is neither"),
@@ -138,10 +174,12 @@ def test_wrong_settings_raise_one_line_before_drawing(model):
         ({"steps": 1, "solver": "ddim", "spacing": "leading"}, "starts at t = 0 and returns noise"),
         ({"prompts": 3}, "prompts=3 must be a text"),
         ({"prompts": ["a red planet"]}, "needs a model that reads captions"),
+        ({"evry": "step"}, "Did you mean 'every'?"),
         ({"stepz": 3}, "is not a setting of sampling"),
         ({"steps": 0}, "steps"),
         ({"guidance": "much"}, "guidance='much'"),
-        ({"weights": "raw"}, "chosen when it was loaded"),
+        ({"weights": "raw"}, r"load\(path, weights='raw'\)"),
+        ({"film": "webp"}, "'film' is not a setting of sampling"),
         ({"every": "pixel"}, "'block' or 'step'"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
@@ -186,6 +224,19 @@ def test_class_names_that_are_numbers_are_still_names(tmp_path, one_device, caps
         assert next(generation.read_shards(folder)).labels.tolist() == [number]
         protocol = json.loads((folder / "protocol.json").read_text())
         assert (protocol["labels"], protocol["classes"]) == (str(number), {str(number): names[number]})
+
+
+def test_docstrings_list_every_setting_and_solver():
+    for function, names in (
+        (madformer_jax.load, trained_model._LOAD_FIELDS),
+        (
+            trained_model.Model.sample,
+            set(schema.base().sample) - {"n", *trained_model._LOAD_FIELDS, *trained_model._FILE_FIELDS},
+        ),
+    ):
+        missing = [name for name in names if f"- {name}: " not in function.__doc__]
+        assert not missing, f"{function.__name__}: {missing}"
+    assert all(f'"{solver}"' in trained_model.Model.sample.__doc__ for solver in choices.SOLVERS)
 
 
 def test_repr_describes_the_model(model):
