@@ -115,7 +115,7 @@ def model() -> None:
         schema.validate(c)
         built = madformer.build(c, device)
         with jax.default_device(jax.devices(device)[0]):
-            z = random(1, 4, built.blocks, built.block_shape[0] * built.block_shape[1], built.channels)
+            z = random(1, 4, *built.config.sizes.block_shape)
             noise, t = random(2, *z.shape), jnp.arange(16).reshape(4, 4) * 60
             params = jax.jit(lambda: nn.meta.unbox(madformer.init(built, jax.random.key(0))))()
 

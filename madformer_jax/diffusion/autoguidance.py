@@ -6,13 +6,14 @@ model with its guide. `sampler.BlockSteps` then runs the pair as if it were one 
 predictions have the rows of the guide behind those of the model.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
 from madformer_jax.models.cache import ModelCache
-from madformer_jax.models.madformer import MADFormer
+from madformer_jax.models.madformer import MADFormer, ModelConfig
 
 
 class PairCache(NamedTuple):
@@ -33,12 +34,10 @@ class GuidedPair(NamedTuple):
     guide: MADFormer
 
     @property
-    def unet_context(self) -> bool:
-        return self.model.unet_context or self.guide.unet_context
-
-    def __getattr__(self, name: str) -> Any:
-        """Returns what both models have in common, such as `prediction_type`."""
-        return getattr(self.model, name)
+    def config(self) -> ModelConfig:
+        """Values of the model, with `unet_context` if one of both has it."""
+        unet_context = self.model.config.unet_context or self.guide.config.unet_context
+        return dataclasses.replace(self.model.config, unet_context=unet_context)
 
     def apply(self, variables: Any, *args: Any, method: str) -> Any:
         """Calls a decoding method of both models, as `flax.linen.Module.apply` does for one."""
@@ -56,7 +55,7 @@ class GuidedPair(NamedTuple):
             return model(*args), guide(*args)
         cache, *rest = args  # The caches of both have no finished blocks between two calls.
         caches = [
-            own._replace(finished_blocks=cache.finished_blocks if network.unet_context else None)
+            own._replace(finished_blocks=cache.finished_blocks if network.config.unet_context else None)
             for own, network in ((cache.model, self.model), (cache.guide, self.guide))
         ]
         if method == "cache_text":

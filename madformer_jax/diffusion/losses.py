@@ -130,9 +130,9 @@ def training_loss(
     level = schedule.level(t[..., None, None])
     noisy = level.alpha * z + level.sigma * noise
     outputs = model.apply({"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=weights.terms)
-    target = parameterization.target(model.prediction_type, z, noise, level)
+    target = parameterization.target(model.config.prediction_type, z, noise, level)
     losses = unweighted_terms(outputs, z, target, tokens, lengths, text_tokens)
-    scale = parameterization.loss_weight(model.prediction_type, weights.weighting, level)
+    scale = parameterization.loss_weight(model.config.prediction_type, weights.weighting, level)
     if outputs.image is not None and scale is not None:
         losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)
     loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros((), jnp.float32))

@@ -52,11 +52,11 @@ class BlockSteps(NamedTuple):
         rows = (1 + self._null_rows) * len(noise)
         cache = self._call("empty_cache", rows)
         if tokens is not None:
-            null_tokens = [jnp.full_like(tokens, self.model.null_token)] if self._null_rows else []
+            null_tokens = [jnp.full_like(tokens, self.model.config.null_token)] if self._null_rows else []
             if lengths is not None:  # the null text is one token long
                 lengths = jnp.concatenate([lengths, jnp.ones_like(lengths)] if self._null_rows else [lengths])
             cache = self._call("cache_text", cache, jnp.concatenate([tokens, *null_tokens]), lengths)
-        if self.model.unet_context:
+        if self.model.config.unet_context:
             cache = cache._replace(finished_blocks=jnp.zeros_like(noise))
         return cache, self._call("begin", rows)
 
@@ -89,16 +89,16 @@ class BlockSteps(NamedTuple):
           The new state. In a model without the clean stream also the noisy block's keys and values,
           for `cache_clean`, otherwise None.
         """
-        model = self.model
+        config = self.model.config
 
         def denoise(x: Array, level: NoiseLevel) -> tuple[Array, Any]:
             output, kv = self._call("denoise", cache, condition, x, level.t, block)
             if self.guided:
                 conditional, unconditional = jnp.split(output, 2)
                 output = unconditional + w * (conditional - unconditional)
-            x0: Any = parameterization.clean_estimate(model.prediction_type, output, x, level)
+            x0: Any = parameterization.clean_estimate(config.prediction_type, output, x, level)
             x0 = jnp.clip(x0, -self.clip_x0, self.clip_x0) if self.clip_x0 else x0
-            return x0, None if model.clean_stream else kv
+            return x0, None if config.clean_stream else kv
 
         def normal() -> Array:
             return _step_noise(keys, block, row.index, state.x.shape[1:])
@@ -123,7 +123,7 @@ class BlockSteps(NamedTuple):
             cache = cache._replace(finished_blocks=finished)
         if self._null_rows:
             c = jnp.concatenate([c, c])
-        if not self.model.clean_stream:
+        if not self.model.config.clean_stream:
             return self._call("cache_noisy", cache, kv, block), c
         return self._call("cache_clean", cache, c, block), c
 
@@ -139,10 +139,10 @@ class BlockSteps(NamedTuple):
 def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int | float:
     """Returns the timestep with which finished blocks are embedded.
 
-    It is that of the last evaluation if `model.clean_timestep` is "noisy", and otherwise 0.
+    It is that of the last evaluation if `model.config.clean_timestep` is "noisy", and otherwise 0.
     """
     timestep: int | float = coefficients.level.t[-1].item()
-    return timestep if model.clean_timestep == "noisy" else 0
+    return timestep if model.config.clean_timestep == "noisy" else 0
 
 
 def _step_noise(keys: Array | None, block: int | Array, index: Any, shape: tuple[int, ...]) -> Array:
@@ -184,7 +184,7 @@ def sample(
       model: The model, or a model with its guide. The guide then takes the place of the null token.
       params: Its parameters, see `models.inference_params`.
       noise: Standard normal noise `(B, L, positions, C)`.
-      tokens: Text tokens `(B, T)` of a conditional model. `model.null_token` stands for no text.
+      tokens: Text tokens `(B, T)` of a conditional model. `model.config.null_token` stands for no text.
       lengths: Number of tokens of each text, `(B,)`; the rest is padding. By default all T tokens
         are text.
       keys: Random key of each image, `(B,)`. Stochastic solvers need them.

@@ -134,12 +134,11 @@ def _load_texts(c: ConfigDict, split: str, max_captions: int) -> TokenizedTexts:
 
 def model_bits(model: MADFormer, params: Any, texts: TokenizedTexts, mesh: jax.sharding.Mesh) -> np.ndarray:
     """Computes the bits of each caption (n,) under the model."""
-    side, columns, channels = model.block_shape
 
     @functools.partial(jax.jit, out_shardings=partitioning.replicated(mesh))
     def bits(params: Any, tokens: Array, lengths: Array) -> Array:
         # Text tokens do not attend to the latents.
-        z = jnp.zeros((len(tokens), model.blocks, side * columns, channels))
+        z = jnp.zeros((len(tokens), *model.config.sizes.block_shape))
         t = jnp.zeros(z.shape[:2], jnp.int32)
         logits = model.apply({"params": params}, z, z, t, tokens, lengths, terms=("text",)).text
         nll = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])

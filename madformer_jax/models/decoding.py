@@ -23,22 +23,23 @@ from madformer_jax.ops.rope import RotaryTable
 
 
 class Decoding(nn.Module):
-    """Sampling methods of `MADFormer`, which inherits them and defines all fields and layers."""
+    """Sampling methods of `MADFormer`, which inherits them and defines its config and layers."""
 
     def empty_cache(self, batch: int) -> ModelCache:
         """Returns a cache without blocks, of `batch` rows: one per image, or two with guidance."""
-        shape = (batch, self.blocks - 1, self.tokens, self.heads, self.width // self.heads)
+        config, sizes = self.config, self.config.sizes
+        shape = (batch, sizes.blocks - 1, sizes.tokens, config.heads, config.width // config.heads)
 
         def empty(layers: int, is_read: bool) -> StageCache:
-            if not layers or self.blocks == 1 or not is_read:
+            if not layers or sizes.blocks == 1 or not is_read:
                 return StageCache(None, None)
-            x = jnp.zeros((layers, *shape), self.dtype)
-            return StageCache(self.attention.to_cache_layout(KV(x, x)), None)
+            x = jnp.zeros((layers, *shape), config.dtype)
+            return StageCache(config.attention.to_cache_layout(KV(x, x)), None)
 
-        plan = sampling_plan(self.ablation_switches)
+        plan = sampling_plan(config.ablation_switches)
         return ModelCache(
-            empty(self.depth - self.diffusion_depth, plan.condition or plan.cache_clean_ar),
-            empty(self.diffusion_depth, not self.block_only),
+            empty(config.depth - config.diffusion_depth, plan.condition or plan.cache_clean_ar),
+            empty(config.diffusion_depth, not config.block_only),
         )
 
     def cache_text(
@@ -54,11 +55,11 @@ class Decoding(nn.Module):
         Returns:
           The cache with the text.
         """
-        positions = self._text_positions()
+        attention, positions = self.config.attention, self._text_positions()
         text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, positions, 0)
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, positions, 0)
-        ar, diffusion = (kv and self.attention.to_cache_layout(kv) for kv in (ar, diffusion))
-        lengths = self.attention.cache_lengths(lengths, tokens)
+        ar, diffusion = (kv and attention.to_cache_layout(kv) for kv in (ar, diffusion))
+        lengths = attention.cache_lengths(lengths, tokens)
         return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
 
     def begin(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
@@ -80,11 +81,11 @@ class Decoding(nn.Module):
           The cache changes only in a model without the clean stream. It then takes the keys and
           values of this pass.
         """
-        if not sampling_plan(self.ablation_switches).condition:
+        if not sampling_plan(self.config.ablation_switches).condition:
             return jnp.zeros_like(pred), cache
         pred, kv = self.ar_layers.step("pred", pred, cache.ar, self._block_positions(block), block, cache.lengths)
-        if not self.clean_stream:
-            cache = cache._replace(ar=write_block(cache.ar, kv, block, self.attention))
+        if not self.config.clean_stream:
+            cache = cache._replace(ar=write_block(cache.ar, kv, block, self.config.attention))
         return pred, cache
 
     def denoise(
@@ -140,19 +141,19 @@ class Decoding(nn.Module):
         Returns:
           The cache with the block.
         """
-        plan, positions = sampling_plan(self.ablation_switches), self._block_positions(block)
+        plan, positions = sampling_plan(self.config.ablation_switches), self._block_positions(block)
         if not plan.cache_clean_ar:
             return cache
         clean, kv = self.ar_layers.step("clean", clean, cache.ar, positions, block, cache.lengths)
-        cache = cache._replace(ar=write_block(cache.ar, kv, block, self.attention))
+        cache = cache._replace(ar=write_block(cache.ar, kv, block, self.config.attention))
         if not plan.cache_clean_diffusion:
             return cache
         _, kv = self.diffusion_layers.step("clean", clean, cache.diffusion, positions, block, cache.lengths)
-        return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.attention))
+        return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.config.attention))
 
     def cache_noisy(self, cache: ModelCache, kv: KV | None, block: int | Int[Array, ""]) -> ModelCache:
         """Caches keys and values of a block's last solver step, in models without clean stream."""
-        return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.attention))
+        return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.config.attention))
 
     def _finished_context(
         self, cache: ModelCache, block: int | Int[Array, ""]

@@ -44,12 +44,12 @@ def inference_params(model: MADFormer, params: Params, memory: int) -> Params:
     Returns:
       The parameters.
     """
-    cast = jax.tree_util.tree_map_with_path(functools.partial(_cast_param, model.dtype), params)
+    cast = jax.tree_util.tree_map_with_path(functools.partial(_cast_param, model.config.dtype), params)
     if sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cast)) < MAX_MEMORY_FRACTION * memory:
         # `eval_shape` takes a second on a CPU, so it runs only if needed.
         boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
         cast = jax.tree.map(all_gather_kernel, cast, nn.get_partition_spec(boxed))
-    return {name: unstack_layers(x, model.unroll) if name in _STAGES else x for name, x in cast.items()}
+    return {name: unstack_layers(x, model.config.scan_unroll) if name in _STAGES else x for name, x in cast.items()}
 
 
 def _cast_param(dtype: DTypeLike, path: tuple[Any, ...], x: ArrayLike) -> ArrayLike:

@@ -6,8 +6,8 @@ every solver step. `MADFormer.__call__` runs all blocks at once, for training. I
 `decoding.Decoding` runs the same layers block by block against a cache, for sampling.
 
 `diffusion.losses` calls the training forward and `diffusion.sampler` the sampling methods. A new
-switch is a field of `MADFormer` that `build` reads from the config. If the switch adds or removes a
-stream, `plan` must know it as well.
+switch is a field of `ModelConfig` with the name that it has in `config.model`. If the switch adds or
+removes a stream, `plan` must know it as well.
 
 Dimensions:
   B: images (rows of a batch).
@@ -22,8 +22,7 @@ Dimensions:
   H, h: attention heads and the size of a head, d = H h.
 """
 
-import math
-from collections.abc import Mapping
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -36,16 +35,65 @@ from jaxtyping import Float, Int, Num, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from madformer_jax.config.choices import LOSS_TERMS
-from madformer_jax.config.shapes import derive_sizes, vocabulary_size
+from madformer_jax.config.shapes import Sizes, derive_sizes, vocabulary_size
 from madformer_jax.models.decoding import Decoding
 from madformer_jax.models.layers import Params, dense
 from madformer_jax.models.plan import AblationSwitches, training_plan
 from madformer_jax.models.transformer import LayerStack, Streams
-from madformer_jax.models.unet import Downsampler, Upsampler
+from madformer_jax.models.unet import Downsampler, UNetConfig, Upsampler
 from madformer_jax.ops import rope
 from madformer_jax.ops.attention import api
 from madformer_jax.ops.attention.base import Attention
 from madformer_jax.ops.rope import RotaryTable
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Plain values that describe a model. Fields named as in `config.model` have its meaning and values."""
+
+    sizes: Sizes  # of the latent, its blocks and their tokens
+    vocabulary: int  # classes or text tokens, and `null_token`; 0 for an unconditional model
+    text_length: int  # T
+    # The transformer (sections 3.2 and 3.3)
+    width: int  # d
+    heads: int  # H
+    depth: int  # N
+    diffusion_depth: int  # D
+    mlp_width: int
+    rope: str
+    # Streams and stages (section 3.4, Tables 3 and 5)
+    clean_stream: bool
+    ar_condition: bool
+    shared_towers: bool  # `param_sets`
+    block_only: bool  # `diffusion_attention`: diffusion layers do not attend to other blocks
+    clean_timestep: str
+    hidden_from: str
+    prediction_type: str
+    # The block U-Net (section 3.1)
+    unet: UNetConfig
+    unet_context: bool  # the U-Net also reads the positions left of and above each position
+    # The computation
+    attention: Attention
+    dtype: DTypeLike
+    remat: str
+    scan_unroll: int
+
+    @property
+    def null_token(self) -> int:
+        """Token for "no class" or "no caption" in a conditional model, the vocabulary's last."""
+        return self.vocabulary - 1
+
+    @property
+    def ablation_switches(self) -> AblationSwitches:
+        """The switches that decide which streams and stages exist."""
+        return AblationSwitches(
+            blocks=self.sizes.blocks,
+            text=bool(self.vocabulary),
+            clean_stream=self.clean_stream,
+            ar_condition=self.ar_condition,
+            hidden_from=self.hidden_from,
+            block_only=self.block_only,
+        )
 
 
 class ModelOutputs(NamedTuple):
@@ -59,113 +107,45 @@ class ModelOutputs(NamedTuple):
 
 
 class MADFormer(Decoding):
-    """The MADFormer model.
+    """The MADFormer model."""
 
-    Most fields are named as in `config.model`, and sizes as in `config.shapes.Sizes`. `build` maps
-    the others: `param_sets`, `diffusion_attention` and `scan_unroll`, the vocabulary and the text
-    length.
-    """
-
-    width: int
-    heads: int
-    depth: int
-    diffusion_depth: int
-    mlp_width: int
-    grid: int  # rows of blocks
-    columns: int  # columns of blocks
-    block_side: int  # latent positions along a block's height
-    token_side: int  # tokens along a block's height
-    channels: int
-    unet: Mapping[str, Any]  # fields that Downsampler and Upsampler share, except dtype
-    unet_context: bool  # the U-Net also reads the positions left of and above each position
-    prediction_type: str
-    rope: str
-    clean_timestep: str
-    hidden_from: str
-    clean_stream: bool
-    ar_condition: bool
-    shared_towers: bool
-    block_only: bool  # diffusion layers do not attend to other blocks (Table 5)
-    vocabulary: int  # 0 for an unconditional model
-    text_length: int
-    attention: Attention
-    dtype: DTypeLike
-    remat: str
-    unroll: int
-
-    @property
-    def blocks(self) -> int:
-        """L, the number of blocks of an image."""
-        return self.grid * self.columns
-
-    @property
-    def null_token(self) -> int:
-        """Token for "no class" or "no caption" in a conditional model, the vocabulary's last."""
-        return self.vocabulary - 1
-
-    @property
-    def ablation_switches(self) -> AblationSwitches:
-        """The switches that decide which streams and stages exist."""
-        return AblationSwitches(
-            blocks=self.blocks,
-            text=bool(self.vocabulary),
-            clean_stream=self.clean_stream,
-            ar_condition=self.ar_condition,
-            hidden_from=self.hidden_from,
-            block_only=self.block_only,
-        )
-
-    @property
-    def block_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of a latent block."""
-        return self.block_side, self.block_side * self.grid // self.columns, self.channels
-
-    @property
-    def token_shape(self) -> tuple[int, int]:
-        """Height and width of a block in tokens."""
-        return self.token_side, self.token_side * self.grid // self.columns
-
-    @property
-    def tokens(self) -> int:
-        """s, the number of tokens of a block."""
-        return math.prod(self.token_shape)
+    config: ModelConfig
 
     def setup(self) -> None:
-        self.downsampler = Downsampler(self.width, **self.unet, dtype=self.dtype)
-        self.upsampler = Upsampler(self.channels, **self.unet, dtype=self.dtype)
+        config = self.config
+        self.downsampler = Downsampler(config.width, config.unet)
+        self.upsampler = Upsampler(config.sizes.channels, config.unet)
         self.boi = self.param(
             "boi",
             nn.with_logical_partitioning(nn.initializers.normal(1.0), ("tokens", "embed")),
-            (self.tokens, self.width),
+            (config.sizes.tokens, config.width),
             jnp.float32,
         )
         towers = {
-            name: "image" if self.shared_towers else name
+            name: "image" if config.shared_towers else name
             for name in ("clean", "pred")
-            if self.clean_stream or name == "pred"
+            if config.clean_stream or name == "pred"
         }
-        if self.vocabulary:
+        if config.vocabulary:
             towers["text"] = "text"
             self.embedding = nn.Embed(
-                self.vocabulary,
-                self.width,
-                dtype=self.dtype,
+                config.vocabulary,
+                config.width,
+                dtype=config.dtype,
                 embedding_init=nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed")),
             )
-            self.text_head = dense(self.vocabulary, ("embed", "vocab"), jnp.float32, bias=False)
+            self.text_head = dense(config.vocabulary, ("embed", "vocab"), jnp.float32, bias=False)
         layer = {
-            "width": self.width,
-            "heads": self.heads,
-            "mlp_width": self.mlp_width,
-            "dtype": self.dtype,
+            "width": config.width,
+            "heads": config.heads,
+            "mlp_width": config.mlp_width,
+            "dtype": config.dtype,
             "towers": towers,
-            "attention": self.attention,
+            "attention": config.attention,
         }
-        ar_depth, diffusion_depth = self.depth - self.diffusion_depth, self.diffusion_depth
-        self.ar_layers = LayerStack(ar_depth, {**layer, "block_only": False}, self.remat, self.unroll)
-        self.diffusion_layers = LayerStack(
-            diffusion_depth, {**layer, "block_only": self.block_only}, self.remat, self.unroll
-        )
+        ar_depth, scan = config.depth - config.diffusion_depth, (config.remat, config.scan_unroll)
+        self.ar_layers = LayerStack(ar_depth, {**layer, "block_only": False}, *scan)
+        self.diffusion_layers = LayerStack(config.diffusion_depth, {**layer, "block_only": config.block_only}, *scan)
 
     def __call__(
         self,
@@ -187,16 +167,17 @@ class MADFormer(Decoding):
           tokens: Text tokens or a class, for a conditional model. `null_token` stands for no text.
           lengths: Number of tokens of each text, 1..T. Padding behind them changes no output. By
             default all T tokens are text.
-          clean_t: Timestep of each clean block. By default t if the field
-            `clean_timestep` is "noisy", and otherwise 0.
+          clean_t: Timestep of each clean block. By default t if `config.clean_timestep` is
+            "noisy", and otherwise 0.
           terms: Requested terms of the loss, of `LOSS_TERMS`. Other outputs are not computed.
 
         Returns:
           The outputs of the requested terms.
         """
+        config = self.config
         if clean_t is None:
-            clean_t = t if self.clean_timestep == "noisy" else jnp.zeros_like(t)
-        switches = self.ablation_switches
+            clean_t = t if config.clean_timestep == "noisy" else jnp.zeros_like(t)
+        switches = config.ablation_switches
         if self.is_initializing():  # creates all parameters, whatever the switch
             switches = switches._replace(ar_condition=True)
         plan = training_plan(terms, switches)
@@ -210,14 +191,14 @@ class MADFormer(Decoding):
                 jnp.concatenate(x, axis=1) for x in zip(*(unet_inputs[name] for name in plan.downsampled), strict=True)
             )
             context = None
-            if self.unet_context:
+            if config.unet_context:
                 context = jnp.tile(self._neighbor_context(z), (1, len(plan.downsampled), 1, 1))
             h, skips = self._downsample(latents, timesteps, context)
             embedded = dict(zip(plan.downsampled, jnp.split(h, len(plan.downsampled), axis=1), strict=True))
 
         image = self._image_positions()
         positions = {"clean": RotaryTable(*(x[: plan.clean_blocks] for x in image)), "pred": image}
-        if self.vocabulary:
+        if config.vocabulary:
             positions["text"] = self._text_positions()
         # The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
         previous = [embedded["clean"][:, :-1]] if "clean" in plan.downsampled else []
@@ -231,8 +212,8 @@ class MADFormer(Decoding):
         condition = pred = streams.pred
         if "noisy" in plan.downsampled:
             x = embedded["noisy"]
-            pred = x if condition is None or not self.ar_condition else condition + x
-        if self.hidden_from == "noisy":
+            pred = x if condition is None or not config.ar_condition else condition + x
+        if config.hidden_from == "noisy":
             condition = pred
         if plan.diffusion_inputs:
             streams = streams._replace(pred=pred).select(plan.diffusion_inputs)
@@ -275,16 +256,18 @@ class MADFormer(Decoding):
         """
         if context is not None:
             z = jnp.concatenate([z, context], axis=-1)
-        tokens, skips = self.downsampler(z.reshape(-1, *self.block_shape[:2], z.shape[-1]), t.reshape(-1))
-        tokens = tokens.reshape(*t.shape, -1, self.width)
+        height, width = self.config.sizes.block_side, self.config.sizes.block_width
+        tokens, skips = self.downsampler(z.reshape(-1, height, width, z.shape[-1]), t.reshape(-1))
+        tokens = tokens.reshape(*t.shape, -1, self.config.width)
         return nn.with_logical_constraint(tokens, ("batch", "blocks", "tokens", "embed")), skips
 
     def _upsample(
         self, h: Float[Array, "B n s d"], t: Num[Array, "B n"], skips: list[Float[Array, "_ _ _ _"]]
     ) -> Float[Array, "B n positions C"]:
         """Maps tokens to latent blocks."""
-        x = self.upsampler(h.reshape(-1, *self.token_shape, self.width), t.reshape(-1), skips)
-        return x.reshape(*t.shape, -1, self.channels)
+        height, width = self.config.sizes.token_side, self.config.sizes.token_width
+        x = self.upsampler(h.reshape(-1, height, width, h.shape[-1]), t.reshape(-1), skips)
+        return x.reshape(*t.shape, -1, x.shape[-1])
 
     def _select_skips(
         self,
@@ -294,7 +277,7 @@ class MADFormer(Decoding):
         selected: tuple[str, ...],
     ) -> Float[Array, "_ height width channels"]:
         """Selects skip states from (B * names * L, ...), in order: (B * selected * L, ...)."""
-        split = x.reshape(batch, len(names), self.blocks, *x.shape[1:])
+        split = x.reshape(batch, len(names), self.config.sizes.blocks, *x.shape[1:])
         return jnp.concatenate([split[:, names.index(name)] for name in selected], axis=1).reshape(-1, *x.shape[1:])
 
     def _neighbor_context(self, z: Float[Array, "B L positions C"]) -> Float[Array, "B L positions 2*C"]:
@@ -310,27 +293,29 @@ class MADFormer(Decoding):
         Returns:
           The left neighbors, then those above.
         """
-        height, width, channels = self.block_shape
-        blocks = z.reshape(len(z), -1, self.columns, height, width, channels)
+        sizes = self.config.sizes
+        blocks = z.reshape(len(z), sizes.grid, sizes.columns, sizes.block_side, sizes.block_width, sizes.channels)
         left = jnp.zeros_like(blocks).at[:, :, 1:, :, 0].set(blocks[:, :, :-1, :, -1])
         above = jnp.zeros_like(blocks).at[:, 1:, :, 0].set(blocks[:, :-1, :, -1])
         return jnp.concatenate([left, above], axis=-1).reshape(*z.shape[:3], -1)
 
     def _boi_tokens(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
         """Returns the learned begin-of-image tokens."""
-        return jnp.broadcast_to(self.boi.astype(self.dtype), (batch, 1, *self.boi.shape))
+        return jnp.broadcast_to(self.boi.astype(self.config.dtype), (batch, 1, *self.boi.shape))
 
     def _image_positions(self) -> RotaryTable:
         """Returns the rotary table of the image tokens, (L, s, h)."""
-        return self._rotary_table(*rope.image_positions(self.grid, self.token_side, self.columns))
+        sizes = self.config.sizes
+        return self._rotary_table(*rope.image_positions(sizes.grid, sizes.token_side, sizes.columns))
 
     def _text_positions(self) -> RotaryTable:
         """Returns the rotary table of the text tokens, (T, h)."""
-        return self._rotary_table(*rope.text_positions(self.text_length))
+        return self._rotary_table(*rope.text_positions(self.config.text_length))
 
     def _rotary_table(self, rows: Int[np.ndarray, "*tokens"], columns: Int[np.ndarray, "*tokens"]) -> RotaryTable:
-        side = self.grid * self.token_side
-        return rope.rotary_table(rows, columns, head_size=self.width // self.heads, side=side, variant=self.rope)
+        config = self.config
+        side, head_size = config.sizes.grid * config.sizes.token_side, config.width // config.heads
+        return rope.rotary_table(rows, columns, head_size=head_size, side=side, variant=config.rope)
 
 
 def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
@@ -340,49 +325,35 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
       c: The config.
       platform: Platform that the model will run on (cpu, gpu or tpu), by default JAX's backend.
     """
-    m, sizes = c.model, derive_sizes(c)
+    m, sizes, dtype = c.model, derive_sizes(c), jnp.dtype(c.model.dtype)
     device = platform or jax.default_backend()
     attention = api.choose(m.attention, device, m.dtype, m.width // m.heads, sizes.tokens)
-    unet = {
-        "channels": tuple(m.unet_channels),
-        "layers": m.unet_layers,
-        "attention": tuple(m.unet_attention),
-        "groups": m.unet_groups,
-        "heads": m.unet_heads,
-        "time_width": m.unet_time_width,
-        "time_embedding": m.time_embedding,
-        "stride": m.unet_stride,
-        "kernel": m.unet_kernel,
-        "implementation": attention,
-    }
-    return MADFormer(
-        width=m.width,
-        heads=m.heads,
-        depth=m.depth,
-        diffusion_depth=m.diffusion_depth,
-        mlp_width=m.mlp_width,
-        grid=sizes.grid,
-        columns=sizes.columns,
-        block_side=sizes.block_side,
-        token_side=sizes.token_side,
-        channels=sizes.channels,
-        unet=unet,
-        unet_context=m.unet_context,
-        prediction_type=m.prediction_type,
-        rope=m.rope,
-        clean_timestep=m.clean_timestep,
-        hidden_from=m.hidden_from,
-        clean_stream=m.clean_stream,
-        ar_condition=m.ar_condition,
-        shared_towers=m.param_sets == "shared",
-        block_only=m.diffusion_attention == "block",
-        vocabulary=vocabulary_size(c),
-        text_length=c.text.length,
-        attention=attention,
-        dtype=jnp.dtype(m.dtype),
-        remat=m.remat,
-        unroll=m.scan_unroll,
+    unet = UNetConfig(
+        channels=tuple(m.unet_channels),
+        layers=m.unet_layers,
+        attention=tuple(m.unet_attention),
+        groups=m.unet_groups,
+        heads=m.unet_heads,
+        time_width=m.unet_time_width,
+        time_embedding=m.time_embedding,
+        stride=m.unet_stride,
+        kernel=m.unet_kernel,
+        dtype=dtype,
+        implementation=attention,
     )
+    # Values that the model takes as they are have the name of their config field.
+    values = {field.name: m[field.name] for field in dataclasses.fields(ModelConfig) if field.name in m}
+    values |= {
+        "sizes": sizes,
+        "vocabulary": vocabulary_size(c),
+        "text_length": c.text.length,
+        "shared_towers": m.param_sets == "shared",
+        "block_only": m.diffusion_attention == "block",
+        "unet": unet,
+        "attention": attention,
+        "dtype": dtype,
+    }
+    return MADFormer(ModelConfig(**values))
 
 
 def init(model: MADFormer, key: PRNGKeyArray) -> Params:
@@ -390,7 +361,8 @@ def init(model: MADFormer, key: PRNGKeyArray) -> Params:
 
     `flax.linen.meta.unbox` removes the boxes.
     """
-    z = jnp.zeros((1, model.blocks, math.prod(model.block_shape[:2]), model.channels))
-    t = jnp.zeros((1, model.blocks), jnp.int32)
-    tokens = jnp.zeros((1, model.text_length), jnp.int32) if model.vocabulary else None
+    config = model.config
+    z = jnp.zeros((1, *config.sizes.block_shape))
+    t = jnp.zeros((1, config.sizes.blocks), jnp.int32)
+    tokens = jnp.zeros((1, config.text_length), jnp.int32) if config.vocabulary else None
     return model.init(key, z, z, t, tokens)["params"]

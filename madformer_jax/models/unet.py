@@ -9,6 +9,7 @@ Shapes: n blocks of height x width positions with C channels become token_height
 of width d.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -70,13 +71,13 @@ class AttentionBlock(nn.Module):
         return x + dense(channels, ("conv_in", "conv_out"), self.dtype, name="out")(attended)
 
 
-class Downsampler(nn.Module):
-    """Maps latent blocks and timesteps to tokens and skip states."""
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Plain values that `Downsampler` and `Upsampler` share, one entry of a tuple per stage of the former."""
 
-    width: int
-    channels: Sequence[int]
+    channels: tuple[int, ...]
     layers: int
-    attention: Sequence[bool]
+    attention: tuple[bool, ...]
     groups: int
     heads: int
     time_width: int
@@ -86,41 +87,39 @@ class Downsampler(nn.Module):
     dtype: DTypeLike
     implementation: Attention  # of `attention`
 
+
+class Downsampler(nn.Module):
+    """Maps latent blocks and timesteps to tokens and skip states."""
+
+    width: int
+    config: UNetConfig
+
     @nn.compact
     def __call__(
         self, z: Float[Array, "n height width C"], t: Num[Array, " n"]
     ) -> tuple[Float[Array, "n token_height token_width {self.width}"], list[Float[Array, "n _ _ _"]]]:
-        time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
-        x = conv(self.channels[0], self.kernel, self.dtype, name="conv_in")(z.astype(self.dtype))
+        config, dtype = self.config, self.config.dtype
+        time = TimeEmbedding(config.time_width, config.time_embedding, dtype, name="time")(t)
+        x = conv(config.channels[0], config.kernel, dtype, name="conv_in")(z.astype(dtype))
         skips = [x]
-        attention_block = functools.partial(AttentionBlock, self.groups, self.heads, self.dtype, self.implementation)
-        for stage, channels in enumerate(self.channels):
-            for i in range(self.layers):
-                x = ResNetBlock(channels, self.groups, self.dtype, self.kernel, name=f"resnet_{stage}_{i}")(x, time)
-                if self.attention[stage]:
+        attention_block = functools.partial(AttentionBlock, config.groups, config.heads, dtype, config.implementation)
+        for stage, channels in enumerate(config.channels):
+            for i in range(config.layers):
+                x = ResNetBlock(channels, config.groups, dtype, config.kernel, name=f"resnet_{stage}_{i}")(x, time)
+                if config.attention[stage]:
                     x = attention_block(name=f"attention_{stage}_{i}")(x)
                 skips.append(x)
-            if stage + 1 < len(self.channels):
-                x = conv(channels, 3, self.dtype, stride=self.stride, name=f"down_{stage}")(x)
+            if stage + 1 < len(config.channels):
+                x = conv(channels, 3, dtype, stride=config.stride, name=f"down_{stage}")(x)
                 skips.append(x)
-        return conv(self.width, self.kernel, self.dtype, name="conv_out")(x), skips
+        return conv(self.width, config.kernel, dtype, name="conv_out")(x), skips
 
 
 class Upsampler(nn.Module):
     """Maps tokens, timesteps and skip states to latent blocks."""
 
     out_channels: int
-    channels: Sequence[int]  # in the order of Downsampler; the stages run in reverse
-    layers: int
-    attention: Sequence[bool]
-    groups: int
-    heads: int
-    time_width: int
-    time_embedding: str
-    stride: int
-    kernel: int  # size of all convolutions except those between stages
-    dtype: DTypeLike
-    implementation: Attention  # of `attention`
+    config: UNetConfig  # the stages run in reverse
 
     @nn.compact
     def __call__(
@@ -129,21 +128,22 @@ class Upsampler(nn.Module):
         t: Num[Array, " n"],
         skips: Sequence[Float[Array, "n _ _ _"]],
     ) -> Float[Array, "n height width {self.out_channels}"]:
-        time = TimeEmbedding(self.time_width, self.time_embedding, self.dtype, name="time")(t)
+        config, dtype = self.config, self.config.dtype
+        time = TimeEmbedding(config.time_width, config.time_embedding, dtype, name="time")(t)
         skips = list(skips)
-        x = conv(self.channels[-1], self.kernel, self.dtype, name="conv_in")(h)
-        attention_block = functools.partial(AttentionBlock, self.groups, self.heads, self.dtype, self.implementation)
-        stages = len(self.channels)
+        x = conv(config.channels[-1], config.kernel, dtype, name="conv_in")(h)
+        attention_block = functools.partial(AttentionBlock, config.groups, config.heads, dtype, config.implementation)
+        stages = len(config.channels)
         for stage in range(stages):
-            channels, has_attention = self.channels[stages - 1 - stage], self.attention[stages - 1 - stage]
-            for i in range(self.layers + 1):
+            channels, has_attention = config.channels[stages - 1 - stage], config.attention[stages - 1 - stage]
+            for i in range(config.layers + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = ResNetBlock(channels, self.groups, self.dtype, self.kernel, name=f"resnet_{stage}_{i}")(x, time)
+                x = ResNetBlock(channels, config.groups, dtype, config.kernel, name=f"resnet_{stage}_{i}")(x, time)
                 if has_attention:
                     x = attention_block(name=f"attention_{stage}_{i}")(x)
             if stage + 1 < stages:
                 n, height, width, _ = x.shape
-                x = jax.image.resize(x, (n, self.stride * height, self.stride * width, channels), "nearest")
-                x = conv(channels, 3, self.dtype, name=f"up_{stage}")(x)
+                x = jax.image.resize(x, (n, config.stride * height, config.stride * width, channels), "nearest")
+                x = conv(channels, 3, dtype, name=f"up_{stage}")(x)
         # Always float32: solvers divide the error of eps by alpha, 0.006 or less at t = 999.
-        return conv(self.out_channels, self.kernel, jnp.float32, precision="highest", name="conv_out")(x)
+        return conv(self.out_channels, config.kernel, jnp.float32, precision="highest", name="conv_out")(x)

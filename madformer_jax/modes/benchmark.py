@@ -62,7 +62,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     report: dict[str, Any] = {
         "device": jax.local_devices()[0].device_kind,
         "devices": jax.device_count(),
-        "attention": madformer.build(c).attention.name,
+        "attention": madformer.build(c).config.attention.name,
         "dtype": c.model.dtype,
         "peak_tflops": flops.peak_rate(c.model.dtype) / 1e12,
     }

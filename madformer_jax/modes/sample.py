@@ -76,7 +76,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         logging.info(
             "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d evaluations guided; attention %s",
             s.n, s.weights, step, s.n - len(numbers), np.sum(scales != 1), len(scales),
-            trained.network.attention.name,
+            trained.network.config.attention.name,
         )  # fmt: skip
         if s.labels:
             logging.info("classes of these images: %s", class_labels.summary(config_lib.sample_labels(c), names))

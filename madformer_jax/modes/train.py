@@ -214,7 +214,7 @@ def _log_run_summary(c: ConfigDict, info: pipeline.DatasetInfo, s: train_step.Se
     logging.info(
         "%d images, %d per step = %.1f epochs in %d steps; latent %d x %d x %d in %d blocks of %d tokens; attention %s",
         info.records, c.train.batch, c.train.batch * c.train.steps / info.records, c.train.steps,
-        s.sizes.latent, s.sizes.latent, s.sizes.channels, s.sizes.blocks, s.sizes.tokens, s.model.attention.name,
+        s.sizes.latent, s.sizes.latent, s.sizes.channels, s.sizes.blocks, s.sizes.tokens, s.model.config.attention.name,
     )  # fmt: skip
     peak = devices * flops.peak_rate(c.model.dtype)
     logging.info("a step costs %.3g TFLOP; peak %.3g TFLOP/s (devices: %d)", cost / 1e12, peak / 1e12, devices)

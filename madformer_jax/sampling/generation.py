@@ -105,7 +105,7 @@ def make_sample_fn(
     def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:
         keys = image_keys(inputs.seed, inputs.numbers)
         noise = keyed_noise(keys, sizes.block_shape) if inputs.noise is None else inputs.noise
-        classes = inputs.labels[:, None] if model.vocabulary else None
+        classes = inputs.labels[:, None] if model.config.vocabulary else None
         tokens, lengths = inputs.text or (classes, None)
         blocks = sampler.sample(
             model,
@@ -391,7 +391,7 @@ def abstract_params(model: MADFormer, mesh: jax.sharding.Mesh) -> Any:
     Raises:
       ConfigError: The mesh does not split the layers evenly.
     """
-    partitioning.check_tensor(mesh, model.heads, model.mlp_width)
+    partitioning.check_tensor(mesh, model.config.heads, model.config.mlp_width)
     key = jax.random.key(0)  # Outside of the scope: the mesh may have no devices that can run.
     with partitioning.scope(mesh):
         boxed = jax.eval_shape(functools.partial(madformer.init, model), key)

@@ -80,7 +80,7 @@ def create_state(
     Raises:
       ConfigError: The mesh does not split the layers evenly.
     """
-    partitioning.check_tensor(mesh, model.heads, model.mlp_width)
+    partitioning.check_tensor(mesh, model.config.heads, model.config.mlp_width)
 
     def boxed(key: Array) -> State:
         params = madformer.init(model, key)
@@ -146,10 +146,10 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
         with jax.named_scope("codec"):
             z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
         tokens = lengths = None
-        if s.model.vocabulary:
+        if s.model.config.vocabulary:
             tokens, lengths = batch.get("tokens", batch["label"][:, None]), batch.get("lengths")
             drop = _dropout_mask(drop_key, dropout, len(z))
-            tokens = jnp.where(drop, s.model.null_token, tokens)
+            tokens = jnp.where(drop, s.model.config.null_token, tokens)
             lengths = None if lengths is None else _caption_lengths(lengths, drop)
         return losses.training_loss(
             s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens, path

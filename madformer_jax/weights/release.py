@@ -114,7 +114,7 @@ def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _Tens
 def _cached_layout(config: str) -> dict[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]]:
     model = madformer.build(ConfigDict(json.loads(config)))
     params = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))
-    depths = model.depth, model.diffusion_depth
+    depths = model.config.depth, model.config.diffusion_depth
     return {
         path: (leaf.shape, _tensor_source(path, leaf.shape, *depths)) for path, leaf in flatten_dict(params).items()
     }

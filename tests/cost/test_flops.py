@@ -63,7 +63,7 @@ def abstract(c):
     params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
     z = jax.ShapeDtypeStruct((c.train.batch, *derive_sizes(c).block_shape), jnp.float32)
     t = jax.ShapeDtypeStruct(z.shape[:2], jnp.int32)
-    tokens = jax.ShapeDtypeStruct((c.train.batch, c.text.length), jnp.int32) if model.vocabulary else None
+    tokens = jax.ShapeDtypeStruct((c.train.batch, c.text.length), jnp.int32) if model.config.vocabulary else None
     return model, params, z, t, tokens
 
 

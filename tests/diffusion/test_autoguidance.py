@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax.diffusion import sampler
+from madformer_jax.diffusion import sampler, schedule
 from madformer_jax.diffusion.autoguidance import GuidedPair
 from tests.diffusion.test_sampler import without_cache
 from tests.small import small
@@ -20,8 +20,7 @@ class Mixed:
     """The training forward of guide + w (model - guide), for `without_cache`."""
 
     def __init__(self, model, guide, w):
-        self._networks, self._w = (model, guide), w
-        self.prediction_type, self.clean_timestep = model.prediction_type, model.clean_timestep
+        self._networks, self._w, self.config = (model, guide), w, model.config
 
     def apply(self, variables, *args, **kwargs):
         first, second = (
@@ -47,5 +46,6 @@ def test_guided_sampling_equals_full_recomputation_of_both_models(changes, guide
     tokens = np.array([[0], [2]], np.int32) if "classes" in changes else None
     draw = jax.jit(functools.partial(sampler.sample, pair, **SETTINGS))
     samples = draw(both, noise, tokens, guidance=np.full(2, w, np.float32))
-    expected = without_cache(Mixed(model, guide, w), both, noise.copy(), tokens, None, *SETTINGS.values())
+    mixed = Mixed(model, guide, w)
+    expected = without_cache(mixed, both, noise.copy(), tokens, None, None, *SETTINGS.values(), schedule.DEFAULT)
     assert np.linalg.norm(samples - expected) < 1e-4 * np.linalg.norm(expected)

@@ -1,4 +1,5 @@
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,10 @@ class FakeModel:
     """A fake model whose eps, returned as eps, v or x0, depends on tokens and earlier blocks."""
 
     __class__ = MADFormer  # for the checks of types
-    clean_stream, clean_timestep, null_token, unet_context = True, "zero", 3, False
 
     def __init__(self, prediction_type, path):
-        self.prediction_type, self.path = prediction_type, path
+        values = {"clean_stream": True, "clean_timestep": "zero", "null_token": 3, "unet_context": False}
+        self.config, self.path = SimpleNamespace(**values, prediction_type=prediction_type), path
 
     def apply(self, variables, *args, method):
         return getattr(self, method)(*args)
@@ -45,7 +46,8 @@ class FakeModel:
         x = jnp.tile(x, (len(condition) // len(x), 1, 1, 1))
         eps = 0.9 * x + 0.2 * jnp.sin(3 * x) * jnp.cos(t / 300) + 0.1 * condition
         level = self.path.level(t)
-        return parameterization.target(self.prediction_type, (x - level.sigma * eps) / level.alpha, eps, level), None
+        x0 = (x - level.sigma * eps) / level.alpha
+        return parameterization.target(self.config.prediction_type, x0, eps, level), None
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def without_cache(model, params, noise, tokens, lengths, keys, solver, spacing, 
     rows = solvers.evaluation_rows(solver.coefficients(path, spacing, steps))
     scales = np.broadcast_to(guidance, len(rows))
     last_t = rows[-1].level.t
-    clean_t = last_t if model.clean_timestep == "noisy" else 0
+    clean_t = last_t if model.config.clean_timestep == "noisy" else 0
     batch, blocks = noise.shape[:2]
 
     @jax.jit
@@ -67,10 +67,10 @@ def without_cache(model, params, noise, tokens, lengths, keys, solver, spacing, 
                 out = np.asarray(output_of(z, noisy, t, tokens, lengths))[:, i]
                 if tokens is not None and scale != 1.0:
                     null_lengths = None if lengths is None else np.ones_like(lengths)
-                    null_tokens = np.full_like(tokens, model.null_token)
+                    null_tokens = np.full_like(tokens, model.config.null_token)
                     unconditional = np.asarray(output_of(z, noisy, t, null_tokens, null_lengths))[:, i]
                     out = unconditional + scale * (out - unconditional)
-                return parameterization.clean_estimate(model.prediction_type, out, np.asarray(x), level), None
+                return parameterization.clean_estimate(model.config.prediction_type, out, np.asarray(x), level), None
 
             def normal(row=row, i=i):
                 fold = jax.random.fold_in
@@ -130,13 +130,14 @@ def test_cached_sampling_equals_full_recomputation(name):
     each block but the last, as in the paper. `flops.model_passes` must count all of them.
     """
     model, params = small(**SWITCHES[name])
-    blocks, steps, calls, layers = model.blocks, 3, collections.Counter(), collections.Counter()
-    noise = np.random.default_rng(2).standard_normal((2, blocks, 64 // blocks, model.channels), np.float32)
-    tokens = np.array([[2, 4, 1, 0], [0, 3, 5, 2]])[:, : model.text_length] if model.vocabulary else None
+    config, steps, calls, layers = model.config, 3, collections.Counter(), collections.Counter()
+    blocks = config.sizes.blocks
+    noise = np.random.default_rng(2).standard_normal((2, *config.sizes.block_shape), np.float32)
+    tokens = np.array([[2, 4, 1, 0], [0, 3, 5, 2]])[:, : config.text_length] if config.vocabulary else None
     solver, path = SOLVED.get(name, ("dpmpp_2m", DDPM))
     settings = {"solver": solver, "spacing": "trailing", "steps": steps}
     keys = jax.random.split(jax.random.key(7), 2)
-    lengths = np.array([3, 2]) if model.text_length > 1 else None
+    lengths = np.array([3, 2]) if config.text_length > 1 else None
     scale = {"guidance": GUIDED.get(name, 2.0)} if tokens is not None else {}
     unroll = name == "one program for each block"
     draw = functools.partial(sampler.sample, model, unroll=unroll, schedule=path, **settings)
@@ -159,7 +160,7 @@ def test_cached_sampling_equals_full_recomputation(name):
     assert (error < 2e-5 * size).all()
     assert calls["condition"] == blocks
     assert calls["denoise"] == blocks * (2 * steps - 1 if solver == "heun" else steps)
-    assert calls["cache_clean" if model.clean_stream else "cache_noisy"] == blocks - 1
+    assert calls["cache_clean" if config.clean_stream else "cache_noisy"] == blocks - 1
     assert calls["__call__"] == 0
     c = small_config(**SWITCHES[name])
     c.sample.solver, c.sample.steps, c.sample.guidance = solver, steps, 2.0 if scale else 1.0

@@ -31,7 +31,7 @@ def test_layers_are_unstacked_if_no_loop_runs_over_them():
     model, params = small(scan_unroll=2, **changes)
     params = jax.tree.map(jnp.asarray, params)  # no jit below converts them
     rng = np.random.default_rng(0)
-    noisy, condition = (jnp.asarray(rng.standard_normal((2, 1, 16, n)), jnp.float32) for n in (3, model.width))
+    noisy, condition = (jnp.asarray(rng.standard_normal((2, 1, 16, n)), jnp.float32) for n in (3, model.config.width))
     cache = model.apply({"params": params}, 2, method="empty_cache")
     cache = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), cache)
 
@@ -56,7 +56,7 @@ def test_parameters_that_fit_are_gathered_before_the_loop():
         def denoise(params, noisy):
             converted = {"params": inference_params.inference_params(model, params, memory)}
             cache = model.apply(converted, 8, method="empty_cache")
-            condition = jnp.zeros((8, 1, model.tokens, model.width))
+            condition = jnp.zeros((8, 1, model.config.sizes.tokens, model.config.width))
             return model.apply(converted, cache, condition, noisy, 5, 0, method="denoise")[0]
 
         with partitioning.scope(mesh):

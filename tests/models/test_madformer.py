@@ -19,10 +19,10 @@ PLAIN = FLAT | {"unet_channels": (4,), "unet_attention": (False,)}  # with the s
 
 
 def inputs(model):
-    shape = (2, model.blocks, model.block_side**2, model.channels)
+    shape = (2, *model.config.sizes.block_shape)
     keys = jax.random.split(jax.random.key(5), 3)
     z, noisy = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], shape)
-    tokens = jnp.array([[1], [2]]) if model.vocabulary else None
+    tokens = jnp.array([[1], [2]]) if model.config.vocabulary else None
     return z, noisy, jax.random.randint(keys[2], shape[:2], 0, 1000), tokens
 
 
@@ -52,8 +52,9 @@ def test_changing_a_block_leaves_earlier_outputs_unchanged(name):
     forward, j = eps_of(model), 1
     before, after = forward(params, z, *others), forward(params, z.at[:, j].add(1.0), *others)
     np.testing.assert_array_equal(before[:, : j + 1], after[:, : j + 1])
-    if model.ar_condition or (model.clean_stream and not model.block_only):  # otherwise no clean block is read
-        assert all(float(jnp.abs(before[:, i] - after[:, i]).max()) > 1e-6 for i in range(j + 1, model.blocks))
+    c = model.config
+    if c.ar_condition or (c.clean_stream and not c.block_only):  # otherwise no clean block is read
+        assert all(float(jnp.abs(before[:, i] - after[:, i]).max()) > 1e-6 for i in range(j + 1, c.sizes.blocks))
 
 
 def test_one_block_and_all_layers_is_plain_diffusion():
@@ -97,9 +98,9 @@ SUBSETS = {
 def test_outputs_do_not_depend_on_the_other_requested_terms(name):
     model, params = small(**(PLAIN | SUBSETS[name]))
     z, noisy, t, _ = inputs(model)
-    tokens = jnp.array([[1, 0, 2], [2, 3, 1]]) if model.vocabulary else None
+    tokens = jnp.array([[1, 0, 2], [2, 3, 1]]) if model.config.vocabulary else None
     fields = dict(zip(LOSS_TERMS, madformer.ModelOutputs._fields, strict=True))
-    available = [term for term in LOSS_TERMS if term != "text" or model.vocabulary]
+    available = [term for term in LOSS_TERMS if term != "text" or model.config.vocabulary]
 
     @jax.jit
     def forward(params):
@@ -158,7 +159,7 @@ def test_unrolling_and_rematerialization_change_no_gradient():
     results = []
     for changes in ({}, {"scan_unroll": 2, "remat": "dots"}, {"remat": "attention"}, {"remat": "full"}):
         model, params = small(depth=3, diffusion_depth=3, blocks=1, **changes)
-        shape = (2, model.blocks, model.tokens, model.width)
+        shape = (2, model.config.sizes.blocks, model.config.sizes.tokens, model.config.width)
         x, y = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
 
         def stage(model, x, y):
@@ -178,7 +179,7 @@ def test_images_in_one_row_of_the_tpu_kernel_do_not_attend_to_each_other():
     """Runs four images on two devices, two in a row each, with texts of different lengths."""
     changes = dict(PLAIN, classes=3, text_length=3)
     (model, params), (pallas_model, _) = small(**changes), small(**changes, attention="pallas")
-    shape = (4, model.blocks, model.block_side**2, model.channels)
+    shape = (4, *model.config.sizes.block_shape)
     z, noisy = (jax.random.normal(jax.random.key(i), shape) for i in range(2))
     t, tokens = jnp.arange(16).reshape(4, 4) * 60, jnp.arange(12).reshape(4, 3) % 4
     args, lengths = (z, noisy, t, tokens), jnp.array([1, 3, 2, 3])

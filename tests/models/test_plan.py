@@ -73,5 +73,5 @@ def test_switches_of_a_config_equal_those_of_its_model():
     c = schema.base()
     for changes in ({}, {"classes": 3, "ar_condition": False}, {"diffusion_attention": "block", "blocks": 16}):
         c.model.update(changes | {"hidden_from": "noisy"})
-        assert ablation_switches(c) == madformer.build(c, "cpu").ablation_switches
+        assert ablation_switches(c) == madformer.build(c, "cpu").config.ablation_switches
     assert ablation_switches(c) == AblationSwitches(16, True, True, False, "noisy", True)

@@ -45,11 +45,11 @@ def test_time_embedding_is_exact(kind):
 
 def test_last_convolution_of_a_bfloat16_upsampler_is_exact():
     x, skips = jnp.ones((2, 4, 4, 5), jnp.bfloat16), [jnp.ones((2, 4, 4, 8), jnp.bfloat16)] * 2
-    upsampler = unet.Upsampler(
-        3, (8,), layers=1, attention=(False,), groups=2, heads=2, time_width=6, time_embedding="raw", stride=2, kernel=3,
+    config = unet.UNetConfig(
+        (8,), layers=1, attention=(False,), groups=2, heads=2, time_width=6, time_embedding="raw", stride=2, kernel=3,
         dtype=jnp.bfloat16, implementation=XlaBlocks(),
     )  # fmt: skip
-    *_, before, last = products_of(upsampler, x, jnp.arange(2), skips)
+    *_, before, last = products_of(unet.Upsampler(3, config), x, jnp.arange(2), skips)
     assert last.outvars[0].aval.shape[-1] == 3 and is_exact(last)
     assert before.invars[0].aval.dtype == jnp.bfloat16
 

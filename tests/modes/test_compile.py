@@ -120,7 +120,7 @@ def test_a_batch_of_cached_latents_needs_no_vae():
         "logvar": ((8, 8, 8, 4), jnp.float16),
         "label": ((8,), jnp.int32),
     }
-    assert madformer.build(c, "cpu").attention.name == "blocks"
+    assert madformer.build(c, "cpu").config.attention.name == "blocks"
 
 
 def test_gpu_topologies(monkeypatch):

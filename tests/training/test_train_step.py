@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,7 @@ class _Bigrams:
     """A fake model whose logits are the row of the previous token."""
 
     __class__ = MADFormer  # for the checks of types
-    prediction_type, vocabulary, null_token = "eps", 12, 12
+    config = SimpleNamespace(prediction_type="eps", vocabulary=12, null_token=12)
 
     def apply(self, variables, z, noisy, t, tokens, lengths, *, clean_t, terms):
         return ModelOutputs(None, None, None, variables["params"]["table"][tokens])
