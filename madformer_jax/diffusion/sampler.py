@@ -24,7 +24,7 @@ from madformer_jax.models.cache import ModelCache
 from madformer_jax.models.madformer import MADFormer
 
 Cache = ModelCache | PairCache
-Tokens = Float[Array, "rows 1 s d"]
+Tokens = Float[Array, "rows 1 s _"]
 Stream = Tokens | tuple[Tokens, Tokens]  # of a model, or of a model and its guide
 
 
