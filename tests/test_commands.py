@@ -27,12 +27,14 @@ _MODEL = {
     "model.diffusion_depth": 1,
     "model.blocks": 1,
     "model.unet_channels": (8,),
+    "model.unet_layers": 1,
     "model.unet_attention": (False,),
     "model.unet_groups": 4,
     "model.unet_time_width": 8,
     "data.drawings": 400,
 }
 _COUNTS = {
+    "train.batch": 8,
     "train.steps": 3,
     "train.checkpoint_every": 1,
     "train.keep": 3,
@@ -49,7 +51,10 @@ _FIRST = ("README.md", "index.md")  # which make what the others go on from
 
 def _small(args):
     """Our arguments with small counts, and with a small model where they make one."""
-    given = {arg.partition("=")[0].removeprefix("--config.") for arg in args}
+    given = {arg.partition("=")[0].removeprefix("--config.") for arg in args} - {
+        "model.unet_channels",
+        "model.unet_attention",
+    }
     makes = any(arg.startswith("--config=") for arg in args) and "--mode=sweep" not in args
     extra = {name: value for name, value in _MODEL.items() if name not in given} if makes else {}
     return [*args, *(f"--config.{name}={value}" for name, value in (_COUNTS | extra).items())]

@@ -100,7 +100,7 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
     model = madformer.build(c, platform)
     print(
         f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_format_mesh(dict(mesh.shape))}; "
-        f"attention {model.attention.name}, remat {c.model.remat}, {c.train.accumulate} microbatches per step"
+        f"attention {model.config.attention.name}, remat {c.model.remat}, {c.train.accumulate} microbatches per step"
     )
     figures: dict[str, Any] = {"fits": True, "topology": topology, "config": fields.flat(c)}
     for name, build in {"training step": training_step, "sampler": sampling}.items():

@@ -107,7 +107,7 @@ def test_a_tensor_axis_that_does_not_divide_the_layers_is_refused(heads, mlp_wid
     partitioning.check_tensor(mesh, heads=4, mlp_width=8)
     with pytest.raises(ConfigError, match=f"config.model.{named} is not a multiple of the 2 devices"):
         partitioning.check_tensor(mesh, heads=heads, mlp_width=mlp_width)
-    model = types.SimpleNamespace(heads=heads, mlp_width=mlp_width)
+    model = types.SimpleNamespace(config=types.SimpleNamespace(heads=heads, mlp_width=mlp_width))
     with pytest.raises(ConfigError, match=named):
         generation.abstract_params(model, mesh)
     with pytest.raises(ConfigError, match=named):
