@@ -18,7 +18,7 @@ from madformer_jax.errors import ConfigError
 # Image side -> patch side, number of U-Net stages. Each stage after the first halves the side of a
 # block, so that every variant has 4 x 4 tokens a block.
 _SIDES = {32: (4, 1), 64: (8, 1), 128: (8, 2), 256: (16, 2)}
-SHORT_STEPS = 1600  # of the run without a variant: 2.5 minutes on two CPU cores (0.42 TFLOP/s), estimated
+SHORT_STEPS = 1600  # of the run without a variant: 4.5 minutes on two CPU cores of 0.2 TFLOP/s
 
 
 def get_config(variant: str = "") -> ConfigDict:
