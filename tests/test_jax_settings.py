@@ -22,49 +22,40 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(params=SETTINGS)
-def setting(request: pytest.FixtureRequest) -> Iterator[tuple[str, Any]]:
-    """Restores a setting after the test."""
-    before = {name: getattr(jax.config, name) for name in SETTINGS}
-    yield request.param, SETTINGS[request.param]
-    for name, value in before.items():
+def apply(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
         jax.config.update(name, value)
 
 
-def run(workdir: Path, setting: tuple[str, Any] | None = None) -> tuple[list[Any], list[np.ndarray]]:
+@pytest.fixture
+def restored() -> Iterator[None]:
+    """Restores the settings after the test."""
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    yield
+    apply(before)
+
+
+def run(workdir: Path, settings: dict[str, Any]) -> tuple[list[Any], list[np.ndarray]]:
     """The metrics of a training of two steps, and images that its model draws at once and in a stream."""
     values = {"model.classes": 10, "train.steps": 2, "train.log_every": 1, "sample.n": 1, "sample.steps": 1}
     arguments = [f"--config.{name}={value}" for name, value in values.items()]
-    if setting:
-        jax.config.update(*setting)
+    apply(settings)
     assert command_line.main(["main", "--config=tests/tiny.py:plain", f"--workdir={workdir}", *arguments]) == 0
-    if setting:  # the command line has reset it
-        jax.config.update(*setting)
+    apply(settings)  # the command line has reset them
     model = madformer_jax.load(str(workdir))
     images = [model.sample(labels=[3, 1]), *(frame.images for frame in model.stream(labels=[3, 1], guidance=1.5))]
-    if setting:
-        assert getattr(jax.config, setting[0]) == setting[1]
+    assert {name: getattr(jax.config, name) for name in settings} == settings
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{k: v for k, v in line.items() if "loss" in k or "grad" in k} for line in lines], images
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device() -> Iterator[None]:
-    """A mesh of the first device only, as on a plain CPU."""
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: devices)
-        yield
-
-
-@pytest.fixture(scope="module")
-def usual(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], list[np.ndarray]]:
-    return run(tmp_path_factory.mktemp("usual"))
-
-
-def test_a_setting_of_jax_changes_no_number(tmp_path, usual, setting, capsys):
-    metrics, images = run(tmp_path, setting)
-    name, value = setting
-    assert f"{name.upper()}={value} is not supported" in capsys.readouterr().err
+@pytest.mark.usefixtures("one_device", "restored")
+def test_settings_of_jax_change_no_number(tmp_path, capsys):
+    """All settings are on at once: each makes JAX stricter or more precise in its own way."""
+    usual = run(tmp_path / "usual", {})
+    metrics, images = run(tmp_path / "changed", SETTINGS)
+    warnings = capsys.readouterr().err
+    for name, value in SETTINGS.items():
+        assert f"{name.upper()}={value} is not supported" in warnings
     np.testing.assert_equal(metrics, usual[0])
     np.testing.assert_equal(images, usual[1])

@@ -90,7 +90,7 @@ SECTIONS: dict[str, Section] = {
         width=Field(1152, "d, width of the transformer", low=1),
         heads=Field(18, "number of attention heads; head size is width / heads", low=1),
         depth=Field(28, "N, decoder layers", low=1),
-        diffusion_depth=Field(14, "D, the layers of these that run at every denoising step (paper Table 1)"),
+        diffusion_depth=Field(14, "D, the layers of these that run at every solver step (paper Table 1)"),
         mlp_width=Field(4096, "hidden width of the SwiGLU MLP", low=1),
         blocks=Field(16, "L, AR length; a square number, or twice a square number (paper Table 2)"),
         unet_channels=Field((512, 1024), "channels of each stage of the U-Net"),

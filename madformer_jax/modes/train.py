@@ -180,14 +180,14 @@ def _loop(c: ConfigDict, workdir: str, r: PreparedRun, calls: LoopCalls, state: 
     while step < steps:
         calls.profile(step)
         rows = next(r.data)
-        if saver.finished is None:  # The inputs could be read: from here on, the run writes files.
+        if saver.last_finished is None:  # The inputs could be read: from here on, the run writes files.
             partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
             parameters = sum(x.size for x in jax.tree.leaves(state.params))
             metric_writer.log_start(step, c, parameters, rows.get("image"))
         batch = partitioning.global_batch(rows, r.mesh)
         state, metrics = calls.step_fn(state, batch, r.codec_params, seed)
         step += 1
-        saver.finished = (step, state, r.data.get_state())
+        saver.last_finished = (step, state, r.data.get_state())
         metric_writer.add(step, metrics)
         if step % c.train.log_every == 0:
             metric_writer.write()

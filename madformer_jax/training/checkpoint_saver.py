@@ -42,7 +42,7 @@ class CheckpointSaver:
           inputs: Identity of the data and the tokenizer, saved with each checkpoint.
           check_lock: Raises if another process has taken over the workdir.
         """
-        self.finished: tuple[int, train_step.State, dict[str, Any]] | None = None
+        self.last_finished: tuple[int, train_step.State, dict[str, Any]] | None = None
         self._c, self._workdir, self._checkpoints = c, workdir, checkpoints
         self._metric_writer, self._inputs, self._check_lock = metric_writer, inputs, check_lock
 
@@ -57,8 +57,8 @@ class CheckpointSaver:
         self._save()
 
     def _save(self) -> None:
-        assert self.finished is not None  # The loop has run a step.
-        step, state, position = self.finished
+        assert self.last_finished is not None  # The loop has run a step.
+        step, state, position = self.last_finished
         self._check_lock()
         checkpoint.write_config(self._c, self._workdir)  # A config is saved only after it worked.
         arrays = checkpoint.array_items(state)
@@ -78,9 +78,9 @@ class CheckpointSaver:
             good = f"step {last} of {self._workdir}" if last is not None else "none yet"
             raise ConfigError(f"{error}; the last good checkpoint: {good}.") from None
         # All processes save together, and the others do not know of the error in this one.
-        if not isinstance(error, Exception) or self.finished is None or jax.process_count() > 1:
+        if not isinstance(error, Exception) or self.last_finished is None or jax.process_count() > 1:
             return
-        step = self.finished[0]
+        step = self.last_finished[0]
         try:
             self._metric_writer.check_finite()
             self._save()

@@ -172,8 +172,8 @@ def _add_context_attention(result: PartialAttention, q: Float[Array, "B H L s h"
       context: Keys and values, each `(B, H, blocks, s, h)`.
     """
     batch_heads, blocks = q.shape[:2], q.shape[2]
-    for m, tiles in itertools.groupby(tiling(blocks), key=lambda tile: tile.size):
-        groups = [(tile.pairs, tile.rows) for tile in tiles]
+    for m, tiles in itertools.groupby(tiling(blocks), key=lambda tile: tile.key_blocks):
+        groups = [(tile.groups, tile.query_blocks) for tile in tiles]
         sizes = [count * (m + rows) for count, rows in groups]
         sizes += [blocks - sum(sizes)] if sum(sizes) < blocks else []
         # The gradient of x[a:b] fills an array of zeros; that of lax.split concatenates.
