@@ -30,7 +30,7 @@ def error_of(capsys, *args):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["--config.train.stps=3"], "stps"),
         (["--config.trian.steps=3"], "trian"),
@@ -49,11 +49,11 @@ def error_of(capsys, *args):
         (["train"], "'train' is not a flag"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_status_2(capsys, tmp_path, args, told):
+def test_a_wrong_command_line_is_one_line_and_status_2(capsys, tmp_path, args, message):
     status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/run", *args)
     assert status == 2
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
     assert not (tmp_path / "run").exists()
 
 
@@ -91,8 +91,8 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
 
     monkeypatch.setattr(reference, "run", lambda c, workdir: seen.append(("reference", workdir)))
     monkeypatch.setattr(evaluate, "run", judged)
-    told = command_line._score_summary(c, str(tmp_path))
-    assert told.startswith(
+    message = command_line._score_summary(c, str(tmp_path))
+    assert message.startswith(
         "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of as many real training images: 0.25 [0.00, 2.00]"
     )
     (tmp_path / "reference.npz").write_bytes(b"")
@@ -104,7 +104,7 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["--config.evaluate.degrade=blur:1"], "config.evaluate.degrade"),
         (["--config.evaluate.grid=solver=karras"], "config.sample.solver='karras' is unknown"),
@@ -128,7 +128,7 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
         ),
     ],
 )
-def test_a_training_that_cannot_be_judged_does_not_begin(monkeypatch, capsys, tmp_path, args, told):
+def test_a_training_that_cannot_be_judged_does_not_begin(monkeypatch, capsys, tmp_path, args, message):
     monkeypatch.setattr(madformer_jax.modes.train, "run", lambda *args: pytest.fail("trains"))
     for i in range(40):
         for folder in ("flat", "one/class", f"two/{i % 2}"):
@@ -137,7 +137,7 @@ def test_a_training_that_cannot_be_judged_does_not_begin(monkeypatch, capsys, tm
             path.write_bytes(b"")  # which nobody reads so early
     args = [arg.format(tmp=tmp_path) for arg in args]
     status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/run", "--config.train.judge=True", *args)
-    assert status == 2 and told in line
+    assert status == 2 and message in line
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -180,7 +180,7 @@ def test_another_platform_than_the_config_expects_is_an_error(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("import sys\nsys.exit('done')", "SystemExit: done"),
         ("raise SystemExit", "SystemExit"),
@@ -200,31 +200,31 @@ def test_another_platform_than_the_config_expects_is_an_error(capsys, tmp_path):
         ),
     ],
 )
-def test_whatever_a_config_file_does_is_one_line_that_names_the_file(capsys, tmp_path, text, told):
+def test_whatever_a_config_file_does_is_one_line_that_names_the_file(capsys, tmp_path, text, message):
     file = tmp_path / "mine.py"
     file.write_text(f"from madformer_jax.config.schema import base\n{text}\n")
     status, line = error_of(capsys, f"--config={file}", f"--workdir={tmp_path}/run")
     assert status == 2
     assert f"--config={file}" in line
-    assert told in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ("digits.py:D=3", "takes no variant"),
         ("ffhq1024.py:D=99,tiny", "diffusion_depth=99 (D) must be from 1 to config.model.depth=28"),
         ("ffhq1024.py:D=many", "variant 'D=many' is unknown"),
     ],
 )
-def test_a_wrong_variant_is_told(capsys, tmp_path, config, told):
+def test_a_wrong_variant_is_named(capsys, tmp_path, config, message):
     status, line = error_of(capsys, f"--config=configs/{config}", f"--workdir={tmp_path}/run")
     assert status == 2
-    assert told in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("{", "holds no JSON"),
         ("[1, 2]", "holds no config"),
@@ -232,13 +232,13 @@ def test_a_wrong_variant_is_told(capsys, tmp_path, config, told):
         ('{"model": {"widht": 3}}', "config.model.widht is not a field: did you mean config.model.width?"),
     ],
 )
-def test_a_broken_config_of_a_workdir_is_named(capsys, tmp_path, content, told):
+def test_a_broken_config_of_a_workdir_is_named(capsys, tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
     for workdir in ([f"--workdir={tmp_path}"], ["--workdir", str(tmp_path)]):
         status, line = error_of(capsys, "--mode=sample", *workdir)
         assert status == 2
         assert f"{tmp_path}/config.json" in line
-        assert told in line
+        assert message in line
 
 
 def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys):
@@ -252,7 +252,7 @@ def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["--process_id=1"], "need --coordinator"),
         (["--topology=v5e:4x4"], "is for --mode=compile"),
@@ -262,10 +262,10 @@ def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys)
         (["--config.data.path=a\udc80b"], "'\\udc80' is not supported in a path"),
     ],
 )
-def test_what_would_be_ignored_or_misunderstood_is_refused(capsys, tmp_path, args, told):
+def test_what_would_be_ignored_or_misunderstood_is_refused(capsys, tmp_path, args, message):
     status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/run", *args)
     assert status == 2
-    assert told in line
+    assert message in line
 
 
 def test_errors_of_the_system_are_one_line_and_ours_are_not(monkeypatch, capsys, tmp_path):
@@ -358,12 +358,12 @@ def test_modes_dispatch_with_the_overrides_and_tell_them_above_their_log(monkeyp
     monkeypatch.setattr(madformer_jax.modes.train, "run", run)
     args = [DIGITS, f"--workdir={tmp_path}", "--config.model.unet_channels=(16,)"]
     assert command_line.main(["main", *args, "--config.optimizer.learning_rate=1"]) == 0
-    told, one, two = capsys.readouterr().err.strip().split("\n")
+    message, one, two = capsys.readouterr().err.strip().split("\n")
     assert (one[9:], two[9:]) == ("one", "two")
     for setting in ("model.unet_channels=(16,)", "optimizer.learning_rate=1.0", "data.image_size=32"):
-        assert setting in told
-    assert "model.mlp_width=256" in told
-    assert "optimizer.clip" not in told
+        assert setting in message
+    assert "model.mlp_width=256" in message
+    assert "optimizer.clip" not in message
     assert seen["workdir"] == str(tmp_path)
     assert seen["c"].model.unet_channels == (16,)
     assert seen["c"].optimizer.learning_rate == 1.0

@@ -19,9 +19,11 @@ def test_help_names_every_mode_and_the_fields_of_one(capsys):
     for flag in ("--help", "-h"):
         assert command_line.main(["main", flag]) == 0
         lines = capsys.readouterr().out.splitlines()
-        told = {line.split()[0]: line for line in lines if line.startswith("  ")}
-        assert told.keys() >= {"train", "sample", "evaluate", "prepare"}
-        assert told["export"].endswith("the averaged weights as a workdir of their own, to sample from and to publish")
+        summaries = {line.split()[0]: line for line in lines if line.startswith("  ")}
+        assert summaries.keys() >= {"train", "sample", "evaluate", "prepare"}
+        assert summaries["export"].endswith(
+            "the averaged weights as a workdir of their own, to sample from and to publish"
+        )
     assert command_line.main(["main", "--mode=sample", "--help"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"--config.sample.steps=50 +solver steps of a block, .*; from 1 to 10000\n", text)

@@ -127,7 +127,7 @@ def test_a_lock_that_another_process_has_taken_is_not_removed(tmp_path, left):
 
 def test_a_folder_that_cannot_be_locked_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    for name, told in (("file/run", "cannot be written"), ("a\\b", "files cannot be addressed here")):
-        with pytest.raises(ConfigError, match=told) as error, lock.acquire(str(tmp_path / name)):
+    for name, message in (("file/run", "cannot be written"), ("a\\b", "files cannot be addressed here")):
+        with pytest.raises(ConfigError, match=message) as error, lock.acquire(str(tmp_path / name)):
             pass
         assert "\n" not in str(error.value)

@@ -79,8 +79,8 @@ def test_a_state_larger_than_the_machine_is_refused_with_what_is_needed_what_the
         memory.check_state_fits("training", mesh, **trees)
     line = str(error.value)
     assert "\n" not in line
-    for told in ("training needs 0.28 GiB (parameters 0.03, optimizer 0.25)", "0.28 GiB free", "config.mesh.fsdp"):
-        assert told in line
+    for message in ("training needs 0.28 GiB (parameters 0.03, optimizer 0.25)", "0.28 GiB free", "config.mesh.fsdp"):
+        assert message in line
     monkeypatch.setattr(memory, "host_free_bytes", lambda: 288 * MIB)
     memory.check_state_fits("training", mesh, **trees)
 

@@ -69,9 +69,9 @@ def test_dimensions_that_an_axis_does_not_divide_are_replicated_and_the_largest_
     with caplog.at_level(logging.WARNING):
         found = partitioning.shardings(tree | {"fits": boxed((8,), "embed")}, mesh)
     assert found["mlp"].spec == PartitionSpec(None, "tensor", None)
-    (told,) = caplog.messages
-    assert "2 arrays, 0.012 GiB" in told
-    assert "mlp, dimension 0 of (6, 512, 1024); config.mesh.fsdp = 4 where 2 would do" in told
+    (message,) = caplog.messages
+    assert "2 arrays, 0.012 GiB" in message
+    assert "mlp, dimension 0 of (6, 512, 1024); config.mesh.fsdp = 4 where 2 would do" in message
 
 
 def test_bytes_of_a_device_count_its_own_part_only():
