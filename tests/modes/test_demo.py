@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -146,6 +145,8 @@ def test_prompt_box_reads_no_file_and_opens_no_data(client, tmp_path, monkeypatc
     for text_box, message in (("", "holds no prompt"), ("a\nb\nc", "prompts: there are 3 of them for n=2 images")):
         with pytest.raises(Exception, match=message):
             drawn(client, text_box, 3, "block")
+    import httpx  # comes with gradio, which the fixture requires
+
     answers = [httpx.get(f"{client.src}gradio_api/file={tmp_path}/{name}.txt", trust_env=False) for name in "sm"]
     assert [answer.status_code for answer in answers] == [403, 403] and "secret" not in answers[0].text
 
