@@ -161,8 +161,10 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
     steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoint.complete_steps(workdir))
     settings_by_weights = {(setting.sample.weights, setting.sample.ema): setting for setting in grid}
     codec_params: Any = None
+    guide: TrainedModel | None = None
     for step, weights in itertools.product(steps, sorted(settings_by_weights)):
-        trained = TrainedModel.open(settings_by_weights[weights], workdir, step, check_memory_for="evaluation")
+        trained = TrainedModel.open(settings_by_weights[weights], workdir, step, "evaluation", guide)
+        guide = trained.guide  # opened once for all checkpoints
         params, mesh, names = trained.params, trained.mesh, trained.class_names
         with partitioning.scope(mesh):
             if codec_params is None:

@@ -44,7 +44,14 @@ class TrainedModel:
     guide: "TrainedModel | None" = None  # the model of `sample.guide`
 
     @classmethod
-    def open(cls, c: ConfigDict, workdir: str, step: int | None = None, check_memory_for: str = "") -> "TrainedModel":
+    def open(
+        cls,
+        c: ConfigDict,
+        workdir: str,
+        step: int | None = None,
+        check_memory_for: str = "",
+        guide: "TrainedModel | None" = None,
+    ) -> "TrainedModel":
         """Opens the model of a folder, and that of `sample.guide`.
 
         Restores the weights of `sample.weights` and `sample.ema` from checkpoints or model.safetensors.
@@ -56,6 +63,7 @@ class TrainedModel:
           step: The step, or -1 for the newest whole checkpoint. By default `sample.step`.
           check_memory_for: The purpose, such as "sampling", for the error if the weights do not fit
             into memory. By default their size is not checked.
+          guide: The model of `sample.guide` if it is open already.
 
         Raises:
           ConfigError: The folder has no model, or the model is damaged, does not fit the config or
@@ -72,7 +80,7 @@ class TrainedModel:
             params, metadata = _load_safetensors(tensors, target)
             meta = {"data": {"names": list(metadata.get("names", ()))}}
             step = int(metadata.get("step", -1))
-            return cls(mesh, network, params, codec.build(c), meta, step, None, open_guide(c))
+            return cls(mesh, network, params, codec.build(c), meta, step, None, guide or open_guide(c))
         checkpoint.require(workdir)
         with partitioning.scope(mesh), checkpoint.Checkpoints(workdir, read_only=True) as checkpoints:
             newest, step = checkpoints.last, c.sample.step if step is None else step
@@ -84,7 +92,7 @@ class TrainedModel:
                 params = trees[item]
             meta = checkpoints.meta(step)
             text.check_tokenizer_identity(c, meta, step, workdir)
-        return cls(mesh, network, params, codec.build(c), meta, step, newest, open_guide(c))
+        return cls(mesh, network, params, codec.build(c), meta, step, newest, guide or open_guide(c))
 
     @property
     def class_names(self) -> list[str]:

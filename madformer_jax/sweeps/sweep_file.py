@@ -29,6 +29,8 @@ Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth":
 
 # Fields that other fields decide: steps follow from the budget, the number of images from evaluate.n, the scale of latents
 # from the VAE.
+# Fields of `data` that the names of the published judges contain, even at their defaults.
+_JUDGE_FIELDS = ("background", "channels", "crop", "drawings", "image_size", "source", "test_share")
 _DERIVED_FIELDS = ("sample.n", "sample.steps", "evaluate.grid", "codec.scaling_factor", "codec.shift_factor")
 # Fields that decide which steps evaluate.checkpoints="last:5" selects.
 _CHECKPOINT_FIELDS = ("train.checkpoint_every", "train.keep", "train.keep_every")
@@ -237,15 +239,19 @@ def settings_hash(values: fields.Section) -> str:
 
 
 def judge_hash(c: ConfigDict) -> str:
-    """Returns a hash of the settings that decide a judge: its classifier and its reference."""
+    """Returns a hash of the settings that decide a judge: its classifier and its reference.
+
+    A field that was added after `_JUDGE_FIELDS` counts unless it has its default, so that judges keep
+    their names.
+    """
     values, defaults = fields.flat(c.data), config_lib.base().data
     settings = {
         name: x
         for name, x in values.items()
         if identity.affects_results(f"data.{name}") and name not in ("split", "flip")
-        if x or not name.endswith("_column")  # a name of the time before these fields stays
+        if x != defaults[name] or name in _JUDGE_FIELDS
     }
-    # These do not matter. Earlier versions hashed their defaults, and judges have to keep their names.
+    # These do not matter. Earlier versions hashed their defaults.
     settings |= {name: defaults[name] for name in ("threads", "batches_ahead", "max_corrupt")}
     settings |= {"network": c.evaluate.network, "evaluated": c.evaluate.split}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
