@@ -7,7 +7,7 @@ is a class in a module of its own and a line in `SOURCES`.
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.data import digits, earth, folder, hugging_face, latent_folder, records, tars, tfds
+from madformer_jax.data import digits, earth, folder, hugging_face, latent_folder, patterns, records, tars, tfds
 from madformer_jax.data.drawings import pictures
 from madformer_jax.data.source import Source, Subset
 from madformer_jax.errors import ConfigError
@@ -17,6 +17,7 @@ SOURCES: dict[str, type[Source]] = {  # text of `data.source` before the colon
     "digits": digits.Digits,
     "drawings": pictures.Drawings,
     "earth": earth.Earth,
+    "patterns": patterns.Patterns,
     "folder": folder.Folder,
     "npy": latent_folder.LatentFolder,
     "webdataset": tars.Tars,
