@@ -40,13 +40,13 @@ class Cost:
 
     @property
     def total(self) -> float:
-        return math.fsum(dataclasses.astuple(self))
+        return math.fsum(vars(self).values())
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        return Cost(**{name: x + getattr(other, name) for name, x in vars(self).items()})
 
     def __mul__(self, times: float) -> "Cost":
-        return Cost(*(times * a for a in dataclasses.astuple(self)))
+        return Cost(**{name: times * x for name, x in vars(self).items()})
 
 
 # ---- convolutional networks, one block or image at a time
@@ -57,14 +57,16 @@ SpatialSize = int | tuple[int, int]  # side of a square, or height and width
 
 def _conv(side: SpatialSize, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
     """Returns the FLOPs of a size x size convolution with padding size // 2 on each side."""
-    pad = size // 2
-
-    def taps(length: int) -> int:
-        outputs = (length + 2 * pad - size) // stride + 1
-        return sum(0 <= o * stride + k - pad < length for o in range(outputs) for k in range(size))
-
     height, width = side if isinstance(side, tuple) else (side, side)
-    return 2.0 * taps(height) * taps(width) * channels * features
+    return 2.0 * _taps(height, size, stride) * _taps(width, size, stride) * channels * features
+
+
+@functools.cache
+def _taps(length: int, size: int, stride: int) -> int:
+    """Returns the products of a convolution along one axis that are not with its zero padding."""
+    pad = size // 2
+    outputs = (length + 2 * pad - size) // stride + 1
+    return sum(0 <= o * stride + k - pad < length for o in range(outputs) for k in range(size))
 
 
 def _resnet(side: SpatialSize, channels: int, features: int, time_width: int = 0, kernel: int = 3) -> float:
@@ -271,6 +273,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     s, last = derive_sizes(c).tokens, c.model.blocks - 1
     ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
+    down, up = _downsampler(c)[0], _upsampler(c)[0]
     if vocabulary_size(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block in range(m.blocks):
@@ -294,8 +297,8 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         if extend_diffusion:
             towers += (m.diffusion_depth - 1) * _layer_matmuls(c, s) + _layer_matmuls(c, s, True)
             scores += (m.diffusion_depth - 1) * _block_attention(c, block, False)
-        cost += Cost(diffusion_layers=towers, attention=scores, unet=evaluations * _upsampler(c)[0])
-        unguided += Cost(unet=(evaluations + embedded) * _downsampler(c)[0])
+        cost += Cost(diffusion_layers=towers, attention=scores, unet=evaluations * up)
+        unguided += Cost(unet=(evaluations + embedded) * down)
     if c.codec.name == "vae":
         unguided += Cost(vae=vae_decode(c.data.image_size, _vae(c)))
     branches = guidance_branches(c)

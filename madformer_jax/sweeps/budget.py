@@ -5,6 +5,7 @@ of an evaluation with `solver_steps`. To add a kind of budget, extend `TRAIN_BUD
 `SAMPLE_BUDGET_KINDS` and the cost that belongs to it (`train_steps`, `sampling_cost`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -69,6 +70,7 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
     if kind not in SAMPLE_BUDGET_KINDS:
         raise ConfigError(f"sample_budgets: {kind!r} is not a kind: use one of {', '.join(SAMPLE_BUDGET_KINDS)}.")
 
+    @functools.cache
     def cost(steps: int) -> float:
         return sampling_cost(c, kind, steps, timing)
 
