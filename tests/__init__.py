@@ -1,3 +1,5 @@
+from typing import Any
+
 from beartype import BeartypeConf, beartype
 
 from madformer_jax.runtime import xla_flags
@@ -9,4 +11,9 @@ QUICK = xla_flags.supported(
     ("jaxlib",),
 )
 
-typecheck = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+_beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+
+
+def typecheck(function: Any) -> Any:
+    """Checks the types of a function's calls, but not of a nested one, which beartype would compile at each definition."""
+    return function if "<locals>" in function.__qualname__ else _beartype(function)
