@@ -24,7 +24,7 @@ SWITCHES = {
     "D = N, image term alone": {"depth": 2, "diffusion_depth": 2, "loss.hidden": 0.0},
     "hidden term alone": {"loss.image": 0.0},
     "one block": {"blocks": 1},
-    "neighbours": {"unet_context": True, "blocks": 4},
+    "neighbours": {"unet_context": True},
     "1 x 1 convolutions": {"unet_kernel": 1},
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ SAMPLING = {
     "no condition, no clean stream": {"ar_condition": False, "clean_stream": False},
     "block only, text, guided": {"diffusion_attention": "block", "text.vocabulary": 10, "text.length": 5},
     "one block": {"blocks": 1},
-    "neighbours": {"unet_context": True, "blocks": 4},
+    "neighbours": {"unet_context": True},
     "1 x 1 convolutions": {"unet_kernel": 1},
     "Heun": {"sample.solver": "heun", "sample.steps": 3},
 }

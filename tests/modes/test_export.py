@@ -36,9 +36,13 @@ def untrained(tmp_path_factory):
     c.mesh.fsdp, c.mesh.tensor = 4, 2
     mesh = partitioning.make_mesh(1, 4, 2)
     s = train_step.make_setup(c)
-    create, _ = train_step.create_state(s.model, s.tx, c.seed, mesh)
-    state = create()
-    arrays = {"params": state.params, "ema": jax.tree.map(lambda x: 1.5 * x, state.params), "opt": state.opt}
+    _, abstract = train_step.create_state(s.model, s.tx, c.seed, mesh)
+    params, opt = small.random_params(s.model), jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract.opt)
+    arrays = {"params": params, "ema": jax.tree.map(lambda x: np.float32(1.5) * x, params), "opt": opt}
+    arrays = {
+        name: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), tree, getattr(abstract, name))
+        for name, tree in arrays.items()
+    }
     checkpoint.write_config(c, workdir)
     with checkpoint.Checkpoints(workdir) as checkpoints:
         checkpoints.save(3, arrays, {"next_batch": 3}, {"step": 3, "data": {"names": ["cat"]}})

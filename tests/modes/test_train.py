@@ -13,6 +13,7 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from madformer_jax.data import pipeline, text
@@ -39,11 +40,15 @@ def plain():
 
 @pytest.fixture(scope="module")
 def created_once():
-    """Creates the state of step 0 once for the whole module, and once with power-function averages."""
+    """Creates the state of step 0 once for the whole module, and once with power-function averages.
+
+    Only the latter has a real optimizer. Half of the time of most tests would be saving its arrays.
+    """
     real, made = train_step.create_state, {}
 
     def create_state(model, tx, seed, mesh, power_ema=False):
         if power_ema not in made:
+            tx = tx if power_ema else optax.scale_by_schedule(lambda step: 1.0)
             create, abstract = real(model, tx, seed, mesh, power_ema)
             made[power_ema] = jax.device_get(create()), abstract
         return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), *made[power_ema]), made[power_ema][1]

@@ -348,8 +348,15 @@ def test_non_finite_steps_are_skipped_and_logged(plain, skip, tmp_path, one_devi
         key = jax.random.fold_in(jax.random.key(plain.seed), step)
         return int(jax.random.key_data(jax.random.split(key, 3)[2])[-1])
 
+    def create_state(model, tx, seed, mesh, power_ema):
+        params, ema = {"w": jnp.arange(3.0)}, {"w": jnp.arange(3.0)}  # donated one by one
+        state = train_step.State(jnp.int32(0), params, ema, tx.init(params))
+        state = jax.device_put(state, partitioning.replicated(mesh))
+        return lambda: state, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
     bad = [key_of(step) for step in (2, 3, 4)]
     monkeypatch.setattr(losses, "training_loss", loss)
+    monkeypatch.setattr(train_step, "create_state", create_state)
     real = checkpoint.Checkpoints.save
     monkeypatch.setattr(
         checkpoint.Checkpoints, "save", lambda self, step, *args: seen.append(step) or real(self, step, *args)
