@@ -34,19 +34,19 @@ def settings():
     return c
 
 
-def start(processes, workdir, *flags, **environment):
-    """Runs launch/local.sh to its end; four devices in all. Returns its exit status and what it printed."""
+def start(workdir, *flags, **environment):
+    """Runs two processes with launch/local.sh to their end; four devices in all. Returns its exit status and what it printed."""
     c = settings()
     names = ("mesh.data", "mesh.fsdp", "train.steps", "train.log_every", "train.checkpoint_every")
     names += ("evaluate.n", "train.evaluate_n")
     done = subprocess.run(
-        ["launch/local.sh", str(processes), "--grace=1", "--", "--config=tests/tiny.py:plain", f"--workdir={workdir}"]
+        ["launch/local.sh", "2", "--grace=1", "--", "--config=tests/tiny.py:plain", f"--workdir={workdir}"]
         + [f"--config.{name}={c[name.split('.')[0]][name.split('.')[1]]}" for name in names]
         + [*flags],
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes} {QUICK}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {QUICK}",
             "MADFORMER_COMMAND": f"{sys.executable} -u -m tests.support.worker",
             "PYTHONPATH": str(ROOT),
             **environment,
@@ -112,17 +112,17 @@ def alone(tmp_path, monkeypatch):
 
 
 def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_once(tmp_path, alone):
-    """The run passes through three groups of processes.
+    """The run passes through three pairs of processes.
 
-    Two processes start it, and one of them is killed at step 5. Two more resume it, and one of them
-    receives SIGTERM. Four finish it and sample.
+    The first starts it, and one of its processes is killed at step 5. The second resumes it, and one of
+    its processes receives SIGTERM. The third finishes it and samples. This process reads their checkpoints.
     """
     workdir = tmp_path / "run"
-    status, output = start(2, workdir, MADFORMER_SIGNAL="1:5:KILL")
+    status, output = start(workdir, MADFORMER_SIGNAL="1:5:KILL")
     assert status == 128 + 9, output
     saved = final(workdir)[0]
     assert saved in (2, 4)  # that of step 4 may still have been under way
-    status, output = start(2, workdir, MADFORMER_SIGNAL="1:6:TERM")
+    status, output = start(workdir, MADFORMER_SIGNAL="1:6:TERM")
     assert status == 0, output
     assert f"going on from step {saved}" in output
     stopped = final(workdir)[0]
@@ -131,7 +131,7 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
     put_images(workdir), put_images(alone)
     shutil.copy(alone / "reference.npz", workdir)  # which the processes make anew at their end
     before = set(workdir.glob("events.out.*"))
-    status, output = start(4, workdir, f"--config.train.evaluate_every={STEPS}", MADFORMER_SAMPLE="1")
+    status, output = start(workdir, f"--config.train.evaluate_every={STEPS}", MADFORMER_SAMPLE="1")
     assert status == 0, output
     assert f"going on from step {stopped}" in output
 

@@ -26,7 +26,7 @@ from madformer_jax.runtime import partitioning
 def evaluate_few(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Evaluates the images of a file in batches of three and returns the scores.
 
-    The images are so few that a fourth process gets none of them.
+    The last batch is one image, of which only one of two processes gets a row.
     """
     c = c.copy_and_resolve_references()
     c.evaluate.reference, c.evaluate.images = f"{workdir}/reference.npz", f"{workdir}/few.npz"
