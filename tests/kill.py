@@ -29,7 +29,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import numpy as np
 from absl import logging
-from clu import metric_writers  # noqa: F401
 from ml_collections import ConfigDict
 
 from madformer_jax.cli import command_line

@@ -56,10 +56,19 @@ def start(workdir, *flags, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-def losses(files):
-    """Step -> all losses that were written for it in these files of events."""
+def losses(workdir):
+    """Step -> all losses in metrics.jsonl."""
     found = {}
-    for file in files:
+    for line in map(json.loads, (workdir / "metrics.jsonl").open()):
+        if "loss" in line:
+            found.setdefault(line["step"], []).append(line["loss"])
+    return found
+
+
+def tensorboard_losses(workdir):
+    """Step -> all losses in TensorBoard's files."""
+    found = {}
+    for file in workdir.glob("events.out.*"):
         events = EventAccumulator(str(file), {"tensors": 0}).Reload()  # 0: all of them
         for event in events.Tensors("loss"):
             found.setdefault(event.step, []).append(float(tensor_util.make_ndarray(event.tensor_proto)))
@@ -130,17 +139,17 @@ def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_on
     put_classifier(workdir)
     put_images(workdir), put_images(alone)
     shutil.copy(alone / "reference.npz", workdir)  # which the processes make anew at their end
-    before = set(workdir.glob("events.out.*"))
-    status, output = start(workdir, f"--config.train.evaluate_every={STEPS}", MADFORMER_SAMPLE="1")
+    flags = (f"--config.train.evaluate_every={STEPS}", "--config.train.log_to=tensorboard")
+    status, output = start(workdir, *flags, MADFORMER_SAMPLE="1")
     assert status == 0, output
     assert f"going on from step {stopped}" in output
 
-    last = losses(set(workdir.glob("events.out.*")) - before)
+    last = tensorboard_losses(workdir)
     assert {step: len(values) for step, values in last.items()} == dict.fromkeys(range(stopped + 1, STEPS + 1), 1)
-    written, expected = (losses(folder.glob("events.out.*")) for folder in (workdir, alone))
+    written, expected = losses(workdir), losses(alone)
     assert sorted(written) == sorted(expected) == list(range(1, STEPS + 1))
-    for step, values in written.items():
-        np.testing.assert_allclose(values, expected[step][0], rtol=1e-5)
+    for step, (value,) in written.items():
+        np.testing.assert_allclose(value, expected[step], rtol=1e-5)
 
     (step, params, data), (_, expected_params, expected_data) = final(workdir), final(alone)
     assert (step, data) == (STEPS, expected_data)

@@ -58,7 +58,13 @@ def test_training_logs_its_speed_and_traces_the_profiled_steps(tmp_path):
 
     test_train.py tests which steps are traced.
     """
-    settings = {"train.steps": 4, "train.checkpoint_every": 4, "profile": "2:3", "sample.n": 1}
+    settings = {
+        "train.steps": 4,
+        "train.checkpoint_every": 4,
+        "profile": "2:3",
+        "sample.n": 1,
+        "train.log_to": "tensorboard",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "madformer_jax.main", "--config=tests/tiny.py:plain", f"--workdir={tmp_path}"]
         + [f"--config.{name}={value}" for name, value in settings.items()],

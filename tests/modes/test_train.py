@@ -388,7 +388,7 @@ def test_weights_of_which_none_fits_are_refused(half, plain, source, message):
 
 def test_errors_in_a_grid_do_not_end_the_run(counting, plain, tmp_path, monkeypatch, caplog):
     """At step 1 a sample is not finite, at step 2 the disk is full, at step 3 TensorBoard fails."""
-    plain.train.sample_every, plain.train.steps = 1, 4
+    plain.train.sample_every, plain.train.steps, plain.train.log_to = 1, 4, "tensorboard"
     real, png = generation.batches, generation.write_png
     monkeypatch.setattr(
         generation,

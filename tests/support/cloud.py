@@ -75,7 +75,12 @@ def run(folder: pathlib.Path) -> dict[str, object]:
     with bucket.serve() as (store, environment):
         os.environ.update(environment)
         workdir = "--workdir=gs://bucket/run"
-        training = (f"--config={TINY}:plain", workdir, "--config.train.steps=4")  # saves every second step
+        training = (
+            f"--config={TINY}:plain",
+            workdir,
+            "--config.train.steps=4",
+            "--config.train.log_to=tensorboard",
+        )  # saves every second step
 
         def saving() -> bool:
             started = any(name.startswith("run/checkpoints/4/") for name in list(store.objects))
