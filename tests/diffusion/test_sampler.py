@@ -89,6 +89,7 @@ SWITCHES = {  # test_release_samples has the four variants of the release
     "all streams": {},
     "release options, shared": {
         "rope": "release", "time_embedding": "raw", "clean_timestep": "noisy", "param_sets": "shared",
+        "depth": 3, **ONE_STAGE,
     },
     "no clean stream": {"classes": 3, "clean_stream": False, **ONE_STAGE},
     "block only, no condition": {"classes": 3, "diffusion_attention": "block", "ar_condition": False, **ONE_STAGE},
@@ -101,7 +102,9 @@ SWITCHES = {  # test_release_samples has the four variants of the release
         "blocks": 8, "unet_stride": 1, "classes": 3, "depth": 3, "diffusion_depth": 1, "prediction_type": "x0", "unet_context": True,
     },
     "captions with padding": {"classes": 6, "text_length": 4, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
-    "a TPU's kernels": {"classes": 3, "attention": "pallas", "depth": 3, "diffusion_depth": 2, **ONE_STAGE},
+    "a TPU's kernels": {
+        "classes": 3, "attention": "pallas", "blocks": 2, "depth": 3, "diffusion_depth": 2, **ONE_STAGE,
+    },
     "block only": {"diffusion_attention": "block", **ONE_STAGE},
     "one program for each block": {"blocks": 2, "classes": 3, "depth": 2, "diffusion_depth": 1, **ONE_STAGE},
 }  # fmt: skip

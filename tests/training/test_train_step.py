@@ -56,18 +56,15 @@ def on_mesh(c, sizes, n=4):
     return losses, np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
 
 
-@pytest.mark.parametrize("meshes", [[(2, 2, 2)], [(8, 1, 1), (1, 8, 1)]], ids=["all axes", "one axis"])
-def test_mesh_trains_like_a_single_device(meshes):
+@pytest.mark.parametrize("variant, mesh", [("", (2, 2, 2)), ("plain", (1, 8, 1))], ids=["all axes", "one axis"])
+def test_mesh_trains_like_a_single_device(variant, mesh):
     """Shards a full model over all axes at once, and a plain one over a single axis."""
-    c = tiny.get_config("" if meshes == [(2, 2, 2)] else "plain")
-    if c.model.depth > 1:
-        c.model.unet_channels, c.model.unet_attention = (8, 16), (False, True)
-        c.model.blocks = 2  # compiles faster
+    c = tiny.get_config(variant)
+    c.model.blocks = min(c.model.blocks, 2)  # compiles faster
     losses, params = on_mesh(c, (1, 1, 1))
-    for mesh in meshes:
-        sharded_losses, sharded = on_mesh(c, mesh)
-        np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
-        assert np.linalg.norm(sharded - params) <= 1e-5 * np.linalg.norm(params)
+    sharded_losses, sharded = on_mesh(c, mesh)
+    np.testing.assert_allclose(sharded_losses, losses, rtol=1e-5)
+    assert np.linalg.norm(sharded - params) <= 1e-5 * np.linalg.norm(params)
 
 
 def test_the_loss_of_flow_falls(plain):
