@@ -156,9 +156,12 @@ class BlockSteps(NamedTuple):
             z = jax.lax.dynamic_slice_in_dim(given, block, 1, axis=1)
             return self.cache_clean(carry[0], z, None, block), None
 
-        count = given.shape[1]
-        carry, _ = jax.lax.scan(add, (cache, pred), jnp.arange(count), unroll=count if unroll else 1)
-        return carry
+        carry, count = (cache, pred), given.shape[1]
+        if unroll:
+            for block in range(count):
+                carry, _ = add(carry, block)
+            return carry
+        return jax.lax.scan(add, carry, jnp.arange(count))[0]
 
     @property
     def _null_rows(self) -> bool:
