@@ -50,8 +50,9 @@ def test_edits_keep_blocks_bit_for_bit_and_draw_the_others(tmp_path, one_device)
     assert np.abs(frames[-1].images.astype(int) - shard.images).max() <= 1
     cost, whole = model.cost(kept=2), model.cost()
     assert frames[-1].passes == cost.passes < whole.passes and cost.nfe == whole.nfe / 2
-    two = model.sample(image=np.stack([PICTURE, 255 - PICTURE]), mask="0,1,2")
-    np.testing.assert_array_equal(two[1, :16], 255 - PICTURE[:16])
+    two = model.sample(3, image=np.stack([PICTURE, 255 - PICTURE]), mask=mask)  # pictures in turn
+    np.testing.assert_array_equal(two[[0, 2]], shard.images[[0, 2]])
+    np.testing.assert_array_equal(two[1, :16, 16:], 255 - PICTURE[:16, 16:])
     with pytest.raises(ConfigError, match="there are 2 of them for n=1 images"):
         model.sample(1, image=np.stack([PICTURE] * 2), mask="0")
 
