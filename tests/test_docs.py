@@ -55,6 +55,8 @@ def test_every_command_of_a_page_parses(page, tmp_path, monkeypatch):
         if not any(arg.startswith("--config=") for arg in args):  # the workdir's
             says = any("prompts" in arg or "captions" in arg for arg in args)
             args.insert(0, "--config=configs/drawings.py:text" if says else "--config=configs/digits.py")
+        if any("sample.block_order" in arg for arg in args):  # of a model of random order
+            args.insert(1, "--config.model.block_order=random")
         config = command_line.parse(["main", f"--workdir={tmp_path}", *args])[0]
         config_lib.validate(config)
 

@@ -295,6 +295,9 @@ def run(argv: Sequence[str]) -> int:
     open_files.raise_limit()
     config, values, file = _parse_with_file(argv)
     config_lib.validate(config)
+    for field in ("image", "keep"):
+        if config.sample[field] and values.mode != "sample":
+            raise ConfigError(f"config.sample.{field} edits a picture with --mode=sample; the mode is {values.mode}.")
     _disable_ynnpack(config.platform)
     if values.distributed or values.coordinator:
         from madformer_jax.runtime import partitioning

@@ -17,7 +17,7 @@ class Sizes(NamedTuple):
     latent: int  # side of the latent, in positions
     channels: int  # C, channels of the latent
     blocks: int  # L
-    grid: int  # rows of blocks: sqrt(L), or sqrt(L / 2) if L is twice a square and blocks are upright
+    grid: int  # rows of blocks: sqrt(L), sqrt(L / 2) if L is twice a square and blocks are upright, or L
     block_side: int  # latent positions along a block's height
     positions: int  # latent positions in a block
     token_side: int  # tokens along a block's height
@@ -72,22 +72,48 @@ def derive_sizes(c: ConfigDict) -> Sizes:
             f"config.data.image_size={side} is not a multiple of {reduction}, the {c.codec.name} codec's reduction."
         )
     latent = side // reduction
-    # Blocks tile the latent as n x n or n x 2n; the second is how the paper's L = 8 can tile a square.
-    grid = math.isqrt(max(m.blocks, 0))
-    grid = grid if grid**2 == m.blocks else math.isqrt(max(m.blocks, 0) // 2)
-    columns = m.blocks // grid if grid else 0
-    if grid < 1 or columns not in (grid, 2 * grid) or grid * columns != m.blocks or latent % columns:
-        tilings = sorted(n * k for n in range(1, latent + 1) for k in (n, 2 * n) if latent % k == 0)
-        raise ConfigError(
-            f"config.model.blocks={m.blocks} does not tile a {latent} x {latent} latent: blocks must be a square number, or "
-            f"twice one, with a number of columns that divides {latent} ({', '.join(map(str, tilings))})."
-        )
+    grid, columns = (_row_grid if m.block_shape == "rows" else _square_grid)(m.blocks, latent)
     block_side, block_width = latent // grid, latent // columns
     reduction = m.unet_stride ** (len(m.unet_channels) - 1)
-    if block_width % reduction:
+    if block_width % reduction or block_side % reduction:
         raise ConfigError(
             f"a block of {block_side} x {block_width} latent positions is not divisible by the block U-Net's reduction of "
             f"{reduction}: use fewer config.model.blocks or config.model.unet_stride=1."
         )
     positions, token_side = block_side * block_width, block_side // reduction
     return Sizes(latent, channels, m.blocks, grid, block_side, positions, token_side, positions // reduction**2)
+
+
+def _row_grid(blocks: int, latent: int) -> tuple[int, int]:
+    """Returns the rows and columns of blocks that are rows of the image.
+
+    Raises:
+      ConfigError: Blocks do not divide the side of the latent.
+    """
+    if blocks < 1 or latent % blocks:
+        divisors = [n for n in range(1, latent + 1) if latent % n == 0]
+        raise ConfigError(
+            f"config.model.blocks={blocks} rows do not divide the {latent} rows of the latent: use one of "
+            f"{', '.join(map(str, divisors))}."
+        )
+    return blocks, 1
+
+
+def _square_grid(blocks: int, latent: int) -> tuple[int, int]:
+    """Returns the rows and columns of blocks that tile the latent as n x n or n x 2n.
+
+    The second is how the paper's L = 8 can tile a square.
+
+    Raises:
+      ConfigError: Blocks do not tile the latent.
+    """
+    grid = math.isqrt(max(blocks, 0))
+    grid = grid if grid**2 == blocks else math.isqrt(max(blocks, 0) // 2)
+    columns = blocks // grid if grid else 0
+    if grid < 1 or columns not in (grid, 2 * grid) or grid * columns != blocks or latent % columns:
+        tilings = sorted(n * k for n in range(1, latent + 1) for k in (n, 2 * n) if latent % k == 0)
+        raise ConfigError(
+            f"config.model.blocks={blocks} does not tile a {latent} x {latent} latent: blocks must be a square number, or "
+            f"twice one, with a number of columns that divides {latent} ({', '.join(map(str, tilings))})."
+        )
+    return grid, columns

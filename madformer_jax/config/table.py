@@ -13,7 +13,14 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from madformer_jax.config.choices import LOSS_WEIGHTINGS, NOISE_PATHS, PREDICTION_TYPES, SOLVERS, TIME_SAMPLINGS
+from madformer_jax.config.choices import (
+    BLOCK_ORDERS,
+    LOSS_WEIGHTINGS,
+    NOISE_PATHS,
+    PREDICTION_TYPES,
+    SOLVERS,
+    TIME_SAMPLINGS,
+)
 
 # owner/name or owner/name@revision on the Hugging Face hub
 HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w.-]+))?")
@@ -72,6 +79,10 @@ def _names_no_text_file(value: str) -> bool:
     return not _TEXT_FILE.search(value)
 
 
+def _is_number_list(value: str) -> bool:
+    return bool(re.fullmatch(r"[\d\s,]*", value))
+
+
 # fmt: off
 SECTIONS: dict[str, Section] = {
     "": _section("",
@@ -92,7 +103,13 @@ SECTIONS: dict[str, Section] = {
         depth=Field(28, "N, decoder layers", low=1),
         diffusion_depth=Field(14, "D, the layers of these that run at every solver step (paper Table 1)"),
         mlp_width=Field(4096, "hidden width of the SwiGLU MLP", low=1),
-        blocks=Field(16, "L, AR length; a square number, or twice a square number (paper Table 2)"),
+        blocks=Field(16, "L, AR length; a square number, or twice one (paper Table 2); any divisor of the side for rows"),
+        block_shape=Field(
+            "square", '"square": blocks tile the image as n x n or n x 2n; "rows": each is as wide as the image',
+            choices=("square", "rows")),
+        block_order=Field(
+            "raster", "order in which blocks are generated; random: a new one for each training image (docs/sampling.md)",
+            choices=BLOCK_ORDERS),
         unet_channels=Field((512, 1024), "channels of each stage of the U-Net"),
         unet_layers=Field(2, "ResNet blocks of each downsampling stage; upsampling stages have one more", low=1),
         unet_attention=Field((False, True), "self-attention after each ResNet block of the stage"),
@@ -103,7 +120,8 @@ SECTIONS: dict[str, Section] = {
         unet_kernel=Field(
             3, "kernel size; 1 (not the paper's): only the transformer mixes positions (docs/text.md)", choices=(1, 3)),
         unet_context=Field(
-            False, "True (not the paper's): a block's U-Net sees the finished positions left of it and above it"),
+            False, "True (not the paper's): a block's U-Net sees the finished positions left of it and above it; with "
+            "another block_order than raster, on all sides"),
         prediction_type=Field(
             "eps", "output for a noisy block: its noise, v or x0 (docs/training.md)", choices=PREDICTION_TYPES),
         rope=Field(
@@ -286,6 +304,13 @@ SECTIONS: dict[str, Section] = {
             PATH | RESUME),
         guide_step=Field(-1, "step of the guide's checkpoint; -1: the newest", RESUME, low=-1),
         noise=Field("", ".npy file of the initial noise (n, L, positions, C) instead of the seed's", PATH | RESUME),
+        block_order=Field(
+            "", '"": that of the model; a model of random order also draws in raster, reverse, center_out, random or "3,0,1,2"',
+            RESUME),
+        image=Field("", "picture to edit: an image file (docs/sampling.md#editing)", PATH | RESUME),
+        keep=Field(
+            "", 'what to keep of the picture: an image file, white where kept, or block numbers: "0,1,5"', PATH | RESUME,
+            is_portable=_is_number_list),
         clip_x0=Field(
             0.0, "bound on the absolute values of the predicted x0; 0: off (use 1 for pixels)", RESUME, low=0),
     ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels, fields
+from madformer_jax.config import block_orders, class_labels, fields
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.config.table import FIELDS, PATH, Field
@@ -135,6 +135,7 @@ def check(c: ConfigDict) -> None:
         )
     profiled_steps(c)
     _check_sampling(c)
+    block_orders.check(c)
     _check_codec(c)
 
 

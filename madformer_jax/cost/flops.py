@@ -92,7 +92,8 @@ def _downsampler(c: ConfigDict) -> tuple[float, float]:
     """
     m, sizes = c.model, derive_sizes(c)
     height, width = sizes.block_side, sizes.block_width
-    in_channels = 3 * sizes.channels if m.unet_context else sizes.channels
+    sides = 2 if m.block_order == "raster" else 4  # neighbors that the U-Net reads
+    in_channels = (1 + sides * m.unet_context) * sizes.channels
     first = _conv((height, width), in_channels, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
     total, before = first + _time_embedding(c)[1], m.unet_channels[0]
     for stage, channels in enumerate(m.unet_channels):
@@ -262,14 +263,14 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     return cost * c.train.batch
 
 
-def sampling(c: ConfigDict, n: int = 1) -> Cost:
+def sampling(c: ConfigDict, n: int = 1, kept: int = 0) -> Cost:
     """Returns the cost of sampling n images with the config's solver steps and guidance.
 
     The AR layers and the clean tower run once per block, the diffusion layers at every evaluation of
     the solver, and the decoder of the codec once. Both guidance branches run at every evaluation,
-    also outside of `guidance_interval`.
+    also outside of `guidance_interval`. The first `kept` blocks of an edit are embedded and cached only.
     """
-    m, evaluations, stages = c.model, solver_evaluations(c), sampling_plan(ablation_switches(c))
+    m, stages = c.model, sampling_plan(ablation_switches(c))
     s, last = derive_sizes(c).tokens, c.model.blocks - 1
     ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
@@ -281,9 +282,10 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         extend_ar, extend_diffusion = (
             block < last and x for x in (stages.cache_clean_ar, stages.cache_clean_diffusion)
         )
-        embedded = block < last and (stages.condition or extend_ar)
+        drawn = block >= kept
+        embedded = block < last and ((stages.condition and block + 1 >= kept) or extend_ar)
         # The AR layers: the condition, then the finished block's keys and values.
-        runs = stages.condition + extend_ar
+        runs = (stages.condition and drawn) + extend_ar
         towers, scores = runs * ar * _layer_matmuls(c, s), runs * ar * _block_attention(c, block, False)
         if extend_ar and ar and not extend_diffusion:
             # Only the keys and values of the last AR layer are read.
@@ -292,6 +294,7 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         cost += Cost(ar_layers=towers, attention=scores)
         # The diffusion layers: every evaluation, then the finished block. The last layer computes only
         # the keys and values of the latter.
+        evaluations = drawn * solver_evaluations(c)
         towers = evaluations * m.diffusion_depth * _layer_matmuls(c, s)
         scores = evaluations * m.diffusion_depth * _block_attention(c, block, block_only)
         if extend_diffusion:
@@ -319,14 +322,16 @@ def solver_evaluations(c: ConfigDict) -> int:
     return solvers.make(c.sample.solver).evaluations(c.sample.steps)
 
 
-def nfe(c: ConfigDict) -> float:
+def nfe(c: ConfigDict, kept: int = 0) -> float:
     """Returns the paper's NFE of an image (section 1).
 
     It is (N - D) / N + evaluations D / N for each guidance branch. The formula ignores the clean tower
-    and the ablation switches. `model_passes` counts all layers that run.
+    and the ablation switches. `model_passes` counts all layers that run. An edit that keeps `kept`
+    blocks counts the share of the drawn blocks.
     """
     m = c.model
-    return guidance_branches(c) * (m.depth - m.diffusion_depth + solver_evaluations(c) * m.diffusion_depth) / m.depth
+    layers = m.depth - m.diffusion_depth + solver_evaluations(c) * m.diffusion_depth
+    return guidance_branches(c) * layers / m.depth * (m.blocks - kept) / m.blocks
 
 
 class LayerCalls(NamedTuple):
@@ -348,41 +353,49 @@ def layer_calls(c: ConfigDict) -> LayerCalls:
     return LayerCalls(stages.condition * ar, m.diffusion_depth, extension)
 
 
-def model_passes(c: ConfigDict) -> float:
+def model_passes(c: ConfigDict, kept: int = 0) -> float:
     """Returns the full-model passes of an image: decoder layers that run on its blocks, over N L.
 
     The text runs through the layers once, before the first block. It counts in FLOPs only.
     """
-    return model_passes_until(c, c.model.blocks - 1, c.sample.steps)
+    return model_passes_until(c, c.model.blocks - 1, c.sample.steps, kept)
 
 
-def model_passes_until(c: ConfigDict, block: int, step: int) -> float:
+def model_passes_until(c: ConfigDict, block: int, step: int, kept: int = 0) -> float:
     """Returns the part of `model_passes` that has run after a solver step.
 
     Args:
       c: The config.
-      block: Index of the block, from 0.
+      block: Index of the block in the order of generation, from 0. It is at least `kept`.
       step: Number of the solver step, from 1.
+      kept: Number of kept blocks, which come first. Only the clean tower runs on them.
     """
     m, calls, evaluations = c.model, layer_calls(c), solver_evaluations(c)
     done = min(step * solvers.make(c.sample.solver).evaluations_per_step, evaluations)
-    layers = (block + 1) * calls.condition + (block * evaluations + done) * calls.evaluation + block * calls.extension
+    drawn = block - kept
+    layers = (drawn + 1) * calls.condition + (drawn * evaluations + done) * calls.evaluation + block * calls.extension
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 
-def image_cost(c: ConfigDict, guide: ConfigDict | None = None) -> dict[str, float]:
+def image_cost(c: ConfigDict, guide: ConfigDict | None = None, kept: int = 0) -> dict[str, float]:
     """Returns the cost of sampling an image, under the names that it has in results.
 
     Args:
       c: The config.
       guide: The config of the model of `sample.guide` (`stored_config.guide_config`). Its passes are added,
         each a pass of the guide's own layers.
+      kept: Number of blocks of a picture that an edit keeps.
     """
-    cost = {"solver_steps": c.sample.steps, "nfe": nfe(c), "passes": model_passes(c), "flops": sampling(c).total}
+    cost = {
+        "solver_steps": c.sample.steps,
+        "nfe": nfe(c, kept),
+        "passes": model_passes(c, kept),
+        "flops": sampling(c, kept=kept).total,
+    }
     if guide is None or c.sample.guidance == 1.0:
         return cost
-    guide_flops = dataclasses.replace(sampling(guide), vae=0.0).total  # images are decoded once
-    added = {"solver_steps": 0, "nfe": nfe(guide), "passes": model_passes(guide), "flops": guide_flops}
+    guide_flops = dataclasses.replace(sampling(guide, kept=kept), vae=0.0).total  # images are decoded once
+    added = {"solver_steps": 0, "nfe": nfe(guide, kept), "passes": model_passes(guide, kept), "flops": guide_flops}
     return {name: cost[name] + added[name] for name in cost}
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from madformer_jax.data import metadata
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 
 # Pillow warns about odd metadata. The warnings do not matter: an image is either read or refused.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -137,6 +137,22 @@ def _decode(content: bytes, max_pixels: int) -> tuple[Image.Image, Image.Transpo
             failure = error  # the last variant has no metadata, so its error concerns the pixels
     assert failure is not None
     raise failure
+
+
+def decoded_size(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Returns the height and width of an encoded image, upright.
+
+    Raises:
+      CorruptImageError: The file cannot be decoded.
+    """
+    try:
+        image, transpose = _decode(content, max_pixels)
+    except (MemoryError, CorruptImageError):
+        raise
+    except Exception as error:  # as in `Preprocessor.process`
+        raise CorruptImageError(first_line(error)) from error
+    width, height = (image if transpose is None else image.transpose(transpose)).size
+    return height, width
 
 
 def _open(content: bytes, max_pixels: int) -> Image.Image:

@@ -17,6 +17,8 @@ from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.diffusion import parameterization
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.schedule import AnyArray, Schedule
+from madformer_jax.models import block_order
+from madformer_jax.models.block_order import Order
 from madformer_jax.models.madformer import MADFormer, ModelOutputs
 
 QUARTER = schedules.NUM_TIMESTEPS // 4  # timesteps in each of the metrics loss_q1 to loss_q4
@@ -105,7 +107,7 @@ def training_loss(
     Args:
       model: The model.
       params: Its parameters.
-      z: Clean latent blocks `(B, L, positions, C)`.
+      z: Clean latent blocks `(B, L, positions, C)`, in raster order.
       tokens: Text tokens `(B, T)`, or None for an unconditional model.
       key: Random key of the timesteps and the noise.
       weights: Weights of the terms.
@@ -121,6 +123,8 @@ def training_loss(
       quarter of the timesteps, from little to much noise (`loss_q1` to `loss_q4`). A quarter without
       blocks is NaN.
     """
+    order = training_order(model, key, len(z))
+    z = block_order.to_ranks(z, order)
     t_key, noise_key = jax.random.split(key)
     t = schedule.training_timesteps(t_key, z.shape[:2])
     noise = jax.random.normal(noise_key, z.shape, jnp.float32)
@@ -129,7 +133,9 @@ def training_loss(
         context, clean_t = _add_context_noise(schedule, z, jax.random.fold_in(key, 2), context_noise)
     level = schedule.level(t[..., None, None])
     noisy = level.alpha * z + level.sigma * noise
-    outputs = model.apply({"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=weights.terms)
+    outputs = model.apply(
+        {"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=weights.terms, order=order
+    )
     target = parameterization.target(model.config.prediction_type, z, noise, level)
     losses = unweighted_terms(outputs, z, target, tokens, lengths, text_tokens)
     scale = parameterization.loss_weight(model.config.prediction_type, weights.weighting, level)
@@ -143,6 +149,21 @@ def training_loss(
         for q in range(4):
             metrics[f"loss_q{q + 1}"] = jnp.mean(errors, where=quarter == q)
     return loss, metrics
+
+
+def training_order(model: MADFormer, key: Array, batch: int) -> Order | None:
+    """Returns the order of the blocks: the model's own, or a random one for each image.
+
+    Args:
+      model: The model.
+      key: Random key of the batch.
+      batch: Number of images.
+    """
+    if model.config.block_order != "random":
+        return model.config.default_order
+    key = jax.random.fold_in(key, 3)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
+    return block_order.image_orders("random", model.config.sizes, keys)
 
 
 def _add_context_noise(

@@ -20,6 +20,8 @@ from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.autoguidance import GuidedPair, PairCache
 from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
 from madformer_jax.diffusion.solvers import Solver
+from madformer_jax.models import block_order
+from madformer_jax.models.block_order import Order
 from madformer_jax.models.cache import ModelCache
 from madformer_jax.models.madformer import MADFormer
 
@@ -47,10 +49,18 @@ class BlockSteps(NamedTuple):
         noise: Float[Array, "B L positions C"],
         tokens: Int[Array, "B T"] | None,
         lengths: Int[Array, " B"] | None,
+        order: Order | None = None,
     ) -> tuple[Cache, Stream]:
-        """Returns a cache with the text only, and the first block's prediction stream."""
+        """Returns a cache with the text only, and the first block's prediction stream.
+
+        Args:
+          noise: The noise, whose shape counts.
+          tokens: See `sample`.
+          lengths: See `sample`.
+          order: See `sample`.
+        """
         rows = (1 + self._null_rows) * len(noise)
-        cache = self._call("empty_cache", rows)
+        cache = self._call("empty_cache", rows, order)
         if tokens is not None:
             null_tokens = [jnp.full_like(tokens, self.model.config.null_token)] if self._null_rows else []
             if lengths is not None:  # the null text is one token long
@@ -127,6 +137,32 @@ class BlockSteps(NamedTuple):
             return self._call("cache_noisy", cache, kv, block), c
         return self._call("cache_clean", cache, c, block), c
 
+    def cache_given(
+        self, cache: Cache, pred: Stream, given: Float[Array, "B K positions C"], unroll: bool = False
+    ) -> tuple[Cache, Stream]:
+        """Adds K clean blocks, the first of the order, to an empty cache.
+
+        Args:
+          cache: The cache of `begin`.
+          pred: The prediction stream of `begin`.
+          given: The blocks, in the order of generation.
+          unroll: See `sample`.
+
+        Returns:
+          The cache, and the prediction stream of block K.
+        """
+
+        def add(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], None]:
+            z = jax.lax.dynamic_slice_in_dim(given, block, 1, axis=1)
+            return self.cache_clean(carry[0], z, None, block), None
+
+        carry, count = (cache, pred), given.shape[1]
+        if unroll:
+            for block in range(count):
+                carry, _ = add(carry, block)
+            return carry
+        return jax.lax.scan(add, carry, jnp.arange(count))[0]
+
     @property
     def _null_rows(self) -> bool:
         """Whether the guiding rows are those of the null token."""
@@ -167,6 +203,8 @@ def sample(
     tokens: Int[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
     keys: Array | None = None,
+    order: Order | None = None,
+    given: Float[Array, "B K positions C"] | None = None,
     *,
     solver: str,
     spacing: str,
@@ -183,11 +221,15 @@ def sample(
     Args:
       model: The model, or a model with its guide. The guide then takes the place of the null token.
       params: Its parameters, see `models.inference_params`.
-      noise: Standard normal noise `(B, L, positions, C)`.
+      noise: Standard normal noise `(B, L, positions, C)`, in raster order like the result.
       tokens: Text tokens `(B, T)` of a conditional model. `model.config.null_token` stands for no text.
       lengths: Number of tokens of each text, `(B,)`; the rest is padding. By default all T tokens
         are text.
       keys: Random key of each image, `(B,)`. Stochastic solvers need them.
+      order: Place of each block in raster order, `(L,)` or, of each image, `(B, L)`. By default
+        `model.config.default_order`.
+      given: Clean blocks `(B, K, positions, C)`, K < L, which are the first of the order. Sampling
+        caches them and generates the others.
       solver: A name of `choices.SOLVERS`.
       spacing: See `Schedule.solver_timesteps`.
       steps: Number of solver steps of each block.
@@ -206,7 +248,9 @@ def sample(
     method = solvers.make(solver)
     coefficients = method.coefficients(schedule, spacing, steps)
     evaluations = method.evaluations(steps)
-    blocks = noise.shape[1]
+    blocks, first = noise.shape[1], 0 if given is None else given.shape[1]
+    order = model.config.default_order if order is None else order
+    noise = block_order.to_ranks(noise, order)
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
     block_steps = BlockSteps(model, params, method, guided, clip_x0, clean_timestep(model, coefficients))
@@ -238,12 +282,15 @@ def sample(
             return (cache_clean(cache, pred) if block + 1 < blocks else carry), z
         return jax.lax.cond(block + 1 < blocks, cache_clean, lambda *same: same, cache, pred), z
 
-    carry = block_steps.begin(noise, tokens, lengths)
+    carry = block_steps.begin(noise, tokens, lengths, order)
+    finished = []
+    if given is not None:
+        carry, finished = block_steps.cache_given(*carry, given, unroll), [given]
     if blocks == 1 or unroll:
-        finished = []
-        for block in range(blocks):
+        for block in range(first, blocks):
             carry, z = sample_block(carry, block)
             finished.append(z)
-        return jnp.concatenate(finished, axis=1)
-    _, z = jax.lax.scan(sample_block, carry, jnp.arange(blocks))
-    return jnp.swapaxes(z[:, :, 0], 0, 1)
+        return block_order.to_places(jnp.concatenate(finished, axis=1), order)
+    _, z = jax.lax.scan(sample_block, carry, jnp.arange(first, blocks))
+    z = jnp.swapaxes(z[:, :, 0], 0, 1)
+    return block_order.to_places(jnp.concatenate([*finished, z], axis=1) if finished else z, order)

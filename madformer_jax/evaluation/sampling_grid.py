@@ -32,6 +32,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "weights": (str, "str"),
     "ema": (float, "float"),
     "prompts": (str, "str"),
+    "block_order": (str, "str"),
 }
 
 

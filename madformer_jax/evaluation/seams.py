@@ -56,6 +56,28 @@ def border_and_interior_steps(profiles: np.ndarray, shape: tuple[int, int], rows
     return np.stack([np.average(profiles[:, x], axis=1, weights=pairs[x]) for x in (border, ~border)], axis=1)
 
 
+def middle_steps(images: np.ndarray, rows: int, columns: int, axis: int) -> np.ndarray:
+    """Computes mean absolute differences of neighboring pixels at the middle line and inside blocks.
+
+    An edit that keeps half of a picture has its border there.
+
+    Args:
+      images: Images uint8 (n, H, W, c).
+      rows: Rows of blocks.
+      columns: Columns of blocks. Blocks tile each half.
+      axis: 0 for the horizontal middle line, 1 for the vertical one.
+
+    Returns:
+      Differences (n, 2) float64 of each image: across the middle line, and inside blocks along the
+      same axis.
+    """
+    height, side, count = images.shape[1], images.shape[1 + axis], (rows, columns)[axis]
+    profiles = difference_profiles(images).astype(np.float64)
+    profiles = profiles[:, height - 1 :] if axis else profiles[:, : height - 1]
+    inside = np.arange(1, side) % (side // count) != 0
+    return np.stack([profiles[:, side // 2 - 1], profiles[:, inside].mean(axis=1)], axis=1)
+
+
 def seam_score(steps: np.ndarray) -> float:
     """Computes the mean difference at borders divided by the mean difference inside blocks.
 

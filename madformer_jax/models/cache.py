@@ -7,6 +7,7 @@ layout of the attention implementation, see `ops.attention.base.Attention.to_cac
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -27,6 +28,7 @@ class ModelCache(NamedTuple):
     diffusion: StageCache
     lengths: Int[Array, " B"] | None = None  # number of text tokens, if the text is padded
     finished_blocks: Float[Array, "B L positions C"] | None = None  # if the U-Net reads neighbors
+    order: Int[Array | np.ndarray, "*rows L"] | None = None  # place of each block; None for raster order
 
 
 def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], attention: Attention) -> StageCache:

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Num
 
+from madformer_jax.models.block_order import Order
 from madformer_jax.models.cache import ModelCache, StageCache, write_block
 from madformer_jax.models.plan import sampling_plan
+from madformer_jax.models.unet_context import neighbor_context
 from madformer_jax.ops.attention.base import KV
 from madformer_jax.ops.rope import RotaryTable
 
@@ -25,8 +27,13 @@ from madformer_jax.ops.rope import RotaryTable
 class Decoding(nn.Module):
     """Sampling methods of `MADFormer`, which inherits them and defines its config and layers."""
 
-    def empty_cache(self, batch: int) -> ModelCache:
-        """Returns a cache without blocks, of `batch` rows: one per image, or two with guidance."""
+    def empty_cache(self, batch: int, order: Order | None = None) -> ModelCache:
+        """Returns a cache without blocks, of `batch` rows: one per image, or two with guidance.
+
+        Args:
+          batch: Number of rows.
+          order: Place of each block, (L,) or (B, L). By default `config.default_order`.
+        """
         config, sizes = self.config, self.config.sizes
         shape = (batch, sizes.blocks - 1, sizes.tokens, config.heads, config.width // config.heads)
 
@@ -37,9 +44,13 @@ class Decoding(nn.Module):
             return StageCache(config.attention.to_cache_layout(KV(x, x)), None)
 
         plan = sampling_plan(config.ablation_switches)
+        order = config.default_order if order is None else order
+        if order is not None and order.ndim == 2:
+            order = jnp.tile(order, (batch // len(order), 1))
         return ModelCache(
             empty(config.depth - config.diffusion_depth, plan.condition or plan.cache_clean_ar),
             empty(config.diffusion_depth, not config.block_only),
+            order=order if order is None else jnp.asarray(order),
         )
 
     def cache_text(
@@ -60,7 +71,9 @@ class Decoding(nn.Module):
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, positions, 0)
         ar, diffusion = (kv and attention.to_cache_layout(kv) for kv in (ar, diffusion))
         lengths = attention.cache_lengths(lengths, tokens)
-        return ModelCache(cache.ar._replace(text=ar), cache.diffusion._replace(text=diffusion), lengths)
+        return cache._replace(
+            ar=cache.ar._replace(text=ar), diffusion=cache.diffusion._replace(text=diffusion), lengths=lengths
+        )
 
     def begin(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
         """Returns the first block's prediction stream, the begin-of-image tokens."""
@@ -83,7 +96,9 @@ class Decoding(nn.Module):
         """
         if not sampling_plan(self.config.ablation_switches).condition:
             return jnp.zeros_like(pred), cache
-        pred, kv = self.ar_layers.step("pred", pred, cache.ar, self._block_positions(block), block, cache.lengths)
+        pred = self._add_places(pred, self._block_place(cache, block, len(pred)))
+        positions = self._block_positions(cache, block)
+        pred, kv = self.ar_layers.step("pred", pred, cache.ar, positions, block, cache.lengths)
         if not self.config.clean_stream:
             cache = cache._replace(ar=write_block(cache.ar, kv, block, self.config.attention))
         return pred, cache
@@ -110,10 +125,11 @@ class Decoding(nn.Module):
           `cache_noisy`.
         """
         x, skips = self._downsample(noisy, jnp.full(noisy.shape[:2], t), self._finished_context(cache, block))
+        x = self._add_places(x, self._block_place(cache, block, len(x)))
         repeats = condition.shape[0] // noisy.shape[0]
         x, *skips = (jnp.tile(y, (repeats,) + (1,) * (y.ndim - 1)) for y in (x, *skips))
         pred, kv = self.diffusion_layers.step(
-            "pred", condition + x, cache.diffusion, self._block_positions(block), block, cache.lengths
+            "pred", condition + x, cache.diffusion, self._block_positions(cache, block), block, cache.lengths
         )
         return self._upsample(pred, jnp.full(x.shape[:2], t), skips), kv
 
@@ -126,7 +142,7 @@ class Decoding(nn.Module):
     ) -> Float[Array, "B 1 s d"]:
         """Embeds a finished block with timestep t."""
         tokens: Array = self._downsample(z, jnp.full(z.shape[:2], t), self._finished_context(cache, block))[0]
-        return tokens
+        return self._add_places(tokens, self._block_place(cache, block, len(tokens)))
 
     def cache_clean(self, cache: ModelCache, clean: Float[Array, "B 1 s d"], block: int | Int[Array, ""]) -> ModelCache:
         """Runs the clean tower on a finished block and caches its keys and values.
@@ -141,7 +157,7 @@ class Decoding(nn.Module):
         Returns:
           The cache with the block.
         """
-        plan, positions = sampling_plan(self.config.ablation_switches), self._block_positions(block)
+        plan, positions = sampling_plan(self.config.ablation_switches), self._block_positions(cache, block)
         if not plan.cache_clean_ar:
             return cache
         clean, kv = self.ar_layers.step("clean", clean, cache.ar, positions, block, cache.lengths)
@@ -161,8 +177,22 @@ class Decoding(nn.Module):
         """Returns the block's neighbors in finished blocks, or None."""
         if cache.finished_blocks is None:
             return None
-        return jax.lax.dynamic_slice_in_dim(self._neighbor_context(cache.finished_blocks), block, 1, axis=1)
+        order = cache.order
+        if order is not None and order.ndim == 2:
+            order = order[: len(cache.finished_blocks)]
+        context = neighbor_context(cache.finished_blocks, order, self.config.sizes)
+        return jax.lax.dynamic_slice_in_dim(context, block, 1, axis=1)
 
-    def _block_positions(self, block: int | Int[Array, ""]) -> RotaryTable:
-        """Returns the rotary table of one block, (1, s, h)."""
-        return RotaryTable(*(x[block][None] for x in self._image_positions()))
+    def _block_place(self, cache: ModelCache, block: int | Int[Array, ""], rows: int) -> Int[Array, "*rows 1"] | None:
+        """Returns the place of a block, (1,) or (rows, 1); None in raster order."""
+        if cache.order is None:
+            return None
+        order = cache.order if cache.order.ndim == 1 else cache.order[:rows]
+        return jax.lax.dynamic_slice_in_dim(order, block, 1, axis=-1)
+
+    def _block_positions(self, cache: ModelCache, block: int | Int[Array, ""]) -> RotaryTable:
+        """Returns the rotary table of one block, (1, s, h), or (rows, 1, s, h) if rows differ in their order."""
+        if cache.order is None:
+            return RotaryTable(*(x[block][None] for x in self._image_positions()))
+        places = jax.lax.dynamic_slice_in_dim(cache.order, block, 1, axis=-1)
+        return self._image_positions(places)

@@ -11,7 +11,7 @@ removes a stream, `plan` must know it as well.
 
 Dimensions:
   B: images (rows of a batch).
-  L: blocks of an image, in raster order.
+  L: blocks of an image, in the order of generation (`models.block_order`): raster by default.
   n: blocks in one call: 1 in sampling; in training L for each kind of block (clean, noisy) or
     output that shares the call.
   positions: latent positions of a block, flattened.
@@ -34,13 +34,16 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Num, PRNGKeyArray
 from ml_collections import ConfigDict
 
+from madformer_jax.config.block_orders import fixed_order
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import Sizes, derive_sizes, vocabulary_size
+from madformer_jax.models.block_order import Order
 from madformer_jax.models.decoding import Decoding
 from madformer_jax.models.layers import Params, dense
 from madformer_jax.models.plan import AblationSwitches, training_plan
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, UNetConfig, Upsampler
+from madformer_jax.models.unet_context import neighbor_context
 from madformer_jax.ops import rope
 from madformer_jax.ops.attention import api
 from madformer_jax.ops.attention.base import Attention
@@ -71,7 +74,8 @@ class ModelConfig:
     prediction_type: str
     # The block U-Net (section 3.1)
     unet: UNetConfig
-    unet_context: bool  # the U-Net also reads the positions left of and above each position
+    unet_context: bool  # the U-Net also reads finished blocks beside its own (`models.unet_context`)
+    block_order: str
     # The computation
     attention: Attention
     dtype: DTypeLike
@@ -82,6 +86,16 @@ class ModelConfig:
     def null_token(self) -> int:
         """Token for "no class" or "no caption" in a conditional model, the vocabulary's last."""
         return self.vocabulary - 1
+
+    @property
+    def default_order(self) -> np.ndarray | None:
+        """Order of the blocks (L,) where none is given; None for raster order.
+
+        A model of random order then generates in raster order. It still needs the places of the blocks.
+        """
+        if self.block_order == "raster":
+            return None
+        return fixed_order("raster" if self.block_order == "random" else self.block_order, self.sizes)
 
     @property
     def ablation_switches(self) -> AblationSwitches:
@@ -121,6 +135,13 @@ class MADFormer(Decoding):
             (config.sizes.tokens, config.width),
             jnp.float32,
         )
+        if config.block_order == "random":  # RoPE encodes relative places only
+            self.places = self.param(
+                "places",
+                nn.with_logical_partitioning(nn.initializers.normal(0.02), ("blocks", "embed")),
+                (config.sizes.blocks, config.width),
+                jnp.float32,
+            )
         towers = {
             name: "image" if config.shared_towers else name
             for name in ("clean", "pred")
@@ -157,6 +178,7 @@ class MADFormer(Decoding):
         *,
         clean_t: Num[Array, "B L"] | None = None,
         terms: tuple[str, ...] = LOSS_TERMS,
+        order: Order | None = None,
     ) -> ModelOutputs:
         """Computes the outputs that the loss terms need, for all blocks at once (section 3.4).
 
@@ -170,6 +192,8 @@ class MADFormer(Decoding):
           clean_t: Timestep of each clean block. By default t if `config.clean_timestep` is
             "noisy", and otherwise 0.
           terms: Requested terms of the loss, of `LOSS_TERMS`. Other outputs are not computed.
+          order: Place of each block of the arguments, (L,) or (B, L). By default
+            `config.default_order`.
 
         Returns:
           The outputs of the requested terms.
@@ -181,6 +205,7 @@ class MADFormer(Decoding):
         if self.is_initializing():  # creates all parameters, whatever the switch
             switches = switches._replace(ar_condition=True)
         plan = training_plan(terms, switches)
+        order = config.default_order if order is None else order
 
         # One downsampler pass for clean and noisy blocks halves the convolutions to compile.
         unet_inputs = {"clean": (z, clean_t), "noisy": (noisy, t)}
@@ -192,12 +217,13 @@ class MADFormer(Decoding):
             )
             context = None
             if config.unet_context:
-                context = jnp.tile(self._neighbor_context(z), (1, len(plan.downsampled), 1, 1))
+                context = jnp.tile(neighbor_context(z, order, config.sizes), (1, len(plan.downsampled), 1, 1))
             h, skips = self._downsample(latents, timesteps, context)
             embedded = dict(zip(plan.downsampled, jnp.split(h, len(plan.downsampled), axis=1), strict=True))
+            embedded = {name: self._add_places(x, order) for name, x in embedded.items()}
 
-        image = self._image_positions()
-        positions = {"clean": RotaryTable(*(x[: plan.clean_blocks] for x in image)), "pred": image}
+        image = self._image_positions(order)
+        positions = {"clean": RotaryTable(*(x[..., : plan.clean_blocks, :, :] for x in image)), "pred": image}
         if config.vocabulary:
             positions["text"] = self._text_positions()
         # The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
@@ -205,7 +231,9 @@ class MADFormer(Decoding):
         streams = Streams(
             text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
             clean=embedded["clean"][:, : plan.clean_blocks] if "clean" in plan.ar_inputs else None,
-            pred=jnp.concatenate([self._boi_tokens(len(z)), *previous], axis=1) if "pred" in plan.ar_inputs else None,
+            pred=self._add_places(jnp.concatenate([self._boi_tokens(len(z)), *previous], axis=1), order)
+            if "pred" in plan.ar_inputs
+            else None,
         )
         if plan.ar_inputs:
             streams = self.ar_layers(streams, positions, plan.ar_outputs, lengths)
@@ -249,7 +277,7 @@ class MADFormer(Decoding):
         Args:
           z: Latent blocks.
           t: Timesteps.
-          context: The neighbors of each position (`_neighbor_context`), or None without them.
+          context: The neighbors of each position (`unet_context.neighbor_context`), or None without them.
 
         Returns:
           Tokens and the skip states `(B * n, height, width, channels)`.
@@ -280,33 +308,26 @@ class MADFormer(Decoding):
         split = x.reshape(batch, len(names), self.config.sizes.blocks, *x.shape[1:])
         return jnp.concatenate([split[:, names.index(name)] for name in selected], axis=1).reshape(-1, *x.shape[1:])
 
-    def _neighbor_context(self, z: Float[Array, "B L positions C"]) -> Float[Array, "B L positions 2*C"]:
-        """Returns the values of other blocks left of and above each position.
-
-        The first column and row of each block get the adjacent values of the blocks left of and
-        above it. Both blocks come earlier in raster order. At all other positions, and at the
-        border of the image, the values are 0. This is not in the paper.
+    def _add_places(self, x: Float[Array, "B n s d"], places: Order | None) -> Float[Array, "B n s d"]:
+        """Adds the learned embedding of the place of each block, in a model of random order.
 
         Args:
-          z: All blocks of an image.
-
-        Returns:
-          The left neighbors, then those above.
+          x: Tokens.
+          places: Place of each block, (n,) or (B, n).
         """
-        sizes = self.config.sizes
-        blocks = z.reshape(len(z), sizes.grid, sizes.columns, sizes.block_side, sizes.block_width, sizes.channels)
-        left = jnp.zeros_like(blocks).at[:, :, 1:, :, 0].set(blocks[:, :, :-1, :, -1])
-        above = jnp.zeros_like(blocks).at[:, 1:, :, 0].set(blocks[:, :-1, :, -1])
-        return jnp.concatenate([left, above], axis=-1).reshape(*z.shape[:3], -1)
+        if self.config.block_order != "random" or places is None:
+            return x
+        return x + jnp.take(self.places, places, axis=0)[..., None, :].astype(x.dtype)
 
     def _boi_tokens(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
         """Returns the learned begin-of-image tokens."""
         return jnp.broadcast_to(self.boi.astype(self.config.dtype), (batch, 1, *self.boi.shape))
 
-    def _image_positions(self) -> RotaryTable:
-        """Returns the rotary table of the image tokens, (L, s, h)."""
+    def _image_positions(self, order: Order | None = None) -> RotaryTable:
+        """Returns the rotary table of the image tokens, (L, s, h), or (B, L, s, h) if images differ in their order."""
         sizes = self.config.sizes
-        return self._rotary_table(*rope.image_positions(sizes.grid, sizes.token_side, sizes.columns))
+        table = self._rotary_table(*rope.image_positions(sizes.grid, sizes.token_side, sizes.columns))
+        return table if order is None else RotaryTable(*(jnp.take(x, order, axis=0) for x in table))
 
     def _text_positions(self) -> RotaryTable:
         """Returns the rotary table of the text tokens, (T, h)."""

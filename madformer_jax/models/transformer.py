@@ -91,7 +91,7 @@ class Tower(nn.Module):
 
         Args:
           x: Hidden states. A row holds the tokens of one or more images.
-          position: Rotary table `(..., h)` of one image.
+          position: Rotary table `(..., h)` of one image, or `(B, L, s, h)` of each image.
           attention: Implementation that decides the layout in memory, or None for the default.
           queries: If False, computes keys and values only.
 
@@ -106,7 +106,7 @@ class Tower(nn.Module):
         def heads(projection: Float[Array, "rows S d"]) -> Float[Array, "rows *tokens H h"]:
             rows = projection.reshape(*x.shape[:2], self.heads, size)
             rows = attention.with_kernel_layout(rows) if attention else rows
-            return rows.reshape(len(x), -1, *position.cos.shape[1:-1], self.heads, size)
+            return rows.reshape(len(x), -1, *position.cos.shape[1:-1][-1:], self.heads, size)
 
         q = ProjectedQK(heads(self.query(y)), self.query_norm(), position) if queries else None
         return QKV(q, ProjectedQK(heads(self.key(y)), self.key_norm(), position), heads(self.value(y)))
@@ -177,12 +177,13 @@ class DecoderLayer(nn.Module):
           The streams that continue, and None, the second result that `nn.scan` requires.
         """
         inputs = streams.as_dict
-        images = {name: x.shape[1] // math.prod(positions[name].cos.shape[:-1]) for name, x in inputs.items()}
+        images = {name: x.shape[1] // math.prod(positions[name].cos.shape[-3:-1]) for name, x in inputs.items()}
 
         def project(name: str, x: Float[Array, "rows S d"]) -> QKV:
             attention = None if name == "text" else self.attention
             projected = self._qkv(name, x, positions[name], attention, name not in keys_only)
-            return apply_to_tree(projected) if name == "text" else projected
+            # The kernels apply a table of one image.
+            return apply_to_tree(projected) if name == "text" or positions[name].cos.ndim == 4 else projected
 
         qkv = {name: project(name, x) for name, x in inputs.items()}
         image_streams = [name for name in ("clean", "pred") if name in qkv and name not in keys_only]

@@ -8,6 +8,7 @@ to `build_page`.
 
 import contextlib
 import errno
+import functools
 import os
 import secrets
 import socket
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import class_labels, seeds, table
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.publishing import editor
 from madformer_jax.runtime import checkpoint
 from madformer_jax.sampling import generation, prompts, trained_model
 
@@ -167,6 +169,10 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
                         )
                     )
                     costs.append(gr.Markdown("nothing drawn yet"))
+
+        editable = next((model for model in models.values() if model.config.model.block_order == "random"), None)
+        if editable is not None:
+            editor.add_editor(gr, editable, condition, functools.partial(_condition_settings, first))
 
         def on_draw(chosen: Any, seed: float | None, every: str, *values: Any) -> Iterator[list[Any]]:
             sides = [values[i : i + 4] for i in (0, 4)]

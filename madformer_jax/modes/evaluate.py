@@ -197,7 +197,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 settings = aliases.first_names(json.loads(s.to_json()), "sample.")
                 settings |= {"noise": noise_digest, "labels": chosen}
                 network, sampled_params = trained.sampled(setting)
-                program = (s.solver, s.spacing, s.steps, s.guidance == 1.0)
+                program = (s.solver, s.spacing, s.steps, s.guidance == 1.0, s.block_order)
                 if program not in programs:
                     sample_fn = generation.make_sample_fn(setting, network, trained.codec.decode)
                     programs[program] = progress.log_compilation(sample_fn, f"the sampling program of {s.steps} steps")
@@ -217,6 +217,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                     metadata
                     | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS}
                     | prompt_metadata[s.prompts]
+                    | ({"block_order": s.block_order} if s.block_order else {})
                     | trained.protocol(setting),
                     size * -(-shards.MAX_BATCH // size),
                     functools.partial(map, functools.partial(_sample_and_extract, draw, judge)),

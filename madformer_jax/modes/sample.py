@@ -29,11 +29,12 @@ from tqdm import tqdm
 
 from madformer_jax.config import aliases, class_labels, seeds
 from madformer_jax.config import schema as config_lib
+from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checkpoint, partitioning, progress, storage
 from madformer_jax.runtime.preemption import interruptible
-from madformer_jax.sampling import codec, generation, prompts, solving, trained_model
+from madformer_jax.sampling import codec, editing, generation, prompts, solving, trained_model
 from madformer_jax.sampling.generation import SampleBatch
 from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights.fingerprint import fingerprint
@@ -59,6 +60,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     began, s = time.monotonic(), c.sample
     config_lib.validate(c)
+    picture = editing.read_picture(c)
     if s.film and jax.process_count() > 1:
         raise ConfigError(f"config.sample.film={s.film} is made by one process alone: start another sampling for it.")
     checkpoint.require(workdir)
@@ -69,6 +71,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     with partitioning.scope(mesh):
         codec_params = trained.load_codec_params()
         protocol = _protocol(c, step, fingerprint(params, mesh), fingerprint(codec_params, mesh)) | trained.protocol(c)
+        protocol |= editing.describe(picture)
         folder = epath.Path(workdir) / "samples" / _folder_name(c, protocol)
         missing = _missing_shards(c, folder)
         numbers = np.concatenate([_shard_image_numbers(c, k) for k in missing] or [np.arange(0)])
@@ -84,7 +87,13 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         sample_fn = progress.log_compilation(
             generation.make_sample_fn(c, network, trained.codec.decode), "the sampling program"
         )
-        batches = interruptible(generation.batches(c, sample_fn, sampled_params, codec_params, mesh, numbers))
+        conditions = generation.read_conditions(c)
+        if picture is not None:
+            kept = editing.encode(picture, trained.codec, codec_params, derive_sizes(c))
+            conditions = conditions._replace(kept=kept)
+        batches = interruptible(
+            generation.batches(c, sample_fn, sampled_params, codec_params, mesh, numbers, conditions=conditions)
+        )
         with storage.wrap_errors(f"{folder} cannot be written"):
             if jax.process_index() == 0:
                 storage.write_json(folder / "protocol.json", protocol | _class_names(c, names))
@@ -128,7 +137,7 @@ def _write_film(c: ConfigDict, path: epath.Path, model: trained_model.Model) -> 
     c.sample.n = min(c.sample.grid, c.sample.n)
     every = -(-c.model.blocks * c.sample.steps // MAX_FILM_FRAMES)
     captions, frames, scale = prompts.load(c), [], max(1, MIN_FILM_SIDE // c.data.image_size)
-    for i, frame in enumerate(model.stream_config(c, "step")):
+    for i, frame in enumerate(model.stream_config(c, "step", editing.read_picture(c))):
         if not i % every or frame.step == c.sample.steps:
             large = frame.images if captions else frame.images.repeat(scale, axis=1).repeat(scale, axis=2)
             grid = generation.tile_grid(prompts.add_caption_strips(large, captions))
@@ -162,14 +171,22 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
         "noise": noise,
         **{name: s[name] for name in sample_fields},
         "clip": s.clip_x0,
+        **({"block_order": s.block_order} if s.block_order else {}),
         "labels": class_labels.format_numbers(s.labels),
         **prompts.describe(c),
         "fingerprint": weights,
-        "model": aliases.first_names(json.loads(c.model.to_json()), "model."),
+        "model": _model_fields(c),
         **solving.path_protocol(c),
         "image": [c.data.image_size, c.data.image_size, c.data.channels],
         "codec": codec.describe(c, codec_weights),
     }
+
+
+def _model_fields(c: ConfigDict) -> dict[str, Any]:
+    """Returns the model's fields. Fields that earlier versions did not have are left out at their defaults."""
+    values = aliases.first_names(json.loads(c.model.to_json()), "model.")
+    added = {"block_order": "raster", "block_shape": "square"}
+    return {name: value for name, value in values.items() if name not in added or value != added[name]}
 
 
 def _class_names(c: ConfigDict, names: list[str]) -> dict[str, Any]:
@@ -189,7 +206,7 @@ def _folder_name(c: ConfigDict, protocol: dict[str, Any]) -> str:
     low, high = s.guidance_interval
     guidance = f"w{s.guidance:g}" + "linear" * (s.guidance_schedule == "linear")
     guidance += f"_t{low}-{high}" * ((low, high) != (0, 999))
-    guidance += "guide" * bool(s.guide)
+    guidance += "guide" * bool(s.guide) + "_edit" * bool(s.image)
     kind = f"{s.weights}{s.ema or ''}_{s.solver}_{s.spacing}{s.steps}_{guidance}"
     return f"step_{protocol['step']:06d}_{kind}_{origin}_n{s.n}_{digest}"
 

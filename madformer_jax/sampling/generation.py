@@ -33,7 +33,7 @@ from madformer_jax.models.inference_params import inference_params
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.runtime.memory import device_capacity
-from madformer_jax.sampling import codec, prompts, solving
+from madformer_jax.sampling import codec, editing, prompts, solving
 
 # ---- drawing
 
@@ -51,17 +51,16 @@ class Inputs(NamedTuple):
     seed: Any  # () uint32
     guidance: Any  # (evaluations,) float32; unused if `sample.guidance` is 1, which runs no second branch
     text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
+    kept: editing.KeptBlocks | None = None
 
 
 class SampleConditions(NamedTuple):
-    """Labels, noise and prompts of the `sample.n` images of a config.
-
-    Reading them can take minutes, so read them once for a config.
-    """
+    """Labels, noise, prompts and kept blocks of the images of a config. Read them once: it can take minutes."""
 
     labels: np.ndarray  # (n,) int32; 0 for a model without classes
     noise: np.ndarray | None  # (n, L, positions, C), memory-mapped; None for the noise of the seed
     texts: TokenizedTexts | None  # (n, T) and (n,); None for a model without captions
+    kept: editing.KeptBlocks | None = None  # None unless a picture is edited
 
 
 class SampleBatch(NamedTuple):
@@ -114,6 +113,7 @@ def make_sample_fn(
             tokens,
             lengths=lengths,
             keys=keys,
+            **editing.sampler_arguments(c, keys, inputs.kept),
             solver=settings.solver,
             spacing=settings.spacing,
             steps=settings.steps,
@@ -200,7 +200,7 @@ def batches(
         pixel is not finite (raised while iterating; the message names the image).
     """
     size, sharding = batch_size(c, mesh, max_batch), partitioning.batch_sharding(mesh)
-    labels, noise, texts = conditions or read_conditions(c)
+    labels, noise, texts, kept = conditions or read_conditions(c)
 
     def shard(x: np.ndarray) -> Array:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
@@ -210,6 +210,7 @@ def batches(
         batch_noise = None if noise is None else shard(np.asarray(noise[padded], np.float32))
         text = None if texts is None else TokenizedTexts(*(shard(x[padded]) for x in texts))
         inputs = make_inputs(c, shard(padded.astype(np.int32)), shard(labels[padded]), batch_noise, text)
+        inputs = inputs._replace(kept=kept and kept._replace(blocks=shard(kept.of_images(padded))))
         outputs = partitioning.to_host(sample_fn(params, codec_params, inputs), mesh)
         images, z, finite = (x[: len(chosen)] for x in outputs)
         if not finite.all():

@@ -127,7 +127,8 @@ class TrainedModel:
 
 # Fields that a guide must share with the model that it guides.
 _GUIDE_FIELDS = (
-    "model.blocks", "model.classes", "model.prediction_type", "model.clean_stream", "model.clean_timestep",
+    "model.blocks", "model.block_shape", "model.block_order", "model.classes", "model.prediction_type",
+    "model.clean_stream", "model.clean_timestep",
     "diffusion.path", "diffusion.shift", "text.vocabulary", "text.length", "text.caption", "codec",
     "data.image_size", "data.channels",
 )  # fmt: skip

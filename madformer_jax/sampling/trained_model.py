@@ -28,9 +28,10 @@ from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler, solvers
 from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError, first_line
+from madformer_jax.models import block_order
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import checkpoint, memory, numerics, partitioning, storage, stored_config
-from madformer_jax.sampling import codec, generation, prompts, solving
+from madformer_jax.sampling import codec, editing, generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
 
 
@@ -40,7 +41,8 @@ class Frame(NamedTuple):
     Attributes:
       images: uint8 (n, H, W, c): the finished blocks, an estimate of the current one, and gray for the
         others. For codec `external`, previews (see `Model.sample`).
-      block: Index of the current block, from 0.
+      block: Index of the current block in the order of generation, from 0. An edit starts at the first
+        block that it draws.
       step: Solver steps done in the current block, from 1.
       passes: Passes of an image so far. They count every layer that runs, and those of a guide.
       seconds: Seconds since the first frame was requested.
@@ -105,11 +107,15 @@ class Model:
         )
 
     @numerics.scoped
-    def sample(self, n: int | None = None, **settings: Any) -> np.ndarray:
+    def sample(self, n: int | None = None, image: Any = None, mask: Any = None, **settings: Any) -> np.ndarray:
         """Draws the images that --mode=sample draws with the same settings.
 
         Args:
-          n: Number of images. By default one for each label or prompt, or one.
+          n: Number of images. By default one for each label, prompt or picture, or one.
+          image: A picture to edit: a file, or uint8 pixels (H, W, c). Pixels (m, H, W, c) are m pictures,
+            which the images take in turn.
+          mask: The pixels of the picture to keep: an array (H, W) that is true or white there, a file that is
+            white there, or numbers of blocks. Blocks that are not kept as a whole are drawn (docs/sampling.md).
           settings: The settings below. The default of each is that of `config`.
 
             - seed: A whole number. The same seed and settings give the same images.
@@ -124,6 +130,7 @@ class Model:
             - guidance_schedule: "constant" or "linear".
             - guidance_interval: The lowest and the highest timestep with guidance.
             - clip_x0: Bound on the absolute values of the predicted x0; 0 is off.
+            - block_order: The order in which a model of random order draws the blocks.
             - noise: A .npy file of the initial noise (n, L, positions, C), in place of the seed's.
             - batch: Images drawn at once, which bounds the memory.
 
@@ -134,7 +141,7 @@ class Model:
         Raises:
           ConfigError: A setting is wrong, or a value is not finite.
         """
-        return self._draw(self._settings(n, settings), "images")
+        return self._draw(*self._edit_settings(n, image, mask, settings), "images")
 
     @numerics.scoped
     def sample_latents(self, n: int | None = None, **settings: Any) -> np.ndarray:
@@ -155,28 +162,39 @@ class Model:
             raise ConfigError(
                 f"config.codec.name={c.codec.name!r} decodes latents itself: use `sample`, not `sample_latents`."
             )
-        latents: np.ndarray = codec.external_scale(c).invert(self._draw(c, "latents"))
+        latents: np.ndarray = codec.external_scale(c).invert(self._draw(c, None, "latents"))
         return latents
 
-    def _draw(self, c: ConfigDict, field: str) -> np.ndarray:
-        """Draws the images of a config and returns a field of `generation.SampleBatch`."""
+    def _draw(self, c: ConfigDict, picture: editing.Picture | None, field: str) -> np.ndarray:
+        """Draws the images of a config or an edit and returns a field of `generation.SampleBatch`."""
         s = c.sample
         network, params = self._trained.sampled(c)
         sample_fn = self._program(
-            ("draw", s.solver, s.spacing, s.steps, s.clip_x0, s.guidance == 1.0),
+            ("draw", s.solver, s.spacing, s.steps, s.clip_x0, s.guidance == 1.0, s.block_order),
             lambda: generation.make_sample_fn(c, network, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
+            conditions = generation.read_conditions(c)._replace(kept=self._encode(picture))
             batches = generation.batches(
-                c, sample_fn, params, self._codec_params, self._mesh, range(s.n), max_batch=s.n
+                c, sample_fn, params, self._codec_params, self._mesh, range(s.n), max_batch=s.n, conditions=conditions
             )
             return np.concatenate([getattr(batch, field) for batch in batches])
 
-    def stream(self, n: int | None = None, every: str = "block", **settings: Any) -> Iterator[Frame]:
+    def _encode(self, picture: editing.Picture | None) -> editing.KeptBlocks | None:
+        """Encodes the kept blocks of a picture."""
+        if picture is None:
+            return None
+        return editing.encode(picture, self._codec, self._codec_params, derive_sizes(self.config))
+
+    def stream(
+        self, n: int | None = None, every: str = "block", image: Any = None, mask: Any = None, **settings: Any
+    ) -> Iterator[Frame]:
         """Yields images while they are drawn. The last frame has the images of `sample`.
 
         Args:
           n: See `sample`.
+          image: See `sample`.
+          mask: See `sample`.
           every: "block" yields a frame after each finished block, "step" after each solver step.
           settings: See `sample`. `batch` has no effect, since all images are drawn at once.
 
@@ -185,21 +203,23 @@ class Model:
         """
         if every not in ("block", "step"):
             raise ConfigError(f"every={every!r} must be 'block' or 'step'.")
-        return self.stream_config(self._settings(n, settings, ("every",)), every)
+        c, picture = self._edit_settings(n, image, mask, settings, ("every",))
+        return self.stream_config(c, every, picture)
 
-    def cost(self, steps: int | None = None, guidance: float | None = None) -> SamplingCost:
+    def cost(self, steps: int | None = None, guidance: float | None = None, kept: int = 0) -> SamplingCost:
         """Returns the cost of an image with the solver of `config`.
 
         Args:
           steps: Solver steps of a block; by default those of `config`.
           guidance: Guidance scale; by default that of `config`. All scales but 1 cost the same.
+          kept: Number of blocks that an edit keeps.
 
         Raises:
           ConfigError: A setting is wrong.
         """
         settings = {"steps": steps, "guidance": guidance}
         c = self._settings(1, {name: value for name, value in settings.items() if value is not None})
-        cost = flops.image_cost(c, self._guide_settings(c))
+        cost = flops.image_cost(c, self._guide_settings(c), kept)
         return SamplingCost(cost["passes"], cost["flops"], cost["nfe"])
 
     def _settings(self, n: int | None, settings: Mapping[str, Any], others: Sequence[str] = ()) -> ConfigDict:
@@ -245,6 +265,23 @@ class Model:
                 )
         return c
 
+    def _edit_settings(
+        self, n: int | None, image: Any, mask: Any, settings: Mapping[str, Any], others: Sequence[str] = ()
+    ) -> tuple[ConfigDict, editing.Picture | None]:
+        """Returns the config with the settings of a call, and the picture that it edits.
+
+        Raises:
+          ConfigError: See `_settings` and `editing.read_picture`. Or there are more pictures than images.
+        """
+        c = self._settings(n, settings, ("image", "mask", *others))
+        picture = editing.read_picture(c, image, mask)
+        count = 0 if picture is None else len(picture.images)
+        if n is None:
+            c.sample.n = max(c.sample.n, count)
+        elif count > c.sample.n:
+            raise ConfigError(f"image: there are {count} of them for n={n} images. Give at most {n}, or leave n out.")
+        return c, picture
+
     def _warn(self, c: ConfigDict) -> None:
         """Logs each probable mistake in the settings once."""
         for line in validation.sampling_warnings(c):
@@ -258,9 +295,9 @@ class Model:
             self._programs[key] = make()
         return self._programs[key]
 
-    def stream_config(self, c: ConfigDict, every: str) -> Iterator[Frame]:
-        """Yields the frames of `stream` for a whole validated config."""
-        frames = self._frames(c, every)
+    def stream_config(self, c: ConfigDict, every: str, picture: editing.Picture | None = None) -> Iterator[Frame]:
+        """Yields the frames of `stream` for a whole validated config and the picture that it edits."""
+        frames = self._frames(c, every, picture)
         # The numerics apply while a frame is computed, not in the caller's code between frames.
         next_frame = numerics.scoped(lambda: next(frames, None))
         while (frame := next_frame()) is not None:
@@ -281,7 +318,7 @@ class Model:
         guided = isinstance(network, GuidedPair) or flops.guidance_branches(c) == 2
         return c.sample.solver, guided, c.sample.clip_x0, sampler.clean_timestep(network, solving.coefficients(c))
 
-    def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
+    def _frames(self, c: ConfigDict, every: str, picture: editing.Picture | None) -> Iterator[Frame]:
         """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
         solver, coefficients = solvers.make(s.solver), solving.coefficients(c)
@@ -299,8 +336,16 @@ class Model:
         else:
             noise = jnp.asarray(file_noise, jnp.float32)
         classes = np.array(config_lib.sample_labels(c), np.int32)[:, None] if m.classes else None
-        z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.tokenize(c) or (classes, None)))
-        for block in range(sizes.blocks):
+        if (kept := self._encode(picture)) is not None:
+            kept = kept._replace(blocks=kept.of_images(np.arange(s.n)))
+        order, given = editing.sampler_arguments(c, keys, kept).values()
+        noise = block_order.to_ranks(noise, order)
+        z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.tokenize(c) or (classes, None)), order)
+        first = 0 if given is None else given.shape[1]
+        for block in range(first):
+            z = z.at[:, block].set(given[:, block])
+            cache, pred = cache_clean(cache, given[:, block : block + 1], None, block)
+        for block in range(first, sizes.blocks):
             c_i, cache = condition(cache, pred, block)
             state = solver.init(noise[:, block : block + 1])
             for i, row in enumerate(rows, 1):
@@ -309,13 +354,13 @@ class Model:
                 k = s.steps if i == len(rows) else k
                 if k == s.steps or (every == "step" and not rest):
                     current = state.x if k == s.steps else state.x0
-                    images, finite = jax.device_get(decode(z.at[:, block].set(current[:, 0])))
+                    images, finite = jax.device_get(decode(z.at[:, block].set(current[:, 0]), order))
                     if not finite:
                         raise ConfigError(
                             f"sampling gave values that are not finite in block {block + 1}: the weights may have diverged, or "
                             f"guidance={s.guidance} with clip_x0={s.clip_x0} is too strong."
                         )
-                    passes = sum(flops.model_passes_until(x, block, k) for x in costs)
+                    passes = sum(flops.model_passes_until(x, block, k, first) for x in costs)
                     yield Frame(images, block, k, passes, time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])
             if block + 1 < sizes.blocks:
@@ -352,8 +397,8 @@ class Model:
 
             return self._jitted(run, params)
 
-        def decode(codec_params: Any, z: Any) -> Any:
-            pixels = self._codec.decode(codec_params, codec.from_blocks(z, sizes))
+        def decode(codec_params: Any, z: Any, order: Any) -> Any:
+            pixels = self._codec.decode(codec_params, codec.from_blocks(block_order.to_places(z, order), sizes))
             return generation.to_uint8(pixels), jnp.isfinite(pixels).all()
 
         methods = ("begin", "condition", "step", "cache_clean")
@@ -377,7 +422,7 @@ class Model:
 
 
 _LOAD_FIELDS = ("step", "weights", "ema", "guide", "guide_step")  # choose the weights of a model
-_FILE_FIELDS = ("shard", "grid", "film")  # concern files that --mode=sample writes
+_FILE_FIELDS = ("shard", "grid", "film", "image", "keep")  # concern files that --mode=sample reads or writes
 
 # Convert the Python value of a setting to the text in its field.
 _ARGUMENT_CONVERTERS: dict[str, Callable[[Any], str]] = {

@@ -36,9 +36,9 @@ class ZeroModel:
     """A fake model that predicts no noise and records its arguments."""
 
     __class__ = MADFormer  # for the checks of types
-    config = SimpleNamespace(prediction_type="eps")
+    config = SimpleNamespace(prediction_type="eps", block_order="raster", default_order=None)
 
-    def apply(self, variables, z, noisy, t, tokens, lengths, *, terms, clean_t=None):
+    def apply(self, variables, z, noisy, t, tokens, lengths, *, terms, order, clean_t=None):
         self.terms, self.context, self.clean_t, self.noisy, self.t = terms, z, clean_t, noisy, t
         return ModelOutputs(jnp.zeros_like(z), None, None, None)
 
@@ -76,7 +76,8 @@ def test_context_noise_passes_its_timesteps_to_the_model():
 
 def test_flow_trains_on_its_path_and_its_velocity():
     z, key, model = jnp.full((50, 4, 30, 2), 0.5), jax.random.key(4), ZeroModel()
-    model.config, weights = SimpleNamespace(prediction_type="v"), losses.LossWeights(hidden=0.0)
+    model.config = SimpleNamespace(prediction_type="v", block_order="raster", default_order=None)
+    weights = losses.LossWeights(hidden=0.0)
     path = schedule.make("flow", "logit_normal", 3.0)
     loss, metrics = losses.training_loss(model, {}, z, None, key, weights, context_noise=300, schedule=path)
     u = (model.t + 0.5)[..., None, None] / 1000

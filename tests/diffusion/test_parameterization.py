@@ -18,13 +18,19 @@ class FakeModel:
     __class__ = MADFormer  # for the checks of types
 
     def __init__(self, prediction_type, path):
-        values = {"clean_stream": True, "clean_timestep": "zero", "null_token": 3, "unet_context": False}
+        values = {
+            "clean_stream": True,
+            "clean_timestep": "zero",
+            "null_token": 3,
+            "unet_context": False,
+            "default_order": None,
+        }
         self.config, self.path = SimpleNamespace(**values, prediction_type=prediction_type), path
 
     def apply(self, variables, *args, method):
         return getattr(self, method)(*args)
 
-    def empty_cache(self, batch):
+    def empty_cache(self, batch, order):
         return ModelCache(jnp.zeros((batch, 1, 1, 1)), None)
 
     def cache_text(self, cache, tokens, lengths):

@@ -18,6 +18,8 @@ def test_seam_score_counts_steps_at_borders():
     assert seams.seam_score(steps) == pytest.approx(3 / inside)
     across_rows = seams.border_and_interior_steps(profiles, (8, 12), rows=2, columns=1)
     np.testing.assert_allclose(across_rows[:, 0], 0)
+    np.testing.assert_allclose(seams.middle_steps(ramp, 1, 2, axis=1), [[1, 1], [5, 1]], rtol=1e-6)
+    np.testing.assert_allclose(seams.middle_steps(ramp, 2, 2, axis=0), 0)
     flat = seams.difference_profiles(ramp[:, :, :1].repeat(4, 2))
     assert seams.seam_score(seams.border_and_interior_steps(flat, (8, 4), 2, 2)) == 1
 

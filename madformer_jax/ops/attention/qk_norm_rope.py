@@ -24,7 +24,8 @@ class ProjectedQK(NamedTuple):
       x: Projection, `(B, L, s, H, h)` of an image stream or `(B, T, H, h)` of the text. If a row
         holds several images, the blocks of all of them are along L.
       scale: QK-norm scale.
-      position: Rotary table of one image, `(L, s, h)`, or of the text, `(T, h)`.
+      position: Rotary table of one image, `(L, s, h)`, of the text, `(T, h)`, or of each image,
+        `(images, L, s, h)`, which only `apply_to_tree` supports.
     """
 
     x: Float[Array, "B *tokens H h"]
@@ -50,6 +51,9 @@ def _apply_to_leaf(leaf: PyTree) -> PyTree:
         return leaf
     x, scale, position = leaf
     rows = x.reshape(len(x), -1, *x.shape[-2:])  # one token axis: on a TPU each further axis is a copy
+    if position.cos.ndim == 4:
+        table = RotaryTable(*(y.reshape(*rows.shape[:2], 1, -1) for y in position))
+        return apply_qk_norm_rope(rows, scale, table).reshape(x.shape)
     angles = (y.reshape(-1, y.shape[-1]) for y in position)
     tiled = RotaryTable(*(jnp.tile(y, (rows.shape[1] // len(y), 1))[:, None] for y in angles))
     return apply_qk_norm_rope(rows, scale, tiled).reshape(x.shape)

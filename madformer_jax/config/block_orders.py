@@ -1,0 +1,90 @@
+"""Named and explicit orders in which the blocks of an image are generated.
+
+An order lists the place of each block, its number in raster order: (3, 0, 1, 2) generates the last
+block first. `models.block_order` draws random orders and permutes arrays. `validation` checks the
+fields `model.block_order` and `sample.block_order`. Add a fixed order in `fixed_order` and to
+`BLOCK_ORDERS` in `config.choices`.
+"""
+
+import re
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from madformer_jax.config.choices import BLOCK_ORDERS
+from madformer_jax.config.shapes import Sizes, derive_sizes
+from madformer_jax.errors import ConfigError
+
+
+def fixed_order(name: str, sizes: Sizes) -> np.ndarray | None:
+    """Returns an order (L,) by its name or its list of places; None for "random".
+
+    `center_out` sorts the blocks by the distance of their centers from that of the image. Ties are
+    in raster order.
+    """
+    places = np.arange(sizes.blocks)
+    if name == "random":
+        return None
+    if name == "raster":
+        return places
+    if name == "reverse":
+        return places[::-1].copy()
+    if name == "center_out":
+        row, column = np.divmod(places, sizes.columns)
+        # Distances in half latent positions, which are whole numbers.
+        down = (2 * row + 1 - sizes.grid) * sizes.block_side
+        right = (2 * column + 1 - sizes.columns) * sizes.block_width
+        return np.argsort(down**2 + right**2, kind="stable")
+    return np.array([int(place) for place in name.split(",")])
+
+
+def sampling_order_name(c: ConfigDict) -> str:
+    """Returns the name or list of `sample.block_order`, by default that of the model."""
+    name: str = c.sample.block_order or c.model.block_order
+    return name
+
+
+def parse_places(field: str, text: str, blocks: int) -> list[int]:
+    """Returns the block numbers in a text such as "3,0,1".
+
+    Args:
+      field: The setting and its value, for the message.
+      text: The text.
+      blocks: L, the number of blocks.
+
+    Raises:
+      ConfigError: A number is not a block, or occurs twice.
+    """
+    places = [int(x) if re.fullmatch(r"\s*\d{1,9}\s*", x) else -1 for x in text.split(",")]
+    if wrong := [x for x, place in zip(text.split(","), places) if not 0 <= place < blocks]:
+        raise ConfigError(f"{field}: {wrong[0].strip()!r} is not a block: blocks have the numbers 0 to {blocks - 1}.")
+    if twice := {place for place in places if places.count(place) > 1}:
+        raise ConfigError(f"{field}: block {min(twice)} occurs twice.")
+    return places
+
+
+def check(c: ConfigDict) -> None:
+    """Checks the orders of the model and of sampling.
+
+    Raises:
+      ConfigError: `sample.block_order` is not an order, or the model was not trained with it.
+    """
+    name, trained = c.sample.block_order, c.model.block_order
+    if not name:
+        return
+    sizes = derive_sizes(c)
+    field = f"config.sample.block_order={name!r}"
+    if name not in BLOCK_ORDERS:
+        if not any(character.isdecimal() for character in name):
+            raise ConfigError(
+                f"{field} is unknown: one of {', '.join(BLOCK_ORDERS)}, or the {sizes.blocks} block numbers in any order."
+            )
+        places = parse_places(field, name, sizes.blocks)
+        if len(places) != sizes.blocks:
+            raise ConfigError(f"{field} has {len(places)} of {sizes.blocks} blocks: list each block once.")
+    own, asked = fixed_order(trained, sizes), fixed_order(name, sizes)
+    if own is not None and (asked is None or not np.array_equal(own, asked)):
+        raise ConfigError(
+            f"{field}: the model generates its blocks in the order config.model.block_order={trained!r} only. Train with "
+            "config.model.block_order=random for other orders."
+        )

@@ -1,0 +1,230 @@
+"""Editing: some blocks of a picture are kept and the others are drawn.
+
+The kept blocks are the first of the generation order. Sampling encodes them, caches them as clean
+blocks and draws the others (`sampler.sample`). A model of random order can keep any blocks. A model
+of fixed order can keep the first blocks of its order. `modes.sample` and `trained_model` call
+`read_picture` and `encode`. `generation` passes `sampler_arguments` to the sampler.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from etils import epath
+from jax import Array
+from ml_collections import ConfigDict
+
+from madformer_jax.config.block_orders import fixed_order, parse_places, sampling_order_name
+from madformer_jax.config.shapes import Sizes, derive_sizes
+from madformer_jax.data import pipeline, preprocess
+from madformer_jax.errors import ConfigError
+from madformer_jax.models import block_order
+from madformer_jax.runtime import storage
+from madformer_jax.sampling.codec import Codec, to_blocks
+
+_WHITE = 128  # smallest gray value that counts as white
+
+
+class Picture(NamedTuple):
+    """Pictures to edit, preprocessed as in training, and the places of the blocks to keep."""
+
+    images: np.ndarray  # (m, H, W, c) uint8
+    places: np.ndarray  # (K,) int32, in the order in which the blocks are cached
+
+
+class KeptBlocks(NamedTuple):
+    """Clean blocks that sampling keeps."""
+
+    places: Any  # (K,) int32
+    blocks: Any  # (m, K, positions, C) float32, of m pictures; in a batch of b images m = b
+
+    def of_images(self, numbers: np.ndarray) -> np.ndarray:
+        """Returns the blocks (b, K, positions, C) of images by their numbers. Images take the pictures in turn."""
+        blocks: np.ndarray = self.blocks[numbers % len(self.blocks)]
+        return blocks
+
+
+def read_picture(c: ConfigDict, image: Any = None, mask: Any = None) -> Picture | None:
+    """Reads the picture and the mask of an edit.
+
+    Args:
+      c: A validated config.
+      image: A file, or uint8 pixels (H, W, c) or (m, H, W, c). By default `sample.image`.
+      mask: A file, an array (H, W) that is true or white where pixels are kept, or block numbers. By
+        default `sample.keep`.
+
+    Returns:
+      The picture, or None if neither is given.
+
+    Raises:
+      ConfigError: A file cannot be read, a size is wrong, or the model cannot keep these blocks.
+    """
+    image, mask = c.sample.image if image is None else image, c.sample.keep if mask is None else mask
+    has_image, has_mask = (not isinstance(x, str) or bool(x) for x in (image, mask))
+    if not has_image and not has_mask:
+        return None
+    if not has_image or not has_mask:
+        missing, other = ("keep", "image") if has_image else ("image", "keep")
+        raise ConfigError(
+            f"config.sample.{other} needs config.sample.{missing}: an edit has a picture and a mask of what to keep."
+        )
+    _check_model(c)
+    images, file_size = _read_images(c, image)
+    return Picture(images, _check_places(c, _kept_places(c, mask, file_size)))
+
+
+def encode(picture: Picture, codec: Codec, codec_params: Any, sizes: Sizes) -> KeptBlocks:
+    """Encodes the kept blocks. The latents of a picture do not depend on the seed."""
+    z = jax.jit(codec.encode)(codec_params, {"image": picture.images}, jax.random.key(0))
+    return KeptBlocks(picture.places, np.asarray(to_blocks(z, sizes), np.float32)[:, picture.places])
+
+
+def sampler_arguments(c: ConfigDict, keys: Array, kept: KeptBlocks | None) -> dict[str, Any]:
+    """Returns the arguments `order` and `given` of `sampler.sample`.
+
+    Args:
+      c: The config.
+      keys: Random key of each image.
+      kept: The kept blocks of each image, which become the first of its order.
+    """
+    sizes = derive_sizes(c)
+    order = block_order.image_orders(sampling_order_name(c), sizes, keys)
+    if c.model.block_order == "random":
+        order = jnp.arange(sizes.blocks) if order is None else order
+        if kept is not None:  # a fixed order already begins with the kept blocks
+            order = block_order.kept_first(order, jnp.asarray(kept.places))
+    return {"order": order, "given": None if kept is None else kept.blocks}
+
+
+def describe(picture: Picture | None) -> dict[str, Any]:
+    """Returns the edit for a protocol; empty without one."""
+    if picture is None:
+        return {}
+    digest = hashlib.sha256(repr(picture.images.shape).encode() + picture.images.tobytes()).hexdigest()
+    return {"edit": {"image": digest, "keep": picture.places.tolist()}}
+
+
+def _check_model(c: ConfigDict) -> None:
+    if c.codec.name == "external":
+        raise ConfigError(
+            "config.sample.image needs a codec that encodes images: config.codec.name='external' does not."
+        )
+    if not c.model.clean_stream:
+        raise ConfigError(
+            "config.sample.image needs a model with config.model.clean_stream=True, which caches clean blocks."
+        )
+    if c.model.blocks == 1:
+        raise ConfigError(
+            "config.sample.image: a model with config.model.blocks=1 has no block to keep beside one to draw."
+        )
+
+
+def _check_places(c: ConfigDict, places: Sequence[int]) -> np.ndarray:
+    """Returns the places of kept blocks in the order in which they are cached.
+
+    Raises:
+      ConfigError: All blocks or none are kept, or the model does not generate the others after them.
+    """
+    sizes, count = derive_sizes(c), len(places)
+    if not 0 < count < sizes.blocks:
+        what = "all blocks, and none is left to draw" if count else "no block: a block is kept if all of it is white"
+        raise ConfigError(f"config.sample.keep keeps {what}. The image has {sizes.grid} x {sizes.columns} blocks.")
+    own = fixed_order(c.model.block_order, sizes)
+    if own is None:
+        return np.sort(np.array(places, np.int32))
+    if set(own[:count].tolist()) != set(places):
+        first = ",".join(map(str, own[: sizes.blocks - 1]))
+        raise ConfigError(
+            f"config.sample.keep keeps the blocks {','.join(map(str, sorted(places)))}, but the model's order "
+            f"config.model.block_order={c.model.block_order!r} allows only the beginning of {first}. Train with "
+            "config.model.block_order=random to keep any blocks."
+        )
+    return own[:count].astype(np.int32)
+
+
+def _read_images(c: ConfigDict, image: Any) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns preprocessed images (m, H, W, c), and the height and width of the file or array."""
+    preprocessor = pipeline.make_preprocessor(c)
+    if hasattr(image, "__array__"):
+        pixels = np.asarray(image)
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        pixels = pixels[None] if pixels.ndim == 3 else pixels
+        if (
+            pixels.dtype != np.uint8
+            or pixels.ndim != 4
+            or pixels.shape[-1] not in preprocess.CHANNELS
+            or not pixels.size
+        ):
+            raise ConfigError(
+                f"image has the shape {np.shape(image)} and the type {pixels.dtype}: it must be uint8 (H, W, c) or (m, H, W, c) "
+                "of 1 or 3 channels."
+            )
+        return preprocessor.process_batch(pixels), pixels.shape[1:3]
+    content = _read_file("image", image)
+    try:
+        return preprocessor.process(content)[None], preprocess.decoded_size(content, c.data.max_pixels)
+    except preprocess.CorruptImageError as error:
+        raise ConfigError(f"config.sample.image={image} cannot be decoded: {error}.") from None
+
+
+def _kept_places(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[int]:
+    """Returns the places of the blocks that a mask keeps.
+
+    Args:
+      c: The config.
+      mask: See `read_picture`.
+      file_size: Height and width of the picture's file, which a mask may have instead of the model's.
+    """
+    blocks = derive_sizes(c).blocks
+    if isinstance(mask, str) and re.fullmatch(r"[\d\s,]+", mask):
+        return parse_places(f"config.sample.keep={mask!r}", mask, blocks)
+    if hasattr(mask, "__array__") and np.ndim(mask) >= 2:
+        gray = np.asarray(mask)
+        gray = gray.astype(np.uint8) * 255 if gray.dtype == bool else gray
+        gray = gray[..., None] if gray.ndim == 2 else gray
+        if gray.dtype != np.uint8 or gray.ndim != 3 or gray.shape[-1] not in preprocess.CHANNELS:
+            raise ConfigError(
+                f"mask has the shape {np.shape(mask)} and the type {gray.dtype}: it must be bool or uint8 (H, W)."
+            )
+        return _white_blocks(c, gray, gray.shape[:2], file_size)
+    if isinstance(mask, Sequence | np.ndarray) and not isinstance(mask, str):
+        return parse_places(f"mask={list(mask)}", ",".join(map(str, mask)), blocks) if len(mask) else []
+    content = _read_file("keep", mask)
+    try:
+        return _white_blocks(c, content, preprocess.decoded_size(content, c.data.max_pixels), file_size)
+    except preprocess.CorruptImageError as error:
+        raise ConfigError(f"config.sample.keep={mask} cannot be decoded: {error}.") from None
+
+
+def _white_blocks(
+    c: ConfigDict, mask: bytes | np.ndarray, size: tuple[int, int], file_size: tuple[int, int]
+) -> list[int]:
+    """Returns the places of the blocks that are all white in a mask, which is cropped and resized as the picture.
+
+    Raises:
+      ConfigError: The mask has neither the model's size nor the size of the picture.
+    """
+    side, sizes = c.data.image_size, derive_sizes(c)
+    if size not in ((side, side), file_size):
+        allowed = " or ".join(f"{width} x {height}" for height, width in dict.fromkeys([(side, side), file_size]))
+        raise ConfigError(
+            f"config.sample.keep: the mask has {size[1]} x {size[0]} pixels: it must have {allowed}, as the picture."
+        )
+    gray = pipeline.make_preprocessor(c)._replace(channels=1).process(mask)[..., 0]
+    white = rearrange(gray >= _WHITE, "(i p) (j q) -> (i j) (p q)", i=sizes.grid, j=sizes.columns).all(axis=1)
+    places: list[int] = np.flatnonzero(white).tolist()
+    return places
+
+
+def _read_file(field: str, path: Any) -> bytes:
+    try:
+        with storage.wrap_errors(f"config.sample.{field}={path} cannot be read"):
+            content: bytes = storage.retry(epath.Path(path).read_bytes)
+            return content
+    except TypeError:
+        raise ConfigError(f"{field}={path!r} must be a file or an array.") from None
