@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from madformer_jax.config import block_steps, elastic_depth
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.diffusion import solvers
@@ -247,14 +248,22 @@ def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, f
 def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     """Returns the cost of one optimizer step of `train.batch` images.
 
-    The backward pass costs twice the forward pass, less the gradients of the data.
+    The backward pass costs twice the forward pass, less the gradients of the data. `train.own_context`
+    adds a forward pass without a backward pass, whatever the share. With
+    `train.elastic_depth` it is the mean over the depths that steps draw.
 
     Args:
       c: The config.
       encode: Whether the VAE encodes images in the step. False for cached latents.
     """
+    if c.train.elastic_depth:
+        depths = elastic_depth.trained_depths(c)
+        costs = (training_step(elastic_depth.with_depth(c, depth), encode=encode) for depth in depths)
+        return sum(costs, Cost()) * (1 / len(depths))
     cost, first = _forward_cost(c, None)
     cost = cost * 3 + Cost(unet=-first)
+    if c.train.own_context:
+        cost += forward_pass(c, ("image",))
     if encode and c.codec.name == "vae":
         cost += Cost(vae=vae_encode(c.data.image_size, _vae(c)))
     return cost * c.train.batch
@@ -267,13 +276,13 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
     the solver, and the decoder of the codec once. Both guidance branches run at every evaluation,
     also outside of `guidance_interval`.
     """
-    m, evaluations, stages = c.model, solver_evaluations(c), sampling_plan(ablation_switches(c))
+    m, stages, diffusion = c.model, sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)
     s, last = derive_sizes(c).tokens, c.model.blocks - 1
-    ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
+    ar, block_only = m.depth - diffusion, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
     if vocabulary_size(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
-    for block in range(m.blocks):
+    for block, evaluations in enumerate(block_evaluations(c)):
         # The clean tower and the downsampler run on a finished block if anything reads what they return.
         extend_ar, extend_diffusion = (
             block < last and x for x in (stages.cache_clean_ar, stages.cache_clean_diffusion)
@@ -289,11 +298,11 @@ def sampling(c: ConfigDict, n: int = 1) -> Cost:
         cost += Cost(ar_layers=towers, attention=scores)
         # The diffusion layers: every evaluation, then the finished block. The last layer computes only
         # the keys and values of the latter.
-        towers = evaluations * m.diffusion_depth * _layer_matmuls(c, s)
-        scores = evaluations * m.diffusion_depth * _block_attention(c, block, block_only)
+        towers = evaluations * diffusion * _layer_matmuls(c, s)
+        scores = evaluations * diffusion * _block_attention(c, block, block_only)
         if extend_diffusion:
-            towers += (m.diffusion_depth - 1) * _layer_matmuls(c, s) + _layer_matmuls(c, s, True)
-            scores += (m.diffusion_depth - 1) * _block_attention(c, block, False)
+            towers += (diffusion - 1) * _layer_matmuls(c, s) + _layer_matmuls(c, s, True)
+            scores += (diffusion - 1) * _block_attention(c, block, False)
         cost += Cost(diffusion_layers=towers, attention=scores, unet=evaluations * _upsampler(c)[0])
         unguided += Cost(unet=(evaluations + embedded) * _downsampler(c)[0])
     if c.codec.name == "vae":
@@ -311,19 +320,20 @@ def guidance_branches(c: ConfigDict) -> int:
     return 2 if vocabulary_size(c) and c.sample.guidance != 1.0 and not c.sample.guide else 1
 
 
-def solver_evaluations(c: ConfigDict) -> int:
-    """Returns the evaluations of the network in the solver steps of a block, in each guidance branch."""
-    return solvers.make(c.sample.solver).evaluations(c.sample.steps)
+def block_evaluations(c: ConfigDict) -> tuple[int, ...]:
+    """Returns the evaluations of the network in the solver steps of each block, in each guidance branch."""
+    return tuple(map(solvers.make(c.sample.solver).evaluations, block_steps.steps_of_blocks(c)))
 
 
 def nfe(c: ConfigDict) -> float:
     """Returns the paper's NFE of an image (section 1).
 
-    It is (N - D) / N + evaluations D / N for each guidance branch. The formula ignores the clean tower
-    and the ablation switches. `model_passes` counts all layers that run.
+    It is (N - D) / N + evaluations D / N for each guidance branch, with the mean evaluations of a block.
+    The formula ignores the clean tower and the ablation switches. `model_passes` counts all layers that
+    run.
     """
-    m = c.model
-    return guidance_branches(c) * (m.depth - m.diffusion_depth + solver_evaluations(c) * m.diffusion_depth) / m.depth
+    m, evaluations, diffusion = c.model, sum(block_evaluations(c)) / c.model.blocks, elastic_depth.sampled_depth(c)
+    return guidance_branches(c) * (m.depth - diffusion + evaluations * diffusion) / m.depth
 
 
 class LayerCalls(NamedTuple):
@@ -339,10 +349,10 @@ def layer_calls(c: ConfigDict) -> LayerCalls:
 
     A layer of which only keys and values are used counts as a whole one.
     """
-    m, stages = c.model, sampling_plan(ablation_switches(c))
-    ar = m.depth - m.diffusion_depth
-    extension = stages.cache_clean_ar * ar + stages.cache_clean_diffusion * m.diffusion_depth
-    return LayerCalls(stages.condition * ar, m.diffusion_depth, extension)
+    stages, diffusion = sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)
+    ar = c.model.depth - diffusion
+    extension = stages.cache_clean_ar * ar + stages.cache_clean_diffusion * diffusion
+    return LayerCalls(stages.condition * ar, diffusion, extension)
 
 
 def model_passes(c: ConfigDict) -> float:
@@ -350,7 +360,7 @@ def model_passes(c: ConfigDict) -> float:
 
     The text runs through the layers once, before the first block. It counts in FLOPs only.
     """
-    return model_passes_until(c, c.model.blocks - 1, c.sample.steps)
+    return model_passes_until(c, c.model.blocks - 1, block_steps.steps_of_blocks(c)[-1])
 
 
 def model_passes_until(c: ConfigDict, block: int, step: int) -> float:
@@ -361,9 +371,9 @@ def model_passes_until(c: ConfigDict, block: int, step: int) -> float:
       block: Index of the block, from 0.
       step: Number of the solver step, from 1.
     """
-    m, calls, evaluations = c.model, layer_calls(c), solver_evaluations(c)
-    done = min(step * solvers.make(c.sample.solver).evaluations_per_step, evaluations)
-    layers = (block + 1) * calls.condition + (block * evaluations + done) * calls.evaluation + block * calls.extension
+    m, calls, evaluations = c.model, layer_calls(c), block_evaluations(c)
+    done = min(step * solvers.make(c.sample.solver).evaluations_per_step, evaluations[block]) + sum(evaluations[:block])
+    layers = (block + 1) * calls.condition + done * calls.evaluation + block * calls.extension
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from madformer_jax.diffusion import parameterization, solvers
+from madformer_jax.diffusion import block_tables, parameterization, solvers
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.autoguidance import GuidedPair, PairCache
 from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
@@ -40,7 +40,7 @@ class BlockSteps(NamedTuple):
     solver: Solver
     guided: bool
     clip_x0: float  # bound of the clean estimate; 0 for none
-    clean_timestep: int | float  # timestep of finished blocks, see the function `clean_timestep`
+    clean_timestep: int | float | Array  # timestep of finished blocks, see the function `clean_timestep`
 
     def begin(
         self,
@@ -136,13 +136,15 @@ class BlockSteps(NamedTuple):
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
-def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int | float:
+def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int | float | Array:
     """Returns the timestep with which finished blocks are embedded.
 
     It is that of the last evaluation if `model.config.clean_timestep` is "noisy", and otherwise 0.
     """
-    timestep: int | float = coefficients.level.t[-1].item()
-    return timestep if model.config.clean_timestep == "noisy" else 0
+    if model.config.clean_timestep != "noisy":
+        return 0
+    timestep: Any = coefficients.level.t[-1]
+    return timestep if isinstance(timestep, Array) else timestep.item()
 
 
 def _step_noise(keys: Array | None, block: int | Array, index: Any, shape: tuple[int, ...]) -> Array:
@@ -170,7 +172,7 @@ def sample(
     *,
     solver: str,
     spacing: str,
-    steps: int,
+    steps: int | tuple[int, ...],
     schedule: Schedule = schedules.DEFAULT,
     guidance: float | np.ndarray | Array = 1.0,
     clip_x0: float = 0.0,
@@ -190,12 +192,13 @@ def sample(
       keys: Random key of each image, `(B,)`. Stochastic solvers need them.
       solver: A name of `choices.SOLVERS`.
       spacing: See `Schedule.solver_timesteps`.
-      steps: Number of solver steps of each block.
+      steps: Number of solver steps of each block, or one number per block.
       schedule: The noise path.
       guidance: Scale w of classifier-free guidance, or one scale per evaluation `(evaluations,)`,
-        see `guidance.guidance_scales`. The output is unconditional + w (conditional - unconditional),
-        for eps, v and x0 alike. The Python number 1 skips the unconditional rows. An array never
-        skips them, because the program does not know its values.
+        see `guidance.guidance_scales`. `(L, evaluations)` if blocks differ in steps, with padding.
+        The output is unconditional + w (conditional - unconditional), for eps, v and x0 alike. The
+        Python number 1 skips the unconditional rows. An array never skips them, because the program
+        does not know its values.
       clip_x0: Bound of the predicted clean latent; 0 for none.
       unroll: Compiles one copy of the program per block and solver step in place of loops, to count
         its cost.
@@ -204,15 +207,19 @@ def sample(
       Latent blocks `(B, L, positions, C)`.
     """
     method = solvers.make(solver)
-    coefficients = method.coefficients(schedule, spacing, steps)
-    evaluations = method.evaluations(steps)
     blocks = noise.shape[1]
+    by_block = not isinstance(steps, int)
+    tables = block_tables.make(method, schedule, spacing, steps if isinstance(steps, tuple) else (steps,))
+    evaluations = int(tables.evaluations.max())
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
-    block_steps = BlockSteps(model, params, method, guided, clip_x0, clean_timestep(model, coefficients))
+    first = BlockSteps(model, params, method, guided, clip_x0, clean_timestep(model, tables.block(0)))
 
     def sample_block(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], Array]:
         cache, pred = carry
+        table = block if by_block else 0
+        coefficients, last = tables.block(table), tables.last(table)
+        block_steps = first._replace(clean_timestep=clean_timestep(model, coefficients))
         condition, cache = block_steps.condition(cache, pred, block)
 
         def evaluate(
@@ -221,13 +228,23 @@ def sample(
             row, w = row_and_scale
             return block_steps.step(cache, condition, state, row, w, block, keys)[0], None
 
-        scales = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (evaluations,))
+        scales = jnp.asarray(guidance, jnp.float32)
+        if by_block:
+            scales = jnp.broadcast_to(scales, (blocks, evaluations))[block, : len(coefficients.index)]
+        scales = jnp.broadcast_to(scales, coefficients.index.shape)
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
         state = method.init(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
         # The last evaluation is outside the scan because `cache_clean` may need its keys and values.
-        first_rows = jax.tree.map(lambda r: r[:-1], rows)
-        state, _ = jax.lax.scan(evaluate, state, first_rows, unroll=evaluations if unroll else 1)
-        last_row, w = jax.tree.map(lambda r: r[-1], rows)
+        if isinstance(last, int):
+            first_rows = jax.tree.map(lambda r: r[:-1], rows)
+            state, _ = jax.lax.scan(evaluate, state, first_rows, unroll=evaluations if unroll else 1)
+        else:
+
+            def evaluate_row(k: Array, state: solvers.SolverState) -> solvers.SolverState:
+                return evaluate(state, jax.tree.map(lambda r: r[k], rows))[0]
+
+            state = jax.lax.fori_loop(0, last, evaluate_row, state)
+        last_row, w = jax.tree.map(lambda r: r[last], rows)
         state, kv = block_steps.step(cache, condition, state, last_row, w, block, keys)
         z = state.x
 
@@ -238,7 +255,7 @@ def sample(
             return (cache_clean(cache, pred) if block + 1 < blocks else carry), z
         return jax.lax.cond(block + 1 < blocks, cache_clean, lambda *same: same, cache, pred), z
 
-    carry = block_steps.begin(noise, tokens, lengths)
+    carry = first.begin(noise, tokens, lengths)
     if blocks == 1 or unroll:
         finished = []
         for block in range(blocks):

@@ -25,6 +25,8 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "solver": (str, "str"),
     "spacing": (str, "str"),
     "steps": (int, "int"),
+    "steps_by_block": (str, "str"),
+    "diffusion_depth": (int, "int"),
     "guidance": (float, "float"),
     "guidance_schedule": (str, "str"),
     "guidance_interval": (_parse_interval, "low:high"),

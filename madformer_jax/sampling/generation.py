@@ -49,7 +49,9 @@ class Inputs(NamedTuple):
     labels: Any  # (b,) int32; 0 for a model without classes
     noise: Array | None  # (b, L, positions, C), or None for the noise of the seed
     seed: Any  # () uint32
-    guidance: Any  # (evaluations,) float32; unused if `sample.guidance` is 1, which runs no second branch
+    guidance: (
+        Any  # float32, see `solving.guidance_scales`; unused if `sample.guidance` is 1, which runs no second branch
+    )
     text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
 
 
@@ -116,7 +118,7 @@ def make_sample_fn(
             keys=keys,
             solver=settings.solver,
             spacing=settings.spacing,
-            steps=settings.steps,
+            steps=solving.solver_steps(c),
             schedule=path,
             guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
             clip_x0=settings.clip_x0,

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import aliases, class_labels, fields, seeds, validation
+from madformer_jax.config import aliases, block_steps, class_labels, fields, seeds, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
@@ -118,6 +118,8 @@ class Model:
             - prompts: Texts, which the images take in turn. None of them names a file or a split.
             - solver: "ddim", "dpmpp_2m", "euler", "heun" or "ancestral" (docs/sampling.md).
             - steps: Solver steps of a block.
+            - steps_by_block: "constant", or steps of each block, as in "16,8,8,4" or "linear:1.5x:0.5x".
+            - diffusion_depth: D, if the model was trained with several (`train.elastic_depth`); 0 is its own.
             - spacing: "trailing", or on the path `ddpm` also "leading" or "linspace".
             - guidance: Guidance scale; 1 is off. If `load` was given a guide, the guide takes the place of
               the null label.
@@ -163,7 +165,7 @@ class Model:
         s = c.sample
         network, params = self._trained.sampled(c)
         sample_fn = self._program(
-            ("draw", s.solver, s.spacing, s.steps, s.clip_x0, s.guidance == 1.0),
+            ("draw", s.solver, s.spacing, solving.solver_steps(c), s.diffusion_depth, s.clip_x0, s.guidance == 1.0),
             lambda: generation.make_sample_fn(c, network, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
@@ -187,17 +189,27 @@ class Model:
             raise ConfigError(f"every={every!r} must be 'block' or 'step'.")
         return self.stream_config(self._settings(n, settings, ("every",)), every)
 
-    def cost(self, steps: int | None = None, guidance: float | None = None) -> SamplingCost:
+    def cost(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        steps_by_block: str | None = None,
+        diffusion_depth: int | None = None,
+    ) -> SamplingCost:
         """Returns the cost of an image with the solver of `config`.
 
         Args:
           steps: Solver steps of a block; by default those of `config`.
           guidance: Guidance scale; by default that of `config`. All scales but 1 cost the same.
+          steps_by_block: Steps of each block; by default those of `config`.
+          diffusion_depth: D; by default that of `config`.
 
         Raises:
           ConfigError: A setting is wrong.
         """
-        settings = {"steps": steps, "guidance": guidance}
+        settings = {
+            "steps": steps, "guidance": guidance, "steps_by_block": steps_by_block, "diffusion_depth": diffusion_depth,
+        }  # fmt: skip
         c = self._settings(1, {name: value for name, value in settings.items() if value is not None})
         cost = flops.image_cost(c, self._guide_settings(c))
         return SamplingCost(cost["passes"], cost["flops"], cost["nfe"])
@@ -273,25 +285,31 @@ class Model:
           ConfigError: A setting is wrong.
         """
         c = self._settings(n, settings)
-        return ("blocks", c.sample.n, *self._static_settings(c)) in self._programs
+        return ("blocks", c.sample.n, c.sample.diffusion_depth, *self._static_settings(c, 0)) in self._programs
 
-    def _static_settings(self, c: ConfigDict) -> tuple[Any, ...]:
-        """Returns the settings that are compiled into the programs of `stream`."""
+    def _static_settings(self, c: ConfigDict, block: int) -> tuple[Any, ...]:
+        """Returns the settings that are compiled into the programs of `stream` for a block."""
         network, _ = self._trained.sampled(c)
         guided = isinstance(network, GuidedPair) or flops.guidance_branches(c) == 2
-        return c.sample.solver, guided, c.sample.clip_x0, sampler.clean_timestep(network, solving.coefficients(c))
+        return (
+            c.sample.solver,
+            guided,
+            c.sample.clip_x0,
+            sampler.clean_timestep(network, solving.coefficients(c, block)),
+        )
 
     def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
         """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
-        solver, coefficients = solvers.make(s.solver), solving.coefficients(c)
+        solver, steps_of_blocks = solvers.make(s.solver), block_steps.steps_of_blocks(c)
         network, params = self._trained.sampled(c)
-        static = self._static_settings(c)
-        begin, condition, step, cache_clean, decode = self._program(
-            ("blocks", s.n, *static), lambda: self._block_programs(network, params, *static)
-        )
+
+        def programs(block: int) -> Any:
+            static = self._static_settings(c, block)
+            key = ("blocks", s.n, s.diffusion_depth, *static)
+            return self._program(key, lambda: self._block_programs(network, params, *static))
+
         costs = [x for x in (c, self._guide_settings(c)) if x is not None]
-        rows = list(zip(solvers.evaluation_rows(coefficients), solving.guidance_scales(c)))
         keys = generation.image_keys(np.uint32(seeds.of(c, "sample")), jnp.arange(s.n, dtype=jnp.int32))
         file_noise = generation.open_noise(c)
         if file_noise is None:
@@ -299,16 +317,19 @@ class Model:
         else:
             noise = jnp.asarray(file_noise, jnp.float32)
         classes = np.array(config_lib.sample_labels(c), np.int32)[:, None] if m.classes else None
-        z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.tokenize(c) or (classes, None)))
-        for block in range(sizes.blocks):
+        z, (cache, pred) = jnp.zeros_like(noise), programs(0)[0](noise, *(prompts.tokenize(c) or (classes, None)))
+        for block, steps in enumerate(steps_of_blocks):
+            _, condition, step, cache_clean, decode = programs(block)
+            coefficients = solvers.evaluation_rows(solving.coefficients(c, block))
+            rows = list(zip(coefficients, solving.block_guidance_scales(c, block)))
             c_i, cache = condition(cache, pred, block)
             state = solver.init(noise[:, block : block + 1])
             for i, row in enumerate(rows, 1):
                 state, own_kv = step(cache, c_i, state, *row, block, keys)
                 k, rest = divmod(i, solver.evaluations_per_step)
-                k = s.steps if i == len(rows) else k
-                if k == s.steps or (every == "step" and not rest):
-                    current = state.x if k == s.steps else state.x0
+                k = steps if i == len(rows) else k
+                if k == steps or (every == "step" and not rest):
+                    current = state.x if k == steps else state.x0
                     images, finite = jax.device_get(decode(z.at[:, block].set(current[:, 0])))
                     if not finite:
                         raise ConfigError(
@@ -326,7 +347,7 @@ class Model:
         if self._guide_config is None or c.sample.guidance == 1.0:
             return None
         guide = self._guide_config.copy_and_resolve_references()
-        for name in ("solver", "spacing", "steps"):
+        for name in ("solver", "spacing", "steps", "steps_by_block"):
             guide.sample[name] = c.sample[name]
         return guide
 
@@ -344,7 +365,10 @@ class Model:
           static: The fields of `sampler.BlockSteps` after the solver.
         """
         sizes = derive_sizes(self.config)
-        params = self._program(("inference params", type(network)), lambda: self._inference_params(network, params))
+        params = self._program(
+            ("inference params", type(network), network.config.diffusion_depth),
+            lambda: self._inference_params(network, params),
+        )
 
         def block_program(name: str) -> Any:
             def run(params: Any, *args: Any) -> Any:

@@ -1,0 +1,90 @@
+"""One set of parameters at several D: the same numbers as a model that was built with that D."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from madformer_jax.config import elastic_depth, schema
+from madformer_jax.cost import flops
+from madformer_jax.diffusion import sampler, schedule
+from madformer_jax.errors import ConfigError
+from madformer_jax.models import layer_split
+from madformer_jax.models.inference_params import inference_params
+from madformer_jax.training import elastic_step
+from tests.diffusion.test_sampler import ONE_STAGE, without_cache
+from tests.small import random_params, small, small_config
+
+
+def test_a_split_keeps_the_order_of_the_layers():
+    model, params = small()
+    assert layer_split.fit(model, params) is params
+    fit = params
+    for depth in (4, 1, 3, 2):
+        fit = layer_split.fit(layer_split.with_depth(model, depth), fit)
+        expected = jax.tree.map(jnp.shape, random_params(layer_split.with_depth(model, depth)))
+        assert jax.tree.map(jnp.shape, fit) == expected
+    assert jax.tree.all(jax.tree.map(lambda x, y: (np.asarray(x) == y).all(), fit, params))
+    whole = layer_split.fit(layer_split.with_depth(model, 4), params)["diffusion_layers"]
+    gate = whole["body"]["tower_pred"]["gate"]["kernel"]
+    stored = [params[stage][part]["tower_pred"]["gate"]["kernel"] for stage, part in (
+        ("ar_layers", "body"), ("ar_layers", "last"), ("diffusion_layers", "body"))]  # fmt: skip
+    np.testing.assert_array_equal(gate, [stored[0][0], stored[1], stored[2][0]])
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_cached_sampling_at_another_depth_equals_full_recomputation(depth):
+    """The stored split is D = 2."""
+    own, params = small(depth=3, classes=3, **ONE_STAGE)
+    model = layer_split.with_depth(own, depth)
+    noise = np.random.default_rng(2).standard_normal((2, *model.config.sizes.block_shape), np.float32)
+    tokens = np.array([[2], [0]])
+    settings = {"solver": "ddim", "spacing": "trailing", "steps": 2}
+
+    @jax.jit
+    def draw(params, noise, tokens):
+        return sampler.sample(model, inference_params(model, params, 0), noise, tokens, guidance=2.0, **settings)
+
+    cached = np.asarray(draw(params, noise, tokens))
+    fit = layer_split.fit(model, params)
+    expected = without_cache(model, fit, noise, tokens, None, None, path=schedule.DEFAULT, guidance=2.0, **settings)
+    error, size = (np.linalg.norm(x, axis=(2, 3)) for x in (cached - expected, expected))
+    assert (error < 2e-5 * size).all()
+
+
+def test_costs_follow_the_depth_of_sampling_and_the_mean_depth_of_training():
+    c = small_config()
+    c.train.elastic_depth = True
+    schema.validate(c)
+    fixed = [elastic_depth.with_depth(c, depth) for depth in (1, 2, 4)]
+    expected = np.mean([flops.training_step(x).total for x in fixed])
+    assert flops.training_step(c).total == pytest.approx(expected)
+    for c.sample.diffusion_depth, x in zip((1, 2, 4), fixed):
+        assert flops.image_cost(c) == flops.image_cost(x)
+
+
+def test_each_step_draws_a_depth_from_its_number():
+    draws = [elastic_step.draw_depth((1, 2, 4), 3, step) for step in range(300)]
+    assert draws[7:] == [elastic_step.draw_depth((1, 2, 4), 3, step) for step in range(7, 300)]
+    assert {depth: draws.count(depth) > 70 for depth in draws} == {1: True, 2: True, 4: True}
+    drawn = elastic_step._drawn_depths((1, 2, 4), 3, 5)
+    assert [next(drawn) for _ in range(20)] == draws[5:25]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample.diffusion_depth": 1}, "trained with D = 2 only. Use one of them or 0, or train with"),
+        (
+            {"train.elastic_depth": True, "sample.diffusion_depth": 3},
+            "trained with D = 1, 2, 4 only. Use one of them or 0.",
+        ),
+        ({"train.elastic_depth": True, "train.elastic_depths": (1, 4)}, "model.diffusion_depth=2 is not in"),
+        ({"train.elastic_depth": True, "train.elastic_depths": (2, 5)}, "each from 1 to config.model.depth=4"),
+    ],
+)
+def test_a_depth_that_was_not_trained_is_refused(changes, message):
+    c = small_config()
+    c.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=message):
+        schema.validate(c)
