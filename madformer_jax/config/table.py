@@ -268,6 +268,9 @@ SECTIONS: dict[str, Section] = {
             choices=("", "webp")),
         solver=Field("dpmpp_2m", "solver of the reverse process (docs/sampling.md)", RESUME, choices=tuple(SOLVERS)),
         diffusion_depth=Field(0, "D of sampling, one of train.elastic_depths; 0: model.diffusion_depth", RESUME, low=0),
+        context_noise=Field(
+            0, "timestep of noise on finished blocks before later blocks read them, at most train.context_noise; 0: no noise",
+            RESUME, low=0, high=999),
         spacing=Field(
             "trailing", "spacing of the timesteps; leading and linspace: ddpm only", RESUME,
             choices=("trailing", "leading", "linspace")),

@@ -105,6 +105,11 @@ def check(c: ConfigDict) -> None:
             f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model needs "
             "the timestep of its context."
         )
+    if c.sample.context_noise > c.train.context_noise:
+        raise ConfigError(
+            f"config.sample.context_noise={c.sample.context_noise} is more than the model has trained with: use at most "
+            f"config.train.context_noise={c.train.context_noise}."
+        )
     if not any(c.loss[term] for term in LOSS_TERMS):
         raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
     if c.train.batch % c.train.accumulate:
@@ -208,7 +213,9 @@ def _check_sampling(c: ConfigDict) -> None:
             f"config.sample.steps={s.steps} is out of range: it must be from 1 to {max_solver_steps(c)} for "
             f"config.diffusion.path={d.path!r}."
         )
-    steps_of_blocks = block_steps.steps_of_blocks(c)
+    if s.steps_by_block != block_steps.CONSTANT:
+        derive_sizes(c)  # a wrong number of blocks is the error to show
+    steps_of_blocks = {s.steps} if s.steps_by_block == block_steps.CONSTANT else set(block_steps.steps_of_blocks(c))
     if max(steps_of_blocks) > max_solver_steps(c):
         raise ConfigError(
             f"config.sample.steps_by_block={s.steps_by_block!r} with config.sample.steps={s.steps} gives a block "

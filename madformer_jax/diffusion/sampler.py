@@ -28,6 +28,9 @@ Tokens = Float[Array, "rows 1 s _"]
 Stream = Tokens | tuple[Tokens, Tokens]  # of a model, or of a model and its guide
 
 
+_CONTEXT_INDEX = 2**31 - 1  # in place of the number of an evaluation, for the key of noise on the context
+
+
 class BlockSteps(NamedTuple):
     """The steps of sampling one block, each a pure function.
 
@@ -41,6 +44,7 @@ class BlockSteps(NamedTuple):
     guided: bool
     clip_x0: float  # bound of the clean estimate; 0 for none
     clean_timestep: int | float | Array  # timestep of finished blocks, see the function `clean_timestep`
+    context_level: NoiseLevel | None = None  # noise on finished blocks that later blocks read; None for none
 
     def begin(
         self,
@@ -105,7 +109,9 @@ class BlockSteps(NamedTuple):
 
         return self.solver.step(denoise, state, row, normal)
 
-    def cache_clean(self, cache: Cache, z: Array, kv: Any, block: int | Array) -> tuple[Cache, Stream]:
+    def cache_clean(
+        self, cache: Cache, z: Array, kv: Any, block: int | Array, keys: Array | None = None
+    ) -> tuple[Cache, Stream]:
         """Adds a finished block to the cache.
 
         Args:
@@ -113,10 +119,14 @@ class BlockSteps(NamedTuple):
           z: The finished latent block `(B, 1, positions, C)`.
           kv: Keys and values of its last evaluation, see `step`.
           block: Index of the block.
+          keys: Random key of each image, `(B,)`, for noise on the context.
 
         Returns:
           The cache, and the next block's prediction stream.
         """
+        if self.context_level is not None:
+            noise = _step_noise(keys, block, _CONTEXT_INDEX, z.shape[1:])
+            z = self.context_level.alpha * z + self.context_level.sigma * noise
         c = self._call("embed_clean", cache, z, self.clean_timestep, block)
         if cache.finished_blocks is not None:
             finished = jax.lax.dynamic_update_slice_in_dim(cache.finished_blocks, z, block, axis=1)
@@ -136,13 +146,16 @@ class BlockSteps(NamedTuple):
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
-def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int | float | Array:
+def clean_timestep(
+    model: MADFormer | GuidedPair, coefficients: solvers.Coefficients, context_noise: int = 0
+) -> int | float | Array:
     """Returns the timestep with which finished blocks are embedded.
 
-    It is that of the last evaluation if `model.config.clean_timestep` is "noisy", and otherwise 0.
+    It is that of the last evaluation if `model.config.clean_timestep` is "noisy", and otherwise that of the
+    noise on the context, which is 0 by default.
     """
     if model.config.clean_timestep != "noisy":
-        return 0
+        return context_noise
     timestep: Any = coefficients.level.t[-1]
     return timestep if isinstance(timestep, Array) else timestep.item()
 
@@ -176,6 +189,7 @@ def sample(
     schedule: Schedule = schedules.DEFAULT,
     guidance: float | np.ndarray | Array = 1.0,
     clip_x0: float = 0.0,
+    context_noise: int = 0,
     unroll: bool = False,
 ) -> Float[Array, "B L positions C"]:
     """Generates latent blocks from noise, one block after the other.
@@ -200,6 +214,8 @@ def sample(
         Python number 1 skips the unconditional rows. An array never skips them, because the program
         does not know its values.
       clip_x0: Bound of the predicted clean latent; 0 for none.
+      context_noise: Timestep of the noise on finished blocks that later blocks read; 0 for none. The
+        returned blocks have no noise. It needs `keys`.
       unroll: Compiles one copy of the program per block and solver step in place of loops, to count
         its cost.
 
@@ -213,13 +229,15 @@ def sample(
     evaluations = int(tables.evaluations.max())
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
-    first = BlockSteps(model, params, method, guided, clip_x0, clean_timestep(model, tables.block(0)))
+    context_level = schedule.level(np.asarray(context_noise)) if context_noise else None
+    clean_t = clean_timestep(model, tables.block(0), context_noise)
+    first = BlockSteps(model, params, method, guided, clip_x0, clean_t, context_level)
 
     def sample_block(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], Array]:
         cache, pred = carry
         table = block if by_block else 0
         coefficients, last = tables.block(table), tables.last(table)
-        block_steps = first._replace(clean_timestep=clean_timestep(model, coefficients))
+        block_steps = first._replace(clean_timestep=clean_timestep(model, coefficients, context_noise))
         condition, cache = block_steps.condition(cache, pred, block)
 
         def evaluate(
@@ -249,7 +267,7 @@ def sample(
         z = state.x
 
         def cache_clean(cache: Cache, pred: Stream) -> tuple[Cache, Stream]:
-            return block_steps.cache_clean(cache, z, kv, block)
+            return block_steps.cache_clean(cache, z, kv, block, keys)
 
         if isinstance(block, int):
             return (cache_clean(cache, pred) if block + 1 < blocks else carry), z

@@ -27,6 +27,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "steps": (int, "int"),
     "steps_by_block": (str, "str"),
     "diffusion_depth": (int, "int"),
+    "context_noise": (int, "int"),
     "guidance": (float, "float"),
     "guidance_schedule": (str, "str"),
     "guidance_interval": (_parse_interval, "low:high"),

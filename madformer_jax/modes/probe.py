@@ -23,7 +23,7 @@ from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import probe
+from madformer_jax.evaluation import split_probe
 from madformer_jax.models import layer_split
 from madformer_jax.reports import probe_page
 from madformer_jax.runtime import checkpoint, partitioning, storage
@@ -58,8 +58,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     path = schedules.make(**c.diffusion)
     with partitioning.scope(trained.mesh), contextlib.closing(_Images(c, trained)) as images:
         params = jax.jit(lambda params: layer_split.fit(network, params))(trained.params)
-        measures = probe.measure(network, params, images, path, "trailing", p.steps)
-    suggested = probe.suggest_depth(measures.reuse_loss, m.depth, p.tolerance)
+        measures = split_probe.measure(network, params, images, path, "trailing", p.steps)
+    suggested = split_probe.suggest_depth(measures.reuse_loss, m.depth, p.tolerance)
     result = {
         "step": trained.step, "diffusion_depth": depth, "suggested_depth": suggested, "tolerance": p.tolerance,
         "n": images.n, "split": c.evaluate.split, "reuse_loss": {str(k): v for k, v in measures.reuse_loss.items()},
@@ -85,7 +85,7 @@ class _Images:
         self.n = math.ceil(c.probe.n / self._batch) * self._batch
         self._data = pipeline.train_iterator(self._c, batch=self._batch, validation=True)
 
-    def __iter__(self) -> Iterator[probe.Batch]:
+    def __iter__(self) -> Iterator[split_probe.Batch]:
         c, trained, sizes = self._c, self._trained, derive_sizes(self._c)
         info = pipeline.dataset_info(c)
         codec_params = trained.load_codec_params() if info.kind == "images" else {}
@@ -95,13 +95,13 @@ class _Images:
             rows = partitioning.global_batch(next(self._data), trained.mesh)
             noise_key, encode_key = jax.random.split(jax.random.fold_in(key, i))
             tokens = rows.get("tokens", rows["label"][:, None]) if trained.network.config.vocabulary else None
-            yield probe.Batch(encode(codec_params, rows, encode_key), tokens, rows.get("lengths"), noise_key)
+            yield split_probe.Batch(encode(codec_params, rows, encode_key), tokens, rows.get("lengths"), noise_key)
 
     def close(self) -> None:
         self._data.close()
 
 
-def _render(c: ConfigDict, measures: probe.Measures, suggested: int, result: dict[str, Any]) -> str:
+def _render(c: ConfigDict, measures: split_probe.Measures, suggested: int, result: dict[str, Any]) -> str:
     m = c.model
     similarity = {
         "to first step": measures.to_first[:, 1:].mean(axis=1),

@@ -49,9 +49,7 @@ class Inputs(NamedTuple):
     labels: Any  # (b,) int32; 0 for a model without classes
     noise: Array | None  # (b, L, positions, C), or None for the noise of the seed
     seed: Any  # () uint32
-    guidance: (
-        Any  # float32, see `solving.guidance_scales`; unused if `sample.guidance` is 1, which runs no second branch
-    )
+    guidance: Any  # `solving.guidance_scales`; unused if `sample.guidance` is 1, which runs no second branch
     text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
 
 
@@ -122,6 +120,7 @@ def make_sample_fn(
             schedule=path,
             guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
             clip_x0=settings.clip_x0,
+            context_noise=settings.context_noise,
         )
         z = codec.from_blocks(blocks, sizes)
         with jax.named_scope("codec"):

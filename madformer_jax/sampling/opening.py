@@ -113,13 +113,13 @@ class TrainedModel:
     def protocol(self, c: ConfigDict) -> dict[str, Any]:
         """Returns the entries of a protocol for settings of `sample` that older protocols do not name.
 
-        They are `ema`, `steps_by_block`, `diffusion_depth` and the guide, if they are not at their defaults.
+        They are `ema`, `steps_by_block`, `diffusion_depth`, `context_noise` and the guide, if they are not at
+        their defaults.
         """
         values: dict[str, Any] = {"ema": c.sample.ema} if c.sample.ema else {}
         if c.sample.steps_by_block != block_steps.CONSTANT:
             values["steps_by_block"] = list(block_steps.steps_of_blocks(c))
-        if c.sample.diffusion_depth:
-            values["diffusion_depth"] = c.sample.diffusion_depth
+        values |= {name: c.sample[name] for name in ("diffusion_depth", "context_noise") if c.sample[name]}
         if self.guide is not None and c.sample.guidance != 1.0:
             weights = fingerprint(self.guide.params, self.mesh)
             values["guide"] = {"step": self.guide.step, "fingerprint": weights}

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import block_steps, schema
 from madformer_jax.diffusion import guidance, solvers
 from madformer_jax.diffusion import schedule as schedules
+from madformer_jax.diffusion.schedule import NoiseLevel
 
 
 def solver_steps(c: ConfigDict) -> int | tuple[int, ...]:
@@ -46,6 +47,14 @@ def coefficients(c: ConfigDict, block: int = 0) -> solvers.Coefficients:
     return solvers.make(c.sample.solver).coefficients(schedules.make(**c.diffusion), c.sample.spacing, steps)
 
 
+def context_level(c: ConfigDict) -> NoiseLevel | None:
+    """Returns the noise level of `sample.context_noise`; None without noise."""
+    if not c.sample.context_noise:
+        return None
+    level = schedules.make(**c.diffusion).level(np.asarray(c.sample.context_noise))
+    return NoiseLevel(*map(float, level))
+
+
 def path_protocol(c: ConfigDict) -> dict[str, Any]:
     """Returns the noise path for a protocol; empty for the default path, which older protocols do not name."""
     values = c.diffusion.to_dict()
@@ -54,4 +63,4 @@ def path_protocol(c: ConfigDict) -> dict[str, Any]:
 
 def depends_on_seed(c: ConfigDict) -> bool:
     """Returns whether the seed decides the images, if labels and the initial noise are given."""
-    return coefficients(c).noise_weight is not None
+    return coefficients(c).noise_weight is not None or c.sample.context_noise > 0

@@ -120,6 +120,7 @@ class Model:
             - steps: Solver steps of a block.
             - steps_by_block: "constant", or steps of each block, as in "16,8,8,4" or "linear:1.5x:0.5x".
             - diffusion_depth: D, if the model was trained with several (`train.elastic_depth`); 0 is its own.
+            - context_noise: Timestep of the noise on finished blocks that later blocks read; 0 is off.
             - spacing: "trailing", or on the path `ddpm` also "leading" or "linspace".
             - guidance: Guidance scale; 1 is off. If `load` was given a guide, the guide takes the place of
               the null label.
@@ -164,8 +165,11 @@ class Model:
         """Draws the images of a config and returns a field of `generation.SampleBatch`."""
         s = c.sample
         network, params = self._trained.sampled(c)
+        static = (
+            s.solver, s.spacing, solving.solver_steps(c), s.diffusion_depth, s.context_noise, s.clip_x0, s.guidance == 1.0,
+        )  # fmt: skip
         sample_fn = self._program(
-            ("draw", s.solver, s.spacing, solving.solver_steps(c), s.diffusion_depth, s.clip_x0, s.guidance == 1.0),
+            ("draw", *static),
             lambda: generation.make_sample_fn(c, network, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
@@ -295,7 +299,8 @@ class Model:
             c.sample.solver,
             guided,
             c.sample.clip_x0,
-            sampler.clean_timestep(network, solving.coefficients(c, block)),
+            sampler.clean_timestep(network, solving.coefficients(c, block), c.sample.context_noise),
+            solving.context_level(c),
         )
 
     def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:
@@ -340,7 +345,7 @@ class Model:
                     yield Frame(images, block, k, passes, time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])
             if block + 1 < sizes.blocks:
-                cache, pred = cache_clean(cache, state.x, own_kv, block)
+                cache, pred = cache_clean(cache, state.x, own_kv, block, keys)
 
     def _guide_settings(self, c: ConfigDict) -> ConfigDict | None:
         """Returns the guide's config with the solver of `c`; None if no guide draws with `c`."""

@@ -1,4 +1,4 @@
-"""Blocks that differ in their number of solver steps."""
+"""Blocks that differ in their number of solver steps, and noise on the context of later blocks."""
 
 import functools
 
@@ -18,6 +18,7 @@ from tests.small import small, small_config
 STEPS = (3, 1, 2, 1)
 CASES = {
     "guided, Heun": ({"classes": 3, "clean_timestep": "noisy", "depth": 3, **ONE_STAGE}, "heun", 2.0),
+    "noise on the context": ({"unet_context": True, "depth": 3, **ONE_STAGE}, "ddim", 1.0),
     "no clean stream": ({"clean_stream": False, "depth": 2, "diffusion_depth": 1, **ONE_STAGE}, "ancestral", 1.0),
 }
 
@@ -34,6 +35,7 @@ def test_each_block_takes_its_own_steps(name):
     c.sample.guidance, c.sample.guidance_schedule = scale, "linear"
     keys = jax.random.split(jax.random.key(7), 2)
     settings = {"solver": solver, "spacing": "trailing", "steps": solving.solver_steps(c)}
+    settings |= {"context_noise": 300} if name == "noise on the context" else {}
     guidance = {"guidance": solving.guidance_scales(c)} if tokens is not None else {}
     draw = functools.partial(sampler.sample, model, schedule=schedule.DEFAULT, **settings)
     cached = np.asarray(jax.jit(draw)(params, noise, tokens, None, keys, **guidance))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.diffusion import parameterization, schedule
-from madformer_jax.evaluation import probe
+from madformer_jax.evaluation import split_probe
 from madformer_jax.models.layerwise import LayerwiseMADFormer
 from tests.diffusion.test_sampler import ONE_STAGE
 from tests.small import small
@@ -17,14 +17,14 @@ CHANGES = {"depth": 4, "diffusion_depth": 2, "classes": 3, **ONE_STAGE}
 
 def inputs(model):
     z = np.random.default_rng(0).standard_normal((2, *model.config.sizes.block_shape), np.float32)
-    return probe.Batch(jnp.asarray(z), jnp.array([[1], [0]]), None, jax.random.key(3))
+    return split_probe.Batch(jnp.asarray(z), jnp.array([[1], [0]]), None, jax.random.key(3))
 
 
 @pytest.fixture(scope="module")
 def probed():
     model, params = small(**CHANGES)
     batch = inputs(model)
-    return model, params, batch, probe.measure(model, params, [batch, batch], schedule.DEFAULT, "trailing", STEPS)
+    return model, params, batch, split_probe.measure(model, params, [batch, batch], schedule.DEFAULT, "trailing", STEPS)
 
 
 def test_layers_are_alike_where_nothing_changes(probed):
@@ -82,6 +82,6 @@ def test_attention_masses_equal_dense_attention(monkeypatch):
 
 def test_the_suggested_depth_follows_its_rule():
     loss = {2: 1.0, 3: 1.04, 4: 1.2, 5: 1.0, 6: 1.0}
-    assert probe.suggest_depth(loss, 6, 0.05) == 3  # five reused layers do not count behind four
-    assert probe.suggest_depth(loss, 6, 0.01) == 4
-    assert probe.suggest_depth(loss, 6, 0.5) == 1  # one layer stays a diffusion layer
+    assert split_probe.suggest_depth(loss, 6, 0.05) == 3  # five reused layers do not count behind four
+    assert split_probe.suggest_depth(loss, 6, 0.01) == 4
+    assert split_probe.suggest_depth(loss, 6, 0.5) == 1  # one layer stays a diffusion layer
