@@ -7,7 +7,7 @@ solver steps. `modes.probe` calls `measure` and `suggest_depth`.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,10 @@ class Measures(NamedTuple):
     reuse_loss: dict[int, float]  # number of first layers that are reused, N - D to N -> loss at later steps
 
 
+# (params, batch, timestep, trace of the first step or None, number of reused layers) -> trace, image loss
+_Step = Callable[..., tuple[Trace, Array]]
+
+
 def measure(
     model: MADFormer, params: Any, batches: Iterable[Batch], schedule: Schedule, spacing: str, steps: int
 ) -> Measures:
@@ -61,53 +65,62 @@ def measure(
       spacing: See `Schedule.solver_timesteps`.
       steps: K, number of solver steps.
     """
-    layerwise = LayerwiseMADFormer(model.config)
-    n, ar_depth = model.config.depth, model.config.depth - model.config.diffusion_depth
     timesteps = schedule.solver_timesteps(spacing, steps)[:-1].astype(schedule.dtype)
+    step = _make_step(model, schedule)
+    rows = [_measure_batch(model, step, params, batch, timesteps) for batch in batches]
+    arrays = (np.mean([getattr(row, name) for row in rows], axis=0) for name in ("to_first", "to_previous", "masses"))
+    reuse_loss = {m: float(np.mean([row.reuse_loss[m] for row in rows])) for m in rows[0].reuse_loss}
+    return Measures(timesteps, *arrays, reuse_loss)
+
+
+def _make_step(model: MADFormer, schedule: Schedule) -> _Step:
+    """Returns the compiled program of a step."""
+    layerwise, prediction_type = LayerwiseMADFormer(model.config), model.config.prediction_type
 
     @functools.partial(jax.jit, static_argnames="layers")
     def step(
         params: Any, batch: Batch, t: Any, first: Trace | None = None, layers: int = 0
     ) -> tuple[Trace, Float[Array, ""]]:
-        """Returns the trace of a step and its image loss."""
         noise = jax.random.normal(batch.key, batch.z.shape, jnp.float32)
         times = jnp.full(batch.z.shape[:2], t)
         noisy, level = schedule.add_noise(batch.z, noise, times), schedule.level(times[..., None, None])
         reuse = None if first is None else Reuse(layers, first.features[layers - 1], first.embedded)
         args = batch.z, noisy, times, batch.tokens, batch.lengths, reuse
         trace = layerwise.apply({"params": params}, *args, method="trace")
-        target = parameterization.target(model.config.prediction_type, batch.z, noise, level)
-        return trace, jnp.mean((trace.image - target) ** 2)
+        return trace, jnp.mean((trace.image - parameterization.target(prediction_type, batch.z, noise, level)) ** 2)
 
-    @jax.jit
-    def similarity(a: Trace, b: Trace) -> Float[Array, " N"]:
-        """Returns the mean cosine similarity of the features of each layer."""
-        x, y = (trace.features.astype(jnp.float32) for trace in (a, b))
-        norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-        return jnp.mean(jnp.sum(x * y, axis=-1) / norms, axis=(1, 2, 3))
+    return step
 
-    rows: list[Measures] = []
-    for batch in batches:
-        to_first, to_previous, masses = [], [], []
-        losses: dict[int, list[float]] = {m: [] for m in range(ar_depth, n + 1)}
-        first = previous = None
-        for t in timesteps:
-            trace, loss = step(params, batch, t)
-            masses.append(jnp.mean(trace.masses[:, :, min(1, trace.masses.shape[2] - 1) :], axis=(1, 2)))
-            first = trace if first is None else first
-            to_first.append(similarity(first, trace))
-            if previous is not None:
-                to_previous.append(similarity(previous, trace))
-                losses[ar_depth].append(float(loss))
-                for m in range(ar_depth + 1, n + 1):
-                    losses[m].append(float(step(params, batch, t, first, m)[1]))
-            previous = trace
-        arrays = (np.asarray(jnp.stack(x, axis=1)) for x in (to_first, to_previous))
-        mean_mass = np.mean(np.asarray(jnp.stack(masses)), axis=0)
-        rows.append(Measures(timesteps, *arrays, mean_mass, {m: float(np.mean(x)) for m, x in losses.items()}))
-    arrays = (np.mean([getattr(row, name) for row in rows], axis=0) for name in ("to_first", "to_previous", "masses"))
-    reuse_loss = {m: float(np.mean([row.reuse_loss[m] for row in rows])) for m in rows[0].reuse_loss}
-    return Measures(timesteps, *arrays, reuse_loss)
+
+@jax.jit
+def _similarity(a: Trace, b: Trace) -> Float[Array, " N"]:
+    """Returns the mean cosine similarity of the features of each layer."""
+    x, y = (trace.features.astype(jnp.float32) for trace in (a, b))
+    norms = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    return jnp.mean(jnp.sum(x * y, axis=-1) / norms, axis=(1, 2, 3))
+
+
+def _measure_batch(model: MADFormer, step: _Step, params: Any, batch: Batch, timesteps: np.ndarray) -> Measures:
+    """Measures one batch. It keeps the traces of three steps at most."""
+    n, ar_depth = model.config.depth, model.config.depth - model.config.diffusion_depth
+    to_first, to_previous, masses = [], [], []
+    losses: dict[int, list[float]] = {m: [] for m in range(ar_depth, n + 1)}
+    first = previous = None
+    for t in timesteps:
+        trace, loss = step(params, batch, t)
+        first = trace if first is None else first
+        to_first.append(_similarity(first, trace))
+        has_earlier = min(1, trace.masses.shape[2] - 1)  # the first block has no earlier ones
+        masses.append(jnp.mean(trace.masses[:, :, has_earlier:], axis=(1, 2)))
+        if previous is not None:
+            to_previous.append(_similarity(previous, trace))
+            losses[ar_depth].append(float(loss))
+            for m in range(ar_depth + 1, n + 1):
+                losses[m].append(float(step(params, batch, t, first, m)[1]))
+        previous = trace
+    arrays = (np.asarray(jnp.stack(x, axis=1)) for x in (to_first, to_previous))
+    mean_masses = np.mean(np.asarray(jnp.stack(masses)), axis=0)
+    return Measures(timesteps, *arrays, mean_masses, {m: float(np.mean(x)) for m, x in losses.items()})
 
 
 def suggest_depth(reuse_loss: dict[int, float], depth: int, tolerance: float) -> int:

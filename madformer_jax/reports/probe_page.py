@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -74,14 +73,14 @@ def _layer_panel(name: str, title: str, values: dict[str, Sequence[float]], ar_d
 def _loss_table(reuse_loss: dict[int, float], suggested: int) -> Table:
     depth, base = max(reuse_loss), reuse_loss[min(reuse_loss)]
     rows = tuple(
-        (str(m), str(depth - m), format_number(loss), f"{100 * (loss / base - 1):+.1f} %")
+        (
+            str(m),
+            f"{depth - m}{' (suggested)' * (depth - m == suggested)}",
+            format_number(loss),
+            f"{100 * (loss / base - 1):+.1f} %",
+        )
         for m, loss in sorted(reuse_loss.items())
     )
-    at = sorted(reuse_loss).index(depth - suggested)
-    return Table(
-        "Loss at later steps if the first layers keep their output of the first step",
-        ("reused layers", "D", "loss", "change"),
-        rows,
-        frozenset({(at, 1)}),
-        f"The suggested D is {suggested}. With 0 diffusion layers only the U-Net sees the noise level." if np.isfinite(base) else "",
-    )  # fmt: skip
+    title = "Loss at later steps if the first layers keep their output of the first step"
+    note = "With D = 0 only the U-Net sees the noise level."
+    return Table(title, ("reused layers", "D", "loss", "change"), rows, frozenset(), note)
