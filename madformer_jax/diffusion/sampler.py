@@ -160,6 +160,13 @@ def clean_timestep(
     return timestep if isinstance(timestep, Array) else timestep.item()
 
 
+def context_level(schedule: Schedule, timestep: int) -> NoiseLevel | None:
+    """Returns the level of noise on the context, as Python numbers; None for timestep 0, which is no noise."""
+    if not timestep:
+        return None
+    return NoiseLevel(*(float(x[0]) for x in schedule.level(np.array([timestep]))))
+
+
 def _step_noise(keys: Array | None, block: int | Array, index: Any, shape: tuple[int, ...]) -> Array:
     """Draws the noise of an evaluation for each image: a function of its key, the block and the index.
 
@@ -229,9 +236,8 @@ def sample(
     evaluations = int(tables.evaluations.max())
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
-    context_level = schedule.level(np.asarray(context_noise)) if context_noise else None
     clean_t = clean_timestep(model, tables.block(0), context_noise)
-    first = BlockSteps(model, params, method, guided, clip_x0, clean_t, context_level)
+    first = BlockSteps(model, params, method, guided, clip_x0, clean_t, context_level(schedule, context_noise))
 
     def sample_block(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], Array]:
         cache, pred = carry

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from madformer_jax.config import block_steps, schema
 from madformer_jax.diffusion import guidance, solvers
 from madformer_jax.diffusion import schedule as schedules
-from madformer_jax.diffusion.schedule import NoiseLevel
 
 
 def solver_steps(c: ConfigDict) -> int | tuple[int, ...]:
@@ -45,14 +44,6 @@ def coefficients(c: ConfigDict, block: int = 0) -> solvers.Coefficients:
     """Returns the coefficients of the config's solver and noise path, with the steps of a block."""
     steps = block_steps.steps_of_blocks(c)[block]
     return solvers.make(c.sample.solver).coefficients(schedules.make(**c.diffusion), c.sample.spacing, steps)
-
-
-def context_level(c: ConfigDict) -> NoiseLevel | None:
-    """Returns the noise level of `sample.context_noise`; None without noise."""
-    if not c.sample.context_noise:
-        return None
-    level = schedules.make(**c.diffusion).level(np.asarray(c.sample.context_noise))
-    return NoiseLevel(*map(float, level))
 
 
 def path_protocol(c: ConfigDict) -> dict[str, Any]:

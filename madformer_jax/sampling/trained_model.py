@@ -26,6 +26,7 @@ from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler, solvers
+from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models.madformer import MADFormer
@@ -300,7 +301,7 @@ class Model:
             guided,
             c.sample.clip_x0,
             sampler.clean_timestep(network, solving.coefficients(c, block), c.sample.context_noise),
-            solving.context_level(c),
+            sampler.context_level(schedules.make(**c.diffusion), c.sample.context_noise),
         )
 
     def _frames(self, c: ConfigDict, every: str) -> Iterator[Frame]:

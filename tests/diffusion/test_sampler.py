@@ -90,7 +90,7 @@ def without_cache(
             state, _ = solver.step(denoise, state, row, normal)
         last_inputs[:, i], z[:, i], context[:, i] = last, state.x, state.x
         if context_noise:
-            level = path.level(np.asarray(context_noise))
+            level = path.level(np.array([context_noise]))
             drawn = [jax.random.normal(fold(fold(key, i), 2**31 - 1), noise[0, i].shape) for key in keys]
             context[:, i] = level.alpha * z[:, i] + level.sigma * np.stack(drawn)
     return z
