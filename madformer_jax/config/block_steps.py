@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from madformer_jax.errors import ConfigError
 
 CONSTANT = "constant"
-_ENTRY = re.compile(r"(\d+)|(\d+(?:\.\d+)?)x")
+_ENTRY = re.compile(r"(\d{1,6})|(\d{1,6}(?:\.\d{1,6})?)x")
 
 
 def steps_of_blocks(c: ConfigDict) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ def depends_on_steps(text: str) -> bool:
 
 def _parse_entry(text: str, entry: str, blocks: int, steps: int) -> float:
     match = _ENTRY.fullmatch(entry.strip())
-    if match is None or match[1] == "0":
+    if match is None or (match[1] and not int(match[1])):
         raise _error(text, blocks)
     return float(match[1]) if match[1] else float(match[2]) * steps
 

@@ -11,7 +11,7 @@ from madformer_jax.diffusion import sampler, schedule
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import layer_split
 from madformer_jax.models.inference_params import inference_params
-from madformer_jax.training import elastic_step
+from madformer_jax.training import elastic_step, train_step
 from tests.diffusion.test_sampler import ONE_STAGE, without_cache
 from tests.small import random_params, small, small_config
 
@@ -67,8 +67,11 @@ def test_each_step_draws_a_depth_from_its_number():
     draws = [elastic_step.draw_depth((1, 2, 4), 3, step) for step in range(300)]
     assert draws[7:] == [elastic_step.draw_depth((1, 2, 4), 3, step) for step in range(7, 300)]
     assert {depth: draws.count(depth) > 70 for depth in draws} == {1: True, 2: True, 4: True}
-    drawn = elastic_step._drawn_depths((1, 2, 4), 3, 5)
-    assert [next(drawn) for _ in range(20)] == draws[5:25]
+    c = small_config()
+    c.train.elastic_depth = True
+    c.seed = 3  # A run that resumes at step 5 draws what the whole run would have drawn.
+    step_fn = elastic_step.make_program(train_step.make_setup(c), c, lambda step, name: lambda: name, 5)
+    assert [step_fn() for _ in range(20)] == [f"the training step of D = {depth}" for depth in draws[5:25]]
 
 
 @pytest.mark.parametrize(
