@@ -23,7 +23,7 @@ from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import pipeline
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import split_probe
+from madformer_jax.evaluation import context_loss, split_probe
 from madformer_jax.models import layer_split
 from madformer_jax.reports import probe_page
 from madformer_jax.runtime import checkpoint, partitioning, storage
@@ -58,17 +58,20 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     path = schedules.make(**c.diffusion)
     with partitioning.scope(trained.mesh), contextlib.closing(_Images(c, trained)) as images:
         params = jax.jit(lambda params: layer_split.fit(network, params))(trained.params)
-        measures = split_probe.measure(network, params, images, path, "trailing", p.steps)
+        batches = list(images)
+        measures = split_probe.measure(network, params, batches, path, "trailing", p.steps)
+        block_losses = context_loss.losses_by_block(network, params, batches, path, c.train.own_context_timestep)
     suggested = split_probe.suggest_depth(measures.reuse_loss, m.depth, p.tolerance)
     result = {
         "step": trained.step, "diffusion_depth": depth, "suggested_depth": suggested, "tolerance": p.tolerance,
         "n": images.n, "split": c.evaluate.split, "reuse_loss": {str(k): v for k, v in measures.reuse_loss.items()},
+        "loss_by_block": {name: x.tolist() for name, x in block_losses._asdict().items()},
         **{name: getattr(measures, name).tolist() for name in ("timesteps", "to_first", "to_previous", "masses")},
     }  # fmt: skip
     folder = os.path.join(workdir, "probe")
     storage.write_json(os.path.join(folder, "probe.json"), result)
     page = os.path.join(folder, "index.html")
-    storage.write_text(page, _render(c, measures, suggested, result))
+    storage.write_text(page, _render(c, measures, block_losses, suggested, result))
     logging.info("suggested D: %d of %d layers (now %d); wrote %s", suggested, m.depth, depth, page)
     return {"page": page, "suggested_depth": suggested}
 
@@ -101,7 +104,13 @@ class _Images:
         self._data.close()
 
 
-def _render(c: ConfigDict, measures: split_probe.Measures, suggested: int, result: dict[str, Any]) -> str:
+def _render(
+    c: ConfigDict,
+    measures: split_probe.Measures,
+    block_losses: context_loss.BlockLosses,
+    suggested: int,
+    result: dict[str, Any],
+) -> str:
     m = c.model
     similarity = {
         "to first step": measures.to_first[:, 1:].mean(axis=1),
@@ -115,4 +124,6 @@ def _render(c: ConfigDict, measures: split_probe.Measures, suggested: int, resul
         f"{result['n']} images of split {c.evaluate.split!r}."
     )
     masses = {name: np.asarray(measures.masses)[:, columns[name]] for name in names}
-    return probe_page.render(similarity, masses, measures.reuse_loss, suggested, c.probe.tolerance, description)
+    return probe_page.render(
+        similarity, masses, measures.reuse_loss, block_losses, suggested, c.probe.tolerance, description
+    )

@@ -18,6 +18,7 @@ def render(
     similarity: dict[str, Sequence[float]],
     masses: dict[str, Sequence[float]],
     reuse_loss: dict[int, float],
+    block_losses: tuple[Sequence[float], Sequence[float]],
     suggested: int,
     tolerance: float,
     description: str,
@@ -28,6 +29,7 @@ def render(
       similarity: Name -> cosine similarity of each layer, N values.
       masses: Name -> share of the attention of each layer, N values.
       reuse_loss: Number of reused layers -> loss, from N - D to N.
+      block_losses: Loss of each block after true blocks, and after the model's own estimates of them.
       suggested: The suggested D.
       tolerance: Largest relative increase of the loss.
       description: A sentence on the model and the images.
@@ -49,6 +51,7 @@ def render(
         Section("The cut", (Text((rule,)),)),
         Section("By layer", (Figures("", panels, f"Layers count from 1. {caption}"),)),
         Section("Reuse", (_loss_table(reuse_loss, suggested),)),
+        Section("Context", (_context_table(*block_losses),)),
     ]
     return html.render_page(TITLE, description, sections)
 
@@ -84,3 +87,13 @@ def _loss_table(reuse_loss: dict[int, float], suggested: int) -> Table:
     title = "Loss at later steps if the first layers keep their output of the first step"
     note = "With D = 0 only the U-Net sees the noise level."
     return Table(title, ("reused layers", "D", "loss", "change"), rows, frozenset(), note)
+
+
+def _context_table(true: Sequence[float], own: Sequence[float]) -> Table:
+    rows = tuple(
+        (str(i), format_number(a), format_number(b), f"{100 * (b / a - 1):+.1f} %")
+        for i, (a, b) in enumerate(zip(true, own, strict=True), 1)
+    )
+    title = "Loss by block, after true blocks and after the model's own estimates of them"
+    note = "A change that grows over the blocks means that errors add up. Nothing comes before block 1."
+    return Table(title, ("block", "after true blocks", "after estimates", "change"), rows, frozenset(), note)

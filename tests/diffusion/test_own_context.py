@@ -21,7 +21,7 @@ def loss_of():
     """Returns a function that computes the loss and its gradients, given the source of estimates."""
     model, params = small(depth=2, diffusion_depth=1, classes=3, **ONE_STAGE)
     z = jnp.asarray(np.random.default_rng(0).standard_normal((4, *model.config.sizes.block_shape), np.float32))
-    tokens = np.array([[1], [0], [2], [1]])
+    tokens = jnp.array([[1], [0], [2], [1]])
 
     @jax.jit
     def compute(params, averages, share):
