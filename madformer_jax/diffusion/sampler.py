@@ -237,13 +237,13 @@ def sample(
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
     clean_t = clean_timestep(model, tables.block(0), context_noise)
-    first = BlockSteps(model, params, method, guided, clip_x0, clean_t, context_level(schedule, context_noise))
+    common_steps = BlockSteps(model, params, method, guided, clip_x0, clean_t, context_level(schedule, context_noise))
 
     def sample_block(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], Array]:
         cache, pred = carry
         table = block if by_block else 0
         coefficients, last = tables.block(table), tables.last(table)
-        block_steps = first._replace(clean_timestep=clean_timestep(model, coefficients, context_noise))
+        block_steps = common_steps._replace(clean_timestep=clean_timestep(model, coefficients, context_noise))
         condition, cache = block_steps.condition(cache, pred, block)
 
         def evaluate(
@@ -279,7 +279,7 @@ def sample(
             return (cache_clean(cache, pred) if block + 1 < blocks else carry), z
         return jax.lax.cond(block + 1 < blocks, cache_clean, lambda *same: same, cache, pred), z
 
-    carry = first.begin(noise, tokens, lengths)
+    carry = common_steps.begin(noise, tokens, lengths)
     if blocks == 1 or unroll:
         finished = []
         for block in range(blocks):

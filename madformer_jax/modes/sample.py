@@ -192,8 +192,8 @@ def _folder_name(c: ConfigDict, protocol: dict[str, Any]) -> str:
     guidance = f"w{s.guidance:g}" + "linear" * (s.guidance_schedule == "linear")
     guidance += f"_t{low}-{high}" * ((low, high) != (0, 999))
     guidance += "guide" * bool(s.guide)
-    first, *_, last = (by_block := block_steps.steps_of_blocks(c)) + by_block
-    steps = s.steps if s.steps_by_block == block_steps.CONSTANT else f"{first}to{last}"
+    by_block = block_steps.steps_of_blocks(c)
+    steps = s.steps if s.steps_by_block == block_steps.CONSTANT else f"{by_block[0]}to{by_block[-1]}"
     kind = f"{s.weights}{s.ema or ''}_{s.solver}_{s.spacing}{steps}_{guidance}"
     kind += f"_D{s.diffusion_depth}" * bool(s.diffusion_depth) + f"_context{s.context_noise}" * bool(s.context_noise)
     return f"step_{protocol['step']:06d}_{kind}_{origin}_n{s.n}_{digest}"
