@@ -36,8 +36,8 @@ def render(
     """
     depth, ar_depth = max(reuse_loss), min(reuse_loss)
     panels = (
-        _layer_panel("similarity", "Similarity across steps", similarity, ar_depth),
-        _layer_panel("attention", "Attention", masses, ar_depth),
+        _layer_panel("similarity", "Cosine similarity across steps", similarity, ar_depth),
+        _layer_panel("attention", "Share of attention", masses, ar_depth),
     )
     rule = (
         f"Suggested D: {suggested} of N = {depth} layers. Rule: the most first layers that can be computed at the first solver "
@@ -45,7 +45,7 @@ def render(
         "diffusion layers. The loss is measured without training the model for the new cut."
     )
     caption = (
-        f"The first {ar_depth} layers are AR layers already, which run once." if ar_depth else "All layers are now diffusion layers."
+        f"Shaded: the first {ar_depth} layers are AR layers, which run once." if ar_depth else "All layers are now diffusion layers."
     )  # fmt: skip
     sections = [
         Section("The cut", (Text((rule,)),)),
