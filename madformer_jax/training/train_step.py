@@ -138,7 +138,7 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
       dropout: Share of labels or captions that the null token replaces.
     """
     weights, context_noise = losses.LossWeights(**c.loss), c.train.context_noise
-    path = schedules.make(**c.diffusion)
+    path, elastic = schedules.make(**c.diffusion), c.train.elastic_depth
 
     def loss(
         params: Any,
@@ -149,7 +149,8 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
         averages: Any = None,
     ) -> tuple[Array, dict[str, Array]]:
         encode_key, drop_key, loss_key = _split_keys(key)
-        params = layer_split.fit(s.model, params)
+        if elastic:
+            params, averages = (None if x is None else layer_split.fit(s.model, x) for x in (params, averages))
         with jax.named_scope("codec"):
             z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
         tokens = lengths = None
@@ -160,7 +161,7 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
             lengths = None if lengths is None else _caption_lengths(lengths, drop)
         own = None
         if averages is not None:
-            own = OwnContext(layer_split.fit(s.model, averages), c.train.own_context, c.train.own_context_timestep)
+            own = OwnContext(averages, c.train.own_context, c.train.own_context_timestep)
         return losses.training_loss(
             s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens, path, own
         )

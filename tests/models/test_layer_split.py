@@ -52,6 +52,22 @@ def test_cached_sampling_at_another_depth_equals_full_recomputation(depth):
     assert (error < 2e-5 * size).all()
 
 
+def test_the_loss_of_a_drawn_depth_is_that_of_a_model_with_this_depth():
+    """With own context, whose averages have the stored split too."""
+    c = small_config(depth=3, **ONE_STAGE)
+    c.train.elastic_depth, c.train.elastic_depths, c.train.own_context = True, (1, 2), 1.0
+    fixed = elastic_depth.with_depth(c, 1)
+    setups = train_step.make_setup(c), train_step.make_setup(fixed)
+    params = random_params(setups[0].model)
+    drawn = setups[0]._replace(model=layer_split.with_depth(setups[0].model, 1))
+    batch = {"image": np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8), "label": np.zeros(2, np.int32)}
+    losses = [
+        jax.jit(train_step.make_loss(s, config, 0.0))(tree, batch, {}, jax.random.key(1), averages=tree)[0]
+        for s, config, tree in ((drawn, c, params), (setups[1], fixed, layer_split.fit(setups[1].model, params)))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] > 0.1
+
+
 def test_costs_follow_the_depth_of_sampling_and_the_mean_depth_of_training():
     c = small_config()
     c.train.elastic_depth = True
