@@ -68,9 +68,13 @@ def measure(
     timesteps = schedule.solver_timesteps(spacing, steps)[:-1].astype(schedule.dtype)
     step = _make_step(model, schedule)
     rows = [_measure_batch(model, step, params, batch, timesteps) for batch in batches]
-    arrays = (np.mean([getattr(row, name) for row in rows], axis=0) for name in ("to_first", "to_previous", "masses"))
-    reuse_loss = {m: float(np.mean([row.reuse_loss[m] for row in rows])) for m in rows[0].reuse_loss}
-    return Measures(timesteps, *arrays, reuse_loss)
+    return Measures(
+        timesteps,
+        to_first=np.mean([row.to_first for row in rows], axis=0),
+        to_previous=np.mean([row.to_previous for row in rows], axis=0),
+        masses=np.mean([row.masses for row in rows], axis=0),
+        reuse_loss={m: float(np.mean([row.reuse_loss[m] for row in rows])) for m in rows[0].reuse_loss},
+    )
 
 
 def _make_step(model: MADFormer, schedule: Schedule) -> _Step:
@@ -118,9 +122,13 @@ def _measure_batch(model: MADFormer, step: _Step, params: Any, batch: Batch, tim
             for m in range(ar_depth + 1, n + 1):
                 losses[m].append(float(step(params, batch, t, first, m)[1]))
         previous = trace
-    arrays = (np.asarray(jnp.stack(x, axis=1)) for x in (to_first, to_previous))
-    mean_masses = np.mean(np.asarray(jnp.stack(masses)), axis=0)
-    return Measures(timesteps, *arrays, mean_masses, {m: float(np.mean(x)) for m, x in losses.items()})
+    return Measures(
+        timesteps,
+        to_first=np.asarray(jnp.stack(to_first, axis=1)),
+        to_previous=np.asarray(jnp.stack(to_previous, axis=1)),
+        masses=np.mean(np.asarray(jnp.stack(masses)), axis=0),
+        reuse_loss={m: float(np.mean(x)) for m, x in losses.items()},
+    )
 
 
 def suggest_depth(reuse_loss: dict[int, float], depth: int, tolerance: float) -> int:

@@ -82,24 +82,25 @@ class LayerwiseMADFormer(MADFormer):
         streams = Streams(
             text=None if tokens is None else self.embedding(tokens),
             clean=clean[:, : plan.clean_blocks] if plan.clean_blocks else None,
-            pred=jnp.concatenate([self._boi_tokens(len(z)), clean[:, :-1]], axis=1),
         )
+        pred = jnp.concatenate([self._boi_tokens(len(z)), clean[:, :-1]], axis=1)
         ar_depth = config.depth - config.diffusion_depth
         features, masses = [], []
         for number in range(config.depth):
             if number == ar_depth:
-                condition = streams.pred if config.ar_condition else jnp.zeros_like(x)
-                streams = streams._replace(pred=condition + x)
+                pred = pred + x if config.ar_condition else x
             stack = self.ar_layers if number < ar_depth else self.diffusion_layers
             params = layer_params(stack)[number - (0 if number < ar_depth else ar_depth)]
             layer = DecoderLayer(**stack.layer, parent=None)
+            streams = streams._replace(pred=pred)
             masses.append(attention_mass(layer, params, streams, positions, lengths))
             streams = _run_layer(layer, params, streams, positions, lengths)
+            assert streams.pred is not None
+            pred = streams.pred
             if reuse is not None and number + 1 == reuse.layers:
-                streams = streams._replace(pred=reuse.feature + x - reuse.embedded)
-            features.append(streams.pred)
-        out = self._upsample(streams.pred, t, skips)
-        return Trace(x, jnp.stack(features), jnp.stack(masses), out)
+                pred = reuse.feature + x - reuse.embedded
+            features.append(pred)
+        return Trace(x, jnp.stack(features), jnp.stack(masses), self._upsample(pred, t, skips))
 
 
 def layer_params(stack: LayerStack) -> list[Params]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -113,8 +112,8 @@ def _render(
 ) -> str:
     m = c.model
     similarity = {
-        "to first step": measures.to_first[:, 1:].mean(axis=1),
-        "to step before": measures.to_previous.mean(axis=1),
+        "to first step": measures.to_first[:, 1:].mean(axis=1).tolist(),
+        "to step before": measures.to_previous.mean(axis=1).tolist(),
     }
     names = ["earlier blocks"] * (m.blocks > 1) + ["own block"] + ["text"] * bool(c.text.vocabulary or m.classes)
     columns = {"earlier blocks": 0, "own block": 1, "text": 2}
@@ -123,7 +122,8 @@ def _render(
         f"step {result['step']}. The layers are compared at the noise levels of {c.probe.steps} solver steps, on "
         f"{result['n']} images of split {c.evaluate.split!r}."
     )
-    masses = {name: np.asarray(measures.masses)[:, columns[name]] for name in names}
+    masses = {name: measures.masses[:, columns[name]].tolist() for name in names}
+    by_block = block_losses.true.tolist(), block_losses.own.tolist()
     return probe_page.render(
-        similarity, masses, measures.reuse_loss, block_losses, suggested, c.probe.tolerance, description
+        similarity, masses, measures.reuse_loss, by_block, suggested, c.probe.tolerance, description
     )

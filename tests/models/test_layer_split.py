@@ -62,7 +62,7 @@ def test_the_loss_of_a_drawn_depth_is_that_of_a_model_with_this_depth():
     drawn = setups[0]._replace(model=layer_split.with_depth(setups[0].model, 1))
     batch = {"image": np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8), "label": np.zeros(2, np.int32)}
     losses = [
-        jax.jit(train_step.make_loss(s, config, 0.0))(tree, batch, {}, jax.random.key(1), averages=tree)[0]
+        float(jax.jit(train_step.make_loss(s, config, 0.0))(tree, batch, {}, jax.random.key(1), averages=tree)[0])
         for s, config, tree in ((drawn, c, params), (setups[1], fixed, layer_split.fit(setups[1].model, params)))
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] > 0.1
