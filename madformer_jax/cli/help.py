@@ -36,6 +36,7 @@ _SECTIONS = {
     "export": ("sample",),
     "gallery": ("sample",),
     "demo": ("sample",),
+    "probe": ("data", "mesh"),
     "sweep": ("model", "train", "evaluate", "sample"),
 }
 

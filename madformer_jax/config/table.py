@@ -237,7 +237,13 @@ SECTIONS: dict[str, Section] = {
         ema_snapshots=Field(
             0, "steps between stored power-function averages, for sample.ema; 0: off (docs/training.md)", low=0),
         ema_warmup=Field(True, "decay min(target, (1 + step) / (10 + step)); False (release): constant"),
+        elastic_depth=Field(False, "each step draws D from `elastic_depths`; sampling then chooses D (docs/training.md)"),
+        elastic_depths=Field((1, 2, 4), "values of D that `elastic_depth` draws from, each as often"),
         context_noise=Field(0, "largest timestep of the noise on clean blocks; 0: no noise", low=0, high=999),
+        own_context=Field(
+            0.0, "share of examples whose clean blocks are one-step estimates of the averaged model; 0: off", low=0, high=1),
+        own_context_timestep=Field(
+            500, "largest timestep of the noise from which `own_context` estimates a block", low=0, high=999),
         label_dropout=Field(0.1, "share of labels or captions that are dropped, for guidance", low=0, high=1),
         log_to=Field(
             "tensorboard", 'where metrics go beside metrics.jsonl: tensorboard, trackio, wandb; "": nowhere else', MACHINE),
@@ -279,10 +285,17 @@ SECTIONS: dict[str, Section] = {
             "", '"webp": write an animation of the denoising of the grid\'s images (--mode=sample)', NEUTRAL,
             choices=("", "webp")),
         solver=Field("dpmpp_2m", "solver of the reverse process (docs/sampling.md)", RESUME, choices=tuple(SOLVERS)),
+        diffusion_depth=Field(0, "D of sampling, one of train.elastic_depths; 0: model.diffusion_depth", RESUME, low=0),
+        context_noise=Field(
+            0, "timestep of noise on finished blocks before later blocks read them, at most train.context_noise; 0: no noise",
+            RESUME, low=0, high=999),
         spacing=Field(
             "trailing", "spacing of the timesteps; leading and linspace: ddpm only", RESUME,
             choices=("trailing", "leading", "linspace")),
         steps=Field(50, "solver steps of a block, at most 999 on the ddpm path", RESUME, low=1, high=10_000),
+        steps_by_block=Field(
+            "constant", 'steps of each block: "constant": `steps`; "linear:16:4"; "16,8,8,4"; or multiples of `steps`, '
+            '"linear:1.5x:0.5x" (docs/sampling.md)', RESUME),
         guidance=Field(1.0, "classifier-free guidance scale; 1: off", RESUME, low=0, high=1000),
         guidance_schedule=Field(
             "constant", 'or "linear": from 1 at the first solver step to the scale at the last', RESUME,
@@ -337,6 +350,12 @@ SECTIONS: dict[str, Section] = {
         grid=Field(
             "", 'settings to compare, as in evaluate.grid; "": a fifth of the solver steps, and all', NEUTRAL,
             is_portable=_names_no_text_file),
+    ),
+    "probe": _section("--mode=probe",
+        n=Field(64, "images of `evaluate.split`, rounded up to whole batches", NEUTRAL, low=1),
+        batch=Field(16, "images at once", NEUTRAL, low=1),
+        steps=Field(8, "noise levels at which the layers are compared, those of as many solver steps", NEUTRAL, low=2, high=999),
+        tolerance=Field(0.05, "largest relative increase of the loss at which a layer may be an AR layer", NEUTRAL, low=0),
     ),
     "demo": _section("--mode=demo",
         n=Field(4, "images of each model", NEUTRAL, low=1, high=64),

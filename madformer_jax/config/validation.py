@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import block_orders, class_labels, fields
+from madformer_jax.config import block_orders, block_steps, class_labels, elastic_depth, fields
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.config.table import FIELDS, PATH, Field
@@ -79,6 +79,7 @@ def check(c: ConfigDict) -> None:
     for name, row in FIELDS.items():
         _check_value(f"config.{name}", given[name], row)
     check_depth(c)
+    elastic_depth.check(c)
     m = c.model
     if m.width % m.heads or (m.width // m.heads) % 4:
         raise ConfigError(
@@ -103,6 +104,11 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model needs "
             "the timestep of its context."
+        )
+    if c.sample.context_noise > c.train.context_noise:
+        raise ConfigError(
+            f"config.sample.context_noise={c.sample.context_noise} is more than the model has trained with: use at most "
+            f"config.train.context_noise={c.train.context_noise}."
         )
     if not any(c.loss[term] for term in LOSS_TERMS):
         raise ConfigError("all weights in config.loss are 0: nothing would be trained.")
@@ -208,7 +214,15 @@ def _check_sampling(c: ConfigDict) -> None:
             f"config.sample.steps={s.steps} is out of range: it must be from 1 to {max_solver_steps(c)} for "
             f"config.diffusion.path={d.path!r}."
         )
-    if s.solver != "dpmpp_2m" and s.spacing != "trailing" and s.steps == 1:
+    if s.steps_by_block != block_steps.CONSTANT:
+        derive_sizes(c)  # a wrong number of blocks is the error to show
+    steps_of_blocks = {s.steps} if s.steps_by_block == block_steps.CONSTANT else set(block_steps.steps_of_blocks(c))
+    if max(steps_of_blocks) > max_solver_steps(c):
+        raise ConfigError(
+            f"config.sample.steps_by_block={s.steps_by_block!r} with config.sample.steps={s.steps} gives a block "
+            f"{max(steps_of_blocks)} steps: it must be from 1 to {max_solver_steps(c)} for config.diffusion.path={d.path!r}."
+        )
+    if s.solver != "dpmpp_2m" and s.spacing != "trailing" and 1 in steps_of_blocks:
         raise ConfigError(
             f"config.sample.steps=1 with solver={s.solver!r} and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
             "config.sample.spacing=trailing, or 2 steps or more."

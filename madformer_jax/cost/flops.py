@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from madformer_jax.config import block_steps, elastic_depth
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.diffusion import solvers
@@ -250,14 +251,22 @@ def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, f
 def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     """Returns the cost of one optimizer step of `train.batch` images.
 
-    The backward pass costs twice the forward pass, less the gradients of the data.
+    The backward pass costs twice the forward pass, less the gradients of the data. `train.own_context`
+    adds a forward pass without a backward pass, whatever the share. With
+    `train.elastic_depth` it is the mean over the depths that steps draw.
 
     Args:
       c: The config.
       encode: Whether the VAE encodes images in the step. False for cached latents.
     """
+    if c.train.elastic_depth:
+        depths = elastic_depth.trained_depths(c)
+        costs = (training_step(elastic_depth.with_depth(c, depth), encode=encode) for depth in depths)
+        return sum(costs, Cost()) * (1 / len(depths))
     cost, first = _forward_cost(c, None)
     cost = cost * 3 + Cost(unet=-first)
+    if c.train.own_context:
+        cost += forward_pass(c, ("image",))
     if encode and c.codec.name == "vae":
         cost += Cost(vae=vae_encode(c.data.image_size, _vae(c)))
     return cost * c.train.batch
@@ -270,14 +279,14 @@ def sampling(c: ConfigDict, n: int = 1, kept: int = 0) -> Cost:
     the solver, and the decoder of the codec once. Both guidance branches run at every evaluation,
     also outside of `guidance_interval`. The first `kept` blocks of an edit are embedded and cached only.
     """
-    m, stages = c.model, sampling_plan(ablation_switches(c))
+    m, stages, diffusion = c.model, sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)
     s, last = derive_sizes(c).tokens, c.model.blocks - 1
-    ar, block_only = m.depth - m.diffusion_depth, m.diffusion_attention == "block"
+    ar, block_only = m.depth - diffusion, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
     down, up = _downsampler(c)[0], _upsampler(c)[0]
     if vocabulary_size(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
-    for block in range(m.blocks):
+    for block, evaluations in enumerate(block_evaluations(c)):
         # The clean tower and the downsampler run on a finished block if anything reads what they return.
         extend_ar, extend_diffusion = (
             block < last and x for x in (stages.cache_clean_ar, stages.cache_clean_diffusion)
@@ -294,12 +303,12 @@ def sampling(c: ConfigDict, n: int = 1, kept: int = 0) -> Cost:
         cost += Cost(ar_layers=towers, attention=scores)
         # The diffusion layers: every evaluation, then the finished block. The last layer computes only
         # the keys and values of the latter.
-        evaluations = drawn * solver_evaluations(c)
-        towers = evaluations * m.diffusion_depth * _layer_matmuls(c, s)
-        scores = evaluations * m.diffusion_depth * _block_attention(c, block, block_only)
+        evaluations = drawn * evaluations
+        towers = evaluations * diffusion * _layer_matmuls(c, s)
+        scores = evaluations * diffusion * _block_attention(c, block, block_only)
         if extend_diffusion:
-            towers += (m.diffusion_depth - 1) * _layer_matmuls(c, s) + _layer_matmuls(c, s, True)
-            scores += (m.diffusion_depth - 1) * _block_attention(c, block, False)
+            towers += (diffusion - 1) * _layer_matmuls(c, s) + _layer_matmuls(c, s, True)
+            scores += (diffusion - 1) * _block_attention(c, block, False)
         cost += Cost(diffusion_layers=towers, attention=scores, unet=evaluations * up)
         unguided += Cost(unet=(evaluations + embedded) * down)
     if c.codec.name == "vae":
@@ -317,21 +326,22 @@ def guidance_branches(c: ConfigDict) -> int:
     return 2 if vocabulary_size(c) and c.sample.guidance != 1.0 and not c.sample.guide else 1
 
 
-def solver_evaluations(c: ConfigDict) -> int:
-    """Returns the evaluations of the network in the solver steps of a block, in each guidance branch."""
-    return solvers.make(c.sample.solver).evaluations(c.sample.steps)
+def block_evaluations(c: ConfigDict) -> tuple[int, ...]:
+    """Returns the evaluations of the network in the solver steps of each block, in each guidance branch."""
+    return tuple(map(solvers.make(c.sample.solver).evaluations, block_steps.steps_of_blocks(c)))
 
 
 def nfe(c: ConfigDict, kept: int = 0) -> float:
     """Returns the paper's NFE of an image (section 1).
 
-    It is (N - D) / N + evaluations D / N for each guidance branch. The formula ignores the clean tower
-    and the ablation switches. `model_passes` counts all layers that run. An edit that keeps `kept`
-    blocks counts the share of the drawn blocks.
+    It is (N - D) / N + evaluations D / N for each guidance branch, with the mean evaluations of a block.
+    The formula ignores the clean tower and the ablation switches. `model_passes` counts all layers that
+    run. An edit that keeps the first `kept` blocks counts the drawn blocks only.
     """
-    m = c.model
-    layers = m.depth - m.diffusion_depth + solver_evaluations(c) * m.diffusion_depth
-    return guidance_branches(c) * layers / m.depth * (m.blocks - kept) / m.blocks
+    m, diffusion = c.model, elastic_depth.sampled_depth(c)
+    drawn = block_evaluations(c)[kept:]
+    layers = len(drawn) * (m.depth - diffusion) + sum(drawn) * diffusion
+    return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 
 class LayerCalls(NamedTuple):
@@ -347,10 +357,10 @@ def layer_calls(c: ConfigDict) -> LayerCalls:
 
     A layer of which only keys and values are used counts as a whole one.
     """
-    m, stages = c.model, sampling_plan(ablation_switches(c))
-    ar = m.depth - m.diffusion_depth
-    extension = stages.cache_clean_ar * ar + stages.cache_clean_diffusion * m.diffusion_depth
-    return LayerCalls(stages.condition * ar, m.diffusion_depth, extension)
+    stages, diffusion = sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)
+    ar = c.model.depth - diffusion
+    extension = stages.cache_clean_ar * ar + stages.cache_clean_diffusion * diffusion
+    return LayerCalls(stages.condition * ar, diffusion, extension)
 
 
 def model_passes(c: ConfigDict, kept: int = 0) -> float:
@@ -358,7 +368,7 @@ def model_passes(c: ConfigDict, kept: int = 0) -> float:
 
     The text runs through the layers once, before the first block. It counts in FLOPs only.
     """
-    return model_passes_until(c, c.model.blocks - 1, c.sample.steps, kept)
+    return model_passes_until(c, c.model.blocks - 1, block_steps.steps_of_blocks(c)[-1], kept)
 
 
 def model_passes_until(c: ConfigDict, block: int, step: int, kept: int = 0) -> float:
@@ -370,10 +380,10 @@ def model_passes_until(c: ConfigDict, block: int, step: int, kept: int = 0) -> f
       step: Number of the solver step, from 1.
       kept: Number of kept blocks, which come first. Only the clean tower runs on them.
     """
-    m, calls, evaluations = c.model, layer_calls(c), solver_evaluations(c)
-    done = min(step * solvers.make(c.sample.solver).evaluations_per_step, evaluations)
-    drawn = block - kept
-    layers = (drawn + 1) * calls.condition + (drawn * evaluations + done) * calls.evaluation + block * calls.extension
+    m, calls, evaluations = c.model, layer_calls(c), block_evaluations(c)
+    done = min(step * solvers.make(c.sample.solver).evaluations_per_step, evaluations[block])
+    done += sum(evaluations[kept:block])
+    layers = (block - kept + 1) * calls.condition + done * calls.evaluation + block * calls.extension
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 

@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int, Real
 
 from madformer_jax.config.choices import LOSS_TERMS
+from madformer_jax.diffusion import own_context as own_contexts
 from madformer_jax.diffusion import parameterization
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.schedule import AnyArray, Schedule
@@ -101,6 +102,7 @@ def training_loss(
     lengths: Int[AnyArray, " B"] | None = None,
     text_tokens: Real[AnyArray, ""] | None = None,
     schedule: Schedule = schedules.DEFAULT,
+    own_context: own_contexts.OwnContext | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the weighted loss of one batch, with a separate timestep for each block.
 
@@ -117,6 +119,8 @@ def training_loss(
       lengths: Number of tokens of each text, `(B,)`. By default all T tokens are text.
       text_tokens: See `unweighted_terms`.
       schedule: The noise path.
+      own_context: Source of estimates that replace clean blocks, before `context_noise` is added. None
+        leaves the true blocks.
 
     Returns:
       The loss and the metrics. Metrics hold every term (`loss_image`, ...), and the image term by
@@ -129,8 +133,10 @@ def training_loss(
     t = schedule.training_timesteps(t_key, z.shape[:2])
     noise = jax.random.normal(noise_key, z.shape, jnp.float32)
     context, clean_t = z, None
+    if own_context is not None:
+        context = own_contexts.replace(model, own_context, z, tokens, lengths, jax.random.fold_in(key, 3), schedule)
     if context_noise:
-        context, clean_t = _add_context_noise(schedule, z, jax.random.fold_in(key, 2), context_noise)
+        context, clean_t = _add_context_noise(schedule, context, jax.random.fold_in(key, 2), context_noise)
     level = schedule.level(t[..., None, None])
     noisy = level.alpha * z + level.sigma * noise
     outputs = model.apply(

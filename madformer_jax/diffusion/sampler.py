@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from madformer_jax.diffusion import parameterization, solvers
+from madformer_jax.diffusion import block_tables, parameterization, solvers
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.autoguidance import GuidedPair, PairCache
 from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
@@ -30,6 +30,9 @@ Tokens = Float[Array, "rows 1 s _"]
 Stream = Tokens | tuple[Tokens, Tokens]  # of a model, or of a model and its guide
 
 
+_CONTEXT_INDEX = 2**31 - 1  # in place of the number of an evaluation, for the key of noise on the context
+
+
 class BlockSteps(NamedTuple):
     """The steps of sampling one block, each a pure function.
 
@@ -42,7 +45,8 @@ class BlockSteps(NamedTuple):
     solver: Solver
     guided: bool
     clip_x0: float  # bound of the clean estimate; 0 for none
-    clean_timestep: int | float  # timestep of finished blocks, see the function `clean_timestep`
+    clean_timestep: int | float | Array  # timestep of finished blocks, see the function `clean_timestep`
+    context_level: NoiseLevel | None = None  # noise on finished blocks that later blocks read; None for none
 
     def begin(
         self,
@@ -115,7 +119,9 @@ class BlockSteps(NamedTuple):
 
         return self.solver.step(denoise, state, row, normal)
 
-    def cache_clean(self, cache: Cache, z: Array, kv: Any, block: int | Array) -> tuple[Cache, Stream]:
+    def cache_clean(
+        self, cache: Cache, z: Array, kv: Any, block: int | Array, keys: Array | None = None
+    ) -> tuple[Cache, Stream]:
         """Adds a finished block to the cache.
 
         Args:
@@ -123,10 +129,14 @@ class BlockSteps(NamedTuple):
           z: The finished latent block `(B, 1, positions, C)`.
           kv: Keys and values of its last evaluation, see `step`.
           block: Index of the block.
+          keys: Random key of each image, `(B,)`, for noise on the context.
 
         Returns:
           The cache, and the next block's prediction stream.
         """
+        if self.context_level is not None:
+            noise = _step_noise(keys, block, _CONTEXT_INDEX, z.shape[1:])
+            z = self.context_level.alpha * z + self.context_level.sigma * noise
         c = self._call("embed_clean", cache, z, self.clean_timestep, block)
         if cache.finished_blocks is not None:
             finished = jax.lax.dynamic_update_slice_in_dim(cache.finished_blocks, z, block, axis=1)
@@ -138,7 +148,12 @@ class BlockSteps(NamedTuple):
         return self._call("cache_clean", cache, c, block), c
 
     def cache_given(
-        self, cache: Cache, pred: Stream, given: Float[Array, "B K positions C"], unroll: bool = False
+        self,
+        cache: Cache,
+        pred: Stream,
+        given: Float[Array, "B K positions C"],
+        keys: Array | None = None,
+        unroll: bool = False,
     ) -> tuple[Cache, Stream]:
         """Adds K clean blocks, the first of the order, to an empty cache.
 
@@ -146,6 +161,7 @@ class BlockSteps(NamedTuple):
           cache: The cache of `begin`.
           pred: The prediction stream of `begin`.
           given: The blocks, in the order of generation.
+          keys: See `cache_clean`.
           unroll: See `sample`.
 
         Returns:
@@ -154,7 +170,7 @@ class BlockSteps(NamedTuple):
 
         def add(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], None]:
             z = jax.lax.dynamic_slice_in_dim(given, block, 1, axis=1)
-            return self.cache_clean(carry[0], z, None, block), None
+            return self.cache_clean(carry[0], z, None, block, keys), None
 
         carry, count = (cache, pred), given.shape[1]
         if unroll:
@@ -172,13 +188,25 @@ class BlockSteps(NamedTuple):
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
-def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int | float:
+def clean_timestep(
+    model: MADFormer | GuidedPair, coefficients: solvers.Coefficients, context_noise: int = 0
+) -> int | float | Array:
     """Returns the timestep with which finished blocks are embedded.
 
-    It is that of the last evaluation if `model.config.clean_timestep` is "noisy", and otherwise 0.
+    It is that of the last evaluation if `model.config.clean_timestep` is "noisy", and otherwise that of the
+    noise on the context, which is 0 by default.
     """
-    timestep: int | float = coefficients.level.t[-1].item()
-    return timestep if model.config.clean_timestep == "noisy" else 0
+    if model.config.clean_timestep != "noisy":
+        return context_noise
+    timestep: Any = coefficients.level.t[-1]
+    return timestep if isinstance(timestep, Array) else timestep.item()
+
+
+def context_level(schedule: Schedule, timestep: int) -> NoiseLevel | None:
+    """Returns the level of noise on the context, as Python numbers; None for timestep 0, which is no noise."""
+    if not timestep:
+        return None
+    return NoiseLevel(*(float(x[0]) for x in schedule.level(np.array([timestep]))))
 
 
 def _step_noise(keys: Array | None, block: int | Array, index: Any, shape: tuple[int, ...]) -> Array:
@@ -208,10 +236,11 @@ def sample(
     *,
     solver: str,
     spacing: str,
-    steps: int,
+    steps: int | tuple[int, ...],
     schedule: Schedule = schedules.DEFAULT,
     guidance: float | np.ndarray | Array = 1.0,
     clip_x0: float = 0.0,
+    context_noise: int = 0,
     unroll: bool = False,
 ) -> Float[Array, "B L positions C"]:
     """Generates latent blocks from noise, one block after the other.
@@ -232,13 +261,16 @@ def sample(
         caches them and generates the others.
       solver: A name of `choices.SOLVERS`.
       spacing: See `Schedule.solver_timesteps`.
-      steps: Number of solver steps of each block.
+      steps: Number of solver steps of each block, or one number per block.
       schedule: The noise path.
       guidance: Scale w of classifier-free guidance, or one scale per evaluation `(evaluations,)`,
-        see `guidance.guidance_scales`. The output is unconditional + w (conditional - unconditional),
-        for eps, v and x0 alike. The Python number 1 skips the unconditional rows. An array never
-        skips them, because the program does not know its values.
+        see `guidance.guidance_scales`. `(L, evaluations)` if blocks differ in steps, with padding.
+        The output is unconditional + w (conditional - unconditional), for eps, v and x0 alike. The
+        Python number 1 skips the unconditional rows. An array never skips them, because the program
+        does not know its values.
       clip_x0: Bound of the predicted clean latent; 0 for none.
+      context_noise: Timestep of the noise on finished blocks that later blocks read; 0 for none. The
+        returned blocks have no noise. It needs `keys`.
       unroll: Compiles one copy of the program per block and solver step in place of loops, to count
         its cost.
 
@@ -246,17 +278,22 @@ def sample(
       Latent blocks `(B, L, positions, C)`.
     """
     method = solvers.make(solver)
-    coefficients = method.coefficients(schedule, spacing, steps)
-    evaluations = method.evaluations(steps)
     blocks, first = noise.shape[1], 0 if given is None else given.shape[1]
     order = model.config.default_order if order is None else order
     noise = block_order.to_ranks(noise, order)
+    by_block = not isinstance(steps, int)
+    tables = block_tables.make(method, schedule, spacing, steps if isinstance(steps, tuple) else (steps,))
+    evaluations = int(tables.evaluations.max())
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
-    block_steps = BlockSteps(model, params, method, guided, clip_x0, clean_timestep(model, coefficients))
+    clean_t = clean_timestep(model, tables.block(0), context_noise)
+    common_steps = BlockSteps(model, params, method, guided, clip_x0, clean_t, context_level(schedule, context_noise))
 
     def sample_block(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], Array]:
         cache, pred = carry
+        table = block if by_block else 0
+        coefficients, last = tables.block(table), tables.last(table)
+        block_steps = common_steps._replace(clean_timestep=clean_timestep(model, coefficients, context_noise))
         condition, cache = block_steps.condition(cache, pred, block)
 
         def evaluate(
@@ -265,27 +302,37 @@ def sample(
             row, w = row_and_scale
             return block_steps.step(cache, condition, state, row, w, block, keys)[0], None
 
-        scales = jnp.broadcast_to(jnp.asarray(guidance, jnp.float32), (evaluations,))
+        scales = jnp.asarray(guidance, jnp.float32)
+        if by_block:
+            scales = jnp.broadcast_to(scales, (blocks, evaluations))[block, : len(coefficients.index)]
+        scales = jnp.broadcast_to(scales, coefficients.index.shape)
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
         state = method.init(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
         # The last evaluation is outside the scan because `cache_clean` may need its keys and values.
-        first_rows = jax.tree.map(lambda r: r[:-1], rows)
-        state, _ = jax.lax.scan(evaluate, state, first_rows, unroll=evaluations if unroll else 1)
-        last_row, w = jax.tree.map(lambda r: r[-1], rows)
+        if isinstance(last, int):
+            first_rows = jax.tree.map(lambda r: r[:-1], rows)
+            state, _ = jax.lax.scan(evaluate, state, first_rows, unroll=evaluations if unroll else 1)
+        else:
+
+            def evaluate_row(k: Array, state: solvers.SolverState) -> solvers.SolverState:
+                return evaluate(state, jax.tree.map(lambda r: r[k], rows))[0]
+
+            state = jax.lax.fori_loop(0, last, evaluate_row, state)
+        last_row, w = jax.tree.map(lambda r: r[last], rows)
         state, kv = block_steps.step(cache, condition, state, last_row, w, block, keys)
         z = state.x
 
         def cache_clean(cache: Cache, pred: Stream) -> tuple[Cache, Stream]:
-            return block_steps.cache_clean(cache, z, kv, block)
+            return block_steps.cache_clean(cache, z, kv, block, keys)
 
         if isinstance(block, int):
             return (cache_clean(cache, pred) if block + 1 < blocks else carry), z
         return jax.lax.cond(block + 1 < blocks, cache_clean, lambda *same: same, cache, pred), z
 
-    carry = block_steps.begin(noise, tokens, lengths, order)
+    carry = common_steps.begin(noise, tokens, lengths, order)
     finished = []
     if given is not None:
-        carry, finished = block_steps.cache_given(*carry, given, unroll), [given]
+        carry, finished = common_steps.cache_given(*carry, given, keys, unroll), [given]
     if blocks == 1 or unroll:
         for block in range(first, blocks):
             carry, z = sample_block(carry, block)

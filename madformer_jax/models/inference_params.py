@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from madformer_jax.models import madformer
+from madformer_jax.models import layer_split, madformer
 from madformer_jax.models.layers import Params, all_gather_kernel
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.models.transformer import unstack_layers
@@ -36,7 +36,7 @@ def inference_params(model: MADFormer, params: Params, memory: int) -> Params:
 
     Args:
       model: The model.
-      params: Its parameters in float32, traced or not. Under a mesh they are split by
+      params: Its parameters in float32, traced or not, with the split of any D. Under a mesh they are split by
         `partitioning.RULES`.
       memory: Memory of a device in bytes. If the parameters take less than `MAX_MEMORY_FRACTION` of
         it, each device gets all of them except for the split over "tensor". 0 keeps them split.
@@ -44,6 +44,7 @@ def inference_params(model: MADFormer, params: Params, memory: int) -> Params:
     Returns:
       The parameters.
     """
+    params = layer_split.fit(model, params)
     cast = jax.tree_util.tree_map_with_path(functools.partial(_cast_param, model.config.dtype), params)
     if sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cast)) < MAX_MEMORY_FRACTION * memory:
         # `eval_shape` takes a second on a CPU, so it runs only if needed.

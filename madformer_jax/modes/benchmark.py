@@ -22,8 +22,8 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from madformer_jax.config import elastic_depth, seeds
 from madformer_jax.config import schema as config_lib
-from madformer_jax.config import seeds
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.data import pipeline
@@ -79,7 +79,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def training_step(c: ConfigDict) -> Figures:
-    """Measures the training step with optimizer and averages."""
+    """Measures the training step with optimizer and averages, at the model's own D."""
+    c = elastic_depth.with_depth(c, c.model.diffusion_depth)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     sizes, batch = derive_sizes(c), c.train.batch
     identity = codec.Codec(dict, lambda params, batch, key: batch["latent"], lambda params, z: z)
@@ -116,6 +117,7 @@ def sampling(c: ConfigDict) -> Figures:
 
     Its size is `sample.batch`, rounded up to a multiple of the devices.
     """
+    c = elastic_depth.with_depth(c, elastic_depth.sampled_depth(c))
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, batch = madformer.build(c), generation.batch_size(c, mesh, c.sample.batch)
     init = functools.partial(madformer.init, model)

@@ -22,13 +22,13 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, seeds
+from madformer_jax.config import elastic_depth, fields, seeds
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops, hlo, topologies, tpu_time
 from madformer_jax.data import sources
 from madformer_jax.data.text import TokenizedTexts
-from madformer_jax.models import madformer, vae
+from madformer_jax.models import layer_split, madformer, vae
 from madformer_jax.runtime import partitioning, storage
 from madformer_jax.sampling import codec, generation
 from madformer_jax.training import train_step
@@ -135,10 +135,11 @@ def usable_memory(device: jax.Device) -> int:
 
 
 def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> ProgramReport:
-    """Compiles the training step.
+    """Compiles the training step, at the model's own D.
 
     The batch consists of cached latents if the source may hold them and the codec is a VAE, else of images.
     """
+    c = elastic_depth.with_depth(c, c.model.diffusion_depth)
     partitioning.check_batch(mesh, c.train.batch, c.train.accumulate)
     images = _abstract_codec(c, mesh)
     s = train_step.Setup(model, images, derive_sizes(c), train_step.optimizer(c))
@@ -176,7 +177,8 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, 
     numbers = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=partitioning.batch_sharding(mesh))
     inputs = {"parameters": params} | ({"VAE": codec_params} if codec_params else {})
     with partitioning.scope(mesh):
-        sample_fn = generation.make_sample_fn(c, model, images.decode, limit)
+        network = layer_split.with_depth(model, elastic_depth.sampled_depth(c))
+        sample_fn = generation.make_sample_fn(c, network, images.decode, limit)
         texts = None
         if c.text.vocabulary:
             texts = TokenizedTexts(

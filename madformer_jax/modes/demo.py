@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels, seeds, table
+from madformer_jax.config import block_steps, class_labels, elastic_depth, seeds, table
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.publishing import editor
@@ -147,7 +147,9 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
             every = gr.Radio(["block", "step"], value="block", label="show every")
         with gr.Row(elem_classes="pair"):
             draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
-        controls, pictures, costs = [], [], []
+        controls, splits, pictures, costs = [], [], [], []
+        depths = sorted({depth for model in models.values() for depth in elastic_depth.trained_depths(model.config)})
+        elastic = any(model.config.train.elastic_depth for model in models.values())
         with gr.Row(elem_classes="pair"):
             for side in range(2):
                 with gr.Column(min_width=0):
@@ -157,6 +159,18 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
                         gr.Dropdown(list(table.FIELDS["sample.solver"].choices), value=sample.solver, label="solver"),
                         gr.Slider(1, 100, value=steps, step=1, label="solver steps"),
                         gr.Slider(0, 8, value=sample.guidance, step=0.1, label="guidance"),
+                    ]
+                    schedules = list(dict.fromkeys([block_steps.CONSTANT, "linear:1.5x:0.5x", sample.steps_by_block]))
+                    splits += [
+                        gr.Dropdown(
+                            schedules, value=sample.steps_by_block, allow_custom_value=True, label="steps by block"
+                        ),
+                        gr.Dropdown(
+                            [("the model's own", 0), *((str(depth), depth) for depth in depths)],
+                            value=sample.diffusion_depth,
+                            label="D, diffusion layers",
+                            visible=elastic,
+                        ),
                     ]
                     pictures.append(
                         gr.Image(
@@ -175,14 +189,17 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
             editor.add_editor(gr, editable, condition, functools.partial(_condition_settings, first))
 
         def on_draw(chosen: Any, seed: float | None, every: str, *values: Any) -> Iterator[list[Any]]:
-            sides = [values[i : i + 4] for i in (0, 4)]
+            sides = [(*values[4 * i : 4 * i + 4], *values[8 + 2 * i : 10 + 2 * i]) for i in (0, 1)]
             heading = ""
             if seed is None:
                 seed = secrets.randbelow(_SEEDS)
                 heading = f"seed **{seed}**; "
             shared = {"n": n, "seed": seed} | _condition_settings(first, chosen)
             settings = [
-                shared | {"solver": solver, "steps": steps, "guidance": scale} for _, solver, steps, scale in sides
+                shared
+                | {"solver": solver, "steps": steps, "guidance": scale}
+                | {"steps_by_block": by_block, "diffusion_depth": depth}
+                for _, solver, steps, scale, by_block, depth in sides
             ]
             chosen_models = [models[name] for name, *_ in sides]
             try:
@@ -193,7 +210,11 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
                 raise gr.Error(str(error), duration=None, print_exception=False) from None
 
         drawing_event = draw.click(
-            on_draw, [condition, seed, every, *controls], [*pictures, *costs], concurrency_limit=1, api_name="draw"
+            on_draw,
+            [condition, seed, every, *controls, *splits],
+            [*pictures, *costs],
+            concurrency_limit=1,
+            api_name="draw",
         )
         stop.click(None, cancels=[drawing_event])
     return blocks

@@ -197,7 +197,10 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 settings = aliases.first_names(json.loads(s.to_json()), "sample.")
                 settings |= {"noise": noise_digest, "labels": chosen}
                 network, sampled_params = trained.sampled(setting)
-                program = (s.solver, s.spacing, s.steps, s.guidance == 1.0, s.block_order)
+                program = (
+                    s.solver, s.spacing, solving.solver_steps(setting), s.diffusion_depth, s.context_noise, s.guidance == 1.0,
+                    s.block_order,
+                )  # fmt: skip
                 if program not in programs:
                     sample_fn = generation.make_sample_fn(setting, network, trained.codec.decode)
                     programs[program] = progress.log_compilation(sample_fn, f"the sampling program of {s.steps} steps")

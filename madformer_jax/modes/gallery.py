@@ -76,7 +76,10 @@ def _grid_configs(c: ConfigDict) -> list[ConfigDict]:
 
 def _setting_names(grid: list[ConfigDict]) -> list[str]:
     """Returns a name for each setting from the fields in which they differ."""
-    fields = ("solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "weights")
+    fields = (
+        "solver", "spacing", "steps", "steps_by_block", "diffusion_depth", "context_noise", "guidance",
+        "guidance_schedule", "guidance_interval", "weights",
+    )  # fmt: skip
     differ = [name for name in fields if len({str(c.sample[name]) for c in grid}) > 1] or ["steps"]
     return [", ".join(f"{name} {c.sample[name]}" for name in differ) for c in grid]
 

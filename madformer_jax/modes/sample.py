@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from madformer_jax.config import aliases, class_labels, seeds
+from madformer_jax.config import aliases, block_steps, class_labels, seeds
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import preprocess
@@ -75,9 +75,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         folder = epath.Path(workdir) / "samples" / _folder_name(c, protocol)
         missing = _missing_shards(c, folder)
         numbers = np.concatenate([_shard_image_numbers(c, k) for k in missing] or [np.arange(0)])
-        scales = solving.guidance_scales(c)
+        scales = np.concatenate([solving.block_guidance_scales(c, block) for block in range(c.model.blocks)])
         logging.info(
-            "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d evaluations guided; attention %s",
+            "sampling %d images with the %s weights of step %d, %d of them drawn before; %d of %d evaluations of an image "
+            "guided; attention %s",
             s.n, s.weights, step, s.n - len(numbers), np.sum(scales != 1), len(scales),
             trained.network.config.attention.name,
         )  # fmt: skip
@@ -135,10 +136,11 @@ def _write_film(c: ConfigDict, path: epath.Path, model: trained_model.Model) -> 
     """Writes a film of the grid while it is drawn, of about `MAX_FILM_FRAMES` frames or fewer."""
     c = c.copy_and_resolve_references()
     c.sample.n = min(c.sample.grid, c.sample.n)
-    every = -(-c.model.blocks * c.sample.steps // MAX_FILM_FRAMES)
+    steps = block_steps.steps_of_blocks(c)
+    every = -(-sum(steps) // MAX_FILM_FRAMES)
     captions, frames, scale = prompts.load(c), [], max(1, MIN_FILM_SIDE // c.data.image_size)
     for i, frame in enumerate(model.stream_config(c, "step", editing.read_picture(c))):
-        if not i % every or frame.step == c.sample.steps:
+        if not i % every or frame.step == steps[frame.block]:
             large = frame.images if captions else frame.images.repeat(scale, axis=1).repeat(scale, axis=2)
             grid = generation.tile_grid(prompts.add_caption_strips(large, captions))
             frames.append(preprocess.to_pil(grid))
@@ -207,7 +209,10 @@ def _folder_name(c: ConfigDict, protocol: dict[str, Any]) -> str:
     guidance = f"w{s.guidance:g}" + "linear" * (s.guidance_schedule == "linear")
     guidance += f"_t{low}-{high}" * ((low, high) != (0, 999))
     guidance += "guide" * bool(s.guide) + "_edit" * bool(s.image)
-    kind = f"{s.weights}{s.ema or ''}_{s.solver}_{s.spacing}{s.steps}_{guidance}"
+    by_block = block_steps.steps_of_blocks(c)
+    steps = s.steps if s.steps_by_block == block_steps.CONSTANT else f"{by_block[0]}to{by_block[-1]}"
+    kind = f"{s.weights}{s.ema or ''}_{s.solver}_{s.spacing}{steps}_{guidance}"
+    kind += f"_D{s.diffusion_depth}" * bool(s.diffusion_depth) + f"_context{s.context_noise}" * bool(s.context_noise)
     return f"step_{protocol['step']:06d}_{kind}_{origin}_n{s.n}_{digest}"
 
 

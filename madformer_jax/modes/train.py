@@ -17,18 +17,19 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, seeds, validation
+from madformer_jax.config import elastic_depth, fields, seeds, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.data import pipeline, text
 from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.judge import Judge, open_judge
+from madformer_jax.models import layer_split
 from madformer_jax.runtime import checkpoint, lock, memory, partitioning, progress, storage
 from madformer_jax.runtime.preemption import Preemption
 from madformer_jax.sampling import codec, generation
 from madformer_jax.sampling.opening import open_guide
-from madformer_jax.training import hooks, initial_weights, trackers, train_step
+from madformer_jax.training import elastic_step, hooks, initial_weights, trackers, train_step
 from madformer_jax.training.checkpoint_saver import CheckpointSaver
 from madformer_jax.training.metric_writer import MetricWriter
 
@@ -139,8 +140,11 @@ def _open_loop_calls(
 ) -> LoopCalls:
     """Makes the training program and opens what runs beside it, from `step` on."""
     out_shardings = (jax.tree.map(lambda x: x.sharding, r.abstract_state), partitioning.replicated(r.mesh))
-    program = jax.jit(train_step.make_step(r.setup, c), donate_argnums=0, out_shardings=out_shardings)
-    step_fn = progress.log_compilation(program, "the training step")
+
+    def jit(step_fn: train_step.StepFn, what: str) -> train_step.StepFn:
+        return progress.log_compilation(jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings), what)
+
+    step_fn = elastic_step.make_program(r.setup, c, jit, step)
     metric_writer = stack.enter_context(contextlib.closing(MetricWriter(c, workdir, step, r.step_flops, r.mesh.size)))
     hook_list = _make_hooks(c, workdir, r, metric_writer, grids)
     profile = stack.enter_context(_make_profiler(c, workdir, step))
@@ -157,7 +161,8 @@ def _make_hooks(
     """Makes the hooks that the config asks for, each with its interval in steps."""
     free = memory.device_capacity() - partitioning.device_bytes(r.abstract_state)
     guide = open_guide(c) if c.sample.guidance != 1.0 else None
-    network = r.setup.model if guide is None else GuidedPair(r.setup.model, guide.network)
+    model = layer_split.with_depth(r.setup.model, elastic_depth.sampled_depth(c))
+    network = model if guide is None else GuidedPair(model, guide.network)
     sample_fn = progress.log_compilation(
         generation.make_sample_fn(c, network, r.setup.codec.decode, free), "the sampling program"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels
+from madformer_jax.config import block_steps, class_labels
 
 _SETTING_COLUMNS = ("solver", "spacing", "steps", "guidance", "n")
 
@@ -33,6 +33,8 @@ def render(
       names: Names of the classes in order; empty if the data do not name them.
     """
     m, s = c.model, c.sample
+    steps = s.steps if s.steps_by_block == block_steps.CONSTANT else s.steps_by_block
+    depths = f" (trained with D = {', '.join(map(str, c.train.elastic_depths))})" if c.train.elastic_depth else ""
     kind = "captions" if c.text.vocabulary else f"{m.classes} classes" if m.classes else ""
     condition = f", conditional on {kind}," if kind else ""
     task = "text-to-image" if c.text.vocabulary else "unconditional-image-generation"
@@ -45,14 +47,14 @@ def render(
         *(["![samples](grid.png)", ""] if grid else []),
         "| | |", "|---|---|",
         f"| parameters | {parameters:,} |",
-        f"| layers N, diffusion layers D | {m.depth}, {m.diffusion_depth} |",
+        f"| layers N, diffusion layers D | {m.depth}, {m.diffusion_depth}{depths} |",
         f"| blocks L | {m.blocks} |",
         f"| width, heads | {m.width}, {m.heads} |",
         *([f"| classes | {_escape_cell(class_labels.summary(range(m.classes), names))} |"] if m.classes and names else []),
         f"| prediction type | {m.prediction_type} |",
         f"| codec | {c.codec.name}" + (f", patches of {c.codec.patch}" if c.codec.name == "pixel" else "") + " |",
         f"| trained on | {c.data.source}, split {c.data.split}: {step:,} steps, batch size {c.train.batch} |",
-        f"| default sampling | {s.solver}, {s.steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",
+        f"| default sampling | {s.solver}, {steps} steps, {s.spacing}, guidance {s.guidance:g}, {s.weights} weights |", "",
         "```python", "import madformer_jax", "", 'model = madformer_jax.load("PATH or owner/name")',
         f"images = model.sample({_usage_example(c, names)})", "```", "",
     ]  # fmt: skip

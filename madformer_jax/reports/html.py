@@ -86,6 +86,17 @@ def render(results: Results, sections: Sequence[Section]) -> str:
     return "\n".join(parts)
 
 
+def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """Returns a page with a title, a first paragraph and sections, for reports that are not of a sweep."""
+    body = "\n".join(_render_section(i, section) for i, section in enumerate(sections))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{_escape(title)}</title>\n'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{_escape(title)}</h1>\n"
+        f'<p class="question">{_escape(lead)}</p>\n{body}\n</body>\n</html>\n'
+    )
+
+
 def _render_section(i: int, section: Section) -> str:
     inside, title = "\n".join(map(_render_item, section.items)), _escape(section.title)
     if section.folded:

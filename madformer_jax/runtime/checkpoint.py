@@ -34,7 +34,10 @@ LEARNING_RATE_FIELDS = ("optimizer.learning_rate", "optimizer.schedule", "optimi
 # The state depends on whether these are 0, not on their values.
 ON_OFF_FIELDS = ("optimizer.clip", "optimizer.skip", "train.ema_snapshots")
 # Sections and fields that decide the shapes of weights and images.
-MODEL_FIELDS = ("model", "codec", "text.vocabulary", "text.length", "data.image_size", "data.channels")
+MODEL_FIELDS = (
+    "model", "codec", "text.vocabulary", "text.length", "data.image_size", "data.channels", "train.elastic_depth",
+    "train.elastic_depths",
+)  # fmt: skip
 
 
 def array_items(state: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def guide_config(c: ConfigDict) -> ConfigDict | None:
     guide.sample, guide.mesh = c.sample.copy_and_resolve_references(), c.mesh.copy_and_resolve_references()
     guide.codec.path, guide.codec.dtype = c.codec.path, c.codec.dtype
     guide.sample.update({
-        "weights": weights, "ema": ema, "step": c.sample.guide_step, "guide": "", "guidance": 1.0,
+        "weights": weights, "ema": ema, "step": c.sample.guide_step, "guide": "", "guidance": 1.0, "diffusion_depth": 0,
         "guidance_schedule": "constant", "guidance_interval": base().sample.guidance_interval,
     })  # fmt: skip
     return guide

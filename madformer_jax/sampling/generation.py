@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
     labels: Any  # (b,) int32; 0 for a model without classes
     noise: Array | None  # (b, L, positions, C), or None for the noise of the seed
     seed: Any  # () uint32
-    guidance: Any  # (evaluations,) float32; unused if `sample.guidance` is 1, which runs no second branch
+    guidance: Any  # `solving.guidance_scales`; unused if `sample.guidance` is 1, which runs no second branch
     text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
     kept: editing.KeptBlocks | None = None
 
@@ -116,10 +116,11 @@ def make_sample_fn(
             **editing.sampler_arguments(c, keys, inputs.kept),
             solver=settings.solver,
             spacing=settings.spacing,
-            steps=settings.steps,
+            steps=solving.solver_steps(c),
             schedule=path,
             guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
             clip_x0=settings.clip_x0,
+            context_noise=settings.context_noise,
         )
         z = codec.from_blocks(blocks, sizes)
         with jax.named_scope("codec"):

@@ -15,12 +15,12 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, identity
+from madformer_jax.config import block_steps, elastic_depth, fields, identity
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
 from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import ema, madformer
+from madformer_jax.models import ema, layer_split, madformer
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import checkpoint, memory, partitioning, stored_config
 from madformer_jax.sampling import codec, generation
@@ -102,15 +102,24 @@ class TrainedModel:
     def sampled(self, c: ConfigDict) -> tuple[MADFormer | GuidedPair, Any]:
         """Returns the network and the parameters that draw the images of a config.
 
-        They are pairs with those of the guide unless the config's guidance scale is 1.
+        The network has the D of `sample.diffusion_depth`, and the parameters stay as they are stored. They
+        are pairs with those of the guide unless the config's guidance scale is 1.
         """
+        network = layer_split.with_depth(self.network, elastic_depth.sampled_depth(c))
         if self.guide is None or c.sample.guidance == 1.0:
-            return self.network, self.params
-        return GuidedPair(self.network, self.guide.network), (self.params, self.guide.params)
+            return network, self.params
+        return GuidedPair(network, self.guide.network), (self.params, self.guide.params)
 
     def protocol(self, c: ConfigDict) -> dict[str, Any]:
-        """Returns what a protocol says of `sample.ema` and of the guide; empty without them."""
+        """Returns the entries of a protocol for settings of `sample` that older protocols do not name.
+
+        They are `ema`, `steps_by_block`, `diffusion_depth`, `context_noise` and the guide, if they are not at
+        their defaults.
+        """
         values: dict[str, Any] = {"ema": c.sample.ema} if c.sample.ema else {}
+        if c.sample.steps_by_block != block_steps.CONSTANT:
+            values["steps_by_block"] = list(block_steps.steps_of_blocks(c))
+        values |= {name: c.sample[name] for name in ("diffusion_depth", "context_noise") if c.sample[name]}
         if self.guide is not None and c.sample.guidance != 1.0:
             weights = fingerprint(self.guide.params, self.mesh)
             values["guide"] = {"step": self.guide.step, "fingerprint": weights}

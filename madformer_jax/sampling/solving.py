@@ -9,21 +9,41 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.config import schema
+from madformer_jax.config import block_steps, schema
 from madformer_jax.diffusion import guidance, solvers
 from madformer_jax.diffusion import schedule as schedules
 
 
+def solver_steps(c: ConfigDict) -> int | tuple[int, ...]:
+    """Returns the solver steps of a block, or those of each block if they differ."""
+    steps = block_steps.steps_of_blocks(c)
+    return steps if len(set(steps)) > 1 else steps[0]
+
+
 def guidance_scales(c: ConfigDict) -> np.ndarray:
-    """Returns the guidance scale of each evaluation in a block, float32 (evaluations,)."""
+    """Returns the guidance scale of each evaluation in a block, float32 (evaluations,).
+
+    If the blocks differ in steps, the shape is (L, evaluations). Rows of shorter blocks end in padding.
+    """
+    steps = solver_steps(c)
+    if isinstance(steps, int):
+        return block_guidance_scales(c, 0)
+    rows = [block_guidance_scales(c, block) for block in range(len(steps))]
+    longest = max(map(len, rows))
+    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=1) for row in rows])
+
+
+def block_guidance_scales(c: ConfigDict, block: int) -> np.ndarray:
+    """Returns the guidance scale of each evaluation in one block, float32 (evaluations,)."""
     s = c.sample
-    t = coefficients(c).level.t
+    t = coefficients(c, block).level.t
     return guidance.guidance_scales(s.guidance, s.guidance_schedule, s.guidance_interval, t)
 
 
-def coefficients(c: ConfigDict) -> solvers.Coefficients:
-    """Returns the coefficients of the config's solver, steps and noise path."""
-    return solvers.make(c.sample.solver).coefficients(schedules.make(**c.diffusion), c.sample.spacing, c.sample.steps)
+def coefficients(c: ConfigDict, block: int = 0) -> solvers.Coefficients:
+    """Returns the coefficients of the config's solver and noise path, with the steps of a block."""
+    steps = block_steps.steps_of_blocks(c)[block]
+    return solvers.make(c.sample.solver).coefficients(schedules.make(**c.diffusion), c.sample.spacing, steps)
 
 
 def path_protocol(c: ConfigDict) -> dict[str, Any]:
@@ -34,4 +54,4 @@ def path_protocol(c: ConfigDict) -> dict[str, Any]:
 
 def depends_on_seed(c: ConfigDict) -> bool:
     """Returns whether the seed decides the images, if labels and the initial noise are given."""
-    return coefficients(c).noise_weight is not None
+    return coefficients(c).noise_weight is not None or c.sample.context_noise > 0

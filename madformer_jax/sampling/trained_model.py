@@ -21,11 +21,12 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import aliases, class_labels, fields, seeds, validation
+from madformer_jax.config import aliases, block_steps, class_labels, fields, seeds, validation
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler, solvers
+from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.autoguidance import GuidedPair
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import block_order
@@ -124,6 +125,9 @@ class Model:
             - prompts: Texts, which the images take in turn. None of them names a file or a split.
             - solver: "ddim", "dpmpp_2m", "euler", "heun" or "ancestral" (docs/sampling.md).
             - steps: Solver steps of a block.
+            - steps_by_block: "constant", or steps of each block, as in "16,8,8,4" or "linear:1.5x:0.5x".
+            - diffusion_depth: D, if the model was trained with several (`train.elastic_depth`); 0 is its own.
+            - context_noise: Timestep of the noise on finished blocks that later blocks read; 0 is off.
             - spacing: "trailing", or on the path `ddpm` also "leading" or "linspace".
             - guidance: Guidance scale; 1 is off. If `load` was given a guide, the guide takes the place of
               the null label.
@@ -169,8 +173,11 @@ class Model:
         """Draws the images of a config or an edit and returns a field of `generation.SampleBatch`."""
         s = c.sample
         network, params = self._trained.sampled(c)
+        static = (
+            s.solver, s.spacing, solving.solver_steps(c), s.diffusion_depth, s.context_noise, s.clip_x0, s.guidance == 1.0,
+        )  # fmt: skip
         sample_fn = self._program(
-            ("draw", s.solver, s.spacing, s.steps, s.clip_x0, s.guidance == 1.0, s.block_order),
+            ("draw", *static, s.block_order),
             lambda: generation.make_sample_fn(c, network, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
@@ -206,18 +213,29 @@ class Model:
         c, picture = self._edit_settings(n, image, mask, settings, ("every",))
         return self.stream_config(c, every, picture)
 
-    def cost(self, steps: int | None = None, guidance: float | None = None, kept: int = 0) -> SamplingCost:
+    def cost(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        steps_by_block: str | None = None,
+        diffusion_depth: int | None = None,
+        kept: int = 0,
+    ) -> SamplingCost:
         """Returns the cost of an image with the solver of `config`.
 
         Args:
           steps: Solver steps of a block; by default those of `config`.
           guidance: Guidance scale; by default that of `config`. All scales but 1 cost the same.
+          steps_by_block: Steps of each block; by default those of `config`.
+          diffusion_depth: D; by default that of `config`.
           kept: Number of blocks that an edit keeps.
 
         Raises:
           ConfigError: A setting is wrong.
         """
-        settings = {"steps": steps, "guidance": guidance}
+        settings = {
+            "steps": steps, "guidance": guidance, "steps_by_block": steps_by_block, "diffusion_depth": diffusion_depth,
+        }  # fmt: skip
         c = self._settings(1, {name: value for name, value in settings.items() if value is not None})
         cost = flops.image_cost(c, self._guide_settings(c), kept)
         return SamplingCost(cost["passes"], cost["flops"], cost["nfe"])
@@ -310,25 +328,32 @@ class Model:
           ConfigError: A setting is wrong.
         """
         c = self._settings(n, settings)
-        return ("blocks", c.sample.n, *self._static_settings(c)) in self._programs
+        return ("blocks", c.sample.n, c.sample.diffusion_depth, *self._static_settings(c, 0)) in self._programs
 
-    def _static_settings(self, c: ConfigDict) -> tuple[Any, ...]:
-        """Returns the settings that are compiled into the programs of `stream`."""
+    def _static_settings(self, c: ConfigDict, block: int) -> tuple[Any, ...]:
+        """Returns the settings that are compiled into the programs of `stream` for a block."""
         network, _ = self._trained.sampled(c)
         guided = isinstance(network, GuidedPair) or flops.guidance_branches(c) == 2
-        return c.sample.solver, guided, c.sample.clip_x0, sampler.clean_timestep(network, solving.coefficients(c))
+        return (
+            c.sample.solver,
+            guided,
+            c.sample.clip_x0,
+            sampler.clean_timestep(network, solving.coefficients(c, block), c.sample.context_noise),
+            sampler.context_level(schedules.make(**c.diffusion), c.sample.context_noise),
+        )
 
     def _frames(self, c: ConfigDict, every: str, picture: editing.Picture | None) -> Iterator[Frame]:
         """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
-        solver, coefficients = solvers.make(s.solver), solving.coefficients(c)
+        solver, steps_of_blocks = solvers.make(s.solver), block_steps.steps_of_blocks(c)
         network, params = self._trained.sampled(c)
-        static = self._static_settings(c)
-        begin, condition, step, cache_clean, decode = self._program(
-            ("blocks", s.n, *static), lambda: self._block_programs(network, params, *static)
-        )
+
+        def programs(block: int) -> Any:
+            static = self._static_settings(c, block)
+            key = ("blocks", s.n, s.diffusion_depth, *static)
+            return self._program(key, lambda: self._block_programs(network, params, *static))
+
         costs = [x for x in (c, self._guide_settings(c)) if x is not None]
-        rows = list(zip(solvers.evaluation_rows(coefficients), solving.guidance_scales(c)))
         keys = generation.image_keys(np.uint32(seeds.of(c, "sample")), jnp.arange(s.n, dtype=jnp.int32))
         file_noise = generation.open_noise(c)
         if file_noise is None:
@@ -340,20 +365,24 @@ class Model:
             kept = kept._replace(blocks=kept.of_images(np.arange(s.n)))
         order, given = editing.sampler_arguments(c, keys, kept).values()
         noise = block_order.to_ranks(noise, order)
+        begin, *_, cache_clean, _ = programs(0)
         z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.tokenize(c) or (classes, None)), order)
         first = 0 if given is None else given.shape[1]
         for block in range(first):
             z = z.at[:, block].set(given[:, block])
-            cache, pred = cache_clean(cache, given[:, block : block + 1], None, block)
-        for block in range(first, sizes.blocks):
+            cache, pred = cache_clean(cache, given[:, block : block + 1], None, block, keys)
+        for block, steps in list(enumerate(steps_of_blocks))[first:]:
+            _, condition, step, cache_clean, decode = programs(block)
+            coefficients = solvers.evaluation_rows(solving.coefficients(c, block))
+            rows = list(zip(coefficients, solving.block_guidance_scales(c, block)))
             c_i, cache = condition(cache, pred, block)
             state = solver.init(noise[:, block : block + 1])
             for i, row in enumerate(rows, 1):
                 state, own_kv = step(cache, c_i, state, *row, block, keys)
                 k, rest = divmod(i, solver.evaluations_per_step)
-                k = s.steps if i == len(rows) else k
-                if k == s.steps or (every == "step" and not rest):
-                    current = state.x if k == s.steps else state.x0
+                k = steps if i == len(rows) else k
+                if k == steps or (every == "step" and not rest):
+                    current = state.x if k == steps else state.x0
                     images, finite = jax.device_get(decode(z.at[:, block].set(current[:, 0]), order))
                     if not finite:
                         raise ConfigError(
@@ -364,14 +393,14 @@ class Model:
                     yield Frame(images, block, k, passes, time.monotonic() - began)
             z = z.at[:, block].set(state.x[:, 0])
             if block + 1 < sizes.blocks:
-                cache, pred = cache_clean(cache, state.x, own_kv, block)
+                cache, pred = cache_clean(cache, state.x, own_kv, block, keys)
 
     def _guide_settings(self, c: ConfigDict) -> ConfigDict | None:
         """Returns the guide's config with the solver of `c`; None if no guide draws with `c`."""
         if self._guide_config is None or c.sample.guidance == 1.0:
             return None
         guide = self._guide_config.copy_and_resolve_references()
-        for name in ("solver", "spacing", "steps"):
+        for name in ("solver", "spacing", "steps", "steps_by_block"):
             guide.sample[name] = c.sample[name]
         return guide
 
@@ -389,7 +418,10 @@ class Model:
           static: The fields of `sampler.BlockSteps` after the solver.
         """
         sizes = derive_sizes(self.config)
-        params = self._program(("inference params", type(network)), lambda: self._inference_params(network, params))
+        params = self._program(
+            ("inference params", type(network), network.config.diffusion_depth),
+            lambda: self._inference_params(network, params),
+        )
 
         def block_program(name: str) -> Any:
             def run(params: Any, *args: Any) -> Any:

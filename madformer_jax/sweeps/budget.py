@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import validation
+from madformer_jax.config import block_steps, validation
 from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import stored_config
@@ -69,6 +69,12 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
     """
     if kind not in SAMPLE_BUDGET_KINDS:
         raise ConfigError(f"sample_budgets: {kind!r} is not a kind: use one of {', '.join(SAMPLE_BUDGET_KINDS)}.")
+
+    if not block_steps.depends_on_steps(c.sample.steps_by_block):
+        raise ConfigError(
+            f"sample_budgets: config.sample.steps_by_block={c.sample.steps_by_block!r} fixes the steps of all blocks: write "
+            "multiples of config.sample.steps, as in 'linear:1.5x:0.5x'."
+        )
 
     @functools.cache
     def cost(steps: int) -> float:

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.diffusion import losses
 from madformer_jax.diffusion import schedule as schedules
-from madformer_jax.models import ema, madformer
+from madformer_jax.diffusion.own_context import OwnContext
+from madformer_jax.models import ema, layer_split, madformer
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
 from madformer_jax.sampling import codec
@@ -110,7 +111,7 @@ def create_state(
 # that one program serves every seed.
 StepFn = Callable[[State, dict[str, Array], Any, Any], tuple[State, dict[str, Array]]]
 
-# (params, batch, codec params, key[, text_tokens]) -> (loss, metrics), see `losses.training_loss`
+# (params, batch, codec params, key[, text_tokens, averages]) -> (loss, metrics), see `losses.training_loss`
 LossFn = Callable[..., tuple[Array, dict[str, Array]]]
 
 
@@ -132,17 +133,24 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
     """Returns the pure loss function of a batch.
 
     Args:
-      s: The setup of the config.
+      s: The setup of the config. The D of its model may be another than that of the parameters.
       c: The config.
       dropout: Share of labels or captions that the null token replaces.
     """
     weights, context_noise = losses.LossWeights(**c.loss), c.train.context_noise
-    path = schedules.make(**c.diffusion)
+    path, elastic = schedules.make(**c.diffusion), c.train.elastic_depth
 
     def loss(
-        params: Any, batch: dict[str, Array], codec_params: Any, key: Array, text_tokens: Array | None = None
+        params: Any,
+        batch: dict[str, Array],
+        codec_params: Any,
+        key: Array,
+        text_tokens: Array | None = None,
+        averages: Any = None,
     ) -> tuple[Array, dict[str, Array]]:
         encode_key, drop_key, loss_key = _split_keys(key)
+        if elastic:
+            params, averages = (None if x is None else layer_split.fit(s.model, x) for x in (params, averages))
         with jax.named_scope("codec"):
             z = codec.to_blocks(s.codec.encode(codec_params, batch, encode_key), s.sizes)
         tokens = lengths = None
@@ -151,8 +159,11 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
             drop = _dropout_mask(drop_key, dropout, len(z))
             tokens = jnp.where(drop, s.model.config.null_token, tokens)
             lengths = None if lengths is None else _caption_lengths(lengths, drop)
+        own = None
+        if averages is not None:
+            own = OwnContext(averages, c.train.own_context, c.train.own_context_timestep)
         return losses.training_loss(
-            s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens, path
+            s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens, path, own
         )
 
     return loss
@@ -210,8 +221,9 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> StepFn:
 
     def step(state: State, batch: dict[str, Array], codec_params: Any, seed: Any) -> tuple[State, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+        averages = state.ema if c.train.own_context else None
         if accumulate == 1:
-            grads, metrics = gradient(state.params, batch, codec_params, key)
+            grads, metrics = gradient(state.params, batch, codec_params, key, averages=averages)
         else:
             # Consecutive rows go to different microbatches, which stay spread over the devices.
             microbatches = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
@@ -221,7 +233,7 @@ def make_step(s: Setup, c: ConfigDict, platform: str | None = None) -> StepFn:
 
             def add(total: Any, inputs: tuple[Any, Array]) -> tuple[Any, dict[str, Array]]:
                 microbatch, key = inputs
-                grads, metrics = gradient(state.params, microbatch, codec_params, key, *text_tokens)
+                grads, metrics = gradient(state.params, microbatch, codec_params, key, *text_tokens, averages=averages)
                 return jax.tree.map(jnp.add, total, grads), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)

@@ -11,6 +11,7 @@ from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import sampler
 from madformer_jax.models import madformer, vae
+from madformer_jax.sampling import solving
 
 SWITCHES = {
     "four blocks": {"blocks": 4},
@@ -94,6 +95,12 @@ SAMPLING = {
     "neighbours": {"unet_context": True},
     "1 x 1 convolutions": {"unet_kernel": 1},
     "Heun": {"sample.solver": "heun", "sample.steps": 3},
+    "steps by block": {
+        "blocks": 4,
+        "sample.solver": "heun",
+        "sample.steps": 2,
+        "sample.steps_by_block": "linear:1.5x:1",
+    },
 }
 
 
@@ -102,8 +109,8 @@ def test_sampling_flops_equal_the_count_of_xla(name):
     c = wide(**SAMPLING[name])
     model, params, z, _, tokens = abstract(c)
     sample = functools.partial(
-        sampler.sample, model, solver=c.sample.solver, spacing="trailing", steps=c.sample.steps, guidance=c.sample.guidance,
-        unroll=True,
+        sampler.sample, model, solver=c.sample.solver, spacing="trailing", steps=solving.solver_steps(c),
+        guidance=c.sample.guidance, unroll=True,
     )  # fmt: skip
     assert xla_flops(sample, params, z, tokens) == pytest.approx(flops.sampling(c, c.train.batch).total, rel=0.02)
 

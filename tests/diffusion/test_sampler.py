@@ -38,49 +38,61 @@ def test_release_samples(reference, variant):
     assert np.linalg.norm(samples - expected) < 1e-3 * np.linalg.norm(expected)
 
 
-def without_cache(model, params, noise, tokens, lengths, keys, solver, spacing, steps, path, guidance=1.0):
+def without_cache(
+    model, params, noise, tokens, lengths, keys, solver, spacing, steps, path, guidance=1.0, context_noise=0
+):
     """Samples block by block, with a full training forward at every evaluation in place of the cache.
 
-    An evaluation with guidance scale 1 computes the conditional prediction only.
+    An evaluation with guidance scale 1 computes the conditional prediction only. `steps` is one number, or one
+    for each block; `guidance` then has a row for each block.
     """
     solver = solvers.make(solver)
-    rows = solvers.evaluation_rows(solver.coefficients(path, spacing, steps))
-    scales = np.broadcast_to(guidance, len(rows))
-    last_t = rows[-1].level.t
-    clean_t = last_t if model.config.clean_timestep == "noisy" else 0
     batch, blocks = noise.shape[:2]
+    by_block = isinstance(steps, tuple)
+    tables = [
+        solvers.evaluation_rows(solver.coefficients(path, spacing, n))
+        for n in (steps if by_block else [steps] * blocks)
+    ]
+    last_t = np.array([rows[-1].level.t for rows in tables])
+    clean_t = last_t if model.config.clean_timestep == "noisy" else context_noise
+    fold = jax.random.fold_in
 
     @jax.jit
     def output_of(z, noisy, t, tokens, lengths):
-        clean = jnp.full((batch, blocks), clean_t, path.dtype)
+        clean = jnp.broadcast_to(jnp.asarray(clean_t, path.dtype), (batch, blocks))
         return model.apply({"params": params}, z, noisy, t, tokens, lengths, clean_t=clean, terms=("image",)).image
 
-    z, last_inputs = np.zeros_like(noise), np.zeros_like(noise)
+    z, context, last_inputs = np.zeros_like(noise), np.zeros_like(noise), np.zeros_like(noise)
     for i in range(blocks):
         state = solver.init(jnp.asarray(noise[:, i]))
-        for row, scale in zip(rows, scales):
+        rows = tables[i]
+        scales = np.broadcast_to(guidance, (blocks, max(map(len, tables))) if by_block else len(rows))
+        for row, scale in zip(rows, scales[i] if by_block else scales):
 
             def denoise(x, level, scale=scale, i=i):
                 # Without the clean stream, later blocks attend to a block's last noisy input.
-                noisy, t = last_inputs.copy(), np.full((batch, blocks), last_t)
+                noisy, t = last_inputs.copy(), np.tile(last_t, (batch, 1))
                 noisy[:, i], t[:, i] = x, level.t
-                out = np.asarray(output_of(z, noisy, t, tokens, lengths))[:, i]
+                out = np.asarray(output_of(context, noisy, t, tokens, lengths))[:, i]
                 if tokens is not None and scale != 1.0:
                     null_lengths = None if lengths is None else np.ones_like(lengths)
                     null_tokens = np.full_like(tokens, model.config.null_token)
-                    unconditional = np.asarray(output_of(z, noisy, t, null_tokens, null_lengths))[:, i]
+                    unconditional = np.asarray(output_of(context, noisy, t, null_tokens, null_lengths))[:, i]
                     out = unconditional + scale * (out - unconditional)
                 return parameterization.clean_estimate(model.config.prediction_type, out, np.asarray(x), level), None
 
             def normal(row=row, i=i):
-                fold = jax.random.fold_in
                 return np.stack(
                     [jax.random.normal(fold(fold(key, i), row.index), noise[0, i][None].shape)[0] for key in keys]
                 )
 
             last = state.x
             state, _ = solver.step(denoise, state, row, normal)
-        last_inputs[:, i], z[:, i] = last, state.x
+        last_inputs[:, i], z[:, i], context[:, i] = last, state.x, state.x
+        if context_noise:
+            level = path.level(np.array([context_noise]))
+            drawn = [jax.random.normal(fold(fold(key, i), 2**31 - 1), noise[0, i].shape) for key in keys]
+            context[:, i] = level.alpha * z[:, i] + level.sigma * np.stack(drawn)
     return z
 
 

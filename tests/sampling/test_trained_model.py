@@ -137,8 +137,10 @@ def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
     np.save(
         tmp_path / "noise.npy", np.random.default_rng(0).standard_normal((2, *derive_sizes(model.config).block_shape))
     )
-    others = settings | {"noise": str(tmp_path / "noise.npy"), "solver": "ancestral"}
+    others = settings | {"noise": str(tmp_path / "noise.npy"), "solver": "ancestral", "steps_by_block": "4,3,1,1"}
     *_, last = model.stream(**others)
+    model.config.sample.solver = "ancestral"
+    assert last.passes == pytest.approx(model.cost(guidance=1.7, steps_by_block="4,3,1,1").passes)
     assert np.abs(last.images.astype(int) - model.sample(**others)).max() <= 1
     assert (last.images != images).any()
     whole = list(model.stream(**settings))

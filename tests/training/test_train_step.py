@@ -191,7 +191,7 @@ def test_microbatches_count_the_tokens_that_dropout_leaves(captions):
 def of_two_parameters(c, loss, monkeypatch):
     """Returns setup and state of a model with two parameters and a loss of (params, z, tokens)."""
 
-    def training_loss(model, params, z, tokens, key, weights, context_noise, lengths, text_tokens, schedule):
+    def training_loss(model, params, z, tokens, key, weights, context_noise, lengths, text_tokens, schedule, own):
         value, metrics = loss(params, z, tokens)
         return value, {"loss": value} | metrics | ({} if lengths is None else {"lengths": lengths})
 

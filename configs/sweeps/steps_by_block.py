@@ -1,0 +1,48 @@
+"""Solver steps by block: fewer for later blocks, fewer for earlier blocks, or the same for all.
+
+    python -m madformer_jax.main --mode=sweep --config=configs/sweeps/steps_by_block.py:cpu --workdir=runs/steps_by_block_cpu
+
+Variants: cpu, drawings, ffhq1024, imagenet256. All schedules have the same mean number of steps, so that an image
+costs the same passes. DiSA (arXiv 2505.20297) claims that later blocks need fewer steps. The schedule
+that gives them more is the control.
+"""
+
+from ml_collections import ConfigDict
+
+from madformer_jax.cost import flops
+from madformer_jax.sweeps.protocol import Claim, Protocol
+from madformer_jax.sweeps.sweep_file import Sweep, apply_overrides, config_beside, grid
+
+FALLING, RISING = "linear:1.5x:0.5x", "linear:0.5x:1.5x"
+
+
+def get_config(variant: str = "cpu") -> ConfigDict:
+    return config_beside(__file__, "bases.py", variant)
+
+
+def sweep(variant: str = "cpu") -> Sweep:
+    c = get_config(variant)
+    steps = (2, 4, 8) if variant in ("cpu", "drawings") else (10, 50)
+    passes = [flops.model_passes(apply_overrides(c, {"sample.steps": n})) for n in steps]
+    return Sweep(
+        question="Do later blocks need fewer solver steps than earlier blocks?",
+        runs=grid({"model.blocks": (4, 16)}, seeds=5),
+        evaluations=[{"sample.steps_by_block": schedule} for schedule in ("constant", FALLING, RISING)],
+        sample_budgets={"passes": passes},
+        protocol=Protocol(
+            primary="KID",
+            secondary="seam",
+            claims=[
+                Claim(
+                    f"With L = {blocks} and {n} steps on average, fewer steps for later blocks are better",
+                    {"model.blocks": blocks, "sample.steps_by_block": FALLING},
+                    {"model.blocks": blocks, "sample.steps_by_block": other},
+                    ("passes", amount),
+                )
+                for blocks in (4, 16)
+                for n, amount in zip(steps[:2], passes)
+                for other in ("constant", RISING)
+            ],
+            refuted_if="an interval lies on the other side of 0",
+        ),
+    )

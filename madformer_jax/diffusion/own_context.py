@@ -1,0 +1,59 @@
+"""Training on the model's own estimates of earlier blocks (`train.own_context`).
+
+In sampling a block follows blocks that the model has drawn, with their errors. In training it follows
+true blocks. Here some examples follow estimates of their blocks instead, as in Self-Forcing
+(arXiv 2506.08009) and SAR (arXiv 2512.06421). An estimate takes one denoising step of the averaged model
+from the noised true block. `losses.training_loss` calls `replace`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from madformer_jax.diffusion import parameterization
+from madformer_jax.diffusion.schedule import AnyArray, Schedule
+from madformer_jax.models.madformer import MADFormer
+
+
+class OwnContext(NamedTuple):
+    """The source of the estimates."""
+
+    params: Any  # averaged weights, with the split of the model
+    share: float  # of the examples whose clean blocks are replaced
+    max_timestep: int  # largest timestep of the noise from which a block is estimated
+
+
+def replace(
+    model: MADFormer,
+    own: OwnContext,
+    z: Float[Array, "B L positions C"],
+    tokens: Int[AnyArray, "B T"] | None,
+    lengths: Int[AnyArray, " B"] | None,
+    key: Array,
+    schedule: Schedule,
+) -> Float[Array, "B L positions C"]:
+    """Replaces all blocks of some examples by estimates, which pass no gradient.
+
+    Args:
+      model: The model.
+      own: The averaged weights and the settings.
+      z: Clean latent blocks, the context of the estimates.
+      tokens: Text tokens of the examples.
+      lengths: Number of tokens of each text.
+      key: Random key of the examples, timesteps and noise.
+      schedule: The noise path.
+
+    Returns:
+      The blocks that the model attends to.
+    """
+    row_key, t_key, noise_key = jax.random.split(key, 3)
+    t = schedule.uniform_timesteps(t_key, z.shape[:2], own.max_timestep)
+    noisy = schedule.add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t)
+    output = model.apply({"params": own.params}, z, noisy, t, tokens, lengths, terms=("image",)).image
+    level = schedule.level(t[..., None, None])
+    estimates = parameterization.clean_estimate(model.config.prediction_type, output, noisy, level)
+    replaced = jax.random.bernoulli(row_key, own.share, (len(z), 1, 1, 1))
+    return jnp.where(replaced, jax.lax.stop_gradient(estimates), z)
