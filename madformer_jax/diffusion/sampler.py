@@ -40,7 +40,7 @@ class BlockSteps(NamedTuple):
     solver: Solver
     guided: bool
     clip_x0: float  # bound of the clean estimate; 0 for none
-    clean_timestep: int | float  # timestep of finished blocks, see the function `clean_timestep`
+    clean_timestep: int | float | Array  # timestep of finished blocks, see the function `clean_timestep`
 
     def begin(
         self,
@@ -136,13 +136,15 @@ class BlockSteps(NamedTuple):
         return self.model.apply({"params": self.params}, *args, method=method)
 
 
-def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int | float:
+def clean_timestep(model: MADFormer | GuidedPair, coefficients: solvers.Coefficients) -> int | float | Array:
     """Returns the timestep with which finished blocks are embedded.
 
     It is that of the last evaluation if `model.config.clean_timestep` is "noisy", and otherwise 0.
     """
-    timestep: int | float = coefficients.level.t[-1].item()
-    return timestep if model.config.clean_timestep == "noisy" else 0
+    if model.config.clean_timestep != "noisy":
+        return 0
+    timestep: Any = coefficients.level.t[-1]
+    return timestep if isinstance(timestep, Array) else timestep.item()
 
 
 def _step_noise(keys: Array | None, block: int | Array, index: Any, shape: tuple[int, ...]) -> Array:
@@ -175,10 +177,11 @@ def sample(
     guidance: float | np.ndarray | Array = 1.0,
     clip_x0: float = 0.0,
     unroll: bool = False,
+    padded: solvers.PaddedCoefficients | None = None,
 ) -> Float[Array, "B L positions C"]:
     """Generates latent blocks from noise, one block after the other.
 
-    The function is pure. Keyword arguments other than `guidance` are static under jit.
+    The function is pure. Keyword arguments other than `guidance` and `padded` are static under jit.
 
     Args:
       model: The model, or a model with its guide. The guide then takes the place of the null token.
@@ -199,13 +202,15 @@ def sample(
       clip_x0: Bound of the predicted clean latent; 0 for none.
       unroll: Compiles one copy of the program per block and solver step in place of loops, to count
         its cost.
+      padded: Coefficients in place of those that `spacing`, `steps` and `schedule` give, for a program
+        that serves many numbers of steps. An array `guidance` has their size.
 
     Returns:
       Latent blocks `(B, L, positions, C)`.
     """
     method = solvers.make(solver)
-    coefficients = method.coefficients(schedule, spacing, steps)
-    evaluations = method.evaluations(steps)
+    coefficients = method.coefficients(schedule, spacing, steps) if padded is None else padded.rows
+    evaluations = len(coefficients.index)
     blocks = noise.shape[1]
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
@@ -226,7 +231,15 @@ def sample(
         state = method.init(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
         # The last evaluation is outside the scan because `cache_clean` may need its keys and values.
         first_rows = jax.tree.map(lambda r: r[:-1], rows)
-        state, _ = jax.lax.scan(evaluate, state, first_rows, unroll=evaluations if unroll else 1)
+        if padded is None:
+            state, _ = jax.lax.scan(evaluate, state, first_rows, unroll=evaluations if unroll else 1)
+        else:
+            state = jax.lax.fori_loop(
+                0,
+                padded.evaluations - 1,
+                lambda k, state: evaluate(state, jax.tree.map(lambda r: r[k], first_rows))[0],
+                state,
+            )
         last_row, w = jax.tree.map(lambda r: r[-1], rows)
         state, kv = block_steps.step(cache, condition, state, last_row, w, block, keys)
         z = state.x

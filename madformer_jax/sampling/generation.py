@@ -51,6 +51,7 @@ class Inputs(NamedTuple):
     seed: Any  # () uint32
     guidance: Any  # (evaluations,) float32; unused if `sample.guidance` is 1, which runs no second branch
     text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
+    coefficients: Any = None  # `solvers.PaddedCoefficients` in place of those of the config, see `solving.pad_steps`
 
 
 class SampleConditions(NamedTuple):
@@ -120,6 +121,7 @@ def make_sample_fn(
             schedule=path,
             guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
             clip_x0=settings.clip_x0,
+            padded=inputs.coefficients,
         )
         z = codec.from_blocks(blocks, sizes)
         with jax.named_scope("codec"):
