@@ -2,8 +2,8 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=DIR
 
---dry_run only lists the runs. --measure only measures the seconds of sampling. On a CPU one process
-for each core shares the runs (`sweeps.processes`); --processes=1 runs one.
+--dry_run only lists the runs. --measure only measures the seconds of sampling. --processes sets the
+processes on this machine, by default one for each core of a CPU (`sweeps.processes`).
 
 Any number of processes share DIR: each takes the next run that no other process has claimed
 (`sweeps.sweep_folder` lists the files). After a kill, the same command resumes: a training from its
@@ -30,7 +30,7 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, judge_paths, sampling_grid, score_summary
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
-from madformer_jax.sampling import generation, prompts
+from madformer_jax.sampling import generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.sweeps import budget, run_result, run_table, sweep_file, sweep_folder
 from madformer_jax.sweeps import claims as claims_lib
@@ -77,7 +77,6 @@ def run(
         done.
     """
     processes_lib.end_with_parent()
-    asked = processes_lib.parse_count(processes)
     definition = sweep_file.load_sweep(file)
     name = os.path.splitext(os.path.basename(str(file.module.__file__)))[0]
     runs = sweep_folder.reuse_folder_names(sweep_file.expand_runs(definition, c), workdir)
@@ -101,7 +100,7 @@ def run(
             _load_or_measure_timing(job, run, force=run is job.first_seed_run(run))
         return {}
     remaining = [run for run in job.runs if not _is_done(job, run)]
-    count = processes_lib.choose_count(asked, len(remaining), jax.default_backend(), jax.process_count())
+    count = processes_lib.choose_count(processes, len(remaining), jax.default_backend(), jax.process_count())
     return _run_all(job) if count == 1 else _run_processes(job, remaining, argv, count)
 
 
@@ -379,21 +378,22 @@ def _grid_rows(job: Job, results: Sequence[dict[str, Any]]) -> list[int]:
 def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
     """Writes the first images to grid.png, a row for each number of solver steps.
 
-    The batch size is that of the evaluation, whose compiled programs are used again.
+    Batch size and steps are those of the evaluation, whose compiled program is used again.
     """
     c = sweep_file.apply_overrides(run.config, job.definition.evaluations[0])
-    c.sample.n = c.evaluate.n
     folder = sweep_folder.run_folder(job.workdir, run)
     trained = TrainedModel.open(c, folder, step=-1)
     config_lib.resolve_label_numbers(c, trained.class_names)
     with partitioning.scope(trained.mesh):
-        codec_params = trained.load_codec_params()
-        rows = []
-        for c.sample.steps in steps:
-            network, params = trained.sampled(c)
-            sample_fn = generation.make_sample_fn(c, network, trained.codec.decode)
+        codec_params, rows = trained.load_codec_params(), []
+        network, params = trained.sampled(c)
+        grid = sampling_grid.expand_configs(_evaluation_config(c, {}, steps))
+        program = generation.make_sample_fn(grid[0], network, trained.codec.decode)
+        for setting in grid:
+            _, size = sampling_grid.program_key(setting, grid)
+            sample_fn = solving.pad_steps(program, setting, size) if size else program
             batches = generation.batches(
-                c, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.sample.n
+                setting, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.evaluate.n
             )
             rows.append(np.concatenate([batch.images for batch in batches])[:GRID_COLUMNS])
     if jax.process_index() == 0:

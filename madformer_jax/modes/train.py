@@ -72,24 +72,26 @@ def run_lanes(configs: Sequence[ConfigDict], workdirs: Sequence[str]) -> list[di
       ConfigError: See `run`.
     """
     with contextlib.ExitStack() as stack:
-        opened: list[lanes.Lane] = []
         table: scanned_steps.Table | None = None
+        opened: list[tuple[PreparedRun, train_step.State]] = []
         for c, workdir in zip(configs, workdirs, strict=True):
             prepared = _prepare(c, workdir, stack, table)
             table = prepared.table
-            state = _restore_or_initialize(c, workdir, prepared)
+            opened.append((prepared, _restore_or_initialize(c, workdir, prepared)))
+        group: list[lanes.Lane] = []
+        for c, workdir, (prepared, state) in zip(configs, workdirs, opened, strict=True):
             calls = _open_loop_calls(c, workdir, prepared, int(state.step), False, stack)
-            opened.append(lanes.Lane(c, workdir, state, prepared.data, calls.metric_writer, calls.saver, calls.hooks))
+            group.append(lanes.Lane(c, workdir, state, prepared.data, calls.metric_writer, calls.saver, calls.hooks))
         setup, mesh, codec_params = prepared.setup, prepared.mesh, prepared.codec_params
-        if configs[0].train.lanes == 0 and not lanes.faster_together(opened, setup, mesh, table, codec_params):
+        if configs[0].train.lanes == 0 and not lanes.faster_together(group, setup, mesh, table, codec_params):
             return None
         program = progress.log_compilation(
             lanes.make_program(setup, configs, mesh, table), f"the training step of {len(configs)} runs"
         )
         # Of the nested handlers of signals, the last one gets them.
-        failed = lanes.loop(opened, program, table, codec_params, calls.preemption.reached)
+        failed = lanes.loop(group, program, table, codec_params, calls.preemption.reached)
     stopped = {"stopped": True} if calls.preemption.reached() else {}
-    return [failed.get(i, lane.metric_writer.figures | stopped) for i, lane in enumerate(opened)]
+    return [failed.get(i, lane.metric_writer.figures | stopped) for i, lane in enumerate(group)]
 
 
 class PreparedRun(NamedTuple):

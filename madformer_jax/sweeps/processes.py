@@ -43,40 +43,32 @@ class Child(NamedTuple):
     log: str
 
 
-def parse_count(setting: str) -> int | None:
-    """Returns the value of --processes; None for "auto".
-
-    Raises:
-      ConfigError: It is neither "auto" nor a positive number.
-    """
-    if setting == AUTO:
-        return None
-    if not setting.isdecimal() or int(setting) < 1:
-        raise ConfigError(f"--processes={setting} must be 'auto' or a number of processes, at least 1.")
-    return int(setting)
-
-
-def choose_count(setting: int | None, runs: int, platform: str, jax_processes: int) -> int:
+def choose_count(setting: str, runs: int, platform: str, jax_processes: int) -> int:
     """Returns how many processes share the runs that are not done.
 
     Args:
-      setting: See `parse_count`. None is one process for each core of a CPU, as far as the memory
-        suffices, and one process on other platforms.
+      setting: The value of --processes. "auto" is one process for each core of a CPU, as far as the
+        memory suffices, and one process on other platforms.
       runs: Number of runs that are not done.
       platform: JAX's platform.
       jax_processes: Number of JAX processes of this job.
 
     Raises:
-      ConfigError: Several processes are asked for that would need the same accelerator or cluster.
+      ConfigError: The setting is neither "auto" nor a positive number, or several processes would need
+        the same accelerator or cluster.
     """
-    if setting is not None and setting > 1 and (platform != "cpu" or jax_processes > 1):
+    several_fit = platform == "cpu" and jax_processes == 1
+    if setting == AUTO:
+        available = min(len(cores.affinity()), cores.quota(), memory.host_free_bytes() // BYTES)
+        count = int(available) if several_fit else 1
+    elif not setting.isdecimal() or int(setting) < 1:
+        raise ConfigError(f"--processes={setting} must be 'auto' or a number of processes, at least 1.")
+    else:
+        count = int(setting)
+    if count > 1 and not several_fit:
         where = f"{jax_processes} JAX processes" if jax_processes > 1 else f"platform {platform!r}"
         raise ConfigError(f"--processes={setting} is for one CPU, and this is a job with {where}: use --processes=1.")
-    if setting is None:
-        single = platform != "cpu" or jax_processes > 1
-        available = min(len(cores.affinity()), cores.quota(), memory.host_free_bytes() // BYTES)
-        setting = 1 if single else max(1, int(available))
-    return max(1, min(setting, runs))
+    return max(1, min(count, runs))
 
 
 def command_of_one(argv: Sequence[str]) -> list[str]:

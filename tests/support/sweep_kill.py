@@ -88,7 +88,7 @@ def main() -> None:
     names = {"tiny": str(tiny), "cache": str(args.folder / "cache"), "network": str(args.folder / "classifier.npz")}
     file.write_text(SWEEP.format(**names))
     began = time.monotonic()
-    finish(start(file, whole))
+    finish(start(file, whole, processes=1 + args.together))  # one thread gives other roundings than several
     seconds = time.monotonic() - began
     print(f"without kills: {seconds:.0f} s", flush=True)
     rng = random.Random(args.seed)

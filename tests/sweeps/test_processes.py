@@ -93,17 +93,17 @@ def test_auto_is_a_process_for_each_core_of_a_cpu(monkeypatch):
     monkeypatch.setattr(cores, "affinity", lambda: list(range(16)))
     monkeypatch.setattr(cores, "quota", lambda: math.inf)
     monkeypatch.setattr(processes.memory, "host_free_bytes", lambda: 8 * processes.BYTES + 1)
-    assert processes.choose_count(None, 45, "cpu", 1) == 8  # of the memory
-    assert processes.choose_count(None, 3, "cpu", 1) == 3  # a process without a run would only wait
-    assert processes.choose_count(None, 45, "gpu", 1) == processes.choose_count(None, 45, "cpu", 2) == 1
+    assert processes.choose_count("auto", 45, "cpu", 1) == 8  # of the memory
+    assert processes.choose_count("auto", 3, "cpu", 1) == 3  # a process without a run would only wait
+    assert processes.choose_count("auto", 45, "gpu", 1) == processes.choose_count("auto", 45, "cpu", 2) == 1
     monkeypatch.setattr(cores, "quota", lambda: 2.5)
-    assert processes.choose_count(None, 45, "cpu", 1) == 2
-    assert processes.choose_count(4, 45, "cpu", 1) == 4
+    assert processes.choose_count("auto", 45, "cpu", 1) == 2
+    assert processes.choose_count("4", 45, "cpu", 1) == 4
     with pytest.raises(ConfigError, match="--processes=4 is for one CPU, and this is a job with platform 'gpu'"):
-        processes.choose_count(4, 45, "gpu", 1)
+        processes.choose_count("4", 45, "gpu", 1)
     for wrong in ("0", "-1", "many"):
         with pytest.raises(ConfigError, match=f"--processes={wrong} must be 'auto' or a number"):
-            processes.parse_count(wrong)
+            processes.choose_count(wrong, 45, "cpu", 1)
 
 
 def test_the_quota_is_the_smallest_of_the_control_groups(tmp_path):

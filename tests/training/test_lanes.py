@@ -14,9 +14,9 @@ from madformer_jax.runtime import partitioning
 from madformer_jax.training import lanes, train_step
 from tests import tiny
 from tests.kill import final
-from tests.training.test_scanned_steps import figures
+from tests.training.test_scanned_steps import created_once, figures  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "created_once")
 
 
 @pytest.fixture
@@ -41,28 +41,25 @@ def test_only_seeds_and_numbers_may_differ(two):
 
 
 def test_a_lane_of_real_steps_equals_a_run_of_its_own(two):
-    mesh = partitioning.make_mesh(1, 1, 1)
+    """Two steps of two lanes in one call."""
+    mesh, c = partitioning.make_mesh(1, 1, 1), two[1]
     setups = [train_step.make_setup(c) for c in two]
-    records = pipeline.read_all(two[0])
-    batches = [{name: rows[first : first + 8] for name, rows in records.items()} for first in (0, 8)]
-    seeds = np.array([0, 5], np.uint32)
-    program = lanes.make_program(setups[0], two, mesh, None)
+    table = {name: jnp.asarray(rows[:40]) for name, rows in pipeline.read_all(c).items()}
+    states = [train_step.create_state(s.model, s.tx, c.seed, mesh)[0]() for s, c in zip(setups, two)]
+    record, seeds = np.random.default_rng(0).integers(40, size=(2, 2, 8)), np.array([0, 5], np.uint32)
     with partitioning.scope(mesh):
-        states = [
-            jax.device_get(train_step.create_state(s.model, s.tx, c.seed, mesh)[0]()) for s, c in zip(setups, two)
-        ]
-        together = lanes.stack_states(states)
-        for _ in range(2):
-            together, metrics = program(together, {n: np.stack([b[n] for b in batches]) for n in batches[0]}, {}, seeds)
-        for i, (setup, c) in enumerate(zip(setups, two)):
-            step, alone = jax.jit(train_step.make_step(setup, c)), states[i]
-            for _ in range(2):
-                alone, expected = step(alone, batches[i], {}, seeds[i])
+        program = lanes.make_program(setups[0], two, mesh, table)
+        selections = {"record": record, "flip": np.zeros(record.shape, bool)}
+        together, metrics = program(lanes.stack_states(states), selections, {}, seeds)
+        step, alone = jax.jit(train_step.make_step(setups[1], c)), states[1]
+        for k in range(2):
+            batch = {name: rows[record[k, 1]] for name, rows in table.items()}
+            alone, expected = step(alone, batch, {}, seeds[1])
             for name, value in expected.items():
-                np.testing.assert_allclose(metrics[name][i], value, rtol=1e-4, err_msg=name)
-            for a, b in zip(jax.tree.leaves(lanes.lane_state(together, i)), jax.tree.leaves(alone), strict=True):
-                np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
-    assert abs(metrics["loss"][0] - metrics["loss"][1]) > 1e-3
+                np.testing.assert_allclose(metrics[name][k, 1], value, rtol=1e-4, err_msg=name)
+    for a, b in zip(jax.tree.leaves(lanes.lane_state(together, 1)), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+    assert abs(metrics["loss"][1, 0] - metrics["loss"][1, 1]) > 1e-3
 
 
 @pytest.fixture
@@ -87,24 +84,26 @@ def run_lanes(configs, folder):
     return train.run_lanes(configs, [str(folder / str(i)) for i in range(len(configs))])
 
 
-@pytest.mark.parametrize("scan", [1, 5])
-def test_each_lane_writes_and_resumes_its_own_run(two, summing, tmp_path, scan):
+def test_each_lane_writes_and_resumes_its_own_run(two, summing, tmp_path):
     for i, c in enumerate(two):
         train.run(c, str(tmp_path / "alone" / str(i)), grids=False)
-        c.train.scan = scan
-    done = run_lanes(two, tmp_path / "lanes")
-    assert [report["step"] for report in done] == [7, 7]
-    for i in range(2):
-        shutil.rmtree(tmp_path / "lanes" / str(i) / "checkpoints" / "7")
-    assert run_lanes(two, tmp_path / "lanes")[1]["loss"] == done[1]["loss"]
-    for i, c in enumerate(two):
-        pairs = zip(figures(tmp_path / "lanes" / str(i)), figures(tmp_path / "alone" / str(i)), strict=True)
-        for line, expected in pairs:
-            assert line == pytest.approx(expected, rel=1e-5)
-        (_, arrays, data), (step, single, position) = (final(c, tmp_path / x / str(i)) for x in ("lanes", "alone"))
-        assert (step, data) == (7, position)
-        for a, b in zip(jax.tree.leaves(arrays), jax.tree.leaves(single), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5)
+    for scan in (1, 5):
+        for c in two:
+            c.train.scan = scan
+        folder = tmp_path / str(scan)
+        done = run_lanes(two, folder)
+        assert [report["step"] for report in done] == [7, 7]
+        for i in range(2):
+            shutil.rmtree(folder / str(i) / "checkpoints" / "7")
+        assert run_lanes(two, folder)[1]["loss"] == done[1]["loss"]
+        for i, c in enumerate(two):
+            pairs = zip(figures(folder / str(i)), figures(tmp_path / "alone" / str(i)), strict=True)
+            for line, expected in pairs:
+                assert line == pytest.approx(expected, rel=1e-5)
+            ours, expected = (final(c, x / str(i)) for x in (folder, tmp_path / "alone"))
+            assert (ours[0], ours[2]) == (7, expected[2])
+            for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(expected[1]), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
 def test_a_lane_that_diverges_does_not_end_the_others(two, summing, tmp_path):
@@ -124,4 +123,3 @@ def test_lanes_are_used_only_where_they_are_measured_to_be_faster(two, summing, 
     monkeypatch.setattr(lanes, "faster_together", lambda *args: False)
     assert run_lanes(two, tmp_path) is None
     assert not (tmp_path / "0" / "metrics.jsonl").exists()
-    monkeypatch.undo()

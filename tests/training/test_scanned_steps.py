@@ -1,22 +1,39 @@
-"""`train.scan`: several steps in one call give the figures and weights of single steps."""
+"""`train.scan`: several steps in one call give the figures and weights of single steps.
+
+tests/training/test_lanes.py runs real steps so.
+"""
 
 import json
 import shutil
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import train
 from madformer_jax.runtime import memory
 from madformer_jax.training import scanned_steps, train_step
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "created_once")
 SPEED = ("steps_per_second", "images_per_second", "tflops", "mfu")
+
+
+@pytest.fixture(scope="module")
+def created_once():
+    """Creates the state of step 0 once for each seed."""
+    real, made = train_step.create_state, {}
+
+    def create_state(model, tx, seed, mesh, power_ema=False):
+        if seed not in made:
+            create, abstract = real(model, tx, seed, mesh, power_ema)
+            made[seed] = jax.device_get(create()), abstract
+        return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), *made[seed]), made[seed][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step, "create_state", create_state)
+        yield
 
 
 @pytest.fixture
@@ -67,28 +84,6 @@ def test_the_images_and_figures_are_those_of_single_steps_also_when_resumed(c, s
     train.run(c, str(tmp_path / "scan"), grids=False)
     assert calls[4:] == [2, 1]
     assert figures(tmp_path / "scan") == figures(tmp_path / "single")
-
-
-def test_real_steps_in_one_call_give_the_state_of_single_steps(c):
-    mesh = train.partitioning.make_mesh(1, 1, 1)
-    setup = train_step.make_setup(c)
-    step = train_step.make_step(setup, c)
-    create, _ = train_step.create_state(setup.model, setup.tx, 0, mesh)
-    table = {name: rows[:40] for name, rows in pipeline.read_all(c).items()}
-    record = np.random.default_rng(0).integers(40, size=(2, 8))
-    selections = {"record": record, "flip": np.zeros((2, 8), bool)}
-    with train.partitioning.scope(mesh):
-        start = create()
-        single, losses = start, []
-        program = jax.jit(step)
-        for numbers in record:
-            single, metrics = program(single, {name: rows[numbers] for name, rows in table.items()}, {}, np.uint32(3))
-            losses.append(metrics["loss"])
-        many, metrics = jax.jit(scanned_steps.make_scan(step, mesh))(start, table, selections, {}, np.uint32(3))
-    np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
-    assert losses[0] != losses[1] and int(many.step) == 2
-    for a, b in zip(jax.tree.leaves(many), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_data_that_the_memory_does_not_hold_are_refused_in_one_line(c, tmp_path, monkeypatch):
