@@ -28,7 +28,7 @@ def test_one_program_for_all_step_counts_gives_the_samples_of_programs_for_each(
 
     def sample(steps, guidance, padded=None):
         settings = {"solver": solver, "spacing": "trailing", "steps": steps, "schedule": path, "guidance": guidance}
-        return sampler.sample(model, {}, NOISE, TOKENS, keys=KEYS, clip_x0=0.7, padded=padded, **settings)
+        return sampler.sample(model, {}, jnp.asarray(NOISE), TOKENS, keys=KEYS, clip_x0=0.7, padded=padded, **settings)
 
     program = jax.jit(lambda params, codec, inputs: sample(0, jnp.asarray(inputs.guidance), inputs.coefficients))
     static = jax.jit(sample, static_argnums=0)

@@ -1,6 +1,6 @@
 """`train.scan`: several steps in one call give the figures and weights of single steps.
 
-tests/training/test_lanes.py runs real steps so.
+tests/training/test_lanes.py runs a real step so.
 """
 
 import json
