@@ -24,7 +24,7 @@ def two():
     """Two configs that differ in seeds and numbers only."""
     c = tiny.get_config("plain")
     c.model.classes = 10
-    c.train.log_to, c.train.log_every, c.train.checkpoint_every, c.train.steps = "", 3, 4, 7
+    c.train.log_to, c.train.log_every, c.train.checkpoint_every, c.train.steps = "", 3, 4, 5
     other = c.copy_and_resolve_references()
     other.seed, other.optimizer.learning_rate, other.loss.hidden, other.sample.steps = 5, 1e-2, 0.5, 3
     return c, other
@@ -86,16 +86,16 @@ def test_each_lane_writes_and_resumes_its_own_run(two, summing, tmp_path):
         train.run(c, str(tmp_path / "alone" / str(i)), grids=False)
         c.train.scan = 5
     done = run_lanes(two, tmp_path)
-    assert [report["step"] for report in done] == [7, 7]
+    assert [report["step"] for report in done] == [5, 5]
     for i in range(2):
-        shutil.rmtree(tmp_path / str(i) / "checkpoints" / "7")
+        shutil.rmtree(tmp_path / str(i) / "checkpoints" / "5")
     assert run_lanes(two, tmp_path)[1]["loss"] == done[1]["loss"]
     for i, c in enumerate(two):
         pairs = zip(figures(tmp_path / str(i)), figures(tmp_path / "alone" / str(i)), strict=True)
         for line, expected in pairs:
             assert line == pytest.approx(expected, rel=1e-5)
         ours, expected = (final(c, folder / str(i)) for folder in (tmp_path, tmp_path / "alone"))
-        assert (ours[0], ours[2]) == (7, expected[2])
+        assert (ours[0], ours[2]) == (5, expected[2])
         for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(expected[1]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
 
@@ -103,7 +103,7 @@ def test_each_lane_writes_and_resumes_its_own_run(two, summing, tmp_path):
 def test_a_lane_that_diverges_does_not_end_the_others(two, summing, tmp_path):
     two[1].seed = 7
     report, error = run_lanes(two, tmp_path)
-    assert report["step"] == 7 and len(figures(tmp_path / "0")) == 4
+    assert report["step"] == 5 and len(figures(tmp_path / "0")) == 3
     assert isinstance(error, ConfigError)
     assert "at step 5: training has diverged" in str(
         error
