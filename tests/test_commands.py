@@ -57,7 +57,8 @@ def _small(args):
     }
     makes = any(arg.startswith("--config=") for arg in args) and "--mode=sweep" not in args
     extra = {name: value for name, value in _MODEL.items() if name not in given} if makes else {}
-    return [*args, *(f"--config.{name}={value}" for name, value in (_COUNTS | extra).items())]
+    single = ["--processes=1"] if "--mode=sweep" in args else []  # stand-ins exist in this process only
+    return [*args, *single, *(f"--config.{name}={value}" for name, value in (_COUNTS | extra).items())]
 
 
 def _short_grid(arg):

@@ -100,6 +100,12 @@ def _define_flags() -> flags.FlagValues:
         "measure", False, "--mode=sweep: only measure the seconds of drawing an image.", flag_values=values
     )
     flags.DEFINE_string(
+        "processes",
+        "auto",
+        "--mode=sweep: processes that share the runs, or auto: one a core of a CPU.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
         "topology", "", "What --mode=compile compiles for, such as v5e:4x4 or h100.", flag_values=values
     )
     values.set_gnu_getopt(True)
@@ -139,6 +145,8 @@ def _check_flags(values: flags.FlagValues) -> None:
             )
     elif values.dry_run or values.measure:
         raise ConfigError(f"--dry_run and --measure are for --mode=sweep; the mode is {values.mode}.")
+    elif values["processes"].present:
+        raise ConfigError(f"--processes={values.processes} is for --mode=sweep; the mode is {values.mode}.")
 
 
 def _load_workdir_config(values: flags.FlagValues) -> ConfigDict:
@@ -312,6 +320,7 @@ def run(argv: Sequence[str]) -> int:
         extra = {"topology": values.topology}
     elif values.mode == "sweep":
         extra = {"file": file, "dry_run": values.dry_run, "measure": values.measure}
+        extra |= {"processes": values.processes, "argv": argv}
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on, modes clean up after an interrupt
     with log.config_first(config):

@@ -31,7 +31,7 @@ def check(c: ConfigDict) -> None:
     """Checks the set of depths and the D of sampling.
 
     Raises:
-      ConfigError: A depth is not possible, or sampling takes a D that training does not draw.
+      ConfigError: A depth is not possible, several steps share a call, or sampling takes a D that training does not draw.
     """
     depths, own, n = tuple(c.train.elastic_depths), c.model.diffusion_depth, c.model.depth
     if c.train.elastic_depth:
@@ -44,6 +44,11 @@ def check(c: ConfigDict) -> None:
             raise ConfigError(
                 f"config.model.diffusion_depth={own} is not in config.train.elastic_depths={depths}: it is the D that "
                 "sampling has by default, so it must be one of them."
+            )
+        if c.train.scan > 1:
+            raise ConfigError(
+                f"config.train.scan={c.train.scan} runs steps of one D in a call, and config.train.elastic_depth draws D for "
+                "each step: set config.train.scan=1."
             )
     if c.sample.diffusion_depth and c.sample.diffusion_depth not in trained_depths(c):
         known = ", ".join(map(str, sorted(trained_depths(c))))

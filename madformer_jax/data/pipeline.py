@@ -49,6 +49,7 @@ class Selection(NamedTuple):
     flip: Any  # bool
 
 
+_READ_AT_ONCE = 256  # records, in `read_all`
 SkippedRecords = dict[str, list[str]]  # number of a record that cannot be read -> [name, reason]
 
 
@@ -234,18 +235,63 @@ def train_iterator(
       ConfigError: The data do not fit the config (see `dataset_info`), or the split is held out.
         `next` raises it when more than the share `data.max_corrupt` of the records cannot be read.
     """
-    if config.data.split in sources.source_class(config).held_out and not validation:
-        raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
+    if not validation:
+        _check_trainable(config)
     source = sources.open_source(config)
     info = _source_info(config, source)
-    order = grain.MapDataset.range(info.records).seed(seeds.of(config, "data")).shuffle().repeat()
-    global_batch = batch * process_count
-    if config.data.flip:
-        batches = order.random_map(_random_flip).batch(global_batch, batch_fn=_stack_selections)
-    else:
-        batches = order.batch(global_batch, batch_fn=_without_flips)
+    batches = _selections(config, info.records, batch * process_count)
     batches = batches.map(functools.partial(_process_rows, first=process_index * batch, count=batch))
     return _BatchIterator(batches.map(_BatchLoader(source, config)), config, info.records)
+
+
+def _selections(config: ConfigDict, records: int, global_batch: int) -> grain.MapDataset:
+    """Returns the endless global batches of `Selection`, shuffled anew each epoch."""
+    order = grain.MapDataset.range(records).seed(seeds.of(config, "data")).shuffle().repeat()
+    if config.data.flip:
+        return order.random_map(_random_flip).batch(global_batch, batch_fn=_stack_selections)
+    return order.batch(global_batch, batch_fn=_without_flips)
+
+
+def selection_iterator(config: ConfigDict, *, batch: int) -> grain.DatasetIterator:
+    """Returns the records of the batches of `train_iterator`, which it does not read.
+
+    Returns:
+      A grain iterator over {"record": int (batch,), "flip": bool (batch,)}, with the states of
+      `train_iterator`. `record` is a row of `read_all`.
+    """
+    config = config.copy_and_resolve_references()
+    config.data.workers = 0
+    records = _source_info(config, sources.open_source(config)).records
+    batches = _selections(config, records, batch)
+    return _BatchIterator(batches.map(lambda selection: selection._asdict()), config, records)
+
+
+def read_all(config: ConfigDict) -> Batch:
+    """Reads all records of the training split as one batch without flips.
+
+    A record that cannot be read is replaced as in `train_iterator`.
+
+    Raises:
+      ConfigError: See `train_iterator`.
+    """
+    _check_trainable(config)
+    source = sources.open_source(config)
+    records = _source_info(config, source).records
+    load, numbers, skipped = _BatchLoader(source, config), np.arange(records), dict[str, list[str]]()
+    parts = []
+    for first in range(0, records, _READ_AT_ONCE):
+        part = load(_without_flips(numbers[first : first + _READ_AT_ONCE].tolist()))
+        skipped |= json.loads(part.pop("skipped", "{}"))
+        _check_skipped(config, skipped, records)
+        parts.append(part)
+    for name, reason in skipped.values():
+        logging.warning("passed over %s: %s", name, reason)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _check_trainable(config: ConfigDict) -> None:
+    if config.data.split in sources.source_class(config).held_out:
+        raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
 
 
 def _prefetching_iterator(

@@ -13,14 +13,14 @@ import numpy as np
 from jax import Array
 
 from madformer_jax.diffusion.schedule import Schedule
-from madformer_jax.diffusion.solvers import Coefficients, Solver
+from madformer_jax.diffusion.solvers import Coefficients, PaddedCoefficients, Solver
 
 
 class BlockTables(NamedTuple):
     """Coefficients of all blocks."""
 
     rows: Coefficients  # each (L, evaluations)
-    evaluations: np.ndarray  # (L,) int32, evaluations of each block
+    evaluations: Any  # (L,) int32, evaluations of each block
 
     def block(self, block: int | Array) -> Coefficients:
         """Returns the rows of a block, without padding if `block` is a Python number."""
@@ -50,3 +50,9 @@ def make(solver: Solver, schedule: Schedule, spacing: str, steps: Sequence[int])
         return np.stack([np.pad(row, (0, evaluations.max() - len(row)), mode="edge") for row in rows])
 
     return BlockTables(jax.tree.map(stack, *(tables[n] for n in steps)), evaluations)
+
+
+def of_arguments(padded: PaddedCoefficients) -> BlockTables:
+    """Returns a table with one row from coefficients that are arguments of a program. Index it by an array."""
+    rows, evaluations = jax.tree.map(lambda x: jnp.asarray(x)[None], padded)
+    return BlockTables(rows, evaluations)

@@ -37,7 +37,9 @@ class LossWeights(NamedTuple):
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of the terms that have a weight."""
-        return tuple(name for name in LOSS_TERMS if getattr(self, name))
+        weights = {name: getattr(self, name) for name in LOSS_TERMS}
+        # A traced weight is not 0 (`training.lanes`).
+        return tuple(name for name, weight in weights.items() if isinstance(weight, Array) or weight)
 
 
 def count_predicted_tokens(lengths: Int[AnyArray, "..."]) -> Int[Array, ""]:

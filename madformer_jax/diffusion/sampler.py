@@ -242,10 +242,11 @@ def sample(
     clip_x0: float = 0.0,
     context_noise: int = 0,
     unroll: bool = False,
+    padded: solvers.PaddedCoefficients | None = None,
 ) -> Float[Array, "B L positions C"]:
     """Generates latent blocks from noise, one block after the other.
 
-    The function is pure. Keyword arguments other than `guidance` are static under jit.
+    The function is pure. Keyword arguments other than `guidance` and `padded` are static under jit.
 
     Args:
       model: The model, or a model with its guide. The guide then takes the place of the null token.
@@ -273,6 +274,8 @@ def sample(
         returned blocks have no noise. It needs `keys`.
       unroll: Compiles one copy of the program per block and solver step in place of loops, to count
         its cost.
+      padded: Coefficients in place of those that `spacing`, `steps` and `schedule` give, for a program
+        that serves many numbers of steps. An array `guidance` has their size.
 
     Returns:
       Latent blocks `(B, L, positions, C)`.
@@ -282,16 +285,20 @@ def sample(
     order = model.config.default_order if order is None else order
     noise = block_order.to_ranks(noise, order)
     by_block = not isinstance(steps, int)
-    tables = block_tables.make(method, schedule, spacing, steps if isinstance(steps, tuple) else (steps,))
-    evaluations = int(tables.evaluations.max())
+    if padded is None:
+        tables = block_tables.make(method, schedule, spacing, steps if isinstance(steps, tuple) else (steps,))
+    else:
+        tables = block_tables.of_arguments(padded)
+    common_table = 0 if padded is None else jnp.zeros((), jnp.int32)
+    evaluations = tables.rows.index.shape[1]
     has_guide = tokens is not None or isinstance(model, GuidedPair)
     guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
-    clean_t = clean_timestep(model, tables.block(0), context_noise)
+    clean_t = clean_timestep(model, tables.block(common_table), context_noise)
     common_steps = BlockSteps(model, params, method, guided, clip_x0, clean_t, context_level(schedule, context_noise))
 
     def sample_block(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], Array]:
         cache, pred = carry
-        table = block if by_block else 0
+        table = block if by_block else common_table
         coefficients, last = tables.block(table), tables.last(table)
         block_steps = common_steps._replace(clean_timestep=clean_timestep(model, coefficients, context_noise))
         condition, cache = block_steps.condition(cache, pred, block)

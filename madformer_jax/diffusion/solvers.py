@@ -47,6 +47,13 @@ class Coefficients(NamedTuple):
     noise_weight: Any = None  # of stochastic solvers
 
 
+class PaddedCoefficients(NamedTuple):
+    """Coefficients as arguments of a program, which serves every number of steps up to a size."""
+
+    rows: Coefficients  # each (size,); the last evaluation is repeated up to the size
+    evaluations: Any  # () int32, number of evaluations without repetitions
+
+
 class SolverState(NamedTuple):
     """State of a solver. Arrays have the shape of x."""
 
@@ -206,6 +213,18 @@ def make(name: str) -> Solver:
 def evaluation_rows(coefficients: Coefficients) -> list[Coefficients]:
     """Splits coefficients into one row of scalars for each evaluation."""
     return [jax.tree.map(lambda x, k=k: x[k], coefficients) for k in range(len(coefficients.index))]
+
+
+def pad(coefficients: Coefficients, size: int) -> PaddedCoefficients:
+    """Pads coefficients to a number of evaluations.
+
+    Args:
+      coefficients: Coefficients of all evaluations, of which there are at most `size`.
+      size: Length of the padded arrays.
+    """
+    count = len(coefficients.index)
+    rows = jax.tree.map(lambda x: np.pad(x, (0, size - count), mode="edge"), coefficients)
+    return PaddedCoefficients(rows, np.int32(count))
 
 
 def _step_levels(schedule: Schedule, t: np.ndarray) -> tuple[NoiseLevel, NoiseLevel]:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import validation
 from madformer_jax.errors import ConfigError
+from madformer_jax.sampling import solving
 
 
 def _parse_interval(text: str) -> tuple[int, ...]:
@@ -69,6 +70,27 @@ def expand_configs(c: ConfigDict) -> list[ConfigDict]:
         setting.sample.update(dict(combination))
         settings.append(setting)
     return settings
+
+
+def program_key(setting: ConfigDict, grid: Sequence[ConfigDict]) -> tuple[tuple[Any, ...], int]:
+    """Returns the sampling settings that a program is compiled for, and the size of its coefficients.
+
+    Settings of a grid that differ in the steps, the spacing or the noise path share a program whose
+    coefficients are arguments (`solving.pad_steps`). A setting without such others keeps a program
+    of its own, for which the size is 0: a fixed number of steps is faster on some devices.
+    """
+
+    def static_settings(c: ConfigDict) -> tuple[Any, ...]:
+        s, steps = c.sample, solving.solver_steps(c)
+        own = None if isinstance(steps, int) else (s.spacing, steps)  # steps by block are no arguments
+        return s.solver, s.guidance == 1.0, s.diffusion_depth, s.context_noise, s.block_order, own
+
+    key = static_settings(setting)
+    group = [other for other in grid if static_settings(other) == key]
+    if key[-1] or len({(other.sample.spacing, other.sample.steps) for other in group}) == 1:
+        return (*key, setting.sample.spacing, setting.sample.steps), 0
+    size = solving.padded_size(max(map(solving.evaluations, group)))
+    return (*key, size), size
 
 
 def log_warnings(c: ConfigDict, grid: Sequence[ConfigDict]) -> None:

@@ -197,17 +197,18 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 settings = aliases.first_names(json.loads(s.to_json()), "sample.")
                 settings |= {"noise": noise_digest, "labels": chosen}
                 network, sampled_params = trained.sampled(setting)
-                program = (
-                    s.solver, s.spacing, solving.solver_steps(setting), s.diffusion_depth, s.context_noise, s.guidance == 1.0,
-                    s.block_order,
-                )  # fmt: skip
+                program, size = sampling_grid.program_key(setting, grid)
                 if program not in programs:
                     sample_fn = generation.make_sample_fn(setting, network, trained.codec.decode)
-                    programs[program] = progress.log_compilation(sample_fn, f"the sampling program of {s.steps} steps")
+                    steps_text = "any number of" if size else str(s.steps)
+                    programs[program] = progress.log_compilation(
+                        sample_fn, f"the sampling program of {steps_text} steps"
+                    )
+                sample_fn = solving.pad_steps(programs[program], setting, size) if size else programs[program]
                 draw = functools.partial(
                     generation.batches,
                     setting,
-                    programs[program],
+                    sample_fn,
                     sampled_params,
                     codec_params,
                     mesh,

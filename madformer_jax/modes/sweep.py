@@ -2,26 +2,27 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:digits --workdir=DIR
 
---dry_run only lists the runs. --measure only measures the seconds of sampling.
+--dry_run only lists the runs. --measure only measures the seconds of sampling. --processes sets the
+processes on this machine, by default one for each core of a CPU (`sweeps.processes`).
 
 Any number of processes share DIR: each takes the next run that no other process has claimed
 (`sweeps.sweep_folder` lists the files). After a kill, the same command resumes: a training from its
 checkpoint, an evaluation from its finished shards. `--mode=report` reads the results.
 """
 
+import contextlib
 import gc
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
@@ -29,16 +30,21 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge, judge_paths, sampling_grid, score_summary
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
-from madformer_jax.sampling import generation, prompts
+from madformer_jax.sampling import generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
-from madformer_jax.sweeps import budget, run_table, sweep_file, sweep_folder
+from madformer_jax.sweeps import budget, run_result, run_table, sweep_file, sweep_folder
+from madformer_jax.sweeps import claims as claims_lib
+from madformer_jax.sweeps import processes as processes_lib
 from madformer_jax.sweeps.budget import Timing
 from madformer_jax.sweeps.sweep_file import Evaluation, Run
 from madformer_jax.sweeps.sweep_folder import Job
+from madformer_jax.training import lanes
 
-POLL_SECONDS = 10.0  # interval at which a process checks the runs that other processes work on
 GRID_COLUMNS = 8  # images in a row of a run's sample grid
+MAX_LANES = 8  # runs that train in one program with `train.lanes=0`
 TIMED_STEPS = (4, 16)  # solver steps that are timed; other numbers follow by a straight line
+
+_slow_lanes: set[str] = set()  # workdirs of sweeps in which this process has measured that lanes are slower
 
 
 def run(
@@ -48,6 +54,8 @@ def run(
     file: sweep_file.ConfigFile,
     dry_run: bool = False,
     measure: bool = False,
+    processes: str = "1",
+    argv: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Completes all runs of a sweep and waits for those that other processes work on.
 
@@ -58,14 +66,17 @@ def run(
       dry_run: If True, only prints a table of the runs.
       measure: If True, only measures the seconds of sampling an image for every combination of
         settings. The machine should be idle.
+      processes: Number of processes that share the runs on this machine, or "auto" (`processes_lib`).
+      argv: The arguments of this command, which further processes get.
 
     Returns:
-      The names of the runs under "runs", or the name of the run that was asked to stop under "stopped".
+      The names of the runs under "runs", or the name of a run that was asked to stop under "stopped".
 
     Raises:
       ConfigError: The sweep is wrong, and nothing was done. Or some runs failed, and all others are
         done.
     """
+    processes_lib.end_with_parent()
     definition = sweep_file.load_sweep(file)
     name = os.path.splitext(os.path.basename(str(file.module.__file__)))[0]
     runs = sweep_folder.reuse_folder_names(sweep_file.expand_runs(definition, c), workdir)
@@ -88,7 +99,24 @@ def run(
         for run in job.runs:
             _load_or_measure_timing(job, run, force=run is job.first_seed_run(run))
         return {}
-    return _run_all(job)
+    remaining = [run for run in job.runs if not _is_done(job, run)]
+    count = processes_lib.choose_count(processes, len(remaining), jax.default_backend(), jax.process_count())
+    return _run_all(job) if count == 1 else _run_processes(job, remaining, argv, count)
+
+
+def _run_processes(job: Job, runs: list[Run], argv: Sequence[str], count: int) -> dict[str, Any]:
+    """Completes all runs with several processes.
+
+    Makes what the runs share before: judges with all cores, and timings while the machine is idle.
+    """
+    for run in runs:
+        _judge_config(run.config, job.workdir, sweep_folder.run_folder(job.workdir, run))
+        if any(evaluation.kind == "seconds" for evaluation in job.evaluations):
+            _load_or_measure_timing(job, run)
+    _free_memory()
+    command = processes_lib.command_of_one(argv)
+    finished = processes_lib.run(command, job.workdir, count, len(job.runs), lambda: sweep_folder.progress(job))
+    return {"runs": [run.name for run in job.runs]} if finished else {"stopped": runs[0].name}
 
 
 def _run_all(job: Job) -> dict[str, Any]:
@@ -117,7 +145,7 @@ def _run_all(job: Job) -> dict[str, Any]:
                 _free_memory()
         if not claimed:
             logging.info("waiting for %d runs that other processes work on", len(waiting))
-            time.sleep(POLL_SECONDS)
+            time.sleep(claims_lib.POLL_SECONDS)
     if failed:
         name, reason = next(iter(failed.items()))
         raise ConfigError(f"{len(failed)} of {len(job.runs)} runs failed, {name} among them: {reason}")
@@ -130,18 +158,13 @@ def _rotate_runs(runs: list[Run]) -> list[Run]:
 
     Processes that start together then begin with different runs.
     """
-    first = int(os.environ.get("MADFORMER_INDEX") or 0) % len(runs)
+    first = int(os.environ.get(processes_lib.INDEX_VARIABLE) or 0) % len(runs)
     return runs[first:] + runs[:first]
 
 
 def _is_done(job: Job, run: Run) -> bool:
     """Returns whether a run is done; all JAX processes get the answer of the first."""
-    return _broadcast(jax.process_index() == 0 and sweep_folder.is_done(job.workdir, run, job.evaluations))
-
-
-def _broadcast(value: bool) -> bool:
-    """Returns the first JAX process's value in all of them."""
-    return bool(multihost_utils.broadcast_one_to_all(np.array(value))) if jax.process_count() > 1 else value
+    return claims_lib.broadcast(jax.process_index() == 0 and sweep_folder.is_done(job.workdir, run, job.evaluations))
 
 
 def _free_memory() -> None:
@@ -163,7 +186,7 @@ def _do_run(job: Job, run: Run) -> bool:
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
     if not _is_trained(run.config, folder):
-        if "stopped" in train.run(run.config.copy_and_resolve_references(), folder, grids=False):
+        if not _train(job, run):
             return False
         _free_memory()
     evaluations = _evaluate(job, run, base)
@@ -173,10 +196,51 @@ def _do_run(job: Job, run: Run) -> bool:
     if jax.process_index():
         return True
     lines = [json.loads(line) for line in (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    storage.write_json(os.path.join(folder, "seconds.json"), _phase_seconds(lines, evaluations))
-    storage.write_json(os.path.join(folder, "result.json"), _run_result(job, run, lines, evaluations, rows))
+    storage.write_json(os.path.join(folder, "seconds.json"), run_result.phase_seconds(lines, evaluations))
+    storage.write_json(os.path.join(folder, "result.json"), run_result.run_result(job, run, lines, evaluations, rows))
     _remove_checkpoints(run.config, folder)
     return True
+
+
+def _train(job: Job, run: Run) -> bool:
+    """Trains a run, and others in the same program if `train.lanes` says so.
+
+    Returns:
+      False if the training was asked to stop.
+    """
+    with contextlib.ExitStack() as claims:
+        group = [run, *_claim_lanes(job, run, claims)]
+        configs = [other.config.copy_and_resolve_references() for other in group]
+        folders = [sweep_folder.run_folder(job.workdir, other) for other in group]
+        results = train.run_lanes(configs, folders) if len(group) > 1 else None
+        if len(group) > 1 and results is None:
+            _slow_lanes.add(job.workdir)
+        result = train.run(configs[0], folders[0], grids=False) if results is None else results[0]
+    if isinstance(result, ConfigError):
+        raise result
+    return "stopped" not in result
+
+
+def _claim_lanes(job: Job, run: Run, claims: contextlib.ExitStack) -> list[Run]:
+    """Claims the runs that train in one program with a run; they are evaluated when their turn comes."""
+    c, most = run.config, run.config.train.lanes
+    if most == 0:  # on a CPU, lanes are never faster (docs/engineering_log.md)
+        most = 1 if jax.default_backend() == "cpu" or job.workdir in _slow_lanes else MAX_LANES
+    if most == 1 or jax.device_count() > 1 or c.profile or c.train.elastic_depth:
+        return []
+    key, step = lanes.group_key(c), _newest_step(job, run)
+    group: list[Run] = []
+    for other in job.runs:
+        if len(group) + 1 < most and other is not run and lanes.group_key(other.config) == key:
+            with contextlib.suppress(lock.LockedError):
+                claims.enter_context(lock.acquire(sweep_folder.claim_path(job.workdir, other.name)))
+                if _newest_step(job, other) == step and not _is_done(job, other):
+                    group.append(other)
+    return group
+
+
+def _newest_step(job: Job, run: Run) -> list[int]:
+    return checkpoint.complete_steps(sweep_folder.run_folder(job.workdir, run))[-1:]
 
 
 def _is_trained(c: ConfigDict, folder: str) -> bool:
@@ -213,46 +277,6 @@ def _evaluation_config(c: ConfigDict, overrides: sweep_file.Overrides, steps: Se
     return c
 
 
-def _run_result(
-    job: Job, run: Run, lines: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]], rows: list[int]
-) -> Any:
-    """Returns the content of a run's result.json."""
-    c = run.config
-    curve = sweep_folder.loss_curve(lines, c.train.log_every)
-    evaluations = []
-    for evaluation, result in zip(job.evaluations, results, strict=True):
-        cost = {name: value for name, value in result["cost"].items() if name != "seconds"}
-        evaluations.append(evaluation.describe() | {"cost": cost} | {x: result[x] for x in ("scores", "protocol")})
-    return {
-        "name": run.name,
-        "sweep": job.name,
-        "variant": job.variant,
-        "seed": c.seed,
-        "overrides": run.overrides,
-        "config": sweep_file.changed_settings(c),
-        "training": {
-            "steps": c.train.steps,
-            "images": c.train.steps * c.train.batch,
-            "flops": budget.training_flops(c),
-            "final_loss": curve[-1]["loss"],
-            "curve": curve,
-            **sweep_folder.held_out_losses(lines),
-        },
-        "evaluations": evaluations,
-        "grid": "grid.png" if rows else None,
-        "grid_rows": rows,
-        "versions": sweep_folder.package_versions(),
-    }
-
-
-def _phase_seconds(lines: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns seconds.json of a run: seconds of the training, and of an image in each evaluation."""
-    return {
-        "training": sweep_folder.training_seconds(lines),
-        "evaluations": [result["cost"]["seconds"] for result in results],
-    }
-
-
 def _remove_checkpoints(c: ConfigDict, folder: str) -> None:
     """Removes the checkpoints that no evaluation needs.
 
@@ -265,29 +289,6 @@ def _remove_checkpoints(c: ConfigDict, folder: str) -> None:
 
 
 # ---- judges and timings, which runs share
-
-
-def _make_once(workdir: str, name: str, path: str, make: Callable[[], Any]) -> None:
-    """Makes a file once: one process calls `make`, which writes `path`, and the others wait.
-
-    Args:
-      workdir: The sweep's folder.
-      name: Name of the claim.
-      path: The file.
-      make: Writes the file.
-    """
-    while not _exists(path):
-        try:
-            with lock.acquire(sweep_folder.claim_path(workdir, name)):
-                if not _exists(path):
-                    make()
-        except lock.LockedError:
-            logging.info("waiting for another process to make %s", path)
-            time.sleep(POLL_SECONDS)
-
-
-def _exists(path: str) -> bool:
-    return _broadcast(jax.process_index() == 0 and epath.Path(path).exists())
 
 
 def _judge_config(c: ConfigDict, workdir: str, folder: str) -> ConfigDict:
@@ -311,11 +312,15 @@ def _judge_config(c: ConfigDict, workdir: str, folder: str) -> ConfigDict:
     name = sweep_file.judge_hash(c)
     judge_folder = os.path.join(workdir, "judges", name)
     path = judge_paths.reference_path(c, judge_folder)
-    _make_once(workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), judge_folder))
+    claims_lib.make_once(
+        workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), judge_folder)
+    )
     # Not part of the judge above: a run without captions may have made that one.
     if prompts.names_attributes(c):
         classifier = judge_paths.attribute_classifier_path(c, judge_folder)
-        _make_once(workdir, f"judge_{name}", classifier, lambda: reference.make_attribute_classifier(c, classifier))
+        claims_lib.make_once(
+            workdir, f"judge_{name}", classifier, lambda: reference.make_attribute_classifier(c, classifier)
+        )
     c.evaluate.reference, c.evaluate.network_path = path, judge_paths.network_path(c, judge_folder)
     return c
 
@@ -329,7 +334,7 @@ def _load_or_measure_timing(job: Job, run: Run, force: bool = False) -> list[Tim
     path = os.path.join(job.workdir, "timings", f"{name}.json")
     if force and jax.process_index() == 0:
         epath.Path(path).unlink(missing_ok=True)
-    _make_once(
+    claims_lib.make_once(
         job.workdir,
         f"timing_{name}",  # `name` alone is the claim of the run
         path,
@@ -373,21 +378,22 @@ def _grid_rows(job: Job, results: Sequence[dict[str, Any]]) -> list[int]:
 def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
     """Writes the first images to grid.png, a row for each number of solver steps.
 
-    The batch size is that of the evaluation, whose compiled programs are used again.
+    Batch size and steps are those of the evaluation, whose compiled program is used again.
     """
     c = sweep_file.apply_overrides(run.config, job.definition.evaluations[0])
-    c.sample.n = c.evaluate.n
     folder = sweep_folder.run_folder(job.workdir, run)
     trained = TrainedModel.open(c, folder, step=-1)
     config_lib.resolve_label_numbers(c, trained.class_names)
     with partitioning.scope(trained.mesh):
-        codec_params = trained.load_codec_params()
-        rows = []
-        for c.sample.steps in steps:
-            network, params = trained.sampled(c)
-            sample_fn = generation.make_sample_fn(c, network, trained.codec.decode)
+        codec_params, rows = trained.load_codec_params(), []
+        network, params = trained.sampled(c)
+        grid = sampling_grid.expand_configs(_evaluation_config(c, {}, steps))
+        program = generation.make_sample_fn(grid[0], network, trained.codec.decode)
+        for setting in grid:
+            _, size = sampling_grid.program_key(setting, grid)
+            sample_fn = solving.pad_steps(program, setting, size) if size else program
             batches = generation.batches(
-                c, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.sample.n
+                setting, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.evaluate.n
             )
             rows.append(np.concatenate([batch.images for batch in batches])[:GRID_COLUMNS])
     if jax.process_index() == 0:

@@ -7,7 +7,7 @@ grids and scores, is a `hooks.Hook`: add yours in `_make_hooks`.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from madformer_jax.runtime import checkpoint, lock, memory, partitioning, progre
 from madformer_jax.runtime.preemption import Preemption
 from madformer_jax.sampling import codec, generation
 from madformer_jax.sampling.opening import open_guide
-from madformer_jax.training import elastic_step, hooks, initial_weights, trackers, train_step
+from madformer_jax.training import elastic_step, hooks, initial_weights, lanes, scanned_steps, trackers, train_step
 from madformer_jax.training.checkpoint_saver import CheckpointSaver
 from madformer_jax.training.metric_writer import MetricWriter
 
@@ -58,6 +58,43 @@ def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
     return calls.metric_writer.figures | ({"stopped": True} if calls.preemption.reached() else {})
 
 
+def run_lanes(configs: Sequence[ConfigDict], workdirs: Sequence[str]) -> list[dict[str, Any] | ConfigError] | None:
+    """Trains several runs in one program (`training.lanes`), each as `run` does without sample grids.
+
+    Args:
+      configs: Configs with the same `lanes.group_key`.
+      workdirs: The workdir of each, all at the same step.
+
+    Returns:
+      For each run the report of `run`, or the error of a run that has diverged. None if
+      `train.lanes` is 0 and one run after the other is faster; then nothing is trained.
+
+    Raises:
+      ConfigError: See `run`.
+    """
+    with contextlib.ExitStack() as stack:
+        table: scanned_steps.Table | None = None
+        opened: list[tuple[PreparedRun, train_step.State]] = []
+        for c, workdir in zip(configs, workdirs, strict=True):
+            prepared = _prepare(c, workdir, stack, table)
+            table = prepared.table
+            opened.append((prepared, _restore_or_initialize(c, workdir, prepared)))
+        group: list[lanes.Lane] = []
+        for c, workdir, (prepared, state) in zip(configs, workdirs, opened, strict=True):
+            calls = _open_loop_calls(c, workdir, prepared, int(state.step), False, stack)
+            group.append(lanes.Lane(c, workdir, state, prepared.data, calls.metric_writer, calls.saver, calls.hooks))
+        setup, mesh, codec_params = prepared.setup, prepared.mesh, prepared.codec_params
+        if configs[0].train.lanes == 0 and not lanes.faster_together(group, setup, mesh, table, codec_params):
+            return None
+        program = progress.log_compilation(
+            lanes.make_program(setup, configs, mesh, table), f"the training step of {len(configs)} runs"
+        )
+        # Of the nested handlers of signals, the last one gets them.
+        failed = lanes.loop(group, program, table, codec_params, calls.preemption.reached)
+    stopped = {"stopped": True} if calls.preemption.reached() else {}
+    return [failed.get(i, lane.metric_writer.figures | stopped) for i, lane in enumerate(group)]
+
+
 class PreparedRun(NamedTuple):
     """Everything that a run opens before it has a state: data, devices, model and checkpoints."""
 
@@ -73,7 +110,8 @@ class PreparedRun(NamedTuple):
     step_flops: float
     codec_params: Any  # empty if cached latents need none
     check_lock: Callable[[], None]
-    data: Any  # the iterator of training batches
+    data: Any  # the iterator of training batches, or of their records if there is a table
+    table: scanned_steps.Table | None  # the data on the device, with `train.scan`
     checkpoints: checkpoint.Checkpoints
 
 
@@ -88,11 +126,14 @@ class LoopCalls(NamedTuple):
     saver: CheckpointSaver
 
 
-def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> PreparedRun:
+def _prepare(
+    c: ConfigDict, workdir: str, stack: contextlib.ExitStack, table: scanned_steps.Table | None = None
+) -> PreparedRun:
     """Checks the config and opens data, devices, model, workdir and checkpoints.
 
     Args:
       stack: Closes what is opened.
+      table: The data on the device, if another run has loaded them.
     """
     config_lib.validate(c)
     trackers.check_installed(c)
@@ -116,12 +157,18 @@ def _prepare(c: ConfigDict, workdir: str, stack: contextlib.ExitStack) -> Prepar
     check_lock = stack.enter_context(lock.acquire(workdir))
     checkpoint.check_config(c, workdir)
     _log_run_summary(c, info, setup, step_flops, mesh.size)
-    data = pipeline.train_iterator(c, batch=c.train.batch // count, process_index=index, process_count=count)
+    if c.train.scan > 1 and table is None:
+        table = scanned_steps.load_table(c, info, mesh, abstract)
+    if table is None:
+        data = pipeline.train_iterator(c, batch=c.train.batch // count, process_index=index, process_count=count)
+    else:
+        data = pipeline.selection_iterator(c, batch=c.train.batch)
     stack.callback(data.close)
     keep_every = [every for every in (c.train.keep_every, c.train.ema_snapshots) if every]
     checkpoints = stack.enter_context(checkpoint.Checkpoints(workdir, c.train.keep, keep_every, state=abstract))
     return PreparedRun(
-        judge, info, mesh, index, count, setup, create, abstract, step_flops, codec_params, check_lock, data, checkpoints
+        judge, info, mesh, index, count, setup, create, abstract, step_flops, codec_params, check_lock, data, table,
+        checkpoints,
     )  # fmt: skip
 
 
@@ -142,7 +189,7 @@ def _open_loop_calls(
     out_shardings = (jax.tree.map(lambda x: x.sharding, r.abstract_state), partitioning.replicated(r.mesh))
 
     def jit(step_fn: train_step.StepFn, what: str) -> train_step.StepFn:
-        return progress.log_compilation(jax.jit(step_fn, donate_argnums=0, out_shardings=out_shardings), what)
+        return progress.log_compilation(_jit_step(step_fn, r, out_shardings), what)
 
     step_fn = elastic_step.make_program(r.setup, c, jit, step)
     metric_writer = stack.enter_context(contextlib.closing(MetricWriter(c, workdir, step, r.step_flops, r.mesh.size)))
@@ -153,6 +200,17 @@ def _open_loop_calls(
     saver = stack.enter_context(CheckpointSaver(c, workdir, r.checkpoints, metric_writer, inputs, r.check_lock))
     stack.enter_context(partitioning.scope(r.mesh))
     return LoopCalls(step_fn, metric_writer, hook_list, profile, preemption, saver)
+
+
+def _jit_step(
+    step: train_step.StepFn, r: PreparedRun, out_shardings: Any
+) -> Callable[..., tuple[train_step.State, Any]]:
+    """Returns the jitted training step, or the jitted scan over steps on the table of the data."""
+    table = r.table
+    if table is None:
+        return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+    program = jax.jit(scanned_steps.make_scan(step, r.mesh), donate_argnums=0, out_shardings=out_shardings)
+    return lambda state, selections, *rest: program(state, table, selections, *rest)
 
 
 def _make_hooks(
@@ -182,16 +240,20 @@ def _loop(c: ConfigDict, workdir: str, r: PreparedRun, calls: LoopCalls, state: 
     """Steps to `train.steps` or until the run is asked to stop, and saves."""
     metric_writer, preemption, saver = calls.metric_writer, calls.preemption, calls.saver
     step, steps, seed = int(state.step), c.train.steps, np.uint32(seeds.of(c, "data"))
+    intervals = [every for _, every in calls.hooks]
     while step < steps:
-        calls.profile(step)
-        rows = next(r.data)
+        count = 1 if r.table is None else scanned_steps.chunk_length(c, step, intervals)
+        for number in range(step, step + count):
+            calls.profile(number)
+        rows = next(r.data) if r.table is None else scanned_steps.next_selections(r.data, count)
         if saver.last_finished is None:  # The inputs could be read: from here on, the run writes files.
             partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
             parameters = sum(x.size for x in jax.tree.leaves(state.params))
-            metric_writer.log_start(step, c, parameters, rows.get("image"))
-        batch = partitioning.global_batch(rows, r.mesh)
+            images = rows.get("image") if r.table is None else scanned_steps.first_images(r.table, rows)
+            metric_writer.log_start(step, c, parameters, images)
+        batch = partitioning.global_batch(rows, r.mesh) if r.table is None else rows
         state, metrics = calls.step_fn(state, batch, r.codec_params, seed)
-        step += 1
+        step += count
         saver.last_finished = (step, state, r.data.get_state())
         metric_writer.add(step, metrics)
         if step % c.train.log_every == 0:

@@ -39,6 +39,15 @@ def check_state_fits(purpose: str, mesh: Mesh, **trees: Any) -> None:
     check_bytes(purpose, needed, free, place)
 
 
+def free_bytes(mesh: Mesh) -> int:
+    """Returns the free bytes of a device of this process. The devices of a CPU share those of the host."""
+    devices = mesh.local_devices
+    stats = devices[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    return host_free_bytes() // len(devices)
+
+
 def device_capacity() -> int:
     """Returns the bytes of a device of this process; 0 on a CPU, whose devices share one memory."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)

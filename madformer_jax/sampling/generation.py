@@ -52,6 +52,7 @@ class Inputs(NamedTuple):
     guidance: Any  # `solving.guidance_scales`; unused if `sample.guidance` is 1, which runs no second branch
     text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
     kept: editing.KeptBlocks | None = None
+    coefficients: Any = None  # `solvers.PaddedCoefficients` in place of those of the config, see `solving.pad_steps`
 
 
 class SampleConditions(NamedTuple):
@@ -121,6 +122,7 @@ def make_sample_fn(
             guidance=1.0 if settings.guidance == 1.0 else jnp.asarray(inputs.guidance),
             clip_x0=settings.clip_x0,
             context_noise=settings.context_noise,
+            padded=inputs.coefficients,
         )
         z = codec.from_blocks(blocks, sizes)
         with jax.named_scope("codec"):

@@ -4,7 +4,8 @@
 protocols.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -12,6 +13,9 @@ from ml_collections import ConfigDict
 from madformer_jax.config import block_steps, schema
 from madformer_jax.diffusion import guidance, solvers
 from madformer_jax.diffusion import schedule as schedules
+
+T = TypeVar("T")
+MIN_PADDED_SIZE = 64
 
 
 def solver_steps(c: ConfigDict) -> int | tuple[int, ...]:
@@ -44,6 +48,33 @@ def coefficients(c: ConfigDict, block: int = 0) -> solvers.Coefficients:
     """Returns the coefficients of the config's solver and noise path, with the steps of a block."""
     steps = block_steps.steps_of_blocks(c)[block]
     return solvers.make(c.sample.solver).coefficients(schedules.make(**c.diffusion), c.sample.spacing, steps)
+
+
+def evaluations(c: ConfigDict) -> int:
+    """Returns the evaluations of the network in a block."""
+    return solvers.make(c.sample.solver).evaluations(c.sample.steps)
+
+
+def padded_size(evaluations: int) -> int:
+    """Returns the length to which coefficients are padded: the same for most sweeps, so that they share programs."""
+    return max(MIN_PADDED_SIZE, 1 << (evaluations - 1).bit_length())
+
+
+def pad_steps(program: Callable[..., T], c: ConfigDict, size: int) -> Callable[..., T]:
+    """Returns a sampling program with the solver steps, spacing and noise path of a config as its arguments.
+
+    Args:
+      program: The program of `generation.make_sample_fn`, which compiles once for each size.
+      c: The config. Its solver is that of the program.
+      size: A length for all configs that share the program, see `padded_size`.
+    """
+    padded, scales = solvers.pad(coefficients(c), size), guidance_scales(c)
+    scales = np.pad(scales, (0, size - len(scales)), mode="edge")
+
+    def call(params: Any, codec_params: Any, inputs: Any) -> T:
+        return program(params, codec_params, inputs._replace(guidance=scales, coefficients=padded))
+
+    return call
 
 
 def path_protocol(c: ConfigDict) -> dict[str, Any]:

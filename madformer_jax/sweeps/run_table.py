@@ -8,7 +8,7 @@ import jax
 
 from madformer_jax.cost import flops
 from madformer_jax.runtime import storage
-from madformer_jax.sweeps import budget, sweep_file, sweep_folder
+from madformer_jax.sweeps import budget, programs, sweep_file, sweep_folder
 from madformer_jax.sweeps.sweep_file import Run
 from madformer_jax.sweeps.sweep_folder import Job
 
@@ -30,6 +30,7 @@ def run_table(job: Job) -> str:
         lines.append((run.name, overrides, str(run.config.train.steps), *costs, status))
     widths = [max(map(len, column)) for column in zip(*lines)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    rows.append("programs to compile: {} of training and {} of sampling.".format(*programs.count(job)))
     rows.append(
         f"{len(job.runs)} runs; those that are not done take one process about {remaining / 60:.3g} h without compilation, at "
         f"{training_rate / 1e9:.4g} GFLOP/s in training and {sampling_rate / 1e9:.4g} in sampling ({source})."
@@ -47,8 +48,7 @@ def _sampling_flops(job: Job, run: Run) -> Iterator[float]:
     """
     for overrides in job.definition.evaluations:
         c = sweep_file.apply_overrides(run.config, overrides)
-        evaluations = [e for e in job.evaluations if e.overrides == overrides and e.kind != "seconds"]
-        for steps in {budget.solver_steps(c, e.kind, e.amount) for e in evaluations}:
+        for steps in programs.steps(job, c, overrides):
             yield budget.sampling_cost(c, "flops", steps)
 
 

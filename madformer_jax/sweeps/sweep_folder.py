@@ -4,6 +4,7 @@
 
 sweep.json               the plan: question, protocol, budgets, and the name and overrides of every run
 judges/HASH/             classifiers and reference of a data set, shared by all runs on it
+logs/HOST_NUMBER.log     the log of each process that `processes` starts
 claims/NAME/lock.json    the process that works on a run, judge or timing, with its heartbeat
 runs/NAME/               workdir of a training and of its evaluations, and:
           result.json    the result of a finished run; interruptions do not change its bytes
@@ -12,6 +13,7 @@ runs/NAME/               workdir of a training and of its evaluations, and:
           timing.json    seconds of sampling an image, measured by --measure on an idle machine
 """
 
+import contextlib
 import json
 import math
 import os
@@ -108,6 +110,29 @@ def run_status(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str
         return "done"
     holder = lock.holder(claim_path(workdir, run.name))
     return f"claimed by {holder}" if holder else "open"
+
+
+def progress(job: Job) -> tuple[int, str]:
+    """Returns the number of runs that are done, and a line with it and the step of each run in progress."""
+    done, steps = 0, []
+    for run in job.runs:
+        if is_done(job.workdir, run, job.evaluations):
+            done += 1
+        elif lock.holder(claim_path(job.workdir, run.name)):
+            step, last = _last_step(run_folder(job.workdir, run)), run.config.train.steps
+            steps.append(f"{run.name} {'evaluates' if step == last else f'at step {step} of {last}'}")
+    return done, "; ".join([f"{done} of {len(job.runs)} runs are done", *steps])
+
+
+def _last_step(folder: str) -> int:
+    """Returns the last step in metrics.jsonl, 0 if there is none."""
+    path = epath.Path(folder) / "metrics.jsonl"
+    with storage.wrap_errors(f"{path} cannot be read"):
+        lines = path.read_text().splitlines() if path.exists() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError):  # the last line may still be written
+            return int(json.loads(line)["step"])
+    return 0
 
 
 def plan_json(job: Job) -> dict[str, Any]:

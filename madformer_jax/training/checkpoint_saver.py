@@ -68,15 +68,19 @@ class CheckpointSaver:
         """Waits until the last save is on disk."""
         self._checkpoints.wait()
 
+    def diverged(self, error: DivergedError) -> ConfigError:
+        """Returns the error of a run that has diverged, with its last good checkpoint."""
+        self.wait()
+        last = self._checkpoints.last
+        good = f"step {last} of {self._workdir}" if last is not None else "none yet"
+        return ConfigError(f"{error}; the last good checkpoint: {good}.")
+
     def __enter__(self) -> "CheckpointSaver":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, DivergedError):
-            self.wait()
-            last = self._checkpoints.last
-            good = f"step {last} of {self._workdir}" if last is not None else "none yet"
-            raise ConfigError(f"{error}; the last good checkpoint: {good}.") from None
+            raise self.diverged(error) from None
         # All processes save together, and the others do not know of the error in this one.
         if not isinstance(error, Exception) or self.last_finished is None or jax.process_count() > 1:
             return

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -92,7 +93,12 @@ class MetricWriter:
         self._submit_to_trackers(write)
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds the metrics of a step, which may still be computed on the device."""
+        """Adds the metrics of a step, which may still be computed on the device.
+
+        Args:
+          step: Number of the step, or of the last step of a call with several (`train.scan`).
+          metrics: Scalars, or arrays (K,) of K steps.
+        """
         self._pending.append((step, metrics))
         if len(self._pending) > 1:  # At most two steps in flight: a notice to stop is heard soon.
             jax.block_until_ready(self._pending[-2])
@@ -109,7 +115,8 @@ class MetricWriter:
           DivergedError: The loss or the gradient of a step is not finite, and it was not skipped.
         """
         pending, self._pending = self._pending, []
-        for (step, _), metrics in zip(pending, jax.device_get([metrics for _, metrics in pending])):
+        fetched = jax.device_get([metrics for _, metrics in pending])
+        for step, metrics in itertools.chain(*(unstack(step, m) for (step, _), m in zip(pending, fetched))):
             if 0 < (skipped := metrics.pop("skipped", 0)) <= self._skip:
                 logging.warning("step %d: a gradient is not finite; skipped (%d in a row)", step, skipped)
                 continue
@@ -289,6 +296,14 @@ def _truncate_metrics(path: epath.Path, step: int) -> dict[str, Any]:
     if remaining != lines:
         storage.write_text(path, "".join(f"{line}\n" for line in remaining))
     return report
+
+
+def unstack(step: int, metrics: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Returns the number and the metrics of each step, for arguments as of `MetricWriter.add`."""
+    if not np.ndim(metrics["loss"]):
+        return [(step, metrics)]
+    count = len(metrics["loss"])
+    return [(step - count + 1 + i, {name: values[i] for name, values in metrics.items()}) for i in range(count)]
 
 
 def _mean_metrics(fetched: list[dict[str, Any]]) -> dict[str, float]:

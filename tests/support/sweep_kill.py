@@ -4,7 +4,8 @@
 
 One process runs a tiny sweep without interruption. Two concurrent processes run it again. One or both
 of them are killed with SIGKILL `kills` times and restarted. Every result.json and the report of both
-folders must be equal byte for byte.
+folders must be equal byte for byte. With `--together`, one command starts the two processes, and the
+command or one of its processes is killed; only the command is restarted.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -35,10 +37,29 @@ def sweep():
 """
 
 
-def start(file: pathlib.Path, workdir: pathlib.Path, mode: str = "sweep") -> subprocess.Popen[bytes]:
+def start(
+    file: pathlib.Path, workdir: pathlib.Path, mode: str = "sweep", processes: int = 1
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "madformer_jax.main", f"--mode={mode}", f"--workdir={workdir}"]
+    if mode == "sweep":
+        command += [f"--config={file}", f"--processes={processes}"]
     with open(f"{workdir}.log", "ab") as log:
-        return subprocess.Popen(command + [f"--config={file}"] * (mode == "sweep"), stdout=log, stderr=log)
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    return [int(pid) for pid in pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def kill_and_restart(
+    file: pathlib.Path, workdir: pathlib.Path, process: subprocess.Popen[bytes], rng: random.Random
+) -> subprocess.Popen[bytes]:
+    """Kills a command or one of its processes. Returns the command that runs then."""
+    ids = [process.pid, *children(process)] if process.poll() is None else []
+    if ids:
+        os.kill(rng.choice(ids), signal.SIGKILL)
+        time.sleep(1)
+    return process if process.poll() is None else start(file, workdir, processes=2)
 
 
 def finish(*processes: subprocess.Popen[bytes]) -> None:
@@ -56,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     args = parser.parse_args()
     shutil.rmtree(args.folder, ignore_errors=True)
@@ -66,13 +88,17 @@ def main() -> None:
     names = {"tiny": str(tiny), "cache": str(args.folder / "cache"), "network": str(args.folder / "classifier.npz")}
     file.write_text(SWEEP.format(**names))
     began = time.monotonic()
-    finish(start(file, whole))
+    finish(start(file, whole, processes=1 + args.together))  # one thread gives other roundings than several
     seconds = time.monotonic() - began
     print(f"without kills: {seconds:.0f} s", flush=True)
     rng = random.Random(args.seed)
-    processes = [start(file, killed), start(file, killed)]
+    processes = [start(file, killed, processes=2)] if args.together else [start(file, killed), start(file, killed)]
     for kill in range(args.kills):
         time.sleep(rng.uniform(0.06, 0.12) * seconds)  # the second sweep takes less time, since the classifier exists
+        if args.together:
+            processes = [kill_and_restart(file, killed, processes[0], rng)]
+            print(f"kill {kill + 1}: {len(list(killed.glob('runs/*/result.json')))} runs done", flush=True)
+            continue
         chosen = rng.choice(([0], [1], [0, 1]))
         done = len(list(killed.glob("runs/*/result.json")))
         print(f"kill {kill + 1}: {len(chosen)} of 2 processes, {done} runs done", flush=True)

@@ -259,6 +259,8 @@ def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
     mode.run(c, str(tmp_path / "none"), file=File(TWO), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in lines[1:3]] == ["open", "open"]
+    # A width has one training program, and one sampling program for both numbers of steps.
+    assert lines[-2] == "programs to compile: 2 of training and 2 of sampling."
     assert "2 runs" in lines[-1]
     assert not (tmp_path / "none").exists()
     mode.run(c, str(tmp_path), file=File(TWO))
@@ -346,3 +348,23 @@ def test_run_folders_of_earlier_versions_are_found_by_config(c, stage, tmp_path)
     done = mode.run(c, str(tmp_path), file=File(TWO))
     assert sorted(done["runs"]) == ["old0", "old1"]
     assert len(stage.trained) == 2
+
+
+def test_runs_that_differ_in_seeds_train_together_and_are_evaluated_one_by_one(c, stage, tmp_path, monkeypatch):
+    """Of the six runs, three of a width are one program; two fit into `train.lanes`."""
+
+    def run_lanes(configs, folders):
+        together.append([(c.model.width, c.seed) for c in configs])
+        return [stage.train(c, folder, grids=False) for c, folder in zip(configs, folders)]
+
+    together: list[list[tuple[int, int]]] = []
+    monkeypatch.setattr(mode.train, "run_lanes", run_lanes)
+    monkeypatch.setattr(
+        mode, "_newest_step", lambda job, run: [os.path.exists(f"{sweep_folder.run_folder(job.workdir, run)}/trained")]
+    )
+    monkeypatch.setattr(mode.jax, "device_count", lambda: 1)
+    c.train.lanes = 2
+    mode.run(c, str(tmp_path), file=File(TWO._replace(runs=grid({"model.width": (16, 24)}, seeds=3))))
+    assert together == [[(16, 0), (16, 1)], [(24, 0), (24, 1)]]
+    assert len(results(tmp_path)) == len(stage.evaluated) == 6
+    assert not list(tmp_path.glob("claims/*/lock.json"))

@@ -1,0 +1,98 @@
+"""`train.scan`: several steps in one call give the figures and weights of single steps.
+
+tests/training/test_lanes.py runs a real step so.
+"""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from madformer_jax.errors import ConfigError
+from madformer_jax.modes import train
+from madformer_jax.runtime import memory
+from madformer_jax.training import scanned_steps, train_step
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("one_device", "created_once")
+SPEED = ("steps_per_second", "images_per_second", "tflops", "mfu")
+
+
+@pytest.fixture(scope="module")
+def created_once():
+    """Creates the state of step 0 once, for every seed."""
+    real, made = train_step.create_state, []
+
+    def create_state(*args):
+        if not made:
+            create, abstract = real(*args)
+            made[:] = jax.device_get(create()), abstract
+        return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), *made), made[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step, "create_state", create_state)
+        yield
+
+
+@pytest.fixture
+def c():
+    c = tiny.get_config("plain")
+    c.model.classes = 10
+    c.train.log_to, c.train.log_every, c.train.checkpoint_every, c.train.steps = "", 3, 4, 5
+    return c
+
+
+@pytest.fixture
+def summing(monkeypatch):
+    """Replaces the step by one that adds a function of the batch, the seed and the step to each parameter."""
+
+    def make_step(s, c, platform=None):
+        def step(state, batch, codec_params, seed):
+            image = batch["image"].astype(jnp.float32)
+            ramp = jnp.arange(image[0].size, dtype=jnp.float32).reshape(image[0].shape) / image[0].size
+            loss = jnp.mean(image * ramp) + jnp.mean(batch["label"] * jnp.arange(len(image))) + seed
+            metrics = {"loss": loss, "grad_norm": loss + state.step, "learning_rate": loss * 0.5}
+            return state._replace(
+                step=state.step + 1, params=jax.tree.map(lambda x: x + 1e-3 * loss, state.params)
+            ), metrics
+
+        return step
+
+    monkeypatch.setattr(train_step, "make_step", make_step)
+
+
+def figures(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name not in SPEED} for line in lines]
+
+
+def test_the_images_and_figures_are_those_of_single_steps_also_when_resumed(c, summing, tmp_path, monkeypatch):
+    c.data.flip = True
+    calls, next_selections = [], scanned_steps.next_selections
+    monkeypatch.setattr(scanned_steps, "next_selections", lambda data, n: calls.append(n) or next_selections(data, n))
+    single = train.run(c, str(tmp_path / "single"), grids=False)
+    c.train.scan = 5
+    many = train.run(c, str(tmp_path / "scan"), grids=False)
+    assert calls == [3, 1, 1]  # ends at 3 (log), 4 (checkpoint) and 5
+    assert figures(tmp_path / "scan") == figures(tmp_path / "single")
+    assert {name: many[name] for name in many.keys() - set(SPEED)} == {
+        name: single[name] for name in single.keys() - set(SPEED)
+    }
+    shutil.rmtree(tmp_path / "scan" / "checkpoints" / "5")
+    train.run(c, str(tmp_path / "scan"), grids=False)
+    assert calls[3:] == [1]
+    assert figures(tmp_path / "scan") == figures(tmp_path / "single")
+
+
+def test_data_that_the_memory_does_not_hold_are_refused_in_one_line(c, tmp_path, monkeypatch):
+    c.train.scan = 4
+    monkeypatch.setattr(memory, "free_bytes", lambda mesh: 2**20)
+    with pytest.raises(
+        ConfigError, match=r"train.scan=4 holds the data .* 0.00 GiB of 0.00 GiB: set config.train.scan=1"
+    ):
+        train.run(c, str(tmp_path), grids=False)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="of one process, and this job has 2: set config.train.scan=1"):
+        scanned_steps.load_table(c, None, None, None)
