@@ -12,12 +12,14 @@ from jaxtyping import Float, Int
 
 from madformer_jax.ops.attention.base import KV, Attention
 
+Layers = KV | tuple[KV, ...]  # arrays of all layers `(layers, B, ...)`, or of each layer `(B, ...)` (`layers_apart`)
+
 
 class StageCache(NamedTuple):
     """Keys and values of the layers of one stage."""
 
-    context: KV | None  # of the finished blocks; None if nothing reads them
-    text: KV | None  # None for an unconditional model, and before `cache_text`
+    context: Layers | None  # of the finished blocks; None if nothing reads them
+    text: Layers | None  # None for an unconditional model, and before `cache_text`
 
 
 class ModelCache(NamedTuple):
@@ -27,6 +29,17 @@ class ModelCache(NamedTuple):
     diffusion: StageCache
     lengths: Int[Array, " B"] | None = None  # number of text tokens, if the text is padded
     finished_blocks: Float[Array, "B L positions C"] | None = None  # if the U-Net reads neighbors
+
+
+def to_cache(kv: KV, attention: Attention) -> Layers:
+    """Converts keys and values of all layers to the form in which a `StageCache` holds them.
+
+    Args:
+      kv: Keys and values, each `(layers, B, n, s, H, h)` or, of the text, `(layers, B, T, H, h)`.
+      attention: Implementation that decides the layout.
+    """
+    kv = attention.to_cache_layout(kv)
+    return tuple(KV(*layer) for layer in zip(*kv, strict=True)) if attention.layers_apart else kv
 
 
 def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], attention: Attention) -> StageCache:
@@ -43,9 +56,13 @@ def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], a
     """
     if cache.context is None or kv is None:
         return cache
-    kv = attention.to_cache_layout(kv)
-    written = (
-        jax.lax.dynamic_update_slice_in_dim(x, y, block * y.shape[axis], axis)
-        for x, y, axis in zip(cache.context, kv, attention.cache_token_axes, strict=True)
-    )
-    return cache._replace(context=KV(*written))
+    axes = KV(*(axis - attention.layers_apart for axis in attention.cache_token_axes))
+
+    def write(x: Array, y: Array, axis: int) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(x, y, block * y.shape[axis], axis)
+
+    new = to_cache(kv, attention)
+    if isinstance(cache.context, KV):
+        return cache._replace(context=jax.tree.map(write, cache.context, new, axes))
+    layers = zip(cache.context, new, strict=True)
+    return cache._replace(context=tuple(jax.tree.map(write, *layer, axes) for layer in layers))

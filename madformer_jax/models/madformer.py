@@ -74,6 +74,7 @@ class ModelConfig:
     unet_context: bool  # the U-Net also reads the positions left of and above each position
     # The computation
     attention: Attention
+    device: str  # platform that the model will run on: cpu, gpu or tpu
     dtype: DTypeLike
     remat: str
     scan_unroll: int
@@ -142,6 +143,8 @@ class MADFormer(Decoding):
             "dtype": config.dtype,
             "towers": towers,
             "attention": config.attention,
+            "device": config.device,
+            "remat": config.remat,
         }
         ar_depth, scan = config.depth - config.diffusion_depth, (config.remat, config.scan_unroll)
         self.ar_layers = LayerStack(ar_depth, {**layer, "block_only": False}, *scan)
@@ -351,6 +354,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "block_only": m.diffusion_attention == "block",
         "unet": unet,
         "attention": attention,
+        "device": device,
         "dtype": dtype,
     }
     return MADFormer(ModelConfig(**values))

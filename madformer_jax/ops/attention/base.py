@@ -19,10 +19,14 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from madformer_jax.ops.attention.qk_norm_rope import Projectable
 
+# Names in policies of jax.checkpoint: the output and lse of a kernel, and the products that a layer's
+# element-wise functions read (queries, keys, values, gate and up).
+CHECKPOINT_NAME, PROJECTION_NAME = "attention", "projections"
 Block = Float[Array, "B 1 s H h"]
 
 
@@ -52,11 +56,14 @@ class Attention(abc.ABC):
       name: Value of `config.model.attention` and word in log lines.
       requirements: Conditions of `supports`, for an error message.
       cache_token_axes: Axes of cached keys and of cached values along which blocks are written.
+      layers_apart: Whether sampling runs its layers without a loop, and the cache holds the keys and
+        values of each layer as arrays of their own, which nothing has to slice or copy.
     """
 
     name: ClassVar[str]
     requirements: ClassVar[str] = ""
     cache_token_axes: ClassVar[tuple[int, int]]
+    layers_apart: ClassVar[bool] = False
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
         """Returns whether this implementation can run.
@@ -103,8 +110,8 @@ class Attention(abc.ABC):
     def cached_attention(
         self,
         qkv: QKV,
-        context: KV | None,
-        text: KV | None,
+        context: KV | tuple[KV, ...] | None,
+        text: KV | tuple[KV, ...] | None,
         layer: int | Int[Array, ""],
         block: int | Int[Array, ""],
         lengths: Int[Array, " B"] | None = None,
@@ -115,7 +122,8 @@ class Attention(abc.ABC):
 
         Args:
           qkv: Queries, keys and values of the block, each `(B, 1, s, H, h)`.
-          context: Cached keys and values from `to_cache_layout`, whose slots j < block are filled.
+          context: Cached keys and values from `to_cache_layout`, whose slots j < block are filled; of all
+            layers, or a tuple of those of each layer if `layers_apart`.
             None lets the block attend to itself only.
           text: Cached keys and values of the text from `to_cache_layout`, or None.
           layer: Index of the layer in the cache.
@@ -221,6 +229,17 @@ def require_query(stream: QKV) -> tuple[Projectable, Projectable, Array]:
     return stream.q, stream.k, stream.v
 
 
-def select_layer(kv: KV, layer: int | Int[Array, ""]) -> KV:
-    """Returns the cached keys and values of one layer."""
+def select_layer(kv: KV | tuple[KV, ...], layer: int | Int[Array, ""]) -> KV:
+    """Returns the cached keys and values of one layer, of a stack or of layers apart."""
+    if not isinstance(kv, KV):
+        return kv[int(layer)]
     return KV(*(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv))
+
+
+def checkpoint_residual(x: Float[Array, "*shape"], name: str = CHECKPOINT_NAME) -> Float[Array, "*shape"]:
+    """Names `x` for policies of `jax.checkpoint`, as integers.
+
+    `jax.checkpoint` would round a copy of a floating-point array.
+    """
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)

@@ -21,7 +21,7 @@ from absl import logging
 from jax import Array
 from jaxtyping import Float, Int, PyTree
 
-from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, require_query, select_layer
+from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, checkpoint_residual, require_query, select_layer
 from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 
@@ -194,7 +194,7 @@ def _forward(
         for tile in tiling(blocks):
             out, lse = flash_attention(tile.queries(in_block), tile.keys(context[0]), tile.keys(context[1]))
             partials.append((tile.put_queries(out, in_block), tile.put_queries(lse, in_block[..., 0], -np.inf)))
-    out, lse = merge_partials(partials)
+    out, lse = map(checkpoint_residual, merge_partials(partials))
     return out.reshape(q.shape), (q, self_kv, context, text, lengths, out, lse)
 
 
@@ -282,6 +282,7 @@ class CudnnAttention(Attention):
         "cuDNN functions are known"
     )
     cache_token_axes = 2, 2
+    layers_apart = True
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
         return device == "gpu" and dtype == "bfloat16" and supports_head_size(head_dim) and is_available()
@@ -296,7 +297,7 @@ class CudnnAttention(Attention):
         images: int = 1,
     ) -> list[Float[Array, "B _ s H h"]]:
         # Stacks the streams so that one call serves both. Shorter streams are padded with zeros.
-        streams, context = apply_to_tree((streams, context))
+        streams, context = apply_to_tree((streams, context), store_norms=True)
         blocks = max(stream.v.shape[1] for stream in streams)
 
         def pad_blocks(x: Float[Array, "B _ s H h"]) -> Float[Array, "B _ s H h"]:
@@ -313,15 +314,15 @@ class CudnnAttention(Attention):
     def cached_attention(
         self,
         qkv: QKV,
-        context: KV | None,
-        text: KV | None,
+        context: KV | tuple[KV, ...] | None,
+        text: KV | tuple[KV, ...] | None,
         layer: int | Int[Array, ""],
         block: int | Int[Array, ""],
         lengths: Int[Array, " B"] | None = None,
     ) -> Block:
         q, k, v = (x[:, 0] for x in require_query(qkv))
-        context, text = (kv and select_layer(kv, layer) for kv in (context, text))
-        return cached_attention(q, (k, v), context, text, block, lengths)[:, None]
+        cached = (kv and select_layer(kv, layer) for kv in (context, text))
+        return cached_attention(q, (k, v), *cached, block, lengths)[:, None]
 
     def to_cache_layout(self, kv: KV) -> KV:
         return kv
