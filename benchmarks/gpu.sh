@@ -49,7 +49,7 @@ for batch in 64 4 1; do
   benchmark "ffhq1024_sample_$batch" 240 configs/ffhq1024.py sample --config.sample.steps=20 \
     --config.sample.n="$batch" --config.sample.batch="$batch"
 done
-measure sweep_digits 300 --mode=sweep --config=configs/sweeps/conditioning.py:digits
+measure sweep_digits 300 --mode=sweep --config=configs/sweeps/depth.py:digits
 for batch in 64 4 1; do
   benchmark "imagenet256_sample_$batch" 180 configs/imagenet256.py sample --config.sample.steps=20 \
     --config.sample.n="$batch" --config.sample.batch="$batch"

@@ -19,16 +19,9 @@ from jaxtyping import Float, Int
 
 from madformer_jax.models.cache import StageCache
 from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, Params, SwigluProduct, dense, rms_norm
+from madformer_jax.models.remat import REMAT_POLICIES, name_projection
 from madformer_jax.ops import scan_layers
-from madformer_jax.ops.attention.base import (
-    CHECKPOINT_NAME,
-    KV,
-    PROJECTION_NAME,
-    QKV,
-    Attention,
-    causal_attention,
-    checkpoint_residual,
-)
+from madformer_jax.ops.attention.base import KV, QKV, Attention, causal_attention
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.rope import RotaryTable
 
@@ -113,7 +106,7 @@ class Tower(nn.Module):
         size = self.width // self.heads
 
         def heads(projection: Float[Array, "rows S d"]) -> Float[Array, "rows *tokens H h"]:
-            rows = self._name(projection).reshape(*x.shape[:2], self.heads, size)
+            rows = name_projection(projection, self.remat).reshape(*x.shape[:2], self.heads, size)
             rows = attention.with_kernel_layout(rows) if attention else rows
             return rows.reshape(len(x), -1, *position.cos.shape[1:-1], self.heads, size)
 
@@ -132,11 +125,7 @@ class Tower(nn.Module):
         """
         x = x + self.out(attended.reshape(x.shape))
         y = self.mlp_norm(x)
-        return x + self.down(self._name(self.gate(y)), self._name(self.up(y)))
-
-    def _name(self, projection: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Names a product for the policy `projections`. Other policies do not look for it."""
-        return checkpoint_residual(projection, PROJECTION_NAME) if self.remat == "projections" else projection
+        return x + self.down(*(name_projection(z, self.remat) for z in (self.gate(y), self.up(y))))
 
 
 class DecoderLayer(nn.Module):
@@ -265,17 +254,6 @@ def _flatten_tokens(streams: Streams, images: int = 1) -> Streams:
     The layers take two token axes less, because on a TPU each further axis costs a copy.
     """
     return Streams(**{name: x.reshape(len(x) // images, -1, x.shape[-1]) for name, x in streams.as_dict.items()})
-
-
-_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
-    ),
-    "attention": _SAVE_ATTENTION,
-    "projections": jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME, PROJECTION_NAME),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class LayerStack(nn.Module):

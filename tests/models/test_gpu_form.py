@@ -45,13 +45,13 @@ def test_a_gpu_has_the_gradient_of_other_devices(monkeypatch):
     model, params = small(depth=3, diffusion_depth=3)
     expected, actual = (
         jax.jit(stage_gradient(m, params))(params)["diffusion_layers"]
-        for m in (model, gpu_form(model, remat="attention"))
+        for m in (model, gpu_form(model, remat="projections"))
     )
     assert float(jnp.linalg.norm(expected["body"]["tower_pred"]["down"]["kernel"])) > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), expected, actual)
 
 
-@pytest.mark.parametrize("remat, passes", [("attention", 1), ("full", 2)])
+@pytest.mark.parametrize("remat, passes", [("projections", 1), ("attention", 1), ("full", 2)])
 def test_attention_is_not_computed_again(remat, passes, monkeypatch):
     """Counts cuDNN's calls in the gradient: in each of the two layers one for the diagonal and two for tiles."""
     flash.replace_cudnn(monkeypatch)

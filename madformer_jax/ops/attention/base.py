@@ -24,9 +24,7 @@ from jaxtyping import Bool, Float, Int
 
 from madformer_jax.ops.attention.qk_norm_rope import Projectable
 
-# Names in policies of jax.checkpoint: the output and lse of a kernel, and the products that a layer's
-# element-wise functions read (queries, keys, values, gate and up).
-CHECKPOINT_NAME, PROJECTION_NAME = "attention", "projections"
+CHECKPOINT_NAME = "attention"  # name of a kernel's output and lse in policies of jax.checkpoint
 Block = Float[Array, "B 1 s H h"]
 
 
