@@ -9,7 +9,7 @@
 # The sampler of FFHQ-1024 takes 20 of the 250 solver steps: the share of the peak is that of 250 within
 # a percent, as the solver steps have almost all of the work.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 folder=${1:-runs/gpu}
 python=${PYTHON:-python}
 end=$((SECONDS + 1500))
