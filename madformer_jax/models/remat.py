@@ -18,6 +18,15 @@ REMAT_POLICIES = {
 }
 
 
+@jax.custom_vjp
+def _name(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return checkpoint_residual(x, _PROJECTION_NAME)
+
+
+# The name is one of integers, which have no gradient.
+_name.defvjp(lambda x: (_name(x), None), lambda _, gradient: (gradient,))
+
+
 def name_projection(x: Float[Array, "*shape"], remat: str) -> Float[Array, "*shape"]:
     """Names queries, keys, values, gate or up for the policy `projections`, the only one that keeps them."""
-    return checkpoint_residual(x, _PROJECTION_NAME) if remat == "projections" else x
+    return _name(x) if remat == "projections" else x

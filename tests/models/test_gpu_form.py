@@ -51,26 +51,26 @@ def test_a_gpu_has_the_gradient_of_other_devices(monkeypatch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), expected, actual)
 
 
-@pytest.mark.parametrize("remat, passes", [("projections", 1), ("attention", 1), ("full", 2)])
-def test_attention_is_not_computed_again(remat, passes, monkeypatch):
+@pytest.mark.parametrize("remat", ["projections", "attention"])
+def test_attention_is_not_computed_again(remat, monkeypatch):
     """Counts cuDNN's calls in the gradient: in each of the two layers one for the diagonal and two for tiles."""
     flash.replace_cudnn(monkeypatch)
     monkeypatch.setattr(cudnn, "flash_attention", jax.jit(flash.flash_attention))
     model, params = small(depth=3, diffusion_depth=3)
     program = str(jax.make_jaxpr(stage_gradient(gpu_form(model, remat=remat), params))(params))
-    assert len(re.findall(r"name=flash_attention\b", program)) == 2 * 3 * passes
+    assert len(re.findall(r"name=flash_attention\b", program)) == 2 * 3
 
 
 def test_sampling_on_a_gpu_equals_that_of_other_devices(monkeypatch):
     """On a GPU every layer has arrays of its own, for its parameters and its part of the cache."""
     flash.replace_cudnn(monkeypatch)
-    model, params = small(depth=4, diffusion_depth=2, classes=3, unet_channels=(4,), unet_attention=(True,))
+    model, params = small(depth=3, diffusion_depth=2, classes=3, unet_channels=(4,), unet_attention=(True,))
     gpu = gpu_form(model)
     params = jax.tree.map(jnp.asarray, params)
     cache = gpu.apply({"params": params}, 2, method="empty_cache")
-    assert [len(stage.context) for stage in (cache.ar, cache.diffusion)] == [2, 2]
-    noise = np.random.default_rng(2).standard_normal((2, *model.config.sizes.block_shape), np.float32)
-    tokens = np.array([[2], [0]])
+    assert [len(stage.context) for stage in (cache.ar, cache.diffusion)] == [1, 2]
+    noise = jax.random.normal(jax.random.key(2), (2, *model.config.sizes.block_shape))
+    tokens = jnp.array([[2], [0]])
     settings = {"solver": "ddim", "spacing": "trailing", "steps": 2, "schedule": schedule.make("ddpm"), "guidance": 2.0}
 
     def draw(model, params):

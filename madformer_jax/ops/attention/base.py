@@ -237,7 +237,8 @@ def select_layer(kv: KV | tuple[KV, ...], layer: int | Int[Array, ""]) -> KV:
 def checkpoint_residual(x: Float[Array, "*shape"], name: str = CHECKPOINT_NAME) -> Float[Array, "*shape"]:
     """Names `x` for policies of `jax.checkpoint`, as integers.
 
-    `jax.checkpoint` would round a copy of a floating-point array.
+    `jax.checkpoint` would round a copy of a floating-point array. The result has no gradient: call it in
+    the forward pass of a `jax.custom_vjp`.
     """
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)
