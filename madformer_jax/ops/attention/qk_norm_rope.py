@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from madformer_jax.ops.rope import RotaryTable, apply_rope
+from madformer_jax.ops.rope import RotaryTable, apply_rope, apply_rope_by_reversal
 
 QK_NORM_EPS = 1e-6
 _Tree = TypeVar("_Tree")
@@ -75,10 +75,13 @@ def apply_qk_norm_rope(
       scale: QK-norm scale that broadcasts against `x`.
       position: Rotary table that broadcasts against `x`.
       axis: Axis of the head dimensions.
-      store_norms: Whether the norm of each vector is stored before it is applied. On a GPU, XLA would
-        otherwise store the normalized vectors, in float32.
+      store_norms: Selects the form for GPUs, along the last axis, with the least memory traffic: the norm
+        of each vector is stored before it is applied. XLA would otherwise store normalized vectors,
+        in float32.
     """
     y = x.astype(jnp.float32)
     inverse_norm = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis, keepdims=True) + QK_NORM_EPS)
-    inverse_norm = jax.lax.optimization_barrier(inverse_norm) if store_norms else inverse_norm
+    if store_norms:
+        inverse_norm = jax.lax.optimization_barrier(inverse_norm)
+        return apply_rope_by_reversal(y * inverse_norm * scale.astype(jnp.float32), position).astype(x.dtype)
     return apply_rope(y * inverse_norm * scale.astype(jnp.float32), position, axis, x.dtype)
