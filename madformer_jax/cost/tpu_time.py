@@ -258,9 +258,9 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     ]
     for name in before:
         old, new = (f[name].get("time") if isinstance(f.get(name), dict) else None for f in (before, after))
-        works = [f[name].get("work") if isinstance(f.get(name), dict) else None for f in (before, after)]
-        if all(works):
-            lines += [f"{name:<36}{'before':>10}{'after':>10}", *_compare_work(*works)]
+        old_work, new_work = (f[name].get("work") if isinstance(f.get(name), dict) else None for f in (before, after))
+        if old_work and new_work:
+            lines += [f"{name:<36}{'before':>10}{'after':>10}", *_compare_work(old_work, new_work)]
         if not old or not new:
             continue
         lines.append(f"{name:<36}{'before':>10}{'after':>10}")

@@ -42,6 +42,13 @@ def to_cache(kv: KV, attention: Attention) -> Layers:
     return tuple(KV(*layer) for layer in zip(*kv, strict=True)) if attention.layers_apart else kv
 
 
+def select_stack(layers: Layers | None, layer: int | Int[Array, ""]) -> KV | None:
+    """Returns cached arrays with an axis of layers: all of them, or that of one layer if they are apart."""
+    if layers is None or isinstance(layers, KV):
+        return layers
+    return KV(*(x[None] for x in layers[int(layer)]))
+
+
 def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], attention: Attention) -> StageCache:
     """Writes the keys and values of one block into its slot of the context.
 
@@ -56,13 +63,15 @@ def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], a
     """
     if cache.context is None or kv is None:
         return cache
-    axes = KV(*(axis - attention.layers_apart for axis in attention.cache_token_axes))
+    key_axis, value_axis = (axis - attention.layers_apart for axis in attention.cache_token_axes)
 
     def write(x: Array, y: Array, axis: int) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(x, y, block * y.shape[axis], axis)
 
+    def write_kv(old: KV, new: KV) -> KV:
+        return KV(write(old.k, new.k, key_axis), write(old.v, new.v, value_axis))
+
     new = to_cache(kv, attention)
-    if isinstance(cache.context, KV):
-        return cache._replace(context=jax.tree.map(write, cache.context, new, axes))
-    layers = zip(cache.context, new, strict=True)
-    return cache._replace(context=tuple(jax.tree.map(write, *layer, axes) for layer in layers))
+    if isinstance(cache.context, KV) and isinstance(new, KV):
+        return cache._replace(context=write_kv(cache.context, new))
+    return cache._replace(context=tuple(map(write_kv, cache.context, new)))

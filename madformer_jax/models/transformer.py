@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from madformer_jax.models.cache import StageCache
+from madformer_jax.models.cache import StageCache, select_stack
 from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, Params, SwigluProduct, dense, rms_norm
 from madformer_jax.models.remat import REMAT_POLICIES, name_projection
 from madformer_jax.ops import scan_layers
@@ -242,9 +242,10 @@ class DecoderLayer(nn.Module):
         if name == "text":
             attended = causal_attention(qkv.q, qkv.k, qkv.v)
         else:
-            context = None if self.block_only else cache.context
+            context, text = (select_stack(x, layer) for x in (None if self.block_only else cache.context, cache.text))
+            index = 0 if self.attention.layers_apart else layer
             with jax.named_scope("attention"):
-                attended = self.attention.cached_attention(qkv, context, cache.text, layer, block, lengths)
+                attended = self.attention.cached_attention(qkv, context, text, index, block, lengths)
         return Streams(**{name: self._output_and_mlp(name, x, attended)}), qkv.kv
 
 

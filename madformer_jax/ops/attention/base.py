@@ -108,8 +108,8 @@ class Attention(abc.ABC):
     def cached_attention(
         self,
         qkv: QKV,
-        context: KV | tuple[KV, ...] | None,
-        text: KV | tuple[KV, ...] | None,
+        context: KV | None,
+        text: KV | None,
         layer: int | Int[Array, ""],
         block: int | Int[Array, ""],
         lengths: Int[Array, " B"] | None = None,
@@ -120,8 +120,7 @@ class Attention(abc.ABC):
 
         Args:
           qkv: Queries, keys and values of the block, each `(B, 1, s, H, h)`.
-          context: Cached keys and values from `to_cache_layout`, whose slots j < block are filled; of all
-            layers, or a tuple of those of each layer if `layers_apart`.
+          context: Cached keys and values from `to_cache_layout`, whose slots j < block are filled.
             None lets the block attend to itself only.
           text: Cached keys and values of the text from `to_cache_layout`, or None.
           layer: Index of the layer in the cache.
@@ -227,10 +226,8 @@ def require_query(stream: QKV) -> tuple[Projectable, Projectable, Array]:
     return stream.q, stream.k, stream.v
 
 
-def select_layer(kv: KV | tuple[KV, ...], layer: int | Int[Array, ""]) -> KV:
-    """Returns the cached keys and values of one layer, of a stack or of layers apart."""
-    if not isinstance(kv, KV):
-        return kv[int(layer)]
+def select_layer(kv: KV, layer: int | Int[Array, ""]) -> KV:
+    """Returns the cached keys and values of one layer."""
     return KV(*(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv))
 
 

@@ -227,8 +227,9 @@ def _forward(
             partials.append((tile.put_queries(out, in_block), tile.put_queries(lse, in_block[..., 0], -np.inf)))
     merged = []
     for n, (x, *_) in enumerate(streams):
-        own = (tuple(y.reshape(q.shape[: y.ndim + 1])[:, : x.shape[1], n] for y in partial) for partial in partials)
-        merged.append(tuple(map(checkpoint_residual, merge_partials(list(own)))))
+        count = x.shape[1]
+        parts = [(out.reshape(q.shape)[:, :count, n], lse.reshape(q.shape[:-1])[:, :count, n]) for out, lse in partials]
+        merged.append(tuple(map(checkpoint_residual, merge_partials(parts))))
     outputs, lses = zip(*merged, strict=True)
     return outputs, (streams, context, text, lengths, outputs, lses)
 
@@ -278,9 +279,9 @@ def _backward(
             for column, x in zip(d_context, d_keys, strict=True):
                 column.append(tile.put_keys(x, keys_values[0]))
     if context_stream is not None:
-        for sums, column in zip(addends[context_stream][1:], d_context, strict=True):
-            sums += [x[:, : blocks[context_stream]] for x in column]
-    d_streams = tuple(tuple(map(_sum_in_float32, sums)) for sums in addends)
+        for terms, column in zip(addends[context_stream][1:], d_context, strict=True):
+            terms += [x[:, : blocks[context_stream]] for x in column]
+    d_streams = tuple(tuple(map(_sum_in_float32, column)) for column in addends)
     if context is None:
         return d_streams, None, d_text, None
     zeros = [jnp.zeros_like(keys_values[0])] if keys_values is not None else []
@@ -363,15 +364,15 @@ class CudnnAttention(Attention):
     def cached_attention(
         self,
         qkv: QKV,
-        context: KV | tuple[KV, ...] | None,
-        text: KV | tuple[KV, ...] | None,
+        context: KV | None,
+        text: KV | None,
         layer: int | Int[Array, ""],
         block: int | Int[Array, ""],
         lengths: Int[Array, " B"] | None = None,
     ) -> Block:
         q, k, v = (x[:, 0] for x in require_query(qkv))
-        cached = (kv and select_layer(kv, layer) for kv in (context, text))
-        return cached_attention(q, (k, v), *cached, block, lengths)[:, None]
+        context, text = (kv and select_layer(kv, layer) for kv in (context, text))
+        return cached_attention(q, (k, v), context, text, block, lengths)[:, None]
 
     def to_cache_layout(self, kv: KV) -> KV:
         return kv

@@ -63,7 +63,8 @@ def largest_error(attention: Attention, dtype: str, head_dim: int, tokens: int) 
 
         def total(streams: list[QKV], text: KV) -> tuple[Array, PyTree[Array]]:
             outputs = attention.block_attention(streams, streams[0].kv, text)
-            return sum(jnp.sum(x.astype(jnp.float32) * w) for x, w in zip(outputs, weights, strict=True)), outputs
+            sums = [jnp.sum(x.astype(jnp.float32) * w) for x, w in zip(outputs, weights, strict=True)]
+            return jnp.stack(sums).sum(), outputs
 
         (_, outputs), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(streams, text)
         slots, cached_text = (
