@@ -27,10 +27,12 @@ def forget_checks():
     self_check.verified.cache_clear()
 
 
-def test_a_right_kernel_is_used():
+def test_a_right_kernel_is_used(monkeypatch):
     kernel = PallasAttention(interpret=True)
+    error = self_check.largest_error(kernel, *CASE)
+    assert error < 1e-3
+    monkeypatch.setattr(self_check, "largest_error", lambda *case: error)
     assert self_check.verified(kernel, *CASE) is kernel
-    assert self_check.largest_error(kernel, *CASE) < 1e-3
 
 
 @pytest.mark.parametrize(
