@@ -149,7 +149,7 @@ SECTIONS: dict[str, Section] = {
         dtype=Field("float32", "type of the computation; parameters are always float32", choices=("float32", "bfloat16")),
         remat=Field(
             "none", "activations that the backward pass recomputes (docs/performance.md)", MACHINE,
-            choices=("none", "dots", "attention", "full")),
+            choices=("none", "dots", "projections", "attention", "full")),
         scan_unroll=Field(1, "layers per iteration of the scan over layers", MACHINE, low=1),
     ),
     "text": _section("captions instead of classes (docs/text.md)",

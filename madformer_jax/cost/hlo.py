@@ -247,6 +247,11 @@ def _collective_kind(opcode: str) -> str:
     return next((kind for kind in COLLECTIVES if opcode in (kind, f"{kind}-start")), "")
 
 
+def arrays(text: str) -> list[tuple[str, str]]:
+    """Returns the type and the dimensions of each array in a shape, all as text."""
+    return _ARRAY.findall(text)
+
+
 def array_dimensions(text: str) -> list[tuple[int, ...]]:
     """Returns the dimensions of each array in a shape, given as text."""
     return [dimensions(dims) for _, dims in _ARRAY.findall(text)]

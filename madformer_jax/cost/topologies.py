@@ -1,21 +1,35 @@
 """Devices to compile for on a machine that does not have them.
 
-libtpu describes TPU topologies and JAX's CUDA plugin describes H100s. `--mode=compile` and the
-programs in benchmarks/ use them. Add a GPU by its target config, beside that of the H100.
+libtpu describes TPU topologies and JAX's CUDA plugin describes GPUs. `--mode=compile` and the
+programs in benchmarks/ use them. Add a GPU of compute capability 9.0 to `_GPUS`.
 """
 
 import importlib.util
 import os
+from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
 
 from madformer_jax.errors import ConfigError, first_line
 
-H100 = "h100"  # or h100:8 for 8 GPUs in one host
-# The properties that XLA queries: NVIDIA's data sheet and the limits of compute capability 9.0.
-_H100_TARGET_CONFIG = """\
-gpu_device_info {
+
+class _Gpu(NamedTuple):
+    """Properties of a GPU from NVIDIA's data sheet."""
+
+    name: str
+    memory: int  # bytes
+    bandwidth: int  # bytes/s
+
+
+# By the name of a topology, such as h100, or h100:8 for 8 GPUs in one host.
+_GPUS = {
+    "h100": _Gpu("NVIDIA H100 80GB HBM3", 84_929_347_584, 3_352_320_000_000),
+    "h200": _Gpu("NVIDIA H200", 150_754_820_096, 4_800_000_000_000),
+}
+# The properties that XLA queries. All but those of `_Gpu` are limits of compute capability 9.0.
+_TARGET_CONFIG = """\
+gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
@@ -26,42 +40,46 @@ gpu_device_info {
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
+  memory_bandwidth: {gpu.bandwidth}
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
+  device_memory_size: {gpu.memory}
   shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
+  cuda_compute_capability {{ major: 9 }}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{gpu.name}"
 """
-_H100_BYTES = 84_929_347_584  # device memory
 _DEFAULT_MEMORY_FRACTION = 0.75  # share of the device memory that JAX allocates
 
 
 def platform(topology: str) -> str:
     """Returns the platform of a topology: "gpu" or "tpu"."""
-    return "gpu" if topology.partition(":")[0] == H100 else "tpu"
+    return "gpu" if _gpu_name(topology) in _GPUS else "tpu"
 
 
-def gpu_memory_bytes() -> int:
-    """Returns the bytes of an H100 that JAX allocates.
+def _gpu_name(topology: str) -> str:
+    return topology.partition(":")[0]
+
+
+def gpu_memory_bytes(topology: str) -> int:
+    """Returns the bytes of a GPU of a topology that JAX allocates.
 
     The environment variable XLA_PYTHON_CLIENT_MEM_FRACTION changes the share from its default 0.75.
     """
-    return int(_H100_BYTES * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _DEFAULT_MEMORY_FRACTION)))
+    memory = _GPUS[_gpu_name(topology)].memory
+    return int(memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _DEFAULT_MEMORY_FRACTION)))
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
     """Returns the devices of a topology, to compile for.
 
     Args:
-      topology: For example v5e:4x4, v5e:4x4@2 (two slices of it), v5p:2x2x1 or h100:8.
+      topology: For example v5e:4x4, v5e:4x4@2 (two slices of it), v5p:2x2x1, h100:8 or h200.
 
     Raises:
       ConfigError: The compiler for the platform is not installed, or does not know the topology.
@@ -92,24 +110,25 @@ def _tpu_devices(topology: str) -> list[jax.Device]:
     except Exception as error:  # XLA, libtpu and the loader raise different types
         raise ConfigError(
             f"libtpu cannot compile for --topology={topology} ({first_line(error)}). Use a topology such as v5e:4x4, "
-            "v6e:2x2 or v5p:2x2x1, v5e:4x4@2 for two slices, or h100:8 for GPUs."
+            "v6e:2x2 or v5p:2x2x1, v5e:4x4@2 for two slices, or h100, h200 or h100:8 for GPUs."
         ) from None
 
 
 def _gpu_devices(topology: str) -> list[jax.Device]:
-    count = topology.partition(":")[2] or "1"
+    name, count = _gpu_name(topology), topology.partition(":")[2] or "1"
     if not count.isdecimal() or not 1 <= int(count) <= 8:
         raise ConfigError(
-            f"--topology={topology} does not name 1 to 8 GPUs. Use h100 for one, or h100:2 to h100:8 for several in one host."
+            f"--topology={topology} does not name 1 to 8 GPUs. Use {name} for one, or {name}:2 to {name}:8 for several in "
+            "one host."
         )
     if importlib.util.find_spec("jax_plugins") is None:
         raise ConfigError(
-            "--topology=h100 needs JAX's CUDA plugin, with or without a GPU: pip install 'jax[cuda13]' (Linux only)."
+            f"--topology={topology} needs JAX's CUDA plugin, with or without a GPU: pip install 'jax[cuda13]' (Linux only)."
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the check needs a driver
     try:
         description = topologies.get_topology_desc(
-            platform="cuda", target_config=_H100_TARGET_CONFIG, topology=f"1x1x{count}"
+            platform="cuda", target_config=_TARGET_CONFIG.format(gpu=_GPUS[name]), topology=f"1x1x{count}"
         )
         return list(description.devices)
     except Exception as error:  # XLA, the plugin and the loader raise different types

@@ -242,7 +242,7 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Formats the differences of two reports of --mode=compile.
 
     These are the settings and, for each program, memory, seconds, and the cells of its tables with
-    the largest change first.
+    the largest change first. For a GPU, kernels, bytes and FLOPs take the place of seconds.
 
     Raises:
       KeyError: A report lacks a figure.
@@ -258,6 +258,9 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     ]
     for name in before:
         old, new = (f[name].get("time") if isinstance(f.get(name), dict) else None for f in (before, after))
+        old_work, new_work = (f[name].get("work") if isinstance(f.get(name), dict) else None for f in (before, after))
+        if old_work and new_work:
+            lines += [f"{name:<36}{'before':>10}{'after':>10}", *_compare_work(old_work, new_work)]
         if not old or not new:
             continue
         lines.append(f"{name:<36}{'before':>10}{'after':>10}")
@@ -267,7 +270,20 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         lines += [f"  {f'{total}, s':<34}{old[total]:10.3f}{new[total]:10.3f}" for total in ("busy", "low", "high")]
         for table in ("kinds", "phases"):
             lines += [f"  {cell:<34}{x:10.3f}{y:10.3f}" for cell, x, y in _changed_cells(old[table], new[table])]
-    return "\n".join(lines) or "The settings are equal, and no program has an estimated time in both files."
+    return (
+        "\n".join(lines)
+        or "The settings are equal, and no program has an estimated time or a count of work in both files."
+    )
+
+
+def _compare_work(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Returns lines with the work of a program for a GPU in two reports (`cost.gpu_work`)."""
+    lines = []
+    for column, title, unit in (("kernels", "kernels", 1), ("bytes", "GB", 1e9), ("flops", "TFLOP", 1e12)):
+        old_parts, new_parts = ({name: {title: x[column] / unit} for name, x in f["parts"].items()} for f in (old, new))
+        cells = [(title, old[column] / unit, new[column] / unit), *_changed_cells(old_parts, new_parts)]
+        lines += [f"  {cell:<34}{x:10.1f}{y:10.1f}" for cell, x, y in cells]
+    return lines
 
 
 def _changed_cells(old: _SecondsTable, new: _SecondsTable) -> list[tuple[str, float, float]]:

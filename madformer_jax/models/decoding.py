@@ -17,7 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int, Num
 
 from madformer_jax.models.block_order import Order
-from madformer_jax.models.cache import ModelCache, StageCache, write_block
+from madformer_jax.models.cache import ModelCache, StageCache, to_cache, write_block
 from madformer_jax.models.plan import sampling_plan
 from madformer_jax.models.unet_context import neighbor_context
 from madformer_jax.ops.attention.base import KV
@@ -41,7 +41,7 @@ class Decoding(nn.Module):
             if not layers or sizes.blocks == 1 or not is_read:
                 return StageCache(None, None)
             x = jnp.zeros((layers, *shape), config.dtype)
-            return StageCache(config.attention.to_cache_layout(KV(x, x)), None)
+            return StageCache(to_cache(KV(x, x), config.attention), None)
 
         plan = sampling_plan(config.ablation_switches)
         order = config.default_order if order is None else order
@@ -69,7 +69,7 @@ class Decoding(nn.Module):
         attention, positions = self.config.attention, self._text_positions()
         text, ar = self.ar_layers.step("text", self.embedding(tokens), cache.ar, positions, 0)
         _, diffusion = self.diffusion_layers.step("text", text, cache.diffusion, positions, 0)
-        ar, diffusion = (kv and attention.to_cache_layout(kv) for kv in (ar, diffusion))
+        ar, diffusion = (kv and to_cache(kv, attention) for kv in (ar, diffusion))
         lengths = attention.cache_lengths(lengths, tokens)
         return cache._replace(
             ar=cache.ar._replace(text=ar), diffusion=cache.diffusion._replace(text=diffusion), lengths=lengths

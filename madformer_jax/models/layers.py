@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
@@ -92,15 +93,69 @@ def swiglu(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Ar
     The backward pass materializes both gradients. The compiler for TPUs would otherwise recompute
     them in each of the four products that read them.
     """
-    return nn.silu(gate) * up
+    with jax.named_scope("swiglu"):
+        return nn.silu(gate) * up
 
 
 def _swiglu_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    _, vjp = jax.vjp(lambda gate, up: nn.silu(gate) * up, *residuals)
-    return jax.lax.optimization_barrier(vjp(gradient))
+    with jax.named_scope("swiglu"):
+        _, vjp = jax.vjp(lambda gate, up: nn.silu(gate) * up, *residuals)
+        return jax.lax.optimization_barrier(vjp(gradient))
 
 
 swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+
+
+@jax.custom_vjp
+def swiglu_product(
+    gate: Float[Array, "rows f"], up: Float[Array, "rows f"], kernel: Float[Array, "f d"]
+) -> Float[Array, "rows d"]:
+    """Computes (silu(gate) up) kernel.
+
+    The backward pass reads gate, up and their gradient once and writes all three arrays that the
+    products read. On a GPU, where XLA would otherwise pass over them three times, that is 40 % less
+    memory traffic.
+    """
+    return swiglu(gate, up) @ kernel
+
+
+def _swiglu_product_backward(residuals: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    gate, up, kernel = residuals
+    # The barrier lets the compiler see three element-wise functions of the same three arrays.
+    gate, up, d_hidden = jax.lax.optimization_barrier((gate, up, gradient @ kernel.T))
+    with jax.named_scope("swiglu"):
+        hidden, vjp = jax.vjp(lambda gate, up: nn.silu(gate) * up, gate, up)
+        d_gate, d_up = vjp(d_hidden)
+    return d_gate, d_up, hidden.T @ gradient
+
+
+swiglu_product.defvjp(lambda *x: (swiglu_product(*x), x), _swiglu_product_backward)
+
+
+class SwigluProduct(nn.Module):
+    """SwiGLU and the linear layer behind it, without a bias.
+
+    Attributes:
+      features: Size of the output.
+      dtype: Type of the computation.
+      one_pass: Whether the gradient has the form of `swiglu_product`, for GPUs.
+    """
+
+    features: int
+    dtype: DTypeLike
+    one_pass: bool
+
+    @nn.compact
+    def __call__(self, gate: Float[Array, "*rows f"], up: Float[Array, "*rows f"]) -> Float[Array, "*rows d"]:
+        axes = "mlp", "embed"
+        init = nn.with_logical_partitioning(XAVIER_INIT, axes)
+        kernel = self.param("kernel", init, (gate.shape[-1], self.features), jnp.float32)
+        if not self.one_pass:
+            hidden = swiglu(gate, up)
+            return flattened_dot_general(hidden, jnp.asarray(kernel, self.dtype), None, axes=axes)
+        rows = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+        kernel = all_gather_kernel(jnp.asarray(kernel, self.dtype), axes)
+        return swiglu_product(*rows, kernel).reshape(*gate.shape[:-1], -1)
 
 
 def dense(

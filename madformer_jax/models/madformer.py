@@ -78,6 +78,7 @@ class ModelConfig:
     block_order: str
     # The computation
     attention: Attention
+    device: str  # platform that the model will run on: cpu, gpu or tpu
     dtype: DTypeLike
     remat: str
     scan_unroll: int
@@ -163,6 +164,8 @@ class MADFormer(Decoding):
             "dtype": config.dtype,
             "towers": towers,
             "attention": config.attention,
+            "device": config.device,
+            "remat": config.remat,
         }
         ar_depth, scan = config.depth - config.diffusion_depth, (config.remat, config.scan_unroll)
         self.ar_layers = LayerStack(ar_depth, {**layer, "block_only": False}, *scan)
@@ -372,6 +375,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "block_only": m.diffusion_attention == "block",
         "unet": unet,
         "attention": attention,
+        "device": device,
         "dtype": dtype,
     }
     return MADFormer(ModelConfig(**values))

@@ -17,10 +17,10 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from madformer_jax.models.cache import StageCache
-from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, Params, dense, rms_norm, swiglu
+from madformer_jax.models.cache import StageCache, select_stack
+from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, Params, SwigluProduct, dense, rms_norm
+from madformer_jax.models.remat import REMAT_POLICIES, name_projection
 from madformer_jax.ops import scan_layers
-from madformer_jax.ops.attention import pallas_tpu
 from madformer_jax.ops.attention.base import KV, QKV, Attention, causal_attention
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.rope import RotaryTable
@@ -65,6 +65,8 @@ class Tower(nn.Module):
     heads: int
     mlp_width: int
     dtype: DTypeLike
+    device: str  # cpu, gpu or tpu
+    remat: str = "none"
 
     def setup(self) -> None:
         d, dtype = self.width, self.dtype
@@ -78,7 +80,7 @@ class Tower(nn.Module):
         self.mlp_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
         self.gate = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
         self.up = dense(self.mlp_width, ("embed", "mlp"), dtype, bias=False)
-        self.down = dense(d, ("mlp", "embed"), dtype, bias=False)
+        self.down = SwigluProduct(d, dtype, one_pass=self.device == "gpu")
 
     def qkv(
         self,
@@ -104,7 +106,7 @@ class Tower(nn.Module):
         size = self.width // self.heads
 
         def heads(projection: Float[Array, "rows S d"]) -> Float[Array, "rows *tokens H h"]:
-            rows = projection.reshape(*x.shape[:2], self.heads, size)
+            rows = name_projection(projection, self.remat).reshape(*x.shape[:2], self.heads, size)
             rows = attention.with_kernel_layout(rows) if attention else rows
             return rows.reshape(len(x), -1, *position.cos.shape[1:-1][-1:], self.heads, size)
 
@@ -123,7 +125,7 @@ class Tower(nn.Module):
         """
         x = x + self.out(attended.reshape(x.shape))
         y = self.mlp_norm(x)
-        return x + self.down(swiglu(self.gate(y), self.up(y)))
+        return x + self.down(*(name_projection(z, self.remat) for z in (self.gate(y), self.up(y))))
 
 
 class DecoderLayer(nn.Module):
@@ -132,6 +134,8 @@ class DecoderLayer(nn.Module):
     Attributes:
       towers: Maps the name of a stream to the name of its tower. Streams may share a tower.
       block_only: Restricts image blocks to themselves and the text (Table 5).
+      device: Platform that the layer will run on: cpu, gpu or tpu.
+      remat: "none" or a key of REMAT_POLICIES.
     """
 
     width: int
@@ -141,10 +145,12 @@ class DecoderLayer(nn.Module):
     towers: Mapping[str, str]
     block_only: bool
     attention: Attention
+    device: str = "cpu"
+    remat: str = "none"
 
     def setup(self) -> None:
         self.tower = {
-            name: Tower(self.width, self.heads, self.mlp_width, self.dtype)
+            name: Tower(self.width, self.heads, self.mlp_width, self.dtype, self.device, self.remat)
             for name in sorted(set(self.towers.values()))
         }
 
@@ -237,9 +243,10 @@ class DecoderLayer(nn.Module):
         if name == "text":
             attended = causal_attention(qkv.q, qkv.k, qkv.v)
         else:
-            context = None if self.block_only else cache.context
+            context, text = (select_stack(x, layer) for x in (None if self.block_only else cache.context, cache.text))
+            index = 0 if self.attention.layers_apart else layer
             with jax.named_scope("attention"):
-                attended = self.attention.cached_attention(qkv, context, cache.text, layer, block, lengths)
+                attended = self.attention.cached_attention(qkv, context, text, index, block, lengths)
         return Streams(**{name: self._output_and_mlp(name, x, attended)}), qkv.kv
 
 
@@ -249,16 +256,6 @@ def _flatten_tokens(streams: Streams, images: int = 1) -> Streams:
     The layers take two token axes less, because on a TPU each further axis costs a copy.
     """
     return Streams(**{name: x.reshape(len(x) // images, -1, x.shape[-1]) for name, x in streams.as_dict.items()})
-
-
-_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(pallas_tpu.CHECKPOINT_NAME)
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
-    ),
-    "attention": _SAVE_ATTENTION,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class LayerStack(nn.Module):
@@ -366,6 +363,8 @@ class LayerStack(nn.Module):
         unrolled = []  # parameters of the layers that run without a loop
         if self.layers > 1:
             body = nn.meta.unbox(self.body.variables["params"])
+            if self.layer["attention"].layers_apart:
+                body = unstack_layers({"body": body}, self.layers)["body"]
             if "0" in body:  # from `unstack_layers`
                 unrolled = [body[str(layer)] for layer in range(self.layers - 1)]
             else:
@@ -386,6 +385,6 @@ def unstack_layers(params: Params, unroll: int) -> Params:
     Sampling would otherwise slice them out of their stack in every solver step. A scan that loops
     keeps the stack.
     """
-    if "body" not in params or unroll < (layers := len(jax.tree.leaves(params["body"])[0])):
+    if "body" not in params or "0" in params["body"] or unroll < (layers := len(jax.tree.leaves(params["body"])[0])):
         return params
     return {**params, "body": {str(n): jax.tree.map(lambda x, n=n: x[n], params["body"]) for n in range(layers)}}

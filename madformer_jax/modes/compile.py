@@ -1,12 +1,13 @@
-"""--mode=compile: memory and estimated time of a config on TPUs or GPUs, without the devices.
+"""--mode=compile: memory, estimated time or work of a config on TPUs or GPUs, without the devices.
 
     python -m madformer_jax.main --mode=compile --topology=v5e:4x4 --config=configs/ffhq1024.py
 
 Compiles the training step and the sampler ahead of time; nothing is run and no array is made. libtpu
-(the extra `aot`) compiles for any TPU topology that it knows. JAX's CUDA plugin compiles for h100 or
-h100:8 without autotuning, which needs the device; for GPUs the report has memory only. The limit is the
-compiler's own. Exit status 1 means that a program does not fit. `cost.tpu_time` estimates the time.
-With a workdir, all figures also go to its compile.json.
+(the extra `aot`) compiles for any TPU topology that it knows, and `cost.tpu_time` estimates the time.
+JAX's CUDA plugin compiles for h100, h200 or h100:8 without autotuning, which needs the device. For
+GPUs `cost.gpu_work` counts kernels, bytes and FLOPs in place of a time. The limit is the compiler's
+own. Exit status 1 means that a program does not fit. With a workdir, all figures also go to its
+compile.json.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import elastic_depth, fields, seeds
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.shapes import derive_sizes
-from madformer_jax.cost import flops, hlo, topologies, tpu_time
+from madformer_jax.cost import flops, gpu_work, hlo, topologies, tpu_time
 from madformer_jax.data import sources
 from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.models import layer_split, madformer, vae
@@ -54,6 +55,7 @@ class ProgramReport(NamedTuple):
       collectives: Communication between devices.
       time: The estimated time, if estimated.
       kernels: Number of library calls and hand-written kernels, by name.
+      work: Kernels, bytes and FLOPs of a program for a GPU.
     """
 
     seconds: float
@@ -67,6 +69,7 @@ class ProgramReport(NamedTuple):
     collectives: list[hlo.Collective]
     time: tpu_time.Estimate | None = None
     kernels: dict[str, int] | None = None
+    work: gpu_work.Work | None = None
 
     @property
     def compiled(self) -> bool:
@@ -96,7 +99,7 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
     config_lib.validate(c)
     devices, platform = topologies.topology_devices(topology), topologies.platform(topology)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
-    limit = usable_memory(devices[0]) if platform == "tpu" else topologies.gpu_memory_bytes()
+    limit = usable_memory(devices[0]) if platform == "tpu" else topologies.gpu_memory_bytes(topology)
     model = madformer.build(c, platform)
     print(
         f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_format_mesh(dict(mesh.shape))}; "
@@ -115,6 +118,7 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
             "time": time,
         }
         figures[name]["kernels"] = program.kernels
+        figures[name]["work"] = program.work and program.work.figures()
         figures["fits"] &= program.fits
     if workdir:
         storage.write_json(f"{workdir}/compile.json", figures)
@@ -195,7 +199,7 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
     Returns None if `compile.time` is off or the clock rate of the device is unknown.
     """
     device = mesh.devices.flat[0]
-    if not c.compile.time:
+    if not c.compile.time or device.platform != "tpu":
         return None
     if not tpu_time.chip_spec(device.device_kind):
         logging.warning(
@@ -286,6 +290,7 @@ def _compile_program(
         hlo.collectives(text),
         estimated,
         hlo.library_calls(text),
+        gpu_work.measure(text) if platform == "gpu" else None,
     )
 
 
@@ -377,7 +382,9 @@ def format_report(name: str, p: ProgramReport, devices: int) -> str:
                     f"  {kind:<24}{moved:9.3f} GiB per device; {executions:.0f} calls of {len(collectives)} instructions, "
                     f"{loops} of them in loops"
                 )
-    return "\n".join([*lines, *([tpu_time.format_estimate(p.time)] if p.time else [])])
+    lines += [tpu_time.format_estimate(p.time)] if p.time else []
+    lines += [gpu_work.format_work(p.work)] if p.work else []
+    return "\n".join(lines)
 
 
 def _format_mesh(shape: dict[str, int]) -> str:

@@ -69,6 +69,10 @@ def test_command_compares_two_reports(tmp_path, capsys):
     assert out.splitlines()[2].split() == ["GiB", "per", "device", "1.00", "1.00"]
     assert "sampler" not in out
     assert out.splitlines()[-1].split() == ["AR", "layers,", "products", "0.004", "0.001"]
+    for report, kernels in ((before, 4), (after, 3)):
+        row = {"kernels": kernels, "bytes": 2e9, "flops": 1e12}
+        report["training step"] |= {"time": None, "work": row | {"parts": {"optimizer": row}}}
+    assert "  optimizer, kernels                       4.0       3.0" in tpu_time.compare(before, after).splitlines()
     assert tpu_time.main([str(paths[0])]) == 2
     assert tpu_time.main([str(paths[0]), str(tmp_path / "none.json")]) == 2
     assert "none.json cannot be read" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_usable_memory_follows_from_the_compiler_error():
 
 @pytest.mark.parametrize(
     ("topology", "words"),
-    [("", "needs --topology"), ("v5e:3x3", "v5e:3x3"), ("h200", "libtpu cannot compile for --topology=h200")],
+    [("", "needs --topology"), ("v5e:3x3", "v5e:3x3"), ("h300", "libtpu cannot compile for --topology=h300")],
 )
 def test_an_unknown_topology_is_one_line(topology, words):
     if topology:
@@ -124,16 +124,16 @@ def test_a_batch_of_cached_latents_needs_no_vae():
 
 
 def test_gpu_topologies(monkeypatch):
-    assert [aot.topologies.platform(name) for name in ("h100", "h100:8", "v5e:4x4")] == ["gpu", "gpu", "tpu"]
+    assert [aot.topologies.platform(name) for name in ("h100", "h200:8", "v5e:4x4")] == ["gpu", "gpu", "tpu"]
     for name in ("h100:0", "h100:9", "h100:x"):
         with pytest.raises(ConfigError, match="h100:2 to h100:8"):
             aot.topologies.topology_devices(name)
     monkeypatch.setattr(aot.topologies.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'jax\[cuda13\]'"):
         aot.run(tiny.get_config(), None, "h100")
-    assert aot.topologies.gpu_memory_bytes() == 0.75 * 84_929_347_584
+    assert aot.topologies.gpu_memory_bytes("h100:8") == 0.75 * 84_929_347_584
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    assert aot.topologies.gpu_memory_bytes() == 0.5 * 84_929_347_584
+    assert aot.topologies.gpu_memory_bytes("h200") == 0.5 * 150_754_820_096
 
 
 def test_library_calls_of_a_gpu_program():

@@ -3,11 +3,14 @@
 `models.madformer.build` calls `choose`. `attention.base` says how to add an implementation.
 """
 
+import jax
+
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention.base import Attention
 from madformer_jax.ops.attention.cudnn import CudnnAttention
 from madformer_jax.ops.attention.dense_mask import DenseMask
 from madformer_jax.ops.attention.pallas import PallasAttention
+from madformer_jax.ops.attention.self_check import verified
 from madformer_jax.ops.attention.xla_blocks import XlaBlocks
 
 # "auto" takes the first that supports the case. `DenseMask`, for tests, comes after one that always does.
@@ -18,6 +21,8 @@ IMPLEMENTATIONS: dict[str, Attention] = {
 
 def choose(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> Attention:
     """Returns the implementation that `config.model.attention` selects.
+
+    On a TPU the kernel first computes one small case. If its result is wrong, `blocks` is returned.
 
     Args:
       name: "auto" or a key of `IMPLEMENTATIONS`.
@@ -30,11 +35,21 @@ def choose(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> At
       ConfigError: The implementation needs another device, type, head size or block size.
     """
     if name == "auto":
-        return next(x for x in IMPLEMENTATIONS.values() if x.supports(device, dtype, head_dim, tokens))
+        first = next(x for x in IMPLEMENTATIONS.values() if x.supports(device, dtype, head_dim, tokens))
+        return _checked(first, dtype, head_dim, tokens)
     chosen = IMPLEMENTATIONS[name].for_device(device)
     if not chosen.supports(device, dtype, head_dim, tokens):
         raise ConfigError(
             f"config.model.attention={name!r} needs {chosen.requirements}, but the model has blocks of {tokens} tokens "
             f"and heads of {head_dim} in {dtype}, on {device}. Use 'auto'."
         )
-    return chosen
+    return _checked(chosen, dtype, head_dim, tokens)
+
+
+def _checked(attention: Attention, dtype: str, head_dim: int, tokens: int) -> Attention:
+    """Returns `attention`, or `blocks` if it is a TPU kernel that this TPU computes wrongly."""
+    if not isinstance(attention, PallasAttention) or attention.interpret:
+        return attention
+    if jax.default_backend() != "tpu":  # a program that is compiled for other machines
+        return attention
+    return verified(attention, dtype, head_dim, tokens)

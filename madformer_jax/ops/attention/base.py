@@ -19,10 +19,12 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from madformer_jax.ops.attention.qk_norm_rope import Projectable
 
+CHECKPOINT_NAME = "attention"  # name of a kernel's output and lse in policies of jax.checkpoint
 Block = Float[Array, "B 1 s H h"]
 
 
@@ -52,11 +54,14 @@ class Attention(abc.ABC):
       name: Value of `config.model.attention` and word in log lines.
       requirements: Conditions of `supports`, for an error message.
       cache_token_axes: Axes of cached keys and of cached values along which blocks are written.
+      layers_apart: Whether sampling runs its layers without a loop, and the cache holds the keys and
+        values of each layer as arrays of their own, which nothing has to slice or copy.
     """
 
     name: ClassVar[str]
     requirements: ClassVar[str] = ""
     cache_token_axes: ClassVar[tuple[int, int]]
+    layers_apart: ClassVar[bool] = False
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
         """Returns whether this implementation can run.
@@ -224,3 +229,13 @@ def require_query(stream: QKV) -> tuple[Projectable, Projectable, Array]:
 def select_layer(kv: KV, layer: int | Int[Array, ""]) -> KV:
     """Returns the cached keys and values of one layer."""
     return KV(*(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv))
+
+
+def checkpoint_residual(x: Float[Array, "*shape"], name: str = CHECKPOINT_NAME) -> Float[Array, "*shape"]:
+    """Names `x` for policies of `jax.checkpoint`, as integers.
+
+    `jax.checkpoint` would round a copy of a floating-point array. The result has no gradient: call it in
+    the forward pass of a `jax.custom_vjp`.
+    """
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(checkpoint_name(bits, name), x.dtype)

@@ -21,13 +21,16 @@ from absl import logging
 from jax import Array
 from jaxtyping import Float, Int, PyTree
 
-from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, require_query, select_layer
+from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, checkpoint_residual, require_query, select_layer
 from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 
 KeyValuePair = tuple[Array, Array]  # keys and values
 Partial = tuple[Float[Array, "*rows H h"], Float[Array, "*rows H"]]  # output and lse
-_Residuals = tuple[Array, KeyValuePair, KeyValuePair | None, KeyValuePair | None, Array | None, Array, Array]
+Stream = tuple[Array, Array, Array]  # queries, keys and values
+_Residuals = tuple[
+    tuple[Stream, ...], KeyValuePair | None, KeyValuePair | None, Array | None, tuple[Array, ...], tuple[Array, ...]
+]
 MAX_HEAD_SIZE = 128
 
 
@@ -136,24 +139,50 @@ def _softmax_scale(q: Array | jax.ShapeDtypeStruct) -> float:
     return float(q.shape[-1]) ** -0.5
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def block_attention(
-    q: Float[Array, "B L n s H h"],
-    self_kv: KeyValuePair,
+    streams: tuple[Stream, ...],
     context: KeyValuePair | None,
     text: KeyValuePair | None,
     lengths: Int[Array, " B"] | None,
-) -> Float[Array, "B L n s H h"]:
+    context_stream: int | None,
+) -> tuple[Float[Array, "B _ s H h"], ...]:
     """Computes attention of every block to the text, the context blocks before it and itself.
 
     Args:
-      q: Queries.
-      self_kv: Keys and values, each shaped like `q`. A stream attends to its own.
-      context: Keys and values, each `(B, L, s, H, h)`, or None.
+      streams: Queries, keys and values of each stream, each `(B, L, s, H, h)`. A stream attends to its
+        own. Streams may have different L.
+      context: Keys and values, each `(B, L, s, H, h)`, if they are not those of a stream.
       text: Keys and values, each `(B, T, H, h)`, or None.
       lengths: Number of text tokens without padding. None for all.
+      context_stream: Index of the stream that is the context. None if there is no context, or another.
+
+    Returns:
+      The output of each stream, shaped like its queries.
     """
-    return _forward(q, self_kv, context, text, lengths)[0]
+    return _forward(streams, context, text, lengths, context_stream)[0]
+
+
+def _stack_streams(arrays: Sequence[Float[Array, "B _ s *rest"]]) -> Float[Array, "B L n s *rest"]:
+    """Stacks the arrays of the streams, so that one call serves all. Shorter ones are padded with zeros.
+
+    The barrier lets the tiles be slices of the stack. XLA would compute QK-norm and RoPE again for them.
+    """
+    blocks = max(x.shape[1] for x in arrays)
+    return jax.lax.optimization_barrier(jnp.stack([_pad_blocks(x, blocks) for x in arrays], axis=2))
+
+
+def _pad_blocks(x: Float[Array, "B _ s *rest"], blocks: int) -> Float[Array, "B {blocks} s *rest"]:
+    return jnp.pad(x, [(0, 0), (0, blocks - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+
+def _context_keys(
+    stacked: KeyValuePair, context: KeyValuePair | None, context_stream: int | None
+) -> KeyValuePair | None:
+    """Returns the context's keys and values with as many blocks as the stacked ones of the streams."""
+    if context_stream is not None:
+        return stacked[0][:, :, context_stream], stacked[1][:, :, context_stream]
+    return context and (_pad_blocks(context[0], stacked[0].shape[1]), _pad_blocks(context[1], stacked[0].shape[1]))
 
 
 def _diagonal_keys(
@@ -179,23 +208,30 @@ def _diagonal_keys(
 
 
 def _forward(
-    q: Float[Array, "B L n s H h"],
-    self_kv: KeyValuePair,
+    streams: tuple[Stream, ...],
     context: KeyValuePair | None,
     text: KeyValuePair | None,
     lengths: Int[Array, " B"] | None,
-) -> tuple[Float[Array, "B L n s H h"], _Residuals]:
-    batch, blocks, streams, tokens, *heads = q.shape
-    in_block = q.reshape(batch, blocks, streams * tokens, *heads)
-    k, v, kv_lengths = _diagonal_keys(self_kv, text, lengths)
+    context_stream: int | None,
+) -> tuple[tuple[Float[Array, "B _ s H h"], ...], _Residuals]:
+    q, *self_kv = (_stack_streams(arrays) for arrays in zip(*streams, strict=True))
+    batch, blocks, count, tokens, *heads = q.shape
+    in_block = q.reshape(batch, blocks, count * tokens, *heads)
+    k, v, kv_lengths = _diagonal_keys((self_kv[0], self_kv[1]), text, lengths)
     out, lse = flash_attention(q.reshape(-1, tokens, *heads), k, v, kv_lengths)
     partials = [(out.reshape(in_block.shape), lse.reshape(in_block.shape[:-1]))]
-    if context is not None:
+    keys_values = _context_keys((self_kv[0], self_kv[1]), context, context_stream)
+    if keys_values is not None:
         for tile in tiling(blocks):
-            out, lse = flash_attention(tile.queries(in_block), tile.keys(context[0]), tile.keys(context[1]))
+            out, lse = flash_attention(tile.queries(in_block), *map(tile.keys, keys_values))
             partials.append((tile.put_queries(out, in_block), tile.put_queries(lse, in_block[..., 0], -np.inf)))
-    out, lse = merge_partials(partials)
-    return out.reshape(q.shape), (q, self_kv, context, text, lengths, out, lse)
+    merged = []
+    for n, (x, *_) in enumerate(streams):
+        count = x.shape[1]
+        parts = [(out.reshape(q.shape)[:, :count, n], lse.reshape(q.shape[:-1])[:, :count, n]) for out, lse in partials]
+        merged.append(tuple(map(checkpoint_residual, merge_partials(parts))))
+    outputs, lses = zip(*merged, strict=True)
+    return outputs, (streams, context, text, lengths, outputs, lses)
 
 
 def merge_partials(partials: list[Partial]) -> Partial:
@@ -209,32 +245,48 @@ def merge_partials(partials: list[Partial]) -> Partial:
     return jnp.asarray(out, partials[0][0].dtype), merged
 
 
-def _backward(saved: _Residuals, gradient: Float[Array, "B L n s H h"]) -> tuple[PyTree[Array], ...]:
-    q, self_kv, context, text, lengths, out, lse = saved
-    tokens, heads = q.shape[3], q.shape[4:]
-    in_block, d_out = q.reshape(out.shape), gradient.reshape(out.shape)
-    k, v, kv_lengths = _diagonal_keys(self_kv, text, lengths)
+def _backward(
+    context_stream: int | None, saved: _Residuals, gradients: tuple[Float[Array, "B _ s H h"], ...]
+) -> tuple[PyTree[Array], ...]:
+    streams, context, text, lengths, outputs, lses = saved
+    q, *self_kv = (_stack_streams(arrays) for arrays in zip(*streams, strict=True))
+    tokens, heads, blocks = q.shape[3], q.shape[4:], [x.shape[1] for x, *_ in streams]
+    in_block = q.reshape(*q.shape[:2], -1, *heads)
+    out, d_out = (_stack_streams(x).reshape(in_block.shape) for x in (outputs, gradients))
+    lse = _stack_streams(lses).reshape(in_block.shape[:-1])
+    k, v, kv_lengths = _diagonal_keys((self_kv[0], self_kv[1]), text, lengths)
     by_stream = (x.reshape(-1, tokens, *x.shape[3:]) for x in (out, lse, d_out))
     dq, *d_keys = flash_attention_backward(q.reshape(-1, tokens, *heads), k, v, kv_lengths, *by_stream)
-    dqs = [dq.reshape(out.shape)]
     d_keys = [x.reshape(*q.shape[:3], -1, *heads) for x in d_keys]
-    d_self = tuple(x[:, :, :, :tokens] for x in d_keys)
+
+    # What is summed to the gradients of the queries, keys and values of each stream.
+    diagonals = (dq.reshape(q.shape), *(x[:, :, :, :tokens] for x in d_keys))
+    addends = [[[x[:, :count, n]] for x in diagonals] for n, count in enumerate(blocks)]
     d_text = None
     if text is not None:
         sums = (x[:, :, :, tokens:].sum(axis=(1, 2), dtype=jnp.float32) for x in d_keys)
         d_text = tuple(x.astype(q.dtype) for x in sums)
-    d_context = None
-    if context is not None:
-        addends: tuple[list[Array], list[Array]] = ([], [])  # of the keys and of the values
+    d_context: tuple[list[Array], list[Array]] = ([], [])  # of the keys and of the values
+    keys_values = _context_keys((self_kv[0], self_kv[1]), context, context_stream)
+    if keys_values is not None:
         for tile in tiling(q.shape[1]):
-            k, v = (tile.keys(x) for x in context)
+            k, v = map(tile.keys, keys_values)
             rows = (tile.queries(x) for x in (out, lse, d_out))
             dq, *d_keys = flash_attention_backward(tile.queries(in_block), k, v, None, *rows)
-            dqs.append(tile.put_queries(dq, in_block))
-            for column, x in zip(addends, d_keys, strict=True):
-                column.append(tile.put_keys(x, context[0]))
-        d_context = tuple(_sum_in_float32(column) if column else jnp.zeros_like(context[0]) for column in addends)
-    return _sum_in_float32(dqs).reshape(q.shape), d_self, d_context, d_text, None
+            dq = tile.put_queries(dq, in_block).reshape(q.shape)
+            for n, count in enumerate(blocks):
+                addends[n][0].append(dq[:, :count, n])
+            for column, x in zip(d_context, d_keys, strict=True):
+                column.append(tile.put_keys(x, keys_values[0]))
+    if context_stream is not None:
+        for terms, column in zip(addends[context_stream][1:], d_context, strict=True):
+            terms += [x[:, : blocks[context_stream]] for x in column]
+    d_streams = tuple(tuple(map(_sum_in_float32, column)) for column in addends)
+    if context is None:
+        return d_streams, None, d_text, None
+    zeros = [jnp.zeros_like(keys_values[0])] if keys_values is not None else []
+    count = context[0].shape[1]
+    return d_streams, tuple(_sum_in_float32(column or zeros)[:, :count] for column in d_context), d_text, None
 
 
 def _sum_in_float32(arrays: list[Float[Array, "*shape"]]) -> Float[Array, "*shape"]:
@@ -282,6 +334,7 @@ class CudnnAttention(Attention):
         "cuDNN functions are known"
     )
     cache_token_axes = 2, 2
+    layers_apart = True
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
         return device == "gpu" and dtype == "bfloat16" and supports_head_size(head_dim) and is_available()
@@ -295,20 +348,18 @@ class CudnnAttention(Attention):
         *,
         images: int = 1,
     ) -> list[Float[Array, "B _ s H h"]]:
-        # Stacks the streams so that one call serves both. Shorter streams are padded with zeros.
-        streams, context = apply_to_tree((streams, context))
-        blocks = max(stream.v.shape[1] for stream in streams)
-
-        def pad_blocks(x: Float[Array, "B _ s H h"]) -> Float[Array, "B _ s H h"]:
-            return jnp.pad(x, [(0, 0), (0, blocks - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
-
-        q, k, v = (
-            jnp.stack([pad_blocks(x) for x in arrays], axis=2)
-            for arrays in zip(*map(require_query, streams), strict=True)
+        own = (n for n, stream in enumerate(streams) if context is not None and stream.v is context.v)
+        context_stream = next(own, None)
+        streams, context = apply_to_tree((streams, context if context_stream is None else None), store_norms=True)
+        return list(
+            block_attention(
+                tuple(map(require_query, streams)),
+                None if context is None else (context.k, context.v),
+                None if text is None else (text.k, text.v),
+                lengths,
+                context_stream,
+            )
         )
-        padded = None if context is None else tuple(map(pad_blocks, context))
-        out = block_attention(q, (k, v), padded, None if text is None else tuple(text), lengths)
-        return [out[:, : stream.v.shape[1], n] for n, stream in enumerate(streams)]
 
     def cached_attention(
         self,

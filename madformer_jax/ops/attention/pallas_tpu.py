@@ -19,18 +19,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, Ref
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int, PyTree, Shaped
 
 from madformer_jax.ops.attention import pallas_tpu_kernels
+from madformer_jax.ops.attention.base import checkpoint_residual
 from madformer_jax.ops.attention.pallas_tpu_kernels import LANES, Index, KeyValuePair
 from madformer_jax.ops.attention.qk_norm_rope import Projectable, ProjectedQK, is_projected
 from madformer_jax.runtime import partitioning
 
-CHECKPOINT_NAME = "attention"  # name of the kernel's output and lse in policies of jax.checkpoint
 _Shaped = Array | jax.ShapeDtypeStruct
 _DEFAULT_VMEM_BYTES = 16 * 2**20  # VMEM that a kernel may use by default
 
@@ -196,7 +195,7 @@ def _forward_with_residuals(
     scalars = _scalar_arguments(0, 0, lengths, len(_raw_array(q)) * images)
     mean_blocks = _mean_context_blocks(_raw_array(q), self_kv, images, tokens)
     out, lse = _forward(q, keys, scalars, mean_blocks, images, tokens, text_tokens, interpret)
-    out, lse = _checkpoint_residual(out), _checkpoint_residual(lse)
+    out, lse = checkpoint_residual(out), checkpoint_residual(lse)
     return out, (q, keys, scalars, out, lse)
 
 
@@ -205,15 +204,6 @@ def _mean_context_blocks(
 ) -> float:
     """Returns the mean number of context blocks that a block attends to in training."""
     return (q.shape[3] // images // tokens - 1) / 2 + (self_kv is None)
-
-
-def _checkpoint_residual(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Names `x` for policies of `jax.checkpoint`, as integers.
-
-    `jax.checkpoint` would round a copy of a floating-point array.
-    """
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(checkpoint_name(bits, CHECKPOINT_NAME), x.dtype)
 
 
 def _backward(

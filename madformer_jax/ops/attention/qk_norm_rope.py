@@ -4,6 +4,7 @@
 QK-norm and RoPE where they read a projection. All other implementations call `apply_to_tree` first.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PyTree
 
-from madformer_jax.ops.rope import RotaryTable, apply_rope
+from madformer_jax.ops.rope import RotaryTable, apply_rope, apply_rope_by_reversal
 
 QK_NORM_EPS = 1e-6
 _Tree = TypeVar("_Tree")
@@ -36,9 +37,14 @@ class ProjectedQK(NamedTuple):
 Projectable = Any  # an array or a `ProjectedQK`; within a TPU kernel, of `jax.Ref`s
 
 
-def apply_to_tree(tree: _Tree) -> _Tree:
-    """Replaces every `ProjectedQK` in a tree with its queries or keys."""
-    return jax.tree.map(_apply_to_leaf, tree, is_leaf=is_projected)
+def apply_to_tree(tree: _Tree, store_norms: bool = False) -> _Tree:
+    """Replaces every `ProjectedQK` in a tree with its queries or keys.
+
+    Args:
+      tree: The tree.
+      store_norms: See `apply_qk_norm_rope`.
+    """
+    return jax.tree.map(partial(_apply_to_leaf, store_norms=store_norms), tree, is_leaf=is_projected)
 
 
 def is_projected(x: PyTree) -> TypeGuard[ProjectedQK]:
@@ -46,7 +52,7 @@ def is_projected(x: PyTree) -> TypeGuard[ProjectedQK]:
     return isinstance(x, ProjectedQK)
 
 
-def _apply_to_leaf(leaf: PyTree) -> PyTree:
+def _apply_to_leaf(leaf: PyTree, store_norms: bool) -> PyTree:
     if not is_projected(leaf):
         return leaf
     x, scale, position = leaf
@@ -56,11 +62,15 @@ def _apply_to_leaf(leaf: PyTree) -> PyTree:
         return apply_qk_norm_rope(rows, scale, table).reshape(x.shape)
     angles = (y.reshape(-1, y.shape[-1]) for y in position)
     tiled = RotaryTable(*(jnp.tile(y, (rows.shape[1] // len(y), 1))[:, None] for y in angles))
-    return apply_qk_norm_rope(rows, scale, tiled).reshape(x.shape)
+    return apply_qk_norm_rope(rows, scale, tiled, store_norms=store_norms).reshape(x.shape)
 
 
 def apply_qk_norm_rope(
-    x: Float[Array, "*shape"], scale: Float[Array, "..."], position: RotaryTable, axis: int = -1
+    x: Float[Array, "*shape"],
+    scale: Float[Array, "..."],
+    position: RotaryTable,
+    axis: int = -1,
+    store_norms: bool = False,
 ) -> Float[Array, "*shape"]:
     """Applies QK-norm and then RoPE along an axis, in float32 with one rounding at the end.
 
@@ -69,7 +79,13 @@ def apply_qk_norm_rope(
       scale: QK-norm scale that broadcasts against `x`.
       position: Rotary table that broadcasts against `x`.
       axis: Axis of the head dimensions.
+      store_norms: Selects the form for GPUs, along the last axis, with the least memory traffic: the norm
+        of each vector is stored before it is applied. XLA would otherwise store normalized vectors,
+        in float32.
     """
     y = x.astype(jnp.float32)
-    unit = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis, keepdims=True) + QK_NORM_EPS)
-    return apply_rope(unit * scale.astype(jnp.float32), position, axis, x.dtype)
+    inverse_norm = jax.lax.rsqrt(jnp.mean(jnp.square(y), axis, keepdims=True) + QK_NORM_EPS)
+    if store_norms:
+        inverse_norm = jax.lax.optimization_barrier(inverse_norm)
+        return apply_rope_by_reversal(y * inverse_norm * scale.astype(jnp.float32), position).astype(x.dtype)
+    return apply_rope(y * inverse_norm * scale.astype(jnp.float32), position, axis, x.dtype)

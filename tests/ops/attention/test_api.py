@@ -16,6 +16,7 @@ from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 from madformer_jax.ops.rope import RotaryTable
 from madformer_jax.runtime import partitioning
+from tests.support import flash
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
 IMPLEMENTATIONS = api.IMPLEMENTATIONS | {"pallas_interpret": PallasAttention(interpret=True)}
@@ -69,37 +70,9 @@ def value_and_gradient(implementation, streams, source, text, lengths=None, *, i
     return jax.jit(jax.value_and_grad(total, argnums=(0, 1) if text else 0, has_aux=True))(streams, text)
 
 
-def _weights(q, k, lengths, lse=None):
-    """Returns exp(scores - lse), `(B, S, K, H)`, and the lse."""
-    scores = jnp.einsum("bshd,bkhd->bskh", q, k) * q.shape[-1] ** -0.5
-    if lengths is not None:
-        scores = jnp.where(jnp.arange(k.shape[1])[:, None] < lengths[:, None, None, None], scores, -jnp.inf)
-    lse = jax.nn.logsumexp(scores, axis=2) if lse is None else lse
-    return jnp.exp(scores - lse[:, :, None]), lse
-
-
-def _flash(q, k, v, lengths=None):
-    weights, lse = _weights(q, k, lengths)
-    return jnp.einsum("bskh,bkhd->bshd", weights, v), lse
-
-
-def _flash_gradient(q, k, v, lengths, out, lse, gradient):
-    """Computes FlashAttention's backward pass. `out` and `lse` may belong to more keys than `k`."""
-    weights, _ = _weights(q, k, lengths, lse)
-    d_weights = jnp.einsum("bshd,bkhd->bskh", gradient, v) - (gradient * out).sum(axis=-1)[:, :, None]
-    d_scores = weights * d_weights * q.shape[-1] ** -0.5
-    return (
-        jnp.einsum("bskh,bkhd->bshd", d_scores, k),
-        jnp.einsum("bskh,bshd->bkhd", d_scores, q),
-        jnp.einsum("bskh,bshd->bkhd", weights, gradient),
-    )
-
-
 @pytest.fixture
 def no_cudnn(monkeypatch):
-    """Replaces cuDNN's calls with XLA products."""
-    monkeypatch.setattr(cudnn, "flash_attention", _flash)
-    monkeypatch.setattr(cudnn, "flash_attention_backward", _flash_gradient)
+    flash.replace_cudnn(monkeypatch)
 
 
 def assert_equal_trees(actual, expected):

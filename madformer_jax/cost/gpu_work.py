@@ -1,0 +1,244 @@
+"""Kernels, bytes and FLOPs of a program that is compiled for a GPU, by part of the model.
+
+`--mode=compile` prints the table for GPUs, in place of the seconds that `cost.tpu_time` estimates for
+TPUs. XLA gives no time for a GPU. Two settings can still be compared: kernels tell how often the
+device is launched, bytes what it moves through memory, and FLOPs what it multiplies, products that
+are computed again included.
+
+Bytes are those of the operands and results of each kernel. A kernel that slices an operand, or that
+updates a part of it in place, counts for that part alone. Caches on the chip are ignored. A call of
+cuDNN's attention counts all keys that it gets, also those behind the lengths that it is given.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from madformer_jax.cost import hlo, tpu_time
+
+COLUMNS = ("kernels", "bytes", "flops")
+COSTLIEST_COUNT = 10
+
+# Instructions that are no kernel.
+_FREE = {
+    "after-all", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier", "parameter", "partition-id",
+    "replica-id", "reshape", "tuple",
+}  # fmt: skip
+_ALLOCATION = 'custom_call_target="AllocateBuffer"'
+_ATTENTION_FORWARD, _ATTENTION_BACKWARD = '"__cudnn$fmha', "Backward"
+_SLICES = {"slice", "dynamic-slice", "gather"}
+_VIEWS = {"bitcast", "reshape", "convert", "copy", "transpose"}
+_NAME = re.compile(r"%([\w.\-]+)")
+_CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)')
+_CONVOLUTION = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_SCORES = re.compile(r'"intermediate_tensor_shape": ?\{[^}]*?"dimensions": ?\[([^\]]*)\]')
+
+
+class KernelWork(NamedTuple):
+    """Work of one instruction in a call of the program, over all its runs."""
+
+    name: str
+    part: str  # see `part`
+    phase: str  # one of `tpu_time.PHASES`
+    kernels: float
+    bytes: float
+    flops: float
+    place: str  # file:line in the package, and JAX's name of the operation
+
+
+class Work(NamedTuple):
+    """Work of one call of a program on one device."""
+
+    rows: list[KernelWork]
+    unbounded: list[str]  # loops of unknown trip count, counted once
+
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Returns `COLUMNS`, and the bytes of each phase, by part. Most bytes come first."""
+        cells: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        for row in self.rows:
+            for column in COLUMNS:
+                cells[row.part][column] += getattr(row, column)
+            cells[row.part][row.phase] += row.bytes
+        return {name: dict(row) for name, row in sorted(cells.items(), key=lambda x: -x[1]["bytes"])}
+
+    def calls(self, target: str) -> float:
+        """Returns the runs of the instructions whose name or target contains `target`."""
+        return sum(row.kernels for row in self.rows if target in row.name)
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the figures that a report of --mode=compile holds."""
+        costliest = sorted(self.rows, key=lambda row: -row.bytes)[:COSTLIEST_COUNT]
+        return {
+            **{column: math.fsum(getattr(row, column) for row in self.rows) for column in COLUMNS},
+            "parts": self.parts(),
+            "costliest": [row._asdict() for row in costliest],
+            "unbounded": self.unbounded,
+        }
+
+
+def measure(text: str) -> Work:
+    """Returns the work of a compiled program.
+
+    Args:
+      text: Text of the program.
+    """
+    program = hlo.parse(text)
+    shapes = {x.name: x.shape for lines in program.computations.values() for x in lines}
+    rows = []
+    for execution in hlo.executions(program):
+        x, times = execution.instruction, execution.times
+        if x.opcode in _FREE or x.opcode.endswith("-done") or _ALLOCATION in x.rest:
+            continue
+        flops = sum(_flops(y, shapes) for y in (x, *program.inner(x)))
+        target = re.search(r'custom_call_target="([^"]+)"', x.rest)
+        operation = "/".join(x.op_name.split("/")[-2:])
+        rows.append(
+            KernelWork(
+                name=f"{target[1]} {x.name}" if target else x.name,
+                part=part(program, x, flops > 0),
+                phase=tpu_time.phase(x.op_name),
+                kernels=times,
+                bytes=times * _bytes(program, x, shapes),
+                flops=times * flops,
+                place=f"{program.source_lines.get(x.frame, '?')} {operation}".strip(),
+            )
+        )
+    return Work(rows, hlo.unbounded_loops(program))
+
+
+def part(program: hlo.Program, x: hlo.Instruction, is_product: bool) -> str:
+    """Returns the part of the model or of the step that a kernel belongs to."""
+    component = tpu_time.model_component(x.op_name)
+    if component == "attention":
+        return "attention, kernels" if is_product else "attention, glue"
+    if component in ("AR layers", "diffusion layers"):
+        if is_product:
+            return "layers, products"
+        if "swiglu" in x.op_name:
+            return "layers, SwiGLU"
+        opcodes = {y.opcode for y in (x, *program.inner(x))} - _FREE - {"fusion"}
+        stacks = {"dynamic-slice", "dynamic-update-slice"}
+        return "layers, stacks" if opcodes & stacks and opcodes <= stacks | _VIEWS else "layers, norms and sums"
+    if component == "U-Net":
+        return "U-Net, products" if is_product else "U-Net, norms and copies"
+    return component
+
+
+# ---- bytes
+
+
+def _bytes(program: hlo.Program, x: hlo.Instruction, shapes: Mapping[str, str]) -> float:
+    """Returns the bytes that one run of a kernel reads and writes."""
+    operands = [_size(shapes.get(name, "")) for name in _NAME.findall(x.operands)]
+    called = re.search(r"calls=%?([\w.\-]+)", x.rest)
+    if x.opcode == "fusion" and called and called[1] in program.computations:
+        return _fusion_bytes(program.computations[called[1]], operands, shapes)
+    if x.opcode in _SLICES:
+        return 2 * _size(x.shape)
+    if x.opcode == "dynamic-update-slice":
+        return 2 * operands[1]
+    return sum(operands) + _size(x.shape)
+
+
+def _fusion_bytes(lines: list[hlo.Instruction], operands: list[float], shapes: Mapping[str, str]) -> float:
+    """Returns the bytes that a fusion reads and writes.
+
+    The share of each value that is needed follows from the results, backward: a slice needs a part of
+    its operand, and an update in place needs nothing of the array that it changes.
+    """
+    if not lines:
+        return sum(operands)
+    needed: dict[str, float] = defaultdict(float)  # name -> share that the results need, at most 1
+    needed[lines[-1].name] = 1.0
+    written = {lines[-1].name: _size(lines[-1].shape)}
+    reads = 0.0
+    for line in reversed(lines):  # users come after what they use
+        share, names = min(1.0, needed[line.name]), _NAME.findall(line.operands)
+        if line.opcode == "parameter":
+            size = operands[int(line.operands)] if int(line.operands) < len(operands) else 0.0
+            reads += share * size
+            continue
+        if line.name in written and line.opcode == "dynamic-update-slice":
+            written[line.name] = _size(shapes.get(names[1], ""))
+        elif line.name in written and line.opcode in ("tuple", "bitcast"):
+            written |= {name: _size(shapes.get(name, "")) for name in names}
+            del written[line.name]
+        for n, name in enumerate(names):
+            if line.opcode in _SLICES and n == 0:
+                # Slices of one array mostly read different parts of it.
+                needed[name] += share * _size(line.shape) / max(1.0, _size(shapes.get(name, "")))
+            elif line.opcode == "dynamic-update-slice" and n == 0:
+                needed[name] = max(needed[name], 0.0 if written.get(line.name) is not None else share)
+            else:
+                needed[name] = max(needed[name], share)
+    return reads + sum(written.values())
+
+
+def _size(shape: str) -> float:
+    """Returns the bytes of a shape or a tuple of shapes, given as text."""
+    return float(sum(hlo.array_bytes(*array) for array in hlo.arrays(shape)))
+
+
+# ---- FLOPs
+
+
+def _flops(x: hlo.Instruction, shapes: Mapping[str, str]) -> float:
+    """Returns the FLOPs of one product, convolution or call of attention; 0 of other instructions."""
+    operands = [hlo.array_dimensions(shapes.get(name, "")) for name in _NAME.findall(x.operands)]
+    result = hlo.array_dimensions(x.shape)
+    if x.opcode == "convolution" or "__cudnn$conv" in x.rest:
+        return _convolution_flops(x, operands, result)
+    if _ATTENTION_FORWARD in x.rest:
+        scores = _SCORES.search(x.rest)
+        pairs = math.prod(int(n) for n in re.findall(r"\d+", scores[1])) if scores else 0
+        # Two products forward. Five backward, as the scores are computed again.
+        return (10.0 if _ATTENTION_BACKWARD in x.rest else 4.0) * pairs * operands[0][0][-1]
+    if (x.opcode == "dot" or "__cublas$" in x.rest) and (dims := _CONTRACTED.search(x.rest)) and operands[0]:
+        contracted = math.prod(operands[0][0][int(n)] for n in re.findall(r"\d+", dims[1]))
+        return 2.0 * math.prod(result[0]) * contracted
+    return 0.0
+
+
+def _convolution_flops(x: hlo.Instruction, operands: list[list[Any]], result: list[Any]) -> float:
+    """Returns the FLOPs of a convolution or of one of its gradients, zero padding included."""
+    labels = _CONVOLUTION.search(x.rest)
+    if labels is None or len(operands) < 2 or not (operands[0] and operands[1] and result):
+        return 0.0
+    arrays = {"kernel": operands[1][0], "output": result[0]}
+    if "convBackwardInput" in x.rest:
+        arrays["output"] = operands[0][0]
+    elif "convBackwardFilter" in x.rest:
+        arrays = {"kernel": result[0], "output": operands[1][0]}
+    return 2.0 * math.prod(arrays["output"]) * math.prod(arrays["kernel"]) / arrays["kernel"][labels[2].index("o")]
+
+
+# ---- reports
+
+
+def format_work(work: Work) -> str:
+    """Formats the work of a program as the lines of a report."""
+    f = work.figures()
+    lines = [f"  {'work per device':<24}{'kernels':>10}{'GB':>10}{'TFLOP':>10}" + _cells(_PHASE_TITLES, ">12")]
+    for name, row in {**f["parts"], "total": {column: f[column] for column in COLUMNS}}.items():
+        phases = [f"{row.get(x, 0.0) / 1e9:.1f}" if name != "total" else "" for x in tpu_time.PHASES]
+        lines.append(
+            f"  {name:<24}{row['kernels']:10.0f}{row['bytes'] / 1e9:10.1f}{row['flops'] / 1e12:10.2f}"
+            + _cells(phases, ">12")
+        )
+    lines.append("  kernels that move most: GB, runs")
+    lines += [
+        f"  {row['bytes'] / 1e9:9.2f} {row['kernels']:6.0f}  {row['part']}, {row['phase']}: {row['place']}"
+        for row in f["costliest"]
+    ]
+    if work.unbounded:
+        lines.append(f"  loops of unknown length (counted once): {', '.join(work.unbounded)}")
+    return "\n".join(lines)
+
+
+_PHASE_TITLES = tuple(f"GB {'again' if name == 'recomputed' else name}" for name in tpu_time.PHASES)
+
+
+def _cells(values: tuple[str, ...] | list[str], form: str) -> str:
+    return "".join(f"{value:{form}}" for value in values)

@@ -1,0 +1,32 @@
+"""Policies of `config.model.remat`: what the backward pass of a decoder layer does not compute again."""
+
+import jax
+from jax import Array
+from jaxtyping import Float
+
+from madformer_jax.ops.attention.base import CHECKPOINT_NAME, checkpoint_residual
+
+_PROJECTION_NAME = "projections"
+_SAVE_ATTENTION = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _SAVE_ATTENTION
+    ),
+    "projections": jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME, _PROJECTION_NAME),
+    "attention": _SAVE_ATTENTION,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@jax.custom_vjp
+def _name(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return checkpoint_residual(x, _PROJECTION_NAME)
+
+
+# The name is one of integers, which have no gradient.
+_name.defvjp(lambda x: (_name(x), None), lambda _, gradient: (gradient,))
+
+
+def name_projection(x: Float[Array, "*shape"], remat: str) -> Float[Array, "*shape"]:
+    """Names queries, keys, values, gate or up for the policy `projections`, the only one that keeps them."""
+    return _name(x) if remat == "projections" else x
