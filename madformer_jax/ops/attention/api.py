@@ -30,7 +30,8 @@ def choose(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> At
       ConfigError: The implementation needs another device, type, head size or block size.
     """
     if name == "auto":
-        return next(x for x in IMPLEMENTATIONS.values() if x.supports(device, dtype, head_dim, tokens))
+        chosen = next(x for x in IMPLEMENTATIONS.values() if x.supports(device, dtype, head_dim, tokens))
+        return chosen.for_device(device)
     chosen = IMPLEMENTATIONS[name].for_device(device)
     if not chosen.supports(device, dtype, head_dim, tokens):
         raise ConfigError(
