@@ -13,7 +13,7 @@ import signal
 import sys
 
 from madformer_jax.errors import ConfigError, first_line, leave
-from madformer_jax.runtime import console, stored_config
+from madformer_jax.runtime import console, malloc, stored_config
 
 # clu imports TensorFlow to write TensorBoard files; errors are still shown, jaxlib's too
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -248,15 +248,19 @@ _YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
 _ACCELERATOR_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
 
+def _computes_on_cpu(platform: str) -> bool:
+    """Returns whether JAX will use the CPU. `platform` is `config.platform`."""
+    asked = platform or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+    return asked == "cpu" if asked else not any(map(glob.glob, _ACCELERATOR_DEVICES))
+
+
 def _disable_ynnpack(platform: str) -> None:
     """Disables XLA's YNNPACK kernels on CPU, whose gradients of convolutions are six times slower (docs/engineering_log.md).
 
     With an accelerator the flag is useless. XLA ends a process that sets an unknown flag.
     """
-    asked = platform or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    on_cpu = asked == "cpu" if asked else not any(map(glob.glob, _ACCELERATOR_DEVICES))
     given = os.environ.get("XLA_FLAGS", "")
-    if on_cpu and _YNN_FLAG not in given and (flag := xla_flags.supported(f"--{_YNN_FLAG}=")):
+    if _computes_on_cpu(platform) and _YNN_FLAG not in given and (flag := xla_flags.supported(f"--{_YNN_FLAG}=")):
         os.environ["XLA_FLAGS"] = f"{flag} {given}"
 
 
@@ -307,6 +311,8 @@ def run(argv: Sequence[str]) -> int:
         if config.sample[field] and values.mode != "sample":
             raise ConfigError(f"config.sample.{field} edits a picture with --mode=sample; the mode is {values.mode}.")
     _disable_ynnpack(config.platform)
+    if _computes_on_cpu(config.platform):
+        malloc.reuse_memory()
     if values.distributed or values.coordinator:
         from madformer_jax.runtime import partitioning
 
