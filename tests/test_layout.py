@@ -32,7 +32,7 @@ LAYERS = {
     "weights": "config models runtime",
     "sampling": "config cost data diffusion models runtime weights",
     "evaluation.networks": "runtime weights",
-    "evaluation": "config data evaluation.networks models runtime sampling weights",
+    "evaluation": "config data diffusion evaluation.networks models runtime sampling weights",
     "training": "config cost data diffusion evaluation models runtime sampling",
     "sweeps": "config cost runtime",
     "reports": "config runtime sweeps",
