@@ -182,8 +182,8 @@ def _clean_estimate(
     tokens: Array | None,
     lengths: Array | None,
     clip_x0: float,
-) -> Array:
+) -> Any:
     outputs = model.apply({"params": params}, z, x, t, tokens, lengths, clean_t=clean_t, terms=("image",))
     output = outputs.image.astype(jnp.float32)
-    x0: Array = parameterization.clean_estimate(model.config.prediction_type, output, x, level)
+    x0: Any = parameterization.clean_estimate(model.config.prediction_type, output, x, level)
     return jnp.clip(x0, -clip_x0, clip_x0) if clip_x0 else x0

@@ -69,7 +69,8 @@ class HeldOutImages:
             raise ConfigError(f"held-out scores need config.evaluate.split={c.evaluate.split!r}: {error}") from None
         if info.records < n:
             raise ConfigError(
-                f"config.evaluate.held_out_n={n}: split {c.evaluate.split!r} has only {info.records} images."
+                f"{n} held-out images are too many: split {c.evaluate.split!r} has {info.records}. Set "
+                f"config.evaluate.held_out_n to at most {info.records}."
             )
         self.n = n
         self._records = np.random.RandomState(SEED).permutation(info.records)[:n]
@@ -89,7 +90,7 @@ class HeldOutImages:
         for first in interruptible(range(0, count, size)):
             numbers = np.arange(first, first + size).clip(max=count - 1).astype(np.int32)
             batch = self._read(self._records[numbers])
-            pixels = {name: batch[name] for name in ("image", "mean", "logvar") if name in batch}
+            pixels: dict[str, np.ndarray] = {name: batch[name] for name in ("image", "mean", "logvar") if name in batch}
             arrays = shard({**pixels, "numbers": numbers}, trained.mesh)
             z = encode(codec_params, arrays)
             tokens = lengths = None

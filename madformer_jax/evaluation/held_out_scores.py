@@ -21,6 +21,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from madformer_jax.config import seeds
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bits_per_dimension, by_block, held_out_losses, sampling_grid, score_summary, shards
 from madformer_jax.evaluation.held_out_images import HeldOutImages
@@ -58,7 +59,8 @@ def run(c: ConfigDict, workdir: str, images: HeldOutImages) -> list[dict[str, An
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoint.complete_steps(workdir))
-    by_weights = {(x.sample.weights, x.sample.ema): x for x in sampling_grid.expand_configs(c)}
+    # The scores by block sample with the first setting of each kind of weights.
+    by_weights = {(x.sample.weights, x.sample.ema): x for x in reversed(sampling_grid.expand_configs(c))}
     return [
         _load_or_measure(setting, workdir, images, step)
         for step, (_, setting) in itertools.product(steps, sorted(by_weights.items(), key=lambda item: item[0]))
@@ -116,7 +118,9 @@ def _protocol(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: H
     if codec_params:
         protocol["codec"] = codec.describe(c, fingerprint(codec_params, trained.mesh))
     if c.evaluate.by_block:
-        protocol["by_block"] = {name: c.sample[name] for name in ("solver", "spacing", "steps")} | {"seed": c.seed}
+        protocol["by_block"] = {name: c.sample[name] for name in ("solver", "spacing", "steps")} | {
+            "seed": seeds.of(c, "sample")
+        }
     return protocol
 
 

@@ -28,19 +28,19 @@ _HALF_BIN = 1 / 255  # half the distance of two values of an 8-bit pixel in [-1,
 class Levels(NamedTuple):
     """Timestep and noise level of each block, NumPy float64 (B, L)."""
 
-    t: np.ndarray
-    alpha: np.ndarray
-    sigma: np.ndarray
+    t: Any
+    alpha: Any
+    sigma: Any
 
 
 class BlockErrors(NamedTuple):
     """Errors of each block, NumPy float64 (rows, L); None for terms that were not requested."""
 
-    image: np.ndarray  # image term of the training loss: mean over the block, weighted by `loss.weighting`
-    hidden: np.ndarray | None
-    clean: np.ndarray | None
-    squared: np.ndarray  # squared error of the clean estimate, summed over the block
-    decoder: np.ndarray  # nats of the clean block given its noisy block, see `decoder_nats`
+    image: Any  # image term of the training loss: mean over the block, weighted by `loss.weighting`
+    hidden: Any
+    clean: Any
+    squared: Any  # squared error of the clean estimate, summed over the block
+    decoder: Any  # nats of the clean block given its noisy block, see `decoder_nats`
 
 
 class TeacherForcing:
@@ -144,7 +144,7 @@ def _block_errors(
     output = outputs.image.astype(jnp.float32)
     scale = parameterization.loss_weight(prediction_type, weighting, level)
     error = (output - parameterization.target(prediction_type, z, noise, level)) ** 2
-    x0: Array = parameterization.clean_estimate(prediction_type, output, noisy, level)
+    x0: Any = parameterization.clean_estimate(prediction_type, output, noisy, level)
     x0 = jnp.clip(x0, -clip_x0, clip_x0) if clip_x0 else x0
     return BlockErrors(
         image=jnp.mean(error if scale is None else scale * error, axis=(2, 3)),

@@ -150,7 +150,7 @@ def test_evaluate_gives_held_out_scores_once_and_their_paired_differences(fresh,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"held_out_n": 500}, "held_out_n=500: split 'test' has only"),
+        ({"held_out_n": 500}, "500 held-out images are too many: split 'test' has"),
         ({"held_out_n": 5, "split": "train"}, "is the split of training"),
         ({"held_out_n": 5, "images": "data:test"}, "names existing images"),
         ({"n": 0}, "n=0 scores no samples"),
