@@ -80,8 +80,8 @@ def table(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Returns the scores of each block, from the arrays of `measure` and of the losses and bounds.
 
     Returns:
-      For each block its number, `loss` and `kernel_distance` by context, `exposure_bias` (the loss with own
-      context minus that with another image's) and, if they are there, its `bits`.
+      For each block its number, its `bits` per dimension, `loss` and `kernel_distance` by context, and
+      `exposure_bias` (the loss with own context minus that with another image's).
     """
     rows = []
     for i in range(values["blocks_loss_image"].shape[1]):
@@ -89,23 +89,22 @@ def table(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         loss |= {name: values[f"blocks_loss_{name}"][:, i] for name in CONTEXTS[1:]}
         row: dict[str, Any] = {
             "block": i + 1,
+            "bits": score_summary.mean_score(values["blocks_bits"][:, i]),
             "loss": {name: score_summary.mean_score(x) for name, x in loss.items()},
             "exposure_bias": score_summary.mean_score(loss["own"] - loss["other"]),
             "kernel_distance": {
                 name: _kernel_distance(values[f"given_{name}"][:, i], values["real"][:, i]) for name in ("true", "own")
             },
         }
-        if "blocks_bits" in values:
-            row["bits"] = score_summary.mean_score(values["blocks_bits"][:, i])
         rows.append(row)
     return rows
 
 
 def text_table(rows: Iterable[dict[str, Any]]) -> str:
     """Returns the scores of `table` as a Markdown table."""
-    lines = ["| block | loss, true | other | own | exposure bias | KID, true | own |", "|" + "---|" * 7]
+    lines = ["| block | bits | loss, true | other | own | exposure bias | KID, true | own |", "|" + "---|" * 8]
     for row in rows:
-        cells = [*row["loss"].values(), row["exposure_bias"], *row["kernel_distance"].values()]
+        cells = [row["bits"], *row["loss"].values(), row["exposure_bias"], *row["kernel_distance"].values()]
         texts = [f"{x['value']:.3g} [{x['low']:.3g}, {x['high']:.3g}]" for x in cells]
         lines.append(f"| {' | '.join([str(row['block']), *texts])} |")
     return "\n".join(lines)

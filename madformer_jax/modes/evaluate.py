@@ -105,8 +105,11 @@ def check(c: ConfigDict) -> None:
         raise ConfigError(
             "config.evaluate.grid samples from checkpoints, and evaluate.images names existing images: set one."
         )
-    if not c.evaluate.n and not c.evaluate.held_out_n:
-        raise ConfigError("config.evaluate.n=0 scores no samples: set it, or config.evaluate.held_out_n.")
+    if not c.evaluate.n and (c.evaluate.grid or not c.evaluate.held_out_n):
+        raise ConfigError(
+            "config.evaluate.n=0 draws no samples: evaluate.grid and sweeps need some. Set it, or set "
+            "config.evaluate.held_out_n alone."
+        )
     for setting in sampling_grid.expand_configs(c):
         config_lib.validate(setting)
 

@@ -162,6 +162,7 @@ def _do_run(job: Job, run: Run) -> bool:
     """
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
+    held_out_scores.open_images(base)
     if not _is_trained(run.config, folder):
         if "stopped" in train.run(run.config.copy_and_resolve_references(), folder, grids=False):
             return False

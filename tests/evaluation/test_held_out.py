@@ -153,7 +153,8 @@ def test_evaluate_gives_held_out_scores_once_and_their_paired_differences(fresh,
         ({"held_out_n": 500}, "500 held-out images are too many: split 'test' has"),
         ({"held_out_n": 5, "split": "train"}, "is the split of training"),
         ({"held_out_n": 5, "images": "data:test"}, "names existing images"),
-        ({"n": 0}, "n=0 scores no samples"),
+        ({"n": 0}, "n=0 draws no samples"),
+        ({"n": 0, "held_out_n": 5, "grid": "steps=1,2"}, "grid and sweeps need some"),
     ],
 )
 def test_wrong_settings_end_before_work(fresh, workdir, changes, message):
