@@ -25,7 +25,7 @@ from madformer_jax.diffusion import parameterization, sampler, solvers
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.schedule import NoiseLevel
 from madformer_jax.evaluation import bootstrap, held_out_losses, score_summary, scores
-from madformer_jax.evaluation.held_out_images import HeldOutBatch, HeldOutImages, block_noise, image_keys, shard
+from madformer_jax.evaluation.held_out_images import SEED, HeldOutBatch, HeldOutImages, block_noise, image_keys, shard
 from madformer_jax.evaluation.teacher_forcing import TeacherForcing
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
@@ -111,13 +111,17 @@ def text_table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _kernel_distance(sampled: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Returns the unbiased squared kernel distance over all pairs, with an interval over sampled images."""
+    """Returns the unbiased squared kernel distance over all pairs, with an interval over both sets of images."""
     x, y = sampled.astype(np.float64), real.astype(np.float64)
     within = sum(
         (scores.kernel(a, a).sum() - scores.kernel_diagonal(a).sum()) / (len(a) * (len(a) - 1)) for a in (x, y)
     )
     value = float(within - 2 * scores.kernel(x, y).mean())
-    replicates = bootstrap.kernel_replicates(x, y, bootstrap.resample_counts(len(x)))
+    # To first order the deviations of both sets add up.
+    replicates = sum(
+        bootstrap.kernel_replicates(a, b, bootstrap.resample_counts(len(a), seed=seed))
+        for a, b, seed in ((x, y, SEED), (y, x, SEED + 1))
+    )
     return {"value": value, **bootstrap.interval(value, replicates)._asdict()}
 
 
