@@ -118,7 +118,7 @@ def _kernel_distance(sampled: np.ndarray, real: np.ndarray) -> dict[str, float]:
     )
     value = float(within - 2 * scores.kernel(x, y).mean())
     # To first order the deviations of both sets add up.
-    replicates = sum(
+    replicates: Any = sum(
         bootstrap.kernel_replicates(a, b, bootstrap.resample_counts(len(a), seed=seed))
         for a, b, seed in ((x, y, SEED), (y, x, SEED + 1))
     )
