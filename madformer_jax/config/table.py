@@ -339,7 +339,7 @@ SECTIONS: dict[str, Section] = {
             "", 'weights of the network; "": classifier.npz, attributes.npz or inception in the workdir', PATH | MACHINE),
         reference=Field("", 'reference statistics; "": reference.npz in the workdir', PATH | MACHINE),
         split=Field("test", "split of the reference statistics", RESUME),
-        n=Field(1000, "number of images to score", RESUME, low=1),
+        n=Field(1000, "number of images to score; 0: only the scores of held_out_n", RESUME, low=0),
         checkpoints=Field("newest", 'or "last:5", or steps: "1000,2000"', RESUME),
         grid=Field(
             "", 'settings of `sample`, every combination: "steps=5,20;guidance=1,2"', RESUME,
@@ -348,6 +348,9 @@ SECTIONS: dict[str, Section] = {
             "", 'score these images instead: "data:<split>", a .npz, a folder of .npz files or of images', PATH | RESUME,
             is_portable=lambda value: value.startswith(DATA_PREFIX)),
         degrade=Field("", 'degrade these images first, to test the scores: "noise:16", "blur:1.5"', RESUME),
+        held_out_n=Field(
+            0, "held-out images for losses and bits per dimension; 0: none, or evaluate.n with by_block", RESUME, low=0),
+        by_block=Field(False, "also the loss and the quality of each block, under true and own context", RESUME),
         training=Field(
             "", "reference statistics of the training images, to find samples that copy them", PATH | MACHINE),
     ),

@@ -12,7 +12,7 @@ the whole state of the iterator.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import grain
@@ -207,6 +207,29 @@ def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
     return DatasetInfo(
         len(source), source.classes, shape, source.kind, source.names, source.fingerprint, facts.get("weights", ""), scale
     )  # fmt: skip
+
+
+def open_records(config: ConfigDict) -> tuple[DatasetInfo, Callable[[np.ndarray], Batch]]:
+    """Opens the source for reading records by number, in the order of the source and without flips.
+
+    Args:
+      config: The whole config.
+
+    Returns:
+      The facts of the data, and a function that reads the batch of records with numbers (b,). A record
+      that cannot be read is replaced by the next readable one.
+
+    Raises:
+      ConfigError: The data do not fit the config (see `dataset_info`).
+    """
+    source = sources.open_source(config)
+    info, load = _source_info(config, source), _BatchLoader(source, config)
+
+    def read(records: np.ndarray) -> Batch:
+        batch = load(_without_flips(records.tolist()))
+        return {name: x for name, x in batch.items() if name != "skipped"}
+
+    return info, read
 
 
 def train_iterator(

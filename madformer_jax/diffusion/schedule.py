@@ -66,6 +66,10 @@ class Schedule(abc.ABC):
         """Draws the timesteps of noisy blocks in training."""
 
     @abc.abstractmethod
+    def training_quantiles(self, u: Float[np.ndarray, " *shape"]) -> Float[np.ndarray, " *shape"]:
+        """Returns the timesteps below which shares u of the training timesteps lie, 0 <= u < 1."""
+
+    @abc.abstractmethod
     def uniform_timesteps(self, key: Array, shape: tuple[int, ...], max_timestep: int) -> Real[Array, "..."]:
         """Draws timesteps uniformly from 0 to a largest one, for noise on the context."""
 
@@ -141,6 +145,9 @@ class DDPM(Schedule):
     def training_timesteps(self, key: Array, shape: tuple[int, ...]) -> Int[Array, "..."]:
         return self.uniform_timesteps(key, shape, MAX_TIMESTEP)
 
+    def training_quantiles(self, u: Float[np.ndarray, " *shape"]) -> Float[np.ndarray, " *shape"]:
+        return np.floor(NUM_TIMESTEPS * u)
+
     def uniform_timesteps(self, key: Array, shape: tuple[int, ...], max_timestep: int) -> Int[Array, "..."]:
         return jax.random.randint(key, shape, 0, max_timestep + 1, self.dtype)
 
@@ -177,6 +184,13 @@ class ContinuousSchedule(Schedule):
         """Draws timesteps: u is uniform or the sigmoid of a standard normal, then shifted."""
         logit_normal = self.time_sampling == "logit_normal"
         u = jax.nn.sigmoid(jax.random.normal(key, shape)) if logit_normal else jax.random.uniform(key, shape)
+        return MAX_TIMESTEP * self._shifted(u)
+
+    def training_quantiles(self, u: Float[np.ndarray, " *shape"]) -> Float[np.ndarray, " *shape"]:
+        if self.time_sampling == "logit_normal":
+            from scipy import special  # the import takes a second
+
+            u = special.expit(special.ndtri(u))
         return MAX_TIMESTEP * self._shifted(u)
 
     def uniform_timesteps(self, key: Array, shape: tuple[int, ...], max_timestep: int) -> Float[Array, "..."]:

@@ -66,7 +66,7 @@ def expand_configs(c: ConfigDict) -> list[ConfigDict]:
     settings = []
     for combination in itertools.product(*axes):
         setting = c.copy_and_resolve_references()
-        setting.sample.n = c.evaluate.n
+        setting.sample.n = c.evaluate.n or c.sample.n
         setting.sample.update(dict(combination))
         settings.append(setting)
     return settings

@@ -141,6 +141,12 @@ def ratio_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Score:
     return _with_interval(value, bootstrap.ratio_replicates(numerator, denominator, counts))
 
 
+def mean_score(values: np.ndarray) -> Score:
+    """Returns the mean of one value per image (n,), with an interval, the standard error and n."""
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    return {**ratio_of_sums(values, np.ones(len(values))), "standard_error": error, "n": len(values)}
+
+
 def _mean_score(values: np.ndarray) -> Score:
     """Returns the mean of one value from 0 to 1 per image (n,), with an interval inside [0, 1]."""
     score = _with_interval(

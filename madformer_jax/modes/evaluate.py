@@ -28,6 +28,7 @@ from madformer_jax.config import schema as config_lib
 from madformer_jax.cost import flops
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import (
+    held_out_scores,
     images,
     judge_paths,
     likelihood,
@@ -66,20 +67,28 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Scores the images or checkpoints that the config names, and prints a table.
 
     Returns:
-      `{"results": [...]}` with the content of each result file.
+      `{"results": [...]}` with the content of each result file, and with `evaluate.held_out_n` or
+      `by_block` also `"held_out"`, the same for the scores on held-out images.
 
     Raises:
       ConfigError: A setting, the reference, the images or a checkpoint is wrong or missing. The
         error comes before any sampling.
     """
     check(c)
+    held_out = held_out_scores.open_images(c)
+    results = []
     if c.evaluate.images:
         results = [_judge_images(c, workdir, open_judge(c, workdir, c.evaluate.n))]
-    else:
+    elif c.evaluate.n:
         results = _judge_checkpoints(c, workdir)
-    if jax.process_index() == 0:
+    if results and jax.process_index() == 0:
         print(score_summary.comparison_table([*results, *score_summary.mean_over_checkpoints(results)]))
-    return {"results": results}
+    if held_out is None:
+        return {"results": results}
+    held_out_results = held_out_scores.run(c, workdir, held_out)
+    if jax.process_index() == 0:
+        print(held_out_scores.text_table(held_out_results))
+    return {"results": results, "held_out": held_out_results}
 
 
 def check(c: ConfigDict) -> None:
@@ -95,6 +104,11 @@ def check(c: ConfigDict) -> None:
     if c.evaluate.grid and c.evaluate.images:
         raise ConfigError(
             "config.evaluate.grid samples from checkpoints, and evaluate.images names existing images: set one."
+        )
+    if not c.evaluate.n and (c.evaluate.grid or not c.evaluate.held_out_n):
+        raise ConfigError(
+            "config.evaluate.n=0 draws no samples: evaluate.grid and sweeps need some. Set it, or set "
+            "config.evaluate.held_out_n alone."
         )
     for setting in sampling_grid.expand_configs(c):
         config_lib.validate(setting)
@@ -125,6 +139,7 @@ def check_before_training(c: ConfigDict, workdir: str) -> None:
     for setting in _unique_prompt_configs(grid).values():
         prompts.tokenize(setting)
     likelihood.check(c)
+    held_out_scores.open_images(c)
 
 
 def _judge_images(c: ConfigDict, workdir: str, judge: Judge) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import judge, judge_paths, sampling_grid, score_summary
+from madformer_jax.evaluation import held_out_scores, judge, judge_paths, sampling_grid, score_summary
 from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
 from madformer_jax.sampling import generation, prompts, solving
@@ -185,11 +185,12 @@ def _do_run(job: Job, run: Run) -> bool:
     """
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
+    held_out_scores.open_images(base)
     if not _is_trained(run.config, folder):
         if not _train(job, run):
             return False
         _free_memory()
-    evaluations = _evaluate(job, run, base)
+    evaluations, held_out = _evaluate(job, run, base)
     rows = _grid_rows(job, evaluations) if run is job.first_seed_run(run) else []
     if rows:
         _write_sample_grid(job, run, [evaluations[i]["cost"]["solver_steps"] for i in rows])
@@ -197,7 +198,8 @@ def _do_run(job: Job, run: Run) -> bool:
         return True
     lines = [json.loads(line) for line in (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()]
     storage.write_json(os.path.join(folder, "seconds.json"), run_result.phase_seconds(lines, evaluations))
-    storage.write_json(os.path.join(folder, "result.json"), run_result.run_result(job, run, lines, evaluations, rows))
+    result = run_result.run_result(job, run, lines, evaluations, rows) | ({"held_out": held_out} if held_out else {})
+    storage.write_json(os.path.join(folder, "result.json"), result)
     _remove_checkpoints(run.config, folder)
     return True
 
@@ -257,17 +259,21 @@ def _solver_steps(job: Job, run: Run, evaluation: Evaluation) -> int:
     return budget.solver_steps(c, evaluation.kind, evaluation.amount, timing)
 
 
-def _evaluate(job: Job, run: Run, base: ConfigDict) -> list[dict[str, Any]]:
-    """Returns a result of --mode=evaluate for each evaluation, averaged over checkpoints."""
+def _evaluate(job: Job, run: Run, base: ConfigDict) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns a result of --mode=evaluate for each evaluation, and held-out scores; means over checkpoints."""
+    held_out: dict[str, Any] = {}
     by_settings: dict[Any, dict[str, Any]] = {}  # (index of the overrides, solver steps) -> result
     keys = [(job.definition.evaluations.index(e.overrides), _solver_steps(job, run, e)) for e in job.evaluations]
     for i, overrides in enumerate(job.definition.evaluations):
         steps = sorted({steps for j, steps in keys if j == i})
         folder = sweep_folder.run_folder(job.workdir, run)
-        results = evaluate.run(_evaluation_config(base, overrides, steps), folder)["results"]
+        outcome = evaluate.run(_evaluation_config(base, overrides, steps), folder)
+        results = outcome["results"]
+        if "held_out" in outcome and not held_out:  # those of the first overrides
+            held_out = held_out_scores.mean_over_checkpoints(outcome["held_out"])
         means = score_summary.mean_over_checkpoints(results) or results
         by_settings |= zip(((i, n) for n in steps), means, strict=True)
-    return [by_settings[key] for key in keys]
+    return [by_settings[key] for key in keys], held_out
 
 
 def _evaluation_config(c: ConfigDict, overrides: sweep_file.Overrides, steps: Sequence[int]) -> ConfigDict:

@@ -59,6 +59,7 @@ def answers(results: Results) -> list[Answer]:
 def endpoint_label(name: str) -> str:
     """Returns the name of an endpoint in text."""
     labels = {"loss_image": "training image loss", "held_out_loss_image": "held-out image loss"}
+    labels |= {"bits_per_dimension": "bits per dimension"}
     return labels.get(name, name)
 
 

@@ -167,13 +167,17 @@ def training_losses(run: Mapping[str, Any]) -> dict[str, float]:
     """Returns the losses of a run: name -> mean over the last quarter of the training steps.
 
     The curve of a result has a mean for each window of steps. A held-out loss, if the run measured it,
-    has the prefix "held_out_".
+    has the prefix "held_out_". Scores on held-out images, such as bits per dimension, keep their names.
     """
     curve = run["training"]["curve"]
     rows = [row for row in curve if row["step"] > 0.75 * curve[-1]["step"]]
     names = [name for name in rows[-1] if name.startswith("loss")]
     means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
-    return means | {f"held_out_{name}": value for name, value in run["training"].get("held_out", {}).items()}
+    return (
+        means
+        | {f"held_out_{name}": value for name, value in run["training"].get("held_out", {}).items()}
+        | {name: score["value"] for name, score in run.get("held_out", {}).items()}
+    )
 
 
 def losses(results: Results, group: ProtocolGroup, name: str) -> dict[Setting, dict[int, float]]:
@@ -195,9 +199,14 @@ def comparable_losses(group: ProtocolGroup, pair: tuple[Setting, Setting]) -> bo
 
 
 def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Difference]:
-    """Returns the differences of a loss for all contrasts with a common target, under Holm's procedure."""
+    """Returns the differences of a loss for all contrasts with a common target, under Holm's procedure.
+
+    Bits per dimension measure the same target for all settings.
+    """
     found = losses(results, group, name)
-    pairs = [p for p in contrasts(group) if comparable_losses(group, p) and all(s in found for s in p)]
+    has_target = "loss" in name
+    pairs = [p for p in contrasts(group) if all(s in found for s in p)]
+    pairs = [p for p in pairs if not has_target or comparable_losses(group, p)]
     samples = [(pair, paired(found[pair[0]], found[pair[1]])) for pair in pairs]
     samples = [(pair, values) for pair, values in samples if values]
     return [Difference(*pair, x) for (pair, _), x in zip(samples, intervals.holm([values for _, values in samples]))]

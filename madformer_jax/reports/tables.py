@@ -228,7 +228,8 @@ def _bold_clear(rows: Sequence[Sequence[Cell]]) -> tuple[tuple[tuple[Cell, ...],
 def loss_tables(results: Results, group: ProtocolGroup) -> list[Table]:
     """Returns the image loss of each setting with its differences, held out and of training, and by quarter."""
     tables = []
-    for name, title in (("held_out_loss_image", "Held-out image loss"), ("loss_image", "Image loss of training")):
+    held_out = ("bits_per_dimension", "Bits per dimension"), ("held_out_loss_image", "Held-out image loss")
+    for name, title in (*held_out, ("loss_image", "Image loss of training")):
         differences = comparisons.of_losses(results, group, name)
         if differences:
             found = comparisons.losses(results, group, name)

@@ -36,8 +36,9 @@ class Protocol(NamedTuple):
     """The endpoints and claims of a sweep.
 
     Attributes:
-      primary: The endpoint of the claims: the first word of a score ("KID") or a loss ("loss_image",
-        "held_out_loss_image").
+      primary: The endpoint of the claims: the first word of a score ("KID"), a loss ("loss_image",
+        "held_out_loss_image", "held_out_loss_q1") or "bits_per_dimension". The last two and other
+        scores on held-out images need `evaluate.held_out_n`.
       secondary: The endpoint that is reported beside it.
       claims: The statements. Their intervals hold together, so that each further claim widens all.
       refuted_if: What would refute the claims, in words.
@@ -99,7 +100,7 @@ def check(protocol: Protocol) -> None:
     if not protocol.claims:
         raise ConfigError("the sweep's protocol has no claims: state one, or leave the protocol out.")
     for claim in protocol.claims:
-        is_loss = "loss" in protocol.primary
+        is_loss = "loss" in protocol.primary or protocol.primary.startswith("bits_per_dimension")
         if (claim.at is None) != is_loss:
             need = "no budget: remove `at`" if is_loss else "a sampling budget: set `at`"
             raise ConfigError(f"claim {claim.text!r}: the endpoint {protocol.primary} needs {need}.")

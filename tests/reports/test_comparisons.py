@@ -113,3 +113,7 @@ def test_losses_are_means_over_the_last_quarter_of_the_steps():
     curve = [{"step": step, "loss_image": step / 100} for step in (200, 400, 600, 700, 800)]
     run = {"training": {"curve": curve, "held_out": {"loss_image": 0.5}}}
     assert comparisons.training_losses(run) == {"loss_image": 7.5, "held_out_loss_image": 0.5}
+    scores = {"held_out": {"held_out_loss_image": {"value": 0.4}, "bits_per_dimension": {"value": 3.0}}}
+    assert comparisons.training_losses(run | scores) == {
+        "loss_image": 7.5, "held_out_loss_image": 0.4, "bits_per_dimension": 3.0
+    }  # fmt: skip

@@ -73,7 +73,7 @@ class Stage:
                 {"scores": scores, "cost": {"solver_steps": n} | cost, "protocol": {"images": {"steps": n}}}
                 for n in steps
             ]
-        }
+        } | ({"held_out": [{"scores": {"bits_per_dimension": {"value": 3.0}}}]} if c.evaluate.held_out_n else {})
 
     def reference(self, c, folder):
         self.on_the_way("reference")
@@ -285,6 +285,13 @@ def test_a_dry_run_begins_with_the_protocol(c, stage, tmp_path, capsys, monkeypa
         "claim 1: a wide model is better (model.width = 24 against model.width = 16; best step count within 4 steps)",
     ]  # fmt: skip
     assert "refuted if: the interval lies below 0" in lines
+
+
+def test_scores_on_held_out_images_are_part_of_the_result(c, stage, tmp_path):
+    c.evaluate.held_out_n = 10
+    mode.run(c, str(tmp_path), file=File(TWO))
+    for content in results(tmp_path).values():
+        assert json.loads(content)["held_out"] == {"bits_per_dimension": {"value": 3.0}}
 
 
 def test_a_held_out_loss_is_part_of_the_result():

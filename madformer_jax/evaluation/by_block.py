@@ -1,0 +1,192 @@
+"""Loss and quality of each block under true context and under the model's own (exposure bias).
+
+Three contexts are compared. "true" are the blocks before a block in the same held-out image. "other" are the
+blocks of another held-out image of the same label. "own" are blocks that the model sampled with that label.
+For the loss of a true block, "own" and "other" both lack the image's own past, so their difference is the
+exposure bias: it is 0 if the model's blocks are like real ones.
+
+For the quality, each block is sampled under the true and under the own context, and compared with the true
+blocks at this position by the kernel distance of KID on the values of the block. It is unbiased, so 0 is
+the floor. Sampling uses the solver of `config.sample` without guidance.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from ml_collections import ConfigDict
+
+from madformer_jax.config.shapes import derive_sizes
+from madformer_jax.data.text import TokenizedTexts
+from madformer_jax.diffusion import parameterization, sampler, solvers
+from madformer_jax.diffusion import schedule as schedules
+from madformer_jax.diffusion.schedule import NoiseLevel
+from madformer_jax.evaluation import bootstrap, held_out_losses, score_summary, scores
+from madformer_jax.evaluation.held_out_images import SEED, HeldOutBatch, HeldOutImages, block_noise, image_keys, shard
+from madformer_jax.evaluation.teacher_forcing import TeacherForcing
+from madformer_jax.models.madformer import MADFormer
+from madformer_jax.runtime import partitioning
+from madformer_jax.sampling import codec, generation
+from madformer_jax.sampling.opening import TrainedModel
+
+CONTEXTS = ("true", "other", "own")
+_NOISE_DRAW, _SOLVER_STREAM = 500, (1 << 31) + 1
+
+
+def measure(
+    c: ConfigDict, trained: TrainedModel, codec_params: Any, images: HeldOutImages, forward: TeacherForcing
+) -> dict[str, np.ndarray]:
+    """Measures the loss of each block under the three contexts, and samples blocks.
+
+    Returns:
+      `blocks_loss_other` and `blocks_loss_own` (n, L); the blocks `real`, `given_true` and `given_own`
+      (n, L, values), of which the last two are sampled.
+    """
+    c = c.copy_and_resolve_references()
+    c.sample.guidance, c.sample.noise, c.sample.n = 1.0, "", images.n
+    batches = list(images.batches(trained, codec_params))
+    real = _join(batches, [partitioning.to_host(batch.z, trained.mesh) for batch in batches])
+    labels = _join(batches, [batch.labels for batch in batches])
+    own = _sample_own(c, trained, codec_params, batches, labels)
+    contexts = {"other": real[other_of_label(labels)], "own": own}
+    sample_given = _sampler_given_context(c, trained)
+    losses: dict[str, list[np.ndarray]] = {name: [] for name in contexts}
+    given_true = []
+    for batch in batches:
+        for name, blocks in contexts.items():
+            context = shard({"z": blocks[batch.numbers]}, trained.mesh)["z"]
+            losses[name].append(held_out_losses.measure_batch(forward, batch, ("image",), context)["blocks_loss_image"])
+        sampled = sample_given(trained.params, batch.z, batch.device_numbers, batch.tokens, batch.lengths)
+        given_true.append(np.asarray(sampled)[: batch.rows])
+    flat = {"real": real, "given_true": np.concatenate(given_true), "given_own": own}
+    return {f"blocks_loss_{name}": np.concatenate(rows) for name, rows in losses.items()} | {
+        name: blocks.reshape(*blocks.shape[:2], -1) for name, blocks in flat.items()
+    }
+
+
+def other_of_label(labels: np.ndarray) -> np.ndarray:
+    """Returns for each image (n,) the next image of the same label, in a cycle."""
+    out = np.arange(len(labels))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        out[members] = np.roll(members, -1)
+    return out
+
+
+def table(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Returns the scores of each block, from the arrays of `measure` and of the losses and bounds.
+
+    Returns:
+      For each block its number, its `bits` per dimension, `loss` and `kernel_distance` by context, and
+      `exposure_bias` (the loss with own context minus that with another image's).
+    """
+    rows = []
+    for i in range(values["blocks_loss_image"].shape[1]):
+        loss = {"true": values["blocks_loss_image"][:, i]}
+        loss |= {name: values[f"blocks_loss_{name}"][:, i] for name in CONTEXTS[1:]}
+        row: dict[str, Any] = {
+            "block": i + 1,
+            "bits": score_summary.mean_score(values["blocks_bits"][:, i]),
+            "loss": {name: score_summary.mean_score(x) for name, x in loss.items()},
+            "exposure_bias": score_summary.mean_score(loss["own"] - loss["other"]),
+            "kernel_distance": {
+                name: _kernel_distance(values[f"given_{name}"][:, i], values["real"][:, i]) for name in ("true", "own")
+            },
+        }
+        rows.append(row)
+    return rows
+
+
+def text_table(rows: Iterable[dict[str, Any]]) -> str:
+    """Returns the scores of `table` as a Markdown table."""
+    lines = ["| block | bits | loss, true | other | own | exposure bias | KID, true | own |", "|" + "---|" * 8]
+    for row in rows:
+        cells = [row["bits"], *row["loss"].values(), row["exposure_bias"], *row["kernel_distance"].values()]
+        texts = [f"{x['value']:.3g} [{x['low']:.3g}, {x['high']:.3g}]" for x in cells]
+        lines.append(f"| {' | '.join([str(row['block']), *texts])} |")
+    return "\n".join(lines)
+
+
+def _kernel_distance(sampled: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Returns the unbiased squared kernel distance over all pairs, with an interval over both sets of images."""
+    x, y = sampled.astype(np.float64), real.astype(np.float64)
+    within = sum(
+        (scores.kernel(a, a).sum() - scores.kernel_diagonal(a).sum()) / (len(a) * (len(a) - 1)) for a in (x, y)
+    )
+    value = float(within - 2 * scores.kernel(x, y).mean())
+    # To first order the deviations of both sets add up.
+    replicates: Any = sum(
+        bootstrap.kernel_replicates(a, b, bootstrap.resample_counts(len(a), seed=seed))
+        for a, b, seed in ((x, y, SEED), (y, x, SEED + 1))
+    )
+    return {"value": value, **bootstrap.interval(value, replicates)._asdict()}
+
+
+def _join(batches: list[HeldOutBatch], arrays: list[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(x)[: batch.rows] for batch, x in zip(batches, arrays, strict=True)])
+
+
+def _sample_own(
+    c: ConfigDict, trained: TrainedModel, codec_params: Any, batches: list[HeldOutBatch], labels: np.ndarray
+) -> np.ndarray:
+    """Samples an image with the label or caption of each held-out image; returns blocks (n, L, positions, C)."""
+    texts = None
+    if batches[0].lengths is not None:
+        texts = TokenizedTexts(*(_join(batches, [getattr(b, name) for b in batches]) for name in ("tokens", "lengths")))
+    conditions = generation.SampleConditions(labels.astype(np.int32), None, texts)
+    sample_fn = generation.make_sample_fn(c, trained.network, trained.codec.decode)
+    drawn = generation.batches(
+        c, sample_fn, trained.params, codec_params, trained.mesh, range(len(labels)), conditions=conditions
+    )
+    sizes = derive_sizes(c)
+    return np.concatenate([codec.to_blocks(batch.latents, sizes) for batch in drawn])
+
+
+def _sampler_given_context(c: ConfigDict, trained: TrainedModel) -> Any:
+    """Returns a function that samples every block of images given the true blocks before it.
+
+    All blocks take the solver's steps together, in the forward pass of training.
+    """
+    sizes, path = derive_sizes(c), schedules.make(**c.diffusion)
+    solver, clip_x0, model = solvers.make(c.sample.solver), c.sample.clip_x0, trained.network
+    coefficients = solver.coefficients(path, c.sample.spacing, c.sample.steps)
+    clean_timestep = sampler.clean_timestep(model, coefficients)
+
+    def draw(params: Any, z: Array, numbers: Array, tokens: Array | None, lengths: Array | None) -> Array:
+        def evaluate(state: solvers.SolverState, row: solvers.Coefficients) -> tuple[solvers.SolverState, None]:
+            def denoise(x: Array, level: NoiseLevel) -> tuple[Array, None]:
+                t = jnp.full(x.shape[:2], level.t)
+                clean_t = jnp.full(x.shape[:2], clean_timestep, t.dtype)
+                return _clean_estimate(model, params, z, x, level, t, clean_t, tokens, lengths, clip_x0), None
+
+            def normal() -> Array:
+                keys = jax.vmap(lambda key: jax.random.fold_in(key, row.index))(image_keys(numbers, _SOLVER_STREAM))
+                return generation.keyed_noise(keys, sizes.block_shape)
+
+            return solver.step(denoise, state, row, normal)[0], None
+
+        state = solver.init(block_noise(numbers, _NOISE_DRAW, sizes))
+        return jax.lax.scan(evaluate, state, jax.tree.map(jnp.asarray, coefficients))[0].x
+
+    return jax.jit(draw, out_shardings=partitioning.replicated(trained.mesh))
+
+
+def _clean_estimate(
+    model: MADFormer,
+    params: Any,
+    z: Array,
+    x: Array,
+    level: NoiseLevel,
+    t: Array,
+    clean_t: Array,
+    tokens: Array | None,
+    lengths: Array | None,
+    clip_x0: float,
+) -> Any:
+    outputs = model.apply({"params": params}, z, x, t, tokens, lengths, clean_t=clean_t, terms=("image",))
+    output = outputs.image.astype(jnp.float32)
+    x0: Any = parameterization.clean_estimate(model.config.prediction_type, output, x, level)
+    return jnp.clip(x0, -clip_x0, clip_x0) if clip_x0 else x0

@@ -1,0 +1,202 @@
+"""Scores of trained models on held-out images: losses, bits per dimension, and both by block.
+
+    python -m madformer_jax.main --workdir=DIR --mode=evaluate --config.evaluate.held_out_n=1000
+
+`modes.evaluate` calls `run`. The scores need no samples and no reference, except those by block. Each
+checkpoint has a file workdir/evaluations/held_out/<hash of its protocol>.json with the scores, and beside it
+a .npz with the value of each image. All models see the same images and noise, so the differences of
+two models are paired (`paired_differences`).
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from madformer_jax.config import seeds
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import bits_per_dimension, by_block, held_out_losses, sampling_grid, score_summary, shards
+from madformer_jax.evaluation.held_out_images import HeldOutImages
+from madformer_jax.evaluation.teacher_forcing import TeacherForcing
+from madformer_jax.runtime import checkpoint, partitioning, progress, storage
+from madformer_jax.sampling import codec, solving
+from madformer_jax.sampling.opening import TrainedModel
+from madformer_jax.weights.fingerprint import fingerprint
+
+BITS = "bits_per_dimension"
+
+
+def open_images(c: ConfigDict) -> HeldOutImages | None:
+    """Opens the held-out images; None if neither `evaluate.held_out_n` nor `evaluate.by_block` asks for them.
+
+    Raises:
+      ConfigError: See `HeldOutImages`, or `evaluate.images` names existing images.
+    """
+    n = c.evaluate.held_out_n or (c.evaluate.n if c.evaluate.by_block else 0)
+    if not n:
+        return None
+    if c.evaluate.images:
+        raise ConfigError(
+            "config.evaluate.held_out_n and by_block score a model, and evaluate.images names existing images: set one."
+        )
+    return HeldOutImages(c, n)
+
+
+def run(c: ConfigDict, workdir: str, images: HeldOutImages) -> list[dict[str, Any]]:
+    """Returns the result of each checkpoint and each kind of weights of the grid, computed or read.
+
+    Raises:
+      ConfigError: A checkpoint is missing or does not fit, or a value is not finite.
+    """
+    checkpoint.require(workdir)
+    checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
+    steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoint.complete_steps(workdir))
+    # The scores by block sample with the first setting of each kind of weights.
+    by_weights = {(x.sample.weights, x.sample.ema): x for x in reversed(sampling_grid.expand_configs(c))}
+    return [
+        _load_or_measure(setting, workdir, images, step)
+        for step, (_, setting) in itertools.product(steps, sorted(by_weights.items(), key=lambda item: item[0]))
+    ]
+
+
+def _load_or_measure(c: ConfigDict, workdir: str, images: HeldOutImages, step: int) -> dict[str, Any]:
+    trained = TrainedModel.open(c, workdir, step, check_memory_for="evaluation")
+    with partitioning.scope(trained.mesh):
+        codec_params = trained.load_codec_params()
+        protocol = _protocol(c, trained, codec_params, images)
+        key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+        path = os.path.join(workdir, "evaluations", "held_out", f"{key}.json")
+        stored = shards.read_json(path)
+        if stored is not None:
+            logging.info("%s exists already", path)
+            return stored
+        with progress.log_while(f"scores of {images.n} held-out images"):
+            values = _measure(c, trained, codec_params, images)
+    _check_finite(values, step)
+    result: dict[str, Any] = {"protocol": protocol, "scores": summarize(values)}
+    if c.evaluate.by_block:
+        result["blocks"] = by_block.table(values)
+    if jax.process_index() == 0:
+        per_image = {name: x for name, x in values.items() if x.ndim < 3}  # without the sampled blocks
+        storage.write(values_path(path), lambda file: np.savez(file, **per_image))  # type: ignore[arg-type]
+        storage.write_json(path, result)
+        logging.info("wrote %s", path)
+    return result
+
+
+def _measure(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: HeldOutImages) -> dict[str, np.ndarray]:
+    forward = TeacherForcing(c, trained.network, trained.params, trained.mesh)
+    values = held_out_losses.measure(c, forward, images.batches(trained, codec_params))
+    values |= bits_per_dimension.measure(forward, lambda n: images.batches(trained, codec_params, n))
+    if c.evaluate.by_block:
+        values |= by_block.measure(c, trained, codec_params, images, forward)
+    return values
+
+
+def _protocol(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: HeldOutImages) -> dict[str, Any]:
+    protocol: dict[str, Any] = {
+        "images": images.protocol,
+        "space": "8-bit pixels" if c.codec.name == "pixel" else "latents, scaled as the model reads them (a density)",
+        "bound": {**bits_per_dimension.SETTINGS, "clip_x0": c.sample.clip_x0},
+        "loss": c.loss.to_dict(),
+        "step": trained.step,
+        "weights": c.sample.weights,
+        "ema": c.sample.ema,
+        "fingerprint": fingerprint(trained.params, trained.mesh),
+        "blocks": c.model.blocks,
+        "prediction_type": c.model.prediction_type,
+        **solving.path_protocol(c),
+    }
+    if codec_params:
+        protocol["codec"] = codec.describe(c, fingerprint(codec_params, trained.mesh))
+    if c.evaluate.by_block:
+        protocol["by_block"] = {name: c.sample[name] for name in ("solver", "spacing", "steps")} | {
+            "seed": seeds.of(c, "sample")
+        }
+    return protocol
+
+
+def summarize(values: Mapping[str, np.ndarray]) -> dict[str, score_summary.Score]:
+    """Returns the scores of per-image values: bits per dimension, and losses with the prefix "held_out_".
+
+    A score has its mean as `value`, a 95 % bootstrap interval over images, the standard error and n.
+    """
+    scores = {}
+    for name, x in values.items():
+        if name.startswith((BITS, "loss_")):
+            scores[name if name.startswith(BITS) else f"held_out_{name}"] = score_summary.mean_score(x)
+    return scores
+
+
+def _check_finite(values: Mapping[str, np.ndarray], step: int) -> None:
+    for name, x in values.items():
+        if not np.isfinite(x).all():
+            number = int(np.argwhere(~np.isfinite(x))[0][0])
+            raise ConfigError(
+                f"{name} of held-out image {number} is not finite at step {step}: the weights may have diverged. Try an "
+                "earlier checkpoint with config.evaluate.checkpoints."
+            )
+
+
+def values_path(path: str) -> str:
+    """Returns the path of the values of each image that belong to a result file."""
+    return os.path.splitext(path)[0] + ".npz"
+
+
+def paired_differences(path: str, baseline: str) -> dict[str, score_summary.Score]:
+    """Computes the differences of two models, image by image.
+
+    Args:
+      path: Result file of a model, evaluations/held_out/<hash>.json.
+      baseline: Result file of the model that is subtracted.
+
+    Returns:
+      The mean difference of each score that both have, with a 95 % interval over images.
+
+    Raises:
+      ConfigError: The files do not exist, or their images, noise or spaces differ.
+    """
+    results, arrays = [], []
+    for file in (path, baseline):
+        result = storage.read_json(file)
+        if result is None:
+            raise ConfigError(f"{file} does not exist: make it with --mode=evaluate and config.evaluate.held_out_n.")
+        results.append(result)
+        with np.load(epath.Path(values_path(file)).open("rb"), allow_pickle=False) as values:
+            arrays.append({name: values[name] for name in values.files})
+    for field in ("images", "space"):
+        a, b = (result["protocol"][field] for result in results)
+        if a != b:
+            raise ConfigError(f"held-out scores of different {field} are not paired: {a!r} against {b!r}.")
+    return summarize({name: x - arrays[1][name] for name, x in arrays[0].items() if name in arrays[1] and x.ndim == 1})
+
+
+def text_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Returns Markdown tables: the scores of each result, and those by block."""
+    names = list(dict.fromkeys(name for result in results for name in result["scores"]))
+    labels = [f"{r['protocol']['step']}, {r['protocol']['weights']}" for r in results]
+    lines = [["held out", *labels], ["---"] * (1 + len(results))]
+    for name in names:
+        scores = [result["scores"].get(name) for result in results]
+        lines.append(
+            [name, *("" if x is None else f"{x['value']:.4g} [{x['low']:.4g}, {x['high']:.4g}]" for x in scores)]
+        )
+    tables = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    tables += [by_block.text_table(result["blocks"]) for result in results if "blocks" in result]
+    return "\n\n".join(tables)
+
+
+def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> dict[str, score_summary.Score]:
+    """Returns the scores of a run for its result: of one checkpoint, or means over several with their ranges."""
+    if len(results) == 1:
+        return dict(results[0]["scores"])
+    values = {name: [result["scores"][name]["value"] for result in results] for name in results[0]["scores"]}
+    return {name: {"value": float(np.mean(x)), "low": min(x), "high": max(x)} for name, x in values.items()}

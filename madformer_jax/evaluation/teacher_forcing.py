@@ -1,0 +1,155 @@
+"""Errors of a model on held-out images, block by block, in one forward pass of training.
+
+Each block is predicted from the blocks before it, which are the true ones unless another context is given.
+`held_out_losses`, `bits_per_dimension` and `by_block` weight and average the errors.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.scipy.special import log_ndtr
+from ml_collections import ConfigDict
+
+from madformer_jax.config.shapes import derive_sizes
+from madformer_jax.diffusion import parameterization
+from madformer_jax.diffusion import schedule as schedules
+from madformer_jax.diffusion.schedule import NoiseLevel
+from madformer_jax.evaluation.held_out_images import HeldOutBatch, block_noise, shard
+from madformer_jax.models.madformer import MADFormer
+from madformer_jax.runtime import partitioning
+
+_HALF_BIN = 1 / 255  # half the distance of two values of an 8-bit pixel in [-1, 1]
+
+
+class Levels(NamedTuple):
+    """Timestep and noise level of each block, NumPy float64 (B, L)."""
+
+    t: Any
+    alpha: Any
+    sigma: Any
+
+
+class BlockErrors(NamedTuple):
+    """Errors of each block, NumPy float64 (rows, L); None for terms that were not requested."""
+
+    image: Any  # image term of the training loss: mean over the block, weighted by `loss.weighting`
+    hidden: Any
+    clean: Any
+    squared: Any  # squared error of the clean estimate, summed over the block
+    decoder: Any  # nats of the clean block given its noisy block, see `decoder_nats`
+
+
+class TeacherForcing:
+    """A model that predicts each block from the blocks before it.
+
+    The clean estimate is that of the sampler: with `sample.clip_x0`, and without guidance.
+    """
+
+    def __init__(self, c: ConfigDict, model: MADFormer, params: Any, mesh: jax.sharding.Mesh):
+        self.sizes, self.schedule, self.mesh = derive_sizes(c), schedules.make(**c.diffusion), mesh
+        self.discrete = c.codec.name == "pixel"  # whether the latents are 8-bit pixels
+        self._params = params
+        self._program = jax.jit(
+            functools.partial(
+                _block_errors,
+                model=model,
+                schedule=self.schedule,
+                sizes=self.sizes,
+                weighting=c.loss.weighting,
+                clip_x0=c.sample.clip_x0,
+                discrete=self.discrete,
+            ),
+            static_argnames=("terms", "clean_blocks"),
+            out_shardings=partitioning.replicated(mesh),
+        )
+
+    def errors(
+        self,
+        batch: HeldOutBatch,
+        draw: int,
+        levels: Levels,
+        *,
+        terms: tuple[str, ...] = ("image",),
+        context: Array | None = None,
+        clean_blocks: bool = False,
+    ) -> BlockErrors:
+        """Evaluates the model once on all blocks of a batch.
+
+        Args:
+          batch: The images.
+          draw: Number of the draw of noise.
+          levels: Noise level of each block.
+          terms: Terms of the loss to compute, with "image".
+          context: Blocks (B, L, positions, C) that later blocks read; by default those of the batch.
+          clean_blocks: Whether the context has timestep 0, also if `clean_timestep` is "noisy".
+        """
+        arrays = shard({name: x.astype(np.float32) for name, x in levels._asdict().items()}, self.mesh)
+        outputs = self._program(
+            self._params, batch.z if context is None else context, batch.z, batch.device_numbers, np.uint32(draw), arrays,
+            batch.tokens, batch.lengths, terms=terms, clean_blocks=clean_blocks,
+        )  # fmt: skip
+        return jax.tree.map(lambda x: np.asarray(x, np.float64)[: batch.rows], outputs)
+
+
+def decoder_nats(x: Array, mean: Array, deviation: Array, discrete: bool) -> Array:
+    """Returns -log p(x) of a Gaussian, elementwise.
+
+    Args:
+      x: Values. If `discrete`, 8-bit pixels in [-1, 1].
+      mean: Mean.
+      deviation: Standard deviation.
+      discrete: If True, p is the probability of the pixel's bin, and the outer bins are unbounded (Ho et
+        al., arXiv 2006.11239, equation 13). Otherwise p is the density.
+    """
+    if not discrete:
+        return 0.5 * ((x - mean) / deviation) ** 2 + jnp.log(deviation) + 0.5 * np.log(2 * np.pi)
+    lower = jnp.where(x < -1 + _HALF_BIN, -jnp.inf, (x - _HALF_BIN - mean) / deviation)
+    upper = jnp.where(x > 1 - _HALF_BIN, jnp.inf, (x + _HALF_BIN - mean) / deviation)
+    # In the lower tail differences of the distribution function keep their digits.
+    flip = x > mean
+    lower, upper = jnp.where(flip, -upper, lower), jnp.where(flip, -lower, upper)
+    return -log_ndtr(upper) - jnp.log1p(-jnp.exp(log_ndtr(lower) - log_ndtr(upper)))
+
+
+def _block_errors(
+    params: Any,
+    context: Array,
+    z: Array,
+    numbers: Array,
+    draw: Array,
+    levels: dict[str, Array],
+    tokens: Array | None,
+    lengths: Array | None,
+    *,
+    terms: tuple[str, ...],
+    clean_blocks: bool,
+    model: MADFormer,
+    schedule: schedules.Schedule,
+    sizes: Any,
+    weighting: str,
+    clip_x0: float,
+    discrete: bool,
+) -> BlockErrors:
+    t, prediction_type = levels["t"], model.config.prediction_type
+    alpha, sigma = (levels[name][..., None, None] for name in ("alpha", "sigma"))
+    level = NoiseLevel(t[..., None, None], alpha, sigma, *schedule.velocity(alpha, sigma))
+    noise = block_noise(numbers, draw, sizes)
+    noisy = alpha * z + sigma * noise
+    clean_t = jnp.zeros_like(t) if clean_blocks else None
+    outputs = model.apply({"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=terms)
+    output = outputs.image.astype(jnp.float32)
+    scale = parameterization.loss_weight(prediction_type, weighting, level)
+    error = (output - parameterization.target(prediction_type, z, noise, level)) ** 2
+    x0: Any = parameterization.clean_estimate(prediction_type, output, noisy, level)
+    x0 = jnp.clip(x0, -clip_x0, clip_x0) if clip_x0 else x0
+    return BlockErrors(
+        image=jnp.mean(error if scale is None else scale * error, axis=(2, 3)),
+        hidden=None if outputs.hidden is None else jnp.mean((outputs.hidden - z) ** 2, axis=(2, 3)),
+        clean=None if outputs.clean is None else jnp.mean((outputs.clean - z) ** 2, axis=(2, 3)),
+        squared=jnp.sum((x0 - z) ** 2, axis=(2, 3)),
+        decoder=jnp.sum(decoder_nats(z, x0, sigma / alpha, discrete), axis=(2, 3)),
+    )

@@ -1,0 +1,163 @@
+"""Losses on held-out images, scores by block, and --mode=evaluate with `held_out_n`."""
+
+import functools
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from madformer_jax.diffusion import losses, parameterization, sampler
+from madformer_jax.diffusion import schedule as schedules
+from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import by_block, held_out_losses, held_out_scores
+from madformer_jax.evaluation.held_out_images import HeldOutBatch, block_noise
+from madformer_jax.evaluation.teacher_forcing import Levels, TeacherForcing
+from madformer_jax.models import madformer
+from madformer_jax.modes import evaluate
+from madformer_jax.runtime import partitioning
+from madformer_jax.sampling import codec
+from tests.modes import judged
+from tests.small import random_params, small_config
+
+data, workdir, fresh = judged.data, judged.workdir, judged.fresh
+
+
+@pytest.fixture(autouse=True)
+def _one_device(one_device):
+    pass
+
+
+@pytest.fixture(scope="module")
+def small():
+    c = small_config(classes=5, depth=2, diffusion_depth=1, unet_channels=(4,), unet_attention=(False,))
+    c.loss.clean, c.loss.weighting = 0.1, "v"
+    model = madformer.build(c)
+    mesh = partitioning.make_mesh(1, 1, 1, jax.devices()[:1])
+    return c, model, random_params(model), mesh
+
+
+def batch_of(sizes, n, tokens):
+    numbers = np.arange(n, dtype=np.int32)
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(n, *sizes.block_shape)), jnp.float32)
+    return HeldOutBatch(n, numbers, jnp.asarray(numbers), z, jnp.asarray(tokens), None, np.zeros(n))
+
+
+def test_errors_are_the_terms_of_the_training_loss(small):
+    c, model, params, mesh = small
+    forward = TeacherForcing(c, model, params, mesh)
+    batch = batch_of(forward.sizes, 2, [[1], [3]])
+    t = np.array([[10, 300, 600, 990], [999, 0, 500, 20]])
+    with partitioning.scope(mesh):
+        errors = forward.errors(
+            batch, 5, Levels(t, *schedules.DEFAULT.alpha_sigma(t)), terms=("image", "hidden", "clean")
+        )
+        noise = block_noise(batch.device_numbers, 5, forward.sizes)
+        level = schedules.DEFAULT.level(jnp.asarray(t)[..., None, None])
+        noisy = schedules.DEFAULT.add_noise(batch.z, noise, jnp.asarray(t))
+        apply = jax.jit(functools.partial(model.apply, terms=("image", "hidden", "clean")))
+        outputs = apply({"params": params}, batch.z, noisy, jnp.asarray(t), batch.tokens)
+    target = parameterization.target(model.config.prediction_type, batch.z, noise, level)
+    terms = losses.unweighted_terms(outputs, batch.z, target, None)
+    scale = parameterization.loss_weight(model.config.prediction_type, "v", level)
+    assert errors.image.mean() == pytest.approx(float(jnp.mean(scale * (outputs.image - target) ** 2)), rel=1e-4)
+    assert errors.hidden.mean() == pytest.approx(float(terms["hidden"]), rel=1e-4)
+    assert errors.clean[:, :-1].mean() == pytest.approx(float(terms["clean"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("diffusion", [("ddpm", "uniform", 1.0), ("flow", "logit_normal", 3.0)])
+def test_timesteps_cover_the_quarters_and_follow_the_training(diffusion):
+    schedule, numbers = schedules.make(*diffusion), np.arange(400)
+    t = np.stack([held_out_losses.timesteps(schedule, numbers, 4, draw).t for draw in range(4)])
+    assert (np.sort(t // 250, axis=0) == np.arange(4)[:, None, None]).all()
+    shares = held_out_losses.quarter_shares(schedule)
+    trained = np.asarray(schedule.training_timesteps(jax.random.key(0), (100_000,)))
+    np.testing.assert_allclose(shares, np.histogram(trained, 4, (0, 1000))[0] / len(trained), atol=0.01)
+    mean = np.sum(shares * [t[t // 250 == q].mean() for q in range(4)])
+    assert mean == pytest.approx(trained.mean(), rel=0.01)
+
+
+def test_noise_is_the_same_for_any_number_of_blocks():
+    numbers = jnp.arange(3)
+    sizes = [madformer.derive_sizes(small_config(blocks=blocks)) for blocks in (1, 4)]
+    one, four = (np.asarray(codec.from_blocks(block_noise(numbers, 2, s), s)) for s in sizes)
+    np.testing.assert_array_equal(one, four)
+    assert np.abs(one[0] - one[1]).max() > 1
+
+
+def test_blocks_sampled_given_the_sample_are_the_sample(small):
+    """The forward pass of training, with the model's own blocks as context, repeats cached sampling."""
+    c, model, params, mesh = small
+    c = c.copy_and_resolve_references()
+    c.sample.steps, c.sample.solver, c.sample.spacing = 2, "ddim", "trailing"
+    numbers, tokens = jnp.arange(2), jnp.asarray([[1], [4]])
+    sizes = madformer.derive_sizes(c)
+    with partitioning.scope(mesh):
+        noise = block_noise(numbers, by_block._NOISE_DRAW, sizes)
+        draw = jax.jit(functools.partial(sampler.sample, model, solver="ddim", spacing="trailing", steps=2))
+        own = draw(params, noise, tokens)
+        sample_given = by_block._sampler_given_context(c, SimpleNamespace(network=model, mesh=mesh))
+        np.testing.assert_allclose(sample_given(params, own, numbers, tokens, None), own, atol=2e-3 * np.abs(own).max())
+        other = sample_given(params, own[::-1], numbers, tokens, None)
+    np.testing.assert_allclose(other[:, 0], own[:, 0], atol=2e-3 * np.abs(own).max())  # has no context
+    assert np.abs(other[:, 1:] - own[:, 1:]).max() > 0.01
+
+
+def test_another_image_has_the_same_label():
+    labels = np.array([0, 1, 0, 2, 1, 0])
+    other = by_block.other_of_label(labels)
+    assert (labels[other] == labels).all()
+    assert other.tolist() == [2, 4, 5, 3, 1, 0]
+
+
+def test_evaluate_gives_held_out_scores_once_and_their_paired_differences(fresh, workdir, monkeypatch, capsys):
+    fresh.evaluate.n, fresh.evaluate.held_out_n, fresh.evaluate.by_block = 0, 9, True
+    fresh.evaluate.checkpoints = "last:2"
+    fresh.sample.batch = 4  # several batches, the last one not full
+    results = evaluate.run(fresh, str(workdir))["held_out"]
+    assert "bits_per_dimension" in capsys.readouterr().out
+    files = sorted((workdir / "evaluations" / "held_out").glob("*.json"))
+    assert len(files) == 2 and len(results) == 2
+    for result in results:
+        scores = result["scores"]
+        assert scores.keys() >= {
+            "bits_per_dimension",
+            "bits_per_dimension_discrete",
+            "held_out_loss_image",
+            "held_out_loss_hidden",
+        }
+        quarters = [scores[f"held_out_loss_q{q}"]["value"] for q in (1, 2, 3, 4)]
+        assert scores["held_out_loss_image"]["value"] == pytest.approx(np.mean(quarters))
+        assert all(x["low"] <= x["value"] <= x["high"] and x["n"] == 9 for x in scores.values())
+        (block,) = result["blocks"]
+        assert block["exposure_bias"]["value"] == 0  # a single block has no context
+        assert block["loss"]["true"] == scores["held_out_loss_image"] == block["loss"]["own"]
+        assert result["protocol"]["space"] == "8-bit pixels"
+    monkeypatch.setattr(held_out_scores, "_measure", lambda *a: pytest.fail("measured again"))
+    assert evaluate.run(fresh, str(workdir))["held_out"] == results
+    difference = held_out_scores.paired_differences(*map(str, files))["bits_per_dimension"]["value"]
+    values = [json.loads(file.read_text())["scores"]["bits_per_dimension"]["value"] for file in files]
+    assert difference == pytest.approx(values[0] - values[1])
+    changed = json.loads(files[0].read_text())
+    changed["protocol"]["images"]["n"] = 8
+    files[0].write_text(json.dumps(changed))
+    with pytest.raises(ConfigError, match="different images are not paired"):
+        held_out_scores.paired_differences(*map(str, files))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"held_out_n": 500}, "500 held-out images are too many: split 'test' has"),
+        ({"held_out_n": 5, "split": "train"}, "is the split of training"),
+        ({"held_out_n": 5, "images": "data:test"}, "names existing images"),
+        ({"n": 0}, "n=0 draws no samples"),
+        ({"n": 0, "held_out_n": 5, "grid": "steps=1,2"}, "grid and sweeps need some"),
+    ],
+)
+def test_wrong_settings_end_before_work(fresh, workdir, changes, message):
+    fresh.evaluate.update(changes)
+    with pytest.raises(ConfigError, match=message):
+        evaluate.run(fresh, str(workdir))
