@@ -303,7 +303,7 @@ SECTIONS: dict[str, Section] = {
         images=Field(
             "", 'score these images instead: "data:<split>", a .npz, a folder of .npz files or of images', PATH | RESUME,
             is_portable=lambda value: value.startswith(DATA_PREFIX)),
-        degrade=Field("", 'degrade these images first, to test the scores: "noise:16", "blur:1.5"', RESUME),
+        degrade=Field("", 'degrade these images first, to test the scores: "noise:16", "blur:1.5", "blocks:8"', RESUME),
         training=Field(
             "", "reference statistics of the training images, to find samples that copy them", PATH | MACHINE),
     ),
