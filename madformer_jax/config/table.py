@@ -304,6 +304,8 @@ SECTIONS: dict[str, Section] = {
             "", 'score these images instead: "data:<split>", a .npz, a folder of .npz files or of images', PATH | RESUME,
             is_portable=lambda value: value.startswith(DATA_PREFIX)),
         degrade=Field("", 'degrade these images first, to test the scores: "noise:16", "blur:1.5", "blocks:8"', RESUME),
+        seam_lines=Field(
+            8, "distance in pixels of the lines of `seam_difference`, the same for every number of blocks", RESUME, low=2),
         training=Field(
             "", "reference statistics of the training images, to find samples that copy them", PATH | MACHINE),
     ),

@@ -118,9 +118,6 @@ def kernel_replicates(
 ) -> np.ndarray:
     """Computes replicates (r,) of the kernel distance over all images, with both sets resampled.
 
-    Pairs of an image with itself or with its repetition are left out. Every kernel value is
-    computed once, tile by tile.
-
     Args:
       generated: Features (n, d) of the generated images.
       real: Features (m, d) of the real images.
@@ -128,28 +125,7 @@ def kernel_replicates(
       real_counts: Counts (r, m) of the real images.
     """
     x, y = np.asarray(generated), np.asarray(real)
-    across = np.zeros(len(counts))
-    for i in scores.row_slices(len(x)):
-        rows = x[i].astype(np.float64)
-        for j in scores.row_slices(len(y)):
-            values = scores.kernel(rows, y[j].astype(np.float64))
-            across += np.sum(counts[:, i] @ values * real_counts[:, j], axis=1)
-    pairs = _mean_kernel_of_pairs(x, counts) + _mean_kernel_of_pairs(y, real_counts)
-    return pairs - 2 * across / (len(x) * len(y))
-
-
-def _mean_kernel_of_pairs(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Computes the mean kernel (r,) of pairs of different images among features (n, d), with counts (r, n)."""
-    total, tiles = np.zeros(len(counts)), scores.row_slices(len(x))
-    for first, i in enumerate(tiles):
-        rows = x[i].astype(np.float64)
-        for j in tiles[first:]:
-            values = scores.kernel(rows, x[j].astype(np.float64))
-            if i == j:
-                np.fill_diagonal(values, 0)
-            total += (1 if i == j else 2) * np.sum(counts[:, i] @ values * counts[:, j], axis=1)
-    pairs = len(x) ** 2 - np.sum(counts**2, axis=1)
-    return np.divide(total, pairs, out=np.zeros(len(counts)), where=pairs > 0)
+    return scores.weighted_kernel_distances(x, y, counts, real_counts)
 
 
 def inception_replicates(logits: np.ndarray, counts: np.ndarray, splits: int = 10, seed: int = 2020) -> np.ndarray:

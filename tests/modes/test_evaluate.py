@@ -181,6 +181,7 @@ def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
         "KID-classifier",
         "precision-classifier",
         "recall-classifier",
+        "seam_difference",
     }
 
 

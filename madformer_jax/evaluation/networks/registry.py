@@ -55,7 +55,7 @@ def open_network(name: str, path: str) -> Network:
     return network_class(name).open(path)
 
 
-def make_extractor(network: Network, embed: bool = False) -> Callable[[np.ndarray], NetworkOutputs]:
+def make_extractor(network: Network, embed: bool = True) -> Callable[[np.ndarray], NetworkOutputs]:
     """Returns a function from images uint8 (n, H, W, c) to their `NetworkOutputs`.
 
     With `embed` they include the embedding, if the network has one.

@@ -43,7 +43,7 @@ def params(torch_state):
 def test_features_and_lpips_equal_those_of_the_references(reference, params):
     arrays = reference("alexnet.npz")
     network = alexnet.AlexNetNetwork(params)
-    outputs = registry.make_extractor(network, embed=True)(arrays["images"])
+    outputs = registry.make_extractor(network)(arrays["images"])
     assert outputs.logits is None and outputs.features.shape == (4, 1088)
     np.testing.assert_allclose(outputs.features, arrays["features"], rtol=1e-3, atol=1e-5)
     lpips = jax.jit(alexnet.lpips)
