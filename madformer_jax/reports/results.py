@@ -362,7 +362,7 @@ def _parse_score(x: Any, real: Mapping[str, Any] | None) -> Score:
     if not isinstance(x, Mapping):
         return Score(float(x))
     real = real or ({"value": x["real"]} if "real" in x else None)
-    floor = real and Estimate((real["value"],), real["value"], real.get("low"), real.get("high"))
+    floor = Estimate((real["value"],), real["value"], real.get("low"), real.get("high")) if real else None
     return Score(x["value"], x.get("low"), x.get("high"), floor)
 
 
