@@ -265,7 +265,7 @@ def _disable_ynnpack(platform: str) -> None:
 
 
 def _score_summary(config: ConfigDict, workdir: str) -> str:
-    """Returns a sentence with the score of a trained model and that of real training images."""
+    """Returns a sentence with the score of a trained model and that of real training images, or "" without these."""
     from etils import epath
 
     from madformer_jax.evaluation import judge_paths
@@ -275,9 +275,10 @@ def _score_summary(config: ConfigDict, workdir: str) -> str:
     c.evaluate.images, c.evaluate.checkpoints = "", "newest"
     if not epath.Path(judge_paths.reference_path(c, workdir)).exists():
         reference.run(c, workdir)
-    scores = [evaluate.run(c, workdir)["results"][0]["scores"]]
-    c.evaluate.images, c.evaluate.grid = "data:train", ""
-    scores.append(evaluate.run(c, workdir)["results"][0]["scores"])
+    result = evaluate.run(c, workdir)["results"][0]
+    if "real" not in result:
+        return ""
+    scores = [result["scores"], result["real"]["scores"]]
     name = next(iter(scores[0]))
     drawn, real = (f"{s[name]['value']:.2f} [{s[name]['low']:.2f}, {s[name]['high']:.2f}]" for s in scores)
     return (

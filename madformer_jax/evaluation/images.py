@@ -14,12 +14,11 @@ from typing import IO, NamedTuple
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import ImageFilter
 
 from madformer_jax.data import folder, listing, pipeline, preprocess, sources
 from madformer_jax.data.source import Source, fingerprint
 from madformer_jax.errors import ConfigError, first_line
-from madformer_jax.evaluation import shards
+from madformer_jax.evaluation import degradations, shards
 from madformer_jax.evaluation.networks.registry import NetworkOutputs
 from madformer_jax.runtime import progress, storage
 
@@ -199,7 +198,7 @@ def open_images(c: ConfigDict) -> ImageSet:
     else:
         paths = _npz_paths(name)
         images = _from_npz_files(c, name, paths) if paths else _from_image_folder(c, name)
-    return _degrade(images, c.evaluate.degrade)
+    return _degrade(images, c.evaluate.degrade) if c.evaluate.degrade else images
 
 
 def _npz_paths(name: str) -> list[str]:
@@ -361,38 +360,11 @@ def _from_npz_files(c: ConfigDict, name: str, paths: list[str]) -> ImageSet:
 
 
 def _degrade(images: ImageSet, degradation: str) -> ImageSet:
-    """Adds noise or blur to the images.
-
-    Args:
-      images: The images.
-      degradation: "noise:16" adds noise of standard deviation 16 of 255, "blur:1.5" blurs with a
-        radius of 1.5 pixels, "" returns the images unchanged.
-
-    Raises:
-      ConfigError: The degradation has another form.
-    """
-    if not degradation:
-        return images
-    kind, _, text = degradation.partition(":")
-    try:
-        strength = float(text)
-    except ValueError:
-        strength = -1
-    if kind not in ("noise", "blur") or strength <= 0:
-        raise ConfigError(
-            f"config.evaluate.degrade={degradation!r}: it must be noise:DEVIATION or blur:RADIUS, as in noise:16."
-        )
+    """Degrades the images, see `degradations.parse`."""
+    degrade = degradations.parse(degradation)
 
     def read(numbers: np.ndarray) -> ImageBatch:
         batch = images.read(numbers)
-        pixels = batch.images
-        if not len(pixels):
-            return batch
-        if kind == "blur":
-            blur = ImageFilter.GaussianBlur(strength)
-            blurred = [np.asarray(preprocess.to_pil(x).filter(blur)) for x in pixels]
-            return batch._replace(images=np.stack(blurred).reshape(pixels.shape))
-        noise = [np.random.default_rng(int(n)).normal(0, strength, pixels.shape[1:]) for n in batch.numbers]
-        return batch._replace(images=np.clip(np.round(pixels + np.stack(noise)), 0, 255).astype(np.uint8))
+        return batch._replace(images=degrade(batch.images, batch.numbers)) if len(batch.images) else batch
 
     return images._replace(protocol={**images.protocol, "degrade": degradation}, read=read)

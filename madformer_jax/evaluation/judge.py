@@ -51,7 +51,7 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
     reference_statistics.check_compatible(reference, path, network.describe(), image)
     training, s = None, derive_sizes(c)
     # Further inputs of single scores.
-    inputs: dict[str, Any] = {"seam": {"blocks": [s.grid, s.columns]}}
+    inputs: dict[str, Any] = {"seam": {"blocks": [s.grid, s.columns], "lines": c.evaluate.seam_lines}}
     if c.evaluate.training:
         training_reference = open_training(c, reference)
         reference_statistics.check_compatible(training_reference, c.evaluate.training, network.describe(), image)

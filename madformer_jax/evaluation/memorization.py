@@ -1,18 +1,28 @@
-"""The memorization score: distances of generated images to their nearest training images.
+"""The memorization scores: distances of generated images to their nearest training images.
 
-The distances are relative to those of held-out real images.
+The distances are compared with those of held-out real images.
 
-`sample_scores` opens `TrainingFeatures`, and `judge` computes the score from them.
+`judge` opens `TrainingFeatures`, and `score_summary` computes the scores from them.
 """
 
 import functools
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import reference_statistics, scores
 from madformer_jax.runtime import progress
+
+HELD_OUT_PERCENTILE = 5.0  # a sample nearer than this share of held-out images is memorized
+
+
+class Nearest(NamedTuple):
+    """The nearest training image of each of n images."""
+
+    distances: np.ndarray  # (n,) Euclidean, float64; a copy has exactly 0
+    numbers: np.ndarray  # (n,) row of the training image in the tiles
 
 
 class TrainingFeatures:
@@ -25,23 +35,25 @@ class TrainingFeatures:
           training: Reference of the training images, with features.
           held_out: Features (m, d) of real images that the model has not seen.
         """
-        self._training, self._held_out = training, held_out
+        self.reference, self._held_out = training, held_out
         self.searched = training.stored
         self.images = int(training.protocol.get("n", self.searched))
 
-    def distances(self, images: np.ndarray) -> np.ndarray:
-        """Computes the distances of images (n, d) to the training set; see `nearest_distances`."""
+    def nearest(self, images: np.ndarray) -> Nearest:
+        """Finds the nearest training images of images (n, d), by their numbers in the training set."""
         with progress.log_while(f"searching {self.searched} training images"):
-            return nearest_distances(images, reference_statistics.feature_tiles(self._training))
+            rows = find_nearest(images, reference_statistics.feature_tiles(self.reference))
+        order = reference_statistics.tile_order(self.images)
+        return rows._replace(numbers=order[rows.numbers])
 
     @functools.cached_property
     def held_out_distances(self) -> np.ndarray:
         """The distances (m,) of the held-out images."""
-        return self.distances(self._held_out)
+        return self.nearest(self._held_out).distances
 
 
-def nearest_distances(images: np.ndarray, tiles: Iterable[np.ndarray]) -> np.ndarray:
-    """Computes the distance of each image to its nearest training image, by an exact search.
+def find_nearest(images: np.ndarray, tiles: Iterable[np.ndarray]) -> Nearest:
+    """Finds the nearest training image of each image, by an exact search.
 
     Memory holds one tile of training images and a tile of distances, as in `scores.inside_balls`.
 
@@ -49,15 +61,13 @@ def nearest_distances(images: np.ndarray, tiles: Iterable[np.ndarray]) -> np.nda
       images: Features (n, d).
       tiles: Features of the training images, each tile (m, d).
 
-    Returns:
-      Euclidean distances (n,), float64. A copy has exactly 0.
-
     Raises:
       ConfigError: There are no images, features are not finite, or the numbers of features differ.
     """
     x = scores.validate_features(images, "compared", minimum=1, purpose="distances")
     center: np.ndarray | None = None
     squares, nearest = np.full(len(x), np.inf), np.zeros_like(x)
+    numbers, first = np.zeros(len(x), np.int64), 0
     for tile in tiles:
         y = scores.validate_features(tile, "training", minimum=1, purpose="distances")
         scores.check_same_features(x, y)
@@ -71,13 +81,19 @@ def nearest_distances(images: np.ndarray, tiles: Iterable[np.ndarray]) -> np.nda
                 minimum = distances[np.arange(len(best)), best]
                 closer = minimum < squares[i]
                 nearest[i][closer] = y[j][best[closer]]
+                numbers[i][closer] = first + j.start + best[closer]
                 squares[i] = np.minimum(squares[i], minimum)
+        first += len(y)
     if center is None:
         raise ConfigError("0 training images are too few for distances: give 1 or more.")
     # Squared distances of different tiles round differently, so the distances are recomputed.
-    return np.concatenate(
-        [np.linalg.norm(x[i].astype(np.float64) - nearest[i], axis=1) for i in scores.row_slices(len(x))]
-    )
+    exact = [np.linalg.norm(x[i].astype(np.float64) - nearest[i], axis=1) for i in scores.row_slices(len(x))]
+    return Nearest(np.concatenate(exact), numbers)
+
+
+def memorization_threshold(held_out: np.ndarray) -> float:
+    """Returns the 5th percentile of held-out images' distances (m,) to their nearest training images."""
+    return float(np.percentile(held_out, HELD_OUT_PERCENTILE))
 
 
 def memorization_ratio(generated: np.ndarray, held_out: np.ndarray) -> float:

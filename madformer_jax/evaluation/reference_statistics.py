@@ -81,8 +81,7 @@ def save(path: str, protocol: Mapping[str, Any], batches: Callable[[], Iterator[
     if n < 2:
         raise ConfigError(f"a reference of {n} images is too small: a covariance needs at least two.")
     mean = total / n
-    is_stored = np.zeros(n, bool)
-    is_stored[np.random.RandomState(2020).permutation(n)[:MAX_STORED_FEATURES]] = True
+    is_stored = _stored_mask(n)
     digests = []
 
     def write_content(file: IO[bytes]) -> None:
@@ -112,6 +111,19 @@ def save(path: str, protocol: Mapping[str, Any], batches: Callable[[], Iterator[
 
     storage.write(path, write_content)
     return digests[-1]
+
+
+def _stored_mask(n: int) -> np.ndarray:
+    """Returns which of n images are in the array `features`, (n,) bool."""
+    is_stored = np.zeros(n, bool)
+    is_stored[np.random.RandomState(2020).permutation(n)[:MAX_STORED_FEATURES]] = True
+    return is_stored
+
+
+def tile_order(n: int) -> np.ndarray:
+    """Returns the numbers (n,) of n images in the order of the rows of `feature_tiles`."""
+    is_stored = _stored_mask(n)
+    return np.concatenate([np.flatnonzero(is_stored), np.flatnonzero(~is_stored)])
 
 
 def _append_array(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

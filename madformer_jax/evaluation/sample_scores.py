@@ -69,11 +69,11 @@ def compute_scores(
     out = score_summary.compute_scores(
         judge.network, arrays, judge.reference,
         recognize=labeled and bool(classes) and arrays["labels"].max() < classes,
-        grid=(s.grid, s.columns), shape=(c.data.image_size,) * 2, training=judge.training,
+        grid=(s.grid, s.columns), shape=(c.data.image_size,) * 2, seam_lines=c.evaluate.seam_lines, training=judge.training,
     )  # fmt: skip
     requested = prompts.requested_attributes(c)
     if "attributes" in arrays and requested is not None:
-        out["attributes"] = score_summary.ratio_of_sums(
+        out["attributes"] = score_summary.share_of_sums(
             *attribute_classifier.count_matches(requested, arrays["attributes"])
         )
     return out

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import bootstrap, scores, seams
-from madformer_jax.evaluation.memorization import TrainingFeatures, memorization_ratio
+from madformer_jax.evaluation import bootstrap, diversity, scores, seams
+from madformer_jax.evaluation.memorization import TrainingFeatures, memorization_ratio, memorization_threshold
 from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.evaluation.reference_statistics import Reference
 
@@ -24,7 +24,8 @@ SCORE_SETTINGS = {
     "k": NEIGHBOR_RANK, "seed": SEED,
 }  # fmt: skip
 
-Score = dict[str, float]  # value, low, high, and further entries such as deviation
+Score = dict[str, Any]  # value, low, high, and further entries such as deviation
+PAIRS = 8  # samples nearest to training images whose pairs are listed
 
 
 def check_size(n: int, reference: Reference) -> None:
@@ -59,6 +60,7 @@ def compute_scores(
     recognize: bool,
     grid: tuple[int, int],
     shape: tuple[int, int],
+    seam_lines: int,
     training: TrainingFeatures | None = None,
 ) -> dict[str, Score]:
     """Computes all scores of a set of images.
@@ -66,13 +68,14 @@ def compute_scores(
     Args:
       network: The feature network, which names its scores.
       arrays: Arrays of `shards.extract_features`: features (n, d), logits (n, classes) if the
-        network has classes, labels (n,) and profile (n, .).
+        network has classes, labels (n,), profile (n, .), and embedding (n, e) if the network has one.
       reference: Statistics of the real images.
       recognize: Whether to compute the fraction of images that the network classifies as their
         label.
       grid: Rows and columns of blocks.
       shape: Height and width of an image.
-      training: The training images, for the memorization score.
+      seam_lines: Distance of the lines of `seam_difference`.
+      training: The training images, for the memorization scores.
 
     Returns:
       The scores by name. `Network.score_name` names those that depend on the features.
@@ -91,7 +94,8 @@ def compute_scores(
     }
     if y is not None:
         mean, deviation = scores.kernel_distance(x, y, SUBSETS, SUBSET_SIZE, SEED)
-        out[names[1]] = _with_interval(mean, bootstrap.kernel_replicates(x, y, counts), deviation)
+        replicates = bootstrap.kernel_replicates(x, y, counts, bootstrap.resample_counts(len(y), seed=SEED + 1))
+        out[names[1]] = _with_interval(mean, replicates, deviation)
     if "logits" in arrays:
         mean, deviation = scores.inception_score(arrays["logits"], SPLITS, SEED)
         out[names[2]] = _with_interval(
@@ -99,29 +103,89 @@ def compute_scores(
         )
     if y is not None:
         for name, inside in zip(names[3:], scores.inside_balls(x, y, NEIGHBOR_RANK)):
-            out[name] = _mean_score(inside)
+            out[name] = share(inside)
     # Results store the names "recognised" and "memorisation", so both keep their spelling.
     if recognize:
-        out["recognised"] = _mean_score(arrays["logits"].argmax(axis=1) == arrays["labels"])
+        out["recognised"] = share(arrays["logits"].argmax(axis=1) == arrays["labels"])
+    if "embedding" in arrays:
+        out |= _diversity_score(arrays["embedding"], arrays["labels"], counts)
+    out |= _seam_scores(arrays["profile"], reference.profile, counts, grid, shape, seam_lines)
+    if training is not None:
+        out |= memorization_scores(training, x)
+    return out
+
+
+def _diversity_score(embedding: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> dict[str, Score]:
+    (value,) = diversity.mean_distances(embedding, labels, np.ones((1, len(labels))))
+    if np.isnan(value):  # no class has two images
+        return {}
+    replicates = diversity.mean_distances(embedding, labels, counts)
+    return {"LPIPS-diversity": _with_interval(float(value), replicates[np.isfinite(replicates)])}
+
+
+def _seam_scores(
+    profiles: np.ndarray,
+    real_profile: np.ndarray | None,
+    counts: np.ndarray,
+    grid: tuple[int, int],
+    shape: tuple[int, int],
+    seam_lines: int,
+) -> dict[str, Score]:
+    """Computes the score of the model's block borders, and the difference to real images on common lines."""
+    out = {}
     if sum(grid) > 2:
-        steps = seams.border_and_interior_steps(arrays["profile"], shape, *grid)
+        steps = seams.border_and_interior_steps(profiles, shape, *grid)
         out["seam"] = _with_interval(
             seams.seam_score(steps), bootstrap.ratio_replicates(steps[:, 0], steps[:, 1], counts)
         )
-        if reference.profile is not None:
-            real = seams.seam_score(seams.border_and_interior_steps(reference.profile[None], shape, *grid))
-            out["seam"]["real"] = real
-    if training is not None:
-        distances, held_out = training.distances(x), training.held_out_distances
-        out["memorisation"] = {
-            **_with_interval(
-                memorization_ratio(distances, held_out),
-                bootstrap.mean_replicates(distances, counts) / held_out.mean(),
-            ),
-            "searched": training.searched,
-            "training": training.images,
-        }
+        if real_profile is not None:
+            out["seam"]["real"] = seams.seam_score(seams.border_and_interior_steps(real_profile[None], shape, *grid))
+    lines = seams.line_and_other_steps(profiles, shape, seam_lines)
+    if lines is not None and real_profile is not None:
+        real_lines = seams.line_and_other_steps(real_profile[None], shape, seam_lines)
+        assert real_lines is not None
+        real = seams.seam_score(real_lines)
+        if np.isfinite(real):
+            replicates = bootstrap.ratio_replicates(lines[:, 0], lines[:, 1], counts)
+            out["seam_difference"] = {**_with_interval(seams.seam_score(lines) - real, replicates), "lines": seam_lines}
     return out
+
+
+def memorization_scores(training: TrainingFeatures, features: np.ndarray | None) -> dict[str, Score]:
+    """Computes the scores of how near images are to the training images.
+
+    Args:
+      training: The training images.
+      features: Features (n, d) of the images. None scores the held-out images themselves.
+
+    Returns:
+      `memorisation`, the ratio of the mean distances, and `memorized`, the share of images that are
+      not farther than the 5th percentile of held-out images. Its entry `pairs` lists the nearest
+      images: number, number of the training image, distance.
+
+    Raises:
+      ConfigError: All held-out images are training images.
+    """
+    held_out, pairs = training.held_out_distances, []
+    distances = held_out
+    if features is not None:
+        distances, numbers = training.nearest(features)
+        pairs = [[int(i), int(numbers[i]), float(distances[i])] for i in np.argsort(distances, kind="stable")[:PAIRS]]
+    counts = bootstrap.resample_counts(len(distances))
+    searched = {"searched": training.searched, "training": training.images}
+    ratio = memorization_ratio(distances, held_out)
+    threshold = memorization_threshold(held_out)
+    replicates = bootstrap.mean_replicates(distances, counts) / held_out.mean()
+    return {
+        "memorisation": {**_with_interval(ratio, replicates), **searched},
+        "memorized": {**share(distances <= threshold), "threshold": threshold, **searched, "pairs": pairs},
+    }
+
+
+def share(values: np.ndarray) -> Score:
+    """Returns the share of true values (n,), with a Wilson interval."""
+    hits, n = int(np.sum(values)), len(values)
+    return {"value": hits / n, **bootstrap.wilson(hits, n)._asdict()}
 
 
 def _with_interval(value: float, replicates: np.ndarray, deviation: float | None = None) -> Score:
@@ -147,12 +211,9 @@ def mean_score(values: np.ndarray) -> Score:
     return {**ratio_of_sums(values, np.ones(len(values))), "standard_error": error, "n": len(values)}
 
 
-def _mean_score(values: np.ndarray) -> Score:
-    """Returns the mean of one value from 0 to 1 per image (n,), with an interval inside [0, 1]."""
-    score = _with_interval(
-        float(np.mean(values)), bootstrap.mean_replicates(values, bootstrap.resample_counts(len(values)))
-    )
-    return {name: min(max(x, 0.0), 1.0) for name, x in score.items()}
+def share_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Score:
+    """Returns `ratio_of_sums` of numerators up to their denominators, with an interval inside [0, 1]."""
+    return {name: min(max(x, 0.0), 1.0) for name, x in ratio_of_sums(numerator, denominator).items()}
 
 
 _MAX_CELL_WIDTH = 40  # characters; longer values, for example prompts, are cut
@@ -161,12 +222,13 @@ _MAX_CELL_WIDTH = 40  # characters; longer values, for example prompts, are cut
 def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Returns a Markdown table of results of --mode=evaluate, one row each.
 
-    The columns are the settings in which the images differ, the scores, and the costs.
+    The columns are the settings in which the images differ, the scores, and the costs. The last row
+    has the scores of real images, if the results hold them.
 
     Raises:
       ConfigError: The protocols differ in more than the images, so the scores are not comparable.
     """
-    first = results[0]["protocol"]
+    first_result, first = results[0], results[0]["protocol"]
     for result in results[1:]:
         for field in ("reference", "network", "image", "scores", "n"):
             value, first_value = result["protocol"][field], first[field]
@@ -187,6 +249,9 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
         row = [_format_value(setting.get(name)) for name in fields] or ["all"]
         row += [_format_score(result["scores"].get(name)) for name in names]
         lines.append(row + [_format_value(result.get("cost", {}).get(name)) for name in costs])
+    if real := first_result.get("real"):
+        labels = ["real", *[""] * (len(lines[0]) - len(names) - len(costs) - 1)]
+        lines.append([*labels, *(_format_score(real["scores"].get(name)) for name in names), *[""] * len(costs)])
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

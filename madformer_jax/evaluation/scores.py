@@ -19,6 +19,7 @@ import numpy as np
 from madformer_jax.errors import ConfigError
 
 TILE_ROWS = 2048  # rows and columns of the distance matrix that are in memory at a time
+MAX_REUSE = 10  # up to this multiple of a subset, all kernel values are computed once for all subsets
 RELATIVE_TIE_TOLERANCE = 1e-12  # of squared norms; larger than the rounding errors of float64
 
 
@@ -124,14 +125,58 @@ def kernel_distance(
             f"kernel distance over {subsets} subsets of {size}: it needs at least one subset of two images."
         )
     random = np.random.RandomState(seed)
-    distances = []
-    for _ in range(subsets):
-        # The order of the random numbers is that of torch-fidelity.
-        a = x[random.choice(len(x), size, replace=False)].astype(np.float64)
-        b = y[random.choice(len(y), size, replace=False)].astype(np.float64)
-        within = sum((kernel(z, z).sum() - kernel_diagonal(z).sum()) / (size * (size - 1)) for z in (a, b))
-        distances.append(within - 2 * kernel(a, b).mean())
+    # The order of the random numbers is that of torch-fidelity.
+    draws = [[random.choice(len(z), size, replace=False) for z in (x, y)] for _ in range(subsets)]
+    if max(len(x), len(y)) <= MAX_REUSE * size:  # few kernel values serve many subsets
+        members = [np.zeros((subsets, len(z))) for z in (x, y)]
+        for i, rows in enumerate(draws):
+            for member, row in zip(members, rows):
+                member[i, row] = 1
+        distances = weighted_kernel_distances(x, y, *members)
+    else:
+        distances = np.array([_kernel_distance(x[i].astype(np.float64), y[j].astype(np.float64)) for i, j in draws])
     return float(np.mean(distances)), float(np.std(distances))
+
+
+def _kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Computes the unbiased distance between rows (n, d) and as many rows (n, d)."""
+    size = len(x)
+    within = sum((kernel(z, z).sum() - kernel_diagonal(z).sum()) / (size * (size - 1)) for z in (x, y))
+    return float(within - 2 * kernel(x, y).mean())
+
+
+def weighted_kernel_distances(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Computes unbiased squared kernel distances (r,) of r resamples or subsets of two sets of images.
+
+    Pairs of an image with itself or with its repetition are left out. Every kernel value is
+    computed once, tile by tile.
+
+    Args:
+      x: Features (n, d).
+      y: Features (m, d).
+      a: Number of occurrences of each row of x (r, n).
+      b: Number of occurrences of each row of y (r, m).
+    """
+    across = np.zeros(len(a))
+    for i in row_slices(len(x)):
+        rows = x[i].astype(np.float64)
+        for j in row_slices(len(y)):
+            across += np.sum(a[:, i] @ kernel(rows, y[j].astype(np.float64)) * b[:, j], axis=1)
+    return _mean_pair_kernel(x, a) + _mean_pair_kernel(y, b) - 2 * across / (a.sum(axis=1) * b.sum(axis=1))
+
+
+def _mean_pair_kernel(x: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Computes the mean kernel (r,) of pairs of different rows of x (n, d), with counts (r, n)."""
+    total, tiles = np.zeros(len(counts)), row_slices(len(x))
+    for first, i in enumerate(tiles):
+        rows = x[i].astype(np.float64)
+        for j in tiles[first:]:
+            values = kernel(rows, x[j].astype(np.float64))
+            if i == j:
+                np.fill_diagonal(values, 0)
+            total += (1 if i == j else 2) * np.sum(counts[:, i] @ values * counts[:, j], axis=1)
+    pairs = counts.sum(axis=1) ** 2 - np.sum(counts**2, axis=1)
+    return np.divide(total, pairs, out=np.zeros(len(counts)), where=pairs > 0)
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""The seam score: how much more neighboring pixels differ across block borders than inside blocks.
+"""The seam scores: how much more neighboring pixels differ across block borders than inside blocks.
 
 Block-wise generation can leave visible seams that feature distances do not detect. `shards`
-computes `difference_profiles` of each image, and `judge` computes the score.
+computes `difference_profiles` of each image, and `score_summary` computes two scores. One compares
+the model's own block borders. The other compares the same lines for all models, also for one block.
 """
 
 import numpy as np
@@ -49,8 +50,27 @@ def border_and_interior_steps(profiles: np.ndarray, shape: tuple[int, int], rows
     Returns:
       Differences (n, 2) float64 of each image: across borders, and inside blocks.
     """
+    return _steps(profiles, shape, (shape[0] // rows, shape[1] // columns))
+
+
+def line_and_other_steps(profiles: np.ndarray, shape: tuple[int, int], distance: int) -> np.ndarray | None:
+    """Computes mean absolute differences of neighboring pixels across equidistant lines and elsewhere.
+
+    Args:
+      profiles: Profiles (n, H - 1 + W - 1) of `difference_profiles`.
+      shape: Height and width (H, W) of an image.
+      distance: Distance of the lines in pixels, at least 2.
+
+    Returns:
+      Differences (n, 2) float64 of each image: across lines, and elsewhere. None if the images are
+      too small for a line.
+    """
+    return None if max(shape) <= distance else _steps(profiles, shape, (distance, distance))
+
+
+def _steps(profiles: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
     lines = [np.arange(1, side) for side in shape]
-    border = np.concatenate([line % (side // count) == 0 for line, side, count in zip(lines, shape, (rows, columns))])
+    border = np.concatenate([line % side == 0 for line, side in zip(lines, block)])
     # Number of pixel pairs across each line.
     pairs = np.repeat([shape[1], shape[0]], [len(line) for line in lines])
     return np.stack([np.average(profiles[:, x], axis=1, weights=pairs[x]) for x in (border, ~border)], axis=1)

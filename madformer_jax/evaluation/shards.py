@@ -226,8 +226,8 @@ def extract_features(extract: Callable[[np.ndarray], NetworkOutputs], images: np
       labels: Their classes (n,).
 
     Returns:
-      `features` (n, d), `profile` of `seams.difference_profiles`, `labels` (n,) and, if the network
-      has classes, `logits` (n, classes).
+      `features` (n, d), `profile` of `seams.difference_profiles`, `labels` (n,), `logits` (n, classes)
+      if the network has classes, and `embedding` (n, e) if `extract` computes it.
     """
     if not len(images):
         # The shapes of the empty arrays come from a dummy image.
@@ -239,7 +239,8 @@ def extract_features(extract: Callable[[np.ndarray], NetworkOutputs], images: np
         "profile": seams.difference_profiles(images),
         "labels": labels.astype(np.int32),
     }
-    return arrays if outputs.logits is None else {**arrays, "logits": outputs.logits}
+    optional = {"logits": outputs.logits, "embedding": outputs.embedding}
+    return arrays | {name: array for name, array in optional.items() if array is not None}
 
 
 def prefetch(items: Iterator[T]) -> Iterator[T]:

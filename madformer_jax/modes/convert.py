@@ -1,8 +1,8 @@
-"""--mode=convert: converts checkpoints of the authors' release, VAEs and Inception networks.
+"""--mode=convert: converts checkpoints of the authors' release, VAEs and feature networks.
 
     python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
 
-`weights.release`, `weights.vae_weights` and `inception_weights` map the tensors. To add a conversion,
+`weights.release`, `weights.vae_weights`, `inception_weights` and `alexnet_weights` map the tensors. To add a conversion,
 add a field to `config.convert` and its function to `run`.
 """
 
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.table import HUB_ID
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import inception_weights
+from madformer_jax.evaluation.networks import alexnet_weights, inception_weights
 from madformer_jax.models import madformer
 from madformer_jax.runtime import checkpoint, console, storage
 from madformer_jax.weights import hub, release_config, state_dicts, vae_weights
@@ -34,8 +34,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     release: converts a checkpoint of the authors' release to a workdir for --mode=sample. It is a file,
       or OWNER/NAME@REVISION or OWNER/NAME@REVISION:FILE on the Hugging Face hub. The model follows
       from the arguments in the file, or from the config if the file has no arguments.
-    vae, inception: converts to the Orbax folders workdir/vae (for `config.codec.path`) and
-      workdir/inception.
+    vae, inception, alexnet: converts to the Orbax folders workdir/vae (for `config.codec.path`),
+      workdir/inception and workdir/alexnet.
     to_release: converts the newest checkpoint of the workdir to a file that the release's code loads.
 
     Args:
@@ -52,6 +52,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         "release": _convert_release,
         "vae": _convert_vae,
         "inception": _convert_inception,
+        "alexnet": _convert_alexnet,
         "to_release": _write_release_file,
     }
     chosen = [name for name in jobs if c.convert[name]]
@@ -139,4 +140,11 @@ def _convert_inception(c: ConfigDict, workdir: str) -> dict[str, Any]:
     folder = f"{workdir}/inception"
     inception_weights.save(folder, c.convert.inception)
     logging.info("converted %s to %s", c.convert.inception, folder)
+    return {"path": folder}
+
+
+def _convert_alexnet(c: ConfigDict, workdir: str) -> dict[str, Any]:
+    folder = f"{workdir}/alexnet"
+    alexnet_weights.save(folder, c.convert.alexnet)
+    logging.info("converted %s to %s", c.convert.alexnet, folder)
     return {"path": folder}

@@ -2,8 +2,9 @@
 
     python -m madformer_jax.main --workdir=runs/digits --mode=evaluate --config.evaluate.n=1000
 
-Each checkpoint and setting has a result file workdir/evaluations/<hash of its protocol>.json.
-Existing results are not computed again, and a killed run continues at its first missing shard.
+Each checkpoint and setting has a result file workdir/evaluations/<hash of its protocol>.json. The
+folder `real` beside the reference has such files of real images. Existing results are not computed
+again, and a killed run continues at its first missing shard.
 `modes.sweep` and the command line call `run`. The scores themselves are in
 `evaluation.sample_scores` and `evaluation.score_summary`.
 """
@@ -32,6 +33,7 @@ from madformer_jax.evaluation import (
     images,
     judge_paths,
     likelihood,
+    nearest_pairs,
     sample_scores,
     sampling_grid,
     score_summary,
@@ -60,6 +62,7 @@ SAMPLE_PROTOCOL_FIELDS = (
     "noise",
 )
 
+ImageReader = Callable[[np.ndarray], np.ndarray]  # from numbers (b,) to images uint8 (b, H, W, c)
 ShardExtractor = Callable[[Sequence[shards.Shard]], Iterator[shards.Arrays]]
 
 
@@ -67,8 +70,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Scores the images or checkpoints that the config names, and prints a table.
 
     Returns:
-      `{"results": [...]}` with the content of each result file, and with `evaluate.held_out_n` or
-      `by_block` also `"held_out"`, the same for the scores on held-out images.
+      `{"results": [...]}` with the content of each result file. Its entry `real` is the result of real
+      images, unless there are none. With `evaluate.held_out_n` or `by_block` also `"held_out"`, the
+      same for the scores on held-out images.
 
     Raises:
       ConfigError: A setting, the reference, the images or a checkpoint is wrong or missing. The
@@ -78,7 +82,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     held_out = held_out_scores.open_images(c)
     results = []
     if c.evaluate.images:
-        results = [_judge_images(c, workdir, open_judge(c, workdir, c.evaluate.n))]
+        judge = open_judge(c, workdir, c.evaluate.n)
+        results = _add_real_images(c, workdir, judge, [_judge_images(c, _results_folder(workdir), judge)])
     elif c.evaluate.n:
         results = _judge_checkpoints(c, workdir)
     if results and jax.process_index() == 0:
@@ -89,6 +94,10 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     if jax.process_index() == 0:
         print(held_out_scores.text_table(held_out_results))
     return {"results": results, "held_out": held_out_results}
+
+
+def _results_folder(workdir: str) -> str:
+    return os.path.join(workdir, "evaluations")
 
 
 def check(c: ConfigDict) -> None:
@@ -142,8 +151,8 @@ def check_before_training(c: ConfigDict, workdir: str) -> None:
     held_out_scores.open_images(c)
 
 
-def _judge_images(c: ConfigDict, workdir: str, judge: Judge) -> dict[str, Any]:
-    """Returns the result of the existing images that `evaluate.images` names."""
+def _judge_images(c: ConfigDict, folder: str, judge: Judge) -> dict[str, Any]:
+    """Returns the result of the existing images that `evaluate.images` names, stored in a folder."""
     data = images.open_images(c)
     if data.n < c.evaluate.n:
         raise ConfigError(f"config.evaluate.n={c.evaluate.n}: there are only {data.n} images in {c.evaluate.images}.")
@@ -153,7 +162,36 @@ def _judge_images(c: ConfigDict, workdir: str, judge: Judge) -> dict[str, Any]:
     )
     labeled = bool(data.classes)
     metadata = data.protocol | {"content": data.digest(c.evaluate.n), "labelled": labeled}
-    return _load_or_make_result(c, workdir, judge, metadata, shards.read_batch_size(c), extract, labeled=labeled)
+    return _load_or_make_result(
+        c, folder, judge, metadata, shards.read_batch_size(c), extract,
+        read=lambda numbers: data.read(numbers).images, labeled=labeled,
+    )  # fmt: skip
+
+
+def _add_real_images(
+    c: ConfigDict, workdir: str, judge: Judge, results: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Adds to each result the entry `real`, the result of as many real images: the floor of all scores.
+
+    The images are not those of the reference: of the split "train", or "test" if the reference has
+    "train". The result is in a folder beside the reference, so that all runs with the reference share
+    it. The memorization scores are those of the reference's images. If there are no other real images,
+    or too few, nothing is added, and a warning is logged.
+    """
+    real_config = c.copy_and_resolve_references()
+    split = "test" if c.evaluate.split == "train" else "train"
+    real_config.evaluate.images, real_config.evaluate.degrade = f"data:{split}", ""
+    folder = os.path.join(os.path.dirname(judge_paths.reference_path(c, workdir)), "real")
+    try:
+        if c.evaluate.split == "all":
+            raise ConfigError("the reference of config.evaluate.split='all' holds all images.")
+        real = _judge_images(real_config, folder, judge._replace(training=None))
+    except ConfigError as error:
+        logging.warning("the table has no row of real images: %s", error)
+        return list(results)
+    if judge.training is not None:
+        real["scores"] |= score_summary.memorization_scores(judge.training, None)
+    return [result | {"real": real} for result in results]
 
 
 def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
@@ -232,7 +270,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 )
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(
-                    setting, workdir, judge,
+                    setting, _results_folder(workdir), judge,
                     metadata
                     | {name: settings[name] for name in SAMPLE_PROTOCOL_FIELDS}
                     | prompt_metadata[s.prompts]
@@ -240,14 +278,20 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                     | trained.protocol(setting),
                     size * -(-shards.MAX_BATCH // size),
                     functools.partial(map, functools.partial(_sample_and_extract, draw, judge)),
-                    labeled=bool(c.model.classes), extra_scores=extra_scores, extra_protocol=extra_protocol,
+                    read=functools.partial(_draw_images, draw), labeled=bool(c.model.classes),
+                    extra_scores=extra_scores, extra_protocol=extra_protocol,
                 )  # fmt: skip
-    return [results[step, i] for step in steps for i in range(len(grid))]
+    return _add_real_images(c, workdir, judge, [results[step, i] for step in steps for i in range(len(grid))])
 
 
 def _unique_prompt_configs(grid: Sequence[ConfigDict]) -> dict[str, ConfigDict]:
     """Returns one setting for each value of `sample.prompts`."""
     return {setting.sample.prompts: setting for setting in grid}
+
+
+def _draw_images(draw: Callable[[np.ndarray], Iterator[generation.SampleBatch]], numbers: np.ndarray) -> np.ndarray:
+    """Samples the images with these numbers again."""
+    return np.concatenate([batch.images for batch in draw(numbers)])
 
 
 def _sample_and_extract(
@@ -260,12 +304,13 @@ def _sample_and_extract(
 
 def _load_or_make_result(
     c: ConfigDict,
-    workdir: str,
+    folder: str,
     judge: Judge,
     metadata: Mapping[str, Any],
     size: int,
     extract: ShardExtractor,
     *,
+    read: ImageReader,
     labeled: bool,
     extra_scores: Callable[[], dict[str, score_summary.Score]] = dict,
     extra_protocol: Mapping[str, Any] | None = None,
@@ -274,30 +319,30 @@ def _load_or_make_result(
 
     Args:
       c: The config of the images.
-      workdir: The folder of the results.
+      folder: The folder of the results.
       judge: The reference and the networks.
       metadata: JSON that identifies the images.
       size: Images of a shard.
       extract: Yields the arrays of each missing shard.
+      read: Reads the images with ascending numbers.
       labeled: Whether the labels are classes of the data.
       extra_scores: Computes further scores.
       extra_protocol: JSON that identifies the inputs of the further scores.
     """
     protocol = {**judge.protocol, **(extra_protocol or {}), "images": dict(metadata)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-    path = os.path.join(workdir, "evaluations", f"{key}.json")
+    path = os.path.join(folder, f"{key}.json")
     stored = shards.read_json(path)
     if stored is not None:
         logging.info("%s exists already", path)
         return stored
-    folder = epath.Path(workdir) / "evaluations" / key
-    with shards.exclusive_lock(folder):
+    with shards.exclusive_lock(epath.Path(folder) / key):
         # Another job may have written it while this job waited for the lock.
         stored = shards.read_json(path)
         if stored is not None:
             return stored
-        collected = shards.Shards(folder, c.evaluate.n, size)
-        return _make_result(c, path, protocol, collected, judge, extract, labeled, extra_scores)
+        collected = shards.Shards(epath.Path(folder) / key, c.evaluate.n, size)
+        return _make_result(c, path, protocol, collected, judge, extract, read, labeled, extra_scores)
 
 
 def _make_result(
@@ -307,6 +352,7 @@ def _make_result(
     collected: shards.Shards,
     judge: Judge,
     extract: ShardExtractor,
+    read: ImageReader,
     labeled: bool,
     extra_scores: Callable[[], dict[str, score_summary.Score]],
 ) -> dict[str, Any]:
@@ -327,6 +373,10 @@ def _make_result(
     result: dict[str, Any] = {"protocol": protocol, "scores": scores}
     if "seconds" in arrays:
         result["cost"] = _sampling_cost(c, arrays["seconds"])
+    if judge.training is not None and protocol["n"] == c.evaluate.n:  # else images and rows have other numbers
+        pairs = nearest_pairs.load(c, judge.training.reference, scores["memorized"]["pairs"], read)
+        if pairs is not None and jax.process_index() == 0:
+            generation.write_png(f"{path.removesuffix('.json')}.png", generation.tile_rows(pairs))
     if jax.process_index() == 0:
         storage.write_json(path, result)
         collected.remove()

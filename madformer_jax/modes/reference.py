@@ -79,7 +79,7 @@ def _extract_missing_shards(
     profiles.
     """
     missing, unreadable = collected.missing(), images.UnreadableImages(data.n, c.data.max_corrupt)
-    extracted = images.extract_missing_shards(data, registry.make_extractor(network), unreadable, missing)
+    extracted = images.extract_missing_shards(data, registry.make_extractor(network, embed=False), unreadable, missing)
     with tqdm(
         total=sum(shard.n for shard in missing), desc="reference", unit="image", disable=jax.process_index() != 0
     ) as bar:

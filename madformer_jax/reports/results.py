@@ -32,8 +32,8 @@ COSTS = {  # of an image: key -> label
     "flops": "FLOPs",
     "seconds": "seconds",
 }
-HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "attributes")
-SHARES = ("precision", "recall", "recognised", "attributes")  # scores within [0, 1]
+HIGHER_IS_BETTER = ("IS", "precision", "recall", "recognised", "memorisation", "attributes", "LPIPS")
+SHARES = ("precision", "recall", "recognised", "memorized", "attributes")  # scores within [0, 1]
 _SHARED_PROTOCOL_KEYS = ("n", "reference", "network", "image", "scores")  # keys of a protocol
 # keys of protocol["images"] that differ between runs
 _PER_RUN_KEYS = ("step", "fingerprint", "seed", "steps", "diffusion")
@@ -72,7 +72,7 @@ class Score(NamedTuple):
     value: float
     low: float | None = None
     high: float | None = None
-    real: float | None = None  # the score of real images at the same n, if it was stored
+    real: Estimate | None = None  # the score of real images at the same n, if it was stored
 
 
 class Point(NamedTuple):
@@ -313,7 +313,7 @@ def _group_by_protocol(
                 Point(
                     tuple(value_of(run, evaluation, axis.field) for axis in inside), run["seed"],
                     Budget(evaluation["budget"]["kind"], evaluation["budget"]["asked"]), run["name"], i, cost,
-                    {name: _parse_score(x) for name, x in evaluation["scores"].items()},
+                    _parse_scores(evaluation),
                 )
             )  # fmt: skip
     groups = []
@@ -352,8 +352,18 @@ def _restrict_axes(axes: Sequence[Axis], points: Sequence[Point]) -> Iterable[Ax
         yield axis._replace(values=tuple(value for value in axis.values if value in present))
 
 
-def _parse_score(x: Any) -> Score:
-    return Score(x["value"], x.get("low"), x.get("high"), x.get("real")) if isinstance(x, Mapping) else Score(float(x))
+def _parse_scores(evaluation: Mapping[str, Any]) -> dict[str, Score]:
+    real = evaluation.get("real", {}).get("scores", {})
+    return {name: _parse_score(x, real.get(name)) for name, x in evaluation["scores"].items()}
+
+
+def _parse_score(x: Any, real: Mapping[str, Any] | None) -> Score:
+    """Parses a score, with that of real images. Older results hold the latter for seams alone, without an interval."""
+    if not isinstance(x, Mapping):
+        return Score(float(x))
+    real = real or ({"value": x["real"]} if "real" in x else None)
+    floor = Estimate((real["value"],), real["value"], real.get("low"), real.get("high")) if real else None
+    return Score(x["value"], x.get("low"), x.get("high"), floor)
 
 
 def _shared_protocol(protocol: Mapping[str, Any], swept: Collection[str]) -> dict[str, Any]:

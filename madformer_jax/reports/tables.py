@@ -122,12 +122,12 @@ def _score_table(
 
 
 def _real_row(group: ProtocolGroup, names: Sequence[str], labels: int) -> tuple[str, ...]:
-    """Returns the row of real images at the same n, as far as the results hold their scores."""
+    """Returns the row of real images at the same n, with bootstrap intervals, as far as the results hold their scores."""
     cells = []
     for name in names:
         real = [p.scores[name].real for p in group.points if name in p.scores]
         value = next((x for x in real if x is not None), None)
-        cells.append("not stored" if value is None else format_number(value))
+        cells.append("not stored" if value is None else f"{format_number(value.mean)} {format_interval(value)}".strip())
     return ("real images", *[""] * (labels - 1), *cells, *[""] * len(_COST_COLUMNS))
 
 

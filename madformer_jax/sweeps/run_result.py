@@ -20,7 +20,9 @@ def run_result(
     evaluations = []
     for evaluation, result in zip(job.evaluations, results, strict=True):
         cost = {name: value for name, value in result["cost"].items() if name != "seconds"}
-        evaluations.append(evaluation.describe() | {"cost": cost} | {x: result[x] for x in ("scores", "protocol")})
+        real = {x: result["real"][x] for x in ("scores", "protocol")} if "real" in result else None
+        scores = {x: result[x] for x in ("scores", "protocol")}
+        evaluations.append(evaluation.describe() | {"cost": cost} | scores | ({"real": real} if real else {}))
     return {
         "name": run.name,
         "sweep": job.name,

@@ -86,8 +86,8 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
     def judged(c, workdir):
         evaluate.check(c)
         seen.append((c.evaluate.images, workdir))
-        value = 0.25 if c.evaluate.images else 1.5
-        return {"results": [{"scores": {"FD-x": {"value": value, "low": 0.0, "high": 2.0}}}]}
+        drawn, real = ({"scores": {"FD-x": {"value": value, "low": 0.0, "high": 2.0}}} for value in (1.5, 0.25))
+        return {"results": [drawn | {"real": real}]}
 
     monkeypatch.setattr(reference, "run", lambda c, workdir: seen.append(("reference", workdir)))
     monkeypatch.setattr(evaluate, "run", judged)
@@ -96,9 +96,8 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
         "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of as many real training images: 0.25 [0.00, 2.00]"
     )
     (tmp_path / "reference.npz").write_bytes(b"")
-    c.evaluate.grid = "steps=5,20"  # which real images have no use for
     command_line._score_summary(c, str(tmp_path))
-    steps = ["reference", "", "data:train", "", "data:train"]  # what is there is not made anew
+    steps = ["reference", "", ""]  # what is there is not made anew
     assert [what for what, _ in seen] == steps and {where for _, where in seen} == {str(tmp_path)}
     assert c.evaluate.images == ""
 

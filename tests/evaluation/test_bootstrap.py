@@ -33,9 +33,39 @@ def test_replicates_of_the_kernel_distance_leave_out_repetitions(random, monkeyp
     x, y = random.standard_normal((25, 6)), random.standard_normal((17, 6))
     monkeypatch.setattr(scores, "TILE_ROWS", 8)
     counts = bootstrap.resample_counts(25, replicates=3)
-    index = [np.repeat(np.arange(25), row.astype(int)) for row in counts]
-    expected = [scores.kernel(x[i], x[i])[i[:, None] != i].mean() - 2 * scores.kernel(x[i], y).mean() for i in index]
-    np.testing.assert_allclose(bootstrap.kernel_replicates(x, y, counts), expected)
+    real_counts = bootstrap.resample_counts(17, replicates=3, seed=1)
+    expected = []
+    for row, real_row in zip(counts, real_counts):
+        i, j = (np.repeat(np.arange(len(a)), a.astype(int)) for a in (row, real_row))
+        within = sum(scores.kernel(z[k], z[k])[k[:, None] != k].mean() for z, k in ((x, i), (y, j)))
+        expected.append(within - 2 * scores.kernel(x[i], y[j]).mean())
+    np.testing.assert_allclose(bootstrap.kernel_replicates(x, y, counts, real_counts), expected)
+
+
+def test_kernel_intervals_cover_the_truth_over_fresh_pairs_of_sets(random):
+    """The true distance of equal distributions is 0; both sets are as small as a subset."""
+    covered = 0
+    for _ in range(40):
+        x, y = random.standard_normal((2, 60, 4))
+        value = scores.kernel_distance(x, y)[0]
+        counts, real_counts = (bootstrap.resample_counts(60, 100, seed) for seed in (0, 1))
+        low, high = bootstrap.interval(value, bootstrap.kernel_replicates(x, y, counts, real_counts))
+        covered += low <= 0 <= high
+    assert covered >= 34
+
+
+@pytest.mark.parametrize("n", [10, 300])
+def test_intervals_of_shares_are_inside_and_cover_the_truth(n):
+    """The mean coverage over shares is close to 95 %, by summation over all outcomes."""
+    k = np.arange(n + 1)
+    low, high = np.transpose([bootstrap.wilson(x, n) for x in k.tolist()])
+    assert (low >= 0).all() and (high <= 1).all() and (low <= k / n).all() and (k / n <= high).all()
+    assert high[0] > 0 and low[n] < 1  # 0 of n is not certain
+    log_choose = np.cumsum(np.r_[0, np.log(np.arange(n, 0, -1) / np.arange(1, n + 1))])
+    shares = np.linspace(0.02, 0.98, 97)[:, None]
+    p = np.exp(log_choose + k * np.log(shares) + (n - k) * np.log(1 - shares))
+    coverage = np.sum(p * ((low <= shares) & (shares <= high)), axis=1)
+    assert 0.94 < coverage.mean() < 0.965 and coverage.min() > 0.8
 
 
 @pytest.mark.parametrize("n, d", [(400, 12), (60, 90)])

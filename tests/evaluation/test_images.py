@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import scores, seams
-from madformer_jax.evaluation.memorization import memorization_ratio, nearest_distances
+from madformer_jax.evaluation import degradations, scores, seams
+from madformer_jax.evaluation.memorization import find_nearest, memorization_ratio
 
 
 def test_seam_score_counts_steps_at_borders():
@@ -27,13 +27,32 @@ def test_seam_score_counts_steps_at_borders():
 def test_copies_of_training_images_are_found(monkeypatch):
     random = np.random.default_rng(0)
     training, fresh = random.standard_normal((40, 5)) + 1e4, random.standard_normal((20, 5)) + 1e4
-    held_out = nearest_distances(random.standard_normal((30, 5)) + 1e4, [training])
+    held_out = find_nearest(random.standard_normal((30, 5)) + 1e4, [training]).distances
     expected = np.linalg.norm(fresh[:, None] - training, axis=2).min(axis=1)
-    np.testing.assert_allclose(nearest_distances(fresh, [training]), expected)
+    np.testing.assert_allclose(find_nearest(fresh, [training]).distances, expected)
     monkeypatch.setattr(scores, "TILE_ROWS", 7)
-    np.testing.assert_allclose(nearest_distances(fresh, [training]), expected)
-    np.testing.assert_allclose(nearest_distances(fresh, [training[:15], training[15:16], training[16:]]), expected)
+    np.testing.assert_allclose(find_nearest(fresh, [training]).distances, expected)
+    np.testing.assert_allclose(find_nearest(fresh, [training[:15], training[15:16], training[16:]]).distances, expected)
     assert 0.7 < memorization_ratio(expected, held_out) < 1.4
-    assert memorization_ratio(nearest_distances(training[5:9], [training]), held_out) == 0
+    assert memorization_ratio(find_nearest(training[5:9], [training]).distances, held_out) == 0
     with pytest.raises(ConfigError, match="hold other images out"):
         memorization_ratio(expected, np.zeros(3))
+
+
+def test_degradations_change_what_they_say():
+    images = np.full((2, 16, 24, 3), 100, np.uint8)
+    images[..., :12, :] = 140
+    numbers = np.array([3, 7])
+    blocks = degradations.parse("blocks:8")(images, numbers).astype(int) - images
+    assert set(np.unique(blocks)) == {-8, 8}
+    for y, x in np.ndindex(4, 4):  # each block is shifted as a whole, the same in all channels
+        assert len({*blocks[0, 4 * y : 4 * y + 4, 6 * x : 6 * x + 6].ravel().tolist()}) == 1
+    assert (blocks[0] != blocks[1]).any()
+    np.testing.assert_array_equal(degradations.parse("blocks:8")(images[1:], numbers[1:]), blocks[1:] + images[1:])
+    noise = degradations.parse("noise:4")(images, numbers).astype(float) - images
+    assert 3.5 < noise.std() < 4.5 and abs(noise.mean()) < 0.3
+    blurred = degradations.parse("blur:1")(images, numbers)
+    assert (blurred[:, :, 2] == 140).all() and (blurred[:, :, -2] == 100).all() and (blurred[:, :, 11] < 140).all()
+    for text in ("blocks", "noise:-1", "blur:inf", "sharpen:2"):
+        with pytest.raises(ConfigError, match="noise:DEVIATION, blur:RADIUS or blocks:OFFSET"):
+            degradations.parse(text)

@@ -57,12 +57,14 @@ def test_all_training_images_are_searched_for_copies(tmp_path, monkeypatch, capl
     training = TrainingFeatures(reference_statistics.load(str(tmp_path / "all.npz")), held_out)
     assert reference_statistics.load(str(tmp_path / "all.npz")).digest == digest
     assert (training.searched, training.images) == (40, 40) and not caplog.records
-    np.testing.assert_array_equal(training.distances(x), 0)
+    copies = training.nearest(x[::-1])
+    np.testing.assert_array_equal(copies.distances, 0)
+    np.testing.assert_array_equal(copies.numbers, np.arange(40)[::-1])  # although the file has another order
     expected = np.linalg.norm(held_out[:, None] - x, axis=2).min(axis=1)
     np.testing.assert_allclose(training.held_out_distances, expected, rtol=1e-5)
     (tmp_path / "all.npz").write_bytes((tmp_path / "all.npz").read_bytes()[:-100])
     with pytest.raises(ConfigError, match="all.npz is damaged or has changed"):
-        training.distances(x)
+        training.nearest(x)
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path):

@@ -83,6 +83,15 @@ def test_subsets_are_no_larger_than_the_smaller_set(random):
     assert whole == pytest.approx((rule(y, y + 1), 0), abs=1e-9)
 
 
+def test_kernel_values_that_serve_all_subsets_give_the_distances_of_the_subsets(random, monkeypatch):
+    x, y = random.standard_normal((30, 4)), random.standard_normal((23, 4)) + 0.5
+    monkeypatch.setattr(scores, "TILE_ROWS", 8)
+    reused = scores.kernel_distance(x, y, subset_size=7)
+    monkeypatch.setattr(scores, "MAX_REUSE", 0)
+    assert reused == pytest.approx(scores.kernel_distance(x, y, subset_size=7), rel=1e-12)
+    assert reused[1] > 0
+
+
 def test_balls_include_their_border_and_not_their_center():
     real = np.array([[0.0], [1], [2], [3], [1000]])  # radii to the second neighbor: 2, 1, 1, 2, 998
     generated = np.array([[-2.0], [-2.1], [5], [5.1], [2000], [0]])

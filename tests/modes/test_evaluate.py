@@ -93,7 +93,7 @@ def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, wor
     assert made == [2]  # one program for both numbers of steps
     assert results[0]["scores"] == results[1]["scores"] != results[2]["scores"]
     out = capsys.readouterr().out.splitlines()
-    assert "| step | weights | steps |" in out[0] and len(out) == 2 + 8 + 4 and "mean of 2" in out[-1]
+    assert "| step | weights | steps |" in out[0] and len(out) == 2 + 8 + 4 + 1 and "mean of 2" in out[-2]
     monkeypatch.setattr(evaluate, "_sample_and_extract", lambda *a: pytest.fail("drawn again"))
     assert evaluate.run(fresh, str(workdir))["results"] == results
     assert "| solver_steps | nfe | passes | seconds |" in capsys.readouterr().out
@@ -164,6 +164,7 @@ def test_shards_are_removed_when_every_process_has_read_them(fresh, workdir, mon
     order, read, remove, sync = [], shards.Shards.read, shards.Shards.remove, partitioning.sync
     monkeypatch.setattr(shards.Shards, "read", lambda self: order.append("read") or read(self))
     monkeypatch.setattr(shards.Shards, "remove", lambda self: order.append("remove") or remove(self))
+    monkeypatch.setattr(evaluate, "_add_real_images", lambda c, workdir, judge, results: results)
     monkeypatch.setattr(partitioning, "sync", lambda name: order.append("sync") or sync(name))
     fresh.evaluate.images = "data:all"
     evaluate.run(fresh, str(workdir))
@@ -181,10 +182,11 @@ def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
         "KID-classifier",
         "precision-classifier",
         "recall-classifier",
+        "seam_difference",
     }
 
 
-def test_copies_of_training_images_lower_the_memorization_score(fresh, workdir, tmp_path):
+def test_copies_of_training_images_are_found_and_drawn(fresh, workdir, data, tmp_path):
     training = fresh.copy_and_resolve_references()
     training.evaluate.split, training.evaluate.reference = "train", str(tmp_path / "train.npz")
     reference_mode.run(training, str(workdir))
@@ -193,8 +195,40 @@ def test_copies_of_training_images_lower_the_memorization_score(fresh, workdir, 
     values = []
     for split in ("train", "test"):
         fresh.evaluate.images = f"data:{split}"
-        values.append(evaluate.run(fresh, str(workdir))["results"][0]["scores"]["memorisation"]["value"])
-    assert values[0] < 1e-4 and 0.5 < values[1] < 2
+        result = evaluate.run(fresh, str(workdir))["results"][0]
+        scores_of_split = result["scores"]
+        values.append((scores_of_split["memorisation"]["value"], scores_of_split["memorized"]["value"]))
+        if split == "train":
+            pairs = scores_of_split["memorized"]["pairs"]
+            (picture,) = (workdir / "evaluations").glob("*.png")
+            columns = np.split(np.asarray(Image.open(picture)).reshape(2, 32, -1), len(pairs), axis=2)
+            images = data_images(data, "train")
+            for (_, number, distance), (sample, nearest) in zip(pairs, columns):
+                np.testing.assert_array_equal(nearest, images[number][..., 0])
+                assert distance < 1e-4
+                np.testing.assert_array_equal(sample, nearest)
+    assert values[0][0] < 1e-4 and 0.5 < values[1][0] < 2
+    assert values[0][1] == 1 and values[1][1] < 0.5
+    assert result["real"]["scores"]["memorisation"]["value"] == 1  # of the images of the reference
+
+
+def test_real_images_are_the_last_row_and_scored_once_for_each_reference(fresh, workdir, tmp_path, monkeypatch, capsys):
+    fresh.evaluate.n = 10
+    real = evaluate.run(fresh, str(workdir))["results"][0]["real"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| real | ")
+    fresh.evaluate.images = "data:train"
+    (tmp_path / "other").mkdir()
+    fresh.evaluate.reference, fresh.evaluate.network_path = (
+        str(workdir / x) for x in ("reference.npz", "classifier.npz")
+    )
+    extracted, extract = [], evaluate.images.extract_missing_shards
+    monkeypatch.setattr(evaluate.images, "extract_missing_shards", lambda *x: extracted.append(x) or extract(*x))
+    (result,) = evaluate.run(fresh, str(tmp_path / "other"))["results"]
+    assert len(extracted) == 1  # the images themselves
+    assert result["real"] == real and result["scores"] == real["scores"]
+    fresh.evaluate.images, fresh.evaluate.n = "data:all", 40  # more than the training images
+    assert "real" not in evaluate.run(fresh, str(workdir))["results"][0]
+    assert "| real |" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def _set(name, value):

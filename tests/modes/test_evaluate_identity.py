@@ -134,6 +134,7 @@ def test_prompts_and_noise_are_read_once_for_all_settings_and_shards(fresh, work
 def test_two_concurrent_evaluations_return_the_same_result(fresh, workdir, monkeypatch):
     """Without the lock, the first would remove shards that the second has written."""
     monkeypatch.setattr(shards, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(evaluate, "_add_real_images", lambda c, workdir, judge, results: results)
     fresh.evaluate.images = "data:all"
     read, first, second, done = shards.Shards.read, threading.Event(), threading.Event(), threading.Event()
 

@@ -38,6 +38,7 @@ class Network(Protocol):
 
     channels: tuple[int, ...]  # numbers of image channels that it accepts
     params: Mapping[str, Any]
+    embeds: bool = False  # whether `embed` exists
     metadata: Mapping[str, Any] = {}  # JSON for the protocol of a score, besides name, weights and dims
 
     @classmethod
@@ -65,6 +66,10 @@ class Network(Protocol):
           params: Parameters like those of the network.
           images: uint8 (B, H, W, c).
         """
+
+    def embed(self, params: Any, images: Array) -> Array:
+        """Computes vectors (B, e) float32 whose squared distances are LPIPS. A pure function, see `apply`."""
+        raise TypeError(f"{self.name} does not embed.")
 
     @classmethod
     def score_name(cls, score: str) -> str:

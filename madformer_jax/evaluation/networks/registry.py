@@ -5,13 +5,14 @@ implements `Network`, and add a line for it to `NETWORKS`.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation.networks.alexnet import AlexNetNetwork
 from madformer_jax.evaluation.networks.attribute_classifier import AttributeNetwork
 from madformer_jax.evaluation.networks.classifier import ClassifierNetwork
 from madformer_jax.evaluation.networks.inception import Inception
@@ -21,6 +22,7 @@ NETWORKS: dict[str, type[Network]] = {
     "inception": Inception,  # FID, KID, IS
     "attributes": AttributeNetwork,  # FD-attributes, KID-attributes
     "classifier": ClassifierNetwork,  # FD-classifier, KID-classifier, recognised
+    "alexnet": AlexNetNetwork,  # FD-alexnet, KID-alexnet, LPIPS-diversity
 }
 BATCH_PER_DEVICE = 16
 
@@ -30,6 +32,7 @@ class NetworkOutputs(NamedTuple):
 
     features: np.ndarray  # (n, d) float32
     logits: np.ndarray | None  # (n, classes) float32; None if the network has no classes
+    embedding: np.ndarray | None = None  # (n, e) float32 of `Network.embed`, if it was asked for
 
 
 def network_class(name: str) -> type[Network]:
@@ -52,8 +55,10 @@ def open_network(name: str, path: str) -> Network:
     return network_class(name).open(path)
 
 
-def make_extractor(network: Network) -> Callable[[np.ndarray], NetworkOutputs]:
+def make_extractor(network: Network, embed: bool = True) -> Callable[[np.ndarray], NetworkOutputs]:
     """Returns a function from images uint8 (n, H, W, c) to their `NetworkOutputs`.
+
+    With `embed` they include the embedding, if the network has one.
 
     It runs on all devices of this process and accepts any n. An image's features do not depend on
     the other images of its batch. It raises ConfigError if the network does not accept the images.
@@ -62,7 +67,11 @@ def make_extractor(network: Network) -> Callable[[np.ndarray], NetworkOutputs]:
     mesh = Mesh(np.array(devices), "images", axis_types=(AxisType.Auto,))
     batch_sharding = NamedSharding(mesh, PartitionSpec("images"))
     params = jax.device_put(network.params, NamedSharding(mesh, PartitionSpec()))
-    apply = jax.jit(network.apply)
+    embeds = embed and network.embeds
+
+    @jax.jit
+    def apply(params: Any, images: jax.Array) -> tuple[jax.Array | None, ...]:
+        return *network.apply(params, images), network.embed(params, images) if embeds else None
 
     def extract(images: np.ndarray) -> NetworkOutputs:
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in network.channels:
@@ -71,15 +80,17 @@ def make_extractor(network: Network) -> Callable[[np.ndarray], NetworkOutputs]:
                 f"it takes uint8 (n, H, W, {' or '.join(map(str, network.channels))})."
             )
         size = min(BATCH_PER_DEVICE, -(-len(images) // len(devices))) * len(devices)
-        features, logits = [], []
+        collected: list[list[np.ndarray]] = [[], [], []]
         for first in range(0, len(images), size):
             batch = images[first : first + size]
             padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
             with jax.set_mesh(mesh):  # the caller may have set the mesh of the model
                 outputs = jax.device_get(apply(params, jax.device_put(padded, batch_sharding)))
-            features.append(outputs[0][: len(batch)])
-            if outputs[1] is not None:
-                logits.append(outputs[1][: len(batch)])
-        return NetworkOutputs(np.concatenate(features), np.concatenate(logits) if logits else None)
+            for arrays, output in zip(collected, outputs):
+                if output is not None:
+                    arrays.append(output[: len(batch)])
+        features, logits, embedding = (np.concatenate(arrays) if arrays else None for arrays in collected)
+        assert features is not None
+        return NetworkOutputs(features, logits, embedding)
 
     return extract
