@@ -117,11 +117,8 @@ def _kernel_distance(sampled: np.ndarray, real: np.ndarray) -> dict[str, float]:
         (scores.kernel(a, a).sum() - scores.kernel_diagonal(a).sum()) / (len(a) * (len(a) - 1)) for a in (x, y)
     )
     value = float(within - 2 * scores.kernel(x, y).mean())
-    # To first order the deviations of both sets add up.
-    replicates: Any = sum(
-        bootstrap.kernel_replicates(a, b, bootstrap.resample_counts(len(a), seed=seed))
-        for a, b, seed in ((x, y, SEED), (y, x, SEED + 1))
-    )
+    counts = (bootstrap.resample_counts(len(a), seed=SEED + i) for i, a in enumerate((x, y)))
+    replicates = bootstrap.kernel_replicates(x, y, *counts)
     return {"value": value, **bootstrap.interval(value, replicates)._asdict()}
 
 
