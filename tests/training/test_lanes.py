@@ -14,9 +14,9 @@ from madformer_jax.runtime import partitioning
 from madformer_jax.training import lanes, train_step
 from tests import tiny
 from tests.kill import final
-from tests.training.test_scanned_steps import created_once, figures  # noqa: F401
+from tests.training.test_scanned_steps import add_to_first, figures, random_state  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("one_device", "created_once")
+pytestmark = pytest.mark.usefixtures("one_device", "random_state")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def summing(monkeypatch):
             rate = train_step.learning_rate(c)(state.step)
             loss = jnp.mean(batch["image"].astype(jnp.float32), axis=(1, 2, 3)) @ jnp.arange(len(batch["label"]))
             loss = jnp.where((seed == 7) & (state.step == 4), jnp.nan, loss)
-            params = jax.tree.map(lambda x: x + rate * loss, state.params)
+            params = add_to_first(state.params, rate * loss)
             metrics = {"loss": loss, "grad_norm": loss + seed, "learning_rate": rate}
             return state._replace(step=state.step + 1, params=params), metrics
 
