@@ -76,9 +76,11 @@ def test_the_page_draws_on_both_sides(model):
         assert captions[0] == (demo._cost_caption(model, demo.PaneState(None, 0.0, True)),) * 2 and len(captions) == 9
         assert "block **4** of 4, step 1; an image so far: **1.75** full-model passes" in captions[-1][0]
         assert "**2.75** full-model passes" in captions[-1][1]
-        job = client.submit("cat", 4, "block", "a", "ddim", 1, 1.0, "b", "ddim", 3, 1.0, api_name="/draw")
+        sides = "a", "ddim", 1, 1.0, "b", "ddim", 3, 1.0, "constant", 0, "1,1,3,1", 0
+        job = client.submit("cat", 4, "block", *sides, api_name="/draw")
         job.result(timeout=120)
         assert job.outputs()[0][2:] == ("starting ...", "starting ...")
+        assert "**2.25** full-model passes" in job.outputs()[-1][3]  # six steps in four blocks, and the cache
         with pytest.raises(Exception, match="config.seed=8589934592"):
             client.predict("dog", 2**33, "block", "a", "ddim", 1, 1.0, "b", "ddim", 2, 1.0, api_name="/draw")
     finally:
