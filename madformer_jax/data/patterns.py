@@ -6,8 +6,8 @@ They show whether a model keeps structure that is only local, or that connects d
   mirror    the same, and the right half mirrors the left one
   palette   the same, and each picture has two random colors of its own
 
-`inconsistency` measures how far pictures break the structure. It is 0 for every real picture.
-Picture i depends on its number and on its size alone.
+`Patterns.inconsistency` measures how far pictures break the structure. It is 0 for every real picture.
+The class is the scale of the texture. Picture i depends on its number and on its size alone.
 """
 
 import numpy as np
@@ -18,18 +18,18 @@ from madformer_jax.errors import ConfigError
 
 KINDS = ("texture", "mirror", "palette")
 PICTURES = 20_000  # of all splits
-CORRELATION = 1.5  # standard deviation of the texture's Gaussian filter, pixels
+SCALES = {"fine": 1.0, "coarse": 2.0}  # class -> standard deviation of the texture's Gaussian filter, pixels
 MARGIN = 8  # pixels that are filtered and cut off, so that opposite edges are independent
 CELLS = 4  # rows and columns of the parts whose colors `palette_distance` compares
 COLORS = ((40, 60, 110), (230, 190, 120))  # dark and bright, except for "palette"
 
 
 class Patterns(Source):
-    """Unlabeled color pictures."""
+    """Color pictures of one kind; every other one is coarse."""
 
     takes_name = True
-    classes = 0
-    names = ()
+    classes = len(SCALES)
+    names = tuple(SCALES)
 
     @classmethod
     def open(cls, data: ConfigDict, name: str) -> "Patterns":
@@ -60,17 +60,22 @@ class Patterns(Source):
         images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
         for image, index in zip(images, indices):
             image[:] = draw(self._kind, self._size, int(index))
-        return Examples({"image": images}, np.zeros(len(indices), np.int32), [""] * len(indices))
+        return Examples({"image": images}, (indices % len(SCALES)).astype(np.int32), [""] * len(indices))
 
     def name(self, index: int) -> str:
         return f"{self._kind} {index}"
+
+    @classmethod
+    def inconsistency(cls, name: str, images: np.ndarray) -> np.ndarray | None:
+        return inconsistency(name, images)
 
 
 def draw(kind: str, size: int, number: int) -> np.ndarray:
     """Draws a picture, uint8 (size, size, 3)."""
     random = np.random.default_rng([KINDS.index(kind), number])
     width = size // 2 if kind == "mirror" else size
-    is_bright = _filter(random.standard_normal((size + MARGIN, width + MARGIN)))[:size, :width] > 0
+    noise = random.standard_normal((size + MARGIN, width + MARGIN))
+    is_bright = _filter(noise, list(SCALES.values())[number % len(SCALES)])[:size, :width] > 0
     if kind == "mirror":
         is_bright = np.concatenate([is_bright, is_bright[:, ::-1]], axis=1)
     colors = np.array(COLORS)
@@ -79,10 +84,10 @@ def draw(kind: str, size: int, number: int) -> np.ndarray:
     return colors[is_bright.astype(int)].astype(np.uint8)
 
 
-def _filter(noise: np.ndarray) -> np.ndarray:
+def _filter(noise: np.ndarray, deviation: float) -> np.ndarray:
     """Filters noise (h, w) with a Gaussian on a torus."""
     frequencies = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, noise.shape), indexing="ij"))
-    gain = np.exp(-2 * (np.pi * CORRELATION * frequencies) ** 2)
+    gain = np.exp(-2 * (np.pi * deviation * frequencies) ** 2)
     return np.fft.ifft2(np.fft.fft2(noise) * gain).real
 
 

@@ -62,6 +62,19 @@ class Source(Protocol):
         """Changes `data` so that the source has `factor` times as many records, if it can make them."""
         return
 
+    @classmethod
+    def inconsistency(cls, name: str, images: np.ndarray) -> np.ndarray | None:
+        """Measures how far pictures break the structure that all records of the source have.
+
+        Args:
+          name: Text after the colon in `data.source`.
+          images: uint8 (n, H, W, c).
+
+        Returns:
+          Distances (n,), 0 for a real picture; None for a source without such a structure.
+        """
+        return None
+
     def __len__(self) -> int: ...
 
     def read(self, indices: np.ndarray) -> Examples:

@@ -136,7 +136,8 @@ def training_loss(
     noise = jax.random.normal(noise_key, z.shape, jnp.float32)
     context, clean_t = z, None
     if own_context is not None:
-        context = own_contexts.replace(model, own_context, z, tokens, lengths, jax.random.fold_in(key, 3), schedule)
+        own_key = jax.random.fold_in(key, 3)
+        context = own_contexts.replace(model, own_context, z, tokens, lengths, own_key, schedule, order)
     if context_noise:
         context, clean_t = _add_context_noise(schedule, context, jax.random.fold_in(key, 2), context_noise)
     level = schedule.level(t[..., None, None])
@@ -169,7 +170,7 @@ def training_order(model: MADFormer, key: Array, batch: int) -> Order | None:
     """
     if model.config.block_order != "random":
         return model.config.default_order
-    key = jax.random.fold_in(key, 3)
+    key = jax.random.fold_in(key, 4)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(batch))
     return block_order.image_orders("random", model.config.sizes, keys)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from madformer_jax.diffusion import parameterization
 from madformer_jax.diffusion.schedule import AnyArray, Schedule
+from madformer_jax.models.block_order import Order
 from madformer_jax.models.madformer import MADFormer
 
 
@@ -34,6 +35,7 @@ def replace(
     lengths: Int[AnyArray, " B"] | None,
     key: Array,
     schedule: Schedule,
+    order: Order | None = None,
 ) -> Float[Array, "B L positions C"]:
     """Replaces all blocks of some examples by estimates, which pass no gradient.
 
@@ -45,6 +47,7 @@ def replace(
       lengths: Number of tokens of each text.
       key: Random key of the examples, timesteps and noise.
       schedule: The noise path.
+      order: Order of the blocks, see `MADFormer.__call__`.
 
     Returns:
       The blocks that the model attends to.
@@ -52,7 +55,7 @@ def replace(
     row_key, t_key, noise_key = jax.random.split(key, 3)
     t = schedule.uniform_timesteps(t_key, z.shape[:2], own.max_timestep)
     noisy = schedule.add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t)
-    output = model.apply({"params": own.params}, z, noisy, t, tokens, lengths, terms=("image",)).image
+    output = model.apply({"params": own.params}, z, noisy, t, tokens, lengths, terms=("image",), order=order).image
     level = schedule.level(t[..., None, None])
     estimates = parameterization.clean_estimate(model.config.prediction_type, output, noisy, level)
     replaced = jax.random.bernoulli(row_key, own.share, (len(z), 1, 1, 1))

@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from madformer_jax.config.shapes import derive_sizes
-from madformer_jax.data import pipeline
+from madformer_jax.data import pipeline, sources
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import judge_paths, reference_statistics, score_summary
 from madformer_jax.evaluation.memorization import TrainingFeatures
@@ -70,7 +70,17 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
         "n": n, "reference": reference.digest, "network": network.describe(), "image": image,
         "scores": score_summary.SCORE_SETTINGS, **inputs,
     }  # fmt: skip
-    return Judge(network, registry.make_extractor(network), reference, training, protocol, attributes)
+    return Judge(network, _make_extractor(c, network), reference, training, protocol, attributes)
+
+
+def _make_extractor(c: ConfigDict, network: Network) -> Callable[[np.ndarray], registry.NetworkOutputs]:
+    """Returns the extractor of a network, which also measures the inconsistency that the data source defines."""
+    extract, source, name = registry.make_extractor(network), sources.source_class(c), c.data.source.partition(":")[2]
+
+    def run(images: np.ndarray) -> registry.NetworkOutputs:
+        return extract(images)._replace(inconsistency=source.inconsistency(name, images))
+
+    return run
 
 
 def open_training(c: ConfigDict, reference: Reference | None = None) -> Reference:

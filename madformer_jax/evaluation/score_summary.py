@@ -68,7 +68,8 @@ def compute_scores(
     Args:
       network: The feature network, which names its scores.
       arrays: Arrays of `shards.extract_features`: features (n, d), logits (n, classes) if the
-        network has classes, labels (n,), profile (n, .), and embedding (n, e) if the network has one.
+        network has classes, labels (n,), profile (n, .), embedding (n, e) if the network has one, and
+        inconsistency (n,) if the data source defines it.
       reference: Statistics of the real images.
       recognize: Whether to compute the fraction of images that the network classifies as their
         label.
@@ -109,6 +110,8 @@ def compute_scores(
         out["recognised"] = share(arrays["logits"].argmax(axis=1) == arrays["labels"])
     if "embedding" in arrays:
         out |= _diversity_score(arrays["embedding"], arrays["labels"], counts)
+    if "inconsistency" in arrays:
+        out["inconsistency"] = mean_score(arrays["inconsistency"])
     out |= _seam_scores(arrays["profile"], reference.profile, counts, grid, shape, seam_lines)
     if training is not None:
         out |= memorization_scores(training, x)

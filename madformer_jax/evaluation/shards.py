@@ -227,7 +227,8 @@ def extract_features(extract: Callable[[np.ndarray], NetworkOutputs], images: np
 
     Returns:
       `features` (n, d), `profile` of `seams.difference_profiles`, `labels` (n,), `logits` (n, classes)
-      if the network has classes, and `embedding` (n, e) if `extract` computes it.
+      if the network has classes, and `embedding` (n, e) and `inconsistency` (n,) if `extract` computes
+      them.
     """
     if not len(images):
         # The shapes of the empty arrays come from a dummy image.
@@ -239,7 +240,7 @@ def extract_features(extract: Callable[[np.ndarray], NetworkOutputs], images: np
         "profile": seams.difference_profiles(images),
         "labels": labels.astype(np.int32),
     }
-    optional = {"logits": outputs.logits, "embedding": outputs.embedding}
+    optional = {name: getattr(outputs, name) for name in ("logits", "embedding", "inconsistency")}
     return arrays | {name: array for name, array in optional.items() if array is not None}
 
 

@@ -39,7 +39,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       The path of the page and the suggested D.
 
     Raises:
-      ConfigError: A setting is wrong, the model has no AR condition, or the workdir has no model.
+      ConfigError: A setting is wrong, the model has no AR condition or another order, or the workdir has no model.
     """
     config_lib.validate(c)
     m, p = c.model, c.probe
@@ -50,6 +50,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             "config.model.ar_condition=False: the diffusion layers read nothing of the AR layers, so that there is no cut to "
             "suggest."
         )
+    if m.block_order != "raster":
+        raise ConfigError(f"config.model.block_order={m.block_order!r}: --mode=probe reads models of raster order only.")
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     trained = TrainedModel.open(c, workdir)
     depth = elastic_depth.sampled_depth(c)

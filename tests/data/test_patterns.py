@@ -6,6 +6,8 @@ import pytest
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import patterns, sources
 from madformer_jax.errors import ConfigError
+from madformer_jax.evaluation import shards
+from madformer_jax.evaluation.networks.registry import NetworkOutputs
 
 
 def pictures(kind: str, n: int = 32) -> np.ndarray:
@@ -20,6 +22,16 @@ def test_real_pictures_are_consistent_and_halves_of_different_pictures_are_not(k
     mixed = np.concatenate([real[:16, :, :16], real[16:, :, 16:]], axis=2)
     np.testing.assert_array_equal(patterns.inconsistency(kind, real), 0)
     assert (patterns.inconsistency(kind, mixed) > 5).all()
+
+
+def test_the_score_of_samples_is_their_mean_inconsistency():
+    images = pictures("mirror", 8)
+    images[0, :, :16] = 0
+    outputs = NetworkOutputs(np.zeros((8, 4), np.float32), None)
+    values = sources.SOURCES["patterns"].inconsistency("mirror", images)
+    arrays = shards.extract_features(lambda _: outputs._replace(inconsistency=values), images, np.zeros(8))
+    np.testing.assert_array_equal(arrays["inconsistency"], values)
+    assert values[0] > 50 and not values[1:].any()
 
 
 def test_palette_distance_equals_a_loop_over_the_parts():
@@ -39,7 +51,7 @@ def test_palette_distance_equals_a_loop_over_the_parts():
 
 
 def test_only_neighboring_pixels_of_a_texture_are_correlated():
-    bright = pictures("texture", 400)[..., 0] > 128
+    bright = pictures("texture", 800)[..., 0] > 128
     near = np.corrcoef(bright[:, :, 8].ravel(), bright[:, :, 9].ravel())[0, 1]
     far = [np.corrcoef(bright[:, :, 8].ravel(), bright[:, :, x].ravel())[0, 1] for x in (18, 24, 31)]
     assert near > 0.5 and np.abs(far).max() < 0.05

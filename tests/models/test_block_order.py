@@ -10,7 +10,7 @@ import pytest
 from madformer_jax.config import block_orders, schema
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.cost import flops
-from madformer_jax.diffusion import losses, sampler
+from madformer_jax.diffusion import losses, own_context, sampler, schedule
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import block_order
 from tests.cost.test_flops import abstract, wide, xla_flops
@@ -170,3 +170,18 @@ def test_wrong_orders_are_refused(trained, asked, message):
     with pytest.raises(ConfigError, match=message) as error:
         schema.validate(c)
     assert "\n" not in str(error.value)
+
+
+def test_own_context_is_estimated_in_the_order_of_each_image(random_model):
+    model, params = random_model
+    z, _, _, tokens = inputs(model)
+    own = own_context.OwnContext(params, 1.0, 500)
+
+    @jax.jit
+    def replace(order):
+        return own_context.replace(model, own, z, tokens, None, jax.random.key(0), schedule.DEFAULT, order)
+
+    several = replace(ORDERS)
+    for i, order in enumerate(ORDERS):
+        np.testing.assert_allclose(several[i], replace(order)[i], rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(several[0] - replace(ORDERS[1])[0]).max()) > 1e-3

@@ -33,6 +33,7 @@ class NetworkOutputs(NamedTuple):
     features: np.ndarray  # (n, d) float32
     logits: np.ndarray | None  # (n, classes) float32; None if the network has no classes
     embedding: np.ndarray | None = None  # (n, e) float32 of `Network.embed`, if it was asked for
+    inconsistency: np.ndarray | None = None  # (n,) of `Source.inconsistency`, which is no network
 
 
 def network_class(name: str) -> type[Network]:
