@@ -2,7 +2,7 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/ablations.py:cpu --workdir=runs/ablations_cpu
 
-Variants: cpu, ffhq1024, imagenet256. As in the authors' release, a model without the AR condition trains
+Variants: cpu, gpu, ffhq1024, imagenet256. As in the authors' release, a model without the AR condition trains
 without the hidden loss. Its training step costs a third less, so a second arm trains it for equal FLOPs.
 """
 
@@ -41,7 +41,7 @@ def sweep(variant: str = "cpu") -> Sweep:
     return Sweep(
         question="Which parts of the model lower the loss of held-out images?",
         runs=[{**arm, "seed": seed} for seed in range(SEEDS) for arm in arms],
-        sample_budgets={"steps": (8,)} if variant == "cpu" else {"steps": (c.sample.steps,)},
+        sample_budgets={"steps": (8,)} if variant in ("cpu", "gpu") else {"steps": (c.sample.steps,)},
         protocol=Protocol(
             primary="held_out_loss_image",
             secondary="KID",

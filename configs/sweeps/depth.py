@@ -4,7 +4,7 @@ This is the paper's Table 1 and Figure 4, with intervals.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/depth.py:cpu --workdir=runs/depth_cpu
 
-Variants: cpu; cpu_eps (the model predicts the noise); digits and drawings (published, three seeds);
+Variants: cpu; gpu; cpu_eps (the model predicts the noise); digits and drawings (published, three seeds);
 ffhq1024 and imagenet256. All runs train for the same number of steps. A solver step is cheaper with a
 small D, so that the same NFE, the paper's count of model passes, allows more steps. The comparison lets
 each D stop at its best step count within the budget.
@@ -36,9 +36,9 @@ def sweep(variant: str = "cpu") -> Sweep:
         "cpu_eps": {"steps": (1, 2, 4, 8, 16, 32, 64), "nfe": (2, 4, 8, 16, 32)},
         "digits": {"steps": (1, 2, 4, 8, 16, 32), "nfe": [nfe * branches for nfe in (2, 4, 8, 16)]},
         "drawings": {"steps": (1, 2, 4, 8, 16, 32), "nfe": [nfe * branches for nfe in (2, 4, 8, 16)]},
-    }.get(variant, {"steps": (5, 10, 25, 50, 100, 250), "nfe": (5, 10, 25, 50, 100)})
+    }.get("cpu" if variant == "gpu" else variant, {"steps": (5, 10, 25, 50, 100, 250), "nfe": (5, 10, 25, 50, 100)})
     small, large = {"model.diffusion_depth": layers // 4}, {"model.diffusion_depth": layers}
-    few = budgets["nfe"][1 if variant == "cpu" else 0]
+    few = budgets["nfe"][1 if variant in ("cpu", "gpu") else 0]
     return Sweep(
         question="Is a small D better under a small sampling budget, and a large D under a large one?",
         runs=grid(

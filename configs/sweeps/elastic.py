@@ -2,7 +2,7 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/elastic.py:cpu --workdir=runs/elastic_cpu
 
-Variants: cpu, drawings, ffhq1024, imagenet256. All models train for the same number of steps, which cost about
+Variants: cpu, gpu, drawings, ffhq1024, imagenet256. All models train for the same number of steps, which cost about
 the same FLOPs at every D. An elastic model is scored at its own D only, so that each D has independent
 trainings of both kinds.
 """
@@ -25,7 +25,7 @@ def sweep(variant: str = "cpu") -> Sweep:
     return Sweep(
         question="Does one model that can be sampled at several D match models that train for one D?",
         runs=grid({"model.diffusion_depth": depths, "train.elastic_depth": (False, True)}, seeds=5),
-        sample_budgets={"nfe": (2, 4, 8) if variant in ("cpu", "drawings") else (10, 50)},
+        sample_budgets={"nfe": (2, 4, 8) if variant in ("cpu", "gpu", "drawings") else (10, 50)},
         protocol=Protocol(
             primary="held_out_loss_image",
             secondary="KID",

@@ -2,7 +2,7 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/order.py:cpu --workdir=runs/order_cpu
 
-Variants: cpu, ffhq1024, imagenet256. Orders are compared at L = 16, since all blocks of a grid of 2 x 2
+Variants: cpu, gpu, ffhq1024, imagenet256. Orders are compared at L = 16, since all blocks of a grid of 2 x 2
 have the same distance from the center. Rows and squares are compared at L = 4. A model of random order
 is scored in random orders, a new one for each image.
 """
@@ -29,7 +29,7 @@ def sweep(variant: str = "cpu") -> Sweep:
     return Sweep(
         question="Does the order or the shape of the blocks change the loss of held-out images?",
         runs=[{**arm, "seed": seed} for seed in range(SEEDS) for arm in arms],
-        sample_budgets={"steps": (8,)} if variant == "cpu" else {"steps": (get_config(variant).sample.steps,)},
+        sample_budgets={"steps": (8,)} if variant in ("cpu", "gpu") else {"steps": (get_config(variant).sample.steps,)},
         protocol=Protocol(
             primary="held_out_loss_image",
             secondary="KID",

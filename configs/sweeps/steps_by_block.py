@@ -2,7 +2,7 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/steps_by_block.py:cpu --workdir=runs/steps_by_block_cpu
 
-Variants: cpu, drawings, ffhq1024, imagenet256. All schedules have the same mean number of steps, so that an image
+Variants: cpu, gpu, drawings, ffhq1024, imagenet256. All schedules have the same mean number of steps, so that an image
 costs the same passes. DiSA (arXiv 2505.20297) claims that later blocks need fewer steps. The schedule
 that gives them more is the control.
 """
@@ -22,7 +22,7 @@ def get_config(variant: str = "cpu") -> ConfigDict:
 
 def sweep(variant: str = "cpu") -> Sweep:
     c = get_config(variant)
-    steps = (2, 4, 8) if variant in ("cpu", "drawings") else (10, 50)
+    steps = (2, 4, 8) if variant in ("cpu", "gpu", "drawings") else (10, 50)
     passes = [flops.model_passes(apply_overrides(c, {"sample.steps": n})) for n in steps]
     return Sweep(
         question="Do later blocks need fewer solver steps than earlier blocks?",
