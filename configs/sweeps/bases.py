@@ -18,7 +18,9 @@ _STEPS = {"cpu": 640, "gpu": 2500, "digits": 800, "drawings": 600}
 
 def get_config(variant: str) -> ConfigDict:
     if variant not in ("cpu", "gpu", "digits", "drawings", "ffhq1024", "imagenet256"):
-        raise ConfigError(f"--config: variant {variant!r} is unknown: cpu, gpu, digits, drawings, ffhq1024 or imagenet256.")
+        raise ConfigError(
+            f"--config: variant {variant!r} is unknown: cpu, gpu, digits, drawings, ffhq1024 or imagenet256."
+        )
     file = {"cpu": "digits", "gpu": "drawings"}.get(variant, variant)
     c = config_beside(__file__, f"../{file}.py", "side=64" if file == "drawings" else None)
     c.train.judge = False  # the sweep evaluates its runs itself

@@ -46,7 +46,13 @@ def sweep(variant: str = "cpu") -> Sweep:
             primary="bits_per_dimension",
             secondary="inconsistency",
             claims=[
-                Claim(f"On {source['data.source']} L = {arm['model.blocks']} is better than L = 1", arm, plain, None, source)
+                Claim(
+                    f"On {source['data.source']} L = {arm['model.blocks']} is better than L = 1",
+                    arm,
+                    plain,
+                    None,
+                    source,
+                )
                 for source in sources
                 for arm in split
             ],

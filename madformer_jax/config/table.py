@@ -2,7 +2,8 @@
 
 Everything about one field stands in its line here. `schema.base`, `validation`, `identity` and `cli.help` read the table:
 from it follow configs, --help, docs/reference.md, checks, what may change on resume, the names of sweeps' runs, and what an
-export keeps. A new field is one line, and a rule between several fields is a function in `validation`.
+export keeps. A new field is one line, and a rule between several fields is a function in `validation`. The file has over
+400 lines, so that all fields are in one table.
 """
 
 import dataclasses
@@ -14,11 +15,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from madformer_jax.config.choices import (
+    ATTENTION,
     BLOCK_ORDERS,
     LOSS_WEIGHTINGS,
+    NETWORKS,
     NOISE_PATHS,
     PREDICTION_TYPES,
     SOLVERS,
+    SOURCES,
     TIME_SAMPLINGS,
 )
 
@@ -145,7 +149,7 @@ SECTIONS: dict[str, Section] = {
             0, "number of classes; an image has one label token, and guidance a further label; 0: unconditional", low=0),
         attention=Field(
             "auto", "implementation of skip-causal attention (docs/performance.md)", MACHINE,
-            choices=("auto", "reference", "blocks", "cudnn", "pallas")),
+            choices=("auto", *ATTENTION)),
         dtype=Field("float32", "type of the computation; parameters are always float32", choices=("float32", "bfloat16")),
         remat=Field(
             "none", "activations that the backward pass recomputes (docs/performance.md)", MACHINE,
@@ -173,10 +177,10 @@ SECTIONS: dict[str, Section] = {
     ),
     "diffusion": _section("noise path (docs/training.md)",
         path=Field("ddpm", "noise path; ddpm is that of the release", choices=tuple(NOISE_PATHS)),
-        time_sampling=Field("uniform", "distribution of the training timesteps; logit_normal needs flow or cosine",
+        time_sampling=Field("uniform", "distribution of the training timesteps; not ddpm: logit_normal",
             choices=TIME_SAMPLINGS),
         shift=Field(
-            1.0, "flow, cosine: moves timesteps to more noise, for larger images; 1: no shift", low=0.01, high=100),
+            1.0, "not ddpm: moves timesteps to more noise, for larger images; 1: no shift", low=0.01, high=100),
     ),
     "codec": _section("image <-> latent",
         name=Field(
@@ -194,7 +198,7 @@ SECTIONS: dict[str, Section] = {
         dtype=Field("float32", "type of the VAE's computation", choices=("float32", "bfloat16")),
     ),
     "data": _section("",
-        source=Field("digits", "digits, drawings, folder, npy, webdataset, hf, tfds:<name> or arrayrecord (docs/data.md)"),
+        source=Field("digits", f"{', '.join(SOURCES)}; with a name, such as tfds:<name>, where docs/data.md has one"),
         path=Field(
             "", "folder of images, tars or records; tfds: its data_dir; hf without a name: file or folder", PATH | MACHINE),
         image_column=Field("", 'hf: column of the images; "": found by its type'),
@@ -334,9 +338,9 @@ SECTIONS: dict[str, Section] = {
             0.0, "bound on the absolute values of the predicted x0; 0: off (use 1 for pixels)", RESUME, low=0),
     ),
     "evaluate": _section("--mode=reference and --mode=evaluate (docs/evaluation.md)",
-        network=Field("classifier", "network of the features: classifier, attributes, alexnet or inception", RESUME),
+        network=Field("classifier", f"network of the features: {', '.join(NETWORKS)}", RESUME),
         network_path=Field(
-            "", 'weights of the network; "": classifier.npz, attributes.npz, alexnet or inception in the workdir', PATH | MACHINE),
+            "", 'weights of the network; "": its file in the workdir, such as classifier.npz or inception', PATH | MACHINE),
         reference=Field("", 'reference statistics; "": reference.npz in the workdir', PATH | MACHINE),
         split=Field("test", "split of the reference statistics", RESUME),
         n=Field(1000, "number of images to score; 0: only the scores of held_out_n", RESUME, low=0),

@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from madformer_jax.config import block_orders, block_steps, class_labels, elastic_depth, fields
-from madformer_jax.config.choices import LOSS_TERMS
+from madformer_jax.config.choices import LOSS_TERMS, NOISE_PATHS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
 from madformer_jax.config.table import FIELDS, PATH, Field
 from madformer_jax.errors import ConfigError
@@ -203,7 +203,7 @@ def _check_sampling(c: ConfigDict) -> None:
     if d.path == "ddpm" and (d.time_sampling != "uniform" or d.shift != 1):
         raise ConfigError(
             f"config.diffusion.time_sampling={d.time_sampling!r} with config.diffusion.shift={d.shift:g} needs a continuous "
-            "path: set config.diffusion.path=flow or cosine."
+            f"path: set config.diffusion.path={' or '.join(path for path in NOISE_PATHS if path != 'ddpm')}."
         )
     if d.path != "ddpm" and s.spacing != "trailing":
         raise ConfigError(

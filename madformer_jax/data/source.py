@@ -1,7 +1,7 @@
 """The interface of data sources: random access to images or latents and their labels.
 
 `sources.open_source` opens a source, `pipeline` and `modes/prepare.py` read it. A new source is a
-class that implements `Source`; add a line for it to `sources.SOURCES`. Modules of other packages ask
+class that implements `Source`; add a line for it to `choices.SOURCES`. Modules of other packages ask
 a source for its facts and never compare its name.
 """
 
@@ -55,7 +55,7 @@ class Source(Protocol):
         Raises:
           ConfigError: The data set does not exist or cannot be read, or a package is missing.
         """
-        raise TypeError(f"{cls.__name__} is not in `sources.SOURCES`.")
+        raise TypeError(f"{cls.__name__} is not in `config.choices.SOURCES`.")
 
     @classmethod
     def enlarge(cls, data: ConfigDict, factor: int) -> None:

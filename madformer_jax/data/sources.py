@@ -1,29 +1,21 @@
 """The data sources by name, and `open_source`, which opens the source of a config.
 
 `pipeline`, `evaluation/images.py`, `sampling/prompts.py` and `modes/prepare.py` call it. A new source
-is a class in a module of its own and a line in `SOURCES`.
+is a class in a module of its own and a line in `config.choices.SOURCES`.
 """
+
+import pkgutil
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.data import digits, earth, folder, hugging_face, latent_folder, patterns, records, tars, tfds
-from madformer_jax.data.drawings import pictures
+from madformer_jax.config import choices
 from madformer_jax.data.source import Source, Subset
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
-SOURCES: dict[str, type[Source]] = {  # text of `data.source` before the colon
-    "digits": digits.Digits,
-    "drawings": pictures.Drawings,
-    "earth": earth.Earth,
-    "patterns": patterns.Patterns,
-    "folder": folder.Folder,
-    "npy": latent_folder.LatentFolder,
-    "webdataset": tars.Tars,
-    "hf": hugging_face.HuggingFace,
-    "tfds": tfds.Tfds,
-    "arrayrecord": records.Records,
+SOURCES: dict[str, type[Source]] = {
+    name: pkgutil.resolve_name(f"{__package__}.{path}") for name, path in choices.SOURCES.items()
 }
 
 

@@ -148,15 +148,17 @@ def training_loss(
     target = parameterization.target(model.config.prediction_type, z, noise, level)
     losses = unweighted_terms(outputs, z, target, tokens, lengths, text_tokens)
     scale = parameterization.loss_weight(model.config.prediction_type, weights.weighting, level)
-    if outputs.image is not None and scale is not None:
-        losses["image"] = jnp.mean(scale * (outputs.image - target) ** 2)
+    errors = None
+    if outputs.image is not None:
+        errors = (outputs.image - target) ** 2
+        errors = errors if scale is None else scale * errors
+        losses["image"] = jnp.mean(errors)
     loss = sum((getattr(weights, name) * value for name, value in losses.items()), jnp.zeros((), jnp.float32))
     metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
-    if outputs.image is not None:
-        errors, quarter = jnp.mean((outputs.image - target) ** 2, axis=(2, 3)), t // QUARTER
-        errors = errors if scale is None else errors * scale[..., 0, 0]
+    if errors is not None:
+        by_block, quarter = jnp.mean(errors, axis=(2, 3)), t // QUARTER
         for q in range(4):
-            metrics[f"loss_q{q + 1}"] = jnp.mean(errors, where=quarter == q)
+            metrics[f"loss_q{q + 1}"] = jnp.mean(by_block, where=quarter == q)
     return loss, metrics
 
 

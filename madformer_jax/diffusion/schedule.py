@@ -59,7 +59,7 @@ class Schedule(abc.ABC):
     def alpha_sigma(
         self, t: Real[AnyArray, " *shape"]
     ) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
-        """Returns alpha and sigma at timesteps."""
+        """Returns alpha and sigma at timesteps from 0 to 999, and exactly (1, 0) at `clean`."""
 
     @abc.abstractmethod
     def training_timesteps(self, key: Array, shape: tuple[int, ...]) -> Real[Array, "..."]:

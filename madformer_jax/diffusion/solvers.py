@@ -14,7 +14,8 @@ clean latent and has one evaluation.
 
 To add a solver, write a subclass of `Solver` with its `table` and add a line to `config.choices.SOLVERS`.
 Override `step` if the update is not linear in what `SolverState` holds. Costs, budgets and interfaces
-follow from `evaluations_per_step`.
+follow from `evaluations_per_step`. `step_levels`, `velocity_steps` and `make_rows` help to write a
+table. `Heun` is an example of a step with two evaluations.
 """
 
 import abc
@@ -78,7 +79,9 @@ class Solver(abc.ABC):
 
         Args:
           schedule: The noise path.
-          t: Step k goes from t[k] to t[k + 1]. The last entry is `schedule.clean`.
+          t: Step k goes from t[k] to t[k + 1]. The last entry is `schedule.clean`. Timesteps of the
+            DDPM path are integers, so a solver rounds a timestep between two of them and computes its
+            weights from the noise level there (`schedule.level`).
         """
 
     def coefficients(self, schedule: Schedule, spacing: str, steps: int) -> Coefficients:
@@ -129,9 +132,9 @@ class DDIM(Solver):
     """DDIM: keeps the estimates of z and of the noise, and moves to the next noise level."""
 
     def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        now, after = _step_levels(schedule, t)
+        now, after = step_levels(schedule, t)
         x_weight = after.sigma / now.sigma
-        return _rows(schedule, t[:-1], x_weight, after.alpha - now.alpha * x_weight)
+        return make_rows(schedule, t[:-1], x_weight, after.alpha - now.alpha * x_weight)
 
 
 class DPMSolverPP2M(Solver):
@@ -140,7 +143,7 @@ class DPMSolverPP2M(Solver):
     skip_zero = True
 
     def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        now, after = _step_levels(schedule, t)
+        now, after = step_levels(schedule, t)
         x_weight = after.sigma / now.sigma
         x0_weight = after.alpha - now.alpha * x_weight
         previous_x0_weight = np.zeros(len(x0_weight))
@@ -151,16 +154,16 @@ class DPMSolverPP2M(Solver):
             correction = x0_weight[k] * lambda_increase[k] / (2 * lambda_increase[k - 1])
             x0_weight[k] += correction
             previous_x0_weight[k] = -correction
-        return _rows(schedule, t[:-1], x_weight, x0_weight, previous_x0_weight=previous_x0_weight)
+        return make_rows(schedule, t[:-1], x_weight, x0_weight, previous_x0_weight=previous_x0_weight)
 
 
 class Euler(Solver):
     """Euler steps along the velocity v; the last one goes to the clean estimate."""
 
     def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        length, x_slope, x0_slope = _velocity_steps(schedule, t)
+        length, x_slope, x0_slope = velocity_steps(schedule, t)
         x_weight, x0_weight = 1 + length * x_slope[:-1], length * x0_slope[:-1]
-        return _rows(schedule, t[:-1], np.append(x_weight, 0), np.append(x0_weight, 1))
+        return make_rows(schedule, t[:-1], np.append(x_weight, 0), np.append(x0_weight, 1))
 
 
 class Heun(Solver):
@@ -174,7 +177,7 @@ class Heun(Solver):
     evaluations_per_step = 2
 
     def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        length, x_slope, x0_slope = _velocity_steps(schedule, t)
+        length, x_slope, x0_slope = velocity_steps(schedule, t)
         evaluations = self.evaluations(len(t) - 1)
         weights = np.zeros((4, evaluations))  # of x, x0, previous x0 and previous x
         weights[:2, :-1:2] = 1 + length * x_slope[:-1], length * x0_slope[:-1]
@@ -182,7 +185,7 @@ class Heun(Solver):
         weights[:, 1::2] = half * x_slope[1:], half * x0_slope[1:], half * x0_slope[:-1], 1 + half * x_slope[:-1]
         weights[1, -1] = 1
         x_weight, x0_weight, previous_x0_weight, previous_x_weight = weights
-        return _rows(
+        return make_rows(
             schedule,
             t[(np.arange(evaluations) + 1) // 2],
             x_weight,
@@ -196,12 +199,12 @@ class Ancestral(Solver):
     """Samples x_s from q(x_s | x_t, x0) with the clean estimate x0, for the next timestep s < t."""
 
     def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        now, after = _step_levels(schedule, t)
+        now, after = step_levels(schedule, t)
         alpha = now.alpha / after.alpha  # of q(x_t | x_s), whose variance is the next line
         variance = np.maximum(now.sigma**2 - (alpha * after.sigma) ** 2, 0)
         x_weight = alpha * (after.sigma / now.sigma) ** 2
         noise_weight = np.sqrt(variance) * after.sigma / now.sigma
-        return _rows(schedule, t[:-1], x_weight, after.alpha - now.alpha * x_weight, noise_weight=noise_weight)
+        return make_rows(schedule, t[:-1], x_weight, after.alpha - now.alpha * x_weight, noise_weight=noise_weight)
 
 
 def make(name: str) -> Solver:
@@ -227,12 +230,12 @@ def pad(coefficients: Coefficients, size: int) -> PaddedCoefficients:
     return PaddedCoefficients(rows, np.int32(count))
 
 
-def _step_levels(schedule: Schedule, t: np.ndarray) -> tuple[NoiseLevel, NoiseLevel]:
+def step_levels(schedule: Schedule, t: np.ndarray) -> tuple[NoiseLevel, NoiseLevel]:
     """Returns the noise levels at the start and at the end of each step."""
     return schedule.level(t[:-1]), schedule.level(t[1:])
 
 
-def _velocity_steps(schedule: Schedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def velocity_steps(schedule: Schedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the lengths of all steps but the last in the time of v, and weights of v = a x + b x0.
 
     Returns:
@@ -243,7 +246,7 @@ def _velocity_steps(schedule: Schedule, t: np.ndarray) -> tuple[np.ndarray, np.n
     return lengths, level.v_noise / level.sigma, -1 / level.sigma
 
 
-def _rows(
+def make_rows(
     schedule: Schedule, t: np.ndarray, x_weight: np.ndarray, x0_weight: np.ndarray, **weights: Any
 ) -> Coefficients:
     """Makes the coefficients of evaluations at timesteps t."""

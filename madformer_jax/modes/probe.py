@@ -51,7 +51,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             "suggest."
         )
     if m.block_order != "raster":
-        raise ConfigError(f"config.model.block_order={m.block_order!r}: --mode=probe reads models of raster order only.")
+        raise ConfigError(
+            f"config.model.block_order={m.block_order!r}: --mode=probe reads models of raster order only."
+        )
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     trained = TrainedModel.open(c, workdir)
     depth = elastic_depth.sampled_depth(c)

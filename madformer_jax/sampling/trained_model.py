@@ -123,7 +123,7 @@ class Model:
             - labels: Class numbers (integers) or class names (texts), which the images take in turn.
             - label_sampling: "balanced", or "random": labels are drawn for each image from the seed.
             - prompts: Texts, which the images take in turn. None of them names a file or a split.
-            - solver: "ddim", "dpmpp_2m", "euler", "heun" or "ancestral" (docs/sampling.md).
+            - solver: A name of `config.choices.SOLVERS`, such as "dpmpp_2m" (docs/sampling.md).
             - steps: Solver steps of a block.
             - steps_by_block: "constant", or steps of each block, as in "16,8,8,4" or "linear:1.5x:0.5x".
             - diffusion_depth: D, if the model was trained with several (`train.elastic_depth`); 0 is its own.

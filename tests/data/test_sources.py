@@ -179,7 +179,7 @@ def test_images_beside_and_in_subfolders_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "source, path, split, message",
     [
-        ("foldr", "", "train", "'foldr' is unknown: one of digits, drawings, folder"),
+        ("foldr", "", "train", "'foldr' is unknown: one of digits, drawings, earth:<name>"),
         ("folder", "gs://bucket/images", "train", "lies in a bucket, and source folder reads local files"),
         ("folder", "/nowhere", "train", "'/nowhere' is not a folder"),
         ("digits", "", "tset", "split='tset' is unknown: one of train, test, all"),

@@ -6,7 +6,8 @@ import pytest
 from madformer_jax.config import choices
 from madformer_jax.diffusion import schedule
 
-DDPM, FLOW, COSINE = (schedule.make(path) for path in choices.NOISE_PATHS)
+PATHS = {name: schedule.make(name) for name in choices.NOISE_PATHS}
+DDPM, FLOW, COSINE = (PATHS[name] for name in ("ddpm", "flow", "cosine"))
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -21,7 +22,7 @@ def test_ddpm_timesteps_fall_to_the_clean_latent_in_the_number_of_steps(skip_zer
 
 
 def test_trailing_starts_at_pure_noise():
-    for path in (DDPM, FLOW, COSINE, schedule.make("flow", shift=3.0)):
+    for path in (*PATHS.values(), schedule.make("flow", shift=3.0)):
         for n in (1, 7, 20):
             assert path.solver_timesteps("trailing", n)[0] == pytest.approx(999)
 
@@ -71,7 +72,7 @@ def test_flow_is_the_straight_line_and_cosine_that_of_diffusers(reference):
     np.testing.assert_allclose(COSINE.alpha_sigma(np.arange(990) + 0.5)[0] ** 2, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("path", [DDPM, FLOW, COSINE], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("path", PATHS.values(), ids=lambda path: type(path).__name__)
 def test_levels_in_float32_equal_those_in_float64_at_both_ends(path):
     t = np.array([0, 1, 500, 998, 999])
     exact, single = path.level(t), path.level(jnp.asarray(t, path.dtype))
@@ -81,7 +82,7 @@ def test_levels_in_float32_equal_those_in_float64_at_both_ends(path):
     assert (clean.alpha[0], clean.sigma[0]) == pytest.approx((1, 0), abs=1e-12)
 
 
-@pytest.mark.parametrize("path", [DDPM, FLOW, COSINE], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("path", PATHS.values(), ids=lambda path: type(path).__name__)
 def test_v_is_the_velocity_of_the_path(path):
     """Dx / dtau by differences; on the DDPM path between two neighboring timesteps."""
     t = np.array([100, 400, 900]) if path is DDPM else np.array([0.5, 400.25, 998])

@@ -8,7 +8,8 @@ import madformer_jax.diffusion
 from madformer_jax.config import choices
 from madformer_jax.diffusion import schedule, solvers
 
-DDPM, FLOW, COSINE = (schedule.make(path) for path in choices.NOISE_PATHS)
+PATHS = {name: schedule.make(name) for name in choices.NOISE_PATHS}
+DDPM, FLOW, COSINE = (PATHS[name] for name in ("ddpm", "flow", "cosine"))
 
 
 def no_noise():
@@ -147,7 +148,7 @@ def test_the_image_is_the_same_on_every_path():
         assert np.linalg.norm(image - images[0]) < 0.01 * np.linalg.norm(images[0])
 
 
-@pytest.mark.parametrize("path", [DDPM, FLOW, COSINE], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("path", PATHS.values(), ids=lambda path: type(path).__name__)
 def test_ancestral_samples_have_the_mean_and_the_variance_of_the_data(path):
     rng = np.random.default_rng(1)
     x = rng.standard_normal((500, 50))
@@ -176,7 +177,7 @@ def check_marginals(solver, path):
         assert state.x.std() == pytest.approx(level.sigma, abs=0.02)
 
 
-@pytest.mark.parametrize("path", [DDPM, FLOW, COSINE], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("path", PATHS.values(), ids=lambda path: type(path).__name__)
 def test_each_ancestral_step_ends_on_the_path_of_a_known_image(path):
     check_marginals(solvers.make("ancestral"), path)
 

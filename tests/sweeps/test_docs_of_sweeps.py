@@ -18,7 +18,8 @@ from madformer_jax.models.madformer import ModelOutputs
 command_line.run(["main", "--mode=sweep", "--config=configs/sweeps/error.py", "--workdir=unused", "--dry_run"])
 z = jnp.ones((2, 4, 4, 1))
 outputs = ModelOutputs(image=z + 3, hidden=None, clean=None, text=None)
-model = SimpleNamespace(config=SimpleNamespace(prediction_type="x0"), apply=lambda *args, **kwargs: outputs)
+config = SimpleNamespace(prediction_type="x0", block_order="raster", default_order=None)
+model = SimpleNamespace(config=config, apply=lambda *args, **kwargs: outputs)
 for error in ("squared", "absolute"):
     weights = losses.LossWeights(hidden=0.0, error=error)
     print(error, losses.training_loss(model, {}, z, None, jax.random.key(0), weights)[0])

@@ -1,6 +1,6 @@
 """`Network`: the interface between a feature network and the scores.
 
-Each network is a class in a module of its own, listed in `registry.NETWORKS`. Scores, references and
+Each network is a class in a module of its own, listed in `config.choices.NETWORKS`. Scores, references and
 protocols ask it for its facts and never compare its name.
 """
 
@@ -29,21 +29,23 @@ class Network(Protocol):
     The first group of fields and the class methods require no weights.
     """
 
-    name: str  # value of `evaluate.network`, its key in `registry.NETWORKS`
-    weights_file: str  # name of the weights in a workdir, unless `evaluate.network_path` names a file
-    input_sizes: tuple[int, ...]  # sides to which `apply` resizes: the smallest that the image fits in, or the last
+    name: str  # value of `evaluate.network`, its key in `choices.NETWORKS`
+    weights_file: str  # name of the weights in a workdir, unless `evaluate.network_path` names a file; need not exist
+    input_sizes: tuple[
+        int, ...
+    ]  # sides to which `apply` resizes: the smallest that the image fits in, or the last; (): any side
     feature_layer: str  # layer whose outputs are the features
     feature_dim: int  # d
     learns: Literal["", "labels", "attributes"] = ""  # targets on which --mode=reference trains it; "": it does not
 
     channels: tuple[int, ...]  # numbers of image channels that it accepts
-    params: Mapping[str, Any]
+    params: Mapping[str, Any]  # {} without weights
     embeds: bool = False  # whether `embed` exists
     metadata: Mapping[str, Any] = {}  # JSON for the protocol of a score, besides name, weights and dims
 
     @classmethod
     def open(cls, path: str) -> "Network":
-        """Opens the network with the weights at `path`.
+        """Opens the network with the weights at `path`, which a network without weights ignores.
 
         Raises:
           ConfigError: The weights are missing or do not fit.

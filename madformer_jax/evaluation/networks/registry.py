@@ -1,9 +1,10 @@
 """The feature networks by name, and feature extraction on all devices of a process.
 
 `modes.reference` and `judge.open_judge` call it. To add a network, write a module with a class that
-implements `Network`, and add a line for it to `NETWORKS`.
+implements `Network`, and add a line for it to `config.choices.NETWORKS`.
 """
 
+import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,18 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from madformer_jax.config import choices
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks.alexnet import AlexNetNetwork
-from madformer_jax.evaluation.networks.attribute_classifier import AttributeNetwork
-from madformer_jax.evaluation.networks.classifier import ClassifierNetwork
-from madformer_jax.evaluation.networks.inception import Inception
 from madformer_jax.evaluation.networks.network import Network
 
 NETWORKS: dict[str, type[Network]] = {
-    "inception": Inception,  # FID, KID, IS
-    "attributes": AttributeNetwork,  # FD-attributes, KID-attributes
-    "classifier": ClassifierNetwork,  # FD-classifier, KID-classifier, recognised
-    "alexnet": AlexNetNetwork,  # FD-alexnet, KID-alexnet, LPIPS-diversity
+    name: pkgutil.resolve_name(f"{__package__}.{path}") for name, path in choices.NETWORKS.items()
 }
 BATCH_PER_DEVICE = 16
 

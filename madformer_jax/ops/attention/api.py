@@ -3,19 +3,18 @@
 `models.madformer.build` calls `choose`. `attention.base` says how to add an implementation.
 """
 
+import pkgutil
+
 import jax
 
+from madformer_jax.config import choices
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention.base import Attention
-from madformer_jax.ops.attention.cudnn import CudnnAttention
-from madformer_jax.ops.attention.dense_mask import DenseMask
 from madformer_jax.ops.attention.pallas import PallasAttention
 from madformer_jax.ops.attention.self_check import verified
-from madformer_jax.ops.attention.xla_blocks import XlaBlocks
 
-# "auto" takes the first that supports the case. `DenseMask`, for tests, comes after one that always does.
 IMPLEMENTATIONS: dict[str, Attention] = {
-    x.name: x for x in (CudnnAttention(), PallasAttention(), XlaBlocks(), DenseMask())
+    name: pkgutil.resolve_name(f"{__package__}.{path}")() for name, path in choices.ATTENTION.items()
 }
 
 
@@ -25,7 +24,7 @@ def choose(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> At
     On a TPU the kernel first computes one small case. If its result is wrong, `blocks` is returned.
 
     Args:
-      name: "auto" or a key of `IMPLEMENTATIONS`.
+      name: "auto" or a key of `choices.ATTENTION`.
       device: cpu, gpu or tpu.
       dtype: Name of the type of queries, keys and values.
       head_dim: Head size.

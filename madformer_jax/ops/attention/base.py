@@ -7,7 +7,7 @@ attentions. Masked scores are never computed.
 
 `models.transformer` calls `block_attention` in training and `cached_attention` in sampling, and
 `models.unet` calls `attend`. To add an implementation, write a subclass of `Attention` in a file of
-its own and add it to `api.IMPLEMENTATIONS`.
+its own and add a line to `config.choices.ATTENTION`.
 
 Shapes: B images, L blocks, s tokens a block, H heads, h head size, T text tokens.
 """
@@ -53,7 +53,8 @@ class Attention(abc.ABC):
     Attributes:
       name: Value of `config.model.attention` and word in log lines.
       requirements: Conditions of `supports`, for an error message.
-      cache_token_axes: Axes of cached keys and of cached values along which blocks are written.
+      cache_token_axes: Axes of cached keys and of cached values along which blocks are written, in
+        the layout of `to_cache_layout`. Axis 0 is that of the layers.
       layers_apart: Whether sampling runs its layers without a loop, and the cache holds the keys and
         values of each layer as arrays of their own, which nothing has to slice or copy.
     """
@@ -98,7 +99,8 @@ class Attention(abc.ABC):
           text: Keys and values, each `(B, T, H, h)`, to which every query attends, or None.
           lengths: Number of text tokens without padding. None for all T.
           images: Images in a row (`images_per_row`): arrays are then
-            `(B / images, images * L, s, H, h)` and `(B / images, images * T, H, h)`.
+            `(B / images, images * L, s, H, h)` and `(B / images, images * T, H, h)`. It is 1 unless
+            the class overrides `images_per_row`.
 
         Returns:
           The output of each stream, shaped like its values.
@@ -121,7 +123,8 @@ class Attention(abc.ABC):
         Args:
           qkv: Queries, keys and values of the block, each `(B, 1, s, H, h)`.
           context: Cached keys and values from `to_cache_layout`, whose slots j < block are filled.
-            None lets the block attend to itself only.
+            The other slots get no weight, and the tests fill them with NaN. None lets the block
+            attend to itself only.
           text: Cached keys and values of the text from `to_cache_layout`, or None.
           layer: Index of the layer in the cache.
           block: Index i of the block. Unfilled slots cost nothing, also if it is traced.

@@ -89,9 +89,11 @@ def dense(name):
     return value_and_gradient("reference", *PALLAS[name])
 
 
+# The tests of the TPU kernels are below, with tiles of 128 tokens.
+@pytest.mark.parametrize("implementation", [x for x in api.IMPLEMENTATIONS if x not in ("reference", "pallas")])
 @pytest.mark.parametrize("name", CASES)
-def test_block_form_equals_the_dense_mask(name):
-    assert_equal_trees(value_and_gradient("blocks", *CASES[name]), dense(name))
+def test_every_implementation_equals_the_dense_mask(name, implementation, no_cudnn):
+    assert_equal_trees(value_and_gradient(implementation, *CASES[name]), dense(name))
 
 
 @pytest.mark.parametrize(
@@ -99,11 +101,6 @@ def test_block_form_equals_the_dense_mask(name):
 )
 def test_one_product_of_small_blocks_equals_the_dense_mask(name):
     assert_equal_trees(value_and_gradient("joint", *CASES[name]), dense(name))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_tiles_of_cudnn_equal_the_dense_mask(name, no_cudnn):
-    assert_equal_trees(value_and_gradient("cudnn", *CASES[name]), dense(name))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 11, 16])
@@ -121,7 +118,10 @@ def to_cache(kv, implementation):
     return IMPLEMENTATIONS[implementation].to_cache_layout(KV(*(jnp.stack([x + 1, x]) for x in kv)))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocks", "cudnn", "pallas_interpret"])
+WITH_CACHE = [x for x in IMPLEMENTATIONS if x not in ("pallas", "joint")]  # joint is blocks with a cache
+
+
+@pytest.mark.parametrize("implementation", WITH_CACHE)
 def test_padding_changes_nothing(implementation, no_cudnn):
     """Padding changes no output and no gradient, and gets no gradient, with the cache as well."""
     streams, source, words, lengths = CASES["padded text"]
@@ -272,6 +272,7 @@ def test_auto_selects_the_kernel_of_the_platform_if_the_shape_allows():
 
 def test_the_choices_of_the_config_are_the_implementations():
     assert set(FIELDS["model.attention"].choices) == {"auto", *api.IMPLEMENTATIONS}
+    assert all(implementation.name == name for name, implementation in api.IMPLEMENTATIONS.items())
 
 
 @pytest.mark.parametrize("change", ["missing", "another argument", "another result"])
@@ -323,10 +324,9 @@ def test_a_query_sees_earlier_context_blocks_and_itself_only():
         assert float(jnp.abs(x[:, 3] - y[:, 3]).max()) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "implementation, unfilled", [("blocks", jnp.nan), ("cudnn", 100.0), ("pallas_interpret", jnp.nan)]
-)
-def test_attention_with_the_cache_equals_training(implementation, unfilled, no_cudnn):
+@pytest.mark.parametrize("implementation", WITH_CACHE)
+def test_attention_with_the_cache_equals_training(implementation, no_cudnn):
+    unfilled = 100.0 if implementation == "cudnn" else jnp.nan
     streams, words = [stream(0, L), stream(1, L)], text()
     context = streams[0].kv
     attention = IMPLEMENTATIONS[implementation]
