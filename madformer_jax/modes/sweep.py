@@ -191,7 +191,7 @@ def _do_run(job: Job, run: Run) -> bool:
             return False
         _free_memory()
     evaluations, held_out = _evaluate(job, run, base)
-    rows = _grid_rows(job, evaluations) if run is job.first_seed_run(run) else []
+    rows = run_result.grid_rows(job, evaluations) if run is job.first_seed_run(run) else []
     if rows:
         _write_sample_grid(job, run, [evaluations[i]["cost"]["solver_steps"] for i in rows])
     if jax.process_index():
@@ -367,18 +367,6 @@ def _measure_timing(job: Job, run: Run, overrides: sweep_file.Overrides) -> dict
 
 
 # ---- samples side by side
-
-
-def _grid_rows(job: Job, results: Sequence[dict[str, Any]]) -> list[int]:
-    """Returns the evaluations that are rows of the sample grid.
-
-    They are those with the first overrides, one for each number of solver steps, cheapest first.
-    """
-    index: dict[int, int] = {}  # solver steps -> evaluation
-    for i, (evaluation, result) in enumerate(zip(job.evaluations, results, strict=True)):
-        if evaluation.overrides == job.definition.evaluations[0]:
-            index.setdefault(result["cost"]["solver_steps"], i)
-    return [index[steps] for steps in sorted(index)]
 
 
 def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:

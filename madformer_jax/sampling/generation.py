@@ -31,14 +31,12 @@ from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.inference_params import inference_params
 from madformer_jax.models.madformer import MADFormer
-from madformer_jax.runtime import partitioning, storage
-from madformer_jax.runtime.memory import device_capacity
+from madformer_jax.runtime import memory, partitioning, storage
 from madformer_jax.sampling import codec, editing, prompts, solving
 
 # ---- drawing
 
-# Folded into the key of the seed before an image number, so that images and training steps never
-# share a key: steps are below 2^31.
+# Folded into the key before an image number, so that images and training steps (below 2^31) never share a key.
 SAMPLE_STREAM = 1 << 31
 
 
@@ -99,7 +97,7 @@ def make_sample_fn(
     if c.sample.guide and c.sample.guidance != 1.0 and not isinstance(model, GuidedPair):
         raise ConfigError(f"config.sample.guide={c.sample.guide}: this mode measures one model. Leave the guide out.")
     sizes, settings, path = derive_sizes(c), c.sample, schedule.make(**c.diffusion)
-    memory = device_capacity() if memory is None else memory
+    memory = memory.device_capacity() if memory is None else memory
 
     @jax.jit
     def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:

@@ -51,3 +51,15 @@ def phase_seconds(lines: Sequence[dict[str, Any]], results: Sequence[dict[str, A
         "training": sweep_folder.training_seconds(lines),
         "evaluations": [result["cost"]["seconds"] for result in results],
     }
+
+
+def grid_rows(job: Job, results: Sequence[dict[str, Any]]) -> list[int]:
+    """Returns the evaluations that are rows of the sample grid.
+
+    They are those with the first overrides, one for each number of solver steps, cheapest first.
+    """
+    index: dict[int, int] = {}  # solver steps -> evaluation
+    for i, (evaluation, result) in enumerate(zip(job.evaluations, results, strict=True)):
+        if evaluation.overrides == job.definition.evaluations[0]:
+            index.setdefault(result["cost"]["solver_steps"], i)
+    return [index[steps] for steps in sorted(index)]
