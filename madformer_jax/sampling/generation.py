@@ -31,7 +31,8 @@ from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.models import madformer
 from madformer_jax.models.inference_params import inference_params
 from madformer_jax.models.madformer import MADFormer
-from madformer_jax.runtime import memory, partitioning, storage
+from madformer_jax.runtime import partitioning, storage
+from madformer_jax.runtime.memory import device_capacity
 from madformer_jax.sampling import codec, editing, prompts, solving
 
 # ---- drawing
@@ -88,8 +89,7 @@ def make_sample_fn(
       c: The config.
       model: The network, or the network with its guide. The parameters are then a pair, too.
       decode: (codec params, latents) -> pixels.
-      memory: Bytes that a device has for the program, which decide how `inference_params` holds the
-        parameters. By default `memory.device_capacity`.
+      memory: Bytes of a device, for `inference_params`. By default `device_capacity`.
 
     Raises:
       ConfigError: The config has a guide, and the network has none.
@@ -97,7 +97,7 @@ def make_sample_fn(
     if c.sample.guide and c.sample.guidance != 1.0 and not isinstance(model, GuidedPair):
         raise ConfigError(f"config.sample.guide={c.sample.guide}: this mode measures one model. Leave the guide out.")
     sizes, settings, path = derive_sizes(c), c.sample, schedule.make(**c.diffusion)
-    memory = memory.device_capacity() if memory is None else memory
+    memory = device_capacity() if memory is None else memory
 
     @jax.jit
     def draw(params: Any, codec_params: Any, inputs: Inputs) -> tuple[Array, Array, Array]:
