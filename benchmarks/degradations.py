@@ -1,4 +1,4 @@
-"""Measures which degradations of real images a feature network sees.
+"""Measures which degradations of real images a feature network detects.
 
     python -m benchmarks.degradations --network=alexnet --workdir=runs/degradations
 

@@ -3,8 +3,8 @@
     python -m benchmarks.held_out_seeds --folder=DIR --blocks=1,4,16 --seeds=1
     python -m benchmarks.held_out_seeds --folder=DIR --blocks=1 --seeds=10
 
-Prints a row for each model. With several seeds it also prints the share of pairs of neighboring seeds whose
-bits differ by less than their intervals say: by less than the root of the sum of the squared half-widths.
+Prints a row for each model. With several seeds it also prints how often the bits of two neighboring seeds
+differ by less than the root of the sum of the squared half-widths of their intervals.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def serve(facts: dict[str, Any], run: Callable[[], Any], product: Callable[[], A
     """Warms up, writes the facts, and takes turns until the input ends.
 
     Args:
-      facts: What the other process has to know of this side.
+      facts: Facts of this side that the parent process prints.
       run: Computes once and waits for the result.
       product: Computes a matrix product and waits for the result.
       product_flops: Its FLOPs.

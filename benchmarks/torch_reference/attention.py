@@ -96,22 +96,22 @@ def _attend_by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor
     s = layout.tokens
     lengths = list(layout.lengths)
     (k_text, k_clean, k_pred), (v_text, v_clean, v_pred) = k.split(lengths, 2), v.split(lengths, 2)
-    missing = k.shape[2] - q.shape[2]  # streams that end in this layer give no queries
-    q_lengths = [0 if sum(lengths[:n]) < missing else length for n, length in enumerate(lengths)]
+    omitted = k.shape[2] - q.shape[2]  # streams that end in this layer give no queries
+    q_lengths = [0 if sum(lengths[:n]) < omitted else length for n, length in enumerate(lengths)]
     q_text, q_clean, q_pred = q.split(q_lengths, 2)
     outputs: list[list[Tensor]] = [[], [], []]
     if q_text.shape[2]:
         outputs[TEXT].append(scaled_dot_product_attention(q_text, k_text, v_text, is_causal=True))
     for block in range(max(layout.clean_blocks, layout.pred_blocks)):
-        before, own = slice(0, block * s), slice(block * s, (block + 1) * s)
+        earlier, current = slice(0, block * s), slice(block * s, (block + 1) * s)
         members = []  # (stream, queries, keys, values)
         for stream, x, ks, vs in ((CLEAN, q_clean, k_clean, v_clean), (PRED, q_pred, k_pred, v_pred)):
             if block * s < x.shape[2]:
                 keys, values = (
-                    torch.cat([a, b[:, :, before], c[:, :, own]], 2)
+                    torch.cat([a, b[:, :, earlier], c[:, :, current]], 2)
                     for a, b, c in ((k_text, k_clean, ks), (v_text, v_clean, vs))
                 )
-                members.append((stream, x[:, :, own], keys, values))
+                members.append((stream, x[:, :, current], keys, values))
         if members:
             streams, *qkv = zip(*members)
             result = scaled_dot_product_attention(*(torch.cat(x) for x in qkv))

@@ -24,7 +24,7 @@ NORM_EPS, QK_NORM_EPS = 1e-5, 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How the yardstick computes. None of them changes what it computes."""
+    """Implementation choices of the yardstick. They do not change its results."""
 
     attention: str = "sdpa"  # one of `attention.KINDS`
     channels_last: bool = True

@@ -1,4 +1,4 @@
-"""Training on imperfect context: the model's own estimates of earlier blocks, or noise on them, against neither.
+"""Training on imperfect context: the model's own estimates of earlier blocks, noise on true blocks, or neither.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/context.py:cpu --workdir=runs/context_cpu
 
@@ -26,9 +26,11 @@ def get_config(variant: str = "cpu") -> ConfigDict:
 def _arms(c: ConfigDict, blocks: int) -> list[dict[str, Any]]:
     """Returns the overrides of the base, of noise on the context, and of own context at equal FLOPs."""
     base = {"model.blocks": blocks}
-    own = base | {"train.own_context": 0.5}
-    steps = budget.train_steps(apply_overrides(c, own), "flops", budget.training_flops(apply_overrides(c, base)))
-    return [base, base | {"train.context_noise": 100}, own | {"train.steps": steps}]
+    own_context = base | {"train.own_context": 0.5}
+    steps = budget.train_steps(
+        apply_overrides(c, own_context), "flops", budget.training_flops(apply_overrides(c, base))
+    )
+    return [base, base | {"train.context_noise": 100}, own_context | {"train.steps": steps}]
 
 
 def sweep(variant: str = "cpu") -> Sweep:

@@ -36,12 +36,12 @@ def sweep(variant: str = "cpu") -> Sweep:
                 Claim(
                     f"With L = {blocks} and {n} steps on average, fewer steps for later blocks are better",
                     {"model.blocks": blocks, "sample.steps_by_block": FALLING},
-                    {"model.blocks": blocks, "sample.steps_by_block": other},
+                    {"model.blocks": blocks, "sample.steps_by_block": baseline},
                     ("passes", amount),
                 )
                 for blocks in (4, 16)
                 for n, amount in zip(steps[:2], passes)
-                for other in ("constant", RISING)
+                for baseline in ("constant", RISING)
             ],
             refuted_if="an interval lies on the other side of 0",
         ),

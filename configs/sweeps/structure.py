@@ -1,10 +1,10 @@
-"""Whether blocks help because of structure that is local, or that connects distant parts.
+"""Numbers of blocks on data with local structure, and on data whose structure connects distant parts.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/structure.py:cpu --workdir=runs/structure_cpu
 
 The source `patterns` draws textures, mirrored halves and shared palettes, of 32 px and 256 tokens.
 L = 1 has D = N, plain diffusion. All runs have equal training FLOPs. Bits per dimension compare all
-L. The score `inconsistency` says how far samples break the structure.
+L. The score `inconsistency` measures how far samples break the structure.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Named and explicit orders in which the blocks of an image are generated.
 
-An order lists the place of each block, its number in raster order: (3, 0, 1, 2) generates the last
-block first. `models.block_order` draws random orders and permutes arrays. `validation` checks the
+An order lists the numbers of the blocks in raster order: (3, 0, 1, 2) generates the last block
+first. `models.block_order` draws random orders and permutes arrays. `validation` checks the
 fields `model.block_order` and `sample.block_order`. Add a fixed order in `fixed_order` and to
 `BLOCK_ORDERS` in `config.choices`.
 """
@@ -17,25 +17,25 @@ from madformer_jax.errors import ConfigError
 
 
 def fixed_order(name: str, sizes: Sizes) -> np.ndarray | None:
-    """Returns an order (L,) by its name or its list of places; None for "random".
+    """Returns an order (L,) by its name or its list of block numbers; None for "random".
 
     `center_out` sorts the blocks by the distance of their centers from that of the image. Ties are
     in raster order.
     """
-    places = np.arange(sizes.blocks)
+    numbers = np.arange(sizes.blocks)
     if name == "random":
         return None
     if name == "raster":
-        return places
+        return numbers
     if name == "reverse":
-        return places[::-1].copy()
+        return numbers[::-1].copy()
     if name == "center_out":
-        row, column = np.divmod(places, sizes.columns)
+        row, column = np.divmod(numbers, sizes.columns)
         # Distances in half latent positions, which are whole numbers.
         down = (2 * row + 1 - sizes.grid) * sizes.block_side
         right = (2 * column + 1 - sizes.columns) * sizes.block_width
         return np.argsort(down**2 + right**2, kind="stable")
-    return np.array([int(place) for place in name.split(",")])
+    return np.array([int(number) for number in name.split(",")])
 
 
 def sampling_order_name(c: ConfigDict) -> str:
@@ -44,7 +44,7 @@ def sampling_order_name(c: ConfigDict) -> str:
     return name
 
 
-def parse_places(field: str, text: str, blocks: int) -> list[int]:
+def parse_block_numbers(field: str, text: str, blocks: int) -> list[int]:
     """Returns the block numbers in a text such as "3,0,1".
 
     Args:
@@ -55,12 +55,12 @@ def parse_places(field: str, text: str, blocks: int) -> list[int]:
     Raises:
       ConfigError: A number is not a block, or occurs twice.
     """
-    places = [int(x) if re.fullmatch(r"\s*\d{1,9}\s*", x) else -1 for x in text.split(",")]
-    if wrong := [x for x, place in zip(text.split(","), places) if not 0 <= place < blocks]:
+    numbers = [int(x) if re.fullmatch(r"\s*\d{1,9}\s*", x) else -1 for x in text.split(",")]
+    if wrong := [x for x, number in zip(text.split(","), numbers) if not 0 <= number < blocks]:
         raise ConfigError(f"{field}: {wrong[0].strip()!r} is not a block: blocks have the numbers 0 to {blocks - 1}.")
-    if twice := {place for place in places if places.count(place) > 1}:
+    if twice := {number for number in numbers if numbers.count(number) > 1}:
         raise ConfigError(f"{field}: block {min(twice)} occurs twice.")
-    return places
+    return numbers
 
 
 def check(c: ConfigDict) -> None:
@@ -69,7 +69,7 @@ def check(c: ConfigDict) -> None:
     Raises:
       ConfigError: `sample.block_order` is not an order, or the model was not trained with it.
     """
-    name, trained = c.sample.block_order, c.model.block_order
+    name, model_name = c.sample.block_order, c.model.block_order
     if not name:
         return
     sizes = derive_sizes(c)
@@ -79,12 +79,12 @@ def check(c: ConfigDict) -> None:
             raise ConfigError(
                 f"{field} is unknown: one of {', '.join(BLOCK_ORDERS)}, or the {sizes.blocks} block numbers in any order."
             )
-        places = parse_places(field, name, sizes.blocks)
-        if len(places) != sizes.blocks:
-            raise ConfigError(f"{field} has {len(places)} of {sizes.blocks} blocks: list each block once.")
-    own, asked = fixed_order(trained, sizes), fixed_order(name, sizes)
-    if own is not None and (asked is None or not np.array_equal(own, asked)):
+        numbers = parse_block_numbers(field, name, sizes.blocks)
+        if len(numbers) != sizes.blocks:
+            raise ConfigError(f"{field} has {len(numbers)} of {sizes.blocks} blocks: list each block once.")
+    model_order, sampling_order = fixed_order(model_name, sizes), fixed_order(name, sizes)
+    if model_order is not None and (sampling_order is None or not np.array_equal(model_order, sampling_order)):
         raise ConfigError(
-            f"{field}: the model generates its blocks in the order config.model.block_order={trained!r} only. Train with "
+            f"{field}: the model generates its blocks in the order config.model.block_order={model_name!r} only. Train with "
             "config.model.block_order=random for other orders."
         )

@@ -1,6 +1,6 @@
 """Solver steps of each block, from `sample.steps_by_block`.
 
-Later blocks follow from more context and need fewer steps (DiSA, arXiv 2505.20297). `validation` checks
+Later blocks have more context and may need fewer steps (DiSA, arXiv 2505.20297). `validation` checks
 the values. The sampler, the costs and the interfaces call `steps_of_blocks`.
 """
 
@@ -39,20 +39,20 @@ def parse(text: str, blocks: int, steps: int) -> tuple[int, ...]:
     """
     if text == CONSTANT:
         return (steps,) * blocks
-    kind, _, ends = text.partition(":")
+    kind, _, bounds = text.partition(":")
     if kind == "linear":
-        entries = ends.split(":")
+        entries = bounds.split(":")
         values = [_parse_entry(text, entry, blocks, steps) for entry in entries]
         if len(values) != 2:
             raise _error(text, blocks)
         first, last = values
-        return tuple(_whole(first + (last - first) * i / max(1, blocks - 1)) for i in range(blocks))
+        return tuple(_round(first + (last - first) * i / max(1, blocks - 1)) for i in range(blocks))
     values = [_parse_entry(text, entry, blocks, steps) for entry in re.split("[,/]", text)]
     if len(values) != blocks:
         raise ConfigError(
             f"config.sample.steps_by_block={text!r} has {len(values)} entries: give one for each of the {blocks} blocks."
         )
-    return tuple(map(_whole, values))
+    return tuple(map(_round, values))
 
 
 def depends_on_steps(text: str) -> bool:
@@ -67,8 +67,8 @@ def _parse_entry(text: str, entry: str, blocks: int, steps: int) -> float:
     return float(match[1]) if match[1] else float(match[2]) * steps
 
 
-def _whole(value: float) -> int:
-    """Rounds to the nearest whole number of steps, halves up, and to 1 at least."""
+def _round(value: float) -> int:
+    """Rounds to the nearest number of steps, halves up. The result is at least 1."""
     return max(1, math.floor(value + 0.5))
 
 

@@ -33,16 +33,16 @@ def check(c: ConfigDict) -> None:
     Raises:
       ConfigError: A depth is not possible, several steps share a call, or sampling takes a D that training does not draw.
     """
-    depths, own, n = tuple(c.train.elastic_depths), c.model.diffusion_depth, c.model.depth
+    depths, default, n = tuple(c.train.elastic_depths), c.model.diffusion_depth, c.model.depth
     if c.train.elastic_depth:
         if not depths or len(set(depths)) < len(depths) or not all(1 <= depth <= n for depth in depths):
             raise ConfigError(
                 f"config.train.elastic_depths={depths} must be different numbers of diffusion layers, each from 1 to "
                 f"config.model.depth={n}."
             )
-        if own not in depths:
+        if default not in depths:
             raise ConfigError(
-                f"config.model.diffusion_depth={own} is not in config.train.elastic_depths={depths}: it is the D that "
+                f"config.model.diffusion_depth={default} is not in config.train.elastic_depths={depths}: it is the D that "
                 "sampling has by default, so it must be one of them."
             )
         if c.train.scan > 1:
@@ -51,9 +51,9 @@ def check(c: ConfigDict) -> None:
                 "each step: set config.train.scan=1."
             )
     if c.sample.diffusion_depth and c.sample.diffusion_depth not in trained_depths(c):
-        known = ", ".join(map(str, sorted(trained_depths(c))))
+        allowed = ", ".join(map(str, sorted(trained_depths(c))))
         advice = "" if c.train.elastic_depth else ", or train with config.train.elastic_depth=True"
         raise ConfigError(
-            f"config.sample.diffusion_depth={c.sample.diffusion_depth}: the model is trained with D = {known} only. Use one "
+            f"config.sample.diffusion_depth={c.sample.diffusion_depth}: the model is trained with D = {allowed} only. Use one "
             f"of them or 0{advice}."
         )

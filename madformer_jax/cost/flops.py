@@ -272,12 +272,12 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     return cost * c.train.batch
 
 
-def sampling(c: ConfigDict, n: int = 1, kept: int = 0) -> Cost:
+def sampling(c: ConfigDict, n: int = 1, kept_count: int = 0) -> Cost:
     """Returns the cost of sampling n images with the config's solver steps and guidance.
 
     The AR layers and the clean tower run once per block, the diffusion layers at every evaluation of
     the solver, and the decoder of the codec once. Both guidance branches run at every evaluation,
-    also outside of `guidance_interval`. The first `kept` blocks of an edit are embedded and cached only.
+    also outside of `guidance_interval`. The first `kept_count` blocks of an edit are embedded and cached only.
     """
     m, stages, diffusion = c.model, sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)
     s, last = derive_sizes(c).tokens, c.model.blocks - 1
@@ -291,8 +291,8 @@ def sampling(c: ConfigDict, n: int = 1, kept: int = 0) -> Cost:
         extend_ar, extend_diffusion = (
             block < last and x for x in (stages.cache_clean_ar, stages.cache_clean_diffusion)
         )
-        drawn = block >= kept
-        embedded = block < last and ((stages.condition and block + 1 >= kept) or extend_ar)
+        drawn = block >= kept_count
+        embedded = block < last and ((stages.condition and block + 1 >= kept_count) or extend_ar)
         # The AR layers: the condition, then the finished block's keys and values.
         runs = (stages.condition and drawn) + extend_ar
         towers, scores = runs * ar * _layer_matmuls(c, s), runs * ar * _block_attention(c, block, False)
@@ -331,15 +331,15 @@ def block_evaluations(c: ConfigDict) -> tuple[int, ...]:
     return tuple(map(solvers.make(c.sample.solver).evaluations, block_steps.steps_of_blocks(c)))
 
 
-def nfe(c: ConfigDict, kept: int = 0) -> float:
+def nfe(c: ConfigDict, kept_count: int = 0) -> float:
     """Returns the paper's NFE of an image (section 1).
 
     It is (N - D) / N + evaluations D / N for each guidance branch, with the mean evaluations of a block.
     The formula ignores the clean tower and the ablation switches. `model_passes` counts all layers that
-    run. An edit that keeps the first `kept` blocks counts the drawn blocks only.
+    run. An edit that keeps the first `kept_count` blocks counts the drawn blocks only.
     """
     m, diffusion = c.model, elastic_depth.sampled_depth(c)
-    drawn = block_evaluations(c)[kept:]
+    drawn = block_evaluations(c)[kept_count:]
     layers = len(drawn) * (m.depth - diffusion) + sum(drawn) * diffusion
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
@@ -363,49 +363,54 @@ def layer_calls(c: ConfigDict) -> LayerCalls:
     return LayerCalls(stages.condition * ar, diffusion, extension)
 
 
-def model_passes(c: ConfigDict, kept: int = 0) -> float:
+def model_passes(c: ConfigDict, kept_count: int = 0) -> float:
     """Returns the full-model passes of an image: decoder layers that run on its blocks, over N L.
 
     The text runs through the layers once, before the first block. It counts in FLOPs only.
     """
-    return model_passes_until(c, c.model.blocks - 1, block_steps.steps_of_blocks(c)[-1], kept)
+    return model_passes_until(c, c.model.blocks - 1, block_steps.steps_of_blocks(c)[-1], kept_count)
 
 
-def model_passes_until(c: ConfigDict, block: int, step: int, kept: int = 0) -> float:
+def model_passes_until(c: ConfigDict, block: int, step: int, kept_count: int = 0) -> float:
     """Returns the part of `model_passes` that has run after a solver step.
 
     Args:
       c: The config.
-      block: Index of the block in the order of generation, from 0. It is at least `kept`.
+      block: Index of the block in the order of generation, from 0. It is at least `kept_count`.
       step: Number of the solver step, from 1.
-      kept: Number of kept blocks, which come first. Only the clean tower runs on them.
+      kept_count: Number of kept blocks, which come first. Only the clean tower runs on them.
     """
     m, calls, evaluations = c.model, layer_calls(c), block_evaluations(c)
     done = min(step * solvers.make(c.sample.solver).evaluations_per_step, evaluations[block])
-    done += sum(evaluations[kept:block])
-    layers = (block - kept + 1) * calls.condition + done * calls.evaluation + block * calls.extension
+    done += sum(evaluations[kept_count:block])
+    layers = (block - kept_count + 1) * calls.condition + done * calls.evaluation + block * calls.extension
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 
-def image_cost(c: ConfigDict, guide: ConfigDict | None = None, kept: int = 0) -> dict[str, float]:
+def image_cost(c: ConfigDict, guide: ConfigDict | None = None, kept_count: int = 0) -> dict[str, float]:
     """Returns the cost of sampling an image, under the names that it has in results.
 
     Args:
       c: The config.
       guide: The config of the model of `sample.guide` (`stored_config.guide_config`). Its passes are added,
         each a pass of the guide's own layers.
-      kept: Number of blocks of a picture that an edit keeps.
+      kept_count: Number of blocks of a picture that an edit keeps.
     """
     cost = {
         "solver_steps": c.sample.steps,
-        "nfe": nfe(c, kept),
-        "passes": model_passes(c, kept),
-        "flops": sampling(c, kept=kept).total,
+        "nfe": nfe(c, kept_count),
+        "passes": model_passes(c, kept_count),
+        "flops": sampling(c, kept_count=kept_count).total,
     }
     if guide is None or c.sample.guidance == 1.0:
         return cost
-    guide_flops = dataclasses.replace(sampling(guide, kept=kept), vae=0.0).total  # images are decoded once
-    added = {"solver_steps": 0, "nfe": nfe(guide, kept), "passes": model_passes(guide, kept), "flops": guide_flops}
+    guide_flops = dataclasses.replace(sampling(guide, kept_count=kept_count), vae=0.0).total  # images are decoded once
+    added = {
+        "solver_steps": 0,
+        "nfe": nfe(guide, kept_count),
+        "passes": model_passes(guide, kept_count),
+        "flops": guide_flops,
+    }
     return {name: cost[name] + added[name] for name in cost}
 
 

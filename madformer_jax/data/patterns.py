@@ -1,6 +1,6 @@
 """Sources `patterns:texture`, `patterns:mirror` and `patterns:palette`: pictures with known structure.
 
-They show whether a model keeps structure that is only local, or that connects distant parts:
+They show whether the samples of a model reproduce local structure, or structure that connects distant parts:
 
   texture   a two-color texture: only neighboring pixels depend on each other
   mirror    the same, and the right half mirrors the left one
@@ -25,7 +25,7 @@ COLORS = ((40, 60, 110), (230, 190, 120))  # dark and bright, except for "palett
 
 
 class Patterns(Source):
-    """Color pictures of one kind; every other one is coarse."""
+    """Color pictures of one kind. Every second picture has a coarse texture."""
 
     takes_name = True
     classes = len(SCALES)

@@ -1,8 +1,8 @@
 """Training on the model's own estimates of earlier blocks (`train.own_context`).
 
-In sampling a block follows blocks that the model has drawn, with their errors. In training it follows
-true blocks. Here some examples follow estimates of their blocks instead, as in Self-Forcing
-(arXiv 2506.08009) and SAR (arXiv 2512.06421). An estimate takes one denoising step of the averaged model
+In sampling the model reads earlier blocks that it has drawn, with their errors. In training it reads
+true blocks. `replace` gives some examples estimates of their blocks instead, as in Self-Forcing
+(arXiv 2506.08009) and SAR (arXiv 2512.06421). The averaged model makes an estimate in one denoising step
 from the noised true block. `losses.training_loss` calls `replace`.
 """
 
@@ -29,7 +29,7 @@ class OwnContext(NamedTuple):
 
 def replace(
     model: MADFormer,
-    own: OwnContext,
+    source: OwnContext,
     z: Float[Array, "B L positions C"],
     tokens: Int[AnyArray, "B T"] | None,
     lengths: Int[AnyArray, " B"] | None,
@@ -41,7 +41,7 @@ def replace(
 
     Args:
       model: The model.
-      own: The averaged weights and the settings.
+      source: The averaged weights and the settings.
       z: Clean latent blocks, the context of the estimates.
       tokens: Text tokens of the examples.
       lengths: Number of tokens of each text.
@@ -53,10 +53,10 @@ def replace(
       The blocks that the model attends to.
     """
     row_key, t_key, noise_key = jax.random.split(key, 3)
-    t = schedule.uniform_timesteps(t_key, z.shape[:2], own.max_timestep)
+    t = schedule.uniform_timesteps(t_key, z.shape[:2], source.max_timestep)
     noisy = schedule.add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t)
-    output = model.apply({"params": own.params}, z, noisy, t, tokens, lengths, terms=("image",), order=order).image
+    output = model.apply({"params": source.params}, z, noisy, t, tokens, lengths, terms=("image",), order=order).image
     level = schedule.level(t[..., None, None])
     estimates = parameterization.clean_estimate(model.config.prediction_type, output, noisy, level)
-    replaced = jax.random.bernoulli(row_key, own.share, (len(z), 1, 1, 1))
+    replaced = jax.random.bernoulli(row_key, source.share, (len(z), 1, 1, 1))
     return jnp.where(replaced, jax.lax.stop_gradient(estimates), z)

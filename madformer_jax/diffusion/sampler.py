@@ -147,11 +147,11 @@ class BlockSteps(NamedTuple):
             return self._call("cache_noisy", cache, kv, block), c
         return self._call("cache_clean", cache, c, block), c
 
-    def cache_given(
+    def cache_kept_blocks(
         self,
         cache: Cache,
         pred: Stream,
-        given: Float[Array, "B K positions C"],
+        kept_blocks: Float[Array, "B K positions C"],
         keys: Array | None = None,
         unroll: bool = False,
     ) -> tuple[Cache, Stream]:
@@ -160,7 +160,7 @@ class BlockSteps(NamedTuple):
         Args:
           cache: The cache of `begin`.
           pred: The prediction stream of `begin`.
-          given: The blocks, in the order of generation.
+          kept_blocks: The blocks, in the order of generation.
           keys: See `cache_clean`.
           unroll: See `sample`.
 
@@ -169,10 +169,10 @@ class BlockSteps(NamedTuple):
         """
 
         def add(carry: tuple[Cache, Stream], block: int | Array) -> tuple[tuple[Cache, Stream], None]:
-            z = jax.lax.dynamic_slice_in_dim(given, block, 1, axis=1)
+            z = jax.lax.dynamic_slice_in_dim(kept_blocks, block, 1, axis=1)
             return self.cache_clean(carry[0], z, None, block, keys), None
 
-        carry, count = (cache, pred), given.shape[1]
+        carry, count = (cache, pred), kept_blocks.shape[1]
         if unroll:
             for block in range(count):
                 carry, _ = add(carry, block)
@@ -232,7 +232,7 @@ def sample(
     lengths: Int[Array, " B"] | None = None,
     keys: Array | None = None,
     order: Order | None = None,
-    given: Float[Array, "B K positions C"] | None = None,
+    kept_blocks: Float[Array, "B K positions C"] | None = None,
     *,
     solver: str,
     spacing: str,
@@ -258,7 +258,7 @@ def sample(
       keys: Random key of each image, `(B,)`. Stochastic solvers need them.
       order: Place of each block in raster order, `(L,)` or, of each image, `(B, L)`. By default
         `model.config.default_order`.
-      given: Clean blocks `(B, K, positions, C)`, K < L, which are the first of the order. Sampling
+      kept_blocks: Clean blocks `(B, K, positions, C)`, K < L, which are the first of the order. Sampling
         caches them and generates the others.
       solver: A name of `choices.SOLVERS`.
       spacing: See `Schedule.solver_timesteps`.
@@ -281,7 +281,7 @@ def sample(
       Latent blocks `(B, L, positions, C)`.
     """
     method = solvers.make(solver)
-    blocks, first = noise.shape[1], 0 if given is None else given.shape[1]
+    blocks, first = noise.shape[1], 0 if kept_blocks is None else kept_blocks.shape[1]
     order = model.config.default_order if order is None else order
     noise = block_order.to_ranks(noise, order)
     by_block = not isinstance(steps, int)
@@ -338,13 +338,13 @@ def sample(
 
     carry = common_steps.begin(noise, tokens, lengths, order)
     finished = []
-    if given is not None:
-        carry, finished = common_steps.cache_given(*carry, given, keys, unroll), [given]
+    if kept_blocks is not None:
+        carry, finished = common_steps.cache_kept_blocks(*carry, kept_blocks, keys, unroll), [kept_blocks]
     if blocks == 1 or unroll:
         for block in range(first, blocks):
             carry, z = sample_block(carry, block)
             finished.append(z)
-        return block_order.to_places(jnp.concatenate(finished, axis=1), order)
+        return block_order.to_raster_order(jnp.concatenate(finished, axis=1), order)
     _, z = jax.lax.scan(sample_block, carry, jnp.arange(first, blocks))
     z = jnp.swapaxes(z[:, :, 0], 0, 1)
-    return block_order.to_places(jnp.concatenate([*finished, z], axis=1) if finished else z, order)
+    return block_order.to_raster_order(jnp.concatenate([*finished, z], axis=1) if finished else z, order)

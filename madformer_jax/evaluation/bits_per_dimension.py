@@ -1,7 +1,7 @@
 """Bits per dimension: a variational bound on -log2 p(image), divided by the number of values of the image.
 
-The bound is a sum over blocks, each given the true blocks before it (teacher forcing), so models of any
-number of blocks bound the same quantity. With SNR = alpha^2 / sigma^2 and the clean estimate x of the model,
+The bound is a sum over blocks, each conditioned on the true blocks before it (teacher forcing). Models of
+any number of blocks therefore bound the same quantity. With SNR = alpha^2 / sigma^2 and the clean estimate x of the model,
 the bound of a block z is, in nats (Kingma et al., arXiv 2107.00630, equations 11 to 15):
 
     prior      KL(q(z_999 | z) || N(0, I))
@@ -10,7 +10,7 @@ the bound of a block z is, in nats (Kingma et al., arXiv 2107.00630, equations 1
 
 The first timestep is where alpha / sigma is 100, or 0 if the path begins below that, as DDPM's does at
 99.995. All paths therefore share the decoder and the limit of the integral. On 8-bit pixels p is the
-probability of the pixel's bin; on other latents it is a density, and the bound is one of latents.
+probability of the pixel's bin. On other latents p is a density, and the bound is that of the latents.
 
 A path of whole timesteps (DDPM) has two bounds. `bits_per_dimension` is the integral, as on every path: the
 log of the SNR is linear between whole timesteps, and the network reads the timesteps between them.
@@ -62,17 +62,17 @@ def measure(forward: TeacherForcing, batches: Batches) -> dict[str, np.ndarray]:
 
 def measure_batch(forward: TeacherForcing, batch: HeldOutBatch, times: "ImportanceTimes") -> dict[str, np.ndarray]:
     """Measures the bound of each image of a batch, see `measure`."""
-    ends = path_ends(forward.schedule)
+    end_levels = path_ends(forward.schedule)
     z = partitioning.to_host(batch.z, forward.mesh).astype(np.float64)
     dimensions = z.shape[2] * z.shape[3]
-    first = Levels(*(np.full(z.shape[:2], x) for x in ends[0]))
-    alpha, variance = ends[1].alpha, ends[1].sigma ** 2
+    first = Levels(*(np.full(z.shape[:2], x) for x in end_levels[0]))
+    alpha, variance = end_levels[1].alpha, end_levels[1].sigma ** 2
     prior = 0.5 * np.sum(alpha**2 * z**2 + variance - 1 - np.log(variance), axis=(2, 3))[: batch.rows]
     decoder = forward.errors(batch, _DECODER_DRAW, first, clean_blocks=True).decoder
-    rest = prior + decoder
+    prior_and_decoder = prior + decoder
 
     def bits(draw: int, sample: Callable[[np.ndarray], tuple[Levels, np.ndarray]]) -> np.ndarray:
-        return (rest + _mean_error(forward, batch, draw, DRAWS, sample)) / (dimensions * np.log(2))
+        return (prior_and_decoder + _mean_error(forward, batch, draw, DRAWS, sample)) / (dimensions * np.log(2))
 
     by_block = bits(_INTEGRAL_DRAW, times.of_integral)
     out = {"bits_per_dimension": by_block.mean(axis=1), "blocks_bits": by_block}
@@ -118,14 +118,14 @@ def weighted_errors(
 def _pilot(forward: TeacherForcing, batches: Iterable[HeldOutBatch]) -> np.ndarray:
     """Returns the root mean square of the integrand in each bin of the log of the SNR, up to a factor (BINS,)."""
     times = ImportanceTimes(forward.schedule, np.ones(BINS))
-    squares, counts = np.zeros(BINS), np.zeros(BINS)
+    sums, counts = np.zeros(BINS), np.zeros(BINS)
     for batch in batches:
         for values, levels in weighted_errors(forward, batch, _PILOT_DRAW, PILOT_DRAWS, times.of_integral):
             bins = times.bin_of(2 * np.log(levels.alpha / levels.sigma))
-            np.add.at(squares, bins, values**2)
+            np.add.at(sums, bins, values**2)
             np.add.at(counts, bins, 1)
-    known = counts > 0
-    return np.sqrt(np.interp(np.arange(BINS), np.flatnonzero(known), squares[known] / counts[known]))
+    measured = counts > 0
+    return np.sqrt(np.interp(np.arange(BINS), np.flatnonzero(measured), sums[measured] / counts[measured]))
 
 
 class ImportanceTimes:

@@ -1,13 +1,13 @@
-"""Loss and quality of each block under true context and under the model's own (exposure bias).
+"""Loss and quality of each block under true context and under the model's own context (exposure bias).
 
 Three contexts are compared. "true" are the blocks before a block in the same held-out image. "other" are the
 blocks of another held-out image of the same label. "own" are blocks that the model sampled with that label.
-For the loss of a true block, "own" and "other" both lack the image's own past, so their difference is the
-exposure bias: it is 0 if the model's blocks are like real ones.
+Neither "own" nor "other" contains the earlier blocks of the same image. The difference of their losses is
+therefore the exposure bias: it is 0 if the model's blocks are like real blocks.
 
 For the quality, each block is sampled under the true and under the own context, and compared with the true
-blocks at this position by the kernel distance of KID on the values of the block. It is unbiased, so 0 is
-the floor. Sampling uses the solver of `config.sample` without guidance.
+blocks at this position by the kernel distance of KID on the values of the block. The distance is unbiased:
+equal distributions give 0 on average. Sampling uses the solver of `config.sample` without guidance.
 """
 
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ def measure(
     """Measures the loss of each block under the three contexts, and samples blocks.
 
     Returns:
-      `blocks_loss_other` and `blocks_loss_own` (n, L); the blocks `real`, `given_true` and `given_own`
+      `blocks_loss_other` and `blocks_loss_own` (n, L); the blocks `real`, `sampled_true` and `sampled_own`
       (n, L, values), of which the last two are sampled.
     """
     c = c.copy_and_resolve_references()
@@ -52,16 +52,16 @@ def measure(
     labels = _join(batches, [batch.labels for batch in batches])
     own = _sample_own(c, trained, codec_params, batches, labels)
     contexts = {"other": real[other_of_label(labels)], "own": own}
-    sample_given = _sampler_given_context(c, trained)
+    sample_blocks = _make_block_sampler(c, trained)
     losses: dict[str, list[np.ndarray]] = {name: [] for name in contexts}
-    given_true = []
+    sampled_true = []
     for batch in batches:
         for name, blocks in contexts.items():
             context = shard({"z": blocks[batch.numbers]}, trained.mesh)["z"]
             losses[name].append(held_out_losses.measure_batch(forward, batch, ("image",), context)["blocks_loss_image"])
-        sampled = sample_given(trained.params, batch.z, batch.device_numbers, batch.tokens, batch.lengths)
-        given_true.append(np.asarray(sampled)[: batch.rows])
-    flat = {"real": real, "given_true": np.concatenate(given_true), "given_own": own}
+        sampled = sample_blocks(trained.params, batch.z, batch.device_numbers, batch.tokens, batch.lengths)
+        sampled_true.append(np.asarray(sampled)[: batch.rows])
+    flat = {"real": real, "sampled_true": np.concatenate(sampled_true), "sampled_own": own}
     return {f"blocks_loss_{name}": np.concatenate(rows) for name, rows in losses.items()} | {
         name: blocks.reshape(*blocks.shape[:2], -1) for name, blocks in flat.items()
     }
@@ -93,7 +93,8 @@ def table(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
             "loss": {name: score_summary.mean_score(x) for name, x in loss.items()},
             "exposure_bias": score_summary.mean_score(loss["own"] - loss["other"]),
             "kernel_distance": {
-                name: _kernel_distance(values[f"given_{name}"][:, i], values["real"][:, i]) for name in ("true", "own")
+                name: _kernel_distance(values[f"sampled_{name}"][:, i], values["real"][:, i])
+                for name in ("true", "own")
             },
         }
         rows.append(row)
@@ -135,14 +136,14 @@ def _sample_own(
         texts = TokenizedTexts(*(_join(batches, [getattr(b, name) for b in batches]) for name in ("tokens", "lengths")))
     conditions = generation.SampleConditions(labels.astype(np.int32), None, texts)
     sample_fn = generation.make_sample_fn(c, trained.network, trained.codec.decode)
-    drawn = generation.batches(
+    sample_batches = generation.batches(
         c, sample_fn, trained.params, codec_params, trained.mesh, range(len(labels)), conditions=conditions
     )
     sizes = derive_sizes(c)
-    return np.concatenate([codec.to_blocks(batch.latents, sizes) for batch in drawn])
+    return np.concatenate([codec.to_blocks(batch.latents, sizes) for batch in sample_batches])
 
 
-def _sampler_given_context(c: ConfigDict, trained: TrainedModel) -> Any:
+def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
     """Returns a function that samples every block of images given the true blocks before it.
 
     All blocks take the solver's steps together, in the forward pass of training.

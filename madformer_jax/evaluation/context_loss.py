@@ -23,7 +23,7 @@ class BlockLosses(NamedTuple):
     """Mean squared error of the image output for each block, (L,)."""
 
     true: np.ndarray  # after true blocks, as in training
-    own: np.ndarray  # after estimates
+    estimated: np.ndarray  # after estimates
 
 
 def losses_by_block(
@@ -45,7 +45,7 @@ def losses_by_block(
     @jax.jit
     def measure(params: Any, batch: Batch) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
         z, tokens, lengths = batch.z, batch.tokens, batch.lengths
-        t_key, noise_key, own_key = jax.random.split(batch.key, 3)
+        t_key, noise_key, estimate_key = jax.random.split(batch.key, 3)
         t = schedule.uniform_timesteps(t_key, z.shape[:2], NUM_TIMESTEPS - 1)
         noise, level = jax.random.normal(noise_key, z.shape, jnp.float32), schedule.level(t[..., None, None])
         target = parameterization.target(model.config.prediction_type, z, noise, level)
@@ -55,8 +55,8 @@ def losses_by_block(
             outputs = model.apply({"params": params}, context, noisy, t, tokens, lengths, terms=("image",))
             return jnp.mean((outputs.image - target) ** 2, axis=(0, 2, 3))
 
-        own = own_context.OwnContext(params, 1.0, max_timestep)
-        return loss(z), loss(own_context.replace(model, own, z, tokens, lengths, own_key, schedule))
+        source = own_context.OwnContext(params, 1.0, max_timestep)
+        return loss(z), loss(own_context.replace(model, source, z, tokens, lengths, estimate_key, schedule))
 
     rows = [jax.device_get(measure(params, batch)) for batch in batches]
     return BlockLosses(*np.mean(np.asarray(rows, np.float64), axis=0))

@@ -1,9 +1,9 @@
 """Losses of training on held-out images, with the same noise and timesteps for every model.
 
 Each block is evaluated once in each quarter of the timesteps. Within a quarter the timesteps follow the
-distribution of training, and the quarters are weighted by their share of it. So `loss_image` is an
-unbiased estimate of the training loss on these images, except that the context has no noise
-(`train.context_noise`) and no label is dropped.
+distribution of training. The quarters are weighted by their share of this distribution. `loss_image` is
+therefore an unbiased estimate of the training loss on these images, with two differences: the context has
+no noise (`train.context_noise`), and no label is dropped.
 """
 
 from collections.abc import Iterable

@@ -2,7 +2,7 @@
 
 A layer belongs to the AR layers if it computes nearly the same at every solver step. SCD
 (arXiv 2602.10095) finds such layers by the similarity of their features across steps and by their
-attention to other blocks. The probe takes held-out images with one noise at the noise levels of the
+attention to other blocks. The probe adds the same noise to held-out images at the noise levels of the
 solver steps. `modes.probe` calls `measure` and `suggest_depth`.
 """
 
@@ -53,9 +53,10 @@ def measure(
     The similarity is that of the hidden states of the prediction stream, averaged over tokens. The
     attention is averaged over steps, heads, tokens and, if L > 1, over the blocks that have earlier ones.
 
-    `reuse_loss` is the image loss of all steps but the first. There the first layers do not run. Their
-    output is that of the first step, with the embedded noisy blocks of the current step in place of those
-    of the first. The smallest number of layers is N - D, which are computed once in any case.
+    `reuse_loss` is the image loss of all steps but the first, if the first layers run at the first step
+    only. Later steps reuse their output, with the embedded noisy blocks of the current step in place of
+    those of the first step. The smallest number of reused layers is N - D, because the AR layers run once
+    in any case.
 
     Args:
       model: The model.

@@ -1,6 +1,6 @@
 """Errors of a model on held-out images, block by block, in one forward pass of training.
 
-Each block is predicted from the blocks before it, which are the true ones unless another context is given.
+Each block is predicted from the true blocks before it, or from another context that the caller passes.
 `held_out_losses`, `bits_per_dimension` and `by_block` weight and average the errors.
 """
 

@@ -1,7 +1,7 @@
 """Generation orders of the blocks of a batch: random orders, and permutations of arrays.
 
-The model's axis L is in the order of generation. Block r of this axis has rank r, and `order[r]` is
-its place in the image, in raster order. `diffusion.losses` and `sampling.generation` choose the
+The model's axis L is in the order of generation. Block r of this axis has rank r. `order[r]` is the
+number of this block, which counts blocks in raster order. `diffusion.losses` and `sampling.generation` choose the
 orders, and `models.madformer` reads them for the positions. `config.block_orders` has the fixed
 orders by name. Shapes use the letters of the legend in `models.madformer`.
 """
@@ -24,7 +24,7 @@ def image_orders(name: str, sizes: Sizes, keys: Shaped[Array, " B"]) -> Order | 
     """Returns the order of each image.
 
     Args:
-      name: A name of `choices.BLOCK_ORDERS`, or a list of places.
+      name: A name of `choices.BLOCK_ORDERS`, or a list of block numbers.
       sizes: The sizes of the model.
       keys: Random key of each image.
 
@@ -37,16 +37,16 @@ def image_orders(name: str, sizes: Sizes, keys: Shaped[Array, " B"]) -> Order | 
     return jax.vmap(lambda key: jax.random.permutation(jax.random.fold_in(key, ORDER_STREAM), sizes.blocks))(keys)
 
 
-def kept_first(order: Order, places: Int[Array, " K"]) -> Order:
+def move_to_front(order: Order, numbers: Int[Array, " K"]) -> Order:
     """Moves blocks to the front of an order.
 
     Args:
       order: The order.
-      places: Places of K blocks, in the order that they get. The other blocks stay in `order`.
+      numbers: Numbers of K blocks, in their new order. The other blocks follow as in `order`.
     """
 
     def of_image(order: Array) -> Array:
-        return jnp.argsort(jnp.argsort(order).at[places].set(jnp.arange(len(places)) - len(places)))
+        return jnp.argsort(jnp.argsort(order).at[numbers].set(jnp.arange(len(numbers)) - len(numbers)))
 
     order = jnp.asarray(order)
     return jax.vmap(of_image)(order) if order.ndim == 2 else of_image(order)
@@ -61,6 +61,6 @@ def to_ranks(blocks: Shaped[Array, "B L *rest"], order: Order | None) -> Shaped[
     return jnp.take_along_axis(blocks, order.reshape(*order.shape, *(1,) * (blocks.ndim - 2)), axis=1)
 
 
-def to_places(blocks: Shaped[Array, "B L *rest"], order: Order | None) -> Shaped[Array, "B L *rest"]:
+def to_raster_order(blocks: Shaped[Array, "B L *rest"], order: Order | None) -> Shaped[Array, "B L *rest"]:
     """Permutes blocks from the order of generation to raster order; the inverse of `to_ranks`."""
     return blocks if order is None else to_ranks(blocks, jnp.argsort(order, axis=-1))

@@ -23,30 +23,35 @@ def neighbor_context(
     above it. Both blocks come earlier in raster order. At all other positions, and at the
     border of the image, the values are 0.
 
-    With an explicit order the last column and row also get the values of the blocks right of and
-    below the block. The values of blocks that are generated later are 0.
+    With an explicit order, the last column and row also get the values of the blocks right of and
+    below the block. Blocks that are generated later have the value 0.
 
     Args:
       z: All blocks of an image.
-      order: Place of each block; None for raster order.
+      order: Number of each block; None for raster order.
       sizes: The sizes of the model.
 
     Returns:
-      The left neighbors, then those above; with an order then those right and below.
+      The left neighbors, then those above. With an order, those right and below follow.
     """
     grid = len(z), sizes.grid, sizes.columns, sizes.block_side, sizes.block_width
-    blocks = block_order.to_places(z, order).reshape(*grid, sizes.channels)
+    blocks = block_order.to_raster_order(z, order).reshape(*grid, sizes.channels)
     left = jnp.zeros_like(blocks).at[:, :, 1:, :, 0].set(blocks[:, :, :-1, :, -1])
     above = jnp.zeros_like(blocks).at[:, 1:, :, 0].set(blocks[:, :-1, :, -1])
     if order is None:
         return jnp.concatenate([left, above], axis=-1).reshape(*z.shape[:3], -1)
     right = jnp.zeros_like(blocks).at[:, :, :-1, :, -1].set(blocks[:, :, 1:, :, 0])
     below = jnp.zeros_like(blocks).at[:, :-1, :, -1].set(blocks[:, 1:, :, 0])
-    own = jnp.broadcast_to(jnp.argsort(order, axis=-1), z.shape[:2]).reshape(grid[:3])
-    ranks = jnp.pad(own, ((0, 0), (1, 1), (1, 1)), constant_values=sizes.blocks)
-    neighbors = ranks[:, 1:-1, :-2], ranks[:, :-2, 1:-1], ranks[:, 1:-1, 2:], ranks[:, 2:, 1:-1]
+    block_ranks = jnp.broadcast_to(jnp.argsort(order, axis=-1), z.shape[:2]).reshape(grid[:3])
+    padded_ranks = jnp.pad(block_ranks, ((0, 0), (1, 1), (1, 1)), constant_values=sizes.blocks)
+    neighbors = (
+        padded_ranks[:, 1:-1, :-2],
+        padded_ranks[:, :-2, 1:-1],
+        padded_ranks[:, 1:-1, 2:],
+        padded_ranks[:, 2:, 1:-1],
+    )
     sides = [
-        jnp.where((rank < own)[..., None, None, None], side, 0)
+        jnp.where((rank < block_ranks)[..., None, None, None], side, 0)
         for rank, side in zip(neighbors, (left, above, right, below), strict=True)
     ]
     return block_order.to_ranks(jnp.concatenate(sides, axis=-1).reshape(*z.shape[:3], -1), order)

@@ -127,7 +127,7 @@ def _render(
         f"{result['n']} images of split {c.evaluate.split!r}."
     )
     masses = {name: measures.masses[:, columns[name]].tolist() for name in names}
-    by_block = block_losses.true.tolist(), block_losses.own.tolist()
+    by_block = block_losses.true.tolist(), block_losses.estimated.tolist()
     return probe_page.render(
         similarity, masses, measures.reuse_loss, by_block, suggested, c.probe.tolerance, description
     )

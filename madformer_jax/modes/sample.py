@@ -90,8 +90,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         )
         conditions = generation.read_conditions(c)
         if picture is not None:
-            kept = editing.encode(picture, trained.codec, codec_params, derive_sizes(c))
-            conditions = conditions._replace(kept=kept)
+            kept_blocks = editing.encode(picture, trained.codec, codec_params, derive_sizes(c))
+            conditions = conditions._replace(kept_blocks=kept_blocks)
         batches = interruptible(
             generation.batches(c, sample_fn, sampled_params, codec_params, mesh, numbers, conditions=conditions)
         )

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.config.block_orders import parse_places
+from madformer_jax.config.block_orders import parse_block_numbers
 from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.errors import ConfigError
 
@@ -46,7 +46,7 @@ def add_editor(gr: Any, model: Model, condition: Any, condition_settings: Callab
     with gr.Accordion("Edit a picture", open=False):
         gr.Markdown(_HELP)
         with gr.Row():
-            draw, again = gr.Button("Draw a picture"), gr.Button("Draw again", variant="primary")
+            draw, draw_again = gr.Button("Draw a picture"), gr.Button("Draw again", variant="primary")
             chosen = gr.Textbox(label="blocks to draw again", placeholder="click the picture, or write 0,3")
         shown = gr.Image(
             label="picture",
@@ -71,10 +71,10 @@ def add_editor(gr: Any, model: Model, condition: Any, condition_settings: Callab
         if image is None or not text.strip():
             raise gr.Error("Draw a picture and click the blocks to draw again.", print_exception=False)
         try:
-            kept = kept_blocks(text, sizes)
+            keep = kept_blocks(text, sizes)
         except ConfigError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        edit = {"image": image, "mask": kept} if kept else {}  # without kept blocks it is a new picture
+        edit = {"image": image, "mask": keep} if keep else {}  # without kept blocks it is a new picture
         yield from stream(first_condition(condition_settings(value)) | edit)
 
     def on_click(image: np.ndarray | None, text: str, event: gr.SelectData) -> list[Any]:
@@ -85,7 +85,7 @@ def add_editor(gr: Any, model: Model, condition: Any, condition_settings: Callab
 
     outputs = [picture, shown, chosen]
     draw.click(on_draw, [condition], outputs, concurrency_limit=1, api_name="draw_picture")
-    again.click(on_again, [picture, chosen, condition], outputs, concurrency_limit=1, api_name="draw_again")
+    draw_again.click(on_again, [picture, chosen, condition], outputs, concurrency_limit=1, api_name="draw_again")
     # Gradio recognizes the event argument by its evaluated annotation.
     on_click.__annotations__["event"] = gr.SelectData
     shown.select(on_click, [picture, chosen], [shown, chosen], api_name=False)
@@ -124,8 +124,8 @@ def kept_blocks(text: str, sizes: Sizes) -> list[int]:
     Raises:
       ConfigError: The list is wrong.
     """
-    chosen = parse_places(f"blocks to draw again={text!r}", text, sizes.blocks)
-    return [place for place in range(sizes.blocks) if place not in chosen]
+    chosen = parse_block_numbers(f"blocks to draw again={text!r}", text, sizes.blocks)
+    return [block for block in range(sizes.blocks) if block not in chosen]
 
 
 def mark(image: np.ndarray, text: str, sizes: Sizes) -> np.ndarray:

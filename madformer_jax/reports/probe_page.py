@@ -89,10 +89,10 @@ def _loss_table(reuse_loss: dict[int, float], suggested: int) -> Table:
     return Table(title, ("reused layers", "D", "loss", "change"), rows, frozenset(), note)
 
 
-def _context_table(true: Sequence[float], own: Sequence[float]) -> Table:
+def _context_table(true: Sequence[float], estimated: Sequence[float]) -> Table:
     rows = tuple(
         (str(i), format_number(a), format_number(b), f"{100 * (b / a - 1):+.1f} %")
-        for i, (a, b) in enumerate(zip(true, own, strict=True), 1)
+        for i, (a, b) in enumerate(zip(true, estimated, strict=True), 1)
     )
     title = "Loss by block, after true blocks and after the model's own estimates of them"
     note = "A change that grows over the blocks means that errors add up. Nothing comes before block 1."

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 
 def affinity() -> list[int]:
-    """Returns the numbers of the cores that the scheduler may give to this process; [] if the system does not tell."""
+    """Returns the numbers of the cores that the scheduler may give to this process; [] if the system does not report them."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def quota(root: str = "/") -> float:
-    """Returns how many cores' time the control groups (version 1 or 2) grant; infinity without a limit."""
+    """Returns the CPU quota of the control groups (version 1 or 2), in cores; infinity without a limit."""
     return min(_quotas(pathlib.Path(root)), default=math.inf)
 
 

@@ -19,7 +19,7 @@ from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
-from madformer_jax.config.block_orders import fixed_order, parse_places, sampling_order_name
+from madformer_jax.config.block_orders import fixed_order, parse_block_numbers, sampling_order_name
 from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.data import pipeline, preprocess
 from madformer_jax.errors import ConfigError
@@ -31,16 +31,16 @@ _WHITE = 128  # smallest gray value that counts as white
 
 
 class Picture(NamedTuple):
-    """Pictures to edit, preprocessed as in training, and the places of the blocks to keep."""
+    """Pictures to edit, preprocessed as in training, and the numbers of the blocks to keep."""
 
     images: np.ndarray  # (m, H, W, c) uint8
-    places: np.ndarray  # (K,) int32, in the order in which the blocks are cached
+    numbers: np.ndarray  # (K,) int32, in the order in which the blocks are cached
 
 
 class KeptBlocks(NamedTuple):
     """Clean blocks that sampling keeps."""
 
-    places: Any  # (K,) int32
+    numbers: Any  # (K,) int32
     blocks: Any  # (m, K, positions, C) float32, of m pictures; in a batch of b images m = b
 
     def of_images(self, numbers: np.ndarray) -> np.ndarray:
@@ -69,36 +69,36 @@ def read_picture(c: ConfigDict, image: Any = None, mask: Any = None) -> Picture 
     if not has_image and not has_mask:
         return None
     if not has_image or not has_mask:
-        missing, other = ("keep", "image") if has_image else ("image", "keep")
+        missing_field, other_field = ("keep", "image") if has_image else ("image", "keep")
         raise ConfigError(
-            f"config.sample.{other} needs config.sample.{missing}: an edit has a picture and a mask of what to keep."
+            f"config.sample.{other_field} needs config.sample.{missing_field}: an edit has a picture and a mask of what to keep."
         )
     _check_model(c)
     images, file_size = _read_images(c, image)
-    return Picture(images, _check_places(c, _kept_places(c, mask, file_size)))
+    return Picture(images, _check_blocks(c, _kept_numbers(c, mask, file_size)))
 
 
 def encode(picture: Picture, codec: Codec, codec_params: Any, sizes: Sizes) -> KeptBlocks:
     """Encodes the kept blocks. The latents of a picture do not depend on the seed."""
     z = jax.jit(codec.encode)(codec_params, {"image": picture.images}, jax.random.key(0))
-    return KeptBlocks(picture.places, np.asarray(to_blocks(z, sizes), np.float32)[:, picture.places])
+    return KeptBlocks(picture.numbers, np.asarray(to_blocks(z, sizes), np.float32)[:, picture.numbers])
 
 
-def sampler_arguments(c: ConfigDict, keys: Array, kept: KeptBlocks | None) -> dict[str, Any]:
-    """Returns the arguments `order` and `given` of `sampler.sample`.
+def sampler_arguments(c: ConfigDict, keys: Array, kept_blocks: KeptBlocks | None) -> dict[str, Any]:
+    """Returns the arguments `order` and `kept_blocks` of `sampler.sample`.
 
     Args:
       c: The config.
       keys: Random key of each image.
-      kept: The kept blocks of each image, which become the first of its order.
+      kept_blocks: The kept blocks of each image, which become the first of its order.
     """
     sizes = derive_sizes(c)
     order = block_order.image_orders(sampling_order_name(c), sizes, keys)
     if c.model.block_order == "random":
         order = jnp.arange(sizes.blocks) if order is None else order
-        if kept is not None:  # a fixed order already begins with the kept blocks
-            order = block_order.kept_first(order, jnp.asarray(kept.places))
-    return {"order": order, "given": None if kept is None else kept.blocks}
+        if kept_blocks is not None:  # a fixed order already begins with the kept blocks
+            order = block_order.move_to_front(order, jnp.asarray(kept_blocks.numbers))
+    return {"order": order, "kept_blocks": None if kept_blocks is None else kept_blocks.blocks}
 
 
 def describe(picture: Picture | None) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def describe(picture: Picture | None) -> dict[str, Any]:
     if picture is None:
         return {}
     digest = hashlib.sha256(repr(picture.images.shape).encode() + picture.images.tobytes()).hexdigest()
-    return {"edit": {"image": digest, "keep": picture.places.tolist()}}
+    return {"edit": {"image": digest, "keep": picture.numbers.tolist()}}
 
 
 def _check_model(c: ConfigDict) -> None:
@@ -124,27 +124,27 @@ def _check_model(c: ConfigDict) -> None:
         )
 
 
-def _check_places(c: ConfigDict, places: Sequence[int]) -> np.ndarray:
-    """Returns the places of kept blocks in the order in which they are cached.
+def _check_blocks(c: ConfigDict, numbers: Sequence[int]) -> np.ndarray:
+    """Returns the numbers of kept blocks in the order in which they are cached.
 
     Raises:
       ConfigError: All blocks or none are kept, or the model does not generate the others after them.
     """
-    sizes, count = derive_sizes(c), len(places)
+    sizes, count = derive_sizes(c), len(numbers)
     if not 0 < count < sizes.blocks:
-        what = "all blocks, and none is left to draw" if count else "no block: a block is kept if all of it is white"
-        raise ConfigError(f"config.sample.keep keeps {what}. The image has {sizes.grid} x {sizes.columns} blocks.")
-    own = fixed_order(c.model.block_order, sizes)
-    if own is None:
-        return np.sort(np.array(places, np.int32))
-    if set(own[:count].tolist()) != set(places):
-        first = ",".join(map(str, own[: sizes.blocks - 1]))
+        problem = "all blocks, and none is left to draw" if count else "no block: a block is kept if all of it is white"
+        raise ConfigError(f"config.sample.keep keeps {problem}. The image has {sizes.grid} x {sizes.columns} blocks.")
+    model_order = fixed_order(c.model.block_order, sizes)
+    if model_order is None:
+        return np.sort(np.array(numbers, np.int32))
+    if set(model_order[:count].tolist()) != set(numbers):
+        first = ",".join(map(str, model_order[: sizes.blocks - 1]))
         raise ConfigError(
-            f"config.sample.keep keeps the blocks {','.join(map(str, sorted(places)))}, but the model's order "
+            f"config.sample.keep keeps the blocks {','.join(map(str, sorted(numbers)))}, but the model's order "
             f"config.model.block_order={c.model.block_order!r} allows only the beginning of {first}. Train with "
             "config.model.block_order=random to keep any blocks."
         )
-    return own[:count].astype(np.int32)
+    return model_order[:count].astype(np.int32)
 
 
 def _read_images(c: ConfigDict, image: Any) -> tuple[np.ndarray, tuple[int, int]]:
@@ -172,8 +172,8 @@ def _read_images(c: ConfigDict, image: Any) -> tuple[np.ndarray, tuple[int, int]
         raise ConfigError(f"config.sample.image={image} cannot be decoded: {error}.") from None
 
 
-def _kept_places(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[int]:
-    """Returns the places of the blocks that a mask keeps.
+def _kept_numbers(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[int]:
+    """Returns the numbers of the blocks that a mask keeps.
 
     Args:
       c: The config.
@@ -182,7 +182,7 @@ def _kept_places(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[i
     """
     blocks = derive_sizes(c).blocks
     if isinstance(mask, str) and re.fullmatch(r"[\d\s,]+", mask):
-        return parse_places(f"config.sample.keep={mask!r}", mask, blocks)
+        return parse_block_numbers(f"config.sample.keep={mask!r}", mask, blocks)
     if hasattr(mask, "__array__") and np.ndim(mask) >= 2:
         gray = np.asarray(mask)
         gray = gray.astype(np.uint8) * 255 if gray.dtype == bool else gray
@@ -193,7 +193,7 @@ def _kept_places(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[i
             )
         return _white_blocks(c, gray, gray.shape[:2], file_size)
     if isinstance(mask, Sequence | np.ndarray) and not isinstance(mask, str):
-        return parse_places(f"mask={list(mask)}", ",".join(map(str, mask)), blocks) if len(mask) else []
+        return parse_block_numbers(f"mask={list(mask)}", ",".join(map(str, mask)), blocks) if len(mask) else []
     content = _read_file("keep", mask)
     try:
         return _white_blocks(c, content, preprocess.decoded_size(content, c.data.max_pixels), file_size)
@@ -204,7 +204,7 @@ def _kept_places(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[i
 def _white_blocks(
     c: ConfigDict, mask: bytes | np.ndarray, size: tuple[int, int], file_size: tuple[int, int]
 ) -> list[int]:
-    """Returns the places of the blocks that are all white in a mask, which is cropped and resized as the picture.
+    """Returns the numbers of the blocks that are all white in a mask. The mask is cropped and resized as the picture.
 
     Raises:
       ConfigError: The mask has neither the model's size nor the size of the picture.
@@ -217,8 +217,8 @@ def _white_blocks(
         )
     gray = pipeline.make_preprocessor(c)._replace(channels=1).process(mask)[..., 0]
     white = rearrange(gray >= _WHITE, "(i p) (j q) -> (i j) (p q)", i=sizes.grid, j=sizes.columns).all(axis=1)
-    places: list[int] = np.flatnonzero(white).tolist()
-    return places
+    numbers: list[int] = np.flatnonzero(white).tolist()
+    return numbers
 
 
 def _read_file(field: str, path: Any) -> bytes:

@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
     seed: Any  # () uint32
     guidance: Any  # `solving.guidance_scales`; unused if `sample.guidance` is 1, which runs no second branch
     text: TokenizedTexts | None = None  # (b, T) and (b,), prompts for a model that reads captions
-    kept: editing.KeptBlocks | None = None
+    kept_blocks: editing.KeptBlocks | None = None
     coefficients: Any = None  # `solvers.PaddedCoefficients` in place of those of the config, see `solving.pad_steps`
 
 
@@ -60,7 +60,7 @@ class SampleConditions(NamedTuple):
     labels: np.ndarray  # (n,) int32; 0 for a model without classes
     noise: np.ndarray | None  # (n, L, positions, C), memory-mapped; None for the noise of the seed
     texts: TokenizedTexts | None  # (n, T) and (n,); None for a model without captions
-    kept: editing.KeptBlocks | None = None  # None unless a picture is edited
+    kept_blocks: editing.KeptBlocks | None = None  # None unless a picture is edited
 
 
 class SampleBatch(NamedTuple):
@@ -112,7 +112,7 @@ def make_sample_fn(
             tokens,
             lengths=lengths,
             keys=keys,
-            **editing.sampler_arguments(c, keys, inputs.kept),
+            **editing.sampler_arguments(c, keys, inputs.kept_blocks),
             solver=settings.solver,
             spacing=settings.spacing,
             steps=solving.solver_steps(c),
@@ -201,7 +201,7 @@ def batches(
         pixel is not finite (raised while iterating; the message names the image).
     """
     size, sharding = batch_size(c, mesh, max_batch), partitioning.batch_sharding(mesh)
-    labels, noise, texts, kept = conditions or read_conditions(c)
+    labels, noise, texts, kept_blocks = conditions or read_conditions(c)
 
     def shard(x: np.ndarray) -> Array:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
@@ -211,7 +211,9 @@ def batches(
         batch_noise = None if noise is None else shard(np.asarray(noise[padded], np.float32))
         text = None if texts is None else TokenizedTexts(*(shard(x[padded]) for x in texts))
         inputs = make_inputs(c, shard(padded.astype(np.int32)), shard(labels[padded]), batch_noise, text)
-        inputs = inputs._replace(kept=kept and kept._replace(blocks=shard(kept.of_images(padded))))
+        inputs = inputs._replace(
+            kept_blocks=kept_blocks and kept_blocks._replace(blocks=shard(kept_blocks.of_images(padded)))
+        )
         outputs = partitioning.to_host(sample_fn(params, codec_params, inputs), mesh)
         images, z, finite = (x[: len(chosen)] for x in outputs)
         if not finite.all():

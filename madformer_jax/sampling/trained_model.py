@@ -181,7 +181,7 @@ class Model:
             lambda: generation.make_sample_fn(c, network, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
-            conditions = generation.read_conditions(c)._replace(kept=self._encode(picture))
+            conditions = generation.read_conditions(c)._replace(kept_blocks=self._encode(picture))
             batches = generation.batches(
                 c, sample_fn, params, self._codec_params, self._mesh, range(s.n), max_batch=s.n, conditions=conditions
             )
@@ -219,7 +219,7 @@ class Model:
         guidance: float | None = None,
         steps_by_block: str | None = None,
         diffusion_depth: int | None = None,
-        kept: int = 0,
+        kept_count: int = 0,
     ) -> SamplingCost:
         """Returns the cost of an image with the solver of `config`.
 
@@ -228,7 +228,7 @@ class Model:
           guidance: Guidance scale; by default that of `config`. All scales but 1 cost the same.
           steps_by_block: Steps of each block; by default those of `config`.
           diffusion_depth: D; by default that of `config`.
-          kept: Number of blocks that an edit keeps.
+          kept_count: Number of blocks that an edit keeps.
 
         Raises:
           ConfigError: A setting is wrong.
@@ -237,7 +237,7 @@ class Model:
             "steps": steps, "guidance": guidance, "steps_by_block": steps_by_block, "diffusion_depth": diffusion_depth,
         }  # fmt: skip
         c = self._settings(1, {name: value for name, value in settings.items() if value is not None})
-        cost = flops.image_cost(c, self._guide_settings(c), kept)
+        cost = flops.image_cost(c, self._guide_settings(c), kept_count)
         return SamplingCost(cost["passes"], cost["flops"], cost["nfe"])
 
     def _settings(self, n: int | None, settings: Mapping[str, Any], others: Sequence[str] = ()) -> ConfigDict:
@@ -361,16 +361,16 @@ class Model:
         else:
             noise = jnp.asarray(file_noise, jnp.float32)
         classes = np.array(config_lib.sample_labels(c), np.int32)[:, None] if m.classes else None
-        if (kept := self._encode(picture)) is not None:
-            kept = kept._replace(blocks=kept.of_images(np.arange(s.n)))
-        order, given = editing.sampler_arguments(c, keys, kept).values()
+        if (kept_blocks := self._encode(picture)) is not None:
+            kept_blocks = kept_blocks._replace(blocks=kept_blocks.of_images(np.arange(s.n)))
+        order, block_array = editing.sampler_arguments(c, keys, kept_blocks).values()
         noise = block_order.to_ranks(noise, order)
         begin, *_, cache_clean, _ = programs(0)
         z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.tokenize(c) or (classes, None)), order)
-        first = 0 if given is None else given.shape[1]
+        first = 0 if block_array is None else block_array.shape[1]
         for block in range(first):
-            z = z.at[:, block].set(given[:, block])
-            cache, pred = cache_clean(cache, given[:, block : block + 1], None, block, keys)
+            z = z.at[:, block].set(block_array[:, block])
+            cache, pred = cache_clean(cache, block_array[:, block : block + 1], None, block, keys)
         for block, steps in list(enumerate(steps_of_blocks))[first:]:
             _, condition, step, cache_clean, decode = programs(block)
             coefficients = solvers.evaluation_rows(solving.coefficients(c, block))
@@ -430,7 +430,7 @@ class Model:
             return self._jitted(run, params)
 
         def decode(codec_params: Any, z: Any, order: Any) -> Any:
-            pixels = self._codec.decode(codec_params, codec.from_blocks(block_order.to_places(z, order), sizes))
+            pixels = self._codec.decode(codec_params, codec.from_blocks(block_order.to_raster_order(z, order), sizes))
             return generation.to_uint8(pixels), jnp.isfinite(pixels).all()
 
         methods = ("begin", "condition", "step", "cache_clean")

@@ -66,8 +66,8 @@ def choose_count(setting: str, runs: int, platform: str, jax_processes: int) -> 
     else:
         count = int(setting)
     if count > 1 and not several_fit:
-        where = f"{jax_processes} JAX processes" if jax_processes > 1 else f"platform {platform!r}"
-        raise ConfigError(f"--processes={setting} is for one CPU, and this is a job with {where}: use --processes=1.")
+        job = f"{jax_processes} JAX processes" if jax_processes > 1 else f"platform {platform!r}"
+        raise ConfigError(f"--processes={setting} is for one CPU, and this is a job with {job}: use --processes=1.")
     return max(1, min(count, runs))
 
 
@@ -136,15 +136,17 @@ def _start(children: list[Child], command: Sequence[str], workdir: str, count: i
     allowed = cores.affinity()
     # Under a quota below the number of cores, other containers may use the same cores.
     pinned = len(allowed) > 1 and cores.quota() >= len(allowed)
-    logs = tempfile.mkdtemp(prefix="madformer_sweep_") if storage.is_remote(workdir) else os.path.join(workdir, "logs")
-    with storage.wrap_errors(f"{logs} cannot be written"):
-        os.makedirs(logs, exist_ok=True)
-    logging.info("%d processes%s; their logs: %s", count, ", each on a core of its own" if pinned else "", logs)
+    log_folder = (
+        tempfile.mkdtemp(prefix="madformer_sweep_") if storage.is_remote(workdir) else os.path.join(workdir, "logs")
+    )
+    with storage.wrap_errors(f"{log_folder} cannot be written"):
+        os.makedirs(log_folder, exist_ok=True)
+    logging.info("%d processes%s; their logs: %s", count, ", each on a core of its own" if pinned else "", log_folder)
     try:
         for number in range(count):
             if pinned:  # a started process inherits it
                 os.sched_setaffinity(0, {allowed[number % len(allowed)]})
-            log = os.path.join(logs, f"{socket.gethostname()}_{number}.log")
+            log = os.path.join(log_folder, f"{socket.gethostname()}_{number}.log")
             with open(log, "ab") as file:
                 process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=_environment(number, count),
@@ -158,13 +160,13 @@ def _start(children: list[Child], command: Sequence[str], workdir: str, count: i
 
 def _environment(number: int, count: int) -> dict[str, str]:
     index = int(os.environ.get(INDEX_VARIABLE) or 0) * count + number
-    given = os.environ.get("XLA_FLAGS", "")
+    user_flags = os.environ.get("XLA_FLAGS", "")
     # The flag is also part of the keys of stored programs: those of a core have no code for several.
-    flag = "" if _ONE_THREAD.partition("=")[0] in given else xla_flags.supported(_ONE_THREAD)
+    flag = "" if _ONE_THREAD.partition("=")[0] in user_flags else xla_flags.supported(_ONE_THREAD)
     return os.environ | {
         INDEX_VARIABLE: str(index),
         PARENT_VARIABLE: str(os.getpid()),
-        "XLA_FLAGS": f"{flag} {given}".strip(),
+        "XLA_FLAGS": f"{flag} {user_flags}".strip(),
     }
 
 
@@ -218,16 +220,16 @@ def _pass_on_signals(children: Sequence[Child]) -> Iterator[list[int]]:
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        again = number == signal.SIGINT and signal.SIGINT in received
+        repeated = number == signal.SIGINT and signal.SIGINT in received
         received.append(number)
-        _send(children, signal.SIGKILL if again else signal.SIGTERM)
+        _send(children, signal.SIGKILL if repeated else signal.SIGTERM)
 
     caught = [signal.SIGTERM, signal.SIGINT]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         caught.append(signal.SIGHUP)
-    before = {number: signal.signal(number, pass_on) for number in caught}
+    previous_handlers = {number: signal.signal(number, pass_on) for number in caught}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)

@@ -46,10 +46,10 @@ def make_program(
         )
         for depth in depths
     }
-    drawn = _drawn_depths(depths, seeds.of(c, "data"), step)
+    depth_sequence = _drawn_depths(depths, seeds.of(c, "data"), step)
 
     def run(*args: Any) -> Any:
-        return programs[next(drawn)](*args)
+        return programs[next(depth_sequence)](*args)
 
     return run
 

@@ -26,13 +26,13 @@ from madformer_jax.training import hooks, scanned_steps, train_step
 from madformer_jax.training.checkpoint_saver import CheckpointSaver
 from madformer_jax.training.metric_writer import DivergedError, MetricWriter
 
-# Numbers that may differ between lanes: the training step computes with them and decides nothing by them.
+# Numbers that may differ between lanes: no branch of the training step depends on them.
 FIELDS = (
     "optimizer.learning_rate", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "train.ema_decay",
     "train.label_dropout", "loss.image", "loss.hidden", "loss.clean", "loss.text",
 )  # fmt: skip
 MEASURED_CALLS = 5
-_OWN_SECTIONS = ("seeds", "sample", "gallery", "demo")  # besides `seed`, of which each lane has its own
+_FREE_SECTIONS = ("seeds", "sample", "gallery", "demo")  # besides `seed`, of which each lane has its own
 
 
 class Lane(NamedTuple):
@@ -50,9 +50,9 @@ class Lane(NamedTuple):
 def group_key(c: ConfigDict) -> tuple[Any, ...]:
     """Returns the settings that all lanes of a program share.
 
-    A loss term of weight 0 is not computed, so whether a weight is 0 is among them.
+    A loss term of weight 0 is not computed. The settings therefore include whether each weight is 0.
     """
-    values = {name: x for name, x in fields.flat(c).items() if name.partition(".")[0] not in (*_OWN_SECTIONS, "seed")}
+    values = {name: x for name, x in fields.flat(c).items() if name.partition(".")[0] not in (*_FREE_SECTIONS, "seed")}
     return tuple((name, bool(x) if name in FIELDS else x) for name, x in values.items())
 
 
@@ -80,8 +80,8 @@ def make_lane_step(setup: train_step.Setup, c: ConfigDict, numbers: dict[str, np
         values: dict[str, Array], state: train_step.State, batch: dict[str, Array], codec_params: Any, seed: Any
     ) -> tuple[train_step.State, dict[str, Array]]:
         lane = _with_numbers(c, values)
-        own = setup._replace(tx=train_step.optimizer(lane))
-        return train_step.make_step(own, lane)(state, batch, codec_params, seed)
+        lane_setup = setup._replace(tx=train_step.optimizer(lane))
+        return train_step.make_step(lane_setup, lane)(state, batch, codec_params, seed)
 
     batched = jax.vmap(step, in_axes=(0, 0, 0, None, 0))
     return lambda *args: batched({name: jnp.asarray(column) for name, column in numbers.items()}, *args)
@@ -115,7 +115,7 @@ def make_program(
     if table is None:
         return jax.jit(step, donate_argnums=0)
     program = jax.jit(scanned_steps.make_scan(step, mesh), donate_argnums=0)
-    return lambda states, selections, *rest: program(states, table, selections, *rest)
+    return lambda states, selections, *arguments: program(states, table, selections, *arguments)
 
 
 def loop(
@@ -143,7 +143,7 @@ def loop(
         return {}
     states = stack_states([lane.state for lane in lanes])
     seed = np.array([seeds.of(lane.config, "data") for lane in lanes], np.uint32)
-    intervals = [every for lane in lanes for _, every in lane.hooks]
+    intervals = [interval for lane in lanes for _, interval in lane.hooks]
     in_flight: list[tuple[int, dict[str, Array]]] = []
 
     def running() -> list[int]:
@@ -174,8 +174,8 @@ def loop(
 
     def run_hooks(at_end: bool) -> None:
         for i in running():
-            for hook, every in lanes[i].hooks:
-                if at_end or (every and step % every == 0 and step < steps):
+            for hook, interval in lanes[i].hooks:
+                if at_end or (interval and step % interval == 0 and step < steps):
                     lanes[i].saver.wait()
                     hook.run(step, lane_state(states, i), stop)
 
@@ -190,9 +190,10 @@ def loop(
         in_flight.append((step, metrics))
         stopping = stop()
         saves = step % c.train.checkpoint_every == 0 or step == steps or stopping
-        logs, hooked = step % c.train.log_every == 0, any(every and step % every == 0 for every in intervals)
-        flush(leave=0 if saves or logs or hooked else 1)
-        if logs:
+        logs_now = step % c.train.log_every == 0
+        hooked = any(interval and step % interval == 0 for interval in intervals)
+        flush(leave=0 if saves or logs_now or hooked else 1)
+        if logs_now:
             write(save=False)
         if saves:
             write(save=True)

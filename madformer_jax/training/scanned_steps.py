@@ -1,7 +1,7 @@
 """Several training steps in one call, with the data set on the device (`train.scan`).
 
 The host sends the numbers of the records and which images to flip. The order of the images, the
-randomness and every figure are those of single steps. `modes.train` uses it for small models on an
+randomness and the metrics are those of single steps. `modes.train` uses it for small models on an
 accelerator, where a call costs more than its arithmetic.
 """
 
@@ -109,7 +109,7 @@ def next_selections(data: Iterator[pipeline.Batch], count: int) -> Selections:
 def chunk_length(c: ConfigDict, step: int, intervals: Iterable[int]) -> int:
     """Returns how many steps to run in one call.
 
-    It is `train.scan`, or less where a step follows after which the host has work to do.
+    It is `train.scan`, or less if the host has work to do after an earlier step.
 
     Args:
       c: The config.
@@ -117,8 +117,10 @@ def chunk_length(c: ConfigDict, step: int, intervals: Iterable[int]) -> int:
       intervals: Steps between two times of such work; 0 for work that is not repeated.
     """
     profiled = validation.profiled_steps(c)
-    ends = [c.train.steps, *([profiled[0]] if profiled and profiled[0] > step else [])]
-    ends += [
-        step - step % every + every for every in (c.train.log_every, c.train.checkpoint_every, *intervals) if every
+    stops = [c.train.steps, *([profiled[0]] if profiled and profiled[0] > step else [])]
+    stops += [
+        step - step % interval + interval
+        for interval in (c.train.log_every, c.train.checkpoint_every, *intervals)
+        if interval
     ]
-    return min([c.train.scan, *(end - step for end in ends)])
+    return min([c.train.scan, *(end - step for end in stops)])

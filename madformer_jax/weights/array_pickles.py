@@ -22,7 +22,7 @@ _ADMITTED = {
 
 
 class _RefusedError(Exception):
-    """The pickle names something else than an array."""
+    """The pickle contains something other than arrays and plain values."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -18,11 +18,11 @@ def test_only_blocks_after_others_depend_on_the_context(monkeypatch):
     batch = Batch(z, jnp.array([[1], [0]]), None, jax.random.key(3))
     measured = context_loss.losses_by_block(model, params, [batch, batch], schedule.DEFAULT, 500)
     assert measured.true.shape == (4,)
-    np.testing.assert_allclose(measured.own[0], measured.true[0], rtol=1e-5)  # nothing comes before it
-    assert (np.abs(measured.own[1:] / measured.true[1:] - 1) > 1e-4).all()
-    monkeypatch.setattr(own_context, "replace", lambda model, own, z, *rest: z)
+    np.testing.assert_allclose(measured.estimated[0], measured.true[0], rtol=1e-5)  # nothing comes before it
+    assert (np.abs(measured.estimated[1:] / measured.true[1:] - 1) > 1e-4).all()
+    monkeypatch.setattr(own_context, "replace", lambda model, source, z, *rest: z)
     same = context_loss.losses_by_block(model, params, [batch], schedule.DEFAULT, 500)
-    np.testing.assert_allclose(same.own, measured.true, rtol=1e-5)
+    np.testing.assert_allclose(same.estimated, measured.true, rtol=1e-5)
     t_key, noise_key, _ = jax.random.split(batch.key, 3)
     t, noise = schedule.DEFAULT.uniform_timesteps(t_key, z.shape[:2], 999), jax.random.normal(noise_key, z.shape)
     noisy = schedule.DEFAULT.add_noise(z, noise, t)

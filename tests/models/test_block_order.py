@@ -86,7 +86,7 @@ def test_cached_sampling_equals_full_recomputation_in_any_order(random_model):
     cached_ranks = np.asarray(block_order.to_ranks(cached, ORDERS))
     error, size = (np.linalg.norm(x, axis=(2, 3)) for x in (cached_ranks - expected, expected))
     assert (error < 2e-5 * size).all()
-    edited = draw(params, noise, tokens, order=jnp.asarray(ORDERS), given=jnp.asarray(cached_ranks[:, :2]))
+    edited = draw(params, noise, tokens, order=jnp.asarray(ORDERS), kept_blocks=jnp.asarray(cached_ranks[:, :2]))
     edited = np.asarray(block_order.to_ranks(edited, ORDERS))
     np.testing.assert_array_equal(edited[:, :2], cached_ranks[:, :2])
     assert (np.linalg.norm(edited - cached_ranks, axis=(2, 3)) < 2e-5 * size).all()
@@ -99,24 +99,24 @@ def test_training_draws_an_order_for_each_image_and_step():
     np.testing.assert_array_equal(np.sort(orders[0]), np.tile(np.arange(16), (5, 1)))
     assert len(np.unique(np.concatenate(orders[1:]), axis=0)) == 10
     x = jax.random.normal(jax.random.key(0), (5, 16, 2))
-    np.testing.assert_array_equal(block_order.to_places(block_order.to_ranks(x, orders[0]), orders[0]), x)
-    first = np.asarray(block_order.kept_first(jnp.asarray(orders[0]), jnp.array([7, 2])))
-    for order, kept in zip(orders[0], first):
-        np.testing.assert_array_equal(kept, [7, 2, *(place for place in order if place not in (7, 2))])
+    np.testing.assert_array_equal(block_order.to_raster_order(block_order.to_ranks(x, orders[0]), orders[0]), x)
+    first = np.asarray(block_order.move_to_front(jnp.asarray(orders[0]), jnp.array([7, 2])))
+    for order, moved in zip(orders[0], first):
+        np.testing.assert_array_equal(moved, [7, 2, *(place for place in order if place not in (7, 2))])
 
 
 def test_flops_of_edits_and_of_rows_equal_the_count_of_xla():
     c = wide(blocks=4, block_order="random", block_shape="rows", unet_context=True)
     model, params, z, *_ = abstract(c)
-    given = jax.ShapeDtypeStruct((z.shape[0], 2, *z.shape[2:]), z.dtype)
+    kept_blocks = jax.ShapeDtypeStruct((z.shape[0], 2, *z.shape[2:]), z.dtype)
     order = jax.ShapeDtypeStruct(z.shape[:2], jnp.int32)
 
-    def draw(params, z, order, given):
+    def draw(params, z, order, kept_blocks):
         settings = {"solver": "ddim", "spacing": "trailing", "steps": c.sample.steps, "unroll": True}
-        return sampler.sample(model, params, z, order=order, given=given, **settings)
+        return sampler.sample(model, params, z, order=order, kept_blocks=kept_blocks, **settings)
 
-    count = flops.sampling(c, c.train.batch, kept=2)
-    assert xla_flops(draw, params, z, order, given) == pytest.approx(count.total, rel=0.02)
+    count = flops.sampling(c, c.train.batch, kept_count=2)
+    assert xla_flops(draw, params, z, order, kept_blocks) == pytest.approx(count.total, rel=0.02)
 
     def loss(params, z):
         return losses.training_loss(model, params, z, None, jax.random.key(0), losses.LossWeights(**c.loss))[0]
@@ -128,10 +128,10 @@ def test_costs_of_edits_count_drawn_blocks_and_the_prefill():
     c = wide(blocks=4, depth=4)  # D = 1
     c.sample.steps = 5
     # Two blocks of condition 3 and evaluations 5, and three extensions of 4 layers.
-    assert flops.model_passes(c, kept=2) == (2 * 8 + 3 * 4) / 16
-    assert flops.model_passes_until(c, 2, 1, kept=2) == (3 + 1 + 2 * 4) / 16
-    assert flops.nfe(c, kept=1) == 0.75 * flops.nfe(c)
-    assert flops.image_cost(c, kept=0) == flops.image_cost(c)
+    assert flops.model_passes(c, kept_count=2) == (2 * 8 + 3 * 4) / 16
+    assert flops.model_passes_until(c, 2, 1, kept_count=2) == (3 + 1 + 2 * 4) / 16
+    assert flops.nfe(c, kept_count=1) == 0.75 * flops.nfe(c)
+    assert flops.image_cost(c, kept_count=0) == flops.image_cost(c)
 
 
 def test_named_orders_and_rows():

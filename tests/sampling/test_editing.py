@@ -38,9 +38,9 @@ def test_edits_keep_blocks_bit_for_bit_and_draw_the_others(tmp_path, one_device)
     assert "_edit_" in free
     blocks = codec.to_blocks(shard.images, derive_sizes(config(**{"codec.patch": 1})))
     expected = codec.to_blocks(PICTURE[None], derive_sizes(config(**{"codec.patch": 1})))
-    for place, kept in enumerate((False, True, False, True)):
+    for place, is_kept in enumerate((False, True, False, True)):
         same = (blocks[:, place] == expected[:, place]).all(axis=(1, 2))
-        assert same.all() if kept else not same.any()
+        assert same.all() if is_kept else not same.any()
     assert (blocks[0, 0] != blocks[1, 0]).any()  # many samples of one edit
 
     model = madformer_jax.load(workdir)
@@ -48,7 +48,7 @@ def test_edits_keep_blocks_bit_for_bit_and_draw_the_others(tmp_path, one_device)
     frames = list(model.stream(3, image=PICTURE, mask=[3, 1]))
     assert [frame.block for frame in frames] == [2, 3]
     assert np.abs(frames[-1].images.astype(int) - shard.images).max() <= 1
-    cost, whole = model.cost(kept=2), model.cost()
+    cost, whole = model.cost(kept_count=2), model.cost()
     assert frames[-1].passes == cost.passes < whole.passes and cost.nfe == whole.nfe / 2
     two = model.sample(3, image=np.stack([PICTURE, 255 - PICTURE]), mask=mask)  # pictures in turn
     np.testing.assert_array_equal(two[[0, 2]], shard.images[[0, 2]])
@@ -59,7 +59,7 @@ def test_edits_keep_blocks_bit_for_bit_and_draw_the_others(tmp_path, one_device)
 
 def test_a_model_of_fixed_order_keeps_the_beginning_of_its_order():
     c = config(**{"model.block_order": "reverse"})
-    assert editing.read_picture(c, PICTURE, [2, 3]).places.tolist() == [3, 2]
+    assert editing.read_picture(c, PICTURE, [2, 3]).numbers.tolist() == [3, 2]
     with pytest.raises(ConfigError, match="'reverse' allows only the beginning of 3,2,1. Train with"):
         editing.read_picture(c, PICTURE, [0])
 
@@ -68,7 +68,7 @@ def test_masks_have_the_size_of_the_model_or_of_the_picture(tmp_path):
     c = config()
     large = np.zeros((64, 96), np.uint8)
     large[:, :48] = 255  # the left half, also of the square that is cropped
-    assert editing.read_picture(c, np.zeros((64, 96, 1), np.uint8), large).places.tolist() == [0, 2]
+    assert editing.read_picture(c, np.zeros((64, 96, 1), np.uint8), large).numbers.tolist() == [0, 2]
     with pytest.raises(ConfigError, match="the mask has 96 x 64 pixels: it must have 32 x 32, as the picture"):
         editing.read_picture(c, PICTURE, large)
 
