@@ -18,7 +18,7 @@ _STAGES = ("ar_layers", "diffusion_layers")
 
 
 def with_depth(model: MADFormer, diffusion_depth: int) -> MADFormer:
-    """Returns the model with another number of diffusion layers D; itself if D is its own."""
+    """Returns the model with another number of diffusion layers D; the same model if D does not differ."""
     if diffusion_depth == model.config.diffusion_depth:
         return model
     return MADFormer(dataclasses.replace(model.config, diffusion_depth=diffusion_depth))

@@ -1,4 +1,4 @@
-"""Policies of `config.model.remat`: what the backward pass of a decoder layer does not compute again."""
+"""Policies of `config.model.remat`: values of a decoder layer that the backward pass does not recompute."""
 
 import jax
 from jax import Array
@@ -28,5 +28,5 @@ _name.defvjp(lambda x: (_name(x), None), lambda _, gradient: (gradient,))
 
 
 def name_projection(x: Float[Array, "*shape"], remat: str) -> Float[Array, "*shape"]:
-    """Names queries, keys, values, gate or up for the policy `projections`, the only one that keeps them."""
+    """Names a projection (queries, keys, values, gate or up) if the policy is `projections`, which stores it."""
     return _name(x) if remat == "projections" else x

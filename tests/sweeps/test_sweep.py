@@ -358,7 +358,7 @@ def test_run_folders_of_earlier_versions_are_found_by_config(c, stage, tmp_path)
 
 
 def test_runs_that_differ_in_seeds_train_together_and_are_evaluated_one_by_one(c, stage, tmp_path, monkeypatch):
-    """Of the six runs, three of a width are one program; two fit into `train.lanes`."""
+    """Groups six runs by width into programs of three runs, of which two fit into `train.lanes`."""
 
     def run_lanes(configs, folders):
         together.append([(c.model.width, c.seed) for c in configs])

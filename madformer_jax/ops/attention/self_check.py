@@ -1,7 +1,7 @@
 """Check of an attention kernel against plain JAX, on the device that will run it.
 
-The Pallas kernels are compiled and interpreted in tests, but a new chip or compiler may still compute
-something else. `verified` runs one small case through a kernel and through `XlaBlocks` before a
+Tests compile and interpret the Pallas kernels, but they may still give other results on a new chip or
+compiler. `verified` runs one small case through a kernel and through `XlaBlocks` before a
 model is built, and gives up the kernel with a warning if they differ.
 """
 
