@@ -211,9 +211,8 @@ def batches(
         batch_noise = None if noise is None else shard(np.asarray(noise[padded], np.float32))
         text = None if texts is None else TokenizedTexts(*(shard(x[padded]) for x in texts))
         inputs = make_inputs(c, shard(padded.astype(np.int32)), shard(labels[padded]), batch_noise, text)
-        inputs = inputs._replace(
-            kept_blocks=kept_blocks and kept_blocks._replace(blocks=shard(kept_blocks.of_images(padded)))
-        )
+        batch_blocks = kept_blocks and kept_blocks._replace(blocks=shard(kept_blocks.of_images(padded)))
+        inputs = inputs._replace(kept_blocks=batch_blocks)
         outputs = partitioning.to_host(sample_fn(params, codec_params, inputs), mesh)
         images, z, finite = (x[: len(chosen)] for x in outputs)
         if not finite.all():
