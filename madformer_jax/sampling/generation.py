@@ -201,7 +201,7 @@ def batches(
         pixel is not finite (raised while iterating; the message names the image).
     """
     size, sharding = batch_size(c, mesh, max_batch), partitioning.batch_sharding(mesh)
-    labels, noise, texts, kept_blocks = conditions or read_conditions(c)
+    labels, noise, texts, edit = conditions or read_conditions(c)
 
     def shard(x: np.ndarray) -> Array:
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
@@ -211,8 +211,7 @@ def batches(
         batch_noise = None if noise is None else shard(np.asarray(noise[padded], np.float32))
         text = None if texts is None else TokenizedTexts(*(shard(x[padded]) for x in texts))
         inputs = make_inputs(c, shard(padded.astype(np.int32)), shard(labels[padded]), batch_noise, text)
-        batch_blocks = kept_blocks and kept_blocks._replace(blocks=shard(kept_blocks.of_images(padded)))
-        inputs = inputs._replace(kept_blocks=batch_blocks)
+        inputs = inputs._replace(kept_blocks=edit and edit._replace(blocks=shard(edit.of_images(padded))))
         outputs = partitioning.to_host(sample_fn(params, codec_params, inputs), mesh)
         images, z, finite = (x[: len(chosen)] for x in outputs)
         if not finite.all():
