@@ -224,9 +224,8 @@ def test_two_files_of_mode_compile_are_compared_by_current_names():
     before, after = (
         {"topology": "v5e:1", "config": {name: "x0"}} for name in ("model.predicts", "model.prediction_type")
     )
-    assert (
-        tpu_time.compare(before, after) == "The settings are equal, and no program has an estimated time in both files."
-    )
+    text = "The settings are equal, and no program has an estimated time or a count of work in both files."
+    assert tpu_time.compare(before, after) == text
 
 
 # ---- protocols

@@ -121,7 +121,9 @@ class _Bigrams:
     """A fake model whose logits are the row of the previous token."""
 
     __class__ = MADFormer  # for the checks of types
-    config = SimpleNamespace(prediction_type="eps", vocabulary=12, null_token=12)
+    config = SimpleNamespace(
+        prediction_type="eps", vocabulary=12, null_token=12, block_order="raster", default_order=None
+    )
 
     def apply(self, variables, z, noisy, t, tokens, lengths, *, clean_t, terms):
         return ModelOutputs(None, None, None, variables["params"]["table"][tokens])

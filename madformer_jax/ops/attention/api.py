@@ -35,7 +35,7 @@ def choose(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> At
     """
     if name == "auto":
         first = next(x for x in IMPLEMENTATIONS.values() if x.supports(device, dtype, head_dim, tokens))
-        return _checked(first.for_device(device), dtype, head_dim, tokens)
+        return _checked(first, dtype, head_dim, tokens)
     chosen = IMPLEMENTATIONS[name].for_device(device)
     if not chosen.supports(device, dtype, head_dim, tokens):
         raise ConfigError(

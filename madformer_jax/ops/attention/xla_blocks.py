@@ -4,7 +4,6 @@ The diagonal is one attention of every block to the text and itself. `_add_conte
 the triangle below it, tile by tile. Shapes use the letters of `attention.base`.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +15,6 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from madformer_jax.ops.attention import small_blocks
 from madformer_jax.ops.attention.base import (
     KV,
     QKV,
@@ -31,20 +29,11 @@ from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 
 
-@dataclasses.dataclass(frozen=True)
 class XlaBlocks(Attention):
-    """Attention in plain JAX. Cached keys are `(layers, B, H, tokens, h)`, values `(layers, B, H, h, tokens)`.
+    """Attention in plain JAX. Cached keys are `(layers, B, H, tokens, h)`, values `(layers, B, H, h, tokens)`."""
 
-    Attributes:
-      joint_tokens: Tokens of an image up to which `small_blocks.joint_attention` computes training.
-    """
-
-    joint_tokens: int = 0
     name = "blocks"
     cache_token_axes = 3, 4
-
-    def for_device(self, device: str) -> Attention:
-        return dataclasses.replace(self, joint_tokens=small_blocks.MAX_TOKENS if device == "cpu" else 0)
 
     def block_attention(
         self,
@@ -55,10 +44,7 @@ class XlaBlocks(Attention):
         *,
         images: int = 1,
     ) -> list[Float[Array, "B _ s H h"]]:
-        is_small = max(x.v.shape[1] for x in streams) * streams[0].v.shape[2] <= self.joint_tokens
         streams, context = apply_to_tree((streams, context))
-        if is_small:
-            return small_blocks.joint_attention(streams, context, text, lengths)
         return [_tiled_attention(stream, context, text, lengths) for stream in streams]
 
     def cached_attention(

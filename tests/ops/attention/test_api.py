@@ -14,16 +14,12 @@ from madformer_jax.ops.attention.base import KV, QKV, causal_attention
 from madformer_jax.ops.attention.pallas import PallasAttention
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
-from madformer_jax.ops.attention.xla_blocks import XlaBlocks
 from madformer_jax.ops.rope import RotaryTable
 from madformer_jax.runtime import partitioning
 from tests.support import flash
 
 B, L, S, H, SIZE, T = 2, 4, 3, 2, 8, 5
-IMPLEMENTATIONS = api.IMPLEMENTATIONS | {
-    "pallas_interpret": PallasAttention(interpret=True),
-    "joint": XlaBlocks(joint_tokens=1000),
-}
+IMPLEMENTATIONS = api.IMPLEMENTATIONS | {"pallas_interpret": PallasAttention(interpret=True)}
 
 
 def stream(seed, blocks, tokens=S):
@@ -96,13 +92,6 @@ def test_every_implementation_equals_the_dense_mask(name, implementation, no_cud
     assert_equal_trees(value_and_gradient(implementation, *CASES[name]), dense(name))
 
 
-@pytest.mark.parametrize(
-    "name", ["clean one block short", "one stream on itself", "block only with text", "padded text"]
-)
-def test_one_product_of_small_blocks_equals_the_dense_mask(name):
-    assert_equal_trees(value_and_gradient("joint", *CASES[name]), dense(name))
-
-
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 11, 16])
 def test_tiles_cover_every_pair_of_blocks_once(blocks):
     count = np.zeros((blocks, blocks), int)
@@ -118,7 +107,7 @@ def to_cache(kv, implementation):
     return IMPLEMENTATIONS[implementation].to_cache_layout(KV(*(jnp.stack([x + 1, x]) for x in kv)))
 
 
-WITH_CACHE = [x for x in IMPLEMENTATIONS if x not in ("pallas", "joint")]  # joint is blocks with a cache
+WITH_CACHE = [x for x in IMPLEMENTATIONS if x != "pallas"]
 
 
 @pytest.mark.parametrize("implementation", WITH_CACHE)
@@ -257,8 +246,6 @@ def test_auto_selects_the_kernel_of_the_platform_if_the_shape_allows():
     assert auto("tpu", "bfloat16", 64, 256) == auto("tpu", "float32", 64, 128) == "pallas"
     assert auto("tpu", "bfloat16", 64, 64) == auto("gpu", "bfloat16", 12, 256) == "blocks"
     assert api.choose("blocks", "tpu", "bfloat16", 64, 256).name == "blocks"
-    assert api.choose("auto", "cpu", "float32", 64, 16) == XlaBlocks(joint_tokens=128)
-    assert api.choose("auto", "gpu", "float32", 64, 16) == XlaBlocks()
     assert api.choose("pallas", "tpu", "bfloat16", 64, 256) == PallasAttention()
     assert api.choose("pallas", "cpu", "float32", 64, 64) == PallasAttention(interpret=True)
     for name, case, words in (
