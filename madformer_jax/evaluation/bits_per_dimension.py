@@ -6,15 +6,16 @@ the bound of a block z is, in nats (Kingma et al., arXiv 2107.00630, equations 1
 
     prior      KL(q(z_999 | z) || N(0, I))
     diffusion  1/2 times the integral of E |z - x(z_t, t)|^2 d SNR(t), from SNR(999) to SNR(start)
-    decoder    E -log p(z | z_start), with p a Gaussian around x of one standard deviation
+    decoder    E -log p(z | z_start), with p a mixture of Gaussians around x for each value
 
 On 8-bit pixels p is the probability of the pixel's bin; on other latents it is a density, and the bound is
 one of latents.
 
-The bound holds for any start and any deviation that do not depend on the scored image. A pilot over 64 images
-chooses both: of the starts with alpha / sigma in RATIOS, which all paths share, and of deviations around the
-root mean square error at the start, those with the least bound. Images with even numbers are scored with the
-choice of those with odd numbers, and the other way around.
+The bound holds for any start and any mixture that do not depend on the scored image. A pilot over 64 images
+chooses both. The Gaussians have standard deviations of FACTORS times the root mean square error at the start,
+and weights that maximize the likelihood. Of the starts with alpha / sigma in RATIOS, which all paths share,
+the one with the least bound is taken. Images with even numbers are scored with the choice of those with odd
+numbers, and the other way around.
 
 A path of whole timesteps (DDPM) has two bounds. `bits_per_dimension` is the integral, as on every path: the
 log of the SNR is linear between whole timesteps, and the network reads the timesteps between them.
@@ -30,45 +31,51 @@ pilot. Its noise is not that of the scores, so the estimate is unbiased.
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from madformer_jax.diffusion.schedule import MAX_TIMESTEP, Schedule
-from madformer_jax.evaluation.held_out_images import HeldOutBatch
+from madformer_jax.evaluation.held_out_images import SEED, HeldOutBatch
 from madformer_jax.evaluation.held_out_losses import has_whole_timesteps, low_discrepancy
-from madformer_jax.evaluation.teacher_forcing import Levels, TeacherForcing
+from madformer_jax.evaluation.teacher_forcing import Levels, TeacherForcing, decoder_nats
 from madformer_jax.models import block_order
 from madformer_jax.runtime import partitioning
 
 RATIOS = tuple(100 * 2.0**-k for k in range(14))  # alpha / sigma at the starts, of which the last knows nearly nothing
-FACTORS = tuple(2 ** (k / 4) for k in range(-8, 5))  # of the root mean square error, for deviations of the decoder
+FACTORS = tuple(2.0**k for k in range(-8, 2))  # of the root mean square error, for the decoder's deviations
 MIN_DEVIATION = 1e-3  # an eighth of the distance of two values of an 8-bit pixel
 DRAWS = 4  # timesteps of each image and block
 PILOT_IMAGES, BINS = 64, 32
+VALUES, ITERATIONS = 8192, 40  # values and steps to which the weights of the decoder are fitted
 _UNIFORM_SHARE = 0.1  # of the density, so that no weight is large
+_UNIFORM_WEIGHT = 1e-3  # of the mixture, so that no weight is 0
 # First draws of noise and streams of timesteps. Losses use those from 0 on.
 _DECODER_DRAW, _PILOT_DRAW, _INTEGRAL_DRAW, _SUM_DRAW = 100, 200, 300, 400
 SETTINGS = {
-    "ratios": list(RATIOS), "factors": [FACTORS[0], FACTORS[-1]], "draws": DRAWS, "pilot": [PILOT_IMAGES, BINS], "version": 2,
+    "ratios": list(RATIOS), "factors": list(FACTORS), "draws": DRAWS,
+    "pilot": [PILOT_IMAGES, BINS, VALUES, ITERATIONS], "version": 2,
 }  # fmt: skip
 
 Batches = Callable[[int | None], Iterable[HeldOutBatch]]  # first n images, or all
 
 
 class Pilot(NamedTuple):
-    """Means over the blocks of some images at the noise levels of RATIOS, each (K,) float64."""
+    """Means over the blocks of some images at the noise levels of RATIOS, each (K,) or (K, S) float64."""
 
     log_snr: np.ndarray
     squared: np.ndarray  # squared error of a block
     size: np.ndarray  # root mean square of `squared`
-    decoder: np.ndarray  # nats of a block with the best deviation
-    deviation: np.ndarray  # this deviation
+    decoder: np.ndarray  # nats of a block
+    deviations: np.ndarray  # (K, S), of the Gaussians of the decoder
+    weights: np.ndarray  # (K, S), their probabilities
 
 
 class Bound(NamedTuple):
     """A variational bound: where it starts, and the distribution of its timesteps."""
 
     first: Levels  # floats
-    deviation: float  # of the decoder
+    deviations: np.ndarray  # (S,), of the Gaussians of the decoder
+    weights: np.ndarray  # (S,), their probabilities
     pilot_nats: float  # decoder and diffusion terms of a block in the pilot, the latter down to the last of RATIOS
     sample: Callable[[np.ndarray], tuple[Levels, np.ndarray]]  # uniform numbers -> noise levels, weights
 
@@ -85,8 +92,8 @@ def measure(
 
     Returns:
       `bits_per_dimension` (n,) and, for a path of whole timesteps, `bits_per_dimension_discrete` (n,);
-      `blocks_bits` (n, L), the bound of each block in bits per dimension of the block; `decoder_ratio` and
-      `decoder_deviation` (n,), the alpha / sigma of the start and the deviation of `bits_per_dimension`.
+      `blocks_bits` (n, L), the bound of each block in bits per dimension of the block; `decoder_ratio` (n,),
+      the alpha / sigma of the start of `bits_per_dimension`.
     """
     bounds = bounds_of(forward.schedule, run_pilot(forward, batches(PILOT_IMAGES)), starts)
     rows = [measure_batch(forward, batch, bounds) for batch in batches(None)]
@@ -107,10 +114,10 @@ def measure_batch(
     forward: TeacherForcing, batch: HeldOutBatch, bounds: dict[str, list[Bound]]
 ) -> dict[str, np.ndarray]:
     """Measures the bound of each image of a batch, see `measure`."""
-    z = partitioning.to_host(block_order.to_ranks(batch.z, batch.order), forward.mesh).astype(np.float64)
+    z = _host_blocks(forward, batch)
     last = _levels(forward.schedule, np.array([float(MAX_TIMESTEP)]))
     variance = last.sigma**2
-    prior = 0.5 * np.sum(last.alpha**2 * z**2 + variance - 1 - np.log(variance), axis=(2, 3))[: batch.rows]
+    prior = 0.5 * np.sum(last.alpha**2 * z**2 + variance - 1 - np.log(variance), axis=(2, 3))
     by_block = {}
     for i, (name, pair) in enumerate(bounds.items()):
         nats = prior + _decoder(forward, batch, _DECODER_DRAW + i, pair)
@@ -120,7 +127,6 @@ def measure_batch(
     return {name: bits.mean(axis=1) for name, bits in by_block.items()} | {
         "blocks_bits": by_block["bits_per_dimension"],
         "decoder_ratio": np.array([bound.first.alpha / bound.first.sigma for bound in pair])[parity],
-        "decoder_deviation": np.array([bound.deviation for bound in pair])[parity],
     }
 
 
@@ -129,9 +135,8 @@ def _decoder(forward: TeacherForcing, batch: HeldOutBatch, draw: int, pair: Sequ
     parity = batch.numbers % 2
     values = np.array([bound.first for bound in pair])[parity]  # (B, 3)
     levels = Levels(*np.repeat(values.T[:, :, None], forward.sizes.blocks, axis=2))
-    deviations = np.array([[bound.deviation] for bound in pair])[parity]
-    x0 = forward.errors(batch, draw, levels, clean_blocks=True).x0
-    return forward.decoder(batch, x0, deviations)[..., 0]
+    deviations, weights = (np.array([getattr(b, name) for b in pair])[parity] for name in ("deviations", "weights"))
+    return forward.decoder(batch, forward.errors(batch, draw, levels, clean_blocks=True).x0, deviations, weights)
 
 
 def _diffusion(forward: TeacherForcing, batch: HeldOutBatch, first_draw: int, pair: Sequence[Bound]) -> np.ndarray:
@@ -155,23 +160,49 @@ def run_pilot(forward: TeacherForcing, batches: Iterable[HeldOutBatch]) -> list[
     """
     batches = list(batches)
     odd = np.concatenate([batch.numbers[: batch.rows] for batch in batches]) % 2
-    rows: tuple[list[tuple[float, ...]], ...] = ([], [])
+    z = np.concatenate([_host_blocks(forward, batch) for batch in batches])
+    pilots: list[list[tuple[np.ndarray, ...]]] = [[], []]
     for level in zip(*start_levels(forward.schedule)):
-        errors, squared = [], []
+        squared, x0 = [], []
         for batch in batches:
             levels = Levels(*(np.full(batch.z.shape[:2], x) for x in level))
-            errors.append(forward.errors(batch, _PILOT_DRAW, levels, clean_blocks=True))
-            squared.append(errors[-1].squared)
-        of_parity = [np.concatenate(squared)[odd == i] for i in (0, 1)]
-        scale = [np.sqrt(x.mean() / batches[0].z[0, 0].size) for x in of_parity]
-        deviations = np.maximum(np.multiply.outer(scale, FACTORS), MIN_DEVIATION)
-        nats = np.concatenate([forward.decoder(b, e.x0, deviations[b.numbers % 2]) for b, e in zip(batches, errors)])
-        for i, x in enumerate(of_parity):
-            means = nats[odd == i].mean(axis=(0, 1))
-            best = np.argmin(means)
-            log_snr = 2 * np.log(level[1] / level[2])
-            rows[1 - i].append((log_snr, x.mean(), np.sqrt(np.mean(x**2)), means[best], deviations[i, best]))
-    return [Pilot(*np.array(x).T) for x in rows]
+            errors = forward.errors(batch, _PILOT_DRAW, levels, clean_blocks=True)
+            squared.append(errors.squared)
+            x0.append(partitioning.to_host(errors.x0, forward.mesh)[: batch.rows])
+        for i in (0, 1):
+            own, estimates = (np.concatenate(x)[odd == i] for x in (squared, x0))
+            mixture = _fit_mixture(z[odd == i], estimates, forward.discrete)
+            means = (np.array(2 * np.log(level[1] / level[2])), own.mean(), np.sqrt(np.mean(own**2)))
+            pilots[1 - i].append((*means, *mixture))
+    return [Pilot(*(np.stack(x) for x in zip(*rows))) for rows in pilots]
+
+
+def _fit_mixture(z: np.ndarray, x0: np.ndarray, discrete: bool) -> tuple[np.ndarray, ...]:
+    """Fits the weights of the decoder's Gaussians by expectation maximization.
+
+    Returns:
+      The mean nats of a block, and the deviations and weights (S,).
+    """
+    chosen = np.random.default_rng(SEED).integers(z.size, size=VALUES)
+    values, means = (x.reshape(-1, 1)[chosen].astype(np.float32) for x in (z, x0))
+    deviations = np.maximum(np.sqrt(np.mean((values - means) ** 2)) * np.array(FACTORS), MIN_DEVIATION)
+    nats = np.asarray(_nats_of_values(values, means, deviations.astype(np.float32), discrete), np.float64)
+    least = nats.min(axis=1, keepdims=True)
+    densities, weights = np.exp(least - nats), np.full(len(FACTORS), 1 / len(FACTORS))
+    for _ in range(ITERATIONS):
+        weights = np.mean(densities * weights / (densities @ weights)[:, None], axis=0)
+    weights = (1 - _UNIFORM_WEIGHT) * weights + _UNIFORM_WEIGHT / len(FACTORS)
+    mean = np.mean(least[:, 0] - np.log(densities @ weights))
+    return mean * z[0, 0].size, deviations, weights
+
+
+_nats_of_values = jax.jit(decoder_nats, static_argnums=3)
+
+
+def _host_blocks(forward: TeacherForcing, batch: HeldOutBatch) -> np.ndarray:
+    """Returns blocks in the order of generation on the host, float64 (rows, L, positions, C)."""
+    blocks = partitioning.to_host(block_order.to_ranks(batch.z, batch.order), forward.mesh)
+    return np.asarray(blocks[: batch.rows], np.float64)
 
 
 def integral_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> Bound:
@@ -189,7 +220,7 @@ def integral_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> B
         return levels, 0.5 * (levels.alpha / levels.sigma) ** 2 * width / share[position.astype(int)]
 
     first = levels_at(schedule, edges[:1])
-    return Bound(Levels(*(x.item() for x in first)), pilot.deviation[start], nats, sample)
+    return Bound(Levels(*(x.item() for x in first)), pilot.deviations[start], pilot.weights[start], nats, sample)
 
 
 def sum_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> Bound:
@@ -208,7 +239,8 @@ def sum_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> Bound:
         step = _invert(share, u).astype(int)
         return Levels(*(x[step] for x in levels)), weights[step] / share[step]
 
-    return Bound(Levels(*(x[begin].item() for x in table)), pilot.deviation[start], nats, sample)
+    first_levels = Levels(*(x[begin].item() for x in table))
+    return Bound(first_levels, pilot.deviations[start], pilot.weights[start], nats, sample)
 
 
 def _choose(nats: np.ndarray, starts: Sequence[int]) -> tuple[int, float]:

@@ -99,16 +99,18 @@ class TeacherForcing:
         means = jax.tree.map(lambda x: np.asarray(x, np.float64)[: batch.rows], outputs._replace(x0=None))
         return means._replace(x0=outputs.x0)
 
-    def decoder(self, batch: HeldOutBatch, x0: Array, deviations: np.ndarray) -> np.ndarray:
-        """Returns the nats of each clean block under Gaussians around an estimate, float64 (rows, L, S).
+    def decoder(self, batch: HeldOutBatch, x0: Array, deviations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Returns the nats of each clean block under mixtures of Gaussians around an estimate, float64 (rows, L).
 
         Args:
           batch: The images.
-          x0: Estimate of `errors`.
+          x0: Estimate of `errors`, the mean of all Gaussians.
           deviations: S standard deviations for each image (B, S).
+          weights: Their probabilities (B, S), above 0.
         """
-        arrays = shard({"deviations": deviations.astype(np.float32)}, self.mesh)
-        nats = self._decoder_program(batch.z, x0, arrays["deviations"], batch.order)
+        inputs = {"deviations": deviations, "logs": np.log(weights)}
+        arrays = shard({name: x.astype(np.float32) for name, x in inputs.items()}, self.mesh)
+        nats = self._decoder_program(batch.z, x0, arrays["deviations"], arrays["logs"], batch.order)
         return np.asarray(nats, np.float64)[: batch.rows]
 
 
@@ -132,13 +134,17 @@ def decoder_nats(x: Array, mean: Array, deviation: Array, discrete: bool) -> Arr
     return -log_ndtr(upper) - jnp.log1p(-jnp.exp(log_ndtr(lower) - log_ndtr(upper)))
 
 
-def _decoder_terms(z: Array, x0: Array, deviations: Array, order: Order | None, *, discrete: bool) -> Array:
+def _decoder_terms(
+    z: Array, x0: Array, deviations: Array, logs: Array, order: Order | None, *, discrete: bool
+) -> Array:
     z = block_order.to_ranks(z, order)
 
-    def of_deviation(deviation: Array) -> Array:
-        return jnp.sum(decoder_nats(z, x0, deviation[:, None, None, None], discrete), axis=(2, 3))
+    def add(total: Array, gaussian: tuple[Array, Array]) -> tuple[Array, None]:
+        deviation, log_weight = (x[:, None, None, None] for x in gaussian)
+        return jnp.logaddexp(total, log_weight - decoder_nats(z, x0, deviation, discrete)), None
 
-    return jnp.moveaxis(jax.lax.map(of_deviation, deviations.T), 0, -1)
+    total, _ = jax.lax.scan(add, jnp.full(z.shape, -jnp.inf), (deviations.T, logs.T))
+    return -jnp.sum(total, axis=(2, 3))
 
 
 def _block_errors(

@@ -119,6 +119,18 @@ def test_the_decoder_sums_to_one_and_equals_the_normal_distribution():
     assert np.exp(-nats).sum() == pytest.approx(1, abs=1e-3)
 
 
+def test_the_decoder_mixes_and_its_weights_are_found():
+    random, mean = np.random.default_rng(0), 0.1
+    narrow = random.random(30_000) < 0.75
+    errors = np.where(narrow, 0.05, 0.4) * random.standard_normal(30_000)
+    x0 = np.full((10, 1, 3000, 1), mean)
+    nats, deviations, weights = bits_per_dimension._fit_mixture(x0 + errors.reshape(x0.shape), x0, False)
+    assert weights.sum() == pytest.approx(1)
+    assert weights[deviations < 0.1].sum() == pytest.approx(0.75, abs=0.05)
+    density = stats.norm(0, [0.05, 0.4]).pdf(errors[:, None]) @ [0.75, 0.25]
+    assert nats / 3000 == pytest.approx(-np.log(density).mean(), abs=0.03)
+
+
 @pytest.fixture(scope="module")
 def single(mesh):
     """A model of one block with random weights, and the same image many times, with other noise each time."""
@@ -146,9 +158,10 @@ def test_the_estimate_equals_the_sum_over_all_steps(mesh, single, starts, count)
         pilots = bits_per_dimension.run_pilot(forward, batches[:1])
         bound = bits_per_dimension.sum_bound(forward.schedule, pilots[0], starts)
         values = [bits_per_dimension.measure_batch(forward, x, {"bits_per_dimension": [bound] * 2}) for x in batches]
-        first, deviation, *_ = bound
+        decoder = bound.deviations, bound.weights
+        first, shape = bound.first, (ROWS, len(bound.weights))
         x0 = forward.errors(batches[0], 99, Levels(*(np.full((ROWS, 1), x) for x in first)), clean_blocks=True).x0
-        decoder = forward.decoder(batches[0], x0, np.full((ROWS, 1), deviation))
+        decoder = forward.decoder(batches[0], x0, *(np.broadcast_to(x, shape) for x in decoder))
         squared = []  # of timestep 2 i and 2 i + 1 for i = 0 to 499
         for draw in range(DRAWS):
             for odd in (0, 1):
@@ -178,7 +191,8 @@ def pilot_of(schedule, **changes):
     levels = zip(bits_per_dimension.start_levels(schedule), (0, *schedule.alpha_sigma(np.array([999]))))
     _, alpha, sigma = (np.append(*x) for x in levels)
     snr = (alpha / sigma) ** 2
-    values = {"squared": 1 / snr, "size": 1 / snr, "decoder": 0 * snr, "deviation": 1 / snr**0.5} | changes
+    values = {"squared": 1 / snr, "size": 1 / snr, "decoder": 0 * snr, "deviations": 1 / snr[:, None] ** 0.5}
+    values |= {"weights": np.ones((len(snr), 1))} | changes
     return bits_per_dimension.Pilot(np.log(snr), **values)
 
 
@@ -256,7 +270,7 @@ def test_one_block_has_the_plain_bound(mesh, single):
 
 def test_images_are_scored_with_the_choice_of_the_others(mesh, single):
     forward, _, z = single
-    pilots = [pilot_of(forward.schedule, deviation=np.full(15, x)) for x in (0.5, 2.0)]
+    pilots = [pilot_of(forward.schedule, deviations=np.full((15, 1), x)) for x in (0.5, 2.0)]
     with partitioning.scope(mesh):
 
         def values(pilots):
@@ -269,7 +283,7 @@ def test_images_are_scored_with_the_choice_of_the_others(mesh, single):
         # The pilot for images with even numbers does not depend on them.
         changed = np.where(np.arange(8)[:, None, None, None] % 2, z[:8], 1.0)
         before, after = (bits_per_dimension.run_pilot(forward, [batch_of(x)]) for x in (z[:8], changed))
-    np.testing.assert_array_equal(before[0], after[0])
+    assert all(np.array_equal(a, b) for a, b in zip(before[0], after[0]))
     assert (before[1].squared != after[1].squared).all()
 
 
