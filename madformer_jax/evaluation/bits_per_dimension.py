@@ -190,7 +190,7 @@ def _fit_mixture(z: np.ndarray, x0: np.ndarray, discrete: bool) -> tuple[np.ndar
     least = nats.min(axis=1, keepdims=True)
     densities, weights = np.exp(least - nats), np.full(len(FACTORS), 1 / len(FACTORS))
     for _ in range(ITERATIONS):
-        weights = np.mean(densities * weights / (densities @ weights)[:, None], axis=0)
+        weights = weights * (densities.T @ (1 / (densities @ weights))) / len(densities)
     weights = (1 - _UNIFORM_WEIGHT) * weights + _UNIFORM_WEIGHT / len(FACTORS)
     mean = np.mean(least[:, 0] - np.log(densities @ weights))
     return mean * z[0, 0].size, deviations, weights
