@@ -3,11 +3,18 @@
     python -m benchmarks.held_out_seeds --folder=DIR --blocks=1,4,16 --seeds=1
     python -m benchmarks.held_out_seeds --folder=DIR --blocks=1 --seeds=10
 
-Prints a row for each model. With several seeds it also prints how often the bits of two neighboring seeds
-differ by less than the root of the sum of the squared half-widths of their intervals.
+Prints a row for each model. With several seeds it also compares all pairs of seeds, in which only chance
+differs. For each score it prints the number of pairs that differ by less than an interval says:
+
+    over images     the root of the sum of the squared half-widths of the two intervals
+    paired          the interval of the difference over images contains 0
+    over seeds      1.96 times the root of 2 times the standard deviation over the other seeds
 """
 
 import argparse
+import glob
+import itertools
+import json
 import os
 
 import numpy as np
@@ -17,6 +24,8 @@ from configs import digits
 from madformer_jax.config import schema
 from madformer_jax.evaluation import held_out_scores
 from madformer_jax.modes import train
+
+NAMES = ("bits_per_dimension", "bits_per_dimension_discrete", "held_out_loss_image")
 
 
 def model_config(blocks: int, seed: int, steps: int, n: int):
@@ -31,6 +40,27 @@ def model_config(blocks: int, seed: int, steps: int, n: int):
     return c
 
 
+def result_path(workdir: str, result) -> str:
+    paths = glob.glob(os.path.join(workdir, "evaluations", "held_out", "*.json"))
+    return next(path for path in paths if json.load(open(path))["protocol"] == result["protocol"])
+
+
+def print_pairs(results: list, paths: list[str]) -> None:
+    pairs = list(itertools.combinations(range(len(results)), 2))
+    paired = {pair: held_out_scores.paired_differences(*(paths[i] for i in pair)) for pair in pairs}
+    print("| score | deviation over seeds | pairs | over images | paired | over seeds |\n|---|---|---|---|---|---|")
+    for name in NAMES:
+        scores = [result["scores"][name] for result in results]
+        x = np.array([score["value"] for score in scores])
+        half = np.array([(score["high"] - score["low"]) / 2 for score in scores])
+        apart = {(i, j): abs(x[i] - x[j]) for i, j in pairs}
+        over_images = sum(apart[i, j] < np.hypot(half[i], half[j]) for i, j in pairs)
+        contain_0 = sum(paired[pair][name]["low"] <= 0 <= paired[pair][name]["high"] for pair in pairs)
+        over_seeds = sum(apart[pair] < 1.96 * 2**0.5 * np.delete(x, pair).std(ddof=1) for pair in pairs)
+        counts = f"{len(pairs)} | {over_images} | {contain_0} | {over_seeds}"
+        print(f"| {name} | {x.std(ddof=1):.4f} | {counts} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", required=True, help="where the models go; finished ones are read")
@@ -42,23 +72,18 @@ def main() -> None:
     logging.set_verbosity(logging.WARNING)
     print("| L | seed | bits per dimension | discrete | image loss |\n|---|---|---|---|---|")
     for blocks in map(int, args.blocks.split(",")):
-        scores = []
+        results, paths = [], []
         for seed in range(args.seeds):
             c = model_config(blocks, seed, args.steps, args.n)
             workdir = os.path.join(args.folder, f"{blocks}_{seed}_{args.steps}")
             train.run(c.copy_and_resolve_references(), workdir, grids=False)
             (result,) = held_out_scores.run(c, workdir, held_out_scores.open_images(c))
-            scores.append(result["scores"])
-            names = ("bits_per_dimension", "bits_per_dimension_discrete", "held_out_loss_image")
-            cells = ["{value:.4f} [{low:.4f}, {high:.4f}]".format(**result["scores"][name]) for name in names]
+            results.append(result)
+            paths.append(result_path(workdir, result))
+            cells = ["{value:.4f} [{low:.4f}, {high:.4f}]".format(**result["scores"][name]) for name in NAMES]
             print(f"| {blocks} | {seed} | {' | '.join(cells)} |", flush=True)
-        if len(scores) > 1:
-            for name in names:
-                x = np.array([(s[name]["value"], (s[name]["high"] - s[name]["low"]) / 2) for s in scores])
-                other = np.roll(x, -1, axis=0)
-                near = np.abs(x[:, 0] - other[:, 0]) < np.hypot(x[:, 1], other[:, 1])
-                spread = x[:, 0].std(ddof=1)
-                print(f"{name}: {near.sum()} of {len(near)} pairs; deviation over seeds {spread:.4f}", flush=True)
+        if len(results) > 2:
+            print_pairs(results, paths)
 
 
 if __name__ == "__main__":

@@ -5,183 +5,265 @@ any number of blocks therefore bound the same quantity. With SNR = alpha^2 / sig
 the bound of a block z is, in nats (Kingma et al., arXiv 2107.00630, equations 11 to 15):
 
     prior      KL(q(z_999 | z) || N(0, I))
-    diffusion  1/2 times the integral of E |z - x(z_t, t)|^2 d SNR(t), from SNR(999) to SNR(first)
-    decoder    E -log p(z | z_first), with p a Gaussian around x of deviation sigma / alpha
+    diffusion  1/2 times the integral of E |z - x(z_t, t)|^2 d SNR(t), from SNR(999) to SNR(start)
+    decoder    E -log p(z | z_start), with p a mixture of Gaussians around x for each value
 
-The first timestep is where alpha / sigma is 100, or 0 if the path begins below that, as DDPM's does at
-99.995. All paths therefore share the decoder and the limit of the integral. On 8-bit pixels p is the
-probability of the pixel's bin. On other latents p is a density, and the bound is that of the latents.
+On 8-bit pixels p is the probability of the pixel's bin; on other latents it is a density, and the bound is
+one of latents.
+
+The bound holds for any start and any mixture that do not depend on the scored image. A pilot over 64 images
+chooses both. The Gaussians have standard deviations of FACTORS times the root mean square error at the start,
+and weights that maximize the likelihood. Of the starts with alpha / sigma in RATIOS, which all paths share,
+the one with the least bound is taken. Images with even numbers are scored with the choice of those with odd
+numbers, and the other way around.
 
 A path of whole timesteps (DDPM) has two bounds. `bits_per_dimension` is the integral, as on every path: the
 log of the SNR is linear between whole timesteps, and the network reads the timesteps between them.
-`bits_per_dimension_discrete` is the sum over 999 steps of 1/2 (SNR(t - 1) - SNR(t)) E |z - x(z_t, t)|^2, the
-bound of the `ancestral` sampler with 1,000 steps and the variance of q(z_(t-1) | z_t, z) (Ho et al., arXiv
-2006.11239). It is looser, because its first steps are coarse.
+`bits_per_dimension_discrete` is the sum over the steps t from start + 1 to 999 of
+1/2 (SNR(t - 1) - SNR(t)) E |z - x(z_t, t)|^2, and has a start of its own. It is the bound of the `ancestral`
+sampler with 1,000 steps and the variance of q(z_(t-1) | z_t, z) (Ho et al., arXiv 2006.11239), which stops at
+the start. It is looser, because its first steps are coarse.
 
-Timesteps are drawn by importance: a pilot over 64 images measures the integrand in 32 bins of the log of the
-SNR, and the density is proportional to its root mean square. The pilot has noise of its own, so the
-estimate is unbiased.
+Timesteps are drawn by importance: with a density proportional to the root mean square of the integrand in the
+pilot. Its noise is not that of the scores, so the estimate is unbiased.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from madformer_jax.diffusion.schedule import MAX_TIMESTEP, Schedule
-from madformer_jax.evaluation.held_out_images import HeldOutBatch
+from madformer_jax.evaluation.held_out_images import SEED, HeldOutBatch
 from madformer_jax.evaluation.held_out_losses import has_whole_timesteps, low_discrepancy
-from madformer_jax.evaluation.teacher_forcing import Levels, TeacherForcing
+from madformer_jax.evaluation.teacher_forcing import Levels, TeacherForcing, decoder_nats
+from madformer_jax.models import block_order
 from madformer_jax.runtime import partitioning
 
-MAX_RATIO = 100.0  # alpha / sigma at the first timestep, at most
+RATIOS = tuple(100 * 2.0**-k for k in range(14))  # alpha / sigma at the starts, of which the last knows nearly nothing
+FACTORS = tuple(2.0**k for k in range(-8, 2))  # of the root mean square error, for the decoder's deviations
+MIN_DEVIATION = 1e-3  # an eighth of the distance of two values of an 8-bit pixel
 DRAWS = 4  # timesteps of each image and block
-PILOT_IMAGES, PILOT_DRAWS, BINS = 64, 4, 32
+PILOT_IMAGES, BINS = 64, 32
+VALUES, ITERATIONS = 8192, 40  # values and steps to which the weights of the decoder are fitted
 _UNIFORM_SHARE = 0.1  # of the density, so that no weight is large
+_UNIFORM_WEIGHT = 1e-3  # of the mixture, so that no weight is 0
 # First draws of noise and streams of timesteps. Losses use those from 0 on.
 _DECODER_DRAW, _PILOT_DRAW, _INTEGRAL_DRAW, _SUM_DRAW = 100, 200, 300, 400
-SETTINGS = {"ratio": MAX_RATIO, "draws": DRAWS, "pilot": [PILOT_IMAGES, PILOT_DRAWS, BINS], "version": 1}
+SETTINGS = {
+    "ratios": list(RATIOS), "factors": list(FACTORS), "draws": DRAWS,
+    "pilot": [PILOT_IMAGES, BINS, VALUES, ITERATIONS], "version": 2,
+}  # fmt: skip
 
 Batches = Callable[[int | None], Iterable[HeldOutBatch]]  # first n images, or all
 
 
-def measure(forward: TeacherForcing, batches: Batches) -> dict[str, np.ndarray]:
+class Pilot(NamedTuple):
+    """Means over the blocks of some images at the noise levels of RATIOS, each (K,) or (K, S) float64."""
+
+    log_snr: np.ndarray
+    squared: np.ndarray  # squared error of a block
+    size: np.ndarray  # root mean square of `squared`
+    decoder: np.ndarray  # nats of a block
+    deviations: np.ndarray  # (K, S), of the Gaussians of the decoder
+    weights: np.ndarray  # (K, S), their probabilities
+
+
+class Bound(NamedTuple):
+    """A variational bound: where it starts, and the distribution of its timesteps."""
+
+    first: Levels  # floats
+    deviations: np.ndarray  # (S,), of the Gaussians of the decoder
+    weights: np.ndarray  # (S,), their probabilities
+    pilot_nats: float  # decoder and diffusion terms of a block in the pilot, the latter down to the last of RATIOS
+    sample: Callable[[np.ndarray], tuple[Levels, np.ndarray]]  # uniform numbers -> noise levels, weights
+
+
+def measure(
+    forward: TeacherForcing, batches: Batches, starts: Sequence[int] = range(len(RATIOS))
+) -> dict[str, np.ndarray]:
     """Measures the bound of each image.
 
     Args:
       forward: The model.
       batches: Returns batches of the first images.
+      starts: Indices of the allowed RATIOS.
 
     Returns:
       `bits_per_dimension` (n,) and, for a path of whole timesteps, `bits_per_dimension_discrete` (n,);
-      `blocks_bits` (n, L), the bound of each block in bits per dimension of the block.
+      `blocks_bits` (n, L), the bound of each block in bits per dimension of the block; `decoder_ratio` (n,),
+      the alpha / sigma of the start of `bits_per_dimension`.
     """
-    times = ImportanceTimes(forward.schedule, _pilot(forward, batches(PILOT_IMAGES)))
-    rows = [measure_batch(forward, batch, times) for batch in batches(None)]
+    bounds = bounds_of(forward.schedule, run_pilot(forward, batches(PILOT_IMAGES)), starts)
+    rows = [measure_batch(forward, batch, bounds) for batch in batches(None)]
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def measure_batch(forward: TeacherForcing, batch: HeldOutBatch, times: "ImportanceTimes") -> dict[str, np.ndarray]:
+def bounds_of(
+    schedule: Schedule, pilots: Sequence[Pilot], starts: Sequence[int] = range(len(RATIOS))
+) -> dict[str, list[Bound]]:
+    """Returns the bounds of images with even and with odd numbers, by name."""
+    bounds = {"bits_per_dimension": [integral_bound(schedule, pilot, starts) for pilot in pilots]}
+    if has_whole_timesteps(schedule):
+        bounds["bits_per_dimension_discrete"] = [sum_bound(schedule, pilot, starts) for pilot in pilots]
+    return bounds
+
+
+def measure_batch(
+    forward: TeacherForcing, batch: HeldOutBatch, bounds: dict[str, list[Bound]]
+) -> dict[str, np.ndarray]:
     """Measures the bound of each image of a batch, see `measure`."""
-    end_levels = path_ends(forward.schedule)
-    z = partitioning.to_host(batch.z, forward.mesh).astype(np.float64)
-    dimensions = z.shape[2] * z.shape[3]
-    first = Levels(*(np.full(z.shape[:2], x) for x in end_levels[0]))
-    alpha, variance = end_levels[1].alpha, end_levels[1].sigma ** 2
-    prior = 0.5 * np.sum(alpha**2 * z**2 + variance - 1 - np.log(variance), axis=(2, 3))[: batch.rows]
-    decoder = forward.errors(batch, _DECODER_DRAW, first, clean_blocks=True).decoder
-    prior_and_decoder = prior + decoder
-
-    def bits(draw: int, sample: Callable[[np.ndarray], tuple[Levels, np.ndarray]]) -> np.ndarray:
-        return (prior_and_decoder + _mean_error(forward, batch, draw, DRAWS, sample)) / (dimensions * np.log(2))
-
-    by_block = bits(_INTEGRAL_DRAW, times.of_integral)
-    out = {"bits_per_dimension": by_block.mean(axis=1), "blocks_bits": by_block}
-    if times.has_sum:
-        out["bits_per_dimension_discrete"] = bits(_SUM_DRAW, times.of_sum).mean(axis=1)
-    return out
+    z = _host_blocks(forward, batch)
+    last = _levels(forward.schedule, np.array([float(MAX_TIMESTEP)]))
+    variance = last.sigma**2
+    prior = 0.5 * np.sum(last.alpha**2 * z**2 + variance - 1 - np.log(variance), axis=(2, 3))
+    by_block = {}
+    for i, (name, pair) in enumerate(bounds.items()):
+        nats = prior + _decoder(forward, batch, _DECODER_DRAW + i, pair)
+        nats += _diffusion(forward, batch, (_INTEGRAL_DRAW, _SUM_DRAW)[i], pair)
+        by_block[name] = nats / (z.shape[2] * z.shape[3] * np.log(2))
+    parity, pair = batch.numbers[: batch.rows] % 2, bounds["bits_per_dimension"]
+    return {name: bits.mean(axis=1) for name, bits in by_block.items()} | {
+        "blocks_bits": by_block["bits_per_dimension"],
+        "decoder_ratio": np.array([bound.first.alpha / bound.first.sigma for bound in pair])[parity],
+    }
 
 
-def _mean_error(
-    forward: TeacherForcing,
-    batch: HeldOutBatch,
-    first_draw: int,
-    draws: int,
-    sample: Callable[[np.ndarray], tuple[Levels, np.ndarray]],
-) -> np.ndarray:
+def _decoder(forward: TeacherForcing, batch: HeldOutBatch, draw: int, pair: Sequence[Bound]) -> np.ndarray:
+    """Returns the decoder term of each block in nats (n, L)."""
+    parity = batch.numbers % 2
+    values = np.array([bound.first for bound in pair])[parity]  # (B, 3)
+    levels = Levels(*np.repeat(values.T[:, :, None], forward.sizes.blocks, axis=2))
+    deviations, weights = (np.array([getattr(b, name) for b in pair])[parity] for name in ("deviations", "weights"))
+    return forward.decoder(batch, forward.errors(batch, draw, levels, clean_blocks=True).x0, deviations, weights)
+
+
+def _diffusion(forward: TeacherForcing, batch: HeldOutBatch, first_draw: int, pair: Sequence[Bound]) -> np.ndarray:
     """Returns the diffusion term of each block in nats (n, L), a mean over draws."""
-    return np.mean([terms for terms, _ in weighted_errors(forward, batch, first_draw, draws, sample)], axis=0)
+    odd, terms = batch.numbers[:, None] % 2 == 1, []
+    for k in range(DRAWS):
+        numbers = batch.numbers.astype(np.int64) * DRAWS + k
+        u = low_discrepancy(numbers, forward.sizes.blocks, first_draw)
+        (even_levels, even_weights), (odd_levels, odd_weights) = (bound.sample(u) for bound in pair)
+        levels = Levels(*(np.where(odd, b, a) for a, b in zip(even_levels, odd_levels)))
+        weights = np.where(odd, odd_weights, even_weights)[: batch.rows]
+        terms.append(weights * forward.errors(batch, first_draw + k, levels, clean_blocks=True).squared)
+    return np.mean(terms, axis=0)
 
 
-def weighted_errors(
-    forward: TeacherForcing,
-    batch: HeldOutBatch,
-    first_draw: int,
-    draws: int,
-    sample: Callable[[np.ndarray], tuple[Levels, np.ndarray]],
-) -> Iterable[tuple[np.ndarray, Levels]]:
-    """Yields the weighted squared errors (n, L) of each draw and their noise levels.
+def run_pilot(forward: TeacherForcing, batches: Iterable[HeldOutBatch]) -> list[Pilot]:
+    """Runs the pilot.
 
-    Args:
-      forward: The model.
-      batch: The images.
-      first_draw: First draw of noise, which is also the stream of the timesteps.
-      draws: Number of draws.
-      sample: Maps uniform numbers (n, L) to noise levels and weights.
+    Returns:
+      The pilot for images with even numbers, which is over those with odd numbers, and the other one.
     """
-    for k in range(draws):
-        numbers = batch.numbers.astype(np.int64) * draws + k
-        levels, weights = sample(low_discrepancy(numbers, forward.sizes.blocks, first_draw))
-        squared = forward.errors(batch, first_draw + k, levels, clean_blocks=True).squared
-        yield weights[: batch.rows] * squared, Levels(*(x[: batch.rows] for x in levels))
+    batches = list(batches)
+    odd = np.concatenate([batch.numbers[: batch.rows] for batch in batches]) % 2
+    z = np.concatenate([_host_blocks(forward, batch) for batch in batches])
+    pilots: list[list[tuple[np.ndarray, ...]]] = [[], []]
+    for level in zip(*start_levels(forward.schedule)):
+        squared, x0 = [], []
+        for batch in batches:
+            levels = Levels(*(np.full(batch.z.shape[:2], x) for x in level))
+            errors = forward.errors(batch, _PILOT_DRAW, levels, clean_blocks=True)
+            squared.append(errors.squared)
+            x0.append(partitioning.to_host(errors.x0, forward.mesh)[: batch.rows])
+        for i in (0, 1):
+            own, estimates = (np.concatenate(x)[odd == i] for x in (squared, x0))
+            mixture = _fit_mixture(z[odd == i], estimates, forward.discrete)
+            means = (np.array(2 * np.log(level[1] / level[2])), own.mean(), np.sqrt(np.mean(own**2)))
+            pilots[1 - i].append((*means, *mixture))
+    return [Pilot(*(np.stack(x) for x in zip(*rows))) for rows in pilots]
 
 
-def _pilot(forward: TeacherForcing, batches: Iterable[HeldOutBatch]) -> np.ndarray:
-    """Returns the root mean square of the integrand in each bin of the log of the SNR, up to a factor (BINS,)."""
-    times = ImportanceTimes(forward.schedule, np.ones(BINS))
-    sums, counts = np.zeros(BINS), np.zeros(BINS)
-    for batch in batches:
-        for values, levels in weighted_errors(forward, batch, _PILOT_DRAW, PILOT_DRAWS, times.of_integral):
-            bins = times.bin_of(2 * np.log(levels.alpha / levels.sigma))
-            np.add.at(sums, bins, values**2)
-            np.add.at(counts, bins, 1)
-    measured = counts > 0
-    return np.sqrt(np.interp(np.arange(BINS), np.flatnonzero(measured), sums[measured] / counts[measured]))
+def _fit_mixture(z: np.ndarray, x0: np.ndarray, discrete: bool) -> tuple[np.ndarray, ...]:
+    """Fits the weights of the decoder's Gaussians by expectation maximization.
 
-
-class ImportanceTimes:
-    """Timesteps drawn by importance, and their weights.
-
-    Attributes:
-      has_sum: Whether the path has whole timesteps, and so the sum over steps.
+    Returns:
+      The mean nats of a block, and the deviations and weights (S,).
     """
-
-    def __init__(self, schedule: Schedule, integrand: Sequence[float] | np.ndarray):
-        """Computes the densities.
-
-        Args:
-          schedule: The noise path.
-          integrand: Size of the integrand in each of equal bins of the log of the SNR, from little to much
-            noise.
-        """
-        self._schedule = schedule
-        self._high, self._low = (2 * np.log(end.alpha / end.sigma).item() for end in path_ends(schedule))
-        self._size = np.asarray(integrand, np.float64)
-        self._share = _mix_uniform(self._size)
-        self.has_sum = has_whole_timesteps(schedule)
-        if self.has_sum:
-            alpha, sigma = schedule.alpha_sigma(np.arange(MAX_TIMESTEP + 1))
-            self._table = Levels(np.arange(MAX_TIMESTEP + 1.0), alpha, sigma)
-            snr = (alpha / sigma) ** 2
-            self._step_weights = 0.5 * (snr[:-1] - snr[1:])  # of t = 1 to 999
-            bins = self.bin_of(np.log(snr[1:]))
-            self._step_share = _mix_uniform(self._step_weights / snr[1:] * self._size[bins])
-
-    def bin_of(self, log_snr: np.ndarray) -> np.ndarray:
-        """Returns the bin of a log of the SNR."""
-        bins = len(self._size)
-        return ((self._high - log_snr) / (self._high - self._low) * bins).astype(int).clip(0, bins - 1)
-
-    def of_integral(self, u: np.ndarray) -> tuple[Levels, np.ndarray]:
-        """Returns the noise levels of uniform numbers in [0, 1), and their weights in the integral."""
-        position, width = _invert(self._share, u), (self._high - self._low) / len(self._size)
-        bins = position.astype(int)
-        log_snr = self._high - width * position
-        levels = levels_at(self._schedule, log_snr)
-        return levels, 0.5 * (levels.alpha / levels.sigma) ** 2 * width / self._share[bins]
-
-    def of_sum(self, u: np.ndarray) -> tuple[Levels, np.ndarray]:
-        """Returns the noise levels of uniform numbers in [0, 1), and their weights in the sum over steps."""
-        step = _invert(self._step_share, u).astype(int)
-        levels = Levels(*(x[1 + step] for x in self._table))
-        return levels, self._step_weights[step] / self._step_share[step]
+    chosen = np.random.default_rng(SEED).integers(z.size, size=VALUES)
+    values, means = (x.reshape(-1, 1)[chosen].astype(np.float32) for x in (z, x0))
+    deviations = np.maximum(np.sqrt(np.mean((values - means) ** 2)) * np.array(FACTORS), MIN_DEVIATION)
+    nats = np.asarray(_nats_of_values(values, means, deviations.astype(np.float32), discrete), np.float64)
+    least = nats.min(axis=1, keepdims=True)
+    densities, weights = np.exp(least - nats), np.full(len(FACTORS), 1 / len(FACTORS))
+    for _ in range(ITERATIONS):
+        weights = weights * (densities.T @ (1 / (densities @ weights))) / len(densities)
+    weights = (1 - _UNIFORM_WEIGHT) * weights + _UNIFORM_WEIGHT / len(FACTORS)
+    mean = np.mean(least[:, 0] - np.log(densities @ weights))
+    return mean * z[0, 0].size, deviations, weights
 
 
-def path_ends(schedule: Schedule) -> tuple[Levels, Levels]:
-    """Returns the noise levels, each of shape (1,), of the first and the last timestep of the bound."""
-    first, last = (_levels(schedule, np.array([t])) for t in (0.0, float(MAX_TIMESTEP)))
-    if first.alpha > MAX_RATIO * first.sigma:
-        first = levels_at(schedule, np.array([2 * np.log(MAX_RATIO)]))
-    return first, last
+_nats_of_values = jax.jit(decoder_nats, static_argnums=3)
+
+
+def _host_blocks(forward: TeacherForcing, batch: HeldOutBatch) -> np.ndarray:
+    """Returns blocks in the order of generation on the host, float64 (rows, L, positions, C)."""
+    blocks = partitioning.to_host(block_order.to_ranks(batch.z, batch.order), forward.mesh)
+    return np.asarray(blocks[: batch.rows], np.float64)
+
+
+def integral_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> Bound:
+    """Returns the bound with the integral over the SNR, see `measure`."""
+    snr = np.exp(pilot.log_snr)
+    terms = 0.5 * (snr[:-1] - snr[1:]) * (pilot.squared[:-1] + pilot.squared[1:]) / 2
+    start, nats = _choose(pilot.decoder + _sum_after(terms), starts)
+    edges = np.linspace(pilot.log_snr[start], _log_snr(_levels(schedule, np.array([float(MAX_TIMESTEP)])))[0], BINS + 1)
+    centers, width = (edges[:-1] + edges[1:]) / 2, edges[0] - edges[1]
+    share = _mix_uniform(np.exp(centers) * _interpolate(pilot, pilot.size, centers))
+
+    def sample(u: np.ndarray) -> tuple[Levels, np.ndarray]:
+        position = _invert(share, u)
+        levels = levels_at(schedule, edges[0] - width * position)
+        return levels, 0.5 * (levels.alpha / levels.sigma) ** 2 * width / share[position.astype(int)]
+
+    first = levels_at(schedule, edges[:1])
+    return Bound(Levels(*(x.item() for x in first)), pilot.deviations[start], pilot.weights[start], nats, sample)
+
+
+def sum_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> Bound:
+    """Returns the bound with the sum over whole timesteps, see `measure`. Starts are the nearest whole timesteps."""
+    table = Levels(np.arange(MAX_TIMESTEP + 1.0), *schedule.alpha_sigma(np.arange(MAX_TIMESTEP + 1)))
+    log_snr = _log_snr(table)
+    step_weights = 0.5 * -np.diff(np.exp(log_snr))  # of t = 1 to 999
+    first = np.argmin(np.abs(log_snr - pilot.log_snr[:, None]), axis=1)
+    after = _sum_after(step_weights * _interpolate(pilot, pilot.squared, log_snr[1:]))
+    start, nats = _choose(pilot.decoder + after[first], starts)
+    begin = first[start]
+    weights, levels = step_weights[begin:], Levels(*(x[begin + 1 :] for x in table))
+    share = _mix_uniform(weights * _interpolate(pilot, pilot.size, log_snr[begin + 1 :]))
+
+    def sample(u: np.ndarray) -> tuple[Levels, np.ndarray]:
+        step = _invert(share, u).astype(int)
+        return Levels(*(x[step] for x in levels)), weights[step] / share[step]
+
+    first_levels = Levels(*(x[begin].item() for x in table))
+    return Bound(first_levels, pilot.deviations[start], pilot.weights[start], nats, sample)
+
+
+def _choose(nats: np.ndarray, starts: Sequence[int]) -> tuple[int, float]:
+    """Returns the index of the start with the least nats (K,), and these nats."""
+    start = min(starts, key=np.nan_to_num(nats, nan=np.inf).__getitem__)
+    return start, nats[start]
+
+
+def _sum_after(terms: np.ndarray) -> np.ndarray:
+    """Returns the sums (n + 1,) of terms (n,) from each on; the last is 0."""
+    return np.append(np.cumsum(terms[::-1])[::-1], 0)
+
+
+def _interpolate(pilot: Pilot, values: np.ndarray, log_snr: np.ndarray) -> np.ndarray:
+    """Interpolates values (K,) of the pilot; both axes are logarithmic."""
+    logs = np.log(np.maximum(values, np.finfo(float).tiny))
+    return np.exp(np.interp(-log_snr, -pilot.log_snr, logs))
+
+
+def start_levels(schedule: Schedule) -> Levels:
+    """Returns the noise levels (K,) with the ratios RATIOS, of which the first are t = 0 if the path begins below."""
+    log_snr = np.minimum(2 * np.log(RATIOS), _log_snr(_levels(schedule, np.zeros(1))))
+    return levels_at(schedule, log_snr)
 
 
 def levels_at(schedule: Schedule, log_snr: np.ndarray) -> Levels:
@@ -189,10 +271,14 @@ def levels_at(schedule: Schedule, log_snr: np.ndarray) -> Levels:
     low, high = np.zeros(log_snr.shape), np.full(log_snr.shape, float(MAX_TIMESTEP))
     for _ in range(50):
         middle = (low + high) / 2
-        levels = _levels(schedule, middle)
-        above = 2 * np.log(levels.alpha / levels.sigma) > log_snr
+        above = _log_snr(_levels(schedule, middle)) > log_snr
         low, high = np.where(above, middle, low), np.where(above, high, middle)
     return _levels(schedule, (low + high) / 2)
+
+
+def _log_snr(levels: Levels) -> np.ndarray:
+    out: np.ndarray = 2 * np.log(levels.alpha / levels.sigma)
+    return out
 
 
 def _levels(schedule: Schedule, t: np.ndarray) -> Levels:

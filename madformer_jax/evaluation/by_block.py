@@ -8,6 +8,8 @@ therefore the exposure bias: it is 0 if the model's blocks are like real blocks.
 For the quality, each block is sampled under the true and under the own context, and compared with the true
 blocks at this position by the kernel distance of KID on the values of the block. The distance is unbiased:
 equal distributions give 0 on average. Sampling uses the solver of `config.sample` without guidance.
+
+Blocks are numbered in the order of generation, which must be the same for all images.
 """
 
 from collections.abc import Iterable
@@ -27,6 +29,8 @@ from madformer_jax.diffusion.schedule import NoiseLevel
 from madformer_jax.evaluation import bootstrap, held_out_losses, score_summary, scores
 from madformer_jax.evaluation.held_out_images import SEED, HeldOutBatch, HeldOutImages, block_noise, image_keys, shard
 from madformer_jax.evaluation.teacher_forcing import TeacherForcing
+from madformer_jax.models import block_order
+from madformer_jax.models.block_order import Order
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
 from madformer_jax.sampling import codec, generation
@@ -59,8 +63,9 @@ def measure(
         for name, blocks in contexts.items():
             context = shard({"z": blocks[batch.numbers]}, trained.mesh)["z"]
             losses[name].append(held_out_losses.measure_batch(forward, batch, ("image",), context)["blocks_loss_image"])
-        sampled = sample_blocks(trained.params, batch.z, batch.device_numbers, batch.tokens, batch.lengths)
+        sampled = sample_blocks(trained.params, batch.z, batch.device_numbers, batch.tokens, batch.lengths, batch.order)
         sampled_true.append(np.asarray(sampled)[: batch.rows])
+    real, own = (x if batches[0].order is None else x[:, batches[0].order] for x in (real, own))
     flat = {"real": real, "sampled_true": np.concatenate(sampled_true), "sampled_own": own}
     return {f"blocks_loss_{name}": np.concatenate(rows) for name, rows in losses.items()} | {
         name: blocks.reshape(*blocks.shape[:2], -1) for name, blocks in flat.items()
@@ -146,19 +151,24 @@ def _sample_own(
 def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
     """Returns a function that samples every block of images given the true blocks before it.
 
-    All blocks take the solver's steps together, in the forward pass of training.
+    All blocks take the solver's steps together, in the forward pass of training. The function takes blocks in
+    raster order, and returns them in the order of generation.
     """
     sizes, path = derive_sizes(c), schedules.make(**c.diffusion)
     solver, clip_x0, model = solvers.make(c.sample.solver), c.sample.clip_x0, trained.network
     coefficients = solver.coefficients(path, c.sample.spacing, c.sample.steps)
     clean_timestep = sampler.clean_timestep(model, coefficients)
 
-    def draw(params: Any, z: Array, numbers: Array, tokens: Array | None, lengths: Array | None) -> Array:
+    def draw(
+        params: Any, z: Array, numbers: Array, tokens: Array | None, lengths: Array | None, order: Order | None = None
+    ) -> Array:
+        z, noise = (block_order.to_ranks(x, order) for x in (z, block_noise(numbers, _NOISE_DRAW, sizes)))
+
         def evaluate(state: solvers.SolverState, row: solvers.Coefficients) -> tuple[solvers.SolverState, None]:
             def denoise(x: Array, level: NoiseLevel) -> tuple[Array, None]:
                 t = jnp.full(x.shape[:2], level.t)
                 clean_t = jnp.full(x.shape[:2], clean_timestep, t.dtype)
-                return _clean_estimate(model, params, z, x, level, t, clean_t, tokens, lengths, clip_x0), None
+                return _clean_estimate(model, params, z, x, level, t, clean_t, tokens, lengths, order, clip_x0), None
 
             def normal() -> Array:
                 keys = jax.vmap(lambda key: jax.random.fold_in(key, row.index))(image_keys(numbers, _SOLVER_STREAM))
@@ -166,7 +176,7 @@ def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
 
             return solver.step(denoise, state, row, normal)[0], None
 
-        state = solver.init(block_noise(numbers, _NOISE_DRAW, sizes))
+        state = solver.init(noise)
         return jax.lax.scan(evaluate, state, jax.tree.map(jnp.asarray, coefficients))[0].x
 
     return jax.jit(draw, out_shardings=partitioning.replicated(trained.mesh))
@@ -182,9 +192,10 @@ def _clean_estimate(
     clean_t: Array,
     tokens: Array | None,
     lengths: Array | None,
+    order: Order | None,
     clip_x0: float,
 ) -> Any:
-    outputs = model.apply({"params": params}, z, x, t, tokens, lengths, clean_t=clean_t, terms=("image",))
+    outputs = model.apply({"params": params}, z, x, t, tokens, lengths, clean_t=clean_t, terms=("image",), order=order)
     output = outputs.image.astype(jnp.float32)
     x0: Any = parameterization.clean_estimate(model.config.prediction_type, output, x, level)
     return jnp.clip(x0, -clip_x0, clip_x0) if clip_x0 else x0

@@ -3,7 +3,7 @@
 The images are the first n of a fixed random order of `evaluate.split`. Noise depends on the number of the
 image and on the number of the draw alone, and is drawn in the layout of the latent. Models of one image size
 and codec therefore see the same noise, whatever their blocks and seeds, and differences between them are
-paired. `teacher_forcing` evaluates a model on the batches.
+paired. `teacher_forcing` evaluates a model on the batches, in the order in which it generates its blocks.
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,12 @@ import numpy as np
 from jax import Array
 from ml_collections import ConfigDict
 
+from madformer_jax.config.block_orders import sampling_order_name
 from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.data import pipeline
 from madformer_jax.errors import ConfigError
+from madformer_jax.models import block_order
+from madformer_jax.models.block_order import Order
 from madformer_jax.runtime import partitioning
 from madformer_jax.runtime.preemption import interruptible
 from madformer_jax.sampling import codec, generation
@@ -24,7 +27,8 @@ from madformer_jax.sampling.opening import TrainedModel
 
 SEED = 2020  # of the order of the images, the noise and the timesteps
 MAX_BATCH = 64
-_POSTERIOR_STREAM = 1 << 31  # folded into an image's key for its latents; draws of noise are below
+# Folded into an image's key for its latents and its order of blocks. Draws of noise are below.
+_POSTERIOR_STREAM, _ORDER_STREAM = 1 << 31, (1 << 31) + 2
 
 
 class HeldOutBatch(NamedTuple):
@@ -33,10 +37,11 @@ class HeldOutBatch(NamedTuple):
     rows: int
     numbers: np.ndarray  # (B,) int32, numbers of the images, on the host
     device_numbers: Array  # the same
-    z: Array  # (B, L, positions, C), clean latent blocks
+    z: Array  # (B, L, positions, C), clean latent blocks in raster order
     tokens: Array | None  # (B, T), class or caption; None for an unconditional model
     lengths: Array | None  # (B,), number of tokens of each caption
     labels: np.ndarray  # (B,) on the host
+    order: Order | None = None  # place of each block in the order of generation; None for raster order
 
 
 class HeldOutImages:
@@ -55,8 +60,10 @@ class HeldOutImages:
           n: Number of images.
 
         Raises:
-          ConfigError: The split is that of training, cannot be opened, or has less than n images.
+          ConfigError: n is 1, or the split is that of training, cannot be opened, or has less than n images.
         """
+        if n < 2:
+            raise ConfigError(f"config.evaluate.held_out_n={n}: held-out scores need at least 2 images.")
         if c.evaluate.split == c.data.split:
             raise ConfigError(
                 f"config.evaluate.split={c.evaluate.split!r} is the split of training: held-out scores need another one."
@@ -86,7 +93,8 @@ class HeldOutImages:
         """Yields the first n images, by default all, in batches of one size."""
         count = self.n if n is None else min(n, self.n)
         size = generation.batch_size(self._c, trained.mesh, min(MAX_BATCH, count))
-        encode = _encoder(trained, derive_sizes(self._c))
+        sizes = derive_sizes(self._c)
+        encode = _encoder(trained, sizes)
         for first in interruptible(range(0, count, size)):
             numbers = np.arange(first, first + size).clip(max=count - 1).astype(np.int32)
             batch = self._read(self._records[numbers])
@@ -100,7 +108,8 @@ class HeldOutImages:
                 texts = shard(texts, trained.mesh)
                 tokens, lengths = texts["tokens"], texts.get("lengths")
             rows = min(size, count - first)
-            yield HeldOutBatch(rows, numbers, arrays["numbers"], z, tokens, lengths, batch["label"])
+            order = generation_order(self._c, sizes, arrays["numbers"])
+            yield HeldOutBatch(rows, numbers, arrays["numbers"], z, tokens, lengths, batch["label"], order)
 
 
 def shard(arrays: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Array]:
@@ -113,6 +122,14 @@ def image_keys(numbers: Array, stream: int | Array) -> Array:
     """Returns a random key (B,) of each image for a stream of random numbers."""
     key = jax.random.fold_in(jax.random.key(SEED), stream)
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+
+
+def generation_order(c: ConfigDict, sizes: Sizes, numbers: Array) -> Order | None:
+    """Returns the order of sampling, (L,) or, of each image, (B, L); None for the raster order of a raster model."""
+    if c.model.block_order == "raster":
+        return None
+    order = block_order.image_orders(sampling_order_name(c), sizes, image_keys(numbers, _ORDER_STREAM))
+    return np.arange(sizes.blocks) if order is None else order
 
 
 def block_noise(numbers: Array, draw: int | Array, sizes: Sizes) -> Array:

@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from madformer_jax.config import seeds
+from madformer_jax.config.block_orders import sampling_order_name
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bits_per_dimension, by_block, held_out_losses, sampling_grid, score_summary, shards
 from madformer_jax.evaluation.held_out_images import HeldOutImages
@@ -38,7 +39,8 @@ def open_images(c: ConfigDict) -> HeldOutImages | None:
     """Opens the held-out images; None if neither `evaluate.held_out_n` nor `evaluate.by_block` asks for them.
 
     Raises:
-      ConfigError: See `HeldOutImages`, or `evaluate.images` names existing images.
+      ConfigError: See `HeldOutImages`, `evaluate.images` names existing images, or the scores by block lack
+        one order of blocks.
     """
     n = c.evaluate.held_out_n or (c.evaluate.n if c.evaluate.by_block else 0)
     if not n:
@@ -46,6 +48,10 @@ def open_images(c: ConfigDict) -> HeldOutImages | None:
     if c.evaluate.images:
         raise ConfigError(
             "config.evaluate.held_out_n and by_block score a model, and evaluate.images names existing images: set one."
+        )
+    if c.evaluate.by_block and sampling_order_name(c) == "random":
+        raise ConfigError(
+            "config.evaluate.by_block=True needs one order of blocks: set config.sample.block_order to one, e.g. raster."
         )
     return HeldOutImages(c, n)
 
@@ -114,6 +120,7 @@ def _protocol(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: H
         "blocks": c.model.blocks,
         "prediction_type": c.model.prediction_type,
         **solving.path_protocol(c),
+        **({"block_order": order} if (order := sampling_order_name(c)) != "raster" else {}),
     }
     if codec_params:
         protocol["codec"] = codec.describe(c, fingerprint(codec_params, trained.mesh))

@@ -1,6 +1,7 @@
 """Errors of a model on held-out images, block by block, in one forward pass of training.
 
 Each block is predicted from the true blocks before it, or from another context that the caller passes.
+Batches have their blocks in raster order. Noise levels and errors are in the order of generation.
 `held_out_losses`, `bits_per_dimension` and `by_block` weight and average the errors.
 """
 
@@ -19,6 +20,8 @@ from madformer_jax.diffusion import parameterization
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.schedule import NoiseLevel
 from madformer_jax.evaluation.held_out_images import HeldOutBatch, block_noise, shard
+from madformer_jax.models import block_order
+from madformer_jax.models.block_order import Order
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
 
@@ -34,13 +37,13 @@ class Levels(NamedTuple):
 
 
 class BlockErrors(NamedTuple):
-    """Errors of each block, NumPy float64 (rows, L); None for terms that were not requested."""
+    """Errors of each block, NumPy float64 (rows, L), and estimates; None for terms that were not requested."""
 
     image: Any  # image term of the training loss: mean over the block, weighted by `loss.weighting`
     hidden: Any
     clean: Any
     squared: Any  # squared error of the clean estimate, summed over the block
-    decoder: Any  # nats of the clean block given its noisy block, see `decoder_nats`
+    x0: Any  # clean estimate (B, L, positions, C), on the devices
 
 
 class TeacherForcing:
@@ -52,7 +55,7 @@ class TeacherForcing:
     def __init__(self, c: ConfigDict, model: MADFormer, params: Any, mesh: jax.sharding.Mesh):
         self.sizes, self.schedule, self.mesh = derive_sizes(c), schedules.make(**c.diffusion), mesh
         self.discrete = c.codec.name == "pixel"  # whether the latents are 8-bit pixels
-        self._params = params
+        self._params, whole = params, partitioning.replicated(mesh)
         self._program = jax.jit(
             functools.partial(
                 _block_errors,
@@ -61,11 +64,11 @@ class TeacherForcing:
                 sizes=self.sizes,
                 weighting=c.loss.weighting,
                 clip_x0=c.sample.clip_x0,
-                discrete=self.discrete,
             ),
             static_argnames=("terms", "clean_blocks"),
-            out_shardings=partitioning.replicated(mesh),
+            out_shardings=BlockErrors(whole, whole, whole, whole, partitioning.batch_sharding(mesh)),
         )
+        self._decoder_program = jax.jit(functools.partial(_decoder_terms, discrete=self.discrete), out_shardings=whole)
 
     def errors(
         self,
@@ -84,15 +87,31 @@ class TeacherForcing:
           draw: Number of the draw of noise.
           levels: Noise level of each block.
           terms: Terms of the loss to compute, with "image".
-          context: Blocks (B, L, positions, C) that later blocks read; by default those of the batch.
+          context: Blocks (B, L, positions, C) that later blocks read, in raster order; by default those of
+            the batch.
           clean_blocks: Whether the context has timestep 0, also if `clean_timestep` is "noisy".
         """
         arrays = shard({name: x.astype(np.float32) for name, x in levels._asdict().items()}, self.mesh)
         outputs = self._program(
             self._params, batch.z if context is None else context, batch.z, batch.device_numbers, np.uint32(draw), arrays,
-            batch.tokens, batch.lengths, terms=terms, clean_blocks=clean_blocks,
+            batch.tokens, batch.lengths, batch.order, terms=terms, clean_blocks=clean_blocks,
         )  # fmt: skip
-        return jax.tree.map(lambda x: np.asarray(x, np.float64)[: batch.rows], outputs)
+        means = jax.tree.map(lambda x: np.asarray(x, np.float64)[: batch.rows], outputs._replace(x0=None))
+        return means._replace(x0=outputs.x0)
+
+    def decoder(self, batch: HeldOutBatch, x0: Array, deviations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Returns the nats of each clean block under mixtures of Gaussians around an estimate, float64 (rows, L).
+
+        Args:
+          batch: The images.
+          x0: Estimate of `errors`, the mean of all Gaussians.
+          deviations: S standard deviations for each image (B, S).
+          weights: Their probabilities (B, S), above 0.
+        """
+        inputs = {"deviations": deviations, "logs": np.log(weights)}
+        arrays = shard({name: x.astype(np.float32) for name, x in inputs.items()}, self.mesh)
+        nats = self._decoder_program(batch.z, x0, arrays["deviations"], arrays["logs"], batch.order)
+        return np.asarray(nats, np.float64)[: batch.rows]
 
 
 def decoder_nats(x: Array, mean: Array, deviation: Array, discrete: bool) -> Array:
@@ -115,6 +134,19 @@ def decoder_nats(x: Array, mean: Array, deviation: Array, discrete: bool) -> Arr
     return -log_ndtr(upper) - jnp.log1p(-jnp.exp(log_ndtr(lower) - log_ndtr(upper)))
 
 
+def _decoder_terms(
+    z: Array, x0: Array, deviations: Array, logs: Array, order: Order | None, *, discrete: bool
+) -> Array:
+    z = block_order.to_ranks(z, order)
+
+    def add(total: Array, gaussian: tuple[Array, Array]) -> tuple[Array, None]:
+        deviation, log_weight = (x[:, None, None, None] for x in gaussian)
+        return jnp.logaddexp(total, log_weight - decoder_nats(z, x0, deviation, discrete)), None
+
+    total, _ = jax.lax.scan(add, jnp.full(z.shape, -jnp.inf), (deviations.T, logs.T))
+    return -jnp.sum(total, axis=(2, 3))
+
+
 def _block_errors(
     params: Any,
     context: Array,
@@ -124,6 +156,7 @@ def _block_errors(
     levels: dict[str, Array],
     tokens: Array | None,
     lengths: Array | None,
+    order: Order | None,
     *,
     terms: tuple[str, ...],
     clean_blocks: bool,
@@ -132,15 +165,17 @@ def _block_errors(
     sizes: Any,
     weighting: str,
     clip_x0: float,
-    discrete: bool,
 ) -> BlockErrors:
     t, prediction_type = levels["t"], model.config.prediction_type
     alpha, sigma = (levels[name][..., None, None] for name in ("alpha", "sigma"))
     level = NoiseLevel(t[..., None, None], alpha, sigma, *schedule.velocity(alpha, sigma))
     noise = block_noise(numbers, draw, sizes)
+    context, z, noise = (block_order.to_ranks(x, order) for x in (context, z, noise))
     noisy = alpha * z + sigma * noise
     clean_t = jnp.zeros_like(t) if clean_blocks else None
-    outputs = model.apply({"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=terms)
+    outputs = model.apply(
+        {"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=terms, order=order
+    )
     output = outputs.image.astype(jnp.float32)
     scale = parameterization.loss_weight(prediction_type, weighting, level)
     error = (output - parameterization.target(prediction_type, z, noise, level)) ** 2
@@ -151,5 +186,5 @@ def _block_errors(
         hidden=None if outputs.hidden is None else jnp.mean((outputs.hidden - z) ** 2, axis=(2, 3)),
         clean=None if outputs.clean is None else jnp.mean((outputs.clean - z) ** 2, axis=(2, 3)),
         squared=jnp.sum((x0 - z) ** 2, axis=(2, 3)),
-        decoder=jnp.sum(decoder_nats(z, x0, sigma / alpha, discrete), axis=(2, 3)),
+        x0=x0,
     )

@@ -12,10 +12,10 @@ import pytest
 from madformer_jax.diffusion import losses, parameterization, sampler
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import by_block, held_out_losses, held_out_scores
-from madformer_jax.evaluation.held_out_images import HeldOutBatch, block_noise
+from madformer_jax.evaluation import by_block, held_out_losses, held_out_scores, teacher_forcing
+from madformer_jax.evaluation.held_out_images import HeldOutBatch, block_noise, generation_order
 from madformer_jax.evaluation.teacher_forcing import Levels, TeacherForcing
-from madformer_jax.models import madformer
+from madformer_jax.models import block_order, madformer
 from madformer_jax.modes import evaluate
 from madformer_jax.runtime import partitioning
 from madformer_jax.sampling import codec
@@ -67,6 +67,44 @@ def test_errors_are_the_terms_of_the_training_loss(small):
     assert errors.clean[:, :-1].mean() == pytest.approx(float(terms["clean"]), rel=1e-4)
 
 
+def test_errors_of_a_model_of_another_order_are_the_training_loss(small, monkeypatch):
+    """Blocks, context and noise follow the order of the model, as in training."""
+    c, _, params, mesh = small
+    c = c.copy_and_resolve_references()
+    c.model.block_order, c.loss.clean = "reverse", 0.0
+    model, schedule, key = madformer.build(c), schedules.DEFAULT, jax.random.key(3)
+    forward = TeacherForcing(c, model, params, mesh)
+    batch = batch_of(forward.sizes, 2, [[1], [3]])
+    order = generation_order(c, forward.sizes, batch.device_numbers)
+    assert order.tolist() == [3, 2, 1, 0]
+    t_key, noise_key = jax.random.split(key)
+    t = np.asarray(schedule.training_timesteps(t_key, batch.z.shape[:2]))
+    noise = block_order.to_places(jax.random.normal(noise_key, batch.z.shape), order)  # in raster order
+    monkeypatch.setattr(teacher_forcing, "block_noise", lambda *args: noise)
+    levels = Levels(t, *schedule.alpha_sigma(t))
+    with partitioning.scope(mesh):
+        losses_of = jax.jit(losses.training_loss, static_argnums=(0, 5))
+        _, trained = losses_of(model, params, batch.z, batch.tokens, key, losses.LossWeights(**c.loss))
+        errors = forward.errors(batch._replace(order=order), 0, levels, terms=("image", "hidden"))
+        raster = forward.errors(batch._replace(order=np.arange(4)), 0, levels, terms=("image", "hidden"))
+    assert errors.image.mean() == pytest.approx(float(trained["loss_image"]), rel=1e-4)
+    assert errors.hidden.mean() == pytest.approx(float(trained["loss_hidden"]), rel=1e-4)
+    assert raster.image.mean() != pytest.approx(float(trained["loss_image"]), rel=1e-2)
+
+
+def test_images_of_a_random_order_have_orders_of_their_own(small):
+    c, *_ = small
+    c, numbers = c.copy_and_resolve_references(), jnp.arange(20)
+    sizes = madformer.derive_sizes(c)
+    assert generation_order(c, sizes, numbers) is None
+    c.model.block_order = "random"
+    orders = np.asarray(generation_order(c, sizes, numbers))
+    np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(4), (20, 1)))
+    assert len(np.unique(orders, axis=0)) > 5
+    c.sample.block_order = "raster"  # the places of the blocks are needed
+    assert generation_order(c, sizes, numbers).tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("diffusion", [("ddpm", "uniform", 1.0), ("flow", "logit_normal", 3.0)])
 def test_timesteps_cover_the_quarters_and_follow_the_training(diffusion):
     schedule, numbers = schedules.make(*diffusion), np.arange(400)
@@ -89,8 +127,10 @@ def test_noise_is_the_same_for_any_number_of_blocks():
 
 def test_blocks_sampled_given_the_sample_are_the_sample(small):
     """The forward pass of training, with the model's own blocks as context, repeats cached sampling."""
-    c, model, params, mesh = small
-    c = c.copy_and_resolve_references()
+    c, _, params, mesh = small
+    c, order = c.copy_and_resolve_references(), np.array([3, 2, 1, 0])
+    c.model.block_order = "reverse"
+    model = madformer.build(c)
     c.sample.steps, c.sample.solver, c.sample.spacing = 2, "ddim", "trailing"
     numbers, tokens = jnp.arange(2), jnp.asarray([[1], [4]])
     sizes = madformer.derive_sizes(c)
@@ -100,11 +140,11 @@ def test_blocks_sampled_given_the_sample_are_the_sample(small):
         own = draw(params, noise, tokens)
         sample_blocks = by_block._make_block_sampler(c, SimpleNamespace(network=model, mesh=mesh))
         np.testing.assert_allclose(
-            sample_blocks(params, own, numbers, tokens, None), own, atol=2e-3 * np.abs(own).max()
+            sample_blocks(params, own, numbers, tokens, None, order), own[:, order], atol=2e-3 * np.abs(own).max()
         )
-        other = sample_blocks(params, own[::-1], numbers, tokens, None)
-    np.testing.assert_allclose(other[:, 0], own[:, 0], atol=2e-3 * np.abs(own).max())  # has no context
-    assert np.abs(other[:, 1:] - own[:, 1:]).max() > 0.01
+        other = sample_blocks(params, own[::-1], numbers, tokens, None, order)[:, order]
+    np.testing.assert_allclose(other[:, -1], own[:, -1], atol=2e-3 * np.abs(own).max())  # has no context
+    assert np.abs(other[:, :-1] - own[:, :-1]).max() > 0.01
 
 
 def test_another_image_has_the_same_label():
@@ -153,6 +193,7 @@ def test_evaluate_gives_held_out_scores_once_and_their_paired_differences(fresh,
     ("changes", "message"),
     [
         ({"held_out_n": 500}, "500 held-out images are too many: split 'test' has"),
+        ({"held_out_n": 1}, "at least 2 images"),
         ({"held_out_n": 5, "split": "train"}, "is the split of training"),
         ({"held_out_n": 5, "images": "data:test"}, "names existing images"),
         ({"n": 0}, "n=0 draws no samples"),

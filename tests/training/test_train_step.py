@@ -125,7 +125,7 @@ class _Bigrams:
         prediction_type="eps", vocabulary=12, null_token=12, block_order="raster", default_order=None
     )
 
-    def apply(self, variables, z, noisy, t, tokens, lengths, *, clean_t, terms):
+    def apply(self, variables, z, noisy, t, tokens, lengths, *, clean_t, terms, order):
         return ModelOutputs(None, None, None, variables["params"]["table"][tokens])
 
 
