@@ -79,7 +79,7 @@ def test_errors_of_a_model_of_another_order_are_the_training_loss(small, monkeyp
     assert order.tolist() == [3, 2, 1, 0]
     t_key, noise_key = jax.random.split(key)
     t = np.asarray(schedule.training_timesteps(t_key, batch.z.shape[:2]))
-    noise = block_order.to_places(jax.random.normal(noise_key, batch.z.shape), order)  # in raster order
+    noise = block_order.to_raster_order(jax.random.normal(noise_key, batch.z.shape), order)  # in raster order
     monkeypatch.setattr(teacher_forcing, "block_noise", lambda *args: noise)
     levels = Levels(t, *schedule.alpha_sigma(t))
     with partitioning.scope(mesh):
