@@ -17,6 +17,7 @@ from madformer_jax.models.layers import Params
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.models.plan import training_plan
 from madformer_jax.models.transformer import DecoderLayer, LayerStack, Streams
+from madformer_jax.models.unet_context import neighbor_context
 from madformer_jax.ops.attention.base import key_mask
 from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
 from madformer_jax.ops.rope import RotaryTable
@@ -71,7 +72,7 @@ class LayerwiseMADFormer(MADFormer):
         """
         config = self.config
         clean_t = t if config.clean_timestep == "noisy" else jnp.zeros_like(t)
-        context = self._neighbor_context(z) if config.unet_context else None
+        context = neighbor_context(z, None, config.sizes) if config.unet_context else None
         clean = self._downsample(z, clean_t, context)[0]
         x, skips = self._downsample(noisy, t, context)
         plan = training_plan(("image",), config.ablation_switches)

@@ -12,7 +12,7 @@ from tests.diffusion.test_sampler import ONE_STAGE
 from tests.small import small
 
 STEPS, AR = 3, 1
-CHANGES = {"depth": 3, "diffusion_depth": 2, "classes": 3, **ONE_STAGE}
+CHANGES = {"depth": 3, "diffusion_depth": 2, "classes": 3, "unet_context": True, **ONE_STAGE}
 
 
 def inputs(model):
