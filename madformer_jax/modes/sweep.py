@@ -267,9 +267,12 @@ def _evaluate(job: Job, run: Run, base: ConfigDict) -> tuple[list[dict[str, Any]
     for i, overrides in enumerate(job.definition.evaluations):
         steps = sorted({steps for j, steps in keys if j == i})
         folder = sweep_folder.run_folder(job.workdir, run)
-        outcome = evaluate.run(_evaluation_config(base, overrides, steps), folder)
+        c = _evaluation_config(base, overrides, steps)
+        if i:  # held-out scores are those of the first overrides
+            c.evaluate.held_out_n, c.evaluate.by_block = 0, False
+        outcome = evaluate.run(c, folder)
         results = outcome["results"]
-        if "held_out" in outcome and not held_out:  # those of the first overrides
+        if "held_out" in outcome:
             held_out = held_out_scores.mean_over_checkpoints(outcome["held_out"])
         means = score_summary.mean_over_checkpoints(results) or results
         by_settings |= zip(((i, n) for n in steps), means, strict=True)
