@@ -10,6 +10,8 @@ each function and a name in `config.choices.PREDICTION_TYPES`. A new weighting i
 `loss_weight` and a name in `config.choices.LOSS_WEIGHTINGS`.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Float
 
@@ -28,14 +30,22 @@ def target(
 
 
 def clean_estimate(
-    prediction_type: str, output: Float[AnyArray, " *shape"], x: Float[AnyArray, " *shape"], level: NoiseLevel
+    prediction_type: str,
+    output: Float[AnyArray, " *shape"],
+    x: Float[AnyArray, " *shape"],
+    level: NoiseLevel,
+    clip_x0: float = 0.0,
 ) -> Float[AnyArray, " *shape"]:
-    """Converts an output at the noisy latent x to an estimate of the clean latent."""
-    if prediction_type == "x0":
-        return output
-    return (
-        level.v_noise * x - level.sigma * output if prediction_type == "v" else (x - level.sigma * output) / level.alpha
-    )
+    """Converts an output at the noisy latent x to an estimate of the clean latent.
+
+    Values are clipped to [-clip_x0, clip_x0] unless the bound is 0.
+    """
+    x0: Any = output
+    if prediction_type == "v":
+        x0 = level.v_noise * x - level.sigma * output
+    elif prediction_type == "eps":
+        x0 = (x - level.sigma * output) / level.alpha
+    return jnp.clip(x0, -clip_x0, clip_x0) if clip_x0 else x0
 
 
 def loss_weight(prediction_type: str, weighting: str, level: NoiseLevel) -> Float[AnyArray, "..."] | None:

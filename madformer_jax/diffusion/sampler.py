@@ -110,8 +110,7 @@ class BlockSteps(NamedTuple):
             if self.guided:
                 conditional, unconditional = jnp.split(output, 2)
                 output = unconditional + w * (conditional - unconditional)
-            x0: Any = parameterization.clean_estimate(config.prediction_type, output, x, level)
-            x0 = jnp.clip(x0, -self.clip_x0, self.clip_x0) if self.clip_x0 else x0
+            x0: Any = parameterization.clean_estimate(config.prediction_type, output, x, level, self.clip_x0)
             return x0, None if config.clean_stream else kv
 
         def normal() -> Array:

@@ -196,6 +196,6 @@ def _clean_estimate(
     clip_x0: float,
 ) -> Any:
     outputs = model.apply({"params": params}, z, x, t, tokens, lengths, clean_t=clean_t, terms=("image",), order=order)
-    output = outputs.image.astype(jnp.float32)
-    x0: Any = parameterization.clean_estimate(model.config.prediction_type, output, x, level)
-    return jnp.clip(x0, -clip_x0, clip_x0) if clip_x0 else x0
+    return parameterization.clean_estimate(
+        model.config.prediction_type, outputs.image.astype(jnp.float32), x, level, clip_x0
+    )

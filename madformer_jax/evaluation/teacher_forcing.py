@@ -179,8 +179,7 @@ def _block_errors(
     output = outputs.image.astype(jnp.float32)
     scale = parameterization.loss_weight(prediction_type, weighting, level)
     error = (output - parameterization.target(prediction_type, z, noise, level)) ** 2
-    x0: Any = parameterization.clean_estimate(prediction_type, output, noisy, level)
-    x0 = jnp.clip(x0, -clip_x0, clip_x0) if clip_x0 else x0
+    x0 = parameterization.clean_estimate(prediction_type, output, noisy, level, clip_x0)
     return BlockErrors(
         image=jnp.mean(error if scale is None else scale * error, axis=(2, 3)),
         hidden=None if outputs.hidden is None else jnp.mean((outputs.hidden - z) ** 2, axis=(2, 3)),
