@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.unet_groups = c.model.unet_heads = 4
     c.model.classes = 10
     c.train.batch, c.train.steps = 8, 6
-    c.train.log_to = ""  # importing TensorFlow takes longer than most runs
+    c.train.log_to = ""  # only the tests of trackers read them
     c.train.log_every, c.train.checkpoint_every, c.train.keep = 2, 2, 5
     c.optimizer.learning_rate = 1e-3
     c.mesh.data = 1

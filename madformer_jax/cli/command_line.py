@@ -15,7 +15,7 @@ import sys
 from madformer_jax.errors import ConfigError, first_line, leave
 from madformer_jax.runtime import console, malloc, stored_config
 
-# clu imports TensorFlow to write TensorBoard files; errors are still shown, jaxlib's too
+# TensorFlow opens gs:// paths for epath; errors are still shown, jaxlib's too
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow prints a notice
 

@@ -362,15 +362,17 @@ def _make_profiler(c: ConfigDict, workdir: str, step: int) -> Iterator[Callable[
     first, last = steps
     if first < step:
         logging.warning("profile: step %d is already trained; no trace is written", first)
-    from clu import periodic_actions  # imported here because it loads TensorFlow
+    recording = False
 
-    profile = periodic_actions.Profile(
-        logdir=f"{workdir}/profile",
-        first_profile=first,
-        num_profile_steps=last - first + 1,
-        profile_duration_ms=None,
-        every_secs=None,
-    )
+    def profile(step: int) -> None:
+        nonlocal recording
+        if recording and step > last:
+            jax.profiler.stop_trace()
+            recording = False
+        elif step == first:
+            jax.profiler.start_trace(f"{workdir}/profile")
+            recording = True
+
     try:
         yield profile
     finally:

@@ -5,7 +5,6 @@ Parameters and the main activations name their axes (`nn.with_logical_partitioni
 Training, sampling and evaluation use the same rules.
 """
 
-import collections
 import contextlib
 import functools
 import itertools
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from clu import parameter_overview
 from flax import linen as nn
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -183,17 +183,12 @@ def log_overview(params: Any, state: Any, path: storage.Path) -> None:
     Raises:
       ConfigError: The file cannot be written.
     """
-    parts: collections.Counter[str] = collections.Counter()
-    lines = []
-    for keys, x in jax.tree.leaves_with_path(params):
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
-        parts[name.partition("/")[0]] += x.size
-        lines.append(f"{name}  {x.shape}  {x.dtype}  {x.size}  {getattr(x.sharding, 'spec', x.sharding)}")
     if jax.process_index() == 0:
         with storage.wrap_errors(f"{path} cannot be written"):
-            storage.write_text(path, "".join(f"{line}\n" for line in lines))
-    sizes = ", ".join(f"{name} {size:,}" for name, size in parts.items())
-    logging.info("%s parameters: %s; each one: %s", f"{parts.total():,}", sizes, path)
+            storage.write_text(path, parameter_overview.get_parameter_overview(params, include_stats="sharding") + "\n")
+    sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+    parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    logging.info("%s parameters: %s; each one: %s", f"{sum(sizes.values()):,}", parts, path)
     mib = 2**20
     logging.info(
         "on each device: parameters %.1f MiB, parameters, averages and optimizer %.1f MiB",

@@ -2,18 +2,23 @@
 
 `metric_writer.MetricWriter` makes them and calls them from its thread. To add a tracker, derive from
 `Tracker`, add a line to `TRACKERS` and its name to `config.validation`. The package of a tracker is
-imported when it opens, since TensorFlow takes four seconds.
+imported when it opens.
 """
 
 import abc
 import hashlib
 import importlib.util
+import io
 import os
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -47,28 +52,61 @@ class Tracker(abc.ABC):
 
 
 class TensorBoard(Tracker):
-    """Writes TensorBoard's files to the workdir."""
+    """Writes TensorBoard's event files to the workdir.
 
-    title, package = "TensorBoard", "clu"
+    TensorBoard's own record writer and messages need no TensorFlow, whose import takes four seconds.
+    """
+
+    title, package = "TensorBoard", "tensorboard"
 
     def __init__(self, c: ConfigDict, workdir: str):
-        from clu import metric_writers
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._board = metric_writers.create_default_writer(workdir)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._path = storage.absolute(workdir) / name
+        self._remote = storage.is_remote(workdir)
+        if not self._remote:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = io.BytesIO() if self._remote else open(self._path, "ab")
+        self._records, self._event = RecordWriter(self._file), Event
+        self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
 
     def write_config(self, step: int, c: ConfigDict) -> None:
-        self._board.write_texts(step, {"config": f"```json\n{c.to_json(indent=2)}\n```"})
+        from tensorboard.plugins.text import summary_v2
+
+        self._write(step, [summary_v2.text_pb("config", f"```json\n{c.to_json(indent=2)}\n```")])
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._board.write_scalars(step, values)
-        self._board.flush()  # A process that is killed must leave its last report.
+        from tensorboard.plugins.scalar import summary_v2
+
+        self._write(step, [summary_v2.scalar_pb(name, value) for name, value in values.items()])
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        self._board.write_images(step, {name: image[None]})
-        self._board.flush()
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.plugins.image.metadata import create_summary_metadata
+        from tensorboard.util import tensor_util
+
+        # The plugin reads the width, the height and one PNG for each picture.
+        png = io.BytesIO()
+        preprocess.to_pil(image).save(png, format="png")
+        content = [str(image.shape[1]).encode(), str(image.shape[0]).encode(), png.getvalue()]
+        value = Summary.Value(
+            tag=name, metadata=create_summary_metadata(None, None), tensor=tensor_util.make_tensor_proto(content)
+        )
+        self._write(step, [Summary(value=[value])])
+
+    def _write(self, step: int, summaries: Iterable[Any]) -> None:
+        for summary in summaries:
+            event = self._event(wall_time=time.time(), step=step, summary=summary)
+            self._records.write(event.SerializeToString())
+        if self._remote:  # A bucket appends nothing: the object is rewritten.
+            storage.write_bytes(self._path, self._file.getvalue())
+        else:
+            self._file.flush()  # A process that is killed must leave its last report.
 
     def close(self) -> None:
-        self._board.close()
+        self._file.close()
 
 
 class Trackio(Tracker):
