@@ -26,7 +26,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$HERE/common.sh"
 cd "$ROOT"
 STATE=${MADFORMER_STATE:-$HOME/.madformer}
-PROJECT='.[tpu,hub]' # the paper's configs fetch their VAE from the hub
+PROJECT='.[tpu,cloud,hub]' # workdirs in gs://; the paper's configs fetch their VAE from the hub
 ASKED= # the quoted arguments whose status is requested; empty means any arguments
 GRACE=${MADFORMER_GRACE:-90} # a run saves and exits within 30 s
 

@@ -53,8 +53,9 @@ class Tfds(Source):
         except Exception as error:  # tfds raises many types, with messages of many lines
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it once "
-                f"with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare()."
+                f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it "
+                f"once with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare(). "
+                "This needs TensorFlow: pip install -e '.[cloud]'."
             ) from None
         self._caption = next(
             (key for key in _CAPTION_FIELDS if isinstance(features.get(key), tfds.features.Text)), None

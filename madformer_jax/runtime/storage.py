@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fnmatch
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -28,6 +29,8 @@ from madformer_jax.errors import ConfigError, first_line
 Path = str | os.PathLike[str]
 T = TypeVar("T")
 
+_BUCKET_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # used by fsspec where TensorFlow is not installed
+
 
 def user_cache(kind: str) -> str:
     """Returns the folder of the user's cache for one kind of files of this package."""
@@ -42,13 +45,15 @@ def is_remote(path: Path) -> bool:
 def expand(path: Path) -> str:
     """Replaces a leading `~` of a user's path by the home folder, as a shell does.
 
-    Call it once, where a user's path enters the program. Elsewhere `~` is an ordinary name: `./~` becomes
-    `~` as an `epath.Path`.
+    Call it once, where a user's path enters the program. Elsewhere `~` is an ordinary name.
 
     Raises:
-      ConfigError: The home folder is unknown.
+      ConfigError: The home folder is unknown, or the path is in a bucket and no package opens it.
     """
     name = os.fspath(path)
+    package = _BUCKET_PACKAGES.get(name[:2]) if name[2:5] == "://" else None
+    if package and not any(map(importlib.util.find_spec, ("tensorflow", package))):  # as epath chooses
+        raise ConfigError(f"{name} is in a bucket. Install the packages that open it: pip install -e '.[cloud]'.")
     expanded = os.path.expanduser(name)
     if name.partition("/")[0] == "~" == expanded[:1]:
         raise ConfigError(
@@ -119,11 +124,9 @@ def list_matching(folder: Path, pattern: str) -> list[epath.Path]:
     `glob` on a path would read characters of the folder's own name as a pattern.
     """
     where = absolute(folder)
-    return (
-        sorted(where / x.name for x in where.iterdir() if fnmatch.fnmatchcase(x.name, pattern))
-        if where.is_dir()
-        else []
-    )
+    if not where.is_dir():
+        return []
+    return sorted(where / x.name for x in where.iterdir() if fnmatch.fnmatchcase(x.name, pattern))
 
 
 # ---- writing and reading
@@ -353,9 +356,7 @@ def is_error(error: BaseException) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Returns whether the operation may succeed if it is repeated."""
-    if isinstance(error, OSError) and (
-        error.errno in _TRANSIENT_ERRNOS or isinstance(error, (ConnectionError, TimeoutError))
-    ):
+    if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
         return True
     if getattr(error, "code", getattr(error, "status", None)) in _TRANSIENT_STATUS_CODES:
         return True

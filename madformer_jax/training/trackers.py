@@ -65,10 +65,10 @@ class TensorBoard(Tracker):
 
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._path = storage.absolute(workdir) / name
-        self._remote = storage.is_remote(workdir)
-        if not self._remote:
+        self._whole = io.BytesIO() if storage.is_remote(workdir) else None  # A bucket appends nothing.
+        if self._whole is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = io.BytesIO() if self._remote else open(self._path, "ab")
+        self._file = self._whole or open(self._path, "ab")  # noqa: SIM115
         self._records, self._event = RecordWriter(self._file), Event
         self._records.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
 
@@ -100,8 +100,8 @@ class TensorBoard(Tracker):
         for summary in summaries:
             event = self._event(wall_time=time.time(), step=step, summary=summary)
             self._records.write(event.SerializeToString())
-        if self._remote:  # A bucket appends nothing: the object is rewritten.
-            storage.write_bytes(self._path, self._file.getvalue())
+        if self._whole is not None:
+            storage.write_bytes(self._path, self._whole.getvalue())
         else:
             self._file.flush()  # A process that is killed must leave its last report.
 

@@ -41,7 +41,7 @@ def run(tmp_path):
 def test_a_host_gets_jax_for_tpu_and_the_hub_from_packages(run):
     venv, install, check = run("install", "uv", "python3")
     assert venv.startswith("uv venv ")
-    assert install == "uv pip install --quiet --python .venv/bin/python --editable .[tpu,hub]"
+    assert install == "uv pip install --quiet --python .venv/bin/python --editable .[tpu,cloud,hub]"
     assert check.startswith("python -c import jax, madformer_jax;")
 
 
@@ -53,5 +53,5 @@ def test_a_host_without_uv_gets_it_as_a_package(run):
 
 def test_a_container_installs_the_same_and_then_runs(run):
     install, main = run("container", "python3")
-    assert install == "python3 -m pip install --quiet --editable .[tpu,hub]"
+    assert install == "python3 -m pip install --quiet --editable .[tpu,cloud,hub]"
     assert main == "python -u -m madformer_jax.main"

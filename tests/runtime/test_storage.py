@@ -107,6 +107,16 @@ def test_a_leading_tilde_is_the_home_folder(monkeypatch):
     assert storage.user_cache("xla") == "/home/one/.cache/madformer_jax/xla"
 
 
+def test_a_bucket_needs_a_package_that_opens_it(monkeypatch):
+    installed: set[str] = set()
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert storage.expand("gs:/local") == "gs:/local"
+    with pytest.raises(ConfigError, match=r"^s3://a/b is in a bucket. .*: pip install -e '\.\[cloud\]'\.$"):
+        storage.expand("s3://a/b")
+    installed.add("tensorflow")
+    assert storage.expand("s3://a/b") == "s3://a/b"
+
+
 def test_without_a_home_folder_no_folder_named_tilde_is_made(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(

@@ -19,7 +19,7 @@ from collections.abc import Callable
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-from clu import metric_writers  # noqa: F401
+import tensorflow  # noqa: F401
 
 from madformer_jax.cli import command_line
 from madformer_jax.evaluation.networks import classifier
