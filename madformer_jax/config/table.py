@@ -355,6 +355,7 @@ SECTIONS: dict[str, Section] = {
         held_out_n=Field(
             0, "held-out images for losses and bits per dimension; 0: none, or evaluate.n with by_block", RESUME, low=0),
         by_block=Field(False, "also the loss and the quality of each block, under true and own context", RESUME),
+        keep_features=Field(False, "also write the features of each image, as a .npz beside the scores", NEUTRAL),
         seam_lines=Field(
             8, "distance in pixels of the lines of `seam_difference`, the same for every number of blocks", RESUME, low=2),
         training=Field(

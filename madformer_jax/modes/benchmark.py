@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -78,8 +78,23 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return report
 
 
+class Program(NamedTuple):
+    """A compiled program on random latents."""
+
+    run: Callable[[], Any]  # runs it once and waits for its outputs
+    compiled: Any  # `jax.stages.Compiled`
+    compile_seconds: float  # near 0 if the compilation cache has the program
+    batch: int  # images of a run
+    cost: flops.Cost  # of a run
+
+
 def training_step(c: ConfigDict) -> Figures:
     """Measures the training step with optimizer and averages, at the model's own D."""
+    return _measure(training_program(c), c)
+
+
+def training_program(c: ConfigDict) -> Program:
+    """Compiles the training step with optimizer and averages, at the model's own D."""
     c = elastic_depth.with_depth(c, c.model.diffusion_depth)
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     sizes, batch = derive_sizes(c), c.train.batch
@@ -100,16 +115,15 @@ def training_step(c: ConfigDict) -> Figures:
         local["lengths"] = np.full(rows, c.text.length, np.int32)
     with partitioning.scope(mesh):
         data = partitioning.global_batch(local, mesh)
-        program, compiling = _compile(step, abstract, data, {}, seed)
+        compiled, seconds = _compile(step, abstract, data, {}, seed)
         state = create()
 
-        def run_step() -> None:
-            nonlocal state
-            state, metrics = program(state, data, {}, seed)
-            jax.block_until_ready((state, metrics))
+    def run() -> None:
+        nonlocal state
+        state, metrics = compiled(state, data, {}, seed)
+        jax.block_until_ready((state, metrics))
 
-        seconds = _median_seconds(run_step, c)
-    return _summarize(c, flops.training_step(c, encode=False), batch, seconds, compiling, program)
+    return Program(run, compiled, seconds, batch, flops.training_step(c, encode=False))
 
 
 def sampling(c: ConfigDict) -> Figures:
@@ -117,6 +131,15 @@ def sampling(c: ConfigDict) -> Figures:
 
     Its size is `sample.batch`, rounded up to a multiple of the devices.
     """
+    c = elastic_depth.with_depth(c, elastic_depth.sampled_depth(c))
+    program = sampling_program(c)
+    figures = _measure(program, c)
+    counts = {"nfe": flops.nfe(c), "passes": flops.model_passes(c), "batch": program.batch}
+    return figures | counts | {"seconds_per_image": figures["seconds"] / program.batch}
+
+
+def sampling_program(c: ConfigDict) -> Program:
+    """Compiles the sampling of a batch of latents, at `sample.diffusion_depth`."""
     c = elastic_depth.with_depth(c, elastic_depth.sampled_depth(c))
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     model, batch = madformer.build(c), generation.batch_size(c, mesh, c.sample.batch)
@@ -135,12 +158,9 @@ def sampling(c: ConfigDict) -> Figures:
             lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), (np.arange(batch), labels, texts)
         )
         inputs = generation.make_inputs(c, numbers, labels, text=texts)
-        program, compiling = _compile(generation.make_sample_fn(c, model, lambda _, z: z), params, {}, inputs)
-        seconds = _median_seconds(lambda: jax.block_until_ready(program(params, {}, inputs)), c)
+        compiled, seconds = _compile(generation.make_sample_fn(c, model, lambda _, z: z), params, {}, inputs)
     cost = dataclasses.replace(flops.sampling(c, batch), vae=0.0)
-    figures = _summarize(c, cost, batch, seconds, compiling, program)
-    counts = {"nfe": flops.nfe(c), "passes": flops.model_passes(c)}
-    return figures | counts | {"seconds_per_image": seconds / batch, "batch": batch}
+    return Program(lambda: jax.block_until_ready(compiled(params, {}, inputs)), compiled, seconds, batch, cost)
 
 
 def input_pipeline(c: ConfigDict) -> Figures:
@@ -163,10 +183,7 @@ _BATCHES_READ_AHEAD, _BATCHES_TIMED = 10, 50
 
 
 def _compile(function: Any, *args: Any) -> tuple[Any, float]:
-    """Returns the compiled program and the seconds of compilation.
-
-    They are near 0 if the compilation cache has the program.
-    """
+    """Returns the compiled program and the seconds of compilation."""
     began = time.perf_counter()
     program = function.lower(*args).compile()
     return program, time.perf_counter() - began
@@ -182,17 +199,18 @@ def _median_seconds(function: Callable[[], Any], c: ConfigDict) -> float:
     return statistics.median(times[c.benchmark.warmup :])
 
 
-def _summarize(c: ConfigDict, cost: flops.Cost, batch: int, seconds: float, compiling: float, program: Any) -> Figures:
-    """Computes the figures of a compiled program from its median seconds and its cost."""
-    memory = program.memory_analysis()
+def _measure(program: Program, c: ConfigDict) -> Figures:
+    """Runs a program and computes its figures from the median of the seconds."""
+    seconds, tflop = _median_seconds(program.run, c), program.cost.total / 1e12
+    memory = program.compiled.memory_analysis()
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
-        "compile_seconds": compiling,
+        "compile_seconds": program.compile_seconds,
         "seconds": seconds,
-        "images_per_second": batch / seconds,
-        "tflop": cost.total / 1e12,
-        "tflops": cost.total / seconds / 1e12,
-        "mfu": flops.mfu(cost, seconds, jax.device_count(), c.model.dtype),
+        "images_per_second": program.batch / seconds,
+        "tflop": tflop,
+        "tflops": tflop / seconds,
+        "mfu": flops.mfu(program.cost, seconds, jax.device_count(), c.model.dtype),
         # of one device: inputs, outputs without those that reuse donated inputs, and temporaries
         "program_gib": (
             memory.argument_size_in_bytes

@@ -332,17 +332,31 @@ def _load_or_make_result(
     protocol = {**judge.protocol, **(extra_protocol or {}), "images": dict(metadata)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     path = os.path.join(folder, f"{key}.json")
-    stored = shards.read_json(path)
+    stored = _load_result(c, path)
     if stored is not None:
         logging.info("%s exists already", path)
         return stored
     with shards.exclusive_lock(epath.Path(folder) / key):
         # Another job may have written it while this job waited for the lock.
-        stored = shards.read_json(path)
+        stored = _load_result(c, path)
         if stored is not None:
             return stored
         collected = shards.Shards(epath.Path(folder) / key, c.evaluate.n, size)
         return _make_result(c, path, protocol, collected, judge, extract, read, labeled, extra_scores)
+
+
+def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
+    """Loads a result; None without one, or without the features that the config asks for."""
+    stored: dict[str, Any] | None = shards.read_json(path)
+    if stored and c.evaluate.keep_features:
+        exists = np.array([epath.Path(features_path(path)).exists()])
+        return stored if shards.allgather_rows({"exists": exists})["exists"].all() else None
+    return stored
+
+
+def features_path(path: str) -> str:
+    """Returns the path of the features (`evaluate.keep_features`) beside a result."""
+    return f"{path.removesuffix('.json')}.npz"
 
 
 def _make_result(
@@ -378,6 +392,8 @@ def _make_result(
         if pairs is not None and jax.process_index() == 0:
             generation.write_png(f"{path.removesuffix('.json')}.png", generation.tile_rows(pairs))
     if jax.process_index() == 0:
+        if c.evaluate.keep_features:
+            storage.write(features_path(path), lambda file: np.savez_compressed(file, **arrays))
         storage.write_json(path, result)
         collected.remove()
         logging.info("wrote %s", path)

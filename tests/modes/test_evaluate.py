@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import reference_statistics, scores, shards
+from madformer_jax.evaluation import reference_statistics, sample_scores, scores, shards
 from madformer_jax.evaluation.networks import classifier
 from madformer_jax.modes import evaluate
 from madformer_jax.modes import reference as reference_mode
@@ -169,6 +169,21 @@ def test_shards_are_removed_when_every_process_has_read_them(fresh, workdir, mon
     fresh.evaluate.images = "data:all"
     evaluate.run(fresh, str(workdir))
     assert order == ["sync", "read", "sync", "remove"]
+
+
+def test_kept_features_give_the_same_scores_again(fresh, workdir, monkeypatch):
+    fresh.evaluate.images = "data:all"
+    evaluate.run(fresh, str(workdir))
+    fresh.evaluate.keep_features = True
+    (result,) = evaluate.run(fresh, str(workdir))["results"]
+    judge = evaluate.open_judge(fresh, str(workdir), fresh.evaluate.n)
+    (path,) = (workdir / "evaluations").glob("*.npz")
+    with np.load(path) as file:
+        assert len(file["features"]) == N
+        recomputed = sample_scores.compute_scores(fresh, judge, dict(file), labeled=True)
+    assert recomputed == result["scores"]
+    monkeypatch.setattr(evaluate, "_make_result", None)  # neither is made again
+    assert evaluate.run(fresh, str(workdir))["results"] == [result]
 
 
 def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
