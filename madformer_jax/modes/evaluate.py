@@ -393,7 +393,7 @@ def _make_result(
             generation.write_png(f"{path.removesuffix('.json')}.png", generation.tile_rows(pairs))
     if jax.process_index() == 0:
         if c.evaluate.keep_features:
-            storage.write(features_path(path), lambda file: np.savez_compressed(file, **arrays))
+            storage.write(features_path(path), lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
         storage.write_json(path, result)
         collected.remove()
         logging.info("wrote %s", path)
