@@ -11,7 +11,7 @@ environment of the job first. Partition, account, time limit, CPUs and memory co
 SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SBATCH_CPUS_PER_GPU, SBATCH_MEM_PER_GPU. Output goes to
 NAME-JOBID.log; NAME is madformer by default.
 
-Two minutes before the time limit the run saves and the job queues again; it goes on from its workdir until
+Two minutes before the time limit the run saves and the job queues again; it continues from its workdir until
 main.py is done. --workdir must be on a file system that all nodes share.
 
 --array=N submits N such jobs with the same arguments, for --mode=sweep. The jobs share its runs. Output goes to

@@ -64,7 +64,7 @@ def _conv(side: SpatialSize, channels: int, features: int, size: int = 3, stride
 
 @functools.cache
 def _taps(length: int, size: int, stride: int) -> int:
-    """Returns the products of a convolution along one axis that are not with its zero padding."""
+    """Returns the number of products of a convolution along one axis, without those with zero padding."""
     pad = size // 2
     outputs = (length + 2 * pad - size) // stride + 1
     return sum(0 <= o * stride + k - pad < length for o in range(outputs) for k in range(size))
@@ -321,7 +321,7 @@ def guidance_branches(c: ConfigDict) -> int:
     """Returns the branches of each evaluation: 2 with guidance, else 1.
 
     The interval and the schedule of guidance skip no branch. With `sample.guide` the second branch is
-    another model, whose cost its own config says.
+    another model, and its config gives the cost.
     """
     return 2 if vocabulary_size(c) and c.sample.guidance != 1.0 and not c.sample.guide else 1
 
@@ -355,7 +355,7 @@ class LayerCalls(NamedTuple):
 def layer_calls(c: ConfigDict) -> LayerCalls:
     """Returns the layers that run, given the model's switches.
 
-    A layer of which only keys and values are used counts as a whole one.
+    A layer of which only keys and values are used counts as a whole layer.
     """
     stages, diffusion = sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)
     ar = c.model.depth - diffusion
@@ -388,12 +388,12 @@ def model_passes_until(c: ConfigDict, block: int, step: int, kept_count: int = 0
 
 
 def image_cost(c: ConfigDict, guide: ConfigDict | None = None, kept_count: int = 0) -> dict[str, float]:
-    """Returns the cost of sampling an image, under the names that it has in results.
+    """Returns the cost of sampling an image, with the names of results.
 
     Args:
       c: The config.
-      guide: The config of the model of `sample.guide` (`stored_config.guide_config`). Its passes are added,
-        each a pass of the guide's own layers.
+      guide: The config of the model of `sample.guide` (`stored_config.guide_config`). Its passes are added. A pass runs
+        all layers of the guide.
       kept_count: Number of blocks of a picture that an edit keeps.
     """
     cost = {

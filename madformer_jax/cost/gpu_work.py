@@ -185,7 +185,7 @@ def _size(shape: str) -> float:
 
 
 def _flops(x: hlo.Instruction, shapes: Mapping[str, str]) -> float:
-    """Returns the FLOPs of one product, convolution or call of attention; 0 of other instructions."""
+    """Returns the FLOPs of one product, convolution or call of attention; 0 for other instructions."""
     operands = [hlo.array_dimensions(shapes.get(name, "")) for name in _NAME.findall(x.operands)]
     result = hlo.array_dimensions(x.shape)
     if x.opcode == "convolution" or "__cudnn$conv" in x.rest:

@@ -8,24 +8,24 @@ the bound of a block z is, in nats (Kingma et al., arXiv 2107.00630, equations 1
     diffusion  1/2 times the integral of E |z - x(z_t, t)|^2 d SNR(t), from SNR(999) to SNR(start)
     decoder    E -log p(z | z_start), with p a mixture of Gaussians around x for each value
 
-On 8-bit pixels p is the probability of the pixel's bin; on other latents it is a density, and the bound is
-one of latents.
+On 8-bit pixels p is the probability of the pixel's bin. On other latents p is a density, and the bound is that
+of the latents.
 
 The bound holds for any start and any mixture that do not depend on the scored image. A pilot over 64 images
 chooses both. The Gaussians have standard deviations of FACTORS times the root mean square error at the start,
-and weights that maximize the likelihood. Of the starts with alpha / sigma in RATIOS, which all paths share,
-the one with the least bound is taken. Images with even numbers are scored with the choice of those with odd
-numbers, and the other way around.
+and weights that maximize the likelihood. The start is the one of RATIOS (alpha / sigma, on every path) with the
+least bound. Images with even numbers are scored with the choice of the images with odd numbers, and the other
+way around.
 
-A path of whole timesteps (DDPM) has two bounds. `bits_per_dimension` is the integral, as on every path: the
-log of the SNR is linear between whole timesteps, and the network reads the timesteps between them.
+A path of integer timesteps (DDPM) has two bounds. `bits_per_dimension` is the integral, as on every path: the
+log of the SNR is linear between integer timesteps, and the network reads fractional timesteps.
 `bits_per_dimension_discrete` is the sum over the steps t from start + 1 to 999 of
 1/2 (SNR(t - 1) - SNR(t)) E |z - x(z_t, t)|^2, and has a start of its own. It is the bound of the `ancestral`
 sampler with 1,000 steps and the variance of q(z_(t-1) | z_t, z) (Ho et al., arXiv 2006.11239), which stops at
 the start. It is looser, because its first steps are coarse.
 
-Timesteps are drawn by importance: with a density proportional to the root mean square of the integrand in the
-pilot. Its noise is not that of the scores, so the estimate is unbiased.
+Timesteps are drawn by importance: their density is proportional to the root mean square of the integrand in the
+pilot. The pilot and the scores have different noise, so the estimate is unbiased.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -41,7 +41,7 @@ from madformer_jax.evaluation.teacher_forcing import Levels, TeacherForcing, dec
 from madformer_jax.models import block_order
 from madformer_jax.runtime import partitioning
 
-RATIOS = tuple(100 * 2.0**-k for k in range(14))  # alpha / sigma at the starts, of which the last knows nearly nothing
+RATIOS = tuple(100 * 2.0**-k for k in range(14))  # alpha / sigma at the starts; the last is almost only noise
 FACTORS = tuple(2.0**k for k in range(-8, 2))  # of the root mean square error, for the decoder's deviations
 MIN_DEVIATION = 1e-3  # an eighth of the distance of two values of an 8-bit pixel
 DRAWS = 4  # timesteps of each image and block
@@ -156,7 +156,7 @@ def run_pilot(forward: TeacherForcing, batches: Iterable[HeldOutBatch]) -> list[
     """Runs the pilot.
 
     Returns:
-      The pilot for images with even numbers, which is over those with odd numbers, and the other one.
+      The pilot over images with odd numbers, which serves images with even numbers, and the opposite pilot.
     """
     batches = list(batches)
     odd = np.concatenate([batch.numbers[: batch.rows] for batch in batches]) % 2
@@ -224,7 +224,7 @@ def integral_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> B
 
 
 def sum_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> Bound:
-    """Returns the bound with the sum over whole timesteps, see `measure`. Starts are the nearest whole timesteps."""
+    """Returns the bound with the sum over integer timesteps, see `measure`. Starts are the nearest integer timesteps."""
     table = Levels(np.arange(MAX_TIMESTEP + 1.0), *schedule.alpha_sigma(np.arange(MAX_TIMESTEP + 1)))
     log_snr = _log_snr(table)
     step_weights = 0.5 * -np.diff(np.exp(log_snr))  # of t = 1 to 999
@@ -250,7 +250,7 @@ def _choose(nats: np.ndarray, starts: Sequence[int]) -> tuple[int, float]:
 
 
 def _sum_after(terms: np.ndarray) -> np.ndarray:
-    """Returns the sums (n + 1,) of terms (n,) from each on; the last is 0."""
+    """Returns the sums (n + 1,) of all terms (n,) from an index on; the last is 0."""
     return np.append(np.cumsum(terms[::-1])[::-1], 0)
 
 
@@ -261,7 +261,7 @@ def _interpolate(pilot: Pilot, values: np.ndarray, log_snr: np.ndarray) -> np.nd
 
 
 def start_levels(schedule: Schedule) -> Levels:
-    """Returns the noise levels (K,) with the ratios RATIOS, of which the first are t = 0 if the path begins below."""
+    """Returns the noise levels (K,) with the ratios RATIOS; ratios above that of t = 0 have the level of t = 0."""
     log_snr = np.minimum(2 * np.log(RATIOS), _log_snr(_levels(schedule, np.zeros(1))))
     return levels_at(schedule, log_snr)
 
@@ -282,7 +282,7 @@ def _log_snr(levels: Levels) -> np.ndarray:
 
 
 def _levels(schedule: Schedule, t: np.ndarray) -> Levels:
-    """Returns the noise levels at timesteps, which may lie between the whole timesteps of DDPM."""
+    """Returns the noise levels at timesteps, also between the integer timesteps of DDPM."""
     if not has_whole_timesteps(schedule):
         return Levels(t, *schedule.alpha_sigma(t))
     alpha, sigma = schedule.alpha_sigma(np.arange(MAX_TIMESTEP + 1))

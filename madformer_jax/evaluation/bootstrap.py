@@ -1,6 +1,6 @@
 """Bootstrap intervals of the scores: each score is recomputed on images drawn with replacement.
 
-`judge` calls `resample_counts`, the `..._replicates` function of a score, and `interval`. The
+`score_summary` calls `resample_counts`, the `..._replicates` function of a score, and `interval`. The
 `..._replicates` functions return the replicates up to a constant. The generated images are
 resampled and the reference is fixed, because it belongs to the protocol, with two exceptions. The
 kernel distance is unbiased, so its interval covers the sampling of both sets. Recall is a share of

@@ -47,7 +47,7 @@ def measure(
 
     Returns:
       `blocks_loss_other` and `blocks_loss_own` (n, L); the blocks `real`, `sampled_true` and `sampled_own`
-      (n, L, values), of which the last two are sampled.
+      (n, L, values).
     """
     c = c.copy_and_resolve_references()
     c.sample.guidance, c.sample.noise, c.sample.n = 1.0, "", images.n
@@ -86,7 +86,7 @@ def table(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
 
     Returns:
       For each block its number, its `bits` per dimension, `loss` and `kernel_distance` by context, and
-      `exposure_bias` (the loss with own context minus that with another image's).
+      `exposure_bias` (the loss under "own" minus the loss under "other").
     """
     rows = []
     for i in range(values["blocks_loss_image"].shape[1]):

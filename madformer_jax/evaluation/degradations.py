@@ -1,6 +1,6 @@
-"""Degradations of real images, which test what a score can see.
+"""Degradations of real images, to test which of them a score detects.
 
-`images.open_images` applies the one that `evaluate.degrade` names. A new degradation is a function
+`images.open_images` applies the degradation that `evaluate.degrade` names. A new degradation is a function
 and an entry in `_DEGRADATIONS`.
 """
 

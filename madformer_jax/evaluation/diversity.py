@@ -16,7 +16,7 @@ def mean_distances(vectors: np.ndarray, labels: np.ndarray, counts: np.ndarray) 
     Args:
       vectors: Vectors (n, e).
       labels: Classes (n,).
-      counts: Number of occurrences of each image in each replicate (r, n); ones give the value.
+      counts: Number of occurrences of each image in each replicate (r, n); all ones for the value itself.
 
     Returns:
       Means (r,) float64. Classes without a pair are left out, and NaN means that no class has one.

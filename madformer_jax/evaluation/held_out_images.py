@@ -66,7 +66,7 @@ class HeldOutImages:
             raise ConfigError(f"config.evaluate.held_out_n={n}: held-out scores need at least 2 images.")
         if c.evaluate.split == c.data.split:
             raise ConfigError(
-                f"config.evaluate.split={c.evaluate.split!r} is the split of training: held-out scores need another one."
+                f"config.evaluate.split={c.evaluate.split!r} is the split of training: held-out scores need another split."
             )
         self._c = c.copy_and_resolve_references()
         self._c.data.split, self._c.data.flip = c.evaluate.split, False
@@ -113,7 +113,7 @@ class HeldOutImages:
 
 
 def shard(arrays: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, Array]:
-    """Spreads the rows of arrays, which every process holds whole, over the devices."""
+    """Shards the rows of arrays over the devices. Every process passes the whole arrays."""
     sharding = partitioning.batch_sharding(mesh)
     return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in arrays.items()}
 
@@ -125,7 +125,7 @@ def image_keys(numbers: Array, stream: int | Array) -> Array:
 
 
 def generation_order(c: ConfigDict, sizes: Sizes, numbers: Array) -> Order | None:
-    """Returns the order of sampling, (L,) or, of each image, (B, L); None for the raster order of a raster model."""
+    """Returns the order of sampling: (L,), or (B, L) for an order of each image. None for the raster order of a raster model."""
     if c.model.block_order == "raster":
         return None
     order = block_order.image_orders(sampling_order_name(c), sizes, image_keys(numbers, _ORDER_STREAM))

@@ -63,7 +63,7 @@ def measure_batch(
 
 
 def timesteps(schedule: Schedule, numbers: np.ndarray, blocks: int, draw: int) -> Levels:
-    """Returns the noise levels (n, L) of a draw, of which there are four.
+    """Returns the noise levels (n, L) of one of the four draws.
 
     Args:
       schedule: The noise path.
@@ -100,5 +100,5 @@ def quarter_shares(schedule: Schedule) -> np.ndarray:
 
 
 def has_whole_timesteps(schedule: Schedule) -> bool:
-    """Returns whether the path is defined at whole timesteps only, as that of DDPM."""
+    """Returns whether the path is defined at integer timesteps only, as the path of DDPM is."""
     return np.issubdtype(np.dtype(schedule.dtype), np.integer)

@@ -4,7 +4,7 @@
 
 `modes.evaluate` calls `run`. The scores need no samples and no reference, except those by block. Each
 checkpoint has a file workdir/evaluations/held_out/<hash of its protocol>.json with the scores, and beside it
-a .npz with the value of each image. All models see the same images and noise, so the differences of
+a .npz with the value of each image. All models have the same images and noise, so the differences of
 two models are paired (`paired_differences`).
 """
 
@@ -202,7 +202,7 @@ def text_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> dict[str, score_summary.Score]:
-    """Returns the scores of a run for its result: of one checkpoint, or means over several with their ranges."""
+    """Returns the scores of a run: those of its one checkpoint, or means over several checkpoints with their ranges."""
     if len(results) == 1:
         return dict(results[0]["scores"])
     values = {name: [result["scores"][name]["value"] for result in results] for name in results[0]["scores"]}

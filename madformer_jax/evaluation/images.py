@@ -65,7 +65,7 @@ class UnreadableImages:
         if len(self.errors) > self._max_fraction * self._n:
             raise ConfigError(
                 f"{self.errors[-1]} cannot be read: {len(self.errors)} of {self._n} images, more than config.data.max_corrupt="
-                f"{self._max_fraction}. Mend or remove the files, or allow more."
+                f"{self._max_fraction}. Repair or remove the files, or raise the limit."
             )
 
 

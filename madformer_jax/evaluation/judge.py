@@ -97,8 +97,8 @@ def open_training(c: ConfigDict, reference: Reference | None = None) -> Referenc
     if training.features is None or (reference is not None and training.digest == reference.digest):
         problem = "has no features" if training.features is None else "is the reference itself"
         raise ConfigError(
-            f"config.evaluate.training={c.evaluate.training!r} {problem}: make one of the training images, "
-            "--mode=reference with evaluate.split=train and another evaluate.reference."
+            f"config.evaluate.training={c.evaluate.training!r} {problem}: make a reference of the training images "
+            "with --mode=reference, evaluate.split=train and another evaluate.reference."
         )
     return training
 

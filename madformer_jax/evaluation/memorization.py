@@ -1,6 +1,6 @@
 """The memorization scores: distances of generated images to their nearest training images.
 
-The distances are compared with those of held-out real images.
+They are relative to the distances of held-out real images.
 
 `judge` opens `TrainingFeatures`, and `score_summary` computes the scores from them.
 """

@@ -1,6 +1,6 @@
 """The reference file of --mode=reference: statistics of real images and their protocol.
 
-`modes.reference` writes it and `sample_scores` loads it. The file is a .npz archive with these
+`modes.reference` writes it and `judge` loads it. The file is a .npz archive with these
 arrays:
 
   mu, sigma: Mean (d,) and covariance (d, d) over n - 1 of all features.

@@ -76,14 +76,14 @@ def program_key(setting: ConfigDict, grid: Sequence[ConfigDict]) -> tuple[tuple[
     """Returns the sampling settings that a program is compiled for, and the size of its coefficients.
 
     Settings of a grid that differ in the steps, the spacing or the noise path share a program whose
-    coefficients are arguments (`solving.pad_steps`). A setting without such others keeps a program
-    of its own, for which the size is 0: a fixed number of steps is faster on some devices.
+    coefficients are arguments (`solving.pad_steps`). A setting that shares with no other has its own
+    program, and the size is 0: a fixed number of steps is faster on some devices.
     """
 
     def static_settings(c: ConfigDict) -> tuple[Any, ...]:
         s, steps = c.sample, solving.solver_steps(c)
-        own = None if isinstance(steps, int) else (s.spacing, steps)  # steps by block are no arguments
-        return s.solver, s.guidance == 1.0, s.diffusion_depth, s.context_noise, s.block_order, own
+        by_block = None if isinstance(steps, int) else (s.spacing, steps)  # compiled into the program
+        return s.solver, s.guidance == 1.0, s.diffusion_depth, s.context_noise, s.block_order, by_block
 
     key = static_settings(setting)
     group = [other for other in grid if static_settings(other) == key]

@@ -215,7 +215,7 @@ def mean_score(values: np.ndarray) -> Score:
 
 
 def share_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Score:
-    """Returns `ratio_of_sums` of numerators up to their denominators, with an interval inside [0, 1]."""
+    """Returns `ratio_of_sums` of numerators that are at most their denominators, with an interval inside [0, 1]."""
     return {name: min(max(x, 0.0), 1.0) for name, x in ratio_of_sums(numerator, denominator).items()}
 
 

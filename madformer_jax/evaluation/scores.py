@@ -1,6 +1,6 @@
 """Scores of generated images against real images, as pure functions of feature arrays.
 
-`judge` calls them and adds the intervals of `bootstrap`. Values and conventions equal those of
+`score_summary` calls them and adds the intervals of `bootstrap`. Values and conventions equal those of
 torch-fidelity 0.4.0. Feature arrays are (n, d) of any float type; the computation is in float64,
 tile by tile. A new score is a function here and an entry in `score_summary.compute_scores`.
 
@@ -65,13 +65,13 @@ class Gaussian(NamedTuple):
                 f"{name}: mean {mean.shape} and covariance {covariance.shape} do not fit: they must be (d,) and (d, d)."
             )
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ConfigError(f"{name}: mean or covariance is not finite: compute the statistics anew.")
+            raise ConfigError(f"{name}: mean or covariance is not finite: compute the statistics again.")
         size = np.abs(covariance).max(initial=0.0)
         values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
         if np.abs(covariance - covariance.T).max(initial=0.0) > 1e-3 * size or values.min(initial=0.0) < -1e-3 * size:
             raise ConfigError(
                 f"{name}: the matrix is not a covariance (not symmetric, or with negative eigenvalues): "
-                "compute the statistics anew."
+                "compute the statistics again."
             )
         return cls(mean, np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
 

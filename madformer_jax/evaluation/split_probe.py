@@ -135,7 +135,7 @@ def _measure_batch(model: MADFormer, step: _Step, params: Any, batch: Batch, tim
 def suggest_depth(reuse_loss: dict[int, float], depth: int, tolerance: float) -> int:
     """Returns the smallest D whose AR layers can be reused at little loss.
 
-    The AR layers of D are the first N - D layers. D counts if reusing them, and reusing any fewer layers,
+    The AR layers of D are the first N - D layers. A D qualifies if reusing them, and reusing any fewer layers,
     raises the loss by at most the share `tolerance`. At least one layer stays a diffusion layer.
 
     Args:

@@ -271,7 +271,7 @@ def _loop(c: ConfigDict, workdir: str, r: PreparedRun, calls: LoopCalls, state: 
     for hook, _ in calls.hooks if step == steps and not preemption.reached() else ():
         hook.run(step, state, preemption.reached)
     if preemption.reached():
-        logging.info("asked to stop: step %d is saved; the same command goes on from there", step)
+        logging.info("asked to stop: step %d is saved; the same command continues from there", step)
 
 
 # ---- start

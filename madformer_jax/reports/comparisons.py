@@ -1,7 +1,7 @@
 """Differences between settings, paired by seed: at the best step count within a budget, along curves, and of losses.
 
 `answers`, `tables` and `figures` show them. Each function corrects for the number of comparisons that it returns
-(`intervals`), so "clear" means that an interval excludes 0 although several were looked at.
+(`intervals`). "Clear" means that an interval excludes 0 after this correction.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """The figures of a report: small panels as SVG and PNG. Equal data give equal bytes.
 
 `report_sections` chooses the panels: `cost_curves`, `axis_plots` and `heat_map`. `difference_figures`
-has those of differences. A panel fits a column
-of about 360 pixels, so that it is legible on a phone. Labels stand beside the lines instead of in a
+has the panels of differences. A panel fits a column
+of about 360 pixels, the width of a phone. Labels stand beside the lines instead of in a
 legend. Backgrounds are transparent, and inks and colors have a middle lightness, so that a figure is
 legible on white and on black. `html` replaces `INK` by the color of the page's text.
 """

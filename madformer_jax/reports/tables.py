@@ -122,7 +122,7 @@ def _score_table(
 
 
 def _real_row(group: ProtocolGroup, names: Sequence[str], labels: int) -> tuple[str, ...]:
-    """Returns the row of real images at the same n, with bootstrap intervals, as far as the results hold their scores."""
+    """Returns the row of real images at the same n, with bootstrap intervals, for the scores that the results have."""
     cells = []
     for name in names:
         real = [p.scores[name].real for p in group.points if name in p.scores]

@@ -90,5 +90,5 @@ def interruptible(items: Iterable[T]) -> Iterator[T]:
         for item in items:
             yield item
             if stopping.reached():
-                logging.info("asked to stop: the same command goes on from what is finished")
+                logging.info("asked to stop: the same command continues from the finished parts")
                 raise KeyboardInterrupt

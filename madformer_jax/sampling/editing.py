@@ -71,7 +71,7 @@ def read_picture(c: ConfigDict, image: Any = None, mask: Any = None) -> Picture 
     if not has_image or not has_mask:
         missing_field, other_field = ("keep", "image") if has_image else ("image", "keep")
         raise ConfigError(
-            f"config.sample.{other_field} needs config.sample.{missing_field}: an edit has a picture and a mask of what to keep."
+            f"config.sample.{other_field} needs config.sample.{missing_field}: an edit needs a picture and the blocks to keep."
         )
     _check_model(c)
     images, file_size = _read_images(c, image)

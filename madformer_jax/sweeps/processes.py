@@ -26,11 +26,11 @@ from madformer_jax.runtime import cores, memory, storage, xla_flags
 
 AUTO = "auto"
 PARENT_VARIABLE = "MADFORMER_PARENT"  # process id of the process that started this one
-INDEX_VARIABLE = "MADFORMER_INDEX"  # at which run a process begins
+INDEX_VARIABLE = "MADFORMER_INDEX"  # index of the run at which a process begins
 BYTES = int(2.5 * 2**30)  # memory of a process that trains and evaluates digits (2.3 GiB at most)
-POLL_SECONDS = 0.2  # between two looks at the processes
-PROGRESS_SECONDS = 5.0  # between two looks at the runs
-REPORT_SECONDS = 60.0  # between two lines about the runs
+POLL_SECONDS = 0.2  # between two checks of the processes
+PROGRESS_SECONDS = 5.0  # between two checks of the runs
+REPORT_SECONDS = 60.0  # between two log lines about the runs
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 _PR_SET_PDEATHSIG = 1  # of prctl.h
 
@@ -87,8 +87,8 @@ def run(command: Sequence[str], workdir: str, count: int, runs: int, progress: C
       workdir: The sweep's folder.
       count: Number of processes.
       runs: Number of all runs of the sweep.
-      progress: Returns the number of runs that are done and a line about all. The line is logged when
-        the number changes, and each minute.
+      progress: Returns the number of finished runs and a log line about all runs. The line is logged
+        when the number changes, and each minute.
 
     Returns:
       False if the processes were asked to stop before all runs were done.
@@ -112,17 +112,17 @@ def run(command: Sequence[str], workdir: str, count: int, runs: int, progress: C
     if done == runs:
         return True
     if stopping:
-        logging.info("asked to stop: the same command goes on from there")
+        logging.info("asked to stop: the same command continues")
         return False
     reason = next(iter(failures.values()), "none reports an error.")
     raise ConfigError(
         f"{runs - done} of {runs} runs are not done, and {len(failures)} of {count} processes ended early: {reason} The "
-        "same command goes on with these runs."
+        "same command continues with these runs."
     )
 
 
 def end_with_parent() -> None:
-    """Lets this process end like after SIGTERM when the process that started it for a sweep has ended (Linux)."""
+    """Sends this process SIGTERM when the process that started it for a sweep ends (Linux)."""
     parent = os.environ.get(PARENT_VARIABLE)
     if parent is None or sys.platform != "linux":
         return
@@ -176,10 +176,10 @@ def _wait(
     """Waits for the processes and logs the progress.
 
     Returns:
-      The reason of each process that failed, by its number.
+      Number of each process that failed -> its error line.
     """
     failures: dict[int, str] = {}
-    running, last_done, looked, logged = list(children), -1, 0.0, 0.0
+    running, last_done, checked_at, reported_at = list(children), -1, 0.0, 0.0
     while running:
         for child in [child for child in running if child.process.poll() is not None]:
             running.remove(child)
@@ -188,10 +188,10 @@ def _wait(
                 failures[child.number] = reason = _describe_failure(child)
                 logging.error("process %d of the sweep ended early: %s Its log: %s", child.number, reason, child.log)
         now = time.monotonic()
-        if now - looked >= PROGRESS_SECONDS:
-            looked, (done, line) = now, progress()
-            if done != last_done or now - logged >= REPORT_SECONDS:
-                last_done, logged = done, now
+        if now - checked_at >= PROGRESS_SECONDS:
+            checked_at, (done, line) = now, progress()
+            if done != last_done or now - reported_at >= REPORT_SECONDS:
+                last_done, reported_at = done, now
                 logging.info("%s", "waiting for the processes to save and end" if stopping else line)
         time.sleep(POLL_SECONDS if running else 0)
     return failures

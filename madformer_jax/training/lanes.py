@@ -31,8 +31,8 @@ FIELDS = (
     "optimizer.learning_rate", "optimizer.b1", "optimizer.b2", "optimizer.weight_decay", "train.ema_decay",
     "train.label_dropout", "loss.image", "loss.hidden", "loss.clean", "loss.text",
 )  # fmt: skip
-MEASURED_CALLS = 5
-_FREE_SECTIONS = ("seeds", "sample", "gallery", "demo")  # besides `seed`, of which each lane has its own
+MEASURED_CALLS = 5  # of each program that `faster_together` measures
+_FREE_SECTIONS = ("seeds", "sample", "gallery", "demo")  # besides `seed`: each lane has its own values
 
 
 class Lane(NamedTuple):
@@ -135,7 +135,7 @@ def loop(
       stop: Returns whether to save and exit.
 
     Returns:
-      The error of each lane that has diverged. The others go on.
+      The error of each lane that has diverged. The other lanes continue.
     """
     c, failed = lanes[0].config, dict[int, ConfigError]()
     step, steps = int(lanes[0].state.step), c.train.steps
@@ -231,7 +231,7 @@ def faster_together(
         states, seed = stack_states([lane.state for lane in group]), np.zeros(len(group), np.uint32)
         for call in range(1 + MEASURED_CALLS):
             states, _ = program(states, batch, codec_params, seed)
-            if call == 0:  # which compiles
+            if call == 0:  # this call compiles
                 jax.block_until_ready(states)
                 began = time.monotonic()
         jax.block_until_ready(states)

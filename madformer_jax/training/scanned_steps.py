@@ -27,7 +27,7 @@ Selections = dict[str, np.ndarray]  # "record" int (K, b) and "flip" bool (K, b)
 # (state, table, selections, codec params, seed) -> (state, metrics (K,) of each step)
 ScanFn = Callable[[train_step.State, Table, Selections, Any, Any], tuple[train_step.State, dict[str, Array]]]
 
-MEMORY_SHARE = 0.5  # of the free memory, that the data may take
+MEMORY_SHARE = 0.5  # largest share of the free memory for the data
 
 
 def load_table(c: ConfigDict, info: pipeline.DatasetInfo, mesh: Mesh, state: train_step.State) -> Table:
@@ -114,7 +114,7 @@ def chunk_length(c: ConfigDict, step: int, intervals: Iterable[int]) -> int:
     Args:
       c: The config.
       step: Number of steps that are done.
-      intervals: Steps between two times of such work; 0 for work that is not repeated.
+      intervals: Intervals of such work in steps; 0 for work that is not repeated.
     """
     profiled = validation.profiled_steps(c)
     stops = [c.train.steps, *([profiled[0]] if profiled and profiled[0] > step else [])]

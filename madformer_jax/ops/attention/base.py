@@ -55,8 +55,8 @@ class Attention(abc.ABC):
       requirements: Conditions of `supports`, for an error message.
       cache_token_axes: Axes of cached keys and of cached values along which blocks are written, in
         the layout of `to_cache_layout`. Axis 0 is that of the layers.
-      layers_apart: Whether sampling runs its layers without a loop, and the cache holds the keys and
-        values of each layer as arrays of their own, which nothing has to slice or copy.
+      layers_apart: Whether sampling unrolls its layers. Each layer then has its own cache arrays,
+        which no step slices or copies.
     """
 
     name: ClassVar[str]

@@ -259,7 +259,7 @@ def _backward(
     dq, *d_keys = flash_attention_backward(q.reshape(-1, tokens, *heads), k, v, kv_lengths, *by_stream)
     d_keys = [x.reshape(*q.shape[:3], -1, *heads) for x in d_keys]
 
-    # What is summed to the gradients of the queries, keys and values of each stream.
+    # Summands of the gradients of the queries, keys and values of each stream.
     diagonals = (dq.reshape(q.shape), *(x[:, :, :, :tokens] for x in d_keys))
     addends = [[[x[:, :count, n]] for x in diagonals] for n, count in enumerate(blocks)]
     d_text = None

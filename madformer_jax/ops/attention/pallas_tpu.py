@@ -46,7 +46,7 @@ def images_per_row(batch: int) -> int:
     """Returns how many images of a batch share a row of tokens: all images of a device.
 
     The gradient of a dense layer's kernel sums over the tokens of all images. A TPU would copy them
-    into one row first if they were not in one.
+    into one row first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     devices = 1 if mesh.empty else partitioning.batch_devices(mesh)

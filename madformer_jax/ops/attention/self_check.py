@@ -2,7 +2,7 @@
 
 Tests compile and interpret the Pallas kernels, but they may still give other results on a new chip or
 compiler. `verified` runs one small case through a kernel and through `XlaBlocks` before a
-model is built, and gives up the kernel with a warning if they differ.
+model is built. If they differ, it logs a warning, and `XlaBlocks` replaces the kernel.
 """
 
 import functools
@@ -25,7 +25,7 @@ _BLOCKS, _HEADS, _TEXT_TOKENS = 2, 2, 3
 
 @functools.cache
 def verified(attention: Attention, dtype: str, head_dim: int, tokens: int) -> Attention:
-    """Returns `attention`, or `XlaBlocks` if both differ on this machine. Logs a warning in that case.
+    """Returns `attention`, or `XlaBlocks` with a warning if their results differ on this machine.
 
     Args:
       attention: The implementation to check. This machine can run it.
