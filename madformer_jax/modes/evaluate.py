@@ -223,11 +223,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
             if codec_params is None:
                 codec_params = trained.load_codec_params()
             codec_metadata = {"codec": codec.describe(c, fingerprint(codec_params, mesh))} if codec_params else {}
-            metadata = {
-                "step": step,
-                "fingerprint": fingerprint(params, mesh),
-                "seed": seeds.of(c, "sample"),
-            }
+            metadata = {"step": step, "fingerprint": fingerprint(params, mesh), "seed": seeds.of(c, "sample")}
             metadata |= codec_metadata | solving.path_protocol(c)
             # The captions' scores depend on the weights only, so all settings share them.
             extra_scores = (
@@ -349,14 +345,9 @@ def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
     """Loads a result; None without one, or without the features that the config asks for."""
     stored: dict[str, Any] | None = shards.read_json(path)
     if stored and c.evaluate.keep_features:
-        exists = np.array([epath.Path(features_path(path)).exists()])
+        exists = np.array([epath.Path(f"{path.removesuffix('.json')}.npz").exists()])
         return stored if shards.allgather_rows({"exists": exists})["exists"].all() else None
     return stored
-
-
-def features_path(path: str) -> str:
-    """Returns the path of the features (`evaluate.keep_features`) beside a result."""
-    return f"{path.removesuffix('.json')}.npz"
 
 
 def _make_result(
@@ -393,7 +384,7 @@ def _make_result(
             generation.write_png(f"{path.removesuffix('.json')}.png", generation.tile_rows(pairs))
     if jax.process_index() == 0:
         if c.evaluate.keep_features:
-            storage.write(features_path(path), lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+            storage.write(f"{path.removesuffix('.json')}.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
         storage.write_json(path, result)
         collected.remove()
         logging.info("wrote %s", path)

@@ -11,7 +11,14 @@ from madformer_jax.config import aliases, fields
 
 # Fields that vary but are not axes: the seed repeats a run, and the budget decides the solver steps.
 SEED_FIELD, STEPS_FIELD = "seed", "sample.steps"
-_SYMBOLS = {"diffusion_depth": "D", "blocks": "L", "depth": "N", "ar_condition": "AR condition", "hidden": "λ hidden"}
+_SYMBOLS = {
+    "diffusion_depth": "D",
+    "blocks": "L",
+    "depth": "N",
+    "ar_condition": "AR condition",
+    "hidden": "λ hidden",
+    "clean": "λ clean",
+}
 
 
 class Axis(NamedTuple):

@@ -119,9 +119,14 @@ def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
     endpoint = results.protocol["primary"] if results.protocol else ""
     if "loss" in endpoint:
         differences = comparisons.of_losses(results, group, endpoint)
-        rows = [(f"{group.label(d.setting)} minus {group.label(d.baseline)}", d.estimate) for d in differences]
+        baselines = {group.label(d.baseline) for d in differences}
+        one = f", difference to {baselines.pop()}" if len(baselines) == 1 else ""
+        rows = [
+            (group.label(d.setting) + ("" if one else f" minus {group.label(d.baseline)}"), d.estimate)
+            for d in differences
+        ]
         if rows:
-            title = f"{answers_lib.endpoint_label(endpoint)} ↓, differences\n{group.data}"
+            title = f"{answers_lib.endpoint_label(endpoint)} ↓{one or ', differences'}\n{group.data}"
             yield difference_figures.difference_rows(
                 "-".join(filter(None, (group.name, endpoint, "differences"))), title, rows
             )
