@@ -1,7 +1,6 @@
 """Source `npy`: latents of any encoder, one .npy file for each image, in a folder as of source `folder`."""
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from madformer_jax.data import preprocess
 from madformer_jax.data.folder import Folder
@@ -16,10 +15,6 @@ class LatentFolder(Folder):
     kind: Kind = "latents"
     content = "array"
     suffixes = (".npy",)
-
-    @classmethod
-    def open(cls, data: ConfigDict, name: str) -> "LatentFolder":
-        return cls(data.path)
 
     def __init__(self, path: str):
         """Lists the folder and reads the first file, whose shape all others must have.
