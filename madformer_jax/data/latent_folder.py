@@ -40,11 +40,9 @@ def _load_latent(path: str, shape: tuple[int, ...] | None) -> np.ndarray:
 
     Raises:
       preprocess.CorruptImageError: It is not such an array.
+      OSError: The file cannot be read.
     """
-    try:
-        latent = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise preprocess.CorruptImageError(first_line(error)) from None
+    latent = preprocess.load_array(path)
     if latent.dtype.kind != "f" or latent.ndim != 3 or not np.isfinite(latent).all():
         raise preprocess.CorruptImageError(f"it must hold finite floats (h, w, C), not {latent.dtype} {latent.shape}")
     if shape not in (None, latent.shape):
