@@ -32,7 +32,6 @@ class Earth(Source):
     """Crops that are at least half land. Neighboring crops are a quarter of their side apart. The class is a land cover."""
 
     takes_name = True
-    classes = len(NAMES)
     names = NAMES
 
     @classmethod
@@ -60,7 +59,7 @@ class Earth(Source):
         offsets = np.arange(self._side)
         top, left = self._corners[indices].T
         crops = _load_photograph()[(top[:, None] + offsets)[:, :, None], (left[:, None] + offsets)[:, None]]
-        return Examples({"image": crops}, self._labels[indices], [""] * len(indices))
+        return Examples({"image": crops}, self._labels[indices])
 
     def name(self, index: int) -> str:
         top, left = self._corners[index]

@@ -8,10 +8,9 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from madformer_jax.data import listing, sidecars
-from madformer_jax.data.source import Examples, Source, fingerprint
+from madformer_jax.data.source import Examples, Source
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 
@@ -25,10 +24,6 @@ class Folder(Source):
 
     content = "image"
     suffixes: tuple[str, ...] = listing.IMAGE_SUFFIXES
-
-    @classmethod
-    def open(cls, data: ConfigDict, name: str) -> "Folder":
-        return cls(data.path)
 
     def __init__(self, path: str, field: str = "data.path"):
         """Lists the folder and logs what is left out.
@@ -67,7 +62,6 @@ class Folder(Source):
             )
         exclusions.log(path)
         self.names = () if flat else tuple(by_class)
-        self.classes = len(self.names)
         self._files = flat or [file for files in by_class.values() for file in files]
         self._labels = np.zeros(len(self._files), np.int32)
         if self.names:
@@ -79,7 +73,6 @@ class Folder(Source):
         self._keys = [file.removeprefix(path).lstrip(os.sep) for file in self._files]
         with storage.wrap_errors(f"the captions of {setting} cannot be read"):
             self._captions = sidecars.read_captions(path, self._keys)
-        self.fingerprint = fingerprint(self._keys)
 
     def _filter(self, files: list[str], exclusions: listing.Exclusions) -> list[str]:
         return listing.filter_by_suffix(files, self.suffixes, sidecars.CAPTION_SUFFIXES, exclusions)

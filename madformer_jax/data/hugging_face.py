@@ -87,7 +87,7 @@ class HuggingFace(Source):
             classes, names = _read_labels(self._title, self._open()[label], dataset.features[label])
         self._rows = labels.labeled_rows(classes, max_unlabeled, lambda row: f"{self._title}[{row}] has no label")
         self.names = names if (classes >= 0).any() else ()
-        self.classes, self._labels = len(self.names), np.maximum(classes, 0)
+        self._labels = np.maximum(classes, 0)
         digests = [hashlib.sha256(x.astype("<i8").tobytes()).hexdigest() for x in (classes, _image_sizes(contents))]
         self.fingerprint = fingerprint([*digests, *self.names])
 

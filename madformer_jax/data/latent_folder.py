@@ -1,7 +1,6 @@
 """Source `npy`: latents of any encoder, one .npy file for each image, in a folder as of source `folder`."""
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from madformer_jax.data import preprocess
 from madformer_jax.data.folder import Folder
@@ -16,10 +15,6 @@ class LatentFolder(Folder):
     kind: Kind = "latents"
     content = "array"
     suffixes = (".npy",)
-
-    @classmethod
-    def open(cls, data: ConfigDict, name: str) -> "LatentFolder":
-        return cls(data.path)
 
     def __init__(self, path: str):
         """Lists the folder and reads the first file, whose shape all others must have.
@@ -45,11 +40,9 @@ def _load_latent(path: str, shape: tuple[int, ...] | None) -> np.ndarray:
 
     Raises:
       preprocess.CorruptImageError: It is not such an array.
+      OSError: The file cannot be read.
     """
-    try:
-        latent = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise preprocess.CorruptImageError(first_line(error)) from None
+    latent = preprocess.load_array(path)
     if latent.dtype.kind != "f" or latent.ndim != 3 or not np.isfinite(latent).all():
         raise preprocess.CorruptImageError(f"it must hold finite floats (h, w, C), not {latent.dtype} {latent.shape}")
     if shape not in (None, latent.shape):

@@ -28,7 +28,6 @@ class Patterns(Source):
     """Color pictures of one kind. Every second picture has a coarse texture."""
 
     takes_name = True
-    classes = len(SCALES)
     names = tuple(SCALES)
 
     @classmethod
@@ -60,7 +59,7 @@ class Patterns(Source):
         images = np.empty((len(indices), self._size, self._size, 3), np.uint8)
         for image, index in zip(images, indices):
             image[:] = draw(self._kind, self._size, int(index))
-        return Examples({"image": images}, (indices % len(SCALES)).astype(np.int32), [""] * len(indices))
+        return Examples({"image": images}, (indices % len(SCALES)).astype(np.int32))
 
     def name(self, index: int) -> str:
         return f"{self._kind} {index}"

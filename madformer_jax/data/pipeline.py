@@ -95,7 +95,8 @@ class _BatchLoader:
     def __call__(self, selection: Selection) -> Batch:
         skipped: SkippedRecords = {}
         try:
-            arrays, labels, captions, _ = _decode_images(self._source.read(selection.record), self._preprocessor)
+            examples = _decode_images(self._source.read(selection.record), self._preprocessor)
+            arrays, labels, captions = examples.arrays, examples.labels, examples.captions
         except (preprocess.CorruptImageError, OSError, MemoryError):
             rows = [self._read_next_readable(number, skipped) for number in selection.record.tolist()]
             arrays = {name: np.concatenate([row.arrays[name] for row in rows]) for name in rows[0].arrays}

@@ -38,6 +38,20 @@ class CorruptImageError(ValueError):
     """Error for an image that cannot be decoded. The message says why."""
 
 
+def load_array(path: str) -> np.ndarray:
+    """Loads a .npy file.
+
+    Raises:
+      CorruptImageError: It is damaged.
+      OSError: It cannot be read.
+    """
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise CorruptImageError(first_line(error)) from None
+    return array
+
+
 class Preprocessor(NamedTuple):
     """Settings of the preprocessing, and the functions that apply it."""
 

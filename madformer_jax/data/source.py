@@ -5,9 +5,11 @@ class that implements `Source`; add a line for it to `choices.SOURCES`. Modules 
 a source for its facts and never compare its name.
 """
 
+import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,13 +17,17 @@ from ml_collections import ConfigDict
 Kind = Literal["images", "latents"]
 
 
-class Examples(NamedTuple):
+@dataclasses.dataclass
+class Examples:
     """b records of a source, in the form in which the source stores them."""
 
     arrays: dict[str, Any]  # "image": b encoded files, or uint8 (b, H, W, c); or "mean", "logvar": float16 (b, h, w, C)
     labels: np.ndarray  # int32 (b,)
-    captions: list[str]  # "" for a record without a caption
+    captions: list[str] = dataclasses.field(default_factory=list)  # "" for a record without a caption
     attributes: np.ndarray | None = None  # int32 (b, A); None for a source without attributes
+
+    def __post_init__(self) -> None:
+        self.captions = self.captions or [""] * len(self.labels)
 
 
 class Source(Protocol):
@@ -39,10 +45,24 @@ class Source(Protocol):
     attributes: tuple[tuple[str, tuple[str, ...]], ...] = ()  # name of each, and the names of its values 0, 1, ...
 
     kind: Kind = "images"
-    classes: int  # labels run from 0 to classes - 1; 0: unlabeled, every label is 0
     names: tuple[str, ...]  # of the classes; () if unlabeled
-    fingerprint: str  # identifies the records and their order, wherever the files are stored
     manifest: Mapping[str, Any] | None = None  # of prepared records; see `records`
+
+    def __init__(self, path: str = ""):
+        """Finds the records in `data.path`, see `open`."""
+
+    @functools.cached_property
+    def classes(self) -> int:
+        """Number of classes. Labels run from 0 to classes - 1. 0: unlabeled, every label is 0."""
+        return len(self.names)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash that identifies the records and their order, wherever the files are stored.
+
+        A source whose records depend on more than their names overrides it.
+        """
+        return fingerprint(map(self.key, range(len(self))))
 
     @classmethod
     def open(cls, data: ConfigDict, name: str) -> "Source":
@@ -55,7 +75,7 @@ class Source(Protocol):
         Raises:
           ConfigError: The data set does not exist or cannot be read, or a package is missing.
         """
-        raise TypeError(f"{cls.__name__} is not in `config.choices.SOURCES`.")
+        return cls(data.path)
 
     @classmethod
     def enlarge(cls, data: ConfigDict, factor: int) -> None:

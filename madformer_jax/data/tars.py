@@ -95,8 +95,7 @@ class Tars(Source):
             max_unlabeled,
             lambda row: reason or f'{self.name(row)} has no label (.cls, or .json with "label"), and others have',
         )
-        self.classes = max(int(classes.max()) + 1, 0)
-        self.names = tuple(report.get("names") or map(str, range(self.classes)))
+        self.names = tuple(report.get("names") or map(str, range(int(classes.max()) + 1)))
         self.fingerprint = fingerprint([*names, digest])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -62,7 +62,6 @@ class Tfds(Source):
         )
         label = features.get("label")
         self.names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
-        self.classes = len(self.names)
         self.fingerprint = fingerprint([builder.info.full_name, split, str(len(self._rows))])
         self._image, self._name, self._split = image, name, split
 

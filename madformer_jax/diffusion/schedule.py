@@ -88,6 +88,10 @@ class Schedule(abc.ABC):
           ValueError: The path does not have the spacing.
         """
 
+    def nearest(self, t: Real[np.ndarray, " *shape"]) -> Real[np.ndarray, " *shape"]:
+        """Returns the timesteps of the path that are nearest to t, which a solver may evaluate."""
+        return t
+
     def velocity(self, alpha: AnyArray, sigma: AnyArray) -> tuple[AnyArray, AnyArray]:
         """Returns the weights a and b of v = a noise - b z, with a alpha + b sigma = 1.
 
@@ -164,10 +168,13 @@ class DDPM(Schedule):
         elif spacing == "leading":
             t = (np.arange(count) * (NUM_TIMESTEPS // count))[::-1]
         elif spacing == "linspace":
-            t = np.round(np.linspace(0, MAX_TIMESTEP, count))[::-1]
+            t = np.linspace(0, MAX_TIMESTEP, count)[::-1]
         else:
             raise ValueError(f"spacing {spacing!r} is unknown: trailing, leading or linspace")
-        return np.append(t[:steps], self.clean).astype(np.int32)
+        return self.nearest(np.append(t[:steps], self.clean))
+
+    def nearest(self, t: Real[np.ndarray, " *shape"]) -> Int[np.ndarray, " *shape"]:
+        return np.rint(t).astype(np.int32)
 
 
 class ContinuousSchedule(Schedule):

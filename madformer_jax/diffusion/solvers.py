@@ -8,19 +8,19 @@
 | `heun` | 2 | 2 | Heun steps along the velocity v (Karras et al., arXiv 2206.00364, algorithm 1) |
 | `ancestral` | 1 | 1 | samples of q(x_s | x_t, x0), the sampler of DDPM (Ho et al., arXiv 2006.11239) |
 
-`Solver.coefficients` computes one row of weights for each evaluation of the network, in float64.
-`sampler.BlockSteps.step` calls `Solver.step` for every row. The last step of any solver ends at the
-clean latent and has one evaluation.
+`Solver.stages` computes the weights of each evaluation of the network within a step, in float64, and
+`Solver.coefficients` one row of weights for each evaluation of a run. `sampler.BlockSteps.step` calls
+`Solver.step` for every row. The last step of any solver ends at the clean estimate and has one
+evaluation.
 
-To add a solver, write a subclass of `Solver` with its `table` and add a line to `config.choices.SOLVERS`.
+To add a solver, write a subclass of `Solver` with its `stages` and add a line to `config.choices.SOLVERS`.
 Override `step` if the update is not linear in what `SolverState` holds. Costs, budgets and interfaces
-follow from `evaluations_per_step`. `step_levels`, `velocity_steps` and `make_rows` help to write a
-table. `Heun` is an example of a step with two evaluations.
+follow from `evaluations_per_step`. `Heun` is an example of a step with two evaluations.
 """
 
 import abc
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -40,12 +40,12 @@ class Coefficients(NamedTuple):
     """
 
     level: NoiseLevel  # noise level of the evaluation
-    index: Any  # number of the evaluation, from 0
     x_weight: Any
     x0_weight: Any
     previous_x0_weight: Any = None
     previous_x_weight: Any = None
     noise_weight: Any = None  # of stochastic solvers
+    index: Any = None  # number of the evaluation, from 0; None in `Solver.stages`
 
 
 class PaddedCoefficients(NamedTuple):
@@ -74,15 +74,37 @@ class Solver(abc.ABC):
     skip_zero: ClassVar[bool] = False  # see `DDPM.solver_timesteps`
 
     @abc.abstractmethod
+    def stages(self, schedule: Schedule, now: NoiseLevel, after: NoiseLevel) -> Sequence[Coefficients]:
+        """Returns the coefficients of each evaluation within a step, in float64.
+
+        Every array has the shape of `now.t`, (steps - 1,). The last step is not among them.
+
+        Args:
+          schedule: The noise path. `schedule.level(schedule.nearest(t))` is the noise level at a
+            timestep t within a step.
+          now: Noise levels at the start of each step.
+          after: Noise levels at the end of each step. None of them is clean.
+        """
+
     def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        """Returns the coefficients of the evaluations in float64.
+        """Returns the coefficients of all evaluations in float64.
 
         Args:
           schedule: The noise path.
-          t: Step k goes from t[k] to t[k + 1]. The last entry is `schedule.clean`. Timesteps of the
-            DDPM path are integers, so a solver rounds a timestep between two of them and computes its
-            weights from the noise level there (`schedule.level`).
+          t: Step k goes from t[k] to t[k + 1]. The last entry is `schedule.clean`.
         """
+        stages = self.stages(schedule, schedule.level(t[:-2]), schedule.level(t[1:-1]))
+
+        def in_order(values: Sequence[Any], last: float) -> np.ndarray:
+            return np.append(np.stack([np.broadcast_to(x, len(t) - 2) for x in values], axis=1), last)
+
+        weights = {}
+        for name in (name for name in Coefficients._fields if name.endswith("weight")):
+            values = [getattr(stage, name) for stage in stages]
+            if any(x is not None for x in values):
+                weights[name] = in_order([0.0 if x is None else x for x in values], name == "x0_weight")
+        times = in_order([stage.level.t for stage in stages], t[-2])
+        return Coefficients(schedule.level(times), **weights, index=np.arange(len(times), dtype=np.int32))
 
     def coefficients(self, schedule: Schedule, spacing: str, steps: int) -> Coefficients:
         """Returns the coefficients of a number of steps in float32, see `Schedule.solver_timesteps`.
@@ -131,10 +153,9 @@ class Solver(abc.ABC):
 class DDIM(Solver):
     """DDIM: keeps the estimates of z and of the noise, and moves to the next noise level."""
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        now, after = step_levels(schedule, t)
+    def stages(self, schedule: Schedule, now: NoiseLevel, after: NoiseLevel) -> Sequence[Coefficients]:
         x_weight = after.sigma / now.sigma
-        return make_rows(schedule, t[:-1], x_weight, after.alpha - now.alpha * x_weight)
+        return [Coefficients(now, x_weight, after.alpha - now.alpha * x_weight)]
 
 
 class DPMSolverPP2M(Solver):
@@ -142,69 +163,53 @@ class DPMSolverPP2M(Solver):
 
     skip_zero = True
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        now, after = step_levels(schedule, t)
+    def stages(self, schedule: Schedule, now: NoiseLevel, after: NoiseLevel) -> Sequence[Coefficients]:
         x_weight = after.sigma / now.sigma
         x0_weight = after.alpha - now.alpha * x_weight
-        previous_x0_weight = np.zeros(len(x0_weight))
-        # Increase of half the log-SNR (lambda of DPM-Solver) in each step but the last, in which it
-        # goes to infinity.
-        lambda_increase = np.diff(np.log(now.alpha / now.sigma))
-        for k in range(1, len(x0_weight) - 1):
-            correction = x0_weight[k] * lambda_increase[k] / (2 * lambda_increase[k - 1])
-            x0_weight[k] += correction
-            previous_x0_weight[k] = -correction
-        return make_rows(schedule, t[:-1], x_weight, x0_weight, previous_x0_weight=previous_x0_weight)
+        # Increase of half the log-SNR, lambda of DPM-Solver.
+        increase = np.log(after.alpha / after.sigma) - np.log(now.alpha / now.sigma)
+        correction = np.zeros_like(x0_weight)
+        correction[1:] = x0_weight[1:] * increase[1:] / (2 * increase[:-1])
+        return [Coefficients(now, x_weight, x0_weight + correction, previous_x0_weight=-correction)]
 
 
 class Euler(Solver):
     """Euler steps along the velocity v; the last one goes to the clean estimate."""
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        length, x_slope, x0_slope = velocity_steps(schedule, t)
-        x_weight, x0_weight = 1 + length * x_slope[:-1], length * x0_slope[:-1]
-        return make_rows(schedule, t[:-1], np.append(x_weight, 0), np.append(x0_weight, 1))
+    def stages(self, schedule: Schedule, now: NoiseLevel, after: NoiseLevel) -> Sequence[Coefficients]:
+        x, x0 = velocity_weights(now, step_length(schedule, now, after))
+        return [Coefficients(now, 1 + x, x0)]
 
 
 class Heun(Solver):
     """Heun steps along the velocity v: an Euler step, then one with the mean of the two velocities.
 
-    The rows of a step are the Euler step, which starts at the sample x, and the correction, which is
-    evaluated at the end of the Euler step and starts at x again (`previous_x`). The last step goes to
-    the clean estimate.
+    The correction is evaluated at the end of the Euler step and starts at the sample x of the Euler step
+    again (`previous_x`).
     """
 
     evaluations_per_step = 2
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        length, x_slope, x0_slope = velocity_steps(schedule, t)
-        evaluations = self.evaluations(len(t) - 1)
-        weights = np.zeros((4, evaluations))  # of x, x0, previous x0 and previous x
-        weights[:2, :-1:2] = 1 + length * x_slope[:-1], length * x0_slope[:-1]
-        half = length / 2
-        weights[:, 1::2] = half * x_slope[1:], half * x0_slope[1:], half * x0_slope[:-1], 1 + half * x_slope[:-1]
-        weights[1, -1] = 1
-        x_weight, x0_weight, previous_x0_weight, previous_x_weight = weights
-        return make_rows(
-            schedule,
-            t[(np.arange(evaluations) + 1) // 2],
-            x_weight,
-            x0_weight,
-            previous_x0_weight=previous_x0_weight,
-            previous_x_weight=previous_x_weight,
-        )
+    def stages(self, schedule: Schedule, now: NoiseLevel, after: NoiseLevel) -> Sequence[Coefficients]:
+        length = step_length(schedule, now, after)
+        x, x0 = velocity_weights(now, length)
+        half_x, half_x0 = velocity_weights(now, length / 2)
+        end_x, end_x0 = velocity_weights(after, length / 2)
+        return [
+            Coefficients(now, 1 + x, x0),
+            Coefficients(after, end_x, end_x0, previous_x0_weight=half_x0, previous_x_weight=1 + half_x),
+        ]
 
 
 class Ancestral(Solver):
     """Samples x_s from q(x_s | x_t, x0) with the clean estimate x0, for the next timestep s < t."""
 
-    def table(self, schedule: Schedule, t: Real[np.ndarray, " ends"]) -> Coefficients:
-        now, after = step_levels(schedule, t)
+    def stages(self, schedule: Schedule, now: NoiseLevel, after: NoiseLevel) -> Sequence[Coefficients]:
         alpha = now.alpha / after.alpha  # of q(x_t | x_s), whose variance is the next line
         variance = np.maximum(now.sigma**2 - (alpha * after.sigma) ** 2, 0)
         x_weight = alpha * (after.sigma / now.sigma) ** 2
         noise_weight = np.sqrt(variance) * after.sigma / now.sigma
-        return make_rows(schedule, t[:-1], x_weight, after.alpha - now.alpha * x_weight, noise_weight=noise_weight)
+        return [Coefficients(now, x_weight, after.alpha - now.alpha * x_weight, noise_weight=noise_weight)]
 
 
 def make(name: str) -> Solver:
@@ -230,24 +235,11 @@ def pad(coefficients: Coefficients, size: int) -> PaddedCoefficients:
     return PaddedCoefficients(rows, np.int32(count))
 
 
-def step_levels(schedule: Schedule, t: np.ndarray) -> tuple[NoiseLevel, NoiseLevel]:
-    """Returns the noise levels at the start and at the end of each step."""
-    return schedule.level(t[:-1]), schedule.level(t[1:])
+def step_length(schedule: Schedule, start: NoiseLevel, end: NoiseLevel) -> np.ndarray:
+    """Returns the lengths of steps in the time of the velocity v."""
+    return schedule.velocity_time(end.alpha, end.sigma) - schedule.velocity_time(start.alpha, start.sigma)
 
 
-def velocity_steps(schedule: Schedule, t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the lengths of all steps but the last in the time of v, and weights of v = a x + b x0.
-
-    Returns:
-      The lengths (steps - 1,), and a and b at the start of every step, each (steps,).
-    """
-    level = schedule.level(t[:-1])
-    lengths = np.diff(schedule.velocity_time(level.alpha, level.sigma))
-    return lengths, level.v_noise / level.sigma, -1 / level.sigma
-
-
-def make_rows(
-    schedule: Schedule, t: np.ndarray, x_weight: np.ndarray, x0_weight: np.ndarray, **weights: Any
-) -> Coefficients:
-    """Makes the coefficients of evaluations at timesteps t."""
-    return Coefficients(schedule.level(t), np.arange(len(t), dtype=np.int32), x_weight, x0_weight, **weights)
+def velocity_weights(level: NoiseLevel, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the weights of x and of the clean estimate in a step of v, length * v."""
+    return length * (level.v_noise / level.sigma), length * (-1 / level.sigma)

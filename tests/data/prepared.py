@@ -48,9 +48,10 @@ def prepared(config, out):
 def ids(config, out) -> list[int]:
     """Returns the numbers of the images in a prepared folder, in order."""
     source = sources.open_source(prepared(config, out))
-    images, labels, *_ = source.read(np.arange(len(source)))
-    numbers = images["image"][:, 0, 0, 0] + 256 * images["image"][:, 0, 0, 1].astype(int)
-    assert (labels == numbers % 2).all()
+    examples = source.read(np.arange(len(source)))
+    pixels = examples.arrays["image"][:, 0, 0]
+    numbers = pixels[:, 0] + 256 * pixels[:, 1].astype(int)
+    assert (examples.labels == numbers % 2).all()
     return numbers.tolist()
 
 

@@ -3,6 +3,7 @@
 This happens when a process has no share of a shard.
 """
 
+import dataclasses
 import io
 import tarfile
 
@@ -106,7 +107,7 @@ def test_reading_no_records_returns_arrays_of_the_usual_shape(tmp_path, monkeypa
     if kind != "latents":  # evaluation does not read latents
         first = images._hash_records(source, np.arange(1))
         assert images._hash_records(source, np.arange(1)) == first != images._hash_records(source, np.zeros(0, int))
-        relabeled = single._replace(labels=single.labels + 1)
+        relabeled = dataclasses.replace(single, labels=single.labels + 1)
         monkeypatch.setattr(source, "read", lambda indices: relabeled, raising=False)
         assert images._hash_records(source, np.arange(1)) != first
 

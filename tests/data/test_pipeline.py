@@ -185,7 +185,7 @@ def test_lack_of_memory_is_reported_with_the_image(numbered, monkeypatch):
 class Modules(Source):
     """A source whose labels say which modules its process has imported."""
 
-    classes, names, fingerprint = 4, tuple("abcd"), ""
+    names = tuple("abcd")
 
     def __len__(self):
         return 4
@@ -193,7 +193,7 @@ class Modules(Source):
     def read(self, indices):
         loaded = [name in sys.modules for name in ("jax", "jaxlib", "tensorflow", "grain")]
         images = np.broadcast_to(indices[:, None, None, None], (len(indices), 6, 6, 1)).astype(np.uint8)
-        return Examples({"image": images}, np.array(loaded, np.int32)[indices], [""] * len(indices))
+        return Examples({"image": images}, np.array(loaded, np.int32)[indices])
 
     def name(self, index):
         return str(index)

@@ -197,7 +197,7 @@ def test_errors_are_one_line(source, path, split, message):
 class Ramps(source.Source):
     """Images of one shade: what the documentation says that a new source needs."""
 
-    classes, names, fingerprint = 2, ("dark", "bright"), "ramps"
+    names = ("dark", "bright")
     takes_name = True
     attributes = (("shade", ("none", "low", "high")),)
 

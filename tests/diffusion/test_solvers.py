@@ -1,10 +1,6 @@
-import pathlib
-import re
-
 import numpy as np
 import pytest
 
-import madformer_jax.diffusion
 from madformer_jax.config import choices
 from madformer_jax.diffusion import schedule, solvers
 
@@ -180,23 +176,6 @@ def check_marginals(solver, path):
 @pytest.mark.parametrize("path", PATHS.values(), ids=lambda path: type(path).__name__)
 def test_each_ancestral_step_ends_on_the_path_of_a_known_image(path):
     check_marginals(solvers.make("ancestral"), path)
-
-
-def test_the_solver_and_the_path_in_the_docs_work_as_written(tmp_path, monkeypatch):
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
-    (code,) = re.findall(r"```python\n(import math.*?)```", text, re.DOTALL)
-    (diff,) = re.findall(r"```diff\n(.*?)```", text, re.DOTALL)
-    context = [line[1:] for line in diff.splitlines() if line.startswith(" ")]
-    assert all(line in pathlib.Path(choices.__file__).read_text().splitlines() for line in context)
-    assert len(diff.splitlines()) - len(context) == 2 and len(code.splitlines()) < 30
-    (tmp_path / "examples.py").write_text(code)
-    monkeypatch.setattr(madformer_jax.diffusion, "__path__", [*madformer_jax.diffusion.__path__, str(tmp_path)])
-    for names in (choices.NOISE_PATHS, choices.SOLVERS):
-        monkeypatch.setitem(names, *re.findall(r'\+.*"(\w+)".* "(examples:\w+)"', diff)[names is choices.SOLVERS])
-    half_noise, trig = solvers.make("half_noise"), schedule.make("trig")
-    check_marginals(half_noise, trig)
-    x = run(solvers.make("heun"), trig.solver_timesteps("trailing", 40), trig, X_T, gaussian_denoiser)
-    np.testing.assert_allclose(x, gaussian_image(trig, 999), rtol=0.01, atol=0.01)
 
 
 def test_euler_is_ddim_on_the_flow_path_but_not_on_others():

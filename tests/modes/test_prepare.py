@@ -78,12 +78,13 @@ def test_latents_hold_mean_and_logvar_of_every_image(config, out):
     prepare.run(config, out, encoder=ENCODER)
     c = prepared(config, out)
     assert pipeline.dataset_info(c)[:4] == (21, 2, (2, 2, 4), "latents")
-    arrays, labels, *_ = records.Records(out).read(np.arange(21))
+    examples = records.Records(out).read(np.arange(21))
+    arrays = examples.arrays
     assert arrays.keys() == {"mean", "logvar"}
     assert arrays["mean"].dtype == np.float16 and arrays["mean"].shape == (21, 2, 2, 4)
     np.testing.assert_array_equal(arrays["mean"][:, 0, 0, 0], GOOD)
     np.testing.assert_array_equal(arrays["mean"], -arrays["logvar"])
-    assert labels.tolist() == [i % 2 for i in GOOD]
+    assert examples.labels.tolist() == [i % 2 for i in GOOD]
 
 
 def test_every_batch_to_the_encoder_has_one_size(config, out):
@@ -101,11 +102,11 @@ def test_every_batch_to_the_encoder_has_one_size(config, out):
 def test_flipped_copies_follow_their_originals(config, out):
     config.prepare.kind, config.prepare.flip = "latents", True
     prepare.run(config, out, encoder=ENCODER)
-    arrays, labels, *_ = records.Records(out).read(np.arange(42))
-    original, flipped = arrays["mean"][::2], arrays["mean"][1::2]
+    examples = records.Records(out).read(np.arange(42))
+    original, flipped = examples.arrays["mean"][::2], examples.arrays["mean"][1::2]
     np.testing.assert_array_equal(flipped, original[:, :, ::-1])
     assert (original[:, :, 0, 1] < original[:, :, 1, 1]).all()
-    np.testing.assert_array_equal(labels[::2], labels[1::2])
+    np.testing.assert_array_equal(examples.labels[::2], examples.labels[1::2])
 
 
 def test_latents_that_are_not_finite_are_an_error(config, out):

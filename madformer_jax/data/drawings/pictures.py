@@ -253,7 +253,6 @@ class Drawings(Source):
     """The pictures 0 to count - 1, of all splits."""
 
     splits = ("train", "test", "composition")
-    classes = len(STYLES)
     names = STYLES
     attributes = attributes.ATTRIBUTES
 

@@ -6,8 +6,8 @@ visible pairs of blocks are a diagonal and, below it, a triangle that `tiling` c
 attentions. Masked scores are never computed.
 
 `models.transformer` calls `block_attention` in training and `cached_attention` in sampling, and
-`models.unet` calls `attend`. To add an implementation, write a subclass of `Attention` in a file of
-its own and add a line to `config.choices.ATTENTION`.
+`models.unet` calls `attend`. To add an implementation, write a subclass of `Attention`, or of
+`XlaBlocks` for its sampling, in a file of its own. Add a line to `config.choices.ATTENTION`.
 
 Shapes: B images, L blocks, s tokens a block, H heads, h head size, T text tokens.
 """
@@ -22,10 +22,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from madformer_jax.ops.attention.qk_norm_rope import Projectable
+from madformer_jax.ops.attention.qk_norm_rope import Projectable, apply_to_tree
 
 CHECKPOINT_NAME = "attention"  # name of a kernel's output and lse in policies of jax.checkpoint
 Block = Float[Array, "B 1 s H h"]
+Blocks = Float[Array, "B L s H h"]
+Lengths = Int[Array, " B"] | None  # number of text tokens without padding; None for all
 
 
 class KV(NamedTuple):
@@ -79,7 +81,6 @@ class Attention(abc.ABC):
         """Returns the form of this implementation for a device: cpu, gpu or tpu."""
         return self
 
-    @abc.abstractmethod
     def block_attention(
         self,
         streams: Sequence[QKV],
@@ -97,7 +98,7 @@ class Attention(abc.ABC):
           context: Keys and values of the same form. Query block i attends to its blocks j < i. None
             lets each block attend to itself only (`diffusion_attention = block`).
           text: Keys and values, each `(B, T, H, h)`, to which every query attends, or None.
-          lengths: Number of text tokens without padding. None for all T.
+          lengths: Number of text tokens without padding of each image. None for all T.
           images: Images in a row (`images_per_row`): arrays are then
             `(B / images, images * L, s, H, h)` and `(B / images, images * T, H, h)`. It is 1 unless
             the class overrides `images_per_row`.
@@ -105,6 +106,15 @@ class Attention(abc.ABC):
         Returns:
           The output of each stream, shaped like its values.
         """
+        streams, context = apply_to_tree((streams, context))
+        return [self.stream_attention(stream, context, text, lengths) for stream in streams]
+
+    def stream_attention(self, stream: QKV, context: KV | None, text: KV | None, lengths: Lengths) -> Blocks:
+        """Computes `block_attention` of one stream, after QK-norm and RoPE, with one image in a row.
+
+        A class needs this method unless it overrides `block_attention`.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def cached_attention(
@@ -216,6 +226,11 @@ def key_mask(lengths: Int[Array, " B"], text_tokens: int, image_tokens: int) -> 
     """
     text = jnp.arange(text_tokens) < lengths[:, None]
     return jnp.pad(text, ((0, 0), (0, image_tokens)), constant_values=True)
+
+
+def flatten_blocks(x: Blocks) -> Float[Array, "B tokens H h"]:
+    """Joins the tokens of all blocks."""
+    return x.reshape(len(x), -1, *x.shape[3:])
 
 
 def require_query(stream: QKV) -> tuple[Projectable, Projectable, Array]:

@@ -21,7 +21,16 @@ from absl import logging
 from jax import Array
 from jaxtyping import Float, Int, PyTree
 
-from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, checkpoint_residual, require_query, select_layer
+from madformer_jax.ops.attention.base import (
+    KV,
+    QKV,
+    Attention,
+    Block,
+    checkpoint_residual,
+    flatten_blocks,
+    require_query,
+    select_layer,
+)
 from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 
@@ -319,7 +328,7 @@ def cached_attention(
     diagonal = flash_attention(q, k, v, kv_lengths)
     if context is None or (isinstance(block, int) and block == 0):
         return diagonal[0]
-    k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in context)
+    k, v = map(flatten_blocks, context)
     filled = jnp.full(q.shape[0], jnp.maximum(block, 1) * q.shape[1], jnp.int32)
     out, lse = flash_attention(q, k, v, filled)
     return merge_partials([diagonal, (out, jnp.where(jnp.asarray(block) > 0, lse, -jnp.inf))])[0]

@@ -1,59 +1,28 @@
-"""Skip-causal attention with a dense mask over all keys, to test the other implementations.
-
-It computes (L s)^2 scores. In sampling it is `XlaBlocks`. Shapes use the letters of
-`attention.base`.
-"""
-
-from collections.abc import Sequence
+"""Skip-causal attention with a dense mask over all keys, (L s)^2 scores, to test the other implementations."""
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
 
-from madformer_jax.ops.attention.base import KV, QKV, key_mask, require_query
-from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
+from madformer_jax.ops.attention.base import KV, QKV, Blocks, Lengths, flatten_blocks, require_query
 from madformer_jax.ops.attention.xla_blocks import XlaBlocks
 
 
 class DenseMask(XlaBlocks):
-    """Attention with a dense mask."""
+    """Attention with a dense mask. In sampling it is `XlaBlocks`."""
 
     name = "reference"
 
-    def block_attention(
-        self,
-        streams: Sequence[QKV],
-        context: KV | None,
-        text: KV | None,
-        lengths: Int[Array, " images"] | None = None,
-        *,
-        images: int = 1,
-    ) -> list[Float[Array, "B _ s H h"]]:
-        streams, context = apply_to_tree((streams, context))
-        outputs = []
-        for stream in streams:
-            q, k, v = require_query(stream)
-            batch, blocks, tokens = q.shape[:3]
-            i = jnp.repeat(jnp.arange(blocks), tokens)
-            keys, values, masks = (
-                [k.reshape(batch, -1, *k.shape[3:])],
-                [v.reshape(batch, -1, *v.shape[3:])],
-                [i[:, None] == i[None, :]],
-            )
-            if context is not None:
-                j = jnp.repeat(jnp.arange(context.k.shape[1]), tokens)
-                keys.append(context.k.reshape(batch, -1, *k.shape[3:]))
-                values.append(context.v.reshape(batch, -1, *v.shape[3:]))
-                masks.append(i[:, None] > j[None, :])
-            if text is not None:
-                keys.insert(0, text.k)
-                values.insert(0, text.v)
-                masks.insert(0, jnp.ones((len(i), text.k.shape[1]), bool))
-            k, v, mask = (jnp.concatenate(x, axis=1) for x in (keys, values, masks))
-            mask = mask[None]
-            if text is not None and lengths is not None:
-                mask = mask & key_mask(lengths, text.k.shape[1], k.shape[1] - text.k.shape[1])[:, None]
-            out = jax.nn.dot_product_attention(q.reshape(batch, -1, *q.shape[3:]), k, v, mask=mask[:, None])
-            outputs.append(out.reshape(q.shape))
-        return outputs
+    def stream_attention(self, stream: QKV, context: KV | None, text: KV | None, lengths: Lengths) -> Blocks:
+        q, k, v = map(flatten_blocks, require_query(stream))
+        block = jnp.arange(q.shape[1]) // stream.v.shape[2]  # of each query
+        sources = [(KV(k, v), block[:, None] == block)]
+        if context is not None:
+            context = KV(*map(flatten_blocks, context))
+            sources.append((context, block[:, None] > jnp.arange(context.k.shape[1]) // stream.v.shape[2]))
+        if text is not None:
+            visible = jnp.arange(text.k.shape[1]) < (text.k.shape[1] if lengths is None else lengths[:, None])
+            sources.insert(0, (text, jnp.atleast_2d(visible)[:, None]))
+        kvs, masks = zip(*sources, strict=True)
+        k, v = (jnp.concatenate(x, axis=1) for x in zip(*kvs, strict=True))
+        mask = jnp.concatenate([jnp.broadcast_to(x, (len(q), q.shape[1], x.shape[-1])) for x in masks], axis=2)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]).reshape(stream.v.shape)

@@ -20,12 +20,13 @@ from madformer_jax.ops.attention.base import (
     QKV,
     Attention,
     Block,
+    Blocks,
+    Lengths,
     column_attention,
     key_mask,
     require_query,
     select_layer,
 )
-from madformer_jax.ops.attention.qk_norm_rope import apply_to_tree
 from madformer_jax.ops.attention.tiling import tiling
 
 
@@ -35,17 +36,27 @@ class XlaBlocks(Attention):
     name = "blocks"
     cache_token_axes = 3, 4
 
-    def block_attention(
-        self,
-        streams: Sequence[QKV],
-        context: KV | None,
-        text: KV | None,
-        lengths: Int[Array, " images"] | None = None,
-        *,
-        images: int = 1,
-    ) -> list[Float[Array, "B _ s H h"]]:
-        streams, context = apply_to_tree((streams, context))
-        return [_tiled_attention(stream, context, text, lengths) for stream in streams]
+    def stream_attention(self, stream: QKV, context: KV | None, text: KV | None, lengths: Lengths) -> Blocks:
+        q, k, v = require_query(stream)
+        batch, blocks, _, heads, size = q.shape
+
+        def heads_first(x: Float[Array, "B n s H h"]) -> Float[Array, "B H n s h"]:
+            return x.transpose(0, 3, 1, 2, 4)
+
+        q, k, v = heads_first(q * size**-0.5), heads_first(k), heads_first(v)
+        diagonal, mask = KV(k, v), None
+        if text is not None:
+            shape = (batch, heads, blocks, text.k.shape[1], size)
+            repeated = (jnp.broadcast_to(x.swapaxes(1, 2)[:, :, None], shape) for x in text)
+            if lengths is not None:
+                mask = key_mask(lengths, text.k.shape[1], k.shape[3])[:, None, None, None]
+            diagonal = KV(*(jnp.concatenate(x, axis=3) for x in zip(repeated, diagonal, strict=True)))
+        result = partial_attention(q, *diagonal, mask)
+        if context is not None and blocks > 1:
+            missing = (1 << (blocks - 1).bit_length()) - context.k.shape[1]  # the tiles take keys from whole pairs
+            padding = ((0, 0), (0, 0), (0, max(0, missing)), (0, 0), (0, 0))
+            result = _add_context_attention(result, q, KV(*(jnp.pad(heads_first(x), padding) for x in context)))
+        return _normalize(result, v.dtype).transpose(0, 2, 3, 1, 4)
 
     def cached_attention(
         self,
@@ -132,32 +143,6 @@ def _merge_partials(a: PartialAttention, b: PartialAttention) -> PartialAttentio
 
 def _normalize(x: PartialAttention, dtype: DTypeLike) -> Float[Array, "..."]:
     return (x.out / x.denominator[..., None]).astype(dtype)
-
-
-def _tiled_attention(
-    stream: QKV, context: KV | None, text: KV | None, lengths: Int[Array, " B"] | None
-) -> Float[Array, "B L s H h"]:
-    """Computes attention of one stream."""
-    q, k, v = require_query(stream)
-    batch, blocks, _, heads, size = q.shape
-
-    def heads_first(x: Float[Array, "B n s H h"]) -> Float[Array, "B H n s h"]:
-        return x.transpose(0, 3, 1, 2, 4)
-
-    q, k, v = heads_first(q * size**-0.5), heads_first(k), heads_first(v)
-    diagonal, mask = KV(k, v), None
-    if text is not None:
-        shape = (batch, heads, blocks, text.k.shape[1], size)
-        repeated = (jnp.broadcast_to(x.swapaxes(1, 2)[:, :, None], shape) for x in text)
-        if lengths is not None:
-            mask = key_mask(lengths, text.k.shape[1], k.shape[3])[:, None, None, None]
-        diagonal = KV(*(jnp.concatenate(x, axis=3) for x in zip(repeated, diagonal, strict=True)))
-    result = partial_attention(q, *diagonal, mask)
-    if context is not None and blocks > 1:
-        missing = (1 << (blocks - 1).bit_length()) - context.k.shape[1]  # the tiles take keys from whole pairs
-        padding = ((0, 0), (0, 0), (0, max(0, missing)), (0, 0), (0, 0))
-        result = _add_context_attention(result, q, KV(*(jnp.pad(heads_first(x), padding) for x in context)))
-    return _normalize(result, v.dtype).transpose(0, 2, 3, 1, 4)
 
 
 def _add_context_attention(result: PartialAttention, q: Float[Array, "B H L s h"], context: KV) -> PartialAttention:
