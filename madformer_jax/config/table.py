@@ -251,9 +251,11 @@ SECTIONS: dict[str, Section] = {
         elastic_depths=Field((1, 2, 4), "values of D that `elastic_depth` draws from, each as often"),
         context_noise=Field(0, "largest timestep of the noise on clean blocks; 0: no noise", low=0, high=999),
         own_context=Field(
-            0.0, "share of examples whose clean blocks are one-step estimates of the averaged model; 0: off", low=0, high=1),
+            0.0, "share of examples whose clean blocks are estimates of the averaged model; 0: off", low=0, high=1),
         own_context_timestep=Field(
             500, "largest timestep of the noise from which `own_context` estimates a block", low=0, high=999),
+        own_context_steps=Field(
+            1, "solver steps of these estimates; 1: one denoising step; more: a rollout (docs/training.md)", low=1, high=1000),
         label_dropout=Field(0.1, "share of labels or captions that are dropped, for guidance", low=0, high=1),
         log_to=Field(
             "tensorboard", 'where metrics go beside metrics.jsonl: tensorboard, trackio, wandb; "": nowhere else', MACHINE),

@@ -105,6 +105,7 @@ def check(c: ConfigDict) -> None:
             f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model needs "
             "the timestep of its context."
         )
+    _check_own_context(c)
     if c.sample.context_noise > c.train.context_noise:
         raise ConfigError(
             f"config.sample.context_noise={c.sample.context_noise} is more than the model has trained with: use at most "
@@ -143,6 +144,25 @@ def check(c: ConfigDict) -> None:
     _check_sampling(c)
     block_orders.check(c)
     _check_codec(c)
+
+
+def _check_own_context(c: ConfigDict) -> None:
+    """Checks that rollouts of `train.own_context` happen, and that the model can make them.
+
+    Raises:
+      ConfigError: A setting is wrong.
+    """
+    steps, m = c.train.own_context_steps, c.model
+    if steps > 1 and not c.train.own_context:
+        raise ConfigError(
+            f"config.train.own_context_steps={steps} has no effect with config.train.own_context=0: set own_context to a share "
+            "of the examples, e.g. 0.5."
+        )
+    if steps > 1 and not m.clean_stream and m.diffusion_attention != "block":
+        raise ConfigError(
+            f"config.train.own_context_steps={steps} needs config.model.clean_stream=True: without it the diffusion layers read "
+            "earlier noisy blocks, and a rollout has no true blocks for them. Use config.train.own_context_steps=1."
+        )
 
 
 def _check_codec(c: ConfigDict) -> None:

@@ -248,12 +248,24 @@ def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, f
     return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first
 
 
+def own_context(c: ConfigDict) -> Cost:
+    """Returns the cost of the estimates of `train.own_context` for one image.
+
+    The AR layers run once. The diffusion layers on all streams, and the U-Net on the noisy blocks, run at
+    each of `train.own_context_steps`.
+    """
+    plan, more_steps = training_plan(("image",), ablation_switches(c)), c.train.own_context_steps - 1
+    diffusion = _stage_cost(c, "diffusion_layers", plan.diffusion_inputs, plan.diffusion_outputs, plan.clean_blocks)
+    unet = Cost(unet=c.model.blocks * (_downsampler(c)[0] + _upsampler(c)[0]))
+    return forward_pass(c, ("image",)) + (diffusion + unet) * more_steps
+
+
 def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     """Returns the cost of one optimizer step of `train.batch` images.
 
     The backward pass costs twice the forward pass, less the gradients of the data. `train.own_context`
-    adds a forward pass without a backward pass, whatever the share. With
-    `train.elastic_depth` it is the mean over the depths that steps draw.
+    adds its estimates (`own_context`), whatever the share. With `train.elastic_depth` the cost is the
+    mean over the depths that steps draw.
 
     Args:
       c: The config.
@@ -266,7 +278,7 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     cost, first = _forward_cost(c, None)
     cost = cost * 3 + Cost(unet=-first)
     if c.train.own_context:
-        cost += forward_pass(c, ("image",))
+        cost += own_context(c)
     if encode and c.codec.name == "vae":
         cost += Cost(vae=vae_encode(c.data.image_size, _vae(c)))
     return cost * c.train.batch

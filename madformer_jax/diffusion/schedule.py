@@ -92,6 +92,21 @@ class Schedule(abc.ABC):
         """Returns the timesteps of the path that are nearest to t, which a solver may evaluate."""
         return t
 
+    @abc.abstractmethod
+    def timesteps_to_clean(self, start: Real[Array, " *shape"], steps: int) -> Real[Array, " ends *shape"]:
+        """Returns the timesteps of solver steps that begin at any timestep.
+
+        From timestep 999 they are those of `solver_timesteps("trailing", steps)`.
+
+        Args:
+          start: The first timestep of each block, from 0 to 999.
+          steps: Number of solver steps.
+
+        Returns:
+          Timesteps of which step k goes from entry k to entry k + 1, `(steps + 1, *shape)`. The last entry
+          is `clean`.
+        """
+
     def velocity(self, alpha: AnyArray, sigma: AnyArray) -> tuple[AnyArray, AnyArray]:
         """Returns the weights a and b of v = a noise - b z, with a alpha + b sigma = 1.
 
@@ -116,6 +131,11 @@ class Schedule(abc.ABC):
         """Returns alpha z + sigma noise, a sample of q(z_t | z), with a timestep for each block."""
         level = self.level(t[..., None, None])
         return level.alpha * z + level.sigma * noise
+
+
+def _countdown(steps: int, ndim: int) -> Int[Array, "ends ..."]:
+    """Returns steps, ..., 1, 0 along the first of 1 + ndim axes."""
+    return jnp.arange(steps, -1, -1).reshape(-1, *(1,) * ndim)
 
 
 def numpy_of(x: Any) -> ModuleType:
@@ -176,6 +196,12 @@ class DDPM(Schedule):
     def nearest(self, t: Real[np.ndarray, " *shape"]) -> Int[np.ndarray, " *shape"]:
         return np.rint(t).astype(np.int32)
 
+    def timesteps_to_clean(self, start: Int[Array, " *shape"], steps: int) -> Int[Array, " ends *shape"]:
+        """Returns rounded timesteps. Only the last one is `clean`, so a timestep repeats if there are too few."""
+        remaining = _countdown(steps, start.ndim)
+        distance = jnp.round((start - self.clean) * remaining / steps).astype(self.dtype)
+        return self.clean + jnp.maximum(distance, jnp.minimum(remaining, 1))
+
 
 class ContinuousSchedule(Schedule):
     """A path in continuous time u = (t + 0.5) / 1000, from 0 (the clean latent) to 1 (noise).
@@ -209,6 +235,12 @@ class ContinuousSchedule(Schedule):
             raise ValueError(f"a continuous path has no spacing {spacing!r}: use trailing")
         u = self._shifted(np.arange(steps, -1, -1) / steps)
         return self.clean + (MAX_TIMESTEP - self.clean) * u
+
+    def timesteps_to_clean(self, start: Float[Array, " *shape"], steps: int) -> Float[Array, " ends *shape"]:
+        length = MAX_TIMESTEP - self.clean
+        u = (start - self.clean) / length
+        u = u / (self.shift - (self.shift - 1) * u)  # inverts the shift
+        return self.clean + length * self._shifted(u * _countdown(steps, start.ndim) / steps)
 
     def _shifted(self, u: Any) -> Any:
         return self.shift * u / (1 + (self.shift - 1) * u)

@@ -201,9 +201,26 @@ def text_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
-def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> dict[str, score_summary.Score]:
-    """Returns the scores of a run: those of its one checkpoint, or means over several checkpoints with their ranges."""
-    if len(results) == 1:
-        return dict(results[0]["scores"])
-    values = {name: [result["scores"][name]["value"] for result in results] for name in results[0]["scores"]}
-    return {name: {"value": float(np.mean(x)), "low": min(x), "high": max(x)} for name, x in values.items()}
+def run_entries(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the entries of a run's result.json: `held_out`, and `held_out_blocks` if there are scores by block.
+
+    The scores are those of one checkpoint, or means over several with their ranges.
+    """
+    entries = {"held_out": _mean_over_checkpoints([result["scores"] for result in results])}
+    if "blocks" in results[0]:
+        entries["held_out_blocks"] = _mean_over_checkpoints([result["blocks"] for result in results])
+    return entries
+
+
+def _mean_over_checkpoints(trees: Sequence[Any]) -> Any:
+    """Returns a tree of scores, or the means of several. Other leaves are the numbers of blocks."""
+
+    def mean(*leaves: Any) -> Any:
+        if not isinstance(leaves[0], dict):
+            return leaves[0]
+        values = [leaf["value"] for leaf in leaves]
+        return {"value": float(np.mean(values)), "low": min(values), "high": max(values)}
+
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(mean, *trees, is_leaf=lambda x: isinstance(x, dict) and "value" in x)

@@ -198,7 +198,7 @@ def _do_run(job: Job, run: Run) -> bool:
         return True
     lines = [json.loads(line) for line in (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()]
     storage.write_json(os.path.join(folder, "seconds.json"), run_result.phase_seconds(lines, evaluations))
-    result = run_result.run_result(job, run, lines, evaluations, rows) | ({"held_out": held_out} if held_out else {})
+    result = run_result.run_result(job, run, lines, evaluations, rows) | held_out
     storage.write_json(os.path.join(folder, "result.json"), result)
     _remove_checkpoints(run.config, folder)
     return True
@@ -273,7 +273,7 @@ def _evaluate(job: Job, run: Run, base: ConfigDict) -> tuple[list[dict[str, Any]
         outcome = evaluate.run(c, folder)
         results = outcome["results"]
         if "held_out" in outcome:
-            held_out = held_out_scores.mean_over_checkpoints(outcome["held_out"])
+            held_out = held_out_scores.run_entries(outcome["held_out"])
         means = score_summary.mean_over_checkpoints(results) or results
         by_settings |= zip(((i, n) for n in steps), means, strict=True)
     return [by_settings[key] for key in keys], held_out

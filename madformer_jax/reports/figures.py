@@ -62,6 +62,7 @@ class Series(NamedTuple):
     label: str
     x: tuple[float, ...]
     y: tuple[Estimate, ...]
+    dashed: bool = False
 
 
 # ---- the panels of a protocol group
@@ -82,7 +83,7 @@ def cost_curves(group: ProtocolGroup, score: str, cost: str, axis: Axis | None =
     """
     panels = []
     unit, label = (1e9, "GFLOPs") if cost == "flops" else (1.0, COSTS[cost])
-    for suffix, title, settings in _panel_groups(group, axis):
+    for suffix, title, settings in panel_groups(group, axis):
         lines = []
         for name, setting in settings:
             points: dict[float, dict[int, Point]] = {}
@@ -98,7 +99,7 @@ def cost_curves(group: ProtocolGroup, score: str, cost: str, axis: Axis | None =
             axes.set_xscale("log")
             set_x_ticks(axes, sorted({x for line in lines for x in line.x}), cost == "solver_steps")
             axes.set_xlabel(f"{label} per image")
-            plot_series(axes, lines, _series_colors(lines, axis), joined=True)
+            plot_series(axes, lines, series_colors(lines, axis), joined=True)
 
         if any(len(line.x) > 1 for line in lines):
             heading = f"{score_heading(score)}{title}{data_suffix(group)}"
@@ -121,7 +122,7 @@ def axis_plots(group: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
     has its own panel.
     """
     panels = []
-    for (suffix, title, settings), budgets in itertools.product(_panel_groups(group, axis), group.budgets_by_kind):
+    for (suffix, title, settings), budgets in itertools.product(panel_groups(group, axis), group.budgets_by_kind):
         lines = []
         for budget in budgets:
             means = {}
@@ -187,7 +188,7 @@ def heat_map(group: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget
     return make_panel(file_name(group, score, "heat", f"{budget.kind}-{budget.amount:g}"), alt, heading, draw)
 
 
-def _panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
+def panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
     """Splits the settings into panels, one for each combination of values of the other axes.
 
     Yields:
@@ -210,23 +211,39 @@ def _panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str
 # ---- drawing
 
 
-def plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, joined: bool) -> None:
+def plot_series(
+    axes: Axes,
+    lines: Sequence[Series],
+    colors: Sequence[Any],
+    *,
+    joined: bool,
+    linear: bool = False,
+    spread: float = 0.012,
+) -> None:
     """Draws the value of every seed, the means and their intervals.
 
-    Lines are shifted sideways a little, so that their intervals do not hide each other.
+    Args:
+      axes: The axes.
+      lines: The lines.
+      colors: The color of each line.
+      joined: Whether lines join the means.
+      linear: Whether the y axis is linear. By default it may be logarithmic.
+      spread: Sideways distance of two lines, so that their intervals do not hide each other, as a share of
+        the width.
     """
-    _set_y_scale(axes, [v for line in lines for y in line.y for v in y.values])
+    _set_y_scale(axes, [v for line in lines for y in line.y for v in y.values], linear)
     log = axes.get_xscale() == "log"
     xs = [x for line in lines for x in line.x]
     width = math.log(max(xs) / min(xs)) if log else max(xs) - min(xs)
     ends = []
     for i, (line, color) in enumerate(zip(lines, colors)):
-        shift = 0.012 * width * (i - (len(lines) - 1) / 2)
+        shift = spread * width * (i - (len(lines) - 1) / 2)
         x = [at * math.exp(shift) if log else at + shift for at in line.x]
         mean = [y.mean for y in line.y]
         axes.plot(
-            x, mean, color=color, linewidth=1.4 if joined else 0, marker="" if joined else "_", markersize=11, zorder=2
-        )
+            x, mean, color=color, linewidth=1.4 if joined else 0, linestyle="--" if line.dashed else "-",
+            marker="" if joined else "_", markersize=11, zorder=2,
+        )  # fmt: skip
         for at, y in zip(x, line.y):
             if y.low is not None and y.high is not None:
                 axes.plot([at, at], [y.low, y.high], color=color, linewidth=0.9, zorder=3)
@@ -234,8 +251,9 @@ def plot_series(axes: Axes, lines: Sequence[Series], colors: Sequence[Any], *, j
                 [at] * len(y.values), y.values, linestyle="", marker=_MARKERS[i % 7], markersize=4, markerfacecolor=color,
                 markeredgewidth=0, zorder=4,
             )  # fmt: skip
-        ends.append((line.label, x[-1], mean[-1], color))
-    if any(label for label, *_ in ends):
+        if line.label:
+            ends.append((line.label, x[-1], mean[-1], color))
+    if ends:
         _label_line_ends(axes, ends)
 
 
@@ -260,13 +278,13 @@ def _label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) 
         )  # fmt: skip
 
 
-def _set_y_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Chooses a logarithmic scale if the values span more than a factor of 8.
+def _set_y_scale(axes: Axes, values: Sequence[float], linear: bool) -> None:
+    """Chooses a logarithmic scale if the values span more than a factor of 8, unless `linear`.
 
     The limits then hold all points; an interval may extend below the panel.
     """
     low, high = min(values), max(values)
-    if low > 0 and high > 8 * low:
+    if not linear and low > 0 and high > 8 * low:
         axes.set_yscale("log")
         axes.set_ylim(low / 1.4, high * 1.4)
         axes.yaxis.set_major_locator(FixedLocator(_round_ticks(low / 1.4, high * 1.4)))
@@ -297,7 +315,7 @@ def is_ordered(axis: Axis) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in axis.values)
 
 
-def _series_colors(lines: Sequence[Series], axis: Axis | None) -> Sequence[Any]:
+def series_colors(lines: Sequence[Series], axis: Axis | None) -> Sequence[Any]:
     if axis is not None and is_ordered(axis):
         return sequential_colors(len(lines))
     return [CATEGORY_COLORS[i % len(CATEGORY_COLORS)] for i in range(len(lines))]

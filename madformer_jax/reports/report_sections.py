@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from madformer_jax.config import fields
 from madformer_jax.reports import answers as answers_lib
-from madformer_jax.reports import comparisons, difference_figures, figures, sample_strips, tables
+from madformer_jax.reports import block_scores, comparisons, difference_figures, figures, sample_strips, tables
 from madformer_jax.reports.figures import Panel
 from madformer_jax.reports.formatting import Table, table_to_markdown
 from madformer_jax.reports.results import COSTS, Budget, ProtocolGroup, Results, protocol_hash
@@ -152,12 +152,17 @@ def _main_sections(results: Results, group: ProtocolGroup) -> Iterable[Section]:
     if crossed := [table for score in endpoints for table in tables.crossing_tables(group, score)]:
         yield Section(_section_title(group, "Order by budget"), tuple(crossed), True)
     yield Section(_section_title(group, "Scores"), tuple(tables.axis_tables(results, group)))
+    if panels := block_scores.panels(results, group):
+        figure = Figures("", tuple(panels), block_scores.CAPTION)
+        yield Section(_section_title(group, "Block by block"), (figure,))
 
 
 def _detail_sections(results: Results, group: ProtocolGroup) -> Iterable[Section]:
     for i, score in enumerate(group.scores):
         costs = list(COSTS) if i < _EXPANDED_SCORES else ["solver_steps"]
         yield Section(_section_title(group, score), tuple(_score_section(results, group, score, costs)), True)
+    if table := block_scores.table(results, group):
+        yield Section(_section_title(group, "Scores by block"), (table,), True)
     if strips := sample_strips.load_strips(results, group):
         yield Section(_section_title(group, "Samples"), tuple(Samples(budget, tuple(rows)) for budget, rows in strips))
     yield Section(

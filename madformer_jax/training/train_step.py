@@ -161,7 +161,7 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
             lengths = None if lengths is None else _caption_lengths(lengths, drop)
         own = None
         if averages is not None:
-            own = OwnContext(averages, c.train.own_context, c.train.own_context_timestep)
+            own = OwnContext(averages, c.train.own_context, c.train.own_context_timestep, c.train.own_context_steps)
         return losses.training_loss(
             s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens, path, own
         )

@@ -147,6 +147,18 @@ def test_blocks_sampled_given_the_sample_are_the_sample(small):
     assert np.abs(other[:, :-1] - own[:, :-1]).max() > 0.01
 
 
+def test_a_run_of_several_checkpoints_has_means_with_ranges():
+    results = [
+        {"scores": {"bits": {"value": x, "n": 9}}, "blocks": [{"block": 1, "loss": {"own": {"value": 2 * x}}}]}
+        for x in (1.0, 4.0)
+    ]
+    assert held_out_scores.run_entries(results) == {
+        "held_out": {"bits": {"value": 2.5, "low": 1.0, "high": 4.0}},
+        "held_out_blocks": [{"block": 1, "loss": {"own": {"value": 5.0, "low": 2.0, "high": 8.0}}}],
+    }
+    assert held_out_scores.run_entries([{"scores": results[0]["scores"]}]) == {"held_out": results[0]["scores"]}
+
+
 def test_another_image_has_the_same_label():
     labels = np.array([0, 1, 0, 2, 1, 0])
     other = by_block.other_of_label(labels)

@@ -53,9 +53,10 @@ def test_cached_sampling_at_another_depth_equals_full_recomputation(depth):
 
 
 def test_the_loss_of_a_drawn_depth_is_that_of_a_model_with_this_depth():
-    """With own context, whose averages have the stored split too."""
+    """With rollouts as own context, whose averages have the stored split too."""
     c = small_config(depth=3, **ONE_STAGE)
-    c.train.elastic_depth, c.train.elastic_depths, c.train.own_context = True, (1, 2), 1.0
+    c.train.elastic_depth, c.train.elastic_depths = True, (1, 2)
+    c.train.own_context, c.train.own_context_steps = 1.0, 2
     fixed = elastic_depth.with_depth(c, 1)
     setups = train_step.make_setup(c), train_step.make_setup(fixed)
     params = random_params(setups[0].model)

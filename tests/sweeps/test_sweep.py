@@ -39,6 +39,10 @@ class Stage:
     def __init__(self, monkeypatch):
         self.trained, self.evaluated, self.on_the_way = [], [], lambda what: None
         self.end = {}
+        self.held_out = {
+            "scores": {"bits_per_dimension": {"value": 3.0}},
+            "blocks": [{"block": 1, "bits": {"value": 3.0}}],
+        }
         monkeypatch.setattr(mode.train, "run", self.train)
         monkeypatch.setattr(mode.evaluate, "run", self.evaluate)
         monkeypatch.setattr(mode.reference, "run", self.reference)
@@ -73,7 +77,7 @@ class Stage:
                 {"scores": scores, "cost": {"solver_steps": n} | cost, "protocol": {"images": {"steps": n}}}
                 for n in steps
             ]
-        } | ({"held_out": [{"scores": {"bits_per_dimension": {"value": 3.0}}}]} if c.evaluate.held_out_n else {})
+        } | ({"held_out": [self.held_out]} if c.evaluate.held_out_n else {})
 
     def reference(self, c, folder):
         self.on_the_way("reference")
@@ -291,7 +295,8 @@ def test_scores_on_held_out_images_are_part_of_the_result(c, stage, tmp_path):
     c.evaluate.held_out_n = 10
     mode.run(c, str(tmp_path), file=File(TWO))
     for content in results(tmp_path).values():
-        assert json.loads(content)["held_out"] == {"bits_per_dimension": {"value": 3.0}}
+        assert json.loads(content)["held_out"] == stage.held_out["scores"]
+        assert json.loads(content)["held_out_blocks"] == stage.held_out["blocks"]
 
 
 def test_a_held_out_loss_is_part_of_the_result():

@@ -1,0 +1,105 @@
+"""The training forward in two parts, to run several solver steps on all blocks at once.
+
+`MADFormer.__call__` runs the AR layers and the diffusion layers in one pass, as a training step needs
+them. Here the AR layers run once (`condition_blocks`) and the diffusion layers at every solver step
+(`denoise_blocks`), as in sampling. Each block still reads the clean blocks before it, which are arguments
+and not samples. `diffusion.own_context` calls both methods through `model.apply`. The numbers are those of
+`MADFormer.__call__`, with the same parameters. Shapes use the letters of the legend in `models.madformer`.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int, Num
+
+from madformer_jax.models.block_order import Order
+from madformer_jax.models.madformer import MADFormer
+from madformer_jax.models.plan import TrainingPlan, training_plan
+from madformer_jax.models.transformer import Streams
+from madformer_jax.models.unet_context import neighbor_context
+from madformer_jax.ops.rope import RotaryTable
+
+
+class BlockConditions(NamedTuple):
+    """Everything that the diffusion layers read beside the noisy blocks."""
+
+    streams: Streams  # text and clean streams, and as `pred` the conditions, (B, L, s, d); None if absent
+    neighbors: Float[Array, "B L positions _"] | None  # adjacent values in finished blocks (`unet_context`)
+    lengths: Int[Array, " B"] | None  # number of tokens of each text
+
+
+class ParallelDenoiser(MADFormer):
+    """`MADFormer` with separate methods for its AR layers and its diffusion layers, on all blocks."""
+
+    def condition_blocks(
+        self,
+        z: Float[Array, "B L positions C"],
+        clean_t: Num[Array, "B L"],
+        tokens: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        order: Order | None = None,
+    ) -> BlockConditions:
+        """Embeds the clean blocks and runs the AR layers.
+
+        Args:
+          z: Clean latent blocks, in the order of generation.
+          clean_t: Timestep of each clean block.
+          tokens: Text tokens of a conditional model.
+          lengths: Number of tokens of each text. By default all T tokens are text.
+          order: Place of each block, (L,) or (B, L). By default `config.default_order`.
+        """
+        config, plan = self.config, self._image_plan
+        order = config.default_order if order is None else order
+        neighbors = neighbor_context(z, order, config.sizes) if config.unet_context else None
+        clean = None
+        if "clean" in plan.downsampled:
+            clean = self._add_places(self._downsample(z, clean_t, neighbors)[0], order)
+        streams = Streams(
+            text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
+            clean=clean[:, : plan.clean_blocks] if clean is not None and "clean" in plan.ar_inputs else None,
+        )
+        if "pred" in plan.ar_inputs:
+            previous = [] if clean is None else [clean[:, :-1]]
+            pred = jnp.concatenate([self._boi_tokens(len(z)), *previous], axis=1)
+            streams = streams._replace(pred=self._add_places(pred, order))
+        if plan.ar_inputs:
+            streams = self.ar_layers(streams, self._positions(order), plan.ar_outputs, lengths)
+        return BlockConditions(streams, neighbors, lengths)
+
+    def denoise_blocks(
+        self,
+        conditions: BlockConditions,
+        noisy: Float[Array, "B L positions C"],
+        t: Num[Array, "B L"],
+        order: Order | None = None,
+    ) -> Float[Array, "B L positions C"]:
+        """Predicts eps, v or x0 of all noisy blocks; runs the diffusion layers on all streams.
+
+        Args:
+          conditions: Result of `condition_blocks`.
+          noisy: Noisy latent blocks.
+          t: Timestep of each noisy block.
+          order: The order of `condition_blocks`.
+        """
+        plan = self._image_plan
+        order = self.config.default_order if order is None else order
+        x, skips = self._downsample(noisy, t, conditions.neighbors)
+        x = self._add_places(x, order)
+        pred = x if conditions.streams.pred is None else conditions.streams.pred + x
+        streams = conditions.streams._replace(pred=pred).select(plan.diffusion_inputs)
+        pred = self.diffusion_layers(
+            streams, self._positions(order), plan.diffusion_outputs, conditions.lengths
+        ).as_dict["pred"]
+        return self._upsample(pred, t, skips)
+
+    @property
+    def _image_plan(self) -> TrainingPlan:
+        return training_plan(("image",), self.config.ablation_switches)
+
+    def _positions(self, order: Order | None) -> dict[str, RotaryTable]:
+        """Returns the rotary table of each stream."""
+        image = self._image_positions(order)
+        clean_blocks = self._image_plan.clean_blocks
+        positions = {"clean": RotaryTable(*(x[..., :clean_blocks, :, :] for x in image)), "pred": image}
+        return positions | ({"text": self._text_positions()} if self.config.vocabulary else {})
