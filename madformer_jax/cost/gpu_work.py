@@ -7,7 +7,8 @@ included.
 
 Bytes are those of the operands and results of each kernel. A kernel that slices an operand, or that
 updates a part of it in place, counts for that part alone. Caches on the chip are ignored. A call of
-cuDNN's attention counts all keys of its operand, also those beyond the sequence lengths.
+cuDNN's attention counts the queries and keys within its sequence lengths if these are constants, and
+all of its operands otherwise.
 """
 
 import math
@@ -33,6 +34,7 @@ _VIEWS = {"bitcast", "reshape", "convert", "copy", "transpose"}
 _NAME = re.compile(r"%([\w.\-]+)")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([^}\]]*)')
 _CONVOLUTION = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_INTEGER_VECTOR = re.compile(r"s32\[\d+\]")
 _SCORES = re.compile(r'"intermediate_tensor_shape": ?\{[^}]*?"dimensions": ?\[([^\]]*)\]')
 
 
@@ -86,12 +88,13 @@ def measure(text: str) -> Work:
     """
     program = hlo.parse(text)
     shapes = {x.name: x.shape for lines in program.computations.values() for x in lines}
+    lengths = _constant_lengths(program)
     rows = []
     for execution in hlo.executions(program):
         x, times = execution.instruction, execution.times
         if x.opcode in _FREE or x.opcode.endswith("-done") or _ALLOCATION in x.rest:
             continue
-        flops = sum(_flops(y, shapes) for y in (x, *program.inner(x)))
+        flops = sum(_flops(y, shapes, lengths) for y in (x, *program.inner(x)))
         target = re.search(r'custom_call_target="([^"]+)"', x.rest)
         operation = "/".join(x.op_name.split("/")[-2:])
         rows.append(
@@ -100,7 +103,7 @@ def measure(text: str) -> Work:
                 part=part(program, x, flops > 0),
                 phase=tpu_time.phase(x.op_name),
                 kernels=times,
-                bytes=times * _bytes(program, x, shapes),
+                bytes=times * _bytes(program, x, shapes, lengths),
                 flops=times * flops,
                 place=f"{program.source_lines.get(x.frame, '?')} {operation}".strip(),
             )
@@ -129,8 +132,10 @@ def part(program: hlo.Program, x: hlo.Instruction, is_product: bool) -> str:
 # ---- bytes
 
 
-def _bytes(program: hlo.Program, x: hlo.Instruction, shapes: Mapping[str, str]) -> float:
+def _bytes(program: hlo.Program, x: hlo.Instruction, shapes: Mapping[str, str], lengths: Mapping[str, int]) -> float:
     """Returns the bytes that one run of a kernel reads and writes."""
+    if _ATTENTION_FORWARD in x.rest:
+        return _attention_bytes(x, shapes, lengths)
     operands = [_size(shapes.get(name, "")) for name in _NAME.findall(x.operands)]
     called = re.search(r"calls=%?([\w.\-]+)", x.rest)
     if x.opcode == "fusion" and called and called[1] in program.computations:
@@ -181,10 +186,51 @@ def _size(shape: str) -> float:
     return float(sum(hlo.array_bytes(*array) for array in hlo.arrays(shape)))
 
 
+# ---- cuDNN's attention
+
+
+def _constant_lengths(program: hlo.Program) -> dict[str, int]:
+    """Returns the value of each vector of integers that repeats one constant, by name."""
+    lengths = {}
+    for lines in program.computations.values():
+        constants = {x.name: x.operands for x in lines if x.opcode == "constant"}
+        for x in lines:
+            if x.opcode not in ("broadcast", "fusion") or not _INTEGER_VECTOR.match(x.shape):
+                continue
+            values = {constants[name] for name in _NAME.findall(x.operands) if name in constants}
+            values |= {y.operands for y in program.inner(x) if y.opcode == "constant"}
+            opcodes = {y.opcode for y in program.inner(x)} - {"constant", "broadcast", "parameter"}
+            if len(values) == 1 and not opcodes and (value := values.pop()).isdecimal():
+                lengths[x.name] = int(value)
+    return lengths
+
+
+def _attention_shares(x: hlo.Instruction, shapes: Mapping[str, str], lengths: Mapping[str, int]) -> tuple[float, float]:
+    """Returns the shares of queries and of keys that are within the sequence lengths of a call."""
+    names = _NAME.findall(x.operands)
+    vectors = [name for name in names if _INTEGER_VECTOR.match(shapes.get(name, ""))]
+    tokens = [hlo.array_dimensions(shapes[name])[0][1] for name in names[:2]]
+    if len(vectors) != 2:
+        return 1.0, 1.0
+    q, k = (lengths.get(name, n) / n for name, n in zip(vectors, tokens, strict=True))
+    return q, k
+
+
+def _attention_bytes(x: hlo.Instruction, shapes: Mapping[str, str], lengths: Mapping[str, int]) -> float:
+    """Returns the bytes of a call: its operands are q, k, v, then arrays of queries. Its results are dq, dk, dv or out."""
+    queries, keys = _attention_shares(x, shapes, lengths)
+    operands = [_size(shapes.get(name, "")) for name in _NAME.findall(x.operands)]
+    results = [float(hlo.array_bytes(*array)) for array in hlo.arrays(x.shape)]
+    read = queries * (operands[0] + sum(operands[3:])) + keys * sum(operands[1:3])
+    if _ATTENTION_BACKWARD not in x.rest:
+        return read + queries * sum(results)
+    return read + queries * results[0] + keys * sum(results[1:])
+
+
 # ---- FLOPs
 
 
-def _flops(x: hlo.Instruction, shapes: Mapping[str, str]) -> float:
+def _flops(x: hlo.Instruction, shapes: Mapping[str, str], lengths: Mapping[str, int]) -> float:
     """Returns the FLOPs of one product, convolution or call of attention; 0 for other instructions."""
     operands = [hlo.array_dimensions(shapes.get(name, "")) for name in _NAME.findall(x.operands)]
     result = hlo.array_dimensions(x.shape)
@@ -192,7 +238,8 @@ def _flops(x: hlo.Instruction, shapes: Mapping[str, str]) -> float:
         return _convolution_flops(x, operands, result)
     if _ATTENTION_FORWARD in x.rest:
         scores = _SCORES.search(x.rest)
-        pairs = math.prod(int(n) for n in re.findall(r"\d+", scores[1])) if scores else 0
+        pairs: float = math.prod(int(n) for n in re.findall(r"\d+", scores[1])) if scores else 0
+        pairs *= math.prod(_attention_shares(x, shapes, lengths))
         # Two products forward. Five backward, as the scores are computed again.
         return (10.0 if _ATTENTION_BACKWARD in x.rest else 4.0) * pairs * operands[0][0][-1]
     if (x.opcode == "dot" or "__cublas$" in x.rest) and (dims := _CONTRACTED.search(x.rest)) and operands[0]:

@@ -31,6 +31,26 @@ def test_only_what_a_kernel_touches_counts():
     assert rows["conv"].flops == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 4)
 
 
+def test_attention_counts_queries_and_keys_within_constant_lengths():
+    scores = '{"element_type": "BF16", "dimensions": ["2", "4", "8", "6"], "tuple_shapes": []}'
+    program = f"""
+ENTRY %main (q: bf16[2,8,4,16], k: bf16[2,6,4,16]) -> bf16[2,4,8,16] {{
+  %q = bf16[2,8,4,16]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,6,4,16]{{3,2,1,0}} parameter(1)
+  %two = s32[] constant(2)
+  %queries = s32[2]{{0}} broadcast(%two), dimensions={{}}
+  %six = s32[] constant(6)
+  %keys = s32[2]{{0}} broadcast(%six), dimensions={{}}
+  %flash = (bf16[2,4,8,16]{{3,1,2,0}}, f32[2,4,8]{{2,1,0}}, u8[0]{{0}}) custom-call(%q, %k, %k, %queries, %keys), \
+custom_call_target="__cudnn$fmhaSoftmax", backend_config={{"intermediate_tensor_shape": {scores}}}
+}}
+"""
+    (row,) = [row for row in gpu_work.measure(program).rows if "flash" in row.name]
+    assert row.flops == 4 * 2 * 4 * 2 * 6 * 16
+    queries, keys = 2 * 2 * 4 * 16, 2 * 6 * 4 * 16
+    assert row.bytes == 2 * 2 * queries + 2 * 2 * keys + (4 * 2 * 4 * 8 + 2 * 2 * 4) / 4
+
+
 def test_the_report_has_a_line_for_each_part():
     work = gpu_work.measure(HLO)
     report = gpu_work.format_work(work)
