@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from madformer_jax.models.group_norm import GroupNormSilu
+
 Params = Mapping[str, Any]  # arrays by the names of modules and parameters, nested
 GROUP_NORM_EPS = 1e-6  # in the block U-Net (MADFormer, section 3.1) and in the VAE
 
@@ -266,23 +268,37 @@ class ResNetBlock(nn.Module):
     """ResNet block: twice GroupNorm, SiLU and convolution, with a shortcut around both.
 
     If a time embedding is passed, Linear(SiLU(time)) is added after the first convolution.
+
+    Attributes:
+      channels: Channels of the output.
+      groups: Groups of the norms.
+      dtype: Type of the computation.
+      kernel: Size of both convolutions.
+      shortcut: Name of the shortcut's 1 x 1 convolution, which exists if the channels change.
+      one_pass_norm: Whether the norms and SiLU have the form of `group_norm`, for GPUs.
     """
 
     channels: int
     groups: int
     dtype: DTypeLike
     kernel: int = 3
-    shortcut: str = "shortcut"  # name of the shortcut's 1 x 1 convolution, which exists if the channels change
+    shortcut: str = "shortcut"
+    one_pass_norm: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "n height width c"], time: Float[Array, "n time_width"] | None = None
     ) -> Float[Array, "n height width {self.channels}"]:
+        def norm_and_silu(y: Float[Array, "n height width _"], name: str) -> Float[Array, "n height width _"]:
+            if self.one_pass_norm:
+                return GroupNormSilu(self.groups, GROUP_NORM_EPS, self.dtype, name=name)(y)
+            return silu(group_norm(self.groups, self.dtype, name)(y))
+
         convolution = functools.partial(conv, self.channels, self.kernel, self.dtype)
-        h = convolution(name="conv1")(silu(group_norm(self.groups, self.dtype, "norm1")(x)))
+        h = convolution(name="conv1")(norm_and_silu(x, "norm1"))
         if time is not None:
             h = h + dense(self.channels, ("time", "conv_out"), self.dtype, name="time")(nn.silu(time))[:, None, None]
-        h = convolution(name="conv2")(silu(group_norm(self.groups, self.dtype, "norm2")(h)))
+        h = convolution(name="conv2")(norm_and_silu(h, "norm2"))
         if x.shape[-1] != self.channels:
             x = conv(self.channels, 1, self.dtype, name=self.shortcut)(x)
         return x + h

@@ -364,6 +364,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         kernel=m.unet_kernel,
         dtype=dtype,
         implementation=attention,
+        one_pass_norm=device == "gpu",
     )
     # Values that the model takes as they are have the name of their config field.
     values = {field.name: m[field.name] for field in dataclasses.fields(ModelConfig) if field.name in m}

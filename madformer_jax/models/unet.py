@@ -86,6 +86,10 @@ class UNetConfig:
     kernel: int  # size of all convolutions except those between stages
     dtype: DTypeLike
     implementation: Attention  # of `attention`
+    one_pass_norm: bool = False  # see `layers.ResNetBlock`
+
+    def resnet_block(self, channels: int, name: str) -> ResNetBlock:
+        return ResNetBlock(channels, self.groups, self.dtype, self.kernel, one_pass_norm=self.one_pass_norm, name=name)
 
 
 class Downsampler(nn.Module):
@@ -105,7 +109,7 @@ class Downsampler(nn.Module):
         attention_block = functools.partial(AttentionBlock, config.groups, config.heads, dtype, config.implementation)
         for stage, channels in enumerate(config.channels):
             for i in range(config.layers):
-                x = ResNetBlock(channels, config.groups, dtype, config.kernel, name=f"resnet_{stage}_{i}")(x, time)
+                x = config.resnet_block(channels, f"resnet_{stage}_{i}")(x, time)
                 if config.attention[stage]:
                     x = attention_block(name=f"attention_{stage}_{i}")(x)
                 skips.append(x)
@@ -138,7 +142,7 @@ class Upsampler(nn.Module):
             channels, has_attention = config.channels[stages - 1 - stage], config.attention[stages - 1 - stage]
             for i in range(config.layers + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = ResNetBlock(channels, config.groups, dtype, config.kernel, name=f"resnet_{stage}_{i}")(x, time)
+                x = config.resnet_block(channels, f"resnet_{stage}_{i}")(x, time)
                 if has_attention:
                     x = attention_block(name=f"attention_{stage}_{i}")(x)
             if stage + 1 < stages:
