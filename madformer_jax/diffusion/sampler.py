@@ -103,6 +103,29 @@ class BlockSteps(NamedTuple):
           The new state. In a model without the clean stream also the noisy block's keys and values,
           for `cache_clean`, otherwise None.
         """
+        state, kv = self._evaluate(cache, condition, state, row, w, block, keys)
+        return state, None if self.model.config.clean_stream else kv
+
+    def step_in_place(self, cache: Cache, *args: Any) -> tuple[solvers.SolverState, Cache]:
+        """Runs `step` where the attention writes the block's keys into the cache (`write_and_attend`).
+
+        Returns:
+          The new state and the cache. A loop that carries both does not copy the cache.
+        """
+        state, kv = self._evaluate(cache, *args)
+        return state, self._call("cache_noisy", cache, kv, args[4])
+
+    def _evaluate(
+        self,
+        cache: Cache,
+        condition: Stream,
+        state: solvers.SolverState,
+        row: solvers.Coefficients,
+        w: Any,
+        block: int | Array,
+        keys: Array | None,
+    ) -> tuple[solvers.SolverState, Any]:
+        """Runs `step` and returns the keys and values of every model."""
         config = self.model.config
 
         def denoise(x: Array, level: NoiseLevel) -> tuple[Array, Any]:
@@ -111,7 +134,7 @@ class BlockSteps(NamedTuple):
                 conditional, unconditional = jnp.split(output, 2)
                 output = unconditional + w * (conditional - unconditional)
             x0: Any = parameterization.clean_estimate(config.prediction_type, output, x, level, self.clip_x0)
-            return x0, None if config.clean_stream else kv
+            return x0, kv
 
         def normal() -> Array:
             return _step_noise(keys, block, row.index, state.x.shape[1:])
@@ -303,10 +326,12 @@ def sample(
         condition, cache = block_steps.condition(cache, pred, block)
 
         def evaluate(
-            state: solvers.SolverState, row_and_scale: tuple[solvers.Coefficients, Array]
-        ) -> tuple[solvers.SolverState, None]:
-            row, w = row_and_scale
-            return block_steps.step(cache, condition, state, row, w, block, keys)[0], None
+            carry: tuple[solvers.SolverState, Cache | None], row_and_scale: tuple[solvers.Coefficients, Array]
+        ) -> tuple[tuple[solvers.SolverState, Cache | None], None]:
+            (state, carried), (row, w) = carry, row_and_scale
+            if carried is None:
+                return (block_steps.step(cache, condition, state, row, w, block, keys)[0], None), None
+            return block_steps.step_in_place(carried, condition, state, row, w, block, keys), None
 
         scales = jnp.asarray(guidance, jnp.float32)
         if by_block:
@@ -314,16 +339,20 @@ def sample(
         scales = jnp.broadcast_to(scales, coefficients.index.shape)
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
         state = method.init(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
+        state_and_cache = state, cache if model.config.attention.layers_apart else None
         # The last evaluation is outside the scan because `cache_clean` may need its keys and values.
         if isinstance(last, int):
             first_rows = jax.tree.map(lambda r: r[:-1], rows)
-            state, _ = jax.lax.scan(evaluate, state, first_rows, unroll=evaluations if unroll else 1)
+            unrolled = evaluations if unroll else 1
+            state_and_cache, _ = jax.lax.scan(evaluate, state_and_cache, first_rows, unroll=unrolled)
         else:
 
-            def evaluate_row(k: Array, state: solvers.SolverState) -> solvers.SolverState:
-                return evaluate(state, jax.tree.map(lambda r: r[k], rows))[0]
+            def evaluate_row(k: Array, carry: tuple[solvers.SolverState, Cache | None]) -> Any:
+                return evaluate(carry, jax.tree.map(lambda r: r[k], rows))[0]
 
-            state = jax.lax.fori_loop(0, last, evaluate_row, state)
+            state_and_cache = jax.lax.fori_loop(0, last, evaluate_row, state_and_cache)
+        state, written = state_and_cache
+        cache = cache if written is None else written
         last_row, w = jax.tree.map(lambda r: r[last], rows)
         state, kv = block_steps.step(cache, condition, state, last_row, w, block, keys)
         z = state.x

@@ -7,8 +7,10 @@ layout of the attention implementation, see `ops.attention.base.Attention.to_cac
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from madformer_jax.ops.attention.base import KV, Attention
@@ -51,12 +53,31 @@ def select_stack(layers: Layers | None, layer: int | Int[Array, ""]) -> KV | Non
     return KV(*(x[None] for x in layers[int(layer)]))
 
 
-def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], attention: Attention) -> StageCache:
+def empty_context(shape: tuple[int, ...], text_tokens: int, dtype: DTypeLike, attention: Attention) -> Layers:
+    """Returns the context of a stage without finished blocks.
+
+    Args:
+      shape: (layers, B, L, s, H, h).
+      text_tokens: Number of text tokens T.
+      dtype: Type of keys and values.
+      attention: Implementation that decides the layout. If it writes a block before it attends
+        (`write_and_attend`), there is room for all blocks and the text, otherwise for all but the last.
+    """
+    layers, batch, blocks, tokens, *heads = shape
+    if not attention.layers_apart:
+        x = jnp.zeros((layers, batch, blocks - 1, tokens, *heads), dtype)
+        return attention.to_cache_layout(KV(x, x))
+    x = jnp.zeros((batch, blocks * tokens + text_tokens, *heads), dtype)
+    return (KV(x, x),) * layers
+
+
+def write_block(cache: StageCache, kv: Layers | None, block: int | Int[Array, ""], attention: Attention) -> StageCache:
     """Writes the keys and values of one block into its slot of the context.
 
     Args:
       cache: The cache of a stage.
-      kv: Keys and values `(layers, B, 1, s, H, h)`, or None if the stage has no layers.
+      kv: Keys and values `(layers, B, 1, s, H, h)`, or None if the stage has no layers. Layers that are
+        apart have written them already, and pass their whole context.
       block: Index of the block.
       attention: Implementation that decides the layout.
 
@@ -65,15 +86,14 @@ def write_block(cache: StageCache, kv: KV | None, block: int | Int[Array, ""], a
     """
     if cache.context is None or kv is None:
         return cache
-    key_axis, value_axis = (axis - attention.layers_apart for axis in attention.cache_token_axes)
+    if not isinstance(kv, KV):
+        return cache._replace(context=kv)
+    assert isinstance(cache.context, KV)
+    key_axis, value_axis = attention.cache_token_axes
 
     def write(x: Array, y: Array, axis: int) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(x, y, block * y.shape[axis], axis)
 
-    def write_kv(old: KV, new: KV) -> KV:
-        return KV(write(old.k, new.k, key_axis), write(old.v, new.v, value_axis))
-
-    new = to_cache(kv, attention)
-    if isinstance(cache.context, KV) and isinstance(new, KV):
-        return cache._replace(context=write_kv(cache.context, new))
-    return cache._replace(context=tuple(map(write_kv, cache.context, new)))
+    new = attention.to_cache_layout(kv)
+    context = KV(write(cache.context.k, new.k, key_axis), write(cache.context.v, new.v, value_axis))
+    return cache._replace(context=context)

@@ -17,10 +17,9 @@ from jax import Array
 from jaxtyping import Float, Int, Num
 
 from madformer_jax.models.block_order import Order
-from madformer_jax.models.cache import ModelCache, StageCache, to_cache, write_block
+from madformer_jax.models.cache import Layers, ModelCache, StageCache, empty_context, to_cache, write_block
 from madformer_jax.models.plan import sampling_plan
 from madformer_jax.models.unet_context import neighbor_context
-from madformer_jax.ops.attention.base import KV
 from madformer_jax.ops.rope import RotaryTable
 
 
@@ -35,13 +34,13 @@ class Decoding(nn.Module):
           order: Place of each block, (L,) or (B, L). By default `config.default_order`.
         """
         config, sizes = self.config, self.config.sizes
-        shape = (batch, sizes.blocks - 1, sizes.tokens, config.heads, config.width // config.heads)
+        shape = (batch, sizes.blocks, sizes.tokens, config.heads, config.width // config.heads)
+        text_tokens = config.text_length if config.vocabulary else 0
 
         def empty(layers: int, is_read: bool) -> StageCache:
             if not layers or sizes.blocks == 1 or not is_read:
                 return StageCache(None, None)
-            x = jnp.zeros((layers, *shape), config.dtype)
-            return StageCache(to_cache(KV(x, x), config.attention), None)
+            return StageCache(empty_context((layers, *shape), text_tokens, config.dtype, config.attention), None)
 
         plan = sampling_plan(config.ablation_switches)
         order = config.default_order if order is None else order
@@ -91,15 +90,16 @@ class Decoding(nn.Module):
 
         Returns:
           The block's condition, which is 0 if `ar_condition` is off, and the cache.
-          The cache changes only in a model without the clean stream. It then takes the keys and
-          values of this pass.
+          The cache takes the keys and values of this pass in a model without the clean stream, and
+          if the attention writes them before it attends.
         """
         if not sampling_plan(self.config.ablation_switches).condition:
             return jnp.zeros_like(pred), cache
         pred = self._add_places(pred, self._block_place(cache, block, len(pred)))
         positions = self._block_positions(cache, block)
         pred, kv = self.ar_layers.step("pred", pred, cache.ar, positions, block, cache.lengths)
-        if not self.config.clean_stream:
+        # Layers that are apart have written the keys. They remain until the clean tower's replace them.
+        if not self.config.clean_stream or self.config.attention.layers_apart:
             cache = cache._replace(ar=write_block(cache.ar, kv, block, self.config.attention))
         return pred, cache
 
@@ -110,7 +110,7 @@ class Decoding(nn.Module):
         noisy: Float[Array, "B 1 positions C"],
         t: float | Num[Array, ""],
         block: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "rows 1 positions C"], KV | None]:
+    ) -> tuple[Float[Array, "rows 1 positions C"], Layers | None]:
         """Predicts eps, v or x0 of a noisy block; runs the diffusion layers only.
 
         Args:
@@ -167,7 +167,7 @@ class Decoding(nn.Module):
         _, kv = self.diffusion_layers.step("clean", clean, cache.diffusion, positions, block, cache.lengths)
         return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.config.attention))
 
-    def cache_noisy(self, cache: ModelCache, kv: KV | None, block: int | Int[Array, ""]) -> ModelCache:
+    def cache_noisy(self, cache: ModelCache, kv: Layers | None, block: int | Int[Array, ""]) -> ModelCache:
         """Caches keys and values of a block's last solver step, in models without clean stream."""
         return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.config.attention))
 

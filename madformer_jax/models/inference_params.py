@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from madformer_jax.models import layer_split, madformer
-from madformer_jax.models.layers import Params, all_gather_kernel
+from madformer_jax.models.layers import Params, all_gather_kernel, unstack_layers
 from madformer_jax.models.madformer import MADFormer
-from madformer_jax.models.transformer import unstack_layers
 
 # Fraction of a device's memory that gathered parameters may take. Activations and the VAE take up
 # to as much again.
@@ -32,7 +31,7 @@ def inference_params(model: MADFormer, params: Params, memory: int) -> Params:
     """Casts, gathers and unstacks parameters for sampling.
 
     Every kernel is cast once and not at each use, which changes no bit of the samples. Layers are
-    unstacked if no loop runs over them (`transformer.unstack_layers`).
+    unstacked if no loop runs over them (`layers.unstack_layers`).
 
     Args:
       model: The model.

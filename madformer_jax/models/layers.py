@@ -160,6 +160,34 @@ class SwigluProduct(nn.Module):
         return swiglu_product(*rows, kernel).reshape(*gate.shape[:-1], -1)
 
 
+class ProductAndBias(nn.Module):
+    """The linear layer of `dense`, which returns its product and its bias for a caller that adds them."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: DTypeLike
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> tuple[Float[Array, "*rows f"], Float[Array, " f"]]:
+        init = nn.with_logical_partitioning(self.init, self.axes)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+        bias = self.param("bias", init, (self.features,), jnp.float32)
+        x, kernel, bias = (jnp.asarray(y, self.dtype) for y in (x, kernel, bias))
+        return flattened_dot_general(x, kernel, None, axes=self.axes), bias
+
+
+class NormScale(nn.Module):
+    """Learned scale of a norm that `ops.attention.qk_norm_rope` computes."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, " {self.size}"]:
+        return jnp.asarray(self.param("scale", NORM_SCALE_INIT, (self.size,), jnp.float32))
+
+
 def dense(
     features: int,
     axes: tuple[str, str],
@@ -262,6 +290,17 @@ def group_norm(groups: int, dtype: DTypeLike, name: str) -> nn.GroupNorm:
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
         name=name,
     )
+
+
+def unstack_layers(params: Params, unroll: int) -> Params:
+    """Splits parameters of a `LayerStack` into one tree per layer, if the scan is unrolled.
+
+    Sampling would otherwise slice them out of their stack in every solver step. A scan that loops
+    keeps the stack.
+    """
+    if "body" not in params or "0" in params["body"] or unroll < (layers := len(jax.tree.leaves(params["body"])[0])):
+        return params
+    return {**params, "body": {str(n): jax.tree.map(lambda x, n=n: x[n], params["body"]) for n in range(layers)}}
 
 
 class ResNetBlock(nn.Module):

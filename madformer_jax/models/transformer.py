@@ -17,11 +17,20 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from madformer_jax.models.cache import StageCache, select_stack
-from madformer_jax.models.layers import NORM_SCALE_INIT, XAVIER_QKV_INIT, Params, SwigluProduct, dense, rms_norm
+from madformer_jax.models.cache import Layers, StageCache, select_stack
+from madformer_jax.models.layers import (
+    XAVIER_QKV_INIT,
+    NormScale,
+    Params,
+    ProductAndBias,
+    SwigluProduct,
+    dense,
+    rms_norm,
+    unstack_layers,
+)
 from madformer_jax.models.remat import REMAT_POLICIES, name_projection
 from madformer_jax.ops import scan_layers
-from madformer_jax.ops.attention.base import KV, QKV, Attention, causal_attention
+from madformer_jax.ops.attention.base import KV, QKV, Attention, causal_attention, select_layer
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.rope import RotaryTable
 
@@ -45,16 +54,6 @@ class Streams(NamedTuple):
         return Streams(**{name: x for name, x in self.as_dict.items() if name in names})
 
 
-class NormScale(nn.Module):
-    """Learned scale of a norm that `ops.attention.qk_norm_rope` computes."""
-
-    size: int
-
-    @nn.compact
-    def __call__(self) -> Float[Array, " {self.size}"]:
-        return jnp.asarray(self.param("scale", NORM_SCALE_INIT, (self.size,), jnp.float32))
-
-
 class Tower(nn.Module):
     """Parameters of one stream in a decoder layer.
 
@@ -71,8 +70,9 @@ class Tower(nn.Module):
     def setup(self) -> None:
         d, dtype = self.width, self.dtype
         self.attention_norm = rms_norm(ATTENTION_NORM_EPS, dtype)
-        self.query = dense(d, ("embed", "heads"), dtype, init=XAVIER_QKV_INIT)
-        self.key = dense(d, ("embed", "heads"), dtype, init=XAVIER_QKV_INIT)
+        projection = ProductAndBias if self.device == "gpu" else dense
+        self.query = projection(d, ("embed", "heads"), dtype, init=XAVIER_QKV_INIT)
+        self.key = projection(d, ("embed", "heads"), dtype, init=XAVIER_QKV_INIT)
         self.value = dense(d, ("embed", "heads"), dtype, init=XAVIER_QKV_INIT)
         self.query_norm = NormScale(d // self.heads)
         self.key_norm = NormScale(d // self.heads)
@@ -110,8 +110,14 @@ class Tower(nn.Module):
             rows = attention.with_kernel_layout(rows) if attention else rows
             return rows.reshape(len(x), -1, *position.cos.shape[1:-1][-1:], self.heads, size)
 
-        q = ProjectedQK(heads(self.query(y)), self.query_norm(), position) if queries else None
-        return QKV(q, ProjectedQK(heads(self.key(y)), self.key_norm(), position), heads(self.value(y)))
+        def project(layer: Any, norm: NormScale) -> ProjectedQK:
+            x, bias = layer(y) if self.device == "gpu" else (layer(y), None)
+            if bias is not None and attention is not None and attention.adds_bias:
+                return ProjectedQK(heads(x), norm(), position, bias.reshape(self.heads, size))
+            return ProjectedQK(heads(x if bias is None else x + bias), norm(), position)
+
+        q = project(self.query, self.query_norm) if queries else None
+        return QKV(q, project(self.key, self.key_norm), heads(self.value(y)))
 
     def output_and_mlp(self, x: Float[Array, "rows S d"], attended: Float[Array, "..."]) -> Float[Array, "rows S d"]:
         """Applies the output projection and SwiGLU, each with its residual.
@@ -235,19 +241,26 @@ class DecoderLayer(nn.Module):
           lengths: Number of text tokens, if the text is padded.
 
         Returns:
-          The stream, and its keys and values for the cache.
+          The stream, and its keys and values. With `Attention.write_and_attend` it is its context.
         """
         ((name, x),) = streams.as_dict.items()
-        qkv = apply_to_tree(self._qkv(name, x, position, None if name == "text" else self.attention))
+        # XLA has fewer kernels if the bias is added before the heads are apart.
+        attention = None if name == "text" or self.attention.adds_bias else self.attention
+        qkv = apply_to_tree(self._qkv(name, x, position, attention))
         assert qkv.q is not None
+        kv = qkv.kv
         if name == "text":
             attended = causal_attention(qkv.q, qkv.k, qkv.v)
         else:
             context, text = (select_stack(x, layer) for x in (None if self.block_only else cache.context, cache.text))
             index = 0 if self.attention.layers_apart else layer
             with jax.named_scope("attention"):
-                attended = self.attention.cached_attention(qkv, context, text, index, block, lengths)
-        return Streams(**{name: self._output_and_mlp(name, x, attended)}), qkv.kv
+                if self.attention.layers_apart and context is not None:
+                    words = text and select_layer(text, 0)
+                    attended, kv = self.attention.write_and_attend(qkv, select_layer(context, 0), words, block, lengths)
+                else:
+                    attended = self.attention.cached_attention(qkv, context, text, index, block, lengths)
+        return Streams(**{name: self._output_and_mlp(name, x, attended)}), kv
 
 
 def _flatten_tokens(streams: Streams, images: int = 1) -> Streams:
@@ -337,7 +350,7 @@ class LayerStack(nn.Module):
         position: RotaryTable,
         block: int | Int[Array, ""],
         lengths: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B *tokens d"], KV | None]:
+    ) -> tuple[Float[Array, "B *tokens d"], Layers | None]:
         """Runs all layers on one stream, for sampling.
 
         Args:
@@ -350,9 +363,9 @@ class LayerStack(nn.Module):
 
         Returns:
           The stream, and the keys and values of all layers, `(layers, B, ..., H, h)`, or None if the
-          stage has no layers.
+          stage has no layers. With `Attention.write_and_attend` it is the context of each layer.
         """
-        streams, stacked_kv = _flatten_tokens(Streams(**{name: x})), []
+        streams, stacked_kv, kvs = _flatten_tokens(Streams(**{name: x})), [], []
         decoder_layer = DecoderLayer(**self.layer, parent=None)
 
         def run(streams: Streams, layer_params: tuple[Params, int | Array]) -> tuple[Streams, KV]:
@@ -374,17 +387,11 @@ class LayerStack(nn.Module):
             unrolled.append(nn.meta.unbox(self.last.variables["params"]))
         for layer, params in enumerate(unrolled, self.layers - len(unrolled)):
             streams, kv = run(streams, (params, layer))
-            stacked_kv.append(jax.tree.map(lambda x: x[None], kv))
+            kvs.append(kv)
+        out = streams.as_dict[name].reshape(x.shape)
+        has_context = name != "text" and cache.context is not None and not self.layer["block_only"]
+        if self.layer["attention"].layers_apart and has_context:
+            return out, tuple(kvs)
+        stacked_kv += [jax.tree.map(lambda x: x[None], kv) for kv in kvs]
         kv_of_layers = KV(*map(jnp.concatenate, zip(*stacked_kv, strict=True))) if stacked_kv else None
-        return streams.as_dict[name].reshape(x.shape), kv_of_layers
-
-
-def unstack_layers(params: Params, unroll: int) -> Params:
-    """Splits parameters of a `LayerStack` into one tree per layer, if the scan is unrolled.
-
-    Sampling would otherwise slice them out of their stack in every solver step. A scan that loops
-    keeps the stack.
-    """
-    if "body" not in params or "0" in params["body"] or unroll < (layers := len(jax.tree.leaves(params["body"])[0])):
-        return params
-    return {**params, "body": {str(n): jax.tree.map(lambda x, n=n: x[n], params["body"]) for n in range(layers)}}
+        return out, kv_of_layers

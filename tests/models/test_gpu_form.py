@@ -13,7 +13,7 @@ from madformer_jax.diffusion import sampler, schedule
 from madformer_jax.models.inference_params import inference_params
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.models.transformer import Streams
-from madformer_jax.ops.attention import cudnn
+from madformer_jax.ops.attention import cudnn_calls
 from madformer_jax.ops.attention.cudnn import CudnnAttention
 from tests.small import small
 from tests.support import flash
@@ -55,7 +55,7 @@ def test_a_gpu_has_the_gradient_of_other_devices(monkeypatch):
 def test_attention_is_not_computed_again(remat, monkeypatch):
     """Counts cuDNN's calls in the gradient: in each of the two layers one for the diagonal and two for tiles."""
     flash.replace_cudnn(monkeypatch)
-    monkeypatch.setattr(cudnn, "flash_attention", jax.jit(flash.flash_attention))
+    monkeypatch.setattr(cudnn_calls, "flash_attention", jax.jit(flash.flash_attention, static_argnames="queries"))
     model, params = small(depth=3, diffusion_depth=3)
     program = str(jax.make_jaxpr(stage_gradient(gpu_form(model, remat=remat), params))(params))
     assert len(re.findall(r"name=flash_attention\b", program)) == 2 * 3

@@ -10,6 +10,7 @@ import jax
 from madformer_jax.config import choices
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention.base import Attention
+from madformer_jax.ops.attention.cudnn import CudnnAttention
 from madformer_jax.ops.attention.pallas import PallasAttention
 from madformer_jax.ops.attention.self_check import verified
 
@@ -21,7 +22,8 @@ IMPLEMENTATIONS: dict[str, Attention] = {
 def choose(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> Attention:
     """Returns the implementation that `config.model.attention` selects.
 
-    On a TPU the kernel first computes one small case. If its result is wrong, `blocks` is returned.
+    On a TPU or GPU the kernels first compute one small case. If the result is wrong, `blocks` is
+    returned.
 
     Args:
       name: "auto" or a key of `choices.ATTENTION`.
@@ -46,9 +48,9 @@ def choose(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> At
 
 
 def _checked(attention: Attention, dtype: str, head_dim: int, tokens: int) -> Attention:
-    """Returns `attention`, or `blocks` if it is a TPU kernel that this TPU computes wrongly."""
-    if not isinstance(attention, PallasAttention) or attention.interpret:
-        return attention
-    if jax.default_backend() != "tpu":  # a program that is compiled for other machines
+    """Returns `attention`, or `blocks` if its kernels give wrong results on this TPU or GPU."""
+    platform = "gpu" if isinstance(attention, CudnnAttention) else "tpu"
+    has_kernels = isinstance(attention, CudnnAttention | PallasAttention) and not getattr(attention, "interpret", False)
+    if not has_kernels or jax.default_backend() != platform:  # a program that is compiled for other machines
         return attention
     return verified(attention, dtype, head_dim, tokens)

@@ -58,13 +58,15 @@ class Attention(abc.ABC):
       cache_token_axes: Axes of cached keys and of cached values along which blocks are written, in
         the layout of `to_cache_layout`. Axis 0 is that of the layers.
       layers_apart: Whether sampling unrolls its layers. Each layer then has its own cache arrays,
-        which no step slices or copies.
+        which no step slices or copies. A block then attends with `write_and_attend`.
+      adds_bias: Whether it takes projections without their bias (`ProjectedQK.bias`).
     """
 
     name: ClassVar[str]
     requirements: ClassVar[str] = ""
     cache_token_axes: ClassVar[tuple[int, int]]
     layers_apart: ClassVar[bool] = False
+    adds_bias: ClassVar[bool] = False
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
         """Returns whether this implementation can run.
@@ -140,6 +142,31 @@ class Attention(abc.ABC):
           block: Index i of the block. Unfilled slots cost nothing, also if it is traced.
           lengths: Result of `cache_lengths`.
         """
+
+    def write_and_attend(
+        self,
+        qkv: QKV,
+        context: KV,
+        text: KV | None,
+        block: int | Int[Array, ""],
+        lengths: Int[Array, " B"] | None = None,
+    ) -> tuple[Block, KV]:
+        """Writes the keys and values of a block into its slot of the cache and attends to the cache.
+
+        A loop that carries the cache writes in place. Only implementations with `layers_apart` have it.
+
+        Args:
+          qkv: See `cached_attention`.
+          context: Cached keys and values of one layer, `(B, tokens, H, h)`, with room for all blocks
+            and the text.
+          text: Cached keys and values of the text in this layer, or None.
+          block: See `cached_attention`.
+          lengths: See `cached_attention`.
+
+        Returns:
+          The output, and the cache with the block.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def to_cache_layout(self, kv: KV) -> KV:

@@ -27,11 +27,13 @@ class ProjectedQK(NamedTuple):
       scale: QK-norm scale.
       position: Rotary table of one image, `(L, s, h)`, of the text, `(T, h)`, or of each image,
         `(images, L, s, h)`, which only `apply_to_tree` supports.
+      bias: Bias that `x` lacks, or None. Only an attention with `adds_bias` gets one.
     """
 
     x: Float[Array, "B *tokens H h"]
     scale: Float[Array, " h"]
     position: RotaryTable
+    bias: Float[Array, "H h"] | None = None
 
 
 Projectable = Any  # an array or a `ProjectedQK`; within a TPU kernel, of `jax.Ref`s
@@ -55,7 +57,8 @@ def is_projected(x: PyTree) -> TypeGuard[ProjectedQK]:
 def _apply_to_leaf(leaf: PyTree, store_norms: bool) -> PyTree:
     if not is_projected(leaf):
         return leaf
-    x, scale, position = leaf
+    x, scale, position, bias = leaf
+    x = x if bias is None else x + bias
     rows = x.reshape(len(x), -1, *x.shape[-2:])  # one token axis: on a TPU each further axis is a copy
     if position.cos.ndim == 4:
         table = RotaryTable(*(y.reshape(*rows.shape[:2], 1, -1) for y in position))

@@ -1,8 +1,8 @@
 """Check of an attention kernel against plain JAX, on the device that will run it.
 
-Tests compile and interpret the Pallas kernels, but they may still give other results on a new chip or
-compiler. `verified` runs one small case through a kernel and through `XlaBlocks` before a
-model is built. If they differ, it logs a warning, and `XlaBlocks` replaces the kernel.
+Tests compile and interpret the Pallas kernels and replace cuDNN's calls. Both may still give other
+results on a new chip or compiler. `verified` runs one small case through the kernels and through
+`XlaBlocks` before a model is built. If they differ, it logs a warning, and `XlaBlocks` replaces them.
 """
 
 import functools
@@ -16,7 +16,9 @@ from jaxtyping import PyTree
 
 from madformer_jax.errors import first_line
 from madformer_jax.ops.attention.base import KV, QKV, Attention
+from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.attention.xla_blocks import XlaBlocks
+from madformer_jax.ops.rope import RotaryTable
 
 # Relative error |x - y| / |y|. In bfloat16 the implementations have 0.002 to 0.004 (docs/engineering_log.md).
 MAX_ERROR = 0.02
@@ -57,16 +59,24 @@ def largest_error(attention: Attention, dtype: str, head_dim: int, tokens: int) 
         jax.random.normal(key, (1, _TEXT_TOKENS, _HEADS, head_dim), jnp.float32).astype(dtype) for key in keys[6:8]
     ]
     weights = jax.random.normal(keys[8], (2, *shape), jnp.float32)
+    angles = jax.random.normal(keys[8], shape[1:3] + shape[4:], jnp.float32)
+    position, scale = RotaryTable(jnp.cos(angles), jnp.sin(angles)), 1 + 0.3 * jnp.sin(jnp.arange(head_dim))
+
+    def streams_of(arrays: list[Array], scale: Array) -> list[QKV]:
+        projections = (ProjectedQK(x, scale, position) for x in (arrays[0], arrays[1], arrays[3], arrays[4]))
+        return [QKV(next(projections), next(projections), v) for v in (arrays[2], arrays[5])]
 
     def run(attention: Attention, arrays: list[Array], words: list[Array]) -> PyTree[Array]:
-        streams, text = [QKV(*arrays[:3]), QKV(*arrays[3:])], KV(*words)
+        text = KV(*words)
 
-        def total(streams: list[QKV], text: KV) -> tuple[Array, PyTree[Array]]:
+        def total(arrays: list[Array], scale: Array, text: KV) -> tuple[Array, PyTree[Array]]:
+            streams = streams_of(arrays, scale)
             outputs = attention.block_attention(streams, streams[0].kv, text)
             sums = [jnp.sum(x.astype(jnp.float32) * w) for x, w in zip(outputs, weights, strict=True)]
             return jnp.stack(sums).sum(), outputs
 
-        (_, outputs), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(streams, text)
+        (_, outputs), gradients = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(arrays, scale, text)
+        streams = apply_to_tree(streams_of(arrays, scale))
         slots, cached_text = (
             attention.to_cache_layout(KV(*(x[None] for x in kv)))
             for kv in (KV(*(x[:, : _BLOCKS - 1] for x in streams[0].kv)), text)

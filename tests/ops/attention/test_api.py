@@ -9,7 +9,7 @@ from jax.experimental import topologies
 
 from madformer_jax.config.table import FIELDS
 from madformer_jax.errors import ConfigError
-from madformer_jax.ops.attention import api, cudnn, pallas_tpu
+from madformer_jax.ops.attention import api, cudnn_calls, pallas_tpu, qk_kernels
 from madformer_jax.ops.attention.base import KV, QKV, causal_attention
 from madformer_jax.ops.attention.pallas import PallasAttention
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
@@ -54,7 +54,7 @@ def value_and_gradient(implementation, streams, source, text, lengths=None, *, i
 
     def flatten_images(x):
         if isinstance(x, ProjectedQK):
-            return ProjectedQK(flatten_images(x.x), x.scale, jax.lax.stop_gradient(x.position))
+            return x._replace(x=flatten_images(x.x), position=jax.lax.stop_gradient(x.position))
         return x.reshape(B // images, -1, *x.shape[2:])
 
     def total(streams, text):
@@ -90,6 +90,21 @@ def dense(name):
 @pytest.mark.parametrize("name", CASES)
 def test_every_implementation_equals_the_dense_mask(name, implementation, no_cudnn):
     assert_equal_trees(value_and_gradient(implementation, *CASES[name]), dense(name))
+
+
+def test_a_gpu_with_kernels_for_queries_and_keys_equals_the_dense_mask_on_a_mesh(no_cudnn, monkeypatch):
+    """The kernels take larger heads and blocks than those above, and split images and heads over devices."""
+    monkeypatch.setattr(qk_kernels, "INTERPRET", True)
+    monkeypatch.setitem(globals(), "SIZE", 32)
+    bias = jax.random.normal(jax.random.key(9), (H, 32))
+    streams = [
+        QKV(y.q._replace(bias=n * bias), y.k._replace(bias=bias), y.v)
+        for n, y in enumerate((stream(0, L - 1, 16), stream(1, L, 16)))
+    ]
+    assert all(qk_kernels.supports(x) for y in streams for x in (y.q, y.k))
+    expected = value_and_gradient("reference", streams, "clean", None)
+    with partitioning.scope(partitioning.make_mesh(2, 1, 2, jax.devices()[:4])):
+        assert_equal_trees(value_and_gradient("cudnn", streams, "clean", None), expected)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 5, 8, 11, 16])
@@ -264,7 +279,7 @@ def test_the_choices_of_the_config_are_the_implementations():
 
 @pytest.mark.parametrize("change", ["missing", "another argument", "another result"])
 def test_a_jax_with_other_private_functions_runs_without_cudnn_and_says_so_once(change, monkeypatch, caplog):
-    functions = cudnn.private_functions()
+    functions = cudnn_calls.private_functions()
 
     def changed():
         if change == "missing":
@@ -273,8 +288,8 @@ def test_a_jax_with_other_private_functions_runs_without_cudnn_and_says_so_once(
             return functions._replace(forward=lambda q, k, v, *, lengths: None)
         return functions._replace(backward=lambda *args, **settings: ())
 
-    monkeypatch.setattr(cudnn, "private_functions", changed)
-    cudnn.is_available.cache_clear()
+    monkeypatch.setattr(cudnn_calls, "private_functions", changed)
+    cudnn_calls.is_available.cache_clear()
     try:
         for _ in range(2):
             assert api.choose("auto", "gpu", "bfloat16", 64, 256).name == "blocks"
@@ -283,7 +298,7 @@ def test_a_jax_with_other_private_functions_runs_without_cudnn_and_says_so_once(
         (record,) = caplog.records
         assert "runs without cuDNN" in record.getMessage() and jax.__version__ in record.getMessage()
     finally:
-        cudnn.is_available.cache_clear()
+        cudnn_calls.is_available.cache_clear()
 
 
 @pytest.mark.parametrize("causal", [True, False])

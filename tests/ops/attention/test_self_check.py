@@ -47,9 +47,9 @@ def test_a_wrong_kernel_is_given_up_with_a_warning(kernel, words, caplog):
     assert words in caplog.text and "using 'blocks'" in caplog.text
 
 
-@pytest.mark.parametrize("backend, checks", [("tpu", 1), ("cpu", 0)])
-def test_kernels_are_checked_on_a_tpu_only(backend, checks, monkeypatch):
-    """A program that is compiled for a TPU on another machine cannot be run there."""
+@pytest.mark.parametrize("backend, checks", [("tpu", 1), ("gpu", 1), ("cpu", 0)])
+def test_kernels_are_checked_on_their_own_device_only(backend, checks, monkeypatch):
+    """A program that is compiled for a TPU or GPU on another machine cannot be run there."""
     calls = []
 
     def verified(attention: Attention, *case):
@@ -59,5 +59,6 @@ def test_kernels_are_checked_on_a_tpu_only(backend, checks, monkeypatch):
     monkeypatch.setattr(api, "verified", verified)
     monkeypatch.setattr(api.jax, "default_backend", lambda: backend)
     assert api.choose("auto", "tpu", "bfloat16", 64, 256).name == "pallas"
+    assert api.choose("auto", "gpu", "bfloat16", 64, 256).name == "cudnn"
     assert calls == [("bfloat16", 64, 256)] * checks
     assert api.choose("auto", "cpu", "float32", 64, 256).name == "blocks"
