@@ -1,3 +1,4 @@
+import gc
 from typing import Any
 
 from beartype import BeartypeConf, beartype
@@ -10,6 +11,9 @@ QUICK = xla_flags.supported(
     "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false",
     ("jaxlib",),
 )
+
+# Tracing makes many objects that live long: a twelfth of the tests' time went to looking at them.
+gc.set_threshold(100_000, 50, 50)  # as in main.py
 
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 

@@ -1,7 +1,6 @@
 """Eight virtual CPU devices for every test, so that meshes can be tested on one machine; programs compiled quickly, not well."""
 
 import atexit
-import gc
 import json
 import os
 import pathlib
@@ -11,13 +10,14 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from madformer_jax.runtime import xla_flags
+from madformer_jax.runtime import malloc, xla_flags
 from tests import QUICK
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {QUICK}"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # its workers inherit it
     # Programs that several tests, or processes of one, run are compiled once.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="madformer-tests-")
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # other threads would wait for small matrices in a busy loop
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"  # reading a smaller program takes as long
 
@@ -39,8 +39,8 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-# Tracing makes many objects that live long: a twelfth of the tests' time went to looking at them.
-gc.set_threshold(100_000, 50, 50)
+malloc.trim = lambda: None  # Small programs would give memory back all the time.
+
 jax.devices()  # JAX reads the flags here, libtpu when a test loads it
 os.environ["XLA_FLAGS"] = xla_flags.supported(os.environ["XLA_FLAGS"])
 
@@ -85,3 +85,20 @@ def reference() -> Callable[[str], Any]:
         return json.loads((folder / name).read_text()) if name.endswith(".json") else np.load(folder / name)
 
     return read
+
+
+@pytest.fixture
+def random_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the initial state of every seed by random numbers, because its program takes seconds to compile."""
+    from madformer_jax.training import train_step
+
+    real = train_step.create_state
+
+    def create_state(*args: Any) -> Any:
+        _, abstract = real(*args)
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda a: 0.1 * rng.standard_normal(a.shape, np.float32), abstract.params)
+        state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)._replace(params=params, ema=params)
+        return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract), abstract
+
+    monkeypatch.setattr(train_step, "create_state", create_state)

@@ -5,9 +5,12 @@ A sweep's trainings are stand-ins, as in tests/sweeps/test_sweep.py.
 """
 
 import functools
+import inspect
 import shutil
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +19,7 @@ from madformer_jax.evaluation.networks import attribute_classifier, classifier
 from madformer_jax.modes import demo, sweep
 from madformer_jax.sampling import generation
 from madformer_jax.sweeps import sweep_folder
+from madformer_jax.training import train_step
 from tests.sweeps.test_sweep import Stage
 from tests.test_docs import PAGES, ROOT, commands, of_ours
 
@@ -31,6 +35,7 @@ _MODEL = {
     "model.unet_attention": (False,),
     "model.unet_groups": 4,
     "model.unet_time_width": 8,
+    "model.attention": "reference",  # the smallest program
     "data.drawings": 400,
 }
 _COUNTS = {
@@ -46,6 +51,10 @@ _COUNTS = {
     "benchmark.steps": 1,
     "benchmark.warmup": 1,
 }
+_STEPS = {"sample.steps": 2}  # of commands that name no number of steps
+# These trainings run a step that learns nothing. The other trainings run real steps of digits, drawings, captions and
+# the path `flow`, and most tests that train predict eps, the default.
+_WITHOUT_LEARNING = ("runs/two", "runs/finetuned", "runs/cell", "runs/eps")
 _FIRST = ("README.md", "index.md")  # which make what the others go on from
 
 
@@ -56,7 +65,8 @@ def _small(args):
         "model.unet_attention",
     }
     makes = any(arg.startswith("--config=") for arg in args) and "--mode=sweep" not in args
-    extra = {name: value for name, value in _MODEL.items() if name not in given} if makes else {}
+    extra = {name: value for name, value in (_MODEL if makes else {}).items() if name not in given}
+    extra |= {name: value for name, value in _STEPS.items() if name not in given and "--mode=sweep" not in args}
     single = ["--processes=1"] if "--mode=sweep" in args else []  # stand-ins exist in this process only
     return [*args, *single, *(f"--config.{name}={value}" for name, value in (_COUNTS | extra).items())]
 
@@ -70,12 +80,16 @@ def _short_grid(arg):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, one_device):
+def folder(tmp_path, monkeypatch, one_device, random_state):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     for network in (classifier, attribute_classifier):
-        monkeypatch.setattr(network, "train", functools.partial(network.train, steps=10))
+        monkeypatch.setattr(network, "train", functools.partial(network.train, steps=2))
         monkeypatch.setattr(network, "BATCH", 16)
+    monkeypatch.setattr(classifier, "WIDTHS", (8, 8))
+    monkeypatch.setattr(attribute_classifier, "LAYERS", ((8, 4), (8, 2)))
+    init = inspect.unwrap(classifier.init)  # a program of other tests would give parameters of other widths
+    monkeypatch.setattr(classifier, "init", jax.jit(init, static_argnames=("classes", "channels")))
     return tmp_path
 
 
@@ -106,6 +120,8 @@ def test_every_command_runs(folder, monkeypatch):
                     patch.setattr(
                         sweep.benchmark, "sampling", lambda c: {"seconds_per_image": 0.1 * c.sample.steps, "batch": 1}
                     )
+                if any(arg.removeprefix("--workdir=") in _WITHOUT_LEARNING for arg in args):
+                    patch.setattr(train_step, "make_step", _make_idle_step)
                 if "--mode=demo" in args:
                     _without_a_server(patch)
                     if "--config.demo.other=runs/other" in args:
@@ -115,6 +131,14 @@ def test_every_command_runs(folder, monkeypatch):
                 assert command_line.run(["main", *_small(args), *judge]) == 0, (page.name, args)
             done.append(args)
     assert len(done) > 20
+
+
+def _make_idle_step(setup, c, platform=None):
+    def step(state, batch, codec_params, seed):
+        metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), jnp.ones(()))
+        return state._replace(step=state.step + 1), metrics
+
+    return step
 
 
 def _draw_grid(job, run, steps):

@@ -14,7 +14,7 @@ from madformer_jax.runtime import partitioning
 from madformer_jax.training import lanes, train_step
 from tests import tiny
 from tests.kill import final
-from tests.training.test_scanned_steps import add_to_first, figures, random_state  # noqa: F401
+from tests.training.test_scanned_steps import add_to_first, figures
 
 pytestmark = pytest.mark.usefixtures("one_device", "random_state")
 

@@ -8,7 +8,6 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
@@ -19,21 +18,6 @@ from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_device", "random_state")
 SPEED = ("steps_per_second", "images_per_second", "tflops", "mfu")
-
-
-@pytest.fixture
-def random_state(monkeypatch):
-    """Replaces the initial state of every seed by random numbers, because its program takes seconds to compile."""
-    real = train_step.create_state
-
-    def create_state(*args):
-        _, abstract = real(*args)
-        rng = np.random.default_rng(0)
-        params = jax.tree.map(lambda a: 0.1 * rng.standard_normal(a.shape, np.float32), abstract.params)
-        state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)._replace(params=params, ema=params)
-        return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract), abstract
-
-    monkeypatch.setattr(train_step, "create_state", create_state)
 
 
 def add_to_first(params, value):
