@@ -6,6 +6,7 @@ without --config or --workdir gets that of `tests.tiny` and a folder that does n
 """
 
 import hashlib
+import os
 import pathlib
 import re
 import shlex
@@ -452,10 +453,19 @@ FINE = """
 """
 
 
+def files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [pathlib.Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+
+
 def tree(folder: pathlib.Path) -> dict[str, str]:
     """Path -> hash of its content, of all files below a folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files(folder)}
+
+
+def stamps(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Path -> inode, size and time of the last change, of all files below a folder. Any write changes one of them."""
+    status = {str(path): path.stat() for path in files(folder)}
+    return {path: (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in status.items()}
 
 
 def rows(table: str) -> list[str]:
@@ -525,12 +535,12 @@ class World:
         log += r"|WARNING: All log messages before|[IWE]\d{4} "  # TensorFlow's, which reaches a bucket
         return status, [line for line in lines if not re.match(log, line)]
 
-    def refused(self, line: str, found: tuple[int | str, list[str]], before: dict[str, str]) -> list[str]:
+    def refused(self, line: str, found: tuple[int | str, list[str]], before: dict[str, tuple[int, ...]]) -> list[str]:
         """Returns a list of what is wrong with how a line was refused."""
         status, lines = found
         wrong = [] if status == 2 else [f"{line}: status {status}"]
         wrong += [] if len(lines) == 1 and lines[0].startswith("error: ") else [f"{line}: {lines}"]
-        now = tree(self.root)
+        now = stamps(self.root)
         changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
         return wrong + ([f"{line}: changed {changed}"] if changed else [])
 
@@ -549,7 +559,7 @@ def accepted(*_: object, **__: object) -> None:
 def problems(world: World, lines: list[str]) -> list[str]:
     wrong = []
     for line in lines:
-        before = tree(world.root)
+        before = stamps(world.root)
         wrong += world.refused(line, world.run(line), before)
     return wrong
 
@@ -568,7 +578,7 @@ def test_whatever_a_config_file_says_is_one_line(world):
         wrong += problems(world, [f"--config={file}"])
     for row in rows(SAVED):
         (world.root / "torn/config.json").write_text(row)
-        before = tree(world.root)
+        before = stamps(world.root)
         for mode in ("train", "sample"):
             found = world.call([f"--workdir={world.root}/torn", f"--mode={mode}"])
             wrong += world.refused(f"{mode} {row}", found, before)

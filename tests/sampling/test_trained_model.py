@@ -109,11 +109,21 @@ def _same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.fixture
-def model(tmp_path, one_device):
-    c = tiny.get_config()
+@pytest.fixture(scope="module")
+def shared_model(tmp_path_factory):
+    c, devices = tiny.get_config(), jax.devices()[:1]
     c.model.classes, c.model.depth, c.model.unet_attention = 3, 2, (False,)
-    return madformer_jax.load(saved(c, tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *a: devices)
+        return madformer_jax.load(saved(c, tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def model(shared_model, one_device):
+    """A model with its usual config, whose programs the tests share."""
+    config = shared_model.config.copy_and_resolve_references()
+    yield shared_model
+    shared_model.config = config
 
 
 def test_a_stream_ends_with_the_images_of_a_sample(model, tmp_path):
