@@ -87,18 +87,31 @@ def reference() -> Callable[[str], Any]:
     return read
 
 
+_abstract_states: dict[Any, Any] = {}
+
+
 @pytest.fixture
 def random_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the initial state of every seed by random numbers, because its program takes seconds to compile."""
+    """Replaces the initial state of every seed by random numbers, because its program takes seconds to compile.
+
+    The shapes of a model's state are traced once.
+    """
     from madformer_jax.training import train_step
 
     real = train_step.create_state
 
-    def create_state(*args: Any) -> Any:
-        _, abstract = real(*args)
-        rng = np.random.default_rng(0)
-        params = jax.tree.map(lambda a: 0.1 * rng.standard_normal(a.shape, np.float32), abstract.params)
-        state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)._replace(params=params, ema=params)
-        return lambda: jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract), abstract
+    def create_state(model: Any, tx: Any, seed: int, mesh: Any, power_ema: bool = False) -> Any:
+        key = model, jax.tree.structure(tx.init({"w": np.zeros(1, np.float32)})), mesh, power_ema
+        if key not in _abstract_states:
+            _abstract_states[key] = real(model, tx, seed, mesh, power_ema)[1]
+        abstract = _abstract_states[key]
+
+        def create() -> train_step.State:
+            rng = np.random.default_rng(0)
+            params = jax.tree.map(lambda a: 0.1 * rng.standard_normal(a.shape, np.float32), abstract.params)
+            state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)._replace(params=params, ema=params)
+            return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract)
+
+        return create, abstract
 
     monkeypatch.setattr(train_step, "create_state", create_state)
