@@ -88,8 +88,10 @@ def folder(tmp_path, monkeypatch, one_device, random_state):
         monkeypatch.setattr(network, "BATCH", 16)
     monkeypatch.setattr(classifier, "WIDTHS", (8, 8))
     monkeypatch.setattr(attribute_classifier, "LAYERS", ((8, 4), (8, 2)))
-    init = inspect.unwrap(classifier.init)  # a program of other tests would give parameters of other widths
-    monkeypatch.setattr(classifier, "init", jax.jit(init, static_argnames=("classes", "channels")))
+    # A new function: `jax.jit` keeps the programs of a function, and other tests need the real widths.
+    init = inspect.unwrap(classifier.init)
+    small_init = jax.jit(lambda key, classes, channels: init(key, classes, channels), static_argnums=(1, 2))
+    monkeypatch.setattr(classifier, "init", small_init)
     return tmp_path
 
 
