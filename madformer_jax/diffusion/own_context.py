@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Num
 
 from madformer_jax.diffusion import parameterization
 from madformer_jax.diffusion.schedule import AnyArray, Schedule
+from madformer_jax.diffusion.solvers import ddim_weights
 from madformer_jax.models.block_order import Order
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.models.parallel_denoising import ParallelDenoiser
@@ -116,7 +117,7 @@ def rollout(
         now, after = (schedule.level(end[..., None, None]) for end in ends)
         output = denoiser.apply(variables, conditions, x, ends[0], order, method="denoise_blocks")
         x0: Any = parameterization.clean_estimate(config.prediction_type, output, x, now)
-        x_weight = after.sigma / now.sigma
-        return x_weight * x + (after.alpha - now.alpha * x_weight) * x0, None
+        x_weight, x0_weight = ddim_weights(now, after)
+        return x_weight * x + x0_weight * x0, None
 
     return jax.lax.scan(step, noisy, (timesteps[:-1], timesteps[1:]), unroll=steps if unroll else 1)[0]

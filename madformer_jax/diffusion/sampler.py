@@ -103,19 +103,10 @@ class BlockSteps(NamedTuple):
           The new state. In a model without the clean stream also the noisy block's keys and values,
           for `cache_clean`, otherwise None.
         """
-        state, kv = self._evaluate(cache, condition, state, row, w, block, keys)
+        state, kv = self.evaluate(cache, condition, state, row, w, block, keys)
         return state, None if self.model.config.clean_stream else kv
 
-    def step_in_place(self, cache: Cache, *args: Any) -> tuple[solvers.SolverState, Cache]:
-        """Runs `step` where the attention writes the block's keys into the cache (`write_and_attend`).
-
-        Returns:
-          The new state and the cache. A loop that carries both does not copy the cache.
-        """
-        state, kv = self._evaluate(cache, *args)
-        return state, self._call("cache_noisy", cache, kv, args[4])
-
-    def _evaluate(
+    def evaluate(
         self,
         cache: Cache,
         condition: Stream,
@@ -125,7 +116,7 @@ class BlockSteps(NamedTuple):
         block: int | Array,
         keys: Array | None,
     ) -> tuple[solvers.SolverState, Any]:
-        """Runs `step` and returns the keys and values of every model."""
+        """Runs `step` and returns the keys and values of every model, for `cache_noisy`."""
         config = self.model.config
 
         def denoise(x: Array, level: NoiseLevel) -> tuple[Array, Any]:
@@ -140,6 +131,10 @@ class BlockSteps(NamedTuple):
             return _step_noise(keys, block, row.index, state.x.shape[1:])
 
         return self.solver.step(denoise, state, row, normal)
+
+    def cache_noisy(self, cache: Cache, kv: Any, block: int | Array) -> Cache:
+        """Adds the keys and values of a noisy block to the cache."""
+        return self._call("cache_noisy", cache, kv, block)
 
     def cache_clean(
         self, cache: Cache, z: Array, kv: Any, block: int | Array, keys: Array | None = None
@@ -166,7 +161,7 @@ class BlockSteps(NamedTuple):
         if self._null_rows:
             c = jnp.concatenate([c, c])
         if not self.model.config.clean_stream:
-            return self._call("cache_noisy", cache, kv, block), c
+            return self.cache_noisy(cache, kv, block), c
         return self._call("cache_clean", cache, c, block), c
 
     def cache_kept_blocks(
@@ -328,10 +323,10 @@ def sample(
         def evaluate(
             carry: tuple[solvers.SolverState, Cache | None], row_and_scale: tuple[solvers.Coefficients, Array]
         ) -> tuple[tuple[solvers.SolverState, Cache | None], None]:
-            (state, carried), (row, w) = carry, row_and_scale
-            if carried is None:
-                return (block_steps.step(cache, condition, state, row, w, block, keys)[0], None), None
-            return block_steps.step_in_place(carried, condition, state, row, w, block, keys), None
+            (state, written), (row, w) = carry, row_and_scale
+            latest = cache if written is None else written
+            state, kv = block_steps.evaluate(latest, condition, state, row, w, block, keys)
+            return (state, written if written is None else block_steps.cache_noisy(written, kv, block)), None
 
         scales = jnp.asarray(guidance, jnp.float32)
         if by_block:
@@ -339,6 +334,7 @@ def sample(
         scales = jnp.broadcast_to(scales, coefficients.index.shape)
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
         state = method.init(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
+        # Where the attention writes the block's keys into the cache, a loop that carries it does not copy it.
         state_and_cache = state, cache if model.config.attention.layers_apart else None
         # The last evaluation is outside the scan because `cache_clean` may need its keys and values.
         if isinstance(last, int):

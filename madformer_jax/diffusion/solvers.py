@@ -30,7 +30,7 @@ from jax import Array
 from jaxtyping import Float, Real
 
 from madformer_jax.config import choices
-from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
+from madformer_jax.diffusion.schedule import AnyArray, NoiseLevel, Schedule
 
 
 class Coefficients(NamedTuple):
@@ -150,12 +150,17 @@ class Solver(abc.ABC):
         return SolverState(x, x0, state.x), kv
 
 
+def ddim_weights(now: NoiseLevel, after: NoiseLevel) -> tuple[AnyArray, AnyArray]:
+    """Returns the weights of x and of the clean estimate that keep the estimates of z and of the noise."""
+    x_weight = after.sigma / now.sigma
+    return x_weight, after.alpha - now.alpha * x_weight
+
+
 class DDIM(Solver):
     """DDIM: keeps the estimates of z and of the noise, and moves to the next noise level."""
 
     def stages(self, schedule: Schedule, now: NoiseLevel, after: NoiseLevel) -> Sequence[Coefficients]:
-        x_weight = after.sigma / now.sigma
-        return [Coefficients(now, x_weight, after.alpha - now.alpha * x_weight)]
+        return [Coefficients(now, *ddim_weights(now, after))]
 
 
 class DPMSolverPP2M(Solver):
@@ -164,8 +169,7 @@ class DPMSolverPP2M(Solver):
     skip_zero = True
 
     def stages(self, schedule: Schedule, now: NoiseLevel, after: NoiseLevel) -> Sequence[Coefficients]:
-        x_weight = after.sigma / now.sigma
-        x0_weight = after.alpha - now.alpha * x_weight
+        x_weight, x0_weight = ddim_weights(now, after)
         # Increase of half the log-SNR, lambda of DPM-Solver.
         increase = np.log(after.alpha / after.sigma) - np.log(now.alpha / now.sigma)
         correction = np.zeros_like(x0_weight)

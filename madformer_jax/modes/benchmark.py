@@ -131,7 +131,6 @@ def sampling(c: ConfigDict) -> Figures:
 
     Its size is `sample.batch`, rounded up to a multiple of the devices.
     """
-    c = elastic_depth.with_depth(c, elastic_depth.sampled_depth(c))
     program = sampling_program(c)
     figures = _measure(program, c)
     counts = {"nfe": flops.nfe(c), "passes": flops.model_passes(c), "batch": program.batch}

@@ -345,7 +345,7 @@ def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
     """Loads a result; None without one, or without the features that the config asks for."""
     stored: dict[str, Any] | None = shards.read_json(path)
     if stored and c.evaluate.keep_features:
-        exists = np.array([epath.Path(f"{path.removesuffix('.json')}.npz").exists()])
+        exists = np.array([epath.Path(held_out_scores.values_path(path)).exists()])
         return stored if shards.allgather_rows({"exists": exists})["exists"].all() else None
     return stored
 
@@ -384,7 +384,7 @@ def _make_result(
             generation.write_png(f"{path.removesuffix('.json')}.png", generation.tile_rows(pairs))
     if jax.process_index() == 0:
         if c.evaluate.keep_features:
-            storage.write(f"{path.removesuffix('.json')}.npz", lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
+            storage.write(held_out_scores.values_path(path), lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
         storage.write_json(path, result)
         collected.remove()
         logging.info("wrote %s", path)

@@ -28,7 +28,6 @@ from madformer_jax.errors import ConfigError, first_line
 
 Path = str | os.PathLike[str]
 T = TypeVar("T")
-
 _BUCKET_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # used by fsspec where TensorFlow is not installed
 
 
@@ -356,7 +355,8 @@ def is_error(error: BaseException) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Returns whether the operation may succeed if it is repeated."""
-    if isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _TRANSIENT_ERRNOS or isinstance(error, ConnectionError | TimeoutError):
         return True
     if getattr(error, "code", getattr(error, "status", None)) in _TRANSIENT_STATUS_CODES:
         return True
