@@ -240,7 +240,7 @@ SECTIONS: dict[str, Section] = {
             1, "runs of a sweep that train in one program if only seeds and numbers differ; 0: as many as are faster; 1: off",
             MACHINE, low=0),
         scan=Field(
-            1, "training steps in one call, with the data set in the memory of the device; 1: off (docs/training.md)",
+            1, "training steps in one call, with the data set in the memory of the device; 1: off (docs/performance.md)",
             MACHINE, low=1),
         accumulate=Field(1, "microbatches whose gradients are averaged into one step", RESUME, low=1),
         ema_decay=Field(0.9999, "decay of the averaged weights", low=0, high=1),
