@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = config.base()  # its width, heads, depth, U-Net and AdamW are the release's for FFHQ
     c.model.diffusion_depth = chosen["D"]
     c.model.blocks = chosen["L"]
-    c.model.unet_stride = 1  # one token for each latent position: 256 a block at L = 4, as in the release
+    c.model.unet_stride = 1  # one token for each latent position: 256 a block at L = 4; the authors have stride 2
     c.model.classes = 0 if chosen["text"] else 1000
     c.model.dtype = "bfloat16"
     c.loss.image, c.loss.hidden, c.loss.clean = 5.0, 0.1, 0.1  # paper
