@@ -26,6 +26,7 @@ class Answer(NamedTuple):
       worse_mean: Mean of the other setting.
       steps: Solver steps of both settings; None for a loss.
       group: The points that were compared; None without results.
+      margin: Smallest improvement that counts, in units of the endpoint.
     """
 
     claim: Mapping[str, Any]
@@ -35,6 +36,7 @@ class Answer(NamedTuple):
     worse_mean: float = 0.0
     steps: tuple[int, int] | None = None
     group: ProtocolGroup | None = None
+    margin: float = 0.0
 
     @property
     def sentence(self) -> str:
@@ -45,9 +47,14 @@ class Answer(NamedTuple):
         x = self.improvement
         interval = format_interval(x) or "(no interval: one seed)"
         share = x.mean / abs(self.worse_mean) if self.worse_mean else 0.0
-        percent = f", {share:.0%} of the other mean" if abs(share) >= 0.005 else ""
+        percent = f", {100 * share:.0f} % of the other setting's mean" if abs(share) >= 0.005 else ""
         steps = f", at {self.steps[0]} against {self.steps[1]} solver steps" if self.steps else ""
-        return f"{head} Improvement of {self.endpoint}: {format_number(x.mean)} {interval}{percent}{steps}."
+        note = ""
+        if self.verdict == "shown" and x.mean < self.margin:
+            note = " This is below the smallest improvement that counts."
+        elif self.verdict == "refuted" and x.high is not None and x.high >= 0:
+            note = " The interval lies below the smallest improvement that counts."
+        return f"{head} Improvement of {self.endpoint}: {format_number(x.mean)} {interval}{percent}{steps}.{note}"
 
 
 def answers(results: Results) -> list[Answer]:
@@ -88,8 +95,9 @@ def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, A
         if not values:
             continue
         improvement, mean = estimate(values, alpha), sum(worse.values()) / len(worse)
-        verdict = _verdict(improvement, protocol["margin"] * abs(mean))
-        return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, group)
+        margin = protocol["margin"] * abs(mean)
+        verdict = _verdict(improvement, margin)
+        return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, group, margin)
     return Answer(claim, "open", endpoint)
 
 

@@ -29,7 +29,7 @@ CAPTION = (
     "Solid lines: after the true blocks of the image. Dashed lines: after blocks that the model sampled. Dots are training "
     "seeds, lines their means, bars the 95 % t-interval of one mean. Blocks of another image raise the loss even if they are "
     "real. The exposure bias therefore is the loss after sampled blocks minus that after real blocks of another image. Losses "
-    "compare only between settings with the same target."
+    "are comparable only between settings with the same target."
 )
 _COLUMNS = (  # header, name of the score, context
     ("bits per dimension", "bits", None),

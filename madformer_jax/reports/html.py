@@ -70,8 +70,9 @@ def render(results: Results, sections: Sequence[Section]) -> str:
     )
     question = f'<p class="question">{_escape(results.question)}</p>' if results.question else ""
     legend = (
-        "Each number is a mean over training seeds. Below it: its 95 % t-interval and the value of every seed. "
-        "The best mean of compared rows and a clear difference are blue. ↓: lower is better. ↑: higher is better."
+        "In tables of scores, each number is a mean over training seeds. Below it are its 95 % t-interval and the value of "
+        "every seed. In tables of differences, its simultaneous interval is below it. The best mean of compared rows and "
+        "clear differences are bold. ↓: lower is better. ↑: higher is better."
     )
     answer, *body = (_render_section(i, section) for i, section in enumerate(sections))
     status = f"<p>{_escape(report_sections.status(results))}</p>"

@@ -40,9 +40,9 @@ def render(
         _layer_panel("attention", "Share of attention", masses, ar_depth),
     )
     rule = (
-        f"Suggested D: {suggested} of N = {depth} layers. Rule: the most first layers that can be computed at the first solver "
-        f"step alone, while the loss at later steps rises by at most {tolerance:.3g} of its value. The others are the "
-        "diffusion layers. The loss is measured without training the model for the new cut."
+        f"Suggested D: {suggested} of N = {depth} layers. It is the smallest D for which later solver steps can reuse the "
+        "output that the other layers had at the first step, while the loss of these steps rises by at most "
+        f"{100 * tolerance:.3g} %. The loss is measured without training the model for the new cut."
     )
     caption = (
         f"Shaded: the first {ar_depth} layers are AR layers, which run once." if ar_depth else "All layers are now diffusion layers."

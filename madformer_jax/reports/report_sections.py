@@ -20,9 +20,13 @@ from madformer_jax.sweeps import protocol
 
 _EXPANDED_SCORES = 2  # number of scores with figures against every cost
 _READ_DOTS = "Dots are training seeds, lines their means, bars the 95 % t-interval of one mean."
-_SIMULTANEOUS = "where nothing differs, at most 5 % of such figures have a bar without 0."
+_SIMULTANEOUS = "if no setting differs, at most 5 % of such figures have a bar that excludes 0."
 _READ_DIFFERENCES = f"In figures of differences the bars are simultaneous: {_SIMULTANEOUS}"
 _READ_ROWS = f"Dots are mean differences over paired seeds. Bars are simultaneous: {_SIMULTANEOUS}"
+_READ_ANSWERS = (
+    "An improvement above 0 supports the claim. The intervals of all claims hold together (95 %, Bonferroni). Those of a "
+    "figure or table below hold together within it, so they can differ from these."
+)
 
 
 class Text(NamedTuple):
@@ -100,7 +104,7 @@ def _answer_section(results: Results) -> Section:
     """Returns the answer to the sweep's question, with the figures that show it, and the protocol."""
     found = answers_lib.answers(results)
     panels = [panel for group in results.groups for panel in _answer_panels(results, group)]
-    items: list[Item] = [Text(tuple(answer.sentence for answer in found))] if found else []
+    items: list[Item] = [Text((*(answer.sentence for answer in found), _READ_ANSWERS))] if found else []
     if results.protocol and results.protocol["written"] == protocol.AFTER:
         items.append(Text(("The protocol was written after the results, so these answers are exploratory.",)))
     if panels:
@@ -250,6 +254,10 @@ def status(results: Results) -> str:
             for run in results.missing
         ]
         text += f" Missing: {', '.join(names)}."
-    if any("seconds" not in point.cost for group in results.groups for point in group.points):
-        text += " Seconds per image are not measured for all settings: run `--mode=sweep --measure` on an idle machine."
+    measured = {"seconds" in point.cost for group in results.groups for point in group.points}
+    if False in measured:
+        where = " for some settings" if True in measured else ""
+        text += (
+            f" Seconds per image were not measured{where}. `--mode=sweep --measure` on an idle machine measures them."
+        )
     return text

@@ -31,7 +31,7 @@ _COST_COLUMNS = {
     "nfe": "NFE",
     "passes": "passes",
 }  # the last columns of a table of scores
-_CLEAR_NOTE = "Bold: the interval excludes 0. At most 5 % of such tables show a bold cell where nothing differs"
+_CLEAR_NOTE = "Bold: the interval excludes 0. If no setting differs, at most 5 % of such tables have a bold cell"
 _HOLM_NOTE = f"Differences are means over paired seeds. {_CLEAR_NOTE} (Holm, over all cells of the table)."
 
 
@@ -269,12 +269,11 @@ def crossing_tables(group: ProtocolGroup, score: str) -> list[Table]:
             title = _title(
                 group, f"{score_heading(score)}: which setting wins as the budget of {budgets[0].unit} grows"
             )
-            head = ("pair", "order", "smallest budget", "largest budget")
+            head = ("pair", "order", "first clear, else smallest budget", "last clear, else largest budget")
             note = (
-                f"Each setting counts with its best step count within the budget. Clear: the band excludes 0 (max-t "
-                f"over {len(budgets)} budgets, Bonferroni over {len(crossings)} pairs), so that at most 5 % of such "
-                "tables show a clear difference where nothing differs. Shown are the clear differences at the smallest "
-                "and the largest budget, else those at the two ends."
+                "Each setting counts with its best step count within the budget. A difference is clear if its band "
+                f"excludes 0 (max-t over {len(budgets)} budgets, Bonferroni over {len(crossings)} pairs). If no setting "
+                "differs, at most 5 % of such tables have a clear difference."
             )
             tables.append(Table(title, head, tuple(rows), note=note))
     return tables

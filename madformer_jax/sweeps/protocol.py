@@ -65,7 +65,7 @@ class Protocol(NamedTuple):
 
 def facts(protocol: Mapping[str, Any], question: str, seeds: int) -> list[tuple[str, str]]:
     """Returns the name and the text of each part of a protocol, as stored in sweep.json."""
-    margin = f"; a claim counts from {protocol['margin']:.0%} on" if protocol["margin"] else ""
+    margin = f"; an improvement below {100 * protocol['margin']:g} % does not count" if protocol["margin"] else ""
     return [
         ("question", question),
         ("primary endpoint", protocol["primary"] + margin),
@@ -81,7 +81,8 @@ def _claim_text(claim: Mapping[str, Any]) -> str:
     places = [f"{name} = {value}" for name, value in claim["where"].items()]
     if claim["at"]:
         kind, amount = claim["at"]
-        places.append(f"best step count within {amount:g} {kind}")
+        unit = {"nfe": "NFE", "flops": "FLOPs"}.get(kind, kind)
+        places.append(f"best step count within {amount:g} {unit}")
     better, worse = claim["better"], claim["worse"]
     same = {name for name in better if better[name] == worse.get(name, object())}
     sides = [

@@ -51,8 +51,18 @@ def test_an_improvement_below_the_margin_refutes(tmp_path):
     (found,) = answers.answers(loaded)
     assert found.improvement.low < 0 < found.improvement.high < 0.02
     assert found.verdict == "refuted"
+    assert found.sentence.endswith(" The interval lies below the smallest improvement that counts.")
     (open_,) = answers.answers(loaded._replace(protocol=loaded.protocol | {"margin": 0.0}))
     assert open_.verdict == "open"
+
+
+def test_a_shown_improvement_below_the_margin_is_marked(tmp_path):
+    small, none = (
+        answers.answers(load(tmp_path / str(margin), Protocol("KID", "FD", CLAIMS[:1], "never", margin)))[0]
+        for margin in (100.0, 0.0)
+    )
+    assert small.verdict == none.verdict == "shown"
+    assert small.sentence == f"{none.sentence} This is below the smallest improvement that counts."
 
 
 def test_one_seed_leaves_a_claim_open(tmp_path):
