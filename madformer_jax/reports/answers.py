@@ -48,7 +48,7 @@ class Answer(NamedTuple):
         interval = format_interval(x) or "(no interval: one seed)"
         share = x.mean / abs(self.worse_mean) if self.worse_mean else 0.0
         percent = f", {100 * share:.0f} % of the other setting's mean" if abs(share) >= 0.005 else ""
-        steps = f", at {self.steps[0]} against {self.steps[1]} solver steps" if self.steps else ""
+        steps = f", at {' against '.join(map(str, dict.fromkeys(self.steps)))} solver steps" if self.steps else ""
         note = ""
         if self.verdict == "shown" and x.mean < self.margin:
             note = " This is below the smallest improvement that counts."

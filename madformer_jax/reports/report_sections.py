@@ -109,7 +109,9 @@ def _answer_section(results: Results) -> Section:
         items.append(Text(("The protocol was written after the results, so these answers are exploratory.",)))
     if panels:
         is_loss = results.protocol is not None and "loss" in results.protocol["primary"]
-        items.append(Figures("", tuple(panels), _READ_ROWS if is_loss else f"{_READ_DOTS} {_READ_DIFFERENCES}"))
+        has_differences = any("-difference-" in panel.name for panel in panels)
+        caption = f"{_READ_DOTS} {_READ_DIFFERENCES}" if has_differences else _READ_DOTS
+        items.append(Figures("", tuple(panels), _READ_ROWS if is_loss else caption))
     if results.protocol:
         seeds = len({run["seed"] for run in results.runs})
         items.append(
