@@ -4,11 +4,14 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from tests import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_every_mode_works_in_a_bucket(tmp_path):
     """Trains, is killed while it saves, resumes, exports, samples, evaluates and prepares.
 

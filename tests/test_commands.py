@@ -95,6 +95,7 @@ def folder(tmp_path, monkeypatch, one_device, random_state):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_runs(folder, monkeypatch):
     done = []
     for page in sorted(PAGES, key=lambda page: (page.name not in _FIRST, PAGES.index(page))):

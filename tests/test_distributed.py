@@ -120,6 +120,7 @@ def alone(tmp_path, monkeypatch):
     return tmp_path / "alone"
 
 
+@pytest.mark.slow
 def test_processes_train_and_sample_as_one_whatever_happens_to_them_and_write_once(tmp_path, alone):
     """The run passes through three pairs of processes.
 

@@ -585,6 +585,7 @@ def test_whatever_a_config_file_says_is_one_line(world):
     assert wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("random_state")
 def test_a_workdir_survives_what_is_done_to_it(world, monkeypatch):
     monkeypatch.setattr(storage.retry, "__defaults__", ((0.0,),))  # a bucket out of reach is asked once more, at once

@@ -49,6 +49,7 @@ def run(workdir: Path, settings: dict[str, Any]) -> tuple[list[Any], list[np.nda
     return [{k: v for k, v in line.items() if "loss" in k or "grad" in k} for line in lines], images
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device", "restored")
 def test_settings_of_jax_change_no_number(tmp_path, capsys):
     """All settings are on at once: each makes JAX stricter or more precise in its own way."""

@@ -3,11 +3,14 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from tests import QUICK
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one_does(tmp_path):
     """A run gets SIGKILL in a save, goes on, gets SIGTERM in a grid, and goes on again; in a process that may fork."""
     command = [sys.executable, "-m", "tests.kill", "--runs=1", "--terms=1", "--samples=0", f"--folder={tmp_path}"]

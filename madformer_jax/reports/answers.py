@@ -4,6 +4,7 @@ The intervals of all claims hold together (Bonferroni): with probability 95 % no
 difference. Unlike Holm's, they also bound how small a difference is, which a refutation needs.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from madformer_jax.reports.comparisons import Setting
 from madformer_jax.reports.formatting import format_interval, format_number
 from madformer_jax.reports.intervals import ALPHA, Estimate, estimate
 from madformer_jax.reports.results import Budget, ProtocolGroup, Results, score_sign
+from madformer_jax.sweeps.protocol import claim_sides
 
 
 class Answer(NamedTuple):
@@ -58,9 +60,19 @@ class Answer(NamedTuple):
 
 
 def answers(results: Results) -> list[Answer]:
-    """Returns the answers to the claims of a sweep's protocol; empty without a protocol."""
+    """Returns the answers to the claims of a sweep's protocol; empty without a protocol.
+
+    The texts of claims that differ in their settings alone get these settings.
+    """
     protocol = results.protocol
-    return [_answer(results, protocol, claim) for claim in protocol["claims"]] if protocol else []
+    if not protocol:
+        return []
+    texts = Counter(claim["text"] for claim in protocol["claims"])
+    claims = [
+        {**claim, "text": f"{claim['text']} ({claim_sides(claim)})"} if texts[claim["text"]] > 1 else claim
+        for claim in protocol["claims"]
+    ]
+    return [_answer(results, protocol, claim) for claim in claims]
 
 
 def endpoint_label(name: str) -> str:

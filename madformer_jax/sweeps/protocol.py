@@ -83,13 +83,18 @@ def _claim_text(claim: Mapping[str, Any]) -> str:
         kind, amount = claim["at"]
         unit = {"nfe": "NFE", "flops": "FLOPs"}.get(kind, kind)
         places.append(f"best step count within {amount:g} {unit}")
+    return f"{claim['text']} ({claim_sides(claim)}{''.join(f'; {place}' for place in places)})"
+
+
+def claim_sides(claim: Mapping[str, Any]) -> str:
+    """Returns "A against B", the settings in which the two sides of a claim differ."""
     better, worse = claim["better"], claim["worse"]
     same = {name for name in better if better[name] == worse.get(name, object())}
     sides = [
         ", ".join(f"{name} = {value}" for name, value in side.items() if name not in same) or "base"
         for side in (better, worse)
     ]
-    return f"{claim['text']} ({sides[0]} against {sides[1]}{''.join(f'; {place}' for place in places)})"
+    return " against ".join(sides)
 
 
 def check(protocol: Protocol) -> None:

@@ -18,6 +18,7 @@ from tests import QUICK, tiny
 TIMED = {"compile_seconds", "seconds", "images_per_second", "tflop", "tflops", "mfu", "program_gib", "process_gib"}
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_and_written_as_json(tmp_path, monkeypatch, capsys):
     """Two devices share an odd `sample.batch`, which is rounded up as in sampling."""
     devices = jax.devices()[:2]
@@ -53,6 +54,7 @@ def test_an_unknown_part_is_an_error(tiny_config, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_logs_its_speed_and_traces_the_profiled_steps(tmp_path):
     """Runs in a separate process: the profiler conflicts with modules of other tests.
 

@@ -14,6 +14,7 @@ from madformer_jax.training import train_step
 from tests import tiny
 
 
+@pytest.mark.slow
 def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     """The stacked parameters of scanned layers are gathered one layer at a time, inside a loop.
 
@@ -50,6 +51,7 @@ def test_under_fsdp_no_layer_is_gathered_outside_the_scan():
     assert {x.times for x in gathers if x.loop and key(x.shape) in layers} == {4, 2}
 
 
+@pytest.mark.slow
 def test_exit_status_says_whether_programs_fit_a_topology(capsys, monkeypatch):
     pytest.importorskip("libtpu")
     args = ["main", "--mode=compile", "--topology=v5e:2x2", "--config=tests/tiny.py:plain", "--config.mesh.data=4"]

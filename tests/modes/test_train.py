@@ -140,6 +140,7 @@ def assert_same_end(c, a, b):
 # ---- stopping and resuming
 
 
+@pytest.mark.slow
 def test_stopped_run_continues_bit_for_bit(plain, tmp_path, monkeypatch):
     """Uses the real step and real samples. SIGTERM comes while batch 3 is fetched."""
     plain.train.keep, plain.train.ema_snapshots, steps = 1, 2, []

@@ -33,6 +33,13 @@ def test_claims_are_shown_refuted_or_open(tmp_path):
     assert found[2].sentence == "Open: D = 2 has results. There are no results for it."
 
 
+def test_claims_of_one_text_name_their_settings(tmp_path):
+    claims = [Claim("a small D wins", {"model.diffusion_depth": depth}, LARGE) for depth in (1, 2)]
+    found = answers.answers(load(tmp_path, Protocol("KID", "FD", claims, "never")))
+    for answer, depth in zip(found, (1, 2), strict=True):
+        assert f"a small D wins (model.diffusion_depth = {depth} against model.diffusion_depth = 8)." in answer.sentence
+
+
 def test_more_claims_widen_every_interval(tmp_path):
     one, three = (
         answers.answers(load(tmp_path / str(n), Protocol("KID", "FD", CLAIMS[:n], "never")))[0].improvement

@@ -56,7 +56,13 @@ def on_mesh(c, sizes, n=4):
     return losses, np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(state.params))])
 
 
-@pytest.mark.parametrize("variant, mesh", [("", (2, 2, 2)), ("plain", (1, 8, 1))], ids=["all axes", "one axis"])
+@pytest.mark.parametrize(
+    "variant, mesh",
+    [
+        pytest.param("", (2, 2, 2), id="all axes", marks=pytest.mark.slow),
+        pytest.param("plain", (1, 8, 1), id="one axis"),
+    ],
+)
 def test_mesh_trains_like_a_single_device(variant, mesh):
     """Shards a full model over all axes at once, and a plain one over a single axis."""
     c = tiny.get_config(variant)

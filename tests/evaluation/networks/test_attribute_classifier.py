@@ -18,6 +18,7 @@ def pictures(n, seed):
     return images.astype(np.uint8), rows
 
 
+@pytest.mark.slow
 def test_attributes_are_learned_and_the_file_restores_the_classifier(monkeypatch, tmp_path):
     monkeypatch.setattr(attribute_classifier, "BATCH", 8)
     held_out_images, rows = pictures(20, 1)
