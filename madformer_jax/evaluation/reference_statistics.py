@@ -208,7 +208,7 @@ def feature_tiles(reference: Reference) -> Iterator[np.ndarray]:
         with epath.Path(reference.path).open("rb") as content, np.load(content, allow_pickle=False) as archive:
             for name in reference.extra_arrays:
                 yield archive[name]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # A damaged archive raises many types of errors.
         raise ConfigError(f"{reference.path} is damaged or has changed ({type(error).__name__}).") from None
 
 

@@ -25,7 +25,6 @@ import os
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -167,7 +166,7 @@ def _read(folder: str, first: int) -> _CacheFile | None:
             return _CacheFile(*(content[name] for name in _CacheFile._fields))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises many types of errors
         logging.warning("%s is damaged (%s) and is drawn again", path, first_line(error))
         return None
 
