@@ -115,7 +115,10 @@ class HuggingFace(Source):
     def read(self, indices: np.ndarray) -> Examples:
         rows, contents = self._row_numbers(indices), self._open()[self._image]
         images = [_image_file(contents[row].as_py()) for row in rows.tolist()]
-        return Examples({"image": images}, self._labels[rows], self.captions(indices))
+        return Examples({"image": images}, self.labels(indices), self.captions(indices))
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        return self._labels[self._row_numbers(indices)]
 
     def captions(self, indices: np.ndarray) -> list[str]:
         if not self._caption:

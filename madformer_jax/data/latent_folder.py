@@ -32,7 +32,7 @@ class LatentFolder(Folder):
         latents = np.zeros((len(indices), *self._shape), np.float32)
         for row, index in enumerate(indices.tolist()):
             latents[row] = _load_latent(self._files[index], self._shape)
-        return Examples({"mean": latents}, self._labels[indices], self.captions(indices))
+        return Examples({"mean": latents}, self.labels(indices), self.captions(indices))
 
 
 def _load_latent(path: str, shape: tuple[int, ...] | None) -> np.ndarray:

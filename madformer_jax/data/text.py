@@ -307,7 +307,7 @@ def conditioning_texts(c: ConfigDict, captions: Sequence[str], labels: np.ndarra
 def record_texts(c: ConfigDict, source: Source, numbers: np.ndarray) -> list[str]:
     """Returns the conditioning texts of records, if possible without reading their images."""
     if c.text.caption == "class":
-        return conditioning_texts(c, (), source.read(numbers).labels, source.names)
+        return conditioning_texts(c, (), source.labels(numbers), source.names)
     return source.captions(numbers)
 
 

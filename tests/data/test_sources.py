@@ -101,6 +101,8 @@ def test_sorted_subfolders_are_the_classes(tmp_path):
     assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["3.webp", "1.JPG", "2.png"]
     assert folder.read(np.arange(3)).labels.tolist() == [0, 1, 1]
     assert folder.classes == 3 and folder.names == ("a", "b", "c")
+    os.unlink(folder.name(1))
+    assert source.Subset(folder, np.array([1, 2])).labels(np.arange(2)).tolist() == [1, 1]  # reads no image
 
 
 def test_a_class_keeps_its_number_when_another_class_is_empty(tmp_path, caplog):
