@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from madformer_jax.config import schema as config_lib
-from madformer_jax.data import pipeline, preprocess, sources
+from madformer_jax.data import pipeline, preprocess, sources, text
 from madformer_jax.data.source import Examples, Source
 from madformer_jax.errors import ConfigError
 
@@ -155,6 +155,23 @@ def test_the_next_record_stands_in_for_a_corrupt_one(numbered, workers, caplog):
     resumed.set_state({"next_batch": 7})
     assert_same(itertools.islice(resumed, 5), batches[7:])
     resumed.close()
+
+
+def test_messages_name_the_record_that_stands_in(numbered, monkeypatch, caplog):
+    damage(numbered, 11)
+    numbered.text.vocabulary, numbered.text.caption = 3, "class"
+    named = []
+
+    def encode(c, texts, names):
+        named.extend(os.path.basename(names(i)) for i in range(len(texts)))
+        return text.TokenizedTexts(np.zeros((2, 3)), np.ones(2))
+
+    monkeypatch.setattr(text, "tokenizer_for_config", lambda c: None)
+    monkeypatch.setattr(text, "encode", encode)
+    _, read = pipeline.open_records(numbered)
+    assert ids(read(np.array([10, 11]))) == [10, 12]
+    assert named == ["010.png", "012.png"]
+    assert "passed over" in caplog.text and "011.png" in caplog.text
 
 
 def test_too_many_corrupt_records_stop_training_by_name(numbered):
