@@ -79,6 +79,9 @@ def _check_skipped(config: ConfigDict, skipped: SkippedRecords, count: int) -> N
             f"{name} cannot be read ({reason}): {len(skipped)} of {count} records, more than config.data.max_corrupt="
             f"{config.data.max_corrupt}. Repair or remove the files, or raise the limit."
         )
+    if len(skipped) == count:
+        name, reason = next(iter(skipped.values()))
+        raise ConfigError(f"none of the {count} records can be read: {name} ({reason}). Repair or replace the files.")
 
 
 class _BatchLoader:

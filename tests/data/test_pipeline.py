@@ -182,6 +182,13 @@ def test_too_many_corrupt_records_stop_training_by_name(numbered):
     assert "\n" not in str(caught.value)
 
 
+def test_data_without_a_readable_record_are_refused_with_any_limit(numbered):
+    numbered.data.max_corrupt = 1.0
+    damage(numbered, *range(23))
+    with pytest.raises(ConfigError, match="none of the 23 records can be read: "):
+        take(numbered, 1)
+
+
 def test_a_deleted_file_is_replaced_by_the_next_record(numbered, monkeypatch):
     source = sources.open_source(numbered)
     os.unlink(source.name(22))  # after listing the folder; the next record is the first one

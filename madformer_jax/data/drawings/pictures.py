@@ -1,7 +1,6 @@
 """Source `drawings`: any number of pictures of any size, drawn by the package dicebear.
 
-The names of what is visible are in `attributes`, the
-sentences in `captions`.
+The names of what is visible are in `attributes`, the sentences in `captions`.
 
 Picture i depends on (seed, i) alone and shows the same at every size. Its style, which is its
 class, is i mod 5. The rest is what dicebear draws for the seed "seed/i". Below 64 x 64 it is drawn
