@@ -73,15 +73,12 @@ def _decode_images(examples: Examples, preprocessor: preprocess.Preprocessor) ->
 
 
 def _check_skipped(config: ConfigDict, skipped: SkippedRecords, count: int) -> None:
-    if len(skipped) > config.data.max_corrupt * count:
+    too_many = len(skipped) > config.data.max_corrupt * count
+    if too_many or len(skipped) == count:
         name, reason = list(skipped.values())[-1]
-        raise ConfigError(
-            f"{name} cannot be read ({reason}): {len(skipped)} of {count} records, more than config.data.max_corrupt="
-            f"{config.data.max_corrupt}. Repair or remove the files, or raise the limit."
-        )
-    if len(skipped) == count:
-        name, reason = next(iter(skipped.values()))
-        raise ConfigError(f"none of the {count} records can be read: {name} ({reason}). Repair or replace the files.")
+        limit = f", more than config.data.max_corrupt={config.data.max_corrupt}" if too_many else ""
+        remedy = "Repair or remove the files, or raise the limit" if too_many else "Repair the files"
+        raise ConfigError(f"{name} cannot be read ({reason}): {len(skipped)} of {count} records{limit}. {remedy}.")
 
 
 class _BatchLoader:
@@ -115,11 +112,7 @@ class _BatchLoader:
         return {**batch, "skipped": json.dumps(skipped)} if skipped else batch
 
     def _read_next_readable(self, number: int, skipped: SkippedRecords) -> tuple[int, Examples]:
-        """Reads the first readable record from `number` on, adding those before it to `skipped`.
-
-        Returns:
-          The number of the record that was read, and the record.
-        """
+        """Reads the first readable record from `number` on and its number, adding those before it to `skipped`."""
         while True:
             try:
                 return number, read_record(self._source, self._preprocessor, number)

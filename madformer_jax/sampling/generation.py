@@ -260,9 +260,7 @@ def open_noise(c: ConfigDict) -> np.ndarray | None:
     try:
         noise = preprocess.load_array(path, mmap_mode="r")
     except (OSError, preprocess.CorruptImageError) as error:
-        raise ConfigError(
-            f"config.sample.noise={path} cannot be read: {first_line(error)}. It must be a .npy file of floats."
-        ) from None
+        raise ConfigError(f"config.sample.noise={path} cannot be read as a .npy file: {first_line(error)}.") from None
     if noise.dtype.kind != "f":
         raise ConfigError(f"config.sample.noise={path} holds {noise.dtype}: it must be a .npy file of floats.")
     if noise.shape != shape:
