@@ -18,7 +18,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -55,6 +55,17 @@ def load_array(path: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
         array.close()
         raise CorruptImageError("it is a .npz archive of several arrays")
     return array
+
+
+def read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads the shape, the Fortran order and the type of an array from the start of a .npy file.
+
+    Raises:
+      Exception: The header is damaged. NumPy raises many types.
+    """
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 class Preprocessor(NamedTuple):

@@ -23,6 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import scores
 from madformer_jax.evaluation.scores import Gaussian
@@ -186,9 +187,7 @@ def load(path: str) -> Reference:
 def _row_count(archive: Any, name: str) -> int:
     """Reads the number of rows of an array from its header in an open .npz archive."""
     with archive.zip.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return int(read(file)[0][0])
+        return preprocess.read_array_header(file)[0][0]
 
 
 def feature_tiles(reference: Reference) -> Iterator[np.ndarray]:
