@@ -208,7 +208,11 @@ def paired_differences(path: str, baseline: str) -> dict[str, score_summary.Scor
         if result is None:
             raise ConfigError(f"{file} does not exist: make it with --mode=evaluate and config.evaluate.held_out_n.")
         results.append(result)
-        with np.load(epath.Path(values_path(file)).open("rb"), allow_pickle=False) as values:
+        with (
+            storage.wrap_errors(f"{values_path(file)} cannot be read"),
+            epath.Path(values_path(file)).open("rb") as content,
+            np.load(content, allow_pickle=False) as values,
+        ):
             arrays.append({name: values[name] for name in values.files})
     for field in ("images", "space"):
         a, b = (result["protocol"][field] for result in results)
