@@ -167,7 +167,7 @@ def load(path: str) -> Reference:
             stored = sum(
                 _row_count(archive, name) for name in [*names, *(["features"] if "features" in arrays else [])]
             )
-        protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {"file": file.name}
+        protocol = dict(json.loads(str(arrays["protocol"]))) if "protocol" in arrays else {"file": file.name}
     except Exception as error:  # A damaged archive raises many types of errors.
         raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}).") from None
     if not {"mu", "sigma"} <= arrays.keys():
