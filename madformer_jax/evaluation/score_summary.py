@@ -298,7 +298,8 @@ def _has_differences(settings: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 def _format_value(value: Any) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _MAX_CELL_WIDTH else f"{text[: _MAX_CELL_WIDTH - 3]}..."
+    text = text if len(text) <= _MAX_CELL_WIDTH else f"{text[: _MAX_CELL_WIDTH - 3]}..."
+    return text.replace("|", r"\|")  # a bar would end the cell
 
 
 def _format_score(score: Score | None) -> str:

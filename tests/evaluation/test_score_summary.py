@@ -148,6 +148,9 @@ def test_table_shows_what_differs_and_the_mean_over_checkpoints():
     assert lines[0] == "| step | steps | FID |"
     assert lines[4] == "| 2 | 5 | 6 [3, 5] |"
     assert lines[6:] == ["| mean of 2 | 5 | 5 [4, 6] |", "| mean of 2 | 10 | 4 [4, 4] |"]
+    assert (
+        score_summary.comparison_table([_result(4.0, asked=x) for x in "a|"]).splitlines()[3].startswith(r"| \| | 4 ")
+    )
     results[0]["scores"]["KID"] = results[0]["scores"]["FID"]  # an earlier version stored the other result
     assert list(score_summary.mean_over_checkpoints(results)[0]["scores"]) == ["FID"]
 
