@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class SampleConditions(NamedTuple):
-    """Labels, noise, prompts and kept blocks of the images of a config. Read them once: it can take minutes."""
+    """Labels, noise, prompts and kept blocks of the images of a config. Reading them can take minutes: do it once."""
 
     labels: np.ndarray  # (n,) int32; 0 for a model without classes
     noise: np.ndarray | None  # (n, L, positions, C), memory-mapped; None for the noise of the seed
