@@ -12,6 +12,7 @@ the whole state of the iterator.
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -93,8 +94,7 @@ class _BatchLoader:
         self._source, self._config, self._preprocessor = source, config, make_preprocessor(config)
 
     def __call__(self, selection: Selection) -> Batch:
-        skipped: SkippedRecords = {}
-        numbers = selection.record.tolist()
+        skipped, numbers = SkippedRecords(), selection.record.tolist()
         try:
             examples = _decode_images(self._source.read(selection.record), self._preprocessor)
             arrays, labels, captions = examples.arrays, examples.labels, examples.captions
@@ -317,7 +317,8 @@ def read_all(config: ConfigDict) -> Batch:
 
 
 def _check_trainable(config: ConfigDict) -> None:
-    if config.data.split in sources.source_class(config).held_out:
+    names = re.split(r"\s*[+[]\s*", config.data.split)  # tfds has splits such as train+test[:9]
+    if not set(names).isdisjoint(sources.source_class(config).held_out):
         raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
 
 
