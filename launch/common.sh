@@ -20,6 +20,11 @@ require() {
   [[ -n $1 ]] || die "no $2: give $2=... or set $3 (--help lists all settings)."
 }
 
+# check_seconds VALUE FLAG: exits unless VALUE is a whole number of seconds.
+check_seconds() {
+  [[ $1 =~ ^(0|[1-9][0-9]*)$ ]] || die "$2=$1 is not a number of seconds: give a whole number."
+}
+
 # quote ARGUMENTS: prints one line that a shell reads back as the same arguments.
 quote() {
   local word line=

@@ -40,6 +40,8 @@ while (($#)); do
   shift
 done
 [[ $N =~ ^[1-9][0-9]*$ ]] || die "no number of processes: launch/local.sh 2 -- --config=..."
+[[ $PORT =~ ^[1-9][0-9]*$ ]] || die "--port=$PORT is not a port: give a number."
+check_seconds "$GRACE" --grace
 (($#)) || die "no arguments for main.py: give them after --, as in -- --config=configs/digits.py --workdir=runs/a"
 
 # A command of several words, hence the unquoted expansion.

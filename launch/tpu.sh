@@ -260,6 +260,7 @@ main() {
   require "$NAME" --name TPU_NAME
   require "$PROJECT" --project TPU_PROJECT
   require "$ZONE" --zone TPU_ZONE
+  check_seconds "$POLL" --poll
   case $verb in create | resume) check_type ;; esac
   case $verb in run | resume) check_main_arguments ${ARGUMENTS[@]+"${ARGUMENTS[@]}"} ;; esac
   if ((DRY_RUN)); then

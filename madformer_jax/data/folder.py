@@ -85,7 +85,10 @@ class Folder(Source):
         for index in indices.tolist():
             with open(self._files[index], "rb") as file:
                 images.append(file.read())
-        return Examples({"image": images}, self._labels[indices], self.captions(indices))
+        return Examples({"image": images}, self.labels(indices), self.captions(indices))
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        return self._labels[indices]
 
     def captions(self, indices: np.ndarray) -> list[str]:
         return [self._captions[index] for index in indices.tolist()]

@@ -7,6 +7,7 @@ runs: only files of these formats are opened. Images stay encoded.
 """
 
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -115,7 +116,10 @@ class HuggingFace(Source):
     def read(self, indices: np.ndarray) -> Examples:
         rows, contents = self._row_numbers(indices), self._open()[self._image]
         images = [_image_file(contents[row].as_py()) for row in rows.tolist()]
-        return Examples({"image": images}, self._labels[rows], self.captions(indices))
+        return Examples({"image": images}, self.labels(indices), self.captions(indices))
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        return self._labels[self._row_numbers(indices)]
 
     def captions(self, indices: np.ndarray) -> list[str]:
         if not self._caption:
@@ -259,7 +263,7 @@ def _load(location: str, cache: str) -> dict[str, Any]:
 
 
 def _data_files(setting: str, path: str) -> tuple[str, dict[str, list[str]]]:
-    """Returns the format of the data files at a path, "parquet" or "arrow", and the files of each split."""
+    """Returns the format of the data files at a path, "parquet" or "arrow", and the files of each split as patterns."""
     files = listing.list_files(path, listing.Exclusions()) if os.path.isdir(path) else [path]
     files = [file for file in files if listing.suffix(file) in _SUFFIXES]
     kinds = sorted({listing.suffix(file)[1:] for file in files})
@@ -271,7 +275,6 @@ def _data_files(setting: str, path: str) -> tuple[str, dict[str, list[str]]]:
     splits: dict[str, list[str]] = {}
     for file in files:
         words = re.split("[^a-z]+", os.path.relpath(file, path).lower()) if os.path.isdir(path) else []
-        splits.setdefault(next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train"), []).append(
-            file
-        )
+        split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
+        splits.setdefault(split, []).append(glob.escape(file))
     return kinds[0], splits

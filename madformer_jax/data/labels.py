@@ -153,7 +153,7 @@ def _parse_json(name: str, content: bytes) -> Label:
     except (ValueError, RecursionError):
         return UnusableLabel(f"{name} is not JSON")
     label = entry.get("label") if isinstance(entry, dict) else None
-    if label is None or label == "":
+    if label is None or (isinstance(label, str) and not label.strip()):
         return None
     if isinstance(label, bool):
         return int(label)

@@ -32,18 +32,18 @@ class LatentFolder(Folder):
         latents = np.zeros((len(indices), *self._shape), np.float32)
         for row, index in enumerate(indices.tolist()):
             latents[row] = _load_latent(self._files[index], self._shape)
-        return Examples({"mean": latents}, self._labels[indices], self.captions(indices))
+        return Examples({"mean": latents}, self.labels(indices), self.captions(indices))
 
 
 def _load_latent(path: str, shape: tuple[int, ...] | None) -> np.ndarray:
-    """Reads a latent and checks that it is finite and has a shape.
+    """Reads a latent and checks that it is finite in float32 and has a shape.
 
     Raises:
       preprocess.CorruptImageError: It is not such an array.
       OSError: The file cannot be read.
     """
     latent = preprocess.load_array(path)
-    if latent.dtype.kind != "f" or latent.ndim != 3 or not np.isfinite(latent).all():
+    if latent.dtype.kind != "f" or latent.ndim != 3 or not (np.abs(latent) <= np.finfo(np.float32).max).all():
         raise preprocess.CorruptImageError(f"it must hold finite floats (h, w, C), not {latent.dtype} {latent.shape}")
     if shape not in (None, latent.shape):
         raise preprocess.CorruptImageError(f"its shape is {latent.shape}, and that of the first file {shape}")

@@ -95,7 +95,7 @@ def inconsistency(kind: str, images: np.ndarray) -> np.ndarray | None:
 
     Args:
       kind: One of `KINDS`.
-      images: uint8 (n, H, W, 3).
+      images: uint8 (n, H, W, c).
 
     Returns:
       Distances (n,) in levels of gray, 0 for real pictures. None for "texture", which has no such
@@ -114,15 +114,15 @@ def palette_distance(images: np.ndarray) -> np.ndarray:
     A pixel is bright if the mean of its channels is at least 128.
 
     Args:
-      images: uint8 (n, H, W, 3).
+      images: uint8 (n, H, W, c).
 
     Returns:
       The mean absolute distance between a part's mean color and the picture's, (n,). Parts without
       a dark or bright pixel do not count for that color.
     """
-    n, height, width, _ = images.shape
-    cells = images.reshape(n, CELLS, height // CELLS, CELLS, width // CELLS, 3).swapaxes(2, 3)
-    cells = cells.reshape(n, CELLS**2, -1, 3).astype(float)
+    n, height, width, channels = images.shape
+    cells = images.reshape(n, CELLS, height // CELLS, CELLS, width // CELLS, channels).swapaxes(2, 3)
+    cells = cells.reshape(n, CELLS**2, -1, channels).astype(float)
     is_bright = cells.mean(-1) >= 128
     distances = []
     for chosen in (is_bright, ~is_bright):

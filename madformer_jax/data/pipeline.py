@@ -12,6 +12,7 @@ the whole state of the iterator.
 
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from madformer_jax.config import seeds
-from madformer_jax.data import compatibility, preprocess, sources, text, worker
+from madformer_jax.data import compatibility, listing, preprocess, sources, text, worker
 from madformer_jax.data.source import Examples, Kind, Source
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import malloc
@@ -73,12 +74,12 @@ def _decode_images(examples: Examples, preprocessor: preprocess.Preprocessor) ->
 
 
 def _check_skipped(config: ConfigDict, skipped: SkippedRecords, count: int) -> None:
-    if len(skipped) > config.data.max_corrupt * count:
+    too_many = len(skipped) > config.data.max_corrupt * count
+    if too_many or len(skipped) == count:
         name, reason = list(skipped.values())[-1]
-        raise ConfigError(
-            f"{name} cannot be read ({reason}): {len(skipped)} of {count} records, more than config.data.max_corrupt="
-            f"{config.data.max_corrupt}. Repair or remove the files, or raise the limit."
-        )
+        limit = f", more than config.data.max_corrupt={config.data.max_corrupt}" if too_many else ""
+        remedy = "Repair or remove the files, or raise the limit" if too_many else "Repair the files"
+        raise ConfigError(f"{name} cannot be read ({reason}): {len(skipped)} of {count} records{limit}. {remedy}.")
 
 
 class _BatchLoader:
@@ -93,12 +94,12 @@ class _BatchLoader:
         self._source, self._config, self._preprocessor = source, config, make_preprocessor(config)
 
     def __call__(self, selection: Selection) -> Batch:
-        skipped: SkippedRecords = {}
+        skipped, numbers = SkippedRecords(), selection.record.tolist()
         try:
             examples = _decode_images(self._source.read(selection.record), self._preprocessor)
             arrays, labels, captions = examples.arrays, examples.labels, examples.captions
         except (preprocess.CorruptImageError, OSError, MemoryError):
-            rows = [self._read_next_readable(number, skipped) for number in selection.record.tolist()]
+            numbers, rows = zip(*(self._read_next_readable(number, skipped) for number in numbers))
             arrays = {name: np.concatenate([row.arrays[name] for row in rows]) for name in rows[0].arrays}
             labels = np.concatenate([row.labels for row in rows])
             captions = [row.captions[0] for row in rows]
@@ -107,14 +108,14 @@ class _BatchLoader:
         batch = {**arrays, "label": labels}
         if self._config.text.vocabulary:
             texts = text.conditioning_texts(self._config, captions, labels, self._source.names)
-            batch |= text.encode(self._config, texts, lambda i: self._source.name(int(selection.record[i])))._asdict()
+            batch |= text.encode(self._config, texts, lambda i: self._source.name(numbers[i]))._asdict()
         return {**batch, "skipped": json.dumps(skipped)} if skipped else batch
 
-    def _read_next_readable(self, number: int, skipped: SkippedRecords) -> Examples:
-        """Reads the first readable record from `number` on, adding those before it to `skipped`."""
+    def _read_next_readable(self, number: int, skipped: SkippedRecords) -> tuple[int, Examples]:
+        """Reads the first readable record from `number` on and its number, adding those before it to `skipped`."""
         while True:
             try:
-                return read_record(self._source, self._preprocessor, number)
+                return number, read_record(self._source, self._preprocessor, number)
             except (preprocess.CorruptImageError, OSError) as error:
                 skipped[str(number)] = [self._source.name(number), first_line(error)]
             _check_skipped(self._config, skipped, len(self._source))
@@ -218,7 +219,7 @@ def open_records(config: ConfigDict) -> tuple[DatasetInfo, Callable[[np.ndarray]
 
     Returns:
       The facts of the data, and a function that reads the batch of records with numbers (b,). A record
-      that cannot be read is replaced by the next readable one.
+      that cannot be read is logged and replaced by the next readable one.
 
     Raises:
       ConfigError: The data do not fit the config (see `dataset_info`).
@@ -228,7 +229,9 @@ def open_records(config: ConfigDict) -> tuple[DatasetInfo, Callable[[np.ndarray]
 
     def read(records: np.ndarray) -> Batch:
         batch = load(_without_flips(records.tolist()))
-        return {name: x for name, x in batch.items() if name != "skipped"}
+        for name, reason in json.loads(batch.pop("skipped", "{}")).values():
+            listing.warn_once(f"passed over {name}: {reason}")  # scores read an image several times
+        return batch
 
     return info, read
 
@@ -314,7 +317,8 @@ def read_all(config: ConfigDict) -> Batch:
 
 
 def _check_trainable(config: ConfigDict) -> None:
-    if config.data.split in sources.source_class(config).held_out:
+    names = re.split(r"\s*[+[]\s*", config.data.split)  # tfds has splits such as train+test[:9]
+    if not set(names).isdisjoint(sources.source_class(config).held_out):
         raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
 
 

@@ -18,7 +18,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor
@@ -38,18 +38,34 @@ class CorruptImageError(ValueError):
     """Error for an image that cannot be decoded. The message says why."""
 
 
-def load_array(path: str) -> np.ndarray:
-    """Loads a .npy file.
+def load_array(path: str, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Loads a .npy file, or maps it into memory.
 
     Raises:
-      CorruptImageError: It is damaged.
+      CorruptImageError: It is damaged, or a .npz archive.
       OSError: It cannot be read.
     """
     try:
-        array: np.ndarray = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        array = np.load(path, mmap_mode, allow_pickle=False)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged header raises many types, such as tokenize.TokenError
         raise CorruptImageError(first_line(error)) from None
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise CorruptImageError("it is a .npz archive of several arrays")
     return array
+
+
+def read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads the shape, the Fortran order and the type of an array from the start of a .npy file.
+
+    Raises:
+      Exception: The header is damaged. NumPy raises many types.
+    """
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 class Preprocessor(NamedTuple):

@@ -34,7 +34,7 @@ def read_captions(path: str, keys: Sequence[str]) -> list[str]:
     }
     if len(lists) + bool(text_files) > 1:
         kinds = [*map(os.path.basename, lists), *(["a .txt file beside an image"] if text_files else [])]
-        raise ConfigError(f"config.data.path={path!r} has captions in {' and in '.join(kinds)}: keep one of them.")
+        raise ConfigError(f"{path} has captions in {' and in '.join(kinds)}: keep one of them.")
     if text_files:
         files = [os.path.join(path, text_files[key]) if key in text_files else "" for key in keys]
         return [storage.read_text(file).strip() if file else "" for file in files]

@@ -107,11 +107,15 @@ class Source(Protocol):
           ConfigError: Prepared records are damaged.
         """
 
-    def captions(self, indices: np.ndarray) -> list[str]:
-        """Returns the captions of the records at `indices`.
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the labels of the records at `indices`, int32 (b,).
 
         Sources that can do so without reading the images override this method.
         """
+        return self.read(indices).labels
+
+    def captions(self, indices: np.ndarray) -> list[str]:
+        """Returns the captions of the records at `indices`, as `labels`."""
         return self.read(indices).captions
 
     def captioned_attributes(self, indices: np.ndarray) -> np.ndarray | None:
@@ -177,6 +181,9 @@ class Subset(Source):
 
     def read(self, indices: np.ndarray) -> Examples:
         return self._source.read(self._numbers[indices])
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        return self._source.labels(self._numbers[indices])
 
     def captions(self, indices: np.ndarray) -> list[str]:
         return self._source.captions(self._numbers[indices])

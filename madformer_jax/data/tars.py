@@ -115,7 +115,10 @@ class Tars(Source):
     def read(self, indices: np.ndarray) -> Examples:
         rows = self._index.rows[self._row_numbers(indices)]
         images = [self._read_image(row) for row in rows]
-        return Examples({"image": images}, np.maximum(rows["label"], 0), self.captions(indices))
+        return Examples({"image": images}, self.labels(indices), self.captions(indices))
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        return np.maximum(self._index.rows["label"][self._row_numbers(indices)], 0)
 
     def captions(self, indices: np.ndarray) -> list[str]:
         numbers = self._row_numbers(indices)

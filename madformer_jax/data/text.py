@@ -37,6 +37,7 @@ _LLAMA3_SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPECIAL_TOKEN_COUNT = 256  # Llama 3's special tokens, which follow its ranks; the first two are begin and end
+_READ_AT_ONCE = 256  # records, in `record_texts`
 _UNKNOWN = -1  # the unknown token of a tokenizer that has none
 
 
@@ -306,9 +307,14 @@ def conditioning_texts(c: ConfigDict, captions: Sequence[str], labels: np.ndarra
 
 def record_texts(c: ConfigDict, source: Source, numbers: np.ndarray) -> list[str]:
     """Returns the conditioning texts of records, if possible without reading their images."""
-    if c.text.caption == "class":
-        return conditioning_texts(c, (), source.read(numbers).labels, source.names)
-    return source.captions(numbers)
+    texts: list[str] = []
+    for first in range(0, len(numbers), _READ_AT_ONCE):  # prepared records are read with their images
+        batch = numbers[first : first + _READ_AT_ONCE]
+        if c.text.caption == "class":
+            texts += conditioning_texts(c, (), source.labels(batch), source.names)
+        else:
+            texts += source.captions(batch)
+    return texts
 
 
 def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> TokenizedTexts:

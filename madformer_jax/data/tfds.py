@@ -48,6 +48,7 @@ class Tfds(Source):
             if split.isidentifier() and split not in splits and splits != ["all"]:
                 raise ConfigError(f"config.data.source=tfds:{name} has no split {split!r}, only {', '.join(splits)}.")
             self._rows: Sequence[Any] = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+            first = self._rows[0] if len(self._rows) else {}
         except ConfigError:
             raise
         except Exception as error:  # tfds raises many types, with messages of many lines
@@ -61,7 +62,8 @@ class Tfds(Source):
             (key for key in _CAPTION_FIELDS if isinstance(features.get(key), tfds.features.Text)), None
         )
         label = features.get("label")
-        self.names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+        is_labeled = isinstance(label, tfds.features.ClassLabel) and first.get("label", -1) >= 0  # -1: not published
+        self.names = tuple(features["label"].names) if is_labeled else ()
         self.fingerprint = fingerprint([builder.info.full_name, split, str(len(self._rows))])
         self._image, self._name, self._split = image, name, split
 

@@ -33,7 +33,7 @@ from madformer_jax.models import block_order
 from madformer_jax.models.block_order import Order
 from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
-from madformer_jax.sampling import codec, generation
+from madformer_jax.sampling import codec, generation, solving
 from madformer_jax.sampling.opening import TrainedModel
 
 CONTEXTS = ("true", "other", "own")
@@ -156,7 +156,9 @@ def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
     """
     sizes, path = derive_sizes(c), schedules.make(**c.diffusion)
     solver, clip_x0, model = solvers.make(c.sample.solver), c.sample.clip_x0, trained.network
-    coefficients = solver.coefficients(path, c.sample.spacing, c.sample.steps)
+    steps = solving.solver_steps(c)
+    assert isinstance(steps, int)  # `held_out_scores.open_images` refuses others
+    coefficients = solver.coefficients(path, c.sample.spacing, steps)
     clean_timestep = sampler.clean_timestep(model, coefficients)
 
     def draw(

@@ -8,6 +8,8 @@ a .npz with the value of each image. All models have the same images and noise, 
 two models are paired (`paired_differences`).
 """
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -21,12 +23,13 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from madformer_jax.config import seeds
+from madformer_jax.config import elastic_depth, seeds
 from madformer_jax.config.block_orders import sampling_order_name
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bits_per_dimension, by_block, held_out_losses, sampling_grid, score_summary, shards
 from madformer_jax.evaluation.held_out_images import HeldOutImages
 from madformer_jax.evaluation.teacher_forcing import TeacherForcing
+from madformer_jax.models import layer_split
 from madformer_jax.runtime import checkpoint, partitioning, progress, storage
 from madformer_jax.sampling import codec, solving
 from madformer_jax.sampling.opening import TrainedModel
@@ -40,7 +43,7 @@ def open_images(c: ConfigDict) -> HeldOutImages | None:
 
     Raises:
       ConfigError: See `HeldOutImages`, `evaluate.images` names existing images, or the scores by block lack
-        one order of blocks.
+        one order of blocks or one number of solver steps.
     """
     n = c.evaluate.held_out_n or (c.evaluate.n if c.evaluate.by_block else 0)
     if not n:
@@ -53,11 +56,26 @@ def open_images(c: ConfigDict) -> HeldOutImages | None:
         raise ConfigError(
             "config.evaluate.by_block=True needs one order of blocks: set config.sample.block_order to one, e.g. raster."
         )
+    for setting in _settings(c) if c.evaluate.by_block else ():
+        if not isinstance(solving.solver_steps(setting), int):
+            raise ConfigError(
+                f"config.evaluate.by_block=True samples all blocks with the same steps, and config.sample.steps_by_block="
+                f"{setting.sample.steps_by_block!r}: set config.sample.steps_by_block=constant."
+            )
     return HeldOutImages(c, n)
 
 
+def _settings(c: ConfigDict) -> list[ConfigDict]:
+    """Returns the first setting of the grid with each kind of weights and each D. Only it is scored by block."""
+    first = {
+        (x.sample.weights, x.sample.ema, elastic_depth.sampled_depth(x)): x
+        for x in reversed(sampling_grid.expand_configs(c))
+    }
+    return [first[key] for key in sorted(first)]
+
+
 def run(c: ConfigDict, workdir: str, images: HeldOutImages) -> list[dict[str, Any]]:
-    """Returns the result of each checkpoint and each kind of weights of the grid, computed or read.
+    """Returns the result of each checkpoint, each kind of weights and each D of the grid, computed or read.
 
     Raises:
       ConfigError: A checkpoint is missing or does not fit, or a value is not finite.
@@ -65,11 +83,8 @@ def run(c: ConfigDict, workdir: str, images: HeldOutImages) -> list[dict[str, An
     checkpoint.require(workdir)
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     steps = sampling_grid.select_checkpoints(c.evaluate.checkpoints, checkpoint.complete_steps(workdir))
-    # The scores by block sample with the first setting of each kind of weights.
-    by_weights = {(x.sample.weights, x.sample.ema): x for x in reversed(sampling_grid.expand_configs(c))}
     return [
-        _load_or_measure(setting, workdir, images, step)
-        for step, (_, setting) in itertools.product(steps, sorted(by_weights.items(), key=lambda item: item[0]))
+        _load_or_measure(setting, workdir, images, step) for step, setting in itertools.product(steps, _settings(c))
     ]
 
 
@@ -99,12 +114,22 @@ def _load_or_measure(c: ConfigDict, workdir: str, images: HeldOutImages, step: i
 
 
 def _measure(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: HeldOutImages) -> dict[str, np.ndarray]:
+    trained = _with_sampled_depth(c, trained)
     forward = TeacherForcing(c, trained.network, trained.params, trained.mesh)
     values = held_out_losses.measure(c, forward, images.batches(trained, codec_params))
     values |= bits_per_dimension.measure(forward, lambda n: images.batches(trained, codec_params, n))
     if c.evaluate.by_block:
         values |= by_block.measure(c, trained, codec_params, images, forward)
     return values
+
+
+def _with_sampled_depth(c: ConfigDict, trained: TrainedModel) -> TrainedModel:
+    """Returns the model with the D of `sample.diffusion_depth`, and parameters in its layout."""
+    network = layer_split.with_depth(trained.network, elastic_depth.sampled_depth(c))
+    if network is trained.network:
+        return trained
+    params = jax.jit(functools.partial(layer_split.fit, network))(trained.params)
+    return dataclasses.replace(trained, network=network, params=params)
 
 
 def _protocol(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: HeldOutImages) -> dict[str, Any]:
@@ -122,11 +147,17 @@ def _protocol(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: H
         **solving.path_protocol(c),
         **({"block_order": order} if (order := sampling_order_name(c)) != "raster" else {}),
     }
+    if c.sample.diffusion_depth:
+        protocol["diffusion_depth"] = c.sample.diffusion_depth
     if codec_params:
         protocol["codec"] = codec.describe(c, fingerprint(codec_params, trained.mesh))
     if c.evaluate.by_block:
-        protocol["by_block"] = {name: c.sample[name] for name in ("solver", "spacing", "steps")} | {
-            "seed": seeds.of(c, "sample")
+        protocol["by_block"] = {
+            "solver": c.sample.solver,
+            "spacing": c.sample.spacing,
+            "steps": solving.solver_steps(c),
+            "seed": seeds.of(c, "sample"),
+            **({"context_noise": c.sample.context_noise} if c.sample.context_noise else {}),
         }
     return protocol
 
@@ -177,7 +208,11 @@ def paired_differences(path: str, baseline: str) -> dict[str, score_summary.Scor
         if result is None:
             raise ConfigError(f"{file} does not exist: make it with --mode=evaluate and config.evaluate.held_out_n.")
         results.append(result)
-        with np.load(epath.Path(values_path(file)).open("rb"), allow_pickle=False) as values:
+        with (
+            storage.wrap_errors(f"{values_path(file)} cannot be read"),
+            epath.Path(values_path(file)).open("rb") as content,
+            np.load(content, allow_pickle=False) as values,
+        ):
             arrays.append({name: values[name] for name in values.files})
     for field in ("images", "space"):
         a, b = (result["protocol"][field] for result in results)
@@ -189,7 +224,7 @@ def paired_differences(path: str, baseline: str) -> dict[str, score_summary.Scor
 def text_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Returns Markdown tables: the scores of each result, and those by block."""
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
-    labels = [f"{r['protocol']['step']}, {r['protocol']['weights']}" for r in results]
+    labels = [_label(result["protocol"]) for result in results]
     lines = [["held out", *labels], ["---"] * (1 + len(results))]
     for name in names:
         scores = [result["scores"].get(name) for result in results]
@@ -199,6 +234,11 @@ def text_table(results: Sequence[Mapping[str, Any]]) -> str:
     tables = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
     tables += [by_block.text_table(result["blocks"]) for result in results if "blocks" in result]
     return "\n\n".join(tables)
+
+
+def _label(protocol: Mapping[str, Any]) -> str:
+    depth = f", D = {protocol['diffusion_depth']}" if "diffusion_depth" in protocol else ""
+    return f"{protocol['step']}, {protocol['weights']}{depth}"
 
 
 def run_entries(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -242,7 +242,7 @@ class _NpzReader:
                 self._name = next(name for name in ("images.npy", "arr_0.npy") if name in names)
                 self.checksum = archive.getinfo(self._name).CRC
                 with archive.open(self._name) as file:
-                    shape, fortran, dtype = _npy_header(file)
+                    shape, fortran, dtype = preprocess.read_array_header(file)
                     self._start = file.tell()
                 unnamed = "arr_1.npy" if self._name == "arr_0.npy" else ""
                 self.labels = _read_labels(
@@ -276,13 +276,6 @@ class _NpzReader:
         return out.reshape(-1, *self.shape[1:])
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Reads the shape, the Fortran order and the type of an array from its .npy header."""
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    return read(file)
-
-
 def _read_labels(archive: zipfile.ZipFile, path: str, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
     """Reads the labels from an open .npz archive.
 
@@ -301,7 +294,7 @@ def _read_labels(archive: zipfile.ZipFile, path: str, name: str, shape: tuple[in
     if not name:
         return None
     with archive.open(name) as file:
-        actual_shape, _, dtype = _npy_header(file)
+        actual_shape, _, dtype = preprocess.read_array_header(file)
     # An array without a name can be anything.
     if name == "arr_1.npy" and (actual_shape != shape or dtype.kind not in "iu"):
         logging.warning(

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.data import pipeline, sources
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation import judge_paths, reference_statistics, score_summary
+from madformer_jax.evaluation import judge_paths, reference_statistics, sampling_grid, score_summary
 from madformer_jax.evaluation.memorization import TrainingFeatures
 from madformer_jax.evaluation.networks import attribute_classifier, registry
 from madformer_jax.evaluation.networks.attribute_classifier import AttributeClassifier
@@ -104,12 +104,13 @@ def open_training(c: ConfigDict, reference: Reference | None = None) -> Referenc
 
 
 def _open_attribute_classifier(c: ConfigDict, workdir: str) -> AttributeClassifier | None:
-    """Loads the attribute classifier, or returns None if no prompt names attributes.
+    """Loads the attribute classifier, or returns None if no prompt of the config or its grid names attributes.
 
     If the file does not exist, it logs a warning and returns None.
     """
     path = judge_paths.attribute_classifier_path(c, workdir)
-    if prompts.requested_attributes(c) is None:
+    settings = {setting.sample.prompts: setting for setting in (c, *sampling_grid.expand_configs(c))}
+    if all(prompts.requested_attributes(setting) is None for setting in settings.values()):
         return None
     if not epath.Path(path).exists():
         logging.warning("%s does not exist, so attributes are not scored: --mode=reference writes it", path)

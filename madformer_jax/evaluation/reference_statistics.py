@@ -23,6 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from madformer_jax.data import preprocess
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import scores
 from madformer_jax.evaluation.scores import Gaussian
@@ -166,7 +167,7 @@ def load(path: str) -> Reference:
             stored = sum(
                 _row_count(archive, name) for name in [*names, *(["features"] if "features" in arrays else [])]
             )
-        protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {"file": file.name}
+        protocol = dict(json.loads(str(arrays["protocol"]))) if "protocol" in arrays else {"file": file.name}
     except Exception as error:  # A damaged archive raises many types of errors.
         raise ConfigError(f"{path} cannot be read as a .npz archive ({type(error).__name__}).") from None
     if not {"mu", "sigma"} <= arrays.keys():
@@ -186,9 +187,7 @@ def load(path: str) -> Reference:
 def _row_count(archive: Any, name: str) -> int:
     """Reads the number of rows of an array from its header in an open .npz archive."""
     with archive.zip.open(f"{name}.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return int(read(file)[0][0])
+        return preprocess.read_array_header(file)[0][0]
 
 
 def feature_tiles(reference: Reference) -> Iterator[np.ndarray]:
@@ -208,7 +207,7 @@ def feature_tiles(reference: Reference) -> Iterator[np.ndarray]:
         with epath.Path(reference.path).open("rb") as content, np.load(content, allow_pickle=False) as archive:
             for name in reference.extra_arrays:
                 yield archive[name]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # A damaged archive raises many types of errors.
         raise ConfigError(f"{reference.path} is damaged or has changed ({type(error).__name__}).") from None
 
 

@@ -68,7 +68,7 @@ def compute_scores(
     classes = judge.network.metadata.get("classes", 0)
     out = score_summary.compute_scores(
         judge.network, arrays, judge.reference,
-        recognize=labeled and bool(classes) and arrays["labels"].max() < classes,
+        recognize=labeled and bool(classes) and arrays["labels"].max(initial=0) < classes,
         grid=(s.grid, s.columns), shape=(c.data.image_size,) * 2, seam_lines=c.evaluate.seam_lines, training=judge.training,
     )  # fmt: skip
     requested = prompts.requested_attributes(c)

@@ -47,7 +47,7 @@ def expand_configs(c: ConfigDict) -> list[ConfigDict]:
     combinations. "" is the config's own setting.
 
     Raises:
-      ConfigError: A field is not in `FIELDS`, or a value has the wrong type.
+      ConfigError: A field is not in `FIELDS` or occurs twice, or a value has the wrong type.
     """
     axes: list[list[tuple[str, Any]]] = []
     for axis in filter(None, c.evaluate.grid.split(";")):
@@ -57,6 +57,10 @@ def expand_configs(c: ConfigDict) -> list[ConfigDict]:
             raise ConfigError(
                 f"config.evaluate.grid: {axis!r} is not a setting: use {', '.join(FIELDS)} with values, "
                 "as in steps=5,20;guidance=1,2."
+            )
+        if name in (known for known, _ in itertools.chain(*axes)):
+            raise ConfigError(
+                f"config.evaluate.grid={c.evaluate.grid!r} names {name} twice: write all its values in one list."
             )
         parse, kind = FIELDS[name]
         try:
@@ -105,7 +109,7 @@ def log_warnings(c: ConfigDict, grid: Sequence[ConfigDict]) -> None:
 
 
 def select_checkpoints(selection: str, available: Sequence[int]) -> list[int]:
-    """Returns the steps of the checkpoints that `evaluate.checkpoints` selects.
+    """Returns the steps of the checkpoints that `evaluate.checkpoints` selects, each once.
 
     Args:
       selection: "newest", "last:5", or steps, as in "1000,2000".
@@ -122,7 +126,7 @@ def select_checkpoints(selection: str, available: Sequence[int]) -> list[int]:
             if not 1 <= number <= len(steps):
                 raise ConfigError(f"config.evaluate.checkpoints={selection!r}: there are {len(steps)}: {steps}.")
             return steps[-number:]
-        selected = [int(step) for step in selection.split(",")]
+        selected = list(dict.fromkeys(int(step) for step in selection.split(",")))
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise

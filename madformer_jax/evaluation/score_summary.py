@@ -82,9 +82,10 @@ def compute_scores(
       The scores by name. `Network.score_name` names those that depend on the features.
 
     Raises:
-      ConfigError: Features are not finite.
+      ConfigError: Features are not finite, or there are too few images.
     """
-    x, y = arrays["features"], reference.features
+    y = reference.features
+    x = scores.validate_features(arrays["features"], "generated", minimum=2, purpose="a covariance")
     counts = bootstrap.resample_counts(len(x))
     names = [network.score_name(name) for name in ("FID", "KID", "IS", "precision", "recall")]
     out = {
@@ -136,7 +137,7 @@ def _seam_scores(
 ) -> dict[str, Score]:
     """Computes the score of the model's block borders, and the difference to real images on common lines."""
     out = {}
-    if sum(grid) > 2:
+    if sum(grid) > 2 and grid != shape:  # blocks of one pixel have no inside
         steps = seams.border_and_interior_steps(profiles, shape, *grid)
         out["seam"] = _with_interval(
             seams.seam_score(steps), bootstrap.ratio_replicates(steps[:, 0], steps[:, 1], counts)
@@ -263,8 +264,8 @@ def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> list[dict[str
     """Averages the scores of each setting over its checkpoints.
 
     Returns:
-      A result for each setting with several checkpoints. The interval of a score is its range over
-      checkpoints.
+      A result for each setting with several checkpoints, with the scores that all of them have. Stored
+      results of an earlier version may lack a score. The interval of a score is its range over checkpoints.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
@@ -276,7 +277,8 @@ def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> list[dict[str
             continue
         first = group[0]
         images = {**first["protocol"]["images"], "step": f"mean of {len(group)}"}
-        values = {name: [result["scores"][name]["value"] for result in group] for name in first["scores"]}
+        shared = [name for name in first["scores"] if all(name in result["scores"] for result in group)]
+        values = {name: [result["scores"][name]["value"] for result in group] for name in shared}
         spread = {name: {"value": float(np.mean(x)), "low": min(x), "high": max(x)} for name, x in values.items()}
         out.append({**first, "protocol": {**first["protocol"], "images": images}, "scores": spread})
     return out
@@ -296,7 +298,8 @@ def _has_differences(settings: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 def _format_value(value: Any) -> str:
     text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= _MAX_CELL_WIDTH else f"{text[: _MAX_CELL_WIDTH - 3]}..."
+    text = text if len(text) <= _MAX_CELL_WIDTH else f"{text[: _MAX_CELL_WIDTH - 3]}..."
+    return text.replace("|", r"\|")  # a bar would end the cell
 
 
 def _format_score(score: Score | None) -> str:

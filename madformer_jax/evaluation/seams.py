@@ -45,7 +45,7 @@ def border_and_interior_steps(profiles: np.ndarray, shape: tuple[int, int], rows
       profiles: Profiles (n, H - 1 + W - 1) of `difference_profiles`.
       shape: Height and width (H, W) of an image.
       rows: Number of rows of blocks. `rows + columns` is at least 3, so that borders exist.
-      columns: Number of columns of blocks.
+      columns: Number of columns of blocks, which are larger than a pixel.
 
     Returns:
       Differences (n, 2) float64 of each image: across borders, and inside blocks.

@@ -185,7 +185,8 @@ def _do_run(job: Job, run: Run) -> bool:
     """
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
-    held_out_scores.open_images(base)
+    for overrides in job.definition.evaluations[:1]:  # those of the held-out scores
+        held_out_scores.open_images(sweep_file.apply_overrides(base, overrides))
     if not _is_trained(run.config, folder):
         if not _train(job, run):
             return False

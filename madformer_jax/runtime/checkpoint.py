@@ -164,9 +164,9 @@ class Checkpoints:
             last = None
             with contextlib.suppress(Exception):  # Orbax's manager forgets a step before it removes it
                 last = max(ocp.utils.checkpoint_steps(self.path), default=None)
-            kept = f"step {last} is the last good one" if last is not None else "there is none yet"
+            newest = f"step {last} is the last good one" if last is not None else "there is none yet"
             raise ConfigError(
-                f"checkpoints in {self.path} cannot be {verb}; {kept}: {storage.cause_message(error)}."
+                f"checkpoints in {self.path} cannot be {verb}; {newest}: {storage.cause_message(error)}."
             ) from error
 
     def _saved(self) -> None:
@@ -259,8 +259,8 @@ class Checkpoints:
         if not steps:
             raise ConfigError(f"there is no checkpoint in {self.path}: train first, or give another --workdir.")
         if step is not None and step not in steps:
-            there = ", ".join(str(s) for s in reversed(steps))
-            raise ConfigError(f"there is no checkpoint of step {step} in {self.path}, only of {there}.")
+            known = ", ".join(str(s) for s in reversed(steps))
+            raise ConfigError(f"there is no checkpoint of step {step} in {self.path}, only of {known}.")
         items: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
         if data:
             items["data"] = ocp.args.JsonRestore()
@@ -331,12 +331,12 @@ class Checkpoints:
           DamagedError: An item or a file is missing or damaged.
         """
         folder = self.path / str(step)
-        there = {path.name for path in storage.retry(lambda: list(folder.iterdir()))}
-        if missing := [name for name in items if name not in there]:
-            found = [name for name in (*ARRAY_ITEMS, "data", "meta") if name in there]
-            raise checksums.DamagedError(f"step {step} holds no {', '.join(missing)}, only {', '.join(found)}")
+        present = {path.name for path in storage.retry(lambda: list(folder.iterdir()))}
+        if missing := [name for name in items if name not in present]:
+            others = [name for name in (*ARRAY_ITEMS, "data", "meta") if name in present]
+            raise checksums.DamagedError(f"step {step} holds no {', '.join(missing)}, only {', '.join(others)}")
         share = jax.process_index(), jax.process_count()
-        for name in {*items, "meta"} & there:
+        for name in {*items, "meta"} & present:
             checksums.verify_files(folder / name, *share)
 
     def _read(self, step: int, items: dict[str, Any]) -> Any:

@@ -77,15 +77,15 @@ def verify_arrays(directory: epath.Path, shapes: dict[str, tuple[int, ...]] | No
         raise OSError(errno.EIO, "the arrays that were written cannot be read back", str(directory))
 
 
-def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> None:
+def verify_files(folder: epath.Path, share: int = 0, shares: int = 1) -> None:
     """Compares the files of an item with their checksums.
 
     Errors of the file system are raised after some retries.
 
     Args:
       folder: Folder of the item.
-      part: Share of the files to compare.
-      parts: Number of shares, one for each process.
+      share: Number of the share of the files to compare.
+      shares: Number of shares, one for each process.
 
     Raises:
       DamagedError: A file or the checksums are missing, or a file has changed.
@@ -97,16 +97,16 @@ def verify_files(folder: epath.Path, part: int = 0, parts: int = 1) -> None:
         raise DamagedError(f"{called}/{FILE_NAME} is missing") from None
     try:
         expected: dict[str, str] = json.loads(text)["sha256"]
-        names = sorted(expected)[part::parts]
+        names = sorted(expected)[share::shares]
     except (ValueError, KeyError, TypeError):
         raise DamagedError(f"{called}/{FILE_NAME} is damaged") from None
 
     def compare(name: str) -> None:
         try:
-            found = storage.retry(lambda: storage.sha256(folder / name))
+            actual = storage.retry(lambda: storage.sha256(folder / name))
         except FileNotFoundError:
             raise DamagedError(f"{called}/{name} is missing") from None
-        if found != expected[name]:
+        if actual != expected[name]:
             raise DamagedError(f"{called}/{name} is not what was written (its checksum differs)")
 
     with futures.ThreadPoolExecutor(_THREADS) as pool:

@@ -37,7 +37,7 @@ def reuse_memory() -> None:
 
     A program allocates its temporary arrays at every call. By default they return to the system at the end
     of the call, and the system fills new pages with zeros at the next one. `trim` still returns memory.
-    Tunables of the user's own win.
+    The user's own tunables take precedence.
     """
     if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
         return

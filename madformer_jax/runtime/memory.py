@@ -32,11 +32,11 @@ def check_state_fits(purpose: str, mesh: Mesh, **trees: Any) -> None:
     stats = devices[0].memory_stats() or {}
     needed = {name: partitioning.device_bytes(tree) for name, tree in trees.items()}
     if "bytes_limit" in stats:
-        free, place = stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"a {devices[0].device_kind}"
+        free, location = stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"a {devices[0].device_kind}"
     else:  # CPU devices share the memory of the host
-        free, place = host_free_bytes(), "this machine"
+        free, location = host_free_bytes(), "this machine"
         needed = {name: size * len(devices) for name, size in needed.items()}
-    check_bytes(purpose, needed, free, place)
+    check_bytes(purpose, needed, free, location)
 
 
 def free_bytes(mesh: Mesh) -> int:
@@ -53,7 +53,7 @@ def device_capacity() -> int:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
-def check_bytes(purpose: str, needed: dict[str, int], free: int, place: str) -> None:
+def check_bytes(purpose: str, needed: dict[str, int], free: int, location: str) -> None:
     """Checks that the needed bytes are free; see `check_state_fits`.
 
     Raises:
@@ -63,7 +63,7 @@ def check_bytes(purpose: str, needed: dict[str, int], free: int, place: str) -> 
     if total > free:
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in needed.items())
         raise ConfigError(
-            f"{purpose} needs {total / GIB:.2f} GiB ({parts}) before it computes anything, but {place} has "
+            f"{purpose} needs {total / GIB:.2f} GiB ({parts}) before it computes anything, but {location} has "
             f"{free / GIB:.2f} GiB free: make config.model smaller, spread it over more devices (config.mesh.fsdp and "
             "config.mesh.tensor must divide its widths: the log says what they do not), or end what else uses the memory."
         )

@@ -78,8 +78,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | Non
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     if sizes[0] % slices:
         raise ConfigError(
-            f"config.mesh.data={sizes[0]} is not a multiple of the {slices} slices: set it so; "
-            "the other axes exchange too much for the network between slices."
+            f"config.mesh.data={sizes[0]} is not a multiple of the {slices} slices: set a multiple, "
+            "because the other axes exchange too much for the network between slices."
         )
     grid = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), devices)
     return Mesh(grid, AXES, axis_types=types)

@@ -54,7 +54,7 @@ class Preemption:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.write(
-            2, b"stopping behind this step; Ctrl-C again leaves at once, without saving\n"
+            2, b"stopping after this step; Ctrl-C again leaves at once, without saving\n"
         )  # not the log, which may be locked in a signal handler
         os.kill(os.getpid(), signal.SIGTERM)
 

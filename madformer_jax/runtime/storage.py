@@ -144,18 +144,17 @@ def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
         local = os.path.abspath(os.fspath(path))
         folder, name = os.path.split(local)
         os.makedirs(folder, exist_ok=True)
-        part = os.path.join(
-            folder, f".{name}.{uuid.uuid4().hex[:8]}.part"
-        )  # unique, as other processes may write the same file
+        # The name is unique, because other processes may write the same file.
+        partial = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.part")
         try:
-            with open(part, "wb") as file:
+            with open(partial, "wb") as file:
                 put(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, local)
+            os.replace(partial, local)
         finally:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
+                os.unlink(partial)
         _sync_folder(folder)
         return
     with tempfile.NamedTemporaryFile() as file:
@@ -169,25 +168,25 @@ def _upload(local: str, path: epath.Path) -> None:
 
     Closing a file publishes the object, even after an exception. So the copy is renamed when it is whole.
     """
-    size, part = os.path.getsize(local), path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    size, partial = os.path.getsize(local), path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     try:
-        with open(local, "rb") as content, part.open("wb") as target:
+        with open(local, "rb") as content, partial.open("wb") as target:
             target.write(b"")  # without a write, an empty file makes no object
             shutil.copyfileobj(content, target, 1 << 22)
-        if (arrived := part.stat().length) != size:
+        if (arrived := partial.stat().length) != size:
             raise OSError(errno.EIO, f"{arrived} of {size} bytes arrived", os.fspath(path))
-        part.replace(path)
+        partial.replace(path)
     except BaseException:
         with contextlib.suppress(Exception):
-            part.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         raise
 
 
 def read_version(path: Path) -> tuple[bytes | None, bytes]:
     """Returns the content of a small file, or None if it does not exist, and its version for `write_version`."""
     with _store(path) as (store, name):
-        found = store.read(name).result()
-    return (None if found.state == "missing" else found.value), found.stamp.generation
+        result = store.read(name).result()
+    return (None if result.state == "missing" else result.value), result.stamp.generation
 
 
 def write_version(path: Path, content: bytes | None, version: bytes) -> bool:

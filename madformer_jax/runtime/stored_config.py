@@ -58,8 +58,8 @@ def config_from_saved(saved: Any, path: str, trusted: bool | None = None) -> Con
 def guide_config(c: ConfigDict) -> ConfigDict | None:
     """Returns the config of the model of `sample.guide`; None if the config names none.
 
-    It draws with the settings, the mesh and the codec of `c`, without guidance of its own. Its own are the
-    model and the choice of weights.
+    It draws with the settings, the mesh and the codec of `c`, without guidance. The model and the choice of
+    weights are the guide's own.
 
     Raises:
       ConfigError: The folder has no config.

@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class SampleConditions(NamedTuple):
-    """Labels, noise, prompts and kept blocks of the images of a config. Read them once: it can take minutes."""
+    """Labels, noise, prompts and kept blocks of the images of a config. Reading them can take minutes: do it once."""
 
     labels: np.ndarray  # (n,) int32; 0 for a model without classes
     noise: np.ndarray | None  # (n, L, positions, C), memory-mapped; None for the noise of the seed
@@ -258,12 +258,11 @@ def open_noise(c: ConfigDict) -> np.ndarray | None:
     if not path:
         return None
     try:
-        noise = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"config.sample.noise={path} cannot be read: {first_line(error)}.") from None
-    if not isinstance(noise, np.ndarray) or noise.dtype.kind != "f":
-        kind = noise.dtype if isinstance(noise, np.ndarray) else "several arrays"
-        raise ConfigError(f"config.sample.noise={path} holds {kind}: it must be a .npy file of floats.")
+        noise = preprocess.load_array(path, mmap_mode="r")
+    except (OSError, preprocess.CorruptImageError) as error:
+        raise ConfigError(f"config.sample.noise={path} cannot be read as a .npy file: {first_line(error)}.") from None
+    if noise.dtype.kind != "f":
+        raise ConfigError(f"config.sample.noise={path} holds {noise.dtype}: it must be a .npy file of floats.")
     if noise.shape != shape:
         raise ConfigError(
             f"config.sample.noise={path} is of shape {noise.shape}: it must be {shape} (n, L, positions, C)."

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -76,7 +77,7 @@ class TrainedModel:
         if check_memory_for:
             memory.check_state_fits(check_memory_for, mesh, parameters=target)
         tensors = os.path.join(workdir, "model.safetensors")
-        if not checkpoint.exists(workdir) and os.path.exists(tensors):
+        if not checkpoint.exists(workdir) and epath.Path(tensors).exists():
             params, metadata = _load_safetensors(tensors, target)
             meta = {"data": {"names": list(metadata.get("names", ()))}}
             step = int(metadata.get("step", -1))

@@ -122,6 +122,13 @@ def test_workers_read_without_the_package(tmp_path):
     assert done.returncode == 0, done.stderr.decode()
 
 
+def test_the_name_of_a_folder_is_not_a_pattern(tmp_path):
+    for name, n in (("a[b]?", 5), ("a[b]c", 3), ("abc", 4)):
+        (tmp_path / name).mkdir()
+        make(rows(n)).to_parquet(tmp_path / name / "0.parquet")
+    assert len(sources.open_source(config(tmp_path / "a[b]?"))) == 5
+
+
 def test_a_split_of_the_set_is_read_as_it_is(tmp_path):
     table = make(rows())
     splits = {"train": table.select(range(10)), "validation": table.select([10]), "test": table.select(range(11, 24))}

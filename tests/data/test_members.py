@@ -139,7 +139,14 @@ def test_numbers_among_names_are_odd(opened):
 
 def test_json_without_a_label_is_logged(opened, caplog):
     source = opened(
-        {"0.png": 0, "0.json": b'[{"bbox": [1, 2]}]', "1.png": 1, "1.json": b"3", "2.png": 2, "2.json": b'{"w": 1}'}
+        {
+            "0.png": 0,
+            "0.json": b'[{"bbox": [1, 2]}]',
+            "1.png": 1,
+            "1.json": b"3",
+            "2.png": 2,
+            "2.json": b'{"label": " "}',
+        }
     )
     assert source.classes == 0 and shades(source, 0, 1, 2) == [0, 1, 2]
     assert ".json members without a label: 3 (" in caplog.text

@@ -21,6 +21,7 @@ def test_real_pictures_are_consistent_and_halves_of_different_pictures_are_not(k
     real = pictures(kind)
     mixed = np.concatenate([real[:16, :, :16], real[16:, :, 16:]], axis=2)
     np.testing.assert_array_equal(patterns.inconsistency(kind, real), 0)
+    np.testing.assert_array_equal(patterns.inconsistency(kind, real[..., :1]), 0)  # gray
     assert (patterns.inconsistency(kind, mixed) > 5).all()
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from madformer_jax.config import schema as config_lib
-from madformer_jax.data import pipeline, preprocess, sources
+from madformer_jax.data import pipeline, preprocess, sources, text
 from madformer_jax.data.source import Examples, Source
 from madformer_jax.errors import ConfigError
 
@@ -157,12 +157,36 @@ def test_the_next_record_stands_in_for_a_corrupt_one(numbered, workers, caplog):
     resumed.close()
 
 
+def test_messages_name_the_record_that_stands_in(numbered, monkeypatch, caplog):
+    damage(numbered, 11)
+    numbered.text.vocabulary, numbered.text.caption = 3, "class"
+    named = []
+
+    def encode(c, texts, names):
+        named.extend(os.path.basename(names(i)) for i in range(len(texts)))
+        return text.TokenizedTexts(np.zeros((2, 3)), np.ones(2))
+
+    monkeypatch.setattr(text, "tokenizer_for_config", lambda c: None)
+    monkeypatch.setattr(text, "encode", encode)
+    _, read = pipeline.open_records(numbered)
+    assert ids(read(np.array([10, 11]))) == [10, 12]
+    assert named == ["010.png", "012.png"]
+    assert "passed over" in caplog.text and "011.png" in caplog.text
+
+
 def test_too_many_corrupt_records_stop_training_by_name(numbered):
     numbered.data.max_corrupt, numbered.data.workers = 0.05, 1  # 1 of 23
     damage(numbered, 3, 20)
     with pytest.raises(ConfigError, match=r"/0(03|20).png cannot be read.*2 of 23 records.*max_corrupt=0.05") as caught:
         take(numbered, 6)
     assert "\n" not in str(caught.value)
+
+
+def test_data_without_a_readable_record_are_refused_with_any_limit(numbered):
+    numbered.data.max_corrupt = 1.0
+    damage(numbered, *range(23))
+    with pytest.raises(ConfigError, match="cannot be read .*: 23 of 23 records. Repair the files."):
+        take(numbered, 1)
 
 
 def test_a_deleted_file_is_replaced_by_the_next_record(numbered, monkeypatch):
@@ -278,8 +302,9 @@ def test_training_never_sees_held_out_records(numbered):
     numbered.data.split = "test"
     held_out = {int(name[-7:-4]) for name in names(sources.open_source(numbered))}
     assert 0 < len(held_out) < 12 and seen == set(range(23)) - held_out
-    with pytest.raises(ConfigError, match="split='test' is held out"):
-        pipeline.train_iterator(numbered, batch=4)
+    for numbered.data.split in ("test", "train + test[:50%]"):  # the second is one of tfds
+        with pytest.raises(ConfigError, match=r"split='.*test.*' is held out"):
+            pipeline.train_iterator(numbered, batch=4)
 
 
 def test_data_that_do_not_fit_the_model_are_refused(numbered, tmp_path):

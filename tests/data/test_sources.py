@@ -101,6 +101,8 @@ def test_sorted_subfolders_are_the_classes(tmp_path):
     assert [folder.name(i).split("/")[-1] for i in range(len(folder))] == ["3.webp", "1.JPG", "2.png"]
     assert folder.read(np.arange(3)).labels.tolist() == [0, 1, 1]
     assert folder.classes == 3 and folder.names == ("a", "b", "c")
+    os.unlink(folder.name(1))
+    assert source.Subset(folder, np.array([1, 2])).labels(np.arange(2)).tolist() == [1, 1]  # reads no image
 
 
 def test_a_class_keeps_its_number_when_another_class_is_empty(tmp_path, caplog):
@@ -278,11 +280,11 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
             return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
+            return {"train": self._generate_examples(range(5)), "secret": self._generate_examples([-1])}
 
-        def _generate_examples(self):
-            for i in range(5):
-                yield i, {"image": np.full((4, 6, 3), 40 * i, np.uint8), "label": i, "caption": f"shade {i}"}
+        def _generate_examples(self, labels):
+            for i in labels:
+                yield i, {"image": np.full((4, 6, 3), 40 * abs(i), np.uint8), "label": i, "caption": f"shade {i}"}
 
     builder = Shades(data_dir=str(tmp_path), file_format="array_record")
     builder.download_and_prepare()
@@ -295,7 +297,9 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
     assert table.process_batch(examples.arrays["image"]).mean((1, 2, 3)).tolist() == (40 * examples.labels).tolist()
     assert examples.captions == [f"shade {label}" for label in examples.labels]
     assert sorted(examples.labels) == list(range(5)) and shades.names == tuple("0123456")
-    with pytest.raises(ConfigError, match="has no split 'test', only train, all"):
+    secret = open_("tfds:shades", tmp_path, "secret")  # labels of -1 stand for none
+    assert secret.classes == 0 and secret.read(np.arange(1)).labels.tolist() == [0]
+    with pytest.raises(ConfigError, match="has no split 'test', only .*train, .*all"):
         open_("tfds:shades", tmp_path, "test")
 
 

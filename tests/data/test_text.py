@@ -9,6 +9,7 @@ import tokenizers
 
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import text
+from madformer_jax.data.source import Source
 from madformer_jax.errors import ConfigError
 from tests.data import odd_captions
 
@@ -45,6 +46,18 @@ def test_a_caption_is_begin_its_tokens_and_end(c):
         assert row[0] == tokenizer.begin and row[length - 1] == tokenizer.end and tokenizer.begin != tokenizer.end
         assert tokenizer.decode(row[1 : length - 1].tolist()).strip() == caption
     assert texts.lengths[0] < len(CAPTIONS[0])  # some bytes are merged
+
+
+def test_captions_of_many_records_are_read_in_batches(c):
+    sizes = []
+
+    class Captions(Source):
+        def captions(self, indices):
+            sizes.append(len(indices))
+            return list(map(str, indices))
+
+    assert text.record_texts(c, Captions(), np.arange(600)) == list(map(str, range(600)))
+    assert max(sizes) <= 256
 
 
 def test_long_captions_are_an_error_unless_truncated(c):

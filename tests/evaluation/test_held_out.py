@@ -19,6 +19,7 @@ from madformer_jax.models import block_order, madformer
 from madformer_jax.modes import evaluate
 from madformer_jax.runtime import partitioning
 from madformer_jax.sampling import codec
+from madformer_jax.sampling.opening import TrainedModel
 from tests.modes import judged
 from tests.small import random_params, small_config
 
@@ -159,6 +160,25 @@ def test_a_run_of_several_checkpoints_has_means_with_ranges():
     assert held_out_scores.run_entries([{"scores": results[0]["scores"]}]) == {"held_out": results[0]["scores"]}
 
 
+def test_held_out_scores_are_those_of_the_sampled_depth(small):
+    c, model, params, mesh = small
+    c = c.copy_and_resolve_references()
+    c.train.elastic_depth, c.train.elastic_depths, c.evaluate.grid = True, (1, 2), "steps=3,5;diffusion_depth=2,1"
+    settings = held_out_scores._settings(c)
+    assert [(x.sample.diffusion_depth, x.sample.steps) for x in settings] == [(1, 3), (2, 3)]
+    trained = TrainedModel(mesh, model, params, None, {}, 7, 7)
+    same, other = (held_out_scores._with_sampled_depth(x, trained) for x in settings)
+    assert same is trained
+    assert other.network.config.diffusion_depth == 2 and "ar_layers" not in other.params
+    protocols = []
+    for x, noise in zip((c, *settings, c), (0, 0, 0, 9)):
+        x.evaluate.by_block, x.sample.context_noise = True, noise
+        protocols.append(held_out_scores._protocol(x, trained, None, SimpleNamespace(protocol={})))
+    assert [x.get("diffusion_depth") for x in protocols[:3]] == [None, 1, 2]
+    assert protocols[3]["by_block"] == protocols[0]["by_block"] | {"context_noise": 9}
+    assert held_out_scores._label(protocols[2]) == "7, ema, D = 2"
+
+
 def test_another_image_has_the_same_label():
     labels = np.array([0, 1, 0, 2, 1, 0])
     other = by_block.other_of_label(labels)
@@ -208,11 +228,13 @@ def test_evaluate_gives_held_out_scores_once_and_their_paired_differences(fresh,
         ({"held_out_n": 1}, "at least 2 images"),
         ({"held_out_n": 5, "split": "train"}, "is the split of training"),
         ({"held_out_n": 5, "images": "data:test"}, "names existing images"),
+        ({"by_block": True, "grid": "steps_by_block=4/3/2/1"}, "by_block=True samples all blocks with the same steps"),
         ({"n": 0}, "n=0 draws no samples"),
         ({"n": 0, "held_out_n": 5, "grid": "steps=1,2"}, "grid and sweeps need some"),
     ],
 )
 def test_wrong_settings_end_before_work(fresh, workdir, changes, message):
     fresh.evaluate.update(changes)
+    fresh.model.blocks = 4
     with pytest.raises(ConfigError, match=message):
         evaluate.run(fresh, str(workdir))

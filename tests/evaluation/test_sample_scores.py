@@ -4,10 +4,23 @@ import numpy as np
 import pytest
 
 from madformer_jax.config import schema
-from madformer_jax.evaluation import sample_scores
+from madformer_jax.evaluation import judge, sample_scores
 from madformer_jax.evaluation.judge import Judge
 from madformer_jax.evaluation.networks import registry
 from madformer_jax.sampling.generation import SampleBatch
+
+
+def test_prompts_of_the_grid_open_the_attribute_classifier(monkeypatch, tmp_path):
+    c, names = schema.base(), "data:test"
+    monkeypatch.setattr(
+        judge.prompts, "requested_attributes", lambda c: np.ones((1, 1)) if c.sample.prompts == names else None
+    )
+    monkeypatch.setattr(judge.attribute_classifier, "load", lambda path: path)
+    (tmp_path / "attributes.npz").touch()
+    opened = []
+    for c.evaluate.grid in ("steps=3", f"steps=3;prompts=a,{names}"):
+        opened.append(judge._open_attribute_classifier(c, str(tmp_path)))
+    assert opened == [None, str(tmp_path / "attributes.npz")]
 
 
 def test_attributes_are_predicted_batch_by_batch_and_scored(monkeypatch):

@@ -121,6 +121,15 @@ def test_seams_of_constant_images_have_an_interval(arrays, across, inside, expec
     assert seam["low"] <= seam["value"] <= seam["high"]
 
 
+def test_blocks_of_one_pixel_have_no_seam_score(arrays):
+    assert "seam" not in _compute_scores(arrays, grid=(8, 12))[0]
+
+
+def test_a_set_without_a_readable_image_is_refused(arrays):
+    with pytest.raises(ConfigError, match="0 generated images are too few"):
+        _compute_scores({name: x[:0] for name, x in arrays.items()})
+
+
 def test_scores_of_another_network_end_in_its_name(arrays):
     out, _ = _compute_scores(arrays, ClassifierNetwork, recognize=False, grid=(1, 1))
     names = [f"{name}-classifier" for name in ("FD", "KID", "IS", "precision", "recall")]
@@ -139,6 +148,11 @@ def test_table_shows_what_differs_and_the_mean_over_checkpoints():
     assert lines[0] == "| step | steps | FID |"
     assert lines[4] == "| 2 | 5 | 6 [3, 5] |"
     assert lines[6:] == ["| mean of 2 | 5 | 5 [4, 6] |", "| mean of 2 | 10 | 4 [4, 4] |"]
+    assert (
+        score_summary.comparison_table([_result(4.0, asked=x) for x in "a|"]).splitlines()[3].startswith(r"| \| | 4 ")
+    )
+    results[0]["scores"]["KID"] = results[0]["scores"]["FID"]  # an earlier version stored the other result
+    assert list(score_summary.mean_over_checkpoints(results)[0]["scores"]) == ["FID"]
 
 
 @pytest.mark.parametrize(

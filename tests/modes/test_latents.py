@@ -123,7 +123,22 @@ def test_latents_that_do_not_fit_are_refused_in_one_line(latents, field, value, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [np.zeros((4, 4, 6)), np.full((4, 4, 5), np.nan), np.zeros((4, 4, 5), int), b"no"])
+BROKEN_HEADER = b"\x93NUMPY\1\0\6\0{'a':\n"
+ARCHIVE = b"PK\5\6" + bytes(18)  # an empty .npz
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        np.zeros((4, 4, 6)),
+        np.full((4, 4, 5), np.nan),
+        np.full((4, 4, 5), 1e99),
+        np.zeros((4, 4, 5), int),
+        b"no",
+        BROKEN_HEADER,
+        ARCHIVE,
+    ],
+)
 def test_a_file_that_is_no_such_latent_is_passed_over_by_name(latents, content, caplog):
     path = pathlib.Path(latents.data.path) / "b" / "3.npy"
     path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)

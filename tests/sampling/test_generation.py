@@ -164,8 +164,9 @@ def test_noise_of_a_file_is_read_by_image_number(plain, noise_only, tmp_path):
         (np.full((5, 1, 64, 16), [np.nan] + [0] * 15), "not finite at image 0"),
         (np.ones((5, 1, 64, 16), complex), "holds complex128"),
         (np.full((5, 1, 64, 16), "a"), "holds <U1"),
-        ({"a": np.ones(3)}, "holds several arrays"),
+        ({"a": np.ones(3)}, "of several arrays"),
         (b"no array", "cannot be read"),
+        (b"PK\3\4", "cannot be read"),  # the start of a .npz archive
     ],
 )
 def test_invalid_noise_is_refused(plain, noise_only, tmp_path, content, complaint):

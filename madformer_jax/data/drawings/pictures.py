@@ -1,7 +1,6 @@
 """Source `drawings`: any number of pictures of any size, drawn by the package dicebear.
 
-The names of what is visible are in `attributes`, the
-sentences in `captions`.
+The names of what is visible are in `attributes`, the sentences in `captions`.
 
 Picture i depends on (seed, i) alone and shows the same at every size. Its style, which is its
 class, is i mod 5. The rest is what dicebear draws for the seed "seed/i". Below 64 x 64 it is drawn
@@ -25,7 +24,6 @@ import os
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -167,7 +165,7 @@ def _read(folder: str, first: int) -> _CacheFile | None:
             return _CacheFile(*(content[name] for name in _CacheFile._fields))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises many types of errors
         logging.warning("%s is damaged (%s) and is drawn again", path, first_line(error))
         return None
 

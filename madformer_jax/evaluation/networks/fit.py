@@ -105,7 +105,7 @@ def load(path: str, kind: Any, description: str, init: Callable[[Mapping[str, An
     Raises:
       ConfigError: The file is missing or damaged, or has no metadata.
     """
-    # `read_npz` reads a remote file in place; `read_state_dict` would copy it first.
+    # `read_state_dict` refuses files in buckets.
     read = state_dicts.read_npz if storage.is_remote(path) else state_dicts.read_state_dict
     tensors, args, _ = read(path)
     try:
