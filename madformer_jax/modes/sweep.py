@@ -13,7 +13,6 @@ checkpoint, an evaluation from its finished shards. `--mode=report` reads the re
 import contextlib
 import gc
 import itertools
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
 from madformer_jax.sampling import generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
-from madformer_jax.sweeps import budget, run_result, run_table, sweep_file, sweep_folder
+from madformer_jax.sweeps import budget, programs, run_result, run_table, sweep_file, sweep_folder
 from madformer_jax.sweeps import claims as claims_lib
 from madformer_jax.sweeps import processes as processes_lib
 from madformer_jax.sweeps.budget import Timing
@@ -82,12 +81,10 @@ def run(
     runs = sweep_folder.reuse_folder_names(sweep_file.expand_runs(definition, c), workdir)
     evaluations = sweep_file.expand_evaluations(definition)
     job = Job(name, "".join(file.args), definition, runs, evaluations, workdir)
-    for run, evaluation in itertools.product(job.runs, job.evaluations):
-        if evaluation.kind != "seconds":  # seconds are measured later
-            sampled = sweep_file.apply_overrides(run.config, evaluation.overrides)
-            budget.solver_steps(sampled, evaluation.kind, evaluation.amount)
     for run, overrides in itertools.product(job.runs, definition.evaluations):
-        evaluate.check(_evaluation_config(run.config, overrides, [run.config.sample.steps]))
+        sampled = sweep_file.apply_overrides(run.config, overrides)
+        steps = programs.steps(job, sampled, overrides) or {run.config.sample.steps}  # seconds are measured later
+        evaluate.check(_evaluation_config(run.config, overrides, sorted({min(steps), max(steps)})))
     storage.check_arrays_path(workdir, write=True)
     if dry_run:
         console.print_text(run_table.run_table(job))
@@ -158,7 +155,7 @@ def _rotate_runs(runs: list[Run]) -> list[Run]:
 
     Processes that start together then begin with different runs.
     """
-    first = int(os.environ.get(processes_lib.INDEX_VARIABLE) or 0) % len(runs)
+    first = processes_lib.index() % len(runs)
     return runs[first:] + runs[:first]
 
 
@@ -196,7 +193,7 @@ def _do_run(job: Job, run: Run) -> bool:
         _write_sample_grid(job, run, [evaluations[i]["cost"]["solver_steps"] for i in rows])
     if jax.process_index():
         return True
-    lines = [json.loads(line) for line in (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = sweep_folder.metric_lines(folder)
     storage.write_json(os.path.join(folder, "seconds.json"), run_result.phase_seconds(lines, evaluations))
     result = run_result.run_result(job, run, lines, evaluations, rows) | held_out
     storage.write_json(os.path.join(folder, "result.json"), result)
@@ -228,16 +225,17 @@ def _claim_lanes(job: Job, run: Run, claims: contextlib.ExitStack) -> list[Run]:
     c, most = run.config, run.config.train.lanes
     if most == 0:  # on a CPU, lanes are never faster (docs/engineering_log.md)
         most = 1 if jax.default_backend() == "cpu" or job.workdir in _slow_lanes else MAX_LANES
-    if most == 1 or jax.device_count() > 1 or c.profile or c.train.elastic_depth:
-        return []
     key, step = lanes.group_key(c), _newest_step(job, run)
+    if most == 1 or jax.device_count() > 1 or c.profile or c.train.elastic_depth or step == [c.train.steps]:
+        return []
     group: list[Run] = []
     for other in job.runs:
         if len(group) + 1 < most and other is not run and lanes.group_key(other.config) == key:
-            with contextlib.suppress(lock.LockedError):
-                claims.enter_context(lock.acquire(sweep_folder.claim_path(job.workdir, other.name)))
+            with contextlib.suppress(lock.LockedError), contextlib.ExitStack() as claim:
+                claim.enter_context(lock.acquire(sweep_folder.claim_path(job.workdir, other.name)))
                 if _newest_step(job, other) == step and not _is_done(job, other):
                     group.append(other)
+                    claims.enter_context(claim.pop_all())  # else other processes may claim it
     return group
 
 
@@ -246,7 +244,12 @@ def _newest_step(job: Job, run: Run) -> list[int]:
 
 
 def _is_trained(c: ConfigDict, folder: str) -> bool:
-    return checkpoint.complete_steps(folder)[-1:] == [c.train.steps]
+    """Returns whether a run has its last checkpoint, and the validation that comes after it."""
+    steps = c.train.steps
+    return checkpoint.complete_steps(folder)[-1:] == [steps] and (
+        not c.train.validate_every
+        or any(line["step"] == steps and "validated" in line for line in sweep_folder.metric_lines(folder))
+    )
 
 
 def _solver_steps(job: Job, run: Run, evaluation: Evaluation) -> int:
