@@ -236,7 +236,7 @@ def plot_series(
     xs = [x for line in lines for x in line.x]
     width = math.log(max(xs) / min(xs)) if log else max(xs) - min(xs)
     ends = []
-    for i, (line, color) in enumerate(zip(lines, colors)):
+    for i, (line, color) in enumerate(zip(lines, colors, strict=True)):
         shift = spread * width * (i - (len(lines) - 1) / 2)
         x = [at * math.exp(shift) if log else at + shift for at in line.x]
         mean = [y.mean for y in line.y]

@@ -37,6 +37,14 @@ def test_ablations_of_a_base_are_one_table(tmp_path):
     assert [group.label(setting) for setting in group.settings] == ["no clean stream", "no AR condition", "base"]
 
 
+def test_a_sweep_over_seeds_alone_has_a_table_of_one_setting(tmp_path):
+    found, group = load(tmp_path, depths=(1,), steps=(2,))
+    (table,) = tables.axis_tables(found, group)
+    assert table.header[:2] == ("setting", "KID-classifier ↓")
+    assert [row[0] for row in table.rows] == ["base", "real images"]
+    assert {len(row) for row in table.rows} == {len(table.header)}
+
+
 def test_differences_have_the_steps_of_both_settings(tmp_path):
     _, group = load(tmp_path, depths=(1, 8), steps=(2, 64))
     (table,) = tables.difference_tables(group, "KID-classifier")
