@@ -350,7 +350,7 @@ def _load_or_measure_timing(job: Job, run: Run, force: bool = False) -> list[Tim
         job.workdir,
         f"timing_{name}",  # `name` alone is the claim of the run
         path,
-        lambda: storage.write_json(path, [_measure_timing(job, run, o) for o in job.definition.evaluations]),
+        lambda: storage.write_json(path, [_measure_timing(run, o) for o in job.definition.evaluations]),
     )
     timings = storage.read_json(path)
     if jax.process_index() == 0:  # a copy in the run's folder, which makes that folder complete
@@ -359,7 +359,7 @@ def _load_or_measure_timing(job: Job, run: Run, force: bool = False) -> list[Tim
     return [Timing(timing["fixed"], timing["per_step"]) for timing in timings]
 
 
-def _measure_timing(job: Job, run: Run, overrides: sweep_file.Overrides) -> dict[str, Any]:
+def _measure_timing(run: Run, overrides: sweep_file.Overrides) -> dict[str, Any]:
     c = sweep_file.apply_overrides(run.config, overrides)
     few, many = TIMED_STEPS
     figures = [benchmark.sampling(c) for c.sample.steps in TIMED_STEPS]

@@ -200,7 +200,11 @@ def _wait(
                 logging.error("process %d of the sweep ended early: %s Its log: %s", child.number, reason, child.log)
         now = time.monotonic()
         if now - checked_at >= PROGRESS_SECONDS:
-            checked_at, (done, line) = now, progress()
+            checked_at = now
+            try:
+                done, line = progress()
+            except ConfigError as error:  # A file that cannot be read now is no reason to end the processes.
+                done, line = last_done, str(error)
             if done != last_done or now - reported_at >= REPORT_SECONDS:
                 last_done, reported_at = done, now
                 logging.info("%s", "waiting for the processes to save and end" if stopping else line)

@@ -176,8 +176,8 @@ def check_installed(c: ConfigDict) -> None:
 
 
 def names(c: ConfigDict) -> list[str]:
-    """Returns the names of the trackers of a config."""
-    return [name.strip() for name in c.train.log_to.split(",") if name.strip()]
+    """Returns the names of the trackers of a config, each once."""
+    return list(dict.fromkeys(name.strip() for name in c.train.log_to.split(",") if name.strip()))
 
 
 def run_name(workdir: str) -> str:

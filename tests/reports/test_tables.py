@@ -81,3 +81,4 @@ def test_numbers_have_three_digits(x, text):
 def test_a_cell_has_the_mean_its_interval_and_every_value():
     assert formatting.format_cell(Estimate((1.0, 2.0), 1.5, 0.5, 2.5)) == "1.50 [0.500, 2.50] (1, 2)"
     assert formatting.format_cell(Estimate((1.25,), 1.25, None, None)) == "1.25"
+    assert formatting.format_cell("a | b\nc") == "a \\| b; c"

@@ -1,6 +1,5 @@
 """--mode=sweep: claims, resumption and results of runs, with stand-ins for the slow modes."""
 
-import contextlib
 import json
 import os
 import pathlib
@@ -262,22 +261,6 @@ def test_a_process_of_a_job_array_starts_at_its_index(c, stage, tmp_path, monkey
     assert stage.trained == [24, 16]
 
 
-def test_a_kill_between_the_last_step_and_its_validation_loses_no_validation(c, tmp_path, monkeypatch):
-    """The kill may also leave half of the line."""
-    c.train.validate_every = 5
-    monkeypatch.setattr(mode.checkpoint, "complete_steps", lambda folder: [c.train.steps])
-    storage.write_text(
-        tmp_path / "metrics.jsonl", '{"step": 6, "loss": 0.1}\n{"step": 5, "validated": 8}\n{"step": 6, "va'
-    )
-    assert not mode._is_trained(c, str(tmp_path))
-    storage.append_line(tmp_path / "metrics.jsonl", '{"step": 6, "validated": 8}')
-    assert mode._is_trained(c, str(tmp_path))
-    assert [line["step"] for line in sweep_folder.metric_lines(str(tmp_path))] == [6, 5, 6]
-    storage.write_text(tmp_path / "metrics.jsonl", "")
-    c.train.validate_every = 0
-    assert mode._is_trained(c, str(tmp_path))
-
-
 def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(mode.run_table.flops, "peak_rate", lambda dtype: 1e9)
     mode.run(c, str(tmp_path / "none"), file=File(TWO), dry_run=True)
@@ -407,17 +390,4 @@ def test_runs_that_differ_in_seeds_train_together_and_are_evaluated_one_by_one(c
     mode.run(c, str(tmp_path), file=File(TWO._replace(runs=grid({"model.width": (16, 24)}, seeds=3))))
     assert together == [[(16, 0), (16, 1)], [(24, 0), (24, 1)]]
     assert len(results(tmp_path)) == len(stage.evaluated) == 6
-    assert not list(tmp_path.glob("claims/*/lock.json"))
-
-
-def test_a_run_that_does_not_join_a_group_stays_free_for_other_processes(c, stage, tmp_path, monkeypatch):
-    """It has trained further than the others."""
-    c.train.lanes = 3
-    runs = sweep_file.expand_runs(TWO._replace(runs=grid({}, seeds=3)), c)
-    job = sweep_folder.Job("seeds", "", TWO, runs, [], str(tmp_path))
-    monkeypatch.setattr(mode, "_newest_step", lambda job, run: [int(run is runs[1])])
-    monkeypatch.setattr(mode.jax, "device_count", lambda: 1)
-    with contextlib.ExitStack() as claims:
-        assert mode._claim_lanes(job, runs[0], claims) == [runs[2]]
-        assert [path.parent.name for path in tmp_path.glob("claims/*/lock.json")] == [runs[2].name]
     assert not list(tmp_path.glob("claims/*/lock.json"))
