@@ -83,6 +83,7 @@ def run(
     job = Job(name, "".join(file.args), definition, runs, evaluations, workdir)
     for run, overrides in itertools.product(job.runs, definition.evaluations):
         sampled = sweep_file.apply_overrides(run.config, overrides)
+        budget.check_steps_vary(sampled)
         steps = programs.steps(job, sampled, overrides) or {run.config.sample.steps}  # seconds are measured later
         evaluate.check(_evaluation_config(run.config, overrides, sorted({min(steps), max(steps)})))
     storage.check_arrays_path(workdir, write=True)
@@ -183,7 +184,7 @@ def _do_run(job: Job, run: Run) -> bool:
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
     held_out_scores.open_images(base)
-    if not _is_trained(run.config, folder):
+    if not claims_lib.broadcast(_is_trained(run.config, folder)):
         if not _train(job, run):
             return False
         _free_memory()
@@ -254,11 +255,9 @@ def _is_trained(c: ConfigDict, folder: str) -> bool:
 
 def _solver_steps(job: Job, run: Run, evaluation: Evaluation) -> int:
     c = sweep_file.apply_overrides(run.config, evaluation.overrides)
-    timing = (
-        _load_or_measure_timing(job, run)[job.definition.evaluations.index(evaluation.overrides)]
-        if evaluation.kind == "seconds"
-        else None
-    )
+    timing = None
+    if evaluation.kind == "seconds":
+        timing = _load_or_measure_timing(job, run)[job.definition.evaluations.index(evaluation.overrides)]
     return budget.solver_steps(c, evaluation.kind, evaluation.amount, timing)
 
 
@@ -388,9 +387,10 @@ def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
         codec_params, rows = trained.load_codec_params(), []
         network, params = trained.sampled(c)
         grid = sampling_grid.expand_configs(_evaluation_config(c, {}, steps))
-        program = generation.make_sample_fn(grid[0], network, trained.codec.decode)
+        programs_by_key: dict[Any, generation.SampleFn] = {}
         for setting in grid:
-            _, size = sampling_grid.program_key(setting, grid)
+            key, size = sampling_grid.program_key(setting, grid)
+            program = programs_by_key.setdefault(key, generation.make_sample_fn(setting, network, trained.codec.decode))
             sample_fn = solving.pad_steps(program, setting, size) if size else program
             batches = generation.batches(
                 setting, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.evaluate.n

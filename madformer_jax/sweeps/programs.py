@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import block_steps, fields, identity
+from madformer_jax.config import block_steps, elastic_depth, fields, identity
 from madformer_jax.sweeps import budget, sweep_file
 from madformer_jax.sweeps.sweep_file import Overrides
 from madformer_jax.sweeps.sweep_folder import Job
@@ -40,7 +40,9 @@ def count(job: Job) -> tuple[int, int]:
         for overrides in job.definition.evaluations:
             c = sweep_file.apply_overrides(run.config, overrides)
             sampling |= sampling_programs(c, steps(job, c, overrides))
-    return len({training_program(run.config) for run in job.runs}), len(sampling)
+    # Each D of an elastic training has a program of its own.
+    training = {training_program(run.config): len(elastic_depth.trained_depths(run.config)) for run in job.runs}
+    return sum(training.values()), len(sampling)
 
 
 def training_program(c: ConfigDict) -> tuple[Any, ...]:
@@ -54,15 +56,18 @@ def sampling_programs(c: ConfigDict, solver_steps: Iterable[int]) -> set[tuple[A
     Args:
       c: The config of the evaluation.
       solver_steps: All numbers of solver steps of the evaluation. With several, one program serves all: steps, spacing
-        and noise path are arguments (`sampling.solving.pad_steps`). If `sample.steps_by_block` varies the steps of an
-        image, each number has a program of its own.
+        and noise path are arguments (`sampling.solving.pad_steps`). If the blocks of an image differ in steps, each
+        number has a program of its own.
     """
-    s, steps = c.sample, set(solver_steps)
+    s = c.sample
     shared = *_settings(c, _SAMPLING), *(s[name] for name in _STATIC_FIELDS), s.guidance == 1.0
     path = s.spacing, *_settings(c, ("diffusion",))
-    if s.steps_by_block != block_steps.CONSTANT:
-        return {(*shared, s.steps_by_block, n, path) for n in steps}
-    return {(*shared, *(() if len(steps) > 1 else (*steps, path)))}
+    of_blocks = {block_steps.parse(s.steps_by_block, c.model.blocks, n) for n in solver_steps}
+    equal = {steps for steps in of_blocks if len(set(steps)) == 1}
+    programs = {(*shared, steps, path) for steps in of_blocks - equal}
+    if equal or not of_blocks:
+        programs.add((*shared, *(() if len(equal) > 1 else (*equal, path))))
+    return programs
 
 
 def steps(job: Job, c: ConfigDict, overrides: Overrides) -> set[int]:

@@ -325,6 +325,10 @@ def test_a_held_out_loss_is_part_of_the_result():
         (TWO._replace(sample_budgets={}), "no evaluations"),
         (TWO._replace(sample_budgets={"steps": 4}), r"'steps' has the number 4: give a sequence, as in \(4,\)"),
         (TWO._replace(evaluations=[{"sample.solver": "ddim", "sample.spacing": "leading"}]), "starts at t = 0"),
+        (
+            TWO._replace(evaluations=[{"sample.steps_by_block": "4"}], sample_budgets={"seconds": (1,)}),
+            "fixes the steps",
+        ),
         (TWO._replace(sample_budgets={"steps": (4000,)}), "out of reach"),
         (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is not a setting of sampling"),
         (TWO._replace(evaluations=[{"sample.spacing": "trialing"}]), "config.sample.spacing='trialing' is unknown"),

@@ -1,7 +1,9 @@
-"""Which runs of a sweep are trained, and which train together."""
+"""Which runs of a sweep are trained, which train together, and what their sample grids show."""
 
 import contextlib
+import types
 
+import numpy as np
 import pytest
 
 from madformer_jax.modes import sweep as mode
@@ -44,3 +46,27 @@ def test_a_run_that_does_not_join_a_group_stays_free_for_other_processes(c, tmp_
         assert mode._claim_lanes(job, runs[0], claims) == [runs[2]]
         assert [path.parent.name for path in tmp_path.glob("claims/*/lock.json")] == [runs[2].name]
     assert not list(tmp_path.glob("claims/*/lock.json"))
+
+
+@pytest.mark.parametrize("by_block", ["constant", "linear:1.5x:0.5x"])
+def test_each_row_of_a_sample_grid_has_the_steps_of_its_evaluation(c, tmp_path, monkeypatch, by_block):
+    """Without steps by block, the program of one row serves all, with padded coefficients."""
+    codec = types.SimpleNamespace(decode=None)
+    trained = types.SimpleNamespace(
+        class_names=[], mesh=None, codec=codec, load_codec_params=dict, sampled=lambda c: (None, None)
+    )
+    c.model.blocks, drawn = 4, []
+
+    def batches(setting, program, *args, **kwargs):
+        drawn.append((setting.sample.steps, program))
+        return [types.SimpleNamespace(images=np.zeros((8, 2, 2, 1), np.uint8))]
+
+    monkeypatch.setattr(mode.TrainedModel, "open", lambda *args, **kwargs: trained)
+    monkeypatch.setattr(mode.partitioning, "scope", contextlib.nullcontext)
+    monkeypatch.setattr(mode.generation, "make_sample_fn", lambda setting, *args: setting.sample.steps)
+    monkeypatch.setattr(mode.generation, "batches", batches)
+    monkeypatch.setattr(mode.solving, "pad_steps", lambda program, setting, size: "padded")
+    definition = Sweep("?", grid({"sample.steps_by_block": (by_block,)}), {"steps": (2, 4)})
+    (run,) = sweep_file.expand_runs(definition, c)
+    mode._write_sample_grid(sweep_folder.Job("x", "", definition, [run], [], str(tmp_path)), run, [2, 4])
+    assert drawn == ([(2, "padded"), (4, "padded")] if by_block == "constant" else [(2, 2), (4, 4)])
