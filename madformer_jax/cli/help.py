@@ -55,7 +55,7 @@ def mode_summaries() -> dict[str, str]:
     names = [module.name for module in pkgutil.iter_modules(modes.__path__)]
     summaries = {}
     for mode in sorted(names, key=lambda name: (name != "train", name)):
-        source = (importlib.resources.files(modes) / f"{mode}.py").read_text()
+        source = (importlib.resources.files(modes) / f"{mode}.py").read_text(encoding="utf-8")
         first = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
         summaries[mode] = " ".join(first.removeprefix(f"--mode={mode}: ").split()).partition(". ")[0].rstrip(".")
     return summaries
