@@ -270,7 +270,7 @@ def _score_summary(config: ConfigDict, workdir: str) -> str:
     from madformer_jax.modes import evaluate, reference
 
     c = config.copy_and_resolve_references()
-    c.evaluate.images, c.evaluate.checkpoints = "", "newest"
+    c.evaluate.images, c.evaluate.degrade, c.evaluate.checkpoints = "", "", "newest"
     if not epath.Path(judge_paths.reference_path(c, workdir)).exists():
         reference.run(c, workdir)
     result = evaluate.run(c, workdir)["results"][0]
