@@ -15,6 +15,7 @@ from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
 
 def get_config(variant: str = "cpu") -> ConfigDict:
     c = config_beside(__file__, "bases.py", variant)
+    c.train.scan = 1  # each step draws its own D
     c.train.elastic_depths = (c.model.depth // 4, c.model.depth // 2, c.model.depth)
     c.train.validate_every, c.train.validate_n = c.train.steps, 1000
     return c

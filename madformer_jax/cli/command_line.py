@@ -87,7 +87,7 @@ def _parse_with_file(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues,
 
 def _define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    flags.DEFINE_bool("help", False, "Tell of the modes, or of one.", short_name="h", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show the modes, or the fields of one.", short_name="h", flag_values=values)
     flags.DEFINE_string("config", None, "Config file, FILE or FILE:variant.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(help.mode_summaries()), "What to do.", flag_values=values)
@@ -95,7 +95,7 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_string("coordinator", "", "host:port of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "--mode=sweep: only list the runs, with what they cost.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "--mode=sweep: only list the runs and their costs.", flag_values=values)
     flags.DEFINE_bool(
         "measure", False, "--mode=sweep: only measure the seconds of drawing an image.", flag_values=values
     )
@@ -105,9 +105,7 @@ def _define_flags() -> flags.FlagValues:
         "--mode=sweep: processes that share the runs, or auto: one a core of a CPU.",
         flag_values=values,
     )
-    flags.DEFINE_string(
-        "topology", "", "What --mode=compile compiles for, such as v5e:4x4 or h100.", flag_values=values
-    )
+    flags.DEFINE_string("topology", "", "Devices of --mode=compile, such as v5e:4x4 or h100.", flag_values=values)
     values.set_gnu_getopt(True)
     return values
 
@@ -272,7 +270,7 @@ def _score_summary(config: ConfigDict, workdir: str) -> str:
     from madformer_jax.modes import evaluate, reference
 
     c = config.copy_and_resolve_references()
-    c.evaluate.images, c.evaluate.checkpoints = "", "newest"
+    c.evaluate.images, c.evaluate.degrade, c.evaluate.checkpoints = "", "", "newest"
     if not epath.Path(judge_paths.reference_path(c, workdir)).exists():
         reference.run(c, workdir)
     result = evaluate.run(c, workdir)["results"][0]

@@ -55,7 +55,7 @@ def mode_summaries() -> dict[str, str]:
     names = [module.name for module in pkgutil.iter_modules(modes.__path__)]
     summaries = {}
     for mode in sorted(names, key=lambda name: (name != "train", name)):
-        source = (importlib.resources.files(modes) / f"{mode}.py").read_text()
+        source = (importlib.resources.files(modes) / f"{mode}.py").read_text(encoding="utf-8")
         first = (ast.get_docstring(ast.parse(source)) or "").partition("\n\n")[0]
         summaries[mode] = " ".join(first.removeprefix(f"--mode={mode}: ").split()).partition(". ")[0].rstrip(".")
     return summaries
@@ -116,13 +116,15 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
     draw = command("sample", "--config.sample.n=100", *chosen)
     if scores:
         steps = f"{max(1, c.sample.steps // 5)},{c.sample.steps}"
-        why = "What to try next: draw more, see what fewer solver steps cost in quality, and watch pictures come into being:"
+        why = (
+            "What to try next: draw more, see what fewer solver steps cost in quality, and watch the drawing of images:"
+        )
         return "\n".join(
             [made, scores, why, draw, command("evaluate", f"--config.evaluate.grid=steps={steps}"), command("demo")]
         )
     why = (
-        "What to try next: draw more, make statistics of held-out images, judge the model by them, and watch pictures come "
-        "into being:"
+        "What to try next: draw more, make statistics of held-out images, judge the model by them, and watch the drawing of "
+        "images:"
     )
     return "\n".join([made, why, draw, command("reference"), command("evaluate"), command("demo")])
 

@@ -18,7 +18,7 @@ from typing import Any
 from madformer_jax.config import fields
 from madformer_jax.errors import ConfigError
 
-_NUMBER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,4000}")  # Python refuses to convert longer ones
 _FIELD = "config.sample.labels"
 _MAX_SHOWN = 8  # labels in a message, at most
 

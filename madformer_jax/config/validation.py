@@ -42,7 +42,9 @@ def check_path(name: str, path: str) -> None:
     """
     scheme, remote, _ = path.partition("://")
     if remote and scheme not in _BUCKET_SCHEMES:
-        raise ConfigError(f"{name}={path!r} is on no file system that is known: {', '.join(_BUCKET_SCHEMES)} are.")
+        raise ConfigError(
+            f"{name}={path!r} has an unknown scheme: use a local path, or one of {', '.join(_BUCKET_SCHEMES)}."
+        )
     if path.lower() in ("none", "null", "true", "false"):
         raise ConfigError(f"{name}={path!r} is not a path. Leave it empty ({name}=) if none is meant.")
     wrong = [character for character in path if unicodedata.category(character) in ("Cc", "Cs")]
@@ -192,7 +194,7 @@ def _check_text(c: ConfigDict) -> None:
             "classes; set one of them to 0."
         )
     if vocabulary and length < 3:
-        raise ConfigError(f"config.text.length={length}: a caption has a begin, a token and an end, so 3 at least.")
+        raise ConfigError(f"config.text.length={length}: a caption has a begin, a token and an end: use at least 3.")
     for field, neutral in (("length", 1), ("tokenizer", ""), ("caption", "caption"), ("truncate", False)):
         if not vocabulary and c.text[field] != neutral:
             raise ConfigError(
@@ -203,7 +205,7 @@ def _check_text(c: ConfigDict) -> None:
         raise ConfigError("config.sample.prompts needs a model that reads captions (text.vocabulary).")
     if c.loss.text and not vocabulary:
         raise ConfigError(
-            f"config.loss.text={c.loss.text} needs captions (text.vocabulary): of a class there is nothing to predict."
+            f"config.loss.text={c.loss.text} needs captions (text.vocabulary): a class has no tokens to predict."
         )
 
 
@@ -280,7 +282,7 @@ def profiled_steps(c: ConfigDict) -> tuple[int, int] | None:
         raise ConfigError(f"config.profile={c.profile!r} must be a first and a last step, as in '100:103'.")
     if int(last) >= c.train.steps:
         raise ConfigError(
-            f"config.profile={c.profile!r}: training ends behind step {c.train.steps - 1} (config.train.steps={c.train.steps})."
+            f"config.profile={c.profile!r}: the last step is {c.train.steps - 1} (config.train.steps={c.train.steps})."
         )
     return int(first), int(last)
 

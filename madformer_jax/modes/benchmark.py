@@ -100,7 +100,7 @@ def training_program(c: ConfigDict) -> Program:
     sizes, batch = derive_sizes(c), c.train.batch
     identity = codec.Codec(dict, lambda params, batch, key: batch["latent"], lambda params, z: z)
     s = train_step.Setup(madformer.build(c), identity, sizes, train_step.optimizer(c))
-    create, abstract = train_step.create_state(s.model, s.tx, seeds.of(c, "init"), mesh)
+    create, abstract = train_step.create_state(s.model, s.tx, seeds.of(c, "init"), mesh, c.train.ema_snapshots > 0)
     out_shardings = (jax.tree.map(lambda x: x.sharding, abstract), partitioning.replicated(mesh))
     step = jax.jit(train_step.make_step(s, c), donate_argnums=0, out_shardings=out_shardings)
     rng, seed = np.random.default_rng(c.seed), np.uint32(seeds.of(c, "data"))

@@ -157,8 +157,8 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
                     controls += [
                         gr.Dropdown(names, value=names[-1 if side else 0], label="model", visible=len(names) > 1),
                         gr.Dropdown(list(table.FIELDS["sample.solver"].choices), value=sample.solver, label="solver"),
-                        gr.Slider(1, 100, value=steps, step=1, label="solver steps"),
-                        gr.Slider(0, 8, value=sample.guidance, step=0.1, label="guidance"),
+                        gr.Slider(1, max(100, sample.steps), value=steps, step=1, label="solver steps"),
+                        gr.Slider(0, max(8, sample.guidance), value=sample.guidance, step=0.1, label="guidance"),
                     ]
                     schedules = list(dict.fromkeys([block_steps.CONSTANT, "linear:1.5x:0.5x", sample.steps_by_block]))
                     splits += [

@@ -23,6 +23,9 @@ from madformer_jax.publishing.gallery_page import Recording
 from madformer_jax.runtime import checkpoint, storage
 from madformer_jax.sampling import prompts, trained_model
 
+# Fields of `sample` that both sides of a page share, and what they decide.
+_SHARED_FIELDS = {"weights": "weights", "ema": "weights", "prompts": "captions", "label_sampling": "labels"}
+
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Records `gallery.n` images at every setting of `gallery.grid` and writes the page.
@@ -41,10 +44,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     grid = _grid_configs(c)
     for setting in grid:
         config_lib.validate(setting)
-        if setting.sample.weights != c.sample.weights:
-            raise ConfigError(
-                "config.gallery.grid: one page shows one set of weights: choose it by config.sample.weights."
-            )
+        for name, shown in _SHARED_FIELDS.items():
+            if setting.sample[name] != c.sample[name]:
+                raise ConfigError(
+                    f"config.gallery.grid: one page shows one set of {shown}: choose it by config.sample.{name}."
+                )
     sampling_grid.log_warnings(c, grid)
     model = trained_model.load_workdir(c, workdir)
     for setting in grid:
@@ -76,11 +80,7 @@ def _grid_configs(c: ConfigDict) -> list[ConfigDict]:
 
 def _setting_names(grid: list[ConfigDict]) -> list[str]:
     """Returns a name for each setting from the fields in which they differ."""
-    fields = (
-        "solver", "spacing", "steps", "steps_by_block", "diffusion_depth", "context_noise", "guidance",
-        "guidance_schedule", "guidance_interval", "weights",
-    )  # fmt: skip
-    differ = [name for name in fields if len({str(c.sample[name]) for c in grid}) > 1] or ["steps"]
+    differ = [name for name in sampling_grid.FIELDS if len({str(c.sample[name]) for c in grid}) > 1] or ["steps"]
     return [", ".join(f"{name} {c.sample[name]}" for name in differ) for c in grid]
 
 

@@ -13,7 +13,6 @@ checkpoint, an evaluation from its finished shards. `--mode=report` reads the re
 import contextlib
 import gc
 import itertools
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
 from madformer_jax.sampling import generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
-from madformer_jax.sweeps import budget, run_result, run_table, sweep_file, sweep_folder
+from madformer_jax.sweeps import budget, programs, run_result, run_table, sweep_file, sweep_folder
 from madformer_jax.sweeps import claims as claims_lib
 from madformer_jax.sweeps import processes as processes_lib
 from madformer_jax.sweeps.budget import Timing
@@ -82,12 +81,11 @@ def run(
     runs = sweep_folder.reuse_folder_names(sweep_file.expand_runs(definition, c), workdir)
     evaluations = sweep_file.expand_evaluations(definition)
     job = Job(name, "".join(file.args), definition, runs, evaluations, workdir)
-    for run, evaluation in itertools.product(job.runs, job.evaluations):
-        if evaluation.kind != "seconds":  # seconds are measured later
-            sampled = sweep_file.apply_overrides(run.config, evaluation.overrides)
-            budget.solver_steps(sampled, evaluation.kind, evaluation.amount)
     for run, overrides in itertools.product(job.runs, definition.evaluations):
-        evaluate.check(_evaluation_config(run.config, overrides, [run.config.sample.steps]))
+        sampled = sweep_file.apply_overrides(run.config, overrides)
+        budget.check_steps_vary(sampled)
+        steps = programs.steps(job, sampled, overrides) or {run.config.sample.steps}  # seconds are measured later
+        evaluate.check(_evaluation_config(run.config, overrides, sorted({min(steps), max(steps)})))
     storage.check_arrays_path(workdir, write=True)
     if dry_run:
         console.print_text(run_table.run_table(job))
@@ -158,7 +156,7 @@ def _rotate_runs(runs: list[Run]) -> list[Run]:
 
     Processes that start together then begin with different runs.
     """
-    first = int(os.environ.get(processes_lib.INDEX_VARIABLE) or 0) % len(runs)
+    first = processes_lib.index() % len(runs)
     return runs[first:] + runs[:first]
 
 
@@ -187,7 +185,7 @@ def _do_run(job: Job, run: Run) -> bool:
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
     for overrides in job.definition.evaluations[:1]:  # those of the held-out scores
         held_out_scores.open_images(sweep_file.apply_overrides(base, overrides))
-    if not _is_trained(run.config, folder):
+    if not claims_lib.broadcast(_is_trained(run.config, folder)):
         if not _train(job, run):
             return False
         _free_memory()
@@ -197,7 +195,7 @@ def _do_run(job: Job, run: Run) -> bool:
         _write_sample_grid(job, run, [evaluations[i]["cost"]["solver_steps"] for i in rows])
     if jax.process_index():
         return True
-    lines = [json.loads(line) for line in (epath.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = sweep_folder.metric_lines(folder)
     storage.write_json(os.path.join(folder, "seconds.json"), run_result.phase_seconds(lines, evaluations))
     result = run_result.run_result(job, run, lines, evaluations, rows) | held_out
     storage.write_json(os.path.join(folder, "result.json"), result)
@@ -229,16 +227,17 @@ def _claim_lanes(job: Job, run: Run, claims: contextlib.ExitStack) -> list[Run]:
     c, most = run.config, run.config.train.lanes
     if most == 0:  # on a CPU, lanes are never faster (docs/engineering_log.md)
         most = 1 if jax.default_backend() == "cpu" or job.workdir in _slow_lanes else MAX_LANES
-    if most == 1 or jax.device_count() > 1 or c.profile or c.train.elastic_depth:
-        return []
     key, step = lanes.group_key(c), _newest_step(job, run)
+    if most == 1 or jax.device_count() > 1 or c.profile or c.train.elastic_depth or step == [c.train.steps]:
+        return []
     group: list[Run] = []
     for other in job.runs:
         if len(group) + 1 < most and other is not run and lanes.group_key(other.config) == key:
-            with contextlib.suppress(lock.LockedError):
-                claims.enter_context(lock.acquire(sweep_folder.claim_path(job.workdir, other.name)))
+            with contextlib.suppress(lock.LockedError), contextlib.ExitStack() as claim:
+                claim.enter_context(lock.acquire(sweep_folder.claim_path(job.workdir, other.name)))
                 if _newest_step(job, other) == step and not _is_done(job, other):
                     group.append(other)
+                    claims.enter_context(claim.pop_all())  # else other processes may claim it
     return group
 
 
@@ -247,16 +246,19 @@ def _newest_step(job: Job, run: Run) -> list[int]:
 
 
 def _is_trained(c: ConfigDict, folder: str) -> bool:
-    return checkpoint.complete_steps(folder)[-1:] == [c.train.steps]
+    """Returns whether a run has its last checkpoint, and the validation that comes after it."""
+    steps = c.train.steps
+    return checkpoint.complete_steps(folder)[-1:] == [steps] and (
+        not c.train.validate_every
+        or any(line["step"] == steps and "validated" in line for line in sweep_folder.metric_lines(folder))
+    )
 
 
 def _solver_steps(job: Job, run: Run, evaluation: Evaluation) -> int:
     c = sweep_file.apply_overrides(run.config, evaluation.overrides)
-    timing = (
-        _load_or_measure_timing(job, run)[job.definition.evaluations.index(evaluation.overrides)]
-        if evaluation.kind == "seconds"
-        else None
-    )
+    timing = None
+    if evaluation.kind == "seconds":
+        timing = _load_or_measure_timing(job, run)[job.definition.evaluations.index(evaluation.overrides)]
     return budget.solver_steps(c, evaluation.kind, evaluation.amount, timing)
 
 
@@ -348,7 +350,7 @@ def _load_or_measure_timing(job: Job, run: Run, force: bool = False) -> list[Tim
         job.workdir,
         f"timing_{name}",  # `name` alone is the claim of the run
         path,
-        lambda: storage.write_json(path, [_measure_timing(job, run, o) for o in job.definition.evaluations]),
+        lambda: storage.write_json(path, [_measure_timing(run, o) for o in job.definition.evaluations]),
     )
     timings = storage.read_json(path)
     if jax.process_index() == 0:  # a copy in the run's folder, which makes that folder complete
@@ -357,7 +359,7 @@ def _load_or_measure_timing(job: Job, run: Run, force: bool = False) -> list[Tim
     return [Timing(timing["fixed"], timing["per_step"]) for timing in timings]
 
 
-def _measure_timing(job: Job, run: Run, overrides: sweep_file.Overrides) -> dict[str, Any]:
+def _measure_timing(run: Run, overrides: sweep_file.Overrides) -> dict[str, Any]:
     c = sweep_file.apply_overrides(run.config, overrides)
     few, many = TIMED_STEPS
     figures = [benchmark.sampling(c) for c.sample.steps in TIMED_STEPS]
@@ -386,9 +388,10 @@ def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
         codec_params, rows = trained.load_codec_params(), []
         network, params = trained.sampled(c)
         grid = sampling_grid.expand_configs(_evaluation_config(c, {}, steps))
-        program = generation.make_sample_fn(grid[0], network, trained.codec.decode)
+        programs_by_key: dict[Any, generation.SampleFn] = {}
         for setting in grid:
-            _, size = sampling_grid.program_key(setting, grid)
+            key, size = sampling_grid.program_key(setting, grid)
+            program = programs_by_key.setdefault(key, generation.make_sample_fn(setting, network, trained.codec.decode))
             sample_fn = solving.pad_steps(program, setting, size) if size else program
             batches = generation.batches(
                 setting, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.evaluate.n

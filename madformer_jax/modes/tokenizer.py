@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import schema as config_lib
 from madformer_jax.data import sources, text
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import storage
+from madformer_jax.runtime import partitioning, storage
 
 MAX_CAPTIONS = 200_000  # larger data sets are subsampled evenly to this number
 MIN_VOCABULARY = 258  # every byte, the begin and the end token
@@ -52,6 +52,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         with storage.wrap_errors(f"{path} cannot be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.write_text(path, text.train_bpe(captions, c.text.vocabulary))
+    partitioning.sync("tokenizer")  # The other processes must not read an older file.
     tokenizer = text.open_tokenizer(str(path))
     longest = 2 + max(map(len, tokenizer.encode(captions)))
     logging.info(

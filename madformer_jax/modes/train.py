@@ -243,8 +243,7 @@ def _loop(c: ConfigDict, workdir: str, r: PreparedRun, calls: LoopCalls, state: 
     intervals = [every for _, every in calls.hooks]
     while step < steps:
         count = 1 if r.table is None else scanned_steps.chunk_length(c, step, intervals)
-        for number in range(step, step + count):
-            calls.profile(number)
+        calls.profile(step)  # a trace has the whole call of several steps
         rows = next(r.data) if r.table is None else scanned_steps.next_selections(r.data, count)
         if saver.last_finished is None:  # The inputs could be read: from here on, the run writes files.
             partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")

@@ -166,13 +166,15 @@ def find_crossings(group: ProtocolGroup, score: str, budgets: Sequence[Budget]) 
 def training_losses(run: Mapping[str, Any]) -> dict[str, float]:
     """Returns the losses of a run: name -> mean over the last quarter of the training steps.
 
-    The curve of a result has a mean for each window of steps. A held-out loss, if the run measured it,
-    has the prefix "held_out_". Scores on held-out images, such as bits per dimension, keep their names.
+    The curve of a result has a mean for each window of steps. A window lacks the loss of a quarter of the
+    timesteps that it did not draw. A held-out loss, if the run measured it, has the prefix "held_out_". Scores
+    on held-out images, such as bits per dimension, keep their names.
     """
     curve = run["training"]["curve"]
     rows = [row for row in curve if row["step"] > 0.75 * curve[-1]["step"]]
-    names = [name for name in rows[-1] if name.startswith("loss")]
-    means = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
+    names = dict.fromkeys(name for row in reversed(rows) for name in row if name.startswith("loss"))
+    columns = {name: [row[name] for row in rows if name in row] for name in names}
+    means = {name: math.fsum(values) / len(values) for name, values in columns.items()}
     return (
         means
         | {f"held_out_{name}": value for name, value in run["training"].get("held_out", {}).items()}
@@ -225,8 +227,9 @@ def of_quarters(results: Results, group: ProtocolGroup) -> list[tuple[Difference
     ]
     out = []
     for a, b in pairs:
-        samples = [paired(quarter[a], quarter[b]) for quarter in quarters]
-        if all(samples):
+        seeds = set.intersection(*(set(quarter[s]) for quarter in quarters for s in (a, b)))
+        if seeds:
+            samples = [[quarter[a][seed] - quarter[b][seed] for seed in sorted(seeds)] for quarter in quarters]
             out.append(tuple(Difference(a, b, x) for x in intervals.max_t(samples, len(pairs))))
     return out
 

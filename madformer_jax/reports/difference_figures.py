@@ -20,6 +20,7 @@ from madformer_jax.reports.figures import (
     plot_series,
     safe_name,
     sequential_colors,
+    series_colors,
     set_x_ticks,
 )  # fmt: skip
 from madformer_jax.reports.formatting import score_heading
@@ -53,9 +54,8 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
         set_x_ticks(axes, sorted({x for line in lines for x in line.x}), True)
         axes.set_xlabel(f"budget of an image, {budgets[0].unit}")
         axes.axhline(0, color=INK, linewidth=0.8)
-        plot_series(
-            axes, lines, sequential_colors(len(lines) + 1)[1:] if group.is_grid else CATEGORY_COLORS, joined=True
-        )
+        colors = sequential_colors(len(lines) + 1)[1:] if group.is_grid else series_colors(lines, None)
+        plot_series(axes, lines, colors, joined=True, linear=True)
 
     baselines = {group.label(base) for _, base in pairs}
     minus = f" minus {baselines.pop()}" if len(baselines) == 1 else " minus the baseline"

@@ -136,9 +136,8 @@ def axis_plots(group: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
             axes.set_xticks(range(len(names)), names)
             axes.set_xlim(-0.4, len(names) - 0.6)
             axes.set_xlabel(axis.label)
-            plot_series(
-                axes, [line for line in lines if line.x], sequential_colors(len(lines)), joined=is_ordered(axis)
-            )
+            colored = [(line, color) for line, color in zip(lines, sequential_colors(len(lines))) if line.x]
+            plot_series(axes, *zip(*colored), joined=is_ordered(axis))
 
         if any(len(line.x) > 1 for line in lines):
             heading = f"{score_heading(score)}{title}" + (f", at {budgets[0]}" if len(budgets) == 1 else "")
@@ -236,7 +235,7 @@ def plot_series(
     xs = [x for line in lines for x in line.x]
     width = math.log(max(xs) / min(xs)) if log else max(xs) - min(xs)
     ends = []
-    for i, (line, color) in enumerate(zip(lines, colors)):
+    for i, (line, color) in enumerate(zip(lines, colors, strict=True)):
         shift = spread * width * (i - (len(lines) - 1) / 2)
         x = [at * math.exp(shift) if log else at + shift for at in line.x]
         mean = [y.mean for y in line.y]

@@ -61,9 +61,9 @@ def format_interval(x: Estimate) -> str:
 
 
 def format_cell(x: Cell) -> str:
-    """Formats a cell in one line: mean, interval, and the value of every seed."""
+    """Formats a cell of Markdown in one line: mean, interval, and the value of every seed."""
     if isinstance(x, str):
-        return x.replace("\n", "; ")
+        return x.replace("\n", "; ").replace("|", "\\|")
     if isinstance(x, Annotated):
         return "; ".join(
             filter(None, (f"{format_number(x.estimate.mean)} {format_interval(x.estimate)}".strip(), x.note))

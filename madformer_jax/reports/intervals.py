@@ -113,6 +113,7 @@ def _shrunk_correlation(x: np.ndarray) -> np.ndarray:
     """Returns the correlation (points, points) of x (seeds, points), shrunk towards the identity."""
     n, points = x.shape
     centered = x - x.mean(0)
+    centered -= centered.mean(0)  # what rounding leaves, if the seeds hardly differ
     deviation = centered.std(0, ddof=1)
     z = np.divide(centered, deviation, out=np.zeros_like(centered), where=deviation > 0)
     products = z[:, :, None] * z[:, None, :]

@@ -97,20 +97,21 @@ def _score_table(
     for setting in settings:
         at = group.points_at(setting, budget)
         values.append([score_estimate(at, name) for name in names])
-        labels = [str(setting[group.axes.index(axis)]) for axis in shown]
+        labels = [str(setting[group.axes.index(axis)]) for axis in shown] or [group.label(setting)]
         costs = [format_number(at[0].cost[name]) if at and name in at[0].cost else "" for name in _COST_COLUMNS]
         rows.append((*labels, *(x or "" for x in values[-1]), *costs))
     groups = [row[:shared_columns] for row in rows]
-    rows.append(_real_row(group, names, len(shown)))
+    heads = [axis.label for axis in shown] or ["setting"]
+    rows.append(_real_row(group, names, len(heads)))
     best = {
-        (i, len(shown) + j)
+        (i, len(heads) + j)
         for j, name in enumerate(names)
         for g in dict.fromkeys(groups)
         for i in _best_row([row[j] if groups[k] == g else None for k, row in enumerate(values)], score_sign(name))
     }
-    head = (*(axis.label for axis in shown), *map(score_heading, names), *_COST_COLUMNS.values())
+    head = (*heads, *map(score_heading, names), *_COST_COLUMNS.values())
     fields = "; ".join(f"{axis.label} is `{axis.field}`" + _dependent_axes_note(axis) for axis in shown)
-    first = next(p for s in settings for p in group.points_at(s, budget))
+    first = next(p for s in settings for p in group.points_at(s, budget) if names[0] in p.scores)
     return Table(
         title,
         head,
@@ -233,12 +234,19 @@ def loss_tables(results: Results, group: ProtocolGroup) -> list[Table]:
         differences = comparisons.of_losses(results, group, name)
         if differences:
             found = comparisons.losses(results, group, name)
-            by_setting = {d.setting: d for d in differences}
+            baselines = dict.fromkeys(d.baseline for d in differences)
             rows: list[list[Cell]] = []
             for setting, values in found.items():
-                d = by_setting.get(setting)
-                change: Cell = Annotated(d.estimate, _percent(d, found)) if d else "baseline"
-                rows.append([group.label(setting), estimate(values.values()), change])
+                changes: list[Cell] = [
+                    Annotated(
+                        d.estimate, _percent(d, found) + f" against {group.label(d.baseline)}" * (len(baselines) > 1)
+                    )
+                    for d in differences
+                    if d.setting == setting
+                ]
+                # A setting without a difference is a baseline or has a loss of its own kind.
+                for change in changes or ["baseline" if setting in baselines else ""]:
+                    rows.append([group.label(setting), estimate(values.values()), change])
             note = f"{_HOLM_NOTE} Losses of training are means over the last quarter of the steps."
             header = ("setting", "loss", "difference to the baseline")
             tables.append(Table(f"{title} ({group.data})", header, *_bold_clear(rows), note=note))
@@ -379,19 +387,11 @@ def to_csv(results: Results) -> str:
         ["run", "part", *axes, "seed", "budget", "asked", *COSTS, "score", "value", "low", "high", "protocol"]
     )
     for group in results.groups:
-        fields = [axis.field for axis in group.axes]
+        protocol = protocol_hash(group.protocol)
         for p in group.points:
-            setting = dict(zip(fields, p.setting))
+            setting = {axis.field: value for axis, value in zip(group.axes, p.setting)}
+            row = [p.run, group.name, *(setting.get(name, "") for name in axes), p.seed, *p.budget]
+            row += [p.cost.get(cost, "") for cost in COSTS]
             for name, score in sorted(p.scores.items()):
-                writer.writerow(
-                    [
-                        p.run,
-                        group.name,
-                        *(setting.get(f, "") for f in axes),
-                        p.seed,
-                        *p.budget,
-                        *(p.cost.get(c, "") for c in COSTS),
-                    ]
-                    + [name, *("" if x is None else x for x in score[:3]), protocol_hash(group.protocol)]
-                )
+                writer.writerow([*row, name, *("" if x is None else x for x in score[:3]), protocol])
     return file.getvalue()

@@ -65,16 +65,11 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
       timing: The measured seconds; needed if `kind` is "seconds".
 
     Raises:
-      ConfigError: The kind is unknown, or no number of steps comes near the budget.
+      ConfigError: The kind is unknown, no number of steps comes near the budget, or the steps do not vary.
     """
     if kind not in SAMPLE_BUDGET_KINDS:
         raise ConfigError(f"sample_budgets: {kind!r} is not a kind: use one of {', '.join(SAMPLE_BUDGET_KINDS)}.")
-
-    if not block_steps.depends_on_steps(c.sample.steps_by_block):
-        raise ConfigError(
-            f"sample_budgets: config.sample.steps_by_block={c.sample.steps_by_block!r} fixes the steps of all blocks: write "
-            "multiples of config.sample.steps, as in 'linear:1.5x:0.5x'."
-        )
+    check_steps_vary(c)
 
     @functools.cache
     def cost(steps: int) -> float:
@@ -86,6 +81,19 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
         low, high = (middle, high) if cost(middle) <= amount else (low, middle)
     nearest = min((low, high), key=lambda steps: abs(cost(steps) - amount))
     return _check_tolerance("sample_budgets", kind, amount, nearest, cost)
+
+
+def check_steps_vary(c: ConfigDict) -> None:
+    """Checks that the steps of blocks follow from `sample.steps`, which a budget decides.
+
+    Raises:
+      ConfigError: `sample.steps_by_block` fixes them.
+    """
+    if not block_steps.depends_on_steps(c.sample.steps_by_block):
+        raise ConfigError(
+            f"sample_budgets: config.sample.steps_by_block={c.sample.steps_by_block!r} fixes the steps of all blocks: write "
+            "multiples of config.sample.steps, as in 'linear:1.5x:0.5x'."
+        )
 
 
 def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = None) -> float:

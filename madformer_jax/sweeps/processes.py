@@ -71,6 +71,18 @@ def choose_count(setting: str, runs: int, platform: str, jax_processes: int) -> 
     return max(1, min(count, runs))
 
 
+def index() -> int:
+    """Returns the index of this process in a job array, `MADFORMER_INDEX`; 0 if the variable is not set.
+
+    Raises:
+      ConfigError: The variable is not a number.
+    """
+    text = os.environ.get(INDEX_VARIABLE) or "0"
+    if not text.isdecimal():
+        raise ConfigError(f"{INDEX_VARIABLE}={text!r} must be the index of this process in its job array, such as 0.")
+    return int(text)
+
+
 def command_of_one(argv: Sequence[str]) -> list[str]:
     """Returns the command of one process for the arguments of this one; argv[0] is the program."""
     return [sys.executable, "-m", "madformer_jax.main", *argv[1:], "--processes=1"]
@@ -159,12 +171,11 @@ def _start(children: list[Child], command: Sequence[str], workdir: str, count: i
 
 
 def _environment(number: int, count: int) -> dict[str, str]:
-    index = int(os.environ.get(INDEX_VARIABLE) or 0) * count + number
     user_flags = os.environ.get("XLA_FLAGS", "")
     # The flag is also part of the keys of stored programs: those of a core have no code for several.
     flag = "" if _ONE_THREAD.partition("=")[0] in user_flags else xla_flags.supported(_ONE_THREAD)
     return os.environ | {
-        INDEX_VARIABLE: str(index),
+        INDEX_VARIABLE: str(index() * count + number),
         PARENT_VARIABLE: str(os.getpid()),
         "XLA_FLAGS": f"{flag} {user_flags}".strip(),
     }
@@ -189,7 +200,11 @@ def _wait(
                 logging.error("process %d of the sweep ended early: %s Its log: %s", child.number, reason, child.log)
         now = time.monotonic()
         if now - checked_at >= PROGRESS_SECONDS:
-            checked_at, (done, line) = now, progress()
+            checked_at = now
+            try:
+                done, line = progress()
+            except ConfigError as error:  # A file that cannot be read now is no reason to end the processes.
+                done, line = last_done, str(error)
             if done != last_done or now - reported_at >= REPORT_SECONDS:
                 last_done, reported_at = done, now
                 logging.info("%s", "waiting for the processes to save and end" if stopping else line)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields, identity
+from madformer_jax.config import block_steps, elastic_depth, fields, identity
 from madformer_jax.sweeps import budget, sweep_file
 from madformer_jax.sweeps.sweep_file import Overrides
 from madformer_jax.sweeps.sweep_folder import Job
@@ -17,6 +17,15 @@ from madformer_jax.sweeps.sweep_folder import Job
 _SHAPES = ("data.image_size", "data.channels")
 _TRAINING = ("model", "text", "loss", "diffusion", "codec", "train", "optimizer")
 _SAMPLING = ("model", "text", "codec")
+_STATIC_FIELDS = (
+    "solver",
+    "clip_x0",
+    "guide",
+    "batch",
+    "diffusion_depth",
+    "context_noise",
+    "block_order",
+)  # of `sample`
 # These decide what the programs get as arguments.
 _ARGUMENTS = ("train.init_from", "codec.path", "text.caption", "text.tokenizer")
 
@@ -26,12 +35,14 @@ def count(job: Job) -> tuple[int, int]:
 
     Budgets in seconds count as one number of solver steps, which is unknown before it is measured.
     """
-    sampling = set()
+    sampling: set[tuple[Any, ...]] = set()
     for run in job.runs:
         for overrides in job.definition.evaluations:
             c = sweep_file.apply_overrides(run.config, overrides)
-            sampling.add(sampling_program(c, steps(job, c, overrides)))
-    return len({training_program(run.config) for run in job.runs}), len(sampling)
+            sampling |= sampling_programs(c, steps(job, c, overrides))
+    # Each D of an elastic training has a program of its own.
+    training = {training_program(run.config): len(elastic_depth.trained_depths(run.config)) for run in job.runs}
+    return sum(training.values()), len(sampling)
 
 
 def training_program(c: ConfigDict) -> tuple[Any, ...]:
@@ -39,17 +50,24 @@ def training_program(c: ConfigDict) -> tuple[Any, ...]:
     return _settings(c, _TRAINING)
 
 
-def sampling_program(c: ConfigDict, solver_steps: Iterable[int]) -> tuple[Any, ...]:
-    """Returns the settings that the sampling program of an evaluation is compiled for.
+def sampling_programs(c: ConfigDict, solver_steps: Iterable[int]) -> set[tuple[Any, ...]]:
+    """Returns the settings that each sampling program of an evaluation is compiled for.
 
     Args:
       c: The config of the evaluation.
-      solver_steps: All numbers of solver steps of the evaluation. With several, steps, spacing and
-        noise path are arguments (`sampling.solving.pad_steps`).
+      solver_steps: All numbers of solver steps of the evaluation. With several, one program serves all: steps, spacing
+        and noise path are arguments (`sampling.solving.pad_steps`). If the blocks of an image differ in steps, each
+        number has a program of its own.
     """
-    s, steps = c.sample, set(solver_steps)
-    static = () if len(steps) > 1 else (s.spacing, *steps, *_settings(c, ("diffusion",)))
-    return *_settings(c, _SAMPLING), s.solver, s.clip_x0, s.guide, s.guidance == 1.0, s.batch, static
+    s = c.sample
+    shared = *_settings(c, _SAMPLING), *(s[name] for name in _STATIC_FIELDS), s.guidance == 1.0
+    path = s.spacing, *_settings(c, ("diffusion",))
+    of_blocks = {block_steps.parse(s.steps_by_block, c.model.blocks, n) for n in solver_steps}
+    equal = {steps for steps in of_blocks if len(set(steps)) == 1}
+    programs = {(*shared, steps, path) for steps in of_blocks - equal}
+    if equal or not of_blocks:
+        programs.add((*shared, *(() if len(equal) > 1 else (*equal, path))))
+    return programs
 
 
 def steps(job: Job, c: ConfigDict, overrides: Overrides) -> set[int]:

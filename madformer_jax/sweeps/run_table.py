@@ -58,7 +58,7 @@ def _flop_rates(job: Job) -> tuple[float, float, str]:
     for run in job.runs:
         folder = sweep_folder.run_folder(job.workdir, run)
         seconds, result = (storage.read_json(os.path.join(folder, f"{name}.json")) for name in ("seconds", "result"))
-        if seconds and result:
+        if seconds and result and seconds["training"]:  # 0 if only the step that compiled was run
             training.append(result["training"]["flops"] / seconds["training"])
             sampling += [e["cost"]["flops"] / s for e, s in zip(result["evaluations"], seconds["evaluations"])]
     if training:

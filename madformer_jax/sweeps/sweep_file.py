@@ -27,10 +27,10 @@ from madformer_jax.sweeps.protocol import Protocol
 
 Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth": 2}
 
-# Fields that other fields decide: steps follow from the budget, the number of images from evaluate.n, the scale of latents
-# from the VAE.
 # Fields of `data` that the names of the published judges contain, even at their defaults.
 _JUDGE_FIELDS = ("background", "channels", "crop", "drawings", "image_size", "source", "test_share")
+# Fields that other fields decide: steps follow from the budget, the number of images from evaluate.n, the scale of latents
+# from the VAE.
 _DERIVED_FIELDS = ("sample.n", "sample.steps", "evaluate.grid", "codec.scaling_factor", "codec.shift_factor")
 # Fields that decide which steps evaluate.checkpoints="last:5" selects.
 _CHECKPOINT_FIELDS = ("train.checkpoint_every", "train.keep", "train.keep_every")
@@ -154,12 +154,14 @@ def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
     """Returns the runs of a sweep, in order.
 
     Raises:
-      ConfigError: The sweep has no runs, two runs are equal, or a setting or budget is wrong.
+      ConfigError: The sweep has no runs, two runs are equal, or a setting, a budget or a claim is wrong.
     """
     if not sweep.runs:
         raise ConfigError("the sweep has no runs.")
     if sweep.protocol is not None:
         protocol_lib.check(sweep.protocol)
+        for claim, part in itertools.product(sweep.protocol.claims, ("better", "worse", "where")):
+            apply_overrides(base, getattr(claim, part))  # a misspelled field would stand for the base
     runs: dict[str, Run] = {}
     for overrides in sweep.runs:
         c = apply_overrides(base, overrides)
@@ -182,6 +184,11 @@ def expand_evaluations(sweep: Sweep) -> list[Evaluation]:
     Raises:
       ConfigError: The sweep has no evaluations, or one sets a field outside of `sample`.
     """
+    for kind, amounts in sweep.sample_budgets.items():
+        if isinstance(amounts, int | float):
+            raise ConfigError(
+                f"sample_budgets: {kind!r} has the number {amounts}: give a sequence, as in ({amounts},)."
+            )
     evaluations = [
         Evaluation(overrides, kind, amount)
         for overrides in sweep.evaluations

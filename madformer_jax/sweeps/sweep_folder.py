@@ -126,13 +126,19 @@ def progress(job: Job) -> tuple[int, str]:
 
 def _last_step(folder: str) -> int:
     """Returns the last step in metrics.jsonl, 0 if there is none."""
+    return int(next((line["step"] for line in reversed(metric_lines(folder))), 0))
+
+
+def metric_lines(folder: str) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics.jsonl without torn ones: the last may still be written, or was cut by a kill."""
     path = epath.Path(folder) / "metrics.jsonl"
     with storage.wrap_errors(f"{path} cannot be read"):
-        lines = path.read_text().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError):  # the last line may still be written
-            return int(json.loads(line)["step"])
-    return 0
+        texts = path.read_text().splitlines() if path.exists() else []
+    lines = []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def plan_json(job: Job) -> dict[str, Any]:

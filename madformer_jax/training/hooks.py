@@ -63,7 +63,9 @@ class Hook(abc.ABC):
 
         Raises:
           Exception: Any error that occurs in this process and not in the others, which wait for it.
+          ConfigError: metrics.jsonl could not be written before.
         """
+        self._context.metric_writer.flush()  # An earlier error is not one of the hook.
         with self._context.metric_writer.pause_timer():
             try:
                 self._run(step, state, stop)

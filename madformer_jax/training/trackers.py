@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import io
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Mapping
@@ -141,7 +142,7 @@ class WeightsAndBiases(Tracker):
     def __init__(self, c: ConfigDict, workdir: str):
         import wandb
 
-        name = run_name(workdir)
+        name = re.sub(r"[/\\#?%:]", "_", run_name(workdir))  # refused in an id
         self._image = wandb.Image
         self._run = wandb.init(
             project=PROJECT, name=name, id=name, config=c.to_dict(), resume="allow",
@@ -175,8 +176,8 @@ def check_installed(c: ConfigDict) -> None:
 
 
 def names(c: ConfigDict) -> list[str]:
-    """Returns the names of the trackers of a config."""
-    return [name.strip() for name in c.train.log_to.split(",") if name.strip()]
+    """Returns the names of the trackers of a config, each once."""
+    return list(dict.fromkeys(name.strip() for name in c.train.log_to.split(",") if name.strip()))
 
 
 def run_name(workdir: str) -> str:

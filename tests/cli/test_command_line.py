@@ -96,10 +96,11 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
         "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of as many real training images: 0.25 [0.00, 2.00]"
     )
     (tmp_path / "reference.npz").write_bytes(b"")
+    c.evaluate.images, c.evaluate.degrade = "data:test", "blur:1"  # of another evaluation
     command_line._score_summary(c, str(tmp_path))
     steps = ["reference", "", ""]  # what is there is not made anew
     assert [what for what, _ in seen] == steps and {where for _, where in seen} == {str(tmp_path)}
-    assert c.evaluate.images == ""
+    assert c.evaluate.images == "data:test"
 
 
 @pytest.mark.parametrize(

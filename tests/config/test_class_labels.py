@@ -82,6 +82,7 @@ def test_an_ambiguous_label_is_refused_with_both_readings(text, names, words, wr
     [
         ("13", "13 is not a class. Class numbers run from 0 to 4"),
         ("-1", "-1 is not a class"),
+        ("9" * 5000, "9' is neither a class number"),
         ("1,,3", "class numbers or names"),
         (" ", "class numbers or names"),
         ("tinca", "'tinca' is neither .*'tench, Tinca tinca'.*written as in '\\[\"tench, Tinca tinca\"\\]'"),

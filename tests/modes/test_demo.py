@@ -65,7 +65,11 @@ def test_the_page_draws_on_both_sides(model):
     pytest.importorskip("gradio")
     from gradio_client import Client
 
-    served = demo.serve(demo.build_page({"a": model, "b": model}, 2), "127.0.0.1", 0)
+    model.config.sample.steps, model.config.sample.guidance = 250, 9.0
+    page = demo.build_page({"a": model, "b": model}, 2)
+    sliders = [x for x in page.blocks.values() if x.get_block_name() == "slider"]
+    assert [x.preprocess(x.value) for x in sliders] == [50, 9.0, 250, 9.0]
+    served = demo.serve(page, "127.0.0.1", 0)
     try:
         with pytest.raises(ConfigError, match=r"config.demo.port=\d+: .* choose another"):
             demo.serve(demo.build_page({"a": model}, 2), "127.0.0.1", served.server_port)

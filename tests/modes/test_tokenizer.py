@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 from PIL import Image
 
@@ -27,6 +29,15 @@ def test_tokenizer_is_trained_on_captions_and_reports_the_longest(c, tmp_path):
     assert texts.lengths == result["longest"]
     assert tokenizer.run(c, str(tmp_path / "again"))["longest"] == result["longest"]
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "words" / "tokenizer.json").read_bytes()
+
+
+def test_other_processes_wait_until_the_first_has_written(c, tmp_path, monkeypatch):
+    first = tokenizer.run(c, str(tmp_path / "words"))
+    monkeypatch.setattr(tokenizer.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(
+        tokenizer.partitioning, "sync", lambda name: shutil.copytree(tmp_path / "words", tmp_path / "new")
+    )
+    assert tokenizer.run(c, str(tmp_path / "new")) == first | {"path": str(tmp_path / "new" / "tokenizer.json")}
 
 
 def test_missing_captions_and_a_small_vocabulary_are_errors(c, tmp_path):

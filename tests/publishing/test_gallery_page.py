@@ -77,9 +77,10 @@ def test_guidance_without_label_dropout_logs_a_warning(caplog):
 
 def test_the_gallery_mode_records_a_model(tmp_path, one_device):
     c = tiny.get_config("plain")
-    c.gallery.grid = "weights=ema,raw"
-    with pytest.raises(ConfigError, match="one page shows one set of weights"):
-        mode.run(c, str(tmp_path))
+    for grid, shown in (("weights=ema,raw", "weights"), ("ema=0,0.05", "weights"), ("label_sampling=random", "labels")):
+        c.gallery.grid, c.model.classes = grid, 3
+        with pytest.raises(ConfigError, match=f"one page shows one set of {shown}"):
+            mode.run(c, str(tmp_path))
     c.model.classes, c.gallery.n, c.gallery.grid = 3, 2, "steps=1,3"
     with checkpoint.Checkpoints(str(tmp_path)) as checkpoints:
         checkpoints.save(

@@ -117,3 +117,39 @@ def test_losses_are_means_over_the_last_quarter_of_the_steps():
     assert comparisons.training_losses(run | scores) == {
         "loss_image": 7.5, "held_out_loss_image": 0.4, "bits_per_dimension": 3.0
     }  # fmt: skip
+    curve[3]["loss_q1"], curve[1]["loss_q4"] = 3.0, 4.0  # a window may lack a quarter of the timesteps
+    assert comparisons.training_losses(run) == {"loss_image": 7.5, "loss_q1": 3.0, "held_out_loss_image": 0.5}
+
+
+def with_losses(axes, losses):
+    """Returns results and a group from {setting: {seed: losses}}."""
+    runs, points = [], []
+    for setting, seeds in losses.items():
+        for seed, values in seeds.items():
+            name = f"{setting}-{seed}"
+            runs.append({"name": name, "training": {"curve": [{"step": 1, **values}]}})
+            points.append(Point(setting, seed, Budget("steps", 1), name, 0, {}, {}))
+    group = ProtocolGroup("", axes, tuple(points), {})
+    return results.Results("x", "", "", tuple(runs), (group,), (), None), group
+
+
+def test_quarters_are_compared_over_the_seeds_that_drew_them_all():
+    quarters = {f"loss_q{i}": 0.1 * i for i in (1, 2, 3, 4)}
+    seeds = {seed: {name: x + 0.01 * seed for name, x in quarters.items()} for seed in (0, 1, 2)}
+    less = {seed: {name: x + 0.02 * seed for name, x in values.items()} for seed, values in seeds.items()}
+    del less[0]["loss_q4"]
+    axes = (Axis("model.diffusion_depth", (1, 2)),)
+    (row,) = comparisons.of_quarters(*with_losses(axes, {(1,): seeds, (2,): less}))
+    assert all(d.estimate.values == pytest.approx((0.02, 0.04)) for d in row)
+
+
+def test_a_table_of_losses_has_every_difference_and_calls_only_baselines_so():
+    axes = (Axis("model.depth", (2, 4)), Axis("model.diffusion_depth", (1, 2)))
+    grid = {(n, d): {seed: {"loss_image": n + d + 0.1 * seed} for seed in (0, 1)} for n in (2, 4) for d in (1, 2)}
+    (table,) = tables.loss_tables(*with_losses(axes, grid))
+    last = [(row[0], row[-1].note) for row in table.rows if row[0] == "N = 4, D = 2"]
+    assert last == [("N = 4, D = 2", "+49.4% against N = 2, D = 2"), ("N = 4, D = 2", "+19.8% against N = 4, D = 1")]
+    axes = (Axis("model.depth", (2, 4)), Axis("loss.weighting", ("output", "v")))
+    ablations = {s: {0: {"loss_image": 1.0}} for s in ((2, "output"), (4, "output"), (2, "v"))}
+    (table,) = tables.loss_tables(*with_losses(axes, ablations))
+    assert [row[-1] if isinstance(row[-1], str) else row[-1].note for row in table.rows] == ["baseline", "+0.0%", ""]

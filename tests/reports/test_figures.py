@@ -1,6 +1,6 @@
 import re
 
-from madformer_jax.reports import figures, formatting, results
+from madformer_jax.reports import difference_figures, figures, formatting, results
 from tests.reports import made_up
 
 
@@ -44,3 +44,11 @@ def test_one_budget_has_a_figure_by_value_and_none_by_cost(tmp_path):
     (panel,) = figures.axis_plots(group, "KID-classifier", group.axes[0])
     assert panel.name == "kid-classifier-by-d"
     assert {"1", "8", "D", "KID-classifier ↓, at 2 steps"} <= set(texts(panel))
+
+
+def test_more_ablations_than_colors_all_have_a_line(tmp_path):
+    off = {f"d{d}l4s0": {"model.diffusion_depth": 1, f"model.field{d}": False} for d in range(2, 11)}
+    made_up.write(tmp_path, depths=range(1, 11), seeds=(0,), steps=(2, 4), scores=("KID-classifier",), extra=off)
+    group = results.load_results(str(tmp_path)).groups[0]
+    panel = difference_figures.difference_bands(group, "KID-classifier", group.budgets)
+    assert {f"no field{d}" for d in range(2, 11)} <= set(texts(panel))

@@ -88,3 +88,10 @@ def test_a_band_lies_between_students_and_bonferronis_intervals():
 def test_equal_values_are_clear_only_away_from_0():
     zero, one = intervals.holm([[0.0] * 3, [1.0] * 3])
     assert (zero.sign, one.sign) == (0, 1)
+
+
+def test_a_band_of_differences_that_are_equal_up_to_rounding():
+    row = [(0.01 * seed - 0.1) - (0.01 * seed - 0.2) for seed in range(3)]
+    assert len(set(row)) == 3
+    band = intervals.max_t([row, row])
+    assert [x.mean for x in band] == pytest.approx([0.1, 0.1]) and all(x.sign == 1 for x in band)

@@ -37,6 +37,14 @@ def test_ablations_of_a_base_are_one_table(tmp_path):
     assert [group.label(setting) for setting in group.settings] == ["no clean stream", "no AR condition", "base"]
 
 
+def test_a_sweep_over_seeds_alone_has_a_table_of_one_setting(tmp_path):
+    found, group = load(tmp_path, depths=(1,), steps=(2,))
+    (table,) = tables.axis_tables(found, group)
+    assert table.header[:2] == ("setting", "KID-classifier ↓")
+    assert [row[0] for row in table.rows] == ["base", "real images"]
+    assert {len(row) for row in table.rows} == {len(table.header)}
+
+
 def test_differences_have_the_steps_of_both_settings(tmp_path):
     _, group = load(tmp_path, depths=(1, 8), steps=(2, 64))
     (table,) = tables.difference_tables(group, "KID-classifier")
@@ -73,3 +81,4 @@ def test_numbers_have_three_digits(x, text):
 def test_a_cell_has_the_mean_its_interval_and_every_value():
     assert formatting.format_cell(Estimate((1.0, 2.0), 1.5, 0.5, 2.5)) == "1.50 [0.500, 2.50] (1, 2)"
     assert formatting.format_cell(Estimate((1.25,), 1.25, None, None)) == "1.25"
+    assert formatting.format_cell("a | b\nc") == "a \\| b; c"

@@ -1,11 +1,17 @@
-"""Tests that the switch and the sweep in docs/testbed.md work as they are written there."""
+"""Tests that the switch and the sweep in docs/testbed.md, and the variants of configs/sweeps, work as they are written."""
 
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+
+import pytest
+
+from madformer_jax.config import schema
+from madformer_jax.sweeps import sweep_file
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -50,3 +56,17 @@ def test_a_switch_and_its_sweep_take_less_than_thirty_lines(tmp_path):
     lines = done.stdout.splitlines()
     assert sum("error=squared" in line for line in lines) == sum("error=absolute" in line for line in lines) == 3
     assert lines[-2:] == ["squared 9.0", "absolute 3.0"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*ROOT.glob("configs/sweeps/*.py")} - {ROOT / "configs/sweeps/bases.py"}), ids=lambda path: path.stem
+)
+def test_the_runs_of_every_listed_variant_are_valid(path):
+    functions = runpy.run_path(str(path))
+    (listed,) = re.findall(r"^Variants: (.*?)\.\s", path.read_text(), re.DOTALL | re.MULTILINE) or [""]
+    variants = re.findall(r"\b(?:cpu\w*|gpu|digits|drawings|ffhq1024|imagenet256)\b", listed)
+    for args in [(name,) for name in variants] or [()]:
+        base = functions["get_config"](*args)
+        for overrides in functions["sweep"](*args).runs:
+            if overrides["seed"] == 0:
+                schema.validate(sweep_file.apply_overrides(base, overrides))

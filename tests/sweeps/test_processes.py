@@ -42,7 +42,11 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(processes, "PROGRESS_SECONDS", 0.02)
 
+    unreadable = [ConfigError("result.json cannot be read: Stale file handle.")]  # at first
+
     def progress():
+        if unreadable:
+            raise unreadable.pop()
         return len(list(tmp_path.glob("run_*"))), "progress"
 
     return lambda how: processes.run([sys.executable, "-c", SCRIPT, tmp_path, how], str(tmp_path), 2, RUNS, progress)

@@ -16,6 +16,10 @@ from tests import tiny
         ({"diffusion.path": ("flow", "cosine")}, {"steps": (1, 4)}, [{}], (2, 1)),
         ({"optimizer.learning_rate": (1e-3, 1e-4)}, {"steps": (4,)}, [{}], (2, 1)),
         ({"model.prediction_type": ("eps", "x0")}, {"steps": (1, 4)}, [{"sample.solver": "heun"}, {}], (2, 4)),
+        ({"model.width": (16,)}, {"steps": (1, 4)}, [{"sample.diffusion_depth": 1}, {}], (1, 2)),
+        ({"train.elastic_depths": ((1,),), "train.elastic_depth": (True, False)}, {"steps": (4,)}, [{}], (2, 1)),
+        ({"model.blocks": (1, 4)}, {"steps": (2, 4)}, [{"sample.steps_by_block": "linear:1.5x:0.5x"}], (2, 3)),
+        ({"model.width": (16,)}, {"seconds": (2, 4)}, [{}], (1, 1)),
     ],
 )
 def test_runs_share_programs_unless_a_static_setting_differs(axes, budgets, overrides, expected):

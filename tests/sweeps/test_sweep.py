@@ -253,6 +253,9 @@ def test_runs_with_captions_get_an_attribute_classifier(c, stage, tmp_path, monk
 
 
 def test_a_process_of_a_job_array_starts_at_its_index(c, stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("MADFORMER_INDEX", "first")
+    with pytest.raises(ConfigError, match="MADFORMER_INDEX='first' must be the index of this process"):
+        mode.run(c, str(tmp_path), file=File(TWO))
     monkeypatch.setenv("MADFORMER_INDEX", "3")
     mode.run(c, str(tmp_path), file=File(TWO))
     assert stage.trained == [24, 16]
@@ -271,6 +274,8 @@ def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     (name, *_) = sorted(results(tmp_path))
     (tmp_path / "runs" / name / "result.json").unlink()
+    seconds = tmp_path / "runs" / results(tmp_path).popitem()[0] / "seconds.json"
+    seconds.write_text(json.dumps({"training": 0.0, "evaluations": [0.1, 0.1]}))  # of a training of one step
     with lock.acquire(sweep_folder.claim_path(str(tmp_path), name)):
         mode.run(c, str(tmp_path), file=File(TWO), dry_run=True)
     states = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[1:3]}
@@ -318,6 +323,12 @@ def test_a_held_out_loss_is_part_of_the_result():
         (TWO._replace(runs=[{"model.width": 15}]), "config.model.width=15"),
         (TWO._replace(train_budget=("hours", 1)), "'hours' is not a kind"),
         (TWO._replace(sample_budgets={}), "no evaluations"),
+        (TWO._replace(sample_budgets={"steps": 4}), r"'steps' has the number 4: give a sequence, as in \(4,\)"),
+        (TWO._replace(evaluations=[{"sample.solver": "ddim", "sample.spacing": "leading"}]), "starts at t = 0"),
+        (
+            TWO._replace(evaluations=[{"sample.steps_by_block": "4"}], sample_budgets={"seconds": (1,)}),
+            "fixes the steps",
+        ),
         (TWO._replace(sample_budgets={"steps": (4000,)}), "out of reach"),
         (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is not a setting of sampling"),
         (TWO._replace(evaluations=[{"sample.spacing": "trialing"}]), "config.sample.spacing='trialing' is unknown"),
@@ -327,6 +338,10 @@ def test_a_held_out_loss_is_part_of_the_result():
         ),
         (TWO._replace(protocol=Protocol("KID", "FD", [], "")), "no claims"),
         (TWO._replace(protocol=Protocol("KID", "FD", [Claim("x", {}, {})], "")), "needs a sampling budget"),
+        (
+            TWO._replace(protocol=Protocol("KID", "FD", [Claim("x", {"model.widht": 24}, {}, ("steps", 4))], "")),
+            "config.model.widht is not a field",
+        ),
         (None, "returned a NoneType, not a Sweep"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,31 @@ def test_error_in_scoring_does_not_end_training(c, tmp_path, monkeypatch, caplog
     monkeypatch.setattr(partitioning, "all_failed", lambda: False)
     with pytest.raises(RuntimeError, match="no features"):
         train.run(c, str(tmp_path))
+
+
+def test_lost_metrics_are_not_an_error_of_a_hook(tmp_path, monkeypatch):
+    class Picture(hooks.Hook):
+        description = "pictures"
+
+        def _run(self, step, state, stop):
+            writer.save_png(tmp_path / "a.png", np.zeros((2, 2, 1), np.uint8))
+
+    def append(path, text):
+        later.wait()
+        raise OSError("Stale file handle")
+
+    later = threading.Event()
+    monkeypatch.setattr(metric_writer.storage, "append_line", append)
+    monkeypatch.setattr(metric_writer.flops, "peak_rate", lambda dtype: 1e9)
+    c = tiny.get_config("plain")
+    writer = metric_writer.MetricWriter(c, str(tmp_path), 0, 1.0, 1)
+    writer.add(1, {"loss": np.ones(()), "grad_norm": np.ones(()), "learning_rate": np.ones(())})
+    writer.write()
+    later.set()
+    writer._thread.submit(lambda: None).result()  # behind the failed write
+    with pytest.raises(ConfigError, match="metrics.jsonl cannot be written"):
+        Picture(c, hooks.TrainContext(None, None, None, None, writer)).run(1, None, lambda: False)
+    writer.close()
 
 
 def test_stop_signal_ends_scoring_between_batches(c, tmp_path, monkeypatch):

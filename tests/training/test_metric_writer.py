@@ -100,7 +100,8 @@ def test_wandb_gets_the_metrics_of_a_run(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     c = tiny.get_config("plain")
     c.train.log_to = "wandb"
-    run_of_two_steps(c, tmp_path)
+    run_of_two_steps(c, tmp_path / "run #2: 50%")
+    assert calls[0]["id"].startswith("run _2_ 50_-")  # wandb refuses / \\ # ? % : in an id
     assert calls[0]["mode"] == "offline" and calls[0]["config"]["model"]["width"] == 16
     assert calls[1:3] == [(1, ["parameters"]), (1, ["training_images"])]
     assert [call[0] for call in calls[3:5]] == [1, 2] and "loss" in calls[3][1] and calls[5:] == ["end"]

@@ -57,20 +57,23 @@ def figures(workdir):
 
 
 def test_the_images_and_figures_are_those_of_single_steps_also_when_resumed(c, summing, tmp_path, monkeypatch):
+    """A trace of a step has the call that runs it."""
     c.data.flip = True
     calls, next_selections = [], scanned_steps.next_selections
     monkeypatch.setattr(scanned_steps, "next_selections", lambda data, n: calls.append(n) or next_selections(data, n))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append("start"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
     single = train.run(c, str(tmp_path / "single"), grids=False)
-    c.train.scan = 5
+    c.train.scan, c.profile = 5, "1:1"
     many = train.run(c, str(tmp_path / "scan"), grids=False)
-    assert calls == [3, 1, 1]  # ends at 3 (log), 4 (checkpoint) and 5
+    assert calls == [1, "start", 2, "stop", 1, 1]  # ends at 1 (trace), 3 (log), 4 (checkpoint) and 5
     assert figures(tmp_path / "scan") == figures(tmp_path / "single")
     assert {name: many[name] for name in many.keys() - set(SPEED)} == {
         name: single[name] for name in single.keys() - set(SPEED)
     }
     shutil.rmtree(tmp_path / "scan" / "checkpoints" / "5")
     train.run(c, str(tmp_path / "scan"), grids=False)
-    assert calls[3:] == [1]
+    assert calls[6:] == [1]
     assert figures(tmp_path / "scan") == figures(tmp_path / "single")
 
 
