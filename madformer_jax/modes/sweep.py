@@ -176,11 +176,7 @@ def _free_memory() -> None:
 
 
 def _do_run(job: Job, run: Run) -> bool:
-    """Trains and evaluates a run and writes its result.
-
-    Returns:
-      False if the training was asked to stop.
-    """
+    """Trains and evaluates a run and writes its result. Returns False if the training was asked to stop."""
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
     for overrides in job.definition.evaluations[:1]:  # those of the held-out scores
