@@ -13,6 +13,7 @@ tests/cost/test_flops.py. A new device needs a line in `_PEAK_RATES`.
 import dataclasses
 import functools
 import math
+import re
 import time
 from typing import NamedTuple
 
@@ -462,7 +463,7 @@ def peak_rate(dtype: str = "float32", device: jax.Device | None = None) -> float
     """
     device = device or jax.local_devices()[0]
     for kind, bfloat16, float32 in _PEAK_RATES:
-        if kind in device.device_kind:
+        if re.search(rf"{kind}(?!\d)", device.device_kind):  # an L40 is not an L4
             return bfloat16 if dtype == "bfloat16" else float32
     return matmul_rate(dtype)
 

@@ -204,6 +204,12 @@ def test_peak_rate_is_that_of_the_data_sheet():
     assert peak_of("NVIDIA GB200", "bfloat16") > peak_of("NVIDIA B200", "bfloat16")
 
 
+@pytest.mark.parametrize("kind", ["NVIDIA RTX A1000 Laptop GPU", "NVIDIA L40"])
+def test_a_device_whose_name_begins_like_another_is_measured(kind, monkeypatch):
+    monkeypatch.setattr(flops, "matmul_rate", lambda dtype: 1.0)
+    assert flops.peak_rate("bfloat16", types.SimpleNamespace(device_kind=kind)) == 1.0
+
+
 def test_peak_rate_of_a_cpu_is_measured():
     measured = flops.peak_rate("float32")
     assert measured == flops.matmul_rate("float32") > 1e8  # measured once
