@@ -221,7 +221,7 @@ def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(path)
     except Exception as error:  # Orbax, TensorStore and JSON raise their own types
-        raise _unreadable_error(pathlib.Path(folder), "an Orbax checkpoint", error) from None
+        raise _unreadable_error(epath.Path(folder), "an Orbax checkpoint", error) from None
 
 
 def has_params(folder: str | os.PathLike[str]) -> bool:
