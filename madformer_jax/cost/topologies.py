@@ -70,9 +70,15 @@ def gpu_memory_bytes(topology: str) -> int:
     """Returns the bytes of a GPU of a topology that JAX allocates.
 
     The environment variable XLA_PYTHON_CLIENT_MEM_FRACTION changes the share from its default 0.75.
+
+    Raises:
+      ConfigError: The variable is not a number.
     """
-    memory = _GPUS[_gpu_name(topology)].memory
-    return int(memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _DEFAULT_MEMORY_FRACTION)))
+    fraction = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _DEFAULT_MEMORY_FRACTION)
+    try:
+        return int(_GPUS[_gpu_name(topology)].memory * float(fraction))
+    except ValueError:
+        raise ConfigError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction} must be a number, such as 0.9.") from None
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
