@@ -1,9 +1,9 @@
 """Analytic FLOPs of a config by component, passes of an image, and peak rates of devices.
 
-The file has a little over 400 lines, because it mirrors the whole model. A multiply-add counts as
-2. The count holds matrix products and convolutions as `models.madformer` and `diffusion.sampler`
-compute them, with the streams and passes of `models.plan`. It excludes element-wise work, products
-with the zero padding of a convolution, and what `model.remat` recomputes.
+The file is long because it mirrors the whole model. A multiply-add counts as 2. The count holds
+matrix products and convolutions as `models.madformer` and `diffusion.sampler` compute them, with the
+streams and passes of `models.plan`. It excludes element-wise work, products with the zero padding of a
+convolution, and what `model.remat` recomputes.
 
 `modes.train` reports the MFU from `training_step`. Results hold the `image_cost` of sampling.
 `--mode=compile` and `--mode=benchmark` use both. A new layer needs its FLOPs here and a case in

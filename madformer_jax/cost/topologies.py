@@ -106,7 +106,7 @@ def _tpu_devices(topology: str) -> list[jax.Device]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # allows concurrent compilations, which share no chip
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # allows concurrent compilations, none of which uses a chip
     }.items():
         os.environ.setdefault(name, value)
     name, _, slices = topology.partition("@")

@@ -58,7 +58,7 @@ class BlockSteps(NamedTuple):
         """Returns a cache with the text only, and the first block's prediction stream.
 
         Args:
-          noise: The noise, whose shape counts.
+          noise: The noise. Only its shape is used.
           tokens: See `sample`.
           lengths: See `sample`.
           order: See `sample`.

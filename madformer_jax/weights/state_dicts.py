@@ -242,7 +242,9 @@ def _plain_arrays(content: Mapping[str, Any], path: pathlib.PurePath) -> dict[st
     arrays = {str(name): _to_numpy(value) for name, value in content.items()}
     others = [name for name, array in arrays.items() if array is None]
     if others:
-        raise ConfigError(f"{path} holds no state_dict: not a tensor of a type of NumPy: {', '.join(others[:8])}.")
+        raise ConfigError(
+            f"{path} holds no state_dict: these entries are not tensors of a NumPy type: {', '.join(others[:8])}."
+        )
     if not arrays:
         raise ConfigError(f"{path} holds no state_dict: it is empty.")
     return {name: array for name, array in arrays.items() if array is not None}

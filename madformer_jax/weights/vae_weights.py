@@ -110,8 +110,8 @@ def _locate_files(path: str) -> list[epath.Path]:
         raise ConfigError(f"{path} is not a VAE folder: it needs config.json and one of {', '.join(_WEIGHT_FILES)}.")
     if match := HUB_ID.fullmatch(path):
         choices = [
-            (f"{place}config.json", f"{place}{name}")
-            for place in ("", f"{_PIPELINE_FOLDER}/")
+            (f"{prefix}config.json", f"{prefix}{name}")
+            for prefix in ("", f"{_PIPELINE_FOLDER}/")
             for name in _WEIGHT_FILES
         ]
         return hub.download(
