@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from madformer_jax.config import schema
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
-from madformer_jax.cost import flops
+from madformer_jax.cost import flops, network_flops
 from madformer_jax.diffusion import sampler
 from madformer_jax.models import madformer, vae
 from madformer_jax.sampling import solving
@@ -124,8 +124,8 @@ def test_vae_flops_equal_the_count_of_xla(convs):
     side = 64 // model.reduction
     latent = jax.ShapeDtypeStruct((1, side, side, model.latent_channels), jnp.float32)
     encode, decode = (functools.partial(f, model) for f in (vae.encode, vae.decode))
-    assert xla_flops(encode, params, image) == pytest.approx(flops.vae_encode(64, model), rel=0.02)
-    assert xla_flops(decode, params, latent) == pytest.approx(flops.vae_decode(64, model), rel=0.02)
+    assert xla_flops(encode, params, image) == pytest.approx(network_flops.vae_encode(64, model), rel=0.02)
+    assert xla_flops(decode, params, latent) == pytest.approx(network_flops.vae_decode(64, model), rel=0.02)
 
 
 def test_nfe_follows_the_formula_of_the_paper():
