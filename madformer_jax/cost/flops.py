@@ -1,18 +1,19 @@
 """Analytic FLOPs of a config by component, passes of an image, and peak rates of devices.
 
-The file has a little over 400 lines, because it mirrors the whole model. A multiply-add counts as
-2. The count holds matrix products and convolutions as `models.madformer` and `diffusion.sampler`
-compute them, with the streams and passes of `models.plan`. It excludes element-wise work, products
-with the zero padding of a convolution, and what `model.remat` recomputes.
+A multiply-add counts as 2. The count holds matrix products and convolutions as `models.madformer` and
+`diffusion.sampler` compute them, with the streams and passes of `models.plan`. It excludes element-wise
+work, products with the zero padding of a convolution, and what `model.remat` recomputes.
+`network_flops` counts the U-Net and the VAE.
 
 `modes.train` reports the MFU from `training_step`. Results hold the `image_cost` of sampling.
-`--mode=compile` and `--mode=benchmark` use both. A new layer needs its FLOPs here and a case in
+`--mode=compile` and `--mode=benchmark` use both. A new layer needs its FLOPs and a case in
 tests/cost/test_flops.py. A new device needs a line in `_PEAK_RATES`.
 """
 
 import dataclasses
 import functools
 import math
+import re
 import time
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from madformer_jax.config import block_steps, elastic_depth
 from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
+from madformer_jax.cost import network_flops
 from madformer_jax.diffusion import solvers
 from madformer_jax.models.plan import ablation_switches, sampling_plan, training_plan
 from madformer_jax.models.vae import AutoencoderKL, typical_vae
@@ -48,126 +50,6 @@ class Cost:
 
     def __mul__(self, times: float) -> "Cost":
         return Cost(**{name: times * x for name, x in vars(self).items()})
-
-
-# ---- convolutional networks, one block or image at a time
-
-
-SpatialSize = int | tuple[int, int]  # side of a square, or height and width
-
-
-def _conv(side: SpatialSize, channels: int, features: int, size: int = 3, stride: int = 1) -> float:
-    """Returns the FLOPs of a size x size convolution with padding size // 2 on each side."""
-    height, width = side if isinstance(side, tuple) else (side, side)
-    return 2.0 * _taps(height, size, stride) * _taps(width, size, stride) * channels * features
-
-
-@functools.cache
-def _taps(length: int, size: int, stride: int) -> int:
-    """Returns the number of products of a convolution along one axis, without those with zero padding."""
-    pad = size // 2
-    outputs = (length + 2 * pad - size) // stride + 1
-    return sum(0 <= o * stride + k - pad < length for o in range(outputs) for k in range(size))
-
-
-def _resnet(side: SpatialSize, channels: int, features: int, time_width: int = 0, kernel: int = 3) -> float:
-    shortcut = _conv(side, channels, features, 1) if channels != features else 0.0
-    convolutions = _conv(side, channels, features, kernel) + _conv(side, features, features, kernel)
-    return convolutions + shortcut + 2.0 * time_width * features
-
-
-def _self_attention(positions: int, channels: int) -> float:
-    return 8.0 * positions * channels**2 + 4.0 * positions**2 * channels
-
-
-def _time_embedding(c: ConfigDict) -> tuple[float, float]:
-    """Returns the FLOPs of the two linear layers that embed a timestep."""
-    width = c.model.unet_time_width
-    return 2.0 * (1 if c.model.time_embedding == "raw" else width) * width, 2.0 * width**2
-
-
-def _downsampler(c: ConfigDict) -> tuple[float, float]:
-    """Returns the FLOPs of the downsampler for one block, and those of its layers that read data.
-
-    The backward pass computes no input gradient for the latter.
-    """
-    m, sizes = c.model, derive_sizes(c)
-    height, width = sizes.block_side, sizes.block_width
-    sides = 2 if m.block_order == "raster" else 4  # neighbors that the U-Net reads
-    in_channels = (1 + sides * m.unet_context) * sizes.channels
-    first = _conv((height, width), in_channels, m.unet_channels[0], m.unet_kernel) + _time_embedding(c)[0]
-    total, before = first + _time_embedding(c)[1], m.unet_channels[0]
-    for stage, channels in enumerate(m.unet_channels):
-        for _ in range(m.unet_layers):
-            total += _resnet((height, width), before, channels, m.unet_time_width, m.unet_kernel)
-            total += _self_attention(height * width, channels) if m.unet_attention[stage] else 0.0
-            before = channels
-        if stage + 1 < len(m.unet_channels):
-            total += _conv((height, width), channels, channels, stride=m.unet_stride)
-            height, width = height // m.unet_stride, width // m.unet_stride
-    return total + _conv((height, width), before, m.width, m.unet_kernel), first
-
-
-def _upsampler(c: ConfigDict) -> tuple[float, float]:
-    """Returns the FLOPs of the upsampler for one block, in the form of `_downsampler`."""
-    m, sizes = c.model, derive_sizes(c)
-    skips = [m.unet_channels[0]]
-    for stage, channels in enumerate(m.unet_channels):
-        skips += [channels] * (m.unet_layers + (stage + 1 < len(m.unet_channels)))
-    height, width, before = sizes.token_side, sizes.token_width, m.unet_channels[-1]
-    total = _conv((height, width), m.width, before, m.unet_kernel) + sum(_time_embedding(c))
-    for stage, channels in reversed(list(enumerate(m.unet_channels))):
-        for _ in range(m.unet_layers + 1):
-            total += _resnet((height, width), before + skips.pop(), channels, m.unet_time_width, m.unet_kernel)
-            total += _self_attention(height * width, channels) if m.unet_attention[stage] else 0.0
-            before = channels
-        if stage:
-            height, width = height * m.unet_stride, width * m.unet_stride
-            total += _conv((height, width), channels, channels)
-    return total + _conv((height, width), before, sizes.channels, m.unet_kernel), _time_embedding(c)[0]
-
-
-def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
-    """Returns the FLOPs of encoding an image of side x side pixels."""
-    v = model or AutoencoderKL()
-    total, before = _conv(side, v.in_channels, v.block_out_channels[0]), v.block_out_channels[0]
-    for stage, channels in enumerate(v.block_out_channels):
-        for _ in range(v.layers_per_block):
-            total += _resnet(side, before, channels)
-            before = channels
-        if stage + 1 < len(v.block_out_channels):
-            # Padded on one side: all side / 2 outputs have three taps, except for the last with two.
-            total += 2.0 * (3 * (side // 2) - 1) ** 2 * channels**2
-            side //= 2
-    moments = 2 * v.latent_channels
-    quant = _conv(side, moments, moments, 1) if v.use_quant_conv else 0.0
-    return total + _vae_middle(side, before, v) + _conv(side, before, moments) + quant
-
-
-def vae_decode(side: int, model: AutoencoderKL | None = None) -> float:
-    """Returns the FLOPs of decoding an image of side x side pixels."""
-    v = model or AutoencoderKL()
-    side //= v.reduction
-    before = v.block_out_channels[-1]
-    total = _conv(side, v.latent_channels, before) + _vae_middle(side, before, v)
-    total += _conv(side, v.latent_channels, v.latent_channels, 1) if v.use_post_quant_conv else 0.0
-    for stage, channels in enumerate(reversed(v.block_out_channels)):
-        for _ in range(v.layers_per_block + 1):
-            total += _resnet(side, before, channels)
-            before = channels
-        if stage + 1 < len(v.block_out_channels):
-            side *= 2
-            total += _conv(side, channels, channels)
-    return total + _conv(side, before, v.out_channels)
-
-
-def _vae(c: ConfigDict) -> AutoencoderKL:
-    return typical_vae(c.codec.latent_channels, c.codec.downsampling)
-
-
-def _vae_middle(side: int, channels: int, v: AutoencoderKL) -> float:
-    attention = _self_attention(side**2, channels) if v.mid_block_add_attention else 0.0
-    return 2 * _resnet(side, channels, channels) + attention
 
 
 # ---- decoder layers
@@ -226,6 +108,10 @@ def _stage_cost(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[s
 # ---- programs
 
 
+def _vae(c: ConfigDict) -> AutoencoderKL:
+    return typical_vae(c.codec.latent_channels, c.codec.downsampling)
+
+
 def forward_pass(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
     """Returns the cost of the training forward pass of one image, without the codec.
 
@@ -243,7 +129,7 @@ def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, f
     cost += _stage_cost(c, "diffusion_layers", p.diffusion_inputs, p.diffusion_outputs, p.clean_blocks)
     if "text" in p.diffusion_outputs:
         cost += Cost(text=2.0 * c.text.length * m.width * vocabulary_size(c))
-    (down, down_first), (up, up_first) = _downsampler(c), _upsampler(c)
+    (down, down_first), (up, up_first) = network_flops.downsampler(c), network_flops.upsampler(c)
     downs, ups = m.blocks * len(p.downsampled), m.blocks * len(p.upsampled)
     return cost + Cost(unet=downs * down + ups * up), downs * down_first + ups * up_first
 
@@ -256,7 +142,7 @@ def own_context(c: ConfigDict) -> Cost:
     """
     plan, more_steps = training_plan(("image",), ablation_switches(c)), c.train.own_context_steps - 1
     diffusion = _stage_cost(c, "diffusion_layers", plan.diffusion_inputs, plan.diffusion_outputs, plan.clean_blocks)
-    unet = Cost(unet=c.model.blocks * (_downsampler(c)[0] + _upsampler(c)[0]))
+    unet = Cost(unet=c.model.blocks * (network_flops.downsampler(c)[0] + network_flops.upsampler(c)[0]))
     return forward_pass(c, ("image",)) + (diffusion + unet) * more_steps
 
 
@@ -280,7 +166,7 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     if c.train.own_context:
         cost += own_context(c)
     if encode and c.codec.name == "vae":
-        cost += Cost(vae=vae_encode(c.data.image_size, _vae(c)))
+        cost += Cost(vae=network_flops.vae_encode(c.data.image_size, _vae(c)))
     return cost * c.train.batch
 
 
@@ -295,7 +181,7 @@ def sampling(c: ConfigDict, n: int = 1, kept_count: int = 0) -> Cost:
     s, last = derive_sizes(c).tokens, c.model.blocks - 1
     ar, block_only = m.depth - diffusion, m.diffusion_attention == "block"
     cost, unguided = Cost(), Cost()
-    down, up = _downsampler(c)[0], _upsampler(c)[0]
+    down, up = network_flops.downsampler(c)[0], network_flops.upsampler(c)[0]
     if vocabulary_size(c):
         cost += Cost(text=(m.depth - 1) * _text_layer(c, False) + _text_layer(c, True))
     for block, evaluations in enumerate(block_evaluations(c)):
@@ -324,7 +210,7 @@ def sampling(c: ConfigDict, n: int = 1, kept_count: int = 0) -> Cost:
         cost += Cost(diffusion_layers=towers, attention=scores, unet=evaluations * up)
         unguided += Cost(unet=(evaluations + embedded) * down)
     if c.codec.name == "vae":
-        unguided += Cost(vae=vae_decode(c.data.image_size, _vae(c)))
+        unguided += Cost(vae=network_flops.vae_decode(c.data.image_size, _vae(c)))
     branches = guidance_branches(c)
     return (cost * branches + unguided) * n
 
@@ -462,7 +348,7 @@ def peak_rate(dtype: str = "float32", device: jax.Device | None = None) -> float
     """
     device = device or jax.local_devices()[0]
     for kind, bfloat16, float32 in _PEAK_RATES:
-        if kind in device.device_kind:
+        if re.search(rf"{kind}(?!\d)", device.device_kind):  # an L40 is not an L4
             return bfloat16 if dtype == "bfloat16" else float32
     return matmul_rate(dtype)
 

@@ -6,7 +6,7 @@ launches, bytes count the traffic to memory, and FLOPs count the products. Recom
 included.
 
 Bytes are those of the operands and results of each kernel. A kernel that slices an operand, or that
-updates a part of it in place, counts for that part alone. Caches on the chip are ignored. A call of
+updates a part of it in place, counts for that part only. Caches on the chip are ignored. A call of
 cuDNN's attention counts the queries and keys within its sequence lengths if these are constants, and
 all of its operands otherwise.
 """
@@ -22,7 +22,7 @@ from madformer_jax.cost import hlo, tpu_time
 COLUMNS = ("kernels", "bytes", "flops")
 COSTLIEST_COUNT = 10
 
-# Instructions that are no kernel.
+# Instructions that are not kernels.
 _FREE = {
     "after-all", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier", "parameter", "partition-id",
     "replica-id", "reshape", "tuple",

@@ -70,9 +70,15 @@ def gpu_memory_bytes(topology: str) -> int:
     """Returns the bytes of a GPU of a topology that JAX allocates.
 
     The environment variable XLA_PYTHON_CLIENT_MEM_FRACTION changes the share from its default 0.75.
+
+    Raises:
+      ConfigError: The variable is not a number.
     """
-    memory = _GPUS[_gpu_name(topology)].memory
-    return int(memory * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _DEFAULT_MEMORY_FRACTION)))
+    fraction = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _DEFAULT_MEMORY_FRACTION)
+    try:
+        return int(_GPUS[_gpu_name(topology)].memory * float(fraction))
+    except ValueError:
+        raise ConfigError(f"XLA_PYTHON_CLIENT_MEM_FRACTION={fraction} must be a number, such as 0.9.") from None
 
 
 def topology_devices(topology: str) -> list[jax.Device]:
@@ -100,7 +106,7 @@ def _tpu_devices(topology: str) -> list[jax.Device]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # allows concurrent compilations, which share no chip
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # allows concurrent compilations, none of which uses a chip
     }.items():
         os.environ.setdefault(name, value)
     name, _, slices = topology.partition("@")

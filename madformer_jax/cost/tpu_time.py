@@ -320,6 +320,8 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(
                 f"{' or '.join(argv)} lacks {error}. Write both with --mode=compile of the same version."
             ) from None
+        except (AttributeError, TypeError, ValueError):
+            raise ConfigError(f"{' or '.join(argv)} is not a report of --mode=compile.") from None
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,8 +21,8 @@ def guidance_scales(
     Args:
       scale: w of `constant`, and of the last step of `linear`.
       schedule: `constant` or `linear`. `linear` grows evenly from 1 at the first timestep, which
-        has the most noise, to `scale` at the last (arXiv 2404.13040). Muse and MAR grow their
-        scale over the tokens they finish, which would be blocks here and not solver steps.
+        has the most noise, to `scale` at the last (arXiv 2404.13040). Muse and MAR instead
+        grow their scale over the finished tokens, which correspond to blocks here.
       interval: Lowest and highest timestep with guidance (arXiv 2404.07724). w is 1 at all others.
       t: Timestep of each evaluation, in descending order.
 

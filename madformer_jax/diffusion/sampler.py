@@ -58,7 +58,7 @@ class BlockSteps(NamedTuple):
         """Returns a cache with the text only, and the first block's prediction stream.
 
         Args:
-          noise: The noise, whose shape counts.
+          noise: The noise. Only its shape is used.
           tokens: See `sample`.
           lengths: See `sample`.
           order: See `sample`.
@@ -309,7 +309,7 @@ def sample(
     common_table = 0 if padded is None else jnp.zeros((), jnp.int32)
     evaluations = tables.rows.index.shape[1]
     has_guide = tokens is not None or isinstance(model, GuidedPair)
-    guided = has_guide and (isinstance(guidance, Array) or guidance != 1.0)
+    guided = has_guide and (isinstance(guidance, Array | np.ndarray) or guidance != 1.0)
     clean_t = clean_timestep(model, tables.block(common_table), context_noise)
     common_steps = BlockSteps(model, params, method, guided, clip_x0, clean_t, context_level(schedule, context_noise))
 

@@ -96,7 +96,7 @@ class Schedule(abc.ABC):
     def timesteps_to_clean(self, start: Real[Array, " *shape"], steps: int) -> Real[Array, " ends *shape"]:
         """Returns the timesteps of solver steps that begin at any timestep.
 
-        From timestep 999 they are those of `solver_timesteps("trailing", steps)`.
+        From timestep 999 they are those of `solver_timesteps("trailing", steps)`, up to the rounding of halves.
 
         Args:
           start: The first timestep of each block, from 0 to 999.

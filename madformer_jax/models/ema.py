@@ -45,7 +45,7 @@ class Combination(NamedTuple):
     """Weights of stored averages that approximate another average."""
 
     weights: np.ndarray  # (snapshots, profiles of `PROFILES`) float64
-    error: float  # distance of the two profiles, relative to the norm of the one that is wanted
+    error: float  # distance of the two profiles, relative to the norm of the wanted profile
 
 
 def combine(steps: Sequence[int], width: float) -> Combination:

@@ -42,8 +42,8 @@ def group_norm_silu(
 ) -> Float[Array, "n height width c"]:
     """Computes SiLU(GroupNorm(x)).
 
-    Without a gradient it is Flax' GroupNorm, of which XLA makes better kernels for the few blocks of
-    sampling. With a gradient all is computed in float32 and rounded once.
+    Without a gradient it calls Flax' GroupNorm, for which XLA has better kernels with the few blocks of
+    sampling. With a gradient it computes everything in float32 and rounds once.
 
     Args:
       x: Input.

@@ -23,7 +23,6 @@ from madformer_jax.models.madformer import MADFormer
 # to as much again.
 MAX_MEMORY_FRACTION = 0.3
 
-_STAGES = ("ar_layers", "diffusion_layers")
 _FLOAT32_NAMES = ("linear_1", "linear_2", "text_head")  # `unet.TimeEmbedding` and the head of the text logits
 
 
@@ -50,7 +49,7 @@ def inference_params(model: MADFormer, params: Params, memory: int) -> Params:
         boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
         cast = jax.tree.map(all_gather_kernel, cast, nn.get_partition_spec(boxed))
     unroll = model.config.depth if model.config.attention.layers_apart else model.config.scan_unroll
-    return {name: unstack_layers(x, unroll) if name in _STAGES else x for name, x in cast.items()}
+    return {name: unstack_layers(x, unroll) if name in layer_split.STAGES else x for name, x in cast.items()}
 
 
 def _cast_param(dtype: DTypeLike, path: tuple[Any, ...], x: ArrayLike) -> ArrayLike:

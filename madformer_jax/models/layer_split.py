@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from madformer_jax.models.layers import Params
 from madformer_jax.models.madformer import MADFormer
 
-_STAGES = ("ar_layers", "diffusion_layers")
+STAGES = ("ar_layers", "diffusion_layers")
 
 
 def with_depth(model: MADFormer, diffusion_depth: int) -> MADFormer:
@@ -35,13 +35,13 @@ def fit(model: MADFormer, params: Params) -> Params:
       The same tree if its split is that of the model. Otherwise a tree with restacked layers.
     """
     ar_depth = model.config.depth - model.config.diffusion_depth
-    stages = [params.get(name, {}) for name in _STAGES]
+    stages = [params.get(name, {}) for name in STAGES]
     if _layer_count(stages[0]) == ar_depth:
         return params
     pieces = [piece for stage in stages for piece in _pieces(stage)]
     layers = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
-    others = {name: x for name, x in params.items() if name not in _STAGES}
-    bounds = zip(_STAGES, ((0, ar_depth), (ar_depth, model.config.depth)), strict=True)
+    others = {name: x for name, x in params.items() if name not in STAGES}
+    bounds = zip(STAGES, ((0, ar_depth), (ar_depth, model.config.depth)), strict=True)
     return others | {name: _stage(layers, *bound) for name, bound in bounds if bound[0] < bound[1]}
 
 

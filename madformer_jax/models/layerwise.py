@@ -76,10 +76,7 @@ class LayerwiseMADFormer(MADFormer):
         clean = self._downsample(z, clean_t, context)[0]
         x, skips = self._downsample(noisy, t, context)
         plan = training_plan(("image",), config.ablation_switches)
-        image = self._image_positions()
-        positions = {"clean": RotaryTable(*(y[: plan.clean_blocks] for y in image)), "pred": image}
-        if config.vocabulary:
-            positions["text"] = self._text_positions()
+        positions = self._stream_positions(None, plan.clean_blocks)
         streams = Streams(
             text=None if tokens is None else self.embedding(tokens),
             clean=clean[:, : plan.clean_blocks] if plan.clean_blocks else None,

@@ -225,10 +225,7 @@ class MADFormer(Decoding):
             embedded = dict(zip(plan.downsampled, jnp.split(h, len(plan.downsampled), axis=1), strict=True))
             embedded = {name: self._add_places(x, order) for name, x in embedded.items()}
 
-        image = self._image_positions(order)
-        positions = {"clean": RotaryTable(*(x[..., : plan.clean_blocks, :, :] for x in image)), "pred": image}
-        if config.vocabulary:
-            positions["text"] = self._text_positions()
+        positions = self._stream_positions(order, plan.clean_blocks)
         # The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
         previous = [embedded["clean"][:, :-1]] if "clean" in plan.downsampled else []
         streams = Streams(
@@ -331,6 +328,12 @@ class MADFormer(Decoding):
         sizes = self.config.sizes
         table = self._rotary_table(*rope.image_positions(sizes.grid, sizes.token_side, sizes.columns))
         return table if order is None else RotaryTable(*(jnp.take(x, order, axis=0) for x in table))
+
+    def _stream_positions(self, order: Order | None, clean_blocks: int) -> dict[str, RotaryTable]:
+        """Returns the rotary table of each stream in training; the clean stream has the first `clean_blocks` blocks."""
+        image = self._image_positions(order)
+        positions = {"clean": RotaryTable(*(x[..., :clean_blocks, :, :] for x in image)), "pred": image}
+        return positions | ({"text": self._text_positions()} if self.config.vocabulary else {})
 
     def _text_positions(self) -> RotaryTable:
         """Returns the rotary table of the text tokens, (T, h)."""

@@ -18,7 +18,6 @@ from madformer_jax.models.madformer import MADFormer
 from madformer_jax.models.plan import TrainingPlan, training_plan
 from madformer_jax.models.transformer import Streams
 from madformer_jax.models.unet_context import neighbor_context
-from madformer_jax.ops.rope import RotaryTable
 
 
 class BlockConditions(NamedTuple):
@@ -64,7 +63,8 @@ class ParallelDenoiser(MADFormer):
             pred = jnp.concatenate([self._boi_tokens(len(z)), *previous], axis=1)
             streams = streams._replace(pred=self._add_places(pred, order))
         if plan.ar_inputs:
-            streams = self.ar_layers(streams, self._positions(order), plan.ar_outputs, lengths)
+            positions = self._stream_positions(order, plan.clean_blocks)
+            streams = self.ar_layers(streams, positions, plan.ar_outputs, lengths)
         return BlockConditions(streams, neighbors, lengths)
 
     def denoise_blocks(
@@ -88,18 +88,10 @@ class ParallelDenoiser(MADFormer):
         x = self._add_places(x, order)
         pred = x if conditions.streams.pred is None else conditions.streams.pred + x
         streams = conditions.streams._replace(pred=pred).select(plan.diffusion_inputs)
-        pred = self.diffusion_layers(
-            streams, self._positions(order), plan.diffusion_outputs, conditions.lengths
-        ).as_dict["pred"]
+        positions = self._stream_positions(order, plan.clean_blocks)
+        pred = self.diffusion_layers(streams, positions, plan.diffusion_outputs, conditions.lengths).as_dict["pred"]
         return self._upsample(pred, t, skips)
 
     @property
     def _image_plan(self) -> TrainingPlan:
         return training_plan(("image",), self.config.ablation_switches)
-
-    def _positions(self, order: Order | None) -> dict[str, RotaryTable]:
-        """Returns the rotary table of each stream."""
-        image = self._image_positions(order)
-        clean_blocks = self._image_plan.clean_blocks
-        positions = {"clean": RotaryTable(*(x[..., :clean_blocks, :, :] for x in image)), "pred": image}
-        return positions | ({"text": self._text_positions()} if self.config.vocabulary else {})

@@ -50,7 +50,7 @@ def training_plan(terms: tuple[str, ...], switches: AblationSwitches) -> Trainin
     image, hidden = "image" in terms, "hidden" in terms
     clean, text = "clean" in terms and s.clean_stream, "text" in terms and s.text
     noisy = image or (hidden and s.hidden_from == "noisy")
-    # No other block attends to the last clean block, so it exists for the clean term alone.
+    # No other block attends to the last clean block, so it exists for the clean term only.
     clean_blocks = (s.blocks if clean else s.blocks - 1) if s.clean_stream else 0
     exists = {"text": s.text, "clean": clean_blocks > 0, "pred": True}
 

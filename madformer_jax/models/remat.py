@@ -23,7 +23,7 @@ def _name(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return checkpoint_residual(x, _PROJECTION_NAME)
 
 
-# The name is one of integers, which have no gradient.
+# `checkpoint_residual` names integers, which have no gradient.
 _name.defvjp(lambda x: (_name(x), None), lambda _, gradient: (gradient,))
 
 

@@ -11,21 +11,19 @@ latent, h = H / `reduction`; d channels of a layer.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax import Array
 from jaxtyping import Float
 
 from madformer_jax.config.shapes import SCALING_FACTOR
-from madformer_jax.models.layers import ResNetBlock, conv, dense, group_norm
+from madformer_jax.models.layers import Params, ResNetBlock, conv, dense, group_norm
 from madformer_jax.runtime import partitioning
-
-Array = jax.Array
-Params = Mapping[str, Any]
 
 FLOAT32 = jnp.dtype("float32")
 # Attention scores in memory, 64 MiB: 1 chunk of queries for a 512 x 512 image, 16 for 1024 x 1024.
@@ -110,7 +108,7 @@ class Upsample(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """ResNet block, attention if asked for, and ResNet block at the lowest resolution."""
+    """Two ResNet blocks at the lowest resolution, with optional attention between them."""
 
     channels: int
     groups: int

@@ -26,7 +26,7 @@ class _RefusedError(Exception):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler that admits NumPy arrays and plain values alone."""
+    """Unpickler that admits only NumPy arrays and plain values."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config.schema import base
 from madformer_jax.config.shapes import derive_sizes
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 
 
 def preset(meta: dict[str, Any]) -> ConfigDict:
@@ -34,8 +34,8 @@ def preset(meta: dict[str, Any]) -> ConfigDict:
         boolean fields of those names.
 
     Raises:
-      ConfigError: A size is missing, the variant is unknown, or the U-Net has stages of unequal
-        length.
+      ConfigError: A size is missing or no number, the variant is unknown, or the U-Net has stages of
+        unequal length.
     """
 
     def variant(name: str) -> bool:
@@ -60,8 +60,12 @@ def preset(meta: dict[str, Any]) -> ConfigDict:
         c.model.unet_heads = meta["unet_num_heads"]
         c.model.unet_time_width = meta["unet_time_emb_dim"]
         c.data.channels = meta.get("latent_channels", 4)
+        c.data.image_size = math.isqrt(positions * c.model.blocks)
+        lambda_hidden = float(meta.get("lambda_hidden", 0.1))
     except KeyError as error:
         raise ConfigError(f"the release's arguments lack {error.args[0]!r}.") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the release's arguments have a wrong value ({first_line(error)}).") from None
     if len(set(layers)) != 1:
         raise ConfigError(f"unet_num_layers_per_block={list(layers)}: stages of unequal length are not supported.")
     c.model.unet_layers = layers[0]
@@ -72,9 +76,8 @@ def preset(meta: dict[str, Any]) -> ConfigDict:
     c.model.ar_condition = not variant("clear_cond")
     c.model.diffusion_attention = "block" if variant("denoising_mlp") else "sequence"
     # Without the AR condition the release's hidden loss is 0, whatever its weight.
-    c.loss.hidden = float(meta.get("lambda_hidden", 0.1)) if c.model.ar_condition else 0.0
+    c.loss.hidden = lambda_hidden if c.model.ar_condition else 0.0
     c.codec.name, c.codec.patch = "pixel", 1
-    c.data.image_size = math.isqrt(positions * c.model.blocks)
     return c
 
 
@@ -195,6 +198,7 @@ def release_args(c: ConfigDict) -> dict[str, Any]:
     } | ({"image_size": c.data.image_size} if c.codec.name == "vae" else {})
     # Settings of computation or training, which do not change the exported model.
     ignored = {"attention", "dtype", "remat", "scan_unroll", "hidden_from"}
+    ignored |= {"unet_stride"} if stages == 1 else set()  # the stride between two stages
     release = preset(args)
     different = [
         f"{section}.{name}={c[section][name]!r} (release: {release[section][name]!r})"

@@ -119,6 +119,8 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
         raise ConfigError(f"{path}: no such file.")
     content = readers[path.suffix](path)
     args = content.pop(_ARGS_KEY, None)
+    if not isinstance(args, dict | None):
+        raise ConfigError(f"{path}: {_ARGS_KEY!r} is of type {type(args).__name__}, not a dict of training arguments.")
     sets = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)}
     if not sets:
         return StateDict(_plain_arrays(content, path), args, "")
@@ -219,7 +221,7 @@ def load_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(path)
     except Exception as error:  # Orbax, TensorStore and JSON raise their own types
-        raise _unreadable_error(pathlib.Path(folder), "an Orbax checkpoint", error) from None
+        raise _unreadable_error(epath.Path(folder), "an Orbax checkpoint", error) from None
 
 
 def has_params(folder: str | os.PathLike[str]) -> bool:
@@ -240,22 +242,27 @@ def _plain_arrays(content: Mapping[str, Any], path: pathlib.PurePath) -> dict[st
     arrays = {str(name): _to_numpy(value) for name, value in content.items()}
     others = [name for name, array in arrays.items() if array is None]
     if others:
-        raise ConfigError(f"{path} holds no state_dict: not a tensor: {', '.join(others[:8])}.")
+        raise ConfigError(
+            f"{path} holds no state_dict: these entries are not tensors of a NumPy type: {', '.join(others[:8])}."
+        )
     if not arrays:
         raise ConfigError(f"{path} holds no state_dict: it is empty.")
     return {name: array for name, array in arrays.items() if array is not None}
 
 
 def _to_numpy(value: Any) -> np.ndarray | None:
-    """Converts a torch tensor to a numpy array that shares its memory; None for other objects."""
+    """Converts a torch tensor to a numpy array that shares its memory; None for what NumPy cannot hold."""
     if isinstance(value, np.ndarray):
         return value
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor):
         return None
-    if value.dtype == torch.bfloat16:
-        return value.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return value.detach().numpy()
+    try:
+        if value.dtype == torch.bfloat16:
+            return value.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return value.detach().numpy()
+    except (TypeError, RuntimeError):  # such as float8, quantized and sparse tensors
+        return None
 
 
 def _unreadable_error(path: pathlib.PurePath, kind: str, error: Exception) -> ConfigError:
@@ -268,7 +275,7 @@ def _read_npz(path: pathlib.PurePath, archive: IO[bytes] | None = None) -> dict[
         with np.load(archive or path, allow_pickle=False) as file:
             content: dict[str, Any] = {name: _restore_bfloat16(file[name]) for name in file.files}
         return content | {_ARGS_KEY: json.loads(str(content[_ARGS_KEY]))} if _ARGS_KEY in content else content
-    except Exception as error:  # a damaged archive raises many types
+    except Exception as error:  # NumPy, zipfile and zlib raise their own types
         raise _unreadable_error(path, "a .npz archive", error) from None
 
 
@@ -283,7 +290,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Any]:
             names, metadata = file.keys(), file.metadata() or {}
             content: dict[str, Any] = {name: file.get_tensor(name) for name in names}
         return content | {_ARGS_KEY: json.loads(metadata[_ARGS_KEY])} if _ARGS_KEY in metadata else content
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError, AttributeError) as error:  # NumPy has no float8
         raise _unreadable_error(path, "a .safetensors file", error) from None
 
 

@@ -18,7 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from madformer_jax.config.table import HUB_ID
 from madformer_jax.errors import ConfigError
-from madformer_jax.models.vae import AutoencoderKL, Params, abstract_params
+from madformer_jax.models.layers import Params
+from madformer_jax.models.vae import AutoencoderKL, abstract_params
 from madformer_jax.runtime import storage
 from madformer_jax.weights import hub, state_dicts
 from madformer_jax.weights.tensor_layout import from_torch, to_torch, torch_shape
@@ -109,8 +110,8 @@ def _locate_files(path: str) -> list[epath.Path]:
         raise ConfigError(f"{path} is not a VAE folder: it needs config.json and one of {', '.join(_WEIGHT_FILES)}.")
     if match := HUB_ID.fullmatch(path):
         choices = [
-            (f"{place}config.json", f"{place}{name}")
-            for place in ("", f"{_PIPELINE_FOLDER}/")
+            (f"{prefix}config.json", f"{prefix}{name}")
+            for prefix in ("", f"{_PIPELINE_FOLDER}/")
             for name in _WEIGHT_FILES
         ]
         return hub.download(
@@ -166,7 +167,7 @@ def _check_field(name: str, value: Any, default: Any) -> None:
     """Checks that a field has the type of its default and is positive, except for `shift_factor`.
 
     Raises:
-      ConfigError: It has not.
+      ConfigError: The value is wrong.
     """
     kinds = {bool: "true or false", int: "a positive integer", float: "a positive number", tuple: "positive integers"}
     if isinstance(default, tuple):
@@ -227,5 +228,5 @@ def _diffusers_name(path: tuple[str, ...]) -> str:
     Example: encoder/down_blocks_0/resnets_1/conv1/kernel ->
       encoder.down_blocks.0.resnets.1.conv1.weight
     """
-    kind = {"kernel": "weight", "scale": "weight", "bias": "bias"}[path[-1]]
+    kind = {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1])
     return ".".join([re.sub(r"_(\d+)$", r".\1", name) for name in path[:-1]] + [kind])

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from madformer_jax.config import schema
 from madformer_jax.config.shapes import derive_sizes, vocabulary_size
-from madformer_jax.cost import flops
+from madformer_jax.cost import flops, network_flops
 from madformer_jax.diffusion import sampler
 from madformer_jax.models import madformer, vae
 from madformer_jax.sampling import solving
@@ -124,8 +124,8 @@ def test_vae_flops_equal_the_count_of_xla(convs):
     side = 64 // model.reduction
     latent = jax.ShapeDtypeStruct((1, side, side, model.latent_channels), jnp.float32)
     encode, decode = (functools.partial(f, model) for f in (vae.encode, vae.decode))
-    assert xla_flops(encode, params, image) == pytest.approx(flops.vae_encode(64, model), rel=0.02)
-    assert xla_flops(decode, params, latent) == pytest.approx(flops.vae_decode(64, model), rel=0.02)
+    assert xla_flops(encode, params, image) == pytest.approx(network_flops.vae_encode(64, model), rel=0.02)
+    assert xla_flops(decode, params, latent) == pytest.approx(network_flops.vae_decode(64, model), rel=0.02)
 
 
 def test_nfe_follows_the_formula_of_the_paper():
@@ -202,6 +202,12 @@ def test_peak_rate_is_that_of_the_data_sheet():
     assert peak_of("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert peak_of("NVIDIA A100-SXM4-80GB", "float32") == 156e12
     assert peak_of("NVIDIA GB200", "bfloat16") > peak_of("NVIDIA B200", "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA RTX A1000 Laptop GPU", "NVIDIA L40"])
+def test_a_device_whose_name_begins_like_another_is_measured(kind, monkeypatch):
+    monkeypatch.setattr(flops, "matmul_rate", lambda dtype: 1.0)
+    assert flops.peak_rate("bfloat16", types.SimpleNamespace(device_kind=kind)) == 1.0
 
 
 def test_peak_rate_of_a_cpu_is_measured():

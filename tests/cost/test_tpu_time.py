@@ -78,6 +78,9 @@ def test_command_compares_two_reports(tmp_path, capsys):
     assert "none.json cannot be read" in capsys.readouterr().err
     assert tpu_time.main([str(paths[0]), str(paths[2])]) == 2
     assert "old.json lacks 'config'" in capsys.readouterr().err
+    paths[2].write_text('{"topology": "v5e:4x4", "config": []}')
+    assert tpu_time.main([str(paths[0]), str(paths[2])]) == 2
+    assert "old.json is not a report" in capsys.readouterr().err
 
 
 def test_unknown_chip_is_rejected():

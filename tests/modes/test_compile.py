@@ -136,6 +136,9 @@ def test_gpu_topologies(monkeypatch):
     assert aot.topologies.gpu_memory_bytes("h100:8") == 0.75 * 84_929_347_584
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert aot.topologies.gpu_memory_bytes("h200") == 0.5 * 150_754_820_096
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "90%")
+    with pytest.raises(ConfigError, match=r"MEM_FRACTION=90% must be a number"):
+        aot.topologies.gpu_memory_bytes("h200")
 
 
 def test_library_calls_of_a_gpu_program():

@@ -77,6 +77,21 @@ def test_file_of_another_kind_is_one_line_that_names_it(tmp_path, name):
     assert_one_line(error, path)
 
 
+def test_an_npz_file_that_is_an_array_or_damaged_is_one_line_that_names_it(tmp_path):
+    path = tmp_path / "m.npz"
+    np.save(tmp_path / "m.npy", np.zeros(3))
+    np.savez_compressed(path, a=np.arange(99.0))
+    array, archive = (tmp_path / "m.npy").read_bytes(), path.read_bytes()
+    damaged = [bytearray(archive) for _ in range(2)]
+    damaged[0][archive.index(b"PK\1\2") + 10] ^= 0x77  # the compression method
+    damaged[1][100] ^= 0x77  # the compressed data
+    for content in (array, *damaged):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError) as error:
+            state_dicts.read_state_dict(path)
+        assert_one_line(error, path)
+
+
 def test_missing_file_and_unknown_suffix(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         state_dicts.read_state_dict(tmp_path / "m.npz")
@@ -175,10 +190,17 @@ def test_release_checkpoint_gives_ema_model_and_args(tmp_path, legacy):
 
 def test_checkpoint_without_a_state_dict(tmp_path):
     torch = pytest.importorskip("torch")
-    for content in ([torch.zeros(2)], {"epoch": 3}, {}):
+    float8 = torch.zeros(2).to(torch.float8_e4m3fn)
+    for content in ([torch.zeros(2)], {"epoch": 3}, {}, {"a": float8}):
         torch.save(content, tmp_path / "m.pt")
         with pytest.raises(ConfigError, match="no state_dict"):
             state_dicts.read_state_dict(tmp_path / "m.pt")
+    torch.save({"model": {"a": torch.zeros(2)}, "args": [1]}, tmp_path / "m.pt")
+    with pytest.raises(ConfigError, match="'args' is of type list"):
+        state_dicts.read_state_dict(tmp_path / "m.pt")
+    pytest.importorskip("safetensors.torch").save_file({"a": float8}, tmp_path / "m.safetensors")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        state_dicts.read_state_dict(tmp_path / "m.safetensors")
 
 
 def test_without_pytorch_the_error_says_what_to_do(tmp_path, tensors, monkeypatch):

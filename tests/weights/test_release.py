@@ -142,6 +142,9 @@ def test_without_the_condition_the_release_has_no_hidden_loss(reference, change)
         ({"variant": "fast"}, "'fast'"),
         ({"unet_num_layers_per_block": [2, 1]}, "unequal"),
         ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": "wide"}, "wide"),
+        ({"unet_num_layers_per_block": 2}, "wrong value"),
+        ({"ar_len": -1}, "wrong value"),
     ],
 )
 def test_release_arguments_that_do_not_fit_are_named(reference, change, word):
@@ -171,6 +174,17 @@ def test_models_that_the_release_lacks_are_refused(variant):
     c.model.classes = 3
     with pytest.raises(ConfigError, match="classes"):
         release.from_release({}, c)
+
+
+def test_the_stride_between_stages_does_not_matter_with_one_stage(reference):
+    stage = {
+        "unet_block_out_channels": [16],
+        "unet_num_layers_per_block": [1],
+        "unet_transformer_layers_per_block": [1],
+    }
+    c = preset(json.loads(str(reference("madformer_baseline.npz")["meta"])) | stage)
+    c.model.unet_stride = 2
+    assert release_args(c)["unet_block_out_channels"] == [16]
 
 
 def test_a_noise_path_that_the_release_lacks_is_refused(reference):

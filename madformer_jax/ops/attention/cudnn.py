@@ -54,7 +54,7 @@ def block_attention(
       context: Keys and values, each `(B, L, s, H, h)`, if they are not those of a stream.
       text: Keys and values, each `(B, T, H, h)`, or None.
       lengths: Number of text tokens without padding. None for all.
-      context_stream: Index of the stream that is the context. None if there is no context, or another.
+      context_stream: Index of the stream that is the context. None without a context, or if it is not a stream.
 
     Returns:
       The output of each stream, shaped like its queries.
