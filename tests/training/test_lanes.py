@@ -40,6 +40,7 @@ def test_only_seeds_and_numbers_may_differ(two):
         assert lanes.group_key(changed) != lanes.group_key(c), field
 
 
+@pytest.mark.slow
 def test_a_lane_of_real_steps_equals_a_run_of_its_own(two):
     mesh, c = partitioning.make_mesh(1, 1, 1), two[1]
     setups = [train_step.make_setup(c) for c in two]
@@ -81,6 +82,7 @@ def run_lanes(configs, folder):
     return train.run_lanes(configs, [str(folder / str(i)) for i in range(len(configs))])
 
 
+@pytest.mark.slow
 def test_each_lane_writes_and_resumes_its_own_run(two, summing, tmp_path):
     for i, c in enumerate(two):
         train.run(c, str(tmp_path / "alone" / str(i)), grids=False)
