@@ -338,7 +338,8 @@ def make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], li
         label_inches = 0.25 + 0.078 * max((len(line.label) for line in lines), default=0)
         width = max(_PANEL_INCHES[0], label_inches / 0.46)  # 0.4 of it are left for the axes
         figure = Figure((width, _PANEL_INCHES[1]))
-        axes = figure.add_axes((0.14, 0.15, 0.86 - label_inches / width, 0.7))
+        right = 1 - label_inches / width
+        axes = figure.add_axes((0.14, 0.15, right - 0.14, 0.7))
         axes.set_title(title, x=-0.12 if lines else 0)
         draw(axes)
         svg, png = io.BytesIO(), io.BytesIO()
