@@ -55,8 +55,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         config_lib.resolve_label_numbers(setting, model.labels)
     recordings = [_record(model, setting, name) for setting, name in zip(grid, _setting_names(grid))]
     m = c.model
+    depths = " or ".join(map(str, sorted({x.sample.diffusion_depth or m.diffusion_depth for x in grid})))
     description = (
-        f"MADFormer draws an image block after block: N = {m.depth} layers, of which D = {m.diffusion_depth} run at every solver "
+        f"MADFormer draws an image block after block: N = {m.depth} layers, of which D = {depths} run at every solver "
         f"step, L = {m.blocks} blocks. Both sides start from the same noise. At each position of the slider, both have spent the "
         "same amount of work on an image, or are finished. The work is counted in passes. A pass is the work of running all "
         "layers once on the whole image."
