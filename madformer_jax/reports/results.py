@@ -354,7 +354,8 @@ def _restrict_axes(axes: Sequence[Axis], points: Sequence[Point]) -> Iterable[Ax
 
 def _parse_scores(evaluation: Mapping[str, Any]) -> dict[str, Score]:
     real = evaluation.get("real", {}).get("scores", {})
-    return {name: _parse_score(x, real.get(name)) for name, x in evaluation["scores"].items()}
+    scores = {name: _parse_score(x, real.get(name)) for name, x in evaluation["scores"].items()}
+    return {name: x for name, x in scores.items() if math.isfinite(x.value)}  # as if the others were not computed
 
 
 def _parse_score(x: Any, real: Mapping[str, Any] | None) -> Score:

@@ -3,7 +3,9 @@ import math
 
 import pytest
 
+from madformer_jax.config import schema
 from madformer_jax.errors import ConfigError
+from madformer_jax.modes import report
 from madformer_jax.reports import intervals, results
 from madformer_jax.reports.axes import Axis
 from tests.reports import made_up
@@ -106,6 +108,18 @@ def test_seconds_of_one_seed_apply_to_all(tmp_path):
     made_up.write(tmp_path, depths=(2,), seeds=(0, 1), steps=(4,))
     (group,) = results.load_results(str(tmp_path)).groups
     assert [point.cost["seconds"] for point in group.points] == pytest.approx([0.002 + 4 * 0.003] * 2)
+
+
+def test_a_score_that_is_not_finite_counts_as_not_computed(tmp_path):
+    name, *_ = made_up.write(tmp_path, depths=(1, 8), steps=(4,))
+    path = tmp_path / f"runs/{name}/result.json"
+    result = json.loads(path.read_text())
+    result["evaluations"][0]["scores"]["KID-classifier"]["value"] = math.nan
+    path.write_text(json.dumps(result))
+    report.run(schema.base(), str(tmp_path))
+    assert (tmp_path / "report/index.html").exists()
+    (group,) = results.load_results(str(tmp_path)).groups
+    assert sum("KID-classifier" in point.scores for point in group.points) == len(group.points) - 1
 
 
 def test_missing_runs_are_listed(tmp_path):
