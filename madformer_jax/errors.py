@@ -9,7 +9,7 @@ class ConfigError(ValueError):
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message, or the name of its type."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def leave(*_: object) -> None:

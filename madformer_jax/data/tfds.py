@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from madformer_jax.data.source import Examples, Source, fingerprint
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
 
 _CAPTION_FIELDS = ("caption", "text", "title")  # text features that are read as the caption; the first one wins
@@ -52,9 +52,8 @@ class Tfds(Source):
         except ConfigError:
             raise
         except Exception as error:  # tfds raises many types, with messages of many lines
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {reason} Prepare it "
+                f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {first_line(error)} Prepare it "
                 f"once with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare(). "
                 "This needs TensorFlow: pip install -e '.[cloud]'."
             ) from None

@@ -8,8 +8,6 @@ a .npz with the value of each image. All models have the same images and noise, 
 two models are paired (`paired_differences`).
 """
 
-import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -29,7 +27,6 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bits_per_dimension, by_block, held_out_losses, sampling_grid, score_summary, shards
 from madformer_jax.evaluation.held_out_images import HeldOutImages
 from madformer_jax.evaluation.teacher_forcing import TeacherForcing
-from madformer_jax.models import layer_split
 from madformer_jax.runtime import checkpoint, partitioning, progress, storage
 from madformer_jax.sampling import codec, solving
 from madformer_jax.sampling.opening import TrainedModel
@@ -114,22 +111,13 @@ def _load_or_measure(c: ConfigDict, workdir: str, images: HeldOutImages, step: i
 
 
 def _measure(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: HeldOutImages) -> dict[str, np.ndarray]:
-    trained = _with_sampled_depth(c, trained)
+    trained = trained.with_depth(elastic_depth.sampled_depth(c))
     forward = TeacherForcing(c, trained.network, trained.params, trained.mesh)
     values = held_out_losses.measure(c, forward, images.batches(trained, codec_params))
     values |= bits_per_dimension.measure(forward, lambda n: images.batches(trained, codec_params, n))
     if c.evaluate.by_block:
         values |= by_block.measure(c, trained, codec_params, images, forward)
     return values
-
-
-def _with_sampled_depth(c: ConfigDict, trained: TrainedModel) -> TrainedModel:
-    """Returns the model with the D of `sample.diffusion_depth`, and parameters in its layout."""
-    network = layer_split.with_depth(trained.network, elastic_depth.sampled_depth(c))
-    if network is trained.network:
-        return trained
-    params = jax.jit(functools.partial(layer_split.fit, network))(trained.params)
-    return dataclasses.replace(trained, network=network, params=params)
 
 
 def _protocol(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: HeldOutImages) -> dict[str, Any]:

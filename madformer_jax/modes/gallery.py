@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from madformer_jax.config import class_labels
+from madformer_jax.config import class_labels, elastic_depth
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import sampling_grid
@@ -55,7 +55,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
         config_lib.resolve_label_numbers(setting, model.labels)
     recordings = [_record(model, setting, name) for setting, name in zip(grid, _setting_names(grid))]
     m = c.model
-    depths = " or ".join(map(str, sorted({x.sample.diffusion_depth or m.diffusion_depth for x in grid})))
+    depths = " or ".join(map(str, sorted(set(map(elastic_depth.sampled_depth, grid)))))
     description = (
         f"MADFormer draws an image block after block: N = {m.depth} layers, of which D = {depths} run at every solver "
         f"step, L = {m.blocks} blocks. Both sides start from the same noise. At each position of the slider, both have spent the "

@@ -23,7 +23,6 @@ from madformer_jax.data import pipeline
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import context_loss, split_probe
-from madformer_jax.models import layer_split
 from madformer_jax.reports import probe_page
 from madformer_jax.runtime import checkpoint, partitioning, storage
 from madformer_jax.sampling import codec
@@ -57,13 +56,14 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     checkpoint.check_config(c, workdir, sections=checkpoint.MODEL_FIELDS)
     trained = TrainedModel.open(c, workdir)
     depth = elastic_depth.sampled_depth(c)
-    network = layer_split.with_depth(trained.network, depth)
     path = schedules.make(**c.diffusion)
     with partitioning.scope(trained.mesh), contextlib.closing(_Images(c, trained)) as images:
-        params = jax.jit(lambda params: layer_split.fit(network, params))(trained.params)
+        cut = trained.with_depth(depth)
         batches = list(images)
-        measures = split_probe.measure(network, params, batches, path, "trailing", p.steps)
-        block_losses = context_loss.losses_by_block(network, params, batches, path, c.train.own_context_timestep)
+        measures = split_probe.measure(cut.network, cut.params, batches, path, "trailing", p.steps)
+        block_losses = context_loss.losses_by_block(
+            cut.network, cut.params, batches, path, c.train.own_context_timestep
+        )
     suggested = split_probe.suggest_depth(measures.reuse_loss, m.depth, p.tolerance)
     result = {
         "step": trained.step, "diffusion_depth": depth, "suggested_depth": suggested, "tolerance": p.tolerance,

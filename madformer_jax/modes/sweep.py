@@ -179,8 +179,8 @@ def _do_run(job: Job, run: Run) -> bool:
     """Trains and evaluates a run and writes its result. Returns False if the training was asked to stop."""
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
-    for overrides in job.definition.evaluations[:1]:  # those of the held-out scores
-        held_out_scores.open_images(sweep_file.apply_overrides(base, overrides))
+    first = sweep_file.apply_overrides(base, job.definition.evaluations[0])  # the settings of the held-out scores
+    held_out_scores.open_images(first)
     if not claims_lib.broadcast(_is_trained(run.config, folder)):
         if not _train(job, run):
             return False
@@ -387,8 +387,9 @@ def _write_sample_grid(job: Job, run: Run, steps: Sequence[int]) -> None:
         programs_by_key: dict[Any, generation.SampleFn] = {}
         for setting in grid:
             key, size = sampling_grid.program_key(setting, grid)
-            program = programs_by_key.setdefault(key, generation.make_sample_fn(setting, network, trained.codec.decode))
-            sample_fn = solving.pad_steps(program, setting, size) if size else program
+            if key not in programs_by_key:
+                programs_by_key[key] = generation.make_sample_fn(setting, network, trained.codec.decode)
+            sample_fn = solving.pad_steps(programs_by_key[key], setting, size) if size else programs_by_key[key]
             batches = generation.batches(
                 setting, sample_fn, params, codec_params, trained.mesh, range(GRID_COLUMNS), max_batch=c.evaluate.n
             )

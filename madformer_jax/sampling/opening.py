@@ -4,8 +4,9 @@
 `modes.sweep`, `modes.export` and `trained_model` call it.
 """
 
+import dataclasses
+import functools
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from madformer_jax.weights.fingerprint import fingerprint
 MAX_PROFILE_ERROR = 0.1  # relative error of a combined profile above which opening warns
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainedModel:
     """The network, weights, codec and class names of one step of a training run."""
 
@@ -110,6 +111,14 @@ class TrainedModel:
         if self.guide is None or c.sample.guidance == 1.0:
             return network, self.params
         return GuidedPair(network, self.guide.network), (self.params, self.guide.params)
+
+    def with_depth(self, depth: int) -> "TrainedModel":
+        """Returns the model with D = `depth`, and parameters in its layout."""
+        network = layer_split.with_depth(self.network, depth)
+        if network is self.network:
+            return self
+        params = jax.jit(functools.partial(layer_split.fit, network))(self.params)
+        return dataclasses.replace(self, network=network, params=params)
 
     def protocol(self, c: ConfigDict) -> dict[str, Any]:
         """Returns the entries of a protocol for settings of `sample` that older protocols do not name.

@@ -30,7 +30,7 @@ import safetensors.numpy
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from madformer_jax.errors import ConfigError
+from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.runtime import storage
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -266,7 +266,7 @@ def _to_numpy(value: Any) -> np.ndarray | None:
 
 
 def _unreadable_error(path: pathlib.PurePath, kind: str, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    reason = first_line(error)[:200]
     return ConfigError(f"{path} cannot be read as {kind}; it is truncated or another kind of file ({reason}).")
 
 

@@ -167,7 +167,7 @@ def test_held_out_scores_are_those_of_the_sampled_depth(small):
     settings = held_out_scores._settings(c)
     assert [(x.sample.diffusion_depth, x.sample.steps) for x in settings] == [(1, 3), (2, 3)]
     trained = TrainedModel(mesh, model, params, None, {}, 7, 7)
-    same, other = (held_out_scores._with_sampled_depth(x, trained) for x in settings)
+    same, other = (trained.with_depth(x.sample.diffusion_depth) for x in settings)
     assert same is trained
     assert other.network.config.diffusion_depth == 2 and "ar_layers" not in other.params
     protocols = []
