@@ -15,7 +15,6 @@ import functools
 import math
 import re
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,16 +111,11 @@ def _vae(c: ConfigDict) -> AutoencoderKL:
     return typical_vae(c.codec.latent_channels, c.codec.downsampling)
 
 
-def forward_pass(c: ConfigDict, terms: tuple[str, ...] | None = None) -> Cost:
-    """Returns the cost of the training forward pass of one image, without the codec.
+def forward_pass(c: ConfigDict, terms: tuple[str, ...] | None = None) -> tuple[Cost, float]:
+    """Returns the cost of the training forward pass of one image, and the FLOPs of its layers that read data.
 
-    `terms` are the loss terms, by default those that have a weight.
+    The codec is not included. `terms` are the loss terms, by default those that have a weight.
     """
-    return _forward_cost(c, terms)[0]
-
-
-def _forward_cost(c: ConfigDict, terms: tuple[str, ...] | None) -> tuple[Cost, float]:
-    """Returns the cost of a forward pass, and the FLOPs of the layers that read data."""
     m = c.model
     terms = tuple(name for name in LOSS_TERMS if c.loss[name]) if terms is None else terms
     p = training_plan(terms, ablation_switches(c))
@@ -143,7 +137,7 @@ def own_context(c: ConfigDict) -> Cost:
     plan, more_steps = training_plan(("image",), ablation_switches(c)), c.train.own_context_steps - 1
     diffusion = _stage_cost(c, "diffusion_layers", plan.diffusion_inputs, plan.diffusion_outputs, plan.clean_blocks)
     unet = Cost(unet=c.model.blocks * (network_flops.downsampler(c)[0] + network_flops.upsampler(c)[0]))
-    return forward_pass(c, ("image",)) + (diffusion + unet) * more_steps
+    return forward_pass(c, ("image",))[0] + (diffusion + unet) * more_steps
 
 
 def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
@@ -161,7 +155,7 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
         depths = elastic_depth.trained_depths(c)
         costs = (training_step(elastic_depth.with_depth(c, depth), encode=encode) for depth in depths)
         return sum(costs, Cost()) * (1 / len(depths))
-    cost, first = _forward_cost(c, None)
+    cost, first = forward_pass(c)
     cost = cost * 3 + Cost(unet=-first)
     if c.train.own_context:
         cost += own_context(c)
@@ -242,29 +236,11 @@ def nfe(c: ConfigDict, kept_count: int = 0) -> float:
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 
-class LayerCalls(NamedTuple):
-    """Decoder layers that sampling runs on one block, in each guidance branch."""
-
-    condition: int  # AR layers on the prediction stream, once per block
-    evaluation: int  # diffusion layers, at every evaluation of the solver
-    extension: int  # layers of the clean tower that extend the cache, once for every block but the last
-
-
-def layer_calls(c: ConfigDict) -> LayerCalls:
-    """Returns the layers that run, given the model's switches.
-
-    A layer of which only keys and values are used counts as a whole layer.
-    """
-    stages, diffusion = sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)
-    ar = c.model.depth - diffusion
-    extension = stages.cache_clean_ar * ar + stages.cache_clean_diffusion * diffusion
-    return LayerCalls(stages.condition * ar, diffusion, extension)
-
-
 def model_passes(c: ConfigDict, kept_count: int = 0) -> float:
     """Returns the full-model passes of an image: decoder layers that run on its blocks, over N L.
 
-    The text runs through the layers once, before the first block. It counts in FLOPs only.
+    A layer of which only keys and values are used counts as a whole layer. The text runs through the
+    layers once, before the first block. It counts in FLOPs only.
     """
     return model_passes_until(c, c.model.blocks - 1, block_steps.steps_of_blocks(c)[-1], kept_count)
 
@@ -274,14 +250,17 @@ def model_passes_until(c: ConfigDict, block: int, step: int, kept_count: int = 0
 
     Args:
       c: The config.
-      block: Index of the block in the order of generation, from 0. It is at least `kept_count`.
+      block: Index of the block in the order of generation, from 0, at least `kept_count`.
       step: Number of the solver step, from 1.
       kept_count: Number of kept blocks, which come first. Only the clean tower runs on them.
     """
-    m, calls, evaluations = c.model, layer_calls(c), block_evaluations(c)
+    m, stages, diffusion = c.model, sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)
+    ar, evaluations = m.depth - diffusion, block_evaluations(c)
     done = min(step * solvers.make(c.sample.solver).evaluations_per_step, evaluations[block])
     done += sum(evaluations[kept_count:block])
-    layers = (block - kept_count + 1) * calls.condition + done * calls.evaluation + block * calls.extension
+    # The clean tower extends the cache after every block but the last.
+    extension = stages.cache_clean_ar * ar + stages.cache_clean_diffusion * diffusion
+    layers = (block - kept_count + 1) * stages.condition * ar + done * diffusion + block * extension
     return guidance_branches(c) * layers / (m.depth * m.blocks)
 
 
@@ -294,22 +273,15 @@ def image_cost(c: ConfigDict, guide: ConfigDict | None = None, kept_count: int =
         all layers of the guide.
       kept_count: Number of blocks of a picture that an edit keeps.
     """
-    cost = {
-        "solver_steps": c.sample.steps,
-        "nfe": nfe(c, kept_count),
-        "passes": model_passes(c, kept_count),
-        "flops": sampling(c, kept_count=kept_count).total,
-    }
-    if guide is None or c.sample.guidance == 1.0:
-        return cost
-    guide_flops = dataclasses.replace(sampling(guide, kept_count=kept_count), vae=0.0).total  # images are decoded once
-    added = {
-        "solver_steps": 0,
-        "nfe": nfe(guide, kept_count),
-        "passes": model_passes(guide, kept_count),
-        "flops": guide_flops,
-    }
-    return {name: cost[name] + added[name] for name in cost}
+
+    def counts(c: ConfigDict, flops: Cost) -> dict[str, float]:
+        return {"nfe": nfe(c, kept_count), "passes": model_passes(c, kept_count), "flops": flops.total}
+
+    cost = counts(c, sampling(c, kept_count=kept_count))
+    if guide is not None and c.sample.guidance != 1.0:
+        once = dataclasses.replace(sampling(guide, kept_count=kept_count), vae=0.0)  # images are decoded once
+        cost = {name: cost[name] + x for name, x in counts(guide, once).items()}
+    return {"solver_steps": c.sample.steps, **cost}
 
 
 # ---- rates
@@ -354,20 +326,20 @@ def peak_rate(dtype: str = "float32", device: jax.Device | None = None) -> float
 
 
 @functools.cache
-def matmul_rate(dtype: str = "float32", size: int = 2048, repeats: int = 5) -> float:
-    """Measures the FLOP/s of a size x size matrix product on this machine, the best of `repeats`.
+def matmul_rate(dtype: str) -> float:
+    """Measures the FLOP/s of a 2048 x 2048 matrix product on this machine, the best of 5.
 
     Takes half a second on a laptop.
     """
-    x = jnp.ones((size, size), dtype)
+    x = jnp.ones((2048, 2048), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()
     best = math.inf
-    for _ in range(repeats):
+    for _ in range(5):
         began = time.perf_counter()
         product(x, x).block_until_ready()
         best = min(best, time.perf_counter() - began)
-    return 2.0 * size**3 / best
+    return 2.0 * 2048**3 / best
 
 
 def mfu(cost: Cost, seconds: float, devices: int = 1, dtype: str = "float32") -> float:

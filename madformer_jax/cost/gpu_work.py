@@ -81,11 +81,7 @@ class Work(NamedTuple):
 
 
 def measure(text: str) -> Work:
-    """Returns the work of a compiled program.
-
-    Args:
-      text: Text of the program.
-    """
+    """Returns the work of a compiled program, given as text."""
     program = hlo.parse(text)
     shapes = {x.name: x.shape for lines in program.computations.values() for x in lines}
     lengths = _constant_lengths(program)
@@ -96,7 +92,6 @@ def measure(text: str) -> Work:
             continue
         flops = sum(_flops(y, shapes, lengths) for y in (x, *program.inner(x)))
         target = re.search(r'custom_call_target="([^"]+)"', x.rest)
-        operation = "/".join(x.op_name.split("/")[-2:])
         rows.append(
             KernelWork(
                 name=f"{target[1]} {x.name}" if target else x.name,
@@ -105,7 +100,7 @@ def measure(text: str) -> Work:
                 kernels=times,
                 bytes=times * _bytes(program, x, shapes, lengths),
                 flops=times * flops,
-                place=f"{program.source_lines.get(x.frame, '?')} {operation}".strip(),
+                place=program.place(x),
             )
         )
     return Work(rows, hlo.unbounded_loops(program))
@@ -267,13 +262,11 @@ def _convolution_flops(x: hlo.Instruction, operands: list[list[Any]], result: li
 def format_work(work: Work) -> str:
     """Formats the work of a program as the lines of a report."""
     f = work.figures()
-    lines = [f"  {'work per device':<24}{'kernels':>10}{'GB':>10}{'TFLOP':>10}" + _cells(_PHASE_TITLES, ">12")]
+    titles = ("GB " + ("again" if x == "recomputed" else x) for x in tpu_time.PHASES)
+    lines = [f"  {'work per device':<24}{'kernels':>10}{'GB':>10}{'TFLOP':>10}" + "".join(f"{x:>12}" for x in titles)]
     for name, row in {**f["parts"], "total": {column: f[column] for column in COLUMNS}}.items():
-        phases = [f"{row.get(x, 0.0) / 1e9:.1f}" if name != "total" else "" for x in tpu_time.PHASES]
-        lines.append(
-            f"  {name:<24}{row['kernels']:10.0f}{row['bytes'] / 1e9:10.1f}{row['flops'] / 1e12:10.2f}"
-            + _cells(phases, ">12")
-        )
+        phases = "".join(f"{row.get(x, 0.0) / 1e9:12.1f}" for x in tpu_time.PHASES if name != "total")
+        lines.append(f"  {name:<24}{row['kernels']:10.0f}{row['bytes'] / 1e9:10.1f}{row['flops'] / 1e12:10.2f}{phases}")
     lines.append("  kernels that move most: GB, runs")
     lines += [
         f"  {row['bytes'] / 1e9:9.2f} {row['kernels']:6.0f}  {row['part']}, {row['phase']}: {row['place']}"
@@ -282,10 +275,3 @@ def format_work(work: Work) -> str:
     if work.unbounded:
         lines.append(f"  loops of unknown length (counted once): {', '.join(work.unbounded)}")
     return "\n".join(lines)
-
-
-_PHASE_TITLES = tuple(f"GB {'again' if name == 'recomputed' else name}" for name in tpu_time.PHASES)
-
-
-def _cells(values: tuple[str, ...] | list[str], form: str) -> str:
-    return "".join(f"{value:{form}}" for value in values)

@@ -55,6 +55,11 @@ class Program(NamedTuple):
                 yield called
                 yield from self.inner(called)
 
+    def place(self, instruction: Instruction) -> str:
+        """Returns file:line in the package, and JAX's name of the operation."""
+        operation = "/".join(instruction.op_name.split("/")[-2:])
+        return f"{self.source_lines.get(instruction.frame, '?')} {operation}".strip()
+
 
 class Collective(NamedTuple):
     """One instruction of a compiled program that moves data between devices."""
@@ -111,17 +116,8 @@ def parse(text: str, package: str = "madformer_jax/") -> Program:
             name, shape, opcode, arguments = match.groups()
             operands, _, rest = arguments.partition(")")
             op_name, frame = _OP_NAME.search(rest), _FRAME.search(rest)
-            computations[current].append(
-                Instruction(
-                    name=name,
-                    opcode=opcode,
-                    shape=shape,
-                    operands=operands,
-                    rest=rest,
-                    op_name=op_name[1] if op_name else "",
-                    frame=int(frame[1]) if frame else 0,
-                )
-            )
+            origin = op_name[1] if op_name else "", int(frame[1]) if frame else 0
+            computations[current].append(Instruction(name, opcode, shape, operands, rest, *origin))
     async_channels = {
         _channel_id(x)
         for lines in computations.values()

@@ -54,9 +54,8 @@ def upsampler(c: ConfigDict) -> tuple[float, float]:
     return total + _conv((height, width), before, sizes.channels, m.unet_kernel), _time_embedding(c)[0]
 
 
-def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
+def vae_encode(side: int, v: AutoencoderKL) -> float:
     """Returns the FLOPs of encoding an image of side x side pixels."""
-    v = model or AutoencoderKL()
     total, before = _conv(side, v.in_channels, v.block_out_channels[0]), v.block_out_channels[0]
     for stage, channels in enumerate(v.block_out_channels):
         for _ in range(v.layers_per_block):
@@ -71,9 +70,8 @@ def vae_encode(side: int, model: AutoencoderKL | None = None) -> float:
     return total + _vae_middle(side, before, v) + _conv(side, before, moments) + quant
 
 
-def vae_decode(side: int, model: AutoencoderKL | None = None) -> float:
+def vae_decode(side: int, v: AutoencoderKL) -> float:
     """Returns the FLOPs of decoding an image of side x side pixels."""
-    v = model or AutoencoderKL()
     side //= v.reduction
     before = v.block_out_channels[-1]
     total = _conv(side, v.latent_channels, before) + _vae_middle(side, before, v)

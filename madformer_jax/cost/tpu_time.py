@@ -145,8 +145,7 @@ def estimate(text: str, device_kind: str, peak: float, flops: float) -> Estimate
         name, op_name, cycles = instruction.name, instruction.op_name, instruction.cycles
         crossing += hlo.inter_slice_bytes(execution)
         component, op_phase = model_component(op_name), phase(op_name)
-        operation = "/".join(op_name.split("/")[-2:])
-        source = f"{program.source_lines.get(instruction.frame, '?')} {operation}".strip()
+        source = program.place(instruction)
         if move := hlo.collective(program, execution):
             seconds = move.moved * (2 if instruction.opcode.startswith("all-reduce") else 1) / chip.link
             moving[move.overlaps or cycles is not None] += seconds
@@ -257,14 +256,14 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         if settings[0].get(name) != settings[1].get(name)
     ]
     for name in before:
-        old, new = (f[name].get("time") if isinstance(f.get(name), dict) else None for f in (before, after))
-        old_work, new_work = (f[name].get("work") if isinstance(f.get(name), dict) else None for f in (before, after))
-        if old_work and new_work:
-            lines += [f"{name:<36}{'before':>10}{'after':>10}", *_compare_work(old_work, new_work)]
+        figures = [f[name] if isinstance(f.get(name), dict) else {} for f in (before, after)]
+        (old, new), work = ([f.get(key) for f in figures] for key in ("time", "work"))
+        if all(work):
+            lines += [f"{name:<36}{'before':>10}{'after':>10}", *_compare_work(*work)]
         if not old or not new:
             continue
         lines.append(f"{name:<36}{'before':>10}{'after':>10}")
-        gib = (f"{f[name]['bytes'] / 2**30:10.2f}" for f in (before, after))
+        gib = (f"{f['bytes'] / 2**30:10.2f}" for f in figures)
         lines.append(f"  {'GiB per device':<34}{''.join(gib)}")
         lines.append(f"  {'share of the peak':<34}{old['share_of_peak']:10.1%}{new['share_of_peak']:10.1%}")
         lines += [f"  {f'{total}, s':<34}{old[total]:10.3f}{new[total]:10.3f}" for total in ("busy", "low", "high")]
