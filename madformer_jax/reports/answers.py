@@ -17,28 +17,15 @@ from madformer_jax.sweeps.protocol import claim_sides
 
 
 class Answer(NamedTuple):
-    """The answer to one claim.
+    """The answer to one claim. Without results, it has only the first three fields."""
 
-    Attributes:
-      claim: The claim, as in sweep.json.
-      verdict: "shown", "refuted" or "open".
-      endpoint: Name of the score or loss.
-      improvement: How much better the claimed setting is, with a simultaneous interval; None without
-        results.
-      worse_mean: Mean of the other setting.
-      steps: Solver steps of both settings; None for a loss.
-      group: The points that were compared; None without results.
-      margin: Smallest improvement that counts, in units of the endpoint.
-    """
-
-    claim: Mapping[str, Any]
-    verdict: str
-    endpoint: str
-    improvement: Estimate | None = None
-    worse_mean: float = 0.0
-    steps: tuple[int, int] | None = None
-    group: ProtocolGroup | None = None
-    margin: float = 0.0
+    claim: Mapping[str, Any]  # as in sweep.json
+    verdict: str  # "shown", "refuted" or "open"
+    endpoint: str  # name of the score or loss
+    improvement: Estimate | None = None  # of the claimed setting over the other, with a simultaneous interval
+    worse_mean: float = 0.0  # of the other setting
+    steps: tuple[int, int] | None = None  # solver steps of both settings; None for a loss
+    margin: float = 0.0  # smallest improvement that counts, in units of the endpoint
 
     @property
     def sentence(self) -> str:
@@ -77,9 +64,8 @@ def answers(results: Results) -> list[Answer]:
 
 def endpoint_label(name: str) -> str:
     """Returns the name of an endpoint in text."""
-    labels = {"loss_image": "training image loss", "held_out_loss_image": "held-out image loss"}
-    labels |= {"bits_per_dimension": "bits per dimension"}
-    return labels.get(name, name)
+    losses = {"loss_image": "training image loss", "held_out_loss_image": "held-out image loss"}
+    return {**losses, "bits_per_dimension": "bits per dimension"}.get(name, name)
 
 
 def endpoint_scores(group: ProtocolGroup, protocol: Mapping[str, Any] | None) -> list[str]:
@@ -109,7 +95,7 @@ def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, A
         improvement, mean = estimate(values, alpha), sum(worse.values()) / len(worse)
         margin = protocol["margin"] * abs(mean)
         verdict = _verdict(improvement, margin)
-        return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, group, margin)
+        return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, margin)
     return Answer(claim, "open", endpoint)
 
 
@@ -126,12 +112,9 @@ def _find_setting(results: Results, group: ProtocolGroup, overrides: Mapping[str
     """
     names = [axis.field for axis in group.axes]
     base = {name: run["config"].get(name) for name in names for run in results.runs if name not in run["overrides"]}
-    setting = tuple(_as_stored(overrides.get(name, base.get(name))) for name in names)
+    values = (overrides.get(name, base.get(name)) for name in names)
+    setting = tuple(tuple(value) if isinstance(value, list) else value for value in values)
     return setting if setting in group.settings else None
-
-
-def _as_stored(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 Values = Mapping[int, float]  # seed -> score

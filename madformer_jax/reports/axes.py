@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 from madformer_jax.config import aliases, fields
 
-# Fields that vary but are not axes: the seed repeats a run, and the budget decides the solver steps.
-SEED_FIELD, STEPS_FIELD = "seed", "sample.steps"
 _SYMBOLS = {
     "diffusion_depth": "D",
     "blocks": "L",
@@ -22,17 +20,11 @@ _SYMBOLS = {
 
 
 class Axis(NamedTuple):
-    """A field that a sweep varies.
+    """A field that a sweep varies."""
 
-    Attributes:
-      field: Name of the field in the config.
-      values: Its values, sorted.
-      dependent_fields: Fields whose values follow from those of `field`, such as "train.steps".
-    """
-
-    field: str
-    values: tuple[Any, ...]
-    dependent_fields: tuple[str, ...] = ()
+    field: str  # name in the config
+    values: tuple[Any, ...]  # sorted
+    dependent_fields: tuple[str, ...] = ()  # whose values follow from those of `field`, such as "train.steps"
 
     @property
     def label(self) -> str:
@@ -46,7 +38,6 @@ def value_of(run: Mapping[str, Any], evaluation: Mapping[str, Any], field: str) 
     Args:
       run: The content of a result.json.
       evaluation: One of the run's evaluations, or {} for the training.
-      field: Name of the field.
     """
     for overrides in (evaluation.get("overrides", {}), run["overrides"]):
         if field in overrides:
@@ -58,7 +49,7 @@ def training_axes(runs: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[s
     """Returns the axes of the trainings, both the finished and the planned ones."""
     plan = (aliases.current_names(fields.flat(run["overrides"]), "sweep.json") for run in planned)
     overrides = [*plan, *(run["overrides"] for run in runs)]
-    names = list(dict.fromkeys(name for run in overrides for name in run if name != SEED_FIELD))
+    names = list(dict.fromkeys(name for run in overrides for name in run if name != "seed"))  # it repeats a run
     default = {name: run["config"].get(name) for name in names for run in runs if name not in run["overrides"]}
     return _varying_axes([{name: run.get(name, default.get(name)) for name in names} for run in overrides])
 
@@ -66,7 +57,8 @@ def training_axes(runs: Sequence[Mapping[str, Any]], planned: Iterable[Mapping[s
 def sampling_axes(runs: Sequence[Mapping[str, Any]]) -> list[Axis]:
     """Returns the axes of the evaluations of each trained model."""
     pairs = [(run, evaluation) for run in runs for evaluation in run["evaluations"]]
-    names = dict.fromkeys(name for _, evaluation in pairs for name in evaluation["overrides"] if name != STEPS_FIELD)
+    overridden = (name for _, evaluation in pairs for name in evaluation["overrides"])
+    names = dict.fromkeys(name for name in overridden if name != "sample.steps")  # the budget decides it
     return _varying_axes([{name: value_of(run, evaluation, name) for name in names} for run, evaluation in pairs])
 
 

@@ -4,22 +4,13 @@ Results of runs hold them under `held_out_blocks`, one row for each block (`eval
 `report_sections` shows the panels and the table. The scores are those of a run's first evaluation.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 
-from madformer_jax.reports.figures import (
-    INK,
-    Panel,
-    Series,
-    data_suffix,
-    file_name,
-    make_panel,
-    panel_groups,
-    plot_series,
-    series_colors,
-)
+from madformer_jax.reports import figures
+from madformer_jax.reports.figures import Panel, Series
 from madformer_jax.reports.formatting import Cell, Table
 from madformer_jax.reports.intervals import Estimate, estimate
 from madformer_jax.reports.results import ProtocolGroup, Results
@@ -45,18 +36,11 @@ Rows = Sequence[Mapping[str, Any]]  # the scores of each block
 Setting = tuple[Any, ...]
 
 
-class _Figure(NamedTuple):
-    """A score that has a figure."""
-
-    score: str
-    title: str
-    contexts: tuple[str | None, ...]  # with a solid line, and with a dashed line
-
-
-_FIGURES = (
-    _Figure("loss", "Image loss by block ↓", ("true", "own")),
-    _Figure("exposure_bias", "Exposure bias by block ↓", (None,)),
-    _Figure("kernel_distance", "KID by block ↓", ("true", "own")),
+_Contexts = tuple[str | None, ...]
+_FIGURES: tuple[tuple[str, str, _Contexts], ...] = (  # score, title, contexts of the solid and of the dashed line
+    ("loss", "Image loss by block ↓", ("true", "own")),
+    ("exposure_bias", "Exposure bias by block ↓", (None,)),
+    ("kernel_distance", "KID by block ↓", ("true", "own")),
 )
 
 
@@ -84,33 +68,32 @@ def panels(results: Results, group: ProtocolGroup) -> list[Panel]:
     found = block_rows(results, group)
     axis = group.varying_axes[0] if group.varying_axes and group.is_grid else None
     out = []
-    for figure in _FIGURES:
-        for suffix, title, settings in panel_groups(group, axis):
+    for score, score_title, contexts in _FIGURES:
+        for suffix, title, settings in figures.panel_groups(group, axis):
             named = [(label, found[setting]) for label, setting in settings if setting in found]
             if not named:
                 continue
-            colors = series_colors([Series(label, (), ()) for label, _ in named], axis)
-            heading = f"{figure.title}{title}{data_suffix(group)}"
-            name = file_name(group, "blocks", figure.score, suffix)
-            lines, styles = _lines(figure, named), [color for color in colors for _ in figure.contexts]
-            out.append(_panel(name, heading, lines, styles, has_zero="bias" in figure.score))
+            colors = figures.series_colors([Series(label, (), ()) for label, _ in named], axis)
+            lines, styles = _lines(score, contexts, named), [color for color in colors for _ in contexts]
+            heading = f"{score_title}{title}{figures.data_suffix(group)}"
+            name = figures.file_name(group, "blocks", score, suffix)
+            out.append(_panel(name, heading, lines, styles, has_zero="bias" in score))
     return out
 
 
-def _lines(figure: _Figure, named: Iterable[tuple[str, list[Rows]]]) -> list[Series]:
+def _lines(score: str, contexts: _Contexts, settings: Sequence[tuple[str, list[Rows]]]) -> list[Series]:
     """Returns a line for each setting and context. The last context of a setting has its label."""
-    settings, last = list(named), len(figure.contexts) - 1
     lines = []
     for label, seeds in settings:
-        for i, context in enumerate(figure.contexts):
-            y = tuple(_estimate(seeds, block, figure.score, context) for block in range(len(seeds[0])))
+        for i, context in enumerate(contexts):
+            y = tuple(_estimate(seeds, block, score, context) for block in range(len(seeds[0])))
             x = tuple(float(row["block"]) for row in seeds[0])
-            name = context or "" if len(settings) == 1 else label * (i == last)
+            name = context or "" if len(settings) == 1 else label * (i == len(contexts) - 1)
             lines.append(Series(name, x, y, dashed=i > 0))
     return lines
 
 
-def _panel(name: str, heading: str, lines: Sequence[Series], colors: Sequence[Any], *, has_zero: bool) -> Panel:
+def _panel(name: str, heading: str, lines: Sequence[Series], colors: Sequence[Any], has_zero: bool) -> Panel:
     blocks = int(max(x for line in lines for x in line.x))
     spread = min(0.012, 0.5 / len(lines) / (blocks - 1))  # within half a block
 
@@ -118,10 +101,10 @@ def _panel(name: str, heading: str, lines: Sequence[Series], colors: Sequence[An
         axes.set_xlabel("block, in the order of generation")
         axes.set_xticks(range(1, blocks + 1, -(-blocks // 7)))
         if has_zero:
-            axes.axhline(0, color=INK, linewidth=0.8)
-        plot_series(axes, lines, colors, joined=True, linear=has_zero, spread=spread)
+            axes.axhline(0, color=figures.INK, linewidth=0.8)
+        figures.plot_series(axes, lines, colors, joined=True, linear=has_zero, spread=spread)
 
-    return make_panel(name, heading.replace("\n", ", "), heading, draw, lines)
+    return figures.make_panel(name, heading, draw, lines)
 
 
 def _estimate(seeds: Sequence[Rows], block: int, score: str, context: str | None) -> Estimate:

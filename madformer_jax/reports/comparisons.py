@@ -31,19 +31,12 @@ class Best(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A setting minus another, in units of a score or loss.
-
-    Attributes:
-      setting: The value of each axis.
-      baseline: The same for the other setting.
-      estimate: Mean difference over the seeds that both have, with a simultaneous interval.
-      steps: The solver steps of both; None for a loss.
-    """
+    """A setting minus another, in units of a score or loss."""
 
     setting: Setting
     baseline: Setting
-    estimate: Estimate
-    steps: tuple[int, int] | None = None
+    estimate: Estimate  # mean over the seeds that both have, with a simultaneous interval
+    steps: tuple[int, int] | None = None  # solver steps of both; None for a loss
 
 
 def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Setting]]:
@@ -53,7 +46,6 @@ def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Sett
     the base: the most frequent value of each axis.
 
     Args:
-      group: The points.
       score: If given, settings without this score are left out. L = 1 has no seam score, for example.
     """
     settings = [s for s in group.settings if not score or any(score in p.scores for p in group.points_at(s))]
@@ -101,14 +93,9 @@ def at_best_steps(group: ProtocolGroup, score: str, budgets: Iterable[Budget]) -
 def along_budgets(
     group: ProtocolGroup, score: str, budgets: Sequence[Budget], pair: tuple[Setting, Setting], tests: int
 ) -> list[tuple[Budget, Difference]]:
-    """Returns the difference of a pair at each budget, with a simultaneous band over the budgets.
+    """Returns the difference of a pair (setting, baseline) at each budget, with a simultaneous band over the budgets.
 
-    Args:
-      group: The points.
-      score: Name of the score.
-      budgets: Budgets of one kind, in order.
-      pair: A setting and its baseline.
-      tests: Number of pairs whose bands must hold together.
+    The budgets have one kind and are in order. The bands of as many pairs as `tests` hold together.
     """
     rows: list[tuple[Budget, tuple[int, int], dict[int, float]]] = []
     for budget in budgets:
@@ -123,22 +110,15 @@ def along_budgets(
 
 
 class Crossing(NamedTuple):
-    """Comparison of two settings as the budget grows.
-
-    Attributes:
-      pair: The two settings.
-      verdict: "shown" if one is clearly better at a smaller and the other at a larger budget. "means only" if only
-        the means change order. "none" if they do not.
-      clear: Number of budgets with a clear difference, and of all budgets.
-      before: The clear difference at the smallest budget, else the difference there.
-      after: The same at the largest budget.
-    """
+    """Comparison of two settings as the budget grows."""
 
     pair: tuple[Setting, Setting]
+    # "shown" if one is clearly better at a smaller and the other at a larger budget. "means only" if only the means
+    # change order. "none" if they do not.
     verdict: str
-    clear: tuple[int, int]
-    before: tuple[Budget, Difference]
-    after: tuple[Budget, Difference]
+    clear: tuple[int, int]  # budgets with a clear difference, and all budgets
+    before: tuple[Budget, Difference]  # the clear difference at the smallest budget, else the difference there
+    after: tuple[Budget, Difference]  # the same at the largest budget
 
 
 def find_crossings(group: ProtocolGroup, score: str, budgets: Sequence[Budget]) -> list[Crossing]:

@@ -8,21 +8,8 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from madformer_jax.reports import comparisons
-from madformer_jax.reports.figures import (
-    CATEGORY_COLORS,
-    INK,
-    Panel,
-    Series,
-    data_suffix,
-    file_name,
-    make_panel,
-    plot_series,
-    safe_name,
-    sequential_colors,
-    series_colors,
-    set_x_ticks,
-)  # fmt: skip
+from madformer_jax.reports import comparisons, figures
+from madformer_jax.reports.figures import Panel, Series
 from madformer_jax.reports.formatting import score_heading
 from madformer_jax.reports.intervals import Estimate
 from madformer_jax.reports.results import Budget, ProtocolGroup
@@ -31,13 +18,7 @@ from madformer_jax.reports.results import Budget, ProtocolGroup
 def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]) -> Panel | None:
     """Plots the difference of each setting to its baseline against the budget, with simultaneous intervals.
 
-    Args:
-      group: The points.
-      score: Name of the score.
-      budgets: Budgets of one kind.
-
-    Returns:
-      The panel; None if fewer than two budgets have a difference.
+    The budgets have one kind. Returns None if fewer than two of them have a difference.
     """
     pairs = comparisons.contrasts(group, score)
     lines = []
@@ -45,25 +26,23 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
         rows = comparisons.along_budgets(group, score, budgets, pair, len(pairs))
         if len(rows) > 1:
             x = tuple(budget.amount for budget, _ in rows)
-            lines.append(Series(f"{group.label(pair[0])}", x, tuple(d.estimate for _, d in rows)))
+            lines.append(Series(group.label(pair[0]), x, tuple(d.estimate for _, d in rows)))
     if not lines:
         return None
 
     def draw(axes: Axes) -> None:
         axes.set_xscale("log")
-        set_x_ticks(axes, sorted({x for line in lines for x in line.x}), True)
+        figures.set_x_ticks(axes, sorted({x for line in lines for x in line.x}), True)
         axes.set_xlabel(f"budget of an image, {budgets[0].unit}")
-        axes.axhline(0, color=INK, linewidth=0.8)
-        colors = sequential_colors(len(lines) + 1)[1:] if group.is_grid else series_colors(lines, None)
-        plot_series(axes, lines, colors, joined=True, linear=True)
+        axes.axhline(0, color=figures.INK, linewidth=0.8)
+        colors = figures.sequential_colors(len(lines) + 1)[1:] if group.is_grid else figures.series_colors(lines, None)
+        figures.plot_series(axes, lines, colors, joined=True, linear=True)
 
     baselines = {group.label(base) for _, base in pairs}
     minus = f" minus {baselines.pop()}" if len(baselines) == 1 else " minus the baseline"
-    heading = f"{score_heading(score)}{minus}{data_suffix(group)}"
-    name = file_name(group, score, "difference", budgets[0].kind)
-    return make_panel(
-        name, f"{heading}, with simultaneous intervals against the budget".replace("\n", ", "), heading, draw, lines
-    )
+    heading = f"{score_heading(score)}{minus}{figures.data_suffix(group)}"
+    name = figures.file_name(group, score, "difference", budgets[0].kind)
+    return figures.make_panel(name, heading, draw, lines, ", with simultaneous intervals against the budget")
 
 
 def difference_rows(name: str, title: str, rows: Sequence[tuple[str, Estimate]]) -> Panel:
@@ -71,9 +50,9 @@ def difference_rows(name: str, title: str, rows: Sequence[tuple[str, Estimate]])
 
     def draw(axes: Axes) -> None:
         axes.grid(False)
-        axes.axvline(0, color=INK, linewidth=0.8, linestyle=":")
+        axes.axvline(0, color=figures.INK, linewidth=0.8, linestyle=":")
         for y, (label, x) in enumerate(reversed(rows)):
-            color = CATEGORY_COLORS[1 if x.sign else 0]
+            color = figures.CATEGORY_COLORS[1 if x.sign else 0]
             if x.low is not None and x.high is not None:
                 axes.plot([x.low, x.high], [y, y], color=color, linewidth=1.6)
             axes.plot([x.mean], [y], marker="o", markersize=6, color=color)
@@ -83,4 +62,4 @@ def difference_rows(name: str, title: str, rows: Sequence[tuple[str, Estimate]])
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
-    return make_panel(safe_name(name), title.replace("\n", ", "), title, draw)
+    return figures.make_panel(figures.safe_name(name), title, draw)

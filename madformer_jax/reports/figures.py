@@ -41,17 +41,10 @@ _MIN_LABEL_GAP = 0.075  # between two labels, as a share of the height
 
 
 class Panel(NamedTuple):
-    """A figure.
+    """A figure."""
 
-    Attributes:
-      name: Name of its files, without the suffix.
-      alt: Alternative text.
-      svg: The SVG file.
-      png: The PNG file.
-    """
-
-    name: str
-    alt: str
+    name: str  # of its files, without the suffix
+    alt: str  # alternative text
     svg: bytes
     png: bytes
 
@@ -72,9 +65,6 @@ def cost_curves(group: ProtocolGroup, score: str, cost: str, axis: Axis | None =
     """Plots a score against a cost, as in the paper's Figure 4.
 
     Args:
-      group: The points.
-      score: Name of the score.
-      cost: A key of `COSTS`.
       axis: If given, a panel has a curve for each value of this axis, and each setting of the other
         axes has its own panel. If None, one panel has a curve for each setting.
 
@@ -103,15 +93,7 @@ def cost_curves(group: ProtocolGroup, score: str, cost: str, axis: Axis | None =
 
         if any(len(line.x) > 1 for line in lines):
             heading = f"{score_heading(score)}{title}{data_suffix(group)}"
-            panels.append(
-                make_panel(
-                    file_name(group, score, cost, suffix),
-                    f"{heading}, against {label}".replace("\n", ", "),
-                    heading,
-                    draw,
-                    lines,
-                )
-            )
+            panels.append(make_panel(file_name(group, score, cost, suffix), heading, draw, lines, f", against {label}"))
     return panels
 
 
@@ -145,7 +127,7 @@ def axis_plots(group: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
             name = file_name(
                 group, score, "by", axis.label, suffix, budgets[0].kind if len(group.budgets_by_kind) > 1 else ""
             )
-            panels.append(make_panel(name, f"{heading}, by {axis.label}".replace("\n", ", "), heading, draw, lines))
+            panels.append(make_panel(name, heading, draw, lines, f", by {axis.label}"))
     return panels
 
 
@@ -183,8 +165,8 @@ def heat_map(group: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget
         axes.set_ylabel(rows.label)
 
     heading = f"{score_heading(score)}, at {budget}{data_suffix(group)}"
-    alt = f"{heading}: {rows.label} against {columns.label}".replace("\n", ", ")
-    return make_panel(file_name(group, score, "heat", f"{budget.kind}-{budget.amount:g}"), alt, heading, draw)
+    name = file_name(group, score, "heat", f"{budget.kind}-{budget.amount:g}")
+    return make_panel(name, heading, draw, alt=f": {rows.label} against {columns.label}")
 
 
 def panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
@@ -222,9 +204,6 @@ def plot_series(
     """Draws the value of every seed, the means and their intervals.
 
     Args:
-      axes: The axes.
-      lines: The lines.
-      colors: The color of each line.
       joined: Whether lines join the means.
       linear: Whether the y axis is linear. By default it may be logarithmic.
       spread: Sideways distance of two lines, so that their intervals do not hide each other, as a share of
@@ -330,8 +309,10 @@ def data_suffix(group: ProtocolGroup) -> str:
     return f"\n{group.data}" if group.data else ""
 
 
-def make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Series] = ()) -> Panel:
-    """Draws a figure that leaves room for the labels of the lines."""
+def make_panel(
+    name: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Series] = (), alt: str = ""
+) -> Panel:
+    """Draws a figure that leaves room for the labels of the lines. Its alternative text is the title and `alt`."""
     with mpl.rc_context():
         mpl.rcdefaults()  # ignores the user's matplotlibrc
         mpl.rcParams.update(_STYLE)
@@ -347,7 +328,7 @@ def make_panel(name: str, alt: str, title: str, draw: Callable[[Axes], None], li
             svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
         figure.savefig(png, format="png", transparent=True, dpi=160, metadata={"Software": None})
-    return Panel(name, alt, svg.getvalue(), png.getvalue())
+    return Panel(name, f"{title}{alt}".replace("\n", ", "), svg.getvalue(), png.getvalue())
 
 
 def file_name(group: ProtocolGroup, *words: str) -> str:

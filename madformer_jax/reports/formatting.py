@@ -21,27 +21,16 @@ Cell = str | Estimate | Annotated
 
 
 class Table(NamedTuple):
-    """A table of a report.
-
-    The page prints the first line of a text cell in full size and the others small.
-
-    Attributes:
-      title: The heading.
-      header: Names of the columns.
-      rows: The cells.
-      best: (row, column) of the cells in bold: the best mean of compared rows, or a clear difference.
-      note: A remark below the table.
-      command: Shell command that reproduces one cell.
-      command_caption: Description of that cell.
-    """
+    """A table of a report. The page prints the first line of a text cell in full size and the others small."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    # (row, column) of the cells in bold: the best mean of compared rows, or a clear difference.
     best: frozenset[tuple[int, int]] = frozenset()
-    note: str = ""
-    command: str = ""
-    command_caption: str = ""
+    note: str = ""  # below the table
+    command: str = ""  # shell command that reproduces one cell
+    command_caption: str = ""  # description of that cell
 
 
 def format_number(x: float) -> str:
@@ -65,11 +54,14 @@ def format_cell(x: Cell) -> str:
     if isinstance(x, str):
         return x.replace("\n", "; ").replace("|", "\\|")
     if isinstance(x, Annotated):
-        return "; ".join(
-            filter(None, (f"{format_number(x.estimate.mean)} {format_interval(x.estimate)}".strip(), x.note))
-        )
-    points = f"({', '.join(map(format_number, x.values))})" if len(x.values) > 1 else ""
-    return " ".join(filter(None, (format_number(x.mean), format_interval(x), points)))
+        return "; ".join(filter(None, (format_mean(x.estimate), x.note)))
+    points = f" ({', '.join(map(format_number, x.values))})" if len(x.values) > 1 else ""
+    return format_mean(x) + points
+
+
+def format_mean(x: Estimate) -> str:
+    """Formats a mean, and its interval if it has one."""
+    return f"{format_number(x.mean)} {format_interval(x)}".strip()
 
 
 def score_heading(score: str) -> str:

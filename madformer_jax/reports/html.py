@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from madformer_jax.reports import report_sections
 from madformer_jax.reports.figures import INK, Panel
 from madformer_jax.reports.formatting import Annotated, Cell, Table, format_interval, format_number
-from madformer_jax.reports.report_sections import FactTable, Figures, Item, Samples, Section, Text
+from madformer_jax.reports.report_sections import Figures, Item, Samples, Section, Text
 from madformer_jax.reports.results import Results
 
 _CSS = """
@@ -63,38 +63,30 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def render(results: Results, sections: Sequence[Section]) -> str:
-    """Returns the page."""
-    title = _escape(report_sections.heading(results))
+    """Returns the page of a sweep."""
     links = "".join(
         f'<a href="#s{i}">{_escape(section.title)}</a>' for i, section in enumerate(sections) if not section.folded
     )
-    question = f'<p class="question">{_escape(results.question)}</p>' if results.question else ""
     legend = (
         "In tables of scores, each number is a mean over training seeds. Below it are its 95 % t-interval and the value of "
         "every seed. In tables of differences, its simultaneous interval is below it. The best mean of compared rows and "
         "clear differences are bold. ↓: lower is better. ↑: higher is better."
     )
-    answer, *body = (_render_section(i, section) for i, section in enumerate(sections))
     status = f"<p>{_escape(report_sections.status(results))}</p>"
-    parts = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>',
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{question}",
-        f'{answer}\n<h2>How to read this page</h2>\n{status}\n<p class="note">{_escape(legend)}</p>\n<nav>{links}</nav>',
-        *body,
-        "</body>\n</html>\n",
-    )
-    return "\n".join(parts)
+    guide = f'<h2>How to read this page</h2>\n{status}\n<p class="note">{_escape(legend)}</p>\n<nav>{links}</nav>'
+    return render_page(report_sections.heading(results), results.question, sections, guide)
 
 
-def render_page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Returns a page with a title, a first paragraph and sections, for reports that are not of a sweep."""
-    body = "\n".join(_render_section(i, section) for i, section in enumerate(sections))
+def render_page(title: str, lead: str, sections: Sequence[Section], guide: str = "") -> str:
+    """Returns a page with a title, a first paragraph and sections. `guide` is HTML after the first section."""
+    parts = [_render_section(i, section) for i, section in enumerate(sections)]
+    parts[1:1] = [guide] if guide else []
+    question = f'<p class="question">{_escape(lead)}</p>\n' if lead else "\n"
+    body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{_escape(title)}</title>\n'
-        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{_escape(title)}</h1>\n"
-        f'<p class="question">{_escape(lead)}</p>\n{body}\n</body>\n</html>\n'
+        f"<style>{_CSS}</style>\n</head>\n<body>\n<h1>{_escape(title)}</h1>\n{question}{body}\n</body>\n</html>\n"
     )
 
 
@@ -118,7 +110,8 @@ def _render_item(item: Item) -> str:
         return f'{title}<div class="{kind}">{panels}</div>{caption}'
     if isinstance(item, Samples):
         return _render_samples(item)
-    return _render_facts(item)
+    rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in item.rows)
+    return f"<h3>{_escape(item.title)}</h3>\n<dl>{rows}</dl>"
 
 
 def _render_table(table: Table) -> str:
@@ -155,13 +148,11 @@ def _render_cell(x: Cell, column: int, best: bool) -> str:
         words = ' class="words"' if column and len(first) > 30 else _label_class(column)
         return f"<td{words}>{_escape(first)}{''.join(f'<small>{_escape(line)}</small>' for line in others)}</td>"
     if isinstance(x, Annotated):
-        mean = format_number(x.estimate.mean)
-        lines = (format_interval(x.estimate), x.note)
-        small = "".join(f"<small>{_escape(line)}</small>" for line in lines if line)
-        return f"<td>{f'<b>{_escape(mean)}</b>' if best else _escape(mean)}{small}</td>"
+        x, note = x
+    else:
+        note = " ".join(map(format_number, x.values)) if len(x.values) > 1 else ""
     mean = f"<b>{_escape(format_number(x.mean))}</b>" if best else _escape(format_number(x.mean))
-    points = " ".join(map(format_number, x.values)) if len(x.values) > 1 else ""
-    small = "".join(f"<small>{_escape(line)}</small>" for line in (format_interval(x), points) if line)
+    small = "".join(f"<small>{_escape(line)}</small>" for line in (format_interval(x), note) if line)
     return f"<td>{mean}{small}</td>"
 
 
@@ -172,11 +163,6 @@ def _render_samples(item: Samples) -> str:
         for strip in item.strips
     )
     return f"<h3>{_escape(str(item.budget))}</h3>\n{rows}"
-
-
-def _render_facts(facts: FactTable) -> str:
-    rows = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.rows)
-    return f"<h3>{_escape(facts.title)}</h3>\n<dl>{rows}</dl>"
 
 
 def _inline_svg(panel: Panel) -> str:

@@ -30,9 +30,7 @@ def render(
       masses: Name -> share of the attention of each layer, N values.
       reuse_loss: Number of reused layers -> loss, from N - D to N.
       block_losses: Loss of each block after true blocks, and after the model's own estimates of them.
-      suggested: The suggested D.
       tolerance: Largest relative increase of the loss.
-      description: A sentence on the model and the images.
     """
     depth, ar_depth = max(reuse_loss), min(reuse_loss)
     panels = (
@@ -68,9 +66,9 @@ def _layer_panel(name: str, title: str, values: dict[str, Sequence[float]], ar_d
             axes.axvspan(0.5, ar_depth + 0.5, color="#78787822", linewidth=0)
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        plot_series(axes, lines, [CATEGORY_COLORS[i] for i in range(len(lines))], joined=True)
+        plot_series(axes, lines, CATEGORY_COLORS[: len(lines)], joined=True)
 
-    return make_panel(name, f"{title} by layer", title, draw, lines)
+    return make_panel(name, title, draw, lines, " by layer")
 
 
 def _loss_table(reuse_loss: dict[int, float], suggested: int) -> Table:
@@ -86,7 +84,7 @@ def _loss_table(reuse_loss: dict[int, float], suggested: int) -> Table:
     )
     title = "Loss at later steps if the first layers keep their output of the first step"
     note = "With D = 0 only the U-Net sees the noise level."
-    return Table(title, ("reused layers", "D", "loss", "change"), rows, frozenset(), note)
+    return Table(title, ("reused layers", "D", "loss", "change"), rows, note=note)
 
 
 def _context_table(true: Sequence[float], estimated: Sequence[float]) -> Table:
@@ -96,4 +94,4 @@ def _context_table(true: Sequence[float], estimated: Sequence[float]) -> Table:
     )
     title = "Loss by block, after true blocks and after the model's own estimates of them"
     note = "A change that grows over the blocks means that errors add up. Nothing comes before block 1."
-    return Table(title, ("block", "after true blocks", "after estimates", "change"), rows, frozenset(), note)
+    return Table(title, ("block", "after true blocks", "after estimates", "change"), rows, note=note)

@@ -96,8 +96,8 @@ def _without_panels(section: Section, names: Collection[str]) -> Section:
     return section._replace(items=tuple(items))
 
 
-def _section_title(group: ProtocolGroup, title: str) -> str:
-    return f"{title}, {group.name}" if group.name else title
+def _group_section(group: ProtocolGroup, title: str, items: Iterable[Item], folded: bool = False) -> Section:
+    return Section(f"{title}, {group.name}" if group.name else title, tuple(items), folded)
 
 
 def _answer_section(results: Results) -> Section:
@@ -114,9 +114,8 @@ def _answer_section(results: Results) -> Section:
         items.append(Figures("", tuple(panels), _READ_ROWS if is_loss else caption))
     if results.protocol:
         seeds = len({run["seed"] for run in results.runs})
-        items.append(
-            FactTable("Protocol of the sweep", tuple(protocol.facts(results.protocol, results.question, seeds)))
-        )
+        facts = protocol.facts(results.protocol, results.question, seeds)
+        items.append(FactTable("Protocol of the sweep", tuple(facts)))
     return Section("Answer", tuple(items))
 
 
@@ -133,9 +132,7 @@ def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
         ]
         if rows:
             title = f"{answers_lib.endpoint_label(endpoint)} ↓{one or ', differences'}\n{group.data}"
-            yield difference_figures.difference_rows(
-                "-".join(filter(None, (group.name, endpoint, "differences"))), title, rows
-            )
+            yield difference_figures.difference_rows(figures.file_name(group, endpoint, "differences"), title, rows)
         return
     scores = answers_lib.endpoint_scores(group, results.protocol)[:1]
     for score, budgets in itertools.product(scores, group.budgets_by_kind[-1:]):
@@ -154,40 +151,34 @@ def _main_sections(results: Results, group: ProtocolGroup) -> Iterable[Section]:
     compared = [table for score in endpoints for table in tables.difference_tables(group, score)]
     compared += tables.loss_tables(results, group)
     if compared:
-        yield Section(_section_title(group, "Differences"), tuple(compared))
+        yield _group_section(group, "Differences", compared)
     if crossed := [table for score in endpoints for table in tables.crossing_tables(group, score)]:
-        yield Section(_section_title(group, "Order by budget"), tuple(crossed), True)
-    yield Section(_section_title(group, "Scores"), tuple(tables.axis_tables(results, group)))
+        yield _group_section(group, "Order by budget", crossed, True)
+    yield _group_section(group, "Scores", tables.axis_tables(results, group))
     if panels := block_scores.panels(results, group):
-        figure = Figures("", tuple(panels), block_scores.CAPTION)
-        yield Section(_section_title(group, "Block by block"), (figure,))
+        yield _group_section(group, "Block by block", [Figures("", tuple(panels), block_scores.CAPTION)])
 
 
 def _detail_sections(results: Results, group: ProtocolGroup) -> Iterable[Section]:
     for i, score in enumerate(group.scores):
         costs = list(COSTS) if i < _EXPANDED_SCORES else ["solver_steps"]
-        yield Section(_section_title(group, score), tuple(_score_section(results, group, score, costs)), True)
+        yield _group_section(group, score, _score_items(results, group, score, costs), True)
     if table := block_scores.table(results, group):
-        yield Section(_section_title(group, "Scores by block"), (table,), True)
+        yield _group_section(group, "Scores by block", [table], True)
     if strips := sample_strips.load_strips(results, group):
-        yield Section(_section_title(group, "Samples"), tuple(Samples(budget, tuple(rows)) for budget, rows in strips))
-    yield Section(
-        _section_title(group, "Costs"), (tables.cost_table(group), tables.training_table(results, group)), True
-    )
+        yield _group_section(group, "Samples", (Samples(budget, tuple(rows)) for budget, rows in strips))
+    costs_of_group = [tables.cost_table(group), tables.training_table(results, group)]
+    yield _group_section(group, "Costs", costs_of_group, True)
     facts = tuple((name, str(value)) for name, value in fields.flat(group.protocol).items())
-    yield Section(
-        _section_title(group, "Protocol"),
-        (FactTable(f"Protocol {protocol_hash(group.protocol)}, shared by all scores", facts),),
-        True,
-    )
+    title = f"Protocol {protocol_hash(group.protocol)}, shared by all scores"
+    yield _group_section(group, "Protocol", [FactTable(title, facts)], True)
 
 
-def _score_section(results: Results, group: ProtocolGroup, score: str, costs: Sequence[str]) -> list[Item]:
+def _score_items(results: Results, group: ProtocolGroup, score: str, costs: Sequence[str]) -> list[Item]:
     varied = group.varying_axes
     grid, several_budgets = group.is_grid, len(group.budgets) > 1
-    against = [
-        p for cost in costs for p in figures.cost_curves(group, score, cost, varied[0] if varied and grid else None)
-    ]
+    first = varied[0] if varied and grid else None
+    against = [panel for cost in costs for panel in figures.cost_curves(group, score, cost, first)]
     by: list[Panel] = []
     maps: list[Panel] = []
     for axis in varied if grid else ():
@@ -197,15 +188,8 @@ def _score_section(results: Results, group: ProtocolGroup, score: str, costs: Se
             against += figures.cost_curves(group, score, "solver_steps", axis)
     if len(varied) == 2 and grid and all(map(figures.is_ordered, varied)):
         maps = [figures.heat_map(group, score, varied[0], varied[1], budget) for budget in group.budgets]
-    items: list[Item] = [
-        Figures(title, tuple(panels), _READ_DOTS)
-        for title, panels in (
-            ("Score against the cost of an image", against),
-            ("Score by setting", by),
-            ("Score by two settings", maps),
-        )
-        if panels
-    ]
+    titles = {"Score against the cost of an image": against, "Score by setting": by, "Score by two settings": maps}
+    items: list[Item] = [Figures(title, tuple(panels), _READ_DOTS) for title, panels in titles.items() if panels]
     items += tables.budget_tables(results, group, score)
     if score not in answers_lib.endpoint_scores(group, results.protocol):
         items += tables.difference_tables(group, score)

@@ -208,13 +208,12 @@ def load_results(workdir: str) -> Results:
     trained, sampled = axes_lib.training_axes(runs, plan.get("runs", ())), axes_lib.sampling_axes(runs)
     _check_same_settings(runs, trained)
     axes = trained + sampled
-    runs.sort(
-        key=lambda run: (
-            [sort_position(value_of(run, {}, axis.field), axis.values) for axis in trained],
-            run["seed"],
-            run["name"],
-        )
-    )
+
+    def key(run: Mapping[str, Any]) -> Any:
+        setting = [sort_position(value_of(run, {}, axis.field), axis.values) for axis in trained]
+        return setting, run["seed"], run["name"]
+
+    runs.sort(key=key)
     separating = [axis for axis in axes if axis.field.startswith(_SEPARATED_SECTIONS)]
     groups = _group_by_protocol(runs, axes, separating)
     finished = {run["name"] for run in runs}
@@ -335,12 +334,8 @@ def overrides_key(overrides: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _sort_points(points: Iterable[Point], axes: Sequence[Axis]) -> list[Point]:
     def key(point: Point) -> Any:
-        return (
-            [sort_position(x, axis.values) for x, axis in zip(point.setting, axes)],
-            point.seed,
-            point.budget,
-            point.run,
-        )
+        setting = [sort_position(x, axis.values) for x, axis in zip(point.setting, axes)]
+        return setting, point.seed, point.budget, point.run
 
     return sorted(points, key=key)
 

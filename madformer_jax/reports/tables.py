@@ -12,8 +12,16 @@ from typing import Any
 
 from madformer_jax.reports import comparisons
 from madformer_jax.reports.axes import Axis
-from madformer_jax.reports.comparisons import Crossing, Difference, Setting
-from madformer_jax.reports.formatting import Annotated, Cell, Table, format_interval, format_number, score_heading
+from madformer_jax.reports.comparisons import Difference, Setting
+from madformer_jax.reports.formatting import (
+    Annotated,
+    Cell,
+    Table,
+    format_interval,
+    format_mean,
+    format_number,
+    score_heading,
+)  # fmt: skip
 from madformer_jax.reports.intervals import Estimate, estimate
 from madformer_jax.reports.results import (
     COSTS,
@@ -24,13 +32,14 @@ from madformer_jax.reports.results import (
     protocol_hash,
     score_estimate,
     score_sign,
-)
+)  # fmt: skip
 
-_COST_COLUMNS = {
-    "solver_steps": "solver steps",
-    "nfe": "NFE",
-    "passes": "passes",
-}  # the last columns of a table of scores
+# `comparisons.Crossing.verdict` in words.
+_ORDERS = {
+    "shown": "changes, clear on both sides", "means only": "changes by the means alone", "none": "does not change",
+}  # fmt: skip
+# The last columns of a table of scores.
+_COST_COLUMNS = {"solver_steps": "solver steps", "nfe": "NFE", "passes": "passes"}
 _CLEAR_NOTE = "Bold: the interval excludes 0. If no setting differs, at most 5 % of such tables have a bold cell"
 _HOLM_NOTE = f"Differences are means over paired seeds. {_CLEAR_NOTE} (Holm, over all cells of the table)."
 
@@ -55,11 +64,8 @@ def axis_tables(results: Results, group: ProtocolGroup) -> list[Table]:
     for budget in (kind[-1] for kind in group.budgets_by_kind):
         if len(varied) < 2 or not group.is_grid:
             label = ", ".join(axes[i].label for i in varied) or "Scores"
-            tables.append(
-                _score_table(
-                    results, group, _title(group, f"{label}, at {budget}"), group.settings, range(len(axes)), budget
-                )
-            )
+            title = _title(group, f"{label}, at {budget}")
+            tables.append(_score_table(results, group, title, group.settings, range(len(axes)), budget))
             continue
         for i in varied:
             order = [*(j for j in varied if j != i), i]
@@ -78,16 +84,9 @@ def _score_table(
     budget: Budget,
     shared_columns: int = 0,
 ) -> Table:
-    """Builds a table with a row for each setting.
+    """Builds a table with a row for each setting and the axes in an order of columns.
 
-    Args:
-      results: The results, for the command.
-      group: The points.
-      title: The heading.
-      settings: The settings, in the order of the rows.
-      order: The axes in the order of the columns.
-      budget: The budget.
-      shared_columns: Only rows that agree in this many first columns compete for the best mean.
+    Only rows that agree in the first `shared_columns` compete for the best mean.
     """
     shown = [group.axes[i] for i in order]
     names = [
@@ -112,14 +111,8 @@ def _score_table(
     head = (*heads, *map(score_heading, names), *_COST_COLUMNS.values())
     fields = "; ".join(f"{axis.label} is `{axis.field}`" + _dependent_axes_note(axis) for axis in shown)
     first = next(p for s in settings for p in group.points_at(s, budget) if names[0] in p.scores)
-    return Table(
-        title,
-        head,
-        tuple(rows),
-        frozenset(best),
-        f"{fields}." if fields else "",
-        *_reproduce_command(results, group, first, names[0]),
-    )
+    command = _reproduce_command(results, group, first, names[0])
+    return Table(title, head, tuple(rows), frozenset(best), f"{fields}." if fields else "", *command)
 
 
 def _real_row(group: ProtocolGroup, names: Sequence[str], labels: int) -> tuple[str, ...]:
@@ -128,28 +121,24 @@ def _real_row(group: ProtocolGroup, names: Sequence[str], labels: int) -> tuple[
     for name in names:
         real = [p.scores[name].real for p in group.points if name in p.scores]
         value = next((x for x in real if x is not None), None)
-        cells.append("not stored" if value is None else f"{format_number(value.mean)} {format_interval(value)}".strip())
+        cells.append("not stored" if value is None else format_mean(value))
     return ("real images", *[""] * (labels - 1), *cells, *[""] * len(_COST_COLUMNS))
 
 
 def budget_tables(results: Results, group: ProtocolGroup, score: str) -> list[Table]:
     """Returns tables of one score, settings by budgets, for each kind with several budgets."""
-    return [_budget_table(results, group, score, budgets) for budgets in group.budgets_by_kind if len(budgets) > 1]
-
-
-def _budget_table(results: Results, group: ProtocolGroup, score: str, budgets: Sequence[Budget]) -> Table:
-    values = [
-        [score_estimate(group.points_at(setting, budget), score) for budget in budgets] for setting in group.settings
-    ]
-    axes = len(group.axes)
-    rows = [(*map(str, setting), *(x or "" for x in row)) for setting, row in zip(group.settings, values)]
-    best = {
-        (i, axes + j) for j in range(len(budgets)) for i in _best_row([row[j] for row in values], score_sign(score))
-    }
-    head = (*(axis.label for axis in group.axes), *map(str, budgets))
-    first = next(p for p in group.points if score in p.scores and p.budget in budgets)
-    title = _title(group, f"{score_heading(score)} by {budgets[0].unit}")
-    return Table(title, head, tuple(rows), frozenset(best), "", *_reproduce_command(results, group, first, score))
+    tables, axes = [], len(group.axes)
+    for budgets in (kind for kind in group.budgets_by_kind if len(kind) > 1):
+        values = [[score_estimate(group.points_at(s, budget), score) for budget in budgets] for s in group.settings]
+        rows = [(*map(str, setting), *(x or "" for x in row)) for setting, row in zip(group.settings, values)]
+        columns = enumerate(zip(*values), axes)
+        best = {(i, j) for j, column in columns for i in _best_row(column, score_sign(score))}
+        head = (*(axis.label for axis in group.axes), *map(str, budgets))
+        first = next(p for p in group.points if score in p.scores and p.budget in budgets)
+        title = _title(group, f"{score_heading(score)} by {budgets[0].unit}")
+        command = _reproduce_command(results, group, first, score)
+        tables.append(Table(title, head, tuple(rows), frozenset(best), "", *command))
+    return tables
 
 
 def _best_row(column: Sequence[Estimate | None], sign: int) -> list[int]:
@@ -273,7 +262,8 @@ def crossing_tables(group: ProtocolGroup, score: str) -> list[Table]:
             rows = []
             for c in crossings:
                 pair = " and ".join(map(group.label, c.pair))
-                rows.append((pair, _verdict_text(c), _better(group, score, c.before), _better(group, score, c.after)))
+                order = f"{_ORDERS[c.verdict]}\nclear at {c.clear[0]} of {c.clear[1]}"
+                rows.append((pair, order, _better(group, score, c.before), _better(group, score, c.after)))
             title = _title(
                 group, f"{score_heading(score)}: which setting wins as the budget of {budgets[0].unit} grows"
             )
@@ -302,15 +292,6 @@ def _negate(x: Estimate) -> Estimate:
     return Estimate(tuple(-v for v in x.values), -x.mean, low, high)
 
 
-def _verdict_text(c: Crossing) -> str:
-    text = {
-        "shown": "changes, clear on both sides",
-        "means only": "changes by the means alone",
-        "none": "does not change",
-    }
-    return f"{text[c.verdict]}\nclear at {c.clear[0]} of {c.clear[1]}"
-
-
 # ---- costs
 
 
@@ -324,13 +305,11 @@ def cost_table(group: ProtocolGroup) -> Table:
             cells.append(_cost_cell(at[0]) if at else "")
         rows.append((*map(str, setting), *cells))
     head = (*(axis.label for axis in group.axes), *map(str, group.budgets))
-    return Table(
-        _title(group, "Cost per image"),
-        head,
-        tuple(rows),
-        note="In order: solver steps; NFE (the paper's count); full-model passes (every layer that runs, those of the clean "
-        "tower included); GFLOPs; seconds, if measured.",
+    note = (
+        "In order: solver steps; NFE (the paper's count); full-model passes (every layer that runs, those of the clean "
+        "tower included); GFLOPs; seconds, if measured."
     )
+    return Table(_title(group, "Cost per image"), head, tuple(rows), note=note)
 
 
 def _cost_cell(point: Point) -> str:
@@ -363,15 +342,8 @@ def run_table(results: Results) -> Table:
     rows = []
     for run in results.runs:
         settings = ", ".join(f"{name} = {value}" for name, value in run["overrides"].items() if name != "seed")
-        rows.append(
-            (
-                run["name"],
-                settings,
-                str(run["seed"]),
-                str(len(run["evaluations"])),
-                ", ".join(protocols.get(run["name"], ())),
-            )
-        )
+        hashes = ", ".join(protocols.get(run["name"], ()))
+        rows.append((run["name"], settings, str(run["seed"]), str(len(run["evaluations"])), hashes))
     return Table("Runs", ("hash", "overrides", "seed", "evaluations", "protocol"), tuple(rows))
 
 
@@ -383,9 +355,8 @@ def to_csv(results: Results) -> str:
     axes = list(dict.fromkeys(axis.field for group in results.groups for axis in group.axes))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(
-        ["run", "part", *axes, "seed", "budget", "asked", *COSTS, "score", "value", "low", "high", "protocol"]
-    )
+    header = ("run", "part", *axes, "seed", "budget", "asked", *COSTS, "score", "value", "low", "high", "protocol")
+    writer.writerow(header)
     for group in results.groups:
         protocol = protocol_hash(group.protocol)
         for p in group.points:

@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from madformer_jax.reports import results
 
 PROTOCOL = {
     "n": 500, "reference": "r" * 12, "network": {"name": "classifier", "weights": "w" * 12},
@@ -45,12 +47,8 @@ def write(
         name = f"d{depth}l{block}s{seed}"
         more = dict((extra or {}).get(name, {}))
         protocol = PROTOCOL | more.pop("protocol", {})
-        overrides = (
-            {"model.diffusion_depth": depth}
-            | ({"model.blocks": block} if len(blocks) > 1 else {})
-            | {"seed": seed}
-            | more
-        )
+        several = {"model.blocks": block} if len(blocks) > 1 else {}
+        overrides = {"model.diffusion_depth": depth, **several, "seed": seed, **more}
         run = folder / "runs" / name
         run.mkdir(parents=True)
         evaluations = [_evaluation(depth, block, seed, n, s, protocol, scores) for s in sampled for n in steps]
@@ -77,43 +75,44 @@ def write(
     return [run["name"] for run in plan]
 
 
+def load_group(folder: pathlib.Path, **settings: Any) -> results.ProtocolGroup:
+    """Writes a folder and returns its only group."""
+    write(folder, **settings)
+    (group,) = results.load_results(str(folder)).groups
+    return group
+
+
+def change(folder: pathlib.Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Applies a function to the content of each result.json, in place."""
+    for path in sorted(folder.glob("runs/*/result.json")):
+        result = json.loads(path.read_text())
+        edit(result)
+        path.write_text(json.dumps(result))
+
+
 def _evaluation(
-    depth: int,
-    blocks: int,
-    seed: int,
-    steps: int,
-    sampled: Mapping[str, Any],
-    protocol: Mapping[str, Any],
+    depth: int, blocks: int, seed: int, steps: int, sampled: Mapping[str, Any], protocol: Mapping[str, Any],
     names: Sequence[str],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     value = score(depth, steps, seed, blocks)
     right = 1 - math.tanh(3 * value) * 0.9
-    images = {
-        "step": 600,
-        "fingerprint": f"{depth}{seed}",
-        "seed": seed,
-        "weights": "ema",
-        "steps": steps,
-        "spacing": "trailing",
-    }
-    images |= {name.removeprefix("sample."): x for name, x in sampled.items()} | protocol.get("images", {})
+    images = {"step": 600, "fingerprint": f"{depth}{seed}", "seed": seed, "weights": "ema", "steps": steps}
+    images |= (
+        {"spacing": "trailing"}
+        | {name.removeprefix("sample."): x for name, x in sampled.items()}
+        | protocol.get("images", {})
+    )
     scores = {
         "KID-classifier": {"value": value, "low": 0.9 * value, "high": 1.1 * value, "deviation": 0.001},
         "FD-classifier": {"value": 900 * value + 4, "low": 850 * value, "high": 1000 * value + 5},
         "recognised": {"value": right, "low": right - 0.02, "high": right + 0.02},
     }
+    nfe = (8 - depth + steps * depth) / 8
     return {
-        "overrides": sampled,
-        "budget": {"kind": "steps", "asked": steps},
-        "cost": {
-            "solver_steps": steps,
-            "nfe": (8 - depth + steps * depth) / 8,
-            "passes": (8 - depth + steps * depth) / 8 + 0.75,
-            "flops": 1e9 * (8 + steps * depth),
-        },
-        "scores": {name: scores[name] for name in names},
-        "protocol": {**protocol, "images": images},
-    }
+        "overrides": sampled, "budget": {"kind": "steps", "asked": steps},
+        "cost": {"solver_steps": steps, "nfe": nfe, "passes": nfe + 0.75, "flops": 1e9 * (8 + steps * depth)},
+        "scores": {name: scores[name] for name in names}, "protocol": {**protocol, "images": images},
+    }  # fmt: skip
 
 
 def _grid(path: pathlib.Path, rows: int, depth: int) -> None:

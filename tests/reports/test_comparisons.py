@@ -57,26 +57,18 @@ def test_a_crossing_outside_of_the_bands_is_shown():
     assert found.before[1].estimate.mean == pytest.approx(-1.0)  # the first setting minus the second
 
 
-def test_means_that_cross_within_their_bands_show_nothing():
-    (found,) = comparisons.find_crossings(make_group({1: SMALL, 2: large(-1, 0.005, 0.002)}), "KID", STEPS)
-    assert (found.verdict, found.clear) == ("means only", (1, 3))
-
-
-def test_one_seed_is_never_clear():
-    group = make_group({1: {0: SMALL[0]}, 2: {0: large(-1, 0, 1)[0]}})
-    (found,) = comparisons.find_crossings(group, "KID", STEPS)
-    assert (found.verdict, found.clear) == ("means only", (0, 3))
-
-
-def test_curves_that_keep_their_order_do_not_cross():
-    (found,) = comparisons.find_crossings(make_group({1: SMALL, 2: large(1, 0.5, 0.1)}), "KID", STEPS)
-    assert found.verdict == "none"
-
-
-def test_higher_is_better_for_shares():
-    assert results.score_sign("recognised") == 1
-    assert results.score_sign("precision-classifier") == 1
-    assert results.score_sign("KID-classifier") == -1
+@pytest.mark.parametrize(
+    ("by", "seeds", "verdict", "clear"),
+    [
+        ((-1, 0.005, 0.002), 3, "means only", 1),  # the means cross within their bands
+        ((-1, 0, 1), 1, "means only", 0),  # one seed is never clear
+        ((1, 0.5, 0.1), 3, "none", 3),
+    ],
+)
+def test_other_curves_show_no_crossing(by, seeds, verdict, clear):
+    curves = ({seed: curve[seed] for seed in range(seeds)} for curve in (SMALL, large(*by)))
+    (found,) = comparisons.find_crossings(make_group(dict(zip((1, 2), curves))), "KID", STEPS)
+    assert (found.verdict, found.clear) == (verdict, (clear, 3))
 
 
 def test_a_crossing_table_names_the_better_setting_at_each_budget():

@@ -1,12 +1,11 @@
 import re
 
-from madformer_jax.reports import difference_figures, figures, formatting, results
+from madformer_jax.reports import difference_figures, figures, formatting
 from tests.reports import made_up
 
 
 def load_group(folder, **settings):
-    made_up.write(folder, seeds=(0, 1), scores=("KID-classifier",), **settings)
-    return results.load_results(str(folder)).groups[0]
+    return made_up.load_group(folder, seeds=(0, 1), scores=("KID-classifier",), **settings)
 
 
 def texts(panel):
@@ -48,7 +47,7 @@ def test_one_budget_has_a_figure_by_value_and_none_by_cost(tmp_path):
 
 def test_more_ablations_than_colors_all_have_a_line(tmp_path):
     off = {f"d{d}l4s0": {"model.diffusion_depth": 1, f"model.field{d}": False} for d in range(2, 11)}
-    made_up.write(tmp_path, depths=range(1, 11), seeds=(0,), steps=(2, 4), scores=("KID-classifier",), extra=off)
-    group = results.load_results(str(tmp_path)).groups[0]
+    settings = {"depths": range(1, 11), "seeds": (0,), "steps": (2, 4), "scores": ("KID-classifier",), "extra": off}
+    group = made_up.load_group(tmp_path, **settings)
     panel = difference_figures.difference_bands(group, "KID-classifier", group.budgets)
     assert {f"no field{d}" for d in range(2, 11)} <= set(texts(panel))
