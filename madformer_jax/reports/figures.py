@@ -279,13 +279,13 @@ def set_x_ticks(axes: Axes, values: Sequence[float], exact: bool) -> None:
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
-    """Returns at most seven ticks from low to high: 1, 2, 5, 10 and so on, or fewer per decade."""
+    """Returns two to seven ticks from low to high: 1, 2, 5, 10 and so on, or fewer per decade, or the ends."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
         ticks = [float(f"{step}e{d}") for d, step in itertools.product(decades, steps)]
         if len(ticks := [x for x in ticks if low * 0.999 <= x <= high * 1.001]) <= 7:
             break
-    return ticks
+    return ticks if len(ticks) > 1 else [float(f"{x:.3g}") for x in (low, high)]
 
 
 def is_ordered(axis: Axis) -> bool:

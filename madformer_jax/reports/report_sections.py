@@ -187,7 +187,8 @@ def _score_items(results: Results, group: ProtocolGroup, score: str, costs: Sequ
         elif axis != varied[0]:
             against += figures.cost_curves(group, score, "solver_steps", axis)
     if len(varied) == 2 and grid and all(map(figures.is_ordered, varied)):
-        maps = [figures.heat_map(group, score, varied[0], varied[1], budget) for budget in group.budgets]
+        scored = {point.budget for point in group.points if score in point.scores}
+        maps = [figures.heat_map(group, score, varied[0], varied[1], x) for x in group.budgets if x in scored]
     titles = {"Score against the cost of an image": against, "Score by setting": by, "Score by two settings": maps}
     items: list[Item] = [Figures(title, tuple(panels), _READ_DOTS) for title, panels in titles.items() if panels]
     items += tables.budget_tables(results, group, score)

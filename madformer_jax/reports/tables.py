@@ -21,7 +21,7 @@ from madformer_jax.reports.formatting import (
     format_mean,
     format_number,
     score_heading,
-)  # fmt: skip
+)
 from madformer_jax.reports.intervals import Estimate, estimate
 from madformer_jax.reports.results import (
     COSTS,
@@ -32,7 +32,7 @@ from madformer_jax.reports.results import (
     protocol_hash,
     score_estimate,
     score_sign,
-)  # fmt: skip
+)
 
 # `comparisons.Crossing.verdict` in words.
 _ORDERS = {
@@ -55,13 +55,15 @@ def _title(group: ProtocolGroup, title: str) -> str:
 def axis_tables(results: Results, group: ProtocolGroup) -> list[Table]:
     """Returns tables in the paper's form: all scores for each value of an axis.
 
-    Each kind of budget contributes its largest budget. A grid has a table for each axis; a base and its
+    Each kind of budget contributes its largest budget with scores. A grid has a table for each axis; a base and its
     ablations have one table.
     """
     axes = group.axes
     varied = [i for i, axis in enumerate(axes) if len(axis.values) > 1]
     tables = []
-    for budget in (kind[-1] for kind in group.budgets_by_kind):
+    scored = {point.budget for point in group.points if point.scores}
+    kinds = [[budget for budget in kind if budget in scored] for kind in group.budgets_by_kind]
+    for budget in (kind[-1] for kind in kinds if kind):
         if len(varied) < 2 or not group.is_grid:
             label = ", ".join(axes[i].label for i in varied) or "Scores"
             title = _title(group, f"{label}, at {budget}")
@@ -129,12 +131,14 @@ def budget_tables(results: Results, group: ProtocolGroup, score: str) -> list[Ta
     """Returns tables of one score, settings by budgets, for each kind with several budgets."""
     tables, axes = [], len(group.axes)
     for budgets in (kind for kind in group.budgets_by_kind if len(kind) > 1):
+        first = next((p for p in group.points if score in p.scores and p.budget in budgets), None)
+        if first is None:
+            continue
         values = [[score_estimate(group.points_at(s, budget), score) for budget in budgets] for s in group.settings]
         rows = [(*map(str, setting), *(x or "" for x in row)) for setting, row in zip(group.settings, values)]
         columns = enumerate(zip(*values), axes)
         best = {(i, j) for j, column in columns for i in _best_row(column, score_sign(score))}
         head = (*(axis.label for axis in group.axes), *map(str, budgets))
-        first = next(p for p in group.points if score in p.scores and p.budget in budgets)
         title = _title(group, f"{score_heading(score)} by {budgets[0].unit}")
         command = _reproduce_command(results, group, first, score)
         tables.append(Table(title, head, tuple(rows), frozenset(best), "", *command))
@@ -355,8 +359,9 @@ def to_csv(results: Results) -> str:
     axes = list(dict.fromkeys(axis.field for group in results.groups for axis in group.axes))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    header = ("run", "part", *axes, "seed", "budget", "asked", *COSTS, "score", "value", "low", "high", "protocol")
-    writer.writerow(header)
+    writer.writerow(
+        ["run", "part", *axes, "seed", "budget", "asked", *COSTS, "score", "value", "low", "high", "protocol"]
+    )
     for group in results.groups:
         protocol = protocol_hash(group.protocol)
         for p in group.points:

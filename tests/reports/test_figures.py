@@ -1,5 +1,7 @@
 import re
 
+import pytest
+
 from madformer_jax.reports import difference_figures, figures, formatting
 from tests.reports import made_up
 
@@ -43,6 +45,11 @@ def test_one_budget_has_a_figure_by_value_and_none_by_cost(tmp_path):
     (panel,) = figures.axis_plots(group, "KID-classifier", group.axes[0])
     assert panel.name == "kid-classifier-by-d"
     assert {"1", "8", "D", "KID-classifier ↓, at 2 steps"} <= set(texts(panel))
+
+
+@pytest.mark.parametrize(("low", "high", "ticks"), [(1, 20, [1, 2, 5, 10, 20]), (21.04, 49, [21, 49]), (3, 6, [3, 6])])
+def test_an_axis_has_at_least_two_ticks(low, high, ticks):
+    assert figures._round_ticks(low, high) == ticks
 
 
 def test_more_ablations_than_colors_all_have_a_line(tmp_path):

@@ -46,10 +46,7 @@ def test_the_page_is_self_contained(folder):
     for run in (folder / "runs").iterdir():
         assert run.name in page
     for text in (
-        "solver steps per image",
-        "full-model passes per image",
-        "GFLOPs per image",
-        "seconds per image",
+        *(f"{cost} per image" for cost in ("solver steps", "full-model passes", "GFLOPs", "seconds")),
         "reference",
     ):
         assert text in page, text
@@ -76,13 +73,6 @@ def test_tables_have_the_papers_form_and_a_command(folder):
         "python -m madformer_jax.main --workdir=runs/cell --mode=reference",
         "python -m madformer_jax.main --workdir=runs/cell --mode=evaluate --config.sample.steps=64",
     ]
-
-
-def test_the_csv_has_every_score_unrounded(folder):
-    lines = (folder / "report" / "results.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 * 2 * 2
-    assert lines[-1].startswith("d8l4s1,,8,1,steps,64,64.0,")
-    assert repr(made_up.score(8, 64, 1)) in lines[-1]
 
 
 def test_an_error_is_a_line_and_writes_nothing(tmp_path, capsys):

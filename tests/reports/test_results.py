@@ -105,6 +105,18 @@ def test_a_score_that_is_not_finite_counts_as_not_computed(tmp_path):
     assert sum("KID-classifier" in point.scores for point in group.points) == len(group.points) - 1
 
 
+def test_tables_have_the_largest_budget_with_scores(tmp_path):
+    def diverge(run):  # at the larger budget
+        for score in run["evaluations"][1]["scores"].values():
+            score["value"] = math.nan
+
+    made_up.write(tmp_path, depths=(1, 8), blocks=(1, 4), seeds=(0, 1), steps=(2, 4))
+    made_up.change(tmp_path, diverge)
+    report.run(schema.base(), str(tmp_path))
+    text = (tmp_path / "report/tables.md").read_text()
+    assert "### D, at 2 steps" in text and "### D, at 4 steps" not in text
+
+
 def test_missing_runs_are_listed(tmp_path):
     planned = [{"name": "later", "overrides": {"model.diffusion_depth": 4, "seed": 0}}]
     made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,), planned=planned)
