@@ -80,22 +80,15 @@ class Bound(NamedTuple):
     sample: Callable[[np.ndarray], tuple[Levels, np.ndarray]]  # uniform numbers -> noise levels, weights
 
 
-def measure(
-    forward: TeacherForcing, batches: Batches, starts: Sequence[int] = range(len(RATIOS))
-) -> dict[str, np.ndarray]:
+def measure(forward: TeacherForcing, batches: Batches) -> dict[str, np.ndarray]:
     """Measures the bound of each image.
-
-    Args:
-      forward: The model.
-      batches: Returns batches of the first images.
-      starts: Indices of the allowed RATIOS.
 
     Returns:
       `bits_per_dimension` (n,) and, for a path of whole timesteps, `bits_per_dimension_discrete` (n,);
       `blocks_bits` (n, L), the bound of each block in bits per dimension of the block; `decoder_ratio` (n,),
       the alpha / sigma of the start of `bits_per_dimension`.
     """
-    bounds = bounds_of(forward.schedule, run_pilot(forward, batches(PILOT_IMAGES)), starts)
+    bounds = bounds_of(forward.schedule, run_pilot(forward, batches(PILOT_IMAGES)))
     rows = [measure_batch(forward, batch, bounds) for batch in batches(None)]
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
@@ -103,7 +96,7 @@ def measure(
 def bounds_of(
     schedule: Schedule, pilots: Sequence[Pilot], starts: Sequence[int] = range(len(RATIOS))
 ) -> dict[str, list[Bound]]:
-    """Returns the bounds of images with even and with odd numbers, by name."""
+    """Returns the bounds of images with even and with odd numbers, by name. `starts` indexes the allowed RATIOS."""
     bounds = {"bits_per_dimension": [integral_bound(schedule, pilot, starts) for pilot in pilots]}
     if has_whole_timesteps(schedule):
         bounds["bits_per_dimension_discrete"] = [sum_bound(schedule, pilot, starts) for pilot in pilots]

@@ -1,11 +1,12 @@
 """Bootstrap intervals of the scores: each score is recomputed on images drawn with replacement.
 
 `score_summary` calls `resample_counts`, the `..._replicates` function of a score, and `interval`. The
-`..._replicates` functions return the replicates up to a constant. The generated images are
-resampled and the reference is fixed, because it belongs to the protocol, with two exceptions. The
-kernel distance is unbiased, so its interval covers the sampling of both sets. Recall is a share of
-the real images. Shares have `wilson` intervals. A replicate is a row of weights for the same
-features, so no features are copied. A new score needs a `..._replicates` function here.
+`..._replicates` functions return the replicates up to a constant. The generated images are resampled
+and the reference is fixed, because it belongs to the protocol, with two exceptions. The kernel
+distance is unbiased, so its interval covers the sampling of both sets, and its replicates are
+`scores.weighted_kernel_distances`. Recall is a share of the real images. Shares have `wilson`
+intervals. A replicate is a row of weights for the same features, so no features are copied. A new
+score needs a `..._replicates` function here.
 """
 
 import math
@@ -27,12 +28,7 @@ class Interval(NamedTuple):
 
 
 def wilson(successes: int, n: int) -> Interval:
-    """Computes the 95 % Wilson interval of a share (Wilson 1927), which is inside [0, 1].
-
-    Args:
-      successes: Number of images that count.
-      n: Number of images.
-    """
+    """Computes the 95 % Wilson interval of the share successes / n (Wilson 1927), which is inside [0, 1]."""
     share, z2 = successes / n, 1.959964**2
     center, width = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2)))
     low, high = (center - width) / (1 + z2 / n), (center + width) / (1 + z2 / n)
@@ -67,13 +63,7 @@ def mean_replicates(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def ratio_replicates(numerator: np.ndarray, denominator: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Computes replicates (r,) of a ratio of two means over images; see `scores.ratio`.
-
-    Args:
-      numerator: One value per image (n,).
-      denominator: One value per image (n,).
-      counts: Counts (r, n) of `resample_counts`.
-    """
+    """Computes replicates (r,) of a ratio of two means over images (n,), with counts (r, n); see `scores.ratio`."""
     return scores.ratio(mean_replicates(numerator, counts), mean_replicates(denominator, counts))
 
 
@@ -113,29 +103,10 @@ def _rotate_to_eigenbasis(x: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0))
 
 
-def kernel_replicates(
-    generated: np.ndarray, real: np.ndarray, counts: np.ndarray, real_counts: np.ndarray
-) -> np.ndarray:
-    """Computes replicates (r,) of the kernel distance over all images, with both sets resampled.
-
-    Args:
-      generated: Features (n, d) of the generated images.
-      real: Features (m, d) of the real images.
-      counts: Counts (r, n) of `resample_counts`.
-      real_counts: Counts (r, m) of the real images.
-    """
-    x, y = np.asarray(generated), np.asarray(real)
-    return scores.weighted_kernel_distances(x, y, counts, real_counts)
-
-
 def inception_replicates(logits: np.ndarray, counts: np.ndarray, splits: int = 10, seed: int = 2020) -> np.ndarray:
-    """Computes replicates (r,) of the inception score. Each split is resampled from its own images.
+    """Computes replicates (r,) of `scores.inception_score`, with counts (r, n).
 
-    Args:
-      logits: Logits (n, classes), as in `scores.inception_score`.
-      counts: Counts (r, n) of `resample_counts`.
-      splits: Number of splits of the score.
-      seed: Seed of the score's shuffling.
+    Each split is resampled from its own images.
     """
     order = np.random.RandomState(seed).permutation(len(logits))
     start, values = 0, []

@@ -31,7 +31,6 @@ from madformer_jax.evaluation.held_out_images import SEED, HeldOutBatch, HeldOut
 from madformer_jax.evaluation.teacher_forcing import TeacherForcing
 from madformer_jax.models import block_order
 from madformer_jax.models.block_order import Order
-from madformer_jax.models.madformer import MADFormer
 from madformer_jax.runtime import partitioning
 from madformer_jax.sampling import codec, generation, solving
 from madformer_jax.sampling.opening import TrainedModel
@@ -92,17 +91,14 @@ def table(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     for i in range(values["blocks_loss_image"].shape[1]):
         loss = {"true": values["blocks_loss_image"][:, i]}
         loss |= {name: values[f"blocks_loss_{name}"][:, i] for name in CONTEXTS[1:]}
-        row: dict[str, Any] = {
-            "block": i + 1,
-            "bits": score_summary.mean_score(values["blocks_bits"][:, i]),
-            "loss": {name: score_summary.mean_score(x) for name, x in loss.items()},
-            "exposure_bias": score_summary.mean_score(loss["own"] - loss["other"]),
-            "kernel_distance": {
-                name: _kernel_distance(values[f"sampled_{name}"][:, i], values["real"][:, i])
-                for name in ("true", "own")
-            },
+        distance = {
+            name: _kernel_distance(values[f"sampled_{name}"][:, i], values["real"][:, i]) for name in ("true", "own")
         }
-        rows.append(row)
+        rows.append({
+            "block": i + 1, "bits": score_summary.mean_score(values["blocks_bits"][:, i]),
+            "loss": {name: score_summary.mean_score(x) for name, x in loss.items()},
+            "exposure_bias": score_summary.mean_score(loss["own"] - loss["other"]), "kernel_distance": distance,
+        })  # fmt: skip
     return rows
 
 
@@ -119,12 +115,9 @@ def text_table(rows: Iterable[dict[str, Any]]) -> str:
 def _kernel_distance(sampled: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """Returns the unbiased squared kernel distance over all pairs, with an interval over both sets of images."""
     x, y = sampled.astype(np.float64), real.astype(np.float64)
-    within = sum(
-        (scores.kernel(a, a).sum() - scores.kernel_diagonal(a).sum()) / (len(a) * (len(a) - 1)) for a in (x, y)
-    )
-    value = float(within - 2 * scores.kernel(x, y).mean())
+    value = scores.unbiased_kernel_distance(x, y)
     counts = (bootstrap.resample_counts(len(a), seed=SEED + i) for i, a in enumerate((x, y)))
-    replicates = bootstrap.kernel_replicates(x, y, *counts)
+    replicates = scores.weighted_kernel_distances(x, y, *counts)
     return {"value": value, **bootstrap.interval(value, replicates)._asdict()}
 
 
@@ -167,10 +160,13 @@ def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
         z, noise = (block_order.to_ranks(x, order) for x in (z, block_noise(numbers, _NOISE_DRAW, sizes)))
 
         def evaluate(state: solvers.SolverState, row: solvers.Coefficients) -> tuple[solvers.SolverState, None]:
-            def denoise(x: Array, level: NoiseLevel) -> tuple[Array, None]:
+            def denoise(x: Array, level: NoiseLevel) -> tuple[Any, None]:
                 t = jnp.full(x.shape[:2], level.t)
                 clean_t = jnp.full(x.shape[:2], clean_timestep, t.dtype)
-                return _clean_estimate(model, params, z, x, level, t, clean_t, tokens, lengths, order, clip_x0), None
+                image = model.apply(
+                    {"params": params}, z, x, t, tokens, lengths, clean_t=clean_t, terms=("image",), order=order
+                ).image.astype(jnp.float32)
+                return parameterization.clean_estimate(model.config.prediction_type, image, x, level, clip_x0), None
 
             def normal() -> Array:
                 keys = jax.vmap(lambda key: jax.random.fold_in(key, row.index))(image_keys(numbers, _SOLVER_STREAM))
@@ -182,22 +178,3 @@ def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
         return jax.lax.scan(evaluate, state, jax.tree.map(jnp.asarray, coefficients))[0].x
 
     return jax.jit(draw, out_shardings=partitioning.replicated(trained.mesh))
-
-
-def _clean_estimate(
-    model: MADFormer,
-    params: Any,
-    z: Array,
-    x: Array,
-    level: NoiseLevel,
-    t: Array,
-    clean_t: Array,
-    tokens: Array | None,
-    lengths: Array | None,
-    order: Order | None,
-    clip_x0: float,
-) -> Any:
-    outputs = model.apply({"params": params}, z, x, t, tokens, lengths, clean_t=clean_t, terms=("image",), order=order)
-    return parameterization.clean_estimate(
-        model.config.prediction_type, outputs.image.astype(jnp.float32), x, level, clip_x0
-    )

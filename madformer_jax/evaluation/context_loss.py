@@ -35,10 +35,6 @@ def losses_by_block(
     `own_context.replace`.
 
     Args:
-      model: The model.
-      params: Its parameters, which make the estimates too.
-      batches: The images.
-      schedule: The noise path.
       max_timestep: Largest timestep of the noise from which a block is estimated.
     """
 

@@ -55,10 +55,6 @@ class HeldOutImages:
     def __init__(self, c: ConfigDict, n: int):
         """Opens the split.
 
-        Args:
-          c: The config.
-          n: Number of images.
-
         Raises:
           ConfigError: n is 1, or the split is that of training, cannot be opened, or has less than n images.
         """

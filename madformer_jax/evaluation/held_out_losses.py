@@ -66,7 +66,6 @@ def timesteps(schedule: Schedule, numbers: np.ndarray, blocks: int, draw: int) -
     """Returns the noise levels (n, L) of one of the four draws.
 
     Args:
-      schedule: The noise path.
       numbers: Numbers of the images (n,).
       blocks: L.
       draw: In draw d, block b is in quarter (d + b) mod 4 of the timesteps.

@@ -213,13 +213,8 @@ def text_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Returns Markdown tables: the scores of each result, and those by block."""
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
     labels = [_label(result["protocol"]) for result in results]
-    lines = [["held out", *labels], ["---"] * (1 + len(results))]
-    for name in names:
-        scores = [result["scores"].get(name) for result in results]
-        lines.append(
-            [name, *("" if x is None else f"{x['value']:.4g} [{x['low']:.4g}, {x['high']:.4g}]" for x in scores)]
-        )
-    tables = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    rows = [[name, *(score_summary.format_score(x["scores"].get(name)) for x in results)] for name in names]
+    tables = [score_summary.markdown_table([["held out", *labels], *rows])]
     tables += [by_block.text_table(result["blocks"]) for result in results if "blocks" in result]
     return "\n\n".join(tables)
 

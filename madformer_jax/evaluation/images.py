@@ -49,7 +49,6 @@ class UnreadableImages:
         """Initializes an empty record.
 
         Args:
-          n: Number of images of the set.
           max_fraction: Largest fraction of unreadable images, `data.max_corrupt`.
         """
         self.errors: list[str] = []
@@ -80,10 +79,8 @@ def extract_missing_shards(
     Each process reads a slice of a shard and prefetches its slice of the next one.
 
     Args:
-      data: The images.
       extract: Computes a network's outputs, see `registry.make_extractor`.
       unreadable: Collects the unreadable images.
-      missing: The shards.
 
     Raises:
       ConfigError: Too many images are unreadable, or a process cannot read its slice.
@@ -109,7 +106,6 @@ def from_source(c: ConfigDict, split: str, shuffled: bool, config_field: str = "
     """Opens the images of `config.data`'s source, with the preprocessing of the config.
 
     Args:
-      c: The config.
       split: The split, instead of `data.split`.
       shuffled: If True, indices follow a fixed random order, so that the first n images are a
         random sample.
@@ -277,16 +273,7 @@ class _NpzReader:
 
 
 def _read_labels(archive: zipfile.ZipFile, path: str, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Reads the labels from an open .npz archive.
-
-    Args:
-      archive: The archive.
-      path: Its path, for the error.
-      name: Name of the member; "" if the archive has no labels.
-      shape: Expected shape (n,).
-
-    Returns:
-      The labels (n,), or None if the archive has none.
+    """Reads the labels, the member `name` of an open .npz archive, or returns None if it has none (`name` is "").
 
     Raises:
       ConfigError: The array `labels` does not have one label per image.

@@ -45,7 +45,7 @@ def open_judge(c: ConfigDict, workdir: str, n: int) -> Judge:
     """
     path = judge_paths.reference_path(c, workdir)
     reference = reference_statistics.load(path)
-    score_summary.check_size(n, reference)
+    score_summary.check_counts(n, score_summary.SPLITS if reference.features is None else len(reference.features))
     network = registry.open_network(c.evaluate.network, judge_paths.network_path(c, workdir))
     image = pipeline.make_preprocessor(c).describe()
     reference_statistics.check_compatible(reference, path, network.describe(), image)
@@ -87,7 +87,6 @@ def open_training(c: ConfigDict, reference: Reference | None = None) -> Referenc
     """Loads the reference file of the training images, `config.evaluate.training`.
 
     Args:
-      c: The config.
       reference: The reference of the other scores, which must be a different one.
 
     Raises:

@@ -153,14 +153,7 @@ def model_bits(model: MADFormer, params: Any, texts: TokenizedTexts, mesh: jax.s
 
 
 def ngram_bits(training: TokenizedTexts, held_out: TokenizedTexts, vocabulary: int, order: int) -> np.ndarray:
-    """Computes the bits of each held-out caption (n,) under an n-gram model.
-
-    Args:
-      training: Captions that the n-gram model is fitted on.
-      held_out: Captions to score.
-      vocabulary: Number of tokens.
-      order: n of the n-gram model.
-    """
+    """Computes the bits of each held-out caption (n,) under the model of `order`-grams of the training captions."""
     follows: dict[tuple[int, ...], collections.Counter[int]] = collections.defaultdict(collections.Counter)
     for caption in _token_rows(training):
         for i in range(1, len(caption)):

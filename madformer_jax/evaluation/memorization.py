@@ -15,8 +15,6 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import reference_statistics, scores
 from madformer_jax.runtime import progress
 
-HELD_OUT_PERCENTILE = 5.0  # a sample nearer than this share of held-out images is memorized
-
 
 class Nearest(NamedTuple):
     """The nearest training image of each of n images."""
@@ -91,20 +89,11 @@ def find_nearest(images: np.ndarray, tiles: Iterable[np.ndarray]) -> Nearest:
     return Nearest(np.concatenate(exact), numbers)
 
 
-def memorization_threshold(held_out: np.ndarray) -> float:
-    """Returns the 5th percentile of held-out images' distances (m,) to their nearest training images."""
-    return float(np.percentile(held_out, HELD_OUT_PERCENTILE))
-
-
 def memorization_ratio(generated: np.ndarray, held_out: np.ndarray) -> float:
-    """Divides the mean distance of generated images by the mean distance of held-out images.
+    """Divides the mean distance (n,) of generated images to the training images by that of held-out images (m,).
 
     The ratio is about 1 if generated images differ from the training images as much as real images
     do. It is 0 for copies of training images.
-
-    Args:
-      generated: Distances (n,) of generated images to their nearest training images.
-      held_out: Distances (m,) of held-out real images to their nearest training images.
 
     Raises:
       ConfigError: All held-out images are training images.

@@ -21,7 +21,6 @@ def load(
 
     Args:
       c: The config, which opens the data set.
-      training: Reference of the training images.
       pairs: Entry `pairs` of the score `memorized`.
       read: Reads the scored images uint8 (b, H, W, c) with ascending numbers (b,).
 

@@ -57,7 +57,6 @@ def save(path: str, protocol: Mapping[str, Any], batches: Callable[[], Iterator[
     """Writes the statistics of a set of images. Memory holds one batch and the stored features.
 
     Args:
-      path: The file.
       protocol: Description of the images and the network, JSON.
       batches: Starts a new pass over the arrays of `shards.extract_features`: features (m, d),
         labels (m,), the mean profile (1, .), and its weight (1,).
@@ -193,9 +192,6 @@ def _row_count(archive: Any, name: str) -> int:
 def feature_tiles(reference: Reference) -> Iterator[np.ndarray]:
     """Yields the features (m, d) of all images, one array in memory at a time.
 
-    Args:
-      reference: A reference with features.
-
     Raises:
       ConfigError: The file is damaged, or has changed since `load`.
     """
@@ -215,7 +211,6 @@ def check_compatible(reference: Reference, path: str, network: Mapping[str, Any]
     """Checks that a reference was made with the same network and the same preprocessing.
 
     Args:
-      reference: The reference.
       path: Its path, for the error.
       network: Description of the network, see `Network.describe`.
       image: Description of the preprocessing.

@@ -56,8 +56,6 @@ def compute_scores(
     """Computes the scores of a set of images.
 
     Args:
-      c: The config of the images.
-      judge: The reference and the networks.
       arrays: Arrays of `extract_features` or of `shards.extract_features`.
       labeled: Whether the labels are classes of the data.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bootstrap, diversity, scores, seams
-from madformer_jax.evaluation.memorization import TrainingFeatures, memorization_ratio, memorization_threshold
+from madformer_jax.evaluation.memorization import TrainingFeatures, memorization_ratio
 from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.evaluation.reference_statistics import Reference
 
@@ -26,19 +26,11 @@ SCORE_SETTINGS = {
 
 Score = dict[str, Any]  # value, low, high, and further entries such as deviation
 PAIRS = 8  # samples nearest to training images whose pairs are listed
-
-
-def check_size(n: int, reference: Reference) -> None:
-    """Checks that there are enough images for the scores; see `check_counts`."""
-    check_counts(n, SPLITS if reference.features is None else len(reference.features))
+MEMORIZED_PERCENTILE = 5.0  # a sample nearer to a training image than this share of held-out images is memorized
 
 
 def check_counts(n: int, m: int) -> None:
-    """Checks that there are enough images for the scores, before images are sampled.
-
-    Args:
-      n: Number of images to score.
-      m: Number of images of the reference.
+    """Checks that n images to score and m of the reference are enough, before images are sampled.
 
     Raises:
       ConfigError: There are too few images for the inception score or too few for precision and
@@ -96,7 +88,8 @@ def compute_scores(
     }
     if y is not None:
         mean, deviation = scores.kernel_distance(x, y, SUBSETS, SUBSET_SIZE, SEED)
-        replicates = bootstrap.kernel_replicates(x, y, counts, bootstrap.resample_counts(len(y), seed=SEED + 1))
+        real_counts = bootstrap.resample_counts(len(y), seed=SEED + 1)
+        replicates = scores.weighted_kernel_distances(x, y, counts, real_counts)
         out[names[1]] = _with_interval(mean, replicates, deviation)
     if "logits" in arrays:
         mean, deviation = scores.inception_score(arrays["logits"], SPLITS, SEED)
@@ -159,7 +152,6 @@ def memorization_scores(training: TrainingFeatures, features: np.ndarray | None)
     """Computes the scores of how near images are to the training images.
 
     Args:
-      training: The training images.
       features: Features (n, d) of the images. None scores the held-out images themselves.
 
     Returns:
@@ -178,7 +170,7 @@ def memorization_scores(training: TrainingFeatures, features: np.ndarray | None)
     counts = bootstrap.resample_counts(len(distances))
     searched = {"searched": training.searched, "training": training.images}
     ratio = memorization_ratio(distances, held_out)
-    threshold = memorization_threshold(held_out)
+    threshold = float(np.percentile(held_out, MEMORIZED_PERCENTILE))
     replicates = bootstrap.mean_replicates(distances, counts) / held_out.mean()
     return {
         "memorisation": {**_with_interval(ratio, replicates), **searched},
@@ -198,12 +190,7 @@ def _with_interval(value: float, replicates: np.ndarray, deviation: float | None
 
 
 def ratio_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Score:
-    """Returns the ratio of two sums over images, with an interval.
-
-    Args:
-      numerator: One value per image (n,).
-      denominator: One value per image (n,).
-    """
+    """Returns the ratio of two sums over images (n,), with an interval."""
     value = float(scores.ratio(numerator.sum(), denominator.sum()))
     counts = bootstrap.resample_counts(len(numerator))
     return _with_interval(value, bootstrap.ratio_replicates(numerator, denominator, counts))
@@ -242,22 +229,17 @@ def comparison_table(results: Sequence[Mapping[str, Any]]) -> str:
                 )
     settings = [flatten_keys(result["protocol"]["images"]) for result in results]
     fields = [name for name in dict.fromkeys(name for s in settings for name in s) if _has_differences(settings, name)]
-    costs = [
-        name
-        for name in ("solver_steps", "nfe", "passes", "seconds")
-        if any(r.get("cost", {}).get(name) for r in results)
-    ]
+    costs = [x for x in ("solver_steps", "nfe", "passes", "seconds") if any(r.get("cost", {}).get(x) for r in results)]
     names = list(dict.fromkeys(name for result in results for name in result["scores"]))
     lines = [[*(fields or ["images"]), *names, *costs]]
     for result, setting in zip(results, settings):
         row = [_format_value(setting.get(name)) for name in fields] or ["all"]
-        row += [_format_score(result["scores"].get(name)) for name in names]
+        row += [format_score(result["scores"].get(name)) for name in names]
         lines.append(row + [_format_value(result.get("cost", {}).get(name)) for name in costs])
     if real := first_result.get("real"):
         labels = ["real", *[""] * (len(lines[0]) - len(names) - len(costs) - 1)]
-        lines.append([*labels, *(_format_score(real["scores"].get(name)) for name in names), *[""] * len(costs)])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([*labels, *(format_score(real["scores"].get(name)) for name in names), *[""] * len(costs)])
+    return markdown_table(lines)
 
 
 def mean_over_checkpoints(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -302,5 +284,10 @@ def _format_value(value: Any) -> str:
     return text.replace("|", r"\|")  # a bar would end the cell
 
 
-def _format_score(score: Score | None) -> str:
+def format_score(score: Score | None) -> str:
     return "" if score is None else f"{score['value']:.4g} [{score['low']:.4g}, {score['high']:.4g}]"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table. The first row is the header."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))

@@ -134,14 +134,14 @@ def kernel_distance(
                 member[i, row] = 1
         distances = weighted_kernel_distances(x, y, *members)
     else:
-        distances = np.array([_kernel_distance(x[i].astype(np.float64), y[j].astype(np.float64)) for i, j in draws])
+        subset_pairs = ((x[i].astype(np.float64), y[j].astype(np.float64)) for i, j in draws)
+        distances = np.array([unbiased_kernel_distance(*pair) for pair in subset_pairs])
     return float(np.mean(distances)), float(np.std(distances))
 
 
-def _kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Computes the unbiased distance between rows (n, d) and as many rows (n, d)."""
-    size = len(x)
-    within = sum((kernel(z, z).sum() - kernel_diagonal(z).sum()) / (size * (size - 1)) for z in (x, y))
+def unbiased_kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Computes the unbiased squared kernel distance of rows (n, d) and rows (m, d) float64, over all pairs."""
+    within = sum((kernel(z, z).sum() - kernel_diagonal(z).sum()) / (len(z) * (len(z) - 1)) for z in (x, y))
     return float(within - 2 * kernel(x, y).mean())
 
 

@@ -59,10 +59,6 @@ def measure(
     in any case.
 
     Args:
-      model: The model.
-      params: Its parameters.
-      batches: The images.
-      schedule: The noise path.
       spacing: See `Schedule.solver_timesteps`.
       steps: K, number of solver steps.
     """

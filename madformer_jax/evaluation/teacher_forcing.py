@@ -83,7 +83,6 @@ class TeacherForcing:
         """Evaluates the model once on all blocks of a batch.
 
         Args:
-          batch: The images.
           draw: Number of the draw of noise.
           levels: Noise level of each block.
           terms: Terms of the loss to compute, with "image".
@@ -103,7 +102,6 @@ class TeacherForcing:
         """Returns the nats of each clean block under mixtures of Gaussians around an estimate, float64 (rows, L).
 
         Args:
-          batch: The images.
           x0: Estimate of `errors`, the mean of all Gaussians.
           deviations: S standard deviations for each image (B, S).
           weights: Their probabilities (B, S), above 0.

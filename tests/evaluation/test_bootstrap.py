@@ -39,7 +39,7 @@ def test_replicates_of_the_kernel_distance_leave_out_repetitions(random, monkeyp
         i, j = (np.repeat(np.arange(len(a)), a.astype(int)) for a in (row, real_row))
         within = sum(scores.kernel(z[k], z[k])[k[:, None] != k].mean() for z, k in ((x, i), (y, j)))
         expected.append(within - 2 * scores.kernel(x[i], y[j]).mean())
-    np.testing.assert_allclose(bootstrap.kernel_replicates(x, y, counts, real_counts), expected)
+    np.testing.assert_allclose(scores.weighted_kernel_distances(x, y, counts, real_counts), expected)
 
 
 def test_kernel_intervals_cover_the_truth_over_fresh_pairs_of_sets(random):
@@ -49,7 +49,7 @@ def test_kernel_intervals_cover_the_truth_over_fresh_pairs_of_sets(random):
         x, y = random.standard_normal((2, 60, 4))
         value = scores.kernel_distance(x, y)[0]
         counts, real_counts = (bootstrap.resample_counts(60, 100, seed) for seed in (0, 1))
-        low, high = bootstrap.interval(value, bootstrap.kernel_replicates(x, y, counts, real_counts))
+        low, high = bootstrap.interval(value, scores.weighted_kernel_distances(x, y, counts, real_counts))
         covered += low <= 0 <= high
     assert covered >= 34
 

@@ -69,21 +69,17 @@ def lpips_vectors(params: Mapping[str, Any], images: Array) -> Array:
     return jnp.concatenate(vectors, axis=1)
 
 
-def lpips(params: Mapping[str, Any], a: Array, b: Array) -> Array:
-    """Computes LPIPS (B,) between images uint8 (B, H, W, 1 or 3) and others of the same shape."""
-    return jnp.sum((lpips_vectors(params, a) - lpips_vectors(params, b)) ** 2, axis=1)
-
-
-def sketch(vectors: Array, size: int = MAX_EMBEDDING_DIM) -> Array:
-    """Reduces vectors (B, D) to (B, size) with unbiased squared distances, if D is larger than `size`.
+def sketch(vectors: Array) -> Array:
+    """Reduces vectors (B, D) to (B, MAX_EMBEDDING_DIM) with unbiased squared distances, if D is larger.
 
     Each output adds up inputs with random signs, the same for all vectors (a count sketch).
     """
     n, dim = vectors.shape
-    if dim <= size:
+    if dim <= MAX_EMBEDDING_DIM:
         return vectors
     signed = vectors * jax.random.rademacher(jax.random.key(0), (dim,), jnp.float32)
-    return jnp.pad(signed, ((0, 0), (0, -dim % size))).reshape(n, -1, size).sum(axis=1)
+    padded = jnp.pad(signed, ((0, 0), (0, -dim % MAX_EMBEDDING_DIM)))
+    return padded.reshape(n, -1, MAX_EMBEDDING_DIM).sum(axis=1)
 
 
 class AlexNetNetwork(Network):

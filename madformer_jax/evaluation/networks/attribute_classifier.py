@@ -117,7 +117,6 @@ def train(
     held_out_attributes: np.ndarray,
     values: Sequence[int],
     steps: int = STEPS,
-    seed: int = 0,
 ) -> AttributeClassifier:
     """Trains an attribute classifier. The result is deterministic on one machine.
 
@@ -125,10 +124,7 @@ def train(
       images: Training pictures uint8 (n, IMAGE_SIZE, IMAGE_SIZE, 3), from `fit.resize`.
       attributes: Their attributes int32 (n, A).
       held_out_images: Held-out pictures, to measure the accuracy.
-      held_out_attributes: Their attributes.
       values: Number of values of each attribute.
-      steps: Number of optimizer steps.
-      seed: Seed of the initialization, the shuffling and the augmentation.
 
     Returns:
       The classifier with its accuracy on the held-out pictures.
@@ -150,17 +146,15 @@ def train(
         return np.stack(shifted), attributes[rows]
 
     params = fit.fit(
-        jax.jit(functools.partial(_init, values))(jax.random.key(seed)), loss, batch, len(images),
-        size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="attribute classifier",
+        jax.jit(functools.partial(_init, values))(jax.random.key(0)), loss, batch, len(images),
+        size=BATCH, steps=steps, rate=LEARNING_RATE, name="attribute classifier",
     )  # fmt: skip
     classifier = AttributeClassifier(params, list(values), 0.0, len(held_out_images))
     matching, named = count_matches(held_out_attributes, predict(classifier, held_out_images))
     return classifier._replace(accuracy=float(matching.sum() / max(1, named.sum())))
 
 
-def save(path: str, classifier: AttributeClassifier) -> None:
-    """Writes an attribute classifier to a file; see `fit.save`."""
-    fit.save(path, classifier)
+save = fit.save
 
 
 def load(path: str) -> AttributeClassifier:

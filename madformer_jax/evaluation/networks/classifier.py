@@ -81,7 +81,6 @@ def train(
     held_out_images: np.ndarray,
     held_out_labels: np.ndarray,
     steps: int = STEPS,
-    seed: int = 0,
 ) -> Classifier:
     """Trains a classifier. The result is deterministic on one machine.
 
@@ -89,9 +88,6 @@ def train(
       images: Training images uint8 (n, H, W, 1 or 3), preferably from `fit.resize`.
       labels: Their classes (n,), from 0.
       held_out_images: Held-out images, to measure the accuracy.
-      held_out_labels: Their classes.
-      steps: Number of optimizer steps.
-      seed: Seed of the initialization, the shuffling and the augmentation.
 
     Returns:
       The classifier with its accuracy on the held-out images.
@@ -105,7 +101,7 @@ def train(
     if not len(held_out_images):
         raise ConfigError("the classifier needs held-out images to measure its accuracy: there are none.")
     data, targets = np.asarray(fit.resize(images, IMAGE_SIZES)), np.asarray(labels)
-    key = jax.random.key(seed)
+    key = jax.random.key(0)
 
     def loss(params: Params, batch: Array, targets: Array, key: Array) -> Array:
         logits = ConvNet(classes).apply({"params": params}, _augment(batch, key))[1]
@@ -116,7 +112,7 @@ def train(
 
     params = fit.fit(
         init(key, classes, images.shape[-1]), loss, batch, len(data),
-        size=BATCH, steps=steps, rate=LEARNING_RATE, seed=seed, name="classifier",
+        size=BATCH, steps=steps, rate=LEARNING_RATE, name="classifier",
     )  # fmt: skip
     correct = [
         _is_correct(params, held_out_images[i : i + 256], held_out_labels[i : i + 256], classes)
@@ -149,9 +145,7 @@ def _augment(images: Array, key: Array) -> Array:
     return jax.vmap(jax.vmap(interpolate, in_axes=(-1, None), out_axes=-1))(images.astype(jnp.float32), coordinates)
 
 
-def save(path: str, classifier: Classifier) -> None:
-    """Writes a classifier to a file; see `fit.save`."""
-    fit.save(path, classifier)
+save = fit.save
 
 
 def load(path: str) -> Classifier:

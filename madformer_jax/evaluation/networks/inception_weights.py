@@ -53,13 +53,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
 def from_torch(state_dict: Mapping[str, np.ndarray], what: str = "Inception") -> dict[str, Any]:
     """Converts a PyTorch state_dict to parameters, float32 NumPy arrays.
 
-    Args:
-      state_dict: The tensors by name.
-      what: Name of the file, for the error.
-
     Raises:
-      ConfigError: Tensors are missing, unexpected or of the wrong shape. The message names each of
-        them.
+      ConfigError: Tensors are missing, unexpected or of the wrong shape. The message names `what` and
+        each of them.
     """
     expected = shapes()
     counts = {name: np.zeros(()) for name in expected if name.endswith(_BATCH_COUNT)}

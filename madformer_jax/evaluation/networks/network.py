@@ -31,9 +31,8 @@ class Network(Protocol):
 
     name: str  # value of `evaluate.network`, its key in `choices.NETWORKS`
     weights_file: str  # name of the weights in a workdir, unless `evaluate.network_path` names a file; need not exist
-    input_sizes: tuple[
-        int, ...
-    ]  # sides to which `apply` resizes: the smallest that the image fits in, or the last; (): any side
+    # Sides to which `apply` resizes: the smallest that the image fits in, or the last; (): any side.
+    input_sizes: tuple[int, ...]
     feature_layer: str  # layer whose outputs are the features
     feature_dim: int  # d
     learns: Literal["", "labels", "attributes"] = ""  # targets on which --mode=reference trains it; "": it does not
@@ -78,13 +77,9 @@ class Network(Protocol):
         """Returns the name of a score of this network's features, such as KID-classifier for "KID"."""
         return f"{'FD' if score == 'FID' else score}-{cls.name}"
 
-    def fingerprint(self) -> str:
-        """Returns a hash of the weights."""
-        return fingerprint(self.params)
-
     def describe(self) -> dict[str, Any]:
         """Returns the network as JSON for the protocol of a score.
 
         Scores are comparable only if their networks have equal descriptions.
         """
-        return {"name": self.name, "weights": self.fingerprint(), "dims": self.feature_dim, **self.metadata}
+        return {"name": self.name, "weights": fingerprint(self.params), "dims": self.feature_dim, **self.metadata}

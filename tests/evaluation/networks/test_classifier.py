@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import classifier, fit
+from madformer_jax.evaluation.networks import classifier, fit, registry
 from madformer_jax.weights.fingerprint import fingerprint
 
 
@@ -34,9 +34,13 @@ def test_training_learns_the_classes_and_is_deterministic(trained, tmp_path):
     again = classifier.train(*_stripes(128, 0), *_stripes(90, 1), steps=20)
     assert fingerprint(again.params) == fingerprint(trained.params)
     classifier.save(tmp_path / "classifier.npz", trained)
-    loaded = classifier.load(tmp_path / "classifier.npz")
-    assert fingerprint(loaded.params) == fingerprint(trained.params)
-    assert loaded._replace(params=None) == trained._replace(params=None)
+    network = registry.open_network("classifier", str(tmp_path / "classifier.npz"))
+    assert network.describe() == {
+        "name": "classifier", "weights": fingerprint(trained.params), "dims": 64, "classes": 3, "accuracy": trained.accuracy,
+        "held_out": 90,
+    }  # fmt: skip
+    assert network.channels == (3,)
+    assert all(np.array_equal(a, b) for a, b in zip(network.apply(network.params, images), (features, logits)))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """Feature extraction with the networks of the registry."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.evaluation.networks import classifier, registry
 from madformer_jax.evaluation.networks import inception_v3 as model
 from madformer_jax.evaluation.networks import inception_weights as weights
+from madformer_jax.evaluation.networks import registry
 from madformer_jax.evaluation.networks.network import Network
 from madformer_jax.weights.fingerprint import fingerprint
 
@@ -61,15 +60,3 @@ def test_networks_have_names_and_fingerprints():
     for wrong in (np.zeros((2, 4, 4, 1), np.uint8), np.zeros((2, 4, 4, 3), np.float32), np.zeros((4, 4, 3), np.uint8)):
         with pytest.raises(ConfigError, match="toy"):
             registry.make_extractor(TOY)(wrong)
-
-
-def test_the_classifier_is_registered(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 1), dtype=np.uint8)
-    params = classifier.init(jax.random.key(0), classes=2, channels=1)
-    classifier.save(tmp_path / "classifier.npz", classifier.Classifier(params, 2, 1, accuracy=0.75, held_out=8))
-    network = registry.open_network("classifier", str(tmp_path / "classifier.npz"))
-    assert network.describe() == {
-        "name": "classifier", "weights": fingerprint(params), "dims": 64, "classes": 2, "accuracy": 0.75, "held_out": 8,
-    }  # fmt: skip
-    outputs, expected = network.apply(network.params, images), classifier.apply(params, images, classes=2)
-    assert all(np.array_equal(a, b) for a, b in zip(outputs, expected))
