@@ -79,7 +79,6 @@ def _stage_cost(c: ConfigDict, name: str, streams: tuple[str, ...], out: tuple[s
     """Returns the cost of running all blocks of some streams through a stage.
 
     Args:
-      c: The config.
       name: "ar_layers" or "diffusion_layers".
       streams: Names of the streams that enter.
       out: Names of the streams that are used afterwards. In the last layer, others need only keys
@@ -148,7 +147,6 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
     mean over the depths that steps draw.
 
     Args:
-      c: The config.
       encode: Whether the VAE encodes images in the step. False for cached latents.
     """
     if c.train.elastic_depth:
@@ -249,7 +247,6 @@ def model_passes_until(c: ConfigDict, block: int, step: int, kept_count: int = 0
     """Returns the part of `model_passes` that has run after a solver step.
 
     Args:
-      c: The config.
       block: Index of the block in the order of generation, from 0, at least `kept_count`.
       step: Number of the solver step, from 1.
       kept_count: Number of kept blocks, which come first. Only the clean tower runs on them.
@@ -268,7 +265,6 @@ def image_cost(c: ConfigDict, guide: ConfigDict | None = None, kept_count: int =
     """Returns the cost of sampling an image, with the names of results.
 
     Args:
-      c: The config.
       guide: The config of the model of `sample.guide` (`stored_config.guide_config`). Its passes are added. A pass runs
         all layers of the guide.
       kept_count: Number of blocks of a picture that an edit keeps.

@@ -17,14 +17,7 @@ POLL_SECONDS = 10.0  # interval at which a process checks what other processes w
 
 
 def make_once(workdir: str, name: str, path: str, make: Callable[[], Any]) -> None:
-    """Makes a file once: one process calls `make`, which writes `path`, and the others wait.
-
-    Args:
-      workdir: The sweep's folder.
-      name: Name of the claim.
-      path: The file.
-      make: Writes the file.
-    """
+    """Makes a file once: one process calls `make`, which writes `path`, and the others wait."""
     while not _exists(path):
         try:
             with lock.acquire(sweep_folder.claim_path(workdir, name)):

@@ -49,7 +49,6 @@ def choose_count(setting: str, runs: int, platform: str, jax_processes: int) -> 
     Args:
       setting: The value of --processes. "auto" is one process for each core of a CPU, as far as the
         memory suffices, and one process on other platforms.
-      runs: Number of runs that are not done.
       platform: JAX's platform.
       jax_processes: Number of JAX processes of this job.
 
@@ -96,9 +95,6 @@ def run(command: Sequence[str], workdir: str, count: int, runs: int, progress: C
 
     Args:
       command: The command of a process, see `command_of_one`.
-      workdir: The sweep's folder.
-      count: Number of processes.
-      runs: Number of all runs of the sweep.
       progress: Returns the number of finished runs and a log line about all runs. The line is logged
         when the number changes, and each minute.
 

@@ -47,7 +47,6 @@ def sampling_programs(c: ConfigDict, solver_steps: Iterable[int]) -> set[tuple[A
     """Returns the settings that each sampling program of an evaluation is compiled for.
 
     Args:
-      c: The config of the evaluation.
       solver_steps: All numbers of solver steps of the evaluation. With several, one program serves all: steps, spacing
         and noise path are arguments (`sampling.solving.pad_steps`). If the blocks of an image differ in steps, each
         number has a program of its own.

@@ -58,10 +58,6 @@ class Protocol(NamedTuple):
         """Returns the protocol for sweep.json."""
         return self._asdict() | {"claims": [claim._asdict() for claim in self.claims]}
 
-    def lines(self, question: str, seeds: int) -> list[str]:
-        """Returns the protocol as lines of text."""
-        return [f"{name}: {value}" for name, value in facts(self.describe(), question, seeds)]
-
 
 def facts(protocol: Mapping[str, Any], question: str, seeds: int) -> list[tuple[str, str]]:
     """Returns the name and the text of each part of a protocol, as stored in sweep.json."""

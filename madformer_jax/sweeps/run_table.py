@@ -9,6 +9,7 @@ import jax
 from madformer_jax.cost import flops
 from madformer_jax.runtime import storage
 from madformer_jax.sweeps import budget, programs, sweep_file, sweep_folder
+from madformer_jax.sweeps import protocol as protocol_lib
 from madformer_jax.sweeps.sweep_file import Run
 from madformer_jax.sweeps.sweep_folder import Job
 
@@ -35,10 +36,11 @@ def run_table(job: Job) -> str:
         f"{len(job.runs)} runs; those that are not done take one process about {remaining / 60:.3g} h without compilation, at "
         f"{training_rate / 1e9:.4g} GFLOP/s in training and {sampling_rate / 1e9:.4g} in sampling ({source})."
     )
-    definition = job.definition
-    seeds = len({run.config.seed for run in job.runs})
-    protocol = definition.protocol.lines(definition.question, seeds) + [""] if definition.protocol else []
-    return "\n".join(protocol + rows)
+    if protocol := job.definition.protocol:
+        seeds = len({run.config.seed for run in job.runs})
+        facts = protocol_lib.facts(protocol.describe(), job.definition.question, seeds)
+        rows = [*(f"{name}: {value}" for name, value in facts), "", *rows]
+    return "\n".join(rows)
 
 
 def _sampling_flops(job: Job, run: Run) -> Iterator[float]:

@@ -70,17 +70,10 @@ class Evaluation(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training.
+    """One training."""
 
-    Attributes:
-      name: Name of the run's folder: `settings_hash`, or the name that an earlier version gave to the
-        same settings.
-      overrides: The overrides of the base config.
-      config: The whole config.
-    """
-
-    name: str
-    overrides: dict[str, Any]
+    name: str  # of its folder: `settings_hash`, or the name that an earlier version gave to the same settings
+    overrides: dict[str, Any]  # of the base config
     config: ConfigDict
 
     @property

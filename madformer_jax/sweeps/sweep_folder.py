@@ -18,6 +18,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -86,22 +87,15 @@ def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
 
 
 def read_result(path: epath.PathLike) -> Any:
-    """Returns the content of a result.json, or None if the file does not exist."""
+    """Returns the content of a result.json, with the current names of fields; None if the file does not exist."""
     result = storage.read_json(path)
-    return _rename_fields(result, os.fspath(path)) if isinstance(result, dict) else result
-
-
-def _rename_fields(result: dict[str, Any], path: str) -> dict[str, Any]:
-    """Returns a result with the current names of the fields in its config and in its overrides."""
-    named: dict[str, Any] = {
-        name: aliases.current_names(result[name], path) for name in ("config", "overrides") if name in result
-    }
-    if "evaluations" in result:
-        named["evaluations"] = [
-            evaluation | {"overrides": aliases.current_names(evaluation["overrides"], path)}
-            for evaluation in result["evaluations"]
-        ]
-    return result | named
+    if not isinstance(result, dict):
+        return result
+    evaluations = result.get("evaluations", ())
+    for owner, name in ((result, "config"), (result, "overrides"), *((x, "overrides") for x in evaluations)):
+        if name in owner:
+            owner[name] = aliases.current_names(owner[name], os.fspath(path))
+    return result
 
 
 def run_status(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str:
@@ -119,14 +113,10 @@ def progress(job: Job) -> tuple[int, str]:
         if is_done(job.workdir, run, job.evaluations):
             done += 1
         elif lock.holder(claim_path(job.workdir, run.name)):
-            step, last = _last_step(run_folder(job.workdir, run)), run.config.train.steps
+            lines, last = metric_lines(run_folder(job.workdir, run)), run.config.train.steps
+            step = lines[-1]["step"] if lines else 0
             steps.append(f"{run.name} {'evaluates' if step == last else f'at step {step} of {last}'}")
     return done, "; ".join([f"{done} of {len(job.runs)} runs are done", *steps])
-
-
-def _last_step(folder: str) -> int:
-    """Returns the last step in metrics.jsonl, 0 if there is none."""
-    return int(next((line["step"] for line in reversed(metric_lines(folder))), 0))
 
 
 def metric_lines(folder: str) -> list[dict[str, Any]]:
@@ -211,7 +201,5 @@ def training_seconds(lines: Iterable[Mapping[str, Any]]) -> float:
 
 def package_versions() -> dict[str, str]:
     """Returns the versions of the packages that decide the results, and the JAX platform."""
-    from importlib import metadata
-
     names = ("madformer-jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {name: metadata.version(name) for name in names} | {"platform": jax.default_backend()}

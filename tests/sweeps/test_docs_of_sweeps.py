@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from madformer_jax.config import schema
+from madformer_jax.config import fields, schema
 from madformer_jax.sweeps import sweep_file
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -61,12 +61,21 @@ def test_a_switch_and_its_sweep_take_less_than_thirty_lines(tmp_path):
 @pytest.mark.parametrize(
     "path", sorted({*ROOT.glob("configs/sweeps/*.py")} - {ROOT / "configs/sweeps/bases.py"}), ids=lambda path: path.stem
 )
-def test_the_runs_of_every_listed_variant_are_valid(path):
+def test_runs_and_claims_of_every_listed_variant_are_valid(path):
+    """Every file has a protocol, and a report can find both sides of each claim."""
     functions = runpy.run_path(str(path))
+    assert functions["sweep"]().protocol
     (listed,) = re.findall(r"^Variants: (.*?)\.\s", path.read_text(), re.DOTALL | re.MULTILINE) or [""]
     variants = re.findall(r"\b(?:cpu\w*|gpu|digits|drawings|ffhq1024|imagenet256)\b", listed)
     for args in [(name,) for name in variants] or [()]:
-        base = functions["get_config"](*args)
-        for overrides in functions["sweep"](*args).runs:
-            if overrides["seed"] == 0:
-                schema.validate(sweep_file.apply_overrides(base, overrides))
+        base, definition = functions["get_config"](*args), functions["sweep"](*args)
+        runs = [run for run in definition.runs if run["seed"] == 0]
+        configs = [sweep_file.apply_overrides(base, run) for run in runs]
+        for c in configs:
+            schema.validate(c)
+        swept, flat = {name for run in runs for name in run if name != "seed"}, [fields.flat(c) for c in configs]
+        for claim in definition.protocol.claims if definition.protocol else ():  # a tuning has no protocol
+            for side in (claim.better, claim.worse):
+                trained = {name: x for name, x in side.items() if not name.startswith("sample.")}
+                wanted = fields.flat(sweep_file.apply_overrides(base, trained))
+                assert any(all(c[name] == wanted[name] for name in swept) for c in flat), claim.text

@@ -39,10 +39,8 @@ class Stage:
     def __init__(self, monkeypatch):
         self.trained, self.evaluated, self.on_the_way = [], [], lambda what: None
         self.end = {}
-        self.held_out = {
-            "scores": {"bits_per_dimension": {"value": 3.0}},
-            "blocks": [{"block": 1, "bits": {"value": 3.0}}],
-        }
+        bits = {"value": 3.0}
+        self.held_out = {"scores": {"bits_per_dimension": bits}, "blocks": [{"block": 1, "bits": bits}]}
         monkeypatch.setattr(mode.train, "run", self.train)
         monkeypatch.setattr(mode.evaluate, "run", self.evaluate)
         monkeypatch.setattr(mode.reference, "run", self.reference)
@@ -59,9 +57,8 @@ class Stage:
         self.on_the_way("training")
         self.trained.append(c.model.width)
         for step in range(1, c.train.steps + 1):
-            storage.append_line(
-                f"{folder}/metrics.jsonl", json.dumps({"step": step, "loss": 0.1, "steps_per_second": 2.0})
-            )
+            line = {"step": step, "loss": 0.1, "steps_per_second": 2.0}
+            storage.append_line(f"{folder}/metrics.jsonl", json.dumps(line))
         storage.write_text(f"{folder}/trained", "")
         return {"step": c.train.steps} | self.end
 
@@ -72,12 +69,10 @@ class Stage:
         steps = [int(n) for n in c.evaluate.grid.removeprefix("steps=").split(",")]
         cost = {"nfe": 1.0, "passes": 1.75, "flops": 1e6, "seconds": np.random.default_rng().random()}
         scores = {"KID": {"value": c.model.width / 3}}
-        return {
-            "results": [
-                {"scores": scores, "cost": {"solver_steps": n} | cost, "protocol": {"images": {"steps": n}}}
-                for n in steps
-            ]
-        } | ({"held_out": [self.held_out]} if c.evaluate.held_out_n else {})
+        results = [
+            {"scores": scores, "cost": {"solver_steps": n} | cost, "protocol": {"images": {"steps": n}}} for n in steps
+        ]
+        return {"results": results} | ({"held_out": [self.held_out]} if c.evaluate.held_out_n else {})
 
     def reference(self, c, folder):
         self.on_the_way("reference")
@@ -313,6 +308,10 @@ def test_a_held_out_loss_is_part_of_the_result():
 # ---- the definition
 
 
+def claiming(*claims):
+    return TWO._replace(protocol=Protocol("KID", "FD", claims, ""))
+
+
 @pytest.mark.parametrize(
     ("definition", "message"),
     [
@@ -332,16 +331,10 @@ def test_a_held_out_loss_is_part_of_the_result():
         (TWO._replace(sample_budgets={"steps": (4000,)}), "out of reach"),
         (TWO._replace(evaluations=[{"model.width": 16}]), "model.width is not a setting of sampling"),
         (TWO._replace(evaluations=[{"sample.spacing": "trialing"}]), "config.sample.spacing='trialing' is unknown"),
-        (
-            TWO._replace(runs=[{"model.classes": 0}]),
-            r"config.sample.guidance_interval=\(0, 900\) needs a class-conditional",
-        ),
-        (TWO._replace(protocol=Protocol("KID", "FD", [], "")), "no claims"),
-        (TWO._replace(protocol=Protocol("KID", "FD", [Claim("x", {}, {})], "")), "needs a sampling budget"),
-        (
-            TWO._replace(protocol=Protocol("KID", "FD", [Claim("x", {"model.widht": 24}, {}, ("steps", 4))], "")),
-            "config.model.widht is not a field",
-        ),
+        (TWO._replace(runs=[{"model.classes": 0}]), r"sample.guidance_interval=\(0, 900\) needs a class-conditional"),
+        (claiming(), "no claims"),
+        (claiming(Claim("x", {}, {})), "needs a sampling budget"),
+        (claiming(Claim("x", {"model.widht": 24}, {}, ("steps", 4))), "config.model.widht is not a field"),
         (None, "returned a NoneType, not a Sweep"),
     ],
 )
