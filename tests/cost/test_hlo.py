@@ -47,23 +47,20 @@ def test_an_asynchronous_collective_counts_once():
 
     One collective may move several arrays.
     """
-    gather = "  %x{0} = bf16[8,16]{{1,0}} all-gather(%a), channel_id={1}, dimensions={{0}}"
-    text = "\n".join(
-        [
-            "%begin (a: bf16[2,16]) -> bf16[8,16] {",
-            gather.format(1, 5),
-            '  ROOT %c = bf16[8,16]{1,0} custom-call(%x1), custom_call_target="AsyncCollectiveStart"',
-            "}",
-            "%end (a: bf16[2,16]) -> bf16[8,16] {",
-            gather.format(2, 5),
-            "}",
-            "ENTRY %main (a: bf16[2,16]) -> bf16[8,16] {",
-            "  %f1 = bf16[8,16]{1,0} fusion(%a), kind=kCustom, calls=%begin",
-            "  %f2 = bf16[8,16]{1,0} fusion(%f1), kind=kCustom, calls=%end",
-            "  ROOT %r = (f32[4]{0}, f32[6]{0}) all-reduce(%p, %q), channel_id=6, to_apply=%add",
-            "}",
-        ]
-    )
+    text = """
+%begin (a: bf16[2,16]) -> bf16[8,16] {
+  %x1 = bf16[8,16]{1,0} all-gather(%a), channel_id=5, dimensions={0}
+  ROOT %c = bf16[8,16]{1,0} custom-call(%x1), custom_call_target="AsyncCollectiveStart"
+}
+%end (a: bf16[2,16]) -> bf16[8,16] {
+  %x2 = bf16[8,16]{1,0} all-gather(%a), channel_id=5, dimensions={0}
+}
+ENTRY %main (a: bf16[2,16]) -> bf16[8,16] {
+  %f1 = bf16[8,16]{1,0} fusion(%a), kind=kCustom, calls=%begin
+  %f2 = bf16[8,16]{1,0} fusion(%f1), kind=kCustom, calls=%end
+  ROOT %r = (f32[4]{0}, f32[6]{0}) all-reduce(%p, %q), channel_id=6, to_apply=%add
+}
+"""
     assert hlo.collectives(text) == [
         hlo.Collective("all-gather", (8, 16), 256, 1, False, overlaps=True),
         hlo.Collective("all-reduce", (6,), 40, 1, False),

@@ -24,14 +24,11 @@ def test_prompts_of_the_grid_open_the_attribute_classifier(monkeypatch, tmp_path
 
 
 def test_attributes_are_predicted_batch_by_batch_and_scored(monkeypatch):
-    """Two of the three requested attributes match. Other attributes do not count."""
+    """Two of the three requested attributes match. Value 0 requests nothing."""
     monkeypatch.setattr(sample_scores.prompts, "requested_attributes", lambda c: np.array([[1, 0], [2, 1]]))
     monkeypatch.setattr(sample_scores.score_summary, "compute_scores", lambda *args, **settings: {})
-    monkeypatch.setattr(
-        sample_scores.attribute_classifier,
-        "predict",
-        lambda classifier, images: images[:, 0, 0, :2].astype(np.int32),
-    )
+    predict = lambda classifier, images: images[:, 0, 0, :2].astype(np.int32)  # noqa: E731
+    monkeypatch.setattr(sample_scores.attribute_classifier, "predict", predict)
     images = np.zeros((2, 8, 8, 3), np.uint8)
     images[:, 0, 0, :2] = [[1, 5], [2, 0]]
     batches = [

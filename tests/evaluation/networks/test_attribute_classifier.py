@@ -41,13 +41,6 @@ def test_attributes_are_learned_and_the_file_restores_the_classifier(monkeypatch
     )
 
 
-def test_value_0_requests_nothing():
-    matching, requested = attribute_classifier.count_matches(
-        np.array([[1, 0, 2], [0, 0, 0]]), np.array([[1, 3, 1], [1, 0, 0]])
-    )
-    assert matching.tolist() == [1, 0] and requested.tolist() == [2, 0]
-
-
 def test_training_needs_held_out_pictures():
     images, rows = pictures(2, 0)
     with pytest.raises(ConfigError, match="needs pictures"):
