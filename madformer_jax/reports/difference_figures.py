@@ -21,12 +21,14 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
     The budgets have one kind. Returns None if fewer than two of them have a difference.
     """
     pairs = comparisons.contrasts(group, score)
+    one = len({base for _, base in pairs}) == 1
     lines = []
     for pair in pairs:
         rows = comparisons.along_budgets(group, score, budgets, pair, len(pairs))
         if len(rows) > 1:
             x = tuple(budget.amount for budget, _ in rows)
-            lines.append(Series(group.label(pair[0]), x, tuple(d.estimate for _, d in rows)))
+            label = group.label(pair[0]) if one else group.difference_label(*pair)
+            lines.append(Series(label, x, tuple(d.estimate for _, d in rows)))
     if not lines:
         return None
 
@@ -38,8 +40,7 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
         colors = figures.sequential_colors(len(lines) + 1)[1:] if group.is_grid else figures.series_colors(lines, None)
         figures.plot_series(axes, lines, colors, joined=True, linear=True)
 
-    baselines = {group.label(base) for _, base in pairs}
-    minus = f" minus {baselines.pop()}" if len(baselines) == 1 else " minus the baseline"
+    minus = f" minus {group.label(pairs[0][1])}" if one else ", differences"
     heading = f"{score_heading(score)}{minus}{figures.data_suffix(group)}"
     name = figures.file_name(group, score, "difference", budgets[0].kind)
     return figures.make_panel(name, heading, draw, lines, ", with simultaneous intervals against the budget")
@@ -62,4 +63,5 @@ def difference_rows(name: str, title: str, rows: Sequence[tuple[str, Estimate]])
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_locator(MaxNLocator(5))
 
-    return figures.make_panel(figures.safe_name(name), title, draw)
+    longest = max(len(label) for label, _ in rows)
+    return figures.make_panel(figures.safe_name(name), title, draw, inches=longest * figures.LETTER_INCHES / 0.86)

@@ -37,6 +37,7 @@ CATEGORY_COLORS = ("#3d85c9", "#d0662a", "#1f9678", "#c0629a", "#8a7bd0", "#b08a
 _ORDERED_COLORS = ("#3f7fe0", "#17988a", "#bf8a16", "#d4546c")  # from the smallest to the largest value
 _MARKERS = "osD^vPX"
 _PANEL_INCHES = (4.1, 3.1)
+LETTER_INCHES = 0.078  # upper bound of the mean width of a letter in a label
 _MIN_LABEL_GAP = 0.075  # between two labels, as a share of the height
 
 
@@ -252,7 +253,10 @@ def _label_line_ends(axes: Axes, ends: Sequence[tuple[str, float, float, Any]]) 
         axes.annotate(
             label, (x, y), (1.03, height), xycoords="data", textcoords="axes fraction", color=color, va="center",
             fontweight="bold", fontsize=9, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "linestyle": ":", "shrinkA": 1, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-", "color": color, "linewidth": 0.6, "linestyle": ":", "shrinkA": 1, "shrinkB": 3,
+                "relpos": (0, 0.5),  # from the left end of the label, so that it crosses no other label
+            },
         )  # fmt: skip
 
 
@@ -310,14 +314,17 @@ def data_suffix(group: ProtocolGroup) -> str:
 
 
 def make_panel(
-    name: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Series] = (), alt: str = ""
+    name: str, title: str, draw: Callable[[Axes], None], lines: Sequence[Series] = (), alt: str = "", inches: float = 0
 ) -> Panel:
-    """Draws a figure that leaves room for the labels of the lines. Its alternative text is the title and `alt`."""
+    """Draws a figure that leaves room for the labels of the lines. It is `inches` wide or wider.
+
+    Its alternative text is the title and `alt`.
+    """
     with mpl.rc_context():
         mpl.rcdefaults()  # ignores the user's matplotlibrc
         mpl.rcParams.update(_STYLE)
-        label_inches = 0.25 + 0.078 * max((len(line.label) for line in lines), default=0)
-        width = max(_PANEL_INCHES[0], label_inches / 0.46)  # 0.4 of it are left for the axes
+        label_inches = 0.25 + LETTER_INCHES * max((len(line.label) for line in lines), default=0)
+        width = max(_PANEL_INCHES[0], label_inches / 0.46, inches)  # 0.4 of it are left for the axes
         figure = Figure((width, _PANEL_INCHES[1]))
         right = 1 - label_inches / width
         axes = figure.add_axes((0.14, 0.15, right - 0.14, 0.7))

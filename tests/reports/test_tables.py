@@ -54,6 +54,14 @@ def test_differences_have_the_steps_of_both_settings(tmp_path):
     )
 
 
+def test_differences_in_a_grid_name_equal_values_once(tmp_path):
+    _, group = load(tmp_path, depths=(1, 8), blocks=(1, 4), steps=(2, 64))
+    (table,) = tables.difference_tables(group, "KID-classifier")
+    assert [row[0] for row in table.rows] == [
+        "D = 8 minus D = 1 (L = 1)", "D = 8 minus D = 1 (L = 4)", "L = 4 minus L = 1 (D = 1)", "L = 4 minus L = 1 (D = 8)",
+    ]  # fmt: skip
+
+
 def test_the_row_of_real_images_says_what_is_not_stored(tmp_path):
     found, group = load(tmp_path, depths=(1, 8), steps=(2,))
     (table,) = tables.axis_tables(found, group)
