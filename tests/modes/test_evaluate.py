@@ -79,6 +79,10 @@ def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir
     assert again["cost"].pop("seconds") > 0 and undisturbed["cost"].pop("seconds") > 0
     assert again == undisturbed
     assert [x.name for x in (workdir / "evaluations").iterdir()] == [path.name]
+    half.parent.mkdir()
+    half.write_bytes(b"PK")  # as after a kill between the result and the removal of its shards
+    evaluate.run(fresh, str(workdir))
+    assert [x.name for x in (workdir / "evaluations").iterdir()] == [path.name] and len(drawn) == 5
 
 
 def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, workdir, monkeypatch, capsys):
