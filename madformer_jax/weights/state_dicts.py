@@ -113,21 +113,19 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
         ".safetensors": _read_safetensors,
         ".npz": _read_npz,
     }
-    readers |= dict.fromkeys(TORCH_SUFFIXES, _read_torch)
     _check_suffix(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such file.")
-    content = readers[path.suffix](path)
+    content = readers.get(path.suffix, _read_torch)(path)
     args = content.pop(_ARGS_KEY, None)
     if not isinstance(args, dict | None):
         raise ConfigError(f"{path}: {_ARGS_KEY!r} is of type {type(args).__name__}, not a dict of training arguments.")
     sets = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)}
-    if not sets:
-        return StateDict(_plain_arrays(content, path), args, "")
-    chosen = weights or next(iter(sets))
-    if chosen not in sets:
-        raise ConfigError(f"{path} holds no {chosen!r} weights, only {', '.join(map(repr, sets))}.")
-    return StateDict(_plain_arrays(sets[chosen], path), args, chosen)
+    chosen = weights or next(iter(sets), "")
+    if chosen and chosen not in sets:
+        others = ", ".join(map(repr, sets)) or "one set without a name: leave config.convert.weights empty"
+        raise ConfigError(f"{path} holds no {chosen!r} weights, only {others}.")
+    return StateDict(_plain_arrays(sets[chosen] if chosen else content, path), args, chosen)
 
 
 def read_npz(path: storage.Path) -> StateDict:
@@ -148,9 +146,7 @@ def read_npz(path: storage.Path) -> StateDict:
 
 
 def write_state_dict(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray],
-    args: Mapping[str, Any] | None = None,
+    path: storage.Path, tensors: Mapping[str, np.ndarray], args: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a state_dict atomically, in the format of the suffix.
 
@@ -324,10 +320,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_torch(
-    file: IO[bytes],
-    path: str | os.PathLike[str],
-    arrays: dict[str, np.ndarray],
-    args: Mapping[str, Any] | None,
+    file: IO[bytes], path: storage.Path, arrays: dict[str, np.ndarray], args: Mapping[str, Any] | None
 ) -> None:
     torch = _import_torch(path)
 

@@ -186,6 +186,11 @@ def test_release_checkpoint_gives_ema_model_and_args(tmp_path, legacy):
     assert state_dicts.read_state_dict(path).weights == "model"
     with pytest.raises(ConfigError, match="no 'ema' weights, only 'model'"):
         state_dicts.read_state_dict(path, "ema")
+    torch.save(content["model"], path)
+    with pytest.raises(
+        ConfigError, match="no 'ema' weights, only one set without a name: leave config.convert.weights"
+    ):
+        state_dicts.read_state_dict(path, "ema")
 
 
 def test_checkpoint_without_a_state_dict(tmp_path):
