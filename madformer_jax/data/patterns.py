@@ -43,12 +43,7 @@ class Patterns(Source):
         return cls(name, data.image_size)
 
     def __init__(self, kind: str, size: int) -> None:
-        """Describes pictures of size x size pixels.
-
-        Args:
-          kind: One of `KINDS`.
-          size: Pixels, a multiple of 8.
-        """
+        """Describes pictures of a kind with size x size pixels, a multiple of 8."""
         self._kind, self._size = kind, size
         self.fingerprint = fingerprint([f"patterns {kind} {size} {PICTURES}"])
 
