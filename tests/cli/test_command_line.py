@@ -248,7 +248,7 @@ def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys)
         (["--config.data.path=a\udc80b"], "'\\udc80' is not supported in a path"),
     ],
 )
-def test_what_would_be_ignored_or_misunderstood_is_refused(capsys, tmp_path, args, message):
+def test_flags_that_would_be_ignored_or_misunderstood_are_refused(capsys, tmp_path, args, message):
     status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/run", *args)
     assert status == 2
     assert message in line
@@ -319,7 +319,7 @@ def test_xla_is_given_its_flag_on_a_cpu_that_knows_it_only(monkeypatch):
     assert given("cpu", "--mine") == ["--mine"]
 
 
-def test_wrong_settings_are_told_before_jax_is_imported(tmp_path):
+def test_wrong_settings_are_refused_before_jax_is_imported(tmp_path):
     """In a process of its own, as a user runs it."""
     code = (
         "import sys; from madformer_jax.cli import command_line; "
@@ -332,7 +332,7 @@ def test_wrong_settings_are_told_before_jax_is_imported(tmp_path):
     assert "does not tile" in done.stderr
 
 
-def test_modes_dispatch_with_the_overrides_and_tell_them_above_their_log(monkeypatch, tmp_path, capsys):
+def test_modes_get_the_overrides_which_are_logged_first(monkeypatch, tmp_path, capsys):
     seen = {}
 
     def run(config, workdir):

@@ -12,7 +12,7 @@ from madformer_jax.runtime.preemption import Preemption, interruptible
 
 
 @pytest.fixture
-def told_at(monkeypatch):
+def stopped_at(monkeypatch):
     """Simulates two processes that JAX stops at calls of its sync point.
 
     Returns the list of the calls that stop them, and the list of the numbers passed to all calls.
@@ -27,8 +27,8 @@ def told_at(monkeypatch):
     return at, numbers
 
 
-def test_processes_end_between_two_items_and_give_no_number_twice(told_at):
-    at, numbers = told_at
+def test_processes_end_between_two_items_and_give_no_number_twice(stopped_at):
+    at, numbers = stopped_at
     at.append(8)
     with Preemption() as stopping:  # of a training before
         assert not stopping.reached()
@@ -41,7 +41,7 @@ def test_processes_end_between_two_items_and_give_no_number_twice(told_at):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_ctrl_c_or_a_closed_terminal_of_one_of_several_processes_is_a_notice_to_all(told_at, monkeypatch, number):
+def test_ctrl_c_or_a_closed_terminal_of_one_of_several_processes_is_a_notice_to_all(stopped_at, monkeypatch, number):
     """It becomes SIGTERM, which JAX's notifier hears. The earlier handler is back afterwards."""
     heard, before = [], signal.getsignal(number)
     monkeypatch.setattr(os, "kill", lambda process, number: heard.append(number))
