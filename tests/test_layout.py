@@ -31,7 +31,7 @@ LAYERS = {
     "diffusion": "config models",
     "weights": "config models runtime",
     "sampling": "config cost data diffusion models runtime weights",
-    "evaluation.networks": "config runtime weights",
+    "evaluation.networks": "config weights",
     "evaluation": "config data diffusion evaluation.networks models runtime sampling weights",
     "training": "config cost data diffusion evaluation models runtime sampling",
     "sweeps": "config cost runtime",

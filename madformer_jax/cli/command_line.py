@@ -41,13 +41,10 @@ FLAGS_VARIABLE = "MADFORMER_FLAGS"  # flags for every command, as in XLA_FLAGS
 
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues]:
-    """Returns the config, with its overrides, and the flags of a command line.
+    """Returns the config, with its overrides, and the flags of a command line; argv[0] is the program.
 
     Without --config, the config is that of the workdir's config.json. --mode=convert and --mode=report need
     neither.
-
-    Args:
-      argv: The arguments; argv[0] is the program.
 
     Raises:
       ConfigError: A flag, a field or a value is wrong.
@@ -68,9 +65,8 @@ def _parse_with_file(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues,
     try:
         rest = field_flags.use_current_names(values(list(argv), known_only=True))  # only --config.field=value is left
         _check_flags(values)
-        config, file = (
-            (_load_workdir_config(values), None) if values.config is None else _load_config_file(values.config)
-        )
+        has_file = values.config is not None
+        config, file = _load_config_file(values.config) if has_file else (_load_workdir_config(values), None)
         field_flags.check(rest)
         values.remove_flag_values({"config": None})
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=rest)
@@ -96,26 +92,17 @@ def _define_flags() -> flags.FlagValues:
     flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "--mode=sweep: only list the runs and their costs.", flag_values=values)
-    flags.DEFINE_bool(
-        "measure", False, "--mode=sweep: only measure the seconds of drawing an image.", flag_values=values
-    )
-    flags.DEFINE_string(
-        "processes",
-        "auto",
-        "--mode=sweep: processes that share the runs, or auto: one a core of a CPU.",
-        flag_values=values,
-    )
+    about = "--mode=sweep: only measure the seconds of drawing an image."
+    flags.DEFINE_bool("measure", False, about, flag_values=values)
+    about = "--mode=sweep: processes that share the runs, or auto: one a core of a CPU."
+    flags.DEFINE_string("processes", "auto", about, flag_values=values)
     flags.DEFINE_string("topology", "", "Devices of --mode=compile, such as v5e:4x4 or h100.", flag_values=values)
     values.set_gnu_getopt(True)
     return values
 
 
 def _help_page(argv: Sequence[str]) -> str | None:
-    """Returns the page of --help; None if the command line does not have that flag.
-
-    Raises:
-      ConfigError: The mode does not exist.
-    """
+    """Returns the page of --help; None if the command line does not have that flag."""
     values = _define_flags()
     try:
         values(list(argv), known_only=True)
@@ -151,9 +138,8 @@ def _load_workdir_config(values: flags.FlagValues) -> ConfigDict:
     path = os.path.join(values.workdir or "", "config.json")
     saved = storage.read_json(path) if values.workdir else None
     if saved is not None:
-        several = (
-            values.distributed or values.coordinator
-        )  # all processes must read the same config, whatever each has recorded
+        # All processes must read the same config, whatever each has recorded.
+        several = values.distributed or values.coordinator
         return stored_config.config_from_saved(saved, path, trusted=False if several else None)
     if values.mode in ("convert", "report"):
         return config_lib.base()
@@ -161,11 +147,7 @@ def _load_workdir_config(values: flags.FlagValues) -> ConfigDict:
 
 
 def _load_config_file(flag: str) -> tuple[ConfigDict, _ConfigFile]:
-    """Runs get_config of a value of --config, FILE or FILE:variant.
-
-    Raises:
-      ConfigError: The file does not exist, fails, or returns a wrong config.
-    """
+    """Runs get_config of a value of --config, FILE or FILE:variant."""
     path, colon, variant = config_lib.split_config_flag(storage.expand(flag))
     if not os.path.isfile(path):
         raise ConfigError(f"--config={flag}: {path!r} does not exist{help.config_location_hint(path)}.")
@@ -203,14 +185,7 @@ def _load_config_file(flag: str) -> tuple[ConfigDict, _ConfigFile]:
 
 
 def _start_jax(platform: str) -> None:
-    """Starts JAX's backend.
-
-    Args:
-      platform: The expected platform; "" for any.
-
-    Raises:
-      ConfigError: The backend does not start, or is another platform.
-    """
+    """Starts JAX's backend and checks that it is the expected platform; "" for any."""
     import jax
 
     from madformer_jax.runtime import numerics
@@ -288,13 +263,7 @@ def _score_summary(config: ConfigDict, workdir: str) -> str:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs a command line.
-
-    Args:
-      argv: The arguments; argv[0] is the program.
-
-    Returns:
-      The exit status.
+    """Runs a command line and returns the exit status; argv[0] is the program.
 
     Raises:
       ConfigError: The command line, a file or a setting is wrong.
@@ -345,11 +314,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _insert_environment_flags(argv: Sequence[str]) -> list[str]:
-    """Inserts the flags of the variable MADFORMER_FLAGS before those of a command line, which override them.
-
-    Raises:
-      ConfigError: The variable has an unclosed quote.
-    """
+    """Inserts the flags of the variable MADFORMER_FLAGS before those of a command line, which override them."""
     try:
         return [*argv[:1], *shlex.split(os.environ.get(FLAGS_VARIABLE, "")), *argv[1:]]
     except ValueError as error:

@@ -97,36 +97,28 @@ def _describe(field: Field, quote: str = "") -> str:
 def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
     """Returns the text after a training: its files, its scores, and commands to try next.
 
-    Args:
-      c: The config.
-      workdir: Folder of the run.
-      scores: A sentence on the quality of the model; "" if it was not evaluated.
+    `scores` is a sentence on the quality of the model; "" if it was not evaluated.
     """
     chosen = ["--config.sample.labels=[0, 1]", "--config.sample.guidance=2"] if c.model.classes else []
 
     def command(mode: str, *arguments: str) -> str:
-        return f"  {_COMMAND} " + " ".join(
-            map(console.shell_quote, [f"--workdir={workdir}", f"--mode={mode}", *arguments])
-        )
+        flags = map(console.shell_quote, [f"--workdir={workdir}", f"--mode={mode}", *arguments])
+        return f"  {_COMMAND} {' '.join(flags)}"
 
     made = (
         f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard "
         f"{console.shell_quote(f'--logdir={workdir}')})."
     )
-    draw = command("sample", "--config.sample.n=100", *chosen)
     if scores:
-        steps = f"{max(1, c.sample.steps // 5)},{c.sample.steps}"
-        why = (
-            "What to try next: draw more, see what fewer solver steps cost in quality, and watch the drawing of images:"
-        )
-        return "\n".join(
-            [made, scores, why, draw, command("evaluate", f"--config.evaluate.grid=steps={steps}"), command("demo")]
-        )
-    why = (
-        "What to try next: draw more, make statistics of held-out images, judge the model by them, and watch the drawing of "
-        "images:"
-    )
-    return "\n".join([made, why, draw, command("reference"), command("evaluate"), command("demo")])
+        middle = "see what fewer solver steps cost in quality"
+        grid = f"--config.evaluate.grid=steps={max(1, c.sample.steps // 5)},{c.sample.steps}"
+        commands = [command("evaluate", grid)]
+    else:
+        middle = "make statistics of held-out images, judge the model by them"
+        commands = [command("reference"), command("evaluate")]
+    why = f"What to try next: draw more, {middle}, and watch the drawing of images:"
+    draw = command("sample", "--config.sample.n=100", *chosen)
+    return "\n".join([made, *([scores] if scores else []), why, draw, *commands, command("demo")])
 
 
 def config_location_hint(path: str) -> str:

@@ -41,11 +41,6 @@ def check_latents(config: ConfigDict, shape: tuple[int, ...]) -> None:
 def check_manifest(manifest: Mapping[str, Any], config: ConfigDict, preprocessor: preprocess.Preprocessor) -> None:
     """Checks that prepared records fit the config that is about to train on them.
 
-    Args:
-      manifest: Manifest of the records.
-      config: The whole config.
-      preprocessor: Preprocessing that `config` sets.
-
     Raises:
       ConfigError: The records were prepared with other settings than those of `config`.
     """

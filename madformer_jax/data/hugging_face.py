@@ -225,17 +225,9 @@ def _find_columns(setting: str, features: Mapping[str, Any], chosen: Mapping[str
 
 
 def _load(location: str, cache: str) -> dict[str, Any]:
-    """Opens all splits of a data set.
+    """Opens all splits of a path or hub id and returns split -> `datasets.Dataset`.
 
-    Args:
-      location: Path or hub id.
-      cache: Folder for files of the hub; "": the one of `datasets`.
-
-    Returns:
-      Split -> `datasets.Dataset`.
-
-    Raises:
-      ConfigError: The data set does not exist or cannot be opened, or `datasets` is not installed.
+    `cache` is the folder for files of the hub; "": the one of `datasets`.
     """
     setting = f"config.data.source=hf:{location}"
     hub_id, _, variant = location.partition(":")

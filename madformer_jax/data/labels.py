@@ -138,10 +138,9 @@ def labeled_rows(classes: np.ndarray, max_unlabeled: float, reason: Callable[[in
 
 def _parse_text(name: str, content: bytes) -> int | UnusableLabel:
     try:
-        text = storage.decode_text(content, name)
+        return _parse_number(name, storage.decode_text(content, name))
     except ConfigError as error:
         return UnusableLabel(str(error).rstrip("."))
-    return _parse_number(name, text)
 
 
 def _parse_json(name: str, content: bytes) -> Label:

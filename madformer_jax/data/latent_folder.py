@@ -36,12 +36,7 @@ class LatentFolder(Folder):
 
 
 def _load_latent(path: str, shape: tuple[int, ...] | None) -> np.ndarray:
-    """Reads a latent and checks that it is finite in float32 and has a shape.
-
-    Raises:
-      preprocess.CorruptImageError: It is not such an array.
-      OSError: The file cannot be read.
-    """
+    """Reads a latent and checks that it is finite in float32 and has a shape; None: any."""
     latent = preprocess.load_array(path)
     if latent.dtype.kind != "f" or latent.ndim != 3 or not (np.abs(latent) <= np.finfo(np.float32).max).all():
         raise preprocess.CorruptImageError(f"it must hold finite floats (h, w, C), not {latent.dtype} {latent.shape}")

@@ -21,14 +21,8 @@ IMAGE_SUFFIXES = (
     ".pgm", ".pbm",
 )  # fmt: skip
 _SYSTEM_FOLDERS = {
-    "__macosx",
-    "@eadir",
-    "#recycle",
-    "#snapshot",
-    "$recycle.bin",
-    "system volume information",
-    "lost+found",
-}
+    "__macosx", "@eadir", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
 _MAX_EXAMPLES = 2
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # would break a line or its encoding
 
@@ -99,7 +93,7 @@ def scan(folder: str, exclusions: Exclusions) -> FolderEntries:
                     level.files.append(entry.path)
                 elif not os.path.isdir(entry.path):
                     exclusions.add("links that lead nowhere", entry.path)
-                elif _is_within(os.path.realpath(entry.path), os.path.realpath(folder)):
+                elif (target := os.path.realpath(entry.path)) == os.path.commonpath([target, os.path.realpath(folder)]):
                     exclusions.add("links to a folder around them", entry.path)
                 else:
                     level.linked.append(entry.path)
@@ -178,8 +172,3 @@ def _escape(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # surrogateescape: a byte that is not UTF-8
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape", "surrogatepass").decode()
-
-
-def _is_within(folder: str, other: str) -> bool:
-    """Returns whether the real path `other` equals `folder` or lies in it."""
-    return other == folder or other.startswith(folder.rstrip(os.sep) + os.sep)

@@ -148,11 +148,7 @@ def _stream_suffix(key: _MemberName) -> str:
 
 
 def _extra_streams(path: str, images: _Images) -> list[_Stem]:
-    """Returns the stems of further streams of samples whose image has a plain name.
-
-    Raises:
-      ConfigError: All images of a sample are such streams.
-    """
+    """Returns the stems of further streams of samples whose image has a plain name."""
     streams = {stem: key for stem, (key, _) in images.items() if _STREAM_NAME.fullmatch(key.middle)}
     counts = collections.Counter(map(_stream_suffix, streams.values()))
     seen: dict[_Stem, str] = {}

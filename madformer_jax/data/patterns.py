@@ -43,12 +43,7 @@ class Patterns(Source):
         return cls(name, data.image_size)
 
     def __init__(self, kind: str, size: int) -> None:
-        """Describes pictures of size x size pixels.
-
-        Args:
-          kind: One of `KINDS`.
-          size: Pixels, a multiple of 8.
-        """
+        """Describes pictures of a kind with size x size pixels, a multiple of 8."""
         self._kind, self._size = kind, size
         self.fingerprint = fingerprint([f"patterns {kind} {size} {PICTURES}"])
 
@@ -66,7 +61,12 @@ class Patterns(Source):
 
     @classmethod
     def inconsistency(cls, name: str, images: np.ndarray) -> np.ndarray | None:
-        return inconsistency(name, images)
+        """Returns distances (n,) in levels of gray; None for "texture", which has no such structure."""
+        if name == "mirror":
+            half = images.shape[2] // 2
+            left, right = images[:, :, :half].astype(float), images[:, :, half:].astype(float)
+            return np.abs(left - right[:, :, ::-1]).mean((1, 2, 3))
+        return palette_distance(images) if name == "palette" else None
 
 
 def draw(kind: str, size: int, number: int) -> np.ndarray:
@@ -88,24 +88,6 @@ def _filter(noise: np.ndarray, deviation: float) -> np.ndarray:
     frequencies = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, noise.shape), indexing="ij"))
     gain = np.exp(-2 * (np.pi * deviation * frequencies) ** 2)
     return np.fft.ifft2(np.fft.fft2(noise) * gain).real
-
-
-def inconsistency(kind: str, images: np.ndarray) -> np.ndarray | None:
-    """Measures how far pictures break the structure of their kind.
-
-    Args:
-      kind: One of `KINDS`.
-      images: uint8 (n, H, W, c).
-
-    Returns:
-      Distances (n,) in levels of gray, 0 for real pictures. None for "texture", which has no such
-      structure.
-    """
-    if kind == "mirror":
-        half = images.shape[2] // 2
-        left, right = images[:, :, :half].astype(float), images[:, :, half:].astype(float)
-        return np.abs(left - right[:, :, ::-1]).mean((1, 2, 3))
-    return palette_distance(images) if kind == "palette" else None
 
 
 def palette_distance(images: np.ndarray) -> np.ndarray:

@@ -122,14 +122,6 @@ class _BatchLoader:
             number = (number + 1) % len(self._source)
 
 
-def _copy_from_shared_memory(batch: Batch) -> Batch:
-    """Copies a batch into the memory of this process.
-
-    grain frees shared memory as soon as its own array is collected, even if views of it exist.
-    """
-    return {name: x if name == "skipped" else np.array(x) for name, x in batch.items()}
-
-
 def _random_flip(record: int, rng: np.random.Generator) -> Selection:
     return Selection(record, bool(rng.random() < 0.5))
 
@@ -143,9 +135,8 @@ def _without_flips(records: list[int]) -> Selection:
     return Selection(np.array(records), np.zeros(len(records), bool))
 
 
-def _process_rows(selection: Selection, first: int, count: int) -> Selection:
-    """Returns the rows of a global batch that belong to one process."""
-    return Selection(*(x[first : first + count] for x in selection))
+def _take_rows(rows: slice, selection: Selection) -> Selection:
+    return Selection(*(x[rows] for x in selection))
 
 
 def make_preprocessor(config: ConfigDict) -> preprocess.Preprocessor:
@@ -214,9 +205,6 @@ def _source_info(config: ConfigDict, source: Source) -> DatasetInfo:
 def open_records(config: ConfigDict) -> tuple[DatasetInfo, Callable[[np.ndarray], Batch]]:
     """Opens the source for reading records by number, in the order of the source and without flips.
 
-    Args:
-      config: The whole config.
-
     Returns:
       The facts of the data, and a function that reads the batch of records with numbers (b,). A record
       that cannot be read is logged and replaced by the next readable one.
@@ -267,7 +255,7 @@ def train_iterator(
     source = sources.open_source(config)
     info = _source_info(config, source)
     batches = _selections(config, info.records, batch * process_count)
-    batches = batches.map(functools.partial(_process_rows, first=process_index * batch, count=batch))
+    batches = batches.map(functools.partial(_take_rows, slice(process_index * batch, (process_index + 1) * batch)))
     return _BatchIterator(batches.map(_BatchLoader(source, config)), config, info.records)
 
 
@@ -304,10 +292,9 @@ def read_all(config: ConfigDict) -> Batch:
     _check_trainable(config)
     source = sources.open_source(config)
     records = _source_info(config, source).records
-    load, numbers, skipped = _BatchLoader(source, config), np.arange(records), dict[str, list[str]]()
-    parts = []
+    load, skipped, parts = _BatchLoader(source, config), SkippedRecords(), []
     for first in range(0, records, _READ_AT_ONCE):
-        part = load(_without_flips(numbers[first : first + _READ_AT_ONCE].tolist()))
+        part = load(_without_flips([*range(first, min(first + _READ_AT_ONCE, records))]))
         skipped |= json.loads(part.pop("skipped", "{}"))
         _check_skipped(config, skipped, records)
         parts.append(part)
@@ -322,18 +309,16 @@ def _check_trainable(config: ConfigDict) -> None:
         raise ConfigError(f"config.data.split={config.data.split!r} is held out: training must not see it.")
 
 
-def _prefetching_iterator(
-    batches: grain.MapDataset, workers: int, threads: int, batches_ahead: int
-) -> grain.DatasetIterator:
-    """Reads up to `batches_ahead` batches ahead, in threads or in each worker process."""
+def _prefetching_iterator(batches: grain.MapDataset, data: ConfigDict) -> grain.DatasetIterator:
+    """Reads up to `data.batches_ahead` batches ahead, in threads or in each worker process."""
     malloc.retain_memory()
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=batches_ahead)
-    if not workers:
+    options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.batches_ahead)
+    if not data.workers:
         return iter(batches.to_iter_dataset(options))
     worker.block_jax_in_workers()
     if not flags.FLAGS.is_parsed():  # grain reads absl flags, which only absl.app parses
         flags.FLAGS.mark_as_parsed()
-    processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=batches_ahead)
+    processes = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=data.batches_ahead)
     return iter(batches.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=worker.init_worker))
 
 
@@ -345,13 +330,7 @@ class _BatchIterator(grain.DatasetIterator):
     """
 
     def __init__(self, batches: grain.MapDataset, config: ConfigDict, count: int):
-        """Initializes the iterator at batch 0.
-
-        Args:
-          batches: Batches made by `_BatchLoader`.
-          config: The whole config.
-          count: Number of records in the source.
-        """
+        """Starts at batch 0 of `batches`. The source has `count` records."""
         super().__init__()
         self._batches, self._config, self._count = batches, config, count
         self._next = 0
@@ -366,9 +345,9 @@ class _BatchIterator(grain.DatasetIterator):
         except ConfigError as error:  # grain appends a paragraph about its tracebacks
             raise ConfigError(str(error).partition("\n")[0]) from None
         self._next += 1
-        if self._config.data.workers:
-            batch = _copy_from_shared_memory(batch)
         self._log_skipped(json.loads(batch.pop("skipped", "{}")))
+        if self._config.data.workers:  # grain frees shared memory with its own array, even if views of it exist
+            return {name: np.array(x) for name, x in batch.items()}
         return batch
 
     def _log_skipped(self, skipped: SkippedRecords) -> None:
@@ -383,8 +362,7 @@ class _BatchIterator(grain.DatasetIterator):
 
     def start_prefetch(self) -> None:
         if self._running is None:
-            d = self._config.data
-            self._running = _prefetching_iterator(self._batches[self._next :], d.workers, d.threads, d.batches_ahead)
+            self._running = _prefetching_iterator(self._batches[self._next :], self._config.data)
         self._running.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:

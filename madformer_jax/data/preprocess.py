@@ -144,14 +144,10 @@ def to_pil(image: np.ndarray) -> Image.Image:
 
 
 def _decode(content: bytes, max_pixels: int) -> tuple[Image.Image, Image.Transpose | None]:
-    """Decodes a file.
+    """Decodes a file. Pillow raises almost any type of error.
 
     Returns:
       The image as stored, and the operation that turns it upright (None if it is upright).
-
-    Raises:
-      CorruptImageError: The image has more than `max_pixels` pixels.
-      Exception: Pillow cannot decode the file. It raises almost any type.
     """
     failure: Exception | None = None
     for readable in metadata.stripped_variants(content):

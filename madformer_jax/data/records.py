@@ -315,17 +315,14 @@ class Records(Source):
           ConfigError: A shard is damaged. The message names it.
         """
         size = self._dtype.itemsize  # the caption follows
-        encoded = self._read_bytes(indices)
+        shards = np.searchsorted(self._ends, indices, side="right")
+        starts = np.concatenate([[0], self._ends[:-1]])
+        encoded = self._readers.read(shards.tolist(), (indices - starts[shards]).tolist())
         rows = np.frombuffer(bytearray().join([record[:size] for record in encoded]), self._dtype)
         # Copying each field to its own array would double the time, mostly in page faults.
         arrays = {name: rows[name] for name in self._dtype.names or ()}
         label, attributes = arrays.pop("label"), arrays.pop("attributes", None)
         return Examples(arrays, label, [record[size:].decode() for record in encoded], attributes)
-
-    def _read_bytes(self, indices: np.ndarray) -> list[bytes]:
-        shards = np.searchsorted(self._ends, indices, side="right")
-        starts = np.concatenate([[0], self._ends[:-1]])
-        return self._readers.read(shards.tolist(), (indices - starts[shards]).tolist())
 
 
 def _fingerprint(content: Mapping[str, Any]) -> str:

@@ -154,12 +154,7 @@ def hash_fraction(name: str) -> int:
 
 
 def test_mask(hashes: np.ndarray, share: float) -> np.ndarray:
-    """Returns which records belong to the split "test", bool (n,).
-
-    Args:
-      hashes: `hash_fraction` of the records' keys, uint64 (n,).
-      share: Expected share of the split.
-    """
+    """Returns which records belong to the split "test", bool (n,), by `hash_fraction` of their keys, uint64 (n,)."""
     return hashes < share * 2.0**64
 
 

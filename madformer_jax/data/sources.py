@@ -33,11 +33,7 @@ def source_class(config: ConfigDict) -> type[Source]:
 
 
 def open_source(config: ConfigDict, split: str | None = None) -> Source:
-    """Opens the source that `config.data` names.
-
-    Args:
-      config: The whole config.
-      split: The split; None: `data.split`.
+    """Opens a split of the source that `config.data` names; None: `data.split`.
 
     Raises:
       ConfigError: The source or split is unknown or empty, or its files or packages are missing.

@@ -17,7 +17,7 @@ The index is one file with these parts, mapped into memory so that workers share
 import hashlib
 import json
 import os
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -171,13 +171,7 @@ def _index_path(tars: list[str], names: list[str]) -> str:
 
 
 def _load_or_build_index(path: str, tars: list[str], names: list[str], cache: str) -> tuple[_Index, str]:
-    """Opens the cached index of the tars, or builds and caches it if it is missing or damaged.
-
-    Args:
-      path: The user's path of the tars, for log lines.
-      tars: Paths of the tars.
-      names: Their names relative to the root of the set.
-      cache: Path of the cached index.
+    """Opens the index that is cached at `cache`, or builds and caches it if it is missing or damaged.
 
     Returns:
       The index, and the checksum of its rows, names and captions.
@@ -191,13 +185,8 @@ def _load_or_build_index(path: str, tars: list[str], names: list[str], cache: st
     logging.info("indexing %d tar shards of %s", len(tars), path)
     index = _build_index(tars, names)
     content = np.array(len(index.rows), _COUNT_DTYPE).tobytes() + index.rows.tobytes() + index.text.tobytes()
-
-    def put(file: IO[bytes]) -> None:
-        file.write(content)
-        file.write(hashlib.sha256(content).digest())
-
     try:
-        storage.write(cache, put)
+        storage.write(cache, lambda file: file.writelines((content, hashlib.sha256(content).digest())))
     except OSError as error:
         logging.warning("the index of the tars cannot be cached and will be rebuilt next time: %s", error)
         return index, _checksum(index)

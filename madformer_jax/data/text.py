@@ -197,14 +197,9 @@ def _load_tiktoken_ranks(name: str, content: bytes) -> Tokenizer:
 
 
 def train_bpe(captions: Iterable[str], vocabulary: int) -> str:
-    """Trains a byte-level BPE tokenizer. The same captions give the same file.
+    """Trains a byte-level BPE tokenizer and returns its tokenizer.json. The same captions give the same file.
 
-    Args:
-      captions: Texts to train on.
-      vocabulary: Number of tokens, including begin and end.
-
-    Returns:
-      The content of a tokenizer.json.
+    `vocabulary` is the number of tokens, including begin and end.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -251,13 +246,7 @@ def tokenizer_identity(c: ConfigDict) -> dict[str, str]:
 
 
 def check_tokenizer_identity(c: ConfigDict, meta: Mapping[str, Any], step: int, workdir: str) -> None:
-    """Checks that the tokenizer's file is the one that a checkpoint was trained with.
-
-    Args:
-      c: The whole config.
-      meta: Metadata of the checkpoint.
-      step: Step of the checkpoint, for the message.
-      workdir: Folder of the run, for the message.
+    """Checks that the tokenizer's file is the one that a checkpoint, with metadata `meta`, was trained with.
 
     Raises:
       ConfigError: The content of the file has changed.
@@ -289,16 +278,13 @@ def strip_bom(text: str, name: str) -> str:
 
 
 def conditioning_texts(c: ConfigDict, captions: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """Returns the texts that condition images: captions or class names, by `text.caption`.
+    """Returns the texts that condition b images, "" for none: captions or class names, by `text.caption`.
 
     Args:
-      c: The whole config.
+      c: The config.
       captions: Captions of the images; not used with `text.caption=class`.
       labels: Classes of the images, int (b,).
       names: Names of the classes; may be empty.
-
-    Returns:
-      A text for each image, "" if it has none.
     """
     if c.text.caption == "caption":
         return list(captions)
@@ -321,7 +307,7 @@ def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> 
     """Tokenizes texts as `config.text` says. An empty text becomes the null token.
 
     Args:
-      c: The whole config.
+      c: The config.
       texts: The texts.
       names: Returns the name of text i for messages.
 

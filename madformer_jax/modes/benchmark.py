@@ -43,10 +43,6 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     Training and sampling use random latents. They need neither data nor a VAE, and their figures leave
     the VAE out.
 
-    Args:
-      c: The config.
-      workdir: The folder of benchmark.json.
-
     Returns:
       The content of benchmark.json.
 
@@ -127,10 +123,7 @@ def training_program(c: ConfigDict) -> Program:
 
 
 def sampling(c: ConfigDict) -> Figures:
-    """Measures sampling a batch of latents.
-
-    Its size is `sample.batch`, rounded up to a multiple of the devices.
-    """
+    """Measures sampling a batch of latents: `sample.batch`, rounded up to a multiple of the devices."""
     program = sampling_program(c)
     figures = _measure(program, c)
     counts = {"nfe": flops.nfe(c), "passes": flops.model_passes(c), "batch": program.batch}
@@ -188,20 +181,17 @@ def _compile(function: Any, *args: Any) -> tuple[Any, float]:
     return program, time.perf_counter() - began
 
 
-def _median_seconds(function: Callable[[], Any], c: ConfigDict) -> float:
-    """Returns the median seconds of `benchmark.steps` calls after `benchmark.warmup` calls."""
+def _measure(program: Program, c: ConfigDict) -> Figures:
+    """Computes figures of a program from the median seconds of `benchmark.steps` runs after `benchmark.warmup` runs."""
     times = []
     for _ in range(c.benchmark.warmup + c.benchmark.steps):
         began = time.perf_counter()
-        function()
+        program.run()
         times.append(time.perf_counter() - began)
-    return statistics.median(times[c.benchmark.warmup :])
-
-
-def _measure(program: Program, c: ConfigDict) -> Figures:
-    """Runs a program and computes its figures from the median of the seconds."""
-    seconds, tflop = _median_seconds(program.run, c), program.cost.total / 1e12
-    memory = program.compiled.memory_analysis()
+    seconds, tflop = statistics.median(times[c.benchmark.warmup :]), program.cost.total / 1e12
+    m = program.compiled.memory_analysis()
+    # of one device: inputs, outputs without those that reuse donated inputs, and temporaries
+    bytes_needed = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {
         "compile_seconds": program.compile_seconds,
@@ -210,14 +200,7 @@ def _measure(program: Program, c: ConfigDict) -> Figures:
         "tflop": tflop,
         "tflops": tflop / seconds,
         "mfu": flops.mfu(program.cost, seconds, jax.device_count(), c.model.dtype),
-        # of one device: inputs, outputs without those that reuse donated inputs, and temporaries
-        "program_gib": (
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
-        / 2**30,
+        "program_gib": bytes_needed / 2**30,
         "process_gib": peak_bytes / 2**30,  # peak resident memory of this process so far
     }
 

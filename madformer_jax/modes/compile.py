@@ -35,41 +35,24 @@ from madformer_jax.sampling import codec, generation
 from madformer_jax.training import train_step
 
 GIB = 2**30
-
-
 Estimator = Callable[[str], tpu_time.Estimate]  # HLO text of a compiled program -> its time
 
 
 class ProgramReport(NamedTuple):
-    """Figures of a compiled program, per device.
+    """Figures of a compiled program, per device."""
 
-    Attributes:
-      seconds: Seconds of compilation.
-      quick_compile: Whether it was compiled at XLA's level O1, unlike in a run.
-      inputs: Bytes of each kind of input, from the shardings.
-      memory: Bytes of the compiled program by kind; empty if the compiler refused the program.
-      required_bytes: Total bytes that the program needs.
-      limit_bytes: Bytes that a program may use.
-      cost: Analytic FLOPs of all devices.
-      xla_flops: XLA's FLOPs of one device; the body of a loop counts once.
-      collectives: Communication between devices.
-      time: The estimated time, if estimated.
-      kernels: Number of library calls and hand-written kernels, by name.
-      work: Kernels, bytes and FLOPs of a program for a GPU.
-    """
-
-    seconds: float
-    quick_compile: bool
-    inputs: dict[str, int]
-    memory: dict[str, int]
-    required_bytes: int
-    limit_bytes: int
-    cost: flops.Cost
-    xla_flops: float
-    collectives: list[hlo.Collective]
-    time: tpu_time.Estimate | None = None
-    kernels: dict[str, int] | None = None
-    work: gpu_work.Work | None = None
+    seconds: float  # of compilation
+    quick_compile: bool  # compiled at XLA's level O1, unlike in a run
+    inputs: dict[str, int]  # bytes of each kind of input, from the shardings
+    memory: dict[str, int]  # bytes of the compiled program by kind; empty if the compiler refused the program
+    required_bytes: int  # in total
+    limit_bytes: int  # that a program may use
+    cost: flops.Cost  # analytic FLOPs of all devices
+    xla_flops: float  # of one device; the body of a loop counts once
+    collectives: list[hlo.Collective]  # communication between devices
+    time: tpu_time.Estimate | None = None  # if estimated
+    kernels: dict[str, int] | None = None  # number of library calls and hand-written kernels, by name
+    work: gpu_work.Work | None = None  # kernels, bytes and FLOPs of a program for a GPU
 
     @property
     def compiled(self) -> bool:
@@ -82,12 +65,7 @@ class ProgramReport(NamedTuple):
 
 
 def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
-    """Compiles the training step and the sampler for a topology and prints reports.
-
-    Args:
-      c: The config.
-      workdir: The folder of compile.json, or None.
-      topology: The devices, such as "v5e:4x4" or "h100:8".
+    """Compiles the training step and the sampler for a topology, such as "v5e:4x4" or "h100:8", and prints reports.
 
     Returns:
       For each program its bytes, seconds of compilation and estimated time (None if not estimated),
@@ -101,8 +79,9 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
     mesh = partitioning.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, devices)
     limit = usable_memory(devices[0]) if platform == "tpu" else topologies.gpu_memory_bytes(topology)
     model = madformer.build(c, platform)
+    shape = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
     print(
-        f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {_format_mesh(dict(mesh.shape))}; "
+        f"{topology}: {len(devices)} x {devices[0].device_kind}, mesh {shape}; "
         f"attention {model.config.attention.name}, remat {c.model.remat}, {c.train.accumulate} microbatches per step"
     )
     figures: dict[str, Any] = {"fits": True, "topology": topology, "config": fields.flat(c)}
@@ -110,15 +89,11 @@ def run(c: ConfigDict, workdir: str | None, topology: str) -> dict[str, Any]:
         logging.info("compiling the %s", name)
         program = build(c, model, mesh, limit, platform)
         print(format_report(name, program, len(devices)), flush=True)
-        time = program.time and program.time.figures()
         figures[name] = {
-            "bytes": program.required_bytes,
-            "seconds": program.seconds,
-            "fits": program.fits,
-            "time": time,
-        }
-        figures[name]["kernels"] = program.kernels
-        figures[name]["work"] = program.work and program.work.figures()
+            "bytes": program.required_bytes, "seconds": program.seconds, "fits": program.fits,
+            "time": program.time and program.time.figures(), "kernels": program.kernels,
+            "work": program.work and program.work.figures(),
+        }  # fmt: skip
         figures["fits"] &= program.fits
     if workdir:
         storage.write_json(f"{workdir}/compile.json", figures)
@@ -151,25 +126,14 @@ def training_step(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: 
     batch, latents = _abstract_batch(c, mesh)
     out_shardings = (jax.tree.map(lambda x: x.sharding, state), partitioning.replicated(mesh))
     step = jax.jit(train_step.make_step(s, c, platform), donate_argnums=0, out_shardings=out_shardings)
-    inputs = {
-        "parameters": state.params,
-        "averages (EMA)": (state.ema, state.power_ema),
-        "optimizer": state.opt,
-        "batch": batch,
-    }
+    inputs = {"parameters": state.params, "averages (EMA)": (state.ema, state.power_ema), "optimizer": state.opt}
+    inputs["batch"] = batch
     codec_params = {} if latents else images.load()
     inputs |= {"VAE": codec_params} if codec_params else {}
+    args = (state, batch, codec_params, np.uint32(seeds.of(c, "data")))
     cost = flops.training_step(c, encode=not latents)
     with partitioning.scope(mesh):
-        return _compile_program(
-            step,
-            (state, batch, codec_params, np.uint32(seeds.of(c, "data"))),
-            inputs,
-            cost,
-            limit,
-            _estimator(c, mesh, cost),
-            platform,
-        )
+        return _compile_program(step, args, inputs, cost, limit, _estimator(c, mesh, cost), platform)
 
 
 def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, platform: str) -> ProgramReport:
@@ -199,15 +163,14 @@ def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
     Returns None if `compile.time` is off or the clock rate of the device is unknown.
     """
     device = mesh.devices.flat[0]
+    kind = device.device_kind
     if not c.compile.time or device.platform != "tpu":
         return None
-    if not tpu_time.chip_spec(device.device_kind):
-        logging.warning(
-            "time is not estimated: the clock rate of %s is unknown (add it to cost/tpu_time.py)", device.device_kind
-        )
+    if not tpu_time.chip_spec(kind):
+        logging.warning("time is not estimated: the clock rate of %s is unknown (add it to cost/tpu_time.py)", kind)
         return None
     peak = flops.peak_rate(c.model.dtype, device)
-    return lambda text: tpu_time.estimate(text, device.device_kind, peak, cost.total / mesh.size)
+    return lambda text: tpu_time.estimate(text, kind, peak, cost.total / mesh.size)
 
 
 def _abstract_codec(c: ConfigDict, mesh: Mesh) -> codec.Codec:
@@ -277,21 +240,11 @@ def _compile_program(
     xla = compiled.cost_analysis() or {}
     xla = xla[0] if isinstance(xla, list) else xla
     text = compiled.as_text()
-    required, estimated = sum(memory.values()), estimator(text) if estimator else None
     return ProgramReport(
-        seconds,
-        quick,
-        input_bytes,
-        memory,
-        required,
-        limit,
-        cost,
-        xla.get("flops", 0.0),
-        hlo.collectives(text),
-        estimated,
-        hlo.library_calls(text),
+        seconds, quick, input_bytes, memory, sum(memory.values()), limit, cost, xla.get("flops", 0.0),
+        hlo.collectives(text), estimator(text) if estimator else None, hlo.library_calls(text),
         gpu_work.measure(text) if platform == "gpu" else None,
-    )
+    )  # fmt: skip
 
 
 # XLA's level O1 compiles in a third of the time. It is good for memory only: the same matrix products
@@ -354,12 +307,10 @@ def _disable_compilation_cache() -> Iterator[None]:
 
 def format_report(name: str, p: ProgramReport, devices: int) -> str:
     """Formats the report on one program as text."""
-    rows = [(kind, size) for kind, size in p.inputs.items()]
-    rows += [(kind, size) for kind, size in p.memory.items() if kind != "inputs"]
-    lines = [
-        f"\n{name}, {'compiled in' if p.compiled else 'refused after'} {p.seconds:.0f} s{' at level O1' if p.quick_compile else ''}"
-    ]
-    lines += [f"  {kind:<24}{size / GIB:9.3f} GiB per device" for kind, size in rows]
+    rows = p.inputs | {kind: size for kind, size in p.memory.items() if kind != "inputs"}
+    level = " at level O1" if p.quick_compile else ""
+    lines = [f"\n{name}, {'compiled in' if p.compiled else 'refused after'} {p.seconds:.0f} s{level}"]
+    lines += [f"  {kind:<24}{size / GIB:9.3f} GiB per device" for kind, size in rows.items()]
     share = f"{p.required_bytes / GIB:9.3f} GiB of {p.limit_bytes / GIB:.2f}"
     verdict = "fits" if p.fits else f"does not fit: {(p.required_bytes - p.limit_bytes) / GIB:.2f} GiB too much"
     lines.append(f"  {'total':<24}{share}: {verdict}")
@@ -385,7 +336,3 @@ def format_report(name: str, p: ProgramReport, devices: int) -> str:
     lines += [tpu_time.format_estimate(p.time)] if p.time else []
     lines += [gpu_work.format_work(p.work)] if p.work else []
     return "\n".join(lines)
-
-
-def _format_mesh(shape: dict[str, int]) -> str:
-    return " ".join(f"{name}={size}" for name, size in shape.items())

@@ -3,7 +3,7 @@
     python -m madformer_jax.main --mode=convert --config.convert.release=0210000.pt --workdir=runs/release
 
 `weights.release`, `weights.vae_weights`, `inception_weights` and `alexnet_weights` map the tensors. To add a conversion,
-add a field to `config.convert` and its function to `run`.
+add a field to `config.convert` and its function to `_SAVE`.
 """
 
 import os
@@ -26,6 +26,8 @@ from madformer_jax.weights.release import from_release, to_release
 from madformer_jax.weights.release_config import release_args
 
 RELEASE_FILE = "ckpts.pt"  # the checkpoint in the authors' repository JunhaoC/MADFormer-FFHQ
+# Networks that become Orbax folders of the same name: field of `convert` -> function of the folder and the field's value.
+_SAVE = {"vae": vae_weights.save, "inception": inception_weights.save, "alexnet": alexnet_weights.save}
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -38,30 +40,28 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       workdir/inception and workdir/alexnet.
     to_release: converts the newest checkpoint of the workdir to a file that the release's code loads.
 
-    Args:
-      c: The config; exactly one field of `convert` names a file.
-      workdir: The folder that is written, or read for `to_release`.
-
     Returns:
       The path of the result; for a model also the weights and the number of tensors.
 
     Raises:
       ConfigError: A file cannot be read or a tensor does not fit. Nothing is written.
     """
-    jobs = {
-        "release": _convert_release,
-        "vae": _convert_vae,
-        "inception": _convert_inception,
-        "alexnet": _convert_alexnet,
-        "to_release": _write_release_file,
-    }
+    jobs = ("release", *_SAVE, "to_release")
     chosen = [name for name in jobs if c.convert[name]]
     if len(chosen) != 1:
         given = ", ".join(chosen) or "none"
         raise ConfigError(f"--mode=convert needs one of config.convert.{{{','.join(jobs)}}}, given: {given}.")
-    if chosen != ["to_release"]:
-        storage.check_arrays_path(workdir, write=True)
-    return jobs[chosen[0]](c, workdir)
+    (name,) = chosen
+    if name == "to_release":
+        return _write_release_file(c, workdir)
+    storage.check_arrays_path(workdir, write=True)
+    if name == "release":
+        return _convert_release(c, workdir)
+    folder = f"{workdir}/{name}"
+    _SAVE[name](folder, c.convert[name])
+    use = f"; use it with {console.shell_quote(f'--config.codec.path={folder}')}" if name == "vae" else f" to {folder}"
+    logging.info("converted %s%s", c.convert[name], use)
+    return {"path": folder}
 
 
 def _convert_release(c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -90,11 +90,7 @@ def _convert_release(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def _find_release_file(release: str) -> tuple[str, str]:
-    """Returns the path of a checkpoint, downloaded if it lies on the hub, and its hub id ("" for a local file).
-
-    Raises:
-      ConfigError: The hub id names no revision, or the file cannot be downloaded.
-    """
+    """Returns the path of a checkpoint, downloaded if it lies on the hub, and its hub id ("" for a local file)."""
     repository, _, file = release.partition(":")
     match = HUB_ID.fullmatch(repository)
     if not match or os.path.exists(release) or (pathlib.PurePath(release).suffix in state_dicts.SUFFIXES and not file):
@@ -127,24 +123,3 @@ def _write_release_file(c: ConfigDict, workdir: str) -> dict[str, Any]:
         "wrote the %s weights of step %d, %d tensors, to %s", item, step, len(state_dict), c.convert.to_release
     )
     return {"path": c.convert.to_release, "step": step, "weights": item, "tensors": len(state_dict)}
-
-
-def _convert_vae(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    folder = f"{workdir}/vae"
-    vae_weights.save(folder, c.convert.vae)
-    logging.info("converted %s; use it with %s", c.convert.vae, console.shell_quote(f"--config.codec.path={folder}"))
-    return {"path": folder}
-
-
-def _convert_inception(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    folder = f"{workdir}/inception"
-    inception_weights.save(folder, c.convert.inception)
-    logging.info("converted %s to %s", c.convert.inception, folder)
-    return {"path": folder}
-
-
-def _convert_alexnet(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    folder = f"{workdir}/alexnet"
-    alexnet_weights.save(folder, c.convert.alexnet)
-    logging.info("converted %s to %s", c.convert.alexnet, folder)
-    return {"path": folder}

@@ -28,9 +28,7 @@ from madformer_jax.publishing import editor
 from madformer_jax.runtime import checkpoint
 from madformer_jax.sampling import generation, prompts, trained_model
 
-_IMAGE_SIDE = 384  # pixels; smaller pictures are enlarged towards it
 _ALL_CLASSES = "all"  # entry in the list of classes
-_SEEDS = 2**32  # number of valid seeds (`config.table`)
 # Both sides stay next to each other on a phone.
 _CSS = """
 .drawn img {image-rendering: pixelated}
@@ -172,16 +170,9 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
                             visible=elastic,
                         ),
                     ]
-                    pictures.append(
-                        gr.Image(
-                            label="left" if side == 0 else "right",
-                            show_label=False,
-                            buttons=["download", "fullscreen"],
-                            format="png",
-                            interactive=False,
-                            elem_classes="drawn",
-                        )
-                    )
+                    options = {"show_label": False, "format": "png", "interactive": False, "elem_classes": "drawn"}
+                    label, buttons = "left" if side == 0 else "right", ["download", "fullscreen"]
+                    pictures.append(gr.Image(label=label, buttons=buttons, **options))
                     costs.append(gr.Markdown("nothing drawn yet"))
 
         editable = next((model for model in models.values() if model.config.model.block_order == "random"), None)
@@ -192,15 +183,11 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
             sides = [(*values[4 * i : 4 * i + 4], *values[8 + 2 * i : 10 + 2 * i]) for i in (0, 1)]
             heading = ""
             if seed is None:
-                seed = secrets.randbelow(_SEEDS)
+                seed = secrets.randbelow(editor.SEEDS)
                 heading = f"seed **{seed}**; "
             shared = {"n": n, "seed": seed} | _condition_settings(first, chosen)
-            settings = [
-                shared
-                | {"solver": solver, "steps": steps, "guidance": scale}
-                | {"steps_by_block": by_block, "diffusion_depth": depth}
-                for _, solver, steps, scale, by_block, depth in sides
-            ]
+            fields = ("solver", "steps", "guidance", "steps_by_block", "diffusion_depth")
+            settings = [shared | dict(zip(fields, side)) for _, *side in sides]
             chosen_models = [models[name] for name, *_ in sides]
             try:
                 for states in stream_side_by_side(chosen_models, settings, every):
@@ -209,13 +196,8 @@ def build_page(models: Mapping[str, trained_model.Model], n: int) -> Any:
             except ConfigError as error:
                 raise gr.Error(str(error), duration=None, print_exception=False) from None
 
-        drawing_event = draw.click(
-            on_draw,
-            [condition, seed, every, *controls, *splits],
-            [*pictures, *costs],
-            concurrency_limit=1,
-            api_name="draw",
-        )
+        inputs = [condition, seed, every, *controls, *splits]
+        drawing_event = draw.click(on_draw, inputs, [*pictures, *costs], concurrency_limit=1, api_name="draw")
         stop.click(None, cancels=[drawing_event])
     return blocks
 
@@ -243,11 +225,7 @@ def serve(blocks: Any, host: str, port: int) -> Any:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Checks the address by binding it, because gradio tries for minutes before it fails.
-
-    Raises:
-      ConfigError: The host is not this machine, or the port is taken.
-    """
+    """Checks the address by binding it, because gradio tries for minutes before it fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as bound:
@@ -284,11 +262,6 @@ def _disable_proxies() -> Iterator[None]:
 
 
 def _import_gradio() -> Any:
-    """Imports gradio.
-
-    Raises:
-      ConfigError: gradio is missing or cannot be imported.
-    """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         with _disable_proxies():
@@ -304,11 +277,7 @@ def _import_gradio() -> Any:
 
 
 def _check_comparable(first: trained_model.Model, second: trained_model.Model) -> None:
-    """Checks that two models take the same conditions.
-
-    Raises:
-      ConfigError: Their classes or vocabularies differ.
-    """
+    """Checks that two models take the same classes or captions."""
     a, b = first.config, second.config
     if (a.model.classes, first.labels, a.text.vocabulary) != (b.model.classes, second.labels, b.text.vocabulary):
         raise ConfigError(
@@ -318,10 +287,9 @@ def _check_comparable(first: trained_model.Model, second: trained_model.Model) -
 
 def _size_note(models: Iterable[trained_model.Model]) -> str:
     """Returns a sentence for models whose passes differ in work; "" if they do not."""
-    sizes = {tuple(c.model[name] for name in ("depth", "width", "mlp_width")) for c in (x.config for x in models)}
-    return " These models differ in size, and a pass of the larger one is more work: compare seconds." * (
-        len(sizes) > 1
-    )
+    sizes = {(m.depth, m.width, m.mlp_width) for m in (x.config.model for x in models)}
+    note = " These models differ in size, and a pass of the larger one is more work: compare seconds."
+    return note if len(sizes) > 1 else ""
 
 
 def _display_name(path: str) -> str:
@@ -357,12 +325,7 @@ def _condition_settings(model: trained_model.Model, chosen: Any) -> dict[str, An
 
 def _pane_image(state: PaneState) -> np.ndarray | None:
     """Returns the enlarged grid of a side, or None before the first frame."""
-    if state.frame is None:
-        return None
-    grid = generation.tile_grid(state.frame.images)
-    scale = max(1, _IMAGE_SIDE // len(grid))
-    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
-    return grid[..., 0] if grid.shape[-1] == 1 else grid
+    return None if state.frame is None else editor.enlarge(generation.tile_grid(state.frame.images))
 
 
 def _cost_caption(model: trained_model.Model, state: PaneState) -> str:

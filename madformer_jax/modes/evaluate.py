@@ -49,18 +49,9 @@ from madformer_jax.weights.fingerprint import fingerprint
 
 # Fields of `sample` that determine the images.
 SAMPLE_PROTOCOL_FIELDS = (
-    "weights",
-    "solver",
-    "spacing",
-    "steps",
-    "guidance",
-    "guidance_schedule",
-    "guidance_interval",
-    "clip",
-    "labels",
-    "label_sampling",
-    "noise",
-)
+    "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "clip", "labels",
+    "label_sampling", "noise",
+)  # fmt: skip
 
 ImageReader = Callable[[np.ndarray], np.ndarray]  # from numbers (b,) to images uint8 (b, H, W, c)
 ShardExtractor = Callable[[Sequence[shards.Shard]], Iterator[shards.Arrays]]
@@ -237,11 +228,8 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 given = generation.SampleConditions(generation.read_labels(setting), noise, texts[s.prompts])
                 chosen = class_labels.format_numbers(s.labels)
                 if chosen:
-                    logging.info(
-                        "classes of the images of step %d: %s",
-                        step,
-                        class_labels.summary(config_lib.sample_labels(setting), names),
-                    )
+                    shown = class_labels.summary(config_lib.sample_labels(setting), names)
+                    logging.info("classes of the images of step %d: %s", step, shown)
                 # Through JSON, so that the values equal those of a result file; under the fields' first names.
                 settings = aliases.first_names(json.loads(s.to_json()), "sample.")
                 settings |= {"noise": noise_digest, "labels": chosen}
@@ -255,15 +243,9 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                     )
                 sample_fn = solving.pad_steps(programs[program], setting, size) if size else programs[program]
                 draw = functools.partial(
-                    generation.batches,
-                    setting,
-                    sample_fn,
-                    sampled_params,
-                    codec_params,
-                    mesh,
-                    max_batch=s.n,
-                    conditions=given,
-                )
+                    generation.batches, setting, sample_fn, sampled_params, codec_params, mesh,
+                    max_batch=s.n, conditions=given,
+                )  # fmt: skip
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(
                     setting, _results_folder(workdir), judge,
@@ -327,27 +309,32 @@ def _load_or_make_result(
     """
     protocol = {**judge.protocol, **(extra_protocol or {}), "images": dict(metadata)}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
-    path = os.path.join(folder, f"{key}.json")
+    path, parts = os.path.join(folder, f"{key}.json"), epath.Path(folder) / key
     stored = _load_result(c, path)
-    if stored is not None:
+    if stored is not None and not _exist(parts).any():
         logging.info("%s exists already", path)
         return stored
-    with shards.exclusive_lock(epath.Path(folder) / key):
+    with shards.exclusive_lock(parts):
+        collected = shards.Shards(parts, c.evaluate.n, size)
         # Another job may have written it while this job waited for the lock.
         stored = _load_result(c, path)
-        if stored is not None:
-            return stored
-        collected = shards.Shards(epath.Path(folder) / key, c.evaluate.n, size)
-        return _make_result(c, path, protocol, collected, judge, extract, read, labeled, extra_scores)
+        if stored is None:
+            return _make_result(c, path, protocol, collected, judge, extract, read, labeled, extra_scores)
+        collected.remove()  # of a job that was killed between its result and the removal
+        return stored
 
 
 def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
     """Loads a result; None without one, or without the features that the config asks for."""
     stored: dict[str, Any] | None = shards.read_json(path)
-    if stored and c.evaluate.keep_features:
-        exists = np.array([epath.Path(held_out_scores.values_path(path)).exists()])
-        return stored if shards.allgather_rows({"exists": exists})["exists"].all() else None
+    if stored and c.evaluate.keep_features and not _exist(held_out_scores.values_path(path)).all():
+        return None
     return stored
+
+
+def _exist(path: storage.Path) -> np.ndarray:
+    """Returns whether each process sees a path, bool (processes,)."""
+    return shards.allgather_rows({"exists": np.array([epath.Path(path).exists()])})["exists"]
 
 
 def _make_result(

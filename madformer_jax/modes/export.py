@@ -29,10 +29,6 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
 
     Works with any mesh and any number of processes. The folder can be moved.
 
-    Args:
-      c: The config of the run.
-      workdir: The folder of the run.
-
     Returns:
       The step and the folder.
 

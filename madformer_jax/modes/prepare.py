@@ -84,9 +84,8 @@ def run(
                     f"--workdir={workdir} holds a run ({name}): use a separate folder for --mode=prepare."
                 )
         with lock.acquire(workdir):
-            encoder = (
-                (encoder or codec.encoder(config, config.prepare.batch)) if config.prepare.kind == "latents" else None
-            )
+            latents = config.prepare.kind == "latents"
+            encoder = (encoder or codec.encoder(config, config.prepare.batch)) if latents else None
             plan = _make_plan(config, source, table, encoder)
             _check_plan(folder, plan)
             mine = range(process_index, plan["shards"], process_count)
@@ -147,11 +146,7 @@ def _make_plan(
 
 
 def _check_plan(folder: epath.Path, plan: dict[str, Any]) -> None:
-    """Writes the plan, or checks that the folder's plan is the same.
-
-    Raises:
-      ConfigError: The folder was prepared in another way.
-    """
+    """Writes the plan, or checks that the folder's plan is the same."""
     before = records.read_sealed(folder / PLAN_FILE)
     if before is None:
         records.write_sealed(folder / PLAN_FILE, plan)
@@ -273,7 +268,7 @@ def _write_shard(
     if not storage.is_remote(folder):
         for leftover in storage.list_matching(folder, f".{name}.*.part"):  # of a killed process
             leftover.unlink()
-    shard = records.Shard(name, 0, 0, "", [], [])
+    shard: records.Shard
 
     def write_records(file: IO[bytes]) -> None:
         nonlocal shard
@@ -296,13 +291,8 @@ def _write_shard(
             bar.update(len(images))
         with records.write_errors():
             writer.close()
-        shard = shard._replace(
-            records=count,
-            size=os.path.getsize(file.name),
-            sha256=storage.sha256(file.name),
-            shape=shape,
-            skipped=skipped,
-        )
+        size, sha256 = os.path.getsize(file.name), storage.sha256(file.name)
+        shard = records.Shard(name, count, size, sha256, shape, skipped)
 
     storage.write(folder / name, write_records)
     return shard
@@ -317,23 +307,15 @@ def _image_arrays(images: list[Decoded], plan: dict[str, Any], encoder: codec.En
     good = [image.pixels for image in images if image.pixels is not None]
     if not good:
         return []
+    pixels = np.stack(good if encoder is None else good + good[-1:] * (encoder.batch - len(good)))
+    copies = [pixels, pixels[:, :, ::-1]] if plan["flip"] else [pixels]
     if encoder is None:
-        pixels = np.stack(good)
-        return [{"image": copy} for copy in _flipped_copies(pixels, plan)]
-    pixels = np.stack(good + good[-1:] * (encoder.batch - len(good)))
-    return [dict(zip(("mean", "logvar"), encoder.encode(copy))) for copy in _flipped_copies(pixels, plan)]
-
-
-def _flipped_copies(pixels: np.ndarray, plan: dict[str, Any]) -> list[np.ndarray]:
-    return [pixels, pixels[:, :, ::-1]] if plan["flip"] else [pixels]
+        return [{"image": copy} for copy in copies]
+    return [dict(zip(("mean", "logvar"), encoder.encode(copy))) for copy in copies]
 
 
 def _pack_records(images: list[Decoded], fields: list[dict[str, Any]], plan: dict[str, Any]) -> np.ndarray:
-    """Returns records `(images, copies)` in the layout of `records.dtype`; 2 copies with flips, else 1.
-
-    Raises:
-      ConfigError: The latents of an image are not finite.
-    """
+    """Returns records `(images, copies)` in the layout of `records.dtype`; 2 copies with flips, else 1."""
     arrays = [{name: np.asarray(x)[: len(images)] for name, x in copy.items()} for copy in fields]
     shape = next(iter(arrays[0].values())).shape[1:]
     rows = np.zeros((len(images), len(arrays)), records.dtype(plan["kind"], shape, len(plan.get("attributes", []))))

@@ -119,14 +119,13 @@ def _render(
         "to first step": measures.to_first[:, 1:].mean(axis=1).tolist(),
         "to step before": measures.to_previous.mean(axis=1).tolist(),
     }
-    names = ["earlier blocks"] * (m.blocks > 1) + ["own block"] + ["text"] * bool(c.text.vocabulary or m.classes)
-    columns = {"earlier blocks": 0, "own block": 1, "text": 2}
+    shown = {"earlier blocks": m.blocks > 1, "own block": True, "text": c.text.vocabulary or m.classes}
     description = (
         f"A model of N = {m.depth} layers with D = {result['diffusion_depth']} diffusion layers and L = {m.blocks} blocks, at "
         f"step {result['step']}. The layers are compared at the noise levels of {c.probe.steps} solver steps, on "
         f"{result['n']} images of split {c.evaluate.split!r}."
     )
-    masses = {name: measures.masses[:, columns[name]].tolist() for name in names}
+    masses = {name: measures.masses[:, i].tolist() for i, name in enumerate(shown) if shown[name]}
     by_block = block_losses.true.tolist(), block_losses.estimated.tolist()
     return probe_page.render(
         similarity, masses, measures.reuse_loss, by_block, suggested, c.probe.tolerance, description

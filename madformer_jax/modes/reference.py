@@ -161,10 +161,6 @@ def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
 
     They are the splits "train" and "test". If the source has no test split, every tenth image is
     held out.
-
-    Raises:
-      ConfigError: A split does not open, the images have less than two classes, or none are held
-        out.
     """
     if not sources.source_class(c).splits or not c.data.test_share:
         source = images.from_source(c, c.data.split, shuffled=True, config_field="evaluate.network")
@@ -214,11 +210,7 @@ def make_attribute_classifier(c: ConfigDict, path: str) -> None:
 def _load_attributes(c: ConfigDict, split: str, kind: type[Network], factor: int = 1) -> TrainingSet:
     """Loads the images of a split, at the input size of a network, and the attributes that their captions name.
 
-    Args:
-      c: The config.
-      split: The split.
-      kind: The network.
-      factor: Factor of the number of images, if the source can make more.
+    There are `factor` times as many images as the config has, if the source can make more.
     """
     c = c.copy_and_resolve_references()
     sources.source_class(c).enlarge(c.data, factor)
@@ -237,14 +229,7 @@ def _load_attributes(c: ConfigDict, split: str, kind: type[Network], factor: int
 def _load_labeled(data: images.ImageSet, numbers: np.ndarray, kind: type[Network], max_corrupt: float) -> TrainingSet:
     """Loads images by index, at the input size of a network, and their labels.
 
-    Args:
-      data: The images.
-      numbers: Indices of the images to load.
-      kind: The network.
-      max_corrupt: Largest fraction of unreadable images.
-
-    Raises:
-      ConfigError: Too many images are unreadable.
+    At most the fraction `max_corrupt` of the images may be unreadable.
     """
     batches = (numbers[i : i + shards.MAX_BATCH] for i in range(0, len(numbers), shards.MAX_BATCH))
     pixels, labels, unreadable = [], [], images.UnreadableImages(len(numbers), max_corrupt)

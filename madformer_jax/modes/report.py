@@ -19,11 +19,7 @@ from madformer_jax.runtime import storage
 
 
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Writes the report of a sweep.
-
-    Args:
-      c: Not used: each result holds its own config.
-      workdir: The sweep's folder.
+    """Writes the report of a sweep. `c` is not used: each result holds its own config.
 
     Returns:
       The path of the page and the numbers of finished and of missing runs.

@@ -145,13 +145,8 @@ def _write_film(c: ConfigDict, path: epath.Path, model: trained_model.Model) -> 
             grid = generation.tile_grid(prompts.add_caption_strips(large, captions))
             frames.append(preprocess.to_pil(grid))
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
-    first, *others = frames
-    storage.write(
-        path,
-        lambda file: first.save(
-            file, "webp", save_all=True, append_images=others, duration=durations, loop=0, quality=80
-        ),
-    )
+    options = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0, "quality": 80}
+    storage.write(path, lambda file: frames[0].save(file, "webp", **options))
     logging.info("wrote a film of %d pictures: %s", len(frames), path)
 
 
@@ -165,11 +160,10 @@ def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dic
         "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "labels",
         "label_sampling", "n", "shard",
     )  # fmt: skip
+    uses_seed = noise is None or s.label_sampling == "random" or solving.depends_on_seed(c)
     return {
         "step": step,
-        "seed": seeds.of(c, "sample")
-        if noise is None or s.label_sampling == "random" or solving.depends_on_seed(c)
-        else None,
+        "seed": seeds.of(c, "sample") if uses_seed else None,
         "noise": noise,
         **{name: s[name] for name in sample_fields},
         "clip": s.clip_x0,
@@ -193,11 +187,8 @@ def _model_fields(c: ConfigDict) -> dict[str, Any]:
 
 def _class_names(c: ConfigDict, names: list[str]) -> dict[str, Any]:
     """Returns the names of the drawn classes for protocol.json; they are not part of its hash."""
-    return (
-        {"classes": {k: class_labels.display_name(k, names) for k in sorted(set(config_lib.sample_labels(c)))}}
-        if names
-        else {}
-    )
+    drawn = sorted(set(config_lib.sample_labels(c)))
+    return {"classes": {k: class_labels.display_name(k, names) for k in drawn}} if names else {}
 
 
 def _folder_name(c: ConfigDict, protocol: dict[str, Any]) -> str:

@@ -200,11 +200,7 @@ def _do_run(job: Job, run: Run) -> bool:
 
 
 def _train(job: Job, run: Run) -> bool:
-    """Trains a run, and others in the same program if `train.lanes` says so.
-
-    Returns:
-      False if the training was asked to stop.
-    """
+    """Trains a run, and others in the same program if `train.lanes` says so; False if asked to stop."""
     with contextlib.ExitStack() as claims:
         group = [run, *_claim_lanes(job, run, claims)]
         configs = [other.config.copy_and_resolve_references() for other in group]
@@ -302,16 +298,8 @@ def _remove_checkpoints(c: ConfigDict, folder: str) -> None:
 def _judge_config(c: ConfigDict, workdir: str, folder: str) -> ConfigDict:
     """Returns the config of a run with the paths of its judge.
 
-    Makes the judge first if the config does not name a reference. A model whose captions name
-    attributes gets an attribute classifier, too.
-
-    Args:
-      c: The config of the run.
-      workdir: The sweep's folder.
-      folder: The run's folder.
-
-    Raises:
-      ConfigError: The judge cannot be made, or the reference that the config names does not open.
+    Makes the judge in `workdir`, the sweep's folder, if the config does not name a reference. A model
+    whose captions name attributes gets an attribute classifier, too.
     """
     c = c.copy_and_resolve_references()
     if c.evaluate.reference:

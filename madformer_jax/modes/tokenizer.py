@@ -26,10 +26,6 @@ MIN_VOCABULARY = 258  # every byte, the begin and the end token
 def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains the tokenizer.
 
-    Args:
-      c: The config; `data` and `text.vocabulary` matter.
-      workdir: The folder of tokenizer.json.
-
     Returns:
       The path, the size of the vocabulary, and the number of tokens of the longest caption.
 

@@ -37,10 +37,7 @@ from madformer_jax.training.metric_writer import MetricWriter
 def run(c: ConfigDict, workdir: str, *, grids: bool = True) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest checkpoint in `workdir` if it has one.
 
-    Args:
-      c: The config.
-      workdir: Folder of checkpoints, metrics and samples.
-      grids: Draw samples at the end and every `train.sample_every` steps.
+    With `grids`, draws samples at the end and every `train.sample_every` steps.
 
     Returns:
       The last report: the step, and the means since the report before it. "stopped" is True if the
@@ -129,11 +126,9 @@ class LoopCalls(NamedTuple):
 def _prepare(
     c: ConfigDict, workdir: str, stack: contextlib.ExitStack, table: scanned_steps.Table | None = None
 ) -> PreparedRun:
-    """Checks the config and opens data, devices, model, workdir and checkpoints.
+    """Checks the config and opens data, devices, model, workdir and checkpoints, which `stack` closes.
 
-    Args:
-      stack: Closes what is opened.
-      table: The data on the device, if another run has loaded them.
+    `table` holds the data on the device, if another run has loaded them.
     """
     config_lib.validate(c)
     trackers.check_installed(c)
@@ -294,12 +289,7 @@ def _resume(
     data: Any,
     info: pipeline.DatasetInfo,
 ) -> train_step.State:
-    """Returns the state of the newest checkpoint, and sets `data` to the batch after it.
-
-    Raises:
-      ConfigError: No checkpoint can be restored, the data set or the tokenizer has changed, or the
-        run has been trained for more than `train.steps`.
-    """
+    """Returns the state of the newest checkpoint, and sets `data` to the batch after it."""
     step, trees, position = checkpoints.restore(checkpoint.array_items(abstract), data=True)
     meta = checkpoints.meta(step)
     _check_data(workdir, step, meta["data"], _dataset_record(info))
@@ -322,16 +312,9 @@ def _dataset_record(info: pipeline.DatasetInfo) -> dict[str, Any]:
 
 
 def _check_data(workdir: str, step: int, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Checks that the data set is the one that the run has seen so far.
+    """Checks that the data set is the one that the run has seen so far, by their `_dataset_record`.
 
     In another one, every index of the iterator would mean another image.
-
-    Args:
-      before: The record in the checkpoint.
-      now: The record of the data set that is open.
-
-    Raises:
-      ConfigError: The records differ.
     """
     if before == now:
         return

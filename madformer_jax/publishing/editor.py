@@ -16,7 +16,7 @@ from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.errors import ConfigError
 
 _IMAGE_SIDE = 384  # pixels; smaller pictures are enlarged towards it
-_SEEDS = 2**32
+SEEDS = 2**32  # number of valid seeds (`config.table`)
 _MARK = np.array([220, 40, 40], np.uint8)  # color of the blocks to draw again
 _HELP = (
     "Draw a picture. Click the blocks that you do not like; they turn red. **Draw again** keeps the other blocks and draws "
@@ -49,17 +49,13 @@ def add_editor(gr: Any, model: Model, condition: Any, condition_settings: Callab
             draw, draw_again = gr.Button("Draw a picture"), gr.Button("Draw again", variant="primary")
             chosen = gr.Textbox(label="blocks to draw again", placeholder="click the picture, or write 0,3")
         shown = gr.Image(
-            label="picture",
-            show_label=False,
-            buttons=["download"],
-            format="png",
-            interactive=False,
+            label="picture", show_label=False, buttons=["download"], format="png", interactive=False,
             elem_classes="drawn",
-        )
+        )  # fmt: skip
 
     def stream(settings: Mapping[str, Any]) -> Iterator[list[Any]]:
         try:
-            for frame in model.stream(1, seed=secrets.randbelow(_SEEDS), **settings):
+            for frame in model.stream(1, seed=secrets.randbelow(SEEDS), **settings):
                 yield [frame.images[0], enlarge(frame.images[0]), ""]
         except ConfigError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None

@@ -28,33 +28,20 @@ _COMPRESSION_LEVELS = ((None, 1), (90, 1), (75, 1), (75, 2), (60, 4), (50, 8), (
 
 
 class Frame(NamedTuple):
-    """Progress and cost of sampling at a frame.
+    """Progress and cost of sampling at a frame."""
 
-    Attributes:
-      block: The current block, 1 to L.
-      step: Solver steps done in this block, at least 1.
-      passes: Full-model passes so far, per image (`flops.model_passes`).
-      seconds: Seconds so far, per image.
-    """
-
-    block: int
-    step: int
-    passes: float
-    seconds: float
+    block: int  # the current one, 1 to L
+    step: int  # solver steps done in this block, at least 1
+    passes: float  # full-model passes so far, per image (`flops.model_passes`)
+    seconds: float  # so far, per image
 
 
 class Recording(NamedTuple):
-    """The frames of sampling n images with one setting.
+    """The frames of sampling n images with one setting."""
 
-    Attributes:
-      name: Name of the setting.
-      frames: Progress and cost of each of F frames.
-      images: The images at each frame, uint8 `(F, n, h, w, c)`.
-    """
-
-    name: str
-    frames: list[Frame]
-    images: np.ndarray
+    name: str  # of the setting
+    frames: list[Frame]  # F of them
+    images: np.ndarray  # at each frame, uint8 (F, n, h, w, c)
 
 
 class SheetBox(NamedTuple):
@@ -74,14 +61,7 @@ def render(
     """Returns the page as HTML.
 
     The images are lossless if they fit. Otherwise they are compressed with loss, and then the page also
-    gets fewer frames within a block.
-
-    Args:
-      title: Title of the page.
-      description: Text below the title.
-      captions: Captions of the n images that every recording has.
-      recordings: The frames of each setting.
-      max_bytes: Largest size of the page.
+    gets fewer frames within a block. Every recording has the same n images, of which `captions` are the captions.
 
     Raises:
       ConfigError: The page does not fit.
@@ -150,11 +130,7 @@ def _drop_frames(recording: Recording, stride: int) -> Recording:
 
 
 def _change_boxes(images: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (top, left, height, width) of the rectangle that changes at each frame.
-
-    Args:
-      images: uint8 `(F, n, h, w, c)`. The first frame changes as a whole.
-    """
+    """Yields (top, left, height, width) of the rectangle that changes at each frame, the first time the whole image."""
     yield 0, 0, *images.shape[2:4]
     for before, after in itertools.pairwise(images):
         changed = (before != after).any((0, 3))

@@ -302,12 +302,7 @@ class Checkpoints:
         return None if tree is None else tree.tree
 
     def _together(self, step: int, act: Callable[[], T]) -> T:
-        """Calls `act`, and raises an error in all processes if it fails in any of them.
-
-        Raises:
-          DamagedError: It has failed with this error only.
-          ConfigError: It has failed with another error.
-        """
+        """Calls `act`, and raises DamagedError or ConfigError in all processes if it fails in any of them."""
         result: list[T] = []
         problem: Exception | None = None
         try:
@@ -325,11 +320,7 @@ class Checkpoints:
         raise ConfigError(f"the checkpoint of step {step} in {self.path} cannot {wrong}: {cause}.") from problem
 
     def _check(self, step: int, items: dict[str, Any]) -> None:
-        """Verifies the checksums of `items`, each process its share.
-
-        Raises:
-          DamagedError: An item or a file is missing or damaged.
-        """
+        """Verifies the checksums of `items`, each process its share."""
         folder = self.path / str(step)
         present = {path.name for path in storage.retry(lambda: list(folder.iterdir()))}
         if missing := [name for name in items if name not in present]:

@@ -13,27 +13,25 @@ def affinity() -> list[int]:
 
 def quota(root: str = "/") -> float:
     """Returns the CPU quota of the control groups (version 1 or 2), in cores; infinity without a limit."""
-    return min(_quotas(pathlib.Path(root)), default=math.inf)
+    quotas = [math.inf]
+    for folder, version in control_groups(root, "cpu"):
+        files = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")  # microseconds
+        try:
+            limit, period = " ".join((folder / name).read_text() for name in files).split()
+        except OSError:  # outside of a container, or the root group
+            continue
+        if limit.isdigit():  # "max" and "-1" are no limit
+            quotas.append(int(limit) / int(period))
+    return min(quotas)
 
 
-def _quotas(top: pathlib.Path) -> Iterator[float]:
+def control_groups(root: str, controller: str) -> Iterator[tuple[pathlib.Path, int]]:
+    """Yields the folders of this process's control groups of a controller, and their version, 1 or 2."""
+    top = pathlib.Path(root)
     groups = top / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, kinds, path = line.split(":", 2)
-        if kinds and "cpu" not in kinds.split(","):
-            continue
-        base = top / ("sys/fs/cgroup/cpu" if kinds else "sys/fs/cgroup")
-        group = pathlib.PurePosixPath(path.lstrip("/"))
-        for folder in (base / part for part in (group, *group.parents)):
-            limit, period = _read_limit(folder, version=1 if kinds else 2)
-            if limit.isdigit():  # "max" and "-1" are no limit
-                yield int(limit) / int(period)
-
-
-def _read_limit(folder: pathlib.Path, version: int) -> list[str]:
-    """Returns the microseconds of CPU time in each period, and the period, as the files of a group state them."""
-    files = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-    try:
-        return " ".join((folder / name).read_text() for name in files).split()
-    except OSError:  # outside of a container, or the root group
-        return ["max", "1"]
+        if not kinds or controller in kinds.split(","):
+            base = top / "sys/fs/cgroup" / (controller if kinds else "")
+            group = pathlib.PurePosixPath(path.lstrip("/"))
+            yield from ((base / part, 1 if kinds else 2) for part in (group, *group.parents))

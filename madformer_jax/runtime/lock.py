@@ -54,7 +54,7 @@ def acquire(workdir: str) -> Iterator[Callable[[], None]]:
             yield check
         return
     with contextlib.ExitStack() as stack:
-        check, failure = _no_check, None
+        check, failure = (lambda: None), None
         if jax.process_index() == 0:
             try:
                 check = stack.enter_context(_acquire_file(epath.Path(workdir) / FILE_NAME))
@@ -79,23 +79,13 @@ def holder(workdir: str) -> str | None:
     return _describe_holder(owner)
 
 
-def _no_check() -> None:
-    pass
-
-
 @contextlib.contextmanager
 def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
+    pid = os.getpid()
     mine: dict[str, Any] = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
-    mine |= {
-        "machine": _machine_id(),
-        "started": _process_start_time(os.getpid()),
-        "token": uuid.uuid4().hex,
-        "beat": 0,
-    }
+        "host": socket.gethostname(), "pid": pid, "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": _machine_id(), "started": _process_start_time(pid), "token": uuid.uuid4().hex, "beat": 0,
+    }  # fmt: skip
     storage.check_arrays_path(path.parent, write=False)
     with storage.wrap_errors(f"--workdir={path.parent} cannot be written"):
         if not storage.is_remote(path):
@@ -140,11 +130,7 @@ def _acquire_file(path: epath.Path) -> Iterator[Callable[[], None]]:
 
 
 def _write_lock(path: epath.Path, mine: dict[str, Any]) -> None:
-    """Writes the lock, or replaces a stale one. Only one of several simultaneous processes succeeds.
-
-    Raises:
-      LockedError: Another process holds the lock.
-    """
+    """Writes the lock, or replaces a stale one. Only one of several simultaneous processes succeeds."""
     while True:
         holder, version = _read_lock(path)
         if holder is not None and _is_alive(path, holder):
@@ -184,10 +170,8 @@ def _is_alive(path: epath.Path, holder: dict[str, Any]) -> bool:
         return _process_exists(holder)
     logging.info(
         "%s may be written by %s: looking for a sign of life, %.0f s at most",
-        path.parent,
-        _describe_holder(holder),
-        STALE_SECONDS,
-    )
+        path.parent, _describe_holder(holder), STALE_SECONDS,
+    )  # fmt: skip
     until = time.monotonic() + STALE_SECONDS
     while time.monotonic() < until:
         time.sleep(min(1.0, STALE_SECONDS / 10))

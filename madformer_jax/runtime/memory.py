@@ -5,14 +5,13 @@ Training, sampling and evaluation call `check_state_fits`.
 
 import os
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import partitioning
+from madformer_jax.runtime import cores, partitioning
 
 GIB = 2**30
 
@@ -29,11 +28,9 @@ def check_state_fits(purpose: str, mesh: Mesh, **trees: Any) -> None:
       ConfigError: They do not fit. The message says what is needed and what is free.
     """
     devices = mesh.local_devices
-    stats = devices[0].memory_stats() or {}
     needed = {name: partitioning.device_bytes(tree) for name, tree in trees.items()}
-    if "bytes_limit" in stats:
-        free, location = stats["bytes_limit"] - stats.get("bytes_in_use", 0), f"a {devices[0].device_kind}"
-    else:  # CPU devices share the memory of the host
+    free, location = _own_free_bytes(devices[0]), f"a {devices[0].device_kind}"
+    if free is None:  # CPU devices share the memory of the host
         free, location = host_free_bytes(), "this machine"
         needed = {name: size * len(devices) for name, size in needed.items()}
     check_bytes(purpose, needed, free, location)
@@ -41,11 +38,13 @@ def check_state_fits(purpose: str, mesh: Mesh, **trees: Any) -> None:
 
 def free_bytes(mesh: Mesh) -> int:
     """Returns the free bytes of a device of this process. The devices of a CPU share those of the host."""
-    devices = mesh.local_devices
-    stats = devices[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    return host_free_bytes() // len(devices)
+    free = _own_free_bytes(mesh.local_devices[0])
+    return host_free_bytes() // len(mesh.local_devices) if free is None else free
+
+
+def _own_free_bytes(device: Any) -> int | None:
+    stats = device.memory_stats() or {}
+    return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0)) if "bytes_limit" in stats else None
 
 
 def device_capacity() -> int:
@@ -74,37 +73,25 @@ def host_free_bytes(root: str = "/") -> int:
 
     Systems other than Linux do not report free memory; there it returns the memory of the machine.
     """
-    top = pathlib.Path(root)
-    info = top / "proc/meminfo"
+    info = pathlib.Path(root) / "proc/meminfo"
     if not info.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines = (line.split() for line in info.read_text().splitlines())
-    available = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
-    return min([available, *_cgroup_free_bytes(top)])
-
-
-def _cgroup_free_bytes(top: pathlib.Path) -> Iterator[int]:
-    """Yields the free bytes of each control group (version 1 or 2) of this process.
-
-    Page cache counts as free.
-    """
-    groups = top / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, kinds, path = line.split(":", 2)
-        if not kinds:
-            base, limit, used, prefix = "sys/fs/cgroup", "memory.max", "memory.current", ""
-        elif "memory" in kinds.split(","):
-            base, limit, used, prefix = (
-                "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-            )  # fmt: skip
-        else:
+    free = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
+    for folder, version in cores.control_groups(root, "memory"):
+        limit, used, prefix = _CGROUP_FILES[version]
+        if not (folder / limit).exists():  # outside of a container, or the root group
             continue
-        group = pathlib.PurePosixPath(path.lstrip("/"))
-        for folder in (top / base / part for part in (group, *group.parents)):
-            if not (folder / limit).exists():  # outside of a container, or the root group
-                continue
-            bound = (folder / limit).read_text().strip()
-            if bound != "max":
-                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                cached = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))
-                yield int(bound) - int((folder / used).read_text()) + cached
+        bound = (folder / limit).read_text().strip()
+        if bound != "max":
+            stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+            cached = sum(int(stat.get(f"{prefix}{name}_file", 0)) for name in ("inactive", "active"))  # counts as free
+            free = min(free, int(bound) - int((folder / used).read_text()) + cached)
+    return free
+
+
+# version -> files of the limit and of the used bytes, prefix of the figures that include inner groups
+_CGROUP_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("memory.max", "memory.current", ""),
+}

@@ -118,10 +118,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_devices(mesh: Mesh | AbstractMesh) -> int:
-    """Returns the number of parts into which a batch is split.
-
-    The batch must be a multiple of it.
-    """
+    """Returns the number of parts into which a batch is split, of which it must be a multiple."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
@@ -189,19 +186,12 @@ def log_overview(params: Any, state: Any, path: storage.Path) -> None:
     sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
     parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     logging.info("%s parameters: %s; each one: %s", f"{sum(sizes.values()):,}", parts, path)
-    mib = 2**20
-    logging.info(
-        "on each device: parameters %.1f MiB, parameters, averages and optimizer %.1f MiB",
-        device_bytes(params) / mib, device_bytes(state) / mib,
-    )  # fmt: skip
+    sizes_in_mib = device_bytes(params) / 2**20, device_bytes(state) / 2**20
+    logging.info("on each device: parameters %.1f MiB, parameters, averages and optimizer %.1f MiB", *sizes_in_mib)
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
-    """Checks that a microbatch is a multiple of the devices along "data" and "fsdp".
-
-    Raises:
-      ConfigError: It is not.
-    """
+    """Raises ConfigError if a microbatch is not a multiple of the devices along "data" and "fsdp"."""
     micro, parts = batch // accumulate, batch_devices(mesh)
     if micro % parts == 0:
         return
@@ -246,10 +236,7 @@ def to_host(tree: Any, mesh: Mesh) -> Any:
 
 @functools.cache
 def _gather(mesh: Mesh) -> Any:
-    """Returns a jitted function that replicates a tree.
-
-    Cached, so that it compiles once for each shape.
-    """
+    """Returns a jitted function that replicates a tree. Cached, so that it compiles once for each shape."""
     return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 

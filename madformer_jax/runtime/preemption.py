@@ -53,18 +53,14 @@ class Preemption:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(
-            2, b"stopping after this step; Ctrl-C again leaves at once, without saving\n"
-        )  # not the log, which may be locked in a signal handler
+        # Not to the log, which may be locked in a signal handler.
+        os.write(2, b"stopping after this step; Ctrl-C again leaves at once, without saving\n")
         os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self) -> bool:
         """Returns whether to save and exit. Every process must call it equally often."""
-        if (
-            not self._single_process
-            and not self._noticed.is_set()
-            and multihost_utils.reached_preemption_sync_point(next(_call_ids))
-        ):
+        several = not self._single_process and not self._noticed.is_set()
+        if several and multihost_utils.reached_preemption_sync_point(next(_call_ids)):
             self._noticed.set()
         return self._noticed.is_set()
 

@@ -92,11 +92,9 @@ def check_arrays_path(path: Path, write: bool) -> None:
         return
     root = "gs://bucket/" if is_remote(folder) else "/"
     wrong = [character for character in dict.fromkeys(folder) if not _contains_arrays(root + character, write)]
-    reason = (
-        f"{', '.join(map(repr, wrong))} in its path"
-        if wrong
-        else "its address, which must be gs://BUCKET/... or s3://BUCKET/..."
-    )
+    reason = "its address, which must be gs://BUCKET/... or s3://BUCKET/..."
+    if wrong:
+        reason = f"{', '.join(map(repr, wrong))} in its path"
     raise ConfigError(
         f"{folder}: {'checkpoints cannot be written' if write else 'files cannot be addressed'} here, because the storage "
         f"library does not support {reason}. Rename the folder, or use another one."
@@ -131,7 +129,7 @@ def list_matching(folder: Path, pattern: str) -> list[epath.Path]:
 # ---- writing and reading
 
 
-def write(path: Path, put: Callable[[IO[bytes]], None]) -> None:
+def write(path: Path, put: Callable[[IO[bytes]], Any]) -> None:
     """Writes a file so that it appears whole or not at all. Its folder is created.
 
     Errors of the file system are raised as they are; `wrap_errors` turns them into one line.
@@ -223,11 +221,7 @@ def _store(path: Path) -> Iterator[tuple[Any, str]]:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes bytes as a file; see `write`."""
-
-    def put(file: IO[bytes]) -> None:
-        file.write(content)
-
-    write(path, put)
+    write(path, lambda file: file.write(content))
 
 
 def write_text(path: Path, text: str) -> None:

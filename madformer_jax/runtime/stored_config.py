@@ -4,7 +4,6 @@ The command line and `sampling.trained_model.load` read the configs of workdirs 
 """
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -45,13 +44,17 @@ def config_from_saved(saved: Any, path: str, trusted: bool | None = None) -> Con
     config.compilation_cache = known["compilation_cache"]
     trusted = provenance.is_recorded(saved) if trusted is None else trusted
     if not trusted:
-        _log_ignored(path, identity.machine_specific_fields(fields.flat(config), known))
+        local = identity.machine_specific_fields(fields.flat(config), known)
+        if given := ", ".join(f"{name}={value!r}" for name, value in local.items() if value != TOKENIZER_FILE):
+            logging.warning(
+                "%s: settings of the machine that wrote it are ignored (docs/weights.md): %s. Set those that you need.",
+                path, given,
+            )  # fmt: skip
         config = portable(config)
-    beside = epath.Path(path).parent / TOKENIZER_FILE
-    if config.text.tokenizer == TOKENIZER_FILE and (
-        not trusted or beside.exists() or not os.path.exists(TOKENIZER_FILE)
-    ):
-        config.text.tokenizer = os.fspath(beside)
+    if config.text.tokenizer == TOKENIZER_FILE:
+        beside = epath.Path(path).parent / TOKENIZER_FILE
+        if not trusted or beside.exists() or not os.path.exists(TOKENIZER_FILE):
+            config.text.tokenizer = os.fspath(beside)
     return config
 
 
@@ -81,16 +84,6 @@ def guide_config(c: ConfigDict) -> ConfigDict | None:
         "guidance_schedule": "constant", "guidance_interval": base().sample.guidance_interval,
     })  # fmt: skip
     return guide
-
-
-def _log_ignored(path: str, values: Mapping[str, Any]) -> None:
-    given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != TOKENIZER_FILE)
-    if given:
-        logging.warning(
-            "%s: settings of the machine that wrote it are ignored (docs/weights.md): %s. Set those that you need.",
-            path,
-            given,
-        )
 
 
 def expand_paths(c: ConfigDict) -> None:

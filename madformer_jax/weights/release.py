@@ -37,19 +37,10 @@ _TOWER = {  # our name -> the release's, in a decoder layer; {t} is the number o
     "down": "mlp_list.{t}.down_proj",
 }
 _QKV = ("query", "key", "value")
-_UNET = {  # our name -> the release's, in a ResNet or attention block
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "time": "time_emb_proj",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "shortcut": "conv_shortcut",
-    "norm": "group_norm",
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "out": "to_out.0",
-}
+_UNET = {  # our name -> the release's, in a ResNet or attention block; norm1, conv1, norm2 and conv2 are the same
+    "time": "time_emb_proj", "shortcut": "conv_shortcut",
+    "norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0",
+}  # fmt: skip
 _LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -73,15 +64,14 @@ def _tensor_source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, di
         name = _TOWER[path[3]].format(t=_TOWERS[path[2]])
         qkv_index = _QKV.index(path[3]) if path[3] in _QKV else None
         return _TensorSource(tuple(f"blocks.{layer}.{name}.{leaf}" for layer in layers), qkv_index, path[1] == "body")
-    sampler, side = path[0], "down" if path[0] == "downsampler" else "up"
-    module = path[1]
+    (sampler, module), side = path[:2], "down" if path[0] == "downsampler" else "up"
     if module in ("conv_in", "conv_out"):
         name = module
     elif module == "time":
         name = f"time_embedding.{path[2]}"
     elif match := re.fullmatch(r"(resnet|attention)_(\d+)_(\d+)", module):
         kind, stage, index = match.groups()
-        name = f"{side}_blocks.{stage}.{kind}s.{index}.{_UNET[path[2]]}"
+        name = f"{side}_blocks.{stage}.{kind}s.{index}.{_UNET.get(path[2], path[2])}"
     else:  # down_0, up_0: the convolution between two stages
         stage = module.split("_")[1]
         name = f"{side}_blocks.{stage}.{sampler}s.0.conv"
@@ -97,11 +87,7 @@ def _from_torch(tensor: np.ndarray, name: str) -> np.ndarray:
 
 
 def _layout(c: ConfigDict) -> dict[tuple[str, ...], tuple[tuple[int, ...], _TensorSource]]:
-    """Returns the shape and the source of each of our parameters, by path.
-
-    Raises:
-      ConfigError: The release does not have such a model.
-    """
+    """Returns the shape and the source of each of our parameters, by path."""
     if vocabulary_size(c) or c.model.param_sets != "separate":
         raise ConfigError(
             "the release's weights have no text tower and no shared towers: model.classes and text.vocabulary must "

@@ -17,6 +17,12 @@ from madformer_jax.config.schema import base
 from madformer_jax.config.shapes import derive_sizes
 from madformer_jax.errors import ConfigError, first_line
 
+_MODEL_FIELDS = {  # field of config.model -> the release's argument
+    "width": "hidden_size", "heads": "num_heads", "depth": "depth", "diffusion_depth": "diff_depth",
+    "mlp_width": "intermediate_size", "blocks": "ar_len", "unet_groups": "unet_resnet_groups",
+    "unet_heads": "unet_num_heads", "unet_time_width": "unet_time_emb_dim",
+}  # fmt: skip
+
 
 def preset(meta: dict[str, Any]) -> ConfigDict:
     """Builds a config from the release's arguments.
@@ -48,17 +54,10 @@ def preset(meta: dict[str, Any]) -> ConfigDict:
     try:
         positions, tokens = int(meta["pre_downsample_block_size"]), int(meta["block_size"])
         layers = tuple(meta["unet_num_layers_per_block"])
-        c.model.width = meta["hidden_size"]
-        c.model.heads = meta["num_heads"]
-        c.model.depth = meta["depth"]
-        c.model.diffusion_depth = meta["diff_depth"]
-        c.model.mlp_width = meta["intermediate_size"]
-        c.model.blocks = meta["ar_len"]
+        for field, name in _MODEL_FIELDS.items():
+            c.model[field] = meta[name]
         c.model.unet_channels = tuple(meta["unet_block_out_channels"])
         c.model.unet_attention = tuple(bool(n) for n in meta["unet_transformer_layers_per_block"])
-        c.model.unet_groups = meta["unet_resnet_groups"]
-        c.model.unet_heads = meta["unet_num_heads"]
-        c.model.unet_time_width = meta["unet_time_emb_dim"]
         c.data.channels = meta.get("latent_channels", 4)
         c.data.image_size = math.isqrt(positions * c.model.blocks)
         lambda_hidden = float(meta.get("lambda_hidden", 0.1))
@@ -170,20 +169,12 @@ def release_args(c: ConfigDict) -> dict[str, Any]:
     m, sizes = c.model, derive_sizes(c)
     stages = len(m.unet_channels)
     args = {
-        "hidden_size": m.width,
-        "num_heads": m.heads,
-        "depth": m.depth,
-        "diff_depth": m.diffusion_depth,
-        "intermediate_size": m.mlp_width,
+        **{name: m[field] for field, name in _MODEL_FIELDS.items()},
         "unet_block_out_channels": list(m.unet_channels),
         "unet_num_layers_per_block": [m.unet_layers] * stages,
         "unet_transformer_layers_per_block": [int(attention) for attention in m.unet_attention],
-        "unet_resnet_groups": m.unet_groups,
-        "unet_num_heads": m.unet_heads,
-        "unet_time_emb_dim": m.unet_time_width,
         "block_size": sizes.tokens,
         "pre_downsample_block_size": sizes.positions,
-        "ar_len": sizes.blocks,
         "spatial_len": sizes.blocks * sizes.tokens,
         "latent_channels": sizes.channels,
         "vae_latent_size": sizes.channels,

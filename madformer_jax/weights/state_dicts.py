@@ -19,7 +19,7 @@ import pathlib
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import IO, Any, NamedTuple
 
@@ -97,60 +97,41 @@ def read_state_dict(path: str | os.PathLike[str], weights: str = "") -> StateDic
     """Reads one state_dict. Code in the file is never run, and large .pt files are memory-mapped.
 
     Args:
-      path: A file with one of `SUFFIXES`.
+      path: A file with one of `SUFFIXES`; in a bucket, an .npz file.
       weights: "ema" or "model" to choose between the two sets of a file; "" prefers the EMA.
 
     Raises:
       ConfigError: The file does not exist, is truncated or of another kind, holds objects other
         than tensors and plain values, or lacks the chosen weights.
     """
-    if storage.is_remote(path):
+    file, archive = epath.Path(path), None
+    if storage.is_remote(path) and file.suffix != ".npz":
         raise ConfigError(
             f"{path}: checkpoints of other frameworks are read from this machine only: copy it here first."
         )
-    path = pathlib.Path(path)
-    readers: dict[str, Callable[[pathlib.Path], dict[str, Any]]] = {
-        ".safetensors": _read_safetensors,
-        ".npz": _read_npz,
-    }
-    readers |= dict.fromkeys(TORCH_SUFFIXES, _read_torch)
-    _check_suffix(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file.")
-    content = readers[path.suffix](path)
+    _check_suffix(file)
+    with storage.wrap_errors(f"{path} cannot be read"):
+        if not storage.retry(file.is_file):
+            raise ConfigError(f"{path}: no such file.")
+        if storage.is_remote(path):
+            archive = io.BytesIO(storage.retry(file.read_bytes))
+    if file.suffix == ".npz":
+        content = _read_npz(file, archive)
+    else:
+        content = (_read_safetensors if file.suffix == ".safetensors" else _read_torch)(pathlib.Path(path))
     args = content.pop(_ARGS_KEY, None)
     if not isinstance(args, dict | None):
         raise ConfigError(f"{path}: {_ARGS_KEY!r} is of type {type(args).__name__}, not a dict of training arguments.")
     sets = {name: content[name] for name in ("ema", "model") if isinstance(content.get(name), dict)}
-    if not sets:
-        return StateDict(_plain_arrays(content, path), args, "")
-    chosen = weights or next(iter(sets))
-    if chosen not in sets:
-        raise ConfigError(f"{path} holds no {chosen!r} weights, only {', '.join(map(repr, sets))}.")
-    return StateDict(_plain_arrays(sets[chosen], path), args, chosen)
-
-
-def read_npz(path: storage.Path) -> StateDict:
-    """Reads an .npz file written by `write_state_dict`, also from a bucket, into memory.
-
-    Raises:
-      ConfigError: The file does not exist, is truncated or of another kind.
-    """
-    file = epath.Path(path)
-    with storage.wrap_errors(f"{path} cannot be read"):
-        try:
-            content = storage.retry(file.read_bytes)
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file.") from None
-    tensors = _read_npz(file, io.BytesIO(content))
-    args = tensors.pop(_ARGS_KEY, None)
-    return StateDict(_plain_arrays(tensors, file), args, "")
+    chosen = weights or next(iter(sets), "")
+    if chosen and chosen not in sets:
+        others = ", ".join(map(repr, sets)) or "one set without a name: leave config.convert.weights empty"
+        raise ConfigError(f"{path} holds no {chosen!r} weights, only {others}.")
+    return StateDict(_plain_arrays(sets[chosen] if chosen else content, file), args, chosen)
 
 
 def write_state_dict(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, np.ndarray],
-    args: Mapping[str, Any] | None = None,
+    path: storage.Path, tensors: Mapping[str, np.ndarray], args: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a state_dict atomically, in the format of the suffix.
 
@@ -324,10 +305,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_torch(
-    file: IO[bytes],
-    path: str | os.PathLike[str],
-    arrays: dict[str, np.ndarray],
-    args: Mapping[str, Any] | None,
+    file: IO[bytes], path: storage.Path, arrays: dict[str, np.ndarray], args: Mapping[str, Any] | None
 ) -> None:
     torch = _import_torch(path)
 

@@ -47,23 +47,15 @@ def load(path: str, dtype: str | jnp.dtype = jnp.float32) -> tuple[AutoencoderKL
 
 
 def load_config(path: str) -> AutoencoderKL:
-    """Loads the model without its parameters.
-
-    Raises:
-      ConfigError: See `load`.
-    """
-    return _read_config(path)[0]
+    """Loads the model without its parameters; see `load`."""
+    return from_config(_read_config(path)[0])
 
 
 def save(path: str, source: str) -> None:
-    """Writes a VAE as an Orbax folder, config.json last.
-
-    Args:
-      path: Folder to write.
-      source: The VAE to read; see `load`.
+    """Writes the VAE that `load` reads from `source` as an Orbax folder, config.json last.
 
     Raises:
-      ConfigError: The VAE cannot be loaded (see `load`). Nothing is written in this case.
+      ConfigError: The VAE cannot be loaded. Nothing is written in this case.
     """
     _, params, config = _load(source, jnp.float32)
     state_dicts.save_params(path, params)
@@ -71,7 +63,8 @@ def save(path: str, source: str) -> None:
 
 
 def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dict[str, Any]]:
-    model, config, folder, weight_files = _read_config(path, dtype)
+    config, folder, weight_files = _read_config(path)
+    model = from_config(config, dtype)
     if weight_files:
         state_dict = state_dicts.read_state_dict(weight_files[0]).tensors
         return model, from_diffusers_vae(state_dict, model, str(weight_files[0])), config
@@ -80,10 +73,8 @@ def _load(path: str, dtype: str | jnp.dtype) -> tuple[AutoencoderKL, Params, dic
     return model, params, config
 
 
-def _read_config(
-    path: str, dtype: str | jnp.dtype = jnp.float32
-) -> tuple[AutoencoderKL, dict[str, Any], epath.Path, list[epath.Path]]:
-    """Returns the model, its config.json, the folder of that file, and the files of the weights."""
+def _read_config(path: str) -> tuple[dict[str, Any], epath.Path, list[epath.Path]]:
+    """Returns the content of config.json, its folder, and the files of the weights."""
     if not path:
         raise ConfigError(
             "config.codec.path is empty: give the VAE's folder or hub id (such as stabilityai/sd-vae-ft-mse, or with @revision)."
@@ -96,7 +87,7 @@ def _read_config(
             raise ConfigError(f"{config_file} is not valid JSON ({error}).") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{config_file} is not the config of a VAE: it holds no JSON object.")
-    return from_config(config, dtype), config, config_file.parent, weight_files
+    return config, config_file.parent, weight_files
 
 
 def _locate_files(path: str) -> list[epath.Path]:
@@ -164,11 +155,7 @@ _FIELDS = {
 
 
 def _check_field(name: str, value: Any, default: Any) -> None:
-    """Checks that a field has the type of its default and is positive, except for `shift_factor`.
-
-    Raises:
-      ConfigError: The value is wrong.
-    """
+    """Checks that a field has the type of its default and is positive, except for `shift_factor`."""
     kinds = {bool: "true or false", int: "a positive integer", float: "a positive number", tuple: "positive integers"}
     if isinstance(default, tuple):
         valid = isinstance(value, tuple) and value and all(type(x) is int and x > 0 for x in value)

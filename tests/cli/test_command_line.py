@@ -32,7 +32,7 @@ def error_of(capsys, *args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--config.train.stps=3"], "stps"),
+        (["--config.train.stps=3"], "steps"),
         (["--config.trian.steps=3"], "trian"),
         (["--config.train.steps=many"], "config.train.steps"),
         (["--config.train.steps=3.5"], "config.train.steps"),
@@ -57,26 +57,11 @@ def test_a_wrong_command_line_is_one_line_and_status_2(capsys, tmp_path, args, m
     assert not (tmp_path / "run").exists()
 
 
-def test_a_misspelt_field_names_the_right_one(capsys, tmp_path):
-    _, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}", "--config.train.stps=3")
-    assert "steps" in line
-
-
 @pytest.mark.parametrize("config", ["--config=configs/nope.py", "--config=madformer_jax/config/schema.py", "--config="])
 def test_a_config_file_that_is_none_is_one_line(capsys, tmp_path, config):
     status, line = error_of(capsys, config, f"--workdir={tmp_path}")
     assert status == 2
     assert config.split("=")[1] in line
-
-
-def test_a_config_file_with_a_misspelt_field_is_one_line(capsys, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from madformer_jax import config\ndef get_config():\n c = config.base()\n c.train.stps = 3\n return c\n"
-    )
-    status, line = error_of(capsys, f"--config={file}", f"--workdir={tmp_path}/run")
-    assert status == 2
-    assert "stps" in line
 
 
 def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path):
@@ -193,6 +178,7 @@ def test_another_platform_than_the_config_expects_is_an_error(capsys, tmp_path):
         ("def get_config():\n c = base()\n c.train.steps = 'many'\n return c", "steps"),
         ("def get_config():\n c = base().unlock()\n del c.train.steps\n return c", "config.train.steps is missing"),
         ("def get_config():\n c = base().unlock()\n c.train.more = 1\n return c", "config.train.more is not a field"),
+        ("def get_config():\n c = base()\n c.train.stps = 3\n return c", "stps"),
         ("def get_config():\n c = base()\n c.seed = None\n return c", "seed"),
         (
             "from ml_collections import ConfigDict\nget_config = ConfigDict",
@@ -262,7 +248,7 @@ def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys)
         (["--config.data.path=a\udc80b"], "'\\udc80' is not supported in a path"),
     ],
 )
-def test_what_would_be_ignored_or_misunderstood_is_refused(capsys, tmp_path, args, message):
+def test_flags_that_would_be_ignored_or_misunderstood_are_refused(capsys, tmp_path, args, message):
     status, line = error_of(capsys, DIGITS, f"--workdir={tmp_path}/run", *args)
     assert status == 2
     assert message in line
@@ -333,7 +319,7 @@ def test_xla_is_given_its_flag_on_a_cpu_that_knows_it_only(monkeypatch):
     assert given("cpu", "--mine") == ["--mine"]
 
 
-def test_wrong_settings_are_told_before_jax_is_imported(tmp_path):
+def test_wrong_settings_are_refused_before_jax_is_imported(tmp_path):
     """In a process of its own, as a user runs it."""
     code = (
         "import sys; from madformer_jax.cli import command_line; "
@@ -346,7 +332,7 @@ def test_wrong_settings_are_told_before_jax_is_imported(tmp_path):
     assert "does not tile" in done.stderr
 
 
-def test_modes_dispatch_with_the_overrides_and_tell_them_above_their_log(monkeypatch, tmp_path, capsys):
+def test_modes_get_the_overrides_which_are_logged_first(monkeypatch, tmp_path, capsys):
     seen = {}
 
     def run(config, workdir):

@@ -4,13 +4,10 @@ This happens when a process has no share of a shard.
 """
 
 import dataclasses
-import io
-import tarfile
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 from madformer_jax.data import digits, folder, sources, tars, tfds
 from madformer_jax.data.drawings import pictures
@@ -21,33 +18,18 @@ from madformer_jax.evaluation.networks import registry
 from madformer_jax.modes import prepare
 from tests import tiny
 from tests.data import prepared
-
-
-def _png(value):
-    content = io.BytesIO()
-    Image.fromarray(np.full((32, 32), value, np.uint8)).save(content, "PNG")
-    return content.getvalue()
+from tests.data.test_tars import image, write_tar
 
 
 def _folder(path):
     for i in range(4):
         (path / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
-        (path / f"class{i % 2}" / f"{i}.png").write_bytes(_png(i))
+        (path / f"class{i % 2}" / f"{i}.png").write_bytes(image(i, "PNG"))
     return path
 
 
-def _tars(path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(path / "cache"))
-    with tarfile.open(path / "a.tar", "w") as tar:
-        for name, content in (("0.png", _png(1)), ("0.cls", b"3"), ("0.txt", b"a word")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return tars.Tars(str(path))
-
-
 def _drawings(monkeypatch):
-    png, rows = np.frombuffer(_png(5), np.uint8), np.zeros((1, len(pictures.Drawings.attributes)), np.int32)
+    png, rows = np.frombuffer(image(5, "PNG"), np.uint8), np.zeros((1, len(pictures.Drawings.attributes)), np.int32)
     monkeypatch.setattr(pictures, "_caption", lambda number, row: "a word")
     monkeypatch.setattr(
         pictures, "_load_pictures", lambda *args: [pictures._CacheFile(png, np.array([len(png)]), rows)]
@@ -66,19 +48,22 @@ def _records(path, kind):
 
 def _tfds():
     source = object.__new__(tfds.Tfds)
-    row = {"image": _png(1), "label": 2, "caption": b"a word"}
+    row = {"image": image(1, "PNG"), "label": 2, "caption": b"a word"}
     source._rows, source.classes, source._image, source._caption = [row], 3, "image", "caption"
     source._name, source._split = "made_up", "train"
     return source
 
 
 def _source(kind, path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path / "cache"))
     if kind == "subset":
         return Subset(folder.Folder(str(_folder(path))), np.array([2, 0]))
     makers = {
         "digits": digits.Digits,
         "folder": lambda: folder.Folder(str(_folder(path))),
-        "webdataset": lambda: _tars(path, monkeypatch),
+        "webdataset": lambda: tars.Tars(
+            write_tar(path / "a.tar", {"0.png": image(1), "0.cls": b"3", "0.txt": b"a word"})
+        ),
         "drawings": lambda: _drawings(monkeypatch),
         "images": lambda: _records(path, "images"),
         "latents": lambda: _records(path, "latents"),

@@ -20,9 +20,9 @@ def pictures(kind: str, n: int = 32) -> np.ndarray:
 def test_real_pictures_are_consistent_and_halves_of_different_pictures_are_not(kind):
     real = pictures(kind)
     mixed = np.concatenate([real[:16, :, :16], real[16:, :, 16:]], axis=2)
-    np.testing.assert_array_equal(patterns.inconsistency(kind, real), 0)
-    np.testing.assert_array_equal(patterns.inconsistency(kind, real[..., :1]), 0)  # gray
-    assert (patterns.inconsistency(kind, mixed) > 5).all()
+    np.testing.assert_array_equal(patterns.Patterns.inconsistency(kind, real), 0)
+    np.testing.assert_array_equal(patterns.Patterns.inconsistency(kind, real[..., :1]), 0)  # gray
+    assert (patterns.Patterns.inconsistency(kind, mixed) > 5).all()
 
 
 def test_the_score_of_samples_is_their_mean_inconsistency():

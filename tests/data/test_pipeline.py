@@ -2,7 +2,10 @@
 
 import itertools
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -234,11 +237,6 @@ def test_workers_never_import_jax(numbered, monkeypatch):
 
 
 def test_killed_training_leaves_no_workers(numbered, tmp_path):
-    import os
-    import signal
-    import subprocess
-    import time
-
     numbered.data.workers = 1
     script = tmp_path / "train.py"
     script.write_text(

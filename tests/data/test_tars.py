@@ -160,13 +160,11 @@ def test_tars_feed_the_pipeline(tmp_path):
     [
         ({}, "holds no image"),
         ({"0.txt": b"hello"}, "holds no image"),
-        ({"0.webp": b"", "0.cls": b"cat"}, "x.tar:0.cls holds no class number"),
         ({"0.webp": b"", "0.cls": b"-1"}, "class -1 is out of range"),
         ({"0.webp": b"", "0.json": b'{"label": 9999999999}'}, "class 9999999999 is out of range"),
         ({"0.webp": b"", "0.json": b'{"label": 1.5}'}, "x.tar:0.json holds no class number"),
         ({"0.webp": b"", "0.txt": b"\xff"}, "x.tar:0.txt is not UTF-8 text"),
         ({"0.webp": b"", "0.png": b""}, "x.tar:0.png: the tar has another image of this sample"),
-        ({"0.webp": b"", "0.cls": b"1", "1.webp": b""}, "x.tar:1.webp has no label.*1 of 2 lack one"),
     ],
 )
 def test_wrong_content_is_refused(tmp_path, members, message):
@@ -202,7 +200,4 @@ def test_files_that_are_not_tars_are_refused(tmp_path):
     path = write_tar(tmp_path / "x.tar", {"0.webp": bytes(5000)})
     os.truncate(path, 3000)
     with pytest.raises(ConfigError, match="x.tar is (cut off|not a plain tar file or is damaged)"):
-        tars.Tars(path)
-    (tmp_path / "x.tar").write_bytes(b"\x1f\x8b" + bytes(2000))
-    with pytest.raises(ConfigError, match="not a plain tar file"):
         tars.Tars(path)

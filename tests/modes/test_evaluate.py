@@ -17,7 +17,7 @@ from madformer_jax.runtime import partitioning
 from madformer_jax.sampling import generation
 from tests.modes import judged
 
-N = judged.N
+N, BLACK = judged.N, np.zeros((judged.N, 32, 32, 1), np.uint8)
 data, workdir, fresh, data_images = judged.data, judged.workdir, judged.fresh, judged.data_images
 
 
@@ -79,6 +79,10 @@ def test_a_killed_evaluation_gives_the_file_of_an_undisturbed_one(fresh, workdir
     assert again["cost"].pop("seconds") > 0 and undisturbed["cost"].pop("seconds") > 0
     assert again == undisturbed
     assert [x.name for x in (workdir / "evaluations").iterdir()] == [path.name]
+    half.parent.mkdir()
+    half.write_bytes(b"PK")  # as after a kill between the result and the removal of its shards
+    evaluate.run(fresh, str(workdir))
+    assert [x.name for x in (workdir / "evaluations").iterdir()] == [path.name] and len(drawn) == 5
 
 
 def test_a_grid_compiles_each_program_once_and_computes_nothing_twice(fresh, workdir, monkeypatch, capsys):
@@ -155,11 +159,6 @@ def test_images_that_cannot_be_read_are_named_and_left_out_until_they_are_too_ma
     assert reference_statistics.load(fresh.evaluate.reference).protocol["n"] == N - 1
 
 
-def _adm(workdir, path):
-    with np.load(workdir / "reference.npz") as file:
-        np.savez(path, mu=file["mu"], sigma=file["sigma"])
-
-
 def test_shards_are_removed_when_every_process_has_read_them(fresh, workdir, monkeypatch):
     order, read, remove, sync = [], shards.Shards.read, shards.Shards.remove, partitioning.sync
     monkeypatch.setattr(shards.Shards, "read", lambda self: order.append("read") or read(self))
@@ -187,18 +186,15 @@ def test_kept_features_give_the_same_scores_again(fresh, workdir, monkeypatch):
 
 
 def test_statistics_alone_give_the_frechet_distance(fresh, workdir, tmp_path):
-    _adm(workdir, tmp_path / "adm.npz")
+    with np.load(workdir / "reference.npz") as file:
+        np.savez(tmp_path / "adm.npz", mu=file["mu"], sigma=file["sigma"])
     fresh.evaluate.images = "data:all"
     expected = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
     fresh.evaluate.reference = str(tmp_path / "adm.npz")
     actual = evaluate.run(fresh, str(workdir))["results"][0]["scores"]
     assert actual["FD-classifier"]["value"] == pytest.approx(expected["FD-classifier"]["value"], rel=1e-3)
-    assert set(expected) - set(actual) == {
-        "KID-classifier",
-        "precision-classifier",
-        "recall-classifier",
-        "seam_difference",
-    }
+    missing = {"KID-classifier", "precision-classifier", "recall-classifier", "seam_difference"}
+    assert set(expected) - set(actual) == missing
 
 
 def test_copies_of_training_images_are_found_and_drawn(fresh, workdir, data, tmp_path):
@@ -246,9 +242,27 @@ def test_real_images_are_the_last_row_and_scored_once_for_each_reference(fresh, 
     assert "| real |" not in capsys.readouterr().out.splitlines()[-1]
 
 
-def _set(name, value):
+def _set(*fields):
+    """Sets fields of `evaluate`, each a name and a value."""
+
     def change(c, workdir, tmp_path):
-        c.evaluate[name] = value.format(tmp=tmp_path) if isinstance(value, str) else value
+        for name, value in zip(fields[::2], fields[1::2]):
+            c.evaluate[name] = value.format(tmp=tmp_path, run=workdir) if isinstance(value, str) else value
+
+    return change
+
+
+def _other_images(c, workdir, tmp_path):
+    c.data.crop = False
+
+
+def _reference(field="reference", changed=False, **arrays):
+    """Names a file of these arrays, or of those of the workdir's reference with these instead."""
+
+    def change(c, workdir, tmp_path):
+        with np.load(workdir / "reference.npz") as file:
+            np.savez(tmp_path / "adm.npz", **((dict(file) if changed else {}) | arrays))
+        c.evaluate[field] = str(tmp_path / "adm.npz")
 
     return change
 
@@ -259,38 +273,6 @@ def _other_network(c, workdir, tmp_path):
     c.evaluate.network_path = str(tmp_path / "other.npz")
 
 
-def _other_images(c, workdir, tmp_path):
-    c.data.crop = False
-
-
-def _other_dims(c, workdir, tmp_path):
-    np.savez(tmp_path / "adm.npz", mu=np.zeros(3), sigma=np.eye(3))
-    c.evaluate.reference = str(tmp_path / "adm.npz")
-
-
-def _no_statistics(c, workdir, tmp_path):
-    np.savez(tmp_path / "adm.npz", x=np.zeros(3))
-    c.evaluate.reference = str(tmp_path / "adm.npz")
-
-
-def _changed_reference(**arrays):
-    def change(c, workdir, tmp_path):
-        with np.load(workdir / "reference.npz") as file:
-            np.savez(tmp_path / "adm.npz", **(dict(file) | arrays))
-        c.evaluate.reference = str(tmp_path / "adm.npz")
-
-    return change
-
-
-def _training_is_reference(c, workdir, tmp_path):
-    c.evaluate.training = str(workdir / "reference.npz")
-
-
-def _training_without_features(c, workdir, tmp_path):
-    _adm(workdir, tmp_path / "adm.npz")
-    c.evaluate.training = str(tmp_path / "adm.npz")
-
-
 def _images(classes=0, **arrays):
     def change(c, workdir, tmp_path):
         c.model.classes = classes
@@ -298,15 +280,6 @@ def _images(classes=0, **arrays):
         c.evaluate.images = str(tmp_path / "x.npz")
 
     return change
-
-
-def _grid_of_images(c, workdir, tmp_path):
-    c.evaluate.images, c.evaluate.grid = "data:all", "steps=1"
-
-
-def _broken(c, workdir, tmp_path):
-    (tmp_path / "adm.npz").write_bytes(b"PK nothing")
-    c.evaluate.reference = str(tmp_path / "adm.npz")
 
 
 @pytest.mark.parametrize(
@@ -328,31 +301,24 @@ def _broken(c, workdir, tmp_path):
         (_set("images", "data:some"), "'some' is unknown"),
         (_set("images", "{tmp}"), "config.evaluate.images='/.*' holds no image"),
         (_set("images", "{tmp}/none.npz"), "config.evaluate.images='/.*/none.npz' does not exist"),
-        (_set("images", "missing"), "config.evaluate.images='missing' does not exist"),
         (_set("images", "LICENSE"), "config.evaluate.images='LICENSE' is neither a .npz file nor a folder"),
         (_other_network, "network weights"),
         (_other_images, "image crop True, and here it is False"),
-        (_other_dims, "network dims 3"),
-        (_no_statistics, "no mu and sigma, only x"),
-        (_broken, "cannot be read"),
-        (_changed_reference(features=np.full((9, 64), np.nan, np.float32)), "features of 9 of 9 images are not finite"),
-        (_changed_reference(features=np.zeros((9, 3), np.float32)), "3 features"),
-        (_changed_reference(mu=np.full(64, np.inf)), "not finite"),
-        (_changed_reference(protocol=np.array("{")), "cannot be read"),
-        (_changed_reference(protocol=np.array("3")), "cannot be read"),
-        (_training_is_reference, "is the reference itself"),
-        (_training_without_features, "has no features"),
+        (_reference(mu=np.zeros(3), sigma=np.eye(3)), "network dims 3"),
+        (_reference(x=np.zeros(3)), "no mu and sigma, only x"),
+        (_set("reference", "LICENSE"), "cannot be read"),
+        (_reference(changed=True, features=np.full((9, 64), np.nan, np.float32)), "of 9 of 9 images are not finite"),
+        (_reference(changed=True, features=np.zeros((9, 3), np.float32)), "3 features"),
+        (_reference(changed=True, mu=np.full(64, np.inf)), "not finite"),
+        (_reference(changed=True, protocol=np.array("{")), "cannot be read"),
+        (_reference(changed=True, protocol=np.array("3")), "cannot be read"),
+        (_set("training", "{run}/reference.npz"), "is the reference itself"),
+        (_reference("training", mu=np.zeros(64), sigma=np.eye(64)), "has no features"),
         (_set("degrade", "noise:16"), "name them in evaluate.images"),
-        (_grid_of_images, "set one"),
-        (_images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.zeros(3)), r"labels are \(3,\) for 20 images"),
-        (
-            _images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.full(N, 0.5), classes=2),
-            "must be whole numbers from 0",
-        ),
-        (
-            _images(images=np.zeros((N, 32, 32, 1), np.uint8), labels=np.full(N, -1), classes=2),
-            "must be whole numbers from 0",
-        ),
+        (_set("images", "data:all", "grid", "steps=1"), "set one"),
+        (_images(images=BLACK, labels=np.zeros(3)), r"labels are \(3,\) for 20 images"),
+        (_images(images=BLACK, labels=np.full(N, 0.5), classes=2), "must be whole numbers from 0"),
+        (_images(images=BLACK, labels=np.full(N, -1), classes=2), "must be whole numbers from 0"),
         (_images(images=np.zeros((N, 32, 32, 1), np.float32)), "must be uint8"),
         (_images(images=np.zeros((N, 16, 16, 1), np.uint8)), "the config's are"),
         (_images(images=np.zeros((5, 32, 32, 1), np.uint8)), "there are only 5 images"),

@@ -20,6 +20,8 @@ from tests import tiny
 from tests.data.prepared import ENCODER, GOOD, ids, make_config, prepared, vae
 from tests.support import kill_prepare
 
+SDXL = ENCODER._replace(scaling_factor=0.13025)
+
 
 @pytest.fixture
 def config(tmp_path):
@@ -31,11 +33,15 @@ def out(tmp_path):
     return str(tmp_path / "out")
 
 
-def test_prepared_images_equal_those_of_the_source(config, out):
+def test_prepared_images_equal_those_of_the_source_and_corrupt_ones_are_listed(config, out):
     prepare.run(config, out)
     assert ids(config, out) == GOOD
     read = [pixels for i in range(23) if (pixels := _read(config, i)) is not None]
     np.testing.assert_array_equal(records.Records(out).read(np.arange(21)).arrays["image"], read)
+    manifest = records.read_manifest(out)
+    assert [os.path.basename(name) for name, _ in manifest["skipped"]] == ["0004.png", "0009.png"]
+    assert all(reason for _, reason in manifest["skipped"])
+    assert manifest["records"] == 21 and sum(shard["skipped"] for shard in manifest["shards"]) == 2
 
 
 def _read(config, index):
@@ -44,14 +50,6 @@ def _read(config, index):
         return pipeline.make_preprocessor(config).process_batch(source.read(np.array([index])).arrays["image"])[0]
     except ValueError:
         return None
-
-
-def test_corrupt_images_are_skipped_counted_and_listed(config, out):
-    prepare.run(config, out)
-    manifest = records.read_manifest(out)
-    assert [os.path.basename(name) for name, _ in manifest["skipped"]] == ["0004.png", "0009.png"]
-    assert all(reason for _, reason in manifest["skipped"])
-    assert manifest["records"] == 21 and sum(shard["skipped"] for shard in manifest["shards"]) == 2
 
 
 def test_more_corrupt_images_than_allowed_is_an_error(config, out):
@@ -74,8 +72,9 @@ def test_a_shard_of_corrupt_images_only_is_empty(config, out, tmp_path):
 
 
 def test_latents_hold_mean_and_logvar_of_every_image(config, out):
-    config.prepare.kind = "latents"
-    prepare.run(config, out, encoder=ENCODER)
+    config.prepare.kind, sizes = "latents", set()
+    prepare.run(config, out, encoder=ENCODER._replace(encode=lambda x: sizes.add(x.shape) or vae(x)))
+    assert sizes == {(3, 16, 16, 3)}  # the encoder is compiled once
     c = prepared(config, out)
     assert pipeline.dataset_info(c)[:4] == (21, 2, (2, 2, 4), "latents")
     examples = records.Records(out).read(np.arange(21))
@@ -85,18 +84,6 @@ def test_latents_hold_mean_and_logvar_of_every_image(config, out):
     np.testing.assert_array_equal(arrays["mean"][:, 0, 0, 0], GOOD)
     np.testing.assert_array_equal(arrays["mean"], -arrays["logvar"])
     assert examples.labels.tolist() == [i % 2 for i in GOOD]
-
-
-def test_every_batch_to_the_encoder_has_one_size(config, out):
-    sizes = set()
-
-    def counting(images):
-        sizes.add(images.shape)
-        return vae(images)
-
-    config.prepare.kind = "latents"
-    prepare.run(config, out, encoder=ENCODER._replace(encode=counting))
-    assert sizes == {(3, 16, 16, 3)}
 
 
 def test_flipped_copies_follow_their_originals(config, out):
@@ -199,9 +186,11 @@ def test_another_vae_is_another_preparation(config, out):
     assert prepare.run(config, out, encoder=ENCODER)["made"] == 0
     with pytest.raises(ConfigError, match="made in another way: codec was .*abc.* and is .*def"):
         prepare.run(config, out, encoder=ENCODER._replace(weights="def"))
-
-
-SDXL = ENCODER._replace(scaling_factor=0.13025)
+    with pytest.raises(ConfigError, match="made in another way: codec"):
+        prepare.run(config, out, encoder=SDXL)
+    manifest = records.read_manifest(out)
+    assert manifest["codec"].pop("scaling_factor") == 0.18215  # which follows from the weights
+    assert records._fingerprint(manifest) == records.Records(out).fingerprint
 
 
 def test_latents_are_scaled_by_the_factor_of_their_vae(config, out):
@@ -230,17 +219,6 @@ def test_latents_of_another_shape_are_refused(config, out):
     prepare.run(config, out, encoder=encoder)
     with pytest.raises(ConfigError, match=r"latents of 2 x 2 x 16 .* the model takes 2 x 2 x 4"):
         pipeline.dataset_info(prepared(config, out))
-
-
-def test_another_scaling_factor_is_refused_but_no_part_of_the_fingerprint(config, out):
-    """The weights are part of it, and the factor follows from them."""
-    config.prepare.kind = "latents"
-    prepare.run(config, out, encoder=ENCODER)
-    with pytest.raises(ConfigError, match="made in another way: codec"):
-        prepare.run(config, out, encoder=SDXL)
-    manifest = records.read_manifest(out)
-    assert manifest["codec"].pop("scaling_factor") == 0.18215
-    assert records._fingerprint(manifest) == records.Records(out).fingerprint
 
 
 def test_an_unusable_vae_is_refused_before_writing(config, out, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def assert_goes_on_from(workdir, step):
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
 @pytest.mark.parametrize("item", ["params", "data"])
-def test_a_checkpoint_cut_off_is_told_and_the_one_before_is_used(workdir, caplog, item, share):
+def test_a_truncated_checkpoint_is_logged_and_the_one_before_is_used(workdir, caplog, item, share):
     files = [p for p in (workdir / "checkpoints" / "2" / item).rglob("*") if p.is_file()]
     largest = max(files, key=lambda p: (p.name == "metadata", p.stat().st_size))  # of "data", the file with the state
     content = largest.read_bytes()
@@ -127,7 +127,7 @@ def test_a_step_without_its_checksums_is_not_finished(workdir, monkeypatch):
     assert_goes_on_from(workdir, 2)
 
 
-def test_what_passes_is_tried_again_and_what_stays_ends_it(workdir, monkeypatch, caplog):
+def test_transient_errors_are_tried_again_and_others_end_it(workdir, monkeypatch, caplog):
     """And no good checkpoint is taken for a broken one."""
     failures: list[OSError] = []
 

@@ -119,12 +119,6 @@ def test_of_many_that_come_at_the_same_moment_one_gets_the_lock(tmp_path, left, 
     assert len(held) == 1 and len(refused) == count - 1
 
 
-def test_a_lock_that_another_process_has_taken_is_not_removed(tmp_path, left):
-    with lock.acquire(str(tmp_path)):
-        left()
-    assert json.loads((tmp_path / lock.FILE_NAME).read_text())["token"] == "other"
-
-
 def test_a_folder_that_cannot_be_locked_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for name, message in (("file/run", "cannot be written"), ("a\\b", "files cannot be addressed here")):

@@ -70,7 +70,7 @@ def abstract(shape, mesh):
     return partitioning.abstract_arrays(nn.meta.unbox(boxed), partitioning.shardings(boxed, mesh))
 
 
-def test_a_state_larger_than_the_machine_is_refused_with_what_is_needed_what_there_is_and_what_to_do(monkeypatch):
+def test_a_state_larger_than_the_machine_is_refused_with_the_needed_and_the_free_memory(monkeypatch):
     mesh = partitioning.make_mesh(2, 2, 2)
     trees = {"parameters": abstract((1024, 4096), mesh), "optimizer": abstract((4096, 8192), mesh)}
     # eight devices hold a quarter each, all of it in this machine's memory: 2 * (16 + 128) MiB

@@ -12,7 +12,7 @@ from madformer_jax.runtime.preemption import Preemption, interruptible
 
 
 @pytest.fixture
-def told_at(monkeypatch):
+def stopped_at(monkeypatch):
     """Simulates two processes that JAX stops at calls of its sync point.
 
     Returns the list of the calls that stop them, and the list of the numbers passed to all calls.
@@ -27,8 +27,8 @@ def told_at(monkeypatch):
     return at, numbers
 
 
-def test_processes_end_between_two_items_and_give_no_number_twice(told_at):
-    at, numbers = told_at
+def test_processes_end_between_two_items_and_give_no_number_twice(stopped_at):
+    at, numbers = stopped_at
     at.append(8)
     with Preemption() as stopping:  # of a training before
         assert not stopping.reached()
@@ -40,16 +40,17 @@ def test_processes_end_between_two_items_and_give_no_number_twice(told_at):
     assert len(numbers) == 8 and all(a < b for a, b in itertools.pairwise(numbers))
 
 
-def test_ctrl_c_in_one_of_several_processes_is_a_notice_to_all(told_at, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_or_a_closed_terminal_of_one_of_several_processes_is_a_notice_to_all(stopped_at, monkeypatch, number):
     """It becomes SIGTERM, which JAX's notifier hears. The earlier handler is back afterwards."""
-    heard, before = [], signal.getsignal(signal.SIGINT)
+    heard, before = [], signal.getsignal(number)
     monkeypatch.setattr(os, "kill", lambda process, number: heard.append(number))
     for i in interruptible(range(3)):
         if i == 1:
-            signal.raise_signal(signal.SIGINT)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # not for the rest of the tests
+            signal.raise_signal(number)
+            signal.signal(number, signal.SIG_IGN)  # not for the rest of the tests
     assert heard == [signal.SIGTERM]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_single_process_keeps_its_signals():
@@ -68,12 +69,3 @@ def test_a_closed_terminal_is_a_notice_unless_it_is_ignored(ignored):
         assert signal.getsignal(signal.SIGHUP) is (signal.SIG_IGN if ignored else signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def test_a_closed_terminal_of_one_of_several_processes_is_a_notice_to_all(told_at, monkeypatch):
-    heard, before = [], signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    monkeypatch.setattr(os, "kill", lambda process, number: heard.append(number))
-    with Preemption():
-        signal.raise_signal(signal.SIGHUP)
-    signal.signal(signal.SIGHUP, before)
-    assert heard == [signal.SIGTERM]

@@ -23,7 +23,7 @@ def lines(monkeypatch):
     return said, twice
 
 
-def test_the_first_call_is_told_while_it_lasts_and_the_others_are_not(lines):
+def test_the_first_call_is_logged_while_it_lasts_and_the_others_are_not(lines):
     said, twice = lines
 
     def program(x):
@@ -39,7 +39,7 @@ def test_the_first_call_is_told_while_it_lasts_and_the_others_are_not(lines):
     assert call(2) == 3 and len(said) == count
 
 
-def test_nothing_is_told_behind_an_error(lines):
+def test_nothing_is_logged_after_an_error(lines):
     said, twice = lines
 
     def read():

@@ -60,7 +60,7 @@ def test_a_broken_json_file_is_named(tmp_path):
             storage.read_json(path)
 
 
-def test_what_may_pass_is_tried_again():
+def test_transient_errors_are_tried_again():
     failing = unittest.mock.Mock(side_effect=[OSError(errno.EIO, "Input/output error"), TimeoutError(), "content"])
     assert storage.retry(failing, waits=(0, 0, 0)) == "content"
     for error in (

@@ -95,10 +95,7 @@ def test_an_npz_file_that_is_an_array_or_damaged_is_one_line_that_names_it(tmp_p
 def test_missing_file_and_unknown_suffix(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         state_dicts.read_state_dict(tmp_path / "m.npz")
-    for access in (
-        state_dicts.read_state_dict,
-        lambda path: state_dicts.write_state_dict(path, {}),
-    ):
+    for access in (state_dicts.read_state_dict, lambda path: state_dicts.write_state_dict(path, {})):
         with pytest.raises(ConfigError, match=r"must end in one of \.pt"):
             access(tmp_path / "m.ckpt")
 
@@ -118,13 +115,7 @@ def test_check_names_every_tensor_that_does_not_fit():
     tensors = {"a": np.zeros((3, 2)), "c": np.zeros(4), "e": np.zeros(1), "f": np.zeros(1)}
     with pytest.raises(ConfigError) as error:
         state_dicts.check_tensors(expected, tensors, "m.pt")
-    assert_one_line(
-        error,
-        "m.pt",
-        "2 missing (b, d)",
-        "2 extra (e, f)",
-        "1 mis-shaped (a (3, 2) instead of (2, 3))",
-    )
+    assert_one_line(error, "m.pt", "2 missing (b, d)", "2 extra (e, f)", "1 mis-shaped (a (3, 2) instead of (2, 3))")
     state_dicts.check_tensors({"a": (3, 2)}, {"a": np.zeros((3, 2))}, "m.pt")
 
 
@@ -186,6 +177,11 @@ def test_release_checkpoint_gives_ema_model_and_args(tmp_path, legacy):
     assert state_dicts.read_state_dict(path).weights == "model"
     with pytest.raises(ConfigError, match="no 'ema' weights, only 'model'"):
         state_dicts.read_state_dict(path, "ema")
+    torch.save(content["model"], path)
+    with pytest.raises(
+        ConfigError, match="no 'ema' weights, only one set without a name: leave config.convert.weights"
+    ):
+        state_dicts.read_state_dict(path, "ema")
 
 
 def test_checkpoint_without_a_state_dict(tmp_path):
@@ -206,10 +202,7 @@ def test_checkpoint_without_a_state_dict(tmp_path):
 def test_without_pytorch_the_error_says_what_to_do(tmp_path, tensors, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "m.pt").write_bytes(b"")
-    for access in (
-        state_dicts.read_state_dict,
-        lambda path: state_dicts.write_state_dict(path, tensors),
-    ):
+    for access in (state_dicts.read_state_dict, lambda path: state_dicts.write_state_dict(path, tensors)):
         with pytest.raises(ConfigError) as error:
             access(tmp_path / "m.pt")
         assert_one_line(error, tmp_path / "m.pt", "pip install torch", ".safetensors")

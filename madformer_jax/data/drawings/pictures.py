@@ -126,11 +126,7 @@ class _CacheFile(NamedTuple):
 
 @functools.cache
 def _package_versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide the pictures.
-
-    Raises:
-      ConfigError: A package is not installed.
-    """
+    """Returns the versions of the packages that decide the pictures."""
     try:
         return {name: importlib.metadata.version(name) for name in _PACKAGES}
     except importlib.metadata.PackageNotFoundError as error:
@@ -263,11 +259,10 @@ class Drawings(Source):
         data.drawings *= factor
 
     def __init__(self, count: int, size: int, seed: int = 0):
-        """Draws the pictures that are not in the cache.
+        """Draws the pictures of size x size pixels that are not in the cache.
 
         Raises:
-          ConfigError: A package is not installed, `size` is below `MIN_SIZE`, or the cache cannot
-            be written.
+          ConfigError: A package is not installed, `size` is too small, or the cache cannot be written.
         """
         if size < MIN_SIZE:
             raise ConfigError(f"config.data.image_size={size} is too small for drawings: at least {MIN_SIZE}.")

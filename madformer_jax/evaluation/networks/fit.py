@@ -16,7 +16,6 @@ from absl import logging
 from jax import Array
 
 from madformer_jax.errors import ConfigError
-from madformer_jax.runtime import storage
 from madformer_jax.weights import state_dicts
 
 
@@ -99,9 +98,7 @@ def load(path: str, kind: Any, description: str, init: Callable[[Mapping[str, An
     Raises:
       ConfigError: The file is missing or damaged, or has no metadata.
     """
-    # `read_state_dict` refuses files in buckets.
-    read = state_dicts.read_npz if storage.is_remote(path) else state_dicts.read_state_dict
-    tensors, args, _ = read(path)
+    tensors, args, _ = state_dicts.read_state_dict(path)
     try:
         metadata = {name: (args or {})[name] for name in kind._fields if name != "params"}
     except KeyError:
