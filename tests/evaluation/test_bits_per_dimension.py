@@ -9,8 +9,8 @@ import pytest
 from scipy import special, stats
 
 from madformer_jax.diffusion import schedule as schedules
-from madformer_jax.evaluation import bits_per_dimension, teacher_forcing
-from madformer_jax.evaluation.held_out_images import HeldOutBatch
+from madformer_jax.evaluation import bits_per_dimension, held_out_losses, teacher_forcing
+from madformer_jax.evaluation.held_out_images import HeldOutBatch, block_noise
 from madformer_jax.evaluation.teacher_forcing import Levels, TeacherForcing
 from madformer_jax.models import madformer
 from madformer_jax.models.madformer import ModelOutputs
@@ -225,6 +225,47 @@ def test_more_starts_never_raise_the_bound_of_the_pilot():
             chosen = [make(schedule, pilot, order[: k + 1]).pilot_nats for k in range(14)]
             assert chosen == list(np.minimum.accumulate(np.array(each)[order]))
             assert chosen[-1] < chosen[0]
+
+
+def test_one_block_has_the_plain_bound(mesh, single):
+    """For L = 1 the bound is that of a diffusion model, with the noise and timesteps of the estimate."""
+    forward, model, z = single
+    batch = batch_of(z[:8])
+    pilots, starts = [pilot_of(forward.schedule)] * 2, [3]
+    with partitioning.scope(mesh):
+        values = bits_per_dimension.measure_batch(
+            forward, batch, bits_per_dimension.bounds_of(forward.schedule, pilots, starts)
+        )
+    alpha_bar, x, nats = schedules.alphas_cumprod(), z[:8], 0.0
+    params = random_params(model)
+    apply = jax.jit(lambda z, x, t: model.apply({"params": params}, z, x, t, clean_t=0 * t, terms=("image",)).image)
+    log_snr = np.log(alpha_bar / (1 - alpha_bar))
+    begin = 2 * np.log(12.5)
+
+    def clean(level, draw):
+        alpha, sigma = (np.sqrt(special.expit(s * level))[:, None, None, None] for s in (1, -1))
+        noisy = alpha * x + sigma * np.asarray(block_noise(batch.device_numbers, draw, forward.sizes))
+        t = np.interp(-level, -log_snr, np.arange(1000))
+        given = jnp.asarray(noisy, jnp.float32), jnp.asarray(t, jnp.float32)[:, None]
+        output = np.asarray(apply(0 * given[0], *given))
+        return (noisy - sigma * output) / alpha
+
+    for k in range(4):
+        u = held_out_losses.low_discrepancy(4 * batch.numbers + k, 1, 300)[:, 0]
+        level = begin + (log_snr[-1] - begin) * u
+        squared = np.sum((x - clean(level, 300 + k)) ** 2, axis=(1, 2, 3))
+        nats = nats + 0.25 * 0.5 * np.exp(level) * squared * (begin - log_snr[-1])
+    estimate = clean(np.full(8, begin), 100)
+    edges = [np.where(abs(x + side) < 1e-6, side * -np.inf, x - side / 255) for side in (1, -1)]  # lower, upper
+    normal = stats.norm(estimate, 1 / 12.5)
+    below, above = (  # of the bin's two ends, whichever tail has digits
+        normal.logcdf(edges[1]) + np.log1p(-np.exp(normal.logcdf(edges[0]) - normal.logcdf(edges[1]))),
+        normal.logsf(edges[0]) + np.log1p(-np.exp(normal.logsf(edges[1]) - normal.logsf(edges[0]))),
+    )
+    logs = np.where(x > estimate, above, below)
+    prior = 0.5 * (alpha_bar[-1] * (x**2 - 1) - np.log(1 - alpha_bar[-1]))
+    nats = nats + np.sum(prior - logs, axis=(1, 2, 3))
+    np.testing.assert_allclose(values["bits_per_dimension"], nats / (x[0].size * np.log(2)), rtol=2e-3)
 
 
 def test_images_are_scored_with_the_choice_of_the_others(mesh, single, monkeypatch):
