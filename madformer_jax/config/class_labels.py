@@ -12,7 +12,7 @@ import operator
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from madformer_jax.config import fields
@@ -82,8 +82,8 @@ def from_python(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    items = [_python_item(value)] if _is_integer(value) else value
-    if not isinstance(items, Iterable) or isinstance(items, Mapping | Set | bytes):
+    items = [value] if _is_integer(value) else fields.python_items(value)
+    if items is None:
         raise ConfigError(
             f"labels={reprlib.repr(value)} must be a class number, or a list of class numbers and class names."
         )

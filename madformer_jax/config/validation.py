@@ -246,8 +246,8 @@ def _check_sampling(c: ConfigDict) -> None:
         )
     if s.solver != "dpmpp_2m" and s.spacing != "trailing" and 1 in steps_of_blocks:
         raise ConfigError(
-            f"config.sample.steps=1 with solver={s.solver!r} and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
-            "config.sample.spacing=trailing, or 2 steps or more."
+            f"a block of 1 step with config.sample.solver={s.solver!r} and config.sample.spacing={s.spacing!r} starts at t = 0 "
+            "and returns noise. Use config.sample.spacing=trailing, or 2 steps or more."
         )
 
 

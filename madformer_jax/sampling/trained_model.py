@@ -269,6 +269,7 @@ class Model:
             else:
                 known = [x for x in ("seed", *others, *c.sample) if x not in _LOAD_FIELDS + _FILE_FIELDS]
                 raise ConfigError(_unknown_setting_message(name, value, "sampling", known))
+        c.sample.noise = storage.expand(c.sample.noise)
         c.sample.n = 1 if n is None else _to_field_type("n", n, 1)
         config_lib.validate(c)
         config_lib.resolve_label_numbers(c, self.labels)

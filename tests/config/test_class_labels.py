@@ -118,7 +118,7 @@ def test_labels_of_python(value, expected):
 
 
 @pytest.mark.parametrize(
-    "value", [1.0, True, [True], [1.5], [None], None, {1, 2}, {"a": 1}, b"cat", np.zeros((2, 2), int)]
+    "value", [1.0, True, [True], [1.5], [None], None, {1, 2}, {"a": 1}, b"cat", np.zeros((2, 2), int), np.array("cat")]
 )
 def test_what_cannot_be_a_label_is_refused(value):
     with pytest.raises(ConfigError, match=r"labels.* must be a class number") as error:

@@ -170,6 +170,15 @@ def test_a_tiny_config_of_a_depth_that_there_is_not_speaks_of_the_depth_that_was
         schema.as_tiny(c)
 
 
+def test_a_tiny_config_of_another_unet_and_of_several_depths_is_valid():
+    c = schema.base()
+    c.model.unet_channels, c.model.unet_attention, c.model.unet_groups = (64, 128, 256), (False, False, True), 32
+    c.train.elastic_depth, c.train.elastic_depths = True, (7, 14, 28)
+    schema.as_tiny(c)
+    schema.validate(c)
+    assert c.model.diffusion_depth == 2 and c.train.elastic_depths == (1, 2, 4)
+
+
 def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):
     tiny_config.sample.labels = "7,2"
     assert schema.sample_labels(tiny_config) == [7, 2, 7, 2, 7]
