@@ -151,7 +151,7 @@ class Solver(abc.ABC):
 
 
 def ddim_weights(now: NoiseLevel, after: NoiseLevel) -> tuple[AnyArray, AnyArray]:
-    """Returns the weights of x and of the clean estimate that keep the estimates of z and of the noise."""
+    """Returns the weights of x and x0 in a DDIM step, which keeps x0 and eps = (x - alpha x0) / sigma."""
     x_weight = after.sigma / now.sigma
     return x_weight, after.alpha - now.alpha * x_weight
 

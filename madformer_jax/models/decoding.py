@@ -20,6 +20,7 @@ from madformer_jax.models.block_order import Order
 from madformer_jax.models.cache import Layers, ModelCache, StageCache, empty_context, to_cache, write_block
 from madformer_jax.models.plan import sampling_plan
 from madformer_jax.models.unet_context import neighbor_context
+from madformer_jax.ops.attention.base import Index
 from madformer_jax.ops.rope import RotaryTable
 
 
@@ -79,7 +80,7 @@ class Decoding(nn.Module):
         return self._boi_tokens(batch)
 
     def condition(
-        self, cache: ModelCache, pred: Float[Array, "B 1 s d"], block: int | Int[Array, ""]
+        self, cache: ModelCache, pred: Float[Array, "B 1 s d"], block: Index
     ) -> tuple[Float[Array, "B 1 s d"], ModelCache]:
         """Runs the AR layers on the prediction stream.
 
@@ -109,7 +110,7 @@ class Decoding(nn.Module):
         condition: Float[Array, "rows 1 s d"],
         noisy: Float[Array, "B 1 positions C"],
         t: float | Num[Array, ""],
-        block: int | Int[Array, ""],
+        block: Index,
     ) -> tuple[Float[Array, "rows 1 positions C"], Layers | None]:
         """Predicts eps, v or x0 of a noisy block; runs the diffusion layers only.
 
@@ -134,17 +135,13 @@ class Decoding(nn.Module):
         return self._upsample(pred, jnp.full(x.shape[:2], t), skips), kv
 
     def embed_clean(
-        self,
-        cache: ModelCache,
-        z: Float[Array, "B 1 positions C"],
-        t: float | Num[Array, ""],
-        block: int | Int[Array, ""],
+        self, cache: ModelCache, z: Float[Array, "B 1 positions C"], t: float | Num[Array, ""], block: Index
     ) -> Float[Array, "B 1 s d"]:
         """Embeds a finished block with timestep t."""
         tokens: Array = self._downsample(z, jnp.full(z.shape[:2], t), self._finished_context(cache, block))[0]
         return self._add_places(tokens, self._block_place(cache, block, len(tokens)))
 
-    def cache_clean(self, cache: ModelCache, clean: Float[Array, "B 1 s d"], block: int | Int[Array, ""]) -> ModelCache:
+    def cache_clean(self, cache: ModelCache, clean: Float[Array, "B 1 s d"], block: Index) -> ModelCache:
         """Runs the clean tower on a finished block and caches its keys and values.
 
         Layers whose keys and values nothing reads do not run (`plan.sampling_plan`).
@@ -167,13 +164,11 @@ class Decoding(nn.Module):
         _, kv = self.diffusion_layers.step("clean", clean, cache.diffusion, positions, block, cache.lengths)
         return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.config.attention))
 
-    def cache_noisy(self, cache: ModelCache, kv: Layers | None, block: int | Int[Array, ""]) -> ModelCache:
+    def cache_noisy(self, cache: ModelCache, kv: Layers | None, block: Index) -> ModelCache:
         """Caches keys and values of a block's last solver step, in models without clean stream."""
         return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.config.attention))
 
-    def _finished_context(
-        self, cache: ModelCache, block: int | Int[Array, ""]
-    ) -> Float[Array, "B 1 positions _"] | None:
+    def _finished_context(self, cache: ModelCache, block: Index) -> Float[Array, "B 1 positions _"] | None:
         """Returns the block's neighbors in finished blocks, or None."""
         if cache.finished_blocks is None:
             return None
@@ -183,14 +178,14 @@ class Decoding(nn.Module):
         context = neighbor_context(cache.finished_blocks, order, self.config.sizes)
         return jax.lax.dynamic_slice_in_dim(context, block, 1, axis=1)
 
-    def _block_place(self, cache: ModelCache, block: int | Int[Array, ""], rows: int) -> Int[Array, "*rows 1"] | None:
+    def _block_place(self, cache: ModelCache, block: Index, rows: int) -> Int[Array, "*rows 1"] | None:
         """Returns the place of a block, (1,) or (rows, 1); None in raster order."""
         if cache.order is None:
             return None
         order = cache.order if cache.order.ndim == 1 else cache.order[:rows]
         return jax.lax.dynamic_slice_in_dim(order, block, 1, axis=-1)
 
-    def _block_positions(self, cache: ModelCache, block: int | Int[Array, ""]) -> RotaryTable:
+    def _block_positions(self, cache: ModelCache, block: Index) -> RotaryTable:
         """Returns the rotary table of one block, (1, s, h), or (rows, 1, s, h) if rows differ in their order."""
         if cache.order is None:
             return RotaryTable(*(x[block][None] for x in self._image_positions()))

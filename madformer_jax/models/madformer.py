@@ -40,7 +40,7 @@ from madformer_jax.config.shapes import Sizes, derive_sizes, vocabulary_size
 from madformer_jax.models.block_order import Order
 from madformer_jax.models.decoding import Decoding
 from madformer_jax.models.layers import Params, dense
-from madformer_jax.models.plan import AblationSwitches, training_plan
+from madformer_jax.models.plan import AblationSwitches, TrainingPlan, training_plan
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, UNetConfig, Upsampler
 from madformer_jax.models.unet_context import neighbor_context
@@ -226,15 +226,7 @@ class MADFormer(Decoding):
             embedded = {name: self._add_places(x, order) for name, x in embedded.items()}
 
         positions = self._stream_positions(order, plan.clean_blocks)
-        # The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
-        previous = [embedded["clean"][:, :-1]] if "clean" in plan.downsampled else []
-        streams = Streams(
-            text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
-            clean=embedded["clean"][:, : plan.clean_blocks] if "clean" in plan.ar_inputs else None,
-            pred=self._add_places(jnp.concatenate([self._boi_tokens(len(z)), *previous], axis=1), order)
-            if "pred" in plan.ar_inputs
-            else None,
-        )
+        streams = self._ar_streams(plan, embedded.get("clean"), tokens, len(z), order)
         if plan.ar_inputs:
             streams = self.ar_layers(streams, positions, plan.ar_outputs, lengths)
         condition = pred = streams.pred
@@ -265,6 +257,25 @@ class MADFormer(Decoding):
             hidden=outputs.get("hidden"),
             clean=outputs.get("clean"),
             text=self.text_head(streams.text) if "text" in plan.diffusion_outputs else None,
+        )
+
+    def _ar_streams(
+        self,
+        plan: TrainingPlan,
+        clean: Float[Array, "B L s d"] | None,
+        tokens: Int[Array, "B T"] | None,
+        batch: int,
+        order: Order | None,
+    ) -> Streams:
+        """Returns the streams that enter the AR layers (section 3.2).
+
+        The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
+        """
+        pred = jnp.concatenate([self._boi_tokens(batch), *([] if clean is None else [clean[:, :-1]])], axis=1)
+        return Streams(
+            text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
+            clean=clean[:, : plan.clean_blocks] if clean is not None and "clean" in plan.ar_inputs else None,
+            pred=self._add_places(pred, order) if "pred" in plan.ar_inputs else None,
         )
 
     # Parts that training and sampling share

@@ -93,12 +93,18 @@ def test_an_ambiguous_label_is_refused_with_both_readings(text, names, words, wr
         ("[true]", "True must be a class name"),
         ('[["cock"]]', "must be a class name"),
         ("[cock", r"'\[cock' is neither"),
+        ("cokc", r"'cokc' is neither .*\(names are 'cock', "),
     ],
 )
 def test_a_wrong_label_is_refused_in_one_line(text, words):
     with pytest.raises(ConfigError, match=words) as error:
         numbers(text, BIRDS)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_needs_data_with_names():
+    with pytest.raises(ConfigError, match=r"'cat' is neither .*\(this data set names none\)"):
+        numbers("cat", ())
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from madformer_jax.config import schema
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import losses, own_context, parameterization, sampler, schedule, solvers
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import madformer
 from madformer_jax.training import train_step
 from tests.cost.test_flops import abstract, wide, xla_flops
 from tests.diffusion.test_sampler import ONE_STAGE
@@ -78,9 +76,7 @@ def test_a_share_of_the_examples_follows_estimates(loss_of):
 def test_flops_hold_the_additional_forward_pass():
     c = wide(blocks=4)
     c.train.own_context = 0.25
-    model = madformer.build(c)
-    params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
-    z = jax.ShapeDtypeStruct((c.train.batch, *model.config.sizes.block_shape), jnp.float32)
+    model, params, z, *_ = abstract(c)
 
     def loss(params, averages, z):
         own = own_context.OwnContext(averages, 0.25, 500)
@@ -186,25 +182,6 @@ def test_steps_to_the_clean_end_are_those_of_the_solver(path):
         np.testing.assert_allclose(t[:, 0, 0], path.solver_timesteps("trailing", steps), rtol=1e-5, atol=1e-3)
         np.testing.assert_allclose(t[0], starts, rtol=1e-6)
         assert (np.diff(t, axis=0) <= 0).all() and (t[:-1] > path.clean).all() and (t[-1] == path.clean).all()
-
-
-def test_one_step_is_bit_for_bit_the_estimate_of_one_forward_pass(loss_of):
-    model, params, z, tokens, _, _ = loss_of
-    key = jax.random.key(5)
-
-    @jax.jit
-    def one_pass(params):
-        _, t_key, noise_key = jax.random.split(key, 3)
-        t = PATH.uniform_timesteps(t_key, z.shape[:2], 500)
-        noisy = PATH.add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t)
-        output = model.apply({"params": params}, z, noisy, t, tokens, None, terms=("image",)).image
-        return parameterization.clean_estimate("eps", output, noisy, PATH.level(t[..., None, None]))
-
-    def estimates(params):
-        own = own_context.OwnContext(params, 1.0, 500)
-        return own_context.replace(model, own, z, tokens, None, key, PATH)
-
-    np.testing.assert_array_equal(jax.jit(estimates)(params), one_pass(params))
 
 
 def test_flops_of_a_rollout_hold_the_ar_layers_once():

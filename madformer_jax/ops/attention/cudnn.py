@@ -18,7 +18,17 @@ from jax import Array
 from jaxtyping import Float, Int, PyTree
 
 from madformer_jax.ops.attention import cudnn_calls
-from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, checkpoint_residual, require_query, select_layer
+from madformer_jax.ops.attention.base import (
+    KV,
+    QKV,
+    Attention,
+    Block,
+    Index,
+    Lengths,
+    checkpoint_residual,
+    require_query,
+    select_layer,
+)
 from madformer_jax.ops.attention.cudnn_stacks import (
     pad_blocks,
     projection_gradient,
@@ -217,13 +227,7 @@ class CudnnAttention(Attention):
         )
 
     def block_attention(
-        self,
-        streams: Sequence[QKV],
-        context: KV | None,
-        text: KV | None,
-        lengths: Int[Array, " images"] | None = None,
-        *,
-        images: int = 1,
+        self, streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Lengths = None, *, images: int = 1
     ) -> list[Float[Array, "B _ s H h"]]:
         own = (n for n, stream in enumerate(streams) if context is not None and stream.v is context.v)
         context_stream = next(own, None)
@@ -239,13 +243,7 @@ class CudnnAttention(Attention):
         )
 
     def cached_attention(
-        self,
-        qkv: QKV,
-        context: KV | None,
-        text: KV | None,
-        layer: int | Int[Array, ""],
-        block: int | Int[Array, ""],
-        lengths: Int[Array, " B"] | None = None,
+        self, qkv: QKV, context: KV | None, text: KV | None, layer: Index, block: Index, lengths: Lengths = None
     ) -> Block:
         context, text = (kv and select_layer(kv, layer) for kv in (context, text))
         if context is not None:
@@ -257,12 +255,7 @@ class CudnnAttention(Attention):
         return cudnn_calls.flash_attention(q[:, 0], k, v, kv_lengths)[0][:, None]
 
     def write_and_attend(
-        self,
-        qkv: QKV,
-        context: KV,
-        text: KV | None,
-        block: int | Int[Array, ""],
-        lengths: Int[Array, " B"] | None = None,
+        self, qkv: QKV, context: KV, text: KV | None, block: Index, lengths: Lengths = None
     ) -> tuple[Block, KV]:
         q, k, v = (x[:, 0] for x in require_query(qkv))
         start = block * q.shape[1]
