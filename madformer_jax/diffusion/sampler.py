@@ -58,11 +58,7 @@ class BlockSteps(NamedTuple):
     ) -> tuple[Cache, Stream]:
         """Returns a cache with the text only, and the first block's prediction stream.
 
-        Args:
-          noise: The noise. Only its shape is used.
-          tokens: See `sample`.
-          lengths: See `sample`.
-          order: See `sample`.
+        The arguments are those of `sample`. Of the noise only the shape is used.
         """
         rows = (1 + self._null_rows) * len(noise)
         cache = self._call("empty_cache", rows, order)
@@ -292,7 +288,7 @@ def sample(
     if padded is None:
         tables = block_tables.make(method, schedule, spacing, steps if isinstance(steps, tuple) else (steps,))
     else:
-        tables = block_tables.of_arguments(padded)
+        tables = block_tables.BlockTables(*jax.tree.map(lambda x: jnp.asarray(x)[None], padded))
     common_table = 0 if padded is None else jnp.zeros((), jnp.int32)
     evaluations = tables.rows.index.shape[1]
     has_guide = tokens is not None or isinstance(model, GuidedPair)

@@ -76,8 +76,8 @@ class Decoding(nn.Module):
         )
 
     def begin(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
-        """Returns the first block's prediction stream, the begin-of-image tokens."""
-        return self._boi_tokens(batch)
+        """Returns the first block's prediction stream, the learned begin-of-image tokens."""
+        return jnp.broadcast_to(self.boi.astype(self.config.dtype), (batch, 1, *self.boi.shape))
 
     def condition(
         self, cache: ModelCache, pred: Float[Array, "B 1 s d"], block: Index

@@ -81,7 +81,7 @@ class LayerwiseMADFormer(MADFormer):
             text=None if tokens is None else self.embedding(tokens),
             clean=clean[:, : plan.clean_blocks] if plan.clean_blocks else None,
         )
-        pred = jnp.concatenate([self._boi_tokens(len(z)), clean[:, :-1]], axis=1)
+        pred = jnp.concatenate([self.begin(len(z)), clean[:, :-1]], axis=1)
         ar_depth = config.depth - config.diffusion_depth
         features, masses = [], []
         for number in range(config.depth):

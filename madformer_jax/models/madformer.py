@@ -271,7 +271,7 @@ class MADFormer(Decoding):
 
         The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
         """
-        pred = jnp.concatenate([self._boi_tokens(batch), *([] if clean is None else [clean[:, :-1]])], axis=1)
+        pred = jnp.concatenate([self.begin(batch), *([] if clean is None else [clean[:, :-1]])], axis=1)
         return Streams(
             text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
             clean=clean[:, : plan.clean_blocks] if clean is not None and "clean" in plan.ar_inputs else None,
@@ -329,10 +329,6 @@ class MADFormer(Decoding):
         if self.config.block_order != "random" or places is None:
             return x
         return x + jnp.take(self.places, places, axis=0)[..., None, :].astype(x.dtype)
-
-    def _boi_tokens(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
-        """Returns the learned begin-of-image tokens."""
-        return jnp.broadcast_to(self.boi.astype(self.config.dtype), (batch, 1, *self.boi.shape))
 
     def _image_positions(self, order: Order | None = None) -> RotaryTable:
         """Returns the rotary table of the image tokens, (L, s, h), or (B, L, s, h) if images differ in their order."""

@@ -50,11 +50,7 @@ from madformer_jax.runtime import stored_config
 )
 def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, words):
     tiny_config.model.unet_channels, tiny_config.model.unet_attention = (8, 16), (False, True)
-    *path, name = field.split(".")
-    section = tiny_config
-    for part in path:
-        section = section[part]
-    section[name] = value
+    tiny_config.update_from_flattened_dict({field: value})
     if field == "model.clean_stream":
         tiny_config.loss.clean = 0.1
     with pytest.raises(ConfigError, match=words) as error:
@@ -64,11 +60,8 @@ def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, wo
 
 @pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.choices or field.has_range])
 def test_every_choice_and_range_is_checked(tiny_config, field):
-    *path, name = field.split(".")
-    section = tiny_config
-    for part in path:
-        section = section[part]
-    section[name] = "nonsense" if isinstance(section[name], str) else type(section[name])(-2)
+    default = FIELDS[field].default
+    tiny_config.update_from_flattened_dict({field: "nonsense" if isinstance(default, str) else type(default)(-2)})
     with pytest.raises(ConfigError, match=f"config.{field}=.*(unknown: one of|out of range: it must be)") as error:
         schema.validate(tiny_config)
     assert "\n" not in str(error.value)

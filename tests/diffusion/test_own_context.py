@@ -19,43 +19,26 @@ from tests.small import random_params, small, small_config
 PATH = schedule.make("flow")
 
 
-@pytest.fixture(scope="module")
-def loss_of():
-    """Returns a function that computes the loss and its gradients, given the source of estimates."""
+def test_a_share_of_the_examples_follows_estimates():
     model, params = small(depth=2, diffusion_depth=1, classes=3, **ONE_STAGE)
     z = jnp.asarray(np.random.default_rng(0).standard_normal((4, *model.config.sizes.block_shape), np.float32))
-    tokens = jnp.array([[1], [0], [2], [1]])
+    tokens, key = jnp.array([[1], [0], [2], [1]]), jax.random.key(3)
+    loss_of = functools.partial(
+        losses.training_loss, model, z=z, tokens=tokens, key=key, weights=losses.LossWeights(hidden=0.0), schedule=PATH
+    )
 
     @jax.jit
     def compute(params, averages, share):
         """Returns the loss, its gradient by the averages, and the context."""
-
-        def loss(params, averages):
-            own = own_context.OwnContext(averages, share, 500)
-            weights = losses.LossWeights(hidden=0.0)
-            return losses.training_loss(
-                model, params, z, tokens, jax.random.key(3), weights, schedule=PATH, own_context=own
-            )[0]
-
         own = own_context.OwnContext(averages, share, 500)
-        key = jax.random.fold_in(jax.random.key(3), 3)
-        context = own_context.replace(model, own, z, tokens, None, key, PATH)
-        return *jax.value_and_grad(loss, argnums=1)(params, averages), context
+        loss, gradient = jax.value_and_grad(lambda x: loss_of(params, own_context=own._replace(params=x))[0])(averages)
+        context = own_context.replace(model, own, z, tokens, None, jax.random.fold_in(key, 3), PATH)
+        return loss, gradient, context
 
-    def plain():
-        return losses.training_loss(
-            model, params, z, tokens, jax.random.key(3), losses.LossWeights(hidden=0.0), schedule=PATH
-        )[0]
-
-    return model, params, z, tokens, compute, jax.jit(plain)
-
-
-def test_a_share_of_the_examples_follows_estimates(loss_of):
-    model, params, z, tokens, compute, plain = loss_of
     averages = jax.tree.map(lambda x: 0.9 * x, params)
     off, _, same = compute(params, averages, 0.0)
     np.testing.assert_array_equal(same, z)
-    np.testing.assert_allclose(off, plain(), rtol=1e-6)
+    np.testing.assert_allclose(off, jax.jit(lambda params: loss_of(params)[0])(params), rtol=1e-6)
     on, of_averages, estimates = compute(params, averages, 1.0)
     assert not np.isclose(on, off, rtol=1e-4)
     assert not any(np.any(x) for x in jax.tree.leaves(of_averages))  # the estimates pass no gradient
@@ -64,7 +47,7 @@ def test_a_share_of_the_examples_follows_estimates(loss_of):
     assert 0 < replaced.sum() < 4
     np.testing.assert_array_equal(some[~replaced], z[~replaced])
     # One step from the noised truth, from the same random numbers.
-    _, t_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 3), 3)
+    _, t_key, noise_key = jax.random.split(jax.random.fold_in(key, 3), 3)
     t = PATH.uniform_timesteps(t_key, z.shape[:2], 500)
     level = PATH.level(t[..., None, None])
     noisy = level.alpha * z + level.sigma * jax.random.normal(noise_key, z.shape)

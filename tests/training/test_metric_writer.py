@@ -62,7 +62,7 @@ def test_slow_disk_does_not_block_and_full_disk_raises(tmp_path, monkeypatch):
 
 def run_of_two_steps(c, workdir, step=0):
     writer = metric_writer.MetricWriter(c, str(workdir), step, 1.0, 1)
-    writer.log_start(step + 1, c, 7, np.zeros((2, 8, 8, 1), np.uint8))
+    writer.log_start(step + 1, 7, np.zeros((2, 8, 8, 1), np.uint8))
     for k in (step + 1, step + 2):
         writer.add(k, {"loss": float(k), "grad_norm": 1.0, "learning_rate": 0.1})
         writer.write()

@@ -65,8 +65,8 @@ class PallasAttention(Attention):
         text_tokens = 0 if text is None else text.k.shape[1] // images
         if text_tokens and lengths is None:
             lengths = jnp.full(len(v) * images, text_tokens)
-        sizes = {"images": images, "tokens": v.shape[2], "text_tokens": text_tokens}
-        kernel = partial(pallas_tpu.block_attention, **sizes, interpret=self.interpret)
+        sizes = pallas_tpu.KernelSizes(images, v.shape[2], text_tokens, self.interpret)
+        kernel = partial(pallas_tpu.block_attention, sizes=sizes)
         out = pallas_tpu.shard_map_kernel(kernel, *arrays, padded, lengths)
         out = out if self.interpret else pallas_tpu.with_row_major_layout(out)
         return out.transpose(0, 3, 1, 2).reshape(v.shape)
