@@ -113,7 +113,7 @@ class BlockSteps(NamedTuple):
             return _step_noise(keys, block, row.index, state.x.shape[1:])
 
         state, kv = self.solver.step(denoise, state, row, normal)
-        return state, kv if returns_kv or not config.clean_stream else None
+        return state, kv if returns_kv or not config.switches.clean_stream else None
 
     def cache_noisy(self, cache: Cache, kv: Any, block: int | Array) -> Cache:
         """Adds the keys and values of a noisy block to the cache."""
@@ -143,7 +143,7 @@ class BlockSteps(NamedTuple):
             cache = cache._replace(finished_blocks=finished)
         if self._null_rows:
             c = jnp.concatenate([c, c])
-        if not self.model.config.clean_stream:
+        if not self.model.config.switches.clean_stream:
             return self.cache_noisy(cache, kv, block), c
         return self._call("cache_clean", cache, c, block), c
 

@@ -43,13 +43,13 @@ class Decoding(nn.Module):
                 return StageCache(None, None)
             return StageCache(empty_context((layers, *shape), text_tokens, config.dtype, config.attention), None)
 
-        plan = sampling_plan(config.ablation_switches)
+        plan = sampling_plan(config.switches)
         order = config.default_order if order is None else order
         if order is not None and order.ndim == 2:
             order = jnp.tile(order, (batch // len(order), 1))
         return ModelCache(
             empty(config.depth - config.diffusion_depth, plan.condition or plan.cache_clean_ar),
-            empty(config.diffusion_depth, not config.block_only),
+            empty(config.diffusion_depth, not config.switches.block_only),
             order=order if order is None else jnp.asarray(order),
         )
 
@@ -94,13 +94,13 @@ class Decoding(nn.Module):
           The cache takes the keys and values of this pass in a model without the clean stream, and
           if the attention writes them before it attends.
         """
-        if not sampling_plan(self.config.ablation_switches).condition:
+        if not sampling_plan(self.config.switches).condition:
             return jnp.zeros_like(pred), cache
         pred = self._add_places(pred, self._block_place(cache, block, len(pred)))
         positions = self._block_positions(cache, block)
         pred, kv = self.ar_layers.step("pred", pred, cache.ar, positions, block, cache.lengths)
         # Layers that are apart have written the keys. They remain until the clean tower's replace them.
-        if not self.config.clean_stream or self.config.attention.layers_apart:
+        if not self.config.switches.clean_stream or self.config.attention.layers_apart:
             cache = cache._replace(ar=write_block(cache.ar, kv, block, self.config.attention))
         return pred, cache
 
@@ -154,7 +154,7 @@ class Decoding(nn.Module):
         Returns:
           The cache with the block.
         """
-        plan, positions = sampling_plan(self.config.ablation_switches), self._block_positions(cache, block)
+        plan, positions = sampling_plan(self.config.switches), self._block_positions(cache, block)
         if not plan.cache_clean_ar:
             return cache
         clean, kv = self.ar_layers.step("clean", clean, cache.ar, positions, block, cache.lengths)

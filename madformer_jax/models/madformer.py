@@ -7,7 +7,7 @@ every solver step. `MADFormer.__call__` runs all blocks at once, for training. I
 
 `diffusion.losses` calls the training forward and `diffusion.sampler` the sampling methods. A new
 switch is a field of `ModelConfig` with the name that it has in `config.model`. If the switch adds or
-removes a stream, `plan` must know it as well.
+removes a stream, it is a field of `plan.AblationSwitches`.
 
 Dimensions:
   B: images (rows of a batch).
@@ -40,7 +40,7 @@ from madformer_jax.config.shapes import Sizes, derive_sizes, vocabulary_size
 from madformer_jax.models.block_order import Order
 from madformer_jax.models.decoding import Decoding
 from madformer_jax.models.layers import Params, dense
-from madformer_jax.models.plan import AblationSwitches, TrainingPlan, training_plan
+from madformer_jax.models.plan import AblationSwitches, TrainingPlan, ablation_switches, training_plan
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, UNetConfig, Upsampler
 from madformer_jax.models.unet_context import neighbor_context
@@ -65,12 +65,9 @@ class ModelConfig:
     mlp_width: int
     rope: str
     # Streams and stages (section 3.4, Tables 3 and 5)
-    clean_stream: bool
-    ar_condition: bool
+    switches: AblationSwitches  # decide which streams and stages exist
     shared_towers: bool  # `param_sets`
-    block_only: bool  # `diffusion_attention`: diffusion layers do not attend to other blocks
     clean_timestep: str
-    hidden_from: str
     prediction_type: str
     # The block U-Net (section 3.1)
     unet: UNetConfig
@@ -97,18 +94,6 @@ class ModelConfig:
         if self.block_order == "raster":
             return None
         return fixed_order("raster" if self.block_order == "random" else self.block_order, self.sizes)
-
-    @property
-    def ablation_switches(self) -> AblationSwitches:
-        """The switches that decide which streams and stages exist."""
-        return AblationSwitches(
-            blocks=self.sizes.blocks,
-            text=bool(self.vocabulary),
-            clean_stream=self.clean_stream,
-            ar_condition=self.ar_condition,
-            hidden_from=self.hidden_from,
-            block_only=self.block_only,
-        )
 
 
 class ModelOutputs(NamedTuple):
@@ -146,7 +131,7 @@ class MADFormer(Decoding):
         towers = {
             name: "image" if config.shared_towers else name
             for name in ("clean", "pred")
-            if config.clean_stream or name == "pred"
+            if config.switches.clean_stream or name == "pred"
         }
         if config.vocabulary:
             towers["text"] = "text"
@@ -169,7 +154,8 @@ class MADFormer(Decoding):
         }
         ar_depth, scan = config.depth - config.diffusion_depth, (config.remat, config.scan_unroll)
         self.ar_layers = LayerStack(ar_depth, {**layer, "block_only": False}, *scan)
-        self.diffusion_layers = LayerStack(config.diffusion_depth, {**layer, "block_only": config.block_only}, *scan)
+        layer["block_only"] = config.switches.block_only
+        self.diffusion_layers = LayerStack(config.diffusion_depth, layer, *scan)
 
     def __call__(
         self,
@@ -204,7 +190,7 @@ class MADFormer(Decoding):
         config = self.config
         if clean_t is None:
             clean_t = t if config.clean_timestep == "noisy" else jnp.zeros_like(t)
-        switches = config.ablation_switches
+        switches = config.switches
         if self.is_initializing():  # creates all parameters, whatever the switch
             switches = switches._replace(ar_condition=True)
         plan = training_plan(terms, switches)
@@ -232,8 +218,8 @@ class MADFormer(Decoding):
         condition = pred = streams.pred
         if "noisy" in plan.downsampled:
             x = embedded["noisy"]
-            pred = x if condition is None or not config.ar_condition else condition + x
-        if config.hidden_from == "noisy":
+            pred = x if condition is None or not config.switches.ar_condition else condition + x
+        if config.switches.hidden_from == "noisy":
             condition = pred
         if plan.diffusion_inputs:
             streams = streams._replace(pred=pred).select(plan.diffusion_inputs)
@@ -382,8 +368,8 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "sizes": sizes,
         "vocabulary": vocabulary_size(c),
         "text_length": c.text.length,
+        "switches": ablation_switches(c),
         "shared_towers": m.param_sets == "shared",
-        "block_only": m.diffusion_attention == "block",
         "unet": unet,
         "attention": attention,
         "device": device,

@@ -86,4 +86,4 @@ class ParallelDenoiser(MADFormer):
 
     @property
     def _image_plan(self) -> TrainingPlan:
-        return training_plan(("image",), self.config.ablation_switches)
+        return training_plan(("image",), self.config.switches)

@@ -52,9 +52,9 @@ def test_changing_a_block_leaves_earlier_outputs_unchanged(name):
     forward, j = eps_of(model), 1
     before, after = forward(params, z, *others), forward(params, z.at[:, j].add(1.0), *others)
     np.testing.assert_array_equal(before[:, : j + 1], after[:, : j + 1])
-    c = model.config
-    if c.ar_condition or (c.clean_stream and not c.block_only):  # otherwise no clean block is read
-        assert all(float(jnp.abs(before[:, i] - after[:, i]).max()) > 1e-6 for i in range(j + 1, c.sizes.blocks))
+    s = model.config.switches
+    if s.ar_condition or (s.clean_stream and not s.block_only):  # otherwise no clean block is read
+        assert all(float(jnp.abs(before[:, i] - after[:, i]).max()) > 1e-6 for i in range(j + 1, s.blocks))
 
 
 def test_one_block_and_all_layers_is_plain_diffusion():
