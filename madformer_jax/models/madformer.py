@@ -257,11 +257,14 @@ class MADFormer(Decoding):
 
         The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
         """
-        pred = jnp.concatenate([self.begin(batch), *([] if clean is None else [clean[:, :-1]])], axis=1)
+        pred = None
+        if "pred" in plan.ar_inputs:
+            previous = [] if clean is None else [clean[:, :-1]]
+            pred = self._add_places(jnp.concatenate([self.begin(batch), *previous], axis=1), order)
         return Streams(
             text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
             clean=clean[:, : plan.clean_blocks] if clean is not None and "clean" in plan.ar_inputs else None,
-            pred=self._add_places(pred, order) if "pred" in plan.ar_inputs else None,
+            pred=pred,
         )
 
     # Parts that training and sampling share
