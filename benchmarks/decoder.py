@@ -28,7 +28,7 @@ def main(topology: str, count: str) -> None:
     m, device = c.model, topologies.topology_devices(topology)[0]
     towers = {"clean": "clean", "pred": "pred"}
     layer = transformer.DecoderLayer(m.width, m.heads, m.mlp_width, jnp.bfloat16, towers, False, PallasAttention())
-    angles = rope.rotary_table(*rope.image_positions(4, 16), head_size=64, side=64, variant=m.rope)
+    angles = rope.rotary_table(*rope.image_positions(4, 16, 4), head_size=64, side=64, variant=m.rope)
     positions = {"clean": rope.RotaryTable(*(x[:15] for x in angles)), "pred": angles}
     mesh = partitioning.make_mesh(1, 1, 1, [device])
     replicated, key = partitioning.replicated(mesh), jax.random.key(0)

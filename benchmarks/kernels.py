@@ -69,7 +69,9 @@ def main(topology: str) -> None:
 
     def total(q: Any, self_kv: Any, context: Any) -> Any:
         return jnp.sum(
-            pallas_tpu.block_attention(q, self_kv, context, None, None, 1, TOKENS, 0, False).astype(jnp.float32)
+            pallas_tpu.block_attention(
+                q, self_kv, context, None, None, pallas_tpu.KernelSizes(1, TOKENS, 0, False)
+            ).astype(jnp.float32)
         )
 
     shapes = projected(BLOCKS), *((projected(n), rows(n)) for n in (BLOCKS, BLOCKS - 1))

@@ -39,8 +39,12 @@ def fixed_order(name: str, sizes: Sizes) -> np.ndarray | None:
 
 
 def sampling_order_name(c: ConfigDict) -> str:
-    """Returns the name or list of `sample.block_order`, by default that of the model."""
-    name: str = c.sample.block_order or c.model.block_order
+    """Returns the name or list of the order of sampling.
+
+    A model of fixed order has its own name for it, which `sample.block_order` may only repeat in other words.
+    """
+    chosen = c.sample.block_order if c.model.block_order == "random" else ""
+    name: str = chosen or c.model.block_order
     return name
 
 

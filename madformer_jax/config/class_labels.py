@@ -12,7 +12,7 @@ import operator
 import re
 import reprlib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from madformer_jax.config import fields
@@ -82,8 +82,8 @@ def from_python(value: Any) -> str:
     """
     if isinstance(value, str):
         return value
-    items = [_python_item(value)] if _is_integer(value) else value
-    if not isinstance(items, Iterable) or isinstance(items, Mapping | Set | bytes):
+    items = [value] if _is_integer(value) else fields.python_items(value)
+    if items is None:
         raise ConfigError(
             f"labels={reprlib.repr(value)} must be a class number, or a list of class numbers and class names."
         )
@@ -127,15 +127,15 @@ def _number_from_text(i: int, parts: Sequence[str], classes: int, names: Sequenc
     part = parts[i]
     if not part:
         raise ConfigError(f"{_FIELD}: a label is empty. Give class numbers or names separated by commas.")
-    found = _number_from_item(part, classes, names)
-    other = int(part) if _NUMBER.fullmatch(part) else found
-    if other == found or not 0 <= other < classes:
-        return found
+    number = _number_from_item(part, classes, names)
+    other = int(part) if _NUMBER.fullmatch(part) else number
+    if other == number or not 0 <= other < classes:
+        return number
     short = len(parts) <= _MAX_SHOWN
     before, behind = (parts[:i], parts[i + 1 :]) if short else ((), ())
     by_name, by_number = _to_json([*before, part, *behind]), _to_json([*before, other, *behind])
     raise ConfigError(
-        f"{_FIELD}: {part!r} is ambiguous. It names the class {names[found]!r} (number {found}) and is the number of the class "
+        f"{_FIELD}: {part!r} is ambiguous. It names the class {names[number]!r} (number {number}) and is the number of the class "
         f"{display_name(other, names)!r}. Write '{by_name}' for the name or '{by_number}' for the number."
     )
 
@@ -148,14 +148,14 @@ def _number_from_item(item: int | str, classes: int, names: Sequence[str]) -> in
     """
     if isinstance(item, int):
         return _check_range(item, classes)
-    found = _numbers_by_name(item, names)
-    if len(found) > 1:
-        writings = " or ".join(f"'{_to_json([k])}'" for k in found)
+    matches = _numbers_by_name(item, names)
+    if len(matches) > 1:
+        writings = " or ".join(f"'{_to_json([k])}'" for k in matches)
         raise ConfigError(
-            f"{_FIELD}: {item!r} is the name of the classes {', '.join(map(str, found))}. Write {writings}."
+            f"{_FIELD}: {item!r} is the name of the classes {', '.join(map(str, matches))}. Write {writings}."
         )
-    if found or _NUMBER.fullmatch(item.strip()):
-        return _check_range(found[0] if found else int(item), classes)
+    if matches or _NUMBER.fullmatch(item.strip()):
+        return _check_range(matches[0] if matches else int(item), classes)
     close = difflib.get_close_matches(item, names, 3, 0.5) or [text for text in names if item in text][:3] or names[:3]
     known = f"names are {', '.join(map(repr, close))}, ..." if names else "this data set names none"
     commas = next((text for text in close if "," in text), None)

@@ -6,7 +6,7 @@ configs call `check`; `validation` checks the values.
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
@@ -70,6 +70,16 @@ def _has_type_of(value: Any, like: Any) -> bool:
     if isinstance(like, tuple):
         return isinstance(value, tuple) and all(_has_type_of(part, like[0]) for part in value)
     return isinstance(value, int | float if isinstance(like, float) else type(like))
+
+
+def python_items(value: Any) -> list[Any] | None:
+    """Returns the items of a sequence or array of a Python caller; None if the value has no order of items."""
+    if isinstance(value, Mapping | Set | bytes):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # also of an array without axes
+        return None
 
 
 def json_list(text: str) -> list[Any] | None:

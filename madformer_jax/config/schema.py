@@ -86,11 +86,13 @@ def as_tiny(c: ConfigDict) -> None:
       ConfigError: D is not from 1 to N.
     """
     validation.check_depth(c)
-    share = c.model.diffusion_depth / c.model.depth
-    c.model.depth = 4
-    c.model.diffusion_depth = max(1, round(share * c.model.depth))
+    tiny_depths = [max(1, round(4 * d / c.model.depth)) for d in (c.model.diffusion_depth, *c.train.elastic_depths)]
+    c.model.depth, c.model.diffusion_depth = 4, tiny_depths[0]
+    if c.train.elastic_depth:
+        c.train.elastic_depths = tuple(dict.fromkeys(tiny_depths[1:]))
     c.model.width, c.model.heads, c.model.mlp_width = 64, 4, 128
     c.model.unet_channels, c.model.unet_layers, c.model.unet_time_width = (16, 32), 1, 32
+    c.model.unet_attention, c.model.unet_groups, c.model.unet_heads = (False, True), 8, 8
     c.model.classes = min(c.model.classes, 10)
     if c.text.vocabulary:  # captions are the names of the digits
         c.text.tokenizer, c.text.vocabulary, c.text.length, c.text.caption = "drawings", 835, 4, "class"

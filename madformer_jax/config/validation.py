@@ -77,9 +77,9 @@ def check(c: ConfigDict) -> None:
     Raises:
       ConfigError: Names the first wrong setting.
     """
-    given = fields.flat(c)
+    values = fields.flat(c)
     for name, row in FIELDS.items():
-        _check_value(f"config.{name}", given[name], row)
+        _check_value(f"config.{name}", values[name], row)
     check_depth(c)
     elastic_depth.check(c)
     m = c.model
@@ -121,12 +121,12 @@ def check(c: ConfigDict) -> None:
         )
     for field, neutral in _UNCONDITIONAL.items():
         known = m.classes if field == "sample.label_sampling" else vocabulary_size(c) or c.sample.guide
-        if given[field] != neutral and not known:
+        if values[field] != neutral and not known:
             raise ConfigError(
-                f"config.{field}={given[field]} needs a class-conditional model (model.classes), or one that reads captions "
+                f"config.{field}={values[field]} needs a class-conditional model (model.classes), or one that reads captions "
                 "(text.vocabulary)."
             )
-    interval = given["sample.guidance_interval"]
+    interval = values["sample.guidance_interval"]
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 999:
         raise ConfigError(
             f"config.sample.guidance_interval={interval} must be the lowest and the highest timestep with guidance, from 0 to "
@@ -149,11 +149,7 @@ def check(c: ConfigDict) -> None:
 
 
 def _check_own_context(c: ConfigDict) -> None:
-    """Checks that rollouts of `train.own_context` happen, and that the model can make them.
-
-    Raises:
-      ConfigError: A setting is wrong.
-    """
+    """Checks that rollouts of `train.own_context` happen, and that the model can make them."""
     steps, m = c.train.own_context_steps, c.model
     if steps > 1 and not c.train.own_context:
         raise ConfigError(
@@ -168,11 +164,7 @@ def _check_own_context(c: ConfigDict) -> None:
 
 
 def _check_codec(c: ConfigDict) -> None:
-    """Checks the sizes of a VAE and the scale of its latents.
-
-    Raises:
-      ConfigError: A setting is wrong.
-    """
+    """Checks the sizes of a VAE and the scale of its latents."""
     if c.codec.name == "vae" and c.codec.downsampling.bit_count() != 1:
         raise ConfigError(f"config.codec.downsampling={c.codec.downsampling} must be a power of 2 for a VAE.")
     if c.codec.shift_factor and not c.codec.scaling_factor:
@@ -182,11 +174,7 @@ def _check_codec(c: ConfigDict) -> None:
 
 
 def _check_text(c: ConfigDict) -> None:
-    """Checks the fields of captions, which need a vocabulary.
-
-    Raises:
-      ConfigError: A setting is wrong.
-    """
+    """Checks the fields of captions, which need a vocabulary."""
     vocabulary, length = c.text.vocabulary, c.text.length
     if vocabulary and c.model.classes:
         raise ConfigError(
@@ -210,11 +198,7 @@ def _check_text(c: ConfigDict) -> None:
 
 
 def _check_sampling(c: ConfigDict) -> None:
-    """Checks labels, and that the noise path has the timesteps of the solver and of training.
-
-    Raises:
-      ConfigError: A setting is wrong.
-    """
+    """Checks labels, and that the noise path has the timesteps of the solver and of training."""
     s = c.sample
     if s.labels and not c.model.classes:
         raise ConfigError("config.sample.labels needs a class-conditional model (model.classes).")
@@ -246,8 +230,8 @@ def _check_sampling(c: ConfigDict) -> None:
         )
     if s.solver != "dpmpp_2m" and s.spacing != "trailing" and 1 in steps_of_blocks:
         raise ConfigError(
-            f"config.sample.steps=1 with solver={s.solver!r} and spacing={s.spacing!r} starts at t = 0 and returns noise. Use "
-            "config.sample.spacing=trailing, or 2 steps or more."
+            f"a block of 1 step with config.sample.solver={s.solver!r} and config.sample.spacing={s.spacing!r} starts at t = 0 "
+            "and returns noise. Use config.sample.spacing=trailing, or 2 steps or more."
         )
 
 

@@ -54,26 +54,23 @@ class GuidedPair(NamedTuple):
             return PairCache(model(*args), guide(*args))
         if method == "begin":
             return model(*args), guide(*args)
-        cache, *rest = args  # The caches of both have no finished blocks between two calls.
+        pair, *rest = args  # The caches of both have no finished blocks between two calls.
         caches = [
-            own._replace(finished_blocks=cache.finished_blocks if network.config.unet_context else None)
-            for own, network in ((cache.model, self.model), (cache.guide, self.guide))
+            cache._replace(finished_blocks=pair.finished_blocks if network.config.unet_context else None)
+            for cache, network in ((pair.model, self.model), (pair.guide, self.guide))
         ]
         if method == "cache_text":
-            return _replace(cache, model(caches[0], *rest), guide(caches[1], *rest))
+            return _replace(pair, model(caches[0], *rest), guide(caches[1], *rest))
         if method == "embed_clean":
             return model(caches[0], *rest), guide(caches[1], *rest)
-        (own, guiding), *rest = rest  # a pair of arrays, and arguments that both share
-        outputs = model(caches[0], own, *rest), guide(caches[1], guiding, *rest)
-        if method == "condition":
-            (own, first), (guiding, second) = outputs
-            return (own, guiding), _replace(cache, first, second)
-        if method == "denoise":
-            (own, first), (guiding, second) = outputs
-            return jnp.concatenate([own, guiding]), (first, second)
-        return _replace(cache, *outputs)  # cache_clean and cache_noisy
+        (model_input, guide_input), *rest = rest  # a pair of arrays, and arguments that both share
+        outputs = model(caches[0], model_input, *rest), guide(caches[1], guide_input, *rest)
+        if method in ("cache_clean", "cache_noisy"):
+            return _replace(pair, *outputs)
+        arrays, others = zip(*outputs, strict=True)
+        return (arrays, _replace(pair, *others)) if method == "condition" else (jnp.concatenate(arrays), others)
 
 
-def _replace(cache: PairCache, model: ModelCache, guide: ModelCache) -> PairCache:
-    """Returns the cache with new caches of both models, without their copies of the finished blocks."""
-    return cache._replace(model=model._replace(finished_blocks=None), guide=guide._replace(finished_blocks=None))
+def _replace(pair: PairCache, model: ModelCache, guide: ModelCache) -> PairCache:
+    """Returns the caches with new caches of both models, without their copies of the finished blocks."""
+    return pair._replace(model=model._replace(finished_blocks=None), guide=guide._replace(finished_blocks=None))

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from madformer_jax.diffusion.schedule import Schedule
-from madformer_jax.diffusion.solvers import Coefficients, PaddedCoefficients, Solver
+from madformer_jax.diffusion.solvers import Coefficients, Solver
 
 
 class BlockTables(NamedTuple):
@@ -50,9 +50,3 @@ def make(solver: Solver, schedule: Schedule, spacing: str, steps: Sequence[int])
         return np.stack([np.pad(row, (0, evaluations.max() - len(row)), mode="edge") for row in rows])
 
     return BlockTables(jax.tree.map(stack, *(tables[n] for n in steps)), evaluations)
-
-
-def of_arguments(padded: PaddedCoefficients) -> BlockTables:
-    """Returns a table with one row from coefficients that are arguments of a program. Index it by an array."""
-    rows, evaluations = jax.tree.map(lambda x: jnp.asarray(x)[None], padded)
-    return BlockTables(rows, evaluations)

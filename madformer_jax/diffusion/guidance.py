@@ -1,14 +1,28 @@
-"""Scales of classifier-free guidance for each evaluation of a solver.
+"""Classifier-free guidance (CFG): the guided prediction, and the scale of each evaluation of a solver.
 
 The scale is constant or grows over the steps, at all timesteps or in an interval of them.
-`sampling.generation` computes the scales, and `sampler.BlockSteps.step` mixes the two predictions
-with them. A new schedule is a branch of `guidance_scales`.
+`sampling.solving` computes the scales, and `sampler.BlockSteps.step` calls `guide`. A new schedule is a
+branch of `guidance_scales`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Float, Real
+
+
+def guide(output: Float[Array, "..."], w: Any) -> Float[Array, "..."]:
+    """Returns unconditional + w (conditional - unconditional), for outputs of any type (arXiv 2207.12598).
+
+    Args:
+      output: The conditional rows, followed by the unconditional rows.
+      w: Guidance scale. 1 gives the conditional prediction.
+    """
+    conditional, unconditional = jnp.split(output, 2)
+    return unconditional + w * (conditional - unconditional)
 
 
 def guidance_scales(

@@ -5,7 +5,8 @@ velocity of the path, and a alpha + b sigma = 1 on every path (`schedule.Schedul
 alpha noise - sigma z if alpha^2 + sigma^2 = 1, and noise - z on the flow path. The types differ in
 what a network of limited size can represent, and in the weight that the loss gives its errors.
 
-`losses` reads the targets and weights, and `sampler` the clean estimate. A new type is a case of
+`losses` reads the targets and weights, and `sampler` the clean estimate. From an estimate x0, that of the
+noise is eps = (x - alpha x0) / sigma; `solvers.ddim_weights` contains it. A new type is a case of
 each function and a name in `config.choices.PREDICTION_TYPES`. A new weighting is a branch of
 `loss_weight` and a name in `config.choices.LOSS_WEIGHTINGS`.
 """

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from madformer_jax.diffusion import block_tables, parameterization, solvers
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.autoguidance import GuidedPair, PairCache
+from madformer_jax.diffusion.guidance import guide
 from madformer_jax.diffusion.schedule import NoiseLevel, Schedule
 from madformer_jax.diffusion.solvers import Solver
 from madformer_jax.models import block_order
@@ -57,11 +58,7 @@ class BlockSteps(NamedTuple):
     ) -> tuple[Cache, Stream]:
         """Returns a cache with the text only, and the first block's prediction stream.
 
-        Args:
-          noise: The noise. Only its shape is used.
-          tokens: See `sample`.
-          lengths: See `sample`.
-          order: See `sample`.
+        The arguments are those of `sample`. Of the noise only the shape is used.
         """
         rows = (1 + self._null_rows) * len(noise)
         cache = self._call("empty_cache", rows, order)
@@ -87,6 +84,7 @@ class BlockSteps(NamedTuple):
         w: Any,
         block: int | Array,
         keys: Array | None = None,
+        returns_kv: bool = False,
     ) -> tuple[solvers.SolverState, Any]:
         """Runs one evaluation of the network and updates the sample.
 
@@ -98,39 +96,24 @@ class BlockSteps(NamedTuple):
           w: Guidance scale of the evaluation.
           block: Index of the block.
           keys: Random key of each image, `(B,)`, for stochastic solvers.
+          returns_kv: Whether a model with the clean stream returns keys and values too.
 
         Returns:
-          The new state. In a model without the clean stream also the noisy block's keys and values,
-          for `cache_clean`, otherwise None.
+          The new state, and the noisy block's keys and values for `cache_noisy`, or None.
         """
-        state, kv = self.evaluate(cache, condition, state, row, w, block, keys)
-        return state, None if self.model.config.clean_stream else kv
-
-    def evaluate(
-        self,
-        cache: Cache,
-        condition: Stream,
-        state: solvers.SolverState,
-        row: solvers.Coefficients,
-        w: Any,
-        block: int | Array,
-        keys: Array | None,
-    ) -> tuple[solvers.SolverState, Any]:
-        """Runs `step` and returns the keys and values of every model, for `cache_noisy`."""
         config = self.model.config
 
         def denoise(x: Array, level: NoiseLevel) -> tuple[Array, Any]:
             output, kv = self._call("denoise", cache, condition, x, level.t, block)
-            if self.guided:
-                conditional, unconditional = jnp.split(output, 2)
-                output = unconditional + w * (conditional - unconditional)
+            output = guide(output, w) if self.guided else output
             x0: Any = parameterization.clean_estimate(config.prediction_type, output, x, level, self.clip_x0)
             return x0, kv
 
         def normal() -> Array:
             return _step_noise(keys, block, row.index, state.x.shape[1:])
 
-        return self.solver.step(denoise, state, row, normal)
+        state, kv = self.solver.step(denoise, state, row, normal)
+        return state, kv if returns_kv or not config.switches.clean_stream else None
 
     def cache_noisy(self, cache: Cache, kv: Any, block: int | Array) -> Cache:
         """Adds the keys and values of a noisy block to the cache."""
@@ -160,7 +143,7 @@ class BlockSteps(NamedTuple):
             cache = cache._replace(finished_blocks=finished)
         if self._null_rows:
             c = jnp.concatenate([c, c])
-        if not self.model.config.clean_stream:
+        if not self.model.config.switches.clean_stream:
             return self.cache_noisy(cache, kv, block), c
         return self._call("cache_clean", cache, c, block), c
 
@@ -305,7 +288,7 @@ def sample(
     if padded is None:
         tables = block_tables.make(method, schedule, spacing, steps if isinstance(steps, tuple) else (steps,))
     else:
-        tables = block_tables.of_arguments(padded)
+        tables = block_tables.BlockTables(*jax.tree.map(lambda x: jnp.asarray(x)[None], padded))
     common_table = 0 if padded is None else jnp.zeros((), jnp.int32)
     evaluations = tables.rows.index.shape[1]
     has_guide = tokens is not None or isinstance(model, GuidedPair)
@@ -325,7 +308,7 @@ def sample(
         ) -> tuple[tuple[solvers.SolverState, Cache | None], None]:
             (state, written), (row, w) = carry, row_and_scale
             latest = cache if written is None else written
-            state, kv = block_steps.evaluate(latest, condition, state, row, w, block, keys)
+            state, kv = block_steps.step(latest, condition, state, row, w, block, keys, returns_kv=True)
             return (state, written if written is None else block_steps.cache_noisy(written, kv, block)), None
 
         scales = jnp.asarray(guidance, jnp.float32)

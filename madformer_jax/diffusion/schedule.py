@@ -27,6 +27,7 @@ NUM_TIMESTEPS = 1000
 MAX_TIMESTEP = NUM_TIMESTEPS - 1
 
 AnyArray = Array | np.ndarray
+Levels = tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]  # alpha and sigma
 
 
 class NoiseLevel(NamedTuple):
@@ -56,9 +57,7 @@ class Schedule(abc.ABC):
     dtype: ClassVar[Any] = jnp.float32  # of timesteps
 
     @abc.abstractmethod
-    def alpha_sigma(
-        self, t: Real[AnyArray, " *shape"]
-    ) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
+    def alpha_sigma(self, t: Real[AnyArray, " *shape"]) -> Levels:
         """Returns alpha and sigma at timesteps from 0 to 999, and exactly (1, 0) at `clean`."""
 
     @abc.abstractmethod
@@ -160,7 +159,7 @@ class DDPM(Schedule):
         if (self.time_sampling, self.shift) != ("uniform", 1.0):
             raise ValueError("the DDPM path has uniform timesteps without a shift")
 
-    def alpha_sigma(self, t: Int[AnyArray, " *shape"]) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
+    def alpha_sigma(self, t: Int[AnyArray, " *shape"]) -> Levels:
         xp = numpy_of(t)
         table = xp.asarray(np.append(alphas_cumprod(), 1.0), float if xp is np else jnp.float32)
         alpha_bar = table[t]  # index -1 is the clean latent
@@ -249,9 +248,7 @@ class ContinuousSchedule(Schedule):
 class Flow(ContinuousSchedule):
     """Rectified flow: x = (1 - u) z + u noise, v = dx / du = noise - z (Liu et al., arXiv 2209.03003)."""
 
-    def alpha_sigma(
-        self, t: Real[AnyArray, " *shape"]
-    ) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
+    def alpha_sigma(self, t: Real[AnyArray, " *shape"]) -> Levels:
         return (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS, (t + 0.5) / NUM_TIMESTEPS
 
     def velocity(self, alpha: AnyArray, sigma: AnyArray) -> tuple[AnyArray, AnyArray]:
@@ -269,9 +266,7 @@ class Cosine(ContinuousSchedule):
     products of sines, so that alpha and sigma are exact in float32 near both ends.
     """
 
-    def alpha_sigma(
-        self, t: Real[AnyArray, " *shape"]
-    ) -> tuple[Float[AnyArray, " *shape"], Float[AnyArray, " *shape"]]:
+    def alpha_sigma(self, t: Real[AnyArray, " *shape"]) -> Levels:
         xp, s = numpy_of(t), 0.008
         rate = math.pi / 2 / (1 + s)
         u, rest = (t + 0.5) / NUM_TIMESTEPS, (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS

@@ -95,15 +95,16 @@ class Solver(abc.ABC):
         """
         stages = self.stages(schedule, schedule.level(t[:-2]), schedule.level(t[1:-1]))
 
-        def in_order(values: Sequence[Any], last: float) -> np.ndarray:
+        def interleave(values: Sequence[Any], last: float) -> np.ndarray:
+            """Returns the values of all evaluations, from those of each stage and that of the last step."""
             return np.append(np.stack([np.broadcast_to(x, len(t) - 2) for x in values], axis=1), last)
 
         weights = {}
         for name in (name for name in Coefficients._fields if name.endswith("weight")):
             values = [getattr(stage, name) for stage in stages]
             if any(x is not None for x in values):
-                weights[name] = in_order([0.0 if x is None else x for x in values], name == "x0_weight")
-        times = in_order([stage.level.t for stage in stages], t[-2])
+                weights[name] = interleave([0.0 if x is None else x for x in values], name == "x0_weight")
+        times = interleave([stage.level.t for stage in stages], t[-2])
         return Coefficients(schedule.level(times), **weights, index=np.arange(len(times), dtype=np.int32))
 
     def coefficients(self, schedule: Schedule, spacing: str, steps: int) -> Coefficients:
@@ -151,7 +152,7 @@ class Solver(abc.ABC):
 
 
 def ddim_weights(now: NoiseLevel, after: NoiseLevel) -> tuple[AnyArray, AnyArray]:
-    """Returns the weights of x and of the clean estimate that keep the estimates of z and of the noise."""
+    """Returns the weights of x and x0 in a DDIM step, which keeps x0 and eps = (x - alpha x0) / sigma."""
     x_weight = after.sigma / now.sigma
     return x_weight, after.alpha - now.alpha * x_weight
 

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from madformer_jax.ops.attention.base import KV, Attention
+from madformer_jax.ops.attention.base import KV, Attention, Index
 
 Layers = KV | tuple[KV, ...]  # arrays of all layers `(layers, B, ...)`, or of each layer `(B, ...)` (`layers_apart`)
 
@@ -46,7 +46,7 @@ def to_cache(kv: KV, attention: Attention) -> Layers:
     return tuple(KV(*layer) for layer in zip(*kv, strict=True)) if attention.layers_apart else kv
 
 
-def select_stack(layers: Layers | None, layer: int | Int[Array, ""]) -> KV | None:
+def select_stack(layers: Layers | None, layer: Index) -> KV | None:
     """Returns cached arrays with an axis of layers: all of them, or that of one layer if they are apart."""
     if layers is None or isinstance(layers, KV):
         return layers
@@ -71,7 +71,7 @@ def empty_context(shape: tuple[int, ...], text_tokens: int, dtype: DTypeLike, at
     return (KV(x, x),) * layers
 
 
-def write_block(cache: StageCache, kv: Layers | None, block: int | Int[Array, ""], attention: Attention) -> StageCache:
+def write_block(cache: StageCache, kv: Layers | None, block: Index, attention: Attention) -> StageCache:
     """Writes the keys and values of one block into its slot of the context.
 
     Args:

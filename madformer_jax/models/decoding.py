@@ -20,6 +20,7 @@ from madformer_jax.models.block_order import Order
 from madformer_jax.models.cache import Layers, ModelCache, StageCache, empty_context, to_cache, write_block
 from madformer_jax.models.plan import sampling_plan
 from madformer_jax.models.unet_context import neighbor_context
+from madformer_jax.ops.attention.base import Index
 from madformer_jax.ops.rope import RotaryTable
 
 
@@ -42,13 +43,13 @@ class Decoding(nn.Module):
                 return StageCache(None, None)
             return StageCache(empty_context((layers, *shape), text_tokens, config.dtype, config.attention), None)
 
-        plan = sampling_plan(config.ablation_switches)
+        plan = sampling_plan(config.switches)
         order = config.default_order if order is None else order
         if order is not None and order.ndim == 2:
             order = jnp.tile(order, (batch // len(order), 1))
         return ModelCache(
             empty(config.depth - config.diffusion_depth, plan.condition or plan.cache_clean_ar),
-            empty(config.diffusion_depth, not config.block_only),
+            empty(config.diffusion_depth, not config.switches.block_only),
             order=order if order is None else jnp.asarray(order),
         )
 
@@ -75,11 +76,11 @@ class Decoding(nn.Module):
         )
 
     def begin(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
-        """Returns the first block's prediction stream, the begin-of-image tokens."""
-        return self._boi_tokens(batch)
+        """Returns the first block's prediction stream, the learned begin-of-image tokens."""
+        return jnp.broadcast_to(self.boi.astype(self.config.dtype), (batch, 1, *self.boi.shape))
 
     def condition(
-        self, cache: ModelCache, pred: Float[Array, "B 1 s d"], block: int | Int[Array, ""]
+        self, cache: ModelCache, pred: Float[Array, "B 1 s d"], block: Index
     ) -> tuple[Float[Array, "B 1 s d"], ModelCache]:
         """Runs the AR layers on the prediction stream.
 
@@ -93,13 +94,13 @@ class Decoding(nn.Module):
           The cache takes the keys and values of this pass in a model without the clean stream, and
           if the attention writes them before it attends.
         """
-        if not sampling_plan(self.config.ablation_switches).condition:
+        if not sampling_plan(self.config.switches).condition:
             return jnp.zeros_like(pred), cache
         pred = self._add_places(pred, self._block_place(cache, block, len(pred)))
         positions = self._block_positions(cache, block)
         pred, kv = self.ar_layers.step("pred", pred, cache.ar, positions, block, cache.lengths)
         # Layers that are apart have written the keys. They remain until the clean tower's replace them.
-        if not self.config.clean_stream or self.config.attention.layers_apart:
+        if not self.config.switches.clean_stream or self.config.attention.layers_apart:
             cache = cache._replace(ar=write_block(cache.ar, kv, block, self.config.attention))
         return pred, cache
 
@@ -109,7 +110,7 @@ class Decoding(nn.Module):
         condition: Float[Array, "rows 1 s d"],
         noisy: Float[Array, "B 1 positions C"],
         t: float | Num[Array, ""],
-        block: int | Int[Array, ""],
+        block: Index,
     ) -> tuple[Float[Array, "rows 1 positions C"], Layers | None]:
         """Predicts eps, v or x0 of a noisy block; runs the diffusion layers only.
 
@@ -134,17 +135,13 @@ class Decoding(nn.Module):
         return self._upsample(pred, jnp.full(x.shape[:2], t), skips), kv
 
     def embed_clean(
-        self,
-        cache: ModelCache,
-        z: Float[Array, "B 1 positions C"],
-        t: float | Num[Array, ""],
-        block: int | Int[Array, ""],
+        self, cache: ModelCache, z: Float[Array, "B 1 positions C"], t: float | Num[Array, ""], block: Index
     ) -> Float[Array, "B 1 s d"]:
         """Embeds a finished block with timestep t."""
         tokens: Array = self._downsample(z, jnp.full(z.shape[:2], t), self._finished_context(cache, block))[0]
         return self._add_places(tokens, self._block_place(cache, block, len(tokens)))
 
-    def cache_clean(self, cache: ModelCache, clean: Float[Array, "B 1 s d"], block: int | Int[Array, ""]) -> ModelCache:
+    def cache_clean(self, cache: ModelCache, clean: Float[Array, "B 1 s d"], block: Index) -> ModelCache:
         """Runs the clean tower on a finished block and caches its keys and values.
 
         Layers whose keys and values nothing reads do not run (`plan.sampling_plan`).
@@ -157,7 +154,7 @@ class Decoding(nn.Module):
         Returns:
           The cache with the block.
         """
-        plan, positions = sampling_plan(self.config.ablation_switches), self._block_positions(cache, block)
+        plan, positions = sampling_plan(self.config.switches), self._block_positions(cache, block)
         if not plan.cache_clean_ar:
             return cache
         clean, kv = self.ar_layers.step("clean", clean, cache.ar, positions, block, cache.lengths)
@@ -167,13 +164,11 @@ class Decoding(nn.Module):
         _, kv = self.diffusion_layers.step("clean", clean, cache.diffusion, positions, block, cache.lengths)
         return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.config.attention))
 
-    def cache_noisy(self, cache: ModelCache, kv: Layers | None, block: int | Int[Array, ""]) -> ModelCache:
+    def cache_noisy(self, cache: ModelCache, kv: Layers | None, block: Index) -> ModelCache:
         """Caches keys and values of a block's last solver step, in models without clean stream."""
         return cache._replace(diffusion=write_block(cache.diffusion, kv, block, self.config.attention))
 
-    def _finished_context(
-        self, cache: ModelCache, block: int | Int[Array, ""]
-    ) -> Float[Array, "B 1 positions _"] | None:
+    def _finished_context(self, cache: ModelCache, block: Index) -> Float[Array, "B 1 positions _"] | None:
         """Returns the block's neighbors in finished blocks, or None."""
         if cache.finished_blocks is None:
             return None
@@ -183,14 +178,14 @@ class Decoding(nn.Module):
         context = neighbor_context(cache.finished_blocks, order, self.config.sizes)
         return jax.lax.dynamic_slice_in_dim(context, block, 1, axis=1)
 
-    def _block_place(self, cache: ModelCache, block: int | Int[Array, ""], rows: int) -> Int[Array, "*rows 1"] | None:
+    def _block_place(self, cache: ModelCache, block: Index, rows: int) -> Int[Array, "*rows 1"] | None:
         """Returns the place of a block, (1,) or (rows, 1); None in raster order."""
         if cache.order is None:
             return None
         order = cache.order if cache.order.ndim == 1 else cache.order[:rows]
         return jax.lax.dynamic_slice_in_dim(order, block, 1, axis=-1)
 
-    def _block_positions(self, cache: ModelCache, block: int | Int[Array, ""]) -> RotaryTable:
+    def _block_positions(self, cache: ModelCache, block: Index) -> RotaryTable:
         """Returns the rotary table of one block, (1, s, h), or (rows, 1, s, h) if rows differ in their order."""
         if cache.order is None:
             return RotaryTable(*(x[block][None] for x in self._image_positions()))

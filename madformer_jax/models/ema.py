@@ -5,6 +5,9 @@ Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusi
 step i by i^gamma, so that its width is a constant share of the training so far. The width sigma_rel
 is the standard deviation of this profile over t. `training.train_step` tracks the two averages of
 `PROFILES`, checkpoints store them, and `sampling.opening` combines them into any other width.
+
+The exponential moving average (EMA) of constant decay is `optax.incremental_update`, in
+`training.train_step`.
 """
 
 from collections.abc import Sequence

@@ -75,18 +75,18 @@ class LayerwiseMADFormer(MADFormer):
         context = neighbor_context(z, None, config.sizes) if config.unet_context else None
         clean = self._downsample(z, clean_t, context)[0]
         x, skips = self._downsample(noisy, t, context)
-        plan = training_plan(("image",), config.ablation_switches)
+        plan = training_plan(("image",), config.switches)
         positions = self._stream_positions(None, plan.clean_blocks)
         streams = Streams(
             text=None if tokens is None else self.embedding(tokens),
             clean=clean[:, : plan.clean_blocks] if plan.clean_blocks else None,
         )
-        pred = jnp.concatenate([self._boi_tokens(len(z)), clean[:, :-1]], axis=1)
+        pred = jnp.concatenate([self.begin(len(z)), clean[:, :-1]], axis=1)
         ar_depth = config.depth - config.diffusion_depth
         features, masses = [], []
         for number in range(config.depth):
             if number == ar_depth:
-                pred = pred + x if config.ar_condition else x
+                pred = pred + x if config.switches.ar_condition else x
             stack = self.ar_layers if number < ar_depth else self.diffusion_layers
             params = layer_params(stack)[number - (0 if number < ar_depth else ar_depth)]
             layer = DecoderLayer(**stack.layer, parent=None)

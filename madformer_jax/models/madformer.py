@@ -7,7 +7,7 @@ every solver step. `MADFormer.__call__` runs all blocks at once, for training. I
 
 `diffusion.losses` calls the training forward and `diffusion.sampler` the sampling methods. A new
 switch is a field of `ModelConfig` with the name that it has in `config.model`. If the switch adds or
-removes a stream, `plan` must know it as well.
+removes a stream, it is a field of `plan.AblationSwitches`.
 
 Dimensions:
   B: images (rows of a batch).
@@ -40,7 +40,7 @@ from madformer_jax.config.shapes import Sizes, derive_sizes, vocabulary_size
 from madformer_jax.models.block_order import Order
 from madformer_jax.models.decoding import Decoding
 from madformer_jax.models.layers import Params, dense
-from madformer_jax.models.plan import AblationSwitches, training_plan
+from madformer_jax.models.plan import AblationSwitches, TrainingPlan, ablation_switches, training_plan
 from madformer_jax.models.transformer import LayerStack, Streams
 from madformer_jax.models.unet import Downsampler, UNetConfig, Upsampler
 from madformer_jax.models.unet_context import neighbor_context
@@ -65,12 +65,9 @@ class ModelConfig:
     mlp_width: int
     rope: str
     # Streams and stages (section 3.4, Tables 3 and 5)
-    clean_stream: bool
-    ar_condition: bool
+    switches: AblationSwitches  # decide which streams and stages exist
     shared_towers: bool  # `param_sets`
-    block_only: bool  # `diffusion_attention`: diffusion layers do not attend to other blocks
     clean_timestep: str
-    hidden_from: str
     prediction_type: str
     # The block U-Net (section 3.1)
     unet: UNetConfig
@@ -97,18 +94,6 @@ class ModelConfig:
         if self.block_order == "raster":
             return None
         return fixed_order("raster" if self.block_order == "random" else self.block_order, self.sizes)
-
-    @property
-    def ablation_switches(self) -> AblationSwitches:
-        """The switches that decide which streams and stages exist."""
-        return AblationSwitches(
-            blocks=self.sizes.blocks,
-            text=bool(self.vocabulary),
-            clean_stream=self.clean_stream,
-            ar_condition=self.ar_condition,
-            hidden_from=self.hidden_from,
-            block_only=self.block_only,
-        )
 
 
 class ModelOutputs(NamedTuple):
@@ -146,7 +131,7 @@ class MADFormer(Decoding):
         towers = {
             name: "image" if config.shared_towers else name
             for name in ("clean", "pred")
-            if config.clean_stream or name == "pred"
+            if config.switches.clean_stream or name == "pred"
         }
         if config.vocabulary:
             towers["text"] = "text"
@@ -169,7 +154,8 @@ class MADFormer(Decoding):
         }
         ar_depth, scan = config.depth - config.diffusion_depth, (config.remat, config.scan_unroll)
         self.ar_layers = LayerStack(ar_depth, {**layer, "block_only": False}, *scan)
-        self.diffusion_layers = LayerStack(config.diffusion_depth, {**layer, "block_only": config.block_only}, *scan)
+        layer["block_only"] = config.switches.block_only
+        self.diffusion_layers = LayerStack(config.diffusion_depth, layer, *scan)
 
     def __call__(
         self,
@@ -204,7 +190,7 @@ class MADFormer(Decoding):
         config = self.config
         if clean_t is None:
             clean_t = t if config.clean_timestep == "noisy" else jnp.zeros_like(t)
-        switches = config.ablation_switches
+        switches = config.switches
         if self.is_initializing():  # creates all parameters, whatever the switch
             switches = switches._replace(ar_condition=True)
         plan = training_plan(terms, switches)
@@ -226,22 +212,14 @@ class MADFormer(Decoding):
             embedded = {name: self._add_places(x, order) for name, x in embedded.items()}
 
         positions = self._stream_positions(order, plan.clean_blocks)
-        # The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
-        previous = [embedded["clean"][:, :-1]] if "clean" in plan.downsampled else []
-        streams = Streams(
-            text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
-            clean=embedded["clean"][:, : plan.clean_blocks] if "clean" in plan.ar_inputs else None,
-            pred=self._add_places(jnp.concatenate([self._boi_tokens(len(z)), *previous], axis=1), order)
-            if "pred" in plan.ar_inputs
-            else None,
-        )
+        streams = self._ar_streams(plan, embedded.get("clean"), tokens, len(z), order)
         if plan.ar_inputs:
             streams = self.ar_layers(streams, positions, plan.ar_outputs, lengths)
         condition = pred = streams.pred
         if "noisy" in plan.downsampled:
             x = embedded["noisy"]
-            pred = x if condition is None or not config.ar_condition else condition + x
-        if config.hidden_from == "noisy":
+            pred = x if condition is None or not config.switches.ar_condition else condition + x
+        if config.switches.hidden_from == "noisy":
             condition = pred
         if plan.diffusion_inputs:
             streams = streams._replace(pred=pred).select(plan.diffusion_inputs)
@@ -265,6 +243,28 @@ class MADFormer(Decoding):
             hidden=outputs.get("hidden"),
             clean=outputs.get("clean"),
             text=self.text_head(streams.text) if "text" in plan.diffusion_outputs else None,
+        )
+
+    def _ar_streams(
+        self,
+        plan: TrainingPlan,
+        clean: Float[Array, "B L s d"] | None,
+        tokens: Int[Array, "B T"] | None,
+        batch: int,
+        order: Order | None,
+    ) -> Streams:
+        """Returns the streams that enter the AR layers (section 3.2).
+
+        The prediction stream of block i starts from clean block i - 1, p_i = c_(i-1).
+        """
+        pred = None
+        if "pred" in plan.ar_inputs:
+            previous = [] if clean is None else [clean[:, :-1]]
+            pred = self._add_places(jnp.concatenate([self.begin(batch), *previous], axis=1), order)
+        return Streams(
+            text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
+            clean=clean[:, : plan.clean_blocks] if clean is not None and "clean" in plan.ar_inputs else None,
+            pred=pred,
         )
 
     # Parts that training and sampling share
@@ -319,10 +319,6 @@ class MADFormer(Decoding):
             return x
         return x + jnp.take(self.places, places, axis=0)[..., None, :].astype(x.dtype)
 
-    def _boi_tokens(self, batch: int) -> Float[Array, "{batch} 1 s d"]:
-        """Returns the learned begin-of-image tokens."""
-        return jnp.broadcast_to(self.boi.astype(self.config.dtype), (batch, 1, *self.boi.shape))
-
     def _image_positions(self, order: Order | None = None) -> RotaryTable:
         """Returns the rotary table of the image tokens, (L, s, h), or (B, L, s, h) if images differ in their order."""
         sizes = self.config.sizes
@@ -375,8 +371,8 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         "sizes": sizes,
         "vocabulary": vocabulary_size(c),
         "text_length": c.text.length,
+        "switches": ablation_switches(c),
         "shared_towers": m.param_sets == "shared",
-        "block_only": m.diffusion_attention == "block",
         "unet": unet,
         "attention": attention,
         "device": device,

@@ -9,7 +9,6 @@ and not samples. `diffusion.own_context` calls both methods through `model.apply
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Num
 
@@ -54,14 +53,7 @@ class ParallelDenoiser(MADFormer):
         clean = None
         if "clean" in plan.downsampled:
             clean = self._add_places(self._downsample(z, clean_t, neighbors)[0], order)
-        streams = Streams(
-            text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
-            clean=clean[:, : plan.clean_blocks] if clean is not None and "clean" in plan.ar_inputs else None,
-        )
-        if "pred" in plan.ar_inputs:
-            previous = [] if clean is None else [clean[:, :-1]]
-            pred = jnp.concatenate([self._boi_tokens(len(z)), *previous], axis=1)
-            streams = streams._replace(pred=self._add_places(pred, order))
+        streams = self._ar_streams(plan, clean, tokens, len(z), order)
         if plan.ar_inputs:
             positions = self._stream_positions(order, plan.clean_blocks)
             streams = self.ar_layers(streams, positions, plan.ar_outputs, lengths)
@@ -94,4 +86,4 @@ class ParallelDenoiser(MADFormer):
 
     @property
     def _image_plan(self) -> TrainingPlan:
-        return training_plan(("image",), self.config.ablation_switches)
+        return training_plan(("image",), self.config.switches)

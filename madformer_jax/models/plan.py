@@ -94,7 +94,7 @@ def sampling_plan(switches: AblationSwitches) -> SamplingPlan:
 
 
 def ablation_switches(c: ConfigDict) -> AblationSwitches:
-    """Returns the switches of a config, equal to `ModelConfig.ablation_switches` of its model."""
+    """Returns the switches of a config."""
     m = c.model
     return AblationSwitches(
         blocks=m.blocks,

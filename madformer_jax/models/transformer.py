@@ -30,7 +30,7 @@ from madformer_jax.models.layers import (
 )
 from madformer_jax.models.remat import REMAT_POLICIES, name_projection
 from madformer_jax.ops import scan_layers
-from madformer_jax.ops.attention.base import KV, QKV, Attention, causal_attention, select_layer
+from madformer_jax.ops.attention.base import KV, QKV, Attention, Index, causal_attention, select_layer
 from madformer_jax.ops.attention.qk_norm_rope import ProjectedQK, apply_to_tree
 from madformer_jax.ops.rope import RotaryTable
 
@@ -222,10 +222,10 @@ class DecoderLayer(nn.Module):
     def step(
         self,
         streams: Streams,
-        layer: int | Int[Array, ""],
+        layer: Index,
         cache: StageCache,
         position: RotaryTable,
-        block: int | Int[Array, ""],
+        block: Index,
         lengths: Int[Array, " B"] | None,
     ) -> tuple[Streams, KV]:
         """Runs the layer on one stream, for sampling.
@@ -348,7 +348,7 @@ class LayerStack(nn.Module):
         x: Float[Array, "B *tokens d"],
         cache: StageCache,
         position: RotaryTable,
-        block: int | Int[Array, ""],
+        block: Index,
         lengths: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B *tokens d"], Layers | None]:
         """Runs all layers on one stream, for sampling.

@@ -26,7 +26,10 @@ from madformer_jax.ops.attention.base import Attention
 
 
 class TimeEmbedding(nn.Module):
-    """Embeds timesteps, numbers from 0 to 999, by Linear, SiLU, Linear without biases."""
+    """Embeds timesteps, numbers from 0 to 999, by Linear, SiLU, Linear without biases.
+
+    Timesteps enter the model only here: the decoder layers have no AdaLN (section 3.1).
+    """
 
     width: int
     kind: str  # input of the first layer: "raw", the number itself (release), or "sinusoidal"
@@ -88,8 +91,16 @@ class UNetConfig:
     implementation: Attention  # of `attention`
     one_pass_norm: bool = False  # see `layers.ResNetBlock`
 
-    def resnet_block(self, channels: int, name: str) -> ResNetBlock:
-        return ResNetBlock(channels, self.groups, self.dtype, self.kernel, one_pass_norm=self.one_pass_norm, name=name)
+    def layer(
+        self, x: Float[Array, "n _ _ _"], time: Float[Array, "n _"], channels: int, attention: bool, name: str
+    ) -> Float[Array, "n _ _ _"]:
+        """Applies a ResNet block and, if `attention`, self-attention. Call it within a module."""
+        x = ResNetBlock(
+            channels, self.groups, self.dtype, self.kernel, one_pass_norm=self.one_pass_norm, name=f"resnet_{name}"
+        )(x, time)
+        if not attention:
+            return x
+        return AttentionBlock(self.groups, self.heads, self.dtype, self.implementation, name=f"attention_{name}")(x)
 
 
 class Downsampler(nn.Module):
@@ -106,12 +117,9 @@ class Downsampler(nn.Module):
         time = TimeEmbedding(config.time_width, config.time_embedding, dtype, name="time")(t)
         x = conv(config.channels[0], config.kernel, dtype, name="conv_in")(z.astype(dtype))
         skips = [x]
-        attention_block = functools.partial(AttentionBlock, config.groups, config.heads, dtype, config.implementation)
         for stage, channels in enumerate(config.channels):
             for i in range(config.layers):
-                x = config.resnet_block(channels, f"resnet_{stage}_{i}")(x, time)
-                if config.attention[stage]:
-                    x = attention_block(name=f"attention_{stage}_{i}")(x)
+                x = config.layer(x, time, channels, config.attention[stage], f"{stage}_{i}")
                 skips.append(x)
             if stage + 1 < len(config.channels):
                 x = conv(channels, 3, dtype, stride=config.stride, name=f"down_{stage}")(x)
@@ -136,16 +144,12 @@ class Upsampler(nn.Module):
         time = TimeEmbedding(config.time_width, config.time_embedding, dtype, name="time")(t)
         skips = list(skips)
         x = conv(config.channels[-1], config.kernel, dtype, name="conv_in")(h)
-        attention_block = functools.partial(AttentionBlock, config.groups, config.heads, dtype, config.implementation)
-        stages = len(config.channels)
-        for stage in range(stages):
-            channels, has_attention = config.channels[stages - 1 - stage], config.attention[stages - 1 - stage]
+        stages = list(zip(config.channels, config.attention, strict=True))[::-1]
+        for stage, (channels, attention) in enumerate(stages):
             for i in range(config.layers + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = config.resnet_block(channels, f"resnet_{stage}_{i}")(x, time)
-                if has_attention:
-                    x = attention_block(name=f"attention_{stage}_{i}")(x)
-            if stage + 1 < stages:
+                x = config.layer(x, time, channels, attention, f"{stage}_{i}")
+            if stage + 1 < len(stages):
                 n, height, width, _ = x.shape
                 x = jax.image.resize(x, (n, config.stride * height, config.stride * width, channels), "nearest")
                 x = conv(channels, 3, dtype, name=f"up_{stage}")(x)

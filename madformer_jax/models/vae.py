@@ -28,7 +28,7 @@ from madformer_jax.runtime import partitioning
 FLOAT32 = jnp.dtype("float32")
 # Attention scores in memory, 64 MiB: 1 chunk of queries for a 512 x 512 image, 16 for 1024 x 1024.
 MAX_ATTENTION_SCORES = 2**24
-# Pixels in one pass of `encode` and `decode`. Float32 activations of 1024 x 1024 pixels fit 8 GiB.
+# Pixels in one pass of `encode` and `decode` on each device. Float32 activations of 1024 x 1024 pixels fit 8 GiB.
 MAX_PIXELS_PER_PASS = 1024 * 1024
 
 
@@ -246,7 +246,7 @@ def typical_vae(latent_channels: int, downsampling: int, dtype: jnp.dtype = FLOA
 
 
 def encode(
-    model: AutoencoderKL, params: Params, images: Float[Array, "B H W c"], max_images: int | None = None
+    model: AutoencoderKL, params: Params, images: Float[Array, "B H W c"]
 ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
     """Runs `AutoencoderKL.encode` on a batch of any size; pure and jittable.
 
@@ -254,18 +254,14 @@ def encode(
       model: The VAE.
       params: Its parameters.
       images: Images in [-1, 1].
-      max_images: Images in one pass on each device, by default what `MAX_PIXELS_PER_PASS` allows.
 
     Returns:
       Mean and log-variance of the posterior.
     """
-    max_images = max_images or max(1, MAX_PIXELS_PER_PASS // (images.shape[1] * images.shape[2]))
-    return _map_chunks(functools.partial(_apply, model, params, "encode"), images, max_images)
+    return _map_chunks(functools.partial(_apply, model, params, "encode"), images, images.shape[1] * images.shape[2])
 
 
-def decode(
-    model: AutoencoderKL, params: Params, z: Float[Array, "B h w C"], max_images: int | None = None
-) -> Float[Array, "B H W c"]:
+def decode(model: AutoencoderKL, params: Params, z: Float[Array, "B h w C"]) -> Float[Array, "B H W c"]:
     """Runs `AutoencoderKL.decode` on a batch of any size; pure and jittable.
 
     A 1024 x 1024 image takes 4.6 GiB in float32.
@@ -274,10 +270,9 @@ def decode(
       model: The VAE.
       params: Its parameters.
       z: Unscaled latents.
-      max_images: Images in one pass on each device, by default what `MAX_PIXELS_PER_PASS` allows.
     """
-    max_images = max_images or max(1, MAX_PIXELS_PER_PASS // (z.shape[1] * z.shape[2] * model.reduction**2))
-    return _map_chunks(functools.partial(_apply, model, params, "decode"), z, max_images)
+    pixels = z.shape[1] * z.shape[2] * model.reduction**2
+    return _map_chunks(functools.partial(_apply, model, params, "decode"), z, pixels)
 
 
 def _apply(model: AutoencoderKL, params: Params, method: str, x: Array) -> Any:
@@ -286,8 +281,9 @@ def _apply(model: AutoencoderKL, params: Params, method: str, x: Array) -> Any:
         return model.apply({"params": params}, x, method=method)
 
 
-def _map_chunks(f: Callable[[Array], Any], x: Array, max_images: int) -> Any:
-    """Computes f(x) in a loop over chunks with an equal number of rows from every device."""
+def _map_chunks(f: Callable[[Array], Any], x: Array, pixels: int) -> Any:
+    """Computes f(x) in a loop over chunks with an equal number of images, of `pixels` each, from every device."""
+    max_images = max(1, MAX_PIXELS_PER_PASS // pixels)
     mesh = jax.sharding.get_abstract_mesh()
     devices = math.gcd(len(x), 1 if mesh.empty else partitioning.batch_devices(mesh))
     rows = len(x) // devices

@@ -155,7 +155,7 @@ def _write_film(c: ConfigDict, path: epath.Path, model: trained_model.Model) -> 
 
 def _protocol(c: ConfigDict, step: int, weights: str, codec_weights: str) -> dict[str, Any]:
     """Returns everything that determines the images and their shards."""
-    s, noise = c.sample, generation.config_noise_digest(c)
+    s, noise = c.sample, generation.hash_noise(generation.open_noise(c))
     sample_fields = (
         "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "labels",
         "label_sampling", "n", "shard",

@@ -244,7 +244,7 @@ def _loop(c: ConfigDict, workdir: str, r: PreparedRun, calls: LoopCalls, state: 
             partitioning.log_overview(state.params, state, epath.Path(workdir) / "parameters.txt")
             parameters = sum(x.size for x in jax.tree.leaves(state.params))
             images = rows.get("image") if r.table is None else scanned_steps.first_images(r.table, rows)
-            metric_writer.log_start(step, c, parameters, images)
+            metric_writer.log_start(step, parameters, images)
         batch = partitioning.global_batch(rows, r.mesh) if r.table is None else rows
         state, metrics = calls.step_fn(state, batch, r.codec_params, seed)
         step += count

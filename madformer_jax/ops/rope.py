@@ -24,9 +24,7 @@ class RotaryTable(NamedTuple):
     sin: Float[Array, "... h"]
 
 
-def image_positions(
-    grid: int, token_side: int, columns: int | None = None
-) -> tuple[Int[np.ndarray, "L s"], Int[np.ndarray, "L s"]]:
+def image_positions(grid: int, token_side: int, columns: int) -> tuple[Int[np.ndarray, "L s"], Int[np.ndarray, "L s"]]:
     """Returns the rows and columns of all tokens on the token grid of an image.
 
     Blocks are in raster order, and so are the tokens within a block. The image is square.
@@ -34,12 +32,11 @@ def image_positions(
     Args:
       grid: Rows of blocks.
       token_side: Rows of tokens in a block.
-      columns: Columns of blocks, by default `grid`.
+      columns: Columns of blocks.
 
     Returns:
       Rows and columns, each `(L, s)`.
     """
-    columns = columns or grid
     token_width = token_side * grid // columns
     row, col = np.divmod(np.arange(token_side * token_width), token_width)
     block_row, block_col = np.divmod(np.arange(grid * columns), columns)

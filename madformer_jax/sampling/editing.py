@@ -19,6 +19,7 @@ from etils import epath
 from jax import Array
 from ml_collections import ConfigDict
 
+from madformer_jax.config import fields
 from madformer_jax.config.block_orders import fixed_order, parse_block_numbers, sampling_order_name
 from madformer_jax.config.shapes import Sizes, derive_sizes
 from madformer_jax.data import pipeline, preprocess
@@ -192,8 +193,9 @@ def _kept_numbers(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[
                 f"mask has the shape {np.shape(mask)} and the type {gray.dtype}: it must be bool or uint8 (H, W)."
             )
         return _white_blocks(c, gray, gray.shape[:2], file_size)
-    if isinstance(mask, Sequence | np.ndarray) and not isinstance(mask, str):
-        return parse_block_numbers(f"mask={list(mask)}", ",".join(map(str, mask)), blocks) if len(mask) else []
+    if not isinstance(mask, str) and (numbers := fields.python_items(mask)) is not None:
+        text = ",".join(map(str, numbers))
+        return parse_block_numbers(f"mask={text}", text, blocks) if numbers else []
     content = _read_file("keep", mask)
     try:
         return _white_blocks(c, content, preprocess.decoded_size(content, c.data.max_pixels), file_size)
@@ -224,7 +226,7 @@ def _white_blocks(
 def _read_file(field: str, path: Any) -> bytes:
     try:
         with storage.wrap_errors(f"config.sample.{field}={path} cannot be read"):
-            content: bytes = storage.retry(epath.Path(path).read_bytes)
+            content: bytes = storage.retry(epath.Path(storage.expand(path)).read_bytes)
             return content
     except TypeError:
         raise ConfigError(f"{field}={path!r} must be a file or an array.") from None

@@ -273,15 +273,6 @@ def open_noise(c: ConfigDict) -> np.ndarray | None:
     return noise
 
 
-def config_noise_digest(c: ConfigDict) -> str | None:
-    """Returns the SHA-256 of the values in `sample.noise`, for a protocol; None if it is not set.
-
-    Raises:
-      ConfigError: See `open_noise`.
-    """
-    return hash_noise(open_noise(c))
-
-
 def hash_noise(noise: np.ndarray | None) -> str | None:
     """Returns the SHA-256 of noise as float32, or None for None."""
     if noise is None:

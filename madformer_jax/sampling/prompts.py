@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,8 @@ def from_python(value: Any) -> str:
     Raises:
       ConfigError: The value is neither a text nor a sequence of texts.
     """
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, Iterable) or isinstance(items, Mapping | Set | bytes):
+    items = [value] if isinstance(value, str) else fields.python_items(value)
+    if items is None:
         raise ConfigError(f"prompts={reprlib.repr(value)} must be a text or a list of texts.")
     return json.dumps([_literal(prompt) for prompt in items])
 

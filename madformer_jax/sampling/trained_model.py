@@ -269,6 +269,7 @@ class Model:
             else:
                 known = [x for x in ("seed", *others, *c.sample) if x not in _LOAD_FIELDS + _FILE_FIELDS]
                 raise ConfigError(_unknown_setting_message(name, value, "sampling", known))
+        c.sample.noise = storage.expand(c.sample.noise)
         c.sample.n = 1 if n is None else _to_field_type("n", n, 1)
         config_lib.validate(c)
         config_lib.resolve_label_numbers(c, self.labels)
@@ -420,7 +421,9 @@ class Model:
         sizes = derive_sizes(self.config)
         params = self._program(
             ("inference params", type(network), network.config.diffusion_depth),
-            lambda: self._inference_params(network, params),
+            lambda: self._jitted(
+                functools.partial(generation.sampling_params, network, memory=memory.device_capacity()), params
+            )(),
         )
 
         def block_program(name: str) -> Any:
@@ -435,12 +438,6 @@ class Model:
 
         methods = ("begin", "condition", "step", "cache_clean")
         return (*map(block_program, methods), self._jitted(decode, self._codec_params))
-
-    def _inference_params(self, network: MADFormer | GuidedPair, params: Any) -> Any:
-        """Returns the parameters in the layout for sampling, shared by all programs."""
-        convert = functools.partial(generation.sampling_params, network, memory=memory.device_capacity())
-        with partitioning.scope(self._mesh):
-            return jax.jit(convert)(params)
 
     def _jitted(self, function: Any, params: Any) -> Any:
         """Compiles a function whose first argument is `params`."""

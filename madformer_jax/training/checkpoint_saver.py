@@ -19,8 +19,8 @@ from madformer_jax.training.metric_writer import DivergedError, MetricWriter
 class CheckpointSaver:
     """Saves the state of the last finished step, when called and when an error ends the loop.
 
-    A context manager around the loop. The loop sets `finished` = (step, state, position of the
-    data) after each step.
+    A context manager around the loop. The loop sets `last_finished` = (step, state, position of
+    the data) after each step.
     """
 
     def __init__(

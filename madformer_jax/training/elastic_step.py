@@ -4,8 +4,8 @@
 make the gradients of convolutions slow on CPUs (`train_step.make_step`).
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import itertools
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -46,15 +46,5 @@ def make_program(
         )
         for depth in depths
     }
-    depth_sequence = _drawn_depths(depths, seeds.of(c, "data"), step)
-
-    def run(*args: Any) -> Any:
-        return programs[next(depth_sequence)](*args)
-
-    return run
-
-
-def _drawn_depths(depths: tuple[int, ...], seed: int, step: int) -> Iterator[int]:
-    while True:
-        yield draw_depth(depths, seed, step)
-        step += 1
+    depth_sequence = (draw_depth(depths, seeds.of(c, "data"), n) for n in itertools.count(step))
+    return lambda *args: programs[next(depth_sequence)](*args)

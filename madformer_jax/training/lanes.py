@@ -214,7 +214,7 @@ def _next_batch(lanes: Sequence[Lane], count: int, scanned: bool) -> dict[str, n
 def _log_start(lane: Lane, step: int, state: train_step.State) -> None:
     partitioning.log_overview(state.params, state, epath.Path(lane.workdir) / "parameters.txt")
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    lane.metric_writer.log_start(step, lane.config, parameters, None)
+    lane.metric_writer.log_start(step, parameters, None)
 
 
 def faster_together(

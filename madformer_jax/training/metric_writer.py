@@ -73,18 +73,17 @@ class MetricWriter:
         self._thread = ThreadPoolExecutor(1, "report")
         self._queue: list[Future[None]] = []
 
-    def log_start(self, step: int, c: ConfigDict, parameters: int, images: np.ndarray | None) -> None:
+    def log_start(self, step: int, parameters: int, images: np.ndarray | None) -> None:
         """Writes the config and training images to the trackers.
 
         Args:
           step: Number of the step.
-          c: The config.
           parameters: Number of parameters.
           images: uint8 (n, H, W, c), or None if the data are latents.
         """
 
         def write(tracker: Tracker) -> None:
-            tracker.write_config(step, c)
+            tracker.write_config(step, self._config)
             tracker.write_scalars(step, {"parameters": parameters})
             if images is not None:
                 small = generation.downscale_for_grid(images[:MAX_LOGGED_IMAGES], MAX_GRID_SIDE)

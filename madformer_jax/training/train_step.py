@@ -70,7 +70,7 @@ def optimizer(c: ConfigDict) -> optax.GradientTransformation:
 def create_state(
     model: MADFormer, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh, power_ema: bool = False
 ) -> tuple[Callable[[], State], State]:
-    """Returns a function that creates the state of step 0, and the abstract state.
+    """Prepares the state of step 0.
 
     Creating the state needs no memory on the host, and on each device no more than its shards. With
     `power_ema` it holds the averages of `ema.PROFILES`.

@@ -93,12 +93,18 @@ def test_an_ambiguous_label_is_refused_with_both_readings(text, names, words, wr
         ("[true]", "True must be a class name"),
         ('[["cock"]]', "must be a class name"),
         ("[cock", r"'\[cock' is neither"),
+        ("cokc", r"'cokc' is neither .*\(names are 'cock', "),
     ],
 )
 def test_a_wrong_label_is_refused_in_one_line(text, words):
     with pytest.raises(ConfigError, match=words) as error:
         numbers(text, BIRDS)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_needs_data_with_names():
+    with pytest.raises(ConfigError, match=r"'cat' is neither .*\(this data set names none\)"):
+        numbers("cat", ())
 
 
 @pytest.mark.parametrize(
@@ -118,7 +124,7 @@ def test_labels_of_python(value, expected):
 
 
 @pytest.mark.parametrize(
-    "value", [1.0, True, [True], [1.5], [None], None, {1, 2}, {"a": 1}, b"cat", np.zeros((2, 2), int)]
+    "value", [1.0, True, [True], [1.5], [None], None, {1, 2}, {"a": 1}, b"cat", np.zeros((2, 2), int), np.array("cat")]
 )
 def test_what_cannot_be_a_label_is_refused(value):
     with pytest.raises(ConfigError, match=r"labels.* must be a class number") as error:

@@ -75,9 +75,7 @@ def test_what_decides_nothing_may_change():
     assert not any(map(identity.affects_results, names)) and all(map(identity.may_change_on_resume, names))
     assert identity.affects_results("text.tokenizer") and not identity.may_change_on_resume("text.tokenizer")
     assert identity.affects_results("train.init_from") and identity.may_change_on_resume("train.init_from")
-
-
-def test_a_field_without_facts_identifies_a_run():
+    # A field without facts identifies a run.
     assert identity.affects_results("model.new") and not identity.may_change_on_resume("model.new")
 
 

@@ -6,13 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from madformer_jax.config import schema
 from madformer_jax.cost import flops
 from madformer_jax.diffusion import losses, own_context, parameterization, sampler, schedule, solvers
 from madformer_jax.errors import ConfigError
-from madformer_jax.models import madformer
 from madformer_jax.training import train_step
 from tests.cost.test_flops import abstract, wide, xla_flops
 from tests.diffusion.test_sampler import ONE_STAGE
@@ -21,43 +19,26 @@ from tests.small import random_params, small, small_config
 PATH = schedule.make("flow")
 
 
-@pytest.fixture(scope="module")
-def loss_of():
-    """Returns a function that computes the loss and its gradients, given the source of estimates."""
+def test_a_share_of_the_examples_follows_estimates():
     model, params = small(depth=2, diffusion_depth=1, classes=3, **ONE_STAGE)
     z = jnp.asarray(np.random.default_rng(0).standard_normal((4, *model.config.sizes.block_shape), np.float32))
-    tokens = jnp.array([[1], [0], [2], [1]])
+    tokens, key = jnp.array([[1], [0], [2], [1]]), jax.random.key(3)
+    loss_of = functools.partial(
+        losses.training_loss, model, z=z, tokens=tokens, key=key, weights=losses.LossWeights(hidden=0.0), schedule=PATH
+    )
 
     @jax.jit
     def compute(params, averages, share):
         """Returns the loss, its gradient by the averages, and the context."""
-
-        def loss(params, averages):
-            own = own_context.OwnContext(averages, share, 500)
-            weights = losses.LossWeights(hidden=0.0)
-            return losses.training_loss(
-                model, params, z, tokens, jax.random.key(3), weights, schedule=PATH, own_context=own
-            )[0]
-
         own = own_context.OwnContext(averages, share, 500)
-        key = jax.random.fold_in(jax.random.key(3), 3)
-        context = own_context.replace(model, own, z, tokens, None, key, PATH)
-        return *jax.value_and_grad(loss, argnums=1)(params, averages), context
+        loss, gradient = jax.value_and_grad(lambda x: loss_of(params, own_context=own._replace(params=x))[0])(averages)
+        context = own_context.replace(model, own, z, tokens, None, jax.random.fold_in(key, 3), PATH)
+        return loss, gradient, context
 
-    def plain():
-        return losses.training_loss(
-            model, params, z, tokens, jax.random.key(3), losses.LossWeights(hidden=0.0), schedule=PATH
-        )[0]
-
-    return model, params, z, tokens, compute, jax.jit(plain)
-
-
-def test_a_share_of_the_examples_follows_estimates(loss_of):
-    model, params, z, tokens, compute, plain = loss_of
     averages = jax.tree.map(lambda x: 0.9 * x, params)
     off, _, same = compute(params, averages, 0.0)
     np.testing.assert_array_equal(same, z)
-    np.testing.assert_allclose(off, plain(), rtol=1e-6)
+    np.testing.assert_allclose(off, jax.jit(lambda params: loss_of(params)[0])(params), rtol=1e-6)
     on, of_averages, estimates = compute(params, averages, 1.0)
     assert not np.isclose(on, off, rtol=1e-4)
     assert not any(np.any(x) for x in jax.tree.leaves(of_averages))  # the estimates pass no gradient
@@ -66,7 +47,7 @@ def test_a_share_of_the_examples_follows_estimates(loss_of):
     assert 0 < replaced.sum() < 4
     np.testing.assert_array_equal(some[~replaced], z[~replaced])
     # One step from the noised truth, from the same random numbers.
-    _, t_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(3), 3), 3)
+    _, t_key, noise_key = jax.random.split(jax.random.fold_in(key, 3), 3)
     t = PATH.uniform_timesteps(t_key, z.shape[:2], 500)
     level = PATH.level(t[..., None, None])
     noisy = level.alpha * z + level.sigma * jax.random.normal(noise_key, z.shape)
@@ -78,9 +59,7 @@ def test_a_share_of_the_examples_follows_estimates(loss_of):
 def test_flops_hold_the_additional_forward_pass():
     c = wide(blocks=4)
     c.train.own_context = 0.25
-    model = madformer.build(c)
-    params = jax.eval_shape(lambda key: nn.meta.unbox(madformer.init(model, key)), jax.random.key(0))
-    z = jax.ShapeDtypeStruct((c.train.batch, *model.config.sizes.block_shape), jnp.float32)
+    model, params, z, *_ = abstract(c)
 
     def loss(params, averages, z):
         own = own_context.OwnContext(averages, 0.25, 500)
@@ -186,25 +165,6 @@ def test_steps_to_the_clean_end_are_those_of_the_solver(path):
         np.testing.assert_allclose(t[:, 0, 0], path.solver_timesteps("trailing", steps), rtol=1e-5, atol=1e-3)
         np.testing.assert_allclose(t[0], starts, rtol=1e-6)
         assert (np.diff(t, axis=0) <= 0).all() and (t[:-1] > path.clean).all() and (t[-1] == path.clean).all()
-
-
-def test_one_step_is_bit_for_bit_the_estimate_of_one_forward_pass(loss_of):
-    model, params, z, tokens, _, _ = loss_of
-    key = jax.random.key(5)
-
-    @jax.jit
-    def one_pass(params):
-        _, t_key, noise_key = jax.random.split(key, 3)
-        t = PATH.uniform_timesteps(t_key, z.shape[:2], 500)
-        noisy = PATH.add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t)
-        output = model.apply({"params": params}, z, noisy, t, tokens, None, terms=("image",)).image
-        return parameterization.clean_estimate("eps", output, noisy, PATH.level(t[..., None, None]))
-
-    def estimates(params):
-        own = own_context.OwnContext(params, 1.0, 500)
-        return own_context.replace(model, own, z, tokens, None, key, PATH)
-
-    np.testing.assert_array_equal(jax.jit(estimates)(params), one_pass(params))
 
 
 def test_flops_of_a_rollout_hold_the_ar_layers_once():

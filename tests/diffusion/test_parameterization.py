@@ -19,7 +19,7 @@ class FakeModel:
 
     def __init__(self, prediction_type, path):
         values = {
-            "clean_stream": True,
+            "switches": SimpleNamespace(clean_stream=True),
             "clean_timestep": "zero",
             "null_token": 3,
             "unet_context": False,

@@ -175,7 +175,7 @@ def test_cached_sampling_equals_full_recomputation(name):
     assert (error < 2e-5 * size).all()
     assert calls["condition"] == blocks
     assert calls["denoise"] == blocks * (2 * steps - 1 if solver == "heun" else steps)
-    assert calls["cache_clean" if config.clean_stream else "cache_noisy"] == blocks - 1
+    assert calls["cache_clean" if config.switches.clean_stream else "cache_noisy"] == blocks - 1
     assert calls["__call__"] == 0
     c = small_config(**SWITCHES[name])
     c.sample.solver, c.sample.steps, c.sample.guidance = solver, steps, 2.0 if scale else 1.0

@@ -13,6 +13,7 @@ from madformer_jax.cost import flops
 from madformer_jax.diffusion import losses, own_context, sampler, schedule
 from madformer_jax.errors import ConfigError
 from madformer_jax.models import block_order
+from madformer_jax.sampling import editing
 from tests.cost.test_flops import abstract, wide, xla_flops
 from tests.diffusion.test_sampler import without_cache
 from tests.models.test_madformer import inputs
@@ -170,6 +171,14 @@ def test_wrong_orders_are_refused(trained, asked, message):
     with pytest.raises(ConfigError, match=message) as error:
         schema.validate(c)
     assert "\n" not in str(error.value)
+
+
+def test_the_order_of_a_model_in_other_words_is_that_of_the_model():
+    """With `unet_context`, an explicit order would add the blocks on the right and below to the context."""
+    c = small_config(unet_context=True)
+    c.sample.block_order = "0,1,2,3"
+    schema.validate(c)
+    assert editing.sampler_arguments(c, jax.random.split(jax.random.key(0)), None)["order"] is None
 
 
 def test_own_context_is_estimated_in_the_order_of_each_image(random_model):

@@ -12,9 +12,9 @@ import pytest
 from madformer_jax.diffusion import sampler, schedule
 from madformer_jax.models.inference_params import inference_params
 from madformer_jax.models.madformer import MADFormer
-from madformer_jax.models.transformer import Streams
 from madformer_jax.ops.attention import cudnn_calls
 from madformer_jax.ops.attention.cudnn import CudnnAttention
+from tests.models.test_madformer import stage_gradient
 from tests.small import small
 from tests.support import flash
 
@@ -22,22 +22,6 @@ from tests.support import flash
 def gpu_form(model, **changes):
     """Returns the model as it is built for a GPU."""
     return MADFormer(dataclasses.replace(model.config, attention=CudnnAttention(), device="gpu", **changes))
-
-
-def stage_gradient(model, params):
-    """Returns a function of parameters: the gradient of the diffusion layers, a loop over two and a last one."""
-    sizes = model.config.sizes
-    shape = (2, sizes.blocks, sizes.tokens, model.config.width)
-    x, y = (jax.random.normal(jax.random.key(i), shape, model.config.dtype) for i in range(2))
-
-    def stage(model, x, y):
-        image = model._image_positions()
-        return model.diffusion_layers(Streams(clean=x, pred=y), {"clean": image, "pred": image}, ("pred",)).pred
-
-    def total(params):
-        return jnp.sum(model.apply({"params": params}, x, y, method=stage).astype(jnp.float32) ** 2)
-
-    return jax.grad(total)
 
 
 def test_a_gpu_has_the_gradient_of_other_devices(monkeypatch):

@@ -4,7 +4,6 @@ import itertools
 
 from madformer_jax.config import schema
 from madformer_jax.config.choices import LOSS_TERMS
-from madformer_jax.models import madformer
 from madformer_jax.models.plan import AblationSwitches, TrainingPlan, ablation_switches, training_plan
 
 EVERYTHING = AblationSwitches(
@@ -69,9 +68,7 @@ def test_upsampler_runs_once_without_the_hidden_term():
     assert training_plan(("image", "clean"), EVERYTHING).clean_blocks == 4
 
 
-def test_switches_of_a_config_equal_those_of_its_model():
+def test_switches_are_those_of_the_config():
     c = schema.base()
-    for changes in ({}, {"classes": 3, "ar_condition": False}, {"diffusion_attention": "block", "blocks": 16}):
-        c.model.update(changes | {"hidden_from": "noisy"})
-        assert ablation_switches(c) == madformer.build(c, "cpu").config.ablation_switches
+    c.model.update({"classes": 3, "ar_condition": False, "diffusion_attention": "block", "hidden_from": "noisy"})
     assert ablation_switches(c) == AblationSwitches(16, True, True, False, "noisy", True)

@@ -2,19 +2,24 @@ import jax
 import numpy as np
 import pytest
 
-from madformer_jax.config.shapes import derive_sizes
+from madformer_jax.config import schema
+from madformer_jax.ops import rope
 from madformer_jax.sampling import codec
 
 
-def test_blocks_and_positions_are_in_raster_order(tiny_config):
-    sizes = derive_sizes(tiny_config)  # 8 x 8 latent in 2 x 2 blocks
+@pytest.mark.parametrize(("count", "grid", "side"), [(4, (2, 2), (4, 4)), (8, (2, 4), (4, 2))])  # Table 2 has L = 8
+def test_blocks_and_positions_are_in_raster_order(tiny_config, count, grid, side):
+    """The rotary positions of the tokens, one for each latent position, are those of the blocks."""
+    tiny_config.model.blocks = count
+    sizes = schema.validate(tiny_config)  # of an 8 x 8 latent
+    assert ((sizes.grid, sizes.columns), (sizes.block_side, sizes.block_width)) == (grid, side)
     z = np.arange(2 * 8 * 8 * 16).reshape(2, 8, 8, 16)
     blocks = np.asarray(codec.to_blocks(z, sizes))
-    for i in range(2):
-        for j in range(2):
-            for p in range(4):
-                for q in range(4):
-                    np.testing.assert_array_equal(blocks[:, 2 * i + j, 4 * p + q], z[:, 4 * i + p, 4 * j + q])
+    for i, j, p, q in np.ndindex(*grid, *side):
+        place = side[0] * i + p, side[1] * j + q
+        np.testing.assert_array_equal(blocks[:, grid[1] * i + j, side[1] * p + q], z[:, *place])
+        rows, columns = rope.image_positions(grid[0], side[0], grid[1])
+        assert (rows[grid[1] * i + j, side[1] * p + q], columns[grid[1] * i + j, side[1] * p + q]) == place
     np.testing.assert_array_equal(codec.from_blocks(blocks, sizes), z)
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -57,8 +58,11 @@ def test_edits_keep_blocks_bit_for_bit_and_draw_the_others(tmp_path, one_device)
         model.sample(1, image=np.stack([PICTURE] * 2), mask="0")
 
 
-def test_a_model_of_fixed_order_keeps_the_beginning_of_its_order():
+def test_a_model_of_fixed_order_keeps_the_beginning_of_its_order(tmp_path, monkeypatch):
     c = config(**{"model.block_order": "reverse"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.fromarray(PICTURE[..., 0]).save(tmp_path / "picture.png")
+    assert editing.read_picture(c, "~/picture.png", jnp.array([3])).numbers.tolist() == [3]
     assert editing.read_picture(c, PICTURE, [2, 3]).numbers.tolist() == [3, 2]
     with pytest.raises(ConfigError, match="'reverse' allows only the beginning of 3,2,1. Train with"):
         editing.read_picture(c, PICTURE, [0])
@@ -79,6 +83,7 @@ def test_masks_have_the_size_of_the_model_or_of_the_picture(tmp_path):
         ({}, PICTURE, "0,1,2,3", "keeps all blocks, and none is left to draw. The image has 2 x 2 blocks"),
         ({}, PICTURE, np.zeros((32, 32), bool), "keeps no block: a block is kept if all of it is white"),
         ({}, PICTURE, [], "keeps no block"),
+        ({}, PICTURE, np.array(3), "must be a file or an array"),
         ({}, PICTURE, "0,7", "'7' is not a block"),
         ({}, PICTURE, None, "config.sample.image needs config.sample.keep"),
         ({}, None, "0", "config.sample.keep needs config.sample.image"),

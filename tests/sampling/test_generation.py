@@ -109,14 +109,6 @@ def test_prompts_are_shown_below_their_images():
     assert dark[1] == 0 < dark[0] < dark[2]
 
 
-def test_random_labels_do_not_depend_on_the_batch(plain, noise_only):
-    plain.model.classes, plain.sample.label_sampling = 10, "random"
-    few = np.concatenate([batch.labels for batch in draw(plain, range(5))])
-    (many,) = draw(plain, [4, 1, 3], devices=4, max_batch=4)
-    np.testing.assert_array_equal(many.labels, few[[4, 1, 3]])
-    assert few.tolist() != [0, 1, 2, 3, 4]
-
-
 def test_seed_and_guidance_are_arguments_of_the_program(plain, noise_only):
     plain.model.classes, plain.sample.guidance = 10, 2.0
     program = generation.make_sample_fn(plain, madformer.build(plain), codec.build(plain).decode)

@@ -288,8 +288,9 @@ def test_prompts_of_python_are_literal(tmp_path, one_device):
         model.sample(2, prompts=["a", "b", "c"])
     with pytest.raises(ConfigError, match="holds no prompt"):
         model.sample(prompts=[])
-    with pytest.raises(ConfigError, match="3 must be a text"):
-        model.sample(prompts=["a", 3])
+    for wrong, message in ((["a", 3], "3 must be a text"), (np.array("a"), "must be a text or a list")):
+        with pytest.raises(ConfigError, match=message):
+            model.sample(prompts=wrong)
     c.sample.prompts = '["a; b", "x.txt"]'  # the value of --config.sample.prompts
     assert prompts.load(c) == ["a; b", "x.txt"]
 

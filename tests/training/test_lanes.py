@@ -24,7 +24,7 @@ def two():
     """Two configs that differ in seeds and numbers only."""
     c = tiny.get_config("plain")
     c.model.classes = 10
-    c.train.log_to, c.train.log_every, c.train.checkpoint_every, c.train.steps = "", 3, 4, 5
+    c.train.log_every, c.train.checkpoint_every, c.train.steps = 3, 4, 5
     other = c.copy_and_resolve_references()
     other.seed, other.optimizer.learning_rate, other.loss.hidden, other.sample.steps = 5, 1e-2, 0.5, 3
     return c, other

@@ -21,7 +21,6 @@ def test_metrics_have_one_line_for_each_step(tmp_path):
     lines = [json.dumps({"step": step, "loss": float(step)}) for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')
     c = tiny.get_config("plain")
-    c.train.log_to = ""
     writer = metric_writer.MetricWriter(c, str(tmp_path), 3, 1.0, 1)
     assert writer.figures == {"step": 3, "loss": 3.0}
 
@@ -50,7 +49,6 @@ def test_slow_disk_does_not_block_and_full_disk_raises(tmp_path, monkeypatch):
 
     monkeypatch.setattr(metric_writer.storage, "append_line", append)
     c = tiny.get_config("plain")
-    c.train.log_to = ""
     writer = metric_writer.MetricWriter(c, str(tmp_path), 0, 1.0, 1)
     for step in (1, 2, 3):
         writer.add(step, metrics)
@@ -64,7 +62,7 @@ def test_slow_disk_does_not_block_and_full_disk_raises(tmp_path, monkeypatch):
 
 def run_of_two_steps(c, workdir, step=0):
     writer = metric_writer.MetricWriter(c, str(workdir), step, 1.0, 1)
-    writer.log_start(step + 1, c, 7, np.zeros((2, 8, 8, 1), np.uint8))
+    writer.log_start(step + 1, 7, np.zeros((2, 8, 8, 1), np.uint8))
     for k in (step + 1, step + 2):
         writer.add(k, {"loss": float(k), "grad_norm": 1.0, "learning_rate": 0.1})
         writer.write()

@@ -30,7 +30,7 @@ def add_to_first(params, value):
 def c():
     c = tiny.get_config("plain")
     c.model.classes = 10
-    c.train.log_to, c.train.log_every, c.train.checkpoint_every, c.train.steps = "", 3, 4, 5
+    c.train.log_every, c.train.checkpoint_every, c.train.steps = 3, 4, 5
     return c
 
 

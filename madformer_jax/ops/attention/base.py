@@ -1,4 +1,4 @@
-"""Interface of the implementations of skip-causal attention (section 3.2).
+"""Interface of the implementations of skip-causal attention (section 3.2), which is block-causal.
 
 Query block i of either stream attends to the text, to the context blocks before i and to itself.
 The context is the clean stream, or the prediction stream if the model has no clean stream. The
@@ -27,7 +27,8 @@ from madformer_jax.ops.attention.qk_norm_rope import Projectable, apply_to_tree
 CHECKPOINT_NAME = "attention"  # name of a kernel's output and lse in policies of jax.checkpoint
 Block = Float[Array, "B 1 s H h"]
 Blocks = Float[Array, "B L s H h"]
-Lengths = Int[Array, " B"] | None  # number of text tokens without padding; None for all
+Lengths = Int[Array, " images"] | None  # number of text tokens without padding; None for all
+Index = int | Int[Array, ""]  # of a layer or a block; traced or not
 
 
 class KV(NamedTuple):
@@ -84,13 +85,7 @@ class Attention(abc.ABC):
         return self
 
     def block_attention(
-        self,
-        streams: Sequence[QKV],
-        context: KV | None,
-        text: KV | None,
-        lengths: Int[Array, " images"] | None = None,
-        *,
-        images: int = 1,
+        self, streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Lengths = None, *, images: int = 1
     ) -> list[Float[Array, "B _ s H h"]]:
         """Computes attention of the image streams in training, all blocks at once.
 
@@ -120,13 +115,7 @@ class Attention(abc.ABC):
 
     @abc.abstractmethod
     def cached_attention(
-        self,
-        qkv: QKV,
-        context: KV | None,
-        text: KV | None,
-        layer: int | Int[Array, ""],
-        block: int | Int[Array, ""],
-        lengths: Int[Array, " B"] | None = None,
+        self, qkv: QKV, context: KV | None, text: KV | None, layer: Index, block: Index, lengths: Lengths = None
     ) -> Block:
         """Computes attention of one block against the cache, in sampling.
 
@@ -144,12 +133,7 @@ class Attention(abc.ABC):
         """
 
     def write_and_attend(
-        self,
-        qkv: QKV,
-        context: KV,
-        text: KV | None,
-        block: int | Int[Array, ""],
-        lengths: Int[Array, " B"] | None = None,
+        self, qkv: QKV, context: KV, text: KV | None, block: Index, lengths: Lengths = None
     ) -> tuple[Block, KV]:
         """Writes the keys and values of a block into its slot of the cache and attends to the cache.
 
@@ -177,7 +161,7 @@ class Attention(abc.ABC):
             `(layers, B, T, H, h)`.
         """
 
-    def cache_lengths(self, lengths: Int[Array, " B"] | None, text: Int[Array, "B T"]) -> Int[Array, " B"] | None:
+    def cache_lengths(self, lengths: Lengths, text: Int[Array, "images T"]) -> Lengths:
         """Returns the lengths of texts that `cached_attention` needs."""
         return lengths
 
@@ -271,7 +255,7 @@ def require_query(stream: QKV) -> tuple[Projectable, Projectable, Array]:
     return stream.q, stream.k, stream.v
 
 
-def select_layer(kv: KV, layer: int | Int[Array, ""]) -> KV:
+def select_layer(kv: KV, layer: Index) -> KV:
     """Returns the cached keys and values of one layer."""
     return KV(*(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in kv))
 

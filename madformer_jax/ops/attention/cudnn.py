@@ -18,7 +18,17 @@ from jax import Array
 from jaxtyping import Float, Int, PyTree
 
 from madformer_jax.ops.attention import cudnn_calls
-from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, checkpoint_residual, require_query, select_layer
+from madformer_jax.ops.attention.base import (
+    KV,
+    QKV,
+    Attention,
+    Block,
+    Index,
+    Lengths,
+    checkpoint_residual,
+    require_query,
+    select_layer,
+)
 from madformer_jax.ops.attention.cudnn_stacks import (
     pad_blocks,
     projection_gradient,
@@ -96,10 +106,10 @@ def _diagonal_keys(
     return k, v, kv_lengths
 
 
-def _stack_qkv(streams: tuple[Stream, ...]) -> tuple[Array, Array, Array]:
-    """Returns the stacked queries, keys and values of the streams, each `(B, L, n, s, H, h)`."""
+def _stack_qkv(streams: tuple[Stream, ...]) -> tuple[Array, KeyValuePair]:
+    """Returns the stacked queries, and keys and values, of the streams, each `(B, L, n, s, H, h)`."""
     queries, keys, values = zip(*streams, strict=True)
-    return stack_projections(queries), stack_projections(keys), stack_streams(values)
+    return stack_projections(queries), (stack_projections(keys), stack_streams(values))
 
 
 def _forward(
@@ -109,13 +119,13 @@ def _forward(
     lengths: Int[Array, " B"] | None,
     context_stream: int | None,
 ) -> tuple[tuple[Float[Array, "B _ s H h"], ...], _Residuals]:
-    q, *self_kv = _stack_qkv(streams)
+    q, self_kv = _stack_qkv(streams)
     batch, blocks, count, tokens, *heads = q.shape
     in_block = q.reshape(batch, blocks, count * tokens, *heads)
-    k, v, kv_lengths = _diagonal_keys((self_kv[0], self_kv[1]), text, lengths)
+    k, v, kv_lengths = _diagonal_keys(self_kv, text, lengths)
     out, lse = cudnn_calls.flash_attention(q.reshape(-1, tokens, *heads), k, v, kv_lengths)
     partials = [(out.reshape(in_block.shape), lse.reshape(in_block.shape[:-1]))]
-    keys_values = _context_keys((self_kv[0], self_kv[1]), context, context_stream)
+    keys_values = _context_keys(self_kv, context, context_stream)
     if keys_values is not None:
         for tile in descending_tiles(blocks):
             k, v = map(tile.keys, keys_values)
@@ -148,12 +158,12 @@ def _backward(
     context_stream: int | None, saved: _Residuals, gradients: tuple[Float[Array, "B _ s H h"], ...]
 ) -> tuple[PyTree[Array], ...]:
     streams, context, text, lengths, outputs, lses = saved
-    q, *self_kv = _stack_qkv(streams)
+    q, self_kv = _stack_qkv(streams)
     tokens, heads, blocks = q.shape[3], q.shape[4:], [v.shape[1] for *_, v in streams]
     in_block = q.reshape(*q.shape[:2], -1, *heads)
     out, d_out = (stack_streams(x).reshape(in_block.shape) for x in (outputs, gradients))
     lse = stack_streams(lses).reshape(in_block.shape[:-1])
-    k, v, kv_lengths = _diagonal_keys((self_kv[0], self_kv[1]), text, lengths)
+    k, v, kv_lengths = _diagonal_keys(self_kv, text, lengths)
     by_stream = (x.reshape(-1, tokens, *x.shape[3:]) for x in (out, lse, d_out))
     dq, *d_keys = cudnn_calls.flash_attention_backward(q.reshape(-1, tokens, *heads), k, v, kv_lengths, *by_stream)
     d_keys = [x.reshape(*q.shape[:3], -1, *heads) for x in d_keys]
@@ -166,7 +176,7 @@ def _backward(
         sums = (x[:, :, :, tokens:].sum(axis=(1, 2), dtype=jnp.float32) for x in d_keys)
         d_text = tuple(x.astype(q.dtype) for x in sums)
     d_context: tuple[list[Array], list[Array]] = ([], [])  # of the keys and of the values
-    keys_values = _context_keys((self_kv[0], self_kv[1]), context, context_stream)
+    keys_values = _context_keys(self_kv, context, context_stream)
     if keys_values is not None:
         for tile in descending_tiles(q.shape[1]):
             k, v = map(tile.keys, keys_values)
@@ -217,13 +227,7 @@ class CudnnAttention(Attention):
         )
 
     def block_attention(
-        self,
-        streams: Sequence[QKV],
-        context: KV | None,
-        text: KV | None,
-        lengths: Int[Array, " images"] | None = None,
-        *,
-        images: int = 1,
+        self, streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Lengths = None, *, images: int = 1
     ) -> list[Float[Array, "B _ s H h"]]:
         own = (n for n, stream in enumerate(streams) if context is not None and stream.v is context.v)
         context_stream = next(own, None)
@@ -239,13 +243,7 @@ class CudnnAttention(Attention):
         )
 
     def cached_attention(
-        self,
-        qkv: QKV,
-        context: KV | None,
-        text: KV | None,
-        layer: int | Int[Array, ""],
-        block: int | Int[Array, ""],
-        lengths: Int[Array, " B"] | None = None,
+        self, qkv: QKV, context: KV | None, text: KV | None, layer: Index, block: Index, lengths: Lengths = None
     ) -> Block:
         context, text = (kv and select_layer(kv, layer) for kv in (context, text))
         if context is not None:
@@ -257,12 +255,7 @@ class CudnnAttention(Attention):
         return cudnn_calls.flash_attention(q[:, 0], k, v, kv_lengths)[0][:, None]
 
     def write_and_attend(
-        self,
-        qkv: QKV,
-        context: KV,
-        text: KV | None,
-        block: int | Int[Array, ""],
-        lengths: Int[Array, " B"] | None = None,
+        self, qkv: QKV, context: KV, text: KV | None, block: Index, lengths: Lengths = None
     ) -> tuple[Block, KV]:
         q, k, v = (x[:, 0] for x in require_query(qkv))
         start = block * q.shape[1]

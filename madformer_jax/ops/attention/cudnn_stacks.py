@@ -21,7 +21,8 @@ from madformer_jax.ops.attention.qk_norm_rope import Projectable, apply_to_tree,
 def stack_streams(arrays: Sequence[Float[Array, "B _ s *rest"]]) -> Float[Array, "B L n s *rest"]:
     """Stacks the arrays of the streams. Shorter ones are padded with zeros.
 
-    The barrier lets the tiles be slices of the stack. XLA would compute QK-norm and RoPE again for them.
+    With the barrier, the tiles are slices of the stack. Without it, XLA would compute QK-norm and RoPE again
+    for every tile.
     """
     blocks = max(x.shape[1] for x in arrays)
     return jax.lax.optimization_barrier(jnp.stack([pad_blocks(x, blocks)[:, ::-1] for x in arrays], axis=2))

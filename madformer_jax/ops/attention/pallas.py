@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from madformer_jax.ops.attention import pallas_tpu
-from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, require_query
+from madformer_jax.ops.attention.base import KV, QKV, Attention, Block, Index, Lengths, require_query
 from madformer_jax.ops.attention.qk_norm_rope import Projectable, ProjectedQK, is_projected
 from madformer_jax.ops.rope import RotaryTable
 
@@ -43,18 +43,12 @@ class PallasAttention(Attention):
         return PallasAttention(interpret=device != "tpu")
 
     def block_attention(
-        self,
-        streams: Sequence[QKV],
-        context: KV | None,
-        text: KV | None,
-        lengths: Int[Array, " images"] | None = None,
-        *,
-        images: int = 1,
+        self, streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Lengths = None, *, images: int = 1
     ) -> list[Float[Array, "B _ s H h"]]:
         return [self._stream_attention(stream, context, text, lengths, images) for stream in streams]
 
     def _stream_attention(
-        self, stream: QKV, context: KV | None, text: KV | None, lengths: Int[Array, " images"] | None, images: int
+        self, stream: QKV, context: KV | None, text: KV | None, lengths: Lengths, images: int
     ) -> Float[Array, "B L s H h"]:
         q, k, v = require_query(stream)
         context_has_self = context is not None and v is context.v  # the stream is its own context
@@ -71,20 +65,14 @@ class PallasAttention(Attention):
         text_tokens = 0 if text is None else text.k.shape[1] // images
         if text_tokens and lengths is None:
             lengths = jnp.full(len(v) * images, text_tokens)
-        sizes = {"images": images, "tokens": v.shape[2], "text_tokens": text_tokens}
-        kernel = partial(pallas_tpu.block_attention, **sizes, interpret=self.interpret)
+        sizes = pallas_tpu.KernelSizes(images, v.shape[2], text_tokens, self.interpret)
+        kernel = partial(pallas_tpu.block_attention, sizes=sizes)
         out = pallas_tpu.shard_map_kernel(kernel, *arrays, padded, lengths)
         out = out if self.interpret else pallas_tpu.with_row_major_layout(out)
         return out.transpose(0, 3, 1, 2).reshape(v.shape)
 
     def cached_attention(
-        self,
-        qkv: QKV,
-        context: KV | None,
-        text: KV | None,
-        layer: int | Int[Array, ""],
-        block: int | Int[Array, ""],
-        lengths: Int[Array, " B"] | None = None,
+        self, qkv: QKV, context: KV | None, text: KV | None, layer: Index, block: Index, lengths: Lengths = None
     ) -> Block:
         block_qkv = [x[:, 0] for x in require_query(qkv)]
         q, k, v = map(self._to_kernel_layout, block_qkv)
@@ -97,7 +85,7 @@ class PallasAttention(Attention):
         rows = (_tokens_last(x, batch_axes=2) for x in kv)
         return KV(*(rows if kv.k.ndim == 6 else (pallas_tpu.pad_text_to_lanes(x, 1) for x in rows)))
 
-    def cache_lengths(self, lengths: Int[Array, " B"] | None, text: Int[Array, "B T"]) -> Int[Array, " B"] | None:
+    def cache_lengths(self, lengths: Lengths, text: Int[Array, "images T"]) -> Lengths:
         # `to_cache_layout` pads the texts, so every text needs a length.
         return jnp.full(len(text), text.shape[1]) if lengths is None else lengths
 

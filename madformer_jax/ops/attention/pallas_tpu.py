@@ -14,6 +14,7 @@ Shapes: B rows of `images` images, L blocks, H heads, h head size, T text tokens
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,15 @@ from madformer_jax.runtime import partitioning
 
 _Shaped = Array | jax.ShapeDtypeStruct
 _DEFAULT_VMEM_BYTES = 16 * 2**20  # VMEM that a kernel may use by default
+
+
+class KernelSizes(NamedTuple):
+    """Sizes of the arrays of a kernel, and whether Pallas' interpreter runs it, on any platform."""
+
+    images: int  # in a row
+    tokens: int  # of a block, a multiple of 128
+    text_tokens: int  # before padding to T; padding is not computed
+    interpret: bool
 
 
 def tile_size(tokens: int) -> int | None:
@@ -97,17 +107,14 @@ def shard_map_kernel(
     return jax.shard_map(function, in_specs=in_specs, out_specs=PartitionSpec(*specs[4]), check_vma=False)(q, *args)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def block_attention(
     q: ProjectedQK | Float[Array, "B H h columns"],
     self_kv: KeyValuePair | None,
     context: KeyValuePair | None,
     text: KeyValuePair | None,
     lengths: Int[Array, " rows"] | None,
-    images: int,
-    tokens: int,
-    text_tokens: int,
-    interpret: bool,
+    sizes: KernelSizes,
 ) -> Float[Array, "B H h columns"]:
     """Computes attention of all blocks of a stream, in training.
 
@@ -119,15 +126,12 @@ def block_attention(
         j <= i without `self_kv`.
       text: Keys and values, arrays `(B, H, h, images * T)` with T a multiple of 128, or None.
       lengths: Visible text tokens of each image, `(B * images,)`. None without text.
-      images: Images in a row.
-      tokens: Tokens of a block, a multiple of 128.
-      text_tokens: Text tokens before padding to T. Padding is not computed.
-      interpret: Whether to run the kernel in Pallas' interpreter, on any platform.
+      sizes: The sizes.
 
     Returns:
       The output, shaped like the array of `q`.
     """
-    return _forward_with_residuals(q, self_kv, context, text, lengths, images, tokens, text_tokens, interpret)[0]
+    return _forward_with_residuals(q, self_kv, context, text, lengths, sizes)[0]
 
 
 def cached_attention(
@@ -156,9 +160,8 @@ def cached_attention(
     tokens = q.shape[3]
     mean_blocks = 0 if context is None else context[0].shape[4] / tokens / 2
     scalars = _scalar_arguments(layer, block, lengths, len(q))
-    text_tokens = 0 if text is None else text[0].shape[-1]
-    keys = _keys_by_kind(self_kv, context, text)
-    return _forward(q, keys, scalars, mean_blocks, 1, tokens, text_tokens, interpret)[0]
+    sizes = KernelSizes(1, tokens, 0 if text is None else text[0].shape[-1], interpret)
+    return _forward(q, _keys_by_kind(self_kv, context, text), scalars, mean_blocks, sizes)[0]
 
 
 def _forward(
@@ -166,18 +169,13 @@ def _forward(
     keys: dict[str, KeyValuePair],
     scalars: Int[Array, " scalars"],
     mean_blocks: float,
-    images: int,
-    tokens: int,
-    text_tokens: int,
-    interpret: bool,
+    sizes: KernelSizes,
 ) -> tuple[Float[Array, "B H h queries"], Float[Array, "B H 1 queries"]]:
     """Returns the output and the base-2 log-sum-exp."""
     x = _raw_array(q)
     lse = jax.ShapeDtypeStruct((*x.shape[:2], 1, x.shape[3]), jnp.float32)
     results = jax.ShapeDtypeStruct(x.shape, x.dtype), lse
-    return _call_kernel(
-        pallas_tpu_kernels.forward, scalars, (q, keys), results, 2, mean_blocks, images, tokens, text_tokens, interpret
-    )
+    return _call_kernel(pallas_tpu_kernels.forward, scalars, (q, keys), results, 2, mean_blocks, sizes)
 
 
 def _forward_with_residuals(
@@ -186,43 +184,33 @@ def _forward_with_residuals(
     context: KeyValuePair | None,
     text: KeyValuePair | None,
     lengths: Array | None,
-    images: int,
-    tokens: int,
-    text_tokens: int,
-    interpret: bool,
+    sizes: KernelSizes,
 ) -> tuple[Array, PyTree]:
     keys = _keys_by_kind(self_kv, context, text)
-    scalars = _scalar_arguments(0, 0, lengths, len(_raw_array(q)) * images)
-    mean_blocks = _mean_context_blocks(_raw_array(q), self_kv, images, tokens)
-    out, lse = _forward(q, keys, scalars, mean_blocks, images, tokens, text_tokens, interpret)
+    scalars = _scalar_arguments(0, 0, lengths, len(_raw_array(q)) * sizes.images)
+    out, lse = _forward(q, keys, scalars, _mean_context_blocks(_raw_array(q), self_kv, sizes), sizes)
     out, lse = checkpoint_residual(out), checkpoint_residual(lse)
     return out, (q, keys, scalars, out, lse)
 
 
-def _mean_context_blocks(
-    q: Array | jax.ShapeDtypeStruct, self_kv: KeyValuePair | None, images: int, tokens: int
-) -> float:
+def _mean_context_blocks(q: _Shaped, self_kv: KeyValuePair | None, sizes: KernelSizes) -> float:
     """Returns the mean number of context blocks that a block attends to in training."""
-    return (q.shape[3] // images // tokens - 1) / 2 + (self_kv is None)
+    return (q.shape[3] // sizes.images // sizes.tokens - 1) / 2 + (self_kv is None)
 
 
-def _backward(
-    images: int, tokens: int, text_tokens: int, interpret: bool, saved: PyTree, d_out: Float[Array, "B H h columns"]
-) -> tuple[PyTree, ...]:
+def _backward(sizes: KernelSizes, saved: PyTree, d_out: Float[Array, "B H h columns"]) -> tuple[PyTree, ...]:
     q, keys, scalars, out, lse = saved
     arrays = jax.tree.map(_raw_array, (q, keys), is_leaf=is_projected)
     dq, d_keys = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     projected = sorted(kind for kind, (k, _) in keys.items() if is_projected(k))
-    scale_count, lanes = 1 + len(projected), math.gcd(tile_size(tokens) or tokens, LANES)
+    scale_count, lanes = 1 + len(projected), math.gcd(tile_size(sizes.tokens) or sizes.tokens, LANES)
     if is_projected(q):
-        d_keys["scales"] = jax.ShapeDtypeStruct((*dq.shape[:3], images * scale_count * lanes), jnp.float32)
-    mean_blocks = _mean_context_blocks(dq, keys.get("self"), images, tokens)
+        d_keys["scales"] = jax.ShapeDtypeStruct((*dq.shape[:3], sizes.images * scale_count * lanes), jnp.float32)
+    mean_blocks = _mean_context_blocks(dq, keys.get("self"), sizes)
     inputs = q, keys, out, d_out, lse
-    dq, d_keys = _call_kernel(
-        pallas_tpu_kernels.backward, scalars, inputs, (dq, d_keys), 5, mean_blocks, images, tokens, text_tokens, interpret
-    )  # fmt: skip
+    dq, d_keys = _call_kernel(pallas_tpu_kernels.backward, scalars, inputs, (dq, d_keys), 5, mean_blocks, sizes)
     if is_projected(q):
-        d_scales = d_keys["scales"].reshape(*dq.shape[:3], images, scale_count, lanes).sum((0, 1, 3, 5))
+        d_scales = d_keys["scales"].reshape(*dq.shape[:3], sizes.images, scale_count, lanes).sum((0, 1, 3, 5))
 
         def gradient(index: int, dx: Array) -> ProjectedQK:
             return ProjectedQK(dx, d_scales[:, index, None].astype(q.scale.dtype), None)  # type: ignore[arg-type]  # no gradient
@@ -234,7 +222,7 @@ def _backward(
     return dq, *(d_keys.get(kind) for kind in ("self", "context", "text")), None
 
 
-def _raw_array(x: PyTree) -> Array | jax.ShapeDtypeStruct:
+def _raw_array(x: PyTree) -> _Shaped:
     return x.x if is_projected(x) else x
 
 
@@ -264,10 +252,7 @@ def _call_kernel(
     results: tuple[PyTree[jax.ShapeDtypeStruct], ...],
     products: int,
     mean_blocks: float,
-    images: int,
-    tokens: int,
-    text_tokens: int,
-    interpret: bool,
+    sizes: KernelSizes,
 ) -> PyTree[Array]:
     """Runs a kernel on the grid of rows, images, heads and tiles of queries.
 
@@ -279,11 +264,9 @@ def _call_kernel(
       results: Shapes of the results. A dictionary holds those of keys and values by kind.
       products: Matrix products of each pair of a query and a visible key, for the cost estimate.
       mean_blocks: Mean number of context blocks that a block attends to, for the cost estimate.
-      images: See `block_attention`.
-      tokens: See `block_attention`.
-      text_tokens: See `block_attention`.
-      interpret: See `block_attention`.
+      sizes: The sizes.
     """
+    images, tokens, text_tokens, interpret = sizes
     keys: dict[str, KeyValuePair] = inputs[1]
     batch, heads, size, columns = _raw_array(inputs[0]).shape
     side = tile_size(tokens) or tokens  # other sizes run in the interpreter only

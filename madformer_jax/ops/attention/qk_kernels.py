@@ -97,6 +97,7 @@ def _normalize(x: _Halves, bias: _Halves) -> tuple[Float[Array, "tile 1"], _Halv
 def _stack(
     arrays: list[Array], scales: list[Array], tables: list[Array], biases: list[Array], *, blocks: int, count: int
 ) -> Array:
+    """Computes `stack` on one device. The blocks of the result are in descending order."""
     batch, _, tokens, heads, size = arrays[0].shape
     tile = _tile(tokens)
 
@@ -152,6 +153,7 @@ def _stack(
 def _gradient(
     d: Array, x: Array, scale: Array, table: Array, bias: Array, *, stream: int | None
 ) -> tuple[Float[Array, "B L s H h"], Float[Array, "B L tiles 1 h"], Float[Array, "B L tiles H h"]]:
+    """Computes `gradient` on one device, with sums over the tokens of a tile for the scale and the bias."""
     batch, blocks, tokens, heads, size = x.shape
     tile, stacked_blocks = _tile(tokens), d.shape[1]
 

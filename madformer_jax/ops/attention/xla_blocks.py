@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from madformer_jax.ops.attention.base import (
     KV,
@@ -21,6 +21,7 @@ from madformer_jax.ops.attention.base import (
     Attention,
     Block,
     Blocks,
+    Index,
     Lengths,
     column_attention,
     key_mask,
@@ -59,13 +60,7 @@ class XlaBlocks(Attention):
         return _normalize(result, v.dtype).transpose(0, 2, 3, 1, 4)
 
     def cached_attention(
-        self,
-        qkv: QKV,
-        context: KV | None,
-        text: KV | None,
-        layer: int | Int[Array, ""],
-        block: int | Int[Array, ""],
-        lengths: Int[Array, " B"] | None = None,
+        self, qkv: QKV, context: KV | None, text: KV | None, layer: Index, block: Index, lengths: Lengths = None
     ) -> Block:
         q, k, v = (x[:, 0] for x in require_query(qkv))
         tokens = q.shape[1]
