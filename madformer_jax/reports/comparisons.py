@@ -59,6 +59,20 @@ def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Sett
     return [(s, base) for s in settings if s != base] if base in settings else []
 
 
+def difference_label(group: ProtocolGroup, setting: Setting, baseline: Setting) -> str:
+    """Returns the name of a contrast. In a grid, it names equal values once."""
+    if not group.is_grid:
+        return f"{group.label(setting)} minus {group.label(baseline)}"
+    differing, equal = [], []
+    for axis, a, b in zip(group.axes, setting, baseline):
+        if a != b:
+            word = isinstance(b, str | bool)  # a number alone would read as a part of a calculation
+            differing.append(f"{axis.label} = {a} minus {b if word else f'{axis.label} = {b}'}")
+        elif len(axis.values) > 1:
+            equal.append(f"{axis.label} = {a}")
+    return ", ".join(differing) + (f" ({', '.join(equal)})" if equal else "")
+
+
 def best_within(group: ProtocolGroup, setting: Setting, score: str, budget: Budget) -> Best | None:
     """Returns a setting at the step count of its best mean score, among those that cost at most the budget.
 

@@ -27,7 +27,7 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
         rows = comparisons.along_budgets(group, score, budgets, pair, len(pairs))
         if len(rows) > 1:
             x = tuple(budget.amount for budget, _ in rows)
-            label = group.label(pair[0]) if one else group.difference_label(*pair)
+            label = group.label(pair[0]) if one else comparisons.difference_label(group, *pair)
             lines.append(Series(label, x, tuple(d.estimate for _, d in rows)))
     if not lines:
         return None

@@ -127,7 +127,7 @@ def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
         baselines = {group.label(d.baseline) for d in differences}
         one = f", difference to {baselines.pop()}" if len(baselines) == 1 else ""
         rows = [
-            (group.label(d.setting) if one else group.difference_label(d.setting, d.baseline), d.estimate)
+            (group.label(d.setting) if one else comparisons.difference_label(group, d.setting, d.baseline), d.estimate)
             for d in differences
         ]
         if rows:

@@ -148,19 +148,6 @@ class ProtocolGroup(NamedTuple):
                 names.append(_ablation_label(axis.label, value))
         return ", ".join(names) or "base"
 
-    def difference_label(self, setting: tuple[Any, ...], baseline: tuple[Any, ...]) -> str:
-        """Returns the name of a contrast (`comparisons.contrasts`). In a grid, it names equal values once."""
-        if not self.is_grid:
-            return f"{self.label(setting)} minus {self.label(baseline)}"
-        differing, equal = [], []
-        for axis, a, b in zip(self.axes, setting, baseline):
-            if a != b:
-                word = isinstance(b, str | bool)  # a number alone would read as a part of a calculation
-                differing.append(f"{axis.label} = {a} minus {b if word else f'{axis.label} = {b}'}")
-            elif len(axis.values) > 1:
-                equal.append(f"{axis.label} = {a}")
-        return ", ".join(differing) + (f" ({', '.join(equal)})" if equal else "")
-
 
 def _ablation_label(label: str, value: Any) -> str:
     """Returns the name of a value that differs from the base."""

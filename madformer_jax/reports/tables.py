@@ -203,7 +203,7 @@ def _difference_rows(group: ProtocolGroup, columns: Sequence[Sequence[Difference
     rows: dict[str, list[Cell]] = {}
     for j, column in enumerate(columns):
         for d in column:
-            label = group.difference_label(d.setting, d.baseline)
+            label = comparisons.difference_label(group, d.setting, d.baseline)
             cells = rows.setdefault(label, [label, *[""] * len(columns)])
             cells[1 + j] = Annotated(d.estimate, f"{d.steps[0]} and {d.steps[1]} steps" if d.steps else "")
     return list(rows.values())
