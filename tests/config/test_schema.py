@@ -16,16 +16,22 @@ from madformer_jax.runtime import stored_config
         ("model.blocks", 64, "not divisible by the block U-Net's reduction of 2"),
         ("model.diffusion_depth", 4, "from 1 to config.model.depth=3"),
         ("model.diffusion_depth", 0, "from 1 to config.model.depth=3"),
+        ("model.rope", "spiral", "'spiral' is unknown"),
         ("model.heads", 3, "head size"),
         ("model.unet_groups", 3, "multiples of"),
         ("codec.patch", 5, "not a multiple of 5"),
         ("codec.shift_factor", 0.1, "shift_factor=0.1 needs config.codec.scaling_factor"),
+        ("sample.labels", "[3, 10]", "10 is not a class"),
+        ("sample.labels", "[3.5]", "3.5 must be a class name"),
+        ("sample.steps", 0, "out of range"),
         ("train.accumulate", 3, "not a multiple"),
         ("train.keep_every", 3, "only steps that are saved can be kept"),
         ("train.evaluate_every", 3, "only steps that are saved can be scored"),
+        ("train.evaluate_n", 9, "at least 10"),
         ("profile", "3", "a first and a last step"),
         ("profile", "4:3", "a first and a last step"),
         ("profile", "5:6", "the last step is 5"),
+        ("train.init_from", "None", "is not a path"),
         ("loss.text", 1.0, "a class has no tokens to predict"),
         ("text.length", 2, "config.text.length=2 needs captions"),
         ("text.tokenizer", "a.json", "needs captions"),
@@ -166,6 +172,11 @@ def test_a_tiny_config_of_another_unet_and_of_several_depths_is_valid():
     assert c.model.diffusion_depth == 2 and c.train.elastic_depths == (1, 2, 4)
 
 
+def test_labels_run_through_the_chosen_classes_in_turn(tiny_config):
+    tiny_config.sample.labels = "7,2"
+    assert schema.sample_labels(tiny_config) == [7, 2, 7, 2, 7]
+
+
 def test_random_labels_are_a_function_of_the_seed_and_the_number(tiny_config):
     tiny_config.sample.label_sampling, tiny_config.sample.n = "random", 3000
     tiny_config.sample.labels = "7,2,4"
@@ -191,3 +202,17 @@ def test_sizes_of_the_release(tiny_config):
     c = schema.base()
     c.data.image_size = 1024
     assert schema.validate(c) == (128, 4, 16, 4, 32, 1024, 16, 256)
+
+
+def test_names_of_classes_become_their_numbers(tiny_config):
+    tiny_config.sample.labels = "zwei, 7,eins"
+    schema.validate(tiny_config)  # without the data, nobody knows them
+    with pytest.raises(ConfigError, match="'zwei' is neither a class number nor a class name"):
+        schema.sample_labels(tiny_config)
+    schema.resolve_label_numbers(tiny_config, ["null", "eins", "zwei"])
+    assert schema.sample_labels(tiny_config) == [2, 7, 1, 2, 7]
+    tiny_config.sample.labels = "zwie"
+    with pytest.raises(ConfigError, match=r"'zwie' is neither .* \(names are 'zwei', \.\.\.\)"):
+        schema.resolve_label_numbers(tiny_config, ["null", "eins", "zwei"])
+    with pytest.raises(ConfigError, match="this data set names none"):
+        schema.resolve_label_numbers(tiny_config, ())

@@ -133,6 +133,10 @@ def test_nfe_follows_the_formula_of_the_paper():
     c = wide(depth=4)
     c.sample.steps = 50
     assert flops.nfe(c) == pytest.approx(3 / 4 + 50 / 4)
+    once, twice = (flops.sampling(c, 1).diffusion_layers, flops.sampling(c, 2).diffusion_layers)
+    assert twice == 2 * once
+    c.sample.steps = 100
+    assert flops.sampling(c, 1).ar_layers == flops.sampling(wide(depth=4), 1).ar_layers
 
 
 @pytest.mark.parametrize(

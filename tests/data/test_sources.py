@@ -13,9 +13,12 @@ from PIL import Image
 
 from madformer_jax.config import schema as config_lib
 from madformer_jax.config.table import FIELDS
-from madformer_jax.data import source, sources
+from madformer_jax.data import pipeline, source, sources
+from madformer_jax.data.sources import open_source
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation.networks import registry
+from madformer_jax.sampling import prompts
+from tests import tiny
 
 
 def save(path, value: int, size=(5, 4)) -> None:
@@ -250,3 +253,50 @@ def test_tfds_is_read_encoded_and_at_random(tmp_path):
 def test_the_descriptions_name_every_source_and_network():
     assert all(name in FIELDS["data.source"].doc for name in sources.SOURCES)
     assert all(name in FIELDS["evaluate.network"].doc for name in registry.NETWORKS)
+
+
+class Ramps(source.Source):
+    """Images of one shade: what the documentation says that a new source needs."""
+
+    names = ("dark", "bright")
+    takes_name = True
+    attributes = (("shade", ("none", "low", "high")),)
+
+    @classmethod
+    def open(cls, data, name):
+        ramps = cls()
+        ramps.n = int(name or 20)
+        return ramps
+
+    @classmethod
+    def enlarge(cls, data, factor):
+        data.source = f"ramps:{20 * factor}"
+
+    def __len__(self):
+        return self.n
+
+    def read(self, indices):
+        shades = np.zeros((len(indices), 8, 8, 1), np.uint8) + indices[:, None, None, None].astype(np.uint8)
+        attributes = np.where(indices % 2, 1, 2)[:, None].astype(np.int32)
+        captions = [f"shade {i}" for i in indices]
+        return source.Examples({"image": shades}, (indices % 2).astype(np.int32), captions, attributes)
+
+    def name(self, index):
+        return f"ramp {index}"
+
+
+def test_a_source_is_added_by_a_class_and_a_line(monkeypatch):
+    """Splits, training batches, prompts and attributes need nothing else of it."""
+    monkeypatch.setitem(sources.SOURCES, "ramps", Ramps)
+    c = tiny.get_config("plain")
+    c.data.source, c.data.test_share, c.data.image_size = "ramps", 0.3, 8
+    parts = [open_source(c, split) for split in ("train", "test", "all")]
+    names = [{part.name(i) for i in range(len(part))} for part in parts]
+    assert not names[0] & names[1] and names[0] | names[1] == names[2] and len(names[2]) == 20 > len(names[0]) > 5
+    batch = next(pipeline.train_iterator(c, batch=4))
+    assert {f"ramp {image[0, 0, 0]}" for image in batch["image"]} <= names[0]
+    c.text.tokenizer, c.text.vocabulary, c.text.length = "drawings", 835, 9
+    c.sample.prompts, c.sample.n = "data:test", 3
+    numbers = [int(prompt.split()[1]) for prompt in prompts.load(c)]
+    assert prompts.requested_attributes(c).tolist() == [[1 if i % 2 else 2] for i in numbers]
+    assert {f"ramp {i}" for i in numbers} <= names[1]

@@ -56,6 +56,26 @@ def test_a_share_of_the_examples_follows_estimates():
     assert np.linalg.norm(expected - estimates) < 1e-5 * np.linalg.norm(expected)
 
 
+def test_one_step_is_bit_for_bit_the_estimate_of_one_forward_pass():
+    model, params = small(depth=2, diffusion_depth=1, classes=3, **ONE_STAGE)
+    z = jnp.asarray(np.random.default_rng(0).standard_normal((4, *model.config.sizes.block_shape), np.float32))
+    tokens, key = jnp.array([[1], [0], [2], [1]]), jax.random.key(5)
+
+    @jax.jit
+    def one_pass(params):
+        _, t_key, noise_key = jax.random.split(key, 3)
+        t = PATH.uniform_timesteps(t_key, z.shape[:2], 500)
+        noisy = PATH.add_noise(z, jax.random.normal(noise_key, z.shape, jnp.float32), t)
+        output = model.apply({"params": params}, z, noisy, t, tokens, None, terms=("image",)).image
+        return parameterization.clean_estimate("eps", output, noisy, PATH.level(t[..., None, None]))
+
+    def estimates(params):
+        own = own_context.OwnContext(params, 1.0, 500)
+        return own_context.replace(model, own, z, tokens, None, key, PATH)
+
+    np.testing.assert_array_equal(jax.jit(estimates)(params), one_pass(params))
+
+
 def test_flops_hold_the_additional_forward_pass():
     c = wide(blocks=4)
     c.train.own_context = 0.25

@@ -147,3 +147,12 @@ def test_errors_of_bad_features_have_one_line(call, message):
     with pytest.raises(ConfigError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_distance_of_gaussians_with_a_known_answer(random):
+    mean, scale = random.standard_normal(5), random.random(5)
+    covariance = np.diag(scale**2)
+    rotation = np.linalg.qr(random.standard_normal((5, 5)))[0]
+    a = Gaussian.from_covariance(rotation @ mean, rotation @ covariance @ rotation.T)
+    b = Gaussian.from_covariance(np.zeros(5), rotation @ (9 * covariance) @ rotation.T)
+    assert scores.frechet(a, b) == pytest.approx(np.sum(mean**2) + np.sum((2 * scale) ** 2), rel=1e-10)

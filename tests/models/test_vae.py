@@ -222,7 +222,7 @@ def write_folder(folder, state, config_json, name="diffusion_pytorch_model.safet
     return str(folder)
 
 
-def test_folder_and_its_orbax_copy_give_the_same_weights(tmp_path, arrays, small):
+def test_folder_and_its_orbax_copy_give_the_same_codec(tmp_path, arrays, small, monkeypatch):
     model, state, params = small
     folder = write_folder(tmp_path / "diffusers", state, str(arrays["config"]))
     vae_weights.save(str(tmp_path / "orbax"), folder)
@@ -230,6 +230,15 @@ def test_folder_and_its_orbax_copy_give_the_same_weights(tmp_path, arrays, small
         loaded, loaded_params = vae_weights.load(path)
         assert loaded == model
         assert jax.tree.all(jax.tree.map(np.array_equal, loaded_params, params))
+    codec, key = codecs.build(codec_config(path)), jax.random.key(1)
+    mean, logvar = (jnp.asarray(nhwc(arrays[name])) for name in ("mean", "logvar"))
+    z = 0.18215 * vae.sample_posterior(mean, logvar, key)
+    monkeypatch.setattr(codecs, "to_float", lambda image: image)  # the reference image does not have 8 bits
+    image = {"image": nhwc(arrays["image"])}
+    np.testing.assert_allclose(jax.jit(codec.encode)(codec.load(), image, key), z, atol=1e-5)
+    np.testing.assert_allclose(codec.encode({}, {"mean": mean, "logvar": logvar}, key), z, atol=1e-6)
+    decoded = jax.jit(codec.decode)(codec.load(), 0.18215 * mean)
+    assert distance(decoded, nhwc(arrays["decoded"])) < 1e-4
 
 
 def test_cached_latents_need_no_vae_and_are_scaled_by_the_config():

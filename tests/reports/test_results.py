@@ -183,3 +183,7 @@ def test_only_booleans_are_labeled_as_switches(field, base, other, label):
     points = [results.Point(s, 0, results.Budget("steps", 1), "run", 0, {}, {}) for s in settings]
     group = results.ProtocolGroup("", axes, tuple(points), {})
     assert group.label((16, other)) == label
+
+
+def test_a_single_seed_has_no_interval():
+    assert intervals.estimate([2.0]) == intervals.Estimate((2.0,), 2.0, None, None)

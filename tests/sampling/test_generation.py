@@ -223,3 +223,11 @@ def test_flipped_bits_of_a_shard_are_detected(tmp_path):
             detected += 1
     assert detected > 100
     assert generation.read_shard(tmp_path / "none.npz") is None
+
+
+def test_random_labels_do_not_depend_on_the_batch(plain, noise_only):
+    plain.model.classes, plain.sample.label_sampling = 10, "random"
+    few = np.concatenate([batch.labels for batch in draw(plain, range(5))])
+    (many,) = draw(plain, [4, 1, 3], devices=4, max_batch=4)
+    np.testing.assert_array_equal(many.labels, few[[4, 1, 3]])
+    assert few.tolist() != [0, 1, 2, 3, 4]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from madformer_jax.config.table import FIELDS
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention import api, cudnn_calls, pallas_tpu, qk_kernels
 from madformer_jax.ops.attention.base import KV, QKV, causal_attention
@@ -271,7 +272,8 @@ def test_auto_selects_the_kernel_of_the_platform_if_the_shape_allows():
             api.choose(name, *case)
 
 
-def test_an_implementation_has_the_name_of_its_choice():
+def test_the_choices_of_the_config_are_the_implementations():
+    assert set(FIELDS["model.attention"].choices) == {"auto", *api.IMPLEMENTATIONS}
     assert all(implementation.name == name for name, implementation in api.IMPLEMENTATIONS.items())
 
 
@@ -335,3 +337,15 @@ def test_attention_with_the_cache_equals_training(implementation, no_cudnn):
         np.testing.assert_allclose(traced(third, 1, 2), static, rtol=1e-5, atol=1e-6)
         first = QKV(*(x[:, :1] for x in qkv))
         np.testing.assert_allclose(traced(first, 1, 0)[:, 0], expected[n][:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_query_sees_earlier_context_blocks_and_itself_only():
+    streams = [stream(0, L), stream(1, L)]
+    context = streams[0].kv
+    blocks = api.IMPLEMENTATIONS["blocks"]
+    before = blocks.block_attention(streams, context, None)
+    changed = KV(context.k._replace(x=context.k.x.at[:, 2].add(1.0)), context.v.at[:, 2].add(1.0))
+    after = blocks.block_attention(streams, changed, None)
+    for x, y in zip(before, after, strict=True):
+        np.testing.assert_array_equal(x[:, :3], y[:, :3])
+        assert float(jnp.abs(x[:, 3] - y[:, 3]).max()) > 1e-3
