@@ -73,6 +73,14 @@ def difference_label(group: ProtocolGroup, setting: Setting, baseline: Setting) 
     return ", ".join(differing) + (f" ({', '.join(equal)})" if equal else "")
 
 
+def difference_labels(group: ProtocolGroup, pairs: Sequence[tuple[Setting, Setting]]) -> tuple[list[str], str]:
+    """Returns the labels of contrasts, and the label of the baseline if all have the same, which they then omit."""
+    baselines = {base for _, base in pairs}
+    if len(baselines) == 1:
+        return [group.label(setting) for setting, _ in pairs], group.label(baselines.pop())
+    return [difference_label(group, *pair) for pair in pairs], ""
+
+
 def best_within(group: ProtocolGroup, setting: Setting, score: str, budget: Budget) -> Best | None:
     """Returns a setting at the step count of its best mean score, among those that cost at most the budget.
 

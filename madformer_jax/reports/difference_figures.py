@@ -21,13 +21,12 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
     The budgets have one kind. Returns None if fewer than two of them have a difference.
     """
     pairs = comparisons.contrasts(group, score)
-    one = len({base for _, base in pairs}) == 1
+    labels, baseline = comparisons.difference_labels(group, pairs)
     lines = []
-    for pair in pairs:
+    for label, pair in zip(labels, pairs):
         rows = comparisons.along_budgets(group, score, budgets, pair, len(pairs))
         if len(rows) > 1:
             x = tuple(budget.amount for budget, _ in rows)
-            label = group.label(pair[0]) if one else comparisons.difference_label(group, *pair)
             lines.append(Series(label, x, tuple(d.estimate for _, d in rows)))
     if not lines:
         return None
@@ -40,7 +39,7 @@ def difference_bands(group: ProtocolGroup, score: str, budgets: Sequence[Budget]
         colors = figures.sequential_colors(len(lines) + 1)[1:] if group.is_grid else figures.series_colors(lines, None)
         figures.plot_series(axes, lines, colors, joined=True, linear=True)
 
-    minus = f" minus {group.label(pairs[0][1])}" if one else ", differences"
+    minus = f" minus {baseline}" if baseline else ", differences"
     heading = f"{score_heading(score)}{minus}{figures.data_suffix(group)}"
     name = figures.file_name(group, score, "difference", budgets[0].kind)
     return figures.make_panel(name, heading, draw, lines, ", with simultaneous intervals against the budget")

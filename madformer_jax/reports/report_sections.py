@@ -124,14 +124,11 @@ def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
     endpoint = results.protocol["primary"] if results.protocol else ""
     if "loss" in endpoint:
         differences = comparisons.of_losses(results, group, endpoint)
-        baselines = {group.label(d.baseline) for d in differences}
-        one = f", difference to {baselines.pop()}" if len(baselines) == 1 else ""
-        rows = [
-            (group.label(d.setting) if one else comparisons.difference_label(group, d.setting, d.baseline), d.estimate)
-            for d in differences
-        ]
+        labels, baseline = comparisons.difference_labels(group, [(d.setting, d.baseline) for d in differences])
+        rows = [(label, d.estimate) for label, d in zip(labels, differences)]
         if rows:
-            title = f"{answers_lib.endpoint_label(endpoint)} ↓{one or ', differences'}\n{group.data}"
+            one = f"difference to {baseline}" if baseline else "differences"
+            title = f"{answers_lib.endpoint_label(endpoint)} ↓, {one}\n{group.data}"
             yield difference_figures.difference_rows(figures.file_name(group, endpoint, "differences"), title, rows)
         return
     scores = answers_lib.endpoint_scores(group, results.protocol)[:1]
