@@ -108,11 +108,9 @@ def read_sealed(path: storage.Path) -> dict[str, Any] | None:
     Raises:
       ConfigError: The file cannot be read, or its content does not match its hash.
     """
-    content = storage.read_json(path)
+    content = storage.read_json_object(path)
     if content is None:
         return None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is damaged: it does not contain a JSON object. Prepare the data again.")
     seal = content.pop("seal", None)
     if seal != _seal(content):
         raise ConfigError(f"{path} is damaged: its content does not match its hash. Prepare the data again.")

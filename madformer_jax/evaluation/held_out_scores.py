@@ -92,7 +92,7 @@ def _load_or_measure(c: ConfigDict, workdir: str, images: HeldOutImages, step: i
         protocol = _protocol(c, trained, codec_params, images)
         key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
         path = os.path.join(workdir, "evaluations", "held_out", f"{key}.json")
-        stored = shards.read_json(path)
+        stored = shards.read_json_object(path, "protocol", "scores")
         if stored is not None:
             logging.info("%s exists already", path)
             return stored
@@ -192,7 +192,7 @@ def paired_differences(path: str, baseline: str) -> dict[str, score_summary.Scor
     """
     results, arrays = [], []
     for file in (path, baseline):
-        result = storage.read_json(file)
+        result = storage.read_json_object(file, "protocol", "scores")
         if result is None:
             raise ConfigError(f"{file} does not exist: make it with --mode=evaluate and config.evaluate.held_out_n.")
         results.append(result)

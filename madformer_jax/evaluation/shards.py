@@ -180,24 +180,23 @@ def allgather_rows(arrays: Arrays) -> Arrays:
     return out
 
 
-def read_json(path: storage.Path) -> Any:
-    """Reads a JSON file in the first process and returns its content in every process.
+def read_json_object(path: storage.Path, *needed: str) -> dict[str, Any] | None:
+    """Reads a JSON file in the first process and returns its object in every process.
 
     Other processes may see another state of the file, for example on a network file system.
-
-    Raises:
-      ConfigError: The file cannot be read, see `storage.read_json`.
+    `storage.read_json_object` has the arguments and errors.
     """
     if jax.process_count() == 1:
-        return storage.read_json(path)
+        return storage.read_json_object(path, *needed)
     outcome: str | ConfigError = ""
     if jax.process_index() == 0:
         try:
-            outcome = json.dumps(storage.read_json(path))
+            outcome = json.dumps(storage.read_json_object(path, *needed))
         except ConfigError as error:
             outcome = error
     text = np.frombuffer(sync_errors(outcome).encode(), np.uint8)
-    return json.loads(allgather_rows({"text": text})["text"].tobytes())
+    content: dict[str, Any] | None = json.loads(allgather_rows({"text": text})["text"].tobytes())
+    return content
 
 
 def sync_errors(outcome: T | ConfigError) -> T:

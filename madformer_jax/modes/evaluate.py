@@ -326,7 +326,7 @@ def _load_or_make_result(
 
 def _load_result(c: ConfigDict, path: str) -> dict[str, Any] | None:
     """Loads a result; None without one, or without the features that the config asks for."""
-    stored: dict[str, Any] | None = shards.read_json(path)
+    stored = shards.read_json_object(path, "protocol", "scores")
     if stored and c.evaluate.keep_features and not _exist(held_out_scores.values_path(path)).all():
         return None
     return stored

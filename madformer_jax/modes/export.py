@@ -106,8 +106,9 @@ def _write_hub_files(
     exported_model = {"step": step, "weights": "ema"}
     results = [
         result
-        for result in map(storage.read_json, files)
-        if exported_model.items() <= (protocol := result["protocol"]["images"]).items()
+        for file in files
+        if (result := storage.read_json_object(file, "protocol", "scores"))
+        and exported_model.items() <= (protocol := result["protocol"]["images"]).items()
         and protocol.get("ema", 0.0) == ema
         and "guide" not in protocol
     ]

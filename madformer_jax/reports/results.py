@@ -196,7 +196,7 @@ def load_results(workdir: str) -> Results:
     Raises:
       ConfigError: The folder has no results, a file is damaged, or the runs are not comparable.
     """
-    plan = storage.read_json(os.path.join(workdir, "sweep.json")) or {}
+    plan = storage.read_json_object(os.path.join(workdir, "sweep.json")) or {}
     runs = _load_runs(workdir)
     if not runs:
         raise ConfigError(f"{workdir} holds no runs/*/result.json: run --mode=sweep with this workdir first.")
@@ -227,15 +227,11 @@ def _load_runs(workdir: str) -> list[dict[str, Any]]:
         folders = sorted(root.iterdir()) if root.exists() else []
     runs, default = [], fields.flat(config_lib.base())
     for folder in folders:
-        path = folder / "result.json"
-        run = sweep_folder.read_result(path)
+        run = sweep_folder.read_result(folder / "result.json")
         if run is None:  # the run is not finished
             continue
-        needed = ("name", "sweep", "variant", "seed", "overrides", "config", "training", "evaluations")
-        if not isinstance(run, dict) or (absent := [name for name in needed if name not in run]):
-            raise ConfigError(f"{path} is damaged: it has no {absent[0] if isinstance(run, dict) else 'fields'}.")
         run["folder"] = folder
-        run["timing"] = storage.read_json(folder / "timing.json") or {}
+        run["timing"] = storage.read_json_object(folder / "timing.json") or {}
         run["config"] = default | fields.flat(run["config"])
         for owner in (run, *run["evaluations"]):
             owner["overrides"] = fields.flat(owner["overrides"])  # turns lists into tuples

@@ -51,9 +51,7 @@ def folder(workdir: str) -> epath.Path:
 
 def read_config(workdir: str) -> dict[str, Any] | None:
     """Returns the config that the workdir was made with, as nested plain values; None for a fresh workdir."""
-    content = storage.read_json(path := epath.Path(workdir) / "config.json")
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"{path} is damaged: it holds no config.")
+    content = storage.read_json_object(path := epath.Path(workdir) / "config.json")
     return None if content is None else aliases.current_names(content, str(path))
 
 
@@ -290,8 +288,8 @@ class Checkpoints:
                 checksums.verify_files(folder)
             except checksums.DamagedError as error:
                 raise ConfigError(f"{folder} is damaged: {error}.") from None
-            content = storage.read_json(folder / "metadata")
-        if not isinstance(content, dict):
+            content = storage.read_json_object(folder / "metadata")
+        if content is None:
             raise ConfigError(f"{folder} is damaged: its metadata is missing.")
         return content
 

@@ -271,17 +271,27 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path} is damaged: it holds no JSON ({first_line(error)}).") from None
 
 
+def read_json_object(path: Path, *needed: str) -> dict[str, Any] | None:
+    """Returns the object in a JSON file, which must have the fields `needed`; None if the file does not exist.
+
+    Raises:
+      ConfigError: The file cannot be read, or holds anything else.
+    """
+    content = read_json(path)
+    absent = [name for name in needed if name not in content] if isinstance(content, dict) else []
+    if absent or not isinstance(content, dict | None):
+        raise ConfigError(f"{path} is damaged: it has no {f'field {absent[0]!r}' if absent else 'JSON object'}.")
+    return content
+
+
 def decode_text(content: bytes, name: str) -> str:
-    """Decodes the content of a text file: UTF-8, with or without a byte-order mark.
+    """Decodes the content of a text file: UTF-8, with or without a byte-order mark, which is removed.
 
     All text files of users are decoded here: captions, prompts, class names, labels, tokenizers.
 
     Args:
       content: Bytes of the whole file, of one member of an archive, or of one record.
       name: What the error names: a path, or `archive:member`.
-
-    Returns:
-      The text, without byte-order marks at its start.
 
     Raises:
       ConfigError: The content is not UTF-8.
@@ -305,11 +315,8 @@ def read_text(path: Path) -> str:
 
 def sha256(path: Path) -> str:
     """Returns the SHA-256 checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_folder(path: str) -> None:

@@ -59,7 +59,8 @@ def _flop_rates(job: Job) -> tuple[float, float, str]:
     training, sampling = [], []
     for run in job.runs:
         folder = sweep_folder.run_folder(job.workdir, run)
-        seconds, result = (storage.read_json(os.path.join(folder, f"{name}.json")) for name in ("seconds", "result"))
+        seconds = storage.read_json_object(os.path.join(folder, "seconds.json"), "training", "evaluations")
+        result = sweep_folder.read_result(os.path.join(folder, "result.json"))
         if seconds and result and seconds["training"]:  # 0 if only the step that compiled was run
             training.append(result["training"]["flops"] / seconds["training"])
             sampling += [e["cost"]["flops"] / s for e, s in zip(result["evaluations"], seconds["evaluations"])]

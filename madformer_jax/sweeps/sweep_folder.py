@@ -25,12 +25,17 @@ import jax
 from etils import epath
 
 from madformer_jax.config import aliases
+from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import lock, storage
 from madformer_jax.sweeps import sweep_file
 from madformer_jax.sweeps.sweep_file import Evaluation, Run, Sweep
 
 # Significant digits of a loss curve. After an interruption, means are summed in another order.
 CURVE_DIGITS = 6
+
+# Fields of a result.json and of each of its evaluations.
+_RESULT = ("name", "sweep", "variant", "seed", "overrides", "config", "training", "evaluations")
+_EVALUATION = ("overrides", "budget", "cost", "protocol", "scores")
 
 
 class Job(NamedTuple):
@@ -63,9 +68,9 @@ def reuse_folder_names(runs: Iterable[Run], workdir: str) -> list[Run]:
     done: dict[str, str] = {}
     begun: dict[str, str] = {}
     for name in folders:
-        result = storage.read_json(root / name / "result.json")
-        stored = result.get("config") if isinstance(result, dict) else storage.read_json(root / name / "config.json")
-        if isinstance(stored, dict):
+        result = storage.read_json_object(root / name / "result.json", "config")
+        stored = result["config"] if result else storage.read_json_object(root / name / "config.json")
+        if stored:
             (begun if result is None else done).setdefault(sweep_file.settings_hash(stored), name)
     known = begun | {name: name for name in folders if name in begun} | done
     return [run._replace(name=known.get(run.name, run.name)) for run in runs]
@@ -86,15 +91,20 @@ def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
     return stored == json.loads(json.dumps([evaluation.describe() for evaluation in evaluations]))
 
 
-def read_result(path: epath.PathLike) -> Any:
-    """Returns the content of a result.json, with the current names of fields; None if the file does not exist."""
-    result = storage.read_json(path)
-    if not isinstance(result, dict):
-        return result
-    evaluations = result.get("evaluations", ())
-    for owner, name in ((result, "config"), (result, "overrides"), *((x, "overrides") for x in evaluations)):
-        if name in owner:
-            owner[name] = aliases.current_names(owner[name], os.fspath(path))
+def read_result(path: epath.PathLike) -> dict[str, Any] | None:
+    """Returns the content of a result.json, with the current names of fields; None if the file does not exist.
+
+    Raises:
+      ConfigError: The file is damaged.
+    """
+    result = storage.read_json_object(path, *_RESULT)
+    if result is None:
+        return None
+    for i, evaluation in enumerate(result["evaluations"]):
+        if absent := [name for name in _EVALUATION if name not in evaluation]:
+            raise ConfigError(f"{path} is damaged: evaluation {i} has no field {absent[0]!r}.")
+    for owner, name in ((result, "config"), *((x, "overrides") for x in (result, *result["evaluations"]))):
+        owner[name] = aliases.current_names(owner[name], os.fspath(path))
     return result
 
 

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -161,8 +162,20 @@ def test_missing_and_damaged_results_are_errors(tmp_path):
     with pytest.raises(ConfigError, match="holds no runs"):
         results.load_results(str(tmp_path))
     made_up.write(tmp_path, depths=(1,), seeds=(0,), steps=(2,))
-    (tmp_path / "runs" / "d1l4s0" / "result.json").write_text("{}")
-    with pytest.raises(ConfigError, match="d1l4s0/result.json is damaged: it has no name"):
+    path = tmp_path / "runs" / "d1l4s0" / "result.json"
+    result = json.loads(path.read_text())
+    evaluation = {name: x for name, x in result["evaluations"][0].items() if name != "protocol"}
+    for content, message in (
+        ({}, "d1l4s0/result.json is damaged: it has no field 'name'"),
+        ([result], "d1l4s0/result.json is damaged: it has no JSON object"),
+        (result | {"evaluations": [evaluation]}, "result.json is damaged: evaluation 0 has no field 'protocol'"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=message):
+            results.load_results(str(tmp_path))
+    path.write_text(json.dumps(result))
+    (tmp_path / "sweep.json").write_text("[]")
+    with pytest.raises(ConfigError, match="sweep.json is damaged: it has no JSON object"):
         results.load_results(str(tmp_path))
 
 
