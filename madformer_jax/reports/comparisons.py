@@ -39,24 +39,46 @@ class Difference(NamedTuple):
     steps: tuple[int, int] | None = None  # solver steps of both; None for a loss
 
 
+def real_scores(group: ProtocolGroup, settings: Sequence[Setting], score: str) -> dict[Setting, Estimate | None]:
+    """Returns a score of real images, computed as for each setting; None if it was not stored for any.
+
+    Settings with different values measure different things, and are not compared. The seam score, for
+    example, depends on L.
+    """
+    found = {}
+    for setting in settings:
+        scores = (point.scores.get(score) for point in group.points_at(setting))
+        found[setting] = next((x.real for x in scores if x and x.real), None)
+    known = next(filter(None, found.values()), None)
+    return {setting: x or known for setting, x in found.items()}
+
+
 def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Setting]]:
     """Returns (setting, baseline) pairs.
 
     In a grid, the baseline has the first value of an axis and equal values of the others. Otherwise it is
-    the base: the most frequent value of each axis.
+    the base: the most frequent value of each axis. If the score of the base is not comparable, it is the
+    comparable setting that differs from the base in the fewest axes.
 
     Args:
       score: If given, settings without this score are left out. L = 1 has no seam score, for example.
     """
     settings = [s for s in group.settings if not score or any(score in p.scores for p in group.points_at(s))]
+    real = real_scores(group, settings, score)
     pairs = []
     if group.is_grid:
         for i, s in itertools.product(range(len(group.axes)), settings):
-            baseline = next(b for b in settings if (*b[:i], *b[i + 1 :]) == (*s[:i], *s[i + 1 :]))
-            pairs += [(s, baseline)] if s != baseline else []
+            same = [b for b in settings if (*b[:i], *b[i + 1 :]) == (*s[:i], *s[i + 1 :]) and real[b] == real[s]]
+            pairs += [(s, same[0])] if s != same[0] else []
         return pairs
     base = tuple(statistics.mode(s[i] for s in group.settings) for i in range(len(group.axes)))
-    return [(s, base) for s in settings if s != base] if base in settings else []
+    if base not in settings:
+        return []
+    for s in settings:
+        same = [b for b in settings if real[b] == real[s]]
+        baseline = min(same, key=lambda b: sum(x != y for x, y in zip(b, base)))
+        pairs += [(s, baseline)] if s != baseline else []
+    return pairs
 
 
 def difference_label(group: ProtocolGroup, setting: Setting, baseline: Setting) -> str:
@@ -149,7 +171,12 @@ def find_crossings(group: ProtocolGroup, score: str, budgets: Sequence[Budget]) 
     The bands of all pairs hold together: at most 5 % of tables of settings without differences show any
     clear difference.
     """
-    pairs = [(a, b) for a, b in itertools.combinations(group.settings, 2) if sum(x != y for x, y in zip(a, b)) == 1]
+    real = real_scores(group, group.settings, score)
+    pairs = [
+        (a, b)
+        for a, b in itertools.combinations(group.settings, 2)
+        if sum(x != y for x, y in zip(a, b)) == 1 and real[a] == real[b]
+    ]
     out = []
     for pair in pairs:
         rows = along_budgets(group, score, budgets, pair, len(pairs))

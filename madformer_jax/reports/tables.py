@@ -7,7 +7,7 @@ its cells.
 import csv
 import io
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from madformer_jax.reports import comparisons
@@ -94,6 +94,7 @@ def _score_table(
     names = [
         name for name in group.scores if any(name in p.scores for s in settings for p in group.points_at(s, budget))
     ]
+    real = [comparisons.real_scores(group, settings, name) for name in names]
     rows, values = [], []
     for setting in settings:
         at = group.points_at(setting, budget)
@@ -101,15 +102,14 @@ def _score_table(
         labels = [str(setting[group.axes.index(axis)]) for axis in shown] or [group.label(setting)]
         costs = [format_number(at[0].cost[name]) if at and name in at[0].cost else "" for name in _COST_COLUMNS]
         rows.append((*labels, *(x or "" for x in values[-1]), *costs))
-    groups = [row[:shared_columns] for row in rows]
     heads = [axis.label for axis in shown] or ["setting"]
-    rows.append(_real_row(group, names, len(heads)))
-    best = {
-        (i, len(heads) + j)
-        for j, name in enumerate(names)
-        for g in dict.fromkeys(groups)
-        for i in _best_row([row[j] if groups[k] == g else None for k, row in enumerate(values)], score_sign(name))
-    }
+    best = set()
+    for j, name in enumerate(names):
+        groups = [(row[:shared_columns], real[j][setting]) for row, setting in zip(rows, settings)]
+        for g in dict.fromkeys(groups):
+            column = [row[j] if other == g else None for row, other in zip(values, groups)]
+            best |= {(i, len(heads) + j) for i in _best_row(column, score_sign(name))}
+    rows += _real_rows(group, real, len(heads))
     head = (*heads, *map(score_heading, names), *_COST_COLUMNS.values())
     fields = "; ".join(f"{axis.label} is `{axis.field}`" + _dependent_axes_note(axis) for axis in shown)
     first = next(p for s in settings for p in group.points_at(s, budget) if names[0] in p.scores)
@@ -117,14 +117,27 @@ def _score_table(
     return Table(title, head, tuple(rows), frozenset(best), f"{fields}." if fields else "", *command)
 
 
-def _real_row(group: ProtocolGroup, names: Sequence[str], labels: int) -> tuple[str, ...]:
-    """Returns the row of real images at the same n, with bootstrap intervals, for the scores that the results have."""
-    cells = []
-    for name in names:
-        real = [p.scores[name].real for p in group.points if name in p.scores]
-        value = next((x for x in real if x is not None), None)
-        cells.append("not stored" if value is None else format_mean(value))
-    return ("real images", *[""] * (labels - 1), *cells, *[""] * len(_COST_COLUMNS))
+def _real_rows(
+    group: ProtocolGroup, real: Sequence[Mapping[Setting, Estimate | None]], labels: int
+) -> Iterator[tuple[str, ...]]:
+    """Yields rows of real images at the same n, with bootstrap intervals: one, or one for each L if a score depends on L.
+
+    Args:
+      group: Its axes name the rows.
+      real: For each score, that of real images by setting.
+      labels: Number of columns with labels.
+    """
+    by_setting = {setting: tuple(scores[setting] for scores in real) for setting in real[0]}
+    for row in dict.fromkeys(by_setting.values()):
+        alike = [setting for setting, other in by_setting.items() if other == row]
+        shared = [
+            f"{axis.label} = {values.pop()}"
+            for axis, values, every in zip(group.axes, map(set, zip(*alike)), map(set, zip(*by_setting)))
+            if len(values) == 1 < len(every)
+        ]
+        label = f"real images ({', '.join(shared)})" if shared and len(alike) < len(by_setting) else "real images"
+        cells = ["not stored" if x is None else format_mean(x) for x in row]
+        yield (label, *[""] * (labels - 1), *cells, *[""] * len(_COST_COLUMNS))
 
 
 def budget_tables(results: Results, group: ProtocolGroup, score: str) -> list[Table]:

@@ -94,6 +94,22 @@ def test_ablations_are_compared_with_the_base_and_a_grid_with_its_first_value():
     ]  # fmt: skip
 
 
+def test_a_setting_that_is_not_comparable_with_the_base_is_compared_with_the_nearest_that_is():
+    axes = (Axis("train.own_context", (0.0, 0.5)), Axis("model.blocks", (4, 16)), Axis("train.context_noise", (0, 100)))
+    settings = [(0.0, 4, 0), (0.5, 4, 0), (0.0, 4, 100), (0.5, 16, 0), (0.0, 16, 100), (0.0, 16, 0)]
+    real = {4: intervals.estimate([1.8]), 16: intervals.estimate([1.4])}
+    points = tuple(
+        Point(s, 0, Budget("steps", 1), "run", 0, {}, {"seam": Score(2.0, real=real[s[1]]), "KID": Score(1.0)})
+        for s in settings
+    )
+    group = ProtocolGroup("", axes, points, {})
+    base, base_16 = settings[0], settings[-1]
+    assert comparisons.contrasts(group, "KID") == [(s, base) for s in settings[1:]]
+    assert comparisons.contrasts(group, "seam") == [
+        (settings[1], base), (settings[2], base), (settings[3], base_16), (settings[4], base_16),
+    ]  # fmt: skip
+
+
 def test_losses_of_other_targets_are_not_compared():
     blocks, depth = Axis("model.blocks", (1, 4)), Axis("model.diffusion_depth", (1, 2))
     group = ProtocolGroup("", (blocks, depth), (), {})

@@ -73,6 +73,26 @@ def test_the_row_of_real_images_says_what_is_not_stored(tmp_path):
     assert table.rows[-1][:2] == ("real images", "-0.00100 [-0.00500, 0.00250]")
 
 
+def test_a_score_that_differs_on_real_images_has_a_row_for_each_and_is_not_compared(tmp_path):
+    """The seam score depends on L, so nothing follows from a lower one with another L."""
+    load(tmp_path, depths=(1, 8), blocks=(4, 16), steps=(2, 4))
+    real = {block: {"scores": {"KID-classifier": {"value": x}}} for block, x in ((4, 1.8), (16, 1.4))}
+    made_up.change(
+        tmp_path, lambda run: [x.update(real=real[run["overrides"]["model.blocks"]]) for x in run["evaluations"]]
+    )
+    found = results.load_results(str(tmp_path))
+    by_depth, by_blocks = tables.axis_tables(found, found.groups[0])
+    for table in (by_depth, by_blocks):
+        assert [(row[0], row[2]) for row in table.rows[4:]] == [
+            ("real images (L = 4)", "1.80"), ("real images (L = 16)", "1.40"),
+        ]  # fmt: skip
+    assert len(by_depth.best) == 2 and not by_blocks.best
+    (table,) = tables.difference_tables(found.groups[0], "KID-classifier")
+    assert [row[0] for row in table.rows] == ["D = 8 minus D = 1 (L = 4)", "D = 8 minus D = 1 (L = 16)"]
+    (table,) = tables.crossing_tables(found.groups[0], "KID-classifier")
+    assert [row[0] for row in table.rows] == ["D = 1, L = 4 and D = 8, L = 4", "D = 1, L = 16 and D = 8, L = 16"]
+
+
 @pytest.mark.parametrize(
     ("x", "text"),
     [(0.0, "0"), (20.0, "20"), (20.236, "20.2"), (0.012345, "0.0123"), (-0.000123, "-0.000123"), (3e-6, "3.00e-06")],

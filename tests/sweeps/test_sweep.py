@@ -308,8 +308,8 @@ def test_a_held_out_loss_is_part_of_the_result():
 # ---- the definition
 
 
-def claiming(*claims):
-    return TWO._replace(protocol=Protocol("KID", "FD", claims, ""))
+def claiming(*claims, primary="KID"):
+    return TWO._replace(protocol=Protocol(primary, "FD", claims, ""))
 
 
 @pytest.mark.parametrize(
@@ -334,6 +334,10 @@ def claiming(*claims):
         (TWO._replace(runs=[{"model.classes": 0}]), r"sample.guidance_interval=\(0, 900\) needs a class-conditional"),
         (claiming(), "no claims"),
         (claiming(Claim("x", {}, {})), "needs a sampling budget"),
+        (
+            claiming(Claim("x", {"model.blocks": 1}, {"model.blocks": 4}, ("steps", 4)), primary="seam"),
+            "depends on the blocks: use seam_difference",
+        ),
         (claiming(Claim("x", {"model.widht": 24}, {}, ("steps", 4))), "config.model.widht is not a field"),
         (None, "returned a NoneType, not a Sweep"),
     ],
