@@ -54,7 +54,7 @@ def main(settings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from madformer_jax.cli import command_line
+    from madformer_jax.runtime import xla_flags
 
-    command_line._disable_ynnpack("")
+    xla_flags.disable_ynnpack("")
     main(json.loads(sys.argv[1]))

@@ -13,6 +13,7 @@ import os
 
 from madformer_jax.evaluation.networks import registry
 from madformer_jax.modes import evaluate, reference
+from madformer_jax.runtime import xla_flags
 
 DEGRADATIONS = ("", "noise:4", "noise:8", "noise:16", "blur:0.5", "blur:1", "blocks:4", "blocks:8", "blocks:16")
 
@@ -42,4 +43,5 @@ if __name__ == "__main__":
     parser.add_argument("--side", type=int, default=64)
     parser.add_argument("--n", type=int, default=900)
     args = parser.parse_args()
+    xla_flags.disable_ynnpack("")
     score(args.network, args.workdir, args.weights, args.side, args.n)

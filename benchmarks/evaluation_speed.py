@@ -67,9 +67,9 @@ def theirs(images: np.ndarray) -> Callable[[], np.ndarray]:
 
 
 def ours(images: np.ndarray) -> Callable[[], np.ndarray]:
-    from madformer_jax.cli import command_line
+    from madformer_jax.runtime import xla_flags
 
-    command_line._disable_ynnpack("cpu")
+    xla_flags.disable_ynnpack("cpu")
     from madformer_jax.evaluation.networks import inception_weights, registry
     from madformer_jax.evaluation.networks.inception import Inception
 

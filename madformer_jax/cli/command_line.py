@@ -19,7 +19,6 @@ from madformer_jax.runtime import console, malloc, stored_config
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else TensorFlow prints a notice
 
-import glob
 import importlib
 import inspect
 import shlex
@@ -217,26 +216,6 @@ def _set_compilation_cache(setting: str, workdir: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
-_YNN_FLAG = "xla_cpu_experimental_ynn_fusion_type"
-_ACCELERATOR_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
-
-
-def _computes_on_cpu(platform: str) -> bool:
-    """Returns whether JAX will use the CPU. `platform` is `config.platform`."""
-    asked = platform or os.environ.get("JAX_PLATFORMS", "").split(",")[0]
-    return asked == "cpu" if asked else not any(map(glob.glob, _ACCELERATOR_DEVICES))
-
-
-def _disable_ynnpack(platform: str) -> None:
-    """Disables XLA's YNNPACK kernels on CPU, whose gradients of convolutions are six times slower (docs/engineering_log.md).
-
-    With an accelerator the flag is useless. XLA ends a process that sets an unknown flag.
-    """
-    given = os.environ.get("XLA_FLAGS", "")
-    if _computes_on_cpu(platform) and _YNN_FLAG not in given and (flag := xla_flags.supported(f"--{_YNN_FLAG}=")):
-        os.environ["XLA_FLAGS"] = f"{flag} {given}"
-
-
 def _score_summary(config: ConfigDict, workdir: str) -> str:
     """Returns a sentence with the score of a trained model and that of real training images, or "" without these."""
     from etils import epath
@@ -278,8 +257,8 @@ def run(argv: Sequence[str]) -> int:
     for field in ("image", "keep"):
         if config.sample[field] and values.mode != "sample":
             raise ConfigError(f"config.sample.{field} edits a picture with --mode=sample; the mode is {values.mode}.")
-    _disable_ynnpack(config.platform)
-    if _computes_on_cpu(config.platform):
+    xla_flags.disable_ynnpack(config.platform)
+    if xla_flags.computes_on_cpu(config.platform):
         malloc.reuse_memory()
     if values.distributed or values.coordinator:
         from madformer_jax.runtime import partitioning

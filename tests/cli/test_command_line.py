@@ -299,26 +299,6 @@ def test_a_backend_that_does_not_start_is_one_line(monkeypatch, capsys, tmp_path
     assert "JAX_PLATFORMS='tpu' does not start (Unable to initialize backend 'tpu': no TPU): check" in line
 
 
-def test_xla_is_given_its_flag_on_a_cpu_that_knows_it_only(monkeypatch):
-    flag = f"--{command_line._YNN_FLAG}="
-
-    def given(platform, flags="", platforms="", accelerator=False):
-        monkeypatch.setenv("XLA_FLAGS", flags)
-        monkeypatch.setenv("JAX_PLATFORMS", platforms)
-        monkeypatch.setattr(command_line, "_ACCELERATOR_DEVICES", ("/",) if accelerator else ("/nowhere*",))
-        command_line._disable_ynnpack(platform)
-        return os.environ["XLA_FLAGS"].split()
-
-    assert given("cpu", "--mine") == [flag, "--mine"]
-    assert given("") == given("", platforms="cpu", accelerator=True) == [flag]
-    assert given("tpu") == given("", platforms="cuda,cpu") == given("", accelerator=True) == []
-    assert given("cpu", f"{flag}gemm") == [f"{flag}gemm"]
-    monkeypatch.setattr(
-        command_line, "_YNN_FLAG", "xla_cpu_flag_of_another_year"
-    )  # with which XLA would end this process
-    assert given("cpu", "--mine") == ["--mine"]
-
-
 def test_wrong_settings_are_refused_before_jax_is_imported(tmp_path):
     """In a process of its own, as a user runs it."""
     code = (
