@@ -24,7 +24,7 @@ from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import context_loss, split_probe
 from madformer_jax.reports import probe_page
-from madformer_jax.runtime import checkpoint, partitioning, storage
+from madformer_jax.runtime import checkpoint, partitioning, progress, storage
 from madformer_jax.sampling import codec
 from madformer_jax.sampling.opening import TrainedModel
 
@@ -57,7 +57,11 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     trained = TrainedModel.open(c, workdir)
     depth = elastic_depth.sampled_depth(c)
     path = schedules.make(**c.diffusion)
-    with partitioning.scope(trained.mesh), contextlib.closing(_Images(c, trained)) as images:
+    with (
+        partitioning.scope(trained.mesh),
+        contextlib.closing(_Images(c, trained)) as images,
+        progress.log_while("probing"),
+    ):
         cut = trained.with_depth(depth)
         batches = list(images)
         measures = split_probe.measure(cut.network, cut.params, batches, path, "trailing", p.steps)

@@ -65,18 +65,18 @@ def read_picture(c: ConfigDict, image: Any = None, mask: Any = None) -> Picture 
     Raises:
       ConfigError: A file cannot be read, a size is wrong, or the model cannot keep these blocks.
     """
+    from_config = image is None and mask is None
+    image_name, mask_name = ("config.sample.image", "config.sample.keep") if from_config else ("image", "mask")
     image, mask = c.sample.image if image is None else image, c.sample.keep if mask is None else mask
     has_image, has_mask = (not isinstance(x, str) or bool(x) for x in (image, mask))
     if not has_image and not has_mask:
         return None
     if not has_image or not has_mask:
-        missing_field, other_field = ("keep", "image") if has_image else ("image", "keep")
-        raise ConfigError(
-            f"config.sample.{other_field} needs config.sample.{missing_field}: an edit needs a picture and the blocks to keep."
-        )
-    _check_model(c)
-    images, file_size = _read_images(c, image)
-    return Picture(images, _check_blocks(c, _kept_numbers(c, mask, file_size)))
+        given, missing = (image_name, mask_name) if has_image else (mask_name, image_name)
+        raise ConfigError(f"{given} needs {missing}: an edit needs a picture and the blocks to keep.")
+    _check_model(c, image_name)
+    images, file_size = _read_images(c, image, image_name)
+    return Picture(images, _check_blocks(c, _kept_numbers(c, mask, file_size, mask_name), mask_name))
 
 
 def encode(picture: Picture, codec: Codec, codec_params: Any, sizes: Sizes) -> KeptBlocks:
@@ -110,22 +110,16 @@ def describe(picture: Picture | None) -> dict[str, Any]:
     return {"edit": {"image": digest, "keep": picture.numbers.tolist()}}
 
 
-def _check_model(c: ConfigDict) -> None:
+def _check_model(c: ConfigDict, name: str) -> None:
     if c.codec.name == "external":
-        raise ConfigError(
-            "config.sample.image needs a codec that encodes images: config.codec.name='external' does not."
-        )
+        raise ConfigError(f"{name} needs a codec that encodes images: config.codec.name='external' does not.")
     if not c.model.clean_stream:
-        raise ConfigError(
-            "config.sample.image needs a model with config.model.clean_stream=True, which caches clean blocks."
-        )
+        raise ConfigError(f"{name} needs a model with config.model.clean_stream=True, which caches clean blocks.")
     if c.model.blocks == 1:
-        raise ConfigError(
-            "config.sample.image: a model with config.model.blocks=1 has no block to keep beside one to draw."
-        )
+        raise ConfigError(f"{name}: a model with config.model.blocks=1 has no block to keep beside one to draw.")
 
 
-def _check_blocks(c: ConfigDict, numbers: Sequence[int]) -> np.ndarray:
+def _check_blocks(c: ConfigDict, numbers: Sequence[int], name: str) -> np.ndarray:
     """Returns the numbers of kept blocks in the order in which they are cached.
 
     Raises:
@@ -134,21 +128,21 @@ def _check_blocks(c: ConfigDict, numbers: Sequence[int]) -> np.ndarray:
     sizes, count = derive_sizes(c), len(numbers)
     if not 0 < count < sizes.blocks:
         problem = "all blocks, and none is left to draw" if count else "no block: a block is kept if all of it is white"
-        raise ConfigError(f"config.sample.keep keeps {problem}. The image has {sizes.grid} x {sizes.columns} blocks.")
+        raise ConfigError(f"{name} keeps {problem}. The image has {sizes.grid} x {sizes.columns} blocks.")
     model_order = fixed_order(c.model.block_order, sizes)
     if model_order is None:
         return np.sort(np.array(numbers, np.int32))
     if set(model_order[:count].tolist()) != set(numbers):
         first = ",".join(map(str, model_order[: sizes.blocks - 1]))
         raise ConfigError(
-            f"config.sample.keep keeps the blocks {','.join(map(str, sorted(numbers)))}, but the model's order "
+            f"{name} keeps the blocks {','.join(map(str, sorted(numbers)))}, but the model's order "
             f"config.model.block_order={c.model.block_order!r} allows only the beginning of {first}. Train with "
             "config.model.block_order=random to keep any blocks."
         )
     return model_order[:count].astype(np.int32)
 
 
-def _read_images(c: ConfigDict, image: Any) -> tuple[np.ndarray, tuple[int, int]]:
+def _read_images(c: ConfigDict, image: Any, name: str) -> tuple[np.ndarray, tuple[int, int]]:
     """Returns preprocessed images (m, H, W, c), and the height and width of the file or array."""
     preprocessor = pipeline.make_preprocessor(c)
     if hasattr(image, "__array__"):
@@ -166,24 +160,25 @@ def _read_images(c: ConfigDict, image: Any) -> tuple[np.ndarray, tuple[int, int]
                 "of 1 or 3 channels."
             )
         return preprocessor.process_batch(pixels), pixels.shape[1:3]
-    content = _read_file("image", image)
+    content = _read_file(name, image)
     try:
         return preprocessor.process(content)[None], preprocess.decoded_size(content, c.data.max_pixels)
     except preprocess.CorruptImageError as error:
-        raise ConfigError(f"config.sample.image={image} cannot be decoded: {error}.") from None
+        raise ConfigError(f"{name}={image} cannot be decoded: {error}.") from None
 
 
-def _kept_numbers(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[int]:
+def _kept_numbers(c: ConfigDict, mask: Any, file_size: tuple[int, int], name: str) -> list[int]:
     """Returns the numbers of the blocks that a mask keeps.
 
     Args:
       c: The config.
       mask: See `read_picture`.
       file_size: Height and width of the picture's file, which a mask may have instead of the model's.
+      name: What errors call the mask.
     """
     blocks = derive_sizes(c).blocks
     if isinstance(mask, str) and re.fullmatch(r"[\d\s,]+", mask):
-        return parse_block_numbers(f"config.sample.keep={mask!r}", mask, blocks)
+        return parse_block_numbers(f"{name}={mask!r}", mask, blocks)
     if hasattr(mask, "__array__") and np.ndim(mask) >= 2:
         gray = np.asarray(mask)
         gray = gray.astype(np.uint8) * 255 if gray.dtype == bool else gray
@@ -192,19 +187,19 @@ def _kept_numbers(c: ConfigDict, mask: Any, file_size: tuple[int, int]) -> list[
             raise ConfigError(
                 f"mask has the shape {np.shape(mask)} and the type {gray.dtype}: it must be bool or uint8 (H, W)."
             )
-        return _white_blocks(c, gray, gray.shape[:2], file_size)
+        return _white_blocks(c, gray, gray.shape[:2], file_size, name)
     if not isinstance(mask, str) and (numbers := fields.python_items(mask)) is not None:
         text = ",".join(map(str, numbers))
-        return parse_block_numbers(f"mask={text}", text, blocks) if numbers else []
-    content = _read_file("keep", mask)
+        return parse_block_numbers(f"{name}={text}", text, blocks) if numbers else []
+    content = _read_file(name, mask)
     try:
-        return _white_blocks(c, content, preprocess.decoded_size(content, c.data.max_pixels), file_size)
+        return _white_blocks(c, content, preprocess.decoded_size(content, c.data.max_pixels), file_size, name)
     except preprocess.CorruptImageError as error:
-        raise ConfigError(f"config.sample.keep={mask} cannot be decoded: {error}.") from None
+        raise ConfigError(f"{name}={mask} cannot be decoded: {error}.") from None
 
 
 def _white_blocks(
-    c: ConfigDict, mask: bytes | np.ndarray, size: tuple[int, int], file_size: tuple[int, int]
+    c: ConfigDict, mask: bytes | np.ndarray, size: tuple[int, int], file_size: tuple[int, int], name: str
 ) -> list[int]:
     """Returns the numbers of the blocks that are all white in a mask. The mask is cropped and resized as the picture.
 
@@ -214,19 +209,17 @@ def _white_blocks(
     side, sizes = c.data.image_size, derive_sizes(c)
     if size not in ((side, side), file_size):
         allowed = " or ".join(f"{width} x {height}" for height, width in dict.fromkeys([(side, side), file_size]))
-        raise ConfigError(
-            f"config.sample.keep: the mask has {size[1]} x {size[0]} pixels: it must have {allowed}, as the picture."
-        )
+        raise ConfigError(f"{name}: the mask has {size[1]} x {size[0]} pixels: it must have {allowed}, as the picture.")
     gray = pipeline.make_preprocessor(c)._replace(channels=1).process(mask)[..., 0]
     white = rearrange(gray >= _WHITE, "(i p) (j q) -> (i j) (p q)", i=sizes.grid, j=sizes.columns).all(axis=1)
     numbers: list[int] = np.flatnonzero(white).tolist()
     return numbers
 
 
-def _read_file(field: str, path: Any) -> bytes:
+def _read_file(name: str, path: Any) -> bytes:
     try:
-        with storage.wrap_errors(f"config.sample.{field}={path} cannot be read"):
+        with storage.wrap_errors(f"{name}={path} cannot be read"):
             content: bytes = storage.retry(epath.Path(storage.expand(path)).read_bytes)
             return content
     except TypeError:
-        raise ConfigError(f"{field}={path!r} must be a file or an array.") from None
+        raise ConfigError(f"{name}={path!r} must be a file or an array.") from None

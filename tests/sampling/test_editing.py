@@ -85,10 +85,10 @@ def test_masks_have_the_size_of_the_model_or_of_the_picture(tmp_path):
         ({}, PICTURE, [], "keeps no block"),
         ({}, PICTURE, np.array(3), "must be a file or an array"),
         ({}, PICTURE, "0,7", "'7' is not a block"),
-        ({}, PICTURE, None, "config.sample.image needs config.sample.keep"),
-        ({}, None, "0", "config.sample.keep needs config.sample.image"),
-        ({}, "no/such.png", "0", "config.sample.image=no/such.png cannot be read"),
-        ({}, PICTURE, "no/mask.png", "config.sample.keep=no/mask.png cannot be read"),
+        ({}, PICTURE, None, "image needs mask: an edit"),
+        ({}, None, "0", "mask needs image: an edit"),
+        ({}, "no/such.png", "0", "image=no/such.png cannot be read"),
+        ({}, PICTURE, "no/mask.png", "mask=no/mask.png cannot be read"),
         ({}, __file__, "0", "test_editing.py cannot be decoded"),
         ({}, PICTURE, __file__, "test_editing.py cannot be decoded"),
         ({}, PICTURE / 255, "0", "the type float64: it must be uint8"),
@@ -103,3 +103,11 @@ def test_wrong_edits_end_in_one_line(changes, image, mask, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         editing.read_picture(config(**changes), image, mask)
     assert "\n" not in str(error.value)
+    assert "config.sample" not in str(error.value).replace(message, "")
+
+
+def test_errors_name_the_fields_if_these_name_the_picture():
+    with pytest.raises(ConfigError, match=r"config\.sample\.image needs config\.sample\.keep"):
+        editing.read_picture(config(**{"sample.image": "a.png"}))
+    with pytest.raises(ConfigError, match=r"config\.sample\.image=a\.png cannot be read"):
+        editing.read_picture(config(**{"sample.image": "a.png", "sample.keep": "0"}))
