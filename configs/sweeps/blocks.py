@@ -3,28 +3,20 @@
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/blocks.py:cpu32 --workdir=runs/blocks_cpu32
 
 Variants: cpu32 and cpu64, drawings of that size with a patch of 4, so that 64 px have four times the
-tokens of 32 px; drawings (published: the patch grows with the size); ffhq1024 and imagenet256.
+tokens of 32 px; ffhq1024 and imagenet256.
 
 With L = 1 the N - D autoregressive layers see the class alone. The fair baseline of L = 1 is therefore
 D = N, plain diffusion. All runs of a variant have equal training FLOPs.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
-from madformer_jax.config import fields
 from madformer_jax.cost import flops
 from madformer_jax.sweeps import budget
-from madformer_jax.sweeps.protocol import AFTER, Claim, Protocol
+from madformer_jax.sweeps.protocol import Claim, Protocol
 from madformer_jax.sweeps.sweep_file import Sweep, apply_overrides, config_beside, grid
 
 BLOCKS = (1, 4, 16)
-PUBLISHED_STEPS = {
-    32: 600,
-    64: 600,
-    128: 300,
-}  # image size -> training steps; a step at 128 px costs four times as much
 
 
 def get_config(variant: str = "cpu32") -> ConfigDict:
@@ -40,8 +32,6 @@ def get_config(variant: str = "cpu32") -> ConfigDict:
 
 def sweep(variant: str = "cpu32") -> Sweep:
     c = get_config(variant)
-    if variant == "drawings":
-        return _published(c)
     half, whole = c.model.depth // 2, c.model.depth
     paper = not variant.startswith("cpu")
     steps = (25, 50, 100, 250) if paper else (4, 8, 16, 32)
@@ -64,35 +54,5 @@ def sweep(variant: str = "cpu32") -> Sweep:
                 for blocks in BLOCKS[1:]
             ],
             refuted_if="L = 1 with D = N is as good as L = 4 and L = 16 at every size: no claim is shown at any size",
-        ),
-    )  # fmt: skip
-
-
-def _published(c: ConfigDict) -> Sweep:
-    """Returns the sweep of the published results: the patch and the U-Net's stages change with the size."""
-    others = [fields.flat(config_beside(__file__, "../drawings.py", f"side={side}")) for side in PUBLISHED_STEPS]
-    swept = sorted({name for other in others for name in other if other[name] != others[0][name]})
-    sides: list[dict[str, Any]] = [
-        {name: other[name] for name in swept}
-        | {"model.unet_channels": c.model.unet_channels * len(other["model.unet_channels"]), "train.steps": steps}
-        for other, steps in zip(others, PUBLISHED_STEPS.values())
-    ]
-    points = grid({"model.blocks": BLOCKS}, seeds=3)
-    return Sweep(
-        question="Do more blocks help, and do they help more at higher resolutions?",
-        runs=[{**side, **point} for point in points for side in sides],
-        sample_budgets={"steps": (c.sample.steps,)},
-        protocol=Protocol(
-            primary="KID",
-            secondary="FD",
-            claims=[
-                Claim(
-                    f"At {side} px L = 16 is better than L = 1",
-                    {"model.blocks": 16}, {"model.blocks": 1}, ("steps", c.sample.steps), {"data.image_size": side},
-                )
-                for side in PUBLISHED_STEPS
-            ],
-            refuted_if="an interval lies on the other side of 0",
-            written=AFTER,
         ),
     )  # fmt: skip

@@ -214,12 +214,6 @@ def test_a_report_has_current_names(c, tmp_path):
     assert axes.training_axes([], planned) == [axes.Axis("model.prediction_type", ("v", "x0"))]
 
 
-def test_published_results_are_read():
-    (path, *_) = sorted((ROOT / "docs/results/depth_drawings/runs").glob("*/result.json"))
-    config_of_run = sweep_folder.read_result(path)["config"]
-    assert config_of_run["model.prediction_type"] == "x0" and "model.predicts" not in config_of_run
-
-
 def test_two_files_of_mode_compile_are_compared_by_current_names():
     before, after = (
         {"topology": "v5e:1", "config": {name: "x0"}} for name in ("model.predicts", "model.prediction_type")
