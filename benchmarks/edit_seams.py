@@ -2,9 +2,9 @@
 
     python -m benchmarks.edit_seams --workdir=runs/any_order --n=200
 
-Keeps the left and the upper half of held-out images, draws the other half and measures the seam score
-at the border between the halves. The same line is measured in images that are drawn as a whole and in
-the held-out images. The model must have random order and blocks that tile the halves.
+Keeps the left and the upper half of held-out images and of the model's own samples, draws the other half
+and measures the seam score at the border between the halves. The same line is measured in images that
+are drawn as a whole and in the held-out images. The model must have random order and blocks that tile the halves.
 """
 
 import argparse
@@ -20,7 +20,7 @@ RESAMPLES = 1000
 
 
 def run(workdir: str, n: int, guidance: float, seed: int = 0) -> dict[str, tuple[float, float, float]]:
-    """Prints and returns the seam score of each kind of image, with its 95 % interval over the images."""
+    """Prints and returns the seam score of each kind of image, with 95 % intervals over the images."""
     model = madformer_jax.load(workdir)
     c = model.config.copy_and_resolve_references()
     source, side = sources.open_source(c, c.evaluate.split), c.data.image_size
@@ -31,22 +31,25 @@ def run(workdir: str, n: int, guidance: float, seed: int = 0) -> dict[str, tuple
     halves = [np.zeros((side, side), bool) for _ in range(2)]
     halves[0][:, : side // 2] = halves[1][: side // 2] = True
     settings = {"batch": 50, "seed": seed, "guidance": guidance, **labels}
-    kinds = {
-        "edited": [model.sample(image=real, mask=half, **settings) for half in halves],
-        "drawn as a whole": [model.sample(n, **settings)] * 2,
-        "held-out images": [real] * 2,
-    }
-    sizes, scores = derive_sizes(c), {}
+    whole = model.sample(n, **settings)
+    kinds = {"drawn as a whole": [whole] * 2}
+    for name, pictures in (("edited held-out images", real), ("edited samples", whole)):
+        kinds[name] = [model.sample(image=pictures, mask=half, **settings | {"seed": seed + 1}) for half in halves]
+    kinds["held-out images"] = [real] * 2
+    sizes, scores, replicates = derive_sizes(c), {}, {}
     for name, images in kinds.items():
         steps = np.concatenate(
             [seams.middle_steps(x, sizes.grid, sizes.columns, axis) for x, axis in zip(images, (1, 0))]
         )
         picks = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-        replicates = [seams.seam_score(steps[np.concatenate([pick, pick + n])]) for pick in picks]
-        scores[name] = (seams.seam_score(steps), *np.quantile(replicates, (0.025, 0.975)).tolist())
+        replicates[name] = np.array([seams.seam_score(steps[np.concatenate([pick, pick + n])]) for pick in picks])
+        scores[name] = (seams.seam_score(steps), *np.quantile(replicates[name], (0.025, 0.975)).tolist())
+        interval = np.quantile(replicates[name] - replicates["drawn as a whole"], (0.025, 0.975))
+        difference = scores[name][0] - scores["drawn as a whole"][0]
         across, inside = steps.mean(axis=0)
         print(
             "{}: seam at the middle line {:.2f} [{:.2f}, {:.2f}]".format(name, *scores[name]),
+            "minus drawn as a whole {:.2f} [{:.2f}, {:.2f}]".format(difference, *interval),
             f"difference of adjacent pixels {across:.1f} across it and {inside:.1f} inside blocks, in gray levels",
             sep="; ",
             flush=True,
