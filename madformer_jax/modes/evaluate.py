@@ -107,8 +107,8 @@ def check(c: ConfigDict) -> None:
         )
     if not c.evaluate.n and (c.evaluate.grid or not c.evaluate.held_out_n):
         raise ConfigError(
-            "config.evaluate.n=0 draws no samples: set it, which evaluate.grid and sweeps need, or set "
-            "config.evaluate.held_out_n, the number of held-out images of evaluate.by_block and of the loss."
+            "config.evaluate.n=0 draws no samples: evaluate.grid and sweeps need some. Set it, or set "
+            "config.evaluate.held_out_n alone, the number of held-out images of evaluate.by_block and of the loss."
         )
     for setting in sampling_grid.expand_configs(c):
         config_lib.validate(setting)

@@ -235,10 +235,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Appends a line to a text file, which is created if needed.
-
-    In a bucket the whole object is rewritten.
-    """
+    """Appends a line to a text file, which is created if needed. In a bucket the whole object is rewritten."""
     if is_remote(path):
         remote = epath.Path(path)
         write_text(path, (remote.read_text() if remote.exists() else "") + text + "\n")
@@ -285,9 +282,7 @@ def read_json_object(path: Path, *needed: str) -> dict[str, Any] | None:
 
 
 def decode_text(content: bytes, name: str) -> str:
-    """Decodes the content of a text file: UTF-8, with or without a byte-order mark, which is removed.
-
-    All text files of users are decoded here: captions, prompts, class names, labels, tokenizers.
+    """Decodes the content of a text file of a user: UTF-8, with or without a byte-order mark, which is removed.
 
     Args:
       content: Bytes of the whole file, of one member of an archive, or of one record.
@@ -315,8 +310,11 @@ def read_text(path: Path) -> str:
 
 def sha256(path: Path) -> str:
     """Returns the SHA-256 checksum of a file, in hexadecimal."""
-    with epath.Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:  # `hashlib.file_digest` refuses the files of buckets
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _sync_folder(path: str) -> None:
