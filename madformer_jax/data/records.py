@@ -108,9 +108,11 @@ def read_sealed(path: storage.Path) -> dict[str, Any] | None:
     Raises:
       ConfigError: The file cannot be read, or its content does not match its hash.
     """
-    content = storage.read_json_object(path)
+    content = storage.read_json(path)
     if content is None:
         return None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged: it does not contain a JSON object. Prepare the data again.")
     seal = content.pop("seal", None)
     if seal != _seal(content):
         raise ConfigError(f"{path} is damaged: its content does not match its hash. Prepare the data again.")

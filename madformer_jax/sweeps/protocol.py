@@ -97,8 +97,7 @@ def check(protocol: Protocol) -> None:
     """Checks a protocol.
 
     Raises:
-      ConfigError: It has no claims, or a claim has an unknown kind of budget or none where one is needed, or
-        compares seam scores of different blocks.
+      ConfigError: It has no claims, or a claim has an unknown kind of budget or none where one is needed.
     """
     if not protocol.claims:
         raise ConfigError("the sweep's protocol has no claims: state one, or leave the protocol out.")
@@ -110,6 +109,3 @@ def check(protocol: Protocol) -> None:
         if claim.at and claim.at[0] not in budget.SAMPLE_BUDGET_KINDS:
             kinds = ", ".join(budget.SAMPLE_BUDGET_KINDS)
             raise ConfigError(f"claim {claim.text!r}: {claim.at[0]!r} is not a kind of budget: use one of {kinds}.")
-        blocks = [{name: side.get(name) for name in ("model.blocks", "model.block_shape")} for side in claim[1:3]]
-        if protocol.primary == "seam" and blocks[0] != blocks[1]:
-            raise ConfigError(f"claim {claim.text!r}: the seam score depends on the blocks: use seam_difference.")

@@ -153,8 +153,12 @@ def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
         raise ConfigError("the sweep has no runs.")
     if sweep.protocol is not None:
         protocol_lib.check(sweep.protocol)
-        for claim, part in itertools.product(sweep.protocol.claims, ("better", "worse", "where")):
-            apply_overrides(base, getattr(claim, part))  # a misspelled field would stand for the base
+        for claim in sweep.protocol.claims:
+            # a misspelled field would stand for the base
+            better, worse, _ = (apply_overrides(base, side) for side in (claim.better, claim.worse, claim.where))
+            blocks = [(c.model.blocks, c.model.block_shape) for c in (better, worse)]
+            if sweep.protocol.primary == "seam" and blocks[0] != blocks[1]:
+                raise ConfigError(f"claim {claim.text!r}: the seam score depends on the blocks: use seam_difference.")
     runs: dict[str, Run] = {}
     for overrides in sweep.runs:
         c = apply_overrides(base, overrides)

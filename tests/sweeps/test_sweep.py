@@ -349,6 +349,11 @@ def test_a_wrong_sweep_is_one_line_before_any_work(c, stage, tmp_path, definitio
     assert not (tmp_path / "none").exists()
 
 
+def test_a_claim_that_spells_out_the_base_has_the_blocks_of_the_base(c):
+    claim = Claim("x", {"model.blocks": c.model.blocks, "model.width": 24}, {}, ("steps", 4))
+    assert sweep_file.expand_runs(claiming(claim, primary="seam"), c)
+
+
 def test_a_run_is_not_trained_again_on_another_mesh(c, stage, tmp_path):
     first = mode.run(c, str(tmp_path), file=File(TWO))
     c.mesh.fsdp, c.model.remat, c.train.checkpoint_every, c.sample.batch, c.demo.port = 2, "full", 5, 2, 1

@@ -43,6 +43,13 @@ def test_the_judge_of_the_published_results_keeps_its_name():
     assert folder.name == sweep_file.judge_hash(config)
 
 
+def test_judges_keep_their_names():
+    """A new name would make a sweep that is continued train its judge again."""
+    config = runpy.run_path(str(ROOT / "configs" / "sweeps" / "depth.py"))
+    names = [sweep_file.judge_hash(config["get_config"](variant)) for variant in ("digits", "drawings")]
+    assert names == ["5e94a9a66b69", "7c9c695d60c2"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
