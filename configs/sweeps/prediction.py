@@ -17,7 +17,7 @@ from madformer_jax.sweeps.protocol import Claim, Protocol
 from madformer_jax.sweeps.sweep_file import Sweep, config_beside
 
 TUNING_SEED = 100
-FACTORS = (0.5, 1.0, 2.0)  # of the base's learning rate
+FACTORS = (1.0, 2.0, 4.0)  # of the base's learning rate
 ARMS = (
     ("eps", "output", "ddpm"), ("v", "v", "ddpm"), ("x0", "output", "ddpm"), ("x0", "v", "ddpm"), ("v", "output", "flow"),
 )  # fmt: skip

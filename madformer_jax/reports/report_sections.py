@@ -6,6 +6,7 @@ table or figure, add it to `_answer_section` (first on the page), `_main_section
 """
 
 import itertools
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -204,12 +205,19 @@ def _version_facts(results: Results) -> FactTable:
 
 
 def to_markdown(results: Results, sections: Iterable[Section]) -> str:
-    """Writes the tables as Markdown."""
+    """Writes the tables as Markdown, with prose of at most 100 columns."""
     lines = [f"# {heading(results)}", "", f"{results.question}\n" if results.question else "", f"{status(results)}\n"]
     for section in sections:
         inside = [text for item in section.items if (text := _item_to_markdown(item))]
         lines += [f"## {section.title}", "", *inside] if inside else []
-    return "\n".join(lines).replace("\n\n\n", "\n\n")
+    return "\n".join(map(_wrap, "\n".join(lines).replace("\n\n\n", "\n\n").split("\n")))
+
+
+def _wrap(line: str) -> str:
+    if line.startswith(("|", "#")):
+        return line
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _item_to_markdown(item: Item) -> str:
