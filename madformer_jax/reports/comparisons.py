@@ -57,8 +57,9 @@ def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Sett
     """Returns (setting, baseline) pairs.
 
     In a grid, the baseline has the first value of an axis and equal values of the others. Otherwise it is
-    the base: the most frequent value of each axis. If the score of the base is not comparable, it is the
-    comparable setting that differs from the base in the fewest axes.
+    the base: the most frequent value of each axis, or, if no setting has all of them, the setting that
+    differs from the others in the fewest axes. If the score of the base is not comparable, the baseline is
+    the comparable setting that differs from the base in the fewest axes.
 
     Args:
       score: If given, settings without this score are left out. L = 1 has no seam score, for example.
@@ -72,6 +73,8 @@ def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Sett
             pairs += [(s, same[0])] if s != same[0] else []
         return pairs
     base = tuple(statistics.mode(s[i] for s in group.settings) for i in range(len(group.axes)))
+    if base not in group.settings:
+        base = min(group.settings, key=lambda s: sum(x != y for other in group.settings for x, y in zip(s, other)))
     if base not in settings:
         return []
     for s in settings:

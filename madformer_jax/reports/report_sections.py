@@ -109,7 +109,7 @@ def _answer_section(results: Results) -> Section:
     if results.protocol and results.protocol["written"] == protocol.AFTER:
         items.append(Text(("The protocol was written after the results, so these answers are exploratory.",)))
     if panels:
-        is_loss = results.protocol is not None and "loss" in results.protocol["primary"]
+        is_loss = results.protocol is not None and protocol.is_loss(results.protocol["primary"])
         has_differences = any("-difference-" in panel.name for panel in panels)
         caption = f"{_READ_DOTS} {_READ_DIFFERENCES}" if has_differences else _READ_DOTS
         items.append(Figures("", tuple(panels), _READ_ROWS if is_loss else caption))
@@ -123,7 +123,7 @@ def _answer_section(results: Results) -> Section:
 def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
     """Yields the figures of the primary endpoint."""
     endpoint = results.protocol["primary"] if results.protocol else ""
-    if "loss" in endpoint:
+    if protocol.is_loss(endpoint):
         differences = comparisons.of_losses(results, group, endpoint)
         labels, baseline = comparisons.difference_labels(group, [(d.setting, d.baseline) for d in differences])
         rows = [(label, d.estimate) for label, d in zip(labels, differences)]

@@ -59,6 +59,11 @@ class Protocol(NamedTuple):
         return self._asdict() | {"claims": [claim._asdict() for claim in self.claims]}
 
 
+def is_loss(endpoint: str) -> bool:
+    """Returns whether an endpoint is a loss or a bound on the likelihood, which need no samples."""
+    return "loss" in endpoint or endpoint.startswith("bits_per_dimension")
+
+
 def facts(protocol: Mapping[str, Any], question: str, seeds: int) -> list[tuple[str, str]]:
     """Returns the name and the text of each part of a protocol, as stored in sweep.json."""
     margin = f"; an improvement below {100 * protocol['margin']:g} % does not count" if protocol["margin"] else ""
@@ -102,9 +107,8 @@ def check(protocol: Protocol) -> None:
     if not protocol.claims:
         raise ConfigError("the sweep's protocol has no claims: state one, or leave the protocol out.")
     for claim in protocol.claims:
-        is_loss = "loss" in protocol.primary or protocol.primary.startswith("bits_per_dimension")
-        if (claim.at is None) != is_loss:
-            need = "no budget: remove `at`" if is_loss else "a sampling budget: set `at`"
+        if (claim.at is None) != is_loss(protocol.primary):
+            need = "no budget: remove `at`" if is_loss(protocol.primary) else "a sampling budget: set `at`"
             raise ConfigError(f"claim {claim.text!r}: the endpoint {protocol.primary} needs {need}.")
         if claim.at and claim.at[0] not in budget.SAMPLE_BUDGET_KINDS:
             kinds = ", ".join(budget.SAMPLE_BUDGET_KINDS)

@@ -94,6 +94,20 @@ def test_ablations_are_compared_with_the_base_and_a_grid_with_its_first_value():
     ]  # fmt: skip
 
 
+def test_without_a_setting_of_the_most_frequent_values_the_most_central_one_is_the_base():
+    arms = [
+        ("eps", "output", "ddpm"),
+        ("v", "v", "ddpm"),
+        ("x0", "output", "ddpm"),
+        ("x0", "v", "ddpm"),
+        ("v", "output", "flow"),
+    ]
+    axes = tuple(Axis(name, ()) for name in ("model.prediction_type", "loss.weighting", "diffusion.path"))
+    points = tuple(Point(arm, 0, Budget("steps", 1), "run", 0, {}, {}) for arm in arms)
+    found = comparisons.contrasts(ProtocolGroup("", axes, points, {}))
+    assert found == [(arm, arms[2]) for arm in arms if arm != arms[2]]
+
+
 def test_a_setting_that_is_not_comparable_with_the_base_is_compared_with_the_nearest_that_is():
     axes = (Axis("train.own_context", (0.0, 0.5)), Axis("model.blocks", (4, 16)), Axis("train.context_noise", (0, 100)))
     settings = [(0.0, 4, 0), (0.5, 4, 0), (0.0, 4, 100), (0.5, 16, 0), (0.0, 16, 100), (0.0, 16, 0)]
