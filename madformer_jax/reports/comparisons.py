@@ -53,6 +53,12 @@ def real_scores(group: ProtocolGroup, settings: Sequence[Setting], score: str) -
     return {setting: x or known for setting, x in found.items()}
 
 
+def has_equal_scale(group: ProtocolGroup, settings: Sequence[Setting], score: str) -> bool:
+    """Returns whether a score measures the same for all settings, so that one plot can show them."""
+    real = list(real_scores(group, settings, score).values())
+    return all(x == real[0] for x in real)
+
+
 def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Setting]]:
     """Returns (setting, baseline) pairs.
 

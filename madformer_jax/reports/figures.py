@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from madformer_jax.reports import comparisons
 from madformer_jax.reports.axes import Axis
 from madformer_jax.reports.formatting import format_number, score_heading
 from madformer_jax.reports.intervals import Estimate
@@ -74,7 +75,7 @@ def cost_curves(group: ProtocolGroup, score: str, cost: str, axis: Axis | None =
     """
     panels = []
     unit, label = (1e9, "GFLOPs") if cost == "flops" else (1.0, COSTS[cost])
-    for suffix, title, settings in panel_groups(group, axis):
+    for suffix, title, settings in panel_groups(group, axis, score):
         lines = []
         for name, setting in settings:
             points: dict[float, dict[int, Point]] = {}
@@ -105,7 +106,9 @@ def axis_plots(group: ProtocolGroup, score: str, axis: Axis) -> list[Panel]:
     has its own panel.
     """
     panels = []
-    for (suffix, title, settings), budgets in itertools.product(panel_groups(group, axis), group.budgets_by_kind):
+    for (suffix, title, settings), budgets in itertools.product(
+        panel_groups(group, axis, score), group.budgets_by_kind
+    ):
         lines = []
         for budget in budgets:
             means = {}
@@ -170,14 +173,21 @@ def heat_map(group: ProtocolGroup, score: str, rows: Axis, columns: Axis, budget
     return make_panel(name, heading, draw, alt=f": {rows.label} against {columns.label}")
 
 
-def panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
+def panel_groups(
+    group: ProtocolGroup, axis: Axis | None, score: str = ""
+) -> Iterable[tuple[str, str, list[tuple[str, Any]]]]:
     """Splits the settings into panels, one for each combination of values of the other axes.
+
+    Args:
+      score: If given, panels of settings for which it measures different things are left out. The seam
+        score of different L is an example.
 
     Yields:
       The suffix of the file name, the suffix of the title, and (label, setting) pairs.
     """
     if axis is None:
-        yield "", "", [(group.label(setting), setting) for setting in group.settings]
+        if not score or comparisons.has_equal_scale(group, group.settings, score):
+            yield "", "", [(group.label(setting), setting) for setting in group.settings]
         return
     at = group.axes.index(axis)
     others = [i for i, other in enumerate(group.axes) if i != at and len(other.values) > 1]
@@ -185,6 +195,8 @@ def panel_groups(group: ProtocolGroup, axis: Axis | None) -> Iterable[tuple[str,
     for setting in group.settings:
         groups.setdefault(tuple(setting[i] for i in others), []).append(setting)
     for key, settings in groups.items():
+        if score and not comparisons.has_equal_scale(group, settings, score):
+            continue
         names = [f"{group.axes[i].label} = {value}" for i, value in zip(others, key)]
         labels = [(f"{axis.label} = {setting[at]}", setting) for setting in settings]
         yield "-".join(names), "".join(f", {name}" for name in names), labels

@@ -184,7 +184,8 @@ def _score_items(results: Results, group: ProtocolGroup, score: str, costs: Sequ
             by += figures.axis_plots(group, score, axis)
         elif axis != varied[0]:
             against += figures.cost_curves(group, score, "solver_steps", axis)
-    if len(varied) == 2 and grid and all(map(figures.is_ordered, varied)):
+    equal_scale = comparisons.has_equal_scale(group, group.settings, score)
+    if len(varied) == 2 and grid and equal_scale and all(map(figures.is_ordered, varied)):
         scored = {point.budget for point in group.points if score in point.scores}
         maps = [figures.heat_map(group, score, varied[0], varied[1], x) for x in group.budgets if x in scored]
     titles = {"Score against the cost of an image": against, "Score by setting": by, "Score by two settings": maps}

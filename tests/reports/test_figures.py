@@ -2,7 +2,9 @@ import re
 
 import pytest
 
-from madformer_jax.reports import difference_figures, figures, formatting
+from madformer_jax.reports import difference_figures, figures, formatting, intervals
+from madformer_jax.reports.axes import Axis
+from madformer_jax.reports.results import Budget, Point, ProtocolGroup, Score
 from tests.reports import made_up
 
 
@@ -45,6 +47,22 @@ def test_one_budget_has_a_figure_by_value_and_none_by_cost(tmp_path):
     (panel,) = figures.axis_plots(group, "KID-classifier", group.axes[0])
     assert panel.name == "kid-classifier-by-d"
     assert {"1", "8", "D", "KID-classifier ↓, at 2 steps"} <= set(texts(panel))
+
+
+def test_scores_that_differ_on_real_images_share_no_panel():
+    """Real images have another seam score for each L, so that only curves of the same L share a panel."""
+    real = {4: intervals.estimate([1.8]), 16: intervals.estimate([1.4])}
+    points = tuple(
+        Point((d, n), 0, Budget("steps", steps), "run", 0, {"solver_steps": steps}, {"seam": Score(2.0, real=real[n])})
+        for d in (1, 2) for n in (4, 16) for steps in (2, 8)
+    )  # fmt: skip
+    depths, blocks = Axis("model.diffusion_depth", (1, 2)), Axis("model.blocks", (4, 16))
+    group = ProtocolGroup("", (depths, blocks), points, {})
+    assert len(figures.cost_curves(group, "seam", "solver_steps", depths)) == 2  # one for each L
+    assert not figures.cost_curves(group, "seam", "solver_steps", blocks)
+    assert not figures.cost_curves(group, "seam", "solver_steps")
+    assert len(figures.axis_plots(group, "seam", depths)) == 2
+    assert not figures.axis_plots(group, "seam", blocks)
 
 
 @pytest.mark.parametrize(("low", "high", "ticks"), [(1, 20, [1, 2, 5, 10, 20]), (21.04, 49, [21, 49]), (3, 6, [3, 6])])
