@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from madformer_jax.reports import figures
+from madformer_jax.reports import comparisons, figures
 from madformer_jax.reports.figures import Panel, Series
 from madformer_jax.reports.formatting import Cell, Table
 from madformer_jax.reports.intervals import Estimate, estimate
@@ -53,9 +53,7 @@ def block_rows(results: Results, group: ProtocolGroup) -> dict[Setting, list[Row
     found: dict[Setting, dict[int, Rows]] = {}
     for point in group.points:
         run = runs[point.run]
-        evaluations = run["evaluations"]
-        is_first = evaluations[point.evaluation_index]["overrides"] == evaluations[0]["overrides"]
-        if is_first and len(run.get(KEY, ())) > 1:
+        if comparisons.is_first_evaluation(run, point) and len(run.get(KEY, ())) > 1:
             found.setdefault(point.setting, {})[point.seed] = run[KEY]
     return {setting: [rows for _, rows in sorted(seeds.items())] for setting, seeds in found.items()}
 

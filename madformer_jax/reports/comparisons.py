@@ -12,14 +12,10 @@ from typing import Any, NamedTuple
 
 from madformer_jax.reports import intervals
 from madformer_jax.reports.intervals import Estimate
-from madformer_jax.reports.results import Budget, ProtocolGroup, Results, score_sign
+from madformer_jax.reports.results import Budget, Point, ProtocolGroup, Results, score_sign
+from madformer_jax.sweeps.protocol import target_fields
 
 Setting = tuple[Any, ...]
-# Fields that change what the loss measures. Settings that differ in one of them have no common loss.
-_TARGET_FIELDS = (
-    "model.blocks", "model.prediction_type", "loss.weighting", "diffusion.path", "diffusion.time_sampling",
-    "diffusion.shift", "codec.patch", "train.context_noise",
-)  # fmt: skip
 _TOLERANCE = 1e-9  # of a budget, for rounding
 
 
@@ -220,22 +216,31 @@ def training_losses(run: Mapping[str, Any]) -> dict[str, float]:
     )
 
 
+def is_first_evaluation(run: Mapping[str, Any], point: Point) -> bool:
+    """Returns whether a point has the overrides of its run's first evaluation."""
+    evaluations = run["evaluations"]
+    return evaluations[point.evaluation_index]["overrides"] == evaluations[0]["overrides"]
+
+
 def losses(results: Results, group: ProtocolGroup, name: str) -> dict[Setting, dict[int, float]]:
-    """Returns a loss of each setting and seed (`training_losses`); empty if no run has it."""
+    """Returns a loss of each setting and seed (`training_losses`); empty if no run has it.
+
+    A run has one loss. It belongs to the setting of its first evaluation: held-out scores have its overrides.
+    """
     runs = {run["name"]: run for run in results.runs}
     found: dict[Setting, dict[int, float]] = {}
     for point in group.points:
-        if point.seed not in found.get(point.setting, {}):
+        if is_first_evaluation(runs[point.run], point) and point.seed not in found.get(point.setting, {}):
             value = training_losses(runs[point.run]).get(name)
             if value is not None:
                 found.setdefault(point.setting, {})[point.seed] = value
     return found
 
 
-def comparable_losses(group: ProtocolGroup, pair: tuple[Setting, Setting]) -> bool:
-    """Returns whether the losses of two settings measure the same target."""
+def comparable_losses(group: ProtocolGroup, pair: tuple[Setting, Setting], name: str) -> bool:
+    """Returns whether a loss measures the same target for two settings."""
     changed = [axis for axis, a, b in zip(group.axes, *pair) if a != b]
-    return not any(name in _TARGET_FIELDS for axis in changed for name in (axis.field, *axis.dependent_fields))
+    return not any({axis.field, *axis.dependent_fields} & set(target_fields(name)) for axis in changed)
 
 
 def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Difference]:
@@ -244,9 +249,7 @@ def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Differe
     Bits per dimension measure the same target for all settings.
     """
     found = losses(results, group, name)
-    has_target = "loss" in name
-    pairs = [p for p in contrasts(group) if all(s in found for s in p)]
-    pairs = [p for p in pairs if not has_target or comparable_losses(group, p)]
+    pairs = [p for p in contrasts(group) if all(s in found for s in p) and comparable_losses(group, p, name)]
     samples = [(pair, paired(found[pair[0]], found[pair[1]])) for pair in pairs]
     samples = [(pair, values) for pair, values in samples if values]
     return [Difference(*pair, x) for (pair, _), x in zip(samples, intervals.holm([values for _, values in samples]))]
@@ -261,7 +264,7 @@ def of_quarters(results: Results, group: ProtocolGroup) -> list[tuple[Difference
     pairs = [
         pair
         for pair in contrasts(group)
-        if comparable_losses(group, pair) and all(s in quarter for quarter in quarters for s in pair)
+        if comparable_losses(group, pair, "loss_image") and all(s in quarter for quarter in quarters for s in pair)
     ]
     out = []
     for a, b in pairs:

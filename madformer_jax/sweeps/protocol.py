@@ -11,6 +11,16 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.sweeps import budget
 
 BEFORE, AFTER = "before the results", "after the results"
+# Fields that change what a loss measures. Settings that differ in one of them have no common loss.
+_TARGET_FIELDS = (
+    "model.blocks", "model.prediction_type", "loss.weighting", "diffusion.path", "diffusion.time_sampling",
+    "diffusion.shift", "codec.patch", "train.context_noise",
+)  # fmt: skip
+# These change the loss of training only: held-out losses have true blocks, the D of the model and all labels.
+_TRAINING_TARGET_FIELDS = (
+    "train.own_context", "train.own_context_timestep", "train.own_context_steps", "train.elastic_depth",
+    "train.elastic_depths", "train.label_dropout",
+)  # fmt: skip
 
 
 class Claim(NamedTuple):
@@ -62,6 +72,13 @@ class Protocol(NamedTuple):
 def is_loss(endpoint: str) -> bool:
     """Returns whether an endpoint is a loss or a bound on the likelihood, which need no samples."""
     return "loss" in endpoint or endpoint.startswith("bits_per_dimension")
+
+
+def target_fields(endpoint: str) -> tuple[str, ...]:
+    """Returns the fields that change what a loss measures; none for other endpoints, such as bits per dimension."""
+    if "loss" not in endpoint:
+        return ()
+    return _TARGET_FIELDS if endpoint.startswith("held_out_") else _TARGET_FIELDS + _TRAINING_TARGET_FIELDS
 
 
 def facts(protocol: Mapping[str, Any], question: str, seeds: int) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@ import pytest
 from madformer_jax.reports import comparisons, intervals, results, tables
 from madformer_jax.reports.axes import Axis
 from madformer_jax.reports.results import Budget, Point, ProtocolGroup, Score
+from tests.reports import made_up
 
 
 def make_group(curves):
@@ -127,8 +128,26 @@ def test_a_setting_that_is_not_comparable_with_the_base_is_compared_with_the_nea
 def test_losses_of_other_targets_are_not_compared():
     blocks, depth = Axis("model.blocks", (1, 4)), Axis("model.diffusion_depth", (1, 2))
     group = ProtocolGroup("", (blocks, depth), (), {})
-    assert comparisons.comparable_losses(group, ((1, 1), (1, 2)))
-    assert not comparisons.comparable_losses(group, ((1, 1), (4, 1)))
+    assert comparisons.comparable_losses(group, ((1, 1), (1, 2)), "loss_image")
+    assert not comparisons.comparable_losses(group, ((1, 1), (4, 1)), "held_out_loss_image")
+    assert comparisons.comparable_losses(group, ((1, 1), (4, 1)), "bits_per_dimension")
+
+
+@pytest.mark.parametrize("field", ["train.own_context", "train.elastic_depth"])
+def test_losses_of_training_on_other_inputs_are_not_compared(field):
+    """Held-out losses are those of true blocks and of the model's own D."""
+    group = ProtocolGroup("", (Axis(field, (0, 1)),), (), {})
+    assert not comparisons.comparable_losses(group, ((0,), (1,)), "loss_image")
+    assert comparisons.comparable_losses(group, ((0,), (1,)), "held_out_loss_image")
+
+
+def test_a_loss_belongs_to_the_first_evaluation_of_a_run(tmp_path):
+    """Otherwise settings of sampling would differ by exactly 0."""
+    made_up.write(tmp_path, depths=(1, 2), steps=(2,), sampled=({}, {"sample.spacing": "leading"}))
+    made_up.change(tmp_path, lambda run: run["training"].update(held_out={"loss_image": run["seed"]}))
+    loaded = results.load_results(str(tmp_path))
+    (found,) = comparisons.of_losses(loaded, loaded.groups[0], "held_out_loss_image")
+    assert (found.setting, found.baseline) == ((2, "trailing"), (1, "trailing"))
 
 
 def test_losses_are_means_over_the_last_quarter_of_the_steps():
@@ -149,7 +168,9 @@ def with_losses(axes, losses):
     for setting, seeds in losses.items():
         for seed, values in seeds.items():
             name = f"{setting}-{seed}"
-            runs.append({"name": name, "training": {"curve": [{"step": 1, **values}]}})
+            runs.append(
+                {"name": name, "training": {"curve": [{"step": 1, **values}]}, "evaluations": [{"overrides": {}}]}
+            )
             points.append(Point(setting, seed, Budget("steps", 1), name, 0, {}, {}))
     group = ProtocolGroup("", axes, tuple(points), {})
     return results.Results("x", "", "", tuple(runs), (group,), (), None), group
