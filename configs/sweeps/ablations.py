@@ -19,7 +19,9 @@ NO_AR_CONDITION = {"model.ar_condition": False, "loss.hidden": 0.0}
 
 
 def get_config(variant: str = "cpu") -> ConfigDict:
-    return config_beside(__file__, "bases.py", variant)
+    c = config_beside(__file__, "bases.py", variant)
+    c.train.validate_every, c.train.validate_n = c.train.steps, 1000  # the primary endpoint
+    return c
 
 
 def sweep(variant: str = "cpu") -> Sweep:

@@ -18,7 +18,9 @@ ROWS = {"model.blocks": 4, "model.block_shape": "rows"}
 
 
 def get_config(variant: str = "cpu") -> ConfigDict:
-    return config_beside(__file__, "bases.py", variant)
+    c = config_beside(__file__, "bases.py", variant)
+    c.train.validate_every, c.train.validate_n = c.train.steps, 1000  # the primary endpoint
+    return c
 
 
 def sweep(variant: str = "cpu") -> Sweep:

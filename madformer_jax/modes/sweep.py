@@ -24,6 +24,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from madformer_jax.config import fields
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import held_out_scores, judge, judge_paths, sampling_grid, score_summary
@@ -31,7 +32,7 @@ from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
 from madformer_jax.sampling import generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
-from madformer_jax.sweeps import budget, programs, run_result, run_table, sweep_file, sweep_folder
+from madformer_jax.sweeps import budget, claim_check, programs, run_result, run_table, sweep_file, sweep_folder
 from madformer_jax.sweeps import claims as claims_lib
 from madformer_jax.sweeps import processes as processes_lib
 from madformer_jax.sweeps.budget import Timing
@@ -80,7 +81,10 @@ def run(
     name = os.path.splitext(os.path.basename(str(file.module.__file__)))[0]
     runs = sweep_folder.reuse_folder_names(sweep_file.expand_runs(definition, c), workdir)
     evaluations = sweep_file.expand_evaluations(definition)
-    job = Job(name, "".join(file.args), definition, runs, evaluations, workdir)
+    claim_check.check(definition, c, runs)
+    swept = {field for run in runs for field in run.overrides_without_seed}
+    base = {field: value for field, value in fields.flat(c).items() if field in swept}
+    job = Job(name, "".join(file.args), definition, runs, evaluations, workdir, base)
     for run, overrides in itertools.product(job.runs, definition.evaluations):
         sampled = sweep_file.apply_overrides(run.config, overrides)
         budget.check_steps_vary(sampled)
@@ -90,6 +94,7 @@ def run(
     if dry_run:
         console.print_text(run_table.run_table(job))
         return {}
+    claim_check.check_unchanged(job)
     if jax.process_index() == 0:
         with storage.wrap_errors(f"--workdir={workdir} cannot be written"):
             storage.write_json(os.path.join(workdir, "sweep.json"), sweep_folder.plan_json(job))

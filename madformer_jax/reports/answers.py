@@ -4,16 +4,18 @@ The intervals of all claims hold together (Bonferroni): with probability 95 % no
 difference. Unlike Holm's, they also bound how small a difference is, which a refutation needs.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from madformer_jax.config import aliases, fields
 from madformer_jax.reports import comparisons
 from madformer_jax.reports.comparisons import Setting
 from madformer_jax.reports.formatting import format_interval, format_number
 from madformer_jax.reports.intervals import ALPHA, Estimate, estimate
 from madformer_jax.reports.results import Budget, ProtocolGroup, Results, score_sign
-from madformer_jax.sweeps.protocol import claim_sides
+from madformer_jax.sweeps.protocol import claim_sides, resolve_side
 
 
 class Answer(NamedTuple):
@@ -80,9 +82,7 @@ def endpoint_scores(group: ProtocolGroup, protocol: Mapping[str, Any] | None) ->
 def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, Any]) -> Answer:
     endpoint, alpha = protocol["primary"], ALPHA / len(protocol["claims"])
     for group in results.groups:
-        if any(group.key.get(name) != value for name, value in claim["where"].items()):
-            continue
-        settings = [_find_setting(results, group, claim[side]) for side in ("better", "worse")]
+        settings = [_find_setting(results, group, claim, side) for side in ("better", "worse")]
         if None in settings:
             continue
         found = _endpoint_values(results, group, endpoint, claim["at"], [s for s in settings if s is not None])
@@ -92,7 +92,7 @@ def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, A
         values = [score_sign(name) * x for x in comparisons.paired(better, worse)]
         if not values:
             continue
-        improvement, mean = estimate(values, alpha), sum(worse.values()) / len(worse)
+        improvement, mean = estimate(values, alpha), statistics.fmean(x for seed, x in worse.items() if seed in better)
         margin = protocol["margin"] * abs(mean)
         verdict = _verdict(improvement, margin)
         return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, margin)
@@ -105,15 +105,21 @@ def _verdict(improvement: Estimate, margin: float) -> str:
     return "shown" if improvement.low > 0 else "refuted" if improvement.high < margin else "open"
 
 
-def _find_setting(results: Results, group: ProtocolGroup, overrides: Mapping[str, Any]) -> Setting | None:
-    """Returns the setting of a group that a sweep's overrides describe, or None.
-
-    A field that they leave out has the value of the base config.
-    """
-    names = [axis.field for axis in group.axes]
-    base = {name: run["config"].get(name) for name in names for run in results.runs if name not in run["overrides"]}
-    values = (overrides.get(name, base.get(name)) for name in names)
-    setting = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+def _find_setting(results: Results, group: ProtocolGroup, claim: Mapping[str, Any], side: str) -> Setting | None:
+    """Returns the setting of a group that a side of a claim names, or None."""
+    named = aliases.current_names(fields.flat({**claim["where"], **claim[side]}), "sweep.json")
+    evaluations = results.runs[0]["evaluations"][: 1 if claim["at"] is None else None]  # losses: of the first
+    runs = [run["overrides"] for run in results.runs]
+    runs += [aliases.current_names(fields.flat(run["overrides"]), "sweep.json") for run in results.missing]
+    rows = [{**run, **evaluation["overrides"]} for run in runs for evaluation in evaluations]
+    names = dict.fromkeys(name for row in rows for name in row if name != "seed")
+    known = {**names, **named}
+    base = {name: run["config"].get(name) for run in results.runs for name in known if name not in run["overrides"]}
+    base |= results.base
+    found = resolve_side(named, [{name: row.get(name, base.get(name)) for name in names} for row in rows], base)
+    if found is None or any(found.get(name, value) != value for name, value in group.key.items()):
+        return None
+    setting = tuple(found[axis.field] for axis in group.axes)
     return setting if setting in group.settings else None
 
 

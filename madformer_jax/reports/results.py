@@ -166,6 +166,7 @@ class Results(NamedTuple):
     groups: tuple[ProtocolGroup, ...]
     missing: tuple[Mapping[str, Any], ...]  # runs of the plan without a result
     protocol: Mapping[str, Any] | None  # content of `sweeps.protocol.Protocol`, or None if the sweep has none
+    base: Mapping[str, Any] = {}  # value of the base config for each field that the runs override
 
 
 # ---- scores
@@ -218,7 +219,9 @@ def load_results(workdir: str) -> Results:
     groups = _group_by_protocol(runs, axes, separating)
     finished = {run["name"] for run in runs}
     missing = tuple(run for run in plan.get("runs", ()) if run["name"] not in finished)
-    return Results(*sweeps[0], plan.get("question", ""), tuple(runs), tuple(groups), missing, plan.get("protocol"))
+    question, protocol, base = plan.get("question", ""), plan.get("protocol"), fields.flat(plan.get("base", {}))
+    base = aliases.current_names(base, "sweep.json")
+    return Results(*sweeps[0], question, tuple(runs), tuple(groups), missing, protocol, base)
 
 
 def _load_runs(workdir: str) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ A sweep file states the protocol before the sweep runs. `--dry_run` prints it, s
 the report answers its claims (`reports.answers`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from madformer_jax.errors import ConfigError
@@ -72,6 +72,25 @@ class Protocol(NamedTuple):
 def is_loss(endpoint: str) -> bool:
     """Returns whether an endpoint is a loss or a bound on the likelihood, which need no samples."""
     return "loss" in endpoint or endpoint.startswith("bits_per_dimension")
+
+
+def resolve_side(
+    named: Mapping[str, Any], settings: Iterable[Mapping[str, Any]], base: Mapping[str, Any]
+) -> Mapping[str, Any] | None:
+    """Returns the setting of a sweep that one side of a claim names; None if there is none.
+
+    A field that the side leaves out has the value that follows from the named ones, else that of the base.
+
+    Args:
+      named: The overrides of the side and of `Claim.where`.
+      settings: The overrides of all runs and evaluations, each with the same fields.
+      base: Values of the base config.
+    """
+    found = [s for s in settings if all(s.get(name, base.get(name)) == value for name, value in named.items())]
+    for name in found[0] if found else ():
+        if any(s[name] != found[0][name] for s in found):
+            found = [s for s in found if s[name] == base.get(name)]
+    return found[0] if found else None
 
 
 def target_fields(endpoint: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 A sweep file (configs/sweeps/*.py) has two functions: `get_config(variant)` returns the base config and
 `sweep(variant)` returns a `Sweep`. The file imports `Sweep`, `grid` and `config_beside` from here, and
 `Protocol` and `Claim` from `sweeps.protocol`.
-`modes.sweep` calls `load_sweep`, `expand_runs` and `expand_evaluations`.
+`modes.sweep` calls `load_sweep`, `expand_runs` and `expand_evaluations`. `claim_check` checks the protocol.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ from madformer_jax.config import aliases, fields, identity
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError, first_line
 from madformer_jax.sweeps import budget
-from madformer_jax.sweeps import protocol as protocol_lib
 from madformer_jax.sweeps.protocol import Protocol
 
 Overrides = Mapping[str, Any]  # field -> value, as in {"model.diffusion_depth": 2}
@@ -147,18 +146,10 @@ def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
     """Returns the runs of a sweep, in order.
 
     Raises:
-      ConfigError: The sweep has no runs, two runs are equal, or a setting, a budget or a claim is wrong.
+      ConfigError: The sweep has no runs, two runs are equal, or a setting or a budget is wrong.
     """
     if not sweep.runs:
         raise ConfigError("the sweep has no runs.")
-    if sweep.protocol is not None:
-        protocol_lib.check(sweep.protocol)
-        for claim in sweep.protocol.claims:
-            # a misspelled field would stand for the base
-            better, worse, _ = (apply_overrides(base, side) for side in (claim.better, claim.worse, claim.where))
-            blocks = [(c.model.blocks, c.model.block_shape) for c in (better, worse)]
-            if sweep.protocol.primary == "seam" and blocks[0] != blocks[1]:
-                raise ConfigError(f"claim {claim.text!r}: the seam score depends on the blocks: use seam_difference.")
     runs: dict[str, Run] = {}
     for overrides in sweep.runs:
         c = apply_overrides(base, overrides)

@@ -47,6 +47,7 @@ class Job(NamedTuple):
     runs: list[Run]
     evaluations: list[Evaluation]
     workdir: str
+    base: Mapping[str, Any] = {}  # value of the base config for each field that the runs override
 
     def first_seed_run(self, run: Run) -> Run:
         """Returns the run with the first seed and otherwise equal overrides."""
@@ -79,6 +80,11 @@ def reuse_folder_names(runs: Iterable[Run], workdir: str) -> list[Run]:
 def claim_path(workdir: str, name: str) -> str:
     """Returns the folder of the lock that claims a run, a judge or a timing."""
     return os.path.join(workdir, "claims", name)
+
+
+def has_result(workdir: str, name: str) -> bool:
+    """Returns whether a run has a result, of any evaluations."""
+    return (epath.Path(workdir) / "runs" / name / "result.json").exists()
 
 
 def is_done(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> bool:
@@ -150,6 +156,7 @@ def plan_json(job: Job) -> dict[str, Any]:
         "question": s.question,
         "protocol": s.protocol and s.protocol.describe(),
         "train_budget": s.train_budget and {"kind": s.train_budget[0], "asked": s.train_budget[1]},
+        "base": dict(job.base),
         "evaluations": [evaluation.describe() for evaluation in job.evaluations],
         "runs": [{"name": run.name, "overrides": run.overrides} for run in job.runs],
     }

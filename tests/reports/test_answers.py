@@ -33,6 +33,47 @@ def test_claims_are_shown_refuted_or_open(tmp_path):
     assert found[2].sentence == "Open: D = 2 has results. There are no results for it."
 
 
+def improvements(answer):
+    return [round(x, 12) for x in answer.improvement.values]
+
+
+def expected(seeds):
+    return [round(made_up.score(8, 2, seed) - made_up.score(1, 2, seed), 12) for seed in seeds]
+
+
+@pytest.mark.parametrize("place", ["where", "both sides"])
+def test_a_claim_is_answered_from_the_table_that_it_names(tmp_path, place):
+    """The table of 16 px comes first."""
+    small = {"data.image_size": 16, "protocol": {"reference": "s" * 12}}
+    extra = {f"d{depth}l4s{seed}": small for depth in (1, 8) for seed in (2, 3)}
+    made_up.write(tmp_path, depths=(1, 8), seeds=(0, 1, 2, 3), steps=(2,), extra=extra)
+    size = {"data.image_size": 256}
+    claim = Claim("x", SMALL | size, LARGE | size, ("steps", 2)) if place == "both sides" else None
+    claim = claim or Claim("x", SMALL, LARGE, ("steps", 2), where=size)
+    protocol = Protocol("KID", "FD", [claim], "never").describe()
+    (found,) = answers.answers(results.load_results(str(tmp_path))._replace(protocol=protocol))
+    assert improvements(found) == expected((0, 1))
+
+
+def test_a_side_without_overrides_is_the_base_of_a_grid(tmp_path):
+    """All runs set D, so that only the plan tells D of the base. It also holds former names of fields."""
+    claims = [Claim("x", SMALL, {}, ("steps", 2)), Claim("y", {"model.predicts": "v"}, LARGE, ("steps", 2))]
+    loaded = load(tmp_path, Protocol("KID", "FD", claims, "never"))
+    assert answers.answers(loaded)[0].improvement is None
+    base, other = answers.answers(loaded._replace(base={"model.diffusion_depth": 8}))
+    assert improvements(base) == expected((0, 1, 2))
+    assert other.improvement is None  # not the answer for the base
+
+
+def test_fields_that_follow_from_an_axis_name_a_setting(tmp_path):
+    extra = {f"d{depth}l4s{seed}": {"model.width": 8 * depth} for depth in (1, 8) for seed in (0, 1)}
+    made_up.write(tmp_path, depths=(1, 8), seeds=(0, 1), steps=(2,), extra=extra)
+    claim = Claim("x", {"model.width": 8}, {"model.width": 64}, ("steps", 2))
+    protocol = Protocol("KID", "FD", [claim], "never").describe()
+    (found,) = answers.answers(results.load_results(str(tmp_path))._replace(protocol=protocol))
+    assert improvements(found) == expected((0, 1))
+
+
 def test_claims_of_one_text_name_their_settings(tmp_path):
     claims = [Claim("a small D wins", {"model.diffusion_depth": depth}, LARGE) for depth in (1, 2)]
     found = answers.answers(load(tmp_path, Protocol("KID", "FD", claims, "never")))

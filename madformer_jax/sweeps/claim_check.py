@@ -1,0 +1,123 @@
+"""Checks of a protocol before the first training: against the runs of its sweep, and against an earlier protocol.
+
+`reports.answers` looks for the two sides of a claim among the results. A claim with a side that is no run, or
+with an endpoint that no run measures, would stay open after all trainings.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from madformer_jax.config import aliases, fields
+from madformer_jax.errors import ConfigError
+from madformer_jax.runtime import storage
+from madformer_jax.sweeps import protocol as protocol_lib
+from madformer_jax.sweeps import sweep_folder
+from madformer_jax.sweeps.protocol import Claim
+from madformer_jax.sweeps.sweep_file import Overrides, Run, Sweep, apply_overrides
+from madformer_jax.sweeps.sweep_folder import Job
+
+# Sections whose values separate the tables of a report. A claim does not compare two tables.
+_SEPARATED_SECTIONS = ("data.", "evaluate.")
+_SEPARATED_ALONE = "codec."  # separates tables only if its values do not follow from other fields
+
+Settings = Mapping[str, Any]  # the fields that the sweep varies -> value
+
+
+def check(sweep: Sweep, base: ConfigDict, runs: list[Run]) -> None:
+    """Checks the protocol of a sweep.
+
+    Raises:
+      ConfigError: A claim names a field that does not exist, one side of it is none of the runs, both are the
+        same run, their scores are not comparable, or the primary endpoint is not measured.
+    """
+    if sweep.protocol is None:
+        return
+    protocol_lib.check(sweep.protocol)
+    endpoint = sweep.protocol.primary
+    for run in runs:
+        _check_endpoint(endpoint, run.config)
+    for claim in sweep.protocol.claims:
+        better, worse = (_find_side(sweep, base, claim, side) for side in (claim.better, claim.worse))
+        where = f"claim {claim.text!r}:"
+        if better == worse:
+            raise ConfigError(f"{where} both sides are the same setting, {better}: change one of them.")
+        differing = {name for name in better if better[name] != worse[name]}
+        separated = {name for name in differing if name.startswith((*_SEPARATED_SECTIONS, _SEPARATED_ALONE))}
+        if separated == differing or any(name.startswith(_SEPARATED_SECTIONS) for name in separated):
+            raise ConfigError(f"{where} its sides differ in {min(separated)}, and a report does not compare these.")
+        if endpoint == "seam" and differing & {"model.blocks", "model.block_shape"}:
+            raise ConfigError(f"{where} the seam score depends on the blocks: use seam_difference.")
+        if targets := sorted(differing & set(protocol_lib.target_fields(endpoint))):
+            raise ConfigError(
+                f"{where} {endpoint} measures another target for another {targets[0]}: use bits_per_dimension."
+            )
+
+
+def _check_endpoint(endpoint: str, c: ConfigDict) -> None:
+    measured = c.evaluate.held_out_n or c.evaluate.by_block
+    if endpoint.startswith("bits_per_dimension") and not measured:
+        raise ConfigError(f"the primary endpoint {endpoint} is not measured: set config.evaluate.held_out_n.")
+    if endpoint.startswith("held_out_") and not (measured or c.train.validate_every):
+        raise ConfigError(
+            f"the primary endpoint {endpoint} is not measured: set config.train.validate_every or config.evaluate.held_out_n."
+        )
+
+
+def _find_side(sweep: Sweep, base: ConfigDict, claim: Claim, side: Overrides) -> Settings:
+    """Returns the settings of the runs that one side of a claim names."""
+    overrides = {**claim.where, **side}
+    values, wanted = fields.flat(base), fields.flat(apply_overrides(base, overrides))
+    named = {name: wanted[name] for name in aliases.current_names(overrides, "the sweep's claims")}
+    found = protocol_lib.resolve_side(named, _settings(sweep, values), values)
+    if found is None:
+        raise ConfigError(
+            f"claim {claim.text!r}: no run of the sweep has the settings {overrides} and the base's values of other "
+            "fields: name the settings of a run."
+        )
+    return found
+
+
+def _settings(sweep: Sweep, values: Settings) -> list[Settings]:
+    """Returns the settings of all runs and evaluations. Losses belong to the first overrides of the evaluations."""
+    assert sweep.protocol is not None
+    evaluations = sweep.evaluations[:1] if protocol_lib.is_loss(sweep.protocol.primary) else sweep.evaluations
+    overrides = [fields.flat({**run, **sampled}) for run in sweep.runs for sampled in evaluations]
+    names = dict.fromkeys(name for x in overrides for name in x if name != "seed")
+    return [{name: x.get(name, values[name]) for name in names} for x in overrides]
+
+
+def check_unchanged(job: Job) -> None:
+    """Checks that a protocol from before the results is the one that the folder held when they came.
+
+    Raises:
+      ConfigError: It is another one, or the folder had none.
+    """
+    path = os.path.join(job.workdir, "sweep.json")
+    stored, plan = storage.read_json_object(path) or {}, json.loads(json.dumps(sweep_folder.plan_json(job)))
+    new = plan["protocol"]
+    if any(stored.get(name) != plan[name] for name in ("sweep", "variant")) or not new:
+        return
+    if new["written"] == protocol_lib.AFTER or _decisive_parts(stored.get("protocol")) == _decisive_parts(new):
+        return
+    finished = [run for run in stored["runs"] if sweep_folder.has_result(job.workdir, run["name"])]
+    if finished:
+        raise ConfigError(
+            f"the sweep's protocol differs from that of {path}, and {len(finished)} runs have results: restore it, use "
+            "another --workdir, or give it written=protocol.AFTER, which marks its answers as exploratory."
+        )
+
+
+def _decisive_parts(stored: Mapping[str, Any] | None) -> Any:
+    """Returns what decides the answers to a protocol of sweep.json: all but the texts."""
+    if stored is None:
+        return None
+
+    def side(overrides: Mapping[str, Any]) -> Settings:
+        return aliases.current_names(fields.flat(overrides), "sweep.json")
+
+    claims = [(*(side(x.get(name, {})) for name in ("better", "worse", "where")), x["at"]) for x in stored["claims"]]
+    return claims, *(stored[name] for name in ("primary", "secondary", "written")), stored.get("margin", 0.0)
