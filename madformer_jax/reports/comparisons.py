@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from madformer_jax.reports import intervals
 from madformer_jax.reports.intervals import Estimate
 from madformer_jax.reports.results import Budget, Point, ProtocolGroup, Results, score_sign
+from madformer_jax.sweeps.budget import ROUNDING
 from madformer_jax.sweeps.protocol import target_fields
 
 Setting = tuple[Any, ...]
-_TOLERANCE = 1e-9  # of a budget, for rounding
 
 
 class Best(NamedTuple):
@@ -116,7 +116,7 @@ def best_within(group: ProtocolGroup, setting: Setting, score: str, budget: Budg
     kind = "solver_steps" if budget.kind == "steps" else budget.kind
     by_steps: dict[int, dict[int, float]] = {}
     for point in group.points_at(setting):
-        if score in point.scores and kind in point.cost and point.cost[kind] <= budget.amount * (1 + _TOLERANCE):
+        if score in point.scores and kind in point.cost and point.cost[kind] <= budget.amount * (1 + ROUNDING):
             by_steps.setdefault(int(point.cost["solver_steps"]), {})[point.seed] = point.scores[score].value
     most = max(map(len, by_steps.values()), default=0)  # every candidate has all seeds
     candidates = [Best(steps, values) for steps, values in sorted(by_steps.items()) if len(values) == most]

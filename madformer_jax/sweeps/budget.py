@@ -18,6 +18,7 @@ from madformer_jax.runtime import stored_config
 
 TRAIN_BUDGET_KINDS = ("steps", "images", "flops")
 SAMPLE_BUDGET_KINDS = ("steps", "nfe", "passes", "flops", "seconds")
+ROUNDING = 1e-9  # relative excess over a budget that is rounding
 TOLERANCE = 0.5  # largest relative miss of a budget: steps are whole numbers
 
 

@@ -9,13 +9,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax.config import aliases, fields
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
+from madformer_jax.sweeps import budget, sweep_folder
 from madformer_jax.sweeps import protocol as protocol_lib
-from madformer_jax.sweeps import sweep_folder
 from madformer_jax.sweeps.protocol import Claim
 from madformer_jax.sweeps.sweep_file import Overrides, Run, Sweep, apply_overrides
 from madformer_jax.sweeps.sweep_folder import Job
@@ -41,6 +42,8 @@ def check(sweep: Sweep, base: ConfigDict, runs: list[Run]) -> None:
     for run in runs:
         _check_endpoint(endpoint, run.config)
     for claim in sweep.protocol.claims:
+        if claim.at and claim.at[0] != "seconds" and claim.at[1] in sweep.sample_budgets.get(claim.at[0], ()):
+            _warn_of_exceeded_budget(base, claim, *claim.at)
         better, worse = (_find_side(sweep, base, claim, side) for side in (claim.better, claim.worse))
         where = f"claim {claim.text!r}:"
         if better == worse:
@@ -65,6 +68,20 @@ def _check_endpoint(endpoint: str, c: ConfigDict) -> None:
         raise ConfigError(
             f"the primary endpoint {endpoint} is not measured: set config.train.validate_every or config.evaluate.held_out_n."
         )
+
+
+def _warn_of_exceeded_budget(base: ConfigDict, claim: Claim, kind: str, amount: float) -> None:
+    """Logs the sides whose evaluation at the budget of the claim costs more than it, and so does not count."""
+    for side in (claim.better, claim.worse):
+        c = apply_overrides(base, {**claim.where, **side})
+        steps = budget.solver_steps(c, kind, amount)
+        cost = budget.sampling_cost(c, kind, steps)
+        if cost > amount * (1 + budget.ROUNDING):
+            logging.warning(
+                "claim %r: the number of steps nearest to %g %s, %d, costs %.4g with %s. It does not count as within the "
+                "budget: the claim is answered from fewer steps or stays open.",
+                claim.text, amount, kind, steps, cost, side,
+            )  # fmt: skip
 
 
 def _find_side(sweep: Sweep, base: ConfigDict, claim: Claim, side: Overrides) -> Settings:
