@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from madformer_jax.config import aliases, fields, identity
+from madformer_jax.config import aliases, fields
 from madformer_jax.config import schema as config_lib
 from madformer_jax.errors import ConfigError
 from madformer_jax.reports import axes as axes_lib
+from madformer_jax.reports import run_checks
 from madformer_jax.reports.axes import Axis, sort_key, value_of
 from madformer_jax.reports.intervals import Estimate, estimate
 from madformer_jax.runtime import storage
@@ -198,16 +199,17 @@ def load_results(workdir: str) -> Results:
       ConfigError: The folder has no results, a file is damaged, or the runs are not comparable.
     """
     plan = storage.read_json_object(os.path.join(workdir, "sweep.json")) or {}
-    runs = _load_runs(workdir)
+    runs = [run for run in _load_runs(workdir) if run_checks.belongs_to_plan(run, plan)]
     if not runs:
         raise ConfigError(f"{workdir} holds no runs/*/result.json: run --mode=sweep with this workdir first.")
     sweeps = sorted({(run["sweep"], run["variant"]) for run in runs})
-    if len(sweeps) > 1:
+    if len(sweeps) > 1 and "sweep" not in plan:
         raise ConfigError(
             f"{workdir} holds results of several sweeps, {sweeps[0]} and {sweeps[1]}: move each to a folder of its own."
         )
+    name, variant = (plan["sweep"], plan["variant"]) if "sweep" in plan else sweeps[0]
     trained, sampled = axes_lib.training_axes(runs, plan.get("runs", ())), axes_lib.sampling_axes(runs)
-    _check_same_settings(runs, trained)
+    run_checks.check_same_settings(runs, trained)
     axes = trained + sampled
 
     def key(run: Mapping[str, Any]) -> Any:
@@ -221,7 +223,7 @@ def load_results(workdir: str) -> Results:
     missing = tuple(run for run in plan.get("runs", ()) if run["name"] not in finished)
     question, protocol, base = plan.get("question", ""), plan.get("protocol"), fields.flat(plan.get("base", {}))
     base = aliases.current_names(base, "sweep.json")
-    return Results(*sweeps[0], question, tuple(runs), tuple(groups), missing, protocol, base)
+    return Results(name, variant, question, tuple(runs), tuple(groups), missing, protocol, base)
 
 
 def _load_runs(workdir: str) -> list[dict[str, Any]]:
@@ -248,31 +250,6 @@ def sort_position(value: Any, values: Sequence[Any]) -> int:
 
 
 # ---- points, by protocol
-
-
-def _check_same_settings(runs: Sequence[Mapping[str, Any]], axes: Sequence[Axis]) -> None:
-    """Checks that the runs differ only in fields that the sweep varies.
-
-    Fields of `train` may differ between settings, since a budget decides them, but not within one.
-
-    Raises:
-      ConfigError: Two runs differ in another field that decides results.
-    """
-    swept = {name for run in runs for name in run["overrides"]}
-    first: dict[Any, Mapping[str, Any]] = {}
-    for run in runs:
-        setting = tuple(value_of(run, {}, axis.field) for axis in axes)
-        for other, sections in (
-            (runs[0], ("model.", "loss.", "diffusion.", "optimizer.")),
-            (first.setdefault(setting, run), ("train.",)),
-        ):
-            for name, value in run["config"].items():
-                counts = name.startswith(sections) and identity.affects_results(name) and name not in swept
-                if counts and value != other["config"].get(name):
-                    raise ConfigError(
-                        f"runs {other['name']} and {run['name']} differ in {name}: {other['config'].get(name)!r} against "
-                        f"{value!r}, which the sweep does not vary. Report them from separate folders."
-                    )
 
 
 def _group_by_protocol(
@@ -302,7 +279,7 @@ def _group_by_protocol(
         for i, evaluation in enumerate(run["evaluations"]):
             key = tuple(value_of(run, evaluation, axis.field) for axis in separating)
             protocol = _shared_protocol(evaluation["protocol"], swept)
-            _check_same_protocol(protocols.setdefault(key, protocol), protocol, run["name"])
+            run_checks.check_same_protocol(protocols.setdefault(key, protocol), protocol, run["name"])
             data[key] = f"{run['config']['data.source']}, {run['config']['data.image_size']} px"
             cost = {name: float(evaluation["cost"][name]) for name in COSTS if name != "seconds"}
             if timing := timings.get((trained(run), overrides_key(evaluation["overrides"]))):
@@ -366,16 +343,6 @@ def _shared_protocol(protocol: Mapping[str, Any], swept: Collection[str]) -> dic
     varied = (*_PER_RUN_KEYS, *swept, *(_PROMPT_KEYS if "prompts" in swept else ()))
     images = {name: x for name, x in protocol["images"].items() if name not in varied}
     return {**{name: protocol.get(name) for name in _SHARED_PROTOCOL_KEYS}, "images": images}
-
-
-def _check_same_protocol(expected: Mapping[str, Any], protocol: Mapping[str, Any], run: str) -> None:
-    a, b = fields.flat(expected), fields.flat(protocol)
-    for name in a | b:
-        if a.get(name) != b.get(name):
-            raise ConfigError(
-                f"scores of different protocols do not share a column: {name} {a.get(name)!r} against {b.get(name)!r} of run "
-                f"{run}. Evaluate all runs alike, or report them from separate folders."
-            )
 
 
 def _check_unique_points(points: Sequence[Point]) -> None:

@@ -193,8 +193,8 @@ def _window_means(rows: list[tuple[int, Mapping[str, Any]]]) -> dict[str, float]
     return out
 
 
-def held_out_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Returns {"held_out": {"loss_image": ...}} of the last validation (`train.validate_every`); {} without one."""
+def held_out_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the losses of the last validation (`train.validate_every`) and its number of images; {} without one."""
     validations = [line for line in lines if "validated" in line]
     if not validations:
         return {}
@@ -203,7 +203,7 @@ def held_out_losses(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, f
         for name, value in validations[-1].items()
         if name.startswith("validation_loss")
     }
-    return {"held_out": losses}
+    return {"held_out": losses, "held_out_images": validations[-1]["validated"]}
 
 
 def training_seconds(lines: Iterable[Mapping[str, Any]]) -> float:

@@ -151,11 +151,38 @@ def test_other_image_sizes_are_a_separate_group(tmp_path):
     assert [axis.label for axis in found.groups[0].axes] == ["D"]
 
 
-def test_runs_that_differ_in_other_fields_are_refused(tmp_path):
+@pytest.mark.parametrize("field", ["optimizer.learning_rate", "evaluate.held_out_n", "data.flip"])
+def test_runs_that_differ_in_other_fields_are_refused(tmp_path, field):
     made_up.write(tmp_path, depths=(1, 2), seeds=(0,), steps=(2,))
-    made_up.change(tmp_path, lambda run: run["config"].update({"optimizer.learning_rate": float(run["name"][1])}))
-    with pytest.raises(ConfigError, match="d1l4s0 and d2l4s0 differ in optimizer.learning_rate"):
+    made_up.change(tmp_path, lambda run: run["config"].update({field: float(run["name"][1])}))
+    with pytest.raises(ConfigError, match=f"d1l4s0 and d2l4s0 differ in {field}"):
         results.load_results(str(tmp_path))
+
+
+def test_held_out_losses_of_different_numbers_of_images_are_refused(tmp_path):
+    made_up.write(tmp_path, depths=(1, 2, 4), seeds=(0,), steps=(2,))
+    images = {"d1l4s0": 256, "d2l4s0": 1000}  # a result of an earlier version does not say it
+    made_up.change(tmp_path, lambda run: run["training"].update(held_out_images=images.get(run["name"])))
+    with pytest.raises(ConfigError, match="d1l4s0 and d2l4s0 are of 256 and of 1000 images"):
+        results.load_results(str(tmp_path))
+
+
+def test_copied_runs_of_another_sweep_count_once_they_have_the_evaluations_of_the_plan(tmp_path):
+    made_up.write(tmp_path, depths=(1, 2, 4), seeds=(0,), steps=(2,))
+    path = tmp_path / "sweep.json"
+    plan = json.loads(path.read_text())
+    plan["runs"] = [run for run in plan["runs"] if run["name"] != "d4l4s0"]
+    plan["evaluations"] = [{"overrides": {}, "budget": {"kind": "steps", "asked": 2}}]
+
+    def load():
+        path.write_text(json.dumps(plan))
+        found = results.load_results(str(tmp_path))
+        return [run["name"] for run in found.runs], [run["name"] for run in found.missing]
+
+    made_up.change(tmp_path, lambda run: run["name"] != "d1l4s0" and run.update(sweep="ablations"))
+    assert load() == (["d1l4s0", "d2l4s0"], [])
+    plan["evaluations"][0]["budget"]["asked"] = 4
+    assert load() == (["d1l4s0"], ["d2l4s0"])
 
 
 def test_missing_and_damaged_results_are_errors(tmp_path):

@@ -301,7 +301,7 @@ def test_scores_on_held_out_images_are_part_of_the_result(c, stage, tmp_path):
 
 def test_a_held_out_loss_is_part_of_the_result():
     lines = [{"step": 2, "loss": 0.1}, {"step": 2, "validated": 8, "validation_loss_image": 0.3, "validation_n": 1}]
-    assert sweep_folder.held_out_losses(lines) == {"held_out": {"loss_image": 0.3}}
+    assert sweep_folder.held_out_losses(lines) == {"held_out": {"loss_image": 0.3}, "held_out_images": 8}
     assert sweep_folder.held_out_losses(lines[:1]) == {}
 
 
