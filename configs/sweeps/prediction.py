@@ -41,7 +41,8 @@ def sweep(variant: str = "cpu") -> Sweep:
     rate = c.optimizer.learning_rate
 
     def overrides(arm: tuple[str, ...], factor: float) -> dict[str, Any]:
-        return dict(zip(FIELDS, arm)) | {"optimizer.learning_rate": factor * rate}
+        # Sorted, so that a report names the path, the first axis, and the base, which is the clean latent.
+        return dict(sorted(zip(FIELDS, arm))) | {"optimizer.learning_rate": factor * rate}
 
     if variant == "cpu_tuning":
         return Sweep(

@@ -74,7 +74,7 @@ def contrasts(group: ProtocolGroup, score: str = "") -> list[tuple[Setting, Sett
             same = [b for b in settings if (*b[:i], *b[i + 1 :]) == (*s[:i], *s[i + 1 :]) and real[b] == real[s]]
             pairs += [(s, same[0])] if s != same[0] else []
         return pairs
-    base = tuple(statistics.mode(s[i] for s in group.settings) for i in range(len(group.axes)))
+    base = group.base
     if base not in group.settings:
         base = min(group.settings, key=lambda s: sum(x != y for other in group.settings for x, y in zip(s, other)))
     if base not in settings:

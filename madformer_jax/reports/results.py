@@ -97,6 +97,7 @@ class ProtocolGroup(NamedTuple):
     protocol: Mapping[str, Any]  # shared by all points
     data: str = ""  # name and size of the images, such as "digits, 32 px"
     key: Mapping[str, Any] = {}  # the fields that separate this group from others, with their values
+    base_values: Mapping[str, Any] = {}  # of the sweep's base config, as far as they are known
 
     @property
     def varying_axes(self) -> list[Axis]:
@@ -131,6 +132,14 @@ class ProtocolGroup(NamedTuple):
         return [p for p in self.points if p.setting == setting and budget in (None, p.budget)]
 
     @property
+    def base(self) -> tuple[Any, ...]:
+        """The most frequent value of each axis; of several, that of the base config. It need not be a setting."""
+        columns = [[setting[i] for setting in self.settings] for i in range(len(self.axes))]
+        frequent = [(axis, statistics.multimode(column)) for axis, column in zip(self.axes, columns)]
+        named = [(self.base_values.get(axis.field), values) for axis, values in frequent]
+        return tuple(value if value in values else values[0] for value, values in named)
+
+    @property
     def is_grid(self) -> bool:
         """True if every combination of values of the axes is present."""
         return len(self.settings) == math.prod(len(axis.values) for axis in self.axes)
@@ -142,10 +151,10 @@ class ProtocolGroup(NamedTuple):
         it lists only the values that differ from the base.
         """
         names = []
-        for i, (axis, value) in enumerate(zip(self.axes, setting)):
+        for axis, value, base in zip(self.axes, setting, self.base):
             if self.is_grid and len(axis.values) > 1:
                 names.append(f"{axis.label} = {value}")
-            elif not self.is_grid and value != statistics.mode(other[i] for other in self.settings):
+            elif not self.is_grid and value != base:
                 names.append(_ablation_label(axis.label, value))
         return ", ".join(names) or "base"
 
@@ -218,11 +227,11 @@ def load_results(workdir: str) -> Results:
 
     runs.sort(key=key)
     separating = [axis for axis in axes if axis.field.startswith(_SEPARATED_SECTIONS)]
-    groups = _group_by_protocol(runs, axes, separating)
+    base = aliases.current_names(fields.flat(plan.get("base", {})), "sweep.json")
+    groups = [group._replace(base_values=base) for group in _group_by_protocol(runs, axes, separating)]
     finished = {run["name"] for run in runs}
     missing = tuple(run for run in plan.get("runs", ()) if run["name"] not in finished)
-    question, protocol, base = plan.get("question", ""), plan.get("protocol"), fields.flat(plan.get("base", {}))
-    base = aliases.current_names(base, "sweep.json")
+    question, protocol = plan.get("question", ""), plan.get("protocol")
     return Results(name, variant, question, tuple(runs), tuple(groups), missing, protocol, base)
 
 

@@ -6,7 +6,7 @@ import pytest
 from madformer_jax.config import schema
 from madformer_jax.errors import ConfigError
 from madformer_jax.modes import report
-from madformer_jax.reports import intervals, results
+from madformer_jax.reports import comparisons, intervals, results
 from madformer_jax.reports.axes import Axis
 from tests.reports import made_up
 
@@ -223,6 +223,16 @@ def test_only_booleans_are_labeled_as_switches(field, base, other, label):
     points = [results.Point(s, 0, results.Budget("steps", 1), "run", 0, {}, {}) for s in settings]
     group = results.ProtocolGroup("", axes, tuple(points), {})
     assert group.label((16, other)) == label
+
+
+def test_of_equally_frequent_values_that_of_the_base_config_names_the_base():
+    axes = (Axis("diffusion.path", ("ddpm", "flow")), Axis("model.prediction_type", ("eps", "v", "x0")))
+    settings = [("ddpm", "v"), ("ddpm", "x0")]  # not a grid
+    points = tuple(results.Point(s, 0, results.Budget("steps", 1), "run", 0, {}, {}) for s in settings)
+    group = results.ProtocolGroup("", axes, points, {})
+    known = group._replace(base_values={"model.prediction_type": "x0"})
+    assert [g.label(("ddpm", "x0")) for g in (group, known)] == ["prediction type = x0", "base"]
+    assert comparisons.contrasts(known) == [(("ddpm", "v"), ("ddpm", "x0"))]
 
 
 def test_a_single_seed_has_no_interval():
