@@ -20,6 +20,8 @@ _TARGET_FIELDS = (
     "model.blocks", "model.prediction_type", "loss.weighting", "diffusion.path", "diffusion.time_sampling",
     "diffusion.shift", "codec.patch", "train.context_noise",
 )  # fmt: skip
+# Fields that also change what the losses of training measure. Held-out losses are those after true blocks.
+_OWN_CONTEXT_FIELDS = ("train.own_context", "train.own_context_timestep", "train.own_context_steps")
 _TOLERANCE = 1e-9  # of a budget, for rounding
 
 
@@ -232,10 +234,11 @@ def losses(results: Results, group: ProtocolGroup, name: str) -> dict[Setting, d
     return found
 
 
-def comparable_losses(group: ProtocolGroup, pair: tuple[Setting, Setting]) -> bool:
-    """Returns whether the losses of two settings measure the same target."""
+def comparable_losses(group: ProtocolGroup, pair: tuple[Setting, Setting], name: str) -> bool:
+    """Returns whether a loss measures the same target in two settings."""
     changed = [axis for axis, a, b in zip(group.axes, *pair) if a != b]
-    return not any(name in _TARGET_FIELDS for axis in changed for name in (axis.field, *axis.dependent_fields))
+    fields = _TARGET_FIELDS if name.startswith("held_out") else (*_TARGET_FIELDS, *_OWN_CONTEXT_FIELDS)
+    return not any(field in fields for axis in changed for field in (axis.field, *axis.dependent_fields))
 
 
 def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Difference]:
@@ -246,7 +249,7 @@ def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Differe
     found = losses(results, group, name)
     has_target = "loss" in name
     pairs = [p for p in contrasts(group) if all(s in found for s in p)]
-    pairs = [p for p in pairs if not has_target or comparable_losses(group, p)]
+    pairs = [p for p in pairs if not has_target or comparable_losses(group, p, name)]
     samples = [(pair, paired(found[pair[0]], found[pair[1]])) for pair in pairs]
     samples = [(pair, values) for pair, values in samples if values]
     return [Difference(*pair, x) for (pair, _), x in zip(samples, intervals.holm([values for _, values in samples]))]
@@ -261,7 +264,7 @@ def of_quarters(results: Results, group: ProtocolGroup) -> list[tuple[Difference
     pairs = [
         pair
         for pair in contrasts(group)
-        if comparable_losses(group, pair) and all(s in quarter for quarter in quarters for s in pair)
+        if comparable_losses(group, pair, "loss_q1") and all(s in quarter for quarter in quarters for s in pair)
     ]
     out = []
     for a, b in pairs:

@@ -127,8 +127,11 @@ def test_a_setting_that_is_not_comparable_with_the_base_is_compared_with_the_nea
 def test_losses_of_other_targets_are_not_compared():
     blocks, depth = Axis("model.blocks", (1, 4)), Axis("model.diffusion_depth", (1, 2))
     group = ProtocolGroup("", (blocks, depth), (), {})
-    assert comparisons.comparable_losses(group, ((1, 1), (1, 2)))
-    assert not comparisons.comparable_losses(group, ((1, 1), (4, 1)))
+    assert comparisons.comparable_losses(group, ((1, 1), (1, 2)), "loss_image")
+    assert not comparisons.comparable_losses(group, ((1, 1), (4, 1)), "loss_image")
+    context = ProtocolGroup("", (Axis("train.own_context", (0.0, 0.5)),), (), {})
+    assert comparisons.comparable_losses(context, ((0.5,), (0.0,)), "held_out_loss_image")
+    assert not comparisons.comparable_losses(context, ((0.5,), (0.0,)), "loss_image")
 
 
 def test_losses_are_means_over_the_last_quarter_of_the_steps():
