@@ -29,7 +29,7 @@ def sweep(variant: str = "cpu") -> Sweep:
     c = get_config(variant)
     return Sweep(
         question="Which D and which width are best at equal training FLOPs?",
-        runs=[{**point, "seed": seed} for seed in range(3) for point in points(c)],
+        runs=[{**point, "seed": seed} for seed in range(5) for point in points(c)],
         train_budget=("flops", budget.training_flops(c)),
         sample_budgets={"passes": [passes * flops.guidance_branches(c) for passes in (4, 16)]},
         protocol=protocol(c),

@@ -50,7 +50,7 @@ def sweep(variant: str = "cpu") -> Sweep:
     c = get_config(variant)
     return Sweep(
         question="Does the best D depend on the size of the model?",
-        runs=[{**point, "seed": seed} for seed in range(3) for point in points(c)],
+        runs=[{**point, "seed": seed} for seed in range(5) for point in points(c)],
         sample_budgets={"passes": [passes * flops.guidance_branches(c) for passes in (4, 16)]},
         protocol=protocol(c),
     )

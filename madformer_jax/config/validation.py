@@ -149,8 +149,13 @@ def check(c: ConfigDict) -> None:
 
 
 def _check_own_context(c: ConfigDict) -> None:
-    """Checks that rollouts of `train.own_context` happen, and that the model can make them."""
+    """Checks that `train.own_context` has an effect, and that the model can make its rollouts."""
     steps, m = c.train.own_context_steps, c.model
+    if c.train.own_context and m.blocks == 1:
+        raise ConfigError(
+            f"config.train.own_context={c.train.own_context:g} has no effect with config.model.blocks=1: no block comes before "
+            "another. Set own_context to 0, or use more blocks."
+        )
     if steps > 1 and not c.train.own_context:
         raise ConfigError(
             f"config.train.own_context_steps={steps} has no effect with config.train.own_context=0: set own_context to a share "

@@ -2,6 +2,7 @@
 
 Three contexts are compared. "true" are the blocks before a block in the same held-out image. "other" are the
 blocks of another held-out image of the same label. "own" are blocks that the model sampled with that label.
+An image whose label no other held-out image has is left out of the loss of "other" and of the exposure bias.
 Neither "own" nor "other" contains the earlier blocks of the same image. The difference of their losses is
 therefore the exposure bias: it is 0 if the model's blocks are like real blocks.
 
@@ -18,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax import Array
 from ml_collections import ConfigDict
 
@@ -26,6 +28,7 @@ from madformer_jax.data.text import TokenizedTexts
 from madformer_jax.diffusion import parameterization, sampler, solvers
 from madformer_jax.diffusion import schedule as schedules
 from madformer_jax.diffusion.schedule import NoiseLevel
+from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bootstrap, held_out_losses, score_summary, scores
 from madformer_jax.evaluation.held_out_images import SEED, HeldOutBatch, HeldOutImages, block_noise, image_keys, shard
 from madformer_jax.evaluation.teacher_forcing import TeacherForcing
@@ -45,16 +48,22 @@ def measure(
     """Measures the loss of each block under the three contexts, and samples blocks.
 
     Returns:
-      `blocks_loss_other` and `blocks_loss_own` (n, L); the blocks `real`, `sampled_true` and `sampled_own`
-      (n, L, values).
+      `blocks_loss_other` and `blocks_loss_own` (n, L); `has_other` (n,), 1 if another image has the label, else 0;
+      the blocks `real`, `sampled_true` and `sampled_own` (n, L, values).
+
+    Raises:
+      ConfigError: Less than two images have another image of their label.
     """
     c = c.copy_and_resolve_references()
     c.sample.guidance, c.sample.noise, c.sample.n = 1.0, "", images.n
     batches = list(images.batches(trained, codec_params))
     real = _join(batches, [partitioning.to_host(batch.z, trained.mesh) for batch in batches])
     labels = _join(batches, [batch.labels for batch in batches])
+    # The samples of an unconditional model have no label, so any other image is comparable with them.
+    other = other_of_label(labels if batches[0].tokens is not None else np.zeros_like(labels))
+    has_other = _check_others(other)
     own = _sample_own(c, trained, codec_params, batches, labels)
-    contexts = {"other": real[other_of_label(labels)], "own": own}
+    contexts = {"other": real[other], "own": own}
     sample_blocks = _make_block_sampler(c, trained)
     losses: dict[str, list[np.ndarray]] = {name: [] for name in contexts}
     sampled_true = []
@@ -66,13 +75,15 @@ def measure(
         sampled_true.append(np.asarray(sampled)[: batch.rows])
     real, own = (x if batches[0].order is None else x[:, batches[0].order] for x in (real, own))
     flat = {"real": real, "sampled_true": np.concatenate(sampled_true), "sampled_own": own}
-    return {f"blocks_loss_{name}": np.concatenate(rows) for name, rows in losses.items()} | {
-        name: blocks.reshape(*blocks.shape[:2], -1) for name, blocks in flat.items()
+    return {
+        **{f"blocks_loss_{name}": np.concatenate(rows) for name, rows in losses.items()},
+        **{name: blocks.reshape(*blocks.shape[:2], -1) for name, blocks in flat.items()},
+        "has_other": has_other.astype(np.int8),
     }
 
 
 def other_of_label(labels: np.ndarray) -> np.ndarray:
-    """Returns for each image (n,) the next image of the same label, in a cycle."""
+    """Returns for each image (n,) the next image of the same label, in a cycle: itself if it is the only one."""
     out = np.arange(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -80,14 +91,31 @@ def other_of_label(labels: np.ndarray) -> np.ndarray:
     return out
 
 
+def _check_others(other: np.ndarray) -> np.ndarray:
+    """Returns for each image (n,) whether another image has its label."""
+    has_other = other != np.arange(len(other))
+    if has_other.sum() < 2:
+        raise ConfigError(
+            f"config.evaluate.by_block=True needs two held-out images of one label, and {len(other)} images have none: set "
+            "a larger config.evaluate.held_out_n."
+        )
+    if not has_other.all():
+        logging.warning(
+            "%d of %d held-out images are the only ones of their label: the loss after another image and the exposure bias "
+            "leave them out. A larger evaluate.held_out_n includes more of them.", (~has_other).sum(), len(other),
+        )  # fmt: skip
+    return has_other
+
+
 def table(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Returns the scores of each block, from the arrays of `measure` and of the losses and bounds.
 
     Returns:
       For each block its number, its `bits` per dimension, `loss` and `kernel_distance` by context, and
-      `exposure_bias` (the loss under "own" minus the loss under "other").
+      `exposure_bias` (the loss under "own" minus the loss under "other"). The last score and the loss under
+      "other" are means over the images that `has_other` names.
     """
-    rows = []
+    rows, has_other = [], values["has_other"].astype(bool)
     for i in range(values["blocks_loss_image"].shape[1]):
         loss = {"true": values["blocks_loss_image"][:, i]}
         loss |= {name: values[f"blocks_loss_{name}"][:, i] for name in CONTEXTS[1:]}
@@ -96,8 +124,9 @@ def table(values: dict[str, np.ndarray]) -> list[dict[str, Any]]:
         }
         rows.append({
             "block": i + 1, "bits": score_summary.mean_score(values["blocks_bits"][:, i]),
-            "loss": {name: score_summary.mean_score(x) for name, x in loss.items()},
-            "exposure_bias": score_summary.mean_score(loss["own"] - loss["other"]), "kernel_distance": distance,
+            "loss": {name: score_summary.mean_score(x[has_other] if name == "other" else x) for name, x in loss.items()},
+            "exposure_bias": score_summary.mean_score((loss["own"] - loss["other"])[has_other]),
+            "kernel_distance": distance,
         })  # fmt: skip
     return rows
 

@@ -59,7 +59,7 @@ class HeldOutImages:
           ConfigError: n is 1, or the split is that of training, cannot be opened, or has less than n images.
         """
         if n < 2:
-            raise ConfigError(f"config.evaluate.held_out_n={n}: held-out scores need at least 2 images.")
+            raise ConfigError(f"{n} held-out image is too few: set config.evaluate.held_out_n to at least 2 images.")
         if c.evaluate.split == c.data.split:
             raise ConfigError(
                 f"config.evaluate.split={c.evaluate.split!r} is the split of training: held-out scores need another split."

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from madformer_jax.config import elastic_depth, seeds
 from madformer_jax.config.block_orders import sampling_order_name
+from madformer_jax.config.shapes import vocabulary_size
 from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import bits_per_dimension, by_block, held_out_losses, sampling_grid, score_summary, shards
 from madformer_jax.evaluation.held_out_images import HeldOutImages
@@ -145,6 +146,7 @@ def _protocol(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: H
             "spacing": c.sample.spacing,
             "steps": solving.solver_steps(c),
             "seed": seeds.of(c, "sample"),
+            "other": "image of the same label" if vocabulary_size(c) else "image",
             **({"context_noise": c.sample.context_noise} if c.sample.context_noise else {}),
         }
     return protocol

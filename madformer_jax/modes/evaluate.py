@@ -107,8 +107,8 @@ def check(c: ConfigDict) -> None:
         )
     if not c.evaluate.n and (c.evaluate.grid or not c.evaluate.held_out_n):
         raise ConfigError(
-            "config.evaluate.n=0 draws no samples: evaluate.grid and sweeps need some. Set it, or set "
-            "config.evaluate.held_out_n alone, the number of held-out images of evaluate.by_block and of the loss."
+            "config.evaluate.n=0 draws no samples: evaluate.grid and sweeps need some. Set it, or for the scores of held-out "
+            "images and blocks alone set config.evaluate.held_out_n."
         )
     for setting in sampling_grid.expand_configs(c):
         config_lib.validate(setting)

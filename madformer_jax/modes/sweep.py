@@ -103,6 +103,9 @@ def run(
             _load_or_measure_timing(job, run, force=run is job.first_seed_run(run))
         return {}
     remaining = [run for run in job.runs if not _is_done(job, run)]
+    by_data = {sweep_file.judge_hash(run.config): run for run in reversed(remaining)}
+    for run in by_data.values():
+        held_out_scores.open_images(_held_out_config(job, run.config))
     count = processes_lib.choose_count(processes, len(remaining), jax.default_backend(), jax.process_count())
     return _run_all(job) if count == 1 else _run_processes(job, remaining, argv, count)
 
@@ -184,8 +187,7 @@ def _do_run(job: Job, run: Run) -> bool:
     """Trains and evaluates a run and writes its result. Returns False if the training was asked to stop."""
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
-    first = sweep_file.apply_overrides(base, job.definition.evaluations[0])  # the settings of the held-out scores
-    held_out_scores.open_images(first)
+    held_out_scores.open_images(_held_out_config(job, base))
     if not claims_lib.broadcast(_is_trained(run.config, folder)):
         if not _train(job, run):
             return False
@@ -202,6 +204,11 @@ def _do_run(job: Job, run: Run) -> bool:
     storage.write_json(os.path.join(folder, "result.json"), result)
     _remove_checkpoints(run.config, folder)
     return True
+
+
+def _held_out_config(job: Job, c: ConfigDict) -> ConfigDict:
+    """Returns the config of a run with the settings of its held-out scores, those of the first evaluation."""
+    return sweep_file.apply_overrides(c, job.definition.evaluations[0])
 
 
 def _train(job: Job, run: Run) -> bool:

@@ -202,6 +202,13 @@ def test_flops_of_a_rollout_hold_the_ar_layers_once():
     assert added - flops.training_step(c).total == pytest.approx(c.train.batch * flops.own_context(c).total)
 
 
+def test_one_block_has_no_own_context():
+    c = small_config(blocks=1)
+    c.train.own_context = 0.5
+    with pytest.raises(ConfigError, match=r"own_context=0.5 has no effect with config.model.blocks=1"):
+        schema.validate(c)
+
+
 def test_the_loss_takes_the_steps_of_the_config(monkeypatch):
     c = small_config(depth=2, diffusion_depth=1, **ONE_STAGE)
     c.train.own_context, c.train.own_context_steps = 0.5, STEPS

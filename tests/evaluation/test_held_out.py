@@ -186,6 +186,25 @@ def test_another_image_has_the_same_label():
     assert other.tolist() == [2, 4, 5, 3, 1, 0]
 
 
+def test_an_image_of_a_label_of_its_own_has_no_exposure_bias(monkeypatch):
+    """Its own blocks are no context of another image: they would lower the loss under "other"."""
+    other, warnings = by_block.other_of_label(np.array([0, 1, 0, 2])), []
+    monkeypatch.setattr(by_block.logging, "warning", lambda text, *args: warnings.append(text % args))
+    has_other = by_block._check_others(other)
+    assert has_other.tolist() == [True, False, True, False] and "2 of 4 held-out images" in warnings[0]
+    true, random = np.full((4, 2), 0.1), np.random.default_rng(0)
+    real, sampled = random.normal(size=(2, 4, 2, 3))
+    losses_of = {"other": np.where(has_other[:, None], 0.3, true), "own": np.full((4, 2), 0.4)}
+    (_, row) = by_block.table({
+        "blocks_loss_image": true, **{f"blocks_loss_{name}": x for name, x in losses_of.items()}, "blocks_bits": true,
+        "real": real, "sampled_true": sampled, "sampled_own": sampled, "has_other": has_other.astype(np.int8),
+    })  # fmt: skip
+    assert row["loss"]["other"]["value"] == pytest.approx(0.3) and row["loss"]["own"]["n"] == 4
+    assert row["exposure_bias"]["value"] == pytest.approx(0.1) and row["exposure_bias"]["n"] == 2
+    with pytest.raises(ConfigError, match="3 images have none: set a larger config.evaluate.held_out_n"):
+        by_block._check_others(np.arange(3))
+
+
 def test_evaluate_gives_held_out_scores_once_and_their_paired_differences(fresh, workdir, monkeypatch, capsys):
     fresh.evaluate.n, fresh.evaluate.held_out_n, fresh.evaluate.by_block = 0, 9, True
     fresh.evaluate.checkpoints = "last:2"
@@ -221,6 +240,7 @@ def test_evaluate_gives_held_out_scores_once_and_their_paired_differences(fresh,
     [
         ({"held_out_n": 500}, "500 held-out images are too many: split 'test' has"),
         ({"held_out_n": 1}, "at least 2 images"),
+        ({"by_block": True, "n": 1}, "1 held-out image is too few"),
         ({"held_out_n": 5, "split": "train"}, "is the split of training"),
         ({"held_out_n": 5, "images": "data:test"}, "names existing images"),
         ({"by_block": True, "grid": "steps_by_block=4/3/2/1"}, "by_block=True samples all blocks with the same steps"),

@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from madformer_jax.errors import ConfigError
 from madformer_jax.modes import sweep as mode
 from madformer_jax.runtime import storage
 from madformer_jax.sweeps import sweep_file, sweep_folder
@@ -16,6 +17,14 @@ from tests import tiny
 @pytest.fixture
 def c():
     return tiny.get_config("plain")
+
+
+def test_too_many_held_out_images_end_a_sweep_before_its_judge(c, tmp_path, monkeypatch):
+    c.evaluate.by_block, c.evaluate.n = True, 2000
+    monkeypatch.setattr(mode.reference, "run", lambda *args: pytest.fail("makes a judge"))
+    module = types.SimpleNamespace(__file__="seeds.py", sweep=lambda: Sweep("?", grid({}, seeds=2), {"steps": (1,)}))
+    with pytest.raises(ConfigError, match="^2000 held-out images are too many: split 'test' has 1000"):
+        mode.run(c, str(tmp_path), file=types.SimpleNamespace(module=module, args=()))
 
 
 def test_a_kill_between_the_last_step_and_its_validation_loses_no_validation(c, tmp_path, monkeypatch):
