@@ -211,14 +211,19 @@ def to_markdown(results: Results, sections: Iterable[Section]) -> str:
     for section in sections:
         inside = [text for item in section.items if (text := _item_to_markdown(item))]
         lines += [f"## {section.title}", "", *inside] if inside else []
-    return "\n".join(map(_wrap, "\n".join(lines).replace("\n\n\n", "\n\n").split("\n")))
+    return _wrap("\n".join(lines).replace("\n\n\n", "\n\n"))
 
 
-def _wrap(line: str) -> str:
-    if line.startswith(("|", "#")):
-        return line
-    indent = "  " if line.startswith("- ") else ""
-    return textwrap.fill(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+def _wrap(text: str) -> str:
+    """Wraps the prose of Markdown. Tables, headings and code blocks stay as they are."""
+    lines, in_code = [], False
+    for line in text.split("\n"):
+        in_code ^= line.startswith("```")
+        if not in_code and not line.startswith(("|", "#", "```")):
+            indent = "  " if line.startswith("- ") else ""
+            line = textwrap.fill(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _item_to_markdown(item: Item) -> str:

@@ -19,6 +19,7 @@ def contrast(field, a, b, primary, sides=None):
 
 def check(definition):
     c = tiny.get_config("plain")
+    c.model.blocks = 4
     claim_check.check(definition, c, sweep_file.expand_runs(definition, c))
 
 
