@@ -17,9 +17,14 @@ def contrast(field, a, b, primary, sides=None):
     return Sweep("", grid({field: (a, b)}), {"steps": (4,)}, protocol=Protocol(primary, "FD", [claim], ""))
 
 
-def check(definition):
+def get_base():
     c = tiny.get_config("plain")
-    c.model.blocks = 4
+    c.model.blocks = 4  # own context has no effect with one
+    return c
+
+
+def check(definition):
+    c = get_base()
     claim_check.check(definition, c, sweep_file.expand_runs(definition, c))
 
 
@@ -43,7 +48,7 @@ def test_a_claim_that_no_report_could_answer_is_an_error(definition, message):
 
 
 def test_a_side_may_leave_out_or_spell_out_the_base():
-    base = tiny.get_config("plain")
+    base = get_base()
     for sides in (({"model.width": 24}, {}), ({"model.blocks": base.model.blocks, "model.width": 24}, {})):
         check(contrast("model.width", base.model.width, 24, "seam", sides))
 
