@@ -28,6 +28,7 @@ class Answer(NamedTuple):
     worse_mean: float = 0.0  # of the other setting
     steps: tuple[int, int] | None = None  # solver steps of both settings; None for a loss
     margin: float = 0.0  # smallest improvement that counts, in units of the endpoint
+    seeds: tuple[int, int] = (0, 0)  # numbers of seeds that both settings have a score for, and of the table
 
     @property
     def sentence(self) -> str:
@@ -45,6 +46,9 @@ class Answer(NamedTuple):
             note = " This is below the smallest improvement that counts."
         elif self.verdict == "refuted" and x.high is not None and x.high >= 0:
             note = " The interval lies below the smallest improvement that counts."
+        counted, all_seeds = self.seeds
+        if counted < all_seeds:
+            note += f" Only {counted} of {all_seeds} seeds count: the others have no finite score of both settings."
         return f"{head} Improvement of {self.endpoint}: {format_number(x.mean)} {interval}{percent}{steps}.{note}"
 
 
@@ -95,7 +99,8 @@ def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, A
         improvement, mean = estimate(values, alpha), statistics.fmean(x for seed, x in worse.items() if seed in better)
         margin = protocol["margin"] * abs(mean)
         verdict = _verdict(improvement, margin)
-        return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, margin)
+        seeds = len(values), len({point.seed for point in group.points})
+        return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, margin, seeds)
     return Answer(claim, "open", endpoint)
 
 

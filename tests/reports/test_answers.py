@@ -33,6 +33,18 @@ def test_claims_are_shown_refuted_or_open(tmp_path):
     assert found[2].sentence == "Open: D = 2 has results. There are no results for it."
 
 
+def test_an_answer_says_that_seeds_do_not_count(tmp_path):
+    load(tmp_path, Protocol("KID", "FD", CLAIMS[:1], "never"))
+    path = tmp_path / "runs" / "d8l4s1" / "result.json"
+    result = json.loads(path.read_text())
+    for evaluation in result["evaluations"]:
+        evaluation["scores"]["KID-classifier"]["value"] = float("nan")
+    path.write_text(json.dumps(result))
+    (found,) = answers.answers(results.load_results(str(tmp_path)))
+    assert improvements(found) == expected((0, 2))
+    assert " Only 2 of 3 seeds count: " in found.sentence
+
+
 def improvements(answer):
     return [round(x, 12) for x in answer.improvement.values]
 
