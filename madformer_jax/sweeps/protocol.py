@@ -11,6 +11,10 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.sweeps import budget
 
 BEFORE, AFTER = "before the results", "after the results"
+SCORES = (  # first words of the scores of samples
+    "FD", "FID", "KID", "IS", "precision", "recall", "recognised", "LPIPS", "seam", "seam_difference", "inconsistency",
+    "memorisation", "memorized", "attributes",
+)  # fmt: skip
 # Fields that change what a loss measures. Settings that differ in one of them have no common loss.
 _TARGET_FIELDS = (
     "model.blocks", "model.prediction_type", "loss.weighting", "diffusion.path", "diffusion.time_sampling",
@@ -138,10 +142,16 @@ def check(protocol: Protocol) -> None:
     """Checks a protocol.
 
     Raises:
-      ConfigError: It has no claims, or a claim has an unknown kind of budget or none where one is needed.
+      ConfigError: It has no claims, its primary endpoint does not exist, or a claim has an unknown kind of
+        budget or none where one is needed.
     """
     if not protocol.claims:
         raise ConfigError("the sweep's protocol has no claims: state one, or leave the protocol out.")
+    if not is_loss(protocol.primary) and protocol.primary not in SCORES:
+        raise ConfigError(
+            f"the primary endpoint {protocol.primary!r} is unknown: use bits_per_dimension, a loss such as "
+            f"held_out_loss_image, or one of {', '.join(SCORES)}."
+        )
     for claim in protocol.claims:
         if (claim.at is None) != is_loss(protocol.primary):
             need = "no budget: remove `at`" if is_loss(protocol.primary) else "a sampling budget: set `at`"

@@ -37,6 +37,7 @@ def check(definition):
         (("data.image_size", 16, 32, "KID"), "its sides differ in data.image_size"),
         (("codec.patch", 4, 8, "KID"), "its sides differ in codec.patch"),
         (("model.blocks", 1, 4, "seam"), "depends on the blocks: use seam_difference"),
+        (("loss.hidden", 0.0, 0.1, "KDI"), "the primary endpoint 'KDI' is unknown"),
         (("loss.hidden", 0.0, 0.1, "bits_per_dimension"), "not measured: set config.evaluate.held_out_n"),
         (("loss.hidden", 0.0, 0.1, "held_out_loss_image"), "not measured: set config.train.validate_every"),
         (("train.own_context", 0.0, 0.5, "loss_image"), "another target for another train.own_context"),
