@@ -193,7 +193,7 @@ def test_added_budgets_need_no_new_training(c, stage, tmp_path):
     assert stage.evaluated[2:] == [(16, "steps=1,4,8"), (24, "steps=1,4,8")]
 
 
-@pytest.mark.parametrize("name", ["ablations", "depth", "noise_path", "steps_by_block", "elastic"])
+@pytest.mark.parametrize("name", ["ablations", "depth", "noise_path", "prediction", "steps_by_block", "elastic"])
 def test_the_published_results_match_their_sweep_files(name):
     """No run of a published sweep would be repeated, and the stored costs follow from the configs."""
     functions = runpy.run_path(str(ROOT / f"configs/sweeps/{name}.py"))
