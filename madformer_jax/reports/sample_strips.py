@@ -23,7 +23,7 @@ class Strip(NamedTuple):
 
 
 def load_strips(results: Results, group: ProtocolGroup) -> list[tuple[Budget, list[Strip]]]:
-    """Returns, for each budget, the strips of the settings that have samples.
+    """Returns, for each budget, the strips of the settings that have samples. A run without its grid.png has none.
 
     Raises:
       ConfigError: A grid.png cannot be read.
@@ -33,8 +33,9 @@ def load_strips(results: Results, group: ProtocolGroup) -> list[tuple[Budget, li
     for point in group.points:
         if run := grids.get(point.run):
             rows = [_sampling_key(run, i) for i in run["grid_rows"]]
-            if (key := _sampling_key(run, point.evaluation_index)) in rows:
-                png = _crop_row(run["folder"] / run["grid"], rows.index(key), len(rows))
+            path = run["folder"] / run["grid"]
+            if (key := _sampling_key(run, point.evaluation_index)) in rows and path.exists():
+                png = _crop_row(path, rows.index(key), len(rows))
                 strips.setdefault(point.budget, []).append(Strip(group.label(point.setting), png))
     return [(budget, strips[budget]) for budget in group.budgets if budget in strips]
 

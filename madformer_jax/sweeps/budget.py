@@ -56,7 +56,9 @@ def train_steps(c: ConfigDict, kind: str, amount: float) -> int:
 
 
 def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None = None) -> int:
-    """Returns the solver steps at which the cost of an image comes nearest to a budget.
+    """Returns the most solver steps whose cost of an image lies within a budget, at least 1.
+
+    The report compares settings within a budget, so samples that cost more would not count.
 
     Args:
       c: The config of the evaluation; its own `sample.steps` is ignored.
@@ -66,7 +68,8 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
       timing: The measured seconds; needed if `kind` is "seconds".
 
     Raises:
-      ConfigError: The kind is unknown, no number of steps comes near the budget, or the steps do not vary.
+      ConfigError: The kind is unknown, the cost misses the budget by more than `TOLERANCE`, or the steps do
+        not vary.
     """
     if kind not in SAMPLE_BUDGET_KINDS:
         raise ConfigError(f"sample_budgets: {kind!r} is not a kind: use one of {', '.join(SAMPLE_BUDGET_KINDS)}.")
@@ -76,12 +79,12 @@ def solver_steps(c: ConfigDict, kind: str, amount: float, timing: Timing | None 
     def cost(steps: int) -> float:
         return sampling_cost(c, kind, steps, timing)
 
-    low, high = 1, validation.max_solver_steps(c)  # bisection: the largest affordable number lies in [low, high)
+    affordable = amount * (1 + ROUNDING)
+    low, high = 1, validation.max_solver_steps(c) + 1  # bisection: the result lies in [low, high)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) <= amount else (low, middle)
-    nearest = min((low, high), key=lambda steps: abs(cost(steps) - amount))
-    return _check_tolerance("sample_budgets", kind, amount, nearest, cost)
+        low, high = (middle, high) if cost(middle) <= affordable else (low, middle)
+    return _check_tolerance("sample_budgets", kind, amount, low, cost)
 
 
 def check_steps_vary(c: ConfigDict) -> None:

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from madformer_jax.config import aliases, fields
@@ -33,7 +32,8 @@ def check(sweep: Sweep, base: ConfigDict, runs: list[Run]) -> None:
 
     Raises:
       ConfigError: A claim names a field that does not exist, one side of it is none of the runs, both are the
-        same run, their scores are not comparable, or the primary endpoint is not measured.
+        same run, their scores are not comparable, its budget is below the cost of one solver step, or the
+        primary endpoint is not measured.
     """
     if sweep.protocol is None:
         return
@@ -43,7 +43,7 @@ def check(sweep: Sweep, base: ConfigDict, runs: list[Run]) -> None:
         _check_endpoint(endpoint, run.config)
     for claim in sweep.protocol.claims:
         if claim.at and claim.at[0] != "seconds" and claim.at[1] in sweep.sample_budgets.get(claim.at[0], ()):
-            _warn_of_exceeded_budget(base, claim, *claim.at)
+            _check_budget(base, claim, *claim.at)
         better, worse = (_find_side(sweep, base, claim, side) for side in (claim.better, claim.worse))
         where = f"claim {claim.text!r}:"
         if better == worse:
@@ -70,18 +70,16 @@ def _check_endpoint(endpoint: str, c: ConfigDict) -> None:
         )
 
 
-def _warn_of_exceeded_budget(base: ConfigDict, claim: Claim, kind: str, amount: float) -> None:
-    """Logs the sides whose evaluation at the budget of the claim costs more than it, and so does not count."""
+def _check_budget(base: ConfigDict, claim: Claim, kind: str, amount: float) -> None:
     for side in (claim.better, claim.worse):
         c = apply_overrides(base, {**claim.where, **side})
         steps = budget.solver_steps(c, kind, amount)
         cost = budget.sampling_cost(c, kind, steps)
         if cost > amount * (1 + budget.ROUNDING):
-            logging.warning(
-                "claim %r: the number of steps nearest to %g %s, %d, costs %.4g with %s. It does not count as within the "
-                "budget: the claim is answered from fewer steps or stays open.",
-                claim.text, amount, kind, steps, cost, side,
-            )  # fmt: skip
+            raise ConfigError(
+                f"claim {claim.text!r}: no samples with {side} cost at most {amount:g} {kind}. The least is {cost:.4g}: "
+                "name a larger budget."
+            )
 
 
 def _find_side(sweep: Sweep, base: ConfigDict, claim: Claim, side: Overrides) -> Settings:

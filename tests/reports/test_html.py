@@ -83,6 +83,14 @@ def test_an_error_is_a_line_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+def test_results_without_their_samples_have_a_report(tmp_path):
+    made_up.write(tmp_path, depths=(1, 8), seeds=(0,), steps=(2,))
+    for path in (tmp_path / "runs").glob("*/grid.png"):
+        path.unlink()
+    assert command_line.main(["main", "--mode=report", f"--workdir={tmp_path}"]) == 0
+    assert "data:image/png" not in (tmp_path / "report" / "index.html").read_text()
+
+
 RESULTS = pathlib.Path(__file__).parents[2] / "docs" / "results"
 
 

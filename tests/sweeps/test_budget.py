@@ -71,7 +71,8 @@ def test_solver_steps_of_other_budgets(c):
     assert budget.solver_steps(c, "steps", 7) == 7
     c.sample.steps = 9
     assert budget.solver_steps(c, "flops", 1.01 * flops.sampling(c).total) == 9
-    assert budget.solver_steps(c, "seconds", 0.52, Timing(fixed=0.1, per_step=0.1)) == 4
+    for seconds in (0.52, 0.58):  # 5 steps come nearer to the second budget, but lie above it
+        assert budget.solver_steps(c, "seconds", seconds, Timing(fixed=0.1, per_step=0.1)) == 4
 
 
 def test_training_flops_leave_out_the_codec(c):

@@ -4,7 +4,7 @@ import pytest
 
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
-from madformer_jax.sweeps import claim_check, sweep_file, sweep_folder
+from madformer_jax.sweeps import budget, claim_check, sweep_file, sweep_folder
 from madformer_jax.sweeps.protocol import AFTER, Claim, Protocol
 from madformer_jax.sweeps.sweep_file import Sweep, grid
 from tests import tiny
@@ -46,6 +46,17 @@ def check(definition):
 def test_a_claim_that_no_report_could_answer_is_an_error(definition, message):
     with pytest.raises(ConfigError, match=message):
         check(contrast(*definition))
+
+
+def test_a_budget_below_one_solver_step_is_an_error():
+    definition = contrast("loss.hidden", 0.0, 0.1, "KID")
+    one_step = budget.sampling_cost(get_base(), "passes", 1)
+    claims = [claim._replace(at=("passes", 0.9 * one_step)) for claim in definition.protocol.claims]
+    definition = definition._replace(
+        sample_budgets={"passes": (0.9 * one_step,)}, protocol=definition.protocol._replace(claims=claims)
+    )
+    with pytest.raises(ConfigError, match="no samples with .* cost at most .* passes"):
+        check(definition)
 
 
 def test_a_side_may_leave_out_or_spell_out_the_base():

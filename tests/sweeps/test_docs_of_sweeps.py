@@ -61,11 +61,8 @@ def test_a_switch_and_its_sweep_take_less_than_thirty_lines(tmp_path):
 @pytest.mark.parametrize(
     "path", sorted({*ROOT.glob("configs/sweeps/*.py")} - {ROOT / "configs/sweeps/bases.py"}), ids=lambda path: path.stem
 )
-def test_runs_and_claims_of_every_listed_variant_are_valid(path, caplog):
-    """Every file has a protocol, and a report can find the endpoint and both sides of each claim.
-
-    The samples at the budget of a claim are within it, with one published exception.
-    """
+def test_runs_and_claims_of_every_listed_variant_are_valid(path):
+    """Every file has a protocol, and a report can find the endpoint and both sides of each claim."""
     functions = runpy.run_path(str(path))
     assert functions["sweep"]().protocol
     (listed,) = re.findall(r"^Variants: (.*?)\.\s", path.read_text(), re.DOTALL | re.MULTILINE) or [""]
@@ -77,6 +74,3 @@ def test_runs_and_claims_of_every_listed_variant_are_valid(path, caplog):
         for c in configs:
             schema.validate(c)
         claim_check.check(definition, base, [sweep_file.Run("", dict(run), x) for run, x in zip(runs, configs)])
-        warned = [line for line in caplog.messages if "does not count as within the budget" in line]
-        assert bool(warned) == (path.stem == "steps_by_block" and args == ("cpu",)), warned
-        caplog.clear()
