@@ -2,8 +2,8 @@
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/blocks.py:cpu32 --workdir=runs/blocks_cpu32
 
-Variants: cpu32 and cpu64, drawings of that size with a patch of 4, so that 64 px have four times the
-tokens of 32 px; gpu, ffhq1024 and imagenet256. A whole answer needs two sizes.
+Variants: cpu16, cpu32 and cpu64, drawings of that size with a patch of 4, so that they have 16, 64 and
+256 tokens; gpu, ffhq1024 and imagenet256. A whole answer needs two sizes.
 
 With L = 1 the N - D autoregressive layers see the class alone. The fair baseline of L = 1 is therefore
 D = N, plain diffusion. All runs of a variant have equal training FLOPs. Bits per dimension compare all
@@ -17,7 +17,7 @@ from madformer_jax.sweeps.protocol import Claim, Protocol
 from madformer_jax.sweeps.sweep_file import Sweep, config_beside, grid
 
 BLOCKS = (1, 4, 16)
-TRAIN_STEPS = {"cpu32": 600, "cpu64": 300}
+TRAIN_STEPS = {"cpu16": 600, "cpu32": 600, "cpu64": 300}
 
 
 def get_config(variant: str = "cpu32") -> ConfigDict:
