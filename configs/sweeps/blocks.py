@@ -25,7 +25,7 @@ def get_config(variant: str = "cpu32") -> ConfigDict:
     if variant in TRAIN_STEPS:
         c.data.image_size, c.codec.patch = int(variant.removeprefix("cpu")), 4
         c.train.steps = TRAIN_STEPS[variant]
-        c.evaluate.n = 1000
+        c.evaluate.n = 500 if variant == "cpu64" else 1000
     c.evaluate.held_out_n = 1000
     return c
 
