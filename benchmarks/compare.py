@@ -32,7 +32,7 @@ VARIANTS = {
     "max-autotune-flex": {"attention": "flex", "compile": "max-autotune"},
 }
 DEFAULT = ("eager", "eager-blocks", "compiled", "compiled-blocks")
-PARTS = ("train", "sample")
+WORKLOADS = ("train", "sample")
 
 
 class Worker:
@@ -88,7 +88,7 @@ def row(result: dict[str, Any]) -> str:
     ours, theirs = result["ours"], result["yardstick"]
     shares = [x["tflop"] / x["seconds"] / x["product"] for x in (ours, theirs)]
     return (
-        f"{result['part']:<8}{result['variant']:<18}{ours['seconds']:>9.3f}{theirs['seconds']:>11.3f}"
+        f"{result['workload']:<10}{result['variant']:<18}{ours['seconds']:>9.3f}{theirs['seconds']:>11.3f}"
         f"{result['ratio']:>9.2f} ({result['lowest']:.2f} to {result['highest']:.2f})"
         f"{ours['product']:>10.3f}{theirs['product']:>9.3f}{shares[0]:>8.0%}{shares[1]:>7.0%}"
         f"{ours['cpu_seconds']:>10.3f}{theirs['cpu_seconds']:>9.3f}"
@@ -96,7 +96,7 @@ def row(result: dict[str, Any]) -> str:
 
 
 HEAD = (
-    f"{'part':<8}{'yardstick':<18}{'ours, s':>9}{'theirs, s':>11}{'times as fast':>24}"
+    f"{'workload':<10}{'yardstick':<18}{'ours, s':>9}{'theirs, s':>11}{'times as fast':>24}"
     f"{'product, TFLOP/s':>19}{'share of it':>15}{'CPU, s':>19}"
 )
 
@@ -104,36 +104,38 @@ HEAD = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/bench_mid.py")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ", ".join(PARTS))
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of " + ", ".join(WORKLOADS))
     parser.add_argument("--variants", default=",".join(DEFAULT), help="of the yardstick: " + ", ".join(VARIANTS))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="field of both sides' config")
     parser.add_argument("--json", default="", help="also write the results to this file")
     args = parser.parse_args()
     overrides = dict(item.split("=", 1) for item in args.set)
-    parts, variants = args.parts.split(","), args.variants.split(",")
-    if unknown := {*parts} - {*PARTS} | {*variants} - {*VARIANTS}:
-        parser.error(f"unknown part or variant: {', '.join(sorted(unknown))}")
+    workloads, variants = args.workloads.split(","), args.variants.split(",")
+    if unknown := {*workloads} - {*WORKLOADS} | {*variants} - {*VARIANTS}:
+        parser.error(f"unknown workload or variant: {', '.join(sorted(unknown))}")
     results = []
-    for part in parts:
-        settings = {"config": args.config, "part": part, "overrides": overrides}
+    for workload in workloads:
+        settings = {"config": args.config, "workload": workload, "overrides": overrides}
         ours = Worker("compare_ours", settings)
         for variant in variants:
             try:
                 yardstick = Worker("compare_yardstick", {**settings, **VARIANTS[variant]})
             except ChildProcessError as error:  # for example FlexAttention in training on a CPU
-                print(f"{part:<8}{variant:<18}does not run: {error}", flush=True)
+                print(f"{workload:<10}{variant:<18}does not run: {error}", flush=True)
                 continue
             if not results:
                 print(f"ours: {ours.facts['about']}\nyardstick: {yardstick.facts['about']}\n{HEAD}")
-            results.append({"part": part, "variant": variant, **compare(ours, yardstick, args.rounds)})
+            results.append({"workload": workload, "variant": variant, **compare(ours, yardstick, args.rounds)})
             yardstick.close()
             print(row(results[-1]), flush=True)
         ours.close()
     print("Settings that were tried:")
     for result in results:
         for side in ("ours", "yardstick"):
-            print(f"  {result['part']}, {side}: {result[side]['settings']}, {result[side]['tflop']:.4g} TFLOP a call")
+            print(
+                f"  {result['workload']}, {side}: {result[side]['settings']}, {result[side]['tflop']:.4g} TFLOP a call"
+            )
     if args.json:
         with open(args.json, "w") as file:
             json.dump(results, file, indent=1)

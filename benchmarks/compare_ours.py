@@ -36,7 +36,7 @@ def load_config(path: str, overrides: dict[str, str]) -> ConfigDict:
 def main(settings: dict[str, Any]) -> None:
     c = load_config(settings["config"], settings["overrides"])
     turns.tune_cpu(jax.default_backend() == "cpu")
-    if settings["part"] == "train":
+    if settings["workload"] == "train":
         program = benchmark.training_program(c)
     else:
         program = benchmark.sampling_program(c)

@@ -159,11 +159,11 @@ def attend_in_loop(attention: Attention, qkv: QKV, context: KV, block: jax.Array
     def step(_: Any, carry: Any) -> Any:
         out, cache = carry
         moved = qkv._replace(q=qkv.q + 1e-3 * out)  # makes every step depend on the one before
-        if attention.layers_apart:
+        if attention.unrolls_layers:
             return attention.write_and_attend(moved, cache, None, block)
         return attention.cached_attention(moved, cache, None, 0, block), cache
 
-    if attention.layers_apart:  # with room for the last block
+    if attention.unrolls_layers:  # with room for the last block
         context = KV(*(jnp.pad(x[0], ((0, 0), (0, qkv.v.shape[2]), (0, 0), (0, 0))) for x in context))
     return jax.lax.fori_loop(0, LOOP_STEPS, step, (jnp.zeros_like(qkv.v), context))[0]
 

@@ -21,12 +21,12 @@ def rows(folder: pathlib.Path) -> Iterator[list[str]]:
             yield [name, "", "", path.read_text().strip(), "", "", "", ""]
             continue
         figures = json.loads(report.read_text())
-        for part in ("train", "sample"):
-            if part in figures:
-                x = figures[part]
+        for workload in ("train", "sample"):
+            if workload in figures:
+                x = figures[workload]
                 batch = x.get("batch", round(x["images_per_second"] * x["seconds"]))
                 yield [
-                    f"{name}, {part} on {figures['device']}", f"{batch:.0f}", f"{x['compile_seconds']:.0f}",
+                    f"{name}, {workload} on {figures['device']}", f"{batch:.0f}", f"{x['compile_seconds']:.0f}",
                     f"{x['seconds']:.3f}", f"{x['images_per_second']:.2f}", f"{x['tflops']:.1f}",
                     f"{x['mfu']:.1%}", f"{x.get('program_gib', 0):.1f}",
                 ]  # fmt: skip

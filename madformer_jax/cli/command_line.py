@@ -210,8 +210,8 @@ def _set_compilation_cache(setting: str, workdir: str | None) -> None:
     if setting == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    own = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folders = {"auto": own or storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
+    from_environment = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folders = {"auto": from_environment or storage.user_cache("xla"), "workdir": os.path.join(workdir or "", "xla")}
     folder = os.fspath(storage.absolute(storage.expand(folders.get(setting, setting))))
     jax.config.update("jax_compilation_cache_dir", folder)
 

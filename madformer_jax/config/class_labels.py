@@ -39,14 +39,14 @@ def parse(text: str, classes: int, names: Sequence[str] = ()) -> list[int]:
     listed = check(text, classes)
     if listed is not None:
         return [_number_from_item(item, classes, names) for item in listed]
-    parts = [part.strip() for part in text.split(",")]
+    items = [item.strip() for item in text.split(",")]
     whole = _numbers_by_name(text, names)
-    if not whole or len(parts) == 1:
-        return [_number_from_text(i, parts, classes, names) for i in range(len(parts))]
-    if all(_numbers_by_name(part, names) or _NUMBER.fullmatch(part) for part in parts):
+    if not whole or len(items) == 1:
+        return [_number_from_text(i, items, classes, names) for i in range(len(items))]
+    if all(_numbers_by_name(item, names) or _NUMBER.fullmatch(item) for item in items):
         raise ConfigError(
-            f"{_FIELD}={text!r} is the name of one class and a list of {len(parts)} classes. "
-            f"Write '{_to_json([text])}' for the name or '{_to_json(parts)}' for the list."
+            f"{_FIELD}={text!r} is the name of one class and a list of {len(items)} classes. "
+            f"Write '{_to_json([text])}' for the name or '{_to_json(items)}' for the list."
         )
     return [_number_from_item(text, classes, names)]
 
@@ -118,24 +118,24 @@ def distinct_names(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]
     return [f"{text} (#{k})" if text in repeated else text for k, text in enumerate(names)]
 
 
-def _number_from_text(i: int, parts: Sequence[str], classes: int, names: Sequence[str]) -> int:
+def _number_from_text(i: int, items: Sequence[str], classes: int, names: Sequence[str]) -> int:
     """Returns the class number of one label of the command line.
 
     Raises:
       ConfigError: It is not a class, or it is the name of one class and the number of another.
     """
-    part = parts[i]
-    if not part:
+    item = items[i]
+    if not item:
         raise ConfigError(f"{_FIELD}: a label is empty. Give class numbers or names separated by commas.")
-    number = _number_from_item(part, classes, names)
-    other = int(part) if _NUMBER.fullmatch(part) else number
+    number = _number_from_item(item, classes, names)
+    other = int(item) if _NUMBER.fullmatch(item) else number
     if other == number or not 0 <= other < classes:
         return number
-    short = len(parts) <= _MAX_SHOWN
-    before, behind = (parts[:i], parts[i + 1 :]) if short else ((), ())
-    by_name, by_number = _to_json([*before, part, *behind]), _to_json([*before, other, *behind])
+    short = len(items) <= _MAX_SHOWN
+    before, behind = (items[:i], items[i + 1 :]) if short else ((), ())
+    by_name, by_number = _to_json([*before, item, *behind]), _to_json([*before, other, *behind])
     raise ConfigError(
-        f"{_FIELD}: {part!r} is ambiguous. It names the class {names[number]!r} (number {number}) and is the number of the class "
+        f"{_FIELD}: {item!r} is ambiguous. It names the class {names[number]!r} (number {number}) and is the number of the class "
         f"{display_name(other, names)!r}. Write '{by_name}' for the name or '{by_number}' for the number."
     )
 

@@ -68,7 +68,7 @@ def _has_type_of(value: Any, like: Any) -> bool:
     if isinstance(value, bool) or isinstance(like, bool):
         return isinstance(value, bool) and isinstance(like, bool)
     if isinstance(like, tuple):
-        return isinstance(value, tuple) and all(_has_type_of(part, like[0]) for part in value)
+        return isinstance(value, tuple) and all(_has_type_of(item, like[0]) for item in value)
     return isinstance(value, int | float if isinstance(like, float) else type(like))
 
 

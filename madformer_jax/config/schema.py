@@ -64,15 +64,15 @@ def variant(text: str, numbers: dict[str, int], words: tuple[str, ...] = ()) -> 
       ConfigError: A name is unknown, or its value is not a number.
     """
     chosen = numbers | dict.fromkeys(words, 0)
-    for part in text.split(",") if text else ():
-        name, equals, value = part.partition("=")
+    for setting in text.split(",") if text else ():
+        name, equals, value = setting.partition("=")
         if name in numbers and value.isdecimal():
             chosen[name] = int(value)
         elif name in words and not equals:
             chosen[name] = 1
         else:
             known = ", ".join([*(f"{name}=<number>" for name in numbers), *words])
-            raise ConfigError(f"--config: variant {part!r} is unknown: it is made of {known}, separated by commas.")
+            raise ConfigError(f"--config: variant {setting!r} is unknown: it is made of {known}, separated by commas.")
     return chosen
 
 

@@ -132,11 +132,11 @@ def check(c: ConfigDict) -> None:
             f"config.sample.guidance_interval={interval} must be the lowest and the highest timestep with guidance, from 0 to "
             "999, as in (200, 600)."
         )
-    for field, what in (("keep_every", "kept"), ("evaluate_every", "scored"), ("ema_snapshots", "snapshots")):
+    for field, action in (("keep_every", "kept"), ("evaluate_every", "scored"), ("ema_snapshots", "snapshots")):
         if c.train[field] % c.train.checkpoint_every:
             raise ConfigError(
                 f"config.train.{field}={c.train[field]} is not a multiple of config.train.checkpoint_every="
-                f"{c.train.checkpoint_every}: only steps that are saved can be {what}."
+                f"{c.train.checkpoint_every}: only steps that are saved can be {action}."
             )
     if unknown := {name.strip() for name in c.train.log_to.split(",") if name.strip()} - set(TRACKERS):
         raise ConfigError(

@@ -42,12 +42,12 @@ class KernelWork(NamedTuple):
     """Work of one instruction in a call of the program, over all its runs."""
 
     name: str
-    part: str  # see `part`
+    component: str  # see `component`
     phase: str  # one of `tpu_time.PHASES`
     kernels: float
     bytes: float
     flops: float
-    place: str  # file:line in the package, and JAX's name of the operation
+    source: str  # file:line in the package, and JAX's name of the operation
 
 
 class Work(NamedTuple):
@@ -57,12 +57,12 @@ class Work(NamedTuple):
     unbounded: list[str]  # loops of unknown trip count, counted once
 
     def parts(self) -> dict[str, dict[str, float]]:
-        """Returns `COLUMNS`, and the bytes of each phase, by part. Most bytes come first."""
+        """Returns `COLUMNS`, and the bytes of each phase, by component. Most bytes come first."""
         cells: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for row in self.rows:
             for column in COLUMNS:
-                cells[row.part][column] += getattr(row, column)
-            cells[row.part][row.phase] += row.bytes
+                cells[row.component][column] += getattr(row, column)
+            cells[row.component][row.phase] += row.bytes
         return {name: dict(row) for name, row in sorted(cells.items(), key=lambda x: -x[1]["bytes"])}
 
     def calls(self, target: str) -> float:
@@ -95,18 +95,18 @@ def measure(text: str) -> Work:
         rows.append(
             KernelWork(
                 name=f"{target[1]} {x.name}" if target else x.name,
-                part=part(program, x, flops > 0),
+                component=component(program, x, flops > 0),
                 phase=tpu_time.phase(x.op_name),
                 kernels=times,
                 bytes=times * _bytes(program, x, shapes, lengths),
                 flops=times * flops,
-                place=program.place(x),
+                source=program.source(x),
             )
         )
     return Work(rows, hlo.unbounded_loops(program))
 
 
-def part(program: hlo.Program, x: hlo.Instruction, is_product: bool) -> str:
+def component(program: hlo.Program, x: hlo.Instruction, is_product: bool) -> str:
     """Returns the part of the model or of the step that a kernel belongs to."""
     component = tpu_time.model_component(x.op_name)
     if component == "attention":
@@ -269,7 +269,7 @@ def format_work(work: Work) -> str:
         lines.append(f"  {name:<24}{row['kernels']:10.0f}{row['bytes'] / 1e9:10.1f}{row['flops'] / 1e12:10.2f}{phases}")
     lines.append("  kernels that move most: GB, runs")
     lines += [
-        f"  {row['bytes'] / 1e9:9.2f} {row['kernels']:6.0f}  {row['part']}, {row['phase']}: {row['place']}"
+        f"  {row['bytes'] / 1e9:9.2f} {row['kernels']:6.0f}  {row['component']}, {row['phase']}: {row['source']}"
         for row in f["costliest"]
     ]
     if work.unbounded:

@@ -55,7 +55,7 @@ class Program(NamedTuple):
                 yield called
                 yield from self.inner(called)
 
-    def place(self, instruction: Instruction) -> str:
+    def source(self, instruction: Instruction) -> str:
         """Returns file:line in the package, and JAX's name of the operation."""
         operation = "/".join(instruction.op_name.split("/")[-2:])
         return f"{self.source_lines.get(instruction.frame, '?')} {operation}".strip()

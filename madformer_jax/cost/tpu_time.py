@@ -66,12 +66,12 @@ class InstructionTime(NamedTuple):
     """Total time of one instruction in a call of the program."""
 
     name: str
-    part: str  # component of the model or of the step
+    component: str  # component of the model or of the step
     kind: str  # one of KINDS
     phase: str  # one of PHASES
     seconds: float  # in all runs
     times: float  # runs in one call of the program
-    place: str  # file:line in the package, and JAX's name of the operation
+    source: str  # file:line in the package, and JAX's name of the operation
 
 
 class Estimate(NamedTuple):
@@ -103,7 +103,7 @@ class Estimate(NamedTuple):
         """Returns seconds by component and by `column`, which is "kind" or "phase"."""
         cells: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for row in self.rows:
-            cells[row.part][getattr(row, column)] += row.seconds
+            cells[row.component][getattr(row, column)] += row.seconds
         return {component: dict(row) for component, row in sorted(cells.items(), key=lambda x: -sum(x[1].values()))}
 
     def figures(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def estimate(text: str, device_kind: str, peak: float, flops: float) -> Estimate
         name, op_name, cycles = instruction.name, instruction.op_name, instruction.cycles
         crossing += hlo.inter_slice_bytes(execution)
         component, op_phase = model_component(op_name), phase(op_name)
-        source = program.place(instruction)
+        source = program.source(instruction)
         if move := hlo.collective(program, execution):
             seconds = move.moved * (2 if instruction.opcode.startswith("all-reduce") else 1) / chip.link
             moving[move.overlaps or cycles is not None] += seconds
@@ -225,7 +225,7 @@ def format_estimate(e: Estimate) -> str:
         lines.append(f"  {name:<24}" + "".join(f"{1e3 * x:14.2f}" for x in columns))
     lines.append("  costliest instructions: ms, runs")
     lines += [
-        f"  {1e3 * row['seconds']:9.2f} {row['times']:6.0f}  {row['part']}, {row['phase']}, {row['kind']}: {row['place']}"
+        f"  {1e3 * row['seconds']:9.2f} {row['times']:6.0f}  {row['component']}, {row['phase']}, {row['kind']}: {row['source']}"
         for row in f["costliest"]
     ]
     if e.unknown:

@@ -137,7 +137,7 @@ def _read_members(path: str, exclusions: listing.Exclusions) -> tuple[_Images, _
 
 def _split_name(name: str) -> _MemberName:
     folder, base = posixpath.split(posixpath.normpath(name))  # "./0.png" and "0.cls" belong to one sample
-    parts = [part for part in (*folder.split("/"), base) if part != ".."]
+    parts = [segment for segment in (*folder.split("/"), base) if segment != ".."]
     stem, suffix = posixpath.splitext(base)
     first, _, middle = stem.partition(".")
     return _MemberName(folder, first, middle, suffix.lower(), any(map(listing.is_hidden, parts)))

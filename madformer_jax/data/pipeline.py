@@ -292,15 +292,15 @@ def read_all(config: ConfigDict) -> Batch:
     _check_trainable(config)
     source = sources.open_source(config)
     records = _source_info(config, source).records
-    load, skipped, parts = _BatchLoader(source, config), SkippedRecords(), []
+    load, skipped, chunks = _BatchLoader(source, config), SkippedRecords(), []
     for first in range(0, records, _READ_AT_ONCE):
-        part = load(_without_flips([*range(first, min(first + _READ_AT_ONCE, records))]))
-        skipped |= json.loads(part.pop("skipped", "{}"))
+        chunk = load(_without_flips([*range(first, min(first + _READ_AT_ONCE, records))]))
+        skipped |= json.loads(chunk.pop("skipped", "{}"))
         _check_skipped(config, skipped, records)
-        parts.append(part)
+        chunks.append(chunk)
     for name, reason in skipped.values():
         logging.warning("passed over %s: %s", name, reason)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
 def _check_trainable(config: ConfigDict) -> None:

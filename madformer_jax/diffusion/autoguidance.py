@@ -35,9 +35,9 @@ class GuidedPair(NamedTuple):
 
     @property
     def config(self) -> ModelConfig:
-        """Values of the model, with `unet_context` if one of both has it, and `layers_apart` if both have it."""
+        """Values of the model, with `unet_context` if one of both has it, and `unrolls_layers` if both have it."""
         configs = self.model.config, self.guide.config
-        attention = next((c.attention for c in configs if not c.attention.layers_apart), configs[0].attention)
+        attention = next((c.attention for c in configs if not c.attention.unrolls_layers), configs[0].attention)
         return dataclasses.replace(configs[0], unet_context=any(c.unet_context for c in configs), attention=attention)
 
     def apply(self, variables: Any, *args: Any, method: str) -> Any:

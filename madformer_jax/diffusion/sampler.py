@@ -318,7 +318,7 @@ def sample(
         rows = (jax.tree.map(jnp.asarray, coefficients), scales)
         state = method.init(jax.lax.dynamic_slice_in_dim(noise, block, 1, axis=1))
         # Where the attention writes the block's keys into the cache, a loop that carries it does not copy it.
-        state_and_cache = state, cache if model.config.attention.layers_apart else None
+        state_and_cache = state, cache if model.config.attention.unrolls_layers else None
         # The last evaluation is outside the scan because `cache_clean` may need its keys and values.
         if isinstance(last, int):
             first_rows = jax.tree.map(lambda r: r[:-1], rows)

@@ -252,8 +252,8 @@ class Flow(ContinuousSchedule):
         return (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS, (t + 0.5) / NUM_TIMESTEPS
 
     def velocity(self, alpha: AnyArray, sigma: AnyArray) -> tuple[AnyArray, AnyArray]:
-        one = numpy_of(alpha).ones_like(alpha)
-        return one, one
+        ones = numpy_of(alpha).ones_like(alpha)
+        return ones, ones
 
     def velocity_time(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
         return sigma

@@ -163,9 +163,9 @@ def run_pilot(forward: TeacherForcing, batches: Iterable[HeldOutBatch]) -> list[
             squared.append(errors.squared)
             x0.append(partitioning.to_host(errors.x0, forward.mesh)[: batch.rows])
         for i in (0, 1):
-            own, estimates = (np.concatenate(x)[odd == i] for x in (squared, x0))
+            squares, estimates = (np.concatenate(x)[odd == i] for x in (squared, x0))
             mixture = _fit_mixture(z[odd == i], estimates, forward.discrete)
-            means = (np.array(2 * np.log(level[1] / level[2])), own.mean(), np.sqrt(np.mean(own**2)))
+            means = (np.array(2 * np.log(level[1] / level[2])), squares.mean(), np.sqrt(np.mean(squares**2)))
             pilots[1 - i].append((*means, *mixture))
     return [Pilot(*(np.stack(x) for x in zip(*rows))) for rows in pilots]
 

@@ -62,8 +62,8 @@ def measure(
     # The samples of an unconditional model have no label, so any other image is comparable with them.
     other = other_of_label(labels if batches[0].tokens is not None else np.zeros_like(labels))
     has_other = _check_others(other)
-    own = _sample_own(c, trained, codec_params, batches, labels)
-    contexts = {"other": real[other], "own": own}
+    samples = _sample_own(c, trained, codec_params, batches, labels)
+    contexts = {"other": real[other], "own": samples}
     sample_blocks = _make_block_sampler(c, trained)
     losses: dict[str, list[np.ndarray]] = {name: [] for name in contexts}
     sampled_true = []
@@ -73,8 +73,8 @@ def measure(
             losses[name].append(held_out_losses.measure_batch(forward, batch, ("image",), context)["blocks_loss_image"])
         sampled = sample_blocks(trained.params, batch.z, batch.device_numbers, batch.tokens, batch.lengths, batch.order)
         sampled_true.append(np.asarray(sampled)[: batch.rows])
-    real, own = (x if batches[0].order is None else x[:, batches[0].order] for x in (real, own))
-    flat = {"real": real, "sampled_true": np.concatenate(sampled_true), "sampled_own": own}
+    real, samples = (x if batches[0].order is None else x[:, batches[0].order] for x in (real, samples))
+    flat = {"real": real, "sampled_true": np.concatenate(sampled_true), "sampled_own": samples}
     return {
         **{f"blocks_loss_{name}": np.concatenate(rows) for name, rows in losses.items()},
         **{name: blocks.reshape(*blocks.shape[:2], -1) for name, blocks in flat.items()},

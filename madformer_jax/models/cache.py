@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from madformer_jax.ops.attention.base import KV, Attention, Index
 
-Layers = KV | tuple[KV, ...]  # arrays of all layers `(layers, B, ...)`, or of each layer `(B, ...)` (`layers_apart`)
+Layers = KV | tuple[KV, ...]  # arrays of all layers `(layers, B, ...)`, or of each layer `(B, ...)` (`unrolls_layers`)
 
 
 class StageCache(NamedTuple):
@@ -43,7 +43,7 @@ def to_cache(kv: KV, attention: Attention) -> Layers:
       attention: Implementation that decides the layout.
     """
     kv = attention.to_cache_layout(kv)
-    return tuple(KV(*layer) for layer in zip(*kv, strict=True)) if attention.layers_apart else kv
+    return tuple(KV(*layer) for layer in zip(*kv, strict=True)) if attention.unrolls_layers else kv
 
 
 def select_stack(layers: Layers | None, layer: Index) -> KV | None:
@@ -64,7 +64,7 @@ def empty_context(shape: tuple[int, ...], text_tokens: int, dtype: DTypeLike, at
         (`write_and_attend`), there is room for all blocks and the text, otherwise for all but the last.
     """
     layers, batch, blocks, tokens, *heads = shape
-    if not attention.layers_apart:
+    if not attention.unrolls_layers:
         x = jnp.zeros((layers, batch, blocks - 1, tokens, *heads), dtype)
         return attention.to_cache_layout(KV(x, x))
     x = jnp.zeros((batch, blocks * tokens + text_tokens, *heads), dtype)

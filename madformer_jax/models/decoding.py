@@ -100,7 +100,7 @@ class Decoding(nn.Module):
         positions = self._block_positions(cache, block)
         pred, kv = self.ar_layers.step("pred", pred, cache.ar, positions, block, cache.lengths)
         # Layers that are apart have written the keys. They remain until the clean tower's replace them.
-        if not self.config.switches.clean_stream or self.config.attention.layers_apart:
+        if not self.config.switches.clean_stream or self.config.attention.unrolls_layers:
             cache = cache._replace(ar=write_block(cache.ar, kv, block, self.config.attention))
         return pred, cache
 

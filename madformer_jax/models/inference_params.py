@@ -48,7 +48,7 @@ def inference_params(model: MADFormer, params: Params, memory: int) -> Params:
         # `eval_shape` takes a second on a CPU, so it runs only if needed.
         boxed = jax.eval_shape(functools.partial(madformer.init, model), jax.random.key(0))
         cast = jax.tree.map(all_gather_kernel, cast, nn.get_partition_spec(boxed))
-    unroll = model.config.depth if model.config.attention.layers_apart else model.config.scan_unroll
+    unroll = model.config.depth if model.config.attention.unrolls_layers else model.config.scan_unroll
     return {name: unstack_layers(x, unroll) if name in layer_split.STAGES else x for name, x in cast.items()}
 
 

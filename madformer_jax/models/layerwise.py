@@ -141,20 +141,20 @@ def attention_mass(
     batch, blocks, tokens = q.shape[:3]
     masses = []
     for i in range(blocks):
-        keys, parts = [k[:, i]], [jnp.full(tokens, 1)]
+        keys, kinds = [k[:, i]], [jnp.full(tokens, 1)]
         if i and not layer.block_only:
             earlier = qkv[source].k[:, :i].reshape(batch, -1, *k.shape[3:])
-            keys, parts = [earlier, *keys], [jnp.full(earlier.shape[1], 0), *parts]
+            keys, kinds = [earlier, *keys], [jnp.full(earlier.shape[1], 0), *kinds]
         if "text" in qkv:
-            keys, parts = [qkv["text"].k, *keys], [jnp.full(qkv["text"].k.shape[1], 2), *parts]
-        every, part = jnp.concatenate(keys, axis=1), jnp.concatenate(parts)
+            keys, kinds = [qkv["text"].k, *keys], [jnp.full(qkv["text"].k.shape[1], 2), *kinds]
+        every, kind = jnp.concatenate(keys, axis=1), jnp.concatenate(kinds)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q[:, i], every).astype(jnp.float32) * q.shape[-1] ** -0.5
         if "text" in qkv and lengths is not None:
             length = qkv["text"].k.shape[1]
             mask = key_mask(lengths, length, every.shape[1] - length)
             scores = jnp.where(mask.reshape(batch, 1, 1, -1), scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1)
-        masses.append(jnp.mean(weights @ jax.nn.one_hot(part, 3), axis=(1, 2)))
+        masses.append(jnp.mean(weights @ jax.nn.one_hot(kind, 3), axis=(1, 2)))
     return jnp.stack(masses, axis=1)
 
 

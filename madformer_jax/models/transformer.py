@@ -253,9 +253,9 @@ class DecoderLayer(nn.Module):
             attended = causal_attention(qkv.q, qkv.k, qkv.v)
         else:
             context, text = (select_stack(x, layer) for x in (None if self.block_only else cache.context, cache.text))
-            index = 0 if self.attention.layers_apart else layer
+            index = 0 if self.attention.unrolls_layers else layer
             with jax.named_scope("attention"):
-                if self.attention.layers_apart and context is not None:
+                if self.attention.unrolls_layers and context is not None:
                     words = text and select_layer(text, 0)
                     attended, kv = self.attention.write_and_attend(qkv, select_layer(context, 0), words, block, lengths)
                 else:
@@ -376,7 +376,7 @@ class LayerStack(nn.Module):
         unrolled = []  # parameters of the layers that run without a loop
         if self.layers > 1:
             body = nn.meta.unbox(self.body.variables["params"])
-            if self.layer["attention"].layers_apart:
+            if self.layer["attention"].unrolls_layers:
                 body = unstack_layers({"body": body}, self.layers)["body"]
             if "0" in body:  # from `unstack_layers`
                 unrolled = [body[str(layer)] for layer in range(self.layers - 1)]
@@ -390,7 +390,7 @@ class LayerStack(nn.Module):
             kvs.append(kv)
         out = streams.as_dict[name].reshape(x.shape)
         has_context = name != "text" and cache.context is not None and not self.layer["block_only"]
-        if self.layer["attention"].layers_apart and has_context:
+        if self.layer["attention"].unrolls_layers and has_context:
             return out, tuple(kvs)
         stacked_kv += [jax.tree.map(lambda x: x[None], kv) for kv in kvs]
         kv_of_layers = KV(*map(jnp.concatenate, zip(*stacked_kv, strict=True))) if stacked_kv else None

@@ -226,7 +226,7 @@ def format_report(report: dict[str, Any]) -> str:
     parts = [name for name, figures in report.items() if isinstance(figures, dict)]
     lines = [head.format(**report), " " * 28 + "".join(f"{name:>14}" for name in parts)]
     for figure, (name, form) in _ROW_FORMATS.items():
-        cells = [form.format(report[part][figure]) if figure in report[part] else "" for part in parts]
+        cells = [form.format(report[workload][figure]) if figure in report[workload] else "" for workload in parts]
         if any(cells):
             lines.append(f"{name:<28}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)

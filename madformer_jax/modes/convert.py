@@ -49,8 +49,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     jobs = ("release", *_SAVE, "to_release")
     chosen = [name for name in jobs if c.convert[name]]
     if len(chosen) != 1:
-        given = ", ".join(chosen) or "none"
-        raise ConfigError(f"--mode=convert needs one of config.convert.{{{','.join(jobs)}}}, given: {given}.")
+        chosen_names = ", ".join(chosen) or "none"
+        raise ConfigError(f"--mode=convert needs one of config.convert.{{{','.join(jobs)}}}, given: {chosen_names}.")
     (name,) = chosen
     if name == "to_release":
         return _write_release_file(c, workdir)

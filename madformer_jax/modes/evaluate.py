@@ -225,7 +225,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                     continue
                 config_lib.resolve_label_numbers(setting, names)
                 s = setting.sample
-                given = generation.SampleConditions(generation.read_labels(setting), noise, texts[s.prompts])
+                conditions = generation.SampleConditions(generation.read_labels(setting), noise, texts[s.prompts])
                 chosen = class_labels.format_numbers(s.labels)
                 if chosen:
                     shown = class_labels.summary(config_lib.sample_labels(setting), names)
@@ -244,7 +244,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 sample_fn = solving.pad_steps(programs[program], setting, size) if size else programs[program]
                 draw = functools.partial(
                     generation.batches, setting, sample_fn, sampled_params, codec_params, mesh,
-                    max_batch=s.n, conditions=given,
+                    max_batch=s.n, conditions=conditions,
                 )  # fmt: skip
                 size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(

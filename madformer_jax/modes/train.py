@@ -183,8 +183,8 @@ def _open_loop_calls(
     """Makes the training program and opens what runs beside it, from `step` on."""
     out_shardings = (jax.tree.map(lambda x: x.sharding, r.abstract_state), partitioning.replicated(r.mesh))
 
-    def jit(step_fn: train_step.StepFn, what: str) -> train_step.StepFn:
-        return progress.log_compilation(_jit_step(step_fn, r, out_shardings), what)
+    def jit(step_fn: train_step.StepFn, name: str) -> train_step.StepFn:
+        return progress.log_compilation(_jit_step(step_fn, r, out_shardings), name)
 
     step_fn = elastic_step.make_program(r.setup, c, jit, step)
     metric_writer = stack.enter_context(contextlib.closing(MetricWriter(c, workdir, step, r.step_flops, r.mesh.size)))

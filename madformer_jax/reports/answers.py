@@ -89,10 +89,10 @@ def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, A
         settings = [_find_setting(results, group, claim, side) for side in ("better", "worse")]
         if None in settings:
             continue
-        found = _endpoint_values(results, group, endpoint, claim["at"], [s for s in settings if s is not None])
-        if found is None:
+        sides = _endpoint_values(results, group, endpoint, claim["at"], [s for s in settings if s is not None])
+        if sides is None:
             continue
-        name, better, worse, steps = found
+        name, better, worse, steps = sides
         values = [score_sign(name) * x for x in comparisons.paired(better, worse)]
         if not values:
             continue
@@ -121,10 +121,10 @@ def _find_setting(results: Results, group: ProtocolGroup, claim: Mapping[str, An
     known = {**names, **named}
     base = {name: run["config"].get(name) for run in results.runs for name in known if name not in run["overrides"]}
     base |= results.base
-    found = resolve_side(named, [{name: row.get(name, base.get(name)) for name in names} for row in rows], base)
-    if found is None or any(found.get(name, value) != value for name, value in group.key.items()):
+    row = resolve_side(named, [{name: row.get(name, base.get(name)) for name in names} for row in rows], base)
+    if row is None or any(row.get(name, value) != value for name, value in group.key.items()):
         return None
-    setting = tuple(found[axis.field] for axis in group.axes)
+    setting = tuple(row[axis.field] for axis in group.axes)
     return setting if setting in group.settings else None
 
 
@@ -136,8 +136,8 @@ def _endpoint_values(
 ) -> tuple[str, Values, Values, tuple[int, int] | None] | None:
     """Returns the endpoint's name, its values for both settings, and their solver steps; None without values."""
     if at is None:
-        found = comparisons.losses(results, group, endpoint)
-        return (endpoint, found[pair[0]], found[pair[1]], None) if all(s in found for s in pair) else None
+        values = comparisons.losses(results, group, endpoint)
+        return (endpoint, values[pair[0]], values[pair[1]], None) if all(s in values for s in pair) else None
     name = next((name for name in group.scores if name.partition("-")[0] == endpoint), None)
     if name is None:
         return None

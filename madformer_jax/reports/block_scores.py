@@ -50,12 +50,12 @@ def block_rows(results: Results, group: ProtocolGroup) -> dict[Setting, list[Row
     Settings of a single block are left out: no block comes before it.
     """
     runs = {run["name"]: run for run in results.runs}
-    found: dict[Setting, dict[int, Rows]] = {}
+    by_setting: dict[Setting, dict[int, Rows]] = {}
     for point in group.points:
         run = runs[point.run]
         if comparisons.is_first_evaluation(run, point) and len(run.get(KEY, ())) > 1:
-            found.setdefault(point.setting, {})[point.seed] = run[KEY]
-    return {setting: [rows for _, rows in sorted(seeds.items())] for setting, seeds in found.items()}
+            by_setting.setdefault(point.setting, {})[point.seed] = run[KEY]
+    return {setting: [rows for _, rows in sorted(seeds.items())] for setting, seeds in by_setting.items()}
 
 
 def panels(results: Results, group: ProtocolGroup) -> list[Panel]:
@@ -63,12 +63,12 @@ def panels(results: Results, group: ProtocolGroup) -> list[Panel]:
 
     Settings of a grid are split into panels as in `figures.cost_curves`.
     """
-    found = block_rows(results, group)
+    rows = block_rows(results, group)
     axis = group.varying_axes[0] if group.varying_axes and group.is_grid else None
     out = []
     for score, score_title, contexts in _FIGURES:
         for suffix, title, settings in figures.panel_groups(group, axis):
-            named = [(label, found[setting]) for label, setting in settings if setting in found]
+            named = [(label, rows[setting]) for label, setting in settings if setting in rows]
             if not named:
                 continue
             colors = figures.series_colors([Series(label, (), ()) for label, _ in named], axis)

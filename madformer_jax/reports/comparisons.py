@@ -41,12 +41,12 @@ def real_scores(group: ProtocolGroup, settings: Sequence[Setting], score: str) -
     Settings with different values measure different things, and are not compared. The seam score, for
     example, depends on L.
     """
-    found = {}
+    by_setting = {}
     for setting in settings:
         scores = (point.scores.get(score) for point in group.points_at(setting))
-        found[setting] = next((x.real for x in scores if x and x.real), None)
-    known = next(filter(None, found.values()), None)
-    return {setting: x or known for setting, x in found.items()}
+        by_setting[setting] = next((x.real for x in scores if x and x.real), None)
+    known = next(filter(None, by_setting.values()), None)
+    return {setting: x or known for setting, x in by_setting.items()}
 
 
 def has_equal_scale(group: ProtocolGroup, settings: Sequence[Setting], score: str) -> bool:
@@ -228,13 +228,13 @@ def losses(results: Results, group: ProtocolGroup, name: str) -> dict[Setting, d
     A run has one loss. It belongs to the setting of its first evaluation: held-out scores have its overrides.
     """
     runs = {run["name"]: run for run in results.runs}
-    found: dict[Setting, dict[int, float]] = {}
+    by_setting: dict[Setting, dict[int, float]] = {}
     for point in group.points:
-        if is_first_evaluation(runs[point.run], point) and point.seed not in found.get(point.setting, {}):
+        if is_first_evaluation(runs[point.run], point) and point.seed not in by_setting.get(point.setting, {}):
             value = training_losses(runs[point.run]).get(name)
             if value is not None:
-                found.setdefault(point.setting, {})[point.seed] = value
-    return found
+                by_setting.setdefault(point.setting, {})[point.seed] = value
+    return by_setting
 
 
 def comparable_losses(group: ProtocolGroup, pair: tuple[Setting, Setting], name: str) -> bool:
@@ -248,9 +248,9 @@ def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Differe
 
     Bits per dimension measure the same target for all settings.
     """
-    found = losses(results, group, name)
-    pairs = [p for p in contrasts(group) if all(s in found for s in p) and comparable_losses(group, p, name)]
-    samples = [(pair, paired(found[pair[0]], found[pair[1]])) for pair in pairs]
+    by_setting = losses(results, group, name)
+    pairs = [p for p in contrasts(group) if all(s in by_setting for s in p) and comparable_losses(group, p, name)]
+    samples = [(pair, paired(by_setting[pair[0]], by_setting[pair[1]])) for pair in pairs]
     samples = [(pair, values) for pair, values in samples if values]
     return [Difference(*pair, x) for (pair, _), x in zip(samples, intervals.holm([values for _, values in samples]))]
 

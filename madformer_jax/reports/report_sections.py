@@ -103,9 +103,9 @@ def _group_section(group: ProtocolGroup, title: str, items: Iterable[Item], fold
 
 def _answer_section(results: Results) -> Section:
     """Returns the answer to the sweep's question, with the figures that show it, and the protocol."""
-    found = answers_lib.answers(results)
+    answers = answers_lib.answers(results)
     panels = [panel for group in results.groups for panel in _answer_panels(results, group)]
-    items: list[Item] = [Text((*(answer.sentence for answer in found), _READ_ANSWERS))] if found else []
+    items: list[Item] = [Text((*(answer.sentence for answer in answers), _READ_ANSWERS))] if answers else []
     if results.protocol and results.protocol["written"] == protocol.AFTER:
         items.append(Text(("The protocol was written after the results, so these answers are exploratory.",)))
     if panels:
@@ -128,8 +128,8 @@ def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
         labels, baseline = comparisons.difference_labels(group, [(d.setting, d.baseline) for d in differences])
         rows = [(label, d.estimate) for label, d in zip(labels, differences)]
         if rows:
-            one = f"difference to {baseline}" if baseline else "differences"
-            title = f"{answers_lib.endpoint_label(endpoint)} ↓, {one}\n{group.data}"
+            difference = f"difference to {baseline}" if baseline else "differences"
+            title = f"{answers_lib.endpoint_label(endpoint)} ↓, {difference}\n{group.data}"
             yield difference_figures.difference_rows(figures.file_name(group, endpoint, "differences"), title, rows)
         return
     scores = answers_lib.endpoint_scores(group, results.protocol)[:1]

@@ -200,8 +200,8 @@ def difference_tables(group: ProtocolGroup, score: str) -> list[Table]:
     """Returns the differences to the baselines at the best step count within each budget, a table for each kind."""
     tables = []
     for budgets in group.budgets_by_kind:
-        found = comparisons.at_best_steps(group, score, budgets)
-        rows = _difference_rows(group, [found.get(budget, []) for budget in budgets])
+        differences = comparisons.at_best_steps(group, score, budgets)
+        rows = _difference_rows(group, [differences.get(budget, []) for budget in budgets])
         if rows:
             title = _title(group, f"{score_heading(score)}: differences at the best step count within each budget")
             note = (
@@ -239,13 +239,14 @@ def loss_tables(results: Results, group: ProtocolGroup) -> list[Table]:
     for name, title in (*held_out, ("loss_image", "Image loss of training")):
         differences = comparisons.of_losses(results, group, name)
         if differences:
-            found = comparisons.losses(results, group, name)
+            by_setting = comparisons.losses(results, group, name)
             baselines = dict.fromkeys(d.baseline for d in differences)
             rows: list[list[Cell]] = []
-            for setting, values in found.items():
+            for setting, values in by_setting.items():
                 changes: list[Cell] = [
                     Annotated(
-                        d.estimate, _percent(d, found) + f" against {group.label(d.baseline)}" * (len(baselines) > 1)
+                        d.estimate,
+                        _percent(d, by_setting) + f" against {group.label(d.baseline)}" * (len(baselines) > 1),
                     )
                     for d in differences
                     if d.setting == setting

@@ -34,4 +34,4 @@ def control_groups(root: str, controller: str) -> Iterator[tuple[pathlib.Path, i
         if not kinds or controller in kinds.split(","):
             base = top / "sys/fs/cgroup" / (controller if kinds else "")
             group = pathlib.PurePosixPath(path.lstrip("/"))
-            yield from ((base / part, 1 if kinds else 2) for part in (group, *group.parents))
+            yield from ((base / folder, 1 if kinds else 2) for folder in (group, *group.parents))

@@ -65,12 +65,14 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: list[jax.Device] | Non
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
-    given = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
+    mesh_sizes = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes))
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ConfigError(f"config.mesh: {given}: sizes must be positive, and at most one may be -1.")
+        raise ConfigError(f"config.mesh: {mesh_sizes}: sizes must be positive, and at most one may be -1.")
     known = math.prod(size for size in sizes if size != -1)
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
-        raise ConfigError(f"config.mesh: {given} does not fit {len(devices)} devices: the product must be that number.")
+        raise ConfigError(
+            f"config.mesh: {mesh_sizes} does not fit {len(devices)} devices: the product must be that number."
+        )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
@@ -183,7 +185,7 @@ def log_overview(params: Any, state: Any, path: storage.Path) -> None:
     if jax.process_index() == 0:
         with storage.wrap_errors(f"{path} cannot be written"):
             storage.write_text(path, parameter_overview.get_parameter_overview(params, include_stats="sharding") + "\n")
-    sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+    sizes = {name: sum(x.size for x in jax.tree.leaves(subtree)) for name, subtree in params.items()}
     parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     logging.info("%s parameters: %s; each one: %s", f"{sum(sizes.values()):,}", parts, path)
     sizes_in_mib = device_bytes(params) / 2**20, device_bytes(state) / 2**20

@@ -13,13 +13,13 @@ INTERVAL_SECONDS = 10.0
 
 
 @contextlib.contextmanager
-def log_while(what: str) -> Iterator[None]:
+def log_while(activity: str) -> Iterator[None]:
     """Logs every `INTERVAL_SECONDS` how long an operation has taken so far."""
     began, finished = time.monotonic(), threading.Event()
 
     def log() -> None:
         while not finished.wait(INTERVAL_SECONDS):
-            logging.info("%s: %.0f s so far", what, time.monotonic() - began)
+            logging.info("%s: %.0f s so far", activity, time.monotonic() - began)
 
     thread = threading.Thread(target=log, daemon=True)
     thread.start()
@@ -30,7 +30,7 @@ def log_while(what: str) -> Iterator[None]:
         thread.join()
 
 
-def log_compilation(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+def log_compilation(function: Callable[..., Any], activity: str) -> Callable[..., Any]:
     """Returns a jitted function whose first call, which compiles it, is logged."""
     compiled = False
 
@@ -39,11 +39,11 @@ def log_compilation(function: Callable[..., Any], what: str) -> Callable[..., An
         if compiled:
             return function(*args)
         began = time.monotonic()
-        logging.info("compiling %s", what)
-        with log_while(f"compiling {what}"):
+        logging.info("compiling %s", activity)
+        with log_while(f"compiling {activity}"):
             out = jax.block_until_ready(function(*args))
         compiled = True
-        logging.info("compiled %s and ran it in %.1f s", what, time.monotonic() - began)
+        logging.info("compiled %s and ran it in %.1f s", activity, time.monotonic() - began)
         return out
 
     return call

@@ -312,8 +312,8 @@ def sha256(path: Path) -> str:
     """Returns the SHA-256 checksum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with epath.Path(path).open("rb") as file:  # `hashlib.file_digest` refuses the files of buckets
-        while part := file.read(1 << 20):
-            digest.update(part)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -45,10 +45,10 @@ def config_from_saved(saved: Any, path: str, trusted: bool | None = None) -> Con
     trusted = provenance.is_recorded(saved) if trusted is None else trusted
     if not trusted:
         local = identity.machine_specific_fields(fields.flat(config), known)
-        if given := ", ".join(f"{name}={value!r}" for name, value in local.items() if value != TOKENIZER_FILE):
+        if settings := ", ".join(f"{name}={value!r}" for name, value in local.items() if value != TOKENIZER_FILE):
             logging.warning(
                 "%s: settings of the machine that wrote it are ignored (docs/weights.md): %s. Set those that you need.",
-                path, given,
+                path, settings,
             )  # fmt: skip
         config = portable(config)
     if config.text.tokenizer == TOKENIZER_FILE:

@@ -35,9 +35,9 @@ def disable_ynnpack(platform: str) -> None:
 
     With an accelerator the flag is useless. XLA ends a process that sets an unknown flag.
     """
-    given = os.environ.get("XLA_FLAGS", "")
-    if computes_on_cpu(platform) and YNN_FLAG not in given and (flag := supported(f"--{YNN_FLAG}=")):
-        os.environ["XLA_FLAGS"] = f"{flag} {given}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if computes_on_cpu(platform) and YNN_FLAG not in flags and (flag := supported(f"--{YNN_FLAG}=")):
+        os.environ["XLA_FLAGS"] = f"{flag} {flags}"
 
 
 def _libraries(package: str) -> list[str]:

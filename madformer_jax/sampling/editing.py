@@ -72,8 +72,8 @@ def read_picture(c: ConfigDict, image: Any = None, mask: Any = None) -> Picture 
     if not has_image and not has_mask:
         return None
     if not has_image or not has_mask:
-        given, missing = (image_name, mask_name) if has_image else (mask_name, image_name)
-        raise ConfigError(f"{given} needs {missing}: an edit needs a picture and the blocks to keep.")
+        present, missing = (image_name, mask_name) if has_image else (mask_name, image_name)
+        raise ConfigError(f"{present} needs {missing}: an edit needs a picture and the blocks to keep.")
     _check_model(c, image_name)
     images, file_size = _read_images(c, image, image_name)
     return Picture(images, _check_blocks(c, _kept_numbers(c, mask, file_size, mask_name), mask_name))

@@ -87,13 +87,13 @@ def _find_side(sweep: Sweep, base: ConfigDict, claim: Claim, side: Overrides) ->
     overrides = {**claim.where, **side}
     values, wanted = fields.flat(base), fields.flat(apply_overrides(base, overrides))
     named = {name: wanted[name] for name in aliases.current_names(overrides, "the sweep's claims")}
-    found = protocol_lib.resolve_side(named, _settings(sweep, values), values)
-    if found is None:
+    side_settings = protocol_lib.resolve_side(named, _settings(sweep, values), values)
+    if side_settings is None:
         raise ConfigError(
             f"claim {claim.text!r}: no run of the sweep has the settings {overrides} and the base's values of other "
             "fields: name the settings of a run."
         )
-    return found
+    return side_settings
 
 
 def _settings(sweep: Sweep, values: Settings) -> list[Settings]:

@@ -90,11 +90,11 @@ def resolve_side(
       settings: The overrides of all runs and evaluations, each with the same fields.
       base: Values of the base config.
     """
-    found = [s for s in settings if all(s.get(name, base.get(name)) == value for name, value in named.items())]
-    for name in found[0] if found else ():
-        if any(s[name] != found[0][name] for s in found):
-            found = [s for s in found if s[name] == base.get(name)]
-    return found[0] if found else None
+    matches = [s for s in settings if all(s.get(name, base.get(name)) == value for name, value in named.items())]
+    for name in matches[0] if matches else ():
+        if any(s[name] != matches[0][name] for s in matches):
+            matches = [s for s in matches if s[name] == base.get(name)]
+    return matches[0] if matches else None
 
 
 def target_fields(endpoint: str) -> tuple[str, ...]:
@@ -119,12 +119,12 @@ def facts(protocol: Mapping[str, Any], question: str, seeds: int) -> list[tuple[
 
 
 def _claim_text(claim: Mapping[str, Any]) -> str:
-    places = [f"{name} = {value}" for name, value in claim["where"].items()]
+    conditions = [f"{name} = {value}" for name, value in claim["where"].items()]
     if claim["at"]:
         kind, amount = claim["at"]
         unit = {"nfe": "NFE", "flops": "FLOPs"}.get(kind, kind)
-        places.append(f"best step count within {amount:g} {unit}")
-    return f"{claim['text']} ({claim_sides(claim)}{''.join(f'; {place}' for place in places)})"
+        conditions.append(f"best step count within {amount:g} {unit}")
+    return f"{claim['text']} ({claim_sides(claim)}{''.join(f'; {condition}' for condition in conditions)})"
 
 
 def claim_sides(claim: Mapping[str, Any]) -> str:

@@ -33,8 +33,9 @@ def run_table(job: Job) -> str:
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     rows.append("programs to compile: {} of training and {} of sampling.".format(*programs.count(job)))
     rows.append(
-        f"{len(job.runs)} runs; those that are not done take one process about {remaining / 60:.3g} h without compilation, at "
-        f"{training_rate / 1e9:.4g} GFLOP/s in training and {sampling_rate / 1e9:.4g} in sampling ({source})."
+        f"{len(job.runs)} runs; those that are not done take one process about {remaining / 60:.3g} h, at "
+        f"{training_rate / 1e9:.4g} GFLOP/s in training and {sampling_rate / 1e9:.4g} in sampling ({source}). Compilation, "
+        "held-out scores and the training of a judge come on top."
     )
     if protocol := job.definition.protocol:
         seeds = len({run.config.seed for run in job.runs})

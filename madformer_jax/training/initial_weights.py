@@ -33,14 +33,14 @@ def load(c: ConfigDict, state: State) -> State:
         with checkpoint.Checkpoints(source, read_only=True) as checkpoints:
             item = "ema" if checkpoints.metadata("ema") else "params"
             step, trees, _ = checkpoints.restore({item: _restore_target(checkpoints.metadata(item), state.params)})
-        saved, own = _named_arrays(trees[item]), _named_arrays(state.params)
-        fitting = {name for name in saved.keys() & own.keys() if saved[name].shape == own[name].shape}
+        saved, current = _named_arrays(trees[item]), _named_arrays(state.params)
+        fitting = {name for name in saved.keys() & current.keys() if saved[name].shape == current[name].shape}
         if not fitting:
             raise ConfigError(f"no array of {source} has the name and the shape of an array of the model.")
     except ConfigError as error:
         raise ConfigError(f"config.train.init_from: {error}") from error
-    for name in sorted((saved.keys() | own.keys()) - fitting):
-        shapes = [str(arrays[name].shape) if name in arrays else "no array" for arrays in (saved, own)]
+    for name in sorted((saved.keys() | current.keys()) - fitting):
+        shapes = [str(arrays[name].shape) if name in arrays else "no array" for arrays in (saved, current)]
         logging.warning("init_from: %s does not fit: %s in the weights, %s in the model", name, *shapes)
     params = jax.tree_util.tree_map_with_path(
         lambda path, x: saved[_name(path)] if _name(path) in fitting else x, state.params
@@ -54,11 +54,11 @@ def _restore_target(metadata: Any, params: Any) -> Any:
 
     Arrays that do not fit are replicated, since they are only dropped.
     """
-    own = _named_arrays(params)
-    replicated = partitioning.replicated(next(iter(own.values())).sharding.mesh)
+    current = _named_arrays(params)
+    replicated = partitioning.replicated(next(iter(current.values())).sharding.mesh)
 
     def abstract(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-        shape, like = tuple(x.shape), own.get(_name(path))
+        shape, like = tuple(x.shape), current.get(_name(path))
         sharding = replicated if like is None or like.shape != shape else like.sharding
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 

@@ -159,11 +159,13 @@ def make_loss(s: Setup, c: ConfigDict, dropout: float) -> LossFn:
             drop = _dropout_mask(drop_key, dropout, len(z))
             tokens = jnp.where(drop, s.model.config.null_token, tokens)
             lengths = None if lengths is None else _caption_lengths(lengths, drop)
-        own = None
+        own_context = None
         if averages is not None:
-            own = OwnContext(averages, c.train.own_context, c.train.own_context_timestep, c.train.own_context_steps)
+            own_context = OwnContext(
+                averages, c.train.own_context, c.train.own_context_timestep, c.train.own_context_steps
+            )
         return losses.training_loss(
-            s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens, path, own
+            s.model, params, z, tokens, loss_key, weights, context_noise, lengths, text_tokens, path, own_context
         )
 
     return loss

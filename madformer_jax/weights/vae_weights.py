@@ -122,8 +122,8 @@ def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32)
       ConfigError: A field has a wrong value, or one that `AutoencoderKL` does not support. The message
         names it.
     """
-    given = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items() if x is not None}
-    values = {name: given.get(name, default) for name, default in _FIELDS.items()}
+    stored = {name: tuple(x) if isinstance(x, list) else x for name, x in config.items() if x is not None}
+    values = {name: stored.get(name, default) for name, default in _FIELDS.items()}
     for name, default in _FIELDS.items():
         _check_field(name, values[name], default)
     model = AutoencoderKL(**values, dtype=jnp.dtype(dtype))
@@ -137,7 +137,7 @@ def from_config(config: Mapping[str, Any], dtype: str | jnp.dtype = jnp.float32)
         "latents_std": None,
     }
     for name, value in supported.items():
-        if given.get(name, value) != value:
+        if stored.get(name, value) != value:
             raise ConfigError(f"VAE config {name}={config[name]!r} is not supported: only {value!r}.")
     if any(channels % groups for channels in model.block_out_channels):
         raise ConfigError(

@@ -45,8 +45,8 @@ def test_tables_and_report_attribute_the_time():
     assert phases["attention"].keys() == phases["U-Net"].keys() == {"backward"}
     assert phases["AR layers"].keys() == {"forward"}
     assert phases["optimizer"].keys() == {"update"}
-    places = {row.name: row.place for row in e.rows}
-    assert places["fusion.1"] == "models/layers.py:30 query/dot_general"  # the caller in the package, not flax
+    sources = {row.name: row.source for row in e.rows}
+    assert sources["fusion.1"] == "models/layers.py:30 query/dot_general"  # the caller in the package, not flax
     report = tpu_time.format_estimate(e)
     assert "AR layers, forward, products: models/layers.py:30 query/dot_general" in report
     assert "loops of unknown length (counted once): while.2, other" in report

@@ -24,7 +24,7 @@ class FakeModel:
             "null_token": 3,
             "unet_context": False,
             "default_order": None,
-            "attention": SimpleNamespace(layers_apart=False),
+            "attention": SimpleNamespace(unrolls_layers=False),
         }
         self.config, self.path = SimpleNamespace(**values, prediction_type=prediction_type), path
 

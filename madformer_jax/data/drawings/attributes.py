@@ -86,7 +86,7 @@ class Colour(NamedTuple):
     """An attribute that names the color of a part."""
 
     colour: str | None  # option that holds the color; None: only the variants in `others` have a color
-    part: str = ""  # option of the part; without the part the attribute is "none". "": the part always exists
+    option: str = ""  # option of the part; without the part the attribute is "none". "": the part always exists
     others: Mapping[str, str] = {}  # variant of the part -> option that holds its color instead
     names: str = "colours"  # palette
 
@@ -249,9 +249,9 @@ def from_options(style: str, options: Mapping[str, Any]) -> dict[str, str]:
             if (variant := options.get(origin.option)) is not None:
                 words[name] = origin.words[variant]
             continue
-        variant = options.get(origin.part)
+        variant = options.get(origin.option)
         option = origin.colour if variant is None else origin.others.get(variant, origin.colour)
-        if option and (variant is not None or not origin.part):
+        if option and (variant is not None or not origin.option):
             words[name] = nearest_color_name(options[option][0], origin.names)
     return words
 

@@ -50,16 +50,16 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return names | {_batch_count_name(path): () for path in _abstract_params() if path[-1] == "running_var"}
 
 
-def from_torch(state_dict: Mapping[str, np.ndarray], what: str = "Inception") -> dict[str, Any]:
+def from_torch(state_dict: Mapping[str, np.ndarray], description: str = "Inception") -> dict[str, Any]:
     """Converts a PyTorch state_dict to parameters, float32 NumPy arrays.
 
     Raises:
-      ConfigError: Tensors are missing, unexpected or of the wrong shape. The message names `what` and
+      ConfigError: Tensors are missing, unexpected or of the wrong shape. The message names `description` and
         each of them.
     """
     expected = shapes()
     counts = {name: np.zeros(()) for name in expected if name.endswith(_BATCH_COUNT)}
-    state_dicts.check_tensors(expected, counts | dict(state_dict), what)
+    state_dicts.check_tensors(expected, counts | dict(state_dict), description)
     flat = {
         path: tensor_layout.from_torch(np.asarray(state_dict[_torch_name(path)], np.float32))
         for path in _abstract_params()

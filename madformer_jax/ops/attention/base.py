@@ -58,7 +58,7 @@ class Attention(abc.ABC):
       requirements: Conditions of `supports`, for an error message.
       cache_token_axes: Axes of cached keys and of cached values along which blocks are written, in
         the layout of `to_cache_layout`. Axis 0 is that of the layers.
-      layers_apart: Whether sampling unrolls its layers. Each layer then has its own cache arrays,
+      unrolls_layers: Whether sampling unrolls its layers. Each layer then has its own cache arrays,
         which no step slices or copies. A block then attends with `write_and_attend`.
       adds_bias: Whether it takes projections without their bias (`ProjectedQK.bias`).
     """
@@ -66,7 +66,7 @@ class Attention(abc.ABC):
     name: ClassVar[str]
     requirements: ClassVar[str] = ""
     cache_token_axes: ClassVar[tuple[int, int]]
-    layers_apart: ClassVar[bool] = False
+    unrolls_layers: ClassVar[bool] = False
     adds_bias: ClassVar[bool] = False
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
@@ -137,7 +137,7 @@ class Attention(abc.ABC):
     ) -> tuple[Block, KV]:
         """Writes the keys and values of a block into its slot of the cache and attends to the cache.
 
-        A loop that carries the cache writes in place. Only implementations with `layers_apart` have it.
+        A loop that carries the cache writes in place. Only implementations with `unrolls_layers` have it.
 
         Args:
           qkv: See `cached_attention`.

@@ -215,7 +215,7 @@ class CudnnAttention(Attention):
         "cuDNN functions are known"
     )
     cache_token_axes = 2, 2
-    layers_apart = True
+    unrolls_layers = True
     adds_bias = True
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
@@ -229,8 +229,8 @@ class CudnnAttention(Attention):
     def block_attention(
         self, streams: Sequence[QKV], context: KV | None, text: KV | None, lengths: Lengths = None, *, images: int = 1
     ) -> list[Float[Array, "B _ s H h"]]:
-        own = (n for n, stream in enumerate(streams) if context is not None and stream.v is context.v)
-        context_stream = next(own, None)
+        matching = (n for n, stream in enumerate(streams) if context is not None and stream.v is context.v)
+        context_stream = next(matching, None)
         context = apply_to_tree(context if context_stream is None else None, store_norms=True)
         return list(
             block_attention(
