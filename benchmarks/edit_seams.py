@@ -39,7 +39,7 @@ def run(workdir: str, n: int, guidance: float, seed: int = 0) -> dict[str, tuple
     sizes, scores, replicates = derive_sizes(c), {}, {}
     for name, images in kinds.items():
         steps = np.concatenate(
-            [seams.middle_steps(x, sizes.grid, sizes.columns, axis) for x, axis in zip(images, (1, 0))]
+            [seams.middle_differences(x, sizes.grid, sizes.columns, axis) for x, axis in zip(images, (1, 0))]
         )
         picks = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
         replicates[name] = np.array([seams.seam_score(steps[np.concatenate([pick, pick + n])]) for pick in picks])

@@ -15,7 +15,7 @@ PRODUCTS = 3
 def tune_cpu(is_cpu: bool) -> None:
     """Lets the allocator keep freed memory on a CPU, on both sides as in the command of this package."""
     if is_cpu:
-        malloc.reuse_memory()
+        malloc.keep_all_memory()
 
 
 def seconds(function: Callable[[], Any]) -> float:

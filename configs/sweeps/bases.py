@@ -1,10 +1,10 @@
 """Base configs of the sweeps in this folder. This file is not a sweep.
 
-cpu                     digits for a few minutes a run on two CPU cores, as the protocols ask: without guidance,
-                        2,000 scored images, and the loss of 1,000 held-out images at the end
+cpu                     digits for a few minutes a run on two CPU cores: without guidance, 2,000 scored images, and
+                        the loss of 1,000 held-out images at the end
 gpu                     drawings of 64 px with 256 tokens, four times the steps and images a step; made for sweeps of
                         about 25 minutes on one H200 (estimated, never run there)
-digits, drawings        bases of earlier sweeps: fewer steps and images than configs/NAME.py
+digits, drawings        fewer steps and images than configs/NAME.py; blocks.py and structure.py start from drawings
 ffhq1024, imagenet256   have the steps and images of configs/NAME.py, as in the paper (docs/testbed.md)
 """
 

@@ -6,7 +6,7 @@ This is the paper's Table 1 and Figure 4, with intervals.
 
 Variants: cpu; gpu; cpu_eps (the model predicts the noise); digits and drawings (three seeds);
 ffhq1024 and imagenet256. All runs train for the same number of steps. A solver step is cheaper with a
-small D, so that the same NFE, the paper's count of model passes, allows more steps. The comparison lets
+small D, so that the same NFE (the paper's count, without the clean tower) allows more steps. The comparison lets
 each D stop at its best step count within the budget.
 """
 

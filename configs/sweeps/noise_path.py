@@ -4,7 +4,7 @@
 
 Variants: cpu, gpu. The trainings of `ddpm` in `cpu` are those of the base of ablations.py:cpu. To skip
 them, copy the folders `runs` and `judges` of its workdir into the workdir of this sweep. The answer
-decides the default of the embedded configs.
+decides `diffusion.path` of configs/digits.py and drawings.py.
 """
 
 from ml_collections import ConfigDict

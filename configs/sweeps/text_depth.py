@@ -1,4 +1,4 @@
-"""D in a model that reads captions: whether fewer autoregressive layers follow the caption less.
+"""D in a model that reads captions: whether a model with fewer AR layers follows the caption less.
 
     python -m madformer_jax.main --mode=sweep --config=configs/sweeps/text_depth.py --workdir=runs/text_depth
 
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
 def sweep() -> Sweep:
     layers = get_config().model.depth
     return Sweep(
-        question="Do fewer autoregressive layers follow the caption less?",
+        question="Does a model with fewer AR layers follow the caption less?",
         runs=grid({"model.diffusion_depth": [layers * k // 4 for k in (1, 2, 3, 4)]}, seeds=5),
         evaluations=[{"sample.prompts": prompts} for prompts in SPLITS.values()],
         sample_budgets={"steps": (STEPS,)},

@@ -259,7 +259,7 @@ def run(argv: Sequence[str]) -> int:
             raise ConfigError(f"config.sample.{field} edits a picture with --mode=sample; the mode is {values.mode}.")
     xla_flags.disable_ynnpack(config.platform)
     if xla_flags.computes_on_cpu(config.platform):
-        malloc.reuse_memory()
+        malloc.keep_all_memory()
     if values.distributed or values.coordinator:
         from madformer_jax.runtime import partitioning
 

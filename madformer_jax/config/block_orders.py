@@ -1,7 +1,7 @@
 """Named and explicit orders in which the blocks of an image are generated.
 
-An order lists the numbers of the blocks in raster order: (3, 0, 1, 2) generates the last block
-first. `models.block_order` draws random orders and permutes arrays. `validation` checks the
+An order lists block numbers in the order of generation. Blocks are numbered in raster order: (3, 0,
+1, 2) generates the last block first. `models.block_order` draws random orders and permutes arrays. `validation` checks the
 fields `model.block_order` and `sample.block_order`. Add a fixed order in `fixed_order` and to
 `BLOCK_ORDERS` in `config.choices`.
 """
@@ -41,7 +41,7 @@ def fixed_order(name: str, sizes: Sizes) -> np.ndarray | None:
 def sampling_order_name(c: ConfigDict) -> str:
     """Returns the name or list of the order of sampling.
 
-    A model of fixed order has its own name for it, which `sample.block_order` may only repeat in other words.
+    A model of fixed order keeps `model.block_order`. `sample.block_order` may only name the same order.
     """
     chosen = c.sample.block_order if c.model.block_order == "random" else ""
     name: str = chosen or c.model.block_order

@@ -17,7 +17,7 @@ class Sizes(NamedTuple):
     latent: int  # side of the latent, in positions
     channels: int  # C, channels of the latent
     blocks: int  # L
-    grid: int  # rows of blocks: sqrt(L), sqrt(L / 2) if L is twice a square and blocks are upright, or L
+    grid: int  # rows of blocks: sqrt(L); sqrt(L / 2) if L is twice a square; L if `model.block_shape` is "rows"
     block_side: int  # latent positions along a block's height
     positions: int  # latent positions in a block
     token_side: int  # tokens along a block's height

@@ -36,7 +36,7 @@ _TEXT_FILE = re.compile(r"\.txt\s*($|[,;])")
 class Fact(enum.Flag):
     """Facts about a field. One without any, FIXED, decides results and stays the same for the whole run."""
 
-    RESUME = 1  # decides results, and may change when a run is resumed
+    RESUME = 1  # may change when a run is resumed; decides results unless it is also NEUTRAL
     NEUTRAL = 2 | RESUME  # decides no weights, images or scores, and may change
     LOCAL = 4  # has no meaning on another machine
     MACHINE = LOCAL | NEUTRAL  # address, or setting of speed and memory of one machine
@@ -105,7 +105,7 @@ SECTIONS: dict[str, Section] = {
         width=Field(1152, "d, width of the transformer", low=1),
         heads=Field(18, "number of attention heads; head size is width / heads", low=1),
         depth=Field(28, "N, decoder layers", low=1),
-        diffusion_depth=Field(14, "D, the layers of these that run at every solver step (paper Table 1)"),
+        diffusion_depth=Field(14, "D, diffusion layers: the last D layers, which run at every solver step (paper Table 1)"),
         mlp_width=Field(4096, "hidden width of the SwiGLU MLP", low=1),
         blocks=Field(16, "L, AR length; a square number, or twice one (paper Table 2); any divisor of the side for rows"),
         block_shape=Field(
@@ -344,7 +344,7 @@ SECTIONS: dict[str, Section] = {
         network_path=Field(
             "", 'weights of the network; "": its file in the workdir, such as classifier.npz or inception', PATH | MACHINE),
         reference=Field("", 'reference statistics; "": reference.npz in the workdir', PATH | MACHINE),
-        split=Field("test", "split of the reference statistics", RESUME),
+        split=Field("test", "split of the reference statistics, the validation and the held-out scores", RESUME),
         n=Field(1000, "number of images to score; 0: only the scores of held_out_n", RESUME, low=0),
         checkpoints=Field("newest", 'or "last:5", or steps: "1000,2000"', RESUME),
         grid=Field(

@@ -165,8 +165,8 @@ def training_step(c: ConfigDict, *, encode: bool = True) -> Cost:
 def sampling(c: ConfigDict, n: int = 1, kept_count: int = 0) -> Cost:
     """Returns the cost of sampling n images with the config's solver steps and guidance.
 
-    The AR layers and the clean tower run once per block, the diffusion layers at every evaluation of
-    the solver, and the decoder of the codec once. Both guidance branches run at every evaluation,
+    The AR layers run once per block, the clean tower once per block except the last, the diffusion layers
+    at every evaluation of the solver, and the decoder of the codec once. Both guidance branches run at every evaluation,
     also outside of `guidance_interval`. The first `kept_count` blocks of an edit are embedded and cached only.
     """
     m, stages, diffusion = c.model, sampling_plan(ablation_switches(c)), elastic_depth.sampled_depth(c)

@@ -1,8 +1,8 @@
 """Parser of compiled programs (HLO text).
 
 `parse` reads instructions, each with its operation name and source line. `executions` says how often
-each instruction runs. `cost.tpu_time` and `--mode=compile` are the callers. Add another property of an
-instruction to `Instruction`.
+each instruction runs. `cost.tpu_time`, `cost.gpu_work` and `--mode=compile` call them. Add another
+property of an instruction to `Instruction`.
 """
 
 import collections

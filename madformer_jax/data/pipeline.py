@@ -311,7 +311,7 @@ def _check_trainable(config: ConfigDict) -> None:
 
 def _prefetching_iterator(batches: grain.MapDataset, data: ConfigDict) -> grain.DatasetIterator:
     """Reads up to `data.batches_ahead` batches ahead, in threads or in each worker process."""
-    malloc.retain_memory()
+    malloc.keep_batch_memory()
     options = grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.batches_ahead)
     if not data.workers:
         return iter(batches.to_iter_dataset(options))

@@ -70,7 +70,7 @@ def init_worker(index: int, count: int) -> None:
     The worker ignores Ctrl-C, which the parent handles, and exits when the parent is killed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    malloc.retain_memory()
+    malloc.keep_batch_memory()
     threading.Thread(target=_exit_with_parent, daemon=True, name="exit-with-parent").start()
 
 

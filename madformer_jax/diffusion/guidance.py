@@ -15,10 +15,10 @@ from jaxtyping import Float, Real
 
 
 def guide(output: Float[Array, "..."], w: Any) -> Float[Array, "..."]:
-    """Returns unconditional + w (conditional - unconditional), for outputs of any type (arXiv 2207.12598).
+    """Returns guide + w (conditional - guide), for eps, v and x0 alike (arXiv 2207.12598).
 
     Args:
-      output: The conditional rows, followed by the unconditional rows.
+      output: The conditional rows, followed by those of the null token or of the guide model.
       w: Guidance scale. 1 gives the conditional prediction.
     """
     conditional, unconditional = jnp.split(output, 2)

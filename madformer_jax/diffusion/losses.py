@@ -130,7 +130,7 @@ def training_loss(
       blocks is NaN.
     """
     order = training_order(model, key, len(z))
-    z = block_order.to_ranks(z, order)
+    z = block_order.to_generation_order(z, order)
     t_key, noise_key = jax.random.split(key)
     t = schedule.training_timesteps(t_key, z.shape[:2])
     noise = jax.random.normal(noise_key, z.shape, jnp.float32)

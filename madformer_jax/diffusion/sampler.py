@@ -216,7 +216,7 @@ def _step_noise(keys: Array | None, block: int | Array, index: Any, shape: tuple
       ValueError: There are no keys.
     """
     if keys is None:
-        raise ValueError("a stochastic solver needs the random keys of the images")
+        raise ValueError("keys is None: stochastic solvers and context_noise need the random key of each image")
 
     def draw(key: Array) -> Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, block), index), shape, jnp.float32)
@@ -255,9 +255,9 @@ def sample(
       tokens: Text tokens `(B, T)` of a conditional model. `model.config.null_token` stands for no text.
       lengths: Number of tokens of each text, `(B,)`; the rest is padding. By default all T tokens
         are text.
-      keys: Random key of each image, `(B,)`. Stochastic solvers need them.
-      order: Place of each block in raster order, `(L,)` or, of each image, `(B, L)`. By default
-        `model.config.default_order`.
+      keys: Random key of each image, `(B,)`. Stochastic solvers and `context_noise` need them.
+      order: Raster number of the block generated r-th, for each r: `(L,)` or, of each image, `(B, L)`.
+        By default `model.config.default_order`.
       kept_blocks: Clean blocks `(B, K, positions, C)`, K < L, which are the first of the order. Sampling
         caches them and generates the others.
       solver: A name of `choices.SOLVERS`.
@@ -283,7 +283,7 @@ def sample(
     method = solvers.make(solver)
     blocks, first = noise.shape[1], 0 if kept_blocks is None else kept_blocks.shape[1]
     order = model.config.default_order if order is None else order
-    noise = block_order.to_ranks(noise, order)
+    noise = block_order.to_generation_order(noise, order)
     by_block = not isinstance(steps, int)
     if padded is None:
         tables = block_tables.make(method, schedule, spacing, steps if isinstance(steps, tuple) else (steps,))

@@ -137,7 +137,7 @@ def _countdown(steps: int, ndim: int) -> Int[Array, "ends ..."]:
     return jnp.arange(steps, -1, -1).reshape(-1, *(1,) * ndim)
 
 
-def numpy_of(x: Any) -> ModuleType:
+def array_namespace(x: Any) -> ModuleType:
     """Returns NumPy for a NumPy array, and otherwise jax.numpy."""
     return np if isinstance(x, np.ndarray) else jnp
 
@@ -160,7 +160,7 @@ class DDPM(Schedule):
             raise ValueError("the DDPM path has uniform timesteps without a shift")
 
     def alpha_sigma(self, t: Int[AnyArray, " *shape"]) -> Levels:
-        xp = numpy_of(t)
+        xp = array_namespace(t)
         table = xp.asarray(np.append(alphas_cumprod(), 1.0), float if xp is np else jnp.float32)
         alpha_bar = table[t]  # index -1 is the clean latent
         return xp.sqrt(alpha_bar), xp.sqrt(1 - alpha_bar)
@@ -207,13 +207,13 @@ class ContinuousSchedule(Schedule):
 
     Timesteps are floats from 0 to 999. So u keeps a distance of 0.0005 from its ends, at which eps or
     x0 cannot be computed from x. The resolution shift s maps u to s u / (1 + (s - 1) u) (Esser et
-    al., arXiv 2403.03206, equation 23).
+    al., arXiv 2403.03206, equation 23). The solver shifts u. Training shifts t / 999.
     """
 
     clean = -0.5
 
     def training_timesteps(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Draws timesteps: u is uniform or the sigmoid of a standard normal, then shifted."""
+        """Draws t = 999 s(u): u is uniform, or the sigmoid of a standard normal, and s is the shift."""
         logit_normal = self.time_sampling == "logit_normal"
         u = jax.nn.sigmoid(jax.random.normal(key, shape)) if logit_normal else jax.random.uniform(key, shape)
         return MAX_TIMESTEP * self._shifted(u)
@@ -252,7 +252,7 @@ class Flow(ContinuousSchedule):
         return (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS, (t + 0.5) / NUM_TIMESTEPS
 
     def velocity(self, alpha: AnyArray, sigma: AnyArray) -> tuple[AnyArray, AnyArray]:
-        ones = numpy_of(alpha).ones_like(alpha)
+        ones = array_namespace(alpha).ones_like(alpha)
         return ones, ones
 
     def velocity_time(self, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
@@ -267,7 +267,7 @@ class Cosine(ContinuousSchedule):
     """
 
     def alpha_sigma(self, t: Real[AnyArray, " *shape"]) -> Levels:
-        xp, s = numpy_of(t), 0.008
+        xp, s = array_namespace(t), 0.008
         rate = math.pi / 2 / (1 + s)
         u, rest = (t + 0.5) / NUM_TIMESTEPS, (NUM_TIMESTEPS - 0.5 - t) / NUM_TIMESTEPS
         scale = math.cos(rate * s)

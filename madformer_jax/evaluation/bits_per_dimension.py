@@ -60,7 +60,10 @@ Batches = Callable[[int | None], Iterable[HeldOutBatch]]  # first n images, or a
 
 
 class Pilot(NamedTuple):
-    """Means over the blocks of some images at the noise levels of RATIOS, each (K,) or (K, S) float64."""
+    """Means over the blocks of some images at the K noise levels of RATIOS, float64 (K,).
+
+    S is the number of FACTORS.
+    """
 
     log_snr: np.ndarray
     squared: np.ndarray  # squared error of a block
@@ -129,7 +132,9 @@ def _decoder(forward: TeacherForcing, batch: HeldOutBatch, draw: int, pair: Sequ
     values = np.array([bound.first for bound in pair])[parity]  # (B, 3)
     levels = Levels(*np.repeat(values.T[:, :, None], forward.sizes.blocks, axis=2))
     deviations, weights = (np.array([getattr(b, name) for b in pair])[parity] for name in ("deviations", "weights"))
-    return forward.decoder(batch, forward.errors(batch, draw, levels, clean_blocks=True).x0, deviations, weights)
+    return forward.decoder(
+        batch, forward.errors(batch, draw, levels, zero_context_timestep=True).x0, deviations, weights
+    )
 
 
 def _diffusion(forward: TeacherForcing, batch: HeldOutBatch, first_draw: int, pair: Sequence[Bound]) -> np.ndarray:
@@ -141,7 +146,7 @@ def _diffusion(forward: TeacherForcing, batch: HeldOutBatch, first_draw: int, pa
         (even_levels, even_weights), (odd_levels, odd_weights) = (bound.sample(u) for bound in pair)
         levels = Levels(*(np.where(odd, b, a) for a, b in zip(even_levels, odd_levels)))
         weights = np.where(odd, odd_weights, even_weights)[: batch.rows]
-        terms.append(weights * forward.errors(batch, first_draw + k, levels, clean_blocks=True).squared)
+        terms.append(weights * forward.errors(batch, first_draw + k, levels, zero_context_timestep=True).squared)
     return np.mean(terms, axis=0)
 
 
@@ -159,7 +164,7 @@ def run_pilot(forward: TeacherForcing, batches: Iterable[HeldOutBatch]) -> list[
         squared, x0 = [], []
         for batch in batches:
             levels = Levels(*(np.full(batch.z.shape[:2], x) for x in level))
-            errors = forward.errors(batch, _PILOT_DRAW, levels, clean_blocks=True)
+            errors = forward.errors(batch, _PILOT_DRAW, levels, zero_context_timestep=True)
             squared.append(errors.squared)
             x0.append(partitioning.to_host(errors.x0, forward.mesh)[: batch.rows])
         for i in (0, 1):
@@ -194,12 +199,12 @@ _nats_of_values = jax.jit(decoder_nats, static_argnums=3)
 
 def _host_blocks(forward: TeacherForcing, batch: HeldOutBatch) -> np.ndarray:
     """Returns blocks in the order of generation on the host, float64 (rows, L, positions, C)."""
-    blocks = partitioning.to_host(block_order.to_ranks(batch.z, batch.order), forward.mesh)
+    blocks = partitioning.to_host(block_order.to_generation_order(batch.z, batch.order), forward.mesh)
     return np.asarray(blocks[: batch.rows], np.float64)
 
 
 def integral_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> Bound:
-    """Returns the bound with the integral over the SNR, see `measure`."""
+    """Returns the bound with the integral over the SNR (module docstring)."""
     snr = np.exp(pilot.log_snr)
     terms = 0.5 * (snr[:-1] - snr[1:]) * (pilot.squared[:-1] + pilot.squared[1:]) / 2
     start, nats = _choose(pilot.decoder + _sum_after(terms), starts)
@@ -217,7 +222,7 @@ def integral_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> B
 
 
 def sum_bound(schedule: Schedule, pilot: Pilot, starts: Sequence[int]) -> Bound:
-    """Returns the bound with the sum over integer timesteps, see `measure`. Starts are the nearest integer timesteps."""
+    """Returns the bound with the sum over integer timesteps (module docstring). Starts are the nearest integer timesteps."""
     table = Levels(np.arange(MAX_TIMESTEP + 1.0), *schedule.alpha_sigma(np.arange(MAX_TIMESTEP + 1)))
     log_snr = _log_snr(table)
     step_weights = 0.5 * -np.diff(np.exp(log_snr))  # of t = 1 to 999

@@ -186,7 +186,7 @@ def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
     def draw(
         params: Any, z: Array, numbers: Array, tokens: Array | None, lengths: Array | None, order: Order | None = None
     ) -> Array:
-        z, noise = (block_order.to_ranks(x, order) for x in (z, block_noise(numbers, _NOISE_DRAW, sizes)))
+        z, noise = (block_order.to_generation_order(x, order) for x in (z, block_noise(numbers, _NOISE_DRAW, sizes)))
 
         def evaluate(state: solvers.SolverState, row: solvers.Coefficients) -> tuple[solvers.SolverState, None]:
             def denoise(x: Array, level: NoiseLevel) -> tuple[Any, None]:

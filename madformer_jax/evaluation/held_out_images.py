@@ -41,7 +41,7 @@ class HeldOutBatch(NamedTuple):
     tokens: Array | None  # (B, T), class or caption; None for an unconditional model
     lengths: Array | None  # (B,), number of tokens of each caption
     labels: np.ndarray  # (B,) on the host
-    order: Order | None = None  # place of each block in the order of generation; None for raster order
+    order: Order | None = None  # raster number of the block at each rank, (L,) or (B, L); None for raster order
 
 
 class HeldOutImages:

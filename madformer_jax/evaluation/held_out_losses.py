@@ -2,8 +2,9 @@
 
 Each block is evaluated once in each quarter of the timesteps. Within a quarter the timesteps follow the
 distribution of training. The quarters are weighted by their share of this distribution. `loss_image` is
-therefore an unbiased estimate of the training loss on these images, with two differences: the context has
-no noise (`train.context_noise`), and no label is dropped.
+therefore an unbiased estimate of the training loss on these images, with three differences: the context is
+the true blocks (without `train.context_noise` and `train.own_context`), no label is dropped, and D is that
+of sampling.
 """
 
 from collections.abc import Iterable

@@ -20,7 +20,7 @@ class Nearest(NamedTuple):
     """The nearest training image of each of n images."""
 
     distances: np.ndarray  # (n,) Euclidean, float64; a copy has exactly 0
-    numbers: np.ndarray  # (n,) row of the training image in the tiles
+    numbers: np.ndarray  # (n,) row of the tiles, or number of the training image (`TrainingFeatures.nearest`)
 
 
 class TrainingFeatures:

@@ -58,8 +58,8 @@ def save(path: str, protocol: Mapping[str, Any], batches: Callable[[], Iterator[
 
     Args:
       protocol: Description of the images and the network, JSON.
-      batches: Starts a new pass over the arrays of `shards.extract_features`: features (m, d),
-        labels (m,), the mean profile (1, .), and its weight (1,).
+      batches: Starts a new pass over the arrays of a batch: features (m, d), labels (m,), the mean profile
+        (1, .) of its images, and their number `weight` (1,).
       classes: Number of classes of the source; 0 if it is unlabeled.
 
     Returns:

@@ -43,7 +43,7 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
 def expand_configs(c: ConfigDict) -> list[ConfigDict]:
     """Returns a copy of the config for each combination of `evaluate.grid`.
 
-    The copies have `sample.n` = `evaluate.n`. "steps=5,20;guidance=1,2" is a grid of four
+    The copies have `sample.n` = `evaluate.n`, unless that is 0. "steps=5,20;guidance=1,2" is a grid of four
     combinations. "" is the config's own setting.
 
     Raises:
@@ -84,7 +84,7 @@ def program_key(setting: ConfigDict, grid: Sequence[ConfigDict]) -> tuple[tuple[
     program, and the size is 0: a fixed number of steps is faster on some devices.
     """
 
-    def static_settings(c: ConfigDict) -> tuple[Any, ...]:
+    def static_settings(c: ConfigDict) -> tuple[Any, ...]:  # see also `sweeps.programs`
         s, steps = c.sample, solving.solver_steps(c)
         by_block = None if isinstance(steps, int) else (s.spacing, steps)  # compiled into the program
         return s.solver, s.guidance == 1.0, s.diffusion_depth, s.context_noise, s.block_order, by_block

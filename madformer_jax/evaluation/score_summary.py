@@ -131,15 +131,17 @@ def _seam_scores(
     """Computes the score of the model's block borders, and the difference to real images on common lines."""
     out = {}
     if sum(grid) > 2 and grid != shape:  # blocks of one pixel have no inside
-        steps = seams.border_and_interior_steps(profiles, shape, *grid)
+        steps = seams.border_and_interior_differences(profiles, shape, *grid)
         out["seam"] = _with_interval(
             seams.seam_score(steps), bootstrap.ratio_replicates(steps[:, 0], steps[:, 1], counts)
         )
         if real_profile is not None:
-            out["seam"]["real"] = seams.seam_score(seams.border_and_interior_steps(real_profile[None], shape, *grid))
-    lines = seams.line_and_other_steps(profiles, shape, seam_lines)
+            out["seam"]["real"] = seams.seam_score(
+                seams.border_and_interior_differences(real_profile[None], shape, *grid)
+            )
+    lines = seams.line_and_other_differences(profiles, shape, seam_lines)
     if lines is not None and real_profile is not None:
-        real_lines = seams.line_and_other_steps(real_profile[None], shape, seam_lines)
+        real_lines = seams.line_and_other_differences(real_profile[None], shape, seam_lines)
         assert real_lines is not None
         real = seams.seam_score(real_lines)
         if np.isfinite(real):

@@ -38,7 +38,9 @@ def _absolute_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return difference
 
 
-def border_and_interior_steps(profiles: np.ndarray, shape: tuple[int, int], rows: int, columns: int) -> np.ndarray:
+def border_and_interior_differences(
+    profiles: np.ndarray, shape: tuple[int, int], rows: int, columns: int
+) -> np.ndarray:
     """Computes mean absolute differences of neighboring pixels at block borders and elsewhere.
 
     Args:
@@ -50,10 +52,10 @@ def border_and_interior_steps(profiles: np.ndarray, shape: tuple[int, int], rows
     Returns:
       Differences (n, 2) float64 of each image: across borders, and inside blocks.
     """
-    return _steps(profiles, shape, (shape[0] // rows, shape[1] // columns))
+    return _differences(profiles, shape, (shape[0] // rows, shape[1] // columns))
 
 
-def line_and_other_steps(profiles: np.ndarray, shape: tuple[int, int], distance: int) -> np.ndarray | None:
+def line_and_other_differences(profiles: np.ndarray, shape: tuple[int, int], distance: int) -> np.ndarray | None:
     """Computes mean absolute differences of neighboring pixels across equidistant lines and elsewhere.
 
     Args:
@@ -65,10 +67,10 @@ def line_and_other_steps(profiles: np.ndarray, shape: tuple[int, int], distance:
       Differences (n, 2) float64 of each image: across lines, and elsewhere. None if the images are
       too small for a line.
     """
-    return None if max(shape) <= distance else _steps(profiles, shape, (distance, distance))
+    return None if max(shape) <= distance else _differences(profiles, shape, (distance, distance))
 
 
-def _steps(profiles: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
+def _differences(profiles: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
     lines = [np.arange(1, side) for side in shape]
     border = np.concatenate([line % side == 0 for line, side in zip(lines, block)])
     # Number of pixel pairs across each line.
@@ -76,7 +78,7 @@ def _steps(profiles: np.ndarray, shape: tuple[int, int], block: tuple[int, int])
     return np.stack([np.average(profiles[:, x], axis=1, weights=pairs[x]) for x in (border, ~border)], axis=1)
 
 
-def middle_steps(images: np.ndarray, rows: int, columns: int, axis: int) -> np.ndarray:
+def middle_differences(images: np.ndarray, rows: int, columns: int, axis: int) -> np.ndarray:
     """Computes mean absolute differences of neighboring pixels at the middle line and inside blocks.
 
     An edit that keeps half of a picture has its border there.
@@ -102,7 +104,7 @@ def seam_score(steps: np.ndarray) -> float:
     """Computes the mean difference at borders divided by the mean difference inside blocks.
 
     Args:
-      steps: Differences (n, 2) of `border_and_interior_steps`.
+      steps: Differences (n, 2) of `border_and_interior_differences`.
 
     Returns:
       The score, about 1 without seams. It is 1 for constant images and infinite for differences at

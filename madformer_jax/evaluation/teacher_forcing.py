@@ -65,7 +65,7 @@ class TeacherForcing:
                 weighting=c.loss.weighting,
                 clip_x0=c.sample.clip_x0,
             ),
-            static_argnames=("terms", "clean_blocks"),
+            static_argnames=("terms", "zero_context_timestep"),
             out_shardings=BlockErrors(whole, whole, whole, whole, partitioning.batch_sharding(mesh)),
         )
         self._decoder_program = jax.jit(functools.partial(_decoder_terms, discrete=self.discrete), out_shardings=whole)
@@ -78,7 +78,7 @@ class TeacherForcing:
         *,
         terms: tuple[str, ...] = ("image",),
         context: Array | None = None,
-        clean_blocks: bool = False,
+        zero_context_timestep: bool = False,
     ) -> BlockErrors:
         """Evaluates the model once on all blocks of a batch.
 
@@ -88,12 +88,12 @@ class TeacherForcing:
           terms: Terms of the loss to compute, with "image".
           context: Blocks (B, L, positions, C) that later blocks read, in raster order; by default those of
             the batch.
-          clean_blocks: Whether the context has timestep 0, also if `clean_timestep` is "noisy".
+          zero_context_timestep: Whether the context has timestep 0, also if `clean_timestep` is "noisy".
         """
         arrays = shard({name: x.astype(np.float32) for name, x in levels._asdict().items()}, self.mesh)
         outputs = self._program(
             self._params, batch.z if context is None else context, batch.z, batch.device_numbers, np.uint32(draw), arrays,
-            batch.tokens, batch.lengths, batch.order, terms=terms, clean_blocks=clean_blocks,
+            batch.tokens, batch.lengths, batch.order, terms=terms, zero_context_timestep=zero_context_timestep,
         )  # fmt: skip
         means = jax.tree.map(lambda x: np.asarray(x, np.float64)[: batch.rows], outputs._replace(x0=None))
         return means._replace(x0=outputs.x0)
@@ -135,7 +135,7 @@ def decoder_nats(x: Array, mean: Array, deviation: Array, discrete: bool) -> Arr
 def _decoder_terms(
     z: Array, x0: Array, deviations: Array, logs: Array, order: Order | None, *, discrete: bool
 ) -> Array:
-    z = block_order.to_ranks(z, order)
+    z = block_order.to_generation_order(z, order)
 
     def add(total: Array, gaussian: tuple[Array, Array]) -> tuple[Array, None]:
         deviation, log_weight = (x[:, None, None, None] for x in gaussian)
@@ -157,7 +157,7 @@ def _block_errors(
     order: Order | None,
     *,
     terms: tuple[str, ...],
-    clean_blocks: bool,
+    zero_context_timestep: bool,
     model: MADFormer,
     schedule: schedules.Schedule,
     sizes: Any,
@@ -168,9 +168,9 @@ def _block_errors(
     alpha, sigma = (levels[name][..., None, None] for name in ("alpha", "sigma"))
     level = NoiseLevel(t[..., None, None], alpha, sigma, *schedule.velocity(alpha, sigma))
     noise = block_noise(numbers, draw, sizes)
-    context, z, noise = (block_order.to_ranks(x, order) for x in (context, z, noise))
+    context, z, noise = (block_order.to_generation_order(x, order) for x in (context, z, noise))
     noisy = alpha * z + sigma * noise
-    clean_t = jnp.zeros_like(t) if clean_blocks else None
+    clean_t = jnp.zeros_like(t) if zero_context_timestep else None
     outputs = model.apply(
         {"params": params}, context, noisy, t, tokens, lengths, clean_t=clean_t, terms=terms, order=order
     )

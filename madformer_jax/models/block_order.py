@@ -52,7 +52,7 @@ def move_to_front(order: Order, numbers: Int[Array, " K"]) -> Order:
     return jax.vmap(of_image)(order) if order.ndim == 2 else of_image(order)
 
 
-def to_ranks(blocks: Shaped[Array, "B L *rest"], order: Order | None) -> Shaped[Array, "B L *rest"]:
+def to_generation_order(blocks: Shaped[Array, "B L *rest"], order: Order | None) -> Shaped[Array, "B L *rest"]:
     """Permutes blocks from raster order to the order of generation."""
     if order is None:
         return blocks
@@ -62,5 +62,5 @@ def to_ranks(blocks: Shaped[Array, "B L *rest"], order: Order | None) -> Shaped[
 
 
 def to_raster_order(blocks: Shaped[Array, "B L *rest"], order: Order | None) -> Shaped[Array, "B L *rest"]:
-    """Permutes blocks from the order of generation to raster order; the inverse of `to_ranks`."""
-    return blocks if order is None else to_ranks(blocks, jnp.argsort(order, axis=-1))
+    """Permutes blocks from the order of generation to raster order; the inverse of `to_generation_order`."""
+    return blocks if order is None else to_generation_order(blocks, jnp.argsort(order, axis=-1))

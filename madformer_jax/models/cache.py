@@ -32,7 +32,9 @@ class ModelCache(NamedTuple):
     diffusion: StageCache
     lengths: Int[Array, " B"] | None = None  # number of text tokens, if the text is padded
     finished_blocks: Float[Array, "B L positions C"] | None = None  # if the U-Net reads neighbors
-    order: Int[Array | np.ndarray, "*rows L"] | None = None  # place of each block; None for raster order
+    order: Int[Array | np.ndarray, "*rows L"] | None = (
+        None  # raster numbers in the order of generation; None for raster order
+    )
 
 
 def to_cache(kv: KV, attention: Attention) -> Layers:
@@ -47,7 +49,7 @@ def to_cache(kv: KV, attention: Attention) -> Layers:
 
 
 def select_stack(layers: Layers | None, layer: Index) -> KV | None:
-    """Returns cached arrays with an axis of layers: all of them, or that of one layer if they are apart."""
+    """Returns cached arrays with an axis of layers: all layers, or only `layer` if layers are unrolled."""
     if layers is None or isinstance(layers, KV):
         return layers
     return KV(*(x[None] for x in layers[int(layer)]))
@@ -76,8 +78,8 @@ def write_block(cache: StageCache, kv: Layers | None, block: Index, attention: A
 
     Args:
       cache: The cache of a stage.
-      kv: Keys and values `(layers, B, 1, s, H, h)`, or None if the stage has no layers. Layers that are
-        apart have written them already, and pass their whole context.
+      kv: Keys and values `(layers, B, 1, s, H, h)`, or None if the stage has no layers. Unrolled
+        layers have written them already and pass their whole context.
       block: Index of the block.
       attention: Implementation that decides the layout.
 

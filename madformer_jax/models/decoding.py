@@ -32,7 +32,7 @@ class Decoding(nn.Module):
 
         Args:
           batch: Number of rows.
-          order: Place of each block, (L,) or (B, L). By default `config.default_order`.
+          order: Raster number of the block generated r-th, for each r, (L,) or (B, L). By default `config.default_order`.
         """
         config, sizes = self.config, self.config.sizes
         shape = (batch, sizes.blocks, sizes.tokens, config.heads, config.width // config.heads)
@@ -91,15 +91,15 @@ class Decoding(nn.Module):
 
         Returns:
           The block's condition, which is 0 if `ar_condition` is off, and the cache.
-          The cache takes the keys and values of this pass in a model without the clean stream, and
-          if the attention writes them before it attends.
+          The cache includes the keys and values of this pass if the model has no clean stream or the
+          attention unrolls its layers.
         """
         if not sampling_plan(self.config.switches).condition:
             return jnp.zeros_like(pred), cache
-        pred = self._add_places(pred, self._block_place(cache, block, len(pred)))
+        pred = self._add_block_embedding(pred, self._block_number(cache, block, len(pred)))
         positions = self._block_positions(cache, block)
         pred, kv = self.ar_layers.step("pred", pred, cache.ar, positions, block, cache.lengths)
-        # Layers that are apart have written the keys. They remain until the clean tower's replace them.
+        # Unrolled layers have already written the keys and values, which the clean tower overwrites.
         if not self.config.switches.clean_stream or self.config.attention.unrolls_layers:
             cache = cache._replace(ar=write_block(cache.ar, kv, block, self.config.attention))
         return pred, cache
@@ -126,7 +126,7 @@ class Decoding(nn.Module):
           `cache_noisy`.
         """
         x, skips = self._downsample(noisy, jnp.full(noisy.shape[:2], t), self._finished_context(cache, block))
-        x = self._add_places(x, self._block_place(cache, block, len(x)))
+        x = self._add_block_embedding(x, self._block_number(cache, block, len(x)))
         repeats = condition.shape[0] // noisy.shape[0]
         x, *skips = (jnp.tile(y, (repeats,) + (1,) * (y.ndim - 1)) for y in (x, *skips))
         pred, kv = self.diffusion_layers.step(
@@ -139,7 +139,7 @@ class Decoding(nn.Module):
     ) -> Float[Array, "B 1 s d"]:
         """Embeds a finished block with timestep t."""
         tokens: Array = self._downsample(z, jnp.full(z.shape[:2], t), self._finished_context(cache, block))[0]
-        return self._add_places(tokens, self._block_place(cache, block, len(tokens)))
+        return self._add_block_embedding(tokens, self._block_number(cache, block, len(tokens)))
 
     def cache_clean(self, cache: ModelCache, clean: Float[Array, "B 1 s d"], block: Index) -> ModelCache:
         """Runs the clean tower on a finished block and caches its keys and values.
@@ -178,8 +178,8 @@ class Decoding(nn.Module):
         context = neighbor_context(cache.finished_blocks, order, self.config.sizes)
         return jax.lax.dynamic_slice_in_dim(context, block, 1, axis=1)
 
-    def _block_place(self, cache: ModelCache, block: Index, rows: int) -> Int[Array, "*rows 1"] | None:
-        """Returns the place of a block, (1,) or (rows, 1); None in raster order."""
+    def _block_number(self, cache: ModelCache, block: Index, rows: int) -> Int[Array, "*rows 1"] | None:
+        """Returns the raster number of a block, (1,) or (rows, 1); None in raster order."""
         if cache.order is None:
             return None
         order = cache.order if cache.order.ndim == 1 else cache.order[:rows]

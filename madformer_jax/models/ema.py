@@ -48,7 +48,7 @@ class Combination(NamedTuple):
     """Weights of stored averages that approximate another average."""
 
     weights: np.ndarray  # (snapshots, profiles of `PROFILES`) float64
-    error: float  # distance of the two profiles, relative to the norm of the wanted profile
+    error: float  # distance of the combined from the wanted profile, relative to the norm of the wanted one
 
 
 def combine(steps: Sequence[int], width: float) -> Combination:

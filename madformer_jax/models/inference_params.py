@@ -1,8 +1,8 @@
 """Conversion of training parameters to the form that sampling reads thousands of times.
 
-Kernels are cast once to the type of the computation. If they fit, every device holds them whole, so
-that no loop gathers them. `sampling.generation` and `sampling.trained_model` call
-`inference_params` inside their programs. A layer that computes in float32 in every model must be in
+Kernels are cast once to the type of the computation. If they fit, every device holds them whole
+(except for the split over "tensor"), so that no loop gathers them. `sampling.generation` calls
+`inference_params` inside its programs. A layer that computes in float32 in every model must be in
 `_FLOAT32_NAMES`.
 """
 

@@ -314,7 +314,7 @@ class ResNetBlock(nn.Module):
       dtype: Type of the computation.
       kernel: Size of both convolutions.
       shortcut: Name of the shortcut's 1 x 1 convolution, which exists if the channels change.
-      one_pass_norm: Whether the norms and SiLU have the form of `group_norm`, for GPUs.
+      fused_norm: Whether `group_norm` computes each norm and SiLU together, for GPUs.
     """
 
     channels: int
@@ -322,14 +322,14 @@ class ResNetBlock(nn.Module):
     dtype: DTypeLike
     kernel: int = 3
     shortcut: str = "shortcut"
-    one_pass_norm: bool = False
+    fused_norm: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "n height width c"], time: Float[Array, "n time_width"] | None = None
     ) -> Float[Array, "n height width {self.channels}"]:
         def norm_and_silu(y: Float[Array, "n height width _"], name: str) -> Float[Array, "n height width _"]:
-            if self.one_pass_norm:
+            if self.fused_norm:
                 return GroupNormSilu(self.groups, GROUP_NORM_EPS, self.dtype, name=name)(y)
             return silu(group_norm(self.groups, self.dtype, name)(y))
 

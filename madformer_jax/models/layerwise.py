@@ -1,6 +1,7 @@
 """The training forward one decoder layer at a time, to look inside a trained model.
 
-`evaluation.split_probe` calls it. The numbers are those of `MADFormer.__call__`, with the same parameters.
+`evaluation.split_probe` calls it. The numbers are those of `MADFormer.__call__` in raster order, the only
+order that it supports, with the same parameters.
 Shapes use the letters of the legend in `models.madformer`; N is the number of layers.
 """
 

@@ -181,7 +181,7 @@ class MADFormer(Decoding):
           clean_t: Timestep of each clean block. By default t if `config.clean_timestep` is
             "noisy", and otherwise 0.
           terms: Requested terms of the loss, of `LOSS_TERMS`. Other outputs are not computed.
-          order: Place of each block of the arguments, (L,) or (B, L). By default
+          order: Raster number of each block of the arguments, (L,) or (B, L). By default
             `config.default_order`.
 
         Returns:
@@ -209,7 +209,7 @@ class MADFormer(Decoding):
                 context = jnp.tile(neighbor_context(z, order, config.sizes), (1, len(plan.downsampled), 1, 1))
             h, skips = self._downsample(latents, timesteps, context)
             embedded = dict(zip(plan.downsampled, jnp.split(h, len(plan.downsampled), axis=1), strict=True))
-            embedded = {name: self._add_places(x, order) for name, x in embedded.items()}
+            embedded = {name: self._add_block_embedding(x, order) for name, x in embedded.items()}
 
         positions = self._stream_positions(order, plan.clean_blocks)
         streams = self._ar_streams(plan, embedded.get("clean"), tokens, len(z), order)
@@ -260,7 +260,7 @@ class MADFormer(Decoding):
         pred = None
         if "pred" in plan.ar_inputs:
             previous = [] if clean is None else [clean[:, :-1]]
-            pred = self._add_places(jnp.concatenate([self.begin(batch), *previous], axis=1), order)
+            pred = self._add_block_embedding(jnp.concatenate([self.begin(batch), *previous], axis=1), order)
         return Streams(
             text=self.embedding(tokens) if "text" in plan.ar_inputs else None,
             clean=clean[:, : plan.clean_blocks] if clean is not None and "clean" in plan.ar_inputs else None,
@@ -308,16 +308,16 @@ class MADFormer(Decoding):
         split = x.reshape(batch, len(names), self.config.sizes.blocks, *x.shape[1:])
         return jnp.concatenate([split[:, names.index(name)] for name in selected], axis=1).reshape(-1, *x.shape[1:])
 
-    def _add_places(self, x: Float[Array, "B n s d"], places: Order | None) -> Float[Array, "B n s d"]:
-        """Adds the learned embedding of the place of each block, in a model of random order.
+    def _add_block_embedding(self, x: Float[Array, "B n s d"], numbers: Order | None) -> Float[Array, "B n s d"]:
+        """Adds the learned embedding of the position of each block, in a model of random order.
 
         Args:
           x: Tokens.
-          places: Place of each block, (n,) or (B, n).
+          numbers: Raster number of each block, (n,) or (B, n).
         """
-        if self.config.block_order != "random" or places is None:
+        if self.config.block_order != "random" or numbers is None:
             return x
-        return x + jnp.take(self.places, places, axis=0)[..., None, :].astype(x.dtype)
+        return x + jnp.take(self.places, numbers, axis=0)[..., None, :].astype(x.dtype)
 
     def _image_positions(self, order: Order | None = None) -> RotaryTable:
         """Returns the rotary table of the image tokens, (L, s, h), or (B, L, s, h) if images differ in their order."""
@@ -363,7 +363,7 @@ def build(c: ConfigDict, platform: str | None = None) -> MADFormer:
         kernel=m.unet_kernel,
         dtype=dtype,
         implementation=attention,
-        one_pass_norm=device == "gpu",
+        fused_norm=device == "gpu",
     )
     # Values that the model takes as they are have the name of their config field.
     values = {field.name: m[field.name] for field in dataclasses.fields(ModelConfig) if field.name in m}

@@ -20,7 +20,7 @@ from madformer_jax.models.unet_context import neighbor_context
 
 
 class BlockConditions(NamedTuple):
-    """Everything that the diffusion layers read beside the noisy blocks."""
+    """Arguments of `denoise_blocks` that are the same at every solver step."""
 
     streams: Streams  # text and clean streams, and as `pred` the conditions, (B, L, s, d); None if absent
     neighbors: Float[Array, "B L positions _"] | None  # adjacent values in finished blocks (`unet_context`)
@@ -45,14 +45,14 @@ class ParallelDenoiser(MADFormer):
           clean_t: Timestep of each clean block.
           tokens: Text tokens of a conditional model.
           lengths: Number of tokens of each text. By default all T tokens are text.
-          order: Place of each block, (L,) or (B, L). By default `config.default_order`.
+          order: Raster number of the block generated r-th, for each r, (L,) or (B, L). By default `config.default_order`.
         """
         config, plan = self.config, self._image_plan
         order = config.default_order if order is None else order
         neighbors = neighbor_context(z, order, config.sizes) if config.unet_context else None
         clean = None
         if "clean" in plan.downsampled:
-            clean = self._add_places(self._downsample(z, clean_t, neighbors)[0], order)
+            clean = self._add_block_embedding(self._downsample(z, clean_t, neighbors)[0], order)
         streams = self._ar_streams(plan, clean, tokens, len(z), order)
         if plan.ar_inputs:
             positions = self._stream_positions(order, plan.clean_blocks)
@@ -77,7 +77,7 @@ class ParallelDenoiser(MADFormer):
         plan = self._image_plan
         order = self.config.default_order if order is None else order
         x, skips = self._downsample(noisy, t, conditions.neighbors)
-        x = self._add_places(x, order)
+        x = self._add_block_embedding(x, order)
         pred = x if conditions.streams.pred is None else conditions.streams.pred + x
         streams = conditions.streams._replace(pred=pred).select(plan.diffusion_inputs)
         positions = self._stream_positions(order, plan.clean_blocks)

@@ -1,8 +1,8 @@
 """Plans of the streams, stages and U-Net passes that a model runs in training and in sampling.
 
 `madformer.MADFormer` and `decoding.Decoding` run what the plans contain, and `cost.flops` counts it.
-No other module decides from the loss terms and the ablation switches what to compute, so a switch
-that adds or removes a stream belongs here (MADFormer, sections 3.4 and 4).
+A switch that adds or removes a stream belongs here (MADFormer, sections 3.4 and 4). Other modules
+read the switches only for details within a stage.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,10 @@ from madformer_jax.config.shapes import vocabulary_size
 
 
 class AblationSwitches(NamedTuple):
-    """Properties of a model that decide which streams it has, named as in `config.model`."""
+    """Properties of a model that decide which streams it has.
+
+    Fields have the names of `config.model`, except `text` and `block_only` (`diffusion_attention`).
+    """
 
     blocks: int
     text: bool  # the model is conditional

@@ -180,7 +180,7 @@ class DecoderLayer(nn.Module):
 
         Args:
           streams: Hidden states, each `(rows, S, d)`. A row holds the tokens of one or more images.
-          positions: Rotary table of each stream, of one image.
+          positions: Rotary table of each stream: of one image, or of each image (B, ...).
           lengths: Number of text tokens of each image. By default all T tokens are text.
             Padding is computed, but no other token attends to it.
           keys_only: Streams that end here. They give keys and values to the other streams.
@@ -241,7 +241,7 @@ class DecoderLayer(nn.Module):
           lengths: Number of text tokens, if the text is padded.
 
         Returns:
-          The stream, and its keys and values. With `Attention.write_and_attend` it is its context.
+          The stream, and its keys and values. Unrolled layers with a context return the updated context instead.
         """
         ((name, x),) = streams.as_dict.items()
         # XLA has fewer kernels if the bias is added before the heads are apart.
@@ -266,7 +266,7 @@ class DecoderLayer(nn.Module):
 def _flatten_tokens(streams: Streams, images: int = 1) -> Streams:
     """Flattens the tokens of all blocks of `images` images into one row, (rows, S, d).
 
-    The layers take two token axes less, because on a TPU each further axis costs a copy.
+    The layers take one token axis instead of two, because on a TPU each further axis costs a copy.
     """
     return Streams(**{name: x.reshape(len(x) // images, -1, x.shape[-1]) for name, x in streams.as_dict.items()})
 
@@ -278,7 +278,7 @@ class LayerStack(nn.Module):
     """
 
     layers: int
-    layer: Mapping[str, Any]  # fields of DecoderLayer
+    layer_fields: Mapping[str, Any]  # fields of DecoderLayer
     remat: str  # "none" or a key of REMAT_POLICIES
     unroll: int  # layers that one iteration of the scan runs
 
@@ -292,9 +292,9 @@ class LayerStack(nn.Module):
                 length=self.layers - 1,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            self.body = scanned(**self.layer)
+            self.body = scanned(**self.layer_fields)
         if self.layers:
-            self.last = DecoderLayer(**self.layer)
+            self.last = DecoderLayer(**self.layer_fields)
 
     def __call__(
         self,
@@ -316,7 +316,7 @@ class LayerStack(nn.Module):
         """
         inputs = streams.as_dict
         batch = len(next(iter(inputs.values())))
-        streams = _flatten_tokens(streams, self.layer["attention"].images_per_row(batch))
+        streams = _flatten_tokens(streams, self.layer_fields["attention"].images_per_row(batch))
         keys_only = tuple(name for name in streams.as_dict if name not in out)
         if self.is_initializing():
             if self.layers > 1:
@@ -333,7 +333,7 @@ class LayerStack(nn.Module):
 
     def _layer(self, keys_only: tuple[str, ...]) -> scan_layers.LayerFn:
         """Returns a layer as a function of its parameters, rematerialized by the policy `remat`."""
-        layer = DecoderLayer(**self.layer, parent=None)
+        layer = DecoderLayer(**self.layer_fields, parent=None)
 
         def run(params: Params, streams: Streams, common: tuple[Mapping[str, RotaryTable], Array | None]) -> Streams:
             return layer.apply({"params": params}, streams, *common, keys_only)[0]
@@ -363,10 +363,10 @@ class LayerStack(nn.Module):
 
         Returns:
           The stream, and the keys and values of all layers, `(layers, B, ..., H, h)`, or None if the
-          stage has no layers. With `Attention.write_and_attend` it is the context of each layer.
+          stage has no layers. Unrolled layers with a context return the context of each layer instead.
         """
         streams, stacked_kv, kvs = _flatten_tokens(Streams(**{name: x})), [], []
-        decoder_layer = DecoderLayer(**self.layer, parent=None)
+        decoder_layer = DecoderLayer(**self.layer_fields, parent=None)
 
         def run(streams: Streams, layer_params: tuple[Params, int | Array]) -> tuple[Streams, KV]:
             params, layer = layer_params
@@ -376,7 +376,7 @@ class LayerStack(nn.Module):
         unrolled = []  # parameters of the layers that run without a loop
         if self.layers > 1:
             body = nn.meta.unbox(self.body.variables["params"])
-            if self.layer["attention"].unrolls_layers:
+            if self.layer_fields["attention"].unrolls_layers:
                 body = unstack_layers({"body": body}, self.layers)["body"]
             if "0" in body:  # from `unstack_layers`
                 unrolled = [body[str(layer)] for layer in range(self.layers - 1)]
@@ -389,8 +389,8 @@ class LayerStack(nn.Module):
             streams, kv = run(streams, (params, layer))
             kvs.append(kv)
         out = streams.as_dict[name].reshape(x.shape)
-        has_context = name != "text" and cache.context is not None and not self.layer["block_only"]
-        if self.layer["attention"].unrolls_layers and has_context:
+        has_context = name != "text" and cache.context is not None and not self.layer_fields["block_only"]
+        if self.layer_fields["attention"].unrolls_layers and has_context:
             return out, tuple(kvs)
         stacked_kv += [jax.tree.map(lambda x: x[None], kv) for kv in kvs]
         kv_of_layers = KV(*map(jnp.concatenate, zip(*stacked_kv, strict=True))) if stacked_kv else None

@@ -76,10 +76,10 @@ class AttentionBlock(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """Plain values that `Downsampler` and `Upsampler` share, one entry of a tuple per stage of the former."""
+    """Settings that `Downsampler` and `Upsampler` share. Tuples have one entry for each stage of `Downsampler`."""
 
     channels: tuple[int, ...]
-    layers: int
+    layers: int  # ResNet blocks of a stage of `Downsampler`; stages of `Upsampler` have one more
     attention: tuple[bool, ...]
     groups: int
     heads: int
@@ -88,15 +88,15 @@ class UNetConfig:
     stride: int
     kernel: int  # size of all convolutions except those between stages
     dtype: DTypeLike
-    implementation: Attention  # of `attention`
-    one_pass_norm: bool = False  # see `layers.ResNetBlock`
+    implementation: Attention  # implementation of the self-attention
+    fused_norm: bool = False  # see `layers.ResNetBlock`
 
     def layer(
         self, x: Float[Array, "n _ _ _"], time: Float[Array, "n _"], channels: int, attention: bool, name: str
     ) -> Float[Array, "n _ _ _"]:
         """Applies a ResNet block and, if `attention`, self-attention. Call it within a module."""
         x = ResNetBlock(
-            channels, self.groups, self.dtype, self.kernel, one_pass_norm=self.one_pass_norm, name=f"resnet_{name}"
+            channels, self.groups, self.dtype, self.kernel, fused_norm=self.fused_norm, name=f"resnet_{name}"
         )(x, time)
         if not attention:
             return x

@@ -54,4 +54,4 @@ def neighbor_context(
         jnp.where((rank < block_ranks)[..., None, None, None], side, 0)
         for rank, side in zip(neighbors, (left, above, right, below), strict=True)
     ]
-    return block_order.to_ranks(jnp.concatenate(sides, axis=-1).reshape(*z.shape[:3], -1), order)
+    return block_order.to_generation_order(jnp.concatenate(sides, axis=-1).reshape(*z.shape[:3], -1), order)

@@ -53,9 +53,9 @@ class Attention(nn.Module):
             return dense(channels, ("conv_in", "conv_out"), self.dtype, name=name)
 
         h = group_norm(self.groups, self.dtype, "group_norm")(x).reshape(batch, height * width, channels)
-        q, k, v = linear("to_q")(h), linear("to_k")(h), linear("to_v")(h)  # (B, S, C)
+        q, k, v = linear("to_q")(h), linear("to_k")(h), linear("to_v")(h)  # (B, h * w, d)
 
-        def attend(query: Array) -> Array:  # (B, C): one position of every image
+        def attend(query: Array) -> Array:  # (B, d): one position of every image
             scores = jnp.einsum("bc,bkc->bk", query, k, preferred_element_type=jnp.float32)
             return jnp.einsum("bk,bkc->bc", jax.nn.softmax(scores * channels**-0.5).astype(v.dtype), v)
 

@@ -191,8 +191,8 @@ def _open_loop_calls(
     hook_list = _make_hooks(c, workdir, r, metric_writer, grids)
     profile = stack.enter_context(_make_profiler(c, workdir, step))
     preemption = stack.enter_context(Preemption())
-    inputs = {"data": _dataset_record(r.info), **text.tokenizer_identity(c)}
-    saver = stack.enter_context(CheckpointSaver(c, workdir, r.checkpoints, metric_writer, inputs, r.check_lock))
+    data_identity = {"data": _dataset_record(r.info), **text.tokenizer_identity(c)}
+    saver = stack.enter_context(CheckpointSaver(c, workdir, r.checkpoints, metric_writer, data_identity, r.check_lock))
     stack.enter_context(partitioning.scope(r.mesh))
     return LoopCalls(step_fn, metric_writer, hook_list, profile, preemption, saver)
 

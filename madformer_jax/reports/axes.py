@@ -24,7 +24,7 @@ class Axis(NamedTuple):
 
     field: str  # name in the config
     values: tuple[Any, ...]  # sorted
-    dependent_fields: tuple[str, ...] = ()  # whose values follow from those of `field`, such as "train.steps"
+    dependent_fields: tuple[str, ...] = ()  # fields that follow from `field`, or from all axes up to it
 
     @property
     def label(self) -> str:

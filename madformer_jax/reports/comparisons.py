@@ -124,7 +124,9 @@ def best_within(group: ProtocolGroup, setting: Setting, score: str, budget: Budg
     return max(candidates, key=lambda best: sign * statistics.fmean(best.values.values()), default=None)
 
 
-def at_best_steps(group: ProtocolGroup, score: str, budgets: Iterable[Budget]) -> dict[Budget, list[Difference]]:
+def differences_at_best_steps(
+    group: ProtocolGroup, score: str, budgets: Iterable[Budget]
+) -> dict[Budget, list[Difference]]:
     """Returns the differences of all contrasts at each budget. Holm's procedure covers all of them together."""
     keys: list[tuple[Budget, Setting, Setting, tuple[int, int]]] = []
     samples: list[list[float]] = []
@@ -144,7 +146,7 @@ def along_budgets(
 ) -> list[tuple[Budget, Difference]]:
     """Returns the difference of a pair (setting, baseline) at each budget, with a simultaneous band over the budgets.
 
-    The budgets have one kind and are in order. The bands of as many pairs as `tests` hold together.
+    The budgets have one kind and are in order. The bands of `tests` pairs hold together.
     """
     rows: list[tuple[Budget, tuple[int, int], dict[int, float]]] = []
     for budget in budgets:
@@ -201,8 +203,8 @@ def training_losses(run: Mapping[str, Any]) -> dict[str, float]:
     """Returns the losses of a run: name -> mean over the last quarter of the training steps.
 
     The curve of a result has a mean for each window of steps. A window lacks the loss of a quarter of the
-    timesteps that it did not draw. A held-out loss, if the run measured it, has the prefix "held_out_". Scores
-    on held-out images, such as bits per dimension, keep their names.
+    timesteps that it did not draw. A validation loss has the prefix "held_out_". Scores of `evaluate.held_out_n`
+    keep their names, and replace validation losses of the same name.
     """
     curve = run["training"]["curve"]
     rows = [row for row in curve if row["step"] > 0.75 * curve[-1]["step"]]
@@ -243,7 +245,7 @@ def comparable_losses(group: ProtocolGroup, pair: tuple[Setting, Setting], name:
     return not any({axis.field, *axis.dependent_fields} & set(target_fields(name)) for axis in changed)
 
 
-def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Difference]:
+def loss_differences(results: Results, group: ProtocolGroup, name: str) -> list[Difference]:
     """Returns the differences of a loss for all contrasts with a common target, under Holm's procedure.
 
     Bits per dimension measure the same target for all settings.
@@ -255,7 +257,7 @@ def of_losses(results: Results, group: ProtocolGroup, name: str) -> list[Differe
     return [Difference(*pair, x) for (pair, _), x in zip(samples, intervals.holm([values for _, values in samples]))]
 
 
-def of_quarters(results: Results, group: ProtocolGroup) -> list[tuple[Difference, ...]]:
+def quarter_loss_differences(results: Results, group: ProtocolGroup) -> list[tuple[Difference, ...]]:
     """Returns, for each contrast, the differences of the image loss in the four quarters of the timesteps.
 
     Their bands over the quarters hold together for all contrasts.

@@ -1,8 +1,8 @@
 """The sections of a report, in order, shared by the page and the Markdown file.
 
 `modes.report` calls `build_sections`; `html.render` and `to_markdown` write the sections. To add a
-table or figure, add it to `_answer_section` (first on the page), `_main_sections` (always visible) or
-`_detail_sections`.
+table or figure, add it to `_answer_section` (first on the page), `_main_sections` or
+`_detail_sections`. `Section.folded` decides what is visible at first.
 """
 
 import itertools
@@ -124,7 +124,7 @@ def _answer_panels(results: Results, group: ProtocolGroup) -> Iterable[Panel]:
     """Yields the figures of the primary endpoint."""
     endpoint = results.protocol["primary"] if results.protocol else ""
     if protocol.is_loss(endpoint):
-        differences = comparisons.of_losses(results, group, endpoint)
+        differences = comparisons.loss_differences(results, group, endpoint)
         labels, baseline = comparisons.difference_labels(group, [(d.setting, d.baseline) for d in differences])
         rows = [(label, d.estimate) for label, d in zip(labels, differences)]
         if rows:

@@ -200,7 +200,7 @@ def difference_tables(group: ProtocolGroup, score: str) -> list[Table]:
     """Returns the differences to the baselines at the best step count within each budget, a table for each kind."""
     tables = []
     for budgets in group.budgets_by_kind:
-        differences = comparisons.at_best_steps(group, score, budgets)
+        differences = comparisons.differences_at_best_steps(group, score, budgets)
         rows = _difference_rows(group, [differences.get(budget, []) for budget in budgets])
         if rows:
             title = _title(group, f"{score_heading(score)}: differences at the best step count within each budget")
@@ -237,7 +237,7 @@ def loss_tables(results: Results, group: ProtocolGroup) -> list[Table]:
     tables = []
     held_out = ("bits_per_dimension", "Bits per dimension"), ("held_out_loss_image", "Held-out image loss")
     for name, title in (*held_out, ("loss_image", "Image loss of training")):
-        differences = comparisons.of_losses(results, group, name)
+        differences = comparisons.loss_differences(results, group, name)
         if differences:
             by_setting = comparisons.losses(results, group, name)
             baselines = dict.fromkeys(d.baseline for d in differences)
@@ -257,7 +257,7 @@ def loss_tables(results: Results, group: ProtocolGroup) -> list[Table]:
             note = f"{_HOLM_NOTE} Losses of training are means over the last quarter of the steps."
             header = ("setting", "loss", "difference to the baseline")
             tables.append(Table(f"{title} ({group.data})", header, *_bold_clear(rows), note=note))
-    if quarters := comparisons.of_quarters(results, group):
+    if quarters := comparisons.quarter_loss_differences(results, group):
         rows = [row for q in quarters for row in _difference_rows(group, [[d] for d in q])]
         columns = ("difference", "q1: least noise", "q2", "q3", "q4: most noise")
         note = f"{_CLEAR_NOTE} (max-t over the quarters, Bonferroni over the rows)."

@@ -61,13 +61,13 @@ def check_config(config: ConfigDict, workdir: str, sections: tuple[str, ...] = (
     Raises:
       ConfigError: Fields differ. The message has both values of each.
     """
-    if different := differences(config, workdir, sections):
+    if different := resume_conflicts(config, workdir, sections):
         raise ConfigError(
             f"{workdir} was made by another config: {'; '.join(different)}. Set it back, or use another --workdir."
         )
 
 
-def differences(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()) -> list[str]:
+def resume_conflicts(config: ConfigDict, workdir: str, sections: tuple[str, ...] = ()) -> list[str]:
     """Lists the fields that differ from the workdir's config and may not change when its run is resumed.
 
     Fields that only one config has are ignored. Without a checkpoint any config may start the run.
@@ -293,7 +293,7 @@ class Checkpoints:
             raise ConfigError(f"{folder} is damaged: its metadata is missing.")
         return content
 
-    def metadata(self, item: str) -> Any:
+    def abstract_tree(self, item: str) -> Any:
         """Returns the tree of an item of the newest step, with shapes and types; None if the step lacks the item."""
         with self._errors("read"):
             tree = self._manager.item_metadata(self._manager.latest_step()).get(item)

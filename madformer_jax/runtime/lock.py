@@ -135,8 +135,8 @@ def _write_lock(path: epath.Path, mine: dict[str, Any]) -> None:
         holder, version = _read_lock(path)
         if holder is not None and _is_alive(path, holder):
             raise LockedError(
-                f"--workdir={path.parent} is written by {_describe_holder(holder)}: stop that one or give another --workdir "
-                f"(nobody does? remove {path})."
+                f"--workdir={path.parent} is written by {_describe_holder(holder)}: stop that one or give another --workdir. "
+                f"If that process no longer exists, remove {path}."
             )
         if storage.write_version(path, _encode(mine), version):
             break

@@ -18,11 +18,11 @@ def restart_with_tunables() -> None:
 
 
 def trim() -> None:
-    """Returns freed memory to the system, of which each thread keeps some."""
+    """Returns freed memory to the system. glibc keeps some of it for each thread."""
     _call_glibc("malloc_trim", 0)
 
 
-def retain_memory() -> None:
+def keep_batch_memory() -> None:
     """Keeps the memory of freed batches for the next ones, in processes that read data.
 
     By default it returns to the system at once, and new pages cost more than reading: a worker that reads
@@ -32,7 +32,7 @@ def retain_memory() -> None:
     _call_glibc("mallopt", _M_TRIM_THRESHOLD, 256 * 2**20)
 
 
-def reuse_memory() -> None:
+def keep_all_memory() -> None:
     """Keeps all freed memory, in processes that compute on a CPU.
 
     A program allocates its temporary arrays at every call. By default they return to the system at the end

@@ -187,9 +187,9 @@ def log_overview(params: Any, state: Any, path: storage.Path) -> None:
             storage.write_text(path, parameter_overview.get_parameter_overview(params, include_stats="sharding") + "\n")
     sizes = {name: sum(x.size for x in jax.tree.leaves(subtree)) for name, subtree in params.items()}
     parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    logging.info("%s parameters: %s; each one: %s", f"{sum(sizes.values()):,}", parts, path)
+    logging.info("%s parameters: %s; full list: %s", f"{sum(sizes.values()):,}", parts, path)
     sizes_in_mib = device_bytes(params) / 2**20, device_bytes(state) / 2**20
-    logging.info("on each device: parameters %.1f MiB, parameters, averages and optimizer %.1f MiB", *sizes_in_mib)
+    logging.info("on each device: %.1f MiB of parameters; %.1f MiB with averages and optimizer state", *sizes_in_mib)
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:

@@ -88,10 +88,10 @@ def check_arrays_path(path: Path, write: bool) -> None:
       ConfigError: Names the characters.
     """
     folder = os.fspath(absolute(path))
-    if _contains_arrays(folder, write):
+    if _is_addressable(folder, write):
         return
     root = "gs://bucket/" if is_remote(folder) else "/"
-    wrong = [character for character in dict.fromkeys(folder) if not _contains_arrays(root + character, write)]
+    wrong = [character for character in dict.fromkeys(folder) if not _is_addressable(root + character, write)]
     reason = "its address, which must be gs://BUCKET/... or s3://BUCKET/..."
     if wrong:
         reason = f"{', '.join(map(repr, wrong))} in its path"
@@ -101,7 +101,7 @@ def check_arrays_path(path: Path, write: bool) -> None:
     )
 
 
-def _contains_arrays(folder: str, write: bool) -> bool:
+def _is_addressable(folder: str, write: bool) -> bool:
     import tensorstore  # slow to import
 
     name = f"{folder.rstrip('/')}/"

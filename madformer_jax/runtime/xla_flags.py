@@ -16,7 +16,7 @@ _ACCELERATOR_DEVICES = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9
 
 
 def supported(flags: str, packages: Iterable[str] = tuple(LIBRARIES)) -> str:
-    """Returns those of the flags, which spaces separate, that the library of each installed package knows.
+    """Returns the flags, separated by spaces, that the library of every installed package knows.
 
     Returns no flag if none of the packages is installed.
     """

@@ -164,12 +164,12 @@ def open_guide(c: ConfigDict) -> TrainedModel | None:
     if guide is None:
         return None
     try:
-        own, other = fields.flat(c), fields.flat(guide)
+        ours, theirs = fields.flat(c), fields.flat(guide)
         different = [
-            f"config.{name} is {other[name]!r} there and {own[name]!r} here"
-            for name in own
+            f"config.{name} is {theirs[name]!r} in the guide and {ours[name]!r} in this model"
+            for name in ours
             if {name, name.split(".")[0]} & set(_GUIDE_FIELDS)
-            if identity.affects_results(name) and own[name] != other[name]
+            if identity.affects_results(name) and ours[name] != theirs[name]
         ]
         if different:
             raise ConfigError(f"it cannot guide this model: {'; '.join(different)}.")

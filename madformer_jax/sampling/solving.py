@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from ml_collections import ConfigDict
 
-from madformer_jax.config import block_steps, schema
+from madformer_jax.config import block_orders, block_steps, schema
 from madformer_jax.diffusion import guidance, solvers
 from madformer_jax.diffusion import schedule as schedules
 
@@ -51,7 +51,7 @@ def coefficients(c: ConfigDict, block: int = 0) -> solvers.Coefficients:
 
 
 def evaluations(c: ConfigDict) -> int:
-    """Returns the evaluations of the network in a block."""
+    """Returns the evaluations of the network in a block of `sample.steps` solver steps."""
     return solvers.make(c.sample.solver).evaluations(c.sample.steps)
 
 
@@ -85,4 +85,5 @@ def path_protocol(c: ConfigDict) -> dict[str, Any]:
 
 def depends_on_seed(c: ConfigDict) -> bool:
     """Returns whether the seed decides the images, if labels and the initial noise are given."""
-    return coefficients(c).noise_weight is not None or c.sample.context_noise > 0
+    is_stochastic = coefficients(c).noise_weight is not None or c.sample.context_noise > 0
+    return is_stochastic or block_orders.sampling_order_name(c) == "random"

@@ -74,8 +74,9 @@ class Model:
     """A trained model, as `load` returns it.
 
     The first call with a number of images, a solver, a `clip_x0` or guidance on or off compiles a program,
-    which can take a minute. `sample` also compiles for a new number of steps, spacing or noise file. Seeds,
-    labels, prompts and guidance scales compile nothing.
+    which can take a minute. Both also compile for a new `diffusion_depth` or `context_noise`. `sample` also
+    compiles for new steps, `spacing` or `block_order`, for the first noise file, and for another number of
+    kept blocks. Seeds, labels, prompts and guidance scales compile nothing.
 
     Attributes:
       config: The config of the training, with the settings of `load`. Its section `sample` has the defaults
@@ -365,7 +366,7 @@ class Model:
         if (kept_blocks := self._encode(picture)) is not None:
             kept_blocks = kept_blocks._replace(blocks=kept_blocks.of_images(np.arange(s.n)))
         order, block_array = editing.sampler_arguments(c, keys, kept_blocks).values()
-        noise = block_order.to_ranks(noise, order)
+        noise = block_order.to_generation_order(noise, order)
         begin, *_, cache_clean, _ = programs(0)
         z, (cache, pred) = jnp.zeros_like(noise), begin(noise, *(prompts.tokenize(c) or (classes, None)), order)
         first = 0 if block_array is None else block_array.shape[1]

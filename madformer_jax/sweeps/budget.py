@@ -115,6 +115,7 @@ def sampling_cost(c: ConfigDict, kind: str, steps: int, timing: Timing | None = 
 def _check_tolerance(name: str, kind: str, amount: float, steps: int, cost: Callable[[int], float]) -> int:
     if abs(cost(steps) - amount) > TOLERANCE * amount:
         raise ConfigError(
-            f"{name}: {amount:g} {kind} are out of reach: the nearest is {cost(steps):.4g}, with {steps} steps."
+            f"{name}: {amount:g} {kind} are out of reach: the nearest is {cost(steps):.4g}, with {steps} steps. Choose another "
+            "amount."
         )
     return steps

@@ -106,10 +106,10 @@ def _settings(sweep: Sweep, values: Settings) -> list[Settings]:
 
 
 def check_unchanged(job: Job) -> None:
-    """Checks that a protocol from before the results is the one that the folder held when they came.
+    """Checks that a protocol written before the results has not changed since the first result of the folder.
 
     Raises:
-      ConfigError: It is another one, or the folder had none.
+      ConfigError: It has changed, or the folder had none.
     """
     path = os.path.join(job.workdir, "sweep.json")
     stored, plan = storage.read_json_object(path) or {}, json.loads(json.dumps(sweep_folder.plan_json(job)))

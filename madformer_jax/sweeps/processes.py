@@ -26,8 +26,8 @@ from madformer_jax.runtime import cores, memory, storage, xla_flags
 
 AUTO = "auto"
 PARENT_VARIABLE = "MADFORMER_PARENT"  # process id of the process that started this one
-INDEX_VARIABLE = "MADFORMER_INDEX"  # index of the run at which a process begins
-BYTES = int(2.5 * 2**30)  # memory of a process that trains and evaluates digits (2.3 GiB at most)
+INDEX_VARIABLE = "MADFORMER_INDEX"  # index of this process among all processes of the sweep
+PROCESS_BYTES = int(2.5 * 2**30)  # memory of a process that trains and evaluates digits (2.3 GiB at most)
 POLL_SECONDS = 0.2  # between two checks of the processes
 PROGRESS_SECONDS = 5.0  # between two checks of the runs
 REPORT_SECONDS = 60.0  # between two log lines about the runs
@@ -58,7 +58,7 @@ def choose_count(setting: str, runs: int, platform: str, jax_processes: int) -> 
     """
     several_fit = platform == "cpu" and jax_processes == 1
     if setting == AUTO:
-        available = min(len(cores.affinity()), cores.quota(), memory.host_free_bytes() // BYTES)
+        available = min(len(cores.affinity()), cores.quota(), memory.host_free_bytes() // PROCESS_BYTES)
         count = int(available) if several_fit else 1
     elif not setting.isdecimal() or int(setting) < 1:
         raise ConfigError(f"--processes={setting} must be 'auto' or a number of processes, at least 1.")
@@ -82,7 +82,7 @@ def index() -> int:
     return int(text)
 
 
-def command_of_one(argv: Sequence[str]) -> list[str]:
+def single_process_command(argv: Sequence[str]) -> list[str]:
     """Returns the command of one process for the arguments of this one; argv[0] is the program."""
     return [sys.executable, "-m", "madformer_jax.main", *argv[1:], "--processes=1"]
 
@@ -94,7 +94,7 @@ def run(command: Sequence[str], workdir: str, count: int, runs: int, progress: C
     second Ctrl-C kills the processes.
 
     Args:
-      command: The command of a process, see `command_of_one`.
+      command: The command of a process, see `single_process_command`.
       progress: Returns the number of finished runs and a log line about all runs. The line is logged
         when the number changes, and each minute.
 

@@ -17,7 +17,7 @@ from madformer_jax.sweeps.sweep_folder import Job
 _SHAPES = ("data.image_size", "data.channels")
 _TRAINING = ("model", "text", "loss", "diffusion", "codec", "train", "optimizer")
 _SAMPLING = ("model", "text", "codec")
-# Fields of `sample` that are compiled into a program.
+# Fields of `sample` that are compiled into a program, as in `sampling_grid.program_key`.
 _STATIC_FIELDS = ("solver", "clip_x0", "guide", "batch", "diffusion_depth", "context_noise", "block_order")
 # These decide what the programs get as arguments.
 _ARGUMENTS = ("train.init_from", "codec.path", "text.caption", "text.tokenizer")

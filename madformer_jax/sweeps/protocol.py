@@ -51,8 +51,8 @@ class Protocol(NamedTuple):
 
     Attributes:
       primary: The endpoint of the claims: the first word of a score ("KID"), a loss ("loss_image",
-        "held_out_loss_image", "held_out_loss_q1") or "bits_per_dimension". The last two and other
-        scores on held-out images need `evaluate.held_out_n`.
+        "held_out_loss_image", "held_out_loss_q1") or "bits_per_dimension". Losses with "held_out_" need
+        `train.validate_every` or `evaluate.held_out_n`, bits per dimension need the latter.
       secondary: The endpoint that is reported beside it.
       claims: The statements. Their intervals hold together, so that each further claim widens all.
       refuted_if: What would refute the claims, in words.

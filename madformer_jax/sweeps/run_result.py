@@ -54,7 +54,7 @@ def phase_seconds(lines: Sequence[dict[str, Any]], results: Sequence[dict[str, A
 
 
 def grid_rows(job: Job, results: Sequence[dict[str, Any]]) -> list[int]:
-    """Returns the evaluations that are rows of the sample grid.
+    """Returns the indices of the evaluations that are rows of the sample grid.
 
     They are those with the first overrides, one for each number of solver steps, cheapest first.
     """

@@ -149,7 +149,7 @@ def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
       ConfigError: The sweep has no runs, two runs are equal, or a setting or a budget is wrong.
     """
     if not sweep.runs:
-        raise ConfigError("the sweep has no runs.")
+        raise ConfigError("the sweep has no runs: give `Sweep.runs` at least one override, {} for the base.")
     runs: dict[str, Run] = {}
     for overrides in sweep.runs:
         c = apply_overrides(base, overrides)
@@ -170,7 +170,8 @@ def expand_evaluations(sweep: Sweep) -> list[Evaluation]:
     """Returns the evaluations of every run, in order.
 
     Raises:
-      ConfigError: The sweep has no evaluations, or one sets a field outside of `sample`.
+      ConfigError: The sweep has no evaluations, the amounts of a budget are one number, or an evaluation sets
+        a field outside of `sample`, or `sample.steps` or `sample.n`.
     """
     for kind, amounts in sweep.sample_budgets.items():
         if isinstance(amounts, int | float):

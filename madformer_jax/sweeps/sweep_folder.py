@@ -1,16 +1,17 @@
 """The folder of a sweep: its files, and the status of its runs.
 
-`modes.sweep` writes these files. `listing` and the reports read them.
+`modes.sweep` writes these files. `run_table` and the reports read them.
 
 sweep.json               the plan: question, protocol, budgets, and the name and overrides of every run
 judges/HASH/             classifiers and reference of a data set, shared by all runs on it
 logs/HOST_NUMBER.log     the log of each process that `processes` starts
 claims/NAME/lock.json    the process that works on a run, judge or timing, with its heartbeat
+timings/NAME.json        measured seconds of an image and of a solver step, shared by all seeds
 runs/NAME/               workdir of a training and of its evaluations, and:
           result.json    the result of a finished run; interruptions do not change its bytes
           grid.png       samples of the first seed, a row for each of the result's `grid_rows`
-          seconds.json   seconds of training and evaluations on a possibly busy machine
-          timing.json    seconds of sampling an image, measured by --measure on an idle machine
+          seconds.json   seconds of the training, and for each image of an evaluation, on a possibly busy machine
+          timing.json    copy of timings/NAME.json
 """
 
 import contextlib
@@ -115,11 +116,11 @@ def read_result(path: epath.PathLike) -> dict[str, Any] | None:
 
 
 def run_status(workdir: str, run: Run, evaluations: Iterable[Evaluation]) -> str:
-    """Returns "done", "open" or "claimed by ..." with the process that works on the run."""
+    """Returns "done", "open" or "in progress at ..." with the process that works on the run."""
     if is_done(workdir, run, evaluations):
         return "done"
     holder = lock.holder(claim_path(workdir, run.name))
-    return f"claimed by {holder}" if holder else "open"
+    return f"in progress at {holder}" if holder else "open"
 
 
 def progress(job: Job) -> tuple[int, str]:

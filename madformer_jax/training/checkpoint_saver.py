@@ -29,7 +29,7 @@ class CheckpointSaver:
         workdir: str,
         checkpoints: checkpoint.Checkpoints,
         metric_writer: MetricWriter,
-        inputs: dict[str, Any],
+        data_identity: dict[str, Any],
         check_lock: Callable[[], None],
     ):
         """Initializes the saver.
@@ -39,15 +39,15 @@ class CheckpointSaver:
           workdir: Folder of the run.
           checkpoints: The checkpoints of the workdir.
           metric_writer: The writer, which is flushed before each save.
-          inputs: Identity of the data and the tokenizer, saved with each checkpoint.
+          data_identity: Identity of the data and the tokenizer, saved with each checkpoint.
           check_lock: Raises if another process has taken over the workdir.
         """
         self.last_finished: tuple[int, train_step.State, dict[str, Any]] | None = None
         self._c, self._workdir, self._checkpoints = c, workdir, checkpoints
-        self._metric_writer, self._inputs, self._check_lock = metric_writer, inputs, check_lock
+        self._metric_writer, self._data_identity, self._check_lock = metric_writer, data_identity, check_lock
 
     def __call__(self) -> None:
-        """Reports, and starts to save.
+        """Writes the metrics and starts a save of the last finished step.
 
         Raises:
           DivergedError: The state is not finite; it is not saved.
@@ -62,7 +62,7 @@ class CheckpointSaver:
         self._check_lock()
         checkpoint.write_config(self._c, self._workdir)  # A config is saved only after it worked.
         arrays = checkpoint.array_items(state)
-        self._checkpoints.save(step, arrays, position, {"step": step, **self._inputs})
+        self._checkpoints.save(step, arrays, position, {"step": step, **self._data_identity})
 
     def wait(self) -> None:
         """Waits until the last save is on disk."""

@@ -18,7 +18,9 @@ from madformer_jax.training.train_step import State
 
 
 def load(c: ConfigDict, state: State) -> State:
-    """Replaces the parameters and averages of a new state by the weights of `train.init_from`.
+    """Replaces the parameters and the EMA of a new state by the weights of `train.init_from`.
+
+    `power_ema` stays, because its first update replaces it.
 
     The weights are the averages that `init_from` holds, or its parameters if it has no averages.
 
@@ -28,11 +30,11 @@ def load(c: ConfigDict, state: State) -> State:
     source = c.train.init_from
     try:
         checkpoint.require(source)
-        for difference in checkpoint.differences(c, source, checkpoint.MODEL_FIELDS):
+        for difference in checkpoint.resume_conflicts(c, source, checkpoint.MODEL_FIELDS):
             logging.warning("init_from: the weights are of another model: %s", difference)
         with checkpoint.Checkpoints(source, read_only=True) as checkpoints:
-            item = "ema" if checkpoints.metadata("ema") else "params"
-            step, trees, _ = checkpoints.restore({item: _restore_target(checkpoints.metadata(item), state.params)})
+            item = "ema" if checkpoints.abstract_tree("ema") else "params"
+            step, trees, _ = checkpoints.restore({item: _restore_target(checkpoints.abstract_tree(item), state.params)})
         saved, current = _named_arrays(trees[item]), _named_arrays(state.params)
         fitting = {name for name in saved.keys() & current.keys() if saved[name].shape == current[name].shape}
         if not fitting:

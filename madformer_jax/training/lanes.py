@@ -236,5 +236,5 @@ def faster_together(
                 began = time.monotonic()
         jax.block_until_ready(states)
         rates.append(len(group) * MEASURED_CALLS * group[0].config.train.scan / (time.monotonic() - began))
-    logging.info("steps/s over all runs: %.3g with one, %.3g with %d in one program", *rates, len(lanes))
+    logging.info("steps/s: %.3g for one run alone, %.3g in total for %d runs in one program", *rates, len(lanes))
     return rates[1] > rates[0]

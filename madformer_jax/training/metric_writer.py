@@ -38,7 +38,7 @@ class MetricWriter:
     """Writes the metrics of a run to the log, to workdir/metrics.jsonl and to trackers.
 
     A thread writes the files in order, so a failed write is raised by a later call. metrics.jsonl
-    has one line for each report and one for its scores. At the start, the lines of steps that will
+    has one line for each report, each set of scores and each validation. At the start, the lines of steps that will
     be trained again are removed.
     """
 
@@ -79,7 +79,7 @@ class MetricWriter:
         Args:
           step: Number of the step.
           parameters: Number of parameters.
-          images: uint8 (n, H, W, c), or None if the data are latents.
+          images: uint8 (n, H, W, c), or None to log no images.
         """
 
         def write(tracker: Tracker) -> None:
@@ -122,8 +122,8 @@ class MetricWriter:
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 raise DivergedError(
                     f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}: training has diverged. "
-                    "Go on with a lower optimizer.learning_rate or optimizer.clip; in another workdir, optimizer.skip=3 skips such "
-                    "steps"
+                    "Resume with a lower optimizer.learning_rate or optimizer.clip. Or start in another workdir with "
+                    "optimizer.skip=3, which skips such steps"
                 )
             self._checked.append((step, metrics))
 
@@ -250,7 +250,9 @@ class MetricWriter:
                     self._trackers[name] = kind(self._config, self._workdir)
                 write(self._trackers[name])
             except Exception as error:  # Trackers and TensorFlow's file systems raise errors of their own.
-                logging.error("%s gets nothing more from here on: %s", kind.title, storage.cause_message(error))
+                logging.error(
+                    "%s: a write failed, so nothing more is written to it: %s", kind.title, storage.cause_message(error)
+                )
                 self._tracker_names.remove(name)
 
     @contextlib.contextmanager

@@ -39,9 +39,9 @@ class State(NamedTuple):
 def learning_rate(c: ConfigDict) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    A linear warm-up over `warmup` of the steps is followed by a constant rate, a cosine, or WSD
-    (authors' release). WSD (warm-up, stable, decay) is constant until the last part `decay` of the
-    steps. There it falls as 0.5 ** (6 r), where r goes from 0 to 1.
+    A linear warm-up over the fraction `warmup` of the steps is followed by a constant rate, a cosine, or WSD
+    (authors' release). WSD (warm-up, stable, decay) is constant until the last fraction `decay` of
+    the steps. There it falls as 0.5 ** (6 r), where r goes from 0 to 1.
     """
     o, steps = c.optimizer, c.train.steps
     rate, warmup = o.learning_rate, max(1, round(o.warmup * steps))

@@ -121,9 +121,9 @@ def test_a_stored_config_has_current_names(c, caplog):
 def test_a_workdir_goes_on_with_its_stored_config(c, tmp_path, monkeypatch, caplog):
     (tmp_path / "config.json").write_text(json.dumps(former_config(c)))
     monkeypatch.setattr(checkpoint, "exists", lambda workdir: True)
-    assert checkpoint.differences(c, str(tmp_path)) == []
+    assert checkpoint.resume_conflicts(c, str(tmp_path)) == []
     c.model.prediction_type, c.model.unet_context = "v", False
-    assert checkpoint.differences(c, str(tmp_path)) == [
+    assert checkpoint.resume_conflicts(c, str(tmp_path)) == [
         "config.model.prediction_type was 'x0' and is 'v'",
         "config.model.unet_context was True and is False",
     ]

@@ -61,7 +61,7 @@ def test_one_line_adds_a_field_everywhere(monkeypatch, tmp_path):
     checkpoint.write_config(c, str(tmp_path))
     monkeypatch.setattr(checkpoint, "exists", lambda workdir: True)
     c.loss.order, c.loss.file = "up", "b"
-    assert checkpoint.differences(c, str(tmp_path)) == [
+    assert checkpoint.resume_conflicts(c, str(tmp_path)) == [
         f"config.loss.file was {os.path.expanduser('~/a')!r} and is 'b'"
     ]
     c.loss.order = "left"

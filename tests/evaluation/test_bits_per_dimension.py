@@ -160,14 +160,18 @@ def test_the_estimate_equals_the_sum_over_all_steps(mesh, single, starts, count)
         values = [bits_per_dimension.measure_batch(forward, x, {"bits_per_dimension": [bound] * 2}) for x in batches]
         decoder = bound.deviations, bound.weights
         first, shape = bound.first, (ROWS, len(bound.weights))
-        x0 = forward.errors(batches[0], 99, Levels(*(np.full((ROWS, 1), x) for x in first)), clean_blocks=True).x0
+        x0 = forward.errors(
+            batches[0], 99, Levels(*(np.full((ROWS, 1), x) for x in first)), zero_context_timestep=True
+        ).x0
         decoder = forward.decoder(batches[0], x0, *(np.broadcast_to(x, shape) for x in decoder))
         squared = []  # of timestep 2 i and 2 i + 1 for i = 0 to 499
         for draw in range(DRAWS):
             for odd in (0, 1):
                 t = 2 * np.arange(ROWS)[:, None] + odd
                 levels = Levels(t, *forward.schedule.alpha_sigma(t))
-                squared.append(forward.errors(batches[0], 1000 + 2 * draw + odd, levels, clean_blocks=True).squared)
+                squared.append(
+                    forward.errors(batches[0], 1000 + 2 * draw + odd, levels, zero_context_timestep=True).squared
+                )
     squared = np.reshape(squared, (DRAWS, 2, ROWS)).transpose(0, 2, 1).reshape(DRAWS, -1)[:, int(first.t) + 1 :]
     alpha_bar = schedules.alphas_cumprod()[int(first.t) :]
     betas = 1 - alpha_bar[1:] / alpha_bar[:-1]

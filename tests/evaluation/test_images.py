@@ -12,16 +12,16 @@ def test_seam_score_counts_steps_at_borders():
     ramp = np.broadcast_to(np.arange(12, dtype=np.uint8)[None, None, :, None], (2, 8, 12, 3)).copy()
     ramp[1, :, 6:] += 4  # a step of 5 instead of 1 between the two columns of blocks
     profiles = seams.difference_profiles(ramp)
-    steps = seams.border_and_interior_steps(profiles, (8, 12), rows=1, columns=2)
+    steps = seams.border_and_interior_differences(profiles, (8, 12), rows=1, columns=2)
     inside = (8 * 10) / (8 * 10 + 7 * 12)  # equal rows
     np.testing.assert_allclose(steps, [[1, inside], [5, inside]], rtol=1e-6)
     assert seams.seam_score(steps) == pytest.approx(3 / inside)
-    across_rows = seams.border_and_interior_steps(profiles, (8, 12), rows=2, columns=1)
+    across_rows = seams.border_and_interior_differences(profiles, (8, 12), rows=2, columns=1)
     np.testing.assert_allclose(across_rows[:, 0], 0)
-    np.testing.assert_allclose(seams.middle_steps(ramp, 1, 2, axis=1), [[1, 1], [5, 1]], rtol=1e-6)
-    np.testing.assert_allclose(seams.middle_steps(ramp, 2, 2, axis=0), 0)
+    np.testing.assert_allclose(seams.middle_differences(ramp, 1, 2, axis=1), [[1, 1], [5, 1]], rtol=1e-6)
+    np.testing.assert_allclose(seams.middle_differences(ramp, 2, 2, axis=0), 0)
     flat = seams.difference_profiles(ramp[:, :, :1].repeat(4, 2))
-    assert seams.seam_score(seams.border_and_interior_steps(flat, (8, 4), 2, 2)) == 1
+    assert seams.seam_score(seams.border_and_interior_differences(flat, (8, 4), 2, 2)) == 1
 
 
 def test_copies_of_training_images_are_found(monkeypatch):

@@ -33,7 +33,7 @@ def _compute_scores(arrays, network=Inception, **settings):
 def test_all_scores_have_their_name_their_value_and_an_interval(arrays):
     out, reference = _compute_scores(arrays, training=_training())
     x, y = arrays["features"], reference.features
-    steps = seams.border_and_interior_steps(arrays["profile"], (8, 12), 2, 2)
+    steps = seams.border_and_interior_differences(arrays["profile"], (8, 12), 2, 2)
     precision, recall = scores.inside_balls(x, y)
     expected = {
         "FID": scores.frechet(x, y),
@@ -48,7 +48,7 @@ def test_all_scores_have_their_name_their_value_and_an_interval(arrays):
     assert out.keys() - expected.keys() == {"memorisation", "memorized", "seam_difference"}
     assert out["KID"]["deviation"] == scores.kernel_distance(x, y)[1]
     assert out["seam"]["real"] == seams.seam_score(
-        seams.border_and_interior_steps(reference.profile[None], (8, 12), 2, 2)
+        seams.border_and_interior_differences(reference.profile[None], (8, 12), 2, 2)
     )
     for score in out.values():
         assert score["low"] < score["value"] < score["high"]
@@ -92,7 +92,7 @@ def test_seams_of_one_block_are_compared_with_real_images_on_common_lines():
             if y + dy < 8 and x + dx < 12:
                 sums[i, int(at % 4 > 0)] += abs(images[i, y + dy, x + dx, 0] - images[i, y, x, 0]), 1
     profiles = seams.difference_profiles(images.astype(np.uint8))
-    steps = seams.line_and_other_steps(profiles, (8, 12), 4)
+    steps = seams.line_and_other_differences(profiles, (8, 12), 4)
     np.testing.assert_allclose(steps, sums[..., 0] / sums[..., 1], rtol=1e-5)
     random = np.random.default_rng(1)
     features = random.standard_normal((3, 5))

@@ -62,7 +62,7 @@ def test_positions_follow_the_place_of_a_block():
     forward = jax.jit(lambda *args, order: model.apply({"params": params}, *args, terms=("image",), order=order).image)
     outputs = []
     for order in ([0, 3, 1, 2], [3, 0, 1, 2]):
-        ranked = (block_order.to_ranks(x, np.array(order)) for x in (z, noisy, t))
+        ranked = (block_order.to_generation_order(x, np.array(order)) for x in (z, noisy, t))
         outputs.append(forward(*ranked, order=np.array(order))[:, 3])
     np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
 
@@ -78,17 +78,17 @@ def test_cached_sampling_equals_full_recomputation_in_any_order(random_model):
         config = model.config
         apply = functools.partial(model.apply, order=jnp.asarray(ORDERS))
 
-    ranked = np.asarray(block_order.to_ranks(jnp.asarray(noise), ORDERS))
+    ranked = np.asarray(block_order.to_generation_order(jnp.asarray(noise), ORDERS))
     expected = without_cache(
         Ordered, params, ranked, tokens, None, None, path=losses.schedules.DEFAULT, **settings
     )  # fmt: skip
     draw = jax.jit(functools.partial(sampler.sample, model, **settings))
     cached = draw(params, noise, tokens, order=jnp.asarray(ORDERS))
-    cached_ranks = np.asarray(block_order.to_ranks(cached, ORDERS))
+    cached_ranks = np.asarray(block_order.to_generation_order(cached, ORDERS))
     error, size = (np.linalg.norm(x, axis=(2, 3)) for x in (cached_ranks - expected, expected))
     assert (error < 2e-5 * size).all()
     edited = draw(params, noise, tokens, order=jnp.asarray(ORDERS), kept_blocks=jnp.asarray(cached_ranks[:, :2]))
-    edited = np.asarray(block_order.to_ranks(edited, ORDERS))
+    edited = np.asarray(block_order.to_generation_order(edited, ORDERS))
     np.testing.assert_array_equal(edited[:, :2], cached_ranks[:, :2])
     assert (np.linalg.norm(edited - cached_ranks, axis=(2, 3)) < 2e-5 * size).all()
 
@@ -100,7 +100,9 @@ def test_training_draws_an_order_for_each_image_and_step():
     np.testing.assert_array_equal(np.sort(orders[0]), np.tile(np.arange(16), (5, 1)))
     assert len(np.unique(np.concatenate(orders[1:]), axis=0)) == 10
     x = jax.random.normal(jax.random.key(0), (5, 16, 2))
-    np.testing.assert_array_equal(block_order.to_raster_order(block_order.to_ranks(x, orders[0]), orders[0]), x)
+    np.testing.assert_array_equal(
+        block_order.to_raster_order(block_order.to_generation_order(x, orders[0]), orders[0]), x
+    )
     first = np.asarray(block_order.move_to_front(jnp.asarray(orders[0]), jnp.array([7, 2])))
     for order, moved in zip(orders[0], first):
         np.testing.assert_array_equal(moved, [7, 2, *(place for place in order if place not in (7, 2))])

@@ -22,8 +22,8 @@ def test_one_pass_norms_equal_group_norm_and_silu():
     """The input has means far from zero, which must cancel no digits of the variance."""
     x = jax.random.normal(jax.random.key(0), (2, 3, 5, 8)) + 100 * jnp.arange(8)
 
-    def value_and_gradient(one_pass_norm):
-        block = layers.ResNetBlock(8, 4, jnp.float32, one_pass_norm=one_pass_norm)
+    def value_and_gradient(fused_norm):
+        block = layers.ResNetBlock(8, 4, jnp.float32, fused_norm=fused_norm)
         params = nn.meta.unbox(block.init(jax.random.key(1), x)["params"])
         params = jax.tree.map(lambda y: y + 0.1 * jnp.cos(jnp.arange(y.size)).reshape(y.shape), params)
 

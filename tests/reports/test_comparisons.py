@@ -45,7 +45,7 @@ def test_differences_are_paired_by_seed_and_corrected_for_their_number():
     """Each seed shifts both curves by ten times the difference. Unpaired intervals would include 0."""
     shifted = {s: {n: v + s for n, v in values.items()} for s, values in SMALL.items()}
     other = {s: {n: v + s for n, v in values.items()} for s, values in large(-0.1, 0.05, 0.1).items()}
-    found = comparisons.at_best_steps(make_group({1: shifted, 2: other}), "KID", STEPS)
+    found = comparisons.differences_at_best_steps(make_group({1: shifted, 2: other}), "KID", STEPS)
     assert [[d.estimate.sign for d in found[budget]] for budget in STEPS] == [[1], [-1], [-1]]
     first = found[STEPS[0]][0].estimate
     assert first.high - first.mean > 1.2 * (intervals.estimate(first.values).high - first.mean)
@@ -146,7 +146,7 @@ def test_a_loss_belongs_to_the_first_evaluation_of_a_run(tmp_path):
     made_up.write(tmp_path, depths=(1, 2), steps=(2,), sampled=({}, {"sample.spacing": "leading"}))
     made_up.change(tmp_path, lambda run: run["training"].update(held_out={"loss_image": run["seed"]}))
     loaded = results.load_results(str(tmp_path))
-    (found,) = comparisons.of_losses(loaded, loaded.groups[0], "held_out_loss_image")
+    (found,) = comparisons.loss_differences(loaded, loaded.groups[0], "held_out_loss_image")
     assert (found.setting, found.baseline) == ((2, "trailing"), (1, "trailing"))
 
 
@@ -182,7 +182,7 @@ def test_quarters_are_compared_over_the_seeds_that_drew_them_all():
     less = {seed: {name: x + 0.02 * seed for name, x in values.items()} for seed, values in seeds.items()}
     del less[0]["loss_q4"]
     axes = (Axis("model.diffusion_depth", (1, 2)),)
-    (row,) = comparisons.of_quarters(*with_losses(axes, {(1,): seeds, (2,): less}))
+    (row,) = comparisons.quarter_loss_differences(*with_losses(axes, {(1,): seeds, (2,): less}))
     assert all(d.estimate.values == pytest.approx((0.02, 0.04)) for d in row)
 
 

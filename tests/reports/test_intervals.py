@@ -28,7 +28,7 @@ def plateau_group(random, seeds):
 
 def clear_tables(group):
     """Returns whether each table of the report has a clear cell, and whether one would by intervals of single cells."""
-    table = [d for row in comparisons.at_best_steps(group, "KID", BUDGETS).values() for d in row]
+    table = [d for row in comparisons.differences_at_best_steps(group, "KID", BUDGETS).values() for d in row]
     curves = comparisons.find_crossings(group, "KID", BUDGETS)
     return (
         any(d.estimate.sign for d in table),

@@ -235,7 +235,7 @@ def test_under_any_name_a_checkpoint_is_whole_or_refused_at_once(tmp_path, saved
         return
     with checkpoint.Checkpoints(str(workdir), read_only=True) as checkpoints:
         assert float(checkpoints.restore(targets())[1]["params"]["b"][0]) == 1
-        assert checksums.array_shapes(checkpoints.metadata("ema")) == {"w": (256, 128), "b": (5,)}
+        assert checksums.array_shapes(checkpoints.abstract_tree("ema")) == {"w": (256, 128), "b": (5,)}
 
 
 def test_a_save_that_cannot_be_restored_does_not_count(workdir, monkeypatch, caplog):

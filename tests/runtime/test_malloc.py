@@ -12,7 +12,7 @@ from madformer_jax.runtime import malloc
 CODE = """
 import resource
 from madformer_jax.runtime import malloc
-malloc.reuse_memory()
+malloc.keep_all_memory()
 bytearray(64 * 2**20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 bytearray(64 * 2**20)

@@ -51,3 +51,19 @@ def test_settings_of_a_grid_share_a_program_if_only_their_steps_differ():
     c.evaluate.grid = "steps=2;weights=raw,ema"
     (key,) = {sampling_grid.program_key(setting, sampling_grid.expand_configs(c)) for setting in [c]}
     assert key[1] == 0 and key[0][-2:] == ("trailing", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, False),
+        ({"sample.solver": "ancestral"}, True),
+        ({"sample.context_noise": 9}, True),
+        ({"model.block_order": "random"}, True),  # each image draws its order
+        ({"model.block_order": "random", "sample.block_order": "reverse"}, False),
+    ],
+)
+def test_samples_depend_on_the_seed_if_sampling_draws_random_numbers(changes, expected):
+    c = tiny.get_config("plain")
+    c.update_from_flattened_dict(changes)
+    assert solving.depends_on_seed(c) == expected

@@ -96,7 +96,7 @@ def test_a_process_without_its_parent_ends(monkeypatch):
 def test_auto_is_a_process_for_each_core_of_a_cpu(monkeypatch):
     monkeypatch.setattr(cores, "affinity", lambda: list(range(16)))
     monkeypatch.setattr(cores, "quota", lambda: math.inf)
-    monkeypatch.setattr(processes.memory, "host_free_bytes", lambda: 8 * processes.BYTES + 1)
+    monkeypatch.setattr(processes.memory, "host_free_bytes", lambda: 8 * processes.PROCESS_BYTES + 1)
     assert processes.choose_count("auto", 45, "cpu", 1) == 8  # of the memory
     assert processes.choose_count("auto", 3, "cpu", 1) == 3  # a process without a run would only wait
     assert processes.choose_count("auto", 45, "gpu", 1) == processes.choose_count("auto", 45, "cpu", 2) == 1

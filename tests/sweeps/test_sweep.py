@@ -274,7 +274,7 @@ def test_a_dry_run_only_lists_the_runs(c, stage, tmp_path, capsys, monkeypatch):
     with lock.acquire(sweep_folder.claim_path(str(tmp_path), name)):
         mode.run(c, str(tmp_path), file=File(TWO), dry_run=True)
     states = {line.split()[0]: line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()[1:3]}
-    assert states.pop(name).startswith("claimed by process")
+    assert states.pop(name).startswith("in progress at process")
     assert list(states.values()) == ["done"]
 
 

@@ -10,8 +10,6 @@ import jax
 from madformer_jax.config import choices
 from madformer_jax.errors import ConfigError
 from madformer_jax.ops.attention.base import Attention
-from madformer_jax.ops.attention.cudnn import CudnnAttention
-from madformer_jax.ops.attention.pallas import PallasAttention
 from madformer_jax.ops.attention.self_check import verified
 
 IMPLEMENTATIONS: dict[str, Attention] = {
@@ -49,8 +47,6 @@ def choose(name: str, device: str, dtype: str, head_dim: int, tokens: int) -> At
 
 def _checked(attention: Attention, dtype: str, head_dim: int, tokens: int) -> Attention:
     """Returns `attention`, or `blocks` if its kernels give wrong results on this TPU or GPU."""
-    platform = "gpu" if isinstance(attention, CudnnAttention) else "tpu"
-    has_kernels = isinstance(attention, CudnnAttention | PallasAttention) and not getattr(attention, "interpret", False)
-    if not has_kernels or jax.default_backend() != platform:  # a program that is compiled for other machines
+    if jax.default_backend() != attention.kernel_platform:  # a program that is compiled for other machines
         return attention
     return verified(attention, dtype, head_dim, tokens)

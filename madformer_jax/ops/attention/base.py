@@ -5,8 +5,8 @@ The context is the clean stream, or the prediction stream if the model has no cl
 visible pairs of blocks are a diagonal and, below it, a triangle that `tiling` cuts into unmasked
 attentions. Masked scores are never computed.
 
-`models.transformer` calls `block_attention` in training and `cached_attention` in sampling, and
-`models.unet` calls `attend`. To add an implementation, write a subclass of `Attention`, or of
+`models.transformer` calls `block_attention` in training, and `cached_attention` or
+`write_and_attend` in sampling. `models.unet` calls `attend`. To add an implementation, write a subclass of `Attention`, or of
 `XlaBlocks` for its sampling, in a file of its own. Add a line to `config.choices.ATTENTION`.
 
 Shapes: B images, L blocks, s tokens a block, H heads, h head size, T text tokens.
@@ -61,6 +61,7 @@ class Attention(abc.ABC):
       unrolls_layers: Whether sampling unrolls its layers. Each layer then has its own cache arrays,
         which no step slices or copies. A block then attends with `write_and_attend`.
       adds_bias: Whether it takes projections without their bias (`ProjectedQK.bias`).
+      kernel_platform: "gpu" or "tpu" if it has kernels that `self_check` tries there at start.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Attention(abc.ABC):
     cache_token_axes: ClassVar[tuple[int, int]]
     unrolls_layers: ClassVar[bool] = False
     adds_bias: ClassVar[bool] = False
+    kernel_platform: ClassVar[str] = ""
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
         """Returns whether this implementation can run.
@@ -124,8 +126,8 @@ class Attention(abc.ABC):
         Args:
           qkv: Queries, keys and values of the block, each `(B, 1, s, H, h)`.
           context: Cached keys and values from `to_cache_layout`, whose slots j < block are filled.
-            The other slots get no weight, and the tests fill them with NaN. None lets the block
-            attend to itself only.
+            The other slots get no weight, but must be finite. None lets the block attend to itself
+            only.
           text: Cached keys and values of the text from `to_cache_layout`, or None.
           layer: Index of the layer in the cache.
           block: Index i of the block. Unfilled slots cost nothing, also if it is traced.

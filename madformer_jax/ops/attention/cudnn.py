@@ -1,7 +1,8 @@
 """Skip-causal attention on NVIDIA GPUs with cuDNN's flash attention (section 3.2).
 
 The visible pairs of blocks are a diagonal and the tiles of `attention.tiling` below it. Each layer
-runs log2(L) + 1 calls of cuDNN without a causal mask. cuDNN returns the log-sum-exp (`lse`) of each
+runs one call of cuDNN for the diagonal and one for each tile, without a causal mask. These are log2(L)
++ 1 calls if L is a power of two. cuDNN returns the log-sum-exp (`lse`) of each
 partial result, by which the results are merged. The backward pass gives each call the merged output
 and lse, as ring attention does, so that nothing is computed twice.
 
@@ -40,19 +41,19 @@ from madformer_jax.ops.attention.cudnn_stacks import (
 from madformer_jax.ops.attention.cudnn_tiles import descending_tiles
 from madformer_jax.ops.attention.qk_norm_rope import Projectable, apply_to_tree
 
-KeyValuePair = tuple[Array, Array]  # keys and values
+ArrayPair = tuple[Array, Array]  # keys and values
 Partial = tuple[Float[Array, "*rows H h"], Float[Array, "*rows H"]]  # output and lse
 Stream = tuple[Projectable, Projectable, Array]  # queries, keys and values
 _Residuals = tuple[
-    tuple[Stream, ...], KeyValuePair | None, KeyValuePair | None, Array | None, tuple[Array, ...], tuple[Array, ...]
+    tuple[Stream, ...], ArrayPair | None, ArrayPair | None, Array | None, tuple[Array, ...], tuple[Array, ...]
 ]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def block_attention(
     streams: tuple[Stream, ...],
-    context: KeyValuePair | None,
-    text: KeyValuePair | None,
+    context: ArrayPair | None,
+    text: ArrayPair | None,
     lengths: Int[Array, " B"] | None,
     context_stream: int | None,
 ) -> tuple[Float[Array, "B _ s H h"], ...]:
@@ -72,9 +73,7 @@ def block_attention(
     return _forward(streams, context, text, lengths, context_stream)[0]
 
 
-def _context_keys(
-    stacked: KeyValuePair, context: KeyValuePair | None, context_stream: int | None
-) -> KeyValuePair | None:
+def _context_keys(stacked: ArrayPair, context: ArrayPair | None, context_stream: int | None) -> ArrayPair | None:
     """Returns the context's keys and values, with as many blocks as the stacked ones and in their order."""
     if context_stream is not None:
         return stacked[0][:, :, context_stream], stacked[1][:, :, context_stream]
@@ -85,7 +84,7 @@ def _context_keys(
 
 
 def _diagonal_keys(
-    self_kv: KeyValuePair, text: KeyValuePair | None, lengths: Int[Array, " B"] | None
+    self_kv: ArrayPair, text: ArrayPair | None, lengths: Int[Array, " B"] | None
 ) -> tuple[Float[Array, "rows keys H h"], Float[Array, "rows keys H h"], Int[Array, " rows"] | None]:
     """Joins the keys and values of each block with those of the text.
 
@@ -106,7 +105,7 @@ def _diagonal_keys(
     return k, v, kv_lengths
 
 
-def _stack_qkv(streams: tuple[Stream, ...]) -> tuple[Array, KeyValuePair]:
+def _stack_qkv(streams: tuple[Stream, ...]) -> tuple[Array, ArrayPair]:
     """Returns the stacked queries, and keys and values, of the streams, each `(B, L, n, s, H, h)`."""
     queries, keys, values = zip(*streams, strict=True)
     return stack_projections(queries), (stack_projections(keys), stack_streams(values))
@@ -114,8 +113,8 @@ def _stack_qkv(streams: tuple[Stream, ...]) -> tuple[Array, KeyValuePair]:
 
 def _forward(
     streams: tuple[Stream, ...],
-    context: KeyValuePair | None,
-    text: KeyValuePair | None,
+    context: ArrayPair | None,
+    text: ArrayPair | None,
     lengths: Int[Array, " B"] | None,
     context_stream: int | None,
 ) -> tuple[tuple[Float[Array, "B _ s H h"], ...], _Residuals]:
@@ -217,6 +216,7 @@ class CudnnAttention(Attention):
     cache_token_axes = 2, 2
     unrolls_layers = True
     adds_bias = True
+    kernel_platform = "gpu"
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
         return (

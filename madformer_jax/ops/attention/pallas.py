@@ -35,6 +35,7 @@ class PallasAttention(Attention):
     name = "pallas"
     requirements = f"a TPU and blocks of a multiple of {pallas_tpu.LANES} tokens"
     cache_token_axes = 4, 4
+    kernel_platform = "tpu"
 
     def supports(self, device: str, dtype: str, head_dim: int, tokens: int) -> bool:
         return self.interpret or (device == "tpu" and pallas_tpu.tile_size(tokens) is not None)

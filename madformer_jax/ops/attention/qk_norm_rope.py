@@ -1,7 +1,8 @@
 """QK-norm and RoPE, which turn projections into queries and keys (section 3.3).
 
 `models.transformer` passes queries and keys to attention as `ProjectedQK`. The TPU kernels apply
-QK-norm and RoPE where they read a projection. All other implementations call `apply_to_tree` first.
+QK-norm and RoPE where they read a projection. `attention.cudnn` applies them with the kernels of
+`attention.qk_kernels` where sizes allow. All other implementations call `apply_to_tree` first.
 """
 
 from functools import partial
