@@ -193,12 +193,18 @@ def test_added_budgets_need_no_new_training(c, stage, tmp_path):
     assert stage.evaluated[2:] == [(16, "steps=1,4,8"), (24, "steps=1,4,8")]
 
 
-@pytest.mark.parametrize("name", ["ablations", "depth", "noise_path", "prediction", "steps_by_block", "elastic"])
-def test_the_published_results_match_their_sweep_files(name):
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        *((name, "cpu") for name in ("ablations", "depth", "noise_path", "prediction", "steps_by_block", "elastic")),
+        ("blocks", "cpu32"),
+    ],
+)
+def test_the_published_results_match_their_sweep_files(name, variant):
     """No run of a published sweep would be repeated, and the stored costs follow from the configs."""
     functions = runpy.run_path(str(ROOT / f"configs/sweeps/{name}.py"))
-    definition, workdir = functions["sweep"]("cpu"), str(ROOT / f"docs/results/{name}_cpu")
-    base, evaluations = functions["get_config"]("cpu"), sweep_file.expand_evaluations(definition)
+    definition, workdir = functions["sweep"](variant), str(ROOT / f"docs/results/{name}_{variant}")
+    base, evaluations = functions["get_config"](variant), sweep_file.expand_evaluations(definition)
     runs = sweep_folder.reuse_folder_names(sweep_file.expand_runs(definition, base), workdir)
     assert {run.name for run in runs} == {path.parent.name for path in pathlib.Path(workdir).glob("runs/*/result.json")}
     assert all(sweep_folder.is_done(workdir, run, evaluations) for run in runs)
