@@ -39,7 +39,7 @@ from madformer_jax.sampling import codec, generation, solving
 from madformer_jax.sampling.opening import TrainedModel
 
 CONTEXTS = ("true", "other", "own")
-_NOISE_DRAW, _SOLVER_STREAM = 500, (1 << 31) + 1
+_NOISE_DRAW, _CONTEXT_DRAW, _SOLVER_STREAM = 500, 501, (1 << 31) + 1
 
 
 def measure(
@@ -56,7 +56,7 @@ def measure(
     """
     c = c.copy_and_resolve_references()
     c.sample.guidance, c.sample.noise, c.sample.n = 1.0, "", images.n
-    batches = list(images.batches(trained, codec_params))
+    batches = list(images.batches(c, trained, codec_params))
     real = _join(batches, [partitioning.to_host(batch.z, trained.mesh) for batch in batches])
     labels = _join(batches, [batch.labels for batch in batches])
     # The samples of an unconditional model have no label, so any other image is comparable with them.
@@ -160,7 +160,12 @@ def _sample_own(
     """Samples an image with the label or caption of each held-out image; returns blocks (n, L, positions, C)."""
     texts = None
     if batches[0].lengths is not None:
-        texts = TokenizedTexts(*(_join(batches, [getattr(b, name) for b in batches]) for name in ("tokens", "lengths")))
+        texts = TokenizedTexts(
+            *(
+                _join(batches, [partitioning.to_host(getattr(b, name), trained.mesh) for b in batches])
+                for name in ("tokens", "lengths")
+            )
+        )
     conditions = generation.SampleConditions(labels.astype(np.int32), None, texts)
     sample_fn = generation.make_sample_fn(c, trained.network, trained.codec.decode)
     sample_batches = generation.batches(
@@ -171,7 +176,7 @@ def _sample_own(
 
 
 def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
-    """Returns a function that samples every block of images given the true blocks before it.
+    """Returns a function that samples every block of images given the true blocks before it, with `sample.context_noise`.
 
     All blocks take the solver's steps together, in the forward pass of training. The function takes blocks in
     raster order, and returns them in the order of generation.
@@ -181,11 +186,14 @@ def _make_block_sampler(c: ConfigDict, trained: TrainedModel) -> Any:
     steps = solving.solver_steps(c)
     assert isinstance(steps, int)  # `held_out_scores.open_images` refuses others
     coefficients = solver.coefficients(path, c.sample.spacing, steps)
-    clean_timestep = sampler.clean_timestep(model, coefficients)
+    clean_timestep = sampler.clean_timestep(model, coefficients, c.sample.context_noise)
 
     def draw(
         params: Any, z: Array, numbers: Array, tokens: Array | None, lengths: Array | None, order: Order | None = None
     ) -> Array:
+        if c.sample.context_noise:
+            t = jnp.full(z.shape[:2], c.sample.context_noise)
+            z = path.add_noise(z, block_noise(numbers, _CONTEXT_DRAW, sizes), t)
         z, noise = (block_order.to_generation_order(x, order) for x in (z, block_noise(numbers, _NOISE_DRAW, sizes)))
 
         def evaluate(state: solvers.SolverState, row: solvers.Coefficients) -> tuple[solvers.SolverState, None]:

@@ -85,8 +85,17 @@ class HeldOutImages:
             "seed": SEED,
         }
 
-    def batches(self, trained: TrainedModel, codec_params: Any, n: int | None = None) -> Iterator[HeldOutBatch]:
-        """Yields the first n images, by default all, in batches of one size."""
+    def batches(
+        self, c: ConfigDict, trained: TrainedModel, codec_params: Any, n: int | None = None
+    ) -> Iterator[HeldOutBatch]:
+        """Yields the first n images, by default all, in batches of one size.
+
+        Args:
+          c: The setting to evaluate, whose `sample.block_order` orders the blocks.
+          trained: The model, whose codec encodes the images.
+          codec_params: Parameters of the codec.
+          n: Number of images.
+        """
         count = self.n if n is None else min(n, self.n)
         size = generation.batch_size(self._c, trained.mesh, min(MAX_BATCH, count))
         sizes = derive_sizes(self._c)
@@ -104,7 +113,7 @@ class HeldOutImages:
                 texts = shard(texts, trained.mesh)
                 tokens, lengths = texts["tokens"], texts.get("lengths")
             rows = min(size, count - first)
-            order = generation_order(self._c, sizes, arrays["numbers"])
+            order = generation_order(c, sizes, arrays["numbers"])
             yield HeldOutBatch(rows, numbers, arrays["numbers"], z, tokens, lengths, batch["label"], order)
 
 

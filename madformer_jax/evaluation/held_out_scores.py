@@ -8,6 +8,7 @@ a .npz with the value of each image. All models have the same images and noise, 
 two models are paired (`paired_differences`).
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -50,11 +51,11 @@ def open_images(c: ConfigDict) -> HeldOutImages | None:
         raise ConfigError(
             "config.evaluate.held_out_n and by_block score a model, and evaluate.images names existing images: set one."
         )
-    if c.evaluate.by_block and sampling_order_name(c) == "random":
-        raise ConfigError(
-            "config.evaluate.by_block=True needs one order of blocks: set config.sample.block_order to one, e.g. raster."
-        )
     for setting in _settings(c) if c.evaluate.by_block else ():
+        if sampling_order_name(setting) == "random":
+            raise ConfigError(
+                "config.evaluate.by_block=True needs one order of blocks: set config.sample.block_order to one, e.g. raster."
+            )
         if not isinstance(solving.solver_steps(setting), int):
             raise ConfigError(
                 f"config.evaluate.by_block=True samples all blocks with the same steps, and config.sample.steps_by_block="
@@ -64,16 +65,16 @@ def open_images(c: ConfigDict) -> HeldOutImages | None:
 
 
 def _settings(c: ConfigDict) -> list[ConfigDict]:
-    """Returns the first setting of the grid with each kind of weights and each D. Only it is scored by block."""
+    """Returns the first setting of the grid with each kind of weights, D and order. Only it is scored by block."""
     first = {
-        (x.sample.weights, x.sample.ema, elastic_depth.sampled_depth(x)): x
+        (x.sample.weights, x.sample.ema, elastic_depth.sampled_depth(x), sampling_order_name(x)): x
         for x in reversed(sampling_grid.expand_configs(c))
     }
     return [first[key] for key in sorted(first)]
 
 
 def run(c: ConfigDict, workdir: str, images: HeldOutImages) -> list[dict[str, Any]]:
-    """Returns the result of each checkpoint, each kind of weights and each D of the grid, computed or read.
+    """Returns the result of each checkpoint and each kind of weights, D and order of the grid, computed or read.
 
     Raises:
       ConfigError: A checkpoint is missing or does not fit, or a value is not finite.
@@ -114,8 +115,9 @@ def _load_or_measure(c: ConfigDict, workdir: str, images: HeldOutImages, step: i
 def _measure(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: HeldOutImages) -> dict[str, np.ndarray]:
     trained = trained.with_depth(elastic_depth.sampled_depth(c))
     forward = TeacherForcing(c, trained.network, trained.params, trained.mesh)
-    values = held_out_losses.measure(c, forward, images.batches(trained, codec_params))
-    values |= bits_per_dimension.measure(forward, lambda n: images.batches(trained, codec_params, n))
+    batches = functools.partial(images.batches, c, trained, codec_params)
+    values = held_out_losses.measure(c, forward, batches())
+    values |= bits_per_dimension.measure(forward, batches)
     if c.evaluate.by_block:
         values |= by_block.measure(c, trained, codec_params, images, forward)
     return values
@@ -147,7 +149,7 @@ def _protocol(c: ConfigDict, trained: TrainedModel, codec_params: Any, images: H
             "steps": solving.solver_steps(c),
             "seed": seeds.of(c, "sample"),
             "other": "image of the same label" if vocabulary_size(c) else "image",
-            **({"context_noise": c.sample.context_noise} if c.sample.context_noise else {}),
+            **({"context_noise": c.sample.context_noise, "of": "all contexts"} if c.sample.context_noise else {}),
         }
     return protocol
 
@@ -222,8 +224,10 @@ def text_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _label(protocol: Mapping[str, Any]) -> str:
-    depth = f", D = {protocol['diffusion_depth']}" if "diffusion_depth" in protocol else ""
-    return f"{protocol['step']}, {protocol['weights']}{depth}"
+    label = f"{protocol['step']}, {protocol['weights']}"
+    for name, field in (("EMA width", "ema"), ("D", "diffusion_depth"), ("order", "block_order")):
+        label += f", {name} = {protocol[field]}" if protocol.get(field) else ""
+    return label
 
 
 def run_entries(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -93,6 +93,49 @@ def test_errors_of_a_model_of_another_order_are_the_training_loss(small, monkeyp
     assert raster.image.mean() != pytest.approx(float(trained["loss_image"]), rel=1e-2)
 
 
+def test_other_blocks_as_context_replace_the_true_ones(small):
+    """Every block is predicted from the noised true block, after the given blocks in the order of the model."""
+    c, _, params, mesh = small
+    c = c.copy_and_resolve_references()
+    c.model.block_order, c.loss.weighting = "reverse", "output"
+    model, order = madformer.build(c), np.array([3, 2, 1, 0])
+    forward = TeacherForcing(c, model, params, mesh)
+    batch = batch_of(forward.sizes, 2, [[1], [3]])._replace(order=order)
+    context, noise = batch.z[::-1], block_noise(batch.device_numbers, 5, forward.sizes)
+    t = np.array([[10, 300, 600, 990], [999, 0, 500, 20]])
+    levels = Levels(t, *schedules.DEFAULT.alpha_sigma(t))
+    with partitioning.scope(mesh):
+        after_true, after_other = (forward.errors(batch, 5, levels, context=x).image for x in (None, context))
+        noisy = schedules.DEFAULT.add_noise(batch.z[:, order], noise[:, order], jnp.asarray(t))
+        apply = jax.jit(functools.partial(model.apply, terms=("image",)))
+        output = apply({"params": params}, context[:, order], noisy, jnp.asarray(t), batch.tokens).image
+    level = schedules.DEFAULT.level(jnp.asarray(t)[..., None, None])
+    target = parameterization.target(model.config.prediction_type, batch.z[:, order], noise[:, order], level)
+    np.testing.assert_allclose(after_other, np.mean((output - target) ** 2, axis=(2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(after_other[:, 0], after_true[:, 0], rtol=1e-4)  # the first block has no context
+    assert np.abs(after_other[:, 1:] / after_true[:, 1:] - 1).max() > 1e-3
+
+
+def test_the_loss_weighs_each_blocks_quarters_by_their_share(small, monkeypatch):
+    """Block b is in quarter (d + b) mod 4 in draw d. With a shifted path, quarters have unequal shares."""
+    c, _, params, mesh = small
+    c = c.copy_and_resolve_references()
+    c.diffusion.path, c.diffusion.time_sampling, c.diffusion.shift = "flow", "logit_normal", 3.0
+    forward = TeacherForcing(c, madformer.build(c), params, mesh)
+    batch = batch_of(forward.sizes, 3, [[1], [3], [2]])
+    monkeypatch.setattr(
+        TeacherForcing, "errors",
+        lambda self, batch, draw, levels, **_: SimpleNamespace(image=np.arange(1, 5) * (levels.t // 250 + 1), hidden=None),
+    )  # fmt: skip
+    values = held_out_losses.measure_batch(forward, batch, ("image",))
+    shares = held_out_losses.quarter_shares(forward.schedule)
+    assert shares.max() > 2 * shares.min()
+    expected = np.arange(1, 5) * (shares @ np.arange(1, 5))
+    np.testing.assert_allclose(values["blocks_loss_image"], np.tile(expected, (3, 1)))
+    np.testing.assert_allclose(values["loss_image"], expected.mean())
+    np.testing.assert_allclose(values["loss_q2"], 2 * 2.5)
+
+
 def test_images_of_a_random_order_have_orders_of_their_own(small):
     c, *_ = small
     c, numbers = c.copy_and_resolve_references(), jnp.arange(20)
@@ -175,8 +218,21 @@ def test_held_out_scores_are_those_of_the_sampled_depth(small):
         x.evaluate.by_block, x.sample.context_noise = True, noise
         protocols.append(held_out_scores._protocol(x, trained, None, SimpleNamespace(protocol={})))
     assert [x.get("diffusion_depth") for x in protocols[:3]] == [None, 1, 2]
-    assert protocols[3]["by_block"] == protocols[0]["by_block"] | {"context_noise": 9}
+    assert protocols[3]["by_block"] == protocols[0]["by_block"] | {"context_noise": 9, "of": "all contexts"}
     assert held_out_scores._label(protocols[2]) == "7, ema, D = 2"
+
+
+def test_each_order_of_a_grid_has_held_out_scores_of_its_own(small):
+    c, *_ = small
+    c = c.copy_and_resolve_references()
+    c.model.block_order, c.evaluate.grid = "random", "block_order=raster,reverse,random;steps=3,5"
+    settings = held_out_scores._settings(c)
+    assert [(x.sample.block_order, x.sample.steps) for x in settings] == [("random", 3), ("raster", 3), ("reverse", 3)]
+    c.evaluate.by_block = True
+    with pytest.raises(ConfigError, match="by_block=True needs one order of blocks"):
+        held_out_scores.open_images(c)
+    label = held_out_scores._label({"step": 7, "weights": "ema", "ema": 0.05, "block_order": "reverse"})
+    assert label == "7, ema, EMA width = 0.05, order = reverse"
 
 
 def test_another_image_has_the_same_label():
