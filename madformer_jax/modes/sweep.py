@@ -89,7 +89,7 @@ def run(
     name = os.path.splitext(os.path.basename(str(file.module.__file__)))[0]
     runs = sweep_folder.reuse_folder_names(sweep_file.expand_runs(definition, c), workdir)
     evaluations = sweep_file.expand_evaluations(definition)
-    claim_check.check(definition, c, runs)
+    claim_check.check(definition, c)
     swept = {field for run in runs for field in run.overrides_without_seed}
     base = {field: value for field, value in fields.flat(c).items() if field in swept}
     job = Job(name, "".join(file.args), definition, runs, evaluations, workdir, base)

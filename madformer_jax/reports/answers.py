@@ -28,7 +28,7 @@ class Answer(NamedTuple):
     worse_mean: float = 0.0  # of the other setting
     steps: tuple[int, int] | None = None  # solver steps of both settings; None for a loss
     margin: float = 0.0  # smallest improvement that counts, in units of the endpoint
-    seeds: tuple[int, int] = (0, 0)  # numbers of seeds that both settings have a score for, and of the table
+    seeds: tuple[int, int] = (0, 0)  # numbers of seeds that both settings have a score for, and that either has
 
     @property
     def sentence(self) -> str:
@@ -97,9 +97,9 @@ def _answer(results: Results, protocol: Mapping[str, Any], claim: Mapping[str, A
         if not values:
             continue
         improvement, mean = estimate(values, alpha), statistics.fmean(x for seed, x in worse.items() if seed in better)
-        margin = protocol["margin"] * abs(mean)
+        margin = protocol.get("margin", 0.0) * abs(mean)
         verdict = _verdict(improvement, margin)
-        seeds = len(values), len({point.seed for point in group.points})
+        seeds = len(values), len({point.seed for point in group.points if point.setting in settings})
         return Answer(claim, verdict, endpoint_label(name), improvement, mean, steps, margin, seeds)
     return Answer(claim, "open", endpoint)
 

@@ -6,6 +6,7 @@ of an evaluation with `solver_steps`. To add a kind of budget, extend `TRAIN_BUD
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,6 +31,11 @@ class Timing(NamedTuple):
 
     def seconds(self, steps: int) -> float:
         return self.fixed + self.per_step * steps
+
+
+def is_amount(value: object) -> bool:
+    """Returns whether a value is a positive finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def training_flops(c: ConfigDict) -> float:

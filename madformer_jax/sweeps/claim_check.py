@@ -6,46 +6,62 @@ with an endpoint that no run measures, would stay open after all trainings.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from madformer_jax.config import aliases, fields
+from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import storage
 from madformer_jax.sweeps import budget, sweep_folder
 from madformer_jax.sweeps import protocol as protocol_lib
 from madformer_jax.sweeps.protocol import Claim
-from madformer_jax.sweeps.sweep_file import Overrides, Run, Sweep, apply_overrides
+from madformer_jax.sweeps.sweep_file import Overrides, Sweep, apply_overrides
 from madformer_jax.sweeps.sweep_folder import Job
 
 # Sections whose values separate the tables of a report. A claim does not compare two tables.
 _SEPARATED_SECTIONS = ("data.", "evaluate.")
 _SEPARATED_ALONE = "codec."  # separates tables only if its values do not follow from other fields
 
+# Score -> whether a config measures it, and what to do otherwise.
+_SCORE_NEEDS: dict[str, tuple[Callable[[ConfigDict], bool], str]] = {
+    "FID": (lambda c: c.evaluate.network == "inception", "set config.evaluate.network=inception, or use FD"),
+    "FD": (lambda c: c.evaluate.network != "inception", "with config.evaluate.network=inception it is FID"),
+    "LPIPS": (lambda c: c.evaluate.network == "alexnet", "set config.evaluate.network=alexnet"),
+    "memorized": (lambda c: c.evaluate.training, "set config.evaluate.training=True"),
+    "memorisation": (lambda c: c.evaluate.training, "set config.evaluate.training=True"),
+    "inconsistency": (lambda c: c.data.source.startswith("patterns"), "only the source patterns defines it"),
+    "seam": (lambda c: c.model.blocks > 1, "one block has no borders: use seam_difference"),
+}
+
 Settings = Mapping[str, Any]  # the fields that the sweep varies -> value
 
 
-def check(sweep: Sweep, base: ConfigDict, runs: list[Run]) -> None:
+def check(sweep: Sweep, base: ConfigDict) -> None:
     """Checks the protocol of a sweep.
 
     Raises:
       ConfigError: A claim names a field that does not exist, one side of it is none of the runs, both are the
-        same run, their scores are not comparable, its budget is below the cost of one solver step, or the
-        primary endpoint is not measured.
+        same run, their scores are not comparable, no samples of it lie within its budget, or the primary
+        endpoint is not measured.
     """
     if sweep.protocol is None:
         return
     protocol_lib.check(sweep.protocol)
+    for overrides in sweep.evaluations:
+        apply_overrides(base, overrides)  # raises an error for a field that does not exist
     endpoint = sweep.protocol.primary
-    for run in runs:
-        _check_endpoint(endpoint, run.config)
     for claim in sweep.protocol.claims:
-        if claim.at and claim.at[0] != "seconds" and claim.at[1] in sweep.sample_budgets.get(claim.at[0], ()):
-            _check_budget(base, claim, *claim.at)
         better, worse = (_find_side(sweep, base, claim, side) for side in (claim.better, claim.worse))
         where = f"claim {claim.text!r}:"
+        for side in (better, worse):
+            c = apply_overrides(base, side)
+            if problem := _missing_setting(endpoint, c):
+                raise ConfigError(f"the primary endpoint {endpoint} is not measured: {problem}.")
+            if claim.at:
+                _check_budget(sweep, c, where, *claim.at)
         if better == worse:
             raise ConfigError(f"{where} both sides are the same setting, {better}: change one of them.")
         differing = {name for name in better if better[name] != worse[name]}
@@ -60,26 +76,41 @@ def check(sweep: Sweep, base: ConfigDict, runs: list[Run]) -> None:
             )
 
 
-def _check_endpoint(endpoint: str, c: ConfigDict) -> None:
-    measured = c.evaluate.held_out_n or c.evaluate.by_block
-    if endpoint.startswith("bits_per_dimension") and not measured:
-        raise ConfigError(f"the primary endpoint {endpoint} is not measured: set config.evaluate.held_out_n.")
-    if endpoint.startswith("held_out_") and not (measured or c.train.validate_every):
+def _missing_setting(endpoint: str, c: ConfigDict) -> str:
+    """Returns what a config lacks to measure an endpoint; empty if it measures it."""
+    held_out = c.evaluate.held_out_n or c.evaluate.by_block
+    if endpoint.startswith("bits_per_dimension"):
+        if endpoint.endswith("discrete") and c.diffusion.path != "ddpm":
+            return f"config.diffusion.path={c.diffusion.path!r} has no discrete timesteps: use bits_per_dimension"
+        return "" if held_out else "set config.evaluate.held_out_n"
+    loss = endpoint.removeprefix("held_out_")
+    if loss.startswith("loss"):
+        if endpoint == "held_out_loss" and not c.train.validate_every:
+            return "set config.train.validate_every"
+        if endpoint != loss and not (held_out or c.train.validate_every):
+            return "set config.train.validate_every or config.evaluate.held_out_n"
+        term = loss.removeprefix("loss_")
+        return f"config.loss.{term} is 0" if term in LOSS_TERMS and not c.loss[term] else ""
+    is_measured, remedy = _SCORE_NEEDS.get(endpoint, (bool, ""))
+    return "" if is_measured(c) else remedy
+
+
+def _check_budget(sweep: Sweep, c: ConfigDict, where: str, kind: str, amount: float) -> None:
+    """Checks that an evaluation of a setting lies within the budget of a claim."""
+    if kind == "seconds" and kind not in sweep.sample_budgets:
+        raise ConfigError(f"{where} the sweep measures no seconds: give its sample_budgets an amount of seconds.")
+    if "seconds" in sweep.sample_budgets:  # the numbers of steps follow from a measurement
+        return
+    costs = [
+        budget.sampling_cost(c, kind, budget.solver_steps(c, budget_kind, x))
+        for budget_kind, amounts in sweep.sample_budgets.items()
+        for x in amounts
+    ]
+    if min(costs) > amount * (1 + budget.ROUNDING):
         raise ConfigError(
-            f"the primary endpoint {endpoint} is not measured: set config.train.validate_every or config.evaluate.held_out_n."
+            f"{where} no samples of one side cost at most {amount:g} {kind}. The least of the sweep's sample_budgets is "
+            f"{min(costs):.4g} {kind}: name a larger budget, or add a smaller one to sample_budgets."
         )
-
-
-def _check_budget(base: ConfigDict, claim: Claim, kind: str, amount: float) -> None:
-    for side in (claim.better, claim.worse):
-        c = apply_overrides(base, {**claim.where, **side})
-        steps = budget.solver_steps(c, kind, amount)
-        cost = budget.sampling_cost(c, kind, steps)
-        if cost > amount * (1 + budget.ROUNDING):
-            raise ConfigError(
-                f"claim {claim.text!r}: no samples with {side} cost at most {amount:g} {kind}. The least is {cost:.4g}: "
-                "name a larger budget."
-            )
 
 
 def _find_side(sweep: Sweep, base: ConfigDict, claim: Claim, side: Overrides) -> Settings:

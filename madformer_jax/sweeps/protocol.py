@@ -7,10 +7,15 @@ the report answers its claims (`reports.answers`).
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.errors import ConfigError
 from madformer_jax.sweeps import budget
 
 BEFORE, AFTER = "before the results", "after the results"
+LOSSES = ("loss", *(f"loss_{name}" for name in (*LOSS_TERMS, "q1", "q2", "q3", "q4")))
+ENDPOINTS_WITHOUT_SAMPLES = (
+    "bits_per_dimension", "bits_per_dimension_discrete", *LOSSES, *(f"held_out_{name}" for name in LOSSES),
+)  # fmt: skip
 SCORES = (  # first words of the scores of samples
     "FD", "FID", "KID", "IS", "precision", "recall", "recognised", "LPIPS", "seam", "seam_difference", "inconsistency",
     "memorisation", "memorized", "attributes",
@@ -75,7 +80,7 @@ class Protocol(NamedTuple):
 
 def is_loss(endpoint: str) -> bool:
     """Returns whether an endpoint is a loss or a bound on the likelihood, which need no samples."""
-    return "loss" in endpoint or endpoint.startswith("bits_per_dimension")
+    return endpoint in ENDPOINTS_WITHOUT_SAMPLES
 
 
 def resolve_side(
@@ -90,10 +95,15 @@ def resolve_side(
       settings: The overrides of all runs and evaluations, each with the same fields.
       base: Values of the base config.
     """
-    matches = [s for s in settings if all(s.get(name, base.get(name)) == value for name, value in named.items())]
+    agreeing = [s for s in settings if all(s.get(name, base.get(name)) == value for name, value in named.items())]
+    matches = agreeing
     for name in matches[0] if matches else ():
         if any(s[name] != matches[0][name] for s in matches):
             matches = [s for s in matches if s[name] == base.get(name)]
+    # A value other than the base's must follow from the named fields: no setting has them with the base's value.
+    for name, value in (matches[0] if matches else {}).items():
+        if name not in named and value != base.get(name) and any(s[name] == base.get(name) for s in agreeing):
+            return None
     return matches[0] if matches else None
 
 
@@ -106,7 +116,8 @@ def target_fields(endpoint: str) -> tuple[str, ...]:
 
 def facts(protocol: Mapping[str, Any], question: str, seeds: int) -> list[tuple[str, str]]:
     """Returns the name and the text of each part of a protocol, as stored in sweep.json."""
-    margin = f"; an improvement below {100 * protocol['margin']:g} % does not count" if protocol["margin"] else ""
+    share = protocol.get("margin", 0.0)
+    margin = f"; an improvement below {100 * share:g} % does not count" if share else ""
     return [
         ("question", question),
         ("primary endpoint", protocol["primary"] + margin),
@@ -147,12 +158,14 @@ def check(protocol: Protocol) -> None:
     """
     if not protocol.claims:
         raise ConfigError("the sweep's protocol has no claims: state one, or leave the protocol out.")
-    if not is_loss(protocol.primary) and protocol.primary not in SCORES:
+    if protocol.primary not in (*ENDPOINTS_WITHOUT_SAMPLES, *SCORES):
         raise ConfigError(
-            f"the primary endpoint {protocol.primary!r} is unknown: use bits_per_dimension, a loss such as "
-            f"held_out_loss_image, or one of {', '.join(SCORES)}."
+            f"the primary endpoint {protocol.primary!r} is unknown: use one of "
+            f"{', '.join((*ENDPOINTS_WITHOUT_SAMPLES, *SCORES))}."
         )
     for claim in protocol.claims:
+        if claim.at is not None and (len(claim.at) != 2 or not budget.is_amount(claim.at[1])):
+            raise ConfigError(f"claim {claim.text!r}: at={claim.at!r} must be a kind and a number, as in ('nfe', 4).")
         if (claim.at is None) != is_loss(protocol.primary):
             need = "no budget: remove `at`" if is_loss(protocol.primary) else "a sampling budget: set `at`"
             raise ConfigError(f"claim {claim.text!r}: the endpoint {protocol.primary} needs {need}.")

@@ -150,10 +150,15 @@ def expand_runs(sweep: Sweep, base: ConfigDict) -> list[Run]:
     """
     if not sweep.runs:
         raise ConfigError("the sweep has no runs: give `Sweep.runs` at least one override, {} for the base.")
+    if sweep.train_budget is not None and (len(sweep.train_budget) != 2 or not budget.is_amount(sweep.train_budget[1])):
+        raise ConfigError(
+            f"train_budget={sweep.train_budget!r} must be a kind and a number above 0, as in ('steps', 600)."
+        )
     runs: dict[str, Run] = {}
     for overrides in sweep.runs:
         c = apply_overrides(base, overrides)
         if sweep.train_budget is not None:
+            config_lib.validate(c)  # before its cost is computed
             c.train.steps = budget.train_steps(c, *sweep.train_budget)
         config_lib.validate(c)
         name = settings_hash(c)
@@ -174,9 +179,9 @@ def expand_evaluations(sweep: Sweep) -> list[Evaluation]:
         a field outside of `sample`, or `sample.steps` or `sample.n`.
     """
     for kind, amounts in sweep.sample_budgets.items():
-        if isinstance(amounts, int | float):
+        if isinstance(amounts, str) or not isinstance(amounts, Sequence) or not all(map(budget.is_amount, amounts)):
             raise ConfigError(
-                f"sample_budgets: {kind!r} has the number {amounts}: give a sequence, as in ({amounts},)."
+                f"sample_budgets: {kind!r} has {amounts!r}: give a sequence of numbers above 0, as in (4, 16)."
             )
     evaluations = [
         Evaluation(overrides, kind, amount)

@@ -69,8 +69,7 @@ def test_runs_and_claims_of_every_listed_variant_are_valid(path):
     variants = re.findall(r"\b(?:cpu\w*|gpu|digits|drawings|ffhq1024|imagenet256)\b", listed)
     for args in [(name,) for name in variants] or [()]:
         base, definition = functions["get_config"](*args), functions["sweep"](*args)
-        runs = [run for run in definition.runs if run["seed"] == 0]
-        configs = [sweep_file.apply_overrides(base, run) for run in runs]
-        for c in configs:
-            schema.validate(c)
-        claim_check.check(definition, base, [sweep_file.Run("", dict(run), x) for run, x in zip(runs, configs)])
+        for run in definition.runs:
+            if run["seed"] == 0:
+                schema.validate(sweep_file.apply_overrides(base, run))
+        claim_check.check(definition, base)

@@ -328,7 +328,13 @@ def claiming(*claims):
         (TWO._replace(runs=[{"model.width": 15}]), "config.model.width=15"),
         (TWO._replace(train_budget=("hours", 1)), "'hours' is not a kind"),
         (TWO._replace(sample_budgets={}), "no evaluations"),
-        (TWO._replace(sample_budgets={"steps": 4}), r"'steps' has the number 4: give a sequence, as in \(4,\)"),
+        (TWO._replace(sample_budgets={"steps": 4}), r"'steps' has 4: give a sequence of numbers above 0"),
+        (TWO._replace(sample_budgets={"nfe": "64"}), r"'nfe' has '64': give a sequence of numbers above 0"),
+        (TWO._replace(train_budget=("images", float("nan"))), r"must be a kind and a number above 0"),
+        (
+            TWO._replace(train_budget=("images", 100), runs=[{"train.batch": 0}]),
+            r"config.train.batch=0 is out of range",
+        ),
         (TWO._replace(evaluations=[{"sample.solver": "ddim", "sample.spacing": "leading"}]), "starts at t = 0"),
         (
             TWO._replace(evaluations=[{"sample.steps_by_block": "4"}], sample_budgets={"seconds": (1,)}),
