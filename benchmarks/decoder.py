@@ -2,7 +2,7 @@
 
     python -m benchmarks.decoder v5e:2x2 1
 
-compiles the gradient of one layer for 1 image and prints the estimate of `cost.tpu_time`
+compiles the gradient of one layer for as many images as the second argument says, and prints the estimate of `cost.tpu_time`
 (docs/engineering_log.md). The layer is neither recomputed nor split over chips, so the estimate is the
 layer's own time. It needs libtpu but no TPU.
 """

@@ -67,7 +67,7 @@ def value_and_gradient(
 
 def attentions() -> None:
     """Prints the errors of attention in training against the dense mask in float32."""
-    print("attention, error of outputs and gradients in bfloat16" + "".join(f"{x:>12}" for x in IMPLEMENTATIONS))
+    print("attention, error of outputs and gradients in bfloat16" + "".join(f"{x:>12}" for x in NAMES))
     for name, blocks, text_tokens, lengths, context in (
         ("one block", (1, 1), 0, None, True),
         ("4 blocks", (3, 4), 0, None, True),
@@ -84,7 +84,7 @@ def attentions() -> None:
         run = functools.partial(value_and_gradient, streams, text, lengths, weights, context)
         with jax.default_matmul_precision("highest"):
             exact = run("reference", jnp.float32)
-        results = [run(x, jnp.bfloat16) for x in IMPLEMENTATIONS]
+        results = [run(x, jnp.bfloat16) for x in NAMES]
         print(f"  {name:<51}" + "".join(f"  {error(x[0], exact[0]):.4f} {error(x[1], exact[1]):.4f}" for x in results))
 
 

@@ -3,12 +3,12 @@
     python -m benchmarks.held_out_seeds --folder=DIR --blocks=1,4,16 --seeds=1
     python -m benchmarks.held_out_seeds --folder=DIR --blocks=1 --seeds=10
 
-Prints a row for each model. With several seeds it also compares all pairs of seeds, in which only chance
-differs. For each score it prints the number of pairs that differ by less than an interval says:
+Prints a row for each model. With four or more seeds it also compares all pairs of seeds, in which only
+chance differs. For each score it prints the number of pairs that differ by less than an interval says:
 
     over images     the root of the sum of the squared half-widths of the two intervals
     paired          the interval of the difference over images contains 0
-    over seeds      1.96 times the root of 2 times the standard deviation over the other seeds
+    over seeds      1.96 * sqrt(2) * the standard deviation over the other seeds
 """
 
 import argparse
@@ -82,7 +82,7 @@ def main() -> None:
             paths.append(result_path(workdir, result))
             cells = ["{value:.4f} [{low:.4f}, {high:.4f}]".format(**result["scores"][name]) for name in NAMES]
             print(f"| {blocks} | {seed} | {' | '.join(cells)} |", flush=True)
-        if len(results) > 2:
+        if len(results) > 3:
             print_pairs(results, paths)
 
 

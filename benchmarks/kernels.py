@@ -29,7 +29,7 @@ from madformer_jax.ops.rope import RotaryTable  # noqa: E402
 
 BLOCKS, TOKENS, HEADS, SIZE = 16, 256, 18, 64
 KERNELS = {"forward": 2, "backward": 5}  # matrix products of each query and key
-JUMPS = 4  # most lines of a loop in a row that lack its marks
+JUMPS = 4  # longest run of lines without the loop's marks inside one loop
 
 
 def cycles(schedule: str) -> tuple[int, list[int]]:

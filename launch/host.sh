@@ -17,7 +17,8 @@ usage: launch/host.sh VERB [-- main.py arguments]
 A run that got SIGTERM exits with status 143, whatever main.py returns. A saved but unfinished
 training is therefore never reported as done.
 
-environment: MADFORMER_STATE (default ~/.madformer), MADFORMER_COMMAND (default: python -m madformer_jax.main)
+environment: MADFORMER_STATE (default ~/.madformer), MADFORMER_COMMAND (default: python -m madformer_jax.main),
+  MADFORMER_GRACE (seconds before SIGKILL, default 90)
 USAGE
 }
 

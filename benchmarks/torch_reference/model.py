@@ -65,6 +65,13 @@ def model_config(c: ConfigDict) -> ModelConfig:
         ("loss.text", c.loss.text, 0.0),
         ("loss.weighting", c.loss.weighting, "output"),
         ("train.context_noise", c.train.context_noise, 0),
+        ("train.own_context", c.train.own_context, 0.0),
+        ("train.accumulate", c.train.accumulate, 1),
+        ("model.block_order", m.block_order, "raster"),
+        ("sample.steps_by_block", c.sample.steps_by_block, "constant"),
+        ("sample.diffusion_depth", c.sample.diffusion_depth, 0),
+        ("sample.context_noise", c.sample.context_noise, 0),
+        ("sample.guide", c.sample.guide, ""),
     ):
         if value != supported:
             raise ConfigError(f"config.{field}={value!r}: the PyTorch yardstick supports only {supported!r}.")

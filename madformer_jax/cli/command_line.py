@@ -80,20 +80,29 @@ def _parse_with_file(argv: Sequence[str]) -> tuple[ConfigDict, flags.FlagValues,
     return values.config, values, file
 
 
+_EXPLAINED_FLAGS = (
+    "distributed", "coordinator", "num_processes", "process_id", "dry_run", "measure", "processes", "topology",
+)  # fmt: skip
+
+
 def _define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_bool("help", False, "Show the modes, or the fields of one.", short_name="h", flag_values=values)
     flags.DEFINE_string("config", None, "Config file, FILE or FILE:variant.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.", flag_values=values)
     flags.DEFINE_enum("mode", "train", list(help.mode_summaries()), "What to do.", flag_values=values)
-    flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster.", flag_values=values)
-    flags.DEFINE_string("coordinator", "", "host:port of process 0.", flag_values=values)
+    flags.DEFINE_bool(
+        "distributed", False, "Join the other processes of the cluster (docs/launch.md).", flag_values=values
+    )
+    flags.DEFINE_string(
+        "coordinator", "", "host:port of process 0, with --num_processes and --process_id.", flag_values=values
+    )
     flags.DEFINE_integer("num_processes", -1, "Processes of the job.", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "Number of this process.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "--mode=sweep: only list the runs and their costs.", flag_values=values)
-    about = "--mode=sweep: only measure the seconds of drawing an image."
+    about = "--mode=sweep: only measure the seconds of sampling an image."
     flags.DEFINE_bool("measure", False, about, flag_values=values)
-    about = "--mode=sweep: processes that share the runs, or auto: one a core of a CPU."
+    about = "--mode=sweep: number of processes that share the runs; auto: one for each core of a CPU."
     flags.DEFINE_string("processes", "auto", about, flag_values=values)
     flags.DEFINE_string("topology", "", "Devices of --mode=compile, such as v5e:4x4 or h100.", flag_values=values)
     values.set_gnu_getopt(True)
@@ -107,7 +116,8 @@ def _help_page(argv: Sequence[str]) -> str | None:
         values(list(argv), known_only=True)
     except flags.Error as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    return help.page(values.mode if values["mode"].present else None) if values.help else None
+    docs = {name: str(values[name].help) for name in _EXPLAINED_FLAGS}
+    return help.page(values.mode if values["mode"].present else None, docs) if values.help else None
 
 
 def _check_flags(values: flags.FlagValues) -> None:
@@ -137,7 +147,7 @@ def _load_workdir_config(values: flags.FlagValues) -> ConfigDict:
     path = os.path.join(values.workdir or "", "config.json")
     saved = storage.read_json(path) if values.workdir else None
     if saved is not None:
-        # All processes must read the same config, whatever each has recorded.
+        # `trusted=None` reads this machine's own record (`runtime.provenance`), and the processes' may differ.
         several = values.distributed or values.coordinator
         return stored_config.config_from_saved(saved, path, trusted=False if several else None)
     if values.mode in ("convert", "report"):
@@ -234,7 +244,8 @@ def _score_summary(config: ConfigDict, workdir: str) -> str:
     name = next(iter(scores[0]))
     drawn, real = (f"{s[name]['value']:.2f} [{s[name]['low']:.2f}, {s[name]['high']:.2f}]" for s in scores)
     return (
-        f"{name} of {c.evaluate.n} samples: {drawn}; of as many real training images: {real} (0: as the held-out ones)."
+        f"{name} of {c.evaluate.n} samples: {drawn}; of {c.evaluate.n} real training images: {real}. 0 would be no difference "
+        "from the held-out images."
     )
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import pkgutil
 import textwrap
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -61,9 +62,17 @@ def mode_summaries() -> dict[str, str]:
     return summaries
 
 
-def page(mode: str | None) -> str:
-    """Returns the help page of a mode, or of all modes for None."""
-    return _overview_page() if mode is None else _mode_page(mode)
+def page(mode: str | None, flags: Mapping[str, str] | None = None) -> str:
+    """Returns the help page of a mode, or of all modes for None.
+
+    Args:
+      mode: The mode.
+      flags: Flag -> its description. The page of a mode has those whose description names the mode.
+    """
+    flags = {name: doc for name, doc in (flags or {}).items() if mode is None or f"--mode={mode}" in doc}
+    lines = [f"  --{name:15} {doc}" for name, doc in flags.items()]
+    text = _overview_page() if mode is None else _mode_page(mode)
+    return "\n".join([text, *(["", "Flags:", ""] if lines else []), *lines])
 
 
 def reference_page() -> str:
@@ -105,10 +114,9 @@ def after_training(c: ConfigDict, workdir: str, scores: str = "") -> str:
         flags = map(console.shell_quote, [f"--workdir={workdir}", f"--mode={mode}", *arguments])
         return f"  {_COMMAND} {' '.join(flags)}"
 
-    made = (
-        f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (figures; or tensorboard "
-        f"{console.shell_quote(f'--logdir={workdir}')})."
-    )
+    logdir = console.shell_quote(f"--logdir={workdir}")
+    tensorboard = f"; or tensorboard {logdir}" if "tensorboard" in c.train.log_to else ""
+    made = f"Trained {c.train.steps} steps. In {workdir}: checkpoints, samples (pictures), metrics.jsonl (metrics{tensorboard})."
     if scores:
         middle = "see what fewer solver steps cost in quality"
         grid = f"--config.evaluate.grid=steps={max(1, c.sample.steps // 5)},{c.sample.steps}"

@@ -72,7 +72,7 @@ class Earth(Source):
         return test_mask(hashes, test_share)[inverse.reshape(-1)].astype(int)
 
 
-def land_cover(water: np.ndarray, land: np.ndarray) -> np.ndarray:
+def land_cover(water: np.ndarray, mean_red: np.ndarray) -> np.ndarray:
     """Returns the classes of crops, int32 (n,), as indices into `NAMES`.
 
     The rule: water on a fifth of the crop or more is "coast". Otherwise the mean red of the land
@@ -80,9 +80,9 @@ def land_cover(water: np.ndarray, land: np.ndarray) -> np.ndarray:
 
     Args:
       water: Share of water, (n,).
-      land: Mean red of the pixels that are not water, (n,) of 0 to 255.
+      mean_red: Mean red of the pixels that are not water, (n,) of 0 to 255.
     """
-    by_color = np.select([land > 110, land > 60], [2, 1], 0)
+    by_color = np.select([mean_red > 110, mean_red > 60], [2, 1], 0)
     return np.where(water >= COAST, 3, by_color).astype(np.int32)
 
 

@@ -54,7 +54,8 @@ class HuggingFace(Source):
         if "test" not in available and split in ("train", "test", "all"):
             split, hashed = "train" if len(available) > 1 else next(iter(available)), True
         if split not in available:
-            known = ", ".join(sorted(available)) + ("" if "test" in available else "; or train, test, all")
+            can_split = "test" not in available and (len(available) == 1 or "train" in available)
+            known = ", ".join(sorted(available)) + "; or train, test, all" * can_split
             raise ConfigError(f"config.data.source=hf:{location} has no split {data.split!r}, only {known}.")
         columns = {kind: data[f"{kind}_column"] for kind in ("image", "label", "caption")}
         source = cls(location, split, available[split], columns, data.max_corrupt)

@@ -120,14 +120,14 @@ def labeled_rows(classes: np.ndarray, max_unlabeled: float, reason: Callable[[in
       reason: Returns why an image has no class, given the number of the first such image.
 
     Raises:
-      ConfigError: Too many images have no class while others have one, or an unusable one.
+      ConfigError: More than `max_unlabeled` of the images have no usable label.
     """
     unlabeled, unusable_count = np.flatnonzero(classes < 0), int((classes == UNUSABLE).sum())
     any_labeled = len(unlabeled) < len(classes)
     if not (unusable_count or 0 < len(unlabeled) < len(classes)):
         return None
     count = len(unlabeled) if any_labeled else unusable_count
-    problem = f"{reason(int(unlabeled[0]))}: {count} of {len(classes)} lack one"
+    problem = f"{reason(int(unlabeled[0]))}: {count} of {len(classes)} images have no usable label"
     if count > max_unlabeled * len(classes):
         raise ConfigError(
             f"{problem}, more than config.data.max_corrupt={max_unlabeled}. Repair the labels, or remove them all."

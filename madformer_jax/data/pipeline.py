@@ -218,7 +218,7 @@ def open_records(config: ConfigDict) -> tuple[DatasetInfo, Callable[[np.ndarray]
     def read(records: np.ndarray) -> Batch:
         batch = load(_without_flips(records.tolist()))
         for name, reason in json.loads(batch.pop("skipped", "{}")).values():
-            listing.warn_once(f"passed over {name}: {reason}")  # scores read an image several times
+            listing.warn_once(f"skipped unreadable record {name}: {reason}")  # scores read an image several times
         return batch
 
     return info, read
@@ -268,7 +268,7 @@ def _selections(config: ConfigDict, records: int, global_batch: int) -> grain.Ma
 
 
 def selection_iterator(config: ConfigDict, *, batch: int) -> grain.DatasetIterator:
-    """Returns the records of the batches of `train_iterator`, which it does not read.
+    """Returns the record numbers and flips of the batches of `train_iterator`, without reading the records.
 
     Returns:
       A grain iterator over {"record": int (batch,), "flip": bool (batch,)}, with the states of
@@ -299,7 +299,7 @@ def read_all(config: ConfigDict) -> Batch:
         _check_skipped(config, skipped, records)
         chunks.append(chunk)
     for name, reason in skipped.values():
-        logging.warning("passed over %s: %s", name, reason)
+        logging.warning("skipped unreadable record %s: %s", name, reason)
     return {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
 
@@ -356,7 +356,11 @@ class _BatchIterator(grain.DatasetIterator):
             self._skipped[number] = skipped[number]
             name, reason = skipped[number]
             logging.warning(
-                "passed over %s: %s (%d of %d records so far)", name, reason, len(self._skipped), self._count
+                "skipped unreadable record %s: %s (%d of %d records so far)",
+                name,
+                reason,
+                len(self._skipped),
+                self._count,
             )
         _check_skipped(self._config, self._skipped, self._count)
 

@@ -141,7 +141,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
     content = read_sealed(path)
     if content is None:
         raise ConfigError(
-            f"{folder!r} holds no {MANIFEST}: make the records with --mode=prepare, or run it again if it was stopped."
+            f"config.data.path={str(folder)!r} holds no {MANIFEST}: make the records with --mode=prepare, or run it again if "
+            "it was stopped."
         )
     if content.get("format") != FORMAT:
         raise ConfigError(f"{path} is of format {content.get('format')}, not {FORMAT}: prepare the data again.")

@@ -21,7 +21,8 @@ Kind = Literal["images", "latents"]
 class Examples:
     """b records of a source, in the form in which the source stores them."""
 
-    arrays: dict[str, Any]  # "image": b encoded files, or uint8 (b, H, W, c); or "mean", "logvar": float16 (b, h, w, C)
+    arrays: dict[str, Any]  # "image": b encoded files, or uint8 (b, H, W, c); or "mean", "logvar": float16
+    # (b, h, w, C); source npy: "mean" alone, float32
     labels: np.ndarray  # int32 (b,)
     captions: list[str] = dataclasses.field(default_factory=list)  # "" for a record without a caption
     attributes: np.ndarray | None = None  # int32 (b, A); None for a source without attributes
@@ -34,7 +35,8 @@ class Source(Protocol):
     """Random access to records.
 
     Sources can be pickled, because each worker process gets a copy. Several threads may read at the
-    same time. The first group of fields and `open`, `enlarge` belong to the class.
+    same time. The first group of fields can be read from the class without opening data. An instance may
+    replace `splits` and `attributes`.
     """
 
     splits: tuple[str, ...] = ("train", "test")  # see `split_indices`; () if `open` reads only the records of a split
@@ -115,7 +117,10 @@ class Source(Protocol):
         return self.read(indices).labels
 
     def captions(self, indices: np.ndarray) -> list[str]:
-        """Returns the captions of the records at `indices`, as `labels`."""
+        """Returns the captions of the records at `indices`.
+
+        Sources that can do so without reading the images override this method.
+        """
         return self.read(indices).captions
 
     def captioned_attributes(self, indices: np.ndarray) -> np.ndarray | None:

@@ -84,7 +84,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     return tokenizer._replace(sha256=hashlib.sha256(content).hexdigest())
 
 
-def exportable_file(name: str) -> str | None:
+def exportable_content(name: str) -> str | None:
     """Returns the content of a user's tokenizer.json, to be exported with a model.
 
     Returns:
@@ -328,7 +328,8 @@ def encode(c: ConfigDict, texts: Sequence[str], names: Callable[[int], str]) -> 
         if control := tokenizer.control.keys() & ids:
             words = ", ".join(sorted(tokenizer.control[i] for i in control))
             raise ConfigError(
-                f"{names(i)}: {texts[i]!r} holds {words}, which the tokenizer knows as a control token alone. Remove it."
+                f"{names(i)}: {texts[i]!r} holds {words}, which the tokenizer can read only as a control token: "
+                "remove it from the text."
             )
         if len(ids) > length - 2 and not c.text.truncate:
             raise ConfigError(

@@ -53,7 +53,8 @@ class Tfds(Source):
             raise
         except Exception as error:  # tfds raises many types, with messages of many lines
             raise ConfigError(
-                f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {first_line(error)} Prepare it "
+                f"config.data.source=tfds:{name}, split {split!r}, does not open from {where}: {first_line(error).rstrip('.')}. "
+                f"Prepare it "
                 f"once with tfds.builder({name!r}, data_dir=..., file_format='array_record').download_and_prepare(). "
                 "This needs TensorFlow: pip install -e '.[cloud]'."
             ) from None

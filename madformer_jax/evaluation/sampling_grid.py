@@ -40,11 +40,11 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
-def expand_configs(c: ConfigDict) -> list[ConfigDict]:
+def expand_configs(c: ConfigDict, field: str = "evaluate.grid") -> list[ConfigDict]:
     """Returns a copy of the config for each combination of `evaluate.grid`.
 
     The copies have `sample.n` = `evaluate.n`, unless that is 0. "steps=5,20;guidance=1,2" is a grid of four
-    combinations. "" is the config's own setting.
+    combinations. "" is the config's own setting. Messages name `field`, from which the grid comes.
 
     Raises:
       ConfigError: A field is not in `FIELDS` or occurs twice, or a value has the wrong type.
@@ -55,18 +55,18 @@ def expand_configs(c: ConfigDict) -> list[ConfigDict]:
         name = name.strip()
         if name not in FIELDS or not values:
             raise ConfigError(
-                f"config.evaluate.grid: {axis!r} is not a setting: use {', '.join(FIELDS)} with values, "
+                f"config.{field}: {axis!r} is not a setting: use {', '.join(FIELDS)} with values, "
                 "as in steps=5,20;guidance=1,2."
             )
         if name in (known for known, _ in itertools.chain(*axes)):
             raise ConfigError(
-                f"config.evaluate.grid={c.evaluate.grid!r} names {name} twice: write all its values in one list."
+                f"config.{field}={c.evaluate.grid!r} names {name} twice: write all its values in one list."
             )
         parse, kind = FIELDS[name]
         try:
             axes.append([(name, parse(value.strip())) for value in values.split(",")])
         except ValueError:
-            raise ConfigError(f"config.evaluate.grid: {axis!r}: {name} takes {kind} values.") from None
+            raise ConfigError(f"config.{field}: {axis!r}: {name} takes {kind} values.") from None
     settings = []
     for combination in itertools.product(*axes):
         setting = c.copy_and_resolve_references()

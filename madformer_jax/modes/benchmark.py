@@ -207,12 +207,12 @@ def _measure(program: Program, c: ConfigDict) -> Figures:
 
 _ROW_FORMATS = {  # figure -> (label, format)
     "compile_seconds": ("compile time", "{:.1f} s"),
-    "seconds": ("step", "{:.4g} s"),
+    "seconds": ("time of a step or batch", "{:.4g} s"),
     "seconds_per_image": ("per image", "{:.4g} s"),
     "images_per_second": ("images/s", "{:.4g}"),
     "nfe": ("NFE per image", "{:.4g}"),
     "passes": ("passes per image", "{:.4g}"),
-    "tflop": ("TFLOP per step", "{:.4g}"),
+    "tflop": ("TFLOP per step or batch", "{:.4g}"),
     "tflops": ("TFLOP/s", "{:.4g}"),
     "mfu": ("MFU", "{:.1%}"),
     "program_gib": ("program memory", "{:.2f} GiB"),

@@ -5,9 +5,9 @@
 Compiles the training step and the sampler ahead of time; nothing is run and no array is made. libtpu
 (the extra `aot`) compiles for any TPU topology that it knows, and `cost.tpu_time` estimates the time.
 JAX's CUDA plugin compiles for h100, h200 or h100:8 without autotuning, which needs the device. For
-GPUs `cost.gpu_work` counts kernels, bytes and FLOPs in place of a time. The limit is the compiler's
-own. Exit status 1 means that a program does not fit. With a workdir, all figures also go to its
-compile.json.
+GPUs `cost.gpu_work` counts kernels, bytes and FLOPs in place of a time. The limit is what the
+compiler reports for a TPU, and the share of memory that JAX allocates on a GPU. Exit status 1 means
+that a program does not fit. With a workdir, all figures also go to its compile.json.
 """
 
 import contextlib
@@ -160,7 +160,7 @@ def sampling(c: ConfigDict, model: madformer.MADFormer, mesh: Mesh, limit: int, 
 def _estimator(c: ConfigDict, mesh: Mesh, cost: flops.Cost) -> Estimator | None:
     """Returns a function that estimates a program's time.
 
-    Returns None if `compile.time` is off or the clock rate of the device is unknown.
+    Returns None for a GPU, if `compile.time` is off, or if the clock rate of the device is unknown.
     """
     device = mesh.devices.flat[0]
     kind = device.device_kind

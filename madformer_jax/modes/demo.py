@@ -281,7 +281,8 @@ def _check_comparable(first: trained_model.Model, second: trained_model.Model) -
     a, b = first.config, second.config
     if (a.model.classes, first.labels, a.text.vocabulary) != (b.model.classes, second.labels, b.text.vocabulary):
         raise ConfigError(
-            "config.demo.other: it draws other classes, or reads other captions, than the workdir's model."
+            "config.demo.other has other classes or captions than the model of --workdir: name a model that was trained on "
+            "the same ones."
         )
 
 

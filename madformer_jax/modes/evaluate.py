@@ -47,7 +47,8 @@ from madformer_jax.sampling import codec, generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights.fingerprint import fingerprint
 
-# Fields of `sample` that determine the images.
+# Fields of `sample` in every protocol, under their first names (`clip` is `clip_x0`). `TrainedModel.protocol`,
+# `prompts.describe` and `block_order` add the others.
 SAMPLE_PROTOCOL_FIELDS = (
     "weights", "solver", "spacing", "steps", "guidance", "guidance_schedule", "guidance_interval", "clip", "labels",
     "label_sampling", "noise",
@@ -234,19 +235,21 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                 settings = aliases.first_names(json.loads(s.to_json()), "sample.")
                 settings |= {"noise": noise_digest, "labels": chosen}
                 network, sampled_params = trained.sampled(setting)
-                program, size = sampling_grid.program_key(setting, grid)
+                program, padded_steps = sampling_grid.program_key(setting, grid)
                 if program not in programs:
                     sample_fn = generation.make_sample_fn(setting, network, trained.codec.decode)
-                    steps_text = "any number of" if size else str(s.steps)
+                    steps_text = "any number of" if padded_steps else str(s.steps)
                     programs[program] = progress.log_compilation(
                         sample_fn, f"the sampling program of {steps_text} steps"
                     )
-                sample_fn = solving.pad_steps(programs[program], setting, size) if size else programs[program]
+                sample_fn = programs[program]
+                if padded_steps:
+                    sample_fn = solving.pad_steps(sample_fn, setting, padded_steps)
                 draw = functools.partial(
                     generation.batches, setting, sample_fn, sampled_params, codec_params, mesh,
                     max_batch=s.n, conditions=conditions,
                 )  # fmt: skip
-                size = generation.batch_size(setting, mesh)
+                batch_size = generation.batch_size(setting, mesh)
                 results[step, i] = _load_or_make_result(
                     setting, _results_folder(workdir), judge,
                     metadata
@@ -254,7 +257,7 @@ def _judge_checkpoints(c: ConfigDict, workdir: str) -> list[dict[str, Any]]:
                     | prompt_metadata[s.prompts]
                     | ({"block_order": s.block_order} if s.block_order else {})
                     | trained.protocol(setting),
-                    size * -(-shards.MAX_BATCH // size),
+                    batch_size * -(-shards.MAX_BATCH // batch_size),
                     functools.partial(map, functools.partial(_sample_and_extract, draw, judge)),
                     read=functools.partial(_draw_images, draw), labeled=bool(c.model.classes),
                     extra_scores=extra_scores, extra_protocol=extra_protocol,

@@ -3,8 +3,8 @@
     python -m madformer_jax.main --mode=export --workdir=runs/digits
 
 workdir/export holds the files of a model on the Hugging Face hub: config.json, model.safetensors,
-README.md (the model card with the scores of --mode=evaluate), grid.png, and tokenizer.json unless the
-tokenizer is part of this package. Every mode reads its checkpoints/. Its config.json names no path, no
+README.md (the model card with the scores of --mode=evaluate), grid.png, and tokenizer.json if the
+tokenizer is a user's tokenizer.json. Every mode reads its checkpoints/. Its config.json names no path, no
 mesh and no other setting of this machine (`schema.portable`).
 """
 
@@ -47,9 +47,9 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     trained = TrainedModel.open(c, workdir, step=-1)
     step, meta, params = trained.step, trained.meta, trained.params
     exported = f"{workdir.rstrip('/')}/export"
-    tokenizer = text.exportable_file(c.text.tokenizer)
+    tokenizer = text.exportable_content(c.text.tokenizer)
     with lock.acquire(exported):
-        _remove_later_checkpoints(checkpoint.folder(exported), step)
+        _remove_checkpoints_from(checkpoint.folder(exported), step)
         with checkpoint.Checkpoints(exported) as checkpoints:
             checkpoint.write_config(published, exported)
             checkpoints.save(step, {"ema": params}, None, meta)
@@ -64,7 +64,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     return {"step": step, "export": exported}
 
 
-def _remove_later_checkpoints(folder: epath.Path, step: int) -> None:
+def _remove_checkpoints_from(folder: epath.Path, step: int) -> None:
     """Removes checkpoints of this step and of later steps, which an earlier export has left.
 
     They may belong to another training. Each is first marked as incomplete, so that a kill leaves no

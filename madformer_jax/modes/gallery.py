@@ -76,7 +76,7 @@ def _grid_configs(c: ConfigDict) -> list[ConfigDict]:
     c = c.copy_and_resolve_references()
     c.evaluate.n = c.gallery.n
     c.evaluate.grid = c.gallery.grid or f"steps={max(1, c.sample.steps // 5)},{c.sample.steps}"
-    return sampling_grid.expand_configs(c)
+    return sampling_grid.expand_configs(c, "gallery.grid")
 
 
 def _setting_names(grid: list[ConfigDict]) -> list[str]:

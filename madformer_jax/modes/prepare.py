@@ -2,10 +2,10 @@
 
     python -m madformer_jax.main --config=... --mode=prepare --workdir=DIR --config.prepare.kind=latents
 
-Shard k holds the images [k * n, (k + 1) * n) of the source, in order, without corrupt images. A shard
+Shard k holds the images [k * s, (k + 1) * s) of the source (s is `prepare.shard`), in order, without corrupt images. A shard
 is first written to a temporary file, so that it appears as a whole. A JSON file next to it marks it as
-finished. After a kill, the same command makes only the unfinished shards. Process p of n makes the
-shards p, p + n, p + 2 n and so on. The last process writes manifest.json, without which no training
+finished. After a kill, the same command makes only the unfinished shards. Process p of P makes the
+shards p, p + P, p + 2 P and so on. The last process writes manifest.json, without which no training
 starts. On a complete folder, the command compares all checksums and makes damaged shards again.
 `data.records` defines the files and reads them.
 """
@@ -75,7 +75,7 @@ def run(
         preemption.exit_on_sigterm()
     folder = epath.Path(workdir)
     source = sources.open_source(config)
-    table = pipeline.make_preprocessor(config)
+    preprocessor = pipeline.make_preprocessor(config)
     _check_source(config, source)
     with storage.wrap_errors(f"--workdir={workdir} cannot be written"):
         for name in ("config.json", "checkpoints"):
@@ -86,7 +86,7 @@ def run(
         with lock.acquire(workdir):
             latents = config.prepare.kind == "latents"
             encoder = (encoder or codec.encoder(config, config.prepare.batch)) if latents else None
-            plan = _make_plan(config, source, table, encoder)
+            plan = _make_plan(config, source, preprocessor, encoder)
             _check_plan(folder, plan)
             mine = range(process_index, plan["shards"], process_count)
             total, silent = sum(len(_shard_indices(plan, k)) for k in mine), process_index != 0
@@ -96,7 +96,7 @@ def run(
                 logging.info(
                     "%s: %d of %d shards to make, of up to %d images", workdir, len(todo), len(mine), plan["shard"]
                 )
-                decode = functools.partial(_decode, source, table)
+                decode = functools.partial(_decode, source, preprocessor)
                 shards |= _make_shards(config, folder, plan, todo, decode, encoder, [*shards.values()], bar)
             if jax.process_count() > 1:
                 partitioning.sync("prepare")  # JAX would take a process that leaves early for a dead one
@@ -123,14 +123,14 @@ def _check_source(config: ConfigDict, source: Source) -> None:
 
 
 def _make_plan(
-    config: ConfigDict, source: Source, table: preprocess.Preprocessor, encoder: codec.Encoder | None
+    config: ConfigDict, source: Source, preprocessor: preprocess.Preprocessor, encoder: codec.Encoder | None
 ) -> dict[str, Any]:
     """Returns everything that decides the content of the shards."""
     p = config.prepare
     return {
         "format": records.FORMAT,
         "kind": p.kind,
-        "image": table.describe(),
+        "image": preprocessor.describe(),
         "flip": p.flip,
         "codec": encoder.describe() if encoder else None,
         "source": config.data.source,
@@ -230,14 +230,18 @@ def _read_shard_summary(folder: epath.Path, plan: dict[str, Any], k: int) -> rec
 
 
 def _decode(
-    source: Source, table: preprocess.Preprocessor, indices: Sequence[int], threads: ThreadPoolExecutor, batch: int
+    source: Source,
+    preprocessor: preprocess.Preprocessor,
+    indices: Sequence[int],
+    threads: ThreadPoolExecutor,
+    batch: int,
 ) -> Iterator[Decoded]:
     """Yields the images of `indices` in order. The threads decode up to two batches ahead."""
 
     def decode(index: int) -> Decoded:
         name = source.name(index)
         try:
-            record = pipeline.read_record(source, table, index)
+            record = pipeline.read_record(source, preprocessor, index)
             attributes = () if record.attributes is None else record.attributes[0]
             return Decoded(name, record.arrays["image"][0], int(record.labels[0]), record.captions[0], attributes)
         except OSError as error:  # the disk is at fault, not the image: do not skip it

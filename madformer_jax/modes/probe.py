@@ -38,7 +38,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
       The path of the page and the suggested D.
 
     Raises:
-      ConfigError: A setting is wrong, the model has no AR condition or another order, or the workdir has no model.
+      ConfigError: A setting is wrong, the model has no AR condition or a block order other than raster, or the workdir has no model.
     """
     config_lib.validate(c)
     m, p = c.model, c.probe

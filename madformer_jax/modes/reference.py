@@ -112,10 +112,14 @@ def check(c: ConfigDict, workdir: str) -> images.ImageSet:
         )
     learns_attributes = any(network.learns == "attributes" for network in learning)
     if learns_attributes and c.data.channels != 3:
-        raise ConfigError(f"config.data.channels={c.data.channels}: the attribute classifier needs pictures of 3.")
+        raise ConfigError(
+            f"config.data.channels={c.data.channels}: the attribute classifier needs color pictures: set config.data.channels=3."
+        )
     data = images.from_source(c, c.evaluate.split, shuffled=False, config_field="evaluate.split")
     if data.n < 2:
-        raise ConfigError(f"a reference of {data.n} images is too small: a covariance needs at least two.")
+        raise ConfigError(
+            f"config.evaluate.split={c.evaluate.split!r} has {data.n} image(s), and a reference needs two: use another split."
+        )
     for network, path in learning.items():
         if epath.Path(path).exists():
             _check_channels(c, network.open(path), path)
@@ -159,8 +163,8 @@ class _Examples(NamedTuple):
 def _split_examples(c: ConfigDict) -> tuple[_Examples, _Examples]:
     """Returns the training and the test images of a network that learns labels.
 
-    They are the splits "train" and "test". If the source has no test split, every tenth image is
-    held out.
+    They are the splits "train" and "test" if the source holds images out itself (`Source.splits`,
+    `data.test_share`). Otherwise every tenth image of `data.split` is held out.
     """
     if not sources.source_class(c).splits or not c.data.test_share:
         source = images.from_source(c, c.data.split, shuffled=True, config_field="evaluate.network")

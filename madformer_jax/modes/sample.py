@@ -9,7 +9,8 @@ An interrupted run continues from its finished shards. workdir/samples/NAME/ has
   film.webp                  the images while they are drawn, if `sample.film` asks for it
   latents.npy                the latents (n, h, w, C) as the encoder gave them, float32, for codec `external`
 
-A new setting that changes the images must be added to `_protocol`.
+A new setting that changes the images must be added to `TrainedModel.protocol`, which --mode=evaluate
+uses too.
 """
 
 import hashlib
@@ -133,7 +134,7 @@ def _write_latents(c: ConfigDict, folder: epath.Path) -> None:
 
 
 def _write_film(c: ConfigDict, path: epath.Path, model: trained_model.Model) -> None:
-    """Writes a film of the grid while it is drawn, of about `MAX_FILM_FRAMES` frames or fewer."""
+    """Writes a film of the grid while it is drawn, of about `MAX_FILM_FRAMES` frames and one for each block at most."""
     c = c.copy_and_resolve_references()
     c.sample.n = min(c.sample.grid, c.sample.n)
     steps = block_steps.steps_of_blocks(c)

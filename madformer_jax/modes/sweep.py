@@ -78,7 +78,8 @@ def run(
       argv: The arguments of this command, which further processes get.
 
     Returns:
-      The names of the runs under "runs", or the name of a run that was asked to stop under "stopped".
+      The names of the runs under "runs", or the name of a run that was asked to stop under "stopped": the
+      first unfinished one if there are several processes. {} with `dry_run` or `measure`.
 
     Raises:
       ConfigError: The sweep is wrong, and nothing was done. Or some runs failed, and all others are

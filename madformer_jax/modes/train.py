@@ -86,7 +86,7 @@ def run_lanes(configs: Sequence[ConfigDict], workdirs: Sequence[str]) -> list[di
         program = progress.log_compilation(
             lanes.make_program(setup, configs, mesh, table), f"the training step of {len(configs)} runs"
         )
-        # Of the nested handlers of signals, the last one gets them.
+        # Each run installs a handler of signals. The last one gets them, so its `preemption` stops all runs.
         failed = lanes.loop(group, program, table, codec_params, calls.preemption.reached)
     stopped = {"stopped": True} if calls.preemption.reached() else {}
     return [failed.get(i, lane.metric_writer.figures | stopped) for i, lane in enumerate(group)]
@@ -325,7 +325,7 @@ def _check_data(workdir: str, step: int, before: dict[str, Any], now: dict[str, 
     elif before["records"] != now["records"]:
         difference = f"its records ({before['records']} then, {now['records']} now)"
     else:
-        difference = f"which records these {now['records']} are, or what they hold"
+        difference = f"the content or the order of its {now['records']} records"
     raise ConfigError(
         f"the data set has changed since step {step} of {workdir}: {difference}. Bring the old one back, or use another --workdir."
     )

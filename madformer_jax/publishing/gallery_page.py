@@ -61,7 +61,7 @@ def render(
     """Returns the page as HTML.
 
     The images are lossless if they fit. Otherwise they are compressed with loss, and then the page also
-    gets fewer frames within a block. Every recording has the same n images, of which `captions` are the captions.
+    gets fewer frames within a block. Every recording has the same n images; `captions[k]` is the caption of image k.
 
     Raises:
       ConfigError: The page does not fit.

@@ -52,7 +52,7 @@ class _TensorSource(NamedTuple):
     stacked: bool
 
 
-def _tensor_source(path: tuple[str, ...], shape: tuple[int, ...], depth: int, diffusion_depth: int) -> _TensorSource:
+def _tensor_source(path: tuple[str, ...], depth: int, diffusion_depth: int) -> _TensorSource:
     """Returns the release's tensors from which the parameter at `path` is made."""
     if path == ("boi",):
         return _TensorSource(("boi_block",), None, False)
@@ -101,9 +101,7 @@ def _cached_layout(config: str) -> dict[tuple[str, ...], tuple[tuple[int, ...], 
     model = madformer.build(ConfigDict(json.loads(config)))
     params = nn.meta.unbox(jax.eval_shape(lambda key: madformer.init(model, key), jax.random.key(0)))
     depths = model.config.depth, model.config.diffusion_depth
-    return {
-        path: (leaf.shape, _tensor_source(path, leaf.shape, *depths)) for path, leaf in flatten_dict(params).items()
-    }
+    return {path: (leaf.shape, _tensor_source(path, *depths)) for path, leaf in flatten_dict(params).items()}
 
 
 def release_shapes(config: ConfigDict) -> dict[str, tuple[int, ...]]:

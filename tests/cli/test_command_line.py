@@ -78,7 +78,7 @@ def test_a_training_that_judges_itself_says_how_good_it_is(monkeypatch, tmp_path
     monkeypatch.setattr(evaluate, "run", judged)
     message = command_line._score_summary(c, str(tmp_path))
     assert message.startswith(
-        "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of as many real training images: 0.25 [0.00, 2.00]"
+        "FD-x of 1000 samples: 1.50 [0.00, 2.00]; of 1000 real training images: 0.25 [0.00, 2.00]"
     )
     (tmp_path / "reference.npz").write_bytes(b"")
     c.evaluate.images, c.evaluate.degrade = "data:test", "blur:1"  # of another evaluation

@@ -205,7 +205,8 @@ def test_parquet_of_other_tools_needs_no_types_of_the_package(tmp_path, kind):
     assert source.name(1).endswith("[2]") and examples.captions == ["shade 0", "shade 2"]
     c.data.max_corrupt = 0.3
     with pytest.raises(
-        ConfigError, match=r"train\[1\] has no label: 1 of 3 lack one, more than config.data.max_corrupt"
+        ConfigError,
+        match=r"train\[1\] has no label: 1 of 3 images have no usable label, more than config.data.max_corrupt",
     ):
         sources.open_source(c)
 

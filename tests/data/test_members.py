@@ -92,7 +92,7 @@ def test_sidecars_belong_to_the_stem_or_else_to_the_sample(opened):
 
 
 def test_the_label_of_another_image_is_not_taken(opened):
-    with pytest.raises(ConfigError, match=r"v1\.0\.png has no label.*1 of 2 lack one"):
+    with pytest.raises(ConfigError, match=r"v1\.0\.png has no label.*1 of 2 images have no usable label"):
         opened({"v1.png": 0, "v1.cls": b"1", "v1.0.png": 1})
 
 
@@ -133,7 +133,9 @@ def test_numbers_among_names_are_odd(opened):
     }
     source = opened(members | {"19.json": b'{"label": 7}'})
     assert source.names == ("a", "b") and source.read(np.arange(19)).labels.tolist() == [(i + 1) % 2 for i in range(19)]
-    with pytest.raises(ConfigError, match="a label is the number 7, and most are names: 1 of 20 lack one"):
+    with pytest.raises(
+        ConfigError, match="a label is the number 7, and most are names: 1 of 20 images have no usable label"
+    ):
         opened(members | {"19.json": b'{"label": 7}'}, max_unlabeled=0)
 
 
@@ -176,19 +178,29 @@ def test_one_odd_label_leaves_out_its_image_and_many_are_refused(opened, caplog,
     assert source.read(np.arange(19)).labels.tolist() == [i % 3 for i in range(19)]
     assert names(source)[18] == "18.png" and source.split_indices(1.0).shape == (19,)
     (line,) = [r.getMessage() for r in caplog.records if "left out of the tars" not in r.getMessage()]
-    assert f"x.tar:{stem}." in line and "1 of 20 lack one; they are left out" in line and "\n" not in line
-    with pytest.raises(ConfigError, match=r"1 of 20 lack one, more than config\.data\.max_corrupt=0\.04"):
+    assert (
+        f"x.tar:{stem}." in line
+        and "1 of 20 images have no usable label; they are left out" in line
+        and "\n" not in line
+    )
+    with pytest.raises(
+        ConfigError, match=r"1 of 20 images have no usable label, more than config\.data\.max_corrupt=0\.04"
+    ):
         opened(members, max_unlabeled=0.04)
 
 
 def test_an_odd_label_among_unlabeled_images_is_ignored_and_logged(opened, caplog):
     members = {f"{i}.png": i for i in range(20)} | {"0.cls": b"cat"}
     assert len(opened(members)) == 20 and opened(members).classes == 0
-    assert "x.tar:0.cls holds no class number: 1 of 20 lack one; the labels are ignored" in caplog.text
+    assert (
+        "x.tar:0.cls holds no class number: 1 of 20 images have no usable label; the labels are ignored" in caplog.text
+    )
 
 
 def test_two_numbers_that_differ_are_refused(opened):
-    with pytest.raises(ConfigError, match=r"x\.tar:0\.cls says class 1, and .*x\.tar:0\.json says 2: 1 of 1 lack one"):
+    with pytest.raises(
+        ConfigError, match=r"x\.tar:0\.cls says class 1, and .*0\.json says 2: 1 of 1 images have no usable"
+    ):
         opened({"0.png": 0, "0.cls": b"1", "0.json": b'{"label": 2}'})
 
 

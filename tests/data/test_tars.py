@@ -163,7 +163,10 @@ def test_tars_feed_the_pipeline(tmp_path):
         ({"0.webp": b"", "0.cls": b"-1"}, "class -1 is out of range"),
         ({"0.webp": b"", "0.json": b'{"label": 9999999999}'}, "class 9999999999 is out of range"),
         ({"0.webp": b"", "0.cls": b"cat"}, "x.tar:0.cls holds no class number"),
-        ({"0.webp": b"", "0.cls": b"1", "1.webp": b""}, "x.tar:1.webp has no label.*1 of 2 lack one"),
+        (
+            {"0.webp": b"", "0.cls": b"1", "1.webp": b""},
+            "x.tar:1.webp has no label.*1 of 2 images have no usable label",
+        ),
         ({"0.webp": b"", "0.json": b'{"label": 1.5}'}, "x.tar:0.json holds no class number"),
         ({"0.webp": b"", "0.txt": b"\xff"}, "x.tar:0.txt is not UTF-8 text"),
         ({"0.webp": b"", "0.png": b""}, "x.tar:0.png: the tar has another image of this sample"),

@@ -81,8 +81,9 @@ def test_a_vocabulary_that_differs_from_the_tokenizers_is_refused(c):
 
 def test_llama_3_counts_its_special_tokens_behind_the_ranks(c):
     tokenizer = text.tokenizer_for_config(c)
-    if tokenizer.vocabulary > 300:
-        assert (tokenizer.begin, tokenizer.end, tokenizer.vocabulary) == (259, 260, 259 + 256)
+    if tokenizer.vocabulary <= 300:
+        pytest.skip("a tokenizer.json names its special tokens itself")
+    assert (tokenizer.begin, tokenizer.end, tokenizer.vocabulary) == (259, 260, 259 + 256)
 
 
 def test_a_part_that_the_tokenizer_does_not_know_is_an_error(tmp_path):

@@ -16,7 +16,12 @@ def test_only_blocks_after_others_depend_on_the_context(monkeypatch):
     model, params = small(depth=2, diffusion_depth=1, classes=3, **ONE_STAGE)
     z = jnp.asarray(np.random.default_rng(0).standard_normal((2, *model.config.sizes.block_shape), np.float32))
     batch = Batch(z, jnp.array([[1], [0]]), None, jax.random.key(3))
-    measured = context_loss.losses_by_block(model, params, [batch, batch], schedule.DEFAULT, 500)
+    other = batch._replace(key=jax.random.key(4))
+    measured, of_other, of_both = (
+        context_loss.losses_by_block(model, params, batches, schedule.DEFAULT, 500)
+        for batches in ([batch], [other], [batch, other])
+    )
+    np.testing.assert_allclose(of_both.true, (measured.true + of_other.true) / 2, rtol=1e-5)
     assert measured.true.shape == (4,)
     np.testing.assert_allclose(measured.estimated[0], measured.true[0], rtol=1e-5)  # nothing comes before it
     assert (np.abs(measured.estimated[1:] / measured.true[1:] - 1) > 1e-4).all()

@@ -219,7 +219,7 @@ def test_other_tokenizers_are_not_exported(tmp_path):
     ranks = tmp_path / "tokenizer.model"
     ranks.write_bytes(b"\n".join(base64.b64encode(bytes([i])) + b" %d" % i for i in range(256)))
     assert (
-        text.exportable_file(str(ranks)) is None
-        and text.exportable_file("drawings") is None
-        and text.exportable_file("") is None
+        text.exportable_content(str(ranks)) is None
+        and text.exportable_content("drawings") is None
+        and text.exportable_content("") is None
     )

@@ -145,4 +145,4 @@ def test_a_file_that_is_no_such_latent_is_passed_over_by_name(latents, content, 
     latents.data.max_corrupt = 0.1
     batch = next(pipeline.train_iterator(latents, batch=12))
     assert batch["mean"].shape == (12, 4, 4, 5)
-    assert f"passed over {path}: " in caplog.text
+    assert f"skipped unreadable record {path}: " in caplog.text

