@@ -35,6 +35,7 @@ from madformer_jax.sampling.opening import TrainedModel
 from madformer_jax.weights.fingerprint import fingerprint
 
 BITS = "bits_per_dimension"
+_TARGET_FIELDS = ("loss", "blocks", "prediction_type", "diffusion")  # of a protocol: what the losses measure
 
 
 def open_images(c: ConfigDict) -> HeldOutImages | None:
@@ -189,7 +190,7 @@ def paired_differences(path: str, baseline: str) -> dict[str, score_summary.Scor
       baseline: Result file of the model that is subtracted.
 
     Returns:
-      The mean difference of each score that both have, with a 95 % interval over images.
+      The mean difference of each score that measures the same for both, with a 95 % interval over images.
 
     Raises:
       ConfigError: The files do not exist, or their images, noise or spaces differ.
@@ -206,11 +207,17 @@ def paired_differences(path: str, baseline: str) -> dict[str, score_summary.Scor
             np.load(content, allow_pickle=False) as values,
         ):
             arrays.append({name: values[name] for name in values.files})
+    a, b = (result["protocol"] for result in results)
     for field in ("images", "space"):
-        a, b = (result["protocol"][field] for result in results)
-        if a != b:
-            raise ConfigError(f"held-out scores of different {field} are not paired: {a!r} against {b!r}.")
-    return summarize({name: x - arrays[1][name] for name, x in arrays[0].items() if name in arrays[1] and x.ndim == 1})
+        if a[field] != b[field]:
+            raise ConfigError(
+                f"held-out scores of different {field} are not paired: {a[field]!r} against {b[field]!r}."
+            )
+    same_target = all(a.get(field) == b.get(field) for field in _TARGET_FIELDS)
+    comparable = {BITS: a["bound"] == b["bound"], "loss_": same_target}
+    prefixes = tuple(prefix for prefix, is_comparable in comparable.items() if is_comparable)
+    names = [name for name, x in arrays[0].items() if name.startswith(prefixes) and name in arrays[1] and x.ndim == 1]
+    return summarize({name: arrays[0][name] - arrays[1][name] for name in names})
 
 
 def text_table(results: Sequence[Mapping[str, Any]]) -> str:

@@ -64,6 +64,30 @@ def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, wo
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sample.context_noise": 9, "train.context_noise": 5}, "is more than the model has trained with: use at most"),
+        ({"train.context_noise": 5, "model.clean_timestep": "noisy"}, "needs config.model.clean_timestep='zero'"),
+        ({"train.ema_snapshots": 3, "train.checkpoint_every": 2}, "only steps that are saved can be snapshots"),
+        ({"train.elastic_depth": True, "train.elastic_depths": (1, 2), "train.scan": 2}, "set config.train.scan=1"),
+        (
+            {"train.elastic_depth": True, "train.elastic_depths": (1, 9)},
+            "must be different numbers of diffusion layers",
+        ),
+        ({"sample.diffusion_depth": 1}, "the model is trained with D = "),
+        ({"codec.name": "vae", "codec.downsampling": 6}, "must be a power of 2 for a VAE"),
+        ({"train.own_context": 0.5, "model.blocks": 1}, "has no effect with config.model.blocks=1"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_one_line(tiny_config, changes, words):
+    tiny_config.model.diffusion_depth = 2
+    tiny_config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=words) as error:
+        schema.validate(tiny_config)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.choices or field.has_range])
 def test_every_choice_and_range_is_checked(tiny_config, field):
     default = FIELDS[field].default

