@@ -198,6 +198,7 @@ def test_added_budgets_need_no_new_training(c, stage, tmp_path):
     [
         *((name, "cpu") for name in ("ablations", "depth", "noise_path", "prediction", "steps_by_block", "elastic")),
         ("blocks", "cpu32"),
+        ("blocks", "cpu64"),
     ],
 )
 def test_the_published_results_match_their_sweep_files(name, variant):
