@@ -32,18 +32,10 @@ from madformer_jax.modes import benchmark, evaluate, reference, train
 from madformer_jax.runtime import checkpoint, console, lock, malloc, partitioning, storage
 from madformer_jax.sampling import generation, prompts, solving
 from madformer_jax.sampling.opening import TrainedModel
-from madformer_jax.sweeps import (
-    budget,
-    claim_check,
-    programs,
-    run_result,
-    run_table,
-    shared_work,
-    sweep_file,
-    sweep_folder,
-)
+from madformer_jax.sweeps import budget, claim_check, programs, run_result, run_table, sweep_file, sweep_folder
 from madformer_jax.sweeps import processes as processes_lib
 from madformer_jax.sweeps.budget import Timing
+from madformer_jax.sweeps.shared_work import POLL_SECONDS, broadcast, make_once
 from madformer_jax.sweeps.sweep_file import Evaluation, Run
 from madformer_jax.sweeps.sweep_folder import Job
 from madformer_jax.training import lanes
@@ -160,7 +152,7 @@ def _run_all(job: Job) -> dict[str, Any]:
                 _free_memory()
         if not claimed:
             logging.info("waiting for %d runs that other processes work on", len(waiting))
-            time.sleep(shared_work.POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
     if failed:
         name, reason = next(iter(failed.items()))
         raise ConfigError(f"{len(failed)} of {len(job.runs)} runs failed, {name} among them: {reason}")
@@ -179,7 +171,7 @@ def _rotate_runs(runs: list[Run]) -> list[Run]:
 
 def _is_done(job: Job, run: Run) -> bool:
     """Returns whether a run is done; all JAX processes get the answer of the first."""
-    return shared_work.broadcast(jax.process_index() == 0 and sweep_folder.is_done(job.workdir, run, job.evaluations))
+    return broadcast(jax.process_index() == 0 and sweep_folder.is_done(job.workdir, run, job.evaluations))
 
 
 def _free_memory() -> None:
@@ -197,7 +189,7 @@ def _do_run(job: Job, run: Run) -> bool:
     folder = sweep_folder.run_folder(job.workdir, run)
     base = _judge_config(run.config, job.workdir, folder)  # before the training, so that errors come early
     held_out_scores.open_images(_held_out_config(job, base))
-    if not shared_work.broadcast(_is_trained(run.config, folder)):
+    if not broadcast(_is_trained(run.config, folder)):
         if not _train(job, run):
             return False
         _free_memory()
@@ -329,15 +321,11 @@ def _judge_config(c: ConfigDict, workdir: str, folder: str) -> ConfigDict:
     name = sweep_file.judge_hash(c)
     judge_folder = os.path.join(workdir, "judges", name)
     path = judge_paths.reference_path(c, judge_folder)
-    shared_work.make_once(
-        workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), judge_folder)
-    )
+    make_once(workdir, f"judge_{name}", path, lambda: reference.run(c.copy_and_resolve_references(), judge_folder))
     # Not part of the judge above: a run without captions may have made that one.
     if prompts.names_attributes(c):
         classifier = judge_paths.attribute_classifier_path(c, judge_folder)
-        shared_work.make_once(
-            workdir, f"judge_{name}", classifier, lambda: reference.make_attribute_classifier(c, classifier)
-        )
+        make_once(workdir, f"judge_{name}", classifier, lambda: reference.make_attribute_classifier(c, classifier))
     c.evaluate.reference, c.evaluate.network_path = path, judge_paths.network_path(c, judge_folder)
     return c
 
@@ -351,7 +339,7 @@ def _load_or_measure_timing(job: Job, run: Run, force: bool = False) -> list[Tim
     path = os.path.join(job.workdir, "timings", f"{name}.json")
     if force and jax.process_index() == 0:
         epath.Path(path).unlink(missing_ok=True)
-    shared_work.make_once(
+    make_once(
         job.workdir,
         f"timing_{name}",  # `name` alone is the claim of the run
         path,
