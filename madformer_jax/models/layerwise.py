@@ -90,7 +90,7 @@ class LayerwiseMADFormer(MADFormer):
                 pred = pred + x if config.switches.ar_condition else x
             stack = self.ar_layers if number < ar_depth else self.diffusion_layers
             params = layer_params(stack)[number - (0 if number < ar_depth else ar_depth)]
-            layer = DecoderLayer(**stack.layer, parent=None)
+            layer = DecoderLayer(**stack.layer_fields, parent=None)
             streams = streams._replace(pred=pred)
             masses.append(attention_mass(layer, params, streams, positions, lengths))
             streams = _run_layer(layer, params, streams, positions, lengths)

@@ -165,6 +165,7 @@ def test_a_run_keeps_its_hash(c):
     config_file = command_line._parse_with_file(
         ["main", f"--config={ROOT}/configs/sweeps/prediction.py:drawings", "--workdir=runs/x", "--mode=sweep"]
     )
+    config_file[0].evaluate.held_out_n = 0  # as at that time
     runs = sweep_file.expand_runs(sweep_file.load_sweep(config_file[2]), config_file[0])
     assert [run.name for run in runs[:2]] == PREDICTION_RUNS
 

@@ -219,7 +219,9 @@ def test_a_control_token_that_cannot_be_spelled_is_refused(tmp_path):
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     c = opened(tmp_path / "words.json", model)
-    with pytest.raises(ConfigError, match="caption 0: 'red </s>' holds </s>, which the tokenizer knows as a control"):
+    with pytest.raises(
+        ConfigError, match="caption 0: 'red </s>' holds </s>, which the tokenizer can read only as a control"
+    ):
         encode(c, "red </s>")
 
 

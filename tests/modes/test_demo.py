@@ -208,4 +208,4 @@ def test_other_model_must_have_the_same_classes(model, tmp_path, capsys):
     saved(tmp_path / "other", ["red", "blue"])
     args = ["main", "--mode=demo", f"--workdir={tmp_path / 'one'}", f"--config.demo.other={tmp_path / 'other'}"]
     assert command_line.main(args) == 2
-    assert "config.demo.other: it draws other classes" in capsys.readouterr().err
+    assert "config.demo.other has other classes" in capsys.readouterr().err

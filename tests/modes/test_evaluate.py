@@ -344,6 +344,6 @@ def test_a_network_of_other_channels_is_refused_before_anything_is_written(fresh
     with pytest.raises(ConfigError, match="channels=3: the network .*classifier.npz takes images of 1: set that"):
         reference_mode.run(fresh, str(workdir))
     fresh.data.channels, fresh.data.source, fresh.evaluate.network = 1, "drawings", "attributes"
-    with pytest.raises(ConfigError, match="channels=1: the attribute classifier needs pictures of 3"):
+    with pytest.raises(ConfigError, match="channels=1: the attribute classifier needs color pictures"):
         reference_mode.run(fresh, str(workdir))
     assert not list(workdir.glob("references/*"))

@@ -300,7 +300,7 @@ def test_a_workdir_of_another_config_is_refused_by_field(half, plain, field, val
         ({"names": ("7", "8")}, r"its classes \(no longer 0, 1, 2, 3, 4, 5, 6, 9\)"),
         ({"names": tuple("1023456789")}, r"its classes \(in another order\)"),
         ({"records": 3}, r"its records \(4000 then, 3 now\)"),
-        ({"fingerprint": "other"}, "which records these 4000 are"),
+        ({"fingerprint": "other"}, "the content or the order of its 4000 records"),
     ],
 )
 def test_changed_data_set_is_refused_and_nothing_is_written(half, plain, monkeypatch, change, message):
@@ -422,7 +422,7 @@ def test_errors_in_a_grid_do_not_end_the_run(counting, plain, tmp_path, monkeypa
         in caplog.text
     )
     assert f"step_000002_ema.png cannot be written: {BROKEN}" in caplog.text
-    assert f"TensorBoard gets nothing more from here on: {BROKEN}" in caplog.text
+    assert f"TensorBoard: a write failed, so nothing more is written to it: {BROKEN}" in caplog.text
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == ["step_000003_ema.png", "step_000004_ema.png"]
     assert seen == [[], [2], [2], [2, 4]]  # Each step is saved before its grid.
     assert [line["step"] for line in reports(tmp_path)] == [2, 4]

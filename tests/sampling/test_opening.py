@@ -49,7 +49,7 @@ def test_a_guide_of_another_kind_is_refused(tmp_path, one_device):
     checkpoint.write_config(guide, str(tmp_path))
     c.sample.guide = str(tmp_path)
     with pytest.raises(
-        ConfigError, match=r"cannot guide .*codec\.patch is 8 there and 4 here; .*model\.classes is 2"
+        ConfigError, match=r"cannot guide .*codec\.patch is 8 in the guide and 4 in this model; .*model\.classes is 2"
     ) as error:
         opening.open_guide(c)
     assert "\n" not in str(error.value)
