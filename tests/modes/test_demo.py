@@ -207,5 +207,5 @@ def test_other_model_must_have_the_same_classes(model, tmp_path, capsys):
     pytest.importorskip("gradio")
     saved(tmp_path / "other", ["red", "blue"])
     args = ["main", "--mode=demo", f"--workdir={tmp_path / 'one'}", f"--config.demo.other={tmp_path / 'other'}"]
-    assert command_line.main(args) == 2
+    assert command_line.main([*args, "--config.demo.port=0"]) == 2  # a port that no other test uses
     assert "config.demo.other has other classes" in capsys.readouterr().err
