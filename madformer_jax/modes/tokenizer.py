@@ -67,4 +67,4 @@ def _read_captions(c: ConfigDict) -> list[str]:
     count = min(len(source), MAX_CAPTIONS)
     numbers = np.arange(count) * len(source) // max(1, count)
     parts = (source.captions(numbers[at : at + 1000]) for at in range(0, count, 1000))
-    return [caption for part in parts for caption in part if caption]
+    return [caption for captions in parts for caption in captions if caption]
