@@ -362,7 +362,7 @@ def run_table(results: Results) -> Table:
         settings = ", ".join(f"{name} = {value}" for name, value in run["overrides"].items() if name != "seed")
         hashes = ", ".join(protocols.get(run["name"], ()))
         rows.append((run["name"], settings, str(run["seed"]), str(len(run["evaluations"])), hashes))
-    return Table("Runs", ("hash", "overrides", "seed", "evaluations", "protocol"), tuple(rows))
+    return Table("Runs", ("run", "overrides", "seed", "evaluations", "protocol"), tuple(rows))
 
 
 # ---- files
