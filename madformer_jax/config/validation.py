@@ -149,13 +149,28 @@ def check(c: ConfigDict) -> None:
 
 
 def _check_own_context(c: ConfigDict) -> None:
-    """Checks that `train.own_context` has an effect, and that the model can make its rollouts."""
+    """Checks that `train.own_context` and `train.context_noise` have an effect, and that the model can make rollouts."""
     steps, m = c.train.own_context_steps, c.model
-    if c.train.own_context and m.blocks == 1:
-        raise ConfigError(
-            f"config.train.own_context={c.train.own_context:g} has no effect with config.model.blocks=1: no block comes before "
-            "another. Set own_context to 0, or use more blocks."
-        )
+    # The same rule as that of `models.plan.training_plan`, which this package may not import.
+    reads_context = (
+        m.ar_condition
+        or c.loss.clean
+        or (m.clean_stream and m.diffusion_attention != "block")
+        or (c.loss.hidden and m.hidden_from == "condition")
+    )
+    for field in ("own_context", "context_noise"):
+        value = c.train[field]
+        if value and m.blocks == 1:
+            raise ConfigError(
+                f"config.train.{field}={value:g} has no effect with config.model.blocks=1: no block comes before another. "
+                f"Set {field} to 0, or use more blocks."
+            )
+        if value and not reads_context:
+            raise ConfigError(
+                f"config.train.{field}={value:g} has no effect: no layer reads clean blocks. Set {field} to 0, or use "
+                "config.model.ar_condition=True, or config.model.clean_stream=True with "
+                "config.model.diffusion_attention='sequence'."
+            )
     if steps > 1 and not c.train.own_context:
         raise ConfigError(
             f"config.train.own_context_steps={steps} has no effect with config.train.own_context=0: set own_context to a share "

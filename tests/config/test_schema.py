@@ -1,11 +1,15 @@
+import copy
+import itertools
 import json
 
 import pytest
 from ml_collections import ConfigDict
 
 from madformer_jax.config import schema, validation
+from madformer_jax.config.choices import LOSS_TERMS
 from madformer_jax.config.table import FIELDS
 from madformer_jax.errors import ConfigError
+from madformer_jax.models.plan import ablation_switches, training_plan
 from madformer_jax.runtime import stored_config
 
 
@@ -78,6 +82,7 @@ def test_a_wrong_setting_is_one_line_that_names_it(tiny_config, field, value, wo
         ({"sample.diffusion_depth": 1}, "the model is trained with D = "),
         ({"codec.name": "vae", "codec.downsampling": 6}, "must be a power of 2 for a VAE"),
         ({"train.own_context": 0.5, "model.blocks": 1}, "has no effect with config.model.blocks=1"),
+        ({"train.context_noise": 5, "model.blocks": 1}, "has no effect with config.model.blocks=1"),
     ],
 )
 def test_settings_that_exclude_each_other_are_one_line(tiny_config, changes, words):
@@ -86,6 +91,28 @@ def test_settings_that_exclude_each_other_are_one_line(tiny_config, changes, wor
     with pytest.raises(ConfigError, match=words) as error:
         schema.validate(tiny_config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("own_context", 0.5), ("context_noise", 5)])
+def test_a_changed_context_is_refused_exactly_where_no_layer_reads_it(tiny_config, field, value):
+    """The streams of the plan say what is read."""
+    tiny_config.train[field] = value
+    cases = itertools.product(
+        (True, False), (True, False), ("sequence", "block"), ("condition", "noisy"), (0, 0.1), (0, 0.1)
+    )
+    for ar_condition, clean_stream, attention, hidden_from, hidden, clean in cases:
+        c = copy.deepcopy(tiny_config)
+        c.model.ar_condition, c.model.clean_stream, c.model.diffusion_attention = ar_condition, clean_stream, attention
+        c.model.hidden_from, c.loss.hidden, c.loss.clean = hidden_from, float(hidden), float(clean and clean_stream)
+        terms = tuple(term for term in LOSS_TERMS if c.loss[term])
+        plan = training_plan(terms, ablation_switches(c))
+        if {"clean", "pred"} & {*plan.ar_inputs} or "clean" in plan.diffusion_inputs:
+            schema.validate(c)
+        else:
+            with pytest.raises(
+                ConfigError, match=f"config.train.{field}={value} has no effect: no layer reads clean blocks"
+            ):
+                schema.validate(c)
 
 
 @pytest.mark.parametrize("field", [name for name, field in FIELDS.items() if field.choices or field.has_range])
