@@ -124,6 +124,14 @@ def batch_devices(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def batch_and_head_axes(mesh: Mesh | AbstractMesh, batch: int, heads: int) -> tuple[tuple[str, ...] | None, ...]:
+    """Returns the mesh axes of the batch and of the heads of a kernel. None where they do not divide it."""
+    logical_axes = nn.logical_to_mesh_axes(("batch", "heads")) or ((), ())
+    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in logical_axes]
+    sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
+    return tuple(names if length % size == 0 else None for names, size, length in zip(axes, sizes, (batch, heads)))
+
+
 def shardings(boxed: Any, mesh: Mesh) -> Any:
     """Returns the shardings of a tree by `RULES`.
 

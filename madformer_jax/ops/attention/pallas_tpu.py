@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array, Ref
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
@@ -97,11 +96,7 @@ def shard_map_kernel(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(q, *args)
-    logical_axes = nn.logical_to_mesh_axes(("batch", "heads")) or ((), ())
-    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in logical_axes]
-    sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
-    shape = jax.tree.leaves(q)[0].shape
-    batch, heads = (names if size % n == 0 else None for names, size, n in zip(axes, shape, sizes))
+    batch, heads = partitioning.batch_and_head_axes(mesh, *jax.tree.leaves(q)[0].shape[:2])
     specs = {0: (), 1: (batch,), 2: (), 4: (batch, heads), 5: (None, batch, heads)}
     in_specs = jax.tree.map(lambda x: PartitionSpec(*specs[jnp.ndim(x)]), (q, *args))
     return jax.shard_map(function, in_specs=in_specs, out_specs=PartitionSpec(*specs[4]), check_vma=False)(q, *args)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -22,6 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float
 
 from madformer_jax.ops.attention.qk_norm_rope import QK_NORM_EPS, ProjectedQK
+from madformer_jax.runtime import partitioning
 
 INTERPRET = False  # whether Pallas interprets the kernels, for tests on a CPU
 MAX_TILE = 32  # tokens of a program
@@ -221,11 +221,7 @@ def _on_each_device(function: Callable[..., Any], x: Array, args: tuple[Any, ...
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(*args)
-    logical_axes = nn.logical_to_mesh_axes(("batch", "heads")) or ((), ())
-    axes = [(axis,) if isinstance(axis, str) else axis or () for axis in logical_axes]
-    sizes = [math.prod(mesh.shape[name] for name in names) for names in axes]
-    lengths = x.shape[0], x.shape[-2]
-    batch, heads = (names if length % n == 0 else None for names, n, length in zip(axes, sizes, lengths, strict=True))
+    batch, heads = partitioning.batch_and_head_axes(mesh, x.shape[0], x.shape[-2])
 
     def spec(axes: int) -> PartitionSpec:
         if axes == 2:
