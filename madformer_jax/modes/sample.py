@@ -61,7 +61,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     began, s = time.monotonic(), c.sample
     config_lib.validate(c)
-    picture = editing.read_picture(c)
+    edit = editing.read_edit(c)
     if s.film and jax.process_count() > 1:
         raise ConfigError(f"config.sample.film={s.film} is made by one process alone: start another sampling for it.")
     checkpoint.require(workdir)
@@ -72,7 +72,7 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
     with partitioning.scope(mesh):
         codec_params = trained.load_codec_params()
         protocol = _protocol(c, step, fingerprint(params, mesh), fingerprint(codec_params, mesh)) | trained.protocol(c)
-        protocol |= editing.describe(picture)
+        protocol |= editing.describe(edit)
         folder = epath.Path(workdir) / "samples" / _folder_name(c, protocol)
         missing = _missing_shards(c, folder)
         numbers = np.concatenate([_shard_image_numbers(c, k) for k in missing] or [np.arange(0)])
@@ -90,8 +90,8 @@ def run(c: ConfigDict, workdir: str) -> dict[str, Any]:
             generation.make_sample_fn(c, network, trained.codec.decode), "the sampling program"
         )
         conditions = generation.read_conditions(c)
-        if picture is not None:
-            kept_blocks = editing.encode(picture, trained.codec, codec_params, derive_sizes(c))
+        if edit is not None:
+            kept_blocks = editing.encode(edit, trained.codec, codec_params, derive_sizes(c))
             conditions = conditions._replace(kept_blocks=kept_blocks)
         batches = interruptible(
             generation.batches(c, sample_fn, sampled_params, codec_params, mesh, numbers, conditions=conditions)
@@ -140,7 +140,7 @@ def _write_film(c: ConfigDict, path: epath.Path, model: trained_model.Model) -> 
     steps = block_steps.steps_of_blocks(c)
     every = -(-sum(steps) // MAX_FILM_FRAMES)
     captions, frames, scale = prompts.load(c), [], max(1, MIN_FILM_SIDE // c.data.image_size)
-    for i, frame in enumerate(model.stream_config(c, "step", editing.read_picture(c))):
+    for i, frame in enumerate(model.stream_config(c, "step", editing.read_edit(c))):
         if not i % every or frame.step == steps[frame.block]:
             large = frame.images if captions else frame.images.repeat(scale, axis=1).repeat(scale, axis=2)
             grid = generation.tile_grid(prompts.add_caption_strips(large, captions))

@@ -3,7 +3,7 @@
 The kept blocks are the first of the generation order. Sampling encodes them, caches them as clean
 blocks and draws the others (`sampler.sample`). A model of random order can keep any blocks. A model
 of fixed order can keep the first blocks of its order. `modes.sample` and `trained_model` call
-`read_picture` and `encode`. `generation` passes `sampler_arguments` to the sampler.
+`read_edit` and `encode`. `generation` passes `sampler_arguments` to the sampler.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ from madformer_jax.sampling.codec import Codec, to_blocks
 _WHITE = 128  # smallest gray value that counts as white
 
 
-class Picture(NamedTuple):
+class Edit(NamedTuple):
     """Pictures to edit, preprocessed as in training, and the numbers of the blocks to keep."""
 
-    images: np.ndarray  # (m, H, W, c) uint8
-    numbers: np.ndarray  # (K,) int32, in the order in which the blocks are cached
+    pictures: np.ndarray  # (m, H, W, c) uint8
+    kept_numbers: np.ndarray  # (K,) int32, in the order in which the blocks are cached
 
 
 class KeptBlocks(NamedTuple):
@@ -50,7 +50,7 @@ class KeptBlocks(NamedTuple):
         return blocks
 
 
-def read_picture(c: ConfigDict, image: Any = None, mask: Any = None) -> Picture | None:
+def read_edit(c: ConfigDict, image: Any = None, mask: Any = None) -> Edit | None:
     """Reads the picture and the mask of an edit.
 
     Args:
@@ -60,7 +60,7 @@ def read_picture(c: ConfigDict, image: Any = None, mask: Any = None) -> Picture 
         default `sample.keep`.
 
     Returns:
-      The picture, or None if neither is given.
+      The edit, or None if neither is given.
 
     Raises:
       ConfigError: A file cannot be read, a size is wrong, or the model cannot keep these blocks.
@@ -76,13 +76,13 @@ def read_picture(c: ConfigDict, image: Any = None, mask: Any = None) -> Picture 
         raise ConfigError(f"{present} needs {missing}: an edit needs a picture and the blocks to keep.")
     _check_model(c, image_name)
     images, file_size = _read_images(c, image, image_name)
-    return Picture(images, _check_blocks(c, _kept_numbers(c, mask, file_size, mask_name), mask_name))
+    return Edit(images, _check_blocks(c, _kept_numbers(c, mask, file_size, mask_name), mask_name))
 
 
-def encode(picture: Picture, codec: Codec, codec_params: Any, sizes: Sizes) -> KeptBlocks:
+def encode(edit: Edit, codec: Codec, codec_params: Any, sizes: Sizes) -> KeptBlocks:
     """Encodes the kept blocks. The latents of a picture do not depend on the seed."""
-    z = jax.jit(codec.encode)(codec_params, {"image": picture.images}, jax.random.key(0))
-    return KeptBlocks(picture.numbers, np.asarray(to_blocks(z, sizes), np.float32)[:, picture.numbers])
+    z = jax.jit(codec.encode)(codec_params, {"image": edit.pictures}, jax.random.key(0))
+    return KeptBlocks(edit.kept_numbers, np.asarray(to_blocks(z, sizes), np.float32)[:, edit.kept_numbers])
 
 
 def sampler_arguments(c: ConfigDict, keys: Array, kept_blocks: KeptBlocks | None) -> dict[str, Any]:
@@ -102,12 +102,12 @@ def sampler_arguments(c: ConfigDict, keys: Array, kept_blocks: KeptBlocks | None
     return {"order": order, "kept_blocks": None if kept_blocks is None else kept_blocks.blocks}
 
 
-def describe(picture: Picture | None) -> dict[str, Any]:
+def describe(edit: Edit | None) -> dict[str, Any]:
     """Returns the edit for a protocol; empty without one."""
-    if picture is None:
+    if edit is None:
         return {}
-    digest = hashlib.sha256(repr(picture.images.shape).encode() + picture.images.tobytes()).hexdigest()
-    return {"edit": {"image": digest, "keep": picture.numbers.tolist()}}
+    digest = hashlib.sha256(repr(edit.pictures.shape).encode() + edit.pictures.tobytes()).hexdigest()
+    return {"edit": {"image": digest, "keep": edit.kept_numbers.tolist()}}
 
 
 def _check_model(c: ConfigDict, name: str) -> None:
@@ -172,7 +172,7 @@ def _kept_numbers(c: ConfigDict, mask: Any, file_size: tuple[int, int], name: st
 
     Args:
       c: The config.
-      mask: See `read_picture`.
+      mask: See `read_edit`.
       file_size: Height and width of the picture's file, which a mask may have instead of the model's.
       name: What errors call the mask.
     """

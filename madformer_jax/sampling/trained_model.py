@@ -170,7 +170,7 @@ class Model:
         latents: np.ndarray = codec.external_scale(c).invert(self._draw(c, None, "latents"))
         return latents
 
-    def _draw(self, c: ConfigDict, picture: editing.Picture | None, field: str) -> np.ndarray:
+    def _draw(self, c: ConfigDict, edit: editing.Edit | None, field: str) -> np.ndarray:
         """Draws the images of a config or an edit and returns a field of `generation.SampleBatch`."""
         s = c.sample
         network, params = self._trained.sampled(c)
@@ -182,17 +182,17 @@ class Model:
             lambda: generation.make_sample_fn(c, network, self._codec.decode),
         )
         with partitioning.scope(self._mesh):
-            conditions = generation.read_conditions(c)._replace(kept_blocks=self._encode(picture))
+            conditions = generation.read_conditions(c)._replace(kept_blocks=self._encode(edit))
             batches = generation.batches(
                 c, sample_fn, params, self._codec_params, self._mesh, range(s.n), max_batch=s.n, conditions=conditions
             )
             return np.concatenate([getattr(batch, field) for batch in batches])
 
-    def _encode(self, picture: editing.Picture | None) -> editing.KeptBlocks | None:
-        """Encodes the kept blocks of a picture."""
-        if picture is None:
+    def _encode(self, edit: editing.Edit | None) -> editing.KeptBlocks | None:
+        """Encodes the kept blocks of an edit."""
+        if edit is None:
             return None
-        return editing.encode(picture, self._codec, self._codec_params, derive_sizes(self.config))
+        return editing.encode(edit, self._codec, self._codec_params, derive_sizes(self.config))
 
     def stream(
         self, n: int | None = None, every: str = "block", image: Any = None, mask: Any = None, **settings: Any
@@ -211,8 +211,8 @@ class Model:
         """
         if every not in ("block", "step"):
             raise ConfigError(f"every={every!r} must be 'block' or 'step'.")
-        c, picture = self._edit_settings(n, image, mask, settings, ("every",))
-        return self.stream_config(c, every, picture)
+        c, edit = self._edit_settings(n, image, mask, settings, ("every",))
+        return self.stream_config(c, every, edit)
 
     def cost(
         self,
@@ -287,20 +287,20 @@ class Model:
 
     def _edit_settings(
         self, n: int | None, image: Any, mask: Any, settings: Mapping[str, Any], others: Sequence[str] = ()
-    ) -> tuple[ConfigDict, editing.Picture | None]:
-        """Returns the config with the settings of a call, and the picture that it edits.
+    ) -> tuple[ConfigDict, editing.Edit | None]:
+        """Returns the config with the settings of a call, and its edit.
 
         Raises:
-          ConfigError: See `_settings` and `editing.read_picture`. Or there are more pictures than images.
+          ConfigError: See `_settings` and `editing.read_edit`. Or there are more pictures than images.
         """
         c = self._settings(n, settings, ("image", "mask", *others))
-        picture = editing.read_picture(c, image, mask)
-        count = 0 if picture is None else len(picture.images)
+        edit = editing.read_edit(c, image, mask)
+        count = 0 if edit is None else len(edit.pictures)
         if n is None:
             c.sample.n = max(c.sample.n, count)
         elif count > c.sample.n:
             raise ConfigError(f"image: there are {count} of them for n={n} images. Give at most {n}, or leave n out.")
-        return c, picture
+        return c, edit
 
     def _warn(self, c: ConfigDict) -> None:
         """Logs each probable mistake in the settings once."""
@@ -315,9 +315,9 @@ class Model:
             self._programs[key] = make()
         return self._programs[key]
 
-    def stream_config(self, c: ConfigDict, every: str, picture: editing.Picture | None = None) -> Iterator[Frame]:
-        """Yields the frames of `stream` for a whole validated config and the picture that it edits."""
-        frames = self._frames(c, every, picture)
+    def stream_config(self, c: ConfigDict, every: str, edit: editing.Edit | None = None) -> Iterator[Frame]:
+        """Yields the frames of `stream` for a whole validated config and its edit."""
+        frames = self._frames(c, every, edit)
         # The numerics apply while a frame is computed, not in the caller's code between frames.
         next_frame = numerics.scoped(lambda: next(frames, None))
         while (frame := next_frame()) is not None:
@@ -344,7 +344,7 @@ class Model:
             sampler.context_level(schedules.make(**c.diffusion), c.sample.context_noise),
         )
 
-    def _frames(self, c: ConfigDict, every: str, picture: editing.Picture | None) -> Iterator[Frame]:
+    def _frames(self, c: ConfigDict, every: str, edit: editing.Edit | None) -> Iterator[Frame]:
         """Draws block by block and yields frames; `stream_config` sets the numerics."""
         s, m, sizes, began = c.sample, c.model, derive_sizes(c), time.monotonic()
         solver, steps_of_blocks = solvers.make(s.solver), block_steps.steps_of_blocks(c)
@@ -363,7 +363,7 @@ class Model:
         else:
             noise = jnp.asarray(file_noise, jnp.float32)
         classes = np.array(config_lib.sample_labels(c), np.int32)[:, None] if m.classes else None
-        if (kept_blocks := self._encode(picture)) is not None:
+        if (kept_blocks := self._encode(edit)) is not None:
             kept_blocks = kept_blocks._replace(blocks=kept_blocks.of_images(np.arange(s.n)))
         order, block_array = editing.sampler_arguments(c, keys, kept_blocks).values()
         noise = block_order.to_generation_order(noise, order)

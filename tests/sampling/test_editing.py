@@ -62,19 +62,19 @@ def test_a_model_of_fixed_order_keeps_the_beginning_of_its_order(tmp_path, monke
     c = config(**{"model.block_order": "reverse"})
     monkeypatch.setenv("HOME", str(tmp_path))
     Image.fromarray(PICTURE[..., 0]).save(tmp_path / "picture.png")
-    assert editing.read_picture(c, "~/picture.png", jnp.array([3])).numbers.tolist() == [3]
-    assert editing.read_picture(c, PICTURE, [2, 3]).numbers.tolist() == [3, 2]
+    assert editing.read_edit(c, "~/picture.png", jnp.array([3])).kept_numbers.tolist() == [3]
+    assert editing.read_edit(c, PICTURE, [2, 3]).kept_numbers.tolist() == [3, 2]
     with pytest.raises(ConfigError, match="'reverse' allows only the beginning of 3,2,1. Train with"):
-        editing.read_picture(c, PICTURE, [0])
+        editing.read_edit(c, PICTURE, [0])
 
 
 def test_masks_have_the_size_of_the_model_or_of_the_picture(tmp_path):
     c = config()
     large = np.zeros((64, 96), np.uint8)
     large[:, :48] = 255  # the left half, also of the square that is cropped
-    assert editing.read_picture(c, np.zeros((64, 96, 1), np.uint8), large).numbers.tolist() == [0, 2]
+    assert editing.read_edit(c, np.zeros((64, 96, 1), np.uint8), large).kept_numbers.tolist() == [0, 2]
     with pytest.raises(ConfigError, match="the mask has 96 x 64 pixels: it must have 32 x 32, as the picture"):
-        editing.read_picture(c, PICTURE, large)
+        editing.read_edit(c, PICTURE, large)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +101,13 @@ def test_masks_have_the_size_of_the_model_or_of_the_picture(tmp_path):
 )  # fmt: skip
 def test_wrong_edits_end_in_one_line(changes, image, mask, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        editing.read_picture(config(**changes), image, mask)
+        editing.read_edit(config(**changes), image, mask)
     assert "\n" not in str(error.value)
     assert "config.sample" not in str(error.value).replace(message, "")
 
 
 def test_errors_name_the_fields_if_these_name_the_picture():
     with pytest.raises(ConfigError, match=r"config\.sample\.image needs config\.sample\.keep"):
-        editing.read_picture(config(**{"sample.image": "a.png"}))
+        editing.read_edit(config(**{"sample.image": "a.png"}))
     with pytest.raises(ConfigError, match=r"config\.sample\.image=a\.png cannot be read"):
-        editing.read_picture(config(**{"sample.image": "a.png", "sample.keep": "0"}))
+        editing.read_edit(config(**{"sample.image": "a.png", "sample.keep": "0"}))
