@@ -1,7 +1,5 @@
 """Our side of `benchmarks.compare`: the programs that `--mode=benchmark` times, on random latents."""
 
-import functools
-import importlib.util
 import json
 import sys
 from typing import Any
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks import turns
+from madformer_jax.cli import command_line
 from madformer_jax.config import schema
 from madformer_jax.models import madformer
 from madformer_jax.modes import benchmark
@@ -18,17 +17,8 @@ from madformer_jax.modes import benchmark
 
 def load_config(path: str, overrides: dict[str, str]) -> ConfigDict:
     """Reads a config file, sets fields and validates."""
-    path, _, variant = path.partition(":")
-    spec = importlib.util.spec_from_file_location("compared_config", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    c = module.get_config(variant) if variant else module.get_config()
-    for name, value in overrides.items():
-        *sections, field = name.split(".")
-        section = functools.reduce(lambda x, y: x[y], sections, c)
-        kind = type(section[field])
-        section[field] = value == "True" if kind is bool else kind(value)
+    fields = [f"--config.{name}={value}" for name, value in overrides.items()]
+    c, _ = command_line.parse(["compare", "--mode=compile", f"--config={path}", *fields])  # a mode without --workdir
     schema.validate(c)
     return c
 
