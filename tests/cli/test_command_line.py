@@ -242,6 +242,10 @@ def test_the_config_of_a_workdir_that_is_not_local_is_found(monkeypatch, capsys)
     [
         (["--process_id=1"], "need --coordinator"),
         (["--topology=v5e:4x4"], "is for --mode=compile"),
+        (["--dry_run"], "--dry_run and --measure are for --mode=sweep; the mode is train"),
+        (["--measure"], "--dry_run and --measure are for --mode=sweep; the mode is train"),
+        (["--processes=2"], "--processes=2 is for --mode=sweep; the mode is train"),
+        (["--mode=sweep"], "has no function sweep(): --mode=sweep needs a file as in configs/sweeps"),
         (["--workdir=None"], "--workdir='None' is not a path"),
         (["--config.data.path=none"], "config.data.path='none' is not a path"),
         (["--workdir=a\nb"], "--workdir='a\\nb': '\\n' is not supported in a path"),

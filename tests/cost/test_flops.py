@@ -25,6 +25,7 @@ SWITCHES = {
     "D = N, image term alone": {"depth": 2, "diffusion_depth": 2, "loss.hidden": 0.0},
     "hidden term alone": {"loss.image": 0.0},
     "one block": {"blocks": 1},
+    "rectangular blocks": {"blocks": 8},
     "neighbours": {"unet_context": True},
     "1 x 1 convolutions": {"unet_kernel": 1},
 }  # fmt: skip

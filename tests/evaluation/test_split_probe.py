@@ -53,6 +53,22 @@ def test_losses_are_those_of_the_model_and_of_reused_layers(probed):
     assert len({round(x, 5) for x in measures.reuse_loss.values()}) == 3
 
 
+def test_measures_are_means_over_batches(probed):
+    model, params, batch, _ = probed
+    other = batch._replace(z=2 * batch.z, key=jax.random.key(4))
+
+    def measure(*batches):
+        return split_probe.measure(model, params, batches, schedule.DEFAULT, "trailing", STEPS)
+
+    both, first, second = measure(batch, other), measure(batch), measure(other)
+    for name in ("to_first", "to_previous", "masses"):
+        mean = (getattr(first, name) + getattr(second, name)) / 2
+        np.testing.assert_allclose(getattr(both, name), mean, atol=1e-5)
+    for reused, loss in both.reuse_loss.items():
+        assert loss == pytest.approx((first.reuse_loss[reused] + second.reuse_loss[reused]) / 2, rel=1e-5)
+        assert first.reuse_loss[reused] != pytest.approx(second.reuse_loss[reused], rel=1e-3)
+
+
 def test_attention_masses_equal_dense_attention(monkeypatch):
     """Takes the weights from the dense mask over [text, own stream, context]."""
     model, params = small(**(CHANGES | {"attention": "reference"}))

@@ -26,6 +26,10 @@ def test_the_page_has_two_plots_and_the_suggested_depth(tmp_path, one_device):
     assert page.count("<svg") == 2 and "Suggested D: 1 of N = 2 layers" in page and "<script" not in page
     result = json.loads((tmp_path / "probe" / "probe.json").read_text())
     assert result["n"] == 4 and result["step"] == 6 and sorted(result["reuse_loss"]) == ["1", "2"]
+    losses = result["loss_by_block"]
+    assert {len(x) for x in losses.values()} == {c.model.blocks}
+    true, estimated = losses["true"], losses["estimated"]
+    assert true[0] == pytest.approx(estimated[0]) and true[1] != estimated[1]  # no block precedes the first
     c.model.ar_condition = False
     with pytest.raises(ConfigError, match="there is no cut to suggest"):
         probe.run(c, str(tmp_path))

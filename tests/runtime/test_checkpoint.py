@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from madformer_jax.config.table import FIELDS
 from madformer_jax.errors import ConfigError
 from madformer_jax.runtime import checkpoint, checksums, partitioning, storage
 from madformer_jax.training import train_step
@@ -180,8 +181,6 @@ def test_a_config_binds_from_the_first_checkpoint_on(tmp_path, workdir):
     c = tiny.get_config("plain")
     for folder in (tmp_path / "new", workdir):
         checkpoint.write_config(c, str(folder))
-    c.optimizer.clip = 0.5
-    checkpoint.check_config(c, str(workdir))  # another bound; none at all would be another optimizer
     c.model.width += 8
     checkpoint.check_config(c, str(tmp_path / "new"))
     with pytest.raises(ConfigError, match="config.model.width was 16 and is 24"):
@@ -189,6 +188,20 @@ def test_a_config_binds_from_the_first_checkpoint_on(tmp_path, workdir):
     (workdir / "config.json").write_text('{"model": ')
     with pytest.raises(ConfigError, match="config.json is damaged"):
         checkpoint.check_config(c, str(workdir))
+
+
+@pytest.mark.parametrize("name", checkpoint.ON_OFF_FIELDS)
+def test_a_part_of_the_state_may_change_its_value_but_not_come_or_go(workdir, name):
+    c = tiny.get_config("plain")
+    for before, now, is_kept in ((2, 4, True), (2, 0, False), (0, 2, False)):
+        c.update_from_flattened_dict({name: type(FIELDS[name].default)(before)})
+        checkpoint.write_config(c, str(workdir))
+        c.update_from_flattened_dict({name: type(FIELDS[name].default)(now)})
+        if is_kept:
+            checkpoint.check_config(c, str(workdir))
+        else:
+            with pytest.raises(ConfigError, match=f"config.{name} was {before}.* and is {now}"):
+                checkpoint.check_config(c, str(workdir))
 
 
 def test_a_checkpoint_without_an_item_is_no_checkpoint(workdir):

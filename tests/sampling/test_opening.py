@@ -77,6 +77,12 @@ def test_snapshots_combine_to_the_average_of_a_width_that_an_export_keeps(tmp_pa
     assert trained.step == 100 and "5 snapshots up to step 100" in caplog.text
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.01), trained.params, expected)
     assert trained.protocol(c) == {"ema": 0.15}
+    assert [record.levelname for record in caplog.records if "snapshots up to" in record.message] == ["INFO"]
+    caplog.clear()
+    TrainedModel.open(c, str(tmp_path), step=20)  # one snapshot gives a profile with an error of 25 %
+    assert [record.levelname for record in caplog.records if "1 snapshots up to step 20" in record.message] == [
+        "WARNING"
+    ]
     exported = export.run(c, str(tmp_path))["export"]
     c.sample.ema = 0.0
     assert_same(TrainedModel.open(c, exported).params, trained.params)
