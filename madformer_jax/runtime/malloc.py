@@ -33,11 +33,12 @@ def keep_batch_memory() -> None:
 
 
 def keep_all_memory() -> None:
-    """Keeps all freed memory, in processes that compute on a CPU.
+    """Keeps freed memory, in processes that compute on a CPU.
 
     A program allocates its temporary arrays at every call. By default they return to the system at the end
-    of the call, and the system fills new pages with zeros at the next one. `trim` still returns memory.
-    The user's own tunables take precedence.
+    of the call, and the system fills new pages with zeros at the next one. glibc still returns arrays above
+    64 MiB of all threads but the first (docs/engineering_log.md). `trim` returns all memory. The user's own
+    tunables take precedence.
     """
     if os.environ.get("GLIBC_TUNABLES") != TUNABLES:
         return
