@@ -3,10 +3,11 @@
     python -m benchmarks.compare --config=configs/bench_mid.py
 
 This command makes every figure "times as fast" in the docs. It starts one process for each side. The two
-processes compute in turns (ours, yardstick, ours, yardstick, ...), never at once. In each turn a process makes
-one call as a warm-up, times a large matrix product, and then times one call. The command prints medians over the turns: the seconds,
-the rate of the product, the share of that rate, the seconds of all cores of the host, and the ratio of
-the two sides in the same round. On a busy machine only the seconds of the cores are of use.
+processes compute in turns (ours, yardstick, ours, yardstick, ...), never at once. In each turn a process
+makes one call as a warm-up, times a large matrix product, and then times one call. The command prints
+medians over the turns: the seconds, the rate of the product, the share of that rate, the seconds of all
+cores of the host, and the ratio of the two sides in the same round. On a busy machine only the seconds
+of the cores are of use.
 """
 
 import argparse

@@ -8,7 +8,6 @@ from typing import Any
 
 from madformer_jax.runtime import malloc
 
-WARMUP = 1
 PRODUCTS = 3
 
 
@@ -34,9 +33,8 @@ def serve(facts: dict[str, Any], run: Callable[[], Any], product: Callable[[], A
       product: Computes a matrix product and waits for the result.
       product_flops: Its FLOPs.
     """
-    for _ in range(WARMUP):
-        run()
-        product()
+    run()
+    product()
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         # While a process waits for its turn, a virtual machine can give its free memory to the host. The first call
