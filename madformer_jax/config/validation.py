@@ -107,7 +107,7 @@ def check(c: ConfigDict) -> None:
             f"config.train.context_noise={c.train.context_noise} needs config.model.clean_timestep='zero': the model needs "
             "the timestep of its context."
         )
-    _check_own_context(c)
+    _check_context(c)
     if c.sample.context_noise > c.train.context_noise:
         raise ConfigError(
             f"config.sample.context_noise={c.sample.context_noise} is more than the model has trained with: use at most "
@@ -148,15 +148,12 @@ def check(c: ConfigDict) -> None:
     _check_codec(c)
 
 
-def _check_own_context(c: ConfigDict) -> None:
+def _check_context(c: ConfigDict) -> None:
     """Checks that `train.own_context` and `train.context_noise` have an effect, and that the model can make rollouts."""
     steps, m = c.train.own_context_steps, c.model
     # The same rule as that of `models.plan.training_plan`, which this package may not import.
     reads_context = (
-        m.ar_condition
-        or c.loss.clean
-        or (m.clean_stream and m.diffusion_attention != "block")
-        or (c.loss.hidden and m.hidden_from == "condition")
+        m.ar_condition or c.loss.hidden or c.loss.clean or (m.clean_stream and m.diffusion_attention == "sequence")
     )
     for field in ("own_context", "context_noise"):
         value = c.train[field]

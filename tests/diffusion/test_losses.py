@@ -3,9 +3,13 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from madformer_jax.diffusion import losses, schedule
+from madformer_jax.models import madformer
 from madformer_jax.models.madformer import MADFormer, ModelOutputs
+from tests import tiny
+from tests.small import random_params
 
 
 def test_terms_are_mean_squared_errors_and_next_token_log_likelihood():
@@ -90,3 +94,17 @@ def test_flow_trains_on_its_path_and_its_velocity():
     np.testing.assert_allclose(
         metrics["loss_q4"], np.asarray((noise - z) ** 2).mean((2, 3))[np.asarray(inside)].mean(), rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("hidden", [0.0, 0.1])
+def test_without_a_reader_of_clean_blocks_their_noise_has_no_effect(hidden):
+    """`config.validation` refuses noise on the context only there. The hidden loss alone reads clean blocks."""
+    c = tiny.get_config("plain")
+    c.model.ar_condition, c.model.hidden_from, c.model.diffusion_attention = False, "noisy", "block"
+    model, weights = madformer.build(c), losses.LossWeights(**c.loss)._replace(hidden=hidden)
+    z = jax.random.normal(jax.random.key(0), (2, *model.config.sizes.block_shape))
+    clean, noised = (
+        losses.training_loss(model, random_params(model), z, None, jax.random.key(1), weights, context_noise=noise)[0]
+        for noise in (0, 300)
+    )
+    assert (clean == noised) == (hidden == 0)

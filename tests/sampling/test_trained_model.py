@@ -70,9 +70,9 @@ def test_a_guide_draws_in_samples_and_streams_and_counts_in_costs(tmp_path, one_
     np.testing.assert_array_equal(next(generation.read_shards(folder)).images, images)
     protocol = json.loads((folder / "protocol.json").read_text())
     assert protocol["guide"]["step"] == 6 and protocol["guide"]["fingerprint"] != protocol["fingerprint"]
-    earlier = jax.tree.map(lambda x: x / 2, random_params(madformer.build(guide)))
+    newer = jax.tree.map(lambda x: x / 2, random_params(madformer.build(guide)))
     with checkpoint.Checkpoints(c.sample.guide, 2) as checkpoints:
-        checkpoints.save(7, {"ema": earlier}, None, {"step": 7, "data": {"names": NAMES}})
+        checkpoints.save(7, {"ema": newer}, None, {"step": 7, "data": {"names": NAMES}})
     assert (madformer_jax.load(workdir).sample(2) != images).any()  # the newest checkpoint guides
     np.testing.assert_array_equal(madformer_jax.load(workdir, guide_step=6).sample(2), images)
     alone = model.sample(2, guidance=1)
